@@ -1,0 +1,82 @@
+"""The keys of a Centrifugo v6 file that have no meaning here, or none yet.
+
+Somebody who moves a file over is told of each by name, instead of hearing that it is unknown. Only the first key that
+is not ours has to be listed: below `admin`, nothing is looked at.
+"""
+
+from __future__ import annotations
+
+# The options of a channel, in `channel.without_namespace` and in each namespace.
+_CHANNEL_TABLES = ("channel.without_namespace", "channel.namespaces[]")
+
+_LATER = {
+    "": (
+        "admin broker debug emulation health http_stream init map_broker pid_file presence_manager prometheus rpc"
+        " shared_poll sse swagger uni_http_stream uni_sse uni_websocket"
+    ),
+    "http_server": "h2c_external http3 internal_tls tls tls_autocert tls_external",
+    "log": "file",
+    "node": "info_metrics_aggregate_interval",
+    "engine": "redis",
+    "client": (
+        "channel_position_check_delay channel_position_max_time_lag concurrency"
+        " connect_code_to_unidirectional_disconnect connection_rate_limit insecure_skip_token_signature_verify"
+        " presence_update_interval subscribe_to_user_personal_channel subscription_token user_connection_limit"
+        " user_id_http_header"
+    ),
+    "client.token": (
+        "audience_regex ecdsa_public_key insecure_skip_jwks_endpoint_safety_check issuer_regex"
+        " jwks_public_endpoint rsa_public_key user_id_claim"
+    ),
+    "channel": "publication_data_format",
+    "http_api": "error_mode external",
+    "websocket": (
+        "compression compression_level compression_min_size decompressed_message_size_limit read_buffer_size"
+        " use_write_buffer_pool write_buffer_size"
+    ),
+} | dict.fromkeys(
+    _CHANNEL_TABLES,
+    "allow_tags_filter allowed_delta_types auto_cache_recover delta_publish force_recovery_mode map"
+    " map_clients_presence_channel_prefix map_users_presence_channel_prefix publication_data_format shared_poll"
+    " subscription_type",
+)
+
+_NEVER = {
+    "": (
+        "brokers clickhouse_analytics consumers controller database enable_unreleased_features graphite grpc_api"
+        " license map_brokers opentelemetry presence_managers proxies push_notifications schemas shared_poll_relay"
+        " singleflight token_revoke uni_grpc usage_stats user_block user_status user_tokens_invalidate"
+        " webtransport"
+    ),
+    "client": (
+        "batch_periodic_events max_messages_in_frame proxy queue_shrink_delay rate_limit reply_without_queue"
+        " write_delay write_with_timer"
+    ),
+    "channel": "patterns proxy",
+    "http_api": "jwks",
+    "websocket": "compression_prepared_message_cache_size",
+} | dict.fromkeys(
+    _CHANNEL_TABLES,
+    "allow_channel_compaction batch_max_delay batch_max_size broker_name client_publication"
+    " client_publish_debounce_interval keep_latest_publication presence_manager_name publish_cel"
+    " publish_proxy_enabled publish_proxy_name shared_position_sync sub_refresh_proxy_enabled sub_refresh_proxy_name"
+    " subscribe_cel subscribe_proxy_enabled subscribe_proxy_name subscribe_stream_proxy_bidirectional"
+    " subscribe_stream_proxy_enabled subscribe_stream_proxy_name",
+)
+
+
+def _dotted(keys: dict[str, str]) -> frozenset[str]:
+    return frozenset(f"{table}.{key}".lstrip(".") for table, names in keys.items() for key in names.split())
+
+
+LATER = _dotted(_LATER)
+NEVER = _dotted(_NEVER)
+
+
+def explain(key: str) -> str | None:
+    """What to tell somebody who sets `key` (dotted, "[]" for any entry of a list); None: it is not Centrifugo's."""
+    if key in NEVER:
+        return "a Centrifugo key that realtime does not support; remove it"
+    if key in LATER:
+        return "a Centrifugo key that realtime does not support yet; remove it"
+    return None

@@ -1,0 +1,1 @@
+"""One client's connection, without I/O: messages, session, permissions, tokens, the queue of a slow socket."""

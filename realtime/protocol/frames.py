@@ -1,0 +1,39 @@
+"""Server frames of RFC 6455 section 5.2, ready for the socket: final, unmasked, uncompressed.
+
+A frame is built once and shared by every connection that it goes to.
+"""
+
+from __future__ import annotations
+
+_TEXT = 0x81  # FIN and the opcode
+_CLOSE = 0x88
+_PONG = 0x8A
+
+MAX_CLOSE_REASON = 123  # bytes: a control frame carries 125, two of which are the code (section 5.5)
+
+
+def text_frame(payload: bytes) -> bytes:
+    """One whole text message. payload: UTF-8; it is not checked."""
+    return _frame(_TEXT, payload)
+
+
+def pong_frame(payload: bytes) -> bytes:
+    """The answer to a ping. payload: the ping's own, at most 125 bytes."""
+    return _frame(_PONG, payload)
+
+
+def close_frame(code: int, reason: str) -> bytes:
+    """A close frame. reason: cut to 123 bytes of UTF-8, between characters."""
+    text = reason.encode()
+    if len(text) > MAX_CLOSE_REASON:
+        text = text[:MAX_CLOSE_REASON].decode(errors="ignore").encode()
+    return _frame(_CLOSE, code.to_bytes(2, "big") + text)
+
+
+def _frame(first: int, payload: bytes) -> bytes:
+    length = len(payload)
+    if length < 126:
+        return bytes((first, length)) + payload
+    if length < 65536:
+        return bytes((first, 126)) + length.to_bytes(2, "big") + payload
+    return bytes((first, 127)) + length.to_bytes(8, "big") + payload

@@ -1,0 +1,112 @@
+"""The opening handshake of RFC 6455 section 4.2.1, judged from a request head before Autobahn sees any of it.
+
+Browsers send the `Origin` of the page that opens a socket, and cookies with it, whatever site the page is from: the
+origin policy here is what keeps other sites' pages out.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from urllib.parse import parse_qsl
+
+from realtime.protocol.head import Head, Refusal
+from realtime.protocol.session import Request
+
+SUBPROTOCOL = "centrifuge-json"
+
+_MAX_SUBPROTOCOLS = 16  # names read; more are ignored
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+# 16 bytes in base64: of the last digit before the padding only two bits carry data (RFC 4648 section 3.5).
+_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([^/\\@?#,\s]*)")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
+def judge_handshake(head: Head, origin_allowed: Callable[[Head], bool]) -> Refusal | None:
+    """What is wrong with a request to the WebSocket path; None if it is an opening handshake that may go on."""
+    if head.method != "GET":
+        allow = (("Allow", "GET"),)
+        return Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "a WebSocket is opened by GET", "handshake", allow)
+    if head.version != "1.1":
+        return Refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "a WebSocket needs HTTP/1.1", "handshake")
+    if head.body:
+        return _bad("a WebSocket handshake has no body")
+    if "websocket" not in _items(head, "upgrade"):
+        return _upgrade_required("this is a WebSocket endpoint")
+    if "upgrade" not in _items(head, "connection"):
+        return _bad("Connection: Upgrade is missing")
+    if head.all("sec-websocket-version") != ["13"]:
+        return _upgrade_required("only WebSocket version 13 is spoken here")
+    keys = head.all("sec-websocket-key")
+    if len(keys) != 1 or _KEY.fullmatch(keys[0]) is None:
+        return _bad("exactly one valid Sec-WebSocket-Key is needed")
+    if not all(map(_TOKEN.fullmatch, _items(head, "sec-websocket-protocol"))):
+        return _bad("malformed Sec-WebSocket-Protocol")
+    if not origin_allowed(head):
+        return Refusal(HTTPStatus.FORBIDDEN, "this origin is not allowed", "origin")
+    return None
+
+
+def subprotocol(head: Head) -> str | None:
+    """The name to echo, None when none that we speak was offered."""
+    return SUBPROTOCOL if SUBPROTOCOL in _items(head, "sec-websocket-protocol")[:_MAX_SUBPROTOCOLS] else None
+
+
+def opening_request(head: Head, remote_address: str) -> Request:
+    """What the session gets to know of an accepted handshake: of each query parameter the last value, decoded."""
+    query = dict(parse_qsl(head.query, keep_blank_values=True, errors="replace"))
+    return Request(head.headers, query, head.path, remote_address)
+
+
+def origin_policy(patterns: Iterable[str]) -> Callable[[Head], bool]:
+    """Which requests may open a connection, by their Origin.
+
+    patterns: shell globs for the lower-case origin, "https://*.example.com"; without any only the origin that the
+    request itself went to passes; "*" lets every origin pass, and only it lets "null" pass. A request without an
+    Origin is not from a browser and always passes.
+    """
+    globs = [pattern.lower() for pattern in patterns]
+    matches = [re.compile(fnmatch.translate(glob)).match for glob in globs]
+    anyone = "*" in globs
+
+    def allowed(head: Head) -> bool:
+        origins = head.all("origin")
+        if not origins or anyone:
+            return True
+        origin = origins[0].lower()
+        parts = _ORIGIN.fullmatch(origin)
+        if len(origins) > 1 or parts is None:
+            return False
+        if not globs:
+            scheme, authority = parts.groups()
+            return scheme in _DEFAULT_PORTS and _same_host(authority, head.all("host")[0].lower(), scheme)
+        return any(match(origin) for match in matches)
+
+    return allowed
+
+
+def _same_host(authority: str, host: str, scheme: str) -> bool:
+    """Whether both name one host and port; the scheme is the page's, since a proxy may have taken the TLS off."""
+    default = _DEFAULT_PORTS[scheme]
+    return authority.removesuffix(default) == host.removesuffix(default)
+
+
+def _items(head: Head, name: str) -> list[str]:
+    """The comma-separated items of a header, over all its lines; in lower case unless they are names of protocols."""
+    values = ",".join(head.all(name))
+    if not values:
+        return []
+    items = [item.strip(" \t") for item in values.split(",")]
+    return items if name == "sec-websocket-protocol" else [item.lower() for item in items]
+
+
+def _bad(reason: str) -> Refusal:
+    return Refusal(HTTPStatus.BAD_REQUEST, reason, "handshake")
+
+
+def _upgrade_required(reason: str) -> Refusal:
+    headers = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
+    return Refusal(HTTPStatus.UPGRADE_REQUIRED, reason, "handshake", headers)

@@ -1,0 +1,371 @@
+"""The client protocol's messages, and their JSON form.
+
+    client -> server   Command   {"id": 3, "publish": {"channel": "news", "data": {...}}}
+    server -> client   Reply     {"id": 3, "publish": {}}       answers the command of that id
+                                 {"id": 3, "error": {"code": 103, "message": "permission denied"}}
+                       Push      {"push": {"channel": "news", "pub": {"data": {...}, "offset": 7}}}
+                       ping      {}    answered by the empty command {}
+
+One WebSocket text message holds one or more of them, joined by a newline. Exactly one request field is set in a
+command, and exactly one result field, or `error`, in its reply. Zero values are left out, except for the few keys
+that the SDKs read without asking.
+
+What applications send each other (`data`, `conn_info`, `chan_info`) is embedded JSON. It passes through as it was
+written, number spelling and key order included; only raw line ends, which can stand nowhere but between tokens, are
+taken out, since a newline parts messages. `payload` is the one strict entrance for such text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from realtime.errors import BAD_REQUEST, ClientError, RealtimeError
+from realtime.records import ClientInfo, HistoryPage, Publication
+
+MAX_DEPTH = 128
+
+_UInt32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+# An offset is a uint64 on the wire; no stream counts past the signed half of it.
+_Offset = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+_Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class ProtocolError(RealtimeError):
+    """The peer sent something that is no message of this protocol: the connection is closed with 3501."""
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
+class StreamPosition(Struct, frozen=True):
+    offset: _Offset = 0
+    epoch: str = ""
+
+
+class SubscribeRequest(Struct, frozen=True):
+    channel: str = ""
+    token: str = ""
+    recover: bool = False
+    epoch: str = ""
+    offset: _Offset = 0
+    data: Raw | UnsetType = UNSET
+    positioned: bool = False
+    recoverable: bool = False
+    join_leave: bool = False
+    delta: str = ""
+    tf: Raw | UnsetType = UNSET
+    flag: _Int64 = 0
+    type: _Int32 = 0
+
+
+class ConnectRequest(Struct, frozen=True):
+    token: str = ""
+    data: Raw | UnsetType = UNSET
+    subs: dict[str, SubscribeRequest] | None = None
+    name: str = ""
+    version: str = ""
+    headers: dict[str, str] | None = None
+
+
+class UnsubscribeRequest(Struct, frozen=True):
+    channel: str = ""
+
+
+class PublishRequest(Struct, frozen=True):
+    channel: str = ""
+    data: Raw | UnsetType = UNSET
+    type: _Int32 = 0
+
+
+class PresenceRequest(Struct, frozen=True):
+    channel: str = ""
+
+
+class PresenceStatsRequest(Struct, frozen=True):
+    channel: str = ""
+
+
+class HistoryRequest(Struct, frozen=True):
+    channel: str = ""
+    limit: _Int32 = 0
+    since: StreamPosition | None = None
+    reverse: bool = False
+
+
+class SendRequest(Struct, frozen=True):
+    data: Raw | UnsetType = UNSET
+
+
+class RPCRequest(Struct, frozen=True):
+    data: Raw | UnsetType = UNSET
+    method: str = ""
+
+
+class RefreshRequest(Struct, frozen=True):
+    token: str = ""
+
+
+class SubRefreshRequest(Struct, frozen=True):
+    channel: str = ""
+    token: str = ""
+
+
+class Command(Struct, frozen=True):
+    """One command as it stood on the wire. `request` names the one field that is set."""
+
+    id: _UInt32 = 0
+    connect: ConnectRequest | None = None
+    subscribe: SubscribeRequest | None = None
+    unsubscribe: UnsubscribeRequest | None = None
+    publish: PublishRequest | None = None
+    presence: PresenceRequest | None = None
+    presence_stats: PresenceStatsRequest | None = None
+    history: HistoryRequest | None = None
+    ping: Raw | UnsetType = UNSET
+    send: SendRequest | None = None
+    rpc: RPCRequest | None = None
+    refresh: RefreshRequest | None = None
+    sub_refresh: SubRefreshRequest | None = None
+
+    def request(self) -> tuple[str, Any]:
+        """The name and the value of the one request field; ("", None) for the empty command, which is a pong.
+
+        Raises ProtocolError for none with an id, for more than one, and for the unused `ping`.
+        """
+        found = [(name, value) for name in _REQUESTS if (value := getattr(self, name)) is not None]
+        if self.ping is not UNSET or len(found) > 1 or (self.id and not found):
+            raise ProtocolError("a command has exactly one request")
+        return found[0] if found else ("", None)
+
+
+_REQUESTS = [name for name in Command.__struct_fields__ if name not in ("id", "ping")]
+_decode_command = msgspec.json.Decoder(Command).decode
+
+
+def commands(message: bytes) -> Iterator[Command]:
+    """The commands of one message, one after another, so that those before a bad one are acted on.
+
+    Raises ProtocolError at the first that can't be read. A single newline at the end is tolerated.
+    """
+    for line in message.removesuffix(b"\n").split(b"\n"):
+        try:
+            yield _decode_command(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise ProtocolError("not a command") from None
+
+
+# -- payloads ---------------------------------------------------------------------------------------------------------
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_LINE_ENDS = b"\r\n"
+
+
+def payload(text: Raw | UnsetType) -> bytes:
+    """The bytes of an embedded JSON value, fit to be stored and passed on; b"" when it is absent.
+
+    The decoder has checked that `text` is JSON. Raises ClientError 107 where that is not enough: deeper than
+    MAX_DEPTH (a reader elsewhere may recurse), or with half a surrogate pair, which is no Unicode text (RFC 8259 8.2).
+    """
+    if text is UNSET:
+        return b""
+    data = one_line(bytes(text))
+    # Counting brackets is cheap and settles nearly every case; only what is suspicious is looked at closely.
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+        raise ClientError(*BAD_REQUEST)
+    if b"\\u" in data and not _is_unicode(data):
+        raise ClientError(*BAD_REQUEST)
+    return data
+
+
+def one_line(text: bytes) -> bytes:
+    """JSON text without raw line ends. What the application encodes has none, but for the text in its `msgspec.Raw`."""
+    return text.translate(None, _LINE_ENDS) if b"\n" in text or b"\r" in text else text
+
+
+def value(data: bytes) -> Any:
+    """The decoded form of a `payload`, None for b"". Raises ClientError 107 for a number that no Python type holds."""
+    if not data:
+        return None
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.MsgspecError, RecursionError):
+        raise ClientError(*BAD_REQUEST) from None
+
+
+def _depth(data: bytes) -> int:
+    depth = deepest = 0
+    for byte in _STRING.sub(b"", data):
+        if byte in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif byte in b"]}":
+            depth -= 1
+    return deepest
+
+
+def _is_unicode(data: bytes) -> bool:
+    # Only the strings matter here; numbers may be longer than Python cares to convert.
+    try:
+        for string in _STRING.findall(data):
+            json.loads(string).encode()
+    except ValueError:
+        return False
+    return True
+
+
+# -- replies and pushes -----------------------------------------------------------------------------------------------
+
+
+class Error(Struct, frozen=True, omit_defaults=True):
+    code: int
+    message: str
+    temporary: bool = False
+
+
+class Info(Struct, frozen=True, omit_defaults=True):
+    user: str
+    client: str
+    conn_info: Raw | UnsetType = UNSET
+    chan_info: Raw | UnsetType = UNSET
+
+
+class Pub(Struct, frozen=True, omit_defaults=True):
+    data: Raw
+    info: Info | None = None
+    offset: int = 0
+    tags: dict[str, str] | None = None
+    epoch: str = ""
+
+
+class ConnectResult(Struct, frozen=True, omit_defaults=True):
+    client: str
+    version: str
+    expires: bool = False
+    ttl: int = 0
+    data: Raw | UnsetType = UNSET
+    ping: int = 0
+    pong: bool = False
+    time: int = 0
+
+
+class SubscribeResult(Struct, frozen=True, omit_defaults=True):
+    expires: bool = False
+    ttl: int = 0
+    recoverable: bool = False
+    epoch: str = ""
+    publications: list[Pub] | None = None
+    recovered: bool = False
+    offset: int = 0
+    positioned: bool = False
+    data: Raw | UnsetType = UNSET
+    was_recovering: bool = False
+
+
+class Empty(Struct, frozen=True):
+    """A result that has no field, and is there all the same."""
+
+
+class PresenceResult(Struct, frozen=True):
+    presence: dict[str, Info]
+
+
+class PresenceStatsResult(Struct, frozen=True):
+    num_clients: int
+    num_users: int
+
+
+class HistoryResult(Struct, frozen=True):
+    publications: list[Pub]
+    epoch: str
+    offset: int
+
+
+class RPCResult(Struct, frozen=True, omit_defaults=True):
+    data: Raw | UnsetType = UNSET
+
+
+class RefreshResult(Struct, frozen=True, omit_defaults=True):
+    client: str = ""
+    version: str = ""
+    expires: bool = False
+    ttl: int = 0
+
+
+class SubRefreshResult(Struct, frozen=True, omit_defaults=True):
+    expires: bool = False
+    ttl: int = 0
+
+
+EMPTY = Empty()
+PING = b"{}"
+
+encode = msgspec.json.Encoder().encode
+
+
+def reply(id: int, name: str, result: Struct) -> bytes:
+    """The reply to command `id`, whose request field was `name`."""
+    return b'{"id":%d,"%s":%b}' % (id, name.encode(), encode(result))
+
+
+def error_reply(id: int, error: ClientError) -> bytes:
+    """The reply that says why command `id` failed."""
+    return b'{"id":%d,"error":%b}' % (id, encode(Error(error.code, error.message, error.temporary)))
+
+
+def publication_push(channel: str, publication: Publication, epoch: str) -> bytes:
+    """A publication, on its way to every subscriber. `epoch` goes along with the first of a stream."""
+    first = epoch if publication.offset == 1 else ""
+    return b'{"push":{"channel":%b,"pub":%b}}' % (encode(channel), encode(pub(publication, first)))
+
+
+def join_push(channel: str, info_: ClientInfo) -> bytes:
+    """A client entered the channel."""
+    return b'{"push":{"channel":%b,"join":{"info":%b}}}' % (encode(channel), encode(info(info_)))
+
+
+def leave_push(channel: str, info_: ClientInfo) -> bytes:
+    """A client left the channel."""
+    return b'{"push":{"channel":%b,"leave":{"info":%b}}}' % (encode(channel), encode(info(info_)))
+
+
+def unsubscribe_push(channel: str, code: int, reason: str) -> bytes:
+    """The server ended a subscription; from code 2500 on the client subscribes again."""
+    return b'{"push":{"channel":%b,"unsubscribe":{"code":%d,"reason":%b}}}' % (encode(channel), code, encode(reason))
+
+
+def message_push(data: bytes) -> bytes:
+    """A message of the application to one client, outside any channel."""
+    return b'{"push":{"message":{"data":%b}}}' % data
+
+
+def info(client: ClientInfo) -> Info:
+    """A client, as other clients see it."""
+    return Info(client.user, client.client, embedded(client.conn_info), embedded(client.chan_info))
+
+
+def pub(publication: Publication, epoch: str = "") -> Pub:
+    """A publication, as a part of a push or of a result."""
+    return Pub(
+        Raw(publication.data),
+        info(publication.info) if publication.info else None,
+        publication.offset,
+        publication.tags,
+        epoch,
+    )
+
+
+def history_result(page: HistoryPage) -> HistoryResult:
+    """A page of history with the top of its stream."""
+    return HistoryResult([pub(one) for one in page.publications], page.position.epoch, page.position.offset)
+
+
+def embedded(data: bytes) -> Raw | UnsetType:
+    """JSON text to stand unchanged inside a message; b"" leaves its key out."""
+    return Raw(data) if data else UNSET

@@ -1,0 +1,96 @@
+"""What a channel's name means: its namespace's options, and who may do what in it.
+
+The rules are those of the Centrifuge client protocol: the text before the first boundary (after one leading private
+prefix) names the namespace; permissions are off until an option turns them on.
+"""
+
+from __future__ import annotations
+
+import re
+
+from realtime.errors import BAD_REQUEST, UNKNOWN_CHANNEL, ClientError
+from realtime.records import Retention
+from realtime.settings import Channel, ChannelOptions, retention
+
+# Names end up in logs, metrics of others and keys of stores: nothing that ends a line or hides.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class ResolvedChannel(ChannelOptions, frozen=True, kw_only=True):
+    """The options of one namespace, with what follows from them worked out once."""
+
+    retention: Retention
+    pattern: re.Pattern[str] | None = None
+
+    def allows(self, verb: str, user: str, subscribed: bool) -> bool:
+        """Whether the options let `user` ("" for anonymous) do `verb`: "publish", "presence" or "history"."""
+        granted = getattr(self, f"allow_{verb}_for_client") or (
+            subscribed and getattr(self, f"allow_{verb}_for_subscriber")
+        )
+        return bool(granted and (user or getattr(self, f"allow_{verb}_for_anonymous")))
+
+    def allows_subscribe(self, user: str) -> bool:
+        """Whether the options let `user` subscribe without a token."""
+        return self.allow_subscribe_for_client and bool(user or self.allow_subscribe_for_anonymous)
+
+
+class Rules:
+    """The channel rules of one configuration."""
+
+    def __init__(self, settings: Channel) -> None:
+        self._settings = settings
+        self._without_namespace = self._resolve(settings.without_namespace)
+        self._namespaces = {namespace.name: self._resolve(namespace) for namespace in settings.namespaces}
+
+    def _resolve(self, options: ChannelOptions) -> ResolvedChannel:
+        values = {name: getattr(options, name) for name in ChannelOptions.__struct_fields__}
+        return ResolvedChannel(
+            **values,
+            retention=retention(options, self._settings.history_meta_ttl),
+            pattern=re.compile(options.channel_regex) if options.channel_regex else None,
+        )
+
+    def options(self, channel: str) -> ResolvedChannel:
+        """The options that hold for `channel`. Raises ClientError 102 when its namespace is not configured."""
+        name = channel.removeprefix(self._settings.private_prefix) if self._settings.private_prefix else channel
+        namespace, boundary, _ = name.partition(self._settings.namespace_boundary)
+        if not boundary:
+            return self._without_namespace
+        try:
+            return self._namespaces[namespace]
+        except KeyError:
+            raise ClientError(*UNKNOWN_CHANNEL) from None
+
+    def checked(self, channel: str) -> ResolvedChannel:
+        """The options for a name that a client sent.
+
+        Raises ClientError: 107 for a name that is too long or does not fit, 102 for an unknown namespace.
+        """
+        if len(channel.encode()) > self._settings.max_length:
+            raise ClientError(*BAD_REQUEST)
+        options = self.options(channel)
+        if options.pattern is not None:
+            _, boundary, rest = channel.partition(self._settings.namespace_boundary)
+            fits = options.pattern.search(rest if boundary else channel) is not None
+        else:
+            fits = channel.isascii()
+        if not fits or _CONTROL.search(channel):
+            raise ClientError(*BAD_REQUEST)
+        return options
+
+    def is_private(self, channel: str) -> bool:
+        """Whether subscribing always needs a token."""
+        prefix = self._settings.private_prefix
+        return bool(prefix) and channel.startswith(prefix)
+
+    def limited_to(self, channel: str, options: ResolvedChannel) -> frozenset[str] | None:
+        """The users that a user-limited channel names, or None for a channel that is not limited.
+
+        An empty name is dropped: `chat#` admits nobody, least of all the anonymous.
+        """
+        boundary = self._settings.user_boundary
+        if not options.allow_user_limited_channels or not boundary or boundary not in channel:
+            return None
+        users = channel.rpartition(boundary)[2]
+        separator = self._settings.user_separator
+        return frozenset(filter(None, users.split(separator) if separator else [users]))

@@ -1,0 +1,287 @@
+"""The recent publications of each channel, and their numbering.
+
+A channel with history has a *stream*: the last publications, the offset of the newest (the top) and an epoch, as in
+sections 5.6 and 7.1 of the client protocol. `Streams` holds them all; `Receipts` holds the idempotency keys. Neither
+knows of subscribers. Time is an argument everywhere, in seconds of any clock that never goes back.
+
+Nothing has a timer of its own. What is over is seen to be over on access, and `sweep`, called now and then, frees what
+nobody asks for any more. To be found by the sweep costs a channel two list entries at most.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from heapq import heappop, heappush
+from string import ascii_letters
+from typing import Generic, TypeVar
+
+from realtime.errors import LIMIT_EXCEEDED, ClientError
+from realtime.records import ClientInfo, HistoryPage, Position, Publication, Retention
+
+IDEMPOTENCY_TTL = 300.0
+"""Seconds for which an idempotency key is remembered (client protocol, section 7.1)."""
+
+PAGE_BYTES = 12 * 1024 * 1024
+"""A page ends early once it holds this many bytes, so that it fits into one frame of the data plane. It always holds
+one publication, so a caller who pages on gets everything; a recovery that would be larger is not a recovery."""
+
+T = TypeVar("T")
+
+
+def make_epoch() -> str:
+    """A fresh epoch: 8 random letters, as upstream writes them."""
+    return "".join(random.choices(ascii_letters, k=8))
+
+
+def _weight(publication: Publication) -> int:
+    """About how many bytes a publication takes on the wire, tags left out."""
+    info = publication.info
+    size = len(publication.data) + 64
+    return size + len(info.conn_info) + len(info.chan_info) + 128 if info is not None else size
+
+
+class Stream:
+    """The stream of one channel.
+
+    The kept publications have successive offsets, the newest being `top`. They lie in `_kept[_head:]`: what is dropped
+    from the front is cleared at once and cut off now and then, which makes a publish constant in time and a page a
+    slice.
+    """
+
+    __slots__ = ("_expires", "_head", "_idle_until", "_kept", "channel", "epoch", "noted", "top")
+
+    def __init__(self, channel: str, epoch: str) -> None:
+        self.channel = channel
+        self.epoch = epoch
+        self.top = 0
+        self.noted = False  # whether the agenda of expiring contents holds this stream
+        self._kept: list[Publication | None] = []
+        self._head = 0
+        self._expires = 0.0
+        self._idle_until = 0.0
+
+    def __len__(self) -> int:
+        return len(self._kept) - self._head
+
+    @property
+    def position(self) -> Position:
+        return Position(self.top, self.epoch)
+
+    @property
+    def over(self) -> float:
+        """The time from which the stream may be forgotten as a whole: when idle for long enough, and empty."""
+        return max(self._idle_until, self._expires) if self else self._idle_until
+
+    @property
+    def expires(self) -> float:
+        """The time from which the kept publications, if any, are dropped."""
+        return self._expires
+
+    def touch(self, now: float, retention: Retention) -> None:
+        """Note an access, and drop the publications whose time is over."""
+        self.expire(now)
+        self._idle_until = now + retention.meta_ttl
+
+    def expire(self, now: float) -> None:
+        """Drop the publications if their time is over at `now`."""
+        if now >= self._expires and self._kept:
+            self.clear()
+
+    def clear(self) -> None:
+        """Drop the publications; the numbering goes on."""
+        self._kept = []
+        self._head = 0
+
+    def append(
+        self,
+        now: float,
+        data: bytes,
+        retention: Retention,
+        info: ClientInfo | None,
+        tags: dict[str, str] | None,
+    ) -> Publication:
+        """Number and keep one publication; drop the oldest beyond the size."""
+        self.top += 1
+        publication = Publication(data, self.top, info, tags)
+        kept = self._kept
+        kept.append(publication)
+        self._expires = now + retention.ttl
+        while len(kept) - self._head > retention.size:
+            kept[self._head] = None
+            self._head += 1
+        if self._head > len(kept) // 2:
+            del kept[: self._head]
+            self._head = 0
+        return publication
+
+    def page(self, since: Position | None, limit: int, reverse: bool) -> HistoryPage:
+        """A page of what is kept, and the position of the top.
+
+        since: exclusive; only its offset counts. Forwards, a page after one that is no longer kept starts at the
+        oldest; in reverse it is empty when the publication before `since` is not kept.
+        limit: 0 for the position alone, negative for all.
+        """
+        oldest = self.top - len(self) + 1
+        if reverse:
+            first = self.top if since is None else since.offset - 1
+            wanted: Iterable[int] = range(first, oldest - 1, -1) if first <= self.top else ()
+        else:
+            first = oldest if since is None else max(since.offset + 1, oldest)
+            wanted = range(first, self.top + 1)
+        return HistoryPage(self._collect(wanted, limit, self._head - oldest), self.position)
+
+    def _collect(self, offsets: Iterable[int], limit: int, shift: int) -> list[Publication]:
+        """The publications of these offsets, `limit` of them at most, and up to PAGE_BYTES.
+
+        shift: the difference between an offset and its index.
+        """
+        found: list[Publication] = []
+        room = PAGE_BYTES
+        for offset in offsets:
+            publication = self._kept[offset + shift]
+            if len(found) == limit or publication is None:
+                break
+            room -= _weight(publication)
+            if room < 0 and found:
+                break
+            found.append(publication)
+        return found
+
+
+class Agenda(Generic[T]):
+    """Things to look at again, each at its time, to the coarseness of `grain` seconds.
+
+    Adding is one list append however many wait; no thing is handed out before its time.
+    """
+
+    def __init__(self, grain: float) -> None:
+        self._grain = grain
+        self._buckets: dict[int, list[T]] = {}
+        self._order: list[int] = []
+
+    def add(self, when: float, thing: T) -> None:
+        number = int(when // self._grain) + 1
+        bucket = self._buckets.get(number)
+        if bucket is None:
+            bucket = self._buckets[number] = []
+            heappush(self._order, number)
+        bucket.append(thing)
+
+    def take(self, now: float, limit: int) -> list[T]:
+        """Up to `limit` things whose time has come. They are out of the agenda; add again what is to be seen again."""
+        due: list[T] = []
+        while self._order and self._order[0] * self._grain <= now and len(due) < limit:
+            bucket = self._buckets[self._order[0]]
+            room = limit - len(due)
+            due += bucket[-room:]
+            del bucket[-room:]
+            if not bucket:
+                del self._buckets[heappop(self._order)]
+        return due
+
+
+class Streams:
+    """The streams of all channels.
+
+    max_channels: the most streams held at a time.
+    """
+
+    def __init__(self, max_channels: int, epoch: Callable[[], str] = make_epoch) -> None:
+        self._max = max_channels
+        self._epoch = epoch
+        self._streams: dict[str, Stream] = {}
+        self._contents: Agenda[Stream] = Agenda(1.0)
+        self._idle: Agenda[Stream] = Agenda(60.0)
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self, now: float, channel: str, retention: Retention) -> Stream:
+        """The stream of a channel, made if there is none, and the access noted.
+
+        Raises ClientError 106 when it would be one stream too many.
+        """
+        stream = self._streams.get(channel)
+        if stream is not None and now < stream.over:
+            stream.touch(now, retention)
+            return stream
+        if stream is None and len(self._streams) >= self._max:
+            raise ClientError(*LIMIT_EXCEEDED)
+        stream = self._streams[channel] = Stream(channel, self._epoch())
+        stream.touch(now, retention)
+        self._idle.add(stream.over, stream)
+        return stream
+
+    def append(
+        self,
+        now: float,
+        channel: str,
+        data: bytes,
+        retention: Retention,
+        info: ClientInfo | None = None,
+        tags: dict[str, str] | None = None,
+    ) -> tuple[Publication, str]:
+        """Number and keep one publication; it and its epoch. Raises ClientError 106 as `open` does."""
+        stream = self.open(now, channel, retention)
+        publication = stream.append(now, data, retention, info, tags)
+        if not stream.noted:
+            stream.noted = True
+            self._contents.add(stream.expires, stream)
+        return publication, stream.epoch
+
+    def remove(self, channel: str) -> None:
+        """Drop the publications of a channel; offset and epoch go on."""
+        stream = self._streams.get(channel)
+        if stream is not None:
+            stream.clear()
+
+    def sweep(self, now: float, limit: int) -> None:
+        """Free publications and streams whose time is over. Looks at `limit` of each at most."""
+        for stream in self._contents.take(now, limit):
+            stream.expire(now)
+            stream.noted = bool(stream)
+            if stream:
+                self._contents.add(stream.expires, stream)
+        for stream in self._idle.take(now, limit):
+            if now < stream.over:
+                self._idle.add(stream.over, stream)
+            elif self._streams.get(stream.channel) is stream:
+                del self._streams[stream.channel]
+
+
+class Receipts:
+    """What publishing with an idempotency key returned, by channel and key, for IDEMPOTENCY_TTL.
+
+    limit: the most keys held at a time. To forget one early might publish twice, so a further one is refused.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._found: OrderedDict[tuple[str, str], tuple[float, Position]] = OrderedDict()  # the oldest first
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def recall(self, now: float, channel: str, key: str) -> Position | None:
+        """The position that was noted for this key. Raises ClientError 106 for a new key when there is no room."""
+        ends, position = self._found.get((channel, key), (now, None))
+        if ends > now:
+            return position
+        self.sweep(now, 2)
+        if len(self._found) >= self._limit:
+            raise ClientError(*LIMIT_EXCEEDED)
+        return None
+
+    def note(self, now: float, channel: str, key: str, position: Position) -> None:
+        self._found.pop((channel, key), None)
+        self._found[channel, key] = (now + IDEMPOTENCY_TTL, position)
+
+    def sweep(self, now: float, limit: int) -> None:
+        """Free keys whose time is over, `limit` at most."""
+        while limit and self._found:
+            if next(iter(self._found.values()))[0] > now:
+                return
+            self._found.popitem(last=False)
+            limit -= 1

@@ -1,0 +1,109 @@
+"""The engine inside a process: for one worker, and for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from realtime.pubsub.engine import Receiver
+from realtime.pubsub.exchange import Exchange
+from realtime.records import Census, ClientInfo, HistoryPage, Position, Publication, Retention
+from realtime.settings import EngineSettings
+
+
+class MemoryEngine:
+    """An `Engine` in this process, for one receiver.
+
+    No coroutine of it ever waits, and what it publishes has reached the receiver when `publish` returns.
+
+    clock: seconds of a clock that never goes back. Whoever builds the engine calls `sweep` every quarter of a second
+    or so; without it nothing goes wrong, only what is over keeps its memory until somebody asks for it.
+    """
+
+    def __init__(self, receiver: Receiver, settings: EngineSettings, clock: Callable[[], float]) -> None:
+        self._receiver = receiver
+        self._clock = clock
+        self._exchange: Exchange[Receiver] = Exchange(_Direct(), settings.max_channels)
+        self._exchange.attach(receiver)
+
+    def sweep(self) -> None:
+        """Free what is over; a few ms at most."""
+        self._exchange.sweep(self._clock())
+
+    async def publish(
+        self,
+        channel: str,
+        data: bytes,
+        *,
+        retention: Retention,
+        info: ClientInfo | None = None,
+        tags: dict[str, str] | None = None,
+        idempotency_key: str = "",
+    ) -> Position:
+        return self._exchange.publish(self._clock(), channel, data, retention, info, tags, idempotency_key)
+
+    async def subscribe(self, channel: str) -> None:
+        self._exchange.subscribe(self._receiver, channel)
+
+    def unsubscribe(self, channel: str) -> None:
+        self._exchange.unsubscribe(self._receiver, channel)
+
+    async def history(
+        self,
+        channel: str,
+        *,
+        retention: Retention,
+        since: Position | None = None,
+        limit: int = 0,
+        reverse: bool = False,
+    ) -> HistoryPage:
+        return self._exchange.history(self._clock(), channel, retention, since, limit, reverse)
+
+    async def remove_history(self, channel: str) -> None:
+        self._exchange.remove_history(channel)
+
+    async def enter(self, channel: str, info: ClientInfo, *, present: bool, announce: bool) -> None:
+        self._exchange.enter(self._receiver, channel, info, present=present, announce=announce)
+
+    async def leave(self, channel: str, client: str) -> None:
+        self._exchange.leave(self._receiver, channel, client)
+
+    async def presence(self, channel: str) -> dict[str, ClientInfo]:
+        return self._exchange.presence(channel)
+
+    async def presence_stats(self, channel: str) -> tuple[int, int]:
+        return self._exchange.presence_stats(channel)
+
+    def connected(self, info: ClientInfo) -> None:
+        self._exchange.connected(self._receiver, info)
+
+    def disconnected(self, client: str) -> None:
+        self._exchange.disconnected(self._receiver, client)
+
+    def tally(self, subscriptions: int) -> None:
+        self._exchange.tally(self._receiver, subscriptions)
+
+    async def census(self) -> Census:
+        return self._exchange.census()
+
+    async def instruct(self, order: bytes) -> None:
+        self._exchange.instruct(order)
+
+
+class _Direct:
+    """The way out of an exchange whose peers are receivers in this process."""
+
+    def published(self, peers: Collection[Receiver], channel: str, publication: Publication, epoch: str) -> None:
+        for peer in peers:
+            peer.published(channel, publication, epoch)
+
+    def joined(self, peers: Collection[Receiver], channel: str, info: ClientInfo) -> None:
+        for peer in peers:
+            peer.joined(channel, info)
+
+    def left(self, peers: Collection[Receiver], channel: str, info: ClientInfo) -> None:
+        for peer in peers:
+            peer.left(channel, info)
+
+    def instructed(self, peers: Collection[Receiver], order: bytes) -> None:
+        for peer in peers:
+            peer.instructed(order)

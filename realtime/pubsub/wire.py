@@ -1,0 +1,280 @@
+"""The data plane: what a worker and the broker say to each other, and its bytes.
+
+A stream between them is a row of frames in each direction: 4 bytes of length, big-endian, then a message of that many
+bytes. A message is a MessagePack array: the number of its kind, then its fields. The format is private to one version
+of this package; `VERSION` is in the first message of either side.
+
+    worker                                              broker
+    Hello, Restore ..., Tally                ------->
+                                             <-------   Welcome
+    a request (it has an `id`)               ------->
+                                             <-------   its answer (the same `id`), or Failed
+    Unsubscribe, Connected, Disconnected,    ------->
+    Tally, a request with id 0
+                                             <-------   Published, Joined, Left, Instructed
+
+Either side works off what it gets in order, and its answers keep that order: the answer to a request comes after all
+that was routed before it, and before all that is routed after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+from msgspec import Struct
+
+from realtime.errors import RealtimeError
+from realtime.records import Census, ClientInfo, HistoryPage, Position, Publication, Retention
+
+VERSION = 1
+
+FRAME_LIMIT = 16 * 1024 * 1024
+"""Bytes of the longest message."""
+
+_PREFIX = 4
+
+
+class BadFrame(RealtimeError):
+    """Bytes that are no frame of the data plane, or a message that is too long for one."""
+
+
+class Message(Struct, array_like=True, frozen=True, gc=False):
+    """Any message. Kinds have numbers: a new one gets a new number."""
+
+
+class Request(Message, frozen=True, gc=False):
+    """id: comes back in the answer; 0 if none is wanted."""
+
+    id: int
+
+
+class Hello(Message, tag=1, frozen=True, gc=False):
+    """The worker's first message. instance: what Welcome said on the stream before this one, "" if there was none."""
+
+    version: int
+    instance: str
+
+
+class Restore(Message, tag=2, frozen=True, gc=False):
+    """A part of what the worker holds, in one or more messages after Hello.
+
+    occupants: (channel, info, present, announce), the arguments of `Engine.enter`. clients: the connected ones.
+    """
+
+    channels: list[str]
+    occupants: list[tuple[str, ClientInfo, bool, bool]]
+    clients: list[ClientInfo]
+
+
+class Publish(Request, tag=3, frozen=True, gc=False):
+    channel: str
+    data: bytes
+    retention: Retention
+    info: ClientInfo | None
+    tags: dict[str, str] | None
+    idempotency_key: str
+
+
+class Subscribe(Request, tag=4, frozen=True, gc=False):
+    channel: str
+
+
+class Unsubscribe(Message, tag=5, frozen=True, gc=False):
+    channel: str
+
+
+class History(Request, tag=6, frozen=True, gc=False):
+    channel: str
+    retention: Retention
+    since: Position | None
+    limit: int
+    reverse: bool
+
+
+class RemoveHistory(Request, tag=7, frozen=True, gc=False):
+    channel: str
+
+
+class Enter(Request, tag=8, frozen=True, gc=False):
+    channel: str
+    info: ClientInfo
+    present: bool
+    announce: bool
+
+
+class Leave(Request, tag=9, frozen=True, gc=False):
+    channel: str
+    client: str
+
+
+class Presence(Request, tag=10, frozen=True, gc=False):
+    channel: str
+
+
+class PresenceStats(Request, tag=11, frozen=True, gc=False):
+    channel: str
+
+
+class Connected(Message, tag=12, frozen=True, gc=False):
+    info: ClientInfo
+
+
+class Disconnected(Message, tag=13, frozen=True, gc=False):
+    client: str
+
+
+class Tally(Message, tag=14, frozen=True, gc=False):
+    subscriptions: int
+
+
+class TakeCensus(Request, tag=15, frozen=True, gc=False):
+    pass
+
+
+class Instruct(Request, tag=16, frozen=True, gc=False):
+    order: bytes
+
+
+class Welcome(Message, tag=1, frozen=True, gc=False):
+    """The broker's answer to Hello. instance: names this run of the broker."""
+
+    version: int
+    instance: str
+
+
+class Published(Message, tag=2, frozen=True, gc=False):
+    channel: str
+    publication: Publication
+    epoch: str
+
+
+class Joined(Message, tag=3, frozen=True, gc=False):
+    channel: str
+    info: ClientInfo
+
+
+class Left(Message, tag=4, frozen=True, gc=False):
+    channel: str
+    info: ClientInfo
+
+
+class Instructed(Message, tag=5, frozen=True, gc=False):
+    order: bytes
+
+
+class Done(Message, tag=6, frozen=True, gc=False):
+    """The answer to a request that has no result."""
+
+    id: int
+    result: None = None
+
+
+class Placed(Message, tag=7, frozen=True, gc=False):
+    id: int
+    result: Position
+
+
+class Page(Message, tag=8, frozen=True, gc=False):
+    id: int
+    result: HistoryPage
+
+
+class Present(Message, tag=9, frozen=True, gc=False):
+    id: int
+    result: dict[str, ClientInfo]
+
+
+class Stats(Message, tag=10, frozen=True, gc=False):
+    id: int
+    result: tuple[int, int]
+
+
+class Counted(Message, tag=11, frozen=True, gc=False):
+    id: int
+    result: Census
+
+
+class Failed(Message, tag=12, frozen=True, gc=False):
+    """The request failed with `errors.ClientError` of these fields."""
+
+    id: int
+    code: int
+    message: str
+    temporary: bool
+
+
+Answer = Done | Placed | Page | Present | Stats | Counted
+ToBroker = (
+    Hello
+    | Restore
+    | Publish
+    | Subscribe
+    | Unsubscribe
+    | History
+    | RemoveHistory
+    | Enter
+    | Leave
+    | Presence
+    | PresenceStats
+    | Connected
+    | Disconnected
+    | Tally
+    | TakeCensus
+    | Instruct
+)
+ToWorker = Welcome | Published | Joined | Left | Instructed | Answer | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def pack(message: Message) -> bytes:
+    """The frame of a message. Raises BadFrame if it would be longer than FRAME_LIMIT."""
+    body = _encoder.encode(message)
+    if len(body) > FRAME_LIMIT:
+        raise BadFrame(f"a message of {len(body)} bytes is longer than {FRAME_LIMIT}")
+    return len(body).to_bytes(_PREFIX, "big") + body
+
+
+class Decoder:
+    """Bytes as they come, cut anywhere, to messages. Linear in the bytes, however they are cut.
+
+    kinds: `ToBroker` or `ToWorker`.
+    """
+
+    def __init__(self, kinds: object) -> None:
+        self._decode = msgspec.msgpack.Decoder(kinds).decode
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """The messages that are whole now. Walk the iterator to its end before feeding more.
+
+        Raises BadFrame for a length over FRAME_LIMIT, and for anything that is not a message of the right kind and
+        types; the decoder is of no more use then.
+        """
+        if self._rest:
+            self._rest += data
+            if len(self._rest) - _PREFIX < self._wanted(self._rest, 0):
+                return
+            data, self._rest = bytes(self._rest), bytearray()
+        at = 0
+        while (end := at + _PREFIX + self._wanted(data, at)) <= len(data):
+            yield self._message(data[at + _PREFIX : end])
+            at = end
+        self._rest += memoryview(data)[at:]
+
+    def _wanted(self, data: bytes | bytearray, at: int) -> int:
+        """The length that the frame at this place claims; FRAME_LIMIT if its prefix is not whole yet."""
+        if len(data) - at < _PREFIX:
+            return FRAME_LIMIT
+        length = int.from_bytes(data[at : at + _PREFIX], "big")
+        if length > FRAME_LIMIT:
+            raise BadFrame(f"a frame of {length} bytes is longer than {FRAME_LIMIT}")
+        return length
+
+    def _message(self, body: bytes) -> Message:
+        try:
+            return self._decode(body)
+        except (ValueError, RecursionError) as error:
+            # msgspec's own errors and UnicodeDecodeError are ValueErrors.
+            raise BadFrame(f"not a message: {error}") from error

@@ -1,0 +1,119 @@
+"""The records that pass between rooms: who a client is, what was published, and where in a channel's history.
+
+They are msgspec Structs. Those written to the data plane are arrays: a field is only ever added at the end, with a
+default. Payloads there are `bytes` that are never parsed on the way: JSON text as the publisher sent it, byte for byte.
+The last three pass between the session and the application's handlers; their `data` and `info` are plain Python values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct, field
+
+
+class ClientInfo(Struct, frozen=True, array_like=True, gc=False):
+    """Who a connection is, as others see it: in presence, joins, leaves and on its publications.
+
+    user: the application's user id, "" for an anonymous connection. client: the id of this connection.
+    conn_info, chan_info: JSON text, or b"" for none; from the connection's and the subscription's credentials.
+    """
+
+    user: str
+    client: str
+    conn_info: bytes = b""
+    chan_info: bytes = b""
+
+
+class Position(Struct, frozen=True, array_like=True, gc=False):
+    """A place in a channel's history. offset: the number of the last publication, 0 before the first.
+
+    epoch: changes whenever the numbering starts again, so offsets of different epochs can't be compared. A
+    publication without history has the position (0, "").
+    """
+
+    offset: int = 0
+    epoch: str = ""
+
+
+class Publication(Struct, frozen=True, array_like=True):
+    """One published message. offset: its number in the channel's history, 0 when the channel keeps none."""
+
+    data: bytes
+    offset: int = 0
+    info: ClientInfo | None = None
+    tags: dict[str, str] | None = None
+
+
+class HistoryPage(Struct, frozen=True, array_like=True):
+    """What a history query returned, with the top of the stream at that moment."""
+
+    publications: list[Publication]
+    position: Position
+
+
+class Retention(Struct, frozen=True, array_like=True, gc=False):
+    """How much history a channel keeps.
+
+    size: publications. ttl: seconds after the latest publication until all are dropped. meta_ttl: seconds after the
+    last access until offset and epoch are forgotten too. A channel keeps history when size and ttl are both positive.
+    """
+
+    size: int = 0
+    ttl: float = 0.0
+    meta_ttl: float = 2_592_000.0
+
+    @property
+    def kept(self) -> bool:
+        """Whether publications are numbered and kept at all."""
+        return self.size > 0 and self.ttl > 0
+
+
+class Census(Struct, frozen=True, array_like=True, gc=False):
+    """How many clients, distinct users, channels with a subscriber, and subscriptions there are, over all workers."""
+
+    clients: int = 0
+    users: int = 0
+    channels: int = 0
+    subscriptions: int = 0
+
+
+class ConnectRequest(Struct, frozen=True, kw_only=True):
+    """A client that asks to be let in, as `App.on_connecting` sees it. Everything here is the client's own word.
+
+    token: the connection token, "" for none; not yet verified. data: what the client sent along, decoded; None when
+    absent. headers: of the handshake, names in lower case. query: of the handshake's URL. remote_address: the peer's.
+    name, version: of the SDK or the application, as the client says.
+    """
+
+    token: str = ""
+    data: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    query: dict[str, str] = field(default_factory=dict)
+    remote_address: str = ""
+    name: str = ""
+    version: str = ""
+
+
+class Credentials(Struct, frozen=True):
+    """Who a connection is from now on: the answer of `App.on_connecting`.
+
+    user: the application's user id, "" for an anonymous connection. info: shown to others in presence, joins and
+    publications. data: goes back to the client in the connect reply. expire_at: Unix time in seconds at which the
+    connection expires; None for never.
+    """
+
+    user: str = ""
+    info: Any = None
+    data: Any = None
+    expire_at: int | None = None
+
+
+class Grant(Struct, frozen=True):
+    """Leave to subscribe, with extras: the answer of `App.on_subscribe`.
+
+    data: goes back to the client in the subscribe reply. info: shown to others in this channel.
+    """
+
+    data: Any = None
+    info: Any = None

@@ -1,0 +1,276 @@
+"""The broker: the process that is the embedded engine. `python -m realtime.server.broker`, started by the supervisor.
+
+It holds the exchange, and a link to each worker. It has no user code and no clients, so it goes on when a worker
+dies. What a worker has to do with it, see `realtime.server.broker_engine`; what they say, `realtime.pubsub.wire`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
+from realtime.metrics import Metrics
+from realtime.pubsub import wire
+from realtime.pubsub.exchange import Exchange
+from realtime.pubsub.history import make_epoch
+from realtime.records import ClientInfo, Publication
+from realtime.server import child
+from realtime.server.link import PEER_ENDED, Link, adopt
+from realtime.settings import EngineSettings
+
+SWEEP_INTERVAL = 0.25
+"""Seconds between two looks for what is over."""
+
+_log = Logger()
+
+
+class Broker:
+    """The exchange behind links.
+
+    reactor: twisted's, with monotonic `seconds`.
+    """
+
+    def __init__(self, settings: EngineSettings, metrics: Metrics, reactor: Any) -> None:
+        self.instance = make_epoch()
+        self._settings = settings
+        self._reactor = reactor
+        self._peers: dict[int, _Peer] = {}
+        self._deserted: Deferred[None] | None = None  # while we drain
+        self.exchange: Exchange[Link] = Exchange(_Links(metrics), settings.max_channels)
+        metrics.gauge("realtime_broker_channels", "Channels with a subscriber.", lambda: self.exchange.channels)
+        metrics.gauge("realtime_broker_streams", "Channels with a history.", lambda: self.exchange.streams)
+        metrics.gauge("realtime_broker_backlog_bytes", "Bytes that wait for workers.", self._backlog)
+        self.publications = metrics.counter("realtime_broker_publications", "Publications taken from workers.")
+        self.requests = metrics.counter("realtime_broker_requests", "Requests worked off.")
+        self.cuts = metrics.counter("realtime_broker_cut_links", "Streams to workers that were cut, for any reason.")
+
+    def start(self) -> None:
+        """Begin to free what is over, now and then."""
+        sweeping = LoopingCall(self._sweep)
+        sweeping.clock = self._reactor
+        sweeping.start(SWEEP_INTERVAL, now=False).addErrback(
+            lambda failure: _log.failure("histories are not swept any more", failure)
+        )
+
+    async def drain(self, timeout: float) -> None:
+        """Wait until every worker has left. The supervisor ends them before it ends us, but a signal to the whole
+        process group reaches all at once, and they still have clients to tell and handlers that publish."""
+        self._deserted = Deferred()
+        if self._peers:
+            await self._deserted
+
+    def attach(self, slot: int, fd: int) -> None:
+        """Speak with the worker of this slot over `fd`, which is owned from now on. What was there before is gone."""
+        before = self._peers.pop(slot, None)
+        if before is not None:
+            before.replaced()
+        self._peers[slot] = peer = _Peer(self)
+        link = Link(self._reactor, wire.ToBroker, self._settings.queue_max_size, peer.receive, self._ended)
+        peer.begin(link)
+        adopt(self._reactor, fd, link)
+
+    def now(self) -> float:
+        return self._reactor.seconds()
+
+    def _ended(self, link: Link, reason: str) -> None:
+        """A worker is gone, or its link was cut: its clients leave."""
+        if reason != PEER_ENDED:
+            self.cuts.value += 1
+        self.exchange.detach(link)
+        for slot, peer in self._peers.items():
+            if peer.link is link:
+                _log.info("the stream to worker {slot} ended: {reason}", slot=slot, reason=reason)
+                del self._peers[slot]
+                break
+        if not self._peers and self._deserted is not None and not self._deserted.called:
+            self._deserted.callback(None)
+
+    def _sweep(self) -> None:
+        self.exchange.sweep(self.now())
+
+    def _backlog(self) -> int:
+        return sum(peer.link.backlog for peer in self._peers.values())
+
+
+class _Links:
+    """The way out of the exchange: one frame, shared by all links it goes to."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._routed = metrics.counter("realtime_broker_routed", "Publications handed to workers, once for each.")
+
+    def published(self, peers: Collection[Link], channel: str, publication: Publication, epoch: str) -> None:
+        self._routed.value += len(peers)
+        _send(peers, wire.Published(channel, publication, epoch))
+
+    def joined(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
+        _send(peers, wire.Joined(channel, info))
+
+    def left(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
+        _send(peers, wire.Left(channel, info))
+
+    def instructed(self, peers: Collection[Link], order: bytes) -> None:
+        _send(peers, wire.Instructed(order))
+
+
+def _send(peers: Collection[Link], message: wire.Message) -> None:
+    frame = wire.pack(message)
+    for peer in peers:
+        peer.send(frame)
+
+
+class _Peer:
+    """One worker, for as long as one stream to it lasts: works its messages off."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.link: Link
+        self._broker = broker
+        self._exchange = broker.exchange
+        self._returning = False
+        self._act: dict[type, Callable[[Any], wire.Answer | None]] = {wire.Hello: self._hello}
+
+    def begin(self, link: Link) -> None:
+        self.link = link
+        self._exchange.attach(link)
+
+    def replaced(self) -> None:
+        """Another stream to the same slot came: what this one held goes now, not when its end is noticed."""
+        self.link.cut("another stream took its place")
+        self._exchange.detach(self.link)
+
+    def receive(self, message: Any) -> None:
+        """Work one message off. Raises BadFrame for one that is out of place, and only then."""
+        act = self._act.get(type(message))
+        if act is None:
+            raise wire.BadFrame(f"{type(message).__name__} is out of place")
+        if not isinstance(message, wire.Request):
+            act(message)
+            return
+        self._broker.requests.value += 1
+        answer = self._answer(act, message)
+        if message.id:
+            self.link.send(answer)
+
+    def _answer(self, act: Callable[[Any], wire.Answer | None], request: wire.Request) -> bytes:
+        try:
+            return wire.pack(act(request) or wire.Done(request.id))
+        except ClientError as error:
+            return wire.pack(wire.Failed(request.id, error.code, error.message, error.temporary))
+        except wire.BadFrame:
+            return wire.pack(wire.Failed(request.id, *LIMIT_EXCEEDED))
+        except Exception:
+            _log.failure("a request of kind {kind} failed", kind=type(request).__name__)
+            return wire.pack(wire.Failed(request.id, *INTERNAL_ERROR))
+
+    # Before and after the greeting
+
+    def _hello(self, message: wire.Hello) -> None:
+        if message.version != wire.VERSION:
+            raise wire.BadFrame(f"the worker speaks version {message.version}, this broker {wire.VERSION}")
+        # Its clients left when its last stream to this same broker ended, so now they come back. Another broker's
+        # subscribers were never told that anybody left.
+        self._returning = message.instance == self._broker.instance
+        self._act = {
+            wire.Restore: self._restore,
+            wire.Publish: self._publish,
+            wire.Subscribe: self._subscribe,
+            wire.Unsubscribe: self._unsubscribe,
+            wire.History: self._history,
+            wire.RemoveHistory: self._remove_history,
+            wire.Enter: self._enter,
+            wire.Leave: self._leave,
+            wire.Presence: self._presence,
+            wire.PresenceStats: self._presence_stats,
+            wire.Connected: self._connected,
+            wire.Disconnected: self._disconnected,
+            wire.Tally: self._tally,
+            wire.TakeCensus: self._census,
+            wire.Instruct: self._instruct,
+        }
+        self.link.send(wire.pack(wire.Welcome(wire.VERSION, self._broker.instance)))
+
+    def _restore(self, message: wire.Restore) -> None:
+        for channel in message.channels:
+            self._exchange.subscribe(self.link, channel, again=True)
+        for channel, info, present, announce in message.occupants:
+            self._exchange.enter(
+                self.link, channel, info, present=present, announce=announce, again=True, quiet=not self._returning
+            )
+        for info in message.clients:
+            self._exchange.connected(self.link, info)
+
+    # Requests, and what needs no answer
+
+    def _publish(self, request: wire.Publish) -> wire.Answer:
+        self._broker.publications.value += 1
+        position = self._exchange.publish(
+            self._broker.now(),
+            request.channel,
+            request.data,
+            request.retention,
+            request.info,
+            request.tags,
+            request.idempotency_key,
+        )
+        return wire.Placed(request.id, position)
+
+    def _subscribe(self, request: wire.Subscribe) -> None:
+        self._exchange.subscribe(self.link, request.channel)
+
+    def _unsubscribe(self, message: wire.Unsubscribe) -> None:
+        self._exchange.unsubscribe(self.link, message.channel)
+
+    def _history(self, request: wire.History) -> wire.Answer:
+        page = self._exchange.history(
+            self._broker.now(), request.channel, request.retention, request.since, request.limit, request.reverse
+        )
+        return wire.Page(request.id, page)
+
+    def _remove_history(self, request: wire.RemoveHistory) -> None:
+        self._exchange.remove_history(request.channel)
+
+    def _enter(self, request: wire.Enter) -> None:
+        self._exchange.enter(
+            self.link, request.channel, request.info, present=request.present, announce=request.announce
+        )
+
+    def _leave(self, request: wire.Leave) -> None:
+        self._exchange.leave(self.link, request.channel, request.client)
+
+    def _presence(self, request: wire.Presence) -> wire.Answer:
+        return wire.Present(request.id, self._exchange.presence(request.channel))
+
+    def _presence_stats(self, request: wire.PresenceStats) -> wire.Answer:
+        return wire.Stats(request.id, self._exchange.presence_stats(request.channel))
+
+    def _connected(self, message: wire.Connected) -> None:
+        self._exchange.connected(self.link, message.info)
+
+    def _disconnected(self, message: wire.Disconnected) -> None:
+        self._exchange.disconnected(self.link, message.client)
+
+    def _tally(self, message: wire.Tally) -> None:
+        self._exchange.tally(self.link, message.subscriptions)
+
+    def _census(self, request: wire.TakeCensus) -> wire.Answer:
+        return wire.Counted(request.id, self._exchange.census())
+
+    def _instruct(self, request: wire.Instruct) -> None:
+        self._exchange.instruct(request.order)
+
+
+async def start(process: child.Child) -> None:
+    """Be the broker of this process's supervisor."""
+    broker = Broker(process.settings.engine, process.metrics, process.reactor)
+    broker.start()
+    process.on_link = broker.attach
+    process.on_drain = broker.drain
+
+
+if __name__ == "__main__":
+    sys.exit(child.main(sys.argv[1:], start))

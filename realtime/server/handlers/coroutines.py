@@ -1,0 +1,189 @@
+"""Coroutines on the loop: they may await Deferreds and asyncio's awaitables alike.
+
+Two ways to drive one. `run` is for our own: it starts at once, on the caller's stack, and makes no task, so a coroutine
+that never waits costs little more than a call. `bridged` is for the application's: inside an asyncio Task, where
+`asyncio.timeout`, `current_task` and libraries built on them work, it lets a coroutine await Deferreds too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from contextvars import copy_context
+from functools import partial
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+# Called once with (result, None) or (None, error); must not raise.
+Done = Callable[[Any, BaseException | None], None]
+
+
+class Steps(Protocol):
+    """As much of a coroutine as it takes to drive it."""
+
+    def send(self, value: Any, /) -> Any: ...
+    def throw(self, error: BaseException, /) -> Any: ...
+
+
+def run(coroutine: Coroutine[Any, Any, Any], done: Done) -> Running | None:
+    """Start `coroutine` now, in a copy of the caller's context, and call `done` when it has finished.
+
+    A coroutine that finishes without waiting has called `done` before this returns, which then returns None. Else it
+    goes on when what it awaits is there, and the `Running` that is returned can cancel it. Loop thread only.
+    """
+    running = Running(coroutine, done)
+    return running if running._advance() else None
+
+
+class Running:
+    """A coroutine between two steps."""
+
+    __slots__ = ("_awaited", "_cancelled", "_context", "_coroutine", "_done")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], done: Done) -> None:
+        self._coroutine = coroutine
+        self._done = done
+        self._context = copy_context()
+        self._awaited: Any = None
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Have what the coroutine awaits raise CancelledError in it (asyncio's or Twisted's). Harmless at the end."""
+        awaited = self._awaited
+        if awaited is None:
+            self._cancelled = True
+        else:
+            awaited.cancel()
+
+    def _advance(self, error: BaseException | None = None) -> bool:
+        """Go on until the coroutine waits (True) or has finished (False)."""
+        self._awaited = None
+        result: Any = None
+        try:
+            if error is None:
+                awaited = self._context.run(self._coroutine.send, None)
+            else:
+                awaited = self._context.run(self._coroutine.throw, error)
+        except StopIteration as stop:
+            result, error = stop.value, None
+        except BaseException as raised:
+            error = raised
+        else:
+            return self._wait(awaited)
+        # Out of the `except` blocks, so that what `done` raises is not chained to it.
+        self._done(result, error)
+        return False
+
+    def _wait(self, awaited: Any) -> bool:
+        if isinstance(awaited, Deferred):
+            self._awaited = awaited
+            awaited.addBoth(self._fired)
+        elif getattr(awaited, "_asyncio_future_blocking", False):
+            # How an asyncio Future says that it was awaited (asyncio.Future, "Duck typing Futures").
+            awaited._asyncio_future_blocking = False
+            self._awaited = awaited
+            awaited.add_done_callback(self._woken)
+        elif awaited is None:  # asyncio.sleep(0): let others go first
+            asyncio.get_running_loop().call_soon(self._woken)
+        else:
+            return self._advance(TypeError(f"a coroutine can't await {awaited!r} here"))
+        if self._cancelled and self._awaited is not None:
+            self._cancelled = False
+            awaited.cancel()
+        return True
+
+    def _fired(self, result: object) -> None:
+        # The Deferred gives its result to the `await` that is waiting in it. A failure it could not raise there before
+        # it has run all its callbacks, of which this is one.
+        self._advance(result.value if isinstance(result, Failure) else None)
+
+    def _woken(self, _: object = None) -> None:
+        cancelled, self._cancelled = self._cancelled, False
+        self._advance(asyncio.CancelledError() if cancelled else None)
+
+
+def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    """Give a future the outcome of a coroutine, unless it has one or was cancelled."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    elif isinstance(error, asyncio.CancelledError):
+        future.cancel()
+    else:
+        future.set_exception(error)
+
+
+def started(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+    """Start `coroutine` now and return the future of its result; cancelling the future cancels the coroutine."""
+    future = asyncio.get_running_loop().create_future()
+    running = run(coroutine, partial(settle, future))
+    if running is not None:
+        future.add_done_callback(lambda future: running.cancel() if future.cancelled() else None)
+    return future
+
+
+async def together(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Start all now, in order, and return their results in that order. Raises the first error when all have ended."""
+    results: list[Any] = [None] * len(coroutines)
+    errors: list[BaseException] = []
+    left = len(coroutines)
+    ended: Deferred[None] = Deferred()
+
+    def done(number: int, result: Any, error: BaseException | None) -> None:
+        nonlocal left
+        left -= 1
+        results[number] = result
+        if error is not None:
+            errors.append(error)
+        if left == 0:
+            ended.callback(None)
+
+    for number, coroutine in enumerate(coroutines):
+        run(coroutine, partial(done, number))
+    if left:
+        await ended
+    if errors:
+        raise errors[0]
+    return results
+
+
+@types.coroutine
+def bridged(coroutine: Steps) -> Generator[Any, Any, Any]:
+    """Await `coroutine` inside an asyncio Task, and have it get the results of the Deferreds that it awaits."""
+    error: BaseException | None = None
+    while True:
+        try:
+            awaited = coroutine.send(None) if error is None else coroutine.throw(error)
+        except StopIteration as stop:
+            return stop.value
+        error = None
+        try:
+            if isinstance(awaited, Deferred):
+                yield from _until_fired(awaited)
+            else:
+                yield awaited
+        except BaseException as raised:
+            error = raised
+
+
+def _until_fired(deferred: Deferred[Any]) -> Generator[Any, Any, None]:
+    """Wait for a Deferred without taking its result; cancel it when the task is cancelled."""
+    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def fired(result: Any) -> Any:
+        if not waiter.done():
+            waiter.set_result(None)
+        elif isinstance(result, Failure):
+            return None  # the failure of a cancelled wait, which nobody is left to hear
+        return result
+
+    deferred.addBoth(fired)
+    try:
+        yield from waiter
+    except asyncio.CancelledError:
+        deferred.cancel()
+        raise

@@ -1,0 +1,71 @@
+"""What a worker and the processes of its handlers say to one another: pickles, each after its length.
+
+The length has 4 bytes, big-endian. Both ends run the same code as the same user.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+# Bytes of a reply, pickled; that of a handler which answers with more is a Failed.
+MAX_REPLY = 1_048_576
+HEAD = struct.Struct("!I")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Call the handler of this name."""
+
+    handler: str
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The application is loaded. pid: of this process."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The handler's answer, as `realtime.server.handlers.answers` makes it."""
+
+    answer: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The handler raised ClientError."""
+
+    code: int
+    message: str
+    temporary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The handler raised Disconnect."""
+
+    code: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The handler made a mistake, or the application could not be loaded. place: file and line. text: a traceback."""
+
+    place: tuple[str, int]
+    text: str
+
+
+Reply = Ready | Returned | Refused | Disconnected | Failed
+
+
+def packed(message: object) -> bytes:
+    """A message with its length. Raises whatever pickle does for what it can't carry."""
+    content = pickle.dumps(message)
+    return HEAD.pack(len(content)) + content

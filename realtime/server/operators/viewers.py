@@ -1,0 +1,120 @@
+"""Who watches the live figures: WebSockets on the operators' port.
+
+The port has the same strict front as the clients' one. A viewer is sent the past once and then every new snapshot;
+what it says means nothing. One that does not keep up is dropped by the outbox's limit, like a slow client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+from twisted.web.http import FORBIDDEN
+from twisted.web.server import Site
+
+from realtime import settings
+from realtime.errors import SHUTDOWN
+from realtime.metrics import Metrics
+from realtime.protocol.deadlines import RESOLUTION, Deadlines
+from realtime.protocol.frames import text_frame
+from realtime.protocol.head import UNCOUNTED, Head, Refusal
+from realtime.protocol.session import Request
+from realtime.server.front import FrontFactory
+from realtime.server.operators.live import Live
+from realtime.server.websocket import WebSocketConnection, WebSocketFactory
+
+PATH = "/live"
+MOST_VIEWERS = 20
+# Bytes that a viewer may say at once, and bytes that may wait for it.
+_MAX_MESSAGE = 1024
+_MAX_WAITING = 4 << 20
+
+_log = Logger()
+
+
+class Viewers:
+    """Everybody who watches. front: the factory for the operators' port."""
+
+    def __init__(self, reactor: Any, live: Live, site: Site, is_own: Callable[[str], bool]) -> None:
+        """site: serves everything but the WebSocket. is_own: whether a Host header names this port."""
+        self._reactor = reactor
+        self._live = live
+        self._all: set[_Viewer] = set()
+        self._deadlines = Deadlines(reactor.seconds())
+        # The operators' own connections are no clients: they don't show in the metrics.
+        metrics = Metrics()
+        websocket = _Factory(
+            self._open,
+            settings.WebSocket(message_size_limit=_MAX_MESSAGE),
+            settings.Client(connection_limit=MOST_VIEWERS, queue_max_size=_MAX_WAITING),
+            self._deadlines,
+            metrics,
+            reactor,
+        )
+        websocket.is_own = is_own
+        self.front = FrontFactory(settings.HTTPServer(), PATH, websocket, site, self._deadlines, metrics)
+        self._timer = LoopingCall(self._sweep)
+        self._timer.clock = reactor
+        live.added.append(self._tell)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def start(self) -> None:
+        """Mind the deadlines."""
+        self._timer.start(RESOLUTION, now=False).addErrback(
+            lambda failure: _log.failure("deadlines of viewers are not minded", failure)
+        )
+
+    def close(self) -> None:
+        """Send everybody away."""
+        if self._timer.running:
+            self._timer.stop()
+        for viewer in list(self._all):
+            viewer.connection.close(*SHUTDOWN)
+
+    def _open(self, connection: WebSocketConnection, request: Request) -> _Viewer:
+        viewer = _Viewer(connection, self._all.discard)
+        self._all.add(viewer)
+        connection.send(b'{"past":' + self._live.past() + b',"snapshot":' + self._live.json + b"}")
+        return viewer
+
+    def _tell(self, snapshot: bytes) -> None:
+        if self._all:
+            frame = text_frame(b'{"snapshot":' + snapshot + b"}")
+            for viewer in list(self._all):
+                viewer.connection.deliver(frame)
+
+    def _sweep(self) -> None:
+        try:
+            self._deadlines.sweep(self._reactor.seconds())
+        except Exception:
+            _log.failure("a deadline of a viewer failed")
+
+
+class _Viewer:
+    """A connection that is told everything and asked nothing."""
+
+    def __init__(self, connection: WebSocketConnection, gone: Callable[[_Viewer], None]) -> None:
+        self.connection = connection
+        self._gone = gone
+
+    def receive(self, payload: bytes) -> None:
+        """Nothing that a viewer could say has a meaning."""
+
+    def closed(self) -> None:
+        self._gone(self)
+
+
+class _Factory(WebSocketFactory):
+    """Lets in pages of this very port. is_own: see `Viewers`."""
+
+    is_own: Callable[[str], bool]
+
+    def judge(self, head: Head) -> Refusal | None:
+        """A name that is not ours stops DNS rebinding, which the origin alone does not."""
+        if not all(map(self.is_own, head.all("host") or [""])):
+            return Refusal(FORBIDDEN, "unknown Host: use localhost, or the address that is bound", UNCOUNTED)
+        return super().judge(head)

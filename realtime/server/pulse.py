@@ -1,0 +1,212 @@
+"""The pulse of a process's loop: what it writes to its vitals page, so that the supervisor sees how the loop turns.
+
+each turn    Turns, which is the loop's selector, notes when the loop begins to work and when it idles
+each beat    Pulse, a timer, writes the reading: how late the timer was, what the turns were like, what is held
+each call    Marks names the handler that runs
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import selectors
+import time
+from collections.abc import Callable, Sized
+from contextlib import suppress
+from typing import Protocol
+
+import psutil
+
+from realtime.settings import Loop
+from realtime.supervision.vitals import Page, State, Vitals
+
+# Seconds over which the utilisation is smoothed.
+_SMOOTHING = 1.0
+# Nanoseconds of a turn whose exact length is kept. Less than any sensible `loop.lagging`.
+_LONG = 10_000_000
+# Seconds between two looks at our own memory, which cost about 20 microseconds each.
+_RSS_INTERVAL = 1.0
+
+
+# A handler, and the channel or method that it is called for, in UTF-8.
+Names = tuple[bytes, bytes]
+
+
+class Call(Protocol):
+    """A call that was scheduled."""
+
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """What the pulse needs of a reactor. seconds: CLOCK_MONOTONIC's."""
+
+    def seconds(self) -> float: ...
+    def callLater(self, delay: float, f: Callable[[], None]) -> Call: ...
+
+
+class LoopClock:
+    """The timers of the asyncio loop itself: a beat costs half of what it does by way of Twisted's."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.seconds = time.monotonic
+        self.callLater = loop.call_later
+
+
+class Turns(selectors.DefaultSelector):
+    """The selector of an asyncio loop, which measures that loop.
+
+    A loop is either inside `select` or at work, so this is the one place that sees every turn, and a turn that does not
+    end too: the page says since when. idle: nanoseconds spent waiting, together. turns, callbacks: see `Vitals`. ready:
+    the loop's own queue, set when there is a loop.
+    """
+
+    def __init__(self, page: Page, now: Callable[[], int] = time.monotonic_ns) -> None:
+        super().__init__()
+        self.idle = 0
+        self.turns = 0
+        self.callbacks = 0
+        self.ready: Sized = ()
+        self._page = page
+        self._now = now
+        self._since = now()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """As any selector's. About a microsecond more."""
+        if timeout is not None and timeout <= 0:  # the loop has work and only looks for more
+            events = super().select(timeout)
+            now = self._now()
+            if now - self._since > _LONG:
+                self._page.note_block(self._since, now)
+        else:
+            worked = self._now()
+            if worked - self._since > _LONG:
+                self._page.note_block(self._since, worked)
+            self._page.be_busy(0)
+            events = super().select(timeout)
+            now = self._now()
+            self.idle += now - worked
+        self._since = now
+        self._page.be_busy(now)
+        self.turns += 1
+        self.callbacks += len(events) + len(self.ready)
+        return events
+
+
+class Marks:
+    """Says on the page which handler runs on the loop. A handler may run inside another; the inner one counts."""
+
+    def __init__(self, page: Page) -> None:
+        self._page = page
+        self._now: Names | None = None
+
+    def enter(self, names: Names) -> Names | None:
+        """A handler, or its next step, begins. Give what is returned to `leave`."""
+        outer, self._now = self._now, names
+        self._page.mark(*names)
+        return outer
+
+    def leave(self, outer: Names | None) -> None:
+        """It has returned, or waits."""
+        self._now = outer
+        if outer is None:
+            self._page.unmark()
+        else:
+            self._page.mark(*outer)
+
+
+class Pulse:
+    """Writes the page every `loop.interval` seconds while it runs.
+
+    `connections` and the other callables are asked at each beat; whoever counts those things puts its own there. They
+    must be quick and must not raise.
+    """
+
+    def __init__(self, page: Page, clock: Clock, loop: Loop, turns: Turns | None = None) -> None:
+        """turns: the loop's selector."""
+        self.connections: Callable[[], int] = _none
+        self.subscriptions: Callable[[], int] = _none
+        self.queued_bytes: Callable[[], int] = _none
+        self.threads_busy: Callable[[], int] = _none
+        self.threads_waiting: Callable[[], int] = _none
+        self.on_beat: Callable[[Vitals], None] = _ignore  # is handed each beat's reading
+        self.state = State.STARTING
+        self.lag = 0.0  # seconds, of the last beat
+        self.utilisation = 0.0  # see `Vitals`
+        self.rss = 0  # bytes, at most about a second old
+        self._page = page
+        self._clock = clock
+        self._interval = loop.interval
+        self._turns = turns
+        self._idle = 0
+        self._measured = 0.0
+        self._rss_due = -math.inf
+        self._due = 0.0
+        self._call: Call | None = None
+        self._process = psutil.Process()
+
+    def start(self) -> None:
+        """Beat now, and go on."""
+        self._due = self._measured = self._clock.seconds()
+        self._beat()
+
+    def stop(self) -> None:
+        """Beat no more, and say so: the loop ends. Idempotent."""
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+            self.enter(State.ENDED)
+
+    def enter(self, state: State) -> None:
+        """Say it on the page at once, not only at the next beat."""
+        self.state = state
+        self._write(self._clock.seconds())
+
+    def _beat(self) -> None:
+        now = self._clock.seconds()
+        self.lag = max(0.0, now - self._due)
+        self._measure(now)
+        self.on_beat(self._write(now))
+        # From now, not from when it was due: a stalled loop does not make up for the beats that it missed.
+        self._due = now + self._interval
+        self._call = self._clock.callLater(self._interval, self._beat)
+
+    def _measure(self, now: float) -> None:
+        if now >= self._rss_due:
+            self._rss_due = now + _RSS_INTERVAL
+            with suppress(OSError):  # out of descriptors: the beat must go on
+                self.rss = self._process.memory_info().rss
+        passed = now - self._measured
+        if self._turns is None or passed <= 0:
+            return
+        idle = self._turns.idle
+        busy = min(max(1.0 - (idle - self._idle) / 1e9 / passed, 0.0), 1.0)
+        # An average whose weights fall off exponentially with age, whatever the time between two measurements.
+        self.utilisation += (busy - self.utilisation) * (1.0 - math.exp(-passed / _SMOOTHING))
+        self._idle, self._measured = idle, now
+
+    def _write(self, now: float) -> Vitals:
+        turns = self._turns
+        vitals = Vitals(
+            int(now * 1e9),
+            self.lag,
+            self.connections(),
+            self.subscriptions(),
+            self.state,
+            self.utilisation,
+            turns.turns if turns else 0,
+            turns.callbacks if turns else 0,
+            self.queued_bytes(),
+            self.threads_busy(),
+            self.threads_waiting(),
+            self.rss,
+        )
+        self._page.write(vitals)
+        return vitals
+
+
+def _none() -> int:
+    return 0
+
+
+def _ignore(_: Vitals) -> None: ...

@@ -1,0 +1,508 @@
+"""One WebSocket connection: Autobahn's framing in, ready frames out, and the session in between.
+
+Autobahn keeps the handshake, the framing and the closing rules of RFC 6455. This module gives it a head that was
+validated before (`realtime.protocol.handshake`), bounds everything that Autobahn leaves unbounded, and writes past it:
+outgoing frames are built once (`realtime.protocol.frames`) and go straight to the transport, or wait in an outbox
+while the transport is full.
+
+The end of a connection always has a deadline. Whoever starts it, our close frame is the last thing that is written;
+then this side of the socket is shut, what the peer still sends is thrown away, and the connection is over when the
+peer shuts its side, or is aborted when it does not. So no close frame is lost to a reset.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
+from autobahn.wamp.types import TransportDetails
+from autobahn.websocket import USES_NVX
+from autobahn.websocket.protocol import TrafficStats
+from autobahn.websocket.types import ConnectionRequest
+from twisted.internet.interfaces import IPushProducer
+from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from realtime import settings
+from realtime.errors import BAD_PROTOCOL, SERVER_ERROR, SLOW, WRITE_ERROR
+from realtime.metrics import Counter, Metrics
+from realtime.protocol.deadlines import Deadlines
+from realtime.protocol.frames import close_frame, pong_frame, text_frame
+from realtime.protocol.handshake import judge_handshake, opening_request, origin_policy, subprotocol
+from realtime.protocol.head import Head, Refusal
+from realtime.protocol.outbox import Outbox, Total
+from realtime.protocol.session import Request
+
+CONTROL_FRAMES_PER_SECOND = 20
+CONTROL_FRAMES_BURST = 50
+
+# Bytes handed to a transport that has just emptied its buffer: more than what makes it pause again, at once.
+_REFILL = 128 * 1024
+
+# Close codes of RFC 6455 section 7.4.1: the reason that the peer is told, and the kind under which it is counted.
+_FAILURES = {
+    1002: ("protocol error", "frame"),
+    1007: ("text is not UTF-8", "frame_text"),
+    1008: ("policy violation", "frame_rate"),
+    1009: ("message too big", "frame_size"),
+}
+_NORMAL = 1000
+_KINDS = (*(kind for _, kind in _FAILURES.values()), "binary", "slow", "stalled")
+
+_log = Logger()
+
+
+class Session(Protocol):
+    """What this module asks of a session."""
+
+    def receive(self, payload: bytes) -> None:
+        """One whole text message, valid UTF-8."""
+
+    def closed(self) -> None:
+        """The socket is gone. Called once."""
+
+
+class _Mute:
+    """Stands for Autobahn's logger: it warns of every bad frame, and those are counted here instead."""
+
+    def debug(self, *args: object, **fields: object) -> None: ...
+
+    info = warn = debug
+
+    def error(self, format: str, **fields: object) -> None:
+        _log.error(format, **fields)
+
+
+class _Nobody:
+    """Stands for the two Deferreds that Autobahn makes for each connection, which nobody here waits for."""
+
+    def callback(self, result: object) -> None: ...
+
+
+# Attributes of a connection that serve the opening handshake alone, or have a shared stand-in on the class.
+_HANDSHAKE_ONLY = {
+    *("_request", "_subprotocol", "_wskey", "http_headers", "http_request_data", "http_request_host"),
+    *("http_request_params", "http_request_path", "http_request_uri", "http_response_data", "http_status_line"),
+    *("websocket_extensions", "websocket_extensions_in_use", "websocket_origin", "websocket_protocols"),
+    *("websocket_version", "send_queue", "trafficStats", "utf8validator"),
+}
+_ABSENT = object()
+
+# The outbox of a connection whose last frame was handed to the transport: it takes everything and keeps nothing.
+_SHUT = Outbox(0, Total())
+_SHUT.shut = True
+
+
+@implementer(IPushProducer)
+class WebSocketConnection(WebSocketServerProtocol):
+    """A connection as its session sees it: `send`, `deliver`, `close`, `pause`, `resume`. Loop thread only.
+
+    Names in camelCase are Autobahn's or Twisted's, and overridden here.
+    """
+
+    # Autobahn copies 33 options from the factory to every connection; here one class holds them for all.
+    CONFIG_ATTRS: list[str] = []
+    logOctets = logFrames = trackTimings = False
+    versions = (13,)
+    webStatus = False
+    # Checked by `onMessage` on the whole message, in C and without a validator for each connection.
+    utf8validateIncoming = False
+    requireMaskedClientFrames = applyMask = True
+    maskServerFrames = False
+    # Limits are checked by `onMessageFrameBegin`.
+    maxFramePayloadSize = maxMessagePayloadSize = autoFragmentSize = 0
+    failByDrop = echoCloseCodeReason = False
+    # The head has a deadline before it gets here, and the closing has one in `wake`.
+    openHandshakeTimeout = closeHandshakeTimeout = 0
+    tcpNoDelay = True
+    perMessageCompressionAccept = staticmethod(lambda offers: None)
+    autoPingInterval = autoPingTimeout = autoPingSize = 0
+    autoPingRestartOnAnyTraffic = False
+    serveFlashSocketPolicy = False
+    flashSocketPolicy = ""
+    # The origin was judged before, and is not in the head that Autobahn reads.
+    allowedOrigins = allowedOriginsPatterns = ()
+    allowNullOrigin = False
+    maxConnections = trustXForwardedFor = 0
+
+    log = _Mute()
+    is_open = is_closed = _Nobody()
+    _transport_details = TransportDetails()
+
+    # What Autobahn gives to every connection and `_shed` takes away again, as long as it is the same for all.
+    trafficStats = TrafficStats()
+    send_queue: Any = ()
+    utf8validator: Any = None
+    trackedTimings: Any = None
+    triggered = closedByMe = failedByMe = droppedByMe = wasClean = False
+    wasMaxFramePayloadSizeExceeded = wasMaxMessagePayloadSizeExceeded = wasServingFlashSocketPolicyFile = False
+    wasServerConnectionDropTimeout = wasOpenHandshakeTimeout = wasCloseHandshakeTimeout = False
+    wasNotCleanReason: Any = None
+    localCloseCode = localCloseReason = remoteCloseCode = remoteCloseReason = None
+    openHandshakeTimeoutCall = closeHandshakeTimeoutCall = None
+    autoPingTimeoutCall = autoPingPending = autoPingPendingCall = autoPingPendingSent = None
+    autoPingPendingSeq = 0
+    websocket_protocol_in_use = None
+    websocket_version = 13
+
+    factory: WebSocketFactory
+    transport: Any
+    bucket = 0  # belongs to Deadlines
+    _session: Session | None = None
+    _outbox: Outbox | None = None  # None while the transport takes what it is given
+    _stuffed = False  # the transport asked for a pause and has not yet ended it
+    _acknowledged = 0  # bytes the peer had taken when progress was last checked
+    _ended = False  # we said why this connection ends, or the peer did
+    _control_due = 0.0  # when the control frames so far would be used up at the allowed rate
+
+    def __init__(self, request: Request, subprotocol: str | None) -> None:
+        # Autobahn's own initializer only makes what the class attributes above stand for.
+        self._request = request
+        self._subprotocol = subprotocol
+
+    # The session's side
+
+    def send(self, payload: bytes) -> None:
+        """Send one text message, behind whatever waits. payload: UTF-8."""
+        self.factory.sent.value += 1
+        self.deliver(text_frame(payload))
+
+    def deliver(self, frame: bytes) -> None:
+        """Send a ready frame, behind whatever waits. Never raises; once the connection closes, it is dropped."""
+        outbox = self._outbox
+        if outbox is None:
+            self.transport.write(frame)
+        elif not outbox.offer(frame):
+            self._give_up("slow", *SLOW)
+
+    def close(self, code: int, reason: str) -> None:
+        """Send a close frame after what is queued, and end the connection within `websocket.close_timeout`."""
+        self.sendCloseFrame(code, reason.encode())
+
+    def pause(self) -> None:
+        """Stop reading the socket. What has been read already still arrives."""
+        if self.state == self.STATE_OPEN:
+            self.transport.pauseProducing()
+
+    def resume(self) -> None:
+        """Go on reading the socket."""
+        if self.state == self.STATE_OPEN:
+            self.transport.resumeProducing()
+
+    # The way in: hooks that Autobahn calls. It does not guard them.
+
+    def connectionMade(self) -> None:
+        self.transport.setTcpNoDelay(True)
+        self._connectionMade()
+
+    def dataReceived(self, data: bytes) -> None:
+        self._dataReceived(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.factory.deadlines.clear(self)
+        if self._outbox is not None:
+            self._outbox.clear()
+        self._outbox = _SHUT
+        self._connectionLost(reason)  # type: ignore[arg-type]
+
+    def _onOpen(self) -> None:
+        self.onOpen()
+
+    def onConnect(self, request: ConnectionRequest) -> str | None:
+        return self._subprotocol
+
+    def onOpen(self) -> None:
+        self.factory.connects.value += 1
+        self.transport.registerProducer(self, True)
+        try:
+            self._session = self.factory.open_session(self, self._request)
+        except Exception:
+            _log.failure("a session could not be opened")
+            self.close(*SERVER_ERROR)
+
+    def succeedHandshake(self, res: str | None) -> None:
+        super().succeedHandshake(res)
+        self._shed()
+
+    def _shed(self) -> None:
+        """Forget what is not needed any more, and what only repeats the class: 5 KB of 8."""
+        shared = vars(WebSocketConnection)
+        self.__dict__ = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in _HANDSHAKE_ONLY and shared.get(name, _ABSENT) is not value
+        }
+
+    def processData(self) -> bool:
+        # After our close frame, what the peer still sends means nothing.
+        if self.state != self.STATE_OPEN:
+            self.data = b""
+            return False
+        return bool(super().processData())
+
+    def onMessageBegin(self, isBinary: bool) -> None:
+        self.message_is_binary = isBinary
+        self.message_data_total_length = 0
+        self._fragments = 0
+        self._message = bytearray()
+
+    def onMessageFrameBegin(self, length: int) -> None:
+        """The header of a data frame was read: judge by it alone, before any of the payload is kept."""
+        self.message_data_total_length += length
+        self._fragments += 1
+        if 0 < self.factory.message_size_limit < self.message_data_total_length:
+            self.sendCloseFrame(1009)
+        elif 0 < self.factory.max_fragments < self._fragments:
+            self.sendCloseFrame(1008)
+
+    def onMessageFrameData(self, payload: bytes) -> None:
+        self._message += payload
+
+    def onMessageFrameEnd(self) -> None: ...
+
+    def onMessageEnd(self) -> None:
+        message = bytes(self._message)
+        del self._message
+        self.onMessage(message, self.message_is_binary)
+
+    def onMessage(self, payload: bytes, isBinary: bool) -> None:
+        self.factory.received.value += 1
+        if isBinary:
+            self.factory.count("binary")
+            self.close(*BAD_PROTOCOL)
+            return
+        if not payload.isascii():
+            try:
+                payload.decode()
+            except UnicodeDecodeError:
+                self.sendCloseFrame(1007)
+                return
+        if self._session is None:
+            return
+        try:
+            self._session.receive(payload)
+        except Exception:
+            _log.failure("a session failed on a message")
+            self.close(*SERVER_ERROR)
+
+    def onPing(self, payload: bytes) -> None:
+        if self._spend_control_frame():
+            self.deliver(pong_frame(payload))
+
+    def onPong(self, payload: bytes) -> None:
+        self._spend_control_frame()
+
+    def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
+        session, self._session = self._session, None
+        if session is None:
+            return
+        self._count_end("client", "")
+        try:
+            session.closed()
+        except Exception:
+            _log.failure("a session failed at the end of its connection")
+
+    # The way out
+
+    def pauseProducing(self) -> None:
+        """The transport holds enough; it says so again at every write."""
+        self._stuffed = True
+        if self._outbox is None:
+            self._outbox = Outbox(self.factory.queue_max_size, self.factory.queued)
+            self._watch_progress()
+
+    def resumeProducing(self) -> None:
+        """The transport has written all that it held."""
+        self._stuffed = False
+        outbox = self._outbox
+        while outbox and not self._stuffed:
+            self.transport.write(outbox.take(_REFILL))
+        if outbox is None or self._stuffed:
+            return
+        if outbox.shut:
+            self._shut_down()
+        else:
+            self._outbox = None
+            self.factory.deadlines.clear(self)
+
+    def stopProducing(self) -> None:
+        """The connection is lost; `connectionLost` does the rest."""
+
+    def wake(self) -> None:
+        """The deadline came: for the peer to take some bytes, or for the connection to end."""
+        if self.state == self.STATE_OPEN:
+            if self._taken() > self._acknowledged:
+                self._watch_progress()
+            else:
+                self._give_up("stalled", *WRITE_ERROR)
+        else:
+            self.transport.abortConnection()
+
+    def _watch_progress(self) -> None:
+        """Look again after `websocket.write_timeout` whether the peer has taken anything."""
+        if self.state == self.STATE_OPEN and self.factory.write_timeout > 0:
+            self._acknowledged = self._taken()
+            self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.write_timeout)
+
+    def _taken(self) -> int:
+        """Bytes that the peer's kernel has acknowledged: tcpi_bytes_acked in linux/tcp.h, a 64-bit number at 120.
+
+        What the local kernel took would not do: its buffer holds megabytes, and it asks for more in large steps.
+        """
+        info = self.transport.getHandle().getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        return int(struct.unpack_from("=Q", info, 120)[0])
+
+    def _give_up(self, kind: str, code: int, reason: str) -> None:
+        """Close a connection that doesn't take its frames; those that wait are dropped."""
+        self.factory.count(kind)
+        if self._outbox is not None:
+            self._outbox.clear()
+        self.close(code, reason)
+
+    # The end
+
+    def sendCloseFrame(self, code: int | None = None, reasonUtf8: bytes | None = None, isReply: bool = False) -> None:
+        """The one way to close, for the session, for Autobahn's failures, and in answer to the peer's close frame."""
+        if self.state != self.STATE_OPEN:
+            return
+        self.state = self.STATE_CLOSING
+        reason = (reasonUtf8 or b"").decode()
+        if code in _FAILURES:
+            reason, kind = _FAILURES[code]
+            self.factory.count(kind)
+        if isReply:
+            self._count_end("client", "")
+        else:
+            self._count_end("server", why(code or _NORMAL))
+        frame = close_frame(code or _NORMAL, reason)
+        self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.close_timeout)
+        if self._outbox is None:
+            self.transport.write(frame)
+            self._shut_down()
+            return
+        if isReply:
+            self._outbox.clear()  # the peer has left
+        self._outbox.finish(frame)
+
+    def _count_end(self, by: str, code: str) -> None:
+        """Count who ends this connection, the first time that it is known."""
+        if not self._ended:
+            self._ended = True
+            self.factory.count_end(by, code)
+
+    def _closeConnection(self, abort: bool = False) -> None:
+        """Autobahn is done with the connection, after the handshake failed or the peer's close frame came."""
+        if self._outbox:
+            self.transport.write(self._outbox.take(self._outbox.size))
+        if not self.bucket:
+            self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.close_timeout)
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        """Write nothing more, and wait for the peer to do the same."""
+        if self._outbox is _SHUT:
+            return
+        self._outbox = _SHUT
+        self.transport.unregisterProducer()
+        self.transport.resumeProducing()
+        self.transport.loseWriteConnection()
+
+    def _spend_control_frame(self) -> bool:
+        """Whether one more ping or pong is within the rate; if not, the connection is failed."""
+        now = self.factory.reactor.seconds()
+        self._control_due = max(self._control_due, now) + 1 / CONTROL_FRAMES_PER_SECOND
+        if self._control_due - now <= CONTROL_FRAMES_BURST / CONTROL_FRAMES_PER_SECOND:
+            return True
+        self.sendCloseFrame(1008)
+        return False
+
+
+class WebSocketFactory(WebSocketServerFactory):
+    """Judges handshakes and makes connections. `Front` owns the port and calls it."""
+
+    protocol = WebSocketConnection  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        open_session: Callable[[WebSocketConnection, Request], Session],
+        websocket: settings.WebSocket,
+        client: settings.Client,
+        deadlines: Deadlines,
+        metrics: Metrics,
+        reactor: Any,
+        refuse: Callable[[], Refusal | None] = lambda: None,
+    ) -> None:
+        """client.connection_limit: of this process, so the caller divides the node's limit; 0 for none.
+
+        refuse: why a good handshake is refused at this moment, if it is.
+        """
+        super().__init__(server="realtime", reactor=reactor)
+        if not USES_NVX:
+            _log.warn("Autobahn runs without its native code: reading a large message costs 30 times as much")
+        self.open_session = open_session
+        self.deadlines = deadlines
+        self.message_size_limit = websocket.message_size_limit
+        self.max_fragments = websocket.max_fragments
+        self.write_timeout = websocket.write_timeout
+        self.close_timeout = websocket.close_timeout
+        self.queue_max_size = client.queue_max_size
+        self.queued = Total()
+        self._connection_limit = client.connection_limit
+        self._refuse = refuse
+        self._origin_allowed = origin_policy(client.allowed_origins)
+        self._counters = {kind: bad_input(metrics, kind) for kind in _KINDS}
+        self._metrics = metrics
+        self.connects = metrics.counter("realtime_connects", "WebSocket connections that were opened.")
+        self.received = metrics.counter("realtime_messages_received", "WebSocket messages from clients.")
+        # Those of the fan-out are counted by the hub.
+        self.sent = metrics.counter("realtime_messages_sent", "WebSocket messages to clients.")
+        metrics.gauge("realtime_connections", "WebSocket connections that are open", lambda: self.connections)
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return int(self.countConnections)
+
+    def judge(self, head: Head) -> Refusal | None:
+        """Why this request is not let in, or None."""
+        refusal = judge_handshake(head, self._origin_allowed)
+        if refusal is None and 0 < self._connection_limit <= self.connections:
+            return Refusal(503, "too many connections", "connection_limit")
+        return refusal or self._refuse()
+
+    def open(self, head: Head, transport: Any) -> tuple[WebSocketConnection, bytes]:
+        """A connection for a request that `judge` let in, and the head to feed it: no more than what was judged."""
+        chosen = subprotocol(head)
+        connection = self.protocol(opening_request(head, transport.getPeer().host), chosen)
+        connection.factory = self
+        names = ("host", "sec-websocket-key")
+        fields = [("upgrade", "websocket"), ("connection", "upgrade"), ("sec-websocket-version", "13")]
+        fields += [field for field in head.fields if field[0] in names]
+        if chosen is not None:
+            fields.append(("sec-websocket-protocol", chosen))
+        return connection, Head("GET", head.target, "1.1", tuple(fields), 0).rebuilt()
+
+    def count(self, kind: str) -> None:
+        """Count one bad input or one client that was too slow."""
+        self._counters[kind].value += 1
+
+    def count_end(self, by: str, code: str) -> None:
+        """Count the end of one connection. by: "server" or "client". code: why the server ended it, of a closed set."""
+        self._metrics.counter(
+            "realtime_disconnects", "WebSocket connections that ended, by who ended them and why.", by=by, code=code
+        ).value += 1
+
+
+def why(code: int) -> str:
+    """A close code as the label of a metric: the application's own, of which there may be thousands, are one."""
+    return "application" if code >= 4000 else str(code)
+
+
+def bad_input(metrics: Metrics, kind: str) -> Counter:
+    """The counter of what was refused, by kind."""
+    return metrics.counter("realtime_bad_input", "Refused input and faults of peers", kind=kind)

@@ -1,0 +1,246 @@
+"""One worker process: wires the core to its shell, serves its slot's sockets, and drains.
+
+    python -m realtime.server.worker …      started by the supervisor, see `realtime.server.child`
+
+Everything is built here, once, and handed what it needs; nothing looks anything up later.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import uuid
+from typing import Any
+
+import msgspec
+import psutil
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.task import LoopingCall, deferLater
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from realtime import app as application
+from realtime import settings as settings_
+from realtime._version import __version__
+from realtime.errors import SHUTDOWN
+from realtime.protocol import messages
+from realtime.protocol.api import NodeFacts, ServerAPI
+from realtime.protocol.commands import COMMANDS
+from realtime.protocol.deadlines import RESOLUTION, Deadlines
+from realtime.protocol.frames import text_frame
+from realtime.protocol.node import Node
+from realtime.protocol.registry import Registry
+from realtime.protocol.rules import Rules
+from realtime.protocol.session import Session
+from realtime.protocol.tokens import TokenVerifier
+from realtime.pubsub.hub import Hub
+from realtime.records import ClientInfo, Publication
+from realtime.server import child, listener, transport
+from realtime.server.broker_engine import BrokerEngine
+from realtime.server.front import FrontFactory
+from realtime.server.handlers.coroutines import run, together
+from realtime.server.handlers.dispatch import Dispatcher
+from realtime.server.handlers.processes import Processes
+from realtime.server.handlers.shedding import Shedding
+from realtime.server.handover import Taker
+from realtime.server.http import make_site
+from realtime.server.transport import DirectServer
+from realtime.server.websocket import WebSocketFactory
+from realtime.settings import Settings
+from realtime.supervision.pressure import Pressure
+
+# Seconds between two reports of the number of subscriptions to the engine.
+TALLY_INTERVAL = 1.0
+# Of a drain's time, the share in which clients are told to come back; the rest is for what they still wait for.
+TELLING_SHARE = 0.5
+# The share that handlers which do not end leave to the application's on_stop.
+STOPPING_SHARE = 0.2
+
+_log = Logger()
+
+
+class JSONForm:
+    """Pushes as JSON in WebSocket frames."""
+
+    def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
+        return text_frame(messages.publication_push(channel, publication, epoch))
+
+    def join(self, channel: str, info: ClientInfo) -> bytes:
+        return text_frame(messages.join_push(channel, info))
+
+    def leave(self, channel: str, info: ClientInfo) -> bytes:
+        return text_frame(messages.leave_push(channel, info))
+
+
+class Worker:
+    """The objects of one worker, and its two acts: `start` and `drain`."""
+
+    def __init__(self, process: child.Child) -> None:
+        """Load the application and wire everything. Raises SettingsError when the application can't be used."""
+        settings, reactor, metrics = process.settings, process.reactor, process.metrics
+        self._process = process
+        self._reactor = reactor
+        self._spread = settings.shutdown.spread
+        self._app = application.load(settings.app)
+        self._registry = Registry()
+        self._hub = Hub({"json": JSONForm()}, self._registry.obey)
+        self._engine = self._hub.engine = BrokerEngine(self._hub, settings.engine, metrics, reactor, process.link_lost)
+        pressure = Pressure(settings.loop, reactor.seconds)
+        self._dispatcher = Dispatcher(
+            self._app,
+            reactor,
+            settings.workers,
+            metrics,
+            _log,
+            process.marks,
+            pressure,
+            Processes(reactor, settings.workers, settings.app, metrics),
+            settings.loop.lagging,
+        )
+        shedding = Shedding(pressure, process.page, metrics, _log)
+        shedding.serve(self._dispatcher)
+        process.pulse.on_beat = shedding.beat
+        self._deadlines = Deadlines(reactor.seconds())
+        rules = Rules(settings.channel)
+        self._node = Node(
+            settings=settings.client,
+            rules=rules,
+            tokens=TokenVerifier(settings.client.token, time.time),
+            engine=self._engine,
+            hub=self._hub,
+            registry=self._registry,
+            deadlines=self._deadlines,
+            handlers=self._dispatcher,
+            run=run,
+            wall_clock=time.time,
+            failed=_mistake,
+            version=f"realtime {__version__}",
+        )
+        api = ServerAPI(self._engine, rules, NodeFactsOf(settings), together)
+        self._dispatcher.bind(api)
+        self._websocket = WebSocketFactory(
+            self._open_session,
+            settings.websocket,
+            _share(settings),
+            self._deadlines,
+            metrics,
+            reactor,
+            shedding.refuse_handshake,
+        )
+        self._hub.sent = self._websocket.sent
+        site = make_site(self._app, self._dispatcher, api, settings, metrics, relieved=process.page.relieved)
+        path = "" if settings.websocket.disabled else settings.websocket.handler_prefix
+        self._front = FrontFactory(settings.http_server, path, self._websocket, site, self._deadlines, metrics)
+        self._ports: list[Any] = []
+        self._takers: list[Taker] = []
+        self._linked: Deferred[None] = Deferred()
+        self._measure()
+
+    def _open_session(self, connection: Any, request: Any) -> Session:
+        return Session(self._node, COMMANDS, connection, request)
+
+    def _measure(self) -> None:
+        process = self._process
+        process.pulse.connections = lambda: self._websocket.connections
+        process.pulse.subscriptions = lambda: self._hub.subscriptions
+        process.pulse.queued_bytes = lambda: self._websocket.queued.size
+        process.pulse.threads_busy = lambda: self._dispatcher.threads.busy
+        process.pulse.threads_waiting = lambda: self._dispatcher.threads.waiting
+        process.metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(self._registry))
+        process.metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: self._hub.subscriptions)
+
+    async def start(self) -> None:
+        """Serve: returns when the engine can be reached, the application has started, and the port is open."""
+        self._process.on_link = self._link
+        self._process.on_drain = self.drain
+        self._process.on_adopt = self._take_from
+        for function, interval in ((self._sweep, RESOLUTION), (self._tally, TALLY_INTERVAL)):
+            looping = LoopingCall(function)
+            looping.clock = self._reactor
+            looping.start(interval, now=False)
+        await self._linked
+        await self._dispatcher.start()
+        self._ports = [listener.adopt(self._reactor, fd, self._front) for fd in self._process.listen]
+        for port in self._ports:
+            port.transport = DirectServer
+
+    def _link(self, slot: int, stream: int) -> None:
+        self._engine.attach(stream)
+        if not self._linked.called:
+            self._linked.callback(None)
+
+    def _take_from(self, stream: int) -> None:
+        self._takers.append(Taker(self._reactor, stream, self._adopt))
+
+    def _adopt(self, fd: int) -> None:
+        """Serve a connection that the supervisor has accepted. Raises OSError."""
+        transport.adopt(self._reactor, fd, self._ports[0].addressFamily, self._front)
+
+    def _sweep(self) -> None:
+        try:
+            self._deadlines.sweep(self._reactor.seconds())
+        except Exception:
+            # One session's mistake ends neither the sweep nor the others.
+            _log.failure("a deadline failed")
+
+    def _tally(self) -> None:
+        self._engine.tally(self._hub.subscriptions)
+
+    async def drain(self, timeout: float) -> None:
+        """Accept no more, have the clients reconnect, spread over a while, and finish what they wait for."""
+        until = self._reactor.seconds() + timeout
+        for taker in self._takers:
+            taker.close()
+        for port in self._ports:
+            await maybeDeferred(port.stopListening)
+        await self._tell_clients(min(self._spread, timeout * TELLING_SHARE))
+        waiting = until - timeout * STOPPING_SHARE
+        while (self._websocket.connections or self._dispatcher.running) and self._reactor.seconds() < waiting:
+            await deferLater(self._reactor, 0.05)
+            await self._tell_clients(0.0)  # those whose handshake was under way
+        await self._dispatcher.stop(max(until - self._reactor.seconds(), 0.0))
+        self._engine.close()
+
+    async def _tell_clients(self, spread: float) -> None:
+        """Disconnect every client with 3001, the last one after `spread` seconds."""
+        sessions = list(self._registry)
+        began = self._reactor.seconds()
+        for number, session in enumerate(sessions):
+            wait = began + spread * number / len(sessions) - self._reactor.seconds()
+            if wait > 0.01:
+                await deferLater(self._reactor, wait)
+            session.disconnect(*SHUTDOWN)
+
+
+def _share(settings: Settings) -> settings_.Client:
+    """The client settings of one worker, with its share of the node's connections, rounded up."""
+    limit, workers = settings.client.connection_limit, settings.workers.count
+    return msgspec.structs.replace(settings.client, connection_limit=-(-limit // workers))
+
+
+class NodeFactsOf:
+    """What this node is known by: told by the supervisor's host, port and age, so that all workers say the same."""
+
+    def __init__(self, settings: Settings) -> None:
+        host, port = socket.gethostname(), settings.http_server.port
+        self._uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"realtime://{host}:{port}"))
+        self._name = settings.node.name or f"{host}_{port}"
+        self._since = psutil.Process(os.getppid()).create_time()
+
+    def __call__(self) -> NodeFacts:
+        return NodeFacts(self._uid, self._name, __version__, max(0.0, time.time() - self._since))
+
+
+def _mistake(error: BaseException) -> None:
+    """Log a bug of ours once, with its traceback."""
+    _log.failure("a session failed", Failure(error))
+
+
+async def start(process: child.Child) -> None:
+    await Worker(process).start()
+
+
+if __name__ == "__main__":
+    sys.exit(child.main(sys.argv[1:], start))

@@ -1,0 +1,62 @@
+"""`twistd realtime`: the options, and the service that they make.
+
+Configuration is read here, before twistd forks: a mistake is seen on the terminal, one line each, and nothing has been
+opened yet. Exit status 78 (EX_CONFIG of sysexits.h) keeps a service manager from trying again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from twisted.application.service import IService
+from twisted.logger import Logger
+from twisted.python import usage
+
+from realtime import cautions, installation
+from realtime._version import __version__
+from realtime.errors import SettingsError
+from realtime.server.supervisor import make_service
+from realtime.settings import read
+
+_log = Logger()
+
+# Which key each option sets.
+_KEYS = {"workers": "workers.count", "app": "app.module", "port": "http_server.port"}
+
+
+class Options(usage.Options):
+    """The command line. What is given here wins over the environment, and that over the file."""
+
+    longdesc = "Start the realtime server. `realtime gen-config` writes a file with every key explained."
+
+    optParameters = [
+        ["config", "c", None, "TOML file with the configuration; none is read by default."],
+        ["workers", "w", None, "Worker processes; 0: one for each core.  [default: 0]"],
+        ["app", "a", None, "The App, as package.module:attribute."],
+        ["port", "p", None, "Port for clients; 0: one that is free.  [default: 8000]"],
+    ]
+    compData = usage.Completions(optActions={"config": usage.CompleteFiles("*.toml")})
+
+    def opt_version(self) -> None:
+        """Print the version and exit."""
+        print(f"realtime {__version__}")
+        sys.exit(0)
+
+
+def makeService(options: Mapping[str, Any]) -> IService:
+    """The supervisor for these options. Raises SystemExit 78, with all problems printed, when it can't be had."""
+    given = {key: options[name] for name, key in _KEYS.items() if options[name] is not None}
+    problems = installation.problems()
+    try:
+        settings = read(options["config"], given, os.environ)
+    except SettingsError as error:
+        problems += error.problems
+    if problems:
+        print(*problems, sep="\n", file=sys.stderr)
+        raise SystemExit(os.EX_CONFIG)
+    for line in [*cautions.warnings(settings, os.environ), *installation.warnings(os.environ)]:
+        _log.warn("{line}", line=line)
+    return make_service(settings)

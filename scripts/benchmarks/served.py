@@ -1,0 +1,92 @@
+"""A server for a benchmark: started from a configuration, measured, ended."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+HERE = Path(__file__).parent
+TWISTD = Path(sys.executable).with_name("twistd")
+SERVING = re.compile(r"serving clients on http://[^ ]*?:(\d+)/, operators on http://[^ ]*?:(\d+)")
+START_LIMIT = 30.0
+STOP_LIMIT = 15.0
+
+
+class Served:
+    """`with Served(toml) as server:` - a running server on ports of the kernel's choice. toml: laid under it."""
+
+    def __init__(self, toml: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        config = Path(self._folder.name, "realtime.toml")
+        config.write_text(toml)
+        self.lines: list[str] = []
+        self.port = self.operator_port = 0
+        self._process = subprocess.Popen(
+            [str(TWISTD), "--nodaemon", "--pidfile=", "realtime", "--config", str(config)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def __enter__(self) -> Served:
+        until = time.monotonic() + START_LIMIT
+        while not self._is_ready():
+            if time.monotonic() > until or self._process.poll() is not None:
+                self.__exit__()
+                raise SystemExit("the server did not start:\n" + self.log)
+            time.sleep(0.05)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(STOP_LIMIT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def processes(self) -> list[psutil.Process]:
+        """The supervisor, the broker and the workers."""
+        supervisor = psutil.Process(self._process.pid)
+        return [supervisor, *supervisor.children(recursive=True)]
+
+    def workers(self) -> list[psutil.Process]:
+        return [process for process in self.processes() if "realtime.server.worker" in process.cmdline()]
+
+    def cpu(self) -> float:
+        """Seconds of processor time that all its processes have used."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes())
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line)
+
+    def _is_ready(self) -> bool:
+        found = SERVING.search(self.log)
+        if found is None:
+            return False
+        self.port, self.operator_port = int(found[1]), int(found[2])
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.operator_port}/ready", timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False

@@ -1,0 +1,70 @@
+"""What the vital signs cost: a worker's turn, an idle worker's second, and the supervisor's look at it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import selectors
+import time
+import timeit
+from collections.abc import Callable
+
+from realtime.server.pulse import LoopClock, Marks, Pulse, Turns
+from realtime.settings import Loop
+from realtime.supervision.health import TICK, Judge
+from realtime.supervision.vitals import Page, State
+
+REPEATS = 20_000
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench vitals", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=10.0, help="how long each idle loop is watched")
+    seconds = parser.parse_args(arguments).seconds
+    page = Page.create()
+    turns, plain = Turns(page), selectors.DefaultSelector()
+    marks = Marks(page)
+    pulse = Pulse(page, LoopClock(asyncio.new_event_loop()), Loop(), turns)
+    pulse.enter(State.READY)
+    judge = Judge(Loop())
+
+    def mark() -> None:
+        marks.leave(marks.enter((b"rpc report", b"report")))
+
+    def look() -> None:
+        judge.judge(0, page.read(), time.monotonic())
+
+    turn = microseconds(lambda: turns.select(0)) - microseconds(lambda: plain.select(0))
+    print(f"a turn of the loop       {turn:6.2f} us more than without")
+    print(f"a handler's step         {microseconds(mark):6.2f} us")
+    each = microseconds(look)
+    print(
+        f"a look at a worker       {each:6.2f} us, {each / 1e6 / TICK:.2%} of a core for each worker in the supervisor"
+    )
+    beating, waking = idle_share(seconds, measured=True), idle_share(seconds, measured=False)
+    print(f"an idle worker           {beating:.2%} of a core, {waking:.2%} of which are for waking up at all")
+    return 0
+
+
+def microseconds(function: Callable[[], object]) -> float:
+    """Of one call; the best of five runs."""
+    return min(timeit.repeat(function, number=REPEATS, repeat=5)) / REPEATS * 1e6
+
+
+def idle_share(seconds: float, measured: bool) -> float:
+    """CPU time by time that passed, of a loop with nothing to do but its beats; not `measured`: but an empty timer."""
+    page = Page.create()
+    turns = Turns(page)
+    loop = asyncio.SelectorEventLoop(turns if measured else selectors.DefaultSelector())
+
+    def wake() -> None:
+        loop.call_later(Loop().interval, wake)
+
+    loop.call_soon(Pulse(page, LoopClock(loop), Loop(), turns).start if measured else wake)
+    loop.call_later(seconds, loop.stop)
+    began, used = time.monotonic(), time.process_time()
+    loop.run_forever()
+    share = (time.process_time() - used) / (time.monotonic() - began)
+    loop.close()
+    page.close()
+    return share

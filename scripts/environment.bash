@@ -1,0 +1,61 @@
+# What scripts/run and scripts/test share; sourced by them, at the checkout's root. Each step does nothing when it was
+# done before and what it depends on is unchanged: a stamp beside its result holds the hash of its inputs.
+
+say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
+
+hash_of() { cat -- "$@" | sha256sum | cut -d' ' -f1; }
+
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+
+# need COMMAND:PACKAGE... - install the Debian packages of the commands that are missing.
+need() {
+    local pair missing=()
+    for pair in "$@"; do
+        command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+    done
+    [ ${#missing[@]} = 0 ] || install_debian "${missing[@]}"
+}
+
+install_debian() {
+    if ! command -v apt-get >/dev/null; then
+        say "This is not a Debian system. Please install by its own means: $*"
+        return 1
+    fi
+    say "Installing Debian packages: $*"
+    as_root apt-get update -qq
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+# python_environment KIND - the virtual environment .venv with this checkout in it, editable.
+# KIND: runtime, or dev for the tests' tools as well, which serves as runtime too.
+python_environment() {
+    local kind=$1 stamp inputs=(setup.cfg pyproject.toml) target=.
+    need python3:python3
+    [ -x .venv/bin/python ] || create_virtual_environment
+    stamp=$(.venv/bin/python --version; hash_of "${inputs[@]}")
+    grep -qsxF "$stamp" .venv/.stamp-dev && return
+    [ "$kind" = runtime ] && grep -qsxF "$stamp" .venv/.stamp-runtime && return
+    [ "$kind" = runtime ] || target=".[$kind]"
+    say "Installing $target into .venv"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --editable "$target"
+    printf '%s\n' "$stamp" >".venv/.stamp-$kind"
+}
+
+create_virtual_environment() {
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        say "Python 3.11 or newer is needed; python3 is $(python3 --version)"
+        return 1
+    fi
+    python3 -c 'import ensurepip, venv' 2>/dev/null || install_debian python3-venv
+    python3 -m venv .venv
+}
+
+# npm_packages DIRECTORY - its node_modules, as its package-lock.json says. Install scripts of packages are not run.
+npm_packages() {
+    local directory=$1 stamp
+    stamp=$(hash_of "$directory/package-lock.json")
+    [ "$(cat "$directory/node_modules/.stamp" 2>/dev/null)" = "$stamp" ] && return
+    say "Installing npm packages in $directory"
+    (cd "$directory" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null)
+    printf '%s\n' "$stamp" >"$directory/node_modules/.stamp"
+}

@@ -1,0 +1,66 @@
+"""What every test gets: a time limit for coroutine tests, a hypothesis profile, and real servers to talk to."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from twisted.internet.defer import Deferred
+
+SYSTEM = Path(__file__).parent / "system"
+sys.path.insert(0, str(SYSTEM))  # for `serving` and its neighbours, which several rooms of tests import
+
+from serving import Server, ServerStarter  # noqa: E402
+
+# Seconds for a coroutine test without a `timeout` mark.
+COROUTINE_LIMIT = 60.0
+
+# Shared cores make single examples slow at random, which says nothing about the code.
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("realtime")
+    group.addoption("--idle-connections", type=int, default=1_000, help="for tests/system/test_idle.py")
+    group.addoption("--idle-seconds", type=float, default=5.0, help="for tests/system/test_idle.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    """Give a coroutine test a limit of its own, so that one that hangs fails alone.
+
+    pytest-timeout's own means end the reactor of pytest-twisted, and with it every test that follows; it stays as the
+    outer guard, a little later.
+    """
+    function = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(function):
+        return
+    mark = pyfuncitem.get_closest_marker("timeout")
+    limit = 0.9 * mark.args[0] if mark else COROUTINE_LIMIT
+
+    def limited(**arguments: Any) -> Deferred[None]:
+        from twisted.internet import reactor  # pytest-twisted has installed it by now, and not before
+
+        return Deferred.fromCoroutine(function(**arguments)).addTimeout(limit, reactor)
+
+    pyfuncitem.obj = limited
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[ServerStarter]:
+    """Start real servers: `start_server(**sections)` gives a `Server` that is ready; all are ended afterwards."""
+    starter = ServerStarter(tmp_path)
+    yield starter
+    starter.finish()
+
+
+@pytest.fixture
+def server(start_server: ServerStarter) -> Server:
+    """A ready server with two workers and the application of tests/system/apps."""
+    return start_server()

@@ -1,0 +1,384 @@
+"""Nothing is silently lost: real sessions on two workers, a link of their own to one exchange, and any story at all.
+
+A link carries what is asked and what is answered in order, and stands still until a step of the story moves it by one
+message; so a client may leave, and the engine may be replaced, between any two messages. The clients do what the SDKs
+do: they keep the position of the last publication, and come back with it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_session import App, Gate, JSONForm, run
+
+from realtime.errors import ClientError, EngineUnavailable
+from realtime.protocol.commands import COMMANDS
+from realtime.protocol.deadlines import Deadlines
+from realtime.protocol.node import Node
+from realtime.protocol.registry import Registry
+from realtime.protocol.rules import Rules
+from realtime.protocol.session import Request, Session
+from realtime.protocol.tokens import TokenVerifier
+from realtime.pubsub.exchange import Exchange
+from realtime.pubsub.hub import Hub
+from realtime.records import ClientInfo, Publication, Retention
+from realtime.settings import Channel, ChannelOptions, Client, Token
+
+NAME = "news"
+OPTIONS = ChannelOptions(
+    presence=True,
+    join_leave=True,
+    force_push_join_leave=True,
+    force_recovery=True,
+    history_size=4,
+    history_ttl=60.0,
+    allow_subscribe_for_client=True,
+    allow_subscribe_for_anonymous=True,
+)
+RETENTION = Retention(OPTIONS.history_size, OPTIONS.history_ttl)
+
+
+class Outward:
+    """The way out of the exchange: into each link, behind what waits there."""
+
+    def _each(self, name: str, links: Collection[Link], *args: Any) -> None:
+        for link in links:
+            link.inbox.append(partial(getattr(link.hub, name), *args))
+
+    def published(self, links: Collection[Link], channel: str, publication: Publication, epoch: str) -> None:
+        self._each("published", links, channel, publication, epoch)
+
+    def joined(self, links: Collection[Link], channel: str, info: ClientInfo) -> None:
+        self._each("joined", links, channel, info)
+
+    def left(self, links: Collection[Link], channel: str, info: ClientInfo) -> None:
+        self._each("left", links, channel, info)
+
+    def instructed(self, links: Collection[Link], order: bytes) -> None:
+        raise AssertionError("nobody gives orders here")
+
+
+class Answer:
+    """What a request came to, for the coroutine that waits for it."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+
+    async def wait(self) -> Any:
+        value = await self.gate
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+
+class Link:
+    """An engine: one worker's way to the exchange, with the same promises as the real one over a stream."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.hub: Hub
+        self.asked: deque[tuple[Callable[[], Any], Answer | None]] = deque()
+        self.inbox: deque[Callable[[], None]] = deque()
+        self.waiting: dict[Answer, None] = {}
+        self.channels: set[str] = set()
+        self.occupants: dict[tuple[str, str], tuple[ClientInfo, bool, bool]] = {}
+
+    def move(self, way_in: bool) -> None:
+        """One message gets through, if there is one: to the exchange, or to the worker."""
+        if way_in and self.inbox:
+            self.inbox.popleft()()
+        elif not way_in and self.asked:
+            work, answer = self.asked.popleft()
+            try:
+                result = work()
+            except ClientError as error:
+                result = error
+            if answer is not None:
+                self.inbox.append(partial(self.answer, answer, result))
+
+    def flow(self) -> bool:
+        """Everything gets through; whether there was anything."""
+        moved = False
+        while self.asked or self.inbox:
+            moved = True
+            self.move(way_in=not self.asked)
+        return moved
+
+    def damage(self, *, repeat: bool) -> None:
+        """A publication comes twice, or never."""
+        self.world.publish()
+        if self.inbox and getattr(self.inbox[-1], "func", None) == self.hub.published:
+            message = self.inbox.pop()
+            self.inbox.extend([message, message] if repeat else [])
+
+    def answer(self, answer: Answer, result: Any) -> None:
+        if answer in self.waiting:
+            del self.waiting[answer]
+            answer.gate.open(result)
+
+    def cut(self) -> None:
+        """The stream ends, with all that was on the way; another takes its place and everything is told anew."""
+        exchange = self.world.exchange
+        exchange.detach(self)
+        self.asked.clear()
+        self.inbox.clear()
+        for answer in list(self.waiting):
+            self.answer(answer, EngineUnavailable("cut"))
+        exchange.attach(self)
+        for channel in self.channels:
+            exchange.subscribe(self, channel, again=True)
+        for (channel, _), (info, present, announce) in self.occupants.items():
+            exchange.enter(self, channel, info, present=present, announce=announce, again=True)
+        self.hub.interrupted()
+
+    async def ask(self, work: Callable[[], Any]) -> Any:
+        answer = Answer()
+        self.waiting[answer] = None
+        self.asked.append((work, answer))
+        return await answer.wait()
+
+    async def subscribe(self, channel: str) -> None:
+        self.channels.add(channel)
+        await self.ask(lambda: self.world.exchange.subscribe(self, channel))
+
+    def unsubscribe(self, channel: str) -> None:
+        self.channels.discard(channel)
+        self.asked.append((lambda: self.world.exchange.unsubscribe(self, channel), None))
+
+    async def history(self, channel: str, *, retention: Retention, since: Any = None, limit: int = 0, **_: Any) -> Any:
+        world = self.world
+        return await self.ask(lambda: world.exchange.history(world.now, channel, retention, since, limit, False))
+
+    async def enter(self, channel: str, info: ClientInfo, *, present: bool, announce: bool) -> None:
+        self.occupants[channel, info.client] = (info, present, announce)
+        await self.ask(lambda: self.world.exchange.enter(self, channel, info, present=present, announce=announce))
+
+    async def leave(self, channel: str, client: str) -> None:
+        self.occupants.pop((channel, client), None)
+        await self.ask(lambda: self.world.exchange.leave(self, channel, client))
+
+    def connected(self, info: ClientInfo) -> None: ...
+
+    def disconnected(self, client: str) -> None: ...
+
+
+class SDK:
+    """A client as the official ones are, which wants to be subscribed, or not."""
+
+    def __init__(self, world: World, link: int) -> None:
+        self.world = world
+        self.link = link
+        self.session: Session | None = None
+        self.position: tuple[int, str] | None = None
+        self.wanted = self.subscribed = False
+        self.asking = 0  # the id of the subscribe command that is not answered yet
+        self.last_id = 1
+        self.told: list[dict] = []
+
+    def connect(self) -> None:
+        if self.session is None:
+            node = self.world.nodes[self.link]
+            self.session = Session(node, COMMANDS, self, Request({}, {}, "/", "10.0.0.1"))
+            self.command(connect={})
+            self.ask()
+
+    def vanish(self) -> None:
+        if self.session is not None:
+            session, self.session = self.session, None
+            self.subscribed, self.asking = False, 0
+            session.closed()
+
+    def subscribe(self) -> None:
+        self.wanted = True
+        self.ask()
+
+    def unsubscribe(self) -> None:
+        if self.wanted and self.session is not None:
+            self.wanted = self.subscribed = False
+            self.asking = 0
+            self.command(unsubscribe={"channel": NAME})
+
+    def ask(self) -> None:
+        """Subscribe, if it should be and is not; with the last position, if there is one."""
+        if self.session is None or not self.wanted or self.subscribed or self.asking:
+            return
+        request: dict[str, Any] = {"channel": NAME}
+        if self.position is not None:
+            request |= {"recover": True, "offset": self.position[0], "epoch": self.position[1]}
+        self.asking = self.last_id + 1
+        self.command(subscribe=request)
+
+    def command(self, **request: Any) -> None:
+        assert self.session is not None
+        self.last_id += 1
+        self.session.receive(msgspec.json.encode({"id": self.last_id, **request}))
+
+    # What the session calls
+
+    def send(self, payload: bytes) -> None:
+        if self.session is not None:
+            self.told.append(msgspec.json.decode(payload))
+
+    deliver = send
+
+    def close(self, code: int, reason: str) -> None:
+        raise AssertionError(f"closed with {code}")
+
+    def pause(self) -> None: ...
+
+    resume = pause
+
+    # What it makes of what it was told
+
+    def listen(self) -> None:
+        """Take in what came. As a network would: not from inside what the server is just doing."""
+        told, self.told = self.told, []
+        for message in told:
+            if "push" in message:
+                self.pushed(message["push"])
+            elif message["id"] == self.asking:
+                self.asking = 0
+                self.answered(message)
+        self.ask()
+
+    def answered(self, reply: dict) -> None:
+        if "error" in reply:
+            assert reply["error"]["temporary"], reply
+            return
+        result = reply["subscribe"]
+        self.subscribed = True
+        recovering = result.get("was_recovering", False)
+        assert recovering == (self.position is not None)
+        offset = result.get("offset", 0)
+        if result.get("recovered"):
+            assert self.position == (offset, result["epoch"])
+        else:
+            assert "publications" not in result
+        self.position = (offset, result["epoch"])
+        for publication in result.get("publications", []):
+            self.take(publication)
+
+    def pushed(self, push: dict) -> None:
+        if not self.subscribed:
+            return  # an answer or a push that crossed our command
+        if "pub" in push:
+            self.take(push["pub"])
+        elif "unsubscribe" in push:
+            assert push["unsubscribe"]["code"] == 2500
+            self.subscribed = False
+
+    def take(self, publication: dict) -> None:
+        assert self.position is not None
+        offset, epoch = self.position
+        assert publication["offset"] == offset + 1
+        assert publication["data"] == self.world.published[epoch, offset + 1]
+        self.position = (offset + 1, epoch)
+
+
+class World:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.count = 0
+        self.published: dict[tuple[str, int], int] = {}
+        self.mistakes: list[BaseException] = []
+        self.exchange: Exchange[Link] = Exchange(Outward(), 100)
+        self.links = [Link(self), Link(self)]
+        self.nodes = [self.node(link) for link in self.links]
+        self.clients = [SDK(self, number % 2) for number in range(4)]
+
+    def node(self, link: Link) -> Node:
+        self.exchange.attach(link)
+        registry = Registry()
+        hub = link.hub = Hub({"json": JSONForm()}, registry.obey)
+        hub.engine = link  # type: ignore[assignment]
+        return Node(
+            settings=Client(allow_anonymous_connect_without_token=True, recovery_max_publication_limit=2),
+            rules=Rules(Channel(without_namespace=OPTIONS)),
+            tokens=TokenVerifier(Token(), lambda: 0.0),
+            engine=link,  # type: ignore[arg-type]
+            hub=hub,
+            registry=registry,
+            deadlines=Deadlines(0.0),
+            handlers=App(),
+            run=run,
+            wall_clock=lambda: 0.0,
+            failed=self.mistakes.append,
+            version="test",
+        )
+
+    def act(self, step: tuple[str, int]) -> None:
+        name, number = step
+        if name == "publish":
+            self.publish()
+        elif name == "trim":
+            self.exchange.remove_history(NAME)
+        elif name == "expire":
+            self.now += OPTIONS.history_ttl + 1
+            self.exchange.sweep(self.now)
+        elif name == "replace":
+            self.exchange = Exchange(Outward(), 100)
+            for link in self.links:
+                link.cut()
+        elif name == "cut":
+            self.links[number % 2].cut()
+        elif name in ("drop", "repeat"):
+            self.links[number % 2].damage(repeat=name == "repeat")
+        elif name in ("ask", "answer"):
+            self.links[number % 2].move(way_in=name == "answer")
+        elif name == "flow":
+            self.links[number % 2].flow()
+        else:
+            getattr(self.clients[number], name)()
+
+    def publish(self) -> None:
+        self.count += 1
+        position = self.exchange.publish(self.now, NAME, b"%d" % self.count, RETENTION)
+        self.published[position.epoch, position.offset] = self.count
+
+    def settle(self) -> None:
+        """Move everything until nothing moves."""
+        moving = True
+        while moving:
+            moving = False
+            for link in self.links:
+                moving |= link.flow()
+            for client in self.clients:
+                moving |= bool(client.told)
+                client.listen()
+
+
+OFTEN = ["publish", "ask", "answer", "listen", "flow"]
+NOW_AND_THEN = ["connect", "vanish", "subscribe", "unsubscribe"]
+RARELY = ["trim", "expire", "cut", "replace", "drop", "drop", "repeat"]
+STEPS = st.tuples(st.sampled_from(3 * OFTEN + 2 * NOW_AND_THEN + RARELY), st.integers(0, 3))
+
+
+@settings(max_examples=800, deadline=None)
+@given(st.lists(STEPS, min_size=20, max_size=100))
+def test_every_publication_comes_once_and_in_order_or_its_loss_is_told(steps: list[tuple[str, int]]) -> None:
+    world = World()
+    for client in world.clients:
+        client.connect()
+        client.subscribe()
+    for step in steps:
+        world.act(step)
+    world.publish()  # the first to come after a publication that was dropped shows that it was
+    world.settle()
+    top = world.exchange.history(world.now, NAME, RETENTION, None, 0, False).position
+    listening = [client for client in world.clients if client.session is not None and client.wanted]
+    for client in listening:
+        assert client.subscribed and client.position == (top.offset, top.epoch)
+    assert world.exchange.presence(NAME).keys() == {client.session.client for client in listening}
+    for client in world.clients:
+        client.vanish()
+    world.settle()
+    assert not world.mistakes
+    assert world.exchange.channels == 0 and not world.exchange.presence(NAME)
+    for link, node in zip(world.links, world.nodes, strict=True):
+        assert (link.hub.subscriptions, len(node.registry), node.deadlines._buckets) == (0, 0, {})

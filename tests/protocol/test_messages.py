@@ -1,0 +1,150 @@
+"""Messages of the client protocol: what is read, what is written, and what passes through untouched."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from realtime.errors import ClientError
+from realtime.protocol import messages
+from realtime.protocol.messages import ProtocolError, commands, payload
+from realtime.records import ClientInfo, HistoryPage, Position, Publication
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def raw(text: bytes) -> msgspec.Raw:
+    return msgspec.Raw(text)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_commands_or_a_protocol_error(data):
+    try:
+        for command in commands(data):
+            command.request()
+    except ProtocolError:
+        pass
+
+
+@given(st.lists(json_values, min_size=1, max_size=3), st.sampled_from([None, 1, "\t"]))
+def test_payloads_pass_byte_for_byte_but_for_line_ends(values, indent):
+    texts = [json.dumps(value, indent=indent, ensure_ascii=False).encode() for value in values]
+    lines = [b'{"id":%d,"publish":{"channel":"a","data":%b}}' % (n + 1, text.replace(b"\n", b"\r"))
+             for n, text in enumerate(texts)]  # fmt: skip
+    read = [payload(command.request()[1].data) for command in commands(b"\n".join(lines))]
+    assert read == [text.replace(b"\n", b"") for text in texts]
+
+
+@given(json_values)
+def test_a_publication_carries_its_data_unchanged(value):
+    data = msgspec.json.encode(value)
+    push = messages.publication_push("a", Publication(data, 3, ClientInfo("u", "c", data, data)), "epoch")
+    decoded = msgspec.json.decode(push)["push"]
+    assert msgspec.json.encode(decoded["pub"]["data"]) == data
+    assert b"\n" not in push
+
+
+@pytest.mark.parametrize("depth", [127, 128])
+@pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
+def test_depth_up_to_the_limit(depth, opening, closing):
+    text = opening * depth + b"1" + closing * depth
+    assert payload(raw(text)) == text
+
+
+@pytest.mark.parametrize("depth", [129, 900])
+@pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
+def test_depth_over_the_limit(depth, opening, closing):
+    with pytest.raises(ClientError) as caught:
+        payload(raw(opening * depth + b"1" + closing * depth))
+    assert caught.value.code == 107
+
+
+def test_many_brackets_are_not_deep():
+    text = b"[" + b",".join([b"[]"] * 1000) + b"]"
+    assert payload(raw(text)) == text
+    text = b'"' + b"[" * 1000 + b'"'
+    assert payload(raw(text)) == text
+
+
+@pytest.mark.parametrize("text", [b'"\\ud800"', b'"\\udfffx"', b'{"\\ud83d": 1}', b'["\\ude00\\ud83d"]'])
+def test_half_a_surrogate_pair_is_no_text(text):
+    with pytest.raises(ClientError):
+        payload(raw(text))
+
+
+@pytest.mark.parametrize("text", [b'"\\ud83d\\ude00"', b'"\\u0000"', b'"\\\\ud800"', b"9" * 5000, b"1e400"])
+def test_odd_but_good_text_passes(text):
+    assert payload(raw(text)) == text
+
+
+def test_an_absent_payload_is_empty_and_null_is_not():
+    (absent,) = commands(b'{"id":1,"publish":{"channel":"a"}}')
+    (null,) = commands(b'{"id":1,"publish":{"channel":"a","data":null}}')
+    assert payload(absent.publish.data) == b""
+    assert payload(null.publish.data) == b"null"
+
+
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        (messages.reply(3, "unsubscribe", messages.EMPTY), '{"id":3,"unsubscribe":{}}'),
+        (messages.reply(2, "subscribe", messages.SubscribeResult()), '{"id":2,"subscribe":{}}'),
+        (
+            messages.reply(1, "history", messages.history_result(HistoryPage([], Position()))),
+            '{"id":1,"history":{"publications":[],"epoch":"","offset":0}}',
+        ),
+        (messages.reply(1, "presence", messages.PresenceResult({})), '{"id":1,"presence":{"presence":{}}}'),
+        (
+            messages.reply(1, "presence_stats", messages.PresenceStatsResult(0, 0)),
+            '{"id":1,"presence_stats":{"num_clients":0,"num_users":0}}',
+        ),
+        (messages.reply(1, "rpc", messages.RPCResult()), '{"id":1,"rpc":{}}'),
+        (
+            messages.error_reply(5, ClientError(103, "permission denied")),
+            '{"id":5,"error":{"code":103,"message":"permission denied"}}',
+        ),
+        (
+            messages.error_reply(5, ClientError(100, "internal server error", temporary=True)),
+            '{"id":5,"error":{"code":100,"message":"internal server error","temporary":true}}',
+        ),
+        (
+            messages.publication_push("a", Publication(b'{"n":1}', 1), "ep"),
+            '{"push":{"channel":"a","pub":{"data":{"n":1},"offset":1,"epoch":"ep"}}}',
+        ),
+        (
+            messages.publication_push("a", Publication(b"2", 2, None, {"kind": "news"}), "ep"),
+            '{"push":{"channel":"a","pub":{"data":2,"offset":2,"tags":{"kind":"news"}}}}',
+        ),
+        (
+            messages.publication_push("a", Publication(b"3"), ""),
+            '{"push":{"channel":"a","pub":{"data":3}}}',
+        ),
+        (
+            messages.join_push("a", ClientInfo("", "c1")),
+            '{"push":{"channel":"a","join":{"info":{"user":"","client":"c1"}}}}',
+        ),
+        (
+            messages.leave_push('a"b', ClientInfo("u", "c1", b'{"x":1}')),
+            '{"push":{"channel":"a\\"b","leave":{"info":{"user":"u","client":"c1","conn_info":{"x":1}}}}}',
+        ),
+        (
+            messages.unsubscribe_push("a", 2500, "insufficient state"),
+            '{"push":{"channel":"a","unsubscribe":{"code":2500,"reason":"insufficient state"}}}',
+        ),
+        (messages.message_push(b"[1]"), '{"push":{"message":{"data":[1]}}}'),
+    ],
+)
+def test_what_the_sdks_read(made, text):
+    assert made.decode() == text

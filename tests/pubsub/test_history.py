@@ -1,0 +1,394 @@
+"""Streams against a naive model, and the cases that the client protocol spells out."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from realtime.errors import ClientError
+from realtime.pubsub import history
+from realtime.pubsub.history import Agenda, Receipts, Stream, Streams
+from realtime.records import ClientInfo, Position, Publication, Retention
+
+KEEP = Retention(size=3, ttl=60.0, meta_ttl=3600.0)
+SWEEP = 5000
+
+
+def counted_epochs() -> Callable[[], str]:
+    numbers = itertools.count(1)
+    return lambda: f"epoch{next(numbers)}"
+
+
+def streams(limit: int = 1000) -> Streams:
+    return Streams(limit, counted_epochs())
+
+
+def offsets(publications: list[Publication]) -> list[int]:
+    return [publication.offset for publication in publications]
+
+
+def filled(count: int, retention: Retention = KEEP) -> Stream:
+    """A stream with this many publications published at time 0."""
+    store = streams()
+    for number in range(1, count + 1):
+        store.append(0.0, "c", b"%d" % number, retention)
+    return store.open(0.0, "c", retention)
+
+
+# The model: what sections 5.6 and 7.1 of the client protocol say, written down without a thought for cost.
+
+
+@dataclass
+class ModelStream:
+    epoch: str
+    top: int = 0
+    kept: list[tuple[int, bytes]] = field(default_factory=list)
+    contents_end: float = 0.0
+    idle_end: float = 0.0
+
+
+class Model:
+    def __init__(self) -> None:
+        self.streams: dict[str, ModelStream] = {}
+        self.epoch = counted_epochs()
+
+    def access(self, now: float, channel: str, retention: Retention) -> ModelStream:
+        stream = self.streams.get(channel)
+        if stream is not None and now >= stream.contents_end:
+            stream.kept = []
+        if stream is None or (now >= stream.idle_end and not stream.kept):
+            stream = self.streams[channel] = ModelStream(self.epoch())
+        stream.idle_end = now + retention.meta_ttl
+        return stream
+
+    def publish(self, now: float, channel: str, data: bytes, retention: Retention) -> tuple[int, str]:
+        stream = self.access(now, channel, retention)
+        stream.top += 1
+        stream.kept = [*stream.kept, (stream.top, data)][-retention.size :]
+        stream.contents_end = now + retention.ttl
+        return stream.top, stream.epoch
+
+    def remove(self, channel: str) -> None:
+        if channel in self.streams:
+            self.streams[channel].kept = []
+
+    def page(
+        self, now: float, channel: str, retention: Retention, since: int | None, limit: int, reverse: bool
+    ) -> tuple[list[tuple[int, bytes]], int, str]:
+        stream = self.access(now, channel, retention)
+        found = list(stream.kept)
+        if reverse:
+            found.reverse()
+            if since is not None:
+                before = since - 1
+                found = [item for item in found if item[0] <= before] if before in dict(found) else []
+        elif since is not None:
+            found = [item for item in found if item[0] > since]
+        return found if limit < 0 else found[:limit], stream.top, stream.epoch
+
+
+channels = st.sampled_from(["a", "b"])
+retentions = st.sampled_from([Retention(1, 5.0, 20.0), Retention(3, 10.0, 15.0), Retention(4, 30.0, 8.0)])
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("wait"), st.integers(1, 12)),
+        st.tuples(st.just("sweep"), st.integers(1, 5)),
+        st.tuples(st.just("publish"), channels, retentions),
+        st.tuples(st.just("remove"), channels),
+        st.tuples(
+            st.just("page"),
+            channels,
+            retentions,
+            st.one_of(st.none(), st.integers(0, 12)),
+            st.integers(-1, 5),
+            st.booleans(),
+        ),
+    ),
+    max_size=60,
+)
+
+
+@given(operations)
+def test_any_history_of_operations_reads_like_the_model(steps: list[tuple]) -> None:
+    store, model, now = streams(), Model(), 100.0
+    for number, (name, *arguments) in enumerate(steps):
+        if name == "wait":
+            now += arguments[0]
+        elif name == "sweep":
+            store.sweep(now, arguments[0])
+        elif name == "remove":
+            store.remove(*arguments)
+            model.remove(*arguments)
+        elif name == "publish":
+            channel, retention = arguments
+            data = b"%d" % number
+            publication, epoch = store.append(now, channel, data, retention)
+            assert (publication.offset, epoch) == model.publish(now, channel, data, retention)
+        else:
+            channel, retention, since, limit, reverse = arguments
+            position = None if since is None else Position(since, "whatever")
+            page = store.open(now, channel, retention).page(position, limit, reverse)
+            found = [(publication.offset, publication.data) for publication in page.publications]
+            expected = model.page(now, channel, retention, since, limit, reverse)
+            assert (found, page.position.offset, page.position.epoch) == expected
+
+
+@given(operations)
+def test_after_everything_is_over_sweeping_leaves_nothing(steps: list[tuple]) -> None:
+    store, now = streams(), 0.0
+    for name, *arguments in steps:
+        if name == "wait":
+            now += arguments[0]
+        elif name == "publish":
+            store.append(now, arguments[0], b"x", arguments[1])
+        elif name == "page":
+            store.open(now, arguments[0], arguments[1])
+    for _ in range(5):
+        now += 1000.0
+        store.sweep(now, SWEEP)
+    assert len(store) == 0
+
+
+# The stream
+
+
+def test_offsets_count_from_one_and_the_epoch_is_eight_letters() -> None:
+    store = Streams(10)
+    publication, epoch = store.append(0.0, "c", b"1", KEEP)
+    assert publication == Publication(b"1", 1)
+    assert len(epoch) == 8
+    assert epoch.isalpha()
+
+
+def test_a_first_read_gives_the_epoch_that_the_first_publication_has() -> None:
+    store = streams()
+    position = store.open(0.0, "c", KEEP).position
+    _, epoch = store.append(10.0, "c", b"1", KEEP)
+    assert position == Position(0, epoch)
+
+
+def test_the_author_and_the_tags_are_kept() -> None:
+    store, author = streams(), ClientInfo("42", "client", b'{"n":1}')
+    store.append(0.0, "c", b"1", KEEP, author, {"tag": "value"})
+    (found,) = store.open(0.0, "c", KEEP).page(None, -1, False).publications
+    assert (found.info, found.tags) == (author, {"tag": "value"})
+
+
+@pytest.mark.parametrize(
+    ("since", "limit", "expected"),
+    [
+        (None, 0, []),
+        (None, -1, [3, 4, 5]),
+        (None, 2, [3, 4]),
+        (0, -1, [3, 4, 5]),
+        (3, -1, [4, 5]),
+        (4, 1, [5]),
+        (5, -1, []),
+        (9, -1, []),
+    ],
+)
+def test_pages_forward(since: int | None, limit: int, expected: list[int]) -> None:
+    position = None if since is None else Position(since, "")
+    page = filled(5).page(position, limit, False)
+    assert offsets(page.publications) == expected
+    assert page.position == Position(5, "epoch1")
+
+
+@pytest.mark.parametrize(
+    ("since", "limit", "expected"),
+    [(None, -1, [5, 4, 3]), (None, 2, [5, 4]), (5, -1, [4, 3]), (5, 1, [4]), (3, -1, []), (2, -1, []), (9, -1, [])],
+)
+def test_pages_in_reverse(since: int | None, limit: int, expected: list[int]) -> None:
+    position = None if since is None else Position(since, "")
+    assert offsets(filled(5).page(position, limit, True).publications) == expected
+
+
+def test_every_publication_restarts_the_time_of_all() -> None:
+    store = streams()
+    store.append(0.0, "c", b"1", KEEP)
+    store.append(59.0, "c", b"2", KEEP)
+    assert offsets(store.open(118.0, "c", KEEP).page(None, -1, False).publications) == [1, 2]
+    assert offsets(store.open(119.0, "c", KEEP).page(None, -1, False).publications) == []
+
+
+def test_reading_does_not_prolong_the_publications_but_the_numbering() -> None:
+    store = streams()
+    store.append(0.0, "c", b"1", KEEP)
+    assert store.open(3000.0, "c", KEEP).position == Position(1, "epoch1")
+    assert store.open(6599.0, "c", KEEP).position == Position(1, "epoch1")
+
+
+def test_without_access_the_numbering_is_forgotten() -> None:
+    store = streams()
+    store.append(0.0, "c", b"1", KEEP)
+    assert store.open(3600.0, "c", KEEP).position == Position(0, "epoch2")
+
+
+def test_publications_outlive_a_shorter_meta_ttl() -> None:
+    store, retention = streams(), Retention(3, ttl=60.0, meta_ttl=10.0)
+    store.append(0.0, "c", b"1", retention)
+    store.sweep(50.0, SWEEP)
+    assert store.open(50.0, "c", retention).position == Position(1, "epoch1")
+
+
+def test_removal_keeps_the_numbering() -> None:
+    store = streams()
+    store.append(0.0, "c", b"1", KEEP)
+    store.remove("c")
+    assert store.open(1.0, "c", KEEP).page(None, -1, False).publications == []
+    publication, epoch = store.append(2.0, "c", b"2", KEEP)
+    assert (publication.offset, epoch) == (2, "epoch1")
+
+
+def test_removal_of_an_unknown_channel_makes_none() -> None:
+    store = streams()
+    store.remove("c")
+    assert len(store) == 0
+
+
+def test_a_page_ends_early_when_it_gets_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "PAGE_BYTES", 1000)
+    store, info = streams(), ClientInfo("u", "c", b"i" * 200)
+    for _ in range(3):
+        store.append(0.0, "c", b"x" * 200, KEEP, info)
+    stream = store.open(0.0, "c", KEEP)
+    assert offsets(stream.page(None, -1, False).publications) == [1]
+    assert offsets(stream.page(None, -1, True).publications) == [3]
+    assert offsets(stream.page(Position(1, ""), -1, False).publications) == [2]
+
+
+def test_a_page_always_holds_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "PAGE_BYTES", 10)
+    assert offsets(filled(2).page(None, -1, False).publications) == [1]
+
+
+def test_a_long_stream_keeps_exactly_its_size() -> None:
+    stream = filled(1000, Retention(100, 60.0))
+    assert len(stream) == 100
+    assert offsets(stream.page(None, -1, False).publications) == list(range(901, 1001))
+
+
+# The store
+
+
+def test_there_is_a_most_of_channels() -> None:
+    store = streams(limit=2)
+    store.open(0.0, "a", KEEP)
+    store.open(0.0, "b", KEEP)
+    with pytest.raises(ClientError) as refusal:
+        store.open(0.0, "c", KEEP)
+    assert refusal.value.code == 106
+    store.append(1.0, "a", b"goes on", KEEP)
+
+
+def test_what_is_forgotten_makes_room() -> None:
+    store = streams(limit=1)
+    store.open(0.0, "a", KEEP)
+    store.sweep(3700.0, SWEEP)
+    store.open(3700.0, "b", KEEP)
+    assert len(store) == 1
+
+
+def test_a_forgotten_channel_starts_again_within_the_limit() -> None:
+    store = streams(limit=1)
+    store.open(0.0, "a", KEEP)
+    assert store.open(4000.0, "a", KEEP).epoch == "epoch2"
+
+
+def test_the_sweep_frees_payloads_that_nobody_asks_for() -> None:
+    store = streams()
+    store.append(0.0, "c", b"1", KEEP)
+    stream = store.open(0.0, "c", KEEP)
+    store.sweep(59.0, SWEEP)
+    assert len(stream) == 1
+    store.sweep(62.0, SWEEP)
+    assert len(stream) == 0
+    assert len(store) == 1
+
+
+def test_the_sweep_comes_back_to_a_channel_that_fills_again() -> None:
+    store = streams()
+    for now in (0.0, 100.0, 200.0):
+        store.append(now, "c", b"1", KEEP)
+        store.sweep(now + 62.0, SWEEP)
+        assert len(store.open(now + 59.0, "c", KEEP)) == 0
+
+
+def test_a_sweep_is_bounded() -> None:
+    store = streams()
+    for number in range(10):
+        store.open(0.0, str(number), KEEP)
+    store.sweep(3700.0, 4)
+    assert len(store) == 6
+    store.sweep(3700.0, 4)
+    store.sweep(3700.0, 4)
+    assert len(store) == 0
+
+
+def test_an_idle_channel_takes_little_memory() -> None:
+    store = streams(limit=100_000)
+    names = [f"channel:{number}" for number in range(10_000)]
+    tracemalloc.start()
+    for name in names:
+        store.append(0.0, name, b"", Retention(1, 1.0))
+    store.sweep(3.0, 10_000)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size / len(names) < 600
+
+
+# The agenda
+
+
+@given(st.lists(st.floats(0, 1000)), st.lists(st.floats(0, 100)), st.integers(1, 5))
+def test_the_agenda_gives_everything_once_and_nothing_early(times: list[float], waits: list[float], limit: int) -> None:
+    agenda: Agenda[float] = Agenda(7.0)
+    for when in times:
+        agenda.add(when, when)
+    now, given_out = 0.0, []
+    for wait in waits:
+        now += wait
+        due = agenda.take(now, limit)
+        assert len(due) <= limit
+        assert all(when <= now for when in due)
+        given_out += due
+    given_out += agenda.take(2000.0, len(times) + 1)
+    assert sorted(given_out) == sorted(times)
+
+
+# Idempotency keys
+
+
+def test_a_key_is_known_for_300_seconds_on_its_channel() -> None:
+    receipts = Receipts(10)
+    receipts.note(0.0, "c", "key", Position(1, "e"))
+    assert receipts.recall(299.0, "c", "key") == Position(1, "e")
+    assert receipts.recall(299.0, "other", "key") is None
+    assert receipts.recall(300.0, "c", "key") is None
+
+
+def test_a_key_that_is_over_may_be_noted_anew() -> None:
+    receipts = Receipts(10)
+    receipts.note(0.0, "c", "first", Position(1, "e"))
+    receipts.note(1.0, "c", "key", Position(2, "e"))
+    receipts.note(300.5, "c", "first", Position(3, "e"))
+    receipts.sweep(301.5, SWEEP)
+    assert receipts.recall(600.0, "c", "first") == Position(3, "e")
+    assert len(receipts) == 1
+
+
+def test_keys_are_bounded_and_none_is_forgotten_early() -> None:
+    receipts = Receipts(2)
+    receipts.note(0.0, "c", "a", Position(1, "e"))
+    receipts.note(10.0, "c", "b", Position(2, "e"))
+    with pytest.raises(ClientError) as refusal:
+        receipts.recall(20.0, "c", "c")
+    assert refusal.value.code == 106
+    assert receipts.recall(20.0, "c", "a") == Position(1, "e")
+    assert receipts.recall(305.0, "c", "c") is None

@@ -1,0 +1,647 @@
+"""The hub: fan-out, continuity, and the races between adding, opening and removing."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from realtime.errors import EngineUnavailable
+from realtime.pubsub import hub as hub_module
+from realtime.pubsub.engine import Receiver
+from realtime.pubsub.hub import Hub
+from realtime.pubsub.memory import MemoryEngine
+from realtime.records import ClientInfo, Position, Publication, Retention
+from realtime.settings import EngineSettings
+
+EPOCH = "abcdefgh"
+SOMEBODY = ClientInfo("42", "client-1")
+KEEP = Retention(1000, 3600.0)
+
+
+class TextForm:
+    """A wire form that is easy to read, and counts how often it is used."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+        self.encoded = 0
+
+    def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
+        self.encoded += 1
+        return b"%s%s %d %s" % (self.name.encode(), publication.data, publication.offset, epoch.encode())
+
+    def join(self, channel: str, info: ClientInfo) -> bytes:
+        self.encoded += 1
+        return b"join " + info.client.encode()
+
+    def leave(self, channel: str, info: ClientInfo) -> bytes:
+        return b"leave " + info.client.encode()
+
+
+class Listener:
+    """A member that writes down what it gets."""
+
+    def __init__(self, form: str = "text", positioned: bool = True, announced: bool = False) -> None:
+        self.form = form
+        self.positioned = positioned
+        self.announced = announced
+        self.frames: list[bytes] = []
+        self.deliver: Callable[[bytes], None] = self.frames.append
+        self.losses = 0
+
+    def lost(self) -> None:
+        self.losses += 1
+
+    @property
+    def seen(self) -> list[tuple[int, str]]:
+        """Offset and epoch of the numbered publications."""
+        split = [frame.decode().split(" ") for frame in self.frames if frame.count(b" ") == 2]
+        return [(int(offset), epoch) for _, offset, epoch in split if offset != "0"]
+
+
+class Pause:
+    def __await__(self) -> Generator[Pause, None, None]:
+        yield self
+
+
+class SlowEngine:
+    """An engine whose `subscribe` waits until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    async def subscribe(self, channel: str) -> None:
+        self.log.append(f"subscribe {channel}")
+        await Pause()
+
+    def unsubscribe(self, channel: str) -> None:
+        self.log.append(f"unsubscribe {channel}")
+
+
+def begin(coroutine: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+    """Run to the first wait."""
+    coroutine.send(None)
+    return coroutine
+
+
+def finish(coroutine: Coroutine[Any, Any, None]) -> None:
+    with pytest.raises(StopIteration):
+        coroutine.send(None)
+
+
+def complete(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that never waits."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("it waited")
+
+
+def add(hub: Hub, listener: Listener, channel: str = "c") -> None:
+    coroutine = hub.add(channel, listener)
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    finish(coroutine)
+
+
+def opened(hub: Hub, listener: Listener, position: Position | None, channel: str = "c") -> Listener:
+    add(hub, listener, channel)
+    assert hub.open(channel, listener, position)
+    return listener
+
+
+def publish(hub: Hub, offset: int, epoch: str = EPOCH, data: bytes = b"p") -> None:
+    hub.published("c", Publication(data, offset), epoch if offset else "")
+
+
+@pytest.fixture
+def form() -> TextForm:
+    return TextForm()
+
+
+@pytest.fixture
+def engine() -> SlowEngine:
+    return SlowEngine()
+
+
+@pytest.fixture
+def hub(form: TextForm, engine: SlowEngine) -> Hub:
+    hub = Hub({"text": form, "other": TextForm("other:")}, obey=lambda order: None)
+    hub.engine = engine  # type: ignore[assignment]
+    return hub
+
+
+def at(offset: int, epoch: str = EPOCH) -> Position:
+    return Position(offset, epoch)
+
+
+# Fan-out
+
+
+def test_one_encoding_serves_all_members_of_a_form(hub: Hub, form: TextForm) -> None:
+    members = [opened(hub, Listener(), at(0)) for _ in range(3)]
+    other = opened(hub, Listener("other"), at(0))
+    publish(hub, 1)
+    assert [member.frames for member in members] == [[b"p 1 abcdefgh"]] * 3
+    assert other.frames == [b"other:p 1 abcdefgh"]
+    assert form.encoded == 1
+    assert members[0].frames[0] is members[1].frames[0]
+
+
+def test_other_channels_hear_nothing(hub: Hub) -> None:
+    other = opened(hub, Listener(), None, "other")
+    opened(hub, Listener(), None)
+    publish(hub, 0)
+    assert other.frames == []
+
+
+def test_a_publication_of_an_unknown_channel_is_dropped(hub: Hub) -> None:
+    publish(hub, 1)
+    hub.joined("c", SOMEBODY)
+    hub.left("c", SOMEBODY)
+
+
+def test_members_may_come_and_go_during_a_fan_out(hub: Hub) -> None:
+    first, second = Listener(), opened(hub, Listener(), at(0))
+    first.deliver = lambda frame: hub.remove("c", first)
+    opened(hub, first, at(0))
+    third = opened(hub, Listener(), at(0))
+    publish(hub, 1)
+    publish(hub, 2)
+    assert second.seen == third.seen == [(1, EPOCH), (2, EPOCH)]
+    assert hub.subscribers("c") == 2
+
+
+def test_joins_and_leaves_reach_who_wants_them(hub: Hub) -> None:
+    curious, other = opened(hub, Listener(announced=True), None), opened(hub, Listener(), None)
+    hub.joined("c", SOMEBODY)
+    hub.left("c", SOMEBODY)
+    assert curious.frames == [b"join client-1", b"leave client-1"]
+    assert other.frames == []
+
+
+def test_orders_are_obeyed(form: TextForm) -> None:
+    orders: list[bytes] = []
+    Hub({"text": form}, orders.append).instructed(b"order")
+    assert orders == [b"order"]
+
+
+def test_a_hub_is_a_receiver(hub: Hub) -> None:
+    receiver: Receiver = hub
+    assert receiver is hub
+
+
+# Continuity
+
+
+@pytest.mark.parametrize(
+    ("offsets", "seen", "losses"),
+    [
+        ([1, 2, 3], [1, 2, 3], 0),
+        ([1, 1, 2, 1, 2, 3], [1, 2, 3], 0),
+        ([1, 3], [1], 1),
+        ([1, 3, 2, 4], [1], 1),
+        ([2], [], 1),
+        ([0, 1, 0, 2], [1, 2], 0),
+    ],
+)
+def test_a_positioned_member_sees_no_hole(hub: Hub, offsets: list[int], seen: list[int], losses: int) -> None:
+    member = opened(hub, Listener(), at(0))
+    for offset in offsets:
+        publish(hub, offset)
+    assert [offset for offset, _ in member.seen] == seen
+    assert member.losses == losses
+    assert hub.subscribers("c") == 1 - losses
+
+
+def test_another_epoch_loses_the_place(hub: Hub) -> None:
+    member = opened(hub, Listener(), at(1))
+    publish(hub, 2, "anotherone")
+    assert (member.seen, member.losses) == ([], 1)
+
+
+def test_members_without_position_get_what_follows_a_gap_but_no_repeats(hub: Hub) -> None:
+    member = opened(hub, Listener(positioned=False), None)
+    for offset, epoch in [(5, EPOCH), (7, EPOCH), (7, EPOCH), (1, "new"), (2, "new")]:
+        publish(hub, offset, epoch)
+    assert member.seen == [(5, EPOCH), (7, EPOCH), (1, "new"), (2, "new")]
+    assert member.losses == 0
+
+
+def test_publications_without_offset_always_pass(hub: Hub) -> None:
+    member = opened(hub, Listener(), at(3))
+    publish(hub, 0)
+    publish(hub, 0)
+    publish(hub, 4)
+    assert member.frames == [b"p 0 ", b"p 0 ", b"p 4 abcdefgh"]
+
+
+def test_after_a_loss_the_place_can_be_taken_anew(hub: Hub) -> None:
+    witness = opened(hub, Listener(positioned=False), None)
+    opened(hub, Listener(), at(1))
+    publish(hub, 3)
+    again = opened(hub, Listener(), at(3))
+    publish(hub, 4)
+    assert again.seen == [(4, EPOCH)]
+    assert witness.seen == [(3, EPOCH), (4, EPOCH)]
+
+
+def test_the_member_is_out_when_it_is_told_and_may_come_back_at_once(hub: Hub) -> None:
+    member = opened(hub, Listener(), at(1))
+    newcomer = Listener()
+
+    def lost() -> None:
+        assert hub.subscribers("c") == 0
+        hub.remove("c", member)
+        opened(hub, newcomer, at(3))
+
+    member.lost = lost  # type: ignore[method-assign]
+    publish(hub, 3)
+    publish(hub, 4)
+    assert newcomer.seen == [(4, EPOCH)]
+    assert hub.subscriptions == 1
+
+
+def test_an_interruption_loses_every_place(hub: Hub) -> None:
+    member, relaxed = opened(hub, Listener(), at(1)), opened(hub, Listener(positioned=False), None)
+    waiting = Listener()
+    add(hub, waiting)
+    hub.interrupted()
+    assert (member.losses, relaxed.losses) == (1, 0)
+    assert not hub.open("c", waiting, at(1))
+    publish(hub, 9, "new")
+    assert relaxed.seen == [(9, "new")]
+    assert hub.subscriptions == 1
+
+
+def test_after_an_interruption_the_new_epoch_counts(hub: Hub) -> None:
+    opened(hub, Listener(positioned=False), None)
+    publish(hub, 1)
+    hub.interrupted()
+    member = opened(hub, Listener(), at(0, "new"))
+    publish(hub, 1, "new")
+    assert member.seen == [(1, "new")]
+
+
+def test_an_interruption_does_not_harm_who_has_not_begun(hub: Hub) -> None:
+    member = Listener()
+    call = begin(hub.add("c", member))
+    hub.interrupted()
+    finish(call)
+    assert hub.open("c", member, at(5))
+
+
+# Opening
+
+
+@pytest.mark.parametrize(
+    ("held", "position", "ok", "seen"),
+    [
+        ([], 3, True, []),
+        ([4, 5], 3, True, [4, 5]),
+        ([2, 3, 4, 5], 3, True, [4, 5]),
+        ([2, 3], 3, True, []),
+        ([5, 6], 3, False, []),
+        ([3, 4, 6], 3, False, []),
+        ([4, 4, 5], 3, True, [4, 5]),
+    ],
+)
+def test_what_was_held_follows_on_the_position(
+    hub: Hub, held: list[int], position: int, ok: bool, seen: list[int]
+) -> None:
+    member = Listener()
+    add(hub, member)
+    for offset in held:
+        publish(hub, offset)
+    assert member.frames == []
+    assert hub.open("c", member, at(position)) is ok
+    assert [offset for offset, _ in member.seen] == seen
+    assert hub.subscribers("c") == int(ok)
+
+
+def test_another_epoch_among_what_was_held(hub: Hub) -> None:
+    member = Listener()
+    add(hub, member)
+    publish(hub, 4, "anotherone")
+    assert not hub.open("c", member, at(3))
+
+
+def test_a_position_before_what_the_channel_has_seen_is_a_hole(hub: Hub) -> None:
+    opened(hub, Listener(), at(5))
+    late = Listener()
+    add(hub, late)
+    assert not hub.open("c", late, at(4))
+
+
+def test_a_position_beyond_what_the_channel_has_seen_shows_a_hole_to_the_others(hub: Hub) -> None:
+    old, waiting, new = opened(hub, Listener(), at(3)), Listener(), Listener()
+    add(hub, waiting)
+    publish(hub, 4)
+    add(hub, new)
+    assert hub.open("c", new, at(6))
+    publish(hub, 7)
+    assert (old.seen, old.losses) == ([(4, EPOCH)], 1)
+    assert not hub.open("c", waiting, at(3))
+    assert new.seen == [(7, EPOCH)]
+
+
+def test_joins_follow_the_publications(hub: Hub) -> None:
+    member = Listener(announced=True)
+    add(hub, member)
+    hub.joined("c", SOMEBODY)
+    publish(hub, 1)
+    hub.left("c", SOMEBODY)
+    assert hub.open("c", member, at(0))
+    assert member.frames == [b"p 1 abcdefgh", b"join client-1", b"leave client-1"]
+
+
+def test_who_is_lost_may_take_the_newcomer_along(hub: Hub) -> None:
+    old, new = opened(hub, Listener(), at(3)), Listener()
+    old.lost = lambda: hub.remove("c", new)  # type: ignore[method-assign]
+    publish(hub, 4)
+    add(hub, new)
+    assert not hub.open("c", new, at(6))
+    assert (hub.subscribers("c"), hub.subscriptions) == (0, 0)
+
+
+def test_without_a_position_all_that_was_held_comes(hub: Hub) -> None:
+    member = Listener(positioned=False)
+    add(hub, member)
+    for offset in (5, 7, 0):
+        publish(hub, offset)
+    assert hub.open("c", member, None)
+    assert member.frames == [b"p 5 abcdefgh", b"p 7 abcdefgh", b"p 0 "]
+
+
+def test_what_is_held_is_bounded(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "HELD_LIMIT", 10)
+    positioned, relaxed = Listener(), Listener(positioned=False)
+    add(hub, positioned)
+    publish(hub, 1)
+    publish(hub, 2)
+    add(hub, relaxed)
+    for offset in range(3, 12):
+        publish(hub, offset)
+    assert not hub.open("c", positioned, at(0))
+    assert hub.open("c", relaxed, None)
+    assert relaxed.seen == [(11, EPOCH)]
+
+
+def test_a_stream_of_newcomers_loses_nobody(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "HELD_LIMIT", 10)
+    newcomers: deque[tuple[int, Listener]] = deque()
+    for offset in range(1, 100):
+        listener = Listener()
+        add(hub, listener)
+        newcomers.append((offset - 1, listener))
+        publish(hub, offset)
+        if len(newcomers) == 4:
+            known, eldest = newcomers.popleft()
+            assert hub.open("c", eldest, at(known))
+            assert eldest.seen == [(known + n, EPOCH) for n in range(1, 5)]
+
+
+def test_nothing_is_kept_when_nobody_waits(hub: Hub) -> None:
+    opened(hub, Listener(), at(0))
+    publish(hub, 1)
+    late = Listener()
+    add(hub, late)
+    assert hub.open("c", late, None)
+    assert late.frames == []
+
+
+# Adding and removing
+
+
+def test_the_first_subscribes_and_the_last_unsubscribes(hub: Hub, engine: SlowEngine) -> None:
+    first, second = opened(hub, Listener(), None), opened(hub, Listener(), None)
+    assert (hub.subscribers("c"), hub.subscriptions) == (2, 2)
+    hub.remove("c", first)
+    hub.remove("c", first)
+    assert engine.log == ["subscribe c"]
+    hub.remove("c", second)
+    assert engine.log == ["subscribe c", "unsubscribe c"]
+    assert (hub.subscribers("c"), hub.subscriptions) == (0, 0)
+
+
+def test_removing_a_stranger_has_no_effect(hub: Hub, engine: SlowEngine) -> None:
+    hub.remove("c", Listener())
+    opened(hub, Listener(), None)
+    hub.remove("c", Listener())
+    assert (hub.subscriptions, engine.log) == (1, ["subscribe c"])
+
+
+def test_after_removal_nothing_comes(hub: Hub) -> None:
+    stays, goes = opened(hub, Listener(), at(0)), opened(hub, Listener(), at(0))
+    hub.remove("c", goes)
+    publish(hub, 1)
+    assert (len(stays.frames), goes.frames) == (1, [])
+
+
+def test_a_member_that_is_not_open_holds_the_channel(hub: Hub, engine: SlowEngine) -> None:
+    first, second = opened(hub, Listener(), None), Listener()
+    add(hub, second)
+    hub.remove("c", first)
+    assert engine.log == ["subscribe c"]
+    hub.remove("c", second)
+    assert engine.log == ["subscribe c", "unsubscribe c"]
+
+
+def test_an_engine_that_is_away_adds_nobody(hub: Hub, engine: SlowEngine) -> None:
+    member = Listener()
+    call = begin(hub.add("c", member))
+    with pytest.raises(EngineUnavailable):
+        call.throw(EngineUnavailable("away"))
+    assert (hub.subscribers("c"), hub.subscriptions) == (0, 0)
+    assert engine.log[-1] == "unsubscribe c"
+    assert not hub.open("c", member, None)
+
+
+def test_two_adds_at_once_have_answers_of_their_own(hub: Hub) -> None:
+    first, second = Listener(), Listener()
+    one, two = begin(hub.add("c", first)), begin(hub.add("c", second))
+    with pytest.raises(EngineUnavailable):
+        one.throw(EngineUnavailable("away"))
+    finish(two)
+    assert not hub.open("c", first, at(0))
+    assert hub.open("c", second, at(0))
+    publish(hub, 1)
+    assert (first.frames, second.seen) == ([], [(1, EPOCH)])
+
+
+def test_removal_while_the_engine_is_asked(hub: Hub, engine: SlowEngine) -> None:
+    member = Listener()
+    call = begin(hub.add("c", member))
+    hub.remove("c", member)
+    assert engine.log == ["subscribe c", "unsubscribe c"]
+    finish(call)
+    assert not hub.open("c", member, at(0))
+    assert hub.subscriptions == 0
+
+
+def test_a_newcomer_after_a_removal_while_the_engine_is_asked(hub: Hub, engine: SlowEngine) -> None:
+    gone, stays = Listener(), Listener()
+    first = begin(hub.add("c", gone))
+    hub.remove("c", gone)
+    second = begin(hub.add("c", stays))
+    with pytest.raises(EngineUnavailable):
+        first.throw(EngineUnavailable("away"))
+    publish(hub, 1)
+    finish(second)
+    assert hub.open("c", stays, at(0))
+    assert stays.seen == [(1, EPOCH)]
+    assert engine.log == ["subscribe c", "unsubscribe c", "subscribe c"]
+
+
+def test_a_second_member_waits_for_nothing(hub: Hub) -> None:
+    opened(hub, Listener(), None)
+    complete(hub.add("c", Listener()))
+
+
+# Any history
+
+
+POSITIONED = st.booleans()
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("next"), st.integers(0, 3)),  # 0: a repeat, 1: as it should be, more: a gap
+        st.tuples(st.just("next"), st.just(1)),
+        st.tuples(st.just("again"), st.integers(1, 8)),
+        st.tuples(st.just("plain")),
+        st.tuples(st.just("epoch")),
+        st.tuples(st.just("interrupted")),
+        st.tuples(st.just("add"), POSITIONED),
+        st.tuples(st.just("open"), st.integers(0, 5), st.integers(-2, 2)),
+        st.tuples(st.just("open"), st.integers(0, 5), st.just(0)),
+        st.tuples(st.just("remove"), st.integers(0, 5)),
+    ),
+    max_size=50,
+)
+
+
+class Story:
+    """One hub, and a link to it that may lose, repeat, reorder and start again."""
+
+    def __init__(self) -> None:
+        self.hub = Hub({"text": TextForm()}, obey=lambda order: None)
+        self.hub.engine = SlowEngine()  # type: ignore[assignment]
+        self.offset, self.epoch = 0, "e0"
+        self.pending: list[Listener] = []
+        self.open: list[tuple[Listener, Position | None]] = []
+        self.refused: list[Listener] = []
+        self.ended: list[tuple[Listener, int]] = []
+
+    def next(self, step: int) -> None:
+        self.offset = max(1, self.offset + step)
+        publish(self.hub, self.offset, self.epoch)
+
+    def again(self, offset: int) -> None:
+        publish(self.hub, min(offset, self.offset), self.epoch)
+
+    def plain(self) -> None:
+        publish(self.hub, 0)
+
+    def start_again(self) -> None:
+        self.offset, self.epoch = 0, f"e{int(self.epoch[1:]) + 1}"
+
+    def add(self, positioned: bool) -> None:
+        member = Listener(positioned=positioned)
+        add(self.hub, member)
+        self.pending.append(member)
+
+    def open_one(self, index: int, skew: int) -> None:
+        if not self.pending:
+            return
+        member = self.pending.pop(index % len(self.pending))
+        position = Position(max(0, self.offset + skew), self.epoch) if member.positioned else None
+        if self.hub.open("c", member, position):
+            self.open.append((member, position))
+        else:
+            assert member.positioned
+            self.refused.append(member)
+
+    def remove(self, index: int) -> None:
+        if self.open:
+            member, _ = self.open[index % len(self.open)]
+            self.hub.remove("c", member)
+            self.ended.append((member, len(member.frames)))
+
+    def check(self) -> None:
+        for member, position in self.open:
+            if position is not None:
+                expected = [(position.offset + 1 + n, position.epoch) for n in range(len(member.seen))]
+                assert member.seen == expected
+                assert member.losses <= 1
+            else:
+                assert member.losses == 0
+        for member in self.refused:
+            assert (member.frames, member.losses) == ([], 0)
+        for member, frames in self.ended:
+            assert len(member.frames) == frames
+        gone = {id(member) for member, _ in self.ended} | {id(m) for m, _ in self.open if m.losses}
+        alive = [member for member, _ in self.open if id(member) not in gone]
+        assert self.hub.subscriptions == self.hub.subscribers("c") == len(alive) + len(self.pending)
+
+
+@given(STEPS)
+def test_whatever_the_link_does_no_positioned_member_sees_a_hole(steps: list[tuple]) -> None:
+    story = Story()
+    actions = {
+        "next": story.next,
+        "again": story.again,
+        "plain": story.plain,
+        "epoch": story.start_again,
+        "interrupted": story.hub.interrupted,
+        "add": story.add,
+        "open": story.open_one,
+        "remove": story.remove,
+    }
+    for name, *arguments in steps:
+        actions[name](*arguments)
+        story.check()
+
+
+@given(
+    st.lists(
+        st.sampled_from(["publish", "publish", "add", "ask", "open", "remove", "remove history", "plain"]),
+        max_size=60,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_with_a_faithful_engine_nobody_is_ever_lost(steps: list[str], random: Any) -> None:
+    hub = Hub({"text": TextForm()}, obey=lambda order: None)
+    hub.engine = MemoryEngine(hub, EngineSettings(), lambda: 0.0)
+    added: list[Listener] = []
+    asked: list[tuple[Listener, Position]] = []
+    members: list[tuple[Listener, Position]] = []
+    top = Position()
+    for step in steps:
+        if step == "publish":
+            top = complete(hub.engine.publish("c", b"p", retention=KEEP))
+        elif step == "plain":
+            complete(hub.engine.publish("c", b"p", retention=Retention()))
+        elif step == "remove history":
+            complete(hub.engine.remove_history("c"))
+        elif step == "add":
+            added.append(Listener())
+            add(hub, added[-1])
+        elif step == "ask" and added:
+            page = complete(hub.engine.history("c", retention=KEEP))
+            asked.append((added.pop(random.randrange(len(added))), page.position))
+        elif step == "open" and asked:
+            member, position = asked.pop(random.randrange(len(asked)))
+            assert hub.open("c", member, position)
+            members.append((member, position))
+        elif step == "remove" and members:
+            member, position = members.pop(random.randrange(len(members)))
+            hub.remove("c", member)
+    for member, position in members:
+        assert member.losses == 0
+        assert [offset for offset, _ in member.seen] == list(range(position.offset + 1, top.offset + 1))

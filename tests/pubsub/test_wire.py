@@ -1,0 +1,175 @@
+"""The data plane's bytes: whole messages however they are cut, and one typed error for all else."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from realtime.pubsub import wire
+from realtime.records import Census, ClientInfo, HistoryPage, Position, Publication, Retention
+
+ANYBODY = ClientInfo("42", "client-1", b'{"name":"A"}', b"")
+AT = Position(7, "abcdefgh")
+
+TO_BROKER: list[wire.Message] = [
+    wire.Hello(wire.VERSION, "abcdefgh"),
+    wire.Restore(["a", "b"], [("a", ANYBODY, True, False)], [ANYBODY]),
+    wire.Publish(1, "chat", b'{"a":1}', Retention(10, 60.0), ANYBODY, {"k": "v"}, "key"),
+    wire.Publish(2, "chat", b"", Retention(), None, None, ""),
+    wire.Subscribe(3, "chat"),
+    wire.Unsubscribe("chat"),
+    wire.History(4, "chat", Retention(10, 60.0), AT, -1, True),
+    wire.History(5, "chat", Retention(), None, 0, False),
+    wire.RemoveHistory(6, "chat"),
+    wire.Enter(7, "chat", ANYBODY, True, False),
+    wire.Leave(8, "chat", "client-1"),
+    wire.Presence(9, "chat"),
+    wire.PresenceStats(10, "chat"),
+    wire.Connected(ANYBODY),
+    wire.Disconnected("client-1"),
+    wire.Tally(1000),
+    wire.TakeCensus(11),
+    wire.Instruct(12, b"\x00\xff"),
+]
+TO_WORKER: list[wire.Message] = [
+    wire.Welcome(wire.VERSION, "abcdefgh"),
+    wire.Published("chat", Publication(b"1", 2**64 - 1, ANYBODY, {"k": "v"}), "abcdefgh"),
+    wire.Joined("chat", ANYBODY),
+    wire.Left("chat", ANYBODY),
+    wire.Instructed(b"order"),
+    wire.Done(1),
+    wire.Placed(2, AT),
+    wire.Page(3, HistoryPage([Publication(b"1", 7)], AT)),
+    wire.Present(4, {"client-1": ANYBODY}),
+    wire.Stats(5, (2, 1)),
+    wire.Counted(6, Census(1, 2, 3, 4)),
+    wire.Failed(7, 106, "limit exceeded", False),
+]
+DIRECTIONS = [(wire.ToBroker, TO_BROKER), (wire.ToWorker, TO_WORKER)]
+
+
+def decode(kinds: Any, *pieces: bytes) -> list[wire.Message]:
+    decoder = wire.Decoder(kinds)
+    return [message for piece in pieces for message in decoder.feed(piece)]
+
+
+def frame(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + body
+
+
+@pytest.mark.parametrize(("kinds", "messages"), DIRECTIONS)
+def test_every_kind_survives_the_journey(kinds: Any, messages: list[wire.Message]) -> None:
+    assert {type(message) for message in messages} == set(get_args(kinds))
+    assert decode(kinds, b"".join(map(wire.pack, messages))) == messages
+
+
+@given(st.data())
+def test_a_stream_may_be_cut_anywhere(data: st.DataObject) -> None:
+    messages = data.draw(st.lists(st.sampled_from(TO_BROKER), max_size=8))
+    stream = b"".join(map(wire.pack, messages))
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(stream)))))
+    pieces = [stream[start:end] for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    assert decode(wire.ToBroker, *pieces) == messages
+
+
+def test_a_message_comes_with_its_last_byte() -> None:
+    decoder, packed = wire.Decoder(wire.ToBroker), wire.pack(wire.Subscribe(1, "chat"))
+    for byte in packed[:-1]:
+        assert list(decoder.feed(bytes([byte]))) == []
+    assert list(decoder.feed(packed[-1:])) == [wire.Subscribe(1, "chat")]
+
+
+def test_a_frame_of_the_largest_size_passes() -> None:
+    message = wire.Instruct(1, b"x" * (wire.FRAME_LIMIT - 8))
+    packed = wire.pack(message)
+    assert len(packed) == wire.FRAME_LIMIT + 4
+    assert decode(wire.ToBroker, packed) == [message]
+
+
+def test_a_larger_message_is_not_packed() -> None:
+    with pytest.raises(wire.BadFrame):
+        wire.pack(wire.Instruct(1, b"x" * (wire.FRAME_LIMIT - 7)))
+
+
+@pytest.mark.parametrize("length", [wire.FRAME_LIMIT + 1, 2**31, 2**32 - 1])
+def test_a_length_over_the_limit_is_refused_at_once(length: int) -> None:
+    with pytest.raises(wire.BadFrame):
+        decode(wire.ToBroker, length.to_bytes(4, "big"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1",
+        b"\x90",
+        b"\x80",
+        b"\x91\x63",
+        b"\x92\x04\x01",
+        b"\x93\x04\x01\xa1\xff",
+        b"\x93\x04\xff\xa1c" + b"\x91" * 100_000,
+        b"\x94\x04\x01\xa1c" + b"\x91" * 100_000,
+        b"\x94\x02\xdd\xff\xff\xff\xff",
+        b"\x94\x02\x90\x90\xdd\xff\xff\xff\xff",
+        b"\x93\x10\x01\xc6\xff\xff\xff\xff",
+        b"\x93\x04\xcf" + b"\xff" * 8 + b"\xa1c\x00",
+    ],
+)
+def test_what_is_no_message_is_a_bad_frame(body: bytes) -> None:
+    with pytest.raises(wire.BadFrame):
+        decode(wire.ToBroker, frame(body))
+
+
+def test_the_other_direction_is_not_understood() -> None:
+    with pytest.raises(wire.BadFrame):
+        decode(wire.ToWorker, wire.pack(TO_BROKER[2]))
+
+
+def test_fields_of_a_later_version_are_skipped() -> None:
+    assert decode(wire.ToBroker, frame(b"\x94\x04\x01\xa1c\xc3")) == [wire.Subscribe(1, "c")]
+
+
+def feed_anything(kinds: Any, data: bytes) -> None:
+    """Whatever comes, it is messages or BadFrame; anything else fails the test."""
+    try:
+        for message in wire.Decoder(kinds).feed(data):
+            assert isinstance(message, get_args(kinds))
+    except wire.BadFrame:
+        pass
+
+
+@given(st.sampled_from([wire.ToBroker, wire.ToWorker]), st.binary(max_size=200))
+def test_random_bytes(kinds: Any, body: bytes) -> None:
+    feed_anything(kinds, body)
+    feed_anything(kinds, frame(body))
+
+
+@pytest.mark.parametrize(("kinds", "messages"), DIRECTIONS)
+def test_damaged_messages(kinds: Any, messages: list[wire.Message]) -> None:
+    random_source = random.Random(5)
+    for message in messages * 300:
+        body = bytearray(wire.pack(message)[4:])
+        for _ in range(random_source.randint(1, 3)):
+            at = random_source.randrange(len(body) + 1)
+            body[at : at + random_source.randint(0, 2)] = random_source.randbytes(random_source.randint(0, 2))
+        feed_anything(kinds, frame(bytes(body)))
+
+
+@pytest.mark.parametrize(("kinds", "messages"), DIRECTIONS)
+def test_messages_cut_short(kinds: Any, messages: list[wire.Message]) -> None:
+    for message in messages:
+        body = wire.pack(message)[4:]
+        for end in range(len(body)):
+            with pytest.raises(wire.BadFrame):
+                decode(kinds, frame(body[:end]))
+
+
+@pytest.mark.timeout(20)
+def test_a_large_frame_in_small_pieces() -> None:
+    """Copying what has come with every piece would take minutes here."""
+    packed = wire.pack(wire.Instruct(1, b"x" * 15_000_000))
+    assert decode(wire.ToBroker, *(packed[at : at + 512] for at in range(0, len(packed), 512)))

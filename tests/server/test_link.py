@@ -1,0 +1,179 @@
+"""A link: what it writes and when, when it cuts, and how it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from twisted.internet.error import ConnectionDone
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.logger import LogLevel, capturedLogs
+from twisted.python.failure import Failure
+
+from realtime.pubsub import wire
+from realtime.server import link as link_module
+from realtime.server.link import PEER_ENDED, Link
+
+LIMIT = 10_000
+
+
+class Pipe(StringTransport):
+    """A transport that writes down single writes, and is full when it is told to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+        self.full = False
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(data)
+        if self.full and self.producer is not None:
+            self.producer.pauseProducing()
+
+    def drained(self) -> None:
+        self.producer.resumeProducing()
+
+
+class Bench:
+    """A link on a pipe, with what it received and how it ended."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.pipe = Pipe()
+        self.messages: list[Any] = []
+        self.endings: list[str] = []
+        self.link = Link(self.clock, wire.ToBroker, LIMIT, self.receive, self.end)
+        self.link.makeConnection(self.pipe)
+
+    def receive(self, message: Any) -> None:
+        self.messages.append(message)
+
+    def end(self, link: Link, reason: str) -> None:
+        assert link is self.link
+        self.endings.append(reason)
+
+    def turn(self) -> list[bytes]:
+        """Let the loop turn; what was written."""
+        self.clock.advance(0)
+        writes, self.pipe.writes = self.pipe.writes, []
+        return writes
+
+    def lose(self) -> None:
+        self.link.connectionLost(Failure(ConnectionDone()))
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_a_turn_makes_one_write(bench: Bench) -> None:
+    for frame in (b"a", b"b", b"c"):
+        bench.link.send(frame)
+    assert bench.pipe.writes == []
+    assert bench.turn() == [b"abc"]
+    assert bench.turn() == []
+    bench.link.send(b"d")
+    assert bench.turn() == [b"d"]
+    assert bench.link.backlog == 0
+
+
+def test_a_full_transport_is_given_no_more_until_it_is_drained(bench: Bench) -> None:
+    bench.pipe.full = True
+    bench.link.send(b"first")
+    assert bench.turn() == [b"first"]
+    bench.link.send(b"second")
+    bench.link.send(b"third")
+    assert bench.turn() == []
+    assert bench.link.backlog == len(b"firstsecondthird")
+    bench.pipe.drained()
+    assert bench.turn() == [b"secondthird"]
+    bench.pipe.full = False
+    bench.pipe.drained()
+    assert bench.link.backlog == 0
+
+
+def test_a_long_queue_goes_out_in_batches(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "BATCH", 10)
+    for frame in (b"1234", b"5678", b"abc", b"x" * 30, b"yz"):
+        bench.link.send(frame)
+    assert bench.turn() == [b"12345678", b"abc", b"x" * 30, b"yz"]
+
+
+def test_a_peer_too_far_behind_is_cut_off(bench: Bench) -> None:
+    bench.pipe.full = True
+    bench.link.send(b"x" * 6000)
+    bench.turn()
+    bench.link.send(b"x" * 4000)
+    assert not bench.pipe.disconnecting
+    bench.link.send(b"x")
+    assert bench.pipe.disconnecting
+    assert bench.link.backlog == 0
+    bench.link.send(b"more")
+    assert bench.turn() == []
+    bench.lose()
+    assert bench.endings == ["the peer is too far behind"]
+
+
+def test_messages_arrive_in_order(bench: Bench) -> None:
+    messages = [wire.Subscribe(1, "a"), wire.Unsubscribe("a"), wire.Subscribe(2, "b")]
+    stream = b"".join(map(wire.pack, messages))
+    bench.link.dataReceived(stream[:10])
+    bench.link.dataReceived(stream[10:])
+    assert bench.messages == messages
+
+
+def test_after_a_cut_nothing_is_received(bench: Bench) -> None:
+    bench.link._received = lambda message: (bench.receive(message), bench.link.cut("enough"))  # type: ignore
+    bench.link.dataReceived(wire.pack(wire.Unsubscribe("a")) * 3)
+    bench.link.dataReceived(wire.pack(wire.Unsubscribe("a")))
+    bench.link.cut("again")
+    assert len(bench.messages) == 1
+    bench.lose()
+    assert bench.endings == ["enough"]
+
+
+def test_a_bad_frame_ends_it(bench: Bench) -> None:
+    bench.link.dataReceived(b"\xff\xff\xff\xff")
+    assert bench.pipe.disconnecting
+    bench.lose()
+    assert "longer than" in bench.endings[0]
+
+
+def test_a_fault_in_our_own_code_is_logged_and_ends_it(bench: Bench) -> None:
+    bench.link._received = lambda message: 1 / 0  # type: ignore[assignment]
+    with capturedLogs() as events:
+        bench.link.dataReceived(wire.pack(wire.Unsubscribe("a")))
+    assert [event["log_level"] for event in events] == [LogLevel.critical]
+    assert bench.pipe.disconnecting
+
+
+def test_the_end_is_told_once(bench: Bench) -> None:
+    bench.link.send(b"x")
+    bench.lose()
+    assert bench.endings == [PEER_ENDED]
+    assert bench.turn() == []
+
+
+def test_closing_lets_out_what_waits(bench: Bench) -> None:
+    bench.pipe.full = True
+    bench.link.send(b"first")
+    bench.turn()
+    bench.link.send(b"second")
+    bench.link.close()
+    bench.link.close()
+    assert bench.turn() == [b"second"]
+    assert bench.pipe.disconnecting
+    assert bench.pipe.producer is None
+    bench.lose()
+    assert bench.endings == ["closed"]
+    assert bench.clock.getDelayedCalls() == []
+
+
+def test_closing_has_a_deadline(bench: Bench) -> None:
+    bench.link.close()
+    aborted: list[None] = []
+    bench.pipe.abortConnection = lambda: aborted.append(None)  # type: ignore[method-assign]
+    bench.clock.advance(link_module.CLOSE_TIMEOUT)
+    assert aborted == [None]

@@ -1,0 +1,211 @@
+"""The beat of a loop, on a clock that the test turns."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import selectors
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from twisted.internet.task import Clock
+
+from realtime.server.pulse import Marks, Pulse, Turns
+from realtime.settings import Loop
+from realtime.supervision.vitals import Page, Running, State, Vitals
+
+
+class Beating:
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.clock.advance(100)
+        self.page = Page.create()
+        self.turns = Turns(self.page)
+        self.pulse = Pulse(self.page, self.clock, Loop(interval=0.01), self.turns)
+
+    def read(self) -> Vitals:
+        reading = self.page.read()
+        assert reading is not None
+        return reading
+
+
+def busy_since(page: Page) -> int:
+    reading = page.read()
+    assert reading is not None
+    return reading.busy_since
+
+
+@pytest.fixture
+def beating() -> Iterator[Beating]:
+    beating = Beating()
+    yield beating
+    beating.turns.close()
+    beating.page.close()
+
+
+def test_nothing_is_written_before_the_start(beating: Beating) -> None:
+    assert beating.page.read() is None
+
+
+def test_a_beat_tells_the_time_and_what_is_held(beating: Beating) -> None:
+    beating.pulse.connections = lambda: 3
+    beating.pulse.subscriptions = lambda: 5
+    beating.pulse.queued_bytes = lambda: 7
+    beating.pulse.threads_busy = lambda: 2
+    beating.pulse.threads_waiting = lambda: 9
+    handed: list[Vitals] = []
+    beating.pulse.on_beat = handed.append
+    beating.pulse.start()
+    read = beating.read()
+    assert handed == [read]
+    assert (read.beat, read.lag, read.state) == (100_000_000_000, 0.0, State.STARTING)
+    assert (read.connections, read.subscriptions, read.queued_bytes) == (3, 5, 7)
+    assert (read.threads_busy, read.threads_waiting) == (2, 9)
+    assert read.rss > 1_000_000
+    beating.clock.advance(0.01)
+    assert beating.read().beat == pytest.approx(100_010_000_000)
+
+
+def test_lag_is_how_late_the_latest_beat_was(beating: Beating) -> None:
+    beating.pulse.start()
+    beating.clock.advance(0.5)
+    assert beating.read().lag == pytest.approx(0.49)
+    beating.clock.advance(0.01)
+    assert beating.read().lag == pytest.approx(0.0, abs=1e-9)
+
+
+def test_missed_beats_are_not_made_up_for(beating: Beating) -> None:
+    beating.pulse.start()
+    beating.clock.advance(1.0)
+    assert len(beating.clock.getDelayedCalls()) == 1
+    assert beating.clock.getDelayedCalls()[0].getTime() == pytest.approx(101.01)
+
+
+def test_a_new_state_shows_at_once(beating: Beating) -> None:
+    beating.pulse.start()
+    beating.clock.rightNow += 0.004
+    beating.pulse.enter(State.DRAINING)
+    assert beating.read().state is State.DRAINING
+
+
+def test_stop_is_idempotent_and_final(beating: Beating) -> None:
+    beating.pulse.stop()
+    beating.pulse.start()
+    beating.pulse.stop()
+    beating.pulse.stop()
+    before = beating.read()
+    assert before.state is State.ENDED
+    beating.clock.advance(5)
+    assert beating.read() == before
+    assert beating.clock.getDelayedCalls() == []
+
+
+def test_utilisation_is_the_share_that_was_not_idle(beating: Beating) -> None:
+    beating.pulse.start()
+    for _ in range(500):
+        beating.turns.idle += 7_500_000
+        beating.clock.advance(0.01)
+    assert beating.read().utilisation == pytest.approx(0.25, abs=0.01)
+    beating.clock.advance(3.0)  # in one turn, without any idling
+    assert beating.read().utilisation > 0.95
+
+
+def test_utilisation_follows_within_a_second_or_so(beating: Beating) -> None:
+    beating.pulse.start()
+    for _ in range(100):
+        beating.clock.advance(0.01)
+    assert beating.read().utilisation == pytest.approx(0.63, abs=0.01)
+
+
+# Turns.
+
+
+def test_a_turn_is_busy_and_a_wait_is_not(beating: Beating) -> None:
+    beating.pulse.start()
+    seen: list[int] = []
+
+    class Watching(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+            seen.append(busy_since(beating.page))
+            return super().select(timeout)
+
+    class WatchedTurns(Turns, Watching):
+        pass
+
+    turns = WatchedTurns(beating.page)
+    before = time.monotonic_ns()
+    turns.select(0.001)
+    assert seen == [0]
+    assert before < busy_since(beating.page) <= time.monotonic_ns()
+    assert turns.idle >= 1_000_000
+    turns.close()
+
+
+def test_to_look_for_more_work_is_not_to_idle(beating: Beating) -> None:
+    beating.pulse.start()
+    beating.turns.select(0.001)
+    idle = beating.turns.idle
+    since = busy_since(beating.page)
+    beating.turns.select(0)
+    assert beating.turns.idle == idle
+    assert busy_since(beating.page) > since
+    assert beating.turns.turns == 2
+
+
+def test_the_exact_length_of_a_long_turn_is_kept(beating: Beating) -> None:
+    moments = iter([1_000_000_000, 1_001_000_000, 3_001_000_000, 3_002_000_000, 3_003_000_000, 3_004_000_000])
+    turns = Turns(beating.page, lambda: next(moments))
+    turns.select(0)
+    beating.pulse.start()
+    assert (beating.read().block_since, beating.read().block_until) == (0, 0)
+    turns.select(0.001)
+    turns.select(0.001)
+    assert (beating.read().block_since, beating.read().block_until) == (1_001_000_000, 3_001_000_000)
+    turns.close()
+
+
+def test_callbacks_are_events_and_what_is_queued(beating: Beating) -> None:
+    reader, writer = os.pipe()
+    beating.turns.register(reader, selectors.EVENT_READ)
+    beating.turns.ready = [1, 2, 3]
+    os.write(writer, b"x")
+    beating.turns.select(1)
+    assert beating.turns.callbacks == 4
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_loop_runs_on_it(beating: Beating) -> None:
+    beating.pulse.start()
+    turns = Turns(beating.page)
+    busy: list[int] = []
+
+    def run() -> None:
+        loop = asyncio.SelectorEventLoop(turns)
+        loop.call_later(0.001, lambda: busy.append(busy_since(beating.page)))
+        loop.call_later(0.002, loop.stop)
+        loop.run_forever()
+        loop.close()
+
+    thread = threading.Thread(target=run)  # this one has a loop already
+    thread.start()
+    thread.join()
+    assert busy[0] > 0
+    assert turns.turns >= 1
+    assert turns.idle > 500_000
+
+
+# Marks.
+
+
+def test_the_inner_handler_counts_and_the_outer_comes_back(beating: Beating) -> None:
+    marks = Marks(beating.page)
+    outside = marks.enter((b"rpc a", b"a"))
+    inside = marks.enter((b"on_publish chat:*", b"chat:1"))
+    assert beating.page.running() == Running("on_publish chat:*", "chat:1")
+    marks.leave(inside)
+    assert beating.page.running() == Running("rpc a", "a")
+    marks.leave(outside)
+    assert beating.page.running() is None

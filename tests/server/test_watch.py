@@ -1,0 +1,106 @@
+"""The watch: whose signs it reads, and whom it tells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from twisted.internet.task import Clock
+
+from realtime.server.watch import Watch
+from realtime.settings import Loop, Workers
+from realtime.supervision.health import CALM, TICK, Condition, Health
+from realtime.supervision.pool import Pool
+from realtime.supervision.vitals import State, Vitals
+
+
+class Worker:
+    """A process whose loop beats with the clock, unless it is blocked."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.blocked_at = 0.0
+
+    @property
+    def vitals(self) -> Vitals:
+        beat = self.blocked_at or self._clock.seconds()
+        return Vitals(int(beat * 1e9), 0.0, 1, 1, State.READY)
+
+
+class Scene:
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.clock.advance(100)
+        self.pool = Pool(2, Workers(), Loop(), 30.0, broker=False)
+        self.pool.start(100.0)
+        self.processes: dict[int, Any] = {0: Worker(self.clock), 1: Worker(self.clock)}
+        self.watch = Watch(self.clock, Loop(interval=0.01), self.pool, self.processes)
+        self.told: list[tuple[int, Condition]] = []
+        self.watch.listeners.append(lambda slot, health: self.told.append((slot, health.condition)))
+
+    def pass_time(self, seconds: float) -> None:
+        for _ in range(round(seconds / TICK)):
+            self.clock.advance(TICK)
+
+    def take_told(self) -> list[tuple[int, Condition]]:
+        told, self.told[:] = list(self.told), []
+        return told
+
+
+@pytest.fixture
+def scene() -> Scene:
+    scene = Scene()
+    scene.watch.start()
+    return scene
+
+
+def test_changes_alone_are_told(scene: Scene) -> None:
+    assert scene.take_told() == [(0, Condition.ABSENT), (1, Condition.ABSENT)]
+    scene.pool.announced(0, scene.clock.seconds())
+    scene.pool.announced(1, scene.clock.seconds())
+    scene.pass_time(1)
+    assert scene.take_told() == [(0, Condition.HEALTHY), (1, Condition.HEALTHY)]
+    scene.processes[1].blocked_at = scene.clock.seconds()
+    scene.pass_time(0.3)
+    assert scene.take_told() == [(1, Condition.LAGGING), (1, Condition.PRESSED)]
+    scene.processes[1].blocked_at = 0.0
+    scene.pass_time(CALM + 0.1)
+    assert scene.take_told() == [(1, Condition.HEALTHY)]
+
+
+def test_a_process_that_is_not_ready_is_absent_and_one_that_leaves_drains(scene: Scene) -> None:
+    scene.pool.announced(0, scene.clock.seconds())
+    scene.pass_time(0.1)
+    scene.take_told()
+    scene.pool.hung_up(0, scene.clock.seconds())
+    scene.pass_time(0.1)
+    assert scene.take_told() == [(0, Condition.DRAINING)]
+    del scene.processes[0]
+    scene.pool.exited(0, 0, scene.clock.seconds())
+    scene.pass_time(0.1)
+    assert scene.take_told() == [(0, Condition.ABSENT)]
+
+
+def test_health_is_up_to_date_when_a_listener_is_called(scene: Scene) -> None:
+    seen: list[list[Condition]] = []
+    scene.watch.listeners.append(lambda *_: seen.append([one.condition for one in scene.watch.health.values()]))
+    for slot in (0, 1):
+        scene.pool.announced(slot, scene.clock.seconds())
+    scene.pass_time(TICK)
+    assert seen == [[Condition.HEALTHY, Condition.HEALTHY]] * 2
+
+
+async def test_a_listener_that_fails_does_not_end_the_watch(scene: Scene) -> None:
+    def fail(slot: int, health: Health) -> None:
+        raise ValueError("a mistake")
+
+    scene.watch.listeners.insert(0, fail)
+    scene.pool.announced(0, scene.clock.seconds())
+    scene.pass_time(0.1)
+    assert (0, Condition.HEALTHY) in scene.told
+
+
+def test_stop_is_final(scene: Scene) -> None:
+    scene.watch.stop()
+    scene.watch.stop()
+    assert scene.clock.getDelayedCalls() == []

@@ -1,0 +1,247 @@
+"""Incidents: when a stack is asked for, what counts, and what is told. The clock is the test's."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from realtime.settings import Loop
+from realtime.supervision.blame import Frame, Origin, Stack
+from realtime.supervision.incidents import (
+    KEPT,
+    MAX_PLACES,
+    OTHER,
+    REPEAT_AFTER,
+    SAMPLE_INTERVAL,
+    SAMPLES,
+    UNKNOWN,
+    Incident,
+    Inquiry,
+    Ledger,
+    Wanted,
+)
+from realtime.supervision.vitals import Running, State, Vitals
+
+WALL = 1_700_000_000.0
+RUNNING = Running("rpc report", "report")
+LOOP = "/usr/lib/python3.11/selectors.py"
+THREADING = "/usr/lib/python3.11/threading.py"
+
+
+def stack(file: str = "/app/chat.py", line: int = 7, main: bool = True) -> Stack:
+    return Stack(main, (Frame(file, line, "report"), Frame("/app/main.py", 1, "call")))
+
+
+class Case:
+    """An inquiry into a worker whose loop is in a turn, or whose beat is overdue."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self.inquiry = Inquiry(3, 4000, Loop(), Origin(["/app"], ["/usr"]), self.ledger)
+        self.now = 100.0
+        self.vitals = Vitals(int(99.9e9), 0.0, 0, 0, State.READY)
+        self.began = 0.0
+        self.lines: list[str] = []
+
+    def turn(self) -> None:
+        """A turn begins now."""
+        self.began = self.now
+        self.vitals = replace(self.vitals, busy_since=int(self.now * 1e9))
+
+    def silence(self) -> None:
+        """The loop seems to idle, but beats no more."""
+        self.began = self.now
+        self.vitals = replace(self.vitals, busy_since=0, beat=int(self.now * 1e9))
+
+    def end_turn(self) -> None:
+        since = self.vitals.busy_since
+        self.vitals = replace(self.vitals, busy_since=0, block_since=since, block_until=int(self.now * 1e9))
+
+    def look(self, seconds: float = 0.01, running: Running | None = RUNNING) -> Wanted | None:
+        self.now += seconds
+        lasts = self.vitals.busy_since or not self.vitals.block_since
+        blocked = self.now - self.began if lasts else 0.0
+        wanted, line = self.inquiry.look(self.vitals, blocked, running, self.now, WALL + self.now)
+        if line:
+            self.lines.append(line)
+        return wanted
+
+    def answer(self, *stacks: Stack, running: Running | None = RUNNING) -> None:
+        self.inquiry.dumped(list(stacks), self.vitals, running)
+
+    def block(self, seconds: float, *stacks: Stack) -> Incident:
+        """A whole block, with these stacks when it is asked for one."""
+        self.turn()
+        assert self.look(0.06) is Wanted.STACK
+        self.answer(*stacks)
+        self.now = self.began + seconds
+        self.end_turn()
+        self.look()
+        return self.ledger.recent[-1]
+
+
+def test_a_short_turn_is_no_incident() -> None:
+    case = Case()
+    case.turn()
+    assert case.look(0.049) is None
+    case.end_turn()
+    assert case.look() is None
+    assert not case.ledger.recent
+    assert case.lines == []
+
+
+def test_a_block_is_blamed_measured_counted_and_told() -> None:
+    case = Case()
+    incident = case.block(0.3125, stack())
+    assert (incident.slot, incident.pid, incident.lasts) == (3, 4000, False)
+    assert (incident.place, incident.function) == ("/app/chat.py:7", "report")
+    assert (incident.handler, incident.subject) == ("rpc report", "report")
+    assert abs(incident.duration - 0.3125) < 1e-6
+    assert abs(incident.at - (WALL + 100.0)) < 1e-6
+    assert incident.stack == ["/app/chat.py:7 in report", "/app/main.py:1 in call"]
+    [blocks] = case.ledger.blocks.values()
+    assert (blocks.count, round(blocks.seconds, 4)) == (1, 0.3125)
+    assert case.lines == ["worker 3 was blocked for 0.312 s at /app/chat.py:7 in report (rpc report for report)"]
+
+
+def test_a_stack_is_asked_for_each_second_and_never_twice_at_a_time() -> None:
+    case = Case()
+    case.turn()
+    asked = 0
+    for _ in range(800):
+        if case.look() is Wanted.STACK:
+            asked += 1
+            assert case.look() is None
+            case.answer(stack())
+    assert asked == SAMPLES
+    assert SAMPLES * SAMPLE_INTERVAL < 8
+
+
+def test_the_place_that_was_seen_most_often_is_blamed() -> None:
+    case = Case()
+    case.turn()
+    for line in (7, 9, 9):
+        while case.look() is None:
+            pass
+        case.answer(stack(line=line))
+    assert case.ledger.recent[-1].place == "/app/chat.py:9"
+
+
+def test_a_stack_that_comes_after_the_turn_does_not_count() -> None:
+    case = Case()
+    case.turn()
+    case.look(0.06)
+    case.now += 0.02
+    case.end_turn()
+    case.answer(stack(line=1))
+    case.look()
+    assert case.ledger.recent[-1].place == UNKNOWN
+    assert "worker 3 was blocked for 0.080 s at a place that is not known (rpc report" in case.lines[0]
+
+
+def test_the_next_turn_is_another_incident() -> None:
+    case = Case()
+    case.block(0.2, stack(line=1))
+    case.now += 5
+    case.block(0.2, stack(line=2))
+    assert [incident.place for incident in case.ledger.recent] == ["/app/chat.py:1", "/app/chat.py:2"]
+
+
+def test_a_loop_that_waits_for_the_lock_has_the_thread_blamed() -> None:
+    case = Case()
+    case.silence()
+    assert case.look(0.06, None) is Wanted.STACK
+    case.answer(stack(LOOP), running=None)
+    assert [case.look(0.01, None), case.look(0.01, None)] == [None, Wanted.STACKS]
+    idle = stack(THREADING, main=False)
+    case.answer(idle, stack("/app/chat.py", 30, main=False), stack(LOOP), running=None)
+    case.vitals = replace(case.vitals, beat=int(case.now * 1e9), block_since=1)
+    case.look(0.01, None)
+    incident = case.ledger.recent[-1]
+    assert (incident.place, incident.thread, incident.handler) == ("/app/chat.py:30", True, "")
+    assert case.lines[0].startswith("a thread of worker 3 has blocked its loop for 0.0")
+
+
+def test_the_threads_of_a_process_that_just_goes_on_are_left_alone() -> None:
+    case = Case()
+    case.silence()
+    case.look(1.0, None)
+    case.answer(stack(LOOP), running=None)
+    case.look(0.01, None)
+    case.vitals = replace(case.vitals, beat=int(case.now * 1e9), block_since=1)
+    assert [case.look(0.01, None) for _ in range(5)] == [None] * 5
+    assert case.ledger.recent[-1].place == UNKNOWN
+
+
+def test_a_process_that_does_not_answer_has_an_incident_without_a_place() -> None:
+    case = Case()
+    case.silence()
+    asked = [case.look(0.1, None) for _ in range(50)]
+    assert asked.count(Wanted.STACK) == SAMPLES
+    case.vitals = replace(case.vitals, beat=int(case.now * 1e9), block_since=1)
+    case.look(0.01, None)
+    assert case.ledger.recent[-1].place == UNKNOWN
+    assert 4.9 < case.ledger.recent[-1].duration < 5.1
+
+
+def test_a_long_block_is_told_of_while_it_lasts_and_once() -> None:
+    case = Case()
+    case.turn()
+    case.look(0.06)
+    case.answer(stack())
+    for _ in range(30):
+        case.look(0.1)
+    assert len(case.lines) == 1
+    assert "worker 3 has been blocked for 1." in case.lines[0]
+    case.end_turn()
+    case.look()
+    assert len(case.lines) == 1
+
+
+def test_one_line_for_a_place_and_minute_with_the_count() -> None:
+    case = Case()
+    for _ in range(5):
+        case.block(0.2, stack())
+        case.now += 1
+    assert len(case.lines) == 1
+    case.block(0.2, stack(line=8))
+    assert len(case.lines) == 2
+    case.now += REPEAT_AFTER
+    case.block(0.2, stack())
+    assert case.lines[2].endswith("; 4 times more since this was told last")
+
+
+def test_a_process_that_ends_closes_its_incident() -> None:
+    case = Case()
+    assert case.inquiry.ended("the process ended", case.now) == ""
+    case.turn()
+    case.look(0.06)
+    case.answer(stack())
+    assert "/app/chat.py:7" in case.inquiry.ended("the process ended", case.now + 10)
+    incident = case.ledger.recent[-1]
+    assert (incident.lasts, incident.ending) == (False, "the process ended")
+    assert 10 < incident.duration < 10.1
+
+
+def test_a_stuck_process_leaves_all_its_stacks() -> None:
+    case = Case()
+    case.turn()
+    case.look(0.06)
+    case.answer(stack())
+    case.inquiry.examined("Thread 0x1 …" * 100_000)
+    case.inquiry.ended("the process ended", case.now + 10)
+    incident = case.ledger.recent[-1]
+    assert (incident.ending, len(incident.stacks)) == ("stuck, killed", 65_536)
+
+
+def test_what_is_kept_and_counted_is_bounded() -> None:
+    ledger = Ledger()
+    lines = 0
+    for number in range(2 * KEPT):
+        incident = Incident(slot=0, pid=1, at=0.0, duration=1.0, lasts=False, place=f"/app/{number}.py:1")
+        ledger.recent.append(incident)
+        ledger.count(incident)
+        lines += bool(ledger.line(incident, 0.001 * number))
+    assert len(ledger.recent) == KEPT
+    assert len(ledger.blocks) == MAX_PLACES + 1
+    assert ledger.blocks[OTHER, OTHER].count == 2 * KEPT - MAX_PLACES
+    assert lines == MAX_PLACES

@@ -1,0 +1,242 @@
+"""What presses a worker: at once when a limit is reached, and until it has been calm for a while."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from realtime.settings import Loop
+from realtime.supervision.pressure import CALM, Pressure, Throttle
+from realtime.supervision.vitals import State, Vitals
+
+LOOP = Loop(interval=0.01, max_lag=0.2, max_utilisation=0.9, max_rss=1000, max_queued_bytes=500, max_threads_waiting=9)
+FINE = Vitals(0, 0.0, 3, 3, State.READY)
+
+
+class Worker:
+    """A pressure with its clock, and its beats."""
+
+    def __init__(self, loop: Loop = LOOP) -> None:
+        self.now = 1000.0
+        self.pressure = Pressure(loop, lambda: self.now)
+
+    def beat(self, **vitals: Any) -> None:
+        self.pressure.beat(replace(FINE, beat=int(self.now * 1e9), **vitals))
+
+    def pass_calmly(self, seconds: float) -> None:
+        until = self.now + seconds
+        while self.now < until - 1e-6:
+            self.now = min(self.now + 0.01, until)
+            self.beat()
+
+
+def test_nothing_presses_at_first_and_in_calm() -> None:
+    worker = Worker()
+    assert worker.pressure.reasons == ()
+    worker.pass_calmly(1)
+    assert (worker.pressure.reasons, worker.pressure.pressed, worker.pressure.load) == ((), False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lag", 0.2), ("rss", 1000), ("queued_bytes", 500), ("threads_waiting", 9)]
+)
+def test_a_limit_presses_at_once_and_until_it_was_not_reached_for_a_while(name: str, value: float) -> None:
+    worker = Worker()
+    worker.beat(**{name: value})
+    assert worker.pressure.reasons == (name,)
+    assert worker.pressure.pressed
+    assert worker.pressure.load >= 1
+    worker.pass_calmly(CALM - 0.02)
+    assert worker.pressure.reasons == (name,)
+    worker.pass_calmly(0.03)
+    assert worker.pressure.reasons == ()
+    assert not worker.pressure.pressed
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lag", 0.19), ("rss", 999), ("queued_bytes", 499), ("threads_waiting", 8)]
+)
+def test_below_a_limit_nothing_presses(name: str, value: float) -> None:
+    worker = Worker()
+    worker.beat(**{name: value})
+    assert worker.pressure.reasons == ()
+
+
+@pytest.mark.parametrize("name", ["lag", "utilisation", "rss", "queued_bytes", "threads_waiting"])
+def test_a_limit_of_zero_is_off(name: str) -> None:
+    worker = Worker(replace(LOOP, **{f"max_{name}": 0}))
+    worker.beat(**{name: 10**9})
+    worker.now += 10**6 if name == "lag" else 0
+    assert worker.pressure.reasons == ()
+    assert worker.pressure.load == 0
+    assert not worker.pressure.busy
+
+
+def test_utilisation_warns_and_never_sheds() -> None:
+    worker = Worker()
+    worker.beat(utilisation=1.0)
+    assert worker.pressure.busy
+    assert (worker.pressure.reasons, worker.pressure.pressed, worker.pressure.load) == ((), False, 0.0)
+    worker.pass_calmly(CALM + 0.01)
+    assert not worker.pressure.busy
+
+
+def test_a_beat_that_does_not_come_shows_before_the_timer_can() -> None:
+    worker = Worker()
+    worker.beat()
+    worker.now += 0.209
+    assert not worker.pressure.pressed
+    worker.now += 0.002
+    assert worker.pressure.reasons == ("lag",)
+    assert worker.pressure.lag == pytest.approx(0.201)
+
+
+def test_a_first_beat_that_does_not_come_shows_too() -> None:
+    worker = Worker()
+    worker.now += 0.211
+    assert worker.pressure.reasons == ("lag",)
+
+
+def test_a_worker_that_starts_is_late_for_nobody() -> None:
+    worker = Worker()
+    worker.beat(lag=3.0, state=State.STARTING)
+    assert worker.pressure.reasons == ()
+    worker.beat(lag=3.0)
+    assert worker.pressure.reasons == ("lag",)
+
+
+def test_load_is_the_lag_as_a_share_of_its_limit() -> None:
+    worker = Worker()
+    worker.beat(lag=0.05)
+    assert worker.pressure.load == pytest.approx(0.25)
+    worker.pass_calmly(0.1)
+    assert worker.pressure.load == pytest.approx(0.25)
+    worker.beat(lag=0.1)
+    assert worker.pressure.load == pytest.approx(0.5)
+
+
+def test_several_things_press_together() -> None:
+    worker = Worker()
+    worker.beat(lag=0.3, queued_bytes=10**6)
+    assert set(worker.pressure.reasons) == {"lag", "queued_bytes"}
+
+
+@given(st.lists(st.tuples(st.floats(0.001, 0.3), st.floats(0, 1)), min_size=1, max_size=60))
+def test_lag_is_the_maximum_of_what_was_measured_lately(beats: list[tuple[float, float]]) -> None:
+    worker = Worker()
+    history: list[tuple[float, float]] = []
+    for wait, lag in beats:
+        worker.now += wait
+        worker.beat(lag=lag)
+        at = int(worker.now * 1e9) / 1e9
+        history.append((at, lag))
+        assert worker.pressure.lag == max(lag for when, lag in history if worker.now - when < CALM)
+
+
+# -- throttles --------------------------------------------------------------------------------------------------------
+
+MAX_LAG = 0.2
+
+
+class Handler:
+    """A throttled handler whose calls the test begins and ends, on a loop that it blocks."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.throttle = Throttle()
+
+    def begin(self, calls: int) -> int:
+        """How many of so many calls are let in, of which none ends yet."""
+        admitted = 0
+        for _ in range(calls):
+            if self.throttle.admits():
+                self.throttle.enter()
+                admitted += 1
+        return admitted
+
+    def end(self) -> None:
+        while self.throttle.running:
+            self.throttle.leave()
+
+    def block(self, seconds: float, spent: float | None = None) -> None:
+        """The loop is blocked for so long, for `spent` seconds of which by this handler."""
+        self.now += seconds
+        self.throttle.spent += seconds if spent is None else spent
+        self.throttle.beat(self.now, seconds, MAX_LAG)
+
+    def burst(self, calls: int, each: float) -> int:
+        """So many calls come at once, and those let in block the loop one after the other."""
+        admitted = self.begin(calls)
+        self.block(admitted * each)
+        self.end()
+        self.pass_calmly(0.02)
+        return admitted
+
+    def pass_calmly(self, seconds: float) -> None:
+        for _ in range(round(seconds / 0.02)):
+            self.now += 0.02
+            self.throttle.beat(self.now, 0.0, MAX_LAG)
+
+
+def test_a_handler_has_no_limit_before_it_presses() -> None:
+    handler = Handler()
+    assert handler.begin(1000) == 1000
+    handler.block(0.19)
+    assert handler.begin(1000) == 1000
+
+
+def test_after_a_burst_only_as_many_are_let_in_as_keep_the_lag_low() -> None:
+    handler = Handler()
+    assert handler.burst(100, 0.02) == 100
+    assert handler.throttle.limit == 5
+    assert handler.burst(100, 0.02) == 5
+
+
+def test_the_number_of_calls_settles_where_the_lag_is_half_its_limit() -> None:
+    handler = Handler()
+    handler.burst(100, 0.02)
+    for _ in range(200):
+        assert handler.burst(100, 0.02) <= 6
+    assert handler.throttle.limit in (5, 6)
+
+
+def test_a_handler_is_not_throttled_for_anothers_lag() -> None:
+    handler = Handler()
+    handler.begin(100)
+    handler.block(2.0, spent=0.9)
+    assert handler.throttle.limit is None
+
+
+def test_one_call_is_always_let_in() -> None:
+    handler = Handler()
+    handler.burst(1, 10.0)
+    assert handler.throttle.limit == 1
+    assert handler.burst(5, 10.0) == 1
+
+
+def test_a_limit_is_raised_while_there_is_room_and_lifted_when_nobody_needs_it() -> None:
+    handler = Handler()
+    handler.burst(100, 0.02)
+    handler.begin(6)  # one too many
+    handler.end()
+    handler.pass_calmly(CALM + 0.02)
+    assert handler.throttle.limit == 6
+    handler.pass_calmly(Throttle.LIFT)
+    assert handler.throttle.limit == 6
+    handler.pass_calmly(2 * CALM)
+    assert handler.throttle.limit is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.floats(0, 0.5), st.floats(0, 1)), max_size=40))
+def test_a_throttle_never_shuts_out_everybody(stretches: list[tuple[int, float, float]]) -> None:
+    handler = Handler()
+    for calls, seconds, share in stretches:
+        admitted = handler.begin(calls)
+        assert admitted == calls or admitted == handler.throttle.limit
+        handler.block(seconds, seconds * share)
+        handler.end()
+        assert handler.throttle.limit is None or handler.throttle.limit >= 1

@@ -1,0 +1,40 @@
+"""Counters of processes as rates."""
+
+from __future__ import annotations
+
+from realtime.supervision.rates import FRESH, Rates
+
+
+def test_a_rate_needs_two_readings_of_one_process() -> None:
+    rates = Rates()
+    assert rates.of(0, 100, 0.0) is None
+    rates.count(0, 100, {"sent": 10.0}, 1.0)
+    assert rates.of(0, 100, 1.0) is None
+    rates.count(0, 100, {"sent": 40.0, "new": 4.0}, 3.0)
+    assert rates.of(0, 100, 3.0) == {"sent": 15.0, "new": 2.0}
+    assert rates.of(1, 100, 3.0) is None
+
+
+def test_a_new_process_begins_at_zero_and_owes_nothing() -> None:
+    rates = Rates()
+    rates.count(0, 100, {"sent": 1000.0}, 1.0)
+    rates.count(0, 101, {"sent": 10.0}, 2.0)
+    assert rates.of(0, 101, 2.0) is None
+    rates.count(0, 101, {"sent": 12.0}, 3.0)
+    assert rates.of(0, 100, 3.0) is None
+    assert rates.of(0, 101, 3.0) == {"sent": 2.0}
+
+
+def test_a_rate_that_is_old_is_not_shown() -> None:
+    rates = Rates()
+    rates.count(0, 100, {"sent": 0.0}, 1.0)
+    rates.count(0, 100, {"sent": 5.0}, 2.0)
+    assert rates.of(0, 100, 2.0 + FRESH) == {"sent": 5.0}
+    assert rates.of(0, 100, 2.1 + FRESH) is None
+
+
+def test_two_readings_of_one_moment_are_no_rate() -> None:
+    rates = Rates()
+    rates.count(0, 100, {"sent": 0.0}, 1.0)
+    rates.count(0, 100, {"sent": 5.0}, 1.0)
+    assert rates.of(0, 100, 1.0) is None

@@ -1,0 +1,117 @@
+"""A real broker process under test, with the test in the supervisor's place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Factory
+from twisted.internet.task import deferLater
+from twisted.protocols import amp
+from twisted.python.failure import Failure
+
+from realtime.metrics import Metrics, Sample, load
+from realtime.server import control
+from realtime.server.broker_engine import BrokerEngine
+from realtime.settings import EngineSettings, Settings, dump
+from realtime.supervision.vitals import Page
+
+POLL = 0.01  # seconds between two looks at something that can't notify us
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that the broker does in its own time; the test's own time limit ends it."""
+    while not condition():
+        await deferLater(reactor, POLL)
+
+
+class _Control(amp.AMP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready: Deferred[None] = Deferred()
+        self.ended: Deferred[None] = Deferred()
+
+    @control.Ready.responder
+    def _ready(self) -> dict[str, object]:
+        self.ready.callback(None)
+        return {}
+
+    def connectionLost(self, reason: Failure) -> None:
+        super().connectionLost(reason)
+        self.ended.callback(None)
+
+
+class BrokerProcess:
+    """One broker. Await `start`, and `stop` at the end."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._page = Page.create()
+        self._control = _Control()
+
+    async def start(self) -> None:
+        """Returns when it serves."""
+        ours, theirs = socket.socketpair()
+        tree = os.memfd_create("settings")
+        os.write(tree, dump(Settings(engine=self._settings)))
+        passed = {"--link": theirs.fileno(), "--settings": tree, "--vitals": self._page.fd}
+        arguments = [text for name, fd in passed.items() for text in (name, str(fd))]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "realtime.server.broker", *arguments], pass_fds=list(passed.values())
+        )
+        os.close(tree)
+        theirs.close()
+        ours.setblocking(False)
+        reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, Factory.forProtocol(lambda: self._control))
+        ours.close()
+        await self._control.ready
+
+    async def link(self, slot: int, engine: BrokerEngine) -> None:
+        """Introduce an engine to the broker, as the worker of this slot."""
+        engine.attach(await self.stream(slot))
+
+    async def stream(self, slot: int) -> int:
+        """A worker's end of a fresh stream."""
+        ours, theirs = socket.socketpair()
+        await self._control.callRemote(control.Link, slot=slot, stream=theirs.fileno())
+        theirs.close()
+        return ours.detach()
+
+    async def series(self) -> dict[str, float]:
+        """The broker's metrics, by name."""
+        answer: dict[str, Any] = await self._control.callRemote(control.Collect)
+        samples: list[Sample] = load(answer["metrics"])
+        return {sample.name: sample.value for sample in samples}
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    async def kill(self) -> None:
+        """SIGKILL; returns when it is gone."""
+        self.signal(signal.SIGKILL)
+        await self.gone()
+
+    async def gone(self) -> None:
+        if not self._control.ended.called:
+            await self._control.ended
+        await until(lambda: self._process.poll() is not None)
+
+    async def stop(self) -> None:
+        """End it, whatever it is doing; idempotent."""
+        if self._process.poll() is None:
+            await self.kill()
+        self._page.close()
+
+
+def broker_engine(
+    receiver: Any, settings: EngineSettings, on_lost: Callable[[], None] = lambda: None, metrics: Metrics | None = None
+) -> BrokerEngine:
+    """An engine in this process that is not attached yet."""
+    return BrokerEngine(receiver, settings, metrics or Metrics(), reactor, on_lost)

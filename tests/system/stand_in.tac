@@ -1,0 +1,13 @@
+"""A twistd application: the supervisor with stand-in children. STAND_IN holds the settings as msgpack in hexadecimal."""
+
+import os
+
+from twisted.application.service import Application
+
+from realtime import settings
+from realtime.server.supervisor import make_service
+
+application = Application("stand-in")
+make_service(
+    settings.load(bytes.fromhex(os.environ["STAND_IN"])), worker="stand_in", broker="stand_in"
+).setServiceParent(application)

@@ -1,0 +1,122 @@
+"""`realtime top` against a real server: one table, and live in a terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from serving import Server, wait_until
+
+TOP = [sys.executable, "-m", "realtime", "top", "--url"]
+
+
+def once(url: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TOP, url, "--once"], capture_output=True, text=True, timeout=30)
+
+
+class Terminal:
+    """A pseudo-terminal with a program in it. written: everything that the program has written."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._fd, theirs = pty.openpty()
+        self.resize(24, 80)
+        self.before = termios.tcgetattr(theirs)
+        self.theirs = theirs
+        # A session of its own with this terminal: that is how a change of its size is told.
+        self.process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=_take_terminal
+        )
+        self.written = ""
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def press(self, keys: bytes) -> None:
+        os.write(self._fd, keys)
+
+    def wait(self, condition: Callable[[str], bool], what: str) -> None:
+        """Read on until what was written fulfils `condition`."""
+        deadline = time.monotonic() + 20
+        while not condition(self.written):
+            assert time.monotonic() < deadline, f"no {what}: {self.written!r}"
+            if select.select([self._fd], [], [], 0.1)[0]:
+                self.written += os.read(self._fd, 65536).decode()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.theirs)
+        os.close(self._fd)
+
+
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Terminal]:
+    terminal = Terminal([*TOP, f"http://127.0.0.1:{server.operator_port}"])
+    try:
+        yield terminal
+    finally:
+        terminal.close()
+
+
+def test_one_table(server: Server) -> None:
+    url = f"http://127.0.0.1:{server.operator_port}/"
+    shown = wait_until(lambda: found.stdout if "all is well" in (found := once(url)).stdout else "", "figures", 20.0)
+    lines = shown.splitlines()
+    assert [line.split()[:2] for line in lines if line[:1].isdigit() and "connections" not in line] == [
+        ["0", "healthy"],
+        ["1", "healthy"],
+    ]
+    assert f"port {server.port}" in lines[0]
+    assert "\x1b" not in shown
+
+
+def test_a_server_that_is_not_there_is_one_line(server: Server) -> None:
+    for url in ("http://127.0.0.1:1", server.http):
+        done = once(url)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert done.stderr.startswith(f"{url}: ")
+
+
+def test_live_in_a_terminal_through_a_change_of_size_until_q(server: Server) -> None:
+    with running(server) as terminal:
+        terminal.wait(lambda text: "q quits" in text and "RESTARTS" in text, "first screen")
+        assert "WEIGHT" not in terminal.written, "80 columns have no room for it"
+        terminal.wait(lambda text: text.count("q quits") >= 2, "second screen")
+        terminal.resize(40, 120)
+        terminal.wait(lambda text: "WEIGHT" in text, "wider screen")
+        terminal.press(b"q")
+        assert terminal.process.wait(20) == 0
+        terminal.wait(lambda text: text.endswith("\x1b[?1049l"), "return to the normal screen")
+        assert termios.tcgetattr(terminal.theirs) == terminal.before
+
+
+def test_ctrl_c_leaves_the_terminal_as_it_was(server: Server) -> None:
+    with running(server) as terminal:
+        terminal.wait(lambda text: "q quits" in text, "first screen")
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.process.wait(20) == 0
+        assert termios.tcgetattr(terminal.theirs) == terminal.before
+
+
+def test_it_outlives_its_server(server: Server) -> None:
+    with running(server) as terminal:
+        terminal.wait(lambda text: "q quits" in text, "first screen")
+        server.stop()
+        terminal.wait(lambda text: "nobody answers" in text, "word of it")
+        terminal.press(b"q")
+        assert terminal.process.wait(20) == 0

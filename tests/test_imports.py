@@ -1,0 +1,217 @@
+"""Which way imports point, held to the picture in docs/architecture.md."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "realtime"
+
+# Free for all, each with what it may import itself.
+GROUND = {
+    "_version": set(),
+    "errors": set(),
+    "records": {"errors"},
+    "metrics": {"errors", "records"},
+    "options": {"errors"},
+    "tomltext": {"errors", "options"},
+    "centrifugo": set(),
+    "settings": {"errors", "records", "options", "tomltext", "centrifugo"},
+}
+FREE = {"_version", "errors", "records", "metrics", "settings"}
+# The server joins these. Of one another they know nothing, but that a session talks to the engine and the hub, and that
+# a handler may have a cache.
+CORE = {"protocol", "pubsub", "supervision", "app", "cache"}
+ROOMS = {
+    **GROUND,
+    **dict.fromkeys(CORE, FREE),
+    "protocol": FREE | {"pubsub"},
+    "app": FREE | {"cache"},
+    "cautions": FREE | {"options", "centrifugo"},
+    "installation": FREE,
+    "server": FREE | CORE,
+    "tap": FREE | {"cautions", "installation", "server"},
+    "top": {"options"},
+    "__main__": FREE | {"top", "cautions", "installation", "options", "tomltext"},
+    "__init__": FREE | {"app", "cache"},
+}
+# Whose imports from outside are not only the standard library and msgspec.
+OUTSIDE = {
+    "realtime.protocol.tokens": {"jwt"},
+    "realtime.tap": {"twisted"},
+}
+SERVER_OUTSIDE = {"twisted", "autobahn", "zope", "psutil", "prometheus_client"}
+
+
+class Import(NamedTuple):
+    """One import of a module: `name` is the module, with `from` imports of submodules resolved."""
+
+    module: str
+    name: str
+    line: int
+    function: str | None
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(module: str) -> Iterator[Import]:
+    yield from _imports(module, ast.parse(MODULES[module].read_text()), None)
+
+
+def _imports(module: str, node: ast.AST, function: str | None) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(module, alias.name, child.lineno, function)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{module}:{child.lineno}: a relative import"
+            for alias in child.names:
+                whole = f"{child.module}.{alias.name}"
+                outside = not str(child.module).startswith("realtime")
+                yield Import(
+                    module, whole if whole in MODULES or outside else str(child.module), child.lineno, function
+                )
+        else:
+            named = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+            yield from _imports(module, child, child.name if named else function)
+
+
+IMPORTS = [found for module in MODULES for found in imports_of(module)]
+
+
+def places(found: list[Import]) -> list[str]:
+    return [f"{MODULES[one.module].relative_to(ROOT)}:{one.line}: {one.name}" for one in found]
+
+
+def is_ours(name: str) -> bool:
+    return name == "realtime" or name.startswith("realtime.")
+
+
+def test_every_module_has_its_room_in_the_picture() -> None:
+    assert {room_of(module) for module in MODULES} == set(ROOMS) | {"server"}
+
+
+def test_rooms_import_only_what_lies_below_them() -> None:
+    wrong = [
+        found
+        for found in IMPORTS
+        if is_ours(found.name)
+        and room_of(found.name) != room_of(found.module)
+        and room_of(found.name) not in ROOMS[room_of(found.module)]
+    ]
+    assert places(wrong) == []
+
+
+def test_the_core_uses_the_standard_library_and_the_codec_alone() -> None:
+    def allowed(module: str) -> set[str]:
+        server = SERVER_OUTSIDE if room_of(module) == "server" else set()
+        return {"msgspec"} | OUTSIDE.get(module, set()) | server
+
+    wrong = [
+        found
+        for found in IMPORTS
+        if not is_ours(found.name)
+        and (top := found.name.split(".")[0]) not in sys.stdlib_module_names
+        and top not in allowed(found.module)
+    ]
+    assert places(wrong) == []
+
+
+def test_a_function_imports_nothing_but_the_reactor_and_only_where_a_process_is_put_together() -> None:
+    wrong = [
+        found
+        for found in IMPORTS
+        if (found.function is not None and found.name != "twisted.internet.reactor")
+        or (found.name == "twisted.internet.reactor" and found.function not in ("main", "make_service"))
+    ]
+    assert places(wrong) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_block_for_type_checkers_hides_a_cycle(module: str) -> None:
+    assert "TYPE_CHECKING" not in MODULES[module].read_text()
+
+
+def run(code: str) -> None:
+    """Run code in a fresh interpreter, at the checkout's root; it must end well and say nothing."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_core_loads_where_there_is_no_twisted() -> None:
+    core = [module for module in MODULES if room_of(module) not in ("server", "tap")]
+    run(
+        f"""
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("twisted", "autobahn", "zope", "txaio"):
+            raise ImportError(f"{{name}} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+for module in {core}:
+    importlib.import_module(module)
+"""
+    )
+
+
+def test_the_public_names_are_there_and_are_all() -> None:
+    import realtime
+
+    assert sorted(realtime.__all__) == list(realtime.__all__)
+    public = {name for name, value in vars(realtime).items() if not name.startswith("_") and isinstance(value, type)}
+    assert public == set(realtime.__all__) - {"__version__"}
+
+
+def test_importing_realtime_reads_no_file_environment_or_clock_and_installs_no_reactor() -> None:
+    # The second time, all that it stands on is loaded already: what is touched then is touched by realtime itself.
+    run(
+        """
+import os, sys, time
+import realtime
+
+for name in [name for name in sys.modules if name.split(".")[0] == "realtime"]:
+    del sys.modules[name]
+
+class Untouchable(dict):
+    def refuse(self, *_):
+        raise AssertionError("the environment was read")
+    __getitem__ = __contains__ = __iter__ = get = keys = items = refuse
+
+def no_clock(*_):
+    raise AssertionError("the clock was read")
+
+def no_file(event, arguments):
+    if event == "open" and not str(arguments[0]).endswith((".py", ".pyc")):
+        raise AssertionError(f"{arguments[0]} was opened")
+
+for name in ("time", "monotonic", "perf_counter", "time_ns", "monotonic_ns"):
+    setattr(time, name, no_clock)
+environment, os.environ = os.environ, Untouchable()
+sys.addaudithook(no_file)
+import realtime
+os.environ = environment
+assert "twisted" not in sys.modules, "twisted was imported"
+"""
+    )
+
+
+def test_importing_the_plugin_and_its_tap_installs_no_reactor() -> None:
+    run("import sys, realtime.tap\nassert 'twisted.internet.reactor' not in sys.modules")

@@ -1,0 +1,96 @@
+"""`twistd realtime`: from the command line to the settings that the supervisor gets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from twisted.application.service import IServiceMaker
+from twisted.logger import LogLevel, capturedLogs
+from twisted.plugin import getPlugins
+from twisted.python.usage import UsageError
+
+from realtime import installation, tap
+from realtime.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(("REALTIME_", "CENTRIFUGO_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """The settings that a supervisor was asked for; none is made."""
+    settings: list[Settings] = []
+    monkeypatch.setattr(tap, "make_service", settings.append)
+    return settings
+
+
+def start(*arguments: str) -> None:
+    options = tap.Options()
+    options.parseOptions(arguments)
+    tap.makeService(options)
+
+
+def test_without_options_the_defaults_are_used(made: list[Settings]) -> None:
+    start()
+    assert made == [Settings()]
+
+
+def test_options_win_over_the_environment_and_that_over_the_file(
+    made: list[Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "realtime.toml"
+    file.write_text("[workers]\ncount = 1\nthreads = 2\n[http_server]\nport = 1\nbacklog = 7")
+    monkeypatch.setenv("REALTIME_WORKERS_COUNT", "3")
+    monkeypatch.setenv("REALTIME_HTTP_SERVER_PORT", "4")
+    start("--config", str(file), "--port", "5", "--app", "chat:app")
+    (settings,) = made
+    assert (settings.workers.count, settings.workers.threads) == (3, 2)
+    assert (settings.http_server.port, settings.http_server.backlog) == (5, 7)
+    assert (settings.app.module, settings.app.path) == ("chat:app", str(tmp_path))
+
+
+def test_short_options_are_the_long_ones(made: list[Settings]) -> None:
+    start("-w", "2", "-p", "0")
+    (settings,) = made
+    assert (settings.workers.count, settings.http_server.port) == (2, 0)
+
+
+def test_all_problems_are_printed_and_nothing_is_made(
+    made: list[Settings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installation, "problems", lambda: ["fake: version 1 is too old; upgrade it"])
+    with pytest.raises(SystemExit) as stopped:
+        start("--workers", "many")
+    assert stopped.value.code == 78
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert [line.split(":")[0] for line in shown.err.splitlines()] == ["fake", "command line"]
+    assert made == []
+
+
+def test_warnings_are_logged_and_the_server_starts(made: list[Settings], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REALTIME_CLIENT_INSECURE", "true")
+    monkeypatch.setenv("REALTIME_{BRACES}", "1")
+    monkeypatch.setenv("AUTOBAHN_USE_NVX", "0")
+    with capturedLogs() as logged:
+        start()
+    assert all(event["log_level"] is LogLevel.warn for event in logged)
+    assert [event["line"].split(":")[0] for event in logged] == ["client.insecure", "REALTIME_{BRACES}", "autobahn"]
+    assert len(made) == 1
+
+
+def test_an_argument_too_many_is_wrong_usage() -> None:
+    with pytest.raises(UsageError):
+        tap.Options().parseOptions(["chat:app"])
+
+
+def test_the_plugin_leads_here() -> None:
+    (maker,) = (plugin for plugin in getPlugins(IServiceMaker) if plugin.tapname == "realtime")
+    assert maker.options is tap.Options
+    assert maker.makeService is tap.makeService

@@ -1,0 +1,10 @@
+"""Makes `twistd realtime` known. Every twistd command imports this, so it holds nothing else."""
+
+from twisted.application.service import ServiceMaker
+
+realtime = ServiceMaker(
+    "realtime",
+    "realtime.tap",
+    "A realtime messaging server: WebSockets, channels, history, handlers in Python.",
+    "realtime",
+)
