@@ -341,18 +341,22 @@ async def test_without_a_handler_that_wants_one_no_process_is_started() -> None:
 
 
 ORPHANS = """
-import sys, time
+import sys
 from twisted.internet import asyncioreactor
 asyncioreactor.install()
 from twisted.internet import reactor
+import heavy_app
 from realtime.metrics import Metrics
+from realtime.server.handlers.coroutines import started
 from realtime.server.handlers.processes import Processes
 from realtime.settings import AppSettings, Workers
 processes = Processes(reactor, Workers(processes=2), AppSettings(module="heavy_app:app", path=sys.argv[1]), Metrics())
+sleep = next(one for one in heavy_app.app.handlers("rpc").values() if one.name.endswith("sleep"))
 
 def begin():
     processes.start()
-    print(*processes.pids, flush=True)
+    for path in sys.argv[2:]:
+        started(processes.call(sleep, ([path, 600],)))
 
 reactor.callLater(0, begin)
 reactor.run()
@@ -361,12 +365,12 @@ reactor.run()
 
 @on_loop
 async def test_a_killed_worker_leaves_no_process(tmp_path: Path) -> None:
-    worker = subprocess.Popen([sys.executable, "-c", ORPHANS, str(HERE)], stdout=subprocess.PIPE, text=True)
-    assert worker.stdout is not None
-    pids = [int(pid) for pid in worker.stdout.readline().split()]
-    assert len(pids) == 2
+    paths = [tmp_path / "one", tmp_path / "two"]
+    command = [sys.executable, "-c", ORPHANS, str(HERE), *map(str, paths)]
+    worker = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(HERE)})
+    # Both are in the handler: a process that is stopped while it starts has not asked yet to die with its worker.
+    pids = [pid for path in paths for pid in await noted(path)]
     os.kill(pids[0], signal.SIGSTOP)
     worker.kill()
     worker.wait()
-    worker.stdout.close()
     await until(lambda: not any(lives(pid) for pid in pids))
