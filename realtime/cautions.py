@@ -57,7 +57,7 @@ def _unread(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
         parts = name.split("_")
         key = next((key for end in range(len(parts), 1, -1) if (key := foreign.get("_".join(parts[:end])))), None)
         near = difflib.get_close_matches(name, known, 1, 0.85)
-        if key and not near:
+        if key:
             yield f"{one_line(name)}: {centrifugo.explain(key)}"
         else:
             hint = f"; did you mean {near[0]}?" if near else ""

@@ -10,35 +10,28 @@ from __future__ import annotations
 _CHANNEL_TABLES = ("channel.without_namespace", "channel.namespaces[]")
 
 _LATER = {
-    "": (
-        "admin broker debug emulation health http_stream init map_broker pid_file presence_manager prometheus rpc"
-        " shared_poll sse swagger uni_http_stream uni_sse uni_websocket"
-    ),
+    "": ("admin broker debug health map_broker pid_file presence_manager prometheus shared_poll swagger"),
     "http_server": "h2c_external http3 internal_tls tls tls_autocert tls_external",
     "log": "file",
     "node": "info_metrics_aggregate_interval",
     "engine": "redis",
     "client": (
-        "channel_position_check_delay channel_position_max_time_lag concurrency"
-        " connect_code_to_unidirectional_disconnect connection_rate_limit insecure_skip_token_signature_verify"
-        " presence_update_interval subscribe_to_user_personal_channel subscription_token user_connection_limit"
-        " user_id_http_header"
+        "channel_position_max_time_lag connect_code_to_unidirectional_disconnect insecure_skip_token_signature_verify"
+        " presence_update_interval"
     ),
-    "client.token": (
-        "audience_regex ecdsa_public_key insecure_skip_jwks_endpoint_safety_check issuer_regex"
-        " jwks_public_endpoint rsa_public_key user_id_claim"
+    "client.token": "insecure_skip_jwks_endpoint_safety_check",
+    "client.subscription_token": "insecure_skip_jwks_endpoint_safety_check",
+    "http_api": "external",
+    "rpc": "namespace_boundary namespaces without_namespace",
+    "websocket": "read_buffer_size use_write_buffer_pool write_buffer_size",
+    "uni_websocket": (
+        "disable_closing_handshake disable_disconnect_push read_buffer_size use_write_buffer_pool write_buffer_size"
     ),
-    "channel": "publication_data_format",
-    "http_api": "error_mode external",
-    "websocket": (
-        "compression compression_level compression_min_size decompressed_message_size_limit read_buffer_size"
-        " use_write_buffer_pool write_buffer_size"
-    ),
+    "uni_sse": "connect_code_to_http_response",
+    "uni_http_stream": "connect_code_to_http_response",
 } | dict.fromkeys(
     _CHANNEL_TABLES,
-    "allow_tags_filter allowed_delta_types auto_cache_recover delta_publish force_recovery_mode map"
-    " map_clients_presence_channel_prefix map_users_presence_channel_prefix publication_data_format shared_poll"
-    " subscription_type",
+    "map map_clients_presence_channel_prefix map_users_presence_channel_prefix shared_poll subscription_type",
 )
 
 _NEVER = {

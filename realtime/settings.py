@@ -10,7 +10,9 @@ in `realtime.cautions`.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -47,6 +49,21 @@ def _is_address(text: str) -> bool:
 
 def _is_loopback(text: str) -> bool:
     return text != "" and _is_address(text) and ipaddress.ip_address(text).is_loopback
+
+
+def _is_key_set(text: str) -> bool:
+    return text == "" or re.fullmatch(r"https?://[^\s/]+/\S*", text) is not None
+
+
+def _is_claim(text: str) -> bool:
+    return re.fullmatch(r"[a-zA-Z_]*", text) is not None
+
+
+def _are_networks(texts: tuple[str, ...]) -> bool:
+    try:
+        return all(bool(ipaddress.ip_network(text, strict=False)) for text in texts)
+    except ValueError:
+        return False
 
 
 def _is_reference(text: str) -> bool:
@@ -157,7 +174,7 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_channels: Annotated[Positive, about("Most channels that have history or presence at a time.")] = 1_000_000
 
 
-class Token(Struct, frozen=True, forbid_unknown_fields=True):
+class Token(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How connection tokens are verified."""
 
     hmac_secret_key: Annotated[
@@ -167,8 +184,35 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
     hmac_previous_secret_key_valid_until: Annotated[
         Count, about("Unix time, in seconds, after which the previous key is refused; 0: no end.")
     ] = 0
+    rsa_public_key: Annotated[str, about("Public key of RS256, RS384 and RS512 tokens, as PEM text; empty: none.")] = ""
+    ecdsa_public_key: Annotated[
+        str, about("Public key of ES256, ES384 and ES512 tokens, as PEM text; empty: none.")
+    ] = ""
+    jwks_public_endpoint: Annotated[
+        str,
+        only('an https address such as "https://id.example.com/jwks.json"', _is_key_set),
+        about("Address of a JSON Web Key Set; tokens signed by its keys are taken, and the static keys are not used."),
+    ] = ""
+    jwks_allow_insecure: Annotated[
+        bool, about("Fetch the key set by http and from private addresses, too. For development.")
+    ] = False
     audience: Annotated[str, about("Required `aud` claim; empty: not checked.")] = ""
+    audience_regex: Annotated[
+        str,
+        only("a regular expression that Python compiles", _compiles),
+        about("Must match an `aud` claim; its named groups may stand in jwks_public_endpoint as {{group}}."),
+    ] = ""
     issuer: Annotated[str, about("Required `iss` claim; empty: not checked.")] = ""
+    issuer_regex: Annotated[
+        str,
+        only("a regular expression that Python compiles", _compiles),
+        about("Must match the `iss` claim; its named groups may stand in jwks_public_endpoint as {{group}}."),
+    ] = ""
+    user_id_claim: Annotated[
+        str,
+        only("a name of letters and _", _is_claim),
+        about("Claim that holds the user id; empty: `sub`."),
+    ] = ""
     max_length: Annotated[Count, about("Longest token, in bytes; 0: no limit.")] = 8192
 
     def __repr__(self) -> str:  # keeps the keys out of logs
@@ -178,9 +222,37 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
         Rule(
             ("hmac_previous_secret_key", "hmac_secret_key"),
             lambda token: token.hmac_secret_key or not token.hmac_previous_secret_key,
-            "needs client.token.hmac_secret_key beside it; set that, or remove this",
+            "needs hmac_secret_key beside it; set that, or remove this",
+        ),
+        Rule(
+            ("audience_regex", "audience"),
+            lambda token: not (token.audience and token.audience_regex),
+            "audience is set as well; remove one of the two",
+        ),
+        Rule(
+            ("issuer_regex", "issuer"),
+            lambda token: not (token.issuer and token.issuer_regex),
+            "issuer is set as well; remove one of the two",
         ),
     )
+
+
+class SubscriptionToken(Token, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How subscription tokens are verified, where not as connection tokens are: nothing is inherited from those."""
+
+    enabled: Annotated[bool, about("Verify subscription tokens by this table alone.")] = False
+
+
+class PersonalChannel(Struct, frozen=True, forbid_unknown_fields=True):
+    """A channel for each user, to which the server subscribes all of that user's connections."""
+
+    enabled: Annotated[bool, about("Subscribe every user to the channel #USER.")] = False
+    personal_channel_namespace: Annotated[str, about("Its namespace: the channel is NAMESPACE:#USER; empty: none.")] = (
+        ""
+    )
+    single_connection: Annotated[
+        bool, about("A user's new connection ends the older ones; needs presence in that namespace.")
+    ] = False
 
 
 class Client(Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,6 +269,16 @@ class Client(Struct, frozen=True, forbid_unknown_fields=True):
     ] = False
     disallow_anonymous_connection_tokens: Annotated[bool, about("Refuse tokens without a user.")] = False
     token: Token = field(default_factory=Token)
+    subscription_token: SubscriptionToken = field(default_factory=SubscriptionToken)
+    subscribe_to_user_personal_channel: PersonalChannel = field(default_factory=PersonalChannel)
+    user_id_http_header: Annotated[
+        str, about("Header that holds the user id; only behind a proxy that authenticates and always sets it.")
+    ] = ""
+    trusted_proxies: Annotated[
+        tuple[str, ...],
+        only('a list of addresses or networks, such as ["10.0.0.0/8"]', _are_networks),
+        about("Proxies whose X-Forwarded-For is believed; empty: a client's address is that of its connection."),
+    ] = ()
     ping_interval: Annotated[Seconds, about("Time between two pings to a client; 0: no pings.")] = 25.0
     pong_timeout: Annotated[Seconds, about("Time for a client to answer a ping; 0: no answer is expected.")] = 8.0
     stale_close_delay: Annotated[
@@ -209,6 +291,24 @@ class Client(Struct, frozen=True, forbid_unknown_fields=True):
         Positive, about("Bytes that may wait for one slow client; beyond them it is disconnected.")
     ] = 1_048_576
     connection_limit: Annotated[Count, about("Most connections, over all workers; 0: no limit.")] = 0
+    connection_rate_limit: Annotated[
+        Count, about("Most new connections in a second, over all workers; 0: no limit.")
+    ] = 0
+    user_connection_limit: Annotated[
+        Count, about("Most connections of one user, over all workers; 0: no limit. Anonymous ones are not counted.")
+    ] = 0
+    commands_per_second: Annotated[
+        Count, about("Commands that one connection may send, on average over two seconds; 0: no limit.")
+    ] = 1000
+    error_limit: Annotated[
+        Count, about("Commands of one connection that may fail within five seconds before it is closed; 0: no limit.")
+    ] = 100
+    concurrency: Annotated[
+        Count, about("Commands of one connection that run at a time; 0 and 1: one after another.")
+    ] = 0
+    channel_position_check_delay: Annotated[
+        Seconds, about("Time without a publication after which a channel's position is checked; 0: never.")
+    ] = 40.0
     command_queue: Annotated[
         Positive, about("Commands of one connection that may wait; beyond them its socket is not read.")
     ] = 64
@@ -224,7 +324,21 @@ class Client(Struct, frozen=True, forbid_unknown_fields=True):
             lambda client: client.ping_interval == 0 or client.pong_timeout < client.ping_interval,
             "{0} must be shorter than client.ping_interval, {1}; shorten it or lengthen that",
         ),
+        Rule(
+            ("subscribe_to_user_personal_channel.single_connection", "subscribe_to_user_personal_channel.enabled"),
+            lambda client: (
+                client.subscribe_to_user_personal_channel.enabled
+                or not client.subscribe_to_user_personal_channel.single_connection
+            ),
+            "single_connection needs enabled = true beside it; set that, or remove this",
+        ),
     )
+
+
+DataFormat = Annotated[
+    Literal["", "json", "json_object", "binary"],
+    about("What a publication's data must be; empty: anything but nothing; binary: even nothing."),
+]
 
 
 class ChannelOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -263,6 +377,25 @@ class ChannelOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         only("a regular expression that Python compiles", _compiles),
         about("Must be found in the channel's name after the namespace; empty: the name must be ASCII."),
     ] = ""
+    force_recovery_mode: Annotated[
+        Literal["", "stream", "cache"],
+        about("What a returning subscriber gets: all that it missed (stream, or empty), or the newest alone (cache)."),
+    ] = ""
+    auto_cache_recover: Annotated[
+        bool, about("Send the newest publication at every subscribe; needs force_recovery and the cache mode.")
+    ] = False
+    allowed_delta_types: Annotated[
+        tuple[Literal["fossil"], ...], about('["fossil"]: clients may ask for publications as differences.')
+    ] = ()
+    delta_publish: Annotated[bool, about("Send differences for every publication, not only for those that ask.")] = (
+        False
+    )
+    allow_tags_filter: Annotated[bool, about("Subscribers may filter publications by their tags.")] = False
+    publication_data_format: DataFormat = ""
+    priority: Annotated[
+        Literal["high", "normal", "low"],
+        about("Which channels' publications go first when a worker has more to deliver than fits a slice of its time."),
+    ] = "normal"
 
     RULES: ClassVar = (
         Rule(
@@ -284,6 +417,13 @@ class ChannelOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             ("force_recovery", "history_size", "history_ttl"),
             lambda options: not options.force_recovery or _has_history(options),
             "force_recovery needs history; set history_size and history_ttl, or remove this",
+        ),
+        Rule(
+            ("auto_cache_recover", "force_recovery", "force_recovery_mode"),
+            lambda options: (
+                not options.auto_cache_recover or (options.force_recovery and options.force_recovery_mode == "cache")
+            ),
+            'needs force_recovery = true and force_recovery_mode = "cache" beside it; set both, or remove this',
         ),
     )
 
@@ -317,6 +457,9 @@ class Channel(Struct, frozen=True, forbid_unknown_fields=True):
     history_meta_ttl: Annotated[
         WholeSeconds, about("Time after the last use until a channel's numbering is forgotten.")
     ] = 2_592_000.0
+    publication_data_format: Annotated[
+        Literal["", "json", "json_object", "binary"], about("The same option, for namespaces that set none.")
+    ] = ""
 
     RULES: ClassVar = (
         Rule(
@@ -336,20 +479,101 @@ class HTTPAPI(Struct, frozen=True, forbid_unknown_fields=True):
     key: Annotated[Secret, about("Key that callers send as X-API-Key; empty: every call is refused.")] = ""
     max_body_size: Annotated[Positive, about("Largest request body, in bytes.")] = 1_048_576
     body_timeout: Annotated[Deadline, about("Time for the whole request body to arrive.")] = 10.0
+    error_mode: Annotated[
+        Literal["", "transport"], about("How errors are told: inside a 200 (empty), or as HTTP statuses (transport).")
+    ] = ""
 
     def __repr__(self) -> str:  # keeps the key out of logs
         return "HTTPAPI(...)"
 
 
-class WebSocket(Struct, frozen=True, forbid_unknown_fields=True):
+class RPCPing(Struct, frozen=True, forbid_unknown_fields=True):
+    """A procedure that does nothing, for measuring the way there and back."""
+
+    enabled: Annotated[bool, about("Answer it.")] = False
+    method: Annotated[str, Meta(min_length=1), about("Its name.")] = "ping"
+
+
+class RPC(Struct, frozen=True, forbid_unknown_fields=True):
+    """Remote procedures of the server itself; the application's own need no configuration."""
+
+    ping: RPCPing = field(default_factory=RPCPing)
+
+
+class Messages(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the two WebSocket transports have in common."""
+
+    message_size_limit: Annotated[Positive, about("Largest message from a client, in bytes.")] = 65536
+    decompressed_message_size_limit: Annotated[
+        Count, about("Largest such message after decompression, in bytes; 0: ten times message_size_limit.")
+    ] = 0
+    max_fragments: Annotated[Count, about("Most fragments of one message; 0: no limit.")] = 1024
+    message_timeout: Annotated[Seconds, about("Time for all fragments of a message to arrive; 0: no limit.")] = 10.0
+    write_timeout: Annotated[Seconds, about("Time for a socket to take what is written to it; 0: no limit.")] = 1.0
+    close_timeout: Annotated[Deadline, about("Time for a client to answer a close before the socket is cut.")] = 5.0
+    compression: Annotated[bool, about("Compress messages to clients that offer permessage-deflate.")] = False
+    compression_min_size: Annotated[Count, about("Messages under this many bytes are not compressed.")] = 0
+    compression_level: Annotated[int, Meta(ge=1, le=9), about("From 1, the fastest, to 9, the smallest.")] = 1
+
+
+class WebSocket(Messages, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The WebSocket transport."""
 
     disabled: Annotated[bool, about("Do not serve WebSockets.")] = False
     handler_prefix: Annotated[Prefix, about("Path at which clients connect.")] = "/connection/websocket"
-    message_size_limit: Annotated[Positive, about("Largest message from a client, in bytes.")] = 65536
-    max_fragments: Annotated[Count, about("Most fragments of one message; 0: no limit.")] = 1024
-    write_timeout: Annotated[Seconds, about("Time for a socket to take what is written to it; 0: no limit.")] = 1.0
-    close_timeout: Annotated[Deadline, about("Time for a client to answer a close before the socket is cut.")] = 5.0
+
+
+class UniWebSocket(Messages, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """WebSockets on which only the server talks, once the client has said who it is."""
+
+    enabled: Annotated[bool, about("Serve them.")] = False
+    handler_prefix: Annotated[Prefix, about("Path at which clients connect.")] = "/connection/uni_websocket"
+    join_push_messages: Annotated[bool, about("Several pushes may share a message, parted by line ends.")] = False
+
+
+class Stream(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the streaming transports have in common."""
+
+    enabled: Annotated[bool, about("Serve it.")] = False
+    max_request_body_size: Annotated[Positive, about("Largest request body, in bytes.")] = 65536
+
+
+class SSE(Stream, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Server-sent events: for clients whose WebSockets do not get through. Their commands come by [emulation]."""
+
+    handler_prefix: Annotated[Prefix, about("Path at which clients connect.")] = "/connection/sse"
+
+
+class HTTPStream(Stream, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A streamed HTTP response, for the same clients."""
+
+    handler_prefix: Annotated[Prefix, about("Path at which clients connect.")] = "/connection/http_stream"
+
+
+class UniSSE(Stream, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Server-sent events for clients without an SDK, on which only the server talks."""
+
+    handler_prefix: Annotated[Prefix, about("Path at which clients connect.")] = "/connection/uni_sse"
+
+
+class UniHTTPStream(Stream, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A streamed HTTP response for clients without an SDK, on which only the server talks."""
+
+    handler_prefix: Annotated[Prefix, about("Path at which clients connect.")] = "/connection/uni_http_stream"
+
+
+class Emulation(Struct, frozen=True, forbid_unknown_fields=True):
+    """The way from the client to the server for [sse] and [http_stream]; served when either is."""
+
+    handler_prefix: Annotated[Prefix, about("Path to which clients post their commands.")] = "/emulation"
+    max_request_body_size: Annotated[Positive, about("Largest request body, in bytes.")] = 65536
+
+
+class Init(Struct, frozen=True, forbid_unknown_fields=True):
+    """A small answer by which a load balancer sets its cookie before a client connects."""
+
+    enabled: Annotated[bool, about("Serve it.")] = False
+    handler_prefix: Annotated[Prefix, about("Path of the answer.")] = "/connection/init"
 
 
 class Workers(Struct, frozen=True, forbid_unknown_fields=True):
@@ -399,6 +623,9 @@ class Loop(Struct, frozen=True, forbid_unknown_fields=True):
     rescue: Annotated[bool, about("New clients that wait for a worker that can't take them are handed to another.")] = (
         True
     )
+    slice: Annotated[
+        float, Meta(ge=0.0005), about("Time for which work of the server itself keeps a loop before others get a turn.")
+    ] = 0.005
     stuck: Annotated[
         Seconds, about("A worker whose loop has not beaten for this long is killed and replaced; 0: never.")
     ] = 10.0
@@ -450,6 +677,21 @@ class AppSettings(Struct, frozen=True, forbid_unknown_fields=True):
     )
 
 
+_PATHS = (
+    *("http_api", "websocket", "sse", "http_stream", "emulation"),
+    *("uni_websocket", "uni_sse", "uni_http_stream", "init"),
+)
+
+
+def _differ(one: str, other: str, tree: Settings) -> bool:
+    return bool(getattr(tree, one).handler_prefix != getattr(tree, other).handler_prefix)
+
+
+def _personal_namespace_exists(tree: Settings) -> bool:
+    name = tree.client.subscribe_to_user_personal_channel.personal_channel_namespace
+    return not name or any(namespace.name == name for namespace in tree.channel.namespaces)
+
+
 class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     """The whole tree. Field names are the keys of the file."""
 
@@ -461,7 +703,15 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     client: Client = field(default_factory=Client)
     channel: Channel = field(default_factory=Channel)
     http_api: HTTPAPI = field(default_factory=HTTPAPI)
+    rpc: RPC = field(default_factory=RPC)
     websocket: WebSocket = field(default_factory=WebSocket)
+    sse: SSE = field(default_factory=SSE)
+    http_stream: HTTPStream = field(default_factory=HTTPStream)
+    emulation: Emulation = field(default_factory=Emulation)
+    uni_websocket: UniWebSocket = field(default_factory=UniWebSocket)
+    uni_sse: UniSSE = field(default_factory=UniSSE)
+    uni_http_stream: UniHTTPStream = field(default_factory=UniHTTPStream)
+    init: Init = field(default_factory=Init)
     workers: Workers = field(default_factory=Workers)
     loop: Loop = field(default_factory=Loop)
     app: AppSettings = field(default_factory=AppSettings)
@@ -477,10 +727,18 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
             lambda tree: tree.engine.queue_max_size >= tree.websocket.message_size_limit,
             "{0} can't hold one message of websocket.message_size_limit, {1}; raise it or lower that",
         ),
+        *(
+            Rule(
+                (f"{one}.handler_prefix", f"{other}.handler_prefix"),
+                functools.partial(_differ, one, other),
+                f"is the path of {other}.handler_prefix, {{1}}, too; choose another",
+            )
+            for one, other in itertools.combinations(_PATHS, 2)
+        ),
         Rule(
-            ("http_api.handler_prefix", "websocket.handler_prefix"),
-            lambda tree: tree.http_api.handler_prefix != tree.websocket.handler_prefix,
-            "is the path of websocket.handler_prefix, {1}, too; choose another",
+            ("client.subscribe_to_user_personal_channel.personal_channel_namespace",),
+            _personal_namespace_exists,
+            "no such namespace in channel.namespaces; add it there, or correct this",
         ),
     )
 

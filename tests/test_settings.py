@@ -186,8 +186,12 @@ REFUSED = [
     # keys of Centrifugo
     ("[admin]\nenabled = true", 1, "admin: a Centrifugo key that realtime does not support yet"),
     ("[grpc_api]\nenabled = true", 1, "grpc_api: a Centrifugo key that realtime does not support; remove it"),
-    ("[client]\nconcurrency = 8", 2, "client.concurrency: a Centrifugo key that realtime does not support yet"),
-    ("[channel.without_namespace]\ndelta_publish = true", 2, "a Centrifugo key that realtime does not support yet"),
+    ("[client]\npresence_update_interval = '9s'", 2, "client.presence_update_interval: a Centrifugo key that realtime"),
+    (
+        "[channel.without_namespace]\nsubscription_type = 'map'",
+        2,
+        "a Centrifugo key that realtime does not support yet",
+    ),
     ("[[channel.namespaces]]\nname = 'ab'\npublish_proxy_name = 'x'", 3, "a Centrifugo key that realtime does not"),
     # wrong types
     ("[http_server]\nport = 'eighty'", 2, 'expected a whole number from 0 to 65535, got "eighty"; correct it, or'),
@@ -266,7 +270,7 @@ REFUSED = [
     ("[channel]\nhistory_meta_ttl = '1s'\nwithout_namespace = { history_size = 1, history_ttl = '2s' }", 2, "any name"),
     ("[http_server]\nport = 8001", 2, "the port for operators must differ from http_server.port, 8001"),
     ("[http_api]\nhandler_prefix = '/connection/websocket'", 2, "is the path of websocket.handler_prefix"),
-    ("[client.token]\nhmac_previous_secret_key = 'abc'", 2, "needs client.token.hmac_secret_key beside it"),
+    ("[client.token]\nhmac_previous_secret_key = 'abc'", 2, "needs hmac_secret_key beside it"),
     ("[workers]\nrestart_delay = '1m'", 2, '"1m" must not be longer than workers.restart_delay_max, "30s"'),
     ("[loop]\nstuck = '5ms'", 2, '"5ms" must be longer than loop.interval, "25ms"'),
     ("[loop]\npressed = '5ms'", 2, '"5ms" must not be shorter than loop.lagging, "50ms"'),
