@@ -37,12 +37,17 @@ class Position(Struct, frozen=True, array_like=True, gc=False):
 
 
 class Publication(Struct, frozen=True, array_like=True):
-    """One published message. offset: its number in the channel's history, 0 when the channel keeps none."""
+    """One published message. offset: its number in the channel's history, 0 when the channel keeps none.
+
+    delta: subscribers that agreed on deltas may get it as one. binary: the data is not JSON text.
+    """
 
     data: bytes
     offset: int = 0
     info: ClientInfo | None = None
     tags: dict[str, str] | None = None
+    delta: bool = False
+    binary: bool = False
 
 
 class HistoryPage(Struct, frozen=True, array_like=True):

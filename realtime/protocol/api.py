@@ -349,9 +349,9 @@ class ServerAPI:
 
     async def _call_history(self, request: _History) -> messages.HistoryResult:
         since = Position(request.since.offset, request.since.epoch) if request.since else None
-        return messages.history_result(
-            await self.history(request.channel, limit=request.limit, since=since, reverse=request.reverse)
-        )
+        page = await self.history(request.channel, limit=request.limit, since=since, reverse=request.reverse)
+        publications = [messages.pub(one, one.data) for one in page.publications]
+        return messages.HistoryResult(publications, page.position.epoch, page.position.offset)
 
     async def _call_history_remove(self, request: _Channel) -> messages.Empty:
         await self.history_remove(request.channel)

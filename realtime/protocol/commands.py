@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -16,7 +16,6 @@ import msgspec
 from realtime import errors
 from realtime.errors import ClientError, Disconnect
 from realtime.protocol import messages
-from realtime.protocol.messages import payload, value
 from realtime.protocol.rules import ResolvedChannel
 from realtime.protocol.session import CommandFunction, Session, State, quietly
 from realtime.protocol.subscription import Subscription
@@ -42,6 +41,8 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
         data=messages.embedded(admitted.data),
         ping=math.ceil(settings.ping_interval) if pinged else 0,
         pong=pinged and settings.pong_timeout > 0,
+        session=session.secret,
+        node=node.uid if session.secret and not session.encoding.unidirectional else "",
         time=int(node.wall_clock() * 1000) if settings.connect_include_server_time else 0,
     )
     session.begin(ClientInfo(admitted.user, result.client, admitted.info), request.name, request.version)
@@ -59,7 +60,7 @@ async def _admit(session: Session, request: messages.ConnectRequest) -> Claims:
                 credentials.user, _json(credentials.info), _json(credentials.data), credentials.expire_at or 0.0
             )
     if request.token:
-        claims = _verified(node.tokens.connection, request.token, Disconnect(*errors.INVALID_TOKEN))
+        claims = await _verified(node.tokens.connection, request.token, Disconnect(*errors.INVALID_TOKEN))
         if not claims.user and settings.disallow_anonymous_connection_tokens:
             raise Disconnect(*errors.DENIED)
         session.refreshable = True
@@ -73,7 +74,7 @@ async def _admit(session: Session, request: messages.ConnectRequest) -> Claims:
 def _asks_to_connect(session: Session, request: messages.ConnectRequest) -> ConnectRequest:
     return ConnectRequest(
         token=request.token,
-        data=value(payload(request.data)),
+        data=_value(session, request.data),
         headers=session.request.headers,
         query=session.request.query,
         remote_address=session.request.remote_address,
@@ -82,10 +83,10 @@ def _asks_to_connect(session: Session, request: messages.ConnectRequest) -> Conn
     )
 
 
-def _verified(verify: Callable[[str], Claims], token: str, invalid: Exception) -> Claims:
+async def _verified(verify: Callable[[str], Awaitable[Claims]], token: str, invalid: Exception) -> Claims:
     """The claims of `token`. Raises ClientError 109 for an expired one, `invalid` for any other that fails."""
     try:
-        return verify(token)
+        return await verify(token)
     except TokenExpired:
         raise ClientError(*errors.TOKEN_EXPIRED) from None
     except TokenInvalid:
@@ -106,7 +107,7 @@ async def refresh(session: Session, id: int, request: messages.RefreshRequest) -
     if not request.token or not session.refreshable:
         raise Disconnect(*errors.BAD_PROTOCOL)
     try:
-        claims = _verified(session.node.tokens.connection, request.token, Disconnect(*errors.INVALID_TOKEN))
+        claims = await _verified(session.node.tokens.connection, request.token, Disconnect(*errors.INVALID_TOKEN))
     except ClientError:
         # Not error 109, which would be final: the client comes back and fetches a token on the way.
         raise Disconnect(*errors.CONNECTION_EXPIRED) from None
@@ -167,7 +168,7 @@ def _check_subscribe(session: Session, request: messages.SubscribeRequest) -> Re
     options = _options(session, channel)
     if request.type:
         raise ClientError(*errors.PERMISSION_DENIED)
-    if request.tf is not msgspec.UNSET:
+    if request.tf is not None:
         raise ClientError(*errors.BAD_REQUEST)
     return options
 
@@ -176,7 +177,7 @@ async def _admit_to(session: Session, request: messages.SubscribeRequest, option
     """Whether the client may subscribe: by a token, a user-limited name, the handler, or the options."""
     node, channel = session.node, request.channel
     if request.token:
-        return _subscription_claims(session, request.token, channel, ClientError(*errors.PERMISSION_DENIED))
+        return await _subscription_claims(session, request.token, channel, ClientError(*errors.PERMISSION_DENIED))
     if node.rules.is_private(channel):
         raise ClientError(*errors.PERMISSION_DENIED)
     users = node.rules.limited_to(channel, options)
@@ -184,15 +185,15 @@ async def _admit_to(session: Session, request: messages.SubscribeRequest, option
         raise ClientError(*errors.PERMISSION_DENIED)
     handler = node.handlers.subscribing(channel)
     if handler is not None:
-        granted = await handler(session.handle, channel, value(payload(request.data)))
+        granted = await handler(session.handle, channel, _value(session, request.data))
         return Claims(session.user, _json(granted.info), _json(granted.data)) if granted else Claims(session.user)
     if users is None and not (node.settings.insecure or options.allows_subscribe(session.user)):
         raise ClientError(*errors.PERMISSION_DENIED)
     return Claims(session.user)
 
 
-def _subscription_claims(session: Session, token: str, channel: str, invalid: Exception) -> Claims:
-    claims = _verified(session.node.tokens.subscription, token, invalid)
+async def _subscription_claims(session: Session, token: str, channel: str, invalid: Exception) -> Claims:
+    claims = await _verified(session.node.tokens.subscription, token, invalid)
     if claims.channel != channel or claims.user != session.user or claims.client not in ("", session.client):
         raise Disconnect(*errors.INVALID_TOKEN)
     return claims
@@ -225,7 +226,7 @@ async def sub_refresh(session: Session, id: int, request: messages.SubRefreshReq
     if not request.token:
         raise ClientError(*errors.BAD_REQUEST)
     try:
-        claims = _subscription_claims(session, request.token, request.channel, Disconnect(*errors.INVALID_TOKEN))
+        claims = await _subscription_claims(session, request.token, request.channel, Disconnect(*errors.INVALID_TOKEN))
     except ClientError:
         # A final 109 would end the subscription in the SDKs; a temporary one has them try again.
         raise ClientError(*errors.TOKEN_EXPIRED[:2], temporary=True) from None
@@ -251,13 +252,13 @@ async def unsubscribe(session: Session, id: int, request: messages.UnsubscribeRe
 async def publish(session: Session, id: int, request: messages.PublishRequest) -> None:
     node, channel = session.node, request.channel
     options = _options(session, channel)
-    data = payload(request.data)
+    data = session.encoding.payload(request.data)
     if not data or request.type:
         raise ClientError(*errors.BAD_REQUEST)
     handler = node.handlers.publishing(channel)
     if handler is not None:
-        replaced = await handler(session.handle, channel, value(data))
-        data = data if replaced is None else _json(replaced)
+        replaced = await handler(session.handle, channel, session.encoding.value(data))
+        data = data if replaced is None else session.encoding.made(replaced)
     elif not session.may("publish", channel, options):
         raise ClientError(*errors.PERMISSION_DENIED)
     subscription = session.subscriptions.get(channel)
@@ -308,7 +309,9 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
     )
     if since is not None and since.epoch and since.epoch != page.position.epoch:
         raise ClientError(*errors.UNRECOVERABLE_POSITION)
-    session.reply(id, "history", messages.history_result(page))
+    publications = [session.encoding.pub(one) for one in page.publications]
+    result = messages.HistoryResult(publications, page.position.epoch, page.position.offset)
+    session.reply(id, "history", result)
 
 
 # -- the application's own --------------------------------------------------------------------------------------------
@@ -321,16 +324,19 @@ async def rpc(session: Session, id: int, request: messages.RPCRequest) -> None:
     procedure = handlers.procedure(request.method)
     if procedure is None:
         raise ClientError(*errors.METHOD_NOT_FOUND)
-    result = await procedure(session.handle, value(payload(request.data)))
-    text = messages.one_line(msgspec.json.encode(result))
-    session.reply(id, "rpc", messages.RPCResult(messages.embedded(text)))
+    result = await procedure(session.handle, _value(session, request.data))
+    session.reply(id, "rpc", messages.RPCResult(messages.embedded(session.encoding.made(result) or b"null")))
 
 
 async def send(session: Session, id: int, request: messages.SendRequest) -> None:
     handler = session.node.handlers.message
     if handler is None:
         raise Disconnect(*errors.UNAVAILABLE)
-    await handler(session.handle, value(payload(request.data)))
+    await handler(session.handle, _value(session, request.data))
+
+
+def _value(session: Session, raw: msgspec.Raw | msgspec.UnsetType) -> Any:
+    return session.encoding.value(session.encoding.payload(raw))
 
 
 def _json(content: Any) -> bytes:

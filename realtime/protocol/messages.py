@@ -1,4 +1,4 @@
-"""The client protocol's messages, and their JSON form.
+"""The client protocol's messages, as Structs, whatever their encoding (`realtime.protocol.encodings`). In JSON:
 
     client -> server   Command   {"id": 3, "publish": {"channel": "news", "data": {...}}}
     server -> client   Reply     {"id": 3, "publish": {}}       answers the command of that id
@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from realtime.errors import BAD_REQUEST, ClientError, RealtimeError
-from realtime.records import ClientInfo, HistoryPage, Publication
+from realtime.records import ClientInfo, Publication
 
 MAX_DEPTH = 128
 
@@ -49,6 +48,17 @@ class StreamPosition(Struct, frozen=True):
     epoch: str = ""
 
 
+class FilterNode(Struct, frozen=True):
+    """A condition on the tags of publications: a leaf, or "and", "or", "not" over `nodes`."""
+
+    op: str = ""
+    key: str = ""
+    cmp: str = ""
+    val: str = ""
+    vals: list[str] = []
+    nodes: list[FilterNode] = []
+
+
 class SubscribeRequest(Struct, frozen=True):
     channel: str = ""
     token: str = ""
@@ -60,7 +70,7 @@ class SubscribeRequest(Struct, frozen=True):
     recoverable: bool = False
     join_leave: bool = False
     delta: str = ""
-    tf: Raw | UnsetType = UNSET
+    tf: FilterNode | None = None
     flag: _Int64 = 0
     type: _Int32 = 0
 
@@ -146,19 +156,6 @@ class Command(Struct, frozen=True):
 
 
 _REQUESTS = [name for name in Command.__struct_fields__ if name not in ("id", "ping")]
-_decode_command = msgspec.json.Decoder(Command).decode
-
-
-def commands(message: bytes) -> Iterator[Command]:
-    """The commands of one message, one after another, so that those before a bad one are acted on.
-
-    Raises ProtocolError at the first that can't be read. A single newline at the end is tolerated.
-    """
-    for line in message.removesuffix(b"\n").split(b"\n"):
-        try:
-            yield _decode_command(line)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise ProtocolError("not a command") from None
 
 
 # -- payloads ---------------------------------------------------------------------------------------------------------
@@ -220,7 +217,7 @@ def _is_unicode(data: bytes) -> bool:
     return True
 
 
-# -- replies and pushes -----------------------------------------------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------------------------
 
 
 class Error(Struct, frozen=True, omit_defaults=True):
@@ -242,17 +239,7 @@ class Pub(Struct, frozen=True, omit_defaults=True):
     offset: int = 0
     tags: dict[str, str] | None = None
     epoch: str = ""
-
-
-class ConnectResult(Struct, frozen=True, omit_defaults=True):
-    client: str
-    version: str
-    expires: bool = False
-    ttl: int = 0
-    data: Raw | UnsetType = UNSET
-    ping: int = 0
-    pong: bool = False
-    time: int = 0
+    delta: bool = False
 
 
 class SubscribeResult(Struct, frozen=True, omit_defaults=True):
@@ -266,6 +253,21 @@ class SubscribeResult(Struct, frozen=True, omit_defaults=True):
     positioned: bool = False
     data: Raw | UnsetType = UNSET
     was_recovering: bool = False
+    delta: bool = False
+
+
+class ConnectResult(Struct, frozen=True, omit_defaults=True):
+    client: str
+    version: str
+    expires: bool = False
+    ttl: int = 0
+    data: Raw | UnsetType = UNSET
+    subs: dict[str, SubscribeResult] | None = None
+    ping: int = 0
+    pong: bool = False
+    session: str = ""
+    node: str = ""
+    time: int = 0
 
 
 class Empty(Struct, frozen=True):
@@ -304,45 +306,51 @@ class SubRefreshResult(Struct, frozen=True, omit_defaults=True):
 
 
 EMPTY = Empty()
-PING = b"{}"
 
-encode = msgspec.json.Encoder().encode
-
-
-def reply(id: int, name: str, result: Struct) -> bytes:
-    """The reply to command `id`, whose request field was `name`."""
-    return b'{"id":%d,"%s":%b}' % (id, name.encode(), encode(result))
+# -- pushes, beside Pub -----------------------------------------------------------------------------------------------
 
 
-def error_reply(id: int, error: ClientError) -> bytes:
-    """The reply that says why command `id` failed."""
-    return b'{"id":%d,"error":%b}' % (id, encode(Error(error.code, error.message, error.temporary)))
+class Join(Struct, frozen=True):
+    """The body of join and leave."""
+
+    info: Info
 
 
-def publication_push(channel: str, publication: Publication, epoch: str) -> bytes:
-    """A publication, on its way to every subscriber. `epoch` goes along with the first of a stream."""
-    first = epoch if publication.offset == 1 else ""
-    return b'{"push":{"channel":%b,"pub":%b}}' % (encode(channel), encode(pub(publication, first)))
-
-
-def join_push(channel: str, info_: ClientInfo) -> bytes:
-    """A client entered the channel."""
-    return b'{"push":{"channel":%b,"join":{"info":%b}}}' % (encode(channel), encode(info(info_)))
-
-
-def leave_push(channel: str, info_: ClientInfo) -> bytes:
-    """A client left the channel."""
-    return b'{"push":{"channel":%b,"leave":{"info":%b}}}' % (encode(channel), encode(info(info_)))
-
-
-def unsubscribe_push(channel: str, code: int, reason: str) -> bytes:
+class Unsubscribe(Struct, frozen=True):
     """The server ended a subscription; from code 2500 on the client subscribes again."""
-    return b'{"push":{"channel":%b,"unsubscribe":{"code":%d,"reason":%b}}}' % (encode(channel), code, encode(reason))
+
+    code: int
+    reason: str
 
 
-def message_push(data: bytes) -> bytes:
+class Subscribe(Struct, frozen=True, omit_defaults=True):
+    """The server began a subscription."""
+
+    recoverable: bool = False
+    epoch: str = ""
+    offset: int = 0
+    positioned: bool = False
+    data: Raw | UnsetType = UNSET
+
+
+class Message(Struct, frozen=True):
     """A message of the application to one client, outside any channel."""
-    return b'{"push":{"message":{"data":%b}}}' % data
+
+    data: Raw
+
+
+class DisconnectPush(Struct, frozen=True):
+    """The end, on transports that have no close frame."""
+
+    code: int
+    reason: str
+
+
+class Refresh(Struct, frozen=True, omit_defaults=True):
+    """The connection's expiry is another now."""
+
+    expires: bool = False
+    ttl: int = 0
 
 
 def info(client: ClientInfo) -> Info:
@@ -350,20 +358,16 @@ def info(client: ClientInfo) -> Info:
     return Info(client.user, client.client, embedded(client.conn_info), embedded(client.chan_info))
 
 
-def pub(publication: Publication, epoch: str = "") -> Pub:
-    """A publication, as a part of a push or of a result."""
+def pub(publication: Publication, data: bytes, epoch: str = "", delta: bool = False) -> Pub:
+    """A publication with `data` in place of its own. delta: whether that is a delta."""
     return Pub(
-        Raw(publication.data),
+        Raw(data),
         info(publication.info) if publication.info else None,
         publication.offset,
         publication.tags,
         epoch,
+        delta,
     )
-
-
-def history_result(page: HistoryPage) -> HistoryResult:
-    """A page of history with the top of its stream."""
-    return HistoryResult([pub(one) for one in page.publications], page.position.epoch, page.position.offset)
 
 
 def embedded(data: bytes) -> Raw | UnsetType:

@@ -66,11 +66,12 @@ class Node:
         wall_clock: Callable[[], float],
         failed: Callable[[BaseException], None],
         version: str,
-        form: str = "json",
+        uid: str = "",
+        worker: str = "",
     ) -> None:
         """wall_clock: Unix seconds, for what tokens say. failed: told of every mistake of ours, with its traceback.
 
-        form: the wire form in which the hub hands out pushes.
+        uid: of the node, the same in all its workers. worker: this worker's address, see `Engine.instruct`.
         """
         self.settings = settings
         self.rules = rules
@@ -84,4 +85,5 @@ class Node:
         self.wall_clock = wall_clock
         self.failed = failed
         self.version = version
-        self.form = form
+        self.uid = uid
+        self.worker = worker

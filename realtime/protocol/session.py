@@ -20,12 +20,13 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from realtime import errors
 from realtime.errors import ClientError, Disconnect, EngineUnavailable
 from realtime.protocol import messages
 from realtime.protocol.client import Client
+from realtime.protocol.forms import Form
 from realtime.protocol.messages import ProtocolError
 from realtime.protocol.node import Node
 from realtime.protocol.rules import ResolvedChannel
@@ -37,7 +38,16 @@ REFUSED_DELAY = 5.0
 
 
 class Connection(Protocol):
-    """What a session needs of its shell."""
+    """What a session needs of its shell. form: the wire form of what it takes.
+
+    secret: names the session to whoever sends commands for it by other ways (emulation), "" if nobody does.
+    """
+
+    @property
+    def form(self) -> Form: ...
+
+    @property
+    def secret(self) -> str: ...
 
     def send(self, payload: bytes) -> None:
         """One message to this client alone."""
@@ -93,6 +103,7 @@ class Session:
         "_stale_by",
         "_waiting",
         "bucket",
+        "encoding",
         "handle",
         "info",
         "node",
@@ -114,6 +125,7 @@ class Session:
         self.subscriptions: dict[str, Subscription] = {}
         self._commands = commands
         self._connection = connection
+        self.encoding = connection.form.encoding
         # None marks the place of a message that could not be read.
         self._queue: deque[messages.Command | None] = deque()
         self._waiting = self._pumping = self._paused = False
@@ -143,7 +155,7 @@ class Session:
         if self.state not in _TALKING:
             return
         try:
-            for command in messages.commands(message):
+            for command in self.encoding.commands(message):
                 if command == _PONG and self._pong_by < math.inf:
                     # Never behind the commands that wait: that they take long is not the client's fault. The deadline
                     # that is armed wakes us once for nothing, which is cheaper than moving it at every pong.
@@ -210,12 +222,12 @@ class Session:
     def reply(self, id: int, name: str, result: Struct) -> None:
         """Answer command `id`; harmless when the client has gone meanwhile."""
         if self.state is not State.CLOSED:
-            self._connection.send(messages.reply(id, name, result))
+            self._connection.send(self.encoding.reply(id, name, result))
 
     def _refuse(self, id: int, name: str, error: ClientError) -> None:
         if self.state is State.CLOSED or not id:
             return
-        self._connection.send(messages.error_reply(id, error))
+        self._connection.send(self.encoding.error_reply(id, error))
         if name == "connect":
             # What followed in the same message counted on the connect: it is dropped without a word.
             self.state = State.REFUSED
@@ -261,7 +273,7 @@ class Session:
             return  # the client is not being read, and a second pong would be one too many
         if settings.pong_timeout > 0:
             self._pong_by = now + settings.pong_timeout
-        self._connection.send(messages.PING)
+        self._connection.send(self.encoding.ping)
 
     def _subscriptions_due(self) -> float:
         ends = [subscription.expire_at for subscription in self.subscriptions.values() if subscription.expire_at]
@@ -302,10 +314,15 @@ class Session:
         subscribed = subscription is not None and subscription.live
         return self.node.settings.insecure or options.allows(verb, self.user, subscribed)
 
+    @property
+    def secret(self) -> str:
+        """See `Connection.secret`."""
+        return self._connection.secret
+
     def subscription(self, channel: str, options: ResolvedChannel, chan_info: bytes) -> Subscription:
         """A subscription of this client, not yet joined."""
         info = msgspec.structs.replace(self.info, chan_info=chan_info)
-        return Subscription(self, self._connection.deliver, self.node, channel, options, info)
+        return Subscription(self, self._connection.deliver, self._connection.form, self.node, channel, options, info)
 
     def describe(self, conn_info: bytes) -> None:
         """Others see the client with this `conn_info` from now on."""
@@ -323,7 +340,8 @@ class Session:
     def send(self, data: Any) -> None:
         """A message to this client alone, outside any channel; `data`: anything that JSON holds."""
         if self.state is State.CONNECTED:
-            self._connection.send(messages.message_push(messages.one_line(msgspec.json.encode(data))))
+            message = messages.Message(Raw(self.encoding.made(data) or b"null"))
+            self._connection.send(self.encoding.push("", "message", message))
 
     def end_subscription(self, channel: str, code: int, reason: str) -> None:
         """Unsubscribe the client; from code 2500 on it comes back at once."""
@@ -331,7 +349,7 @@ class Session:
         if subscription is None or not subscription.live:
             return
         self.abandon(subscription)
-        self._connection.send(messages.unsubscribe_push(channel, code, reason))
+        self._connection.send(self.encoding.push(channel, "unsubscribe", messages.Unsubscribe(code, reason)))
 
     def abandon(self, subscription: Subscription) -> None:
         """End a subscription at whatever stage it is, without waiting for the engine, which may be away."""

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from realtime.errors import UNRECOVERABLE_POSITION, ClientError
-from realtime.protocol.messages import SubscribeRequest, SubscribeResult, pub
+from realtime.protocol.forms import Form
+from realtime.protocol.messages import SubscribeRequest, SubscribeResult
 from realtime.protocol.node import Node
 from realtime.protocol.rules import ResolvedChannel
 from realtime.records import ClientInfo, HistoryPage, Position
@@ -56,18 +57,19 @@ class Subscription:
         self,
         owner: Owner,
         deliver: Callable[[bytes], None],
+        form: Form,
         node: Node,
         channel: str,
         options: ResolvedChannel,
         info: ClientInfo,
     ) -> None:
-        """deliver: takes one frame for this client. info: the client, as others in the channel see it."""
+        """deliver: takes one frame for this client, of this form. info: the client, as others in the channel see it."""
         self._owner = owner
         self._engine = node.engine
         self._hub = node.hub
         self._entered = False
         self.deliver = deliver
-        self.form = node.form
+        self.form = form
         self.channel = channel
         self.options = options
         self.info = info
@@ -100,7 +102,9 @@ class Subscription:
             offset=request.offset if recovered else page.position.offset,
             was_recovering=recovering,
             recovered=recovered,
-            publications=[pub(one) for one in page.publications] if recovered and page.publications else None,
+            publications=[self.form.encoding.pub(one) for one in page.publications]
+            if recovered and page.publications
+            else None,
         )
         return result, page.position if self.positioned else None
 

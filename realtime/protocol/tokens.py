@@ -26,6 +26,9 @@ HMAC_ALGORITHMS = ["HS256", "HS384", "HS512"]
 # A short key is the operator's choice, and `check-config` warns of it once: not the library, at every token.
 warnings.filterwarnings("ignore", category=jwt.warnings.InsecureKeyLengthWarning)
 
+# The channel options that a token may set for its own subscription.
+OVERRIDABLE = ("presence", "join_leave", "force_push_join_leave", "force_recovery", "force_positioning")
+
 # Seconds since 1970 that a JSON number carries exactly.
 _LATEST = 2**53
 
@@ -38,11 +41,25 @@ class TokenExpired(RealtimeError):
     """The token was good once, or will be (`nbf`)."""
 
 
+class SubOptions(Struct, frozen=True):
+    """How a token wants one subscription to be.
+
+    info: shown to others in the channel; data: goes back to the client; both JSON text, or b"". override: values that
+    take the place of the channel's own, by the names of OVERRIDABLE.
+    """
+
+    info: bytes = b""
+    data: bytes = b""
+    override: dict[str, bool] = {}
+
+
 class Claims(Struct, frozen=True):
     """What a good token says.
 
     user: its `sub`, "" for anonymous. info, data: JSON text, or b"". expire_at: Unix seconds at which what the token
-    admitted ends, 0.0 for never. channel, client: of a subscription token.
+    admitted ends, 0.0 for never. channel, client, override: of a subscription token; `override` as in SubOptions.
+    channels, subs: to which a connection token subscribes the client, without or with options; where there are `subs`,
+    there are no `channels`. meta: JSON text of an object that stays with the connection and is never sent, or b"".
     """
 
     user: str
@@ -51,6 +68,10 @@ class Claims(Struct, frozen=True):
     expire_at: float = 0.0
     channel: str = ""
     client: str = ""
+    override: dict[str, bool] = {}
+    channels: tuple[str, ...] = ()
+    subs: dict[str, SubOptions] = {}
+    meta: bytes = b""
 
 
 class TokenVerifier:
@@ -60,14 +81,14 @@ class TokenVerifier:
         self._settings = settings
         self._clock = clock
 
-    def connection(self, token: str) -> Claims:
+    async def connection(self, token: str) -> Claims:
         """The claims of a connection token. Raises TokenInvalid or TokenExpired."""
         claims = self._verified(token)
         if "channel" in claims:
             raise TokenInvalid("a subscription token can't open a connection")
         return self._claims(claims)
 
-    def subscription(self, token: str) -> Claims:
+    async def subscription(self, token: str) -> Claims:
         """The claims of a subscription token. Raises TokenInvalid or TokenExpired."""
         claims = self._verified(token)
         if not _text(claims, "channel"):

@@ -14,7 +14,7 @@ with what the reply said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
@@ -40,11 +40,13 @@ class Form(Protocol):
 class Member(Protocol):
     """One subscription of one session. Told apart by identity; added to one channel, once.
 
-    form: a key into the hub's forms. positioned: told when continuity breaks. announced: gets joins and leaves.
-    None of these changes from `Hub.open` on.
+    positioned: told when continuity breaks. announced: gets joins and leaves. None of these changes from `Hub.open` on.
     """
 
-    form: str
+    @property
+    def form(self) -> Form:
+        """Its wire form, told apart by identity."""
+
     positioned: bool
     announced: bool
     deliver: Callable[[bytes], None]
@@ -130,17 +132,17 @@ class _Channel:
             self.held = [_BREAK]
             self.pending = dict.fromkeys(self.pending, 0)
 
-    def fan(self, forms: Mapping[str, Form]) -> Fan:
+    def fan(self) -> Fan:
         """The open members' `deliver`, by form. A list once made is never changed, so it may be walked while members
         come and go."""
         if self._fan is None:
-            self._fan = _group(self.members, forms)
+            self._fan = _group(self.members)
         return self._fan
 
-    def heralds(self, forms: Mapping[str, Form]) -> Fan:
+    def heralds(self) -> Fan:
         """As `fan`, for joins and leaves."""
         if self._heralds is None:
-            self._heralds = _group((member for member in self.members if member.announced), forms)
+            self._heralds = _group(member for member in self.members if member.announced)
         return self._heralds
 
 
@@ -148,24 +150,23 @@ def _heralding(form: Form, channel: str, kind: _Kind, info: ClientInfo) -> bytes
     return form.join(channel, info) if kind is _Kind.JOINED else form.leave(channel, info)
 
 
-def _group(members: Iterable[Member], forms: Mapping[str, Form]) -> Fan:
-    groups: dict[str, list[Callable[[bytes], None]]] = {}
+def _group(members: Iterable[Member]) -> Fan:
+    groups: dict[Form, list[Callable[[bytes], None]]] = {}
     for member in members:
         groups.setdefault(member.form, []).append(member.deliver)
-    return [(forms[form], delivers) for form, delivers in groups.items()]
+    return list(groups.items())
 
 
 class Hub:
     """The local subscriptions of one worker: an `engine.Receiver`.
 
-    forms: the wire forms, by the name that members give. obey: is handed every order (see `Engine.instruct`).
+    obey: is handed every order (see `Engine.instruct`).
     engine: set once by whoever builds both, since each needs the other. sent: counts what the fan-out delivers.
     """
 
     engine: Engine
 
-    def __init__(self, forms: Mapping[str, Form], obey: Callable[[bytes], None]) -> None:
-        self._forms = forms
+    def __init__(self, obey: Callable[[bytes], None]) -> None:
         self._obey = obey
         self._channels: dict[str, _Channel] = {}
         self.subscriptions = 0
@@ -218,7 +219,7 @@ class Hub:
         if member not in state.pending:
             return False  # somebody who was lost just now took it along
         state.open(member)
-        form = self._forms[member.form]
+        form = member.form
         for _, publication, epoch, _ in events:
             if publication is not None and not 0 < publication.offset <= after:
                 member.deliver(form.publication(channel, publication, epoch))
@@ -288,7 +289,7 @@ class Hub:
                 self._break(channel, state)
         if state.pending:
             state.hold(_Event(_Kind.PUBLISHED, publication, epoch))
-        for form, delivers in state.fan(self._forms):
+        for form, delivers in state.fan():
             frame = form.publication(channel, publication, epoch)
             for deliver in delivers:
                 deliver(frame)
@@ -307,7 +308,7 @@ class Hub:
         if state is None:
             return
         state.hold(_Event(kind, info=info))
-        for form, delivers in state.heralds(self._forms):
+        for form, delivers in state.heralds():
             frame = _heralding(form, channel, kind, info)
             for deliver in delivers:
                 deliver(frame)

@@ -25,7 +25,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, TextIO
 
 from twisted.internet import asyncioreactor
@@ -103,7 +103,7 @@ class Child:
         self.on_adopt: Callable[[int], None] = os.close
         # Seconds -> when it is over: stop taking work, tell the clients, finish. Called once at most.
         self.on_drain: Callable[[float], Awaitable[None]] = _nothing_to_drain
-        self.collect: Callable[[], list[Sample]] = self.metrics.snapshot
+        self.collect: Callable[[Collection[str]], list[Sample]] = self.metrics.snapshot
         self.draining = False
         self.status = 0
 
@@ -192,8 +192,8 @@ class Control(control.Peer):
         return {}
 
     @control.Collect.responder
-    def _collect(self) -> dict[str, object]:
-        return {"metrics": _fitting(self._child.collect())}
+    def _collect(self, names: list[str]) -> dict[str, object]:
+        return {"metrics": metrics.dump(self._child.collect(names))}
 
     @control.Report.responder
     def _report(self, what: str) -> dict[str, object]:
@@ -201,7 +201,7 @@ class Control(control.Peer):
             text = REPORTS[what]()
         except Exception as error:  # which would end the link, and with it this process
             text = f"{what} can't be told: {error!r}\n"
-        return {"text": text.encode("utf-8", "replace")[: amp.MAX_VALUE_LENGTH]}
+        return {"text": text.encode("utf-8", "replace")}
 
     @control.Drain.responder
     def _drain(self, timeout: float) -> dict[str, object]:
@@ -282,15 +282,6 @@ def _read(fd: int) -> bytes:
     with open(fd, "rb") as file:
         file.seek(0)  # the offset is shared with every other child
         return file.read()
-
-
-def _fitting(samples: list[Sample]) -> bytes:
-    """The samples as bytes; as many as one AMP value can hold, since a longer one would end the link."""
-    data = metrics.dump(samples)
-    if len(data) <= amp.MAX_VALUE_LENGTH:
-        return data
-    _log.error("too many metrics to report: {count} series", count=len(samples))
-    return _fitting(samples[: len(samples) * amp.MAX_VALUE_LENGTH // len(data) - 1])
 
 
 def _adopt(reactor: Any, fd: int, protocol: amp.AMP) -> None:

@@ -7,6 +7,8 @@ there is no path in the file system to guard and nobody else can connect.
 
 from __future__ import annotations
 
+from typing import Any
+
 from twisted.internet.interfaces import ITransport
 from twisted.internet.protocol import connectionDone
 from twisted.protocols import amp
@@ -22,6 +24,29 @@ class Peer(amp.AMP):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         amp.BinaryBoxProtocol.connectionLost(self, reason)
         self.transport = None
+
+
+class Long(amp.Argument):
+    """Bytes of any length up to LONGEST. A value of AMP's ends at 64 KiB, but a message has any number of values."""
+
+    LONGEST = 16 << 20
+
+    def toBox(self, name: bytes, strings: dict[bytes, bytes], objects: dict[str, Any], proto: Any) -> None:
+        """Called by twisted. What is too long is cut: a failure here would end the link."""
+        data = objects[name.decode()][: self.LONGEST]
+        starts = range(0, len(data) or 1, amp.MAX_VALUE_LENGTH)
+        strings.update((_part(name, number), data[at : at + amp.MAX_VALUE_LENGTH]) for number, at in enumerate(starts))
+
+    def fromBox(self, name: bytes, strings: dict[bytes, bytes], objects: dict[str, Any], proto: Any) -> None:
+        """Called by twisted."""
+        parts = []
+        while (part := strings.pop(_part(name, len(parts)), None)) is not None:
+            parts.append(part)
+        objects[name.decode()] = b"".join(parts)
+
+
+def _part(name: bytes, number: int) -> bytes:
+    return b"%b-%d" % (name, number)
 
 
 class Ready(amp.Command):
@@ -54,16 +79,17 @@ class Adopt(amp.Command):
 
 
 class Collect(amp.Command):
-    """Supervisor -> process: your metrics now, as the bytes of `realtime.metrics.dump`."""
+    """Supervisor -> process: your metrics now, as the bytes of `realtime.metrics.dump`. names: only these; or all."""
 
-    response = [(b"metrics", amp.String())]
+    arguments = [(b"names", amp.ListOf(amp.Unicode()))]
+    response = [(b"metrics", Long())]
 
 
 class Report(amp.Command):
-    """Supervisor -> process: tell of yourself. what: one of `realtime.server.reports.REPORTS`. text: UTF-8, or cut."""
+    """Supervisor -> process: tell of yourself. what: one of `realtime.server.reports.REPORTS`. text: UTF-8."""
 
     arguments = [(b"what", amp.Unicode())]
-    response = [(b"text", amp.String())]
+    response = [(b"text", Long())]
 
 
 class Drain(amp.Command):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -139,9 +139,9 @@ class Process(ProcessProtocol):
         answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Report, what=what)
         return answer.addCallback(lambda box: box["text"].decode("utf-8", "replace"))
 
-    def collect(self) -> Deferred[list[Sample]]:
-        """Its metrics now. Fails when they can't be had or can't be read."""
-        answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Collect)
+    def collect(self, names: Collection[str] = ()) -> Deferred[list[Sample]]:
+        """Its metrics now. names: only these; empty for all. Fails when they can't be had or can't be read."""
+        answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Collect, names=list(names))
         return answer.addCallback(lambda box: metrics.load(box["metrics"]))
 
     # From twisted.

@@ -12,8 +12,6 @@ peer shuts its side, or is aborted when it does not. So no close frame is lost t
 
 from __future__ import annotations
 
-import socket
-import struct
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -22,27 +20,24 @@ from autobahn.wamp.types import TransportDetails
 from autobahn.websocket import USES_NVX
 from autobahn.websocket.protocol import TrafficStats
 from autobahn.websocket.types import ConnectionRequest
-from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from realtime import settings
-from realtime.errors import BAD_PROTOCOL, SERVER_ERROR, SLOW, WRITE_ERROR
+from realtime.errors import BAD_PROTOCOL, SERVER_ERROR
 from realtime.metrics import Counter, Metrics
 from realtime.protocol.deadlines import Deadlines
-from realtime.protocol.frames import close_frame, pong_frame, text_frame
+from realtime.protocol.forms import JSON_TEXT, Form
+from realtime.protocol.frames import close_frame, pong_frame
 from realtime.protocol.handshake import judge_handshake, opening_request, origin_policy, subprotocol
 from realtime.protocol.head import Head, Refusal
-from realtime.protocol.outbox import Outbox, Total
+from realtime.protocol.outbox import Total
 from realtime.protocol.session import Request
+from realtime.server.outgoing import Outgoing
 
 CONTROL_FRAMES_PER_SECOND = 20
 CONTROL_FRAMES_BURST = 50
-
-# Bytes handed to a transport that has just emptied its buffer: more than what makes it pause again, at once.
-_REFILL = 128 * 1024
 
 # Close codes of RFC 6455 section 7.4.1: the reason that the peer is told, and the kind under which it is counted.
 _FAILURES = {
@@ -93,13 +88,8 @@ _HANDSHAKE_ONLY = {
 }
 _ABSENT = object()
 
-# The outbox of a connection whose last frame was handed to the transport: it takes everything and keeps nothing.
-_SHUT = Outbox(0, Total())
-_SHUT.shut = True
 
-
-@implementer(IPushProducer)
-class WebSocketConnection(WebSocketServerProtocol):
+class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     """A connection as its session sees it: `send`, `deliver`, `close`, `pause`, `resume`. Loop thread only.
 
     Names in camelCase are Autobahn's or Twisted's, and overridden here.
@@ -150,13 +140,12 @@ class WebSocketConnection(WebSocketServerProtocol):
     websocket_protocol_in_use = None
     websocket_version = 13
 
+    form: Form = JSON_TEXT
+    secret = ""
+    peer: Any
     factory: WebSocketFactory
     transport: Any
-    bucket = 0  # belongs to Deadlines
     _session: Session | None = None
-    _outbox: Outbox | None = None  # None while the transport takes what it is given
-    _stuffed = False  # the transport asked for a pause and has not yet ended it
-    _acknowledged = 0  # bytes the peer had taken when progress was last checked
     _ended = False  # we said why this connection ends, or the peer did
     _control_due = 0.0  # when the control frames so far would be used up at the allowed rate
 
@@ -167,18 +156,9 @@ class WebSocketConnection(WebSocketServerProtocol):
 
     # The session's side
 
-    def send(self, payload: bytes) -> None:
-        """Send one text message, behind whatever waits. payload: UTF-8."""
-        self.factory.sent.value += 1
-        self.deliver(text_frame(payload))
-
-    def deliver(self, frame: bytes) -> None:
-        """Send a ready frame, behind whatever waits. Never raises; once the connection closes, it is dropped."""
-        outbox = self._outbox
-        if outbox is None:
-            self.transport.write(frame)
-        elif not outbox.offer(frame):
-            self._give_up("slow", *SLOW)
+    @property
+    def is_closing(self) -> bool:
+        return bool(self.state != self.STATE_OPEN)
 
     def close(self, code: int, reason: str) -> None:
         """Send a close frame after what is queued, and end the connection within `websocket.close_timeout`."""
@@ -204,10 +184,7 @@ class WebSocketConnection(WebSocketServerProtocol):
         self._dataReceived(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self.factory.deadlines.clear(self)
-        if self._outbox is not None:
-            self._outbox.clear()
-        self._outbox = _SHUT
+        self.lose_queue()
         self._connectionLost(reason)  # type: ignore[arg-type]
 
     def _onOpen(self) -> None:
@@ -307,63 +284,6 @@ class WebSocketConnection(WebSocketServerProtocol):
         except Exception:
             _log.failure("a session failed at the end of its connection")
 
-    # The way out
-
-    def pauseProducing(self) -> None:
-        """The transport holds enough; it says so again at every write."""
-        self._stuffed = True
-        if self._outbox is None:
-            self._outbox = Outbox(self.factory.queue_max_size, self.factory.queued)
-            self._watch_progress()
-
-    def resumeProducing(self) -> None:
-        """The transport has written all that it held."""
-        self._stuffed = False
-        outbox = self._outbox
-        while outbox and not self._stuffed:
-            self.transport.write(outbox.take(_REFILL))
-        if outbox is None or self._stuffed:
-            return
-        if outbox.shut:
-            self._shut_down()
-        else:
-            self._outbox = None
-            self.factory.deadlines.clear(self)
-
-    def stopProducing(self) -> None:
-        """The connection is lost; `connectionLost` does the rest."""
-
-    def wake(self) -> None:
-        """The deadline came: for the peer to take some bytes, or for the connection to end."""
-        if self.state == self.STATE_OPEN:
-            if self._taken() > self._acknowledged:
-                self._watch_progress()
-            else:
-                self._give_up("stalled", *WRITE_ERROR)
-        else:
-            self.transport.abortConnection()
-
-    def _watch_progress(self) -> None:
-        """Look again after `websocket.write_timeout` whether the peer has taken anything."""
-        if self.state == self.STATE_OPEN and self.factory.write_timeout > 0:
-            self._acknowledged = self._taken()
-            self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.write_timeout)
-
-    def _taken(self) -> int:
-        """Bytes that the peer's kernel has acknowledged: tcpi_bytes_acked in linux/tcp.h, a 64-bit number at 120.
-
-        What the local kernel took would not do: its buffer holds megabytes, and it asks for more in large steps.
-        """
-        info = self.transport.getHandle().getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
-        return int(struct.unpack_from("=Q", info, 120)[0])
-
-    def _give_up(self, kind: str, code: int, reason: str) -> None:
-        """Close a connection that doesn't take its frames; those that wait are dropped."""
-        self.factory.count(kind)
-        if self._outbox is not None:
-            self._outbox.clear()
-        self.close(code, reason)
-
     # The end
 
     def sendCloseFrame(self, code: int | None = None, reasonUtf8: bytes | None = None, isReply: bool = False) -> None:
@@ -379,15 +299,7 @@ class WebSocketConnection(WebSocketServerProtocol):
             self._count_end("client", "")
         else:
             self._count_end("server", why(code or _NORMAL))
-        frame = close_frame(code or _NORMAL, reason)
-        self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.close_timeout)
-        if self._outbox is None:
-            self.transport.write(frame)
-            self._shut_down()
-            return
-        if isReply:
-            self._outbox.clear()  # the peer has left
-        self._outbox.finish(frame)
+        self.end(close_frame(code or _NORMAL, reason), drop=isReply)  # a peer that answers has left
 
     def _count_end(self, by: str, code: str) -> None:
         """Count who ends this connection, the first time that it is known."""
@@ -401,16 +313,7 @@ class WebSocketConnection(WebSocketServerProtocol):
             self.transport.write(self._outbox.take(self._outbox.size))
         if not self.bucket:
             self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.close_timeout)
-        self._shut_down()
-
-    def _shut_down(self) -> None:
-        """Write nothing more, and wait for the peer to do the same."""
-        if self._outbox is _SHUT:
-            return
-        self._outbox = _SHUT
-        self.transport.unregisterProducer()
-        self.transport.resumeProducing()
-        self.transport.loseWriteConnection()
+        self.shut_down()
 
     def _spend_control_frame(self) -> bool:
         """Whether one more ping or pong is within the rate; if not, the connection is failed."""

@@ -25,18 +25,15 @@ from realtime import app as application
 from realtime import settings as settings_
 from realtime._version import __version__
 from realtime.errors import SHUTDOWN
-from realtime.protocol import messages
 from realtime.protocol.api import NodeFacts, ServerAPI
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.deadlines import RESOLUTION, Deadlines
-from realtime.protocol.frames import text_frame
 from realtime.protocol.node import Node
 from realtime.protocol.registry import Registry
 from realtime.protocol.rules import Rules
 from realtime.protocol.session import Session
 from realtime.protocol.tokens import TokenVerifier
 from realtime.pubsub.hub import Hub
-from realtime.records import ClientInfo, Publication
 from realtime.server import child, listener, transport
 from realtime.server.broker_engine import BrokerEngine
 from realtime.server.front import FrontFactory
@@ -61,19 +58,6 @@ STOPPING_SHARE = 0.2
 _log = Logger()
 
 
-class JSONForm:
-    """Pushes as JSON in WebSocket frames."""
-
-    def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
-        return text_frame(messages.publication_push(channel, publication, epoch))
-
-    def join(self, channel: str, info: ClientInfo) -> bytes:
-        return text_frame(messages.join_push(channel, info))
-
-    def leave(self, channel: str, info: ClientInfo) -> bytes:
-        return text_frame(messages.leave_push(channel, info))
-
-
 class Worker:
     """The objects of one worker, and its two acts: `start` and `drain`."""
 
@@ -85,7 +69,7 @@ class Worker:
         self._spread = settings.shutdown.spread
         self._app = application.load(settings.app)
         self._registry = Registry()
-        self._hub = Hub({"json": JSONForm()}, self._registry.obey)
+        self._hub = Hub(self._registry.obey)
         self._engine = self._hub.engine = BrokerEngine(self._hub, settings.engine, metrics, reactor, process.link_lost)
         pressure = Pressure(settings.loop, reactor.seconds)
         self._dispatcher = Dispatcher(
@@ -104,6 +88,7 @@ class Worker:
         process.pulse.on_beat = shedding.beat
         self._deadlines = Deadlines(reactor.seconds())
         rules = Rules(settings.channel)
+        facts = NodeFactsOf(settings)
         self._node = Node(
             settings=settings.client,
             rules=rules,
@@ -117,8 +102,10 @@ class Worker:
             wall_clock=time.time,
             failed=_mistake,
             version=f"realtime {__version__}",
+            uid=facts().uid,
+            worker=str(process.slot),
         )
-        api = ServerAPI(self._engine, rules, NodeFactsOf(settings), together)
+        api = ServerAPI(self._engine, rules, facts, together)
         self._dispatcher.bind(api)
         self._websocket = WebSocketFactory(
             self._open_session,

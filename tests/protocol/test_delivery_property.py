@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_session import App, Gate, JSONForm, run
+from test_session import BARE, App, Gate, run
 
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.protocol.commands import COMMANDS
@@ -221,6 +221,8 @@ class SDK:
 
     # What the session calls
 
+    form, secret = BARE, ""
+
     def send(self, payload: bytes) -> None:
         if self.session is not None:
             self.told.append(msgspec.json.decode(payload))
@@ -295,7 +297,7 @@ class World:
     def node(self, link: Link) -> Node:
         self.exchange.attach(link)
         registry = Registry()
-        hub = link.hub = Hub({"json": JSONForm()}, registry.obey)
+        hub = link.hub = Hub(registry.obey)
         hub.engine = link  # type: ignore[assignment]
         return Node(
             settings=Client(allow_anonymous_connect_without_token=True, recovery_max_publication_limit=2),

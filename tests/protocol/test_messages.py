@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from realtime.errors import ClientError
 from realtime.protocol import messages
-from realtime.protocol.messages import ProtocolError, commands, payload
-from realtime.records import ClientInfo, HistoryPage, Position, Publication
+from realtime.protocol.encodings import JSON_ENCODING
+from realtime.protocol.forms import Form
+from realtime.protocol.messages import ProtocolError, payload
+from realtime.records import ClientInfo, Publication
 
 json_values = st.recursive(
     st.none()
@@ -23,6 +25,10 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
+
+
+BARE = Form(JSON_ENCODING, lambda payload: payload)
+commands = JSON_ENCODING.commands
 
 
 def raw(text: bytes) -> msgspec.Raw:
@@ -50,7 +56,7 @@ def test_payloads_pass_byte_for_byte_but_for_line_ends(values, indent):
 @given(json_values)
 def test_a_publication_carries_its_data_unchanged(value):
     data = msgspec.json.encode(value)
-    push = messages.publication_push("a", Publication(data, 3, ClientInfo("u", "c", data, data)), "epoch")
+    push = BARE.publication("a", Publication(data, 3, ClientInfo("u", "c", data, data)), "epoch")
     decoded = msgspec.json.decode(push)["push"]
     assert msgspec.json.encode(decoded["pub"]["data"]) == data
     assert b"\n" not in push
@@ -99,51 +105,51 @@ def test_an_absent_payload_is_empty_and_null_is_not():
 @pytest.mark.parametrize(
     ("made", "text"),
     [
-        (messages.reply(3, "unsubscribe", messages.EMPTY), '{"id":3,"unsubscribe":{}}'),
-        (messages.reply(2, "subscribe", messages.SubscribeResult()), '{"id":2,"subscribe":{}}'),
+        (JSON_ENCODING.reply(3, "unsubscribe", messages.EMPTY), '{"id":3,"unsubscribe":{}}'),
+        (JSON_ENCODING.reply(2, "subscribe", messages.SubscribeResult()), '{"id":2,"subscribe":{}}'),
         (
-            messages.reply(1, "history", messages.history_result(HistoryPage([], Position()))),
+            JSON_ENCODING.reply(1, "history", messages.HistoryResult([], "", 0)),
             '{"id":1,"history":{"publications":[],"epoch":"","offset":0}}',
         ),
-        (messages.reply(1, "presence", messages.PresenceResult({})), '{"id":1,"presence":{"presence":{}}}'),
+        (JSON_ENCODING.reply(1, "presence", messages.PresenceResult({})), '{"id":1,"presence":{"presence":{}}}'),
         (
-            messages.reply(1, "presence_stats", messages.PresenceStatsResult(0, 0)),
+            JSON_ENCODING.reply(1, "presence_stats", messages.PresenceStatsResult(0, 0)),
             '{"id":1,"presence_stats":{"num_clients":0,"num_users":0}}',
         ),
-        (messages.reply(1, "rpc", messages.RPCResult()), '{"id":1,"rpc":{}}'),
+        (JSON_ENCODING.reply(1, "rpc", messages.RPCResult()), '{"id":1,"rpc":{}}'),
         (
-            messages.error_reply(5, ClientError(103, "permission denied")),
+            JSON_ENCODING.error_reply(5, ClientError(103, "permission denied")),
             '{"id":5,"error":{"code":103,"message":"permission denied"}}',
         ),
         (
-            messages.error_reply(5, ClientError(100, "internal server error", temporary=True)),
+            JSON_ENCODING.error_reply(5, ClientError(100, "internal server error", temporary=True)),
             '{"id":5,"error":{"code":100,"message":"internal server error","temporary":true}}',
         ),
         (
-            messages.publication_push("a", Publication(b'{"n":1}', 1), "ep"),
+            BARE.publication("a", Publication(b'{"n":1}', 1), "ep"),
             '{"push":{"channel":"a","pub":{"data":{"n":1},"offset":1,"epoch":"ep"}}}',
         ),
         (
-            messages.publication_push("a", Publication(b"2", 2, None, {"kind": "news"}), "ep"),
+            BARE.publication("a", Publication(b"2", 2, None, {"kind": "news"}), "ep"),
             '{"push":{"channel":"a","pub":{"data":2,"offset":2,"tags":{"kind":"news"}}}}',
         ),
         (
-            messages.publication_push("a", Publication(b"3"), ""),
+            BARE.publication("a", Publication(b"3"), ""),
             '{"push":{"channel":"a","pub":{"data":3}}}',
         ),
         (
-            messages.join_push("a", ClientInfo("", "c1")),
+            BARE.join("a", ClientInfo("", "c1")),
             '{"push":{"channel":"a","join":{"info":{"user":"","client":"c1"}}}}',
         ),
         (
-            messages.leave_push('a"b', ClientInfo("u", "c1", b'{"x":1}')),
+            BARE.leave('a"b', ClientInfo("u", "c1", b'{"x":1}')),
             '{"push":{"channel":"a\\"b","leave":{"info":{"user":"u","client":"c1","conn_info":{"x":1}}}}}',
         ),
         (
-            messages.unsubscribe_push("a", 2500, "insufficient state"),
+            JSON_ENCODING.push("a", "unsubscribe", messages.Unsubscribe(2500, "insufficient state")),
             '{"push":{"channel":"a","unsubscribe":{"code":2500,"reason":"insufficient state"}}}',
         ),
-        (messages.message_push(b"[1]"), '{"push":{"message":{"data":[1]}}}'),
+        (JSON_ENCODING.push("", "message", messages.Message(raw(b"[1]"))), '{"push":{"message":{"data":[1]}}}'),
     ],
 )
 def test_what_the_sdks_read(made, text):

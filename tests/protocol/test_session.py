@@ -9,9 +9,10 @@ import msgspec
 import pytest
 
 from realtime.errors import ClientError, Disconnect, EngineUnavailable
-from realtime.protocol import messages
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.deadlines import RESOLUTION, Deadlines
+from realtime.protocol.encodings import JSON_ENCODING
+from realtime.protocol.forms import Form
 from realtime.protocol.node import Node
 from realtime.protocol.registry import DisconnectOrder, Registry, UnsubscribeOrder, encode_order
 from realtime.protocol.rules import Rules
@@ -54,12 +55,8 @@ def run(coroutine, done) -> None:
     step()
 
 
-class JSONForm:
-    """Pushes as the messages themselves: the frame around them is the shell's business."""
-
-    publication = staticmethod(messages.publication_push)
-    join = staticmethod(messages.join_push)
-    leave = staticmethod(messages.leave_push)
+# Pushes as the messages themselves: the frame around them is the shell's business.
+BARE = Form(JSON_ENCODING, lambda payload: payload)
 
 
 class App:
@@ -88,6 +85,8 @@ class App:
 
 class Peer:
     """A client: the connection that its session writes to, and what came over it."""
+
+    form, secret = BARE, ""
 
     def __init__(self, server: Server) -> None:
         self.raw: list[bytes] = []
@@ -136,7 +135,7 @@ class Server:
         self.mistakes: list[BaseException] = []
         self.app = App()
         self.registry = Registry()
-        self.hub = Hub({"json": JSONForm()}, self.registry.obey)
+        self.hub = Hub(self.registry.obey)
         self.engine = self.hub.engine = MemoryEngine(self.hub, EngineSettings(), lambda: self.now)
         settings = Client(**{"token": Token(hmac_secret_key=SECRET), **client})
         self.node = Node(

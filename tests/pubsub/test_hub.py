@@ -42,11 +42,14 @@ class TextForm:
         return b"leave " + info.client.encode()
 
 
+FORMS = {"text": TextForm(), "other": TextForm("other:")}
+
+
 class Listener:
     """A member that writes down what it gets."""
 
     def __init__(self, form: str = "text", positioned: bool = True, announced: bool = False) -> None:
-        self.form = form
+        self.form = FORMS[form]
         self.positioned = positioned
         self.announced = announced
         self.frames: list[bytes] = []
@@ -123,7 +126,8 @@ def publish(hub: Hub, offset: int, epoch: str = EPOCH, data: bytes = b"p") -> No
 
 @pytest.fixture
 def form() -> TextForm:
-    return TextForm()
+    FORMS["text"].encoded = 0
+    return FORMS["text"]
 
 
 @pytest.fixture
@@ -133,7 +137,7 @@ def engine() -> SlowEngine:
 
 @pytest.fixture
 def hub(form: TextForm, engine: SlowEngine) -> Hub:
-    hub = Hub({"text": form, "other": TextForm("other:")}, obey=lambda order: None)
+    hub = Hub(obey=lambda order: None)
     hub.engine = engine  # type: ignore[assignment]
     return hub
 
@@ -189,7 +193,7 @@ def test_joins_and_leaves_reach_who_wants_them(hub: Hub) -> None:
 
 def test_orders_are_obeyed(form: TextForm) -> None:
     orders: list[bytes] = []
-    Hub({"text": form}, orders.append).instructed(b"order")
+    Hub(orders.append).instructed(b"order")
     assert orders == [b"order"]
 
 
@@ -530,7 +534,7 @@ class Story:
     """One hub, and a link to it that may lose, repeat, reorder and start again."""
 
     def __init__(self) -> None:
-        self.hub = Hub({"text": TextForm()}, obey=lambda order: None)
+        self.hub = Hub(obey=lambda order: None)
         self.hub.engine = SlowEngine()  # type: ignore[assignment]
         self.offset, self.epoch = 0, "e0"
         self.pending: list[Listener] = []
@@ -616,7 +620,7 @@ def test_whatever_the_link_does_no_positioned_member_sees_a_hole(steps: list[tup
     st.randoms(use_true_random=False),
 )
 def test_with_a_faithful_engine_nobody_is_ever_lost(steps: list[str], random: Any) -> None:
-    hub = Hub({"text": TextForm()}, obey=lambda order: None)
+    hub = Hub(obey=lambda order: None)
     hub.engine = MemoryEngine(hub, EngineSettings(), lambda: 0.0)
     added: list[Listener] = []
     asked: list[tuple[Listener, Position]] = []

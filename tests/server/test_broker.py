@@ -186,16 +186,6 @@ async def test_the_first_stream_is_no_interruption(brokers: Any, workers: Any) -
 async def test_no_member_is_left_with_a_hole(brokers: Any) -> None:
     """A hub over the engine: a positioned member is told when the broker was replaced."""
 
-    class Member:
-        form, positioned, announced, losses = "raw", True, False, 0
-
-        def __init__(self) -> None:
-            self.frames: list[bytes] = []
-            self.deliver = self.frames.append
-
-        def lost(self) -> None:
-            self.losses += 1
-
     class Raw:
         def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
             return publication.data
@@ -205,7 +195,17 @@ async def test_no_member_is_left_with_a_hole(brokers: Any) -> None:
 
         leave = join
 
-    hub, member, again = Hub({"raw": Raw()}, obey=lambda order: None), Member(), Member()
+    class Member:
+        form, positioned, announced, losses = Raw(), True, False, 0
+
+        def __init__(self) -> None:
+            self.frames: list[bytes] = []
+            self.deliver = self.frames.append
+
+        def lost(self) -> None:
+            self.losses += 1
+
+    hub, member, again = Hub(obey=lambda order: None), Member(), Member()
     hub.engine = engine = broker_engine(hub, SETTINGS)
     first = await brokers()
     await first.link(0, engine)

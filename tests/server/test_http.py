@@ -56,7 +56,7 @@ class Site:
 
     async def start(self) -> str:
         """Serve, and return the base URL."""
-        hub = Hub({}, self.orders.append)
+        hub = Hub(self.orders.append)
         self.engine = hub.engine = MemoryEngine(hub, self.settings.engine, time.monotonic)
         api = ServerAPI(self.engine, Rules(self.settings.channel), lambda: NodeFacts("n1", "node", "1.0", 12.5))
         log = Logger(observer=self.logged.append)

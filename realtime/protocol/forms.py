@@ -1,0 +1,50 @@
+"""Wire forms: an encoding in the framing of a transport.
+
+What goes to many clients is made once for each form among them; the bytes are complete, and ready for the socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from realtime.protocol import messages
+from realtime.protocol.encodings import JSON_ENCODING, JSON_PUSHES, Encoding
+from realtime.protocol.frames import text_frame
+from realtime.records import ClientInfo, Publication
+
+
+class Form:
+    """One wire form; see `realtime.pubsub.hub.Form`. Forms are told apart by identity, so make each only once.
+
+    frame: puts a transport's framing around one payload of the encoding.
+    """
+
+    __slots__ = ("encoding", "frame")
+
+    def __init__(self, encoding: Encoding, frame: Callable[[bytes], bytes]) -> None:
+        self.encoding = encoding
+        self.frame = frame
+
+    def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
+        """A publication, on its way to every subscriber. Raises Disconnect 3506, see `Encoding.pub`.
+
+        The first of a stream brings the epoch along.
+        """
+        pub = self.encoding.pub(publication, epoch if publication.offset == 1 else "")
+        return self._push(channel, "pub", pub)
+
+    def join(self, channel: str, info: ClientInfo) -> bytes:
+        """A client entered the channel."""
+        return self._push(channel, "join", messages.Join(messages.info(info)))
+
+    def leave(self, channel: str, info: ClientInfo) -> bytes:
+        """A client left the channel."""
+        return self._push(channel, "leave", messages.Join(messages.info(info)))
+
+    def _push(self, channel: str, name: str, body: Any) -> bytes:
+        return self.frame(self.encoding.push(channel, name, body))
+
+
+JSON_TEXT = Form(JSON_ENCODING, text_frame)
+JSON_PUSHES_TEXT = Form(JSON_PUSHES, text_frame)

@@ -1,0 +1,166 @@
+"""The way out of one connection: straight to the socket, or into a bounded outbox while the socket takes no more.
+
+A peer that does not keep up is closed as slow when its outbox is full, and as stalled when it takes nothing for a
+while. The end has a deadline: what is queued and a last frame are written, this side of the socket is shut, and the
+connection is over when the peer shuts its side, or is aborted when it does not.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Any, Protocol
+
+from twisted.internet.interfaces import IPushProducer
+from zope.interface import implementer
+
+from realtime.errors import SLOW, WRITE_ERROR
+from realtime.metrics import Counter
+from realtime.protocol.deadlines import Deadlines
+from realtime.protocol.forms import Form
+from realtime.protocol.outbox import Outbox, Total
+
+# Bytes handed to a transport that has just emptied its buffer: more than what makes it pause again, at once.
+_REFILL = 128 * 1024
+
+# The outbox of a connection whose last frame was handed to the transport: it takes everything and keeps nothing.
+_SHUT = Outbox(0, Total())
+_SHUT.shut = True
+
+
+class Limits(Protocol):
+    """What the connections of one transport share.
+
+    queue_max_size: bytes that may wait for one peer. queued: what waits for all. write_timeout, close_timeout: seconds,
+    the first may be 0 for none. sent: messages.
+    """
+
+    deadlines: Deadlines
+    queue_max_size: int
+    queued: Total
+    write_timeout: float
+    close_timeout: float
+    sent: Counter
+
+    def count(self, kind: str) -> None:
+        """Count one that was "slow" or "stalled"."""
+
+
+@implementer(IPushProducer)
+class Outgoing:
+    """See the module. A base of protocols whose transport is a TCP server's. Loop thread only.
+
+    A subclass registers itself as the transport's push producer when frames may be written, has `is_closing` and
+    `close`, and calls `lose_queue` when the connection is lost.
+    """
+
+    form: Form
+    factory: Any  # Limits
+    transport: Any
+    bucket = 0  # belongs to Deadlines
+    _outbox: Outbox | None = None  # None while the transport takes what it is given
+    _stuffed = False  # the transport asked for a pause and has not yet ended it
+    _acknowledged = 0  # bytes the peer had taken when progress was last checked
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the end has begun: then the deadline is for that."""
+        raise NotImplementedError
+
+    def close(self, code: int, reason: str) -> None:
+        """Tell the peer why, after what is queued, and end the connection within the close timeout."""
+        raise NotImplementedError
+
+    def send(self, payload: bytes) -> None:
+        """Send one message, behind whatever waits. payload: of the connection's encoding."""
+        self.factory.sent.value += 1
+        self.deliver(self.form.frame(payload))
+
+    def deliver(self, frame: bytes) -> None:
+        """Send a ready frame, behind whatever waits. Never raises; once the connection closes, it is dropped."""
+        outbox = self._outbox
+        if outbox is None:
+            self.transport.write(frame)
+        elif not outbox.offer(frame):
+            self._give_up("slow", *SLOW)
+
+    def end(self, last: bytes, drop: bool = False) -> None:
+        """Write `last` after what is queued, or in place of it, and nothing more; then shut this side."""
+        self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.close_timeout)
+        if self._outbox is None:
+            self.transport.write(last)
+            self.shut_down()
+            return
+        if drop:
+            self._outbox.clear()
+        self._outbox.finish(last)
+
+    def shut_down(self) -> None:
+        """Write nothing more, and wait for the peer to do the same."""
+        if self._outbox is _SHUT:
+            return
+        self._outbox = _SHUT
+        self.transport.unregisterProducer()
+        self.transport.resumeProducing()
+        self.transport.loseWriteConnection()
+
+    def lose_queue(self) -> None:
+        """The connection is lost: nothing waits any more, and what still comes is dropped."""
+        self.factory.deadlines.clear(self)
+        if self._outbox is not None:
+            self._outbox.clear()
+        self._outbox = _SHUT
+
+    def pauseProducing(self) -> None:
+        """The transport holds enough; it says so again at every write."""
+        self._stuffed = True
+        if self._outbox is None:
+            self._outbox = Outbox(self.factory.queue_max_size, self.factory.queued)
+            self._watch_progress()
+
+    def resumeProducing(self) -> None:
+        """The transport has written all that it held."""
+        self._stuffed = False
+        outbox = self._outbox
+        while outbox and not self._stuffed:
+            self.transport.write(outbox.take(_REFILL))
+        if outbox is None or self._stuffed:
+            return
+        if outbox.shut:
+            self.shut_down()
+        else:
+            self._outbox = None
+            self.factory.deadlines.clear(self)
+
+    def stopProducing(self) -> None:
+        """The connection is lost; `connectionLost` does the rest."""
+
+    def wake(self) -> None:
+        """The deadline came: for the peer to take some bytes, or for the connection to end."""
+        if self.is_closing:
+            self.transport.abortConnection()
+        elif self._taken() > self._acknowledged:
+            self._watch_progress()
+        else:
+            self._give_up("stalled", *WRITE_ERROR)
+
+    def _watch_progress(self) -> None:
+        """Look again after `write_timeout` whether the peer has taken anything."""
+        if not self.is_closing and self.factory.write_timeout > 0:
+            self._acknowledged = self._taken()
+            self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.write_timeout)
+
+    def _taken(self) -> int:
+        """Bytes that the peer's kernel has acknowledged: tcpi_bytes_acked in linux/tcp.h, a 64-bit number at 120.
+
+        What the local kernel took would not do: its buffer holds megabytes, and it asks for more in large steps.
+        """
+        info = self.transport.getHandle().getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        return int(struct.unpack_from("=Q", info, 120)[0])
+
+    def _give_up(self, kind: str, code: int, reason: str) -> None:
+        """Close a connection that doesn't take its frames; those that wait are dropped."""
+        self.factory.count(kind)
+        if self._outbox is not None:
+            self._outbox.clear()
+        self.close(code, reason)
