@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from twisted.internet.defer import Deferred
 
+SERVER = Path(__file__).parent / "server"
 SYSTEM = Path(__file__).parent / "system"
 sys.path.insert(0, str(SYSTEM))  # for `serving` and its neighbours, which several rooms of tests import
 
@@ -29,6 +30,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("realtime")
     group.addoption("--idle-connections", type=int, default=1_000, help="for tests/system/test_idle.py")
     group.addoption("--idle-seconds", type=float, default=5.0, help="for tests/system/test_idle.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with real processes and sockets get a second try, which the summary lists as a rerun.
+
+    A machine that stands still for seconds is not their subject. A rerun is a mistake to be found all the same.
+    """
+    for item in items:
+        if item.path.parent in (SYSTEM, SERVER):
+            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 @pytest.hookimpl(tryfirst=True)
