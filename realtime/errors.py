@@ -27,6 +27,10 @@ class EngineUnavailable(RealtimeError):
     """The engine can't be reached just now: nothing was accepted, and the caller may try again."""
 
 
+class KeysUnavailable(RealtimeError):
+    """The keys of an identity provider can't be had just now: a token was not judged, and may be tried again."""
+
+
 class HandlerTimeout(RealtimeError):
     """A handler did not finish within its time limit."""
 

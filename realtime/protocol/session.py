@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from realtime import errors
-from realtime.errors import ClientError, Disconnect, EngineUnavailable
+from realtime.errors import ClientError, Disconnect, EngineUnavailable, KeysUnavailable
 from realtime.protocol import messages
 from realtime.protocol.client import Client
 from realtime.protocol.forms import Form
@@ -203,7 +203,7 @@ class Session:
             await self._commands[name](self, id, request)
         except Disconnect as error:
             self.disconnect(error.code, error.reason)
-        except EngineUnavailable:
+        except (EngineUnavailable, KeysUnavailable):
             self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
         except ClientError as error:
             self._refuse(id, name, error)
