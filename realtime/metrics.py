@@ -6,7 +6,7 @@ label `worker` (see `realtime.server.operators.admin`). Label values come from c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 
 import msgspec
 
@@ -33,9 +33,13 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Metrics:
-    """The series of one process. Ask for a counter once, keep it, and bump it."""
+    """The series of one process. Ask for a counter once, keep it, and bump it.
+
+    sources: called at each snapshot, for the samples of what somebody else counts; add your own.
+    """
 
     def __init__(self) -> None:
+        self.sources: list[Callable[[], Iterable[Sample]]] = []
         self._counters: dict[Series, tuple[str, Counter]] = {}
         self._gauges: dict[Series, tuple[str, Callable[[], float]]] = {}
 
@@ -52,16 +56,20 @@ class Metrics:
         """A number that is read when a snapshot is taken."""
         self._gauges[(name, tuple(sorted(labels.items())))] = (help, read)
 
-    def snapshot(self) -> list[Sample]:
-        """Every series with its value now."""
+    def snapshot(self, names: Collection[str] = ()) -> list[Sample]:
+        """Every series with its value now. names: only those of these names; empty for all."""
         counters = [
             Sample(name, "counter", help, list(labels), counter.value)
             for (name, labels), (help, counter) in self._counters.items()
+            if not names or name in names
         ]
         gauges = [
-            Sample(name, "gauge", help, list(labels), read()) for (name, labels), (help, read) in self._gauges.items()
+            Sample(name, "gauge", help, list(labels), read())
+            for (name, labels), (help, read) in self._gauges.items()
+            if not names or name in names
         ]
-        return counters + gauges
+        others = [sample for source in self.sources for sample in source() if not names or sample.name in names]
+        return counters + gauges + others
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -25,7 +25,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TextIO
 
 from twisted.internet import asyncioreactor
@@ -45,11 +45,12 @@ from twisted.python.failure import Failure
 
 from realtime import metrics, settings
 from realtime.errors import EngineUnavailable, RealtimeError
-from realtime.metrics import Metrics, Sample
+from realtime.metrics import Metrics
 from realtime.server import control, dumps
-from realtime.server.pulse import LoopClock, Marks, Pulse, Turns
+from realtime.server.pulse import LoopClock, Marks, Pulse, Turns, loop_time
 from realtime.server.reports import REPORTS
 from realtime.settings import Settings
+from realtime.supervision.accounts import Accounts
 from realtime.supervision.vitals import Page, State
 
 EX_SOFTWARE = 70
@@ -73,7 +74,8 @@ class Child:
 
     name: "worker 0" or "broker", for the log. slot: -1 for the broker. listen: descriptors, owned by `start` from
     then on (see `realtime.server.listener.adopt`). metrics: the process's series. pulse: put your own callables at
-    `pulse.connections` and its like. marks: for whoever runs handlers. reactor: asyncio's, with monotonic seconds.
+    `pulse.connections` and its like. marks: for whoever runs handlers. accounts: of the loop's time, for whoever takes
+    much of it. reactor: asyncio's, with monotonic seconds.
     """
 
     def __init__(
@@ -84,8 +86,9 @@ class Child:
         page: Page,
         reactor: Any,
         pulse: Pulse | None = None,
+        accounts: Accounts | None = None,
     ) -> None:
-        """pulse: of the reactor's loop."""
+        """pulse, accounts: of the reactor's loop."""
         self.name = "broker" if slot < 0 else f"worker {slot}"
         self.slot = slot
         self.settings = settings
@@ -95,6 +98,8 @@ class Child:
         self.metrics = Metrics()
         self.pulse = pulse or Pulse(page, reactor, settings.loop)
         self.marks = Marks(page)
+        self.accounts = accounts or Accounts(time.monotonic_ns)
+        self.metrics.sources.append(lambda: loop_time(self.accounts))
         self.control = Control(self)
         # (slot, descriptor): a fresh data-plane stream between that slot's worker and the broker. Takes ownership. One
         # that comes before this hook is set is refused, and comes again.
@@ -103,7 +108,6 @@ class Child:
         self.on_adopt: Callable[[int], None] = os.close
         # Seconds -> when it is over: stop taking work, tell the clients, finish. Called once at most.
         self.on_drain: Callable[[float], Awaitable[None]] = _nothing_to_drain
-        self.collect: Callable[[Collection[str]], list[Sample]] = self.metrics.snapshot
         self.draining = False
         self.status = 0
 
@@ -193,7 +197,7 @@ class Control(control.Peer):
 
     @control.Collect.responder
     def _collect(self, names: list[str]) -> dict[str, object]:
-        return {"metrics": metrics.dump(self._child.collect(names))}
+        return {"metrics": metrics.dump(self._child.metrics.snapshot(names))}
 
     @control.Report.responder
     def _report(self, what: str) -> dict[str, object]:
@@ -246,7 +250,7 @@ def main(argv: Sequence[str], start: Callable[[Child], Awaitable[None]]) -> int:
     clock.seconds = time.monotonic
     tree = settings.load(_read(options.settings))
     pulse = Pulse(page, LoopClock(loop), tree.loop, turns)
-    child = Child(options.slot, tree, options.listen, page, reactor, pulse)
+    child = Child(options.slot, tree, options.listen, page, reactor, pulse, turns.accounts)
     _begin_logging(child.name, tree.log.level, sys.stdout)
     _adopt(clock, options.link, child.control)
     clock.callWhenRunning(child.begin, start)

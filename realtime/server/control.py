@@ -39,7 +39,7 @@ class Long(amp.Argument):
 
     def fromBox(self, name: bytes, strings: dict[bytes, bytes], objects: dict[str, Any], proto: Any) -> None:
         """Called by twisted."""
-        parts = []
+        parts: list[bytes] = []
         while (part := strings.pop(_part(name, len(parts)), None)) is not None:
             parts.append(part)
         objects[name.decode()] = b"".join(parts)

@@ -11,13 +11,15 @@ import asyncio
 import math
 import selectors
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import suppress
 from typing import Protocol
 
 import psutil
 
+from realtime.metrics import Sample
 from realtime.settings import Loop
+from realtime.supervision.accounts import Accounts
 from realtime.supervision.vitals import Page, State, Vitals
 
 # Seconds over which the utilisation is smoothed.
@@ -27,6 +29,9 @@ _LONG = 10_000_000
 # Seconds between two looks at our own memory, which cost about 20 microseconds each.
 _RSS_INTERVAL = 1.0
 
+
+# The counter of what each account was charged.
+LOOP_SECONDS = "realtime_loop_seconds"
 
 # A handler, and the channel or method that it is called for, in UTF-8.
 Names = tuple[bytes, bytes]
@@ -58,11 +63,12 @@ class Turns(selectors.DefaultSelector):
 
     A loop is either inside `select` or at work, so this is the one place that sees every turn, and a turn that does not
     end too: the page says since when. idle: nanoseconds spent waiting, together. turns, callbacks: see `Vitals`. ready:
-    the loop's own queue, set when there is a loop.
+    the loop's own queue, set when there is a loop. accounts: charged with the time that it is not idle.
     """
 
     def __init__(self, page: Page, now: Callable[[], int] = time.monotonic_ns) -> None:
         super().__init__()
+        self.accounts = Accounts(now)
         self.idle = 0
         self.turns = 0
         self.callbacks = 0
@@ -83,8 +89,10 @@ class Turns(selectors.DefaultSelector):
             if worked - self._since > _LONG:
                 self._page.note_block(self._since, worked)
             self._page.be_busy(0)
+            self.accounts.idle(worked)
             events = super().select(timeout)
             now = self._now()
+            self.accounts.wake(now)
             self.idle += now - worked
         self._since = now
         self._page.be_busy(now)
@@ -203,6 +211,14 @@ class Pulse:
         )
         self._page.write(vitals)
         return vitals
+
+
+def loop_time(accounts: Accounts) -> Iterator[Sample]:
+    """What each account was charged, as metrics."""
+    help = "Time that the process's loop has worked, by what for. Waiting is not counted, and nothing twice."
+    for account in accounts:
+        labels = [("kind", account.kind.value), ("name", account.name)]
+        yield Sample(LOOP_SECONDS, "counter", help, labels, account.spent / 1e9)
 
 
 def _none() -> int:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 
 from realtime.settings import Loop
+from realtime.supervision.accounts import Account
 from realtime.supervision.vitals import State, Vitals
 
 # Seconds without cause after which a limit presses no more.
@@ -103,7 +104,7 @@ class Throttle:
     LIFT seconds.
     """
 
-    __slots__ = ("_eased", "_needed", "_peak", "_worst", "limit", "running", "spent")
+    __slots__ = ("_account", "_eased", "_needed", "_peak", "_spent", "_worst", "limit", "running")
 
     # Of a lag that presses, the share that a handler must have caused to be throttled.
     BLAME = 0.5
@@ -111,10 +112,12 @@ class Throttle:
     SHARE = 0.5
     LIFT = 10.0
 
-    def __init__(self) -> None:
+    def __init__(self, account: Account) -> None:
+        """account: of the handler's time on the loop."""
         self.limit: int | None = None
         self.running = 0
-        self.spent = 0.0  # seconds that its calls have run on the loop since the last beat
+        self._account = account
+        self._spent = account.spent  # at the last beat
         self._peak = 0  # most calls at a time since then
         self._eased = 0.0  # when the limit was last looked at
         self._worst = 0.0  # most that was spent between two beats since then
@@ -138,8 +141,8 @@ class Throttle:
 
     def beat(self, now: float, lag: float, max_lag: float) -> None:
         """Learn from the last stretch of the loop; at each of its beats. lag: by which this one is late."""
-        spent, peak = self.spent, self._peak
-        self.spent, self._peak = 0.0, self.running
+        spent, peak = (self._account.spent - self._spent) / 1e9, self._peak
+        self._spent, self._peak = self._account.spent, self.running
         if lag >= max_lag and spent >= lag * self.BLAME:
             self.limit = max(1, int(peak * self.SHARE * max_lag / lag))
             self._eased = self._needed = now

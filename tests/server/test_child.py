@@ -20,6 +20,7 @@ from realtime.server import child as children
 from realtime.server import control, reports
 from realtime.server.child import Child
 from realtime.settings import Settings, Shutdown
+from realtime.supervision.accounts import Kind
 from realtime.supervision.vitals import Page, State
 
 
@@ -170,17 +171,33 @@ async def test_a_stream_that_comes_too_early_is_asked_for_again(family: Family) 
 
 async def test_metrics_are_collected(family: Family) -> None:
     family.child.metrics.counter("realtime_things", "Things.", kind="a").value += 3
-    answer = await family.supervisor.callRemote(control.Collect)
-    assert metrics.load(answer["metrics"]) == [Sample("realtime_things", "counter", "Things.", [("kind", "a")], 3)]
+    answer = await family.supervisor.callRemote(control.Collect, names=[])
+    collected = metrics.load(answer["metrics"])
+    assert Sample("realtime_things", "counter", "Things.", [("kind", "a")], 3) in collected
 
 
-async def test_more_metrics_than_the_link_can_carry_are_cut(family: Family) -> None:
-    samples = [Sample(f"realtime_{number}", "counter", "x" * 100, [], number) for number in range(1000)]
-    family.child.collect = lambda: samples
-    answer = await family.supervisor.callRemote(control.Collect)
-    received = metrics.load(answer["metrics"])
-    assert 400 < len(received) < 1000
-    assert received == samples[: len(received)]
+@pytest.mark.parametrize("count", [0, 600, 2_000, 20_000])
+async def test_any_number_of_metrics_arrives_whole(family: Family, count: int) -> None:
+    samples = [Sample(f"realtime_{number}", "counter", "x" * 100, [], number) for number in range(count)]
+    family.child.metrics.sources = [lambda: samples]
+    answer = await family.supervisor.callRemote(control.Collect, names=[])
+    assert metrics.load(answer["metrics"]) == samples
+
+
+async def test_only_the_metrics_that_are_asked_for_are_told(family: Family) -> None:
+    family.child.metrics.counter("realtime_things", "Things.", kind="a").value += 3
+    family.child.metrics.gauge("realtime_level", "A level.", lambda: 7)
+    for name in ("realtime_things", "realtime_level", "realtime_loop_seconds", "realtime_nothing"):
+        answer = await family.supervisor.callRemote(control.Collect, names=[name])
+        assert {sample.name for sample in metrics.load(answer["metrics"])} == {name} - {"realtime_nothing"}
+
+
+async def test_the_time_of_the_loop_is_a_metric_of_each_account(family: Family) -> None:
+    family.child.accounts.open(Kind.HANDLER, "rpc report").spent = 1_500_000_000
+    answer = await family.supervisor.callRemote(control.Collect, names=["realtime_loop_seconds"])
+    told = {tuple(sample.labels): sample.value for sample in metrics.load(answer["metrics"])}
+    assert told[("kind", "handler"), ("name", "rpc report")] == 1.5
+    assert (("kind", "other"), ("name", "")) in told
 
 
 async def test_it_tells_of_itself_when_asked(family: Family) -> None:
@@ -195,10 +212,17 @@ async def test_a_report_that_fails_does_not_end_the_link(family: Family, monkeyp
     await family.round_trip()
 
 
-async def test_a_report_is_cut_at_what_the_link_can_carry(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(reports.REPORTS, "tasks", lambda: "x" * 100_000)
+async def test_a_long_report_arrives_whole_and_an_endless_one_is_cut(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "".join(map(str, range(100_000)))
+    for text in ("", "x" * 65_535, "x" * 65_536, long):
+        monkeypatch.setitem(reports.REPORTS, "tasks", lambda text=text: text)
+        answer = await family.supervisor.callRemote(control.Report, what="tasks")
+        assert answer["text"].decode() == text
+    monkeypatch.setattr(control.Long, "LONGEST", 100_000)
     answer = await family.supervisor.callRemote(control.Report, what="tasks")
-    assert len(answer["text"]) == 65_535
+    assert answer["text"].decode() == long[:100_000]
 
 
 async def test_drain_runs_the_hook_and_ends_with_0(family: Family) -> None:

@@ -14,6 +14,7 @@ from twisted.internet.task import Clock
 
 from realtime.server.pulse import Marks, Pulse, Turns
 from realtime.settings import Loop
+from realtime.supervision.accounts import Kind
 from realtime.supervision.vitals import Page, Running, State, Vitals
 
 
@@ -155,7 +156,8 @@ def test_to_look_for_more_work_is_not_to_idle(beating: Beating) -> None:
 
 
 def test_the_exact_length_of_a_long_turn_is_kept(beating: Beating) -> None:
-    moments = iter([1_000_000_000, 1_001_000_000, 3_001_000_000, 3_002_000_000, 3_003_000_000, 3_004_000_000])
+    beginning = [1_000_000_000] * 2
+    moments = iter([*beginning, 1_001_000_000, 3_001_000_000, 3_002_000_000, 3_003_000_000, 3_004_000_000])
     turns = Turns(beating.page, lambda: next(moments))
     turns.select(0)
     beating.pulse.start()
@@ -163,6 +165,28 @@ def test_the_exact_length_of_a_long_turn_is_kept(beating: Beating) -> None:
     turns.select(0.001)
     turns.select(0.001)
     assert (beating.read().block_since, beating.read().block_until) == (1_001_000_000, 3_001_000_000)
+    turns.close()
+
+
+def test_all_that_is_not_idle_is_charged(beating: Beating) -> None:
+    time = 0
+
+    def now() -> int:
+        nonlocal time
+        time += 1_000
+        return time
+
+    turns = Turns(beating.page, now)
+    protocol = turns.accounts.open(Kind.PROTOCOL)
+    for timeout in (0, 0.001, 0, 0, 0.001, 0.001):
+        turns.select(timeout)
+        turns.accounts.switch(turns.accounts.switch(protocol))
+    turns.select(0.001)
+    charged = {account.kind: account.spent for account in turns.accounts}
+    assert charged[Kind.PROTOCOL] == 6_000
+    # Each of the four waits took as long as it takes to read this clock.
+    assert turns.idle == 4_000
+    assert sum(charged.values()) + turns.idle == time - 1_000
     turns.close()
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from realtime.settings import Loop
+from realtime.supervision.accounts import Account, Kind
 from realtime.supervision.pressure import CALM, Pressure, Throttle
 from realtime.supervision.vitals import State, Vitals
 
@@ -147,7 +148,8 @@ class Handler:
 
     def __init__(self) -> None:
         self.now = 1000.0
-        self.throttle = Throttle()
+        self.account = Account(Kind.HANDLER, "rpc report")
+        self.throttle = Throttle(self.account)
 
     def begin(self, calls: int) -> int:
         """How many of so many calls are let in, of which none ends yet."""
@@ -165,7 +167,7 @@ class Handler:
     def block(self, seconds: float, spent: float | None = None) -> None:
         """The loop is blocked for so long, for `spent` seconds of which by this handler."""
         self.now += seconds
-        self.throttle.spent += seconds if spent is None else spent
+        self.account.spent += int(1e9 * (seconds if spent is None else spent))
         self.throttle.beat(self.now, seconds, MAX_LAG)
 
     def burst(self, calls: int, each: float) -> int:

@@ -46,6 +46,7 @@ from realtime.server.handlers.outcomes import Mistakes, Outcomes
 from realtime.server.handlers.processes import Processes
 from realtime.server.handlers.threads import Gate, LoopClient, Threads
 from realtime.settings import Workers
+from realtime.supervision.accounts import Account, Accounts, Kind
 from realtime.supervision.pressure import Throttle
 
 __all__ = ["Call", "Dispatcher", "run", "together"]
@@ -111,11 +112,13 @@ class Dispatcher:
         pressure: Pressure = _CALM,
         processes: Processes | None = None,
         slow: float = 0.05,
+        accounts: Accounts | None = None,
     ) -> None:
         """reactor: IReactorTime and IReactorFromThreads, on the asyncio loop. marks: told which handler runs on it.
 
         pressure: decides together with the handlers' policies what is refused. processes: not started yet, for the
         handlers that run in one. slow: seconds on the loop that are too long for a handler with run="auto".
+        accounts: the loop's; every handler is given one.
         """
         self._app = app
         self._reactor = reactor
@@ -128,6 +131,7 @@ class Dispatcher:
         self.throttles: list[Throttle] = []  # of handlers on the loop; whoever watches the loop calls their `beat`
         self._processes = processes
         self._slow = slow
+        self._accounts = accounts or Accounts(time.monotonic_ns)
         self._made: list[Call] = []
         self.threads = Threads(reactor, settings.threads, settings.thread_queue)
         self.threads.measure(metrics)
@@ -222,7 +226,8 @@ class Dispatcher:
         gate = Gate(handler.limit, self._settings.thread_queue) if handler.limit else None
         timeout = self._settings.handler_timeout if handler.timeout is None else handler.timeout
         outcomes = Outcomes(self._metrics, handler.name)
-        throttle = Throttle()
+        account = self._accounts.open(Kind.HANDLER, handler.name)
+        throttle = Throttle(account)
         if handler.run in ("loop", "auto") and handler.pressure != "ignore":
             self.throttles.append(throttle)
             self._metrics.gauge(
@@ -236,7 +241,8 @@ class Dispatcher:
         if handler.run == "auto":
             moves = Moves(handler, self._slow, self._reactor, self._metrics, self._log)
         pools = self.threads, self._processes
-        call = Call(handler, timeout, gate, pools, moves, self._mistakes, outcomes, self._marks, valve)
+        marks = Charged(self._marks, self._accounts, account)
+        call = Call(handler, timeout, gate, pools, moves, self._mistakes, outcomes, marks, valve)
         self._made.append(call)
         return call
 
@@ -258,7 +264,7 @@ class Call:
     ) -> None:
         self.handler = handler
         self._valve = valve
-        self._marks = Timed(marks, valve.throttle)
+        self._marks = marks
         self._name = handler.name.encode()
         self._subject = _subject(handler)
         self._timeout = timeout
@@ -478,18 +484,19 @@ def shed(metrics: Metrics, what: str, why: str) -> Counter:
     return metrics.counter("realtime_shed", "Refused because of pressure.", what=what, why=why)
 
 
-class Timed:
-    """Marks that also add up the time that a handler's steps take of the loop."""
+class Charged:
+    """Marks that also charge the time of one handler's steps to its account."""
 
-    def __init__(self, marks: Marks, throttle: Throttle) -> None:
+    def __init__(self, marks: Marks, accounts: Accounts, account: Account) -> None:
         self._marks = marks
-        self._throttle = throttle
+        self._accounts = accounts
+        self._account = account
 
-    def enter(self, names: tuple[bytes, bytes]) -> tuple[Any, float]:
-        return self._marks.enter(names), time.perf_counter()
+    def enter(self, names: tuple[bytes, bytes]) -> tuple[Any, Account]:
+        return self._marks.enter(names), self._accounts.switch(self._account)
 
-    def leave(self, outer: tuple[Any, float]) -> None:
-        self._throttle.spent += time.perf_counter() - outer[1]
+    def leave(self, outer: tuple[Any, Account]) -> None:
+        self._accounts.switch(outer[1])
         self._marks.leave(outer[0])
 
 
