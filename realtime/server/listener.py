@@ -21,8 +21,8 @@ from twisted.internet.protocol import Factory
 
 from realtime.errors import RealtimeError
 
-# New connections taken in one turn of a worker's loop: 32 keep it for a few milliseconds.
-ACCEPTS = 32
+# New connections taken in one turn of a worker's loop: their handshakes follow together, half a millisecond each.
+ACCEPTS = 8
 
 # linux/tcp.h, struct tcp_info: of a listening socket, tcpi_unacked and tcpi_sacked are the connections that wait to be
 # accepted, and how many may (net/ipv4/tcp.c, tcp_get_info).
