@@ -50,6 +50,9 @@ class Encoding(Protocol):
     def made(self, value: Any) -> bytes:
         """A payload of what a handler returned; b"" for None. Raises msgspec.EncodeError, TypeError, ValueError."""
 
+    def is_json(self, data: bytes) -> bool:
+        """Whether every encoding can carry a `payload`; what is not JSON is published as `binary`."""
+
     # What goes out
 
     def reply(self, id: int, name: str, result: Struct) -> bytes:
@@ -95,6 +98,9 @@ class JSON:
     def made(self, value: Any) -> bytes:
         return b"" if value is None else messages.one_line(_encode(value))
 
+    def is_json(self, data: bytes) -> bool:
+        return True  # or it would not have been decoded
+
     def reply(self, id: int, name: str, result: Struct) -> bytes:
         return b'{"id":%d,"%s":%b}' % (id, name.encode(), _encode(result))
 
@@ -107,7 +113,8 @@ class JSON:
     def pub(self, publication: Publication, epoch: str = "") -> Pub:
         if publication.binary:
             raise Disconnect(*errors.INAPPROPRIATE_PROTOCOL)
-        return messages.pub(publication, publication.data, epoch)
+        # Of text that came by another encoding the line ends are still there.
+        return messages.pub(publication, messages.one_line(publication.data), epoch)
 
     def whole(self, publication: Publication, epoch: str = "") -> Pub:
         # Where deltas may come, the data is a string in any case: JSON text, or a delta between two such texts.

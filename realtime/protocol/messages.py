@@ -186,6 +186,16 @@ def one_line(text: bytes) -> bytes:
     return text.translate(None, _LINE_ENDS) if b"\n" in text or b"\r" in text else text
 
 
+def is_json(data: bytes) -> bool:
+    """Whether bytes of any kind are JSON text that could as well have come through `payload`, but for its line ends."""
+    try:
+        data.decode()
+        payload(_decode_raw(data))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ClientError):
+        return False
+    return True
+
+
 def value(data: bytes) -> Any:
     """The decoded form of a `payload`, None for b"". Raises ClientError 107 for a number that no Python type holds."""
     if not data:
@@ -194,6 +204,9 @@ def value(data: bytes) -> Any:
         return msgspec.json.decode(data)
     except (msgspec.MsgspecError, RecursionError):
         raise ClientError(*BAD_REQUEST) from None
+
+
+_decode_raw = msgspec.json.Decoder(Raw).decode
 
 
 def _depth(data: bytes) -> int:

@@ -154,3 +154,21 @@ def test_an_absent_payload_is_empty_and_null_is_not():
 )
 def test_what_the_sdks_read(made, text):
     assert made.decode() == text
+
+
+@pytest.mark.parametrize("data", [b"1", b' {"a": "\xc3\xbc"}\r\n', b'"\\ud83d\\ude00"', b"[" * 128 + b"]" * 128])
+def test_text_that_every_encoding_carries(data):
+    assert messages.is_json(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x00", b"nan", b"01", b"{} {}", b'"\xff"', b'"\\ud800"', b'"a\nb"', b"[" * 129 + b"]" * 129, b"[" * 5000],
+)
+def test_bytes_that_json_can_not_carry(data):
+    assert not messages.is_json(data)
+
+
+def test_line_ends_of_text_from_elsewhere_do_not_reach_a_client_of_lines():
+    push = BARE.publication("a", Publication(b'{\r\n "a": "\\n"\n}'), "")
+    assert push == b'{"push":{"channel":"a","pub":{"data":{ "a": "\\n"}}}}'
