@@ -1,0 +1,130 @@
+"""Tags filters: which publications of a channel a subscriber wants, by their tags (client protocol, tags filter)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Protocol
+
+Tags = Mapping[str, str]
+Filter = Callable[[Tags | None], bool]
+
+# A filter is asked once for each publication and each subscriber, so a client's tree may not be large.
+MAX_NODES = 256
+MAX_DEPTH = 32
+
+
+class Node(Protocol):
+    """A condition: a leaf (`op` is ""), or "and", "or", "not" over `nodes`. `messages.FilterNode` is one."""
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def cmp(self) -> str: ...
+
+    @property
+    def val(self) -> str: ...
+
+    @property
+    def vals(self) -> Sequence[str]: ...
+
+    @property
+    def nodes(self) -> Sequence[Node]: ...
+
+
+def compiled(node: Node) -> Filter:
+    """A function that says whether a publication with these tags (None: with none) is wanted.
+
+    Raises ValueError for a tree that is not valid, and for one of more than MAX_NODES nodes or MAX_DEPTH levels.
+    """
+    _check_size(node)
+    wanted = _compiled(node)
+    return lambda tags: wanted(tags or {})
+
+
+def _check_size(node: Node) -> None:
+    level: Sequence[Node] = [node]
+    nodes = depth = 0
+    while level:
+        nodes, depth = nodes + len(level), depth + 1
+        if nodes > MAX_NODES or depth > MAX_DEPTH:
+            raise ValueError("a filter that large is not taken")
+        level = [child for parent in level for child in parent.nodes]
+
+
+_Test = Callable[[Tags], bool]
+
+
+def _compiled(node: Node) -> _Test:
+    if not node.op:
+        return _leaf(node)
+    tests = [_compiled(child) for child in node.nodes]
+    if node.op == "not" and len(tests) == 1:
+        (test,) = tests
+        return lambda tags: not test(tags)
+    if node.op == "and" and tests:
+        return lambda tags: all(test(tags) for test in tests)
+    if node.op == "or" and tests:
+        return lambda tags: any(test(tags) for test in tests)
+    raise ValueError(f"not an operation over {len(tests)} nodes: {node.op!r}")
+
+
+def _leaf(node: Node) -> _Test:
+    key, cmp, val, vals = node.key, node.cmp, node.val, frozenset(node.vals)
+    if cmp in ("ex", "nex"):
+        _require(not val and not vals)
+        return (lambda tags: key in tags) if cmp == "ex" else (lambda tags: key not in tags)
+    _require(bool(key))
+    if cmp in ("in", "nin"):
+        _require(bool(vals) and not val)
+        return (lambda tags: tags.get(key, "") in vals) if cmp == "in" else (lambda tags: tags.get(key, "") not in vals)
+    _require(bool(val) and not vals)
+    if cmp in _TEXT:
+        compare = _TEXT[cmp]
+        return lambda tags: key in tags and compare(tags[key], val)
+    if cmp == "neq":
+        return lambda tags: tags.get(key) != val
+    _require(cmp in _ORDER)
+    return _ordered(key, _ORDER[cmp], _decimal(val))
+
+
+def _require(valid: bool) -> None:
+    if not valid:
+        raise ValueError("a comparison that is not known, or not with these values")
+
+
+_TEXT: dict[str, Callable[[str, str], bool]] = {
+    "eq": str.__eq__,
+    "sw": str.startswith,
+    "ew": str.endswith,
+    "ct": str.__contains__,
+}
+_ORDER: dict[str, Callable[[Decimal, Decimal], bool]] = {
+    "gt": Decimal.__gt__,
+    "gte": Decimal.__ge__,
+    "lt": Decimal.__lt__,
+    "lte": Decimal.__le__,
+}
+
+# Plain numbers only: an exponent would make a short text a very long number.
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\Z")
+
+
+def _decimal(text: str) -> Decimal | None:
+    return Decimal(text) if _NUMBER.match(text) else None
+
+
+def _ordered(key: str, compare: Callable[[Decimal, Decimal], bool], bound: Decimal | None) -> _Test:
+    if bound is None:
+        return lambda tags: False
+
+    def test(tags: Tags) -> bool:
+        number = _decimal(tags.get(key, ""))
+        return number is not None and compare(number, bound)
+
+    return test
