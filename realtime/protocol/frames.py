@@ -6,7 +6,9 @@ A frame is built once and shared by every connection that it goes to.
 from __future__ import annotations
 
 _TEXT = 0x81  # FIN and the opcode
+_BINARY = 0x82
 _CLOSE = 0x88
+_PING = 0x89
 _PONG = 0x8A
 
 MAX_CLOSE_REASON = 123  # bytes: a control frame carries 125, two of which are the code (section 5.5)
@@ -15,6 +17,16 @@ MAX_CLOSE_REASON = 123  # bytes: a control frame carries 125, two of which are t
 def text_frame(payload: bytes) -> bytes:
     """One whole text message. payload: UTF-8; it is not checked."""
     return _frame(_TEXT, payload)
+
+
+def binary_frame(payload: bytes) -> bytes:
+    """One whole binary message."""
+    return _frame(_BINARY, payload)
+
+
+def ping_frame() -> bytes:
+    """A ping without a payload."""
+    return _frame(_PING, b"")
 
 
 def pong_frame(payload: bytes) -> bytes:

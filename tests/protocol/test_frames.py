@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realtime.protocol.frames import close_frame, pong_frame, text_frame
+from realtime.protocol.frames import binary_frame, close_frame, ping_frame, pong_frame, text_frame
 
 
 def decode(frame: bytes) -> tuple[int, bytes]:
@@ -33,6 +33,15 @@ def test_each_form_of_length(length: int) -> None:
 @given(st.binary(max_size=300))
 def test_any_text(payload: bytes) -> None:
     assert decode(text_frame(payload)) == (1, payload)
+
+
+@given(st.binary(max_size=300))
+def test_any_binary(payload: bytes) -> None:
+    assert decode(binary_frame(payload)) == (2, payload)
+
+
+def test_a_ping() -> None:
+    assert decode(ping_frame()) == (9, b"")
 
 
 @given(st.binary(max_size=125))
