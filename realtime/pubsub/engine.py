@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from realtime.pubsub.history import PAGE_BYTES
 from realtime.records import Census, ClientInfo, HistoryPage, Position, Publication, Retention
 
 
@@ -29,7 +30,7 @@ class Receiver(Protocol):
         """A client left a channel that announces it."""
 
     def instructed(self, order: bytes) -> None:
-        """An order to every worker (see `Engine.instruct`)."""
+        """An order to this worker (see `Engine.instruct`)."""
 
     def interrupted(self) -> None:
         """Continuity was lost, and is restored now: publications may be missing in every channel.
@@ -54,10 +55,18 @@ class Engine(Protocol):
         info: ClientInfo | None = None,
         tags: dict[str, str] | None = None,
         idempotency_key: str = "",
+        version: int = 0,
+        version_epoch: str = "",
+        delta: bool = False,
+        binary: bool = False,
     ) -> Position:
         """Number, keep and route one publication; its position, or (0, "") when `retention` keeps nothing.
 
         idempotency_key: a repeat within 300 s on the same channel publishes nothing and returns the first position.
+        version: of what `data` describes, up to 2**64 - 1. If the history has had this version or a later one already,
+        nothing is published, and the position is that of the top; 0 for no version. version_epoch: another one than
+        before starts the versions anew, "" does not. Without history there is nothing to compare with. (Client
+        protocol, section 7.1.) delta, binary: see `Publication`.
         """
 
     async def subscribe(self, channel: str) -> None:
@@ -74,11 +83,13 @@ class Engine(Protocol):
         since: Position | None = None,
         limit: int = 0,
         reverse: bool = False,
+        max_bytes: int = PAGE_BYTES,
     ) -> HistoryPage:
         """Publications after `since` (exclusive), oldest first, and the current top of the stream.
 
-        limit: 0 for the position alone, -1 for all that is kept. A page of many megabytes ends before its limit (see
-        `history.PAGE_BYTES`). reverse: newest first, those before `since`. Without `retention.kept`: nothing, (0, "").
+        limit: 0 for the position alone, -1 for all that is kept. reverse: newest first, those before `since`.
+        max_bytes: a page ends before its limit when it would be longer, but holds one publication at least; never more
+        than PAGE_BYTES. Without `retention.kept`: nothing, (0, "").
         An unknown channel gets its epoch here, and keeps it. Whether `since.epoch` fits is for the caller to judge.
         """
 
@@ -104,6 +115,13 @@ class Engine(Protocol):
     def connected(self, info: ClientInfo) -> None:
         """A client connected to this worker. Never fails."""
 
+    async def admit(self, info: ClientInfo, limit: int) -> bool:
+        """Count a client as `connected`, unless its user has `limit` connections already, over all workers.
+
+        False: it was not counted. No limit applies to the anonymous user, and 0 is none. If this raises, the client is
+        not counted either.
+        """
+
     def disconnected(self, client: str) -> None:
         """A client of this worker is gone. Never fails."""
 
@@ -113,5 +131,8 @@ class Engine(Protocol):
     async def census(self) -> Census:
         """The counts over all workers."""
 
-    async def instruct(self, order: bytes) -> None:
-        """Pass an order to every worker, this one included. Its meaning is the caller's."""
+    async def instruct(self, order: bytes, *, worker: str = "") -> int:
+        """Pass an order to every worker, this one included; to how many it was passed. Its meaning is the caller's.
+
+        worker: the address of the only one that is to have it.
+        """

@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 from msgspec import Struct
 
 from realtime.errors import LIMIT_EXCEEDED, ClientError
-from realtime.pubsub.history import Receipts, Streams
+from realtime.pubsub.history import PAGE_BYTES, Receipts, Streams
 from realtime.records import Census, ClientInfo, HistoryPage, Position, Publication, Retention
 
 P = TypeVar("P")
@@ -45,9 +45,10 @@ class Occupant(Struct, frozen=True, array_like=True, gc=False):
 class _Holding:
     """What one peer holds: all that goes when it goes."""
 
-    __slots__ = ("channels", "occupants", "subscriptions", "users")
+    __slots__ = ("address", "channels", "occupants", "subscriptions", "users")
 
-    def __init__(self) -> None:
+    def __init__(self, address: str) -> None:
+        self.address = address
         self.channels: set[str] = set()
         self.occupants: dict[str, dict[str, Occupant]] = {}
         self.users: dict[str, str] = {}  # client -> user, of the connected
@@ -68,6 +69,7 @@ class Exchange(Generic[P]):
         self._receipts = Receipts(max_channels)
         self._routes: dict[str, list[P]] = {}
         self._holdings: dict[P, _Holding] = {}
+        self._addresses: dict[str, P] = {}
         self._users: dict[str, int] = {}  # user -> connections
 
     @property
@@ -82,15 +84,18 @@ class Exchange(Generic[P]):
 
     # Peers
 
-    def attach(self, peer: P) -> None:
-        """Take a peer in; it holds nothing yet."""
-        self._holdings[peer] = _Holding()
+    def attach(self, peer: P, address: str = "") -> None:
+        """Take a peer in; it holds nothing yet. address: for orders to it alone; if shared, the latest peer's."""
+        self._holdings[peer] = _Holding(address)
+        self._addresses[address] = peer
 
     def detach(self, peer: P) -> None:
         """A peer is gone: its clients leave, announced to the others, and are disconnected. Idempotent."""
         holding = self._holdings.pop(peer, None)
         if holding is None:
             return
+        if self._addresses.get(holding.address) == peer:
+            del self._addresses[holding.address]
         for channel in holding.channels:
             self._unroute(channel, peer)
         for user in holding.users.values():
@@ -110,31 +115,45 @@ class Exchange(Generic[P]):
         info: ClientInfo | None = None,
         tags: dict[str, str] | None = None,
         idempotency_key: str = "",
+        version: int = 0,
+        version_epoch: str = "",
+        delta: bool = False,
+        binary: bool = False,
     ) -> Position:
         """Number, keep and route one publication; see `Engine.publish`."""
         if idempotency_key:
             known = self._receipts.recall(now, channel, idempotency_key)
             if known is not None:
                 return known
-        if retention.kept:
-            publication, epoch = self._streams.append(now, channel, data, retention, info, tags)
+        publication: Publication | None
+        if not retention.kept:
+            publication, position = Publication(data, 0, info, tags, delta, binary), Position()
+        elif version and not (stream := self._streams.open(now, channel, retention)).advance(version, version_epoch):
+            publication, position = None, stream.position
         else:
-            publication, epoch = Publication(data, 0, info, tags), ""
-        position = Position(publication.offset, epoch)
+            publication, epoch = self._streams.append(now, channel, data, retention, info, tags, delta, binary)
+            position = Position(publication.offset, epoch)
         if idempotency_key:
             self._receipts.note(now, channel, idempotency_key, position)
         peers = self._routes.get(channel)
-        if peers:
-            self._outward.published(peers, channel, publication, epoch)
+        if peers and publication is not None:
+            self._outward.published(peers, channel, publication, position.epoch)
         return position
 
     def history(
-        self, now: float, channel: str, retention: Retention, since: Position | None, limit: int, reverse: bool
+        self,
+        now: float,
+        channel: str,
+        retention: Retention,
+        since: Position | None,
+        limit: int,
+        reverse: bool,
+        max_bytes: int = PAGE_BYTES,
     ) -> HistoryPage:
         """A page of a channel's history; see `Engine.history`."""
         if not retention.kept:
             return HistoryPage([], Position())
-        return self._streams.open(now, channel, retention).page(since, limit, reverse)
+        return self._streams.open(now, channel, retention).page(since, limit, reverse, max_bytes)
 
     def remove_history(self, channel: str) -> None:
         """Drop a channel's publications; offset and epoch go on."""
@@ -172,9 +191,14 @@ class Exchange(Generic[P]):
         if not peers:
             del self._routes[channel]
 
-    def instruct(self, order: bytes) -> None:
-        """Pass an order to every peer."""
-        self._outward.instructed(self._holdings.keys(), order)
+    def instruct(self, order: bytes, address: str = "") -> int:
+        """Pass an order to every peer, or to the one of this address; to how many."""
+        peers: Collection[P] = self._holdings.keys()
+        if address:
+            peers = [self._addresses[address]] if address in self._addresses else []
+        if peers:
+            self._outward.instructed(peers, order)
+        return len(peers)
 
     # Presence
 
@@ -245,6 +269,13 @@ class Exchange(Generic[P]):
         self.disconnected(peer, info.client)
         self._holdings[peer].users[info.client] = info.user
         self._users[info.user] = self._users.get(info.user, 0) + 1
+
+    def admit(self, peer: P, info: ClientInfo, limit: int) -> bool:
+        """A client asks to connect to this peer; see `Engine.admit`."""
+        if limit and info.user and self._users.get(info.user, 0) >= limit:
+            return False
+        self.connected(peer, info)
+        return True
 
     def disconnected(self, peer: P, client: str) -> None:
         """A client of this peer is gone. Idempotent."""

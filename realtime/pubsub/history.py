@@ -24,8 +24,8 @@ IDEMPOTENCY_TTL = 300.0
 """Seconds for which an idempotency key is remembered (client protocol, section 7.1)."""
 
 PAGE_BYTES = 12 * 1024 * 1024
-"""A page ends early once it holds this many bytes, so that it fits into one frame of the data plane. It always holds
-one publication, so a caller who pages on gets everything; a recovery that would be larger is not a recovery."""
+"""The most bytes of one page, so that it fits into one frame of the data plane. A page always holds one publication, so
+a caller who pages on gets everything; a recovery that would be larger is not a recovery."""
 
 T = TypeVar("T")
 
@@ -36,10 +36,12 @@ def make_epoch() -> str:
 
 
 def _weight(publication: Publication) -> int:
-    """About how many bytes a publication takes on the wire, tags left out."""
-    info = publication.info
+    """About how many bytes a publication takes on the wire."""
+    info, tags = publication.info, publication.tags
     size = len(publication.data) + 64
-    return size + len(info.conn_info) + len(info.chan_info) + 128 if info is not None else size
+    if info is not None:
+        size += len(info.conn_info) + len(info.chan_info) + 128
+    return size + sum(len(name) + len(value) + 8 for name, value in tags.items()) if tags else size
 
 
 class Stream:
@@ -50,7 +52,7 @@ class Stream:
     slice.
     """
 
-    __slots__ = ("_expires", "_head", "_idle_until", "_kept", "channel", "epoch", "noted", "top")
+    __slots__ = ("_expires", "_head", "_idle_until", "_kept", "_version", "channel", "epoch", "noted", "top")
 
     def __init__(self, channel: str, epoch: str) -> None:
         self.channel = channel
@@ -59,6 +61,7 @@ class Stream:
         self.noted = False  # whether the agenda of expiring contents holds this stream
         self._kept: list[Publication | None] = []
         self._head = 0
+        self._version = (0, "")  # with its epoch
         self._expires = 0.0
         self._idle_until = 0.0
 
@@ -101,10 +104,12 @@ class Stream:
         retention: Retention,
         info: ClientInfo | None,
         tags: dict[str, str] | None,
+        delta: bool,
+        binary: bool,
     ) -> Publication:
         """Number and keep one publication; drop the oldest beyond the size."""
         self.top += 1
-        publication = Publication(data, self.top, info, tags)
+        publication = Publication(data, self.top, info, tags, delta, binary)
         kept = self._kept
         kept.append(publication)
         self._expires = now + retention.ttl
@@ -116,12 +121,21 @@ class Stream:
             self._head = 0
         return publication
 
-    def page(self, since: Position | None, limit: int, reverse: bool) -> HistoryPage:
+    def advance(self, version: int, epoch: str) -> bool:
+        """Whether this version is later than all the stream has had of that epoch, "" for any; if so, it is noted."""
+        latest, latest_epoch = self._version
+        if version <= latest and epoch in ("", latest_epoch):
+            return False
+        self._version = (version, epoch)
+        return True
+
+    def page(self, since: Position | None, limit: int, reverse: bool, max_bytes: int = PAGE_BYTES) -> HistoryPage:
         """A page of what is kept, and the position of the top.
 
         since: exclusive; only its offset counts. Forwards, a page after one that is no longer kept starts at the
         oldest; in reverse it is empty when the publication before `since` is not kept.
-        limit: 0 for the position alone, negative for all.
+        limit: 0 for the position alone, negative for all. max_bytes: where the page ends before that, though not before
+        its first publication.
         """
         oldest = self.top - len(self) + 1
         if reverse:
@@ -130,15 +144,15 @@ class Stream:
         else:
             first = oldest if since is None else max(since.offset + 1, oldest)
             wanted = range(first, self.top + 1)
-        return HistoryPage(self._collect(wanted, limit, self._head - oldest), self.position)
+        room = min(max_bytes, PAGE_BYTES)
+        return HistoryPage(self._collect(wanted, limit, room, self._head - oldest), self.position)
 
-    def _collect(self, offsets: Iterable[int], limit: int, shift: int) -> list[Publication]:
-        """The publications of these offsets, `limit` of them at most, and up to PAGE_BYTES.
+    def _collect(self, offsets: Iterable[int], limit: int, room: int, shift: int) -> list[Publication]:
+        """The publications of these offsets, `limit` of them at most, and up to `room` bytes.
 
         shift: the difference between an offset and its index.
         """
         found: list[Publication] = []
-        room = PAGE_BYTES
         for offset in offsets:
             publication = self._kept[offset + shift]
             if len(found) == limit or publication is None:
@@ -222,10 +236,12 @@ class Streams:
         retention: Retention,
         info: ClientInfo | None = None,
         tags: dict[str, str] | None = None,
+        delta: bool = False,
+        binary: bool = False,
     ) -> tuple[Publication, str]:
         """Number and keep one publication; it and its epoch. Raises ClientError 106 as `open` does."""
         stream = self.open(now, channel, retention)
-        publication = stream.append(now, data, retention, info, tags)
+        publication = stream.append(now, data, retention, info, tags, delta, binary)
         if not stream.noted:
             stream.noted = True
             self._contents.add(stream.expires, stream)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 
 from realtime.pubsub.engine import Receiver
 from realtime.pubsub.exchange import Exchange
+from realtime.pubsub.history import PAGE_BYTES
 from realtime.records import Census, ClientInfo, HistoryPage, Position, Publication, Retention
 from realtime.settings import EngineSettings
 
@@ -15,15 +16,18 @@ class MemoryEngine:
 
     No coroutine of it ever waits, and what it publishes has reached the receiver when `publish` returns.
 
-    clock: seconds of a clock that never goes back. Whoever builds the engine calls `sweep` every quarter of a second
-    or so; without it nothing goes wrong, only what is over keeps its memory until somebody asks for it.
+    clock: seconds of a clock that never goes back. address: of the worker, see `Engine.instruct`. Whoever builds the
+    engine calls `sweep` every quarter of a second or so; without it nothing goes wrong, only what is over keeps its
+    memory until somebody asks for it.
     """
 
-    def __init__(self, receiver: Receiver, settings: EngineSettings, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, receiver: Receiver, settings: EngineSettings, clock: Callable[[], float], address: str = "0"
+    ) -> None:
         self._receiver = receiver
         self._clock = clock
         self._exchange: Exchange[Receiver] = Exchange(_Direct(), settings.max_channels)
-        self._exchange.attach(receiver)
+        self._exchange.attach(receiver, address)
 
     def sweep(self) -> None:
         """Free what is over; a few ms at most."""
@@ -38,8 +42,24 @@ class MemoryEngine:
         info: ClientInfo | None = None,
         tags: dict[str, str] | None = None,
         idempotency_key: str = "",
+        version: int = 0,
+        version_epoch: str = "",
+        delta: bool = False,
+        binary: bool = False,
     ) -> Position:
-        return self._exchange.publish(self._clock(), channel, data, retention, info, tags, idempotency_key)
+        return self._exchange.publish(
+            self._clock(),
+            channel,
+            data,
+            retention,
+            info,
+            tags,
+            idempotency_key,
+            version,
+            version_epoch,
+            delta,
+            binary,
+        )
 
     async def subscribe(self, channel: str) -> None:
         self._exchange.subscribe(self._receiver, channel)
@@ -55,8 +75,9 @@ class MemoryEngine:
         since: Position | None = None,
         limit: int = 0,
         reverse: bool = False,
+        max_bytes: int = PAGE_BYTES,
     ) -> HistoryPage:
-        return self._exchange.history(self._clock(), channel, retention, since, limit, reverse)
+        return self._exchange.history(self._clock(), channel, retention, since, limit, reverse, max_bytes)
 
     async def remove_history(self, channel: str) -> None:
         self._exchange.remove_history(channel)
@@ -76,6 +97,9 @@ class MemoryEngine:
     def connected(self, info: ClientInfo) -> None:
         self._exchange.connected(self._receiver, info)
 
+    async def admit(self, info: ClientInfo, limit: int) -> bool:
+        return self._exchange.admit(self._receiver, info, limit)
+
     def disconnected(self, client: str) -> None:
         self._exchange.disconnected(self._receiver, client)
 
@@ -85,8 +109,8 @@ class MemoryEngine:
     async def census(self) -> Census:
         return self._exchange.census()
 
-    async def instruct(self, order: bytes) -> None:
-        self._exchange.instruct(order)
+    async def instruct(self, order: bytes, *, worker: str = "") -> int:
+        return self._exchange.instruct(order, worker)
 
 
 class _Direct:

@@ -27,7 +27,7 @@ from msgspec import Struct
 from realtime.errors import RealtimeError
 from realtime.records import Census, ClientInfo, HistoryPage, Position, Publication, Retention
 
-VERSION = 1
+VERSION = 2
 
 FRAME_LIMIT = 16 * 1024 * 1024
 """Bytes of the longest message."""
@@ -74,6 +74,10 @@ class Publish(Request, tag=3, frozen=True, gc=False):
     info: ClientInfo | None
     tags: dict[str, str] | None
     idempotency_key: str
+    version: int
+    version_epoch: str
+    delta: bool
+    binary: bool
 
 
 class Subscribe(Request, tag=4, frozen=True, gc=False):
@@ -90,6 +94,7 @@ class History(Request, tag=6, frozen=True, gc=False):
     since: Position | None
     limit: int
     reverse: bool
+    max_bytes: int
 
 
 class RemoveHistory(Request, tag=7, frozen=True, gc=False):
@@ -134,6 +139,12 @@ class TakeCensus(Request, tag=15, frozen=True, gc=False):
 
 class Instruct(Request, tag=16, frozen=True, gc=False):
     order: bytes
+    worker: str
+
+
+class Admit(Request, tag=17, frozen=True, gc=False):
+    info: ClientInfo
+    limit: int
 
 
 class Welcome(Message, tag=1, frozen=True, gc=False):
@@ -204,7 +215,17 @@ class Failed(Message, tag=12, frozen=True, gc=False):
     temporary: bool
 
 
-Answer = Done | Placed | Page | Present | Stats | Counted
+class Reached(Message, tag=13, frozen=True, gc=False):
+    id: int
+    result: int
+
+
+class Admitted(Message, tag=14, frozen=True, gc=False):
+    id: int
+    result: bool
+
+
+Answer = Done | Placed | Page | Present | Stats | Counted | Reached | Admitted
 ToBroker = (
     Hello
     | Restore
@@ -222,6 +243,7 @@ ToBroker = (
     | Tally
     | TakeCensus
     | Instruct
+    | Admit
 )
 ToWorker = Welcome | Published | Joined | Left | Instructed | Answer | Failed
 

@@ -70,7 +70,7 @@ class Broker:
         before = self._peers.pop(slot, None)
         if before is not None:
             before.replaced()
-        self._peers[slot] = peer = _Peer(self)
+        self._peers[slot] = peer = _Peer(self, str(slot))
         link = Link(self._reactor, wire.ToBroker, self._settings.queue_max_size, peer.receive, self._ended)
         peer.begin(link)
         adopt(self._reactor, fd, link)
@@ -127,8 +127,9 @@ def _send(peers: Collection[Link], message: wire.Message) -> None:
 class _Peer:
     """One worker, for as long as one stream to it lasts: works its messages off."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Broker, address: str) -> None:
         self.link: Link
+        self._address = address
         self._broker = broker
         self._exchange = broker.exchange
         self._returning = False
@@ -136,7 +137,7 @@ class _Peer:
 
     def begin(self, link: Link) -> None:
         self.link = link
-        self._exchange.attach(link)
+        self._exchange.attach(link, self._address)
 
     def replaced(self) -> None:
         """Another stream to the same slot came: what this one held goes now, not when its end is noticed."""
@@ -191,6 +192,7 @@ class _Peer:
             wire.Tally: self._tally,
             wire.TakeCensus: self._census,
             wire.Instruct: self._instruct,
+            wire.Admit: self._admit,
         }
         self.link.send(wire.pack(wire.Welcome(wire.VERSION, self._broker.instance)))
 
@@ -216,6 +218,10 @@ class _Peer:
             request.info,
             request.tags,
             request.idempotency_key,
+            request.version,
+            request.version_epoch,
+            request.delta,
+            request.binary,
         )
         return wire.Placed(request.id, position)
 
@@ -227,7 +233,13 @@ class _Peer:
 
     def _history(self, request: wire.History) -> wire.Answer:
         page = self._exchange.history(
-            self._broker.now(), request.channel, request.retention, request.since, request.limit, request.reverse
+            self._broker.now(),
+            request.channel,
+            request.retention,
+            request.since,
+            request.limit,
+            request.reverse,
+            request.max_bytes,
         )
         return wire.Page(request.id, page)
 
@@ -260,8 +272,11 @@ class _Peer:
     def _census(self, request: wire.TakeCensus) -> wire.Answer:
         return wire.Counted(request.id, self._exchange.census())
 
-    def _instruct(self, request: wire.Instruct) -> None:
-        self._exchange.instruct(request.order)
+    def _instruct(self, request: wire.Instruct) -> wire.Answer:
+        return wire.Reached(request.id, self._exchange.instruct(request.order, request.worker))
+
+    def _admit(self, request: wire.Admit) -> wire.Answer:
+        return wire.Admitted(request.id, self._exchange.admit(self.link, request.info, request.limit))
 
 
 async def start(process: child.Child) -> None:

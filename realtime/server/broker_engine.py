@@ -20,6 +20,7 @@ from realtime.metrics import Metrics
 from realtime.pubsub import wire
 from realtime.pubsub.engine import Receiver
 from realtime.pubsub.exchange import Occupant
+from realtime.pubsub.history import PAGE_BYTES
 from realtime.records import Census, ClientInfo, HistoryPage, Position, Retention
 from realtime.server.link import Link, adopt
 from realtime.settings import EngineSettings
@@ -248,8 +249,24 @@ class BrokerEngine:
         info: ClientInfo | None = None,
         tags: dict[str, str] | None = None,
         idempotency_key: str = "",
+        version: int = 0,
+        version_epoch: str = "",
+        delta: bool = False,
+        binary: bool = False,
     ) -> Position:
-        return await self._ask(wire.Publish, channel, data, retention, info, tags, idempotency_key)
+        return await self._ask(
+            wire.Publish,
+            channel,
+            data,
+            retention,
+            info,
+            tags,
+            idempotency_key,
+            version,
+            version_epoch,
+            delta,
+            binary,
+        )
 
     async def subscribe(self, channel: str) -> None:
         self._channels.add(channel)
@@ -267,8 +284,9 @@ class BrokerEngine:
         since: Position | None = None,
         limit: int = 0,
         reverse: bool = False,
+        max_bytes: int = PAGE_BYTES,
     ) -> HistoryPage:
-        return await self._ask(wire.History, channel, retention, since, limit, reverse)
+        return await self._ask(wire.History, channel, retention, since, limit, reverse, max_bytes)
 
     async def remove_history(self, channel: str) -> None:
         await self._ask(wire.RemoveHistory, channel)
@@ -300,6 +318,19 @@ class BrokerEngine:
         self._clients[info.client] = info = ClientInfo(info.user, info.client)  # all that is counted
         self._tell(wire.Connected(info))
 
+    async def admit(self, info: ClientInfo, limit: int) -> bool:
+        info = ClientInfo(info.user, info.client)
+        try:
+            admitted = await self._ask(wire.Admit, info, limit)
+        except BaseException:
+            # The broker may have counted it all the same, or do so when it gets to it.
+            self._tell(wire.Disconnected(info.client))
+            raise
+        if admitted:
+            # From now on every stream begins with it. Those that ended before the answer have taken their count along.
+            self._clients[info.client] = info
+        return admitted
+
     def disconnected(self, client: str) -> None:
         if self._clients.pop(client, None) is not None:
             self._tell(wire.Disconnected(client))
@@ -311,8 +342,8 @@ class BrokerEngine:
     async def census(self) -> Census:
         return await self._ask(wire.TakeCensus)
 
-    async def instruct(self, order: bytes) -> None:
-        await self._ask(wire.Instruct, order)
+    async def instruct(self, order: bytes, *, worker: str = "") -> int:
+        return await self._ask(wire.Instruct, order, worker)
 
 
 def _parts(things: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:

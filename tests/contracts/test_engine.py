@@ -32,9 +32,11 @@ class Log:
 
     def __init__(self) -> None:
         self.entries: list[tuple[Any, ...]] = []
+        self.publications: list[Publication] = []
 
     def published(self, channel: str, publication: Publication, epoch: str) -> None:
         self.entries.append(("published", channel, publication.data, publication.offset, epoch))
+        self.publications.append(publication)
 
     def joined(self, channel: str, info: ClientInfo) -> None:
         self.entries.append(("joined", channel, info))
@@ -192,6 +194,54 @@ async def test_an_idempotency_key_counts_without_history_too(bench: Bench, chann
     assert len((await bench.settled()).entries) == 1
 
 
+@pytest.mark.parametrize("marks", [{"delta": True}, {"binary": True}, {"delta": True, "binary": True}])
+async def test_how_it_was_published_comes_along(bench: Bench, channel: str, marks: dict[str, bool]) -> None:
+    await bench.engine.subscribe(channel)
+    await bench.publish(channel, b"\xff", **marks)
+    await bench.publish(channel, b"2", Retention(), **marks)
+    kept, passing = (await bench.settled()).publications
+    assert (kept, passing) == (Publication(b"\xff", 1, **marks), Publication(b"2", 0, **marks))
+    assert (await bench.history(channel)).publications == [kept]
+
+
+async def test_an_old_version_is_not_published(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+
+    async def offer(version: int, epoch: str = "", **more: Any) -> int:
+        position = await bench.publish(channel, version=version, version_epoch=epoch, **more)
+        assert position.epoch
+        return position.offset
+
+    assert [await offer(version) for version in (5, 5, 4, 6, 2**64 - 1)] == [1, 1, 1, 2, 3]
+    assert (await bench.publish(channel)).offset == 4  # no version, no comparison
+    assert await offer(7, "e") == 5  # of another epoch
+    assert [await offer(7, "e"), await offer(6)] == [5, 5]
+    assert await offer(8) == 6
+    assert await offer(9, idempotency_key="k") == 7
+    assert await offer(10) == 8
+    assert await offer(11, idempotency_key="k") == 7
+    assert await offer(11) == 9
+    assert [entry[2] for entry in (await bench.settled()).named("published")] == list(range(1, 10))
+
+
+async def test_versions_outlive_the_publications_but_not_the_numbering(bench: Bench, channel: str) -> None:
+    await bench.publish(channel, version=5)
+    await bench.engine.remove_history(channel)
+    assert (await bench.publish(channel, version=5)).offset == 1
+    retention = Retention(size=10, ttl=0.01, meta_ttl=0.02)
+    first = await bench.publish(channel + "!", b"1", retention, version=5)
+    await deferLater(reactor, 0.05)
+    again = await bench.publish(channel + "!", b"1", retention, version=5)
+    assert (again.offset, again.epoch != first.epoch) == (1, True)
+
+
+async def test_without_history_versions_mean_nothing(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+    for _ in range(2):
+        assert await bench.publish(channel, b"1", Retention(), version=5) == Position()
+    assert len((await bench.settled()).entries) == 2
+
+
 async def test_many_publications_come_in_order(bench: Bench, channel: str) -> None:
     await bench.engine.subscribe(channel)
     await DeferredList([Deferred.fromCoroutine(bench.publish(channel, b"%d" % n)) for n in range(500)])
@@ -219,6 +269,20 @@ async def test_pages(bench: Bench, channel: str) -> None:
     assert await page(reverse=True, limit=2) == [12, 11]
     assert await page(since=Position(5, position.epoch), reverse=True) == [4, 3]
     assert await page(since=Position(3, position.epoch), reverse=True) == []
+
+
+async def test_a_page_may_be_bounded_in_bytes(bench: Bench, channel: str) -> None:
+    for _ in range(5):
+        await bench.publish(channel, b"x" * 1000, tags={"t": "y" * 1000})
+
+    async def page(**query: Any) -> list[int]:
+        return [publication.offset for publication in (await bench.history(channel, **query)).publications]
+
+    assert await page(max_bytes=5000) == [1, 2]
+    assert await page(max_bytes=5000, limit=1) == [1]
+    assert await page(max_bytes=5000, reverse=True) == [5, 4]
+    assert await page(max_bytes=1) == [1]
+    assert await page(max_bytes=2**40) == [1, 2, 3, 4, 5]
 
 
 async def test_a_first_question_fixes_the_epoch(bench: Bench, channel: str) -> None:
@@ -340,9 +404,32 @@ async def test_the_census(bench: Bench, channel: str) -> None:
     assert await bench.engine.census() == Census(clients=1, users=1, channels=0, subscriptions=0)
 
 
+async def test_a_user_has_so_many_connections_and_no_more(bench: Bench) -> None:
+    assert await bench.engine.admit(ALICE, 2)
+    bench.engine.connected(ALICE_AGAIN)
+    third = ClientInfo("alice", "client-d")
+    assert not await bench.engine.admit(third, 2)
+    assert await bench.engine.admit(BOB, 1)
+    assert (await bench.engine.census()).clients == 3
+    bench.engine.disconnected(third.client)
+    bench.engine.disconnected(ALICE.client)
+    assert await bench.engine.admit(third, 2)
+    assert not await bench.engine.admit(ALICE, 2)
+    assert await bench.engine.admit(ALICE, 0)
+    assert await bench.engine.census() == Census(clients=4, users=2)
+
+
+async def test_nobody_counts_the_anonymous(bench: Bench) -> None:
+    for client in ("1", "2", "3"):
+        assert await bench.engine.admit(ClientInfo("", client), 1)
+    assert (await bench.engine.census()).clients == 3
+
+
 async def test_orders_reach_the_worker_that_gives_them(bench: Bench) -> None:
-    await bench.engine.instruct(b"\x00order")
-    assert (await bench.settled()).entries == [("instructed", b"\x00order")]
+    assert await bench.engine.instruct(b"\x00order") == 1
+    assert await bench.engine.instruct(b"to me", worker="0") == 1
+    assert await bench.engine.instruct(b"to nobody", worker="1") == 0
+    assert (await bench.settled()).entries == [("instructed", b"\x00order"), ("instructed", b"to me")]
 
 
 # Limits
@@ -418,9 +505,30 @@ async def test_presence_and_announcements_cross_workers(workers: list[Bench], ch
 
 
 async def test_orders_reach_every_worker(workers: list[Bench]) -> None:
-    await workers[1].engine.instruct(b"order")
+    assert await workers[1].engine.instruct(b"order") == 3
     for bench in workers:
         assert (await bench.settled()).entries == [("instructed", b"order")]
+
+
+async def test_an_order_reaches_the_worker_it_is_for(workers: list[Bench]) -> None:
+    assert await workers[1].engine.instruct(b"order", worker="2") == 1
+    assert await workers[1].engine.instruct(b"order", worker="7") == 0
+    assert [(await bench.settled()).entries for bench in workers] == [[], [], [("instructed", b"order")]]
+
+
+async def test_connections_of_a_user_are_limited_over_all_workers(workers: list[Bench]) -> None:
+    here, there, _ = workers
+    answers = await DeferredList(
+        [
+            Deferred.fromCoroutine(bench.engine.admit(ClientInfo("alice", f"{number}"), 3))
+            for number, bench in enumerate([here, there] * 3)
+        ]
+    )
+    assert [admitted for _, admitted in answers].count(True) == 3
+    assert (await here.engine.census()).clients == 3
+    here.engine.close()
+    while not await there.engine.admit(ALICE, 3):
+        await deferLater(reactor, 0.01)
 
 
 async def test_the_census_counts_all_workers(workers: list[Bench], channel: str) -> None:

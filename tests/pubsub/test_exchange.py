@@ -43,7 +43,7 @@ def deliveries() -> Deliveries:
 def exchange(deliveries: Deliveries) -> Exchange[str]:
     exchange = Exchange[str](deliveries, max_channels=2)
     for peer in ("one", "two", "three"):
-        exchange.attach(peer)
+        exchange.attach(peer, f"at {peer}")
     return exchange
 
 
@@ -52,8 +52,25 @@ def test_one_delivery_names_all_its_peers(exchange: Exchange[str], deliveries: D
     exchange.subscribe("three", "c")
     exchange.publish(0.0, "c", b"1", Retention())
     exchange.publish(0.0, "elsewhere", b"2", Retention())
-    exchange.instruct(b"order")
+    assert exchange.instruct(b"order") == 3
     assert deliveries.made == [(["one", "three"], "c", b"1"), (["one", "three", "two"], b"order")]
+
+
+def test_an_order_may_be_for_one_peer(exchange: Exchange[str], deliveries: Deliveries) -> None:
+    exchange.attach("another two", "at two")
+    assert exchange.instruct(b"order", "at two") == 1
+    exchange.detach("two")
+    assert exchange.instruct(b"again", "at two") == 1
+    exchange.detach("another two")
+    assert (exchange.instruct(b"late", "at two"), exchange.instruct(b"lost", "nowhere")) == (0, 0)
+    assert deliveries.made == [(["another two"], b"order"), (["another two"], b"again")]
+
+
+def test_a_peer_that_goes_makes_room_for_its_users(exchange: Exchange[str]) -> None:
+    assert exchange.admit("one", ALICE, 1)
+    assert not exchange.admit("two", ClientInfo("alice", "client-c"), 1)
+    exchange.detach("one")
+    assert exchange.admit("two", ClientInfo("alice", "client-c"), 1)
 
 
 def test_a_peer_that_goes_takes_all_it_held_along(exchange: Exchange[str], deliveries: Deliveries) -> None:

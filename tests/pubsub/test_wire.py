@@ -18,12 +18,14 @@ AT = Position(7, "abcdefgh")
 TO_BROKER: list[wire.Message] = [
     wire.Hello(wire.VERSION, "abcdefgh"),
     wire.Restore(["a", "b"], [("a", ANYBODY, True, False)], [ANYBODY]),
-    wire.Publish(1, "chat", b'{"a":1}', Retention(10, 60.0), ANYBODY, {"k": "v"}, "key"),
-    wire.Publish(2, "chat", b"", Retention(), None, None, ""),
+    wire.Publish(
+        1, "chat", b'{"a":1}', Retention(10, 60.0), ANYBODY, {"k": "v"}, "key", 2**64 - 1, "epoch", True, False
+    ),
+    wire.Publish(2, "chat", b"", Retention(), None, None, "", 0, "", False, True),
     wire.Subscribe(3, "chat"),
     wire.Unsubscribe("chat"),
-    wire.History(4, "chat", Retention(10, 60.0), AT, -1, True),
-    wire.History(5, "chat", Retention(), None, 0, False),
+    wire.History(4, "chat", Retention(10, 60.0), AT, -1, True, 4096),
+    wire.History(5, "chat", Retention(), None, 0, False, 1),
     wire.RemoveHistory(6, "chat"),
     wire.Enter(7, "chat", ANYBODY, True, False),
     wire.Leave(8, "chat", "client-1"),
@@ -33,7 +35,8 @@ TO_BROKER: list[wire.Message] = [
     wire.Disconnected("client-1"),
     wire.Tally(1000),
     wire.TakeCensus(11),
-    wire.Instruct(12, b"\x00\xff"),
+    wire.Instruct(12, b"\x00\xff", "3"),
+    wire.Admit(13, ANYBODY, 5),
 ]
 TO_WORKER: list[wire.Message] = [
     wire.Welcome(wire.VERSION, "abcdefgh"),
@@ -48,6 +51,8 @@ TO_WORKER: list[wire.Message] = [
     wire.Stats(5, (2, 1)),
     wire.Counted(6, Census(1, 2, 3, 4)),
     wire.Failed(7, 106, "limit exceeded", False),
+    wire.Reached(8, 2),
+    wire.Admitted(9, True),
 ]
 DIRECTIONS = [(wire.ToBroker, TO_BROKER), (wire.ToWorker, TO_WORKER)]
 
@@ -84,7 +89,7 @@ def test_a_message_comes_with_its_last_byte() -> None:
 
 
 def test_a_frame_of_the_largest_size_passes() -> None:
-    message = wire.Instruct(1, b"x" * (wire.FRAME_LIMIT - 8))
+    message = wire.Instruct(1, b"x" * (wire.FRAME_LIMIT - 9), "")
     packed = wire.pack(message)
     assert len(packed) == wire.FRAME_LIMIT + 4
     assert decode(wire.ToBroker, packed) == [message]
@@ -92,7 +97,7 @@ def test_a_frame_of_the_largest_size_passes() -> None:
 
 def test_a_larger_message_is_not_packed() -> None:
     with pytest.raises(wire.BadFrame):
-        wire.pack(wire.Instruct(1, b"x" * (wire.FRAME_LIMIT - 7)))
+        wire.pack(wire.Instruct(1, b"x" * (wire.FRAME_LIMIT - 8), ""))
 
 
 @pytest.mark.parametrize("length", [wire.FRAME_LIMIT + 1, 2**31, 2**32 - 1])
@@ -171,5 +176,5 @@ def test_messages_cut_short(kinds: Any, messages: list[wire.Message]) -> None:
 @pytest.mark.timeout(20)
 def test_a_large_frame_in_small_pieces() -> None:
     """Copying what has come with every piece would take minutes here."""
-    packed = wire.pack(wire.Instruct(1, b"x" * 15_000_000))
+    packed = wire.pack(wire.Instruct(1, b"x" * 15_000_000, ""))
     assert decode(wire.ToBroker, *(packed[at : at + 512] for at in range(0, len(packed), 512)))

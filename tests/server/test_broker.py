@@ -247,6 +247,28 @@ async def test_a_stopped_broker_is_not_waited_for(brokers: Any, workers: Any) ->
     assert await worker.engine.presence("c") == {}
 
 
+async def test_a_client_admitted_too_late_is_not_counted(brokers: Any, workers: Any) -> None:
+    settings = EngineSettings(publish_timeout=0.2)
+    broker, worker = await brokers(settings), workers(0, settings)
+    await broker.link(0, worker.engine)
+    broker.signal(signal.SIGSTOP)
+    await failure_of(Deferred.fromCoroutine(worker.engine.admit(ALICE, 1)))
+    broker.signal(signal.SIGCONT)
+    assert await worker.engine.admit(ALICE, 1)
+
+
+async def test_a_new_broker_counts_the_admitted(brokers: Any, workers: Any) -> None:
+    worker, first = workers(), await brokers()
+    await first.link(0, worker.engine)
+    assert await worker.engine.admit(ALICE, 1)
+    await first.kill()
+    await until(lambda: worker.lost_links == 1)
+    second = await brokers()
+    await second.link(0, worker.engine)
+    assert not await worker.engine.admit(ClientInfo("alice", "client-c"), 1)
+    assert (await worker.engine.census()).clients == 1
+
+
 async def test_without_a_broker_requests_end_too(workers: Any) -> None:
     worker = workers(0, EngineSettings(publish_timeout=0.05))
     assert "in time" in await failure_of(Deferred.fromCoroutine(worker.publish()))

@@ -86,7 +86,7 @@ class BrokerProcess:
 
     async def series(self) -> dict[str, float]:
         """The broker's metrics, by name."""
-        answer: dict[str, Any] = await self._control.callRemote(control.Collect)
+        answer: dict[str, Any] = await self._control.callRemote(control.Collect, names=[])
         samples: list[Sample] = load(answer["metrics"])
         return {sample.name: sample.value for sample in samples}
 
