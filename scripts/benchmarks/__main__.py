@@ -1,23 +1,27 @@
-"""Runs the benchmark that is named: a module beside this one, whose `main` takes the arguments."""
+"""Runs the benchmark that is named: one of `costs`, or the `main` of a module beside this one."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from pathlib import Path
 
-HERE = Path(__file__).parent
-BENCHMARKS = ("blocked", "thrash", "vitals")
+import costs
+
+SCENES = ("blocked", "thrash", "vitals")
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in BENCHMARKS:
-        for name in BENCHMARKS:
-            summary = (importlib.import_module(name).__doc__ or "").partition("\n")[0]
-            print(f"scripts/bench {name:10}  {summary}")
-        return 0 if not arguments else 64
-    result: int = importlib.import_module(arguments[0]).main(arguments[1:])
-    return result
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name in costs.COSTS:
+        return costs.main(name, rest)
+    if name in SCENES:
+        result: int = importlib.import_module(name).main(rest)
+        return result
+    abouts = {one: function.__doc__ for one, function in costs.COSTS.items()}
+    abouts |= {one: importlib.import_module(one).__doc__ for one in SCENES}
+    for one, about in abouts.items():
+        print(f"scripts/bench {one:8}  {(about or '').partition(chr(10))[0]}")
+    return 64 if name else 0
 
 
 if __name__ == "__main__":

@@ -23,16 +23,22 @@ STOP_LIMIT = 15.0
 
 
 class Served:
-    """`with Served(toml) as server:` - a running server on ports of the kernel's choice. toml: laid under it."""
+    """`with Served(toml) as server:` - a running server on ports of the kernel's choice. toml: laid under it.
 
-    def __init__(self, toml: str) -> None:
+    core: the only one that it may use, None for all.
+    """
+
+    dialect = "realtime"
+
+    def __init__(self, toml: str, core: int | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory()
         config = Path(self._folder.name, "realtime.toml")
         config.write_text(toml)
         self.lines: list[str] = []
         self.port = self.operator_port = 0
+        pin = [] if core is None else ["taskset", "-c", str(core)]
         self._process = subprocess.Popen(
-            [str(TWISTD), "--nodaemon", "--pidfile=", "realtime", "--config", str(config)],
+            [*pin, str(TWISTD), "--nodaemon", "--pidfile=", "realtime", "--config", str(config)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

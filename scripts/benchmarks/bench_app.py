@@ -1,0 +1,15 @@
+"""The application of the benchmarks: it says what it was told."""
+
+from realtime import App
+
+app = App()
+
+
+@app.rpc("echo")
+async def echo(client, data):
+    return data
+
+
+@app.on_message
+async def message(client, data):
+    client.send(data)
