@@ -74,6 +74,20 @@ class Retention(Struct, frozen=True, array_like=True, gc=False):
         return self.size > 0 and self.ttl > 0
 
 
+class Terms(Struct, frozen=True, array_like=True):
+    """The terms of one subscription, beyond its channel's options.
+
+    info: shown to others in the channel; data: goes back to the client; both JSON text, or b"". expire_at: Unix
+    seconds, 0.0 for never. override: values that take the place of the channel's own options, by name; only of those
+    that `tokens.OVERRIDABLE` names.
+    """
+
+    info: bytes = b""
+    data: bytes = b""
+    expire_at: float = 0.0
+    override: dict[str, bool] = {}
+
+
 class Census(Struct, frozen=True, array_like=True, gc=False):
     """How many clients, distinct users, channels with a subscriber, and subscriptions there are, over all workers."""
 
@@ -100,25 +114,32 @@ class ConnectRequest(Struct, frozen=True, kw_only=True):
     version: str = ""
 
 
+class Grant(Struct, frozen=True):
+    """Leave to subscribe, with extras: the answer of `App.on_subscribe`.
+
+    data: goes back to the client in the subscribe reply. info: shown to others in this channel. expire_at: Unix time in
+    seconds at which the subscription expires; None for never. override: values in place of the channel's own options
+    "presence", "join_leave", "force_push_join_leave", "force_recovery", "force_positioning".
+    """
+
+    data: Any = None
+    info: Any = None
+    expire_at: int | None = None
+    override: dict[str, bool] = {}
+
+
 class Credentials(Struct, frozen=True):
     """Who a connection is from now on: the answer of `App.on_connecting`.
 
     user: the application's user id, "" for an anonymous connection. info: shown to others in presence, joins and
     publications. data: goes back to the client in the connect reply. expire_at: Unix time in seconds at which the
-    connection expires; None for never.
+    connection expires; None for never. channels, subs: what the client is subscribed to from the start, without and
+    with extras.
     """
 
     user: str = ""
     info: Any = None
     data: Any = None
     expire_at: int | None = None
-
-
-class Grant(Struct, frozen=True):
-    """Leave to subscribe, with extras: the answer of `App.on_subscribe`.
-
-    data: goes back to the client in the subscribe reply. info: shown to others in this channel.
-    """
-
-    data: Any = None
-    info: Any = None
+    channels: tuple[str, ...] | list[str] = ()
+    subs: dict[str, Grant] = {}

@@ -12,28 +12,78 @@ from typing import Protocol
 import msgspec
 from msgspec import Struct
 
-from realtime.errors import FORCE_DISCONNECT, SERVER_UNSUBSCRIBE
+from realtime.errors import CONNECTION_EXPIRED, CONNECTION_LIMIT, FORCE_DISCONNECT, SERVER_UNSUBSCRIBE
+from realtime.records import Position, Terms
 
 
-class DisconnectOrder(Struct, frozen=True, array_like=True, tag="disconnect"):
-    """Close the connections of `user`: all, or the one named `client`, but none that `whitelist` names."""
+class _Order(Struct, frozen=True, array_like=True):
+    """user: whose connections are meant; "" for those of anonymous clients, and never for everybody's."""
 
     user: str
+
+
+class DisconnectOrder(_Order, frozen=True, array_like=True, tag="disconnect"):
+    """Close the connections of `user`, but none whose client id is in `whitelist`.
+
+    client, session: only the connection of that client id, or of that session secret (see `Connection.secret`).
+    """
+
     client: str = ""
     whitelist: tuple[str, ...] = ()
     code: int = FORCE_DISCONNECT[0]
     reason: str = FORCE_DISCONNECT[1]
+    session: str = ""
 
 
-class UnsubscribeOrder(Struct, frozen=True, array_like=True, tag="unsubscribe"):
-    """End the subscription of `user` to `channel`, on all connections or the one named `client`."""
+class UnsubscribeOrder(_Order, frozen=True, array_like=True, tag="unsubscribe"):
+    """End the subscription of `user` to `channel`, whoever began it, and tell the client.
 
-    user: str
+    client, session: as in DisconnectOrder. code, reason: of the unsubscribe push; from 2500 on, SDKs come back.
+    """
+
     channel: str
     client: str = ""
+    session: str = ""
+    code: int = SERVER_UNSUBSCRIBE[0]
+    reason: str = SERVER_UNSUBSCRIBE[1]
 
 
-Order = DisconnectOrder | UnsubscribeOrder
+class SubscribeOrder(_Order, frozen=True, array_like=True, tag="subscribe"):
+    """Subscribe `user` to `channel` from the server's side; a connection that is subscribed already stays as it is.
+
+    The giver has checked that the channel's namespace exists. terms: of the subscription. since: a position known to
+    the client, after which it is sent what it missed if that is still kept; None for what comes from now on.
+    client, session: as in DisconnectOrder.
+    """
+
+    channel: str
+    terms: Terms = Terms()
+    client: str = ""
+    session: str = ""
+    since: Position | None = None
+
+
+class RefreshOrder(_Order, frozen=True, array_like=True, tag="refresh"):
+    """Let the connections of `user` expire at another time, and tell the clients.
+
+    expire_at: Unix seconds, 0.0 for never; a time that has passed, or `expired`, closes them with 3005. info: what
+    others see of the client from now on, as JSON text; b"" leaves it. client, session: as in DisconnectOrder.
+    """
+
+    expire_at: float = 0.0
+    expired: bool = False
+    info: bytes = b""
+    client: str = ""
+    session: str = ""
+
+
+class SupersedeOrder(_Order, frozen=True, array_like=True, tag="supersede"):
+    """Close the connections of `user` that are older than `client`, with 3504."""
+
+    client: str
+
+
+Order = DisconnectOrder | UnsubscribeOrder | SubscribeOrder | RefreshOrder | SupersedeOrder
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Order)
@@ -58,9 +108,16 @@ class Registered(Protocol):
     @property
     def user(self) -> str: ...
 
+    @property
+    def secret(self) -> str: ...
+
     def disconnect(self, code: int, reason: str) -> None: ...
 
+    def subscribe(self, channel: str, terms: Terms, since: Position | None) -> None: ...
+
     def end_subscription(self, channel: str, code: int, reason: str) -> None: ...
+
+    def refresh(self, expire_at: float, info: bytes) -> None: ...
 
 
 class Registry:
@@ -69,6 +126,8 @@ class Registry:
     def __init__(self) -> None:
         self._by_client: dict[str, Registered] = {}
         self._by_user: dict[str, dict[str, Registered]] = {}
+        # Those whose own SupersedeOrder has not come back yet: whatever such order comes before it is an older one's.
+        self._superseding: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._by_client)
@@ -85,10 +144,19 @@ class Registry:
         """Forget the session; harmless when it was never added."""
         if self._by_client.pop(session.client, None) is None:
             return
+        self._superseding.discard(session.client)
         of_user = self._by_user[session.user]
         del of_user[session.client]
         if not of_user:
             del self._by_user[session.user]
+
+    def supersede(self, session: Registered) -> bytes:
+        """The order that ends the older connections of this session's user, which the caller passes on.
+
+        All workers get all orders in one sequence, so of two connections that come at the same time one is the older.
+        """
+        self._superseding.add(session.client)
+        return encode_order(SupersedeOrder(session.user, session.client))
 
     def obey(self, order: bytes) -> None:
         """Carry out one order on the sessions of this worker.
@@ -97,16 +165,30 @@ class Registry:
         """
         match _decoder.decode(order):
             case DisconnectOrder() as order_:
-                for session in self._addressed(order_.user, order_.client):
+                for session in self._addressed(order_):
                     if session.client not in order_.whitelist:
                         session.disconnect(order_.code, order_.reason)
             case UnsubscribeOrder() as order_:
-                for session in self._addressed(order_.user, order_.client):
-                    session.end_subscription(order_.channel, *SERVER_UNSUBSCRIBE)
+                for session in self._addressed(order_):
+                    session.end_subscription(order_.channel, order_.code, order_.reason)
+            case SubscribeOrder() as order_:
+                for session in self._addressed(order_):
+                    session.subscribe(order_.channel, order_.terms, order_.since)
+            case RefreshOrder() as order_:
+                for session in self._addressed(order_):
+                    if order_.expired:
+                        session.disconnect(*CONNECTION_EXPIRED)
+                    else:
+                        session.refresh(order_.expire_at, order_.info)
+            case SupersedeOrder() as order_:
+                self._superseding.discard(order_.client)
+                for session in list(self._by_user.get(order_.user, {}).values()):
+                    if session.client != order_.client and session.client not in self._superseding:
+                        session.disconnect(*CONNECTION_LIMIT)
 
-    def _addressed(self, user: str, client: str) -> list[Registered]:
-        sessions = self._by_user.get(user, {})
-        if client:
-            session = sessions.get(client)
-            return [session] if session else []
-        return list(sessions.values())
+    def _addressed(self, order: DisconnectOrder | UnsubscribeOrder | SubscribeOrder | RefreshOrder) -> list[Registered]:
+        return [
+            session
+            for session in self._by_user.get(order.user, {}).values()
+            if order.client in ("", session.client) and order.session in ("", session.secret)
+        ]
