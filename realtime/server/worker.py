@@ -14,7 +14,6 @@ import time
 import uuid
 from typing import Any
 
-import msgspec
 import psutil
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import LoopingCall, deferLater
@@ -22,7 +21,6 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime import app as application
-from realtime import settings as settings_
 from realtime._version import __version__
 from realtime.errors import SHUTDOWN
 from realtime.protocol.api import NodeFacts, ServerAPI
@@ -35,8 +33,9 @@ from realtime.protocol.session import Session
 from realtime.protocol.tokens import TokenVerifier
 from realtime.pubsub.hub import Hub
 from realtime.server import child, listener, transport
+from realtime.server.admission import Admission
 from realtime.server.broker_engine import BrokerEngine
-from realtime.server.front import FrontFactory
+from realtime.server.front import Endpoint, FrontFactory
 from realtime.server.handlers.coroutines import run, together
 from realtime.server.handlers.dispatch import Dispatcher
 from realtime.server.handlers.processes import Processes
@@ -82,6 +81,7 @@ class Worker:
             pressure,
             Processes(reactor, settings.workers, settings.app, metrics),
             settings.loop.lagging,
+            process.accounts,
         )
         shedding = Shedding(pressure, process.page, metrics, _log)
         shedding.serve(self._dispatcher)
@@ -107,19 +107,24 @@ class Worker:
         )
         api = ServerAPI(self._engine, rules, facts, together)
         self._dispatcher.bind(api)
+        self._admission = Admission(
+            settings.client, metrics, reactor.seconds, shedding.refuse_handshake, settings.workers.count
+        )
         self._websocket = WebSocketFactory(
             self._open_session,
             settings.websocket,
-            _share(settings),
+            settings.client,
             self._deadlines,
             metrics,
             reactor,
-            shedding.refuse_handshake,
+            self._admission,
         )
         self._hub.sent = self._websocket.sent
         site = make_site(self._app, self._dispatcher, api, settings, metrics, relieved=process.page.relieved)
-        path = "" if settings.websocket.disabled else settings.websocket.handler_prefix
-        self._front = FrontFactory(settings.http_server, path, self._websocket, site, self._deadlines, metrics)
+        endpoints: dict[str, Endpoint] = {}
+        if not settings.websocket.disabled:
+            endpoints[settings.websocket.handler_prefix] = self._websocket
+        self._front = FrontFactory(settings.http_server, endpoints, site, self._deadlines, metrics)
         self._ports: list[Any] = []
         self._takers: list[Taker] = []
         self._linked: Deferred[None] = Deferred()
@@ -130,7 +135,7 @@ class Worker:
 
     def _measure(self) -> None:
         process = self._process
-        process.pulse.connections = lambda: self._websocket.connections
+        process.pulse.connections = lambda: self._admission.connections
         process.pulse.subscriptions = lambda: self._hub.subscriptions
         process.pulse.queued_bytes = lambda: self._websocket.queued.size
         process.pulse.threads_busy = lambda: self._dispatcher.threads.busy
@@ -184,7 +189,7 @@ class Worker:
             await maybeDeferred(port.stopListening)
         await self._tell_clients(min(self._spread, timeout * TELLING_SHARE))
         waiting = until - timeout * STOPPING_SHARE
-        while (self._websocket.connections or self._dispatcher.running) and self._reactor.seconds() < waiting:
+        while (self._admission.connections or self._dispatcher.running) and self._reactor.seconds() < waiting:
             await deferLater(self._reactor, 0.05)
             await self._tell_clients(0.0)  # those whose handshake was under way
         await self._dispatcher.stop(max(until - self._reactor.seconds(), 0.0))
@@ -199,12 +204,6 @@ class Worker:
             if wait > 0.01:
                 await deferLater(self._reactor, wait)
             session.disconnect(*SHUTDOWN)
-
-
-def _share(settings: Settings) -> settings_.Client:
-    """The client settings of one worker, with its share of the node's connections, rounded up."""
-    limit, workers = settings.client.connection_limit, settings.workers.count
-    return msgspec.structs.replace(settings.client, connection_limit=-(-limit // workers))
 
 
 class NodeFactsOf:
