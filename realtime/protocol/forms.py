@@ -10,7 +10,8 @@ from typing import Any
 
 from realtime.protocol import messages
 from realtime.protocol.encodings import JSON_ENCODING, JSON_PUSHES, Encoding
-from realtime.protocol.frames import text_frame
+from realtime.protocol.frames import binary_frame, text_frame
+from realtime.protocol.protobuf import PROTOBUF
 from realtime.records import ClientInfo, Publication
 
 
@@ -48,3 +49,4 @@ class Form:
 
 JSON_TEXT = Form(JSON_ENCODING, text_frame)
 JSON_PUSHES_TEXT = Form(JSON_PUSHES, text_frame)
+PROTOBUF_BINARY = Form(PROTOBUF, binary_frame)

@@ -1,0 +1,431 @@
+"""The Protobuf encoding of the client protocol: proto3, straight to and from the Structs of `messages`.
+
+    message of the transport   one or more of: length as a varint, then a Command (from the client) or a Reply (to it)
+    field                      a varint of number << 3 | wire type, then a varint, or a length and so many bytes
+    ping, pong                 a Reply and a Command without any field: the single byte 00
+
+The table below gives each field its number; what it holds, and within which bounds, is told by the Struct's own
+annotations, so that a limit is the same in all encodings. Readers and writers are made of it once, at import.
+
+Zero values are not written. Unknown fields are skipped. Where proto3 leaves a choice to a reader, this one is strict:
+a known field of another wire type, a group, a number outside its type, or a varint of more than 64 bits is an error.
+Of a field that comes twice the last one counts, also where it is a message, which other readers would merge.
+
+Payloads are bytes of any kind. They are compared with JSON only where an application or a client of another encoding
+is to have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct, UnsetType, inspect
+
+from realtime.errors import ClientError
+from realtime.protocol import messages
+from realtime.protocol.encodings import Encoding
+from realtime.protocol.messages import Command, ProtocolError, Pub
+from realtime.records import Publication
+
+
+class EmulationRequest(Struct, frozen=True):
+    """Commands for a session whose stream leads only from the server to the client. data: a message of commands."""
+
+    node: str = ""
+    session: str = ""
+    data: bytes = b""
+
+
+_READ: dict[type[Struct], str] = {
+    Command: (
+        "1 id, 4 connect, 5 subscribe, 6 unsubscribe, 7 publish, 8 presence, 9 presence_stats, 10 history, 11 ping, "
+        "12 send, 13 rpc, 14 refresh, 15 sub_refresh"
+    ),
+    messages.ConnectRequest: "1 token, 2 data, 3 subs, 4 name, 5 version, 6 headers",
+    messages.SubscribeRequest: (
+        "1 channel, 2 token, 3 recover, 6 epoch, 7 offset, 8 data, 9 positioned, 10 recoverable, 11 join_leave, "
+        "12 delta, 13 tf, 14 flag, 15 type"
+    ),
+    messages.UnsubscribeRequest: "1 channel",
+    messages.PublishRequest: "1 channel, 2 data, 3 type",
+    messages.PresenceRequest: "1 channel",
+    messages.PresenceStatsRequest: "1 channel",
+    messages.HistoryRequest: "1 channel, 7 limit, 8 since, 9 reverse",
+    messages.SendRequest: "1 data",
+    messages.RPCRequest: "1 data, 2 method",
+    messages.RefreshRequest: "1 token",
+    messages.SubRefreshRequest: "1 channel, 2 token",
+    messages.StreamPosition: "1 offset, 2 epoch",
+    messages.FilterNode: "1 op, 2 key, 3 cmp, 4 val, 5 vals, 6 nodes",
+    EmulationRequest: "1 node, 2 session, 3 data",
+}
+
+# A type stands behind those that are part of it.
+_WRITTEN: dict[type[Struct], str] = {
+    messages.Error: "1 code, 2 message, 3 temporary",
+    messages.Info: "1 user, 2 client, 3 conn_info, 4 chan_info",
+    messages.Pub: "4 data, 5 info, 6 offset, 7 tags, 8 delta, 14 epoch",
+    messages.SubscribeResult: (
+        "1 expires, 2 ttl, 3 recoverable, 6 epoch, 7 publications, 8 recovered, 9 offset, 10 positioned, 11 data, "
+        "12 was_recovering, 13 delta"
+    ),
+    messages.ConnectResult: (
+        "1 client, 2 version, 3 expires, 4 ttl, 5 data, 6 subs, 7 ping, 8 pong, 9 session, 10 node, 11 time"
+    ),
+    messages.Empty: "",
+    messages.PresenceResult: "1 presence",
+    messages.PresenceStatsResult: "1 num_clients, 2 num_users",
+    messages.HistoryResult: "1 publications, 2 epoch, 3 offset",
+    messages.RPCResult: "1 data",
+    messages.RefreshResult: "1 client, 2 version, 3 expires, 4 ttl",
+    messages.SubRefreshResult: "1 expires, 2 ttl",
+    messages.Join: "1 info",
+    messages.Unsubscribe: "2 code, 3 reason",
+    messages.Subscribe: "1 recoverable, 4 epoch, 5 offset, 6 positioned, 7 data",
+    messages.Message: "1 data",
+    messages.DisconnectPush: "1 code, 2 reason",
+    messages.Refresh: "1 expires, 2 ttl",
+}
+
+# The two envelopes of what is written are made by hand: exactly one of their fields is set, and of any type.
+_REPLY = (
+    "1 id, 2 error, 4 push, 5 connect, 6 subscribe, 7 unsubscribe, 8 publish, 9 presence, 10 presence_stats, "
+    "11 history, 13 rpc, 14 refresh, 15 sub_refresh"
+)
+_PUSH = "2 channel, 4 pub, 5 join, 6 leave, 7 unsubscribe, 8 message, 9 subscribe, 11 disconnect, 12 refresh"
+
+_EMPTY_COMMAND = Command()
+
+# Wire types. The two of groups have no name here.
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+_MAX_NUMBER = 2**29 - 1
+_MAX_VARINT = 2**64 - 1
+
+
+class Protobuf:
+    """Each payload brings its length along, so that payloads can be joined."""
+
+    name = "protobuf"
+    unidirectional = False
+    ping = b"\x00"
+
+    def commands(self, message: bytes) -> Iterator[Command]:
+        position, end = 0, len(message)
+        if not end:
+            raise ProtocolError("no command")
+        while position < end:
+            try:
+                size, start = _varint(message, position)
+                position = start + size
+                if position > end:
+                    raise ProtocolError("a command ends behind its message")
+                # Empty ones are short, so that a message can hold a great many.
+                yield _READERS[Command].read(message, start, position) if size else _EMPTY_COMMAND
+            except (IndexError, UnicodeDecodeError, RecursionError):
+                raise ProtocolError("not a command") from None
+
+    def payload(self, raw: Raw | UnsetType) -> bytes:
+        return bytes(raw) if isinstance(raw, Raw) else b""
+
+    def value(self, data: bytes) -> Any:
+        """The value of JSON text, or the bytes of what is something else."""
+        try:
+            return messages.value(data)
+        except (ClientError, UnicodeDecodeError):
+            return data
+
+    def made(self, value: Any) -> bytes:
+        """Bytes as they are, anything else as JSON text."""
+        if value is None:
+            return b""
+        return value if isinstance(value, bytes) else msgspec.json.encode(value)
+
+    def is_json(self, data: bytes) -> bool:
+        return messages.is_json(data)
+
+    def reply(self, id: int, name: str, result: Struct) -> bytes:
+        field = _sized(_REPLY_TAGS[name], _WRITERS[type(result)](result))
+        return _sized(b"", _ID_TAG + _varint_of(id) + field)
+
+    def error_reply(self, id: int, error: ClientError) -> bytes:
+        return self.reply(id, "error", messages.Error(error.code, error.message, error.temporary))
+
+    def push(self, channel: str, name: str, body: Struct) -> bytes:
+        push = _sized(_PUSH_TAGS[name], _WRITERS[type(body)](body))
+        if channel:
+            push = _sized(_PUSH_TAGS["channel"], channel.encode()) + push
+        return _sized(b"", _sized(_REPLY_TAGS["push"], push))
+
+    def pub(self, publication: Publication, epoch: str = "") -> Pub:
+        return messages.pub(publication, publication.data, epoch)
+
+    def whole(self, publication: Publication, epoch: str = "") -> Pub:
+        return messages.pub(publication, publication.data, epoch)
+
+    def patch(self, publication: Publication, delta: bytes, epoch: str = "") -> Pub | None:
+        return messages.pub(publication, delta, epoch, delta=True)
+
+
+def emulation_request(body: bytes) -> EmulationRequest:
+    """The whole body of a request to the emulation endpoint. Raises ProtocolError."""
+    try:
+        request: EmulationRequest = _READERS[EmulationRequest].read(body, 0, len(body))
+    except (IndexError, UnicodeDecodeError):
+        raise ProtocolError("not an emulation request") from None
+    return request
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number at `position`, and where it ends. Raises ProtocolError, and IndexError at the end of `data`."""
+    byte = data[position]
+    if byte < 0x80:
+        return byte, position + 1
+    number = byte & 0x7F
+    for shift in range(7, 70, 7):
+        position += 1
+        byte = data[position]
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if number > _MAX_VARINT:
+                break
+            return number, position + 1
+    raise ProtocolError("a varint of more than 64 bits")
+
+
+class _Reader:
+    """Reads one type of message. make: takes the fields that were there, by name."""
+
+    __slots__ = ("_make", "_numbers", "_parts")
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+        self._numbers: dict[int, Callable[[dict[str, Any], int], None]] = {}
+        self._parts: dict[int, Callable[[dict[str, Any], bytes, int, int], None]] = {}
+
+    def read(self, data: bytes, position: int, end: int) -> Any:
+        """The message that lies in a part of `data`.
+
+        Raises ProtocolError, UnicodeDecodeError, IndexError when it goes on behind the end of `data`, and
+        RecursionError.
+        """
+        values: dict[str, Any] = {}
+        while position < end:
+            tag, position = _varint(data, position)
+            number, wire_type = tag >> 3, tag & 7
+            if wire_type == _BYTES:
+                size, position = _varint(data, position)
+                stop = position + size
+                if stop > end:
+                    raise ProtocolError("a field ends behind its message")
+                if (take := self._parts.get(number)) is not None:
+                    take(values, data, position, stop)
+                else:
+                    self._check_unknown(number)
+                position = stop
+            elif wire_type == _VARINT:
+                value, position = _varint(data, position)
+                if (keep := self._numbers.get(number)) is not None:
+                    keep(values, value)
+                else:
+                    self._check_unknown(number)
+            elif wire_type in (_FIXED32, _FIXED64):
+                self._check_unknown(number)
+                position += 4 if wire_type == _FIXED32 else 8
+            else:
+                raise ProtocolError("a group, or no wire type at all")
+        if position != end:
+            raise ProtocolError("a field ends behind its message")
+        return self._make(**values)
+
+    def _check_unknown(self, number: int) -> None:
+        """Whether a field that was not found among those of its wire type may be skipped."""
+        if not 0 < number <= _MAX_NUMBER or number in self._parts or number in self._numbers:
+            raise ProtocolError("a field of the wrong wire type, or with a number that no field can have")
+
+    def add(self, number: int, name: str, type: inspect.Type) -> None:
+        """A field of this message."""
+        match type:
+            case inspect.BoolType():
+                self._numbers[number] = _takes_bool(name)
+            case inspect.IntType(ge=int(low), le=int(high)):
+                self._numbers[number] = _takes_int(name, low, high)
+            case inspect.ListType(item_type=item):
+                self._parts[number] = _takes_item(name, _part(item))
+            case inspect.DictType(key_type=key, value_type=value):
+                entry = _Reader(_entry(value))
+                entry.add(1, "key", key)
+                entry.add(2, "value", value)
+                self._parts[number] = _takes_entry(name, entry.read)
+            case _:
+                self._parts[number] = _takes_part(name, _part(type))
+
+
+_Part = Callable[[bytes, int, int], Any]
+
+
+def _part(type: inspect.Type) -> _Part:
+    """What makes a value of a part of the data."""
+    match type:
+        case inspect.StrType():
+            return lambda data, start, stop: data[start:stop].decode()
+        case inspect.BytesType():
+            return lambda data, start, stop: data[start:stop]
+        case inspect.RawType():
+            return lambda data, start, stop: Raw(data[start:stop])
+        case inspect.StructType(cls=cls):
+            return _READERS[cls].read
+    raise TypeError(type)
+
+
+def _takes_bool(name: str) -> Callable[[dict[str, Any], int], None]:
+    def take(values: dict[str, Any], number: int) -> None:
+        values[name] = number != 0
+
+    return take
+
+
+def _takes_int(name: str, low: int, high: int) -> Callable[[dict[str, Any], int], None]:
+    def take(values: dict[str, Any], number: int) -> None:
+        if low < 0 and number >> 63:
+            number -= 1 << 64
+        if not low <= number <= high:
+            raise ProtocolError("a number out of range")
+        values[name] = number
+
+    return take
+
+
+def _takes_part(name: str, part: _Part) -> Callable[[dict[str, Any], bytes, int, int], None]:
+    def take(values: dict[str, Any], data: bytes, start: int, stop: int) -> None:
+        values[name] = part(data, start, stop)
+
+    return take
+
+
+def _takes_item(name: str, part: _Part) -> Callable[[dict[str, Any], bytes, int, int], None]:
+    def take(values: dict[str, Any], data: bytes, start: int, stop: int) -> None:
+        values.setdefault(name, []).append(part(data, start, stop))
+
+    return take
+
+
+def _takes_entry(name: str, part: _Part) -> Callable[[dict[str, Any], bytes, int, int], None]:
+    def take(values: dict[str, Any], data: bytes, start: int, stop: int) -> None:
+        key, value = part(data, start, stop)
+        values.setdefault(name, {})[key] = value
+
+    return take
+
+
+def _entry(type: inspect.Type) -> Callable[..., tuple[str, Any]]:
+    """Makes an entry of a map: a message of two fields, each of which may be absent."""
+    absent: Any = type.cls() if isinstance(type, inspect.StructType) else ""
+    return lambda key="", value=absent: (key, value)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+_ONE_BYTE = [bytes((number,)) for number in range(0x80)]
+
+
+def _varint_of(number: int) -> bytes:
+    if 0 <= number < 0x80:
+        return _ONE_BYTE[number]
+    number &= _MAX_VARINT  # a negative number is its two's complement
+    made = bytearray()
+    while number > 0x7F:
+        made.append(number & 0x7F | 0x80)
+        number >>= 7
+    made.append(number)
+    return bytes(made)
+
+
+def _sized(tag: bytes, part: bytes) -> bytes:
+    """A field, or with an empty tag a whole payload."""
+    size = len(part)
+    return tag + (_ONE_BYTE[size] if size < 0x80 else _varint_of(size)) + part
+
+
+_Write = Callable[[Any], bytes]
+
+
+def _message_writer(struct: type[Struct], numbers: str) -> _Write:
+    fields = [_field_writer(number, type) for number, _, type in _fields(struct, numbers)]
+    values_of = msgspec.structs.astuple
+
+    def write(message: Struct) -> bytes:
+        # What is unset, empty, zero or None is false; a message never is.
+        return b"".join([write(value) for value, write in zip(values_of(message), fields) if value])  # noqa: B905
+
+    return write
+
+
+def _field_writer(number: int, type: inspect.Type) -> _Write:
+    tag = _tag(number, _BYTES)
+    match type:
+        case inspect.BoolType() | inspect.IntType():
+            tag = _tag(number, _VARINT)
+            return lambda value: tag + _varint_of(value)
+        case inspect.StrType():
+            return lambda text: _sized(tag, text.encode())
+        case inspect.RawType():
+            return lambda raw: _sized(tag, bytes(raw))
+        case inspect.StructType(cls=cls):
+            write = _WRITERS[cls]
+            return lambda message: _sized(tag, write(message))
+        case inspect.ListType(item_type=item):
+            write_item = _field_writer(number, item)
+            return lambda items: b"".join(map(write_item, items))
+        case inspect.DictType(key_type=key, value_type=value):
+            write_key, write_value = _field_writer(1, key), _field_writer(2, value)
+            return lambda entries: b"".join(
+                [_sized(tag, write_key(key) + write_value(value)) for key, value in entries.items()]
+            )
+    raise TypeError(type)
+
+
+# -- the table at work ------------------------------------------------------------------------------------------------
+
+
+def _fields(struct: type[Struct], numbers: str) -> list[tuple[int, str, inspect.Type]]:
+    """Number, name and type of each field, in the order of the Struct. A type that may be None is told without that."""
+    info = inspect.type_info(struct)
+    assert isinstance(info, inspect.StructType)
+    of = _numbers(numbers)
+    return [(of[field.name], field.name, _without_none(field.type)) for field in info.fields]
+
+
+def _numbers(text: str) -> dict[str, int]:
+    return {name: int(number) for number, name in map(str.split, filter(None, text.split(",")))}
+
+
+def _without_none(type: inspect.Type) -> inspect.Type:
+    if isinstance(type, inspect.UnionType):
+        (type,) = (one for one in type.types if not isinstance(one, inspect.NoneType))
+    return type
+
+
+def _tag(number: int, wire_type: int) -> bytes:
+    return _varint_of(number << 3 | wire_type)
+
+
+_READERS = {struct: _Reader(struct) for struct in _READ}
+for _struct, _text in _READ.items():
+    for _number, _name, _type in _fields(_struct, _text):
+        _READERS[_struct].add(_number, _name, _type)
+
+_WRITERS: dict[type[Struct], _Write] = {}
+for _struct, _text in _WRITTEN.items():
+    _WRITERS[_struct] = _message_writer(_struct, _text)
+
+_ID_TAG = _tag(_numbers(_REPLY)["id"], _VARINT)
+_REPLY_TAGS = {name: _tag(number, _BYTES) for name, number in _numbers(_REPLY).items()}
+_PUSH_TAGS = {name: _tag(number, _BYTES) for name, number in _numbers(_PUSH).items()}
+
+PROTOBUF: Encoding = Protobuf()
