@@ -1,21 +1,21 @@
 """The one port for clients: reads the head of every request once, strictly, and passes on what it accepted.
 
-A WebSocket handshake goes to Autobahn, whose protocol takes this one's place on the transport. Everything else goes to
-twisted.web, request by request: bodies pass through untouched, and each head of a kept-alive connection is judged like
-the first. Both are given heads that were rebuilt from what was accepted. A request that is refused gets one complete
-small response; after it the connection is shut in order, so that the response is not lost to a reset, and aborted if
-the peer does not follow.
+A request to an endpoint, such as a WebSocket handshake, gets a protocol that takes this one's place on the transport.
+Everything else goes to twisted.web, request by request: bodies pass through untouched, and each head of a kept-alive
+connection is judged like the first. Autobahn and twisted.web are given heads that were rebuilt from what was accepted.
+A request that is refused gets one complete small response; after it the connection is shut in order, so that the
+response is not lost to a reset, and aborted if the peer does not follow.
 """
 
 from __future__ import annotations
 
-import random
 import socket
-from email.utils import formatdate
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
+from typing import Protocol as Interface
 
-from twisted.internet.interfaces import IAddress, IProtocol
+from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.web.server import Site
@@ -24,7 +24,8 @@ from realtime import settings
 from realtime.metrics import Counter, Metrics
 from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.head import CHUNKED, UNCOUNTED, Head, HeadParser, Refusal
-from realtime.server.websocket import WebSocketFactory, bad_input
+from realtime.server.admission import response
+from realtime.server.websocket import bad_input
 
 # Seconds for the peer to read a refusal and close: what it sends meanwhile is read and thrown away.
 LINGER = 2.0
@@ -37,8 +38,28 @@ HTTP_PATIENCE = 30_000
 _UNREADABLE = b"\0\r\n"
 
 _TIMED_OUT = Refusal(HTTPStatus.REQUEST_TIMEOUT, "the request took too long", "head_timeout")
-# A client that comes back does so after this many seconds, each after another time.
-_RETRY_AFTER = (3, 10)
+_PIPELINED = Refusal(HTTPStatus.BAD_REQUEST, "an earlier request is still being answered", "pipelined")
+
+
+class Endpoint(Interface):
+    """A path whose requests take over their connections."""
+
+    def judge(self, head: Head) -> Refusal | None:
+        """Why this request is not let in, or None. Asked once."""
+
+    def open(self, head: Head, transport: Any) -> tuple[Protocol, bytes]:
+        """The protocol for a request that `judge` let in, and what to feed it before the bytes after the head."""
+
+
+class Server(Interface):
+    """A connection's end in twisted.web; see `realtime.server.http.Channel`."""
+
+    def makeConnection(self, transport: Any) -> None: ...
+    def dataReceived(self, data: bytes) -> None: ...
+    def connectionLost(self, reason: Failure) -> None: ...
+
+    def release(self) -> bool:
+        """Let go of the transport for good; False while a request is being answered."""
 
 
 class Front(Protocol):
@@ -49,7 +70,7 @@ class Front(Protocol):
     bucket = 0  # belongs to Deadlines
     _parser: HeadParser | None = None  # of the head that is being read
     _refused = False  # a response that says no was written; what still comes is thrown away
-    _channel: IProtocol | None = None  # twisted.web's end, from the first request that went to it
+    _channel: Server | None = None  # twisted.web's end, from the first request that went to it
     _body = 0  # bytes of the body that are still to come, or CHUNKED
 
     def connectionMade(self) -> None:
@@ -94,23 +115,40 @@ class Front(Protocol):
             return b""
         self._parser = None
         self.factory.deadlines.clear(self)
-        if verdict.path == self.factory.path and self._channel is None:
-            self._open_websocket(verdict, parser.rest)
+        endpoint = self.factory.endpoints.get(verdict.path)
+        # What browsers ask before is answered by twisted.web, after which they may go on with the same connection.
+        if endpoint is not None and verdict.method != "OPTIONS":
+            self._give_way(endpoint, verdict, parser.rest)
             return b""
         self._serve(verdict)
         return parser.rest
 
-    def _open_websocket(self, head: Head, rest: bytes) -> None:
-        refusal = self.factory.websocket.judge(head)
+    def _give_way(self, endpoint: Endpoint, head: Head, rest: bytes) -> None:
+        """Have another protocol go on, from this request."""
+        if self._channel is not None and not self._leave_http(self._channel):
+            self._refuse(_PIPELINED)
+            return
+        refusal = endpoint.judge(head)
         if refusal is not None:
             self._refuse(refusal)
             return
         transport = self.transport
-        connection, opening = self.factory.websocket.open(head, transport)
+        connection, opening = endpoint.open(head, transport)
         self.factory.waiting -= 1
         transport.protocol = connection
         connection.makeConnection(transport)
-        connection.dataReceived(opening + rest)
+        if opening or rest:
+            connection.dataReceived(opening + rest)
+
+    def _leave_http(self, channel: Server) -> bool:
+        """Whether twisted.web has nothing more to say, and is left."""
+        if not channel.release():
+            return False
+        self._channel = None
+        self.factory.serving -= 1
+        self.factory.waiting += 1
+        self.transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
+        return True
 
     def _serve(self, head: Head) -> None:
         """Pass a request's head to twisted.web."""
@@ -119,6 +157,7 @@ class Front(Protocol):
             self.factory.serving += 1
             self.transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, HTTP_PATIENCE)
             self._channel = self.factory.http.buildProtocol(self.transport.getPeer())
+            assert self._channel is not None
             self._channel.makeConnection(self.transport)
         self._body = head.body
         # Where a chunked body ends is twisted.web's to find out, so no head of ours can follow it.
@@ -154,18 +193,16 @@ class FrontFactory(Factory):
     def __init__(
         self,
         http_server: settings.HTTPServer,
-        path: str,
-        websocket: WebSocketFactory,
+        endpoints: Mapping[str, Endpoint],
         http: Site,
         deadlines: Deadlines,
         metrics: Metrics,
     ) -> None:
-        """path: where WebSockets are opened, compared with the request's path as it was sent; "" for nowhere.
+        """endpoints: by path, which is compared with the request's path as it was sent.
 
         http: serves every other path. deadlines: swept by the caller.
         """
-        self.path = path
-        self.websocket = websocket
+        self.endpoints = endpoints
         self.http = http
         self.deadlines = deadlines
         self.header_timeout = http_server.header_timeout
@@ -205,21 +242,3 @@ class FrontFactory(Factory):
         if counter is None:
             counter = self._counters[kind] = bad_input(self._metrics, kind)
         counter.value += 1
-
-
-def response(refusal: Refusal) -> bytes:
-    """The complete HTTP response that says no."""
-    status = HTTPStatus(refusal.status)
-    body = refusal.reason + "\n"
-    lines = [
-        f"HTTP/1.1 {status.value} {status.phrase}",
-        "Server: realtime",
-        f"Date: {formatdate(usegmt=True)}",
-        "Connection: close",
-        "Content-Type: text/plain; charset=utf-8",
-        f"Content-Length: {len(body)}",
-    ]
-    lines += [f"{name}: {value}" for name, value in refusal.headers]
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        lines.append(f"Retry-After: {random.randint(*_RETRY_AFTER)}")
-    return "\r\n".join([*lines, "", body]).encode("ascii")

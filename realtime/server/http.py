@@ -210,6 +210,14 @@ class Channel(http.HTTPChannel):
         self._set_deadline(0)
         super().connectionLost(reason)
 
+    def release(self) -> bool:
+        """Let go of the transport for good; False while a request is being answered."""
+        if self.requests or self._refused or not self.persistent:
+            return False
+        self.setTimeout(None)
+        self._networkProducer.unregisterProducer()
+        return True
+
     def _judge_body(self) -> Answer | None:
         headers = self.requests[-1].requestHeaders
         found = self.site.door.find(self._command.decode("ascii"), self._path.decode("ascii"), headers)

@@ -30,10 +30,11 @@ from realtime.metrics import Counter, Metrics
 from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.forms import JSON_TEXT, Form
 from realtime.protocol.frames import close_frame, pong_frame
-from realtime.protocol.handshake import judge_handshake, opening_request, origin_policy, subprotocol
+from realtime.protocol.handshake import judge_handshake, opening_request, subprotocol
 from realtime.protocol.head import Head, Refusal
 from realtime.protocol.outbox import Total
 from realtime.protocol.session import Request
+from realtime.server.admission import Admission
 from realtime.server.outgoing import Outgoing
 
 CONTROL_FRAMES_PER_SECOND = 20
@@ -338,12 +339,8 @@ class WebSocketFactory(WebSocketServerFactory):
         deadlines: Deadlines,
         metrics: Metrics,
         reactor: Any,
-        refuse: Callable[[], Refusal | None] = lambda: None,
+        admission: Admission,
     ) -> None:
-        """client.connection_limit: of this process, so the caller divides the node's limit; 0 for none.
-
-        refuse: why a good handshake is refused at this moment, if it is.
-        """
         super().__init__(server="realtime", reactor=reactor)
         if not USES_NVX:
             _log.warn("Autobahn runs without its native code: reading a large message costs 30 times as much")
@@ -355,16 +352,14 @@ class WebSocketFactory(WebSocketServerFactory):
         self.close_timeout = websocket.close_timeout
         self.queue_max_size = client.queue_max_size
         self.queued = Total()
-        self._connection_limit = client.connection_limit
-        self._refuse = refuse
-        self._origin_allowed = origin_policy(client.allowed_origins)
+        self._admission = admission
+        admission.counts.append(lambda: self.connections)
         self._counters = {kind: bad_input(metrics, kind) for kind in _KINDS}
         self._metrics = metrics
         self.connects = metrics.counter("realtime_connects", "WebSocket connections that were opened.")
         self.received = metrics.counter("realtime_messages_received", "WebSocket messages from clients.")
         # Those of the fan-out are counted by the hub.
         self.sent = metrics.counter("realtime_messages_sent", "WebSocket messages to clients.")
-        metrics.gauge("realtime_connections", "WebSocket connections that are open", lambda: self.connections)
 
     @property
     def connections(self) -> int:
@@ -373,15 +368,13 @@ class WebSocketFactory(WebSocketServerFactory):
 
     def judge(self, head: Head) -> Refusal | None:
         """Why this request is not let in, or None."""
-        refusal = judge_handshake(head, self._origin_allowed)
-        if refusal is None and 0 < self._connection_limit <= self.connections:
-            return Refusal(503, "too many connections", "connection_limit")
-        return refusal or self._refuse()
+        return judge_handshake(head, self._admission.origin_allowed) or self._admission.judge()
 
     def open(self, head: Head, transport: Any) -> tuple[WebSocketConnection, bytes]:
         """A connection for a request that `judge` let in, and the head to feed it: no more than what was judged."""
         chosen = subprotocol(head)
-        connection = self.protocol(opening_request(head, transport.getPeer().host), chosen)
+        address = self._admission.address(head, transport.getPeer().host)
+        connection = self.protocol(opening_request(head, address), chosen)
         connection.factory = self
         names = ("host", "sec-websocket-key")
         fields = [("upgrade", "websocket"), ("connection", "upgrade"), ("sec-websocket-version", "13")]

@@ -21,6 +21,7 @@ from realtime.metrics import Metrics
 from realtime.protocol.deadlines import RESOLUTION, Deadlines
 from realtime.protocol.head import Refusal
 from realtime.protocol.session import Request
+from realtime.server.admission import Admission
 from realtime.server.front import FrontFactory
 from realtime.server.websocket import WebSocketConnection, WebSocketFactory
 
@@ -195,12 +196,12 @@ class Stage:
         self.failures: list[LogEvent] = []
         self.make_session: Callable[[WebSocketConnection, Request], Any] = Echo
         self.refusal: Refusal | None = None  # of every handshake, if set
+        self.admission = Admission(client, self.metrics, lambda: self.now, lambda: self.refusal)
         self.websocket = WebSocketFactory(
-            self._open_session, websocket, client, self.deadlines, self.metrics, reactor, lambda: self.refusal
+            self._open_session, websocket, client, self.deadlines, self.metrics, reactor, self.admission
         )
-        self.front = FrontFactory(
-            http_server, websocket.handler_prefix, self.websocket, Site(Page()), self.deadlines, self.metrics
-        )
+        endpoints = {websocket.handler_prefix: self.websocket}
+        self.front = FrontFactory(http_server, endpoints, Site(Page()), self.deadlines, self.metrics)
         self._port = reactor.listenTCP(0, self.front, interface="127.0.0.1")
         self.port = self._port.getHost().port
 

@@ -21,6 +21,7 @@ from realtime.protocol.deadlines import RESOLUTION, Deadlines
 from realtime.protocol.frames import text_frame
 from realtime.protocol.head import UNCOUNTED, Head, Refusal
 from realtime.protocol.session import Request
+from realtime.server.admission import Admission
 from realtime.server.front import FrontFactory
 from realtime.server.operators.live import Live
 from realtime.server.websocket import WebSocketConnection, WebSocketFactory
@@ -45,16 +46,18 @@ class Viewers:
         self._deadlines = Deadlines(reactor.seconds())
         # The operators' own connections are no clients: they don't show in the metrics.
         metrics = Metrics()
+        client = settings.Client(connection_limit=MOST_VIEWERS, queue_max_size=_MAX_WAITING)
         websocket = _Factory(
             self._open,
             settings.WebSocket(message_size_limit=_MAX_MESSAGE),
-            settings.Client(connection_limit=MOST_VIEWERS, queue_max_size=_MAX_WAITING),
+            client,
             self._deadlines,
             metrics,
             reactor,
+            Admission(client, metrics, reactor.seconds),
         )
         websocket.is_own = is_own
-        self.front = FrontFactory(settings.HTTPServer(), PATH, websocket, site, self._deadlines, metrics)
+        self.front = FrontFactory(settings.HTTPServer(), {PATH: websocket}, site, self._deadlines, metrics)
         self._timer = LoopingCall(self._sweep)
         self._timer.clock = reactor
         live.added.append(self._tell)

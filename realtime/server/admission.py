@@ -1,0 +1,94 @@
+"""Who may open a connection to this worker, whatever its transport, and what is told to those who may not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from email.utils import formatdate
+from http import HTTPStatus
+
+from realtime import settings
+from realtime.metrics import Metrics
+from realtime.protocol.handshake import origin_policy
+from realtime.protocol.head import Head, Refusal
+from realtime.protocol.proxies import Proxies
+
+# A client that comes back does so after this many seconds, each after another time.
+_RETRY_AFTER = (3, 10)
+
+
+class Admission:
+    """One for all transports of a worker.
+
+    origin_allowed: whether the page that a request comes from may open connections. counts: how many connections are
+    open, for each transport.
+    """
+
+    def __init__(
+        self,
+        client: settings.Client,
+        metrics: Metrics,
+        seconds: Callable[[], float],
+        refuse: Callable[[], Refusal | None] = lambda: None,
+        workers: int = 1,
+    ) -> None:
+        """seconds: a monotonic clock. refuse: why nobody is let in at this moment, if nobody is.
+
+        workers: how many share the limits of `client`; each gets its part, of the number of connections rounded up.
+        """
+        self.origin_allowed = origin_policy(client.allowed_origins)
+        self.counts: list[Callable[[], int]] = []
+        self._limit = -(-client.connection_limit // workers)
+        self._rate = client.connection_rate_limit / workers
+        self._due = 0.0  # when those let in so far would be used up at the allowed rate
+        self._seconds = seconds
+        self._refuse = refuse
+        self._proxies = Proxies(client.trusted_proxies)
+        metrics.gauge("realtime_connections", "Connections of clients that are open", lambda: self.connections)
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return sum(count() for count in self.counts)
+
+    def judge(self) -> Refusal | None:
+        """Why one more connection is not opened now, or None; then it counts towards the rate."""
+        refusal = self._refuse()
+        if refusal is not None:
+            return refusal
+        if 0 < self._limit <= self.connections:
+            return Refusal(503, "too many connections", "connection_limit")
+        return None if self._spend() else Refusal(503, "too many new connections", "connection_rate")
+
+    def address(self, head: Head, peer: str) -> str:
+        """The client's own address. peer: that of the connection, which may be a proxy's."""
+        return self._proxies.client(peer, head.all("x-forwarded-for"))
+
+    def _spend(self) -> bool:
+        """Whether one more is within the rate. After a quiet second, that of a second may come at once."""
+        if not self._rate:
+            return True
+        now = self._seconds()
+        burst = max(self._rate, 1.0)
+        if self._due - now > (burst - 1) / self._rate:
+            return False
+        self._due = max(self._due, now) + 1 / self._rate
+        return True
+
+
+def response(refusal: Refusal) -> bytes:
+    """The complete HTTP response that says no."""
+    status = HTTPStatus(refusal.status)
+    body = refusal.reason + "\n"
+    lines = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        "Server: realtime",
+        f"Date: {formatdate(usegmt=True)}",
+        "Connection: close",
+        "Content-Type: text/plain; charset=utf-8",
+        f"Content-Length: {len(body)}",
+    ]
+    lines += [f"{name}: {value}" for name, value in refusal.headers]
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        lines.append(f"Retry-After: {random.randint(*_RETRY_AFTER)}")
+    return "\r\n".join([*lines, "", body]).encode("latin-1")
