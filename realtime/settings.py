@@ -20,6 +20,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from msgspec import Meta, Struct, field
 
 from realtime import centrifugo, tomltext
@@ -52,7 +56,50 @@ def _is_loopback(text: str) -> bool:
 
 
 def _is_key_set(text: str) -> bool:
-    return text == "" or re.fullmatch(r"https?://[^\s/]+/\S*", text) is not None
+    return text == "" or re.fullmatch(r"https?://[^\s/@]+/\S*", text) is not None
+
+
+# Stands in the address of a key set for what a named group of a pattern has found.
+PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
+_LISTED = re.compile(r"\(\?P<(\w+)>((?:[A-Za-z0-9_-]|\\\.)+(?:\|(?:[A-Za-z0-9_-]|\\\.)+)*)\)")
+
+
+def listed_groups(pattern: str) -> dict[str, tuple[str, ...]]:
+    """The named groups of a pattern that do no more than list texts, such as (?P<tenant>acme|globex), with those."""
+    return {name: tuple(texts.replace("\\.", ".").split("|")) for name, texts in _LISTED.findall(pattern)}
+
+
+def _lists_what_it_names(token: Token) -> bool:
+    """Whether only listed texts get into the key set's address: those who write tokens shall not choose whom we ask."""
+    listed = listed_groups(token.audience_regex) | listed_groups(token.issuer_regex)
+    left = PLACEHOLDER.sub(lambda found: "" if found[1] in listed else "{", token.jwks_public_endpoint)
+    return not {"{", "}"} & set(left)
+
+
+def _is_no_pem(key: str, token: Token) -> bool:
+    return not getattr(token, key).lstrip().startswith("-----BEGIN")
+
+
+def _is_rsa(text: str) -> bool:
+    """Whether it is an RSA key that signs tokens: of 2048 bits or more (RFC 7518, section 3.3). Or nothing."""
+    key = _public_key(text)
+    return text == "" or (isinstance(key, RSAPublicKey) and 2048 <= key.key_size <= 16384)
+
+
+def _is_elliptic(text: str) -> bool:
+    """Whether it is a key on one of the curves that sign tokens (RFC 7518, section 3.4). Or nothing."""
+    key = _public_key(text)
+    return text == "" or (isinstance(key, EllipticCurvePublicKey) and key.curve.name in _CURVES)
+
+
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")
+
+
+def _public_key(text: str) -> object:
+    try:
+        return load_pem_public_key(text.encode())
+    except (ValueError, UnsupportedAlgorithm):
+        return None
 
 
 def _is_claim(text: str) -> bool:
@@ -184,12 +231,18 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     hmac_previous_secret_key_valid_until: Annotated[
         Count, about("Unix time, in seconds, after which the previous key is refused; 0: no end.")
     ] = 0
-    rsa_public_key: Annotated[str, about("Public key of RS256, RS384 and RS512 tokens, as PEM text; empty: none.")] = ""
+    rsa_public_key: Annotated[
+        Secret,  # it is none, but somebody may have put the private key here
+        only("the PEM text of an RSA public key of 2048 bits or more (-----BEGIN PUBLIC KEY-----)", _is_rsa),
+        about("Public key of RS256, RS384 and RS512 tokens, as PEM text; empty: none."),
+    ] = ""
     ecdsa_public_key: Annotated[
-        str, about("Public key of ES256, ES384 and ES512 tokens, as PEM text; empty: none.")
+        Secret,
+        only("the PEM text of a public key on P-256, P-384 or P-521 (-----BEGIN PUBLIC KEY-----)", _is_elliptic),
+        about("Public key of ES256, ES384 or ES512 tokens, by its curve, as PEM text; empty: none."),
     ] = ""
     jwks_public_endpoint: Annotated[
-        str,
+        Secret,  # some addresses have a password in them
         only('an https address such as "https://id.example.com/jwks.json"', _is_key_set),
         about("Address of a JSON Web Key Set; tokens signed by its keys are taken, and the static keys are not used."),
     ] = ""
@@ -223,6 +276,25 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             ("hmac_previous_secret_key", "hmac_secret_key"),
             lambda token: token.hmac_secret_key or not token.hmac_previous_secret_key,
             "needs hmac_secret_key beside it; set that, or remove this",
+        ),
+        *(
+            Rule(
+                (key,),
+                functools.partial(_is_no_pem, key),
+                "is a PEM key, and whoever verifies tokens by it could make them; write a text that nobody else knows",
+            )
+            for key in ("hmac_secret_key", "hmac_previous_secret_key")
+        ),
+        Rule(
+            ("jwks_public_endpoint", "jwks_allow_insecure"),
+            lambda token: token.jwks_allow_insecure or not token.jwks_public_endpoint.startswith("http:"),
+            "without encryption anybody between may put in keys; use https, or for development jwks_allow_insecure",
+        ),
+        Rule(
+            ("jwks_public_endpoint", "audience_regex", "issuer_regex"),
+            _lists_what_it_names,
+            "{{{{name}}}} stands for a named group of audience_regex or issuer_regex that lists its texts, as in"
+            " (?P<name>acme|globex); correct either",
         ),
         Rule(
             ("audience_regex", "audience"),

@@ -44,7 +44,8 @@ ROOMS = {
 }
 # Whose imports from outside are not only the standard library and msgspec.
 OUTSIDE = {
-    "realtime.protocol.tokens": {"jwt"},
+    "realtime.settings": {"cryptography"},
+    "realtime.protocol.keys": {"cryptography", "jwt"},
     "realtime.tap": {"twisted"},
 }
 SERVER_OUTSIDE = {"twisted", "autobahn", "zope", "psutil", "prometheus_client"}

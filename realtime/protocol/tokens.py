@@ -1,36 +1,37 @@
 """JSON Web Tokens that admit a connection or a subscription (RFC 7519; claims of the Centrifuge protocol).
 
-The algorithm is fixed by the keys of the configuration, never by the token's header (RFC 8725 section 3.1). A token
-is either good, expired (the client may fetch a new one), or invalid; which of its parts was wrong is nobody's
+The algorithm is fixed by the keys of the configuration, never by the token's header (RFC 8725 section 3.1), and
+nothing in a header is followed or trusted: of all its members, `kid` alone chooses, among the keys that we have. A
+token is either good, expired (the client may fetch a new one), or invalid; which of its parts was wrong is nobody's
 business but the operator's.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
-import warnings
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-import jwt
-import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec.json import Decoder
 
-from realtime.errors import ClientError, RealtimeError
+from realtime.errors import ClientError, KeysUnavailable, RealtimeError
+from realtime.protocol.keys import MAX_KID, PUBLISHED, Key, KeySource, public_key, secret_key
 from realtime.protocol.messages import payload
-from realtime.settings import Token
-
-HMAC_ALGORITHMS = ["HS256", "HS384", "HS512"]
-
-# A short key is the operator's choice, and `check-config` warns of it once: not the library, at every token.
-warnings.filterwarnings("ignore", category=jwt.warnings.InsecureKeyLengthWarning)
+from realtime.settings import PLACEHOLDER, Token, listed_groups
 
 # The channel options that a token may set for its own subscription.
 OVERRIDABLE = ("presence", "join_leave", "force_push_join_leave", "force_recovery", "force_positioning")
 
 # Seconds since 1970 that a JSON number carries exactly.
 _LATEST = 2**53
+
+# RFC 7515 section 7.1, and no padding.
+_COMPACT = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
+# What tokens for us are called: as all tokens, or as access tokens (RFC 9068). A token of another type was made for
+# something else (RFC 8725 section 3.11).
+_TYPES = ("jwt", "at+jwt")
 
 
 class TokenInvalid(RealtimeError):
@@ -74,113 +75,264 @@ class Claims(Struct, frozen=True):
     meta: bytes = b""
 
 
-class TokenVerifier:
-    """Judges tokens by one configuration. `clock` gives Unix seconds."""
+# The claims of a token, by name, each still as JSON text.
+_Unread = dict[str, Raw]
 
-    def __init__(self, settings: Token, clock: Callable[[], float]) -> None:
+
+class _Header(Struct, frozen=True):
+    """What is read of a header. The last five would change how the token is to be read, and may not be there."""
+
+    alg: str
+    kid: Annotated[str, Meta(max_length=MAX_KID)] = ""
+    typ: str = "JWT"
+    crit: Raw | UnsetType = UNSET
+    b64: Raw | UnsetType = UNSET
+    zip: Raw | UnsetType = UNSET
+    enc: Raw | UnsetType = UNSET
+    cty: Raw | UnsetType = UNSET
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is that of a signed token, as such and for us."""
+        strange = (self.crit, self.b64, self.zip, self.enc, self.cty)
+        return all(one is UNSET for one in strange) and self.typ.lower().removeprefix("application/") in _TYPES
+
+
+class TokenVerifier:
+    """Judges tokens by one table of the configuration."""
+
+    def __init__(
+        self,
+        settings: Token,
+        clock: Callable[[], float],
+        key_sets: KeySource | None = None,
+        subscriptions: TokenVerifier | None = None,
+    ) -> None:
+        """clock: Unix seconds. key_sets: where published keys are fetched; without it there are none.
+
+        subscriptions: judges subscription tokens, where these have a table of their own.
+        """
         self._settings = settings
         self._clock = clock
+        self._key_sets = key_sets
+        self._subscriptions = subscriptions
+        self._current = [secret_key(text) for text in (settings.hmac_secret_key,) if text]
+        self._current += [public_key(text) for text in (settings.rsa_public_key, settings.ecdsa_public_key) if text]
+        self._previous = [secret_key(text) for text in (settings.hmac_previous_secret_key,) if text]
+        patterns = {"aud": settings.audience_regex, "iss": settings.issuer_regex}
+        self._patterns = {name: re.compile(pattern) for name, pattern in patterns.items() if pattern}
+        self._listed = {name: texts for pattern in patterns.values() for name, texts in listed_groups(pattern).items()}
 
     async def connection(self, token: str) -> Claims:
-        """The claims of a connection token. Raises TokenInvalid or TokenExpired."""
-        claims = self._verified(token)
+        """The claims of a connection token. Raises TokenInvalid, TokenExpired, or KeysUnavailable."""
+        claims = await self._verified(token)
         if "channel" in claims:
             raise TokenInvalid("a subscription token can't open a connection")
-        return self._claims(claims)
+        return self._read(claims)
 
     async def subscription(self, token: str) -> Claims:
-        """The claims of a subscription token. Raises TokenInvalid or TokenExpired."""
-        claims = self._verified(token)
+        """The claims of a subscription token. Raises TokenInvalid, TokenExpired, or KeysUnavailable."""
+        if self._subscriptions is not None:
+            return await self._subscriptions.subscription(token)
+        claims = await self._verified(token)
         if not _text(claims, "channel"):
             raise TokenInvalid("a subscription token names its channel")
-        return self._claims(claims)
+        return self._read(claims)
 
-    def _keys(self) -> list[str]:
-        """The keys that may have signed: the current one, then the one it replaced while that is still valid."""
-        settings = self._settings
-        keys = [settings.hmac_secret_key]
-        until = settings.hmac_previous_secret_key_valid_until
-        if not until or self._clock() < until:
-            keys.append(settings.hmac_previous_secret_key)
-        return [key for key in keys if key]
+    # The order of what follows is the protocol's: a token is told to be expired only when all else is right.
 
-    def _verified(self, token: str) -> dict[str, Any]:
+    async def _verified(self, token: str) -> _Unread:
         settings = self._settings
         if settings.max_length and len(token) > settings.max_length:
             raise TokenInvalid("too long")
-        reason: Exception | None = None
-        for key in self._keys():
-            try:
-                return jwt.decode(
-                    token,
-                    key,
-                    algorithms=HMAC_ALGORITHMS,
-                    audience=settings.audience or None,
-                    issuer=settings.issuer or None,
-                    # Time is judged below, by our clock; and only when all else is right.
-                    options={
-                        "verify_exp": False,
-                        "verify_nbf": False,
-                        "verify_iat": False,
-                        "verify_aud": bool(settings.audience),
-                        "verify_iss": bool(settings.issuer),
-                        "verify_sub": False,
-                        "verify_jti": False,
-                    },
-                )
-            except jwt.InvalidSignatureError as error:
-                reason = error
-            except (jwt.PyJWTError, ValueError, RecursionError) as error:
-                raise TokenInvalid(str(error)) from None
-        raise TokenInvalid(str(reason or "no key is configured"))
+        parts = _COMPACT.fullmatch(token)
+        if parts is None:
+            raise TokenInvalid("not three parts in base64url")
+        head, body, signature = map(_bytes, parts.groups())
+        try:
+            body.decode()  # the JSON reader looks at the strings that it makes, but some are passed on unread
+        except UnicodeDecodeError:
+            raise TokenInvalid("not UTF-8") from None
+        header: _Header = _decoded(head, _HEADER, "header")
+        if not header.plain:
+            raise TokenInvalid("not a plain signed token")
+        claims: _Unread = _decoded(body, _BODY, "body")
+        groups = self._groups(claims)
+        signed = token.rpartition(".")[0].encode()
+        if not any(key.verifies(header.alg, signed, signature) for key in await self._keys(header, groups)):
+            raise TokenInvalid("not signed by a key that we know")
+        if settings.audience and settings.audience not in _texts(claims, "aud"):
+            raise TokenInvalid("aud is another")
+        if settings.issuer and settings.issuer != _text(claims, "iss"):
+            raise TokenInvalid("iss is another")
+        return claims
 
-    def _claims(self, claims: dict[str, Any]) -> Claims:
+    def _groups(self, claims: _Unread) -> dict[str, str | None]:
+        """The named groups of the patterns in a token that may still be anybody's. Raises TokenInvalid."""
+        groups: dict[str, str | None] = {}
+        for name, pattern in self._patterns.items():
+            found = next((match for text in _texts(claims, name) if (match := pattern.search(text))), None)
+            if found is None:
+                raise TokenInvalid(f"{name} matches no pattern")
+            groups |= found.groupdict()
+        return groups
+
+    async def _keys(self, header: _Header, groups: dict[str, str | None]) -> list[Key]:
+        """The keys that may have signed."""
+        if not self._settings.jwks_public_endpoint:
+            until = self._settings.hmac_previous_secret_key_valid_until
+            return self._current if until and self._clock() >= until else self._current + self._previous
+        if not header.kid or header.alg not in PUBLISHED:
+            raise TokenInvalid("no kid, or an algorithm without public keys")
+        if self._key_sets is None:
+            raise KeysUnavailable("nobody fetches keys here")
+        key = await self._key_sets.key(self._endpoint(groups), header.kid)
+        return [key] if key is not None else []
+
+    def _endpoint(self, groups: dict[str, str | None]) -> str:
+        """The address of the key set. Whatever the token says, only what the configuration lists gets into it."""
+
+        def listed(placeholder: re.Match[str]) -> str:
+            text = groups.get(placeholder[1])
+            if text is None or text not in self._listed.get(placeholder[1], ()):
+                raise TokenInvalid("names a key set that is not listed")
+            return text
+
+        return PLACEHOLDER.sub(listed, self._settings.jwks_public_endpoint)
+
+    def _read(self, claims: _Unread) -> Claims:
         now = self._clock()
         expires, not_before = _seconds(claims, "exp"), _seconds(claims, "nbf")
-        expire_at = _seconds(claims, "expire_at") if "expire_at" in claims else expires
+        expire_at = _seconds(claims, "expire_at")
+        subs = _claim(claims, "subs", _SUBS) or {}
         accepted = Claims(
-            user=_text(claims, "sub"),
-            info=_json(claims, "info"),
-            data=_json(claims, "data"),
-            expire_at=expire_at or 0.0,
+            user=_text(claims, self._settings.user_id_claim or "sub"),
+            info=_embedded(claims.get("info", UNSET), _text(claims, "b64info"), "info"),
+            data=_embedded(claims.get("data", UNSET), _text(claims, "b64data"), "data"),
+            expire_at=(expires if expire_at is None else expire_at) or 0.0,
             channel=_text(claims, "channel"),
             client=_text(claims, "client"),
+            override=_overridden(_claim(claims, "override", _OBJECT)),
+            channels=() if subs else _channels(_claim(claims, "channels", _LIST) or ()),
+            subs=dict(zip(_channels(subs), map(_options, subs.values()), strict=True)),
+            meta=_object(claims, "meta"),
         )
         if (expires is not None and expires <= now) or (not_before is not None and not_before > now):
             raise TokenExpired("expired, or not valid yet")
         return accepted
 
 
-def _text(claims: dict[str, Any], name: str) -> str:
-    value = claims.get(name, "")
-    if not isinstance(value, str):
-        raise TokenInvalid(f"{name} is not a string")
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+class _Override(Struct, frozen=True):
+    value: bool
+
+
+class _Sub(Struct, frozen=True):
+    """The options of one channel in `subs`. Of `override`, names that we do not know are for other servers."""
+
+    info: Raw | UnsetType = UNSET
+    b64info: str = ""
+    data: Raw | UnsetType = UNSET
+    b64data: str = ""
+    override: dict[str, Raw] | None = None
+
+
+_HEADER = Decoder(_Header)
+_BODY = Decoder(_Unread)
+_TEXT = Decoder(str)
+_TEXTS = Decoder(str | list[str])
+_NUMBER = Decoder(float | None)
+_LIST = Decoder(list[str] | None)
+_OBJECT = Decoder(dict[str, Raw] | None)
+_SUBS = Decoder(dict[str, _Sub] | None)
+_OVERRIDE = Decoder(_Override | None)
+_ANY = Decoder(Raw)
+
+
+def _bytes(part: str) -> bytes:
+    """Decodes base64url. Raises TokenInvalid, also for a second spelling of the same bytes."""
     try:
-        value.encode()
+        raw = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
+    except ValueError:
+        raise TokenInvalid("not base64url") from None
+    if base64.urlsafe_b64encode(raw).rstrip(b"=") != part.encode():
+        raise TokenInvalid("not base64url")
+    return raw
+
+
+def _decoded(text: bytes | Raw, decoder: Decoder[Any], name: str) -> Any:
+    """What a decoder makes of JSON text. Raises TokenInvalid, naming the part or claim."""
+    try:
+        return decoder.decode(text)
+    except (ValueError, RecursionError):
+        raise TokenInvalid(f"{name} is not as it should be") from None
+
+
+def _claim(claims: _Unread, name: str, decoder: Decoder[Any]) -> Any:
+    """One claim, None when it is absent."""
+    return _decoded(claims[name], decoder, name) if name in claims else None
+
+
+def _text(claims: _Unread, name: str) -> str:
+    return _unicode(_claim(claims, name, _TEXT) or "", name)
+
+
+def _texts(claims: _Unread, name: str) -> list[str]:
+    """The text of `iss`, or those of `aud`, which may be several; none when it is absent."""
+    found = _claim(claims, name, _TEXTS if name == "aud" else _TEXT)
+    return [found] if isinstance(found, str) else found or []
+
+
+def _unicode(text: str, name: str) -> str:
+    try:
+        text.encode()
     except UnicodeEncodeError:
         raise TokenInvalid(f"{name} is no Unicode text") from None
+    return text
+
+
+def _seconds(claims: _Unread, name: str) -> float | None:
+    value: float | None = _claim(claims, name, _NUMBER)
+    if value is not None and not 0 <= value <= _LATEST:
+        raise TokenInvalid(f"{name} is not a number of seconds")
     return value
 
 
-def _seconds(claims: dict[str, Any], name: str) -> float | None:
-    value = claims.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LATEST:
-        raise TokenInvalid(f"{name} is not a number of seconds")
-    return float(value)
+def _channels(names: Any) -> tuple[str, ...]:
+    for name in names:
+        if not _unicode(name, "a channel"):
+            raise TokenInvalid("a channel without a name")
+    return tuple(names)
 
 
-def _json(claims: dict[str, Any], name: str) -> bytes:
+def _options(wanted: _Sub) -> SubOptions:
+    return SubOptions(
+        _embedded(wanted.info, wanted.b64info, "info"),
+        _embedded(wanted.data, wanted.b64data, "data"),
+        _overridden(wanted.override),
+    )
+
+
+def _overridden(wanted: dict[str, Raw] | None) -> dict[str, bool]:
+    known = {name: _decoded(raw, _OVERRIDE, name) for name, raw in (wanted or {}).items() if name in OVERRIDABLE}
+    return {name: override.value for name, override in known.items() if override is not None}
+
+
+def _object(claims: _Unread, name: str) -> bytes:
+    """The JSON text of an object."""
+    _claim(claims, name, _OBJECT)
+    return _embedded(claims.get(name, UNSET), "", name)
+
+
+def _embedded(raw: Raw | UnsetType, encoded: str, name: str) -> bytes:
     """The JSON text of a claim, from its base64 form where that is given. It ends up in messages to other clients."""
-    encoded = _text(claims, "b64" + name)
     try:
         if encoded:
             text = base64.b64decode(encoded, validate=True)
             text.decode()
-            return payload(msgspec.json.decode(text, type=msgspec.Raw))
-        return msgspec.json.encode(claims[name]) if claims.get(name) is not None else b""
-    except binascii.Error:
-        raise TokenInvalid(f"b64{name} is not base64") from None
-    except (ValueError, RecursionError, msgspec.MsgspecError, ClientError):
+            raw = _decoded(text, _ANY, name)
+        return payload(raw) if raw is not UNSET and bytes(raw) != b"null" else b""
+    except (ValueError, ClientError):
         raise TokenInvalid(f"{name} is no JSON that can be passed on") from None
