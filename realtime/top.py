@@ -67,13 +67,17 @@ def fetch(url: str) -> dict[str, Any]:
 def render(snapshot: dict[str, Any], width: int, height: int, hint: str = "", trouble: str = "") -> list[Line]:
     """A screen of at most `height` lines of `width` columns. hint: for the reader. trouble: why it is not of now.
 
-    Where there is no room for all, workers that are not well come first, and then there is room left for what blocks.
+    Where there is no room for all, workers that are not well come first, and there is some room left for what keeps the
+    loops busy and what blocks them.
     """
     workers = snapshot["workers"]
-    places, incidents = snapshot["places"], snapshot["incidents"]
-    below = [*_places(places, width), *_incidents(incidents, width)]
+    loop, places = list(_loop(snapshot["loop"], len(workers))), list(_places(snapshot["places"], width))
+    incidents = list(_incidents(snapshot["incidents"], width))
     head = [_head(snapshot, hint, trouble), _totals(workers), []]
-    room = max(height - len(head) - 1 - min(len(below), 9), 3)
+    if len(head) + 1 + len(workers) + len(loop) + len(places) + len(incidents) > height:
+        loop, places = loop[:5], places[:4]
+    below = [*loop, *places, *incidents]
+    room = max(height - len(head) - 1 - min(len(below), 12), 3)
     table = [_titles(width), *(_worker(worker, width) for worker in workers)]
     if len(workers) > room:
         ordered = sorted(workers, key=lambda worker: (worker["condition"] == "healthy", worker["slot"]))
@@ -151,6 +155,17 @@ def _condition(worker: dict[str, Any]) -> str:
     return str(worker["state"] if worker["condition"] in (None, "absent") else worker["condition"])
 
 
+def _loop(accounts: Sequence[dict[str, Any]], workers: int) -> Iterator[Line]:
+    """What the workers' loops spent the last seconds on."""
+    if not accounts:
+        return
+    yield []
+    yield [(f"{'LOOPS':>8}  {'AT MOST':>10}  BUSY WITH", _DIM)]
+    for account in accounts:
+        most = f"{_share(account['most'])} of {account['slot']}" if workers > 1 else ""
+        yield [(f"{_share(account['share']):>8}  {most:>10}  ", _PLAIN), (one_line(account["account"]), _BOLD)]
+
+
 def _places(places: Sequence[dict[str, Any]], width: int) -> Iterator[Line]:
     if not places:
         return
@@ -207,6 +222,10 @@ def _seconds(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return _NONE if value is None else f"{value * 100:.0f}%"
+
+
+def _share(value: float) -> str:
+    return f"{value * 100:.1f}%" if value < 0.0995 else f"{value * 100:.0f}%"
 
 
 def _count(value: int | None) -> str:

@@ -22,6 +22,14 @@ def snapshot(workers: int = 2, incidents: int = 1, **changes: Any) -> dict[str, 
         "port": 8000,
         "stopping": False,
         "workers": [{**WORKER, "slot": number} for number in range(workers)],
+        "loop": [
+            {"kind": "handler", "account": "rpc report", "share": 0.42, "most": 0.8, "slot": 1},
+            {"kind": "timers", "account": "timers", "share": 0.0021, "most": 0.003, "slot": 0},
+            *(
+                {"kind": "fanout", "account": f"fan-out {n}", "share": 0.001, "most": 0.002, "slot": 0}
+                for n in range(8)
+            ),
+        ],
         "places": [{"place": "/srv/chat.py:7", "handler": "rpc report", "count": 4, "seconds": 9.5}],
         "incidents": [INCIDENT] * incidents,
         **changes,
@@ -38,6 +46,8 @@ def test_the_figures_are_there() -> None:
     assert "2400 connections, 24 messages/s in, 680 out, 3.0 connects/s" in shown
     (row,) = (line for line in shown.splitlines() if line.startswith("1 "))
     assert row.split() == ["1", "healthy", "1.2ms", "25%", "1200", "12", "340", "87.7MB", "2", "0B", "16", "3", "1.5"]
+    assert "     42%    80% of 1  rpc report" in shown
+    assert "    0.2%   0.3% of 0  timers" in shown
     assert "   9.50s       4  /srv/chat.py:7  rpc report" in shown
     assert "2.50s  1       /srv/chat.py:7  rpc report" in shown
 
@@ -53,7 +63,7 @@ def test_it_fits_the_terminal(width: int, height: int, workers: int) -> None:
 
 def test_80_by_24_has_room_for_what_matters() -> None:
     shown = text(render(snapshot(16, 30), 80, 24))
-    for words in ("CONDITION", "LAG", "RESTARTS", "... and", "BLOCKED", "INCIDENT", "/srv/chat.py:7"):
+    for words in ("CONDITION", "LAG", "RESTARTS", "... and", "rpc report", "BLOCKED", "INCIDENT", "/srv/chat.py:7"):
         assert words in shown
 
 
@@ -72,10 +82,21 @@ def test_a_process_that_is_not_there_has_no_figures() -> None:
     assert "crashing" in text(render(missing, 80, 24))
 
 
+def test_with_one_worker_there_is_no_other_to_tell_it_from() -> None:
+    shown = text(render(snapshot(1), 120, 40))
+    assert "     42%              rpc report" in shown
+
+
+def test_without_anything_to_tell_there_is_no_section() -> None:
+    shown = text(render(snapshot(loop=[], places=[], incidents=0), 120, 40))
+    assert shown.splitlines()[-1].startswith("1 ")
+
+
 def test_names_do_not_command_the_terminal() -> None:
     evil = "rpc \x1b]0;owned\x07\x1b[2J\r\n\u202e"
     shown = snapshot(1, incidents=0)
     shown["workers"][0]["handler"] = evil
+    shown["loop"][0]["account"] = evil
     shown["places"][0] |= {"handler": evil, "place": f"/srv/{evil}.py:1"}
     shown["incidents"] = [{**INCIDENT, "handler": evil, "place": evil}]
     for line in render(shown, 400, 40):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Mapping
+from typing import Any, Generic, TypeVar
 
 from msgspec import Struct
 
 # Seconds after which a rate says nothing about now.
 FRESH = 3.0
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class _Reading(Struct):
@@ -15,27 +19,31 @@ class _Reading(Struct):
 
     owner: Hashable
     at: float
-    counts: Mapping[str, float]
-    rates: dict[str, float] | None = None
+    counts: Mapping[Any, float]
 
 
-class Rates:
-    """The latest two readings of each slot, as rates."""
+class Rates(Generic[Name]):
+    """The latest readings of each slot, as rates from the oldest to the newest."""
 
-    def __init__(self) -> None:
-        self._latest: dict[int, _Reading] = {}
+    def __init__(self, span: int = 1) -> None:
+        """span: how many readings back the oldest is."""
+        self._span = span
+        self._readings: dict[int, deque[_Reading]] = {}
 
-    def count(self, slot: int, owner: Hashable, counts: Mapping[str, float], now: float) -> None:
+    def count(self, slot: int, owner: Hashable, counts: Mapping[Name, float], now: float) -> None:
         """Take a reading. owner: the process. counts: totals, which only grow. now: seconds of a monotonic clock."""
-        before = self._latest.get(slot)
-        reading = self._latest[slot] = _Reading(owner, now, dict(counts))
-        if before is not None and before.owner == owner and now > before.at:
-            elapsed = now - before.at
-            reading.rates = {name: (total - before.counts.get(name, 0)) / elapsed for name, total in counts.items()}
+        readings = self._readings.setdefault(slot, deque(maxlen=self._span + 1))
+        if readings and readings[-1].owner != owner:
+            readings.clear()
+        readings.append(_Reading(owner, now, dict(counts)))
 
-    def of(self, slot: int, owner: Hashable, now: float) -> dict[str, float] | None:
+    def of(self, slot: int, owner: Hashable, now: float) -> dict[Name, float] | None:
         """What each count grows by in a second; None while that is not known of this process."""
-        reading = self._latest.get(slot)
-        if reading is None or reading.owner != owner or now - reading.at > FRESH:
+        readings = self._readings.get(slot)
+        if not readings or readings[-1].owner != owner or now - readings[-1].at > FRESH:
             return None
-        return reading.rates
+        first, last = readings[0], readings[-1]
+        elapsed = last.at - first.at
+        if elapsed <= 0:
+            return None
+        return {name: (total - first.counts.get(name, 0)) / elapsed for name, total in last.counts.items()}

@@ -51,6 +51,7 @@ function bytes(value) {
 }
 
 const count = (value) => (value === null || value === undefined ? NONE : whole.format(value));
+const share = (value) => `${(value * 100).toFixed(value < 0.0995 ? 1 : 0)} %`;
 const percent = (value) => (value === null || value === undefined ? NONE : `${Math.round(value * 100)} %`);
 const rate = (value) => (value === null || value === undefined ? NONE : value > 0 && value < 9.95 ? `${value.toFixed(1)}/s` : `${short.format(value)}/s`);
 const clock = (at) => new Date(at * 1000).toLocaleTimeString("en-GB");
@@ -159,6 +160,30 @@ function showFigures(list, figures) {
   });
 }
 
+/** Bring the children of an element to a number, adding what `create` creates. */
+function fill(element, length, create) {
+  while (element.children.length < length) element.append(create());
+  while (element.children.length > length) element.lastElementChild.remove();
+}
+
+const NAMED = 4; // accounts of a loop that are named under its bar
+
+/** What a worker's loop was busy with: a bar as long as the loop's time, and the largest shares in words. */
+function showLoop(card, accounts) {
+  const box = $(".loop", card);
+  box.hidden = !accounts?.length;
+  if (box.hidden) return;
+  const stack = $(".stack", box);
+  fill(stack, accounts.length, () => make("i"));
+  accounts.forEach((account, index) => {
+    const part = stack.children[index];
+    part.style.width = `${100 * account.share}%`;
+    part.dataset.kind = account.kind;
+    part.title = `${account.account} ${share(account.share)}`;
+  });
+  write($("p", box), accounts.slice(0, NAMED).map((account) => `${account.account} ${share(account.share)}`).join(" · "));
+}
+
 function addWorker(slot) {
   const card = copy("worker");
   const charts = CHARTS.map((description, position) => new Chart(description, slot, position));
@@ -180,6 +205,7 @@ function showWorker(worker) {
   condition.dataset.tone = tone;
   write($(".process", card), worker.pid ? `pid ${worker.pid} · ${worker.state} for ${age(worker.since)}` : `no process for ${age(worker.since)}`);
   write($(".running", card), worker.handler ? whose(worker) : "");
+  showLoop(card, worker.loop);
   const { rates } = worker;
   const queue = worker.accept_queue;
   showFigures($(".figures", card), [
@@ -215,6 +241,28 @@ function showHead() {
     ["connects", rate(sum((worker) => worker.rates?.connects))],
     ["worst lag", seconds(Math.max(0, ...all.map((worker) => worker.peak_lag ?? 0)))],
   ]);
+}
+
+function showLoops() {
+  const { loop } = snapshot;
+  $("#no-loop").hidden = loop.length > 0;
+  $("#loop").hidden = loop.length === 0;
+  const body = $("#loop tbody");
+  fill(body, loop.length, () => {
+    const row = make("tr");
+    const bar = make("td", "", { className: "bar" });
+    bar.append(make("i"));
+    row.append(make("td"), make("td", "", { className: "number" }), make("td", "", { className: "number" }), bar);
+    return row;
+  });
+  loop.forEach((account, index) => {
+    const [name, all, most, bar] = body.children[index].children;
+    write(name, account.account);
+    write(all, share(account.share));
+    write(most, snapshot.workers.length > 1 ? `${share(account.most)} of worker ${account.slot}` : share(account.most));
+    bar.firstElementChild.style.width = `${100 * account.share}%`;
+    bar.firstElementChild.dataset.kind = account.kind;
+  });
 }
 
 function showPlaces() {
@@ -344,6 +392,7 @@ function take(message) {
   document.body.dataset.state = "live";
   showHead();
   snapshot.workers.forEach(showWorker);
+  showLoops();
   showPlaces();
   showIncidents();
   if (!document.hidden) draw();

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
@@ -45,7 +45,7 @@ class Child:
         answer.callback("Stack (most recent call first):")
         return answer
 
-    def collect(self) -> Deferred[list[Sample]]:
+    def collect(self, names: Collection[str] = ()) -> Deferred[list[Sample]]:
         answer: Deferred[list[Sample]] = Deferred()
         if self.samples is not None:
             answer.callback(self.samples)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from realtime.metrics import Sample
-from realtime.server.operators.live import KEPT, MOST_INCIDENTS, MOST_PLACES, Live
+from realtime.server.operators.live import KEPT, MOST_INCIDENTS, MOST_PLACES, MOST_SHARES, Live
 from realtime.supervision.health import Condition, Health
 from realtime.supervision.incidents import Incident, Ledger
 
@@ -21,15 +22,19 @@ class Child:
         self.pid = pid
         self.asked: list[Deferred[list[Sample]]] = []
 
-    def collect(self) -> Deferred[list[Sample]]:
+    def collect(self, names: Collection[str] = ()) -> Deferred[list[Sample]]:
+        assert set(names) >= {"realtime_messages_sent", "realtime_loop_seconds"}
         self.asked.append(Deferred())
         return self.asked[-1]
 
-    def answer(self, sent: float) -> None:
-        help = "Messages."
-        self.asked[-1].callback(
-            [Sample("realtime_messages_sent", "counter", help, [], sent), Sample("other", "counter", help, [], 9)]
-        )
+    def answer(self, sent: float, **charged: float) -> None:
+        """charged: seconds of the loop, by kind and name, as in handler_f or timers."""
+        samples = [Sample("realtime_messages_sent", "counter", "Messages.", [], sent)]
+        for account, spent in charged.items():
+            kind, _, name = account.partition("_")
+            labels = [("kind", kind), ("name", name)]
+            samples.append(Sample("realtime_loop_seconds", "counter", "Time.", labels, spent))
+        self.asked[-1].callback(samples)
 
 
 class Watched:
@@ -58,11 +63,16 @@ class Stage:
         self.live.start()
 
     def summary(self) -> dict[str, Any]:
-        return {"workers": [{"slot": 0, "pid": self.processes[0].pid, "utilisation": 0.5, "connections": 7}]}
+        figures = {"utilisation": 0.5, "connections": 7}
+        return {"workers": [{"slot": slot, "pid": child.pid, **figures} for slot, child in self.processes.items()]}
+
+    @property
+    def snapshot(self) -> dict[str, Any]:
+        return json.loads(self.live.json)
 
     @property
     def worker(self) -> dict[str, Any]:
-        return json.loads(self.live.json)["workers"][0]
+        return self.snapshot["workers"][0]
 
 
 def test_rates_come_with_the_second_answer() -> None:
@@ -88,6 +98,60 @@ def test_a_process_that_does_not_answer_is_not_asked_again_and_another_in_its_pl
     stage.clock.advance(1)
     assert len(stage.processes[0].asked) == 2
     assert stage.worker["rates"] is None
+
+
+def test_what_a_loop_is_busy_with_is_told_as_shares_the_largest_first() -> None:
+    stage = Stage()
+    stage.child.answer(0, handler_f=1.0, timers=5.0, other=9.0)
+    stage.clock.advance(1)
+    assert stage.worker["loop"] is None
+    assert stage.snapshot["loop"] == []
+    stage.child.answer(0, handler_f=1.25, timers=5.01, other=9.0001, fanout_chat=0.5)
+    stage.clock.advance(1)
+    assert stage.worker["loop"] == [
+        {"kind": "fanout", "account": "fan-out chat", "share": 0.5},
+        {"kind": "handler", "account": "f", "share": 0.25},
+        {"kind": "timers", "account": "timers", "share": 0.01},
+    ]
+
+
+def test_shares_are_of_the_last_seconds() -> None:
+    stage = Stage()
+    for spent in (0.0, 0.5, 0.5, 0.5, 0.5, 0.5):
+        stage.child.answer(0, handler_f=spent)
+        stage.clock.advance(1)
+    assert stage.worker["loop"] == [{"kind": "handler", "account": "f", "share": 0.1}]
+    stage.child.answer(0, handler_f=0.5)
+    stage.clock.advance(1)
+    assert stage.worker["loop"] == []
+
+
+def test_shares_of_all_loops_tell_where_they_are_largest() -> None:
+    stage = Stage()
+    stage.processes[1] = other = Child(101)
+    stage.processes[2] = Child(102)  # tells nothing, and is left out
+    stage.clock.advance(1)
+    stage.child.answer(0, handler_f=0.0, other=0.0)
+    other.answer(0, handler_f=0.0, other=0.0)
+    stage.clock.advance(1)
+    stage.child.answer(0, handler_f=0.2, other=0.5)
+    other.answer(0, handler_f=0.8, other=0.3)
+    stage.clock.advance(1)
+    assert stage.snapshot["loop"] == [
+        {"kind": "handler", "account": "f", "share": 0.5, "most": 0.8, "slot": 1},
+        {"kind": "other", "account": "other work", "share": 0.4, "most": 0.5, "slot": 0},
+    ]
+
+
+def test_many_accounts_are_bounded() -> None:
+    stage = Stage()
+    stage.child.answer(0)
+    stage.clock.advance(1)
+    stage.child.answer(0, **{f"handler_{number}": number / 100 for number in range(1, 40)})
+    stage.clock.advance(1)
+    shares = [one["share"] for one in stage.worker["loop"]]
+    assert shares == [number / 100 for number in range(39, 39 - MOST_SHARES, -1)]
+    assert [one["share"] for one in stage.snapshot["loop"]] == shares
 
 
 def test_the_worst_lag_of_the_second_shows_once() -> None:

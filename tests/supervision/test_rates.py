@@ -6,7 +6,7 @@ from realtime.supervision.rates import FRESH, Rates
 
 
 def test_a_rate_needs_two_readings_of_one_process() -> None:
-    rates = Rates()
+    rates = Rates[str]()
     assert rates.of(0, 100, 0.0) is None
     rates.count(0, 100, {"sent": 10.0}, 1.0)
     assert rates.of(0, 100, 1.0) is None
@@ -16,7 +16,7 @@ def test_a_rate_needs_two_readings_of_one_process() -> None:
 
 
 def test_a_new_process_begins_at_zero_and_owes_nothing() -> None:
-    rates = Rates()
+    rates = Rates[str]()
     rates.count(0, 100, {"sent": 1000.0}, 1.0)
     rates.count(0, 101, {"sent": 10.0}, 2.0)
     assert rates.of(0, 101, 2.0) is None
@@ -26,7 +26,7 @@ def test_a_new_process_begins_at_zero_and_owes_nothing() -> None:
 
 
 def test_a_rate_that_is_old_is_not_shown() -> None:
-    rates = Rates()
+    rates = Rates[str]()
     rates.count(0, 100, {"sent": 0.0}, 1.0)
     rates.count(0, 100, {"sent": 5.0}, 2.0)
     assert rates.of(0, 100, 2.0 + FRESH) == {"sent": 5.0}
@@ -34,7 +34,18 @@ def test_a_rate_that_is_old_is_not_shown() -> None:
 
 
 def test_two_readings_of_one_moment_are_no_rate() -> None:
-    rates = Rates()
+    rates = Rates[str]()
     rates.count(0, 100, {"sent": 0.0}, 1.0)
     rates.count(0, 100, {"sent": 5.0}, 1.0)
     assert rates.of(0, 100, 1.0) is None
+
+
+def test_a_longer_span_is_smoother_and_forgets() -> None:
+    rates = Rates[str](span=3)
+    for second, total in enumerate([0.0, 9.0, 9.0, 9.0, 9.0]):
+        rates.count(0, 100, {"sent": total}, second)
+        if second == 1:
+            assert rates.of(0, 100, second) == {"sent": 9.0}
+        if second == 3:
+            assert rates.of(0, 100, second) == {"sent": 3.0}
+    assert rates.of(0, 100, 4) == {"sent": 0.0}

@@ -27,6 +27,8 @@ def test_workers_incidents_and_stacks_show_and_no_name_is_executed(start_server:
     assert route in seen["incident"]["handler"]
     assert f"/srv/{MARKUP}.py:5 in block" in seen["incident"]["stack"].splitlines()
     assert f"http GET /{route}" in seen["table"]
+    assert f"http GET /{route}" in seen["busy"]
+    assert any(f"http GET /{route} " in strip for strip in seen["strips"])
     assert seen["elements"] == [1, 0, False]
     assert seen["cursor"].startswith("M")
     for name, look in seen["looks"].items():

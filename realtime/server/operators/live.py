@@ -1,15 +1,15 @@
 """The live figures: what the operators' page and `realtime top` show, brought up to date once a second.
 
-Everything is known here already (`realtime.server.watch`, `realtime.server.blame`), but for the rates: once a second
-each process is asked for its counters. A process that has not answered is not asked again; its figures stay those of
-its page, which can be read while its loop is blocked.
+Everything is known here already (`realtime.server.watch`, `realtime.server.blame`), but for the rates and for what the
+loops spend their time on: once a second each process is asked for those counters. A process that has not answered is
+not asked again; its figures stay those of its page, which can be read while its loop is blocked.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import islice
 from operator import itemgetter
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from twisted.python.failure import Failure
 
 from realtime.metrics import Sample
 from realtime.server.blame import Blame
+from realtime.server.pulse import LOOP_SECONDS
 from realtime.server.watch import Watch
 from realtime.supervision.incidents import Incident
 from realtime.supervision.rates import Rates
@@ -34,11 +35,28 @@ KEPT = 300
 MOST_PLACES = 10
 MOST_INCIDENTS = 30
 
+# Seconds over which the shares of the loops are averaged, so that their order can be read.
+SHARE_SPAN = 5
+# Shares in a snapshot, of each worker and of all; /metrics has every one.
+MOST_SHARES = 10
+# A share that is not worth a line.
+_LEAST_SHARE = 0.0005
+
 # Counters, and the names that their rates go by.
 _COUNTED = {
     "realtime_messages_received": "received",
     "realtime_messages_sent": "sent",
     "realtime_connects": "connects",
+}
+
+# What accounts of the server's own work are called, by kind.
+_OWN = {
+    "fanout": "fan-out",
+    "protocol": "client protocol",
+    "http": "HTTP",
+    "engine": "link to the broker",
+    "timers": "timers",
+    "other": "other work",
 }
 
 _log = Logger()
@@ -49,7 +67,7 @@ class Counting(Protocol):
 
     pid: int
 
-    def collect(self) -> Deferred[list[Sample]]: ...
+    def collect(self, names: Collection[str] = ()) -> Deferred[list[Sample]]: ...
 
 
 class Live:
@@ -70,7 +88,8 @@ class Live:
         self._blame = blame
         self._processes = processes
         self._summary = summary
-        self._rates = Rates()
+        self._rates = Rates[str]()
+        self._shares = Rates[tuple[str, str]](SHARE_SPAN)  # of the loop, by kind and name of an account
         self._asked: dict[int, Counting] = {}
         self._peaks: dict[int, float] = {}  # the worst lag of each worker since the latest snapshot
         self._past: deque[tuple[float, list[tuple[float, float, int]]]] = deque(maxlen=KEPT)
@@ -118,7 +137,9 @@ class Live:
 
     def _ask(self, slot: int, process: Counting) -> None:
         def answered(samples: list[Sample]) -> None:
-            self._rates.count(slot, process.pid, _totals(samples), self._reactor.seconds())
+            now = self._reactor.seconds()
+            self._rates.count(slot, process.pid, _totals(samples), now)
+            self._shares.count(slot, process.pid, _charged(samples), now)
 
         def over(_: object) -> None:
             if self._asked.get(slot) is process:
@@ -128,16 +149,21 @@ class Live:
             _log.debug("no counters of slot {slot}: {reason}", slot=slot, reason=failure.getErrorMessage())
 
         self._asked[slot] = process
-        process.collect().addCallback(answered).addErrback(not_now).addBoth(over)
+        process.collect([*_COUNTED, LOOP_SECONDS]).addCallback(answered).addErrback(not_now).addBoth(over)
 
     def _snapshot(self) -> dict[str, Any]:
         at, now = time.time(), self._reactor.seconds()
         body = self._summary()
         points = []
+        shares = {}
         for worker in body["workers"]:
             slot = worker["slot"]
             worker["peak_lag"] = self._peaks.get(slot, 0.0)
             worker["rates"] = self._rates.of(slot, worker["pid"], now)
+            share = self._shares.of(slot, worker["pid"], now)
+            worker["loop"] = None if share is None else _most(share)
+            if share is not None:
+                shares[slot] = share
             points.append((worker["peak_lag"], worker["utilisation"] or 0.0, worker["connections"] or 0))
         self._peaks.clear()
         self._past.append((at, points))
@@ -146,6 +172,7 @@ class Live:
         return {
             "at": at,
             **body,
+            "loop": _together(shares),
             "places": worst_places(ledger.blocks)[:MOST_PLACES],
             "incidents": [_brief(incident) for incident in latest],
         }
@@ -165,6 +192,38 @@ def _brief(incident: Incident) -> dict[str, Any]:
     """An incident without its stacks, which /incidents has."""
     left_out = ("stack", "stacks")
     return {name: getattr(incident, name) for name in incident.__struct_fields__ if name not in left_out}
+
+
+def _charged(samples: Iterable[Sample]) -> dict[tuple[str, str], float]:
+    charged = {}
+    for sample in samples:
+        if sample.name == LOOP_SECONDS:
+            labels = dict(sample.labels)
+            charged[labels.get("kind", ""), labels.get("name", "")] = sample.value
+    return charged
+
+
+def _most(shares: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:
+    """What takes most of a loop: the largest shares first."""
+    most = sorted(shares.items(), key=itemgetter(1), reverse=True)[:MOST_SHARES]
+    return [{**_account(*key), "share": round(share, 4)} for key, share in most if share >= _LEAST_SHARE]
+
+
+def _together(shares: Mapping[int, Mapping[tuple[str, str], float]]) -> list[dict[str, Any]]:
+    """What takes most of all loops that tell, the largest mean share first. most, slot: the largest of one loop."""
+    keys = {key for each in shares.values() for key in each}
+    means = {key: sum(each.get(key, 0.0) for each in shares.values()) / len(shares) for key in keys}
+    together = []
+    for key in sorted(keys, key=lambda key: (-means[key], key))[:MOST_SHARES]:
+        slot = max(shares, key=lambda slot: shares[slot].get(key, 0.0))
+        most = round(shares[slot].get(key, 0.0), 4)
+        if means[key] >= _LEAST_SHARE:
+            together.append({**_account(*key), "share": round(means[key], 4), "most": most, "slot": slot})
+    return together
+
+
+def _account(kind: str, name: str) -> dict[str, str]:
+    return {"kind": kind, "account": " ".join(filter(None, (_OWN.get(kind), name)))}
 
 
 def _totals(samples: Iterable[Sample]) -> dict[str, float]:

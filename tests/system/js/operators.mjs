@@ -49,7 +49,7 @@ function look(page) {
       const ground = luminance(getComputedStyle(element).backgroundColor);
       return (Math.max(text, ground) + 0.05) / (Math.min(text, ground) + 0.05);
     };
-    const read = ["h1", "#status", "h3", ".condition", ".process", "figcaption", "output", ".scale span", "dt", "dd", "th", "td", "summary time", ".duration", ".place", ".handler", ".more pre"];
+    const read = ["h1", "#status", "h3", ".condition", ".process", "figcaption", "output", ".scale span", "dt", "dd", "th", "td", "summary time", ".loop p", ".duration", ".place", ".handler", ".more pre"];
     return {
       faint: read.map((selector) => [selector, contrast(document.querySelector(selector))]).filter(([, ratio]) => ratio < 4.5),
       overflow: document.documentElement.scrollWidth - innerWidth,
@@ -74,6 +74,9 @@ try {
   await place.locator("pre").first().waitFor();
   result.incident = { place: await place.locator(".place").textContent(), handler: await place.locator(".handler").textContent(), stack: await place.locator("pre").first().textContent() };
   result.table = await texts(page, "#places tbody td:nth-child(2)");
+  await page.locator("#loop tbody tr", { hasText: "script" }).first().waitFor();
+  result.busy = await texts(page, "#loop tbody td:first-child");
+  result.strips = await texts(page, ".loop p");
   result.elements = await page.evaluate(() => [document.scripts.length, document.images.length, "owned" in window]);
   await page.waitForFunction(() => document.querySelector(".chart.lag .line").getAttribute("d").length > 20);
   // A page that is looked at for a while has something to show.
