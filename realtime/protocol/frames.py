@@ -1,4 +1,4 @@
-"""Server frames of RFC 6455 section 5.2, ready for the socket: final, unmasked, uncompressed.
+"""Server frames of RFC 6455 section 5.2, ready for the socket: final and unmasked.
 
 A frame is built once and shared by every connection that it goes to.
 """
@@ -10,6 +10,7 @@ _BINARY = 0x82
 _CLOSE = 0x88
 _PING = 0x89
 _PONG = 0x8A
+_COMPRESSED = 0x40  # the bit RSV1
 
 MAX_CLOSE_REASON = 123  # bytes: a control frame carries 125, two of which are the code (section 5.5)
 
@@ -22,6 +23,11 @@ def text_frame(payload: bytes) -> bytes:
 def binary_frame(payload: bytes) -> bytes:
     """One whole binary message."""
     return _frame(_BINARY, payload)
+
+
+def compressed(frame: bytes) -> bytes:
+    """The same frame, its payload declared to be compressed (RFC 7692 section 6)."""
+    return bytes((frame[0] | _COMPRESSED,)) + frame[1:]
 
 
 def ping_frame() -> bytes:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from http import HTTPStatus
 from urllib.parse import parse_qsl
 
 from realtime.protocol.head import Head, Refusal
 from realtime.protocol.session import Request
 
-SUBPROTOCOL = "centrifuge-json"
+# Names of subprotocols, with the encoding that each stands for.
+SUBPROTOCOLS = {"centrifuge-json": "json", "centrifuge-protobuf": "protobuf"}
+# Query parameters that choose an encoding without a subprotocol (client protocol, section 2.3).
+_ENCODING_PARAMETERS = ("format", "cf_protocol")
 
 _MAX_SUBPROTOCOLS = 16  # names read; more are ignored
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -50,9 +53,18 @@ def judge_handshake(head: Head, origin_allowed: Callable[[Head], bool]) -> Refus
     return None
 
 
-def subprotocol(head: Head) -> str | None:
-    """The name to echo, None when none that we speak was offered."""
-    return SUBPROTOCOL if SUBPROTOCOL in _items(head, "sec-websocket-protocol")[:_MAX_SUBPROTOCOLS] else None
+def subprotocol(head: Head, encodings: Collection[str]) -> str | None:
+    """The name to echo: the first offered that stands for one of `encodings`. None when there is none."""
+    offered = _items(head, "sec-websocket-protocol")[:_MAX_SUBPROTOCOLS]
+    return next((name for name in offered if SUBPROTOCOLS.get(name) in encodings), None)
+
+
+def encoding(subprotocol: str | None, query: Mapping[str, str]) -> str:
+    """The name of the encoding that a client chose: "json", unless its subprotocol or its query says "protobuf"."""
+    chosen = SUBPROTOCOLS.get(subprotocol or "")
+    if chosen == "protobuf" or any(query.get(name) == "protobuf" for name in _ENCODING_PARAMETERS):
+        return "protobuf"
+    return "json"
 
 
 def opening_request(head: Head, remote_address: str) -> Request:

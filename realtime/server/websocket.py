@@ -372,7 +372,7 @@ class WebSocketFactory(WebSocketServerFactory):
 
     def open(self, head: Head, transport: Any) -> tuple[WebSocketConnection, bytes]:
         """A connection for a request that `judge` let in, and the head to feed it: no more than what was judged."""
-        chosen = subprotocol(head)
+        chosen = subprotocol(head, ("json",))
         address = self._admission.address(head, transport.getPeer().host)
         connection = self.protocol(opening_request(head, address), chosen)
         connection.factory = self

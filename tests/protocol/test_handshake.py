@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from realtime.protocol.handshake import judge_handshake, opening_request, origin_policy, subprotocol
+from realtime.protocol.handshake import encoding, judge_handshake, opening_request, origin_policy, subprotocol
 from realtime.protocol.head import Head, HeadParser, Refusal
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
@@ -90,18 +90,42 @@ def test_the_version_to_use_is_told() -> None:
     assert ("Sec-WebSocket-Version", "13") in refusal.headers
 
 
-def test_subprotocols() -> None:
-    def chosen(*offers: str) -> str | None:
-        return subprotocol(handshake(*(("Sec-WebSocket-Protocol", offer) for offer in offers)))
+def chosen(*offers: str, encodings: tuple[str, ...] = ("json", "protobuf")) -> str | None:
+    return subprotocol(handshake(*(("Sec-WebSocket-Protocol", offer) for offer in offers)), encodings)
 
+
+def test_subprotocols() -> None:
     assert chosen() is None
     assert chosen("centrifuge-json") == "centrifuge-json"
     assert chosen("other,\tcentrifuge-json") == "centrifuge-json"
     assert chosen("other", "centrifuge-json") == "centrifuge-json"
     assert chosen("Centrifuge-JSON") is None  # RFC 6455 section 4.2.2: compared as sent
-    assert chosen("centrifuge-protobuf") is None
+    assert chosen("centrifuge-protobuf") == "centrifuge-protobuf"
+    assert chosen("centrifuge-protobuf, centrifuge-json") == "centrifuge-protobuf"
+    assert chosen("centrifuge-json, centrifuge-protobuf") == "centrifuge-json"
+    assert chosen("centrifuge-protobuf, centrifuge-json", encodings=("json",)) == "centrifuge-json"
+    assert chosen("centrifuge-protobuf", encodings=("json",)) is None
     assert chosen(",".join(f"p{n}" for n in range(15)) + ",centrifuge-json") == "centrifuge-json"
     assert chosen(",".join(f"p{n}" for n in range(16)) + ",centrifuge-json") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "query", "expected"),
+    [
+        (None, {}, "json"),
+        ("centrifuge-json", {}, "json"),
+        ("centrifuge-protobuf", {}, "protobuf"),
+        (None, {"format": "protobuf"}, "protobuf"),
+        (None, {"cf_protocol": "protobuf"}, "protobuf"),
+        (None, {"format": "json", "cf_protocol": "protobuf"}, "protobuf"),
+        ("centrifuge-protobuf", {"format": "json"}, "protobuf"),
+        (None, {"format": "Protobuf"}, "json"),
+        (None, {"protocol": "protobuf"}, "json"),
+        (None, {"format": ""}, "json"),
+    ],
+)
+def test_the_encoding_that_a_client_chose(name: str | None, query: dict[str, str], expected: str) -> None:
+    assert encoding(name, query) == expected
 
 
 def test_what_the_session_learns() -> None:
