@@ -1,4 +1,4 @@
-"""Key sets: what is read of them, when they are fetched, and what holds while they can not be; by a clock of our own."""
+"""Key sets: what is read of them, when they are fetched, and what holds while they can not be; by our own clock."""
 
 from __future__ import annotations
 
