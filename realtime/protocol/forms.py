@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from realtime.protocol import messages
+from realtime.protocol.chunks import chunk, event_chunk, line_chunk
 from realtime.protocol.encodings import JSON_ENCODING, JSON_PUSHES, Encoding
 from realtime.protocol.frames import binary_frame, text_frame
 from realtime.protocol.protobuf import PROTOBUF
@@ -50,3 +51,8 @@ class Form:
 JSON_TEXT = Form(JSON_ENCODING, text_frame)
 JSON_PUSHES_TEXT = Form(JSON_PUSHES, text_frame)
 PROTOBUF_BINARY = Form(PROTOBUF, binary_frame)
+JSON_EVENTS = Form(JSON_ENCODING, event_chunk)
+JSON_LINES = Form(JSON_ENCODING, line_chunk)
+PROTOBUF_CHUNKS = Form(PROTOBUF, chunk)
+JSON_PUSHES_EVENTS = Form(JSON_PUSHES, event_chunk)
+JSON_PUSHES_LINES = Form(JSON_PUSHES, line_chunk)

@@ -6,7 +6,7 @@ the engine passes every order to every worker (`Engine.instruct`), and each appl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import msgspec
@@ -83,7 +83,24 @@ class SupersedeOrder(_Order, frozen=True, array_like=True, tag="supersede"):
     client: str
 
 
-Order = DisconnectOrder | UnsubscribeOrder | SubscribeOrder | RefreshOrder | SupersedeOrder
+class ChannelsOrder(Struct, frozen=True, array_like=True, tag="channels"):
+    """Tell the worker at `address` which channels that `pattern` fits have subscribers here; see `protocol.globs`."""
+
+    id: int
+    address: str
+    pattern: str
+
+
+class ChannelsAnswer(Struct, frozen=True, array_like=True, tag="channels_answer"):
+    """The answer to the ChannelsOrder of this id: subscribers by channel, None when they are too many to tell."""
+
+    id: int
+    found: dict[str, int] | None
+
+
+Order = (
+    DisconnectOrder | UnsubscribeOrder | SubscribeOrder | RefreshOrder | SupersedeOrder | ChannelsOrder | ChannelsAnswer
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Order)
@@ -121,9 +138,13 @@ class Registered(Protocol):
 
 
 class Registry:
-    """Which sessions are connected here."""
+    """Which sessions are connected here.
+
+    surveyed: takes the orders of a survey of channels.
+    """
 
     def __init__(self) -> None:
+        self.surveyed: Callable[[ChannelsOrder | ChannelsAnswer], None] = _leave
         self._by_client: dict[str, Registered] = {}
         self._by_user: dict[str, dict[str, Registered]] = {}
         # Those whose own SupersedeOrder has not come back yet: whatever such order comes before it is an older one's.
@@ -180,6 +201,10 @@ class Registry:
                         session.disconnect(*CONNECTION_EXPIRED)
                     else:
                         session.refresh(order_.expire_at, order_.info)
+            case ChannelsOrder() | ChannelsAnswer() as order_:
+                self.surveyed(order_)
+            case EmulateOrder() as order_:
+                self.emulate(order_.secret, order_.data)
             case SupersedeOrder() as order_:
                 self._superseding.discard(order_.client)
                 for session in list(self._by_user.get(order_.user, {}).values()):
@@ -192,3 +217,7 @@ class Registry:
             for session in self._by_user.get(order.user, {}).values()
             if order.client in ("", session.client) and order.session in ("", session.secret)
         ]
+
+
+def _leave(order: object) -> None:
+    """Nobody wants to know."""
