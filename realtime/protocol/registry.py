@@ -98,8 +98,22 @@ class ChannelsAnswer(Struct, frozen=True, array_like=True, tag="channels_answer"
     found: dict[str, int] | None
 
 
+class EmulateOrder(Struct, frozen=True, array_like=True, tag="emulate"):
+    """Hand `data` to the session of this secret, as a message of its client: it came to another worker."""
+
+    secret: str
+    data: bytes
+
+
 Order = (
-    DisconnectOrder | UnsubscribeOrder | SubscribeOrder | RefreshOrder | SupersedeOrder | ChannelsOrder | ChannelsAnswer
+    DisconnectOrder
+    | UnsubscribeOrder
+    | SubscribeOrder
+    | RefreshOrder
+    | SupersedeOrder
+    | ChannelsOrder
+    | ChannelsAnswer
+    | EmulateOrder
 )
 
 _encoder = msgspec.msgpack.Encoder()
