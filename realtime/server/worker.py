@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import uuid
+from functools import partial
 from typing import Any
 
 import psutil
@@ -98,7 +99,7 @@ class Worker:
             registry=self._registry,
             deadlines=self._deadlines,
             handlers=self._dispatcher,
-            run=run,
+            run=partial(run, accounts=process.accounts),
             wall_clock=time.time,
             failed=_mistake,
             version=f"realtime {__version__}",

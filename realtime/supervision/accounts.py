@@ -42,14 +42,14 @@ class Account:
 
 
 class Accounts:
-    """The accounts of one loop, one of which is charged at any time. Loop thread only; iterating gives all of them."""
+    """The accounts of one loop. Loop thread only; iterating gives all of them. charged: the one that is charged now."""
 
     def __init__(self, now: Callable[[], int]) -> None:
         """now: nanoseconds of a clock that never goes back. The loop counts as busy from here on."""
         self._now = now
         self._all: dict[tuple[Kind, str], Account] = {}
         self._since = now()
-        self._charged = self.open(Kind.OTHER)
+        self.charged = self.open(Kind.OTHER)
 
     def __iter__(self) -> Iterator[Account]:
         return iter(list(self._all.values()))
@@ -67,10 +67,10 @@ class Accounts:
         Switch back in a `finally`, and before anything is awaited. About 0.15 microseconds.
         """
         now = self._now()
-        before = self._charged
+        before = self.charged
         before.spent += now - self._since
         self._since = now
-        self._charged = account
+        self.charged = account
         return before
 
     def charging(self, account: Account, function: Callable[P, T]) -> Callable[P, T]:
@@ -90,7 +90,7 @@ class Accounts:
 
     def idle(self, now: int) -> None:
         """The loop has nothing to do."""
-        self._charged.spent += now - self._since
+        self.charged.spent += now - self._since
 
     def wake(self, now: int) -> None:
         """It has, after `idle`."""

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
+from realtime.supervision.accounts import Accounts
+
 # Called once with (result, None) or (None, error); must not raise.
 Done = Callable[[Any, BaseException | None], None]
 
@@ -28,24 +30,27 @@ class Steps(Protocol):
     def throw(self, error: BaseException, /) -> Any: ...
 
 
-def run(coroutine: Coroutine[Any, Any, Any], done: Done) -> Running | None:
+def run(coroutine: Coroutine[Any, Any, Any], done: Done, accounts: Accounts | None = None) -> Running | None:
     """Start `coroutine` now, in a copy of the caller's context, and call `done` when it has finished.
 
     A coroutine that finishes without waiting has called `done` before this returns, which then returns None. Else it
-    goes on when what it awaits is there, and the `Running` that is returned can cancel it. Loop thread only.
+    goes on when what it awaits is there, and the `Running` that is returned can cancel it. accounts: the loop's; then
+    whoever started it is charged, whatever it is that lets it go on. Loop thread only.
     """
-    running = Running(coroutine, done)
+    running = Running(coroutine, done, accounts)
     return running if running._advance() else None
 
 
 class Running:
     """A coroutine between two steps."""
 
-    __slots__ = ("_awaited", "_cancelled", "_context", "_coroutine", "_done")
+    __slots__ = ("_account", "_accounts", "_awaited", "_cancelled", "_context", "_coroutine", "_done")
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], done: Done) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], done: Done, accounts: Accounts | None = None) -> None:
         self._coroutine = coroutine
         self._done = done
+        self._accounts = accounts
+        self._account = None if accounts is None else accounts.charged
         self._context = copy_context()
         self._awaited: Any = None
         self._cancelled = False
@@ -98,11 +103,21 @@ class Running:
     def _fired(self, result: object) -> None:
         # The Deferred gives its result to the `await` that is waiting in it. A failure it could not raise there before
         # it has run all its callbacks, of which this is one.
-        self._advance(result.value if isinstance(result, Failure) else None)
+        self._go_on(result.value if isinstance(result, Failure) else None)
 
     def _woken(self, _: object = None) -> None:
         cancelled, self._cancelled = self._cancelled, False
-        self._advance(asyncio.CancelledError() if cancelled else None)
+        self._go_on(asyncio.CancelledError() if cancelled else None)
+
+    def _go_on(self, error: BaseException | None) -> None:
+        if self._accounts is None or self._account is None:
+            self._advance(error)
+            return
+        before = self._accounts.switch(self._account)
+        try:
+            self._advance(error)
+        finally:
+            self._accounts.switch(before)
 
 
 def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
@@ -117,17 +132,23 @@ def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None
         future.set_exception(error)
 
 
-def started(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
-    """Start `coroutine` now and return the future of its result; cancelling the future cancels the coroutine."""
+def started(coroutine: Coroutine[Any, Any, Any], accounts: Accounts | None = None) -> asyncio.Future[Any]:
+    """Start `coroutine` now and return the future of its result; cancelling the future cancels the coroutine.
+
+    accounts: see `run`.
+    """
     future = asyncio.get_running_loop().create_future()
-    running = run(coroutine, partial(settle, future))
+    running = run(coroutine, partial(settle, future), accounts)
     if running is not None:
         future.add_done_callback(lambda future: running.cancel() if future.cancelled() else None)
     return future
 
 
-async def together(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Start all now, in order, and return their results in that order. Raises the first error when all have ended."""
+async def together(coroutines: Sequence[Coroutine[Any, Any, Any]], accounts: Accounts | None = None) -> list[Any]:
+    """Start all now, in order, and return their results in that order. Raises the first error when all have ended.
+
+    accounts: see `run`.
+    """
     results: list[Any] = [None] * len(coroutines)
     errors: list[BaseException] = []
     left = len(coroutines)
@@ -143,7 +164,7 @@ async def together(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
             ended.callback(None)
 
     for number, coroutine in enumerate(coroutines):
-        run(coroutine, partial(done, number))
+        run(coroutine, partial(done, number), accounts)
     if left:
         await ended
     if errors:

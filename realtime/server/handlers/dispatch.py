@@ -172,7 +172,7 @@ class Dispatcher:
     def perform(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine of the server for whoever calls: on the loop a started future, in a thread the result."""
         if isInIOThread():
-            return started(coroutine)
+            return started(coroutine, self._accounts)
         answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def done(result: Any, error: BaseException | None) -> None:
@@ -181,7 +181,7 @@ class Dispatcher:
             else:
                 answer.set_exception(error)
 
-        self._reactor.callFromThread(run, coroutine, done)
+        self._reactor.callFromThread(run, coroutine, done, self._accounts)
         return answer.result()
 
     async def start(self) -> None:
