@@ -154,11 +154,12 @@ class Registered(Protocol):
 class Registry:
     """Which sessions are connected here.
 
-    surveyed: takes the orders of a survey of channels.
+    surveyed: takes the orders of a survey of channels. emulated: takes the commands that came to another worker.
     """
 
     def __init__(self) -> None:
         self.surveyed: Callable[[ChannelsOrder | ChannelsAnswer], None] = _leave
+        self.emulated: Callable[[EmulateOrder], None] = _leave
         self._by_client: dict[str, Registered] = {}
         self._by_user: dict[str, dict[str, Registered]] = {}
         # Those whose own SupersedeOrder has not come back yet: whatever such order comes before it is an older one's.
@@ -218,7 +219,7 @@ class Registry:
             case ChannelsOrder() | ChannelsAnswer() as order_:
                 self.surveyed(order_)
             case EmulateOrder() as order_:
-                self.emulate(order_.secret, order_.data)
+                self.emulated(order_)
             case SupersedeOrder() as order_:
                 self._superseding.discard(order_.client)
                 for session in list(self._by_user.get(order_.user, {}).values()):
