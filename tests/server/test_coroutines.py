@@ -10,7 +10,7 @@ import pytest
 from driving import on_loop
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 
-from realtime.server.handlers.coroutines import run, started, together
+from realtime.server.handlers.coroutines import begun, run, started, together
 
 
 class Outcome:
@@ -186,3 +186,58 @@ async def test_together_starts_all_in_order_and_keeps_it() -> None:
     waits[1].callback("b")
     waits[0].callback("a")
     assert await answers == ["a", "b"]
+
+
+@on_loop
+async def test_a_begun_task_that_never_waits_is_done_at_once() -> None:
+    async def quick() -> Any:
+        return asyncio.current_task()
+
+    task = begun(quick())
+    assert task.done()
+    assert task.result() is task
+
+
+@on_loop
+async def test_a_begun_task_waits_times_out_and_is_cancelled_as_any() -> None:
+    async def slow() -> Any:
+        async with asyncio.timeout(0.01):
+            await asyncio.sleep(60)
+
+    with pytest.raises(TimeoutError):
+        await begun(slow())
+    task = begun(asyncio.sleep(60))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@on_loop
+async def test_a_task_begins_another_in_its_midst() -> None:
+    async def outer() -> list[Any]:
+        inner = begun(asyncio.sleep(0, "inner"))
+        return [asyncio.current_task(), await inner]
+
+    task = begun(outer())
+    assert await task == [task, "inner"]
+
+
+@on_loop
+async def test_a_begun_task_has_its_own_context() -> None:
+    name: ContextVar[str] = ContextVar("name", default="none")
+
+    async def named() -> None:
+        name.set("its own")
+
+    begun(named())
+    assert name.get() == "none"
+
+
+@on_loop
+async def test_what_a_begun_task_raises_is_kept_in_it() -> None:
+    async def fails() -> None:
+        raise ValueError("its own")
+
+    task = begun(fails())
+    with pytest.raises(ValueError, match="its own"):
+        await task

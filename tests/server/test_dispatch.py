@@ -18,7 +18,7 @@ from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger
 
-from realtime.app import App
+from realtime.app import App, Request
 from realtime.errors import ClientError, Disconnect, EngineUnavailable, HandlerTimeout, PoolFull, SettingsError
 from realtime.metrics import Metrics
 from realtime.records import ConnectRequest, Credentials, Grant
@@ -539,7 +539,7 @@ async def test_perform_tells_timeouts_from_errors(bench: Bench) -> None:
 
     await bench.start()
     route = bench.dispatcher.route("GET", "/slow")  # type: ignore[union-attr]
-    call = started(route.perform(None))
+    call = started(route.perform(Request("GET", "/slow", {}, {}, b"")))
     await until(lambda: bool(bench.clock.getDelayedCalls()))
     bench.clock.advance(2)
     with pytest.raises(HandlerTimeout, match="GET /slow"):

@@ -8,16 +8,20 @@ that never waits costs little more than a call. `bridged` is for the application
 from __future__ import annotations
 
 import asyncio
+import sys
 import types
+from asyncio.tasks import _enter_task, _leave_task
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from realtime.supervision.accounts import Accounts
+
+T = TypeVar("T")
 
 # Called once with (result, None) or (None, error); must not raise.
 Done = Callable[[Any, BaseException | None], None]
@@ -170,6 +174,34 @@ async def together(coroutines: Sequence[Coroutine[Any, Any, Any]], accounts: Acc
     if errors:
         raise errors[0]
     return results
+
+
+def begun(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task that has taken its first step already, so that one that never waits costs no turn of the loop."""
+    loop = asyncio.get_running_loop()
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(coroutine, loop=loop, eager_start=True)
+    # Until 3.12 a task has its loop call the first step soon. The call is taken here, and made now.
+    steps: list[tuple[Callable[[], object], Context]] = []
+
+    def take(step: Callable[[], object], *, context: Context) -> None:
+        steps.append((step, context))
+
+    loop.call_soon = take  # type: ignore[method-assign, assignment]
+    try:
+        task = asyncio.Task(coroutine, loop=loop)
+    finally:
+        del loop.call_soon
+    step, context = steps[0]
+    outer = asyncio.current_task()
+    if outer is not None:
+        _leave_task(loop, outer)
+    try:
+        context.run(step)
+    finally:
+        if outer is not None:
+            _enter_task(loop, outer)
+    return task
 
 
 @types.coroutine

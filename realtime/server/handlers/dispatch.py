@@ -15,7 +15,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import inspect
-import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
@@ -41,7 +40,7 @@ from realtime.errors import (
 from realtime.metrics import Counter, Metrics
 from realtime.server.handlers.answers import maker, plain_result
 from realtime.server.handlers.auto import Moves
-from realtime.server.handlers.coroutines import bridged, run, started, together
+from realtime.server.handlers.coroutines import begun, bridged, run, started, together
 from realtime.server.handlers.outcomes import Mistakes, Outcomes
 from realtime.server.handlers.processes import Processes
 from realtime.server.handlers.threads import Gate, LoopClient, Threads
@@ -353,7 +352,7 @@ class Call:
 
     async def _finish(self, args: tuple[Any, ...], timeout: float) -> Any:
         """The handler's result, by the deadline. Its task may go on for longer when it does not heed cancellation."""
-        task = _start(self._in_its_place(args))
+        task = begun(self._in_its_place(args))
         if task.done():
             return _result(task)
         # A Deferred, since every kind of caller can await one (a plain asyncio Task by way of `bridged`).
@@ -539,14 +538,6 @@ def _subject(handler: Handler) -> Callable[[tuple[Any, ...]], str]:
 
 
 # -- tasks and threads ------------------------------------------------------------------------------------------------
-
-
-def _start(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-    """A task that has begun already where Python can (3.12), so that one that never waits costs no loop turn."""
-    loop = asyncio.get_running_loop()
-    if sys.version_info >= (3, 12):
-        return asyncio.Task(coroutine, loop=loop, eager_start=True)
-    return asyncio.Task(coroutine, loop=loop)
 
 
 def _result(task: asyncio.Task[Any]) -> Any:
