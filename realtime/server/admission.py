@@ -20,8 +20,8 @@ _RETRY_AFTER = (3, 10)
 class Admission:
     """One for all transports of a worker.
 
-    origin_allowed: whether the page that a request comes from may open connections. counts: how many connections are
-    open, for each transport.
+    origin_allowed: whether the page that a request comes from may open connections. proxies: those that are trusted.
+    counts: how many connections are open, for each transport.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Admission:
         self._due = 0.0  # when those let in so far would be used up at the allowed rate
         self._seconds = seconds
         self._refuse = refuse
-        self._proxies = Proxies(client.trusted_proxies)
+        self.proxies = Proxies(client.trusted_proxies)
         metrics.gauge("realtime_connections", "Connections of clients that are open", lambda: self.connections)
 
     @property
@@ -62,7 +62,7 @@ class Admission:
 
     def address(self, head: Head, peer: str) -> str:
         """The client's own address. peer: that of the connection, which may be a proxy's."""
-        return self._proxies.client(peer, head.all("x-forwarded-for"))
+        return self.proxies.client(peer, head.all("x-forwarded-for"))
 
     def _spend(self) -> bool:
         """Whether one more is within the rate. After a quiet second, that of a second may come at once."""

@@ -1,4 +1,4 @@
-"""HTTP on the clients' port: the application's routes and files, and the server API under its prefix.
+"""HTTP on the clients' port: the application's routes and files, the server API under its prefix, and services.
 
 twisted.web parses requests and writes responses; the heads that it gets were judged by `realtime.server.front`. What
 it leaves open is closed here: a body has a limit and an absolute deadline and is never written to disk, a request that
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 from io import BytesIO
@@ -33,7 +33,10 @@ from realtime.app import App, Static
 from realtime.errors import INTERNAL_ERROR, ClientError, Disconnect, HandlerTimeout, Overloaded, PoolFull
 from realtime.metrics import Counter, Metrics
 from realtime.protocol import api as server_api
+from realtime.protocol import cors
 from realtime.protocol.api import BadBody, BatchResult, ErrorBody, ServerAPI, UnknownMethod
+from realtime.protocol.head import Head
+from realtime.protocol.proxies import Proxies
 from realtime.server.handlers.answers import Answer, json, plain
 from realtime.server.handlers.coroutines import Running, run
 from realtime.server.handlers.dispatch import Call, Dispatcher
@@ -57,7 +60,15 @@ _log = Logger()
 
 
 # What is refused and counted, with the status that says so.
-FAULTS = {"api_key": 401, "body_timeout": 408, "body_too_large": 413, "body_encoding": 415, "parameters": 400}
+FAULTS = {
+    "api_key": 401,
+    "body_timeout": 408,
+    "body_too_large": 413,
+    "body_encoding": 415,
+    "parameters": 400,
+    "emulation": 400,
+    "origin": 403,
+}
 
 
 def faulty(fault: str) -> Answer:
@@ -160,6 +171,9 @@ class Channel(http.HTTPChannel):
     requestFactory = Request
     _deadline: IDelayedCall | None = None
     _refused = False
+    # Of the request whose body is being read:
+    _max_body_size = 0
+    _shared: cors.Headers = ()
 
     def dataReceived(self, data: bytes) -> None:
         if not self._refused:
@@ -187,8 +201,7 @@ class Channel(http.HTTPChannel):
 
     def take_body(self, size: int) -> bool:
         """Whether the body, of which `size` bytes have come, may go on."""
-        limit = self.site.settings.max_body_size
-        if limit and size > limit:
+        if size > self._max_body_size:
             self.refuse(faulty("body_too_large"))
         return not self._refused
 
@@ -201,7 +214,7 @@ class Channel(http.HTTPChannel):
         self.setTimeout(None)
         self._networkProducer.unregisterProducer()
         lines = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}", "Connection: close"]
-        lines += [f"{name}: {value}" for name, value in answer.all_headers()]
+        lines += [f"{name}: {value}" for name, value in (*answer.all_headers(), *self._shared)]
         self.transport.write("\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + answer.body)
         self.transport.loseWriteConnection()
         self._set_deadline(LINGER, self.transport.abortConnection)
@@ -216,17 +229,20 @@ class Channel(http.HTTPChannel):
             return False
         self.setTimeout(None)
         self._networkProducer.unregisterProducer()
+        self._networkProducer.resumeProducing()  # in case the last response has not left yet
         return True
 
     def _judge_body(self) -> Answer | None:
-        headers = self.requests[-1].requestHeaders
-        found = self.site.door.find(self._command.decode("ascii"), self._path.decode("ascii"), headers)
+        headers, door = self.requests[-1].requestHeaders, self.site.door
+        method, uri = self._command.decode("ascii"), self._path.decode("ascii")
+        self._max_body_size, self._shared = door.max_body_size(uri), ()
+        found = door.find(method, uri, headers)
         if isinstance(found, Answer):
             return found
+        self._shared = door.sharing(method, uri, headers)
         if _header(headers, "Content-Encoding").lower() not in ("", "identity"):
             return faulty("body_encoding")
-        limit = self.site.settings.max_body_size
-        if limit and self.length is not None and self.length > limit:
+        if self.length is not None and self.length > self._max_body_size:
             return faulty("body_too_large")
         return None
 
@@ -246,6 +262,7 @@ class APISite(Site):
     door: Door
     faults: dict[str, Counter]
     relieved: Callable[[], bool]
+    proxies: Proxies
 
     def count(self, fault: str) -> None:
         """Count a refusal; "" is none."""
@@ -270,24 +287,67 @@ def make_site(
     metrics: Metrics,
     reactor: Any = None,
     relieved: Callable[[], bool] = lambda: False,
+    services: Mapping[str, Service] | None = None,
+    proxies: Proxies | None = None,
 ) -> APISite:
     """The site of one worker.
 
     reactor: for deadlines; the process's own unless given. relieved: whether another worker can take new clients, so
-    that whoever is refused had better connect anew.
+    that whoever is refused had better connect anew. services: by path. proxies: those that are trusted.
     """
     site = APISite(Resource(), requestFactory=Request, timeout=IDLE, reactor=reactor)
     site.settings = settings.http_api
     site.faults = {fault: bad_input(metrics, fault) for fault in FAULTS}
-    site.door = Door(app, dispatcher, api, settings.http_api)
+    site.door = Door(app, dispatcher, api, settings.http_api, services or {})
     site.relieved = relieved
+    site.proxies = proxies or Proxies(())
     return site
 
 
-class Door:
-    """Knows what each URL is for: the server API, the application's routes, then its files."""
+class Service:
+    """A path of the server's own, for the pages of allowed origins."""
 
-    def __init__(self, app: App, dispatcher: Dispatcher, api: ServerAPI, settings: HTTPAPI) -> None:
+    def __init__(
+        self,
+        methods: tuple[str, ...],
+        origin_allowed: Callable[[Head], bool],
+        serve: Callable[[cors.Headers, Request], None] | None = None,
+        max_body_size: int = 0,
+    ) -> None:
+        """serve: answers a request, with these headers among others; None where only OPTIONS comes here."""
+        self.max_body_size = max_body_size
+        self._methods = methods
+        self._origin_allowed = origin_allowed
+        self._serve = serve
+
+    def find(self, head: Head) -> Serve | Answer:
+        """As `Door.find`."""
+        if not self._origin_allowed(head):
+            return faulty("origin")
+        if head.method == "OPTIONS":
+            return Answer(204, headers=cors.preflight(head, self._methods))
+        if head.method not in self._methods:
+            return plain(405, ("Allow", ", ".join((*self._methods, "OPTIONS"))))
+        return partial(self._serve, cors.sharing(head)) if self._serve else plain(404)
+
+
+def serve_init(shared: cors.Headers, request: Request) -> None:
+    """A small answer, with which a load balancer can send its cookie."""
+    request.answer(msgspec.structs.replace(json(200, {}), headers=shared))
+
+
+class Door:
+    """Knows what each URL is for: a service, the server API, the application's routes, then its files."""
+
+    def __init__(
+        self,
+        app: App,
+        dispatcher: Dispatcher,
+        api: ServerAPI,
+        settings: HTTPAPI,
+        services: Mapping[str, Service],
+    ) -> None:
+        self._services = services
         self._dispatcher = dispatcher
         self._api = api
         self._settings = settings
@@ -298,6 +358,9 @@ class Door:
     def find(self, method: str, uri: str, headers: Headers) -> Serve | Answer:
         """Who serves a request, judged by its head; or what it gets when nobody does."""
         path, _, query = uri.partition("?")
+        service = self._services.get(path)
+        if service is not None:
+            return service.find(_head(method, uri, headers))
         if path.startswith(self._prefix) and not self._settings.disabled:
             return self._find_method(method, path.removeprefix(self._prefix), query, headers)
         route = self._dispatcher.route("GET" if method == "HEAD" else method, path)
@@ -307,6 +370,15 @@ class Door:
         if allowed:
             return plain(405, ("Allow", ", ".join(allowed)))
         return self._find_file(method, path)
+
+    def max_body_size(self, uri: str) -> int:
+        """Bytes that the body of a request may have."""
+        service = self._services.get(uri.partition("?")[0])
+        return self._settings.max_body_size if service is None else service.max_body_size
+
+    def sharing(self, method: str, uri: str, headers: Headers) -> cors.Headers:
+        """What every answer of a service is sent with."""
+        return cors.sharing(_head(method, uri, headers)) if uri.partition("?")[0] in self._services else ()
 
     def _find_method(self, method: str, name: str, query: str, headers: Headers) -> Serve | Answer:
         if method != "POST":
@@ -343,7 +415,8 @@ class Door:
 
 def serve_api(api: ServerAPI, method: str, request: Request) -> None:
     """Call a method of the server API. It runs to its end even if the peer leaves: what was asked for is done."""
-    bare_errors = request.getHeader("X-Centrifugo-Error-Mode") == "transport"
+    mode = request.getHeader("X-Centrifugo-Error-Mode") or request.site.settings.error_mode
+    bare_errors = mode == "transport"
     request.start(api.call(method, request.body()), partial(_api_answer, bare_errors), cancel=False)
 
 
@@ -384,7 +457,9 @@ def serve_route(route: Call, path: str, query: str, request: Request) -> None:
         query=parameters,
         headers=headers,
         body=request.body(),
-        remote_address=getattr(request.client, "host", ""),
+        remote_address=request.site.proxies.client(
+            getattr(request.client, "host", ""), [headers.get("x-forwarded-for", "")]
+        ),
     )
     request.start(route.perform(asked), partial(_route_answer, request.site.relieved), cancel=True)
 
@@ -446,6 +521,16 @@ def serve_file(file: Path, request: Request) -> None:
 
 
 # -- small things -----------------------------------------------------------------------------------------------------
+
+
+def _head(method: str, uri: str, headers: Headers) -> Head:
+    """The head of a request again, as it was before twisted.web took it."""
+    fields = [
+        (name.decode("ascii").lower(), value.decode("latin-1"))
+        for name, values in headers.getAllRawHeaders()
+        for value in values
+    ]
+    return Head(method, uri, "1.1", tuple(fields), 0)
 
 
 def _header(headers: Headers, name: str) -> str:
