@@ -1,0 +1,73 @@
+"""Who is charged for what a worker's loop does for its clients: their protocol, HTTP, or a namespace's fan-out.
+
+Handlers are charged by their `Dispatcher`, coroutines that waited by `realtime.server.handlers.coroutines`. This is put
+on from outside, when a worker is wired: what is charged knows nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from realtime.pubsub.engine import Receiver
+from realtime.records import ClientInfo, Publication
+from realtime.server.transport import DirectServer
+from realtime.supervision.accounts import Accounts, Kind
+
+# What a channel without a namespace is counted under.
+NO_NAMESPACE = "-"
+
+
+def charged_transport(accounts: Accounts, http: type) -> type[DirectServer]:
+    """The clients' transport, whose work is charged to the client protocol; while its protocol is of type `http`, to
+    HTTP."""
+    is_http, is_other = accounts.open(Kind.HTTP), accounts.open(Kind.PROTOCOL)
+
+    def charging(method: Callable[..., Any]) -> Callable[..., Any]:
+        def charged(self: Any, *args: Any) -> Any:
+            before = accounts.switch(is_http if type(self.protocol) is http else is_other)
+            try:
+                return method(self, *args)
+            finally:
+                accounts.switch(before)
+
+        return charged
+
+    class Charged(DirectServer):
+        doRead = charging(DirectServer.doRead)
+        doWrite = charging(DirectServer.doWrite)
+        connectionLost = charging(DirectServer.connectionLost)
+
+    return Charged
+
+
+class FanOut:
+    """A receiver whose deliveries are charged to the namespace of their channel."""
+
+    def __init__(
+        self, receiver: Receiver, accounts: Accounts, namespaces: Iterable[str], namespace: Callable[[str], str | None]
+    ) -> None:
+        """namespaces: those that are configured. namespace: a channel's, None for none."""
+        self._receiver = receiver
+        self._accounts = accounts
+        self._without = accounts.open(Kind.FANOUT, NO_NAMESPACE)
+        self._namespaces: dict[str | None, Any] = {name: accounts.open(Kind.FANOUT, name) for name in namespaces}
+        self._namespace = namespace
+        self.instructed = receiver.instructed
+        self.interrupted = receiver.interrupted
+
+    def published(self, channel: str, publication: Publication, epoch: str) -> None:
+        self._charge(channel, self._receiver.published, publication, epoch)
+
+    def joined(self, channel: str, info: ClientInfo) -> None:
+        self._charge(channel, self._receiver.joined, info)
+
+    def left(self, channel: str, info: ClientInfo) -> None:
+        self._charge(channel, self._receiver.left, info)
+
+    def _charge(self, channel: str, deliver: Callable[..., None], *what: Any) -> None:
+        before = self._accounts.switch(self._namespaces.get(self._namespace(channel), self._without))
+        try:
+            deliver(channel, *what)
+        finally:
+            self._accounts.switch(before)
