@@ -50,11 +50,16 @@ class Rules:
             pattern=re.compile(options.channel_regex) if options.channel_regex else None,
         )
 
-    def options(self, channel: str) -> ResolvedChannel:
-        """The options that hold for `channel`. Raises ClientError 102 when its namespace is not configured."""
+    def namespace(self, channel: str) -> str | None:
+        """The namespace that the name of `channel` says, whether there is one or not; None when it says none."""
         name = channel.removeprefix(self._settings.private_prefix) if self._settings.private_prefix else channel
         namespace, boundary, _ = name.partition(self._settings.namespace_boundary)
-        if not boundary:
+        return namespace if boundary else None
+
+    def options(self, channel: str) -> ResolvedChannel:
+        """The options that hold for `channel`. Raises ClientError 102 when its namespace is not configured."""
+        namespace = self.namespace(channel)
+        if namespace is None:
             return self._without_namespace
         try:
             return self._namespaces[namespace]

@@ -24,6 +24,7 @@ from realtime.pubsub.history import PAGE_BYTES
 from realtime.records import Census, ClientInfo, HistoryPage, Position, Retention
 from realtime.server.link import Link, adopt
 from realtime.settings import EngineSettings
+from realtime.supervision.accounts import Accounts
 
 REQUEST_LIMIT = wire.FRAME_LIMIT - 1024
 """Bytes of the longest request: what comes of a publication, a little longer than the request, has to fit as well."""
@@ -58,7 +59,8 @@ class BrokerEngine:
 
     A channel that was subscribed is asked for on every fresh stream until `unsubscribe`, also when `subscribe` failed.
 
-    reactor: twisted's. on_lost: called when the stream has ended, to have the supervisor provide another.
+    reactor: twisted's. on_lost: called when the stream has ended, to have the supervisor provide another. accounts: the
+    loop's, which are charged for the stream.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class BrokerEngine:
         metrics: Metrics,
         reactor: Any,
         on_lost: Callable[[], None],
+        accounts: Accounts | None = None,
     ) -> None:
+        self._accounts = accounts
         self._receiver = receiver
         self._settings = settings
         self._reactor = reactor
@@ -107,7 +111,7 @@ class BrokerEngine:
         frames = [wire.pack(message) for message in self._introduction()]
         # The introduction is as long as what we hold anyway; the limit is for what comes on top.
         limit = self._settings.queue_max_size + sum(map(len, frames))
-        self._link = link = Link(self._reactor, wire.ToWorker, limit, self._receive, self._ended)
+        self._link = link = Link(self._reactor, wire.ToWorker, limit, self._receive, self._ended, self._accounts)
         adopt(self._reactor, fd, link)
         for frame in frames:
             link.send(frame)

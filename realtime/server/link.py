@@ -19,6 +19,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from realtime.pubsub.wire import BadFrame, Decoder, Message
+from realtime.supervision.accounts import Accounts, Kind
 
 BATCH = 1024 * 1024
 """Bytes written to a slow peer at a time, so that joining a long queue does not stall the loop."""
@@ -48,6 +49,7 @@ class Link(Protocol):
     it the link cuts itself.
     received: called with each message, in order. An exception from it is a bug: logged, and the stream is cut, for
     nobody knows what was left undone. ended: called once with the reason when the stream is over, whoever ended it.
+    accounts: the loop's, of which ENGINE is charged.
     """
 
     def __init__(
@@ -57,7 +59,12 @@ class Link(Protocol):
         limit: int,
         received: Callable[[Message], None],
         ended: Callable[[Link, str], None],
+        accounts: Accounts | None = None,
     ) -> None:
+        if accounts is not None:
+            account = accounts.open(Kind.ENGINE)
+            for name in ("dataReceived", "resumeProducing", "_turn_over"):
+                setattr(self, name, accounts.charging(account, getattr(self, name)))
         self._reactor = reactor
         self._decoder = Decoder(kinds)
         self._limit = limit

@@ -32,10 +32,12 @@ class DirectServer(tcp.Server):
             super().write(data[sent:])
 
 
-def adopt(reactor: Any, fd: int, family: socket.AddressFamily, factory: Factory) -> None:
+def adopt(
+    reactor: Any, fd: int, family: socket.AddressFamily, factory: Factory, server: type[DirectServer] = DirectServer
+) -> None:
     """Serve a connection that another process has accepted. `fd` stays the caller's.
 
-    As `reactor.adoptStreamConnection` does, with this transport. Raises OSError when the peer has gone, or there is no
-    descriptor for the reactor's own copy.
+    As `reactor.adoptStreamConnection` does, with the transport `server`. Raises OSError when the peer has gone, or there
+    is no descriptor for the reactor's own copy.
     """
-    DirectServer._fromConnectedSocket(fd, family, factory, reactor)
+    server._fromConnectedSocket(fd, family, factory, reactor)

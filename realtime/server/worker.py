@@ -36,16 +36,17 @@ from realtime.pubsub.hub import Hub
 from realtime.server import child, listener, transport
 from realtime.server.admission import Admission
 from realtime.server.broker_engine import BrokerEngine
-from realtime.server.front import Endpoint, FrontFactory
+from realtime.server.charging import FanOut, charged_transport
+from realtime.server.front import Endpoint, Front, FrontFactory
 from realtime.server.handlers.coroutines import run, together
 from realtime.server.handlers.dispatch import Dispatcher
 from realtime.server.handlers.processes import Processes
 from realtime.server.handlers.shedding import Shedding
 from realtime.server.handover import Taker
 from realtime.server.http import make_site
-from realtime.server.transport import DirectServer
 from realtime.server.websocket import WebSocketFactory
 from realtime.settings import Settings
+from realtime.supervision.accounts import Kind
 from realtime.supervision.pressure import Pressure
 
 # Seconds between two reports of the number of subscriptions to the engine.
@@ -70,7 +71,12 @@ class Worker:
         self._app = application.load(settings.app)
         self._registry = Registry()
         self._hub = Hub(self._registry.obey)
-        self._engine = self._hub.engine = BrokerEngine(self._hub, settings.engine, metrics, reactor, process.link_lost)
+        rules = Rules(settings.channel)
+        namespaces = [namespace.name for namespace in settings.channel.namespaces]
+        receiver = FanOut(self._hub, process.accounts, namespaces, rules.namespace)
+        self._engine = self._hub.engine = BrokerEngine(
+            receiver, settings.engine, metrics, reactor, process.link_lost, process.accounts
+        )
         pressure = Pressure(settings.loop, reactor.seconds)
         self._dispatcher = Dispatcher(
             self._app,
@@ -88,7 +94,6 @@ class Worker:
         shedding.serve(self._dispatcher)
         process.pulse.on_beat = shedding.beat
         self._deadlines = Deadlines(reactor.seconds())
-        rules = Rules(settings.channel)
         facts = NodeFactsOf(settings)
         self._node = Node(
             settings=settings.client,
@@ -126,6 +131,7 @@ class Worker:
         if not settings.websocket.disabled:
             endpoints[settings.websocket.handler_prefix] = self._websocket
         self._front = FrontFactory(settings.http_server, endpoints, site, self._deadlines, metrics)
+        self._transport = charged_transport(process.accounts, Front)
         self._ports: list[Any] = []
         self._takers: list[Taker] = []
         self._linked: Deferred[None] = Deferred()
@@ -149,15 +155,17 @@ class Worker:
         self._process.on_link = self._link
         self._process.on_drain = self.drain
         self._process.on_adopt = self._take_from
+        accounts = self._process.accounts
         for function, interval in ((self._sweep, RESOLUTION), (self._tally, TALLY_INTERVAL)):
-            looping = LoopingCall(function)
+            looping = LoopingCall(accounts.charging(accounts.open(Kind.TIMERS), function))
             looping.clock = self._reactor
             looping.start(interval, now=False)
         await self._linked
         await self._dispatcher.start()
         self._ports = [listener.adopt(self._reactor, fd, self._front) for fd in self._process.listen]
         for port in self._ports:
-            port.transport = DirectServer
+            port.transport = self._transport
+            port.doRead = accounts.charging(accounts.open(Kind.HTTP), port.doRead)
 
     def _link(self, slot: int, stream: int) -> None:
         self._engine.attach(stream)
@@ -169,7 +177,7 @@ class Worker:
 
     def _adopt(self, fd: int) -> None:
         """Serve a connection that the supervisor has accepted. Raises OSError."""
-        transport.adopt(self._reactor, fd, self._ports[0].addressFamily, self._front)
+        transport.adopt(self._reactor, fd, self._ports[0].addressFamily, self._front, self._transport)
 
     def _sweep(self) -> None:
         try:
