@@ -191,7 +191,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[slice, ...]]] = {
 
 
 class Server(Protocol):
-    """What an App needs of the server: coroutines that are not started yet (`realtime.protocol.api.ServerAPI`)."""
+    """What an App needs of the server: coroutines that are not started yet (`realtime.protocol.operations.Operations`)."""
 
     def publish(
         self, channel: str, data: bytes, *, tags: dict[str, str] | None, skip_history: bool, idempotency_key: str

@@ -1,30 +1,34 @@
-"""The server API: what other programs, and the application itself, may do with channels and clients.
+"""The HTTP API's methods: a name and a JSON body in, a result to encode out.
 
-Two doors lead to the same coroutines. `App.publish` and the rest call them with Python values; the HTTP API calls
-`ServerAPI.call` with the method's name and a JSON body, and gets the result as something to encode. Names, defaults
-and error codes are those of Centrifugo's server HTTP API. Permissions are not asked for here: who has the key may.
+What they do is in `realtime.protocol.operations`; here is how their fields are read and how their results are written.
+Unknown keys are ignored. A field of another type than its own makes the whole body a bad one.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from realtime import errors
-from realtime.errors import ClientError, Disconnect, EngineUnavailable, RealtimeError
+from realtime.errors import ClientError, EngineUnavailable, RealtimeError
 from realtime.protocol import messages
-from realtime.protocol.messages import StreamPosition, one_line, payload
-from realtime.protocol.registry import DisconnectOrder, UnsubscribeOrder, encode_order
-from realtime.protocol.rules import ResolvedChannel, Rules
-from realtime.pubsub.engine import Engine
-from realtime.records import Census, ClientInfo, HistoryPage, Position, Retention
+from realtime.protocol.messages import StreamPosition, is_json, payload
+from realtime.protocol.operations import Operations, Together, in_turn
+from realtime.protocol.tokens import OVERRIDABLE
+from realtime.records import Position, Publication
 
 NOT_FOUND = (104, "not found", False)
+
+BATCH_AT_A_TIME = 8
+"""Commands of a parallel batch that run at a time. Each of them may answer with some megabytes."""
+
+BATCH_BYTES = 16 * 1024 * 1024
+"""Bytes of all the replies to one batch; commands that come after them are refused."""
 
 
 class BadBody(RealtimeError):
@@ -37,6 +41,8 @@ class UnknownMethod(RealtimeError):
 
 # -- requests, as they come over HTTP ---------------------------------------------------------------------------------
 
+_UnixTime = Annotated[int, Meta(ge=0, le=2**53)]
+
 
 class _Publish(Struct, frozen=True):
     channel: str = ""
@@ -45,17 +51,43 @@ class _Publish(Struct, frozen=True):
     skip_history: bool = False
     tags: dict[str, str] | None = None
     idempotency_key: str = ""
-    version: int = 0
+    delta: bool = False
+    version: Annotated[int, Meta(ge=0)] = 0
+    version_epoch: str = ""
 
 
 class _Broadcast(_Publish, frozen=True):
     channels: list[str] = []
 
 
-class _Unsubscribe(Struct, frozen=True):
+class _Bool(Struct, frozen=True):
+    value: bool = False
+
+
+_Override = msgspec.defstruct("_Override", [(name, _Bool | None, None) for name in OVERRIDABLE], frozen=True)
+
+
+class _Target(Struct, frozen=True):
+    """Whose connections are meant."""
+
     user: str = ""
-    channel: str = ""
     client: str = ""
+    session: str = ""
+
+
+class _Subscribe(_Target, frozen=True):
+    channel: str = ""
+    info: Raw | UnsetType = UNSET
+    b64info: str = ""
+    data: Raw | UnsetType = UNSET
+    b64data: str = ""
+    recover_since: StreamPosition | None = None
+    override: _Override | None = None  # type: ignore[valid-type]
+    expire_at: _UnixTime = 0
+
+
+class _Unsubscribe(_Target, frozen=True):
+    channel: str = ""
 
 
 class _Reason(Struct, frozen=True):
@@ -63,11 +95,15 @@ class _Reason(Struct, frozen=True):
     reason: str = ""
 
 
-class _Disconnect(Struct, frozen=True):
-    user: str = ""
-    client: str = ""
+class _Disconnect(_Target, frozen=True):
     whitelist: tuple[str, ...] | None = None
     disconnect: _Reason | None = None
+
+
+class _Refresh(_Target, frozen=True):
+    expired: bool = False
+    expire_at: _UnixTime = 0
+    info: Raw | UnsetType = UNSET
 
 
 class _Channel(Struct, frozen=True):
@@ -81,6 +117,14 @@ class _History(Struct, frozen=True):
     reverse: bool = False
 
 
+class _Channels(Struct, frozen=True):
+    pattern: str = ""
+
+
+class _RPC(Struct, frozen=True):
+    method: str = ""
+
+
 class _Nothing(Struct, frozen=True):
     pass
 
@@ -88,6 +132,13 @@ class _Nothing(Struct, frozen=True):
 class _Batch(Struct, frozen=True):
     commands: list[dict[str, Raw] | None] = []
     parallel: bool = False
+
+
+class _Named(Struct, frozen=True):
+    """The old form of a call, which names its method in the body."""
+
+    method: str = ""
+    params: Raw = Raw(b"{}")
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
@@ -120,176 +171,48 @@ class BroadcastResult(Struct, frozen=True):
     responses: list[Response]
 
 
-class NodeResult(Struct, frozen=True):
-    uid: str
-    name: str
-    version: str
+class BinaryPub(Struct, frozen=True, omit_defaults=True):
+    """A publication whose data JSON can't carry."""
+
+    b64data: str
+    data: Raw = Raw(b"null")
+    info: messages.Info | None = None
+    offset: int = 0
+    tags: dict[str, str] | None = None
+
+
+class HistoryResult(Struct, frozen=True):
+    publications: list[messages.Pub | BinaryPub]
+    epoch: str
+    offset: int
+
+
+class ChannelInfo(Struct, frozen=True):
     num_clients: int
-    num_users: int
-    num_channels: int
-    num_subs: int
-    uptime: int
+
+
+class ChannelsResult(Struct, frozen=True):
+    channels: dict[str, ChannelInfo]
 
 
 class InfoResult(Struct, frozen=True):
-    nodes: list[NodeResult]
+    nodes: list[dict[str, Any]]
 
 
 class BatchResult(Struct, frozen=True):
     replies: list[dict[str, Any]]
 
 
-Together = Callable[[Sequence[Coroutine[Any, Any, Any]]], Awaitable[list[Any]]]
-
-
-async def in_turn(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Run one after the other, and return the results in the same order."""
-    return [await coroutine for coroutine in coroutines]
-
-
-class NodeFacts(NamedTuple):
-    """What a node is known by. uid: the same in all its workers. uptime: seconds since it started."""
-
-    uid: str
-    name: str
-    version: str
-    uptime: float
-
-
-_Marks = tuple[dict[str, str] | None, str]
-
 # -- the API ----------------------------------------------------------------------------------------------------------
 
 
 class ServerAPI:
-    """See the module. All coroutines may raise ClientError, and EngineUnavailable when nothing was done."""
+    """See the module."""
 
-    def __init__(
-        self, engine: Engine, rules: Rules, facts: Callable[[], NodeFacts], together: Together = in_turn
-    ) -> None:
-        """together: runs coroutines side by side, beginning with all of them in order, and gathers their results."""
-        self._engine = engine
-        self._rules = rules
-        self._facts = facts
+    def __init__(self, operations: Operations, together: Together = in_turn) -> None:
+        """together: as for the operations."""
+        self._operations = operations
         self._together = together
-
-    def _options(self, channel: str) -> ResolvedChannel:
-        """Raises ClientError 107 for no name, 102 for an unknown namespace."""
-        if not channel:
-            raise ClientError(*errors.BAD_REQUEST)
-        return self._rules.options(channel)
-
-    async def publish(
-        self,
-        channel: str,
-        data: bytes,
-        *,
-        tags: dict[str, str] | None = None,
-        skip_history: bool = False,
-        idempotency_key: str = "",
-    ) -> Position:
-        """Publish JSON text; the publication carries no `info`, as its publisher is no client."""
-        options = self._options(channel)
-        if not data:
-            raise ClientError(*errors.BAD_REQUEST)
-        # Nobody has looked at what the application's own code gives; the broker would end the stream over it.
-        msgspec.convert((tags, idempotency_key), _Marks)
-        retention = Retention() if skip_history else options.retention
-        return await self._engine.publish(
-            channel, one_line(data), retention=retention, tags=tags or None, idempotency_key=idempotency_key
-        )
-
-    async def broadcast(
-        self,
-        channels: list[str],
-        data: bytes,
-        *,
-        tags: dict[str, str] | None = None,
-        skip_history: bool = False,
-        idempotency_key: str = "",
-    ) -> list[Position | ClientError]:
-        """Publish the same to each channel; what came of each, in the same order."""
-        if not channels:
-            raise ClientError(*errors.BAD_REQUEST)
-
-        async def publish(channel: str) -> Position | ClientError:
-            try:
-                return await self.publish(
-                    channel, data, tags=tags, skip_history=skip_history, idempotency_key=idempotency_key
-                )
-            except ClientError as error:
-                return error
-            except EngineUnavailable:
-                return ClientError(*errors.INTERNAL_ERROR)
-
-        return await self._together([publish(channel) for channel in channels])
-
-    async def history(
-        self, channel: str, *, limit: int = 0, since: Position | None = None, reverse: bool = False
-    ) -> HistoryPage:
-        """Publications after `since`. limit: -1 for all that is kept. Raises ClientError 107, 108, 112."""
-        options = self._options(channel)
-        if not options.retention.kept:
-            raise ClientError(*errors.NOT_AVAILABLE)
-        if limit < -1 or (reverse and since is not None and not since.offset):
-            raise ClientError(*errors.BAD_REQUEST)
-        page = await self._engine.history(
-            channel, retention=options.retention, since=since, limit=limit, reverse=reverse
-        )
-        if since is not None and since.epoch and since.epoch != page.position.epoch:
-            raise ClientError(*errors.UNRECOVERABLE_POSITION)
-        return page
-
-    async def history_remove(self, channel: str) -> None:
-        """Drop what is kept; the numbering goes on."""
-        if not self._options(channel).retention.kept:
-            raise ClientError(*errors.NOT_AVAILABLE)
-        await self._engine.remove_history(channel)
-
-    async def presence(self, channel: str) -> dict[str, ClientInfo]:
-        """Who is present, by client id."""
-        self._check_presence(channel)
-        return await self._engine.presence(channel)
-
-    async def presence_stats(self, channel: str) -> tuple[int, int]:
-        """The numbers of clients and of distinct users present."""
-        self._check_presence(channel)
-        return await self._engine.presence_stats(channel)
-
-    def _check_presence(self, channel: str) -> None:
-        if not self._options(channel).presence:
-            raise ClientError(*errors.NOT_AVAILABLE)
-
-    async def info(self) -> list[dict[str, Any]]:
-        """One record for each node."""
-        return [msgspec.to_builtins(await self._node())]
-
-    async def _node(self) -> NodeResult:
-        facts, census = self._facts(), await self._engine.census()
-        return _node_result(facts, census)
-
-    async def disconnect(
-        self,
-        user: str,
-        *,
-        client: str = "",
-        whitelist: tuple[str, ...] = (),
-        code: int = errors.FORCE_DISCONNECT[0],
-        reason: str = errors.FORCE_DISCONNECT[1],
-    ) -> None:
-        """Close the user's connections on every worker. Raises ClientError 107 for a code or reason that can't be."""
-        try:
-            Disconnect(code, reason)
-        except ValueError:
-            raise ClientError(*errors.BAD_REQUEST) from None
-        await self._engine.instruct(encode_order(DisconnectOrder(user, client, whitelist, code, reason)))
-
-    async def unsubscribe(self, user: str, channel: str, *, client: str = "") -> None:
-        """End the user's subscriptions to a channel on every worker."""
-        self._options(channel)
-        await self._engine.instruct(encode_order(UnsubscribeOrder(user, channel, client)))
-
-    # -- the door for HTTP -------------------------------------------------------------------------------------------
 
     async def call(self, method: str, body: bytes) -> Struct:
         """The result of one call. Raises UnknownMethod, BadBody, and ClientError for all that the method refuses."""
@@ -297,72 +220,101 @@ class ServerAPI:
             kind, answer = _METHODS[method]
         except KeyError:
             raise UnknownMethod(method) from None
-        try:
-            body.decode()  # the decoder does not look at text that it only passes on
-            request = msgspec.json.decode(body, type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise BadBody(method) from None
+        request = _decoded(body, kind)
         try:
             return await answer(self, request)
         except EngineUnavailable:
             raise ClientError(*errors.INTERNAL_ERROR) from None
 
-    async def _call_publish(self, request: _Publish) -> PublishResult:
-        position = await self.publish(
-            request.channel,
-            _data(request),
-            tags=request.tags,
-            skip_history=request.skip_history,
-            idempotency_key=request.idempotency_key,
-        )
+    async def call_named(self, body: bytes) -> Struct:
+        """The same for the old form, {"method": ..., "params": {...}}, where an unknown method is ClientError 104."""
+        named = _decoded(body, _Named)
+        try:
+            return await self.call(named.method, bytes(named.params))
+        except UnknownMethod:
+            raise ClientError(*NOT_FOUND) from None
+
+    async def _publish(self, request: _Publish) -> PublishResult:
+        position = await self._operations.publish(request.channel, **_publication(request))
         return PublishResult(position.offset, position.epoch)
 
-    async def _call_broadcast(self, request: _Broadcast) -> BroadcastResult:
-        outcomes = await self.broadcast(
-            request.channels,
-            _data(request),
-            tags=request.tags,
-            skip_history=request.skip_history,
-            idempotency_key=request.idempotency_key,
-        )
+    async def _broadcast(self, request: _Broadcast) -> BroadcastResult:
+        outcomes = await self._operations.broadcast(request.channels, **_publication(request))
         return BroadcastResult([_response(outcome) for outcome in outcomes])
 
-    async def _call_unsubscribe(self, request: _Unsubscribe) -> messages.Empty:
-        await self.unsubscribe(request.user, request.channel, client=request.client)
+    async def _subscribe(self, request: _Subscribe) -> messages.Empty:
+        override: dict[str, _Bool | None] = msgspec.structs.asdict(request.override or _Override())
+        await self._operations.subscribe(
+            **_target(request),
+            channel=request.channel,
+            info=_text(request.info, request.b64info),
+            data=_text(request.data, request.b64data),
+            recover_since=_position(request.recover_since),
+            override={name: option.value for name, option in override.items() if option is not None},
+            expire_at=request.expire_at,
+        )
         return messages.EMPTY
 
-    async def _call_disconnect(self, request: _Disconnect) -> messages.Empty:
+    async def _unsubscribe(self, request: _Unsubscribe) -> messages.Empty:
+        await self._operations.unsubscribe(**_target(request), channel=request.channel)
+        return messages.EMPTY
+
+    async def _disconnect(self, request: _Disconnect) -> messages.Empty:
         code, reason = errors.FORCE_DISCONNECT
         if request.disconnect is not None:
             code, reason = request.disconnect.code, request.disconnect.reason
-        await self.disconnect(
-            request.user, client=request.client, whitelist=request.whitelist or (), code=code, reason=reason
+        await self._operations.disconnect(
+            **_target(request), whitelist=request.whitelist or (), code=code, reason=reason
         )
         return messages.EMPTY
 
-    async def _call_presence(self, request: _Channel) -> messages.PresenceResult:
-        present = await self.presence(request.channel)
-        return messages.PresenceResult({client: messages.info(info) for client, info in present.items()})
-
-    async def _call_presence_stats(self, request: _Channel) -> messages.PresenceStatsResult:
-        return messages.PresenceStatsResult(*await self.presence_stats(request.channel))
-
-    async def _call_history(self, request: _History) -> messages.HistoryResult:
-        since = Position(request.since.offset, request.since.epoch) if request.since else None
-        page = await self.history(request.channel, limit=request.limit, since=since, reverse=request.reverse)
-        publications = [messages.pub(one, one.data) for one in page.publications]
-        return messages.HistoryResult(publications, page.position.epoch, page.position.offset)
-
-    async def _call_history_remove(self, request: _Channel) -> messages.Empty:
-        await self.history_remove(request.channel)
+    async def _refresh(self, request: _Refresh) -> messages.Empty:
+        await self._operations.refresh(
+            **_target(request), expired=request.expired, expire_at=request.expire_at, info=payload(request.info)
+        )
         return messages.EMPTY
 
-    async def _call_info(self, request: _Nothing) -> InfoResult:
-        return InfoResult([await self._node()])
+    async def _presence(self, request: _Channel) -> messages.PresenceResult:
+        present = await self._operations.presence(request.channel)
+        return messages.PresenceResult({client: messages.info(info) for client, info in present.items()})
 
-    async def _call_batch(self, request: _Batch) -> BatchResult:
-        run = self._together if request.parallel else in_turn
-        return BatchResult(await run([self._reply(command) for command in request.commands]))
+    async def _presence_stats(self, request: _Channel) -> messages.PresenceStatsResult:
+        return messages.PresenceStatsResult(*await self._operations.presence_stats(request.channel))
+
+    async def _history(self, request: _History) -> HistoryResult:
+        page = await self._operations.history(
+            request.channel, limit=request.limit, since=_position(request.since), reverse=request.reverse
+        )
+        publications = [_pub(one) for one in page.publications]
+        return HistoryResult(publications, page.position.epoch, page.position.offset)
+
+    async def _history_remove(self, request: _Channel) -> messages.Empty:
+        await self._operations.history_remove(request.channel)
+        return messages.EMPTY
+
+    async def _channels(self, request: _Channels) -> ChannelsResult:
+        found = await self._operations.channels(request.pattern)
+        return ChannelsResult({channel: ChannelInfo(count) for channel, count in found.items()})
+
+    async def _info(self, request: _Nothing) -> InfoResult:
+        return InfoResult(await self._operations.info())
+
+    async def _rpc(self, request: _RPC) -> Struct:
+        raise ClientError(*(NOT_FOUND if request.method else errors.BAD_REQUEST))  # the API itself has no procedures
+
+    async def _batch(self, request: _Batch) -> BatchResult:
+        run, size = (self._together, BATCH_AT_A_TIME) if request.parallel else (in_turn, 1)
+        replies: list[dict[str, Any]] = []
+        room = BATCH_BYTES
+        for begin in range(0, len(request.commands), size):
+            if room < 0:
+                refused = ErrorBody.of(ClientError(*errors.LIMIT_EXCEEDED))
+                replies += [{"error": refused}] * (len(request.commands) - begin)
+                break
+            for reply in await run([self._reply(command) for command in request.commands[begin : begin + size]]):
+                replies.append(reply)
+                room -= sum(len(result) for result in reply.values() if isinstance(result, Raw))
+        return BatchResult(replies)
 
     async def _reply(self, command: dict[str, Raw] | None) -> dict[str, Any]:
         try:
@@ -371,55 +323,87 @@ class ServerAPI:
             method = next((name for name in command if name in _METHODS and name != "batch"), "")
             if not method:
                 raise ClientError(*NOT_FOUND)
-            return {method: await self.call(method, bytes(command[method]))}
+            return {method: Raw(msgspec.json.encode(await self.call(method, bytes(command[method]))))}
         except BadBody:
             return {"error": ErrorBody.of(ClientError(*errors.BAD_REQUEST))}
         except ClientError as error:
             return {"error": ErrorBody.of(error)}
 
 
-_METHODS: Mapping[str, tuple[type[Struct], Callable[[ServerAPI, Any], Awaitable[Struct]]]] = {
-    "publish": (_Publish, ServerAPI._call_publish),
-    "broadcast": (_Broadcast, ServerAPI._call_broadcast),
-    "unsubscribe": (_Unsubscribe, ServerAPI._call_unsubscribe),
-    "disconnect": (_Disconnect, ServerAPI._call_disconnect),
-    "presence": (_Channel, ServerAPI._call_presence),
-    "presence_stats": (_Channel, ServerAPI._call_presence_stats),
-    "history": (_History, ServerAPI._call_history),
-    "history_remove": (_Channel, ServerAPI._call_history_remove),
-    "info": (_Nothing, ServerAPI._call_info),
-    "batch": (_Batch, ServerAPI._call_batch),
+_METHODS: Mapping[str, tuple[type[Struct], Callable[[ServerAPI, Any], Coroutine[Any, Any, Struct]]]] = {
+    "publish": (_Publish, ServerAPI._publish),
+    "broadcast": (_Broadcast, ServerAPI._broadcast),
+    "subscribe": (_Subscribe, ServerAPI._subscribe),
+    "unsubscribe": (_Unsubscribe, ServerAPI._unsubscribe),
+    "disconnect": (_Disconnect, ServerAPI._disconnect),
+    "refresh": (_Refresh, ServerAPI._refresh),
+    "presence": (_Channel, ServerAPI._presence),
+    "presence_stats": (_Channel, ServerAPI._presence_stats),
+    "history": (_History, ServerAPI._history),
+    "history_remove": (_Channel, ServerAPI._history_remove),
+    "channels": (_Channels, ServerAPI._channels),
+    "info": (_Nothing, ServerAPI._info),
+    "rpc": (_RPC, ServerAPI._rpc),
+    "batch": (_Batch, ServerAPI._batch),
 }
 
 
-def _data(request: _Publish) -> bytes:
-    """The JSON text to publish. Raises ClientError 107 when it is none, 108 for what is not supported yet."""
-    if request.version:
-        raise ClientError(*errors.NOT_AVAILABLE)
-    if not request.b64data:
-        return payload(request.data)
+def _decoded(body: bytes, kind: type[Any]) -> Any:
     try:
-        text = base64.b64decode(request.b64data, validate=True)
-        text.decode()
-        return payload(msgspec.json.decode(text, type=Raw))
-    except (binascii.Error, UnicodeDecodeError, msgspec.MsgspecError, RecursionError):
+        body.decode()  # the decoder does not look at text that it only passes on
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise BadBody("not the JSON that the method wants") from None
+
+
+def _publication(request: _Publish) -> dict[str, Any]:
+    """What publish and broadcast take beside the channels. Raises ClientError 107 for data that can't be."""
+    data = _decoded_base64(request.b64data) if request.b64data else payload(request.data)
+    return {
+        "data": data,
+        "binary": bool(request.b64data) or not data,
+        "tags": request.tags,
+        "skip_history": request.skip_history,
+        "idempotency_key": request.idempotency_key,
+        "delta": request.delta,
+        "version": request.version,
+        "version_epoch": request.version_epoch,
+    }
+
+
+def _text(value: Raw | UnsetType, encoded: str) -> bytes:
+    """The JSON text of a field that may come in base64 instead, which wins. Raises ClientError 107 when it is none."""
+    if not encoded:
+        return payload(value)
+    text = _decoded_base64(encoded)
+    if not is_json(text):
+        raise ClientError(*errors.BAD_REQUEST)
+    return text
+
+
+def _decoded_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
         raise ClientError(*errors.BAD_REQUEST) from None
+
+
+def _target(request: _Target) -> dict[str, str]:
+    return {"user": request.user, "client": request.client, "session": request.session}
+
+
+def _position(position: StreamPosition | None) -> Position | None:
+    return Position(position.offset, position.epoch) if position is not None else None
+
+
+def _pub(publication: Publication) -> messages.Pub | BinaryPub:
+    plain = messages.pub(publication, messages.one_line(publication.data))
+    if not publication.binary:
+        return plain
+    return BinaryPub(base64.b64encode(publication.data).decode(), Raw(b"null"), plain.info, plain.offset, plain.tags)
 
 
 def _response(outcome: Position | ClientError) -> Response:
     if isinstance(outcome, ClientError):
         return Response(error=ErrorBody.of(outcome))
     return Response(result=PublishResult(outcome.offset, outcome.epoch))
-
-
-def _node_result(facts: NodeFacts, census: Census) -> NodeResult:
-    return NodeResult(
-        uid=facts.uid,
-        name=facts.name,
-        version=facts.version,
-        num_clients=census.clients,
-        num_users=census.users,
-        num_channels=census.channels,
-        num_subs=census.subscriptions,
-        uptime=int(facts.uptime),
-    )

@@ -7,8 +7,12 @@ prefix) names the namespace; permissions are off until an option turns them on.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+
+import msgspec
 
 from realtime.errors import BAD_REQUEST, UNKNOWN_CHANNEL, ClientError
+from realtime.protocol.tokens import OVERRIDABLE
 from realtime.records import Retention
 from realtime.settings import Channel, ChannelOptions, retention
 
@@ -33,6 +37,31 @@ class ResolvedChannel(ChannelOptions, frozen=True, kw_only=True):
         """Whether the options let `user` subscribe without a token."""
         return self.allow_subscribe_for_client and bool(user or self.allow_subscribe_for_anonymous)
 
+    def overridden(self, override: Mapping[str, bool]) -> ResolvedChannel:
+        """The same with other values for some options. Raises ValueError for one that can't be overridden."""
+        if not override:
+            return self
+        if not override.keys() <= set(OVERRIDABLE):
+            raise ValueError(f"of a channel's options, only {', '.join(OVERRIDABLE)} can be overridden")
+        return msgspec.structs.replace(self, **override)
+
+    def check_data(self, data: bytes, is_json: bool) -> None:
+        """Raises ClientError 107 for data that `publication_data_format` rules out.
+
+        is_json: whether it is JSON text, see `Encoding.is_json`.
+        """
+        match self.publication_data_format:
+            case "binary":
+                return
+            case "json_object":
+                fits = is_json and data.lstrip(b" \t\r\n").startswith(b"{")
+            case "json":
+                fits = is_json
+            case _:
+                fits = True
+        if not (fits and data):
+            raise ClientError(*BAD_REQUEST)
+
 
 class Rules:
     """The channel rules of one configuration."""
@@ -44,6 +73,7 @@ class Rules:
 
     def _resolve(self, options: ChannelOptions) -> ResolvedChannel:
         values = {name: getattr(options, name) for name in ChannelOptions.__struct_fields__}
+        values["publication_data_format"] = options.publication_data_format or self._settings.publication_data_format
         return ResolvedChannel(
             **values,
             retention=retention(options, self._settings.history_meta_ttl),

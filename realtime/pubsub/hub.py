@@ -172,6 +172,10 @@ class Hub:
         self.subscriptions = 0
         self.sent = Counter()
 
+    def channels(self) -> list[str]:
+        """The channels that have members here."""
+        return list(self._channels)
+
     def subscribers(self, channel: str) -> int:
         """How many members a channel has here, those that are not open yet included."""
         state = self._channels.get(channel)

@@ -24,10 +24,11 @@ from twisted.python.failure import Failure
 from realtime import app as application
 from realtime._version import __version__
 from realtime.errors import SHUTDOWN
-from realtime.protocol.api import NodeFacts, ServerAPI
+from realtime.protocol.api import ServerAPI
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.deadlines import RESOLUTION, Deadlines
 from realtime.protocol.node import Node
+from realtime.protocol.operations import NodeFacts, Operations
 from realtime.protocol.registry import Registry
 from realtime.protocol.rules import Rules
 from realtime.protocol.session import Session
@@ -44,6 +45,7 @@ from realtime.server.handlers.processes import Processes
 from realtime.server.handlers.shedding import Shedding
 from realtime.server.handover import Taker
 from realtime.server.http import make_site
+from realtime.server.surveys import Surveys
 from realtime.server.websocket import WebSocketFactory
 from realtime.settings import Settings
 from realtime.supervision.accounts import Kind
@@ -111,8 +113,11 @@ class Worker:
             uid=facts().uid,
             worker=str(process.slot),
         )
-        api = ServerAPI(self._engine, rules, facts, together)
-        self._dispatcher.bind(api)
+        surveys = Surveys(self._engine, self._hub, str(process.slot), reactor)
+        self._registry.surveyed = surveys.obey
+        operations = Operations(self._engine, rules, facts, surveys, together)
+        self._dispatcher.bind(operations)
+        api = ServerAPI(operations, together)
         self._admission = Admission(
             settings.client, metrics, reactor.seconds, shedding.refuse_handshake, settings.workers.count
         )

@@ -11,11 +11,14 @@ import msgspec
 import pytest
 
 from realtime.errors import ClientError, EngineUnavailable
-from realtime.protocol.api import BadBody, NodeFacts, ServerAPI, UnknownMethod
-from realtime.protocol.registry import DisconnectOrder, Order, UnsubscribeOrder
+from realtime.protocol import api, operations
+from realtime.protocol.api import BadBody, ServerAPI, UnknownMethod
+from realtime.protocol.operations import NodeFacts, Operations, Together, in_turn
+from realtime.protocol.registry import DisconnectOrder, Order, RefreshOrder, SubscribeOrder, UnsubscribeOrder
 from realtime.protocol.rules import Rules
+from realtime.pubsub.engine import Engine
 from realtime.pubsub.memory import MemoryEngine
-from realtime.records import ClientInfo, Position, Publication
+from realtime.records import ClientInfo, Position, Publication, Terms
 from realtime.settings import Channel, ChannelOptions, EngineSettings, Namespace
 
 SETTINGS = Channel(
@@ -23,6 +26,10 @@ SETTINGS = Channel(
     namespaces=(
         Namespace(name="chat", presence=True, history_size=5, history_ttl=60.0),
         Namespace(name="bare"),
+        Namespace(name="json", publication_data_format="json"),
+        Namespace(name="object", publication_data_format="json_object"),
+        Namespace(name="bytes", publication_data_format="binary", history_size=5, history_ttl=60.0),
+        Namespace(name="deltas", delta_publish=True),
     ),
 )
 
@@ -61,9 +68,19 @@ class Bench:
         self.now = 0.0
         self.receiver = Receiver()
         self.engine = MemoryEngine(self.receiver, EngineSettings(), lambda: self.now)
-        self.api = ServerAPI(self.engine, Rules(SETTINGS), lambda: NodeFacts("u1", "here", "1.2", 61.9))
-        for channel in ("chat:1", "bare:1", "plain"):
+        self.surveyed = {"chat:1": 2, "chat:2": 1}
+        self.use(self.engine)
+        for channel in ("chat:1", "bare:1", "plain", "json:1", "object:1", "bytes:1", "deltas:1"):
             finish(self.engine.subscribe(channel))
+
+    def use(self, engine: Engine, together: Together = in_turn) -> None:
+        facts = NodeFacts("u1", "here", "1.2", 61.9)
+        self.operations = Operations(engine, Rules(SETTINGS), lambda: facts, self._survey, together)
+        self.api = ServerAPI(self.operations, together)
+
+    async def _survey(self, pattern: str) -> dict[str, int]:
+        await self.operations._engine.census()  # which fails when the engine does
+        return {name: count for name, count in self.surveyed.items() if name.startswith(pattern.rstrip("*"))}
 
     def call(self, method: str, body: Any = None) -> Any:
         """The JSON of a result, decoded. body: bytes as they are, all else as JSON."""
@@ -86,6 +103,9 @@ def bench() -> Bench:
 METHODS = [
     "publish",
     "broadcast",
+    "subscribe",
+    "refresh",
+    "channels",
     "presence",
     "presence_stats",
     "history",
@@ -114,6 +134,17 @@ def test_body_must_be_one_object(bench: Bench, method: str, body: bytes) -> None
         ("history", {"channel": "chat:1", "limit": 1.5}),
         ("history", {"channel": "chat:1", "since": {"offset": -1}}),
         ("disconnect", {"user": 42}),
+        ("disconnect", {"user": "ada", "whitelist": "c1"}),
+        ("subscribe", {"user": "ada", "channel": "plain", "override": {"presence": True}}),
+        ("subscribe", {"user": "ada", "channel": "plain", "expire_at": "tomorrow"}),
+        ("subscribe", {"user": "ada", "channel": "plain", "expire_at": -1}),
+        ("refresh", {"user": "ada", "expired": 1}),
+        ("refresh", {"user": "ada", "expire_at": 1e300}),
+        ("publish", {"channel": "c", "data": 1, "version": -1}),
+        ("publish", {"channel": "c", "data": 1, "version_epoch": 7}),
+        ("publish", {"channel": "c", "data": 1, "delta": "fossil"}),
+        ("channels", {"pattern": None}),
+        ("rpc", {"method": []}),
         ("batch", {"commands": {}}),
     ],
 )
@@ -122,17 +153,54 @@ def test_field_of_another_type_is_a_bad_body(bench: Bench, method: str, body: An
         bench.call(method, body)
 
 
-@pytest.mark.parametrize("method", ["", "nothing", "Publish", "publish/", "rpc", "subscribe", "__init__"])
+@pytest.mark.parametrize("method", ["", "nothing", "Publish", "publish/", "map_publish", "__init__"])
 def test_unknown_method(bench: Bench, method: str) -> None:
     with pytest.raises(UnknownMethod):
         bench.call(method)
 
 
 def test_unknown_keys_are_ignored(bench: Bench) -> None:
-    assert bench.call("publish", {"channel": "plain", "data": 1, "delta": True, "new": {"x": []}}) == {}
+    assert bench.call("publish", {"channel": "plain", "data": 1, "new": {"x": []}}) == {}
+    assert bench.call("subscribe", {"user": "ada", "channel": "plain", "override": {"new": {"value": 7}}}) == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        ({"method": "publish", "params": {"channel": "plain", "data": 1}}, {}),
+        ({"method": "presence_stats", "params": {"channel": "chat:1"}, "id": 7}, {"num_clients": 0, "num_users": 0}),
+        ({"method": "channels"}, {"channels": {"chat:1": {"num_clients": 2}, "chat:2": {"num_clients": 1}}}),
+    ],
+)
+def test_the_old_form_names_its_method_in_the_body(bench: Bench, body: Any, answer: Any) -> None:
+    found = finish(bench.api.call_named(msgspec.json.encode(body)))
+    assert json.loads(msgspec.json.encode(found)) == answer
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"{}", 104),
+        (b'{"method":"nothing","params":{}}', 104),
+        (b'{"method":"publish","params":{"channel":"nope:1","data":1}}', 102),
+    ],
+)
+def test_refusals_in_the_old_form(bench: Bench, body: bytes, code: int) -> None:
+    with pytest.raises(ClientError) as caught:
+        finish(bench.api.call_named(body))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"null", b'{"method":1}', b'{"method":"publish","params":[]}', b'{"method":"\xff"}']
+)
+def test_bad_bodies_in_the_old_form(bench: Bench, body: bytes) -> None:
+    with pytest.raises(BadBody):
+        finish(bench.api.call_named(body))
 
 
 NEEDS_CHANNEL = ["publish", "presence", "presence_stats", "history", "history_remove", "unsubscribe"]
+NEEDS_CHANNEL.append("subscribe")
 
 
 @pytest.mark.parametrize("method", NEEDS_CHANNEL)
@@ -156,7 +224,7 @@ def test_engine_outage_is_error_100(bench: Bench, method: str) -> None:
 
             return fail
 
-    bench.api = ServerAPI(Gone(), Rules(SETTINGS), lambda: NodeFacts("", "", "", 0))  # type: ignore[arg-type]
+    bench.use(Gone())  # type: ignore[arg-type]
     body = {"channel": "chat:1", "channels": ["chat:1"], "data": 1, "user": "u", "commands": [{"info": {}}]}
     error = {"code": 100, "message": "internal server error"}
     match method:
@@ -209,10 +277,15 @@ def test_data_passes_byte_for_byte_but_for_line_ends(bench: Bench, sent: bytes, 
     [
         {"channel": "plain"},
         {"channel": "plain", "b64data": "no base64!"},
-        {"channel": "plain", "b64data": base64.b64encode(b"{no json").decode()},
-        {"channel": "plain", "b64data": base64.b64encode(b'"\xff"').decode()},
-        {"channel": "plain", "b64data": base64.b64encode(b"1 2").decode()},
+        {"channel": "plain", "b64data": "ü"},
         {"channel": "plain", "b64data": base64.b64encode(b"").decode(), "data": msgspec.UNSET},
+        {"channel": "json:1"},
+        {"channel": "json:1", "b64data": base64.b64encode(b"{no json").decode()},
+        {"channel": "json:1", "b64data": base64.b64encode(b'"\xff"').decode()},
+        {"channel": "json:1", "b64data": base64.b64encode(b"1 2").decode()},
+        {"channel": "object:1", "data": [1]},
+        {"channel": "object:1", "data": "{}"},
+        {"channel": "object:1", "b64data": base64.b64encode(b"null").decode()},
     ],
 )
 def test_data_that_is_none_is_refused(bench: Bench, body: dict[str, Any]) -> None:
@@ -227,6 +300,50 @@ def test_data_that_would_harm_readers_is_refused(bench: Bench, data: bytes, refu
     with pytest.raises(refusal):
         bench.call("publish", b'{"channel":"plain","data":' + data + b"}")
     assert bench.receiver.publications == []
+
+
+@pytest.mark.parametrize("data", [b"{no json", b"\xff\x00", b'"\xff"', b"1 2", b"[" * 200 + b"]" * 200, b"\n"])
+def test_data_that_is_no_json_is_for_clients_of_protobuf(bench: Bench, data: bytes) -> None:
+    for channel in ("plain", "bytes:1"):
+        bench.call("publish", {"channel": channel, "b64data": base64.b64encode(data).decode()})
+    for _, publication in bench.receiver.publications:
+        assert (publication.data, publication.binary) == (data, True)
+    [found] = bench.call("history", {"channel": "bytes:1", "limit": -1})["publications"]
+    assert found == {"data": None, "b64data": base64.b64encode(data).decode(), "offset": 1}
+
+
+def test_a_channel_may_take_even_nothing(bench: Bench) -> None:
+    bench.call("publish", {"channel": "bytes:1"})
+    bench.call("publish", {"channel": "bytes:1", "data": {}})
+    assert [(one.data, one.binary) for _, one in bench.receiver.publications] == [(b"", True), (b"{}", False)]
+
+
+def test_formats_that_fit(bench: Bench) -> None:
+    bench.call("publish", {"channel": "json:1", "data": [1]})
+    bench.call("publish", {"channel": "object:1", "b64data": base64.b64encode(b' \n{"a":1}').decode()})
+    assert [(one.data, one.binary) for _, one in bench.receiver.publications] == [(b"[1]", False), (b' {"a":1}', False)]
+
+
+@pytest.mark.parametrize("version", [2**64, 10**1000])
+def test_a_version_has_64_bits(bench: Bench, version: int) -> None:
+    assert bench.refusal("publish", {"channel": "chat:1", "data": 1, "version": version}) == 107
+
+
+def test_deltas_are_for_those_that_ask_and_where_the_channel_says_so(bench: Bench) -> None:
+    for body in ({"channel": "plain"}, {"channel": "plain", "delta": True}, {"channel": "deltas:1"}):
+        bench.call("publish", body | {"data": 1})
+    assert [one.delta for _, one in bench.receiver.publications] == [False, True, True]
+
+
+def test_an_old_version_is_dropped_and_answered_with_the_position(bench: Bench) -> None:
+    body = {"channel": "chat:1", "data": 1, "version": 2**64 - 2, "version_epoch": "e"}
+    first = bench.call("publish", body)
+    assert first["offset"] == 1
+    assert bench.call("publish", body) == first
+    assert bench.call("publish", body | {"version": 5}) == first
+    assert bench.call("publish", body | {"version": 2**64 - 1})["offset"] == 2
+    assert bench.call("publish", body | {"version": 1, "version_epoch": "f"})["offset"] == 3
+    assert [one.offset for _, one in bench.receiver.publications] == [1, 2, 3]
 
 
 def test_b64data_wins_over_data(bench: Bench) -> None:
@@ -267,12 +384,32 @@ def test_broadcast_begins_with_all_channels_before_it_waits(bench: Bench) -> Non
         begun.append(len(coroutines))
         return [await coroutine for coroutine in coroutines]
 
-    bench.api = ServerAPI(bench.engine, Rules(SETTINGS), lambda: NodeFacts("", "", "", 0), together)
+    bench.use(bench.engine, together)
     bench.call("broadcast", {"channels": ["plain"] * 3, "data": 1})
     commands = [{"info": {}}] * 2
     bench.call("batch", {"commands": commands})
     bench.call("batch", {"commands": commands, "parallel": True})
     assert begun == [3, 2]
+
+
+def test_what_is_under_way_at_a_time_is_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    async def together(coroutines: Any) -> list[Any]:
+        begun.append(len(coroutines))
+        return [await coroutine for coroutine in coroutines]
+
+    bench.use(bench.engine, together)
+    monkeypatch.setattr(operations, "BROADCAST_CHANNELS", 4)
+    monkeypatch.setattr(operations, "BROADCAST_BYTES", 300)
+    monkeypatch.setattr(api, "BATCH_AT_A_TIME", 3)
+    assert len(bench.call("broadcast", {"channels": ["plain"] * 9, "data": 1})["responses"]) == 9
+    bench.call("broadcast", {"channels": ["plain"] * 5, "data": "x" * 98})
+    bench.call("broadcast", {"channels": ["plain"] * 2, "data": "x" * 1000})
+    commands = [{"publish": {"channel": "chat:1", "data": number}} for number in range(7)]
+    replies = bench.call("batch", {"commands": commands, "parallel": True})["replies"]
+    assert [reply["publish"]["offset"] for reply in replies] == [1, 2, 3, 4, 5, 6, 7]
+    assert begun == [4, 4, 1, 3, 2, 1, 1, 3, 3, 1]
 
 
 # -- presence ---------------------------------------------------------------------------------------------------------
@@ -353,6 +490,14 @@ def test_publication_in_history_has_the_keys_it_needs_and_no_others(bench: Bench
     ]
 
 
+def test_a_page_of_history_has_a_size(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "PAGE_BYTES", 3000)
+    for _ in range(5):
+        bench.call("publish", {"channel": "chat:1", "data": "x" * 1000})
+    answer = bench.call("history", {"channel": "chat:1", "limit": -1})
+    assert ([one["offset"] for one in answer["publications"]], answer["offset"]) == ([1, 2], 5)
+
+
 def test_history_of_an_unused_channel_has_its_epoch(bench: Bench) -> None:
     answer = bench.call("history", {"channel": "chat:new"})
     assert (answer["publications"], answer["offset"]) == ([], 0)
@@ -380,6 +525,7 @@ def test_history_remove_keeps_the_position(bench: Bench, stream: str) -> None:
             {"user": "ada", "client": "c1", "whitelist": ["c2"], "disconnect": {"code": 4501, "reason": "bye"}},
             DisconnectOrder("ada", "c1", ("c2",), 4501, "bye"),
         ),
+        ({"user": "ada", "session": "s1", "whitelist": []}, DisconnectOrder("ada", session="s1")),
     ],
 )
 def test_disconnect_is_an_order_to_every_worker(bench: Bench, body: Any, order: Order) -> None:
@@ -404,7 +550,79 @@ def test_disconnect_that_can_not_be_sent_is_refused(bench: Bench, disconnect: An
 
 def test_unsubscribe_is_an_order_to_every_worker(bench: Bench) -> None:
     assert bench.call("unsubscribe", {"user": "ada", "channel": "chat:1", "client": "c1"}) == {}
-    assert bench.receiver.orders == [UnsubscribeOrder("ada", "chat:1", "c1")]
+    assert bench.call("unsubscribe", {"channel": "chat:1", "session": "s1"}) == {}
+    assert bench.receiver.orders == [UnsubscribeOrder("ada", "chat:1", "c1"), UnsubscribeOrder("", "chat:1", "", "s1")]
+
+
+def encoded(text: bytes) -> str:
+    return base64.b64encode(text).decode()
+
+
+@pytest.mark.parametrize(
+    ("body", "order"),
+    [
+        ({}, SubscribeOrder("", "chat:1")),
+        ({"user": "ada", "client": "c1"}, SubscribeOrder("ada", "chat:1", Terms(), "c1")),
+        (
+            {"user": "ada", "session": "s1", "info": {"n": 1}, "data": None, "expire_at": 1900000000},
+            SubscribeOrder("ada", "chat:1", Terms(b'{"n": 1}', b"null", 1900000000.0), "", "s1"),
+        ),
+        (
+            {"info": 1, "b64info": encoded(b'{"n":\n1}'), "data": 2, "b64data": encoded(b"3")},
+            SubscribeOrder("", "chat:1", Terms(b'{"n":1}', b"3")),
+        ),
+        (
+            {"recover_since": {"offset": 7, "epoch": "e"}, "override": None},
+            SubscribeOrder("", "chat:1", Terms(), "", "", Position(7, "e")),
+        ),
+        (
+            {"override": {"presence": {"value": True}, "force_recovery": {"value": False}, "join_leave": None}},
+            SubscribeOrder("", "chat:1", Terms(override={"presence": True, "force_recovery": False})),
+        ),
+    ],
+)
+def test_subscribe_is_an_order_to_every_worker(bench: Bench, body: Any, order: Order) -> None:
+    assert bench.call("subscribe", {"channel": "chat:1", **body}) == {}
+    assert bench.receiver.orders == [order]
+
+
+@pytest.mark.parametrize(
+    "body", [{"b64info": "no base64!"}, {"b64info": encoded(b"\xff")}, {"b64data": encoded(b"{")}, {"b64data": "ü"}]
+)
+def test_what_clients_could_not_read_is_no_part_of_a_subscription(bench: Bench, body: Any) -> None:
+    assert bench.refusal("subscribe", {"user": "ada", "channel": "chat:1", **body}) == 107
+    assert bench.receiver.orders == []
+
+
+@pytest.mark.parametrize(
+    ("body", "order"),
+    [
+        ({}, RefreshOrder("")),
+        ({"user": "ada", "expired": True, "client": "c1"}, RefreshOrder("ada", expired=True, client="c1")),
+        ({"user": "ada", "expire_at": 1900000000, "session": "s"}, RefreshOrder("ada", 1900000000.0, session="s")),
+        ({"user": "ada", "info": {"n": 1}}, RefreshOrder("ada", info=b'{"n": 1}')),
+    ],
+)
+def test_refresh_is_an_order_to_every_worker(bench: Bench, body: Any, order: Order) -> None:
+    assert bench.call("refresh", body) == {}
+    assert bench.receiver.orders == [order]
+
+
+def test_channels_are_those_with_subscribers(bench: Bench) -> None:
+    assert bench.call("channels") == {"channels": {"chat:1": {"num_clients": 2}, "chat:2": {"num_clients": 1}}}
+    assert bench.call("channels", {"pattern": "chat:1*"}) == {"channels": {"chat:1": {"num_clients": 2}}}
+    bench.surveyed = {}
+    assert bench.call("channels", {}) == {"channels": {}}
+
+
+@pytest.mark.parametrize("pattern", ["{", "{a,b", "x" * 2000, "{a,b}" * 20])
+def test_patterns_that_can_not_be(bench: Bench, pattern: str) -> None:
+    assert bench.refusal("channels", {"pattern": pattern}) == 107
+
+
+def test_there_are_no_procedures(bench: Bench) -> None:
+    assert bench.refusal("rpc", {"method": "report", "params": {}}) == 104
+    assert bench.refusal("rpc", {"params": {}}) == 107
 
 
 def test_info_has_every_number_even_when_zero(bench: Bench) -> None:
@@ -415,7 +633,7 @@ def test_info_has_every_number_even_when_zero(bench: Bench) -> None:
     bench.engine.connected(ClientInfo("ada", "c2"))
     bench.engine.tally(4)
     [node] = bench.call("info")["nodes"]
-    assert (node["num_clients"], node["num_users"], node["num_channels"], node["num_subs"]) == (2, 1, 3, 4)
+    assert (node["num_clients"], node["num_users"], node["num_channels"], node["num_subs"]) == (2, 1, 7, 4)
 
 
 # -- batch ------------------------------------------------------------------------------------------------------------
@@ -454,14 +672,29 @@ def test_batch_answers_each_command_in_order_without_a_wrapper(bench: Bench) -> 
     ]
 
 
+def test_replies_to_one_batch_have_a_size(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "BATCH_BYTES", 2000)
+    for _ in range(2):
+        bench.call("publish", {"channel": "chat:1", "data": "x" * 1000})
+    commands = [{"history": {"channel": "chat:1", "limit": -1}}, {"publish": {"channel": "plain", "data": 1}}]
+    for parallel in (False, True):
+        replies = bench.call("batch", {"commands": commands * 10, "parallel": parallel})["replies"]
+        answered = 8 if parallel else 1
+        assert len(replies[0]["history"]["publications"]) == 2
+        assert replies[answered:] == [{"error": {"code": 106, "message": "limit exceeded"}}] * (20 - answered)
+        assert "error" not in replies[answered - 1]
+    # What was refused was not done either.
+    assert len([channel for channel, _ in bench.receiver.publications if channel == "plain"]) == 4
+
+
 # -- the door for the application -------------------------------------------------------------------------------------
 
 
 def test_coroutines_take_and_give_records(bench: Bench) -> None:
-    api = bench.api
+    api = bench.operations
     assert finish(api.publish("plain", b'{\n"a":\r 1}')) == Position()
     assert bench.receiver.publications[-1][1].data == b'{"a": 1}'
-    for wrong in ({"tags": {"t": 1}}, {"idempotency_key": 5}):
+    for wrong in ({"tags": {"t": 1}}, {"idempotency_key": 5}, {"version": -1}, {"version_epoch": 1}, {"delta": 3}):
         with pytest.raises(msgspec.ValidationError):
             finish(api.publish("chat:1", b"1", **wrong))
     position = finish(api.publish("chat:1", b'{"a":1}', tags={"t": "1"}))
@@ -472,3 +705,10 @@ def test_coroutines_take_and_give_records(bench: Bench) -> None:
     assert first == Position(2, position.epoch)
     assert second.code == 102
     assert finish(api.info())[0]["uid"] == "u1"
+    with pytest.raises(ClientError) as caught:
+        finish(api.subscribe("ada", "chat:1", override={"history_size": True}))
+    assert caught.value.code == 107
+    for wrong_order in (api.refresh(7), api.subscribe("ada", "chat:1", override={"presence": 1})):  # type: ignore
+        with pytest.raises(msgspec.ValidationError):
+            finish(wrong_order)
+    assert bench.receiver.orders == []

@@ -25,7 +25,8 @@ from twisted.logger import Logger, globalLogPublisher
 from realtime.app import App, Response
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.metrics import Metrics
-from realtime.protocol.api import NodeFacts, ServerAPI
+from realtime.protocol.api import ServerAPI
+from realtime.protocol.operations import NodeFacts, Operations
 from realtime.protocol.rules import Rules
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.memory import MemoryEngine
@@ -37,6 +38,11 @@ from realtime.settings import HTTPAPI, Channel, Namespace, Settings, Workers
 KEY = "k3y-of-the-tests"
 LIMIT = 4096
 CHAT = Namespace(name="chat", presence=True, history_size=10, history_ttl=60.0)
+
+
+async def found_nothing(pattern: str) -> dict[str, int]:
+    """A survey of the channels of no worker."""
+    return {}
 
 
 class Site:
@@ -58,11 +64,13 @@ class Site:
         """Serve, and return the base URL."""
         hub = Hub(self.orders.append)
         self.engine = hub.engine = MemoryEngine(hub, self.settings.engine, time.monotonic)
-        api = ServerAPI(self.engine, Rules(self.settings.channel), lambda: NodeFacts("n1", "node", "1.0", 12.5))
+        facts = NodeFacts("n1", "node", "1.0", 12.5)
+        operations = Operations(self.engine, Rules(self.settings.channel), lambda: facts, found_nothing)
+        api = ServerAPI(operations)
         log = Logger(observer=self.logged.append)
         self.dispatcher = Dispatcher(self.app, reactor, self.workers, self.metrics, log, pressure=self)
         await self.dispatcher.start()
-        self.dispatcher.bind(api)
+        self.dispatcher.bind(operations)
         site = make_site(
             self.app, self.dispatcher, api, self.settings, self.metrics, relieved=lambda: self.others_are_free
         )
