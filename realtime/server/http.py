@@ -201,7 +201,7 @@ class Channel(http.HTTPChannel):
 
     def take_body(self, size: int) -> bool:
         """Whether the body, of which `size` bytes have come, may go on."""
-        if size > self._max_body_size:
+        if 0 < self._max_body_size < size:
             self.refuse(faulty("body_too_large"))
         return not self._refused
 
@@ -242,7 +242,7 @@ class Channel(http.HTTPChannel):
         self._shared = door.sharing(method, uri, headers)
         if _header(headers, "Content-Encoding").lower() not in ("", "identity"):
             return faulty("body_encoding")
-        if self.length is not None and self.length > self._max_body_size:
+        if self.length is not None and 0 < self._max_body_size < self.length:
             return faulty("body_too_large")
         return None
 
@@ -312,7 +312,7 @@ class Service:
         methods: tuple[str, ...],
         origin_allowed: Callable[[Head], bool],
         serve: Callable[[cors.Headers, Request], None] | None = None,
-        max_body_size: int = 0,
+        max_body_size: int = 1024,
     ) -> None:
         """serve: answers a request, with these headers among others; None where only OPTIONS comes here."""
         self.max_body_size = max_body_size
@@ -372,7 +372,7 @@ class Door:
         return self._find_file(method, path)
 
     def max_body_size(self, uri: str) -> int:
-        """Bytes that the body of a request may have."""
+        """Bytes that the body of a request may have; 0 for no limit."""
         service = self._services.get(uri.partition("?")[0])
         return self._settings.max_body_size if service is None else service.max_body_size
 
