@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -56,7 +57,13 @@ def _is_loopback(text: str) -> bool:
 
 
 def _is_key_set(text: str) -> bool:
-    return text == "" or re.fullmatch(r"https?://[^\s/@]+/\S*", text) is not None
+    if not re.fullmatch(r"https?://[!-~]+", text):
+        return text == ""
+    try:
+        url = urlsplit(text)
+        return bool(url.hostname and url.path) and "@" not in url.netloc and url.port != 0
+    except ValueError:  # brackets without an address, a port that is none
+        return False
 
 
 # Stands in the address of a key set for what a named group of a pattern has found.

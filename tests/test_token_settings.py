@@ -85,7 +85,19 @@ def test_a_public_key_is_no_secret(key: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["id.example/keys", "ftp://id.example/keys", "https://", "https:///keys", "https://me:hush@id.example/keys"],
+    [
+        "id.example/keys",
+        "ftp://id.example/keys",
+        "https://",
+        "https:///keys",
+        "https://id.example",
+        "https://id.example:port/keys",
+        "https://id.example:99999/keys",
+        "https://[::1/keys",
+        "https://id.example/my keys",
+        "https://\u00fc.example/keys",
+        "https://me:hush@id.example/keys",
+    ],
 )
 def test_an_address_that_is_none(address: str) -> None:
     line = refusal("token", jwks_public_endpoint=address)
