@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from http import HTTPStatus
 from io import BytesIO
@@ -336,6 +336,9 @@ def serve_init(shared: cors.Headers, request: Request) -> None:
     request.answer(msgspec.structs.replace(json(200, {}), headers=shared))
 
 
+APICall = Callable[[bytes], Coroutine[Any, Any, msgspec.Struct]]
+
+
 class Door:
     """Knows what each URL is for: a service, the server API, the application's routes, then its files."""
 
@@ -362,7 +365,9 @@ class Door:
         if service is not None:
             return service.find(_head(method, uri, headers))
         if path.startswith(self._prefix) and not self._settings.disabled:
-            return self._find_method(method, path.removeprefix(self._prefix), query, headers)
+            return self._find_method(method, partial(self._api.call, path.removeprefix(self._prefix)), query, headers)
+        if method == "POST" and path + "/" == self._prefix and not self._settings.disabled:
+            return self._find_method(method, self._api.call_named, query, headers)
         route = self._dispatcher.route("GET" if method == "HEAD" else method, path)
         if route is not None:
             return partial(serve_route, route, path, query)
@@ -380,12 +385,12 @@ class Door:
         """What every answer of a service is sent with."""
         return cors.sharing(_head(method, uri, headers)) if uri.partition("?")[0] in self._services else ()
 
-    def _find_method(self, method: str, name: str, query: str, headers: Headers) -> Serve | Answer:
+    def _find_method(self, method: str, call: APICall, query: str, headers: Headers) -> Serve | Answer:
         if method != "POST":
             return plain(405, ("Allow", "POST"))
         if not self._settings.insecure and not self._has_key(query, headers):
             return Answer(401, fault="api_key")  # the body is empty by the API's contract
-        return partial(serve_api, self._api, name)
+        return partial(serve_api, call)
 
     def _has_key(self, query: str, headers: Headers) -> bool:
         """Whether the request brings the key; no request does when none is configured."""
@@ -413,11 +418,11 @@ class Door:
 # -- the server API ---------------------------------------------------------------------------------------------------
 
 
-def serve_api(api: ServerAPI, method: str, request: Request) -> None:
+def serve_api(call: APICall, request: Request) -> None:
     """Call a method of the server API. It runs to its end even if the peer leaves: what was asked for is done."""
     mode = request.getHeader("X-Centrifugo-Error-Mode") or request.site.settings.error_mode
     bare_errors = mode == "transport"
-    request.start(api.call(method, request.body()), partial(_api_answer, bare_errors), cancel=False)
+    request.start(call(request.body()), partial(_api_answer, bare_errors), cancel=False)
 
 
 def _api_answer(bare_errors: bool, result: Any, error: BaseException | None) -> Answer:

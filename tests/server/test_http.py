@@ -553,6 +553,10 @@ async def test_keys_are_never_logged(site: Site) -> None:
         ("publish", b"[]", 400, b"Bad Request"),
         ("publish", b'{"channel":7}', 400, b"Bad Request"),
         ("publish", b"{}", 200, b'{"error":{"code":107,"message":"bad request"}}'),
+        ("rpc", b'{"method":"x"}', 200, b'{"error":{"code":104,"message":"not found"}}'),
+        ("channels", b"{}", 200, b'{"result":{"channels":{}}}'),
+        ("subscribe", b'{"user":"ada","channel":"plain"}', 200, b'{"result":{}}'),
+        ("refresh", b'{"user":"ada","expired":true}', 200, b'{"result":{}}'),
         ("publish", b'{"channel":"nope:1","data":1}', 200, b'{"error":{"code":102,"message":"unknown channel"}}'),
         ("publish", b'{"channel":"plain","data":1,"unknown":2}', 200, b'{"result":{}}'),
         ("presence", b'{"channel":"plain"}', 200, b'{"error":{"code":108,"message":"not available"}}'),
@@ -571,6 +575,23 @@ async def test_answers_of_the_api(site: Site, path: str, body: bytes, status: in
     assert (answer.status_code, answer.content) == (status, content)
     if status == 200:
         assert answer.headers["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "content"),
+    [
+        (b'{"method":"publish","params":{"channel":"plain","data":1}}', {}, 200, b'{"result":{}}'),
+        (b'{"method":"x","params":{}}', {}, 200, b'{"error":{"code":104,"message":"not found"}}'),
+        (b'{"method":"x"}', {"X-Centrifugo-Error-Mode": "transport"}, 404, b'{"code":104,"message":"not found"}'),
+        (b"{", {}, 400, b"Bad Request"),
+        (b"{}", {"X-API-Key": "another"}, 401, b""),
+    ],
+)
+@on_loop
+async def test_the_old_form_of_a_call(site: Site, body: bytes, headers: Any, status: int, content: bytes) -> None:
+    url = await site.start()
+    answer = await fetch("POST", f"{url}/api", data=body, headers={"X-API-Key": KEY} | headers)
+    assert (answer.status_code, answer.content) == (status, content)
 
 
 @on_loop
