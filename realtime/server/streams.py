@@ -43,6 +43,7 @@ from realtime.protocol.outbox import Total
 from realtime.protocol.session import Request
 from realtime.server.admission import Admission, response
 from realtime.server.emulation import Emulation
+from realtime.server.http import Service, serve_init
 from realtime.server.outgoing import Outgoing
 from realtime.server.websocket import Session, bad_input, why
 
@@ -322,6 +323,33 @@ class Streams:
         self._metrics.counter(
             "realtime_disconnects", "Connections that ended, by who ended them and why.", by=by, code=code
         ).value += 1
+
+
+def paths(tree: settings.Settings, streams: Streams) -> tuple[dict[str, Endpoint], dict[str, Service]]:
+    """What is served by the settings: paths that give streams, and, by plain requests, what belongs to them.
+
+    What a browser asks before it opens a stream is a plain request, too.
+    """
+    allowed = streams.admission.origin_allowed
+    endpoints: dict[str, Endpoint] = {}
+    services: dict[str, Service] = {}
+    kinds: tuple[tuple[settings.Stream, str, Kind], ...] = (
+        (tree.sse, tree.sse.handler_prefix, SSE),
+        (tree.http_stream, tree.http_stream.handler_prefix, HTTP_STREAM),
+        (tree.uni_sse, tree.uni_sse.handler_prefix, UNI_SSE),
+        (tree.uni_http_stream, tree.uni_http_stream.handler_prefix, UNI_HTTP_STREAM),
+    )
+    for branch, path, kind in kinds:
+        if branch.enabled:
+            endpoints[path] = Endpoint(streams, kind, branch.max_request_body_size)
+            services[path] = Service(kind.methods, allowed)
+    if tree.sse.enabled or tree.http_stream.enabled:
+        services[tree.emulation.handler_prefix] = Service(
+            ("POST",), allowed, streams.emulation.serve, tree.emulation.max_request_body_size
+        )
+    if tree.init.enabled:
+        services[tree.init.handler_prefix] = Service(("GET",), allowed, serve_init)
+    return endpoints, services
 
 
 def opening(head: Head, address: str) -> tuple[Request, bytes]:

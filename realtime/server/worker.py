@@ -32,12 +32,12 @@ from realtime.protocol.operations import NodeFacts, Operations
 from realtime.protocol.registry import Registry
 from realtime.protocol.rules import Rules
 from realtime.protocol.session import Session
-from realtime.protocol.tokens import TokenVerifier
 from realtime.pubsub.hub import Hub
 from realtime.server import child, listener, transport
 from realtime.server.admission import Admission
 from realtime.server.broker_engine import BrokerEngine
 from realtime.server.charging import FanOut, charged_transport
+from realtime.server.emulation import Emulation
 from realtime.server.front import Endpoint, Front, FrontFactory
 from realtime.server.handlers.coroutines import run, together
 from realtime.server.handlers.dispatch import Dispatcher
@@ -45,6 +45,8 @@ from realtime.server.handlers.processes import Processes
 from realtime.server.handlers.shedding import Shedding
 from realtime.server.handover import Taker
 from realtime.server.http import make_site
+from realtime.server.key_sets import make_verifier
+from realtime.server.streams import Streams, paths
 from realtime.server.surveys import Surveys
 from realtime.server.websocket import WebSocketFactory
 from realtime.settings import Settings
@@ -100,7 +102,7 @@ class Worker:
         self._node = Node(
             settings=settings.client,
             rules=rules,
-            tokens=TokenVerifier(settings.client.token, time.time),
+            tokens=make_verifier(settings.client, reactor, metrics, time.time),
             engine=self._engine,
             hub=self._hub,
             registry=self._registry,
@@ -131,8 +133,29 @@ class Worker:
             self._admission,
         )
         self._hub.sent = self._websocket.sent
-        site = make_site(self._app, self._dispatcher, api, settings, metrics, relieved=process.page.relieved)
-        endpoints: dict[str, Endpoint] = {}
+        emulation = Emulation(self._engine, self._node.uid, self._node.worker)
+        self._registry.emulated = emulation.receive
+        streams = Streams(
+            self._open_session,
+            settings,
+            self._deadlines,
+            metrics,
+            self._admission,
+            emulation,
+            self._websocket.queued,
+        )
+        open_streams, services = paths(settings, streams)
+        endpoints: dict[str, Endpoint] = {**open_streams}
+        site = make_site(
+            self._app,
+            self._dispatcher,
+            api,
+            settings,
+            metrics,
+            relieved=process.page.relieved,
+            services=services,
+            proxies=self._admission.proxies,
+        )
         if not settings.websocket.disabled:
             endpoints[settings.websocket.handler_prefix] = self._websocket
         self._front = FrontFactory(settings.http_server, endpoints, site, self._deadlines, metrics)
