@@ -15,6 +15,7 @@ from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
+from typing import Protocol as Interface
 
 import msgspec
 from msgspec import Struct
@@ -45,7 +46,7 @@ from realtime.server.admission import Admission, response
 from realtime.server.emulation import Emulation
 from realtime.server.http import Service, serve_init
 from realtime.server.outgoing import Outgoing
-from realtime.server.websocket import Session, bad_input, why
+from realtime.server.websocket import bad_input, why
 
 BINARY = "application/octet-stream"
 
@@ -61,6 +62,16 @@ _KINDS = (
 )
 
 _log = Logger()
+
+
+class Session(Interface):
+    """What this module asks of a session."""
+
+    def receive(self, payload: bytes) -> None:
+        """One whole message of the connection's encoding; if that is JSON, valid UTF-8."""
+
+    def closed(self) -> None:
+        """The connection is gone. Called once."""
 
 
 class Kind(Struct, frozen=True):
