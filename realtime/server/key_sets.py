@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -37,7 +37,10 @@ from zope.interface import implementer
 from realtime._version import __version__
 from realtime.errors import KeysUnavailable
 from realtime.metrics import Metrics
-from realtime.protocol.keys import MAX_SET_BYTES, Key, is_public, key_set
+from realtime.protocol.keys import MAX_SET_BYTES, Key, KeySets, is_public, key_set
+from realtime.protocol.tokens import TokenVerifier
+from realtime.server.handlers.coroutines import started
+from realtime.settings import Client, Token
 
 # Seconds for one attempt, from the name to the last byte, and the number of attempts.
 TIMEOUT = 1.0
@@ -54,6 +57,17 @@ _FAULTS = (
 )
 
 _log = Logger()
+
+
+def make_verifier(settings: Client, reactor: Any, metrics: Metrics, wall_clock: Callable[[], float]) -> TokenVerifier:
+    """What judges the tokens of a worker's clients, by one table of the configuration or by two."""
+
+    def judge(table: Token, subscriptions: TokenVerifier | None = None) -> TokenVerifier:
+        fetch = KeySetFetcher(reactor, metrics, allow_insecure=table.jwks_allow_insecure)
+        return TokenVerifier(table, wall_clock, KeySets(fetch, started, reactor.seconds), subscriptions)
+
+    own = settings.subscription_token
+    return judge(settings.token, judge(own) if own.enabled else None)
 
 
 class KeySetFetcher:
