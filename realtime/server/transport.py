@@ -37,7 +37,7 @@ def adopt(
 ) -> None:
     """Serve a connection that another process has accepted. `fd` stays the caller's.
 
-    As `reactor.adoptStreamConnection` does, with the transport `server`. Raises OSError when the peer has gone, or there
-    is no descriptor for the reactor's own copy.
+    As `reactor.adoptStreamConnection` does, with the transport `server`. Raises OSError when the peer has gone, or
+    there is no descriptor for the reactor's own copy.
     """
     server._fromConnectedSocket(fd, family, factory, reactor)
