@@ -8,10 +8,45 @@ from collections.abc import Callable, Iterator, Mapping
 
 from realtime import centrifugo
 from realtime.options import PREFIX, KeyPath, one_line, variable, variables
-from realtime.settings import Settings
+from realtime.settings import Settings, Token
+
+# RFC 7518 section 3.2, for HS256: whoever has a token can try secrets at home.
+_SECRET_BYTES = 32
+
+
+def _strong(secret: str) -> bool:
+    """Whether a secret is beyond guessing. None at all lets nobody in."""
+    return not secret or len(secret.encode()) >= _SECRET_BYTES
+
+
+def _of_tokens(table: str, of: Callable[[Settings], Token | None]) -> tuple[_Caution, ...]:
+    """The cautions of a table of tokens. of: has the table, or None when it is not used."""
+
+    def well(holds: Callable[[Token], bool]) -> Callable[[Settings], bool]:
+        return lambda tree: (token := of(tree)) is None or holds(token)
+
+    return (
+        (
+            f"{table}.hmac_secret_key",
+            well(lambda token: _strong(token.hmac_secret_key)),
+            "is under 32 bytes and can be guessed; make a longer one (realtime gen-config does)",
+        ),
+        (
+            f"{table}.hmac_previous_secret_key",
+            well(lambda token: _strong(token.hmac_previous_secret_key)),
+            "is under 32 bytes and can be guessed; remove it as soon as the change of keys is over",
+        ),
+        (
+            f"{table}.jwks_allow_insecure",
+            well(lambda token: not token.jwks_allow_insecure),
+            "whoever is between may put in keys of his own, and so be any user; for development only",
+        ),
+    )
+
 
 # The key, whether it is as it should be, and what to say if not.
-_CAUTIONS: tuple[tuple[str, Callable[[Settings], bool], str], ...] = (
+_Caution = tuple[str, Callable[[Settings], bool], str]
+_CAUTIONS: tuple[_Caution, ...] = (
     (
         "client.insecure",
         lambda tree: not tree.client.insecure,
@@ -19,21 +54,31 @@ _CAUTIONS: tuple[tuple[str, Callable[[Settings], bool], str], ...] = (
     ),
     ("http_api.insecure", lambda tree: not tree.http_api.insecure, "anybody may call the API; for development only"),
     (
+        "http_api.key",
+        lambda tree: _strong(tree.http_api.key),
+        "is under 32 bytes and can be guessed; make a longer one (realtime gen-config does)",
+    ),
+    (
         "client.allowed_origins",
         lambda tree: "*" not in tree.client.allowed_origins,
         "any web page may connect; name the origins that you serve",
     ),
-    (
-        "client.token.hmac_secret_key",
-        lambda tree: not 0 < len(tree.client.token.hmac_secret_key.encode()) < 32,
-        "is under 32 bytes and can be guessed; make a longer one (realtime gen-config does)",
+    *_of_tokens("client.token", lambda tree: tree.client.token),
+    *_of_tokens(
+        "client.subscription_token",
+        lambda tree: tree.client.subscription_token if tree.client.subscription_token.enabled else None,
     ),
     (
-        "client.token.hmac_previous_secret_key",
-        lambda tree: not 0 < len(tree.client.token.hmac_previous_secret_key.encode()) < 32,
-        "is under 32 bytes and can be guessed; remove it as soon as the change of keys is over",
+        "client.user_id_http_header",
+        lambda tree: not tree.client.user_id_http_header,
+        "whoever sends this header is the user that it names; only behind a proxy that always sets it itself",
     ),
 )
+
+
+def unwise(settings: Settings) -> list[str]:
+    """The keys whose values are allowed but worth a look."""
+    return [key for key, well, _ in _CAUTIONS if not well(settings)]
 
 
 def warnings(settings: Settings, environ: Mapping[str, str]) -> list[str]:

@@ -59,4 +59,4 @@ def makeService(options: Mapping[str, Any]) -> IService:
         raise SystemExit(os.EX_CONFIG)
     for line in [*cautions.warnings(settings, os.environ), *installation.warnings(os.environ)]:
         _log.warn("{line}", line=line)
-    return make_service(settings)
+    return make_service(settings, unwise=cautions.unwise(settings))

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from realtime import centrifugo
-from realtime.cautions import warnings
+from realtime.cautions import unwise, warnings
 from realtime.errors import SettingsError
 from realtime.options import dotted, duration, keys, leaves, variables, write_duration
 from realtime.settings import MAX_FILE_BYTES, Namespace, Settings, dump, load, parse, read
@@ -661,18 +661,40 @@ def test_variables_of_centrifugo_are_spoken_of_once() -> None:
         ("client.insecure = true", "client.insecure"),
         ("http_api.insecure = true", "http_api.insecure"),
         ("client.allowed_origins = ['*']", "client.allowed_origins"),
+        (f"http_api.key = '{'x' * 31}'", "http_api.key"),
         (f"client.token.hmac_secret_key = '{'x' * 31}'", "client.token.hmac_secret_key"),
+        ("client.token.hmac_secret_key = 'secret'", "client.token.hmac_secret_key"),
+        ("client.token.jwks_allow_insecure = true", "client.token.jwks_allow_insecure"),
+        (
+            "[client.subscription_token]\nenabled = true\njwks_allow_insecure = true",
+            "client.subscription_token.jwks_allow_insecure",
+        ),
+        (
+            f"[client.subscription_token]\nenabled = true\nhmac_secret_key = '{'x' * 31}'",
+            "client.subscription_token.hmac_secret_key",
+        ),
+        (
+            f"client.token.hmac_secret_key = '{'y' * 32}'\nclient.token.hmac_previous_secret_key = '{'x' * 31}'",
+            "client.token.hmac_previous_secret_key",
+        ),
+        ("client.user_id_http_header = 'X-User'", "client.user_id_http_header"),
     ],
 )
 def test_what_is_unwise_is_a_warning_without_secrets(text: str, key: str) -> None:
     (line,) = warned({}, text)
     assert line.startswith(f"{key}: ")
     assert "xxx" not in line
+    assert unwise(of_file(text)) == [key]
 
 
 def test_a_strong_key_and_an_empty_one_need_no_warning() -> None:
     assert warned({}, f"client.token.hmac_secret_key = '{'x' * 32}'") == []
     assert warned({}) == []
+    assert unwise(Settings()) == []
+
+
+def test_a_table_that_is_not_used_needs_no_warning() -> None:
+    assert warned({}, "[client.subscription_token]\nhmac_secret_key = 'x'\njwks_allow_insecure = true") == []
 
 
 # The tree.

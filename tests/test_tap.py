@@ -26,7 +26,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """The settings that a supervisor was asked for; none is made."""
     settings: list[Settings] = []
-    monkeypatch.setattr(tap, "make_service", settings.append)
+    monkeypatch.setattr(tap, "make_service", lambda given, unwise: settings.append(given))
     return settings
 
 
@@ -94,3 +94,13 @@ def test_the_plugin_leads_here() -> None:
     (maker,) = (plugin for plugin in getPlugins(IServiceMaker) if plugin.tapname == "realtime")
     assert maker.options is tap.Options
     assert maker.makeService is tap.makeService
+
+
+def test_what_is_unwise_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REALTIME_CLIENT_INSECURE", "true")
+    monkeypatch.setenv("REALTIME_CLIENT_TOKEN_HMAC_SECRET_KEY", "secret")
+    options = tap.Options()
+    options.parseOptions([])
+    metrics = tap.makeService(options).metrics  # type: ignore[attr-defined]
+    found = [sample.labels for sample in metrics.snapshot() if sample.name == "realtime_insecure_setting"]
+    assert found == [[("key", "client.insecure")], [("key", "client.token.hmac_secret_key")]]

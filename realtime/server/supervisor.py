@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -52,13 +52,20 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_
 _log = Logger()
 
 
-def make_service(settings: Settings, worker: str = WORKER_MODULE, broker: str = BROKER_MODULE) -> Supervisor:
+def make_service(
+    settings: Settings, worker: str = WORKER_MODULE, broker: str = BROKER_MODULE, unwise: Iterable[str] = ()
+) -> Supervisor:
     """The service that `twistd realtime` runs. It ends the reactor when everything has ended, and sets twistd's exit
-    status: 0 after an orderly stop, 1 when a port can't be opened, 78 when the application can't be started."""
+    status: 0 after an orderly stop, 1 when a port can't be opened, 78 when the application can't be started.
+
+    unwise: the keys of the settings that were warned of, for the metrics.
+    """
     from twisted.internet import reactor
 
     supervisor = Supervisor(reactor, settings, worker, broker)
     supervisor.leave = lambda status: _leave(reactor, status)
+    for key in unwise:
+        supervisor.metrics.gauge("realtime_insecure_setting", "Settings that were warned of.", lambda: 1.0, key=key)
     return supervisor
 
 
