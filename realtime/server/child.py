@@ -30,6 +30,7 @@ from typing import Any, TextIO
 
 from twisted.internet import asyncioreactor
 from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.main import installReactor
 from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import (
     FilteringLogObserver,
@@ -221,6 +222,31 @@ class Control(control.Peer):
         self._child.drain(min(ORPHAN_DRAIN, self._child.settings.shutdown.timeout))
 
 
+class Reactor(asyncioreactor.AsyncioSelectorReactor):
+    """Twisted's on asyncio, by a clock that never jumps; and without a logging context around each event (3 µs)."""
+
+    seconds = staticmethod(time.monotonic)
+
+    def addReader(self, reader: Any) -> None:
+        self._add(reader, self._readers, self._asyncioEventloop.add_reader, True, super().addReader)
+
+    def addWriter(self, writer: Any) -> None:
+        self._add(writer, self._writers, self._asyncioEventloop.add_writer, False, super().addWriter)
+
+    def _add(
+        self, one: Any, known: dict[Any, int], add: Callable[..., object], read: bool, otherwise: Callable[[Any], None]
+    ) -> None:
+        if one in known:
+            return
+        fd = one.fileno()
+        try:
+            add(fd, self._readOrWrite, one, read)
+        except OSError:  # not a descriptor that epoll(7) knows; Twisted has its own ways with those
+            otherwise(one)
+        else:
+            known[one] = fd
+
+
 def main(argv: Sequence[str], start: Callable[[Child], Awaitable[None]]) -> int:
     """Be a child: returns the exit status when the process has ended its work.
 
@@ -242,12 +268,11 @@ def main(argv: Sequence[str], start: Callable[[Child], Awaitable[None]]) -> int:
     page = Page.open(options.vitals)
     turns = Turns(page)
     loop = asyncio.SelectorEventLoop(turns)
-    asyncioreactor.install(loop)
+    clock = Reactor(loop)
+    installReactor(clock)
     from twisted.internet import reactor
 
     turns.ready = getattr(loop, "_ready", ())  # asyncio shows its queue to nobody
-    clock: Any = reactor
-    clock.seconds = time.monotonic
     tree = settings.load(_read(options.settings))
     pulse = Pulse(page, LoopClock(loop), tree.loop, turns)
     child = Child(options.slot, tree, options.listen, page, reactor, pulse, turns.accounts)
