@@ -191,14 +191,24 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[slice, ...]]] = {
 
 
 class Server(Protocol):
-    """What an App needs of the server: coroutines that are not started yet (`realtime.protocol.operations.Operations`)."""
+    """What an App needs of the server: coroutines that are not started yet, see `realtime.protocol.operations`."""
 
     def publish(
-        self, channel: str, data: bytes, *, tags: dict[str, str] | None, skip_history: bool, idempotency_key: str
+        self,
+        channel: str,
+        data: bytes,
+        *,
+        binary: bool,
+        tags: dict[str, str] | None,
+        skip_history: bool,
+        idempotency_key: str,
+        delta: bool,
+        version: int,
+        version_epoch: str,
     ) -> Coroutine[Any, Any, Position]: ...
 
     def broadcast(
-        self, channels: list[str], data: bytes, *, tags: dict[str, str] | None, skip_history: bool, idempotency_key: str
+        self, channels: list[str], data: bytes, **marks: Any
     ) -> Coroutine[Any, Any, list[Position | ClientError]]: ...
 
     def history(
@@ -211,22 +221,42 @@ class Server(Protocol):
 
     def presence_stats(self, channel: str) -> Coroutine[Any, Any, tuple[int, int]]: ...
 
+    def channels(self, pattern: str) -> Coroutine[Any, Any, dict[str, int]]: ...
+
     def info(self) -> Coroutine[Any, Any, list[dict[str, Any]]]: ...
 
-    def disconnect(
-        self, user: str, *, client: str, whitelist: tuple[str, ...], code: int, reason: str
+    def subscribe(
+        self,
+        user: str,
+        channel: str,
+        *,
+        client: str,
+        session: str,
+        info: bytes,
+        data: bytes,
+        recover_since: Position | None,
+        override: Mapping[str, bool] | None,
+        expire_at: float,
     ) -> Coroutine[Any, Any, None]: ...
 
-    def unsubscribe(self, user: str, channel: str, *, client: str) -> Coroutine[Any, Any, None]: ...
+    def unsubscribe(self, user: str, channel: str, *, client: str, session: str) -> Coroutine[Any, Any, None]: ...
+
+    def disconnect(
+        self, user: str, *, client: str, session: str, whitelist: Iterable[str], code: int, reason: str
+    ) -> Coroutine[Any, Any, None]: ...
+
+    def refresh(
+        self, user: str, *, client: str, session: str, expired: bool, expire_at: float, info: bytes
+    ) -> Coroutine[Any, Any, None]: ...
 
 
 class App:
     """An application: its handlers, its HTTP routes, and its voice.
 
-    The methods from `publish` to `unsubscribe` mean the same everywhere. On the loop they start at once and return an
-    awaitable of the result, which need not be awaited; in a thread they return the result itself. They raise
-    ClientError (its `code` says why: 102 unknown channel, 107 bad request, 108 the channel has not got that feature)
-    and EngineUnavailable, after which nothing was published.
+    The methods from `publish` to `refresh` mean the same everywhere. On the loop they start at once and return an
+    awaitable of the result, which need not be awaited; in a thread, and in the process of a handler, they return the
+    result itself. They raise ClientError (its `code` says why: 102 unknown channel, 106 too much, 107 bad request, 108
+    the channel has not got that feature) and EngineUnavailable, after which nothing was published.
 
     options: the table `[app.options]` of the configuration, there from the moment the server loads the application.
     """
@@ -305,7 +335,7 @@ class App:
         What it returns is the answer: anything that JSON can carry. Raise ClientError or Disconnect to refuse.
         run: as a rule left out: a coroutine runs on the "loop" and a plain function in a "thread". For a plain function
         there is also "process": in another process, of which it may use a core; it gets copies of its arguments and no
-        client, its answer has 1 MiB at most, and the App's methods do not work there. And "auto": on the loop while it
+        client, and its answer has 1 MiB at most. And "auto": on the loop while it
         is quick, in threads from the third call within a minute that held up the loop for `loop.lagging` (50 ms), and
         on the loop again when no call has been that slow for a minute.
         timeout: seconds, waiting for a thread included; the configured `workers.handler_timeout` unless given, 0 for
@@ -400,19 +430,31 @@ class App:
         tags: dict[str, str] | None = None,
         skip_history: bool = False,
         idempotency_key: str = "",
+        delta: bool = False,
+        version: int = 0,
+        version_epoch: str = "",
+        binary: bool = False,
     ) -> Any:
         """Publish to a channel; the Position that the publication got, (0, "") in a channel without history.
 
         data: anything that JSON can carry; msgspec.Raw for text that is JSON already. skip_history: neither keep it nor
-        number it. idempotency_key: a repeat within 300 s publishes nothing and returns the first position.
+        number it. idempotency_key: a repeat within 300 s publishes nothing and returns the first position. delta:
+        subscribers that agreed on deltas are sent the difference to the publication before. version: of what is
+        published; when the channel has had this one or a later one, nothing is published, and the position is that of
+        the newest. Needs history. version_epoch: versions of another epoch start anew. binary: `data` is bytes, sent
+        as they are; unless they are JSON text, only clients that speak Protobuf can be sent them.
         """
         return self._perform(
             self._bound.publish(
                 channel,
-                msgspec.json.encode(data),
+                _payload(data, binary),
+                binary=binary,
                 tags=tags,
                 skip_history=skip_history,
                 idempotency_key=idempotency_key,
+                delta=delta,
+                version=version,
+                version_epoch=version_epoch,
             )
         )
 
@@ -424,15 +466,26 @@ class App:
         tags: dict[str, str] | None = None,
         skip_history: bool = False,
         idempotency_key: str = "",
+        delta: bool = False,
+        version: int = 0,
+        version_epoch: str = "",
+        binary: bool = False,
     ) -> Any:
-        """Publish the same to many channels; a list with a Position or a ClientError for each, in the same order."""
+        """Publish the same to many channels; a list with a Position or a ClientError for each, in the same order.
+
+        All else is as for `publish`.
+        """
         return self._perform(
             self._bound.broadcast(
                 list(channels),
-                msgspec.json.encode(data),
+                _payload(data, binary),
+                binary=binary,
                 tags=tags,
                 skip_history=skip_history,
                 idempotency_key=idempotency_key,
+                delta=delta,
+                version=version,
+                version_epoch=version_epoch,
             )
         )
 
@@ -440,7 +493,8 @@ class App:
         """The kept publications of a channel and the top of its stream, as a HistoryPage; their `data` is JSON text.
 
         limit: at most so many, -1 for all, 0 for the position alone. since: only those after it (reverse: before it).
-        reverse: newest first. Raises ClientError 112 when `since` is of another epoch.
+        reverse: newest first. A page ends at 4 MiB; ask again, since its last one. Raises ClientError 112 when `since`
+        is of another epoch.
         """
         return self._perform(self._bound.history(channel, limit=limit, since=since, reverse=reverse))
 
@@ -456,30 +510,96 @@ class App:
         """The number of clients subscribed to a channel and of distinct users among them."""
         return self._perform(self._bound.presence_stats(channel))
 
+    def channels(self, pattern: str = "") -> Any:
+        """The channels that have subscribers, as a dict of their numbers by name.
+
+        pattern: only those that it fits, with `*`, `?`, `[a-z]` and `{this,that}`. Each worker is asked for its own.
+        Raises ClientError 107 for a pattern that can't be, and 106 when the names are more than 4 MiB.
+        """
+        return self._perform(self._bound.channels(pattern))
+
     def info(self) -> Any:
         """What the server says of itself: a list with one dict for each node, as in the HTTP API."""
         return self._perform(self._bound.info())
+
+    # These reach the connections of a user on every worker: all, or the one of the client id `client`, or of the
+    # session id `session` that some transports tell their client. The user "" is that of the anonymous connections.
+
+    def subscribe(
+        self,
+        user: str,
+        channel: str,
+        *,
+        client: str = "",
+        session: str = "",
+        info: Any = None,
+        data: Any = None,
+        recover_since: Position | None = None,
+        override: Mapping[str, bool] | None = None,
+        expire_at: float = 0.0,
+    ) -> Any:
+        """Subscribe the connections of `user` to a channel, whatever its options permit; each client is told.
+
+        info: shown to others in the channel. data: goes to the client. recover_since: a position that the client knows;
+        it is sent what came after, if that is kept. override: values in place of the channel's own options "presence",
+        "join_leave", "force_push_join_leave", "force_recovery", "force_positioning". expire_at: Unix time in seconds at
+        which the subscription expires, 0 for never. Who is subscribed already stays so.
+        """
+        return self._perform(
+            self._bound.subscribe(
+                user,
+                channel,
+                client=client,
+                session=session,
+                info=_optional(info),
+                data=_optional(data),
+                recover_since=recover_since,
+                override=override,
+                expire_at=expire_at,
+            )
+        )
+
+    def unsubscribe(self, user: str, channel: str, *, client: str = "", session: str = "") -> Any:
+        """End the subscriptions of `user` to a channel; each client is told."""
+        return self._perform(self._bound.unsubscribe(user, channel, client=client, session=session))
 
     def disconnect(
         self,
         user: str,
         *,
         client: str = "",
+        session: str = "",
         whitelist: Iterable[str] = (),
         code: int = FORCE_DISCONNECT[0],
         reason: str = FORCE_DISCONNECT[1],
     ) -> Any:
-        """Close the connections of `user` on every worker: all, or the one whose id is `client`.
-
-        user: "" for the anonymous ones. whitelist: ids of clients to spare. code, reason: see errors.Disconnect.
-        """
+        """Close the connections of `user`. whitelist: ids of clients to spare. code, reason: see errors.Disconnect."""
         return self._perform(
-            self._bound.disconnect(user, client=client, whitelist=tuple(whitelist), code=code, reason=reason)
+            self._bound.disconnect(
+                user, client=client, session=session, whitelist=tuple(whitelist), code=code, reason=reason
+            )
         )
 
-    def unsubscribe(self, user: str, channel: str, *, client: str = "") -> Any:
-        """End the subscriptions of `user` to a channel on every worker: of all its connections, or of `client`."""
-        return self._perform(self._bound.unsubscribe(user, channel, client=client))
+    def refresh(
+        self,
+        user: str,
+        *,
+        client: str = "",
+        session: str = "",
+        expired: bool = False,
+        expire_at: float = 0.0,
+        info: Any = None,
+    ) -> Any:
+        """Let the connections of `user` expire at another time, and tell the clients.
+
+        expire_at: Unix time in seconds, 0 for never; a time that has passed, or `expired`, closes them with 3005.
+        info: what others see of the client from now on; None leaves that as it is.
+        """
+        return self._perform(
+            self._bound.refresh(
+                user, client=client, session=session, expired=expired, expire_at=expire_at, info=_optional(info)
+            )
+        )
 
     @property
     def _bound(self) -> Server:
@@ -615,9 +735,21 @@ def _is_source(filename: str) -> bool:
 
 
 def _not_running(*_: object) -> NoReturn:
-    raise RuntimeError(
-        "the application can publish and ask once the server runs it, not while imported or in a handler's process"
-    )
+    raise RuntimeError("the application can publish and ask once the server runs it, not while it is imported")
+
+
+def _payload(data: Any, binary: bool) -> bytes:
+    """Bytes as they are, or JSON text of anything else. Raises TypeError for what can't be that."""
+    if not binary:
+        return msgspec.json.encode(data)
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(f"binary data is bytes, not {type(data).__name__}")
+    return bytes(data)
+
+
+def _optional(value: Any) -> bytes:
+    """JSON text of anything but None."""
+    return b"" if value is None else msgspec.json.encode(value)
 
 
 def _place(function: object) -> str:

@@ -57,6 +57,9 @@ class ClientError(RealtimeError):
         self.message = message
         self.temporary = temporary
 
+    def __reduce__(self) -> tuple[type[ClientError], tuple[int, str, bool]]:  # for the processes of handlers
+        return type(self), (self.code, self.message, self.temporary)
+
 
 class Disconnect(RealtimeError):
     """Close the connection with `code` and `reason`.
@@ -91,6 +94,7 @@ TOO_MANY_REQUESTS = (111, "too many requests", True)
 UNRECOVERABLE_POSITION = (112, "unrecoverable position", False)
 
 # Disconnects: (code, reason), the arguments of Disconnect.
+CONNECTION_CLOSED = (3000, "connection closed")
 SHUTDOWN = (3001, "shutdown")
 SERVER_ERROR = (3004, "internal server error")
 CONNECTION_EXPIRED = (3005, "connection expired")

@@ -267,17 +267,47 @@ def test_methods_reach_the_server(app: App) -> None:
     assert app.publish("news", {"a": 1}, tags={"t": "1"}, idempotency_key="k") == "performed"
     app.publish("news", msgspec.Raw(b'{"as": 1.0}'))
     app.broadcast(iter(["a", "b"]), None, skip_history=True)
+    app.publish("news", b"\xff", binary=True)
     app.history("news", limit=3)
+    app.channels("chat:*")
     app.disconnect("ada", whitelist=["c1"], code=4500, reason="bye")
     app.unsubscribe("ada", "news", client="c1")
+    app.subscribe("ada", "news", info={"n": 1}, data=False, override={"presence": True}, expire_at=7)
+    app.refresh("ada", session="s1", expire_at=7, info=[])
+    app.refresh("", expired=True)
+    plainly = {
+        "binary": False,
+        "tags": None,
+        "skip_history": False,
+        "idempotency_key": "",
+        "delta": False,
+        "version": 0,
+        "version_epoch": "",
+    }
+    subscribed = {"recover_since": None, "override": {"presence": True}, "expire_at": 7}
     assert server.calls == [
-        ("publish", ("news", b'{"a":1}'), {"tags": {"t": "1"}, "skip_history": False, "idempotency_key": "k"}),
-        ("publish", ("news", b'{"as": 1.0}'), {"tags": None, "skip_history": False, "idempotency_key": ""}),
-        ("broadcast", (["a", "b"], b"null"), {"tags": None, "skip_history": True, "idempotency_key": ""}),
+        ("publish", ("news", b'{"a":1}'), plainly | {"tags": {"t": "1"}, "idempotency_key": "k"}),
+        ("publish", ("news", b'{"as": 1.0}'), plainly),
+        ("broadcast", (["a", "b"], b"null"), plainly | {"skip_history": True}),
+        ("publish", ("news", b"\xff"), plainly | {"binary": True}),
         ("history", ("news",), {"limit": 3, "since": None, "reverse": False}),
-        ("disconnect", ("ada",), {"client": "", "whitelist": ("c1",), "code": 4500, "reason": "bye"}),
-        ("unsubscribe", ("ada", "news"), {"client": "c1"}),
+        ("channels", ("chat:*",), {}),
+        ("disconnect", ("ada",), {"client": "", "session": "", "whitelist": ("c1",), "code": 4500, "reason": "bye"}),
+        ("unsubscribe", ("ada", "news"), {"client": "c1", "session": ""}),
+        (
+            "subscribe",
+            ("ada", "news"),
+            {"client": "", "session": "", "info": b'{"n":1}', "data": b"false"} | subscribed,
+        ),
+        ("refresh", ("ada",), {"client": "", "session": "s1", "expired": False, "expire_at": 7, "info": b"[]"}),
+        ("refresh", ("",), {"client": "", "session": "", "expired": True, "expire_at": 0.0, "info": b""}),
     ]
+
+
+def test_binary_data_is_bytes(app: App) -> None:
+    app.bind(Recorder(), lambda result: result)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="bytes, not str"):
+        app.publish("news", "text", binary=True)
 
 
 def test_data_that_is_no_json_fails_at_the_caller(app: App) -> None:

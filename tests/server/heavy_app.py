@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -49,9 +50,65 @@ def unencodable(data: Any) -> Any:
     return object()
 
 
-@declare("publish")
-def publish(data: Any) -> Any:
-    return app.publish("news", data)
+@declare("voice")
+def voice(data: list[Any]) -> Any:
+    """Call a method of the App; what it returned or raised, spelled out."""
+    method, args = data
+    try:
+        return repr(getattr(app, method)(*args))
+    except Exception as error:
+        return repr(error)
+
+
+@declare("length of history")
+def length_of_history(data: Any) -> int:
+    return len(app.history("news").publications[0].data)
+
+
+@declare("publish twice", timeout=10)
+def publish_twice(data: str) -> Any:
+    """From the handler and from a thread of it, which goes on when the handler has returned."""
+    said: list[Any] = []
+
+    def go_on() -> None:
+        said.append(app.publish("news", "from a thread").offset)
+        time.sleep(0.2)
+        try:
+            app.publish("news", "too late")
+        except RuntimeError as error:
+            with open(f"{data}.part", "w") as file:
+                file.write(str(error))
+            os.rename(f"{data}.part", data)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    said.append(app.publish("news", "from the handler").offset)
+    while len(said) < 2:
+        time.sleep(0.005)
+    return sorted(said)
+
+
+@declare("never answered")
+def never_answered(data: str) -> Any:
+    return app.publish("never", data)
+
+
+@declare("unpicklable")
+def unpicklable(data: Any) -> Any:
+    return app.publish("news", 1, tags=lambda: None)  # type: ignore[arg-type]
+
+
+MEDDLING = "while imported"
+try:
+    app.publish("news", 1)
+except RuntimeError as problem:
+    MEDDLING = str(problem)
+
+
+@declare("imported")
+def imported(data: Any) -> str:
+    """What became of an attempt to publish while this module was imported."""
+    return MEDDLING
 
 
 @declare("quit")

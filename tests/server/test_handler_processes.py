@@ -21,8 +21,9 @@ from twisted.internet import reactor
 from twisted.logger import Logger
 
 from realtime.app import App, Request
-from realtime.errors import ClientError, Disconnect, HandlerTimeout, PoolFull
+from realtime.errors import ClientError, Disconnect, EngineUnavailable, HandlerTimeout, PoolFull
 from realtime.metrics import Metrics
+from realtime.records import ClientInfo, HistoryPage, Position, Publication
 from realtime.server.handlers.coroutines import started
 from realtime.server.handlers.dispatch import Dispatcher
 from realtime.server.handlers.processes import Line, Processes
@@ -133,7 +134,7 @@ async def test_refusals_arrive_as_they_were_raised() -> None:
     [
         ("fail", "SystemExit: the handler's own mistake"),
         ("unencodable", "TypeError"),
-        ("publish", "not while imported or in a handler's process"),
+        ("unpicklable", "pickle"),
     ],
 )
 @on_loop
@@ -154,6 +155,116 @@ async def test_an_answer_of_more_than_a_mebibyte_fails_its_call_alone() -> None:
         assert (await refusal(bench.call("huge", 2_000_000))).code == 100
         await bench.echo()
         assert bench.value("replaced") == 0
+
+
+# -- the application's voice in a process -----------------------------------------------------------------------------
+
+
+class Server:
+    """Answers some methods of an App as the server would, and notes what was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.cancelled = 0
+
+    async def publish(self, channel: str, data: bytes, **options: Any) -> Position:
+        self.asked.append((channel, data))
+        match channel:
+            case "never":
+                try:
+                    await asyncio.get_running_loop().create_future()
+                except asyncio.CancelledError:
+                    self.cancelled += 1
+                    raise
+            case "unknown":
+                raise ClientError(102, "unknown channel")
+            case "gone":
+                raise EngineUnavailable("the broker was lost")
+            case "odd":
+                raise ValueError(lambda: "this can't be pickled")
+        await asyncio.sleep(0)
+        return Position(len(self.asked), "epoch")
+
+    async def broadcast(self, channels: list[str], data: bytes, **options: Any) -> Any:
+        return [Position(1, "e"), ClientError(107, "bad request", True)]
+
+    async def history(self, channel: str, **options: Any) -> HistoryPage:
+        publication = Publication(b"x" * 2_000_000, 7, ClientInfo("ada", "c1"), {"t": "1"}, binary=True)
+        return HistoryPage([publication], Position(7, "e"))
+
+    async def presence(self, channel: str) -> dict[str, ClientInfo]:
+        return {"c1": ClientInfo("ada", "c1", b"{}")}
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "said"),
+    [
+        ("publish", ["news", {"a": 1}], "Position(offset=1, epoch='epoch')"),
+        ("presence", ["news"], repr({"c1": ClientInfo("ada", "c1", b"{}")})),
+        ("broadcast", [["a", "b"], 1], repr([Position(1, "e"), ClientError(107, "bad request", True)])),
+        ("publish", ["unknown", 1], repr(ClientError(102, "unknown channel"))),
+        ("publish", ["gone", 1], repr(EngineUnavailable("the broker was lost"))),
+        ("publish", ["odd", 1], "RuntimeError"),
+        ("publish", ["news", "x" * 1_100_000], repr(ClientError(106, "limit exceeded"))),
+        ("refresh", ["ada"], "AttributeError"),
+    ],
+)
+@on_loop
+async def test_a_handler_publishes_and_asks_from_its_process(method: str, args: list[Any], said: str) -> None:
+    async with serving() as bench:
+        bench.dispatcher.bind(server := Server())  # type: ignore[arg-type]
+        answer = msgspec.json.decode(await bench.call("voice", [method, args]))
+        assert answer.startswith(said)
+        if said.startswith("Position"):
+            assert server.asked == [("news", b'{"a":1}')]
+        await bench.echo()
+        assert bench.value("replaced") == 0
+
+
+@on_loop
+async def test_what_a_process_is_told_may_be_long() -> None:
+    async with serving() as bench:
+        bench.dispatcher.bind(Server())  # type: ignore[arg-type]
+        assert msgspec.json.decode(await bench.call("length of history")) == 2_000_000
+
+
+@on_loop
+async def test_threads_of_a_handler_take_turns_and_are_not_heard_after_it(tmp_path: Path) -> None:
+    async with serving() as bench:
+        bench.dispatcher.bind(server := Server())  # type: ignore[arg-type]
+        assert msgspec.json.decode(await bench.call("publish twice", str(tmp_path / "said"))) == [1, 2]
+        await until((tmp_path / "said").exists)
+        assert "no longer" in (tmp_path / "said").read_text()
+        await bench.echo()
+        assert len(server.asked) == 2
+        assert bench.value("replaced") == 0
+
+
+@on_loop
+async def test_nothing_is_published_while_the_application_is_imported() -> None:
+    async with serving() as bench:
+        bench.dispatcher.bind(server := Server())  # type: ignore[arg-type]
+        assert "not while it is imported" in msgspec.json.decode(await bench.call("imported"))
+        assert server.asked == []
+
+
+@on_loop
+async def test_a_call_that_ends_takes_what_its_handler_waits_for_along() -> None:
+    async with serving() as bench:
+        bench.dispatcher.bind(server := Server())  # type: ignore[arg-type]
+        await bench.echo()
+        procedure = bench.dispatcher.procedure("never answered")
+        assert procedure is not None
+        call = started(procedure.perform(None, "x"))
+        await until(lambda: bool(server.asked))
+        call.cancel()
+        await until(lambda: server.cancelled == 1)
+        killed = bench.call("never answered", "y")
+        await until(lambda: len(server.asked) == 2)
+        os.kill(bench.processes.pids[0], signal.SIGKILL)
+        assert (await refusal(killed)).code == 100
+        await until(lambda: server.cancelled == 2)
+        await bench.echo()
 
 
 # -- what may become of a process -------------------------------------------------------------------------------------

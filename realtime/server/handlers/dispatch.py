@@ -167,6 +167,8 @@ class Dispatcher:
     def bind(self, server: Server) -> None:
         """Connect the App's own methods (`App.publish` and the rest) to the server."""
         self._app.bind(server, self.perform, lambda: self._pressure.reasons)
+        if self._processes is not None:
+            self._processes.bind(server)
 
     def perform(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine of the server for whoever calls: on the loop a started future, in a thread the result."""

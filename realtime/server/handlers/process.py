@@ -4,7 +4,8 @@
 
 FD is a connected UNIX stream to the worker, see `realtime.server.handlers.questions`. The first message from the
 worker is its AppSettings: this process imports the application as the worker did, and says Ready. From then on it is
-asked one thing at a time, and gives one Reply to each. It ends with the stream.
+asked one thing at a time, and gives one Reply to each; before that the handler may call the App's methods, which go
+over the same stream to the worker and back. It ends with the stream.
 """
 
 from __future__ import annotations
@@ -16,15 +17,28 @@ import select
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from realtime import app as application
 from realtime.app import App, Handler
-from realtime.errors import ClientError, Disconnect, SettingsError
+from realtime.errors import LIMIT_EXCEEDED, ClientError, Disconnect, EngineUnavailable, SettingsError
 from realtime.server.handlers.answers import maker, plain_result
-from realtime.server.handlers.questions import HEAD, MAX_REPLY, Disconnected, Failed, Ready, Refused, Returned, packed
+from realtime.server.handlers.questions import (
+    HEAD,
+    MAX_REPLY,
+    Answered,
+    Asked,
+    Disconnected,
+    Failed,
+    Raised,
+    Ready,
+    Refused,
+    Returned,
+    packed,
+)
 
 _PR_SET_PDEATHSIG = 1
 # Characters of a traceback that the worker is told, the last ones.
@@ -49,15 +63,56 @@ def _serve(link: socket.socket) -> int:
     if settings is None:
         return 0
     try:
-        handlers = _handlers(application.load(settings))
+        app = application.load(settings)
     except SettingsError as error:
         link.sendall(packed(Failed(("", 0), str(error))))
         _received(link)  # the worker is to read this before it sees the end
         return os.EX_CONFIG
+    handlers, voice = _handlers(app), Voice(link)
+    app.bind(voice, voice.perform)
     link.sendall(packed(Ready(os.getpid())))
     while (question := _received(link)) is not None:
-        link.sendall(_reply(handlers[question.handler], question.args))
+        with voice:
+            reply = _reply(handlers[question.handler], question.args)
+        link.sendall(reply)
     return 0
+
+
+class Voice:
+    """The application's voice in this process, in place of the server: what it says goes to the worker and back.
+
+    It has one while a handler is called, that is inside the `with` block of this; threads of the handler may use it
+    too, and take turns. What a method of it returns is for `perform`.
+    """
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        self._turn = threading.Lock()
+        self._heard = False
+
+    def __getattr__(self, method: str) -> Any:
+        return lambda *args, **options: Asked(method, args, options)
+
+    def __enter__(self) -> None:
+        self._heard = True
+
+    def __exit__(self, *_: object) -> None:
+        with self._turn:
+            self._heard = False
+
+    def perform(self, asked: Any) -> Any:
+        """The result of what was asked. Raises what the method raises, and ClientError 106 for what is too long."""
+        message = packed(asked)
+        if len(message) > MAX_REPLY:
+            raise ClientError(*LIMIT_EXCEEDED)
+        with self._turn:
+            if not self._heard:
+                raise RuntimeError("a process can publish and ask while one of its handlers is called, and no longer")
+            self._link.sendall(message)
+            answer = _received(self._link)
+        if isinstance(answer, Answered):
+            return answer.result
+        raise answer.error if isinstance(answer, Raised) else EngineUnavailable("the worker is gone")
 
 
 def _handlers(app: App) -> dict[str, Handler]:

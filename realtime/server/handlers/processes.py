@@ -4,8 +4,9 @@
 
 A process runs one call at a time and has a stream of its own, so whatever becomes of it is one call's affair: when it
 dies, answers with what is no reply, or is still at work when its caller gives up, that call has failed and nothing
-else. It is killed with all that it has started, and replaced. All on the loop, without threads: the kernel tells of a
-process's end through a descriptor (pidfd_open(2)).
+else. It is killed with all that it has started, and replaced. What its handler publishes and asks meanwhile comes over
+that stream too, and is done here. All on the loop, without threads: the kernel tells of a process's end through a
+descriptor (pidfd_open(2)).
 
 Each is a fresh interpreter (`realtime.server.handlers.process`), not a fork of this process, which has threads and a
 loop. They start with the worker, not with the first call: that costs the worker less than a millisecond each, but
@@ -23,21 +24,25 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from realtime.app import Handler
+from realtime.app import Handler, Server
 from realtime.errors import ClientError, Disconnect, HandlerTimeout, PoolFull
 from realtime.metrics import Metrics
+from realtime.server.handlers.coroutines import started
 from realtime.server.handlers.questions import (
     HEAD,
     MAX_REPLY,
+    Answered,
+    Asked,
     Disconnected,
     Failed,
     Question,
+    Raised,
     Ready,
     Refused,
     Returned,
@@ -75,6 +80,7 @@ class Processes:
         self._app = app
         self._metrics = metrics
         self._line = Line(workers.process_queue)
+        self._server: Server | None = None
         self._alive: set[Process] = set()
         self._busy = 0
         self._failures = 0
@@ -90,6 +96,10 @@ class Processes:
     def pids(self) -> list[int]:
         """Of the processes that there are."""
         return [process.pid for process in self._alive]
+
+    def bind(self, server: Server) -> None:
+        """Connect the App's own methods, as handlers in the processes call them."""
+        self._server = server
 
     def start(self) -> None:
         """Start the processes; calls may be made at once, and wait until the first one is ready. Main thread only."""
@@ -149,10 +159,22 @@ class Processes:
         if self._stopping:
             return
         try:
-            self._alive.add(Process(self._app, self._is_ready, self._has_ended))
+            self._alive.add(Process(self._app, self._speak, self._is_ready, self._has_ended))
         except OSError as error:  # out of descriptors, memory or processes
             _log.error("no process for handlers can be started: {error}", error=error)
             self._launch_later()
+
+    async def _speak(self, asked: Asked) -> bytes:
+        """What a handler asks of the server; the message with the answer."""
+        try:
+            if self._server is None:
+                raise RuntimeError("the server does not run")
+            return packed(Answered(await getattr(self._server, asked.method)(*asked.args, **asked.options)))
+        except Exception as error:
+            try:
+                return packed(Raised(error))
+            except Exception:  # it can't be pickled
+                return packed(Raised(RuntimeError(repr(error))))
 
     def _is_ready(self, process: Process) -> None:
         self._failures = 0
@@ -228,17 +250,27 @@ class Process(asyncio.Protocol):
     """One process, from its start until the kernel has told its end."""
 
     def __init__(
-        self, app: AppSettings, ready: Callable[[Process], None], ended: Callable[[Process, str], None]
+        self,
+        app: AppSettings,
+        speak: Callable[[Asked], Coroutine[Any, Any, bytes]],
+        ready: Callable[[Process], None],
+        ended: Callable[[Process, str], None],
     ) -> None:
-        """Start it; raises OSError. ready: it can be asked. ended: called once, with the reason, when it is no more."""
+        """Start it; raises OSError.
+
+        speak: answers what its handlers ask of the server. ready: it can be asked. ended: called once, with the reason,
+        when it is no more.
+        """
         self.alive = True
         self.was_ready = False
+        self._speak = speak
         self._ready = ready
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._why = ""
         self._received = bytearray()
         self._reply: asyncio.Future[Any] | None = None
+        self._asked: asyncio.Future[bytes] | None = None  # what its handler waits for
         self._transport: asyncio.WriteTransport | None = None
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as undo:
@@ -275,6 +307,8 @@ class Process(asyncio.Protocol):
         self.alive = False
         self._why = self._why or why
         self._kill_group()
+        if self._asked is not None:
+            self._asked.cancel()
 
     def _kill_group(self) -> None:
         if self._process.returncode is None:  # else its number may be another's by now
@@ -315,8 +349,13 @@ class Process(asyncio.Protocol):
             message = pickle.loads(content)
         except Exception:  # anything may come of bytes that are no pickle
             message = None
-        if isinstance(message, Returned | Refused | Disconnected | Failed) and self.was_ready and self._reply:
+        waits = self._reply is not None and not self._reply.done()
+        if isinstance(message, Returned | Refused | Disconnected | Failed) and waits:
+            assert self._reply is not None
             self._reply.set_result(message)
+        elif isinstance(message, Asked) and waits and not self._asked:
+            self._asked = started(self._speak(message))
+            self._asked.add_done_callback(self._tell)
         elif isinstance(message, Ready) and not self.was_ready:
             self.was_ready = True
             self._ready(self)
@@ -324,6 +363,11 @@ class Process(asyncio.Protocol):
             self.kill(message.text)
         else:
             self.kill("it wrote what is no reply")
+
+    def _tell(self, answer: asyncio.Future[bytes]) -> None:
+        self._asked = None
+        if not answer.cancelled() and self._transport is not None:
+            self._transport.write(answer.result())
 
     # The end.
 
@@ -335,6 +379,8 @@ class Process(asyncio.Protocol):
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._connecting.cancel()
+        if self._asked is not None:
+            self._asked.cancel()
         if self._transport is not None:
             self._transport.abort()
         if self._reply is not None and not self._reply.done():

@@ -1,6 +1,13 @@
 """What a worker and the processes of its handlers say to one another: pickles, each after its length.
 
 The length has 4 bytes, big-endian. Both ends run the same code as the same user.
+
+    worker                                  process
+    AppSettings                  ------->
+                                 <-------   Ready, or Failed
+    Question                     ------->
+    Answered or Raised           <------>   Asked, any number of times, one after another
+                                 <-------   Returned, Refused, Disconnected or Failed
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-# Bytes of a reply, pickled; that of a handler which answers with more is a Failed.
+# Bytes of one thing that a process says, pickled. A handler that answers with more is a Failed.
 MAX_REPLY = 1_048_576
 HEAD = struct.Struct("!I")
 
@@ -60,6 +67,29 @@ class Failed:
 
     place: tuple[str, int]
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The handler calls a method of its App. method: of `realtime.app.Server`, with its arguments."""
+
+    method: str
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What that method returned."""
+
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """What that method raised."""
+
+    error: Exception
 
 
 Reply = Ready | Returned | Refused | Disconnected | Failed
