@@ -65,7 +65,7 @@ class Body:
         if len(self._body) + self._left > self._limit:
             return _TOO_LARGE
         if not self._chunked:
-            self._take(0)
+            del self._buffer[: self._take(0)]
             return None if self._left else bytes(self._body)
         verdict: bytes | Refusal | None = None
         start = 0
