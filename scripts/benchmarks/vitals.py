@@ -1,16 +1,26 @@
-"""What the vital signs cost: a worker's turn, an idle worker's second, and the supervisor's look at it."""
+"""What the vital signs cost: a worker's turn, its accounts, an idle worker's second, and the supervisor's look at it.
+
+Accounts are compared with the least that a message costs: reading it from a socket and writing it to one.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import selectors
+import socket
 import time
 import timeit
 from collections.abc import Callable
 
+from realtime.protocol.rules import Rules
+from realtime.pubsub.hub import Hub
+from realtime.records import Publication
+from realtime.server.charging import FanOut
+from realtime.server.handlers.dispatch import Charged
 from realtime.server.pulse import LoopClock, Marks, Pulse, Turns
-from realtime.settings import Loop
+from realtime.settings import Channel, Loop, Namespace
+from realtime.supervision.accounts import Accounts, Kind
 from realtime.supervision.health import TICK, Judge
 from realtime.supervision.vitals import Page, State
 
@@ -23,7 +33,13 @@ def main(arguments: list[str]) -> int:
     seconds = parser.parse_args(arguments).seconds
     page = Page.create()
     turns, plain = Turns(page), selectors.DefaultSelector()
-    marks = Marks(page)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        theirs = socket.create_connection(listening.getsockname())
+        ours, _ = listening.accept()
+    theirs.send(b"x")
+    for selector in (turns, plain):
+        selector.register(ours, selectors.EVENT_READ)
+    marks = Charged(Marks(page), turns.accounts, turns.accounts.open(Kind.HANDLER, "rpc report"))
     pulse = Pulse(page, LoopClock(asyncio.new_event_loop()), Loop(), turns)
     pulse.enter(State.READY)
     judge = Judge(Loop())
@@ -34,9 +50,11 @@ def main(arguments: list[str]) -> int:
     def look() -> None:
         judge.judge(0, page.read(), time.monotonic())
 
-    turn = microseconds(lambda: turns.select(0)) - microseconds(lambda: plain.select(0))
+    # A loop that waits, though not for long: something is there to be read.
+    turn = microseconds(lambda: turns.select(1)) - microseconds(lambda: plain.select(1))
     print(f"a turn of the loop       {turn:6.2f} us more than without")
     print(f"a handler's step         {microseconds(mark):6.2f} us")
+    account(turns.accounts, ours, theirs)
     each = microseconds(look)
     print(
         f"a look at a worker       {each:6.2f} us, {each / 1e6 / TICK:.2%} of a core for each worker in the supervisor"
@@ -44,6 +62,32 @@ def main(arguments: list[str]) -> int:
     beating, waking = idle_share(seconds, measured=True), idle_share(seconds, measured=False)
     print(f"an idle worker           {beating:.2%} of a core, {waking:.2%} of which are for waking up at all")
     return 0
+
+
+def account(accounts: Accounts, ours: socket.socket, theirs: socket.socket) -> None:
+    """Print what it costs to charge an account."""
+    protocol = accounts.open(Kind.PROTOCOL)
+    hub = Hub(lambda order: None)
+    fan_out = FanOut(hub, accounts, ["chat"], Rules(Channel(namespaces=(Namespace(name="chat"),))).namespace)
+    publication = Publication(bytes(128))
+
+    def switch() -> None:
+        before = accounts.switch(protocol)
+        try:
+            pass
+        finally:
+            accounts.switch(before)
+
+    def echo() -> None:
+        theirs.send(bytes(128))
+        ours.recv(4096)
+
+    floor = microseconds(echo)
+    pair = microseconds(switch) - microseconds(lambda: None)
+    fanned = microseconds(lambda: fan_out.published("chat:1", publication, "e"))
+    more = fanned - microseconds(lambda: hub.published("chat:1", publication, "e"))
+    print(f"charging an account      {pair:6.2f} us, {pair / floor:.1%} of a bare recv() and send() ({floor:.1f} us)")
+    print(f"charging a fan-out       {more:6.2f} us, once for all subscribers")
 
 
 def microseconds(function: Callable[[], object]) -> float:
