@@ -6,6 +6,7 @@ Exit statuses: 0 done, 1 failed, 2 wrong usage, 78 wrong configuration (EX_CONFI
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import sys
@@ -13,13 +14,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from realtime import cautions, installation, top
+from realtime import cautions, installation, token_commands, top
 from realtime._version import __version__
-from realtime.errors import SettingsError
-from realtime.options import one_line
+from realtime.errors import KeysUnavailable, SettingsError
+from realtime.options import duration, one_line, write_duration
 from realtime.settings import Settings, read
 from realtime.tomltext import commented
 
+# Seconds that a token is good for, unless said otherwise, and at most.
+_WEEK = 604_800
+_LONGEST = 10**10
 # Seconds to wait for a server that is asked.
 _DUMP_LIMIT = 10.0
 
@@ -75,6 +79,72 @@ def generated() -> str:
             *commented(Settings, given),
         ]
     )
+
+
+def gen_token(arguments: argparse.Namespace) -> int:
+    """Print a connection token, signed with the key of the configuration."""
+    return _generate(arguments, "")
+
+
+def gen_sub_token(arguments: argparse.Namespace) -> int:
+    """Print a subscription token, signed with the key of the configuration."""
+    return _generate(arguments, arguments.channel)
+
+
+def _generate(arguments: argparse.Namespace, channel: str) -> int:
+    try:
+        client = read(arguments.config, {}, os.environ).client
+        token = token_commands.made(client, arguments.user, arguments.ttl, channel)
+    except SettingsError as error:
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return os.EX_CONFIG
+    if arguments.quiet:
+        print(token, end="")
+    else:
+        lasts = "for ever" if arguments.ttl is None else f"for {write_duration(arguments.ttl)}"
+        where = f" and channel {json.dumps(channel)}" if channel else ""
+        print(f"token of user {json.dumps(arguments.user)}{where}, good {lasts}:\n{token}")
+    return 0
+
+
+def check_token(arguments: argparse.Namespace) -> int:
+    """Judge a connection token as the server does, and print what it says."""
+    return _check(arguments, subscription=False)
+
+
+def check_sub_token(arguments: argparse.Namespace) -> int:
+    """Judge a subscription token as the server does, and print what it says."""
+    return _check(arguments, subscription=True)
+
+
+def _check(arguments: argparse.Namespace, subscription: bool) -> int:
+    try:
+        client = read(arguments.config, {}, os.environ).client
+    except SettingsError as error:
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return os.EX_CONFIG
+    try:
+        print(token_commands.shown(*token_commands.judged(client, arguments.token, subscription)))
+    except token_commands.Refused as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 1
+    except KeysUnavailable as error:
+        print(f"not judged: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _lifetime(text: str) -> int | None:
+    """Whole seconds of a number of them or of a duration, None for -1. Raises ArgumentTypeError."""
+    if text == "-1":
+        return None
+    try:
+        seconds = int(text) if text.isdecimal() else int(duration(text))
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds <= _LONGEST:
+        raise argparse.ArgumentTypeError('write seconds, a duration such as "24h", or -1 for no end')
+    return seconds
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -151,6 +221,34 @@ def parser() -> argparse.ArgumentParser:
     telling.add_argument("-c", "--config", metavar="FILE", help="the running server's TOML file")
     telling.add_argument("-p", "--port", type=int, default=0, help="the operators' port, when not as configured")
     telling.set_defaults(run=dump)
+
+    for name, run, of in (
+        ("gen-token", gen_token, "connection"),
+        ("gen-sub-token", gen_sub_token, "subscription"),
+    ):
+        making = commands.add_parser(
+            name, aliases=[name.replace("-", "")], help=f"make a {of} token", description=run.__doc__
+        )
+        making.add_argument("-c", "--config", metavar="FILE", help="TOML file; none: the environment alone")
+        making.add_argument("-u", "--user", default="", metavar="ID", help="the user; default: an anonymous one")
+        if run is gen_sub_token:
+            making.add_argument("-s", "--channel", required=True, help="the channel that it is for")
+        making.add_argument(
+            *("-t", "--ttl"), type=_lifetime, default=_WEEK, help="seconds, a duration, or -1 for no end; default: 168h"
+        )
+        making.add_argument("-q", "--quiet", action="store_true", help="print the token alone, without a line end")
+        making.set_defaults(run=run)
+
+    for name, run, of in (
+        ("check-token", check_token, "connection"),
+        ("check-sub-token", check_sub_token, "subscription"),
+    ):
+        judging = commands.add_parser(
+            name, aliases=[name.replace("-", "")], help=f"check a {of} token", description=run.__doc__
+        )
+        judging.add_argument("token", metavar="TOKEN")
+        judging.add_argument("-c", "--config", metavar="FILE", help="TOML file; none: the environment alone")
+        judging.set_defaults(run=run)
 
     about = commands.add_parser("info", help="print versions and features", description=info.__doc__)
     about.set_defaults(run=info)

@@ -39,7 +39,8 @@ ROOMS = {
     "server": FREE | CORE,
     "tap": FREE | {"cautions", "installation", "server"},
     "top": {"options"},
-    "__main__": FREE | {"top", "cautions", "installation", "options", "tomltext"},
+    "token_commands": FREE | {"protocol"},
+    "__main__": FREE | {"top", "token_commands", "cautions", "installation", "options", "tomltext"},
     "__init__": FREE | {"app", "cache"},
 }
 # Whose imports from outside are not only the standard library and msgspec.
