@@ -317,10 +317,22 @@ async def test_answer_that_is_no_json_is_the_handlers_mistake(bench: Bench, run:
 
 
 @on_loop
-async def test_answer_over_the_limit_is_refused(bench: Bench) -> None:
+async def test_bytes_are_an_answer_as_they_are(bench: Bench) -> None:
     @bench.app.rpc("f")
     def f(data: Any) -> Any:
-        return "x" * 1_100_000
+        return data + b"\xff"
+
+    procedure = (await bench.start()).procedure("f")
+    assert procedure is not None
+    assert await procedure(bench.client, b"\x00") == b"\x00\xff"
+
+
+@pytest.mark.parametrize("unit", ["x", b"x"])
+@on_loop
+async def test_answer_over_the_limit_is_refused(bench: Bench, unit: str | bytes) -> None:
+    @bench.app.rpc("f")
+    def f(data: Any) -> Any:
+        return unit * 1_100_000
 
     await bench.start()
     assert (await refusal(bench.call("f"))).code == 106

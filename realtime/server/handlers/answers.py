@@ -128,13 +128,14 @@ def _grant(result: Any) -> Grant | None:
     raise TypeError(f"on_subscribe returns a Grant, True, False or None, not {type(result).__name__}")
 
 
-def _encoded(result: Any) -> msgspec.Raw | None:
+def _encoded(result: Any) -> msgspec.Raw | bytes | None:
     if result is None:
         return None
-    text = msgspec.json.encode(result)
-    if len(text) > MAX_ANSWER:
+    # What becomes of bytes depends on the encoding that the client speaks.
+    made = result if isinstance(result, bytes) else msgspec.Raw(msgspec.json.encode(result))
+    if len(memoryview(made)) > MAX_ANSWER:
         raise ClientError(*LIMIT_EXCEEDED)
-    return msgspec.Raw(text)
+    return made
 
 
 _MAKERS: dict[str, Callable[[Any], Any]] = {
