@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import msgspec
+
 from realtime.errors import FORCE_DISCONNECT, SERVER_UNSUBSCRIBE
-from realtime.protocol.messages import value
-from realtime.records import ClientInfo
+from realtime.protocol.messages import one_line, value
+from realtime.protocol.tokens import OVERRIDABLE
+from realtime.records import ClientInfo, Grant, Position, Terms
 
 
 class Session(Protocol):
@@ -18,7 +21,11 @@ class Session(Protocol):
 
     def disconnect(self, code: int, reason: str) -> None: ...
 
+    def subscribe(self, channel: str, terms: Terms, since: Position | None) -> None: ...
+
     def end_subscription(self, channel: str, code: int, reason: str) -> None: ...
+
+    def refresh(self, expire_at: float, info: bytes) -> None: ...
 
     def channels(self) -> list[str]: ...
 
@@ -29,10 +36,20 @@ class Client:
     name, version: what the client says of its software. headers: of the handshake, names in lower case.
     """
 
-    __slots__ = ("_session", "headers", "name", "remote_address", "version")
+    __slots__ = ("_meta", "_session", "headers", "name", "remote_address", "version")
 
-    def __init__(self, session: Session, name: str, version: str, headers: dict[str, str], remote_address: str) -> None:
+    def __init__(
+        self,
+        session: Session,
+        name: str,
+        version: str,
+        headers: dict[str, str],
+        remote_address: str,
+        meta: bytes = b"",
+    ) -> None:
+        """meta: JSON text, see the property; b"" for none."""
         self._session = session
+        self._meta = meta
         self.name = name
         self.version = version
         self.headers = headers
@@ -54,6 +71,11 @@ class Client:
         return value(self._session.info.conn_info)
 
     @property
+    def meta(self) -> Any:
+        """What its connection token says for the server's eyes only (`meta`), decoded; None for nothing."""
+        return value(self._meta)
+
+    @property
     def channels(self) -> list[str]:
         """The channels to which it is subscribed now."""
         return self._session.channels()
@@ -66,6 +88,32 @@ class Client:
         """Close the connection. See `realtime.Disconnect` for the codes."""
         self._session.disconnect(code, reason)
 
+    def subscribe(self, channel: str, grant: Grant | None = None) -> None:
+        """Begin a subscription from the server's side, whatever the channel's options permit; the client is told.
+
+        Nothing happens if it is subscribed already. Raises ValueError for what a Grant can't say.
+        """
+        self._session.subscribe(channel, terms(grant) if grant else Terms(), None)
+
+    def refresh(self, expire_at: int | None = None, info: Any = None) -> None:
+        """Have the connection expire at `expire_at` (Unix seconds; None for never), at once if that has passed.
+
+        info: takes the place of what the credentials said of the client; None leaves it.
+        """
+        self._session.refresh(expire_at or 0.0, encoded(info))
+
     def unsubscribe(self, channel: str) -> None:
         """End its subscription to `channel`, if it has one."""
         self._session.end_subscription(channel, *SERVER_UNSUBSCRIBE)
+
+
+def encoded(content: Any) -> bytes:
+    """What a handler gave, as JSON text; b"" for None. Raises what msgspec raises for what JSON can't carry."""
+    return b"" if content is None else one_line(msgspec.json.encode(content))
+
+
+def terms(grant: Grant) -> Terms:
+    """A handler's answer as the terms of a subscription. Raises as `encoded`; ValueError for an unknown override."""
+    if not grant.override.keys() <= set(OVERRIDABLE):
+        raise ValueError(f"of a channel's options, only {', '.join(OVERRIDABLE)} can be overridden")
+    return Terms(encoded(grant.info), encoded(grant.data), grant.expire_at or 0.0, grant.override)

@@ -12,63 +12,178 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from realtime import errors
 from realtime.errors import ClientError, Disconnect
 from realtime.protocol import messages
+from realtime.protocol.client import encoded, terms
 from realtime.protocol.rules import ResolvedChannel
 from realtime.protocol.session import CommandFunction, Session, State, quietly
-from realtime.protocol.subscription import Subscription
+from realtime.protocol.subscription import Origin, Subscription
 from realtime.protocol.tokens import Claims, TokenExpired, TokenInvalid
-from realtime.records import ClientInfo, ConnectRequest, Position
+from realtime.records import ClientInfo, ConnectRequest, Credentials, Position, Terms
+
+# The share of a client's queue that one page of history may fill.
+HISTORY_SHARE = 0.5
 
 # -- connect, refresh -------------------------------------------------------------------------------------------------
 
 
+class _Admitted(Struct, frozen=True):
+    """Who a client is, and to which channels it is subscribed from the start. meta: see `Client.meta`.
+
+    info, data: JSON text, or b"". expire_at: Unix seconds, 0.0 for never.
+    """
+
+    user: str = ""
+    info: bytes = b""
+    data: bytes = b""
+    expire_at: float = 0.0
+    subs: dict[str, Terms] = {}
+    origin: Origin = Origin.SERVER
+    meta: bytes = b""
+
+
 async def connect(session: Session, id: int, request: messages.ConnectRequest) -> None:
-    node, settings = session.node, session.node.settings
+    node = session.node
     admitted = await _admit(session, request)
+    session.info = info = ClientInfo(admitted.user, str(uuid.uuid4()), admitted.info)
+    wanted = _from_the_start(session, request, admitted)
     ttl = _ttl(session, admitted.expire_at)
     if session.state is not State.OPENED:
         return
-    pinged = settings.ping_interval > 0
+    await session.admit(info)
+    joined = []
+    try:
+        for asked, subscription in wanted:
+            if session.state is State.OPENED and (outcome := await session.join(subscription, asked)):
+                joined.append((subscription, *outcome))
+    except BaseException:
+        session.dismiss()
+        raise
+    if session.state is not State.OPENED:
+        session.dismiss()
+        return
+    ping, pong = session.pings
     result = messages.ConnectResult(
-        client=str(uuid.uuid4()),
+        client=info.client,
         version=node.version,
         # Only a token can be refreshed by the client; what a handler granted ends when it ends.
         expires=bool(ttl and session.refreshable),
         ttl=ttl if session.refreshable else 0,
         data=messages.embedded(admitted.data),
-        ping=math.ceil(settings.ping_interval) if pinged else 0,
-        pong=pinged and settings.pong_timeout > 0,
+        subs={subscription.channel: result for subscription, result, _ in joined} or None,
+        ping=ping,
+        pong=pong,
         session=session.secret,
         node=node.uid if session.secret and not session.encoding.unidirectional else "",
-        time=int(node.wall_clock() * 1000) if settings.connect_include_server_time else 0,
+        time=int(node.wall_clock() * 1000) if node.settings.connect_include_server_time else 0,
     )
-    session.begin(ClientInfo(admitted.user, result.client, admitted.info), request.name, request.version)
+    session.begin(request.name, request.version, admitted.meta)
     session.expire(admitted.expire_at)
     session.reply(id, "connect", result)
+    for subscription, _, position in joined:
+        session.open(subscription, position)
+    if session.state is State.CONNECTED:
+        _supersede(session)
 
 
-async def _admit(session: Session, request: messages.ConnectRequest) -> Claims:
-    """Who the client is: by the application's handler, else by its token, else as anonymous."""
+async def _admit(session: Session, request: messages.ConnectRequest) -> _Admitted:
+    """Who the client is: by the application's handler, its token, the proxy before us, or nobody's word."""
     node, settings = session.node, session.node.settings
     if node.handlers.connecting is not None:
         credentials = await node.handlers.connecting(_asks_to_connect(session, request))
         if credentials is not None:
-            return Claims(
-                credentials.user, _json(credentials.info), _json(credentials.data), credentials.expire_at or 0.0
-            )
+            return _credited(credentials)
     if request.token:
-        claims = await _verified(node.tokens.connection, request.token, Disconnect(*errors.INVALID_TOKEN))
+        claims = await _connection_claims(session, request.token)
         if not claims.user and settings.disallow_anonymous_connection_tokens:
             raise Disconnect(*errors.DENIED)
         session.refreshable = True
-        # An insecure server checks tokens all the same, and then lets no connection expire.
-        return msgspec.structs.replace(claims, data=b"", expire_at=0.0 if settings.insecure else claims.expire_at)
+        return _Admitted(
+            claims.user, claims.info, b"", claims.expire_at, _token_subs(claims), Origin.TOKEN, claims.meta
+        )
+    header = settings.user_id_http_header.lower()
+    if header and (user := session.request.headers.get(header)):
+        return _Admitted(user)
     if not (settings.insecure or settings.allow_anonymous_connect_without_token):
         raise Disconnect(*errors.BAD_PROTOCOL)
-    return Claims("")
+    return _Admitted()
+
+
+def _credited(credentials: Credentials) -> _Admitted:
+    return _Admitted(
+        credentials.user,
+        encoded(credentials.info),
+        encoded(credentials.data),
+        credentials.expire_at or 0.0,
+        {channel: Terms() for channel in credentials.channels}
+        | {channel: terms(grant) for channel, grant in credentials.subs.items()},
+    )
+
+
+async def _connection_claims(session: Session, token: str) -> Claims:
+    claims = await _verified(session.node.tokens.connection, token, Disconnect(*errors.INVALID_TOKEN))
+    # An insecure server checks tokens all the same, and then lets no connection expire.
+    return msgspec.structs.replace(claims, expire_at=0.0) if session.node.settings.insecure else claims
+
+
+def _token_subs(claims: Claims) -> dict[str, Terms]:
+    return {channel: Terms() for channel in claims.channels} | {
+        channel: Terms(sub.info, sub.data, 0.0, sub.override) for channel, sub in claims.subs.items()
+    }
+
+
+def _from_the_start(
+    session: Session, request: messages.ConnectRequest, admitted: _Admitted
+) -> list[tuple[messages.SubscribeRequest, Subscription]]:
+    """The subscriptions that come with the connect reply, and what the client says of where it left each.
+
+    They are those of its credentials, its personal channel, and of those that it names itself the ones to which it
+    could subscribe without a word from anybody. Raises ClientError 102, Disconnect 3501 and 3505.
+    """
+    node, settings = session.node, session.node.settings
+    positions = request.subs or {}
+    subs = {channel: (each, admitted.origin) for channel, each in admitted.subs.items()}
+    personal = settings.subscribe_to_user_personal_channel
+    if personal.enabled and session.user:
+        channel = node.rules.personal_channel(personal.personal_channel_namespace, session.user)
+        subs.setdefault(channel, (Terms(), Origin.SERVER))
+    for channel in positions:
+        if channel not in subs and _may_alone(session, channel):
+            subs[channel] = (Terms(), Origin.SERVER)
+    if 0 < settings.channel_limit < len(subs):
+        raise Disconnect(*errors.CHANNEL_LIMIT)
+    wanted = []
+    for channel, (each, origin) in subs.items():
+        asked = msgspec.structs.replace(positions.get(channel, messages.SubscribeRequest()), channel=channel)
+        subscription = session.subscription(asked, node.rules.options(channel), each, origin)
+        subscription.end_at = each.expire_at
+        wanted.append((asked, subscription))
+    return wanted
+
+
+def _may_alone(session: Session, channel: str) -> bool:
+    """Whether the options alone let the client subscribe. Raises Disconnect 3501 for an unknown namespace."""
+    node = session.node
+    try:
+        options = node.rules.checked(channel)
+    except ClientError as error:
+        if error.code == errors.UNKNOWN_CHANNEL[0]:
+            raise Disconnect(*errors.BAD_PROTOCOL) from None
+        return False
+    if not channel or node.rules.is_private(channel) or node.handlers.subscribing(channel) is not None:
+        return False
+    return node.rules.admits(channel, options, session.user) or node.settings.insecure
+
+
+def _supersede(session: Session) -> None:
+    """End the older connections of the client's user, if it may have one alone."""
+    node = session.node
+    if node.settings.subscribe_to_user_personal_channel.single_connection and session.user:
+        order = node.registry.supersede(session)
+        node.run(quietly(node.engine.instruct(order)), session.undone)
 
 
 def _asks_to_connect(session: Session, request: messages.ConnectRequest) -> ConnectRequest:
@@ -107,12 +222,15 @@ async def refresh(session: Session, id: int, request: messages.RefreshRequest) -
     if not request.token or not session.refreshable:
         raise Disconnect(*errors.BAD_PROTOCOL)
     try:
-        claims = await _verified(session.node.tokens.connection, request.token, Disconnect(*errors.INVALID_TOKEN))
+        claims = await _connection_claims(session, request.token)
     except ClientError:
         # Not error 109, which would be final: the client comes back and fetches a token on the way.
         raise Disconnect(*errors.CONNECTION_EXPIRED) from None
     if claims.user != session.user:
         raise Disconnect(*errors.INVALID_TOKEN)
+    held = {one.channel for one in session.subscriptions.values() if one.origin is Origin.TOKEN}
+    if held != _token_subs(claims).keys():
+        raise Disconnect(*errors.INSUFFICIENT_STATE)
     ttl = _ttl(session, claims.expire_at)
     session.describe(claims.info)
     session.expire(claims.expire_at)
@@ -131,53 +249,59 @@ def _options(session: Session, channel: str) -> ResolvedChannel:
 
 async def subscribe(session: Session, id: int, request: messages.SubscribeRequest) -> None:
     options = _check_subscribe(session, request)
-    admitted = await _admit_to(session, request, options)
-    ttl = _ttl(session, admitted.expire_at)
+    granted, grace = await _admit_to(session, request, options)
+    ttl = _ttl(session, granted.expire_at)
     if session.state is State.CLOSED:
         return
-    subscription = session.subscription(request.channel, options, admitted.info)
-    _grant(session, request, subscription)
-    session.subscriptions[request.channel] = subscription
-    try:
-        limit = session.node.settings.recovery_max_publication_limit or -1
-        result, position = await subscription.join(request, limit)
-    except BaseException:
-        session.abandon(subscription)
-        raise
-    if session.state is State.CLOSED:
-        session.abandon(subscription)
-        return
-    subscription.expire_at = admitted.expire_at
-    result = msgspec.structs.replace(result, expires=bool(ttl), ttl=ttl, data=messages.embedded(admitted.data))
-    session.reply(id, "subscribe", result)
-    if not subscription.open(position):
-        session.lost_position(request.channel)
+    _check_place(session, request.channel)  # again: much may have happened meanwhile
+    subscription = session.subscription(request, options, granted, Origin.CLIENT)
+    joined = await session.join(subscription, request)
+    if joined is None:
+        raise ClientError(*errors.PERMISSION_DENIED)
+    result, position = joined
     if ttl:
+        subscription.end_at = granted.expire_at + grace
         session.arm()
+    # As with connect: what a handler granted ends when it ends, and is asked for anew.
+    refreshable = bool(ttl and request.token)
+    result = msgspec.structs.replace(
+        result, expires=refreshable, ttl=ttl if refreshable else 0, data=messages.embedded(granted.data)
+    )
+    session.reply(id, "subscribe", result)
+    session.open(subscription, position)
 
 
 def _check_subscribe(session: Session, request: messages.SubscribeRequest) -> ResolvedChannel:
     """The channel's rules, if nothing speaks against the request before it is asked who may subscribe."""
-    settings, channel = session.node.settings, request.channel
-    if not channel or request.delta not in ("", "fossil"):
+    if not request.channel or request.delta not in ("", "fossil"):
         raise Disconnect(*errors.BAD_PROTOCOL)
-    if channel in session.subscriptions:
-        raise ClientError(*errors.ALREADY_SUBSCRIBED)
-    if settings.channel_limit and len(session.subscriptions) >= settings.channel_limit:
-        raise ClientError(*errors.LIMIT_EXCEEDED)
-    options = _options(session, channel)
+    _check_place(session, request.channel)
+    options = _options(session, request.channel)
     if request.type:
         raise ClientError(*errors.PERMISSION_DENIED)
-    if request.tf is not None:
-        raise ClientError(*errors.BAD_REQUEST)
     return options
 
 
-async def _admit_to(session: Session, request: messages.SubscribeRequest, options: ResolvedChannel) -> Claims:
-    """Whether the client may subscribe: by a token, a user-limited name, the handler, or the options."""
+def _check_place(session: Session, channel: str) -> None:
+    limit = session.node.settings.channel_limit
+    if channel in session.subscriptions:
+        raise ClientError(*errors.ALREADY_SUBSCRIBED)
+    if 0 < limit <= len(session.subscriptions):
+        raise ClientError(*errors.LIMIT_EXCEEDED)
+
+
+async def _admit_to(
+    session: Session, request: messages.SubscribeRequest, options: ResolvedChannel
+) -> tuple[Terms, float]:
+    """On what terms the client may subscribe: by a token, a user-limited name, the handler, or the options.
+
+    Also the seconds for which the subscription outlives its expiry, in which the client may refresh it.
+    """
     node, channel = session.node, request.channel
     if request.token:
-        return await _subscription_claims(session, request.token, channel, ClientError(*errors.PERMISSION_DENIED))
+        claims = await _subscription_claims(session, request.token, channel, ClientError(*errors.PERMISSION_DENIED))
+        granted = Terms(claims.info, claims.data, claims.expire_at, claims.override)
+        return granted, node.settings.expired_sub_close_delay
     if node.rules.is_private(channel):
         raise ClientError(*errors.PERMISSION_DENIED)
     users = node.rules.limited_to(channel, options)
@@ -185,11 +309,11 @@ async def _admit_to(session: Session, request: messages.SubscribeRequest, option
         raise ClientError(*errors.PERMISSION_DENIED)
     handler = node.handlers.subscribing(channel)
     if handler is not None:
-        granted = await handler(session.handle, channel, _value(session, request.data))
-        return Claims(session.user, _json(granted.info), _json(granted.data)) if granted else Claims(session.user)
-    if users is None and not (node.settings.insecure or options.allows_subscribe(session.user)):
+        grant = await handler(session.handle, channel, _value(session, request.data))
+        return terms(grant) if grant else Terms(), 0.0
+    if not (node.settings.insecure or node.rules.admits(channel, options, session.user)):
         raise ClientError(*errors.PERMISSION_DENIED)
-    return Claims(session.user)
+    return Terms(), 0.0
 
 
 async def _subscription_claims(session: Session, token: str, channel: str, invalid: Exception) -> Claims:
@@ -197,24 +321,6 @@ async def _subscription_claims(session: Session, token: str, channel: str, inval
     if claims.channel != channel or claims.user != session.user or claims.client not in ("", session.client):
         raise Disconnect(*errors.INVALID_TOKEN)
     return claims
-
-
-def _grant(session: Session, request: messages.SubscribeRequest, subscription: Subscription) -> None:
-    """What the namespace forces, and what the client asked for and may have."""
-    options = subscription.options
-    kept = options.retention.kept
-    history = session.may("history", request.channel, options)
-    subscription.recoverable = kept and (
-        options.force_recovery or (request.recoverable and (options.allow_recovery or history))
-    )
-    subscription.positioned = kept and (
-        subscription.recoverable
-        or options.force_positioning
-        or (request.positioned and (options.allow_positioning or history))
-    )
-    subscription.announced = options.join_leave and (
-        options.force_push_join_leave or (request.join_leave and session.may("presence", request.channel, options))
-    )
 
 
 async def sub_refresh(session: Session, id: int, request: messages.SubRefreshRequest) -> None:
@@ -231,7 +337,7 @@ async def sub_refresh(session: Session, id: int, request: messages.SubRefreshReq
         # A final 109 would end the subscription in the SDKs; a temporary one has them try again.
         raise ClientError(*errors.TOKEN_EXPIRED[:2], temporary=True) from None
     ttl = _ttl(session, claims.expire_at)
-    subscription.expire_at = claims.expire_at
+    subscription.end_at = claims.expire_at + session.node.settings.expired_sub_close_delay if ttl else 0.0
     session.describe_in(subscription, msgspec.structs.replace(subscription.info, chan_info=claims.info))
     session.reply(id, "sub_refresh", messages.SubRefreshResult(expires=bool(ttl), ttl=ttl))
     session.arm()
@@ -240,9 +346,10 @@ async def sub_refresh(session: Session, id: int, request: messages.SubRefreshReq
 async def unsubscribe(session: Session, id: int, request: messages.UnsubscribeRequest) -> None:
     if not request.channel:
         raise Disconnect(*errors.BAD_PROTOCOL)
-    subscription = session.subscriptions.pop(request.channel, None)
+    subscription = session.subscriptions.get(request.channel)
     if subscription is not None:
-        await quietly(subscription.leave())
+        # What this client asks next goes the same way as its leave, and behind it.
+        session.abandon(subscription)
     session.reply(id, "unsubscribe", messages.EMPTY)
 
 
@@ -253,17 +360,28 @@ async def publish(session: Session, id: int, request: messages.PublishRequest) -
     node, channel = session.node, request.channel
     options = _options(session, channel)
     data = session.encoding.payload(request.data)
-    if not data or request.type:
+    is_json = session.encoding.is_json(data)
+    options.check_data(data, is_json)
+    if request.type:
         raise ClientError(*errors.BAD_REQUEST)
     handler = node.handlers.publishing(channel)
     if handler is not None:
         replaced = await handler(session.handle, channel, session.encoding.value(data))
-        data = data if replaced is None else session.encoding.made(replaced)
+        if replaced is not None:
+            data = session.encoding.made(replaced)
+            is_json = session.encoding.is_json(data)
     elif not session.may("publish", channel, options):
         raise ClientError(*errors.PERMISSION_DENIED)
     subscription = session.subscriptions.get(channel)
     info = subscription.info if subscription is not None else session.info
-    await node.engine.publish(channel, data, retention=options.retention, info=info)
+    await node.engine.publish(
+        channel,
+        data,
+        retention=options.retention,
+        info=info,
+        delta=options.delta_publish,
+        binary=not (data and is_json),
+    )
     session.reply(id, "publish", messages.EMPTY)
 
 
@@ -306,6 +424,7 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
         since=since,
         limit=-1 if limit == math.inf else int(limit),
         reverse=request.reverse,
+        max_bytes=int(session.node.settings.queue_max_size * HISTORY_SHARE),
     )
     if since is not None and since.epoch and since.epoch != page.position.epoch:
         raise ClientError(*errors.UNRECOVERABLE_POSITION)
@@ -318,12 +437,13 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
 
 
 async def rpc(session: Session, id: int, request: messages.RPCRequest) -> None:
-    handlers = session.node.handlers
-    if not handlers.has_procedures:
-        raise ClientError(*errors.NOT_AVAILABLE)
+    handlers, ping = session.node.handlers, session.node.rpc_ping
     procedure = handlers.procedure(request.method)
     if procedure is None:
-        raise ClientError(*errors.METHOD_NOT_FOUND)
+        if ping.enabled and request.method == ping.method:
+            session.reply(id, "rpc", messages.RPCResult())
+            return
+        raise ClientError(*(errors.METHOD_NOT_FOUND if handlers.has_procedures else errors.NOT_AVAILABLE))
     result = await procedure(session.handle, _value(session, request.data))
     session.reply(id, "rpc", messages.RPCResult(messages.embedded(session.encoding.made(result) or b"null")))
 
@@ -337,10 +457,6 @@ async def send(session: Session, id: int, request: messages.SendRequest) -> None
 
 def _value(session: Session, raw: msgspec.Raw | msgspec.UnsetType) -> Any:
     return session.encoding.value(session.encoding.payload(raw))
-
-
-def _json(content: Any) -> bytes:
-    return b"" if content is None else messages.one_line(msgspec.json.encode(content))
 
 
 COMMANDS: dict[str, CommandFunction] = {

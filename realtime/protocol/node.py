@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
+from realtime import errors
+from realtime.metrics import Counter, Metrics
 from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.registry import Registry
 from realtime.protocol.rules import Rules
@@ -12,7 +14,26 @@ from realtime.protocol.tokens import TokenVerifier
 from realtime.pubsub.engine import Engine
 from realtime.pubsub.hub import Hub
 from realtime.records import ConnectRequest, Credentials, Grant
-from realtime.settings import Client
+from realtime.settings import Client, RPCPing
+
+# What each disconnect that is the client's fault is counted as.
+_FAULTS = {
+    errors.NO_PONG[0]: "no_pong",
+    errors.TOO_MANY_COMMANDS[0]: "command_flood",
+    errors.INVALID_TOKEN[0]: "token",
+    errors.BAD_PROTOCOL[0]: "command",
+    errors.STALE[0]: "stale",
+    errors.CONNECTION_LIMIT[0]: "user_connections",
+    errors.CHANNEL_LIMIT[0]: "channels",
+    errors.INAPPROPRIATE_PROTOCOL[0]: "encoding",
+    errors.TOO_MANY_ERRORS[0]: "command_errors",
+}
+# What else is counted as bad input: a command over the rate, and a position that the store has not come to yet.
+_REFUSED = ("command_rate", "recovery_ahead")
+_COMMANDS = (
+    *("connect", "refresh", "subscribe", "sub_refresh", "unsubscribe", "publish", "presence", "presence_stats"),
+    *("history", "rpc", "send"),
+)
 
 
 class Handlers(Protocol):
@@ -68,10 +89,13 @@ class Node:
         version: str,
         uid: str = "",
         worker: str = "",
+        metrics: Metrics | None = None,
+        rpc_ping: RPCPing | None = None,
     ) -> None:
         """wall_clock: Unix seconds, for what tokens say. failed: told of every mistake of ours, with its traceback.
 
         uid: of the node, the same in all its workers. worker: this worker's address, see `Engine.instruct`.
+        metrics: where commands and bad input are counted.
         """
         self.settings = settings
         self.rules = rules
@@ -87,3 +111,23 @@ class Node:
         self.version = version
         self.uid = uid
         self.worker = worker
+        self.rpc_ping = rpc_ping or RPCPing()
+        self._metrics = metrics or Metrics()
+        self.commands = {
+            name: self._metrics.counter("realtime_commands", "Commands of clients", command=name) for name in _COMMANDS
+        }
+        self.refused = {kind: self._bad_input(kind) for kind in (*_FAULTS.values(), *_REFUSED)}
+
+    def _bad_input(self, kind: str) -> Counter:
+        return self._metrics.counter("realtime_bad_input", "Refused input and faults of peers", kind=kind)
+
+    def count_disconnect(self, code: int) -> None:
+        """Count a disconnect, if it is for what the client did."""
+        kind = _FAULTS.get(code)
+        if kind is not None:
+            self.refused[kind].value += 1
+
+    def count_error(self, command: str, code: int) -> None:
+        """Count an error reply. The application's own codes are one."""
+        label = str(code) if code < 400 else "application"
+        self._metrics.counter("realtime_command_errors", "Commands that failed", command=command, code=label).value += 1

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import msgspec
 
 from realtime.errors import BAD_REQUEST, UNKNOWN_CHANNEL, ClientError
-from realtime.protocol.tokens import OVERRIDABLE
 from realtime.records import Retention
 from realtime.settings import Channel, ChannelOptions, retention
 
@@ -33,17 +32,9 @@ class ResolvedChannel(ChannelOptions, frozen=True, kw_only=True):
         )
         return bool(granted and (user or getattr(self, f"allow_{verb}_for_anonymous")))
 
-    def allows_subscribe(self, user: str) -> bool:
-        """Whether the options let `user` subscribe without a token."""
-        return self.allow_subscribe_for_client and bool(user or self.allow_subscribe_for_anonymous)
-
     def overridden(self, override: Mapping[str, bool]) -> ResolvedChannel:
-        """The same with other values for some options. Raises ValueError for one that can't be overridden."""
-        if not override:
-            return self
-        if not override.keys() <= set(OVERRIDABLE):
-            raise ValueError(f"of a channel's options, only {', '.join(OVERRIDABLE)} can be overridden")
-        return msgspec.structs.replace(self, **override)
+        """The same with other values for some options, by name."""
+        return msgspec.structs.replace(self, **override) if override else self
 
     def check_data(self, data: bytes, is_json: bool) -> None:
         """Raises ClientError 107 for data that `publication_data_format` rules out.
@@ -129,3 +120,15 @@ class Rules:
         users = channel.rpartition(boundary)[2]
         separator = self._settings.user_separator
         return frozenset(filter(None, users.split(separator) if separator else [users]))
+
+    def admits(self, channel: str, options: ResolvedChannel, user: str) -> bool:
+        """Whether the options let `user` ("" for anonymous) subscribe without a token."""
+        users = self.limited_to(channel, options)
+        if users is not None:
+            return user in users
+        return options.allow_subscribe_for_client and bool(user or options.allow_subscribe_for_anonymous)
+
+    def personal_channel(self, namespace: str, user: str) -> str:
+        """The channel in `namespace` ("" for none) that belongs to one user."""
+        name = self._settings.user_boundary + user
+        return namespace + self._settings.namespace_boundary + name if namespace else name

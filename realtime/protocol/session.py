@@ -5,8 +5,12 @@
 
 A session is told what arrives (`receive`, `closed`) and what time it is (`wake`), and tells its `Connection` what to
 send. Commands run one at a time, in the order of arrival: while one waits for the engine or for a handler, the next
-ones queue, and past a limit the socket is not read. What each command does is in `realtime.protocol.commands`.
-Nothing here knows a socket, a thread or a reactor.
+ones queue, and past a limit the socket is not read. Where `client.concurrency` allows for several at a time, connect
+runs alone all the same, and the commands of one channel keep their order. What each command does is in
+`realtime.protocol.commands`. Nothing here knows a socket, a thread or a reactor.
+
+On a unidirectional transport the client says one thing, its connect request; there are no replies and no pongs, so a
+refusal is a disconnect, and what else it sends means nothing.
 """
 
 from __future__ import annotations
@@ -27,20 +31,35 @@ from realtime.errors import ClientError, Disconnect, EngineUnavailable, KeysUnav
 from realtime.protocol import messages
 from realtime.protocol.client import Client
 from realtime.protocol.forms import Form
-from realtime.protocol.messages import ProtocolError
+from realtime.protocol.messages import ProtocolError, SubscribeRequest, SubscribeResult
 from realtime.protocol.node import Node
 from realtime.protocol.rules import ResolvedChannel
-from realtime.protocol.subscription import Subscription
-from realtime.records import ClientInfo
+from realtime.protocol.subscription import Origin, Subscription
+from realtime.records import ClientInfo, Position, Terms
 
 # Seconds. A client whose connect was refused closes the connection itself; one that does not is shown out.
 REFUSED_DELAY = 5.0
+# Seconds' worth of commands at the allowed rate: so many may come at once, so many more are refused, and then it ends.
+RATE_BURST = 2.0
+# Seconds in which the failed commands are counted together.
+ERROR_WINDOW = 5.0
+# The share of its grace by which an expired connection may be closed later, so that many do not end at once.
+EXPIRY_SPREAD = 0.1
+
+# The errors that end a connection without replies, and how (client protocol, section 2.9); any other ends it with 3004.
+_WITHOUT_REPLIES = {
+    errors.TOKEN_EXPIRED[0]: errors.CONNECTION_EXPIRED,
+    errors.EXPIRED[0]: errors.CONNECTION_EXPIRED,
+    errors.TOO_MANY_REQUESTS[0]: errors.TOO_MANY_COMMANDS,
+    errors.PERMISSION_DENIED[0]: errors.DENIED,
+}
 
 
 class Connection(Protocol):
     """What a session needs of its shell. form: the wire form of what it takes.
 
     secret: names the session to whoever sends commands for it by other ways (emulation), "" if nobody does.
+    pings: whether the session asks for signs of life, by the pings of the protocol; if not, the transport sees to it.
     """
 
     @property
@@ -48,6 +67,9 @@ class Connection(Protocol):
 
     @property
     def secret(self) -> str: ...
+
+    @property
+    def pings(self) -> bool: ...
 
     def send(self, payload: bytes) -> None:
         """One message to this client alone."""
@@ -82,26 +104,31 @@ class State(enum.Enum):
 
 _TALKING = (State.OPENED, State.CONNECTED)
 _PONG = messages.Command()
+# Stands for a message that could not be read, behind the commands that came before it: it is none either.
+_UNREADABLE = messages.Command(id=1)
 
 
 class Session:
     """See the module.
 
-    info: who the client is, empty until it is connected. handle: the client as handlers see it. refreshable: whether
+    info: who the client is, empty until it is admitted. handle: the client as handlers see it. refreshable: whether
     a token admitted it, so that it may bring another. subscriptions: by channel, those still joining included.
     """
 
     __slots__ = (
+        "_busy",
         "_commands",
         "_connection",
         "_expire_by",
+        "_failures",
         "_paused",
         "_ping_at",
         "_pong_by",
         "_pumping",
         "_queue",
+        "_rate_due",
+        "_running",
         "_stale_by",
-        "_waiting",
         "bucket",
         "encoding",
         "handle",
@@ -126,9 +153,16 @@ class Session:
         self._commands = commands
         self._connection = connection
         self.encoding = connection.form.encoding
-        # None marks the place of a message that could not be read.
-        self._queue: deque[messages.Command | None] = deque()
-        self._waiting = self._pumping = self._paused = False
+        # Most sessions have nothing waiting at most times, and an empty deque is not small.
+        self._queue: deque[messages.Command] | tuple[()] = ()
+        self._running = 0
+        # The channels of the commands that run, where several may.
+        self._busy: set[str] | tuple[()] = ()
+        # When the commands so far would be used up at the allowed rate.
+        self._rate_due = 0.0
+        # How many commands failed since when.
+        self._failures = (0, -math.inf)
+        self._pumping = self._paused = False
         self._ping_at = self._pong_by = self._expire_by = math.inf
         self._stale_by = self._after(node.settings.stale_close_delay or math.inf)
         self.bucket = 0
@@ -154,31 +188,43 @@ class Session:
         """One whole message of the client."""
         if self.state not in _TALKING:
             return
+        if self._pong_by < math.inf and message == self.encoding.ping:
+            self._ponged()
+            return
+        if self.encoding.unidirectional and (self._running or self.state is State.CONNECTED):
+            return
+        queue = self._queue or deque()
         try:
             for command in self.encoding.commands(message):
-                if command == _PONG and self._pong_by < math.inf:
-                    # Never behind the commands that wait: that they take long is not the client's fault. The deadline
-                    # that is armed wakes us once for nothing, which is cheaper than moving it at every pong.
-                    self._pong_by = math.inf
+                if self._pong_by < math.inf and command == _PONG:
+                    self._ponged()
                 else:
-                    self._queue.append(command)
+                    queue.append(command)
         except ProtocolError:
             # The commands before it are still acted on.
-            self._queue.append(None)
+            queue.append(_UNREADABLE)
+        self._queue = queue
         if not self._pumping:
             self._pump()
         if len(self._queue) > self.node.settings.command_queue and not self._paused:
             self._paused = True
             self._connection.pause()
 
+    def _ponged(self) -> None:
+        # Never behind the commands that wait: that they take long is not the client's fault. The deadline that is armed
+        # wakes us once for nothing, which is cheaper than moving it at every pong.
+        self._pong_by = math.inf
+
     def _pump(self) -> None:
         self._pumping = True
-        while self._queue and not self._waiting and self.state in _TALKING:
+        while self.state in _TALKING and (command := self._next()) is not None:
             try:
-                self._take(self._queue.popleft())
+                self._take(command)
             except ProtocolError:
                 self.disconnect(*errors.BAD_PROTOCOL)
         self._pumping = False
+        if not self._queue:
+            self._queue = ()
         if self._paused and len(self._queue) <= self.node.settings.command_queue // 2:
             self._paused = False
             if self._pong_by < math.inf:
@@ -187,16 +233,55 @@ class Session:
                 self.arm()
             self._connection.resume()
 
-    def _take(self, command: messages.Command | None) -> None:
-        if command is None:
-            raise ProtocolError("unreadable")
+    def _next(self) -> messages.Command | None:
+        """Take the first command that may begin now out of the queue."""
+        queue = self._queue
+        if not queue:
+            return None
+        if not self._running:
+            return queue.popleft()
+        settings = self.node.settings
+        if self._running >= settings.concurrency or self.state is State.OPENED:
+            return None
+        for place in range(min(len(queue), settings.command_queue)):
+            command = queue[place]
+            channel = _channel_of(command)
+            if channel is None:
+                return None  # what is no command waits for those before it
+            if channel not in self._busy:
+                del queue[place]
+                return command
+        return None
+
+    def _take(self, command: messages.Command) -> None:
         name, request = command.request()
         if (name == "connect") != (self.state is State.OPENED) or (not command.id and name not in ("", "send")):
             raise ProtocolError("out of place")
         if not name:
             raise ProtocolError("a pong without a ping")
-        self._waiting = True
+        self.node.commands[name].value += 1
+        if self._is_too_much():
+            self.node.refused["command_rate"].value += 1
+            self._refuse(command.id, name, ClientError(*errors.TOO_MANY_REQUESTS))
+            return
+        self._running += 1
+        if self.node.settings.concurrency > 1 and (channel := _channel_of(command)):
+            self._busy = self._busy or set()
+            self._busy.add(channel)
         self.node.run(self._execute(command.id, name, request), self._executed)
+
+    def _is_too_much(self) -> bool:
+        """Whether this command is over the rate. A client that goes on all the same is disconnected."""
+        rate = self.node.settings.commands_per_second
+        if not rate:
+            return False
+        now = self.node.deadlines.now
+        self._rate_due = max(self._rate_due, now) + 1 / rate
+        # Half a command is the sum of what the additions were rounded by, and more.
+        commands = (self._rate_due - now) * rate - 0.5
+        if commands > 2 * RATE_BURST * rate:
+            self.disconnect(*errors.TOO_MANY_COMMANDS)
+        return commands > RATE_BURST * rate
 
     async def _execute(self, id: int, name: str, request: Any) -> None:
         try:
@@ -210,9 +295,12 @@ class Session:
         except Exception as error:
             self.node.failed(error)
             self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
+        finally:
+            if self._busy:
+                self._busy.discard(getattr(request, "channel", ""))
 
     def _executed(self, result: Any, error: BaseException | None) -> None:
-        self._waiting = False
+        self._running -= 1
         if error is not None:
             self.node.failed(error)
             self.disconnect(*errors.SERVER_ERROR)
@@ -225,15 +313,30 @@ class Session:
             self._connection.send(self.encoding.reply(id, name, result))
 
     def _refuse(self, id: int, name: str, error: ClientError) -> None:
-        if self.state is State.CLOSED or not id:
+        if self.state is State.CLOSED:
             return
-        self._connection.send(self.encoding.error_reply(id, error))
+        self.node.count_error(name, error.code)
+        if self.encoding.unidirectional:
+            self.disconnect(*_WITHOUT_REPLIES.get(error.code, errors.SERVER_ERROR))
+            return
+        if id:
+            self._connection.send(self.encoding.error_reply(id, error))
         if name == "connect":
             # What followed in the same message counted on the connect: it is dropped without a word.
             self.state = State.REFUSED
-            self._queue.clear()
+            self._queue = ()
             self._stale_by = self._after(REFUSED_DELAY)
             self.arm()
+        elif not error.temporary and error.code != errors.TOKEN_EXPIRED[0]:
+            self._count_failure()
+
+    def _count_failure(self) -> None:
+        """Disconnect the client when too many of its commands failed by its own fault."""
+        limit, now = self.node.settings.error_limit, self.node.deadlines.now
+        failed, since = self._failures
+        self._failures = (failed + 1, since) if now - since <= ERROR_WINDOW else (1, now)
+        if 0 < limit < self._failures[0]:
+            self.disconnect(*errors.TOO_MANY_ERRORS)
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -254,8 +357,11 @@ class Session:
         """Something is due."""
         now = self.node.deadlines.now
         if self._stale_by <= now:
-            # 3502 is final. A client whose connect command is still being worked on has done its part: it comes back.
-            self.disconnect(*(errors.SERVER_ERROR if self._waiting else errors.STALE))
+            if self.state is State.REFUSED:
+                self.disconnect(*errors.CONNECTION_CLOSED)
+            else:
+                # 3502 is final. A client whose connect command is still being worked on has done its part.
+                self.disconnect(*(errors.SERVER_ERROR if self._running else errors.STALE))
         elif self._pong_by <= now and not self._paused:
             self.disconnect(*errors.NO_PONG)
         elif self._expire_by <= now:
@@ -264,48 +370,75 @@ class Session:
             self._end_expired(now)
             if self._ping_at <= now:
                 self._ping(now)
-            self.arm()
+            if self.state is not State.CLOSED:
+                self.arm()
 
     def _ping(self, now: float) -> None:
         settings = self.node.settings
         self._ping_at = now + settings.ping_interval
         if self._pong_by < math.inf:
             return  # the client is not being read, and a second pong would be one too many
-        if settings.pong_timeout > 0:
+        if settings.pong_timeout > 0 and not self.encoding.unidirectional:
             self._pong_by = now + settings.pong_timeout
         self._connection.send(self.encoding.ping)
 
+    @property
+    def pings(self) -> tuple[int, bool]:
+        """What the client is told: seconds between two pings, 0 for none, and whether it shall answer them."""
+        settings = self.node.settings
+        if not (settings.ping_interval > 0 and self._connection.pings):
+            return 0, False
+        return math.ceil(settings.ping_interval), settings.pong_timeout > 0 and not self.encoding.unidirectional
+
     def _subscriptions_due(self) -> float:
-        ends = [subscription.expire_at for subscription in self.subscriptions.values() if subscription.expire_at]
-        return self._close_time(min(ends), self.node.settings.expired_sub_close_delay) if ends else math.inf
+        ends = [subscription.end_at for subscription in self.subscriptions.values() if subscription.end_at]
+        return self._close_time(min(ends), 0.0) if ends else math.inf
 
     def _end_expired(self, now: float) -> None:
-        grace = self.node.settings.expired_sub_close_delay
         for subscription in list(self.subscriptions.values()):
-            if subscription.live and self._close_time(subscription.expire_at, grace) <= now:
-                self.end_subscription(subscription.channel, *errors.SUBSCRIPTION_EXPIRED_PUSH)
+            if subscription.live and self._close_time(subscription.end_at, 0.0) <= now:
+                if subscription.origin is Origin.CLIENT:
+                    self.end_subscription(subscription.channel, *errors.SUBSCRIPTION_EXPIRED_PUSH)
+                else:
+                    self.disconnect(*errors.SUBSCRIPTION_EXPIRED)
+                    return
 
     def expire(self, expire_at: float) -> None:
         """The connection ends at `expire_at` (Unix seconds, 0.0 for never), with a grace if it may be refreshed."""
-        self._expire_by = self._close_time(
-            expire_at, self.node.settings.expired_close_delay if self.refreshable else 0.0
-        )
+        grace = self.node.settings.expired_close_delay if self.refreshable else 0.0
+        self._expire_by = self._close_time(expire_at, grace * random.uniform(1.0, 1.0 + EXPIRY_SPREAD))
         self.arm()
 
     # -- who it is, and what it may ----------------------------------------------------------------------------------
 
-    def begin(self, info: ClientInfo, name: str, version: str) -> None:
-        """The client is connected, as `info`. name, version: what it says of its software."""
-        settings = self.node.settings
-        self.state = State.CONNECTED
+    async def admit(self, info: ClientInfo) -> None:
+        """The client shall be `info`, and counts as connected; the caller then calls `begin`, or `dismiss` at any end.
+
+        Raises Disconnect when its user has as many connections as it may, and EngineUnavailable.
+        """
+        engine, limit = self.node.engine, self.node.settings.user_connection_limit
         self.info = info
-        self.handle = Client(self, name, version, self.request.headers, self.request.remote_address)
+        if not (limit and info.user):
+            engine.connected(info)
+        elif not await engine.admit(info, limit):
+            raise Disconnect(*errors.CONNECTION_LIMIT)
+
+    def dismiss(self) -> None:
+        """The client, once admitted, is not let in after all."""
+        self.node.engine.disconnected(self.client)
+        for subscription in list(self.subscriptions.values()):
+            self.abandon(subscription)
+
+    def begin(self, name: str, version: str, meta: bytes) -> None:
+        """The admitted client is connected. name, version: what it says of its software. meta: see `Client.meta`."""
+        self.state = State.CONNECTED
+        self.handle = Client(self, name, version, self.request.headers, self.request.remote_address, meta)
         self._stale_by = math.inf
-        if settings.ping_interval > 0:
+        interval, _ = self.pings
+        if interval:
             # Spread, so that clients that came together are not pinged together.
-            self._ping_at = self._after(settings.ping_interval * random.uniform(0.5, 1.0))
+            self._ping_at = self._after(self.node.settings.ping_interval * random.uniform(0.5, 1.0))
         self.node.registry.add(self)
-        self.node.engine.connected(info)
         self.arm()
 
     def may(self, verb: str, channel: str, options: ResolvedChannel) -> bool:
@@ -319,10 +452,55 @@ class Session:
         """See `Connection.secret`."""
         return self._connection.secret
 
-    def subscription(self, channel: str, options: ResolvedChannel, chan_info: bytes) -> Subscription:
-        """A subscription of this client, not yet joined."""
-        info = msgspec.structs.replace(self.info, chan_info=chan_info)
-        return Subscription(self, self._connection.deliver, self._connection.form, self.node, channel, options, info)
+    # -- its subscriptions -------------------------------------------------------------------------------------------
+
+    def subscription(
+        self, request: SubscribeRequest, options: ResolvedChannel, terms: Terms, origin: Origin
+    ) -> Subscription:
+        """A subscription of this client that is not joined yet, with what it asks for as far as that is granted.
+
+        options: of `request.channel`. Raises ClientError 107 for a filter that is not allowed or not valid.
+        """
+        options = options.overridden(terms.override)
+        info = msgspec.structs.replace(self.info, chan_info=terms.info) if terms.info else self.info
+        subscription = Subscription(
+            self, self._connection.deliver, self._connection.form, request.channel, options, info, origin
+        )
+        subscription.grant(
+            request,
+            history=self.may("history", request.channel, options),
+            presence=self.may("presence", request.channel, options),
+        )
+        return subscription
+
+    async def join(
+        self, subscription: Subscription, request: SubscribeRequest
+    ) -> tuple[SubscribeResult, Position | None] | None:
+        """Have it join, and return what `Subscription.join` does; None if it was ended meanwhile.
+
+        Whatever comes of it but a result, the subscription leaves nothing behind. Raises as `Subscription.join`.
+        """
+        self.subscriptions[request.channel] = subscription
+        try:
+            joined = await subscription.join(request)
+        except BaseException:
+            self.abandon(subscription)
+            raise
+        if self.state is State.CLOSED or self.subscriptions.get(request.channel) is not subscription:
+            self.abandon(subscription)
+            return None
+        result, _ = joined
+        if result.was_recovering and not result.recovered:
+            ahead = request.epoch == result.epoch and request.offset > result.offset
+            self.node.refused["recovery_ahead"].value += ahead
+        return joined
+
+    def open(self, subscription: Subscription, position: Position | None) -> None:
+        """Let publications through, once the client was told of the subscription. position: as `join` returned it."""
+        if self.state is State.CLOSED:
+            self.abandon(subscription)
+        elif not subscription.open(position):
+            self.lost_position(subscription)
 
     def describe(self, conn_info: bytes) -> None:
         """Others see the client with this `conn_info` from now on."""
@@ -333,37 +511,93 @@ class Session:
     def describe_in(self, subscription: Subscription, info: ClientInfo) -> None:
         """The same in one channel, with all that is shown there."""
         if info != subscription.info:
-            self.node.run(quietly(subscription.describe(info)), self._left)
+            self.node.run(quietly(subscription.describe(info)), self.undone)
 
     # -- what the server does to it ----------------------------------------------------------------------------------
+
+    def _push(self, channel: str, name: str, body: Struct) -> None:
+        self._connection.send(self.encoding.push(channel, name, body))
 
     def send(self, data: Any) -> None:
         """A message to this client alone, outside any channel; `data`: anything that JSON holds."""
         if self.state is State.CONNECTED:
-            message = messages.Message(Raw(self.encoding.made(data) or b"null"))
-            self._connection.send(self.encoding.push("", "message", message))
+            self._push("", "message", messages.Message(Raw(self.encoding.made(data) or b"null")))
+
+    def subscribe(self, channel: str, terms: Terms, since: Position | None) -> None:
+        """Subscribe the client to a channel, unless it is. since: where it knows the channel from, if it does."""
+        if self.state is State.CONNECTED and channel not in self.subscriptions:
+            self.node.run(quietly(self._subscribe(channel, terms, since)), self.undone)
+
+    async def _subscribe(self, channel: str, terms: Terms, since: Position | None) -> None:
+        if terms.expire_at and terms.expire_at <= self.node.wall_clock():
+            return
+        limit = self.node.settings.channel_limit
+        if 0 < limit <= len(self.subscriptions):
+            self.disconnect(*errors.CHANNEL_LIMIT)
+            return
+        request = SubscribeRequest(channel)
+        if since is not None:
+            request = SubscribeRequest(channel, recover=True, offset=since.offset, epoch=since.epoch)
+        subscription = self.subscription(request, self.node.rules.options(channel), terms, Origin.SERVER)
+        joined = await self.join(subscription, request)
+        if joined is None:
+            return
+        result, position = joined
+        subscription.end_at = terms.expire_at
+        self._push(
+            channel,
+            "subscribe",
+            messages.Subscribe(
+                recoverable=result.recoverable,
+                epoch=result.epoch,
+                offset=result.offset,
+                positioned=result.positioned,
+                data=messages.embedded(terms.data),
+            ),
+        )
+        for publication in result.publications or ():
+            self._push(channel, "pub", publication)
+        self.open(subscription, position)
+        self.arm()
 
     def end_subscription(self, channel: str, code: int, reason: str) -> None:
         """Unsubscribe the client; from code 2500 on it comes back at once."""
         subscription = self.subscriptions.get(channel)
-        if subscription is None or not subscription.live:
+        if subscription is None:
             return
+        live = subscription.live
         self.abandon(subscription)
-        self._connection.send(self.encoding.push(channel, "unsubscribe", messages.Unsubscribe(code, reason)))
+        if live:  # else its subscribe command is answered with an error
+            self._push(channel, "unsubscribe", messages.Unsubscribe(code, reason))
+
+    def refresh(self, expire_at: float, info: bytes) -> None:
+        """The connection expires at `expire_at` (Unix seconds, 0.0 for never). info: see `describe`; b"" leaves it."""
+        left = expire_at - self.node.wall_clock()
+        if expire_at and left <= 0:
+            self.disconnect(*errors.CONNECTION_EXPIRED)
+            return
+        if info:
+            self.describe(info)
+        self.expire(expire_at)
+        self._push("", "refresh", messages.Refresh(bool(expire_at), math.ceil(left) if expire_at else 0))
 
     def abandon(self, subscription: Subscription) -> None:
         """End a subscription at whatever stage it is, without waiting for the engine, which may be away."""
         if self.subscriptions.get(subscription.channel) is subscription:
             del self.subscriptions[subscription.channel]
-        self.node.run(quietly(subscription.leave()), self._left)
+        self.node.run(quietly(subscription.leave()), self.undone)
 
-    def lost_position(self, channel: str) -> None:
-        """The client may have missed publications: it shall subscribe again, and recover or be told that it can't."""
-        self.end_subscription(channel, *errors.LOST_POSITION)
+    def lost_position(self, subscription: Subscription) -> None:
+        """The client may have missed publications: it shall come back, and recover or be told that it can't."""
+        if subscription.origin is Origin.CLIENT:
+            self.end_subscription(subscription.channel, *errors.LOST_POSITION)
+        else:
+            self.disconnect(*errors.INSUFFICIENT_STATE)
 
     def disconnect(self, code: int, reason: str) -> None:
         """Close the connection with this code; the client is gone for everybody from this moment on."""
         if self.state is not State.CLOSED:
+            self.node.count_disconnect(code)
             self._end()
             self._connection.close(code, reason)
 
@@ -376,7 +610,7 @@ class Session:
         was_connected = self.state is State.CONNECTED
         self.state = State.CLOSED
         self.node.deadlines.clear(self)
-        self._queue.clear()
+        self._queue = ()
         if was_connected:
             self.node.registry.remove(self)
             self.node.engine.disconnected(self.client)
@@ -384,11 +618,21 @@ class Session:
             for subscription in [s for s in self.subscriptions.values() if s.live]:
                 self.abandon(subscription)
             if self.node.handlers.disconnected is not None:
-                self.node.run(quietly(self.node.handlers.disconnected(self.handle)), self._left)
+                self.node.run(quietly(self.node.handlers.disconnected(self.handle)), self.undone)
 
-    def _left(self, result: Any, error: BaseException | None) -> None:
+    def undone(self, result: Any, error: BaseException | None) -> None:
+        """Take the outcome of work that nobody waits for."""
         if error is not None:
             self.node.failed(error)
+
+
+def _channel_of(command: messages.Command) -> str | None:
+    """The channel that a command concerns, "" for none; None for what is no command."""
+    try:
+        _, request = command.request()
+    except ProtocolError:
+        return None
+    return getattr(request, "channel", "")
 
 
 CommandFunction = Callable[[Session, int, Any], Coroutine[Any, Any, None]]

@@ -8,47 +8,68 @@ rest through as it comes.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import Protocol
 
-from realtime.errors import UNRECOVERABLE_POSITION, ClientError
+from realtime.errors import BAD_REQUEST, INAPPROPRIATE_PROTOCOL, UNRECOVERABLE_POSITION, ClientError
 from realtime.protocol.forms import Form
-from realtime.protocol.messages import SubscribeRequest, SubscribeResult
+from realtime.protocol.messages import Pub, SubscribeRequest, SubscribeResult
 from realtime.protocol.node import Node
 from realtime.protocol.rules import ResolvedChannel
-from realtime.records import ClientInfo, HistoryPage, Position
+from realtime.pubsub import filters, fossil
+from realtime.records import ClientInfo, HistoryPage, Position, Publication
 
 # Bit 2 of a subscribe request's `flag`: answer error 112 instead of "not recovered".
 REJECT_UNRECOVERED = 2
+# The share of a client's queue that recovered publications may fill, so that a reply never makes it a slow one.
+RECOVERED_SHARE = 0.5
+
+
+class Origin(enum.Enum):
+    """Who wanted the subscription: the client by a command, the server, or the token that the client connected with.
+
+    What the server began, the client can't begin again by itself: when it fails, the connection is closed.
+    """
+
+    CLIENT = enum.auto()
+    SERVER = enum.auto()
+    TOKEN = enum.auto()
 
 
 class Owner(Protocol):
     """The session, as its subscription sees it."""
 
-    def lost_position(self, channel: str) -> None:
+    node: Node
+
+    def lost_position(self, subscription: Subscription) -> None:
         """The subscription is no longer in the hub: what the client has may have a gap."""
+
+    def disconnect(self, code: int, reason: str) -> None: ...
 
 
 class Subscription:
     """A member of the hub.
 
-    positioned, recoverable, announced (join and leave pushes): what the client is granted; set before `join`.
-    expire_at: Unix seconds, 0.0 for never. live: from the reply to the subscribe command until the end.
+    positioned, recoverable, announced (join and leave pushes), delta, filter: what the client is granted; see `grant`
+    and `hub.Member`. end_at: Unix seconds at which it is ended, 0.0 for never. live: from the reply to the subscribe
+    command, or what stands for it, until the end.
     """
 
     __slots__ = (
-        "_engine",
         "_entered",
-        "_hub",
         "_owner",
         "announced",
         "channel",
         "deliver",
-        "expire_at",
+        "delta",
+        "end_at",
+        "filter",
         "form",
         "info",
         "live",
         "options",
+        "origin",
         "positioned",
         "recoverable",
     )
@@ -58,42 +79,64 @@ class Subscription:
         owner: Owner,
         deliver: Callable[[bytes], None],
         form: Form,
-        node: Node,
         channel: str,
         options: ResolvedChannel,
         info: ClientInfo,
+        origin: Origin,
     ) -> None:
         """deliver: takes one frame for this client, of this form. info: the client, as others in the channel see it."""
         self._owner = owner
-        self._engine = node.engine
-        self._hub = node.hub
         self._entered = False
         self.deliver = deliver
         self.form = form
         self.channel = channel
         self.options = options
         self.info = info
-        self.positioned = self.recoverable = self.announced = False
-        self.expire_at = 0.0
+        self.origin = origin
+        self.positioned = self.recoverable = self.announced = self.delta = False
+        self.filter: filters.Filter | None = None
+        self.end_at = 0.0
         self.live = False
 
-    async def join(self, request: SubscribeRequest, limit: int) -> tuple[SubscribeResult, Position | None]:
-        """Enter the channel; the reply to write, and the position to `open` at once it is written.
+    def grant(self, request: SubscribeRequest, *, history: bool, presence: bool) -> None:
+        """Settle what the namespace forces, and what the client asks for and may have.
 
-        limit: the most publications that are recovered, -1 for all.
-        Raises ClientError 112 when the client wants no unrecovered subscription, or EngineUnavailable. Either way,
-        and when the coroutine is closed, the caller calls `leave`.
+        history, presence: whether the client may read those. Raises ClientError 107 for a filter that is not allowed,
+        or not valid.
         """
-        await self._hub.add(self.channel, self)
-        page, recovering = await self._read(request, limit)
-        recovered = recovering and is_recovered(request, page)
+        options = self.options
+        kept = options.retention.kept
+        self.recoverable = kept and (
+            options.force_recovery or (request.recoverable and (options.allow_recovery or history))
+        )
+        self.positioned = kept and (
+            self.recoverable
+            or options.force_positioning
+            or (request.positioned and (options.allow_positioning or history))
+        )
+        self.announced = options.join_leave and (options.force_push_join_leave or (request.join_leave and presence))
+        self.delta = request.delta in options.allowed_delta_types
+        if request.tf is not None:
+            if not options.allow_tags_filter:
+                raise ClientError(*BAD_REQUEST)
+            try:
+                self.filter = filters.compiled(request.tf)
+            except ValueError:
+                raise ClientError(*BAD_REQUEST) from None
+
+    async def join(self, request: SubscribeRequest) -> tuple[SubscribeResult, Position | None]:
+        """Enter the channel; what to tell the client, and the position to `open` at once it is told.
+
+        Raises ClientError 112 when the client wants no unrecovered subscription, Disconnect 3506 when it can't be sent
+        what it missed, or EngineUnavailable. Either way, and when the coroutine is closed, the caller calls `leave`.
+        """
+        await self._owner.node.hub.add(self.channel, self)
+        page, recovering, recovered = await self._read(request)
         if recovering and not recovered and request.flag & REJECT_UNRECOVERED:
             raise ClientError(*UNRECOVERABLE_POSITION)
         if self.options.presence or self.options.join_leave:
             self._entered = True
-            await self._engine.enter(
-                self.channel, self.info, present=self.options.presence, announce=self.options.join_leave
-            )
+            await self._enter()
         result = SubscribeResult(
             recoverable=self.recoverable,
             positioned=self.positioned,
@@ -102,48 +145,94 @@ class Subscription:
             offset=request.offset if recovered else page.position.offset,
             was_recovering=recovering,
             recovered=recovered,
-            publications=[self.form.encoding.pub(one) for one in page.publications]
-            if recovered and page.publications
-            else None,
+            publications=self._told(page.publications) if recovered else None,
+            delta=self.delta,
         )
         return result, page.position if self.positioned else None
 
-    async def _read(self, request: SubscribeRequest, limit: int) -> tuple[HistoryPage, bool]:
+    async def _read(self, request: SubscribeRequest) -> tuple[HistoryPage, bool, bool]:
+        """The top of the channel, with what the client missed; whether it is to recover; and whether that is all."""
         if not self.positioned:
-            return HistoryPage([], Position()), False
-        recovering = self.recoverable and request.recover
-        page = await self._engine.history(
+            return HistoryPage([], Position()), False, False
+        options, settings = self.options, self._owner.node.settings
+        history, retention = self._owner.node.engine.history, options.retention
+        if not (self.recoverable and (request.recover or options.auto_cache_recover)):
+            return await history(self.channel, retention=retention), False, False
+        if options.force_recovery_mode == "cache":
+            page = await history(self.channel, retention=retention, limit=1, reverse=True)
+            if _is_at(request, page):
+                return HistoryPage([], page.position), True, True
+            newest = page.publications[0].offset if page.publications else 0
+            return page, True, 0 < newest == page.position.offset
+        page = await history(
             self.channel,
-            retention=self.options.retention,
-            since=Position(request.offset, request.epoch) if recovering else None,
-            limit=limit if recovering else 0,
+            retention=retention,
+            since=Position(request.offset, request.epoch),
+            limit=settings.recovery_max_publication_limit or -1,
+            max_bytes=int(settings.queue_max_size * RECOVERED_SHARE),
         )
-        return page, recovering
+        return page, True, is_recovered(request, page)
+
+    def _told(self, publications: list[Publication]) -> list[Pub] | None:
+        """Publications as the client is sent them in a reply, None for none; with deltas, the first one whole."""
+        wanted = self.filter
+        if wanted is not None:
+            publications = [one for one in publications if wanted(one.tags)]
+        encoding = self.form.encoding
+        if not self.delta:
+            return [encoding.pub(one) for one in publications] or None
+        told, base = [], None
+        for one in publications:
+            told.append((base and self._patch(base, one)) or encoding.whole(one))
+            base = one
+        return told or None
+
+    def _patch(self, base: Publication, target: Publication) -> Pub | None:
+        """A publication as its difference from the one before it, if that may be, and is shorter."""
+        if not target.delta:
+            return None
+        delta = fossil.delta(base.data, target.data)
+        return self.form.encoding.patch(target, delta) if len(delta) < len(target.data) else None
 
     def open(self, position: Position | None) -> bool:
         """Let publications through. False: there is a gap already, and the hub has dropped the subscription."""
         self.live = True
-        return self._hub.open(self.channel, self, position)
+        return self._owner.node.hub.open(self.channel, self, position)
+
+    async def _enter(self) -> None:
+        options = self.options
+        await self._owner.node.engine.enter(
+            self.channel, self.info, present=options.presence, announce=options.join_leave
+        )
 
     async def describe(self, info: ClientInfo) -> None:
         """Others see the client as `info` from now on. Raises EngineUnavailable, while presence says the old."""
         self.info = info
         if self._entered:
-            await self._engine.enter(
-                self.channel, info, present=self.options.presence, announce=self.options.join_leave
-            )
+            await self._enter()
 
     async def leave(self) -> None:
         """End it, at whatever stage it is. Raises EngineUnavailable, when it has ended here all the same."""
         self.live = False
-        self._hub.remove(self.channel, self)
+        self._owner.node.hub.remove(self.channel, self)
         if self._entered:
             self._entered = False
-            await self._engine.leave(self.channel, self.info.client)
+            await self._owner.node.engine.leave(self.channel, self.info.client)
+
+    # What the hub asks, and calls
+
+    @property
+    def priority(self) -> str:
+        """See `ChannelOptions.priority`."""
+        return self.options.priority
 
     def lost(self) -> None:
         """The hub dropped this subscription, because continuity broke."""
-        self._owner.lost_position(self.channel)
+        self._owner.lost_position(self)
+
+    def unfit(self) -> None:
+        """There is a publication that the client's encoding can't carry."""
+        self._owner.disconnect(*INAPPROPRIATE_PROTOCOL)
 
 
 def is_recovered(request: SubscribeRequest, page: HistoryPage) -> bool:
@@ -156,3 +245,8 @@ def is_recovered(request: SubscribeRequest, page: HistoryPage) -> bool:
     if not page.publications:
         return page.position.offset == request.offset
     return page.publications[0].offset == request.offset + 1 and page.publications[-1].offset == page.position.offset
+
+
+def _is_at(request: SubscribeRequest, page: HistoryPage) -> bool:
+    """Whether the client has the newest publication; in cache mode an empty epoch matches none."""
+    return request.offset > 0 and (request.offset, request.epoch) == (page.position.offset, page.position.epoch)

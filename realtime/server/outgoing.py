@@ -55,6 +55,7 @@ class Outgoing:
     """
 
     form: Form
+    pings = True  # by the session; see `realtime.protocol.session.Connection`
     factory: Any  # Limits
     transport: Any
     bucket = 0  # belongs to Deadlines

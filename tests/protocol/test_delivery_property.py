@@ -221,7 +221,7 @@ class SDK:
 
     # What the session calls
 
-    form, secret = BARE, ""
+    form, secret, pings = BARE, "", True
 
     def send(self, payload: bytes) -> None:
         if self.session is not None:
