@@ -5,6 +5,10 @@ validated before (`realtime.protocol.handshake`), bounds everything that Autobah
 outgoing frames are built once (`realtime.protocol.frames`) and go straight to the transport, or wait in an outbox
 while the transport is full.
 
+What has been read is acted on for a slice of the loop's time; then it is the others' turn, and the socket is not read
+until the rest is done. Nor is it read while the session asks for that, or while a peer that sends commands does not
+take the replies.
+
 The end of a connection always has a deadline. Whoever starts it, our close frame is the last thing that is written;
 then this side of the socket is shut, what the peer still sends is thrown away, and the connection is over when the
 peer shuts its side, or is aborted when it does not. So no close frame is lost to a reset.
@@ -12,9 +16,11 @@ peer shuts its side, or is aborted when it does not. So no close frame is lost t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from autobahn.exception import PayloadCorruptError, PayloadExceededError
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from autobahn.wamp.types import TransportDetails
 from autobahn.websocket import USES_NVX
@@ -25,30 +31,39 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime import settings
-from realtime.errors import BAD_PROTOCOL, SERVER_ERROR
+from realtime.errors import BAD_PROTOCOL, NO_PONG, SERVER_ERROR
 from realtime.metrics import Counter, Metrics
+from realtime.protocol.compression import EXTENSION, CompressedFrames, CorruptMessage, Inflater, MessageTooBig, agree
 from realtime.protocol.deadlines import Deadlines
-from realtime.protocol.forms import JSON_TEXT, Form
-from realtime.protocol.frames import close_frame, pong_frame
-from realtime.protocol.handshake import judge_handshake, opening_request, subprotocol
+from realtime.protocol.forms import JSON_PUSHES_TEXT, JSON_TEXT, PROTOBUF_BINARY, Form
+from realtime.protocol.frames import close_frame, ping_frame, pong_frame
+from realtime.protocol.handshake import encoding, judge_handshake, opening_request, subprotocol
 from realtime.protocol.head import Head, Refusal
+from realtime.protocol.messages import DisconnectPush
 from realtime.protocol.outbox import Total
 from realtime.protocol.session import Request
 from realtime.server.admission import Admission
 from realtime.server.outgoing import Outgoing
 
+# The wire forms of the two transports, by the name of the encoding.
+FORMS = {"json": JSON_TEXT, "protobuf": PROTOBUF_BINARY}
+UNIDIRECTIONAL_FORMS = {"json": JSON_PUSHES_TEXT}
+
 CONTROL_FRAMES_PER_SECOND = 20
 CONTROL_FRAMES_BURST = 50
+
+# Bytes that Autobahn is given at once: it copies what it has not come to yet for every frame.
+_PIECE = 8192
 
 # Close codes of RFC 6455 section 7.4.1: the reason that the peer is told, and the kind under which it is counted.
 _FAILURES = {
     1002: ("protocol error", "frame"),
-    1007: ("text is not UTF-8", "frame_text"),
+    1007: ("invalid data", "frame_data"),
     1008: ("policy violation", "frame_rate"),
     1009: ("message too big", "frame_size"),
 }
 _NORMAL = 1000
-_KINDS = (*(kind for _, kind in _FAILURES.values()), "binary", "slow", "stalled")
+_KINDS = (*(kind for _, kind in _FAILURES.values()), "inappropriate", "ignored", "pong", "slow", "stalled")
 
 _log = Logger()
 
@@ -57,7 +72,7 @@ class Session(Protocol):
     """What this module asks of a session."""
 
     def receive(self, payload: bytes) -> None:
-        """One whole text message, valid UTF-8."""
+        """One whole message of the connection's encoding; if it is text, valid UTF-8."""
 
     def closed(self) -> None:
         """The socket is gone. Called once."""
@@ -80,9 +95,98 @@ class _Nobody:
     def callback(self, result: object) -> None: ...
 
 
+class _Message:
+    """A message of which not all has come yet. size: bytes as they are sent, of the frames that have begun."""
+
+    __slots__ = ("bucket", "connection", "data", "fragments", "is_binary", "size")
+
+    def __init__(self, connection: WebSocketConnection, is_binary: bool) -> None:
+        self.connection = connection
+        self.is_binary = is_binary
+        self.data = bytearray()
+        self.size = self.fragments = 0
+        self.bucket = 0
+
+    def wake(self) -> None:
+        """It took too long."""
+        self.connection.late(self)
+
+
+class _Heartbeat:
+    """Pings by WebSocket frames, for a client that wants them in place of those of the protocol.
+
+    is_due: whether a pong is.
+    """
+
+    __slots__ = ("bucket", "connection", "is_due")
+
+    def __init__(self, connection: WebSocketConnection) -> None:
+        self.connection = connection
+        self.is_due = False
+        self.bucket = 0
+        # Spread, so that clients that came together are not pinged together.
+        self._wait(connection.factory.ping_interval * random.uniform(0.5, 1.0))
+
+    def wake(self) -> None:
+        """It is time for a ping, or the time for a pong is up."""
+        factory = self.connection.factory
+        if self.is_due and self.connection.is_read:
+            self.connection.close(*NO_PONG)
+        elif self.is_due:
+            self._wait(factory.pong_timeout)
+        else:
+            self.connection.deliver(ping_frame())
+            self.is_due = factory.pong_timeout > 0
+            self._wait(factory.pong_timeout if self.is_due else factory.ping_interval)
+
+    def answered(self) -> None:
+        """A pong came."""
+        if self.is_due:
+            self.is_due = False
+            self._wait(self.connection.factory.ping_interval - self.connection.factory.pong_timeout)
+
+    def stop(self) -> None:
+        self.connection.factory.deadlines.clear(self)
+
+    def _wait(self, seconds: float) -> None:
+        deadlines = self.connection.factory.deadlines
+        deadlines.set(self, deadlines.now + seconds)
+
+
+class _Inflation:
+    """What was agreed on compression, as Autobahn asks for it."""
+
+    EXTENSION_NAME = EXTENSION
+    __slots__ = ("_inflater", "_limit")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._inflater: Inflater | None = None  # between messages there is none
+
+    def start_decompress_message(self) -> None:
+        self._inflater = Inflater(self._limit)
+
+    def decompress_message_data(self, data: bytes, max_output_len: int | None = None) -> bytes:
+        assert self._inflater is not None
+        try:
+            return self._inflater.feed(data)
+        except CorruptMessage as error:
+            raise PayloadCorruptError(str(error)) from None
+        except MessageTooBig as error:
+            raise PayloadExceededError(str(error)) from None
+
+    def end_decompress_message(self) -> None:
+        inflater, self._inflater = self._inflater, None
+        assert inflater is not None
+        try:
+            inflater.finish()
+        except CorruptMessage as error:
+            raise PayloadCorruptError(str(error)) from None
+
+
 # Attributes of a connection that serve the opening handshake alone, or have a shared stand-in on the class.
 _HANDSHAKE_ONLY = {
-    *("_request", "_subprotocol", "_wskey", "http_headers", "http_request_data", "http_request_host"),
+    *("_request", "_answer", "_wskey", "http_headers", "http_request_data", "http_request_host"),
     *("http_request_params", "http_request_path", "http_request_uri", "http_response_data", "http_status_line"),
     *("websocket_extensions", "websocket_extensions_in_use", "websocket_origin", "websocket_protocols"),
     *("websocket_version", "send_queue", "trafficStats", "utf8validator"),
@@ -130,6 +234,8 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     send_queue: Any = ()
     utf8validator: Any = None
     trackedTimings: Any = None
+    _perMessageCompress: Any = None
+    message_data_total_length = 0
     triggered = closedByMe = failedByMe = droppedByMe = wasClean = False
     wasMaxFramePayloadSizeExceeded = wasMaxMessagePayloadSizeExceeded = wasServingFlashSocketPolicyFile = False
     wasServerConnectionDropTimeout = wasOpenHandshakeTimeout = wasCloseHandshakeTimeout = False
@@ -143,17 +249,34 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
 
     form: Form = JSON_TEXT
     secret = ""
+    pings = True  # whether the session asks for signs of life, not `_heartbeat`
     peer: Any
     factory: WebSocketFactory
     transport: Any
+    _is_binary = False  # what messages the peer is to send
     _session: Session | None = None
+    _deaf = False  # the one message that a unidirectional client may send has come
     _ended = False  # we said why this connection ends, or the peer did
+    _heartbeat: _Heartbeat | None = None
     _control_due = 0.0  # when the control frames so far would be used up at the allowed rate
+    _message: _Message | None = None
+    # The way in. While some of what was read is not acted on yet, the socket is not read.
+    _backlog = b""  # what is still to be given to Autobahn
+    _unfinished = False  # there is more to act on, there or in what Autobahn has
+    _paused = False  # by the session
+    is_read = True  # whether the socket is: else it is not the peer's fault that it is silent
 
-    def __init__(self, request: Request, subprotocol: str | None) -> None:
+    def __init__(
+        self, request: Request, form: Form, subprotocol: str | None, headers: dict[str, str], inflate: bool
+    ) -> None:
+        """subprotocol, headers: for the answer to the handshake. inflate: whether compressed messages may come."""
         # Autobahn's own initializer only makes what the class attributes above stand for.
         self._request = request
-        self._subprotocol = subprotocol
+        self._answer = subprotocol, headers
+        self._inflate = inflate
+        self.form = form
+        self._is_binary = form.encoding.name == "protobuf"
+        self.pings = request.query.get("cf_ws_frame_ping_pong") != "true"
 
     # The session's side
 
@@ -166,14 +289,14 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
         self.sendCloseFrame(code, reason.encode())
 
     def pause(self) -> None:
-        """Stop reading the socket. What has been read already still arrives."""
-        if self.state == self.STATE_OPEN:
-            self.transport.pauseProducing()
+        """Act on no more of what the peer sends, and stop reading the socket."""
+        self._paused = True
+        self._read(False)
 
     def resume(self) -> None:
-        """Go on reading the socket."""
-        if self.state == self.STATE_OPEN:
-            self.transport.resumeProducing()
+        """Go on, in a later turn of the loop if something was left undone."""
+        self._paused = False
+        self._go_on()
 
     # The way in: hooks that Autobahn calls. It does not guard them.
 
@@ -182,17 +305,32 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
         self._connectionMade()
 
     def dataReceived(self, data: bytes) -> None:
-        self._dataReceived(data)
+        if self.state == self.STATE_OPEN:
+            self._take(data)
+        elif self.state == self.STATE_CONNECTING:
+            self._dataReceived(data)
+        # After our close frame, what the peer still sends means nothing.
+
+    def consumeData(self) -> None:
+        if self.state == self.STATE_OPEN:
+            # What came behind the handshake.
+            data, self.data = self.data, b""
+            self._take(data)
+        else:
+            super().consumeData()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.lose_queue()
+        self._let_go()
         self._connectionLost(reason)  # type: ignore[arg-type]
 
     def _onOpen(self) -> None:
         self.onOpen()
 
-    def onConnect(self, request: ConnectionRequest) -> str | None:
-        return self._subprotocol
+    def onConnect(self, request: ConnectionRequest) -> tuple[str | None, dict[str, str]]:
+        if self._inflate:
+            self._perMessageCompress = _Inflation(self.factory.decompressed_limit)
+        return self._answer
 
     def onOpen(self) -> None:
         self.factory.connects.value += 1
@@ -202,6 +340,11 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
         except Exception:
             _log.failure("a session could not be opened")
             self.close(*SERVER_ERROR)
+            return
+        if not self.pings and self.factory.ping_interval > 0:
+            self._heartbeat = _Heartbeat(self)
+        if self.form.encoding.unidirectional and self._request.query.get("cf_connect"):
+            self._hear(self._request.query["cf_connect"].encode())
 
     def succeedHandshake(self, res: str | None) -> None:
         super().succeedHandshake(res)
@@ -216,52 +359,147 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
             if name not in _HANDSHAKE_ONLY and shared.get(name, _ABSENT) is not value
         }
 
-    def processData(self) -> bool:
-        # After our close frame, what the peer still sends means nothing.
+    def _take(self, data: bytes) -> None:
+        """Act on bytes of the peer."""
+        self._backlog += data
+        self._unfinished = True
+        self._work()
+
+    def _work(self) -> None:
+        """Act on what was read, for one slice of the loop's time. If more is left, the socket is not read meanwhile."""
+        seconds = self.factory.reactor.seconds
+        end = seconds() + self.factory.slice
+        backlog, start = self._backlog, 0
+        more = True  # Autobahn may have kept something when the last slice ended
+        while self.state == self.STATE_OPEN and not self._held:
+            if not more:
+                if start >= len(backlog):
+                    self._unfinished = False
+                    break
+                self.data += backlog[start : start + _PIECE]
+                start += _PIECE
+            more = self.processData()
+            if seconds() > end:
+                break
+        self._backlog = backlog[start:]
         if self.state != self.STATE_OPEN:
-            self.data = b""
-            return False
-        return bool(super().processData())
+            self.data = self._backlog = b""
+        elif self._unfinished:
+            self._read(False)
+            if not self._held:
+                self.factory.queue(self)
+        else:
+            self._expect_end_of_message()
+            self._read(True)
+
+    def take_turn(self) -> None:
+        """Go on with what was left; it is this connection's turn."""
+        if self.state == self.STATE_OPEN and not self._held:
+            self._work()
+
+    @property
+    def _held(self) -> bool:
+        """Whether nothing is acted on: the session has enough, or the peer does not take what it asked for."""
+        return self._paused or (self._outbox is not None and self._outbox.size > self.factory.queue_max_size // 2)
+
+    def _go_on(self) -> None:
+        """What held us may have gone."""
+        if self.state == self.STATE_OPEN and not self._held:
+            if self._unfinished:
+                self.factory.queue(self)
+            else:
+                self._read(True)
+
+    def _read(self, on: bool) -> None:
+        if on != self.is_read and self.state == self.STATE_OPEN:
+            self.is_read = on
+            if on:
+                self.transport.resumeProducing()
+            else:
+                self.transport.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        super().resumeProducing()
+        self._go_on()
 
     def onMessageBegin(self, isBinary: bool) -> None:
-        self.message_is_binary = isBinary
-        self.message_data_total_length = 0
-        self._fragments = 0
-        self._message = bytearray()
+        if self.state == self.STATE_OPEN:  # Autobahn goes on with a frame whose header failed the connection
+            self._message = _Message(self, isBinary)
 
     def onMessageFrameBegin(self, length: int) -> None:
         """The header of a data frame was read: judge by it alone, before any of the payload is kept."""
-        self.message_data_total_length += length
-        self._fragments += 1
-        if 0 < self.factory.message_size_limit < self.message_data_total_length:
+        message = self._message
+        if message is None:
+            return
+        message.size += length
+        message.fragments += 1
+        if 0 < self.factory.message_size_limit < message.size:
             self.sendCloseFrame(1009)
-        elif 0 < self.factory.max_fragments < self._fragments:
+        elif 0 < self.factory.max_fragments < message.fragments:
             self.sendCloseFrame(1008)
 
     def onMessageFrameData(self, payload: bytes) -> None:
-        self._message += payload
+        if self._message is not None:
+            self._message.data += payload
+            self.factory.queued.size += len(payload)
 
     def onMessageFrameEnd(self) -> None: ...
 
     def onMessageEnd(self) -> None:
-        message = bytes(self._message)
-        del self._message
-        self.onMessage(message, self.message_is_binary)
+        message = self._message
+        if message is not None:
+            self._drop_message()
+            self.onMessage(bytes(message.data), message.is_binary)
+
+    def _expect_end_of_message(self) -> None:
+        """Give the rest of a message that has begun a limit of time."""
+        message = self._message
+        if message is not None and not message.bucket and self.factory.message_timeout > 0:
+            self.factory.deadlines.set(message, self.factory.deadlines.now + self.factory.message_timeout)
+
+    def late(self, message: _Message) -> None:
+        """The time for the rest of a message is up."""
+        if self.is_read:
+            self.sendCloseFrame(1008)
+        else:
+            self._expect_end_of_message()  # it may have come
+
+    def _let_go(self) -> None:
+        """Of what an open connection has besides its session."""
+        self._drop_message()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+
+    def _drop_message(self) -> None:
+        """Keep nothing of a message that has begun."""
+        message, self._message = self._message, None
+        if message is not None:
+            self.factory.queued.size -= len(message.data)
+            self.factory.deadlines.clear(message)
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         self.factory.received.value += 1
-        if isBinary:
-            self.factory.count("binary")
+        if isBinary != self._is_binary:
+            self.factory.count("inappropriate")
             self.close(*BAD_PROTOCOL)
             return
-        if not payload.isascii():
+        if not isBinary and not payload.isascii():
             try:
                 payload.decode()
             except UnicodeDecodeError:
                 self.sendCloseFrame(1007)
                 return
+        self._hear(payload)
+
+    def _hear(self, payload: bytes) -> None:
         if self._session is None:
             return
+        if self._deaf:
+            # It has nothing more to say, and could say it for ever.
+            self.factory.count("ignored")
+            self._spend_control_frame()
+            return
+        self._deaf = self.form.encoding.unidirectional
         try:
             self._session.receive(payload)
         except Exception:
@@ -273,7 +511,12 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
             self.deliver(pong_frame(payload))
 
     def onPong(self, payload: bytes) -> None:
-        self._spend_control_frame()
+        if not self._spend_control_frame():
+            return
+        if self._heartbeat is None:
+            self.factory.count("pong")
+        else:
+            self._heartbeat.answered()
 
     def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
         session, self._session = self._session, None
@@ -300,7 +543,11 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
             self._count_end("client", "")
         else:
             self._count_end("server", why(code or _NORMAL))
-        self.end(close_frame(code or _NORMAL, reason), drop=isReply)  # a peer that answers has left
+        self._let_go()
+        last = close_frame(code or _NORMAL, reason)
+        if self.form.encoding.unidirectional and code is not None and code >= 3000:
+            last = self.form.frame(self.form.encoding.push("", "disconnect", DisconnectPush(code, reason))) + last
+        self.end(last, drop=isReply)  # a peer that answers has left
 
     def _count_end(self, by: str, code: str) -> None:
         """Count who ends this connection, the first time that it is known."""
@@ -334,24 +581,44 @@ class WebSocketFactory(WebSocketServerFactory):
     def __init__(
         self,
         open_session: Callable[[WebSocketConnection, Request], Session],
-        websocket: settings.WebSocket,
+        websocket: settings.Messages,
         client: settings.Client,
         deadlines: Deadlines,
         metrics: Metrics,
         reactor: Any,
         admission: Admission,
+        *,
+        forms: Mapping[str, Form] = FORMS,
+        slice: float = 0.005,
+        queued: Total | None = None,
     ) -> None:
+        """forms: what may be spoken, by the name of the encoding; JSON is among them.
+
+        slice: seconds for which one connection may keep the loop. queued: is told of all that waits.
+        """
         super().__init__(server="realtime", reactor=reactor)
         if not USES_NVX:
             _log.warn("Autobahn runs without its native code: reading a large message costs 30 times as much")
         self.open_session = open_session
         self.deadlines = deadlines
         self.message_size_limit = websocket.message_size_limit
+        self.decompressed_limit = websocket.decompressed_message_size_limit or 10 * websocket.message_size_limit
         self.max_fragments = websocket.max_fragments
+        self.message_timeout = websocket.message_timeout
         self.write_timeout = websocket.write_timeout
         self.close_timeout = websocket.close_timeout
         self.queue_max_size = client.queue_max_size
-        self.queued = Total()
+        self.ping_interval = client.ping_interval
+        self.pong_timeout = client.pong_timeout
+        self.queued = queued or Total()
+        self.slice = slice
+        self._waiting: dict[WebSocketConnection, None] = {}  # for a turn, in order
+        self._turning = False
+        self._forms = forms
+        self._compression = websocket.compression
+        self._compression_level = websocket.compression_level
+        self._compression_min_size = websocket.compression_min_size
+        self._compressed: dict[tuple[str, int], Form] = {}
         self._admission = admission
         admission.counts.append(lambda: self.connections)
         self._counters = {kind: bad_input(metrics, kind) for kind in _KINDS}
@@ -372,9 +639,16 @@ class WebSocketFactory(WebSocketServerFactory):
 
     def open(self, head: Head, transport: Any) -> tuple[WebSocketConnection, bytes]:
         """A connection for a request that `judge` let in, and the head to feed it: no more than what was judged."""
-        chosen = subprotocol(head, ("json",))
-        address = self._admission.address(head, transport.getPeer().host)
-        connection = self.protocol(opening_request(head, address), chosen)
+        chosen = subprotocol(head, self._forms)
+        request = opening_request(head, self._admission.address(head, transport.getPeer().host))
+        spoken = encoding(chosen, request.query)
+        spoken = spoken if spoken in self._forms else "json"
+        agreement = agree(",".join(head.all("sec-websocket-extensions"))) if self._compression else None
+        if agreement is None:
+            connection = self.protocol(request, self._forms[spoken], chosen, {}, False)
+        else:
+            form = self._compressed_form(spoken, agreement.window)
+            connection = self.protocol(request, form, chosen, {"Sec-WebSocket-Extensions": agreement.response}, True)
         connection.factory = self
         names = ("host", "sec-websocket-key")
         fields = [("upgrade", "websocket"), ("connection", "upgrade"), ("sec-websocket-version", "13")]
@@ -382,6 +656,34 @@ class WebSocketFactory(WebSocketServerFactory):
         if chosen is not None:
             fields.append(("sec-websocket-protocol", chosen))
         return connection, Head("GET", head.target, "1.1", tuple(fields), 0).rebuilt()
+
+    def _compressed_form(self, encoding: str, window: int) -> Form:
+        """The form of all connections that agreed on this window: what goes to many of them is compressed once."""
+        form = self._compressed.get((encoding, window))
+        if form is None:
+            plain = self._forms[encoding]
+            frames = CompressedFrames(plain.frame, window, self._compression_level, self._compression_min_size)
+            form = self._compressed[encoding, window] = Form(plain.encoding, frames)
+        return form
+
+    def queue(self, connection: WebSocketConnection) -> None:
+        """Give a connection another slice of the loop's time: one of those that wait gets it in each turn."""
+        self._waiting[connection] = None
+        self._expect_turn()
+
+    def _expect_turn(self) -> None:
+        if self._waiting and not self._turning:
+            self._turning = True
+            self.reactor.callLater(0, self._turn)
+
+    def _turn(self) -> None:
+        self._turning = False
+        connection = next(iter(self._waiting))
+        del self._waiting[connection]
+        try:
+            connection.take_turn()
+        finally:
+            self._expect_turn()
 
     def count(self, kind: str) -> None:
         """Count one bad input or one client that was too slow."""

@@ -29,6 +29,7 @@ from realtime.protocol.commands import COMMANDS
 from realtime.protocol.deadlines import RESOLUTION, Deadlines
 from realtime.protocol.node import Node
 from realtime.protocol.operations import NodeFacts, Operations
+from realtime.protocol.outbox import Total
 from realtime.protocol.registry import Registry
 from realtime.protocol.rules import Rules
 from realtime.protocol.session import Session
@@ -48,7 +49,7 @@ from realtime.server.http import make_site
 from realtime.server.key_sets import make_verifier
 from realtime.server.streams import Streams, paths
 from realtime.server.surveys import Surveys
-from realtime.server.websocket import WebSocketFactory
+from realtime.server.websocket import FORMS, UNIDIRECTIONAL_FORMS, WebSocketFactory
 from realtime.settings import Settings
 from realtime.supervision.accounts import Kind
 from realtime.supervision.pressure import Pressure
@@ -123,16 +124,26 @@ class Worker:
         self._admission = Admission(
             settings.client, metrics, reactor.seconds, shedding.refuse_handshake, settings.workers.count
         )
-        self._websocket = WebSocketFactory(
-            self._open_session,
-            settings.websocket,
-            settings.client,
-            self._deadlines,
-            metrics,
-            reactor,
-            self._admission,
+        self._queued = Total()
+        websocket, uni_websocket = (
+            WebSocketFactory(
+                self._open_session,
+                transport_settings,
+                settings.client,
+                self._deadlines,
+                metrics,
+                reactor,
+                self._admission,
+                forms=forms,
+                slice=settings.loop.slice,
+                queued=self._queued,
+            )
+            for transport_settings, forms in (
+                (settings.websocket, FORMS),
+                (settings.uni_websocket, UNIDIRECTIONAL_FORMS),
+            )
         )
-        self._hub.sent = self._websocket.sent
+        self._hub.sent = websocket.sent
         emulation = Emulation(self._engine, self._node.uid, self._node.worker)
         self._registry.emulated = emulation.receive
         streams = Streams(
@@ -142,7 +153,7 @@ class Worker:
             metrics,
             self._admission,
             emulation,
-            self._websocket.queued,
+            self._queued,
         )
         open_streams, services = paths(settings, streams)
         endpoints: dict[str, Endpoint] = {**open_streams}
@@ -157,7 +168,9 @@ class Worker:
             proxies=self._admission.proxies,
         )
         if not settings.websocket.disabled:
-            endpoints[settings.websocket.handler_prefix] = self._websocket
+            endpoints[settings.websocket.handler_prefix] = websocket
+        if settings.uni_websocket.enabled:
+            endpoints[settings.uni_websocket.handler_prefix] = uni_websocket
         self._front = FrontFactory(settings.http_server, endpoints, site, self._deadlines, metrics)
         self._transport = charged_transport(process.accounts, Front)
         self._ports: list[Any] = []
@@ -172,7 +185,7 @@ class Worker:
         process = self._process
         process.pulse.connections = lambda: self._admission.connections
         process.pulse.subscriptions = lambda: self._hub.subscriptions
-        process.pulse.queued_bytes = lambda: self._websocket.queued.size
+        process.pulse.queued_bytes = lambda: self._queued.size
         process.pulse.threads_busy = lambda: self._dispatcher.threads.busy
         process.pulse.threads_waiting = lambda: self._dispatcher.threads.waiting
         process.metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(self._registry))

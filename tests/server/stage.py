@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from realtime.protocol.head import Refusal
 from realtime.protocol.session import Request
 from realtime.server.admission import Admission
 from realtime.server.front import FrontFactory
-from realtime.server.websocket import WebSocketConnection, WebSocketFactory
+from realtime.server.websocket import FORMS, UNIDIRECTIONAL_FORMS, WebSocketConnection, WebSocketFactory
 
 PATH = "/connection/websocket"
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
@@ -69,18 +70,21 @@ def text(payload: str) -> bytes:
 
 
 def frames_in(data: bytes) -> list[tuple[int, bytes]]:
-    """The whole server frames in `data`: (opcode, payload)."""
+    """The whole server frames in `data`: (opcode, payload), inflated if need be."""
     frames = []
     start = 0
     while len(data) - start >= 2:
-        opcode, length, body = data[start] & 15, data[start + 1], start + 2
+        opcode, is_compressed, length, body = data[start] & 15, data[start] & 0x40, data[start + 1], start + 2
         if length == 126:
             length, body = int.from_bytes(data[body : body + 2], "big"), body + 2
         elif length == 127:
             length, body = int.from_bytes(data[body : body + 8], "big"), body + 8
         if body + length > len(data):
             break
-        frames.append((opcode, bytes(data[body : body + length])))
+        payload = bytes(data[body : body + length])
+        if is_compressed:
+            payload = zlib.decompressobj(-15).decompress(payload + b"\x00\x00\xff\xff")
+        frames.append((opcode, payload))
         start = body + length
     return frames
 
@@ -187,7 +191,10 @@ class Stage:
     """The server side of a test. `sessions`: all that were opened, in order."""
 
     def __init__(
-        self, http_server: settings.HTTPServer, websocket: settings.WebSocket, client: settings.Client
+        self,
+        http_server: settings.HTTPServer,
+        websocket: settings.WebSocket | settings.UniWebSocket,
+        client: settings.Client,
     ) -> None:
         self.now = 0.0
         self.deadlines = Deadlines(self.now)
@@ -198,7 +205,14 @@ class Stage:
         self.refusal: Refusal | None = None  # of every handshake, if set
         self.admission = Admission(client, self.metrics, lambda: self.now, lambda: self.refusal)
         self.websocket = WebSocketFactory(
-            self._open_session, websocket, client, self.deadlines, self.metrics, reactor, self.admission
+            self._open_session,
+            websocket,
+            client,
+            self.deadlines,
+            self.metrics,
+            reactor,
+            self.admission,
+            forms=FORMS if isinstance(websocket, settings.WebSocket) else UNIDIRECTIONAL_FORMS,
         )
         endpoints = {websocket.handler_prefix: self.websocket}
         self.front = FrontFactory(http_server, endpoints, Site(Page()), self.deadlines, self.metrics)
@@ -285,7 +299,7 @@ class Stage:
 async def staged(
     *,
     http_server: settings.HTTPServer | None = None,
-    websocket: settings.WebSocket | None = None,
+    websocket: settings.WebSocket | settings.UniWebSocket | None = None,
     client: settings.Client | None = None,
 ) -> AsyncIterator[Stage]:
     """A stage; at its end every connection must have gone and left nothing behind."""

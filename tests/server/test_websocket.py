@@ -91,7 +91,7 @@ async def test_what_breaks_is_counted_and_told_without_an_echo() -> None:
             _, reason = await client.closed()
             assert reason.replace("-", "").replace(" ", "").isalnum()
             assert not any(digit in reason for digit in "01234567679")
-        counts = [stage.count(kind) for kind in ("frame", "frame_size", "frame_text", "frame_rate", "binary")]
+        counts = [stage.count(kind) for kind in ("frame", "frame_size", "frame_data", "frame_rate", "inappropriate")]
         assert counts == [1, 1, 1, 1, 1]
 
 
@@ -101,7 +101,7 @@ async def test_a_declared_length_reserves_nothing_and_the_body_is_not_kept() -> 
         connection = stage.sessions[0].connection
         client.send(header(0x81, 0xFE, b"\x10\x00") + b"x" * 4096)
         await client.closed()
-        assert len(connection._message) == 0
+        assert connection._message is None
         await eventually(lambda: stage.websocket.connections == 0)
 
 
