@@ -9,7 +9,7 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
 from realtime.settings import Loop
-from realtime.supervision.health import TICK, Health, Judge
+from realtime.supervision.health import CALM_TICK, TICK, Health, Judge
 from realtime.supervision.pool import Pool, Slot, State
 from realtime.supervision.vitals import Vitals
 
@@ -26,7 +26,7 @@ class Watched(Protocol):
 
 
 class Watch:
-    """The health of every worker's slot, judged every TICK seconds while it runs.
+    """The health of every worker's slot, judged every few milliseconds while it runs: less often while all are calm.
 
     health: of all slots, by number, from the first look on. listeners: called with (slot, health) at each change of
     condition, after `health` has been brought up to date; add your own. looks: called after each
@@ -42,18 +42,24 @@ class Watch:
         self._judge = Judge(loop)
         self._pool = pool
         self._processes = processes
+        self._watching = False
         self._call: IDelayedCall | None = None
 
     def start(self) -> None:
         """Look now, and go on."""
-        self._call = self._reactor.callLater(TICK, self.start)
-        self.look()
+        self._watching = True
+        try:
+            self.look()
+        finally:
+            if self._watching:
+                calm = all(health.calm for health in self.health.values())
+                self._call = self._reactor.callLater(CALM_TICK if calm else TICK, self.start)
 
     def stop(self) -> None:
         """Look no more. Idempotent."""
+        self._watching = False
         if self._call is not None and self._call.active():
             self._call.cancel()
-        self._call = None
 
     def look(self) -> None:
         """Judge every slot."""

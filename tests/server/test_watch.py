@@ -100,6 +100,46 @@ async def test_a_listener_that_fails_does_not_end_the_watch(scene: Scene) -> Non
     assert (0, Condition.HEALTHY) in scene.told
 
 
+def looks_in(scene: Scene, seconds: float) -> int:
+    looks: list[float] = []
+    scene.watch.looks = [lambda: looks.append(scene.clock.seconds())]
+    scene.pass_time(seconds)
+    return len(looks)
+
+
+def test_while_all_are_calm_it_looks_half_as_often(scene: Scene) -> None:
+    assert looks_in(scene, 1.0) == pytest.approx(100, abs=2)  # nobody is ready
+    for slot in (0, 1):
+        scene.pool.announced(slot, scene.clock.seconds())
+    assert looks_in(scene, 1.0) == pytest.approx(50, abs=2)
+    scene.processes[1].blocked_at = scene.clock.seconds()
+    assert looks_in(scene, 1.0) == pytest.approx(100, abs=2)
+
+
+def test_a_block_is_found_out_within_a_tick_of_its_limit_also_after_a_calm_time(scene: Scene) -> None:
+    for slot in (0, 1):
+        scene.pool.announced(slot, scene.clock.seconds())
+    scene.pass_time(1)
+    for begins in range(4):
+        scene.take_told()
+        scene.pass_time(1 + begins * TICK / 2)
+        scene.processes[1].blocked_at = blocked = scene.clock.seconds()
+        while scene.take_told() != [(1, Condition.LAGGING)]:
+            scene.clock.advance(TICK / 10)
+        # The beat of these workers is due 10 ms after the one before.
+        assert scene.clock.seconds() - blocked <= Loop().lagging + 2.1 * TICK
+        scene.processes[1].blocked_at = 0.0
+        scene.pass_time(CALM + 0.1)
+
+
+def test_a_mistake_does_not_end_it(scene: Scene) -> None:
+    scene.pool.slots = None  # type: ignore[assignment]
+    for _ in range(3):
+        with pytest.raises(AttributeError):
+            scene.clock.advance(TICK)
+    assert scene.clock.getDelayedCalls()
+
+
 def test_stop_is_final(scene: Scene) -> None:
     scene.watch.stop()
     scene.watch.stop()
