@@ -55,6 +55,14 @@ def test_a_process_that_spins_leaves_the_loop_and_the_other_process_free(server:
     assert ask(server, "/pid") in server.processes(MODULE)
 
 
+def test_a_handler_in_a_process_publishes_and_asks(server: Server) -> None:
+    for _ in range(2):
+        said = ask(server, "/publish")
+        assert said["pid"] in server.processes(MODULE)
+        assert (said["offset"], said["refused"], said["channels"], said["nodes"]) == (1, 102, {}, 1)
+        assert len(said["history"]) == 1
+
+
 def test_a_process_that_exits_is_answered_with_an_error_and_replaced(server: Server) -> None:
     server.expect_traceback()
     wait_until(lambda: len(server.processes(MODULE)) == 2, "both processes")
