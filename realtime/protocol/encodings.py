@@ -123,6 +123,8 @@ class JSON:
         return messages.pub(publication, _encode(publication.data.decode()), epoch)
 
     def patch(self, publication: Publication, delta: bytes, epoch: str = "") -> Pub | None:
+        if publication.binary:
+            return None
         try:
             return messages.pub(publication, _encode(delta.decode()), epoch, delta=True)
         except UnicodeDecodeError:

@@ -36,6 +36,16 @@ class Form:
         pub = self.encoding.pub(publication, epoch if publication.offset == 1 else "")
         return self._push(channel, "pub", pub)
 
+    def whole(self, channel: str, publication: Publication, epoch: str) -> bytes:
+        """The same for subscribers that agreed on deltas. Raises as `publication`."""
+        pub = self.encoding.whole(publication, epoch if publication.offset == 1 else "")
+        return self._push(channel, "pub", pub)
+
+    def patched(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
+        """The same with a delta in place of the data; None when the encoding can't carry it."""
+        pub = self.encoding.patch(publication, delta, epoch if publication.offset == 1 else "")
+        return self._push(channel, "pub", pub) if pub is not None else None
+
     def join(self, channel: str, info: ClientInfo) -> bytes:
         """A client entered the channel."""
         return self._push(channel, "join", messages.Join(messages.info(info)))

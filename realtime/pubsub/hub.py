@@ -1,11 +1,11 @@
-"""The hub: who on this worker hears which channel, and the fan-out to them.
+"""The hub: who on this worker hears which channel.
 
 Publications come from the engine (`published`), each is encoded once for every wire form among the subscribers, and
 the finished frame goes straight to every connection, past its session. That shortcut is the hot path of the server:
-nothing happens there for one subscriber but the call of its `deliver`.
+nothing happens there for one subscriber but the call of its `deliver` (`realtime.pubsub.fan`).
 
-Whether the publications of a channel are complete is judged once per channel: repeats are dropped, and after a gap or
-under another epoch every positioned member is told that it lost its place, before it sees anything newer.
+Whether the publications of a channel are complete is judged once per channel, when they arrive: repeats are dropped,
+and after a gap or under another epoch every positioned member is told that it lost its place, and hears nothing newer.
 
 A member goes through two steps, so that its subscribe reply can come before anything else on its channel: `add` has
 the channel's publications arrive, held back for now; then the session asks for the position, replies, and calls `open`
@@ -14,107 +14,58 @@ with what the reply said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from enum import Enum, auto
-from typing import NamedTuple, Protocol
+import math
+from collections.abc import Callable, Iterator
 
 from realtime.metrics import Counter
 from realtime.pubsub.engine import Engine
-from realtime.records import ClientInfo, Position, Publication
+from realtime.pubsub.fan import Base, Event, Fan, Kind, Member, Traffic
+from realtime.pubsub.slices import HIGH, LOW, NORMAL, Slices
+from realtime.records import ClientInfo, Position, Publication, Retention
 
 HELD_LIMIT = 4096
 """Events held back on one channel while some member is between `add` and `open`. Beyond it they are dropped, and
 whoever needed them is told at `open`."""
 
+# Telling one member that it lost its place takes as long as this many deliveries.
+_LOSS = 4
+# Channels that are looked at before others have a turn.
+_LOOKS = 500
 
-class Form(Protocol):
-    """One wire form of a push. The frames are complete and ready to write."""
-
-    def publication(self, channel: str, publication: Publication, epoch: str) -> bytes: ...
-
-    def join(self, channel: str, info: ClientInfo) -> bytes: ...
-
-    def leave(self, channel: str, info: ClientInfo) -> bytes: ...
-
-
-class Member(Protocol):
-    """One subscription of one session. Told apart by identity; added to one channel, once.
-
-    positioned: told when continuity breaks. announced: gets joins and leaves. None of these changes from `Hub.open` on.
-    """
-
-    @property
-    def form(self) -> Form:
-        """Its wire form, told apart by identity."""
-
-    positioned: bool
-    announced: bool
-    deliver: Callable[[bytes], None]
-    """A bound method of the connection. Never raises."""
-
-    def lost(self) -> None:
-        """The publications have a hole, or another epoch. The hub has removed this member before it says so."""
-
-
-class _Kind(Enum):
-    PUBLISHED = auto()
-    JOINED = auto()
-    LEFT = auto()
-    BROKEN = auto()
-
-
-class _Event(NamedTuple):
-    """Something held back for members that are not open yet."""
-
-    kind: _Kind
-    publication: Publication | None = None
-    epoch: str = ""
-    info: ClientInfo | None = None
-
-
-_BREAK = _Event(_Kind.BROKEN)
-
-Fan = list[tuple[Form, list[Callable[[bytes], None]]]]
+_PRIORITIES = {"high": HIGH, "normal": NORMAL, "low": LOW}
+_BREAK = Event(Kind.BROKEN)
 
 
 class _Channel:
-    """The members of one channel, and the position of the last publication that came (None: not known)."""
+    """One channel: its open members (`fan`), those that are not open yet, and what is held back for them.
 
-    __slots__ = ("_fan", "_heralds", "held", "last", "members", "pending", "subscribed")
+    last: the position of the last publication that came (None: not known). quiet: nothing was published since the last
+    look at all channels.
+    """
 
-    def __init__(self) -> None:
-        self.subscribed = False
+    __slots__ = ("fan", "held", "last", "pending", "quiet", "subscribed")
+
+    def __init__(self, fan: Fan) -> None:
+        self.fan = fan
+        self.subscribed = self.quiet = False
         self.last: Position | None = None
-        self.members: dict[Member, None] = {}
         # The index of the first held event that came after `add`; the eldest member first.
         self.pending: dict[Member, int] = {}
-        self.held: list[_Event] = []
-        self._fan: Fan | None = None
-        self._heralds: Fan | None = None
+        self.held: list[Event] = []
 
     def __len__(self) -> int:
-        return len(self.members) + len(self.pending)
-
-    def open(self, member: Member) -> None:
-        """Make a pending member an open one."""
-        self.discard(member)
-        self.members[member] = None
-        self._fan = self._heralds = None
+        return len(self.fan.members) + len(self.pending)
 
     def discard(self, member: Member) -> bool:
         """Whether the member was here."""
-        if member in self.members:
-            del self.members[member]
-            self._fan = self._heralds = None
-            return True
         if member in self.pending:
             del self.pending[member]
             if not self.pending:
                 self.held = []
             return True
-        return False
+        return self.fan.discard(member)
 
-    def hold(self, event: _Event) -> None:
+    def hold(self, event: Event) -> None:
         """Keep an event for the pending members, if there are any."""
         if not self.pending:
             return
@@ -132,45 +83,44 @@ class _Channel:
             self.held = [_BREAK]
             self.pending = dict.fromkeys(self.pending, 0)
 
-    def fan(self) -> Fan:
-        """The open members' `deliver`, by form. A list once made is never changed, so it may be walked while members
-        come and go."""
-        if self._fan is None:
-            self._fan = _group(self.members)
-        return self._fan
-
-    def heralds(self) -> Fan:
-        """As `fan`, for joins and leaves."""
-        if self._heralds is None:
-            self._heralds = _group(member for member in self.members if member.announced)
-        return self._heralds
-
-
-def _heralding(form: Form, channel: str, kind: _Kind, info: ClientInfo) -> bytes:
-    return form.join(channel, info) if kind is _Kind.JOINED else form.leave(channel, info)
-
-
-def _group(members: Iterable[Member]) -> Fan:
-    groups: dict[Form, list[Callable[[bytes], None]]] = {}
-    for member in members:
-        groups.setdefault(member.form, []).append(member.deliver)
-    return list(groups.items())
-
 
 class Hub:
     """The local subscriptions of one worker: an `engine.Receiver`.
 
-    obey: is handed every order (see `Engine.instruct`).
-    engine: set once by whoever builds both, since each needs the other. sent: counts what the fan-out delivers.
+    engine: set once by whoever builds both, since each needs the other.
     """
 
     engine: Engine
 
-    def __init__(self, obey: Callable[[bytes], None]) -> None:
+    def __init__(self, obey: Callable[[bytes], None], slices: Slices | None = None) -> None:
+        """obey: is handed every order (see `Engine.instruct`). slices: where long work waits, None for nowhere."""
         self._obey = obey
+        self._slices = slices or Slices(lambda: 0.0, math.inf, lambda run: None)
+        self._traffic = Traffic(self._slices, self._overflowed, self._unfit)
         self._channels: dict[str, _Channel] = {}
+        # Members that are out already, and yet to be told why.
+        self._lost: dict[Member, None] = {}
+        self._telling = False
         self.subscriptions = 0
-        self.sent = Counter()
+
+    @property
+    def sent(self) -> Counter:
+        """Counts what the fan-out delivers."""
+        return self._traffic.sent
+
+    @sent.setter
+    def sent(self, counter: Counter) -> None:
+        self._traffic.sent = counter
+
+    @property
+    def overflows(self) -> Counter:
+        """Counts the channels whose events were dropped because too many waited for delivery."""
+        return self._traffic.overflows
+
+    @property
+    def queued(self) -> int:
+        """Bytes of publications that wait for delivery."""
+        return self._traffic.queued
 
     def channels(self) -> list[str]:
         """The channels that have members here."""
@@ -181,6 +131,8 @@ class Hub:
         state = self._channels.get(channel)
         return len(state) if state is not None else 0
 
+    # Members
+
     async def add(self, channel: str, member: Member) -> None:
         """Have a channel's events held back for this member from now on, until `open`.
 
@@ -189,7 +141,8 @@ class Hub:
         """
         state = self._channels.get(channel)
         if state is None:
-            state = self._channels[channel] = _Channel()
+            fan = Fan(channel, _PRIORITIES[member.priority], self._traffic)
+            state = self._channels[channel] = _Channel(fan)
         state.pending[member] = len(state.held)
         self.subscriptions += 1
         if state.subscribed:
@@ -203,11 +156,12 @@ class Hub:
             raise
         state.subscribed = True
 
-    def open(self, channel: str, member: Member, position: Position | None) -> bool:
+    def open(self, channel: str, member: Member, position: Position | None, base: Publication | None = None) -> bool:
         """Deliver what was held back for the member, and from now on whatever comes.
 
         position: of the last publication that the subscribe reply covers, which is the top of the page that the
         engine's `history` returned; None for a member without a position, which gets all that was held.
+        base: the last publication that the reply itself brought, if it brought any: a delta may start from that.
         Publications come first, in order; then the joins and leaves.
         Returns False, and has removed the member, if publications are missing after `position` or belong to another
         epoch; also if the member is not there (removed meanwhile, or never added).
@@ -219,21 +173,18 @@ class Hub:
         if position is not None and not self._continues(channel, state, position, events):
             self.remove(channel, member)
             return False
-        after = position.offset if position is not None else 0
         if member not in state.pending:
             return False  # somebody who was lost just now took it along
-        state.open(member)
-        form = member.form
-        for _, publication, epoch, _ in events:
-            if publication is not None and not 0 < publication.offset <= after:
-                member.deliver(form.publication(channel, publication, epoch))
-        if member.announced:
-            for event in events:
-                if event.info is not None:
-                    member.deliver(_heralding(form, channel, event.kind, event.info))
+        state.discard(member)
+        after = position.offset if position is not None else 0
+        state.fan.open(
+            member,
+            _counted_out(member, events, after),
+            Base(base, position.epoch) if base is not None and position is not None else None,
+        )
         return True
 
-    def _continues(self, channel: str, state: _Channel, position: Position, events: list[_Event]) -> bool:
+    def _continues(self, channel: str, state: _Channel, position: Position, events: list[Event]) -> bool:
         """Whether what was held follows on `position` without a hole, up to the last publication that came."""
         if _BREAK in events:
             return False
@@ -252,7 +203,11 @@ class Hub:
         return newer[0] == position.offset + 1 if newer else last.offset == position.offset
 
     def remove(self, channel: str, member: Member) -> None:
-        """Take a member out, open or not. Idempotent. The last one unsubscribes the channel at the engine."""
+        """Take a member out, open or not. Idempotent. The last one unsubscribes the channel at the engine.
+
+        It hears nothing more, whatever waits for it; nor that it lost its place, if it was to hear that.
+        """
+        self._lost.pop(member, None)
         state = self._channels.get(channel)
         if state is not None and state.discard(member):
             self._gone(channel, state, 1)
@@ -262,19 +217,44 @@ class Hub:
         self.subscriptions -= members
         if not state:
             del self._channels[channel]
+            state.fan.clear()
             self.engine.unsubscribe(channel)
 
     def _break(self, channel: str, state: _Channel) -> None:
         """Continuity is broken: no positioned member may go on as if nothing were missing."""
         state.hold(_BREAK)
-        lost = [member for member in state.members if member.positioned]
+        self._lose(channel, state)
+
+    def _lose(self, channel: str, state: _Channel) -> None:
+        lost = [member for member in state.fan.members if member.positioned]
         if not lost:
             return
         for member in lost:
             state.discard(member)
         self._gone(channel, state, len(lost))
-        for member in lost:
-            member.lost()
+        self._lost.update(dict.fromkeys(lost))
+        if not self._telling:
+            self._telling = True
+            self._traffic.work(self._tell(), HIGH)
+
+    def _tell(self) -> Iterator[None]:
+        try:
+            while self._lost:
+                member, _ = self._lost.popitem()
+                member.lost()
+                self._traffic.spend(_LOSS)
+                yield
+        finally:
+            self._telling = False
+
+    def _overflowed(self, channel: str) -> None:
+        state = self._channels.get(channel)
+        if state is not None:
+            self._lose(channel, state)
+
+    def _unfit(self, channel: str, member: Member) -> None:
+        self.remove(channel, member)
+        member.unfit()
 
     # What the engine calls
 
@@ -291,32 +271,24 @@ class Hub:
             state.last = Position(offset, epoch)
             if last is not None and (epoch != last.epoch or offset != last.offset + 1):
                 self._break(channel, state)
+        state.quiet = False
         if state.pending:
-            state.hold(_Event(_Kind.PUBLISHED, publication, epoch))
-        for form, delivers in state.fan():
-            frame = form.publication(channel, publication, epoch)
-            for deliver in delivers:
-                deliver(frame)
-            self.sent.value += len(delivers)
+            state.hold(Event(Kind.PUBLISHED, publication, epoch))
+        state.fan.publish(publication, epoch)
 
     def joined(self, channel: str, info: ClientInfo) -> None:
         """Tell the members that want to know."""
-        self._herald(channel, _Kind.JOINED, info)
+        self._herald(channel, Kind.JOINED, info)
 
     def left(self, channel: str, info: ClientInfo) -> None:
         """Tell the members that want to know."""
-        self._herald(channel, _Kind.LEFT, info)
+        self._herald(channel, Kind.LEFT, info)
 
-    def _herald(self, channel: str, kind: _Kind, info: ClientInfo) -> None:
+    def _herald(self, channel: str, kind: Kind, info: ClientInfo) -> None:
         state = self._channels.get(channel)
-        if state is None:
-            return
-        state.hold(_Event(kind, info=info))
-        for form, delivers in state.heralds():
-            frame = _heralding(form, channel, kind, info)
-            for deliver in delivers:
-                deliver(frame)
-            self.sent.value += len(delivers)
+        if state is not None:
+            state.hold(Event(kind, info=info))
+            state.fan.herald(kind, info)
 
     def instructed(self, order: bytes) -> None:
         self._obey(order)
@@ -328,3 +300,40 @@ class Hub:
             if state.subscribed:
                 state.last = None
                 self._break(channel, state)
+
+    # Positions
+
+    async def check_quiet(self, retention: Callable[[str], Retention]) -> None:
+        """Compare the positions of the channels that had no publication since the last call with the engine's.
+
+        What was lost on the way shows by the next publication, if there is one; this finds what was lost with none
+        after it. Positioned members of a channel with a hole lose their place. retention: of a channel, by its name.
+        Raises EngineUnavailable. To be called every `client.channel_position_check_delay`; one channel after another.
+        """
+        for number, channel in enumerate(self.channels(), 1):
+            state = self._channels.get(channel)
+            if state is not None and state.quiet:
+                await self.check(channel, retention(channel))
+            elif state is not None:
+                state.quiet = True
+            if number % _LOOKS == 0:
+                await self._slices.breathe()
+
+    async def check(self, channel: str, retention: Retention) -> None:
+        """Compare one channel's position with the engine's. Raises EngineUnavailable."""
+        state = self._channels.get(channel)
+        if state is None or state.last is None or not retention.kept:
+            return
+        last = state.last
+        page = await self.engine.history(channel, retention=retention)
+        # An answer never overtakes what it counts, so all of that has come, unless it is lost. If something came
+        # meanwhile, then the channel is not quiet, and `published` judges.
+        if self._channels.get(channel) is state and state.last is last and page.position != last:
+            state.last = page.position
+            self._break(channel, state)
+
+
+def _counted_out(member: Member, events: list[Event], after: int) -> list[Event]:
+    """What of the held events is for this member, whose reply counted the publications up to `after`."""
+    newer = [one for one in events if one.publication is not None and not 0 < one.publication.offset <= after]
+    return newer + [one for one in events if one.info is not None] if member.announced else newer

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from realtime.errors import EngineUnavailable
 from realtime.pubsub import hub as hub_module
 from realtime.pubsub.engine import Receiver
+from realtime.pubsub.filters import Filter
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.memory import MemoryEngine
 from realtime.records import ClientInfo, Position, Publication, Retention
@@ -34,6 +35,13 @@ class TextForm:
         self.encoded += 1
         return b"%s%s %d %s" % (self.name.encode(), publication.data, publication.offset, epoch.encode())
 
+    def whole(self, channel: str, publication: Publication, epoch: str) -> bytes:
+        return b"whole " + self.publication(channel, publication, epoch)
+
+    def patched(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
+        self.encoded += 1
+        return b"patch %s %d" % (delta, publication.offset)
+
     def join(self, channel: str, info: ClientInfo) -> bytes:
         self.encoded += 1
         return b"join " + info.client.encode()
@@ -52,12 +60,18 @@ class Listener:
         self.form = FORMS[form]
         self.positioned = positioned
         self.announced = announced
+        self.delta = False
+        self.filter: Filter | None = None
+        self.priority = "normal"
         self.frames: list[bytes] = []
         self.deliver: Callable[[bytes], None] = self.frames.append
-        self.losses = 0
+        self.losses = self.misfits = 0
 
     def lost(self) -> None:
         self.losses += 1
+
+    def unfit(self) -> None:
+        self.misfits += 1
 
     @property
     def seen(self) -> list[tuple[int, str]]:

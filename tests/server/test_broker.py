@@ -197,6 +197,7 @@ async def test_no_member_is_left_with_a_hole(brokers: Any) -> None:
 
     class Member:
         form, positioned, announced, losses = Raw(), True, False, 0
+        delta, filter, priority = False, None, "normal"
 
         def __init__(self) -> None:
             self.frames: list[bytes] = []

@@ -1,0 +1,545 @@
+"""The fan-out of one channel: what is under way to its open members.
+
+An event is encoded once for all members that get the same bytes, and delivered at once, as long as nothing else of the
+channel is under way and the turn has time for it. Else it waits in the channel's backlog, in order, and is worked off
+in slices (`realtime.pubsub.slices`), so that a burst on one channel holds neither the loop nor the other channels.
+
+What is complete, and who may hear it, has been judged before (`realtime.pubsub.hub`). Whoever leaves hears nothing of
+what waits; whoever opens while something waits begins behind that.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator
+from enum import Enum, auto
+from typing import NamedTuple, Protocol
+
+from realtime.errors import Disconnect
+from realtime.metrics import Counter
+from realtime.pubsub.filters import Filter
+from realtime.pubsub.fossil import delta
+from realtime.pubsub.slices import CHUNK, Slices
+from realtime.records import ClientInfo, Publication
+
+BACKLOG_LIMIT = 4096
+"""Events that one channel may have yet to deliver. Beyond it they are dropped, and whoever needs them is told."""
+
+BACKLOG_BYTES = 64 * 1024 * 1024
+"""Bytes of publications that all channels may have yet to deliver. Beyond it the largest backlog is dropped."""
+
+PATCH_LIMIT = 256 * 1024
+"""Bytes of the longest publication that is sent as a delta: to make one takes time."""
+
+
+class Form(Protocol):
+    """One wire form of a push. The frames are complete and ready to write."""
+
+    def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
+        """Raises Disconnect for `binary` data that the form can't carry."""
+
+    def whole(self, channel: str, publication: Publication, epoch: str) -> bytes:
+        """The same for members with `delta`."""
+
+    def patched(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
+        """The same with a delta in place of the data; None when the form can't carry it."""
+
+    def join(self, channel: str, info: ClientInfo) -> bytes: ...
+
+    def leave(self, channel: str, info: ClientInfo) -> bytes: ...
+
+
+class Member(Protocol):
+    """One subscription of one session. Told apart by identity; added to one channel, once.
+
+    positioned: told when continuity breaks. announced: gets joins and leaves. delta: gets publications as differences
+    from the one before. filter: which publications it gets, by their tags; None for all. None of these changes from
+    `Hub.open` on.
+    """
+
+    @property
+    def form(self) -> Form:
+        """Its wire form, told apart by identity."""
+
+    @property
+    def priority(self) -> str:
+        """Of the channel: "high", "normal" or "low"."""
+
+    positioned: bool
+    announced: bool
+    delta: bool
+    filter: Filter | None
+    deliver: Callable[[bytes], None]
+    """A bound method of the connection. Never raises."""
+
+    def lost(self) -> None:
+        """The publications have a hole, or another epoch. The hub has removed this member before it says so."""
+
+    def unfit(self) -> None:
+        """There was a publication that its form can't carry. The hub has removed this member before it says so."""
+
+
+class Kind(Enum):
+    PUBLISHED = auto()
+    JOINED = auto()
+    LEFT = auto()
+    BROKEN = auto()
+
+
+class Event(NamedTuple):
+    """Something that came from the engine, or that shows those who wait that something did not."""
+
+    kind: Kind
+    publication: Publication | None = None
+    epoch: str = ""
+    info: ClientInfo | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of data."""
+        return len(self.publication.data) if self.publication is not None else 0
+
+
+class Base(NamedTuple):
+    """What somebody was sent last, so that the next one can be said as its difference from that."""
+
+    publication: Publication
+    epoch: str
+
+    def same(self, other: Base) -> bool:
+        mine, its = self.publication, other.publication
+        return mine is its or (0 < mine.offset == its.offset and self.epoch == other.epoch)
+
+
+class _Opening(NamedTuple):
+    """A member that is open, but shall first get what was held back for it."""
+
+    member: Member
+    events: list[Event]
+    base: Base | None
+
+
+# How a group gets publications. Filtered members are asked for each.
+_PLAIN, _WHOLE, _PATCHED, _FILTERED, _FILTERED_WHOLE = range(5)
+
+
+class _Group:
+    """Members that get the same bytes. The lists are parallel, and never change once the group is in use."""
+
+    __slots__ = ("delivers", "form", "members", "variant")
+
+    def __init__(self, form: Form, variant: int) -> None:
+        self.form = form
+        self.variant = variant
+        self.members: list[Member] = []
+        self.delivers: list[Callable[[bytes], None]] = []
+
+
+class _Backlog:
+    """What a channel has yet to deliver, in order.
+
+    events: how many of the jobs are not openings. size: the bytes of their publications. late: the members whose
+    opening is among the jobs, or under way.
+    """
+
+    __slots__ = ("events", "jobs", "late", "size")
+
+    def __init__(self) -> None:
+        self.jobs: deque[Event | _Opening] = deque()
+        self.events = 0
+        self.size = 0
+        self.late: set[Member] = set()
+
+    def append(self, job: Event | _Opening) -> None:
+        self.jobs.append(job)
+        if isinstance(job, _Opening):
+            self.late.add(job.member)
+        else:
+            self.events += 1
+            self.size += job.size
+
+    def popleft(self) -> Event | _Opening:
+        job = self.jobs.popleft()
+        if isinstance(job, Event):
+            self.events -= 1
+            self.size -= job.size
+        return job
+
+    def drop(self, *kinds: Kind) -> None:
+        """Drop the events of these kinds."""
+        jobs, self.jobs = self.jobs, deque()
+        self.events = self.size = 0
+        for job in jobs:
+            if isinstance(job, _Opening) or job.kind not in kinds:
+                self.append(job)
+
+
+class _Deltas:
+    """What the deltas of a channel start from. There is one while it has members with `delta`.
+
+    base: what they all got last, but the `fresh` ones, who have nothing yet. members: how many they are.
+    """
+
+    __slots__ = ("base", "fresh", "members")
+
+    def __init__(self) -> None:
+        self.base: Base | None = None
+        self.fresh: set[Member] = set()
+        self.members = 0
+
+    def patch(self, publication: Publication) -> bytes | None:
+        """The publication as a delta, if it is to be sent as one, and that is shorter."""
+        if self.base is None or not publication.delta or len(publication.data) > PATCH_LIMIT:
+            return None
+        patch = delta(self.base.publication.data, publication.data)
+        return patch if len(patch) < len(publication.data) else None
+
+
+class Traffic:
+    """What the fans of one worker share.
+
+    sent: counts deliveries. overflows: counts backlogs that were dropped. queued: bytes of publications that are yet to
+    be delivered.
+    """
+
+    def __init__(self, slices: Slices, overflowed: Callable[[str], None], unfit: Callable[[str, Member], None]) -> None:
+        """overflowed: a channel's backlog was dropped. unfit: a member of a channel can't be sent a publication."""
+        self.slices = slices
+        self.overflowed = overflowed
+        self.unfit = unfit
+        self.sent = Counter()
+        self.overflows = Counter()
+        self.queued = 0
+        self.backlogs: dict[Fan, _Backlog] = {}
+        self._direct = 0
+
+    def count(self, deliveries: int) -> None:
+        """So many were made."""
+        self.sent.value += deliveries
+        self._direct += deliveries
+        if self._direct >= CHUNK:
+            self.spend(0)
+
+    def spend(self, deliveries: int) -> None:
+        """As much time was spent as so many take."""
+        self._direct += deliveries
+        if self._direct >= CHUNK:
+            self._direct = 0
+            self.slices.begin()
+
+    def work(self, steps: Iterator[None], priority: int) -> None:
+        """Work for as long as there is time, and leave the rest for later turns."""
+        slices = self.slices
+        while slices.free:
+            for _ in steps:
+                break
+            else:
+                return
+        slices.add(steps, priority)
+
+
+class Fan:
+    """See the module. members: the open ones."""
+
+    __slots__ = (
+        "_backlog",
+        "_busy",
+        "_channel",
+        "_deltas",
+        "_few",
+        "_groups",
+        "_heralds",
+        "_priority",
+        "_traffic",
+        "_version",
+        "members",
+    )
+
+    def __init__(self, channel: str, priority: int, traffic: Traffic) -> None:
+        """priority: of `slices`."""
+        self.members: dict[Member, None] = {}
+        self._channel = channel
+        self._priority = priority
+        self._traffic = traffic
+        # From the first delivery of something until nothing waits any more.
+        self._busy = False
+        self._backlog: _Backlog | None = None
+        self._deltas: _Deltas | None = None
+        # Made when needed, from the members who hear the channel now; another version whenever those are others.
+        self._version = 0
+        self._groups: list[_Group] | None = None
+        self._heralds: list[_Group] | None = None
+        # The groups, if all members together are few and get plain publications.
+        self._few: list[_Group] | None = None
+
+    # Members
+
+    def open(self, member: Member, events: list[Event], base: Base | None) -> None:
+        """Deliver these events to a new member, and from now on whatever comes.
+
+        base: the last publication that it has already, if there is one.
+        """
+        self.members[member] = None
+        if events or self._busy:
+            self._submit(_Opening(member, events, base))
+        else:
+            self._let_hear(member, base)
+
+    def _let_hear(self, member: Member, base: Base | None) -> None:
+        if self._backlog is not None:
+            self._backlog.late.discard(member)
+        if member.delta:
+            deltas = self._deltas = self._deltas or _Deltas()
+            deltas.members += 1
+            if base is not None and deltas.base is None:
+                deltas.base = base
+            elif base is None or deltas.base is None or not base.same(deltas.base):
+                deltas.fresh.add(member)
+        self._changed()
+
+    def discard(self, member: Member) -> bool:
+        """Take a member out; whether it was here. It hears nothing more."""
+        if member not in self.members:
+            return False
+        del self.members[member]
+        if self._backlog is not None and member in self._backlog.late:
+            self._backlog.late.discard(member)
+        elif member.delta and self._deltas is not None:
+            self._deltas.fresh.discard(member)
+            self._deltas.members -= 1
+            if not self._deltas.members:
+                self._deltas = None
+        self._changed()
+        return True
+
+    def _changed(self) -> None:
+        self._version += 1
+        self._groups = self._heralds = self._few = None
+
+    def _hearing(self) -> Iterable[Member]:
+        if self._backlog is None or not self._backlog.late:
+            return self.members
+        return [member for member in self.members if member not in self._backlog.late]
+
+    # Events
+
+    def publish(self, publication: Publication, epoch: str) -> None:
+        """Deliver a publication."""
+        few, traffic = self._few, self._traffic
+        if few is None or self._busy or publication.binary or (traffic.slices.timed and not traffic.slices.free):
+            self._submit(Event(Kind.PUBLISHED, publication, epoch))
+            return
+        # The most frequent case, in which all the rest comes to no more than this.
+        self._busy = True
+        for group in few:
+            frame = group.form.publication(self._channel, publication, epoch)
+            for deliver in group.delivers:
+                deliver(frame)
+        traffic.count(len(self.members))
+        self._busy = False
+        if self._backlog is not None:  # a delivery had further events as its consequence
+            self._start(self._backlog)
+
+    def herald(self, kind: Kind, info: ClientInfo) -> None:
+        """Deliver a join or leave to those who want to know."""
+        self._submit(Event(kind, info=info))
+
+    def clear(self) -> None:
+        """Drop what waits."""
+        if self._backlog is not None:
+            self._drop(self._backlog, *Kind)
+
+    def _submit(self, job: Event | _Opening) -> None:
+        """Do a job after all that came before it: at once, if nothing waits and there is time."""
+        if self._busy or isinstance(job, _Opening) or len(self.members) > CHUNK or not self._traffic.slices.free:
+            self._queue(job)
+            return
+        self._busy = True
+        given = sum(self._give(group, frame, job, self._version, 0) for group, frame in self._frames(job))
+        self._end(job)
+        self._traffic.count(given)
+        self._busy = False
+        if self._backlog is not None:
+            self._start(self._backlog)
+
+    def _queue(self, job: Event | _Opening) -> None:
+        traffic, backlog = self._traffic, self._backlog
+        if backlog is None:
+            backlog = self._backlog = traffic.backlogs[self] = _Backlog()
+        backlog.append(job)
+        if isinstance(job, Event):
+            traffic.queued += job.size
+            if backlog.events > BACKLOG_LIMIT:
+                self._shorten(backlog)
+            elif traffic.queued > BACKLOG_BYTES:
+                max(traffic.backlogs, key=lambda fan: traffic.backlogs[fan].size)._overflow()
+        if not self._busy:
+            self._start(backlog)
+
+    def _start(self, backlog: _Backlog) -> None:
+        self._busy = True
+        self._traffic.work(self._work_off(backlog), self._priority)
+
+    def _work_off(self, backlog: _Backlog) -> Iterator[None]:
+        try:
+            while backlog.jobs:
+                job = backlog.popleft()
+                if isinstance(job, _Opening):
+                    yield from self._replay(job)
+                else:
+                    self._traffic.queued -= job.size
+                    yield from self._fan_out(job)
+        except Exception:
+            # A mistake of ours costs this job, and none of those behind it.
+            self._traffic.slices.add(self._work_off(backlog), self._priority)
+            raise
+        self._backlog = None
+        self._busy = False
+        del self._traffic.backlogs[self]
+
+    def _fan_out(self, event: Event) -> Iterator[None]:
+        version = self._version
+        for group, frame in self._frames(event):
+            for start in range(0, len(group.members), CHUNK):
+                given = self._give(group, frame, event, version, start)
+                self._traffic.count(given)
+                yield
+        self._end(event)
+
+    def _give(self, group: _Group, frame: bytes | None, event: Event, version: int, start: int) -> int:
+        """Deliver to a chunk of a group that was made under `version`, as far as its members are still there."""
+        if self._version == version and frame is not None and group.variant < _FILTERED:
+            delivers = group.delivers[start : start + CHUNK]
+            for deliver in delivers:
+                deliver(frame)
+            return len(delivers)
+        given = 0
+        for member in group.members[start : start + CHUNK]:
+            if member in self.members and _wants(member, event):
+                self._give_one(member, frame)
+                given += 1
+        return given
+
+    def _give_one(self, member: Member, frame: bytes | None) -> None:
+        if frame is None:
+            self._traffic.unfit(self._channel, member)
+        else:
+            member.deliver(frame)
+
+    def _end(self, event: Event) -> None:
+        """An event was delivered. If it was a publication, all members have it for a base now."""
+        if event.publication is not None and self._deltas is not None and self._deltas.fresh:
+            self._deltas.fresh.clear()
+            self._changed()
+
+    def _replay(self, opening: _Opening) -> Iterator[None]:
+        """Deliver what was held back for one member, and let it hear the channel then."""
+        member, base = opening.member, opening.base
+        variant = _WHOLE if member.delta else _PLAIN
+        for number, event in enumerate(opening.events, 1):
+            if member not in self.members:
+                return
+            if _wants(member, event):
+                self._give_one(member, self._frame({}, member.form, variant, event, None))
+                self._traffic.count(1)
+                if event.publication is not None:
+                    base = Base(event.publication, event.epoch)
+            if number % CHUNK == 0:
+                yield
+        if member in self.members:
+            self._let_hear(member, base)
+        yield
+
+    # Encoding
+
+    def _frames(self, event: Event) -> list[tuple[_Group, bytes | None]]:
+        """The groups that hear of an event, each with its bytes; None if its form can't carry them."""
+        made: dict[tuple[Form, bool], bytes | None] = {}
+        if event.publication is None:
+            if self._heralds is None:
+                self._heralds = _grouped((member for member in self._hearing() if member.announced), None)
+            return [(group, self._frame(made, group.form, _PLAIN, event, None)) for group in self._heralds]
+        groups = self._groups
+        if groups is None:
+            fresh = self._deltas.fresh if self._deltas is not None else ()
+            groups = self._groups = _grouped(self._hearing(), fresh)
+            if len(self.members) <= CHUNK and all(group.variant == _PLAIN for group in groups):
+                self._few = groups
+        patch = None
+        if self._deltas is not None:
+            if any(group.variant == _PATCHED for group in groups):
+                patch = self._deltas.patch(event.publication)
+            self._deltas.base = Base(event.publication, event.epoch)
+        return [(group, self._frame(made, group.form, group.variant, event, patch)) for group in groups]
+
+    def _frame(
+        self,
+        made: dict[tuple[Form, bool], bytes | None],
+        form: Form,
+        variant: int,
+        event: Event,
+        patch: bytes | None,
+    ) -> bytes | None:
+        """What members of this form and variant get; None if the form can't carry it. made: what was made already."""
+        channel, publication, epoch, info = self._channel, event.publication, event.epoch, event.info
+        if info is not None:
+            return form.join(channel, info) if event.kind is Kind.JOINED else form.leave(channel, info)
+        assert publication is not None
+        if variant == _PATCHED and patch is not None:
+            frame = form.patched(channel, publication, patch, epoch)
+            if frame is not None:
+                return frame
+        whole = variant in (_WHOLE, _PATCHED, _FILTERED_WHOLE)
+        key = (form, whole)
+        if key not in made:
+            try:
+                made[key] = (form.whole if whole else form.publication)(channel, publication, epoch)
+            except Disconnect:
+                made[key] = None
+        return made[key]
+
+    # What is too much
+
+    def _shorten(self, backlog: _Backlog) -> None:
+        """There are too many events. Joins and leaves are the first to go: nobody counts on them."""
+        self._drop(backlog, Kind.JOINED, Kind.LEFT)
+        if backlog.events > BACKLOG_LIMIT // 2:
+            self._overflow()
+
+    def _overflow(self) -> None:
+        """Drop the backlog. Positioned members recover from history; the others miss what they were not promised."""
+        self._traffic.overflows.value += 1
+        self.clear()
+        self._traffic.overflowed(self._channel)
+
+    def _drop(self, backlog: _Backlog, *kinds: Kind) -> None:
+        self._traffic.queued -= backlog.size
+        backlog.drop(*kinds)
+        self._traffic.queued += backlog.size
+
+
+def _wants(member: Member, event: Event) -> bool:
+    return member.filter is None or event.publication is None or member.filter(event.publication.tags)
+
+
+def _grouped(members: Iterable[Member], fresh: Container[Member] | None) -> list[_Group]:
+    """The members by what they get. fresh: see `_Deltas`; None when all of a form get the same."""
+    groups: dict[object, _Group] = {}
+    for member in members:
+        key: object = member.form
+        variant = _PLAIN
+        if (member.delta or member.filter is not None) and fresh is not None:
+            variant = _variant(member, fresh)
+            key = (key, variant)
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = _Group(member.form, variant)
+        group.members.append(member)
+        group.delivers.append(member.deliver)
+    return list(groups.values())
+
+
+def _variant(member: Member, fresh: Container[Member]) -> int:
+    if member.filter is not None:
+        return _FILTERED_WHOLE if member.delta else _FILTERED
+    return _WHOLE if member in fresh else _PATCHED
