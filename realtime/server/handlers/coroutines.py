@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import types
-from asyncio.tasks import _enter_task, _leave_task
+from asyncio.tasks import _current_tasks, _enter_task, _leave_task  # type: ignore[attr-defined]
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextvars import Context, copy_context
 from functools import partial
@@ -182,26 +182,29 @@ def begun(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     if sys.version_info >= (3, 12):
         return asyncio.Task(coroutine, loop=loop, eager_start=True)
     # Until 3.12 a task has its loop call the first step soon. The call is taken here, and made now.
-    steps: list[tuple[Callable[[], object], Context]] = []
-
-    def take(step: Callable[[], object], *, context: Context) -> None:
-        steps.append((step, context))
-
-    loop.call_soon = take  # type: ignore[method-assign, assignment]
+    loop.call_soon = _take  # type: ignore[method-assign, assignment]
     try:
         task = asyncio.Task(coroutine, loop=loop)
     finally:
         del loop.call_soon
-    step, context = steps[0]
-    outer = asyncio.current_task()
-    if outer is not None:
-        _leave_task(loop, outer)
+    step, context = _taken.pop()
+    outer = _current_tasks.get(loop)
+    if outer is None:
+        context.run(step)
+        return task
+    _leave_task(loop, outer)
     try:
         context.run(step)
     finally:
-        if outer is not None:
-            _enter_task(loop, outer)
+        _enter_task(loop, outer)
     return task
+
+
+_taken: list[tuple[Callable[[], object], Context]] = []
+
+
+def _take(step: Callable[[], object], *, context: Context) -> None:
+    _taken.append((step, context))
 
 
 @types.coroutine
