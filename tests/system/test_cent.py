@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from cent import (
+    AsyncClient,
+    BatchRequest,
     BroadcastRequest,
     CentApiResponseError,
     CentUnauthorizedError,
+    ChannelsRequest,
     Client,
     DisconnectRequest,
     HistoryRemoveRequest,
@@ -17,11 +23,17 @@ from cent import (
     PresenceRequest,
     PresenceStatsRequest,
     PublishRequest,
+    RefreshRequest,
     StreamPosition,
+    SubscribeRequest,
     UnsubscribeRequest,
 )
+from centrifuge import Client as Subscriber
+from centrifuge import ClientEventHandler
 from serving import Server, run_node
 from test_python_sdk import connect, in_own_loop, leave, soon, subscribe
+
+Check = Callable[[Any], bool]
 
 
 @pytest.fixture
@@ -40,6 +52,129 @@ def test_a_publication_is_numbered_kept_and_delivered(server: Server, api: Clien
         publication = (await soon(seen.publications.get())).pub
         assert (publication.data, publication.offset, publication.info) == ({"n": 1}, 1, None)
         await leave(client)
+
+    in_own_loop(scenario())
+
+
+def every_method() -> Iterator[tuple[Any, Check]]:
+    """A request of each kind, in an order that makes sense, and what is true of its result."""
+    channel, epochs = "stream:all", list[str]()
+    yield (
+        PublishRequest(channel=channel, data={"n": 1}, tags={"t": "1"}, version=7, version_epoch="v", delta=True),
+        lambda result: result.offset == 1 and bool(epochs.append(result.epoch) or result.epoch),
+    )
+    yield PublishRequest(channel=channel, data=0, version=6, version_epoch="v"), lambda result: result.offset == 1
+    yield PublishRequest(channel=channel, data=0, skip_history=True), lambda result: not result.offset
+    yield PublishRequest(channel=channel, data=None, b64data="eyJuIjogMn0="), lambda result: result.offset == 2
+    yield (
+        BroadcastRequest(channels=[channel, "stream:other"], data=3),
+        lambda result: [one.result.offset for one in result.responses] == [3, 1],
+    )
+    yield (
+        HistoryRequest(channel=channel, limit=10),
+        lambda result: (
+            [(one.data, one.offset) for one in result.publications] == [({"n": 1}, 1), ({"n": 2}, 2), (3, 3)]
+        ),
+    )
+    yield (
+        HistoryRequest(channel=channel, limit=1, since=StreamPosition(offset=1, epoch=epochs[0])),
+        lambda result: [one.offset for one in result.publications] == [2] and result.offset == 3,
+    )
+    yield PresenceRequest(channel=channel), lambda result: result.presence == {}
+    yield PresenceStatsRequest(channel=channel), lambda result: (result.num_clients, result.num_users) == (0, 0)
+    yield ChannelsRequest(), lambda result: result.channels == {}
+    yield ChannelsRequest(pattern="stream:*"), lambda result: result.channels == {}
+    yield InfoRequest(), lambda result: result.nodes[0].num_clients == 0 and bool(result.nodes[0].uid)
+    yield SubscribeRequest(user="nobody", channel=channel, info={}, data=[1]), lambda result: result is not None
+    yield UnsubscribeRequest(user="nobody", channel=channel, session="s"), lambda result: result is not None
+    yield RefreshRequest(user="nobody", expire_at=2_000_000_000), lambda result: result is not None
+    yield DisconnectRequest(user="nobody", whitelist=["c"]), lambda result: result is not None
+    for parallel in (False, True):
+        yield (
+            BatchRequest(
+                requests=[PublishRequest(channel="stream:batch", data=1), PresenceStatsRequest(channel=channel)] * 10,
+                parallel=parallel,
+            ),
+            lambda result: (
+                len(result.replies) == 20 and result.replies[18].offset % 10 == 0 and result.replies[1].num_users == 0
+            ),
+        )
+    yield HistoryRemoveRequest(channel=channel), lambda result: result is not None
+    yield HistoryRequest(channel=channel, limit=-1), lambda result: (result.publications, result.offset) == ([], 3)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_every_method_by_both_clients(server: Server, kind: Any) -> None:
+    async def scenario() -> None:
+        client = kind(f"{server.http}/api", "test-key")
+        for request, is_right in every_method():
+            result = getattr(client, request.__api_method__)(request)
+            result = await result if inspect.isawaitable(result) else result
+            assert is_right(result), (request, result)
+        closed = client.close() if kind is AsyncClient else None
+        if closed is not None:
+            await closed
+
+    in_own_loop(scenario())
+
+
+class Told(ClientEventHandler):
+    """What a client is told of the server's own accord, in order."""
+
+    def __init__(self) -> None:
+        self.events: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
+
+    async def on_connected(self, ctx: Any) -> None:
+        self.events.put_nowait(("connected",))
+
+    async def on_connecting(self, ctx: Any) -> None:
+        self.events.put_nowait(("connecting", ctx.code))
+
+    async def on_subscribed(self, ctx: Any) -> None:
+        self.events.put_nowait(("subscribed", ctx.channel, ctx.data))
+
+    async def on_publication(self, ctx: Any) -> None:
+        self.events.put_nowait(("publication", ctx.channel, ctx.pub.data))
+
+    async def on_unsubscribed(self, ctx: Any) -> None:
+        self.events.put_nowait(("unsubscribed", ctx.channel))
+
+
+def test_the_server_subscribes_a_user_on_every_worker(server: Server, api: Client) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+
+        async def say(request: Any) -> Any:
+            return await loop.run_in_executor(None, getattr(api, request.__api_method__), request)
+
+        async def told(user: str) -> tuple[Subscriber, Told]:
+            events = Told()
+            client = Subscriber(server.endpoint, events=events, data={"user": user}, min_reconnect_delay=0.02)
+            await client.connect()
+            return client, events
+
+        async def all_told(*events: tuple[Any, ...]) -> None:
+            for _, heard in clients:
+                for event in events:
+                    assert await soon(heard.events.get()) == event
+
+        clients = [await told("ada") for _ in range(10)]
+        await all_told(("connecting", 0), ("connected",))
+        other, _ = await connect(server.endpoint, user="bob")
+        await say(SubscribeRequest(user="ada", channel="stream:pushed", info={"by": "server"}, data={"n": 1}))
+        await all_told(("subscribed", "stream:pushed", {"n": 1}))
+        presence = (await say(PresenceRequest(channel="stream:pushed"))).presence
+        assert [(info.user, info.chan_info) for info in presence.values()] == [("ada", {"by": "server"})] * 10
+        channels = (await say(ChannelsRequest(pattern="{stream,plain}:p*"))).channels
+        assert {name: info.num_clients for name, info in channels.items()} == {"stream:pushed": 10}
+        await say(PublishRequest(channel="stream:pushed", data=1))
+        await all_told(("publication", "stream:pushed", 1))
+        await say(UnsubscribeRequest(user="ada", channel="stream:pushed"))
+        await all_told(("unsubscribed", "stream:pushed"))
+        assert (await say(ChannelsRequest())).channels == {}
+        await say(RefreshRequest(user="ada", expired=True))
+        await all_told(("connecting", 3005), ("connected",))
+        await leave(other, *(client for client, _ in clients))
 
     in_own_loop(scenario())
 
