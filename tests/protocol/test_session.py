@@ -995,6 +995,16 @@ class TestLeaving:
         assert server.hub.subscriptions == 0
         assert gone == ["ann"]
 
+    def test_an_unsubscribe_is_answered_at_once(self, server, leaves):
+        peer, other = server.client("ann"), server.client("bob")
+        peer.say({"id": 2, "subscribe": {"channel": "room:a"}})
+        peer.heard()
+        assert peer.say({"id": 3, "unsubscribe": {"channel": "room:a"}}) == [{"id": 3, "unsubscribe": {}}]
+        assert (leaves, peer.session.channels(), server.hub.subscriptions) == (["room:a"], [], 0)
+        other.say({"id": 2, "subscribe": {"channel": "room:a"}})
+        assert peer.heard() == []
+        assert "subscribe" in peer.say({"id": 4, "subscribe": {"channel": "room:a"}})[0]
+
     def test_a_subscribe_that_fails_is_answered_at_once(self, server, leaves, monkeypatch):
         async def enter(*args, **options):
             raise EngineUnavailable("away")
