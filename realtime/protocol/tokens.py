@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.json import Decoder
 
 from realtime.errors import ClientError, KeysUnavailable, RealtimeError
+from realtime.metrics import Metrics
 from realtime.protocol.keys import MAX_KID, PUBLISHED, Key, KeySource, public_key, secret_key
 from realtime.protocol.messages import payload
 from realtime.settings import PLACEHOLDER, Token, listed_groups
@@ -35,7 +37,7 @@ _TYPES = ("jwt", "at+jwt")
 
 
 class TokenInvalid(RealtimeError):
-    """The token is not one that we accept. The text says why, for the log; the client learns only "invalid"."""
+    """The token is not one that we accept. The text says why, to the operator; the client learns only "invalid"."""
 
 
 class TokenExpired(RealtimeError):
@@ -98,6 +100,10 @@ class _Header(Struct, frozen=True):
         return all(one is UNSET for one in strange) and self.typ.lower().removeprefix("application/") in _TYPES
 
 
+# What is said of the tokens that are not good, in the metrics.
+_REFUSALS = {TokenExpired: "expired", TokenInvalid: "invalid", KeysUnavailable: "unjudged"}
+
+
 class TokenVerifier:
     """Judges tokens by one table of the configuration."""
 
@@ -107,6 +113,7 @@ class TokenVerifier:
         clock: Callable[[], float],
         key_sets: KeySource | None = None,
         subscriptions: TokenVerifier | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         """clock: Unix seconds. key_sets: where published keys are fetched; without it there are none.
 
@@ -122,22 +129,39 @@ class TokenVerifier:
         patterns = {"aud": settings.audience_regex, "iss": settings.issuer_regex}
         self._patterns = {name: re.compile(pattern) for name, pattern in patterns.items() if pattern}
         self._listed = {name: texts for pattern in patterns.values() for name, texts in listed_groups(pattern).items()}
+        metrics = metrics or Metrics()
+        self._counters = {
+            outcome: metrics.counter("realtime_tokens", "Tokens of clients, by what was made of them", outcome=outcome)
+            for outcome in ("good", *_REFUSALS.values())
+        }
 
     async def connection(self, token: str) -> Claims:
         """The claims of a connection token. Raises TokenInvalid, TokenExpired, or KeysUnavailable."""
-        claims = await self._verified(token)
-        if "channel" in claims:
-            raise TokenInvalid("a subscription token can't open a connection")
-        return self._read(claims)
+        with self._counted():
+            claims = await self._verified(token)
+            if "channel" in claims:
+                raise TokenInvalid("a subscription token can't open a connection")
+            return self._read(claims)
 
     async def subscription(self, token: str) -> Claims:
         """The claims of a subscription token. Raises TokenInvalid, TokenExpired, or KeysUnavailable."""
         if self._subscriptions is not None:
             return await self._subscriptions.subscription(token)
-        claims = await self._verified(token)
-        if not _text(claims, "channel"):
-            raise TokenInvalid("a subscription token names its channel")
-        return self._read(claims)
+        with self._counted():
+            claims = await self._verified(token)
+            if not _text(claims, "channel"):
+                raise TokenInvalid("a subscription token names its channel")
+            return self._read(claims)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count how judging one token ends."""
+        try:
+            yield
+        except (TokenExpired, TokenInvalid, KeysUnavailable) as error:
+            self._counters[_REFUSALS[type(error)]].value += 1
+            raise
+        self._counters["good"].value += 1
 
     # The order of what follows is the protocol's: a token is told to be expired only when all else is right.
 

@@ -64,7 +64,7 @@ def make_verifier(settings: Client, reactor: Any, metrics: Metrics, wall_clock: 
 
     def judge(table: Token, subscriptions: TokenVerifier | None = None) -> TokenVerifier:
         fetch = KeySetFetcher(reactor, metrics, allow_insecure=table.jwks_allow_insecure)
-        return TokenVerifier(table, wall_clock, KeySets(fetch, started, reactor.seconds), subscriptions)
+        return TokenVerifier(table, wall_clock, KeySets(fetch, started, reactor.seconds), subscriptions, metrics)
 
     own = settings.subscription_token
     return judge(settings.token, judge(own) if own.enabled else None)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from realtime.errors import KeysUnavailable
+from realtime.metrics import Metrics
 from realtime.protocol.keys import Key, key_set
 from realtime.protocol.tokens import Claims, SubOptions, TokenExpired, TokenInvalid, TokenVerifier
 from realtime.settings import SubscriptionToken, Token
@@ -585,6 +586,20 @@ def test_a_pattern_that_matches_more_than_it_lists_opens_no_further_address():
     with pytest.raises(TokenInvalid):
         judge.connection(token(RSA, "RS256", {"kid": "one"}, sub="42", aud="ACME"))
     assert published.asked == []
+
+
+def test_what_was_made_of_tokens_is_counted():
+    metrics = Metrics()
+    second = TokenVerifier(SubscriptionToken(jwks_public_endpoint=HERE), lambda: NOW, metrics=metrics)
+    judge = Verifier({"hmac_secret_key": KEY}, subscriptions=second, metrics=metrics)
+    judge.connection(GOOD)
+    for bad in (GOOD[:-1], "x", token(sub="42", channel="news"), token(sub="42", exp=1)):
+        with pytest.raises((TokenInvalid, TokenExpired)):
+            judge.connection(bad)
+    with pytest.raises(KeysUnavailable):
+        judge.subscription(token(RSA, "RS256", {"kid": "one"}, sub="42", channel="news"))
+    counts = {dict(sample.labels)["outcome"]: sample.value for sample in metrics.snapshot()}
+    assert counts == {"good": 1, "expired": 1, "invalid": 3, "unjudged": 1}
 
 
 def test_what_a_verifier_shows_of_itself_has_no_secrets():
