@@ -264,12 +264,9 @@ class Endpoint:
 
     def judge(self, head: Head) -> Refusal | None:
         """Why this request gets no stream, or None."""
-        refusal = self._judge_head(head)
-        if refusal is not None:
-            return refusal
         if not self._streams.admission.origin_allowed(head):
             return Refusal(HTTPStatus.FORBIDDEN, "this origin is not allowed", "origin")
-        refusal = self._judge_body(head) or self._streams.admission.judge()
+        refusal = self._judge_head(head) or self._judge_body(head) or self._streams.admission.judge()
         return refusal and shared(refusal, head)
 
     def open(self, head: Head, transport: Any) -> tuple[StreamConnection, bytes]:
