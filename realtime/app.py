@@ -62,6 +62,10 @@ class Client(Protocol):
         """What its credentials say about it, shown to others; None for nothing."""
 
     @property
+    def meta(self) -> Any:
+        """What its connection token says for the server's eyes only; None for nothing."""
+
+    @property
     def name(self) -> str:
         """The SDK or application that connected, in its own words."""
 
@@ -87,6 +91,18 @@ class Client(Protocol):
 
     def send(self, data: Any) -> None:
         """Send it a message outside any channel. data: anything that JSON can carry."""
+
+    def subscribe(self, channel: str, grant: Grant | None = None) -> None:
+        """Begin a subscription from the server's side, whatever the channel's options permit; the client is told.
+
+        Nothing happens if it is subscribed already. Raises ValueError for a Grant with an override that is unknown.
+        """
+
+    def refresh(self, expire_at: int | None = None, info: Any = None) -> None:
+        """Have its connection expire at `expire_at` (Unix seconds; None for never), at once if that has passed.
+
+        info: takes the place of what its credentials said of it; None leaves it.
+        """
 
     def unsubscribe(self, channel: str) -> None:
         """End its subscription to `channel`, if it has one."""

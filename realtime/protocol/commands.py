@@ -58,7 +58,7 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     try:
         for asked, subscription in wanted:
             if session.state is State.OPENED and (outcome := await session.join(subscription, asked)):
-                joined.append((subscription, *outcome))
+                joined.append((subscription, outcome))
     except BaseException:
         session.dismiss()
         raise
@@ -73,7 +73,7 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
         expires=bool(ttl and session.refreshable),
         ttl=ttl if session.refreshable else 0,
         data=messages.embedded(admitted.data),
-        subs={subscription.channel: result for subscription, result, _ in joined} or None,
+        subs={subscription.channel: outcome.result for subscription, outcome in joined} or None,
         ping=ping,
         pong=pong,
         session=session.secret,
@@ -83,8 +83,8 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     session.begin(request.name, request.version, admitted.meta)
     session.expire(admitted.expire_at)
     session.reply(id, "connect", result)
-    for subscription, _, position in joined:
-        session.open(subscription, position)
+    for subscription, outcome in joined:
+        session.open(subscription, outcome)
     if session.state is State.CONNECTED:
         _supersede(session)
 
@@ -258,17 +258,16 @@ async def subscribe(session: Session, id: int, request: messages.SubscribeReques
     joined = await session.join(subscription, request)
     if joined is None:
         raise ClientError(*errors.PERMISSION_DENIED)
-    result, position = joined
     if ttl:
         subscription.end_at = granted.expire_at + grace
         session.arm()
     # As with connect: what a handler granted ends when it ends, and is asked for anew.
     refreshable = bool(ttl and request.token)
     result = msgspec.structs.replace(
-        result, expires=refreshable, ttl=ttl if refreshable else 0, data=messages.embedded(granted.data)
+        joined.result, expires=refreshable, ttl=ttl if refreshable else 0, data=messages.embedded(granted.data)
     )
     session.reply(id, "subscribe", result)
-    session.open(subscription, position)
+    session.open(subscription, joined)
 
 
 def _check_subscribe(session: Session, request: messages.SubscribeRequest) -> ResolvedChannel:

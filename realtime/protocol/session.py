@@ -31,10 +31,10 @@ from realtime.errors import ClientError, Disconnect, EngineUnavailable, KeysUnav
 from realtime.protocol import messages
 from realtime.protocol.client import Client
 from realtime.protocol.forms import Form
-from realtime.protocol.messages import ProtocolError, SubscribeRequest, SubscribeResult
+from realtime.protocol.messages import ProtocolError, SubscribeRequest
 from realtime.protocol.node import Node
 from realtime.protocol.rules import ResolvedChannel
-from realtime.protocol.subscription import Origin, Subscription
+from realtime.protocol.subscription import Joined, Origin, Subscription
 from realtime.records import ClientInfo, Position, Terms
 
 # Seconds. A client whose connect was refused closes the connection itself; one that does not is shown out.
@@ -473,9 +473,7 @@ class Session:
         )
         return subscription
 
-    async def join(
-        self, subscription: Subscription, request: SubscribeRequest
-    ) -> tuple[SubscribeResult, Position | None] | None:
+    async def join(self, subscription: Subscription, request: SubscribeRequest) -> Joined | None:
         """Have it join, and return what `Subscription.join` does; None if it was ended meanwhile.
 
         Whatever comes of it but a result, the subscription leaves nothing behind. Raises as `Subscription.join`.
@@ -489,17 +487,17 @@ class Session:
         if self.state is State.CLOSED or self.subscriptions.get(request.channel) is not subscription:
             self.abandon(subscription)
             return None
-        result, _ = joined
+        result = joined.result
         if result.was_recovering and not result.recovered:
             ahead = request.epoch == result.epoch and request.offset > result.offset
             self.node.refused["recovery_ahead"].value += ahead
         return joined
 
-    def open(self, subscription: Subscription, position: Position | None) -> None:
-        """Let publications through, once the client was told of the subscription. position: as `join` returned it."""
+    def open(self, subscription: Subscription, joined: Joined) -> None:
+        """Let publications through, once the client was told of the subscription. joined: what `join` returned."""
         if self.state is State.CLOSED:
             self.abandon(subscription)
-        elif not subscription.open(position):
+        elif not subscription.open(joined):
             self.lost_position(subscription)
 
     def describe(self, conn_info: bytes) -> None:
@@ -542,7 +540,7 @@ class Session:
         joined = await self.join(subscription, request)
         if joined is None:
             return
-        result, position = joined
+        result = joined.result
         subscription.end_at = terms.expire_at
         self._push(
             channel,
@@ -557,7 +555,7 @@ class Session:
         )
         for publication in result.publications or ():
             self._push(channel, "pub", publication)
-        self.open(subscription, position)
+        self.open(subscription, joined)
         self.arm()
 
     def end_subscription(self, channel: str, code: int, reason: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from realtime.errors import BAD_REQUEST, INAPPROPRIATE_PROTOCOL, UNRECOVERABLE_POSITION, ClientError
 from realtime.protocol.forms import Form
@@ -46,6 +46,18 @@ class Owner(Protocol):
         """The subscription is no longer in the hub: what the client has may have a gap."""
 
     def disconnect(self, code: int, reason: str) -> None: ...
+
+
+class Joined(NamedTuple):
+    """What joining came to. result: to be told to the client; then the rest is for `Subscription.open`.
+
+    position: from which the subscription goes on, None for one without a position. base: the last publication that
+    the result brings, if deltas are agreed: the next may come as a difference from it.
+    """
+
+    result: SubscribeResult
+    position: Position | None
+    base: Publication | None
 
 
 class Subscription:
@@ -124,8 +136,8 @@ class Subscription:
             except ValueError:
                 raise ClientError(*BAD_REQUEST) from None
 
-    async def join(self, request: SubscribeRequest) -> tuple[SubscribeResult, Position | None]:
-        """Enter the channel; what to tell the client, and the position to `open` at once it is told.
+    async def join(self, request: SubscribeRequest) -> Joined:
+        """Enter the channel; what to tell the client, and then to `open` with.
 
         Raises ClientError 112 when the client wants no unrecovered subscription, Disconnect 3506 when it can't be sent
         what it missed, or EngineUnavailable. Either way, and when the coroutine is closed, the caller calls `leave`.
@@ -137,6 +149,7 @@ class Subscription:
         if self.options.presence or self.options.join_leave:
             self._entered = True
             await self._enter()
+        publications = self._wanted(page.publications) if recovered else []
         result = SubscribeResult(
             recoverable=self.recoverable,
             positioned=self.positioned,
@@ -145,10 +158,11 @@ class Subscription:
             offset=request.offset if recovered else page.position.offset,
             was_recovering=recovering,
             recovered=recovered,
-            publications=self._told(page.publications) if recovered else None,
+            publications=self._told(publications) or None,
             delta=self.delta,
         )
-        return result, page.position if self.positioned else None
+        base = publications[-1] if self.delta and publications else None
+        return Joined(result, page.position if self.positioned else None, base)
 
     async def _read(self, request: SubscribeRequest) -> tuple[HistoryPage, bool, bool]:
         """The top of the channel, with what the client missed; whether it is to recover; and whether that is all."""
@@ -173,19 +187,21 @@ class Subscription:
         )
         return page, True, is_recovered(request, page)
 
-    def _told(self, publications: list[Publication]) -> list[Pub] | None:
-        """Publications as the client is sent them in a reply, None for none; with deltas, the first one whole."""
+    def _wanted(self, publications: list[Publication]) -> list[Publication]:
         wanted = self.filter
-        if wanted is not None:
-            publications = [one for one in publications if wanted(one.tags)]
+        return publications if wanted is None else [one for one in publications if wanted(one.tags)]
+
+    def _told(self, publications: list[Publication]) -> list[Pub]:
+        """Publications as the client is sent them in a reply; where deltas are agreed, the first is whole."""
         encoding = self.form.encoding
         if not self.delta:
-            return [encoding.pub(one) for one in publications] or None
-        told, base = [], None
+            return [encoding.pub(one) for one in publications]
+        told: list[Pub] = []
+        base = None
         for one in publications:
             told.append((base and self._patch(base, one)) or encoding.whole(one))
             base = one
-        return told or None
+        return told
 
     def _patch(self, base: Publication, target: Publication) -> Pub | None:
         """A publication as its difference from the one before it, if that may be, and is shorter."""
@@ -194,10 +210,10 @@ class Subscription:
         delta = fossil.delta(base.data, target.data)
         return self.form.encoding.patch(target, delta) if len(delta) < len(target.data) else None
 
-    def open(self, position: Position | None) -> bool:
+    def open(self, joined: Joined) -> bool:
         """Let publications through. False: there is a gap already, and the hub has dropped the subscription."""
         self.live = True
-        return self._owner.node.hub.open(self.channel, self, position)
+        return self._owner.node.hub.open(self.channel, self, joined.position, joined.base)
 
     async def _enter(self) -> None:
         options = self.options

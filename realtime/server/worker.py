@@ -12,6 +12,8 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -23,7 +25,7 @@ from twisted.python.failure import Failure
 
 from realtime import app as application
 from realtime._version import __version__
-from realtime.errors import SHUTDOWN
+from realtime.errors import SHUTDOWN, EngineUnavailable
 from realtime.protocol.api import ServerAPI
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.deadlines import RESOLUTION, Deadlines
@@ -34,6 +36,7 @@ from realtime.protocol.registry import Registry
 from realtime.protocol.rules import Rules
 from realtime.protocol.session import Session
 from realtime.pubsub.hub import Hub
+from realtime.pubsub.slices import Slices
 from realtime.server import child, listener, transport
 from realtime.server.admission import Admission
 from realtime.server.broker_engine import BrokerEngine
@@ -75,10 +78,12 @@ class Worker:
         self._spread = settings.shutdown.spread
         self._app = application.load(settings.app)
         self._registry = Registry()
-        self._hub = Hub(self._registry.obey)
+        self._slices = Slices(reactor.seconds, settings.loop.slice, partial(reactor.callLater, 0), Deferred)
+        self._hub = Hub(self._registry.obey, self._slices)
         rules = Rules(settings.channel)
         namespaces = [namespace.name for namespace in settings.channel.namespaces]
         receiver = FanOut(self._hub, process.accounts, namespaces, rules.namespace)
+        self._hub.traffic.charged = receiver.steps
         self._engine = self._hub.engine = BrokerEngine(
             receiver, settings.engine, metrics, reactor, process.link_lost, process.accounts
         )
@@ -115,6 +120,8 @@ class Worker:
             version=f"realtime {__version__}",
             uid=facts().uid,
             worker=str(process.slot),
+            metrics=metrics,
+            rpc_ping=settings.rpc.ping,
         )
         surveys = Surveys(self._engine, self._hub, str(process.slot), reactor)
         self._registry.surveyed = surveys.obey
@@ -143,7 +150,7 @@ class Worker:
                 (settings.uni_websocket, UNIDIRECTIONAL_FORMS),
             )
         )
-        self._hub.sent = websocket.sent
+        self._hub.traffic.sent = websocket.sent
         emulation = Emulation(self._engine, self._node.uid, self._node.worker)
         self._registry.emulated = emulation.receive
         streams = Streams(
@@ -190,6 +197,15 @@ class Worker:
         process.pulse.threads_waiting = lambda: self._dispatcher.threads.waiting
         process.metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(self._registry))
         process.metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: self._hub.subscriptions)
+        traffic = self._hub.traffic
+        process.metrics.gauge(
+            "realtime_undelivered_bytes",
+            "Publications that wait for their turn to be delivered",
+            lambda: traffic.queued,
+        )
+        traffic.overflows = process.metrics.counter(
+            "realtime_undelivered_overflows", "Channels that had too much to deliver, and dropped it"
+        )
 
     async def start(self) -> None:
         """Serve: returns when the engine can be reached, the application has started, and the port is open."""
@@ -197,7 +213,11 @@ class Worker:
         self._process.on_drain = self.drain
         self._process.on_adopt = self._take_from
         accounts = self._process.accounts
-        for function, interval in ((self._sweep, RESOLUTION), (self._tally, TALLY_INTERVAL)):
+        tasks: list[tuple[Callable[[], Any], float]] = [(self._sweep, RESOLUTION), (self._tally, TALLY_INTERVAL)]
+        check_delay = self._process.settings.client.channel_position_check_delay
+        if check_delay:
+            tasks.append((self._check_positions, check_delay))
+        for function, interval in tasks:
             looping = LoopingCall(accounts.charging(accounts.open(Kind.TIMERS), function))
             looping.clock = self._reactor
             looping.start(interval, now=False)
@@ -229,6 +249,14 @@ class Worker:
 
     def _tally(self) -> None:
         self._engine.tally(self._hub.subscriptions)
+
+    def _check_positions(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._find_gaps())
+
+    async def _find_gaps(self) -> None:
+        # An engine that is away has every subscription renewed when it is back.
+        with suppress(EngineUnavailable):
+            await self._hub.check_quiet(lambda channel: self._node.rules.options(channel).retention)
 
     async def drain(self, timeout: float) -> None:
         """Accept no more, have the clients reconnect, spread over a while, and finish what they wait for."""

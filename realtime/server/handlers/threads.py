@@ -18,6 +18,7 @@ from twisted.python.threadpool import ThreadPool
 from realtime.app import Client
 from realtime.errors import FORCE_DISCONNECT, Disconnect, PoolFull
 from realtime.metrics import Metrics
+from realtime.records import Grant
 from realtime.server.handlers.coroutines import settle
 
 Result = TypeVar("Result")
@@ -183,6 +184,12 @@ class LoopClient:
 
     def send(self, data: Any) -> None:
         self._on_loop(lambda: self._client.send(data))
+
+    def subscribe(self, channel: str, grant: Grant | None = None) -> None:
+        self._on_loop(lambda: self._client.subscribe(channel, grant))
+
+    def refresh(self, expire_at: int | None = None, info: Any = None) -> None:
+        self._on_loop(lambda: self._client.refresh(expire_at, info))
 
     def unsubscribe(self, channel: str) -> None:
         self._on_loop(lambda: self._client.unsubscribe(channel))
