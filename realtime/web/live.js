@@ -314,7 +314,7 @@ function showIncident(list, incident) {
   let element = incidents.get(key);
   if (!element) {
     element = copy("incident");
-    element.addEventListener("toggle", () => { if (element.open) showStack(element, key); });
+    element.addEventListener("toggle", () => { if (element.open) showStack(element, incident); });
     incidents.set(key, element);
     list.prepend(element);
   }
@@ -329,12 +329,12 @@ function showIncident(list, incident) {
 }
 
 /** Fetch an incident's stack, which snapshots leave out, and show it. */
-async function showStack(element, key) {
+async function showStack(element, incident) {
   const more = $(".more", element);
   more.replaceChildren(make("p", "…"));
   try {
-    const answer = await fetch("incidents", { cache: "no-store" });
-    const found = (await answer.json()).incidents.find((incident) => keyOf(incident) === key);
+    const answer = await fetch(`incidents?at=${incident.at}`, { cache: "no-store" });
+    const found = (await answer.json()).incidents.find((one) => keyOf(one) === keyOf(incident));
     if (!found) throw new Error("it is no longer kept");
     const how = `worker ${found.slot}, pid ${found.pid}, ${found.samples} ${found.samples === 1 ? "look" : "looks"}${found.thread ? ", blocked by another thread" : ""}`;
     more.replaceChildren(make("p", found.ending === "turned" ? how : `${how}; ${found.ending}`));

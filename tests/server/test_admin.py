@@ -145,12 +145,20 @@ async def test_vital_signs_show(server: Server) -> None:
 
 async def test_incidents_show_and_are_counted(server: Server) -> None:
     ledger = server.blame.ledger
-    for place, duration in (("/app/chat.py:7", 0.5), ("/app/chat.py:9", 2.0)):
-        incident = Incident(slot=1, pid=1001, at=5.0, duration=duration, lasts=False, place=place, handler="rpc f")
+    for at, place, duration in ((5.0, "/app/chat.py:7", 0.5), (1700000000.123457, "/app/chat.py:9", 2.0)):
+        incident = Incident(slot=1, pid=1001, at=at, duration=duration, lasts=False, place=place, handler="rpc f")
         ledger.recent.append(incident)
         ledger.count(incident)
     shown = json.loads((await server.get("/incidents"))[1])
     assert [one["place"] for one in shown["incidents"]] == ["/app/chat.py:9", "/app/chat.py:7"]
+    for wanted, places in (
+        ("1700000000.123457", ["/app/chat.py:9"]),
+        ("5", ["/app/chat.py:7"]),
+        ("x", []),
+        ("nan", []),
+    ):
+        found = json.loads((await server.get(f"/incidents?at={wanted}"))[1])
+        assert [one["place"] for one in found["incidents"]] == places
     assert shown["places"][0] == {"handler": "rpc f", "place": "/app/chat.py:9", "count": 1, "seconds": 2.0}
     text = (await server.get("/metrics"))[1]
     labels = 'handler="rpc f",place="/app/chat.py:9",worker="supervisor"'

@@ -209,9 +209,16 @@ class Admin:
     # /incidents
 
     def _incidents(self, request: _Request) -> None:
-        """What has blocked the loops: the latest incidents, newest first, and by handler and place, worst first."""
+        """What has blocked the loops: the latest incidents, newest first, and by handler and place, worst first.
+
+        ?at=T: only the incidents that say that they began at T, of which there is one at most in a worker.
+        """
         ledger = self._overview.blame.ledger
-        body = {"places": worst_places(ledger.blocks), "incidents": list(reversed(ledger.recent))}
+        incidents = list(reversed(ledger.recent))
+        at = _argument(request, b"at", "")
+        if at:
+            incidents = [incident for incident in incidents if incident.at == _number(at)]
+        body = {"places": worst_places(ledger.blocks), "incidents": incidents}
         request.reply(OK, _JSON, msgspec.json.encode(body))
 
     # /dump
@@ -389,6 +396,13 @@ def exposition(samples: Iterable[tuple[Mapping[str, str], Sample]]) -> bytes:
 def _argument(request: _Request, name: bytes, default: str) -> str:
     values: list[bytes] = request.args.get(name, [])
     return values[-1].decode("utf-8", "replace") if values else default
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _label(slot: int) -> str:
