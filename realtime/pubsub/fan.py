@@ -199,7 +199,7 @@ class Traffic:
     """What the fans of one worker share.
 
     sent: counts deliveries. overflows: counts backlogs that were dropped. queued: bytes of publications that are yet to
-    be delivered.
+    be delivered. charged: may put something around the steps that a channel's backlog takes.
     """
 
     def __init__(self, slices: Slices, overflowed: Callable[[str], None], unfit: Callable[[str, Member], None]) -> None:
@@ -210,6 +210,7 @@ class Traffic:
         self.sent = Counter()
         self.overflows = Counter()
         self.queued = 0
+        self.charged: Callable[[str, Iterator[None]], Iterator[None]] = lambda channel, steps: steps
         self.backlogs: dict[Fan, _Backlog] = {}
         self._direct = 0
 
@@ -378,7 +379,7 @@ class Fan:
 
     def _start(self, backlog: _Backlog) -> None:
         self._busy = True
-        self._traffic.work(self._work_off(backlog), self._priority)
+        self._traffic.work(self._traffic.charged(self._channel, self._work_off(backlog)), self._priority)
 
     def _work_off(self, backlog: _Backlog) -> Iterator[None]:
         try:

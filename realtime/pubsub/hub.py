@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from realtime.metrics import Counter
 from realtime.pubsub.engine import Engine
 from realtime.pubsub.fan import Base, Event, Fan, Kind, Member, Traffic
 from realtime.pubsub.slices import HIGH, LOW, NORMAL, Slices
@@ -87,7 +86,7 @@ class _Channel:
 class Hub:
     """The local subscriptions of one worker: an `engine.Receiver`.
 
-    engine: set once by whoever builds both, since each needs the other.
+    engine: set once by whoever builds both, since each needs the other. traffic: counts what is delivered.
     """
 
     engine: Engine
@@ -96,31 +95,12 @@ class Hub:
         """obey: is handed every order (see `Engine.instruct`). slices: where long work waits, None for nowhere."""
         self._obey = obey
         self._slices = slices or Slices(lambda: 0.0, math.inf, lambda run: None)
-        self._traffic = Traffic(self._slices, self._overflowed, self._unfit)
+        self.traffic = Traffic(self._slices, self._overflowed, self._unfit)
         self._channels: dict[str, _Channel] = {}
         # Members that are out already, and yet to be told why.
         self._lost: dict[Member, None] = {}
         self._telling = False
         self.subscriptions = 0
-
-    @property
-    def sent(self) -> Counter:
-        """Counts what the fan-out delivers."""
-        return self._traffic.sent
-
-    @sent.setter
-    def sent(self, counter: Counter) -> None:
-        self._traffic.sent = counter
-
-    @property
-    def overflows(self) -> Counter:
-        """Counts the channels whose events were dropped because too many waited for delivery."""
-        return self._traffic.overflows
-
-    @property
-    def queued(self) -> int:
-        """Bytes of publications that wait for delivery."""
-        return self._traffic.queued
 
     def channels(self) -> list[str]:
         """The channels that have members here."""
@@ -141,7 +121,7 @@ class Hub:
         """
         state = self._channels.get(channel)
         if state is None:
-            fan = Fan(channel, _PRIORITIES[member.priority], self._traffic)
+            fan = Fan(channel, _PRIORITIES[member.priority], self.traffic)
             state = self._channels[channel] = _Channel(fan)
         state.pending[member] = len(state.held)
         self.subscriptions += 1
@@ -235,14 +215,14 @@ class Hub:
         self._lost.update(dict.fromkeys(lost))
         if not self._telling:
             self._telling = True
-            self._traffic.work(self._tell(), HIGH)
+            self.traffic.work(self._tell(), HIGH)
 
     def _tell(self) -> Iterator[None]:
         try:
             while self._lost:
                 member, _ = self._lost.popitem()
                 member.lost()
-                self._traffic.spend(_LOSS)
+                self.traffic.spend(_LOSS)
                 yield
         finally:
             self._telling = False

@@ -6,13 +6,13 @@ on from outside, when a worker is wired: what is charged knows nothing of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from realtime.pubsub.engine import Receiver
 from realtime.records import ClientInfo, Publication
 from realtime.server.transport import DirectServer
-from realtime.supervision.accounts import Accounts, Kind
+from realtime.supervision.accounts import Account, Accounts, Kind
 
 # What a channel without a namespace is counted under.
 NO_NAMESPACE = "-"
@@ -51,7 +51,7 @@ class FanOut:
         self._receiver = receiver
         self._accounts = accounts
         self._without = accounts.open(Kind.FANOUT, NO_NAMESPACE)
-        self._namespaces: dict[str | None, Any] = {name: accounts.open(Kind.FANOUT, name) for name in namespaces}
+        self._namespaces: dict[str | None, Account] = {name: accounts.open(Kind.FANOUT, name) for name in namespaces}
         self._namespace = namespace
         self.instructed = receiver.instructed
         self.interrupted = receiver.interrupted
@@ -65,9 +65,25 @@ class FanOut:
     def left(self, channel: str, info: ClientInfo) -> None:
         self._charge(channel, self._receiver.left, info)
 
+    def steps(self, channel: str, steps: Iterator[None]) -> Iterator[None]:
+        """The same for what could not be delivered at once: steps that are taken later."""
+        account = self._account(channel)
+        while True:
+            before = self._accounts.switch(account)
+            try:
+                next(steps)
+            except StopIteration:
+                return
+            finally:
+                self._accounts.switch(before)
+            yield
+
     def _charge(self, channel: str, deliver: Callable[..., None], *what: Any) -> None:
-        before = self._accounts.switch(self._namespaces.get(self._namespace(channel), self._without))
+        before = self._accounts.switch(self._account(channel))
         try:
             deliver(channel, *what)
         finally:
             self._accounts.switch(before)
+
+    def _account(self, channel: str) -> Account:
+        return self._namespaces.get(self._namespace(channel), self._without)
