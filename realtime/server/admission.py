@@ -15,6 +15,8 @@ from realtime.protocol.proxies import Proxies
 
 # A client that comes back does so after this many seconds, each after another time.
 _RETRY_AFTER = (3, 10)
+# A whole connection's worth of the rate, but for what additions are rounded by.
+_WHOLE = 1 - 1e-6
 
 
 class Admission:
@@ -40,7 +42,9 @@ class Admission:
         self.counts: list[Callable[[], int]] = []
         self._limit = -(-client.connection_limit // workers)
         self._rate = client.connection_rate_limit / workers
-        self._due = 0.0  # when those let in so far would be used up at the allowed rate
+        self._burst = max(self._rate, 1.0)  # as many may come at once after a quiet second
+        self._left = self._burst
+        self._counted_at = seconds()
         self._seconds = seconds
         self._refuse = refuse
         self.proxies = Proxies(client.trusted_proxies)
@@ -65,14 +69,15 @@ class Admission:
         return self.proxies.client(peer, head.all("x-forwarded-for"))
 
     def _spend(self) -> bool:
-        """Whether one more is within the rate. After a quiet second, that of a second may come at once."""
+        """Whether one more is within the rate."""
         if not self._rate:
             return True
         now = self._seconds()
-        burst = max(self._rate, 1.0)
-        if self._due - now > (burst - 1) / self._rate:
+        self._left = min(self._left + (now - self._counted_at) * self._rate, self._burst)
+        self._counted_at = now
+        if self._left < _WHOLE:
             return False
-        self._due = max(self._due, now) + 1 / self._rate
+        self._left -= 1
         return True
 
 
