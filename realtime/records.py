@@ -113,6 +113,9 @@ class ConnectRequest(Struct, frozen=True, kw_only=True):
     name: str = ""
     version: str = ""
 
+    def __repr__(self) -> str:  # keeps tokens and cookies out of logs
+        return f"<ConnectRequest of {self.name!r} from {self.remote_address!r}>"
+
 
 class Grant(Struct, frozen=True):
     """Leave to subscribe, with extras: the answer of `App.on_subscribe`.

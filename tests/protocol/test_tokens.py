@@ -18,6 +18,7 @@ from realtime.errors import KeysUnavailable
 from realtime.metrics import Metrics
 from realtime.protocol.keys import Key, key_set
 from realtime.protocol.tokens import Claims, SubOptions, TokenExpired, TokenInvalid, TokenVerifier
+from realtime.records import ConnectRequest
 from realtime.settings import SubscriptionToken, Token
 
 KEY = "a secret of thirty-two characters"
@@ -607,3 +608,8 @@ def test_what_a_verifier_shows_of_itself_has_no_secrets():
     shown = repr(judge.of) + repr(vars(judge.of))
     assert KEY not in shown
     assert OLD not in shown
+
+
+def test_what_a_handler_may_print_of_a_client_that_connects_has_no_secrets():
+    request = ConnectRequest(token=GOOD, headers={"cookie": "hush"}, query={"token": "hush"}, data={"password": "hush"})
+    assert repr(request) == "<ConnectRequest of '' from ''>"

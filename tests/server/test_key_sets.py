@@ -318,6 +318,7 @@ def certificate(*names: x509.GeneralName) -> tuple[Any, Any]:
     return ssl.PrivateCertificate.loadPEM(pem + private).options(), trust
 
 
+@pytest.mark.filterwarnings("ignore:Passing pyOpenSSL:DeprecationWarning")  # Twisted's own
 @on_loop
 async def test_https_from_a_server_that_is_trusted_under_its_name(provide: Any) -> None:
     context, trust = certificate(x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1")))
