@@ -16,6 +16,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from realtime import errors
 from realtime.errors import ClientError, EngineUnavailable, RealtimeError
+from realtime.metrics import Counter, Metrics
 from realtime.protocol import messages
 from realtime.protocol.messages import StreamPosition, is_json, payload
 from realtime.protocol.operations import Operations, Together, in_turn
@@ -209,10 +210,12 @@ class BatchResult(Struct, frozen=True):
 class ServerAPI:
     """See the module."""
 
-    def __init__(self, operations: Operations, together: Together = in_turn) -> None:
+    def __init__(self, operations: Operations, together: Together = in_turn, metrics: Metrics | None = None) -> None:
         """together: as for the operations."""
         self._operations = operations
         self._together = together
+        self._metrics = metrics or Metrics()
+        self._counters: dict[tuple[str, int], Counter] = {}
 
     async def call(self, method: str, body: bytes) -> Struct:
         """The result of one call. Raises UnknownMethod, BadBody, and ClientError for all that the method refuses."""
@@ -222,9 +225,26 @@ class ServerAPI:
             raise UnknownMethod(method) from None
         request = _decoded(body, kind)
         try:
-            return await answer(self, request)
+            result = await answer(self, request)
         except EngineUnavailable:
+            self._count(method, errors.INTERNAL_ERROR[0])
             raise ClientError(*errors.INTERNAL_ERROR) from None
+        except ClientError as error:
+            self._count(method, error.code)
+            raise
+        self._count(method, 0)
+        return result
+
+    def _count(self, method: str, code: int) -> None:
+        counter = self._counters.get((method, code))
+        if counter is None:
+            counter = self._counters[method, code] = self._metrics.counter(
+                "realtime_api_calls",
+                "Calls of the HTTP API, those in batches included, by error code; 0: none.",
+                method=method,
+                code=str(code),
+            )
+        counter.value += 1
 
     async def call_named(self, body: bytes) -> Struct:
         """The same for the old form, {"method": ..., "params": {...}}, where an unknown method is ClientError 104."""

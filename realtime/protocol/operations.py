@@ -38,6 +38,9 @@ BROADCAST_BYTES = 4 * 1024 * 1024
 BROADCAST_CHANNELS = 256
 """Channels of one broadcast that are published to at a time."""
 
+MAX_NAME = 4096
+"""Characters of a channel's name, an idempotency key or a version's epoch: what is kept for each has to have a size."""
+
 Together = Callable[[Sequence[Coroutine[Any, Any, Any]]], Awaitable[list[Any]]]
 Survey = Callable[[str], Awaitable[dict[str, int]]]
 
@@ -82,8 +85,8 @@ class Operations:
         self._together = together
 
     def _options(self, channel: str) -> ResolvedChannel:
-        """Raises ClientError 107 for no name, 102 for an unknown namespace."""
-        if not channel:
+        """Raises ClientError 107 for no name or one too long, 102 for an unknown namespace."""
+        if not channel or len(channel) > MAX_NAME:
             raise ClientError(*errors.BAD_REQUEST)
         return self._rules.options(channel)
 
@@ -112,7 +115,7 @@ class Operations:
         msgspec.convert((tags, idempotency_key, delta, version, version_epoch), _Marks)
         text = not binary or messages.is_json(data)
         options.check_data(data, text)
-        if version >= 2**64:
+        if version >= 2**64 or len(idempotency_key) > MAX_NAME or len(version_epoch) > MAX_NAME:
             raise ClientError(*errors.BAD_REQUEST)
         return await self._engine.publish(
             channel,

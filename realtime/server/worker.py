@@ -127,7 +127,7 @@ class Worker:
         self._registry.surveyed = surveys.obey
         operations = Operations(self._engine, rules, facts, surveys, together)
         self._dispatcher.bind(operations)
-        api = ServerAPI(operations, together)
+        api = ServerAPI(operations, together, metrics)
         self._admission = Admission(
             settings.client, metrics, reactor.seconds, shedding.refuse_handshake, settings.workers.count
         )

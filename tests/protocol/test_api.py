@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from realtime.errors import ClientError, EngineUnavailable
+from realtime.metrics import Metrics
 from realtime.protocol import api, operations
 from realtime.protocol.api import BadBody, ServerAPI, UnknownMethod
 from realtime.protocol.operations import NodeFacts, Operations, Together, in_turn
@@ -76,7 +80,8 @@ class Bench:
     def use(self, engine: Engine, together: Together = in_turn) -> None:
         facts = NodeFacts("u1", "here", "1.2", 61.9)
         self.operations = Operations(engine, Rules(SETTINGS), lambda: facts, self._survey, together)
-        self.api = ServerAPI(self.operations, together)
+        self.metrics = Metrics()
+        self.api = ServerAPI(self.operations, together, self.metrics)
 
     async def _survey(self, pattern: str) -> dict[str, int]:
         await self.operations._engine.census()  # which fails when the engine does
@@ -115,6 +120,14 @@ METHODS = [
     "unsubscribe",
     "batch",
 ]
+
+
+FIELDS = set(METHODS) | {
+    *("channel", "channels", "data", "b64data", "skip_history", "tags", "idempotency_key", "delta", "version"),
+    *("version_epoch", "user", "client", "session", "info", "b64info", "recover_since", "offset", "epoch", "override"),
+    *("value", "expire_at", "whitelist", "code", "reason", "expired", "limit", "since", "reverse", "pattern"),
+    *("method", "params", "commands", "parallel", "force_recovery"),
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -236,6 +249,32 @@ def test_engine_outage_is_error_100(bench: Bench, method: str) -> None:
             assert bench.refusal(method, body) == 100
 
 
+def test_calls_are_counted_by_method_and_error(bench: Bench) -> None:
+    bench.call("batch", {"commands": [{"publish": {"channel": "plain", "data": 1}}] * 3 + [{"history": {}}]})
+    bench.refusal("publish", {"channel": "nope:1", "data": 1})
+    counted = {tuple(value for _, value in sorted(one.labels)): one.value for one in bench.metrics.snapshot()}
+    assert counted == {("0", "publish"): 3, ("0", "batch"): 1, ("107", "history"): 1, ("102", "publish"): 1}
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**65), 2**65)
+    | st.floats(allow_nan=False)
+    | st.text("a:{}*#é\ud7ff", max_size=6)
+    | st.sampled_from(["chat:1", "plain", "bytes:1", "e30=", "//8="]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.sampled_from(sorted(FIELDS)), values, max_size=5),
+    max_leaves=8,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(METHODS), st.dictionaries(st.sampled_from(sorted(FIELDS)), JSON_VALUES, max_size=8))
+def test_whatever_a_body_holds_there_is_an_answer(bench: Bench, method: str, body: Any) -> None:
+    with contextlib.suppress(BadBody, ClientError):
+        bench.call(method, msgspec.json.encode(body))
+
+
 # -- publish and broadcast --------------------------------------------------------------------------------------------
 
 
@@ -327,6 +366,13 @@ def test_formats_that_fit(bench: Bench) -> None:
 @pytest.mark.parametrize("version", [2**64, 10**1000])
 def test_a_version_has_64_bits(bench: Bench, version: int) -> None:
     assert bench.refusal("publish", {"channel": "chat:1", "data": 1, "version": version}) == 107
+
+
+@pytest.mark.parametrize("field", ["channel", "idempotency_key", "version_epoch"])
+def test_what_is_kept_by_name_has_a_size(bench: Bench, field: str) -> None:
+    body = {"channel": "plain", "data": 1, "version": 1, field: "x" * operations.MAX_NAME}
+    assert bench.call("publish", body) == {}
+    assert bench.refusal("publish", body | {field: "x" * (operations.MAX_NAME + 1)}) == 107
 
 
 def test_deltas_are_for_those_that_ask_and_where_the_channel_says_so(bench: Bench) -> None:
