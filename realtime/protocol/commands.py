@@ -73,7 +73,8 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
         expires=bool(ttl and session.refreshable),
         ttl=ttl if session.refreshable else 0,
         data=messages.embedded(admitted.data),
-        subs={subscription.channel: outcome.result for subscription, outcome in joined} or None,
+        subs={subscription.channel: _told(outcome.result, admitted, subscription) for subscription, outcome in joined}
+        or None,
         ping=ping,
         pong=pong,
         session=session.secret,
@@ -87,6 +88,14 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
         session.open(subscription, outcome)
     if session.state is State.CONNECTED:
         _supersede(session)
+
+
+def _told(
+    result: messages.SubscribeResult, admitted: _Admitted, subscription: Subscription
+) -> messages.SubscribeResult:
+    """The result of a subscription from the start, with what its terms have for the client."""
+    each = admitted.subs.get(subscription.channel)
+    return msgspec.structs.replace(result, data=messages.embedded(each.data)) if each is not None else result
 
 
 async def _admit(session: Session, request: messages.ConnectRequest) -> _Admitted:

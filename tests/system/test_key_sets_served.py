@@ -44,12 +44,16 @@ def token(key: Any = KEY, kid: str = "one", algorithm: str = "RS256", **claims: 
     return jwt.encode({"sub": "42", **claims}, key, algorithm, {"kid": kid})
 
 
+def ask(client: Any, command: Any) -> Any:
+    client.send(json.dumps(command))
+    return json.loads(client.recv(20))
+
+
 def answer(server: Server, text: str) -> Any:
     """What a connect command with this token gets: the reply, or the code of the close."""
     with connect(server.endpoint) as client:
-        client.send(json.dumps({"id": 1, "connect": {"token": text}}))
         try:
-            return json.loads(client.recv())
+            return ask(client, {"id": 1, "connect": {"token": text}})
         except ConnectionClosed as closed:
             return closed.rcvd.code
 
@@ -67,9 +71,9 @@ def test_an_outage_of_the_provider_disconnects_nobody(
     address = f"http://127.0.0.1:{provider.server_address[1]}/keys?password=hush-hush"
     table = {"hmac_secret_key": "", "jwks_public_endpoint": address, "jwks_allow_insecure": True}
     server = start_server(client={"token": table}, workers={"count": 1})
-    good = token(subs={"news": {}})
+    good = token(subs={"news": {"data": {"since": 1}}})
 
-    assert "news" in answer(server, good)["connect"]["subs"]
+    assert answer(server, good)["connect"]["subs"]["news"]["data"] == {"since": 1}
     assert answer(server, token(rsa.generate_private_key(65537, 2048))) == 3500
     assert answer(server, token("secret", algorithm="HS256")) == 3500
     assert answer(server, token(exp=1))["error"]["code"] == 109
@@ -78,7 +82,14 @@ def test_an_outage_of_the_provider_disconnects_nobody(
 
     provider.shutdown()
     provider.server_close()
-    assert answer(server, good)["connect"]["client"]
+    with connect(server.endpoint) as client:
+        ask(client, {"id": 1, "connect": {"token": token(exp=2**40)}})
+        unjudged = {"code": 100, "message": "internal server error", "temporary": True}
+        new = token(kid="two", exp=2**41)
+        assert ask(client, {"id": 2, "refresh": {"token": new}}) == {"id": 2, "error": unjudged}
+        new = token(kid="two", channel="$a")
+        assert ask(client, {"id": 3, "subscribe": {"channel": "$a", "token": new}}) == {"id": 3, "error": unjudged}
+        assert ask(client, {"id": 4, "refresh": {"token": token(exp=2**41)}})["refresh"]["expires"]
 
     started_late = start_server(client={"token": table}, workers={"count": 1})
     assert answer(started_late, good) == AWAY
