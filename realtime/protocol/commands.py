@@ -26,6 +26,8 @@ from realtime.records import ClientInfo, ConnectRequest, Credentials, Position, 
 
 # The share of a client's queue that one page of history may fill.
 HISTORY_SHARE = 0.5
+# Seconds. More does not fit the SDKs' integers, and is 68 years.
+_LONGEST_TTL = 2**31 - 1
 
 # -- connect, refresh -------------------------------------------------------------------------------------------------
 
@@ -224,7 +226,7 @@ def _ttl(session: Session, expire_at: float) -> int:
     left = expire_at - session.node.wall_clock()
     if left <= 0:
         raise ClientError(*errors.EXPIRED)
-    return math.ceil(left)
+    return min(math.ceil(left), _LONGEST_TTL)
 
 
 async def refresh(session: Session, id: int, request: messages.RefreshRequest) -> None:
