@@ -42,7 +42,7 @@ class Slices:
     ) -> None:
         """clock: seconds, never goes back. seconds: of one slice. wake: calls what it is given in the loop's next turn.
 
-        gate: makes a new one; only for `breathe`.
+        gate: makes a new one for `breathe`, which without it waits for nothing.
         """
         self._clock = clock
         self._seconds = seconds
@@ -76,10 +76,10 @@ class Slices:
 
     async def breathe(self) -> None:
         """Let others have a turn. For a coroutine that does long work: await it after each millisecond's worth."""
-        assert self._gate is not None
-        gate = self._gate()
-        self.add(_opening(gate))
-        await gate
+        if self._gate is not None:
+            gate = self._gate()
+            self.add(_opening(gate))
+            await gate
 
     def run(self) -> None:
         """Work for one slice: what was given to `wake`."""
