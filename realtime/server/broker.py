@@ -27,6 +27,9 @@ from realtime.settings import EngineSettings
 SWEEP_INTERVAL = 0.25
 """Seconds between two looks for what is over."""
 
+PATIENCE = 0.25
+"""The share of a worker's queue that answers may fill before its other requests wait; the rest is for publications."""
+
 _log = Logger()
 
 
@@ -71,7 +74,9 @@ class Broker:
         if before is not None:
             before.replaced()
         self._peers[slot] = peer = _Peer(self, str(slot))
-        link = Link(self._reactor, wire.ToBroker, self._settings.queue_max_size, peer.receive, self._ended)
+        limit = self._settings.queue_max_size
+        patience = max(1, int(limit * PATIENCE))
+        link = Link(self._reactor, wire.ToBroker, limit, peer.receive, self._ended, patience=patience)
         peer.begin(link)
         adopt(self._reactor, fd, link)
 

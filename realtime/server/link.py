@@ -1,7 +1,7 @@
 """Framed messages over a Unix stream: one end of the data plane between a worker and the broker.
 
 Frames are gathered during one turn of the loop and written in one go at its end. A peer that does not keep up is cut
-off, never waited for: both ends know how to start again on a fresh stream.
+off, not waited for: both ends know how to start again on a fresh stream.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from twisted.internet.interfaces import IDelayedCall, IPushProducer
@@ -49,7 +49,9 @@ class Link(Protocol):
     it the link cuts itself.
     received: called with each message, in order. An exception from it is a bug: logged, and the stream is cut, for
     nobody knows what was left undone. ended: called once with the reason when the stream is over, whoever ended it.
-    accounts: the loop's, of which ENGINE is charged.
+    accounts: the loop's, of which ENGINE is charged. patience: bytes that wait for the peer, from which on nothing more
+    of it is worked off until half of them are gone: who asks for more than it reads, waits. 0 for no such thing; at one
+    end of a stream at most, or each could wait for the other.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Link(Protocol):
         received: Callable[[Message], None],
         ended: Callable[[Link, str], None],
         accounts: Accounts | None = None,
+        patience: int = 0,
     ) -> None:
         if accounts is not None:
             account = accounts.open(Kind.ENGINE)
@@ -70,6 +73,8 @@ class Link(Protocol):
         self._limit = limit
         self._received = received
         self._ended = ended
+        self._patience = patience
+        self._held: Iterator[Message] | None = None  # what has come and is not worked off yet
         self._waiting: deque[bytes] = deque()
         self._bytes = 0  # in _waiting
         self._inside = 0  # bytes that the transport was given when it was last full
@@ -115,6 +120,10 @@ class Link(Protocol):
             self._transport.write(batch)  # calls pauseProducing when it could not take it all
             if not self._paused:
                 self._inside = 0
+        if self._held is not None and self.backlog <= self._patience // 2:
+            messages, self._held = self._held, None
+            self._transport.resumeProducing()
+            self._work_off(messages)
 
     def _take(self) -> bytes:
         """The next frames, one at least, joined."""
@@ -144,11 +153,18 @@ class Link(Protocol):
     # In
 
     def dataReceived(self, data: bytes) -> None:
+        self._work_off(self._decoder.feed(data))
+
+    def _work_off(self, messages: Iterator[Message]) -> None:
         try:
-            for message in self._decoder.feed(data):
+            for message in messages:
                 if self._over:
                     return
                 self._received(message)
+                if self._patience and self.backlog > self._patience:
+                    self._held = messages
+                    self._transport.pauseProducing()
+                    return
         except BadFrame as error:
             self.cut(str(error))
         except Exception:
@@ -183,6 +199,7 @@ class Link(Protocol):
 
     def _drop(self) -> None:
         self._waiting.clear()
+        self._held = None
         self._bytes = self._inside = 0
         if self._flushing is not None:
             self._flushing.cancel()

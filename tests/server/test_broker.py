@@ -508,6 +508,20 @@ async def test_a_history_longer_than_a_frame_comes_in_pages(brokers: Any, worker
     assert offsets == list(range(1, 31))
 
 
+async def test_many_long_answers_at_a_time_are_written_as_they_are_read(brokers: Any, workers: Any) -> None:
+    """Clients that come back all at once ask for much more than may wait for a worker."""
+    broker, worker = await brokers(), workers()
+    await broker.link(0, worker.engine)
+    top = await worker.publish("c", b"x" * 400_000)
+    asking = [Deferred.fromCoroutine(worker.engine.history("c", retention=KEEP, limit=-1)) for _ in range(50)]
+    asking.append(Deferred.fromCoroutine(worker.publish("c", b"after them")))
+    pages = [await each for each in asking]
+    assert [page.position for page in pages[:-1]] == [top] * 50
+    assert pages[-1].offset == 2
+    assert worker.lost_links == 0
+    assert (await broker.series())["realtime_broker_backlog_bytes"] == 0
+
+
 async def test_an_answer_that_does_not_fit_is_an_error(brokers: Any, workers: Any) -> None:
     settings = EngineSettings()
     broker, worker = await brokers(settings), workers(0, settings)

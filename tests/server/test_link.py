@@ -38,12 +38,12 @@ class Pipe(StringTransport):
 class Bench:
     """A link on a pipe, with what it received and how it ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: int = 0) -> None:
         self.clock = Clock()
         self.pipe = Pipe()
         self.messages: list[Any] = []
         self.endings: list[str] = []
-        self.link = Link(self.clock, wire.ToBroker, LIMIT, self.receive, self.end)
+        self.link = Link(self.clock, wire.ToBroker, LIMIT, self.receive, self.end, patience=patience)
         self.link.makeConnection(self.pipe)
 
     def receive(self, message: Any) -> None:
@@ -177,3 +177,54 @@ def test_closing_has_a_deadline(bench: Bench) -> None:
     bench.pipe.abortConnection = lambda: aborted.append(None)  # type: ignore[method-assign]
     bench.clock.advance(link_module.CLOSE_TIMEOUT)
     assert aborted == [None]
+
+
+class Answering(Bench):
+    """A link whose messages are answered with 40 bytes each."""
+
+    def receive(self, message: Any) -> None:
+        super().receive(message)
+        self.link.send(b"x" * 40)
+
+
+def asked(*numbers: int) -> bytes:
+    return b"".join(wire.pack(wire.Subscribe(number, "c")) for number in numbers)
+
+
+def test_who_asks_for_more_than_it_reads_waits() -> None:
+    bench = Answering(patience=100)
+    bench.pipe.full = True
+    bench.link.dataReceived(asked(1, 2, 3, 4, 5, 6) + asked(7)[:5])
+    assert [message.id for message in bench.messages] == [1, 2, 3]
+    assert bench.pipe.producerState == "paused"
+    assert bench.turn() == [b"x" * 120]
+    assert len(bench.messages) == 3  # the transport has it, but not the peer
+    bench.pipe.full = False
+    bench.pipe.drained()
+    assert [message.id for message in bench.messages] == [1, 2, 3, 4, 5, 6]
+    assert bench.pipe.producerState == "paused"
+    bench.turn()
+    assert bench.pipe.producerState == "producing"
+    bench.link.dataReceived(asked(7)[5:])
+    assert [message.id for message in bench.messages] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_waits_in_a_link_that_is_cut_is_dropped() -> None:
+    bench = Answering(patience=50)
+    bench.pipe.full = True
+    bench.link.dataReceived(asked(1, 2, 3))
+    assert len(bench.messages) == 2
+    bench.link.cut("enough")
+    bench.pipe.drained()
+    bench.turn()
+    bench.lose()
+    assert (len(bench.messages), bench.endings) == (2, ["enough"])
+
+
+def test_junk_behind_what_waits_ends_the_stream_all_the_same() -> None:
+    bench = Answering(patience=50)
+    bench.link.dataReceived(asked(1, 2) + b"\xff\xff\xff\xff")
+    assert bench.pipe.disconnected is False
+    bench.turn()
+    bench.lose()
+    assert "longer than" in bench.endings[0]
