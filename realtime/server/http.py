@@ -128,7 +128,7 @@ class Request(http.Request):
             else:
                 self.answer(answer)
 
-        running = run(coroutine, ended)
+        running = self.site.run(coroutine, ended)
         if cancel and not self.finished:
             self._running = running
 
@@ -263,6 +263,7 @@ class APISite(Site):
     faults: dict[str, Counter]
     relieved: Callable[[], bool]
     proxies: Proxies
+    run: Callable[..., Running | None]
 
     def count(self, fault: str) -> None:
         """Count a refusal; "" is none."""
@@ -300,6 +301,7 @@ def make_site(
     site.faults = {fault: bad_input(metrics, fault) for fault in FAULTS}
     site.door = Door(app, dispatcher, api, settings.http_api, services or {})
     site.relieved = relieved
+    site.run = partial(run, accounts=dispatcher.accounts)
     site.proxies = proxies or Proxies(())
     return site
 

@@ -125,9 +125,10 @@ class Worker:
         )
         surveys = Surveys(self._engine, self._hub, str(process.slot), reactor)
         self._registry.surveyed = surveys.obey
-        operations = Operations(self._engine, rules, facts, surveys, together)
+        all_together = partial(together, accounts=process.accounts)
+        operations = Operations(self._engine, rules, facts, surveys, all_together)
         self._dispatcher.bind(operations)
-        api = ServerAPI(operations, together, metrics)
+        api = ServerAPI(operations, all_together, metrics)
         self._admission = Admission(
             settings.client, metrics, reactor.seconds, shedding.refuse_handshake, settings.workers.count
         )

@@ -130,7 +130,7 @@ class Dispatcher:
         self.throttles: list[Throttle] = []  # of handlers on the loop; whoever watches the loop calls their `beat`
         self._processes = processes
         self._slow = slow
-        self._accounts = accounts or Accounts(time.monotonic_ns)
+        self.accounts = accounts or Accounts(time.monotonic_ns)
         self._made: list[Call] = []
         self.threads = Threads(reactor, settings.threads, settings.thread_queue)
         self.threads.measure(metrics)
@@ -173,7 +173,7 @@ class Dispatcher:
     def perform(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine of the server for whoever calls: on the loop a started future, in a thread the result."""
         if isInIOThread():
-            return started(coroutine, self._accounts)
+            return started(coroutine, self.accounts)
         answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def done(result: Any, error: BaseException | None) -> None:
@@ -182,7 +182,7 @@ class Dispatcher:
             else:
                 answer.set_exception(error)
 
-        self._reactor.callFromThread(run, coroutine, done, self._accounts)
+        self._reactor.callFromThread(run, coroutine, done, self.accounts)
         return answer.result()
 
     async def start(self) -> None:
@@ -227,7 +227,7 @@ class Dispatcher:
         gate = Gate(handler.limit, self._settings.thread_queue) if handler.limit else None
         timeout = self._settings.handler_timeout if handler.timeout is None else handler.timeout
         outcomes = Outcomes(self._metrics, handler.name)
-        account = self._accounts.open(Kind.HANDLER, handler.name)
+        account = self.accounts.open(Kind.HANDLER, handler.name)
         throttle = Throttle(account)
         if handler.run in ("loop", "auto") and handler.pressure != "ignore":
             self.throttles.append(throttle)
@@ -242,7 +242,7 @@ class Dispatcher:
         if handler.run == "auto":
             moves = Moves(handler, self._slow, self._reactor, self._metrics, self._log)
         pools = self.threads, self._processes
-        marks = Charged(self._marks, self._accounts, account)
+        marks = Charged(self._marks, self.accounts, account)
         call = Call(handler, timeout, gate, pools, moves, self._mistakes, outcomes, marks, valve)
         self._made.append(call)
         return call
