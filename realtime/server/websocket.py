@@ -362,15 +362,18 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     def _take(self, data: bytes) -> None:
         """Act on bytes of the peer."""
         self._backlog += data
-        self._unfinished = True
-        self._work()
+        if not self._unfinished:
+            self._unfinished = True
+            self._work(False)
 
-    def _work(self) -> None:
-        """Act on what was read, for one slice of the loop's time. If more is left, the socket is not read meanwhile."""
+    def _work(self, more: bool) -> None:
+        """Act on what was read, for one slice of the loop's time. If more is left, the socket is not read meanwhile.
+
+        more: whether Autobahn may have something to go on with.
+        """
         seconds = self.factory.reactor.seconds
         end = seconds() + self.factory.slice
         backlog, start = self._backlog, 0
-        more = True  # Autobahn may have kept something when the last slice ended
         while self.state == self.STATE_OPEN and not self._held:
             if not more:
                 if start >= len(backlog):
@@ -395,7 +398,7 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     def take_turn(self) -> None:
         """Go on with what was left; it is this connection's turn."""
         if self.state == self.STATE_OPEN and not self._held:
-            self._work()
+            self._work(True)
 
     @property
     def _held(self) -> bool:

@@ -197,6 +197,7 @@ class Stage:
         client: settings.Client,
     ) -> None:
         self.now = 0.0
+        self.path = websocket.handler_prefix
         self.deadlines = Deadlines(self.now)
         self.metrics = Metrics()
         self.sessions: list[Echo] = []
@@ -274,7 +275,7 @@ class Stage:
 
     async def open(self, *more: str) -> Client:
         """A client whose WebSocket is open."""
-        client = await self.request(handshake(*more))
+        client = await self.request(handshake(*more, path=self.path))
         assert client.status == 101, client.response
         return client
 
