@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from functools import partial
 from ipaddress import ip_address
 from typing import Any
 
@@ -27,9 +28,10 @@ from realtime.protocol.keys import MAX_SET_BYTES, RETRY, KeySets
 from realtime.protocol.tokens import TokenInvalid, TokenVerifier
 from realtime.server import key_sets
 from realtime.server.handlers.coroutines import started
-from realtime.server.key_sets import TRIES, KeySetFetcher
-from realtime.settings import Token
+from realtime.server.key_sets import TRIES, KeySetFetcher, make_verifier
+from realtime.settings import Client, SubscriptionToken, Token
 
+NOW = 1_700_000_000.0
 ONE, TWO = (rsa.generate_private_key(65537, 2048) for _ in range(2))
 
 
@@ -356,7 +358,7 @@ class World:
         )
         sets = KeySets(fetcher(), started, lambda: self.now)
         table = Token(jwks_public_endpoint=self.provider.at(path), jwks_allow_insecure=True, **settings)
-        self.verifier = TokenVerifier(table, lambda: 1_700_000_000.0, sets)
+        self.verifier = TokenVerifier(table, partial(float, NOW), sets)
 
     async def user(self, key: Any, kid: str = "one", **claims: Any) -> str:
         token = jwt.encode({"sub": "42", **claims}, key, "RS256", {"kid": kid})
@@ -418,3 +420,33 @@ async def test_a_thousand_at_once_are_one_fetch(provide: Any) -> None:
     judged = [started(world.verifier.connection(token)) for _ in range(1000)]
     assert [(await one).user for one in judged] == ["42"] * 1000
     assert world.provider.requests == ["/keys"]
+
+
+@on_loop
+async def test_a_worker_judges_by_two_tables(provide: Any) -> None:
+    provider = provide(lambda path, _: answer(published(one=ONE if path == "/one" else TWO)))
+    settings = Client(
+        token=Token(jwks_public_endpoint=provider.at("/one"), jwks_allow_insecure=True),
+        subscription_token=SubscriptionToken(
+            enabled=True, jwks_public_endpoint=provider.at("/two"), jwks_allow_insecure=True
+        ),
+    )
+    metrics, clock = Metrics(), partial(float, NOW)
+    one, two = (jwt.encode({"channel": "news"}, key, "RS256", {"kid": "one"}) for key in (ONE, TWO))
+    both = make_verifier(settings, reactor, metrics, clock)
+    assert (await both.subscription(two)).channel == "news"
+    with pytest.raises(TokenInvalid):
+        await both.subscription(one)
+    alone = make_verifier(Client(token=settings.token, subscription_token=SubscriptionToken()), reactor, metrics, clock)
+    assert (await alone.subscription(one)).channel == "news"
+    with pytest.raises(TokenInvalid):
+        await alone.subscription(two)
+    assert provider.requests == ["/two", "/one"]
+    # What one table allows, the other does not.
+    strict = Client(
+        token=settings.token,
+        subscription_token=SubscriptionToken(enabled=True, jwks_public_endpoint=provider.at("/two")),
+    )
+    with pytest.raises(KeysUnavailable):
+        await make_verifier(strict, reactor, metrics, clock).subscription(two)
+    assert provider.requests == ["/two", "/one"]
