@@ -1,0 +1,147 @@
+"""Streams by the official SDK, in Node and in headless Chromium, and by readers that know nothing but HTTP.
+
+The server has two workers, and a request goes to either: what a client sends reaches its session all the same.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
+
+import jwt
+import pytest
+from serving import Server, ServerStarter, run_node, wait_until
+
+MANY = 40
+EVERYTHING = {name: {"enabled": True} for name in ("sse", "http_stream", "uni_sse", "uni_http_stream", "init")}
+
+
+@pytest.fixture
+def server(start_server: ServerStarter) -> Server:
+    return start_server(**EVERYTHING)
+
+
+def token(**claims: object) -> str:
+    return jwt.encode(claims, "secret", algorithm="HS256")
+
+
+def pid(server: Server) -> int:
+    """Of the worker that takes the next connection."""
+    with urllib.request.urlopen(f"{server.http}/pid", timeout=10) as response:
+        return json.load(response)["pid"]
+
+
+def check(seen: dict[str, Any], transport: str, many: int) -> None:
+    """What every client must have seen, wherever it ran."""
+    assert seen["transports"] == [transport, transport]
+    assert seen["inOrder"] and seen["complete"]
+    assert seen["echoed"] == {"text": "ü", "list": [1, None]}
+    assert seen["refused"] == {"code": 1234, "message": "refused on purpose"}
+    assert seen["presence"] == ["ada", "bob"]
+    assert seen["history"] == [2 * many, 2 * many - 1]
+    assert seen["recovery"] == {"wasRecovering": True, "recovered": True}
+    assert seen["heard"] == 2 * many + 6
+
+
+@pytest.mark.node
+def test_node_with_a_connection_for_every_command(server: Server) -> None:
+    wait_until(lambda: {pid(server) for _ in range(20)} == set(server.workers()), "connections at both workers")
+    tokens = {"brief": token(sub="7", exp=int(time.time()) + 3), "renewed": token(sub="7", exp=int(time.time()) + 3600)}
+    seen = run_node("streams.mjs", server.http, MANY, tokens)
+
+    check(seen, "http_stream", MANY)
+    assert set(seen["statuses"]) == {"204"}
+    assert seen["statuses"]["204"] > 2 * MANY
+    assert seen["renewed"] == {"renewals": 1, "lost": [], "user": "7"}
+    assert (seen["fallback"], seen["answered"]) == ("http_stream", "by the other way")
+
+
+@pytest.mark.browser
+@pytest.mark.node
+def test_chromium(server: Server) -> None:
+    other = server.http.replace("127.0.0.1", "localhost")
+    seen = run_node("streams_page.mjs", server.http, other, 10)
+
+    for name, transport in {
+        "http_stream": "http_stream",
+        "sse": "sse",
+        "elsewhere": "sse",
+        "fallback": "http_stream",
+    }.items():
+        check(seen[name], transport, 10)
+
+
+class Reader:
+    """A plain reader of a stream, in lines."""
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self.response = response
+
+    def __iter__(self) -> Reader:
+        return self
+
+    def __next__(self) -> Any:
+        """The next push."""
+        while True:
+            line = self.response.readline()
+            assert line, "the stream is over"
+            if line.strip():
+                return json.loads(line.removeprefix(b"data: "))
+
+    def find(self, kind: str) -> Any:
+        """The next push of this kind."""
+        return next(push[kind] for push in self if kind in push)
+
+    @property
+    def is_over(self) -> bool:
+        return self.response.read().strip() == b""
+
+
+@contextmanager
+def reading(server: Server, method: str, path: str, body: str | None = None) -> Iterator[Reader]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request(method, path, body)
+    response = connection.getresponse()
+    assert response.status == 200
+    try:
+        yield Reader(response)
+    finally:
+        connection.close()
+
+
+def test_plain_readers(server: Server) -> None:
+    request = json.dumps({"token": token(sub="42", channels=["stream:plain"])})
+    with (
+        reading(server, "GET", f"/connection/uni_sse?cf_connect={quote(request)}") as events,
+        reading(server, "POST", "/connection/uni_http_stream", request) as lines,
+    ):
+        for reader in (events, lines):
+            connect = next(reader)["connect"]
+            assert list(connect["subs"]) == ["stream:plain"]
+            assert connect["session"]
+        for number in range(3):
+            publish(server, "stream:plain", number)
+        for reader in (events, lines):
+            assert [reader.find("pub")["data"] for _ in range(3)] == [0, 1, 2]
+        server.process.send_signal(signal.SIGTERM)
+        for reader in (events, lines):
+            assert reader.find("disconnect") == {"code": 3001, "reason": "shutdown"}
+            assert reader.is_over
+
+
+def publish(server: Server, channel: str, data: Any) -> None:
+    """By the server API."""
+    request = urllib.request.Request(
+        f"{server.http}/api/publish",
+        json.dumps({"channel": channel, "data": data}).encode(),
+        {"X-API-Key": "test-key", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=10) as response:
+        assert "error" not in json.load(response)
