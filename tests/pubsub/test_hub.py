@@ -56,13 +56,21 @@ FORMS = {"text": TextForm(), "other": TextForm("other:")}
 class Listener:
     """A member that writes down what it gets."""
 
-    def __init__(self, form: str = "text", positioned: bool = True, announced: bool = False) -> None:
+    def __init__(
+        self,
+        form: str = "text",
+        positioned: bool = True,
+        announced: bool = False,
+        delta: bool = False,
+        filter: Filter | None = None,
+        priority: str = "normal",
+    ) -> None:
         self.form = FORMS[form]
         self.positioned = positioned
         self.announced = announced
-        self.delta = False
-        self.filter: Filter | None = None
-        self.priority = "normal"
+        self.delta = delta
+        self.filter = filter
+        self.priority = priority
         self.frames: list[bytes] = []
         self.deliver: Callable[[bytes], None] = self.frames.append
         self.losses = self.misfits = 0
