@@ -620,6 +620,21 @@ async def test_transport_error_mode(site: Site, path: str, body: Any, status: in
 
 
 @on_loop
+async def test_transport_error_mode_for_every_call() -> None:
+    site = Site(error_mode="transport")
+    url = await site.start()
+    try:
+        for mode, status in ((None, 400), ("transport", 400), ("other", 200)):
+            headers = {"X-API-Key": KEY} | ({"X-Centrifugo-Error-Mode": mode} if mode else {})
+            answer = await fetch("POST", f"{url}/api/publish", json={}, headers=headers)
+            assert answer.status_code == status
+        answer = await fetch("POST", f"{url}/api/info", json={}, headers={"X-API-Key": KEY})
+        assert "result" in answer.json()
+    finally:
+        await site.stop()
+
+
+@on_loop
 async def test_engine_outage_is_error_100_and_a_bug_is_logged(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     url = await site.start()
     events: list[dict[str, Any]] = []
