@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from realtime.protocol.handshake import encoding, judge_handshake, opening_request, origin_policy, subprotocol
@@ -107,6 +109,28 @@ def test_subprotocols() -> None:
     assert chosen("centrifuge-protobuf", encodings=("json",)) is None
     assert chosen(",".join(f"p{n}" for n in range(15)) + ",centrifuge-json") == "centrifuge-json"
     assert chosen(",".join(f"p{n}" for n in range(16)) + ",centrifuge-json") is None
+
+
+@pytest.mark.parametrize(
+    ("offer", "expected"),
+    [
+        ("centrifuge-json" + " " * 8000, 0),
+        (" " * 8000 + ", centrifuge-json", 400),  # an empty item
+        ("a" + " " * 8000 + "b", 400),
+        (", ".join(f"p{n}" for n in range(1000)), 0),
+        (",".join(["centrifuge-json"] * 490), 0),
+        ("," * 8000, 400),
+        ("x" * 8000, 0),
+        ("x" * 8000 + "\x80", 400),
+        *((f"a{chr(code)}b", 400) for code in (*range(0xA0, 0x100), *map(ord, '"()/:;<=>?@[\\]{}'))),
+    ],
+)
+def test_odd_subprotocols_take_no_time(offer: str, expected: int) -> None:
+    head = handshake(("Sec-WebSocket-Protocol", offer))
+    began = time.process_time()
+    assert verdict(head) == expected
+    subprotocol(head, ("json",))
+    assert time.process_time() - began < 0.1
 
 
 @pytest.mark.parametrize(

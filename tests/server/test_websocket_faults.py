@@ -184,6 +184,30 @@ async def test_good_closes_are_answered_once(payload: bytes) -> None:
         assert stage.sessions[0].received == [b"before"]
 
 
+# The opening handshake
+
+
+async def test_what_comes_behind_the_handshake_is_frames() -> None:
+    async with staged() as stage:
+        client = await stage.request(handshake() + text("one") + text("two"))
+        await eventually(lambda: client.texts == ["one", "two"])
+        client.leave()
+        second = await stage.request(handshake() + handshake())
+        assert (await second.closed())[0] == 1002
+        assert second.received.count(b"HTTP/1.1") == 1
+
+
+async def test_two_hundred_come_and_a_hundred_may() -> None:
+    async with staged(client=settings.Client(connection_limit=100)) as stage:
+        clients = [await stage.request(handshake()) for _ in range(200)]
+        assert [client.status for client in clients] == [101] * 100 + [503] * 100
+        assert all(b"Retry-After: " in client.response for client in clients[100:])
+        await eventually(lambda: all(client.lost for client in clients[100:]))
+        for client in clients[:100]:
+            await client.echo("undisturbed")
+            client.leave()
+
+
 # Text and binary
 
 
