@@ -7,6 +7,7 @@ dies. What a worker has to do with it, see `realtime.server.broker_engine`; what
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -23,6 +24,7 @@ from realtime.records import ClientInfo, Publication
 from realtime.server import child
 from realtime.server.link import PEER_ENDED, Link, adopt
 from realtime.settings import EngineSettings
+from realtime.supervision.accounts import Accounts, Kind
 
 SWEEP_INTERVAL = 0.25
 """Seconds between two looks for what is over."""
@@ -36,10 +38,13 @@ _log = Logger()
 class Broker:
     """The exchange behind links.
 
-    reactor: twisted's, with monotonic `seconds`.
+    reactor: twisted's, with monotonic `seconds`. accounts: the loop's, which are charged for its links and its sweeps.
     """
 
-    def __init__(self, settings: EngineSettings, metrics: Metrics, reactor: Any) -> None:
+    def __init__(
+        self, settings: EngineSettings, metrics: Metrics, reactor: Any, accounts: Accounts | None = None
+    ) -> None:
+        self._accounts = accounts or Accounts(time.monotonic_ns)
         self.instance = make_epoch()
         self._settings = settings
         self._reactor = reactor
@@ -55,7 +60,8 @@ class Broker:
 
     def start(self) -> None:
         """Begin to free what is over, now and then."""
-        sweeping = LoopingCall(self._sweep)
+        accounts = self._accounts
+        sweeping = LoopingCall(accounts.charging(accounts.open(Kind.TIMERS), self._sweep))
         sweeping.clock = self._reactor
         sweeping.start(SWEEP_INTERVAL, now=False).addErrback(
             lambda failure: _log.failure("histories are not swept any more", failure)
@@ -76,7 +82,7 @@ class Broker:
         self._peers[slot] = peer = _Peer(self, str(slot))
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
-        link = Link(self._reactor, wire.ToBroker, limit, peer.receive, self._ended, patience=patience)
+        link = Link(self._reactor, wire.ToBroker, limit, peer.receive, self._ended, self._accounts, patience)
         peer.begin(link)
         adopt(self._reactor, fd, link)
 
@@ -286,7 +292,7 @@ class _Peer:
 
 async def start(process: child.Child) -> None:
     """Be the broker of this process's supervisor."""
-    broker = Broker(process.settings.engine, process.metrics, process.reactor)
+    broker = Broker(process.settings.engine, process.metrics, process.reactor, process.accounts)
     broker.start()
     process.on_link = broker.attach
     process.on_drain = broker.drain

@@ -19,7 +19,7 @@ import psutil
 
 from realtime.metrics import Sample
 from realtime.settings import Loop
-from realtime.supervision.accounts import Accounts
+from realtime.supervision.accounts import Accounts, Kind
 from realtime.supervision.vitals import Page, State, Vitals
 
 # Seconds over which the utilisation is smoothed.
@@ -152,6 +152,9 @@ class Pulse:
         self._due = 0.0
         self._call: Call | None = None
         self._process = psutil.Process()
+        self._tick: Callable[[], None] = self._beat
+        if turns is not None:
+            self._tick = turns.accounts.charging(turns.accounts.open(Kind.TIMERS), self._beat)
 
     def start(self) -> None:
         """Beat now, and go on."""
@@ -177,7 +180,7 @@ class Pulse:
         self.on_beat(self._write(now))
         # From now, not from when it was due: a stalled loop does not make up for the beats that it missed.
         self._due = now + self._interval
-        self._call = self._clock.callLater(self._interval, self._beat)
+        self._call = self._clock.callLater(self._interval, self._tick)
 
     def _measure(self, now: float) -> None:
         if now >= self._rss_due:
