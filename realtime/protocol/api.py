@@ -173,10 +173,10 @@ class BroadcastResult(Struct, frozen=True):
 
 
 class BinaryPub(Struct, frozen=True, omit_defaults=True):
-    """A publication whose data JSON can't carry."""
+    """A publication whose data JSON can't carry, so its `data` is null."""
 
     b64data: str
-    data: Raw = Raw(b"null")
+    data: None
     info: messages.Info | None = None
     offset: int = 0
     tags: dict[str, str] | None = None
@@ -420,7 +420,7 @@ def _pub(publication: Publication) -> messages.Pub | BinaryPub:
     plain = messages.pub(publication, messages.one_line(publication.data))
     if not publication.binary:
         return plain
-    return BinaryPub(base64.b64encode(publication.data).decode(), Raw(b"null"), plain.info, plain.offset, plain.tags)
+    return BinaryPub(base64.b64encode(publication.data).decode(), None, plain.info, plain.offset, plain.tags)
 
 
 def _response(outcome: Position | ClientError) -> Response:
