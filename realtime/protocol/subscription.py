@@ -149,6 +149,7 @@ class Subscription:
         if self.options.presence or self.options.join_leave:
             self._entered = True
             await self._enter()
+            self._entered = True  # again, in case that it was ended meanwhile: it is ended once more
         publications = self._wanted(page.publications) if recovered else []
         result = SubscribeResult(
             recoverable=self.recoverable,

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_session import BARE, App, Gate, run
+from sessions import BARE, App, Gate, run
 
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.protocol.commands import COMMANDS

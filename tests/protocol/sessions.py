@@ -1,0 +1,325 @@
+"""Sessions as tests drive them: a worker's core without sockets, and clients that speak to it. No reactor, no clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jwt
+import msgspec
+from centrifuge.protocol import client_pb2
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from realtime.metrics import Metrics
+from realtime.protocol.commands import COMMANDS
+from realtime.protocol.deadlines import RESOLUTION, Deadlines
+from realtime.protocol.encodings import JSON_ENCODING, JSON_PUSHES
+from realtime.protocol.forms import Form
+from realtime.protocol.node import Node
+from realtime.protocol.protobuf import PROTOBUF
+from realtime.protocol.registry import Order, Registry, encode_order
+from realtime.protocol.rules import Rules
+from realtime.protocol.session import Request, Session
+from realtime.protocol.tokens import TokenVerifier
+from realtime.pubsub.hub import Hub
+from realtime.pubsub.memory import MemoryEngine
+from realtime.settings import Channel, ChannelOptions, Client, EngineSettings, Namespace, RPCPing, Token
+
+SECRET = "a secret of thirty-two characters"
+NOW = 1_700_000_000.0
+
+
+class Gate:
+    """Something to await that a test opens."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Any] = []
+
+    def __await__(self):
+        return (yield self)
+
+    def open(self, value: Any = None) -> None:
+        for resume in self.waiting:
+            resume(value)
+
+
+def run(coroutine, done) -> None:
+    """The runner of these tests: goes on at once, or when a Gate opens."""
+
+    def step(value=None):
+        try:
+            coroutine.send(value).waiting.append(step)
+        except StopIteration as stop:
+            done(stop.value, None)
+        except BaseException as error:
+            done(None, error)
+
+    step()
+
+
+# Pushes as the messages themselves: the frame around them is the shell's business.
+BARE = Form(JSON_ENCODING, lambda payload: payload)
+BARE_PUSHES = Form(JSON_PUSHES, lambda payload: payload)
+BARE_PROTOBUF = Form(PROTOBUF, lambda payload: payload)
+
+
+class App:
+    """Handlers of a test: whatever it sets."""
+
+    connecting = disconnected = message = None
+
+    def __init__(self) -> None:
+        self.subscribe_handlers: dict[str, Any] = {}
+        self.publish_handlers: dict[str, Any] = {}
+        self.procedures: dict[str, Any] = {}
+
+    @property
+    def has_procedures(self) -> bool:
+        return bool(self.procedures)
+
+    def subscribing(self, channel):
+        return self.subscribe_handlers.get(channel)
+
+    def publishing(self, channel):
+        return self.publish_handlers.get(channel)
+
+    def procedure(self, method):
+        return self.procedures.get(method)
+
+
+class Peer:
+    """A client: the connection that its session writes to, and what came over it.
+
+    What it says and hears are the messages as in JSON, whatever its encoding.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        form: Form = BARE,
+        *,
+        secret: str = "",
+        pings: bool = True,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self.form = form
+        self.secret = secret
+        self.pings = pings
+        self.raw: list[bytes] = []
+        self.close_code: tuple[int, str] | None = None
+        self.paused = False
+        request = Request(headers or {}, {}, "/connection/websocket", "10.0.0.1")
+        self.session = Session(server.node, COMMANDS, self, request)
+
+    # what the session calls
+    def send(self, payload: bytes) -> None:
+        assert self.close_code is None, "sent after the close"
+        self.raw.append(payload)
+
+    deliver = send
+
+    def close(self, code: int, reason: str) -> None:
+        assert self.close_code is None, "closed twice"
+        self.close_code = (code, reason)
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+    # what a test calls
+    def say(self, *commands: dict | bytes) -> list[dict]:
+        """Send these in one message; what came back since."""
+        if self.form is BARE_PROTOBUF:
+            self.session.receive(b"".join(c if isinstance(c, bytes) else in_protobuf(c) for c in commands))
+        else:
+            self.session.receive(b"\n".join(c if isinstance(c, bytes) else msgspec.json.encode(c) for c in commands))
+        return self.heard()
+
+    def heard(self) -> list[dict]:
+        raw, self.raw = self.raw, []
+        read = from_protobuf if self.form is BARE_PROTOBUF else msgspec.json.decode
+        return [read(line) for line in raw]
+
+    def subscribe(self, channel: str, **request: Any) -> dict:
+        """Subscribe; the result."""
+        reply, *rest = self.say({"id": 2, "subscribe": {"channel": channel, **request}})
+        assert not rest and self.close_code is None
+        return reply["subscribe"]
+
+    def publications(self) -> list[Any]:
+        """The data of the publications that came since, and of nothing else."""
+        return [message["push"]["pub"]["data"] for message in self.heard()]
+
+    def connect(self, **request: Any) -> str:
+        reply, *_ = self.say({"id": 1, "connect": request})
+        return reply["connect"]["client"]
+
+
+class Server:
+    """Everything a worker has but the sockets."""
+
+    def __init__(self, channel: Channel | None = None, **client: Any) -> None:
+        self.now = 0.0
+        self.wall = NOW
+        self.mistakes: list[BaseException] = []
+        self.app = App()
+        self.metrics = Metrics()
+        self.registry = Registry()
+        self.hub = Hub(self.registry.obey)
+        self.engine = self.hub.engine = MemoryEngine(self.hub, EngineSettings(), lambda: self.now)
+        settings = Client(**{"token": Token(hmac_secret_key=SECRET), **client})
+        self.node = Node(
+            settings=settings,
+            rules=Rules(channel or CHANNEL),
+            tokens=TokenVerifier(settings.token, lambda: self.wall),
+            engine=self.engine,
+            hub=self.hub,
+            registry=self.registry,
+            deadlines=Deadlines(0.0),
+            handlers=self.app,
+            run=run,
+            wall_clock=lambda: self.wall,
+            failed=self.mistakes.append,
+            version="test",
+            uid="node",
+            metrics=self.metrics,
+            rpc_ping=RPCPing(enabled=True),
+        )
+
+    def peer(self, form: Form = BARE, **connection: Any) -> Peer:
+        return Peer(self, form, **connection)
+
+    def client(self, user: str = "") -> Peer:
+        """A connected client."""
+        peer = self.peer()
+        peer.connect(**({"token": token(sub=user)} if user else {}))
+        return peer
+
+    def order(self, order: Order) -> None:
+        """An order of the server API gets here."""
+        self.registry.obey(encode_order(order))
+
+    def publish(self, channel: str, *contents: Any, **options: Any) -> None:
+        """Publish from the server's side."""
+        retention = self.node.rules.options(channel).retention
+        for content in contents:
+            data = content if isinstance(content, bytes) else msgspec.json.encode(content)
+            run(self.engine.publish(channel, data, retention=retention, **options), self._published)
+
+    def _published(self, result: Any, error: BaseException | None) -> None:
+        assert error is None, error
+
+    def count(self, name: str, **labels: str) -> int:
+        """What a counter stands at."""
+        return self.metrics.counter(name, "", **labels).value
+
+    def clean(self) -> bool:
+        """Whether no client has left anything behind."""
+        empty = (self.hub.subscriptions, len(self.registry), self.node.deadlines._buckets) == (0, 0, {})
+        return empty and self.engine._exchange.channels == 0 and not self.mistakes
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, with the sweeps that a worker makes."""
+        end = self.now + seconds
+        while self.now < end:
+            step = min(RESOLUTION, end - self.now)
+            self.now += step
+            self.wall += step
+            self.node.deadlines.sweep(self.now)
+
+    def ping(self, peer: Peer) -> None:
+        """Let time pass until the peer is pinged, one interval at most."""
+        for _ in range(int(25 / RESOLUTION) + 2):
+            self.advance(RESOLUTION)
+            if heard := peer.heard():
+                assert heard == [{}]
+                return
+        raise AssertionError("no ping came")
+
+
+def token(**claims: Any) -> str:
+    return jwt.encode(claims, SECRET, algorithm="HS256")
+
+
+ALL = {
+    "allow_subscribe_for_client": True,
+    "allow_subscribe_for_anonymous": True,
+    "allow_publish_for_client": True,
+    "allow_publish_for_anonymous": True,
+    "allow_presence_for_client": True,
+    "allow_presence_for_anonymous": True,
+    "allow_history_for_client": True,
+    "allow_history_for_anonymous": True,
+}
+KEPT = {"history_size": 10, "history_ttl": 300.0}
+CHANNEL = Channel(
+    without_namespace=ChannelOptions(**ALL),
+    namespaces=(
+        Namespace(
+            name="room", presence=True, join_leave=True, force_push_join_leave=True, force_recovery=True, **KEPT, **ALL
+        ),
+        Namespace(name="kept", **KEPT, **ALL),
+        Namespace(name="users", allow_subscribe_for_client=True, allow_publish_for_subscriber=True),
+        Namespace(name="limited", allow_user_limited_channels=True, allow_subscribe_for_client=True),
+        Namespace(name="nothing"),
+    ),
+)
+
+
+def error_of(replies: list[dict]) -> int:
+    (reply,) = replies
+    assert reply["error"]["message"]
+    return reply["error"]["code"]
+
+
+# -- the other encoding -----------------------------------------------------------------------------------------------
+
+
+def in_protobuf(command: dict) -> bytes:
+    """A command with its length. `data` is JSON text, as with the other encoding."""
+    message = _filled(client_pb2.Command(), command).SerializeToString()
+    assert len(message) < 0x4000
+    length = (len(message),) if len(message) < 0x80 else (len(message) & 0x7F | 0x80, len(message) >> 7)
+    return bytes(length) + message
+
+
+def _filled(message: Message, content: dict) -> Message:
+    message.SetInParent()
+    for name, value in content.items():
+        field = message.DESCRIPTOR.fields_by_name.get(name)
+        if field is None:
+            continue  # newer than the SDK's schema
+        target, inner = getattr(message, name), field.message_type
+        if inner is not None and inner.GetOptions().map_entry:
+            for key, item in value.items():
+                _filled(target[key], item) if isinstance(item, dict) else target.__setitem__(key, item)
+        elif field.is_repeated:
+            for item in value:
+                _filled(target.add(), item) if inner is not None else target.append(item)
+        elif inner is not None:
+            _filled(target, value)
+        else:
+            setattr(message, name, msgspec.json.encode(value) if field.type == FieldDescriptor.TYPE_BYTES else value)
+    return message
+
+
+def from_protobuf(payload: bytes) -> dict:
+    """A reply, read past its length, as it is in JSON."""
+    size = next(n for n, byte in enumerate(payload, 1) if byte < 0x80)
+    return _read(client_pb2.Reply.FromString(payload[size:]))
+
+
+def _read(message: Message) -> dict:
+    return {field.name: _value(field, value) for field, value in message.ListFields()}
+
+
+def _value(field: FieldDescriptor, value: Any) -> Any:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        return {key: _read(item) if isinstance(item, Message) else item for key, item in value.items()}
+    if field.is_repeated:
+        return [_read(item) if isinstance(item, Message) else item for item in value]
+    if isinstance(value, Message):
+        return _read(value)
+    return msgspec.json.decode(value) if isinstance(value, bytes) else value

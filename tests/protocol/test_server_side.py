@@ -1,0 +1,561 @@
+"""Subscriptions that the server begins: by credentials, by the client's own wish at connect, and by order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from sessions import ALL, BARE_PROTOBUF, KEPT, NOW, Gate, Peer, Server, error_of, token
+
+from realtime.errors import EngineUnavailable
+from realtime.protocol.registry import DisconnectOrder, RefreshOrder, SubscribeOrder, UnsubscribeOrder
+from realtime.records import Credentials, Grant, Position, Terms
+from realtime.settings import Channel, ChannelOptions, Namespace, PersonalChannel
+
+CHANNELS = Channel(
+    without_namespace=ChannelOptions(force_recovery=True, **KEPT),
+    namespaces=(
+        Namespace(name="room", presence=True, join_leave=True, force_push_join_leave=True, force_recovery=True, **KEPT),
+        Namespace(name="own", presence=True, join_leave=True, force_push_join_leave=True),
+        Namespace(name="open", force_recovery=True, **KEPT, **ALL),
+        Namespace(name="limited", allow_user_limited_channels=True, **KEPT),
+        Namespace(name="tagged", allow_tags_filter=True, allowed_delta_types=("fossil",), force_recovery=True, **KEPT),
+        Namespace(name="plain"),
+    ),
+)
+
+
+def make(**client: Any) -> Server:
+    return Server(CHANNELS, allow_anonymous_connect_without_token=True, **client)
+
+
+def connect(peer: Peer, **claims: Any) -> dict:
+    """Connect with a token; the result."""
+    reply, *rest = peer.say({"id": 1, "connect": {"token": token(**{"sub": "42", **claims})}})
+    assert not [message for message in rest if "push" not in message]
+    return reply["connect"]
+
+
+def subs(peer: Peer, claims: dict, **positions: dict) -> dict:
+    """Connect with a token and what the client says of where it left its channels; the subscriptions."""
+    request = {"token": token(sub="42", **claims), "subs": positions}
+    return peer.say({"id": 1, "connect": request})[0]["connect"].get("subs", {})
+
+
+class TestAtConnect:
+    def test_channels_of_the_token_need_no_permission(self):
+        server = make()
+        peer = server.peer()
+        assert connect(peer, channels=["plain:a", "plain:b"])["subs"] == {"plain:a": {}, "plain:b": {}}
+        server.publish("plain:b", 1)
+        assert peer.heard() == [{"push": {"channel": "plain:b", "pub": {"data": 1}}}]
+        assert set(peer.session.handle.channels) == {"plain:a", "plain:b"}
+
+    def test_none_are_not_named(self):
+        assert "subs" not in connect(make().peer())
+
+    def test_options_of_the_token(self):
+        server = make()
+        peer = server.peer()
+        options = {"info": {"role": "x"}, "data": {"topic": 1}, "override": {"presence": {"value": True}}}
+        assert connect(peer, subs={"plain:a": options}, channels=["plain:b"])["subs"] == {
+            "plain:a": {"data": {"topic": 1}}
+        }
+        (seen,) = server.engine._exchange.presence("plain:a").values()
+        assert (seen.user, seen.chan_info) == ("42", b'{"role":"x"}')
+
+    def test_credentials_of_the_handler(self):
+        async def connecting(request):
+            return Credentials(
+                "7", channels=["plain:a"], subs={"room:b": Grant(data=1, info="x", expire_at=int(NOW) + 5)}
+            )
+
+        server = make(pong_timeout=0.0)
+        server.app.connecting = connecting
+        peer = server.peer()
+        result, *joins = peer.say({"id": 1, "connect": {}})
+        assert result["connect"]["subs"]["plain:a"] == {}
+        assert result["connect"]["subs"]["room:b"]["data"] == 1
+        assert joins[0]["push"]["join"]["info"]["chan_info"] == "x"
+        server.advance(4)
+        assert peer.close_code is None
+        server.advance(2)
+        assert peer.close_code == (3006, "subscription expired")
+
+    def test_what_a_grant_can_not_override_is_a_mistake(self):
+        async def connecting(request):
+            return Credentials("7", subs={"plain:a": Grant(override={"history_size": True})})
+
+        server = make()
+        server.app.connecting = connecting
+        assert error_of(server.peer().say({"id": 1, "connect": {}})) == 100
+        assert len(server.mistakes) == 1
+
+    def test_an_unknown_namespace_in_the_token_is_102(self):
+        server = make()
+        peer = server.peer()
+        assert error_of(peer.say({"id": 1, "connect": {"token": token(sub="42", channels=["plain:a", "no:b"])}})) == 102
+        server.advance(6)
+        assert server.clean()
+
+    def test_too_many_close_with_3505(self):
+        server = make(channel_limit=2)
+        peer = server.peer()
+        peer.say({"id": 1, "connect": {"token": token(sub="42", channels=["plain:a", "plain:b", "plain:c"])}})
+        assert peer.close_code == (3505, "channel limit")
+        assert server.clean() and server.count("realtime_bad_input", kind="channels") == 1
+
+    @pytest.mark.parametrize("form", ["json", "protobuf"])
+    def test_joins_come_after_the_reply(self, form):
+        server = make()
+        peer = server.peer(BARE_PROTOBUF) if form == "protobuf" else server.peer()
+        reply, *pushes = peer.say({"id": 1, "connect": {"token": token(sub="42", channels=["room:a", "own:b"])}})
+        client = reply["connect"]["client"]
+        assert list(reply["connect"]["subs"]) == ["room:a", "own:b"]
+        assert pushes == [
+            {"push": {"channel": channel, "join": {"info": {"user": "42", "client": client}}}}
+            for channel in ("room:a", "own:b")
+        ]
+
+    def test_what_is_published_while_connecting_comes_after_the_reply(self):
+        server = make()
+        gates = {"room:a": Gate(), "room:b": Gate()}
+        history = server.engine.history
+
+        async def late(channel, **options):
+            page = await history(channel, **options)
+            await gates[channel]
+            return page
+
+        server.engine.history = late
+        peer = server.peer()
+        assert peer.say({"id": 1, "connect": {"token": token(sub="42", channels=list(gates))}}) == []
+        server.publish("room:a", 1)
+        gates["room:a"].open()
+        server.publish("room:a", 2)
+        server.publish("room:b", 1)
+        assert peer.heard() == []
+        gates["room:b"].open()
+        reply, *pushes = peer.heard()
+        assert {channel: sub.get("offset", 0) for channel, sub in reply["connect"]["subs"].items()} == {
+            "room:a": 0,
+            "room:b": 0,
+        }
+        published = [(p["push"]["channel"], p["push"]["pub"]["offset"]) for p in pushes if "pub" in p["push"]]
+        assert published == [("room:a", 1), ("room:a", 2), ("room:b", 1)]
+
+    def test_recovery(self):
+        server = make()
+        epoch = subs(server.peer(), {"channels": ["news"]})["news"]["epoch"]
+        server.publish("news", 1, 2, 3)
+        result = subs(server.peer(), {"channels": ["news"]}, news={"recover": True, "offset": 1, "epoch": epoch})[
+            "news"
+        ]
+        assert [publication["data"] for publication in result.pop("publications")] == [2, 3]
+        assert result == {
+            "recoverable": True,
+            "positioned": True,
+            "was_recovering": True,
+            "recovered": True,
+            "offset": 1,
+            "epoch": epoch,
+        }
+        lost = subs(server.peer(), {"channels": ["news"]}, news={"recover": True, "offset": 1, "epoch": "_"})["news"]
+        assert (lost["was_recovering"], lost["offset"], "recovered" in lost, "publications" in lost) == (
+            True,
+            3,
+            False,
+            False,
+        )
+
+    def test_a_lost_position_closes_with_3010(self):
+        server = make()
+        peer = server.peer()
+        connect(peer, channels=["news"])
+        server.hub.interrupted()
+        assert peer.close_code == (3010, "insufficient state")
+        assert server.clean()
+
+    @pytest.mark.parametrize("stage", ["subscribe", "history", "enter"])
+    def test_an_engine_that_is_away_is_a_temporary_error_and_leaves_nothing(self, stage):
+        server = make()
+
+        async def away(*args, **options):
+            raise EngineUnavailable
+
+        setattr(server.engine, stage, away)
+        (reply,) = server.peer().say({"id": 1, "connect": {"token": token(sub="42", channels=["own:x", "room:a"])}})
+        assert reply["error"] == {"code": 100, "message": "internal server error", "temporary": True}
+        server.advance(6)
+        assert server.clean()
+
+    @pytest.mark.parametrize("stage", ["subscribe", "history", "enter"])
+    def test_a_client_that_leaves_meanwhile_leaves_nothing(self, stage):
+        server = make()
+        gate, original = Gate(), getattr(server.engine, stage)
+
+        async def late(*args, **options):
+            await gate
+            return await original(*args, **options)
+
+        setattr(server.engine, stage, late)
+        peer = server.peer()
+        peer.say({"id": 1, "connect": {"token": token(sub="42", channels=["room:a", "room:b"])}})
+        peer.session.closed()
+        gate.open()
+        assert peer.heard() == []
+        assert server.clean() and peer.session.subscriptions == {}
+
+    def test_the_client_may_unsubscribe_and_not_subscribe_again(self):
+        server = make()
+        peer = server.peer()
+        connect(peer, channels=["plain:a"])
+        assert error_of(peer.say({"id": 2, "subscribe": {"channel": "plain:a"}})) == 105
+        assert peer.say({"id": 3, "unsubscribe": {"channel": "plain:a"}}) == [{"id": 3, "unsubscribe": {}}]
+        server.publish("plain:a", 1)
+        assert peer.heard() == []
+
+    def test_a_filter_and_deltas_may_be_asked_for(self):
+        server = make()
+        peer = server.peer()
+        wish = {"tf": {"key": "k", "cmp": "eq", "val": "v"}}
+        assert subs(peer, {"channels": ["tagged:a"]}, **{"tagged:a": wish})["tagged:a"]["positioned"]
+        server.publish("tagged:a", 1)
+        server.publish("tagged:a", 2, tags={"k": "v"})
+        assert peer.publications() == [2]
+        bad = server.peer()
+        request = {"token": token(sub="42", channels=["plain:a"]), "subs": {"plain:a": wish}}
+        assert error_of(bad.say({"id": 1, "connect": request})) == 107
+
+
+class TestByTheClientAtConnect:
+    """Channels that the client names itself: it gets those to which it could subscribe anyway."""
+
+    def test_what_it_may_have(self):
+        server = make()
+        assert list(subs(server.peer(), {}, **{"open:a": {}, "limited:x#42": {}})) == ["open:a", "limited:x#42"]
+
+    @pytest.mark.parametrize(
+        "channel", ["plain:a", "$open:a", "limited:x#43", "open:" + "a" * 300, "open:\n", "open:ä", ""]
+    )
+    def test_what_it_may_not_have_is_left_out(self, channel):
+        server = make()
+        assert subs(server.peer(), {}, **{channel: {}, "open:a": {}}).keys() == {"open:a"}
+
+    def test_where_a_handler_decides_it_is_not_asked(self):
+        async def may(client, channel, data):
+            raise AssertionError
+
+        server = make()
+        server.app.subscribe_handlers["open:a"] = may
+        assert subs(server.peer(), {}, **{"open:a": {}}) == {}
+
+    def test_an_unknown_namespace_closes_with_3501(self):
+        peer = make().peer()
+        peer.say({"id": 1, "connect": {"subs": {"no:a": {}}}})
+        assert peer.close_code == (3501, "bad request")
+
+    def test_an_insecure_server_gives_all_but_private_channels(self):
+        server = make(insecure=True)
+        assert subs(server.peer(), {}, **{"plain:a": {}, "$plain:a": {}}).keys() == {"plain:a"}
+
+    def test_the_limit_counts_all(self):
+        peer = make(channel_limit=2).peer()
+        request = {"token": token(sub="42", channels=["plain:a"]), "subs": {"open:a": {}, "open:b": {}}}
+        peer.say({"id": 1, "connect": request})
+        assert peer.close_code == (3505, "channel limit")
+
+    def test_recovery(self):
+        server = make()
+        epoch = subs(server.peer(), {}, **{"open:a": {}})["open:a"]["epoch"]
+        server.publish("open:a", 1, 2)
+        result = subs(server.peer(), {}, **{"open:a": {"recover": True, "offset": 1, "epoch": epoch}})["open:a"]
+        assert [publication["data"] for publication in result["publications"]] == [2]
+
+
+class TestPersonalChannel:
+    def server(self, **personal: Any) -> Server:
+        return make(subscribe_to_user_personal_channel=PersonalChannel(enabled=True, **personal))
+
+    def test_every_user_has_one(self):
+        server = self.server()
+        peer = server.peer()
+        assert connect(peer)["subs"].keys() == {"#42"}
+        server.publish("#42", "hi")
+        assert peer.publications() == ["hi"]
+        assert "subs" not in server.peer().say({"id": 1, "connect": {}})[0]["connect"]
+
+    def test_in_a_namespace(self):
+        assert connect(self.server(personal_channel_namespace="own").peer())["subs"] == {"own:#42": {}}
+
+    def test_a_new_connection_ends_the_older_ones_of_the_user(self):
+        server = self.server(personal_channel_namespace="own", single_connection=True)
+        old, other, anonymous = server.client("42"), server.client("43"), server.client()
+        new = server.peer()
+        connect(new)
+        assert old.close_code == (3504, "connection limit")
+        assert (new.close_code, other.close_code, anonymous.close_code) == (None, None, None)
+
+    def test_of_two_that_come_at_once_one_stays(self):
+        server = self.server(single_connection=True)
+        orders = []
+
+        async def instruct(order, **options):
+            orders.append(order)
+            return 1
+
+        server.engine.instruct = instruct
+        one, two = server.client("42"), server.client("42")
+        for order in orders:
+            server.registry.obey(order)
+        assert (one.close_code, two.close_code) == ((3504, "connection limit"), None)
+        three = server.client("42")
+        server.registry.obey(orders[-1])
+        assert (two.close_code, three.close_code) == ((3504, "connection limit"), None)
+
+
+class TestRefresh:
+    def test_the_same_channels(self):
+        peer = make().peer()
+        connect(peer, channels=["plain:a", "plain:b"])
+        again = token(sub="42", channels=["plain:b", "plain:a"])
+        assert peer.say({"id": 2, "refresh": {"token": again}}) == [{"id": 2, "refresh": {}}]
+
+    @pytest.mark.parametrize("claims", [{}, {"channels": ["plain:a"]}, {"subs": {"plain:a": {}, "plain:c": {}}}])
+    def test_other_channels_close_with_3010(self, claims):
+        server = make()
+        peer = server.peer()
+        connect(peer, channels=["plain:a", "plain:b"])
+        peer.say({"id": 2, "refresh": {"token": token(sub="42", **claims)}})
+        assert peer.close_code == (3010, "insufficient state")
+        assert server.clean()
+
+    def test_those_that_the_token_did_not_name_do_not_count(self):
+        server = make(subscribe_to_user_personal_channel=PersonalChannel(enabled=True))
+        peer = server.peer()
+        subs(peer, {"channels": ["plain:a"]}, **{"open:a": {}})
+        server.order(SubscribeOrder("42", "plain:b"))
+        peer.say({"id": 2, "subscribe": {"channel": "open:b"}})
+        peer.heard()
+        reply = peer.say({"id": 3, "refresh": {"token": token(sub="42", channels=["plain:a"])}})
+        assert reply == [{"id": 3, "refresh": {}}]
+
+
+class TestOrders:
+    @pytest.fixture
+    def server(self) -> Server:
+        return make()
+
+    def test_subscribe(self, server):
+        ann, other = server.client("ann"), server.client("bob")
+        server.publish("news", 1)
+        terms = Terms(b'{"role":"x"}', b'{"topic":1}', 0.0, {"presence": True})
+        server.order(SubscribeOrder("ann", "news", terms))
+        (push,) = ann.heard()
+        assert push["push"].pop("subscribe").pop("epoch")
+        assert push == {"push": {"channel": "news"}}
+        server.publish("news", 2)
+        assert ann.publications() == [2]
+        assert other.heard() == []
+        (seen,) = server.engine._exchange.presence("news").values()
+        assert seen.chan_info == b'{"role":"x"}'
+
+    def test_the_push_says_where_it_begins(self, server):
+        ann = server.client("ann")
+        server.publish("news", 1, 2)
+        server.order(SubscribeOrder("ann", "news", Terms(data=b"7")))
+        (push,) = ann.heard()
+        body = push["push"]["subscribe"]
+        assert body.pop("epoch")
+        assert body == {"recoverable": True, "positioned": True, "offset": 2, "data": 7}
+
+    def test_since_a_position(self, server):
+        ann = server.client("ann")
+        server.publish("news", 1, 2, 3)
+        server.order(SubscribeOrder("ann", "news", since=Position(1, "")))
+        begin, *rest = ann.heard()
+        assert begin["push"]["subscribe"]["offset"] == 1
+        assert [(one["push"]["pub"]["offset"], one["push"]["pub"]["data"]) for one in rest] == [(2, 2), (3, 3)]
+        server.publish("news", 4)
+        assert ann.publications() == [4]
+
+    def test_who_is_subscribed_stays_as_it_is(self, server):
+        ann = server.client("ann")
+        ann.subscribe("open:a")
+        server.order(SubscribeOrder("ann", "open:a"))
+        assert ann.heard() == []
+        server.hub.interrupted()
+        assert ann.heard()[0]["push"]["unsubscribe"]["code"] == 2500
+
+    def test_the_joiner_hears_of_the_subscription_first(self, server):
+        ann = server.client("ann")
+        server.order(SubscribeOrder("ann", "room:a"))
+        assert [next(iter(message["push"].keys() - {"channel"})) for message in ann.heard()] == ["subscribe", "join"]
+
+    def test_by_client_and_by_session(self, server):
+        one, two, stream = server.client("ann"), server.client("ann"), server.peer(secret="s3cret")
+        stream.say({"id": 1, "connect": {"token": token(sub="ann")}})
+        server.order(SubscribeOrder("ann", "plain:a", client=one.session.client))
+        server.order(SubscribeOrder("ann", "plain:b", session="s3cret"))
+        assert [peer.session.channels() for peer in (one, two, stream)] == [["plain:a"], [], ["plain:b"]]
+        server.order(UnsubscribeOrder("ann", "plain:a", client=two.session.client))
+        server.order(UnsubscribeOrder("ann", "plain:b", session="s3cret"))
+        assert [peer.session.channels() for peer in (one, two, stream)] == [["plain:a"], [], []]
+        server.order(RefreshOrder("ann", expired=True, session="s3cret"))
+        assert (stream.close_code, one.close_code) == ((3005, "connection expired"), None)
+        server.order(DisconnectOrder("ann", client=two.session.client))
+        assert (two.close_code, one.close_code) == ((3503, "force disconnect"), None)
+
+    def test_an_empty_user_means_the_anonymous(self, server):
+        ann, anonymous = server.client("ann"), server.client()
+        server.order(SubscribeOrder("", "plain:a"))
+        assert (ann.session.channels(), anonymous.session.channels()) == ([], ["plain:a"])
+
+    def test_expiry(self):
+        server = make(pong_timeout=0.0)
+        ann = server.client("ann")
+        server.order(SubscribeOrder("ann", "plain:a", Terms(expire_at=NOW - 1)))
+        assert ann.heard() == []
+        server.order(SubscribeOrder("ann", "plain:a", Terms(expire_at=NOW + 3)))
+        server.advance(4)
+        assert ann.close_code == (3006, "subscription expired")
+        assert server.clean()
+
+    def test_one_too_many_closes_with_3505(self):
+        server = make(channel_limit=1)
+        ann = server.client("ann")
+        server.order(SubscribeOrder("ann", "plain:a"))
+        server.order(SubscribeOrder("ann", "plain:b"))
+        assert ann.close_code == (3505, "channel limit")
+        assert server.clean()
+
+    @pytest.mark.parametrize("how", ["order", "command", "closed"])
+    @pytest.mark.parametrize("stage", ["subscribe", "history", "enter"])
+    def test_ended_while_it_begins(self, server, stage, how):
+        gate, original = Gate(), getattr(server.engine, stage)
+
+        async def late(*args, **options):
+            await gate
+            return await original(*args, **options)
+
+        setattr(server.engine, stage, late)
+        ann = server.client("ann")
+        server.order(SubscribeOrder("ann", "room:a"))
+        if how == "order":
+            server.order(UnsubscribeOrder("ann", "room:a"))
+        elif how == "command":
+            assert ann.say({"id": 2, "unsubscribe": {"channel": "room:a"}}) == [{"id": 2, "unsubscribe": {}}]
+        else:
+            ann.session.closed()
+        gate.open()
+        assert ann.heard() == []
+        assert server.hub.subscriptions == 0 and server.engine._exchange.presence("room:a") == {}
+        assert not server.mistakes
+
+    def test_a_subscribe_command_that_an_order_overtakes_is_refused(self, server):
+        gate, original = Gate(), server.engine.history
+
+        async def late(*args, **options):
+            await gate
+            return await original(*args, **options)
+
+        server.engine.history = late
+        ann = server.client("ann")
+        assert ann.say({"id": 2, "subscribe": {"channel": "open:a"}}) == []
+        server.order(UnsubscribeOrder("ann", "open:a"))
+        gate.open()
+        assert error_of(ann.heard()) == 103
+        assert server.hub.subscriptions == 0
+
+    def test_an_order_while_a_handler_thinks_comes_first(self, server):
+        gate = Gate()
+
+        async def may(client, channel, data):
+            await gate
+
+        server.app.subscribe_handlers["plain:a"] = may
+        ann = server.client("ann")
+        ann.say({"id": 2, "subscribe": {"channel": "plain:a"}})
+        server.order(SubscribeOrder("ann", "plain:a"))
+        gate.open()
+        push, reply = ann.heard()
+        assert push == {"push": {"channel": "plain:a", "subscribe": {}}}
+        assert error_of([reply]) == 105
+        assert server.hub.subscriptions == 1
+
+    def test_codes_of_an_unsubscribe(self, server):
+        ann = server.client("ann")
+        ann.subscribe("open:a")
+        server.order(UnsubscribeOrder("ann", "open:a", code=2502, reason="state invalidated"))
+        assert ann.heard() == [
+            {"push": {"channel": "open:a", "unsubscribe": {"code": 2502, "reason": "state invalidated"}}}
+        ]
+
+    def test_refresh(self):
+        server = make(pong_timeout=0.0)
+        bob, ann = server.client("bob"), server.client("ann")
+        for peer in (bob, ann):
+            server.order(SubscribeOrder(peer.session.user, "room:a"))
+            bob.heard()
+        ann.heard()
+        server.order(RefreshOrder("ann", NOW + 10, info=b'"new"'))
+        assert ann.heard() == [{"push": {"refresh": {"expires": True, "ttl": 10}}}]
+        presence = server.engine._exchange.presence("room:a")
+        assert presence[ann.session.client].conn_info == b'"new"'
+        server.order(RefreshOrder("ann"))
+        assert ann.heard() == [{"push": {"refresh": {}}}]
+        assert ann.session.handle.info == "new"
+        server.order(RefreshOrder("ann", NOW + 10))
+        server.advance(60)
+        assert (ann.close_code, bob.close_code) == ((3005, "connection expired"), None)
+
+    @pytest.mark.parametrize("order", [RefreshOrder("ann", expired=True), RefreshOrder("ann", NOW - 1)])
+    def test_an_expiry_that_has_passed_closes_with_3005(self, server, order):
+        ann = server.client("ann")
+        server.order(order)
+        assert ann.close_code == (3005, "connection expired")
+
+
+class TestByHandlers:
+    """What handlers do with a client."""
+
+    def test_subscribe_and_refresh(self):
+        async def upgrade(client, data):
+            client.subscribe("plain:a", Grant(data={"topic": 1}))
+            client.refresh(int(NOW) + 60, info="vip")
+
+        server = make()
+        server.app.procedures["upgrade"] = upgrade
+        peer = server.client("ann")
+        assert peer.say({"id": 2, "rpc": {"method": "upgrade"}}) == [
+            {"push": {"channel": "plain:a", "subscribe": {"data": {"topic": 1}}}},
+            {"push": {"refresh": {"expires": True, "ttl": 60}}},
+            {"id": 2, "rpc": {"data": None}},
+        ]
+        assert (peer.session.handle.info, peer.session.handle.channels) == ("vip", ["plain:a"])
+
+    def test_an_unknown_override_is_refused_there_and_then(self):
+        peer = make().client("ann")
+        with pytest.raises(ValueError):
+            peer.session.handle.subscribe("plain:a", Grant(override={"history_size": True}))
+
+    def test_meta_of_the_token(self):
+        peer = make().peer()
+        reply = connect(peer, meta={"plan": "gold"})
+        assert peer.session.handle.meta == {"plan": "gold"}
+        assert "plan" not in msgspec.json.encode(reply).decode()
+
+    def test_a_grant_that_expires_is_asked_for_anew(self):
+        async def may(client, channel, data):
+            return Grant(expire_at=int(NOW) + 5, override={"presence": True})
+
+        server = make(pong_timeout=0.0)
+        server.app.subscribe_handlers["plain:a"] = may
+        peer = server.client("ann")
+        assert peer.subscribe("plain:a") == {}
+        assert len(server.engine._exchange.presence("plain:a")) == 1
+        server.advance(6)
+        assert peer.heard() == [
+            {"push": {"channel": "plain:a", "unsubscribe": {"code": 2501, "reason": "subscription expired"}}}
+        ]
