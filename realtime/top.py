@@ -160,10 +160,12 @@ def _loop(accounts: Sequence[dict[str, Any]], workers: int) -> Iterator[Line]:
     if not accounts:
         return
     yield []
-    yield [(f"{'LOOPS':>8}  {'AT MOST':>10}  BUSY WITH", _DIM)]
+    several = workers > 1
+    yield [(f"{'LOOPS':>8}  {'AT MOST':>10}  BUSY WITH" if several else f"{'LOOP':>8}  BUSY WITH", _DIM)]
     for account in accounts:
-        most = f"{_share(account['most'])} of {account['slot']}" if workers > 1 else ""
-        yield [(f"{_share(account['share']):>8}  {most:>10}  ", _PLAIN), (one_line(account["account"]), _BOLD)]
+        most = f"{_share(account['most'])} of {account['slot']}"
+        shares = f"{_share(account['share']):>8}  {most:>10}" if several else f"{_share(account['share']):>8}"
+        yield [(f"{shares}  ", _PLAIN), (one_line(account["account"]), _BOLD)]
 
 
 def _places(places: Sequence[dict[str, Any]], width: int) -> Iterator[Line]:

@@ -84,7 +84,7 @@ def test_a_process_that_is_not_there_has_no_figures() -> None:
 
 def test_with_one_worker_there_is_no_other_to_tell_it_from() -> None:
     shown = text(render(snapshot(1), 120, 40))
-    assert "     42%              rpc report" in shown
+    assert "\n    LOOP  BUSY WITH\n     42%  rpc report" in shown
 
 
 def test_without_anything_to_tell_there_is_no_section() -> None:
