@@ -35,7 +35,7 @@ PAGE_BYTES = 4 * 1024 * 1024
 BROADCAST_BYTES = 4 * 1024 * 1024
 """Bytes of one broadcast's data that are on their way to the engine at a time, if more than one channel's."""
 
-BROADCAST_CHANNELS = 256
+BROADCAST_CHANNELS = 100
 """Channels of one broadcast that are published to at a time."""
 
 MAX_NAME = 4096
