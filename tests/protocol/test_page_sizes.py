@@ -1,0 +1,91 @@
+"""One reply never makes a client a slow one: pages of history and recoveries stay well below what may wait for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sessions import BARE, BARE_PROTOBUF, Peer, Server
+
+from realtime.protocol.forms import Form
+from realtime.settings import Channel, ChannelOptions
+
+QUEUE = 20_000
+OPTIONS = ChannelOptions(
+    history_size=100,
+    history_ttl=60.0,
+    force_recovery=True,
+    allowed_delta_types=("fossil",),
+    allow_subscribe_for_client=True,
+    allow_subscribe_for_anonymous=True,
+    allow_history_for_client=True,
+    allow_history_for_anonymous=True,
+)
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server(Channel(without_namespace=OPTIONS), queue_max_size=QUEUE, allow_anonymous_connect_without_token=True)
+
+
+def connected(server: Server, form: Form = BARE) -> Peer:
+    peer = server.peer(form)
+    peer.connect()
+    return peer
+
+
+def page(peer: Peer, **request: Any) -> list[int]:
+    """The offsets of one page of history."""
+    (reply,) = peer.say({"id": 2, "history": {"channel": "c", "limit": 300, **request}})
+    return [publication["offset"] for publication in reply["history"]["publications"]]
+
+
+@pytest.mark.parametrize("form", [BARE, BARE_PROTOBUF], ids=["json", "protobuf"])
+def test_who_pages_on_gets_all_of_a_history(server: Server, form: Form) -> None:
+    peer = connected(server, form)
+    server.publish("c", *("x" * 1000 for _ in range(40)))
+    pages, since = [], 0
+    while since < 40:
+        pages.append(page(peer, since={"offset": since}))
+        since = pages[-1][-1]
+    assert [offset for one in pages for offset in one] == list(range(1, 41))
+    assert {len(one) for one in pages[:-1]} == {9}
+    assert page(peer, reverse=True) == list(range(40, 31, -1))
+
+
+def test_a_page_has_one_publication_however_long(server: Server) -> None:
+    peer = connected(server)
+    server.publish("c", "x" * 50_000, 2)
+    assert page(peer) == [1]
+
+
+def test_who_missed_too_many_bytes_reloads(server: Server) -> None:
+    """A subscription that could not be recovered goes on; a client disconnected as slow would only try again."""
+    peer = connected(server)
+    server.publish("c", *("x" * 1000 for _ in range(40)))
+    result = peer.subscribe("c", recover=True, offset=0)
+    assert (result["was_recovering"], result.get("recovered"), result.get("publications")) == (True, None, None)
+    assert result["offset"] == 40
+    server.publish("c", 41)
+    assert peer.publications() == [41]
+
+
+def test_who_missed_less_recovers_it(server: Server) -> None:
+    peer = connected(server)
+    server.publish("c", *("x" * 1000 for _ in range(40)))
+    result = peer.subscribe("c", recover=True, offset=32)
+    assert result["recovered"]
+    assert [publication["offset"] for publication in result["publications"]] == list(range(33, 41))
+
+
+@pytest.mark.parametrize("length", [1, 10, 100, 300])
+def test_data_that_grows_on_its_way_fits_as_well(server: Server, length: int) -> None:
+    """To subscribers with deltas it goes as a string, in which every quote has a backslash before it."""
+    peer = connected(server)
+    server.publish("c", *([""] * length for _ in range(100)))
+    (reply,) = peer.say({"id": 2, "history": {"channel": "c", "limit": 300}})
+    offset = 100 - len(reply["history"]["publications"])
+    peer.session.receive(b'{"id":3,"subscribe":{"channel":"c","recover":true,"delta":"fossil","offset":%d}}' % offset)
+    (raw,) = peer.raw
+    assert b'"recovered":true' in raw
+    assert len(raw) < QUEUE
