@@ -1,0 +1,280 @@
+"""What a subscriber is given at once: in cache mode, with deltas agreed, with a filter, and within what limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from centrifuge.fossil import apply_delta
+from sessions import ALL, BARE_PROTOBUF, KEPT, Peer, Server, error_of
+
+from realtime.settings import Channel, ChannelOptions, Namespace
+
+CACHE = {"force_recovery": True, "force_recovery_mode": "cache"}
+CHANNELS = Channel(
+    without_namespace=ChannelOptions(**ALL),
+    namespaces=(
+        Namespace(name="cache", **CACHE, **KEPT, **ALL),
+        Namespace(name="auto", auto_cache_recover=True, **CACHE, **KEPT, **ALL),
+        Namespace(
+            name="delta", allowed_delta_types=("fossil",), delta_publish=True, force_recovery=True, **KEPT, **ALL
+        ),
+        Namespace(name="unkept", allowed_delta_types=("fossil",), delta_publish=True, **ALL),
+        Namespace(name="cached", allowed_delta_types=("fossil",), auto_cache_recover=True, **CACHE, **KEPT, **ALL),
+        Namespace(name="tags", allow_tags_filter=True, force_recovery=True, **KEPT, **ALL),
+    ),
+)
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server(CHANNELS, allow_anonymous_connect_without_token=True)
+
+
+def data_of(result: dict) -> list[Any]:
+    return [publication["data"] for publication in result.get("publications", [])]
+
+
+class TestCache:
+    """The newest publication is all that matters (client protocol, section 7.5)."""
+
+    @pytest.mark.parametrize(
+        ("published", "trimmed", "offset", "epoch", "recovered", "sent"),
+        [
+            # who has the newest, and whose epoch is the right one
+            (3, False, 3, "same", True, []),
+            (3, False, 3, "", True, [3]),
+            (3, False, 3, "other", True, [3]),
+            (3, False, 1, "same", True, [3]),
+            (3, False, 0, "", True, [3]),
+            (3, False, 9, "same", True, [3]),
+            (20, False, 1, "same", True, [20]),
+            # nothing is kept
+            (3, True, 3, "same", True, []),
+            (3, True, 2, "same", False, []),
+            (3, True, 3, "", False, []),
+            (0, False, 0, "", False, []),
+            (0, False, 0, "same", False, []),
+        ],
+    )
+    def test_table(self, server, published, trimmed, offset, epoch, recovered, sent):
+        same = server.client().subscribe("cache:a")["epoch"]
+        server.publish("cache:a", *range(1, published + 1))
+        if trimmed:
+            server.engine._exchange.remove_history("cache:a")
+        result = server.client().subscribe(
+            "cache:a", recover=True, offset=offset, epoch=same if epoch == "same" else epoch
+        )
+        assert result["was_recovering"] is True
+        assert result.get("recovered", False) is recovered
+        assert data_of(result) == sent
+        assert result.get("offset", 0) == (offset if recovered else published)
+        assert result["epoch"] == same
+
+    def test_it_is_not_sent_unasked(self, server):
+        server.publish("cache:a", 1)
+        result = server.client().subscribe("cache:a")
+        assert "publications" not in result and "was_recovering" not in result
+
+    def test_but_where_the_namespace_says_so(self, server):
+        server.publish("auto:a", 1, 2)
+        result = server.client().subscribe("auto:a")
+        assert (data_of(result), result["was_recovering"], result["recovered"]) == ([2], True, True)
+        assert "offset" not in result
+
+    def test_and_at_connect(self, server):
+        server.publish("auto:a", 1, 2)
+        (reply,) = server.peer().say({"id": 1, "connect": {"subs": {"auto:a": {}}}})
+        assert data_of(reply["connect"]["subs"]["auto:a"]) == [2]
+
+    def test_flag_2_refuses_what_is_not_recovered(self, server):
+        peer = server.client()
+        request = {"channel": "cache:a", "recover": True, "flag": 3}
+        assert error_of(peer.say({"id": 2, "subscribe": request})) == 112
+        server.publish("cache:a", 1)
+        assert data_of(peer.subscribe(**request)) == [1]
+
+    def test_what_is_published_meanwhile_comes_after_the_reply(self, server):
+        server.publish("auto:a", 1)
+        history = server.engine.history
+
+        async def and_another(*args, **options):
+            page = await history(*args, **options)
+            server.publish("auto:a", 2)
+            return page
+
+        server.engine.history = and_another
+        reply, push = server.client().say({"id": 2, "subscribe": {"channel": "auto:a"}})
+        assert (data_of(reply["subscribe"]), push["push"]["pub"]["data"]) == ([1], 2)
+
+
+class Reader:
+    """What an SDK makes of publications on which deltas were agreed."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.binary = peer.form is BARE_PROTOBUF
+        self.base = b""
+        self.deltas = 0
+
+    def read(self, publication: dict) -> Any:
+        data = publication["data"]
+        data = data if self.binary else data.encode()
+        if publication.get("delta"):
+            self.deltas += 1
+            data = apply_delta(self.base, data)
+        self.base = data
+        return msgspec.json.decode(data)
+
+
+def text(n: int) -> dict:
+    return {"n": n, "text": "so much that it is worth saying only once, and the difference ever after"}
+
+
+class TestDeltas:
+    def test_agreed_where_allowed(self, server):
+        peer = server.client()
+        assert peer.subscribe("delta:a", delta="fossil")["delta"] is True
+        assert "delta" not in peer.subscribe("delta:b")
+        assert "delta" not in peer.subscribe("plain", delta="fossil")
+        peer.say({"id": 5, "subscribe": {"channel": "delta:c", "delta": "xdelta"}})
+        assert peer.close_code == (3501, "bad request")
+
+    def test_the_first_is_whole_and_the_others_are_deltas(self, server):
+        peer = server.client()
+        reader = Reader(peer)
+        peer.subscribe("delta:a", delta="fossil")
+        publisher = server.client()
+        for n in range(5):
+            publisher.say({"id": 2, "publish": {"channel": "delta:a", "data": text(n)}})
+        assert [reader.read(push["push"]["pub"]) for push in peer.heard()] == [text(n) for n in range(5)]
+        assert reader.deltas == 4
+
+    def test_in_the_reply_the_first_is_whole_and_what_follows_goes_on_from_there(self, server):
+        epoch = server.client().subscribe("delta:a")["epoch"]
+        server.publish("delta:a", *(text(n) for n in range(1, 6)), delta=True)
+        peer = server.client()
+        result = peer.subscribe("delta:a", delta="fossil", recover=True, offset=1, epoch=epoch)
+        reader = Reader(peer)
+        assert [reader.read(one) for one in result["publications"]] == [text(n) for n in range(2, 6)]
+        assert reader.deltas == 3
+        server.publish("delta:a", text(6), delta=True)
+        (push,) = peer.heard()
+        assert reader.read(push["push"]["pub"]) == text(6)
+        assert reader.deltas == 4
+
+    def test_after_a_reply_without_publications_the_next_is_whole(self, server):
+        server.publish("delta:a", text(1), delta=True)
+        peer = server.client()
+        position = server.client().subscribe("delta:a")
+        wish = {"recover": True, "offset": 1, "epoch": position["epoch"]}
+        assert peer.subscribe("delta:a", delta="fossil", **wish)["recovered"] is True
+        server.publish("delta:a", text(2), delta=True)
+        (push,) = peer.heard()
+        assert Reader(peer).read(push["push"]["pub"]) == text(2)
+
+    def test_what_is_published_without_is_whole_and_still_a_string(self, server):
+        server.publish("delta:a", text(1), delta=True)
+        server.publish("delta:a", text(2))
+        peer = server.client()
+        result = peer.subscribe("delta:a", delta="fossil", recover=True)
+        reader = Reader(peer)
+        assert [reader.read(one) for one in result["publications"]] == [text(1), text(2)]
+        assert reader.deltas == 0
+
+    def test_what_would_not_be_shorter_is_whole(self, server):
+        server.publish("delta:a", 1, 2, 3, delta=True)
+        peer = server.client()
+        reader = Reader(peer)
+        result = peer.subscribe("delta:a", delta="fossil", recover=True)
+        assert [reader.read(one) for one in result["publications"]] == [1, 2, 3]
+        assert reader.deltas == 0
+
+    def test_text_that_is_not_ascii(self, server):
+        texts = [{"text": f"{n}ü€😀" * 20} for n in range(4)]
+        server.publish("delta:a", *texts, delta=True)
+        peer = server.client()
+        reader = Reader(peer)
+        result = peer.subscribe("delta:a", delta="fossil", recover=True)
+        assert [reader.read(one) for one in result["publications"]] == texts
+
+    def test_history_is_plain(self, server):
+        server.publish("delta:a", text(1), text(2), delta=True)
+        peer = server.client()
+        peer.subscribe("delta:a", delta="fossil")
+        (reply,) = peer.say({"id": 3, "history": {"channel": "delta:a", "limit": 5}})
+        assert reply["history"]["publications"] == [{"data": text(1), "offset": 1}, {"data": text(2), "offset": 2}]
+
+    def test_in_cache_mode(self, server):
+        server.publish("cached:a", text(1), text(2), delta=True)
+        peer = server.client()
+        reader = Reader(peer)
+        result = peer.subscribe("cached:a", delta="fossil")
+        assert [reader.read(one) for one in result["publications"]] == [text(2)]
+        server.publish("cached:a", text(3), delta=True)
+        assert [reader.read(push["push"]["pub"]) for push in peer.heard()] == [text(3)]
+        assert reader.deltas == 1
+
+
+class TestFilters:
+    WISH = {"key": "kind", "cmp": "eq", "val": "news"}
+
+    def test_it_holds_for_what_is_recovered_and_for_what_comes(self, server):
+        epoch = server.client().subscribe("tags:a")["epoch"]
+        for n, kind in enumerate(("news", "ads", "news", "ads"), 1):
+            server.publish("tags:a", n, tags={"kind": kind})
+        peer = server.client()
+        result = peer.subscribe("tags:a", recover=True, epoch=epoch, tf=self.WISH)
+        assert (data_of(result), result["recovered"]) == ([1, 3], True)
+        server.publish("tags:a", 5)
+        server.publish("tags:a", 6, tags={"kind": "news"})
+        assert peer.publications() == [6]
+        assert peer.close_code is None
+
+    def test_nothing_left_is_no_list(self, server):
+        server.publish("tags:a", 1)
+        result = server.client().subscribe("tags:a", recover=True, tf=self.WISH)
+        assert result["recovered"] is True and "publications" not in result
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            {"op": "xor", "nodes": [WISH]},
+            {"op": "and"},
+            {"op": "not", "nodes": [WISH, WISH]},
+            {"key": "a", "cmp": "like", "val": "b"},
+            {"key": "a", "cmp": "in"},
+            {"key": "a", "cmp": "eq", "vals": ["b"]},
+            {"op": "or", "nodes": [WISH] * 2000},
+        ],
+    )
+    def test_one_that_is_not_valid_is_107(self, server, bad):
+        peer = server.client()
+        assert error_of(peer.say({"id": 2, "subscribe": {"channel": "tags:a", "tf": bad}})) == 107
+        assert server.hub.subscriptions == 0
+
+    def test_one_that_is_too_deep_never_gets_through(self, server):
+        peer = server.client()
+        deep = b'{"op":"not","nodes":[' * 3000 + b"]}" * 3000
+        peer.session.receive(b'{"id":2,"subscribe":{"channel":"tags:a","tf":%b}}' % deep)
+        assert peer.close_code == (3501, "bad request") or error_of(peer.heard()) == 107
+
+    def test_where_filters_are_not_allowed_it_is_107(self, server):
+        assert error_of(server.client().say({"id": 2, "subscribe": {"channel": "plain", "tf": self.WISH}})) == 107
+
+
+class TestLimits:
+    def test_a_position_ahead_of_the_store_is_counted(self, server):
+        epoch = server.client().subscribe("tags:a")["epoch"]
+        server.publish("tags:a", 1, 2)
+        for offset, other in ((9, epoch), (9, "other"), (1, epoch)):
+            server.client().subscribe("tags:a", recover=True, offset=offset, epoch=other)
+        assert server.count("realtime_bad_input", kind="recovery_ahead") == 1
+
+    def test_more_than_fits_the_clients_queue_is_not_recovered(self):
+        server = Server(CHANNELS, allow_anonymous_connect_without_token=True, queue_max_size=65536)
+        server.publish("tags:a", *("x" * 10_000 for _ in range(5)))
+        peer = server.client()
+        assert "recovered" not in peer.subscribe("tags:a", recover=True)
+        (reply,) = peer.say({"id": 3, "history": {"channel": "tags:a", "limit": 5}})
+        assert 0 < len(reply["history"]["publications"]) < 5
