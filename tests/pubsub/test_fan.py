@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -204,6 +205,37 @@ def test_who_leaves_before_it_begins_hears_nothing(worker: Worker) -> None:
     worker.until_idle()
     worker.publish()
     assert member.frames == []
+
+
+def test_who_leaves_takes_nobody_who_waits_to_begin_along(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    for _ in range(3):
+        worker.publish()
+    late = Listener()
+    add(worker.hub, late)
+    worker.publish()
+    assert worker.hub.open("c", late, at(3))
+    worker.hub.remove("c", members[0])
+    worker.until_idle()
+    assert offsets(late) == [4]
+
+
+@pytest.mark.parametrize("others", [1, 500])
+def test_what_a_delivery_brings_about_comes_after_it(worker: Worker, others: int) -> None:
+    first = Listener()
+
+    def take(frame: bytes) -> None:
+        first.frames.append(frame)
+        if len(first.frames) < 3:
+            worker.publish()
+
+    first.deliver = take
+    opened(worker.hub, first, at(0))
+    rest = [worker.member() for _ in range(others)]
+    worker.publish("other")
+    worker.publish()
+    worker.until_idle()
+    assert all(offsets(member) == [1, 2, 3] for member in [first, *rest])
 
 
 def test_a_long_replay_lets_others_have_a_turn(worker: Worker) -> None:
@@ -515,6 +547,42 @@ def test_a_reply_that_is_behind_is_no_base_for_what_comes(worker: Worker) -> Non
     reader = Reader(member)
     assert reader.read(base=text(0)) == [text(2)]
     assert reader.kinds == ["whole"]
+
+
+def test_a_reply_under_another_epoch_is_no_base(worker: Worker) -> None:
+    worker.member(delta=True, positioned=False)
+    worker.publish(data=text(0), delta=True)
+    worker.hub.interrupted()
+    member = Listener(delta=True)
+    add(worker.hub, member)
+    assert worker.hub.open("c", member, at(1, "new"), Publication(text(7), 1))
+    worker.hub.published("c", Publication(text(1), 2, delta=True), "new")
+    assert Reader(member).read(base=text(7)) == [text(1)]
+
+
+def test_a_publication_is_kept_only_while_a_delta_may_start_from_it(worker: Worker) -> None:
+    def references() -> int:
+        """To the data of a new publication, once it is delivered."""
+        data = bytes(bytearray(text(0)))
+        worker.publish(data=data, delta=True)
+        return sys.getrefcount(data)
+
+    plain = worker.member()
+    unused = references()
+    first, second = worker.member(delta=True), worker.member(delta=True)
+    for member in (first, second, plain):
+        member.deliver = lambda frame: None
+    assert references() > unused
+    worker.hub.remove("c", first)
+    assert references() > unused
+    worker.hub.remove("c", second)
+    assert references() == unused
+    going = Listener(delta=True)
+    add(worker.hub, going)
+    worker.publish()
+    going.deliver = lambda frame: worker.hub.remove("c", going)
+    assert worker.hub.open("c", going, at(worker.offsets["c"] - 1))
+    assert references() == unused
 
 
 def test_deltas_with_a_filter_are_always_whole(worker: Worker) -> None:

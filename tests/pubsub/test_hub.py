@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
+from unittest import mock
 
 import pytest
+from centrifuge.fossil import apply_delta
 from hypothesis import given
 from hypothesis import strategies as st
 
 from realtime.errors import EngineUnavailable
+from realtime.pubsub import fan
 from realtime.pubsub import hub as hub_module
 from realtime.pubsub.engine import Receiver
 from realtime.pubsub.filters import Filter
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.memory import MemoryEngine
+from realtime.pubsub.slices import Slices
 from realtime.records import ClientInfo, Position, Publication, Retention
 from realtime.settings import EngineSettings
 
@@ -534,53 +538,97 @@ def test_a_second_member_waits_for_nothing(hub: Hub) -> None:
 # Any history
 
 
-POSITIONED = st.booleans()
+KINDS = st.fixed_dictionaries(
+    {
+        "positioned": st.booleans(),
+        "announced": st.booleans(),
+        "delta": st.booleans(),
+        "filter": st.sampled_from([None, None, lambda tags: int(tags["n"]) % 2 == 0]),
+    }
+)
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("next"), st.integers(0, 3)),  # 0: a repeat, 1: as it should be, more: a gap
         st.tuples(st.just("next"), st.just(1)),
+        st.tuples(st.just("next"), st.just(1)),
         st.tuples(st.just("again"), st.integers(1, 8)),
         st.tuples(st.just("plain")),
+        st.tuples(st.just("joined")),
         st.tuples(st.just("epoch")),
         st.tuples(st.just("interrupted")),
-        st.tuples(st.just("add"), POSITIONED),
+        st.tuples(st.just("turn")),
+        st.tuples(st.just("add"), KINDS),
+        st.tuples(st.just("add"), KINDS),
         st.tuples(st.just("open"), st.integers(0, 5), st.integers(-2, 2)),
+        st.tuples(st.just("open"), st.integers(0, 5), st.just(0)),
         st.tuples(st.just("open"), st.integers(0, 5), st.just(0)),
         st.tuples(st.just("remove"), st.integers(0, 5)),
     ),
-    max_size=50,
+    max_size=60,
 )
 
 
 class Story:
-    """One hub, and a link to it that may lose, repeat, reorder and start again."""
+    """One hub, whose deliveries take time, and a link to it that may lose, repeat, reorder and start again."""
 
     def __init__(self) -> None:
-        self.hub = Hub(obey=lambda order: None)
+        self.now = 0
+        self.turns: list[Callable[[], None]] = []
+        self.hub = Hub(lambda order: None, Slices(lambda: self.now, 3, self.turns.append))
         self.hub.engine = SlowEngine()  # type: ignore[assignment]
         self.offset, self.epoch = 0, "e0"
+        self.plains = 0
+        self.top = Position()  # of what was published last
         self.pending: list[Listener] = []
         self.open: list[tuple[Listener, Position | None]] = []
         self.refused: list[Listener] = []
         self.ended: list[tuple[Listener, int]] = []
 
+    def publish(self, offset: int, epoch: str) -> None:
+        data = b"a_text_that_is_long_enough_for_deltas_%d_%s_%d" % (offset, epoch.encode(), self.plains)
+        tags = {"n": str(offset)}
+        self.hub.published("c", Publication(data, offset, tags=tags, delta=True), epoch if offset else "")
+        if offset and (epoch != self.top.epoch or offset > self.top.offset):
+            self.top = Position(offset, epoch)
+
     def next(self, step: int) -> None:
         self.offset = max(1, self.offset + step)
-        publish(self.hub, self.offset, self.epoch)
+        self.publish(self.offset, self.epoch)
 
     def again(self, offset: int) -> None:
-        publish(self.hub, min(offset, self.offset), self.epoch)
+        self.publish(min(offset, self.offset), self.epoch)
 
     def plain(self) -> None:
-        publish(self.hub, 0)
+        self.plains += 1
+        self.publish(0, "")
+
+    def joined(self) -> None:
+        self.hub.joined("c", SOMEBODY)
 
     def start_again(self) -> None:
         self.offset, self.epoch = 0, f"e{int(self.epoch[1:]) + 1}"
 
-    def add(self, positioned: bool) -> None:
-        member = Listener(positioned=positioned)
+    def turn(self) -> None:
+        if self.turns:
+            began = self.now
+            self.turns.pop()()
+            assert self.now - began <= 3 + 2, "a turn is a slice and a chunk at most"
+
+    def add(self, kind: dict[str, Any]) -> None:
+        member = Listener(**kind)
+        member.deliver = lambda frame: self.take(member, frame)
+        member.lost = lambda: self.lose(member)  # type: ignore[method-assign]
         add(self.hub, member)
         self.pending.append(member)
+
+    def take(self, member: Listener, frame: bytes) -> None:
+        self.now += 1
+        member.frames.append(frame)
+
+    def lose(self, member: Listener) -> None:
+        self.now += 1
+        member.losses += 1
+        self.ended.append((member, len(member.frames)))
 
     def open_one(self, index: int, skew: int) -> None:
         if not self.pending:
@@ -601,37 +649,80 @@ class Story:
 
     def check(self) -> None:
         for member, position in self.open:
-            if position is not None:
-                expected = [(position.offset + 1 + n, position.epoch) for n in range(len(member.seen))]
-                assert member.seen == expected
-                assert member.losses <= 1
-            else:
+            seen = heard(member)
+            if position is None:
                 assert member.losses == 0
+            else:
+                assert seen == wanted(member, position, position.offset + 2 * len(seen) + 2)[: len(seen)]
+                assert member.losses <= 1
         for member in self.refused:
             assert (member.frames, member.losses) == ([], 0)
         for member, frames in self.ended:
             assert len(member.frames) == frames
-        gone = {id(member) for member, _ in self.ended} | {id(m) for m, _ in self.open if m.losses}
-        alive = [member for member, _ in self.open if id(member) not in gone]
-        assert self.hub.subscriptions == self.hub.subscribers("c") == len(alive) + len(self.pending)
+        assert self.hub.subscriptions == self.hub.subscribers("c")
+
+    def end(self) -> None:
+        """When everything is delivered, all who are left have everything."""
+        while self.turns:
+            self.turn()
+            self.check()
+        gone = {id(member) for member, _ in self.ended}
+        alive = [(member, position) for member, position in self.open if id(member) not in gone]
+        for member, position in alive:
+            if position is not None and position.epoch == self.top.epoch:
+                assert heard(member) == wanted(member, position, self.top.offset)
+        assert self.hub.subscriptions == len(alive) + len(self.pending)
+        assert self.hub.traffic.queued == 0
+
+
+def wanted(member: Listener, position: Position, top: int) -> list[tuple[int, str]]:
+    """What a member at this position is to hear up to `top`."""
+    numbers = range(position.offset + 1, top + 1)
+    return [(n, position.epoch) for n in numbers if member.filter is None or member.filter({"n": str(n)})]
+
+
+def heard(member: Listener) -> list[tuple[int, str]]:
+    """The numbered publications that a client makes of a member's frames."""
+    found = []
+    data = b""
+    for frame in member.frames:
+        if frame.startswith(b"join"):
+            continue
+        if member.delta:
+            kind, _, frame = frame.partition(b" ")
+            if kind == b"patch":
+                assert data, "a delta needs a base"
+                data = bytes(apply_delta(data, frame.rpartition(b" ")[0]))
+            else:
+                data = frame.split(b" ")[0]
+        else:
+            data = frame.split(b" ")[0]
+        offset, epoch, _ = data.decode().split("_")[-3:]
+        if offset != "0":
+            found.append((int(offset), epoch))
+    return found
 
 
 @given(STEPS)
 def test_whatever_the_link_does_no_positioned_member_sees_a_hole(steps: list[tuple]) -> None:
-    story = Story()
-    actions = {
-        "next": story.next,
-        "again": story.again,
-        "plain": story.plain,
-        "epoch": story.start_again,
-        "interrupted": story.hub.interrupted,
-        "add": story.add,
-        "open": story.open_one,
-        "remove": story.remove,
-    }
-    for name, *arguments in steps:
-        actions[name](*arguments)
-        story.check()
+    with mock.patch.object(fan, "CHUNK", 2):
+        story = Story()
+        actions = {
+            "next": story.next,
+            "again": story.again,
+            "plain": story.plain,
+            "joined": story.joined,
+            "epoch": story.start_again,
+            "interrupted": story.hub.interrupted,
+            "turn": story.turn,
+            "add": story.add,
+            "open": story.open_one,
+            "remove": story.remove,
+        }
+        for name, *arguments in steps:
+            actions[name](*arguments)
+            story.check()
+        story.end()
 
 
 @given(

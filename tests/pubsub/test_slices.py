@@ -132,6 +132,7 @@ def test_direct_work_uses_up_the_turn_and_has_the_next(loop: Loop) -> None:
     loop.now += 0.001
     assert not loop.slices.free
     loop.turn()
+    loop.now += 1.0
     assert loop.slices.free
 
 
