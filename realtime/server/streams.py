@@ -336,11 +336,15 @@ class Streams:
 def paths(tree: settings.Settings, streams: Streams) -> tuple[dict[str, Endpoint], dict[str, Service]]:
     """What is served by the settings: paths that give streams, and, by plain requests, what belongs to them.
 
-    What a browser asks before it opens a stream is a plain request, too.
+    What a browser asks before it opens a connection of any transport is a plain request, too.
     """
     allowed = streams.admission.origin_allowed
     endpoints: dict[str, Endpoint] = {}
     services: dict[str, Service] = {}
+    if not tree.websocket.disabled:
+        services[tree.websocket.handler_prefix] = Service(("GET",), allowed)
+    if tree.uni_websocket.enabled:
+        services[tree.uni_websocket.handler_prefix] = Service(("GET",), allowed)
     kinds: tuple[tuple[settings.Stream, str, Kind], ...] = (
         (tree.sse, tree.sse.handler_prefix, SSE),
         (tree.http_stream, tree.http_stream.handler_prefix, HTTP_STREAM),

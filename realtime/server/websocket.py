@@ -626,10 +626,10 @@ class WebSocketFactory(WebSocketServerFactory):
         admission.counts.append(lambda: self.connections)
         self._counters = {kind: bad_input(metrics, kind) for kind in _KINDS}
         self._metrics = metrics
-        self.connects = metrics.counter("realtime_connects", "WebSocket connections that were opened.")
-        self.received = metrics.counter("realtime_messages_received", "WebSocket messages from clients.")
+        self.connects = metrics.counter("realtime_connects", "Connections of clients that were opened.")
+        self.received = metrics.counter("realtime_messages_received", "Messages from clients.")
         # Those of the fan-out are counted by the hub.
-        self.sent = metrics.counter("realtime_messages_sent", "WebSocket messages to clients.")
+        self.sent = metrics.counter("realtime_messages_sent", "Messages to clients.")
 
     @property
     def connections(self) -> int:
@@ -695,7 +695,7 @@ class WebSocketFactory(WebSocketServerFactory):
     def count_end(self, by: str, code: str) -> None:
         """Count the end of one connection. by: "server" or "client". code: why the server ended it, of a closed set."""
         self._metrics.counter(
-            "realtime_disconnects", "WebSocket connections that ended, by who ended them and why.", by=by, code=code
+            "realtime_disconnects", "Connections that ended, by who ended them and why.", by=by, code=code
         ).value += 1
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from stage import Client, Echo, eventually, handshake
+from stage import PATH, Client, Echo, eventually, handshake
 from streaming import (
     BODY_LIMIT,
     EMULATION,
@@ -374,7 +374,7 @@ async def test_a_page_may_read_why_it_gets_no_stream(status: int) -> None:
         refused.leave()
 
 
-@pytest.mark.parametrize("path", [*STREAMS, EMULATION, INIT])
+@pytest.mark.parametrize("path", [*STREAMS, EMULATION, INIT, PATH])
 async def test_what_a_browser_asks_before(path: str) -> None:
     async with streaming(client=ANY_PAGE) as stage:
         asked = get(path, PAGE, "Access-Control-Request-Headers: content-type", method="OPTIONS")
@@ -385,7 +385,7 @@ async def test_what_a_browser_asks_before(path: str) -> None:
         assert head["access-control-allow-credentials"] == "true"
         assert head["access-control-allow-headers"] == "content-type"
         assert head["access-control-max-age"] == "300"
-        methods = "GET, POST, OPTIONS" if "sse" in path else "GET, OPTIONS" if path == INIT else "POST, OPTIONS"
+        methods = "GET, POST, OPTIONS" if "sse" in path else "GET, OPTIONS" if path in (INIT, PATH) else "POST, OPTIONS"
         assert head["access-control-allow-methods"] == methods
         client.leave()
         refused = await stage.request(get(path, "Origin: null", method="OPTIONS"))

@@ -23,9 +23,12 @@ MANY = 40
 EVERYTHING = {name: {"enabled": True} for name in ("sse", "http_stream", "uni_sse", "uni_http_stream", "init")}
 
 
-@pytest.fixture
-def server(start_server: ServerStarter) -> Server:
-    return start_server(**EVERYTHING)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One for all tests that leave it as it was."""
+    starter = ServerStarter(tmp_path_factory.mktemp("streams"))
+    yield starter(**EVERYTHING)
+    starter.finish()
 
 
 def token(**claims: object) -> str:
@@ -116,7 +119,27 @@ def reading(server: Server, method: str, path: str, body: str | None = None) -> 
         connection.close()
 
 
-def test_plain_readers(server: Server) -> None:
+def test_requests_of_one_client_are_carried_out_in_order(server: Server) -> None:
+    """They go to both workers by turns; the client waits for the response to each, and not for its reply."""
+    connect = json.dumps({"id": 1, "connect": {"token": token(sub="42", channels=["stream:order"])}})
+    with reading(server, "POST", "/connection/http_stream", connect) as reader:
+        told = next(reader)["connect"]
+        for number in range(60):
+            command = {"id": number + 2, "publish": {"channel": "stream:order", "data": number}}
+            body = {"session": told["session"], "node": told["node"], "data": json.dumps(command)}
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+            connection.request("POST", "/emulation", json.dumps(body))
+            assert connection.getresponse().status == 204
+            connection.close()
+        heard: list[int] = []
+        while len(heard) < 60:
+            pub = next(reader).get("push", {}).get("pub")
+            heard += [pub["data"]] if pub else []
+        assert heard == list(range(60))
+
+
+def test_plain_readers(start_server: ServerStarter) -> None:
+    server = start_server(**EVERYTHING)
     request = json.dumps({"token": token(sub="42", channels=["stream:plain"])})
     with (
         reading(server, "GET", f"/connection/uni_sse?cf_connect={quote(request)}") as events,
