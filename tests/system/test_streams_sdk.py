@@ -27,7 +27,7 @@ EVERYTHING = {name: {"enabled": True} for name in ("sse", "http_stream", "uni_ss
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One for all tests that leave it as it was."""
     starter = ServerStarter(tmp_path_factory.mktemp("streams"))
-    yield starter(**EVERYTHING)
+    yield starter(**EVERYTHING, client={"ping_interval": "2s", "pong_timeout": "1900ms"})
     starter.finish()
 
 
@@ -51,6 +51,7 @@ def check(seen: dict[str, Any], transport: str, many: int) -> None:
     assert seen["history"] == [2 * many, 2 * many - 1]
     assert seen["recovery"] == {"wasRecovering": True, "recovered": True}
     assert seen["heard"] == 2 * many + 6
+    assert seen["lost"] == []
 
 
 @pytest.mark.node
@@ -62,7 +63,8 @@ def test_node_with_a_connection_for_every_command(server: Server) -> None:
     check(seen, "http_stream", MANY)
     assert set(seen["statuses"]) == {"204"}
     assert seen["statuses"]["204"] > 2 * MANY
-    assert seen["renewed"] == {"renewals": 1, "lost": [], "user": "7"}
+    assert seen["renewed"] == {"renewals": 1, "user": "7"}
+    assert seen["final"] == {"code": 3500, "reason": "invalid token"}
     assert (seen["fallback"], seen["answered"]) == ("http_stream", "by the other way")
 
 

@@ -31,6 +31,8 @@ export async function exercise({ Centrifuge, transports, options, name, many, to
 
   const ada = await open({ data: { user: "ada" } });
   const bob = await open({ data: { user: "bob" } });
+  const lost = [];
+  ada.client.on("connecting", ({ code }) => lost.push(code));
   const heard = [];
   const subscribed = [];
   const subscription = bob.client.newSubscription(name);
@@ -74,11 +76,10 @@ export async function exercise({ Centrifuge, transports, options, name, many, to
   if (tokens) {
     let renewals = 0;
     const brief = await open({ token: tokens.brief, getToken: async () => { renewals++; return tokens.renewed; } });
-    const lost = [];
     brief.client.on("connecting", ({ code }) => lost.push(code));
     await until(() => renewals > 0, () => "a renewal");
     const { user } = (await brief.client.rpc("in_thread", {})).data;
-    renewed = { renewals, lost, user };
+    renewed = { renewals, user };
     brief.client.disconnect();
   }
   const result = {
@@ -86,6 +87,7 @@ export async function exercise({ Centrifuge, transports, options, name, many, to
     inOrder, complete, echoed, refused, presence, history, renewed,
     recovery: { wasRecovering, recovered },
     heard: heard.length,
+    lost,
   };
   ada.client.disconnect();
   bob.client.disconnect();

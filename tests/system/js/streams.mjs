@@ -1,5 +1,5 @@
 // A client over a stream in Node, each of its commands over a new connection; then one whose WebSocket does not get
-// through. Arguments: base URL, how many publications, tokens.
+// through, and one that is refused. Arguments: base URL, how many publications, tokens.
 
 import http from "node:http";
 import { Centrifuge, finish, given, makeClient, once } from "./peer.mjs";
@@ -38,4 +38,15 @@ const connected = once(fallen, "connected");
 fallen.connect();
 const { transport } = await connected;
 
-finish({ ...seen, statuses, fallback: transport, answered: (await fallen.rpc("echo", "by the other way")).data });
+const stranger = makeClient([{ transport: "http_stream", endpoint }], { emulationEndpoint, token: "of nobody" });
+const disconnected = once(stranger, "disconnected");
+stranger.connect();
+const { code, reason } = await disconnected;
+
+finish({
+  ...seen,
+  statuses,
+  fallback: transport,
+  answered: (await fallen.rpc("echo", "by the other way")).data,
+  final: { code, reason },
+});
