@@ -50,8 +50,10 @@ from realtime.server.websocket import bad_input, why
 
 BINARY = "application/octet-stream"
 
-# Bytes of commands that wait while a session has enough to do.
-MAX_WAITING = 65536
+# Bytes of messages that wait while a session has enough to do, and what each counts beside its length: so two of the
+# largest may wait, and not too many of the smallest.
+MAX_WAITING = 128 * 1024
+_COST = 256
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _TIMED_OUT = Refusal(HTTPStatus.REQUEST_TIMEOUT, "the request took too long", "body_timeout")
@@ -150,7 +152,7 @@ class StreamConnection(Outgoing, Protocol):
         if self._waiting is None:
             self._waiting = deque()
         self._waiting.append(message)
-        if sum(map(len, self._waiting)) > MAX_WAITING:
+        if sum(len(one) + _COST for one in self._waiting) > MAX_WAITING:
             self._waiting.clear()
             self.factory.count("emulation_flood")
             self.close(*TOO_MANY_COMMANDS)

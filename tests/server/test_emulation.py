@@ -293,17 +293,20 @@ async def test_commands_wait_while_the_session_has_enough_to_do() -> None:
         client.leave()
 
 
-async def test_a_flood_of_commands_ends_the_stream() -> None:
+@pytest.mark.parametrize(("size", "most"), [(60_000, 2), (2, 508)])
+async def test_a_flood_of_commands_ends_the_stream(size: int, most: int) -> None:
     async with streaming(emulation=settings.Emulation()) as stage:
         client, secret = await opened(stage)
         bystander, _ = await opened(stage, SSE)
         stage.sessions[0].connection.pause()
-        flood = asked(secret, "x" * 60_000)
-        assert await stage.status(flood) == 204
+        flood = asked(secret, "x" * size)
+        sender = await stage.connect(flood * most)
+        await eventually(lambda: sender.received.count(b"HTTP/1.1 204 ") == most)
         assert not client.lost
-        assert await stage.status(flood) == 204
+        sender.send(flood)
         await eventually(lambda: client.lost)
         assert lines(client)[-1]["push"]["disconnect"] == {"code": 3013, "reason": "too many requests"}
         assert stage.count("emulation_flood") == 1
         assert stage.sessions[0].received == [b"{}"]
+        sender.leave()
         bystander.leave()

@@ -30,7 +30,6 @@ from streaming import (
 from realtime import settings
 from realtime.app import App, Request
 from realtime.protocol.head import Refusal
-from realtime.server import streams
 
 HELLO = b'{"id":1}'
 ASKED = f"?cf_connect={quote(HELLO.decode())}"
@@ -640,7 +639,3 @@ async def test_ends_are_counted() -> None:
         assert ends() == {("client", ""): 1, ("server", "application"): 1, ("server", "3001"): 1}
         for client in clients[1:]:
             client.leave()
-
-
-def test_the_limit_of_what_waits_holds_a_whole_request() -> None:
-    assert settings.Emulation().max_request_body_size <= streams.MAX_WAITING
