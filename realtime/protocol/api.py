@@ -21,6 +21,7 @@ from realtime.protocol import messages
 from realtime.protocol.messages import StreamPosition, is_json, payload
 from realtime.protocol.operations import Operations, Together, in_turn
 from realtime.protocol.tokens import OVERRIDABLE
+from realtime.pubsub.slices import Slices
 from realtime.records import Position, Publication
 
 NOT_FOUND = (104, "not found", False)
@@ -210,8 +211,15 @@ class BatchResult(Struct, frozen=True):
 class ServerAPI:
     """See the module."""
 
-    def __init__(self, operations: Operations, together: Together = in_turn, metrics: Metrics | None = None) -> None:
-        """together: as for the operations."""
+    def __init__(
+        self,
+        operations: Operations,
+        together: Together = in_turn,
+        metrics: Metrics | None = None,
+        slices: Slices | None = None,
+    ) -> None:
+        """together: as for the operations. slices: for long work; None for no limit."""
+        self._slices = slices or Slices.unlimited()
         self._operations = operations
         self._together = together
         self._metrics = metrics or Metrics()
@@ -296,7 +304,8 @@ class ServerAPI:
 
     async def _presence(self, request: _Channel) -> messages.PresenceResult:
         present = await self._operations.presence(request.channel)
-        return messages.PresenceResult({client: messages.info(info) for client, info in present.items()})
+        infos = await self._slices.mapped(messages.info, present.values())
+        return messages.PresenceResult(dict(zip(present, infos, strict=True)))
 
     async def _presence_stats(self, request: _Channel) -> messages.PresenceStatsResult:
         return messages.PresenceStatsResult(*await self._operations.presence_stats(request.channel))
@@ -305,7 +314,7 @@ class ServerAPI:
         page = await self._operations.history(
             request.channel, limit=request.limit, since=_position(request.since), reverse=request.reverse
         )
-        publications = [_pub(one) for one in page.publications]
+        publications = await self._slices.mapped(_pub, page.publications)
         return HistoryResult(publications, page.position.epoch, page.position.offset)
 
     async def _history_remove(self, request: _Channel) -> messages.Empty:

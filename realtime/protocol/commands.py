@@ -406,8 +406,8 @@ def _check_presence(session: Session, channel: str) -> None:
 async def presence(session: Session, id: int, request: messages.PresenceRequest) -> None:
     _check_presence(session, request.channel)
     present = await session.node.engine.presence(request.channel)
-    clients = {client: messages.info(info) for client, info in present.items()}
-    session.reply(id, "presence", messages.PresenceResult(clients))
+    infos = await session.node.slices.mapped(messages.info, present.values())
+    session.reply(id, "presence", messages.PresenceResult(dict(zip(present, infos, strict=True))))
 
 
 async def presence_stats(session: Session, id: int, request: messages.PresenceStatsRequest) -> None:
@@ -438,7 +438,7 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
     )
     if since is not None and since.epoch and since.epoch != page.position.epoch:
         raise ClientError(*errors.UNRECOVERABLE_POSITION)
-    publications = [session.encoding.pub(one) for one in page.publications]
+    publications = await session.node.slices.mapped(session.encoding.pub, page.publications)
     result = messages.HistoryResult(publications, page.position.epoch, page.position.offset)
     session.reply(id, "history", result)
 

@@ -13,6 +13,7 @@ from realtime.protocol.rules import Rules
 from realtime.protocol.tokens import TokenVerifier
 from realtime.pubsub.engine import Engine
 from realtime.pubsub.hub import Hub
+from realtime.pubsub.slices import Slices
 from realtime.records import ConnectRequest, Credentials, Grant
 from realtime.settings import Client, RPCPing
 
@@ -91,17 +92,19 @@ class Node:
         worker: str = "",
         metrics: Metrics | None = None,
         rpc_ping: RPCPing | None = None,
+        slices: Slices | None = None,
     ) -> None:
         """wall_clock: Unix seconds, for what tokens say. failed: told of every mistake of ours, with its traceback.
 
         uid: of the node, the same in all its workers. worker: this worker's address, see `Engine.instruct`.
-        metrics: where commands and bad input are counted.
+        metrics: where commands and bad input are counted. slices: for long work; None for no limit.
         """
         self.settings = settings
         self.rules = rules
         self.tokens = tokens
         self.engine = engine
         self.hub = hub
+        self.slices = slices or Slices.unlimited()
         self.registry = registry
         self.deadlines = deadlines
         self.handlers = handlers

@@ -14,12 +14,11 @@ with what the reply said.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 from realtime.pubsub.engine import Engine
 from realtime.pubsub.fan import Base, Event, Fan, Kind, Member, Traffic
-from realtime.pubsub.slices import HIGH, LOW, NORMAL, Slices
+from realtime.pubsub.slices import BREATH, HIGH, LOW, NORMAL, Slices
 from realtime.records import ClientInfo, Position, Publication, Retention
 
 HELD_LIMIT = 4096
@@ -28,8 +27,6 @@ whoever needed them is told at `open`."""
 
 # Telling one member that it lost its place takes as long as this many deliveries.
 _LOSS = 4
-# Channels that are looked at before others have a turn.
-_LOOKS = 500
 
 _PRIORITIES = {"high": HIGH, "normal": NORMAL, "low": LOW}
 _BREAK = Event(Kind.BROKEN)
@@ -94,7 +91,7 @@ class Hub:
     def __init__(self, obey: Callable[[bytes], None], slices: Slices | None = None) -> None:
         """obey: is handed every order (see `Engine.instruct`). slices: where long work waits, None for nowhere."""
         self._obey = obey
-        self._slices = slices or Slices(lambda: 0.0, math.inf, lambda run: None)
+        self._slices = slices or Slices.unlimited()
         self.traffic = Traffic(self._slices, self._overflowed, self._unfit)
         self._channels: dict[str, _Channel] = {}
         # Members that are out already, and yet to be told why.
@@ -296,7 +293,7 @@ class Hub:
                 await self.check(channel, retention(channel))
             elif state is not None:
                 state.quiet = True
-            if number % _LOOKS == 0:
+            if number % BREATH == 0:
                 await self._slices.breathe()
 
     async def check(self, channel: str, retention: Retention) -> None:

@@ -9,10 +9,11 @@ Without I/O: the clock, and the way to ask for a turn, are the caller's.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from itertools import cycle
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 HIGH, NORMAL, LOW = range(3)
 
@@ -21,6 +22,12 @@ _SHARES = (HIGH, NORMAL, HIGH, LOW, HIGH, NORMAL, HIGH)
 
 CHUNK = 128
 """Deliveries that are made without a look at the clock: about a millisecond's worth."""
+
+BREATH = 500
+"""Small things that a coroutine of ours does before it lets others have a turn."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Gate(Awaitable[Any], Protocol):
@@ -54,6 +61,11 @@ class Slices:
         self.timed = False
         self._asked = False
 
+    @classmethod
+    def unlimited(cls) -> Slices:
+        """Slices that never end: all is done at once."""
+        return cls(lambda: 0.0, math.inf, lambda run: None)
+
     @property
     def free(self) -> bool:
         """Whether this turn has time for work that is done directly."""
@@ -80,6 +92,15 @@ class Slices:
             gate = self._gate()
             self.add(_opening(gate))
             await gate
+
+    async def mapped(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """`function` of each item; others have a turn after every BREATH of them."""
+        results: list[R] = []
+        for item in items:
+            if len(results) % BREATH == BREATH - 1:
+                await self.breathe()
+            results.append(function(item))
+        return results
 
     def run(self) -> None:
         """Work for one slice: what was given to `wake`."""

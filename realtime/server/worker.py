@@ -111,6 +111,7 @@ class Worker:
             tokens=make_verifier(settings.client, reactor, metrics, time.time),
             engine=self._engine,
             hub=self._hub,
+            slices=self._slices,
             registry=self._registry,
             deadlines=self._deadlines,
             handlers=self._dispatcher,
@@ -128,7 +129,7 @@ class Worker:
         all_together = partial(together, accounts=process.accounts)
         operations = Operations(self._engine, rules, facts, surveys, all_together)
         self._dispatcher.bind(operations)
-        api = ServerAPI(operations, all_together, metrics)
+        api = ServerAPI(operations, all_together, metrics, self._slices)
         self._admission = Admission(
             settings.client, metrics, reactor.seconds, shedding.refuse_handshake, settings.workers.count
         )

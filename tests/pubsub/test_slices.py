@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -172,10 +171,28 @@ def test_one_that_is_cancelled_while_it_breathes_harms_nobody(loop: Loop) -> Non
     assert loop.log == ["cancelled", "on"]
 
 
-def test_without_a_gate_nothing_waits() -> None:
-    slices = Slices(lambda: 0.0, 1.0, lambda run: None)
-    with contextlib.closing(slices.breathe()) as breath, pytest.raises(StopIteration):
-        breath.send(None)
+def test_long_lists_are_made_in_turns(loop: Loop) -> None:
+    def made(number: int) -> str:
+        loop.now += 0.000_002
+        return str(number)
+
+    results: list[list[str]] = []
+    for size in (0, 1, 499, 500, 10_000):
+        Deferred.fromCoroutine(loop.slices.mapped(made, range(size))).addCallback(results.append)
+    loop.slices.add(loop.work("other", 1))
+    loop.turn()
+    assert loop.log == ["other"]
+    assert max(loop.until_idle()) <= SLICE + 0.001
+    assert sorted(results, key=len) == [[str(n) for n in range(size)] for size in (0, 1, 499, 500, 10_000)]
+
+
+def test_without_limits_nothing_waits() -> None:
+    slices = Slices.unlimited()
+    results: list[list[int]] = []
+    Deferred.fromCoroutine(slices.mapped(abs, range(10_000))).addCallback(results.append)
+    assert results == [list(range(10_000))]
+    slices.begin()
+    assert slices.free
 
 
 @given(
