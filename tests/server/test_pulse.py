@@ -190,6 +190,13 @@ def test_all_that_is_not_idle_is_charged(beating: Beating) -> None:
     turns.close()
 
 
+def test_a_beat_is_charged_to_the_timers(beating: Beating) -> None:
+    beating.pulse.start()
+    beating.clock.advance(0.01)
+    (timers,) = (account for account in beating.turns.accounts if account.kind is Kind.TIMERS)
+    assert timers.spent > 0
+
+
 def test_callbacks_are_events_and_what_is_queued(beating: Beating) -> None:
     reader, writer = os.pipe()
     beating.turns.register(reader, selectors.EVENT_READ)
