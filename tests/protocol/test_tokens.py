@@ -389,6 +389,7 @@ HOSTILE = {
     "info with half a character": signed(HS256, {"sub": "42", "info": "\ud800"}),
     "info that is too deep": signed(HS256, {"sub": "42", "info": json.loads("[" * 200 + "]" * 200)}),
     "b64info that is not base64": signed(HS256, {"sub": "42", "b64info": "not base64!"}),
+    "b64info with more than base64": signed(HS256, {"sub": "42", "b64info": "M!Q=="}),
     "b64info that is no JSON": signed(HS256, {"sub": "42", "b64info": b64(b"no json")}),
     "b64info that is not UTF-8": signed(HS256, {"sub": "42", "b64info": b64(b'"\xff"')}),
     "b64info that is too deep": signed(HS256, {"sub": "42", "b64info": b64(b"[" * 200 + b"]" * 200)}),
