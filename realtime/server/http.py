@@ -171,9 +171,7 @@ class Channel(http.HTTPChannel):
     requestFactory = Request
     _deadline: IDelayedCall | None = None
     _refused = False
-    # Of the request whose body is being read:
-    _max_body_size = 0
-    _shared: cors.Headers = ()
+    _max_body_size = 0  # of the request that is being read
 
     def dataReceived(self, data: bytes) -> None:
         if not self._refused:
@@ -187,12 +185,10 @@ class Channel(http.HTTPChannel):
         if self.length == 0:
             super().allHeadersReceived()
             return
-        refusal = self._judge_body()
-        if refusal is not None:
-            self.refuse(refusal)
-            return
-        super().allHeadersReceived()  # says "100 Continue" if the peer waits for it
-        self._set_deadline(self.site.settings.body_timeout, partial(self.refuse, faulty("body_timeout")))
+        self._judge_body()
+        if not self._refused:
+            super().allHeadersReceived()  # says "100 Continue" if the peer waits for it
+            self._set_deadline(self.site.settings.body_timeout, partial(self._refuse_body, "body_timeout"))
 
     def allContentReceived(self) -> None:
         if not self._refused:
@@ -202,7 +198,7 @@ class Channel(http.HTTPChannel):
     def take_body(self, size: int) -> bool:
         """Whether the body, of which `size` bytes have come, may go on."""
         if 0 < self._max_body_size < size:
-            self.refuse(faulty("body_too_large"))
+            self._refuse_body("body_too_large")
         return not self._refused
 
     def refuse(self, answer: Answer) -> None:
@@ -214,7 +210,7 @@ class Channel(http.HTTPChannel):
         self.setTimeout(None)
         self._networkProducer.unregisterProducer()
         lines = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}", "Connection: close"]
-        lines += [f"{name}: {value}" for name, value in (*answer.all_headers(), *self._shared)]
+        lines += [f"{name}: {value}" for name, value in answer.all_headers()]
         self.transport.write("\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + answer.body)
         self.transport.loseWriteConnection()
         self._set_deadline(LINGER, self.transport.abortConnection)
@@ -232,19 +228,23 @@ class Channel(http.HTTPChannel):
         self._networkProducer.resumeProducing()  # in case the last response has not left yet
         return True
 
-    def _judge_body(self) -> Answer | None:
+    def _judge_body(self) -> None:
+        """Refuse a request with a body by its head, if there is a reason."""
         headers, door = self.requests[-1].requestHeaders, self.site.door
         method, uri = self._command.decode("ascii"), self._path.decode("ascii")
-        self._max_body_size, self._shared = door.max_body_size(uri), ()
+        self._max_body_size = door.max_body_size(uri)
         found = door.find(method, uri, headers)
         if isinstance(found, Answer):
-            return found
-        self._shared = door.sharing(method, uri, headers)
-        if _header(headers, "Content-Encoding").lower() not in ("", "identity"):
-            return faulty("body_encoding")
-        if self.length is not None and 0 < self._max_body_size < self.length:
-            return faulty("body_too_large")
-        return None
+            self.refuse(found)
+        elif _header(headers, "Content-Encoding").lower() not in ("", "identity"):
+            self._refuse_body("body_encoding")
+        elif self.length is not None and 0 < self._max_body_size < self.length:
+            self._refuse_body("body_too_large")
+
+    def _refuse_body(self, fault: str) -> None:
+        """Say what is wrong with a body, so that the page that it is from can read it."""
+        uri, headers = self._path.decode("ascii"), self.requests[-1].requestHeaders
+        self.refuse(msgspec.structs.replace(faulty(fault), headers=self.site.door.sharing(uri, headers)))
 
     def _set_deadline(self, seconds: float, act: Callable[[], None] | None = None) -> None:
         """Set the one deadline of this connection, in place of the one before; 0 sets none."""
@@ -383,9 +383,9 @@ class Door:
         service = self._services.get(uri.partition("?")[0])
         return self._settings.max_body_size if service is None else service.max_body_size
 
-    def sharing(self, method: str, uri: str, headers: Headers) -> cors.Headers:
+    def sharing(self, uri: str, headers: Headers) -> cors.Headers:
         """What every answer of a service is sent with."""
-        return cors.sharing(_head(method, uri, headers)) if uri.partition("?")[0] in self._services else ()
+        return cors.sharing(_head("POST", uri, headers)) if uri.partition("?")[0] in self._services else ()
 
     def _find_method(self, method: str, call: APICall, query: str, headers: Headers) -> Serve | Answer:
         if method != "POST":

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from stage import Client, Stage, eventually
+from stage import Client, Stage
 from twisted.internet import reactor, task
 from twisted.logger import Logger, globalLogPublisher
 
@@ -160,6 +160,3 @@ async def streaming(app: App | None = None, **branches: Any) -> AsyncIterator[St
     finally:
         globalLogPublisher.removeObserver(stage.log)
         await stage.finish()
-
-
-__all__ = ["eventually"]
