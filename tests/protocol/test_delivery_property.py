@@ -2,7 +2,8 @@
 
 A link carries what is asked and what is answered in order, and stands still until a step of the story moves it by one
 message; so a client may leave, and the engine may be replaced, between any two messages. The clients do what the SDKs
-do: they keep the position of the last publication, and come back with it.
+do: they keep the position of the last publication, and come back with it. Some subscribe by a command, some when they
+connect, and half of them want deltas.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+from centrifuge.fossil import apply_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sessions import BARE, App, Gate, run
@@ -38,9 +40,13 @@ OPTIONS = ChannelOptions(
     force_recovery=True,
     history_size=4,
     history_ttl=60.0,
+    allowed_delta_types=("fossil",),
     allow_subscribe_for_client=True,
     allow_subscribe_for_anonymous=True,
 )
+CACHE = msgspec.structs.replace(OPTIONS, force_recovery_mode="cache", auto_cache_recover=True)
+# What all publications have in common, so that a difference is worth its while.
+PADDING = "as in most publications much of it is always the same "
 RETENTION = Retention(OPTIONS.history_size, OPTIONS.history_ttl)
 
 
@@ -169,15 +175,23 @@ class Link:
 
 
 class SDK:
-    """A client as the official ones are, which wants to be subscribed, or not."""
+    """A client as the official ones are, which wants to be subscribed, or not.
 
-    def __init__(self, world: World, link: int) -> None:
+    by_server: the subscription comes with the connect reply, for as long as the connection lasts.
+    """
+
+    def __init__(self, world: World, link: int, *, by_server: bool, delta: bool) -> None:
         self.world = world
         self.link = link
+        self.by_server = by_server
+        self.wish = {"delta": "fossil"} if delta else {}
         self.session: Session | None = None
         self.position: tuple[int, str] | None = None
-        self.wanted = self.subscribed = False
-        self.asking = 0  # the id of the subscribe command that is not answered yet
+        self.base = b""
+        self.wanted = by_server
+        self.subscribed = False
+        self.asking = 0  # the id of the command that is to subscribe, and is not answered yet
+        self.closed: tuple[int, str] | None = None
         self.last_id = 1
         self.told: list[dict] = []
 
@@ -185,34 +199,51 @@ class SDK:
         if self.session is None:
             node = self.world.nodes[self.link]
             self.session = Session(node, COMMANDS, self, Request({}, {}, "/", "10.0.0.1"))
-            self.command(connect={})
-            self.ask()
+            if self.by_server:
+                self.asking = self.last_id + 1
+                self.command(connect={"subs": {NAME: self.request()}})
+            else:
+                self.command(connect={})
+                self.ask()
 
     def vanish(self) -> None:
         if self.session is not None:
-            session, self.session = self.session, None
-            self.subscribed, self.asking = False, 0
+            session = self.session
+            self.forget()
             session.closed()
+
+    def reconnect(self) -> None:
+        self.vanish()
+        self.connect()
+
+    def forget(self) -> None:
+        """The connection is no more."""
+        self.session = self.closed = None
+        self.subscribed, self.asking = False, 0
+        self.told.clear()
 
     def subscribe(self) -> None:
         self.wanted = True
         self.ask()
 
     def unsubscribe(self) -> None:
-        if self.wanted and self.session is not None:
+        if self.wanted and self.session is not None and not self.by_server:
             self.wanted = self.subscribed = False
             self.asking = 0
             self.command(unsubscribe={"channel": NAME})
 
     def ask(self) -> None:
-        """Subscribe, if it should be and is not; with the last position, if there is one."""
-        if self.session is None or not self.wanted or self.subscribed or self.asking:
+        """Subscribe, if it should be and is not."""
+        if self.session is None or not self.wanted or self.subscribed or self.asking or self.by_server:
             return
-        request: dict[str, Any] = {"channel": NAME}
-        if self.position is not None:
-            request |= {"recover": True, "offset": self.position[0], "epoch": self.position[1]}
         self.asking = self.last_id + 1
-        self.command(subscribe=request)
+        self.command(subscribe={"channel": NAME, **self.request()})
+
+    def request(self) -> dict[str, Any]:
+        """What it says of the channel: the last position, if there is one."""
+        if self.position is None:
+            return self.wish
+        return {"recover": True, "offset": self.position[0], "epoch": self.position[1], **self.wish}
 
     def command(self, **request: Any) -> None:
         assert self.session is not None
@@ -230,7 +261,8 @@ class SDK:
     deliver = send
 
     def close(self, code: int, reason: str) -> None:
-        raise AssertionError(f"closed with {code}")
+        assert self.by_server and code == 3010, code
+        self.closed = (code, reason)
 
     def pause(self) -> None: ...
 
@@ -241,29 +273,43 @@ class SDK:
     def listen(self) -> None:
         """Take in what came. As a network would: not from inside what the server is just doing."""
         told, self.told = self.told, []
+        refused = False
         for message in told:
             if "push" in message:
                 self.pushed(message["push"])
             elif message["id"] == self.asking:
                 self.asking = 0
-                self.answered(message)
+                refused |= self.answered(message)
+        if self.closed or (refused and self.by_server):
+            self.vanish()
+            self.connect()
         self.ask()
 
-    def answered(self, reply: dict) -> None:
+    def answered(self, reply: dict) -> bool:
+        """Whether the answer is no."""
         if "error" in reply:
             assert reply["error"]["temporary"], reply
-            return
-        result = reply["subscribe"]
+            return True
+        self.began(reply["connect"]["subs"][NAME] if self.by_server else reply["subscribe"])
+        return False
+
+    def began(self, result: dict) -> None:
         self.subscribed = True
-        recovering = result.get("was_recovering", False)
-        assert recovering == (self.position is not None)
-        offset = result.get("offset", 0)
-        if result.get("recovered"):
-            assert self.position == (offset, result["epoch"])
+        assert result.get("delta", False) == bool(self.wish)
+        cached = self.world.options is CACHE
+        assert result.get("was_recovering", False) == (self.position is not None or cached)
+        offset, publications = result.get("offset", 0), result.get("publications", [])
+        if not result.get("recovered"):
+            assert not publications
+        elif cached:
+            assert offset == (self.position[0] if self.position else 0) and len(publications) <= 1
+            # The newest one, whatever came before it, unless that is known already.
+            assert publications or self.position == (offset, result["epoch"])
+            offset = publications[0]["offset"] - 1 if publications else offset
         else:
-            assert "publications" not in result
+            assert self.position == (offset, result["epoch"])
         self.position = (offset, result["epoch"])
-        for publication in result.get("publications", []):
+        for publication in publications:
             self.take(publication)
 
     def pushed(self, push: dict) -> None:
@@ -272,27 +318,36 @@ class SDK:
         if "pub" in push:
             self.take(push["pub"])
         elif "unsubscribe" in push:
-            assert push["unsubscribe"]["code"] == 2500
+            assert push["unsubscribe"]["code"] == 2500 and not self.by_server
             self.subscribed = False
 
     def take(self, publication: dict) -> None:
         assert self.position is not None
         offset, epoch = self.position
         assert publication["offset"] == offset + 1
-        assert publication["data"] == self.world.published[epoch, offset + 1]
+        assert self.read(publication) == self.world.published[epoch, offset + 1]
         self.position = (offset + 1, epoch)
+
+    def read(self, publication: dict) -> Any:
+        data = publication["data"]
+        if not self.wish:
+            assert "delta" not in publication
+            return data
+        self.base = apply_delta(self.base, data.encode()) if publication.get("delta") else data.encode()
+        return msgspec.json.decode(self.base)
 
 
 class World:
-    def __init__(self) -> None:
+    def __init__(self, options: ChannelOptions = OPTIONS) -> None:
+        self.options = options
         self.now = 0.0
         self.count = 0
-        self.published: dict[tuple[str, int], int] = {}
+        self.published: dict[tuple[str, int], str] = {}
         self.mistakes: list[BaseException] = []
         self.exchange: Exchange[Link] = Exchange(Outward(), 100)
         self.links = [Link(self), Link(self)]
         self.nodes = [self.node(link) for link in self.links]
-        self.clients = [SDK(self, number % 2) for number in range(4)]
+        self.clients = [SDK(self, n % 2, by_server=n >= 2, delta=n in (1, 2)) for n in range(4)]
 
     def node(self, link: Link) -> Node:
         self.exchange.attach(link)
@@ -301,7 +356,7 @@ class World:
         hub.engine = link  # type: ignore[assignment]
         return Node(
             settings=Client(allow_anonymous_connect_without_token=True, recovery_max_publication_limit=2),
-            rules=Rules(Channel(without_namespace=OPTIONS)),
+            rules=Rules(Channel(without_namespace=self.options)),
             tokens=TokenVerifier(Token(), lambda: 0.0),
             engine=link,  # type: ignore[arg-type]
             hub=hub,
@@ -327,6 +382,8 @@ class World:
             self.exchange = Exchange(Outward(), 100)
             for link in self.links:
                 link.cut()
+        elif name == "crash":
+            self.crash(number % 2)
         elif name == "cut":
             self.links[number % 2].cut()
         elif name in ("drop", "repeat"):
@@ -335,13 +392,27 @@ class World:
             self.links[number % 2].move(way_in=name == "answer")
         elif name == "flow":
             self.links[number % 2].flow()
+        elif name == "settle":
+            self.settle()
         else:
             getattr(self.clients[number], name)()
 
+    def crash(self, number: int) -> None:
+        """A worker is gone from one moment to the next, and another takes its place."""
+        self.exchange.detach(self.links[number])
+        for client in self.clients:
+            if client.link == number:
+                client.forget()
+        self.links[number] = Link(self)
+        self.nodes[number] = self.node(self.links[number])
+
     def publish(self) -> None:
         self.count += 1
-        position = self.exchange.publish(self.now, NAME, b"%d" % self.count, RETENTION)
-        self.published[position.epoch, position.offset] = self.count
+        content = f"{PADDING}{self.count}"
+        position = self.exchange.publish(
+            self.now, NAME, msgspec.json.encode(content), RETENTION, delta=self.count % 5 > 0
+        )
+        self.published[position.epoch, position.offset] = content
 
     def settle(self) -> None:
         """Move everything until nothing moves."""
@@ -351,20 +422,21 @@ class World:
             for link in self.links:
                 moving |= link.flow()
             for client in self.clients:
-                moving |= bool(client.told)
+                moving |= bool(client.told or client.closed)
                 client.listen()
 
 
 OFTEN = ["publish", "ask", "answer", "listen", "flow"]
-NOW_AND_THEN = ["connect", "vanish", "subscribe", "unsubscribe"]
-RARELY = ["trim", "expire", "cut", "replace", "drop", "drop", "repeat"]
+NOW_AND_THEN = ["connect", "vanish", "reconnect", "subscribe", "unsubscribe", "settle"]
+RARELY = ["trim", "expire", "cut", "replace", "crash", "drop", "drop", "repeat"]
 STEPS = st.tuples(st.sampled_from(3 * OFTEN + 2 * NOW_AND_THEN + RARELY), st.integers(0, 3))
 
 
-@settings(max_examples=800, deadline=None)
-@given(st.lists(STEPS, min_size=20, max_size=100))
-def test_every_publication_comes_once_and_in_order_or_its_loss_is_told(steps: list[tuple[str, int]]) -> None:
-    world = World()
+STORIES = st.lists(STEPS, min_size=20, max_size=100)
+
+
+def tell(steps: list[tuple[str, int]], options: ChannelOptions) -> None:
+    world = World(options)
     for client in world.clients:
         client.connect()
         client.subscribe()
@@ -384,3 +456,15 @@ def test_every_publication_comes_once_and_in_order_or_its_loss_is_told(steps: li
     assert world.exchange.channels == 0 and not world.exchange.presence(NAME)
     for link, node in zip(world.links, world.nodes, strict=True):
         assert (link.hub.subscriptions, len(node.registry), node.deadlines._buckets) == (0, 0, {})
+
+
+@settings(max_examples=400, deadline=None)
+@given(STORIES)
+def test_every_publication_comes_once_and_in_order_or_its_loss_is_told(steps: list[tuple[str, int]]) -> None:
+    tell(steps, OPTIONS)
+
+
+@settings(max_examples=150, deadline=None)
+@given(STORIES)
+def test_in_cache_mode_the_newest_comes_and_then_every_other(steps: list[tuple[str, int]]) -> None:
+    tell(steps, CACHE)
