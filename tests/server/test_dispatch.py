@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from driving import on_loop
 from twisted.internet import reactor as global_reactor
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import Deferred, inlineCallbacks, succeed
 from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger
@@ -200,6 +200,16 @@ async def test_context_reaches_the_handler_and_does_not_leak_back(bench: Bench) 
     for method in ("loop", "thread"):
         assert await bench.call(method) == ["outer", "inner"]
         assert setting.get() == "outer"
+
+
+@on_loop
+async def test_a_deferred_that_has_fired_already_is_an_answer_too(bench: Bench) -> None:
+    @bench.app.rpc("f", run="loop")
+    def f(client: Any, data: Any) -> Any:
+        return succeed("there already")
+
+    await bench.start()
+    assert await bench.call("f") == "there already"
 
 
 @on_loop

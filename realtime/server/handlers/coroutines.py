@@ -23,6 +23,8 @@ from realtime.supervision.accounts import Accounts
 
 T = TypeVar("T")
 
+_NOTHING_YET: Any = object()
+
 # Called once with (result, None) or (None, error); must not raise.
 Done = Callable[[Any, BaseException | None], None]
 
@@ -208,14 +210,18 @@ def _take(step: Callable[[], object], *, context: Context) -> None:
 
 
 @types.coroutine
-def bridged(coroutine: Steps) -> Generator[Any, Any, Any]:
-    """Await `coroutine` inside an asyncio Task, and have it get the results of the Deferreds that it awaits."""
+def bridged(coroutine: Steps, awaited: Any = _NOTHING_YET) -> Generator[Any, Any, Any]:
+    """Await `coroutine` inside an asyncio Task, and have it get the results of the Deferreds that it awaits.
+
+    awaited: what it waits for, if it has begun already.
+    """
     error: BaseException | None = None
     while True:
-        try:
-            awaited = coroutine.send(None) if error is None else coroutine.throw(error)
-        except StopIteration as stop:
-            return stop.value
+        if awaited is _NOTHING_YET:
+            try:
+                awaited = coroutine.send(None) if error is None else coroutine.throw(error)
+            except StopIteration as stop:
+                return stop.value
         error = None
         try:
             if isinstance(awaited, Deferred):
@@ -224,6 +230,7 @@ def bridged(coroutine: Steps) -> Generator[Any, Any, Any]:
                 yield awaited
         except BaseException as raised:
             error = raised
+        awaited = _NOTHING_YET
 
 
 def _until_fired(deferred: Deferred[Any]) -> Generator[Any, Any, None]:

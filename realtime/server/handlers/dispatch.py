@@ -327,7 +327,10 @@ class Call:
         """Call the handler, and count how that ended."""
         self._valve.throttle.enter()
         try:
-            result = await self._finish(args, timeout)
+            task = begun(self._in_its_place(args))
+            if not task.done():
+                await self._wait(task, timeout)
+            result = _result(task)
         except (ClientError, Disconnect):
             self._count("refused")
             raise
@@ -352,11 +355,8 @@ class Call:
         self._count("ok")
         return result
 
-    async def _finish(self, args: tuple[Any, ...], timeout: float) -> Any:
-        """The handler's result, by the deadline. Its task may go on for longer when it does not heed cancellation."""
-        task = begun(self._in_its_place(args))
-        if task.done():
-            return _result(task)
+    async def _wait(self, task: asyncio.Task[Any], timeout: float) -> None:
+        """Wait for a handler's task, by the deadline. It may go on for longer when it does not heed cancellation."""
         # A Deferred, since every kind of caller can await one (a plain asyncio Task by way of `bridged`).
         outcome: Deferred[None] = Deferred()
 
@@ -382,7 +382,6 @@ class Call:
         finally:
             if timer is not None and timer.active():
                 timer.cancel()
-        return _result(task)
 
     def _in_its_place(self, args: tuple[Any, ...]) -> Coroutine[Any, Any, Any]:
         match self._moves.where if self._moves else self.handler.run:
@@ -397,14 +396,23 @@ class Call:
             await self._gate.enter()
         try:
             names = self._name, self._subject(args).encode("utf-8", "replace")
-            if self._moves:
-                result = _marked(self._marks, names, self._moves.timed, "loop", plain_result, self.handler, args)
-            else:
-                result = _marked(self._marks, names, self.handler.function, *args)
-            if inspect.iscoroutine(result):
-                result = await bridged(_Marked(self._marks, names, result))
-            elif hasattr(result, "__await__"):  # a Deferred, from a function under inlineCallbacks for one
-                result = await bridged(_awaiting(result))
+            outer = self._marks.enter(names)
+            try:
+                if self._moves:
+                    result = self._moves.timed("loop", plain_result, self.handler, args)
+                else:
+                    result = self.handler.function(*args)
+                if not inspect.iscoroutine(result):
+                    if not hasattr(result, "__await__"):
+                        return self._answer(result)
+                    result = _awaiting(result)  # a Deferred, from a function under inlineCallbacks for one
+                try:
+                    awaited = result.send(None)
+                except StopIteration as stop:
+                    return self._answer(stop.value)
+            finally:
+                self._marks.leave(outer)
+            result = await bridged(_Marked(self._marks, names, result), awaited)
             return _marked(self._marks, names, self._answer, result)
         except (SystemExit, KeyboardInterrupt) as error:
             # asyncio would end the whole process.
