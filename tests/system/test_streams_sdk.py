@@ -68,6 +68,18 @@ def test_node_with_a_connection_for_every_command(server: Server) -> None:
     assert (seen["fallback"], seen["answered"]) == ("http_stream", "by the other way")
 
 
+@pytest.mark.node
+def test_a_worker_killed_mid_stream_costs_no_message(server: Server) -> None:
+    seen = run_node("killing.mjs", server.http, 200, 0)
+
+    assert seen["accepted"] == 200
+    assert seen["missing"] == []
+    assert seen["backwards"] == 0
+    assert all(context["recovered"] for context in seen["subscribed"][1:] + seen["speakerSubscribed"][1:])
+    assert len(seen["subscribed"]) == 2
+    wait_until(lambda: len(server.workers()) == 2, "a new worker in the slot")
+
+
 @pytest.mark.browser
 @pytest.mark.node
 def test_chromium(server: Server) -> None:

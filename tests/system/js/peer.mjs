@@ -37,8 +37,14 @@ export async function until(condition, what, limit = 60_000) {
 
 export const delay = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
+/** endpoint: of a WebSocket, a list of transports, or the base URL of a server that is talked to over a stream. */
 export function makeClient(endpoint, options = {}) {
-  const client = new Centrifuge(endpoint, { websocket: WebSocket, minReconnectDelay: 20, maxReconnectDelay: 500, ...options });
+  let [transports, emulationEndpoint] = [endpoint, undefined];
+  if (typeof endpoint === "string" && endpoint.startsWith("http")) {
+    transports = [{ transport: "http_stream", endpoint: `${endpoint}/connection/http_stream` }];
+    emulationEndpoint = `${endpoint}/emulation`;
+  }
+  const client = new Centrifuge(transports, { websocket: WebSocket, emulationEndpoint, minReconnectDelay: 20, maxReconnectDelay: 500, ...options });
   client.on("error", () => {}); // reported where it matters by rejected calls and state changes
   return client;
 }
