@@ -40,14 +40,16 @@ const http_stream = { transport: "http_stream", endpoint: `${base}/connection/ht
 const sse = { transport: "sse", endpoint: `${base}/connection/sse` };
 const blocked = { transport: "websocket", endpoint: `${base.replace("http", "ws")}/blocked` };
 
+let seen;
 try {
-  finish({
+  seen = {
     http_stream: await visit(base, [http_stream], "stream:a"),
     sse: await visit(base, [sse], "stream:b"),
     elsewhere: await visit(other, [sse], "stream:c"),
     fallback: await visit(other, [blocked, http_stream], "stream:d"),
-  });
+  };
 } finally {
   await browser.close();
   rmSync(profile, { recursive: true, force: true });
 }
+finish(seen);
