@@ -48,7 +48,6 @@ class _Admitted(Struct, frozen=True):
 
 
 async def connect(session: Session, id: int, request: messages.ConnectRequest) -> None:
-    node = session.node
     admitted = await _admit(session, request)
     session.info = info = ClientInfo(admitted.user, str(uuid.uuid4()), admitted.info)
     wanted = _from_the_start(session, request, admitted)
@@ -56,36 +55,21 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     if session.state is not State.OPENED:
         return
     await session.admit(info)
-    joined = []
     try:
+        joined = []
         for asked, subscription in wanted:
             if session.state is State.OPENED and (outcome := await session.join(subscription, asked)):
                 joined.append((subscription, outcome))
+        subs = {subscription.channel: _told(outcome.result, admitted, subscription) for subscription, outcome in joined}
+        session.reply(id, "connect", _connected(session, admitted, ttl, subs))
     except BaseException:
         session.dismiss()
         raise
     if session.state is not State.OPENED:
         session.dismiss()
         return
-    ping, pong = session.pings
-    result = messages.ConnectResult(
-        client=info.client,
-        version=node.version,
-        # Only a token can be refreshed by the client; what a handler granted ends when it ends.
-        expires=bool(ttl and session.refreshable),
-        ttl=ttl if session.refreshable else 0,
-        data=messages.embedded(admitted.data),
-        subs={subscription.channel: _told(outcome.result, admitted, subscription) for subscription, outcome in joined}
-        or None,
-        ping=ping,
-        pong=pong,
-        session=session.secret,
-        node=node.uid if session.secret and not session.encoding.unidirectional else "",
-        time=int(node.wall_clock() * 1000) if node.settings.connect_include_server_time else 0,
-    )
     session.begin(request.name, request.version, admitted.meta)
     session.expire(admitted.expire_at)
-    session.reply(id, "connect", result)
     for subscription, outcome in joined:
         session.open(subscription, outcome)
     if session.state is State.CONNECTED:
@@ -98,6 +82,27 @@ def _told(
     """The result of a subscription from the start, with what its terms have for the client."""
     each = admitted.subs.get(subscription.channel)
     return msgspec.structs.replace(result, data=messages.embedded(each.data)) if each is not None else result
+
+
+def _connected(
+    session: Session, admitted: _Admitted, ttl: int, subs: dict[str, messages.SubscribeResult]
+) -> messages.ConnectResult:
+    node = session.node
+    ping, pong = session.pings
+    return messages.ConnectResult(
+        client=session.client,
+        version=node.version,
+        # Only a token can be refreshed by the client; what a handler granted ends when it ends.
+        expires=bool(ttl and session.refreshable),
+        ttl=ttl if session.refreshable else 0,
+        data=messages.embedded(admitted.data),
+        subs=subs or None,
+        ping=ping,
+        pong=pong,
+        session=session.secret,
+        node=node.uid if session.secret and not session.encoding.unidirectional else "",
+        time=int(node.wall_clock() * 1000) if node.settings.connect_include_server_time else 0,
+    )
 
 
 async def _admit(session: Session, request: messages.ConnectRequest) -> _Admitted:
@@ -124,6 +129,8 @@ async def _admit(session: Session, request: messages.ConnectRequest) -> _Admitte
 
 
 def _credited(credentials: Credentials) -> _Admitted:
+    if isinstance(credentials.channels, str):
+        raise TypeError("Credentials.channels is a list of channels, not a text")
     return _Admitted(
         credentials.user,
         encoded(credentials.info),

@@ -112,7 +112,7 @@ class TestAtConnect:
         peer = server.peer(BARE_PROTOBUF) if form == "protobuf" else server.peer()
         reply, *pushes = peer.say({"id": 1, "connect": {"token": token(sub="42", channels=["room:a", "own:b"])}})
         client = reply["connect"]["client"]
-        assert list(reply["connect"]["subs"]) == ["room:a", "own:b"]
+        assert reply["connect"]["subs"].keys() == {"room:a", "own:b"}
         assert pushes == [
             {"push": {"channel": channel, "join": {"info": {"user": "42", "client": client}}}}
             for channel in ("room:a", "own:b")
@@ -559,3 +559,16 @@ class TestByHandlers:
         assert peer.heard() == [
             {"push": {"channel": "plain:a", "unsubscribe": {"code": 2501, "reason": "subscription expired"}}}
         ]
+
+    @pytest.mark.parametrize("credentials", [Credentials("7", channels="news"), Credentials("7", channels=["a\ud800"])])
+    def test_credentials_that_make_no_sense_are_a_mistake_and_leave_nothing(self, credentials):
+        async def connecting(request):
+            return credentials
+
+        server = make()
+        server.app.connecting = connecting
+        assert error_of(server.peer().say({"id": 1, "connect": {}})) == 100
+        assert len(server.mistakes) == 1
+        server.advance(6)
+        server.mistakes.clear()
+        assert server.clean()

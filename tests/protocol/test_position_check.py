@@ -1,0 +1,82 @@
+"""A publication that was lost with none after it is found out, once for all subscribers of a channel."""
+
+from __future__ import annotations
+
+import pytest
+from sessions import Peer, Server, run
+
+CHANNEL = "room:a"
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server(allow_anonymous_connect_without_token=True)
+
+
+def check(server: Server) -> int:
+    """One round, as a worker makes it; how often the engine was asked."""
+    asked, history = [], server.engine.history
+
+    async def counted(channel, **options):
+        asked.append(channel)
+        return await history(channel, **options)
+
+    def done(result, error):
+        assert error is None, error
+
+    server.engine.history = counted
+    run(server.hub.check_quiet(lambda channel: server.node.rules.options(channel).retention), done)
+    server.engine.history = history
+    return len(asked)
+
+
+def lose(server: Server) -> None:
+    """A publication that does not get here."""
+    published, server.hub.published = server.hub.published, lambda *args: None
+    server.publish(CHANNEL, "lost")
+    server.hub.published = published
+
+
+def subscribed(server: Server) -> Peer:
+    peer = server.client()
+    peer.say({"id": 2, "subscribe": {"channel": CHANNEL}})
+    peer.heard()
+    return peer
+
+
+def test_nothing_is_lost(server):
+    peer = subscribed(server)
+    for _ in range(3):
+        check(server)
+    server.publish(CHANNEL, 1)
+    assert peer.publications() == [1]
+
+
+def test_subscribers_are_told_and_recover(server):
+    peers = [subscribed(server) for _ in range(5)]
+    for peer in peers:
+        peer.heard()
+    check(server)
+    lose(server)
+    assert check(server) == 1
+    for peer in peers:
+        assert peer.heard()[0]["push"]["unsubscribe"] == {"code": 2500, "reason": "insufficient state"}
+        result = peer.say({"id": 3, "subscribe": {"channel": CHANNEL, "recover": True}})[0]["subscribe"]
+        assert [one["data"] for one in result["publications"]] == ["lost"]
+
+
+def test_those_that_the_server_subscribed_come_back(server):
+    peer = server.peer()
+    peer.connect(subs={CHANNEL: {}})
+    check(server)
+    lose(server)
+    check(server)
+    assert peer.close_code == (3010, "insufficient state")
+
+
+def test_a_channel_that_is_in_use_is_not_asked_for(server):
+    subscribed(server)
+    check(server)
+    server.publish(CHANNEL, 1)
+    assert check(server) == 0
+    assert check(server) == 1
