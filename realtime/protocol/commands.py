@@ -26,8 +26,6 @@ from realtime.records import ClientInfo, ConnectRequest, Credentials, Position, 
 
 # The share of a client's queue that one page of history may fill.
 HISTORY_SHARE = 0.5
-# Seconds. More does not fit the SDKs' integers, and is 68 years.
-_LONGEST_TTL = 2**31 - 1
 
 # -- connect, refresh -------------------------------------------------------------------------------------------------
 
@@ -51,7 +49,7 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     admitted = await _admit(session, request)
     session.info = info = ClientInfo(admitted.user, str(uuid.uuid4()), admitted.info)
     wanted = _from_the_start(session, request, admitted)
-    ttl = _ttl(session, admitted.expire_at)
+    ttl = session.ttl(admitted.expire_at)
     if session.state is not State.OPENED:
         return
     await session.admit(info)
@@ -226,16 +224,6 @@ async def _verified(verify: Callable[[str], Awaitable[Claims]], token: str, inva
         raise invalid from None
 
 
-def _ttl(session: Session, expire_at: float) -> int:
-    """Whole seconds until `expire_at`, 0 for never. Raises ClientError 110 when it has passed."""
-    if not expire_at:
-        return 0
-    left = expire_at - session.node.wall_clock()
-    if left <= 0:
-        raise ClientError(*errors.EXPIRED)
-    return min(math.ceil(left), _LONGEST_TTL)
-
-
 async def refresh(session: Session, id: int, request: messages.RefreshRequest) -> None:
     if not request.token or not session.refreshable:
         raise Disconnect(*errors.BAD_PROTOCOL)
@@ -249,7 +237,7 @@ async def refresh(session: Session, id: int, request: messages.RefreshRequest) -
     held = {one.channel for one in session.subscriptions.values() if one.origin is Origin.TOKEN}
     if held != _token_subs(claims).keys():
         raise Disconnect(*errors.INSUFFICIENT_STATE)
-    ttl = _ttl(session, claims.expire_at)
+    ttl = session.ttl(claims.expire_at)
     session.describe(claims.info)
     session.expire(claims.expire_at)
     session.reply(id, "refresh", messages.RefreshResult(expires=bool(ttl), ttl=ttl))
@@ -268,7 +256,7 @@ def _options(session: Session, channel: str) -> ResolvedChannel:
 async def subscribe(session: Session, id: int, request: messages.SubscribeRequest) -> None:
     options = _check_subscribe(session, request)
     granted, grace = await _admit_to(session, request, options)
-    ttl = _ttl(session, granted.expire_at)
+    ttl = session.ttl(granted.expire_at)
     if session.state is State.CLOSED:
         return
     _check_place(session, request.channel)  # again: much may have happened meanwhile
@@ -353,7 +341,7 @@ async def sub_refresh(session: Session, id: int, request: messages.SubRefreshReq
     except ClientError:
         # A final 109 would end the subscription in the SDKs; a temporary one has them try again.
         raise ClientError(*errors.TOKEN_EXPIRED[:2], temporary=True) from None
-    ttl = _ttl(session, claims.expire_at)
+    ttl = session.ttl(claims.expire_at)
     subscription.end_at = claims.expire_at + session.node.settings.expired_sub_close_delay if ttl else 0.0
     session.describe_in(subscription, msgspec.structs.replace(subscription.info, chan_info=claims.info))
     session.reply(id, "sub_refresh", messages.SubRefreshResult(expires=bool(ttl), ttl=ttl))

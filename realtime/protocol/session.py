@@ -43,6 +43,8 @@ REFUSED_DELAY = 5.0
 RATE_BURST = 2.0
 # Seconds in which the failed commands are counted together.
 ERROR_WINDOW = 5.0
+# Seconds. More does not fit the SDKs' integers, and is 68 years.
+LONGEST_TTL = 2**31 - 1
 # The share of its grace by which an expired connection may be closed later, so that many do not end at once.
 EXPIRY_SPREAD = 0.1
 
@@ -403,6 +405,15 @@ class Session:
                     self.disconnect(*errors.SUBSCRIPTION_EXPIRED)
                     return
 
+    def ttl(self, expire_at: float) -> int:
+        """Whole seconds until `expire_at` (Unix seconds), 0 for never. Raises ClientError 110 when it has passed."""
+        if not expire_at:
+            return 0
+        left = expire_at - self.node.wall_clock()
+        if left <= 0:
+            raise ClientError(*errors.EXPIRED)
+        return min(math.ceil(left), LONGEST_TTL)
+
     def expire(self, expire_at: float) -> None:
         """The connection ends at `expire_at` (Unix seconds, 0.0 for never), with a grace if it may be refreshed."""
         grace = self.node.settings.expired_close_delay if self.refreshable else 0.0
@@ -570,14 +581,15 @@ class Session:
 
     def refresh(self, expire_at: float, info: bytes) -> None:
         """The connection expires at `expire_at` (Unix seconds, 0.0 for never). info: see `describe`; b"" leaves it."""
-        left = expire_at - self.node.wall_clock()
-        if expire_at and left <= 0:
+        try:
+            ttl = self.ttl(expire_at)
+        except ClientError:
             self.disconnect(*errors.CONNECTION_EXPIRED)
             return
         if info:
             self.describe(info)
         self.expire(expire_at)
-        self._push("", "refresh", messages.Refresh(bool(expire_at), math.ceil(left) if expire_at else 0))
+        self._push("", "refresh", messages.Refresh(bool(ttl), ttl))
 
     def abandon(self, subscription: Subscription) -> None:
         """End a subscription at whatever stage it is, without waiting for the engine, which may be away."""
