@@ -94,9 +94,11 @@ class Hub:
         self._slices = slices or Slices.unlimited()
         self.traffic = Traffic(self._slices, self._overflowed, self._unfit)
         self._channels: dict[str, _Channel] = {}
-        # Members that are out already, and yet to be told why.
+        # Channels whose positioned members have lost their place and are yet to be taken out, before anything else
+        # happens there; then members that are out, and yet to be told.
+        self._broken: dict[str, _Channel] = {}
         self._lost: dict[Member, None] = {}
-        self._telling = False
+        self._losing = False
         self.subscriptions = 0
 
     def channels(self) -> list[str]:
@@ -146,6 +148,8 @@ class Hub:
         state = self._channels.get(channel)
         if state is None or member not in state.pending:
             return False
+        if self._broken.pop(channel, None) is not None:
+            self._lose(channel, state)
         events = state.held[state.pending[member] :]
         if position is not None and not self._continues(channel, state, position, events):
             self.remove(channel, member)
@@ -194,6 +198,7 @@ class Hub:
         self.subscriptions -= members
         if not state:
             del self._channels[channel]
+            self._broken.pop(channel, None)
             state.fan.clear()
             self.engine.unsubscribe(channel)
 
@@ -201,6 +206,7 @@ class Hub:
         """Continuity is broken: no positioned member may go on as if nothing were missing."""
         state.hold(_BREAK)
         self._lose(channel, state)
+        self._work_off_losses()
 
     def _lose(self, channel: str, state: _Channel) -> None:
         lost = [member for member in state.fan.members if member.positioned]
@@ -210,24 +216,30 @@ class Hub:
             state.discard(member)
         self._gone(channel, state, len(lost))
         self._lost.update(dict.fromkeys(lost))
-        if not self._telling:
-            self._telling = True
-            self.traffic.work(self._tell(), HIGH)
 
-    def _tell(self) -> Iterator[None]:
+    def _work_off_losses(self) -> None:
+        if not self._losing and (self._lost or self._broken):
+            self._losing = True
+            self.traffic.work(self._losses(), HIGH)
+
+    def _losses(self) -> Iterator[None]:
         try:
-            while self._lost:
-                member, _ = self._lost.popitem()
-                member.lost()
+            while self._lost or self._broken:
+                if self._lost:
+                    member, _ = self._lost.popitem()
+                    member.lost()
+                else:
+                    self._lose(*self._broken.popitem())
                 self.traffic.spend(_LOSS)
                 yield
         finally:
-            self._telling = False
+            self._losing = False
 
     def _overflowed(self, channel: str) -> None:
         state = self._channels.get(channel)
         if state is not None:
             self._lose(channel, state)
+            self._work_off_losses()
 
     def _unfit(self, channel: str, member: Member) -> None:
         self.remove(channel, member)
@@ -240,6 +252,8 @@ class Hub:
         state = self._channels.get(channel)
         if state is None:
             return  # it crossed our unsubscribe
+        if self._broken and self._broken.pop(channel, None) is not None:
+            self._lose(channel, state)
         offset = publication.offset
         if offset:
             last = state.last
@@ -273,10 +287,12 @@ class Hub:
     def interrupted(self) -> None:
         """Every positioned member loses its place. A channel whose first `add` still waits has none to lose: its
         publications begin after the interruption."""
-        for channel, state in list(self._channels.items()):
+        for channel, state in self._channels.items():
             if state.subscribed:
                 state.last = None
-                self._break(channel, state)
+                state.hold(_BREAK)
+                self._broken[channel] = state
+        self._work_off_losses()
 
     # Positions
 

@@ -285,6 +285,25 @@ def test_who_leaves_before_it_is_told_of_a_loss_is_not_told(worker: Worker) -> N
     assert all(member.frames == [] for member in left)
 
 
+def test_an_interruption_of_many_channels_comes_before_all_that_follows_it(worker: Worker) -> None:
+    members = [worker.member(f"c{number}") for number in range(1000)]
+    for member in members:
+        member.lost = lambda member=member: worker._take(member, b"lost")  # type: ignore[method-assign, misc]
+    worker.hub.interrupted()
+    assert any(member.frames for member in members)
+    waiting = [number for number, member in enumerate(members) if not member.frames]
+    heard, unheard = waiting[0], waiting[1]
+    worker.hub.published(f"c{heard}", Publication(b"p", 1), "new")
+    newcomer = Listener()
+    add(worker.hub, newcomer, f"c{unheard}")
+    assert worker.hub.open(f"c{unheard}", newcomer, at(0, "new"))
+    worker.until_idle()
+    worker.hub.published(f"c{unheard}", Publication(b"p", 1), "new")
+    assert all(member.frames == [b"lost"] for member in members)
+    assert (newcomer.seen, newcomer.losses) == ([(1, "new")], 0)
+    assert worker.hub.subscriptions == 1
+
+
 def test_a_channel_that_is_left_by_all_frees_what_waits(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for _ in range(10):
