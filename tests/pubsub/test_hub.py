@@ -20,7 +20,7 @@ from realtime.pubsub.filters import Filter
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.memory import MemoryEngine
 from realtime.pubsub.slices import Slices
-from realtime.records import ClientInfo, Position, Publication, Retention
+from realtime.records import ClientInfo, HistoryPage, Position, Publication, Retention
 from realtime.settings import EngineSettings
 
 EPOCH = "abcdefgh"
@@ -533,6 +533,95 @@ def test_a_newcomer_after_a_removal_while_the_engine_is_asked(hub: Hub, engine: 
 def test_a_second_member_waits_for_nothing(hub: Hub) -> None:
     opened(hub, Listener(), None)
     complete(hub.add("c", Listener()))
+
+
+# Checking positions
+
+
+class Store(SlowEngine):
+    """An engine that knows what was published, whether it got through or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top = at(0)
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    async def history(self, channel: str, *, retention: Retention) -> HistoryPage:
+        self.log.append(f"history {channel}")
+        page = HistoryPage([], self.top)
+        self.meanwhile()
+        return page
+
+
+def checked(hub: Hub) -> list[str]:
+    """The channels that one round of checks asked the engine about."""
+    engine: Any = hub.engine
+    engine.log.clear()
+    complete(hub.check_quiet(lambda channel: KEEP))
+    return [line.removeprefix("history ") for line in engine.log if line.startswith("history")]
+
+
+@pytest.fixture
+def store(hub: Hub) -> Store:
+    store = hub.engine = Store()  # type: ignore[assignment]
+    return store
+
+
+def test_a_publication_that_got_lost_with_none_after_it_is_found(hub: Hub, store: Store) -> None:
+    member, relaxed = opened(hub, Listener(), at(0)), opened(hub, Listener(positioned=False), None)
+    publish(hub, 1)
+    store.top = at(2)
+    assert checked(hub) == []
+    assert member.losses == 0
+    assert checked(hub) == ["c"]
+    assert (member.losses, relaxed.losses) == (1, 0)
+    again = opened(hub, Listener(), at(2))
+    publish(hub, 3)
+    assert (again.seen, again.losses) == ([(3, EPOCH)], 0)
+
+
+def test_only_quiet_channels_are_checked(hub: Hub, store: Store) -> None:
+    member = opened(hub, Listener(), at(0))
+    for offset in range(1, 5):
+        publish(hub, offset)
+        store.top = at(offset)
+        assert checked(hub) == []
+    assert [checked(hub), checked(hub)] == [["c"], ["c"]]
+    assert member.losses == 0
+
+
+def test_another_epoch_is_found_too(hub: Hub, store: Store) -> None:
+    member = opened(hub, Listener(), at(3))
+    store.top = at(3, "another")
+    checked(hub)
+    checked(hub)
+    assert member.losses == 1
+
+
+def test_what_comes_while_the_engine_answers_is_no_hole(hub: Hub, store: Store) -> None:
+    member = opened(hub, Listener(), at(0))
+    checked(hub)
+    store.meanwhile = lambda: publish(hub, 1)
+    assert checked(hub) == ["c"]
+    assert (member.seen, member.losses) == ([(1, EPOCH)], 0)
+
+
+def test_a_channel_that_ends_while_the_engine_answers(hub: Hub, store: Store) -> None:
+    member = opened(hub, Listener(), at(0))
+    store.top = at(1)
+    checked(hub)
+    store.meanwhile = lambda: hub.remove("c", member)
+    assert checked(hub) == ["c"]
+    assert member.losses == 0
+
+
+def test_channels_without_positions_are_not_asked_about(hub: Hub, store: Store) -> None:
+    opened(hub, Listener(positioned=False), None)
+    publish(hub, 0)
+    assert [checked(hub), checked(hub)] == [[], []]
+    opened(hub, Listener(), at(0))
+    complete(hub.check_quiet(lambda channel: Retention()))
+    assert "history c" not in store.log
 
 
 # Any history
