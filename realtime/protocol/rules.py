@@ -16,7 +16,7 @@ from realtime.records import Retention
 from realtime.settings import Channel, ChannelOptions, retention
 
 # Names end up in logs, metrics of others and keys of stores: nothing that ends a line or hides.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class ResolvedChannel(ChannelOptions, frozen=True, kw_only=True):

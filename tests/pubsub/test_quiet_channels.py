@@ -1,0 +1,132 @@
+"""The positions of channels in which nothing is published: what was lost on the way is found without a next publication."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+from realtime.pubsub.hub import Hub
+from realtime.records import HistoryPage, Position, Publication, Retention
+
+KEEP = Retention(100, 60.0)
+
+
+class Engine:
+    """An engine whose positions the test sets; `asked`: the channels whose position somebody wanted to know."""
+
+    def __init__(self) -> None:
+        self.positions: dict[str, Position] = {}
+        self.asked: list[str] = []
+
+    async def subscribe(self, channel: str) -> None: ...
+
+    def unsubscribe(self, channel: str) -> None: ...
+
+    async def history(self, channel: str, *, retention: Retention) -> HistoryPage:
+        self.asked.append(channel)
+        return HistoryPage([], self.positions[channel])
+
+
+class Form:
+    def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
+        return b"%d" % publication.offset
+
+
+class Listener:
+    form = Form()
+    announced = delta = False
+    filter = None
+    priority = "normal"
+
+    def __init__(self, positioned: bool = True) -> None:
+        self.positioned = positioned
+        self.heard: list[bytes] = []
+        self.deliver = self.heard.append
+        self.losses = 0
+
+    def lost(self) -> None:
+        self.losses += 1
+
+    def unfit(self) -> None: ...
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> None:
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    raise AssertionError("it waited")
+
+
+class World:
+    def __init__(self) -> None:
+        self.engine = Engine()
+        self.hub = Hub(obey=lambda order: None)
+        self.hub.engine = self.engine  # type: ignore[assignment]
+        self.retention = KEEP
+
+    def listener(self, channel: str, positioned: bool = True) -> Listener:
+        listener = Listener(positioned)
+        run(self.hub.add(channel, listener))  # type: ignore[arg-type]
+        self.engine.positions.setdefault(channel, Position(0, "e"))
+        position = self.engine.positions[channel] if positioned else None
+        assert self.hub.open(channel, listener, position)  # type: ignore[arg-type]
+        return listener
+
+    def publish(self, channel: str, *, lost: bool = False) -> None:
+        last = self.engine.positions[channel]
+        self.engine.positions[channel] = Position(last.offset + 1, last.epoch)
+        if not lost:
+            self.hub.published(channel, Publication(b"1", last.offset + 1), last.epoch)
+
+    def check(self) -> list[str]:
+        """A round; the channels that it asked about."""
+        self.engine.asked.clear()
+        run(self.hub.check_quiet(lambda channel: self.retention))
+        return self.engine.asked
+
+
+def test_a_publication_that_was_lost_is_found_when_none_follows() -> None:
+    world = World()
+    positioned, other = world.listener("a"), world.listener("a", positioned=False)
+    world.publish("a")
+    world.publish("a", lost=True)
+    world.check()
+    assert world.check() == ["a"]
+    assert (positioned.losses, other.losses) == (1, 0)
+    assert positioned.heard == [b"1"]
+
+
+def test_a_new_epoch_is_found_likewise() -> None:
+    world = World()
+    positioned = world.listener("a")
+    world.engine.positions["a"] = Position(0, "another")
+    world.check()
+    world.check()
+    assert positioned.losses == 1
+
+
+def test_only_channels_without_publications_are_asked_about() -> None:
+    world = World()
+    listeners = [world.listener("busy"), world.listener("quiet")]
+    world.check()
+    for _ in range(5):
+        world.publish("busy")
+        assert world.check() == ["quiet"]
+    assert [listener.losses for listener in listeners] == [0, 0]
+
+
+def test_channels_that_keep_nothing_have_no_position() -> None:
+    world = World()
+    world.listener("a", positioned=False)
+    world.retention = Retention()
+    assert [world.check() for _ in range(3)] == [[], [], []]
+
+
+def test_who_was_told_is_told_once() -> None:
+    world = World()
+    positioned = world.listener("a")
+    world.publish("a", lost=True)
+    for _ in range(5):
+        world.check()
+    assert positioned.losses == 1
