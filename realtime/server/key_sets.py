@@ -147,12 +147,12 @@ class KeySetFetcher:
                 found.callback(result)
 
         def look_up() -> None:
-            result: Any
             try:
-                result = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+                entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             except (OSError, UnicodeError):
-                result = Failure(KeysUnavailable("the name is not known"))
-            self._reactor.callFromThread(returned, result)
+                entries = []
+            unknown = Failure(KeysUnavailable("the name is not known"))
+            self._reactor.callFromThread(returned, [str(entry[4][0]) for entry in entries] or unknown)
 
         threading.Thread(target=look_up, name="lookup", daemon=True).start()
         return await found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
@@ -28,7 +29,7 @@ from realtime.protocol.keys import MAX_SET_BYTES, RETRY, KeySets
 from realtime.protocol.tokens import TokenInvalid, TokenVerifier
 from realtime.server import key_sets
 from realtime.server.handlers.coroutines import started
-from realtime.server.key_sets import TRIES, KeySetFetcher, make_verifier
+from realtime.server.key_sets import LOOKUPS, TRIES, KeySetFetcher, make_verifier
 from realtime.settings import Client, SubscriptionToken, Token
 
 NOW = 1_700_000_000.0
@@ -267,6 +268,31 @@ async def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(socket, "getaddrinfo", fails)
     with pytest.raises(KeysUnavailable, match="not known"):
         await fetcher()("https://id.example/keys")
+
+
+@on_loop
+async def test_name_servers_that_hang_keep_a_few_threads_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answered = [], threading.Event()
+
+    def hangs(host: str, *args: Any, **options: Any) -> Any:
+        asked.append(host)
+        answered.wait(20)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", hangs)
+    monkeypatch.setattr(key_sets, "TIMEOUT", 0.02)
+    fetch = fetcher()
+    reasons = []
+    for _ in range(LOOKUPS):
+        with pytest.raises(KeysUnavailable) as caught:
+            await fetch("https://id.example/keys")
+        reasons.append(str(caught.value))
+    answered.set()
+    assert len(asked) == LOOKUPS
+    assert reasons == ["no answer in time"] * (LOOKUPS // TRIES) + ["the name servers do not answer"] * (
+        LOOKUPS - LOOKUPS // TRIES
+    )
+    await until(lambda: fetch._looking_up == 0)
 
 
 @on_loop
