@@ -1,4 +1,4 @@
-"""Commands that are well formed and mean no good, or ask for what there is not; and bytes that were damaged on the way."""
+"""Commands that are well formed and mean no good, or ask for what there is not; and bytes that were damaged."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def server():
 # -- names ------------------------------------------------------------------------------------------------------------
 
 # Names that mean something to shells, databases, browsers, file systems, and to parts of servers like this one.
-TRICKY = """
+_TRICKY = """
 * ** ? [a] [!a] [a-z]* {a,b} {a a* \\* .* ^a$ (a|b) a+ %41 %2e%2e %s %n {0} ${PATH} $(id) `id` ;ls |ls &ls >a <a
 ../a ../../etc/passwd /etc/passwd a/../b ./a ~ ~root a//b C:\\a nul -a --help
 'or'1'='1 ";-- a;drop <script>alert(1)</script> "onload=1 &lt; javascript:1
 a,b #a a#b @a !a =1+1 a=b a&b a'b a^b \\0 \\n a\\ null true 0 -1 1e9 NaN __proto__ constructor toString
-""".split()
-TRICKY = [name for name in TRICKY if ":" not in name and not name.startswith("$")]
+"""
+TRICKY = [name for name in _TRICKY.split() if ":" not in name and not name.startswith("$")]
 
 
 def test_no_name_means_more_than_itself(server):

@@ -1,4 +1,4 @@
-"""The positions of channels in which nothing is published: what was lost on the way is found without a next publication."""
+"""Positions of channels in which nothing is published: what was lost is found without a next publication."""
 
 from __future__ import annotations
 
