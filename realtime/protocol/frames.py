@@ -1,4 +1,4 @@
-"""Server frames of RFC 6455 section 5.2, ready for the socket: final and unmasked.
+"""Frames of RFC 6455 section 5.2: where a client's begin and end; a server's, ready for the socket, final and unmasked.
 
 A frame is built once and shared by every connection that it goes to.
 """
@@ -46,6 +46,25 @@ def close_frame(code: int, reason: str) -> bytes:
     if len(text) > MAX_CLOSE_REASON:
         text = text[:MAX_CLOSE_REASON].decode(errors="ignore").encode()
     return _frame(_CLOSE, code.to_bytes(2, "big") + text)
+
+
+def frame_at(data: bytes, start: int) -> tuple[int, int] | None:
+    """Where the payload of the frame at `start` begins, and where the frame ends, which may be past the end of `data`.
+
+    None while its header is not whole. The header is not judged. A mask is the four bytes before the payload.
+    """
+    if len(data) < start + 2:
+        return None
+    second = data[start + 1]
+    length = second & 0x7F
+    body = start + 6 if second & 0x80 else start + 2
+    if length == 126:
+        body += 2
+        length = int.from_bytes(data[start + 2 : start + 4], "big")
+    elif length == 127:
+        body += 8
+        length = int.from_bytes(data[start + 2 : start + 10], "big")
+    return (body, body + length) if body <= len(data) else None
 
 
 def _frame(first: int, payload: bytes) -> bytes:

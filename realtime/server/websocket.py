@@ -26,6 +26,7 @@ from autobahn.wamp.types import TransportDetails
 from autobahn.websocket import USES_NVX
 from autobahn.websocket.protocol import TrafficStats
 from autobahn.websocket.types import ConnectionRequest
+from autobahn.websocket.xormasker import create_xor_masker
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -36,7 +37,7 @@ from realtime.metrics import Counter, Metrics
 from realtime.protocol.compression import EXTENSION, CompressedFrames, CorruptMessage, Inflater, MessageTooBig, agree
 from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.forms import JSON_PUSHES_TEXT, JSON_TEXT, PROTOBUF_BINARY, Form
-from realtime.protocol.frames import close_frame, ping_frame, pong_frame
+from realtime.protocol.frames import close_frame, frame_at, ping_frame, pong_frame
 from realtime.protocol.handshake import encoding, judge_handshake, opening_request, subprotocol
 from realtime.protocol.head import Head, Refusal
 from realtime.protocol.messages import DisconnectPush
@@ -52,8 +53,12 @@ UNIDIRECTIONAL_FORMS = {"json": JSON_PUSHES_TEXT}
 CONTROL_FRAMES_PER_SECOND = 20
 CONTROL_FRAMES_BURST = 50
 
-# Bytes that Autobahn is given at once: it copies what it has not come to yet for every frame.
-_PIECE = 8192
+_NO_LIMIT = 1 << 40
+
+# First bytes of frames that are whole messages (RFC 6455 section 5.2): FIN set, no reserved bit, text or binary.
+_TEXT, _BINARY = 0x81, 0x82
+# Bytes from which on Autobahn's native code unmasks faster than Python's integers do.
+_NATIVE_FROM = 1000
 
 # Close codes of RFC 6455 section 7.4.1: the reason that the peer is told, and the kind under which it is counted.
 _FAILURES = {
@@ -253,7 +258,7 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     peer: Any
     factory: WebSocketFactory
     transport: Any
-    _is_binary = False  # what messages the peer is to send
+    _common = _TEXT  # how nearly all frames of the peer begin
     _session: Session | None = None
     _deaf = False  # the one message that a unidirectional client may send has come
     _ended = False  # we said why this connection ends, or the peer did
@@ -261,8 +266,8 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     _control_due = 0.0  # when the control frames so far would be used up at the allowed rate
     _message: _Message | None = None
     # The way in. While some of what was read is not acted on yet, the socket is not read.
-    _backlog = b""  # what is still to be given to Autobahn
-    _unfinished = False  # there is more to act on, there or in what Autobahn has
+    _backlog = b""  # the start of a frame's header, or all that is not acted on yet
+    _unfinished = False  # it is the latter
     _paused = False  # by the session
     is_read = True  # whether the socket is: else it is not the peer's fault that it is silent
 
@@ -275,7 +280,7 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
         self._answer = subprotocol, headers
         self._inflate = inflate
         self.form = form
-        self._is_binary = form.encoding.name == "protobuf"
+        self._common = _BINARY if form.encoding.name == "protobuf" else _TEXT
         self.pings = request.query.get("cf_ws_frame_ping_pong") != "true"
 
     # The session's side
@@ -360,31 +365,29 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
         }
 
     def _take(self, data: bytes) -> None:
-        """Act on bytes of the peer."""
+        """Act on bytes of the peer, behind those that wait."""
         self._backlog += data
         if not self._unfinished:
-            self._unfinished = True
-            self._work(False)
+            self._work()
 
-    def _work(self, more: bool) -> None:
-        """Act on what was read, for one slice of the loop's time. If more is left, the socket is not read meanwhile.
-
-        more: whether Autobahn may have something to go on with.
-        """
+    def _work(self) -> None:
+        """Act on what was read, for one slice of the loop's time. If more is left, the socket is not read meanwhile."""
+        self._unfinished = True
+        data, start = self._backlog, 0
         seconds = self.factory.reactor.seconds
-        end = seconds() + self.factory.slice
-        backlog, start = self._backlog, 0
+        end = 0.0
         while self.state == self.STATE_OPEN and not self._held:
-            if not more:
-                if start >= len(backlog):
-                    self._unfinished = False
-                    break
-                self.data += backlog[start : start + _PIECE]
-                start += _PIECE
-            more = self.processData()
-            if seconds() > end:
+            stop = self._act(data, start)
+            if stop in (start, len(data)):
+                start = stop
+                self._unfinished = False
                 break
-        self._backlog = backlog[start:]
+            start = stop
+            if not end:
+                end = seconds() + self.factory.slice
+            elif seconds() > end:
+                break
+        self._backlog = data[start:]
         if self.state != self.STATE_OPEN:
             self.data = self._backlog = b""
         elif self._unfinished:
@@ -392,13 +395,44 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
             if not self._held:
                 self.factory.queue(self)
         else:
-            self._expect_end_of_message()
-            self._read(True)
+            if self._message is not None:
+                self._expect_end_of_message()
+            if not (self.is_read or self._held):
+                self._read(True)
+
+    def _act(self, data: bytes, start: int) -> int:
+        """Act on one frame, or on as much of it as there is; where the next begins. `start`: it takes more to begin.
+
+        A frame that is a whole message, as nearly all are, is taken as it is. Any other is given to Autobahn, and
+        nothing of the next one, for Autobahn copies what it has not come to yet.
+        """
+        if self.current_frame is not None:
+            stop = start + self.current_frame.length - self.current_frame_masker.pointer()
+        else:
+            place = frame_at(data, start)
+            if place is None:
+                return start
+            body, stop = place
+            size = stop - body
+            if (
+                data[start] == self._common
+                # Masked, and the length in its shortest form.
+                and (body - start == 6 or (body - start == 8 and size > 125))
+                and stop <= len(data)
+                and size <= self.factory.message_size_limit
+                and not self.inside_message
+            ):
+                self.onMessage(_unmasked(data[body:stop], data[body - 4 : body]), self._common == _BINARY)
+                return stop
+        self.data = data[start:stop]
+        while self.processData() and self.state == self.STATE_OPEN:
+            pass
+        return min(stop, len(data))
 
     def take_turn(self) -> None:
         """Go on with what was left; it is this connection's turn."""
         if self.state == self.STATE_OPEN and not self._held:
-            self._work(True)
+            self._work()
 
     @property
     def _held(self) -> bool:
@@ -436,7 +470,7 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
             return
         message.size += length
         message.fragments += 1
-        if 0 < self.factory.message_size_limit < message.size:
+        if self.factory.message_size_limit < message.size:
             self.sendCloseFrame(1009)
         elif 0 < self.factory.max_fragments < message.fragments:
             self.sendCloseFrame(1008)
@@ -482,7 +516,7 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         self.factory.received.value += 1
-        if isBinary != self._is_binary:
+        if isBinary != (self._common == _BINARY):
             self.factory.count("inappropriate")
             self.close(*BAD_PROTOCOL)
             return
@@ -604,8 +638,8 @@ class WebSocketFactory(WebSocketServerFactory):
             _log.warn("Autobahn runs without its native code: reading a large message costs 30 times as much")
         self.open_session = open_session
         self.deadlines = deadlines
-        self.message_size_limit = websocket.message_size_limit
-        self.decompressed_limit = websocket.decompressed_message_size_limit or 10 * websocket.message_size_limit
+        self.message_size_limit = websocket.message_size_limit or _NO_LIMIT
+        self.decompressed_limit = websocket.decompressed_message_size_limit or 10 * self.message_size_limit
         self.max_fragments = websocket.max_fragments
         self.message_timeout = websocket.message_timeout
         self.write_timeout = websocket.write_timeout
@@ -697,6 +731,15 @@ class WebSocketFactory(WebSocketServerFactory):
         self._metrics.counter(
             "realtime_disconnects", "Connections that ended, by who ended them and why.", by=by, code=code
         ).value += 1
+
+
+def _unmasked(payload: bytes, mask: bytes) -> bytes:
+    """RFC 6455 section 5.3."""
+    size = len(payload)
+    if size >= _NATIVE_FROM and USES_NVX:
+        return bytes(create_xor_masker(mask, size).process(payload))
+    key = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(payload, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
 
 
 def why(code: int) -> str:

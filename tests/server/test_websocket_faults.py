@@ -747,7 +747,7 @@ async def test_a_peer_that_takes_no_replies_is_not_read_until_it_does() -> None:
         connection.transport.getHandle().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
         command, sent, taken = text("x" * 10_000), 0, bytearray()
         message = memoryview(command * 2000)
-        while connection.is_read or connection._outbox is None:
+        while not connection._held:
             with suppress(BlockingIOError):
                 sent += peer.send(message[sent : sent + 100_000])
             await task.deferLater(reactor, 0)
