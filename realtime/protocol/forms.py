@@ -17,7 +17,7 @@ from realtime.records import ClientInfo, Publication
 
 
 class Form:
-    """One wire form; see `realtime.pubsub.hub.Form`. Forms are told apart by identity, so make each only once.
+    """One wire form; see `realtime.pubsub.member.Form`. Forms are told apart by identity, so make each only once.
 
     frame: puts a transport's framing around one payload of the encoding.
     """

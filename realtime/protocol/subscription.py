@@ -66,7 +66,7 @@ class Subscription:
     """A member of the hub.
 
     positioned, recoverable, announced (join and leave pushes), delta, filter: what the client is granted; see `grant`
-    and `hub.Member`. end_at: Unix seconds at which it is ended, 0.0 for never. live: from the reply to the subscribe
+    and `member.Member`. end_at: Unix seconds at which it is ended, 0.0 for never. live: from the reply to the subscribe
     command, or what stands for it, until the end.
     """
 

@@ -10,15 +10,14 @@ what waits; whoever opens while something waits begins behind that.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
-from enum import Enum, auto
-from typing import NamedTuple, Protocol
+from typing import TypeGuard
 
 from realtime.errors import Disconnect
 from realtime.metrics import Counter
-from realtime.pubsub.filters import Filter
+from realtime.pubsub.backlog import Backlog, Base, Event, Kind, Opening
 from realtime.pubsub.fossil import delta
+from realtime.pubsub.member import Form, Member
 from realtime.pubsub.slices import CHUNK, Slices
 from realtime.records import ClientInfo, Publication
 
@@ -31,93 +30,8 @@ BACKLOG_BYTES = 64 * 1024 * 1024
 PATCH_LIMIT = 256 * 1024
 """Bytes of the longest publication that is sent as a delta: to make one takes time."""
 
-
-class Form(Protocol):
-    """One wire form of a push. The frames are complete and ready to write."""
-
-    def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
-        """Raises Disconnect for `binary` data that the form can't carry."""
-
-    def whole(self, channel: str, publication: Publication, epoch: str) -> bytes:
-        """The same for members with `delta`."""
-
-    def patched(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
-        """The same with a delta in place of the data; None when the form can't carry it."""
-
-    def join(self, channel: str, info: ClientInfo) -> bytes: ...
-
-    def leave(self, channel: str, info: ClientInfo) -> bytes: ...
-
-
-class Member(Protocol):
-    """One subscription of one session. Told apart by identity; added to one channel, once.
-
-    positioned: told when continuity breaks. announced: gets joins and leaves. delta: gets publications as differences
-    from the one before. filter: which publications it gets, by their tags; None for all. None of these changes from
-    `Hub.open` on.
-    """
-
-    @property
-    def form(self) -> Form:
-        """Its wire form, told apart by identity."""
-
-    @property
-    def priority(self) -> str:
-        """Of the channel: "high", "normal" or "low"."""
-
-    positioned: bool
-    announced: bool
-    delta: bool
-    filter: Filter | None
-    deliver: Callable[[bytes], None]
-    """A bound method of the connection. Never raises."""
-
-    def lost(self) -> None:
-        """The publications have a hole, or another epoch. The hub has removed this member before it says so."""
-
-    def unfit(self) -> None:
-        """There was a publication that its form can't carry. The hub has removed this member before it says so."""
-
-
-class Kind(Enum):
-    PUBLISHED = auto()
-    JOINED = auto()
-    LEFT = auto()
-    BROKEN = auto()
-
-
-class Event(NamedTuple):
-    """Something that came from the engine, or that shows those who wait that something did not."""
-
-    kind: Kind
-    publication: Publication | None = None
-    epoch: str = ""
-    info: ClientInfo | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes of data."""
-        return len(self.publication.data) if self.publication is not None else 0
-
-
-class Base(NamedTuple):
-    """What somebody was sent last, so that the next one can be said as its difference from that."""
-
-    publication: Publication
-    epoch: str
-
-    def same(self, other: Base) -> bool:
-        mine, its = self.publication, other.publication
-        return mine is its or (0 < mine.offset == its.offset and self.epoch == other.epoch)
-
-
-class _Opening(NamedTuple):
-    """A member that is open, but shall first get what was held back for it."""
-
-    member: Member
-    events: list[Event]
-    base: Base | None
-
+# To part with a member takes as long as many deliveries.
+_UNFIT_CHUNK = 8
 
 # How a group gets publications. Filtered members are asked for each.
 _PLAIN, _WHOLE, _PATCHED, _FILTERED, _FILTERED_WHOLE = range(5)
@@ -133,45 +47,6 @@ class _Group:
         self.variant = variant
         self.members: list[Member] = []
         self.delivers: list[Callable[[bytes], None]] = []
-
-
-class _Backlog:
-    """What a channel has yet to deliver, in order.
-
-    events: how many of the jobs are not openings. size: the bytes of their publications. late: the members whose
-    opening is among the jobs, or under way.
-    """
-
-    __slots__ = ("events", "jobs", "late", "size")
-
-    def __init__(self) -> None:
-        self.jobs: deque[Event | _Opening] = deque()
-        self.events = 0
-        self.size = 0
-        self.late: set[Member] = set()
-
-    def append(self, job: Event | _Opening) -> None:
-        self.jobs.append(job)
-        if isinstance(job, _Opening):
-            self.late.add(job.member)
-        else:
-            self.events += 1
-            self.size += job.size
-
-    def popleft(self) -> Event | _Opening:
-        job = self.jobs.popleft()
-        if isinstance(job, Event):
-            self.events -= 1
-            self.size -= job.size
-        return job
-
-    def drop(self, *kinds: Kind) -> None:
-        """Drop the events of these kinds."""
-        jobs, self.jobs = self.jobs, deque()
-        self.events = self.size = 0
-        for job in jobs:
-            if isinstance(job, _Opening) or job.kind not in kinds:
-                self.append(job)
 
 
 class _Deltas:
@@ -211,18 +86,11 @@ class Traffic:
         self.overflows = Counter()
         self.queued = 0
         self.charged: Callable[[str, Iterator[None]], Iterator[None]] = lambda channel, steps: steps
-        self.backlogs: dict[Fan, _Backlog] = {}
+        self.backlogs: dict[Fan, Backlog] = {}
         self._direct = 0
 
-    def count(self, deliveries: int) -> None:
-        """So many were made."""
-        self.sent.value += deliveries
-        self._direct += deliveries
-        if self._direct >= CHUNK:
-            self.spend(0)
-
     def spend(self, deliveries: int) -> None:
-        """As much time was spent as so many take."""
+        """As much time was spent as so many deliveries take."""
         self._direct += deliveries
         if self._direct >= CHUNK:
             self._direct = 0
@@ -264,7 +132,7 @@ class Fan:
         self._traffic = traffic
         # From the first delivery of something until nothing waits any more.
         self._busy = False
-        self._backlog: _Backlog | None = None
+        self._backlog: Backlog | None = None
         self._deltas: _Deltas | None = None
         # Made when needed, from the members who hear the channel now; another version whenever those are others.
         self._version = 0
@@ -282,7 +150,7 @@ class Fan:
         """
         self.members[member] = None
         if events or self._busy:
-            self._submit(_Opening(member, events, base))
+            self._submit(Opening(member, events, base))
         else:
             self._let_hear(member, base)
 
@@ -332,14 +200,15 @@ class Fan:
             return
         # The most frequent case, in which all the rest comes to no more than this.
         self._busy = True
-        for group in few:
-            frame = group.form.publication(self._channel, publication, epoch)
-            for deliver in group.delivers:
-                deliver(frame)
-        traffic.count(len(self.members))
-        self._busy = False
-        if self._backlog is not None:  # a delivery had further events as its consequence
-            self._start(self._backlog)
+        try:
+            for group in few:
+                frame = group.form.publication(self._channel, publication, epoch)
+                for deliver in group.delivers:
+                    deliver(frame)
+                traffic.sent.value += len(group.delivers)
+        finally:
+            traffic.spend(len(self.members))
+            self._end_direct()
 
     def herald(self, kind: Kind, info: ClientInfo) -> None:
         """Deliver a join or leave to those who want to know."""
@@ -350,23 +219,28 @@ class Fan:
         if self._backlog is not None:
             self._drop(self._backlog, *Kind)
 
-    def _submit(self, job: Event | _Opening) -> None:
+    def _submit(self, job: Event | Opening) -> None:
         """Do a job after all that came before it: at once, if nothing waits and there is time."""
-        if self._busy or isinstance(job, _Opening) or len(self.members) > CHUNK or not self._traffic.slices.free:
+        few = len(self.members) <= CHUNK
+        if self._busy or not (few and _is_light(job) and self._traffic.slices.free):
             self._queue(job)
             return
         self._busy = True
-        given = sum(self._give(group, frame, job, self._version, 0) for group, frame in self._frames(job))
-        self._end(job)
-        self._traffic.count(given)
+        try:
+            for _ in self._fan_out(job):
+                pass
+        finally:
+            self._end_direct()
+
+    def _end_direct(self) -> None:
         self._busy = False
-        if self._backlog is not None:
+        if self._backlog is not None:  # a delivery had further events as its consequence
             self._start(self._backlog)
 
-    def _queue(self, job: Event | _Opening) -> None:
+    def _queue(self, job: Event | Opening) -> None:
         traffic, backlog = self._traffic, self._backlog
         if backlog is None:
-            backlog = self._backlog = traffic.backlogs[self] = _Backlog()
+            backlog = self._backlog = traffic.backlogs[self] = Backlog()
         backlog.append(job)
         if isinstance(job, Event):
             traffic.queued += job.size
@@ -377,22 +251,22 @@ class Fan:
         if not self._busy:
             self._start(backlog)
 
-    def _start(self, backlog: _Backlog) -> None:
+    def _start(self, backlog: Backlog) -> None:
         self._busy = True
         self._traffic.work(self._traffic.charged(self._channel, self._work_off(backlog)), self._priority)
 
-    def _work_off(self, backlog: _Backlog) -> Iterator[None]:
+    def _work_off(self, backlog: Backlog) -> Iterator[None]:
         try:
             while backlog.jobs:
                 job = backlog.popleft()
-                if isinstance(job, _Opening):
+                if isinstance(job, Opening):
                     yield from self._replay(job)
                 else:
                     self._traffic.queued -= job.size
                     yield from self._fan_out(job)
         except Exception:
             # A mistake of ours costs this job, and none of those behind it.
-            self._traffic.slices.add(self._work_off(backlog), self._priority)
+            self._start(backlog)
             raise
         self._backlog = None
         self._busy = False
@@ -401,31 +275,30 @@ class Fan:
     def _fan_out(self, event: Event) -> Iterator[None]:
         version = self._version
         for group, frame in self._frames(event):
-            for start in range(0, len(group.members), CHUNK):
-                given = self._give(group, frame, event, version, start)
-                self._traffic.count(given)
+            size = CHUNK if frame is not None else _UNFIT_CHUNK
+            for start in range(0, len(group.members), size):
+                end = start + size
+                if self._version == version and frame is not None and group.variant < _FILTERED:
+                    delivers = group.delivers[start:end]
+                    for deliver in delivers:
+                        deliver(frame)
+                    self._traffic.sent.value += len(delivers)
+                else:
+                    for member in group.members[start:end]:
+                        self._give(member, frame, event)
+                self._traffic.spend(min(CHUNK, len(group.members)))
                 yield
         self._end(event)
 
-    def _give(self, group: _Group, frame: bytes | None, event: Event, version: int, start: int) -> int:
-        """Deliver to a chunk of a group that was made under `version`, as far as its members are still there."""
-        if self._version == version and frame is not None and group.variant < _FILTERED:
-            delivers = group.delivers[start : start + CHUNK]
-            for deliver in delivers:
-                deliver(frame)
-            return len(delivers)
-        given = 0
-        for member in group.members[start : start + CHUNK]:
-            if member in self.members and _wants(member, event):
-                self._give_one(member, frame)
-                given += 1
-        return given
-
-    def _give_one(self, member: Member, frame: bytes | None) -> None:
+    def _give(self, member: Member, frame: bytes | None, event: Event) -> None:
+        """Deliver to one member, if it is still there and wants the event."""
+        if member not in self.members or not _wants(member, event):
+            return
         if frame is None:
             self._traffic.unfit(self._channel, member)
         else:
             member.deliver(frame)
+            self._traffic.sent.value += 1
 
     def _end(self, event: Event) -> None:
         """An event was delivered. If it was a publication, all members have it for a base now."""
@@ -433,7 +306,7 @@ class Fan:
             self._deltas.fresh.clear()
             self._changed()
 
-    def _replay(self, opening: _Opening) -> Iterator[None]:
+    def _replay(self, opening: Opening) -> Iterator[None]:
         """Deliver what was held back for one member, and let it hear the channel then."""
         member, base = opening.member, opening.base
         variant = _WHOLE if member.delta else _PLAIN
@@ -441,11 +314,11 @@ class Fan:
             if member not in self.members:
                 return
             if _wants(member, event):
-                self._give_one(member, self._frame({}, member.form, variant, event, None))
-                self._traffic.count(1)
+                self._give(member, self._frame({}, member.form, variant, event, None), event)
                 if event.publication is not None:
                     base = Base(event.publication, event.epoch)
             if number % CHUNK == 0:
+                self._traffic.spend(CHUNK)
                 yield
         if member in self.members:
             self._let_hear(member, base)
@@ -501,7 +374,7 @@ class Fan:
 
     # What is too much
 
-    def _shorten(self, backlog: _Backlog) -> None:
+    def _shorten(self, backlog: Backlog) -> None:
         """There are too many events. Joins and leaves are the first to go: nobody counts on them."""
         self._drop(backlog, Kind.JOINED, Kind.LEFT)
         if backlog.events > BACKLOG_LIMIT // 2:
@@ -513,10 +386,15 @@ class Fan:
         self.clear()
         self._traffic.overflowed(self._channel)
 
-    def _drop(self, backlog: _Backlog, *kinds: Kind) -> None:
+    def _drop(self, backlog: Backlog, *kinds: Kind) -> None:
         self._traffic.queued -= backlog.size
         backlog.drop(*kinds)
         self._traffic.queued += backlog.size
+
+
+def _is_light(job: Event | Opening) -> TypeGuard[Event]:
+    """Whether a job takes no more time than the deliveries to all members; binary data may part with them."""
+    return isinstance(job, Event) and (job.publication is None or not job.publication.binary)
 
 
 def _wants(member: Member, event: Event) -> bool:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from realtime.pubsub.backlog import Base, Event, Kind
 from realtime.pubsub.engine import Engine
-from realtime.pubsub.fan import Base, Event, Fan, Kind, Member, Traffic
+from realtime.pubsub.fan import Fan, Traffic
+from realtime.pubsub.member import Member
 from realtime.pubsub.slices import BREATH, HIGH, LOW, NORMAL, Slices
 from realtime.records import ClientInfo, Position, Publication, Retention
 

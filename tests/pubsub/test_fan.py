@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 
@@ -333,6 +334,23 @@ def test_a_form_that_fails_costs_one_publication(worker: Worker, monkeypatch: py
         worker.until_idle()
     worker.until_idle()
     assert all(offsets(member) == [1, 3] for member in members)
+
+
+def test_a_form_that_fails_for_few_members_costs_one_publication(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [worker.member() for _ in range(2)]
+
+    def publication(self: TextForm, channel: str, publication: Publication, epoch: str) -> bytes:
+        if publication.data == b"bad":
+            raise ZeroDivisionError
+        return b"p %d e" % publication.offset
+
+    monkeypatch.setattr(TextForm, "publication", publication)
+    for data in (b"good", b"bad", b"good"):
+        with contextlib.suppress(ZeroDivisionError):
+            worker.publish(data=data)
+    assert [offsets(member) for member in members] == [[1, 3]] * 2
 
 
 # What is too much
