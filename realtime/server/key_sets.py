@@ -116,7 +116,10 @@ class KeySetFetcher:
         if not self._allow_insecure and not all(map(is_public, addresses)):
             raise KeysUnavailable("the address is not public")
         server = _Server(self._reactor, addresses[attempt % len(addresses)], port)
-        secured = wrapClientTLS(optionsForClientTLS(host, self._trust), server) if url.scheme == "https" else server
+        try:
+            secured = wrapClientTLS(optionsForClientTLS(host, self._trust), server) if url.scheme == "https" else server
+        except UnicodeError:  # name servers take more names than certificates can have
+            raise KeysUnavailable("the name can't stand in a certificate") from None
         try:
             return await _body(await self._request(endpoint, secured))
         except _FAULTS as error:

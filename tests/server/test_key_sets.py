@@ -261,6 +261,14 @@ async def test_a_name_with_one_address_that_is_not_public_is_refused(monkeypatch
 
 
 @on_loop
+async def test_a_name_that_no_certificate_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("8.8.8.8", 443))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    with pytest.raises(KeysUnavailable, match="certificate"):
+        await fetcher(allow_insecure=False)("https://my_tenant.id.example/keys")
+
+
+@on_loop
 async def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **options: Any) -> Any:
         raise socket.gaierror(socket.EAI_NONAME, "unknown")
