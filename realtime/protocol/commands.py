@@ -15,17 +15,19 @@ import msgspec
 from msgspec import Struct
 
 from realtime import errors
-from realtime.errors import ClientError, Disconnect
+from realtime.errors import ClientError, Disconnect, EngineUnavailable
 from realtime.protocol import messages
 from realtime.protocol.client import encoded, terms
 from realtime.protocol.rules import ResolvedChannel
-from realtime.protocol.session import CommandFunction, Session, State, quietly
+from realtime.protocol.session import CommandFunction, Session, State
 from realtime.protocol.subscription import Origin, Subscription
 from realtime.protocol.tokens import Claims, TokenExpired, TokenInvalid
 from realtime.records import ClientInfo, ConnectRequest, Credentials, Position, Terms
 
 # The share of a client's queue that one page of history may fill.
 HISTORY_SHARE = 0.5
+# The `type` of a subscribe request for a shared poll.
+SHARED_POLL = 4
 
 # -- connect, refresh -------------------------------------------------------------------------------------------------
 
@@ -70,8 +72,9 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     session.expire(admitted.expire_at)
     for subscription, outcome in joined:
         session.open(subscription, outcome)
-    if session.state is State.CONNECTED:
-        _supersede(session)
+    personal = session.node.settings.subscribe_to_user_personal_channel
+    if personal.single_connection and session.user and session.state is State.CONNECTED:
+        await _supersede(session)
 
 
 def _told(
@@ -194,12 +197,12 @@ def _may_alone(session: Session, channel: str) -> bool:
     return node.rules.admits(channel, options, session.user) or node.settings.insecure
 
 
-def _supersede(session: Session) -> None:
-    """End the older connections of the client's user, if it may have one alone."""
-    node = session.node
-    if node.settings.subscribe_to_user_personal_channel.single_connection and session.user:
-        order = node.registry.supersede(session)
-        node.run(quietly(node.engine.instruct(order)), session.undone)
+async def _supersede(session: Session) -> None:
+    """End the older connections of the client's user, which may have one alone."""
+    try:
+        await session.node.engine.instruct(session.node.registry.supersede(session))
+    except EngineUnavailable:
+        session.disconnect(*errors.SERVER_ERROR)  # it comes back, and tries again
 
 
 def _asks_to_connect(session: Session, request: messages.ConnectRequest) -> ConnectRequest:
@@ -282,8 +285,8 @@ def _check_subscribe(session: Session, request: messages.SubscribeRequest) -> Re
         raise Disconnect(*errors.BAD_PROTOCOL)
     _check_place(session, request.channel)
     options = _options(session, request.channel)
-    if request.type:
-        raise ClientError(*errors.PERMISSION_DENIED)
+    if request.type:  # maps and shared polls, which no channel is
+        raise ClientError(*(errors.NOT_AVAILABLE if request.type == SHARED_POLL else errors.PERMISSION_DENIED))
     return options
 
 
@@ -341,6 +344,8 @@ async def sub_refresh(session: Session, id: int, request: messages.SubRefreshReq
     except ClientError:
         # A final 109 would end the subscription in the SDKs; a temporary one has them try again.
         raise ClientError(*errors.TOKEN_EXPIRED[:2], temporary=True) from None
+    if session.subscriptions.get(request.channel) is not subscription:
+        raise ClientError(*errors.PERMISSION_DENIED)  # it was ended meanwhile
     ttl = session.ttl(claims.expire_at)
     subscription.end_at = claims.expire_at + session.node.settings.expired_sub_close_delay if ttl else 0.0
     session.describe_in(subscription, msgspec.structs.replace(subscription.info, chan_info=claims.info))

@@ -318,6 +318,9 @@ class Session:
         if self.state is State.CLOSED:
             return
         self.node.count_error(name, error.code)
+        if name == "connect" and self.state is State.CONNECTED:
+            self.disconnect(*errors.SERVER_ERROR)  # a mistake of ours, after the reply
+            return
         if self.encoding.unidirectional:
             self.disconnect(*_WITHOUT_REPLIES.get(error.code, errors.SERVER_ERROR))
             return
@@ -352,7 +355,7 @@ class Session:
     def arm(self) -> None:
         """Have `wake` called at what is due next."""
         due = min(self._stale_by, self._ping_at, self._pong_by, self._expire_by, self._subscriptions_due())
-        if due < math.inf:
+        if due < math.inf and self.state is not State.CLOSED:
             self.node.deadlines.set(self, due)
 
     def wake(self) -> None:
@@ -370,10 +373,9 @@ class Session:
             self.disconnect(*errors.CONNECTION_EXPIRED)
         else:
             self._end_expired(now)
-            if self._ping_at <= now:
+            if self._ping_at <= now and self.state is State.CONNECTED:
                 self._ping(now)
-            if self.state is not State.CLOSED:
-                self.arm()
+            self.arm()
 
     def _ping(self, now: float) -> None:
         settings = self.node.settings

@@ -314,6 +314,17 @@ class TestPersonalChannel:
         server.registry.obey(orders[-1])
         assert (two.close_code, three.close_code) == ((3504, "connection limit"), None)
 
+    def test_when_the_older_ones_can_not_be_told_the_new_one_tries_again(self):
+        async def away(order, **options):
+            raise EngineUnavailable
+
+        server = self.server(single_connection=True)
+        server.engine.instruct = away
+        new = server.peer()
+        connect(new)
+        assert new.close_code == (3004, "internal server error")
+        assert server.clean()
+
 
 class TestRefresh:
     def test_the_same_channels(self):
@@ -330,6 +341,27 @@ class TestRefresh:
         peer.say({"id": 2, "refresh": {"token": token(sub="42", **claims)}})
         assert peer.close_code == (3010, "insufficient state")
         assert server.clean()
+
+    @pytest.mark.parametrize(("name", "judge"), [("refresh", "connection"), ("sub_refresh", "subscription")])
+    def test_a_client_that_leaves_while_its_token_is_judged_leaves_nothing(self, name, judge):
+        server = make()
+        peer = server.peer()
+        connect(peer, exp=NOW + 10)
+        own = token(sub="42", channel="open:a", exp=NOW + 10)
+        peer.subscribe("open:a", token=own)
+        gate, judged = Gate(), getattr(server.node.tokens, judge)
+
+        async def late(text):
+            claims = await judged(text)
+            await gate
+            return claims
+
+        setattr(server.node.tokens, judge, late)
+        fresh = own if name == "sub_refresh" else token(sub="42", exp=NOW + 1000)
+        peer.say({"id": 3, name: {"channel": "open:a", "token": fresh}})
+        peer.session.closed()
+        gate.open()
+        assert peer.heard() == [] and server.clean()
 
     def test_those_that_the_token_did_not_name_do_not_count(self):
         server = make(subscribe_to_user_personal_channel=PersonalChannel(enabled=True))
