@@ -26,8 +26,6 @@ from realtime.records import ClientInfo, ConnectRequest, Credentials, Position, 
 
 # The share of a client's queue that one page of history may fill.
 HISTORY_SHARE = 0.5
-# The `type` of a subscribe request for a shared poll.
-SHARED_POLL = 4
 
 # -- connect, refresh -------------------------------------------------------------------------------------------------
 
@@ -286,7 +284,7 @@ def _check_subscribe(session: Session, request: messages.SubscribeRequest) -> Re
     _check_place(session, request.channel)
     options = _options(session, request.channel)
     if request.type:  # maps and shared polls, which no channel is
-        raise ClientError(*(errors.NOT_AVAILABLE if request.type == SHARED_POLL else errors.PERMISSION_DENIED))
+        raise ClientError(*errors.PERMISSION_DENIED)
     return options
 
 

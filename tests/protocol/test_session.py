@@ -401,10 +401,6 @@ class TestSubscribe:
         assert peer.close_code is None
         assert server.hub.subscriptions == 0
 
-    @pytest.mark.parametrize(("type_", "code"), [(1, 103), (2, 103), (3, 103), (4, 108), (5, 103)])
-    def test_kinds_of_channels_that_there_are_not(self, server, type_, code):
-        assert error_of(server.client().say({"id": 2, "subscribe": {"channel": "a", "type": type_}})) == code
-
     def test_user_limited_channels(self, server):
         peer = server.client("42")
         assert peer.say({"id": 2, "subscribe": {"channel": "limited:a#41,42"}}) == [{"id": 2, "subscribe": {}}]
