@@ -670,6 +670,7 @@ class Story:
         self.top = Position()  # of what was published last
         self.pending: list[Listener] = []
         self.open: list[tuple[Listener, Position | None]] = []
+        self.honest: set[int] = set()  # those whose reply said what was true
         self.refused: list[Listener] = []
         self.ended: list[tuple[Listener, int]] = []
 
@@ -726,6 +727,8 @@ class Story:
         position = Position(max(0, self.offset + skew), self.epoch) if member.positioned else None
         if self.hub.open("c", member, position):
             self.open.append((member, position))
+            if not skew:
+                self.honest.add(id(member))
         else:
             assert member.positioned
             self.refused.append(member)
@@ -751,14 +754,14 @@ class Story:
         assert self.hub.subscriptions == self.hub.subscribers("c")
 
     def end(self) -> None:
-        """When everything is delivered, all who are left have everything."""
+        """When everything is delivered, those who are left have everything."""
         while self.turns:
             self.turn()
             self.check()
         gone = {id(member) for member, _ in self.ended}
         alive = [(member, position) for member, position in self.open if id(member) not in gone]
         for member, position in alive:
-            if position is not None and position.epoch == self.top.epoch:
+            if position is not None and position.epoch == self.top.epoch and id(member) in self.honest:
                 assert heard(member) == wanted(member, position, self.top.offset)
         assert self.hub.subscriptions == len(alive) + len(self.pending)
         assert self.hub.traffic.queued == 0
