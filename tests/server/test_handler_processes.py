@@ -152,7 +152,7 @@ async def test_a_mistake_is_logged_with_its_own_traceback_and_costs_no_process(m
 async def test_an_answer_of_more_than_a_mebibyte_fails_its_call_alone() -> None:
     async with serving() as bench:
         assert len(await bench.call("huge", 900_000)) == 900_002
-        assert (await refusal(bench.call("huge", 2_000_000))).code == 100
+        assert (await refusal(bench.call("huge", 2_000_000))).code == 106
         await bench.echo()
         assert bench.value("replaced") == 0
 

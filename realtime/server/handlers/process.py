@@ -123,16 +123,12 @@ def _handlers(app: App) -> dict[str, Handler]:
 def _reply(handler: Handler, args: tuple[Any, ...]) -> bytes:
     """Call the handler; whatever it does short of ending the process, there is a reply."""
     try:
-        result = plain_result(handler, args)
+        reply = packed(Returned(maker(handler.kind)(plain_result(handler, args))))
     except ClientError as error:
         return packed(Refused(error.code, error.message, error.temporary))
     except Disconnect as error:
         return packed(Disconnected(error.code, error.reason))
     except BaseException as error:  # SystemExit and KeyboardInterrupt of a handler are its mistakes, too
-        return packed(_failed(error))
-    try:
-        reply = packed(Returned(maker(handler.kind)(result)))
-    except BaseException as error:
         return packed(_failed(error))
     if len(reply) > MAX_REPLY:
         return packed(Failed((handler.place, 0), f"the answer has {len(reply)} bytes, more than {MAX_REPLY}"))
