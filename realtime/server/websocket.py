@@ -5,9 +5,9 @@ validated before (`realtime.protocol.handshake`), bounds everything that Autobah
 outgoing frames are built once (`realtime.protocol.frames`) and go straight to the transport, or wait in an outbox
 while the transport is full.
 
-What has been read is acted on for a slice of the loop's time; then it is the others' turn, and the socket is not read
-until the rest is done. Nor is it read while the session asks for that, or while a peer that sends commands does not
-take the replies.
+What has been read is acted on for as long as the loop has time (`realtime.pubsub.slices`); the rest waits for later
+turns, a frame of each connection at a time, and the socket is not read meanwhile. Nor is it read while the session asks
+for that, or while a peer that sends commands does not take the replies.
 
 The end of a connection always has a deadline. Whoever starts it, our close frame is the last thing that is written;
 then this side of the socket is shut, what the peer still sends is thrown away, and the connection is over when the
@@ -17,7 +17,8 @@ peer shuts its side, or is aborted when it does not. So no close frame is lost t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from autobahn.exception import PayloadCorruptError, PayloadExceededError
@@ -43,12 +44,16 @@ from realtime.protocol.head import Head, Refusal
 from realtime.protocol.messages import DisconnectPush
 from realtime.protocol.outbox import Total
 from realtime.protocol.session import Request
+from realtime.pubsub.slices import Slices
 from realtime.server.admission import Admission
 from realtime.server.outgoing import Outgoing
 
 # The wire forms of the two transports, by the name of the encoding.
 FORMS = {"json": JSON_TEXT, "protobuf": PROTOBUF_BINARY}
 UNIDIRECTIONAL_FORMS = {"json": JSON_PUSHES_TEXT}
+
+# Seconds of the loop's time for what connections send, in one turn.
+SLICE = 0.005
 
 CONTROL_FRAMES_PER_SECOND = 20
 CONTROL_FRAMES_BURST = 50
@@ -191,7 +196,7 @@ class _Inflation:
 
 # Attributes of a connection that serve the opening handshake alone, or have a shared stand-in on the class.
 _HANDSHAKE_ONLY = {
-    *("_request", "_answer", "_wskey", "http_headers", "http_request_data", "http_request_host"),
+    *("_request", "_answer", "_inflate", "_wskey", "http_headers", "http_request_data", "http_request_host"),
     *("http_request_params", "http_request_path", "http_request_uri", "http_response_data", "http_status_line"),
     *("websocket_extensions", "websocket_extensions_in_use", "websocket_origin", "websocket_protocols"),
     *("websocket_version", "send_queue", "trafficStats", "utf8validator"),
@@ -268,6 +273,7 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     # The way in. While some of what was read is not acted on yet, the socket is not read.
     _backlog = b""  # the start of a frame's header, or all that is not acted on yet
     _unfinished = False  # it is the latter
+    _working = False  # it is acted on, now or in a later slice
     _paused = False  # by the session
     is_read = True  # whether the socket is: else it is not the peer's fault that it is silent
 
@@ -367,15 +373,21 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     def _take(self, data: bytes) -> None:
         """Act on bytes of the peer, behind those that wait."""
         self._backlog += data
-        if not self._unfinished:
-            self._work()
+        if self._unfinished:
+            return
+        self._unfinished = self._working = True
+        slices = self.factory.slices
+        work = self._work()
+        for _ in work:
+            slices.begin()
+            if not slices.free:
+                self._read(False)
+                slices.add(work)
+                break
 
-    def _work(self) -> None:
-        """Act on what was read, for one slice of the loop's time. If more is left, the socket is not read meanwhile."""
-        self._unfinished = True
-        data, start = self._backlog, 0
-        seconds = self.factory.reactor.seconds
-        end = 0.0
+    def _work(self) -> Iterator[None]:
+        """Act on what waits, a frame at each step, until something holds us or nothing is left."""
+        data, start, self._backlog = self._backlog, 0, b""
         while self.state == self.STATE_OPEN and not self._held:
             stop = self._act(data, start)
             if stop in (start, len(data)):
@@ -383,22 +395,18 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
                 self._unfinished = False
                 break
             start = stop
-            if not end:
-                end = seconds() + self.factory.slice
-            elif seconds() > end:
-                break
-        self._backlog = data[start:]
+            yield
+        self._working = False
         if self.state != self.STATE_OPEN:
-            self.data = self._backlog = b""
-        elif self._unfinished:
+            self.data = b""
+            return
+        self._backlog = data[start:] + self._backlog
+        if self._message is not None:
+            self._expect_end_of_message()
+        if self._unfinished:
             self._read(False)
-            if not self._held:
-                self.factory.queue(self)
-        else:
-            if self._message is not None:
-                self._expect_end_of_message()
-            if not (self.is_read or self._held):
-                self._read(True)
+        elif not (self.is_read or self._held):
+            self._read(True)
 
     def _act(self, data: bytes, start: int) -> int:
         """Act on one frame, or on as much of it as there is; where the next begins. `start`: it takes more to begin.
@@ -429,11 +437,6 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
             pass
         return min(stop, len(data))
 
-    def take_turn(self) -> None:
-        """Go on with what was left; it is this connection's turn."""
-        if self.state == self.STATE_OPEN and not self._held:
-            self._work()
-
     @property
     def _held(self) -> bool:
         """Whether nothing is acted on: the session has enough, or the peer does not take what it asked for."""
@@ -441,11 +444,13 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
 
     def _go_on(self) -> None:
         """What held us may have gone."""
-        if self.state == self.STATE_OPEN and not self._held:
-            if self._unfinished:
-                self.factory.queue(self)
-            else:
-                self._read(True)
+        if self.state != self.STATE_OPEN or self._working or self._held:
+            return
+        if self._unfinished:
+            self._working = True
+            self.factory.slices.add(self._work())
+        else:
+            self._read(True)
 
     def _read(self, on: bool) -> None:
         if on != self.is_read and self.state == self.STATE_OPEN:
@@ -626,12 +631,12 @@ class WebSocketFactory(WebSocketServerFactory):
         admission: Admission,
         *,
         forms: Mapping[str, Form] = FORMS,
-        slice: float = 0.005,
+        slices: Slices | None = None,
         queued: Total | None = None,
     ) -> None:
         """forms: what may be spoken, by the name of the encoding; JSON is among them.
 
-        slice: seconds for which one connection may keep the loop. queued: is told of all that waits.
+        slices: where work waits for other turns of the loop. queued: is told of all that waits.
         """
         super().__init__(server="realtime", reactor=reactor)
         if not USES_NVX:
@@ -648,9 +653,7 @@ class WebSocketFactory(WebSocketServerFactory):
         self.ping_interval = client.ping_interval
         self.pong_timeout = client.pong_timeout
         self.queued = queued or Total()
-        self.slice = slice
-        self._waiting: dict[WebSocketConnection, None] = {}  # for a turn, in order
-        self._turning = False
+        self.slices = slices or Slices(reactor.seconds, SLICE, partial(reactor.callLater, 0))
         self._forms = forms
         self._compression = websocket.compression
         self._compression_level = websocket.compression_level
@@ -702,25 +705,6 @@ class WebSocketFactory(WebSocketServerFactory):
             frames = CompressedFrames(plain.frame, window, self._compression_level, self._compression_min_size)
             form = self._compressed[encoding, window] = Form(plain.encoding, frames)
         return form
-
-    def queue(self, connection: WebSocketConnection) -> None:
-        """Give a connection another slice of the loop's time: one of those that wait gets it in each turn."""
-        self._waiting[connection] = None
-        self._expect_turn()
-
-    def _expect_turn(self) -> None:
-        if self._waiting and not self._turning:
-            self._turning = True
-            self.reactor.callLater(0, self._turn)
-
-    def _turn(self) -> None:
-        self._turning = False
-        connection = next(iter(self._waiting))
-        del self._waiting[connection]
-        try:
-            connection.take_turn()
-        finally:
-            self._expect_turn()
 
     def count(self, kind: str) -> None:
         """Count one bad input or one client that was too slow."""

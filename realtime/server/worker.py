@@ -144,7 +144,7 @@ class Worker:
                 reactor,
                 self._admission,
                 forms=forms,
-                slice=settings.loop.slice,
+                slices=self._slices,
                 queued=self._queued,
             )
             for transport_settings, forms in (
