@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import random
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from io import BytesIO
@@ -30,11 +31,20 @@ from twisted.web.static import File, getTypeAndEncoding
 
 from realtime import app as declared
 from realtime.app import App, Static
-from realtime.errors import INTERNAL_ERROR, ClientError, Disconnect, HandlerTimeout, Overloaded, PoolFull
+from realtime.errors import (
+    INTERNAL_ERROR,
+    ClientError,
+    Disconnect,
+    HandlerTimeout,
+    Overloaded,
+    PoolFull,
+    RealtimeError,
+)
 from realtime.metrics import Counter, Metrics
 from realtime.protocol import api as server_api
 from realtime.protocol import cors
 from realtime.protocol.api import BadBody, BatchResult, ErrorBody, ServerAPI, UnknownMethod
+from realtime.protocol.chunks import too_many
 from realtime.protocol.head import Head
 from realtime.protocol.proxies import Proxies
 from realtime.server.handlers.answers import Answer, json, plain
@@ -65,6 +75,7 @@ FAULTS = {
     "body_timeout": 408,
     "body_too_large": 413,
     "body_encoding": 415,
+    "body_syntax": 400,
     "parameters": 400,
     "emulation": 400,
     "origin": 403,
@@ -79,6 +90,10 @@ def faulty(fault: str) -> Answer:
 Serve = Callable[["Request"], None]
 
 
+class Refused(RealtimeError):
+    """The answer to a request was written before its body had come whole."""
+
+
 class Request(http.Request):
     """One request: its body in memory, within the limit, and its one answer."""
 
@@ -86,6 +101,7 @@ class Request(http.Request):
     content: BytesIO
     _running: Running | None = None
     _size = 0
+    _pieces = 0
 
     def gotLength(self, length: int | None) -> None:
         self.content = BytesIO()  # twisted.web's own goes to disk from 100,000 bytes on
@@ -95,8 +111,9 @@ class Request(http.Request):
 
     def handleContentChunk(self, data: bytes) -> None:
         self._size += len(data)
-        if self.channel.take_body(self._size):
-            self.content.write(data)
+        self._pieces += 1
+        self.channel.take_body(self._size, self._pieces)
+        self.content.write(data)
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         # In place of twisted.web's, which parses queries and forms without a limit.
@@ -179,7 +196,8 @@ class Channel(http.HTTPChannel):
 
     def rawDataReceived(self, data: bytes) -> None:
         if not self._refused:
-            super().rawDataReceived(data)
+            with suppress(Refused):
+                super().rawDataReceived(data)
 
     def allHeadersReceived(self) -> None:
         if self.length == 0:
@@ -195,11 +213,14 @@ class Channel(http.HTTPChannel):
             self._set_deadline(0)
             super().allContentReceived()
 
-    def take_body(self, size: int) -> bool:
-        """Whether the body, of which `size` bytes have come, may go on."""
+    def take_body(self, size: int, pieces: int) -> None:
+        """Judge a body of which `size` bytes have come in so many pieces. Raises Refused, so that no more is read."""
         if 0 < self._max_body_size < size:
             self._refuse_body("body_too_large")
-        return not self._refused
+        elif self.length is None and too_many(pieces, size):
+            self._refuse_body("body_syntax")
+        if self._refused:
+            raise Refused
 
     def refuse(self, answer: Answer) -> None:
         """Answer before the request has come whole, and read no more of it."""

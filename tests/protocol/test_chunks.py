@@ -103,6 +103,17 @@ def test_any_bytes_get_a_verdict_or_none(data: bytes) -> None:
     assert verdict is None or isinstance(verdict, bytes | Refusal)
 
 
+def test_a_body_in_very_many_tiny_chunks_is_not_read_to_its_end() -> None:
+    tiny = b"1\r\na\r\n"
+    body = Body(CHUNKED, 1_000_000)
+    assert body.feed(tiny * 500) is None
+    assert body.feed(chunk(b"a" * 64_000)) is None
+    assert body.feed(tiny * 1000) is None  # paid for
+    verdict = body.feed(tiny * 1000)
+    assert isinstance(verdict, Refusal)
+    assert (verdict.status, verdict.kind) == (400, "body_syntax")
+
+
 @given(st.lists(st.binary(min_size=1, max_size=100), max_size=10))
 def test_what_goes_out_as_chunks_can_be_read_again(parts: list[bytes]) -> None:
     assert fed(CHUNKED, b"".join(map(chunk, parts)) + LAST_CHUNK, []) == b"".join(parts)

@@ -674,6 +674,22 @@ async def test_declared_body_over_the_limit_is_refused_from_its_head(site: Site,
     assert site.faults() == {"body_too_large": 1}
 
 
+@pytest.mark.parametrize("path", ["/api/publish", "/take"])
+@on_loop
+async def test_very_many_tiny_chunks_are_not_read(site: Site, path: str) -> None:
+    @site.app.http.post("/take")
+    async def take(request: Any) -> Any:
+        return len(request.body)
+
+    await site.start()
+    answer = await site.raw(
+        post(path, b"1\r\nx\r\n" * (LIMIT - 1) + b"0\r\n\r\n", WITH_KEY, b"Transfer-Encoding: chunked")
+    )
+    assert status_of(answer) == 400
+    assert b"Connection: close" in answer
+    assert site.faults() == {"body_syntax": 1}
+
+
 @on_loop
 async def test_chunked_body_is_refused_at_the_byte_that_passes_the_limit(site: Site) -> None:
     calls = []
