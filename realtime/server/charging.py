@@ -41,6 +41,19 @@ def charged_transport(accounts: Accounts, http: type) -> type[DirectServer]:
     return Charged
 
 
+def charged_steps(accounts: Accounts, account: Account, steps: Iterator[None]) -> Iterator[None]:
+    """The same steps of work, each charged to `account`."""
+    while True:
+        before = accounts.switch(account)
+        try:
+            next(steps)
+        except StopIteration:
+            return
+        finally:
+            accounts.switch(before)
+        yield
+
+
 class FanOut:
     """A receiver whose deliveries are charged to the namespace of their channel."""
 
@@ -67,16 +80,7 @@ class FanOut:
 
     def steps(self, channel: str, steps: Iterator[None]) -> Iterator[None]:
         """The same for what could not be delivered at once: steps that are taken later."""
-        account = self._account(channel)
-        while True:
-            before = self._accounts.switch(account)
-            try:
-                next(steps)
-            except StopIteration:
-                return
-            finally:
-                self._accounts.switch(before)
-            yield
+        return charged_steps(self._accounts, self._account(channel), steps)
 
     def _charge(self, channel: str, deliver: Callable[..., None], *what: Any) -> None:
         before = self._accounts.switch(self._account(channel))

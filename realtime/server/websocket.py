@@ -357,7 +357,7 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
         if self.form.encoding.unidirectional and self._request.query.get("cf_connect"):
             self._hear(self._request.query["cf_connect"].encode())
 
-    def succeedHandshake(self, res: str | None) -> None:
+    def succeedHandshake(self, res: Any) -> None:
         super().succeedHandshake(res)
         self._shed()
 
@@ -382,7 +382,7 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
             slices.begin()
             if not slices.free:
                 self._read(False)
-                slices.add(work)
+                slices.add(self.factory.charged(work))
                 break
 
     def _work(self) -> Iterator[None]:
@@ -448,7 +448,7 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
             return
         if self._unfinished:
             self._working = True
-            self.factory.slices.add(self._work())
+            self.factory.slices.add(self.factory.charged(self._work()))
         else:
             self._read(True)
 
@@ -541,7 +541,8 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
             self.factory.count("ignored")
             self._spend_control_frame()
             return
-        self._deaf = self.form.encoding.unidirectional
+        if self.form.encoding.unidirectional:
+            self._deaf = True
         try:
             self._session.receive(payload)
         except Exception:
@@ -632,11 +633,13 @@ class WebSocketFactory(WebSocketServerFactory):
         *,
         forms: Mapping[str, Form] = FORMS,
         slices: Slices | None = None,
+        charged: Callable[[Iterator[None]], Iterator[None]] = lambda work: work,
         queued: Total | None = None,
     ) -> None:
         """forms: what may be spoken, by the name of the encoding; JSON is among them.
 
-        slices: where work waits for other turns of the loop. queued: is told of all that waits.
+        slices: where work waits for other turns of the loop. charged: the same work, its time on somebody's account.
+        queued: is told of all that waits.
         """
         super().__init__(server="realtime", reactor=reactor)
         if not USES_NVX:
@@ -654,6 +657,7 @@ class WebSocketFactory(WebSocketServerFactory):
         self.pong_timeout = client.pong_timeout
         self.queued = queued or Total()
         self.slices = slices or Slices(reactor.seconds, SLICE, partial(reactor.callLater, 0))
+        self.charged = charged
         self._forms = forms
         self._compression = websocket.compression
         self._compression_level = websocket.compression_level

@@ -40,7 +40,7 @@ from realtime.pubsub.slices import Slices
 from realtime.server import child, listener, transport
 from realtime.server.admission import Admission
 from realtime.server.broker_engine import BrokerEngine
-from realtime.server.charging import FanOut, charged_transport
+from realtime.server.charging import FanOut, charged_steps, charged_transport
 from realtime.server.emulation import Emulation
 from realtime.server.front import Endpoint, Front, FrontFactory
 from realtime.server.handlers.coroutines import run, together
@@ -145,6 +145,7 @@ class Worker:
                 self._admission,
                 forms=forms,
                 slices=self._slices,
+                charged=partial(charged_steps, process.accounts, process.accounts.open(Kind.PROTOCOL)),
                 queued=self._queued,
             )
             for transport_settings, forms in (
