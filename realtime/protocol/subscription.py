@@ -72,6 +72,7 @@ class Subscription:
 
     __slots__ = (
         "_entered",
+        "_left",
         "_owner",
         "announced",
         "channel",
@@ -100,7 +101,7 @@ class Subscription:
     ) -> None:
         """deliver: takes one frame for this client, of this form. info: the client, as others in the channel see it."""
         self._owner = owner
-        self._entered = False
+        self._entered = self._left = False
         self.deliver = deliver
         self.form = form
         self.channel = channel
@@ -148,10 +149,10 @@ class Subscription:
         page, recovering, recovered = await self._read(request)
         if recovering and not recovered and request.flag & REJECT_UNRECOVERED:
             raise ClientError(*UNRECOVERABLE_POSITION)
-        if self.options.presence or self.options.join_leave:
+        # One that was ended meanwhile has perhaps a successor already, whose presence is the same client's.
+        if (self.options.presence or self.options.join_leave) and not self._left:
             self._entered = True
             await self._enter()
-            self._entered = True  # again, in case that it was ended meanwhile: it is ended once more
         publications = self._wanted(page.publications) if recovered else []
         result = SubscribeResult(
             recoverable=self.recoverable,
@@ -235,6 +236,7 @@ class Subscription:
     async def leave(self) -> None:
         """End it, at whatever stage it is. Raises EngineUnavailable, when it has ended here all the same."""
         self.live = False
+        self._left = True
         self._owner.node.hub.remove(self.channel, self)
         if self._entered:
             self._entered = False

@@ -40,9 +40,10 @@ class Receiver(Protocol):
 
 
 class Engine(Protocol):
-    """Every coroutine may raise EngineUnavailable; then nothing was accepted or changed as far as the engine knows.
+    """What is asked of an engine is worked off in the order in which it was asked, whether it is waited for or not.
 
-    It may also raise ClientError 106, when a limit of the engine (channels, idempotency keys, the size of a message)
+    Every coroutine may raise EngineUnavailable; then nothing was accepted or changed as far as the engine knows. It may
+    also raise ClientError 106, when a limit of the engine (channels, idempotency keys, the size of a message)
     leaves no room for what was asked.
     """
 

@@ -468,8 +468,9 @@ class TestOrders:
         gate, original = Gate(), getattr(server.engine, stage)
 
         async def late(*args, **options):
+            result = await original(*args, **options)
             await gate
-            return await original(*args, **options)
+            return result
 
         setattr(server.engine, stage, late)
         ann = server.client("ann")
@@ -484,6 +485,35 @@ class TestOrders:
         assert ann.heard() == []
         assert server.hub.subscriptions == 0 and server.engine._exchange.presence("room:a") == {}
         assert not server.mistakes
+
+    @pytest.mark.parametrize("stage", ["subscribe", "history", "enter"])
+    def test_ended_and_begun_again_while_it_begins(self, server, stage):
+        gates, original = [], getattr(server.engine, stage)
+
+        async def late(*args, **options):
+            result = await original(*args, **options)
+            gates.append(Gate())
+            await gates[-1]
+            return result
+
+        setattr(server.engine, stage, late)
+        watcher, ann = server.client("watcher"), server.client("ann")
+        server.order(SubscribeOrder("watcher", "room:a"))
+        server.order(SubscribeOrder("ann", "room:a"))
+        server.order(UnsubscribeOrder("ann", "room:a"))
+        server.order(SubscribeOrder("ann", "room:a"))
+        for gate in gates:  # those that are added meanwhile, too
+            gate.open()
+        pushes = [message["push"] for message in watcher.heard()]
+        assert len(server.engine._exchange.presence("room:a")) == 2
+        assert server.hub.subscriptions == 2
+        of_ann = [
+            name
+            for push in pushes
+            for name in ("join", "leave")
+            if push.get(name, {}).get("info", {}).get("user") == "ann"
+        ]
+        assert of_ann in (["join"], ["join", "leave", "join"])
 
     def test_a_subscribe_command_that_an_order_overtakes_is_refused(self, server):
         gate, original = Gate(), server.engine.history
