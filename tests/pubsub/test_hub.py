@@ -795,9 +795,9 @@ def heard(member: Listener) -> list[tuple[int, str]]:
     return found
 
 
-@given(STEPS)
-def test_whatever_the_link_does_no_positioned_member_sees_a_hole(steps: list[tuple]) -> None:
-    with mock.patch.object(fan, "CHUNK", 2):
+@given(STEPS, st.sampled_from([4096, 4]))
+def test_whatever_the_link_does_no_positioned_member_sees_a_hole(steps: list[tuple], backlog: int) -> None:
+    with mock.patch.multiple(fan, CHUNK=2, BACKLOG_LIMIT=backlog):
         story = Story()
         actions = {
             "next": story.next,
