@@ -378,6 +378,8 @@ _LEVELS = {
     "warn": LogLevel.warn,
     "error": LogLevel.error,
 }
+# A handler's mistake may quote what a client sent: it shall neither begin a line nor command a terminal.
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 
 
 def _begin_logging(name: str, level: str, out: TextIO) -> None:
@@ -391,7 +393,7 @@ def _begin_logging(name: str, level: str, out: TextIO) -> None:
         system = event.get("log_system") or f"{namespace}#{event['log_level'].name}"
         text = formatEventAsClassicLogText({**event, "log_system": f"{name} {system}"})
         if text:
-            out.write(text)
+            out.write(text.translate(_ESCAPES))
             out.flush()
 
     observer: Any = write
