@@ -149,10 +149,16 @@ class Command(Struct, frozen=True):
 
         Raises ProtocolError for none with an id, for more than one, and for the unused `ping`.
         """
-        found = [(name, value) for name in _REQUESTS if (value := getattr(self, name)) is not None]
-        if self.ping is not UNSET or len(found) > 1 or (self.id and not found):
-            raise ProtocolError("a command has exactly one request")
-        return found[0] if found else ("", None)
+        found, request = "", None
+        for name in _REQUESTS:
+            value = getattr(self, name)
+            if value is not None:
+                if found:
+                    raise ProtocolError("a command has one request")
+                found, request = name, value
+        if self.ping is not UNSET or (self.id and not found):
+            raise ProtocolError("a command has a request, and not the unused one")
+        return found, request
 
 
 _REQUESTS = [name for name in Command.__struct_fields__ if name not in ("id", "ping")]

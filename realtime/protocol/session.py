@@ -219,7 +219,10 @@ class Session:
 
     def _pump(self) -> None:
         self._pumping = True
-        while self.state in _TALKING and (command := self._next()) is not None:
+        while self._queue and self.state in _TALKING:
+            command = self._next() if self._running else self._queue.popleft()
+            if command is None:
+                break
             try:
                 self._take(command)
             except ProtocolError:
@@ -236,14 +239,9 @@ class Session:
             self._connection.resume()
 
     def _next(self) -> messages.Command | None:
-        """Take the first command that may begin now out of the queue."""
-        queue = self._queue
-        if not queue:
-            return None
-        if not self._running:
-            return queue.popleft()
-        settings = self.node.settings
-        if self._running >= settings.concurrency or self.state is State.OPENED:
+        """Take the first command that may begin beside those that run out of the queue."""
+        queue, settings = self._queue, self.node.settings
+        if not queue or self._running >= settings.concurrency or self.state is State.OPENED:
             return None
         for place in range(min(len(queue), settings.command_queue)):
             command = queue[place]
@@ -261,16 +259,17 @@ class Session:
             raise ProtocolError("out of place")
         if not name:
             raise ProtocolError("a pong without a ping")
-        self.node.commands[name].value += 1
+        node = self.node
+        node.commands[name].value += 1
         if self._is_too_much():
-            self.node.refused["command_rate"].value += 1
+            node.refused["command_rate"].value += 1
             self._refuse(command.id, name, ClientError(*errors.TOO_MANY_REQUESTS))
             return
         self._running += 1
-        if self.node.settings.concurrency > 1 and (channel := _channel_of(command)):
+        if node.settings.concurrency > 1 and (channel := _channel_of(command)):
             self._busy = self._busy or set()
             self._busy.add(channel)
-        self.node.run(self._execute(command.id, name, request), self._executed)
+        node.run(self._execute(command.id, name, request), self._executed)
 
     def _is_too_much(self) -> bool:
         """Whether this command is over the rate. A client that goes on all the same is disconnected."""
