@@ -48,6 +48,12 @@ class FakeClient:
     def send(self, data: Any) -> None:
         self._note("send", data)
 
+    def subscribe(self, channel: str, grant: Grant | None) -> None:
+        self._note("subscribe", channel, grant)
+
+    def refresh(self, expire_at: int | None, info: Any) -> None:
+        self._note("refresh", expire_at, info)
+
     def unsubscribe(self, channel: str) -> None:
         self._note("unsubscribe", channel)
 
@@ -577,6 +583,8 @@ async def test_client_acts_on_the_loop_whoever_calls(bench: Bench) -> None:
     def thread(client: Any, data: Any) -> Any:
         client.send({"n": 1})
         client.unsubscribe("news")
+        client.subscribe("room", Grant(info="vip"))
+        client.refresh(7)
         client.disconnect(4100, "bye")
         return [client.id, sorted(client.channels)]
 
@@ -590,6 +598,8 @@ async def test_client_acts_on_the_loop_whoever_calls(bench: Bench) -> None:
     assert bench.client.asked == [
         ("send", {"n": 1}, True),
         ("unsubscribe", "news", True),
+        ("subscribe", "room", Grant(info="vip"), True),
+        ("refresh", 7, None, True),
         ("disconnect", 4100, "bye", True),
         ("send", "hello", True),
     ]
