@@ -27,17 +27,17 @@ install_debian() {
 }
 
 # python_environment KIND - the virtual environment .venv with this checkout in it, editable.
-# KIND: runtime, or dev for the tests' tools as well, which serves as runtime too.
+# KIND: runtime; dev, with the tests' tools, which serves as runtime too; or bench, with the peers of the benchmarks.
 python_environment() {
     local kind=$1 stamp inputs=(setup.cfg pyproject.toml) target=.
     need python3:python3
     [ -x .venv/bin/python ] || create_virtual_environment
     stamp=$(.venv/bin/python --version; hash_of "${inputs[@]}")
-    grep -qsxF "$stamp" .venv/.stamp-dev && return
-    [ "$kind" = runtime ] && grep -qsxF "$stamp" .venv/.stamp-runtime && return
+    grep -qsxF "$stamp" ".venv/.stamp-$kind" && return
+    [ "$kind" = runtime ] && grep -qsxF "$stamp" .venv/.stamp-dev && return
     [ "$kind" = runtime ] || target=".[$kind]"
     say "Installing $target into .venv"
-    .venv/bin/python -m pip install -qq --disable-pip-version-check --editable "$target"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --editable "$target" || return
     printf '%s\n' "$stamp" >".venv/.stamp-$kind"
 }
 
@@ -56,6 +56,6 @@ npm_packages() {
     stamp=$(hash_of "$directory/package-lock.json")
     [ "$(cat "$directory/node_modules/.stamp" 2>/dev/null)" = "$stamp" ] && return
     say "Installing npm packages in $directory"
-    (cd "$directory" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null)
+    (cd "$directory" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null) || return
     printf '%s\n' "$stamp" >"$directory/node_modules/.stamp"
 }

@@ -7,7 +7,8 @@ import sys
 
 import costs
 
-SCENES = ("blocked", "thrash", "vitals")
+# By the name on the command line: the module.
+SCENES = {"blocked": "blocked", "thrash": "thrash", "vitals": "vitals", "all": "everything", "page": "page"}
 
 
 def main(arguments: list[str]) -> int:
@@ -15,10 +16,10 @@ def main(arguments: list[str]) -> int:
     if name in costs.COSTS:
         return costs.main(name, rest)
     if name in SCENES:
-        result: int = importlib.import_module(name).main(rest)
+        result: int = importlib.import_module(SCENES[name]).main(rest)
         return result
     abouts = {one: function.__doc__ for one, function in costs.COSTS.items()}
-    abouts |= {one: importlib.import_module(one).__doc__ for one in SCENES}
+    abouts |= {one: importlib.import_module(module).__doc__ for one, module in SCENES.items()}
     for one, about in abouts.items():
         print(f"scripts/bench {one:8}  {(about or '').partition(chr(10))[0]}")
     return 64 if name else 0

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from served import HERE, Served
+from tables import Verdict, print_verdicts
 
 # Connections of each worker that are there before, and seconds between two round trips on one of them.
 EXISTING = 20
@@ -292,6 +293,12 @@ class Scene:
 
 
 def main(arguments: list[str]) -> int:
+    print_verdicts(measure(arguments))
+    return 0
+
+
+def measure(arguments: list[str]) -> list[Verdict]:
+    """Print what happens in each situation; return what that says about the targets."""
     options = argparse.ArgumentParser(
         prog="scripts/bench blocked", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -308,12 +315,12 @@ def main(arguments: list[str]) -> int:
     )
     print(f"{'':42}{'existing':>16}{'new':>40}")
     print(f"{'':42}{'p50':>8}{'p99':>8}{'served':>9}{'failed':>7}{'p50':>8}{'p99':>8}{'max':>8}")
-    for helped in (True, False):
-        _compare(chosen, helped)
-    return 0
+    verdicts = _compare(chosen, helped=True)
+    _compare(chosen, helped=False)
+    return verdicts
 
 
-def _compare(chosen: argparse.Namespace, helped: bool) -> None:
+def _compare(chosen: argparse.Namespace, helped: bool) -> list[Verdict]:
     config = CONFIG.format(folder=HERE, helped=str(helped).lower(), max_lag="200ms" if helped else "0s")
     idle, busy, blocked = Measured(), Measured(), Measured()
     with Served(config) as server:
@@ -329,6 +336,23 @@ def _compare(chosen: argparse.Namespace, helped: bool) -> None:
     _show(f"{means}: one blocked", blocked)
     if told:
         print("    " + told[0].strip())
+    return [_existing(idle, blocked), *_new(blocked, chosen.newcomers * chosen.rounds)]
+
+
+def _existing(idle: Measured, blocked: Measured) -> Verdict:
+    calm, now = idle.existing.quantile(0.99), blocked.existing.quantile(0.99)
+    what = "one of two workers blocked: p99 of a round trip on the other"
+    return Verdict(what, f"≤ 2 * {calm:.2f} ms (idle)", f"{now:.2f} ms", met=now <= 2 * calm)
+
+
+def _new(blocked: Measured, asked: int) -> list[Verdict]:
+    served, late = len(blocked.new.seconds), blocked.new.quantile(0.99)
+    return [
+        Verdict(
+            "one of two workers blocked: new connections served", "100 %", f"{served / asked:.2%}", served == asked
+        ),
+        Verdict("one of two workers blocked: p99 of a new connection", "≤ 100 ms", f"{late:.1f} ms", late <= 100),
+    ]
 
 
 def _show(name: str, measured: Measured) -> None:

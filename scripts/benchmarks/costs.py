@@ -1,57 +1,56 @@
 """What one delivery, one round trip or one connection costs the server, in CPU time of all its processes.
 
 Server and load generator have a core each. A figure is compared with the floor (what the kernel alone costs: a C loop
-that only sends) and with peers that are named by `--against`, each measured in the same run. What an idle server uses
-meanwhile is in the figures.
+that only sends) and with the peers that are named by `--against`, in the same run and by turns. Everything is done a
+few times before it counts. What an idle server uses meanwhile is in the figures, and told beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
-import time
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
-from subjects import NAMES, Run, Subject, ours, peer, resident
+from subjects import API_KEY, NAMES, NO_ECHO, Run, Subject, lack, ours, resident, started
+from tables import OURS, Row, Table
 
 CHANNEL = "bench"
 SIZE = 128
+# Deliveries a second where the size of the fan-out changes, so that the idle share is the same.
+PACE = 20_000
+# Seconds between two pings of the idle benchmark.
+PING = 10
+# How much dearer than a peer counts as level with it.
+LEVEL = 1.15
 
 
-class Table:
-    """Rows that are printed as they come and kept for the report."""
-
-    def __init__(self, title: str, unit: str) -> None:
-        self.title, self.unit = title, unit
-        self.rows: list[dict[str, Any]] = []
-        print(f"\n{title}\n{'':28}{'µs CPU ' + unit:>20}{'p50 ms':>9}{'p99 ms':>9}{'load':>7}", flush=True)
-
-    def add(self, name: str, run: Run, **more: float) -> None:
-        shown = "".join(f"{value:9.2f}" if value is not None else f"{'':9}" for value in (run.p50, run.p99))
-        extra = "".join(f"  {key} {value:g}" for key, value in more.items())
-        print(f"{name:28}{run.cost:20.2f}{shown}{100 * run.load:6.0f}%{extra}", flush=True)
-        self.rows.append({"name": name, "cost": run.cost, "p50": run.p50, "p99": run.p99, "load": run.load, **more})
-
-    def compare(self) -> None:
-        """Our cost against each of the others'."""
-        own = {row["name"]: row["cost"] for row in self.rows}
-        if "realtime" in own:
-            for name, cost in own.items():
-                if name != "realtime":
-                    print(f"    realtime is at {own['realtime'] / cost:.2f} of {name}")
+def subjects(table: Table, chosen: argparse.Namespace) -> list[str]:
+    """Us and those that we are compared with, but for those that can't be had here: the table says why."""
+    found = [OURS]
+    for name in chosen.against:
+        why = lack(name)
+        if not why and table.name == "rpc" and name in NO_ECHO:
+            why = "it has no answer to one client alone"
+        if why:
+            table.left_out[name] = why
+        else:
+            found.append(name)
+    return found
 
 
-@contextmanager
-def started(name: str, options: str = "", workers: int = 1) -> Iterator[Subject]:
-    """The subject of this name: "realtime", or one of `NAMES`."""
-    with ours(workers, options) if name == "realtime" else peer(name) as subject:
-        yield subject
-
-
-def everyone(chosen: argparse.Namespace) -> list[str]:
-    return ["realtime", *chosen.against]
+def by_turns(chosen: argparse.Namespace, table: Table, names: list[str]) -> Iterator[Row]:
+    """Each row as often as there are runs, to be added to; printed when it has its last."""
+    table.print_head()
+    for run in range(chosen.runs):
+        for name in names:
+            row = table.row(name)
+            yield row
+            if run == chosen.runs - 1:
+                table.print_row(row)
 
 
 def channel(subject: Subject, echo: bool = False) -> str:
@@ -61,100 +60,177 @@ def channel(subject: Subject, echo: bool = False) -> str:
     return "echo" if echo else ""
 
 
-def deliveries(chosen: argparse.Namespace, title: str, burst: int, rate: float) -> Table:
-    table = Table(title.format(chosen.subscribers), "a delivery")
-    for name in everyone(chosen):
-        with started(name) as subject:
-            asked = {"subscribers": chosen.subscribers, "burst": burst, "rate": rate, "size": SIZE}
-            times = max(int(chosen.seconds * rate), 5)
-            table.add(name, Run(subject, "fanout", channel=channel(subject), times=times, **asked))
-    table.compare()
+def named(noun: str, chosen: argparse.Namespace, *sizes: int) -> dict[str, int]:
+    """The names of rows of these sizes; the last is too slow for a quick run."""
+    return {
+        f"{size:,} {noun if size != 1 else noun.removesuffix('s')}": size
+        for size in (sizes[:-1] if chosen.quick else sizes)
+    }
+
+
+def deliveries(chosen: argparse.Namespace, table: Table, burst: int, rate: float) -> Table:
+    times, warm = max(int(chosen.seconds * rate), 3), math.ceil(rate)
+    for row in by_turns(chosen, table, subjects(table, chosen)):
+        with started(row.name) as subject:
+            asked: dict[str, Any] = {"subscribers": chosen.subscribers, "burst": burst, "rate": rate, "size": SIZE}
+            run = Run(subject, "fanout", channel=channel(subject), warm=warm, times=times, **asked)
+            row.add(run, chosen.subscribers * burst * times)
     return table
 
 
 def fanout(chosen: argparse.Namespace) -> Table:
     """One publication at a time, at a steady pace, to many subscribers."""
-    return deliveries(chosen, "fan-out to {} subscribers, 10 messages a second", 1, 10.0)
+    title = f"fan-out to {chosen.subscribers:,} subscribers, 20 messages a second"
+    table = deliveries(chosen, Table("fanout", title, "a delivery"), 1, 20.0)
+    table.judge_ratio("floor", 1.3)
+    for name in ("ws", "nats", "websockets", "socketio"):
+        table.judge_ratio(name, 1.0)
+    table.judge_ratio("nchan", LEVEL)
+    return table
 
 
 def burst(chosen: argparse.Namespace) -> Table:
     """Many publications at once to many subscribers."""
-    return deliveries(chosen, "fan-out to {} subscribers, 50 messages at once, twice a second", 50, 2.0)
+    title = f"fan-out to {chosen.subscribers:,} subscribers, 50 messages at once, once a second"
+    table = deliveries(chosen, Table("burst", title, "a delivery"), 50, 1.0)
+    table.judge_ratio("floor", 0.5)
+    return table
 
 
-def round_trips(chosen: argparse.Namespace, title: str, call: str) -> Table:
-    table = Table(title, "a round trip")
-    for name in everyone(chosen):
-        with started(name) as subject:
-            asked = {"connections": 50, "times": chosen.times, "size": SIZE, "call": call}
-            table.add(name, Run(subject, "echo", channel=channel(subject, echo=True), **asked))
-    table.compare()
+def round_trips(chosen: argparse.Namespace, table: Table, call: str) -> Table:
+    for row in by_turns(chosen, table, subjects(table, chosen)):
+        with started(row.name) as subject:
+            asked: dict[str, Any] = {
+                "connections": 50,
+                "warm": chosen.times // 5,
+                "times": chosen.times,
+                "size": SIZE,
+                "call": call,
+            }
+            row.add(Run(subject, "echo", channel=channel(subject, echo=True), **asked), chosen.times)
     return table
 
 
 def echo(chosen: argparse.Namespace) -> Table:
     """A message to the server that comes back: for us, through a handler and without a reply."""
-    return round_trips(chosen, "echo, 50 connections", "send")
+    chosen.against = [name for name in chosen.against if name == "floor"]
+    return round_trips(chosen, Table("echo", "echo, 50 connections, as fast as they can", "a round trip"), "send")
 
 
 def rpc(chosen: argparse.Namespace) -> Table:
     """A remote procedure call through the whole client protocol, to a coroutine; peers echo."""
-    return round_trips(chosen, "RPC, 50 connections", "rpc")
+    table = Table("rpc", "RPC, 50 connections, as fast as they can (the others: bare echo)", "a round trip")
+    round_trips(chosen, table, "rpc")
+    table.judge("RPC round trip", table.rows[0].cost, 25.0, " µs")
+    table.judge_ratio("socketio", 1.0)
+    return table
 
 
 def connect(chosen: argparse.Namespace) -> Table:
     """A connection that is opened, connects and subscribes; peers only open."""
-    table = Table(f"{chosen.connections} connections", "a connection")
-    for name in everyone(chosen):
-        with started(name) as subject:
-            Run(subject, "connect", connections=200, channel=channel(subject))  # what comes once is paid
-            run = Run(subject, "connect", connections=chosen.connections, channel=channel(subject))
-            table.add(
-                name, run, a_second=round(run.units / run.seconds), KB_each=round(run.growth / run.units / 1024, 1)
-            )
-    table.compare()
+    number = chosen.connections
+    table = Table("connect", f"{number:,} connections, 64 at a time", "a connection")
+    for row in by_turns(chosen, table, subjects(table, chosen)):
+        with started(row.name) as subject:
+            run = Run(subject, "connect", warm=300, times=number, channel=channel(subject))
+            more = {"a second": number / run.seconds, "KB each": run.growth / number / 1024}
+            row.add(run, number, **more)
+    own = table.rows[0]
+    rate = median(own.more["a second"])
+    table.judge("connect and subscribe", own.cost, 500.0, " µs")
+    table.judge("memory of a connection with one subscription", median(own.more["KB each"]), 12.0, " KB")
+    table.judge_least("clients of a storm that one core connects and subscribes", rate, 2000, " a second")
     return table
 
 
 def idle(chosen: argparse.Namespace) -> Table:
-    """An idle server, with and without connections: CPU time a second."""
-    table = Table(f"idle for {chosen.seconds:g} s", "a second")
-    for connections in (0, chosen.connections):
-        with started("realtime") as subject:
-            held = resident(subject)
-            run = Run(subject, "idle", connections=connections, seconds=chosen.seconds, channel=CHANNEL)
-            grown = round((resident(subject) - held) / 1024**2)
-            table.add(f"realtime, {connections} connections", run, MB=grown)
+    """An idle server, with and without connections that it pings: CPU time a second, and memory."""
+    seconds = PING
+    table = Table("idle", f"idle connections with one subscription, a ping each {PING} s", "a second")
+    table.print_head()
+    base = 0.0
+    for name, connections in named("connections", chosen, 0, 1_000, 5_000, 20_000).items():
+        row = table.row(name, connections)
+        with ours(f'ping_interval = "{PING}s"\npong_timeout = "5s"') as server:
+            held = resident(server)
+            run = Run(server, "idle", connections=connections, warm=seconds, times=seconds, channel=CHANNEL)
+            cost, grown = run.server / seconds, resident(server) - held
+            base = cost if not connections else base
+            # Without connections: what the processes have at the beginning.
+            more = {"MB": (grown if connections else held) / 1024**2}
+            if connections:
+                more["µs a ping"] = max(0.0, 1e6 * (cost - base) * PING / connections)
+            row.add(run, seconds, **more)
+        table.print_row(row)
     return table
 
 
 def growth(chosen: argparse.Namespace) -> Table:
     """How the cost of a delivery changes with the number of subscribers."""
-    table = Table("fan-out, 5 messages a second", "a delivery")
-    for subscribers in (100, 1_000, 5_000, 20_000):
-        with started("realtime") as subject:
-            times = max(int(200_000 / subscribers), 10)
-            asked = {"subscribers": subscribers, "burst": 1, "rate": 5.0, "size": SIZE, "times": min(times, 50)}
-            table.add(f"realtime, {subscribers:,}", Run(subject, "fanout", channel=CHANNEL, **asked))
+    sizes = named("subscribers", chosen, 100, 1_000, 5_000, 20_000)
+    table = Table("growth", f"fan-out, {PACE:,} deliveries a second", "a delivery")
+    for row in by_turns(chosen, table, list(sizes)):
+        row.size = sizes[row.name]
+        rate = PACE / row.size
+        times = max(int(chosen.seconds * rate), 5)
+        asked: dict[str, Any] = {"subscribers": row.size, "burst": 1, "rate": rate, "size": SIZE, "channel": CHANNEL}
+        with started(OURS) as subject:
+            row.add(Run(subject, "fanout", warm=math.ceil(rate), times=times, **asked), row.size * times)
+    table.judge_flat(f"cost of a delivery to {min(sizes.values()):,} … {max(sizes.values()):,} subscribers", 0.15)
     return table
 
 
 def publish(chosen: argparse.Namespace) -> Table:
-    """A publication from a client on one worker, by way of the broker, over many channels that nobody hears."""
-    table = Table("publications without a subscriber", "a publication")
-    for channels in (1, 1_000, 100_000, 1_000_000):
-        with started("realtime", "history_size = 1\nhistory_ttl = '300s'\n") as subject:
-            asked = {"connections": 20, "times": max(chosen.times, channels), "size": SIZE, "channels": channels}
-            table.add(f"realtime, {channels:,} channels", Run(subject, "publish", channel="", **asked))
+    """A publication with history from a client, by way of the broker, to channels that nobody hears."""
+    sizes = named("channels", chosen, 1, 1_000, 100_000, 1_000_000)
+    table = Table("publish", "publications with history and without a subscriber, 20 connections", "a publication")
+    chosen.runs = 1 if chosen.quick else min(chosen.runs, 2)
+    for row in by_turns(chosen, table, list(sizes)):
+        row.size = sizes[row.name]
+        with ours(channel='history_size = 1\nhistory_ttl = "3600s"') as server:
+            held = resident(server)
+            fill(server.port, row.size)
+            grown = resident(server) - held
+            asked: dict[str, Any] = {"connections": 20, "size": SIZE, "channels": row.size}
+            run = Run(server, "publish", warm=chosen.times // 5, times=chosen.times, **asked)
+            broker = 1e6 * run.parts[server.broker().pid] / chosen.times
+            row.add(run, chosen.times, **{"broker µs": broker, "MB": grown / 1024**2})
+    table.judge_flat(f"cost of a publication over {min(sizes.values()):,} … {max(sizes.values()):,} channels", 0.15)
     return table
+
+
+def fill(port: int, channels: int, at_once: int = 10_000) -> None:
+    """Publish to each of the channels once, by the HTTP API."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for first in range(0, channels, at_once):
+        names = [f"c{number}" for number in range(first, min(first + at_once, channels))]
+        body = json.dumps({"channels": names, "data": "x" * SIZE})
+        connection.request("POST", "/api/broadcast", body, {"X-API-Key": API_KEY, "Content-Type": "application/json"})
+        answer = json.loads(connection.getresponse().read())
+        if any("error" in each for each in answer["result"]["responses"]):
+            raise SystemExit(f"a channel was refused: {str(answer)[:200]}")
+    connection.close()
 
 
 def lag(chosen: argparse.Namespace) -> Table:
     """Round trips on one connection while the same worker fans out to 10,000 others."""
-    table = Table("fan-out to 10,000 subscribers, 2 messages a second", "a delivery")
-    with started("realtime") as subject:
-        asked = {"subscribers": 10_000, "burst": 1, "rate": 2.0, "size": SIZE, "times": 20, "bystander": True}
-        table.add("realtime (ms: bystander)", Run(subject, "fanout", channel=CHANNEL, **asked))
+    subscribers, rate = 10_000, 2.0
+    title = f"fan-out to {subscribers:,} subscribers, {rate:g} messages a second; ms: round trips of a bystander"
+    table = Table("lag", title, "a delivery")
+    times = max(int(chosen.seconds * rate), 4)
+    beside = {"act": "bystander", "size": SIZE, "rate": 200, "times": int(200 * times / rate), "warm": 100}
+    for row in by_turns(chosen, table, [OURS]):
+        with started(OURS) as subject:
+            asked: dict[str, Any] = {
+                "subscribers": subscribers,
+                "burst": 1,
+                "rate": rate,
+                "size": SIZE,
+                "channel": CHANNEL,
+            }
+            row.add(Run(subject, "fanout", beside=beside, warm=2, times=times, **asked), subscribers * times)
+    row = table.rows[0]
+    table.judge("p99 of a bystander's round trip during fan-out", median(row.p99), 10.0, " ms")
     return table
 
 
@@ -163,23 +239,38 @@ COSTS: dict[str, Callable[[argparse.Namespace], Table]] = {
 }
 
 
-def main(name: str, arguments: list[str]) -> int:
-    options = argparse.ArgumentParser(prog=f"scripts/bench {name}", description=COSTS[name].__doc__)
+def add_options(options: argparse.ArgumentParser, against: str) -> None:
     options.add_argument(
-        "--against", type=lambda text: text.split(","), default=["floor"], help=f"of {','.join(NAMES)} (default floor)"
+        "--against", default=against, help=f"some of {','.join(NAMES)}; 'all'; '' for nobody (default {against})"
     )
-    options.add_argument("--subscribers", type=int, default=1000)
-    options.add_argument("--connections", type=int, default=2000)
-    options.add_argument("--times", type=int, default=20_000, help="round trips or publications")
-    options.add_argument("--seconds", type=float, default=10.0)
-    options.add_argument("--json", help="a file to write the rows to")
+    options.add_argument("--runs", type=int, default=3, help="of each; shown are the median and the spread (default 3)")
+    options.add_argument("--seconds", type=float, default=4.0, help="of each run that keeps a pace (default 4)")
+    options.add_argument("--subscribers", type=int, default=1000, help="of fanout and burst (default 1000)")
+    options.add_argument("--connections", type=int, default=3000, help="of connect (default 3000)")
+    options.add_argument("--times", type=int, default=20_000, help="round trips, publications (default 20000)")
+    options.add_argument("--quick", action="store_true", help="one run of each, and no large sizes")
+
+
+def parsed(options: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     chosen = options.parse_args(arguments)
-    unknown = set(chosen.against) - {*NAMES, ""}
+    named = NAMES if chosen.against == "all" else [one for one in chosen.against.split(",") if one]
+    unknown = set(named) - set(NAMES)
     if unknown:
         options.error(f"--against knows {', '.join(NAMES)}, not {', '.join(sorted(unknown))}")
-    chosen.against = [one for one in chosen.against if one]
+    chosen.against = list(named)
+    if chosen.quick:
+        chosen.runs, chosen.seconds = 1, min(chosen.seconds, 2.0)
+    return chosen
+
+
+def main(name: str, arguments: list[str]) -> int:
+    options = argparse.ArgumentParser(prog=f"scripts/bench {name}", description=COSTS[name].__doc__)
+    add_options(options, "floor")
+    options.add_argument("--json", help="a file to write the rows to")
+    chosen = parsed(options, arguments)
     table = COSTS[name](chosen)
+    table.print_foot()
     if chosen.json:
         with open(chosen.json, "w") as file:
-            json.dump({"title": table.title, "unit": table.unit, "at": time.time(), "rows": table.rows}, file, indent=1)
+            json.dump(table.as_json(), file, indent=1)
     return 0

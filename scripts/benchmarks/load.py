@@ -1,10 +1,11 @@
 """The load generator: many WebSocket clients in one process, over bare sockets and epoll(7).
 
-    python load.py '{"port": 8000, "dialect": "realtime", "act": "fanout", ...}'
+    python load.py '{"port": 8000, "dialect": "realtime", "act": "fanout", "warm": 10, "times": 100, ...}'
 
-It says "ready" when its clients are there, begins when it reads a line, says "done" when it has finished, and then
-tells what it saw as one line of JSON. In between nothing else runs: whoever started it reads the server's CPU time at
-"ready" and at "done". It must never be what is measured, so it tells its own share of a core, too.
+It says "ready" when its clients are there and what comes once has come, begins when it reads a line, says "done" when
+it has finished, and then tells what it saw as one line of JSON. In between nothing else runs: whoever started it reads
+the server's CPU time at both words. It must never be what is measured, so it tells its own share of a core, too, and
+while it measures it takes messages apart as little as it can: it looks for the mark that each of its own has.
 """
 
 from __future__ import annotations
@@ -15,23 +16,33 @@ import os
 import resource
 import select
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 # Connections under way at a time while the clients gather.
 GATHERING = 64
 # Seconds without any progress after which it gives up.
 PATIENCE = 30.0
+# How the text of each message begins, see `stamped`.
+MARK = b'"0000'
+MASK = b"\x37\xfa\x21\x3d"
+# socket(7); Python has no name for it. What the kernel adds: struct timespec.
+SO_TIMESTAMPNS = 35
+TIMESPEC = struct.Struct("ll")
+
+Act = Callable[[int], list[float]]
 
 
 def frame(payload: bytes) -> bytes:
-    """A client's text frame; its mask of zeros leaves the payload as it is."""
+    """A client's text frame (RFC 6455, section 5)."""
     length = len(payload)
-    if length < 126:
-        return bytes((0x81, 0x80 | length)) + bytes(4) + payload
-    return bytes((0x81, 0x80 | 126)) + length.to_bytes(2, "big") + bytes(4) + payload
+    head = bytes((0x81, 0x80 | length)) if length < 126 else b"\x81\xfe" + length.to_bytes(2, "big")
+    mask = int.from_bytes((MASK * (length // 4 + 1))[:length], "big")
+    return head + MASK + (int.from_bytes(payload, "big") ^ mask).to_bytes(length, "big")
 
 
 def handshake(path: str) -> bytes:
@@ -41,55 +52,67 @@ def handshake(path: str) -> bytes:
     ).encode()
 
 
-class Realtime:
-    """The client protocol of this server, in JSON."""
-
-    path = "/connection/websocket"
-    pings = (b"{}", frame(b"{}"))
-
-    def __init__(self, channel: str) -> None:
-        connect = b'{"id":1,"connect":{}}'
-        subscribe = b'\n{"id":2,"subscribe":{"channel":%b}}' % json.dumps(channel).encode() if channel else b""
-        self.hello = [frame(connect + subscribe)]
-        self.welcomes = 2 if channel else 1
-        self.channel = channel
-
-    def publish(self, data: list[bytes]) -> bytes:
-        """One message that publishes each of these."""
-        name = json.dumps(self.channel).encode()
-        return frame(b"\n".join(b'{"id":3,"publish":{"channel":%b,"data":"%b"}}' % (name, one) for one in data))
-
-    def publish_to(self, channel: int, data: bytes) -> bytes:
-        return frame(b'{"id":3,"publish":{"channel":"c%d","data":"%b"}}' % (channel, data))
-
-    def call(self, data: bytes, how: str = "rpc") -> bytes:
-        if how == "send":
-            return frame(b'{"send":{"data":"%b"}}' % data)
-        return frame(b'{"id":4,"rpc":{"method":"echo","data":"%b"}}' % data)
-
-
 class Bare:
-    """Whatever is sent to it is sent to everybody; with /echo as its path, to the sender alone."""
+    """Whatever is sent to it is sent to everybody; with /echo as its path, to the sender alone.
 
-    pings = (b"\0", b"")
-    hello: list[bytes] = []
+    hello: sent after the handshake. welcomes: replies until a client is there. ping: of the server, and its answer.
+    """
+
+    ping = (b"\0", b"")
+    hello = b""
     welcomes = 0
 
     def __init__(self, channel: str) -> None:
         self.path = "/" + channel
 
+    def replies(self, message: bytes) -> int:
+        """How many of the replies that a client waits for are in `message`."""
+        return 1
+
     def publish(self, data: list[bytes]) -> bytes:
+        """What publishes each of these."""
         return b"".join(frame(b'{"data":"%b"}' % one) for one in data)
 
-    def call(self, data: bytes, how: str = "") -> bytes:
+    def call(self, data: bytes, how: str) -> bytes:
         return frame(b'{"data":"%b"}' % data)
+
+
+class Realtime(Bare):
+    """The client protocol of this server, in JSON."""
+
+    ping = (b"{}", frame(b"{}"))
+
+    def __init__(self, channel: str) -> None:
+        self.path = "/connection/websocket"
+        self._channel = json.dumps(channel).encode()
+        subscribe = b'\n{"id":2,"subscribe":{"channel":%b}}' % self._channel if channel else b""
+        self.hello = frame(b'{"id":1,"connect":{}}' + subscribe)
+        self.welcomes = 2 if channel else 1
+
+    def replies(self, message: bytes) -> int:
+        if b'"error":' in message:
+            raise SystemExit(f"refused: {message[:200]!r}")
+        return message.count(b"\n") + 1
+
+    def publish(self, data: list[bytes]) -> bytes:
+        return frame(
+            b"\n".join(b'{"id":3,"publish":{"channel":%b,"data":"%b"}}' % (self._channel, one) for one in data)
+        )
+
+    def publish_to(self, channel: int, data: bytes) -> bytes:
+        return frame(b'{"id":3,"publish":{"channel":"c%d","data":"%b"}}' % (channel, data))
+
+    def call(self, data: bytes, how: str) -> bytes:
+        if how == "send":
+            return frame(b'{"send":{"data":"%b"}}' % data)
+        return frame(b'{"id":4,"rpc":{"method":"echo","data":"%b"}}' % data)
 
 
 class SocketIO(Bare):
     """Engine.IO 4 with Socket.IO 5 in it, straight over WebSocket."""
 
-    pings = (b"2", frame(b"3"))
-    hello = [frame(b"40")]
+    ping = (b"2", frame(b"3"))
+    hello = frame(b"40")
     welcomes = 2  # the handshake of either protocol
 
     def __init__(self, channel: str) -> None:
@@ -98,129 +121,143 @@ class SocketIO(Bare):
     def publish(self, data: list[bytes]) -> bytes:
         return b"".join(frame(b'42["all","%b"]' % one) for one in data)
 
-    def call(self, data: bytes, how: str = "") -> bytes:
+    def call(self, data: bytes, how: str) -> bytes:
         return frame(b'42["echo","%b"]' % data)
 
 
-DIALECTS = {"realtime": Realtime, "bare": Bare, "socketio": SocketIO}
+class NATS(Bare):
+    """The client protocol of NATS, over WebSocket."""
+
+    ping = (b"PING\r\n", frame(b"PONG\r\n"))
+    hello = frame(b'CONNECT {"verbose":false,"pedantic":false}\r\nSUB bench 1\r\nPING\r\n')
+    welcomes = 2
+
+    def __init__(self, channel: str) -> None:
+        self.path = "/"
+
+    def replies(self, message: bytes) -> int:
+        return message.count(b"INFO {") + message.count(b"PONG\r\n")
+
+    def publish(self, data: list[bytes]) -> bytes:
+        return frame(b"".join(b'PUB bench %d\r\n"%b"\r\n' % (len(one) + 2, one) for one in data))
+
+
+DIALECTS = {"realtime": Realtime, "bare": Bare, "socketio": SocketIO, "nats": NATS}
 
 
 class Client:
-    """One connection. heard: called with each message."""
+    """One connection. What comes before it is there is read whole; afterwards `read` is the act's own."""
 
-    __slots__ = ("_load", "_received", "heard", "shaken", "socket", "waits")
+    __slots__ = ("_load", "_received", "_shaken", "_waits", "began", "socket")
 
-    def __init__(self, load: Load, dialect: Any, heard: Callable[[Client, bytes], None]) -> None:
+    def __init__(self, load: Load) -> None:
         self._load = load
-        self.heard = heard
         self._received = b""
-        self.shaken = False
-        self.waits = dialect.welcomes
-        self.socket = socket.create_connection(("127.0.0.1", load.port))
+        self._shaken = False
+        self._waits = load.dialect.welcomes
+        self.began = time.monotonic()
+        self.socket = socket.socket()
+        self.socket.connect(("127.0.0.1", load.port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
-        load.add(self)
-        self.socket.send(handshake(dialect.path))
+        load.listen(self, self._gather)
+        self.send(handshake(load.dialect.path))
 
     def send(self, data: bytes) -> None:
         if self.socket.send(data) != len(data):
             raise SystemExit("the server does not read")
 
-    def close(self) -> None:
-        self._load.remove(self)
-        self.socket.close()
-
-    def read(self) -> None:
+    def receive(self) -> bytes:
         data = self.socket.recv(262144)
         if not data:
             raise SystemExit("the server has closed a connection")
-        if self._received:
-            data = self._received + data
-        if not self.shaken:
+        return data
+
+    def _gather(self) -> None:
+        data = self._received + self.receive()
+        if not self._shaken:
             head, blank, data = data.partition(b"\r\n\r\n")
             if not blank:
                 self._received = head
                 return
             if b" 101 " not in head:
                 raise SystemExit(f"no handshake: {head[:100]!r}")
-            self.shaken = True
-            for hello in self._load.dialect.hello:
-                self.send(hello)
-            if not self.waits:
-                self._load.welcomed(self)
-        at, end = 0, len(data)
-        while end - at >= 2:
+            self._shaken = True
+            if self._load.dialect.hello:
+                self.send(self._load.dialect.hello)
+            if not self._waits:
+                self._load.welcome(self)
+        at = 0
+        while len(data) - at >= 2:
             length, start = data[at + 1], at + 2
             if length == 126:
                 length, start = int.from_bytes(data[at + 2 : at + 4], "big"), at + 4
-            elif length == 127:
-                length, start = int.from_bytes(data[at + 2 : at + 10], "big"), at + 10
-            if start + length > end:
+            if start + length > len(data):
                 break
             self._take(data[start : start + length])
             at = start + length
         self._received = data[at:]
 
     def _take(self, message: bytes) -> None:
-        ping, pong = self._load.dialect.pings
+        dialect = self._load.dialect
+        ping, pong = dialect.ping
         if message == ping:
             self.send(pong)
-        elif self.waits:
-            self.waits -= message.count(b"\n") + 1
-            if self.waits <= 0:
-                self._load.welcomed(self)
-        else:
-            self.heard(self, message)
+        elif self._waits > 0:
+            self._waits -= dialect.replies(message)
+            if self._waits <= 0:
+                self._load.welcome(self)
 
 
 class Load:
-    """The clients and their loop."""
+    """The clients and their loop. arrivals: seconds that each of them took, from its SYN on."""
 
     def __init__(self, port: int, dialect: Any) -> None:
         self.port = port
         self.dialect = dialect
         self.clients: list[Client] = []
-        self.arrived = 0
+        self.arrivals: list[float] = []
         self.progress = 0
         self._poll = select.epoll()
-        self._by_fd: dict[int, Client] = {}
+        self._read: dict[int, Callable[[], None]] = {}
 
-    def add(self, client: Client) -> None:
-        self._by_fd[client.socket.fileno()] = client
-        self._poll.register(client.socket.fileno(), select.EPOLLIN)
+    def listen(self, client: Client, read: Callable[[], None]) -> None:
+        """Have `read` called whenever there is something for this client."""
+        fd = client.socket.fileno()
+        if fd not in self._read:
+            self._poll.register(fd, select.EPOLLIN)
+        self._read[fd] = read
 
-    def remove(self, client: Client) -> None:
-        del self._by_fd[client.socket.fileno()]
-        self._poll.unregister(client.socket.fileno())
-
-    def welcomed(self, client: Client) -> None:
-        self.arrived += 1
+    def welcome(self, client: Client) -> None:
+        self.arrivals.append(time.monotonic() - client.began)
         self.progress += 1
 
-    def gather(self, number: int, heard: Callable[[Client, bytes], None]) -> None:
+    def gather(self, number: int) -> None:
         """Have so many clients more, all connected."""
-        goal = self.arrived + number
-        begun = self.arrived
+        goal = len(self.clients) + number
 
         def more() -> bool:
-            nonlocal begun
-            while begun < goal and begun - self.arrived < GATHERING:
-                self.clients.append(Client(self, self.dialect, heard))
-                begun += 1
-            return self.arrived >= goal
+            while len(self.clients) < goal and len(self.clients) - len(self.arrivals) < GATHERING:
+                self.clients.append(Client(self))
+            return len(self.arrivals) >= goal
 
         self.run(more)
 
-    def run(self, done: Callable[[], bool], wait: float = 0.01) -> None:
-        """Serve the clients until it holds, which is asked after each turn."""
-        at, seen = time.monotonic(), self.progress
+    def run(self, done: Callable[[], bool], due: float = float("inf")) -> None:
+        """Serve the clients until it holds, which is asked after each turn, and at the time `due`."""
+        poll, read = self._poll.poll, self._read
+        seen, until = self.progress, time.monotonic() + PATIENCE
         while not done():
-            for fd, _ in self._poll.poll(wait):
-                self._by_fd[fd].read()
-            if self.progress != seen:
-                at, seen = time.monotonic(), self.progress
-            elif time.monotonic() - at > PATIENCE:
+            now = time.monotonic()
+            for fd, _ in poll(max(0.0, min(due - now, 0.05))):
+                read[fd]()
+            if self.progress != seen or due < float("inf"):
+                seen, until = self.progress, now + PATIENCE
+            elif now > until:
                 raise SystemExit(f"nothing has happened for {PATIENCE:g} s")
+
+    def wait(self, until: float) -> None:
+        self.run(lambda: time.monotonic() >= until, until)
 
 
 def stamped(size: int) -> bytes:
@@ -229,135 +266,165 @@ def stamped(size: int) -> bytes:
 
 
 def age(message: bytes) -> float:
-    """Seconds since the text in `message` was made."""
-    at = message.find(b'"0')
+    """Seconds since the first text in `message` was made."""
+    at = message.find(MARK)
     return (time.monotonic_ns() - int(message[at + 1 : at + 21])) / 1e9
 
 
-def fanout(load: Load, asked: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Messages to `subscribers`, `burst` at a time, `rate` times a second, `times` times."""
+def fanout(load: Load, asked: dict[str, Any]) -> Act:
+    """Messages to `subscribers`, `burst` at a time, `rate` times a second."""
     ages: list[float] = []
-    subscribers, burst, times, rate = asked["subscribers"], asked["burst"], asked["times"], asked["rate"]
     counted = 0
+    load.gather(asked["subscribers"])
 
-    def heard(client: Client, message: bytes) -> None:
-        nonlocal counted
-        here = message.count(b'"0')
-        counted += here
-        load.progress += 1
-        if counted % 97 == 0 and here:
-            ages.append(age(message))
+    def counter(client: Client) -> Callable[[], None]:
+        receive, tail = client.receive, b""
 
-    load.gather(subscribers, heard)
+        def read() -> None:
+            nonlocal counted, tail
+            data = tail + receive()
+            here = data.count(MARK)
+            tail = data[-len(MARK) + 1 :]
+            counted += here
+            load.progress += 1
+            if load.progress % 97 == 0 and here and len(data) - data.find(MARK) > 21:
+                ages.append(age(data))
+
+        return read
+
+    for client in load.clients:
+        load.listen(client, counter(client))
     publisher = load.clients[0]
-    calls: list[float] = []
-    if asked.get("bystander"):
-        # One more client, whose round trips are timed in place of the deliveries.
-        def answered(client: Client, message: bytes) -> None:
-            if b'"rpc"' in message:
-                calls.append(age(message))
-                client.send(load.dialect.call(stamped(asked["size"])))
 
-        load.dialect = Realtime("")
-        load.gather(1, answered)
-        load.clients[-1].send(load.dialect.call(stamped(asked["size"])))
-        load.dialect = Realtime(asked["channel"])
-
-    def act() -> dict[str, Any]:
-        calls.clear()
+    def act(times: int) -> list[float]:
+        nonlocal counted
+        counted = 0
+        ages.clear()
+        goal = len(load.clients) * asked["burst"] * times
         begin = time.monotonic()
         for number in range(times):
-            due = begin + number / rate
-            load.run(lambda due=due: time.monotonic() >= due, wait=0.001)  # type: ignore[misc]
-            publisher.send(load.dialect.publish([stamped(asked["size"]) for _ in range(burst)]))
-        goal = subscribers * burst * times
+            load.wait(begin + number / asked["rate"])
+            publisher.send(load.dialect.publish([stamped(asked["size"]) for _ in range(asked["burst"])]))
         load.run(lambda: counted >= goal)
-        return {"units": counted, "latency": calls or ages}
+        if counted != goal:
+            raise SystemExit(f"{counted} deliveries in place of {goal}")
+        return ages
 
     return act
 
 
-def echo(load: Load, asked: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Round trips: each of `connections` sends again as soon as it is answered, `times` altogether."""
+def loop(load: Load, connections: int, request: Callable[[], bytes], mark: bytes) -> Act:
+    """Each of `connections` sends `request` again as soon as it is answered, with something that has the mark."""
     ages: list[float] = []
-    left = asked["times"]
-    over = 0
+    left = 0
+    load.gather(connections)
 
-    def heard(client: Client, message: bytes) -> None:
-        nonlocal left, over
-        over += 1
-        load.progress += 1
-        ages.append(age(message))
-        if left > 0:
+    def starter(client: Client) -> Callable[[], None]:
+        receive, transmit = client.socket.recv, client.socket.send
+        sent = 0.0
+
+        def start() -> None:
+            nonlocal left, sent
             left -= 1
-            client.send(load.dialect.call(stamped(asked["size"]), asked["call"]))
+            sent = time.monotonic()
+            transmit(request())
 
-    load.gather(asked["connections"], heard)
+        def read() -> None:
+            data = receive(65536)
+            if mark not in data:
+                raise SystemExit(f"not an answer: {data[:200]!r}")
+            ages.append(time.monotonic() - sent)
+            load.progress += 1
+            if left > 0:
+                start()
 
-    def act() -> dict[str, Any]:
+        load.listen(client, read)
+        return start
+
+    starters = [starter(client) for client in load.clients]
+
+    def act(times: int) -> list[float]:
         nonlocal left
-        for client in load.clients:
-            left -= 1
-            client.send(load.dialect.call(stamped(asked["size"]), asked["call"]))
-        load.run(lambda: over >= asked["times"])
-        return {"units": over, "latency": ages}
+        ages.clear()
+        left = times
+        for start in starters[:times]:
+            start()
+        load.run(lambda: len(ages) >= times)
+        return ages
 
     return act
 
 
-def connect(load: Load, asked: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Clients that come and stay, `connections` of them."""
-
-    def act() -> dict[str, Any]:
-        load.gather(asked["connections"], lambda client, message: None)
-        return {"units": asked["connections"], "latency": []}
-
-    return act
+def echo(load: Load, asked: dict[str, Any]) -> Act:
+    """Round trips over `connections`."""
+    request = load.dialect.call(stamped(asked["size"]), asked["call"])
+    return loop(load, asked["connections"], lambda: request, MARK)
 
 
-def idle(load: Load, asked: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Clients that do nothing, for `seconds`."""
-    load.gather(asked["connections"], lambda client, message: None)
+def publish(load: Load, asked: dict[str, Any]) -> Act:
+    """Publications to one after the other of `channels`, in an order that has no pattern for a cache to like."""
+    channels, data, at = asked["channels"], stamped(asked["size"]), 0
 
-    def act() -> dict[str, Any]:
-        until = time.monotonic() + asked["seconds"]
-        while (left := until - time.monotonic()) > 0:
-            load.run(lambda: time.monotonic() >= until, wait=min(left, 0.5))
-        return {"units": asked["seconds"], "latency": []}
+    def request() -> bytes:
+        nonlocal at
+        at += 1
+        return load.dialect.publish_to(at * 7_368_787 % channels, data)  # type: ignore[no-any-return]
 
-    return act
+    return loop(load, asked["connections"], request, b'"publish":')
 
 
-def publish(load: Load, asked: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Publications, each to the next of `channels`: each client sends one as soon as the last was accepted."""
-    sent = over = 0
+def connect(load: Load, asked: dict[str, Any]) -> Act:
+    """Clients that come and stay."""
 
-    def one(client: Client) -> None:
-        nonlocal sent
-        client.send(load.dialect.publish_to(sent % asked["channels"], stamped(asked["size"])))
-        sent += 1
-
-    def heard(client: Client, message: bytes) -> None:
-        nonlocal over
-        if b'"publish"' not in message:
-            raise SystemExit(f"refused: {message[:100]!r}")
-        over += 1
-        load.progress += 1
-        if sent < asked["times"]:
-            one(client)
-
-    load.gather(asked["connections"], heard)
-
-    def act() -> dict[str, Any]:
-        for client in load.clients:
-            one(client)
-        load.run(lambda: over >= asked["times"])
-        return {"units": over, "latency": []}
+    def act(times: int) -> list[float]:
+        load.gather(times)
+        return load.arrivals[-times:]
 
     return act
 
 
-ACTS = {"fanout": fanout, "echo": echo, "connect": connect, "idle": idle, "publish": publish}
+def idle(load: Load, asked: dict[str, Any]) -> Act:
+    """Clients that do nothing but answer pings, for some seconds."""
+    load.gather(asked["connections"])
+
+    def act(times: int) -> list[float]:
+        load.wait(time.monotonic() + times)
+        return []
+
+    return act
+
+
+def bystander(load: Load, asked: dict[str, Any]) -> Act:
+    """Round trips on one connection, `rate` a second, timed up to the moment at which the kernel had the answer.
+
+    So neither this process nor another one that keeps the core busy is in the figures.
+    """
+    load.gather(1)
+    client = load.clients[0].socket
+    client.setblocking(True)
+    client.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    request = load.dialect.call(stamped(asked["size"]), "rpc")
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, -15)
+
+    def act(times: int) -> list[float]:
+        ages = []
+        begin = time.monotonic()
+        for number in range(times):
+            time.sleep(max(0.0, begin + number / asked["rate"] - time.monotonic()))
+            sent = time.time_ns()
+            client.send(request)
+            data, said, _, _ = client.recvmsg(65536, 64)
+            if MARK not in data or not said:
+                raise SystemExit(f"not an answer: {data[:200]!r}")
+            seconds, nanoseconds = TIMESPEC.unpack_from(said[0][2])
+            ages.append((seconds * 10**9 + nanoseconds - sent) / 1e9)
+        return ages
+
+    return act
+
+
+ACTS = {one.__name__: one for one in (fanout, echo, publish, connect, idle, bystander)}
 
 
 def main(asked: dict[str, Any]) -> None:
@@ -366,21 +433,19 @@ def main(asked: dict[str, Any]) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     gc.disable()  # its pauses are none of the server's
-    load = Load(asked["port"], DIALECTS[asked["dialect"]](asked.get("channel", "")))
-    act = ACTS[asked["act"]](load, asked)
+    act = ACTS[asked["act"]](Load(asked["port"], DIALECTS[asked["dialect"]](asked.get("channel", ""))), asked)
+    if asked["warm"]:
+        act(asked["warm"])
     print("ready", flush=True)
     if not sys.stdin.readline():
         return
     began, cpu = time.monotonic(), time.process_time()
-    seen = act()
+    latency = act(asked["times"])
     seconds, share = time.monotonic() - began, time.process_time() - cpu
     print("done", flush=True)
-    latency = sorted(seen.pop("latency"))
-    quantiles = {
-        name: 1000 * latency[min(int(part * len(latency)), len(latency) - 1)] if latency else None
-        for name, part in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
-    }
-    print(json.dumps({**seen, "seconds": seconds, "share": share / seconds, **quantiles}), flush=True)
+    ordered = sorted(latency)
+    quantiles = [1000 * ordered[min(int(part * len(ordered)), len(ordered) - 1)] for part in (0.5, 0.99) if ordered]
+    print(json.dumps({"seconds": seconds, "load": share / seconds, "quantiles": quantiles}), flush=True)
     sys.stdin.readline()  # the clients stay until they are not needed any more
 
 

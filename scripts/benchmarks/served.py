@@ -77,6 +77,10 @@ class Served:
     def workers(self) -> list[psutil.Process]:
         return [process for process in self.processes() if "realtime.server.worker" in process.cmdline()]
 
+    def broker(self) -> psutil.Process:
+        (found,) = (process for process in self.processes() if "realtime.server.broker" in process.cmdline())
+        return found
+
     def cpu(self) -> float:
         """Seconds of processor time that all its processes have used."""
         return sum(sum(process.cpu_times()[:2]) for process in self.processes())
