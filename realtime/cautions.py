@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping
 
@@ -17,6 +19,19 @@ _SECRET_BYTES = 32
 def _strong(secret: str) -> bool:
     """Whether a secret is beyond guessing. None at all lets nobody in."""
     return not secret or len(secret.encode()) >= _SECRET_BYTES
+
+
+# Pages that nobody lists by name (RFC 2606 section 2).
+_STRANGERS = ("http://stranger.invalid", "https://stranger.invalid", "https://stranger.invalid:8443")
+
+
+def _lists_origins(patterns: tuple[str, ...]) -> bool:
+    """Whether the patterns leave any page out."""
+    return not any(fnmatch.fnmatchcase(stranger, pattern) for stranger in _STRANGERS for pattern in patterns)
+
+
+def _lists_networks(networks: tuple[str, ...]) -> bool:
+    return all(ipaddress.ip_network(network, strict=False).prefixlen for network in networks)
 
 
 def _of_tokens(table: str, of: Callable[[Settings], Token | None]) -> tuple[_Caution, ...]:
@@ -60,8 +75,13 @@ _CAUTIONS: tuple[_Caution, ...] = (
     ),
     (
         "client.allowed_origins",
-        lambda tree: "*" not in tree.client.allowed_origins,
+        lambda tree: _lists_origins(tree.client.allowed_origins),
         "any web page may connect; name the origins that you serve",
+    ),
+    (
+        "client.trusted_proxies",
+        lambda tree: _lists_networks(tree.client.trusted_proxies),
+        "any client may say which address it has; name the networks of your proxies",
     ),
     *_of_tokens("client.token", lambda tree: tree.client.token),
     *_of_tokens(

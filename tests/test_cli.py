@@ -227,6 +227,18 @@ def test_without_a_server_a_dump_is_one_line(tmp_path: Path) -> None:
     assert f"http://127.0.0.1:{port}/dump?worker=0&what=stacks: nobody answers" in done.stderr
 
 
+def test_a_dump_is_not_asked_of_a_proxy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.create_server(("127.0.0.1", 0)) as free:
+        proxy.settimeout(0)
+        port = free.getsockname()[1]
+        free.close()
+        environ = {"http_proxy": f"http://127.0.0.1:{proxy.getsockname()[1]}", "no_proxy": ""}
+        done = realtime(tmp_path, "dump", "stacks", "--port", str(port), **environ)
+        assert "nobody answers" in done.stderr
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+
+
 def test_a_dump_with_a_wrong_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[client")
     assert realtime(tmp_path, "dump", "stacks", "--config", "bad.toml").returncode == EX_CONFIG

@@ -661,6 +661,12 @@ def test_variables_of_centrifugo_are_spoken_of_once() -> None:
         ("client.insecure = true", "client.insecure"),
         ("http_api.insecure = true", "http_api.insecure"),
         ("client.allowed_origins = ['*']", "client.allowed_origins"),
+        ("client.allowed_origins = ['https://example.com', '**']", "client.allowed_origins"),
+        ("client.allowed_origins = ['http*://*']", "client.allowed_origins"),
+        ("client.allowed_origins = ['https://*']", "client.allowed_origins"),
+        ("client.allowed_origins = ['https://*:8443']", "client.allowed_origins"),
+        ("client.trusted_proxies = ['10.0.0.1', '0.0.0.0/0']", "client.trusted_proxies"),
+        ("client.trusted_proxies = ['::/0']", "client.trusted_proxies"),
         (f"http_api.key = '{'x' * 31}'", "http_api.key"),
         (f"client.token.hmac_secret_key = '{'x' * 31}'", "client.token.hmac_secret_key"),
         ("client.token.hmac_secret_key = 'secret'", "client.token.hmac_secret_key"),
@@ -691,6 +697,11 @@ def test_a_strong_key_and_an_empty_one_need_no_warning() -> None:
     assert warned({}, f"client.token.hmac_secret_key = '{'x' * 32}'") == []
     assert warned({}) == []
     assert unwise(Settings()) == []
+
+
+def test_patterns_that_leave_strangers_out_need_no_warning() -> None:
+    assert warned({}, "client.allowed_origins = ['https://*.example.com', 'http://localhost:*']") == []
+    assert warned({}, "client.trusted_proxies = ['10.0.0.0/8', '::1']") == []
 
 
 def test_a_table_that_is_not_used_needs_no_warning() -> None:
