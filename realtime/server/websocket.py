@@ -60,6 +60,10 @@ CONTROL_FRAMES_BURST = 50
 
 _NO_LIMIT = 1 << 40
 
+# What becomes of the bytes that were read. Nothing waits but the start of a header; or they are acted on, now or in a
+# later slice; or something holds us, and the rest waits until that is over.
+_IDLE, _WORKING, _HELD = range(3)
+
 # First bytes of frames that are whole messages (RFC 6455 section 5.2): FIN set, no reserved bit, text or binary.
 _TEXT, _BINARY = 0x81, 0x82
 # Bytes from which on Autobahn's native code unmasks faster than Python's integers do.
@@ -245,6 +249,10 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     utf8validator: Any = None
     trackedTimings: Any = None
     _perMessageCompress: Any = None
+    current_frame: Any = None
+    inside_message = False
+    data = b""
+    send_state = WebSocketServerProtocol.SEND_STATE_GROUND
     message_data_total_length = 0
     triggered = closedByMe = failedByMe = droppedByMe = wasClean = False
     wasMaxFramePayloadSizeExceeded = wasMaxMessagePayloadSizeExceeded = wasServingFlashSocketPolicyFile = False
@@ -272,8 +280,7 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     _message: _Message | None = None
     # The way in. While some of what was read is not acted on yet, the socket is not read.
     _backlog = b""  # the start of a frame's header, or all that is not acted on yet
-    _unfinished = False  # it is the latter
-    _working = False  # it is acted on, now or in a later slice
+    _stage = _IDLE
     _paused = False  # by the session
     is_read = True  # whether the socket is: else it is not the peer's fault that it is silent
 
@@ -373,9 +380,9 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     def _take(self, data: bytes) -> None:
         """Act on bytes of the peer, behind those that wait."""
         self._backlog += data
-        if self._unfinished:
+        if self._stage != _IDLE:
             return
-        self._unfinished = self._working = True
+        self._stage = _WORKING
         slices = self.factory.slices
         work = self._work()
         for _ in work:
@@ -388,22 +395,23 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     def _work(self) -> Iterator[None]:
         """Act on what waits, a frame at each step, until something holds us or nothing is left."""
         data, start, self._backlog = self._backlog, 0, b""
+        stage = _HELD
         while self.state == self.STATE_OPEN and not self._held:
             stop = self._act(data, start)
             if stop in (start, len(data)):
                 start = stop
-                self._unfinished = False
+                stage = _IDLE
                 break
             start = stop
             yield
-        self._working = False
+        self._stage = stage
         if self.state != self.STATE_OPEN:
             self.data = b""
             return
         self._backlog = data[start:] + self._backlog
         if self._message is not None:
             self._expect_end_of_message()
-        if self._unfinished:
+        if stage == _HELD:
             self._read(False)
         elif not (self.is_read or self._held):
             self._read(True)
@@ -444,10 +452,10 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
 
     def _go_on(self) -> None:
         """What held us may have gone."""
-        if self.state != self.STATE_OPEN or self._working or self._held:
+        if self.state != self.STATE_OPEN or self._stage == _WORKING or self._held:
             return
-        if self._unfinished:
-            self._working = True
+        if self._stage == _HELD:
+            self._stage = _WORKING
             self.factory.slices.add(self.factory.charged(self._work()))
         else:
             self._read(True)

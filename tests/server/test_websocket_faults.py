@@ -491,7 +491,7 @@ async def test_an_idle_connection_keeps_neither_compressor_nor_decompressor() ->
         await eventually(lambda: len(client.texts) == 1)
         kept = vars(stage.sessions[0].connection)
         assert kept["_perMessageCompress"]._inflater is None
-        assert len(kept) <= 20
+        assert len(kept) <= 20  # with what a message by Autobahn leaves
         client.leave()
 
 
@@ -806,7 +806,7 @@ async def test_dribbling_costs_no_more_than_its_bytes() -> None:
                 connection.dataReceived(bytes((byte,)))
             return time.process_time() - before
 
-        small, large = (min(cost(size) for _ in range(3)) for size in (4_000, 64_000))
+        small, large = (min(cost(size) for _ in range(2)) for size in (2_000, 32_000))
         assert large < 3 * 16 * small
         client.leave()
 
