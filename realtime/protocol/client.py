@@ -113,7 +113,10 @@ def encoded(content: Any) -> bytes:
 
 
 def terms(grant: Grant) -> Terms:
-    """A handler's answer as the terms of a subscription. Raises as `encoded`; ValueError for an unknown override."""
+    """A handler's answer as the terms of a subscription. Raises as `encoded`; ValueError for an unknown override.
+
+    Also msgspec.ValidationError, a ValueError, for a value of another type: everything behind this counts on them.
+    """
     if not grant.override.keys() <= set(OVERRIDABLE):
         raise ValueError(f"of a channel's options, only {', '.join(OVERRIDABLE)} can be overridden")
-    return Terms(encoded(grant.info), encoded(grant.data), grant.expire_at or 0.0, grant.override)
+    return msgspec.convert((encoded(grant.info), encoded(grant.data), grant.expire_at or 0.0, grant.override), Terms)

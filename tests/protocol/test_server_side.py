@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -82,6 +83,20 @@ class TestAtConnect:
         assert peer.close_code is None
         server.advance(2)
         assert peer.close_code == (3006, "subscription expired")
+
+    @pytest.mark.parametrize(
+        "grant", [Grant(expire_at=datetime(2030, 1, 1)), Grant(expire_at="1"), Grant(override={"presence": 1})]
+    )
+    def test_a_grant_with_a_value_of_another_type_is_a_mistake(self, grant):
+        async def connecting(request):
+            return Credentials("7", subs={"room:a": grant})
+
+        server = make()
+        server.app.connecting = connecting
+        assert error_of(server.peer().say({"id": 1, "connect": {}})) == 100
+        assert isinstance(server.mistakes.pop(), ValueError)
+        server.advance(6)
+        assert server.clean()
 
     def test_what_a_grant_can_not_override_is_a_mistake(self):
         async def connecting(request):
@@ -497,7 +512,7 @@ class TestOrders:
             return result
 
         setattr(server.engine, stage, late)
-        watcher, ann = server.client("watcher"), server.client("ann")
+        watcher, _ = server.client("watcher"), server.client("ann")
         server.order(SubscribeOrder("watcher", "room:a"))
         server.order(SubscribeOrder("ann", "room:a"))
         server.order(UnsubscribeOrder("ann", "room:a"))
