@@ -150,7 +150,7 @@ class Command(Struct, frozen=True):
         Raises ProtocolError for none with an id, for more than one, and for the unused `ping`.
         """
         found, request = "", None
-        for name in _REQUESTS:
+        for name in REQUESTS:
             value = getattr(self, name)
             if value is not None:
                 if found:
@@ -161,7 +161,8 @@ class Command(Struct, frozen=True):
         return found, request
 
 
-_REQUESTS = [name for name in Command.__struct_fields__ if name not in ("id", "ping")]
+# The names of the requests that there are.
+REQUESTS = [name for name in Command.__struct_fields__ if name not in ("id", "ping")]
 
 
 # -- payloads ---------------------------------------------------------------------------------------------------------

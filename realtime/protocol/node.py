@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from realtime import errors
 from realtime.metrics import Counter, Metrics
 from realtime.protocol.deadlines import Deadlines
+from realtime.protocol.messages import REQUESTS
 from realtime.protocol.registry import Registry
 from realtime.protocol.rules import Rules
 from realtime.protocol.tokens import TokenVerifier
@@ -31,10 +32,6 @@ _FAULTS = {
 }
 # What else is counted as bad input: a command over the rate, and a position that the store has not come to yet.
 _REFUSED = ("command_rate", "recovery_ahead")
-_COMMANDS = (
-    *("connect", "refresh", "subscribe", "sub_refresh", "unsubscribe", "publish", "presence", "presence_stats"),
-    *("history", "rpc", "send"),
-)
 
 
 class Handlers(Protocol):
@@ -117,7 +114,7 @@ class Node:
         self.rpc_ping = rpc_ping or RPCPing()
         self._metrics = metrics or Metrics()
         self.commands = {
-            name: self._metrics.counter("realtime_commands", "Commands of clients", command=name) for name in _COMMANDS
+            name: self._metrics.counter("realtime_commands", "Commands of clients", command=name) for name in REQUESTS
         }
         self.refused = {kind: self._bad_input(kind) for kind in (*_FAULTS.values(), *_REFUSED)}
 
