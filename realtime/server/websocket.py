@@ -17,6 +17,7 @@ peer shuts its side, or is aborted when it does not. So no close frame is lost t
 from __future__ import annotations
 
 import random
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -54,6 +55,9 @@ UNIDIRECTIONAL_FORMS = {"json": JSON_PUSHES_TEXT}
 
 # Seconds of the loop's time for what connections send, in one turn.
 SLICE = 0.005
+
+# Bytes of randomness in the secret of a connection.
+SECRET_BYTES = 24
 
 CONTROL_FRAMES_PER_SECOND = 20
 CONTROL_FRAMES_BURST = 50
@@ -295,6 +299,9 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
         self.form = form
         self._common = _BINARY if form.encoding.name == "protobuf" else _TEXT
         self.pings = request.query.get("cf_ws_frame_ping_pong") != "true"
+        if form.encoding.unidirectional:
+            # Such a client can't speak for itself: whoever does by the server API may name it by this.
+            self.secret = secrets.token_urlsafe(SECRET_BYTES)
 
     # The session's side
 

@@ -546,6 +546,19 @@ async def test_a_disconnect_is_pushed_before_the_close_frame() -> None:
         assert broken.texts == []
 
 
+async def test_each_has_a_secret_of_its_own_there_and_nobody_elsewhere() -> None:
+    async with staged(websocket=UNI) as stage:
+        clients = [await stage.open() for _ in range(3)]
+        assert len({session.connection.secret for session in stage.sessions}) == 3
+        assert all(len(session.connection.secret) >= 32 for session in stage.sessions)
+        for client in clients:
+            client.leave()
+    async with staged() as stage:
+        client = await stage.open()
+        assert stage.sessions[0].connection.secret == ""
+        client.leave()
+
+
 async def test_protobuf_is_not_spoken_there() -> None:
     async with staged(websocket=UNI) as stage:
         client = await stage.request(handshake(PROTOBUF, path=UNI.handler_prefix + "?format=protobuf"))

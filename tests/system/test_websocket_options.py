@@ -90,6 +90,7 @@ def test_one_way(server: Server) -> None:
             for socket in (ada, bob):
                 welcome = (await receive(socket))["connect"]
                 assert welcome["client"]
+                assert welcome["session"]
                 assert list(welcome["subs"]) == ["stream:one-way"]
                 assert not welcome.get("pong")
             async with connect(server.endpoint) as talker:
