@@ -458,13 +458,13 @@ def tell(steps: list[tuple[str, int]], options: ChannelOptions) -> None:
         assert (link.hub.subscriptions, len(node.registry), node.deadlines._buckets) == (0, 0, {})
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(STORIES)
 def test_every_publication_comes_once_and_in_order_or_its_loss_is_told(steps: list[tuple[str, int]]) -> None:
     tell(steps, OPTIONS)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(STORIES)
 def test_in_cache_mode_the_newest_comes_and_then_every_other(steps: list[tuple[str, int]]) -> None:
     tell(steps, CACHE)
