@@ -286,7 +286,7 @@ class Fan:
                 else:
                     for member in group.members[start:end]:
                         self._give(member, frame, event)
-                self._traffic.spend(min(CHUNK, len(group.members)))
+                self._traffic.spend(CHUNK if frame is None else min(CHUNK, len(group.members)))
                 yield
         self._end(event)
 

@@ -200,7 +200,6 @@ class Hub:
         self.subscriptions -= members
         if not state:
             del self._channels[channel]
-            self._broken.pop(channel, None)
             state.fan.clear()
             self.engine.unsubscribe(channel)
 

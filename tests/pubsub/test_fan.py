@@ -666,12 +666,34 @@ def test_binary_data_parts_with_those_who_can_not_have_it(worker: Worker, member
     for member in unfit:
         member.form = form
         opened(worker.hub, member, at(0))
+    worker.publish()
     worker.publish(binary=True)
     worker.publish()
     worker.until_idle()
-    assert all(offsets(member) == [1, 2] for member in fit)
-    assert all((member.frames, member.misfits) == ([], 1) for member in unfit)
+    assert all(offsets(member) == [1, 2, 3] for member in fit)
+    assert all((len(member.frames), member.misfits) == (1, 1) for member in unfit)
     assert worker.hub.subscribers("c") == members
+
+
+@pytest.mark.parametrize("members", [100, 500])
+def test_to_part_with_many_takes_many_turns(worker: Worker, members: int) -> None:
+    def part() -> None:
+        worker.now += 20 * COST
+
+    form = PlainForm()
+    for _ in range(members):
+        member = Listener()
+        member.form = form
+        member.unfit = part  # type: ignore[method-assign]
+        opened(worker.hub, member, at(0))
+    began = worker.now
+    worker.publish(binary=True)
+    assert worker.now - began <= SLICE + 2 * 8 * 20 * COST
+    while worker.asked:
+        began = worker.now
+        worker.turn()
+        assert worker.now - began <= SLICE + 2 * 8 * 20 * COST
+    assert worker.hub.subscribers("c") == 0
 
 
 def test_binary_data_among_what_was_held_back(worker: Worker) -> None:

@@ -11,6 +11,7 @@ from centrifuge.fossil import apply_delta
 from hypothesis import given
 from hypothesis import strategies as st
 
+from realtime.pubsub import fossil
 from realtime.pubsub.fossil import delta
 
 COMMAND = re.compile(rb"([0-9A-Za-z_~]+)([@:;])")
@@ -119,6 +120,16 @@ def test_large_texts_that_have_nothing_in_common(size: int) -> None:
     chance = random.Random(7)
     base, target = chance.randbytes(size), chance.randbytes(size)
     assert len(both_decoders_agree(base, target)) < size + 20
+
+
+@pytest.mark.parametrize(("limit", "value"), [("_PROBES", 50), ("_BLOCKS", 1)])
+def test_what_a_delta_may_cost_is_limited(limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(7)
+    base, between = chance.randbytes(2000), chance.randbytes(100)
+    target = between + base[500:1500] + between
+    assert len(both_decoders_agree(base, target)) < 250
+    monkeypatch.setattr(fossil, limit, value)
+    assert len(both_decoders_agree(base, target)) > 1000
 
 
 def test_a_text_that_repeats_itself() -> None:

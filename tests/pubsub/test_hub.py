@@ -575,6 +575,10 @@ def test_a_publication_that_got_lost_with_none_after_it_is_found(hub: Hub, store
     assert member.losses == 0
     assert checked(hub) == ["c"]
     assert (member.losses, relaxed.losses) == (1, 0)
+    waiting = Listener()
+    add(hub, waiting)
+    assert checked(hub) == ["c"]
+    assert hub.open("c", waiting, at(2))
     again = opened(hub, Listener(), at(2))
     publish(hub, 3)
     assert (again.seen, again.losses) == ([(3, EPOCH)], 0)
@@ -601,6 +605,7 @@ def test_another_epoch_is_found_too(hub: Hub, store: Store) -> None:
 def test_what_comes_while_the_engine_answers_is_no_hole(hub: Hub, store: Store) -> None:
     member = opened(hub, Listener(), at(0))
     checked(hub)
+    store.top = at(1)
     store.meanwhile = lambda: publish(hub, 1)
     assert checked(hub) == ["c"]
     assert (member.seen, member.losses) == ([(1, EPOCH)], 0)
