@@ -3,11 +3,8 @@
 Autobahn keeps the handshake, the framing and the closing rules of RFC 6455. This module gives it a head that was
 validated before (`realtime.protocol.handshake`), bounds everything that Autobahn leaves unbounded, and writes past it:
 outgoing frames are built once (`realtime.protocol.frames`) and go straight to the transport, or wait in an outbox
-while the transport is full.
-
-What has been read is acted on for as long as the loop has time (`realtime.pubsub.slices`); the rest waits for later
-turns, a frame of each connection at a time, and the socket is not read meanwhile. Nor is it read while the session asks
-for that, or while a peer that sends commands does not take the replies.
+while the transport is full (`realtime.server.outgoing`); frames of the common kind are read without it, too
+(`realtime.server.incoming`).
 
 The end of a connection always has a deadline. Whoever starts it, our close frame is the last thing that is written;
 then this side of the socket is shut, what the peer still sends is thrown away, and the connection is over when the
@@ -28,7 +25,6 @@ from autobahn.wamp.types import TransportDetails
 from autobahn.websocket import USES_NVX
 from autobahn.websocket.protocol import TrafficStats
 from autobahn.websocket.types import ConnectionRequest
-from autobahn.websocket.xormasker import create_xor_masker
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -39,7 +35,7 @@ from realtime.metrics import Counter, Metrics
 from realtime.protocol.compression import EXTENSION, CompressedFrames, CorruptMessage, Inflater, MessageTooBig, agree
 from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.forms import JSON_PUSHES_TEXT, JSON_TEXT, PROTOBUF_BINARY, Form
-from realtime.protocol.frames import close_frame, frame_at, ping_frame, pong_frame
+from realtime.protocol.frames import close_frame, ping_frame, pong_frame
 from realtime.protocol.handshake import encoding, judge_handshake, opening_request, subprotocol
 from realtime.protocol.head import Head, Refusal
 from realtime.protocol.messages import DisconnectPush
@@ -47,6 +43,7 @@ from realtime.protocol.outbox import Total
 from realtime.protocol.session import Request
 from realtime.pubsub.slices import Slices
 from realtime.server.admission import Admission
+from realtime.server.incoming import BINARY, Incoming
 from realtime.server.outgoing import Outgoing
 
 # The wire forms of the two transports, by the name of the encoding.
@@ -62,16 +59,7 @@ SECRET_BYTES = 24
 CONTROL_FRAMES_PER_SECOND = 20
 CONTROL_FRAMES_BURST = 50
 
-_NO_LIMIT = 1 << 40
-
-# What becomes of the bytes that were read. Nothing waits but the start of a header; or they are acted on, now or in a
-# later slice; or something holds us, and the rest waits until that is over.
-_IDLE, _WORKING, _HELD = range(3)
-
-# First bytes of frames that are whole messages (RFC 6455 section 5.2): FIN set, no reserved bit, text or binary.
-_TEXT, _BINARY = 0x81, 0x82
-# Bytes from which on Autobahn's native code unmasks faster than Python's integers do.
-_NATIVE_FROM = 1000
+_NO_LIMIT = 1 << 40  # bytes
 
 # Close codes of RFC 6455 section 7.4.1: the reason that the peer is told, and the kind under which it is counted.
 _FAILURES = {
@@ -111,23 +99,6 @@ class _Nobody:
     """Stands for the two Deferreds that Autobahn makes for each connection, which nobody here waits for."""
 
     def callback(self, result: object) -> None: ...
-
-
-class _Message:
-    """A message of which not all has come yet. size: bytes as they are sent, of the frames that have begun."""
-
-    __slots__ = ("bucket", "connection", "data", "fragments", "is_binary", "size")
-
-    def __init__(self, connection: WebSocketConnection, is_binary: bool) -> None:
-        self.connection = connection
-        self.is_binary = is_binary
-        self.data = bytearray()
-        self.size = self.fragments = 0
-        self.bucket = 0
-
-    def wake(self) -> None:
-        """It took too long."""
-        self.connection.late(self)
 
 
 class _Heartbeat:
@@ -212,7 +183,7 @@ _HANDSHAKE_ONLY = {
 _ABSENT = object()
 
 
-class WebSocketConnection(Outgoing, WebSocketServerProtocol):
+class WebSocketConnection(Outgoing, Incoming):
     """A connection as its session sees it: `send`, `deliver`, `close`, `pause`, `resume`. Loop thread only.
 
     Names in camelCase are Autobahn's or Twisted's, and overridden here.
@@ -275,18 +246,11 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
     peer: Any
     factory: WebSocketFactory
     transport: Any
-    _common = _TEXT  # how nearly all frames of the peer begin
     _session: Session | None = None
     _deaf = False  # the one message that a unidirectional client may send has come
     _ended = False  # we said why this connection ends, or the peer did
     _heartbeat: _Heartbeat | None = None
     _control_due = 0.0  # when the control frames so far would be used up at the allowed rate
-    _message: _Message | None = None
-    # The way in. While some of what was read is not acted on yet, the socket is not read.
-    _backlog = b""  # the start of a frame's header, or all that is not acted on yet
-    _stage = _IDLE
-    _paused = False  # by the session
-    is_read = True  # whether the socket is: else it is not the peer's fault that it is silent
 
     def __init__(
         self, request: Request, form: Form, subprotocol: str | None, headers: dict[str, str], inflate: bool
@@ -297,7 +261,8 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
         self._answer = subprotocol, headers
         self._inflate = inflate
         self.form = form
-        self._common = _BINARY if form.encoding.name == "protobuf" else _TEXT
+        if form.encoding.name == "protobuf":
+            self.opening = BINARY
         self.pings = request.query.get("cf_ws_frame_ping_pong") != "true"
         if form.encoding.unidirectional:
             # Such a client can't speak for itself: whoever does by the server API may name it by this.
@@ -313,36 +278,11 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
         """Send a close frame after what is queued, and end the connection within `websocket.close_timeout`."""
         self.sendCloseFrame(code, reason.encode())
 
-    def pause(self) -> None:
-        """Act on no more of what the peer sends, and stop reading the socket."""
-        self._paused = True
-        self._read(False)
-
-    def resume(self) -> None:
-        """Go on, in a later turn of the loop if something was left undone."""
-        self._paused = False
-        self._go_on()
-
     # The way in: hooks that Autobahn calls. It does not guard them.
 
     def connectionMade(self) -> None:
         self.transport.setTcpNoDelay(True)
         self._connectionMade()
-
-    def dataReceived(self, data: bytes) -> None:
-        if self.state == self.STATE_OPEN:
-            self._take(data)
-        elif self.state == self.STATE_CONNECTING:
-            self._dataReceived(data)
-        # After our close frame, what the peer still sends means nothing.
-
-    def consumeData(self) -> None:
-        if self.state == self.STATE_OPEN:
-            # What came behind the handshake.
-            data, self.data = self.data, b""
-            self._take(data)
-        else:
-            super().consumeData()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.lose_queue()
@@ -384,159 +324,19 @@ class WebSocketConnection(Outgoing, WebSocketServerProtocol):
             if name not in _HANDSHAKE_ONLY and shared.get(name, _ABSENT) is not value
         }
 
-    def _take(self, data: bytes) -> None:
-        """Act on bytes of the peer, behind those that wait."""
-        self._backlog += data
-        if self._stage != _IDLE:
-            return
-        self._stage = _WORKING
-        slices = self.factory.slices
-        work = self._work()
-        for _ in work:
-            slices.begin()
-            if not slices.free:
-                self._read(False)
-                slices.add(self.factory.charged(work))
-                break
-
-    def _work(self) -> Iterator[None]:
-        """Act on what waits, a frame at each step, until something holds us or nothing is left."""
-        data, start, self._backlog = self._backlog, 0, b""
-        stage = _HELD
-        while self.state == self.STATE_OPEN and not self._held:
-            stop = self._act(data, start)
-            if stop in (start, len(data)):
-                start = stop
-                stage = _IDLE
-                break
-            start = stop
-            yield
-        self._stage = stage
-        if self.state != self.STATE_OPEN:
-            self.data = b""
-            return
-        self._backlog = data[start:] + self._backlog
-        if self._message is not None:
-            self._expect_end_of_message()
-        if stage == _HELD:
-            self._read(False)
-        elif not (self.is_read or self._held):
-            self._read(True)
-
-    def _act(self, data: bytes, start: int) -> int:
-        """Act on one frame, or on as much of it as there is; where the next begins. `start`: it takes more to begin.
-
-        A frame that is a whole message, as nearly all are, is taken as it is. Any other is given to Autobahn, and
-        nothing of the next one, for Autobahn copies what it has not come to yet.
-        """
-        if self.current_frame is not None:
-            stop = start + self.current_frame.length - self.current_frame_masker.pointer()
-        else:
-            place = frame_at(data, start)
-            if place is None:
-                return start
-            body, stop = place
-            size = stop - body
-            if (
-                data[start] == self._common
-                # Masked, and the length in its shortest form.
-                and (body - start == 6 or (body - start == 8 and size > 125))
-                and stop <= len(data)
-                and size <= self.factory.message_size_limit
-                and not self.inside_message
-            ):
-                self.onMessage(_unmasked(data[body:stop], data[body - 4 : body]), self._common == _BINARY)
-                return stop
-        self.data = data[start:stop]
-        while self.processData() and self.state == self.STATE_OPEN:
-            pass
-        return min(stop, len(data))
-
-    @property
-    def _held(self) -> bool:
-        """Whether nothing is acted on: the session has enough, or the peer does not take what it asked for."""
-        return self._paused or (self._outbox is not None and self._outbox.size > self.factory.queue_max_size // 2)
-
-    def _go_on(self) -> None:
-        """What held us may have gone."""
-        if self.state != self.STATE_OPEN or self._stage == _WORKING or self._held:
-            return
-        if self._stage == _HELD:
-            self._stage = _WORKING
-            self.factory.slices.add(self.factory.charged(self._work()))
-        else:
-            self._read(True)
-
-    def _read(self, on: bool) -> None:
-        if on != self.is_read and self.state == self.STATE_OPEN:
-            self.is_read = on
-            if on:
-                self.transport.resumeProducing()
-            else:
-                self.transport.pauseProducing()
-
     def resumeProducing(self) -> None:
         super().resumeProducing()
-        self._go_on()
-
-    def onMessageBegin(self, isBinary: bool) -> None:
-        if self.state == self.STATE_OPEN:  # Autobahn goes on with a frame whose header failed the connection
-            self._message = _Message(self, isBinary)
-
-    def onMessageFrameBegin(self, length: int) -> None:
-        """The header of a data frame was read: judge by it alone, before any of the payload is kept."""
-        message = self._message
-        if message is None:
-            return
-        message.size += length
-        message.fragments += 1
-        if self.factory.message_size_limit < message.size:
-            self.sendCloseFrame(1009)
-        elif 0 < self.factory.max_fragments < message.fragments:
-            self.sendCloseFrame(1008)
-
-    def onMessageFrameData(self, payload: bytes) -> None:
-        if self._message is not None:
-            self._message.data += payload
-            self.factory.queued.size += len(payload)
-
-    def onMessageFrameEnd(self) -> None: ...
-
-    def onMessageEnd(self) -> None:
-        message = self._message
-        if message is not None:
-            self._drop_message()
-            self.onMessage(bytes(message.data), message.is_binary)
-
-    def _expect_end_of_message(self) -> None:
-        """Give the rest of a message that has begun a limit of time."""
-        message = self._message
-        if message is not None and not message.bucket and self.factory.message_timeout > 0:
-            self.factory.deadlines.set(message, self.factory.deadlines.now + self.factory.message_timeout)
-
-    def late(self, message: _Message) -> None:
-        """The time for the rest of a message is up."""
-        if self.is_read:
-            self.sendCloseFrame(1008)
-        else:
-            self._expect_end_of_message()  # it may have come
+        self.go_on()
 
     def _let_go(self) -> None:
         """Of what an open connection has besides its session."""
-        self._drop_message()
+        self.drop_message()
         if self._heartbeat is not None:
             self._heartbeat.stop()
 
-    def _drop_message(self) -> None:
-        """Keep nothing of a message that has begun."""
-        message, self._message = self._message, None
-        if message is not None:
-            self.factory.queued.size -= len(message.data)
-            self.factory.deadlines.clear(message)
-
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         self.factory.received.value += 1
-        if isBinary != (self._common == _BINARY):
+        if isBinary != (self.opening == BINARY):
             self.factory.count("inappropriate")
             self.close(*BAD_PROTOCOL)
             return
@@ -734,15 +534,6 @@ class WebSocketFactory(WebSocketServerFactory):
         self._metrics.counter(
             "realtime_disconnects", "Connections that ended, by who ended them and why.", by=by, code=code
         ).value += 1
-
-
-def _unmasked(payload: bytes, mask: bytes) -> bytes:
-    """RFC 6455 section 5.3."""
-    size = len(payload)
-    if size >= _NATIVE_FROM and USES_NVX:
-        return bytes(create_xor_masker(mask, size).process(payload))
-    key = (mask * (size // 4 + 1))[:size]
-    return (int.from_bytes(payload, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
 
 
 def why(code: int) -> str:

@@ -17,7 +17,7 @@ from realtime.metrics import Metrics
 from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.frames import frame_at
 from realtime.protocol.head import Head, HeadParser
-from realtime.server import websocket as module
+from realtime.server import incoming as module
 from realtime.server.admission import Admission
 from realtime.server.websocket import WebSocketConnection, WebSocketFactory
 
