@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import random
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
@@ -532,8 +533,25 @@ def locate(static: Static, path: str) -> Path | None:
     return file if file.is_file() and file.is_relative_to(static.directory) else None
 
 
+# The forms that browsers use of the headers by which a file is served in part or not at all. What has another form may
+# be ignored (RFC 9110 sections 13.1.3 and 14.2), and is: twisted.web would repeat it in the log, stumble over it, or send
+# a thousand parts for one request.
+_RANGE = re.compile(r"bytes=(?:([0-9]{1,15})-([0-9]{0,15})|-0*[1-9][0-9]{0,14})")
+_SINCE = re.compile(r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT")
+
+
+def _is_range(text: str) -> bool:
+    found = _RANGE.fullmatch(text)
+    return found is not None and int(found[1] or 0) <= int(found[2] or 10**15)
+
+
 def serve_file(file: Path, request: Request) -> None:
     """Send a file, or the part of it that was asked for; the peer may keep it, and asks whether it has changed."""
+    headers = request.requestHeaders
+    for name, is_usual in (("Range", _is_range), ("If-Modified-Since", _SINCE.fullmatch)):
+        values = headers.getRawHeaders(name.encode(), [])
+        if len(values) > 1 or not all(is_usual(value.decode("latin-1")) for value in values):
+            headers.removeHeader(name)
     resource = File(str(file))
     kind, resource.encoding = getTypeAndEncoding(
         file.name, File.contentTypes, File.contentEncodings, "application/octet-stream"

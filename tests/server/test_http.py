@@ -378,6 +378,51 @@ async def test_files_are_served(site: Site, files: Path, path: str, body: bytes,
 
 
 @pytest.mark.parametrize(
+    ("asked", "status", "content"),
+    [("bytes=2-", 206, b"log()"[2:]), ("bytes=-3", 206, b"g()"), ("bytes=0-99", 206, b"log()"), ("bytes=9-", 416, b"")],
+)
+@on_loop
+async def test_a_part_of_a_file(site: Site, files: Path, asked: str, status: int, content: bytes) -> None:
+    (files / "part.txt").write_bytes(b"log()")
+    site.app.http.static("/", files)
+    url = await site.start()
+    answer = await fetch("GET", url + "/part.txt", headers={"Range": asked})
+    assert (answer.status_code, answer.content) == (status, content)
+
+
+STRANGE = [
+    *(
+        b"Range: bytes=" + value
+        for value in (b"0-" + b",0-" * 1000, b"0-0," * 1000 + b"0-0", b"-0", b"5-1", b"\xff-", b"a-b")
+    ),
+    *(
+        b"Range: bytes=" + value
+        for value in (b"9" * 5000 + b"-", b"-" + b"9" * 5000, b"", b"-", b"0-1\r\nRange: bytes=1-2")
+    ),
+    *(
+        b"If-Modified-Since: " + value
+        for value in (b";", b"\xff", b"Sun, 22 Nov " + b"9" * 5000 + b" 08:00:00 GMT", b"x")
+    ),
+]
+
+
+@pytest.mark.parametrize("line", STRANGE, ids=[line[:40] for line in STRANGE])
+@on_loop
+async def test_a_strange_wish_is_ignored_without_a_word(site: Site, files: Path, line: bytes) -> None:
+    site.app.http.static("/", files)
+    await site.start()
+    events: list[dict[str, Any]] = []
+    globalLogPublisher.addObserver(events.append)
+    try:
+        answer = await site.raw(b"GET /picture.png HTTP/1.1\r\nHost: h\r\nConnection: close\r\n" + line + b"\r\n\r\n")
+    finally:
+        globalLogPublisher.removeObserver(events.append)
+    assert status_of(answer) == 200
+    assert answer.endswith(b"\r\n\r\n\x89PNG")
+    assert not events
+
+
+@pytest.mark.parametrize(
     "path",
     [
         "/../secret.txt",
