@@ -90,8 +90,8 @@ def fanout(chosen: argparse.Namespace) -> Table:
 
 
 def burst(chosen: argparse.Namespace) -> Table:
-    """Many publications at once to many subscribers."""
-    title = f"fan-out to {chosen.subscribers:,} subscribers, 50 messages at once, once a second"
+    """Publications of many clients at once to many subscribers."""
+    title = f"fan-out to {chosen.subscribers:,} subscribers, 50 messages at once by as many of them, once a second"
     table = deliveries(chosen, Table("burst", title, "a delivery"), 50, 1.0)
     table.judge_ratio("floor", 0.5)
     return table

@@ -69,9 +69,8 @@ class Bare:
         """How many of the replies that a client waits for are in `message`."""
         return 1
 
-    def publish(self, data: list[bytes]) -> bytes:
-        """What publishes each of these."""
-        return b"".join(frame(b'{"data":"%b"}' % one) for one in data)
+    def publish(self, data: bytes) -> bytes:
+        return frame(b'{"data":"%b"}' % data)
 
     def call(self, data: bytes, how: str) -> bytes:
         return frame(b'{"data":"%b"}' % data)
@@ -94,10 +93,8 @@ class Realtime(Bare):
             raise SystemExit(f"refused: {message[:200]!r}")
         return message.count(b"\n") + 1
 
-    def publish(self, data: list[bytes]) -> bytes:
-        return frame(
-            b"\n".join(b'{"id":3,"publish":{"channel":%b,"data":"%b"}}' % (self._channel, one) for one in data)
-        )
+    def publish(self, data: bytes) -> bytes:
+        return frame(b'{"id":3,"publish":{"channel":%b,"data":"%b"}}' % (self._channel, data))
 
     def publish_to(self, channel: int, data: bytes) -> bytes:
         return frame(b'{"id":3,"publish":{"channel":"c%d","data":"%b"}}' % (channel, data))
@@ -118,8 +115,8 @@ class SocketIO(Bare):
     def __init__(self, channel: str) -> None:
         self.path = "/socket.io/?EIO=4&transport=websocket"
 
-    def publish(self, data: list[bytes]) -> bytes:
-        return b"".join(frame(b'42["all","%b"]' % one) for one in data)
+    def publish(self, data: bytes) -> bytes:
+        return frame(b'42["all","%b"]' % data)
 
     def call(self, data: bytes, how: str) -> bytes:
         return frame(b'42["echo","%b"]' % data)
@@ -138,8 +135,8 @@ class NATS(Bare):
     def replies(self, message: bytes) -> int:
         return message.count(b"INFO {") + message.count(b"PONG\r\n")
 
-    def publish(self, data: list[bytes]) -> bytes:
-        return frame(b"".join(b'PUB bench %d\r\n"%b"\r\n' % (len(one) + 2, one) for one in data))
+    def publish(self, data: bytes) -> bytes:
+        return frame(b'PUB bench %d\r\n"%b"\r\n' % (len(data) + 2, data))
 
 
 DIALECTS = {"realtime": Realtime, "bare": Bare, "socketio": SocketIO, "nats": NATS}
@@ -272,7 +269,7 @@ def age(message: bytes) -> float:
 
 
 def fanout(load: Load, asked: dict[str, Any]) -> Act:
-    """Messages to `subscribers`, `burst` at a time, `rate` times a second."""
+    """Messages to `subscribers`, `rate` times a second from `burst` of them at once."""
     ages: list[float] = []
     counted = 0
     load.gather(asked["subscribers"])
@@ -294,7 +291,9 @@ def fanout(load: Load, asked: dict[str, Any]) -> Act:
 
     for client in load.clients:
         load.listen(client, counter(client))
-    publisher = load.clients[0]
+    publishers = load.clients[: asked["burst"]]
+    if len(publishers) < asked["burst"]:
+        raise SystemExit("a burst needs as many subscribers as it has messages")
 
     def act(times: int) -> list[float]:
         nonlocal counted
@@ -304,7 +303,8 @@ def fanout(load: Load, asked: dict[str, Any]) -> Act:
         begin = time.monotonic()
         for number in range(times):
             load.wait(begin + number / asked["rate"])
-            publisher.send(load.dialect.publish([stamped(asked["size"]) for _ in range(asked["burst"])]))
+            for publisher in publishers:
+                publisher.send(load.dialect.publish(stamped(asked["size"])))
         load.run(lambda: counted >= goal)
         if counted != goal:
             raise SystemExit(f"{counted} deliveries in place of {goal}")
