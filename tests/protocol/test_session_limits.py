@@ -9,6 +9,7 @@ from sessions import CHANNEL, NOW, Gate, Server, error_of, token
 
 from realtime.errors import ClientError
 from realtime.protocol.session import EXPIRY_SPREAD
+from realtime.pubsub.slices import Slices
 
 LEAVE = {"unsubscribe": {"channel": "a"}}
 
@@ -281,3 +282,73 @@ def test_connections_that_expire_together_do_not_end_together():
     assert max(ended) < 100
     assert len(ended) * 0.25 <= 25 * EXPIRY_SPREAD + 1
     assert {peer.close_code for peer in peers} == {(3005, "connection expired")}
+
+
+class TestTurns:
+    """A message may hold thousands of commands: other work has its turns between them."""
+
+    @pytest.fixture
+    def turns(self) -> list:
+        """What the loop is asked to call in its next turn."""
+        return []
+
+    @pytest.fixture
+    def server(self, turns) -> Server:
+        server = make(commands_per_second=0)
+        clock = iter(range(10**9))
+        # Whenever it is looked at, another millisecond has passed.
+        server.node.slices = Slices(lambda: next(clock) / 1000, 0.005, turns.append)
+        return server
+
+    def test_all_are_answered_in_order_over_several_turns(self, server, turns):
+        peer = server.client()
+        answered = [reply["id"] for reply in peer.say(*({"id": n, **LEAVE} for n in range(2, 1002)))]
+        assert 0 < len(answered) < 300
+        assert peer.paused
+        answered += [reply["id"] for reply in peer.say({"id": 1002, **LEAVE})]
+        number = 0
+        while turns:
+            turns.pop(0)()
+            number += 1
+            before = len(answered)
+            answered += [reply["id"] for reply in peer.heard()]
+            assert len(answered) - before < 300
+        assert answered == list(range(2, 1003))
+        assert number > 3 and not peer.paused
+
+    def test_clients_take_turns(self, server, turns):
+        peers = [server.client(), server.client()]
+        for peer in peers:
+            peer.say(*({"id": n, **LEAVE} for n in range(2, 1002)))
+        turns.pop(0)()
+        assert all(peer.heard() for peer in peers)
+
+    def test_one_that_leaves_in_between_asks_for_nothing_more(self, server, turns):
+        peer, other = server.client(), server.client()
+        other.subscribe("a")
+        peer.say(*({"id": n, "publish": {"channel": "a", "data": n}} for n in range(2, 1002)))
+        heard = len(other.publications())
+        peer.session.closed()
+        while turns:
+            turns.pop(0)()
+        assert heard < 300 and other.heard() == []
+
+    def test_what_has_to_wait_is_gone_on_with_when_it_may(self, server, turns):
+        gate = Gate()
+
+        async def wait(client, data):
+            await gate
+
+        server.app.procedures["wait"] = wait
+        peer = server.client()
+        commands = [{"id": n, **LEAVE} for n in range(2, 302)]
+        commands[250] = {"id": 252, "rpc": {"method": "wait"}}
+        answered = peer.say(*commands)
+        while turns:
+            turns.pop(0)()
+        answered += peer.heard()
+        assert [reply["id"] for reply in answered] == list(range(2, 252))
+        gate.open()
+        while turns:
+            turns.pop(0)()
+        assert [reply["id"] for reply in peer.heard()] == list(range(252, 302))
