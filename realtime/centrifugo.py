@@ -25,7 +25,8 @@ _LATER = {
     "rpc": "namespace_boundary namespaces without_namespace",
     "websocket": "read_buffer_size use_write_buffer_pool write_buffer_size",
     "uni_websocket": (
-        "disable_closing_handshake disable_disconnect_push read_buffer_size use_write_buffer_pool write_buffer_size"
+        "disable_closing_handshake disable_disconnect_push join_push_messages read_buffer_size use_write_buffer_pool"
+        " write_buffer_size"
     ),
     "uni_sse": "connect_code_to_http_response",
     "uni_http_stream": "connect_code_to_http_response",

@@ -607,7 +607,6 @@ class UniWebSocket(Messages, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     enabled: Annotated[bool, about("Serve them.")] = False
     handler_prefix: Annotated[Prefix, about("Path at which clients connect.")] = "/connection/uni_websocket"
-    join_push_messages: Annotated[bool, about("Several pushes may share a message, parted by line ends.")] = False
 
 
 class Stream(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
