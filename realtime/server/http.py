@@ -534,8 +534,8 @@ def locate(static: Static, path: str) -> Path | None:
 
 
 # The forms that browsers use of the headers by which a file is served in part or not at all. What has another form may
-# be ignored (RFC 9110 sections 13.1.3 and 14.2), and is: twisted.web would repeat it in the log, stumble over it, or send
-# a thousand parts for one request.
+# be ignored (RFC 9110 sections 13.1.3 and 14.2), and is: twisted.web would repeat it in the log, stumble over it, or
+# send a thousand parts for one request.
 _RANGE = re.compile(r"bytes=(?:([0-9]{1,15})-([0-9]{0,15})|-0*[1-9][0-9]{0,14})")
 _SINCE = re.compile(r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT")
 
