@@ -98,6 +98,9 @@ _PUSH = "2 channel, 4 pub, 5 join, 6 leave, 7 unsubscribe, 8 message, 9 subscrib
 
 _EMPTY_COMMAND = Command()
 
+MAX_FILTER_NODES = 4096
+"""Nodes of all filters in one message: two bytes are enough for one, and reading it takes some microseconds."""
+
 # Wire types. The two of groups have no name here.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -114,6 +117,7 @@ class Protobuf:
 
     def commands(self, message: bytes) -> Iterator[Command]:
         position, end = 0, len(message)
+        nodes = MAX_FILTER_NODES
         if not end:
             raise ProtocolError("no command")
         while position < end:
@@ -123,7 +127,13 @@ class Protobuf:
                 if position > end:
                     raise ProtocolError("a command ends behind its message")
                 # Empty ones are short, so that a message can hold a great many.
-                yield _READERS[Command].read(message, start, position) if size else _EMPTY_COMMAND
+                if not size:
+                    yield _EMPTY_COMMAND
+                    continue
+                _FILTER_NODES.left = nodes
+                command = _READERS[Command].read(message, start, position)
+                nodes = _FILTER_NODES.left
+                yield command
             except (IndexError, UnicodeDecodeError, RecursionError):
                 raise ProtocolError("not a command") from None
 
@@ -264,6 +274,19 @@ class _Reader:
                 self._parts[number] = _takes_entry(name, entry.read)
             case _:
                 self._parts[number] = _takes_part(name, _part(type))
+
+
+class _CountedReader(_Reader):
+    """Reads messages of a type of which few are ever meant. left: how many more may come."""
+
+    __slots__ = ("left",)
+    left: int
+
+    def read(self, data: bytes, position: int, end: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ProtocolError("too many of one kind")
+        return super().read(data, position, end)
 
 
 _Part = Callable[[bytes, int, int], Any]
@@ -415,7 +438,8 @@ def _tag(number: int, wire_type: int) -> bytes:
     return _varint_of(number << 3 | wire_type)
 
 
-_READERS = {struct: _Reader(struct) for struct in _READ}
+_FILTER_NODES = _CountedReader(messages.FilterNode)
+_READERS = {struct: _Reader(struct) for struct in _READ} | {messages.FilterNode: _FILTER_NODES}
 for _struct, _text in _READ.items():
     for _number, _name, _type in _fields(_struct, _text):
         _READERS[_struct].add(_number, _name, _type)

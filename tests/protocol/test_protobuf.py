@@ -18,7 +18,7 @@ from realtime.protocol import messages
 from realtime.protocol.encodings import JSON_ENCODING
 from realtime.protocol.forms import PROTOBUF_BINARY
 from realtime.protocol.messages import Command, ProtocolError
-from realtime.protocol.protobuf import PROTOBUF, emulation_request
+from realtime.protocol.protobuf import MAX_FILTER_NODES, PROTOBUF, emulation_request
 from realtime.records import ClientInfo, Publication
 
 
@@ -227,6 +227,19 @@ def test_an_entry_of_a_map_may_lack_its_key_or_its_value():
     )
     assert command.connect.subs == {"": messages.SubscribeRequest()}
     assert command.connect.headers == {"": "v"}
+
+
+def test_a_message_holds_so_many_nodes_of_filters_and_no_more():
+    def subscribe(nodes: int) -> bytes:
+        return sized(field(5, 2, sized(field(13, 2, sized((nodes - 1) * field(6, 2, b"\x00"))))))
+
+    (command,) = commands(subscribe(MAX_FILTER_NODES))
+    assert len(command.subscribe.tf.nodes) == MAX_FILTER_NODES - 1
+    halves = 2 * subscribe(MAX_FILTER_NODES // 2)
+    assert len(commands(halves)) == len(commands(halves)) == 2
+    for too_many in (subscribe(MAX_FILTER_NODES + 1), halves + subscribe(1)):
+        with pytest.raises(ProtocolError):
+            commands(too_many)
 
 
 def nested(depth: int) -> bytes:
