@@ -14,6 +14,7 @@ answering, its loop does not turn. It can be given to another.
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 import struct
@@ -243,6 +244,8 @@ class Taker(_End):
             self._adopt(connection)
             return True
         except OSError as error:
+            if error.errno == errno.ENOTCONN:
+                return True  # its peer has gone, and no other worker would find more of it
             _log.warn("a rescued connection could not be adopted: {error}", error=error)
             return False
         except Exception:

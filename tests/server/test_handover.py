@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -128,6 +129,14 @@ def test_what_can_not_be_adopted_comes_back(scene: Scene, error: Exception) -> N
     scene.giver.doRead()
     assert scene.settled == [False]
     assert scene.connections[0].fileno() >= 0
+
+
+def test_one_whose_client_has_gone_is_given_to_nobody_else(scene: Scene) -> None:
+    scene.refuse = OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+    scene.give()
+    scene.taker.doRead()
+    scene.giver.doRead()
+    assert scene.settled == [True]
 
 
 @pytest.mark.parametrize("free", [0, 1])
