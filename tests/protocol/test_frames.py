@@ -1,4 +1,4 @@
-"""Server frames against a decoder written from RFC 6455 section 5.2."""
+"""Frames against a decoder written from RFC 6455 section 5.2."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realtime.protocol.frames import binary_frame, close_frame, ping_frame, pong_frame, text_frame
+from realtime.protocol.frames import binary_frame, close_frame, compressed, frame_at, ping_frame, pong_frame, text_frame
 
 
 def decode(frame: bytes) -> tuple[int, bytes]:
@@ -58,3 +58,31 @@ def test_any_close(code: int, reason: str) -> None:
     assert reason.startswith(payload[2:].decode())
     if len(reason.encode()) <= 123:
         assert payload[2:].decode() == reason
+
+
+def test_a_compressed_frame_says_so() -> None:
+    assert compressed(text_frame(b"x" * 300)) == b"\xc1" + text_frame(b"x" * 300)[1:]
+
+
+@given(st.binary(max_size=20), st.integers(0, 25))
+def test_where_any_frame_begins_and_ends(data: bytes, start: int) -> None:
+    place = frame_at(data, start)
+    if place is not None:
+        body, stop = place
+        assert start + 2 <= body <= len(data)
+        assert body <= stop
+    else:
+        assert len(data) < start + 14
+
+
+@given(
+    st.one_of(st.binary(max_size=300), st.sampled_from([65535, 65536]).map(bytes)), st.booleans(), st.binary(max_size=5)
+)
+def test_where_a_good_frame_begins_and_ends(payload: bytes, masked: bool, before: bytes) -> None:
+    plain = text_frame(payload)
+    head, body = plain[: len(plain) - len(payload)], plain[len(plain) - len(payload) :]
+    whole = bytes((head[0], head[1] | 0x80)) + head[2:] + b"mask" + body if masked else plain
+    start = len(before)
+    assert frame_at(before + whole, start) == (start + len(whole) - len(payload), start + len(whole))
+    for length in range(len(whole) - len(payload)):
+        assert frame_at(before + whole[:length], start) is None

@@ -15,7 +15,6 @@ from twisted.internet.task import Clock
 from realtime import settings
 from realtime.metrics import Metrics
 from realtime.protocol.deadlines import Deadlines
-from realtime.protocol.frames import frame_at
 from realtime.protocol.head import Head, HeadParser
 from realtime.server import incoming as module
 from realtime.server.admission import Admission
@@ -189,23 +188,3 @@ def test_work_that_takes_longer_than_a_slice_goes_on_in_later_turns() -> None:
     assert all(2 <= later - earlier <= 4 for earlier, later in itertools.pairwise([0, *heard[:-1]]))
     server.connection.dataReceived(frame(1, b"cut")[3:])
     assert session.received[-1] == b"cut"
-
-
-@given(st.binary(max_size=20), st.integers(0, 25))
-def test_where_a_frame_begins_and_ends(data: bytes, start: int) -> None:
-    place = frame_at(data, start)
-    if place is not None:
-        body, stop = place
-        assert start + 2 <= body <= len(data)
-        assert body <= stop
-    else:
-        assert len(data) < start + 14
-
-
-@given(st.integers(1, 2), st.binary(max_size=300), st.one_of(masks, st.none()), st.binary(max_size=5))
-def test_where_a_good_frame_begins_and_ends(opcode: int, payload: bytes, mask: bytes | None, before: bytes) -> None:
-    whole = frame(opcode, payload, mask=mask)
-    expected = (len(before) + len(whole) - len(payload), len(before) + len(whole))
-    assert frame_at(before + whole, len(before)) == expected
-    for length in range(len(whole) - len(payload)):
-        assert frame_at(before + whole[:length], len(before)) is None

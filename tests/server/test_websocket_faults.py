@@ -495,6 +495,28 @@ async def test_an_idle_connection_keeps_neither_compressor_nor_decompressor() ->
         client.leave()
 
 
+async def test_a_compressed_conversation_cut_at_every_byte() -> None:
+    payload = deflated("grüße ".encode() * 20)
+    talk = zipped(b"one") + frame(1, payload[:5], fin=False, rsv=4) + frame(9, b"p") + frame(0, payload[5:]) + frame(8)
+    async with staged(websocket=COMPRESSING) as stage:
+        bystander = await stage.open(DEFLATE)
+        clients = [await stage.open(DEFLATE) for _ in talk]
+        for cut, client in enumerate(clients):
+            client.send(talk[:cut])
+        await eventually(lambda: b"one" in stage.sessions[-1].received)
+        for cut, client in enumerate(clients):
+            if cut % 2:
+                client.leave()
+            else:
+                client.transport.abortConnection()
+        await eventually(lambda: stage.websocket.connections == 1)
+        assert stage.websocket.queued.size == 0
+        assert all(session.ends == 1 for session in stage.sessions[1:])
+        assert not stage.failures
+        await bystander.echo("unaffected")
+        bystander.leave()
+
+
 # The unidirectional endpoint
 
 UNI = settings.UniWebSocket(enabled=True)
