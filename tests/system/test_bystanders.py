@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 import time
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -212,9 +213,16 @@ def metric(server: Server, pattern: str) -> float:
     return sum(float(value) for value in re.findall(rf"^{pattern} (\S+)$", server.operate("/metrics")[1], re.MULTILINE))
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One for both tests: after either, nothing is left of its clients."""
+    starter = ServerStarter(tmp_path_factory.mktemp("bystanders"))
+    yield starter(websocket={"compression": True}, http_server={"header_timeout": "1s"}, log={"level": "debug"})
+    starter.finish()
+
+
 @pytest.mark.timeout(120)
-def test_whatever_others_do_who_listens_hears_everything_in_order(start_server: ServerStarter) -> None:
-    server = start_server(websocket={"compression": True}, http_server={"header_timeout": "1s"})
+def test_whatever_others_do_who_listens_hears_everything_in_order(server: Server) -> None:
     workers = server.workers()
     with ExitStack() as stack:
         clients = [stack.enter_context(connect(server.endpoint, compression=None, max_queue=None)) for _ in range(7)]
@@ -243,3 +251,45 @@ def test_whatever_others_do_who_listens_hears_everything_in_order(start_server: 
         assert psutil.Process(pid).memory_info().rss - before[pid] < 100 * 1024 * 1024
     # Nobody whom the world can reach fills a disk.
     assert len(server.lines) < 60, server.log
+
+
+CONVERSATION = b"".join(
+    (
+        handshake("Origin: http://localhost"),
+        CONNECT,
+        command(id=2, subscribe={"channel": "stream:cut"}),
+        command(id=3, publish={"channel": "stream:cut", "data": {"a": 1}}),
+        command(id=4, presence={"channel": "stream:cut"}),
+        command(id=5, rpc={"method": "echo", "data": 1}),
+        command(id=6, unsubscribe={"channel": "stream:cut"}),
+        command(id=7, subscribe={"channel": "stream:cut", "recover": True}),
+        frame(8, b"\x03\xe8"),
+    )
+)
+
+
+def test_a_conversation_may_end_at_any_byte_and_leaves_nothing(server: Server) -> None:
+    lines = len(server.lines)
+    for cut in range(len(CONVERSATION) + 1):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as peer:
+            peer.sendall(CONVERSATION[:cut])
+            if cut % 3 == 0:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            elif cut % 3 == 1 and cut > 200:
+                peer.recv(1)  # the server has begun to answer
+
+    def left() -> list[float]:
+        (node,) = api(server, "info")["result"]["nodes"]
+        present = api(server, "presence", channel="stream:cut")["result"]["presence"]
+        gauges = [metric(server, rf"{name}\{{[^}}]*\}}") for name in ("realtime_connections", "realtime_opening")]
+        return [*gauges, len(present), node["num_clients"], node["num_subs"]]
+
+    wait_until(lambda: not any(left()), "an end of all")
+    assert len(server.lines) == lines, server.log
+
+
+def api(server: Server, method: str, **fields: object) -> dict:
+    body = json.dumps(fields).encode()
+    request = urllib.request.Request(f"{server.http}/api/{method}", body, {"X-API-Key": "test-key"})
+    with urllib.request.urlopen(request, timeout=20) as response:
+        return json.load(response)
