@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -23,7 +24,7 @@ from realtime.errors import ClientError, Disconnect, EngineUnavailable, HandlerT
 from realtime.metrics import Metrics
 from realtime.records import ConnectRequest, Credentials, Grant
 from realtime.server.handlers.coroutines import started
-from realtime.server.handlers.dispatch import Dispatcher, Marks
+from realtime.server.handlers.dispatch import Dispatcher, Marks, never_waits
 from realtime.settings import Workers
 
 
@@ -848,3 +849,67 @@ async def test_each_step_of_a_handler_on_the_loop_is_marked(bench: Bench) -> Non
     await refusal(subscribing(bench.client, "chat:7", None))
     assert seen.pop() == [(b"on_subscribe chat:*", b"chat:7")]
     assert marks.now == []
+
+
+# -- what needs no task -----------------------------------------------------------------------------------------------
+
+
+async def nothing_to_wait_for(client: Any, data: Any) -> Any:
+    return [str(one) for one in data] or {"data": data}
+
+
+async def one_await(client: Any, data: Any) -> Any:
+    if data:
+        await asyncio.sleep(0)
+
+
+async def in_a_comprehension(client: Any, data: Any) -> Any:
+    return [await one for one in data]
+
+
+async def a_context(client: Any, data: Any) -> Any:
+    async with data:
+        pass
+
+
+async def a_loop(client: Any, data: Any) -> Any:
+    async for _ in data:
+        pass
+
+
+async def a_generator(client: Any, data: Any) -> Any:
+    yield data
+
+
+def plain(client: Any, data: Any) -> Any:
+    return one_await(client, data)
+
+
+@pytest.mark.parametrize(
+    ("function", "never"),
+    [
+        (nothing_to_wait_for, True),
+        (one_await, False),
+        (in_a_comprehension, False),
+        (a_context, False),
+        (a_loop, False),
+        (a_generator, False),
+        (plain, False),
+        (partial(nothing_to_wait_for, None), False),
+        (FakeClient, False),
+    ],
+)
+def test_a_coroutine_without_an_await_never_waits(function: Any, never: bool) -> None:
+    assert never_waits(function) is never
+
+
+@on_loop
+@pytest.mark.parametrize("error", [ValueError("its own"), SystemExit(1), StopIteration()])
+async def test_a_mistake_in_a_coroutine_that_never_waits(bench: Bench, error: BaseException) -> None:
+    @bench.app.rpc("f")
+    async def f(client: Any, data: Any) -> Any:
+        raise error
+
+    await bench.start()
+    assert (await refusal(bench.call("f"))).code == 100
+    assert bench.count("error") == 1

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dis
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -276,6 +277,7 @@ class Call:
         self._count = outcomes
         self._takes_client = ARGUMENTS[handler.kind][0][:1] == ("client",)
         self._answer = maker(handler.kind)
+        self._never_waits = handler.run == "loop" and gate is None and never_waits(handler.function)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -327,10 +329,13 @@ class Call:
         """Call the handler, and count how that ended."""
         self._valve.throttle.enter()
         try:
-            task = begun(self._in_its_place(args))
-            if not task.done():
-                await self._wait(task, timeout)
-            result = _result(task)
+            if self._never_waits:
+                result = self._at_once(args)
+            else:
+                task = begun(self._in_its_place(args))
+                if not task.done():
+                    await self._wait(task, timeout)
+                result = _result(task)
         except (ClientError, Disconnect):
             self._count("refused")
             raise
@@ -390,6 +395,18 @@ class Call:
             case "process":
                 return self._in_process(args)
         return self._in_thread(args)
+
+    def _at_once(self, args: tuple[Any, ...]) -> Any:
+        """Run a coroutine that never waits."""
+        outer = self._marks.enter((self._name, self._subject(args).encode("utf-8", "replace")))
+        try:
+            self.handler.function(*args).send(None)
+        except StopIteration as stop:
+            return self._answer(stop.value)
+        except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:  # nobody has cancelled it
+            raise RuntimeError(f"the handler raised {type(error).__name__}") from error
+        finally:
+            self._marks.leave(outer)
 
     async def _on_loop(self, args: tuple[Any, ...]) -> Any:
         if self._gate is not None:
@@ -548,6 +565,17 @@ def _subject(handler: Handler) -> Callable[[tuple[Any, ...]], str]:
 
 
 # -- tasks and threads ------------------------------------------------------------------------------------------------
+
+
+def never_waits(function: Callable[..., Any]) -> bool:
+    """Whether it is a coroutine function without an `await`: one step is all of it, and needs no task around it."""
+    if not inspect.iscoroutinefunction(function) or not inspect.isfunction(function):
+        return False
+    return all(instruction.opname not in _WAITING for instruction in dis.get_instructions(function))
+
+
+# What `await`, `async for`, `async with` and `yield` are compiled to.
+_WAITING = {"GET_AWAITABLE", "SEND", "YIELD_VALUE", "GET_AITER", "GET_ANEXT", "BEFORE_ASYNC_WITH"}
 
 
 def _result(task: asyncio.Task[Any]) -> Any:
