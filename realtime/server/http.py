@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl, unquote
 import msgspec
 from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.protocol import connectionDone
-from twisted.logger import Logger
+from twisted.logger import Logger, LogPublisher
 from twisted.python.failure import Failure
 from twisted.web import http
 from twisted.web.http_headers import Headers
@@ -187,6 +187,8 @@ class Channel(http.HTTPChannel):
     transport: Any
     _networkProducer: Any
     requestFactory = Request
+    # Twisted's own writes a line with the peer's address for each connection that was idle for long enough.
+    _log = Logger(observer=LogPublisher())
     _deadline: IDelayedCall | None = None
     _refused = False
     _max_body_size = 0  # of the request that is being read

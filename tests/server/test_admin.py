@@ -11,11 +11,13 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.protocol import Protocol
+from twisted.logger import globalLogPublisher
 from twisted.python.failure import Failure
 
 from realtime.metrics import Metrics, Sample
 from realtime.server.blame import Blame
 from realtime.server.listener import CannotListen
+from realtime.server.operators import admin
 from realtime.server.operators.admin import Admin, exposition
 from realtime.server.watch import Watch
 from realtime.settings import AppSettings, Loop, Workers
@@ -274,6 +276,29 @@ async def test_a_foreign_host_is_refused(server: Server, host: str) -> None:
     status, body = await server.get("/metrics", host)
     assert status in (400, 403)
     assert "realtime_" not in body
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+async def test_pages_of_others_make_no_process_tell_of_itself(server: Server, site: str) -> None:
+    wanted = "/dump?worker=0&what=memory"
+    assert (await server.get(wanted, more=f"Sec-Fetch-Site: {site}\r\n"))[0] == 403
+    for more in ("", "Sec-Fetch-Site: none\r\n", "Sec-Fetch-Site: same-origin\r\n"):
+        assert await server.get(wanted, more=more) == (200, "memory of 1000")
+
+
+async def test_a_connection_that_was_idle_is_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    from twisted.internet import reactor
+
+    monkeypatch.setattr(admin, "_IDLE", 0.05)
+    server = Server(reactor)
+    events: list[Any] = []
+    globalLogPublisher.addObserver(events.append)
+    try:
+        assert b"200 OK" in await server.exchange(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    finally:
+        globalLogPublisher.removeObserver(events.append)
+        server.admin.close()
+    assert not [event for event in events if "HTTPChannel" in event["log_namespace"]]
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE"])

@@ -31,6 +31,7 @@ from realtime.protocol.rules import Rules
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.memory import MemoryEngine
 from realtime.records import ClientInfo
+from realtime.server import http
 from realtime.server.handlers.dispatch import Dispatcher
 from realtime.server.http import make_site
 from realtime.settings import HTTPAPI, Channel, Namespace, Settings, Workers
@@ -388,6 +389,20 @@ async def test_a_part_of_a_file(site: Site, files: Path, asked: str, status: int
     url = await site.start()
     answer = await fetch("GET", url + "/part.txt", headers={"Range": asked})
     assert (answer.status_code, answer.content) == (status, content)
+
+
+@on_loop
+async def test_a_connection_that_was_idle_is_no_event(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "IDLE", 0.05)
+    await site.start()
+    events: list[dict[str, Any]] = []
+    globalLogPublisher.addObserver(events.append)
+    try:
+        answer = await site.raw(b"GET /nothing HTTP/1.1\r\nHost: h\r\n\r\n")
+    finally:
+        globalLogPublisher.removeObserver(events.append)
+    assert status_of(answer) == 404
+    assert not events
 
 
 STRANGE = [

@@ -4,7 +4,7 @@ So it answers while every worker is blocked. What only a worker knows is asked o
 does not answer in time, the previous figures are shown.
 
 A page of the operator's browser must not reach this port: the Host header has to be one of its own names (which stops
-DNS rebinding), and nothing here changes state.
+DNS rebinding), and nothing here changes state. What takes a process's time is not done for other pages at all.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.error import CannotListenError
-from twisted.logger import Logger
+from twisted.logger import Logger, LogPublisher
 from twisted.python.failure import Failure
-from twisted.web.http import FORBIDDEN, NOT_ALLOWED, NOT_FOUND, OK, SERVICE_UNAVAILABLE
+from twisted.web.http import FORBIDDEN, NOT_ALLOWED, NOT_FOUND, OK, SERVICE_UNAVAILABLE, HTTPChannel
 from twisted.web.http import Request as HTTPRequest
 from twisted.web.server import Request, Site
 
@@ -50,6 +50,8 @@ REPORT_LIMIT = 2.0
 # Seconds that a connection may be idle.
 _IDLE = 30.0
 _JSON = "application/json"
+# How a browser says that a request comes from another page than ours (Fetch Metadata, Sec-Fetch-Site).
+_FOREIGN = ("cross-site", "same-site")
 _NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 _LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
@@ -138,6 +140,8 @@ class Admin:
             self._metrics(request)
         elif request.path == b"/incidents":
             self._incidents(request)
+        elif request.path == b"/dump" and request.getHeader("sec-fetch-site") in _FOREIGN:
+            request.reply(FORBIDDEN, "text/plain", "not for a page or a link of another site\n")
         elif request.path == b"/dump":
             self._dump(request)
         else:
@@ -353,9 +357,16 @@ class _Request(Request):
         self.finish()
 
 
+class _Channel(HTTPChannel):
+    """Writes no line for a connection that was idle."""
+
+    _log = Logger(observer=LogPublisher())
+
+
 class _Site(Site):
     """No access log: a scrape every second is no event."""
 
+    protocol = _Channel  # type: ignore[assignment]
     noisy = False
     displayTracebacks = False
 
