@@ -298,7 +298,7 @@ async def test_a_connection_that_was_idle_is_no_event(monkeypatch: pytest.Monkey
     finally:
         globalLogPublisher.removeObserver(events.append)
         server.admin.close()
-    assert not [event for event in events if "HTTPChannel" in event["log_namespace"]]
+    assert not [event for event in events if "Channel" in event["log_namespace"]]
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE"])
