@@ -131,6 +131,11 @@ SUBSCRIBE = command(id=2, subscribe={"channel": CHANNEL})
 DEFLATE = "Sec-WebSocket-Extensions: permessage-deflate"
 
 
+def post(path: str, content: object) -> bytes:
+    body = json.dumps(content).encode()
+    return f"POST {path} HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
 def bomb() -> bytes:
     deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
     return (deflater.compress(bytes(60 << 20)) + deflater.flush(zlib.Z_SYNC_FLUSH)).removesuffix(b"\0\0\xff\xff")
@@ -166,6 +171,10 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
         b"POST /api/publish HTTP/1.1\r\nHost: h\r\nX-API-Key: test-key\r\nContent-Length: 999999999\r\n\r\n"
         + b"x" * 500_000
     ),
+    "requests to nobody": lambda: post("/emulation", {"session": 7, "data": "{}"}) * 300 + b"end\r\n\r\n",
+    "a stream that is none": lambda: post("/connection/http_stream", {"id": 1, "subscribe": {"channel": CHANNEL}}),
+    "a stream with too much to say": lambda: post("/connection/http_stream", {"connect": "x" * 100_000}),
+    "a stream of events for nobody": lambda: b"GET /connection/sse?cf_connect={ HTTP/1.1\r\nHost: h\r\n\r\n",
     "half a handshake": lambda: handshake()[:100],
     "subscribed and gone": lambda: handshake() + CONNECT + SUBSCRIBE,
 }
@@ -175,7 +184,7 @@ PERMITTED = {"subscribed and gone"}
 KINDS = (
     *("frame", "frame_data", "frame_rate", "frame_size", "inappropriate", "pong"),
     *("command", "command_rate", "command_flood", "command_errors"),
-    *("head_syntax", "head_size", "head_timeout", "body_too_large"),
+    *("head_syntax", "head_size", "head_timeout", "body_too_large", "emulation"),
 )
 
 
@@ -204,7 +213,10 @@ def never_reading(server: Server) -> Iterator[None]:
             peer.connect(("127.0.0.1", server.port))
             if number < 20:
                 peer.sendall(handshake() + CONNECT + SUBSCRIBE)
-            elif number < 40:
+            elif number < 30:
+                everything = jwt.encode({"sub": "mallory", "channels": [CHANNEL]}, "secret", algorithm="HS256")
+                peer.sendall(post("/connection/http_stream", {"id": 1, "connect": {"token": everything}}))
+            elif number < 45:
                 peer.sendall(b"G")
         yield
 
@@ -217,7 +229,13 @@ def metric(server: Server, pattern: str) -> float:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One for both tests: after either, nothing is left of its clients."""
     starter = ServerStarter(tmp_path_factory.mktemp("bystanders"))
-    yield starter(websocket={"compression": True}, http_server={"header_timeout": "1s"}, log={"level": "debug"})
+    yield starter(
+        websocket={"compression": True},
+        http_server={"header_timeout": "1s"},
+        log={"level": "debug"},
+        sse={"enabled": True},
+        http_stream={"enabled": True},
+    )
     starter.finish()
 
 
