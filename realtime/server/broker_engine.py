@@ -149,8 +149,12 @@ class BrokerEngine:
         for call in self._calls.values():
             link.send(wire.pack(call.request))
             call.unsent = 0
-            if isinstance(call.request, wire.Subscribe) and call.request.channel not in self._channels:
-                link.send(wire.pack(wire.Unsubscribe(call.request.channel)))
+            # What was given up since: there may have been no room for the request that takes it back.
+            match call.request:
+                case wire.Subscribe(channel=channel) if channel not in self._channels:
+                    link.send(wire.pack(wire.Unsubscribe(channel)))
+                case wire.Enter(channel=channel, info=info) if (channel, info.client) not in self._occupants:
+                    link.send(wire.pack(wire.Leave(0, channel, info.client)))
         self._unsent = 0
 
     def _ended(self, link: Link, reason: str) -> None:

@@ -176,6 +176,19 @@ async def test_requests_wait_for_a_broker(brokers: Any, workers: Any) -> None:
     ]
 
 
+async def test_who_left_before_there_was_a_broker_is_not_present(brokers: Any, workers: Any) -> None:
+    worker = workers(0, EngineSettings(publish_timeout=30.0, queue_max_size=10_000))
+    client = "x" * 2000
+    entered = Deferred.fromCoroutine(worker.engine.enter("c", ClientInfo("", client), present=True, announce=True))
+    filling = Deferred.fromCoroutine(worker.publish("c", b"x" * 6500))
+    assert "too much" in await failure_of(Deferred.fromCoroutine(worker.engine.leave("c", client)))
+    broker = await brokers()
+    await broker.link(0, worker.engine)
+    await entered
+    await filling
+    assert await worker.engine.presence("c") == {}
+
+
 async def test_the_first_stream_is_no_interruption(brokers: Any, workers: Any) -> None:
     broker, worker = await brokers(), workers()
     await broker.link(0, worker.engine)
