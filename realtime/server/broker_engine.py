@@ -108,14 +108,13 @@ class BrokerEngine:
         if self._link is not None:
             self._link.cut("another stream took its place")
             self._fail(list(self._calls), "the broker was lost")
-        frames = [wire.pack(message) for message in self._introduction()]
-        # The introduction is as long as what we hold anyway; the limit is for what comes on top.
+        frames = [wire.pack(message) for message in (*self._introduction(), *self._take_unsent())]
+        # These are as long as what we hold anyway; the limit is for what comes on top.
         limit = self._settings.queue_max_size + sum(map(len, frames))
         self._link = link = Link(self._reactor, wire.ToWorker, limit, self._receive, self._ended, self._accounts)
         adopt(self._reactor, fd, link)
         for frame in frames:
             link.send(frame)
-        self._send_unsent(link)
         again, self._attached = self._attached, True
         if again:
             self._receiver.interrupted()
@@ -145,16 +144,16 @@ class BrokerEngine:
             yield wire.Restore([], [], clients)
         yield wire.Tally(self._subscriptions)
 
-    def _send_unsent(self, link: Link) -> None:
+    def _take_unsent(self) -> Iterator[wire.Message]:
         for call in self._calls.values():
-            link.send(wire.pack(call.request))
+            yield call.request
             call.unsent = 0
             # What was given up since: there may have been no room for the request that takes it back.
             match call.request:
                 case wire.Subscribe(channel=channel) if channel not in self._channels:
-                    link.send(wire.pack(wire.Unsubscribe(channel)))
+                    yield wire.Unsubscribe(channel)
                 case wire.Enter(channel=channel, info=info) if (channel, info.client) not in self._occupants:
-                    link.send(wire.pack(wire.Leave(0, channel, info.client)))
+                    yield wire.Leave(0, channel, info.client)
         self._unsent = 0
 
     def _ended(self, link: Link, reason: str) -> None:
