@@ -7,6 +7,7 @@ opened yet. Exit status 78 (EX_CONFIG of sysexits.h) keeps a service manager fro
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,9 @@ from realtime.server.supervisor import make_service
 from realtime.settings import read
 
 _log = Logger()
+
+# Descriptors of one process that are asked for, where more are allowed: some libraries are slow with a billion.
+_DESCRIPTORS = 1 << 20
 
 # Which key each option sets.
 _KEYS = {"workers": "workers.count", "app": "app.module", "port": "http_server.port"}
@@ -59,4 +63,16 @@ def makeService(options: Mapping[str, Any]) -> IService:
         raise SystemExit(os.EX_CONFIG)
     for line in [*cautions.warnings(settings, os.environ), *installation.warnings(os.environ)]:
         _log.warn("{line}", line=line)
+    _allow_descriptors()
     return make_service(settings, unwise=cautions.unwise(settings))
+
+
+def _allow_descriptors() -> None:
+    """Use all the descriptors that are ours to use: each client takes one.
+
+    Most systems grant 1,024 at first, for programs that use select(2), and many times that to those that ask.
+    """
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if most == resource.RLIM_INFINITY else min(most, _DESCRIPTORS)
+    if resource.RLIM_INFINITY != now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def start(*arguments: str) -> None:
 def test_without_options_the_defaults_are_used(made: list[Settings]) -> None:
     start()
     assert made == [Settings()]
+
+
+def test_all_descriptors_that_are_granted_may_be_used(made: list[Settings]) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = before[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, most))
+    try:
+        start()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(most, 1 << 20), most)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_options_win_over_the_environment_and_that_over_the_file(

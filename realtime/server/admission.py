@@ -15,6 +15,8 @@ from realtime.protocol.proxies import Proxies
 
 # A client that comes back does so after this many seconds, each after another time.
 _RETRY_AFTER = (3, 10)
+# Of the descriptors that a worker may have open, those kept back for whatever else it opens: a tenth, and so many.
+_KEPT_BACK = 0.1, 32
 # A whole connection's worth of the rate, but for what additions are rounded by.
 _WHOLE = 1 - 1e-6
 
@@ -33,14 +35,18 @@ class Admission:
         seconds: Callable[[], float],
         refuse: Callable[[], Refusal | None] = lambda: None,
         workers: int = 1,
+        descriptors: int = 0,
     ) -> None:
         """seconds: a monotonic clock. refuse: why nobody is let in at this moment, if nobody is.
 
         workers: how many share the limits of `client`; each gets its part, of the number of connections rounded up.
+        descriptors: how many this worker may have open, 0 for no limit. At the limit itself it could say nothing.
         """
         self.origin_allowed = origin_policy(client.allowed_origins)
         self.counts: list[Callable[[], int]] = []
-        self._limit = -(-client.connection_limit // workers)
+        share, spare = _KEPT_BACK
+        limits = (-(-client.connection_limit // workers), max(descriptors - int(descriptors * share) - spare, 0))
+        self._limit = min(filter(None, limits), default=0)
         self._rate = client.connection_rate_limit / workers
         self._burst = max(self._rate, 1.0)  # as many may come at once after a quiet second
         self._left = self._burst

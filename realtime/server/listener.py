@@ -18,15 +18,23 @@ import struct
 from typing import Any
 
 from twisted.internet.protocol import Factory
+from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent
+from zope.interface import implementer
 
 from realtime.errors import RealtimeError
 
 # New connections taken in one turn of a worker's loop: their handshakes follow together, half a millisecond each.
 ACCEPTS = 8
 
+# Seconds between two lines of the log about clients that were turned away.
+SELDOM = 60.0
+
 # linux/tcp.h, struct tcp_info: of a listening socket, tcpi_unacked and tcpi_sacked are the connections that wait to be
 # accepted, and how many may (net/ipv4/tcp.c, tcp_get_info).
 _TCP_INFO_QUEUE = struct.Struct("=24xII")
+
+
+_log = Logger()
 
 
 class CannotListen(RealtimeError):
@@ -91,6 +99,7 @@ def adopt(reactor: Any, fd: int, factory: Factory) -> Any:
     with socket.socket(fileno=fd) as inherited:
         inherited.setblocking(False)
         port = reactor.adoptStreamPort(fd, inherited.family, factory)
+    port._logger = Logger(observer=_Seldom(reactor))
     accept = port.doRead
 
     def accept_some() -> None:
@@ -100,6 +109,21 @@ def adopt(reactor: Any, fd: int, factory: Factory) -> Any:
 
     port.doRead = accept_some
     return port
+
+
+@implementer(ILogObserver)
+class _Seldom:
+    """Twisted writes three lines for each client that it has no descriptor for. Of those, some are enough."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._silent_until = 0.0
+
+    def __call__(self, event: LogEvent) -> None:
+        now = self._reactor.seconds()
+        if now >= self._silent_until:
+            self._silent_until = now + SELDOM
+            _log.warn("clients are turned away, see `ulimit -n`: {what}", what=formatEvent(event))
 
 
 def explain(error: OSError, address_key: str, address: str, port_key: str, port: int) -> str:

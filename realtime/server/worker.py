@@ -8,6 +8,7 @@ Everything is built here, once, and handed what it needs; nothing looks anything
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 import time
@@ -131,7 +132,12 @@ class Worker:
         self._dispatcher.bind(operations)
         api = ServerAPI(operations, all_together, metrics, self._slices)
         self._admission = Admission(
-            settings.client, metrics, reactor.seconds, shedding.refuse_handshake, settings.workers.count
+            settings.client,
+            metrics,
+            reactor.seconds,
+            shedding.refuse_handshake,
+            settings.workers.count,
+            resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         )
         self._queued = Total()
         websocket, uni_websocket = (

@@ -41,6 +41,17 @@ def test_a_share_of_the_connections(limit: int, workers: int, share: int) -> Non
     assert (refusal.status, refusal.kind) == (503, "connection_limit")
 
 
+@pytest.mark.parametrize(("limit", "descriptors", "most"), [(0, 1024, 890), (100, 1024, 100), (900, 1024, 890)])
+def test_some_descriptors_are_kept_back(limit: int, descriptors: int, most: int) -> None:
+    door = Admission(settings.Client(connection_limit=limit), Metrics(), Clock(), descriptors=descriptors)
+    door.counts = [lambda: most - 1]
+    assert door.judge() is None
+    door.counts = [lambda: most]
+    refusal = door.judge()
+    assert refusal is not None
+    assert (refusal.status, refusal.kind) == (503, "connection_limit")
+
+
 @pytest.mark.parametrize(("rate", "workers"), [(100, 1), (100, 4), (7, 2), (1, 1), (3, 4), (1, 10)])
 def test_a_share_of_the_rate(rate: int, workers: int) -> None:
     clock = Clock()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
+from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 
 from realtime.server.listener import ACCEPTS, CannotListen, SharedPort, adopt, explain
 
@@ -124,6 +126,36 @@ async def test_one_turn_of_the_loop_takes_a_bounded_number(shared: SharedPort) -
             turns.append(0)
             port.doRead()
     assert turns == [ACCEPTS, ACCEPTS, ACCEPTS, 2, 0]
+    await port.stopListening()
+
+
+async def test_a_crowd_without_descriptors_is_one_line_in_the_log(shared: SharedPort) -> None:
+    from twisted.internet import reactor
+
+    for other in shared.sockets[1:]:
+        other.close()
+    del shared.sockets[1:]
+    port = adopt(reactor, os.dup(shared.sockets[0].fileno()), Factory.forProtocol(Protocol))
+    events: list[LogEvent] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as clients:
+        for _ in range(3 * ACCEPTS):
+            clients.enter_context(connect(shared.port))
+        globalLogPublisher.addObserver(events.append)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, limits[1]))
+        plugs: list[int] = []
+        try:
+            with suppress(OSError):
+                while True:
+                    plugs.append(os.dup(0))
+            for _ in range(3 * ACCEPTS):
+                port.doRead()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            globalLogPublisher.removeObserver(events.append)
+            for plug in plugs:
+                os.close(plug)
+    assert ["turned away" in formatEvent(event) for event in events] == [True]
     await port.stopListening()
 
 
