@@ -27,42 +27,42 @@ def header(first: int, second: int, extended: bytes = b"") -> bytes:
 
 # bytes after the handshake: the close code they must get
 BROKEN: dict[str, tuple[bytes, int]] = {
-    "P1 no mask": (b"\x81\x03abc", 1002),
-    "P2 RSV1": (frame(1, b"a", rsv=4), 1002),
-    "P2 RSV2": (frame(1, b"a", rsv=2), 1002),
-    "P2 RSV3 on a ping": (frame(9, b"a", rsv=1), 1002),
-    **{f"P3 opcode {opcode}": (frame(opcode, b"a"), 1002) for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)},
-    "P4 ping of 126": (frame(9, b"x" * 126), 1002),
-    "P4 ping of 70000": (frame(9, b"x" * 70000), 1002),
-    "P4 fragmented ping": (frame(9, b"a", fin=False), 1002),
-    "P4 fragmented close": (frame(8, b"\x03\xe8", fin=False), 1002),
-    "P5 length 2^63": (header(0x81, 0xFF, b"\x80" + b"\x00" * 7), 1002),
-    "P5 length 2^63+5": (header(0x82, 0xFF, b"\x80" + b"\x00" * 6 + b"\x05"), 1002),
-    "P5 length 2^64-1": (header(0x81, 0xFF, b"\xff" * 8), 1002),
-    "P6 length 2^40": (header(0x81, 0xFF, (1 << 40).to_bytes(8, "big")), 1009),
-    "P6 one byte over": (header(0x81, 0xFF, (65537).to_bytes(8, "big")), 1009),
-    "P6 binary": (header(0x82, 0xFF, (1 << 62).to_bytes(8, "big")), 1009),
-    "P7 126 for 5": (header(0x81, 0xFE, b"\x00\x05") + b"abcde", 1002),
-    "P7 127 for 300": (header(0x81, 0xFF, (300).to_bytes(8, "big")) + b"x" * 300, 1002),
-    "P8 fragments over the limit": (frame(1, b"x" * 8000, fin=False) + frame(0, b"x" * 8000, fin=False) * 9, 1009),
-    "P9 empty fragments": (frame(1, b"", fin=False) + frame(0, b"", fin=False) * 2000, 1008),
-    "P9 tiny fragments": (frame(1, b"x", fin=False) + frame(0, b"x", fin=False) * 70000, 1008),
-    "P14 not UTF-8": (frame(1, b"a\xff"), 1007),
-    "P14 cut character": (frame(1, "ä".encode()[:1]), 1007),
-    "P14 surrogate": (frame(1, b"\xed\xa0\x80"), 1007),
-    "P14 overlong": (frame(1, b"\xc0\xaf"), 1007),
-    "P14 in a fragment": (frame(1, b"\xff", fin=False) + frame(0, b"a"), 1007),
-    "P14 in a close": (frame(8, b"\x03\xe8\xff"), 1007),
-    "P15 close of 1 byte": (frame(8, b"\x03"), 1002),
+    "no mask": (b"\x81\x03abc", 1002),
+    "RSV1": (frame(1, b"a", rsv=4), 1002),
+    "RSV2": (frame(1, b"a", rsv=2), 1002),
+    "RSV3 on a ping": (frame(9, b"a", rsv=1), 1002),
+    **{f"opcode {opcode}": (frame(opcode, b"a"), 1002) for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)},
+    "ping of 126": (frame(9, b"x" * 126), 1002),
+    "ping of 70000": (frame(9, b"x" * 70000), 1002),
+    "fragmented ping": (frame(9, b"a", fin=False), 1002),
+    "fragmented close": (frame(8, b"\x03\xe8", fin=False), 1002),
+    "length 2^63": (header(0x81, 0xFF, b"\x80" + b"\x00" * 7), 1002),
+    "length 2^63+5": (header(0x82, 0xFF, b"\x80" + b"\x00" * 6 + b"\x05"), 1002),
+    "length 2^64-1": (header(0x81, 0xFF, b"\xff" * 8), 1002),
+    "length 2^40": (header(0x81, 0xFF, (1 << 40).to_bytes(8, "big")), 1009),
+    "one byte over": (header(0x81, 0xFF, (65537).to_bytes(8, "big")), 1009),
+    "length 2^62 of binary": (header(0x82, 0xFF, (1 << 62).to_bytes(8, "big")), 1009),
+    "126 for 5": (header(0x81, 0xFE, b"\x00\x05") + b"abcde", 1002),
+    "127 for 300": (header(0x81, 0xFF, (300).to_bytes(8, "big")) + b"x" * 300, 1002),
+    "fragments over the limit": (frame(1, b"x" * 8000, fin=False) + frame(0, b"x" * 8000, fin=False) * 9, 1009),
+    "empty fragments": (frame(1, b"", fin=False) + frame(0, b"", fin=False) * 2000, 1008),
+    "tiny fragments": (frame(1, b"x", fin=False) + frame(0, b"x", fin=False) * 70000, 1008),
+    "not UTF-8": (frame(1, b"a\xff"), 1007),
+    "cut character": (frame(1, "ä".encode()[:1]), 1007),
+    "half a surrogate pair": (frame(1, b"\xed\xa0\x80"), 1007),
+    "overlong": (frame(1, b"\xc0\xaf"), 1007),
+    "not UTF-8 in a fragment": (frame(1, b"\xff", fin=False) + frame(0, b"a"), 1007),
+    "not UTF-8 in a close": (frame(8, b"\x03\xe8\xff"), 1007),
+    "close of 1 byte": (frame(8, b"\x03"), 1002),
     **{
-        f"P15 close code {code}": (frame(8, struct.pack("!H", code)), 1002)
+        f"close code {code}": (frame(8, struct.pack("!H", code)), 1002)
         for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)
     },
     "continuation of nothing": (frame(0, b"a"), 1002),
     "text inside a message": (frame(1, b"a", fin=False) + frame(1, b"b"), 1002),
-    "P17 ping flood": (frame(9, b"p") * 10_000, 1008),
-    "P19 pong flood": (frame(10, b"p") * 10_000, 1008),
-    "P22 binary": (frame(2, b"\x00"), 3501),
+    "ping flood": (frame(9, b"p") * 10_000, 1008),
+    "pong flood": (frame(10, b"p") * 10_000, 1008),
+    "binary": (frame(2, b"\x00"), 3501),
 }
 
 
@@ -85,7 +85,7 @@ async def test_broken_frames(name: str) -> None:
 
 async def test_what_breaks_is_counted_and_told_without_an_echo() -> None:
     async with staged() as stage:
-        for name in ("P1 no mask", "P6 length 2^40", "P14 not UTF-8", "P17 ping flood", "P22 binary"):
+        for name in ("no mask", "length 2^40", "not UTF-8", "ping flood", "binary"):
             client = await stage.open()
             client.send(BROKEN[name][0])
             _, reason = await client.closed()
