@@ -225,6 +225,11 @@ def metric(server: Server, pattern: str) -> float:
     return sum(float(value) for value in re.findall(rf"^{pattern} (\S+)$", server.operate("/metrics")[1], re.MULTILINE))
 
 
+def said(server: Server) -> list[str]:
+    """The lines of the log that a slow machine alone does not bring about."""
+    return [line for line in server.lines if not re.search(r"server\.(blame|rescue)#|under pressure", line)]
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One for both tests: after either, nothing is left of its clients."""
@@ -268,7 +273,7 @@ def test_whatever_others_do_who_listens_hears_everything_in_order(server: Server
     for pid in workers:
         assert psutil.Process(pid).memory_info().rss - before[pid] < 100 * 1024 * 1024
     # Nobody whom the world can reach fills a disk.
-    assert len(server.lines) < 60, server.log
+    assert len(said(server)) < 60, server.log
 
 
 CONVERSATION = b"".join(
@@ -287,7 +292,7 @@ CONVERSATION = b"".join(
 
 
 def test_a_conversation_may_end_at_any_byte_and_leaves_nothing(server: Server) -> None:
-    lines = len(server.lines)
+    before = len(said(server))
     for cut in range(len(CONVERSATION) + 1):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as peer:
             peer.sendall(CONVERSATION[:cut])
@@ -303,7 +308,7 @@ def test_a_conversation_may_end_at_any_byte_and_leaves_nothing(server: Server) -
         return [*gauges, len(present), node["num_clients"], node["num_subs"]]
 
     wait_until(lambda: not any(left()), "an end of all")
-    assert len(server.lines) == lines, server.log
+    assert len(said(server)) == before, server.log
 
 
 def api(server: Server, method: str, **fields: object) -> dict:
