@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from twisted.application.service import IService
@@ -75,4 +76,5 @@ def _allow_descriptors() -> None:
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _DESCRIPTORS if most == resource.RLIM_INFINITY else min(most, _DESCRIPTORS)
     if resource.RLIM_INFINITY != now < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        with suppress(ValueError, OSError):  # a sandbox may forbid it, and it can be done without
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))

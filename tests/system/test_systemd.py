@@ -207,3 +207,37 @@ def test_the_unit_takes_away_no_memory_that_something_needs() -> None:
     if done.returncode == 77:
         pytest.skip("this kernel has no PR_SET_MDWE")
     assert done.returncode == 0, done.stderr
+
+
+# What ProtectProc= and ProcSubset= of the unit come to. 77: this user may not.
+HIDDEN = 'mount -t proc -o hidepid=invisible,subset=pid proc /proc || exit 77; test ! -e /proc/stat && exec "$@"'
+
+
+def test_the_server_starts_where_the_rest_of_proc_is_hidden(tmp_path: Path) -> None:
+    assert {"ProtectProc=invisible", "ProcSubset=pid"} <= set(UNIT.read_text().split())
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("unshare is not here")
+    (tmp_path / "realtime.toml").write_text("[http_server]\nport = 0\ninternal_port = 0\n[workers]\ncount = 1")
+    twistd = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "realtime"]
+    server = subprocess.Popen(
+        [unshare, "--mount", "sh", "-c", HIDDEN, "sh", *twistd, "--config", "realtime.toml"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+    )
+    try:
+        assert server.stdout is not None
+        said = []
+        for line in server.stdout:
+            said.append(line)
+            if "ready: 1 workers" in line or "crash loop" in line:
+                server.terminate()
+        if server.wait(30) == 77 or any(line.startswith("unshare:") for line in said):
+            pytest.skip("this user may not mount")
+        assert server.returncode == 0
+        assert any("ready: 1 workers" in line for line in said), "".join(said)
+    finally:
+        server.kill()
