@@ -300,9 +300,7 @@ class NodeFactsOf:
         host, port = socket.gethostname(), settings.http_server.port
         self._uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"realtime://{host}:{port}"))
         self._name = settings.node.name or f"{host}_{port}"
-        import psutil
-
-        self._since = psutil.Process(os.getppid()).create_time()
+        self._since = _beginning(os.getppid())
 
     def __call__(self) -> NodeFacts:
         uptime = time.clock_gettime(time.CLOCK_BOOTTIME) - self._since
