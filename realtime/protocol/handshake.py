@@ -77,8 +77,8 @@ def origin_policy(patterns: Iterable[str]) -> Callable[[Head], bool]:
     """Which requests may open a connection, by their Origin.
 
     patterns: shell globs for the lower-case origin, "https://*.example.com"; without any only the origin that the
-    request itself went to passes; "*" lets every origin pass, and only it lets "null" pass. A request without an
-    Origin is not from a browser and always passes.
+    request itself went to passes; "*" lets every origin pass but "null", which is what a page in a sandbox sends, or
+    one that hides where it is from. A request without an Origin is not from a browser and always passes.
     """
     globs = [pattern.lower() for pattern in patterns]
     matches = [re.compile(fnmatch.translate(glob)).match for glob in globs]
@@ -86,11 +86,15 @@ def origin_policy(patterns: Iterable[str]) -> Callable[[Head], bool]:
 
     def allowed(head: Head) -> bool:
         origins = head.all("origin")
-        if not origins or anyone:
+        if not origins:
             return True
         origin = origins[0].lower()
+        if len(origins) > 1 or origin == "null":
+            return False
+        if anyone:
+            return True
         parts = _ORIGIN.fullmatch(origin)
-        if len(origins) > 1 or parts is None:
+        if parts is None:
             return False
         if not globs:
             scheme, authority = parts.groups()
