@@ -227,7 +227,18 @@ class KeySets:
         return True
 
 
+# What the registries give out (RFC 4291 section 2.4), and IPv4 behind a translator (RFC 6052 section 2.1).
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+
+
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public Internet: not of this host, of a private network or reserved."""
+    """Whether an IP address is one of the public Internet: not of this host, of a private network or reserved.
+
+    An IPv6 address that leads to an IPv4 one is judged by that.
+    """
     ip = ipaddress.ip_address(address)
-    return (getattr(ip, "ipv4_mapped", None) or ip).is_global and not ip.is_multicast
+    if isinstance(ip, ipaddress.IPv6Address):
+        translated = ipaddress.IPv4Address(int(ip) % 2**32) if ip in _TRANSLATED else None
+        ip = ip.ipv4_mapped or ip.sixtofour or translated or ip
+    return ip.is_global and not ip.is_multicast and (ip.version == 4 or ip in _GLOBAL_UNICAST)
