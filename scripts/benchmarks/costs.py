@@ -23,7 +23,7 @@ SIZE = 128
 # Deliveries a second where the size of the fan-out changes, so that the idle share is the same.
 PACE = 20_000
 # Seconds between two pings of the idle benchmark.
-PING = 10
+PING = 5
 # How much dearer than a peer counts as level with it.
 LEVEL = 1.15
 
@@ -151,7 +151,7 @@ def idle(chosen: argparse.Namespace) -> Table:
     base = 0.0
     for name, connections in named("connections", chosen, 0, 1_000, 5_000, 20_000).items():
         row = table.row(name, connections)
-        with ours(f'ping_interval = "{PING}s"\npong_timeout = "5s"') as server:
+        with ours(f'ping_interval = "{PING}s"\npong_timeout = "3s"') as server:
             held = resident(server)
             run = Run(server, "idle", connections=connections, warm=seconds, times=seconds, channel=CHANNEL)
             cost, grown = run.server / seconds, resident(server) - held
@@ -169,6 +169,7 @@ def growth(chosen: argparse.Namespace) -> Table:
     """How the cost of a delivery changes with the number of subscribers."""
     sizes = named("subscribers", chosen, 100, 1_000, 5_000, 20_000)
     table = Table("growth", f"fan-out, {PACE:,} deliveries a second", "a delivery")
+    chosen.runs = min(chosen.runs, 2)
     for row in by_turns(chosen, table, list(sizes)):
         row.size = sizes[row.name]
         rate = PACE / row.size
@@ -184,7 +185,7 @@ def publish(chosen: argparse.Namespace) -> Table:
     """A publication with history from a client, by way of the broker, to channels that nobody hears."""
     sizes = named("channels", chosen, 1, 1_000, 100_000, 1_000_000)
     table = Table("publish", "publications with history and without a subscriber, 20 connections", "a publication")
-    chosen.runs = 1 if chosen.quick else min(chosen.runs, 2)
+    chosen.runs = min(chosen.runs, 2)
     for row in by_turns(chosen, table, list(sizes)):
         row.size = sizes[row.name]
         with ours(channel='history_size = 1\nhistory_ttl = "3600s"') as server:
@@ -244,9 +245,9 @@ def add_options(options: argparse.ArgumentParser, against: str) -> None:
         "--against", default=against, help=f"some of {','.join(NAMES)}; 'all'; '' for nobody (default {against})"
     )
     options.add_argument("--runs", type=int, default=3, help="of each; shown are the median and the spread (default 3)")
-    options.add_argument("--seconds", type=float, default=4.0, help="of each run that keeps a pace (default 4)")
+    options.add_argument("--seconds", type=float, default=3.0, help="of each run that keeps a pace (default 3)")
     options.add_argument("--subscribers", type=int, default=1000, help="of fanout and burst (default 1000)")
-    options.add_argument("--connections", type=int, default=3000, help="of connect (default 3000)")
+    options.add_argument("--connections", type=int, default=2000, help="of connect (default 2000)")
     options.add_argument("--times", type=int, default=20_000, help="round trips, publications (default 20000)")
     options.add_argument("--quick", action="store_true", help="one run of each, and no large sizes")
 

@@ -28,7 +28,7 @@ import twisted
 
 CHECKOUT = HERE.parent.parent
 # Peers that each is compared with; the others are compared with the floor.
-WITH_PEERS = {"fanout", "burst", "rpc", "connect"}
+WITH_PEERS = {"fanout", "rpc", "connect"}
 
 
 class Both(io.StringIO):
@@ -86,7 +86,7 @@ def scenery(quick: bool) -> tuple[list[dict[str, str]], list[Verdict]]:
     print_verdicts(verdicts)
     print(f"\n{second}")
     with contextlib.redirect_stdout(Both(sys.stdout)) as thrashing:
-        thrash.main(["--seconds", "2" if quick else "5"])
+        thrash.main(["--seconds", "2" if quick else "4"])
     said = {title: blocking.getvalue(), second: thrashing.getvalue()}
     return [{"title": one, "text": text.replace(f"{CHECKOUT}/", "")} for one, text in said.items()], verdicts
 

@@ -31,7 +31,8 @@ Server and load generator have a core each. Everything runs over loopback, with 
 worker, and no TLS and no compression; the clients are bare sockets. The *floor* is a loop in C that reads and sends and
 does nothing else: what is above it is what a server adds.
 
-* Each figure is the median of {runs}; *spread* is half the distance between the dearest and the cheapest.
+* Each figure is the median of {runs} (growth: of two at most); *spread* is half the distance between the dearest and
+  the cheapest.
 * *idle* is the part of the cost that the server's processes would have used without any load, such as for watching the
   workers. It is in the cost; take it off to see what one more unit costs.
 * *server* and *load* are shares of a core. Where the generator needs over 80 % of its own (!), the server waited for

@@ -27,7 +27,7 @@ START_LIMIT = 30.0
 # The core of the server and that of the load, so that neither takes from the other.
 SERVER_CORE, LOAD_CORE = 0, -1
 # Seconds for which a subject is watched before the load, for what it uses without any.
-CALM = 1.0
+CALM = 0.5
 
 CONFIG = """
 [http_server]
