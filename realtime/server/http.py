@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import random
 import re
+import sys
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
@@ -187,6 +188,8 @@ class Channel(http.HTTPChannel):
     transport: Any
     _networkProducer: Any
     requestFactory = Request
+    # The front has judged the head, by the limits of the settings.
+    maxHeaders = totalHeadersSize = sys.maxsize
     # Twisted's own writes a line with the peer's address for each connection that was idle for long enough.
     _log = Logger(observer=LogPublisher())
     _deadline: IDelayedCall | None = None

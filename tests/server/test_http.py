@@ -405,6 +405,14 @@ async def test_a_connection_that_was_idle_is_no_event(site: Site, monkeypatch: p
     assert not events
 
 
+@on_loop
+async def test_the_front_alone_limits_heads(site: Site) -> None:
+    await site.start()
+    lines = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 50) for number in range(1000))
+    answer = await site.raw(b"GET /nothing HTTP/1.1\r\nHost: h\r\nConnection: close\r\n" + lines + b"\r\n")
+    assert status_of(answer) == 404
+
+
 STRANGE = [
     *(
         b"Range: bytes=" + value
