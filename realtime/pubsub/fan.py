@@ -30,8 +30,8 @@ BACKLOG_BYTES = 64 * 1024 * 1024
 PATCH_LIMIT = 256 * 1024
 """Bytes of the longest publication that is sent as a delta: to make one takes time."""
 
-# To part with a member takes as long as many deliveries.
-_UNFIT_CHUNK = 8
+# To part with a member takes as long as many deliveries, and so may its filter.
+_SMALL_CHUNK = 8
 
 # How a group gets publications. Filtered members are asked for each.
 _PLAIN, _WHOLE, _PATCHED, _FILTERED, _FILTERED_WHOLE = range(5)
@@ -116,6 +116,7 @@ class Fan:
         "_channel",
         "_deltas",
         "_few",
+        "_filters",
         "_groups",
         "_heralds",
         "_priority",
@@ -140,6 +141,7 @@ class Fan:
         self._heralds: list[_Group] | None = None
         # The groups, if all members together are few and get plain publications.
         self._few: list[_Group] | None = None
+        self._filters = 0  # members that have one
 
     # Members
 
@@ -149,6 +151,7 @@ class Fan:
         base: the last publication that it has already, if there is one.
         """
         self.members[member] = None
+        self._filters += member.filter is not None
         if events or self._busy:
             self._submit(Opening(member, events, base))
         else:
@@ -171,6 +174,7 @@ class Fan:
         if member not in self.members:
             return False
         del self.members[member]
+        self._filters -= member.filter is not None
         if self._backlog is not None and member in self._backlog.late:
             self._backlog.late.discard(member)
         elif member.delta and self._deltas is not None:
@@ -221,7 +225,7 @@ class Fan:
 
     def _submit(self, job: Event | Opening) -> None:
         """Do a job after all that came before it: at once, if nothing waits and there is time."""
-        few = len(self.members) <= CHUNK
+        few = len(self.members) <= CHUNK and self._filters <= _SMALL_CHUNK
         if self._busy or not (few and _is_light(job) and self._traffic.slices.free):
             self._queue(job)
             return
@@ -275,7 +279,7 @@ class Fan:
     def _fan_out(self, event: Event) -> Iterator[None]:
         version = self._version
         for group, frame in self._frames(event):
-            size = CHUNK if frame is not None else _UNFIT_CHUNK
+            size = CHUNK if frame is not None and group.variant < _FILTERED else _SMALL_CHUNK
             for start in range(0, len(group.members), size):
                 end = start + size
                 if self._version == version and frame is not None and group.variant < _FILTERED:
@@ -286,7 +290,7 @@ class Fan:
                 else:
                     for member in group.members[start:end]:
                         self._give(member, frame, event)
-                self._traffic.spend(CHUNK if frame is None else min(CHUNK, len(group.members)))
+                self._traffic.spend(min(size, len(group.members)) * (CHUNK // size))
                 yield
         self._end(event)
 

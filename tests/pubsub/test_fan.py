@@ -434,6 +434,22 @@ def test_filtered_members_get_what_they_want(worker: Worker) -> None:
     assert some.losses == 0
 
 
+def test_filters_that_take_their_time_hold_the_loop_for_a_slice_at_a_time(worker: Worker) -> None:
+    def slow(tags: object) -> bool:
+        worker.now += 30 * COST
+        return True
+
+    members = [worker.member(filter=slow) for _ in range(100)]
+    began = worker.now
+    worker.publish()
+    assert worker.now - began <= 2 * SLICE
+    while worker.asked:
+        began = worker.now
+        worker.turn()
+        assert worker.now - began <= 2 * SLICE
+    assert [offsets(member) for member in members] == [[1]] * 100
+
+
 def test_filters_hold_for_what_was_held_back_too(worker: Worker) -> None:
     member = Listener(filter=cheap)
     add(worker.hub, member)
