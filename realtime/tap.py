@@ -20,10 +20,11 @@ from twisted.python import usage
 from realtime import cautions, installation
 from realtime._version import __version__
 from realtime.errors import SettingsError
+from realtime.server import log
 from realtime.server.supervisor import make_service
 from realtime.settings import read
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 # Descriptors of one process that are asked for, where more are allowed: some libraries are slow with a billion.
 _DESCRIPTORS = 1 << 20
@@ -62,10 +63,11 @@ def makeService(options: Mapping[str, Any]) -> IService:
     if problems:
         print(*problems, sep="\n", file=sys.stderr)
         raise SystemExit(os.EX_CONFIG)
+    _allow_descriptors()
+    service = make_service(settings, unwise=cautions.unwise(settings))
     for line in [*cautions.warnings(settings, os.environ), *installation.warnings(os.environ)]:
         _log.warn("{line}", line=line)
-    _allow_descriptors()
-    return make_service(settings, unwise=cautions.unwise(settings))
+    return service
 
 
 def _allow_descriptors() -> None:

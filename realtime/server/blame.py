@@ -16,7 +16,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from realtime.server import dumps
+from realtime.server import dumps, log
 from realtime.server.process import Process
 from realtime.server.watch import Watch
 from realtime.settings import AppSettings, Loop
@@ -29,7 +29,7 @@ from realtime.supervision.pool import BROKER
 LIMIT = 5.0
 _SIGNALS = {Wanted.STACK: dumps.STACK, Wanted.STACKS: dumps.STACKS}
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 
 class Blame:

@@ -26,28 +26,20 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from twisted.internet import asyncioreactor
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.main import installReactor
 from twisted.internet.protocol import Factory, connectionDone
-from twisted.logger import (
-    FilteringLogObserver,
-    ILogObserver,
-    Logger,
-    LogLevel,
-    LogLevelFilterPredicate,
-    formatEventAsClassicLogText,
-    globalLogBeginner,
-)
+from twisted.logger import Logger
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from realtime import metrics, settings
 from realtime.errors import EngineUnavailable, RealtimeError
 from realtime.metrics import Metrics
-from realtime.server import control, dumps
+from realtime.server import control, dumps, log
 from realtime.server.pulse import LoopClock, Marks, Pulse, Turns, loop_time
 from realtime.server.reports import REPORTS
 from realtime.settings import Settings
@@ -276,7 +268,7 @@ def main(argv: Sequence[str], start: Callable[[Child], Awaitable[None]]) -> int:
     tree = settings.load(_read(options.settings))
     pulse = Pulse(page, LoopClock(loop), tree.loop, turns)
     child = Child(options.slot, tree, options.listen, page, reactor, pulse, turns.accounts)
-    _begin_logging(child.name, tree.log.level, sys.stdout)
+    log.begin(child.name, tree.log.level, sys.stdout)
     _adopt(clock, options.link, child.control)
     clock.callWhenRunning(child.begin, start)
     clock.run()
@@ -367,38 +359,3 @@ def _has_hung_up(link: int) -> bool:
     look = select.poll()
     look.register(link, select.POLLHUP)
     return bool(look.poll(0))
-
-
-# The log.
-
-_LEVELS = {
-    "trace": LogLevel.debug,
-    "debug": LogLevel.debug,
-    "info": LogLevel.info,
-    "warn": LogLevel.warn,
-    "error": LogLevel.error,
-}
-# A handler's mistake may quote what a client sent: it shall neither begin a line nor command a terminal.
-_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
-
-
-def _begin_logging(name: str, level: str, out: TextIO) -> None:
-    """Log to `out` in twistd's form, with this process's name in every line."""
-
-    spec = sys.modules["__main__"].__spec__
-    program = spec.name if spec else "__main__"
-
-    def write(event: dict[str, Any]) -> None:
-        namespace = event.get("log_namespace", "-").replace("__main__", program)
-        system = event.get("log_system") or f"{namespace}#{event['log_level'].name}"
-        text = formatEventAsClassicLogText({**event, "log_system": f"{name} {system}"})
-        if text:
-            out.write(text.translate(_ESCAPES))
-            out.flush()
-
-    observer: Any = write
-    observers: list[ILogObserver] = []
-    if level in _LEVELS:  # all but "none"
-        wanted = LogLevelFilterPredicate(defaultLogLevel=_LEVELS[level])
-        observers = [FilteringLogObserver(observer, [wanted])]
-    globalLogBeginner.beginLoggingTo(observers, redirectStandardIO=False)

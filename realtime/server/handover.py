@@ -27,6 +27,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from realtime.server import log
+
 PATIENCE = 0.25
 """Seconds that a worker has to answer."""
 
@@ -39,7 +41,7 @@ _NUMBER = struct.Struct("=Q")
 _ANSWER = struct.Struct("=Q?")
 _DESCRIPTORS = 2
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

@@ -22,6 +22,7 @@ from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent
 from zope.interface import implementer
 
 from realtime.errors import RealtimeError
+from realtime.server import log
 
 # New connections taken in one turn of a worker's loop: their handshakes follow together, half a millisecond each.
 ACCEPTS = 8
@@ -34,7 +35,7 @@ SELDOM = 60.0
 _TCP_INFO_QUEUE = struct.Struct("=24xII")
 
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 
 class CannotListen(RealtimeError):

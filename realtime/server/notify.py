@@ -12,10 +12,12 @@ from collections.abc import Mapping
 
 from twisted.logger import Logger
 
+from realtime.server import log
+
 # What belongs to this process alone; a child that inherited it could speak in our name.
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 
 class Notifier:

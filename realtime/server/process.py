@@ -19,7 +19,7 @@ from twisted.python.failure import Failure
 
 from realtime import metrics
 from realtime.metrics import Sample
-from realtime.server import control, notify
+from realtime.server import control, log, notify
 from realtime.server.dumps import Dumps
 from realtime.supervision.vitals import Page, Running, Vitals
 
@@ -27,7 +27,8 @@ from realtime.supervision.vitals import Page, Running, Vitals
 _LINK, _SETTINGS, _VITALS, _LISTEN = 3, 4, 5, 6
 _MAX_LINE = 16384
 
-_log = Logger()
+_log = Logger(observer=log.observer)
+_heard = Logger()  # what the children write: they have left out already what is too unimportant
 
 
 class Owner(Protocol):
@@ -214,7 +215,7 @@ class _Output:
         """Log the lines that `data` completes, and a line that grows too long in parts."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            _log.info("{line}", line=line.decode("utf-8", "backslashreplace"))
+            _heard.info("{line}", line=line.decode("utf-8", "backslashreplace"))
         if len(self._rest) > _MAX_LINE:
             self.flush()
 

@@ -22,7 +22,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime.metrics import Metrics
-from realtime.server import handover
+from realtime.server import handover, log
 from realtime.server.handover import Giver
 from realtime.server.listener import SharedPort
 from realtime.settings import Loop
@@ -56,7 +56,7 @@ _REFUSAL = (
     "Content-Type: text/plain; charset=utf-8\r\nContent-Length: {length}\r\n\r\n{body}"
 )
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 
 class Helper(Protocol):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from twisted.logger import Logger
 
 from realtime.metrics import Metrics
+from realtime.server import log
 from realtime.server.listener import SharedPort, accept_queue
 from realtime.supervision.balance import INSTRUCTION_BYTES, Balance, program
 from realtime.supervision.health import Health
@@ -27,7 +28,7 @@ _SO_ATTACH_REUSEPORT_CBPF = 51
 # linux/filter.h: struct sock_fprog {unsigned short len; struct sock_filter *filter;}
 _PROGRAM = struct.Struct("@HP")
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 
 class Steering:

@@ -30,6 +30,7 @@ from twisted.logger import Logger
 
 from realtime import settings as configuration
 from realtime.metrics import Metrics
+from realtime.server import log
 from realtime.server.blame import Blame
 from realtime.server.listener import CannotListen, SharedPort
 from realtime.server.notify import Notifier
@@ -49,7 +50,7 @@ BROKER_MODULE = "realtime.server.broker"
 _EX_OSERR = 71
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 
 def make_service(
@@ -62,6 +63,7 @@ def make_service(
     """
     from twisted.internet import reactor
 
+    log.limit(settings.log.level)
     supervisor = Supervisor(reactor, settings, worker, broker)
     supervisor.leave = lambda status: _leave(reactor, status)
     for key in unwise:

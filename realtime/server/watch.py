@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
+from realtime.server import log
 from realtime.settings import Loop
 from realtime.supervision.health import CALM_TICK, TICK, Health, Judge
 from realtime.supervision.pool import Pool, Slot, State
@@ -15,7 +16,7 @@ from realtime.supervision.vitals import Vitals
 
 Listener = Callable[[int, Health], None]
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 
 class Watched(Protocol):

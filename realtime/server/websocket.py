@@ -42,6 +42,7 @@ from realtime.protocol.messages import DisconnectPush
 from realtime.protocol.outbox import Total
 from realtime.protocol.session import Request
 from realtime.pubsub.slices import Slices
+from realtime.server import log
 from realtime.server.admission import Admission
 from realtime.server.incoming import BINARY, Incoming
 from realtime.server.outgoing import Outgoing
@@ -71,7 +72,7 @@ _FAILURES = {
 _NORMAL = 1000
 _KINDS = (*(kind for _, kind in _FAILURES.values()), "inappropriate", "ignored", "pong", "slow", "stalled")
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 
 class Session(Protocol):

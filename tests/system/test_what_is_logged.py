@@ -7,12 +7,13 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import jwt
 import pytest
-from serving import HERE, Server, ServerStarter
+from serving import HERE, Server, ServerStarter, toml
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -185,3 +186,26 @@ def test_no_line_is_forged_and_no_terminal_commanded(careless: Server) -> None:
     for line in careless.lines:
         assert not line.startswith(FORGED)
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", line.removesuffix("\n")), repr(line)
+
+
+@pytest.mark.parametrize(("level", "warnings", "errors"), [("warn", 1, 1), ("none", 0, 0)])
+def test_the_level_is_the_supervisor_s_too(tmp_path: Path, level: str, warnings: int, errors: int) -> None:
+    config = tmp_path / "realtime.toml"
+    sections = {
+        "log": {"level": level},
+        "http_server": {"address": "127.0.0.1", "port": 0, "internal_port": 0},
+        "workers": {"count": 1},
+        "client": {"insecure": True},
+        "app": {"module": "nobody_wrote_this:app"},
+    }
+    config.write_text("".join(f"{key} = {toml(value)}\n" for key, value in sections.items()))
+    server = Server(config)
+    try:
+        assert server.process.wait(30) == 78
+    finally:
+        server.kill()
+    server._reader.join(30)
+    assert "serving clients" not in server.log
+    assert server.log.count("client.insecure") == warnings
+    assert ("nobody_wrote_this" in server.log) is bool(errors)
+    assert ("[realtime." in server.log) is bool(warnings + errors)

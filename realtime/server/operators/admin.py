@@ -29,7 +29,7 @@ from twisted.web.http import Request as HTTPRequest
 from twisted.web.server import Request, Site
 
 from realtime.metrics import Metrics, Sample
-from realtime.server import dumps
+from realtime.server import dumps, log
 from realtime.server.blame import Blame
 from realtime.server.listener import CannotListen, explain
 from realtime.server.operators import page
@@ -55,7 +55,7 @@ _FOREIGN = ("cross-site", "same-site")
 _NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 _LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 
 class Overview(Protocol):

@@ -21,6 +21,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime.metrics import Sample
+from realtime.server import log
 from realtime.server.blame import Blame
 from realtime.server.pulse import LOOP_SECONDS
 from realtime.server.watch import Watch
@@ -59,7 +60,7 @@ _OWN = {
     "other": "other work",
 }
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 
 class Counting(Protocol):

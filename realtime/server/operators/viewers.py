@@ -21,6 +21,7 @@ from realtime.protocol.deadlines import RESOLUTION, Deadlines
 from realtime.protocol.frames import text_frame
 from realtime.protocol.head import UNCOUNTED, Head, Refusal
 from realtime.protocol.session import Request
+from realtime.server import log
 from realtime.server.admission import Admission
 from realtime.server.front import FrontFactory
 from realtime.server.operators.live import Live
@@ -32,7 +33,7 @@ MOST_VIEWERS = 20
 _MAX_MESSAGE = 1024
 _MAX_WAITING = 4 << 20
 
-_log = Logger()
+_log = Logger(observer=log.observer)
 
 
 class Viewers:
