@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from realtime.errors import ClientError
 from realtime.pubsub.backlog import Base, Event, Kind
 from realtime.pubsub.engine import Engine
 from realtime.pubsub.fan import Fan, Traffic
@@ -319,7 +320,10 @@ class Hub:
         if state is None or state.last is None or not retention.kept:
             return
         last = state.last
-        page = await self.engine.history(channel, retention=retention)
+        try:
+            page = await self.engine.history(channel, retention=retention)
+        except ClientError:
+            return  # the engine has forgotten the channel, and has no room for it now: there is nothing to compare with
         # An answer never overtakes what it counts, so all of that has come, unless it is lost. If something came
         # meanwhile, then the channel is not quiet, and `published` judges.
         if self._channels.get(channel) is state and state.last is last and page.position != last:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any
 
+from realtime.errors import LIMIT_EXCEEDED, ClientError
 from realtime.pubsub.hub import Hub
 from realtime.records import HistoryPage, Position, Publication, Retention
 
@@ -130,3 +131,20 @@ def test_who_was_told_is_told_once() -> None:
     for _ in range(5):
         world.check()
     assert positioned.losses == 1
+
+
+def test_a_channel_for_which_the_engine_has_no_room_stands_in_nobodys_way() -> None:
+    world = World()
+    full, other = world.listener("full"), world.listener("other")
+    asked = world.engine.history
+
+    async def history(channel: str, *, retention: Retention) -> HistoryPage:
+        if channel == "full":
+            raise ClientError(*LIMIT_EXCEEDED)
+        return await asked(channel, retention=retention)
+
+    world.engine.history = history  # type: ignore[method-assign]
+    world.publish("other", lost=True)
+    world.check()
+    world.check()
+    assert (full.losses, other.losses) == (0, 1)
