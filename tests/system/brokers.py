@@ -24,6 +24,7 @@ from realtime.settings import EngineSettings, Settings, dump
 from realtime.supervision.vitals import Page
 
 POLL = 0.01  # seconds between two looks at something that can't notify us
+LIMIT = 20.0  # seconds for a broker to start, and to be gone after a SIGKILL
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -45,6 +46,8 @@ class _Control(amp.AMP):
 
     def connectionLost(self, reason: Failure) -> None:
         super().connectionLost(reason)
+        if not self.ready.called:
+            self.ready.errback(AssertionError("the broker ended before it was ready"))
         self.ended.callback(None)
 
 
@@ -57,7 +60,7 @@ class BrokerProcess:
         self._control = _Control()
 
     async def start(self) -> None:
-        """Returns when it serves."""
+        """Returns when it serves. Raises AssertionError when it ends instead, TimeoutError when it does neither."""
         ours, theirs = socket.socketpair()
         tree = os.memfd_create("settings")
         os.write(tree, dump(Settings(engine=self._settings)))
@@ -71,7 +74,7 @@ class BrokerProcess:
         ours.setblocking(False)
         reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, Factory.forProtocol(lambda: self._control))
         ours.close()
-        await self._control.ready
+        await self._control.ready.addTimeout(LIMIT, reactor)
 
     async def link(self, slot: int, engine: BrokerEngine) -> None:
         """Introduce an engine to the broker, as the worker of this slot."""
@@ -99,14 +102,16 @@ class BrokerProcess:
         await self.gone()
 
     async def gone(self) -> None:
-        if not self._control.ended.called:
-            await self._control.ended
-        await until(lambda: self._process.poll() is not None)
+        """Returns when it has ended, for whatever reason, and we have heard of it. Raises TimeoutError."""
+        await Deferred.fromCoroutine(self._gone()).addTimeout(LIMIT, reactor)
+
+    async def _gone(self) -> None:
+        await until(lambda: self._control.ended.called and self._process.poll() is not None)
 
     async def stop(self) -> None:
         """End it, whatever it is doing; idempotent."""
-        if self._process.poll() is None:
-            await self.kill()
+        self._process.kill()  # no signal is sent to a process that was waited for
+        await self.gone()
         self._page.close()
 
 

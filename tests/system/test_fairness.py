@@ -67,7 +67,7 @@ def publish_all(server: Server, publications: list[tuple[str, int]]) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     start = ServerStarter(tmp_path_factory.mktemp("fairness"))
-    app = {"module": "spinning:app", "path": str(HERE / "apps")}
+    app = {"module": "endless:app", "path": str(HERE / "apps")}
     yield start(workers={"count": 1}, app=app, shutdown={"timeout": "1s"})
     start.finish()
 
