@@ -3,6 +3,7 @@
 An event is encoded once for all members that get the same bytes, and delivered at once, as long as nothing else of the
 channel is under way and the turn has time for it. Else it waits in the channel's backlog, in order, and is worked off
 in slices (`realtime.pubsub.slices`), so that a burst on one channel holds neither the loop nor the other channels.
+Publications that wait there go to each member several at a time.
 
 What is complete, and who may hear it, has been judged before (`realtime.pubsub.hub`). Whoever leaves hears nothing of
 what waits; whoever opens while something waits begins behind that.
@@ -26,6 +27,9 @@ BACKLOG_LIMIT = 4096
 
 BACKLOG_BYTES = 64 * 1024 * 1024
 """Bytes of publications that all channels may have yet to deliver. Beyond it the largest backlog is dropped."""
+
+TOGETHER_BYTES = 16 * 1024
+"""Bytes of publications that go to a member in one write, when more than one waits."""
 
 PATCH_LIMIT = 256 * 1024
 """Bytes of the longest publication that is sent as a delta: to make one takes time."""
@@ -267,7 +271,7 @@ class Fan:
                     yield from self._replay(job)
                 else:
                     self._traffic.queued -= job.size
-                    yield from self._fan_out(job)
+                    yield from self._fan_out(job, backlog)
         except Exception:
             # A mistake of ours costs this job, and none of those behind it.
             self._start(backlog)
@@ -276,9 +280,13 @@ class Fan:
         self._busy = False
         del self._traffic.backlogs[self]
 
-    def _fan_out(self, event: Event) -> Iterator[None]:
+    def _fan_out(self, event: Event, backlog: Backlog | None = None) -> Iterator[None]:
+        """backlog: what waits behind the event. Of that, what can go with it does."""
         version = self._version
-        for group, frame in self._frames(event):
+        frames, number = self._frames(event), 1
+        if backlog is not None and backlog.jobs and _is_text(event):
+            frames, number = self._joined(frames, event.size, backlog)
+        for group, frame in frames:
             size = CHUNK if frame is not None and group.variant < _FILTERED else _SMALL_CHUNK
             for start in range(0, len(group.members), size):
                 end = start + size
@@ -286,23 +294,48 @@ class Fan:
                     delivers = group.delivers[start:end]
                     for deliver in delivers:
                         deliver(frame)
-                    self._traffic.sent.value += len(delivers)
+                    self._traffic.sent.value += len(delivers) * number
                 else:
                     for member in group.members[start:end]:
-                        self._give(member, frame, event)
+                        self._give(member, frame, event, number)
                 self._traffic.spend(min(size, len(group.members)) * (CHUNK // size))
                 yield
         self._end(event)
 
-    def _give(self, member: Member, frame: bytes | None, event: Event) -> None:
-        """Deliver to one member, if it is still there and wants the event."""
+    def _joined(
+        self, frames: list[tuple[_Group, bytes | None]], size: int, backlog: Backlog
+    ) -> tuple[list[tuple[_Group, bytes | None]], int]:
+        """These frames with those of the publications behind them, and how many publications that makes.
+
+        A write costs about the same for one frame and for many. Only where everybody gets the same bytes.
+        """
+        number = 1
+        if any(group.variant != _PLAIN or frame is None for group, frame in frames):
+            return frames, number
+        parts = [[frame or b""] for _, frame in frames]
+        while backlog.jobs and _is_text(job := backlog.jobs[0]) and (size := size + job.size) <= TOGETHER_BYTES:
+            try:
+                more = [frame for _, frame in self._frames(job)]
+            except Exception:  # a mistake of ours costs this publication, once it is the first
+                break
+            if None in more:
+                break
+            backlog.popleft()
+            self._traffic.queued -= job.size
+            number += 1
+            for part, frame in zip(parts, more, strict=True):
+                part.append(frame or b"")
+        return [(group, b"".join(part)) for (group, _), part in zip(frames, parts, strict=True)], number
+
+    def _give(self, member: Member, frame: bytes | None, event: Event, number: int = 1) -> None:
+        """Deliver to one member, if it is still there and wants the event. number: of publications in the frame."""
         if member not in self.members or not _wants(member, event):
             return
         if frame is None:
             self._traffic.unfit(self._channel, member)
         else:
             member.deliver(frame)
-            self._traffic.sent.value += 1
+            self._traffic.sent.value += number
 
     def _end(self, event: Event) -> None:
         """An event was delivered. If it was a publication, all members have it for a base now."""
@@ -399,6 +432,11 @@ class Fan:
 def _is_light(job: Event | Opening) -> TypeGuard[Event]:
     """Whether a job takes no more time than the deliveries to all members; binary data may part with them."""
     return isinstance(job, Event) and (job.publication is None or not job.publication.binary)
+
+
+def _is_text(job: Event | Opening) -> TypeGuard[Event]:
+    """Whether a job is a publication that every form can carry."""
+    return isinstance(job, Event) and job.publication is not None and not job.publication.binary
 
 
 def _wants(member: Member, event: Event) -> bool:

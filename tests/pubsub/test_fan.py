@@ -38,7 +38,7 @@ class Worker:
 
     def _take(self, member: Listener, frame: bytes) -> None:
         self.now += COST
-        member.frames.append(frame)
+        Listener.deliver(member, frame)
 
     def top(self, channel: str) -> Position:
         return at(self.offsets.get(channel, 0))
@@ -92,12 +92,30 @@ def test_a_burst_holds_the_loop_for_a_slice_at_a_time(worker: Worker) -> None:
     assert all(offsets(member) == [1, 2, 3, 4, 5] for member in members)
 
 
+def test_what_waits_goes_to_each_member_in_one_write(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    for _ in range(20):
+        worker.publish()
+    worker.until_idle()
+    assert all(offsets(member) == list(range(1, 21)) for member in members)
+    assert all(len(member.written) == 2 for member in members)  # the first was under way when the others came
+    assert worker.hub.traffic.sent.value == 40_000
+
+
+def test_a_write_has_no_more_than_its_limit(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    for _ in range(5):
+        worker.publish(data=b"x" * (fan.TOGETHER_BYTES // 2))
+    worker.until_idle()
+    assert all(len(member.written) == 3 and offsets(member) == [1, 2, 3, 4, 5] for member in members)
+
+
 def test_a_burst_delays_another_channel_by_a_slice(worker: Worker) -> None:
     for _ in range(5000):
         worker.member("burst")
     other = worker.member("other")
     for _ in range(50):
-        worker.publish("burst")
+        worker.publish("burst", data=b"x" * fan.TOGETHER_BYTES)
     for number in range(1, 20):
         began = worker.now
         worker.publish("other")
@@ -259,7 +277,7 @@ def test_a_long_replay_lets_others_have_a_turn(worker: Worker) -> None:
 def test_many_that_are_lost_are_told_in_slices_and_before_anything_newer(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for member in members:
-        member.lost = lambda member=member: worker._take(member, b"lost")  # type: ignore[method-assign, misc]
+        member.lost = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
     worker.publish()
     worker.offsets["c"] += 1
     began = worker.now
@@ -276,7 +294,7 @@ def test_many_that_are_lost_are_told_in_slices_and_before_anything_newer(worker:
 def test_who_leaves_before_it_is_told_of_a_loss_is_not_told(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for member in members:
-        member.lost = lambda member=member: worker._take(member, b"lost")  # type: ignore[method-assign, misc]
+        member.lost = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
     worker.hub.interrupted()
     left = [member for member in members if not member.frames]
     for member in left:
@@ -289,7 +307,7 @@ def test_who_leaves_before_it_is_told_of_a_loss_is_not_told(worker: Worker) -> N
 def test_an_interruption_of_many_channels_comes_before_all_that_follows_it(worker: Worker) -> None:
     members = [worker.member(f"c{number}") for number in range(1000)]
     for member in members:
-        member.lost = lambda member=member: worker._take(member, b"lost")  # type: ignore[method-assign, misc]
+        member.lost = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
     worker.hub.interrupted()
     assert any(member.frames for member in members)
     waiting = [number for number, member in enumerate(members) if not member.frames]
@@ -327,7 +345,7 @@ def test_a_form_that_fails_costs_one_publication(worker: Worker, monkeypatch: py
     def publication(self: TextForm, channel: str, publication: Publication, epoch: str) -> bytes:
         if publication.data == b"bad":
             raise ZeroDivisionError
-        return b"p %d e" % publication.offset
+        return b"p %d e\0" % publication.offset
 
     monkeypatch.setattr(TextForm, "publication", publication)
     with pytest.raises(ZeroDivisionError):
@@ -344,7 +362,7 @@ def test_a_form_that_fails_for_few_members_costs_one_publication(
     def publication(self: TextForm, channel: str, publication: Publication, epoch: str) -> bytes:
         if publication.data == b"bad":
             raise ZeroDivisionError
-        return b"p %d e" % publication.offset
+        return b"p %d e\0" % publication.offset
 
     monkeypatch.setattr(TextForm, "publication", publication)
     for data in (b"good", b"bad", b"good"):
@@ -519,8 +537,8 @@ def test_a_delta_is_made_once_for_all(worker: Worker) -> None:
     members[0].form.encoded = 0
     worker.publish(data=text(1), delta=True)
     assert members[0].form.encoded == 2
-    assert members[0].frames[1] is members[2].frames[1]
-    assert others[0].frames[1] is others[2].frames[1]
+    assert members[0].written[1] is members[2].written[1]
+    assert others[0].written[1] is others[2].written[1]
 
 
 def test_a_publication_that_is_not_to_be_a_delta_is_whole_and_a_base(worker: Worker) -> None:
