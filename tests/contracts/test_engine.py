@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_twisted
-from brokers import BrokerProcess, broker_engine, until
+from brokers import LIMIT, POLL, BrokerProcess, broker_engine, until
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.task import deferLater
@@ -74,9 +74,13 @@ class Bench:
 
 
 async def nobody(bench: Bench) -> None:
-    """Wait until the broker has seen the clients of the test before leave."""
-    while (await bench.engine.census()) != Census():
-        await deferLater(reactor, 0.01)
+    """Wait until the broker has seen the clients of the test before leave. Raises TimeoutError."""
+
+    async def left() -> None:
+        while (await bench.engine.census()) != Census():
+            await deferLater(reactor, POLL)
+
+    await Deferred.fromCoroutine(left()).addTimeout(LIMIT, reactor)
 
 
 @pytest_twisted.async_yield_fixture(scope="module")

@@ -106,7 +106,7 @@ class BrokerProcess:
         await Deferred.fromCoroutine(self._gone()).addTimeout(LIMIT, reactor)
 
     async def _gone(self) -> None:
-        await until(lambda: self._control.ended.called and self._process.poll() is not None)
+        await until(lambda: self._process.poll() is not None and self._control.ended.called)
 
     async def stop(self) -> None:
         """End it, whatever it is doing; idempotent."""
