@@ -65,6 +65,22 @@ def test_the_javascript_sdk(start_server: ServerStarter) -> None:
     assert set(seen["states"]) == {"connected"}
 
 
+@pytest.mark.browser
+@pytest.mark.node
+def test_the_javascript_sdk_in_chromium(start_server: ServerStarter) -> None:
+    server = start_server(http_stream={"enabled": True})
+    seen = run_node("binary_page.mjs", server.http, server.endpoint, server.port)
+
+    spoken = [[1, {"from": "ada", "текст": [1, None]}, "ada"], [2, {"from": "bob"}, "bob"]]
+    missed = [[3 + n, n, "bob"] for n in range(5)]
+    for transport in ("websocket", "http_stream"):
+        at = seen[transport]
+        assert at["used"] == transport
+        assert at["echoed"] == NOISE.hex()
+        assert at["heard"] == at["atBob"] == spoken + missed
+        assert at["subscribed"] == [[False, False], [True, True]]
+
+
 class ClientEvents(ClientEventHandler):
     def __init__(self) -> None:
         self.disconnected: asyncio.Queue[DisconnectedContext] = asyncio.Queue()
