@@ -49,7 +49,7 @@ MOST_LINGERING = 256
 REST = 1.0
 """Seconds for which a worker that did not take a connection is given no other."""
 
-_RETRY_AFTER = (3, 10)  # as in `realtime.server.front`
+_RETRY_AFTER = (3, 10)  # as in `realtime.server.clients.front`
 _BODY = "the server is overloaded; come back later\n"
 _REFUSAL = (
     "HTTP/1.1 503 Service Unavailable\r\nServer: realtime\r\nConnection: close\r\nRetry-After: {after}\r\n"

@@ -38,22 +38,23 @@ from realtime.protocol.rules import Rules
 from realtime.protocol.session import Session
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.slices import Slices
-from realtime.server import child, listener, transport
-from realtime.server.admission import Admission
+from realtime.server import child, listener
 from realtime.server.broker_engine import BrokerEngine
 from realtime.server.charging import FanOut, charged_steps, charged_transport
-from realtime.server.emulation import Emulation
-from realtime.server.front import Endpoint, Front, FrontFactory
+from realtime.server.clients import transport
+from realtime.server.clients.admission import Admission
+from realtime.server.clients.emulation import Emulation
+from realtime.server.clients.front import Endpoint, Front, FrontFactory
+from realtime.server.clients.http import make_site
+from realtime.server.clients.streams import Streams, paths
+from realtime.server.clients.websocket import FORMS, UNIDIRECTIONAL_FORMS, WebSocketFactory
 from realtime.server.handlers.coroutines import run, together
 from realtime.server.handlers.dispatch import Dispatcher
 from realtime.server.handlers.processes import Processes
 from realtime.server.handlers.shedding import Shedding
 from realtime.server.handover import Taker
-from realtime.server.http import make_site
 from realtime.server.key_sets import make_verifier
-from realtime.server.streams import Streams, paths
 from realtime.server.surveys import Surveys
-from realtime.server.websocket import FORMS, UNIDIRECTIONAL_FORMS, WebSocketFactory
 from realtime.settings import Settings
 from realtime.supervision.accounts import Kind
 from realtime.supervision.pressure import Pressure

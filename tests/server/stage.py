@@ -22,9 +22,9 @@ from realtime.metrics import Metrics
 from realtime.protocol.deadlines import RESOLUTION, Deadlines
 from realtime.protocol.head import Refusal
 from realtime.protocol.session import Request
-from realtime.server.admission import Admission
-from realtime.server.front import FrontFactory
-from realtime.server.websocket import FORMS, UNIDIRECTIONAL_FORMS, WebSocketConnection, WebSocketFactory
+from realtime.server.clients.admission import Admission
+from realtime.server.clients.front import FrontFactory
+from realtime.server.clients.websocket import FORMS, UNIDIRECTIONAL_FORMS, WebSocketConnection, WebSocketFactory
 
 PATH = "/connection/websocket"
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="

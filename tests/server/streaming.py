@@ -20,10 +20,10 @@ from realtime.protocol.head import CHUNKED
 from realtime.protocol.registry import Registry
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.memory import MemoryEngine
-from realtime.server.emulation import Emulation
+from realtime.server.clients.emulation import Emulation
+from realtime.server.clients.http import make_site
+from realtime.server.clients.streams import Streams, paths
 from realtime.server.handlers.dispatch import Dispatcher
-from realtime.server.http import make_site
-from realtime.server.streams import Streams, paths
 
 NODE = "the-node"
 WORKER = "3"

@@ -7,7 +7,7 @@ import pytest
 from realtime import settings
 from realtime.metrics import Metrics
 from realtime.protocol.head import Refusal
-from realtime.server.admission import Admission, response
+from realtime.server.clients.admission import Admission, response
 
 
 class Clock:

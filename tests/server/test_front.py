@@ -10,7 +10,7 @@ from stage import ACCEPT, PATH, eventually, handshake, staged, text
 
 from realtime import settings
 from realtime.protocol.head import UNCOUNTED, Refusal
-from realtime.server import front
+from realtime.server.clients import front
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 

@@ -31,9 +31,9 @@ from realtime.protocol.rules import Rules
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.memory import MemoryEngine
 from realtime.records import ClientInfo
-from realtime.server import http
+from realtime.server.clients import http
+from realtime.server.clients.http import make_site
 from realtime.server.handlers.dispatch import Dispatcher
-from realtime.server.http import make_site
 from realtime.settings import HTTPAPI, Channel, Namespace, Settings, Workers
 
 KEY = "k3y-of-the-tests"
@@ -846,7 +846,7 @@ async def test_compressed_body_is_refused(site: Site) -> None:
 
 @on_loop
 async def test_refused_peer_that_does_not_leave_is_cut_off(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("realtime.server.http.LINGER", 0.1)
+    monkeypatch.setattr("realtime.server.clients.http.LINGER", 0.1)
     await site.start()
     reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
     writer.write(post("/api/publish", b"", b"Content-Length: 10"))

@@ -16,9 +16,9 @@ from realtime import settings
 from realtime.metrics import Metrics
 from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.head import Head, HeadParser
-from realtime.server import incoming as module
-from realtime.server.admission import Admission
-from realtime.server.websocket import WebSocketConnection, WebSocketFactory
+from realtime.server.clients import incoming as module
+from realtime.server.clients.admission import Admission
+from realtime.server.clients.websocket import WebSocketConnection, WebSocketFactory
 
 SETTINGS = settings.WebSocket(message_size_limit=2000, max_fragments=5, compression=True)
 

@@ -17,7 +17,7 @@ from realtime import settings
 from realtime.protocol.frames import text_frame
 from realtime.protocol.head import Head
 from realtime.protocol.session import Request
-from realtime.server.websocket import WebSocketConnection
+from realtime.server.clients.websocket import WebSocketConnection
 
 
 def header(first: int, second: int, extended: bytes = b"") -> bytes:

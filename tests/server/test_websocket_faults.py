@@ -20,7 +20,7 @@ from twisted.internet import reactor, task
 from realtime import settings
 from realtime.protocol.frames import text_frame
 from realtime.protocol.session import Request
-from realtime.server.websocket import WebSocketConnection
+from realtime.server.clients.websocket import WebSocketConnection
 
 DEFLATE = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits"
 COMPRESSING = settings.WebSocket(compression=True)

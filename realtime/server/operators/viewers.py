@@ -22,10 +22,10 @@ from realtime.protocol.frames import text_frame
 from realtime.protocol.head import UNCOUNTED, Head, Refusal
 from realtime.protocol.session import Request
 from realtime.server import log
-from realtime.server.admission import Admission
-from realtime.server.front import FrontFactory
+from realtime.server.clients.admission import Admission
+from realtime.server.clients.front import FrontFactory
+from realtime.server.clients.websocket import WebSocketConnection, WebSocketFactory
 from realtime.server.operators.live import Live
-from realtime.server.websocket import WebSocketConnection, WebSocketFactory
 
 PATH = "/live"
 MOST_VIEWERS = 20

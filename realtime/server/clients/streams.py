@@ -2,7 +2,7 @@
 
 The request says who the client is; the response carries everything that the server has to say, a chunk for each
 message. A *unidirectional* stream has no more to it. The client of another one sends its commands by further requests
-(`realtime.server.emulation`). Either is over when its connection is.
+(`realtime.server.clients.emulation`). Either is over when its connection is.
 
 A connection comes here from the front with its head read and judged. From then on it costs what a WebSocket costs:
 frames are shared, and go out by the same way.
@@ -42,11 +42,11 @@ from realtime.protocol.handshake import opening_request
 from realtime.protocol.head import Head, Refusal
 from realtime.protocol.outbox import Total
 from realtime.protocol.session import Request
-from realtime.server.admission import Admission, response
-from realtime.server.emulation import Emulation
-from realtime.server.http import Service, serve_init
-from realtime.server.outgoing import Outgoing
-from realtime.server.websocket import bad_input, why
+from realtime.server.clients.admission import Admission, response
+from realtime.server.clients.emulation import Emulation
+from realtime.server.clients.http import Service, serve_init
+from realtime.server.clients.outgoing import Outgoing
+from realtime.server.clients.websocket import bad_input, why
 
 BINARY = "application/octet-stream"
 
@@ -294,7 +294,7 @@ class Endpoint:
 
 
 class Streams:
-    """What all streams of a worker share; see `realtime.server.outgoing.Limits`. connections: how many are open."""
+    """What all streams of a worker share; see `outgoing.Limits`. connections: how many are open."""
 
     def __init__(
         self,

@@ -26,8 +26,8 @@ from realtime.protocol.messages import ProtocolError
 from realtime.protocol.protobuf import EmulationRequest, emulation_request
 from realtime.protocol.registry import EmulateOrder, encode_order
 from realtime.pubsub.engine import Engine
+from realtime.server.clients.http import Request, faulty
 from realtime.server.handlers.answers import Answer, plain
-from realtime.server.http import Request, faulty
 
 # Bytes of randomness in a secret.
 _RANDOMNESS = 24

@@ -3,8 +3,8 @@
 Autobahn keeps the handshake, the framing and the closing rules of RFC 6455. This module gives it a head that was
 validated before (`realtime.protocol.handshake`), bounds everything that Autobahn leaves unbounded, and writes past it:
 outgoing frames are built once (`realtime.protocol.frames`) and go straight to the transport, or wait in an outbox
-while the transport is full (`realtime.server.outgoing`); frames of the common kind are read without it, too
-(`realtime.server.incoming`).
+while the transport is full (`realtime.server.clients.outgoing`); frames of the common kind are read without it, too
+(`realtime.server.clients.incoming`).
 
 The end of a connection always has a deadline. Whoever starts it, our close frame is the last thing that is written;
 then this side of the socket is shut, what the peer still sends is thrown away, and the connection is over when the
@@ -43,9 +43,9 @@ from realtime.protocol.outbox import Total
 from realtime.protocol.session import Request
 from realtime.pubsub.slices import Slices
 from realtime.server import log
-from realtime.server.admission import Admission
-from realtime.server.incoming import BINARY, Incoming
-from realtime.server.outgoing import Outgoing
+from realtime.server.clients.admission import Admission
+from realtime.server.clients.incoming import BINARY, Incoming
+from realtime.server.clients.outgoing import Outgoing
 
 # The wire forms of the two transports, by the name of the encoding.
 FORMS = {"json": JSON_TEXT, "protobuf": PROTOBUF_BINARY}

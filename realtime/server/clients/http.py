@@ -1,8 +1,8 @@
 """HTTP on the clients' port: the application's routes and files, the server API under its prefix, and services.
 
-twisted.web parses requests and writes responses; the heads that it gets were judged by `realtime.server.front`. What
-it leaves open is closed here: a body has a limit and an absolute deadline and is never written to disk, a request that
-can't succeed is refused from its head before the body is read, and nothing of an error but its code reaches the peer.
+twisted.web parses requests and writes responses; the heads that it gets were judged by the front. What it leaves open
+is closed here: a body has a limit and an absolute deadline and is never written to disk, a request that can't succeed
+is refused from its head before the body is read, and nothing of an error but its code reaches the peer.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from realtime.protocol.api import BadBody, BatchResult, ErrorBody, ServerAPI, Un
 from realtime.protocol.chunks import too_many
 from realtime.protocol.head import Head
 from realtime.protocol.proxies import Proxies
+from realtime.server.clients.websocket import bad_input
 from realtime.server.handlers.answers import Answer, json, plain
 from realtime.server.handlers.coroutines import Running, run
 from realtime.server.handlers.dispatch import Call, Dispatcher
-from realtime.server.websocket import bad_input
 from realtime.settings import HTTPAPI, Settings
 
 # Parameters in one query.

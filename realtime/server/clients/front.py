@@ -24,8 +24,8 @@ from realtime import settings
 from realtime.metrics import Counter, Metrics
 from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.head import CHUNKED, UNCOUNTED, Head, HeadParser, Refusal
-from realtime.server.admission import response
-from realtime.server.websocket import bad_input
+from realtime.server.clients.admission import response
+from realtime.server.clients.websocket import bad_input
 
 # Seconds for the peer to read a refusal and close: what it sends meanwhile is read and thrown away.
 LINGER = 2.0
@@ -52,7 +52,7 @@ class Endpoint(Interface):
 
 
 class Server(Interface):
-    """A connection's end in twisted.web; see `realtime.server.http.Channel`."""
+    """A connection's end in twisted.web; see `realtime.server.clients.http.Channel`."""
 
     def makeConnection(self, transport: Any) -> None: ...
     def dataReceived(self, data: bytes) -> None: ...

@@ -1,0 +1,1 @@
+"""The port for clients: connections, their handshakes, and the transports that they come by."""
