@@ -36,7 +36,7 @@ MOST_IN_FLIGHT = 64
 """Connections that one worker may have unanswered."""
 
 # Connections adopted in one turn of the worker's loop: their handshakes follow together, half a millisecond each.
-_BATCH = 8
+_BATCH = 4
 _NUMBER = struct.Struct("=Q")
 _ANSWER = struct.Struct("=Q?")
 _DESCRIPTORS = 2

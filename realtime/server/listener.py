@@ -25,7 +25,7 @@ from realtime.errors import RealtimeError
 from realtime.server import log
 
 # New connections taken in one turn of a worker's loop: their handshakes follow together, half a millisecond each.
-ACCEPTS = 8
+ACCEPTS = 4
 
 # Seconds between two lines of the log about clients that were turned away.
 SELDOM = 60.0
