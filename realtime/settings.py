@@ -688,7 +688,7 @@ class Workers(Struct, frozen=True, forbid_unknown_fields=True):
 class Loop(Struct, frozen=True, forbid_unknown_fields=True):
     """The health of the workers' event loops."""
 
-    interval: Annotated[float, Meta(ge=0.001), about("Time between two beats of a worker's loop.")] = 0.025
+    interval: Annotated[float, Meta(ge=0.001), about("Time between two beats of a worker's loop.")] = 0.04
     lagging: Annotated[
         Seconds, about("A worker whose loop is this late is lagging: what blocks it is found out; 0: never.")
     ] = 0.05

@@ -272,7 +272,7 @@ REFUSED = [
     ("[http_api]\nhandler_prefix = '/connection/websocket'", 2, "is the path of websocket.handler_prefix"),
     ("[client.token]\nhmac_previous_secret_key = 'abc'", 2, "needs hmac_secret_key beside it"),
     ("[workers]\nrestart_delay = '1m'", 2, '"1m" must not be longer than workers.restart_delay_max, "30s"'),
-    ("[loop]\nstuck = '5ms'", 2, '"5ms" must be longer than loop.interval, "25ms"'),
+    ("[loop]\nstuck = '5ms'", 2, '"5ms" must be longer than loop.interval, "40ms"'),
     ("[loop]\npressed = '5ms'", 2, '"5ms" must not be shorter than loop.lagging, "50ms"'),
     # not TOML
     ("[client]\ninsecure = yes", 2, "not valid TOML: invalid value; text stands in quotes"),
