@@ -149,7 +149,7 @@ def idle(chosen: argparse.Namespace) -> Table:
     table = Table("idle", f"idle connections with one subscription, a ping each {PING} s", "a second")
     table.print_head()
     base = 0.0
-    for name, connections in named("connections", chosen, 0, 1_000, 5_000, 20_000).items():
+    for name, connections in named("connections", chosen, 0, 1_000, 5_000, 15_000).items():
         row = table.row(name, connections)
         with ours(f'ping_interval = "{PING}s"\npong_timeout = "3s"') as server:
             held = resident(server)
@@ -167,7 +167,7 @@ def idle(chosen: argparse.Namespace) -> Table:
 
 def growth(chosen: argparse.Namespace) -> Table:
     """How the cost of a delivery changes with the number of subscribers."""
-    sizes = named("subscribers", chosen, 100, 1_000, 5_000, 20_000)
+    sizes = named("subscribers", chosen, 100, 1_000, 5_000, 15_000)
     table = Table("growth", f"fan-out, {PACE:,} deliveries a second", "a delivery")
     chosen.runs = min(chosen.runs, 2)
     for row in by_turns(chosen, table, list(sizes)):
