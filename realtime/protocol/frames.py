@@ -5,12 +5,17 @@ A frame is built once and shared by every connection that it goes to.
 
 from __future__ import annotations
 
+import struct
+
 _TEXT = 0x81  # FIN and the opcode
 _BINARY = 0x82
 _CLOSE = 0x88
 _PING = 0x89
 _PONG = 0x8A
 _COMPRESSED = 0x40  # the bit RSV1
+
+# Headers, by the number of bytes that the length takes.
+_SHORT, _MEDIUM, _LONG = (struct.Struct(f"!BB{length}").pack for length in ("", "H", "Q"))
 
 MAX_CLOSE_REASON = 123  # bytes: a control frame carries 125, two of which are the code (section 5.5)
 
@@ -70,7 +75,7 @@ def frame_at(data: bytes, start: int) -> tuple[int, int] | None:
 def _frame(first: int, payload: bytes) -> bytes:
     length = len(payload)
     if length < 126:
-        return bytes((first, length)) + payload
+        return _SHORT(first, length) + payload
     if length < 65536:
-        return bytes((first, 126)) + length.to_bytes(2, "big") + payload
-    return bytes((first, 127)) + length.to_bytes(8, "big") + payload
+        return _MEDIUM(first, 126, length) + payload
+    return _LONG(first, 127, length) + payload

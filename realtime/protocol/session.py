@@ -35,6 +35,7 @@ from realtime.protocol.messages import ProtocolError, SubscribeRequest
 from realtime.protocol.node import Node
 from realtime.protocol.rules import ResolvedChannel
 from realtime.protocol.subscription import Joined, Origin, Subscription
+from realtime.pubsub.member import Sink
 from realtime.records import ClientInfo, Position, Terms
 
 # Seconds. A client whose connect was refused closes the connection itself; one that does not is shown out.
@@ -59,7 +60,7 @@ _WITHOUT_REPLIES = {
 }
 
 
-class Connection(Protocol):
+class Connection(Sink, Protocol):
     """What a session needs of its shell. form: the wire form of what it takes.
 
     secret: names the session to whoever sends commands for it by other ways (emulation), "" if nobody does.
@@ -77,9 +78,6 @@ class Connection(Protocol):
 
     def send(self, payload: bytes) -> None:
         """One message to this client alone."""
-
-    def deliver(self, frame: bytes) -> None:
-        """A ready frame, shared with other clients. Never raises."""
 
     def close(self, code: int, reason: str) -> None:
         """Close after what is queued has left, or after a deadline."""
@@ -499,7 +497,7 @@ class Session:
         options = options.overridden(terms.override)
         info = msgspec.structs.replace(self.info, chan_info=terms.info) if terms.info else self.info
         subscription = Subscription(
-            self, self._connection.deliver, self._connection.form, request.channel, options, info, origin
+            self, self._connection, self._connection.form, request.channel, options, info, origin
         )
         subscription.grant(
             request,

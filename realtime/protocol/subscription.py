@@ -9,7 +9,6 @@ rest through as it comes.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from realtime.errors import BAD_REQUEST, INAPPROPRIATE_PROTOCOL, UNRECOVERABLE_POSITION, ClientError
@@ -18,6 +17,7 @@ from realtime.protocol.messages import Pub, SubscribeRequest, SubscribeResult
 from realtime.protocol.node import Node
 from realtime.protocol.rules import ResolvedChannel
 from realtime.pubsub import filters, fossil
+from realtime.pubsub.member import Sink
 from realtime.records import ClientInfo, HistoryPage, Position, Publication
 
 # Bit 2 of a subscribe request's `flag`: answer error 112 instead of "not recovered".
@@ -76,7 +76,6 @@ class Subscription:
         "_owner",
         "announced",
         "channel",
-        "deliver",
         "delta",
         "end_at",
         "filter",
@@ -87,22 +86,23 @@ class Subscription:
         "origin",
         "positioned",
         "recoverable",
+        "sink",
     )
 
     def __init__(
         self,
         owner: Owner,
-        deliver: Callable[[bytes], None],
+        sink: Sink,
         form: Form,
         channel: str,
         options: ResolvedChannel,
         info: ClientInfo,
         origin: Origin,
     ) -> None:
-        """deliver: takes one frame for this client, of this form. info: the client, as others in the channel see it."""
+        """sink: takes frames for this client, of this form. info: the client, as others in the channel see it."""
         self._owner = owner
         self._entered = self._left = False
-        self.deliver = deliver
+        self.sink = sink
         self.form = form
         self.channel = channel
         self.options = options

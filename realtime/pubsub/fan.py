@@ -18,7 +18,7 @@ from realtime.errors import Disconnect
 from realtime.metrics import Counter
 from realtime.pubsub.backlog import Backlog, Base, Event, Kind, Opening
 from realtime.pubsub.fossil import delta
-from realtime.pubsub.member import Form, Member
+from realtime.pubsub.member import Form, Member, Sink
 from realtime.pubsub.slices import CHUNK, Slices
 from realtime.records import ClientInfo, Publication
 
@@ -44,13 +44,13 @@ _PLAIN, _WHOLE, _PATCHED, _FILTERED, _FILTERED_WHOLE = range(5)
 class _Group:
     """Members that get the same bytes. The lists are parallel, and never change once the group is in use."""
 
-    __slots__ = ("delivers", "form", "members", "variant")
+    __slots__ = ("form", "members", "sinks", "variant")
 
     def __init__(self, form: Form, variant: int) -> None:
         self.form = form
         self.variant = variant
         self.members: list[Member] = []
-        self.delivers: list[Callable[[bytes], None]] = []
+        self.sinks: list[Sink] = []
 
 
 class _Deltas:
@@ -211,9 +211,8 @@ class Fan:
         try:
             for group in few:
                 frame = group.form.publication(self._channel, publication, epoch)
-                for deliver in group.delivers:
-                    deliver(frame)
-                traffic.sent.value += len(group.delivers)
+                _broadcast(frame, group.sinks)
+                traffic.sent.value += len(group.sinks)
         finally:
             traffic.spend(len(self.members))
             self._end_direct()
@@ -291,10 +290,9 @@ class Fan:
             for start in range(0, len(group.members), size):
                 end = start + size
                 if self._version == version and frame is not None and group.variant < _FILTERED:
-                    delivers = group.delivers[start:end]
-                    for deliver in delivers:
-                        deliver(frame)
-                    self._traffic.sent.value += len(delivers) * number
+                    sinks = group.sinks[start:end]
+                    _broadcast(frame, sinks)
+                    self._traffic.sent.value += len(sinks) * number
                 else:
                     for member in group.members[start:end]:
                         self._give(member, frame, event, number)
@@ -334,7 +332,7 @@ class Fan:
         if frame is None:
             self._traffic.unfit(self._channel, member)
         else:
-            member.deliver(frame)
+            member.sink.deliver(frame)
             self._traffic.sent.value += number
 
     def _end(self, event: Event) -> None:
@@ -429,6 +427,18 @@ class Fan:
         self._traffic.queued += backlog.size
 
 
+def _broadcast(frame: bytes, sinks: Iterable[Sink]) -> None:
+    """The hot path of the server: for each delivery one call, which as a rule is send(2)."""
+    size = len(frame)
+    for sink in sinks:
+        try:
+            taken = sink.write(frame)
+        except OSError:
+            taken = 0
+        if taken != size:
+            sink.keep(frame, taken)
+
+
 def _is_light(job: Event | Opening) -> TypeGuard[Event]:
     """Whether a job takes no more time than the deliveries to all members; binary data may part with them."""
     return isinstance(job, Event) and (job.publication is None or not job.publication.binary)
@@ -456,7 +466,7 @@ def _grouped(members: Iterable[Member], fresh: Container[Member] | None) -> list
         if group is None:
             group = groups[key] = _Group(member.form, variant)
         group.members.append(member)
-        group.delivers.append(member.deliver)
+        group.sinks.append(member.sink)
     return list(groups.values())
 
 

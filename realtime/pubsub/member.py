@@ -26,6 +26,20 @@ class Form(Protocol):
     def leave(self, channel: str, info: ClientInfo) -> bytes: ...
 
 
+class Sink(Protocol):
+    """Where the frames of one client go."""
+
+    @property
+    def write(self) -> Callable[[bytes], int]:
+        """Takes a frame; how many bytes of it were taken. Raises OSError for none. May be a socket's own `send`."""
+
+    def keep(self, frame: bytes, taken: int) -> None:
+        """Takes the rest of a frame, of which `write` has taken the first bytes. Never raises."""
+
+    def deliver(self, frame: bytes) -> None:
+        """Takes a whole frame. Never raises."""
+
+
 class Member(Protocol):
     """One subscription of one session. Told apart by identity; added to one channel, once.
 
@@ -46,8 +60,7 @@ class Member(Protocol):
     announced: bool
     delta: bool
     filter: Filter | None
-    deliver: Callable[[bytes], None]
-    """A bound method of the connection. Never raises."""
+    sink: Sink
 
     def lost(self) -> None:
         """The publications have a hole, or another epoch. The hub has removed this member before it says so."""

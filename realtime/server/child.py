@@ -68,7 +68,8 @@ class Child:
     name: "worker 0" or "broker", for the log. slot: -1 for the broker. listen: descriptors, owned by `start` from
     then on (see `realtime.server.listener.adopt`). metrics: the process's series. pulse: put your own callables at
     `pulse.connections` and its like. marks: for whoever runs handlers. accounts: of the loop's time, for whoever takes
-    much of it. reactor: asyncio's, with monotonic seconds.
+    much of it. turn: tells the number of the loop's turn, None if nobody counts. reactor: asyncio's, with monotonic
+    seconds.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class Child:
         reactor: Any,
         pulse: Pulse | None = None,
         accounts: Accounts | None = None,
+        turn: Callable[[], int] | None = None,
     ) -> None:
-        """pulse, accounts: of the reactor's loop."""
+        """pulse, accounts: of the reactor's loop. turn: tells the number of its turn."""
         self.name = "broker" if slot < 0 else f"worker {slot}"
         self.slot = slot
         self.settings = settings
@@ -92,6 +94,7 @@ class Child:
         self.pulse = pulse or Pulse(page, reactor, settings.loop)
         self.marks = Marks(page)
         self.accounts = accounts or Accounts(time.monotonic_ns)
+        self.turn = turn
         self.metrics.sources.append(lambda: loop_time(self.accounts))
         self.control = Control(self)
         # (slot, descriptor): a fresh data-plane stream between that slot's worker and the broker. Takes ownership. One
@@ -267,7 +270,7 @@ def main(argv: Sequence[str], start: Callable[[Child], Awaitable[None]]) -> int:
     turns.ready = getattr(loop, "_ready", ())  # asyncio shows its queue to nobody
     tree = settings.load(_read(options.settings))
     pulse = Pulse(page, LoopClock(loop), tree.loop, turns)
-    child = Child(options.slot, tree, options.listen, page, reactor, pulse, turns.accounts)
+    child = Child(options.slot, tree, options.listen, page, reactor, pulse, turns.accounts, lambda: turns.turns)
     log.begin(child.name, tree.log.level, sys.stdout)
     _adopt(clock, options.link, child.control)
     clock.callWhenRunning(child.begin, start)

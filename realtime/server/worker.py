@@ -7,6 +7,7 @@ Everything is built here, once, and handed what it needs; nothing looks anything
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import socket
@@ -46,6 +47,7 @@ from realtime.server.clients.admission import Admission
 from realtime.server.clients.emulation import Emulation
 from realtime.server.clients.front import Endpoint, Front, FrontFactory
 from realtime.server.clients.http import make_site
+from realtime.server.clients.outgoing import TurnEnds
 from realtime.server.clients.streams import Streams, paths
 from realtime.server.clients.websocket import FORMS, UNIDIRECTIONAL_FORMS, WebSocketFactory
 from realtime.server.handlers.coroutines import run, together
@@ -141,6 +143,8 @@ class Worker:
             resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         )
         self._queued = Total()
+        protocol = process.accounts.open(Kind.PROTOCOL)
+        ends = TurnEnds(process.turn, lambda flush: _soon(process.accounts.charging(protocol, flush)))
         websocket, uni_websocket = (
             WebSocketFactory(
                 self._open_session,
@@ -152,8 +156,9 @@ class Worker:
                 self._admission,
                 forms=forms,
                 slices=self._slices,
-                charged=partial(charged_steps, process.accounts, process.accounts.open(Kind.PROTOCOL)),
+                charged=partial(charged_steps, process.accounts, protocol),
                 queued=self._queued,
+                ends=ends,
             )
             for transport_settings, forms in (
                 (settings.websocket, FORMS),
@@ -171,6 +176,7 @@ class Worker:
             self._admission,
             emulation,
             self._queued,
+            ends,
         )
         open_streams, services = paths(settings, streams)
         endpoints: dict[str, Endpoint] = {**open_streams}
@@ -313,6 +319,11 @@ def _beginning(pid: int) -> float:
     anything in its brackets. Nothing else of /proc is read, for the rest may be hidden."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _soon(function: Callable[[], None]) -> None:
+    """Call it in the loop's next turn. For this, Twisted's `callLater` takes ten times as long."""
+    asyncio.get_running_loop().call_soon(function)
 
 
 def _mistake(error: BaseException) -> None:

@@ -9,6 +9,7 @@ import msgspec
 from centrifuge.protocol import client_pb2
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+from sinks import WholeFrames
 
 from realtime.metrics import Metrics
 from realtime.protocol.commands import COMMANDS
@@ -87,7 +88,7 @@ class App:
         return self.procedures.get(method)
 
 
-class Peer:
+class Peer(WholeFrames):
     """A client: the connection that its session writes to, and what came over it.
 
     What it says and hears are the messages as in JSON, whatever its encoding.

@@ -18,6 +18,7 @@ from centrifuge.fossil import apply_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sessions import BARE, App, Gate, run
+from sinks import WholeFrames
 
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.protocol.commands import COMMANDS
@@ -174,7 +175,7 @@ class Link:
     def disconnected(self, client: str) -> None: ...
 
 
-class SDK:
+class SDK(WholeFrames):
     """A client as the official ones are, which wants to be subscribed, or not.
 
     by_server: the subscription comes with the connect reply, for as long as the connection lasts.

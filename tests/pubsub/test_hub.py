@@ -11,6 +11,7 @@ import pytest
 from centrifuge.fossil import apply_delta
 from hypothesis import given
 from hypothesis import strategies as st
+from sinks import WholeFrames
 
 from realtime.errors import EngineUnavailable
 from realtime.pubsub import fan
@@ -57,7 +58,7 @@ class TextForm:
 FORMS = {"text": TextForm(), "other": TextForm("other:")}
 
 
-class Listener:
+class Listener(WholeFrames):
     """A member that writes down what it gets."""
 
     def __init__(

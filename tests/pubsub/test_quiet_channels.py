@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any
 
+from sinks import WholeFrames
+
 from realtime.errors import LIMIT_EXCEEDED, ClientError
 from realtime.pubsub.hub import Hub
 from realtime.records import HistoryPage, Position, Publication, Retention
@@ -33,7 +35,7 @@ class Form:
         return b"%d" % publication.offset
 
 
-class Listener:
+class Listener(WholeFrames):
     form = Form()
     announced = delta = False
     filter = None

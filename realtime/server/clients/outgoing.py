@@ -1,5 +1,9 @@
 """The way out of one connection: straight to the socket, or into a bounded outbox while the socket takes no more.
 
+While nothing waits, a connection's `write` is the socket's own `send`, so that fan-out costs a call of the kernel and
+no more; as soon as something does, `write` is a method that queues. What one turn of the loop has to say to one client
+alone, beyond the first frame, waits for the end of the turn, and leaves in one write.
+
 A peer that does not keep up is closed as slow when its outbox is full, and as stalled when it takes nothing for a
 while. The end has a deadline: what is queued and a last frame are written, this side of the socket is shut, and the
 connection is over when the peer shuts its side, or is aborted when it does not.
@@ -9,6 +13,8 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Callable
+from itertools import count
 from typing import Any, Protocol
 
 from twisted.internet.interfaces import IPushProducer
@@ -19,6 +25,7 @@ from realtime.metrics import Counter
 from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.forms import Form
 from realtime.protocol.outbox import Outbox, Total
+from realtime.server.clients.transport import DirectServer
 
 # Bytes handed to a transport that has just emptied its buffer: more than what makes it pause again, at once.
 _REFILL = 128 * 1024
@@ -32,10 +39,11 @@ class Limits(Protocol):
     """What the connections of one transport share.
 
     queue_max_size: bytes that may wait for one peer. queued: what waits for all. write_timeout, close_timeout: seconds,
-    the first may be 0 for none. sent: messages.
+    the first may be 0 for none. sent: messages. ends: of the loop's turns.
     """
 
     deadlines: Deadlines
+    ends: TurnEnds
     queue_max_size: int
     queued: Total
     write_timeout: float
@@ -46,12 +54,37 @@ class Limits(Protocol):
         """Count one that was "slow" or "stalled"."""
 
 
+class TurnEnds:
+    """The connections that have something to write at the end of the loop's turn."""
+
+    def __init__(
+        self,
+        turn: Callable[[], int] | None = None,
+        later: Callable[[Callable[[], None]], object] = lambda flush: flush(),
+    ) -> None:
+        """turn: the number of this turn; None: every moment is another. later: calls what it is given at its end."""
+        self.turn = turn or count().__next__
+        self._later = later
+        self._waiting: list[Outgoing] = []
+
+    def await_end(self, connection: Outgoing) -> None:
+        """Have `connection.flush` called then."""
+        self._waiting.append(connection)
+        if len(self._waiting) == 1:
+            self._later(self._flush)
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for connection in waiting:
+            connection.flush()
+
+
 @implementer(IPushProducer)
 class Outgoing:
     """See the module. A base of protocols whose transport is a TCP server's. Loop thread only.
 
-    A subclass registers itself as the transport's push producer when frames may be written, has `is_closing` and
-    `close`, and calls `lose_queue` when the connection is lost.
+    A subclass calls `begin` when frames may be written, has `is_closing` and `close`, and calls `lose_queue` when the
+    connection is lost.
     """
 
     form: Form
@@ -62,6 +95,7 @@ class Outgoing:
     _outbox: Outbox | None = None  # None while the transport takes what it is given
     _stuffed = False  # the transport asked for a pause and has not yet ended it
     _acknowledged = 0  # bytes the peer had taken when progress was last checked
+    _spoken = -1  # the turn in which the last frame was sent to this client alone
 
     @property
     def is_closing(self) -> bool:
@@ -72,18 +106,51 @@ class Outgoing:
         """Tell the peer why, after what is queued, and end the connection within the close timeout."""
         raise NotImplementedError
 
+    def begin(self) -> None:
+        """Frames may be written from now on."""
+        self.transport.registerProducer(self, True)
+        self._go_straight()
+
     def send(self, payload: bytes) -> None:
         """Send one message, behind whatever waits. payload: of the connection's encoding."""
-        self.factory.sent.value += 1
+        factory = self.factory
+        factory.sent.value += 1
+        turn = factory.ends.turn()
+        if turn == self._spoken and self._outbox is None:
+            self._go_by(Outbox(factory.queue_max_size, factory.queued))
+            factory.ends.await_end(self)
+        self._spoken = turn
         self.deliver(self.form.frame(payload))
 
     def deliver(self, frame: bytes) -> None:
         """Send a ready frame, behind whatever waits. Never raises; once the connection closes, it is dropped."""
-        outbox = self._outbox
-        if outbox is None:
+        try:
+            taken = self.write(frame)
+        except OSError:
+            taken = 0
+        if taken != len(frame):
+            self.keep(frame, taken)
+
+    def write(self, frame: bytes) -> int:
+        """Take a ready frame, and tell how many bytes of it were taken; `keep` is for the others.
+
+        This is the way round: while nothing waits, the socket's own `send` stands in its place, which takes what the
+        kernel takes, and raises OSError if that is nothing.
+        """
+        if self._outbox is None:
             self.transport.write(frame)
-        elif not outbox.offer(frame):
+        elif not self._outbox.offer(frame):
             self._give_up("slow", *SLOW)
+        return len(frame)
+
+    def keep(self, frame: bytes, taken: int) -> None:
+        """Send the rest of a frame, of which `write` has taken the first bytes, before anything else."""
+        self._hand_over(frame[taken:])
+
+    def flush(self) -> None:
+        """The turn ends in which frames were put together."""
+        if not self._stuffed:
+            self._refill()
 
     def end(self, last: bytes, drop: bool = False) -> None:
         """Write `last` after what is queued, or in place of it, and nothing more; then shut this side."""
@@ -100,7 +167,7 @@ class Outgoing:
         """Write nothing more, and wait for the peer to do the same."""
         if self._outbox is _SHUT:
             return
-        self._outbox = _SHUT
+        self._go_by(_SHUT)
         self.transport.unregisterProducer()
         self.transport.resumeProducing()
         self.transport.loseWriteConnection()
@@ -110,28 +177,50 @@ class Outgoing:
         self.factory.deadlines.clear(self)
         if self._outbox is not None:
             self._outbox.clear()
-        self._outbox = _SHUT
+        self._go_by(_SHUT)
 
     def pauseProducing(self) -> None:
-        """The transport holds enough; it says so again at every write."""
+        """The transport holds something; it may say so again at every write."""
+        if self._stuffed:
+            return
         self._stuffed = True
         if self._outbox is None:
-            self._outbox = Outbox(self.factory.queue_max_size, self.factory.queued)
-            self._watch_progress()
+            self._go_by(Outbox(self.factory.queue_max_size, self.factory.queued))
+        self._watch_progress()
 
     def resumeProducing(self) -> None:
         """The transport has written all that it held."""
         self._stuffed = False
+        self._refill()
+
+    def _refill(self) -> None:
         outbox = self._outbox
         while outbox and not self._stuffed:
-            self.transport.write(outbox.take(_REFILL))
+            self._hand_over(outbox.take(_REFILL))
         if outbox is None or self._stuffed:
             return
         if outbox.shut:
             self.shut_down()
         else:
-            self._outbox = None
             self.factory.deadlines.clear(self)
+            self._go_straight()
+
+    def _hand_over(self, data: bytes) -> None:
+        """Have the transport write this, and keep what it can't write at once; we are paused while it does."""
+        self.transport.write(data)
+        if isinstance(self.transport, DirectServer):
+            self.transport.hold()
+
+    def _go_straight(self) -> None:
+        """Nothing waits."""
+        self._outbox = None
+        if isinstance(self.transport, DirectServer) and (send := self.transport.straight):
+            self.write = send  # type: ignore[method-assign, assignment]
+
+    def _go_by(self, outbox: Outbox) -> None:
+        """Everything goes by way of this outbox."""
+        self._outbox = outbox
+        vars(self).pop("write", None)
 
     def stopProducing(self) -> None:
         """The connection is lost; `connectionLost` does the rest."""

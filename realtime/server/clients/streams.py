@@ -45,7 +45,7 @@ from realtime.protocol.session import Request
 from realtime.server.clients.admission import Admission, response
 from realtime.server.clients.emulation import Emulation
 from realtime.server.clients.http import Service, serve_init
-from realtime.server.clients.outgoing import Outgoing
+from realtime.server.clients.outgoing import Outgoing, TurnEnds
 from realtime.server.clients.websocket import bad_input, why
 
 BINARY = "application/octet-stream"
@@ -213,7 +213,7 @@ class StreamConnection(Outgoing, Protocol):
         self._head = self._body = None
         self.factory.connects.value += 1
         self.transport.write(response_head(kind.type, sharing(head)) + kind.opening)
-        self.transport.registerProducer(self, True)
+        self.begin()
         emulated = None if self.form.encoding.unidirectional else self.emulate
         self.secret = self.factory.emulation.enter(emulated)
         try:
@@ -305,8 +305,9 @@ class Streams:
         admission: Admission,
         emulation: Emulation,
         queued: Total,
+        ends: TurnEnds | None = None,
     ) -> None:
-        """queued: bytes that wait, over all transports."""
+        """queued: bytes that wait, over all transports. ends: of the loop's turns."""
         self.open_session = open_session
         self.deadlines = deadlines
         self.admission = admission
@@ -318,6 +319,7 @@ class Streams:
         self.close_timeout = tree.websocket.close_timeout
         self.queue_max_size = tree.client.queue_max_size
         self.queued = queued
+        self.ends = ends or TurnEnds()
         self._metrics = metrics
         self._counters: dict[str, Counter] = {kind: bad_input(metrics, kind) for kind in _KINDS}
         self.connects = metrics.counter("realtime_connects", "Connections of clients that were opened.")

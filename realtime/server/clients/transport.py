@@ -9,6 +9,7 @@ that is out, everything goes Twisted's way: order, producers and `loseConnection
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet import tcp
@@ -30,6 +31,18 @@ class DirectServer(tcp.Server):
             sent = 0
         if sent < len(data):
             super().write(data[sent:])
+
+    @property
+    def straight(self) -> Callable[[bytes], int] | None:
+        """send(2) itself, for whoever watches that nothing waits here: see `hold`. None under TLS."""
+        return None if self.TLS else self.socket.send
+
+    def hold(self) -> None:
+        """Pause the producer if anything waits here, however little. It is resumed when all of that is out."""
+        producer: Any = self.producer
+        if (self._tempDataLen or self.dataBuffer) and producer is not None and not self.producerPaused:
+            self.producerPaused = True
+            producer.pauseProducing()
 
 
 def adopt(

@@ -45,7 +45,7 @@ from realtime.pubsub.slices import Slices
 from realtime.server import log
 from realtime.server.clients.admission import Admission
 from realtime.server.clients.incoming import BINARY, Incoming
-from realtime.server.clients.outgoing import Outgoing
+from realtime.server.clients.outgoing import Outgoing, TurnEnds
 
 # The wire forms of the two transports, by the name of the encoding.
 FORMS = {"json": JSON_TEXT, "protobuf": PROTOBUF_BINARY}
@@ -300,7 +300,7 @@ class WebSocketConnection(Outgoing, Incoming):
 
     def onOpen(self) -> None:
         self.factory.connects.value += 1
-        self.transport.registerProducer(self, True)
+        self.begin()
         try:
             self._session = self.factory.open_session(self, self._request)
         except Exception:
@@ -451,11 +451,12 @@ class WebSocketFactory(WebSocketServerFactory):
         slices: Slices | None = None,
         charged: Callable[[Iterator[None]], Iterator[None]] = lambda work: work,
         queued: Total | None = None,
+        ends: TurnEnds | None = None,
     ) -> None:
         """forms: what may be spoken, by the name of the encoding; JSON is among them.
 
         slices: where work waits for other turns of the loop. charged: the same work, its time on somebody's account.
-        queued: is told of all that waits.
+        queued: is told of all that waits. ends: of the loop's turns.
         """
         super().__init__(server="realtime", reactor=reactor)
         if not USES_NVX:
@@ -472,6 +473,7 @@ class WebSocketFactory(WebSocketServerFactory):
         self.ping_interval = client.ping_interval
         self.pong_timeout = client.pong_timeout
         self.queued = queued or Total()
+        self.ends = ends or TurnEnds()
         self.slices = slices or Slices(reactor.seconds, SLICE, partial(reactor.callLater, 0))
         self.charged = charged
         self._forms = forms
