@@ -1,4 +1,6 @@
-"""What each command of the client protocol does: one coroutine each, and the table of them.
+"""What each command of the client protocol does: a function or coroutine each, and the table of them.
+
+What need not wait is done by a plain function, which may leave the rest to a coroutine that it returns.
 
 A command either replies, or raises ClientError (an error reply), Disconnect (the connection is closed) or
 EngineUnavailable (a temporary error). The order of the checks is the protocol's: the first that fails answers.
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -351,7 +353,7 @@ async def sub_refresh(session: Session, id: int, request: messages.SubRefreshReq
     session.arm()
 
 
-async def unsubscribe(session: Session, id: int, request: messages.UnsubscribeRequest) -> None:
+def unsubscribe(session: Session, id: int, request: messages.UnsubscribeRequest) -> None:
     if not request.channel:
         raise Disconnect(*errors.BAD_PROTOCOL)
     subscription = session.subscriptions.get(request.channel)
@@ -444,23 +446,42 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
 # -- the application's own --------------------------------------------------------------------------------------------
 
 
-async def rpc(session: Session, id: int, request: messages.RPCRequest) -> None:
+def rpc(session: Session, id: int, request: messages.RPCRequest) -> Coroutine[Any, Any, None] | None:
     handlers, ping = session.node.handlers, session.node.rpc_ping
     procedure = handlers.procedure(request.method)
     if procedure is None:
         if ping.enabled and request.method == ping.method:
             session.reply(id, "rpc", messages.RPCResult())
-            return
+            return None
         raise ClientError(*(errors.METHOD_NOT_FOUND if handlers.has_procedures else errors.NOT_AVAILABLE))
-    result = await procedure(session.handle, _value(session, request.data))
+    data = _value(session, request.data)
+    if not procedure.prompt:
+        return _answer_later(session, id, procedure(session.handle, data))
+    _answer(session, id, procedure.now(session.handle, data))
+    return None
+
+
+async def _answer_later(session: Session, id: int, result: Awaitable[Any]) -> None:
+    _answer(session, id, await result)
+
+
+def _answer(session: Session, id: int, result: Any) -> None:
     session.reply(id, "rpc", messages.RPCResult(messages.embedded(session.encoding.made(result) or b"null")))
 
 
-async def send(session: Session, id: int, request: messages.SendRequest) -> None:
+def send(session: Session, id: int, request: messages.SendRequest) -> Coroutine[Any, Any, None] | None:
     handler = session.node.handlers.message
     if handler is None:
         raise Disconnect(*errors.UNAVAILABLE)
-    await handler(session.handle, _value(session, request.data))
+    data = _value(session, request.data)
+    if not handler.prompt:
+        return _heard(handler(session.handle, data))
+    handler.now(session.handle, data)
+    return None
+
+
+async def _heard(handling: Awaitable[Any]) -> None:
+    await handling
 
 
 def _value(session: Session, raw: msgspec.Raw | msgspec.UnsetType) -> Any:

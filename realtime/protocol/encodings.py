@@ -35,6 +35,12 @@ class Encoding(Protocol):
 
     # What comes in
 
+    def command(self, message: bytes) -> Command | None:
+        """The command of a message that holds no more than one, as most do; None for others: ask for `commands`.
+
+        Raises ProtocolError when it can't be read.
+        """
+
     def commands(self, message: bytes) -> Iterator[Command]:
         """The commands of one message, one after another, so that those before a bad one are acted on.
 
@@ -81,13 +87,12 @@ class JSON:
     unidirectional = False
     ping = b"{}"
 
+    def command(self, message: bytes) -> Command | None:
+        return None if _NEWLINE in message else _command(message)
+
     def commands(self, message: bytes) -> Iterator[Command]:
         # A single newline at the end is tolerated.
-        for line in message.removesuffix(b"\n").split(b"\n"):
-            try:
-                yield _decode_command(line)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                raise ProtocolError("not a command") from None
+        return map(_command, message.removesuffix(b"\n").split(b"\n"))
 
     def payload(self, raw: Raw | UnsetType) -> bytes:
         return messages.payload(raw)
@@ -136,17 +141,30 @@ class JSONPushes(JSON):
 
     unidirectional = True
 
-    def commands(self, message: bytes) -> Iterator[Command]:
+    def command(self, message: bytes) -> Command:
         try:
-            yield Command(id=1, connect=_decode_connect(message or b"{}"))
+            return Command(id=1, connect=_decode_connect(message or b"{}"))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise ProtocolError("not a connect request") from None
+
+    def commands(self, message: bytes) -> Iterator[Command]:
+        yield self.command(message)
 
     def reply(self, id: int, name: str, result: Struct) -> bytes:
         return b'{"%s":%b}' % (name.encode(), _encode(result))
 
     def push(self, channel: str, name: str, body: Struct) -> bytes:
         return _bare_push(channel, name, body)
+
+
+_NEWLINE = 10
+
+
+def _command(line: bytes) -> Command:
+    try:
+        return _decode_command(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise ProtocolError("not a command") from None
 
 
 def _bare_push(channel: str, name: str, body: Struct) -> bytes:

@@ -34,6 +34,19 @@ _FAULTS = {
 _REFUSED = ("command_rate", "recovery_ahead")
 
 
+class Handler(Protocol):
+    """One handler, called with a `Client` and what it sent."""
+
+    @property
+    def prompt(self) -> bool:
+        """Whether it may be called by `now` now: it waits for nothing, and nothing speaks against it."""
+
+    def now(self, client: Any, data: Any, /) -> Any:
+        """Call it, and have its answer. Raises as its coroutine."""
+
+    def __call__(self, client: Any, data: Any, /) -> Awaitable[Any]: ...
+
+
 class Handlers(Protocol):
     """The application's handlers, as sessions call them. They raise ClientError and Disconnect, and nothing else.
 
@@ -47,7 +60,7 @@ class Handlers(Protocol):
     def disconnected(self) -> Callable[[Any], Awaitable[Any]] | None: ...
 
     @property
-    def message(self) -> Callable[[Any, Any], Awaitable[Any]] | None: ...
+    def message(self) -> Handler | None: ...
 
     @property
     def has_procedures(self) -> bool: ...
@@ -56,7 +69,7 @@ class Handlers(Protocol):
 
     def publishing(self, channel: str) -> Callable[[Any, str, Any], Awaitable[Any]] | None: ...
 
-    def procedure(self, method: str) -> Callable[[Any, Any], Awaitable[Any]] | None: ...
+    def procedure(self, method: str) -> Handler | None: ...
 
 
 class Runner(Protocol):

@@ -115,6 +115,13 @@ class Protobuf:
     unidirectional = False
     ping = b"\x00"
 
+    def command(self, message: bytes) -> Command | None:
+        try:
+            size, start = _varint(message, 0)
+        except (IndexError, ProtocolError):
+            return None
+        return next(self.commands(message)) if start + size == len(message) else None
+
     def commands(self, message: bytes) -> Iterator[Command]:
         position, end = 0, len(message)
         nodes = MAX_FILTER_NODES

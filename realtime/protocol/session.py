@@ -195,6 +195,24 @@ class Session:
             return
         if self.encoding.unidirectional and (self._running or self.state is State.CONNECTED):
             return
+        if self._running or self._queue or self._pumping or not self._received_one(message):
+            self._received_some(message)
+
+    def _received_one(self, message: bytes) -> bool:
+        """Act at once on a message, which has nothing to wait for, if it holds one command; whether it does."""
+        try:
+            command = self.encoding.command(message)
+            if command is None:
+                return False
+            if self._pong_by < math.inf and command == _PONG:
+                self._ponged()
+            else:
+                self._take(command)
+        except ProtocolError:
+            self.disconnect(*errors.BAD_PROTOCOL)
+        return True
+
+    def _received_some(self, message: bytes) -> None:
         queue = self._queue or deque()
         try:
             for command in self.encoding.commands(message):
@@ -286,11 +304,18 @@ class Session:
             node.refused["command_rate"].value += 1
             self._refuse(command.id, name, ClientError(*errors.TOO_MANY_REQUESTS))
             return
+        try:
+            rest = self._commands[name](self, command.id, request)
+        except Exception as error:
+            self._failed(command.id, name, error)
+            return
+        if rest is None:
+            return
         self._running += 1
         if node.settings.concurrency > 1 and (channel := _channel_of(command)):
             self._busy = self._busy or set()
             self._busy.add(channel)
-        node.run(self._execute(command.id, name, request), self._executed)
+        node.run(self._execute(command.id, name, request, rest), self._executed)
 
     def _is_too_much(self) -> bool:
         """Whether this command is over the rate. A client that goes on all the same is disconnected."""
@@ -305,21 +330,27 @@ class Session:
             self.disconnect(*errors.TOO_MANY_COMMANDS)
         return commands > RATE_BURST * rate
 
-    async def _execute(self, id: int, name: str, request: Any) -> None:
+    async def _execute(self, id: int, name: str, request: Any, rest: Coroutine[Any, Any, None]) -> None:
         try:
-            await self._commands[name](self, id, request)
-        except Disconnect as error:
-            self.disconnect(error.code, error.reason)
-        except (EngineUnavailable, KeysUnavailable):
-            self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
-        except ClientError as error:
-            self._refuse(id, name, error)
+            await rest
         except Exception as error:
-            self.node.failed(error)
-            self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
+            self._failed(id, name, error)
         finally:
             if self._busy:
                 self._busy.discard(getattr(request, "channel", ""))
+
+    def _failed(self, id: int, name: str, error: Exception) -> None:
+        """A command came to this, in place of its reply."""
+        match error:
+            case Disconnect():
+                self.disconnect(error.code, error.reason)
+            case ClientError():
+                self._refuse(id, name, error)
+            case EngineUnavailable() | KeysUnavailable():
+                self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
+            case _:
+                self.node.failed(error)
+                self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
 
     def _executed(self, result: Any, error: BaseException | None) -> None:
         self._running -= 1
@@ -667,7 +698,8 @@ def _channel_of(command: messages.Command) -> str | None:
     return getattr(request, "channel", "")
 
 
-CommandFunction = Callable[[Session, int, Any], Coroutine[Any, Any, None]]
+# What is left to do when it returns, None for nothing.
+CommandFunction = Callable[[Session, int, Any], Coroutine[Any, Any, None] | None]
 
 
 async def quietly(work: Awaitable[Any]) -> None:

@@ -64,10 +64,26 @@ BARE_PUSHES = Form(JSON_PUSHES, lambda payload: payload)
 BARE_PROTOBUF = Form(PROTOBUF, lambda payload: payload)
 
 
-class App:
-    """Handlers of a test: whatever it sets."""
+class Handler:
+    """A coroutine function as a handler, see `realtime.protocol.node.Handler`."""
 
-    connecting = disconnected = message = None
+    prompt = False
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def now(self, *args: Any) -> Any:
+        raise AssertionError("it was not asked to be prompt")
+
+    async def __call__(self, *args: Any) -> Any:
+        return await self.function(*args)
+
+
+class App:
+    """Handlers of a test: whatever it sets, coroutine functions all."""
+
+    connecting = disconnected = None
+    on_message: Any = None
 
     def __init__(self) -> None:
         self.subscribe_handlers: dict[str, Any] = {}
@@ -85,7 +101,12 @@ class App:
         return self.publish_handlers.get(channel)
 
     def procedure(self, method):
-        return self.procedures.get(method)
+        found = self.procedures.get(method)
+        return found and Handler(found)
+
+    @property
+    def message(self):
+        return self.on_message and Handler(self.on_message)
 
 
 class Peer(WholeFrames):

@@ -85,7 +85,7 @@ def server() -> Server:
         return data
 
     server.app.procedures["echo"] = echo
-    server.app.message = echo
+    server.app.on_message = echo
     return server
 
 

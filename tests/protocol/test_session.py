@@ -878,7 +878,7 @@ class TestRPC:
             client.send({"echo": data})
 
         peer = server.client()
-        server.app.message = message
+        server.app.on_message = message
         assert peer.say({"send": {"data": 5}}) == [{"push": {"message": {"data": {"echo": 5}}}}]
         assert got == [5]
 

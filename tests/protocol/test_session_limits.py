@@ -97,7 +97,7 @@ class TestErrors:
             raise ClientError(1000, "no")
 
         server = make(error_limit=3)
-        server.app.message = fail
+        server.app.on_message = fail
         peer = server.client()
         peer.say(*({"send": {"data": 1}} for _ in range(4)))
         assert peer.close_code == (3509, "too many errors")

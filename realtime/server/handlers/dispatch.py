@@ -18,6 +18,7 @@ import dis
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import copy_context
 from typing import Any, Protocol
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -285,6 +286,24 @@ class Call:
         """How many calls have begun and wait for something."""
         return len(self._tasks)
 
+    @property
+    def prompt(self) -> bool:
+        """Whether the handler may be called by `now`: it waits for nothing, and nothing keeps it from being called."""
+        return self._never_waits and self._valve.open
+
+    def now(self, *args: Any) -> Any:
+        """As calling it, without a coroutine, for a handler that is `prompt`. It runs in a context of its own."""
+        if self._takes_client:
+            args = (LoopClient(args[0], self._threads.reactor, self._valve.is_pressed), *args[1:])
+        try:
+            # No throttle: of a handler that never waits only one call runs at a time.
+            result = copy_context().run(self._at_once, args[self.handler.taken])
+        except BaseException as error:
+            self._count_failure(error)
+            raise
+        self._count("ok")
+        return result
+
     async def __call__(self, *args: Any) -> Any:
         """Call it for a client, with all the arguments of its kind. Raises ClientError and Disconnect alone.
 
@@ -336,29 +355,26 @@ class Call:
                 if not task.done():
                     await self._wait(task, timeout)
                 result = _result(task)
-        except (ClientError, Disconnect):
-            self._count("refused")
-            raise
-        except HandlerTimeout:
-            self._count("timeout")
-            raise
-        except PoolFull:
-            self._count("full")
-            raise
-        except EngineUnavailable as error:
-            self._count("unavailable")
-            raise ClientError(*INTERNAL_ERROR) from error
-        except (asyncio.CancelledError, GeneratorExit):
-            self._count("cancelled")
-            raise
         except BaseException as error:
-            self._count("error")
-            self._mistakes.report(self.handler, error)
-            raise ClientError(*INTERNAL_ERROR) from error
+            self._count_failure(error)
+            raise
         finally:
             self._valve.throttle.leave()
         self._count("ok")
         return result
+
+    def _count_failure(self, error: BaseException) -> None:
+        """Count what a call ended with. Raises ClientError 100 in place of what is not for callers to know."""
+        for kinds, outcome in _OUTCOMES:
+            if isinstance(error, kinds):
+                self._count(outcome)
+                return
+        if isinstance(error, EngineUnavailable):
+            self._count("unavailable")
+        else:
+            self._count("error")
+            self._mistakes.report(self.handler, error)
+        raise ClientError(*INTERNAL_ERROR) from error
 
     async def _wait(self, task: asyncio.Task[Any], timeout: float) -> None:
         """Wait for a handler's task, by the deadline. It may go on for longer when it does not heed cancellation."""
@@ -398,7 +414,7 @@ class Call:
 
     def _at_once(self, args: tuple[Any, ...]) -> Any:
         """Run a coroutine that never waits."""
-        outer = self._marks.enter((self._name, self._subject(args).encode("utf-8", "replace")))
+        outer = self._marks.enter((self._name, self._subject(args)))
         try:
             self.handler.function(*args).send(None)
         except StopIteration as stop:
@@ -412,7 +428,7 @@ class Call:
         if self._gate is not None:
             await self._gate.enter()
         try:
-            names = self._name, self._subject(args).encode("utf-8", "replace")
+            names = self._name, self._subject(args)
             outer = self._marks.enter(names)
             try:
                 if self._moves:
@@ -453,6 +469,15 @@ class Call:
         if self._gate is not None:
             await self._gate.enter()
         return await self._processes.call(self.handler, args, self._gate)
+
+
+# The errors that callers get as they are, and what they count as.
+_OUTCOMES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    ((ClientError, Disconnect), "refused"),
+    ((HandlerTimeout,), "timeout"),
+    ((PoolFull,), "full"),
+    ((asyncio.CancelledError, GeneratorExit), "cancelled"),
+)
 
 
 class Valve:
@@ -554,13 +579,13 @@ class _Marked:
         return _marked(self._marks, self._names, self._coroutine.throw, error)
 
 
-def _subject(handler: Handler) -> Callable[[tuple[Any, ...]], str]:
-    """What tells the channel or method that a call with these arguments is for."""
+def _subject(handler: Handler) -> Callable[[tuple[Any, ...]], bytes]:
+    """What tells the channel or method that a call with these arguments is for, in UTF-8."""
     if handler.kind in ("on_subscribe", "on_publish"):
-        return lambda args: str(args[1])
+        return lambda args: str(args[1]).encode("utf-8", "replace")
     if handler.kind == "http":
-        return lambda args: str(args[0].path)
-    method = handler.name.partition(" ")[2]
+        return lambda args: str(args[0].path).encode("utf-8", "replace")
+    method = handler.name.partition(" ")[2].encode("utf-8", "replace")
     return lambda args: method
 
 
