@@ -88,11 +88,19 @@ class JSON:
     ping = b"{}"
 
     def command(self, message: bytes) -> Command | None:
-        return None if _NEWLINE in message else _command(message)
+        if _NEWLINE in message:
+            return None
+        try:
+            return _decode_command(message)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise ProtocolError("not a command") from None
 
     def commands(self, message: bytes) -> Iterator[Command]:
         # A single newline at the end is tolerated.
-        return map(_command, message.removesuffix(b"\n").split(b"\n"))
+        for line in message.removesuffix(b"\n").split(b"\n"):
+            command = self.command(line)
+            assert command is not None
+            yield command
 
     def payload(self, raw: Raw | UnsetType) -> bytes:
         return messages.payload(raw)
@@ -101,7 +109,9 @@ class JSON:
         return messages.value(data)
 
     def made(self, value: Any) -> bytes:
-        return b"" if value is None else messages.one_line(_encode(value))
+        if value is None:
+            return b""
+        return messages.one_line(bytes(value) if isinstance(value, Raw) else _encode(value))
 
     def is_json(self, data: bytes) -> bool:
         return True  # or it would not have been decoded
@@ -158,13 +168,6 @@ class JSONPushes(JSON):
 
 
 _NEWLINE = 10
-
-
-def _command(line: bytes) -> Command:
-    try:
-        return _decode_command(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        raise ProtocolError("not a command") from None
 
 
 def _bare_push(channel: str, name: str, body: Struct) -> bytes:

@@ -149,12 +149,12 @@ class Command(Struct, frozen=True):
 
         Raises ProtocolError for none with an id, for more than one, and for the unused `ping`.
         """
-        fields = msgspec.structs.astuple(self)
-        others = fields.count(None)
-        if self.ping is not UNSET or others < len(REQUESTS) - 1 or (self.id and others == len(REQUESTS)):
+        absent = msgspec.structs.astuple(self).count(None)
+        if self.ping is not UNSET or absent < len(REQUESTS) - 1 or (self.id and absent == len(REQUESTS)):
             raise ProtocolError("a command has one request, and not the unused one")
-        for name, value in zip(Command.__struct_fields__[1:], fields[1:], strict=True):
-            if value is not None and value is not UNSET:
+        for name in REQUESTS:
+            value = getattr(self, name)
+            if value is not None:
                 return name, value
         return "", None
 

@@ -92,8 +92,8 @@ class Child:
         self.reactor = reactor
         self.metrics = Metrics()
         self.pulse = pulse or Pulse(page, reactor, settings.loop)
-        self.marks = Marks(page)
         self.accounts = accounts or Accounts(time.monotonic_ns)
+        self.marks = Marks(page, self.accounts)
         self.turn = turn
         self.metrics.sources.append(lambda: loop_time(self.accounts))
         self.control = Control(self)

@@ -19,7 +19,7 @@ import psutil
 
 from realtime.metrics import Sample
 from realtime.settings import Loop
-from realtime.supervision.accounts import Accounts, Kind
+from realtime.supervision.accounts import Account, Accounts, Kind
 from realtime.supervision.vitals import Page, State, Vitals
 
 # Seconds over which the utilisation is smoothed.
@@ -102,25 +102,31 @@ class Turns(selectors.DefaultSelector):
 
 
 class Marks:
-    """Says on the page which handler runs on the loop. A handler may run inside another; the inner one counts."""
+    """Says on the page which handler runs on the loop, and has it charged for its time.
 
-    def __init__(self, page: Page) -> None:
+    A handler may run inside another; the inner one counts.
+    """
+
+    def __init__(self, page: Page, accounts: Accounts) -> None:
         self._page = page
+        self._accounts = accounts
         self._now: Names | None = None
 
-    def enter(self, names: Names) -> Names | None:
+    def enter(self, names: Names, account: Account) -> tuple[Names | None, Account]:
         """A handler, or its next step, begins. Give what is returned to `leave`."""
-        outer, self._now = self._now, names
+        outer = self._now, self._accounts.switch(account)
+        self._now = names
         self._page.mark(*names)
         return outer
 
-    def leave(self, outer: Names | None) -> None:
+    def leave(self, outer: tuple[Names | None, Account]) -> None:
         """It has returned, or waits."""
-        self._now = outer
-        if outer is None:
+        self._now, account = outer
+        self._accounts.switch(account)
+        if self._now is None:
             self._page.unmark()
         else:
-            self._page.mark(*outer)
+            self._page.mark(*self._now)
 
 
 class Pulse:

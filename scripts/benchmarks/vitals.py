@@ -17,7 +17,6 @@ from realtime.protocol.rules import Rules
 from realtime.pubsub.hub import Hub
 from realtime.records import Publication
 from realtime.server.charging import FanOut
-from realtime.server.handlers.dispatch import Charged
 from realtime.server.pulse import LoopClock, Marks, Pulse, Turns
 from realtime.settings import Channel, Loop, Namespace
 from realtime.supervision.accounts import Accounts, Kind
@@ -39,13 +38,13 @@ def main(arguments: list[str]) -> int:
     theirs.send(b"x")
     for selector in (turns, plain):
         selector.register(ours, selectors.EVENT_READ)
-    marks = Charged(Marks(page), turns.accounts, turns.accounts.open(Kind.HANDLER, "rpc report"))
+    marks, account_of_handler = Marks(page, turns.accounts), turns.accounts.open(Kind.HANDLER, "rpc report")
     pulse = Pulse(page, LoopClock(asyncio.new_event_loop()), Loop(), turns)
     pulse.enter(State.READY)
     judge = Judge(Loop())
 
     def mark() -> None:
-        marks.leave(marks.enter((b"rpc report", b"report")))
+        marks.leave(marks.enter((b"rpc report", b"report"), account_of_handler))
 
     def look() -> None:
         judge.judge(0, page.read(), time.monotonic())

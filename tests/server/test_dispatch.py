@@ -26,6 +26,7 @@ from realtime.records import ConnectRequest, Credentials, Grant
 from realtime.server.handlers.coroutines import started
 from realtime.server.handlers.dispatch import Dispatcher, Marks, never_waits
 from realtime.settings import Workers
+from realtime.supervision.accounts import Account
 
 
 class ClockedReactor(Clock):
@@ -805,7 +806,7 @@ class Marked:
     def __init__(self) -> None:
         self.now: list[tuple[bytes, bytes]] = []
 
-    def enter(self, names: tuple[bytes, bytes]) -> None:
+    def enter(self, names: tuple[bytes, bytes], account: Account) -> None:
         self.now.append(names)
 
     def leave(self, outer: None) -> None:

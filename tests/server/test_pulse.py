@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 
 from realtime.server.pulse import Marks, Pulse, Turns
 from realtime.settings import Loop
-from realtime.supervision.accounts import Kind
+from realtime.supervision.accounts import Accounts, Kind
 from realtime.supervision.vitals import Page, Running, State, Vitals
 
 
@@ -232,11 +232,15 @@ def test_a_loop_runs_on_it(beating: Beating) -> None:
 
 
 def test_the_inner_handler_counts_and_the_outer_comes_back(beating: Beating) -> None:
-    marks = Marks(beating.page)
-    outside = marks.enter((b"rpc a", b"a"))
-    inside = marks.enter((b"on_publish chat:*", b"chat:1"))
+    accounts = Accounts(lambda: 0)
+    first, second = (accounts.open(Kind.HANDLER, name) for name in ("rpc a", "on_publish chat:*"))
+    marks = Marks(beating.page, accounts)
+    outside = marks.enter((b"rpc a", b"a"), first)
+    inside = marks.enter((b"on_publish chat:*", b"chat:1"), second)
+    assert accounts.charged is second
     assert beating.page.running() == Running("on_publish chat:*", "chat:1")
     marks.leave(inside)
     assert beating.page.running() == Running("rpc a", "a")
+    assert accounts.charged is first
     marks.leave(outside)
     assert beating.page.running() is None

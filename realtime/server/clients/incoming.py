@@ -20,9 +20,10 @@ from autobahn.websocket.xormasker import create_xor_masker
 from realtime.protocol.frames import frame_at
 from realtime.protocol.outbox import Outbox
 
-# What becomes of the bytes that were read. Nothing waits but the start of a header; or they are acted on, now or in a
-# later slice; or something holds us, and the rest waits until that is over.
-_IDLE, _WORKING, _HELD = range(3)
+# What becomes of the bytes that were read. Nothing waits, and what comes begins a frame that begins a message; or some
+# of a message has come; or they are acted on, now or in a later slice; or something holds us, and the rest waits until
+# that is over.
+_IDLE, _MIDST, _WORKING, _HELD = range(4)
 
 # First bytes of frames that are whole messages (RFC 6455 section 5.2): FIN set, no reserved bit, text or binary.
 TEXT, BINARY = 0x81, 0x82
@@ -92,8 +93,17 @@ class Incoming(WebSocketServerProtocol):
 
     def _take(self, data: bytes) -> None:
         """Act on bytes of the peer, behind those that wait."""
+        if self._stage == _IDLE and self._outbox is None and not self._paused:
+            # Nearly always this is one frame, a whole message, and all there is.
+            stop = self._act(data, 0)
+            if stop == len(data) and self._between and self.state == self.STATE_OPEN:
+                if not (self.is_read or self._held):
+                    self._read(True)
+                return
+            data = data[stop:]
+            self.factory.slices.begin()
         self._backlog += data
-        if self._stage != _IDLE:
+        if self._stage in (_WORKING, _HELD):
             return
         self._stage = _WORKING
         slices = self.factory.slices
@@ -113,7 +123,7 @@ class Incoming(WebSocketServerProtocol):
             stop = self._act(data, start)
             if stop in (start, len(data)):
                 start = stop
-                stage = _IDLE
+                stage = _IDLE if start == len(data) and self._between else _MIDST
                 break
             start = stop
             yield
@@ -157,6 +167,11 @@ class Incoming(WebSocketServerProtocol):
         while self.processData() and self.state == self.STATE_OPEN:
             pass
         return min(stop, len(data))
+
+    @property
+    def _between(self) -> bool:
+        """Whether no message has begun."""
+        return self.current_frame is None and not self.inside_message
 
     @property
     def _held(self) -> bool:

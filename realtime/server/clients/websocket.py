@@ -248,7 +248,7 @@ class WebSocketConnection(Outgoing, Incoming):
     factory: WebSocketFactory
     transport: Any
     _session: Session | None = None
-    _deaf = False  # the one message that a unidirectional client may send has come
+    _words: int | None = None  # messages that the client may still send: a unidirectional one has one
     _ended = False  # we said why this connection ends, or the peer did
     _heartbeat: _Heartbeat | None = None
     _control_due = 0.0  # when the control frames so far would be used up at the allowed rate
@@ -266,6 +266,7 @@ class WebSocketConnection(Outgoing, Incoming):
             self.opening = BINARY
         self.pings = request.query.get("cf_ws_frame_ping_pong") != "true"
         if form.encoding.unidirectional:
+            self._words = 1
             # Such a client can't speak for itself: whoever does by the server API may name it by this.
             self.secret = secrets.token_urlsafe(SECRET_BYTES)
 
@@ -352,13 +353,13 @@ class WebSocketConnection(Outgoing, Incoming):
     def _hear(self, payload: bytes) -> None:
         if self._session is None:
             return
-        if self._deaf:
-            # It has nothing more to say, and could say it for ever.
-            self.factory.count("ignored")
-            self._spend_control_frame()
-            return
-        if self.form.encoding.unidirectional:
-            self._deaf = True
+        if self._words is not None:
+            if not self._words:
+                # It has nothing more to say, and could say it for ever.
+                self.factory.count("ignored")
+                self._spend_control_frame()
+                return
+            self._words -= 1
         try:
             self._session.receive(payload)
         except Exception:

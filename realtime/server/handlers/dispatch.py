@@ -19,6 +19,7 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import copy_context
+from functools import partial
 from typing import Any, Protocol
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -73,9 +74,12 @@ class _Calm:
 
 
 class Marks(Protocol):
-    """Who wants to know which handler runs on the loop. names: the handler and its channel or method, in UTF-8."""
+    """Who wants to know which handler runs on the loop, and has it charged.
 
-    def enter(self, names: tuple[bytes, bytes]) -> Any:
+    names: the handler and its channel or method, in UTF-8. account: the handler's.
+    """
+
+    def enter(self, names: tuple[bytes, bytes], account: Account) -> Any:
         """It begins to run, perhaps inside another. What this returns is given to `leave`."""
 
     def leave(self, outer: Any) -> None:
@@ -85,14 +89,16 @@ class Marks(Protocol):
 class _Unmarked:
     """Nobody wants to know."""
 
-    def enter(self, names: tuple[bytes, bytes]) -> None:
-        return None
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
 
-    def leave(self, outer: None) -> None:
-        return None
+    def enter(self, names: tuple[bytes, bytes], account: Account) -> Account:
+        return self._accounts.switch(account)
+
+    def leave(self, outer: Account) -> None:
+        self._accounts.switch(outer)
 
 
-_UNMARKED = _Unmarked()
 _CALM = _Calm()
 
 
@@ -109,13 +115,14 @@ class Dispatcher:
         settings: Workers,
         metrics: Metrics,
         log: Logger,
-        marks: Marks = _UNMARKED,
+        marks: Marks | None = None,
         pressure: Pressure = _CALM,
         processes: Processes | None = None,
         slow: float = 0.05,
         accounts: Accounts | None = None,
     ) -> None:
-        """reactor: IReactorTime and IReactorFromThreads, on the asyncio loop. marks: told which handler runs on it.
+        """reactor: IReactorTime and IReactorFromThreads, on the asyncio loop. marks: told which handler runs on it,
+        and charge `accounts`.
 
         pressure: decides together with the handlers' policies what is refused. processes: not started yet, for the
         handlers that run in one. slow: seconds on the loop that are too long for a handler with run="auto".
@@ -127,12 +134,12 @@ class Dispatcher:
         self._metrics = metrics
         self._log = log
         self._mistakes = Mistakes(log, reactor)
-        self._marks = marks
         self._pressure = pressure
         self.throttles: list[Throttle] = []  # of handlers on the loop; whoever watches the loop calls their `beat`
         self._processes = processes
         self._slow = slow
         self.accounts = accounts or Accounts(time.monotonic_ns)
+        self._marks = marks or _Unmarked(self.accounts)
         self._made: list[Call] = []
         self.threads = Threads(reactor, settings.threads, settings.thread_queue)
         self.threads.measure(metrics)
@@ -244,8 +251,7 @@ class Dispatcher:
         if handler.run == "auto":
             moves = Moves(handler, self._slow, self._reactor, self._metrics, self._log)
         pools = self.threads, self._processes
-        marks = Charged(self._marks, self.accounts, account)
-        call = Call(handler, timeout, gate, pools, moves, self._mistakes, outcomes, marks, valve)
+        call = Call(handler, timeout, gate, pools, moves, self._mistakes, outcomes, self._marks, account, valve)
         self._made.append(call)
         return call
 
@@ -263,11 +269,13 @@ class Call:
         mistakes: Mistakes,
         outcomes: Outcomes,
         marks: Marks,
+        account: Account,
         valve: Valve,
     ) -> None:
         self.handler = handler
         self._valve = valve
         self._marks = marks
+        self._account = account
         self._name = handler.name.encode()
         self._subject = _subject(handler)
         self._timeout = timeout
@@ -279,6 +287,7 @@ class Call:
         self._takes_client = ARGUMENTS[handler.kind][0][:1] == ("client",)
         self._answer = maker(handler.kind)
         self._never_waits = handler.run == "loop" and gate is None and never_waits(handler.function)
+        self._prompt = self._never_waits and valve.wide_open
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -289,7 +298,7 @@ class Call:
     @property
     def prompt(self) -> bool:
         """Whether the handler may be called by `now`: it waits for nothing, and nothing keeps it from being called."""
-        return self._never_waits and self._valve.open
+        return self._prompt or (self._never_waits and self._valve.open)
 
     def now(self, *args: Any) -> Any:
         """As calling it, without a coroutine, for a handler that is `prompt`. It runs in a context of its own."""
@@ -414,7 +423,7 @@ class Call:
 
     def _at_once(self, args: tuple[Any, ...]) -> Any:
         """Run a coroutine that never waits."""
-        outer = self._marks.enter((self._name, self._subject(args)))
+        outer = self._marks.enter((self._name, self._subject(args)), self._account)
         try:
             self.handler.function(*args).send(None)
         except StopIteration as stop:
@@ -429,7 +438,7 @@ class Call:
             await self._gate.enter()
         try:
             names = self._name, self._subject(args)
-            outer = self._marks.enter(names)
+            outer = self._marks.enter(names, self._account)
             try:
                 if self._moves:
                     result = self._moves.timed("loop", plain_result, self.handler, args)
@@ -445,8 +454,8 @@ class Call:
                     return self._answer(stop.value)
             finally:
                 self._marks.leave(outer)
-            result = await bridged(_Marked(self._marks, names, result), awaited)
-            return _marked(self._marks, names, self._answer, result)
+            marked = partial(_marked, self._marks, names, self._account)
+            return marked(self._answer, await bridged(_Marked(marked, result), awaited))
         except (SystemExit, KeyboardInterrupt) as error:
             # asyncio would end the whole process.
             raise RuntimeError(f"the handler raised {type(error).__name__}") from error
@@ -481,7 +490,10 @@ _OUTCOMES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
 
 
 class Valve:
-    """Who is let through to one handler, by its declared policy, while the worker or the handler has too much to do."""
+    """Who is let through to one handler, by its declared policy, while the worker or the handler has too much to do.
+
+    wide_open: whether it is `open` whatever happens.
+    """
 
     def __init__(self, handler: Handler, pressure: Pressure, throttle: Throttle, metrics: Metrics) -> None:
         self.throttle = throttle
@@ -489,12 +501,12 @@ class Valve:
         self._pressure = pressure
         self._metrics = metrics
         self._counters: dict[str, Counter] = {}
-        self._wide_open = handler.cache is None and handler.pressure == "ignore"
+        self.wide_open = handler.cache is None and handler.pressure == "ignore"
 
     @property
     def open(self) -> bool:
         """Whether the handler may simply be called: nothing is kept, and nothing presses or it is not heeded."""
-        return self._wide_open or (self._handler.cache is None and self._has_room)
+        return self.wide_open or (self._handler.cache is None and self._has_room)
 
     @property
     def _has_room(self) -> bool:
@@ -535,27 +547,13 @@ def shed(metrics: Metrics, what: str, why: str) -> Counter:
     return metrics.counter("realtime_shed", "Refused because of pressure.", what=what, why=why)
 
 
-class Charged:
-    """Marks that also charge the time of one handler's steps to its account."""
-
-    def __init__(self, marks: Marks, accounts: Accounts, account: Account) -> None:
-        self._marks = marks
-        self._accounts = accounts
-        self._account = account
-
-    def enter(self, names: tuple[bytes, bytes]) -> tuple[Any, Account]:
-        return self._marks.enter(names), self._accounts.switch(self._account)
-
-    def leave(self, outer: tuple[Any, Account]) -> None:
-        self._accounts.switch(outer[1])
-        self._marks.leave(outer[0])
-
-
 # -- which handler runs ------------------------------------------------------------------------------------------------
 
 
-def _marked(marks: Marks, names: tuple[bytes, bytes], function: Callable[..., Any], *args: Any) -> Any:
-    outer = marks.enter(names)
+def _marked(
+    marks: Marks, names: tuple[bytes, bytes], account: Account, function: Callable[..., Any], *args: Any
+) -> Any:
+    outer = marks.enter(names, account)
     try:
         return function(*args)
     finally:
@@ -565,18 +563,17 @@ def _marked(marks: Marks, names: tuple[bytes, bytes], function: Callable[..., An
 class _Marked:
     """A handler's coroutine, each step of which is marked; between two steps others run."""
 
-    __slots__ = ("_coroutine", "_marks", "_names")
+    __slots__ = ("_coroutine", "_marked")
 
-    def __init__(self, marks: Marks, names: tuple[bytes, bytes], coroutine: Coroutine[Any, Any, Any]) -> None:
-        self._marks = marks
-        self._names = names
+    def __init__(self, marked: Callable[..., Any], coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._marked = marked
         self._coroutine = coroutine
 
     def send(self, value: Any) -> Any:
-        return _marked(self._marks, self._names, self._coroutine.send, value)
+        return self._marked(self._coroutine.send, value)
 
     def throw(self, error: BaseException) -> Any:
-        return _marked(self._marks, self._names, self._coroutine.throw, error)
+        return self._marked(self._coroutine.throw, error)
 
 
 def _subject(handler: Handler) -> Callable[[tuple[Any, ...]], bytes]:
