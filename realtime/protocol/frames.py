@@ -72,6 +72,25 @@ def frame_at(data: bytes, start: int) -> tuple[int, int] | None:
     return (body, body + length) if body <= len(data) else None
 
 
+def message_at(frame: bytes, first: int, limit: int) -> int:
+    """Where the payload begins, if `frame` is one client's frame, whole, with just one message; 0 for anything else.
+
+    first: its first byte, which tells what the message is. limit: bytes of the payload. A client's frames are masked,
+    and their lengths are in the shortest form.
+    """
+    size = len(frame)
+    if size < 6 or frame[0] != first or frame[1] < 0x80:
+        return 0
+    length = frame[1] & 0x7F
+    if length < 126:
+        body = 6
+    elif length == 126 and (length := frame[2] << 8 | frame[3]) > 125:
+        body = 8
+    else:
+        return 0  # longer ones are for those who have the time
+    return body if body + length == size and length <= limit else 0
+
+
 def _frame(first: int, payload: bytes) -> bytes:
     length = len(payload)
     if length < 126:

@@ -97,14 +97,15 @@ class Request(Struct, frozen=True):
     remote_address: str
 
 
-class State(enum.IntEnum):  # of integers, since those are compared faster
+class State(enum.Enum):
     OPENED = enum.auto()
     REFUSED = enum.auto()
     CONNECTED = enum.auto()
     CLOSED = enum.auto()
 
 
-_TALKING = (State.OPENED, State.CONNECTED)
+# Names of our own, for what is done at each command: a member of an Enum takes six times as long to find.
+_OPENED, _CONNECTED = _TALKING = (State.OPENED, State.CONNECTED)
 _NEVER = math.inf
 _PONG = messages.Command()
 # Stands for a message that could not be read, behind the commands that came before it: it is none either.
@@ -195,7 +196,7 @@ class Session:
         if self._pong_by < _NEVER and message == encoding.ping:
             self._ponged()
             return
-        if encoding.unidirectional and (self._running or self.state is State.CONNECTED):
+        if encoding.unidirectional and (self._running or self.state is _CONNECTED):
             return
         if self._running or self._queue or self._pumping:
             self._enqueue(message)
@@ -294,7 +295,7 @@ class Session:
 
     def _take(self, command: messages.Command) -> None:
         name, request = command.request()
-        if (name == "connect") != (self.state is State.OPENED) or (not command.id and name not in ("", "send")):
+        if (name == "connect") != (self.state is _OPENED) or (not command.id and name not in ("", "send")):
             raise ProtocolError("out of place")
         if not name:
             raise ProtocolError("a pong without a ping")

@@ -17,7 +17,7 @@ from autobahn.twisted.websocket import WebSocketServerProtocol
 from autobahn.websocket import USES_NVX
 from autobahn.websocket.xormasker import create_xor_masker
 
-from realtime.protocol.frames import frame_at
+from realtime.protocol.frames import frame_at, message_at
 from realtime.protocol.outbox import Outbox
 
 # What becomes of the bytes that were read. Nothing waits, and what comes begins a frame that begins a message; or some
@@ -29,6 +29,8 @@ _IDLE, _MIDST, _WORKING, _HELD = range(4)
 TEXT, BINARY = 0x81, 0x82
 # Bytes from which on Autobahn's native code unmasks faster than Python's integers do.
 _NATIVE_FROM = 1000
+# By a number of 32-bit words: a number that is 1 in each of them.
+_ONES = [int.from_bytes(b"\1\0\0\0" * words, "little") for words in range(_NATIVE_FROM // 4 + 1)]
 
 
 class _Message:
@@ -94,14 +96,14 @@ class Incoming(WebSocketServerProtocol):
     def _take(self, data: bytes) -> None:
         """Act on bytes of the peer, behind those that wait."""
         if self._stage == _IDLE and self._outbox is None and not self._paused:
-            # Nearly always this is one frame, a whole message, and all there is.
-            stop = self._act(data, 0)
-            if stop == len(data) and self._between and self.state == self.STATE_OPEN:
+            # Nearly always it is one message.
+            opening = self.opening
+            body = message_at(data, opening, self.factory.message_size_limit)
+            if body:
+                self.onMessage(_unmasked(data, body), opening == BINARY)
                 if not (self.is_read or self._held):
                     self._read(True)
                 return
-            data = data[stop:]
-            self.factory.slices.begin()
         self._backlog += data
         if self._stage in (_WORKING, _HELD):
             return
@@ -123,7 +125,8 @@ class Incoming(WebSocketServerProtocol):
             stop = self._act(data, start)
             if stop in (start, len(data)):
                 start = stop
-                stage = _IDLE if start == len(data) and self._between else _MIDST
+                between = self.current_frame is None and not self.inside_message
+                stage = _IDLE if start == len(data) and between else _MIDST
                 break
             start = stop
             yield
@@ -151,27 +154,17 @@ class Incoming(WebSocketServerProtocol):
             place = frame_at(data, start)
             if place is None:
                 return start
-            body, stop = place
-            size = stop - body
-            if (
-                data[start] == self.opening
-                # Masked, and the length in its shortest form.
-                and (body - start == 6 or (body - start == 8 and size > 125))
-                and stop <= len(data)
-                and size <= self.factory.message_size_limit
-                and not self.inside_message
-            ):
-                self.onMessage(_unmasked(data[body:stop], data[body - 4 : body]), self.opening == BINARY)
-                return stop
+            _, stop = place
+            if not self.inside_message and data[start] == self.opening and stop <= len(data):
+                frame = data[start:stop]
+                body = message_at(frame, self.opening, self.factory.message_size_limit)
+                if body:
+                    self.onMessage(_unmasked(frame, body), self.opening == BINARY)
+                    return stop
         self.data = data[start:stop]
         while self.processData() and self.state == self.STATE_OPEN:
             pass
         return min(stop, len(data))
-
-    @property
-    def _between(self) -> bool:
-        """Whether no message has begun."""
-        return self.current_frame is None and not self.inside_message
 
     @property
     def _held(self) -> bool:
@@ -246,10 +239,14 @@ class Incoming(WebSocketServerProtocol):
             self.factory.deadlines.clear(message)
 
 
-def _unmasked(payload: bytes, mask: bytes) -> bytes:
-    """RFC 6455 section 5.3."""
+def _unmasked(frame: bytes, body: int) -> bytes:
+    """The payload of a frame, which begins at `body`, behind the mask (RFC 6455 section 5.3)."""
+    payload, mask = frame[body:], frame[body - 4 : body]
     size = len(payload)
     if size >= _NATIVE_FROM and USES_NVX:
         return bytes(create_xor_masker(mask, size).process(payload))
-    key = (mask * (size // 4 + 1))[:size]
-    return (int.from_bytes(payload, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
+    words = (size + 3) >> 2
+    ones = _ONES[words] if words < len(_ONES) else int.from_bytes(b"\1\0\0\0" * words, "little")
+    # As one large number: times the ones, the mask stands in each of the words.
+    key = int.from_bytes(mask, "little") * ones
+    return (int.from_bytes(payload, "little") ^ key).to_bytes(4 * words, "little")[:size]
