@@ -457,16 +457,12 @@ def rpc(session: Session, id: int, request: messages.RPCRequest) -> Coroutine[An
     data = _value(session, request.data)
     if not procedure.prompt:
         return _answer_later(session, id, procedure(session.handle, data))
-    _answer(session, id, procedure.now(session.handle, data))
+    session.answer(id, procedure.now(session.handle, data))
     return None
 
 
 async def _answer_later(session: Session, id: int, result: Awaitable[Any]) -> None:
-    _answer(session, id, await result)
-
-
-def _answer(session: Session, id: int, result: Any) -> None:
-    session.reply(id, "rpc", messages.RPCResult(messages.embedded(session.encoding.made(result) or b"null")))
+    session.answer(id, await result)
 
 
 def send(session: Session, id: int, request: messages.SendRequest) -> Coroutine[Any, Any, None] | None:
@@ -485,7 +481,8 @@ async def _heard(handling: Awaitable[Any]) -> None:
 
 
 def _value(session: Session, raw: msgspec.Raw | msgspec.UnsetType) -> Any:
-    return session.encoding.value(session.encoding.payload(raw))
+    encoding = session.encoding
+    return encoding.value(encoding.payload(raw))
 
 
 COMMANDS: dict[str, CommandFunction] = {

@@ -64,6 +64,9 @@ class Encoding(Protocol):
     def reply(self, id: int, name: str, result: Struct) -> bytes:
         """The reply to command `id`, whose request field was `name`."""
 
+    def answer(self, id: int, value: Any) -> bytes:
+        """The reply to the RPC with command `id`. value: what the handler returned; raises as `made`."""
+
     def error_reply(self, id: int, error: ClientError) -> bytes:
         """The reply that says why command `id` failed."""
 
@@ -118,6 +121,9 @@ class JSON:
 
     def reply(self, id: int, name: str, result: Struct) -> bytes:
         return b'{"id":%d,"%s":%b}' % (id, name.encode(), _encode(result))
+
+    def answer(self, id: int, value: Any) -> bytes:
+        return b'{"id":%d,"rpc":{"data":%b}}' % (id, self.made(value) or b"null")
 
     def error_reply(self, id: int, error: ClientError) -> bytes:
         return b'{"id":%d,"error":%b}' % (id, _encode(Error(error.code, error.message, error.temporary)))

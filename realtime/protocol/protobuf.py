@@ -167,6 +167,9 @@ class Protobuf:
         field = _sized(_REPLY_TAGS[name], _WRITERS[type(result)](result))
         return _sized(b"", _ID_TAG + _varint_of(id) + field)
 
+    def answer(self, id: int, value: Any) -> bytes:
+        return self.reply(id, "rpc", messages.RPCResult(messages.embedded(self.made(value) or b"null")))
+
     def error_reply(self, id: int, error: ClientError) -> bytes:
         return self.reply(id, "error", messages.Error(error.code, error.message, error.temporary))
 

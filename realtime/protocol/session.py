@@ -364,6 +364,14 @@ class Session:
         if self.state is not State.CLOSED:
             self._connection.send(self.encoding.reply(id, name, result))
 
+    def answer(self, id: int, value: Any) -> None:
+        """Answer the RPC with command `id` by what its handler returned; harmless when the client has gone meanwhile.
+
+        Raises as `Encoding.made`.
+        """
+        if self.state is not State.CLOSED:
+            self._connection.send(self.encoding.answer(id, value))
+
     def _refuse(self, id: int, name: str, error: ClientError) -> None:
         if self.state is State.CLOSED:
             return

@@ -132,10 +132,14 @@ def _encoded(result: Any) -> msgspec.Raw | bytes | None:
     if result is None:
         return None
     # What becomes of bytes depends on the encoding that the client speaks.
-    made = result if isinstance(result, bytes) else msgspec.Raw(msgspec.json.encode(result))
-    if len(memoryview(made)) > MAX_ANSWER:
+    is_bytes = isinstance(result, bytes)
+    made = result if is_bytes else _encode(result)
+    if len(made) > MAX_ANSWER:
         raise ClientError(*LIMIT_EXCEEDED)
-    return made
+    return made if is_bytes else msgspec.Raw(made)
+
+
+_encode = msgspec.json.Encoder().encode
 
 
 _MAKERS: dict[str, Callable[[Any], Any]] = {
