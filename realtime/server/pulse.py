@@ -18,6 +18,7 @@ from typing import Protocol
 import psutil
 
 from realtime.metrics import Sample
+from realtime.server.poller import Poller
 from realtime.settings import Loop
 from realtime.supervision.accounts import Account, Accounts, Kind
 from realtime.supervision.vitals import Page, State, Vitals
@@ -58,7 +59,7 @@ class LoopClock:
         self.callLater = loop.call_later
 
 
-class Turns(selectors.DefaultSelector):
+class Turns(Poller):
     """The selector of an asyncio loop, which measures that loop.
 
     A loop is either inside `select` or at work, so this is the one place that sees every turn, and a turn that does not
@@ -69,6 +70,7 @@ class Turns(selectors.DefaultSelector):
     def __init__(self, page: Page, now: Callable[[], int] = time.monotonic_ns) -> None:
         super().__init__()
         self.accounts = Accounts(now)
+        self._reading = self.accounts.open(Kind.PROTOCOL)
         self.idle = 0
         self.turns = 0
         self.callbacks = 0
@@ -80,7 +82,7 @@ class Turns(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """As any selector's. About a microsecond more."""
         if timeout is not None and timeout <= 0:  # the loop has work and only looks for more
-            events = super().select(timeout)
+            events = self.wait(timeout)
             now = self._now()
             if now - self._since > _LONG:
                 self._page.note_block(self._since, now)
@@ -90,7 +92,7 @@ class Turns(selectors.DefaultSelector):
                 self._page.note_block(self._since, worked)
             self._page.be_busy(0)
             self.accounts.idle(worked)
-            events = super().select(timeout)
+            events = self.wait(timeout)
             now = self._now()
             self.accounts.wake(now)
             self.idle += now - worked
@@ -98,7 +100,11 @@ class Turns(selectors.DefaultSelector):
         self._page.be_busy(now)
         self.turns += 1
         self.callbacks += len(events) + len(self.ready)
-        return events
+        before = self.accounts.switch(self._reading)
+        try:
+            return self.serve(events)
+        finally:
+            self.accounts.switch(before)
 
 
 class Marks:

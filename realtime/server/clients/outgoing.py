@@ -109,6 +109,8 @@ class Outgoing:
     def begin(self) -> None:
         """Frames may be written from now on."""
         self.transport.registerProducer(self, True)
+        if isinstance(self.transport, DirectServer):
+            self.transport.read_straight()
         self._go_straight()
 
     def send(self, payload: bytes) -> None:

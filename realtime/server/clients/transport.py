@@ -19,6 +19,8 @@ from twisted.internet.protocol import Factory
 class DirectServer(tcp.Server):
     """The server side of a connection. Set it as `Port.transport`."""
 
+    is_straight = False
+
     def write(self, data: bytes) -> None:
         queued = self._tempDataLen or self.dataBuffer
         if queued or not self.connected or self.disconnecting or self._writeDisconnecting or self.TLS:
@@ -36,6 +38,13 @@ class DirectServer(tcp.Server):
     def straight(self) -> Callable[[bytes], int] | None:
         """send(2) itself, for whoever watches that nothing waits here: see `hold`. None under TLS."""
         return None if self.TLS else self.socket.send
+
+    def read_straight(self) -> None:
+        """Have the reactor read without a detour from now on, if it can. The protocol stays the same from now on."""
+        if not self.TLS:
+            self.stopReading()
+            self.is_straight = True
+            self.startReading()
 
     def hold(self) -> None:
         """Pause the producer if anything waits here, however little. It is resumed when all of that is out."""
