@@ -181,7 +181,9 @@ def payload(text: Raw | UnsetType) -> bytes:
     """
     if text is UNSET:
         return b""
-    data = one_line(bytes(text))
+    data = bytes(text)
+    if _LF in data or _CR in data:
+        data = one_line(data)
     # To look for a byte is cheap and settles nearly every case; only what is suspicious is looked at closely.
     if (_LIST in data or _OBJECT in data) and _is_deep(data):
         raise ClientError(*BAD_REQUEST)

@@ -25,6 +25,7 @@ from realtime.protocol.outbox import Outbox
 # that is over.
 _IDLE, _MIDST, _WORKING, _HELD = range(4)
 
+_OPEN = WebSocketServerProtocol.STATE_OPEN
 # First bytes of frames that are whole messages (RFC 6455 section 5.2): FIN set, no reserved bit, text or binary.
 TEXT, BINARY = 0x81, 0x82
 # Bytes from which on Autobahn's native code unmasks faster than Python's integers do.
@@ -79,7 +80,16 @@ class Incoming(WebSocketServerProtocol):
         self.go_on()
 
     def dataReceived(self, data: bytes) -> None:
-        if self.state == self.STATE_OPEN:
+        if self.state == _OPEN:
+            if self._stage == _IDLE and self._outbox is None and not self._paused:
+                # Nearly always it is one message.
+                opening = self.opening
+                body = message_at(data, opening, self.factory.message_size_limit)
+                if body:
+                    self.onMessage(_unmasked(data, body), opening == BINARY)
+                    if not (self.is_read or self._held):
+                        self._read(True)
+                    return
             self._take(data)
         elif self.state == self.STATE_CONNECTING:
             self._dataReceived(data)
@@ -95,15 +105,6 @@ class Incoming(WebSocketServerProtocol):
 
     def _take(self, data: bytes) -> None:
         """Act on bytes of the peer, behind those that wait."""
-        if self._stage == _IDLE and self._outbox is None and not self._paused:
-            # Nearly always it is one message.
-            opening = self.opening
-            body = message_at(data, opening, self.factory.message_size_limit)
-            if body:
-                self.onMessage(_unmasked(data, body), opening == BINARY)
-                if not (self.is_read or self._held):
-                    self._read(True)
-                return
         self._backlog += data
         if self._stage in (_WORKING, _HELD):
             return

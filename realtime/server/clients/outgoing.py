@@ -122,7 +122,14 @@ class Outgoing:
             self._go_by(Outbox(factory.queue_max_size, factory.queued))
             factory.ends.await_end(self)
         self._spoken = turn
-        self.deliver(self.form.frame(payload))
+        # As `deliver`, without a call more.
+        frame = self.form.frame(payload)
+        try:
+            taken = self.write(frame)
+        except OSError:
+            taken = 0
+        if taken != len(frame):
+            self.keep(frame, taken)
 
     def deliver(self, frame: bytes) -> None:
         """Send a ready frame, behind whatever waits. Never raises; once the connection closes, it is dropped."""
