@@ -1,4 +1,4 @@
-"""The opening handshake of RFC 6455 section 4.2.1, judged from a request head before Autobahn sees any of it.
+"""The opening handshake of RFC 6455 section 4.2: judged from a request head, and answered.
 
 Browsers send the `Origin` of the page that opens a socket, and cookies with it, whatever site the page is from: the
 origin policy here is what keeps other sites' pages out.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from base64 import b64encode
 from collections.abc import Callable, Collection, Iterable, Mapping
+from hashlib import sha1
 from http import HTTPStatus
 from urllib.parse import parse_qsl
 
@@ -19,6 +21,9 @@ from realtime.protocol.session import Request
 SUBPROTOCOLS = {"centrifuge-json": "json", "centrifuge-protobuf": "protobuf"}
 # Query parameters that choose an encoding without a subprotocol (client protocol, section 2.3).
 _ENCODING_PARAMETERS = ("format", "cf_protocol")
+
+_SWITCHING = ("HTTP/1.1 101 Switching Protocols", "Server: realtime", "Upgrade: websocket", "Connection: Upgrade")
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
 
 _MAX_SUBPROTOCOLS = 16  # names read; more are ignored
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -71,6 +76,17 @@ def opening_request(head: Head, remote_address: str) -> Request:
     """What the session gets to know of an accepted handshake: of each query parameter the last value, decoded."""
     query = dict(parse_qsl(head.query, keep_blank_values=True, errors="replace"))
     return Request(head.headers, query, head.path, remote_address)
+
+
+def opening_response(head: Head, subprotocol: str | None, extensions: str = "") -> bytes:
+    """The answer to an accepted handshake (section 4.2.2). subprotocol, extensions: agreed on, None and "" for none."""
+    accept = b64encode(sha1(head.all("sec-websocket-key")[0].encode() + _GUID).digest()).decode()
+    lines = [*_SWITCHING, f"Sec-WebSocket-Accept: {accept}"]
+    if subprotocol is not None:
+        lines.append(f"Sec-WebSocket-Protocol: {subprotocol}")
+    if extensions:
+        lines.append(f"Sec-WebSocket-Extensions: {extensions}")
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def origin_policy(patterns: Iterable[str]) -> Callable[[Head], bool]:

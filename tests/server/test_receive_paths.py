@@ -53,7 +53,7 @@ class Wire:
 class ByAutobahn(WebSocketConnection):
     """All bytes go to Autobahn as they come."""
 
-    def _take(self, data: bytes) -> None:
+    def dataReceived(self, data: bytes) -> None:
         self.data += data
         while self.state == self.STATE_OPEN and self.processData():
             pass
@@ -79,9 +79,8 @@ class Server:
         self.factory.protocol = protocol
         head = HeadParser(16384, 100).feed(handshake(*([more] if more else [])))
         assert isinstance(head, Head)
-        self.connection, opening = self.factory.open(head, self.wire)
+        self.connection = self.factory.open(head, self.wire)
         self.connection.makeConnection(self.wire)
-        self.connection.dataReceived(opening)
         self.wire.written.clear()
 
     def make_session(self, connection: WebSocketConnection, request: Any) -> Echo:

@@ -9,13 +9,11 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from autobahn.websocket.protocol import WebSocketServerProtocol
 from stage import Client, Echo, Stage, eventually, frame, frames_in, handshake, staged, text
 from twisted.internet import reactor, task
 
 from realtime import settings
 from realtime.protocol.frames import text_frame
-from realtime.protocol.head import Head
 from realtime.protocol.session import Request
 from realtime.server.clients.websocket import WebSocketConnection
 
@@ -522,27 +520,6 @@ async def test_an_open_connection_keeps_nothing_of_its_handshake() -> None:
         assert len(kept) <= 10
         assert not any("marked" in repr(value) for value in kept.values())
         client.leave()
-
-
-async def test_a_handshake_that_autobahn_refuses_after_all_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with staged() as stage:
-
-        def open_wrongly(head: Head, transport: Any) -> tuple[WebSocketConnection, bytes]:
-            return opened(head, transport)[0], b"GET / HTTP/1.1\r\n\r\n"
-
-        opened = stage.websocket.open
-        monkeypatch.setattr(stage.websocket, "open", open_wrongly)
-        peer = stage.open_socket(65536)
-        await eventually(lambda: stage.websocket.connections == 1)
-        stage.advance(5.25)
-        await eventually(lambda: stage.websocket.connections == 0)
-        assert peer.recv(10000).startswith(b"HTTP/1.1 400 ")
-        peer.close()
-
-
-def test_every_option_of_autobahn_is_set_by_the_class() -> None:
-    for name in WebSocketServerProtocol.CONFIG_ATTRS:
-        assert hasattr(WebSocketConnection, name), name
 
 
 async def test_ends_are_counted_by_who_ended_the_connection() -> None:

@@ -2,7 +2,7 @@
 
 A request to an endpoint, such as a WebSocket handshake, gets a protocol that takes this one's place on the transport.
 Everything else goes to twisted.web, request by request: bodies pass through untouched, and each head of a kept-alive
-connection is judged like the first. Autobahn and twisted.web are given heads that were rebuilt from what was accepted.
+connection is judged like the first. What twisted.web is given are heads that were rebuilt from what was accepted.
 A request that is refused gets one complete small response; after it the connection is shut in order, so that the
 response is not lost to a reset, and aborted if the peer does not follow.
 """
@@ -47,8 +47,8 @@ class Endpoint(Interface):
     def judge(self, head: Head) -> Refusal | None:
         """Why this request is not let in, or None. Asked once."""
 
-    def open(self, head: Head, transport: Any) -> tuple[Protocol, bytes]:
-        """The protocol for a request that `judge` let in, and what to feed it before the bytes after the head."""
+    def open(self, head: Head, transport: Any) -> Protocol:
+        """The protocol for a request that `judge` let in, which is fed the bytes after the head."""
 
 
 class Server(Interface):
@@ -133,12 +133,12 @@ class Front(Protocol):
             self._refuse(refusal)
             return
         transport = self.transport
-        connection, opening = endpoint.open(head, transport)
+        connection = endpoint.open(head, transport)
         self.factory.waiting -= 1
         transport.protocol = connection
         connection.makeConnection(transport)
-        if opening or rest:
-            connection.dataReceived(opening + rest)
+        if rest:
+            connection.dataReceived(rest)
 
     def _leave_http(self, channel: Server) -> bool:
         """Whether twisted.web has nothing more to say, and is left."""

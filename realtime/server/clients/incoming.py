@@ -91,17 +91,7 @@ class Incoming(WebSocketServerProtocol):
                         self._read(True)
                     return
             self._take(data)
-        elif self.state == self.STATE_CONNECTING:
-            self._dataReceived(data)
         # After our close frame, what the peer still sends means nothing.
-
-    def consumeData(self) -> None:
-        if self.state == self.STATE_OPEN:
-            # What came behind the handshake.
-            data, self.data = self.data, b""
-            self._take(data)
-        else:
-            super().consumeData()
 
     def _take(self, data: bytes) -> None:
         """Act on bytes of the peer, behind those that wait."""

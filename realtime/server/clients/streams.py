@@ -271,9 +271,9 @@ class Endpoint:
         refusal = self._judge_head(head) or self._judge_body(head) or self._streams.admission.judge()
         return refusal and shared(refusal, head)
 
-    def open(self, head: Head, transport: Any) -> tuple[StreamConnection, bytes]:
+    def open(self, head: Head, transport: Any) -> StreamConnection:
         """A connection for a request that `judge` let in."""
-        return StreamConnection(self._streams, self._kind, head, self._max_body_size), b""
+        return StreamConnection(self._streams, self._kind, head, self._max_body_size)
 
     def _judge_head(self, head: Head) -> Refusal | None:
         if head.version != "1.1":

@@ -1,10 +1,10 @@
 """One WebSocket connection: Autobahn's framing in, ready frames out, and the session in between.
 
-Autobahn keeps the handshake, the framing and the closing rules of RFC 6455. This module gives it a head that was
-validated before (`realtime.protocol.handshake`), bounds everything that Autobahn leaves unbounded, and writes past it:
-outgoing frames are built once (`realtime.protocol.frames`) and go straight to the transport, or wait in an outbox
-while the transport is full (`realtime.server.clients.outgoing`); frames of the common kind are read without it, too
-(`realtime.server.clients.incoming`).
+Autobahn keeps the framing and the closing rules of RFC 6455. The handshake has been judged, and is answered, before it
+takes over (`realtime.protocol.handshake`). This module bounds everything that Autobahn leaves unbounded, and writes
+past it: outgoing frames are built once (`realtime.protocol.frames`) and go straight to the transport, or wait in an
+outbox while the transport is full (`realtime.server.clients.outgoing`); frames of the common kind are read without it,
+too (`realtime.server.clients.incoming`).
 
 The end of a connection always has a deadline. Whoever starts it, our close frame is the last thing that is written;
 then this side of the socket is shut, what the peer still sends is thrown away, and the connection is over when the
@@ -21,10 +21,8 @@ from typing import Any, Protocol
 
 from autobahn.exception import PayloadCorruptError, PayloadExceededError
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
-from autobahn.wamp.types import TransportDetails
 from autobahn.websocket import USES_NVX
 from autobahn.websocket.protocol import TrafficStats
-from autobahn.websocket.types import ConnectionRequest
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -36,7 +34,7 @@ from realtime.protocol.compression import EXTENSION, CompressedFrames, CorruptMe
 from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.forms import JSON_PUSHES_TEXT, JSON_TEXT, PROTOBUF_BINARY, Form
 from realtime.protocol.frames import close_frame, ping_frame, pong_frame
-from realtime.protocol.handshake import encoding, judge_handshake, opening_request, subprotocol
+from realtime.protocol.handshake import encoding, judge_handshake, opening_request, opening_response, subprotocol
 from realtime.protocol.head import Head, Refusal
 from realtime.protocol.messages import DisconnectPush
 from realtime.protocol.outbox import Total
@@ -97,7 +95,7 @@ class _Mute:
 
 
 class _Nobody:
-    """Stands for the two Deferreds that Autobahn makes for each connection, which nobody here waits for."""
+    """Stands for a Deferred that Autobahn makes for each connection, and which nobody here waits for."""
 
     def callback(self, result: object) -> None: ...
 
@@ -174,27 +172,15 @@ class _Inflation:
             raise PayloadCorruptError(str(error)) from None
 
 
-# Attributes of a connection that serve the opening handshake alone, or have a shared stand-in on the class.
-_HANDSHAKE_ONLY = {
-    *("_request", "_answer", "_inflate", "_wskey", "http_headers", "http_request_data", "http_request_host"),
-    *("http_request_params", "http_request_path", "http_request_uri", "http_response_data", "http_status_line"),
-    *("websocket_extensions", "websocket_extensions_in_use", "websocket_origin", "websocket_protocols"),
-    *("websocket_version", "send_queue", "trafficStats", "utf8validator"),
-}
-_ABSENT = object()
-
-
 class WebSocketConnection(Outgoing, Incoming):
     """A connection as its session sees it: `send`, `deliver`, `close`, `pause`, `resume`. Loop thread only.
 
     Names in camelCase are Autobahn's or Twisted's, and overridden here.
     """
 
-    # Autobahn copies 33 options from the factory to every connection; here one class holds them for all.
-    CONFIG_ATTRS: list[str] = []
-    logOctets = logFrames = trackTimings = False
-    versions = (13,)
-    webStatus = False
+    # Autobahn copies 33 options from the factory to every connection; here one class holds them for all. Those of the
+    # opening handshake have no meaning here.
+    logOctets = logFrames = False
     # Checked by `onMessage` on the whole message, in C and without a validator for each connection.
     utf8validateIncoming = False
     requireMaskedClientFrames = applyMask = True
@@ -202,24 +188,15 @@ class WebSocketConnection(Outgoing, Incoming):
     # Limits are checked by `onMessageFrameBegin`.
     maxFramePayloadSize = maxMessagePayloadSize = autoFragmentSize = 0
     failByDrop = echoCloseCodeReason = False
-    # The head has a deadline before it gets here, and the closing has one in `wake`.
-    openHandshakeTimeout = closeHandshakeTimeout = 0
-    tcpNoDelay = True
-    perMessageCompressionAccept = staticmethod(lambda offers: None)
-    autoPingInterval = autoPingTimeout = autoPingSize = 0
+    # The closing has a deadline in `wake`.
+    closeHandshakeTimeout = 0
     autoPingRestartOnAnyTraffic = False
-    serveFlashSocketPolicy = False
-    flashSocketPolicy = ""
-    # The origin was judged before, and is not in the head that Autobahn reads.
-    allowedOrigins = allowedOriginsPatterns = ()
-    allowNullOrigin = False
-    maxConnections = trustXForwardedFor = 0
 
     log = _Mute()
-    is_open = is_closed = _Nobody()
-    _transport_details = TransportDetails()
+    is_closed = _Nobody()
+    _transport_details: Any = None
 
-    # What Autobahn gives to every connection and `_shed` takes away again, as long as it is the same for all.
+    # What Autobahn gives to every connection, and is the same for all until something happens.
     trafficStats = TrafficStats()
     send_queue: Any = ()
     utf8validator: Any = None
@@ -253,15 +230,14 @@ class WebSocketConnection(Outgoing, Incoming):
     _heartbeat: _Heartbeat | None = None
     _control_due = 0.0  # when the control frames so far would be used up at the allowed rate
 
-    def __init__(
-        self, request: Request, form: Form, subprotocol: str | None, headers: dict[str, str], inflate: bool
-    ) -> None:
-        """subprotocol, headers: for the answer to the handshake. inflate: whether compressed messages may come."""
+    def __init__(self, factory: WebSocketFactory, request: Request, form: Form, answer: bytes, inflate: bool) -> None:
+        """answer: to the handshake. inflate: whether compressed messages may come."""
         # Autobahn's own initializer only makes what the class attributes above stand for.
-        self._request = request
-        self._answer = subprotocol, headers
-        self._inflate = inflate
+        self.factory = factory
+        self._opening = request, answer
         self.form = form
+        if inflate:
+            self._perMessageCompress = _Inflation(factory.decompressed_limit)
         if form.encoding.name == "protobuf":
             self.opening = BINARY
         self.pings = request.query.get("cf_ws_frame_ping_pong") != "true"
@@ -283,48 +259,33 @@ class WebSocketConnection(Outgoing, Incoming):
     # The way in: hooks that Autobahn calls. It does not guard them.
 
     def connectionMade(self) -> None:
+        """The handshake is answered, and the connection open, before anything else is read of it."""
+        request, answer = self._opening
+        del self._opening
+        self.factory.countConnections += 1
+        self.state = self.STATE_OPEN
         self.transport.setTcpNoDelay(True)
-        self._connectionMade()
+        self.transport.write(answer)
+        self._open(request)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.lose_queue()
         self._let_go()
         self._connectionLost(reason)  # type: ignore[arg-type]
 
-    def _onOpen(self) -> None:
-        self.onOpen()
-
-    def onConnect(self, request: ConnectionRequest) -> tuple[str | None, dict[str, str]]:
-        if self._inflate:
-            self._perMessageCompress = _Inflation(self.factory.decompressed_limit)
-        return self._answer
-
-    def onOpen(self) -> None:
+    def _open(self, request: Request) -> None:
         self.factory.connects.value += 1
         self.begin()
         try:
-            self._session = self.factory.open_session(self, self._request)
+            self._session = self.factory.open_session(self, request)
         except Exception:
             _log.failure("a session could not be opened")
             self.close(*SERVER_ERROR)
             return
         if not self.pings and self.factory.ping_interval > 0:
             self._heartbeat = _Heartbeat(self)
-        if self.form.encoding.unidirectional and self._request.query.get("cf_connect"):
-            self._hear(self._request.query["cf_connect"].encode())
-
-    def succeedHandshake(self, res: Any) -> None:
-        super().succeedHandshake(res)
-        self._shed()
-
-    def _shed(self) -> None:
-        """Forget what is not needed any more, and what only repeats the class: 5 KB of 8."""
-        shared = vars(WebSocketConnection)
-        self.__dict__ = {
-            name: value
-            for name, value in vars(self).items()
-            if name not in _HANDSHAKE_ONLY and shared.get(name, _ABSENT) is not value
-        }
+        if self.form.encoding.unidirectional and request.query.get("cf_connect"):
+            self._hear(request.query["cf_connect"].encode())
 
     def resumeProducing(self) -> None:
         super().resumeProducing()
@@ -416,7 +377,7 @@ class WebSocketConnection(Outgoing, Incoming):
             self.factory.count_end(by, code)
 
     def _closeConnection(self, abort: bool = False) -> None:
-        """Autobahn is done with the connection, after the handshake failed or the peer's close frame came."""
+        """Autobahn is done with the connection: the peer's close frame came."""
         if self._outbox:
             self.transport.write(self._outbox.take(self._outbox.size))
         if not self.bucket:
@@ -500,25 +461,17 @@ class WebSocketFactory(WebSocketServerFactory):
         """Why this request is not let in, or None."""
         return judge_handshake(head, self._admission.origin_allowed) or self._admission.judge()
 
-    def open(self, head: Head, transport: Any) -> tuple[WebSocketConnection, bytes]:
-        """A connection for a request that `judge` let in, and the head to feed it: no more than what was judged."""
+    def open(self, head: Head, transport: Any) -> WebSocketConnection:
+        """A connection for a request that `judge` let in."""
         chosen = subprotocol(head, self._forms)
         request = opening_request(head, self._admission.address(head, transport.getPeer().host))
         spoken = encoding(chosen, request.query)
         spoken = spoken if spoken in self._forms else "json"
         agreement = agree(",".join(head.all("sec-websocket-extensions"))) if self._compression else None
         if agreement is None:
-            connection = self.protocol(request, self._forms[spoken], chosen, {}, False)
-        else:
-            form = self._compressed_form(spoken, agreement.window)
-            connection = self.protocol(request, form, chosen, {"Sec-WebSocket-Extensions": agreement.response}, True)
-        connection.factory = self
-        names = ("host", "sec-websocket-key")
-        fields = [("upgrade", "websocket"), ("connection", "upgrade"), ("sec-websocket-version", "13")]
-        fields += [field for field in head.fields if field[0] in names]
-        if chosen is not None:
-            fields.append(("sec-websocket-protocol", chosen))
-        return connection, Head("GET", head.target, "1.1", tuple(fields), 0).rebuilt()
+            return self.protocol(self, request, self._forms[spoken], opening_response(head, chosen), False)
+        form = self._compressed_form(spoken, agreement.window)
+        return self.protocol(self, request, form, opening_response(head, chosen, agreement.response), True)
 
     def _compressed_form(self, encoding: str, window: int) -> Form:
         """The form of all connections that agreed on this window: what goes to many of them is compressed once."""
