@@ -35,6 +35,11 @@ class Deadlines:
         self._swept_at = clock_now
         self._last = 0
         self._buckets: dict[int, dict[Sleeper, None]] = {}
+        self._waited = False
+
+    def any(self) -> bool:
+        """Whether somebody waits. While nobody does there is no need to sweep."""
+        return bool(self._buckets)
 
     def set(self, sleeper: Sleeper, when: float) -> None:
         """Wake `sleeper` at loop time `when` or up to one resolution later; replaces the deadline it had."""
@@ -62,7 +67,8 @@ class Deadlines:
         """
         elapsed = clock_now - self._swept_at
         self._swept_at = clock_now
-        self.now += min(max(elapsed, 0.0), MAX_STEP)
+        # The first who waits after a time without has waited for one resolution at most.
+        self.now += min(max(elapsed, 0.0), MAX_STEP if self._waited else RESOLUTION)
         due = math.floor(self.now / RESOLUTION)
         while self._last < due:
             self._last += 1
@@ -76,3 +82,4 @@ class Deadlines:
                 except BaseException:
                     self._last -= 1
                     raise
+        self._waited = bool(self._buckets)

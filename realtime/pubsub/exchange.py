@@ -164,6 +164,10 @@ class Exchange(Generic[P]):
         self._streams.sweep(now, limit)
         self._receipts.sweep(now, limit)
 
+    def perishable(self) -> bool:
+        """Whether there is anything that could be over some time."""
+        return bool(self._streams or self._receipts)
+
     # Routing
 
     def subscribe(self, peer: P, channel: str, *, again: bool = False) -> None:

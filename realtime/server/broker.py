@@ -6,13 +6,13 @@ dies. What a worker has to do with it, see `realtime.server.broker_engine`; what
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Collection
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
@@ -24,10 +24,13 @@ from realtime.records import ClientInfo, Publication
 from realtime.server import child
 from realtime.server.link import PEER_ENDED, Link, adopt
 from realtime.settings import EngineSettings
-from realtime.supervision.accounts import Accounts, Kind
+from realtime.supervision.accounts import Accounts
 
 SWEEP_INTERVAL = 0.25
 """Seconds between two looks for what is over."""
+
+BEAT_INTERVAL = 1.0
+"""Seconds between two beats: nobody's code but ours runs here, so the supervisor need only see that it is not stuck."""
 
 PATIENCE = 0.25
 """The share of a worker's queue that answers may fill before its other requests wait; the rest is for publications."""
@@ -57,15 +60,6 @@ class Broker:
         self.publications = metrics.counter("realtime_broker_publications", "Publications taken from workers.")
         self.requests = metrics.counter("realtime_broker_requests", "Requests worked off.")
         self.cuts = metrics.counter("realtime_broker_cut_links", "Streams to workers that were cut, for any reason.")
-
-    def start(self) -> None:
-        """Begin to free what is over, now and then."""
-        accounts = self._accounts
-        sweeping = LoopingCall(accounts.charging(accounts.open(Kind.TIMERS), self._sweep))
-        sweeping.clock = self._reactor
-        sweeping.start(SWEEP_INTERVAL, now=False).addErrback(
-            lambda failure: _log.failure("histories are not swept any more", failure)
-        )
 
     async def drain(self, timeout: float) -> None:
         """Wait until every worker has left. The supervisor ends them before it ends us, but a signal to the whole
@@ -102,7 +96,8 @@ class Broker:
         if not self._peers and self._deserted is not None and not self._deserted.called:
             self._deserted.callback(None)
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
+        """Free what is over. Every SWEEP_INTERVAL seconds."""
         self.exchange.sweep(self.now())
 
     def _backlog(self) -> int:
@@ -293,7 +288,9 @@ class _Peer:
 async def start(process: child.Child) -> None:
     """Be the broker of this process's supervisor."""
     broker = Broker(process.settings.engine, process.metrics, process.reactor, process.accounts)
-    broker.start()
+    stuck = process.settings.loop.stuck or math.inf
+    process.pulse.interval = max(process.pulse.interval, min(BEAT_INTERVAL, stuck / 4))
+    process.pulse.chores.add(SWEEP_INTERVAL, broker.sweep, wanted=broker.exchange.perishable)
     process.on_link = broker.attach
     process.on_drain = broker.drain
 

@@ -143,7 +143,7 @@ class Child:
         """Run `start` in the turning loop, and report how it went."""
         # Twisted has set its own handler by now. It would stop the reactor with clients still connected.
         signal.signal(signal.SIGTERM, self._on_sigterm)
-        self._forgive_strays()
+        self.pulse.chores.add(_FORGIVE_INTERVAL, self._forgive_strays)
         self.pulse.start()
         maybeDeferred(_deferred, start, self).addCallbacks(self._started, self._failed)
 
@@ -154,7 +154,6 @@ class Child:
         """Undo the alarm of a SIGUSR2 that a stranger sent: the supervisor lives, or we would be draining."""
         if not self.draining:
             signal.alarm(0)
-            self.reactor.callLater(_FORGIVE_INTERVAL, self._forgive_strays)
 
     def _started(self, _: object) -> None:
         if self.draining:
@@ -312,6 +311,7 @@ def main(argv: Sequence[str], start: Callable[[Child], Awaitable[None]]) -> int:
     turns.ready = getattr(loop, "_ready", ())  # asyncio shows its queue to nobody
     tree = settings.load(_read(options.settings))
     pulse = Pulse(page, LoopClock(loop), tree.loop, turns)
+    pulse.rests = True
     child = Child(options.slot, tree, options.listen, page, reactor, pulse, turns.accounts, lambda: turns.turns)
     log.begin(child.name, tree.log.level, sys.stdout)
     _adopt(clock, options.link, child.control)

@@ -96,6 +96,10 @@ class Process(ProcessProtocol):
             self._vitals = self._page.read() or self._vitals
         return self._vitals
 
+    def glance(self) -> tuple[int, float, int]:
+        """The latest signs of life that tell a calm loop, see `Page.glance`; zeros before the first."""
+        return self._page.glance() if self._page is not None else (0, 0.0, 0)
+
     @property
     def running(self) -> Running | None:
         """The handler that runs on its loop now."""

@@ -1,7 +1,8 @@
 """The pulse of a process's loop: what it writes to its vitals page, so that the supervisor sees how the loop turns.
 
 each turn    Turns, which is the loop's selector, notes when the loop begins to work and when it idles
-each beat    Pulse, a timer, writes the reading: how late the timer was, what the turns were like, what is held
+each beat    Pulse, a timer, writes the reading: how late the timer was, what the turns were like, what is held; while
+             the loop idles, its selector nods in the midst of its wait, which is all that changes then
 each call    Marks names the handler that runs
 """
 
@@ -16,12 +17,17 @@ from contextlib import suppress
 from typing import Protocol
 
 import psutil
+from twisted.logger import Logger
 
 from realtime.metrics import Sample
-from realtime.server.poller import Poller
+from realtime.server import log
+from realtime.server.chores import Chores
+from realtime.server.poller import Poller, Ready
 from realtime.settings import Loop
 from realtime.supervision.accounts import Account, Accounts, Kind
-from realtime.supervision.vitals import Page, State, Vitals
+from realtime.supervision.vitals import QUIET, Page, State, Vitals
+
+_log = Logger(observer=log.observer)
 
 # Seconds over which the utilisation is smoothed.
 _SMOOTHING = 1.0
@@ -59,12 +65,26 @@ class LoopClock:
         self.callLater = loop.call_later
 
 
+class Rest(Protocol):
+    """A pulse that has no timer now. Times are nanoseconds. due: of the next nod. until: when there must be a turn."""
+
+    due: float
+    until: float
+
+    def nod(self, now: int) -> bool:
+        """Beat, if that is all there is to say."""
+
+    def end(self) -> None:
+        """The loop takes a turn."""
+
+
 class Turns(Poller):
     """The selector of an asyncio loop, which measures that loop.
 
     A loop is either inside `select` or at work, so this is the one place that sees every turn, and a turn that does not
     end too: the page says since when. idle: nanoseconds spent waiting, together. turns, callbacks: see `Vitals`. ready:
-    the loop's own queue, set when there is a loop. accounts: charged with the time that it is not idle.
+    the loop's own queue, set when there is a loop. rest: whose beats are nods while the loop idles. accounts: charged
+    with the time that it is not idle.
     """
 
     def __init__(self, page: Page, now: Callable[[], int] = time.monotonic_ns) -> None:
@@ -75,36 +95,51 @@ class Turns(Poller):
         self.turns = 0
         self.callbacks = 0
         self.ready: Sized = ()
+        self.rest: Rest | None = None
         self._page = page
         self._now = now
         self._since = now()
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """As any selector's. About a microsecond more."""
+        worked = self._now()
+        if worked - self._since > _LONG:
+            self._page.note_block(self._since, worked)
         if timeout is not None and timeout <= 0:  # the loop has work and only looks for more
-            events = self.wait(timeout)
-            now = self._now()
-            if now - self._since > _LONG:
-                self._page.note_block(self._since, now)
+            ready, now = self.wait(timeout), worked
+            self._page.be_busy(now)
         else:
-            worked = self._now()
-            if worked - self._since > _LONG:
-                self._page.note_block(self._since, worked)
-            self._page.be_busy(0)
-            self.accounts.idle(worked)
-            events = self.wait(timeout)
-            now = self._now()
-            self.accounts.wake(now)
-            self.idle += now - worked
+            ready, now = self._idle(timeout, worked)
         self._since = now
-        self._page.be_busy(now)
         self.turns += 1
-        self.callbacks += len(events) + len(self.ready)
+        self.callbacks += len(ready) + len(self.ready)
+        if self.rest is not None:
+            self.rest.end()
+        if not ready:
+            return []
         before = self.accounts.switch(self._reading)
         try:
-            return self.serve(events)
+            return self.serve(ready)
         finally:
             self.accounts.switch(before)
+
+    def _idle(self, timeout: float | None, now: int) -> tuple[Ready, int]:
+        """Wait from `now` on, with nods in between; who is ready, and the time."""
+        rest = self.rest
+        if rest is not None:
+            until = rest.until if timeout is None else min(rest.until, now + timeout * 1e9)
+            timeout = max(0.0, min(rest.due, until) - now) / 1e9
+        while True:
+            self._page.be_busy(0)
+            self.accounts.idle(now)
+            began, ready = now, self.wait(timeout)
+            now = self._now()
+            self.accounts.wake(now)
+            self.idle += now - began
+            self._page.be_busy(now)
+            if rest is None or ready or now >= until or not rest.nod(now):
+                return ready, now
+            timeout = (min(rest.due, until) - now) / 1e9
 
 
 class Marks:
@@ -136,10 +171,12 @@ class Marks:
 
 
 class Pulse:
-    """Writes the page every `loop.interval` seconds while it runs.
+    """Writes the page every `interval` seconds while it runs.
 
     `connections` and the other callables are asked at each beat; whoever counts those things puts its own there. They
-    must be quick and must not raise.
+    must be quick and must not raise. chores: done after a beat, when they are due. interval: `loop.interval`, and may
+    be changed. rests: whether the selector may beat in its place while the loop idles. What an idle loop's beat costs
+    is the memory that it touches, which the caches have lost meanwhile: a nod touches a tenth of what a turn does.
     """
 
     def __init__(self, page: Page, clock: Clock, loop: Loop, turns: Turns | None = None) -> None:
@@ -154,14 +191,19 @@ class Pulse:
         self.lag = 0.0  # seconds, of the last beat
         self.utilisation = 0.0  # see `Vitals`
         self.rss = 0  # bytes, at most about a second old
+        self.chores = Chores(_log)
+        self.interval = loop.interval
+        self.rests = False
+        self.due = self.until = math.inf
+        self._nodded = False
         self._page = page
         self._clock = clock
-        self._interval = loop.interval
         self._turns = turns
         self._idle = 0
         self._measured = 0.0
         self._rss_due = -math.inf
         self._due = 0.0
+        self._running = False
         self._call: Call | None = None
         self._process = psutil.Process()
         self._tick: Callable[[], None] = self._beat
@@ -170,14 +212,16 @@ class Pulse:
 
     def start(self) -> None:
         """Beat now, and go on."""
+        self._running = True
         self._due = self._measured = self._clock.seconds()
         self._beat()
 
     def stop(self) -> None:
         """Beat no more, and say so: the loop ends. Idempotent."""
-        if self._call is not None:
-            self._call.cancel()
-            self._call = None
+        if self._running:
+            self._running = False
+            if self._call is not None:
+                self._call.cancel()
             self.enter(State.ENDED)
 
     def enter(self, state: State) -> None:
@@ -187,12 +231,45 @@ class Pulse:
 
     def _beat(self) -> None:
         now = self._clock.seconds()
+        self._tell(now)
+        self.chores.do(now)
+        turn = min(self.chores.due(), self._rss_due)
+        # From now, not from when it was due: a stalled loop does not make up for the beats that it missed.
+        self._due = max(now, min(now + self.interval, turn))
+        if self.rests and self._turns is not None:
+            self.due, self.until = self._due * 1e9, turn * 1e9
+            self._turns.rest = self
+        else:
+            self._call = self._clock.callLater(self._due - now, self._tick)
+
+    def _tell(self, now: float) -> None:
         self.lag = max(0.0, now - self._due)
         self._measure(now)
         self.on_beat(self._write(now))
-        # From now, not from when it was due: a stalled loop does not make up for the beats that it missed.
-        self._due = now + self._interval
-        self._call = self._clock.callLater(self._interval, self._tick)
+
+    # While it rests.
+
+    def nod(self, now: int) -> bool:
+        """Say that it beats, and no more. False: there is more to say."""
+        if not self.due <= now <= self.due + QUIET * 1e9:
+            return False
+        self._page.nod(now)
+        self._nodded = True
+        self.due = now + self.interval * 1e9
+        return True
+
+    def end(self) -> None:
+        """Have the next beat by a timer. What happened while it rested is told now: others go by it in this turn."""
+        assert self._turns is not None
+        self._turns.rest = None
+        if not self._running:
+            return
+        now = self._clock.seconds()
+        self._due = min(self.due, self.until) / 1e9
+        if self._nodded:
+            self._nodded = False
+            self._tell(now)
+        self._call = self._clock.callLater(max(0.0, self._due - now), self._tick)
 
     def _measure(self, now: float) -> None:
         if now >= self._rss_due:

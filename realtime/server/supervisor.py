@@ -130,6 +130,7 @@ class Supervisor(Service):
         )
         self.watch.listeners.append(self.steering.condition_changed)
         self.watch.looks += [self.steering.look, self._rescue.look]
+        self.watch.chores.add(TICK, self._tick)
 
     def startService(self) -> None:
         """Start all processes."""
@@ -174,7 +175,6 @@ class Supervisor(Service):
     def _begin(self) -> None:
         self._take_signals()
         self._carry(self.pool.start(self._now()))
-        self._tick()
         self.watch.start()
         if self._admin is not None:
             self._admin.start()
@@ -240,8 +240,6 @@ class Supervisor(Service):
         self._replace_bloated(vitals, now)
         if self._healthy(now):
             self._notifier.feed(now)
-        if not self._halted:
-            self._reactor.callLater(TICK, self._tick)
 
     def _replace_bloated(self, vitals: Mapping[int, Vitals | None], now: float) -> None:
         limit = self._settings.loop.max_rss

@@ -1,7 +1,8 @@
-"""The eye on the workers: reads their pages every few milliseconds, and tells whose condition has changed."""
+"""The eye on the workers: reads their pages many times a second, and tells whose condition has changed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -9,12 +10,17 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
 from realtime.server import log
+from realtime.server.chores import Chores
 from realtime.settings import Loop
-from realtime.supervision.health import CALM_TICK, TICK, Health, Judge
+from realtime.supervision.health import TICK, Condition, Health, Judge
 from realtime.supervision.pool import Pool, Slot, State
 from realtime.supervision.vitals import Vitals
 
 Listener = Callable[[int, Health], None]
+
+# Seconds between two looks at everything, while every process is ready and every worker is calm: in between there are
+# glances alone.
+WHOLE = 0.25
 
 _log = Logger(observer=log.observer)
 
@@ -24,14 +30,15 @@ class Watched(Protocol):
 
     @property
     def vitals(self) -> Vitals | None: ...
+    def glance(self) -> tuple[int, float, int]: ...
 
 
 class Watch:
-    """The health of every worker's slot, judged every few milliseconds while it runs: less often while all are calm.
+    """The health of every worker's slot, judged whenever a loop could be found lagging, and every TICK while one is.
 
     health: of all slots, by number, from the first look on. listeners: called with (slot, health) at each change of
-    condition, after `health` has been brought up to date; add your own. looks: called after each
-    look, many times a second.
+    condition, after `health` has been brought up to date; add your own. looks: called after each look, a few times a
+    second while all are calm. chores: done after a look, too, when they are due.
     """
 
     def __init__(self, reactor: Any, loop: Loop, pool: Pool, processes: Mapping[int, Watched]) -> None:
@@ -39,22 +46,29 @@ class Watch:
         self.health: dict[int, Health] = {}
         self.listeners: list[Listener] = []
         self.looks: list[Callable[[], None]] = []
+        self.chores = Chores(_log)
         self._reactor = reactor
         self._judge = Judge(loop)
         self._pool = pool
         self._processes = processes
         self._watching = False
+        self._looked = 0.0
         self._call: IDelayedCall | None = None
 
     def start(self) -> None:
         """Look now, and go on."""
         self._watching = True
+        now = self._reactor.seconds()
+        due = 0.0
         try:
-            self.look()
+            due = self._glance(now)
+            if not due:
+                self.look()
+                self.chores.do(now)
+                due = min(health.due for health in self.health.values())
         finally:
             if self._watching:
-                calm = all(health.calm for health in self.health.values())
-                self._call = self._reactor.callLater(CALM_TICK if calm else TICK, self.start)
+                self._call = self._reactor.callLater(due - now if due > now else TICK, self.start)
 
     def stop(self) -> None:
         """Look no more. Idempotent."""
@@ -62,9 +76,21 @@ class Watch:
         if self._call is not None and self._call.active():
             self._call.cancel()
 
+    def _glance(self, now: float) -> float:
+        """When to look again; 0.0: now, at everything."""
+        if now - self._looked >= WHOLE or not self._pool.ready:
+            return 0.0
+        due = math.inf
+        for slot, health in self.health.items():
+            process = self._processes.get(slot)
+            if process is None or health.condition is not Condition.HEALTHY:
+                return 0.0
+            due = min(due, self._judge.glance(slot, *process.glance(), now))
+        return due
+
     def look(self) -> None:
         """Judge every slot."""
-        now = self._reactor.seconds()
+        now = self._looked = self._reactor.seconds()
         changed = []
         for slot in self._pool.workers:
             before = self.health.get(slot.number)

@@ -199,6 +199,7 @@ class Worker:
         self._ports: list[Any] = []
         self._takers: list[Taker] = []
         self._linked: Deferred[None] = Deferred()
+        self._tallied = 0
         self._measure()
 
     def _open_session(self, connection: Any, request: Any) -> Session:
@@ -229,14 +230,14 @@ class Worker:
         self._process.on_drain = self.drain
         self._process.on_adopt = self._take_from
         accounts = self._process.accounts
-        tasks: list[tuple[Callable[[], Any], float]] = [(self._sweep, RESOLUTION), (self._tally, TALLY_INTERVAL)]
+        chores = self._process.pulse.chores
+        chores.add(RESOLUTION, self._sweep, wanted=self._in_use)
+        chores.add(TALLY_INTERVAL, self._tally, wanted=lambda: self._hub.subscriptions != self._tallied)
         check_delay = self._process.settings.client.channel_position_check_delay
         if check_delay:
-            tasks.append((self._check_positions, check_delay))
-        for function, interval in tasks:
-            looping = LoopingCall(accounts.charging(accounts.open(Kind.TIMERS), function))
+            looping = LoopingCall(accounts.charging(accounts.open(Kind.TIMERS), self._check_positions))
             looping.clock = self._reactor
-            looping.start(interval, now=False)
+            looping.start(check_delay, now=False)
         await self._linked
         await self._dispatcher.start()
         self._ports = [listener.adopt(self._reactor, fd, self._front) for fd in self._process.listen]
@@ -256,15 +257,16 @@ class Worker:
         """Serve a connection that the supervisor has accepted. Raises OSError."""
         transport.adopt(self._reactor, fd, self._ports[0].addressFamily, self._front, self._transport)
 
+    def _in_use(self) -> bool:
+        return bool(self._admission.connections) or self._deadlines.any()
+
     def _sweep(self) -> None:
-        try:
-            self._deadlines.sweep(self._reactor.seconds())
-        except Exception:
-            # One session's mistake ends neither the sweep nor the others.
-            _log.failure("a deadline failed")
+        self._deadlines.sweep(self._reactor.seconds())
 
     def _tally(self) -> None:
-        self._engine.tally(self._hub.subscriptions)
+        # The engine remembers it, also for a broker that comes later.
+        self._tallied = self._hub.subscriptions
+        self._engine.tally(self._tallied)
 
     def _check_positions(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._find_gaps())

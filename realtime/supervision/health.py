@@ -16,17 +16,19 @@ from enum import Enum
 from msgspec import Struct
 
 from realtime.settings import Loop
-from realtime.supervision.vitals import State, Vitals
+from realtime.supervision.vitals import QUIET, State, Vitals
 
-# Seconds between two looks; the second while nobody is late. Then a block is seen at the next look, and looked at again
-# at once: it is found out as soon as ever. Less than `loop.interval`, so that every beat is seen.
+# Seconds between two looks at a worker that is not healthy; and at one that is, at most: a turn that has begun by then
+# is looked at again when it could be too long. Less than `loop.interval`, so that every beat is seen.
 TICK = 0.01
-CALM_TICK = 0.02
+CALM_TICK = 0.035
+# Seconds between two looks at one that is healthy, at least.
+_SOON = TICK / 2
 # Seconds without cause after which a worse condition is left.
 CALM = 0.5
 # Seconds between two looks that make the later one late. Less than `loop.lagging`: a shorter pause of the whole machine
 # makes nobody look like lagging.
-_LATE = 0.045
+_LATE = 0.048
 # A beat that is further ahead than this is no beat: nothing can be told of such a loop.
 _FUTURE = 1.0
 
@@ -45,7 +47,7 @@ class Health(Struct, frozen=True):
     """A worker as it was judged at the latest look.
 
     since: when it came into this condition, CLOCK_MONOTONIC seconds. lag: seconds, see above. connections,
-    subscriptions: held, as its page says. utilisation: of its loop, 0 to 1.
+    subscriptions: held, as its page says. utilisation: of its loop, 0 to 1. due: when to look again.
     """
 
     slot: int
@@ -58,11 +60,7 @@ class Health(Struct, frozen=True):
     queued_bytes: int = 0
     blocked: float = 0.0
     vitals: Vitals | None = None
-
-    @property
-    def calm(self) -> bool:
-        """Whether it will do to look again after CALM_TICK."""
-        return self.condition is Condition.HEALTHY and self.lag < TICK
+    due: float = 0.0
 
 
 class Judge:
@@ -75,7 +73,7 @@ class Judge:
         self._records: dict[int, _Record] = {}
 
     def judge(self, slot: int, vitals: Vitals | None, now: float, leaving: bool = False) -> Health:
-        """The health of a slot. Every TICK or CALM_TICK seconds, for every slot.
+        """The health of a slot. Whenever it is `due` for one of them, for every slot.
 
         vitals: of a process that serves or is leaving, read not before `now`; None when there is none. leaving: it is
         expected to end, whether or not it knows. now: CLOCK_MONOTONIC seconds.
@@ -88,7 +86,7 @@ class Judge:
         record.looked = now
         if vitals is None or vitals.state is State.ENDED:
             record.forget()
-            return Health(slot, Condition.ABSENT, record.enter(Condition.ABSENT, now))
+            return Health(slot, Condition.ABSENT, record.enter(Condition.ABSENT, now), due=now + TICK)
         blocked = self._blocked(vitals, now, record.excused)
         # Of a timer that was late, only the part since we began to look.
         lag = max(blocked, min(vitals.lag, vitals.beat / 1e9 - record.excused))
@@ -110,7 +108,27 @@ class Judge:
             vitals.queued_bytes,
             blocked,
             vitals,
+            self._due(vitals.beat, vitals.busy_since, now) if condition is Condition.HEALTHY else now + TICK,
         )
+
+    def glance(self, slot: int, beat: int, lag: float, busy_since: int, now: float) -> float:
+        """When to look again at a slot that was healthy at the latest look; 0.0: now, and closely, with `judge`.
+
+        beat, lag, busy_since: see `Vitals`. It takes a microsecond, and touches little: on a machine that idles, that
+        is what a look costs.
+        """
+        record = self._records[slot]
+        due = self._due(beat, busy_since, now)
+        if lag > QUIET or now - record.looked > _LATE or due <= now + _SOON or beat / 1e9 > now + _FUTURE:
+            return 0.0
+        record.looked = now
+        return due
+
+    def _due(self, beat: int, busy_since: int, now: float) -> float:
+        """When this loop could be lagging at the earliest, by the turn that it is in and by the beat that is next."""
+        turn = busy_since / 1e9 or now
+        earliest = min(turn, beat / 1e9 + self._interval) + min(self._lagging, self._pressed)
+        return min(max(earliest, now + _SOON), now + CALM_TICK)
 
     def _blocked(self, vitals: Vitals, now: float, excused: float) -> float:
         beat = vitals.beat / 1e9

@@ -11,6 +11,7 @@ Native byte order, both ends being the same machine. Each part is written in its
          before and after, has a torn copy and tries again.
     256  busy_since, at every turn: one aligned machine word, which is never torn.
     264  the latest long turn, when it is over: its beginning and its end. The beginning is 0 meanwhile.
+    280  the latest nod: the beat of a loop that idles and has no news, one word.
     320  relief, the only part that the supervisor writes: one word.
     384  the handler that runs: a serial number, names, the serial number once more (0 when it has returned). Written
          upwards and read downwards, so that a reader sees two different numbers if the writer was at it.
@@ -35,6 +36,8 @@ _BODY = struct.Struct("=qdqqqdqqqqqq")  # the fields of Vitals in order, without
 _WORD = 8
 _BUSY_SINCE = 256 // _WORD
 _BLOCK_SINCE, _BLOCK_UNTIL = _BUSY_SINCE + 1, _BUSY_SINCE + 2
+_NOD = _BUSY_SINCE + 3
+_BEAT, _LAG = 1, 2  # the first two words of the body
 _RELIEF = 320 // _WORD
 _NAME_BYTES = 64
 _MARK_AT = 384
@@ -43,6 +46,10 @@ _NAMES = struct.Struct(f"={_NAME_BYTES}s{_NAME_BYTES}s")
 _MARK_OPEN = _MARK_AT // _WORD
 _MARK_CLOSE = (_MARK_AT + _WORD + _NAMES.size) // _WORD
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+QUIET = 0.002
+"""Seconds: a beat that is no later than this is no news."""
+
 # A writer holds the number odd for about a microsecond: more tries than this mean that it was stopped right there.
 _TRIES = 3
 
@@ -59,10 +66,11 @@ class State(IntEnum):
 class Vitals(Struct, frozen=True):
     """One reading. Times are CLOCK_MONOTONIC nanoseconds.
 
-    beat: when the loop last served its timer. lag: seconds by which that timer was late. connections, subscriptions:
-    held. utilisation: share of the last second or so that the loop did not idle in its selector, 0 to 1. turns: of the
-    loop since it began. callbacks: that were ready at the start of those turns, together. queued_bytes: that wait for
-    slow sockets. threads_busy, threads_waiting: handler threads at work, calls that wait for one. rss: resident bytes.
+    beat: when the loop last served its timer. lag: seconds by which that timer was late; of a loop that idles, the
+    latest one that was later than QUIET. connections, subscriptions: held. utilisation: share of the last second or so
+    that the loop did not idle in its selector, 0 to 1. turns: of the loop since it began. callbacks: that were ready at
+    the start of those turns, together. queued_bytes: that wait for slow sockets. threads_busy, threads_waiting: handler
+    threads at work, calls that wait for one. rss: resident bytes.
     busy_since: when the loop's selector returned last, 0 while the loop idles in it; never torn, and never late.
     block_since, block_until: the latest turn that took long, a `busy_since` and the end; 0 when there was none yet.
     """
@@ -99,6 +107,7 @@ class Page:
         self.fd = fd
         self._memory = mmap.mmap(fd, _SIZE)
         self._words = memoryview(self._memory).cast("q")
+        self._numbers = memoryview(self._memory).cast("d")
         self._sequence = _SEQUENCE.unpack_from(self._memory)[0]
         self._serial = 0
 
@@ -149,6 +158,10 @@ class Page:
         """The loop begins a turn, or idles from now on (0). Twice a turn, so it must cost next to nothing."""
         self._words[_BUSY_SINCE] = since
 
+    def nod(self, now: int) -> None:
+        """A beat, while all but the time is as in the latest reading."""
+        self._words[_NOD] = now
+
     def note_block(self, since: int, until: int) -> None:
         """A turn that took long is over."""
         self._words[_BLOCK_SINCE] = 0
@@ -176,8 +189,15 @@ class Page:
             before = _SEQUENCE.unpack_from(self._memory)[0]
             body = _BODY.unpack_from(self._memory, _SEQUENCE.size)
             if before % 2 == 0 and _SEQUENCE.unpack_from(self._memory)[0] == before:
-                return _sensible(*body, self._words[_BUSY_SINCE], *self._block()) if before else None
+                beat, *rest = body
+                beat = max(beat, self._words[_NOD])
+                return _sensible(beat, *rest, self._words[_BUSY_SINCE], *self._block()) if before else None
         return None
+
+    def glance(self) -> tuple[int, float, int]:
+        """The latest `beat`, `lag` and `busy_since`, each for itself, whatever was written. Cheaper than `read`."""
+        words = self._words
+        return max(words[_BEAT], words[_NOD]), self._numbers[_LAG], words[_BUSY_SINCE]
 
     def _block(self) -> tuple[int, int]:
         since, until = self._words[_BLOCK_SINCE], self._words[_BLOCK_UNTIL]
@@ -198,6 +218,7 @@ class Page:
     def close(self) -> None:
         """Unmap the page and close its descriptor. The other process's mapping stays."""
         self._words.release()
+        self._numbers.release()
         self._memory.close()
         os.close(self.fd)
 

@@ -103,7 +103,9 @@ def idle_share(seconds: float, measured: bool) -> float:
     def wake() -> None:
         loop.call_later(Loop().interval, wake)
 
-    loop.call_soon(Pulse(page, LoopClock(loop), Loop(), turns).start if measured else wake)
+    pulse = Pulse(page, LoopClock(loop), Loop(), turns)
+    pulse.rests = True
+    loop.call_soon(pulse.start if measured else wake)
     loop.call_later(seconds, loop.stop)
     began, used = time.monotonic(), time.process_time()
     loop.run_forever()

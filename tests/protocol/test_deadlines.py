@@ -89,11 +89,26 @@ def test_a_stalled_loop_and_a_clock_that_goes_back_cost_nobody_anything():
     deadlines = Deadlines(0.0)
     sleeper = Sleeper(deadlines)
     deadlines.set(sleeper, 5.0)
+    deadlines.sweep(RESOLUTION)
     deadlines.sweep(60.0)
-    assert deadlines.now == MAX_STEP
+    assert deadlines.now == RESOLUTION + MAX_STEP
     deadlines.sweep(30.0)
-    assert deadlines.now == MAX_STEP
+    assert deadlines.now == RESOLUTION + MAX_STEP
     assert sleeper.woken == []
+
+
+def test_without_sweeps_while_nobody_waits_the_first_who_does_is_not_woken_early():
+    deadlines = Deadlines(0.0)
+    deadlines.sweep(RESOLUTION)
+    sleeper = Sleeper(deadlines)
+    assert not deadlines.any()
+    deadlines.set(sleeper, deadlines.now + 1.0)
+    assert deadlines.any()
+    sweep(deadlines, 100.0, 1.0 - RESOLUTION)
+    assert sleeper.woken == []
+    sweep(deadlines, 101.0, 2 * RESOLUTION)
+    assert len(sleeper.woken) == 1
+    assert not deadlines.any()
 
 
 def test_one_that_fails_takes_nobody_along():

@@ -7,11 +7,14 @@ import os
 import selectors
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from twisted.internet.task import Clock
 
+from realtime.server.poller import Ready
 from realtime.server.pulse import Marks, Pulse, Turns
 from realtime.settings import Loop
 from realtime.supervision.accounts import Accounts, Kind
@@ -127,13 +130,10 @@ def test_a_turn_is_busy_and_a_wait_is_not(beating: Beating) -> None:
     beating.pulse.start()
     seen: list[int] = []
 
-    class Watching(selectors.DefaultSelector):
-        def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-            seen.append(busy_since(beating.page))
-            return super().select(timeout)
-
-    class WatchedTurns(Turns, Watching):
-        pass
+    class WatchedTurns(Turns):
+        def wait(self, timeout: float | None) -> Ready:
+            seen.append(busy_since(self._page))
+            return super().wait(timeout)
 
     turns = WatchedTurns(beating.page)
     before = time.monotonic_ns()
@@ -226,6 +226,113 @@ def test_a_loop_runs_on_it(beating: Beating) -> None:
     assert busy[0] > 0
     assert turns.turns >= 1
     assert turns.idle > 500_000
+
+
+# Rest.
+
+
+class Timers:
+    """Those of a real loop, but that the test sets them off."""
+
+    seconds = staticmethod(time.monotonic)
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+
+    def callLater(self, delay: float, f: Callable[[], None]) -> Any:
+        self.calls.append(f)
+        return SimpleNamespace(cancel=lambda: self.calls.remove(f))
+
+    def fire(self) -> None:
+        self.calls.pop()()
+
+
+class Resting:
+    """A loop that waits on its selector."""
+
+    def __init__(self) -> None:
+        self.page = Page.create()
+        self.turns = Turns(self.page)
+        self.timers = Timers()
+        self.pulse = Pulse(self.page, self.timers, Loop(interval=0.01), self.turns)
+        self.pulse.rests = True
+        self.told: list[Vitals] = []
+        self.pulse.on_beat = self.told.append
+        self.pulse.start()
+        self.told.clear()
+
+    def read(self) -> Vitals:
+        reading = self.page.read()
+        assert reading is not None
+        return reading
+
+
+@pytest.fixture
+def resting() -> Iterator[Resting]:
+    resting = Resting()
+    yield resting
+    resting.turns.close()
+    resting.page.close()
+
+
+def test_a_loop_that_idles_beats_without_a_turn_or_a_timer(resting: Resting) -> None:
+    first = resting.read().beat
+    assert resting.timers.calls == []
+    assert resting.turns.select(0.1) == []
+    assert resting.turns.turns == 1
+    assert resting.read().beat > first + 80_000_000
+
+
+def test_when_it_has_work_everything_is_told_and_the_next_beat_is_a_timers(resting: Resting) -> None:
+    resting.pulse.connections = lambda: 7
+    resting.turns.select(0.1)
+    assert resting.told
+    assert resting.told[-1].connections == resting.read().connections == 7
+    assert len(resting.timers.calls) == 1
+    told = len(resting.told)
+    resting.turns.select(0.05)  # from now on, until that timer
+    assert len(resting.told) == told
+
+
+def test_an_event_ends_the_rest_at_once(resting: Resting) -> None:
+    reader, writer = os.pipe()
+    resting.turns.register(reader, selectors.EVENT_READ)
+    os.write(writer, b"x")
+    assert len(resting.turns.select(None)) == 1
+    assert resting.told == []  # it did not nod, so there is no news
+    assert len(resting.timers.calls) == 1
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_loop_that_only_looks_for_more_work_has_a_timer(resting: Resting) -> None:
+    resting.turns.select(0)
+    assert len(resting.timers.calls) == 1
+
+
+def test_a_chore_ends_the_rest(resting: Resting) -> None:
+    done: list[float] = []
+    resting.pulse.chores.add(0.05, lambda: done.append(1))
+    resting.turns.select(0)
+    resting.timers.fire()  # a beat, with which the interval begins
+    resting.turns.select(None)
+    resting.timers.fire()
+    assert done == [1]
+
+
+def test_time_at_rest_is_idle_and_what_beats_is_not(resting: Resting) -> None:
+    began = time.monotonic_ns()
+    resting.turns.select(0.1)
+    passed = time.monotonic_ns() - began
+    assert passed * 0.5 < resting.turns.idle < passed
+    assert busy_since(resting.page) > began
+
+
+def test_no_timer_is_left_when_it_stops_at_rest(resting: Resting) -> None:
+    resting.pulse.stop()
+    resting.turns.select(0.03)
+    assert resting.timers.calls == []
+    assert resting.read().state is State.ENDED
 
 
 # Marks.

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import Deferred
-from twisted.internet.task import deferLater
+from twisted.internet.task import LoopingCall, deferLater
 from twisted.internet.threads import deferToThread
 from twisted.web.resource import Resource
 from twisted.web.server import Site
 
+from realtime.protocol.deadlines import RESOLUTION
 from realtime.server.operators import viewers
 from realtime.server.operators.viewers import Viewers
 
@@ -45,7 +46,8 @@ class Port:
         self.figures: Any = Figures()
         self.reactor = reactor
         self.viewers = Viewers(reactor, self.figures, Site(Resource()), lambda host: host.startswith("localhost"))
-        self.viewers.start()
+        self._sweeping = LoopingCall(self.viewers.sweep)
+        self._sweeping.start(RESOLUTION)
         self._listening = reactor.listenTCP(0, self.viewers.front, interface="127.0.0.1")
         self.number = self._listening.getHost().port
 
@@ -64,6 +66,7 @@ class Port:
 
     def close(self) -> Deferred[Any]:
         self.viewers.close()
+        self._sweeping.stop()
         return self._listening.stopListening()
 
 

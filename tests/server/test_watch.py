@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from twisted.internet.task import Clock
 
-from realtime.server.watch import Watch
+from realtime.server.watch import WHOLE, Watch
 from realtime.settings import Loop, Workers
 from realtime.supervision.health import CALM, TICK, Condition, Health
 from realtime.supervision.pool import Pool
@@ -20,11 +21,16 @@ class Worker:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.blocked_at = 0.0
+        self.lag = 0.0
 
     @property
     def vitals(self) -> Vitals:
+        beat, lag, _ = self.glance()
+        return Vitals(beat, lag, 1, 1, State.READY)
+
+    def glance(self) -> tuple[int, float, int]:
         beat = self.blocked_at or self._clock.seconds()
-        return Vitals(int(beat * 1e9), 0.0, 1, 1, State.READY)
+        return int(beat * 1e9), self.lag, 0
 
 
 class Scene:
@@ -100,6 +106,12 @@ async def test_a_listener_that_fails_does_not_end_the_watch(scene: Scene) -> Non
     assert (0, Condition.HEALTHY) in scene.told
 
 
+def all_ready(scene: Scene) -> None:
+    for slot in (0, 1):
+        scene.pool.announced(slot, scene.clock.seconds())
+    scene.pass_time(2 * TICK)
+
+
 def looks_in(scene: Scene, seconds: float) -> int:
     looks: list[float] = []
     scene.watch.looks = [lambda: looks.append(scene.clock.seconds())]
@@ -107,29 +119,54 @@ def looks_in(scene: Scene, seconds: float) -> int:
     return len(looks)
 
 
-def test_while_all_are_calm_it_looks_half_as_often(scene: Scene) -> None:
-    assert looks_in(scene, 1.0) == pytest.approx(100, abs=2)  # nobody is ready
-    for slot in (0, 1):
-        scene.pool.announced(slot, scene.clock.seconds())
-    assert looks_in(scene, 1.0) == pytest.approx(50, abs=2)
+def test_while_all_are_calm_it_looks_closely_a_few_times_a_second(scene: Scene) -> None:
+    assert looks_in(scene, 1.0) == pytest.approx(1 / TICK, abs=2)  # nobody is ready
+    all_ready(scene)
+    assert looks_in(scene, 1.0) <= 1 / WHOLE
     scene.processes[1].blocked_at = scene.clock.seconds()
-    assert looks_in(scene, 1.0) == pytest.approx(100, abs=2)
+    assert looks_in(scene, 1.0) > 0.9 / TICK
 
 
-def test_a_block_is_found_out_within_a_tick_of_its_limit_also_after_a_calm_time(scene: Scene) -> None:
-    for slot in (0, 1):
-        scene.pool.announced(slot, scene.clock.seconds())
-    scene.pass_time(1)
+def test_calm_workers_are_glanced_at_more_often_than_they_beat(scene: Scene) -> None:
+    all_ready(scene)
+    glances: list[float] = []
+    scene.processes[0].glance = lambda: (glances.append(scene.clock.seconds()), Worker.glance(scene.processes[0]))[1]
+    for _ in range(1000):
+        scene.clock.advance(0.001)
+    assert max(after - before for before, after in pairwise(glances)) <= Loop().interval
+
+
+def test_a_late_beat_is_looked_at_closely(scene: Scene) -> None:
+    all_ready(scene)
+    scene.processes[1].lag = 0.02
+    lags: list[float] = []
+    scene.watch.looks = [lambda: lags.append(scene.watch.health[1].lag)]
+    scene.pass_time(Loop().interval)
+    assert lags == pytest.approx([0.02])
+
+
+def test_a_block_is_found_out_when_it_is_long_enough_also_after_a_calm_time(scene: Scene) -> None:
+    all_ready(scene)
     for begins in range(4):
+        scene.pass_time(CALM + 0.1 + begins * TICK / 2)
         scene.take_told()
-        scene.pass_time(1 + begins * TICK / 2)
         scene.processes[1].blocked_at = blocked = scene.clock.seconds()
         while scene.take_told() != [(1, Condition.LAGGING)]:
             scene.clock.advance(TICK / 10)
         # The beat of these workers is due 10 ms after the one before.
-        assert scene.clock.seconds() - blocked <= Loop().lagging + 2.1 * TICK
+        assert scene.clock.seconds() - blocked <= Loop().lagging + 1.6 * TICK
         scene.processes[1].blocked_at = 0.0
-        scene.pass_time(CALM + 0.1)
+
+
+def test_chores_are_done_after_looks(scene: Scene) -> None:
+    done: list[float] = []
+    scene.watch.chores.add(0.1, lambda: done.append(scene.clock.seconds()))
+    scene.pass_time(2)
+    assert len(done) == pytest.approx(19, abs=1)
+    all_ready(scene)
+    done.clear()
+    scene.pass_time(2)
+    assert len(done) >= 6
 
 
 def test_a_mistake_does_not_end_it(scene: Scene) -> None:

@@ -29,6 +29,7 @@ from twisted.web.http import Request as HTTPRequest
 from twisted.web.server import Request, Site
 
 from realtime.metrics import Metrics, Sample
+from realtime.protocol.deadlines import RESOLUTION
 from realtime.server import dumps, log
 from realtime.server.blame import Blame
 from realtime.server.listener import CannotListen, explain
@@ -95,7 +96,7 @@ class Admin:
             keys = "http_server.internal_address", address, "http_server.internal_port", port
             raise CannotListen(explain(cause, *keys)) from error
         self._hosts = _own_names(self.address)
-        self._viewers.start()
+        overview.watch.chores.add(RESOLUTION, self._viewers.sweep)
 
     def start(self) -> None:
         """Bring the live figures up to date from now on."""

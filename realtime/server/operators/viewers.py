@@ -9,19 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.task import LoopingCall
-from twisted.logger import Logger
 from twisted.web.http import FORBIDDEN
 from twisted.web.server import Site
 
 from realtime import settings
 from realtime.errors import SHUTDOWN
 from realtime.metrics import Metrics
-from realtime.protocol.deadlines import RESOLUTION, Deadlines
+from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.frames import text_frame
 from realtime.protocol.head import UNCOUNTED, Head, Refusal
 from realtime.protocol.session import Request
-from realtime.server import log
 from realtime.server.clients.admission import Admission
 from realtime.server.clients.front import FrontFactory
 from realtime.server.clients.websocket import WebSocketConnection, WebSocketFactory
@@ -32,8 +29,6 @@ MOST_VIEWERS = 20
 # Bytes that a viewer may say at once, and bytes that may wait for it.
 _MAX_MESSAGE = 1024
 _MAX_WAITING = 4 << 20
-
-_log = Logger(observer=log.observer)
 
 
 class Viewers:
@@ -59,23 +54,17 @@ class Viewers:
         )
         websocket.is_own = is_own
         self.front = FrontFactory(settings.HTTPServer(), {PATH: websocket}, site, self._deadlines, metrics)
-        self._timer = LoopingCall(self._sweep)
-        self._timer.clock = reactor
         live.added.append(self._tell)
 
     def __len__(self) -> int:
         return len(self._all)
 
-    def start(self) -> None:
-        """Mind the deadlines."""
-        self._timer.start(RESOLUTION, now=False).addErrback(
-            lambda failure: _log.failure("deadlines of viewers are not minded", failure)
-        )
+    def sweep(self) -> None:
+        """Mind the deadlines. Every `realtime.protocol.deadlines.RESOLUTION` seconds."""
+        self._deadlines.sweep(self._reactor.seconds())
 
     def close(self) -> None:
         """Send everybody away."""
-        if self._timer.running:
-            self._timer.stop()
         for viewer in list(self._all):
             viewer.connection.close(*SHUTDOWN)
 
@@ -90,12 +79,6 @@ class Viewers:
             frame = text_frame(b'{"snapshot":' + snapshot + b"}")
             for viewer in list(self._all):
                 viewer.connection.deliver(frame)
-
-    def _sweep(self) -> None:
-        try:
-            self._deadlines.sweep(self._reactor.seconds())
-        except Exception:
-            _log.failure("a deadline of a viewer failed")
 
 
 class _Viewer:
