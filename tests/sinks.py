@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from realtime.pubsub.member import Sink
+
 
 class WholeFrames:
-    """A sink (`realtime.pubsub.member.Sink`) whose `deliver` is all that matters; as a member it is its own sink."""
+    """Something with a sink that hands whole frames to its `deliver`."""
 
     deliver: Any
 
     @property
-    def sink(self) -> WholeFrames:
-        return self
+    def sink(self) -> Sink:
+        return Sink(self._write, self._keep)
 
-    def write(self, frame: bytes) -> int:
+    def _write(self, frame: bytes) -> int:
         self.deliver(frame)
         return len(frame)
 
-    def keep(self, frame: bytes, taken: int) -> None:
+    def _keep(self, frame: bytes, taken: int) -> None:
         raise AssertionError("everything was taken")

@@ -60,7 +60,7 @@ _WITHOUT_REPLIES = {
 }
 
 
-class Connection(Sink, Protocol):
+class Connection(Protocol):
     """What a session needs of its shell. form: the wire form of what it takes.
 
     secret: names the session to whoever sends commands for it by other ways (emulation), "" if nobody does.
@@ -75,6 +75,9 @@ class Connection(Sink, Protocol):
 
     @property
     def pings(self) -> bool: ...
+
+    @property
+    def sink(self) -> Sink: ...
 
     def send(self, payload: bytes) -> None:
         """One message to this client alone."""
@@ -535,7 +538,7 @@ class Session:
         options = options.overridden(terms.override)
         info = msgspec.structs.replace(self.info, chan_info=terms.info) if terms.info else self.info
         subscription = Subscription(
-            self, self._connection, self._connection.form, request.channel, options, info, origin
+            self, self._connection.sink, self._connection.form, request.channel, options, info, origin
         )
         subscription.grant(
             request,

@@ -431,8 +431,9 @@ def _broadcast(frame: bytes, sinks: Iterable[Sink]) -> None:
     """The hot path of the server: for each delivery one call, which as a rule is send(2)."""
     size = len(frame)
     for sink in sinks:
+        write = sink.write
         try:
-            taken = sink.write(frame)
+            taken = write(frame)
         except OSError:
             taken = 0
         if taken != size:

@@ -61,7 +61,7 @@ async def test_a_stream_carries_what_the_session_says(request_: bytes, read: Cal
         session = stage.sessions[0]
         assert session.received == [HELLO]
         session.connection.send(b'{"n":2}')
-        session.connection.deliver(session.connection.form.frame('{"n":"ü"}'.encode()))
+        session.connection.sink.deliver(session.connection.form.frame('{"n":"ü"}'.encode()))
         await eventually(lambda: len(read(client)) == 3)
         assert read(client) == [{"id": 1}, {"n": 2}, {"n": "ü"}]
         assert stage.gauge("realtime_connections") == 1

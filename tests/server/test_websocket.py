@@ -190,7 +190,7 @@ async def test_after_the_close_nothing_is_sent_and_nothing_is_heard() -> None:
         connection.close(3001, "shutdown")
         connection.close(3500, "again")
         connection.send(b"late")
-        connection.deliver(text_frame(b"late"))
+        connection.sink.deliver(text_frame(b"late"))
         connection.pause()
         connection.resume()
         client.send(text("late") * 1000)
@@ -319,7 +319,7 @@ async def slow_peer(stage: Stage) -> tuple[socket.socket, WebSocketConnection]:
 def _stuck(connection: WebSocketConnection) -> bool:
     """Fill what the kernel takes; True once it takes no more."""
     if connection._outbox is None:
-        connection.deliver(CHUNK)
+        connection.sink.deliver(CHUNK)
         return False
     return len(connection.transport.dataBuffer) > 0
 
@@ -345,12 +345,12 @@ async def test_a_client_that_does_not_read_is_closed_as_slow_and_costs_nothing_m
         bystander = await stage.open()
         peer, connection = await slow_peer(stage)
         while connection.state == connection.STATE_OPEN:
-            connection.deliver(CHUNK)
+            connection.sink.deliver(CHUNK)
             assert stage.websocket.queued.size == connection._outbox.size
         assert stage.count("slow") == 1
         assert connection._outbox.size < 100  # what waited was dropped; the close frame waits
         for _ in range(1000):
-            connection.deliver(CHUNK)
+            connection.sink.deliver(CHUNK)
         assert connection._outbox.size < 100
         await bystander.echo("unaffected")
         stage.advance(5.25)
@@ -364,7 +364,7 @@ async def test_a_slow_client_that_reads_after_all_gets_whole_frames_and_the_reas
     async with staged(client=SMALL_QUEUE) as stage:
         peer, connection = await slow_peer(stage)
         while connection.state == connection.STATE_OPEN:
-            connection.deliver(CHUNK)
+            connection.sink.deliver(CHUNK)
         frames = frames_in((await read_all(peer)).partition(b"\r\n\r\n")[2])
         assert {payload for opcode, payload in frames if opcode == 1} == {b"x" * 60_000}
         assert frames[-1] == (8, struct.pack("!H", 3008) + b"slow")
@@ -459,7 +459,7 @@ async def test_what_is_sent_to_a_peer_that_has_gone_is_dropped() -> None:
         peer.close()
         await eventually(lambda: stage.websocket.connections == 0)
         for _ in range(10):
-            connection.deliver(CHUNK)
+            connection.sink.deliver(CHUNK)
         connection.close(3001, "shutdown")
         connection.pause()
         connection.resume()

@@ -815,7 +815,7 @@ async def test_pings_of_a_peer_that_never_reads_end_it() -> None:
         connection.transport.getHandle().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
         chunk = text_frame(b"x" * 60_000)
         while connection._outbox is None:
-            connection.deliver(chunk)
+            connection.sink.deliver(chunk)
             await task.deferLater(reactor, 0)
         peer.sendall(frame(9, b"p" * 125) * 1000)
         await eventually(lambda: connection.is_closing)

@@ -1,8 +1,8 @@
 """The way out of one connection: straight to the socket, or into a bounded outbox while the socket takes no more.
 
-While nothing waits, a connection's `write` is the socket's own `send`, so that fan-out costs a call of the kernel and
-no more; as soon as something does, `write` is a method that queues. What one turn of the loop has to say to one client
-alone, beyond the first frame, waits for the end of the turn, and leaves in one write.
+While nothing waits, `write` of a connection's sink is the socket's own `send`, so that fan-out costs a call of the
+kernel and no more; as soon as something does, it is a method that queues. What one turn of the loop has to say to one
+client alone, beyond the first frame, waits for the end of the turn, and leaves in one write.
 
 A peer that does not keep up is closed as slow when its outbox is full, and as stalled when it takes nothing for a
 while. The end has a deadline: what is queued and a last frame are written, this side of the socket is shut, and the
@@ -25,6 +25,7 @@ from realtime.metrics import Counter
 from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.forms import Form
 from realtime.protocol.outbox import Outbox, Total
+from realtime.pubsub.member import Sink
 from realtime.server.clients.transport import DirectServer
 
 # Bytes handed to a transport that has just emptied its buffer: more than what makes it pause again, at once.
@@ -89,6 +90,7 @@ class Outgoing:
 
     form: Form
     pings = True  # by the session; see `realtime.protocol.session.Connection`
+    sink: Any = None  # a Sink, from `begin` on
     factory: Any  # Limits
     transport: Any
     bucket = 0  # belongs to Deadlines
@@ -108,6 +110,7 @@ class Outgoing:
 
     def begin(self) -> None:
         """Frames may be written from now on."""
+        self.sink = Sink(self._queue, self._keep)
         self.transport.registerProducer(self, True)
         if isinstance(self.transport, DirectServer):
             self.transport.read_straight()
@@ -122,38 +125,18 @@ class Outgoing:
             self._go_by(Outbox(factory.queue_max_size, factory.queued))
             factory.ends.await_end(self)
         self._spoken = turn
-        # As `deliver`, without a call more.
-        frame = self.form.frame(payload)
-        try:
-            taken = self.write(frame)
-        except OSError:
-            taken = 0
-        if taken != len(frame):
-            self.keep(frame, taken)
+        self.sink.deliver(self.form.frame(payload))
 
-    def deliver(self, frame: bytes) -> None:
-        """Send a ready frame, behind whatever waits. Never raises; once the connection closes, it is dropped."""
-        try:
-            taken = self.write(frame)
-        except OSError:
-            taken = 0
-        if taken != len(frame):
-            self.keep(frame, taken)
-
-    def write(self, frame: bytes) -> int:
-        """Take a ready frame, and tell how many bytes of it were taken; `keep` is for the others.
-
-        This is the way round: while nothing waits, the socket's own `send` stands in its place, which takes what the
-        kernel takes, and raises OSError if that is nothing.
-        """
+    def _queue(self, frame: bytes) -> int:
+        """What stands for `sink.write` while something waits, and where there is no straight way."""
         if self._outbox is None:
             self.transport.write(frame)
         elif not self._outbox.offer(frame):
             self._give_up("slow", *SLOW)
         return len(frame)
 
-    def keep(self, frame: bytes, taken: int) -> None:
-        """Send the rest of a frame, of which `write` has taken the first bytes, before anything else."""
+    def _keep(self, frame: bytes, taken: int) -> None:
+        """Send the rest of a frame before anything else."""
         self._hand_over(frame[taken:])
 
     def flush(self) -> None:
@@ -187,6 +170,9 @@ class Outgoing:
         if self._outbox is not None:
             self._outbox.clear()
         self._go_by(_SHUT)
+        if self.sink is not None:
+            # Whoever still has it may use it, and it holds us no longer.
+            self.sink.write, self.sink.keep = len, _drop
 
     def pauseProducing(self) -> None:
         """The transport holds something; it may say so again at every write."""
@@ -224,12 +210,13 @@ class Outgoing:
         """Nothing waits."""
         self._outbox = None
         if isinstance(self.transport, DirectServer) and (send := self.transport.straight):
-            self.write = send  # type: ignore[method-assign, assignment]
+            self.sink.write = send
 
     def _go_by(self, outbox: Outbox) -> None:
         """Everything goes by way of this outbox."""
         self._outbox = outbox
-        vars(self).pop("write", None)
+        if self.sink is not None:
+            self.sink.write = self._queue
 
     def stopProducing(self) -> None:
         """The connection is lost; `connectionLost` does the rest."""
@@ -263,3 +250,6 @@ class Outgoing:
         if self._outbox is not None:
             self._outbox.clear()
         self.close(code, reason)
+
+
+def _drop(frame: bytes, taken: int) -> None: ...

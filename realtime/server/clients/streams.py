@@ -101,7 +101,7 @@ UNI_HTTP_STREAM = Kind(("POST",), JSON_PUSHES_LINES)
 
 
 class StreamConnection(Outgoing, Protocol):
-    """A connection as its session sees it: `send`, `deliver`, `close`, `pause`, `resume`. Loop thread only."""
+    """A connection as its session sees it: `send`, `sink`, `close`, `pause`, `resume`. Loop thread only."""
 
     transport: Any
     factory: Streams

@@ -123,7 +123,7 @@ class _Heartbeat:
         elif self.is_due:
             self._wait(factory.pong_timeout)
         else:
-            self.connection.deliver(ping_frame())
+            self.connection.sink.deliver(ping_frame())
             self.is_due = factory.pong_timeout > 0
             self._wait(factory.pong_timeout if self.is_due else factory.ping_interval)
 
@@ -173,7 +173,7 @@ class _Inflation:
 
 
 class WebSocketConnection(Outgoing, Incoming):
-    """A connection as its session sees it: `send`, `deliver`, `close`, `pause`, `resume`. Loop thread only.
+    """A connection as its session sees it: `send`, `sink`, `close`, `pause`, `resume`. Loop thread only.
 
     Names in camelCase are Autobahn's or Twisted's, and overridden here.
     """
@@ -329,7 +329,7 @@ class WebSocketConnection(Outgoing, Incoming):
 
     def onPing(self, payload: bytes) -> None:
         if self._spend_control_frame():
-            self.deliver(pong_frame(payload))
+            self.sink.deliver(pong_frame(payload))
 
     def onPong(self, payload: bytes) -> None:
         if not self._spend_control_frame():

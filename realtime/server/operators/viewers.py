@@ -78,7 +78,7 @@ class Viewers:
         if self._all:
             frame = text_frame(b'{"snapshot":' + snapshot + b"}")
             for viewer in list(self._all):
-                viewer.connection.deliver(frame)
+                viewer.connection.sink.deliver(frame)
 
 
 class _Viewer:
