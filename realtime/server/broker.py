@@ -6,6 +6,7 @@ dies. What a worker has to do with it, see `realtime.server.broker_engine`; what
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -82,7 +83,8 @@ class Broker:
         self._peers[slot] = peer = _Peer(self, str(slot))
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
-        link = Link(self._reactor, wire.ToBroker, limit, peer.receive, self._ended, self._accounts, patience)
+        soon = asyncio.get_running_loop().call_soon
+        link = Link(self._reactor, soon, wire.ToBroker, limit, peer.receive, self._ended, self._accounts, patience)
         peer.begin(link)
         adopt(self._reactor, fd, link)
 

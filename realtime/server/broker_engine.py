@@ -7,6 +7,7 @@ cut leaves it wrong for longer than it takes to connect.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -111,7 +112,8 @@ class BrokerEngine:
         frames = [wire.pack(message) for message in (*self._introduction(), *self._take_unsent())]
         # These are as long as what we hold anyway; the limit is for what comes on top.
         limit = self._settings.queue_max_size + sum(map(len, frames))
-        self._link = link = Link(self._reactor, wire.ToWorker, limit, self._receive, self._ended, self._accounts)
+        soon = asyncio.get_running_loop().call_soon
+        self._link = link = Link(self._reactor, soon, wire.ToWorker, limit, self._receive, self._ended, self._accounts)
         adopt(self._reactor, fd, link)
         for frame in frames:
             link.send(frame)
