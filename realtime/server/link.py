@@ -171,7 +171,7 @@ class Link(Protocol):
                 if self._over:
                     return
                 self._received(message)
-                if self._patience and self.backlog > self._patience:
+                if self._bytes + self._inside > self._patience > 0:
                     self._held = messages
                     self._transport.pauseProducing()
                     return
