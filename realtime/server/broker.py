@@ -49,6 +49,7 @@ class Broker:
         self.instance = make_epoch()
         self._settings = settings
         self._reactor = reactor
+        self.now: Callable[[], float] = reactor.seconds
         self._peers: dict[int, _Peer] = {}
         self._deserted: Deferred[None] | None = None  # while we drain
         self.exchange: Exchange[Link] = Exchange(_Links(metrics), settings.max_channels)
@@ -87,9 +88,6 @@ class Broker:
         link = Link(self._reactor, soon, wire.ToBroker, limit, peer.receive, self._ended, self._accounts, patience)
         peer.begin(link)
         adopt(self._reactor, fd, link)
-
-    def now(self) -> float:
-        return self._reactor.seconds()
 
     def _ended(self, link: Link, reason: str) -> None:
         """A worker is gone, or its link was cut: its clients leave."""
@@ -145,8 +143,11 @@ class _Peer:
         self._address = address
         self._broker = broker
         self._exchange = broker.exchange
+        self._now = broker.now
         self._returning = False
-        self._act: dict[type, Callable[[Any], wire.Answer | None]] = {wire.Hello: self._hello}
+        # By kind: what gives an answer, and what gets none.
+        self._requests: dict[type, Callable[[Any], wire.Answer | None]] = {}
+        self._others: dict[type, Callable[[Any], None]] = {wire.Hello: self._hello}
 
     def begin(self, link: Link) -> None:
         self.link = link
@@ -159,16 +160,16 @@ class _Peer:
 
     def receive(self, message: Any) -> None:
         """Work one message off. Raises BadFrame for one that is out of place, and only then."""
-        act = self._act.get(type(message))
-        if act is None:
-            raise wire.BadFrame(f"{type(message).__name__} is out of place")
-        if not isinstance(message, wire.Request):
-            act(message)
-            return
-        self._broker.requests.value += 1
-        answer = self._answer(act, message)
-        if message.id:
-            self.link.send(answer)
+        kind = type(message)
+        if act := self._requests.get(kind):
+            self._broker.requests.value += 1
+            answer = self._answer(act, message)
+            if message.id:
+                self.link.send(answer)
+        elif note := self._others.get(kind):
+            note(message)
+        else:
+            raise wire.BadFrame(f"{kind.__name__} is out of place")
 
     def _answer(self, act: Callable[[Any], wire.Answer | None], request: wire.Request) -> bytes:
         try:
@@ -189,23 +190,25 @@ class _Peer:
         # Its clients left when its last stream to this same broker ended, so now they come back. Another broker's
         # subscribers were never told that anybody left.
         self._returning = message.instance == self._broker.instance
-        self._act = {
-            wire.Restore: self._restore,
+        self._requests = {
             wire.Publish: self._publish,
             wire.Subscribe: self._subscribe,
-            wire.Unsubscribe: self._unsubscribe,
             wire.History: self._history,
             wire.RemoveHistory: self._remove_history,
             wire.Enter: self._enter,
             wire.Leave: self._leave,
             wire.Presence: self._presence,
             wire.PresenceStats: self._presence_stats,
-            wire.Connected: self._connected,
-            wire.Disconnected: self._disconnected,
-            wire.Tally: self._tally,
             wire.TakeCensus: self._census,
             wire.Instruct: self._instruct,
             wire.Admit: self._admit,
+        }
+        self._others = {
+            wire.Restore: self._restore,
+            wire.Unsubscribe: self._unsubscribe,
+            wire.Connected: self._connected,
+            wire.Disconnected: self._disconnected,
+            wire.Tally: self._tally,
         }
         self.link.send(wire.pack(wire.Welcome(wire.VERSION, self._broker.instance)))
 
@@ -224,7 +227,7 @@ class _Peer:
     def _publish(self, request: wire.Publish) -> wire.Answer:
         self._broker.publications.value += 1
         position = self._exchange.publish(
-            self._broker.now(),
+            self._now(),
             request.channel,
             request.data,
             request.retention,
@@ -246,7 +249,7 @@ class _Peer:
 
     def _history(self, request: wire.History) -> wire.Answer:
         page = self._exchange.history(
-            self._broker.now(),
+            self._now(),
             request.channel,
             request.retention,
             request.since,
