@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jwt
@@ -55,6 +56,27 @@ def run(coroutine, done) -> None:
             done(None, error)
 
     step()
+
+
+async def together(coroutines) -> list[Any]:
+    """As the worker's: starts all, and returns or raises when all have ended."""
+    outcomes: dict[int, Any] = {}
+    errors: list[BaseException] = []
+    gate = Gate()
+
+    def done(number, result, error):
+        outcomes[number] = result
+        errors.extend([error] if error else [])
+        if len(outcomes) == len(coroutines):
+            gate.open()
+
+    for number, coroutine in enumerate(coroutines):
+        run(coroutine, partial(done, number))
+    if len(outcomes) < len(coroutines):
+        await gate
+    if errors:
+        raise errors[0]
+    return [outcomes[number] for number in range(len(coroutines))]
 
 
 # Pushes as the messages themselves: the frame around them is the shell's business.
@@ -180,6 +202,7 @@ class Server:
             deadlines=Deadlines(0.0),
             handlers=self.app,
             run=run,
+            together=together,
             wall_clock=lambda: self.wall,
             failed=self.mistakes.append,
             version="test",
