@@ -234,6 +234,23 @@ class Server:
     def _published(self, result: Any, error: BaseException | None) -> None:
         assert error is None, error
 
+    def delay_engine(self) -> list[Gate]:
+        """What the engine comes to in a subscription's beginning waits from now on, each behind a gate of its own."""
+        gates: list[Gate] = []
+
+        def late(original):
+            async def wait(*args, **options):
+                result = await original(*args, **options)
+                gates.append(Gate())
+                await gates[-1]
+                return result
+
+            return wait
+
+        for name in ("subscribe", "history", "enter"):
+            setattr(self.engine, name, late(getattr(self.engine, name)))
+        return gates
+
     def count(self, name: str, **labels: str) -> int:
         """What a counter stands at."""
         return self.metrics.counter(name, "", **labels).value
