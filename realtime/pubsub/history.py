@@ -268,18 +268,20 @@ class Streams:
         if stream is not None:
             stream.clear()
 
-    def sweep(self, now: float, limit: int) -> None:
-        """Free publications and streams whose time is over. Looks at `limit` of each at most."""
-        for stream in self._contents.take(now, limit):
+    def sweep(self, now: float, limit: int) -> bool:
+        """Free publications and streams whose time is over. Looks at `limit` of each at most; True if more may be."""
+        filled, idle = self._contents.take(now, limit), self._idle.take(now, limit)
+        for stream in filled:
             stream.expire(now)
             stream.noted = bool(stream)
             if stream:
                 self._contents.add(stream.expires, stream)
-        for stream in self._idle.take(now, limit):
+        for stream in idle:
             if now < stream.over:
                 self._idle.add(stream.over, stream)
             elif self._streams.get(stream.channel) is stream:
                 del self._streams[stream.channel]
+        return limit in (len(filled), len(idle))
 
 
 class Receipts:
@@ -309,10 +311,11 @@ class Receipts:
         self._found.pop((channel, key), None)
         self._found[channel, key] = (now + IDEMPOTENCY_TTL, position)
 
-    def sweep(self, now: float, limit: int) -> None:
-        """Free keys whose time is over, `limit` at most."""
-        while limit and self._found:
-            if next(iter(self._found.values()))[0] > now:
-                return
+    def sweep(self, now: float, limit: int) -> bool:
+        """Free keys whose time is over, `limit` at most; True if there are more."""
+        while self._found and next(iter(self._found.values()))[0] <= now:
+            if not limit:
+                return True
             self._found.popitem(last=False)
             limit -= 1
+        return False

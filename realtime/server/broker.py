@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
@@ -29,6 +28,9 @@ from realtime.supervision.accounts import Accounts, Kind
 
 SWEEP_INTERVAL = 0.25
 """Seconds between two looks for what is over."""
+
+SWEEP_PAUSE = 0.01
+"""Seconds until the next look when there was more than one look should free."""
 
 PATIENCE = 0.25
 """The share of a worker's queue that answers may fill before its other requests wait; the rest is for publications."""
@@ -63,11 +65,8 @@ class Broker:
     def start(self) -> None:
         """Begin to free what is over, now and then."""
         accounts = self._accounts
-        sweeping = LoopingCall(accounts.charging(accounts.open(Kind.TIMERS), self._sweep))
-        sweeping.clock = self._reactor
-        sweeping.start(SWEEP_INTERVAL, now=False).addErrback(
-            lambda failure: _log.failure("histories are not swept any more", failure)
-        )
+        self._sweep = accounts.charging(accounts.open(Kind.TIMERS), self._sweep)  # type: ignore[method-assign]
+        self._reactor.callLater(SWEEP_INTERVAL, self._sweep)
 
     async def drain(self, timeout: float) -> None:
         """Wait until every worker has left. The supervisor ends them before it ends us, but a signal to the whole
@@ -103,7 +102,12 @@ class Broker:
             self._deserted.callback(None)
 
     def _sweep(self) -> None:
-        self.exchange.sweep(self.now())
+        try:
+            more = self.exchange.sweep(self.now())
+        except Exception:
+            _log.failure("histories are not swept any more")
+        else:
+            self._reactor.callLater(SWEEP_PAUSE if more else SWEEP_INTERVAL, self._sweep)
 
     def _backlog(self) -> int:
         return sum(peer.link.backlog for peer in self._peers.values())
