@@ -36,7 +36,7 @@ class Position(Struct, frozen=True, array_like=True, gc=False):
     epoch: str = ""
 
 
-class Publication(Struct, frozen=True, array_like=True):
+class Publication(Struct, frozen=True, array_like=True, gc=False):
     """One published message. offset: its number in the channel's history, 0 when the channel keeps none.
 
     delta: subscribers that agreed on deltas may get it as one. binary: the data is not JSON text.

@@ -22,12 +22,14 @@ from realtime.protocol import messages
 from realtime.protocol.client import encoded, terms
 from realtime.protocol.rules import ResolvedChannel
 from realtime.protocol.session import CommandFunction, Session, State
-from realtime.protocol.subscription import Origin, Subscription
+from realtime.protocol.subscription import Joined, Origin, Subscription
 from realtime.protocol.tokens import Claims, TokenExpired, TokenInvalid
 from realtime.records import ClientInfo, ConnectRequest, Credentials, Position, Terms
 
 # The share of a client's queue that one page of history may fill.
 HISTORY_SHARE = 0.5
+# Subscriptions of one connect that join side by side: more would fill the engine's queue when all clients come back.
+JOINS_AT_ONCE = 32
 
 # -- connect, refresh -------------------------------------------------------------------------------------------------
 
@@ -56,10 +58,7 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
         return
     await session.admit(info)
     try:
-        joined = []
-        for asked, subscription in wanted:
-            if session.state is State.OPENED and (outcome := await session.join(subscription, asked)):
-                joined.append((subscription, outcome))
+        joined = await _joined(session, wanted)
         subs = {subscription.channel: _told(outcome.result, admitted, subscription) for subscription, outcome in joined}
         session.reply(id, "connect", _connected(session, admitted, ttl, subs))
     except BaseException:
@@ -75,6 +74,25 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     personal = session.node.settings.subscribe_to_user_personal_channel
     if personal.single_connection and session.user and session.state is State.CONNECTED:
         await _supersede(session)
+
+
+async def _joined(
+    session: Session, wanted: list[tuple[messages.SubscribeRequest, Subscription]]
+) -> list[tuple[Subscription, Joined]]:
+    """Have these join, some side by side, so that many cost few round trips to the engine; what each came to.
+
+    Those that were ended meanwhile are left out. Raises as `Session.join`, when none is under way any more.
+    """
+    joined: list[tuple[Subscription, Joined]] = []
+    for first in range(0, len(wanted), JOINS_AT_ONCE):
+        if session.state is not State.OPENED:
+            break
+        group = wanted[first : first + JOINS_AT_ONCE]
+        outcomes = await session.node.together([session.join(subscription, asked) for asked, subscription in group])
+        joined += [
+            (subscription, outcome) for (_, subscription), outcome in zip(group, outcomes, strict=True) if outcome
+        ]
+    return joined
 
 
 def _told(

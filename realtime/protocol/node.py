@@ -9,6 +9,7 @@ from realtime import errors
 from realtime.metrics import Counter, Metrics
 from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.messages import REQUESTS
+from realtime.protocol.operations import Together
 from realtime.protocol.registry import Registry
 from realtime.protocol.rules import Rules
 from realtime.protocol.tokens import TokenVerifier
@@ -95,6 +96,7 @@ class Node:
         deadlines: Deadlines,
         handlers: Handlers,
         run: Runner,
+        together: Together,
         wall_clock: Callable[[], float],
         failed: Callable[[BaseException], None],
         version: str,
@@ -106,7 +108,8 @@ class Node:
     ) -> None:
         """wall_clock: Unix seconds, for what tokens say. failed: told of every mistake of ours, with its traceback.
 
-        uid: of the node, the same in all its workers. worker: this worker's address, see `Engine.instruct`.
+        together: as for `Operations`. uid: of the node, the same in all its workers. worker: this worker's address, see
+        `Engine.instruct`.
         metrics: where commands and bad input are counted. slices: for long work; None for no limit.
         """
         self.settings = settings
@@ -119,6 +122,7 @@ class Node:
         self.deadlines = deadlines
         self.handlers = handlers
         self.run = run
+        self.together = together
         self.wall_clock = wall_clock
         self.failed = failed
         self.version = version

@@ -3,13 +3,14 @@
 The order of joining is what makes it lossless. The subscription is put into the hub first, which from then on holds
 back what arrives for it; then history is read, the client entered into presence, and the reply written; at last the
 hub is told the position that the reply named, delivers what is newer of the publications held back, and lets the
-rest through as it comes.
+rest through as it comes. What the engine has to do with it, it is asked for all at once: it keeps the order.
 """
 
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple, Protocol
+from collections.abc import Coroutine
+from typing import Any, NamedTuple, Protocol
 
 from realtime.errors import BAD_REQUEST, INAPPROPRIATE_PROTOCOL, UNRECOVERABLE_POSITION, ClientError
 from realtime.protocol.forms import Form
@@ -145,13 +146,11 @@ class Subscription:
         Raises ClientError 112 when the client wants no unrecovered subscription, Disconnect 3506 when it can't be sent
         what it missed, or EngineUnavailable. Either way, and when the coroutine is closed, the caller calls `leave`.
         """
-        await self._owner.node.hub.add(self.channel, self)
-        page, recovering, recovered = await self._read(request)
+        page, recovering, recovered = await self._arrive(request)
         if recovering and not recovered and request.flag & REJECT_UNRECOVERED:
             raise ClientError(*UNRECOVERABLE_POSITION)
         # One that was ended meanwhile has perhaps a successor already, whose presence is the same client's.
-        if (self.options.presence or self.options.join_leave) and not self._left:
-            self._entered = True
+        if self._present and not self._entered and not self._left:
             await self._enter()
         publications = self._wanted(page.publications) if recovered else []
         result = SubscribeResult(
@@ -167,6 +166,22 @@ class Subscription:
         )
         base = publications[-1] if self.delta and publications else None
         return Joined(result, page.position if self.positioned else None, base)
+
+    async def _arrive(self, request: SubscribeRequest) -> tuple[HistoryPage, bool, bool]:
+        """Into the hub, and what `_read` returns; the client is entered, too, unless it may yet want no subscription.
+
+        One round trip to the engine.
+        """
+        node = self._owner.node
+        added = node.hub.add(self.channel, self)
+        if not (self.positioned or self._present):
+            await added
+            return await self._read(request)
+        steps: list[Coroutine[Any, Any, Any]] = [added, self._read(request)]
+        if self._present and not request.flag & REJECT_UNRECOVERED:
+            steps.append(self._enter())
+        _, (page, recovering, recovered), *_ = await node.together(steps)
+        return page, recovering, recovered
 
     async def _read(self, request: SubscribeRequest) -> tuple[HistoryPage, bool, bool]:
         """The top of the channel, with what the client missed; whether it is to recover; and whether that is all."""
@@ -221,7 +236,13 @@ class Subscription:
         self.live = True
         return self._owner.node.hub.open(self.channel, self, joined.position, joined.base)
 
+    @property
+    def _present(self) -> bool:
+        """Whether others can know that the client is here."""
+        return self.options.presence or self.options.join_leave
+
     async def _enter(self) -> None:
+        self._entered = True
         options = self.options
         await self._owner.node.engine.enter(
             self.channel, self.info, present=options.presence, announce=options.join_leave

@@ -159,10 +159,13 @@ class Exchange(Generic[P]):
         """Drop a channel's publications; offset and epoch go on."""
         self._streams.remove(channel)
 
-    def sweep(self, now: float, limit: int = 5000) -> None:
-        """Free what is over. To be called every quarter of a second or so; `limit` bounds one call to a few ms."""
-        self._streams.sweep(now, limit)
-        self._receipts.sweep(now, limit)
+    def sweep(self, now: float, limit: int = 1000) -> bool:
+        """Free what is over, which takes `limit` times 2 microseconds at most. True: there is more; call again soon.
+
+        To be called every quarter of a second or so.
+        """
+        more = self._streams.sweep(now, limit)
+        return self._receipts.sweep(now, limit) or more
 
     def perishable(self) -> bool:
         """Whether there is anything that could be over some time."""

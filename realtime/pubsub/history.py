@@ -17,6 +17,8 @@ from heapq import heappop, heappush
 from string import ascii_letters
 from typing import Generic, TypeVar
 
+from msgspec import Struct
+
 from realtime.errors import LIMIT_EXCEEDED, ClientError
 from realtime.records import ClientInfo, HistoryPage, Position, Publication, Retention
 
@@ -26,6 +28,11 @@ IDEMPOTENCY_TTL = 300.0
 PAGE_BYTES = 12 * 1024 * 1024
 """The most bytes of one page, so that it fits into one frame of the data plane. A page always holds one publication, so
 a caller who pages on gets everything; a recovery that would be larger is not a recovery."""
+
+SHORT = 128
+"""Publications that are moved up at once when the oldest is dropped; in a longer list its place is left empty."""
+
+_PAST = float("-inf")
 
 T = TypeVar("T")
 
@@ -44,26 +51,28 @@ def _weight(publication: Publication) -> int:
     return size + sum(len(name) + len(value) + 8 for name, value in tags.items()) if tags else size
 
 
-class Stream:
+class Stream(Struct, eq=False, gc=False):
     """The stream of one channel.
 
-    The kept publications have successive offsets, the newest being `top`. They lie in `_kept[_head:]`: what is dropped
-    from the front is cleared at once and cut off now and then, which makes a publish constant in time and a page a
-    slice.
+    The kept publications have successive offsets, the newest being `top`. They lie in `_kept[_head:]`: where there are
+    many, what is dropped from the front is cleared at once and cut off now and then, which makes a publish constant in
+    time and a page a slice.
+
+    There may be a million: each has few objects, and of those the garbage collector is shown the list alone.
+    idle_until: the time from which the stream as a whole may be forgotten, unless something is kept. expires: the time
+    from which the kept publications are dropped; in the past when there are none. noted: whether the agenda of expiring
+    contents holds this stream.
     """
 
-    __slots__ = ("_expires", "_head", "_idle_until", "_kept", "_version", "channel", "epoch", "noted", "top")
-
-    def __init__(self, channel: str, epoch: str) -> None:
-        self.channel = channel
-        self.epoch = epoch
-        self.top = 0
-        self.noted = False  # whether the agenda of expiring contents holds this stream
-        self._kept: list[Publication | None] = []
-        self._head = 0
-        self._version = (0, "")  # with its epoch
-        self._expires = 0.0
-        self._idle_until = 0.0
+    channel: str
+    epoch: str
+    idle_until: float
+    top: int = 0
+    noted: bool = False
+    expires: float = _PAST
+    _kept: list[Publication | None] = []
+    _head: int = 0
+    _version: tuple[int, str] = (0, "")  # with its epoch
 
     def __len__(self) -> int:
         return len(self._kept) - self._head
@@ -75,27 +84,28 @@ class Stream:
     @property
     def over(self) -> float:
         """The time from which the stream may be forgotten as a whole: when idle for long enough, and empty."""
-        return max(self._idle_until, self._expires) if self else self._idle_until
+        return max(self.idle_until, self.expires)
 
-    @property
-    def expires(self) -> float:
-        """The time from which the kept publications, if any, are dropped."""
-        return self._expires
-
-    def touch(self, now: float, retention: Retention) -> None:
-        """Note an access, and drop the publications whose time is over."""
-        self.expire(now)
-        self._idle_until = now + retention.meta_ttl
+    def touch(self, now: float, retention: Retention) -> bool:
+        """Note an access, and drop the publications whose time is over. False: the stream itself is over."""
+        if now >= self.expires:
+            if now >= self.idle_until:
+                return False
+            if self._kept:
+                self.clear()
+        self.idle_until = now + retention.meta_ttl
+        return True
 
     def expire(self, now: float) -> None:
         """Drop the publications if their time is over at `now`."""
-        if now >= self._expires and self._kept:
+        if now >= self.expires and self._kept:
             self.clear()
 
     def clear(self) -> None:
         """Drop the publications; the numbering goes on."""
         self._kept = []
         self._head = 0
+        self.expires = _PAST
 
     def append(
         self,
@@ -108,18 +118,25 @@ class Stream:
         binary: bool,
     ) -> Publication:
         """Number and keep one publication; drop the oldest beyond the size."""
-        self.top += 1
-        publication = Publication(data, self.top, info, tags, delta, binary)
+        self.top = top = self.top + 1
         kept = self._kept
+        excess = len(kept) + 1 - retention.size
+        if excess > self._head:
+            self._drop(excess)
+        publication = Publication(data, top, info, tags, delta, binary)
         kept.append(publication)
-        self._expires = now + retention.ttl
-        while len(kept) - self._head > retention.size:
-            kept[self._head] = None
-            self._head += 1
-        if self._head > len(kept) // 2:
-            del kept[: self._head]
-            self._head = 0
+        self.expires = now + retention.ttl
         return publication
+
+    def _drop(self, end: int) -> None:
+        """Drop what lies before this index."""
+        kept = self._kept
+        if len(kept) < SHORT or end > len(kept) // 2:
+            del kept[:end]
+            self._head = 0
+        else:
+            kept[self._head : end] = [None] * (end - self._head)
+            self._head = end
 
     def advance(self, version: int, epoch: str) -> bool:
         """Whether this version is later than all the stream has had of that epoch, "" for any; if so, it is noted."""
@@ -218,13 +235,11 @@ class Streams:
         Raises ClientError 106 when it would be one stream too many.
         """
         stream = self._streams.get(channel)
-        if stream is not None and now < stream.over:
-            stream.touch(now, retention)
+        if stream is not None and stream.touch(now, retention):
             return stream
         if stream is None and len(self._streams) >= self._max:
             raise ClientError(*LIMIT_EXCEEDED)
-        stream = self._streams[channel] = Stream(channel, self._epoch())
-        stream.touch(now, retention)
+        stream = self._streams[channel] = Stream(channel, self._epoch(), now + retention.meta_ttl)
         self._idle.add(stream.over, stream)
         return stream
 
@@ -253,18 +268,20 @@ class Streams:
         if stream is not None:
             stream.clear()
 
-    def sweep(self, now: float, limit: int) -> None:
-        """Free publications and streams whose time is over. Looks at `limit` of each at most."""
-        for stream in self._contents.take(now, limit):
+    def sweep(self, now: float, limit: int) -> bool:
+        """Free publications and streams whose time is over. Looks at `limit` of each at most; True if more may be."""
+        filled, idle = self._contents.take(now, limit), self._idle.take(now, limit)
+        for stream in filled:
             stream.expire(now)
             stream.noted = bool(stream)
             if stream:
                 self._contents.add(stream.expires, stream)
-        for stream in self._idle.take(now, limit):
+        for stream in idle:
             if now < stream.over:
                 self._idle.add(stream.over, stream)
             elif self._streams.get(stream.channel) is stream:
                 del self._streams[stream.channel]
+        return limit in (len(filled), len(idle))
 
 
 class Receipts:
@@ -294,10 +311,11 @@ class Receipts:
         self._found.pop((channel, key), None)
         self._found[channel, key] = (now + IDEMPOTENCY_TTL, position)
 
-    def sweep(self, now: float, limit: int) -> None:
-        """Free keys whose time is over, `limit` at most."""
-        while limit and self._found:
-            if next(iter(self._found.values()))[0] > now:
-                return
+    def sweep(self, now: float, limit: int) -> bool:
+        """Free keys whose time is over, `limit` at most; True if there are more."""
+        while self._found and next(iter(self._found.values()))[0] <= now:
+            if not limit:
+                return True
             self._found.popitem(last=False)
             limit -= 1
+        return False

@@ -19,6 +19,7 @@ that was routed before it, and before all that is routed after it.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 import msgspec
@@ -32,7 +33,9 @@ VERSION = 2
 FRAME_LIMIT = 16 * 1024 * 1024
 """Bytes of the longest message."""
 
-_PREFIX = 4
+_LENGTH = struct.Struct(">I")
+_PREFIX = _LENGTH.size
+_length_at = _LENGTH.unpack_from
 
 
 class BadFrame(RealtimeError):
@@ -247,15 +250,16 @@ ToBroker = (
 )
 ToWorker = Welcome | Published | Joined | Left | Instructed | Answer | Failed
 
-_encoder = msgspec.msgpack.Encoder()
+_encode = msgspec.msgpack.Encoder().encode
 
 
 def pack(message: Message) -> bytes:
     """The frame of a message. Raises BadFrame if it would be longer than FRAME_LIMIT."""
-    body = _encoder.encode(message)
-    if len(body) > FRAME_LIMIT:
-        raise BadFrame(f"a message of {len(body)} bytes is longer than {FRAME_LIMIT}")
-    return len(body).to_bytes(_PREFIX, "big") + body
+    body = _encode(message)
+    length = len(body)
+    if length > FRAME_LIMIT:
+        raise BadFrame(f"a message of {length} bytes is longer than {FRAME_LIMIT}")
+    return _LENGTH.pack(length) + body
 
 
 class Decoder:
@@ -274,29 +278,26 @@ class Decoder:
         Raises BadFrame for a length over FRAME_LIMIT, and for anything that is not a message of the right kind and
         types; the decoder is of no more use then.
         """
-        if self._rest:
-            self._rest += data
-            if len(self._rest) - _PREFIX < self._wanted(self._rest, 0):
+        rest = self._rest
+        if rest:
+            rest += data
+            if len(rest) < _PREFIX or len(rest) - _PREFIX < _length_at(rest)[0] <= FRAME_LIMIT:
                 return
-            data, self._rest = bytes(self._rest), bytearray()
-        at = 0
-        while (end := at + _PREFIX + self._wanted(data, at)) <= len(data):
-            yield self._message(data[at + _PREFIX : end])
+            data, self._rest = bytes(rest), bytearray()
+        decode, at, last = self._decode, 0, len(data) - _PREFIX
+        while at <= last:
+            (length,) = _length_at(data, at)
+            if length > FRAME_LIMIT:
+                raise BadFrame(f"a frame of {length} bytes is longer than {FRAME_LIMIT}")
+            start = at + _PREFIX
+            end = start + length
+            if end > len(data):
+                break
+            try:
+                message = decode(data[start:end])
+            except (ValueError, RecursionError) as error:
+                # msgspec's own errors and UnicodeDecodeError are ValueErrors.
+                raise BadFrame(f"not a message: {error}") from error
+            yield message
             at = end
         self._rest += memoryview(data)[at:]
-
-    def _wanted(self, data: bytes | bytearray, at: int) -> int:
-        """The length that the frame at this place claims; FRAME_LIMIT if its prefix is not whole yet."""
-        if len(data) - at < _PREFIX:
-            return FRAME_LIMIT
-        length = int.from_bytes(data[at : at + _PREFIX], "big")
-        if length > FRAME_LIMIT:
-            raise BadFrame(f"a frame of {length} bytes is longer than {FRAME_LIMIT}")
-        return length
-
-    def _message(self, body: bytes) -> Message:
-        try:
-            return self._decode(body)
-        except (ValueError, RecursionError) as error:
-            # msgspec's own errors and UnicodeDecodeError are ValueErrors.
-            raise BadFrame(f"not a message: {error}") from error

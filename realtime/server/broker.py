@@ -6,6 +6,7 @@ dies. What a worker has to do with it, see `realtime.server.broker_engine`; what
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 import time
@@ -24,13 +25,16 @@ from realtime.records import ClientInfo, Publication
 from realtime.server import child
 from realtime.server.link import PEER_ENDED, Link, adopt
 from realtime.settings import EngineSettings
-from realtime.supervision.accounts import Accounts
+from realtime.supervision.accounts import Accounts, Kind
 
 SWEEP_INTERVAL = 0.25
 """Seconds between two looks for what is over."""
 
 BEAT_INTERVAL = 1.0
 """Seconds between two beats: nobody's code but ours runs here, so the supervisor need only see that it is not stuck."""
+
+SWEEP_PAUSE = 0.01
+"""Seconds until the next look when there was more than one look should free."""
 
 PATIENCE = 0.25
 """The share of a worker's queue that answers may fill before its other requests wait; the rest is for publications."""
@@ -48,9 +52,13 @@ class Broker:
         self, settings: EngineSettings, metrics: Metrics, reactor: Any, accounts: Accounts | None = None
     ) -> None:
         self._accounts = accounts or Accounts(time.monotonic_ns)
+        timers = self._accounts.open(Kind.TIMERS)
+        self._sweep_on = self._accounts.charging(timers, self._sweep_on)  # type: ignore[method-assign]
+        self._sweeping: object | None = None  # the call that goes on with it
         self.instance = make_epoch()
         self._settings = settings
         self._reactor = reactor
+        self.now: Callable[[], float] = reactor.seconds
         self._peers: dict[int, _Peer] = {}
         self._deserted: Deferred[None] | None = None  # while we drain
         self.exchange: Exchange[Link] = Exchange(_Links(metrics), settings.max_channels)
@@ -76,12 +84,10 @@ class Broker:
         self._peers[slot] = peer = _Peer(self, str(slot))
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
-        link = Link(self._reactor, wire.ToBroker, limit, peer.receive, self._ended, self._accounts, patience)
+        soon = asyncio.get_running_loop().call_soon
+        link = Link(self._reactor, soon, wire.ToBroker, limit, peer.receive, self._ended, self._accounts, patience)
         peer.begin(link)
         adopt(self._reactor, fd, link)
-
-    def now(self) -> float:
-        return self._reactor.seconds()
 
     def _ended(self, link: Link, reason: str) -> None:
         """A worker is gone, or its link was cut: its clients leave."""
@@ -97,8 +103,16 @@ class Broker:
             self._deserted.callback(None)
 
     def sweep(self) -> None:
-        """Free what is over. Every SWEEP_INTERVAL seconds."""
-        self.exchange.sweep(self.now())
+        """Free what is over, so much that others need not wait for long. Every SWEEP_INTERVAL seconds."""
+        if self.exchange.sweep(self.now()) and self._sweeping is None:
+            self._sweeping = self._reactor.callLater(SWEEP_PAUSE, self._sweep_on)
+
+    def _sweep_on(self) -> None:
+        self._sweeping = None
+        try:
+            self.sweep()
+        except Exception:
+            _log.failure("what is over could not be freed")
 
     def _backlog(self) -> int:
         return sum(peer.link.backlog for peer in self._peers.values())
@@ -138,8 +152,11 @@ class _Peer:
         self._address = address
         self._broker = broker
         self._exchange = broker.exchange
+        self._now = broker.now
         self._returning = False
-        self._act: dict[type, Callable[[Any], wire.Answer | None]] = {wire.Hello: self._hello}
+        # By kind: what gives an answer, and what gets none.
+        self._requests: dict[type, Callable[[Any], wire.Answer | None]] = {}
+        self._others: dict[type, Callable[[Any], None]] = {wire.Hello: self._hello}
 
     def begin(self, link: Link) -> None:
         self.link = link
@@ -152,16 +169,16 @@ class _Peer:
 
     def receive(self, message: Any) -> None:
         """Work one message off. Raises BadFrame for one that is out of place, and only then."""
-        act = self._act.get(type(message))
-        if act is None:
-            raise wire.BadFrame(f"{type(message).__name__} is out of place")
-        if not isinstance(message, wire.Request):
-            act(message)
-            return
-        self._broker.requests.value += 1
-        answer = self._answer(act, message)
-        if message.id:
-            self.link.send(answer)
+        kind = type(message)
+        if act := self._requests.get(kind):
+            self._broker.requests.value += 1
+            answer = self._answer(act, message)
+            if message.id:
+                self.link.send(answer)
+        elif note := self._others.get(kind):
+            note(message)
+        else:
+            raise wire.BadFrame(f"{kind.__name__} is out of place")
 
     def _answer(self, act: Callable[[Any], wire.Answer | None], request: wire.Request) -> bytes:
         try:
@@ -182,23 +199,25 @@ class _Peer:
         # Its clients left when its last stream to this same broker ended, so now they come back. Another broker's
         # subscribers were never told that anybody left.
         self._returning = message.instance == self._broker.instance
-        self._act = {
-            wire.Restore: self._restore,
+        self._requests = {
             wire.Publish: self._publish,
             wire.Subscribe: self._subscribe,
-            wire.Unsubscribe: self._unsubscribe,
             wire.History: self._history,
             wire.RemoveHistory: self._remove_history,
             wire.Enter: self._enter,
             wire.Leave: self._leave,
             wire.Presence: self._presence,
             wire.PresenceStats: self._presence_stats,
-            wire.Connected: self._connected,
-            wire.Disconnected: self._disconnected,
-            wire.Tally: self._tally,
             wire.TakeCensus: self._census,
             wire.Instruct: self._instruct,
             wire.Admit: self._admit,
+        }
+        self._others = {
+            wire.Restore: self._restore,
+            wire.Unsubscribe: self._unsubscribe,
+            wire.Connected: self._connected,
+            wire.Disconnected: self._disconnected,
+            wire.Tally: self._tally,
         }
         self.link.send(wire.pack(wire.Welcome(wire.VERSION, self._broker.instance)))
 
@@ -217,7 +236,7 @@ class _Peer:
     def _publish(self, request: wire.Publish) -> wire.Answer:
         self._broker.publications.value += 1
         position = self._exchange.publish(
-            self._broker.now(),
+            self._now(),
             request.channel,
             request.data,
             request.retention,
@@ -239,7 +258,7 @@ class _Peer:
 
     def _history(self, request: wire.History) -> wire.Answer:
         page = self._exchange.history(
-            self._broker.now(),
+            self._now(),
             request.channel,
             request.retention,
             request.since,

@@ -7,6 +7,7 @@ cut leaves it wrong for longer than it takes to connect.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -89,6 +90,14 @@ class BrokerEngine:
         self._occupants: dict[tuple[str, str], Occupant] = {}  # by channel and client
         self._clients: dict[str, ClientInfo] = {}
         self._subscriptions = 0
+        # By kind: what comes and is no answer.
+        self._unasked: dict[type, Callable[[Any], None]] = {
+            wire.Published: self._published,
+            wire.Joined: self._joined,
+            wire.Left: self._left,
+            wire.Instructed: self._instructed,
+            wire.Welcome: self._welcomed,
+        }
         self._requests = metrics.counter("realtime_engine_requests", "Requests to the engine.")
         self._timeouts = metrics.counter("realtime_engine_timeouts", "Requests to the engine not answered in time.")
         self._lost = metrics.counter("realtime_engine_lost_links", "Streams to the engine that ended.")
@@ -111,7 +120,8 @@ class BrokerEngine:
         frames = [wire.pack(message) for message in (*self._introduction(), *self._take_unsent())]
         # These are as long as what we hold anyway; the limit is for what comes on top.
         limit = self._settings.queue_max_size + sum(map(len, frames))
-        self._link = link = Link(self._reactor, wire.ToWorker, limit, self._receive, self._ended, self._accounts)
+        soon = asyncio.get_running_loop().call_soon
+        self._link = link = Link(self._reactor, soon, wire.ToWorker, limit, self._receive, self._ended, self._accounts)
         adopt(self._reactor, fd, link)
         for frame in frames:
             link.send(frame)
@@ -187,12 +197,14 @@ class BrokerEngine:
             raise ClientError(*LIMIT_EXCEEDED) from None
         if len(frame) > REQUEST_LIMIT:
             raise ClientError(*LIMIT_EXCEEDED)
-        unsent = len(frame) if self._link is None else 0
-        if self._unsent + unsent > self._settings.queue_max_size:
-            raise EngineUnavailable("there is no broker, and too much waits for one")
-        self._unsent += unsent
+        unsent = 0
         if self._link is not None:
             self._link.send(frame)
+        else:
+            unsent = len(frame)
+            if self._unsent + unsent > self._settings.queue_max_size:
+                raise EngineUnavailable("there is no broker, and too much waits for one")
+            self._unsent += unsent
         timeout = self._settings.publish_timeout
         self._calls[self._last_id] = call = _Call(request, self._reactor.seconds() + timeout, unsent)
         if self._timer is None:
@@ -221,24 +233,28 @@ class BrokerEngine:
 
     def _receive(self, message: Any) -> None:
         kind = type(message)
-        if kind is wire.Published:
-            self._receiver.published(message.channel, message.publication, message.epoch)
-        elif kind is wire.Joined:
-            self._receiver.joined(message.channel, message.info)
-        elif kind is wire.Left:
-            self._receiver.left(message.channel, message.info)
-        elif kind is wire.Instructed:
-            self._receiver.instructed(message.order)
-        elif kind is wire.Welcome:
-            self._welcomed(message)
+        if take := self._unasked.get(kind):
+            take(message)
+            return
+        call = self._calls.pop(message.id, None)
+        if call is None:
+            return  # it came too late
+        if kind is wire.Failed:
+            call.answer.errback(ClientError(message.code, message.message, message.temporary))
         else:
-            call = self._calls.pop(message.id, None)
-            if call is None:
-                return  # it came too late
-            if kind is wire.Failed:
-                call.answer.errback(ClientError(message.code, message.message, message.temporary))
-            else:
-                call.answer.callback(message.result)
+            call.answer.callback(message.result)
+
+    def _published(self, message: wire.Published) -> None:
+        self._receiver.published(message.channel, message.publication, message.epoch)
+
+    def _joined(self, message: wire.Joined) -> None:
+        self._receiver.joined(message.channel, message.info)
+
+    def _left(self, message: wire.Left) -> None:
+        self._receiver.left(message.channel, message.info)
+
+    def _instructed(self, message: wire.Instructed) -> None:
+        self._receiver.instructed(message.order)
 
     def _welcomed(self, message: wire.Welcome) -> None:
         if message.version != wire.VERSION:

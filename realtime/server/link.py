@@ -1,17 +1,18 @@
 """Framed messages over a Unix stream: one end of the data plane between a worker and the broker.
 
-Frames are gathered during one turn of the loop and written in one go at its end. A peer that does not keep up is cut
-off, not waited for: both ends know how to start again on a fresh stream.
+Frames are gathered during one turn of the loop and written in one go at its end, straight to the socket. A peer that
+does not keep up is cut off, not waited for: both ends know how to start again on a fresh stream.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
-import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from twisted.internet import tcp, unix
 from twisted.internet.interfaces import IDelayedCall, IPushProducer
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.logger import Logger
@@ -19,6 +20,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from realtime.pubsub.wire import BadFrame, Decoder, Message
+from realtime.server.clients.transport import DirectServer
 from realtime.supervision.accounts import Accounts, Kind
 
 BATCH = 1024 * 1024
@@ -36,17 +38,23 @@ def adopt(reactor: Any, fd: int, link: Link) -> None:
     """Put a link on a connected stream socket. Takes ownership of `fd`."""
     try:
         os.set_blocking(fd, False)
-        reactor.adoptStreamConnection(fd, socket.AF_UNIX, Factory.forProtocol(lambda: link))
+        _Stream._fromConnectedSocket(fd, Factory.forProtocol(lambda: link), reactor)
     finally:
-        os.close(fd)  # the reactor works on a duplicate
+        os.close(fd)  # the transport works on a duplicate
+
+
+class _Stream(DirectServer, unix.Server):
+    """The transport. A turn's frames cost one send(2), as the selector is asked only when the peer is behind."""
+
+    doRead = tcp.Connection.doRead  # type: ignore[assignment]  # recv(2): no descriptors come over the data plane
 
 
 @implementer(IPushProducer)
 class Link(Protocol):
     """One stream of messages.
 
-    kinds: what the peer may send, `wire.ToBroker` or `wire.ToWorker`. limit: bytes that may wait for the peer; beyond
-    it the link cuts itself.
+    soon: has a call made in the loop's next turn. kinds: what the peer may send, `wire.ToBroker` or `wire.ToWorker`.
+    limit: bytes that may wait for the peer; beyond it the link cuts itself.
     received: called with each message, in order. An exception from it is a bug: logged, and the stream is cut, for
     nobody knows what was left undone. ended: called once with the reason when the stream is over, whoever ended it.
     accounts: the loop's, of which ENGINE is charged. patience: bytes that wait for the peer, from which on nothing more
@@ -57,6 +65,7 @@ class Link(Protocol):
     def __init__(
         self,
         reactor: Any,
+        soon: Callable[[Callable[[], None]], asyncio.Handle | IDelayedCall],
         kinds: object,
         limit: int,
         received: Callable[[Message], None],
@@ -69,6 +78,7 @@ class Link(Protocol):
             for name in ("dataReceived", "resumeProducing", "_turn_over"):
                 setattr(self, name, accounts.charging(account, getattr(self, name)))
         self._reactor = reactor
+        self._soon = soon
         self._decoder = Decoder(kinds)
         self._limit = limit
         self._received = received
@@ -79,7 +89,7 @@ class Link(Protocol):
         self._bytes = 0  # in _waiting
         self._inside = 0  # bytes that the transport was given when it was last full
         self._paused = False
-        self._flushing: IDelayedCall | None = None
+        self._flushing: asyncio.Handle | IDelayedCall | None = None
         self._closing: IDelayedCall | None = None
         self._over = ""  # why nothing is sent or received any more
 
@@ -106,7 +116,7 @@ class Link(Protocol):
         if self._bytes + self._inside > self._limit:
             self.cut("the peer is too far behind")
         elif self._flushing is None and not self._paused:
-            self._flushing = self._reactor.callLater(0, self._turn_over)
+            self._flushing = self._soon(self._turn_over)
 
     def _turn_over(self) -> None:
         self._flushing = None
@@ -161,7 +171,7 @@ class Link(Protocol):
                 if self._over:
                     return
                 self._received(message)
-                if self._patience and self.backlog > self._patience:
+                if self._bytes + self._inside > self._patience > 0:
                     self._held = messages
                     self._transport.pauseProducing()
                     return

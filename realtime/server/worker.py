@@ -109,6 +109,7 @@ class Worker:
         process.pulse.on_beat = shedding.beat
         self._deadlines = Deadlines(reactor.seconds())
         facts = NodeFactsOf(settings)
+        all_together = partial(together, accounts=process.accounts)
         self._node = Node(
             settings=settings.client,
             rules=rules,
@@ -120,6 +121,7 @@ class Worker:
             deadlines=self._deadlines,
             handlers=self._dispatcher,
             run=partial(run, accounts=process.accounts),
+            together=all_together,
             wall_clock=time.time,
             failed=_mistake,
             version=f"realtime {__version__}",
@@ -130,7 +132,6 @@ class Worker:
         )
         surveys = Surveys(self._engine, self._hub, str(process.slot), reactor)
         self._registry.surveyed = surveys.obey
-        all_together = partial(together, accounts=process.accounts)
         operations = Operations(self._engine, rules, facts, surveys, all_together)
         self._dispatcher.bind(operations)
         api = ServerAPI(operations, all_together, metrics, self._slices)

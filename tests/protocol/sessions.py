@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jwt
@@ -56,6 +57,27 @@ def run(coroutine, done) -> None:
             done(None, error)
 
     step()
+
+
+async def together(coroutines) -> list[Any]:
+    """As the worker's: starts all, and returns or raises when all have ended."""
+    outcomes: dict[int, Any] = {}
+    errors: list[BaseException] = []
+    gate = Gate()
+
+    def done(number, result, error):
+        outcomes[number] = result
+        errors.extend([error] if error else [])
+        if len(outcomes) == len(coroutines):
+            gate.open()
+
+    for number, coroutine in enumerate(coroutines):
+        run(coroutine, partial(done, number))
+    if len(outcomes) < len(coroutines):
+        await gate
+    if errors:
+        raise errors[0]
+    return [outcomes[number] for number in range(len(coroutines))]
 
 
 # Pushes as the messages themselves: the frame around them is the shell's business.
@@ -202,6 +224,7 @@ class Server:
             deadlines=Deadlines(0.0),
             handlers=self.app,
             run=run,
+            together=together,
             wall_clock=lambda: self.wall,
             failed=self.mistakes.append,
             version="test",
@@ -232,6 +255,23 @@ class Server:
 
     def _published(self, result: Any, error: BaseException | None) -> None:
         assert error is None, error
+
+    def delay_engine(self) -> list[Gate]:
+        """What the engine comes to in a subscription's beginning waits from now on, each behind a gate of its own."""
+        gates: list[Gate] = []
+
+        def late(original):
+            async def wait(*args, **options):
+                result = await original(*args, **options)
+                gates.append(Gate())
+                await gates[-1]
+                return result
+
+            return wait
+
+        for name in ("subscribe", "history", "enter"):
+            setattr(self.engine, name, late(getattr(self.engine, name)))
+        return gates
 
     def count(self, name: str, **labels: str) -> int:
         """What a counter stands at."""

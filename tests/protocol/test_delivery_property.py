@@ -17,7 +17,7 @@ import msgspec
 from centrifuge.fossil import apply_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sessions import BARE, App, Gate, run
+from sessions import BARE, App, Gate, run, together
 from sinks import WholeFrames
 
 from realtime.errors import ClientError, EngineUnavailable
@@ -365,6 +365,7 @@ class World:
             deadlines=Deadlines(0.0),
             handlers=App(),
             run=run,
+            together=together,
             wall_clock=lambda: 0.0,
             failed=self.mistakes.append,
             version="test",

@@ -10,6 +10,7 @@ import pytest
 from sessions import ALL, BARE_PROTOBUF, KEPT, NOW, Gate, Peer, Server, error_of, token
 
 from realtime.errors import EngineUnavailable
+from realtime.protocol.commands import JOINS_AT_ONCE
 from realtime.protocol.registry import DisconnectOrder, RefreshOrder, SubscribeOrder, UnsubscribeOrder
 from realtime.records import Credentials, Grant, Position, Terms
 from realtime.settings import Channel, ChannelOptions, Namespace, PersonalChannel
@@ -159,6 +160,41 @@ class TestAtConnect:
         }
         published = [(p["push"]["channel"], p["push"]["pub"]["offset"]) for p in pushes if "pub" in p["push"]]
         assert published == [("room:a", 1), ("room:a", 2), ("room:b", 1)]
+
+    def test_many_channels_cost_few_round_trips_to_the_engine(self):
+        server = make()
+        asked = server.delay_engine()
+        channels = [f"room:{number}" for number in range(2 * JOINS_AT_ONCE)]
+        peer = server.peer()
+        peer.say({"id": 1, "connect": {"token": token(sub="42", channels=channels)}})
+        for _ in range(2):
+            assert peer.raw == [] and len(asked) == 3 * JOINS_AT_ONCE
+            gates, asked[:] = asked[:], []
+            for gate in gates:
+                gate.open()
+        assert asked == []
+        reply, *_ = peer.heard()
+        assert list(reply["connect"]["subs"]) == channels
+
+    def test_one_that_fails_among_many_leaves_none(self):
+        server = make()
+        gates, original = {"room:a": Gate(), "room:c": Gate()}, server.engine.history
+
+        async def history(channel, **options):
+            if channel not in gates:
+                raise EngineUnavailable
+            await gates[channel]
+            return await original(channel, **options)
+
+        server.engine.history = history
+        peer = server.peer()
+        assert peer.say({"id": 1, "connect": {"token": token(sub="42", channels=["room:a", "room:b", "room:c"])}}) == []
+        gates["room:c"].open()
+        assert peer.heard() == []
+        gates["room:a"].open()
+        assert error_of(peer.heard()) == 100
+        server.advance(6)
+        assert server.clean()
 
     def test_recovery(self):
         server = make()

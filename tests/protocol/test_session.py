@@ -722,6 +722,24 @@ class TestRecovery:
         server = Server(allow_anonymous_connect_without_token=True, recovery_max_publication_limit=4)
         assert "recovered" not in self.back(server, **self.missed(server, 1, 5))
 
+    def test_all_that_a_subscription_asks_of_the_engine_is_one_round_trip(self, server):
+        ann, asked = server.client("ann"), server.delay_engine()
+        assert ann.say({"id": 2, "subscribe": {"channel": "room:b"}}) == []
+        assert len(asked) == 3
+        assert ann.say({"id": 3, "unsubscribe": {"channel": "room:a"}}) == []
+        for gate in asked:
+            gate.open()
+        assert [message.get("id") for message in ann.heard()] == [2, None, 3]
+
+    def test_who_wants_no_unrecovered_subscription_is_not_announced_before_it_is_recovered(self, server):
+        watcher, ann = server.client("watcher"), server.client("ann")
+        at = watcher.say({"id": 2, "subscribe": {"channel": "room:a"}})[0]["subscribe"]
+        request = {"channel": "room:a", "recover": True, "epoch": "other", "offset": 1, "flag": 2}
+        assert error_of(ann.say({"id": 2, "subscribe": request})) == 112
+        assert watcher.heard() == []
+        ann.say({"id": 3, "subscribe": {**request, "epoch": at["epoch"], "offset": 0}})
+        assert [message["push"]["join"]["info"]["user"] for message in watcher.heard()] == ["ann"]
+
     def test_flag_2_turns_not_recovered_into_112(self, server):
         position = self.missed(server, 3, 2)
         request = {"channel": "room:a", "recover": True, "offset": position["offset"], "epoch": "other", "flag": 3}

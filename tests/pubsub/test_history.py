@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import tracemalloc
 from collections.abc import Callable
@@ -324,11 +325,22 @@ def test_a_sweep_is_bounded() -> None:
     store = streams()
     for number in range(10):
         store.open(0.0, str(number), KEEP)
-    store.sweep(3700.0, 4)
+    assert store.sweep(3700.0, 4)
     assert len(store) == 6
-    store.sweep(3700.0, 4)
-    store.sweep(3700.0, 4)
+    assert store.sweep(3700.0, 4)
+    assert not store.sweep(3700.0, 4)
     assert len(store) == 0
+
+
+def test_the_garbage_collector_has_little_to_do_with_many_channels() -> None:
+    """A collection of all takes as long as what it looks through, and the loop stands still meanwhile."""
+    store = streams(limit=10_000)
+    gc.collect()
+    before = len(gc.get_objects())
+    for number in range(5000):
+        store.append(0.0, str(number), b"1", KEEP, ClientInfo("user", "client"), {"tag": "value"})
+    gc.collect()
+    assert len(gc.get_objects()) - before < 5000 * 1.1
 
 
 def test_an_idle_channel_takes_little_memory() -> None:
@@ -378,7 +390,7 @@ def test_a_key_that_is_over_may_be_noted_anew() -> None:
     receipts.note(0.0, "c", "first", Position(1, "e"))
     receipts.note(1.0, "c", "key", Position(2, "e"))
     receipts.note(300.5, "c", "first", Position(3, "e"))
-    receipts.sweep(301.5, SWEEP)
+    assert not receipts.sweep(301.5, SWEEP)
     assert receipts.recall(600.0, "c", "first") == Position(3, "e")
     assert len(receipts) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import signal
@@ -614,6 +615,22 @@ def test_the_sweep_frees_what_is_over() -> None:
         if not broker.exchange.streams:
             break
     assert not broker.exchange.perishable()
+
+
+def test_much_that_is_over_at_once_is_freed_in_slices_between_which_the_loop_turns() -> None:
+    clock = Clock()
+    broker = Broker(SETTINGS, Metrics(), clock)
+    for number in range(25_000):
+        broker.exchange.publish(broker.now(), str(number), b"1", Retention(1, 1.0, meta_ttl=10.0))
+    clock.advance(1000.0)
+    left = [broker.exchange.streams]
+    broker.sweep()
+    left.append(broker.exchange.streams)
+    while left[-1]:
+        clock.advance(0.01)
+        left.append(broker.exchange.streams)
+    assert len(left) == 26
+    assert {before - after for before, after in itertools.pairwise(left)} == {1000}
 
 
 def test_an_engine_needs_no_stream_for_what_never_fails() -> None:

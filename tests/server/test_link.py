@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from twisted.python.failure import Failure
 
 from realtime.pubsub import wire
 from realtime.server import link as link_module
-from realtime.server.link import PEER_ENDED, Link
+from realtime.server.link import PEER_ENDED, Link, adopt
 
 LIMIT = 10_000
 
@@ -43,7 +45,8 @@ class Bench:
         self.pipe = Pipe()
         self.messages: list[Any] = []
         self.endings: list[str] = []
-        self.link = Link(self.clock, wire.ToBroker, LIMIT, self.receive, self.end, patience=patience)
+        soon = partial(self.clock.callLater, 0)
+        self.link = Link(self.clock, soon, wire.ToBroker, LIMIT, self.receive, self.end, patience=patience)
         self.link.makeConnection(self.pipe)
 
     def receive(self, message: Any) -> None:
@@ -228,3 +231,47 @@ def test_junk_behind_what_waits_ends_the_stream_all_the_same() -> None:
     bench.turn()
     bench.lose()
     assert "longer than" in bench.endings[0]
+
+
+class Selector(Clock):
+    """A reactor that only writes down who wants to be told that it can write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writers: set[Any] = set()
+
+    def addReader(self, reader: Any) -> None: ...
+
+    def removeReader(self, reader: Any) -> None: ...
+
+    def addWriter(self, writer: Any) -> None:
+        self.writers.add(writer)
+
+    def removeWriter(self, writer: Any) -> None:
+        self.writers.discard(writer)
+
+
+def test_a_turn_goes_out_without_the_selector_while_the_peer_keeps_up() -> None:
+    selector, (ours, theirs) = Selector(), socket.socketpair()
+    link = Link(selector, partial(selector.callLater, 0), wire.ToBroker, 2**24, lambda message: None, lambda *_: None)
+    adopt(selector, ours.detach(), link)
+    with theirs:
+        link.send(b"first")
+        link.send(b"second")
+        selector.advance(0)
+        assert theirs.recv(100) == b"firstsecond"
+        assert not selector.writers
+        link.send(b"x" * 2**22)
+        link.send(b"last")
+        selector.advance(0)
+        (stream,) = selector.writers
+        received = bytearray()
+        while selector.writers:
+            received += theirs.recv(2**20)
+            stream.doWrite()
+            selector.advance(0)
+        while len(received) < 2**22 + 4:
+            received += theirs.recv(2**20)
+        assert received == b"x" * 2**22 + b"last"
+        assert link.backlog == 0
+        link.cut("enough")
