@@ -240,7 +240,8 @@ class WebSocketConnection(Outgoing, Incoming):
             self._perMessageCompress = _Inflation(factory.decompressed_limit)
         if form.encoding.name == "protobuf":
             self.opening = BINARY
-        self.pings = request.query.get("cf_ws_frame_ping_pong") != "true"
+        if request.query.get("cf_ws_frame_ping_pong") == "true":
+            self.pings = False
         if form.encoding.unidirectional:
             self._words = 1
             # Such a client can't speak for itself: whoever does by the server API may name it by this.
