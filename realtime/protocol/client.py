@@ -30,6 +30,28 @@ class Session(Protocol):
     def channels(self) -> list[str]: ...
 
 
+class _Gone:
+    """What is left of a session that has ended. Nothing of it leads back to the session, whose memory is free then."""
+
+    __slots__ = ("info",)
+
+    def __init__(self, info: ClientInfo) -> None:
+        self.info = info
+
+    def send(self, data: Any) -> None: ...
+
+    def disconnect(self, code: int, reason: str) -> None: ...
+
+    def subscribe(self, channel: str, terms: Terms, since: Position | None) -> None: ...
+
+    def end_subscription(self, channel: str, code: int, reason: str) -> None: ...
+
+    def refresh(self, expire_at: float, info: bytes) -> None: ...
+
+    def channels(self) -> list[str]:
+        return []
+
+
 class Client:
     """Valid until the client disconnects, and harmless after.
 
@@ -105,6 +127,11 @@ class Client:
     def unsubscribe(self, channel: str) -> None:
         """End its subscription to `channel`, if it has one."""
         self._session.end_subscription(channel, *SERVER_UNSUBSCRIBE)
+
+
+def release(client: Client) -> None:
+    """The client's session has ended: without the cycle that they make, both are freed with their last reference."""
+    client._session = _Gone(client._session.info)
 
 
 def encoded(content: Any) -> bytes:

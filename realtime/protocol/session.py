@@ -29,7 +29,7 @@ from msgspec import Raw, Struct
 from realtime import errors
 from realtime.errors import ClientError, Disconnect, EngineUnavailable, KeysUnavailable
 from realtime.protocol import messages
-from realtime.protocol.client import Client
+from realtime.protocol.client import Client, release
 from realtime.protocol.forms import Form
 from realtime.protocol.messages import ProtocolError, SubscribeRequest
 from realtime.protocol.node import Node
@@ -692,6 +692,8 @@ class Session:
                 self.abandon(subscription)
             if self.node.handlers.disconnected is not None:
                 self.node.run(quietly(self.node.handlers.disconnected(self.handle)), self.undone)
+        if self.handle is not None:
+            release(self.handle)
 
     def undone(self, result: Any, error: BaseException | None) -> None:
         """Take the outcome of work that nobody waits for."""

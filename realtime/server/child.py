@@ -40,6 +40,7 @@ from realtime import metrics, settings
 from realtime.errors import EngineUnavailable, RealtimeError
 from realtime.metrics import Metrics
 from realtime.server import control, dumps, log
+from realtime.server.garbage import Garbage
 from realtime.server.poller import Poller
 from realtime.server.pulse import LoopClock, Marks, Pulse, Turns, loop_time
 from realtime.server.reports import REPORTS
@@ -57,6 +58,8 @@ ORPHAN_DRAIN = 8.0
 _FAREWELL = 2.0
 # Seconds; well under the 12 of the alarm that it looks for.
 _FORGIVE_INTERVAL = 3.0
+# Seconds from when all garbage should be looked for until it is.
+_GARBAGE_INTERVAL = 1.0
 _REASON_CHARS = 2000
 _PR_SET_PDEATHSIG = 1
 
@@ -97,6 +100,7 @@ class Child:
         self.marks = Marks(page, self.accounts)
         self.turn = turn
         self.metrics.sources.append(lambda: loop_time(self.accounts))
+        self.garbage: Garbage | None = None  # of a process that is this child's alone
         self.control = Control(self)
         # (slot, descriptor): a fresh data-plane stream between that slot's worker and the broker. Takes ownership. One
         # that comes before this hook is set is refused, and comes again.
@@ -158,6 +162,9 @@ class Child:
     def _started(self, _: object) -> None:
         if self.draining:
             return
+        if self.garbage is not None:
+            self.garbage.begin()
+            self.pulse.chores.add(_GARBAGE_INTERVAL, self.garbage.look_through, wanted=self.garbage.due)
         self.pulse.enter(State.READY)
         self.control.callRemote(control.Ready).addErrback(_ignore)
 
@@ -313,6 +320,7 @@ def main(argv: Sequence[str], start: Callable[[Child], Awaitable[None]]) -> int:
     pulse = Pulse(page, LoopClock(loop), tree.loop, turns)
     pulse.rests = True
     child = Child(options.slot, tree, options.listen, page, reactor, pulse, turns.accounts, lambda: turns.turns)
+    child.garbage = Garbage(child.metrics)
     log.begin(child.name, tree.log.level, sys.stdout)
     _adopt(clock, options.link, child.control)
     clock.callWhenRunning(child.begin, start)

@@ -223,7 +223,7 @@ def lag(chosen: argparse.Namespace) -> Table:
     times = max(int(chosen.seconds * rate), 4)
     beside = {"act": "bystander", "size": SIZE, "rate": 200, "times": int(200 * times / rate), "warm": 100}
     for row in by_turns(chosen, table, [OURS]):
-        with started(OURS) as subject:
+        with ours() as server:
             asked: dict[str, Any] = {
                 "subscribers": subscribers,
                 "burst": 1,
@@ -231,8 +231,12 @@ def lag(chosen: argparse.Namespace) -> Table:
                 "size": SIZE,
                 "channel": CHANNEL,
             }
-            row.add(Run(subject, "fanout", beside=beside, warm=2, times=times, **asked), subscribers * times)
+            run = Run(server, "fanout", beside=beside, warm=2, times=times, **asked)
+            collecting = 1000 * server.metric("realtime_gc_pause_seconds")
+            row.add(run, subscribers * times, **{"ms collecting": collecting})
     row = table.rows[0]
+    pause = max(row.more["ms collecting"])
+    table.judge("longest pause of the garbage collector, with all of them coming", pause, 5.0, " ms")
     table.judge("p99 of a bystander's round trip during fan-out", median(row.p99), 10.0, " ms")
     return table
 

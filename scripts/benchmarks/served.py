@@ -85,6 +85,17 @@ class Served:
         """Seconds of processor time that all its processes have used."""
         return sum(sum(process.cpu_times()[:2]) for process in self.processes())
 
+    def metric(self, name: str, worker: int = 0) -> float:
+        """What a worker's series without other labels stands at."""
+        until = time.monotonic() + START_LIMIT
+        while time.monotonic() < until:  # a worker that is busy does not answer at once
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.operator_port}/metrics", timeout=5) as answer:
+                found = re.search(rf'^{name}{{worker="{worker}"}} (.+)$', answer.read().decode(), re.MULTILINE)
+            if found is not None:
+                return float(found[1])
+            time.sleep(0.5)
+        raise SystemExit(f"there is no metric {name}")
+
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:

@@ -49,15 +49,17 @@ def main(arguments: list[str]) -> int:
     def look() -> None:
         judge.judge(0, page.read(), time.monotonic())
 
+    def glance() -> None:
+        judge.glance(0, *page.glance(), time.monotonic())
+
     # A loop that waits, though not for long: something is there to be read.
     turn = microseconds(lambda: turns.select(1)) - microseconds(lambda: plain.select(1))
     print(f"a turn of the loop       {turn:6.2f} us more than without")
     print(f"a handler's step         {microseconds(mark):6.2f} us")
     account(turns.accounts, ours, theirs)
     each = microseconds(look)
-    print(
-        f"a look at a worker       {each:6.2f} us, {each / 1e6 / TICK:.2%} of a core for each worker in the supervisor"
-    )
+    print(f"a look at a worker       {each:6.2f} us, {each / 1e6 / TICK:.2%} of a core while it is not healthy")
+    print(f"a glance at a worker     {microseconds(glance):6.2f} us")
     beating, waking = idle_share(seconds, measured=True), idle_share(seconds, measured=False)
     print(f"an idle worker           {beating:.2%} of a core, {waking:.2%} of which are for waking up at all")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import jwt
@@ -784,6 +785,18 @@ class TestRecovery:
 
 class TestLeaving:
     """Whenever a client leaves, and whatever the engine does then, nothing of it stays on this worker."""
+
+    def test_its_session_is_in_no_cycle_that_only_the_garbage_collector_could_free(self, server):
+        peer = server.client("ann")
+        peer.subscribe("a")
+        kept = peer.session.handle
+        peer.session.closed()
+        assert peer.session not in gc.get_referents(kept)
+        assert (kept.user, kept.channels) == ("ann", [])
+        for say in (lambda: kept.send(1), kept.disconnect, kept.refresh):
+            say()
+        kept.subscribe("a")
+        kept.unsubscribe("a")
 
     @pytest.fixture
     def leaves(self, server, monkeypatch) -> list[str]:
