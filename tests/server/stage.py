@@ -24,6 +24,7 @@ from realtime.protocol.head import Refusal
 from realtime.protocol.session import Request
 from realtime.server.clients.admission import Admission
 from realtime.server.clients.front import FrontFactory
+from realtime.server.clients.transport import DirectServer
 from realtime.server.clients.websocket import FORMS, UNIDIRECTIONAL_FORMS, WebSocketConnection, WebSocketFactory
 
 PATH = "/connection/websocket"
@@ -218,6 +219,7 @@ class Stage:
         endpoints = {websocket.handler_prefix: self.websocket}
         self.front = FrontFactory(http_server, endpoints, Site(Page()), self.deadlines, self.metrics)
         self._port = reactor.listenTCP(0, self.front, interface="127.0.0.1")
+        self._port.transport = DirectServer
         self.port = self._port.getHost().port
 
     def _open_session(self, connection: WebSocketConnection, request: Request) -> Any:

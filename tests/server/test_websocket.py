@@ -312,16 +312,19 @@ async def slow_peer(stage: Stage) -> tuple[socket.socket, WebSocketConnection]:
     await eventually(lambda: len(stage.sessions) > before)
     connection = stage.sessions[-1].connection
     connection.transport.getHandle().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-    await eventually(lambda: _stuck(connection))
+    turns_stuck = 0
+
+    def stuck() -> bool:
+        """Fill what the kernel takes; True once it has taken no more for some turns."""
+        nonlocal turns_stuck
+        turns_stuck += 1
+        while connection._outbox is None:
+            turns_stuck = 0
+            connection.sink.deliver(CHUNK)
+        return turns_stuck > 3
+
+    await eventually(stuck)
     return peer, connection
-
-
-def _stuck(connection: WebSocketConnection) -> bool:
-    """Fill what the kernel takes; True once it takes no more."""
-    if connection._outbox is None:
-        connection.sink.deliver(CHUNK)
-        return False
-    return len(connection.transport.dataBuffer) > 0
 
 
 async def read_all(peer: socket.socket) -> bytes:
