@@ -25,8 +25,6 @@ from realtime.settings import Loop
 from realtime.supervision.accounts import Accounts, Kind
 from realtime.supervision.vitals import QUIET, Page, State, Vitals
 
-_log = Logger()
-
 # Seconds over which the utilisation is smoothed.
 _SMOOTHING = 1.0
 # Nanoseconds of a turn whose exact length is kept. Less than any sensible `loop.lagging`.
@@ -178,7 +176,8 @@ class Pulse:
         self.lag = 0.0  # seconds, of the last beat
         self.utilisation = 0.0  # see `Vitals`
         self.rss = 0  # bytes, at most about a second old
-        self.chores = Chores(_log)
+        # A logger of its own: this module is loaded by the supervisor, too, whose lines are judged elsewhere.
+        self.chores = Chores(Logger("realtime.server.pulse"))
         self.interval = loop.interval
         self.rests = False
         self.due = self.until = math.inf
