@@ -18,8 +18,8 @@ from msgspec import Struct
 _HEAD = re.compile(r"^(Stack|Current thread|Thread)\b.*\(most recent call first\):$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$', re.MULTILINE)
 # What turns a loop, as parts of paths; the innermost frame beyond these is at least what the loop was doing.
-_REACTOR = ("/asyncio/", "/selectors.py", "/twisted/internet/", "/realtime/server/pulse.py", "<frozen runpy>")
-_WAITING = ("/selectors.py", "/realtime/server/pulse.py")
+_WAITING = ("/selectors.py", "/realtime/server/poller.py", "/realtime/server/pulse.py")
+_REACTOR = (*_WAITING, "/asyncio/", "/twisted/internet/", "<frozen runpy>")
 
 
 class Frame(Struct, frozen=True):

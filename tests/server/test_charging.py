@@ -129,7 +129,9 @@ def test_a_client_is_charged_to_http_until_it_speaks_something_else(
 
 
 def test_the_link_is_charged_for_what_comes_over_it(bill: Bill) -> None:
-    link = Link(None, object, 100, lambda message: None, lambda link, reason: None, bill.accounts)
+    link = Link(
+        None, lambda function: None, object, 100, lambda message: None, lambda link, reason: None, bill.accounts
+    )
 
     class Decoder:
         def feed(self, data: bytes) -> list[Any]:

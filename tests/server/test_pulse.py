@@ -231,35 +231,47 @@ def test_a_loop_runs_on_it(beating: Beating) -> None:
 # Rest.
 
 
-class Timers:
-    """Those of a real loop, but that the test sets them off."""
+class IdleTurns(Turns):
+    """Takes as long as it is told to, on a clock of its own, and `late` longer."""
 
-    seconds = staticmethod(time.monotonic)
+    now = 1_000_000_000
+    late = 0
+    waits: list[float]
 
-    def __init__(self) -> None:
-        self.calls: list[Callable[[], None]] = []
-
-    def callLater(self, delay: float, f: Callable[[], None]) -> Any:
-        self.calls.append(f)
-        return SimpleNamespace(cancel=lambda: self.calls.remove(f))
-
-    def fire(self) -> None:
-        self.calls.pop()()
+    def wait(self, timeout: float | None) -> Ready:
+        assert timeout is not None
+        self.waits.append(timeout)
+        ready = super().wait(0)
+        if not ready:
+            self.now += round(timeout * 1e9) + self.late
+        return ready
 
 
 class Resting:
-    """A loop that waits on its selector."""
+    """A loop that idles; its timers are set off by the test."""
 
     def __init__(self) -> None:
         self.page = Page.create()
-        self.turns = Turns(self.page)
-        self.timers = Timers()
-        self.pulse = Pulse(self.page, self.timers, Loop(interval=0.01), self.turns)
+        self.turns = IdleTurns(self.page, lambda: self.turns.now if hasattr(self, "turns") else IdleTurns.now)
+        self.turns.waits = []
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+        self.pulse = Pulse(self.page, self, Loop(interval=0.01), self.turns)
         self.pulse.rests = True
         self.told: list[Vitals] = []
         self.pulse.on_beat = self.told.append
         self.pulse.start()
         self.told.clear()
+
+    def seconds(self) -> float:
+        return self.turns.now / 1e9
+
+    def callLater(self, delay: float, f: Callable[[], None]) -> Any:
+        timer = delay, f
+        self.timers.append(timer)
+        return SimpleNamespace(cancel=lambda: self.timers.remove(timer))
+
+    def fire(self) -> None:
+        self.timers.pop()[1]()
 
     def read(self) -> Vitals:
         reading = self.page.read()
@@ -276,22 +288,21 @@ def resting() -> Iterator[Resting]:
 
 
 def test_a_loop_that_idles_beats_without_a_turn_or_a_timer(resting: Resting) -> None:
-    first = resting.read().beat
-    assert resting.timers.calls == []
+    assert resting.timers == []
     assert resting.turns.select(0.1) == []
     assert resting.turns.turns == 1
-    assert resting.read().beat > first + 80_000_000
+    assert resting.turns.waits == pytest.approx([0.01] * 10, abs=1e-6)
+    assert resting.read().beat == pytest.approx(resting.turns.now)
 
 
 def test_when_it_has_work_everything_is_told_and_the_next_beat_is_a_timers(resting: Resting) -> None:
     resting.pulse.connections = lambda: 7
-    resting.turns.select(0.1)
-    assert resting.told
-    assert resting.told[-1].connections == resting.read().connections == 7
-    assert len(resting.timers.calls) == 1
-    told = len(resting.told)
-    resting.turns.select(0.05)  # from now on, until that timer
-    assert len(resting.told) == told
+    resting.turns.select(0.095)
+    assert [told.connections for told in resting.told] == [resting.read().connections] == [7]
+    assert [delay for delay, _ in resting.timers] == pytest.approx([0.005])
+    resting.turns.select(0.05)  # that timer's from now on
+    assert len(resting.told) == 1
+    assert resting.turns.waits[-1] == 0.05
 
 
 def test_an_event_ends_the_rest_at_once(resting: Resting) -> None:
@@ -300,38 +311,46 @@ def test_an_event_ends_the_rest_at_once(resting: Resting) -> None:
     os.write(writer, b"x")
     assert len(resting.turns.select(None)) == 1
     assert resting.told == []  # it did not nod, so there is no news
-    assert len(resting.timers.calls) == 1
+    assert len(resting.timers) == 1
     os.close(reader)
     os.close(writer)
 
 
 def test_a_loop_that_only_looks_for_more_work_has_a_timer(resting: Resting) -> None:
     resting.turns.select(0)
-    assert len(resting.timers.calls) == 1
+    assert len(resting.timers) == 1
+
+
+def test_a_nod_that_is_late_is_a_beat_that_tells_of_it(resting: Resting) -> None:
+    resting.turns.late = 20_000_000
+    resting.turns.select(1)
+    assert len(resting.turns.waits) == 1
+    assert [delay for delay, _ in resting.timers] == [0.0]
+    resting.fire()
+    assert resting.read().lag == pytest.approx(0.02, abs=1e-6)
 
 
 def test_a_chore_ends_the_rest(resting: Resting) -> None:
     done: list[float] = []
-    resting.pulse.chores.add(0.05, lambda: done.append(1))
+    resting.pulse.chores.add(0.05, lambda: done.append(resting.seconds()))
     resting.turns.select(0)
-    resting.timers.fire()  # a beat, with which the interval begins
+    resting.fire()  # a beat, with which the interval begins
+    began = resting.seconds()
     resting.turns.select(None)
-    resting.timers.fire()
-    assert done == [1]
+    resting.fire()
+    assert done == [pytest.approx(began + 0.05)]
 
 
-def test_time_at_rest_is_idle_and_what_beats_is_not(resting: Resting) -> None:
-    began = time.monotonic_ns()
+def test_time_at_rest_is_idle(resting: Resting) -> None:
     resting.turns.select(0.1)
-    passed = time.monotonic_ns() - began
-    assert passed * 0.5 < resting.turns.idle < passed
-    assert busy_since(resting.page) > began
+    assert resting.turns.idle == pytest.approx(100_000_000, rel=1e-6)
+    assert busy_since(resting.page) == resting.turns.now
 
 
 def test_no_timer_is_left_when_it_stops_at_rest(resting: Resting) -> None:
     resting.pulse.stop()
     resting.turns.select(0.03)
-    assert resting.timers.calls == []
+    assert resting.timers == []
     assert resting.read().state is State.ENDED
 
 

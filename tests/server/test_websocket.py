@@ -419,6 +419,8 @@ async def test_a_client_that_takes_no_byte_is_closed_as_stalled() -> None:
 async def test_a_client_that_takes_some_bytes_in_each_interval_stays() -> None:
     async with staged() as stage:
         peer, connection = await slow_peer(stage)
+        for _ in range(4):
+            connection.sink.deliver(CHUNK)
         for _ in range(10):
             taken = connection._taken()
 
