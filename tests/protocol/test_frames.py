@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realtime.protocol.frames import binary_frame, close_frame, compressed, frame_at, ping_frame, pong_frame, text_frame
+from realtime.protocol.frames import (
+    binary_frame,
+    close_frame,
+    compressed,
+    frame_at,
+    message_at,
+    ping_frame,
+    pong_frame,
+    text_frame,
+)
 
 
 def decode(frame: bytes) -> tuple[int, bytes]:
@@ -86,3 +95,40 @@ def test_where_a_good_frame_begins_and_ends(payload: bytes, masked: bool, before
     assert frame_at(before + whole, start) == (start + len(whole) - len(payload), start + len(whole))
     for length in range(len(whole) - len(payload)):
         assert frame_at(before + whole[:length], start) is None
+
+
+masks = st.binary(min_size=4, max_size=4)
+
+
+def of_a_client(first: int, payload: bytes, mask: bytes, length: int | None = None) -> bytes:
+    """A client's frame. The payload is not masked: nobody looks at it here. length: the bytes that it takes, less 1."""
+    size = len(payload)
+    length = (0 if size < 126 else 2 if size < 65536 else 8) if length is None else length
+    second = 0x80 | (size if not length else 126 if length == 2 else 127)
+    return bytes((first, second)) + (size.to_bytes(length, "big") if length else b"") + mask + payload
+
+
+@given(st.sampled_from([0x81, 0x82]), st.binary(max_size=300), masks)
+def test_a_whole_message_is_told_by_its_frame(first: int, payload: bytes, mask: bytes) -> None:
+    frame = of_a_client(first, payload, mask)
+    body = message_at(frame, first, len(payload))
+    assert frame[body:] == payload and frame[body - 4 : body] == mask
+    # Nothing less, nothing more, and nothing else.
+    assert not message_at(frame[:-1], first, len(payload))
+    assert not message_at(frame + b"x", first, len(payload))
+    assert not message_at(frame, first ^ 3, len(payload))
+    assert not message_at(bytes((first & 0x7F,)) + frame[1:], first, len(payload))  # a fragment
+    assert not message_at(bytes((first | 0x40,)) + frame[1:], first, len(payload))  # a compressed one
+    assert not message_at(frame[:1] + bytes((frame[1] & 0x7F,)) + frame[2:], first, len(payload))  # without a mask
+    assert not (payload and message_at(frame, first, len(payload) - 1))  # a long one
+
+
+@given(st.binary(max_size=125), masks, st.sampled_from([2, 8]))
+def test_a_length_in_more_bytes_than_it_takes_is_none(payload: bytes, mask: bytes, length: int) -> None:
+    assert not message_at(of_a_client(0x81, payload, mask, length), 0x81, 1000)
+
+
+@given(st.binary(max_size=20))
+def test_no_bytes_are_too_few_to_be_looked_at(data: bytes) -> None:
+    body = message_at(data, data[0] if data else 0x81, 1000)
+    assert 0 <= body <= len(data)

@@ -6,7 +6,14 @@ import time
 
 import pytest
 
-from realtime.protocol.handshake import encoding, judge_handshake, opening_request, origin_policy, subprotocol
+from realtime.protocol.handshake import (
+    encoding,
+    judge_handshake,
+    opening_request,
+    opening_response,
+    origin_policy,
+    subprotocol,
+)
 from realtime.protocol.head import Head, HeadParser, Refusal
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
@@ -237,3 +244,24 @@ def test_the_default_port_is_the_same_origin() -> None:
     for host, origin in (("a.example", "http://a.example:80"), ("a.example:443", "https://a.example")):
         assert verdict(handshake(("Origin", origin), Host=host)) == 0
     assert verdict(handshake(("Origin", "https://a.example"), Host="a.example:80")) == 403
+
+
+def test_the_answer_to_a_handshake() -> None:
+    # The key and what answers it are the example of section 1.3.
+    plain = opening_response(handshake(), None).decode().split("\r\n")
+    assert plain[0] == "HTTP/1.1 101 Switching Protocols"
+    assert plain[-2:] == ["", ""]
+    fields = {name.lower(): value for name, value in (line.split(": ") for line in plain[1:-2])}
+    assert fields.pop("server") == "realtime"
+    assert fields == {
+        "upgrade": "websocket",
+        "connection": "Upgrade",
+        "sec-websocket-accept": "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",
+    }
+
+
+def test_the_answer_names_what_was_agreed_on() -> None:
+    answer = opening_response(handshake(), "centrifuge-json", "permessage-deflate; server_no_context_takeover")
+    lines = answer.decode().split("\r\n")
+    assert "Sec-WebSocket-Protocol: centrifuge-json" in lines
+    assert "Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover" in lines

@@ -914,3 +914,67 @@ async def test_a_mistake_in_a_coroutine_that_never_waits(bench: Bench, error: Ba
     await bench.start()
     assert (await refusal(bench.call("f"))).code == 100
     assert bench.count("error") == 1
+
+
+# -- without a coroutine ----------------------------------------------------------------------------------------------
+
+
+@on_loop
+async def test_who_never_waits_answers_at_once_as_if_awaited(bench: Bench) -> None:
+    where: ContextVar[str] = ContextVar("where", default="outside")
+    seen = []
+
+    @bench.app.rpc("f")
+    async def f(client: Any, data: Any) -> Any:
+        seen.append((where.get(), list(bench.marks.now)))  # type: ignore[attr-defined]
+        where.set("inside")
+        if data is None:
+            raise ClientError(400, "no")
+        return {"user": client.user, "data": data}
+
+    procedure = (await bench.start()).procedure("f")
+    assert procedure is not None and procedure.prompt
+    assert msgspec.json.decode(procedure.now(bench.client, [1])) == {"user": "ada", "data": [1]}
+    with pytest.raises(ClientError) as refused:
+        procedure.now(bench.client, None)
+    assert refused.value.code == 400
+    # Each call has a context of its own, and is marked while it runs.
+    assert seen == [("outside", [(b"rpc f", b"f")])] * 2
+    assert where.get() == "outside"
+    assert bench.marks.now == []  # type: ignore[attr-defined]
+    assert (bench.count("ok"), bench.count("refused")) == (1, 1)
+
+
+@on_loop
+async def test_a_mistake_of_one_that_answers_at_once(bench: Bench) -> None:
+    @bench.app.rpc("f")
+    async def f(client: Any, data: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    procedure = (await bench.start()).procedure("f")
+    assert procedure is not None
+    for _ in range(2):
+        with pytest.raises(ClientError) as caught:
+            procedure.now(bench.client, 1)
+        assert (caught.value.code, caught.value.temporary) == (100, True)
+    assert bench.count("error") == 2
+    assert len(bench.logged) == 1
+    assert bench.marks.now == []  # type: ignore[attr-defined]
+
+
+@on_loop
+async def test_who_may_wait_is_never_called_at_once(bench: Bench) -> None:
+    @bench.app.rpc("waits")
+    async def waits(client: Any, data: Any) -> None:
+        await asyncio.sleep(0)
+
+    @bench.app.rpc("in a thread")
+    def in_a_thread(client: Any, data: Any) -> None: ...
+
+    @bench.app.rpc("limited", limit=1)
+    async def limited(client: Any, data: Any) -> None: ...
+
+    dispatcher = await bench.start()
+    for method in ("waits", "in a thread", "limited"):
+        procedure = dispatcher.procedure(method)
+        assert procedure is not None and not procedure.prompt, method

@@ -132,6 +132,21 @@ async def test_a_refused_procedure_is_a_temporary_error(bench: Bench) -> None:
 
 
 @on_loop
+async def test_under_pressure_a_policy_comes_before_an_answer_at_once(bench: Bench) -> None:
+    @bench.app.rpc("f", pressure="refuse")
+    async def f(client: Any, data: Any) -> None: ...
+
+    @bench.app.rpc("g")
+    async def g(client: Any, data: Any) -> None: ...
+
+    await bench.start()
+    f_and_g = [bench.dispatcher.procedure(method) for method in "fg"]
+    assert [procedure.prompt for procedure in f_and_g] == [True, True]
+    bench.pressure.reasons = ("lag",)
+    assert [procedure.prompt for procedure in f_and_g] == [False, True]
+
+
+@on_loop
 async def test_stale_answers_are_served_under_pressure_and_others_refused(bench: Bench) -> None:
     bench.app.http.get("/f", cache=bench.cache())(bench.answer)
     await bench.start()
