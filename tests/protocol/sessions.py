@@ -101,8 +101,17 @@ class Handler:
         return await self.function(*args)
 
 
+class PromptHandler(Handler):
+    """A plain function as a handler that waits for nothing."""
+
+    prompt = True
+
+    def now(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
 class App:
-    """Handlers of a test: whatever it sets, coroutine functions all."""
+    """Handlers of a test: whatever it sets, coroutine functions or `PromptHandler`s."""
 
     connecting = disconnected = None
     on_message: Any = None
@@ -124,7 +133,7 @@ class App:
 
     def procedure(self, method):
         found = self.procedures.get(method)
-        return found and Handler(found)
+        return found if found is None or isinstance(found, Handler) else Handler(found)
 
     @property
     def message(self):

@@ -8,7 +8,7 @@ from typing import Any
 import jwt
 import msgspec
 import pytest
-from sessions import NOW, Gate, Peer, Server, error_of, token
+from sessions import NOW, Gate, Peer, PromptHandler, Server, error_of, token
 
 from realtime.errors import ClientError, Disconnect, EngineUnavailable
 from realtime.protocol.commands import COMMANDS
@@ -980,3 +980,27 @@ class TestOrders:
         peer.session.closed()
         assert gone == ["ann"]
         assert peer.close_code == (3503, "force disconnect")
+
+
+def test_an_answer_at_once_comes_behind_those_that_wait(server: Server) -> None:
+    gate = Gate()
+
+    async def slow(client: Any, data: Any) -> Any:
+        return await gate
+
+    def fails(client: Any, data: Any) -> Any:
+        raise ClientError(400, "not that")
+
+    server.app.procedures = {
+        "slow": slow,
+        "quick": PromptHandler(lambda client, data: [data]),
+        "no": PromptHandler(fails),
+    }
+    peer = server.client("ada")
+    assert peer.say({"id": 2, "rpc": {"method": "quick", "data": 1}}) == [{"id": 2, "rpc": {"data": [1]}}]
+    assert peer.say({"id": 3, "rpc": {"method": "slow"}}, {"id": 4, "rpc": {"method": "quick", "data": 2}}) == []
+    assert peer.say({"id": 5, "rpc": {"method": "no"}}) == []
+    gate.open("done")
+    third, fourth, fifth = peer.heard()
+    assert (third, fourth) == ({"id": 3, "rpc": {"data": "done"}}, {"id": 4, "rpc": {"data": [2]}})
+    assert fifth == {"id": 5, "error": {"code": 400, "message": "not that"}}
