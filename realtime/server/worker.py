@@ -81,7 +81,7 @@ class Worker:
         self._reactor = reactor
         self._spread = settings.shutdown.spread
         self._app = application.load(settings.app)
-        self._slices = Slices(reactor.seconds, settings.loop.slice, partial(reactor.callLater, 0), Deferred)
+        self._slices = Slices(reactor.seconds, settings.loop.slice, _soon, Deferred)
         self._registry = Registry(self._slices)
         self._hub = Hub(self._registry.obey, self._slices)
         rules = Rules(settings.channel)
