@@ -19,7 +19,7 @@ _HEAD = re.compile(r"^(Stack|Current thread|Thread)\b.*\(most recent call first\
 _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$', re.MULTILINE)
 # What turns a loop, as parts of paths; the innermost frame beyond these is at least what the loop was doing.
 _WAITING = ("/selectors.py", "/realtime/server/poller.py", "/realtime/server/pulse.py")
-_REACTOR = (*_WAITING, "/asyncio/", "/twisted/internet/", "<frozen runpy>")
+_REACTOR = (*_WAITING, "/realtime/server/reactor.py", "/asyncio/", "/twisted/internet/", "<frozen runpy>")
 
 
 class Frame(Struct, frozen=True):
