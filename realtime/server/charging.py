@@ -11,7 +11,7 @@ from typing import Any
 
 from realtime.pubsub.engine import Receiver
 from realtime.records import ClientInfo, Publication
-from realtime.server.clients.transport import DirectServer
+from realtime.server.transport import DirectServer
 from realtime.supervision.accounts import Account, Accounts, Kind
 
 # What a channel without a namespace is counted under.

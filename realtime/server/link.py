@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from realtime.pubsub.wire import BadFrame, Decoder, Message
-from realtime.server.clients.transport import DirectServer
+from realtime.server.transport import DirectServer
 from realtime.supervision.accounts import Accounts, Kind
 
 BATCH = 1024 * 1024

@@ -39,10 +39,9 @@ from realtime.protocol.rules import Rules
 from realtime.protocol.session import Session
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.slices import Slices
-from realtime.server import child, listener
+from realtime.server import child, listener, transport
 from realtime.server.broker_engine import BrokerEngine
 from realtime.server.charging import FanOut, charged_steps, charged_transport
-from realtime.server.clients import transport
 from realtime.server.clients.admission import Admission
 from realtime.server.clients.emulation import Emulation
 from realtime.server.clients.front import Endpoint, Front, FrontFactory

@@ -24,8 +24,8 @@ from realtime.protocol.head import Refusal
 from realtime.protocol.session import Request
 from realtime.server.clients.admission import Admission
 from realtime.server.clients.front import FrontFactory
-from realtime.server.clients.transport import DirectServer
 from realtime.server.clients.websocket import FORMS, UNIDIRECTIONAL_FORMS, WebSocketConnection, WebSocketFactory
+from realtime.server.transport import DirectServer
 
 PATH = "/connection/websocket"
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="

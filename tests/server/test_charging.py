@@ -12,9 +12,9 @@ from twisted.internet.protocol import Protocol
 
 from realtime.records import ClientInfo, Publication
 from realtime.server.charging import FanOut, charged_transport
-from realtime.server.clients.transport import DirectServer
 from realtime.server.handlers.coroutines import run, started, together
 from realtime.server.link import Link
+from realtime.server.transport import DirectServer
 from realtime.supervision.accounts import Accounts, Kind
 
 

@@ -17,7 +17,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import ensureDeferred
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
-from realtime.server.clients.transport import DirectServer
+from realtime.server.transport import DirectServer
 
 ends = []
 

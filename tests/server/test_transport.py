@@ -13,7 +13,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 from zope.interface import implementer
 
-from realtime.server.clients.transport import DirectServer
+from realtime.server.transport import DirectServer
 
 
 @implementer(IPushProducer)

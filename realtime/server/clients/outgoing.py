@@ -26,7 +26,7 @@ from realtime.protocol.deadlines import Deadlines
 from realtime.protocol.forms import Form
 from realtime.protocol.outbox import Outbox, Total
 from realtime.pubsub.member import Sink
-from realtime.server.clients.transport import DirectServer
+from realtime.server.transport import DirectServer
 
 # Bytes handed to a transport that has just emptied its buffer: more than what makes it pause again, at once.
 _REFILL = 128 * 1024
@@ -241,7 +241,8 @@ class Outgoing:
 
         What the local kernel took would not do: its buffer holds megabytes, and it asks for more in large steps.
         """
-        info = self.transport.getHandle().getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        carrier = getattr(self.transport, "transport", self.transport)  # under TLS the transport has one of its own
+        info = carrier.getHandle().getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
         return int(struct.unpack_from("=Q", info, 120)[0])
 
     def _give_up(self, kind: str, code: int, reason: str) -> None:
