@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 import socket
-import ssl
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from OpenSSL.crypto import X509, PKey
 from stage import eventually
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol, connectionDone
-from twisted.internet.ssl import CertificateOptions
-from twisted.internet.threads import deferToThread
-from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 
 from realtime.metrics import Counter
@@ -244,54 +235,5 @@ async def test_a_peer_that_has_gone_is_found_out_by_the_transport(limits: Limits
     peer.close()
     for _ in range(3):
         connection.sink.deliver(b"anybody there?\n")
-    await eventually(lambda: connection.sink.write is len)
-    await port.stopListening()
-
-
-def self_signed() -> CertificateOptions:
-    """TLS for a test's server."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now)
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    return CertificateOptions(
-        privateKey=PKey.from_cryptography_key(key), certificate=X509.from_cryptography(certificate)
-    )
-
-
-async def test_under_tls_everything_goes_its_way(limits: Limits) -> None:
-    connection = Connection(limits)
-    factory = TLSMemoryBIOFactory(self_signed(), False, Factory.forProtocol(lambda: connection))
-    port = reactor.listenTCP(0, factory, interface="127.0.0.1")
-    port.transport = DirectServer
-    lines = [b"%d " % number + b"x" * (number * 37 % 5000) for number in range(500)]
-
-    def read_all() -> bytes:
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        address = "127.0.0.1", port.getHost().port
-        with socket.create_connection(address, timeout=20) as raw, context.wrap_socket(raw) as peer:
-            got = b""
-            while not got.endswith(b"last\n"):
-                got += peer.recv(1 << 16)
-            return got
-
-    reading = deferToThread(read_all)
-    await connection.made
-    for number, line in enumerate(lines):
-        if number % 2:
-            connection.sink.deliver(line + b"\n")
-        else:
-            connection.send(line)
-        if number % 10 == 0:
-            limits.end_turn()
-    connection.send(b"last")
-    limits.end_turn()
-    assert await reading == b"\n".join([*lines, b"last\n"])
     await eventually(lambda: connection.sink.write is len)
     await port.stopListening()
