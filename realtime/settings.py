@@ -670,6 +670,9 @@ class Workers(Struct, frozen=True, forbid_unknown_fields=True):
         about('Processes of each worker for handlers with run="process"; 0: its share of cores.'),
     ] = 0
     process_queue: Annotated[Count, about("Calls of one worker that may wait for such a process.")] = 100
+    io_uring: Annotated[
+        bool, about("Fan-out sends many deliveries in one system call, where the kernel has io_uring and allows it.")
+    ] = True
     handler_timeout: Annotated[Seconds, about("Time for a handler to finish; 0: no limit.")] = 10.0
     restart_delay: Annotated[Seconds, about("Delay before a dead worker is replaced; doubles with each death.")] = 0.1
     restart_delay_max: Annotated[Seconds, about("Longest such delay.")] = 30.0

@@ -11,7 +11,7 @@ what waits; whoever opens while something waits begins behind that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import TypeGuard
 
 from realtime.errors import Disconnect
@@ -77,8 +77,9 @@ class _Deltas:
 class Traffic:
     """What the fans of one worker share.
 
-    sent: counts deliveries. overflows: counts backlogs that were dropped. queued: bytes of publications that are yet to
-    be delivered. charged: may put something around the steps that a channel's backlog takes.
+    sent: counts deliveries. broadcast: sends one frame to many; may be another than the function here. overflows: counts
+    backlogs that were dropped. queued: bytes of publications that are yet to be delivered. charged: may put something
+    around the steps that a channel's backlog takes.
     """
 
     def __init__(self, slices: Slices, overflowed: Callable[[str], None], unfit: Callable[[str, Member], None]) -> None:
@@ -87,6 +88,7 @@ class Traffic:
         self.overflowed = overflowed
         self.unfit = unfit
         self.sent = Counter()
+        self.broadcast: Callable[[bytes, Sequence[Sink]], None] = broadcast
         self.overflows = Counter()
         self.queued = 0
         self.charged: Callable[[str, Iterator[None]], Iterator[None]] = lambda channel, steps: steps
@@ -211,7 +213,7 @@ class Fan:
         try:
             for group in few:
                 frame = group.form.publication(self._channel, publication, epoch)
-                _broadcast(frame, group.sinks)
+                traffic.broadcast(frame, group.sinks)
                 traffic.sent.value += len(group.sinks)
         finally:
             traffic.spend(len(self.members))
@@ -291,7 +293,7 @@ class Fan:
                 end = start + size
                 if self._version == version and frame is not None and group.variant < _FILTERED:
                     sinks = group.sinks[start:end]
-                    _broadcast(frame, sinks)
+                    self._traffic.broadcast(frame, sinks)
                     self._traffic.sent.value += len(sinks) * number
                 else:
                     for member in group.members[start:end]:
@@ -427,7 +429,7 @@ class Fan:
         self._traffic.queued += backlog.size
 
 
-def _broadcast(frame: bytes, sinks: Iterable[Sink]) -> None:
+def broadcast(frame: bytes, sinks: Sequence[Sink]) -> None:
     """The hot path of the server: for each delivery one call, which as a rule is send(2)."""
     size = len(frame)
     for sink in sinks:

@@ -30,17 +30,19 @@ class Sink:
     """The way of ready frames to one client.
 
     write: takes a frame, and tells how many bytes of it were taken; raises OSError for none. While nothing waits it is
-    the socket's own `send`. keep: is given a frame and that number, and takes the rest; never raises.
+    the socket's own `send`. keep: is given a frame and that number, and takes the rest; never raises. fd: of the
+    socket, while nothing waits and `write` is its `send`; else -1.
 
     Fan-out touches nothing else of a subscriber, and this is small: to fetch from memory what a connection consists of
     would take longer than to call it.
     """
 
-    __slots__ = ("keep", "write")
+    __slots__ = ("fd", "keep", "write")
 
     def __init__(self, write: Callable[[bytes], int], keep: Callable[[bytes, int], None]) -> None:
         self.write = write
         self.keep = keep
+        self.fd = -1
 
     def deliver(self, frame: bytes) -> None:
         """Send a whole frame. Never raises."""

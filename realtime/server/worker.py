@@ -55,6 +55,7 @@ from realtime.server.handlers.processes import Processes
 from realtime.server.handlers.shedding import Shedding
 from realtime.server.handover import Taker
 from realtime.server.key_sets import make_verifier
+from realtime.server.ring import Ring
 from realtime.server.surveys import Surveys
 from realtime.settings import Settings
 from realtime.supervision.accounts import Kind
@@ -166,6 +167,8 @@ class Worker:
             )
         )
         self._hub.traffic.sent = websocket.sent
+        if settings.workers.io_uring:
+            self._send_by_ring()
         emulation = Emulation(self._engine, self._node.uid, self._node.worker)
         self._registry.emulated = emulation.receive
         streams = Streams(
@@ -201,6 +204,12 @@ class Worker:
         self._linked: Deferred[None] = Deferred()
         self._tallied = 0
         self._measure()
+
+    def _send_by_ring(self) -> None:
+        try:
+            self._hub.traffic.broadcast = Ring().broadcast
+        except (OSError, AttributeError) as error:  # no such call, or no such function of the C library
+            _log.info("fan-out takes a system call for each delivery: no io_uring here: {error}", error=error)
 
     def _open_session(self, connection: Any, request: Any) -> Session:
         return Session(self._node, COMMANDS, connection, request)

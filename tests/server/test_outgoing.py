@@ -195,6 +195,7 @@ async def test_straight_and_round_and_straight_again_in_order(limits: Limits) ->
     kernel = connection.transport.getHandle()
     kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
     assert connection.sink.write == kernel.send
+    assert connection.sink.fd == kernel.fileno()
     said, got = bytearray(), bytearray()
 
     def read() -> bool:
@@ -217,6 +218,7 @@ async def test_straight_and_round_and_straight_again_in_order(limits: Limits) ->
             if number % 20 == 0:
                 limits.end_turn()
         limits.end_turn()
+        assert connection.sink.fd == -1  # nobody may send past what waits
         await eventually(read)
         assert got == said
         await eventually(lambda: connection.sink.write == kernel.send)
@@ -224,6 +226,7 @@ async def test_straight_and_round_and_straight_again_in_order(limits: Limits) ->
         assert not connection.bucket  # nobody watches any more whether the peer takes it
     connection.transport.abortConnection()
     await eventually(lambda: connection.sink.write is len)
+    assert connection.sink.fd == -1
     connection.sink.deliver(b"to nobody")
     peer.close()
     await port.stopListening()

@@ -211,12 +211,14 @@ class Outgoing:
         self._outbox = None
         if isinstance(self.transport, DirectServer) and (send := self.transport.straight):
             self.sink.write = send
+            self.sink.fd = self.transport.fileno()
 
     def _go_by(self, outbox: Outbox) -> None:
         """Everything goes by way of this outbox."""
         self._outbox = outbox
         if self.sink is not None:
             self.sink.write = self._queue
+            self.sink.fd = -1
 
     def stopProducing(self) -> None:
         """The connection is lost; `connectionLost` does the rest."""
