@@ -77,9 +77,9 @@ class _Deltas:
 class Traffic:
     """What the fans of one worker share.
 
-    sent: counts deliveries. broadcast: sends one frame to many; may be another than the function here. overflows: counts
-    backlogs that were dropped. queued: bytes of publications that are yet to be delivered. charged: may put something
-    around the steps that a channel's backlog takes.
+    sent: counts deliveries. broadcast: sends one frame to many, as the function here or in a better way. overflows:
+    counts backlogs that were dropped. queued: bytes of publications that are yet to be delivered. charged: may put
+    something around the steps that a channel's backlog takes.
     """
 
     def __init__(self, slices: Slices, overflowed: Callable[[str], None], unfit: Callable[[str, Member], None]) -> None:
