@@ -49,7 +49,7 @@ class DirectServer(tcp.Server):
     def hold(self) -> None:
         """Pause the producer if anything waits here, however little. It is resumed when all of that is out."""
         producer: Any = self.producer
-        if (self._tempDataLen or self.dataBuffer) and producer is not None and not self.producerPaused:
+        if (self._tempDataLen or self.dataBuffer) and producer is not None:
             self.producerPaused = True
             producer.pauseProducing()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -177,9 +178,9 @@ def test_the_limit_of_a_queue_holds_within_a_turn(limits: Limits, talk: Talk) ->
     assert limits.queued.size == 0
 
 
-async def connected(limits: Limits) -> tuple[Connection, socket.socket, Any]:
+async def connected(limits: Limits, kind: type[Connection] = Connection) -> tuple[Any, socket.socket, Any]:
     """A connection over a real socket, and its peer, which reads when it is told to."""
-    connection = Connection(limits)
+    connection = kind(limits)
     port = reactor.listenTCP(0, Factory.forProtocol(lambda: connection), interface="127.0.0.1")
     port.transport = DirectServer
     peer = socket.socket()
@@ -228,6 +229,45 @@ async def test_straight_and_round_and_straight_again_in_order(limits: Limits) ->
     await eventually(lambda: connection.sink.write is len)
     assert connection.sink.fd == -1
     connection.sink.deliver(b"to nobody")
+    peer.close()
+    await port.stopListening()
+
+
+class LateConnection(Connection):
+    """One that begins when a response is still on its way."""
+
+    response = bytes(range(256)) * 20_000
+
+    def connectionMade(self) -> None:
+        self.transport.producerPaused = True  # as an earlier producer may have left it
+        self.transport.write(self.response)
+        super().connectionMade()
+
+
+async def test_frames_come_behind_what_was_written_before_they_began(limits: Limits) -> None:
+    connection, peer, port = await connected(limits, LateConnection)
+    assert connection.transport._tempDataLen
+    frames = [b"%d," % number for number in range(100)]
+    expected, got = connection.response + b"".join(frames), bytearray()
+    # The kernel has room again, before the loop has turned and written what waits.
+    with suppress(BlockingIOError):
+        while True:
+            got.extend(peer.recv(1 << 20))
+    for frame in frames:
+        connection.sink.deliver(frame)
+
+    def read() -> bool:
+        try:
+            got.extend(peer.recv(1 << 16))
+        except BlockingIOError:
+            return len(got) == len(expected)
+        return False
+
+    await eventually(read)
+    assert got == expected
+    await eventually(lambda: connection.sink.fd == connection.transport.fileno())
+    connection.transport.abortConnection()
+    await eventually(lambda: connection.sink.write is len)
     peer.close()
     await port.stopListening()
 

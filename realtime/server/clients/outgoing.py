@@ -112,9 +112,11 @@ class Outgoing:
         """Frames may be written from now on."""
         self.sink = Sink(self._queue, self._keep)
         self.transport.registerProducer(self, True)
+        self._go_straight()
         if isinstance(self.transport, DirectServer):
             self.transport.read_straight()
-        self._go_straight()
+            # What was written before, the response to an earlier request for one, may still wait there.
+            self.transport.hold()
 
     def send(self, payload: bytes) -> None:
         """Send one message, behind whatever waits. payload: of the connection's encoding."""
