@@ -36,9 +36,9 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 import msgspec
 
 from realtime.cache import Cache, taken_apart
+from realtime.config.settings import AppSettings
 from realtime.errors import BAD_REQUEST, FORCE_DISCONNECT, ClientError, SettingsError
-from realtime.records import ClientInfo, ConnectRequest, Credentials, Grant, HistoryPage, Position
-from realtime.settings import AppSettings
+from realtime.types import ClientInfo, ConnectRequest, Credentials, Grant, HistoryPage, Position
 
 __all__ = ["App", "Client", "ConnectRequest", "Credentials", "Grant", "Handler", "Request", "Response", "load"]
 
@@ -207,7 +207,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[slice, ...]]] = {
 
 
 class Server(Protocol):
-    """What an App needs of the server: coroutines that are not started yet, see `realtime.protocol.operations`."""
+    """What an App needs of the server: coroutines that are not started yet, see `realtime.server_api.operations`."""
 
     def publish(
         self,

@@ -16,7 +16,7 @@ worker takes the time to compute what is older than ttl + base, a pressed one ma
 and computes nothing as long as it has that. When a computation fails, its error goes to those who wait for it and is
 not kept; a value that is there already serves on, up to ttl + stale.
 
-What a cache needs of its surroundings is a `Host`; in a worker, `realtime.server.worker` provides it. Loop thread
+What a cache needs of its surroundings is a `Host`; in a worker, `realtime.worker.process` provides it. Loop thread
 only, but for `invalidate`, `invalidate_tags` and `clear`.
 """
 

@@ -1,7 +1,7 @@
 """Counters and gauges of one process, cheap to bump, and their way to the supervisor.
 
 A process counts into one `Metrics`; the supervisor gathers the snapshots of all and writes Prometheus text with a
-label `worker` (see `realtime.server.operators.admin`). Label values come from closed sets, never from a client's input.
+label `worker` (see `realtime.operators.port`). Label values come from closed sets, never from a client's input.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 from twisted.internet.defer import Deferred
 
-SERVER = Path(__file__).parent / "server"
-SYSTEM = Path(__file__).parent / "system"
-sys.path.insert(0, str(SYSTEM))  # for `serving` and its neighbours, which several rooms of tests import
+TESTS = Path(__file__).parent
+# The rooms whose tests use a reactor, sockets or processes.
+SHELL = {"broker", "handlers", "operators", "process", "supervisor", "system", "transports", "worker"}
 
-from serving import Server, ServerStarter  # noqa: E402
+from tests.system.serving import Server, ServerStarter  # noqa: E402
 
 # Seconds for a coroutine test without a `timeout` mark.
 COROUTINE_LIMIT = 60.0
@@ -38,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     A machine that stands still for seconds is not their subject. A rerun is a mistake to be found all the same.
     """
     for item in items:
-        if item.path.parent in (SYSTEM, SERVER):
+        if item.path.parent.name in SHELL:
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from realtime.app import App, Handler, Patterns, Request, Response, load
 from realtime.cache import Cache
+from realtime.config.settings import AppSettings
 from realtime.errors import ClientError, SettingsError
-from realtime.settings import AppSettings
 
 HERE = str(Path(__file__))
 

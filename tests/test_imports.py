@@ -11,45 +11,53 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "realtime"
 
-# Free for all, each with what it may import itself.
-GROUND = {
+# The room of each module below `realtime/`, and the rooms that it may import from, besides itself.
+FREE = {"_version", "errors", "types", "metrics", "config", "json_text"}
+SHELL = {*FREE, "supervision", "process"}
+ROOMS: dict[str, set[str]] = {
+    # Ground: everything may stand on it.
     "_version": set(),
     "errors": set(),
-    "records": {"errors"},
-    "metrics": {"errors", "records"},
-    "options": {"errors"},
-    "tomltext": {"errors", "options"},
-    "centrifugo": set(),
-    "settings": {"errors", "records", "options", "tomltext", "centrifugo"},
-}
-FREE = {"_version", "errors", "records", "metrics", "settings"}
-# The server joins these. Of one another they know nothing, but that a session talks to the engine and the hub, and that
-# a handler may have a cache.
-CORE = {"protocol", "pubsub", "supervision", "app", "cache"}
-ROOMS = {
-    **GROUND,
-    **dict.fromkeys(CORE, FREE),
-    "protocol": FREE | {"pubsub"},
+    "types": {"errors"},
+    "metrics": {"errors", "types"},
+    "json_text": {"errors"},
+    "config": {"errors", "types"},
+    # The core, without I/O.
+    "deadlines": set(),
+    "http": FREE,
+    "auth": FREE,
+    "pubsub": FREE,
+    "protocol": FREE | {"deadlines", "http", "auth", "pubsub"},
+    "server_api": FREE | {"auth", "pubsub", "protocol"},
+    "supervision": FREE,
+    "cache": FREE,
     "app": FREE | {"cache"},
-    "cautions": FREE | {"options", "centrifugo"},
-    "installation": FREE,
-    "server": FREE | CORE,
-    "tap": FREE | {"cautions", "installation", "server"},
-    "top": {"options"},
-    "token_commands": FREE | {"protocol"},
-    "__main__": FREE | {"top", "token_commands", "cautions", "installation", "options", "tomltext"},
+    # The shell: Twisted, sockets and processes.
+    "process": FREE | {"supervision", "pubsub"},
+    "broker": SHELL | {"pubsub"},
+    "handlers": FREE | {"supervision", "app", "cache"},
+    "transports": SHELL | {"deadlines", "http", "pubsub", "protocol", "server_api", "app", "handlers"},
+    "worker": SHELL
+    | {"deadlines", "http", "auth", "pubsub", "protocol", "server_api", "app", "cache", "handlers", "transports"},
+    "operators": SHELL | {"deadlines", "http", "protocol", "supervisor", "transports"},
+    "supervisor": SHELL | {"operators"},
+    # The entrances.
+    "cli": FREE | {"auth"},
+    "tap": FREE | {"cli", "process", "supervisor"},
+    "__main__": {"cli"},
     "__init__": FREE | {"app", "cache"},
 }
-# Whose imports from outside are not only the standard library and msgspec.
+# Rooms that import Twisted and its like. All others use the standard library and msgspec, but for a few modules.
+SHELL_ROOMS = {"process", "broker", "handlers", "transports", "worker", "operators", "supervisor"}
+SHELL_OUTSIDE = {"twisted", "autobahn", "zope", "psutil", "prometheus_client"}
 OUTSIDE = {
-    "realtime.settings": {"cryptography"},
-    "realtime.protocol.keys": {"cryptography", "jwt"},
+    "realtime.config.settings": {"cryptography"},
+    "realtime.auth.keys": {"cryptography", "jwt"},
     "realtime.tap": {"twisted"},
 }
-SERVER_OUTSIDE = {"twisted", "autobahn", "zope", "psutil", "prometheus_client"}
 
 
 class Import(NamedTuple):
@@ -106,7 +114,7 @@ def is_ours(name: str) -> bool:
 
 
 def test_every_module_has_its_room_in_the_picture() -> None:
-    assert {room_of(module) for module in MODULES} == set(ROOMS) | {"server"}
+    assert {room_of(module) for module in MODULES} == set(ROOMS)
 
 
 def test_rooms_import_only_what_lies_below_them() -> None:
@@ -122,8 +130,8 @@ def test_rooms_import_only_what_lies_below_them() -> None:
 
 def test_the_core_uses_the_standard_library_and_the_codec_alone() -> None:
     def allowed(module: str) -> set[str]:
-        server = SERVER_OUTSIDE if room_of(module) == "server" else set()
-        return {"msgspec"} | OUTSIDE.get(module, set()) | server
+        shell = SHELL_OUTSIDE if room_of(module) in SHELL_ROOMS else set()
+        return {"msgspec"} | OUTSIDE.get(module, set()) | shell
 
     wrong = [
         found
@@ -157,7 +165,7 @@ def run(code: str) -> None:
 
 
 def test_the_core_loads_where_there_is_no_twisted() -> None:
-    core = [module for module in MODULES if room_of(module) not in ("server", "tap")]
+    core = [module for module in MODULES if room_of(module) not in {*SHELL_ROOMS, "tap", "__main__"}]
     run(
         f"""
 import importlib, sys

@@ -16,7 +16,7 @@ import pytest
 
 from realtime import __version__
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 TWISTD = "from twisted.scripts.twistd import run; run()"
 
 

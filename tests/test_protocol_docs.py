@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from realtime import errors, settings
-from realtime.protocol import api, messages
+from realtime import errors
+from realtime.config import settings
+from realtime.protocol import messages
 from realtime.protocol.commands import COMMANDS
+from realtime.server_api import http_api
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "protocol.md").read_text()
@@ -81,7 +83,7 @@ def test_every_command_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("title", "table"), [("Channel options", settings.ChannelOptions), ("Client options", settings.Client)]
+    ("title", "table"), [("Channel options", settings.ChannelOptions), ("Client options", settings.ClientSettings)]
 )
 def test_every_option_is_there(title: str, table: type) -> None:
     fields = set(table.__struct_fields__)  # type: ignore[attr-defined]
@@ -89,7 +91,7 @@ def test_every_option_is_there(title: str, table: type) -> None:
 
 
 def test_every_method_of_the_api_is_there() -> None:
-    assert set(api._METHODS) - named("Server API") == set()
+    assert set(http_api._METHODS) - named("Server API") == set()
 
 
 def test_every_transport_is_there() -> None:

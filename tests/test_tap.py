@@ -12,8 +12,9 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.plugin import getPlugins
 from twisted.python.usage import UsageError
 
-from realtime import installation, tap
-from realtime.settings import Settings
+from realtime import tap
+from realtime.cli import environment
+from realtime.config.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def test_short_options_are_the_long_ones(made: list[Settings]) -> None:
 def test_all_problems_are_printed_and_nothing_is_made(
     made: list[Settings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(installation, "problems", lambda: ["fake: version 1 is too old; upgrade it"])
+    monkeypatch.setattr(environment, "problems", lambda: ["fake: version 1 is too old; upgrade it"])
     with pytest.raises(SystemExit) as stopped:
         start("--workers", "many")
     assert stopped.value.code == 78

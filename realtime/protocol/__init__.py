@@ -1,1 +1,1 @@
-"""One client's connection, without I/O: messages, session, permissions, tokens, the queue of a slow socket."""
+"""The client protocol, without I/O: messages and their encodings, sessions, subscriptions, channel rules."""

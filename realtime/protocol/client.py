@@ -6,14 +6,14 @@ from typing import Any, Protocol
 
 import msgspec
 
+from realtime.auth.tokens import OVERRIDABLE
 from realtime.errors import FORCE_DISCONNECT, SERVER_UNSUBSCRIBE
-from realtime.protocol.messages import one_line, value
-from realtime.protocol.tokens import OVERRIDABLE
-from realtime.records import ClientInfo, Grant, Position, Terms
+from realtime.json_text import one_line, value
+from realtime.types import ClientInfo, Grant, Position, SubscribeOptions
 
 
-class Session(Protocol):
-    """What a `Client` needs of the session behind it."""
+class ClientSession(Protocol):
+    """What a `ConnectedClient` needs of the session behind it."""
 
     info: ClientInfo
 
@@ -21,7 +21,7 @@ class Session(Protocol):
 
     def disconnect(self, code: int, reason: str) -> None: ...
 
-    def subscribe(self, channel: str, terms: Terms, since: Position | None) -> None: ...
+    def subscribe(self, channel: str, terms: SubscribeOptions, since: Position | None) -> None: ...
 
     def end_subscription(self, channel: str, code: int, reason: str) -> None: ...
 
@@ -42,7 +42,7 @@ class _Gone:
 
     def disconnect(self, code: int, reason: str) -> None: ...
 
-    def subscribe(self, channel: str, terms: Terms, since: Position | None) -> None: ...
+    def subscribe(self, channel: str, terms: SubscribeOptions, since: Position | None) -> None: ...
 
     def end_subscription(self, channel: str, code: int, reason: str) -> None: ...
 
@@ -52,7 +52,7 @@ class _Gone:
         return []
 
 
-class Client:
+class ConnectedClient:
     """Valid until the client disconnects, and harmless after.
 
     name, version: what the client says of its software. headers: of the handshake, names in lower case.
@@ -62,7 +62,7 @@ class Client:
 
     def __init__(
         self,
-        session: Session,
+        session: ClientSession,
         name: str,
         version: str,
         headers: dict[str, str],
@@ -115,7 +115,7 @@ class Client:
 
         Nothing happens if it is subscribed already. Raises ValueError for what a Grant can't say.
         """
-        self._session.subscribe(channel, terms(grant) if grant else Terms(), None)
+        self._session.subscribe(channel, terms(grant) if grant else SubscribeOptions(), None)
 
     def refresh(self, expire_at: int | None = None, info: Any = None) -> None:
         """Have the connection expire at `expire_at` (Unix seconds; None for never), at once if that has passed.
@@ -129,7 +129,7 @@ class Client:
         self._session.end_subscription(channel, *SERVER_UNSUBSCRIBE)
 
 
-def release(client: Client) -> None:
+def release(client: ConnectedClient) -> None:
     """The client's session has ended: without the cycle that they make, both are freed with their last reference."""
     client._session = _Gone(client._session.info)
 
@@ -139,11 +139,13 @@ def encoded(content: Any) -> bytes:
     return b"" if content is None else one_line(msgspec.json.encode(content))
 
 
-def terms(grant: Grant) -> Terms:
+def terms(grant: Grant) -> SubscribeOptions:
     """A handler's answer as the terms of a subscription. Raises as `encoded`; ValueError for an unknown override.
 
     Also msgspec.ValidationError, a ValueError, for a value of another type: everything behind this counts on them.
     """
     if not grant.override.keys() <= set(OVERRIDABLE):
         raise ValueError(f"of a channel's options, only {', '.join(OVERRIDABLE)} can be overridden")
-    return msgspec.convert((encoded(grant.info), encoded(grant.data), grant.expire_at or 0.0, grant.override), Terms)
+    return msgspec.convert(
+        (encoded(grant.info), encoded(grant.data), grant.expire_at or 0.0, grant.override), SubscribeOptions
+    )

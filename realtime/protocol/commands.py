@@ -17,14 +17,14 @@ import msgspec
 from msgspec import Struct
 
 from realtime import errors
+from realtime.auth.tokens import Claims, TokenExpired, TokenInvalid
 from realtime.errors import ClientError, Disconnect, EngineUnavailable
 from realtime.protocol import messages
+from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.client import encoded, terms
-from realtime.protocol.rules import ResolvedChannel
-from realtime.protocol.session import CommandFunction, Session, State
-from realtime.protocol.subscription import Joined, Origin, Subscription
-from realtime.protocol.tokens import Claims, TokenExpired, TokenInvalid
-from realtime.records import ClientInfo, ConnectRequest, Credentials, Position, Terms
+from realtime.protocol.session import CommandFunction, Session, SessionState
+from realtime.protocol.subscription import JoinResult, Subscription, SubscriptionSource
+from realtime.types import ClientInfo, ConnectRequest, Credentials, Position, SubscribeOptions
 
 # The share of a client's queue that one page of history may fill.
 HISTORY_SHARE = 0.5
@@ -44,8 +44,8 @@ class _Admitted(Struct, frozen=True):
     info: bytes = b""
     data: bytes = b""
     expire_at: float = 0.0
-    subs: dict[str, Terms] = {}
-    origin: Origin = Origin.SERVER
+    subs: dict[str, SubscribeOptions] = {}
+    origin: SubscriptionSource = SubscriptionSource.SERVER
     meta: bytes = b""
 
 
@@ -54,7 +54,7 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     session.info = info = ClientInfo(admitted.user, str(uuid.uuid4()), admitted.info)
     wanted = _from_the_start(session, request, admitted)
     ttl = session.ttl(admitted.expire_at)
-    if session.state is not State.OPENED:
+    if session.state is not SessionState.OPENED:
         return
     await session.admit(info)
     try:
@@ -64,7 +64,7 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     except BaseException:
         session.dismiss()
         raise
-    if session.state is not State.OPENED:
+    if session.state is not SessionState.OPENED:
         session.dismiss()
         return
     session.begin(request.name, request.version, admitted.meta)
@@ -72,20 +72,20 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     for subscription, outcome in joined:
         session.open(subscription, outcome)
     personal = session.node.settings.subscribe_to_user_personal_channel
-    if personal.single_connection and session.user and session.state is State.CONNECTED:
+    if personal.single_connection and session.user and session.state is SessionState.CONNECTED:
         await _supersede(session)
 
 
 async def _joined(
     session: Session, wanted: list[tuple[messages.SubscribeRequest, Subscription]]
-) -> list[tuple[Subscription, Joined]]:
+) -> list[tuple[Subscription, JoinResult]]:
     """Have these join, some side by side, so that many cost few round trips to the engine; what each came to.
 
     Those that were ended meanwhile are left out. Raises as `Session.join`, when none is under way any more.
     """
-    joined: list[tuple[Subscription, Joined]] = []
+    joined: list[tuple[Subscription, JoinResult]] = []
     for first in range(0, len(wanted), JOINS_AT_ONCE):
-        if session.state is not State.OPENED:
+        if session.state is not SessionState.OPENED:
             break
         group = wanted[first : first + JOINS_AT_ONCE]
         outcomes = await session.node.together([session.join(subscription, asked) for asked, subscription in group])
@@ -137,7 +137,7 @@ async def _admit(session: Session, request: messages.ConnectRequest) -> _Admitte
             raise Disconnect(*errors.DENIED)
         session.refreshable = True
         return _Admitted(
-            claims.user, claims.info, b"", claims.expire_at, _token_subs(claims), Origin.TOKEN, claims.meta
+            claims.user, claims.info, b"", claims.expire_at, _token_subs(claims), SubscriptionSource.TOKEN, claims.meta
         )
     header = settings.user_id_http_header.lower()
     if header and (user := session.request.headers.get(header)):
@@ -155,7 +155,7 @@ def _credited(credentials: Credentials) -> _Admitted:
         encoded(credentials.info),
         encoded(credentials.data),
         credentials.expire_at or 0.0,
-        {channel: Terms() for channel in credentials.channels}
+        {channel: SubscribeOptions() for channel in credentials.channels}
         | {channel: terms(grant) for channel, grant in credentials.subs.items()},
     )
 
@@ -166,9 +166,9 @@ async def _connection_claims(session: Session, token: str) -> Claims:
     return msgspec.structs.replace(claims, expire_at=0.0) if session.node.settings.insecure else claims
 
 
-def _token_subs(claims: Claims) -> dict[str, Terms]:
-    return {channel: Terms() for channel in claims.channels} | {
-        channel: Terms(sub.info, sub.data, 0.0, sub.override) for channel, sub in claims.subs.items()
+def _token_subs(claims: Claims) -> dict[str, SubscribeOptions]:
+    return {channel: SubscribeOptions() for channel in claims.channels} | {
+        channel: SubscribeOptions(sub.info, sub.data, 0.0, sub.override) for channel, sub in claims.subs.items()
     }
 
 
@@ -186,10 +186,10 @@ def _from_the_start(
     personal = settings.subscribe_to_user_personal_channel
     if personal.enabled and session.user:
         channel = node.rules.personal_channel(personal.personal_channel_namespace, session.user)
-        subs.setdefault(channel, (Terms(), Origin.SERVER))
+        subs.setdefault(channel, (SubscribeOptions(), SubscriptionSource.SERVER))
     for channel in positions:
         if channel not in subs and _may_alone(session, channel):
-            subs[channel] = (Terms(), Origin.SERVER)
+            subs[channel] = (SubscribeOptions(), SubscriptionSource.SERVER)
     if 0 < settings.channel_limit < len(subs):
         raise Disconnect(*errors.CHANNEL_LIMIT)
     wanted = []
@@ -255,7 +255,7 @@ async def refresh(session: Session, id: int, request: messages.RefreshRequest) -
         raise Disconnect(*errors.CONNECTION_EXPIRED) from None
     if claims.user != session.user:
         raise Disconnect(*errors.INVALID_TOKEN)
-    held = {one.channel for one in session.subscriptions.values() if one.origin is Origin.TOKEN}
+    held = {one.channel for one in session.subscriptions.values() if one.origin is SubscriptionSource.TOKEN}
     if held != _token_subs(claims).keys():
         raise Disconnect(*errors.INSUFFICIENT_STATE)
     ttl = session.ttl(claims.expire_at)
@@ -278,10 +278,10 @@ async def subscribe(session: Session, id: int, request: messages.SubscribeReques
     options = _check_subscribe(session, request)
     granted, grace = await _admit_to(session, request, options)
     ttl = session.ttl(granted.expire_at)
-    if session.state is State.CLOSED:
+    if session.state is SessionState.CLOSED:
         return
     _check_place(session, request.channel)  # again: much may have happened meanwhile
-    subscription = session.subscription(request, options, granted, Origin.CLIENT)
+    subscription = session.subscription(request, options, granted, SubscriptionSource.CLIENT)
     joined = await session.join(subscription, request)
     if joined is None:
         raise ClientError(*errors.PERMISSION_DENIED)
@@ -318,7 +318,7 @@ def _check_place(session: Session, channel: str) -> None:
 
 async def _admit_to(
     session: Session, request: messages.SubscribeRequest, options: ResolvedChannel
-) -> tuple[Terms, float]:
+) -> tuple[SubscribeOptions, float]:
     """On what terms the client may subscribe: by a token, a user-limited name, the handler, or the options.
 
     Also the seconds for which the subscription outlives its expiry, in which the client may refresh it.
@@ -326,7 +326,7 @@ async def _admit_to(
     node, channel = session.node, request.channel
     if request.token:
         claims = await _subscription_claims(session, request.token, channel, ClientError(*errors.PERMISSION_DENIED))
-        granted = Terms(claims.info, claims.data, claims.expire_at, claims.override)
+        granted = SubscribeOptions(claims.info, claims.data, claims.expire_at, claims.override)
         return granted, node.settings.expired_sub_close_delay
     if node.rules.is_private(channel):
         raise ClientError(*errors.PERMISSION_DENIED)
@@ -336,10 +336,10 @@ async def _admit_to(
     handler = node.handlers.subscribing(channel)
     if handler is not None:
         grant = await handler(session.handle, channel, _value(session, request.data))
-        return terms(grant) if grant else Terms(), 0.0
+        return terms(grant) if grant else SubscribeOptions(), 0.0
     if not (node.settings.insecure or node.rules.admits(channel, options, session.user)):
         raise ClientError(*errors.PERMISSION_DENIED)
-    return Terms(), 0.0
+    return SubscribeOptions(), 0.0
 
 
 async def _subscription_claims(session: Session, token: str, channel: str, invalid: Exception) -> Claims:

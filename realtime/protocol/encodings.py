@@ -1,7 +1,7 @@
 """What a connection speaks: the protocol's messages as bytes, and back.
 
 One connection keeps to one encoding for its whole life. An encoding makes whole payloads; the framing around them is
-the transport's (`realtime.protocol.forms`). All encodings carry the messages of `realtime.protocol.messages`.
+the transport's (`realtime.protocol.wire_formats`). All encodings carry the messages of `realtime.protocol.messages`.
 
 A *unidirectional* encoding carries one request, a bare ConnectRequest, and from then on bare pushes.
 """
@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import Raw, Struct, UnsetType
 
-from realtime import errors
+from realtime import errors, json_text
 from realtime.errors import ClientError, Disconnect
 from realtime.protocol import messages
 from realtime.protocol.messages import Command, ConnectRequest, Error, ProtocolError, Pub
-from realtime.records import Publication
+from realtime.types import Publication
 
 
 class Encoding(Protocol):
@@ -106,15 +106,15 @@ class JSON:
             yield command
 
     def payload(self, raw: Raw | UnsetType) -> bytes:
-        return messages.payload(raw)
+        return json_text.payload(raw)
 
     def value(self, data: bytes) -> Any:
-        return messages.value(data)
+        return json_text.value(data)
 
     def made(self, value: Any) -> bytes:
         if value is None:
             return b""
-        return messages.one_line(bytes(value) if isinstance(value, Raw) else _encode(value))
+        return json_text.one_line(bytes(value) if isinstance(value, Raw) else _encode(value))
 
     def is_json(self, data: bytes) -> bool:
         return True  # or it would not have been decoded
@@ -135,7 +135,7 @@ class JSON:
         if publication.binary:
             raise Disconnect(*errors.INAPPROPRIATE_PROTOCOL)
         # Of text that came by another encoding the line ends are still there.
-        return messages.pub(publication, messages.one_line(publication.data), epoch)
+        return messages.pub(publication, json_text.one_line(publication.data), epoch)
 
     def whole(self, publication: Publication, epoch: str = "") -> Pub:
         # Where deltas may come, the data is a string in any case: JSON text, or a delta between two such texts.

@@ -12,22 +12,18 @@ that the SDKs read without asking.
 
 What applications send each other (`data`, `conn_info`, `chan_info`) is embedded JSON. It passes through as it was
 written, number spelling and key order included; only raw line ends, which can stand nowhere but between tokens, are
-taken out, since a newline parts messages. `payload` is the one strict entrance for such text.
+taken out, since a newline parts messages. `realtime.json_text.payload` is the one strict entrance for such text.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from realtime.errors import BAD_REQUEST, ClientError, RealtimeError
-from realtime.records import ClientInfo, Publication
-
-MAX_DEPTH = 128
+from realtime.errors import RealtimeError
+from realtime.types import ClientInfo, Publication
 
 _UInt32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 # An offset is a uint64 on the wire; no stream counts past the signed half of it.
@@ -163,86 +159,6 @@ class Command(Struct, frozen=True):
 REQUESTS = [name for name in Command.__struct_fields__ if name not in ("id", "ping")]
 
 
-# -- payloads ---------------------------------------------------------------------------------------------------------
-
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
-# The escape of half a surrogate pair.
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_LINE_ENDS = b"\r\n"
-# As numbers: bytes are searched for one several times as fast as for a text of one.
-_LF, _CR, _LIST, _OBJECT, _ESCAPE = b"\n\r[{\\"
-
-
-def payload(text: Raw | UnsetType) -> bytes:
-    """The bytes of an embedded JSON value, fit to be stored and passed on; b"" when it is absent.
-
-    The decoder has checked that `text` is JSON. Raises ClientError 107 where that is not enough: deeper than
-    MAX_DEPTH (a reader elsewhere may recurse), or with half a surrogate pair, which is no Unicode text (RFC 8259 8.2).
-    """
-    if text is UNSET:
-        return b""
-    data = bytes(text)
-    if _LF in data or _CR in data:
-        data = one_line(data)
-    # To look for a byte is cheap and settles nearly every case; only what is suspicious is looked at closely.
-    if (_LIST in data or _OBJECT in data) and _is_deep(data):
-        raise ClientError(*BAD_REQUEST)
-    if _ESCAPE in data and _SURROGATE.search(data) and not _is_unicode(data):
-        raise ClientError(*BAD_REQUEST)
-    return data
-
-
-def one_line(text: bytes) -> bytes:
-    """JSON text without raw line ends. What the application encodes has none, but for the text in its `msgspec.Raw`."""
-    return text.translate(None, _LINE_ENDS) if _LF in text or _CR in text else text
-
-
-def is_json(data: bytes) -> bool:
-    """Whether bytes of any kind are JSON text that could as well have come through `payload`, but for its line ends."""
-    try:
-        data.decode()
-        payload(_decode_raw(data))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ClientError):
-        return False
-    return True
-
-
-def value(data: bytes) -> Any:
-    """The decoded form of a `payload`, None for b"". Raises ClientError 107 for a number that no Python type holds."""
-    if not data:
-        return None
-    try:
-        return msgspec.json.decode(data)
-    except (msgspec.MsgspecError, RecursionError):
-        raise ClientError(*BAD_REQUEST) from None
-
-
-_decode_raw = msgspec.json.Decoder(Raw).decode
-
-
-def _is_deep(data: bytes) -> bool:
-    if data.count(_LIST) + data.count(_OBJECT) <= MAX_DEPTH:
-        return False
-    depth = 0
-    for byte in _STRING.sub(b"", data):
-        if byte in b"[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                return True
-        elif byte in b"]}":
-            depth -= 1
-    return False
-
-
-def _is_unicode(data: bytes) -> bool:
-    # Only the strings matter here; numbers may be longer than Python cares to convert.
-    try:
-        " ".join(json.loads(b"[%b]" % b",".join(_STRING.findall(data)))).encode()
-    except ValueError:
-        return False
-    return True
-
-
 # -- results -------------------------------------------------------------------------------------------------------
 
 
@@ -336,20 +252,20 @@ EMPTY = Empty()
 # -- pushes, beside Pub -----------------------------------------------------------------------------------------------
 
 
-class Join(Struct, frozen=True):
+class JoinPush(Struct, frozen=True):
     """The body of join and leave."""
 
     info: Info
 
 
-class Unsubscribe(Struct, frozen=True):
+class UnsubscribePush(Struct, frozen=True):
     """The server ended a subscription; from code 2500 on the client subscribes again."""
 
     code: int
     reason: str
 
 
-class Subscribe(Struct, frozen=True, omit_defaults=True):
+class SubscribePush(Struct, frozen=True, omit_defaults=True):
     """The server began a subscription."""
 
     recoverable: bool = False
@@ -359,7 +275,7 @@ class Subscribe(Struct, frozen=True, omit_defaults=True):
     data: Raw | UnsetType = UNSET
 
 
-class Message(Struct, frozen=True):
+class MessagePush(Struct, frozen=True):
     """A message of the application to one client, outside any channel."""
 
     data: Raw
@@ -372,7 +288,7 @@ class DisconnectPush(Struct, frozen=True):
     reason: str
 
 
-class Refresh(Struct, frozen=True, omit_defaults=True):
+class RefreshPush(Struct, frozen=True, omit_defaults=True):
     """The connection's expiry is another now."""
 
     expires: bool = False

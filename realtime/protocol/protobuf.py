@@ -23,11 +23,12 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct, UnsetType, inspect
 
+from realtime import json_text
 from realtime.errors import ClientError
 from realtime.protocol import messages
 from realtime.protocol.encodings import Encoding
 from realtime.protocol.messages import Command, ProtocolError, Pub
-from realtime.records import Publication
+from realtime.types import Publication
 
 
 class EmulationRequest(Struct, frozen=True):
@@ -81,12 +82,12 @@ _WRITTEN: dict[type[Struct], str] = {
     messages.RPCResult: "1 data",
     messages.RefreshResult: "1 client, 2 version, 3 expires, 4 ttl",
     messages.SubRefreshResult: "1 expires, 2 ttl",
-    messages.Join: "1 info",
-    messages.Unsubscribe: "2 code, 3 reason",
-    messages.Subscribe: "1 recoverable, 4 epoch, 5 offset, 6 positioned, 7 data",
-    messages.Message: "1 data",
+    messages.JoinPush: "1 info",
+    messages.UnsubscribePush: "2 code, 3 reason",
+    messages.SubscribePush: "1 recoverable, 4 epoch, 5 offset, 6 positioned, 7 data",
+    messages.MessagePush: "1 data",
     messages.DisconnectPush: "1 code, 2 reason",
-    messages.Refresh: "1 expires, 2 ttl",
+    messages.RefreshPush: "1 expires, 2 ttl",
 }
 
 # The two envelopes of what is written are made by hand: exactly one of their fields is set, and of any type.
@@ -150,7 +151,7 @@ class Protobuf:
     def value(self, data: bytes) -> Any:
         """The value of JSON text, or the bytes of what is something else."""
         try:
-            return messages.value(data)
+            return json_text.value(data)
         except (ClientError, UnicodeDecodeError):
             return data
 
@@ -161,7 +162,7 @@ class Protobuf:
         return value if isinstance(value, bytes) else msgspec.json.encode(value)
 
     def is_json(self, data: bytes) -> bool:
-        return messages.is_json(data)
+        return json_text.is_json(data)
 
     def reply(self, id: int, name: str, result: Struct) -> bytes:
         field = _sized(_REPLY_TAGS[name], _WRITERS[type(result)](result))

@@ -28,15 +28,16 @@ from msgspec import Raw, Struct
 
 from realtime import errors
 from realtime.errors import ClientError, Disconnect, EngineUnavailable, KeysUnavailable
+from realtime.http.handshake import OpeningRequest
 from realtime.protocol import messages
-from realtime.protocol.client import Client, release
-from realtime.protocol.forms import Form
+from realtime.protocol.channel_rules import ResolvedChannel
+from realtime.protocol.client import ConnectedClient, release
+from realtime.protocol.context import WorkerContext
 from realtime.protocol.messages import ProtocolError, SubscribeRequest
-from realtime.protocol.node import Node
-from realtime.protocol.rules import ResolvedChannel
-from realtime.protocol.subscription import Joined, Origin, Subscription
-from realtime.pubsub.member import Sink
-from realtime.records import ClientInfo, Position, Terms
+from realtime.protocol.subscription import JoinResult, Subscription, SubscriptionSource
+from realtime.protocol.wire_formats import WireFormat
+from realtime.pubsub.subscriber import Sink
+from realtime.types import ClientInfo, Position, SubscribeOptions
 
 # Seconds. A client whose connect was refused closes the connection itself; one that does not is shown out.
 REFUSED_DELAY = 5.0
@@ -68,7 +69,7 @@ class Connection(Protocol):
     """
 
     @property
-    def form(self) -> Form: ...
+    def form(self) -> WireFormat: ...
 
     @property
     def secret(self) -> str: ...
@@ -91,16 +92,7 @@ class Connection(Protocol):
     def resume(self) -> None: ...
 
 
-class Request(Struct, frozen=True):
-    """The opening handshake that brought the client here. Header names are in lower case."""
-
-    headers: dict[str, str]
-    query: dict[str, str]
-    path: str
-    remote_address: str
-
-
-class State(enum.Enum):
+class SessionState(enum.Enum):
     OPENED = enum.auto()
     REFUSED = enum.auto()
     CONNECTED = enum.auto()
@@ -108,7 +100,7 @@ class State(enum.Enum):
 
 
 # Names of our own, for what is done at each command: a member of an Enum takes six times as long to find.
-_OPENED, _CONNECTED = _TALKING = (State.OPENED, State.CONNECTED)
+_OPENED, _CONNECTED = _TALKING = (SessionState.OPENED, SessionState.CONNECTED)
 _NEVER = math.inf
 _PONG = messages.Command()
 # Stands for a message that could not be read, behind the commands that came before it: it is none either.
@@ -148,13 +140,17 @@ class Session:
     )
 
     def __init__(
-        self, node: Node, commands: Mapping[str, CommandFunction], connection: Connection, request: Request
+        self,
+        node: WorkerContext,
+        commands: Mapping[str, CommandFunction],
+        connection: Connection,
+        request: OpeningRequest,
     ) -> None:
         self.node = node
         self.request = request
-        self.state = State.OPENED
+        self.state = SessionState.OPENED
         self.info = ClientInfo("", "")
-        self.handle: Client | None = None
+        self.handle: ConnectedClient | None = None
         self.refreshable = False
         self.subscriptions: dict[str, Subscription] = {}
         self._commands = commands
@@ -284,7 +280,7 @@ class Session:
     def _next(self) -> messages.Command | None:
         """Take the first command that may begin beside those that run out of the queue."""
         queue, settings = self._queue, self.node.settings
-        if not queue or self._running >= settings.concurrency or self.state is State.OPENED:
+        if not queue or self._running >= settings.concurrency or self.state is SessionState.OPENED:
             return None
         for place in range(min(len(queue), settings.command_queue)):
             command = queue[place]
@@ -364,7 +360,7 @@ class Session:
 
     def reply(self, id: int, name: str, result: Struct) -> None:
         """Answer command `id`; harmless when the client has gone meanwhile."""
-        if self.state is not State.CLOSED:
+        if self.state is not SessionState.CLOSED:
             self._connection.send(self.encoding.reply(id, name, result))
 
     def answer(self, id: int, value: Any) -> None:
@@ -372,14 +368,14 @@ class Session:
 
         Raises as `Encoding.made`.
         """
-        if self.state is not State.CLOSED:
+        if self.state is not SessionState.CLOSED:
             self._connection.send(self.encoding.answer(id, value))
 
     def _refuse(self, id: int, name: str, error: ClientError) -> None:
-        if self.state is State.CLOSED:
+        if self.state is SessionState.CLOSED:
             return
         self.node.count_error(name, error.code)
-        if name == "connect" and self.state is State.CONNECTED:
+        if name == "connect" and self.state is SessionState.CONNECTED:
             self.disconnect(*errors.SERVER_ERROR)  # a mistake of ours, after the reply
             return
         if self.encoding.unidirectional:
@@ -389,7 +385,7 @@ class Session:
             self._connection.send(self.encoding.error_reply(id, error))
         if name == "connect":
             # What followed in the same message counted on the connect: it is dropped without a word.
-            self.state = State.REFUSED
+            self.state = SessionState.REFUSED
             self._queue = ()
             self._stale_by = self._after(REFUSED_DELAY)
             self.arm()
@@ -416,14 +412,14 @@ class Session:
     def arm(self) -> None:
         """Have `wake` called at what is due next."""
         due = min(self._stale_by, self._ping_at, self._pong_by, self._expire_by, self._subscriptions_due())
-        if due < math.inf and self.state is not State.CLOSED:
+        if due < math.inf and self.state is not SessionState.CLOSED:
             self.node.deadlines.set(self, due)
 
     def wake(self) -> None:
         """Something is due."""
         now = self.node.deadlines.now
         if self._stale_by <= now:
-            if self.state is State.REFUSED:
+            if self.state is SessionState.REFUSED:
                 self.disconnect(*errors.CONNECTION_CLOSED)
             else:
                 # 3502 is final. A client whose connect command is still being worked on has done its part.
@@ -434,7 +430,7 @@ class Session:
             self.disconnect(*errors.CONNECTION_EXPIRED)
         else:
             self._end_expired(now)
-            if self._ping_at <= now and self.state is State.CONNECTED:
+            if self._ping_at <= now and self.state is SessionState.CONNECTED:
                 self._ping(now)
             self.arm()
 
@@ -462,7 +458,7 @@ class Session:
     def _end_expired(self, now: float) -> None:
         for subscription in list(self.subscriptions.values()):
             if subscription.live and self._close_time(subscription.end_at, 0.0) <= now:
-                if subscription.origin is Origin.CLIENT:
+                if subscription.origin is SubscriptionSource.CLIENT:
                     self.end_subscription(subscription.channel, *errors.SUBSCRIPTION_EXPIRED_PUSH)
                 else:
                     self.disconnect(*errors.SUBSCRIPTION_EXPIRED)
@@ -504,9 +500,10 @@ class Session:
             self.abandon(subscription)
 
     def begin(self, name: str, version: str, meta: bytes) -> None:
-        """The admitted client is connected. name, version: what it says of its software. meta: see `Client.meta`."""
-        self.state = State.CONNECTED
-        self.handle = Client(self, name, version, self.request.headers, self.request.remote_address, meta)
+        """The admitted client is connected. name, version: what it says of its software. meta: see
+        `ConnectedClient.meta`."""
+        self.state = SessionState.CONNECTED
+        self.handle = ConnectedClient(self, name, version, self.request.headers, self.request.remote_address, meta)
         self._stale_by = math.inf
         interval, _ = self.pings
         if interval:
@@ -529,7 +526,7 @@ class Session:
     # -- its subscriptions -------------------------------------------------------------------------------------------
 
     def subscription(
-        self, request: SubscribeRequest, options: ResolvedChannel, terms: Terms, origin: Origin
+        self, request: SubscribeRequest, options: ResolvedChannel, terms: SubscribeOptions, origin: SubscriptionSource
     ) -> Subscription:
         """A subscription of this client that is not joined yet, with what it asks for as far as that is granted.
 
@@ -547,7 +544,7 @@ class Session:
         )
         return subscription
 
-    async def join(self, subscription: Subscription, request: SubscribeRequest) -> Joined | None:
+    async def join(self, subscription: Subscription, request: SubscribeRequest) -> JoinResult | None:
         """Have it join, and return what `Subscription.join` does; None if it was ended meanwhile.
 
         Whatever comes of it but a result, the subscription leaves nothing behind. Raises as `Subscription.join`.
@@ -558,7 +555,7 @@ class Session:
         except BaseException:
             self.abandon(subscription)
             raise
-        if self.state is State.CLOSED or self.subscriptions.get(request.channel) is not subscription:
+        if self.state is SessionState.CLOSED or self.subscriptions.get(request.channel) is not subscription:
             self.abandon(subscription)
             return None
         result = joined.result
@@ -567,9 +564,9 @@ class Session:
             self.node.refused["recovery_ahead"].value += ahead
         return joined
 
-    def open(self, subscription: Subscription, joined: Joined) -> None:
+    def open(self, subscription: Subscription, joined: JoinResult) -> None:
         """Let publications through, once the client was told of the subscription. joined: what `join` returned."""
-        if self.state is State.CLOSED:
+        if self.state is SessionState.CLOSED:
             self.abandon(subscription)
         elif not subscription.open(joined):
             self.lost_position(subscription)
@@ -592,15 +589,15 @@ class Session:
 
     def send(self, data: Any) -> None:
         """A message to this client alone, outside any channel; `data`: anything that JSON holds."""
-        if self.state is State.CONNECTED:
-            self._push("", "message", messages.Message(Raw(self.encoding.made(data) or b"null")))
+        if self.state is SessionState.CONNECTED:
+            self._push("", "message", messages.MessagePush(Raw(self.encoding.made(data) or b"null")))
 
-    def subscribe(self, channel: str, terms: Terms, since: Position | None) -> None:
+    def subscribe(self, channel: str, terms: SubscribeOptions, since: Position | None) -> None:
         """Subscribe the client to a channel, unless it is. since: where it knows the channel from, if it does."""
-        if self.state is State.CONNECTED and channel not in self.subscriptions:
+        if self.state is SessionState.CONNECTED and channel not in self.subscriptions:
             self.node.run(quietly(self._subscribe(channel, terms, since)), self.undone)
 
-    async def _subscribe(self, channel: str, terms: Terms, since: Position | None) -> None:
+    async def _subscribe(self, channel: str, terms: SubscribeOptions, since: Position | None) -> None:
         if terms.expire_at and terms.expire_at <= self.node.wall_clock():
             return
         limit = self.node.settings.channel_limit
@@ -610,7 +607,7 @@ class Session:
         request = SubscribeRequest(channel)
         if since is not None:
             request = SubscribeRequest(channel, recover=True, offset=since.offset, epoch=since.epoch)
-        subscription = self.subscription(request, self.node.rules.options(channel), terms, Origin.SERVER)
+        subscription = self.subscription(request, self.node.rules.options(channel), terms, SubscriptionSource.SERVER)
         joined = await self.join(subscription, request)
         if joined is None:
             return
@@ -619,7 +616,7 @@ class Session:
         self._push(
             channel,
             "subscribe",
-            messages.Subscribe(
+            messages.SubscribePush(
                 recoverable=result.recoverable,
                 epoch=result.epoch,
                 offset=result.offset,
@@ -640,7 +637,7 @@ class Session:
         live = subscription.live
         self.abandon(subscription)
         if live:  # else its subscribe command is answered with an error
-            self._push(channel, "unsubscribe", messages.Unsubscribe(code, reason))
+            self._push(channel, "unsubscribe", messages.UnsubscribePush(code, reason))
 
     def refresh(self, expire_at: float, info: bytes) -> None:
         """The connection expires at `expire_at` (Unix seconds, 0.0 for never). info: see `describe`; b"" leaves it."""
@@ -652,7 +649,7 @@ class Session:
         if info:
             self.describe(info)
         self.expire(expire_at)
-        self._push("", "refresh", messages.Refresh(bool(ttl), ttl))
+        self._push("", "refresh", messages.RefreshPush(bool(ttl), ttl))
 
     def abandon(self, subscription: Subscription) -> None:
         """End a subscription at whatever stage it is, without waiting for the engine, which may be away."""
@@ -662,26 +659,26 @@ class Session:
 
     def lost_position(self, subscription: Subscription) -> None:
         """The client may have missed publications: it shall come back, and recover or be told that it can't."""
-        if subscription.origin is Origin.CLIENT:
+        if subscription.origin is SubscriptionSource.CLIENT:
             self.end_subscription(subscription.channel, *errors.LOST_POSITION)
         else:
             self.disconnect(*errors.INSUFFICIENT_STATE)
 
     def disconnect(self, code: int, reason: str) -> None:
         """Close the connection with this code; the client is gone for everybody from this moment on."""
-        if self.state is not State.CLOSED:
+        if self.state is not SessionState.CLOSED:
             self.node.count_disconnect(code)
             self._end()
             self._connection.close(code, reason)
 
     def closed(self) -> None:
         """The socket is gone."""
-        if self.state is not State.CLOSED:
+        if self.state is not SessionState.CLOSED:
             self._end()
 
     def _end(self) -> None:
-        was_connected = self.state is State.CONNECTED
-        self.state = State.CLOSED
+        was_connected = self.state is SessionState.CONNECTED
+        self.state = SessionState.CLOSED
         self.node.deadlines.clear(self)
         self._queue = ()
         if was_connected:

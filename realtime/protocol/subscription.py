@@ -13,13 +13,13 @@ from collections.abc import Coroutine
 from typing import Any, NamedTuple, Protocol
 
 from realtime.errors import BAD_REQUEST, INAPPROPRIATE_PROTOCOL, UNRECOVERABLE_POSITION, ClientError
-from realtime.protocol.forms import Form
+from realtime.protocol.channel_rules import ResolvedChannel
+from realtime.protocol.context import WorkerContext
 from realtime.protocol.messages import Pub, SubscribeRequest, SubscribeResult
-from realtime.protocol.node import Node
-from realtime.protocol.rules import ResolvedChannel
-from realtime.pubsub import filters, fossil
-from realtime.pubsub.member import Sink
-from realtime.records import ClientInfo, HistoryPage, Position, Publication
+from realtime.protocol.wire_formats import WireFormat
+from realtime.pubsub import filters, fossil_delta
+from realtime.pubsub.subscriber import Sink
+from realtime.types import ClientInfo, HistoryPage, Position, Publication
 
 # Bit 2 of a subscribe request's `flag`: answer error 112 instead of "not recovered".
 REJECT_UNRECOVERED = 2
@@ -29,7 +29,7 @@ RECOVERED_SHARE = 0.5
 DELTAS_AT_ONCE = 5
 
 
-class Origin(enum.Enum):
+class SubscriptionSource(enum.Enum):
     """Who wanted the subscription: the client by a command, the server, or the token that the client connected with.
 
     What the server began, the client can't begin again by itself: when it fails, the connection is closed.
@@ -40,10 +40,10 @@ class Origin(enum.Enum):
     TOKEN = enum.auto()
 
 
-class Owner(Protocol):
+class SubscriptionOwner(Protocol):
     """The session, as its subscription sees it."""
 
-    node: Node
+    node: WorkerContext
 
     def lost_position(self, subscription: Subscription) -> None:
         """The subscription is no longer in the hub: what the client has may have a gap."""
@@ -51,7 +51,7 @@ class Owner(Protocol):
     def disconnect(self, code: int, reason: str) -> None: ...
 
 
-class Joined(NamedTuple):
+class JoinResult(NamedTuple):
     """What joining came to. result: to be told to the client; then the rest is for `Subscription.open`.
 
     position: from which the subscription goes on, None for one without a position. base: the last publication that
@@ -92,13 +92,13 @@ class Subscription:
 
     def __init__(
         self,
-        owner: Owner,
+        owner: SubscriptionOwner,
         sink: Sink,
-        form: Form,
+        form: WireFormat,
         channel: str,
         options: ResolvedChannel,
         info: ClientInfo,
-        origin: Origin,
+        origin: SubscriptionSource,
     ) -> None:
         """sink: takes frames for this client, of this form. info: the client, as others in the channel see it."""
         self._owner = owner
@@ -140,7 +140,7 @@ class Subscription:
             except ValueError:
                 raise ClientError(*BAD_REQUEST) from None
 
-    async def join(self, request: SubscribeRequest) -> Joined:
+    async def join(self, request: SubscribeRequest) -> JoinResult:
         """Enter the channel; what to tell the client, and then to `open` with.
 
         Raises ClientError 112 when the client wants no unrecovered subscription, Disconnect 3506 when it can't be sent
@@ -165,7 +165,7 @@ class Subscription:
             delta=self.delta,
         )
         base = publications[-1] if self.delta and publications else None
-        return Joined(result, page.position if self.positioned else None, base)
+        return JoinResult(result, page.position if self.positioned else None, base)
 
     async def _arrive(self, request: SubscribeRequest) -> tuple[HistoryPage, bool, bool]:
         """Into the hub, and what `_read` returns; the client is entered, too, unless it may yet want no subscription.
@@ -228,10 +228,10 @@ class Subscription:
         """A publication as its difference from the one before it, if that may be, and is shorter."""
         if not target.delta:
             return None
-        delta = fossil.delta(base.data, target.data)
+        delta = fossil_delta.delta(base.data, target.data)
         return self.form.encoding.patch(target, delta) if len(delta) < len(target.data) else None
 
-    def open(self, joined: Joined) -> bool:
+    def open(self, joined: JoinResult) -> bool:
         """Let publications through. False: there is a gap already, and the hub has dropped the subscription."""
         self.live = True
         return self._owner.node.hub.open(self.channel, self, joined.position, joined.base)

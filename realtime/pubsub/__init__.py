@@ -1,1 +1,1 @@
-"""Channels, without I/O: history, presence, routing, and the fan-out on one worker."""
+"""Channels, without I/O: the engine's interface, history, presence, and the fan-out on one worker."""

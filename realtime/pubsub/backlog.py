@@ -6,11 +6,11 @@ from collections import deque
 from enum import Enum, auto
 from typing import NamedTuple
 
-from realtime.pubsub.member import Member
-from realtime.records import ClientInfo, Publication
+from realtime.pubsub.subscriber import Subscriber
+from realtime.types import ClientInfo, Publication
 
 
-class Kind(Enum):
+class EventKind(Enum):
     PUBLISHED = auto()
     JOINED = auto()
     LEFT = auto()
@@ -20,7 +20,7 @@ class Kind(Enum):
 class Event(NamedTuple):
     """Something that came from the engine, or that shows those who wait that something did not."""
 
-    kind: Kind
+    kind: EventKind
     publication: Publication | None = None
     epoch: str = ""
     info: ClientInfo | None = None
@@ -31,13 +31,13 @@ class Event(NamedTuple):
         return len(self.publication.data) if self.publication is not None else 0
 
 
-class Base(NamedTuple):
+class DeltaBase(NamedTuple):
     """What somebody was sent last, so that the next one can be said as its difference from that."""
 
     publication: Publication
     epoch: str
 
-    def same(self, other: Base) -> bool:
+    def same(self, other: DeltaBase) -> bool:
         mine, its = self.publication, other.publication
         return mine is its or (0 < mine.offset == its.offset and self.epoch == other.epoch)
 
@@ -45,9 +45,9 @@ class Base(NamedTuple):
 class Opening(NamedTuple):
     """A member that is open, but shall first get what was held back for it."""
 
-    member: Member
+    member: Subscriber
     events: list[Event]
-    base: Base | None
+    base: DeltaBase | None
 
 
 class Backlog:
@@ -63,7 +63,7 @@ class Backlog:
         self.jobs: deque[Event | Opening] = deque()
         self.events = 0
         self.size = 0
-        self.late: set[Member] = set()
+        self.late: set[Subscriber] = set()
 
     def append(self, job: Event | Opening) -> None:
         self.jobs.append(job)
@@ -80,7 +80,7 @@ class Backlog:
             self.size -= job.size
         return job
 
-    def drop(self, *kinds: Kind) -> None:
+    def drop(self, *kinds: EventKind) -> None:
         """Drop the events of these kinds."""
         jobs, self.jobs = self.jobs, deque()
         self.events = self.size = 0

@@ -1,7 +1,7 @@
 """The engine: what numbers, keeps and routes publications, and knows who is present.
 
 Everything above talks to the `Engine` protocol and does not know which one it has: `MemoryEngine` in this process
-(tests, one worker), or the broker process behind a socket (`realtime.server.broker`). One contract suite,
+(tests, one worker), or the broker process behind a socket (`realtime.broker.process`). One contract suite,
 tests/contracts/, holds both to the same behaviour.
 
 What reaches a worker from the engine, it gets by calls on its `Receiver`, on the loop's thread, in order: the
@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from realtime.pubsub.history import PAGE_BYTES
-from realtime.records import Census, ClientInfo, HistoryPage, Position, Publication, Retention
+from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
 
 
 class Receiver(Protocol):
@@ -52,7 +52,7 @@ class Engine(Protocol):
         channel: str,
         data: bytes,
         *,
-        retention: Retention,
+        retention: HistoryOptions,
         info: ClientInfo | None = None,
         tags: dict[str, str] | None = None,
         idempotency_key: str = "",
@@ -80,7 +80,7 @@ class Engine(Protocol):
         self,
         channel: str,
         *,
-        retention: Retention,
+        retention: HistoryOptions,
         since: Position | None = None,
         limit: int = 0,
         reverse: bool = False,
@@ -129,7 +129,7 @@ class Engine(Protocol):
     def tally(self, subscriptions: int) -> None:
         """How many subscriptions this worker holds now, for the census. Never fails."""
 
-    async def census(self) -> Census:
+    async def census(self) -> EngineStats:
         """The counts over all workers."""
 
     async def instruct(self, order: bytes, *, worker: str = "") -> int:

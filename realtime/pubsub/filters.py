@@ -15,7 +15,7 @@ MAX_NODES = 256
 MAX_DEPTH = 32
 
 
-class Node(Protocol):
+class FilterCondition(Protocol):
     """A condition: a leaf (`op` is ""), or "and", "or", "not" over `nodes`. `messages.FilterNode` is one."""
 
     @property
@@ -34,10 +34,10 @@ class Node(Protocol):
     def vals(self) -> Sequence[str]: ...
 
     @property
-    def nodes(self) -> Sequence[Node]: ...
+    def nodes(self) -> Sequence[FilterCondition]: ...
 
 
-def compiled(node: Node) -> Filter:
+def compiled(node: FilterCondition) -> Filter:
     """A function that says whether a publication with these tags (None: with none) is wanted.
 
     Raises ValueError for a tree that is not valid, and for one of more than MAX_NODES nodes or MAX_DEPTH levels.
@@ -47,8 +47,8 @@ def compiled(node: Node) -> Filter:
     return lambda tags: wanted(tags or {})
 
 
-def _check_size(node: Node) -> None:
-    level: Sequence[Node] = [node]
+def _check_size(node: FilterCondition) -> None:
+    level: Sequence[FilterCondition] = [node]
     nodes = depth = 0
     while level:
         nodes, depth = nodes + len(level), depth + 1
@@ -60,7 +60,7 @@ def _check_size(node: Node) -> None:
 _Test = Callable[[Tags], bool]
 
 
-def _compiled(node: Node) -> _Test:
+def _compiled(node: FilterCondition) -> _Test:
     if not node.op:
         return _leaf(node)
     tests = [_compiled(child) for child in node.nodes]
@@ -74,7 +74,7 @@ def _compiled(node: Node) -> _Test:
     raise ValueError(f"not an operation over {len(tests)} nodes: {node.op!r}")
 
 
-def _leaf(node: Node) -> _Test:
+def _leaf(node: FilterCondition) -> _Test:
     key, cmp, val, vals = node.key, node.cmp, node.val, frozenset(node.vals)
     if cmp in ("ex", "nex"):
         _require(not val and not vals)

@@ -1,8 +1,8 @@
 """The recent publications of each channel, and their numbering.
 
 A channel with history has a *stream*: the last publications, the offset of the newest (the top) and an epoch, as in
-sections 5.6 and 7.1 of the client protocol. `Streams` holds them all; `Receipts` holds the idempotency keys. Neither
-knows of subscribers. Time is an argument everywhere, in seconds of any clock that never goes back.
+sections 5.6 and 7.1 of the client protocol. `ChannelStreams` holds them all; `IdempotencyCache` holds the idempotency
+keys. Neither knows of subscribers. Time is an argument everywhere, in seconds of any clock that never goes back.
 
 Nothing has a timer of its own. What is over is seen to be over on access, and `sweep`, called now and then, frees what
 nobody asks for any more. To be found by the sweep costs a channel two list entries at most.
@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 from msgspec import Struct
 
 from realtime.errors import LIMIT_EXCEEDED, ClientError
-from realtime.records import ClientInfo, HistoryPage, Position, Publication, Retention
+from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, Publication
 
 IDEMPOTENCY_TTL = 300.0
 """Seconds for which an idempotency key is remembered (client protocol, section 7.1)."""
@@ -51,7 +51,7 @@ def _weight(publication: Publication) -> int:
     return size + sum(len(name) + len(value) + 8 for name, value in tags.items()) if tags else size
 
 
-class Stream(Struct, eq=False, gc=False):
+class ChannelStream(Struct, eq=False, gc=False):
     """The stream of one channel.
 
     The kept publications have successive offsets, the newest being `top`. They lie in `_kept[_head:]`: where there are
@@ -86,7 +86,7 @@ class Stream(Struct, eq=False, gc=False):
         """The time from which the stream may be forgotten as a whole: when idle for long enough, and empty."""
         return max(self.idle_until, self.expires)
 
-    def touch(self, now: float, retention: Retention) -> bool:
+    def touch(self, now: float, retention: HistoryOptions) -> bool:
         """Note an access, and drop the publications whose time is over. False: the stream itself is over."""
         if now >= self.expires:
             if now >= self.idle_until:
@@ -111,7 +111,7 @@ class Stream(Struct, eq=False, gc=False):
         self,
         now: float,
         data: bytes,
-        retention: Retention,
+        retention: HistoryOptions,
         info: ClientInfo | None,
         tags: dict[str, str] | None,
         delta: bool,
@@ -181,7 +181,7 @@ class Stream(Struct, eq=False, gc=False):
         return found
 
 
-class Agenda(Generic[T]):
+class ExpiryQueue(Generic[T]):
     """Things to look at again, each at its time, to the coarseness of `grain` seconds.
 
     Adding is one list append however many wait; no thing is handed out before its time.
@@ -213,7 +213,7 @@ class Agenda(Generic[T]):
         return due
 
 
-class Streams:
+class ChannelStreams:
     """The streams of all channels.
 
     max_channels: the most streams held at a time.
@@ -222,14 +222,14 @@ class Streams:
     def __init__(self, max_channels: int, epoch: Callable[[], str] = make_epoch) -> None:
         self._max = max_channels
         self._epoch = epoch
-        self._streams: dict[str, Stream] = {}
-        self._contents: Agenda[Stream] = Agenda(1.0)
-        self._idle: Agenda[Stream] = Agenda(60.0)
+        self._streams: dict[str, ChannelStream] = {}
+        self._contents: ExpiryQueue[ChannelStream] = ExpiryQueue(1.0)
+        self._idle: ExpiryQueue[ChannelStream] = ExpiryQueue(60.0)
 
     def __len__(self) -> int:
         return len(self._streams)
 
-    def open(self, now: float, channel: str, retention: Retention) -> Stream:
+    def open(self, now: float, channel: str, retention: HistoryOptions) -> ChannelStream:
         """The stream of a channel, made if there is none, and the access noted.
 
         Raises ClientError 106 when it would be one stream too many.
@@ -239,7 +239,7 @@ class Streams:
             return stream
         if stream is None and len(self._streams) >= self._max:
             raise ClientError(*LIMIT_EXCEEDED)
-        stream = self._streams[channel] = Stream(channel, self._epoch(), now + retention.meta_ttl)
+        stream = self._streams[channel] = ChannelStream(channel, self._epoch(), now + retention.meta_ttl)
         self._idle.add(stream.over, stream)
         return stream
 
@@ -248,7 +248,7 @@ class Streams:
         now: float,
         channel: str,
         data: bytes,
-        retention: Retention,
+        retention: HistoryOptions,
         info: ClientInfo | None = None,
         tags: dict[str, str] | None = None,
         delta: bool = False,
@@ -284,7 +284,7 @@ class Streams:
         return limit in (len(filled), len(idle))
 
 
-class Receipts:
+class IdempotencyCache:
     """What publishing with an idempotency key returned, by channel and key, for IDEMPOTENCY_TTL.
 
     limit: the most keys held at a time. To forget one early might publish twice, so a further one is refused.

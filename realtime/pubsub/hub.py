@@ -2,7 +2,7 @@
 
 Publications come from the engine (`published`), each is encoded once for every wire form among the subscribers, and
 the finished frame goes straight to every connection, past its session. That shortcut is the hot path of the server:
-nothing happens there for one subscriber but the call of its sink's `write` (`realtime.pubsub.fan`).
+nothing happens there for one subscriber but the call of its sink's `write` (`realtime.pubsub.fanout`).
 
 Whether the publications of a channel are complete is judged once per channel, when they arrive: repeats are dropped,
 and after a gap or under another epoch every positioned member is told that it lost its place, and hears nothing newer.
@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from realtime.errors import ClientError
-from realtime.pubsub.backlog import Base, Event, Kind
+from realtime.pubsub.backlog import DeltaBase, Event, EventKind
 from realtime.pubsub.engine import Engine
-from realtime.pubsub.fan import Fan, Traffic
-from realtime.pubsub.member import Member
-from realtime.pubsub.slices import BREATH, HIGH, LOW, NORMAL, Slices
-from realtime.records import ClientInfo, Position, Publication, Retention
+from realtime.pubsub.fanout import ChannelFanout, FanoutContext
+from realtime.pubsub.subscriber import Subscriber
+from realtime.pubsub.time_slices import BREATH, HIGH, LOW, NORMAL, TimeSlicer
+from realtime.types import ClientInfo, HistoryOptions, Position, Publication
 
 HELD_LIMIT = 4096
 """Events held back on one channel while some member is between `add` and `open`. Beyond it they are dropped, and
@@ -32,7 +32,7 @@ whoever needed them is told at `open`."""
 _LOSS = 4
 
 _PRIORITIES = {"high": HIGH, "normal": NORMAL, "low": LOW}
-_BREAK = Event(Kind.BROKEN)
+_BREAK = Event(EventKind.BROKEN)
 
 
 class _Channel:
@@ -44,18 +44,18 @@ class _Channel:
 
     __slots__ = ("fan", "held", "last", "pending", "quiet", "subscribed")
 
-    def __init__(self, fan: Fan) -> None:
+    def __init__(self, fan: ChannelFanout) -> None:
         self.fan = fan
         self.subscribed = self.quiet = False
         self.last: Position | None = None
         # The index of the first held event that came after `add`; the eldest member first.
-        self.pending: dict[Member, int] = {}
+        self.pending: dict[Subscriber, int] = {}
         self.held: list[Event] = []
 
     def __len__(self) -> int:
         return len(self.fan.members) + len(self.pending)
 
-    def discard(self, member: Member) -> bool:
+    def discard(self, member: Subscriber) -> bool:
         """Whether the member was here."""
         if member in self.pending:
             del self.pending[member]
@@ -91,16 +91,16 @@ class Hub:
 
     engine: Engine
 
-    def __init__(self, obey: Callable[[bytes], None], slices: Slices | None = None) -> None:
+    def __init__(self, obey: Callable[[bytes], None], slices: TimeSlicer | None = None) -> None:
         """obey: is handed every order (see `Engine.instruct`). slices: where long work waits, None for nowhere."""
         self._obey = obey
-        self._slices = slices or Slices.unlimited()
-        self.traffic = Traffic(self._slices, self._overflowed, self._unfit)
+        self._slices = slices or TimeSlicer.unlimited()
+        self.traffic = FanoutContext(self._slices, self._overflowed, self._unfit)
         self._channels: dict[str, _Channel] = {}
         # Channels whose positioned members have lost their place and are yet to be taken out, before anything else
         # happens there; then members that are out, and yet to be told.
         self._broken: dict[str, _Channel] = {}
-        self._lost: dict[Member, None] = {}
+        self._lost: dict[Subscriber, None] = {}
         self._losing = False
         self.subscriptions = 0
 
@@ -115,7 +115,7 @@ class Hub:
 
     # Members
 
-    async def add(self, channel: str, member: Member) -> None:
+    async def add(self, channel: str, member: Subscriber) -> None:
         """Have a channel's events held back for this member from now on, until `open`.
 
         Raises what `Engine.subscribe` raises; the member is not added then. Waits only while the channel is new to
@@ -123,7 +123,7 @@ class Hub:
         """
         state = self._channels.get(channel)
         if state is None:
-            fan = Fan(channel, _PRIORITIES[member.priority], self.traffic)
+            fan = ChannelFanout(channel, _PRIORITIES[member.priority], self.traffic)
             state = self._channels[channel] = _Channel(fan)
         state.pending[member] = len(state.held)
         self.subscriptions += 1
@@ -138,7 +138,9 @@ class Hub:
             raise
         state.subscribed = True
 
-    def open(self, channel: str, member: Member, position: Position | None, base: Publication | None = None) -> bool:
+    def open(
+        self, channel: str, member: Subscriber, position: Position | None, base: Publication | None = None
+    ) -> bool:
         """Deliver what was held back for the member, and from now on whatever comes.
 
         position: of the last publication that the subscribe reply covers, which is the top of the page that the
@@ -164,7 +166,7 @@ class Hub:
         state.fan.open(
             member,
             _counted_out(member, events, after),
-            Base(base, position.epoch) if base is not None and position is not None else None,
+            DeltaBase(base, position.epoch) if base is not None and position is not None else None,
         )
         return True
 
@@ -186,7 +188,7 @@ class Hub:
         newer = [e.publication.offset for e in events if e.publication and e.publication.offset > position.offset]
         return newer[0] == position.offset + 1 if newer else last.offset == position.offset
 
-    def remove(self, channel: str, member: Member) -> None:
+    def remove(self, channel: str, member: Subscriber) -> None:
         """Take a member out, open or not. Idempotent. The last one unsubscribes the channel at the engine.
 
         It hears nothing more, whatever waits for it; nor that it lost its place, if it was to hear that.
@@ -243,7 +245,7 @@ class Hub:
             self._lose(channel, state)
             self._work_off_losses()
 
-    def _unfit(self, channel: str, member: Member) -> None:
+    def _unfit(self, channel: str, member: Subscriber) -> None:
         self.remove(channel, member)
         member.unfit()
 
@@ -266,18 +268,18 @@ class Hub:
                 self._break(channel, state)
         state.quiet = False
         if state.pending:
-            state.hold(Event(Kind.PUBLISHED, publication, epoch))
+            state.hold(Event(EventKind.PUBLISHED, publication, epoch))
         state.fan.publish(publication, epoch)
 
     def joined(self, channel: str, info: ClientInfo) -> None:
         """Tell the members that want to know."""
-        self._herald(channel, Kind.JOINED, info)
+        self._herald(channel, EventKind.JOINED, info)
 
     def left(self, channel: str, info: ClientInfo) -> None:
         """Tell the members that want to know."""
-        self._herald(channel, Kind.LEFT, info)
+        self._herald(channel, EventKind.LEFT, info)
 
-    def _herald(self, channel: str, kind: Kind, info: ClientInfo) -> None:
+    def _herald(self, channel: str, kind: EventKind, info: ClientInfo) -> None:
         state = self._channels.get(channel)
         if state is not None:
             state.hold(Event(kind, info=info))
@@ -298,7 +300,7 @@ class Hub:
 
     # Positions
 
-    async def check_quiet(self, retention: Callable[[str], Retention]) -> None:
+    async def check_quiet(self, retention: Callable[[str], HistoryOptions]) -> None:
         """Compare the positions of the channels that had no publication since the last call with the engine's.
 
         What was lost on the way shows by the next publication, if there is one; this finds what was lost with none
@@ -314,7 +316,7 @@ class Hub:
             if number % BREATH == 0:
                 await self._slices.breathe()
 
-    async def check(self, channel: str, retention: Retention) -> None:
+    async def check(self, channel: str, retention: HistoryOptions) -> None:
         """Compare one channel's position with the engine's. Raises EngineUnavailable."""
         state = self._channels.get(channel)
         if state is None or state.last is None or not retention.kept:
@@ -331,7 +333,7 @@ class Hub:
             self._break(channel, state)
 
 
-def _counted_out(member: Member, events: list[Event], after: int) -> list[Event]:
+def _counted_out(member: Subscriber, events: list[Event], after: int) -> list[Event]:
     """What of the held events is for this member, whose reply counted the publications up to `after`."""
     newer = [one for one in events if one.publication is not None and not 0 < one.publication.offset <= after]
     return newer + [one for one in events if one.info is not None] if member.announced else newer

@@ -1,1 +1,1 @@
-"""The pool of workers, without I/O: what is wanted, what runs, and how it is doing."""
+"""Decisions of the supervisor, without I/O: which processes run, how healthy they are, how clients are shared out."""

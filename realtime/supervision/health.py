@@ -15,8 +15,8 @@ from enum import Enum
 
 from msgspec import Struct
 
-from realtime.settings import Loop
-from realtime.supervision.vitals import QUIET, State, Vitals
+from realtime.config.settings import LoopSettings
+from realtime.supervision.vitals import QUIET, ProcessState, Vitals
 
 # Seconds between two looks at a worker that is not healthy; and at one that is, at most: a turn that has begun by then
 # is looked at again when it could be too long. Less than `loop.interval`, so that every beat is seen.
@@ -66,7 +66,7 @@ class Health(Struct, frozen=True):
 class Judge:
     """Remembers of each slot what hysteresis needs."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: LoopSettings) -> None:
         self._lagging = loop.lagging or math.inf
         self._pressed = loop.pressed or math.inf
         self._interval = loop.interval
@@ -84,7 +84,7 @@ class Judge:
         if now - record.looked > _LATE:
             record.excused = now
         record.looked = now
-        if vitals is None or vitals.state is State.ENDED:
+        if vitals is None or vitals.state is ProcessState.ENDED:
             record.forget()
             return Health(slot, Condition.ABSENT, record.enter(Condition.ABSENT, now), due=now + TICK)
         blocked = self._blocked(vitals, now, record.excused)
@@ -94,7 +94,7 @@ class Judge:
             record.pressed = now
         if lag >= self._lagging:
             record.lagging = now
-        leaving = leaving or vitals.state is State.DRAINING
+        leaving = leaving or vitals.state is ProcessState.DRAINING
         condition = Condition.DRAINING if leaving else record.condition_at(now)
         since = record.enter(condition, now)
         return Health(

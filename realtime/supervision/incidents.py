@@ -16,9 +16,9 @@ from enum import Enum
 
 from msgspec import Struct, field
 
-from realtime.settings import Loop
-from realtime.supervision.blame import Frame, Origin, Stack
-from realtime.supervision.vitals import Running, Vitals
+from realtime.config.settings import LoopSettings
+from realtime.supervision.stacks import CodeOrigin, Stack, StackFrame
+from realtime.supervision.vitals import RunningHandler, Vitals
 
 SAMPLES = 3
 SAMPLE_INTERVAL = 1.0
@@ -40,7 +40,7 @@ UNKNOWN = "unknown"
 OTHER = "other"
 
 
-class Wanted(Enum):
+class StackRequest(Enum):
     """What is to be asked of a worker now. STACK: of the loop's thread. STACKS: of all its threads."""
 
     STACK = "stack"
@@ -78,13 +78,13 @@ class Blocks(Struct):
     seconds: float = 0.0
 
 
-class Ledger:
+class IncidentLog:
     """The incidents of all workers: the latest KEPT, the numbers by place, and the lines for the log."""
 
     def __init__(self) -> None:
         self.recent: deque[Incident] = deque(maxlen=KEPT)
         self.blocks: dict[tuple[str, str], Blocks] = {}  # by handler and place
-        self._told: dict[str, _Told] = {}
+        self._told: dict[str, _LogThrottle] = {}
 
     def count(self, incident: Incident) -> None:
         """Count an incident that is over."""
@@ -105,12 +105,12 @@ class Ledger:
             self._told = {place: one for place, one in self._told.items() if now - one.at < REPEAT_AFTER}
             if len(self._told) >= MAX_PLACES:
                 return ""
-        self._told[incident.place] = _Told(now)
+        self._told[incident.place] = _LogThrottle(now)
         more = f"; {told.left_out} times more since this was told last" if told and told.left_out else ""
         return describe(incident) + more
 
 
-class _Told(Struct):
+class _LogThrottle(Struct):
     """When a place was told of, and how often it was not since."""
 
     at: float
@@ -132,10 +132,10 @@ def describe(incident: Incident) -> str:
     return " ".join(parts)
 
 
-class Inquiry:
+class LoopInvestigation:
     """What is going on in one worker's process now. One for each process."""
 
-    def __init__(self, slot: int, pid: int, loop: Loop, origin: Origin, ledger: Ledger) -> None:
+    def __init__(self, slot: int, pid: int, loop: LoopSettings, origin: CodeOrigin, ledger: IncidentLog) -> None:
         self.incident: Incident | None = None
         self._slot = slot
         self._pid = pid
@@ -151,8 +151,8 @@ class Inquiry:
         self._told = False
 
     def look(
-        self, vitals: Vitals, blocked: float, running: Running | None, now: float, wall: float
-    ) -> tuple[Wanted | None, str]:
+        self, vitals: Vitals, blocked: float, running: RunningHandler | None, now: float, wall: float
+    ) -> tuple[StackRequest | None, str]:
         """Take note of how the worker does. Returns what to ask of it, and a line for the log, "" for none.
 
         blocked: seconds that it does not turn already, see `Health`. running: its handler. wall: Unix time.
@@ -166,7 +166,7 @@ class Inquiry:
             self._open(vitals, blocked, now, wall)
         return self._want(running, now), line or self._tell(now)
 
-    def dumped(self, stacks: list[Stack], vitals: Vitals, running: Running | None) -> None:
+    def dumped(self, stacks: list[Stack], vitals: Vitals, running: RunningHandler | None) -> None:
         """It wrote these stacks.
 
         vitals, running: as its page says after that; they show whether the turn still lasts.
@@ -212,7 +212,7 @@ class Inquiry:
         self.incident = Incident(slot=self._slot, pid=self._pid, at=wall - blocked, duration=blocked)
         self._ledger.recent.append(self.incident)
 
-    def _want(self, running: Running | None, now: float) -> Wanted | None:
+    def _want(self, running: RunningHandler | None, now: float) -> StackRequest | None:
         incident = self.incident
         assert incident is not None
         incident.duration = now - self._began
@@ -225,14 +225,14 @@ class Inquiry:
             if self._looks_to_threads:
                 return None
             self._asked, self._answered = now, False
-            return Wanted.STACKS
+            return StackRequest.STACKS
         if incident.samples >= SAMPLES or (self._asked and now - self._asked < SAMPLE_INTERVAL):
             return None
         incident.samples += 1
         self._asked, self._answered = now, False
-        return Wanted.STACK
+        return StackRequest.STACK
 
-    def _note(self, stacks: list[Stack], running: Running | None, thread: bool) -> None:
+    def _note(self, stacks: list[Stack], running: RunningHandler | None, thread: bool) -> None:
         """Blame the place that was seen most often; the first one while there is no such."""
         incident = self.incident
         assert incident is not None
@@ -277,5 +277,5 @@ def _resting(stack: Stack) -> bool:
     return not stack.frames or "/threading.py" in stack.frames[0].file or "/queue.py" in stack.frames[0].file
 
 
-def _written(frame: Frame) -> str:
+def _written(frame: StackFrame) -> str:
     return f"{frame.place} in {frame.function}"

@@ -25,7 +25,7 @@ from enum import Enum
 
 from msgspec import Struct
 
-from realtime.settings import Loop, Workers
+from realtime.config.settings import LoopSettings, WorkersSettings
 
 BROKER = -1
 EX_CONFIG = 78
@@ -44,7 +44,7 @@ _EXAMINATION = 0.3
 _REAP = 2.0
 
 
-class State(Enum):
+class SlotState(Enum):
     """Where a slot is. LEAVING: its process is expected to end. GONE: for good, the pool stops."""
 
     WAITING = "waiting"
@@ -55,7 +55,7 @@ class State(Enum):
     GONE = "gone"
 
 
-class Event(Enum):
+class PoolEvent(Enum):
     """What can happen to a slot. DUE: its deadline has passed. SILENT: no beat for too long. BLOATED: it uses more
     memory than it may."""
 
@@ -74,59 +74,68 @@ class Event(Enum):
 # Effects.
 
 
-class Spawn(Struct, frozen=True):
+class SpawnProcess(Struct, frozen=True):
     """Start the slot's process. If that fails, answer with `exited`."""
 
     slot: int
 
 
-class Drain(Struct, frozen=True):
+class DrainProcess(Struct, frozen=True):
     """Tell the slot's process to finish within `timeout` seconds and exit."""
 
     slot: int
     timeout: float
 
 
-class Signal(Struct, frozen=True):
+class SignalProcess(Struct, frozen=True):
     """Send the slot's process a signal."""
 
     slot: int
     number: int
 
 
-class Examine(Struct, frozen=True):
+class ExamineProcess(Struct, frozen=True):
     """Have the slot's process, which does not turn its loop, write all its stacks; it is killed in a moment."""
 
     slot: int
 
 
-class Introduce(Struct, frozen=True):
+class IntroduceProcesses(Struct, frozen=True):
     """Give the slot's worker and the broker a fresh stream to each other. If that fails, answer with `unlinked`."""
 
     slot: int
 
 
-class Notify(Struct, frozen=True):
+class NotifySystemd(Struct, frozen=True):
     """Tell the service manager: "ready" or "stopping". Each once at most."""
 
     state: str
 
 
-class Report(Struct, frozen=True):
+class LogReport(Struct, frozen=True):
     """A line for the log."""
 
     line: str
     grave: bool = False
 
 
-class Halt(Struct, frozen=True):
+class HaltService(Struct, frozen=True):
     """Nothing is left to do: exit with `status`. reason: one line, "" for status 0. The last effect of all."""
 
     status: int
     reason: str = ""
 
 
-Effect = Spawn | Drain | Signal | Examine | Introduce | Notify | Report | Halt
+Effect = (
+    SpawnProcess
+    | DrainProcess
+    | SignalProcess
+    | ExamineProcess
+    | IntroduceProcesses
+    | NotifySystemd
+    | LogReport
+    | HaltService
+)
 
 
 @dataclass(slots=True)
@@ -138,7 +147,7 @@ class Slot:
     """
 
     number: int
-    state: State = State.WAITING
+    state: SlotState = SlotState.WAITING
     since: float = 0.0
     deadline: float = math.inf
     heard: float = 0.0
@@ -161,14 +170,14 @@ class Slot:
     @property
     def occupied(self) -> bool:
         """Whether a process is there."""
-        return self.state not in (State.WAITING, State.GONE)
+        return self.state not in (SlotState.WAITING, SlotState.GONE)
 
 
 class Pool:
     """Wanted processes against running ones. Its methods are the events; they must come in the order of time."""
 
     def __init__(
-        self, workers: int, settings: Workers, loop: Loop, stop_timeout: float, *, broker: bool = True
+        self, workers: int, settings: WorkersSettings, loop: LoopSettings, stop_timeout: float, *, broker: bool = True
     ) -> None:
         """workers: how many, at least 1. stop_timeout: seconds from `stop` to SIGKILL."""
         order = [BROKER, *range(workers)] if broker else list(range(workers))
@@ -195,7 +204,7 @@ class Pool:
     @property
     def ready(self) -> bool:
         """Whether every slot is ready, and is to stay so."""
-        return not self.stopping and all(slot.state is State.READY for slot in self.slots.values())
+        return not self.stopping and all(slot.state is SlotState.READY for slot in self.slots.values())
 
     # Events.
 
@@ -204,28 +213,28 @@ class Pool:
         self._now = self._ticked = now
         for slot in self.slots.values():
             slot.deadline = now
-            self._fire(slot, Event.DUE)
+            self._fire(slot, PoolEvent.DUE)
         return self._conclude()
 
     def announced(self, number: int, now: float) -> list[Effect]:
         """The slot's process says that it is ready."""
-        return self._event(number, Event.READY, now)
+        return self._event(number, PoolEvent.READY, now)
 
     def failed(self, number: int, reason: str, now: float) -> list[Effect]:
         """The slot's process says that it can't start, and why; it will exit with status 78."""
         slot = self.slots[number]
-        if slot.state is State.STARTING:
+        if slot.state is SlotState.STARTING:
             slot.reason = f"can't start: {reason}"
-        return self._event(number, Event.FAILED, now)
+        return self._event(number, PoolEvent.FAILED, now)
 
     def unlinked(self, number: int, now: float) -> list[Effect]:
         """The slot's worker has no stream to the broker. They are introduced again at the next tick, or when both are
         there."""
-        return self._event(number, Event.UNLINKED, now)
+        return self._event(number, PoolEvent.UNLINKED, now)
 
     def hung_up(self, number: int, now: float) -> list[Effect]:
         """The control link to the slot's process ended: it is ending, or out of order, and is not to stay."""
-        return self._event(number, Event.HUNG_UP, now)
+        return self._event(number, PoolEvent.HUNG_UP, now)
 
     def bloated(self, number: int, size: int, now: float) -> list[Effect]:
         """The slot's worker uses `size` bytes of memory, which is too much: it drains and is replaced.
@@ -236,16 +245,16 @@ class Pool:
         if not self.ready:
             return []
         slot.cause, slot.reason = "bloated", f"used {size / 2**20:.0f} MiB of memory and has left"
-        return self._event(number, Event.BLOATED, now)
+        return self._event(number, PoolEvent.BLOATED, now)
 
     def exited(self, number: int, status: int, now: float) -> list[Effect]:
         """The slot's process is no more. status: its exit status, or minus the signal that ended it."""
         slot = self.slots[number]
         slot.cause, slot.reason = slot.cause or _cause(status), slot.reason or _describe(status)
         self._now = now
-        if status == EX_CONFIG and slot.state is State.STARTING:
+        if status == EX_CONFIG and slot.state is SlotState.STARTING:
             self._give_up(slot)
-        return self._event(number, Event.EXITED, now)
+        return self._event(number, PoolEvent.EXITED, now)
 
     def tick(self, now: float, beats: Mapping[int, float]) -> list[Effect]:
         """Time has passed. Every TICK seconds. beats: by slot, when its process's loop last turned, where known."""
@@ -257,13 +266,13 @@ class Pool:
         for slot in self.slots.values():
             self._hear(slot, beats.get(slot.number, 0.0))
             if now >= slot.deadline:
-                self._fire(slot, Event.DUE)
+                self._fire(slot, PoolEvent.DUE)
             elif 0 < self._stuck < now - slot.heard:
-                self._fire(slot, Event.SILENT)
+                self._fire(slot, PoolEvent.SILENT)
             self._judge_health(slot)
             self._introduce(slot)
         if now >= self._stop_deadline:
-            self._each(self.slots.values(), Event.KILL)
+            self._each(self.slots.values(), PoolEvent.KILL)
         self._report_loops()
         return self._conclude()
 
@@ -272,10 +281,10 @@ class Pool:
         self._now = now
         if self.stopping:
             self._stop_deadline = min(self._stop_deadline, now)
-            self._each(self.slots.values(), Event.KILL)
+            self._each(self.slots.values(), PoolEvent.KILL)
             return self._conclude()
         self._begin_stop(self._stop_timeout)
-        self._each(self.workers, Event.STOP)
+        self._each(self.workers, PoolEvent.STOP)
         return self._conclude()
 
     # The table's actions.
@@ -283,12 +292,12 @@ class Pool:
     def _spawn(self, slot: Slot) -> None:
         slot.cause = slot.reason = ""
         slot.linked = False
-        self._enter(slot, State.STARTING, self._now + self._settings.start_timeout)
-        self._effects.append(Spawn(slot.number))
+        self._enter(slot, SlotState.STARTING, self._now + self._settings.start_timeout)
+        self._effects.append(SpawnProcess(slot.number))
         self._introduce(slot)
 
     def _serve(self, slot: Slot) -> None:
-        self._enter(slot, State.READY)
+        self._enter(slot, SlotState.READY)
         if not slot.looping:
             self._report(f"{slot.name} is ready")
         if slot.number == BROKER:
@@ -297,35 +306,35 @@ class Pool:
                 self._introduce(worker)
         if self.ready and not self._settled:
             self._settled = True
-            self._effects.append(Notify("ready"))
+            self._effects.append(NotifySystemd("ready"))
 
     def _fail(self, slot: Slot) -> None:
         slot.cause = "config"
-        self._enter(slot, State.LEAVING, self._now + _FAREWELL)
+        self._enter(slot, SlotState.LEAVING, self._now + _FAREWELL)
         self._give_up(slot)
 
     def _unlink(self, slot: Slot) -> None:
         slot.linked = False
 
     def _dismiss(self, slot: Slot) -> None:
-        self._enter(slot, State.LEAVING, self._now + _FAREWELL)
+        self._enter(slot, SlotState.LEAVING, self._now + _FAREWELL)
 
     def _tell(self, slot: Slot) -> None:
-        self._enter(slot, State.LEAVING, self._leave_deadline(slot))
+        self._enter(slot, SlotState.LEAVING, self._leave_deadline(slot))
         # A little less than it has until SIGKILL, so that it can end by itself.
-        self._effects.append(Drain(slot.number, 0.9 * (slot.deadline - self._now)))
+        self._effects.append(DrainProcess(slot.number, 0.9 * (slot.deadline - self._now)))
 
     def _terminate(self, slot: Slot) -> None:
         # Not yet up: it may not read its link, and has no clients to tell.
-        self._enter(slot, State.LEAVING, self._leave_deadline(slot))
-        self._effects.append(Signal(slot.number, signals.SIGTERM))
+        self._enter(slot, SlotState.LEAVING, self._leave_deadline(slot))
+        self._effects.append(SignalProcess(slot.number, signals.SIGTERM))
 
     def _hasten(self, slot: Slot) -> None:
         slot.deadline = min(slot.deadline, self._leave_deadline(slot))
 
     def _kill(self, slot: Slot) -> None:
-        self._enter(slot, State.KILLED)
-        self._effects.append(Signal(slot.number, signals.SIGKILL))
+        self._enter(slot, SlotState.KILLED)
+        self._effects.append(SignalProcess(slot.number, signals.SIGKILL))
 
     def _kill_late(self, slot: Slot) -> None:
         slot.cause = slot.cause or "start_timeout"
@@ -341,12 +350,12 @@ class Pool:
 
     def _examine(self, slot: Slot) -> None:
         slot.cause, slot.reason = "stuck", f"did not turn its loop for {self._stuck:g} s and was killed"
-        self._enter(slot, State.LEAVING, self._now + _EXAMINATION)
-        self._effects.append(Examine(slot.number))
+        self._enter(slot, SlotState.LEAVING, self._now + _EXAMINATION)
+        self._effects.append(ExamineProcess(slot.number))
 
     def _replace(self, slot: Slot) -> None:
-        self._enter(slot, State.LEAVING, self._now + self._stop_timeout)
-        self._effects.append(Drain(slot.number, 0.9 * self._stop_timeout))
+        self._enter(slot, SlotState.LEAVING, self._now + self._stop_timeout)
+        self._effects.append(DrainProcess(slot.number, 0.9 * self._stop_timeout))
 
     def _bury(self, slot: Slot) -> None:
         if self.stopping:
@@ -357,32 +366,32 @@ class Pool:
         delay = min(self._settings.restart_delay * 2.0 ** min(slot.deaths - 1, 30), self._settings.restart_delay_max)
         if not slot.looping:
             self._report(f"{slot.name} {slot.reason}; starting it again in {delay:g} s", grave=True)
-        self._enter(slot, State.WAITING, self._now + delay)
+        self._enter(slot, SlotState.WAITING, self._now + delay)
 
     def _vanish(self, slot: Slot) -> None:
-        self._enter(slot, State.GONE)
+        self._enter(slot, SlotState.GONE)
 
     # What they share.
 
-    def _event(self, number: int, event: Event, now: float) -> list[Effect]:
+    def _event(self, number: int, event: PoolEvent, now: float) -> list[Effect]:
         self._now = now
         self._fire(self.slots[number], event)
         return self._conclude()
 
-    def _fire(self, slot: Slot, event: Event) -> None:
+    def _fire(self, slot: Slot, event: PoolEvent) -> None:
         action = TABLE.get((slot.state, event))
         if action is not None:
             action(self, slot)
 
-    def _each(self, slots: Iterable[Slot], event: Event) -> None:
+    def _each(self, slots: Iterable[Slot], event: PoolEvent) -> None:
         for slot in slots:
             self._fire(slot, event)
 
-    def _enter(self, slot: Slot, state: State, deadline: float = math.inf) -> None:
+    def _enter(self, slot: Slot, state: SlotState, deadline: float = math.inf) -> None:
         slot.state, slot.since, slot.heard, slot.deadline = state, self._now, self._now, deadline
 
     def _report(self, line: str, grave: bool = False) -> None:
-        self._effects.append(Report(line, grave))
+        self._effects.append(LogReport(line, grave))
 
     def _leave_deadline(self, slot: Slot) -> float:
         # The broker serves until the last worker has gone: the workers leave it the last tenth.
@@ -392,8 +401,8 @@ class Pool:
     def _begin_stop(self, timeout: float) -> None:
         self.stopping = True
         self._stop_deadline = self._now + timeout
-        self._effects.append(Notify("stopping"))
-        self._each([slot for slot in self.slots.values() if slot.state is State.WAITING], Event.STOP)
+        self._effects.append(NotifySystemd("stopping"))
+        self._each([slot for slot in self.slots.values() if slot.state is SlotState.WAITING], PoolEvent.STOP)
 
     def _give_up(self, slot: Slot) -> None:
         """The pool's first start failed, on account of what no restart mends: stop, unless it had come up before."""
@@ -401,27 +410,27 @@ class Pool:
             return
         self._status, self._reason = EX_CONFIG, f"{slot.name} {slot.reason}"
         self._begin_stop(_FAREWELL)
-        self._each([other for other in self.slots.values() if other is not slot], Event.KILL)
+        self._each([other for other in self.slots.values() if other is not slot], PoolEvent.KILL)
 
     def _conclude(self) -> list[Effect]:
         """The effects of the event, with those of a stop that has come to its next step."""
         if self.stopping and not self._halted:
             broker = self.slots.get(BROKER)
-            if broker and all(worker.state is State.GONE for worker in self.workers):
-                self._fire(broker, Event.STOP)
+            if broker and all(worker.state is SlotState.GONE for worker in self.workers):
+                self._fire(broker, PoolEvent.STOP)
             self._halt_if_over()
         effects, self._effects = self._effects, []
         return effects
 
     def _halt_if_over(self) -> None:
-        left = [slot for slot in self.slots.values() if slot.state is not State.GONE]
-        if any(slot.state is not State.KILLED or self._now - slot.since < _REAP for slot in left):
+        left = [slot for slot in self.slots.values() if slot.state is not SlotState.GONE]
+        if any(slot.state is not SlotState.KILLED or self._now - slot.since < _REAP for slot in left):
             return
         self._halted = True
         for slot in left:
             self._report(f"{slot.name} can't be ended: left behind", grave=True)
             self._vanish(slot)
-        self._effects.append(Halt(self._status, self._reason))
+        self._effects.append(HaltService(self._status, self._reason))
 
     # What a tick looks at.
 
@@ -429,7 +438,7 @@ class Pool:
         """We were late ourselves: stopped, starved, or asleep with the machine. Nobody is judged for that time."""
         for slot in self.slots.values():
             slot.heard += stall
-            if slot.state is State.STARTING:
+            if slot.state is SlotState.STARTING:
                 slot.deadline += stall
 
     def _hear(self, slot: Slot, beat: float) -> None:
@@ -437,7 +446,7 @@ class Pool:
             slot.heard = beat
 
     def _judge_health(self, slot: Slot) -> None:
-        if slot.state is State.READY and slot.deaths and self._now - slot.since >= self._settings.restart_reset:
+        if slot.state is SlotState.READY and slot.deaths and self._now - slot.since >= self._settings.restart_reset:
             if slot.looping:
                 self._report(f"{slot.name} is well again")
             slot.deaths = 0
@@ -445,13 +454,13 @@ class Pool:
     def _introduce(self, slot: Slot) -> None:
         # A worker that still starts too: it is ready only once it has reached the broker.
         broker = self.slots.get(BROKER)
-        there = slot.state in (State.STARTING, State.READY)
-        if broker is not None and broker.state is State.READY and slot is not broker and there and not slot.linked:
+        there = slot.state in (SlotState.STARTING, SlotState.READY)
+        if broker is not None and broker.state is SlotState.READY and slot is not broker and there and not slot.linked:
             slot.linked = True
-            self._effects.append(Introduce(slot.number))
+            self._effects.append(IntroduceProcesses(slot.number))
 
     def _report_loops(self) -> None:
-        looping = [slot for slot in self.slots.values() if slot.looping and slot.state is State.WAITING]
+        looping = [slot for slot in self.slots.values() if slot.looping and slot.state is SlotState.WAITING]
         if self.stopping or not looping or self._now - self._loop_told < _LOOP_INTERVAL:
             return
         self._loop_told = self._now
@@ -476,28 +485,28 @@ def _describe(status: int) -> str:
         return f"was ended by signal {-status}"
 
 
-TABLE: dict[tuple[State, Event], Callable[[Pool, Slot], None]] = {
-    (State.WAITING, Event.DUE): Pool._spawn,
-    (State.WAITING, Event.STOP): Pool._vanish,
-    (State.WAITING, Event.KILL): Pool._vanish,
-    (State.STARTING, Event.READY): Pool._serve,
-    (State.STARTING, Event.FAILED): Pool._fail,
-    (State.STARTING, Event.HUNG_UP): Pool._dismiss,
-    (State.STARTING, Event.DUE): Pool._kill_late,
-    (State.STARTING, Event.STOP): Pool._terminate,
-    (State.STARTING, Event.KILL): Pool._kill,
-    (State.STARTING, Event.UNLINKED): Pool._unlink,
-    (State.STARTING, Event.EXITED): Pool._bury,
-    (State.READY, Event.UNLINKED): Pool._unlink,
-    (State.READY, Event.HUNG_UP): Pool._dismiss,
-    (State.READY, Event.SILENT): Pool._examine,
-    (State.READY, Event.BLOATED): Pool._replace,
-    (State.READY, Event.STOP): Pool._tell,
-    (State.READY, Event.KILL): Pool._kill,
-    (State.READY, Event.EXITED): Pool._bury,
-    (State.LEAVING, Event.DUE): Pool._kill_overdue,
-    (State.LEAVING, Event.STOP): Pool._hasten,
-    (State.LEAVING, Event.KILL): Pool._kill,
-    (State.LEAVING, Event.EXITED): Pool._bury,
-    (State.KILLED, Event.EXITED): Pool._bury,
+TABLE: dict[tuple[SlotState, PoolEvent], Callable[[Pool, Slot], None]] = {
+    (SlotState.WAITING, PoolEvent.DUE): Pool._spawn,
+    (SlotState.WAITING, PoolEvent.STOP): Pool._vanish,
+    (SlotState.WAITING, PoolEvent.KILL): Pool._vanish,
+    (SlotState.STARTING, PoolEvent.READY): Pool._serve,
+    (SlotState.STARTING, PoolEvent.FAILED): Pool._fail,
+    (SlotState.STARTING, PoolEvent.HUNG_UP): Pool._dismiss,
+    (SlotState.STARTING, PoolEvent.DUE): Pool._kill_late,
+    (SlotState.STARTING, PoolEvent.STOP): Pool._terminate,
+    (SlotState.STARTING, PoolEvent.KILL): Pool._kill,
+    (SlotState.STARTING, PoolEvent.UNLINKED): Pool._unlink,
+    (SlotState.STARTING, PoolEvent.EXITED): Pool._bury,
+    (SlotState.READY, PoolEvent.UNLINKED): Pool._unlink,
+    (SlotState.READY, PoolEvent.HUNG_UP): Pool._dismiss,
+    (SlotState.READY, PoolEvent.SILENT): Pool._examine,
+    (SlotState.READY, PoolEvent.BLOATED): Pool._replace,
+    (SlotState.READY, PoolEvent.STOP): Pool._tell,
+    (SlotState.READY, PoolEvent.KILL): Pool._kill,
+    (SlotState.READY, PoolEvent.EXITED): Pool._bury,
+    (SlotState.LEAVING, PoolEvent.DUE): Pool._kill_overdue,
+    (SlotState.LEAVING, PoolEvent.STOP): Pool._hasten,
+    (SlotState.LEAVING, PoolEvent.KILL): Pool._kill,
+    (SlotState.LEAVING, PoolEvent.EXITED): Pool._bury,
+    (SlotState.KILLED, PoolEvent.EXITED): Pool._bury,
 }

@@ -15,9 +15,9 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from realtime.settings import Loop
-from realtime.supervision.accounts import Account
-from realtime.supervision.vitals import State, Vitals
+from realtime.config.settings import LoopSettings
+from realtime.supervision.loop_time import LoopAccount
+from realtime.supervision.vitals import ProcessState, Vitals
 
 # Seconds without cause after which a limit presses no more.
 CALM = 0.5
@@ -29,7 +29,7 @@ _WARNS = {"utilisation"}
 class Pressure:
     """What presses one worker. Asking costs less than a microsecond, and may be done in any thread."""
 
-    def __init__(self, loop: Loop, clock: Callable[[], float]) -> None:
+    def __init__(self, loop: LoopSettings, clock: Callable[[], float]) -> None:
         """clock: CLOCK_MONOTONIC seconds, like the beats."""
         limits = {
             "utilisation": loop.max_utilisation,
@@ -52,7 +52,7 @@ class Pressure:
         """Take a reading; at every beat of the loop."""
         now = vitals.beat / 1e9
         # A loop that is late before it serves anybody, since it loads the application, is late for nobody.
-        self._note_lag(now, 0.0 if vitals.state is State.STARTING else vitals.lag)
+        self._note_lag(now, 0.0 if vitals.state is ProcessState.STARTING else vitals.lag)
         for name, limit in self._limits.items():
             if getattr(vitals, name) >= limit:
                 self._reached[name] = now
@@ -112,7 +112,7 @@ class Throttle:
     SHARE = 0.5
     LIFT = 10.0
 
-    def __init__(self, account: Account) -> None:
+    def __init__(self, account: LoopAccount) -> None:
         """account: of the handler's time on the loop."""
         self.limit: int | None = None
         self.running = 0

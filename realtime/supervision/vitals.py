@@ -1,8 +1,8 @@
 """The shared page of one process's vital signs: layout, write, consistent read.
 
-The process writes it (`realtime.server.pulse`); the supervisor reads it whenever it likes, also while that process's
-loop is blocked, since no message passes. The page is a memfd, mapped by both and sealed: neither side can shrink it
-under the other (a read past its end would be a SIGBUS) or grow it.
+The process writes it (`realtime.process.heartbeat`); the supervisor reads it whenever it likes, also while that
+process's loop is blocked, since no message passes. The page is a memfd, mapped by both and sealed: neither side can
+shrink it under the other (a read past its end would be a SIGBUS) or grow it.
 
 Native byte order, both ends being the same machine. Each part is written in its own way:
 
@@ -54,7 +54,7 @@ QUIET = 0.002
 _TRIES = 3
 
 
-class State(IntEnum):
+class ProcessState(IntEnum):
     """What a process says of itself. ENDED: its loop has stopped, and the process is about to exit."""
 
     STARTING = 1
@@ -79,7 +79,7 @@ class Vitals(Struct, frozen=True):
     lag: float
     connections: int
     subscriptions: int
-    state: State
+    state: ProcessState
     utilisation: float = 0.0
     turns: int = 0
     callbacks: int = 0
@@ -92,14 +92,14 @@ class Vitals(Struct, frozen=True):
     block_until: int = 0
 
 
-class Running(Struct, frozen=True):
+class RunningHandler(Struct, frozen=True):
     """The handler that runs on the loop. subject: the channel or method that it is called for."""
 
     handler: str
     subject: str
 
 
-class Page:
+class VitalsPage:
     """One process's page. Exactly one process writes it (but for `relieve`); any number read it."""
 
     def __init__(self, fd: int) -> None:
@@ -112,7 +112,7 @@ class Page:
         self._serial = 0
 
     @classmethod
-    def create(cls) -> Page:
+    def create(cls) -> VitalsPage:
         """A new page, empty and sealed. Its `fd` is closed by `close`. Raises OSError without memfd or descriptors."""
         fd = os.memfd_create("realtime-vitals", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -124,7 +124,7 @@ class Page:
             raise
 
     @classmethod
-    def open(cls, fd: int) -> Page:
+    def open(cls, fd: int) -> VitalsPage:
         """Map an inherited page; `fd` is now the page's own, closed by `close`."""
         return cls(fd)
 
@@ -203,13 +203,13 @@ class Page:
         since, until = self._words[_BLOCK_SINCE], self._words[_BLOCK_UNTIL]
         return (since, until) if since == self._words[_BLOCK_SINCE] and until >= since > 0 else (0, 0)
 
-    def running(self) -> Running | None:
+    def running(self) -> RunningHandler | None:
         """The handler that runs on the loop now; None when there is none, or it just changes."""
         serial = self._words[_MARK_CLOSE]
         handler, subject = _NAMES.unpack_from(self._memory, _MARK_AT + _WORD)
         if serial == 0 or self._words[_MARK_OPEN] != serial:
             return None
-        return Running(_text(handler), _text(subject))
+        return RunningHandler(_text(handler), _text(subject))
 
     def relieve(self, possible: bool) -> None:
         """Say whether another worker can take new clients in place of this one."""
@@ -231,7 +231,7 @@ def _sensible(
     if min(lag, connections, subscriptions, *counts) < 0:
         return None
     try:
-        return Vitals(beat, lag, connections, subscriptions, State(state), utilisation, *counts)
+        return Vitals(beat, lag, connections, subscriptions, ProcessState(state), utilisation, *counts)
     except ValueError:
         return None
 

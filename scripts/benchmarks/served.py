@@ -75,10 +75,10 @@ class Served:
         return [supervisor, *supervisor.children(recursive=True)]
 
     def workers(self) -> list[psutil.Process]:
-        return [process for process in self.processes() if "realtime.server.worker" in process.cmdline()]
+        return [process for process in self.processes() if "realtime.worker.process" in process.cmdline()]
 
     def broker(self) -> psutil.Process:
-        (found,) = (process for process in self.processes() if "realtime.server.broker" in process.cmdline())
+        (found,) = (process for process in self.processes() if "realtime.broker.process" in process.cmdline())
         return found
 
     def cpu(self) -> float:

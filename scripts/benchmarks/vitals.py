@@ -13,15 +13,15 @@ import time
 import timeit
 from collections.abc import Callable
 
-from realtime.protocol.rules import Rules
+from realtime.config.settings import ChannelSettings, LoopSettings, Namespace
+from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoopClock, MeasuredSelector
+from realtime.protocol.channel_rules import ChannelRules
 from realtime.pubsub.hub import Hub
-from realtime.records import Publication
-from realtime.server.charging import FanOut
-from realtime.server.pulse import LoopClock, Marks, Pulse, Turns
-from realtime.settings import Channel, Loop, Namespace
-from realtime.supervision.accounts import Accounts, Kind
 from realtime.supervision.health import TICK, Judge
-from realtime.supervision.vitals import Page, State
+from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
+from realtime.supervision.vitals import ProcessState, VitalsPage
+from realtime.types import Publication
+from realtime.worker.loop_time import ChargedReceiver
 
 REPEATS = 20_000
 
@@ -30,18 +30,18 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench vitals", description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="how long each idle loop is watched")
     seconds = parser.parse_args(arguments).seconds
-    page = Page.create()
-    turns, plain = Turns(page), selectors.DefaultSelector()
+    page = VitalsPage.create()
+    turns, plain = MeasuredSelector(page), selectors.DefaultSelector()
     with socket.create_server(("127.0.0.1", 0)) as listening:
         theirs = socket.create_connection(listening.getsockname())
         ours, _ = listening.accept()
     theirs.send(b"x")
     for selector in (turns, plain):
         selector.register(ours, selectors.EVENT_READ)
-    marks, account_of_handler = Marks(page, turns.accounts), turns.accounts.open(Kind.HANDLER, "rpc report")
-    pulse = Pulse(page, LoopClock(asyncio.new_event_loop()), Loop(), turns)
-    pulse.enter(State.READY)
-    judge = Judge(Loop())
+    marks, account_of_handler = HandlerMarker(page, turns.accounts), turns.accounts.open(LoopWork.HANDLER, "rpc report")
+    pulse = Heartbeat(page, LoopClock(asyncio.new_event_loop()), LoopSettings(), turns)
+    pulse.enter(ProcessState.READY)
+    judge = Judge(LoopSettings())
 
     def mark() -> None:
         marks.leave(marks.enter((b"rpc report", b"report"), account_of_handler))
@@ -65,11 +65,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def account(accounts: Accounts, ours: socket.socket, theirs: socket.socket) -> None:
+def account(accounts: LoopTimeLedger, ours: socket.socket, theirs: socket.socket) -> None:
     """Print what it costs to charge an account."""
-    protocol = accounts.open(Kind.PROTOCOL)
+    protocol = accounts.open(LoopWork.PROTOCOL)
     hub = Hub(lambda order: None)
-    fan_out = FanOut(hub, accounts, ["chat"], Rules(Channel(namespaces=(Namespace(name="chat"),))).namespace)
+    fan_out = ChargedReceiver(
+        hub, accounts, ["chat"], ChannelRules(ChannelSettings(namespaces=(Namespace(name="chat"),))).namespace
+    )
     publication = Publication(bytes(128))
 
     def switch() -> None:
@@ -98,14 +100,14 @@ def microseconds(function: Callable[[], object]) -> float:
 
 def idle_share(seconds: float, measured: bool) -> float:
     """CPU time by time that passed, of a loop with nothing to do but its beats; not `measured`: but an empty timer."""
-    page = Page.create()
-    turns = Turns(page)
+    page = VitalsPage.create()
+    turns = MeasuredSelector(page)
     loop = asyncio.SelectorEventLoop(turns if measured else selectors.DefaultSelector())
 
     def wake() -> None:
-        loop.call_later(Loop().interval, wake)
+        loop.call_later(LoopSettings().interval, wake)
 
-    pulse = Pulse(page, LoopClock(loop), Loop(), turns)
+    pulse = Heartbeat(page, LoopClock(loop), LoopSettings(), turns)
     pulse.rests = True
     loop.call_soon(pulse.start if measured else wake)
     loop.call_later(seconds, loop.stop)

@@ -10,22 +10,32 @@ import msgspec
 from centrifuge.protocol import client_pb2
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from sinks import WholeFrames
 
+from realtime.auth.tokens import TokenVerifier
+from realtime.config.settings import (
+    ChannelOptions,
+    ChannelSettings,
+    ClientSettings,
+    EngineSettings,
+    Namespace,
+    RPCPingSettings,
+    TokenSettings,
+)
+from realtime.deadlines import RESOLUTION, Deadlines
+from realtime.http.handshake import OpeningRequest
 from realtime.metrics import Metrics
+from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
-from realtime.protocol.deadlines import RESOLUTION, Deadlines
+from realtime.protocol.context import WorkerContext
 from realtime.protocol.encodings import JSON_ENCODING, JSON_PUSHES
-from realtime.protocol.forms import Form
-from realtime.protocol.node import Node
+from realtime.protocol.orders import Order, encode_order
 from realtime.protocol.protobuf import PROTOBUF
-from realtime.protocol.registry import Order, Registry, encode_order
-from realtime.protocol.rules import Rules
-from realtime.protocol.session import Request, Session
-from realtime.protocol.tokens import TokenVerifier
+from realtime.protocol.session import Session
+from realtime.protocol.sessions import Sessions
+from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub.hub import Hub
-from realtime.pubsub.memory import MemoryEngine
-from realtime.settings import Channel, ChannelOptions, Client, EngineSettings, Namespace, RPCPing, Token
+from realtime.pubsub.memory_engine import MemoryEngine
+from tests.pubsub.sinks import WholeFrames
 
 SECRET = "a secret of thirty-two characters"
 NOW = 1_700_000_000.0
@@ -81,13 +91,13 @@ async def together(coroutines) -> list[Any]:
 
 
 # Pushes as the messages themselves: the frame around them is the shell's business.
-BARE = Form(JSON_ENCODING, lambda payload: payload)
-BARE_PUSHES = Form(JSON_PUSHES, lambda payload: payload)
-BARE_PROTOBUF = Form(PROTOBUF, lambda payload: payload)
+BARE = WireFormat(JSON_ENCODING, lambda payload: payload)
+BARE_PUSHES = WireFormat(JSON_PUSHES, lambda payload: payload)
+BARE_PROTOBUF = WireFormat(PROTOBUF, lambda payload: payload)
 
 
 class Handler:
-    """A coroutine function as a handler, see `realtime.protocol.node.Handler`."""
+    """A coroutine function as a handler, see `realtime.protocol.context.Handler`."""
 
     prompt = False
 
@@ -149,7 +159,7 @@ class Peer(WholeFrames):
     def __init__(
         self,
         server: Server,
-        form: Form = BARE,
+        form: WireFormat = BARE,
         *,
         secret: str = "",
         pings: bool = True,
@@ -161,7 +171,7 @@ class Peer(WholeFrames):
         self.raw: list[bytes] = []
         self.close_code: tuple[int, str] | None = None
         self.paused = False
-        request = Request(headers or {}, {}, "/connection/websocket", "10.0.0.1")
+        request = OpeningRequest(headers or {}, {}, "/connection/websocket", "10.0.0.1")
         self.session = Session(server.node, COMMANDS, self, request)
 
     # what the session calls
@@ -213,19 +223,19 @@ class Peer(WholeFrames):
 class Server:
     """Everything a worker has but the sockets."""
 
-    def __init__(self, channel: Channel | None = None, **client: Any) -> None:
+    def __init__(self, channel: ChannelSettings | None = None, **client: Any) -> None:
         self.now = 0.0
         self.wall = NOW
         self.mistakes: list[BaseException] = []
         self.app = App()
         self.metrics = Metrics()
-        self.registry = Registry()
+        self.registry = Sessions()
         self.hub = Hub(self.registry.obey)
         self.engine = self.hub.engine = MemoryEngine(self.hub, EngineSettings(), lambda: self.now)
-        settings = Client(**{"token": Token(hmac_secret_key=SECRET), **client})
-        self.node = Node(
+        settings = ClientSettings(**{"token": TokenSettings(hmac_secret_key=SECRET), **client})
+        self.node = WorkerContext(
             settings=settings,
-            rules=Rules(channel or CHANNEL),
+            rules=ChannelRules(channel or CHANNEL),
             tokens=TokenVerifier(settings.token, lambda: self.wall),
             engine=self.engine,
             hub=self.hub,
@@ -239,10 +249,10 @@ class Server:
             version="test",
             uid="node",
             metrics=self.metrics,
-            rpc_ping=RPCPing(enabled=True),
+            rpc_ping=RPCPingSettings(enabled=True),
         )
 
-    def peer(self, form: Form = BARE, **connection: Any) -> Peer:
+    def peer(self, form: WireFormat = BARE, **connection: Any) -> Peer:
         return Peer(self, form, **connection)
 
     def client(self, user: str = "") -> Peer:
@@ -325,7 +335,7 @@ ALL = {
     "allow_history_for_anonymous": True,
 }
 KEPT = {"history_size": 10, "history_ttl": 300.0}
-CHANNEL = Channel(
+CHANNEL = ChannelSettings(
     without_namespace=ChannelOptions(**ALL),
     namespaces=(
         Namespace(

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from sessions import ALL, BARE, BARE_PROTOBUF, CHANNEL, KEPT, NOW, Gate, Peer, Server, in_protobuf, token
 
-from realtime.protocol.forms import Form
-from realtime.settings import Channel, ChannelOptions
+from realtime.config.settings import ChannelOptions, ChannelSettings
+from realtime.protocol.wire_formats import WireFormat
+from tests.protocol.sessions import ALL, BARE, BARE_PROTOBUF, CHANNEL, KEPT, NOW, Gate, Peer, Server, in_protobuf, token
 
 FORMS = pytest.mark.parametrize("form", [BARE, BARE_PROTOBUF], ids=["json", "protobuf"])
 ROOM = "room:a"
@@ -108,7 +108,7 @@ def open_(gate: Gate) -> None:
     gate.open()
 
 
-def connected(server: Server, form: Form) -> Peer:
+def connected(server: Server, form: WireFormat) -> Peer:
     peer = server.peer(form)
     peer.connect(token=token(sub="42"))
     return peer
@@ -188,7 +188,9 @@ FEATURES = {"presence": True, **KEPT}
 
 def outcomes(options: dict[str, Any], user: str, subscribed: bool, names: list[str], **client: Any) -> set[Any]:
     server = Server(
-        Channel(without_namespace=ChannelOptions(**options)), allow_anonymous_connect_without_token=True, **client
+        ChannelSettings(without_namespace=ChannelOptions(**options)),
+        allow_anonymous_connect_without_token=True,
+        **client,
     )
     watcher, peer = server.client(), server.client(user)
     watcher.say({"id": 2, "subscribe": {"channel": "a", "token": token(sub="", channel="a")}})
@@ -247,7 +249,7 @@ def test_who_may_subscribe(for_client, for_anonymous, user):
     options = ChannelOptions(
         **{**ALL, "allow_subscribe_for_client": for_client, "allow_subscribe_for_anonymous": for_anonymous}
     )
-    server = Server(Channel(without_namespace=options), allow_anonymous_connect_without_token=True)
+    server = Server(ChannelSettings(without_namespace=options), allow_anonymous_connect_without_token=True)
     peer = server.client(user)
     permitted = for_client and (bool(user) or for_anonymous)
     assert what_came(peer, 9, peer.say({"id": 9, "subscribe": {"channel": "a"}})) == (OK if permitted else 103)
@@ -283,7 +285,8 @@ NO_PRESENCE = {f"allow_presence_for_{whom}": False for whom in ("client", "subsc
 )
 def test_what_a_subscriber_is_granted(options, wish, granted):
     server = Server(
-        Channel(without_namespace=ChannelOptions(**{**ALL, **options})), allow_anonymous_connect_without_token=True
+        ChannelSettings(without_namespace=ChannelOptions(**{**ALL, **options})),
+        allow_anonymous_connect_without_token=True,
     )
     reply, *pushes = server.client("42").say({"id": 2, "subscribe": {"channel": "a", **wish}})
     result = reply["subscribe"]
@@ -503,7 +506,7 @@ def test_recovery(limit, top, offset, epoch):
     """The channel keeps five publications; a client recovers at most `limit` of them, or any number for 0."""
     options = ChannelOptions(**{**ALL, "history_size": 5, "history_ttl": 60.0, "force_recovery": True})
     server = Server(
-        Channel(without_namespace=options),
+        ChannelSettings(without_namespace=options),
         allow_anonymous_connect_without_token=True,
         recovery_max_publication_limit=limit,
     )

@@ -17,21 +17,22 @@ import msgspec
 from centrifuge.fossil import apply_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sessions import BARE, App, Gate, run, together
-from sinks import WholeFrames
 
+from realtime.auth.tokens import TokenVerifier
+from realtime.config.settings import ChannelOptions, ChannelSettings, ClientSettings, TokenSettings
+from realtime.deadlines import Deadlines
 from realtime.errors import ClientError, EngineUnavailable
+from realtime.http.handshake import OpeningRequest
+from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
-from realtime.protocol.deadlines import Deadlines
-from realtime.protocol.node import Node
-from realtime.protocol.registry import Registry
-from realtime.protocol.rules import Rules
-from realtime.protocol.session import Request, Session
-from realtime.protocol.tokens import TokenVerifier
-from realtime.pubsub.exchange import Exchange
+from realtime.protocol.context import WorkerContext
+from realtime.protocol.session import Session
+from realtime.protocol.sessions import Sessions
+from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.hub import Hub
-from realtime.records import ClientInfo, Publication, Retention
-from realtime.settings import Channel, ChannelOptions, Client, Token
+from realtime.types import ClientInfo, HistoryOptions, Publication
+from tests.protocol.sessions import BARE, App, Gate, run, together
+from tests.pubsub.sinks import WholeFrames
 
 NAME = "news"
 OPTIONS = ChannelOptions(
@@ -48,7 +49,7 @@ OPTIONS = ChannelOptions(
 CACHE = msgspec.structs.replace(OPTIONS, force_recovery_mode="cache", auto_cache_recover=True)
 # What all publications have in common, so that a difference is worth its while.
 PADDING = "as in most publications much of it is always the same "
-RETENTION = Retention(OPTIONS.history_size, OPTIONS.history_ttl)
+RETENTION = HistoryOptions(OPTIONS.history_size, OPTIONS.history_ttl)
 
 
 class Outward:
@@ -158,7 +159,9 @@ class Link:
         self.channels.discard(channel)
         self.asked.append((lambda: self.world.exchange.unsubscribe(self, channel), None))
 
-    async def history(self, channel: str, *, retention: Retention, since: Any = None, limit: int = 0, **_: Any) -> Any:
+    async def history(
+        self, channel: str, *, retention: HistoryOptions, since: Any = None, limit: int = 0, **_: Any
+    ) -> Any:
         world = self.world
         return await self.ask(lambda: world.exchange.history(world.now, channel, retention, since, limit, False))
 
@@ -199,7 +202,7 @@ class SDK(WholeFrames):
     def connect(self) -> None:
         if self.session is None:
             node = self.world.nodes[self.link]
-            self.session = Session(node, COMMANDS, self, Request({}, {}, "/", "10.0.0.1"))
+            self.session = Session(node, COMMANDS, self, OpeningRequest({}, {}, "/", "10.0.0.1"))
             if self.by_server:
                 self.asking = self.last_id + 1
                 self.command(connect={"subs": {NAME: self.request()}})
@@ -345,20 +348,20 @@ class World:
         self.count = 0
         self.published: dict[tuple[str, int], str] = {}
         self.mistakes: list[BaseException] = []
-        self.exchange: Exchange[Link] = Exchange(Outward(), 100)
+        self.exchange: BrokerCore[Link] = BrokerCore(Outward(), 100)
         self.links = [Link(self), Link(self)]
         self.nodes = [self.node(link) for link in self.links]
         self.clients = [SDK(self, n % 2, by_server=n >= 2, delta=n in (1, 2)) for n in range(4)]
 
-    def node(self, link: Link) -> Node:
+    def node(self, link: Link) -> WorkerContext:
         self.exchange.attach(link)
-        registry = Registry()
+        registry = Sessions()
         hub = link.hub = Hub(registry.obey)
         hub.engine = link  # type: ignore[assignment]
-        return Node(
-            settings=Client(allow_anonymous_connect_without_token=True, recovery_max_publication_limit=2),
-            rules=Rules(Channel(without_namespace=self.options)),
-            tokens=TokenVerifier(Token(), lambda: 0.0),
+        return WorkerContext(
+            settings=ClientSettings(allow_anonymous_connect_without_token=True, recovery_max_publication_limit=2),
+            rules=ChannelRules(ChannelSettings(without_namespace=self.options)),
+            tokens=TokenVerifier(TokenSettings(), lambda: 0.0),
             engine=link,  # type: ignore[arg-type]
             hub=hub,
             registry=registry,
@@ -381,7 +384,7 @@ class World:
             self.now += OPTIONS.history_ttl + 1
             self.exchange.sweep(self.now)
         elif name == "replace":
-            self.exchange = Exchange(Outward(), 100)
+            self.exchange = BrokerCore(Outward(), 100)
             for link in self.links:
                 link.cut()
         elif name == "crash":

@@ -6,14 +6,14 @@ import random
 
 import msgspec
 import pytest
-from sessions import ALL, BARE, BARE_PROTOBUF, CHANNEL, NOW, Server, error_of, in_protobuf, token
 
+from realtime.config.settings import ChannelOptions, ChannelSettings, Namespace
 from realtime.protocol.encodings import JSON_ENCODING
 from realtime.protocol.messages import ProtocolError
+from realtime.protocol.orders import UnsubscribeOrder
 from realtime.protocol.protobuf import PROTOBUF
-from realtime.protocol.registry import UnsubscribeOrder
-from realtime.records import Credentials
-from realtime.settings import Channel, ChannelOptions, Namespace
+from realtime.types import Credentials
+from tests.protocol.sessions import ALL, BARE, BARE_PROTOBUF, CHANNEL, NOW, Server, error_of, in_protobuf, token
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_names_that_are_refused_everywhere(server, form, command):
 
 def test_a_pattern_for_names_admits_no_control_characters():
     any_name = Namespace(name="any", channel_regex=".*", **ALL)
-    server = Server(Channel(namespaces=(any_name,)), allow_anonymous_connect_without_token=True)
+    server = Server(ChannelSettings(namespaces=(any_name,)), allow_anonymous_connect_without_token=True)
     peer = server.client()
     assert "subscribe" in peer.say({"id": 2, "subscribe": {"channel": "any:\u6f22\u00e4\U0001f600"}})[0]
     for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)):
@@ -229,7 +229,7 @@ def test_damaged_messages_close_one_connection_and_no_other(server):
 
 
 def test_nothing_is_permitted_where_nothing_is_configured():
-    server = Server(Channel(without_namespace=ChannelOptions()), allow_anonymous_connect_without_token=True)
+    server = Server(ChannelSettings(without_namespace=ChannelOptions()), allow_anonymous_connect_without_token=True)
     peer = server.client("42")
     for command, outcome in {"subscribe": 103, "publish": 103, "presence": 108, "history": 108}.items():
         assert error_of(peer.say({"id": 9, command: {"channel": "a", "data": 1}})) == outcome

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from sessions import Gate, Server, run
 
-from realtime.protocol.api import ServerAPI
+from realtime.config.settings import ChannelOptions, ChannelSettings
 from realtime.protocol.messages import PresenceResult
-from realtime.protocol.operations import Operations
-from realtime.pubsub.slices import Slices
-from realtime.records import ClientInfo
-from realtime.settings import Channel, ChannelOptions
+from realtime.pubsub.time_slices import TimeSlicer
+from realtime.server_api.http_api import HTTPAPI
+from realtime.server_api.operations import ServerAPI
+from realtime.types import ClientInfo
+from tests.protocol.sessions import Gate, Server, run
 
 MANY = 2_000
-CHANNEL = Channel(
+CHANNEL = ChannelSettings(
     without_namespace=ChannelOptions(
         presence=True,
         history_size=10_000,
@@ -43,7 +43,7 @@ class Turns:
         self.asked: list[Callable[[], None]] = []
         self.now = 0
         self.server = Server(CHANNEL, allow_anonymous_connect_without_token=True, **client)
-        self.server.node.slices = Slices(self.tick, 1, self.asked.append, Turn)
+        self.server.node.slices = TimeSlicer(self.tick, 1, self.asked.append, Turn)
 
     def tick(self) -> int:
         self.now += 1
@@ -120,8 +120,8 @@ def test_presence_by_the_server_api(turns: Turns) -> None:
     server.client().subscribe("a")
     for number in range(MANY):
         turns.enter("a", number)
-    operations = Operations(server.engine, server.node.rules, lambda: None, None)  # type: ignore[arg-type, return-value]
-    api = ServerAPI(operations, slices=server.node.slices)
+    operations = ServerAPI(server.engine, server.node.rules, lambda: None, None)  # type: ignore[arg-type, return-value]
+    api = HTTPAPI(operations, slices=server.node.slices)
     results: list[object] = []
     run(api.call("presence", b'{"channel":"a"}'), lambda result, error: results.append(error or result))
     assert results == []

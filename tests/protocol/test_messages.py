@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from realtime import json_text
 from realtime.errors import ClientError
+from realtime.json_text import payload
 from realtime.protocol import messages
 from realtime.protocol.encodings import JSON_ENCODING
-from realtime.protocol.forms import Form
-from realtime.protocol.messages import ProtocolError, payload
-from realtime.records import ClientInfo, Publication
+from realtime.protocol.messages import ProtocolError
+from realtime.protocol.wire_formats import WireFormat
+from realtime.types import ClientInfo, Publication
 
 json_values = st.recursive(
     st.none()
@@ -27,7 +29,7 @@ json_values = st.recursive(
 )
 
 
-BARE = Form(JSON_ENCODING, lambda payload: payload)
+BARE = WireFormat(JSON_ENCODING, lambda payload: payload)
 commands = JSON_ENCODING.commands
 
 
@@ -146,10 +148,10 @@ def test_an_absent_payload_is_empty_and_null_is_not():
             '{"push":{"channel":"a\\"b","leave":{"info":{"user":"u","client":"c1","conn_info":{"x":1}}}}}',
         ),
         (
-            JSON_ENCODING.push("a", "unsubscribe", messages.Unsubscribe(2500, "insufficient state")),
+            JSON_ENCODING.push("a", "unsubscribe", messages.UnsubscribePush(2500, "insufficient state")),
             '{"push":{"channel":"a","unsubscribe":{"code":2500,"reason":"insufficient state"}}}',
         ),
-        (JSON_ENCODING.push("", "message", messages.Message(raw(b"[1]"))), '{"push":{"message":{"data":[1]}}}'),
+        (JSON_ENCODING.push("", "message", messages.MessagePush(raw(b"[1]"))), '{"push":{"message":{"data":[1]}}}'),
     ],
 )
 def test_what_the_sdks_read(made, text):
@@ -158,7 +160,7 @@ def test_what_the_sdks_read(made, text):
 
 @pytest.mark.parametrize("data", [b"1", b' {"a": "\xc3\xbc"}\r\n', b'"\\ud83d\\ude00"', b"[" * 128 + b"]" * 128])
 def test_text_that_every_encoding_carries(data):
-    assert messages.is_json(data)
+    assert json_text.is_json(data)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_text_that_every_encoding_carries(data):
     [b"", b"\x00", b"nan", b"01", b"{} {}", b'"\xff"', b'"\\ud800"', b'"a\nb"', b"[" * 129 + b"]" * 129, b"[" * 5000],
 )
 def test_bytes_that_json_can_not_carry(data):
-    assert not messages.is_json(data)
+    assert not json_text.is_json(data)
 
 
 def test_line_ends_of_text_from_elsewhere_do_not_reach_a_client_of_lines():

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sessions import BARE, BARE_PROTOBUF, Peer, Server
 
-from realtime.protocol.forms import Form
-from realtime.settings import Channel, ChannelOptions
+from realtime.config.settings import ChannelOptions, ChannelSettings
+from realtime.protocol.wire_formats import WireFormat
+from tests.protocol.sessions import BARE, BARE_PROTOBUF, Peer, Server
 
 QUEUE = 20_000
 OPTIONS = ChannelOptions(
@@ -25,10 +25,12 @@ OPTIONS = ChannelOptions(
 
 @pytest.fixture
 def server() -> Server:
-    return Server(Channel(without_namespace=OPTIONS), queue_max_size=QUEUE, allow_anonymous_connect_without_token=True)
+    return Server(
+        ChannelSettings(without_namespace=OPTIONS), queue_max_size=QUEUE, allow_anonymous_connect_without_token=True
+    )
 
 
-def connected(server: Server, form: Form = BARE) -> Peer:
+def connected(server: Server, form: WireFormat = BARE) -> Peer:
     peer = server.peer(form)
     peer.connect()
     return peer
@@ -41,7 +43,7 @@ def page(peer: Peer, **request: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("form", [BARE, BARE_PROTOBUF], ids=["json", "protobuf"])
-def test_who_pages_on_gets_all_of_a_history(server: Server, form: Form) -> None:
+def test_who_pages_on_gets_all_of_a_history(server: Server, form: WireFormat) -> None:
     peer = connected(server, form)
     server.publish("c", *("x" * 1000 for _ in range(40)))
     pages, since = [], 0

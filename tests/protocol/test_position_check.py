@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from sessions import Peer, Server, run
+
+from tests.protocol.sessions import Peer, Server, run
 
 CHANNEL = "room:a"
 

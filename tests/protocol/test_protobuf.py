@@ -16,10 +16,10 @@ from msgspec import UNSET, Raw, Struct
 from realtime.errors import ClientError
 from realtime.protocol import messages
 from realtime.protocol.encodings import JSON_ENCODING
-from realtime.protocol.forms import PROTOBUF_BINARY
 from realtime.protocol.messages import Command, ProtocolError
 from realtime.protocol.protobuf import MAX_FILTER_NODES, PROTOBUF, emulation_request
-from realtime.records import ClientInfo, Publication
+from realtime.protocol.wire_formats import PROTOBUF_BINARY
+from realtime.types import ClientInfo, Publication
 
 
 def schema() -> dict[str, Any]:
@@ -418,13 +418,13 @@ results = {
 }
 pushes = {
     "pub": pubs,
-    "join": st.builds(messages.Join, infos),
-    "leave": st.builds(messages.Join, infos),
-    "unsubscribe": st.builds(messages.Unsubscribe, uint32s, texts),
-    "subscribe": st.builds(messages.Subscribe, flags, texts, offsets, flags, maybe_raws),
-    "message": st.builds(messages.Message, raws),
+    "join": st.builds(messages.JoinPush, infos),
+    "leave": st.builds(messages.JoinPush, infos),
+    "unsubscribe": st.builds(messages.UnsubscribePush, uint32s, texts),
+    "subscribe": st.builds(messages.SubscribePush, flags, texts, offsets, flags, maybe_raws),
+    "message": st.builds(messages.MessagePush, raws),
     "disconnect": st.builds(messages.DisconnectPush, uint32s, texts),
-    "refresh": st.builds(messages.Refresh, flags, uint32s),
+    "refresh": st.builds(messages.RefreshPush, flags, uint32s),
 }
 
 

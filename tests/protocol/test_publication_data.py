@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 from centrifuge.protocol import client_pb2
-from sessions import ALL, BARE_PROTOBUF, KEPT, Peer, Server, error_of
 
-from realtime.settings import Channel, ChannelOptions, Namespace
+from realtime.config.settings import ChannelOptions, ChannelSettings, Namespace
+from tests.protocol.sessions import ALL, BARE_PROTOBUF, KEPT, Peer, Server, error_of
 
 FORMATS = ("any", "json", "object", "binary")
-CHANNELS = Channel(
+CHANNELS = ChannelSettings(
     without_namespace=ChannelOptions(**ALL),
     namespaces=(
         Namespace(name="any", **ALL),
@@ -84,7 +84,7 @@ def test_protobuf(server, data, expected):
 
 
 def test_the_format_of_all_channels_holds_where_a_namespace_sets_none():
-    channels = Channel(
+    channels = ChannelSettings(
         without_namespace=ChannelOptions(**ALL),
         namespaces=(Namespace(name="binary", publication_data_format="binary", **ALL),),
         publication_data_format="json_object",

@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 from centrifuge.fossil import apply_delta
-from sessions import ALL, BARE_PROTOBUF, KEPT, Peer, Server, error_of
 
-from realtime.settings import Channel, ChannelOptions, Namespace
+from realtime.config.settings import ChannelOptions, ChannelSettings, Namespace
+from tests.protocol.sessions import ALL, BARE_PROTOBUF, KEPT, Peer, Server, error_of
 
 CACHE = {"force_recovery": True, "force_recovery_mode": "cache"}
-CHANNELS = Channel(
+CHANNELS = ChannelSettings(
     without_namespace=ChannelOptions(**ALL),
     namespaces=(
         Namespace(name="cache", **CACHE, **KEPT, **ALL),

@@ -7,15 +7,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from sessions import ALL, BARE_PROTOBUF, KEPT, NOW, Gate, Peer, Server, error_of, token
 
+from realtime.config.settings import ChannelOptions, ChannelSettings, Namespace, PersonalChannelSettings
 from realtime.errors import EngineUnavailable
 from realtime.protocol.commands import JOINS_AT_ONCE
-from realtime.protocol.registry import DisconnectOrder, RefreshOrder, SubscribeOrder, UnsubscribeOrder
-from realtime.records import Credentials, Grant, Position, Terms
-from realtime.settings import Channel, ChannelOptions, Namespace, PersonalChannel
+from realtime.protocol.orders import DisconnectOrder, RefreshOrder, SubscribeOrder, UnsubscribeOrder
+from realtime.types import Credentials, Grant, Position, SubscribeOptions
+from tests.protocol.sessions import ALL, BARE_PROTOBUF, KEPT, NOW, Gate, Peer, Server, error_of, token
 
-CHANNELS = Channel(
+CHANNELS = ChannelSettings(
     without_namespace=ChannelOptions(force_recovery=True, **KEPT),
     namespaces=(
         Namespace(name="room", presence=True, join_leave=True, force_push_join_leave=True, force_recovery=True, **KEPT),
@@ -327,7 +327,7 @@ class TestByTheClientAtConnect:
 
 class TestPersonalChannel:
     def server(self, **personal: Any) -> Server:
-        return make(subscribe_to_user_personal_channel=PersonalChannel(enabled=True, **personal))
+        return make(subscribe_to_user_personal_channel=PersonalChannelSettings(enabled=True, **personal))
 
     def test_every_user_has_one(self):
         server = self.server()
@@ -415,7 +415,7 @@ class TestRefresh:
         assert peer.heard() == [] and server.clean()
 
     def test_those_that_the_token_did_not_name_do_not_count(self):
-        server = make(subscribe_to_user_personal_channel=PersonalChannel(enabled=True))
+        server = make(subscribe_to_user_personal_channel=PersonalChannelSettings(enabled=True))
         peer = server.peer()
         subs(peer, {"channels": ["plain:a"]}, **{"open:a": {}})
         server.order(SubscribeOrder("42", "plain:b"))
@@ -433,7 +433,7 @@ class TestOrders:
     def test_subscribe(self, server):
         ann, other = server.client("ann"), server.client("bob")
         server.publish("news", 1)
-        terms = Terms(b'{"role":"x"}', b'{"topic":1}', 0.0, {"presence": True})
+        terms = SubscribeOptions(b'{"role":"x"}', b'{"topic":1}', 0.0, {"presence": True})
         server.order(SubscribeOrder("ann", "news", terms))
         (push,) = ann.heard()
         assert push["push"].pop("subscribe").pop("epoch")
@@ -447,7 +447,7 @@ class TestOrders:
     def test_the_push_says_where_it_begins(self, server):
         ann = server.client("ann")
         server.publish("news", 1, 2)
-        server.order(SubscribeOrder("ann", "news", Terms(data=b"7")))
+        server.order(SubscribeOrder("ann", "news", SubscribeOptions(data=b"7")))
         (push,) = ann.heard()
         body = push["push"]["subscribe"]
         assert body.pop("epoch")
@@ -498,9 +498,9 @@ class TestOrders:
     def test_expiry(self):
         server = make(pong_timeout=0.0)
         ann = server.client("ann")
-        server.order(SubscribeOrder("ann", "plain:a", Terms(expire_at=NOW - 1)))
+        server.order(SubscribeOrder("ann", "plain:a", SubscribeOptions(expire_at=NOW - 1)))
         assert ann.heard() == []
-        server.order(SubscribeOrder("ann", "plain:a", Terms(expire_at=NOW + 3)))
+        server.order(SubscribeOrder("ann", "plain:a", SubscribeOptions(expire_at=NOW + 3)))
         server.advance(4)
         assert ann.close_code == (3006, "subscription expired")
         assert server.clean()

@@ -8,12 +8,12 @@ from typing import Any
 import jwt
 import msgspec
 import pytest
-from sessions import NOW, Gate, Peer, PromptHandler, Server, error_of, token
 
 from realtime.errors import ClientError, Disconnect, EngineUnavailable
 from realtime.protocol.commands import COMMANDS
-from realtime.protocol.registry import DisconnectOrder, UnsubscribeOrder, encode_order
-from realtime.records import Credentials, Grant
+from realtime.protocol.orders import DisconnectOrder, UnsubscribeOrder, encode_order
+from realtime.types import Credentials, Grant
+from tests.protocol.sessions import NOW, Gate, Peer, PromptHandler, Server, error_of, token
 
 
 @pytest.fixture

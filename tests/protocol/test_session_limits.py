@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from sessions import CHANNEL, NOW, Gate, Server, error_of, token
 
 from realtime.errors import ClientError
 from realtime.protocol.session import EXPIRY_SPREAD
-from realtime.pubsub.slices import Slices
+from realtime.pubsub.time_slices import TimeSlicer
+from tests.protocol.sessions import CHANNEL, NOW, Gate, Server, error_of, token
 
 LEAVE = {"unsubscribe": {"channel": "a"}}
 
@@ -297,7 +297,7 @@ class TestTurns:
         server = make(commands_per_second=0)
         clock = iter(range(10**9))
         # Whenever it is looked at, another millisecond has passed.
-        server.node.slices = Slices(lambda: next(clock) / 1000, 0.005, turns.append)
+        server.node.slices = TimeSlicer(lambda: next(clock) / 1000, 0.005, turns.append)
         return server
 
     def test_all_are_answered_in_order_over_several_turns(self, server, turns):

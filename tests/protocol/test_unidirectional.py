@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from sessions import BARE_PUSHES, NOW, Gate, Peer, Server, token
 
 from realtime.errors import ClientError, Disconnect
-from realtime.protocol.registry import SubscribeOrder, UnsubscribeOrder
+from realtime.protocol.orders import SubscribeOrder, UnsubscribeOrder
+from tests.protocol.sessions import BARE_PUSHES, NOW, Gate, Peer, Server, token
 
 
 @pytest.fixture

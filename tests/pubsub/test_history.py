@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from realtime.errors import ClientError
 from realtime.pubsub import history
-from realtime.pubsub.history import Agenda, Receipts, Stream, Streams
-from realtime.records import ClientInfo, Position, Publication, Retention
+from realtime.pubsub.history import ChannelStream, ChannelStreams, ExpiryQueue, IdempotencyCache
+from realtime.types import ClientInfo, HistoryOptions, Position, Publication
 
-KEEP = Retention(size=3, ttl=60.0, meta_ttl=3600.0)
+KEEP = HistoryOptions(size=3, ttl=60.0, meta_ttl=3600.0)
 SWEEP = 5000
 
 
@@ -26,15 +26,15 @@ def counted_epochs() -> Callable[[], str]:
     return lambda: f"epoch{next(numbers)}"
 
 
-def streams(limit: int = 1000) -> Streams:
-    return Streams(limit, counted_epochs())
+def streams(limit: int = 1000) -> ChannelStreams:
+    return ChannelStreams(limit, counted_epochs())
 
 
 def offsets(publications: list[Publication]) -> list[int]:
     return [publication.offset for publication in publications]
 
 
-def filled(count: int, retention: Retention = KEEP) -> Stream:
+def filled(count: int, retention: HistoryOptions = KEEP) -> ChannelStream:
     """A stream with this many publications published at time 0."""
     store = streams()
     for number in range(1, count + 1):
@@ -59,7 +59,7 @@ class Model:
         self.streams: dict[str, ModelStream] = {}
         self.epoch = counted_epochs()
 
-    def access(self, now: float, channel: str, retention: Retention) -> ModelStream:
+    def access(self, now: float, channel: str, retention: HistoryOptions) -> ModelStream:
         stream = self.streams.get(channel)
         if stream is not None and now >= stream.contents_end:
             stream.kept = []
@@ -68,7 +68,7 @@ class Model:
         stream.idle_end = now + retention.meta_ttl
         return stream
 
-    def publish(self, now: float, channel: str, data: bytes, retention: Retention) -> tuple[int, str]:
+    def publish(self, now: float, channel: str, data: bytes, retention: HistoryOptions) -> tuple[int, str]:
         stream = self.access(now, channel, retention)
         stream.top += 1
         stream.kept = [*stream.kept, (stream.top, data)][-retention.size :]
@@ -80,7 +80,7 @@ class Model:
             self.streams[channel].kept = []
 
     def page(
-        self, now: float, channel: str, retention: Retention, since: int | None, limit: int, reverse: bool
+        self, now: float, channel: str, retention: HistoryOptions, since: int | None, limit: int, reverse: bool
     ) -> tuple[list[tuple[int, bytes]], int, str]:
         stream = self.access(now, channel, retention)
         found = list(stream.kept)
@@ -95,7 +95,9 @@ class Model:
 
 
 channels = st.sampled_from(["a", "b"])
-retentions = st.sampled_from([Retention(1, 5.0, 20.0), Retention(3, 10.0, 15.0), Retention(4, 30.0, 8.0)])
+retentions = st.sampled_from(
+    [HistoryOptions(1, 5.0, 20.0), HistoryOptions(3, 10.0, 15.0), HistoryOptions(4, 30.0, 8.0)]
+)
 operations = st.lists(
     st.one_of(
         st.tuples(st.just("wait"), st.integers(1, 12)),
@@ -160,7 +162,7 @@ def test_after_everything_is_over_sweeping_leaves_nothing(steps: list[tuple]) ->
 
 
 def test_offsets_count_from_one_and_the_epoch_is_eight_letters() -> None:
-    store = Streams(10)
+    store = ChannelStreams(10)
     publication, epoch = store.append(0.0, "c", b"1", KEEP)
     assert publication == Publication(b"1", 1)
     assert len(epoch) == 8
@@ -232,7 +234,7 @@ def test_without_access_the_numbering_is_forgotten() -> None:
 
 
 def test_publications_outlive_a_shorter_meta_ttl() -> None:
-    store, retention = streams(), Retention(3, ttl=60.0, meta_ttl=10.0)
+    store, retention = streams(), HistoryOptions(3, ttl=60.0, meta_ttl=10.0)
     store.append(0.0, "c", b"1", retention)
     store.sweep(50.0, SWEEP)
     assert store.open(50.0, "c", retention).position == Position(1, "epoch1")
@@ -270,7 +272,7 @@ def test_a_page_always_holds_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_long_stream_keeps_exactly_its_size() -> None:
-    stream = filled(1000, Retention(100, 60.0))
+    stream = filled(1000, HistoryOptions(100, 60.0))
     assert len(stream) == 100
     assert offsets(stream.page(None, -1, False).publications) == list(range(901, 1001))
 
@@ -348,7 +350,7 @@ def test_an_idle_channel_takes_little_memory() -> None:
     names = [f"channel:{number}" for number in range(10_000)]
     tracemalloc.start()
     for name in names:
-        store.append(0.0, name, b"", Retention(1, 1.0))
+        store.append(0.0, name, b"", HistoryOptions(1, 1.0))
     store.sweep(3.0, 10_000)
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -360,7 +362,7 @@ def test_an_idle_channel_takes_little_memory() -> None:
 
 @given(st.lists(st.floats(0, 1000)), st.lists(st.floats(0, 100)), st.integers(1, 5))
 def test_the_agenda_gives_everything_once_and_nothing_early(times: list[float], waits: list[float], limit: int) -> None:
-    agenda: Agenda[float] = Agenda(7.0)
+    agenda: ExpiryQueue[float] = ExpiryQueue(7.0)
     for when in times:
         agenda.add(when, when)
     now, given_out = 0.0, []
@@ -378,7 +380,7 @@ def test_the_agenda_gives_everything_once_and_nothing_early(times: list[float], 
 
 
 def test_a_key_is_known_for_300_seconds_on_its_channel() -> None:
-    receipts = Receipts(10)
+    receipts = IdempotencyCache(10)
     receipts.note(0.0, "c", "key", Position(1, "e"))
     assert receipts.recall(299.0, "c", "key") == Position(1, "e")
     assert receipts.recall(299.0, "other", "key") is None
@@ -386,7 +388,7 @@ def test_a_key_is_known_for_300_seconds_on_its_channel() -> None:
 
 
 def test_a_key_that_is_over_may_be_noted_anew() -> None:
-    receipts = Receipts(10)
+    receipts = IdempotencyCache(10)
     receipts.note(0.0, "c", "first", Position(1, "e"))
     receipts.note(1.0, "c", "key", Position(2, "e"))
     receipts.note(300.5, "c", "first", Position(3, "e"))
@@ -396,7 +398,7 @@ def test_a_key_that_is_over_may_be_noted_anew() -> None:
 
 
 def test_keys_are_bounded_and_none_is_forgotten_early() -> None:
-    receipts = Receipts(2)
+    receipts = IdempotencyCache(2)
     receipts.note(0.0, "c", "a", Position(1, "e"))
     receipts.note(10.0, "c", "b", Position(2, "e"))
     with pytest.raises(ClientError) as refusal:

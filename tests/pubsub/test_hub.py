@@ -11,22 +11,22 @@ import pytest
 from centrifuge.fossil import apply_delta
 from hypothesis import given
 from hypothesis import strategies as st
-from sinks import WholeFrames
 
+from realtime.config.settings import EngineSettings
 from realtime.errors import EngineUnavailable
-from realtime.pubsub import fan
+from realtime.pubsub import fanout
 from realtime.pubsub import hub as hub_module
 from realtime.pubsub.engine import Receiver
 from realtime.pubsub.filters import Filter
 from realtime.pubsub.hub import Hub
-from realtime.pubsub.memory import MemoryEngine
-from realtime.pubsub.slices import Slices
-from realtime.records import ClientInfo, HistoryPage, Position, Publication, Retention
-from realtime.settings import EngineSettings
+from realtime.pubsub.memory_engine import MemoryEngine
+from realtime.pubsub.time_slices import TimeSlicer
+from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, Publication
+from tests.pubsub.sinks import WholeFrames
 
 EPOCH = "abcdefgh"
 SOMEBODY = ClientInfo("42", "client-1")
-KEEP = Retention(1000, 3600.0)
+KEEP = HistoryOptions(1000, 3600.0)
 
 
 class TextForm:
@@ -551,7 +551,7 @@ class Store(SlowEngine):
         self.top = at(0)
         self.meanwhile: Callable[[], None] = lambda: None
 
-    async def history(self, channel: str, *, retention: Retention) -> HistoryPage:
+    async def history(self, channel: str, *, retention: HistoryOptions) -> HistoryPage:
         self.log.append(f"history {channel}")
         page = HistoryPage([], self.top)
         self.meanwhile()
@@ -630,7 +630,7 @@ def test_channels_without_positions_are_not_asked_about(hub: Hub, store: Store) 
     publish(hub, 0)
     assert [checked(hub), checked(hub)] == [[], []]
     opened(hub, Listener(), at(0))
-    complete(hub.check_quiet(lambda channel: Retention()))
+    complete(hub.check_quiet(lambda channel: HistoryOptions()))
     assert "history c" not in store.log
 
 
@@ -673,7 +673,7 @@ class Story:
     def __init__(self) -> None:
         self.now = 0
         self.turns: list[Callable[[], None]] = []
-        self.hub = Hub(lambda order: None, Slices(lambda: self.now, 3, self.turns.append))
+        self.hub = Hub(lambda order: None, TimeSlicer(lambda: self.now, 3, self.turns.append))
         self.hub.engine = SlowEngine()  # type: ignore[assignment]
         self.offset, self.epoch = 0, "e0"
         self.plains = 0
@@ -807,7 +807,7 @@ def heard(member: Listener) -> list[tuple[int, str]]:
 
 @given(STEPS, st.sampled_from([4096, 4]))
 def test_whatever_the_link_does_no_positioned_member_sees_a_hole(steps: list[tuple], backlog: int) -> None:
-    with mock.patch.multiple(fan, CHUNK=2, BACKLOG_LIMIT=backlog):
+    with mock.patch.multiple(fanout, CHUNK=2, BACKLOG_LIMIT=backlog):
         story = Story()
         actions = {
             "next": story.next,
@@ -845,7 +845,7 @@ def test_with_a_faithful_engine_nobody_is_ever_lost(steps: list[str], random: An
         if step == "publish":
             top = complete(hub.engine.publish("c", b"p", retention=KEEP))
         elif step == "plain":
-            complete(hub.engine.publish("c", b"p", retention=Retention()))
+            complete(hub.engine.publish("c", b"p", retention=HistoryOptions()))
         elif step == "remove history":
             complete(hub.engine.remove_history("c"))
         elif step == "add":

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any
 
-from sinks import WholeFrames
-
 from realtime.errors import LIMIT_EXCEEDED, ClientError
 from realtime.pubsub.hub import Hub
-from realtime.records import HistoryPage, Position, Publication, Retention
+from realtime.types import HistoryOptions, HistoryPage, Position, Publication
+from tests.pubsub.sinks import WholeFrames
 
-KEEP = Retention(100, 60.0)
+KEEP = HistoryOptions(100, 60.0)
 
 
 class Engine:
@@ -25,7 +24,7 @@ class Engine:
 
     def unsubscribe(self, channel: str) -> None: ...
 
-    async def history(self, channel: str, *, retention: Retention) -> HistoryPage:
+    async def history(self, channel: str, *, retention: HistoryOptions) -> HistoryPage:
         self.asked.append(channel)
         return HistoryPage([], self.positions[channel])
 
@@ -122,7 +121,7 @@ def test_only_channels_without_publications_are_asked_about() -> None:
 def test_channels_that_keep_nothing_have_no_position() -> None:
     world = World()
     world.listener("a", positioned=False)
-    world.retention = Retention()
+    world.retention = HistoryOptions()
     assert [world.check() for _ in range(3)] == [[], [], []]
 
 
@@ -140,7 +139,7 @@ def test_a_channel_for_which_the_engine_has_no_room_stands_in_nobodys_way() -> N
     full, other = world.listener("full"), world.listener("other")
     asked = world.engine.history
 
-    async def history(channel: str, *, retention: Retention) -> HistoryPage:
+    async def history(channel: str, *, retention: HistoryOptions) -> HistoryPage:
         if channel == "full":
             raise ClientError(*LIMIT_EXCEEDED)
         return await asked(channel, retention=retention)

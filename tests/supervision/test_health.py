@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from realtime.settings import Loop
+from realtime.config.settings import LoopSettings
 from realtime.supervision.health import CALM, TICK, Condition, Health, Judge
-from realtime.supervision.vitals import State, Vitals
+from realtime.supervision.vitals import ProcessState, Vitals
 
 ABSENT, HEALTHY, LAGGING, PRESSED, DRAINING = Condition
 
@@ -12,12 +12,12 @@ ABSENT, HEALTHY, LAGGING, PRESSED, DRAINING = Condition
 class Watching:
     """A judge who looks every TICK, and a worker whose loop beats unless it is told not to."""
 
-    def __init__(self, loop: Loop | None = None) -> None:
-        self.judge = Judge(loop or Loop(interval=0.01))
+    def __init__(self, loop: LoopSettings | None = None) -> None:
+        self.judge = Judge(loop or LoopSettings(interval=0.01))
         self.now = 100.0
         self.beat = 100.0
         self.lag = 0.0
-        self.state = State.READY
+        self.state = ProcessState.READY
         self.busy_since = 0.0
 
     def look(self, leaving: bool = False) -> Health:
@@ -87,7 +87,7 @@ def test_late_timers_count_although_the_loop_beats() -> None:
 
 
 def test_a_turn_that_takes_long_counts_before_any_beat_is_late() -> None:
-    watching = Watching(Loop(interval=10.0, stuck=20.0))
+    watching = Watching(LoopSettings(interval=10.0, stuck=20.0))
     watching.pass_time(1)
     watching.busy_since = watching.now
     assert watching.pass_time(0.04, beating=False).condition is HEALTHY
@@ -134,14 +134,14 @@ def test_a_draining_worker_is_draining_however_it_does() -> None:
     watching = Watching()
     watching.pass_time(1)
     assert watching.look(leaving=True).condition is DRAINING
-    watching.state = State.DRAINING
+    watching.state = ProcessState.DRAINING
     assert watching.pass_time(1, beating=False).condition is DRAINING
 
 
 def test_a_loop_that_has_ended_is_absent_and_not_late() -> None:
     watching = Watching()
     watching.pass_time(1)
-    watching.state = State.ENDED
+    watching.state = ProcessState.ENDED
     health = watching.pass_time(1, beating=False)
     assert (health.condition, health.blocked) == (ABSENT, 0.0)
 
@@ -156,15 +156,15 @@ def test_a_new_process_has_a_clean_record() -> None:
 
 
 def test_zero_judges_never() -> None:
-    watching = Watching(Loop(interval=0.01, lagging=0, pressed=0))
+    watching = Watching(LoopSettings(interval=0.01, lagging=0, pressed=0))
     assert watching.pass_time(5, beating=False).condition is HEALTHY
 
 
 def test_slots_are_judged_apart() -> None:
     watching = Watching()
-    watching.judge.judge(1, Vitals(int(99e9), 0.0, 0, 0, State.READY), 100.0)
+    watching.judge.judge(1, Vitals(int(99e9), 0.0, 0, 0, ProcessState.READY), 100.0)
     for _ in range(50):
         watching.pass_time(TICK)
-        other = watching.judge.judge(1, Vitals(int(99e9), 0.0, 0, 0, State.READY), watching.now)
+        other = watching.judge.judge(1, Vitals(int(99e9), 0.0, 0, 0, ProcessState.READY), watching.now)
     assert other.condition is PRESSED
     assert watching.look().condition is HEALTHY

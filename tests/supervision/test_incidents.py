@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from realtime.settings import Loop
-from realtime.supervision.blame import Frame, Origin, Stack
+from realtime.config.settings import LoopSettings
 from realtime.supervision.incidents import (
     KEPT,
     MAX_PLACES,
@@ -15,30 +14,31 @@ from realtime.supervision.incidents import (
     SAMPLES,
     UNKNOWN,
     Incident,
-    Inquiry,
-    Ledger,
-    Wanted,
+    IncidentLog,
+    LoopInvestigation,
+    StackRequest,
 )
-from realtime.supervision.vitals import Running, State, Vitals
+from realtime.supervision.stacks import CodeOrigin, Stack, StackFrame
+from realtime.supervision.vitals import ProcessState, RunningHandler, Vitals
 
 WALL = 1_700_000_000.0
-RUNNING = Running("rpc report", "report")
+RUNNING = RunningHandler("rpc report", "report")
 LOOP = "/usr/lib/python3.11/selectors.py"
 THREADING = "/usr/lib/python3.11/threading.py"
 
 
 def stack(file: str = "/app/chat.py", line: int = 7, main: bool = True) -> Stack:
-    return Stack(main, (Frame(file, line, "report"), Frame("/app/main.py", 1, "call")))
+    return Stack(main, (StackFrame(file, line, "report"), StackFrame("/app/main.py", 1, "call")))
 
 
 class Case:
     """An inquiry into a worker whose loop is in a turn, or whose beat is overdue."""
 
     def __init__(self) -> None:
-        self.ledger = Ledger()
-        self.inquiry = Inquiry(3, 4000, Loop(), Origin(["/app"], ["/usr"]), self.ledger)
+        self.ledger = IncidentLog()
+        self.inquiry = LoopInvestigation(3, 4000, LoopSettings(), CodeOrigin(["/app"], ["/usr"]), self.ledger)
         self.now = 100.0
-        self.vitals = Vitals(int(99.9e9), 0.0, 0, 0, State.READY)
+        self.vitals = Vitals(int(99.9e9), 0.0, 0, 0, ProcessState.READY)
         self.began = 0.0
         self.lines: list[str] = []
 
@@ -56,7 +56,7 @@ class Case:
         since = self.vitals.busy_since
         self.vitals = replace(self.vitals, busy_since=0, block_since=since, block_until=int(self.now * 1e9))
 
-    def look(self, seconds: float = 0.01, running: Running | None = RUNNING) -> Wanted | None:
+    def look(self, seconds: float = 0.01, running: RunningHandler | None = RUNNING) -> StackRequest | None:
         self.now += seconds
         lasts = self.vitals.busy_since or not self.vitals.block_since
         blocked = self.now - self.began if lasts else 0.0
@@ -65,13 +65,13 @@ class Case:
             self.lines.append(line)
         return wanted
 
-    def answer(self, *stacks: Stack, running: Running | None = RUNNING) -> None:
+    def answer(self, *stacks: Stack, running: RunningHandler | None = RUNNING) -> None:
         self.inquiry.dumped(list(stacks), self.vitals, running)
 
     def block(self, seconds: float, *stacks: Stack) -> Incident:
         """A whole block, with these stacks when it is asked for one."""
         self.turn()
-        assert self.look(0.06) is Wanted.STACK
+        assert self.look(0.06) is StackRequest.STACK
         self.answer(*stacks)
         self.now = self.began + seconds
         self.end_turn()
@@ -108,7 +108,7 @@ def test_a_stack_is_asked_for_each_second_and_never_twice_at_a_time() -> None:
     case.turn()
     asked = 0
     for _ in range(800):
-        if case.look() is Wanted.STACK:
+        if case.look() is StackRequest.STACK:
             asked += 1
             assert case.look() is None
             case.answer(stack())
@@ -149,9 +149,9 @@ def test_the_next_turn_is_another_incident() -> None:
 def test_a_loop_that_waits_for_the_lock_has_the_thread_blamed() -> None:
     case = Case()
     case.silence()
-    assert case.look(0.06, None) is Wanted.STACK
+    assert case.look(0.06, None) is StackRequest.STACK
     case.answer(stack(LOOP), running=None)
-    assert [case.look(0.01, None), case.look(0.01, None)] == [None, Wanted.STACKS]
+    assert [case.look(0.01, None), case.look(0.01, None)] == [None, StackRequest.STACKS]
     idle = stack(THREADING, main=False)
     case.answer(idle, stack("/app/chat.py", 30, main=False), stack(LOOP), running=None)
     case.vitals = replace(case.vitals, beat=int(case.now * 1e9), block_since=1)
@@ -176,7 +176,7 @@ def test_a_process_that_does_not_answer_has_an_incident_without_a_place() -> Non
     case = Case()
     case.silence()
     asked = [case.look(0.1, None) for _ in range(50)]
-    assert asked.count(Wanted.STACK) == SAMPLES
+    assert asked.count(StackRequest.STACK) == SAMPLES
     case.vitals = replace(case.vitals, beat=int(case.now * 1e9), block_since=1)
     case.look(0.01, None)
     assert case.ledger.recent[-1].place == UNKNOWN
@@ -234,7 +234,7 @@ def test_a_stuck_process_leaves_all_its_stacks() -> None:
 
 
 def test_what_is_kept_and_counted_is_bounded() -> None:
-    ledger = Ledger()
+    ledger = IncidentLog()
     lines = 0
     for number in range(2 * KEPT):
         incident = Incident(slot=0, pid=1, at=0.0, duration=1.0, lasts=False, place=f"/app/{number}.py:1")

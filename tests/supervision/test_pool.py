@@ -12,26 +12,26 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from realtime.settings import Loop, Workers
+from realtime.config.settings import LoopSettings, WorkersSettings
 from realtime.supervision.pool import (
     BROKER,
     TABLE,
     TICK,
-    Drain,
+    DrainProcess,
     Effect,
-    Event,
-    Examine,
-    Halt,
-    Introduce,
-    Notify,
+    ExamineProcess,
+    HaltService,
+    IntroduceProcesses,
+    LogReport,
+    NotifySystemd,
     Pool,
-    Report,
-    Signal,
-    Spawn,
-    State,
+    PoolEvent,
+    SignalProcess,
+    SlotState,
+    SpawnProcess,
 )
 
-WORKERS = Workers(restart_delay=0.1, restart_delay_max=3.0, restart_reset=60.0, start_timeout=30.0)
+WORKERS = WorkersSettings(restart_delay=0.1, restart_delay_max=3.0, restart_reset=60.0, start_timeout=30.0)
 STOP = 20.0
 
 
@@ -40,7 +40,7 @@ class World:
 
     def __init__(self, workers: int = 2, stuck: float = 10.0, stop: float = STOP, broker: bool = True) -> None:
         self.now = 100.0
-        self.pool = Pool(workers, WORKERS, Loop(stuck=stuck), stop, broker=broker)
+        self.pool = Pool(workers, WORKERS, LoopSettings(stuck=stuck), stop, broker=broker)
         self.silent: set[int] = set()
         self.effects: list[Effect] = []
 
@@ -73,7 +73,7 @@ class World:
         """The slot's process dies; seconds until the next one is started."""
         self.exit(number, status)
         died = self.now
-        while Spawn(number) not in self.tick():
+        while SpawnProcess(number) not in self.tick():
             assert self.now - died < 100
         return self.now - died
 
@@ -87,26 +87,26 @@ def of(kind: type, effects: Sequence[Effect]) -> list[Any]:
 
 def test_start_spawns_the_broker_and_every_worker() -> None:
     world = World(workers=3)
-    assert world.pool.start(0.0) == [Spawn(BROKER), Spawn(0), Spawn(1), Spawn(2)]
+    assert world.pool.start(0.0) == [SpawnProcess(BROKER), SpawnProcess(0), SpawnProcess(1), SpawnProcess(2)]
 
 
 def test_a_pool_without_broker() -> None:
     world = World(workers=1, broker=False)
-    assert world.pool.start(0.0) == [Spawn(0)]
-    assert Notify("ready") in world.pool.announced(0, 0.0)
-    assert of(Introduce, world.wait(1)) == []
+    assert world.pool.start(0.0) == [SpawnProcess(0)]
+    assert NotifySystemd("ready") in world.pool.announced(0, 0.0)
+    assert of(IntroduceProcesses, world.wait(1)) == []
 
 
 def test_ready_is_told_once_when_the_last_slot_is_ready() -> None:
     world = World()
     world.pool.start(world.now)
-    assert of(Notify, world.pool.announced(0, world.now) + world.pool.announced(BROKER, world.now)) == []
+    assert of(NotifySystemd, world.pool.announced(0, world.now) + world.pool.announced(BROKER, world.now)) == []
     assert not world.pool.ready
-    assert of(Notify, world.pool.announced(1, world.now)) == [Notify("ready")]
+    assert of(NotifySystemd, world.pool.announced(1, world.now)) == [NotifySystemd("ready")]
     assert world.pool.ready
     world.die(0)
     assert not world.pool.ready
-    assert of(Notify, world.pool.announced(0, world.now)) == []
+    assert of(NotifySystemd, world.pool.announced(0, world.now)) == []
     assert world.pool.ready
 
 
@@ -115,8 +115,8 @@ def test_each_worker_and_the_broker_are_introduced_once_as_soon_as_the_broker_is
     world = World()
     world.pool.start(world.now)
     effects = [effect for number in order for effect in world.pool.announced(number, world.now)]
-    assert sorted(effect.slot for effect in of(Introduce, effects)) == [0, 1]
-    assert of(Introduce, world.wait(1)) == []
+    assert sorted(effect.slot for effect in of(IntroduceProcesses, effects)) == [0, 1]
+    assert of(IntroduceProcesses, world.wait(1)) == []
 
 
 def test_a_worker_that_is_not_ready_in_time_is_killed_and_replaced() -> None:
@@ -124,11 +124,11 @@ def test_a_worker_that_is_not_ready_in_time_is_killed_and_replaced() -> None:
     world.pool.start(world.now)
     world.pool.announced(BROKER, world.now)
     world.pool.announced(0, world.now)
-    assert of(Signal, world.wait(29.8)) == []
-    assert of(Signal, world.wait(0.3)) == [Signal(1, signal.SIGKILL)]
+    assert of(SignalProcess, world.wait(29.8)) == []
+    assert of(SignalProcess, world.wait(0.3)) == [SignalProcess(1, signal.SIGKILL)]
     world.exit(1, -signal.SIGKILL)
     assert world.pool.slots[1].restarts == {"start_timeout": 1}
-    assert of(Spawn, world.wait(0.2)) == [Spawn(1)]
+    assert of(SpawnProcess, world.wait(0.2)) == [SpawnProcess(1)]
 
 
 # Dying.
@@ -137,9 +137,9 @@ def test_a_worker_that_is_not_ready_in_time_is_killed_and_replaced() -> None:
 def test_a_dead_worker_is_replaced_and_introduced_again() -> None:
     world = World().up()
     assert world.die(0, -signal.SIGSEGV) < 0.3
-    assert Introduce(0) in world.effects
+    assert IntroduceProcesses(0) in world.effects
     world.pool.announced(0, world.now)
-    assert [report.line for report in of(Report, world.effects)] == [
+    assert [report.line for report in of(LogReport, world.effects)] == [
         "worker 0 was ended by SIGSEGV; starting it again in 0.1 s"
     ]
     assert world.pool.slots[0].restarts == {"signal": 1}
@@ -148,7 +148,10 @@ def test_a_dead_worker_is_replaced_and_introduced_again() -> None:
 def test_a_dead_broker_is_replaced_and_introduced_to_all() -> None:
     world = World().up()
     world.die(BROKER, -signal.SIGKILL)
-    assert of(Introduce, world.pool.announced(BROKER, world.now)) == [Introduce(0), Introduce(1)]
+    assert of(IntroduceProcesses, world.pool.announced(BROKER, world.now)) == [
+        IntroduceProcesses(0),
+        IntroduceProcesses(1),
+    ]
 
 
 def test_the_delay_doubles_up_to_its_limit() -> None:
@@ -194,17 +197,17 @@ def test_a_crash_loop_is_one_line_and_again_once_a_minute() -> None:
     began = world.now
     while world.now - began < 200:
         for number in (0, 1):
-            if world.pool.slots[number].state is State.STARTING:
+            if world.pool.slots[number].state is SlotState.STARTING:
                 world.pool.failed(number, "no such module", world.now)
                 world.exit(number, 78)
-            elif world.pool.slots[number].state is State.READY:
+            elif world.pool.slots[number].state is SlotState.READY:
                 world.exit(number, 1)
-        told += [world.now for report in of(Report, world.tick()) if "crash loop" in report.line]
+        told += [world.now for report in of(LogReport, world.tick()) if "crash loop" in report.line]
     assert [b - a for a, b in pairwise(told)] == pytest.approx([60.0] * (len(told) - 1), abs=4)
     assert len(told) == 4
-    loops = [report.line for report in of(Report, world.effects) if "crash loop" in report.line]
+    loops = [report.line for report in of(LogReport, world.effects) if "crash loop" in report.line]
     assert "worker 0 can't start: no such module, 3 times in a row; worker 1 can't start: no such module" in loops[0]
-    others = [report.line for report in of(Report, world.effects) if "crash loop" not in report.line]
+    others = [report.line for report in of(LogReport, world.effects) if "crash loop" not in report.line]
     assert len(others) == 4  # the first two deaths of each
 
 
@@ -212,8 +215,8 @@ def test_recovery_from_a_crash_loop_is_told() -> None:
     world = World().up()
     for _ in range(5):
         world.die(0)
-    assert of(Report, world.pool.announced(0, world.now)) == []
-    assert [report.line for report in of(Report, world.wait(61))] == ["worker 0 is well again"]
+    assert of(LogReport, world.pool.announced(0, world.now)) == []
+    assert [report.line for report in of(LogReport, world.wait(61))] == ["worker 0 is well again"]
 
 
 # Failing to start.
@@ -224,17 +227,21 @@ def test_a_failure_at_the_first_start_halts_with_the_reason() -> None:
     world.do(world.pool.start(world.now))
     world.do(world.pool.announced(0, world.now))
     effects = world.pool.failed(1, "app.module: no module named chat", world.now)
-    assert effects == [Notify("stopping"), Signal(BROKER, signal.SIGKILL), Signal(0, signal.SIGKILL)]
+    assert effects == [
+        NotifySystemd("stopping"),
+        SignalProcess(BROKER, signal.SIGKILL),
+        SignalProcess(0, signal.SIGKILL),
+    ]
     world.exit(BROKER, -9)
     world.exit(0, -9)
-    assert world.exit(1, 78) == [Halt(78, "worker 1 can't start: app.module: no module named chat")]
+    assert world.exit(1, 78) == [HaltService(78, "worker 1 can't start: app.module: no module named chat")]
 
 
 def test_status_78_alone_halts_too() -> None:
     world = World(workers=1)
     world.pool.start(world.now)
     world.exit(0, 78)
-    assert world.exit(BROKER, -9) == [Halt(78, "worker 0 exited with status 78")]
+    assert world.exit(BROKER, -9) == [HaltService(78, "worker 0 exited with status 78")]
 
 
 def test_a_failed_start_after_the_first_is_a_slot_with_a_delay() -> None:
@@ -242,8 +249,8 @@ def test_a_failed_start_after_the_first_is_a_slot_with_a_delay() -> None:
     world.die(0)
     assert world.pool.failed(0, "syntax error", world.now) == []
     effects = world.exit(0, 78)
-    assert of(Halt, effects) == []
-    assert [report.line for report in of(Report, effects)] == [
+    assert of(HaltService, effects) == []
+    assert [report.line for report in of(LogReport, effects)] == [
         "worker 0 can't start: syntax error; starting it again in 0.2 s"
     ]
 
@@ -252,14 +259,14 @@ def test_a_crash_at_the_first_start_is_tried_again() -> None:
     world = World(workers=1)
     world.pool.start(world.now)
     world.exit(0, 1)
-    assert of(Spawn, world.wait(0.3)) == [Spawn(0)]
+    assert of(SpawnProcess, world.wait(0.3)) == [SpawnProcess(0)]
 
 
 def test_one_that_failed_but_does_not_leave_is_killed() -> None:
     world = World().up()
     world.die(0)
     world.pool.failed(0, "syntax error", world.now)
-    assert of(Signal, world.wait(6)) == [Signal(0, signal.SIGKILL)]
+    assert of(SignalProcess, world.wait(6)) == [SignalProcess(0, signal.SIGKILL)]
 
 
 # Stuck.
@@ -268,25 +275,25 @@ def test_one_that_failed_but_does_not_leave_is_killed() -> None:
 def test_a_worker_without_a_beat_is_examined_killed_and_replaced() -> None:
     world = World(stuck=2.0).up()
     world.silent.add(1)
-    assert of(Signal, world.wait(1.9)) == []
+    assert of(SignalProcess, world.wait(1.9)) == []
     effects = world.wait(0.3)
-    assert (of(Examine, effects), of(Signal, effects)) == ([Examine(1)], [])
-    assert of(Signal, world.wait(0.3)) == [Signal(1, signal.SIGKILL)]
+    assert (of(ExamineProcess, effects), of(SignalProcess, effects)) == ([ExamineProcess(1)], [])
+    assert of(SignalProcess, world.wait(0.3)) == [SignalProcess(1, signal.SIGKILL)]
     world.exit(1, -signal.SIGKILL)
     assert world.pool.slots[1].restarts == {"stuck": 1}
-    assert "worker 1 did not turn its loop for 2 s and was killed" in of(Report, world.effects)[-1].line
+    assert "worker 1 did not turn its loop for 2 s and was killed" in of(LogReport, world.effects)[-1].line
 
 
 def test_a_broker_without_a_beat_is_killed() -> None:
     world = World(stuck=2.0).up()
     world.silent.add(BROKER)
-    assert of(Signal, world.wait(3)) == [Signal(BROKER, signal.SIGKILL)]
+    assert of(SignalProcess, world.wait(3)) == [SignalProcess(BROKER, signal.SIGKILL)]
 
 
 def test_zero_means_never() -> None:
     world = World(stuck=0.0).up()
     world.silent |= {0, 1, BROKER}
-    assert of(Signal, world.wait(100)) == []
+    assert of(SignalProcess, world.wait(100)) == []
 
 
 def test_a_worker_that_beats_again_in_time_stays() -> None:
@@ -296,7 +303,7 @@ def test_a_worker_that_beats_again_in_time_stays() -> None:
         world.wait(1.8)
         world.silent.clear()
         world.wait(0.2)
-    assert of(Signal, world.effects) == []
+    assert of(SignalProcess, world.effects) == []
 
 
 def test_beats_from_the_future_do_not_count() -> None:
@@ -304,9 +311,9 @@ def test_beats_from_the_future_do_not_count() -> None:
     for _ in range(30):
         world.now += TICK
         world.do(world.pool.tick(world.now, {0: world.now + 1000, 1: world.now, BROKER: world.now}))
-    assert of(Examine, world.effects) == [Examine(0)]
+    assert of(ExamineProcess, world.effects) == [ExamineProcess(0)]
     world.wait(0.4)
-    assert of(Signal, world.effects) == [Signal(0, signal.SIGKILL)]
+    assert of(SignalProcess, world.effects) == [SignalProcess(0, signal.SIGKILL)]
 
 
 @pytest.mark.parametrize("pause", [0.5, 15.0, 36_000.0])
@@ -315,11 +322,11 @@ def test_a_late_tick_of_its_own_voids_the_judgement(pause: float) -> None:
     world.wait(1)
     world.silent |= {0, 1, BROKER}  # everybody was paused, and nobody has beaten yet
     world.now += pause
-    assert of(Signal, world.do(world.pool.tick(world.now, world.beats()))) == []
+    assert of(SignalProcess, world.do(world.pool.tick(world.now, world.beats()))) == []
     world.wait(0.3)
     world.silent.clear()
     world.wait(2)
-    assert of(Signal, world.effects) == []
+    assert of(SignalProcess, world.effects) == []
 
 
 def test_one_that_stays_silent_after_a_pause_is_killed_all_the_same() -> None:
@@ -329,7 +336,7 @@ def test_one_that_stays_silent_after_a_pause_is_killed_all_the_same() -> None:
         world.now += 1.0
         world.do(world.pool.tick(world.now, world.beats()))
         world.wait(0.4)
-    assert of(Signal, world.effects) == [Signal(0, signal.SIGKILL)]
+    assert of(SignalProcess, world.effects) == [SignalProcess(0, signal.SIGKILL)]
 
 
 def test_a_late_tick_prolongs_a_start() -> None:
@@ -337,8 +344,8 @@ def test_a_late_tick_prolongs_a_start() -> None:
     world.pool.start(world.now)
     world.wait(1)
     world.now += 1000.0
-    assert of(Signal, world.tick() + world.wait(28)) == []
-    assert len(of(Signal, world.wait(2))) == 3
+    assert of(SignalProcess, world.tick() + world.wait(28)) == []
+    assert len(of(SignalProcess, world.wait(2))) == 3
 
 
 # Bloated.
@@ -346,32 +353,33 @@ def test_a_late_tick_prolongs_a_start() -> None:
 
 def test_a_bloated_worker_drains_and_is_replaced() -> None:
     world = World().up()
-    assert world.pool.bloated(1, 512 << 20, world.now) == [Drain(1, pytest.approx(0.9 * STOP))]
+    assert world.pool.bloated(1, 512 << 20, world.now) == [DrainProcess(1, pytest.approx(0.9 * STOP))]
     assert not world.pool.ready
     world.wait(1)
     world.exit(1, 0)
     assert (
-        "worker 1 used 512 MiB of memory and has left; starting it again in 0.1 s" in of(Report, world.effects)[-1].line
+        "worker 1 used 512 MiB of memory and has left; starting it again in 0.1 s"
+        in of(LogReport, world.effects)[-1].line
     )
-    assert Spawn(1) in world.wait(0.3)
+    assert SpawnProcess(1) in world.wait(0.3)
     assert world.pool.slots[1].restarts == {"bloated": 1}
 
 
 def test_bloated_workers_are_replaced_one_at_a_time() -> None:
     world = World().up()
-    assert of(Drain, world.pool.bloated(0, 1, world.now)) != []
+    assert of(DrainProcess, world.pool.bloated(0, 1, world.now)) != []
     assert world.pool.bloated(0, 1, world.now) == []
     assert world.pool.bloated(1, 1, world.now) == []
     world.die(0, 0)
     assert world.pool.bloated(1, 1, world.now) == []
     world.pool.announced(0, world.now)
-    assert of(Drain, world.pool.bloated(1, 1, world.now)) != []
+    assert of(DrainProcess, world.pool.bloated(1, 1, world.now)) != []
 
 
 def test_a_bloated_worker_that_does_not_leave_is_killed() -> None:
     world = World().up()
     world.pool.bloated(1, 1, world.now)
-    assert of(Signal, world.wait(STOP + 0.2)) == [Signal(1, signal.SIGKILL)]
+    assert of(SignalProcess, world.wait(STOP + 0.2)) == [SignalProcess(1, signal.SIGKILL)]
     world.exit(1, -signal.SIGKILL)
     assert world.pool.slots[1].restarts == {"bloated": 1}
 
@@ -382,22 +390,25 @@ def test_a_bloated_worker_that_does_not_leave_is_killed() -> None:
 def test_a_worker_that_lost_its_stream_is_introduced_at_the_next_tick() -> None:
     world = World().up()
     assert world.pool.unlinked(1, world.now) == []
-    assert of(Introduce, world.wait(1)) == [Introduce(1)]
+    assert of(IntroduceProcesses, world.wait(1)) == [IntroduceProcesses(1)]
 
 
 def test_streams_lost_with_the_broker_wait_for_the_next_one() -> None:
     world = World().up()
     world.exit(BROKER, -9)
     world.pool.unlinked(0, world.now)
-    assert of(Introduce, world.wait(2)) == []
-    assert of(Introduce, world.pool.announced(BROKER, world.now)) == [Introduce(0), Introduce(1)]
+    assert of(IntroduceProcesses, world.wait(2)) == []
+    assert of(IntroduceProcesses, world.pool.announced(BROKER, world.now)) == [
+        IntroduceProcesses(0),
+        IntroduceProcesses(1),
+    ]
 
 
 def test_a_process_whose_control_link_ended_must_end_too() -> None:
     world = World().up()
     world.pool.hung_up(0, world.now)
     assert not world.pool.ready
-    assert of(Signal, world.wait(5.2)) == [Signal(0, signal.SIGKILL)]
+    assert of(SignalProcess, world.wait(5.2)) == [SignalProcess(0, signal.SIGKILL)]
     world.exit(0, -signal.SIGKILL)
     assert world.pool.slots[0].restarts == {"link": 1}
 
@@ -415,14 +426,14 @@ def test_a_link_that_ends_with_its_process_is_told_as_the_process_ended() -> Non
 def test_stop_drains_the_workers_then_the_broker_then_halts() -> None:
     world = World().up()
     effects = world.do(world.pool.stop(world.now))
-    assert effects[0] == Notify("stopping")
-    drains = of(Drain, effects)
+    assert effects[0] == NotifySystemd("stopping")
+    drains = of(DrainProcess, effects)
     assert [drain.slot for drain in drains] == [0, 1]
     assert all(0 < drain.timeout < STOP for drain in drains)
     assert world.exit(0, 0) == []
     effects = world.exit(1, 0)
-    assert [drain.slot for drain in of(Drain, effects)] == [BROKER]
-    assert world.exit(BROKER, 0) == [Halt(0)]
+    assert [drain.slot for drain in of(DrainProcess, effects)] == [BROKER]
+    assert world.exit(BROKER, 0) == [HaltService(0)]
     assert world.wait(100) == []
 
 
@@ -431,27 +442,27 @@ def test_one_that_does_not_finish_is_killed_before_the_deadline() -> None:
     began = world.now
     world.pool.stop(world.now)
     world.exit(0, 0)
-    while not of(Signal, world.tick()):
+    while not of(SignalProcess, world.tick()):
         pass
     assert world.now - began < STOP
     world.exit(1, -signal.SIGKILL)
-    assert world.exit(BROKER, 0) == [Halt(0)]
+    assert world.exit(BROKER, 0) == [HaltService(0)]
 
 
 def test_one_that_can_not_be_killed_is_left_behind() -> None:
     world = World(workers=1).up()
     world.pool.stop(world.now)
-    halts = of(Halt, world.wait(STOP + 3))
-    assert halts == [Halt(0)]
-    assert sorted(signal.slot for signal in of(Signal, world.effects)) == [BROKER, 0]
+    halts = of(HaltService, world.wait(STOP + 3))
+    assert halts == [HaltService(0)]
+    assert sorted(signal.slot for signal in of(SignalProcess, world.effects)) == [BROKER, 0]
 
 
 def test_a_second_stop_kills_all_at_once() -> None:
     world = World().up()
     world.pool.stop(world.now)
     effects = world.pool.stop(world.now)
-    assert sorted(effect.slot for effect in of(Signal, effects)) == [BROKER, 0, 1]
-    assert {effect.number for effect in of(Signal, effects)} == {signal.SIGKILL}
+    assert sorted(effect.slot for effect in of(SignalProcess, effects)) == [BROKER, 0, 1]
+    assert {effect.number for effect in of(SignalProcess, effects)} == {signal.SIGKILL}
 
 
 def test_stop_ends_those_that_are_starting_and_those_that_wait() -> None:
@@ -459,21 +470,21 @@ def test_stop_ends_those_that_are_starting_and_those_that_wait() -> None:
     world.die(0)
     world.exit(1, 1)
     effects = world.pool.stop(world.now)
-    assert of(Signal, effects) == [Signal(0, signal.SIGTERM)]
-    assert world.pool.slots[1].state is State.GONE
-    assert [drain.slot for drain in of(Drain, world.exit(0, -signal.SIGTERM))] == [BROKER]
+    assert of(SignalProcess, effects) == [SignalProcess(0, signal.SIGTERM)]
+    assert world.pool.slots[1].state is SlotState.GONE
+    assert [drain.slot for drain in of(DrainProcess, world.exit(0, -signal.SIGTERM))] == [BROKER]
 
 
 def test_stop_before_start_halts() -> None:
-    assert Halt(0) in World().pool.stop(0.0)
+    assert HaltService(0) in World().pool.stop(0.0)
 
 
 # The table.
 
 
-@pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("event", Event)
-def test_every_pair_that_is_not_in_the_table_is_harmless(state: State, event: Event) -> None:
+@pytest.mark.parametrize("state", SlotState)
+@pytest.mark.parametrize("event", PoolEvent)
+def test_every_pair_that_is_not_in_the_table_is_harmless(state: SlotState, event: PoolEvent) -> None:
     world = World().up()
     slot = world.pool.slots[0]
     slot.state = state
@@ -484,9 +495,9 @@ def test_every_pair_that_is_not_in_the_table_is_harmless(state: State, event: Ev
 
 
 def test_every_state_with_a_process_knows_what_to_do_when_it_exits_or_must_be_killed() -> None:
-    for state in (State.STARTING, State.READY, State.LEAVING, State.KILLED):
-        assert (state, Event.EXITED) in TABLE
-        assert (state, Event.KILL) in TABLE or state is State.KILLED
+    for state in (SlotState.STARTING, SlotState.READY, SlotState.LEAVING, SlotState.KILLED):
+        assert (state, PoolEvent.EXITED) in TABLE
+        assert (state, PoolEvent.KILL) in TABLE or state is SlotState.KILLED
 
 
 # Laws.
@@ -506,23 +517,25 @@ class Laws(RuleBasedStateMachine):
     def carry(self, effects: list[Effect]) -> None:
         for effect in effects:
             assert not self.halts, "an effect after Halt"
-            if isinstance(effect, Spawn):
+            if isinstance(effect, SpawnProcess):
                 assert effect.slot not in self.alive, "two processes in one slot"
                 assert self.now < self.asked, "a process was started after stop"
                 self.alive.add(effect.slot)
-            elif isinstance(effect, Signal | Drain):
+            elif isinstance(effect, SignalProcess | DrainProcess):
                 assert effect.slot in self.alive, "something for a process that is not there"
-                if isinstance(effect, Signal) and effect.number == signal.SIGKILL:
+                if isinstance(effect, SignalProcess) and effect.number == signal.SIGKILL:
                     self.killed.add(effect.slot)
-            elif isinstance(effect, Introduce):
+            elif isinstance(effect, IntroduceProcesses):
                 assert {effect.slot, BROKER} <= self.alive
-            elif isinstance(effect, Halt):
+            elif isinstance(effect, HaltService):
                 self.halts += 1
 
     @initialize(workers=st.integers(1, 3), stuck=st.sampled_from([0.0, 1.0]), stop=st.sampled_from([0.0, 2.0]))
     def start(self, workers: int, stuck: float, stop: float) -> None:
         self.stop_timeout = stop
-        self.pool = Pool(workers, Workers(start_timeout=2.0, restart_reset=3.0), Loop(stuck=stuck), stop)
+        self.pool = Pool(
+            workers, WorkersSettings(start_timeout=2.0, restart_reset=3.0), LoopSettings(stuck=stuck), stop
+        )
         self.carry(self.pool.start(self.now))
 
     @rule(seconds=st.sampled_from([TICK, TICK, TICK, 0.5, 30.0]), beating=st.booleans())

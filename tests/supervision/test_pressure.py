@@ -9,19 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from realtime.settings import Loop
-from realtime.supervision.accounts import Account, Kind
+from realtime.config.settings import LoopSettings
+from realtime.supervision.loop_time import LoopAccount, LoopWork
 from realtime.supervision.pressure import CALM, Pressure, Throttle
-from realtime.supervision.vitals import State, Vitals
+from realtime.supervision.vitals import ProcessState, Vitals
 
-LOOP = Loop(interval=0.01, max_lag=0.2, max_utilisation=0.9, max_rss=1000, max_queued_bytes=500, max_threads_waiting=9)
-FINE = Vitals(0, 0.0, 3, 3, State.READY)
+LOOP = LoopSettings(
+    interval=0.01, max_lag=0.2, max_utilisation=0.9, max_rss=1000, max_queued_bytes=500, max_threads_waiting=9
+)
+FINE = Vitals(0, 0.0, 3, 3, ProcessState.READY)
 
 
 class Worker:
     """A pressure with its clock, and its beats."""
 
-    def __init__(self, loop: Loop = LOOP) -> None:
+    def __init__(self, loop: LoopSettings = LOOP) -> None:
         self.now = 1000.0
         self.pressure = Pressure(loop, lambda: self.now)
 
@@ -104,7 +106,7 @@ def test_a_first_beat_that_does_not_come_shows_too() -> None:
 
 def test_a_worker_that_starts_is_late_for_nobody() -> None:
     worker = Worker()
-    worker.beat(lag=3.0, state=State.STARTING)
+    worker.beat(lag=3.0, state=ProcessState.STARTING)
     assert worker.pressure.reasons == ()
     worker.beat(lag=3.0)
     assert worker.pressure.reasons == ("lag",)
@@ -148,7 +150,7 @@ class Handler:
 
     def __init__(self) -> None:
         self.now = 1000.0
-        self.account = Account(Kind.HANDLER, "rpc report")
+        self.account = LoopAccount(LoopWork.HANDLER, "rpc report")
         self.throttle = Throttle(self.account)
 
     def begin(self, calls: int) -> int:

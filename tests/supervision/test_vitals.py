@@ -19,14 +19,14 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from realtime.supervision.vitals import Page, Running, State, Vitals
+from realtime.supervision.vitals import ProcessState, RunningHandler, Vitals, VitalsPage
 
 READING = Vitals(
     beat=123_456_789,
     lag=0.25,
     connections=5000,
     subscriptions=7000,
-    state=State.READY,
+    state=ProcessState.READY,
     utilisation=0.75,
     turns=80,
     callbacks=90,
@@ -38,35 +38,35 @@ READING = Vitals(
 
 
 @pytest.fixture
-def page() -> Iterator[Page]:
-    page = Page.create()
+def page() -> Iterator[VitalsPage]:
+    page = VitalsPage.create()
     yield page
     page.close()
 
 
-def other_side(page: Page) -> Page:
-    return Page.open(os.dup(page.fd))
+def other_side(page: VitalsPage) -> VitalsPage:
+    return VitalsPage.open(os.dup(page.fd))
 
 
-def test_a_new_page_has_no_reading(page: Page) -> None:
+def test_a_new_page_has_no_reading(page: VitalsPage) -> None:
     assert page.read() is None
 
 
-def test_the_other_side_reads_what_was_written(page: Page) -> None:
+def test_the_other_side_reads_what_was_written(page: VitalsPage) -> None:
     reader = other_side(page)
     for beat in range(1, 5):
-        written = Vitals(beat, beat / 2, beat * 3, beat * 4, State.DRAINING)
+        written = Vitals(beat, beat / 2, beat * 3, beat * 4, ProcessState.DRAINING)
         page.write(written)
         assert reader.read() == written
     reader.close()
 
 
-def test_every_field_survives(page: Page) -> None:
+def test_every_field_survives(page: VitalsPage) -> None:
     page.write(READING)
     assert other_side(page).read() == READING
 
 
-def test_busy_since_needs_no_reading_of_its_own(page: Page) -> None:
+def test_busy_since_needs_no_reading_of_its_own(page: VitalsPage) -> None:
     page.write(READING)
     page.be_busy(7)
     reader = other_side(page)
@@ -75,7 +75,7 @@ def test_busy_since_needs_no_reading_of_its_own(page: Page) -> None:
     assert reader.read() == READING
 
 
-def test_the_latest_long_turn_is_whole_or_none(page: Page) -> None:
+def test_the_latest_long_turn_is_whole_or_none(page: VitalsPage) -> None:
     page.write(READING)
     page.note_block(5, 9)
     assert other_side(page).read() == replace(READING, block_since=5, block_until=9)
@@ -83,23 +83,23 @@ def test_the_latest_long_turn_is_whole_or_none(page: Page) -> None:
     assert other_side(page).read() == READING
 
 
-def test_the_handler_that_runs_shows(page: Page) -> None:
+def test_the_handler_that_runs_shows(page: VitalsPage) -> None:
     reader = other_side(page)
     assert reader.running() is None
     page.mark(b"on_publish chat:*", b"chat:7")
-    assert reader.running() == Running("on_publish chat:*", "chat:7")
+    assert reader.running() == RunningHandler("on_publish chat:*", "chat:7")
     page.mark(b"rpc report", b"")
-    assert reader.running() == Running("rpc report", "")
+    assert reader.running() == RunningHandler("rpc report", "")
     page.unmark()
     assert reader.running() is None
 
 
-def test_a_name_that_is_too_long_is_cut(page: Page) -> None:
+def test_a_name_that_is_too_long_is_cut(page: VitalsPage) -> None:
     page.mark(b"h" * 100, ("x" * 63 + "\u00e9").encode())
-    assert other_side(page).running() == Running("h" * 64, "x" * 63 + "\ufffd")
+    assert other_side(page).running() == RunningHandler("h" * 64, "x" * 63 + "\ufffd")
 
 
-def test_a_handler_that_just_changes_is_none(page: Page) -> None:
+def test_a_handler_that_just_changes_is_none(page: VitalsPage) -> None:
     page.mark(b"rpc a", b"")
     memory = mmap.mmap(page.fd, mmap.PAGESIZE)
     struct.pack_into("=q64s", memory, 384, 2, b"rpc b")  # the writer has come half the way
@@ -107,7 +107,7 @@ def test_a_handler_that_just_changes_is_none(page: Page) -> None:
     memory.close()
 
 
-def test_relief_goes_the_other_way(page: Page) -> None:
+def test_relief_goes_the_other_way(page: VitalsPage) -> None:
     worker = other_side(page)
     assert not worker.relieved()
     page.relieve(True)
@@ -122,11 +122,11 @@ def test_relief_goes_the_other_way(page: Page) -> None:
     lag=st.floats(0, 1e9),
     connections=st.integers(0, 2**63 - 1),
     subscriptions=st.integers(0, 2**63 - 1),
-    state=st.sampled_from(State),
+    state=st.sampled_from(ProcessState),
 )
 @profile(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_true_reading_survives(
-    page: Page, beat: int, lag: float, connections: int, subscriptions: int, state: State
+    page: VitalsPage, beat: int, lag: float, connections: int, subscriptions: int, state: ProcessState
 ) -> None:
     vitals = Vitals(beat, lag, connections, subscriptions, state)
     page.write(vitals)
@@ -152,7 +152,7 @@ def test_every_true_reading_survives(
         (11, -1),
     ],
 )
-def test_nonsense_is_no_reading(page: Page, field: int, value: float) -> None:
+def test_nonsense_is_no_reading(page: VitalsPage, field: int, value: float) -> None:
     values: list[float] = [1, 0.0, 0, 0, 1, 0.0, 0, 0, 0, 0, 0, 0]
     values[field] = value
     memory = mmap.mmap(page.fd, mmap.PAGESIZE)
@@ -163,7 +163,7 @@ def test_nonsense_is_no_reading(page: Page, field: int, value: float) -> None:
 
 @given(content=st.binary(min_size=1024, max_size=1024))
 @profile(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_arbitrary_bytes_never_raise(page: Page, content: bytes) -> None:
+def test_arbitrary_bytes_never_raise(page: VitalsPage, content: bytes) -> None:
     memory = mmap.mmap(page.fd, mmap.PAGESIZE)
     memory[: len(content)] = content
     memory.close()
@@ -173,7 +173,7 @@ def test_arbitrary_bytes_never_raise(page: Page, content: bytes) -> None:
     page.relieved()
 
 
-def test_a_torn_page_is_no_reading_until_the_next_write(page: Page) -> None:
+def test_a_torn_page_is_no_reading_until_the_next_write(page: VitalsPage) -> None:
     page.write(READING)
     reader = other_side(page)
     memory = mmap.mmap(page.fd, mmap.PAGESIZE)
@@ -187,7 +187,7 @@ def test_a_torn_page_is_no_reading_until_the_next_write(page: Page) -> None:
     successor.close()
 
 
-def test_nobody_can_resize_the_page_under_the_other(page: Page) -> None:
+def test_nobody_can_resize_the_page_under_the_other(page: VitalsPage) -> None:
     for size in (0, 100, 8192):
         with pytest.raises(PermissionError):
             os.ftruncate(page.fd, size)
@@ -197,7 +197,7 @@ def test_nobody_can_resize_the_page_under_the_other(page: Page) -> None:
 
 def test_what_is_not_a_page_is_refused(tmp_path: object) -> None:
     with open(f"{tmp_path}/short", "w+b") as file, pytest.raises(ValueError):
-        Page.open(file.fileno())
+        VitalsPage.open(file.fileno())
 
 
 WRITER = """
@@ -211,7 +211,7 @@ while True:
 """
 
 
-def test_a_reader_never_sees_a_mixture_of_two_writes(page: Page) -> None:
+def test_a_reader_never_sees_a_mixture_of_two_writes(page: VitalsPage) -> None:
     command = [sys.executable, "-c", WRITER, str(page.fd)]
     writer = subprocess.Popen(command, pass_fds=[page.fd])
     try:

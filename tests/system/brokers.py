@@ -17,11 +17,11 @@ from twisted.internet.task import deferLater
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 
+from realtime.config.settings import EngineSettings, Settings, dump
 from realtime.metrics import Metrics, Sample, load
-from realtime.server import control
-from realtime.server.broker_engine import BrokerEngine
-from realtime.settings import EngineSettings, Settings, dump
-from realtime.supervision.vitals import Page
+from realtime.process import control
+from realtime.supervision.vitals import VitalsPage
+from realtime.worker.engine import BrokerEngine
 
 POLL = 0.01  # seconds between two looks at something that can't notify us
 LIMIT = 20.0  # seconds for a broker to start, and to be gone after a SIGKILL
@@ -56,7 +56,7 @@ class BrokerProcess:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
-        self._page = Page.create()
+        self._page = VitalsPage.create()
         self._control = _Control()
 
     async def start(self) -> None:
@@ -67,7 +67,7 @@ class BrokerProcess:
         passed = {"--link": theirs.fileno(), "--settings": tree, "--vitals": self._page.fd}
         arguments = [text for name, fd in passed.items() for text in (name, str(fd))]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "realtime.server.broker", *arguments], pass_fds=list(passed.values())
+            [sys.executable, "-m", "realtime.broker.process", *arguments], pass_fds=list(passed.values())
         )
         os.close(tree)
         theirs.close()

@@ -179,14 +179,14 @@ class Server:
         return [process for process in psutil.process_iter() if _belongs(process, self.pid)]
 
     def processes(self, module: str) -> list[int]:
-        """The pids of the children that run `module`, such as realtime.server.worker."""
+        """The pids of the children that run `module`, such as realtime.worker.process."""
         return [process.pid for process in self.family() if module in _arguments(process)]
 
     def workers(self) -> list[int]:
-        return self.processes("realtime.server.worker")
+        return self.processes("realtime.worker.process")
 
     def broker(self) -> int:
-        (pid,) = self.processes("realtime.server.broker")
+        (pid,) = self.processes("realtime.broker.process")
         return pid
 
     def expect_traceback(self) -> None:

@@ -17,8 +17,8 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 
 from realtime.errors import SettingsError
-from realtime.server.child import Child, main
-from realtime.server.listener import adopt
+from realtime.process.child import Child, main
+from realtime.worker.listening import adopt
 
 
 async def start(child: Child) -> None:

@@ -4,8 +4,8 @@ import os
 
 from twisted.application.service import Application
 
-from realtime import settings
-from realtime.server.supervisor import make_service
+from realtime.config import settings
+from realtime.supervisor.service import make_service
 
 application = Application("stand-in")
 make_service(

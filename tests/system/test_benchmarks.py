@@ -12,7 +12,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from serving import CHECKOUT
+
+from tests.system.serving import CHECKOUT
 
 
 def bench(*arguments: str, path: str = os.environ["PATH"]) -> str:

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import HERE, Server, ServerStarter, wait_until
+
+from tests.system.serving import HERE, Server, ServerStarter, wait_until
 
 SOURCE = HERE / "apps" / "blocking.py"
 APP = {"module": "blocking:app", "path": str(HERE / "apps")}

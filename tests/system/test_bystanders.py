@@ -20,8 +20,9 @@ from contextlib import ExitStack, contextmanager, suppress
 import jwt
 import psutil
 import pytest
-from serving import Server, ServerStarter, wait_until
 from websockets.sync.client import ClientConnection, connect
+
+from tests.system.serving import Server, ServerStarter, wait_until
 
 CHANNEL = "stream:watched"
 DICE = random.Random(8)

@@ -9,8 +9,9 @@ from typing import Any
 
 import jwt
 import pytest
-from serving import HERE, TRACEBACK, Server, ServerStarter
 from websockets.sync.client import ClientConnection, connect
+
+from tests.system.serving import HERE, TRACEBACK, Server, ServerStarter
 
 APP = {"module": "careless:app", "path": str(HERE / "apps")}
 PLACES = ("loop", "thread", "process")

@@ -30,8 +30,9 @@ from cent import (
 )
 from centrifuge import Client as Subscriber
 from centrifuge import ClientEventHandler
-from serving import Server, run_node
-from test_python_sdk import connect, in_own_loop, leave, soon, subscribe
+
+from tests.system.serving import Server, run_node
+from tests.system.test_python_sdk import connect, in_own_loop, leave, soon, subscribe
 
 Check = Callable[[Any], bool]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from cent import Client, PublishRequest
-from serving import CHECKOUT, Server, ServerStarter, run_node
+
+from tests.system.serving import CHECKOUT, Server, ServerStarter, run_node
 
 pytestmark = [pytest.mark.browser, pytest.mark.node]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from serving import run_node
+
+from tests.system.serving import run_node
 
 pytestmark = pytest.mark.node
 

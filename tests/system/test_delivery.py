@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from serving import Server, ServerStarter, run_node, wait_until
+
+from tests.system.serving import Server, ServerStarter, run_node, wait_until
 
 pytestmark = pytest.mark.node
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from serving import ServerStarter, run_node
+
+from tests.system.serving import ServerStarter, run_node
 
 PRICES = {
     "name": "prices",

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from idle_clients import HANDSHAKE, masked
-from serving import HERE, Server, ServerStarter
+
+from tests.system.idle_clients import HANDSHAKE, masked
+from tests.system.serving import HERE, Server, ServerStarter
 
 CROWD = 300
 BURST = 300

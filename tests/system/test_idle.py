@@ -12,7 +12,8 @@ import sys
 
 import psutil
 import pytest
-from serving import HERE, ServerStarter
+
+from tests.system.serving import HERE, ServerStarter
 
 PING_INTERVAL = 1
 

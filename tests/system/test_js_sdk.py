@@ -6,7 +6,8 @@ import time
 
 import jwt
 import pytest
-from serving import Server, run_node
+
+from tests.system.serving import Server, run_node
 
 pytestmark = pytest.mark.node
 

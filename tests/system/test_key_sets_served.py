@@ -11,9 +11,10 @@ from typing import Any
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
-from serving import Server, ServerStarter
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
+
+from tests.system.serving import Server, ServerStarter
 
 KEY = rsa.generate_private_key(65537, 2048)
 

@@ -9,8 +9,9 @@ import sys
 import urllib.request
 from contextlib import ExitStack
 
-from serving import HERE, Server, ServerStarter, wait_until
 from websockets.sync.client import ClientConnection, connect
+
+from tests.system.serving import HERE, Server, ServerStarter, wait_until
 
 SUBSCRIBERS, PUBLICATIONS = 20, 200
 SERIES = re.compile(r'realtime_loop_seconds_total\{kind="(\w+)",name="([^"]*)",worker="0"\} (\S+)')

@@ -13,10 +13,11 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from serving import HERE, Server, ServerStarter, wait_until
+
+from tests.system.serving import HERE, Server, ServerStarter, wait_until
 
 APP = {"module": "offloading:app", "path": str(HERE / "apps")}
-MODULE = "realtime.server.handlers.process"
+MODULE = "realtime.handlers.compute_process"
 
 
 @pytest.fixture

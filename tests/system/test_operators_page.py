@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from serving import CHECKOUT, HERE, ServerStarter, run_node
+
+from tests.system.serving import CHECKOUT, HERE, ServerStarter, run_node
 
 pytestmark = [pytest.mark.browser, pytest.mark.node]
 

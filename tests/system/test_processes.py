@@ -18,12 +18,19 @@ from typing import Any
 
 import psutil
 import pytest
-from serving import CHECKOUT, HERE, TWISTD, Server, ServerStarter, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from realtime import settings as configuration
-from realtime.settings import AppSettings, HTTPServer, Loop, Settings, Shutdown, Workers
+from realtime.config import settings as configuration
+from realtime.config.settings import (
+    AppSettings,
+    HTTPServerSettings,
+    LoopSettings,
+    Settings,
+    ShutdownSettings,
+    WorkersSettings,
+)
+from tests.system.serving import CHECKOUT, HERE, TWISTD, Server, ServerStarter, wait_until
 
 # Within which every child of a supervisor that was killed must be gone.
 ORPHAN_LIMIT = 15.0
@@ -80,10 +87,10 @@ class StandIns(Server):
 
 def settings(options: dict[str, object] | None = None, stuck: float = 10.0, **given: Any) -> Settings:
     return Settings(
-        http_server=given.get("http_server", HTTPServer(address="127.0.0.1", port=0, internal_port=0)),
-        workers=given.get("workers", Workers(count=2)),
-        shutdown=Shutdown(timeout=given.get("timeout", 10.0), spread=0.0),
-        loop=Loop(stuck=stuck),
+        http_server=given.get("http_server", HTTPServerSettings(address="127.0.0.1", port=0, internal_port=0)),
+        workers=given.get("workers", WorkersSettings(count=2)),
+        shutdown=ShutdownSettings(timeout=given.get("timeout", 10.0), spread=0.0),
+        loop=LoopSettings(stuck=stuck),
         app=AppSettings(options=options or {}),
     )
 
@@ -153,7 +160,7 @@ def test_a_killed_broker_is_replaced_and_introduced_to_every_worker(start: Start
 
 
 def test_no_zombie_is_left(start: Start) -> None:
-    server = start(workers=Workers(count=2, restart_delay=0.01, restart_delay_max=0.01))
+    server = start(workers=WorkersSettings(count=2, restart_delay=0.01, restart_delay_max=0.01))
     for _ in range(5):
         pid = server.pid_of("worker 1")
         os.kill(pid, signal.SIGKILL)
@@ -188,7 +195,7 @@ def test_after_a_pause_of_the_whole_group_nobody_is_killed(start: Start) -> None
 
 
 def test_a_worker_that_dies_again_and_again_is_one_line_and_the_others_serve(start: Start) -> None:
-    server = start({"only": "worker 1", "crash": 3}, ready=False, workers=Workers(count=2, restart_delay=0.05))
+    server = start({"only": "worker 1", "crash": 3}, ready=False, workers=WorkersSettings(count=2, restart_delay=0.05))
     loop = server.wait_for_log(r"crash loop: worker 1 exited with status 3, 3 times in a row; trying again in [\d.]+ s")
     assert loop
     server.wait_for_log("serving clients on")
@@ -231,8 +238,8 @@ def test_a_port_in_use_is_one_line(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         for http_server, key in (
-            (HTTPServer(address="127.0.0.1", port=port, internal_port=0), "http_server.port"),
-            (HTTPServer(address="127.0.0.1", port=0, internal_port=port), "http_server.internal_port"),
+            (HTTPServerSettings(address="127.0.0.1", port=port, internal_port=0), "http_server.port"),
+            (HTTPServerSettings(address="127.0.0.1", port=0, internal_port=port), "http_server.internal_port"),
         ):
             server = start(ready=False, http_server=http_server)
             assert ended(server) == 1
@@ -243,7 +250,7 @@ def test_a_port_in_use_is_one_line(start: Start) -> None:
 
 def test_a_second_server_does_not_share_the_port(start: Start) -> None:
     first = start()
-    http_server = HTTPServer(address="127.0.0.1", port=first.port, internal_port=0)
+    http_server = HTTPServerSettings(address="127.0.0.1", port=first.port, internal_port=0)
     second = start(ready=False, http_server=http_server)
     assert ended(second) == 1
     assert f"http_server.port = {first.port}: another program uses this port" in second.log
@@ -347,7 +354,7 @@ def test_a_worker_that_does_not_drain_does_not_survive_either(start: Start) -> N
 def test_a_new_supervisor_can_bind_at_once(start: Start) -> None:
     first = start({"ignore_drain": True})
     os.kill(first.pid, signal.SIGKILL)
-    second = start(http_server=HTTPServer(address="127.0.0.1", port=first.port, internal_port=0))
+    second = start(http_server=HTTPServerSettings(address="127.0.0.1", port=first.port, internal_port=0))
     assert first.family(), "the first server's children drain still"
     second.stop()
 

@@ -20,7 +20,8 @@ from centrifuge import (
     Subscription,
     SubscriptionEventHandler,
 )
-from serving import ServerStarter, run_node
+
+from tests.system.serving import ServerStarter, run_node
 
 LIMIT = 20.0
 NOISE = bytes(range(256))

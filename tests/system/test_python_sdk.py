@@ -20,7 +20,8 @@ from centrifuge import (
     Subscription,
     SubscriptionEventHandler,
 )
-from serving import Server
+
+from tests.system.serving import Server
 
 LIMIT = 20.0
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from cent import Client, PublishRequest
-from serving import CHECKOUT, ServerStarter, run_node
+
+from tests.system.serving import CHECKOUT, ServerStarter, run_node
 
 ANY_PORTS = {"REALTIME_HTTP_SERVER_PORT": "0", "REALTIME_HTTP_SERVER_INTERNAL_PORT": "0"}
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 import pytest
-from serving import Server, ServerStarter, wait_until
+
+from tests.system.serving import Server, ServerStarter, wait_until
 
 # Seconds for which a client waits for its answer. None of these tests is about how long it takes.
 PATIENCE = 20.0

@@ -19,8 +19,9 @@ from centrifuge import (
 )
 from centrifuge.client import DeltaType
 from centrifuge.filter import Filter
-from serving import Server, ServerStarter
-from test_python_sdk import SubscriptionEvents, in_own_loop, leave, soon
+
+from tests.system.serving import Server, ServerStarter
+from tests.system.test_python_sdk import SubscriptionEvents, in_own_loop, leave, soon
 
 KEPT = {"history_size": 1000, "history_ttl": "600s", "force_recovery": True}
 OPEN = {"allow_subscribe_for_client": True}

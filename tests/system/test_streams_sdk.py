@@ -17,7 +17,8 @@ from urllib.parse import quote
 
 import jwt
 import pytest
-from serving import Server, ServerStarter, run_node, wait_until
+
+from tests.system.serving import Server, ServerStarter, run_node, wait_until
 
 MANY = 40
 EVERYTHING = {name: {"enabled": True} for name in ("sse", "http_stream", "uni_sse", "uni_http_stream", "init")}

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import CHECKOUT, Server, wait_until
-from test_processes import StandIns, settings
 
-from realtime.settings import Shutdown
+from realtime.config.settings import ShutdownSettings
+from tests.system.serving import CHECKOUT, Server, wait_until
+from tests.system.test_processes import StandIns, settings
 
 UNIT = CHECKOUT / "scripts" / "systemd" / "realtime.service"
 MAX_EXPOSURE = 1.5
@@ -52,7 +52,7 @@ def test_the_unit_exposes_little() -> None:
 def test_the_unit_waits_longer_than_the_default_stop_takes() -> None:
     found = re.search(r"^TimeoutStopSec=(\d+)$", UNIT.read_text(), re.MULTILINE)
     assert found
-    assert int(found[1]) > Shutdown().timeout
+    assert int(found[1]) > ShutdownSettings().timeout
 
 
 class Manager:
@@ -183,12 +183,12 @@ LOADED = """
 import cffi, ctypes, ssl
 import autobahn.websocket, autobahn.twisted.websocket, jwt, msgspec, prometheus_client, psutil
 from autobahn.nvx import Utf8Validator
-import realtime.server.broker, realtime.server.supervisor, realtime.server.worker
+import realtime.broker.process, realtime.supervisor.service, realtime.worker.process
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import optionsForClientTLS
 from twisted.internet.testing import StringTransport
 from twisted.protocols.tls import TLSMemoryBIOFactory
-from realtime.server.child import _die_with_the_supervisor
+from realtime.process.child import _die_with_the_supervisor
 _die_with_the_supervisor()
 ssl.create_default_context()
 assert Utf8Validator().validate("\\u00fc".encode())[0]

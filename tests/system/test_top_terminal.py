@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from serving import Server, wait_until
+from tests.system.serving import Server, wait_until
 
 TOP = [sys.executable, "-m", "realtime", "top", "--url"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from http.client import HTTPConnection
 
-from serving import ServerStarter, wait_until
+from tests.system.serving import ServerStarter, wait_until
 
 HANDSHAKE = {
     "Connection": "Upgrade",

@@ -11,9 +11,10 @@ from typing import Any
 
 import jwt
 import pytest
-from serving import Server, ServerStarter, run_node
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
+
+from tests.system.serving import Server, ServerStarter, run_node
 
 OPTIONS: dict[str, Any] = {
     "websocket": {"compression": True},

@@ -13,9 +13,10 @@ from urllib.parse import quote
 
 import jwt
 import pytest
-from serving import HERE, Server, ServerStarter, toml
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
+
+from tests.system.serving import HERE, Server, ServerStarter, toml
 
 KEY, OLD_KEY, API_KEY = (f"marked-{name}-0123456789abcdef0123456789" for name in ("secret", "old-secret", "api-key"))
 # What must appear nowhere: what the configuration keeps secret, and what clients say in confidence.
@@ -149,7 +150,7 @@ def test_no_secret_is_logged_or_shown(careless: Server) -> None:
 
 
 # A line that an operator would take for one of the server's, and what hides or colours it in a terminal.
-FORGED = "2026-01-01T00:00:00+0000 [realtime.server.supervisor#info] FORGED"
+FORGED = "2026-01-01T00:00:00+0000 [realtime.supervisor.service#info] FORGED"
 LIES = [
     f"a\r\n{FORGED}",
     f"b\n{FORGED}",

@@ -1,0 +1,1 @@
+"""The broker process: the embedded engine behind Unix streams."""

@@ -1,0 +1,1 @@
+"""The `realtime` command: checks and writes configurations, makes tokens, shows a running server."""

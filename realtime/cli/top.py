@@ -1,0 +1,345 @@
+"""`realtime top`: the live figures of a running server in a terminal.
+
+They come from the operators' port (/snapshot, see `realtime.operators.live`), once a second. Names in them are
+from applications and their clients: whatever is not printable is spelt out, so that none can command the terminal.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import select
+import signal
+import sys
+import termios
+import time
+import tty
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from realtime.config.reader import one_line
+
+INTERVAL = 1.0
+# Seconds that the server has to answer.
+LIMIT = 5.0
+WIDE, HIGH = 120, 40  # of what is printed where there is no terminal
+_SMALL = 80, 24  # of a terminal that does not say
+
+_NONE = "-"
+_PLAIN, _BOLD, _DIM, _RED, _YELLOW, _GREEN = "0", "1", "2", "31", "33", "32"
+_COLOURS = {"healthy": _GREEN, "lagging": _YELLOW, "draining": _YELLOW, "pressed": _RED, "absent": _RED}
+_ALTERNATE, _NORMAL = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+_HOME, _CLEAR_LINE, _CLEAR_REST = "\x1b[H", "\x1b[K", "\x1b[J"
+
+Line = list[tuple[str, str]]
+"""Pieces of text, each with its style."""
+
+
+class Unreachable(Exception):
+    """The server did not answer, or something else did. The text is one readable line."""
+
+
+def fetch(url: str) -> dict[str, Any]:
+    """The server's latest snapshot. Raises Unreachable."""
+    # Loopback is not reached by way of a proxy, whatever the environment says.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url.rstrip('/')}/snapshot", timeout=LIMIT) as answer:
+            snapshot = json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise Unreachable(f"{one_line(url)}: is this the operators' port? it answers {error.code}") from None
+    except urllib.error.URLError as error:
+        raise Unreachable(f"{one_line(url)}: nobody answers: {one_line(str(error.reason))}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise Unreachable(f"{one_line(url)}: no answer that can be read: {one_line(str(error))}") from None
+    if not isinstance(snapshot, dict) or "workers" not in snapshot:
+        raise Unreachable(f"{one_line(url)}: this is not the operators' port of a realtime server that has begun")
+    return snapshot
+
+
+# What is shown
+
+
+def render(snapshot: dict[str, Any], width: int, height: int, hint: str = "", trouble: str = "") -> list[Line]:
+    """A screen of at most `height` lines of `width` columns. hint: for the reader. trouble: why it is not of now.
+
+    Where there is no room for all, workers that are not well come first, and there is some room left for what keeps the
+    loops busy and what blocks them.
+    """
+    workers = snapshot["workers"]
+    loop, places = list(_loop(snapshot["loop"], len(workers))), list(_places(snapshot["places"], width))
+    incidents = list(_incidents(snapshot["incidents"], width))
+    head = [_head(snapshot, hint, trouble), _totals(workers), []]
+    if len(head) + 1 + len(workers) + len(loop) + len(places) + len(incidents) > height:
+        loop, places = loop[:5], places[:4]
+    below = [*loop, *places, *incidents]
+    room = max(height - len(head) - 1 - min(len(below), 12), 3)
+    table = [_titles(width), *(_worker(worker, width) for worker in workers)]
+    if len(workers) > room:
+        ordered = sorted(workers, key=lambda worker: (worker["condition"] == "healthy", worker["slot"]))
+        left_out: Line = [(f"... and {len(workers) - room + 1} more workers", _DIM)]
+        table = [_titles(width), *(_worker(worker, width) for worker in ordered[: room - 1]), left_out]
+    return [_cut(line, width) for line in (*head, *table, *below)][:height]
+
+
+def _head(snapshot: dict[str, Any], hint: str, trouble: str) -> Line:
+    when = time.strftime("%H:%M:%S", time.localtime(snapshot["at"]))
+    if trouble:
+        return [(f"realtime  {when}  ", _BOLD), (trouble, _RED)]
+    ill = [worker for worker in snapshot["workers"] if worker["condition"] != "healthy"]
+    if snapshot["stopping"]:
+        state, style = "stopping", _YELLOW
+    elif not ill:
+        state, style = "all is well", _GREEN
+    elif len(ill) == 1:
+        state, style = f"worker {ill[0]['slot']} is {_condition(ill[0])}", _RED
+    else:
+        state, style = f"{len(ill)} of {len(snapshot['workers'])} workers are not well", _RED
+    return [(f"realtime  {when}  ", _BOLD), (state, style), (f"  port {snapshot['port']}  {hint}", _DIM)]
+
+
+def _totals(workers: Sequence[dict[str, Any]]) -> Line:
+    def together(name: str) -> str:
+        return _rate(sum((worker["rates"] or {}).get(name, 0.0) for worker in workers))
+
+    connections = sum(worker["connections"] or 0 for worker in workers)
+    return [
+        (f"{connections} connections, {together('received')} messages/s in, ", _PLAIN),
+        (f"{together('sent')} out, {together('connects')} connects/s", _PLAIN),
+    ]
+
+
+# Title, width, and how many columns a terminal must have for it. The first is set to the left.
+_COLUMNS = [
+    ("WORKER", 6, 0), ("CONDITION", 9, 0), ("LAG", 7, 0), ("UTIL", 5, 0), ("CONNS", 7, 0), ("IN/S", 6, 0),
+    ("OUT/S", 7, 0), ("RSS", 7, 0), ("RESTARTS", 8, 80), ("QUEUED", 7, 88), ("WEIGHT", 6, 96), ("ACCEPT", 6, 104),
+    ("NEW/S", 6, 112),
+]  # fmt: skip
+
+
+def _titles(width: int) -> Line:
+    return [(_row([title for title, _, _ in _COLUMNS], width), _DIM)]
+
+
+def _row(cells: Sequence[str], width: int) -> str:
+    parts = [
+        cell.ljust(size) if number < 2 else cell.rjust(size)
+        for number, (cell, (_, size, least)) in enumerate(zip(cells, _COLUMNS, strict=True))
+        if width >= least
+    ]
+    return "  ".join(parts)
+
+
+def _worker(worker: dict[str, Any], width: int) -> Line:
+    rates = worker["rates"] or {}
+    cells = [
+        str(worker["slot"]), _condition(worker), _seconds(worker["peak_lag"]), _percent(worker["utilisation"]),
+        _count(worker["connections"]), _rate(rates.get("received")), _rate(rates.get("sent")), _bytes(worker["rss"]),
+        _count(worker["restarts"]), _bytes(worker["queued_bytes"]), _count(worker.get("weight")),
+        _count(worker.get("accept_queue")), _rate(rates.get("connects")),
+    ]  # fmt: skip
+    row = _row(cells, width)
+    begin, end = 8, 8 + _COLUMNS[1][1]
+    style = _COLOURS.get(worker["condition"], _PLAIN)
+    line = [(row[:begin], _PLAIN), (row[begin:end], style), (row[end:], _PLAIN)]
+    return [*line, (f"  {one_line(worker['handler'])}", _DIM)] if worker["handler"] else line
+
+
+def _condition(worker: dict[str, Any]) -> str:
+    if worker["crash_loop"] and worker["condition"] == "absent":
+        return "crashing"
+    return str(worker["state"] if worker["condition"] in (None, "absent") else worker["condition"])
+
+
+def _loop(accounts: Sequence[dict[str, Any]], workers: int) -> Iterator[Line]:
+    """What the workers' loops spent the last seconds on."""
+    if not accounts:
+        return
+    yield []
+    several = workers > 1
+    yield [(f"{'LOOPS':>8}  {'AT MOST':>10}  BUSY WITH" if several else f"{'LOOP':>8}  BUSY WITH", _DIM)]
+    for account in accounts:
+        most = f"{_share(account['most'])} of {account['slot']}"
+        shares = f"{_share(account['share']):>8}  {most:>10}" if several else f"{_share(account['share']):>8}"
+        yield [(f"{shares}  ", _PLAIN), (one_line(account["account"]), _BOLD)]
+
+
+def _places(places: Sequence[dict[str, Any]], width: int) -> Iterator[Line]:
+    if not places:
+        return
+    yield []
+    yield [(f"{'BLOCKED':>8}  {'TIMES':>6}  BY", _DIM)]
+    for place in places[:5]:
+        where = _place(place["place"], place["handler"], width - 18)
+        yield [(f"{_seconds(place['seconds']):>8}  {_count(place['count']):>6}  ", _PLAIN), *where]
+
+
+def _incidents(incidents: Sequence[dict[str, Any]], width: int) -> Iterator[Line]:
+    if not incidents:
+        return
+    yield []
+    yield [(f"{'AT':8}  {'FOR':>7}  {'WORKER':6}  INCIDENT", _DIM)]
+    for incident in incidents:
+        when = time.strftime("%H:%M:%S", time.localtime(incident["at"]))
+        lasting = _RED if incident["lasts"] else _PLAIN
+        where = _place(incident["place"], incident["handler"], width - 27)
+        duration = f"{_seconds(incident['duration']):>7}"
+        yield [(f"{when}  ", _PLAIN), (duration, lasting), (f"  {incident['slot']:<6}  ", _PLAIN), *where]
+
+
+def _place(place: str, handler: str, width: int) -> Line:
+    """File and line, of which the end counts most, and the handler."""
+    place, handler = one_line(place), one_line(handler)
+    room = max(width - len(handler) - 2 if handler else width, 24)
+    if len(place) > room:
+        place = "..." + place[3 - room :]
+    return [(place, _BOLD), (f"  {handler}", _PLAIN)]
+
+
+def _cut(line: Line, width: int) -> Line:
+    """A line that ends at the terminal's edge."""
+    kept: Line = []
+    for text, style in line:
+        if width <= 0:
+            break
+        kept.append((text[:width], style))
+        width -= len(text)
+    return kept
+
+
+# How figures are written
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return _NONE
+    if value < 0.9995:
+        return f"{value * 1000:.1f}ms" if value < 0.00995 else f"{value * 1000:.0f}ms"
+    return f"{value:.2f}s" if value < 99.5 else f"{value:.0f}s"
+
+
+def _percent(value: float | None) -> str:
+    return _NONE if value is None else f"{value * 100:.0f}%"
+
+
+def _share(value: float) -> str:
+    return f"{value * 100:.1f}%" if value < 0.0995 else f"{value * 100:.0f}%"
+
+
+def _count(value: int | None) -> str:
+    return _NONE if value is None else str(value)
+
+
+def _rate(value: float | None) -> str:
+    if value is None:
+        return _NONE
+    if value >= 99_950:
+        return f"{value / 1000:.0f}k"
+    return f"{value:.1f}" if 0 < value < 9.95 else f"{value:.0f}"
+
+
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return _NONE
+    power = 0
+    while value >= 999.5 and power < 4:
+        value, power = value / 1000, power + 1
+    unit = ("B", "kB", "MB", "GB", "TB")[power]
+    return f"{value:.1f}{unit}" if power and value < 99.5 else f"{value:.0f}{unit}"
+
+
+# Where it is shown
+
+
+def once(url: str) -> int:
+    """Print one table. Returns the exit status."""
+    try:
+        snapshot = fetch(url)
+    except Unreachable as error:
+        print(error, file=sys.stderr)
+        return 1
+    width = os.get_terminal_size().columns if sys.stdout.isatty() else WIDE
+    for line in render(snapshot, width, HIGH + len(snapshot["workers"])):
+        print("".join(text for text, _ in line).rstrip())
+    return 0
+
+
+def live(url: str) -> int:
+    """Show the figures until `q` or Ctrl-C. Returns the exit status."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        print("this is not a terminal: use --once", file=sys.stderr)
+        return 2
+    try:
+        snapshot = fetch(url)
+    except Unreachable as error:
+        print(error, file=sys.stderr)
+        return 1
+    trouble = ""
+    with _screen() as woken:
+        due = time.monotonic() + INTERVAL
+        while True:
+            _show(snapshot, trouble)
+            if _quits(woken, max(due - time.monotonic(), 0.0)):
+                return 0
+            if time.monotonic() < due:
+                continue  # the terminal has another size
+            due = time.monotonic() + INTERVAL
+            try:
+                snapshot, trouble = fetch(url), ""
+            except Unreachable as error:
+                trouble = str(error)
+    return 0
+
+
+def _show(snapshot: dict[str, Any], trouble: str) -> None:
+    width, height = (size or least for size, least in zip(os.get_terminal_size(), _SMALL, strict=True))
+    lines = render(snapshot, width, height, "q quits", trouble)
+    # Cleared before they are written: behind a line that reaches the edge the cursor stands on its last character.
+    drawn = "\r\n".join(_CLEAR_LINE + "".join(map(_painted, line)) for line in lines)
+    sys.stdout.write(_HOME + drawn + (f"\r\n{_CLEAR_REST}" if len(lines) < height else ""))
+    sys.stdout.flush()
+
+
+def _painted(piece: tuple[str, str]) -> str:
+    text, style = piece
+    return text if style == _PLAIN else f"\x1b[{style}m{text}\x1b[0m"
+
+
+@contextmanager
+def _screen() -> Iterator[int]:
+    """A screen of our own, with keys as they are pressed. Gives a descriptor to read from after a change of size."""
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+    woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    resized = signal.signal(signal.SIGWINCH, lambda *_: None)
+    previous = signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+    tty.setcbreak(keyboard)
+    sys.stdout.write(_ALTERNATE)
+    try:
+        yield woken
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.stdout.write(_NORMAL)
+        sys.stdout.flush()
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        signal.set_wakeup_fd(previous)
+        signal.signal(signal.SIGWINCH, resized)
+        os.close(woken)
+        os.close(waker)
+
+
+def _quits(woken: int, seconds: float) -> bool:
+    """Wait for a key, a change of size, or the time. Whether the key was `q`, or the terminal is gone."""
+    keyboard = sys.stdin.fileno()
+    ready, _, _ = select.select([keyboard, woken], [], [], seconds)
+    if woken in ready:
+        os.read(woken, 4096)
+    if keyboard not in ready:
+        return False
+    pressed = os.read(keyboard, 64)
+    return not pressed or b"q" in pressed.lower()

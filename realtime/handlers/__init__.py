@@ -1,0 +1,1 @@
+"""Running the application's handlers: on the loop, in threads and in processes."""

@@ -1,1 +1,0 @@
-"""The port for clients: connections, their handshakes, and the transports that they come by."""

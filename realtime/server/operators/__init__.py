@@ -1,1 +1,0 @@
-"""The operators' port: health, metrics, incidents and the live page, served by the supervisor."""

@@ -1,0 +1,1 @@
+"""The server API, without I/O: its operations, and their form as HTTP methods."""

@@ -1,0 +1,439 @@
+"""The HTTP API's methods: a name and a JSON body in, a result to encode out.
+
+What they do is in `realtime.server_api.operations`; here is how their fields are read and how their results are
+written. Unknown keys are ignored. A field of another type than its own makes the whole body a bad one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from realtime import errors, json_text
+from realtime.auth.tokens import OVERRIDABLE
+from realtime.errors import ClientError, EngineUnavailable, RealtimeError
+from realtime.json_text import is_json, payload
+from realtime.metrics import Counter, Metrics
+from realtime.protocol import messages
+from realtime.protocol.messages import StreamPosition
+from realtime.pubsub.time_slices import TimeSlicer
+from realtime.server_api.operations import Gather, ServerAPI, sequentially
+from realtime.types import Position, Publication
+
+NOT_FOUND = (104, "not found", False)
+
+BATCH_AT_A_TIME = 8
+"""Commands of a parallel batch that run at a time. Each of them may answer with some megabytes."""
+
+BATCH_BYTES = 16 * 1024 * 1024
+"""Bytes of all the replies to one batch; commands that come after them are refused."""
+
+
+class BadBody(RealtimeError):
+    """The body of a call is not the JSON that its method wants: HTTP status 400."""
+
+
+class UnknownMethod(RealtimeError):
+    """There is no such method: HTTP status 404."""
+
+
+# -- requests, as they come over HTTP ---------------------------------------------------------------------------------
+
+_UnixTime = Annotated[int, Meta(ge=0, le=2**53)]
+
+
+class _Publish(Struct, frozen=True):
+    channel: str = ""
+    data: Raw | UnsetType = UNSET
+    b64data: str = ""
+    skip_history: bool = False
+    tags: dict[str, str] | None = None
+    idempotency_key: str = ""
+    delta: bool = False
+    version: Annotated[int, Meta(ge=0)] = 0
+    version_epoch: str = ""
+
+
+class _Broadcast(_Publish, frozen=True):
+    channels: list[str] = []
+
+
+class _Bool(Struct, frozen=True):
+    value: bool = False
+
+
+_Override = msgspec.defstruct("_Override", [(name, _Bool | None, None) for name in OVERRIDABLE], frozen=True)
+
+
+class _Target(Struct, frozen=True):
+    """Whose connections are meant."""
+
+    user: str = ""
+    client: str = ""
+    session: str = ""
+
+
+class _Subscribe(_Target, frozen=True):
+    channel: str = ""
+    info: Raw | UnsetType = UNSET
+    b64info: str = ""
+    data: Raw | UnsetType = UNSET
+    b64data: str = ""
+    recover_since: StreamPosition | None = None
+    override: _Override | None = None  # type: ignore[valid-type]
+    expire_at: _UnixTime = 0
+
+
+class _Unsubscribe(_Target, frozen=True):
+    channel: str = ""
+
+
+class _Reason(Struct, frozen=True):
+    code: int = 0
+    reason: str = ""
+
+
+class _Disconnect(_Target, frozen=True):
+    whitelist: tuple[str, ...] | None = None
+    disconnect: _Reason | None = None
+
+
+class _Refresh(_Target, frozen=True):
+    expired: bool = False
+    expire_at: _UnixTime = 0
+    info: Raw | UnsetType = UNSET
+
+
+class _Channel(Struct, frozen=True):
+    channel: str = ""
+
+
+class _History(Struct, frozen=True):
+    channel: str = ""
+    limit: int = 0
+    since: StreamPosition | None = None
+    reverse: bool = False
+
+
+class _Channels(Struct, frozen=True):
+    pattern: str = ""
+
+
+class _RPC(Struct, frozen=True):
+    method: str = ""
+
+
+class _Nothing(Struct, frozen=True):
+    pass
+
+
+class _Batch(Struct, frozen=True):
+    commands: list[dict[str, Raw] | None] = []
+    parallel: bool = False
+
+
+class _Named(Struct, frozen=True):
+    """The old form of a call, which names its method in the body."""
+
+    method: str = ""
+    params: Raw = Raw(b"{}")
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+class PublishResult(Struct, frozen=True, omit_defaults=True):
+    offset: int = 0
+    epoch: str = ""
+
+
+class ErrorBody(Struct, frozen=True):
+    """What a caller learns of an error; `temporary` is for clients alone."""
+
+    code: int
+    message: str
+
+    @classmethod
+    def of(cls, error: ClientError) -> ErrorBody:
+        return cls(error.code, error.message)
+
+
+class APIResponse(Struct, frozen=True, omit_defaults=True):
+    """A result or an error, wrapped as the body of an answer."""
+
+    result: Any = None
+    error: ErrorBody | None = None
+
+
+class BroadcastResult(Struct, frozen=True):
+    responses: list[APIResponse]
+
+
+class BinaryPub(Struct, frozen=True, omit_defaults=True):
+    """A publication whose data JSON can't carry, so its `data` is null."""
+
+    b64data: str
+    data: None
+    info: messages.Info | None = None
+    offset: int = 0
+    tags: dict[str, str] | None = None
+
+
+class HistoryPageResult(Struct, frozen=True):
+    publications: list[messages.Pub | BinaryPub]
+    epoch: str
+    offset: int
+
+
+class ChannelInfo(Struct, frozen=True):
+    num_clients: int
+
+
+class ChannelsResult(Struct, frozen=True):
+    channels: dict[str, ChannelInfo]
+
+
+class InfoResult(Struct, frozen=True):
+    nodes: list[dict[str, Any]]
+
+
+class BatchResult(Struct, frozen=True):
+    replies: list[dict[str, Any]]
+
+
+# -- the API ----------------------------------------------------------------------------------------------------------
+
+
+class HTTPAPI:
+    """See the module."""
+
+    def __init__(
+        self,
+        operations: ServerAPI,
+        together: Gather = sequentially,
+        metrics: Metrics | None = None,
+        slices: TimeSlicer | None = None,
+    ) -> None:
+        """together: as for the operations. slices: for long work; None for no limit."""
+        self._slices = slices or TimeSlicer.unlimited()
+        self._operations = operations
+        self._together = together
+        self._metrics = metrics or Metrics()
+        self._counters: dict[tuple[str, int], Counter] = {}
+
+    async def call(self, method: str, body: bytes) -> Struct:
+        """The result of one call. Raises UnknownMethod, BadBody, and ClientError for all that the method refuses."""
+        try:
+            kind, answer = _METHODS[method]
+        except KeyError:
+            raise UnknownMethod(method) from None
+        request = _decoded(body, kind)
+        try:
+            result = await answer(self, request)
+        except EngineUnavailable:
+            self._count(method, errors.INTERNAL_ERROR[0])
+            raise ClientError(*errors.INTERNAL_ERROR) from None
+        except ClientError as error:
+            self._count(method, error.code)
+            raise
+        self._count(method, 0)
+        return result
+
+    def _count(self, method: str, code: int) -> None:
+        counter = self._counters.get((method, code))
+        if counter is None:
+            counter = self._counters[method, code] = self._metrics.counter(
+                "realtime_api_calls",
+                "Calls of the HTTP API, those in batches included, by error code; 0: none.",
+                method=method,
+                code=str(code),
+            )
+        counter.value += 1
+
+    async def call_named(self, body: bytes) -> Struct:
+        """The same for the old form, {"method": ..., "params": {...}}, where an unknown method is ClientError 104."""
+        named = _decoded(body, _Named)
+        try:
+            return await self.call(named.method, bytes(named.params))
+        except UnknownMethod:
+            raise ClientError(*NOT_FOUND) from None
+
+    async def _publish(self, request: _Publish) -> PublishResult:
+        position = await self._operations.publish(request.channel, **_publication(request))
+        return PublishResult(position.offset, position.epoch)
+
+    async def _broadcast(self, request: _Broadcast) -> BroadcastResult:
+        outcomes = await self._operations.broadcast(request.channels, **_publication(request))
+        return BroadcastResult([_response(outcome) for outcome in outcomes])
+
+    async def _subscribe(self, request: _Subscribe) -> messages.Empty:
+        override: dict[str, _Bool | None] = msgspec.structs.asdict(request.override or _Override())
+        await self._operations.subscribe(
+            **_target(request),
+            channel=request.channel,
+            info=_text(request.info, request.b64info),
+            data=_text(request.data, request.b64data),
+            recover_since=_position(request.recover_since),
+            override={name: option.value for name, option in override.items() if option is not None},
+            expire_at=request.expire_at,
+        )
+        return messages.EMPTY
+
+    async def _unsubscribe(self, request: _Unsubscribe) -> messages.Empty:
+        await self._operations.unsubscribe(**_target(request), channel=request.channel)
+        return messages.EMPTY
+
+    async def _disconnect(self, request: _Disconnect) -> messages.Empty:
+        code, reason = errors.FORCE_DISCONNECT
+        if request.disconnect is not None:
+            code, reason = request.disconnect.code, request.disconnect.reason
+        await self._operations.disconnect(
+            **_target(request), whitelist=request.whitelist or (), code=code, reason=reason
+        )
+        return messages.EMPTY
+
+    async def _refresh(self, request: _Refresh) -> messages.Empty:
+        await self._operations.refresh(
+            **_target(request), expired=request.expired, expire_at=request.expire_at, info=payload(request.info)
+        )
+        return messages.EMPTY
+
+    async def _presence(self, request: _Channel) -> messages.PresenceResult:
+        present = await self._operations.presence(request.channel)
+        infos = await self._slices.mapped(messages.info, present.values())
+        return messages.PresenceResult(dict(zip(present, infos, strict=True)))
+
+    async def _presence_stats(self, request: _Channel) -> messages.PresenceStatsResult:
+        return messages.PresenceStatsResult(*await self._operations.presence_stats(request.channel))
+
+    async def _history(self, request: _History) -> HistoryPageResult:
+        page = await self._operations.history(
+            request.channel, limit=request.limit, since=_position(request.since), reverse=request.reverse
+        )
+        publications = await self._slices.mapped(_pub, page.publications)
+        return HistoryPageResult(publications, page.position.epoch, page.position.offset)
+
+    async def _history_remove(self, request: _Channel) -> messages.Empty:
+        await self._operations.history_remove(request.channel)
+        return messages.EMPTY
+
+    async def _channels(self, request: _Channels) -> ChannelsResult:
+        found = await self._operations.channels(request.pattern)
+        return ChannelsResult({channel: ChannelInfo(count) for channel, count in found.items()})
+
+    async def _info(self, request: _Nothing) -> InfoResult:
+        return InfoResult(await self._operations.info())
+
+    async def _rpc(self, request: _RPC) -> Struct:
+        raise ClientError(*(NOT_FOUND if request.method else errors.BAD_REQUEST))  # the API itself has no procedures
+
+    async def _batch(self, request: _Batch) -> BatchResult:
+        run, size = (self._together, BATCH_AT_A_TIME) if request.parallel else (sequentially, 1)
+        replies: list[dict[str, Any]] = []
+        room = BATCH_BYTES
+        for begin in range(0, len(request.commands), size):
+            if room < 0:
+                refused = ErrorBody.of(ClientError(*errors.LIMIT_EXCEEDED))
+                replies += [{"error": refused}] * (len(request.commands) - begin)
+                break
+            for reply in await run([self._reply(command) for command in request.commands[begin : begin + size]]):
+                replies.append(reply)
+                room -= sum(len(result) for result in reply.values() if isinstance(result, Raw))
+        return BatchResult(replies)
+
+    async def _reply(self, command: dict[str, Raw] | None) -> dict[str, Any]:
+        try:
+            if command is None:
+                raise ClientError(*errors.BAD_REQUEST)
+            method = next((name for name in command if name in _METHODS and name != "batch"), "")
+            if not method:
+                raise ClientError(*NOT_FOUND)
+            return {method: Raw(msgspec.json.encode(await self.call(method, bytes(command[method]))))}
+        except BadBody:
+            return {"error": ErrorBody.of(ClientError(*errors.BAD_REQUEST))}
+        except ClientError as error:
+            return {"error": ErrorBody.of(error)}
+
+
+_METHODS: Mapping[str, tuple[type[Struct], Callable[[HTTPAPI, Any], Coroutine[Any, Any, Struct]]]] = {
+    "publish": (_Publish, HTTPAPI._publish),
+    "broadcast": (_Broadcast, HTTPAPI._broadcast),
+    "subscribe": (_Subscribe, HTTPAPI._subscribe),
+    "unsubscribe": (_Unsubscribe, HTTPAPI._unsubscribe),
+    "disconnect": (_Disconnect, HTTPAPI._disconnect),
+    "refresh": (_Refresh, HTTPAPI._refresh),
+    "presence": (_Channel, HTTPAPI._presence),
+    "presence_stats": (_Channel, HTTPAPI._presence_stats),
+    "history": (_History, HTTPAPI._history),
+    "history_remove": (_Channel, HTTPAPI._history_remove),
+    "channels": (_Channels, HTTPAPI._channels),
+    "info": (_Nothing, HTTPAPI._info),
+    "rpc": (_RPC, HTTPAPI._rpc),
+    "batch": (_Batch, HTTPAPI._batch),
+}
+
+
+def _decoded(body: bytes, kind: type[Any]) -> Any:
+    try:
+        body.decode()  # the decoder does not look at text that it only passes on
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise BadBody("not the JSON that the method wants") from None
+
+
+def _publication(request: _Publish) -> dict[str, Any]:
+    """What publish and broadcast take beside the channels. Raises ClientError 107 for data that can't be."""
+    data = _decoded_base64(request.b64data) if request.b64data else payload(request.data)
+    return {
+        "data": data,
+        "binary": bool(request.b64data) or not data,
+        "tags": request.tags,
+        "skip_history": request.skip_history,
+        "idempotency_key": request.idempotency_key,
+        "delta": request.delta,
+        "version": request.version,
+        "version_epoch": request.version_epoch,
+    }
+
+
+def _text(value: Raw | UnsetType, encoded: str) -> bytes:
+    """The JSON text of a field that may come in base64 instead, which wins. Raises ClientError 107 when it is none."""
+    if not encoded:
+        return payload(value)
+    text = _decoded_base64(encoded)
+    if not is_json(text):
+        raise ClientError(*errors.BAD_REQUEST)
+    return text
+
+
+def _decoded_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ClientError(*errors.BAD_REQUEST) from None
+
+
+def _target(request: _Target) -> dict[str, str]:
+    return {"user": request.user, "client": request.client, "session": request.session}
+
+
+def _position(position: StreamPosition | None) -> Position | None:
+    return Position(position.offset, position.epoch) if position is not None else None
+
+
+def _pub(publication: Publication) -> messages.Pub | BinaryPub:
+    plain = messages.pub(publication, json_text.one_line(publication.data))
+    if not publication.binary:
+        return plain
+    return BinaryPub(base64.b64encode(publication.data).decode(), None, plain.info, plain.offset, plain.tags)
+
+
+def _response(outcome: Position | ClientError) -> APIResponse:
+    if isinstance(outcome, ClientError):
+        return APIResponse(error=ErrorBody.of(outcome))
+    return APIResponse(result=PublishResult(outcome.offset, outcome.epoch))

@@ -1,0 +1,239 @@
+"""One child process as the supervisor holds it: its descriptors, its control link, its page, its exit.
+
+What happens to it is told to its owner. How a child begins is `realtime.process.child`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessExitedAlready
+from twisted.internet.protocol import Factory, ProcessProtocol, connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from realtime import metrics
+from realtime.metrics import Sample
+from realtime.process import control, log
+from realtime.process.stack_dumps import Dumps
+from realtime.supervision.vitals import RunningHandler, Vitals, VitalsPage
+from realtime.supervisor import systemd
+
+# Descriptors in the child; the slot's listening sockets follow.
+_LINK, _SETTINGS, _VITALS, _LISTEN = 3, 4, 5, 6
+_MAX_LINE = 16384
+
+_log = Logger(observer=log.observer)
+_heard = Logger()  # what the children write: they have left out already what is too unimportant
+
+
+class ChildProcessOwner(Protocol):
+    """Who is told. The process is given, since its slot may hold another one by then."""
+
+    def announced(self, process: ChildProcess) -> None: ...
+    def failed(self, process: ChildProcess, reason: str) -> None: ...
+    def unlinked(self, process: ChildProcess) -> None: ...
+    def hung_up(self, process: ChildProcess) -> None: ...
+    def exited(self, process: ChildProcess, status: int) -> None: ...
+
+
+class ChildProcess(ProcessProtocol):
+    """A running child. Its pid is not reused before `exited` was told: until then the kernel keeps its exit status."""
+
+    def __init__(self, owner: ChildProcessOwner, slot: int) -> None:
+        self.slot = slot
+        self.pid = 0
+        self._owner = owner
+        self._link = _Link(self, owner)
+        self._page: VitalsPage | None = None
+        self._vitals: Vitals | None = None
+        self._outputs = {1: _Output(), 2: _Output()}
+        self._dumps: Dumps | None = None
+
+    def start(self, reactor: Any, command: Sequence[str], settings: int, listen: Sequence[int], capture: bool) -> None:
+        """Spawn `command`, with the descriptors of settings and listening sockets, which stay the caller's.
+
+        capture: take what it writes to standard output and error into our log, instead of letting it inherit both.
+        Raises OSError.
+        """
+        self._page = VitalsPage.create()
+        self._dumps = Dumps(reactor.callLater)
+        try:
+            self._spawn(reactor, command, settings, listen, capture)
+        except OSError:
+            self._close_page()
+            raise
+
+    def _spawn(self, reactor: Any, command: Sequence[str], settings: int, listen: Sequence[int], capture: bool) -> None:
+        assert self._page is not None
+        sockets = {_LISTEN + number: fd for number, fd in enumerate(listen)}
+        stacks = _LISTEN + len(listen)
+        arguments = [
+            *("--slot", str(self.slot)),
+            *("--link", str(_LINK), "--settings", str(_SETTINGS), "--vitals", str(_VITALS)),
+            *("--stacks", str(stacks)),
+            *(("--listen", ",".join(map(str, sockets))) if sockets else ()),
+        ]
+        streams: dict[int, int | str] = {**({1: "r", 2: "r"} if capture else {1: 1, 2: 2}), stacks: "r"}
+        ours, theirs = socket.socketpair()
+        with ours, theirs, open(os.devnull, "rb") as null:
+            fds = {0: null.fileno(), _LINK: theirs.fileno(), _SETTINGS: settings, _VITALS: self._page.fd, **sockets}
+            transport = reactor.spawnProcess(
+                self, command[0], [*command, *arguments], env=_environment(os.environ), childFDs={**streams, **fds}
+            )
+            self.pid = transport.pid
+            ours.setblocking(False)
+            reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, Factory.forProtocol(lambda: self._link))
+
+    @property
+    def vitals(self) -> Vitals | None:
+        """Its latest signs of life; None before the first."""
+        if self._page is not None:
+            self._vitals = self._page.read() or self._vitals
+        return self._vitals
+
+    def glance(self) -> tuple[int, float, int]:
+        """The latest signs of life that tell a calm loop, see `VitalsPage.glance`; zeros before the first."""
+        return self._page.glance() if self._page is not None else (0, 0.0, 0)
+
+    @property
+    def running(self) -> RunningHandler | None:
+        """The handler that runs on its loop now."""
+        return self._page.running() if self._page is not None else None
+
+    def relieve(self, possible: bool) -> None:
+        """Let it know whether another worker can take new clients in its place."""
+        if self._page is not None:
+            self._page.relieve(possible)
+
+    def signal(self, number: int) -> None:
+        """Send a signal; without effect when the process has ended."""
+        if self.transport is not None:
+            with suppress(ProcessExitedAlready):
+                self.transport.signalProcess(number)
+
+    def dump(self, number: int) -> Deferred[str]:
+        """Have it write the stack of its loop's thread (STACK) or of all its threads (STACKS), as faulthandler does.
+
+        Its loop need not turn for that, but the process must not be stopped: give the Deferred a time limit.
+        """
+        assert self._dumps is not None
+        answer = self._dumps.next(number)
+        self.signal(number)
+        return answer
+
+    def drain(self, timeout: float) -> None:
+        """Tell it to finish within `timeout` seconds and exit."""
+        self._link.callRemote(control.Drain, timeout=timeout).addErrback(_ignore)
+
+    def introduce(self, slot: int, stream: int) -> Deferred[object]:
+        """Hand over one end of a data-plane stream. Keep `stream` open until the answer: a receiver that is out of
+        descriptors loses what was sent."""
+        return self._link.callRemote(control.Link, slot=slot, stream=stream)
+
+    def adopt_from(self, stream: int) -> Deferred[object]:
+        """Hand over the taker's end of `realtime.process.fd_passing`. Keep `stream` open until the answer."""
+        return self._link.callRemote(control.Adopt, stream=stream)
+
+    def report(self, what: str) -> Deferred[str]:
+        """What it tells of itself; see `realtime.process.diagnostics`. Its loop must turn for that."""
+        answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Report, what=what)
+        return answer.addCallback(lambda box: box["text"].decode("utf-8", "replace"))
+
+    def collect(self, names: Collection[str] = ()) -> Deferred[list[Sample]]:
+        """Its metrics now. names: only these; empty for all. Fails when they can't be had or can't be read."""
+        answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Collect, names=list(names))
+        return answer.addCallback(lambda box: metrics.load(box["metrics"]))
+
+    # From twisted.
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        output = self._outputs.get(childFD)
+        if output is not None:
+            output.take(data)
+        elif self._dumps is not None:
+            self._dumps.take(data)
+
+    def processExited(self, reason: Failure) -> None:
+        ended: Any = reason.value
+        self._vitals = self.vitals
+        self._close_page()
+        self._link.end()
+        if self._dumps is not None:
+            self._dumps.end()
+        for output in self._outputs.values():
+            output.flush()
+        self._owner.exited(self, -ended.signal if ended.signal else ended.exitCode)
+
+    def _close_page(self) -> None:
+        if self._page is not None:
+            self._page.close()
+            self._page = None
+
+
+class _Link(control.Peer):
+    """The supervisor's end of the control plane."""
+
+    def __init__(self, process: ChildProcess, owner: ChildProcessOwner) -> None:
+        super().__init__()
+        self._process = process
+        self._owner = owner
+
+    @control.Ready.responder
+    def _ready(self) -> dict[str, object]:
+        self._owner.announced(self._process)
+        return {}
+
+    @control.Failed.responder
+    def _failed(self, reason: str) -> dict[str, object]:
+        self._owner.failed(self._process, reason)
+        return {}
+
+    @control.LinkLost.responder
+    def _link_lost(self) -> dict[str, object]:
+        self._owner.unlinked(self._process)
+        return {}
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        super().connectionLost(reason)
+        self._owner.hung_up(self._process)
+
+    def end(self) -> None:
+        """Drop the link. What was asked over it fails."""
+        transport: Any = self.transport
+        if transport is not None:
+            transport.abortConnection()
+
+
+class _Output:
+    """What a child writes, into our log: its lines are already complete with time and name."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def take(self, data: bytes) -> None:
+        """Log the lines that `data` completes, and a line that grows too long in parts."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            _heard.info("{line}", line=line.decode("utf-8", "backslashreplace"))
+        if len(self._rest) > _MAX_LINE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Log what no newline has ended."""
+        if self._rest:
+            self.take(b"\n")
+
+
+def _environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Ours, without what the service manager meant for us alone."""
+    return {name: value for name, value in inherited.items() if name not in systemd.VARIABLES}
+
+
+def _ignore(_: Failure) -> None:
+    return None

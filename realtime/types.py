@@ -1,0 +1,148 @@
+"""The records that pass between rooms: who a client is, what was published, and where in a channel's history.
+
+They are msgspec Structs. Those written to the data plane are arrays: a field is only ever added at the end, with a
+default. Payloads there are `bytes` that are never parsed on the way: JSON text as the publisher sent it, byte for byte.
+The last three pass between the session and the application's handlers; their `data` and `info` are plain Python values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct, field
+
+
+class ClientInfo(Struct, frozen=True, array_like=True, gc=False):
+    """Who a connection is, as others see it: in presence, joins, leaves and on its publications.
+
+    user: the application's user id, "" for an anonymous connection. client: the id of this connection.
+    conn_info, chan_info: JSON text, or b"" for none; from the connection's and the subscription's credentials.
+    """
+
+    user: str
+    client: str
+    conn_info: bytes = b""
+    chan_info: bytes = b""
+
+
+class Position(Struct, frozen=True, array_like=True, gc=False):
+    """A place in a channel's history. offset: the number of the last publication, 0 before the first.
+
+    epoch: changes whenever the numbering starts again, so offsets of different epochs can't be compared. A
+    publication without history has the position (0, "").
+    """
+
+    offset: int = 0
+    epoch: str = ""
+
+
+class Publication(Struct, frozen=True, array_like=True, gc=False):
+    """One published message. offset: its number in the channel's history, 0 when the channel keeps none.
+
+    delta: subscribers that agreed on deltas may get it as one. binary: the data is not JSON text.
+    """
+
+    data: bytes
+    offset: int = 0
+    info: ClientInfo | None = None
+    tags: dict[str, str] | None = None
+    delta: bool = False
+    binary: bool = False
+
+
+class HistoryPage(Struct, frozen=True, array_like=True):
+    """What a history query returned, with the top of the stream at that moment."""
+
+    publications: list[Publication]
+    position: Position
+
+
+class HistoryOptions(Struct, frozen=True, array_like=True, gc=False):
+    """How much history a channel keeps.
+
+    size: publications. ttl: seconds after the latest publication until all are dropped. meta_ttl: seconds after the
+    last access until offset and epoch are forgotten too. A channel keeps history when size and ttl are both positive.
+    """
+
+    size: int = 0
+    ttl: float = 0.0
+    meta_ttl: float = 2_592_000.0
+
+    @property
+    def kept(self) -> bool:
+        """Whether publications are numbered and kept at all."""
+        return self.size > 0 and self.ttl > 0
+
+
+class SubscribeOptions(Struct, frozen=True, array_like=True):
+    """The terms of one subscription, beyond its channel's options.
+
+    info: shown to others in the channel; data: goes back to the client; both JSON text, or b"". expire_at: Unix
+    seconds, 0.0 for never. override: values that take the place of the channel's own options, by name; only of those
+    that `tokens.OVERRIDABLE` names.
+    """
+
+    info: bytes = b""
+    data: bytes = b""
+    expire_at: float = 0.0
+    override: dict[str, bool] = {}
+
+
+class EngineStats(Struct, frozen=True, array_like=True, gc=False):
+    """How many clients, distinct users, channels with a subscriber, and subscriptions there are, over all workers."""
+
+    clients: int = 0
+    users: int = 0
+    channels: int = 0
+    subscriptions: int = 0
+
+
+class ConnectRequest(Struct, frozen=True, kw_only=True):
+    """A client that asks to be let in, as `App.on_connecting` sees it. Everything here is the client's own word.
+
+    token: the connection token, "" for none; not yet verified. data: what the client sent along, decoded; None when
+    absent. headers: of the handshake, names in lower case. query: of the handshake's URL. remote_address: the peer's.
+    name, version: of the SDK or the application, as the client says.
+    """
+
+    token: str = ""
+    data: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    query: dict[str, str] = field(default_factory=dict)
+    remote_address: str = ""
+    name: str = ""
+    version: str = ""
+
+    def __repr__(self) -> str:  # keeps tokens and cookies out of logs
+        return f"<ConnectRequest of {self.name!r} from {self.remote_address!r}>"
+
+
+class Grant(Struct, frozen=True):
+    """Leave to subscribe, with extras: the answer of `App.on_subscribe`.
+
+    data: goes back to the client in the subscribe reply. info: shown to others in this channel. expire_at: Unix time in
+    seconds at which the subscription expires; None for never. override: values in place of the channel's own options
+    "presence", "join_leave", "force_push_join_leave", "force_recovery", "force_positioning".
+    """
+
+    data: Any = None
+    info: Any = None
+    expire_at: int | None = None
+    override: dict[str, bool] = {}
+
+
+class Credentials(Struct, frozen=True):
+    """Who a connection is from now on: the answer of `App.on_connecting`.
+
+    user: the application's user id, "" for an anonymous connection. info: shown to others in presence, joins and
+    publications. data: goes back to the client in the connect reply. expire_at: Unix time in seconds at which the
+    connection expires; None for never. channels, subs: what the client is subscribed to from the start, without and
+    with extras.
+    """
+
+    user: str = ""
+    info: Any = None
+    data: Any = None
+    expire_at: int | None = None
+    channels: tuple[str, ...] | list[str] = ()
+    subs: dict[str, Grant] = {}

@@ -1,0 +1,85 @@
+"""What the installation is checked for before anything starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from realtime.cli import environment
+
+
+def install(folder: Path, name: str, version: str, *lines: str, package: str | None = None) -> None:
+    """Put the metadata of a distribution where Python finds it."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    info.joinpath("METADATA").write_text(
+        "\n".join(["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *lines])
+    )
+    if package:
+        info.joinpath("top_level.txt").write_text(package)
+
+
+def test_this_environment_is_sound() -> None:
+    assert environment.problems() == []
+
+
+def test_another_distribution_with_our_package_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "realtime", "2.34.1", package="realtime")
+    monkeypatch.syspath_prepend(tmp_path)
+    (line,) = environment.problems()
+    assert line.startswith("realtime: also installs the package `realtime`")
+    assert "reinstall twisted-realtime in a virtual environment without it" in line
+
+
+def test_the_server_does_not_start_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "realtime", "2.34.1", package="realtime")
+    root = Path(environment.__file__).parent.parent
+    for command in (
+        ["twisted.scripts.twistd", "run()", "-n", "realtime"],
+        ["realtime.cli.main", "sys.exit(main())", "check-config"],
+    ):
+        module, call, *arguments = command
+        code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(root)!r}]; from {module} import *; {call}"
+        code = code.replace("import *", "import run" if call == "run()" else "import main")
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 78
+        assert done.stderr.startswith("realtime: also installs the package `realtime`")
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("requirement", "version", "refused"),
+    [
+        ("fake[tls]>=26.10", "26.9.1", True),
+        ("fake[tls]>=26.10", "26.10.0", False),
+        ("fake>=26.10", "27.1rc1", False),
+        ("fake>=2", "1.99", True),
+        ("fake>=2; extra == 'dev'", "1.0", False),
+        ("fake", "0.1", False),
+        ("absent>=2", "1.0", False),
+    ],
+)
+def test_a_library_below_its_floor_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requirement: str, version: str, refused: bool
+) -> None:
+    install(tmp_path, "fake", version)
+    install(tmp_path, "twisted-realtime", "9.9", f"Requires-Dist: {requirement}")
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = environment.problems()
+    assert len(lines) == refused
+    assert all(line.startswith(f"fake: version {version} is too old") and "pip install" in line for line in lines)
+
+
+@pytest.mark.parametrize("environ", [{}, {"AUTOBAHN_USE_NVX": "0"}, {"AUTOBAHN_USE_NVX": "No"}])
+def test_acceleration_is_judged_as_autobahn_judges_it(environ: dict[str, str]) -> None:
+    code = "from autobahn.websocket import USES_NVX; print(USES_NVX)"
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str(environment.is_accelerated(environ))
+    assert len(environment.warnings(environ)) == (done.stdout.strip() == "False")

@@ -1,0 +1,244 @@
+"""The commands as an operator runs them: `realtime ...` and `twistd realtime`, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from realtime import __version__
+from realtime.config.settings import read
+
+ROOT = Path(__file__).parents[2]
+REALTIME = [sys.executable, "-m", "realtime"]
+TWISTD = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
+EX_CONFIG = 78
+
+
+def run(command: list[str], cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("REALTIME_", "CENTRIFUGO_"))}
+    inherited["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(
+        command, cwd=cwd, env=inherited | environ, capture_output=True, text=True, timeout=60, umask=0o022
+    )
+
+
+def realtime(cwd: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return run([*REALTIME, *arguments], cwd, **environ)
+
+
+def twistd(cwd: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return run([*TWISTD, "-n", "realtime", *arguments], cwd, **environ)
+
+
+# check-config and the start of the server.
+
+BAD = {
+    "unknown key": "[client]\nping_intervall = '25s'",
+    "bad unit": "[client]\nping_interval = 25",
+    "bad TOML": "[client",
+    "contradiction": "[client]\npong_timeout = '30s'",
+    "several": "[client]\npong_timeout = '30s'\n[log]\nlevel = 5\n[workers]\ncount = -1\nx = 1",
+    "missing folder": "[app]\nmodule = 'chat:app'\npath = 'nowhere'",
+}
+
+
+@pytest.mark.parametrize("text", BAD.values(), ids=BAD)
+def test_check_config_and_the_server_refuse_alike_and_nothing_is_bound(tmp_path: Path, text: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        # A server that came so far as to bind would complain of this port as well.
+        port = taken.getsockname()[1]
+        (tmp_path / "realtime.toml").write_text(text)
+        environ = {"REALTIME_HTTP_SERVER_ADDRESS": "127.0.0.1", "REALTIME_HTTP_SERVER_PORT": str(port)}
+        checked = realtime(tmp_path, "check-config", "--config", "realtime.toml", **environ)
+        started = twistd(tmp_path, "--config", "realtime.toml", **environ)
+    assert checked.returncode == started.returncode == EX_CONFIG
+    assert checked.stdout == started.stdout == ""
+    assert checked.stderr == started.stderr
+    assert "Traceback" not in checked.stderr
+    for line in checked.stderr.splitlines():
+        assert re.match(r"realtime\.toml:\d+: |app\.path: ", line), line
+    assert os.listdir(tmp_path) == ["realtime.toml"]
+
+
+def test_each_problem_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "realtime.toml").write_text(BAD["several"])
+    checked = realtime(tmp_path, "check-config", "-c", "realtime.toml")
+    assert [line.split(": ")[1] for line in checked.stderr.splitlines()] == [
+        "log.level",
+        "workers.count",
+        "workers.x",
+        "client.pong_timeout",
+    ]
+
+
+@pytest.mark.parametrize("config", ["missing.toml", ".", "/dev/null/x"])
+def test_a_file_that_can_not_be_read_is_one_line(tmp_path: Path, config: str) -> None:
+    checked = realtime(tmp_path, "check-config", "-c", config)
+    started = twistd(tmp_path, "-c", config)
+    assert checked.returncode == started.returncode == EX_CONFIG
+    assert checked.stderr == started.stderr
+    assert checked.stderr.count("\n") == 1
+    assert checked.stderr.startswith(f"{config}: can't be read: ")
+
+
+def test_a_wrong_variable_is_refused_by_both(tmp_path: Path) -> None:
+    checked = realtime(tmp_path, "check-config", REALTIME_WORKERS_COUNT="two")
+    started = twistd(tmp_path, REALTIME_WORKERS_COUNT="two")
+    assert checked.returncode == started.returncode == EX_CONFIG
+    assert checked.stderr == started.stderr
+    assert checked.stderr.startswith("REALTIME_WORKERS_COUNT: workers.count: expected a whole number")
+
+
+@pytest.mark.parametrize(("option", "key"), [("--workers", "workers.count"), ("--port", "http_server.port")])
+def test_a_wrong_option_value_is_a_wrong_configuration(tmp_path: Path, option: str, key: str) -> None:
+    started = twistd(tmp_path, option, "many")
+    assert started.returncode == EX_CONFIG
+    assert started.stderr.startswith(f"command line: {key}: expected a whole number")
+    assert started.stderr.count("\n") == 1
+
+
+def test_the_daemon_refuses_on_the_terminal_before_it_forks(tmp_path: Path) -> None:
+    (tmp_path / "realtime.toml").write_text("x = 1")
+    started = run([*TWISTD, "realtime", "-c", "realtime.toml"], tmp_path)
+    assert started.returncode == EX_CONFIG
+    assert started.stderr.startswith("realtime.toml:1: x: unknown key")
+    assert os.listdir(tmp_path) == ["realtime.toml"]
+
+
+def test_an_unknown_option_of_the_server_is_twistds_to_refuse(tmp_path: Path) -> None:
+    started = twistd(tmp_path, "--nope")
+    assert started.returncode == 1
+    assert "option --nope not recognized" in started.stdout + started.stderr
+    assert "Traceback" not in started.stdout + started.stderr
+
+
+def test_the_servers_options_are_in_its_help(tmp_path: Path) -> None:
+    started = twistd(tmp_path, "--help")
+    assert started.returncode == 0
+    for option in ("--config", "--workers", "--app", "--port", "--version"):
+        assert option in started.stdout
+    assert twistd(tmp_path, "--version").stdout == f"realtime {__version__}\n"
+
+
+def test_warnings_are_told_and_are_fatal_only_when_strict(tmp_path: Path) -> None:
+    environ = {"REALTIME_CLIENT_INSECURE": "true", "REALTIME_OOPS": "1", "CENTRIFUGO_PORT": "1"}
+    checked = realtime(tmp_path, "check-config", **environ)
+    assert checked.returncode == 0
+    assert checked.stdout == "environment: good\n"
+    assert [line.split(": ")[:2] for line in checked.stderr.splitlines()] == [
+        ["warning", "client.insecure"],
+        ["warning", "REALTIME_OOPS"],
+        ["warning", "CENTRIFUGO_PORT"],
+    ]
+    assert realtime(tmp_path, "check-config", "--strict", **environ).returncode == EX_CONFIG
+    assert realtime(tmp_path, "check-config", "--strict").returncode == 0
+
+
+def test_centrifugos_spelling_of_the_commands_works(tmp_path: Path) -> None:
+    assert realtime(tmp_path, "genconfig", "-c", "new.toml").returncode == 0
+    assert realtime(tmp_path, "checkconfig", "-c", "new.toml").returncode == 0
+
+
+# gen-config.
+
+
+def test_a_generated_file_is_good_is_the_owners_alone_and_is_never_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "realtime.toml"
+    first = realtime(tmp_path, "gen-config", "--config", "realtime.toml")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    settings = read(str(file), {}, {})
+    for secret in (settings.client.token.hmac_secret_key, settings.http_api.key):
+        assert len(secret) >= 32
+        assert secret not in first.stdout
+    assert realtime(tmp_path, "check-config", "--strict", "-c", "realtime.toml").returncode == 0
+
+    before = file.read_text()
+    second = realtime(tmp_path, "gen-config", "--config", "realtime.toml")
+    assert second.returncode == 1
+    assert second.stderr.startswith("realtime.toml: can't be written: File exists; ")
+    assert file.read_text() == before
+
+
+def test_a_generated_file_does_not_follow_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link.toml").symlink_to(tmp_path / "elsewhere.toml")
+    assert realtime(tmp_path, "gen-config", "-c", "link.toml").returncode == 1
+    assert not (tmp_path / "elsewhere.toml").exists()
+
+
+def test_a_file_in_a_missing_folder_is_not_written(tmp_path: Path) -> None:
+    done = realtime(tmp_path, "gen-config", "-c", "no/realtime.toml")
+    assert done.returncode == 1
+    assert done.stderr == "no/realtime.toml: can't be written: No such file or directory; name another file\n"
+
+
+def test_a_printed_configuration_has_fresh_secrets_each_time(tmp_path: Path) -> None:
+    secrets = set()
+    for number in range(2):
+        done = realtime(tmp_path, "gen-config")
+        (tmp_path / f"{number}.toml").write_text(done.stdout)
+        settings = read(str(tmp_path / f"{number}.toml"), {}, {})
+        secrets |= {settings.client.token.hmac_secret_key, settings.http_api.key}
+    assert len(secrets) == 4
+
+
+# The rest.
+
+
+def test_info_tells_what_a_report_of_a_fault_needs(tmp_path: Path) -> None:
+    done = realtime(tmp_path, "info")
+    assert done.returncode == 0
+    told = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert told["realtime"] == __version__
+    assert told["python"].endswith(sys.version.split()[0])
+    for name in ("twisted", "autobahn", "msgspec", "nvx", "kernel", "steering", "port sharing"):
+        assert told[name]
+
+
+def test_the_version_is_one_line(tmp_path: Path) -> None:
+    done = realtime(tmp_path, "--version")
+    assert (done.returncode, done.stdout) == (0, f"realtime {__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["check-config", "--nope"], ["check-config", "extra"]])
+def test_wrong_usage_is_status_2(tmp_path: Path, arguments: list[str]) -> None:
+    done = realtime(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: realtime")
+    assert "Traceback" not in done.stderr
+
+
+# dump.
+
+
+def test_without_a_server_a_dump_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    done = realtime(tmp_path, "dump", "stacks", "--port", str(port))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert f"http://127.0.0.1:{port}/dump?worker=0&what=stacks: nobody answers" in done.stderr
+
+
+def test_a_dump_is_not_asked_of_a_proxy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.create_server(("127.0.0.1", 0)) as free:
+        proxy.settimeout(0)
+        port = free.getsockname()[1]
+        free.close()
+        environ = {"http_proxy": f"http://127.0.0.1:{proxy.getsockname()[1]}", "no_proxy": ""}
+        done = realtime(tmp_path, "dump", "stacks", "--port", str(port), **environ)
+        assert "nobody answers" in done.stderr
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+
+
+def test_a_dump_with_a_wrong_configuration_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[client")
+    assert realtime(tmp_path, "dump", "stacks", "--config", "bad.toml").returncode == EX_CONFIG

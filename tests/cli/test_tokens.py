@@ -1,0 +1,274 @@
+"""`realtime gen-token`, `check-token` and their kin, as an operator runs them."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from realtime.cli import main
+from realtime.cli.main import parser
+
+ROOT = Path(__file__).parents[2]
+SECRET = "a secret of thirty-two characters"
+OTHER = "another one of enough characters"
+EX_CONFIG = 78
+KEY = rsa.generate_private_key(65537, 2048)
+
+
+@pytest.fixture
+def realtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command in this process: its status, what it printed, and what it complained of."""
+    for name in os.environ:
+        if name.startswith(("REALTIME_", "CENTRIFUGO_")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, config: str | None = None) -> tuple[int, str, str]:
+        if config is not None:
+            (tmp_path / "realtime.toml").write_text(config)
+            arguments = (*arguments, "-c", "realtime.toml")
+        monkeypatch.setattr(sys, "argv", ["realtime", *arguments])
+        try:
+            status = main.main()
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+ONE = f"[client.token]\nhmac_secret_key = '{SECRET}'"
+TWO = f"{ONE}\n[client.subscription_token]\nenabled = true\nhmac_secret_key = '{OTHER}'"
+
+
+def claims_of(token: str, secret: str = SECRET) -> dict[str, Any]:
+    return jwt.decode(token, secret, ["HS256"], options={"verify_aud": False})
+
+
+@pytest.mark.parametrize("name", ["gen-token", "gentoken"])
+def test_a_connection_token(realtime: Any, name: str) -> None:
+    status, out, complaints = realtime(name, "-u", "42", config=ONE)
+    assert (status, complaints) == (0, "")
+    first, token = out.splitlines()
+    assert first == 'token of user "42", good for 168h:'
+    claims = claims_of(token)
+    assert claims.keys() == {"sub", "iat", "exp"}
+    assert claims["sub"] == "42"
+    assert claims["exp"] - claims["iat"] == 604_800
+    assert abs(claims["iat"] - time.time()) < 60
+
+
+@pytest.mark.parametrize(
+    ("ttl", "seconds"), [("60", 60), ("1m", 60), ("1h30m", 5400), ("1.5s", 1), ("-1", None), ("100000", 100_000)]
+)
+def test_the_lifetime(realtime: Any, ttl: str, seconds: int | None) -> None:
+    status, token, _ = realtime("gen-token", "--ttl", ttl, "--quiet", config=ONE)
+    assert status == 0
+    claims = claims_of(token)
+    assert claims.get("exp") == (None if seconds is None else claims["iat"] + seconds)
+    assert claims["sub"] == ""
+
+
+@pytest.mark.parametrize("ttl", ["0", "-2", "x", "1d", "300ms", "", "99999999999", "9" * 5000])
+def test_a_lifetime_that_is_none_is_wrong_usage(realtime: Any, ttl: str) -> None:
+    status, out, complaints = realtime("gen-token", "--ttl", ttl, config=ONE)
+    assert (status, out) == (2, "")
+    assert "-1 for no end" in complaints
+
+
+def test_quiet_is_the_token_alone(realtime: Any) -> None:
+    _, out, _ = realtime("gen-token", "-q", config=ONE)
+    assert not out.endswith("\n")
+    assert out.count(".") == 2
+
+
+@pytest.mark.parametrize(("config", "secret"), [(ONE, SECRET), (TWO, OTHER)])
+@pytest.mark.parametrize("name", ["gen-sub-token", "gensubtoken"])
+def test_a_subscription_token_by_the_key_of_its_table(realtime: Any, name: str, config: str, secret: str) -> None:
+    status, out, _ = realtime(name, "-u", "42", "-s", "$chat", config=config)
+    assert status == 0
+    first, token = out.splitlines()
+    assert first == 'token of user "42" and channel "$chat", good for 168h:'
+    assert claims_of(token, secret)["channel"] == "$chat"
+    status, _, complaints = realtime(name, "-u", "42", config=config)
+    assert status == 2
+    assert "--channel" in complaints
+
+
+def test_what_the_server_wants_in_a_token_is_in_it(realtime: Any) -> None:
+    config = f"{ONE}\naudience = 'chat'\nissuer = 'tests'\nuser_id_claim = 'user_id'"
+    status, token, _ = realtime("gen-token", "-q", "-u", "42", config=config)
+    assert status == 0
+    claims = claims_of(token)
+    assert (claims["aud"], claims["iss"], claims["user_id"]) == ("chat", "tests", "42")
+    assert "sub" not in claims
+    assert realtime("check-token", token, config=config)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("", "client.token.hmac_secret_key: empty"),
+        (f"{ONE}\njwks_public_endpoint = 'https://id.example/keys'", "client.token.jwks_public_endpoint: only"),
+        (f"{ONE}\nissuer_regex = '^https:'", "client.token: the server would refuse the token: iss matches no pattern"),
+        (f"{ONE}\nmax_length = 10", "client.token: the server would refuse the token: too long"),
+        ("[client.token]\nhmac = 5", "realtime.toml:2: client.token.hmac: unknown key"),
+        ("[client", "realtime.toml:1: "),
+    ],
+)
+def test_a_token_that_would_not_be_taken_is_not_made(realtime: Any, config: str, says: str) -> None:
+    status, out, complaints = realtime("gen-token", config=config)
+    assert (status, out) == (EX_CONFIG, "")
+    assert complaints.startswith(says)
+    assert complaints.count("\n") == 1
+
+
+def test_the_table_of_subscription_tokens_inherits_no_key(realtime: Any) -> None:
+    config = f"{ONE}\n[client.subscription_token]\nenabled = true"
+    status, _, complaints = realtime("gen-sub-token", "-s", "news", config=config)
+    assert status == EX_CONFIG
+    assert complaints.startswith("client.subscription_token.hmac_secret_key: empty")
+
+
+def test_a_user_of_any_bytes(realtime: Any) -> None:
+    for user in ("é", '"', "\n", "\udcff"):
+        status, out, complaints = realtime("gen-token", "-u", user, config=ONE)
+        assert len((out or complaints).splitlines()) == (2 if status == 0 else 1)
+        assert status == (EX_CONFIG if user == "\udcff" else 0)
+
+
+# check-token.
+
+
+@pytest.mark.parametrize("name", ["check-token", "checktoken"])
+def test_a_good_token(realtime: Any, name: str) -> None:
+    token = jwt.encode({"sub": "42", "exp": 4_000_000_000, "info": {"name": "é"}, "x": [1]}, SECRET)
+    status, out, complaints = realtime(name, token, config=ONE)
+    assert (status, complaints) == (0, "")
+    first, _, rest = out.partition("\n")
+    assert first == 'good: user "42", until 2096-10-02 07:06:40 UTC'
+    assert json.loads(rest) == {"sub": "42", "exp": 4_000_000_000, "info": {"name": "é"}, "x": [1]}
+    assert out.isascii()
+
+
+@pytest.mark.parametrize("name", ["check-sub-token", "checksubtoken"])
+def test_a_good_subscription_token(realtime: Any, name: str) -> None:
+    token = jwt.encode({"sub": "42", "channel": "news", "exp": 2**53, "expire_at": 0}, OTHER)
+    status, out, _ = realtime(name, token, config=TWO)
+    assert status == 0
+    assert out.startswith('good: user "42", subscribes to "news", for ever\n')
+    assert realtime(name, jwt.encode({"channel": "news", "exp": 2**53}, OTHER), config=TWO)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        ("", "not three parts"),
+        ("hush", "not three parts"),
+        (jwt.encode({"sub": "42"}, OTHER), "not signed by a key that we know"),
+        (jwt.encode({"sub": "42", "exp": 1}, SECRET), "it has expired"),
+        (jwt.encode({"sub": "42", "channel": "news"}, SECRET), "can't open a connection"),
+        (jwt.encode({"sub": "42", "b64info": "!"}, SECRET), "info is no JSON"),
+        (jwt.encode({"exp": 4_000_000_000}, SECRET), "it has no user"),
+    ],
+)
+def test_a_token_that_is_refused(realtime: Any, token: str, says: str) -> None:
+    config = f"client.disallow_anonymous_connection_tokens = true\n{ONE}"
+    status, out, complaints = realtime("check-token", token, config=config)
+    assert (status, out) == (1, "")
+    assert complaints.startswith("refused: ")
+    assert says in complaints
+    assert complaints.count("\n") == 1
+
+
+def test_public_keys(realtime: Any) -> None:
+    elliptic = ec.generate_private_key(ec.SECP256R1())
+    pems = [
+        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+        for key in (KEY, elliptic)
+    ]
+    config = f'[client.token]\nrsa_public_key = """{pems[0]}"""\necdsa_public_key = """{pems[1]}"""'
+    for key, algorithm in ((KEY, "RS256"), (elliptic, "ES256")):
+        status, out, _ = realtime("check-token", jwt.encode({"sub": "42"}, key, algorithm), config=config)
+        assert status == 0
+        assert out.startswith('good: user "42"')
+
+
+class Provider(http.server.BaseHTTPRequestHandler):
+    """Publishes KEY at /keys, and leads astray elsewhere."""
+
+    def do_GET(self) -> None:
+        body = b""
+        if self.path == "/keys":
+            described = jwt.get_algorithm_by_name("RS256").to_jwk(KEY.public_key(), as_dict=True)
+            body = json.dumps({"keys": [described | {"kid": "one", "use": "sig"}]}).encode()
+            self.send_response(200)
+        else:
+            self.send_response(302)
+            self.send_header("Location", "/keys")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None: ...
+
+
+@pytest.fixture
+def provider() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Provider) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_key_set_is_fetched(realtime: Any, provider: str) -> None:
+    config = f"[client.token]\njwks_public_endpoint = '{provider}/keys'\njwks_allow_insecure = true"
+    status, out, _ = realtime("check-token", jwt.encode({"sub": "42"}, KEY, "RS256", {"kid": "one"}), config=config)
+    assert status == 0
+    assert out.startswith('good: user "42"')
+    status, _, complaints = realtime("check-token", jwt.encode({}, KEY, "RS256", {"kid": "two"}), config=config)
+    assert (status, complaints) == (1, "refused: not signed by a key that we know\n")
+
+
+def test_a_key_set_that_can_not_be_had(realtime: Any, provider: str) -> None:
+    token = jwt.encode({"sub": "42"}, KEY, "RS256", {"kid": "one"})
+    for address, allowed, says in (
+        (f"{provider}/elsewhere", "true", "status 302"),
+        ("http://127.0.0.1:1/keys", "true", "URLError"),
+        (f"{provider}/keys".replace("http:", "https:"), "false", "the address is not public"),
+    ):
+        config = f"[client.token]\njwks_public_endpoint = '{address}'\njwks_allow_insecure = {allowed}"
+        status, out, complaints = realtime("check-token", token, config=config)
+        assert (status, out) == (1, "")
+        assert complaints == f"not judged: no key set from 127.0.0.1: {says}\n"
+
+
+def test_the_commands_are_in_the_help() -> None:
+    text = parser().format_help()
+    for name in ("gen-token", "gen-sub-token", "check-token", "check-sub-token"):
+        assert name in text
+
+
+def test_a_weak_secret_makes_a_token_without_ado_and_without_twisted(tmp_path: Path) -> None:
+    """In a process of its own, where libraries may warn as they like."""
+    environ = os.environ | {"REALTIME_CLIENT_TOKEN_HMAC_SECRET_KEY": "secret", "PYTHONPATH": str(ROOT)}
+    code = "import sys, realtime.cli.main as m; s = m.main(); sys.exit(s or ('twisted' in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "gen-token", "-q"], cwd=tmp_path, env=environ, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(base64.urlsafe_b64decode(done.stdout.split(b".")[0] + b"==")) == {"alg": "HS256", "typ": "JWT"}

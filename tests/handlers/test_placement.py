@@ -1,0 +1,159 @@
+"""Where a function with run="auto" runs, by a clock that the test moves."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from twisted.internet import reactor as global_reactor
+from twisted.internet.task import Clock
+from twisted.logger import Logger
+
+from realtime.app import App
+from realtime.config.settings import WorkersSettings
+from realtime.errors import ClientError
+from realtime.handlers.dispatch import Dispatcher
+from realtime.handlers.placement import CALM, WITHIN, Placement
+from realtime.metrics import Metrics
+from tests.driving import on_loop
+
+SLOW = 0.05
+
+
+def moved(auto: Placement, *calls: tuple[float, float]) -> list[bool]:
+    """Note calls (seconds that one took, when it ended) where the function runs at that time."""
+    return [auto.took(seconds, auto.where, now) for seconds, now in calls]
+
+
+def test_quick_calls_stay_on_the_loop() -> None:
+    auto = Placement(SLOW)
+    assert not any(moved(auto, *((0.049, now / 10) for now in range(1000))))
+    assert auto.where == "loop"
+
+
+def test_the_third_slow_call_within_a_minute_moves_to_threads() -> None:
+    auto = Placement(SLOW)
+    assert moved(auto, (SLOW, 100.0), (0.001, 101.0), (0.3, 130.0), (0.001, 131.0), (0.3, 100.0 + WITHIN)) == [
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert auto.where == "thread"
+
+
+def test_slow_calls_that_are_further_apart_do_not() -> None:
+    auto = Placement(SLOW)
+    assert not any(moved(auto, *((1.0, number * (WITHIN / 2 + 0.1)) for number in range(100))))
+
+
+def test_without_a_limit_nothing_is_slow() -> None:
+    auto = Placement(0.0)
+    assert not any(moved(auto, *((9.0, number) for number in range(100))))
+
+
+def in_threads(now: float) -> Placement:
+    auto = Placement(SLOW)
+    moved(auto, *[(1.0, now)] * 3)
+    assert auto.where == "thread"
+    return auto
+
+
+def test_a_calm_spell_moves_back() -> None:
+    auto = in_threads(100.0)
+    assert moved(auto, (0.01, 100.0 + CALM - 0.1), (0.01, 100.0 + CALM)) == [False, True]
+    assert auto.where == "loop"
+
+
+def test_a_slow_call_begins_the_spell_anew() -> None:
+    auto = in_threads(100.0)
+    calls = (0.01, 140.0), (SLOW, 150.0), (0.01, 100.0 + CALM), (0.01, 149.9 + CALM), (0.01, 150.0 + CALM)
+    assert moved(auto, *calls) == [False, False, False, False, True]
+
+
+def test_back_on_the_loop_it_takes_three_again() -> None:
+    auto = in_threads(100.0)
+    moved(auto, (0.01, 100.0 + CALM))
+    assert moved(auto, (1.0, 161.0), (1.0, 162.0), (1.0, 163.0)) == [False, False, True]
+
+
+def test_calls_that_began_before_the_move_do_not_count_after_it() -> None:
+    auto = in_threads(100.0)
+    assert not auto.took(0.01, "loop", 100.0 + CALM)
+    assert auto.where == "thread"
+
+
+# -- carried out ------------------------------------------------------------------------------------------------------
+
+
+class ClockedReactor(Clock):
+    callFromThread = staticmethod(global_reactor.callFromThread)
+
+
+class Bench:
+    """One handler with run="auto", called with the seconds that it is to take; negative: to raise then."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        self.clock = ClockedReactor()
+        self.logged: list[str] = []
+        app = App()
+        app.rpc("f", run="auto")(self.f)
+        self.dispatcher = Dispatcher(
+            app, self.clock, WorkersSettings(handler_timeout=0), self.metrics, Logger(observer=self._observe), slow=0.01
+        )
+
+    def f(self, data: float) -> str:
+        time.sleep(abs(data))
+        if data < 0:
+            raise ClientError(444, "no")
+        return "loop" if threading.current_thread() is threading.main_thread() else "thread"
+
+    def _observe(self, event: dict[str, Any]) -> None:
+        self.logged.append(event["log_format"].format(**event))
+
+    async def call(self, seconds: float) -> str:
+        procedure = self.dispatcher.procedure("f")
+        assert procedure is not None
+        return bytes(await procedure(None, seconds)).decode().strip('"')
+
+    def moves(self, to: str) -> float:
+        wanted = [("handler", "rpc f"), ("to", to)]
+        return next(one.value for one in self.metrics.snapshot() if one.labels == wanted)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.dispatcher.threads._pool.stop()
+
+
+@on_loop
+async def test_a_handler_moves_to_threads_and_back_with_a_line_and_a_count_each(bench: Bench) -> None:
+    await bench.dispatcher.start()
+    assert [await bench.call(0.02) for _ in range(4)] == ["loop", "loop", "loop", "thread"]
+    assert (bench.moves("thread"), bench.moves("loop")) == (1, 0)
+    [line] = bench.logged
+    assert line.startswith("rpc f at ")
+    assert "runs in threads from now on" in line
+    while bench.moves("loop") == 0:
+        bench.clock.advance(CALM)
+        assert await bench.call(0.002) == "thread"
+        await asyncio.sleep(0)
+    assert await bench.call(0.002) == "loop"
+    assert len(bench.logged) == 2
+
+
+@on_loop
+async def test_calls_that_raise_count_as_others(bench: Bench) -> None:
+    await bench.dispatcher.start()
+    for _ in range(3):
+        with pytest.raises(ClientError):
+            await bench.call(-0.02)
+    assert bench.moves("thread") == 1

@@ -1,0 +1,337 @@
+"""What becomes of calls while the worker is under pressure, and of answers that are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from realtime.app import App, Request
+from realtime.cache import Cache, Host
+from realtime.config.settings import WorkersSettings
+from realtime.errors import TOO_MANY_REQUESTS, ClientError, HandlerTimeout, Overloaded
+from realtime.handlers.coroutines import start_future
+from realtime.handlers.dispatch import Dispatcher
+from realtime.metrics import Metrics
+from realtime.supervision.loop_time import LoopTimeLedger
+from tests.driving import on_loop
+
+
+class Pressure:
+    """A worker's pressure, as the test sets it."""
+
+    def __init__(self) -> None:
+        self.reasons: tuple[str, ...] = ()
+
+    @property
+    def pressed(self) -> bool:
+        return bool(self.reasons)
+
+
+class FakeClient:
+    def __init__(self, user: str) -> None:
+        self.user = user
+
+
+class Bench:
+    """An App on a dispatcher, whose pressure and caches' clock the test sets."""
+
+    def __init__(self) -> None:
+        self.app = App()
+        self.pressure = Pressure()
+        self.metrics = Metrics()
+        self.now = 0.0
+        self.logged: list[dict[str, Any]] = []
+        self.calls = 0
+
+    def cache(self, ttl: float = 10, stale: float = 30, **options: Any) -> Cache:
+        host = Host(clock=lambda: self.now, load=lambda: float(self.pressure.pressed))
+        return Cache(ttl, stale, host=host, **options)
+
+    def answer(self, *_: Any) -> int:
+        """What the handlers of these tests return: the number of this call."""
+        self.calls += 1
+        return self.calls
+
+    async def start(self) -> None:
+        log = Logger(observer=self.logged.append)
+        self.accounts = LoopTimeLedger(time.monotonic_ns)
+        self.dispatcher = Dispatcher(
+            self.app, reactor, WorkersSettings(), self.metrics, log, pressure=self.pressure, accounts=self.accounts
+        )
+        await self.dispatcher.start()
+        self.dispatcher.bind(None)  # type: ignore[arg-type]
+
+    async def call(self, data: Any = None, user: str = "ada") -> Any:
+        """The text of the answer of rpc "f"."""
+        procedure = self.dispatcher.procedure("f")
+        assert procedure is not None
+        return bytes(await procedure(FakeClient(user), data)).decode()
+
+    async def get(self, path: str = "/f", **query: str) -> str:
+        """The body of the answer to a request."""
+        route = self.dispatcher.route("GET", path)
+        assert route is not None
+        answer = await route.perform(Request("GET", path, query, {}, b""))
+        return bytes(answer.body).decode()
+
+    def shed(self) -> dict[tuple[str, str], float]:
+        return {
+            (dict(one.labels)["what"], dict(one.labels)["why"]): one.value
+            for one in self.metrics.snapshot()
+            if one.name == "realtime_shed"
+        }
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.dispatcher.threads._pool.stop()
+
+
+@on_loop
+async def test_a_route_is_refused_under_pressure_and_a_procedure_is_not(bench: Bench) -> None:
+    @bench.app.http.get("/f")
+    async def route(request: Request) -> Any:
+        return bench.answer()
+
+    @bench.app.rpc("f")
+    async def procedure(data: Any) -> Any:
+        return bench.answer()
+
+    await bench.start()
+    assert await bench.get() == "1"
+    bench.pressure.reasons = ("lag", "rss")
+    with pytest.raises(Overloaded):
+        await bench.get()
+    assert await bench.call() == "2"
+    assert bench.shed() == {("http", "lag"): 1}
+    bench.pressure.reasons = ()
+    assert await bench.get() == "3"
+
+
+@on_loop
+async def test_a_refused_procedure_is_a_temporary_error(bench: Bench) -> None:
+    bench.app.rpc("f", pressure="refuse")(bench.answer)
+    await bench.start()
+    bench.pressure.reasons = ("threads_waiting",)
+    with pytest.raises(ClientError) as caught:
+        await bench.call()
+    assert (caught.value.code, caught.value.message, caught.value.temporary) == TOO_MANY_REQUESTS
+    assert bench.calls == 0
+    assert bench.shed() == {("rpc", "threads_waiting"): 1}
+
+
+@on_loop
+async def test_under_pressure_a_policy_comes_before_an_answer_at_once(bench: Bench) -> None:
+    @bench.app.rpc("f", pressure="refuse")
+    async def f(client: Any, data: Any) -> None: ...
+
+    @bench.app.rpc("g")
+    async def g(client: Any, data: Any) -> None: ...
+
+    await bench.start()
+    f_and_g = [bench.dispatcher.procedure(method) for method in "fg"]
+    assert [procedure.prompt for procedure in f_and_g] == [True, True]
+    bench.pressure.reasons = ("lag",)
+    assert [procedure.prompt for procedure in f_and_g] == [False, True]
+
+
+@on_loop
+async def test_stale_answers_are_served_under_pressure_and_others_refused(bench: Bench) -> None:
+    bench.app.http.get("/f", cache=bench.cache())(bench.answer)
+    await bench.start()
+    assert await bench.get() == "1"
+    bench.pressure.reasons = ("lag",)
+    bench.now = 39
+    assert [await bench.get(), await bench.get()] == ["1", "1"]
+    with pytest.raises(Overloaded):
+        await bench.get(other="query")
+    bench.now = 40
+    with pytest.raises(Overloaded):
+        await bench.get()
+    assert bench.calls == 1
+    assert bench.shed() == {("http", "lag"): 2}
+
+
+@on_loop
+async def test_a_cache_that_ignores_pressure_computes_what_it_has_not_got(bench: Bench) -> None:
+    bench.app.rpc("f", cache=bench.cache())(bench.answer)
+    await bench.start()
+    bench.pressure.reasons = ("lag",)
+    assert [await bench.call(1), await bench.call(1), await bench.call(2)] == ["1", "1", "2"]
+
+
+@on_loop
+async def test_a_policy_may_be_a_function_of_the_arguments(bench: Bench) -> None:
+    bench.app.rpc("f", pressure=lambda client, data: "refuse" if client.user == "bob" else "ignore")(bench.answer)
+    await bench.start()
+    bench.pressure.reasons = ("lag",)
+    assert await bench.call(user="ada") == "1"
+    with pytest.raises(ClientError):
+        await bench.call(user="bob")
+    bench.pressure.reasons = ()
+    assert await bench.call(user="bob") == "2"
+
+
+@pytest.mark.parametrize("policy", [lambda client, data: "perhaps", lambda client, data: 1 / 0])
+@on_loop
+async def test_a_policy_that_fails_is_the_applications_mistake(bench: Bench, policy: Any) -> None:
+    bench.app.rpc("f", pressure=policy)(bench.answer)
+    await bench.start()
+    bench.pressure.reasons = ("lag",)
+    with pytest.raises(ClientError) as caught:
+        await bench.call()
+    assert caught.value.code == 100
+    [entry] = bench.logged
+    assert entry["handler"] == "rpc f"
+
+
+@on_loop
+async def test_a_key_that_fails_is_the_applications_mistake(bench: Bench) -> None:
+    bench.app.rpc("f", cache=bench.cache(key=lambda client, data: data["absent"]))(bench.answer)
+    await bench.start()
+    with pytest.raises(ClientError) as caught:
+        await bench.call({})
+    assert caught.value.code == 100
+    assert len(bench.logged) == 1
+
+
+@on_loop
+async def test_users_do_not_share_answers_unless_the_handler_never_sees_them(bench: Bench) -> None:
+    @bench.app.rpc("f", cache=bench.cache())
+    async def f(client: Any, data: Any) -> Any:
+        return f"{client.user} {bench.answer()}"
+
+    await bench.start()
+    assert [await bench.call(user=user) for user in ("ada", "bob", "ada")] == ['"ada 1"', '"bob 2"', '"ada 1"']
+
+
+@on_loop
+async def test_callers_share_one_call_of_a_thread(bench: Bench) -> None:
+    release = threading.Event()
+
+    @bench.app.rpc("f", cache=bench.cache())
+    def f(data: Any) -> Any:
+        release.wait(20)
+        return bench.answer()
+
+    await bench.start()
+    calls = [start_future(bench.call()) for _ in range(5)]
+    await asyncio.sleep(0)
+    calls[0].cancel()
+    release.set()
+    assert await asyncio.gather(*calls[1:]) == ["1"] * 4
+
+
+@on_loop
+async def test_a_kept_handler_may_await_deferreds(bench: Bench) -> None:
+    @bench.app.rpc("f", cache=bench.cache())
+    async def f(data: Any) -> Any:
+        await deferLater(reactor, 0)  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        return bench.answer()
+
+    await bench.start()
+    assert [await bench.call(), await bench.call()] == ["1", "1"]
+
+
+@on_loop
+async def test_a_time_out_reaches_all_who_wait_and_is_not_kept(bench: Bench) -> None:
+    @bench.app.http.get("/f", timeout=0.01, cache=bench.cache())
+    async def f(request: Request) -> Any:
+        if bench.answer() == 1:
+            await Deferred()
+        return "later"
+
+    await bench.start()
+    waiting = [start_future(bench.get()) for _ in range(3)]
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [HandlerTimeout] * 3
+    assert await bench.get() == "later"
+
+
+@on_loop
+async def test_a_handlers_mistake_is_logged_once_and_not_kept(bench: Bench) -> None:
+    @bench.app.rpc("f", cache=bench.cache())
+    async def f(data: Any) -> Any:
+        await asyncio.sleep(0)
+        return 1 / (bench.answer() - 1)
+
+    await bench.start()
+    results = await asyncio.gather(*[start_future(bench.call()) for _ in range(3)], return_exceptions=True)
+    assert [type(result) for result in results] == [ClientError] * 3
+    assert len(bench.logged) == 1
+    assert await bench.call() == "1.0"
+
+
+@on_loop
+async def test_a_handler_that_blocked_the_loop_is_let_in_a_few_at_a_time(bench: Bench) -> None:
+    release = asyncio.Event()
+
+    @bench.app.http.get("/f")
+    async def f(request: Request) -> Any:
+        await release.wait()
+        return "done"
+
+    @bench.app.http.get("/other")
+    async def other(request: Request) -> Any:
+        return "other"
+
+    await bench.start()
+    throttle = bench.dispatcher.throttles[0]
+    throttle.limit = 2
+    running = [start_future(bench.get()) for _ in range(3)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await running[2]
+    assert bench.shed() == {("http", "lag"): 1}
+    assert await bench.get("/other") == "other"
+    release.set()
+    assert await asyncio.gather(*running[:2]) == ["done"] * 2
+    assert throttle.running == 0
+    assert await bench.get() == "done"
+
+
+@on_loop
+async def test_the_time_of_a_handler_on_the_loop_is_measured(bench: Bench) -> None:
+    @bench.app.http.get("/f")
+    async def f(request: Request) -> Any:
+        await asyncio.sleep(0.05)
+        until = time.perf_counter() + 0.01
+        while time.perf_counter() < until:
+            pass
+        return "done"
+
+    @bench.app.http.get("/thread")
+    def thread(request: Request) -> Any:
+        time.sleep(0.02)
+
+    await bench.start()
+    await bench.get()
+    await bench.get("/thread")
+    assert len(bench.dispatcher.throttles) == 1  # a thread's handler has none
+    spent = {account.name: account.spent / 1e9 for account in bench.accounts}
+    assert 0.01 <= spent["http GET /f"] < 0.05  # waiting is no work
+    assert spent["http GET /thread"] == 0
+
+
+@on_loop
+async def test_handlers_can_read_the_pressure(bench: Bench) -> None:
+    @bench.app.rpc("f")
+    def f(client: Any, data: Any) -> Any:
+        return [client.under_pressure, list(bench.app.pressure)]
+
+    await bench.start()
+    assert await bench.call() == "[false,[]]"
+    bench.pressure.reasons = ("lag", "rss")
+    assert await bench.call() == '[true,["lag","rss"]]'

@@ -1,0 +1,201 @@
+"""The live figures: rates, the worst lag of each second, the past, and processes that do not answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from realtime.metrics import Sample
+from realtime.operators.live import KEPT, MOST_INCIDENTS, MOST_PLACES, MOST_SHARES, LiveFigures
+from realtime.supervision.health import Condition, Health
+from realtime.supervision.incidents import Incident, IncidentLog
+
+
+class Child:
+    """A process whose answers the test gives."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.asked: list[Deferred[list[Sample]]] = []
+
+    def collect(self, names: Collection[str] = ()) -> Deferred[list[Sample]]:
+        assert set(names) >= {"realtime_messages_sent", "realtime_loop_seconds"}
+        self.asked.append(Deferred())
+        return self.asked[-1]
+
+    def answer(self, sent: float, **charged: float) -> None:
+        """charged: seconds of the loop, by kind and name, as in handler_f or timers."""
+        samples = [Sample("realtime_messages_sent", "counter", "Messages.", [], sent)]
+        for account, spent in charged.items():
+            kind, _, name = account.partition("_")
+            labels = [("kind", kind), ("name", name)]
+            samples.append(Sample("realtime_loop_seconds", "counter", "Time.", labels, spent))
+        self.asked[-1].callback(samples)
+
+
+class Watched:
+    """Stands for the supervisor's `Watch` and `Blame`."""
+
+    def __init__(self) -> None:
+        self.looks: list[Any] = []
+        self.health: dict[int, Health] = {}
+        self.ledger = IncidentLog()
+
+    def look(self, lag: float) -> None:
+        self.health[0] = Health(0, Condition.HEALTHY, 0.0, lag)
+        for look in self.looks:
+            look()
+
+
+class Stage:
+    """One worker."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.child = Child(100)
+        self.processes = {0: self.child}
+        self.watched: Any = Watched()
+        self.live = LiveFigures(self.clock, self.watched, self.watched, self.processes, self.summary)
+        self.live.start()
+
+    def summary(self) -> dict[str, Any]:
+        figures = {"utilisation": 0.5, "connections": 7}
+        return {"workers": [{"slot": slot, "pid": child.pid, **figures} for slot, child in self.processes.items()]}
+
+    @property
+    def snapshot(self) -> dict[str, Any]:
+        return json.loads(self.live.json)
+
+    @property
+    def worker(self) -> dict[str, Any]:
+        return self.snapshot["workers"][0]
+
+
+def test_rates_come_with_the_second_answer() -> None:
+    stage = Stage()
+    stage.child.answer(10)
+    stage.clock.advance(1)
+    assert stage.worker["rates"] is None
+    stage.child.answer(40)
+    stage.clock.advance(1)
+    assert stage.worker["rates"] == {"received": 0.0, "sent": 30.0, "connects": 0.0}
+
+
+def test_a_process_that_does_not_answer_is_not_asked_again_and_another_in_its_place_is() -> None:
+    stage = Stage()
+    for _ in range(5):
+        stage.clock.advance(1)
+    assert len(stage.child.asked) == 1
+    stage.processes[0] = Child(101)
+    stage.clock.advance(1)
+    assert len(stage.processes[0].asked) == 1
+    stage.child.answer(1)
+    stage.processes[0].asked[0].errback(ConnectionError("gone"))
+    stage.clock.advance(1)
+    assert len(stage.processes[0].asked) == 2
+    assert stage.worker["rates"] is None
+
+
+def test_what_a_loop_is_busy_with_is_told_as_shares_the_largest_first() -> None:
+    stage = Stage()
+    stage.child.answer(0, handler_f=1.0, timers=5.0, other=9.0)
+    stage.clock.advance(1)
+    assert stage.worker["loop"] is None
+    assert stage.snapshot["loop"] == []
+    stage.child.answer(0, handler_f=1.25, timers=5.01, other=9.0001, fanout_chat=0.5)
+    stage.clock.advance(1)
+    assert stage.worker["loop"] == [
+        {"kind": "fanout", "account": "fan-out chat", "share": 0.5},
+        {"kind": "handler", "account": "f", "share": 0.25},
+        {"kind": "timers", "account": "timers", "share": 0.01},
+    ]
+
+
+def test_shares_are_of_the_last_seconds() -> None:
+    stage = Stage()
+    for spent in (0.0, 0.5, 0.5, 0.5, 0.5, 0.5):
+        stage.child.answer(0, handler_f=spent)
+        stage.clock.advance(1)
+    assert stage.worker["loop"] == [{"kind": "handler", "account": "f", "share": 0.1}]
+    stage.child.answer(0, handler_f=0.5)
+    stage.clock.advance(1)
+    assert stage.worker["loop"] == []
+
+
+def test_shares_of_all_loops_tell_where_they_are_largest() -> None:
+    stage = Stage()
+    stage.processes[1] = other = Child(101)
+    stage.processes[2] = Child(102)  # tells nothing, and is left out
+    stage.clock.advance(1)
+    stage.child.answer(0, handler_f=0.0, other=0.0)
+    other.answer(0, handler_f=0.0, other=0.0)
+    stage.clock.advance(1)
+    stage.child.answer(0, handler_f=0.2, other=0.5)
+    other.answer(0, handler_f=0.8, other=0.3)
+    stage.clock.advance(1)
+    assert stage.snapshot["loop"] == [
+        {"kind": "handler", "account": "f", "share": 0.5, "most": 0.8, "slot": 1},
+        {"kind": "other", "account": "other work", "share": 0.4, "most": 0.5, "slot": 0},
+    ]
+
+
+def test_many_accounts_are_bounded() -> None:
+    stage = Stage()
+    stage.child.answer(0)
+    stage.clock.advance(1)
+    stage.child.answer(0, **{f"handler_{number}": number / 100 for number in range(1, 40)})
+    stage.clock.advance(1)
+    shares = [one["share"] for one in stage.worker["loop"]]
+    assert shares == [number / 100 for number in range(39, 39 - MOST_SHARES, -1)]
+    assert [one["share"] for one in stage.snapshot["loop"]] == shares
+
+
+def test_the_worst_lag_of_the_second_shows_once() -> None:
+    stage = Stage()
+    for lag in (0.01, 0.7, 0.02):
+        stage.watched.look(lag)
+    stage.clock.advance(1)
+    assert stage.worker["peak_lag"] == 0.7
+    stage.watched.look(0.03)
+    stage.clock.advance(1)
+    assert stage.worker["peak_lag"] == 0.03
+
+
+def test_the_past_is_bounded_and_ends_with_the_latest() -> None:
+    stage = Stage()
+    for _ in range(KEPT + 20):
+        stage.clock.advance(1)
+    stage.watched.look(0.2)
+    stage.clock.advance(1)
+    past = json.loads(stage.live.past())
+    assert len(past) == KEPT
+    assert past[-1][1] == [[0.2, 0.5, 7]]
+
+
+def test_what_blocks_is_told_worst_first_newest_first_without_stacks_and_bounded() -> None:
+    stage = Stage()
+    for number in range(50):
+        incident = Incident(slot=0, pid=1, at=number, duration=number, lasts=False, place=f"a.py:{number}", stack=["x"])
+        stage.watched.ledger.recent.append(incident)
+        stage.watched.ledger.count(incident)
+    stage.clock.advance(1)
+    snapshot = json.loads(stage.live.json)
+    assert [place["place"] for place in snapshot["places"]] == [f"a.py:{49 - n}" for n in range(MOST_PLACES)]
+    assert [one["at"] for one in snapshot["incidents"]] == [49 - n for n in range(MOST_INCIDENTS)]
+    assert not {"stack", "stacks"} & set(snapshot["incidents"][0])
+
+
+def test_whoever_wants_to_know_is_told_of_each_until_it_stops() -> None:
+    stage = Stage()
+    told: list[bytes] = []
+    stage.live.added += [lambda _: 1 / 0, told.append]
+    stage.clock.advance(1)
+    assert told == [stage.live.json]
+    stage.live.stop()
+    stage.clock.advance(5)
+    assert len(told) == 1
+    assert stage.watched.looks == []

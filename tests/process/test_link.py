@@ -1,0 +1,279 @@
+"""A link: what it writes and when, when it cuts, and how it ends."""
+
+from __future__ import annotations
+
+import socket
+from functools import partial
+from typing import Any
+
+import pytest
+from twisted.internet.error import ConnectionDone
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.logger import LogLevel, capturedLogs
+from twisted.python.failure import Failure
+
+from realtime.process import link as link_module
+from realtime.process.link import PEER_ENDED, Link, adopt
+from realtime.pubsub import broker_messages
+
+LIMIT = 10_000
+
+
+class Pipe(StringTransport):
+    """A transport that writes down single writes, and is full when it is told to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+        self.full = False
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(data)
+        if self.full and self.producer is not None:
+            self.producer.pauseProducing()
+
+    def drained(self) -> None:
+        self.producer.resumeProducing()
+
+
+class Bench:
+    """A link on a pipe, with what it received and how it ended."""
+
+    def __init__(self, patience: int = 0) -> None:
+        self.clock = Clock()
+        self.pipe = Pipe()
+        self.messages: list[Any] = []
+        self.endings: list[str] = []
+        soon = partial(self.clock.callLater, 0)
+        self.link = Link(self.clock, soon, broker_messages.ToBroker, LIMIT, self.receive, self.end, patience=patience)
+        self.link.makeConnection(self.pipe)
+
+    def receive(self, message: Any) -> None:
+        self.messages.append(message)
+
+    def end(self, link: Link, reason: str) -> None:
+        assert link is self.link
+        self.endings.append(reason)
+
+    def turn(self) -> list[bytes]:
+        """Let the loop turn; what was written."""
+        self.clock.advance(0)
+        writes, self.pipe.writes = self.pipe.writes, []
+        return writes
+
+    def lose(self) -> None:
+        self.link.connectionLost(Failure(ConnectionDone()))
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_a_turn_makes_one_write(bench: Bench) -> None:
+    for frame in (b"a", b"b", b"c"):
+        bench.link.send(frame)
+    assert bench.pipe.writes == []
+    assert bench.turn() == [b"abc"]
+    assert bench.turn() == []
+    bench.link.send(b"d")
+    assert bench.turn() == [b"d"]
+    assert bench.link.backlog == 0
+
+
+def test_a_full_transport_is_given_no_more_until_it_is_drained(bench: Bench) -> None:
+    bench.pipe.full = True
+    bench.link.send(b"first")
+    assert bench.turn() == [b"first"]
+    bench.link.send(b"second")
+    bench.link.send(b"third")
+    assert bench.turn() == []
+    assert bench.link.backlog == len(b"firstsecondthird")
+    bench.pipe.drained()
+    assert bench.turn() == [b"secondthird"]
+    bench.pipe.full = False
+    bench.pipe.drained()
+    assert bench.link.backlog == 0
+
+
+def test_a_long_queue_goes_out_in_batches(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "BATCH", 10)
+    for frame in (b"1234", b"5678", b"abc", b"x" * 30, b"yz"):
+        bench.link.send(frame)
+    assert bench.turn() == [b"12345678", b"abc", b"x" * 30, b"yz"]
+
+
+def test_a_peer_too_far_behind_is_cut_off(bench: Bench) -> None:
+    bench.pipe.full = True
+    bench.link.send(b"x" * 6000)
+    bench.turn()
+    bench.link.send(b"x" * 4000)
+    assert not bench.pipe.disconnecting
+    bench.link.send(b"x")
+    assert bench.pipe.disconnecting
+    assert bench.link.backlog == 0
+    bench.link.send(b"more")
+    assert bench.turn() == []
+    bench.lose()
+    assert bench.endings == ["the peer is too far behind"]
+
+
+def test_messages_arrive_in_order(bench: Bench) -> None:
+    messages = [broker_messages.Subscribe(1, "a"), broker_messages.Unsubscribe("a"), broker_messages.Subscribe(2, "b")]
+    stream = b"".join(map(broker_messages.pack, messages))
+    bench.link.dataReceived(stream[:10])
+    bench.link.dataReceived(stream[10:])
+    assert bench.messages == messages
+
+
+def test_after_a_cut_nothing_is_received(bench: Bench) -> None:
+    bench.link._received = lambda message: (bench.receive(message), bench.link.cut("enough"))  # type: ignore
+    bench.link.dataReceived(broker_messages.pack(broker_messages.Unsubscribe("a")) * 3)
+    bench.link.dataReceived(broker_messages.pack(broker_messages.Unsubscribe("a")))
+    bench.link.cut("again")
+    assert len(bench.messages) == 1
+    bench.lose()
+    assert bench.endings == ["enough"]
+
+
+def test_a_bad_frame_ends_it(bench: Bench) -> None:
+    bench.link.dataReceived(b"\xff\xff\xff\xff")
+    assert bench.pipe.disconnecting
+    bench.lose()
+    assert "longer than" in bench.endings[0]
+
+
+def test_a_fault_in_our_own_code_is_logged_and_ends_it(bench: Bench) -> None:
+    bench.link._received = lambda message: 1 / 0  # type: ignore[assignment]
+    with capturedLogs() as events:
+        bench.link.dataReceived(broker_messages.pack(broker_messages.Unsubscribe("a")))
+    assert [event["log_level"] for event in events] == [LogLevel.critical]
+    assert bench.pipe.disconnecting
+
+
+def test_the_end_is_told_once(bench: Bench) -> None:
+    bench.link.send(b"x")
+    bench.lose()
+    assert bench.endings == [PEER_ENDED]
+    assert bench.turn() == []
+
+
+def test_closing_lets_out_what_waits(bench: Bench) -> None:
+    bench.pipe.full = True
+    bench.link.send(b"first")
+    bench.turn()
+    bench.link.send(b"second")
+    bench.link.close()
+    bench.link.close()
+    assert bench.turn() == [b"second"]
+    assert bench.pipe.disconnecting
+    assert bench.pipe.producer is None
+    bench.lose()
+    assert bench.endings == ["closed"]
+    assert bench.clock.getDelayedCalls() == []
+
+
+def test_closing_has_a_deadline(bench: Bench) -> None:
+    bench.link.close()
+    aborted: list[None] = []
+    bench.pipe.abortConnection = lambda: aborted.append(None)  # type: ignore[method-assign]
+    bench.clock.advance(link_module.CLOSE_TIMEOUT)
+    assert aborted == [None]
+
+
+class Answering(Bench):
+    """A link whose messages are answered with 40 bytes each."""
+
+    def receive(self, message: Any) -> None:
+        super().receive(message)
+        self.link.send(b"x" * 40)
+
+
+def asked(*numbers: int) -> bytes:
+    return b"".join(broker_messages.pack(broker_messages.Subscribe(number, "c")) for number in numbers)
+
+
+def test_who_asks_for_more_than_it_reads_waits() -> None:
+    bench = Answering(patience=100)
+    bench.pipe.full = True
+    bench.link.dataReceived(asked(1, 2, 3, 4, 5, 6) + asked(7)[:5])
+    assert [message.id for message in bench.messages] == [1, 2, 3]
+    assert bench.pipe.producerState == "paused"
+    assert bench.turn() == [b"x" * 120]
+    assert len(bench.messages) == 3  # the transport has it, but not the peer
+    bench.pipe.full = False
+    bench.pipe.drained()
+    assert [message.id for message in bench.messages] == [1, 2, 3, 4, 5, 6]
+    assert bench.pipe.producerState == "paused"
+    bench.turn()
+    assert bench.pipe.producerState == "producing"
+    bench.link.dataReceived(asked(7)[5:])
+    assert [message.id for message in bench.messages] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_waits_in_a_link_that_is_cut_is_dropped() -> None:
+    bench = Answering(patience=50)
+    bench.pipe.full = True
+    bench.link.dataReceived(asked(1, 2, 3))
+    assert len(bench.messages) == 2
+    bench.link.cut("enough")
+    bench.pipe.drained()
+    bench.turn()
+    bench.lose()
+    assert (len(bench.messages), bench.endings) == (2, ["enough"])
+
+
+def test_junk_behind_what_waits_ends_the_stream_all_the_same() -> None:
+    bench = Answering(patience=50)
+    bench.link.dataReceived(asked(1, 2) + b"\xff\xff\xff\xff")
+    assert bench.pipe.disconnected is False
+    bench.turn()
+    bench.lose()
+    assert "longer than" in bench.endings[0]
+
+
+class Selector(Clock):
+    """A reactor that only writes down who wants to be told that it can write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writers: set[Any] = set()
+
+    def addReader(self, reader: Any) -> None: ...
+
+    def removeReader(self, reader: Any) -> None: ...
+
+    def addWriter(self, writer: Any) -> None:
+        self.writers.add(writer)
+
+    def removeWriter(self, writer: Any) -> None:
+        self.writers.discard(writer)
+
+
+def test_a_turn_goes_out_without_the_selector_while_the_peer_keeps_up() -> None:
+    selector, (ours, theirs) = Selector(), socket.socketpair()
+    link = Link(
+        selector, partial(selector.callLater, 0), broker_messages.ToBroker, 2**24, lambda message: None, lambda *_: None
+    )
+    adopt(selector, ours.detach(), link)
+    with theirs:
+        link.send(b"first")
+        link.send(b"second")
+        selector.advance(0)
+        assert theirs.recv(100) == b"firstsecond"
+        assert not selector.writers
+        link.send(b"x" * 2**22)
+        link.send(b"last")
+        selector.advance(0)
+        (stream,) = selector.writers
+        received = bytearray()
+        while selector.writers:
+            received += theirs.recv(2**20)
+            stream.doWrite()
+            selector.advance(0)
+        while len(received) < 2**22 + 4:
+            received += theirs.recv(2**20)
+        assert received == b"x" * 2**22 + b"last"
+        assert link.backlog == 0
+        link.cut("enough")

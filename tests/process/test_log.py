@@ -1,0 +1,49 @@
+"""What `log.level` leaves in the supervisor's log, which is twistd's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from twisted.logger import Logger, LogLevel, capturedLogs
+
+from realtime.process import log
+
+LEVELS = ["debug", "info", "warn", "error", "critical"]
+
+
+@pytest.fixture(autouse=True)
+def all_again() -> Iterator[None]:
+    yield
+    log.limit("trace")
+
+
+@pytest.mark.parametrize(
+    ("level", "least"), [("trace", 0), ("debug", 0), ("info", 1), ("warn", 2), ("error", 3), ("none", 5)]
+)
+def test_what_is_less_severe_is_left_out(level: str, least: int) -> None:
+    log.limit(level)
+    logger, other = Logger(observer=log.observer), Logger()
+    with capturedLogs() as seen:
+        for name in LEVELS:
+            logger.emit(LogLevel.lookupByName(name), "ours")
+        other.debug("another's")
+    assert [event["log_level"].name for event in seen if event["log_format"] == "ours"] == LEVELS[least:]
+    assert [event["log_format"] for event in seen][-1] == "another's"
+
+
+def test_no_line_of_the_supervisor_s_is_made_past_the_level() -> None:
+    """All modules that it loads use the same observer; what the children write was judged by them."""
+    code = """
+import sys, realtime.tap
+from twisted.logger import Logger
+from realtime.server import log
+loggers = {f"{name}.{key}": value for name, module in sys.modules.items() if name.startswith("realtime")
+           for key, value in vars(module).items() if isinstance(value, Logger)}
+assert "realtime.supervisor.service._log" in loggers
+print(*[name for name, logger in loggers.items() if logger.observer is not log.observer])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.split(), done.stderr) == (["realtime.supervisor.child_process._heard"], "")

@@ -1,0 +1,95 @@
+"""The reactor of a child, in a process of its own, since here another one runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import asyncio, socket
+from twisted.internet.main import installReactor
+from realtime.process.selector import Poller
+from realtime.process.reactor import Reactor
+
+poller = Poller()
+installReactor(Reactor(asyncio.SelectorEventLoop(poller), poller))
+from twisted.internet import reactor
+from twisted.internet.defer import ensureDeferred
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import deferLater
+from realtime.process.transport import DirectServer
+
+ends = []
+
+class Echo(Protocol):
+    def connectionMade(self):
+        self.transport.read_straight()
+
+    def dataReceived(self, data):
+        if data == b"fail":
+            raise RuntimeError("a bug")
+        if data == b"wait":
+            self.transport.pauseProducing()
+            reactor.callLater(0.01, self.transport.resumeProducing)
+        self.transport.write(data)
+
+    def connectionLost(self, reason):
+        ends.append(reason.type.__name__)
+
+async def said(peer, data):
+    peer.sendall(data)
+    while True:
+        try:
+            return peer.recv(100)
+        except BlockingIOError:
+            await deferLater(reactor, 0.001)
+
+async def main():
+    port = reactor.listenTCP(0, Factory.forProtocol(Echo), interface="127.0.0.1")
+    port.transport = DirectServer
+    peers = []
+    for _ in range(4):
+        peer = socket.create_connection(("127.0.0.1", port.getHost().port))
+        peer.setblocking(False)
+        peers.append(peer)
+    for peer in peers:
+        print(await said(peer, b"hello"))
+    print("straight", len(poller._readers))
+    print(await said(peers[0], b"wait"))
+    print(await said(peers[0], b"again"))
+    peers[1].close()                      # the peer leaves
+    print(await said(peers[2], b"fail"))  # a bug ends that connection, and no other
+    print(await said(peers[3], b"well"))
+    while len(ends) < 2:
+        await deferLater(reactor, 0.001)
+    print(sorted(ends))
+    for server in list(reactor.getReaders()):
+        if isinstance(server, DirectServer):
+            server.abortConnection()
+    while len(ends) < 4:
+        await deferLater(reactor, 0.001)
+    print("straight", len(poller._readers))
+    await port.stopListening()
+    reactor.stop()
+
+def failed(failure):
+    failure.printTraceback()
+    reactor.stop()
+
+reactor.callWhenRunning(lambda: ensureDeferred(main()).addErrback(failed))
+reactor.run()
+"""
+
+
+def test_what_is_read_straight_behaves_as_what_is_not() -> None:
+    ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.splitlines() == [
+        *["b'hello'"] * 4,
+        "straight 4",
+        "b'wait'",
+        "b'again'",
+        "b''",
+        "b'well'",
+        "['ConnectionDone', 'RuntimeError']",
+        "straight 0",
+    ], ran.stderr

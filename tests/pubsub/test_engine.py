@@ -1,0 +1,567 @@
+"""What every engine does: one suite, run over each of them, and what several workers see of each other."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.task import deferLater
+
+from realtime.config.settings import EngineSettings
+from realtime.errors import ClientError
+from realtime.pubsub.engine import Engine
+from realtime.pubsub.memory_engine import MemoryEngine
+from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
+from realtime.worker.engine import BrokerEngine
+from tests.system.brokers import LIMIT, POLL, BrokerProcess, broker_engine, until
+
+SETTINGS = EngineSettings(max_channels=50)
+KEEP = HistoryOptions(size=10, ttl=60.0)
+ALICE = ClientInfo("alice", "client-a", b'{"name":"Alice"}', b'{"role":"admin"}')
+BOB = ClientInfo("bob", "client-b")
+ALICE_AGAIN = ClientInfo("alice", "client-c")
+
+
+class Log:
+    """A receiver that writes down what reaches it, in order."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Any, ...]] = []
+        self.publications: list[Publication] = []
+
+    def published(self, channel: str, publication: Publication, epoch: str) -> None:
+        self.entries.append(("published", channel, publication.data, publication.offset, epoch))
+        self.publications.append(publication)
+
+    def joined(self, channel: str, info: ClientInfo) -> None:
+        self.entries.append(("joined", channel, info))
+
+    def left(self, channel: str, info: ClientInfo) -> None:
+        self.entries.append(("left", channel, info))
+
+    def instructed(self, order: bytes) -> None:
+        self.entries.append(("instructed", order))
+
+    def interrupted(self) -> None:
+        self.entries.append(("interrupted",))
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        return [entry[1:] for entry in self.entries if entry[0] == name]
+
+
+class Bench:
+    """An engine of one worker, and what reached that worker."""
+
+    def __init__(self, make: Callable[[Log], Engine]) -> None:
+        self.log = Log()
+        self.engine = make(self.log)
+
+    async def publish(
+        self, channel: str, data: bytes = b"1", retention: HistoryOptions = KEEP, **more: Any
+    ) -> Position:
+        return await self.engine.publish(channel, data, retention=retention, **more)
+
+    async def history(
+        self, channel: str, retention: HistoryOptions = KEEP, limit: int = -1, **more: Any
+    ) -> HistoryPage:
+        return await self.engine.history(channel, retention=retention, limit=limit, **more)
+
+    async def settled(self) -> Log:
+        """What reached the worker, when all that was on the way is there."""
+        await self.engine.census()
+        return self.log
+
+
+async def nobody(bench: Bench) -> None:
+    """Wait until the broker has seen the clients of the test before leave. Raises TimeoutError."""
+
+    async def left() -> None:
+        while (await bench.engine.census()) != EngineStats():
+            await deferLater(reactor, POLL)
+
+    await Deferred.fromCoroutine(left()).addTimeout(LIMIT, reactor)
+
+
+@pytest_twisted.async_yield_fixture(scope="module")
+async def broker() -> AsyncIterator[BrokerProcess]:
+    process = BrokerProcess(SETTINGS)
+    await process.start()
+    yield process
+    await process.stop()
+
+
+@pytest_twisted.async_yield_fixture
+async def workers(broker: BrokerProcess) -> AsyncIterator[list[Bench]]:
+    """Three workers on one broker."""
+    benches = [Bench(lambda log: broker_engine(log, SETTINGS)) for _ in range(3)]
+    for slot, bench in enumerate(benches):
+        await broker.link(slot, bench.engine)
+    await nobody(benches[0])
+    yield benches
+    for bench in benches:
+        bench.engine.close()
+
+
+@pytest_twisted.async_yield_fixture(params=["memory", "broker"])
+async def bench(request: pytest.FixtureRequest, broker: BrokerProcess) -> AsyncIterator[Bench]:
+    if request.param == "memory":
+        yield Bench(lambda log: MemoryEngine(log, SETTINGS, reactor.seconds))
+        return
+    bench = Bench(lambda log: broker_engine(log, SETTINGS))
+    await broker.link(0, bench.engine)
+    await nobody(bench)
+    yield bench
+    bench.engine.close()
+
+
+@pytest.fixture
+def channel(request: pytest.FixtureRequest) -> str:
+    """A channel of this test's own."""
+    return request.node.name
+
+
+async def refusal(action: Awaitable[Any]) -> int:
+    """The code of the error reply that an action ends with."""
+    with pytest.raises(ClientError) as error:
+        await action
+    return error.value.code
+
+
+# Publications
+
+
+async def test_publications_are_numbered_from_one_in_one_epoch(bench: Bench, channel: str) -> None:
+    first, second = await bench.publish(channel), await bench.publish(channel)
+    assert (first.offset, second.offset) == (1, 2)
+    assert first.epoch == second.epoch != ""
+
+
+async def test_subscribed_channels_are_delivered(bench: Bench, channel: str) -> None:
+    await bench.publish(channel, b"before")
+    await bench.engine.subscribe(channel)
+    position = await bench.publish(channel, b"after")
+    await bench.publish("another channel", b"elsewhere")
+    assert (await bench.settled()).entries == [("published", channel, b"after", 2, position.epoch)]
+
+
+async def test_the_author_and_the_tags_come_along(bench: Bench, channel: str) -> None:
+    await bench.publish(channel, b"1", info=ALICE, tags={"k": "v"})
+    page = await bench.history(channel)
+    assert page.publications == [Publication(b"1", 1, ALICE, {"k": "v"})]
+
+
+async def test_data_is_passed_on_byte_for_byte(bench: Bench, channel: str) -> None:
+    data = b'{"n": 12345678901234567890,  "n": 1.0, "\xc3\xa9": "\\u0000"}' + b" " * 100_000
+    await bench.engine.subscribe(channel)
+    await bench.publish(channel, data)
+    assert (await bench.settled()).entries[0][2] == data
+
+
+async def test_without_retention_nothing_is_numbered_or_kept(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+    for retention in (HistoryOptions(), HistoryOptions(size=10), HistoryOptions(ttl=60.0)):
+        assert await bench.publish(channel, b"1", retention) == Position()
+    assert (await bench.settled()).entries == [("published", channel, b"1", 0, "")] * 3
+    assert await bench.history(channel, HistoryOptions()) == HistoryPage([], Position())
+
+
+async def test_unnumbered_publications_leave_the_numbering_alone(bench: Bench, channel: str) -> None:
+    await bench.publish(channel)
+    await bench.publish(channel, b"aside", HistoryOptions())
+    assert (await bench.publish(channel)).offset == 2
+    assert [publication.offset for publication in (await bench.history(channel)).publications] == [1, 2]
+
+
+async def test_after_unsubscribe_nothing_comes(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+    await bench.engine.subscribe(channel)
+    bench.engine.unsubscribe(channel)
+    bench.engine.unsubscribe(channel)
+    await bench.publish(channel)
+    assert (await bench.settled()).entries == []
+
+
+async def test_an_idempotency_key_publishes_once(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+    first = await bench.publish(channel, b"1", idempotency_key="key")
+    await bench.publish(channel, b"2")
+    assert await bench.publish(channel, b"1", idempotency_key="key") == first
+    assert (await bench.publish(channel + "!", b"1", idempotency_key="key")).offset == 1
+    assert [entry[1] for entry in (await bench.settled()).named("published")] == [b"1", b"2"]
+
+
+async def test_an_idempotency_key_counts_without_history_too(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+    for _ in range(2):
+        assert await bench.publish(channel, b"1", HistoryOptions(), idempotency_key="key") == Position()
+    assert len((await bench.settled()).entries) == 1
+
+
+@pytest.mark.parametrize("marks", [{"delta": True}, {"binary": True}, {"delta": True, "binary": True}])
+async def test_how_it_was_published_comes_along(bench: Bench, channel: str, marks: dict[str, bool]) -> None:
+    await bench.engine.subscribe(channel)
+    await bench.publish(channel, b"\xff", **marks)
+    await bench.publish(channel, b"2", HistoryOptions(), **marks)
+    kept, passing = (await bench.settled()).publications
+    assert (kept, passing) == (Publication(b"\xff", 1, **marks), Publication(b"2", 0, **marks))
+    assert (await bench.history(channel)).publications == [kept]
+
+
+async def test_an_old_version_is_not_published(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+
+    async def offer(version: int, epoch: str = "", **more: Any) -> int:
+        position = await bench.publish(channel, version=version, version_epoch=epoch, **more)
+        assert position.epoch
+        return position.offset
+
+    assert [await offer(version) for version in (5, 5, 4, 6, 2**64 - 1)] == [1, 1, 1, 2, 3]
+    assert (await bench.publish(channel)).offset == 4  # no version, no comparison
+    assert await offer(7, "e") == 5  # of another epoch
+    assert [await offer(7, "e"), await offer(6)] == [5, 5]
+    assert await offer(8) == 6
+    assert await offer(9, idempotency_key="k") == 7
+    assert await offer(10) == 8
+    assert await offer(11, idempotency_key="k") == 7
+    assert await offer(11) == 9
+    assert [entry[2] for entry in (await bench.settled()).named("published")] == list(range(1, 10))
+
+
+async def test_versions_outlive_the_publications_but_not_the_numbering(bench: Bench, channel: str) -> None:
+    await bench.publish(channel, version=5)
+    await bench.engine.remove_history(channel)
+    assert (await bench.publish(channel, version=5)).offset == 1
+    retention = HistoryOptions(size=10, ttl=0.01, meta_ttl=0.02)
+    first = await bench.publish(channel + "!", b"1", retention, version=5)
+    await deferLater(reactor, 0.05)
+    again = await bench.publish(channel + "!", b"1", retention, version=5)
+    assert (again.offset, again.epoch != first.epoch) == (1, True)
+
+
+async def test_without_history_versions_mean_nothing(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+    for _ in range(2):
+        assert await bench.publish(channel, b"1", HistoryOptions(), version=5) == Position()
+    assert len((await bench.settled()).entries) == 2
+
+
+async def test_many_publications_come_in_order(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+    await DeferredList([Deferred.fromCoroutine(bench.publish(channel, b"%d" % n)) for n in range(500)])
+    assert [entry[2] for entry in (await bench.settled()).named("published")] == list(range(1, 501))
+
+
+# History
+
+
+async def test_pages(bench: Bench, channel: str) -> None:
+    for number in range(1, 13):
+        position = await bench.publish(channel, b"%d" % number)
+
+    async def page(**query: Any) -> list[int]:
+        found = await bench.history(channel, **query)
+        assert found.position == position
+        return [publication.offset for publication in found.publications]
+
+    assert await page(limit=0) == []
+    assert await page() == list(range(3, 13))
+    assert await page(limit=2) == [3, 4]
+    assert await page(since=Position(10, position.epoch)) == [11, 12]
+    assert await page(since=Position(1, position.epoch), limit=1) == [3]
+    assert await page(since=position) == []
+    assert await page(reverse=True, limit=2) == [12, 11]
+    assert await page(since=Position(5, position.epoch), reverse=True) == [4, 3]
+    assert await page(since=Position(3, position.epoch), reverse=True) == []
+
+
+async def test_a_page_may_be_bounded_in_bytes(bench: Bench, channel: str) -> None:
+    for _ in range(5):
+        await bench.publish(channel, b"x" * 1000, tags={"t": "y" * 1000})
+
+    async def page(**query: Any) -> list[int]:
+        return [publication.offset for publication in (await bench.history(channel, **query)).publications]
+
+    assert await page(max_bytes=5000) == [1, 2]
+    assert await page(max_bytes=5000, limit=1) == [1]
+    assert await page(max_bytes=5000, reverse=True) == [5, 4]
+    assert await page(max_bytes=1) == [1]
+    assert await page(max_bytes=2**40) == [1, 2, 3, 4, 5]
+
+
+async def test_a_first_question_fixes_the_epoch(bench: Bench, channel: str) -> None:
+    page = await bench.history(channel, limit=0)
+    assert page.publications == []
+    assert page.position.offset == 0
+    assert len(page.position.epoch) == 8
+    assert await bench.publish(channel) == Position(1, page.position.epoch)
+
+
+async def test_publications_end_and_the_numbering_goes_on(bench: Bench, channel: str) -> None:
+    retention = HistoryOptions(size=10, ttl=0.05)
+    first = await bench.publish(channel, b"1", retention)
+    while (await bench.history(channel, retention)).publications:
+        await deferLater(reactor, 0.01)
+    assert await bench.publish(channel, b"2", retention) == Position(2, first.epoch)
+
+
+async def test_without_access_the_numbering_starts_again(bench: Bench, channel: str) -> None:
+    retention = HistoryOptions(size=10, ttl=0.01, meta_ttl=0.02)
+    first = await bench.publish(channel, b"1", retention)
+    await deferLater(reactor, 0.05)
+    again = await bench.publish(channel, b"1", retention)
+    assert again.offset == 1
+    assert again.epoch != first.epoch
+
+
+async def test_removal_keeps_the_numbering(bench: Bench, channel: str) -> None:
+    first = await bench.publish(channel)
+    await bench.engine.remove_history(channel)
+    await bench.engine.remove_history("unknown")
+    assert await bench.history(channel) == HistoryPage([], first)
+    assert await bench.publish(channel) == Position(2, first.epoch)
+
+
+async def test_an_answer_never_overtakes_nor_lags_behind_publications(bench: Bench, channel: str) -> None:
+    """At the moment an answer counts n publications, exactly n have been delivered."""
+    await bench.engine.subscribe(channel)
+    waiting: list[Deferred[Any]] = []
+
+    async def ask() -> None:
+        page = await bench.history(channel, limit=0)
+        bench.log.entries.append(("answered", page.position.offset))
+
+    for _ in range(100):
+        waiting += [Deferred.fromCoroutine(bench.publish(channel)), Deferred.fromCoroutine(ask())]
+    await DeferredList(waiting)
+    delivered = 0
+    for entry in (await bench.settled()).entries:
+        if entry[0] == "published":
+            delivered += 1
+        else:
+            assert entry == ("answered", delivered)
+    assert delivered == 100
+
+
+# Presence
+
+
+async def test_presence_and_its_announcements(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+    await bench.engine.enter(channel, ALICE, present=True, announce=True)
+    await bench.engine.enter(channel, ALICE_AGAIN, present=True, announce=False)
+    await bench.engine.enter(channel, BOB, present=False, announce=True)
+    assert await bench.engine.presence(channel) == {"client-a": ALICE, "client-c": ALICE_AGAIN}
+    assert await bench.engine.presence_stats(channel) == (2, 1)
+    for info in (ALICE, ALICE_AGAIN, BOB):
+        await bench.engine.leave(channel, info.client)
+    assert await bench.engine.presence(channel) == {}
+    assert await bench.engine.presence_stats(channel) == (0, 0)
+    log = await bench.settled()
+    assert log.entries == [(what, channel, info) for what in ("joined", "left") for info in (ALICE, BOB)]
+
+
+async def test_who_is_not_there_leaves_in_silence(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+    await bench.engine.leave(channel, "stranger")
+    await bench.engine.enter(channel, BOB, present=False, announce=False)
+    await bench.engine.leave(channel, BOB.client)
+    assert (await bench.settled()).entries == []
+
+
+async def test_presence_of_an_unknown_channel_is_empty(bench: Bench, channel: str) -> None:
+    assert await bench.engine.presence(channel) == {}
+    assert await bench.engine.presence_stats(channel) == (0, 0)
+
+
+async def test_entering_again_is_no_second_join(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+    for _ in range(2):
+        await bench.engine.enter(channel, ALICE, present=True, announce=True)
+    assert (await bench.settled()).entries == [("joined", channel, ALICE)]
+
+
+async def test_who_is_present_may_change(bench: Bench, channel: str) -> None:
+    await bench.engine.subscribe(channel)
+    renamed = msgspec.structs.replace(ALICE, conn_info=b'"renamed"')
+    for info in (ALICE, renamed):
+        await bench.engine.enter(channel, info, present=True, announce=True)
+    assert await bench.engine.presence(channel) == {ALICE.client: renamed}
+    await bench.engine.leave(channel, ALICE.client)
+    assert (await bench.settled()).entries == [("joined", channel, ALICE), ("left", channel, renamed)]
+
+
+# The census, and orders
+
+
+async def test_the_census(bench: Bench, channel: str) -> None:
+    for info in (ALICE, ALICE_AGAIN, BOB, BOB):
+        bench.engine.connected(info)
+    await bench.engine.subscribe(channel)
+    bench.engine.tally(7)
+    assert await bench.engine.census() == EngineStats(clients=3, users=2, channels=1, subscriptions=7)
+    bench.engine.disconnected(ALICE.client)
+    bench.engine.disconnected(BOB.client)
+    bench.engine.disconnected(BOB.client)
+    bench.engine.unsubscribe(channel)
+    bench.engine.tally(0)
+    assert await bench.engine.census() == EngineStats(clients=1, users=1, channels=0, subscriptions=0)
+
+
+async def test_a_user_has_so_many_connections_and_no_more(bench: Bench) -> None:
+    assert await bench.engine.admit(ALICE, 2)
+    bench.engine.connected(ALICE_AGAIN)
+    third = ClientInfo("alice", "client-d")
+    assert not await bench.engine.admit(third, 2)
+    assert await bench.engine.admit(BOB, 1)
+    assert (await bench.engine.census()).clients == 3
+    bench.engine.disconnected(third.client)
+    bench.engine.disconnected(ALICE.client)
+    assert await bench.engine.admit(third, 2)
+    assert not await bench.engine.admit(ALICE, 2)
+    assert await bench.engine.admit(ALICE, 0)
+    assert await bench.engine.census() == EngineStats(clients=4, users=2)
+
+
+async def test_nobody_counts_the_anonymous(bench: Bench) -> None:
+    for client in ("1", "2", "3"):
+        assert await bench.engine.admit(ClientInfo("", client), 1)
+    assert (await bench.engine.census()).clients == 3
+
+
+async def test_orders_reach_the_worker_that_gives_them(bench: Bench) -> None:
+    assert await bench.engine.instruct(b"\x00order") == 1
+    assert await bench.engine.instruct(b"to me", worker="0") == 1
+    assert await bench.engine.instruct(b"to nobody", worker="1") == 0
+    assert (await bench.settled()).entries == [("instructed", b"\x00order"), ("instructed", b"to me")]
+
+
+# Limits
+
+
+async def test_there_is_a_most_of_subscribed_channels(bench: Bench, channel: str) -> None:
+    for number in range(SETTINGS.max_channels):
+        await bench.engine.subscribe(f"{channel}{number}")
+    assert await refusal(bench.engine.subscribe("one more")) == 106
+    await bench.engine.subscribe(f"{channel}0")
+    bench.engine.unsubscribe(f"{channel}0")
+    await bench.engine.subscribe("one more")
+
+
+async def test_there_is_a_most_of_channels_with_presence(bench: Bench, channel: str) -> None:
+    for number in range(SETTINGS.max_channels):
+        await bench.engine.enter(f"{channel}{number}", ALICE, present=True, announce=False)
+    assert await refusal(bench.engine.enter("one more", ALICE, present=True, announce=False)) == 106
+
+
+async def test_there_is_a_most_of_idempotency_keys(bench: Bench, channel: str) -> None:
+    with pytest.raises(ClientError) as error:
+        for number in range(SETTINGS.max_channels + 1):
+            await bench.publish(channel, idempotency_key=str(number))
+    assert error.value.code == 106
+    assert (await bench.publish(channel)).offset > 0
+
+
+async def test_there_is_a_most_of_channels_with_history(bench: Bench, channel: str) -> None:
+    """Last of those that keep a history: a broker keeps what the tests before left."""
+    with pytest.raises(ClientError) as error:
+        for number in range(SETTINGS.max_channels + 1):
+            await bench.history(f"{channel}{number}")
+    assert error.value.code == 106
+    assert await refusal(bench.publish("one more")) == 106
+
+
+# Several workers on one broker
+
+
+async def test_publications_cross_workers_in_order(workers: list[Bench], channel: str) -> None:
+    here, there, _ = workers
+    for bench in (here, there):
+        await bench.engine.subscribe(channel)
+    await DeferredList(
+        [
+            Deferred.fromCoroutine(bench.publish(channel, b"%d" % number, HistoryOptions()))
+            for number in range(300)
+            for bench in workers
+        ]
+    )
+    deliveries = [(await bench.settled()).named("published") for bench in workers]
+    assert len(deliveries[0]) == 900
+    assert deliveries[0] == deliveries[1]
+    assert deliveries[2] == []
+
+
+async def test_presence_and_announcements_cross_workers(workers: list[Bench], channel: str) -> None:
+    here, there, elsewhere = workers
+    await there.engine.subscribe(channel)
+    await here.engine.enter(channel, ALICE, present=True, announce=True)
+    await there.engine.enter(channel, BOB, present=True, announce=True)
+    for bench in workers:
+        assert await bench.engine.presence(channel) == {"client-a": ALICE, "client-b": BOB}
+        assert await bench.engine.presence_stats(channel) == (2, 2)
+    await here.engine.leave(channel, ALICE.client)
+    assert (await there.settled()).entries == [
+        ("joined", channel, ALICE),
+        ("joined", channel, BOB),
+        ("left", channel, ALICE),
+    ]
+    assert (await elsewhere.settled()).entries == []
+
+
+async def test_orders_reach_every_worker(workers: list[Bench]) -> None:
+    assert await workers[1].engine.instruct(b"order") == 3
+    for bench in workers:
+        assert (await bench.settled()).entries == [("instructed", b"order")]
+
+
+async def test_an_order_reaches_the_worker_it_is_for(workers: list[Bench]) -> None:
+    assert await workers[1].engine.instruct(b"order", worker="2") == 1
+    assert await workers[1].engine.instruct(b"order", worker="7") == 0
+    assert [(await bench.settled()).entries for bench in workers] == [[], [], [("instructed", b"order")]]
+
+
+async def test_connections_of_a_user_are_limited_over_all_workers(workers: list[Bench]) -> None:
+    here, there, _ = workers
+    answers = await DeferredList(
+        [
+            Deferred.fromCoroutine(bench.engine.admit(ClientInfo("alice", f"{number}"), 3))
+            for number, bench in enumerate([here, there] * 3)
+        ]
+    )
+    assert [admitted for _, admitted in answers].count(True) == 3
+    assert (await here.engine.census()).clients == 3
+    here.engine.close()
+    while not await there.engine.admit(ALICE, 3):
+        await deferLater(reactor, 0.01)
+
+
+async def test_the_census_counts_all_workers(workers: list[Bench], channel: str) -> None:
+    for bench, info in zip(workers, (ALICE, BOB, ALICE_AGAIN), strict=True):
+        bench.engine.connected(info)
+        bench.engine.tally(10)
+        await bench.engine.subscribe(channel)
+        await bench.settled()
+    assert await workers[0].engine.census() == EngineStats(clients=3, users=2, channels=1, subscriptions=30)
+
+
+async def test_a_worker_that_goes_takes_its_clients_along(workers: list[Bench], channel: str) -> None:
+    leaving, staying, _ = workers
+    await staying.engine.subscribe(channel)
+    await leaving.engine.subscribe(channel)
+    leaving.engine.connected(ALICE)
+    leaving.engine.tally(5)
+    await leaving.engine.enter(channel, ALICE, present=True, announce=True)
+    leaving.engine.close()
+    await until(lambda: ("left", channel, ALICE) in staying.log.entries)
+    assert await staying.engine.presence(channel) == {}
+    assert await staying.engine.census() == EngineStats(clients=0, users=0, channels=1, subscriptions=0)
+
+
+def test_both_are_engines() -> None:
+    """For the type checker."""
+    engines: list[type[Engine]] = [MemoryEngine, BrokerEngine]
+    assert len(engines) == 2

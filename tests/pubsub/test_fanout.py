@@ -1,0 +1,742 @@
+"""The fan-out: one channel's burst beside another's publication, who gets what in which form, and what is too much."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+
+import pytest
+from centrifuge.fossil import apply_delta
+
+from realtime.errors import INAPPROPRIATE_PROTOCOL, Disconnect
+from realtime.pubsub import fanout
+from realtime.pubsub.hub import Hub
+from realtime.pubsub.time_slices import TimeSlicer
+from realtime.types import Position, Publication
+from tests.pubsub.test_hub import EPOCH, SOMEBODY, Listener, SlowEngine, TextForm, add, at, opened
+
+SLICE = 0.005
+COST = 0.00001  # seconds that one delivery takes
+
+
+class Worker:
+    """A hub, and a loop whose time is spent by deliveries alone."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.asked: list[Callable[[], None]] = []
+        self.hub = Hub(lambda order: None, TimeSlicer(lambda: self.now, SLICE, self.asked.append))
+        self.hub.engine = SlowEngine()  # type: ignore[assignment]
+        self.offsets: dict[str, int] = {}
+
+    def member(self, channel: str = "c", **kinds: object) -> Listener:
+        """An open member that takes its time."""
+        member = Listener(**kinds)  # type: ignore[arg-type]
+        member.deliver = lambda frame: self._take(member, frame)
+        return opened(self.hub, member, self.top(channel) if member.positioned else None, channel)
+
+    def _take(self, member: Listener, frame: bytes) -> None:
+        self.now += COST
+        Listener.deliver(member, frame)
+
+    def top(self, channel: str) -> Position:
+        return at(self.offsets.get(channel, 0))
+
+    def publish(self, channel: str = "c", data: bytes = b"p", **options: object) -> None:
+        offset = self.offsets[channel] = self.offsets.get(channel, 0) + 1
+        self.hub.published(channel, Publication(data, offset, **options), EPOCH)  # type: ignore[arg-type]
+
+    def turn(self) -> None:
+        while self.asked:
+            self.asked.pop()()
+            break
+
+    def until_idle(self) -> int:
+        turns = 0
+        while self.asked:
+            self.turn()
+            turns += 1
+        return turns
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker()
+
+
+def offsets(member: Listener) -> list[int]:
+    return [offset for offset, _ in member.seen]
+
+
+# Time
+
+
+def test_few_members_hear_at_once(worker: Worker) -> None:
+    members = [worker.member() for _ in range(100)]
+    worker.publish()
+    assert [offsets(member) for member in members] == [[1]] * 100
+    assert not worker.asked
+
+
+def test_a_burst_holds_the_loop_for_a_slice_at_a_time(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    for _ in range(5):
+        began = worker.now
+        worker.publish()
+    assert worker.now - began == 0
+    while worker.asked:
+        began = worker.now
+        worker.turn()
+        assert worker.now - began <= SLICE + fanout.CHUNK * COST
+    assert all(offsets(member) == [1, 2, 3, 4, 5] for member in members)
+
+
+def test_what_waits_goes_to_each_member_in_one_write(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    for _ in range(20):
+        worker.publish()
+    worker.until_idle()
+    assert all(offsets(member) == list(range(1, 21)) for member in members)
+    assert all(len(member.written) == 2 for member in members)  # the first was under way when the others came
+    assert worker.hub.traffic.sent.value == 40_000
+
+
+def test_a_write_has_no_more_than_its_limit(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    for _ in range(5):
+        worker.publish(data=b"x" * (fanout.TOGETHER_BYTES // 2))
+    worker.until_idle()
+    assert all(len(member.written) == 3 and offsets(member) == [1, 2, 3, 4, 5] for member in members)
+
+
+def test_a_burst_delays_another_channel_by_a_slice(worker: Worker) -> None:
+    for _ in range(5000):
+        worker.member("burst")
+    other = worker.member("other")
+    for _ in range(50):
+        worker.publish("burst", data=b"x" * fanout.TOGETHER_BYTES)
+    for number in range(1, 20):
+        began = worker.now
+        worker.publish("other")
+        worker.turn()
+        assert offsets(other) == list(range(1, number + 1))
+        assert worker.now - began <= SLICE + fanout.CHUNK * COST
+    assert worker.hub.traffic.queued > 0
+
+
+def test_many_bursts_delay_another_channel_by_a_chunk_of_each(worker: Worker) -> None:
+    for number in range(10):
+        for _ in range(1000):
+            worker.member(f"burst {number}")
+    other, important = worker.member("other"), worker.member("important", priority="high")
+    for number in range(10):
+        for _ in range(20):
+            worker.publish(f"burst {number}")
+    began = worker.now
+    worker.publish("other")
+    worker.publish("important")
+    while not important.frames:
+        worker.turn()
+    assert worker.now - began <= 2 * fanout.CHUNK * COST + SLICE
+    while not other.frames:
+        worker.turn()
+    assert worker.now - began <= 2 * 11 * fanout.CHUNK * COST + SLICE
+
+
+def test_a_low_channel_gets_its_share_beside_a_flood_of_high_ones(worker: Worker) -> None:
+    for _ in range(5000):
+        worker.member("flood", priority="high")
+    low = worker.member("low", priority="low")
+    for _ in range(100):
+        worker.publish("flood")
+    worker.publish("low")
+    for _ in range(3):
+        worker.turn()
+    assert offsets(low) == [1]
+
+
+def test_joins_and_leaves_wait_their_turn_in_order(worker: Worker) -> None:
+    members = [worker.member(announced=True) for _ in range(1000)]
+    worker.hub.joined("c", SOMEBODY)
+    worker.publish()
+    worker.hub.left("c", SOMEBODY)
+    assert len(members[-1].frames) < 3
+    worker.until_idle()
+    assert all(member.frames == [b"join client-1", b"p 1 abcdefgh", b"leave client-1"] for member in members)
+
+
+def test_what_is_counted_as_queued_is_gone_at_the_end(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    for _ in range(10):
+        worker.publish(data=b"x" * 100)
+    assert 700 <= worker.hub.traffic.queued <= 1000
+    worker.until_idle()
+    assert worker.hub.traffic.queued == 0
+    assert worker.hub.traffic.sent.value == sum(len(member.frames) for member in members) == 20_000
+
+
+# Coming and going while something waits
+
+
+def test_who_leaves_hears_nothing_of_what_waits(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    worker.publish()
+    worker.publish()
+    gone = [member for member in members if not member.frames]
+    for member in gone:
+        worker.hub.remove("c", member)
+    assert gone
+    worker.until_idle()
+    assert all(member.frames == [] for member in gone)
+    assert all(offsets(member) == [1, 2] for member in members if member not in gone)
+
+
+def test_who_opens_behind_a_backlog_hears_what_its_reply_did_not_count(worker: Worker) -> None:
+    for _ in range(2000):
+        worker.member()
+    for _ in range(3):
+        worker.publish()
+    early, late = Listener(), Listener()
+    add(worker.hub, early)
+    worker.publish()
+    add(worker.hub, late)
+    assert worker.hub.open("c", early, at(3))
+    assert worker.hub.open("c", late, at(4))
+    worker.publish()
+    assert (early.frames, late.frames) == ([], [])
+    worker.until_idle()
+    assert (offsets(early), offsets(late)) == ([4, 5], [5])
+    worker.publish()
+    worker.until_idle()
+    assert (offsets(early), offsets(late)) == ([4, 5, 6], [5, 6])
+
+
+def test_who_leaves_before_it_begins_hears_nothing(worker: Worker) -> None:
+    for _ in range(2000):
+        worker.member()
+    worker.publish()
+    member = Listener()
+    add(worker.hub, member)
+    worker.publish()
+    assert worker.hub.open("c", member, at(1))
+    worker.hub.remove("c", member)
+    worker.until_idle()
+    worker.publish()
+    assert member.frames == []
+
+
+def test_who_leaves_takes_nobody_who_waits_to_begin_along(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    for _ in range(3):
+        worker.publish()
+    late = Listener()
+    add(worker.hub, late)
+    worker.publish()
+    assert worker.hub.open("c", late, at(3))
+    worker.hub.remove("c", members[0])
+    worker.until_idle()
+    assert offsets(late) == [4]
+
+
+@pytest.mark.parametrize("others", [1, 500])
+def test_what_a_delivery_brings_about_comes_after_it(worker: Worker, others: int) -> None:
+    first = Listener()
+
+    def take(frame: bytes) -> None:
+        first.frames.append(frame)
+        if len(first.frames) < 3:
+            worker.publish()
+
+    first.deliver = take
+    opened(worker.hub, first, at(0))
+    rest = [worker.member() for _ in range(others)]
+    worker.publish("other")
+    worker.publish()
+    worker.until_idle()
+    assert all(offsets(member) == [1, 2, 3] for member in [first, *rest])
+
+
+def test_a_long_replay_lets_others_have_a_turn(worker: Worker) -> None:
+    other = worker.member("other")
+    member = Listener()
+    member.deliver = lambda frame: worker._take(member, frame)
+    add(worker.hub, member)
+    for _ in range(3000):
+        worker.publish()
+    assert worker.hub.open("c", member, at(0))
+    worker.publish("other")
+    assert len(member.frames) < 1000
+    worker.turn()
+    assert other.frames
+    worker.publish()
+    worker.until_idle()
+    assert offsets(member) == list(range(1, 3002))
+
+
+def test_many_that_are_lost_are_told_in_slices_and_before_anything_newer(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    for member in members:
+        member.lost = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
+    worker.publish()
+    worker.offsets["c"] += 1
+    began = worker.now
+    worker.publish()
+    assert worker.now - began <= SLICE
+    assert worker.hub.subscribers("c") == 0
+    while worker.asked:
+        began = worker.now
+        worker.turn()
+        assert worker.now - began <= SLICE + fanout.CHUNK * COST
+    assert all(member.frames[-1] == b"lost" and len(member.frames) <= 2 for member in members)
+
+
+def test_who_leaves_before_it_is_told_of_a_loss_is_not_told(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    for member in members:
+        member.lost = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
+    worker.hub.interrupted()
+    left = [member for member in members if not member.frames]
+    for member in left:
+        worker.hub.remove("c", member)
+    assert left
+    worker.until_idle()
+    assert all(member.frames == [] for member in left)
+
+
+def test_an_interruption_of_many_channels_comes_before_all_that_follows_it(worker: Worker) -> None:
+    members = [worker.member(f"c{number}") for number in range(1000)]
+    for member in members:
+        member.lost = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
+    worker.hub.interrupted()
+    assert any(member.frames for member in members)
+    waiting = [number for number, member in enumerate(members) if not member.frames]
+    heard, unheard = waiting[0], waiting[1]
+    worker.hub.published(f"c{heard}", Publication(b"p", 1), "new")
+    newcomer = Listener()
+    add(worker.hub, newcomer, f"c{unheard}")
+    assert worker.hub.open(f"c{unheard}", newcomer, at(0, "new"))
+    worker.until_idle()
+    worker.hub.published(f"c{unheard}", Publication(b"p", 1), "new")
+    assert all(member.frames == [b"lost"] for member in members)
+    assert (newcomer.seen, newcomer.losses) == ([(1, "new")], 0)
+    assert worker.hub.subscriptions == 1
+
+
+def test_a_channel_that_is_left_by_all_frees_what_waits(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    for _ in range(10):
+        worker.publish()
+    for member in members:
+        worker.hub.remove("c", member)
+    assert worker.hub.traffic.queued == 0
+    again = worker.member()
+    worker.publish()
+    worker.until_idle()
+    assert offsets(again) == [11]
+
+
+def test_a_form_that_fails_costs_one_publication(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [worker.member() for _ in range(2000)]
+    worker.publish()
+    worker.publish(data=b"bad")
+    worker.publish()
+
+    def publication(self: TextForm, channel: str, publication: Publication, epoch: str) -> bytes:
+        if publication.data == b"bad":
+            raise ZeroDivisionError
+        return b"p %d e\0" % publication.offset
+
+    monkeypatch.setattr(TextForm, "publication", publication)
+    with pytest.raises(ZeroDivisionError):
+        worker.until_idle()
+    worker.until_idle()
+    assert all(offsets(member) == [1, 3] for member in members)
+
+
+def test_a_form_that_fails_for_few_members_costs_one_publication(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [worker.member() for _ in range(2)]
+
+    def publication(self: TextForm, channel: str, publication: Publication, epoch: str) -> bytes:
+        if publication.data == b"bad":
+            raise ZeroDivisionError
+        return b"p %d e\0" % publication.offset
+
+    monkeypatch.setattr(TextForm, "publication", publication)
+    for data in (b"good", b"bad", b"good"):
+        with contextlib.suppress(ZeroDivisionError):
+            worker.publish(data=data)
+    assert [offsets(member) for member in members] == [[1, 3]] * 2
+
+
+# What is too much
+
+
+def test_a_channel_too_far_behind_loses_its_backlog_and_who_counted_on_it_is_told(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fanout, "BACKLOG_LIMIT", 100)
+    positioned = [worker.member() for _ in range(1000)]
+    relaxed = [worker.member(positioned=False) for _ in range(1000)]
+    other = worker.member("other")
+    for _ in range(150):
+        worker.publish()
+    assert worker.hub.traffic.overflows.value == 1
+    worker.until_idle()
+    assert all(member.losses == 1 for member in positioned)
+    assert all(member.losses == 0 and offsets(member)[-1] == 150 for member in relaxed)
+    assert all(offsets(member) == list(range(1, len(member.frames) + 1)) for member in positioned)
+    worker.publish("other")
+    assert (offsets(other), other.losses) == ([1], 0)
+
+
+def test_joins_and_leaves_are_the_first_to_be_dropped(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fanout, "BACKLOG_LIMIT", 100)
+    members = [worker.member(announced=True) for _ in range(2000)]
+    for _ in range(10):
+        worker.publish()
+        for _ in range(50):
+            worker.hub.joined("c", SOMEBODY)
+    worker.until_idle()
+    assert worker.hub.traffic.overflows.value == 0
+    assert all(offsets(member) == list(range(1, 11)) and member.losses == 0 for member in members)
+
+
+def test_all_channels_together_may_not_hold_too_many_bytes(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fanout, "BACKLOG_BYTES", 100_000)
+    large = [worker.member("large") for _ in range(2000)]
+    small = [worker.member("small") for _ in range(2000)]
+    for _ in range(20):
+        worker.publish("large", b"x" * 10_000)
+        worker.publish("small", b"x")
+        assert worker.hub.traffic.queued <= 100_000
+    worker.until_idle()
+    assert all(member.losses == 1 for member in large)
+    assert all(offsets(member) == list(range(1, 21)) and member.losses == 0 for member in small)
+
+
+def test_who_waits_to_begin_outlives_an_overflow(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fanout, "BACKLOG_LIMIT", 10)
+    for _ in range(2000):
+        worker.member(positioned=False)
+    worker.publish()
+    late = Listener(positioned=False)
+    add(worker.hub, late)
+    worker.publish()
+    assert worker.hub.open("c", late, None)
+    for _ in range(20):
+        worker.publish()
+    assert worker.hub.traffic.overflows.value
+    worker.until_idle()
+    worker.publish()
+    worker.until_idle()
+    assert (offsets(late)[0], offsets(late)[-1]) == (2, 23)
+    assert sorted(set(offsets(late))) == offsets(late)
+
+
+# Filters
+
+
+def cheap(tags: object) -> bool:
+    return bool(tags) and tags["price"] < "5"  # type: ignore[index]
+
+
+def test_filtered_members_get_what_they_want(worker: Worker) -> None:
+    every, some = worker.member(), worker.member(filter=cheap)
+    for price in "19283":
+        worker.publish(tags={"price": price})
+    worker.publish()
+    assert (offsets(every), offsets(some)) == ([1, 2, 3, 4, 5, 6], [1, 3, 5])
+    assert some.losses == 0
+
+
+def test_filters_that_take_their_time_hold_the_loop_for_a_slice_at_a_time(worker: Worker) -> None:
+    def slow(tags: object) -> bool:
+        worker.now += 30 * COST
+        return True
+
+    members = [worker.member(filter=slow) for _ in range(100)]
+    began = worker.now
+    worker.publish()
+    assert worker.now - began <= 2 * SLICE
+    while worker.asked:
+        began = worker.now
+        worker.turn()
+        assert worker.now - began <= 2 * SLICE
+    assert [offsets(member) for member in members] == [[1]] * 100
+
+
+def test_filters_hold_for_what_was_held_back_too(worker: Worker) -> None:
+    member = Listener(filter=cheap)
+    add(worker.hub, member)
+    for price in "192":
+        worker.publish(tags={"price": price})
+    assert worker.hub.open("c", member, at(0))
+    assert offsets(member) == [1, 3]
+
+
+def test_filtered_members_hear_of_joins_and_losses_as_others_do(worker: Worker) -> None:
+    member = worker.member(filter=cheap, announced=True)
+    worker.hub.joined("c", SOMEBODY)
+    worker.publish(tags={"price": "9"})
+    worker.offsets["c"] += 1
+    worker.publish(tags={"price": "1"})
+    assert (member.frames, member.losses) == ([b"join client-1"], 1)
+
+
+# Deltas
+
+
+class Reader:
+    """What a client makes of the frames of a member with deltas."""
+
+    def __init__(self, member: Listener) -> None:
+        self.member = member
+        self.texts: list[bytes] = []
+        self.kinds: list[str] = []
+        self.base: bytes | None = None
+
+    def read(self, base: bytes | None = None) -> list[bytes]:
+        """The data of the frames that came since the last call. base: in place of what came last."""
+        self.base = base or self.base
+        texts = []
+        for frame in self.member.frames[len(self.kinds) :]:
+            kind, _, rest = frame.partition(b" ")
+            self.kinds.append(kind.decode())
+            body = rest.rpartition(b" ")[0]
+            if kind == b"patch":
+                assert self.base is not None
+                self.base = bytes(apply_delta(self.base, body))
+            else:
+                assert kind == b"whole"
+                self.base = body.rpartition(b" ")[0]
+            texts.append(self.base)
+        return texts
+
+
+def text(number: int) -> bytes:
+    return b"a long text in which only a number changes, which is %d" % number
+
+
+def test_the_first_is_whole_and_the_others_are_deltas(worker: Worker) -> None:
+    member, plain = worker.member(delta=True), worker.member()
+    for number in range(3):
+        worker.publish(data=text(number), delta=True)
+    reader = Reader(member)
+    assert reader.read() == [text(0), text(1), text(2)]
+    assert reader.kinds == ["whole", "patch", "patch"]
+    assert plain.frames == [text(n) + b" %d abcdefgh" % (n + 1) for n in range(3)]
+
+
+def test_a_delta_is_made_once_for_all(worker: Worker) -> None:
+    members = [worker.member(delta=True) for _ in range(3)]
+    others = [worker.member() for _ in range(3)]
+    worker.publish(data=text(0), delta=True)
+    members[0].form.encoded = 0
+    worker.publish(data=text(1), delta=True)
+    assert members[0].form.encoded == 2
+    assert members[0].written[1] is members[2].written[1]
+    assert others[0].written[1] is others[2].written[1]
+
+
+def test_a_publication_that_is_not_to_be_a_delta_is_whole_and_a_base(worker: Worker) -> None:
+    reader = Reader(worker.member(delta=True))
+    worker.publish(data=text(0), delta=True)
+    worker.publish(data=text(1))
+    worker.publish(data=text(2), delta=True)
+    assert reader.read() == [text(0), text(1), text(2)]
+    assert reader.kinds == ["whole", "whole", "patch"]
+
+
+def test_a_delta_that_is_not_shorter_is_not_sent(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Reader(worker.member(delta=True))
+    for data in (b"one", b"two", text(1), text(2)):
+        worker.publish(data=data, delta=True)
+    monkeypatch.setattr(fanout, "PATCH_LIMIT", 10)
+    worker.publish(data=text(3), delta=True)
+    assert reader.read() == [b"one", b"two", text(1), text(2), text(3)]
+    assert reader.kinds == ["whole", "whole", "whole", "patch", "whole"]
+
+
+def test_a_form_that_can_not_carry_a_delta_gets_the_data(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TextForm, "patched", lambda *args: None)
+    reader = Reader(worker.member(delta=True))
+    for number in range(3):
+        worker.publish(data=text(number), delta=True)
+    assert reader.read() == [text(0), text(1), text(2)]
+    assert set(reader.kinds) == {"whole"}
+
+
+def test_a_newcomer_begins_with_a_whole_one(worker: Worker) -> None:
+    old = Reader(worker.member(delta=True))
+    worker.publish(data=text(0), delta=True)
+    new = Reader(worker.member(delta=True))
+    for number in (1, 2):
+        worker.publish(data=text(number), delta=True)
+    assert (old.read(), new.read()) == ([text(0), text(1), text(2)], [text(1), text(2)])
+    assert (old.kinds, new.kinds) == (["whole", "patch", "patch"], ["whole", "patch"])
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_what_the_reply_brought_is_a_base(worker: Worker, followed: bool) -> None:
+    """Whether the hub has followed the channel for others, or has the base from the reply alone."""
+    worker.member(delta=followed)
+    worker.publish(data=text(0), delta=True)
+    worker.publish(data=text(1), delta=True)
+    member = Listener(delta=True)
+    add(worker.hub, member)
+    assert worker.hub.open("c", member, at(2), Publication(text(1), 2))
+    worker.publish(data=text(2), delta=True)
+    reader = Reader(member)
+    assert reader.read(base=text(1)) == [text(2)]
+    assert reader.kinds == ["patch"]
+
+
+def test_what_was_held_back_is_whole_and_a_base(worker: Worker) -> None:
+    worker.member(delta=True)
+    member = Listener(delta=True)
+    add(worker.hub, member)
+    for number in range(3):
+        worker.publish(data=text(number), delta=True)
+    assert worker.hub.open("c", member, at(1), Publication(text(0), 1))
+    worker.publish(data=text(3), delta=True)
+    reader = Reader(member)
+    assert reader.read() == [text(1), text(2), text(3)]
+    assert reader.kinds == ["whole", "whole", "patch"]
+
+
+def test_a_reply_that_is_behind_is_no_base_for_what_comes(worker: Worker) -> None:
+    worker.member(delta=True, positioned=False)
+    worker.publish(data=text(0), delta=True)
+    worker.hub.published("c", Publication(text(1), 0, delta=True), "")
+    member = Listener(delta=True)
+    add(worker.hub, member)
+    assert worker.hub.open("c", member, at(1), Publication(text(0), 1))
+    worker.publish(data=text(2), delta=True)
+    reader = Reader(member)
+    assert reader.read(base=text(0)) == [text(2)]
+    assert reader.kinds == ["whole"]
+
+
+def test_a_reply_under_another_epoch_is_no_base(worker: Worker) -> None:
+    worker.member(delta=True, positioned=False)
+    worker.publish(data=text(0), delta=True)
+    worker.hub.interrupted()
+    member = Listener(delta=True)
+    add(worker.hub, member)
+    assert worker.hub.open("c", member, at(1, "new"), Publication(text(7)[::-1], 1))
+    worker.hub.published("c", Publication(text(1), 2, delta=True), "new")
+    assert Reader(member).read(base=text(7)[::-1]) == [text(1)]
+
+
+def test_a_publication_is_kept_only_while_a_delta_may_start_from_it(worker: Worker) -> None:
+    def references() -> int:
+        """To the data of a new publication, once it is delivered."""
+        data = bytes(bytearray(text(0)))
+        worker.publish(data=data, delta=True)
+        return sys.getrefcount(data)
+
+    plain = worker.member()
+    unused = references()
+    first, second = worker.member(delta=True), worker.member(delta=True)
+    for member in (first, second, plain):
+        member.deliver = lambda frame: None
+    assert references() > unused
+    worker.hub.remove("c", first)
+    assert references() > unused
+    worker.hub.remove("c", second)
+    assert references() == unused
+    going = Listener(delta=True)
+    add(worker.hub, going)
+    worker.publish()
+    going.deliver = lambda frame: worker.hub.remove("c", going)
+    assert worker.hub.open("c", going, at(worker.offsets["c"] - 1))
+    assert references() == unused
+
+
+def test_deltas_with_a_filter_are_always_whole(worker: Worker) -> None:
+    member = worker.member(delta=True, filter=cheap)
+    for number, price in enumerate("191"):
+        worker.publish(data=text(number), delta=True, tags={"price": price})
+    reader = Reader(member)
+    assert reader.read() == [text(0), text(2)]
+    assert set(reader.kinds) == {"whole"}
+
+
+def test_deltas_outlive_a_dropped_backlog(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fanout, "BACKLOG_LIMIT", 10)
+    readers = [Reader(worker.member(delta=True, positioned=False)) for _ in range(2000)]
+    for number in range(30):
+        worker.publish(data=text(number), delta=True)
+    worker.until_idle()
+    worker.publish(data=text(30), delta=True)
+    worker.until_idle()
+    assert worker.hub.traffic.overflows.value
+    for reader in readers:
+        texts = reader.read()
+        assert texts[-1] == text(30)
+        assert sorted(texts, key=lambda one: int(one.split()[-1])) == texts
+        assert set(reader.kinds[1:]) == {"patch"}
+
+
+# Data that a form can't carry
+
+
+class PlainForm(TextForm):
+    def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
+        if publication.binary:
+            raise Disconnect(*INAPPROPRIATE_PROTOCOL)
+        return super().publication(channel, publication, epoch)
+
+
+@pytest.mark.parametrize("members", [2, 500])
+@pytest.mark.parametrize("delta", [False, True])
+def test_binary_data_parts_with_those_who_can_not_have_it(worker: Worker, members: int, delta: bool) -> None:
+    fit = [worker.member() for _ in range(members)]
+    form = PlainForm()
+    unfit = [Listener(delta=delta) for _ in range(members)]
+    for member in unfit:
+        member.form = form
+        opened(worker.hub, member, at(0))
+    worker.publish()
+    worker.publish(binary=True)
+    worker.publish()
+    worker.until_idle()
+    assert all(offsets(member) == [1, 2, 3] for member in fit)
+    assert all((len(member.frames), member.misfits) == (1, 1) for member in unfit)
+    assert worker.hub.subscribers("c") == members
+
+
+@pytest.mark.parametrize("members", [100, 500])
+def test_to_part_with_many_takes_many_turns(worker: Worker, members: int) -> None:
+    def part() -> None:
+        worker.now += 20 * COST
+
+    form = PlainForm()
+    for _ in range(members):
+        member = Listener()
+        member.form = form
+        member.unfit = part  # type: ignore[method-assign]
+        opened(worker.hub, member, at(0))
+    began = worker.now
+    worker.publish(binary=True)
+    assert worker.now - began <= SLICE + 2 * 8 * 20 * COST
+    while worker.asked:
+        began = worker.now
+        worker.turn()
+        assert worker.now - began <= SLICE + 2 * 8 * 20 * COST
+    assert worker.hub.subscribers("c") == 0
+
+
+def test_binary_data_among_what_was_held_back(worker: Worker) -> None:
+    member = Listener()
+    member.form = PlainForm()
+    add(worker.hub, member)
+    worker.publish()
+    worker.publish(binary=True)
+    worker.publish()
+    assert worker.hub.open("c", member, at(0))
+    assert (offsets(member), member.misfits) == ([1], 1)
+    assert worker.hub.subscribers("c") == 0

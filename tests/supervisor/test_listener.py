@@ -1,0 +1,238 @@
+"""The shared port: one queue for each slot, which nobody but its owner can end; and errors that tell what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Factory, Protocol
+from twisted.logger import LogEvent, formatEvent, globalLogPublisher
+
+from realtime.supervisor.listener import CannotListen, SharedPort, explain
+from realtime.worker.listening import ACCEPTS, adopt
+
+
+@pytest.fixture
+def shared() -> Iterator[SharedPort]:
+    port = SharedPort("127.0.0.1", 0, 128, 3)
+    yield port
+    port.close()
+
+
+def connect(port: int, host: str = "127.0.0.1") -> socket.socket:
+    return socket.create_connection((host, port), timeout=5)
+
+
+def accept_any(sockets: list[socket.socket]) -> int:
+    """The number of connections that wait in the queues of `sockets`."""
+    count = 0
+    for listening in sockets:
+        while True:
+            try:
+                listening.accept()[0].close()
+                count += 1
+            except BlockingIOError:
+                break
+    return count
+
+
+def test_all_slots_share_one_port(shared: SharedPort) -> None:
+    assert {listening.getsockname()[1] for listening in shared.sockets} == {shared.port}
+    with ExitStack() as clients:
+        for _ in range(60):
+            clients.enter_context(connect(shared.port))
+        queues = [accept_any([listening]) for listening in shared.sockets]
+    assert sum(queues) == 60
+    assert all(queues), "the kernel spreads clients over all queues"
+
+
+def test_the_backlog_reaches_the_kernel() -> None:
+    port = SharedPort("127.0.0.1", 0, 37, 1)
+    # Of a listening socket, tcpi_sacked is the limit of its queue (Linux, net/ipv4/tcp.c, tcp_get_info).
+    info = port.sockets[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    assert int.from_bytes(info[28:32], sys.byteorder) == 37
+    port.close()
+
+
+@pytest.mark.parametrize(("address", "hosts"), [("", ["127.0.0.1"]), ("::", ["127.0.0.1", "::1"]), ("::1", ["::1"])])
+def test_addresses(address: str, hosts: list[str]) -> None:
+    try:
+        port = SharedPort(address, 0, 16, 1)
+    except CannotListen as error:
+        if "has no IPv6" in str(error) or "does not have this address" in str(error):
+            pytest.skip("no IPv6 here")
+        raise
+    for host in hosts:
+        connect(port.port, host).close()
+    assert accept_any(port.sockets) == len(hosts)
+    port.close()
+
+
+def test_a_name_is_looked_up() -> None:
+    port = SharedPort("localhost", 0, 16, 1)
+    assert port.address in ("127.0.0.1", "::1")
+    port.close()
+
+
+async def test_an_adopted_port_serves_and_its_end_leaves_the_queue(shared: SharedPort) -> None:
+    from twisted.internet import reactor
+
+    served: Deferred[None] = Deferred()
+
+    class Serve(Protocol):
+        def connectionMade(self) -> None:
+            assert self.transport is not None
+            self.transport.loseConnection()
+            served.callback(None)
+
+    for other in shared.sockets[1:]:
+        other.close()
+    del shared.sockets[1:]
+    fd = os.dup(shared.sockets[0].fileno())
+    port = adopt(reactor, fd, Factory.forProtocol(Serve))
+    with pytest.raises(OSError):
+        os.fstat(fd)
+    with connect(shared.port):
+        await served
+    await port.stopListening()
+    # Ours listens on: a client that comes now waits in it, and is accepted.
+    with connect(shared.port):
+        assert accept_any(shared.sockets) == 1
+
+
+async def test_one_turn_of_the_loop_takes_a_bounded_number(shared: SharedPort) -> None:
+    from twisted.internet import reactor
+
+    class Count(Protocol):
+        def connectionMade(self) -> None:
+            turns[-1] += 1
+
+    turns: list[int] = []
+    for other in shared.sockets[1:]:
+        other.close()
+    del shared.sockets[1:]
+    port = adopt(reactor, os.dup(shared.sockets[0].fileno()), Factory.forProtocol(Count))
+    with ExitStack() as clients:
+        for _ in range(3 * ACCEPTS + 2):
+            clients.enter_context(connect(shared.port))
+        for _ in range(5):
+            turns.append(0)
+            port.doRead()
+    assert turns == [ACCEPTS, ACCEPTS, ACCEPTS, 2, 0]
+    await port.stopListening()
+
+
+async def test_a_crowd_without_descriptors_is_one_line_in_the_log(shared: SharedPort) -> None:
+    from twisted.internet import reactor
+
+    for other in shared.sockets[1:]:
+        other.close()
+    del shared.sockets[1:]
+    port = adopt(reactor, os.dup(shared.sockets[0].fileno()), Factory.forProtocol(Protocol))
+    events: list[LogEvent] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as clients:
+        for _ in range(3 * ACCEPTS):
+            clients.enter_context(connect(shared.port))
+        globalLogPublisher.addObserver(events.append)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, limits[1]))
+        plugs: list[int] = []
+        try:
+            with suppress(OSError):
+                while True:
+                    plugs.append(os.dup(0))
+            for _ in range(3 * ACCEPTS):
+                port.doRead()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            globalLogPublisher.removeObserver(events.append)
+            for plug in plugs:
+                os.close(plug)
+    assert ["turned away" in formatEvent(event) for event in events] == [True]
+    await port.stopListening()
+
+
+def test_a_dead_workers_queue_outlives_it(shared: SharedPort) -> None:
+    fds = [listening.fileno() for listening in shared.sockets]
+    worker = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], pass_fds=fds)
+    with ExitStack() as clients:
+        for _ in range(20):
+            clients.enter_context(connect(shared.port))
+        worker.kill()
+        worker.wait()
+        assert accept_any(shared.sockets) == 20
+
+
+# Errors.
+
+
+def refusal(address: str, port: int) -> str:
+    with pytest.raises(CannotListen) as caught:
+        SharedPort(address, port, 16, 2)
+    return str(caught.value)
+
+
+def test_a_port_that_another_program_uses() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert refusal("127.0.0.1", port) == (
+            f"http_server.port = {port}: another program uses this port; stop it, or choose another port"
+        )
+
+
+def test_a_port_that_another_server_of_ours_shares(shared: SharedPort) -> None:
+    assert "another program uses this port" in refusal("127.0.0.1", shared.port)
+    port = shared.port
+    shared.close()
+    SharedPort("127.0.0.1", port, 16, 2).close()
+
+
+def test_a_refused_server_takes_no_client_of_the_first(shared: SharedPort) -> None:
+    for _ in range(5):
+        refusal("127.0.0.1", shared.port)
+    with ExitStack() as clients:
+        for _ in range(30):
+            clients.enter_context(connect(shared.port))
+        assert accept_any(shared.sockets) == 30
+
+
+def test_an_address_that_is_not_ours() -> None:
+    assert refusal("192.0.2.1", 0) == (
+        "http_server.address = '192.0.2.1': this machine does not have this address; "
+        'choose one of its own, or "" for all'
+    )
+
+
+@pytest.mark.parametrize("address", ["no.such.name.invalid", "256.1.1.1", "a..b", "\0"])
+def test_an_address_that_is_none(address: str) -> None:
+    line = refusal(address, 0)
+    assert line.startswith(f"http_server.address = {address!r}: ")
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (
+            errno.EACCES,
+            "http_server.port = 80: this user may not bind this port; "
+            "choose one from 1024 on, or give the process CAP_NET_BIND_SERVICE",
+        ),
+        (
+            errno.EAFNOSUPPORT,
+            "http_server.address = '::': this machine has no IPv6; choose an IPv4 address, or \"\" for all of them",
+        ),
+        (errno.EMFILE, "http_server.address = '::', http_server.port = 80: Too many open files"),
+    ],
+)
+def test_every_line_names_the_key_and_the_remedy(number: int, line: str) -> None:
+    error = OSError(number, os.strerror(number))
+    assert explain(error, "http_server.address", "::", "http_server.port", 80) == line

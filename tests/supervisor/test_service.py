@@ -1,0 +1,281 @@
+"""The supervisor as a service: what it opens and when, what it passes on, and how it ends. Real processes are in
+tests/system/test_processes.py."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessDone, ProcessTerminated
+from twisted.python.failure import Failure
+
+from realtime.config import settings as configuration
+from realtime.config.settings import HTTPServerSettings, Settings, ShutdownSettings, WorkersSettings
+from realtime.process import control
+from realtime.process.child import _adopt
+from realtime.supervision.pool import BROKER, TICK, SlotState
+from realtime.supervisor.service import Supervisor
+
+
+class Spawned:
+    """A process that was only asked for: its command, environment and descriptors, and the child's end of its link."""
+
+    def __init__(self, protocol: Any, pid: int, command: list[str], env: dict[str, str], fds: dict[int, Any]) -> None:
+        self.protocol = protocol
+        self.pid = pid
+        self.command = command
+        self.env = env
+        self.fds = fds
+        self.signals: list[int] = []
+        self.heard: list[tuple[str, object]] = []
+        self.peer = Peer(self)
+        self.settings = configuration.load(os.pread(fds[4], 1 << 20, 0))
+        self.link = os.dup(fds[3])
+
+    def argument(self, name: str) -> str:
+        return self.command[self.command.index(name) + 1]
+
+    def signalProcess(self, number: int) -> None:
+        self.signals.append(number)
+
+    def exit(self, status: int) -> None:
+        """End: status as the pool has it, minus a signal."""
+        ended = ProcessDone(0) if status == 0 else ProcessTerminated(max(status, 0) or None, max(-status, 0) or None)
+        if self.peer.transport is not None:
+            self.peer.transport.abortConnection()
+        self.protocol.processExited(Failure(ended))
+
+
+class Peer(control.Peer):
+    """The child's end of the link."""
+
+    def __init__(self, spawned: Spawned) -> None:
+        super().__init__()
+        self.spawned = spawned
+
+    @control.Link.responder
+    def link(self, slot: int, stream: int) -> dict[str, object]:
+        self.spawned.heard.append(("link", slot))
+        os.close(stream)
+        return {}
+
+    @control.Drain.responder
+    def drain(self, timeout: float) -> dict[str, object]:
+        self.spawned.heard.append(("drain", timeout))
+        return {}
+
+
+class Reactor:
+    """The test's reactor with processes that are only asked for, and a clock that the test turns."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self.spawned: list[Spawned] = []
+        self.refuse: OSError | None = None
+        self.seconds = reactor.seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reactor, name)
+
+    def callWhenRunning(self, function: Any, *arguments: Any) -> None:
+        function(*arguments)
+
+    def callLater(self, delay: float, function: Any, *arguments: Any) -> None:
+        pass
+
+    def spawnProcess(self, protocol: Any, executable: str, args: list[str], env: Any, childFDs: Any) -> Spawned:
+        if self.refuse:
+            raise self.refuse
+        spawned = Spawned(protocol, 1000 + len(self.spawned), args, env, childFDs)
+        self.spawned.append(spawned)
+        protocol.transport = spawned
+        _adopt(self._reactor, spawned.link, spawned.peer)
+        return spawned
+
+
+class Running:
+    """A supervisor of two workers that was started on such a reactor."""
+
+    def __init__(self, reactor: Any) -> None:
+        self.reactor = Reactor(reactor)
+        self.left: list[int] = []
+        settings = Settings(
+            http_server=HTTPServerSettings(address="127.0.0.1", port=0, internal_port=0),
+            workers=WorkersSettings(count=2),
+            shutdown=ShutdownSettings(timeout=20.0),
+        )
+        self.supervisor = Supervisor(self.reactor, settings, "some.worker", "some.broker")
+        self.supervisor.startService()
+
+    def process(self, slot: int) -> Spawned:
+        """The latest process of the slot."""
+        return next(one for one in reversed(self.reactor.spawned) if one.argument("--slot") == str(slot))
+
+    async def ready(self) -> None:
+        for slot in (BROKER, 0, 1):
+            await self.process(slot).peer.callRemote(control.Ready)
+
+    def tick(self, seconds: float = TICK) -> None:
+        now = self.reactor.seconds() + seconds
+        self.reactor.seconds = lambda: now
+        self.supervisor.watch.start()
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    from twisted.internet import reactor
+
+    running = Running(reactor)
+    yield running
+    running.supervisor.stopService()
+    running.supervisor.stopService()
+    for slot in list(running.supervisor.processes):
+        running.process(slot).exit(-signal.SIGKILL)
+
+
+def test_nothing_is_opened_before_the_start() -> None:
+    before = os.listdir("/proc/self/fd")
+    Supervisor(object(), Settings(), "some.worker", "some.broker")
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_workers_are_one_for_each_core_unless_told() -> None:
+    pool = Supervisor(object(), Settings(), "some.worker", "some.broker").pool
+    assert len(pool.workers) == len(os.sched_getaffinity(0))
+
+
+async def test_each_process_gets_what_it_needs(running: Running) -> None:
+    broker, first, second = (running.process(slot) for slot in (BROKER, 0, 1))
+    assert broker.command[1:3] == ["-m", "some.broker"]
+    assert first.command[1:3] == ["-m", "some.worker"]
+    assert "--listen" not in broker.command
+    for worker in (first, second):
+        assert worker.argument("--listen") == "6"
+        assert worker.settings.workers.count == 2
+    ports = {socket.socket(fileno=os.dup(worker.fds[6])).getsockname() for worker in (first, second)}
+    assert ports == {("127.0.0.1", running.supervisor.port)}
+    assert first.fds[6] != second.fds[6]
+    assert (first.fds[1], first.fds[2]) == (1, 2)
+
+
+async def test_the_settings_can_not_be_changed_by_a_child(running: Running) -> None:
+    fd = running.process(0).fds[4]
+    with pytest.raises(PermissionError):
+        os.pwrite(fd, b"x", 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 1)
+    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SEAL
+
+
+async def test_what_the_manager_meant_for_the_supervisor_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from twisted.internet import reactor
+
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
+    monkeypatch.setenv("REALTIME_TEST_VARIABLE", "kept")
+    running = Running(reactor)
+    assert "NOTIFY_SOCKET" not in running.process(0).env
+    assert running.process(0).env["REALTIME_TEST_VARIABLE"] == "kept"
+    running.supervisor.stopService()
+    running.supervisor.stopService()
+    for slot in (BROKER, 0, 1):
+        running.process(slot).exit(-signal.SIGKILL)
+
+
+async def test_worker_and_broker_are_introduced(running: Running) -> None:
+    await running.ready()
+    for slot in (0, 1):
+        # An answer to a later command proves that the earlier ones have arrived.
+        await running.process(slot).peer.callRemote(control.Ready)
+        assert running.process(slot).heard == [("link", slot)]
+    assert sorted(running.process(BROKER).heard) == [("link", 0), ("link", 1)]
+
+
+async def test_a_lost_stream_is_replaced(running: Running) -> None:
+    await running.ready()
+    await running.process(1).peer.callRemote(control.LinkLost)
+    running.tick()
+    await running.process(1).peer.callRemote(control.Ready)
+    assert running.process(1).heard == [("link", 1)] * 2
+
+
+async def test_no_descriptor_stays_with_the_supervisor(running: Running) -> None:
+    await running.ready()
+    await running.process(0).peer.callRemote(control.Ready)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        running.process(0).exit(-signal.SIGKILL)
+        while running.supervisor.pool.slots[0].state is not SlotState.STARTING:
+            running.tick()
+        await running.process(0).peer.callRemote(control.Ready)
+        await running.process(BROKER).peer.callRemote(control.Ready)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+async def test_a_late_word_from_a_dead_process_does_not_count_for_its_successor(running: Running) -> None:
+    old = running.process(0)
+    old.exit(-signal.SIGKILL)
+    while running.process(0) is old:
+        running.tick()
+    running.supervisor.announced(old.protocol)
+    running.supervisor.hung_up(old.protocol)
+    running.supervisor.exited(old.protocol, 0)
+    assert running.supervisor.pool.slots[0].state is SlotState.STARTING
+
+
+async def test_a_process_that_can_not_be_spawned_is_tried_again(running: Running) -> None:
+    await running.ready()
+    running.reactor.refuse = OSError(errno.EAGAIN, "Resource temporarily unavailable")
+    running.process(0).exit(1)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        running.tick()
+    assert running.supervisor.pool.slots[0].deaths > 1
+    assert len(os.listdir("/proc/self/fd")) <= before
+    running.reactor.refuse = None
+    while running.supervisor.pool.slots[0].state is not SlotState.STARTING:
+        running.tick()
+
+
+async def test_stop_drains_and_the_deferred_fires_when_all_have_ended(running: Running) -> None:
+    await running.ready()
+    stopped: Deferred[None] = running.supervisor.stopService()
+    for slot in (0, 1):
+        await running.process(slot).peer.callRemote(control.LinkLost)
+        assert running.process(slot).heard[-1][0] == "drain"
+        running.process(slot).exit(0)
+    assert not stopped.called
+    await running.process(BROKER).peer.callRemote(control.LinkLost)
+    assert running.process(BROKER).heard[-1][0] == "drain"
+    running.process(BROKER).exit(0)
+    assert stopped.called
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", running.supervisor.port), timeout=5)
+
+
+async def test_leave_is_given_the_status(running: Running) -> None:
+    left: list[int] = []
+    running.supervisor.leave = left.append
+    await running.process(0).peer.callRemote(control.Failed, reason="no such module")
+    for slot in (0, 1, BROKER):
+        running.process(slot).exit(78 if slot == 0 else -signal.SIGKILL)
+    assert left == [78]
+
+
+def test_a_port_in_use_ends_the_start_with_1() -> None:
+    from twisted.internet import reactor
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        settings = Settings(http_server=HTTPServerSettings("127.0.0.1", other.getsockname()[1], "127.0.0.1", 0))
+        supervisor = Supervisor(Reactor(reactor), settings, "some.worker", "some.broker")
+        with pytest.raises(SystemExit) as caught:
+            supervisor.privilegedStartService()
+        assert caught.value.code == 1
+    assert supervisor._admin is not None
+    supervisor._admin.close()

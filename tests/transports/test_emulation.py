@@ -1,0 +1,312 @@
+"""Commands by requests of their own: every status, the way to the right session, order, and floods."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from realtime.config import settings
+from realtime.errors import ClientError, EngineUnavailable
+from realtime.protocol.orders import EmulateOrder, encode_order
+from realtime.protocol.protobuf import emulation_request
+from tests.transports.stage import Client, eventually
+from tests.transports.streaming import (
+    BODY_LIMIT,
+    EMULATION,
+    HTTP_STREAM,
+    INIT,
+    NODE,
+    SSE,
+    UNI_SSE,
+    StreamStage,
+    fields,
+    get,
+    lines,
+    post,
+    streaming,
+)
+
+JSON = "Content-Type: application/json"
+BINARY = "Content-Type: application/octet-stream"
+PAGE = "Origin: https://app.example"
+
+
+def asked(session: str, data: str, node: str = NODE) -> bytes:
+    """A request in JSON, as the SDK makes it."""
+    return post(EMULATION, json.dumps({"session": session, "node": node, "data": data}).encode(), JSON)
+
+
+def asked_in_protobuf(session: str, data: bytes, node: str = NODE) -> bytes:
+    """EmulationRequest{node=1, session=2, data=3}, each shorter than 128 bytes."""
+    body = b""
+    for number, value in ((1, node.encode()), (2, session.encode()), (3, data)):
+        body += bytes((number << 3 | 2, len(value))) + value
+    assert emulation_request(body).data == data
+    return post(EMULATION, body, BINARY)
+
+
+async def opened(stage: StreamStage, path: str = HTTP_STREAM, *more: str) -> tuple[Client, str]:
+    """A client with a stream, and its secret."""
+    client = await stage.stream(post(path, b"{}", *more))
+    await eventually(lambda: stage.sessions[-1].received == [b"{}"])
+    return client, stage.sessions[-1].connection.secret
+
+
+async def test_commands_reach_their_session() -> None:
+    async with streaming() as stage:
+        one, secret = await opened(stage)
+        other, _ = await opened(stage, SSE)
+        assert await stage.status(asked(secret, '{"id":2}\n{"id":3,"x":"ü"}')) == 204
+        assert await stage.status(asked(secret, "{}")) == 204
+        assert stage.sessions[0].received[1:] == ['{"id":2}\n{"id":3,"x":"ü"}'.encode(), b"{}"]
+        assert stage.sessions[1].received == [b"{}"]
+        one.leave()
+        other.leave()
+
+
+async def test_commands_in_protobuf() -> None:
+    async with streaming() as stage:
+        client, secret = await opened(stage, HTTP_STREAM, BINARY)
+        assert await stage.status(asked_in_protobuf(secret, b"\x02\x08\x01\x00")) == 204
+        assert stage.sessions[0].received[1:] == [b"\x02\x08\x01\x00"]
+        client.leave()
+
+
+async def test_requests_on_one_connection_keep_their_order() -> None:
+    async with streaming() as stage:
+        client, secret = await opened(stage)
+        sender = await stage.connect(b"".join(asked(secret, f'{{"id":{number}}}') for number in range(200)))
+        await eventually(lambda: sender.received.count(b"HTTP/1.1 204 ") == 200)
+        assert stage.sessions[0].received[1:] == [b'{"id":%d}' % number for number in range(200)]
+        sender.leave()
+        client.leave()
+
+
+async def test_a_response_has_no_body() -> None:
+    async with streaming(client=settings.ClientSettings(allowed_origins=("*",))) as stage:
+        client = await stage.request(asked("3.gone", "{}").replace(b"Host", PAGE.encode() + b"\r\nHost"))
+        assert client.status == 204
+        assert client.received.endswith(b"\r\n\r\n")
+        assert fields(client)["access-control-allow-origin"] == "https://app.example"
+        client.leave()
+
+
+@pytest.mark.parametrize("secret", ["", "3.gone", "4.elsewhere", "3.", ".", "no point", "3", "\x00", "3.ü"])
+async def test_a_session_that_is_gone_is_known_by_its_stream(secret: str) -> None:
+    async with streaming() as stage:
+        client, _ = await opened(stage)
+        assert await stage.status(asked(secret, "{}")) == 204
+        assert stage.sessions[0].received == [b"{}"]
+        client.leave()
+
+
+async def test_a_secret_is_worth_nothing_once_its_stream_is_over() -> None:
+    async with streaming() as stage:
+        client, secret = await opened(stage)
+        client.leave()
+        await eventually(lambda: stage.streams.connections == 0)
+        assert await stage.status(asked(secret, '{"id":2}')) == 204
+        assert stage.sessions[0].received == [b"{}"]
+
+
+async def test_a_unidirectional_session_takes_no_commands() -> None:
+    async with streaming() as stage:
+        client, secret = await opened(stage, UNI_SSE)
+        assert await stage.status(asked(secret, '{"id":2}')) == 204
+        assert stage.sessions[0].received == [b"{}"]
+        client.leave()
+
+
+@pytest.mark.parametrize("node", ["", "another", NODE + "x"])
+async def test_another_node(node: str) -> None:
+    async with streaming() as stage:
+        assert await stage.status(asked("3.x", "{}", node)) == 404
+        assert await stage.status(asked_in_protobuf("3.x", b"\x00", node)) == 404
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"session":"3.x","node":"the-node","data":{"id":1}}',
+        b'{"session":7,"node":"the-node","data":""}',
+        b'{"session":"\xff","node":"the-node","data":""}',
+        b'{"session":"\\ud800","node":"the-node","data":""}',
+        b"[" * 900,
+    ],
+)
+async def test_a_body_that_cannot_be_read(body: bytes) -> None:
+    async with streaming() as stage:
+        assert await stage.status(post(EMULATION, body, JSON)) == 400
+        assert stage.count("emulation") == 1
+
+
+@pytest.mark.parametrize("body", [b"\x0a\xff", b"\x0a\x01\xff", b"\x08\x01", b"\x80" * 20])
+async def test_a_binary_body_that_cannot_be_read(body: bytes) -> None:
+    async with streaming() as stage:
+        assert await stage.status(post(EMULATION, body, BINARY)) == 400
+        assert stage.count("emulation") == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD"])
+async def test_other_methods_than_post(method: str) -> None:
+    async with streaming() as stage:
+        client = await stage.request(get(EMULATION, method=method))
+        assert client.status == 405
+        assert fields(client)["allow"] == "POST, OPTIONS"
+        client.leave()
+
+
+async def test_a_body_over_the_limit() -> None:
+    async with streaming(client=settings.ClientSettings(allowed_origins=("*",))) as stage:
+        assert await stage.status(post(EMULATION, b"x" * BODY_LIMIT, JSON)) == 400
+        declared = await stage.request(post(EMULATION, b"x" * (BODY_LIMIT + 1), JSON, PAGE))
+        assert declared.status == 413
+        assert fields(declared)["access-control-allow-origin"] == "https://app.example"
+        chunked = get(EMULATION, JSON, "Transfer-Encoding: chunked", method="POST")
+        found = await stage.request(chunked + b"3e9\r\n" + b"x" * 1001)
+        assert found.status == 413
+        assert stage.count("body_too_large") == 2
+        declared.leave()
+        found.leave()
+
+
+async def test_a_page_of_another_origin() -> None:
+    async with streaming() as stage:
+        client, secret = await opened(stage)
+        spoofed = asked(secret, '{"id":2}').replace(b"Host", b"Origin: https://evil.example\r\nHost")
+        assert await stage.status(spoofed) == 403
+        assert stage.sessions[0].received == [b"{}"]
+        assert stage.count("origin") == 1
+        client.leave()
+
+
+async def test_a_small_answer_for_load_balancers() -> None:
+    async with streaming(client=settings.ClientSettings(allowed_origins=("*",))) as stage:
+        client = await stage.request(get(INIT, PAGE))
+        await eventually(lambda: client.received.endswith(b"\r\n\r\n{}"))
+        assert (client.status, fields(client)["content-type"]) == (200, "application/json")
+        assert fields(client)["access-control-allow-credentials"] == "true"
+        client.leave()
+        assert await stage.status(post(INIT, b"")) == 405
+
+
+# Between workers
+
+
+class Engine:
+    """Takes orders, or fails. `orders`: what it took, and for which worker."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.orders: list[tuple[bytes, str]] = []
+
+    async def instruct(self, order: bytes, *, worker: str = "") -> int:
+        if self.error is not None:
+            raise self.error
+        self.orders.append((order, worker))
+        return 1
+
+
+def substituted(stage: StreamStage, engine: Engine) -> Engine:
+    stage.emulation._engine = engine  # type: ignore[assignment]
+    return engine
+
+
+async def test_commands_go_to_the_worker_that_the_secret_names() -> None:
+    async with streaming() as stage:
+        engine = substituted(stage, Engine())
+        assert await stage.status(asked("12.secret", '{"id":2}')) == 204
+        assert engine.orders == [(encode_order(EmulateOrder("12.secret", b'{"id":2}')), "12")]
+
+
+async def test_no_secret_addresses_all_workers() -> None:
+    async with streaming() as stage:
+        engine = substituted(stage, Engine())
+        for secret in ("", ".", ".x", "x"):
+            assert await stage.status(asked(secret, "{}")) == 204
+        assert engine.orders == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (EngineUnavailable("away"), 500),
+        (ClientError(106, "limit exceeded"), 413),
+        (RuntimeError("a bug"), 500),
+    ],
+)
+async def test_what_the_engine_does_not_take(error: Exception, status: int) -> None:
+    async with streaming() as stage:
+        substituted(stage, Engine(error))
+        assert await stage.status(asked("4.elsewhere", "{}")) == status
+        assert len(stage.failures) == isinstance(error, RuntimeError)
+        stage.failures.clear()
+
+
+async def test_a_stream_of_this_worker_outlives_an_absence_of_the_engine() -> None:
+    async with streaming() as stage:
+        client, secret = await opened(stage)
+        substituted(stage, Engine(EngineUnavailable("away")))
+        assert await stage.status(asked(secret, '{"id":2}')) == 204
+        assert stage.sessions[0].received[1:] == [b'{"id":2}']
+        client.leave()
+
+
+# What a session does with them
+
+
+async def test_text_that_is_not_utf_8_ends_the_stream() -> None:
+    async with streaming() as stage:
+        client, secret = await opened(stage)
+        assert await stage.status(asked_in_protobuf(secret, b'{"x":"\xff"}')) == 204
+        await eventually(lambda: client.lost)
+        assert lines(client)[-1]["push"]["disconnect"]["code"] == 3501
+        assert stage.sessions[0].received == [b"{}"]
+
+
+async def test_commands_wait_while_the_session_has_enough_to_do() -> None:
+    async with streaming() as stage:
+        client, secret = await opened(stage)
+        session: Any = stage.sessions[0]
+        session.connection.pause()
+        for number in range(5):
+            assert await stage.status(asked(secret, f'{{"id":{number}}}')) == 204
+        assert session.received == [b"{}"]
+
+        def receive(payload: bytes) -> None:
+            session.received.append(payload)
+            if len(session.received) == 3:
+                session.connection.pause()
+
+        session.receive = receive
+        session.connection.resume()
+        assert session.received[1:] == [b'{"id":0}', b'{"id":1}']
+        assert await stage.status(asked(secret, '{"id":5}')) == 204
+        session.connection.resume()
+        assert session.received[1:] == [b'{"id":%d}' % number for number in range(6)]
+        client.leave()
+
+
+@pytest.mark.parametrize(("size", "most"), [(60_000, 2), (2, 508)])
+async def test_a_flood_of_commands_ends_the_stream(size: int, most: int) -> None:
+    async with streaming(emulation=settings.EmulationSettings()) as stage:
+        client, secret = await opened(stage)
+        bystander, _ = await opened(stage, SSE)
+        stage.sessions[0].connection.pause()
+        flood = asked(secret, "x" * size)
+        sender = await stage.connect(flood * most)
+        await eventually(lambda: sender.received.count(b"HTTP/1.1 204 ") == most)
+        assert not client.lost
+        sender.send(flood)
+        await eventually(lambda: client.lost)
+        assert lines(client)[-1]["push"]["disconnect"] == {"code": 3013, "reason": "too many requests"}
+        assert stage.count("emulation_flood") == 1
+        assert stage.sessions[0].received == [b"{}"]
+        sender.leave()
+        bystander.leave()

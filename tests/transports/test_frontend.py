@@ -1,0 +1,359 @@
+"""The client port, by raw requests over real sockets: limits, deadlines, refusals, and who gets the connection."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+from realtime.config import settings
+from realtime.http.request import UNCOUNTED, Refusal
+from realtime.transports import frontend
+from tests.transports.stage import ACCEPT, PATH, eventually, handshake, staged, text
+
+GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+async def test_a_page_and_a_websocket_on_one_port() -> None:
+    async with staged() as stage:
+        page = await stage.request(b"GET /x?y HTTP/1.1\r\nHost: h\r\n\r\n")
+        await eventually(lambda: page.received.endswith(b"page /x "))
+        assert page.status == 200
+        socket = await stage.open()
+        assert f"Sec-WebSocket-Accept: {ACCEPT}".encode() in socket.response
+        assert b"Server: realtime\r\n" in socket.response
+        await socket.echo("hello")
+        page.leave()
+        socket.leave()
+
+
+async def test_a_request_with_a_body_reaches_the_site_whole() -> None:
+    async with staged() as stage:
+        client = await stage.connect(b"POST /p HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n01234")
+        client.send(b"56789")
+        await eventually(lambda: client.received.endswith(b"page /p 0123456789"))
+        chunked = await stage.connect(b"POST /p HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+        chunked.send(b"0\r\n\r\n")
+        await eventually(lambda: chunked.received.endswith(b"page /p abc"))
+        client.leave()
+        chunked.leave()
+
+
+async def test_requests_on_one_connection() -> None:
+    post = b"POST /b HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc"
+    async with staged() as stage:
+        client = await stage.request(b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n")
+        client.send(post)
+        await eventually(lambda: client.received.endswith(b"page /b abc"))
+        client.send(post.replace(b"/b", b"/c") + post.replace(b"/b", b"/d") + GET)  # pipelined
+        await eventually(lambda: client.received.endswith(b"page / "))
+        assert re.findall(rb"page (\S+)", bytes(client.received)) == [b"/a", b"/b", b"/c", b"/d", b"/"]
+        for byte in post.replace(b"/b", b"/e"):
+            client.send(bytes([byte]))
+        await eventually(lambda: client.received.endswith(b"page /e abc"))
+        client.leave()
+
+
+@pytest.mark.parametrize(
+    "name", ["folded line", "vertical tab", "odd coding", "length and chunks", "many headers", "zeros"]
+)
+async def test_a_later_request_is_judged_like_the_first(name: str) -> None:
+    async with staged() as stage:
+        post = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc"
+        client = await stage.connect(post + REFUSED[name][0] + b"GET /smuggled HTTP/1.1\r\nHost: h\r\n\r\n")
+        await eventually(lambda: client.lost)
+        statuses = re.findall(rb"HTTP/1.1 (\d+)", bytes(client.received))
+        assert statuses == [b"200", b"400"]
+        assert b"smuggled" not in client.received
+
+
+async def test_a_later_head_that_trickles_in_is_cut_at_the_deadline() -> None:
+    async with staged() as stage:
+        client = await stage.request(GET)
+        stage.advance(20)
+        assert not client.lost
+        client.send(b"G")
+        await eventually(lambda: bool(stage.deadlines._buckets))
+        stage.advance(5.25)
+        await eventually(lambda: client.lost)
+        assert stage.count("head_timeout") == 1
+
+
+async def test_no_request_follows_a_chunked_body() -> None:
+    async with staged() as stage:
+        chunked = (
+            b"POST /a HTTP/1.1\r\nHost: h\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        )
+        client = await stage.connect(chunked + GET)
+        await eventually(lambda: client.lost)
+        assert re.findall(rb"page (\S+)", bytes(client.received)) == [b"/a"]
+
+
+async def test_a_peer_that_takes_nothing_of_a_page_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontend, "HTTP_PATIENCE", 50)
+    async with staged() as stage:
+        peer = stage.open_socket(4096, b"GET /large HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+        await eventually(lambda: stage.gauge("realtime_http_connections") == 1)
+        await eventually(lambda: stage.gauge("realtime_http_connections") == 0)
+        peer.close()
+
+
+async def test_a_head_in_single_bytes() -> None:
+    async with staged() as stage:
+        client = await stage.connect()
+        for byte in handshake():
+            client.send(bytes([byte]))
+            if random.random() < 0.1:
+                await eventually(lambda: True)
+        await eventually(lambda: client.status == 101)
+        await client.echo("works")
+        client.leave()
+
+
+async def test_bytes_after_the_handshake_are_frames() -> None:
+    async with staged() as stage:
+        client = await stage.request(handshake() + text("at once") + text("and more"))
+        await eventually(lambda: client.texts == ["at once", "and more"])
+        client.leave()
+
+
+async def test_the_session_learns_about_the_request() -> None:
+    async with staged() as stage:
+        client = await stage.request(handshake("Cookie: a=b", "X-Forwarded-For: 6.6.6.6", path=PATH + "?t=%C3%A4"))
+        assert client.status == 101
+        request = stage.sessions[0].request
+        assert request.headers["cookie"] == "a=b"
+        assert (request.path, request.query) == (PATH, {"t": "ä"})
+        assert request.remote_address == "127.0.0.1"
+        client.leave()
+
+
+LINE = b"GET / HTTP/1.1\r\nHost: h\r\n"
+REFUSED: dict[str, tuple[bytes, int]] = {
+    "TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    "zeros": (b"\x00" * 64, 400),
+    "socks": (b"\x05\x01\x00", 400),
+    "blank line first": (b"\r\n" + GET, 400),
+    "bare line feeds": (b"GET / HTTP/1.1\nHost: h\n\n", 400),
+    "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    "two hosts": (LINE + b"Host: h\r\n\r\n", 400),
+    "folded line": (LINE + b"A: b\r\n c\r\n\r\n", 400),
+    "space before colon": (LINE + b"A : b\r\n\r\n", 400),
+    "vertical tab": (LINE + b"A: b\x0bc\r\n\r\n", 400),
+    "next line": (LINE + b"A: b\x85c\r\n\r\n", 400),
+    "long path": (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", 414),
+    "long header": (LINE + b"A: " + b"x" * 9000 + b"\r\n\r\n", 431),
+    "many headers": (LINE + b"A: b\r\n" * 2000 + b"\r\n", 431),
+    "two lengths": (LINE + b"Content-Length: 4\r\nContent-Length: 40\r\n\r\n", 400),
+    "length and chunks": (LINE + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    "odd length": (LINE + b"Content-Length: +4\r\n\r\n", 400),
+    "odd coding": (LINE + b"Transfer-Encoding: xchunked\r\n\r\n", 400),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    "1,000 parameters": (b"GET /?" + b"a&" * 1000 + b" HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    "plain GET": (f"GET {PATH} HTTP/1.1\r\nHost: h\r\n\r\n".encode(), 426),
+    "redirect": (f"GET {PATH}?redirect=http://x&after=1 HTTP/1.1\r\nHost: h\r\n\r\n".encode(), 426),
+    "old version": (handshake().replace(b"Version: 13", b"Version: 8"), 426),
+    "POST": (handshake().replace(b"GET", b"POST"), 405),
+    "HTTP/1.0": (handshake().replace(b"HTTP/1.1", b"HTTP/1.0"), 505),
+    "no key": (handshake().replace(b"Sec-WebSocket-Key", b"X"), 400),
+    "two keys": (handshake("Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="), 400),
+    "body": (handshake("Content-Length: 4") + b"GET ", 400),
+    "foreign origin": (handshake("Origin: http://evil.example"), 403),
+    "null origin": (handshake("Origin: null"), 403),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_a_refusal_is_one_complete_response_and_the_end(name: str) -> None:
+    data, status = REFUSED[name]
+    async with staged() as stage:
+        client = await stage.request(data + b"GET /smuggled HTTP/1.1\r\nHost: h\r\n\r\n")
+        await eventually(lambda: client.lost)
+        assert client.status == status
+        body = bytes(client.received.partition(b"\r\n\r\n")[2])
+        assert f"Content-Length: {len(body)}\r\n".encode() in client.response + b"\r\n"
+        assert b"Connection: close" in client.response
+        assert b"Location" not in client.response
+        assert client.received.count(b"HTTP/1.1 ") == 1
+        assert b"smuggled" not in client.received
+        assert not stage.sessions
+        assert not stage.failures
+
+
+async def test_refusals_are_counted_by_kind() -> None:
+    async with staged() as stage:
+        for name in ("TLS hello", "long path", "many headers", "plain GET", "null origin", "HTTP/2"):
+            await stage.request(REFUSED[name][0])
+        counts = {
+            kind: stage.count(kind) for kind in ("head_syntax", "head_size", "handshake", "origin", "head_version")
+        }
+        assert counts == {"head_syntax": 1, "head_size": 2, "handshake": 1, "origin": 1, "head_version": 1}
+
+
+async def test_random_bytes_never_raise() -> None:
+    dice = random.Random(7)
+    async with staged() as stage:
+        bystander = await stage.open()
+        for _ in range(200):
+            client = await stage.connect(dice.randbytes(dice.randint(1, 300)))
+            client.leave()
+        await bystander.echo("still here")
+        await eventually(lambda: stage.front.waiting == 0)
+        assert not stage.failures
+        bystander.leave()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        PATH + "/",
+        "/" + PATH,
+        PATH.upper(),
+        PATH.replace("web", "%77eb"),
+        "/x/.." + PATH,
+        PATH + "%00",
+        PATH + ";a",
+        "/connection",
+    ],
+)
+async def test_only_the_exact_path_opens_a_websocket(path: str) -> None:
+    async with staged() as stage:
+        client = await stage.request(handshake(path=path))
+        assert client.status == 200  # the site answered
+        assert not stage.sessions
+        client.leave()
+
+
+async def test_a_site_path_does_not_redirect() -> None:
+    async with staged() as stage:
+        for path in ("/?redirect=http://x", "//x", "/%2f%2fx"):
+            client = await stage.request(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+            assert client.status == 200
+            assert b"Location" not in client.response
+            client.leave()
+
+
+async def test_a_silent_connection_is_closed_at_the_deadline() -> None:
+    async with staged() as stage:
+        client = await stage.connect()
+        await eventually(lambda: stage.front.waiting == 1)
+        assert stage.gauge("realtime_opening") == 1
+        stage.advance(4.5)
+        assert stage.front.waiting == 1
+        stage.advance(1.0)
+        await eventually(lambda: client.lost)
+        assert client.received == b""
+        assert stage.count("head_timeout") == 1
+
+
+async def test_a_head_that_trickles_in_does_not_move_the_deadline() -> None:
+    async with staged() as stage:
+        clients = [await stage.connect() for _ in range(20)]
+        await eventually(lambda: stage.front.waiting == 20)
+        for byte in LINE[:10]:
+            for client in clients:
+                client.send(bytes([byte]))
+            await eventually(lambda: True)
+            stage.advance(0.5)
+        stage.advance(0.5)
+        for client in clients:
+            await eventually(lambda client=client: client.lost)
+            assert client.status == 408
+        assert stage.front.waiting == 0
+
+
+async def test_a_finished_head_has_no_deadline() -> None:
+    async with staged() as stage:
+        client = await stage.open()
+        stage.advance(60)
+        await client.echo("alive")
+        client.leave()
+
+
+async def test_a_peer_that_does_not_close_after_a_refusal_is_aborted() -> None:
+    async with staged() as stage:
+        peer = stage.open_socket(65536, b"GET / HTTP/1.1\n")
+        await eventually(lambda: stage.count("head_syntax") == 1)
+        for _ in range(3):  # it may still send, and none of this resets the connection
+            peer.sendall(b"x" * 1000)
+            await eventually(lambda: True)
+        stage.advance(1.75)
+        assert stage.front.waiting == 1
+        stage.advance(0.5)
+        await eventually(lambda: stage.front.waiting == 0)
+        assert peer.recv(10000).startswith(b"HTTP/1.1 400 ")
+        peer.close()
+
+
+async def test_a_peer_that_goes_on_sending_after_a_refusal_is_aborted() -> None:
+    async with staged() as stage:
+        client = await stage.connect(LINE)
+        client.send(b"A: b\r\n" * 200_000)
+        await eventually(lambda: client.status == 431)
+        await eventually(lambda: client.lost or stage.front.waiting == 1)
+        stage.advance(3)
+        await eventually(lambda: client.lost)
+        assert stage.front.waiting == 0
+
+
+async def test_a_worker_under_pressure_opens_no_websocket_and_blames_nobody() -> None:
+    async with staged() as stage:
+        stage.refusal = Refusal(503, "too busy", UNCOUNTED)
+        refused = await stage.request(handshake())
+        assert refused.status == 503
+        assert re.search(rb"Retry-After: (\d+)", refused.response)
+        assert stage.websocket.connections == 0
+        assert not [one for one in stage.metrics.snapshot() if one.name == "realtime_bad_input" and one.value]
+        bad = await stage.request(handshake().replace(b"Version: 13", b"Version: 12"))
+        assert bad.status == 426  # of two reasons the one that will not go away
+        stage.refusal = None
+        client = await stage.open()
+        client.leave()
+
+
+async def test_the_connection_limit() -> None:
+    async with staged(client=settings.ClientSettings(connection_limit=2)) as stage:
+        first, second = await stage.open(), await stage.open()
+        waits = set()
+        for _ in range(20):
+            refused = await stage.request(handshake())
+            assert refused.status == 503
+            match = re.search(rb"Retry-After: (\d+)", refused.response)
+            assert match is not None
+            waits.add(int(match[1]))
+        assert waits <= set(range(3, 11))
+        assert len(waits) > 1
+        assert stage.count("connection_limit") == 20
+        assert stage.gauge("realtime_connections") == 2
+        page = await stage.request(GET)
+        assert page.status == 200
+        await first.echo("undisturbed")
+        second.leave()
+        await eventually(lambda: stage.websocket.connections == 1)
+        third = await stage.open()
+        for client in (first, third, page):
+            client.leave()
+
+
+async def test_an_allowed_origin() -> None:
+    async with staged(client=settings.ClientSettings(allowed_origins=("https://*.example",))) as stage:
+        client = await stage.open("Origin: https://App.example")
+        await client.echo("hello")
+        refused = await stage.request(handshake("Origin: http://localhost"))
+        assert refused.status == 403
+        client.leave()
+
+
+async def test_the_same_origin_needs_no_setting() -> None:
+    async with staged() as stage:
+        client = await stage.request(handshake("Origin: https://app.example:8000", host="app.example:8000"))
+        assert client.status == 101
+        client.leave()
+
+
+async def test_a_websocket_path_of_nowhere_leaves_all_to_the_site() -> None:
+    async with staged(websocket=settings.WebSocketSettings(handler_prefix="")) as stage:
+        client = await stage.request(handshake())
+        assert client.status == 200
+        client.leave()

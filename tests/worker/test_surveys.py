@@ -1,0 +1,151 @@
+"""Surveys of channels: several workers in this process, joined by what passes orders on as the broker does."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+from twisted.internet import reactor
+from twisted.internet.task import Clock
+
+from realtime.errors import ClientError, EngineUnavailable
+from realtime.handlers.coroutines import start_future
+from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, Order
+from realtime.worker import surveys
+from realtime.worker.surveys import Surveys
+from tests.driving import on_loop
+
+
+class Worker:
+    """Its channels with their subscribers, and its part in surveys. deaf: takes no orders."""
+
+    def __init__(self, others: list[Worker], channels: dict[str, int], clock: Any = reactor) -> None:
+        self.members = channels
+        self.others = others
+        self.address = str(len(others))
+        self.deaf = False
+        self.passed: list[Order] = []
+        self.surveys = Surveys(self, self, self.address, clock)  # type: ignore[arg-type]
+        others.append(self)
+
+    def channels(self) -> list[str]:
+        return list(self.members)
+
+    def subscribers(self, channel: str) -> int:
+        return self.members.get(channel, 0)
+
+    async def instruct(self, order: bytes, *, worker: str = "") -> int:
+        decoded = msgspec.msgpack.decode(order, type=ChannelsOrder | ChannelsAnswer)
+        self.passed.append(decoded)
+        to = [other for other in self.others if worker in ("", other.address)]
+        for other in to:
+            if not other.deaf:
+                other.surveys.obey(decoded)
+        return len(to)
+
+    def ask(self, pattern: str = "") -> asyncio.Future[dict[str, int]]:
+        return start_future(self.surveys(pattern))
+
+
+def workers(*channels: dict[str, int], clock: Any = reactor) -> list[Worker]:
+    made: list[Worker] = []
+    for each in channels:
+        Worker(made, each, clock)
+    return made
+
+
+async def refusal(waiting: asyncio.Future[Any]) -> int:
+    with pytest.raises(ClientError) as error:
+        await waiting
+    return error.value.code
+
+
+@on_loop
+async def test_subscribers_of_all_workers_are_added_up() -> None:
+    here, _, _ = workers({"a": 1, "chat:1": 2}, {"a": 3, "chat:2": 1, "empty": 0}, {})
+    assert await here.ask() == {"a": 4, "chat:1": 2, "chat:2": 1}
+    assert await here.ask("chat:*") == {"chat:1": 2, "chat:2": 1}
+    assert await here.ask("{a,empty}") == {"a": 4}
+
+
+@on_loop
+async def test_many_channels_are_looked_through_while_the_loop_does_other_things() -> None:
+    here, there = workers({}, {f"c{number}": 1 for number in range(10 * surveys.SLICE)})
+    waiting = here.ask("c*")
+    gone = [f"c{10 * surveys.SLICE - 1}", f"c{5 * surveys.SLICE}"]
+    turns = 0
+    while not waiting.done():
+        turns += 1
+        for name in gone:
+            there.members.pop(name, None)  # what is gone by the time is not counted
+        await asyncio.sleep(0)
+    assert turns >= 9
+    assert len(await waiting) == 10 * surveys.SLICE - 2
+
+
+@on_loop
+async def test_surveys_at_the_same_time_do_not_mix() -> None:
+    here, there = workers({"a": 1, "b": 1}, {"a": 1, "c": 1})
+    asked = [here.ask("a"), there.ask("b"), here.ask(), there.ask("c")]
+    assert [await one for one in asked] == [{"a": 2}, {"b": 1}, {"a": 2, "b": 1, "c": 1}, {"c": 1}]
+
+
+@on_loop
+async def test_more_names_than_an_answer_holds_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surveys, "ANSWER_BYTES", 1000)
+    few = {f"few{number}": 1 for number in range(30)}
+    here, there, _ = workers({}, few, dict(few))
+    assert len(await here.ask()) == 30
+    there.members["x" * 200] = 1
+    assert await refusal(here.ask()) == 106
+    assert there.passed[-1] == ChannelsAnswer(2, None)
+    there.members = {f"others{number}": 1 for number in range(20)}
+    assert await refusal(here.ask()) == 106  # each fits, but not both
+    assert len(await here.ask("few*")) == 30
+
+
+@on_loop
+async def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:
+    clock = Clock()
+    here, there = workers({"a": 1}, {"a": 1}, clock=clock)
+    there.deaf = True
+    waiting = here.ask()
+    clock.advance(surveys.TIMEOUT - 0.01)
+    assert not waiting.done()
+    clock.advance(0.01)
+    with pytest.raises(EngineUnavailable):
+        await waiting
+    assert clock.getDelayedCalls() == []
+    here.surveys.obey(ChannelsAnswer(1, {"a": 1}))  # too late, and harmless
+    there.deaf = False
+    assert await here.ask() == {"a": 2}
+
+
+@on_loop
+async def test_an_engine_that_is_gone_ends_a_survey(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    (here,) = workers({"a": 1}, clock=clock)
+
+    async def gone(order: bytes, *, worker: str = "") -> int:
+        raise EngineUnavailable("gone")
+
+    monkeypatch.setattr(here, "instruct", gone)
+    with pytest.raises(EngineUnavailable):
+        await here.ask()
+    assert clock.getDelayedCalls() == []
+
+
+@on_loop
+async def test_there_is_a_most_of_surveys() -> None:
+    here, there = workers({"a": 1}, {}, clock=(clock := Clock()))
+    there.deaf = True
+    waiting = [here.ask() for _ in range(surveys.MOST)]
+    assert await refusal(here.ask()) == 111
+    clock.advance(surveys.TIMEOUT)
+    for one in waiting:
+        with pytest.raises(EngineUnavailable):
+            await one
+    there.deaf = False
+    assert await here.ask() == {"a": 1}
