@@ -38,7 +38,7 @@ def test_another_distribution_with_our_package_is_named_with_the_remedy(
 
 def test_the_server_does_not_start_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "realtime", "2.34.1", package="realtime")
-    root = Path(environment.__file__).parent.parent
+    root = Path(environment.__file__).parents[2]
     for command in (
         ["twisted.scripts.twistd", "run()", "-n", "realtime"],
         ["realtime.cli.main", "sys.exit(main())", "check-config"],

@@ -11,9 +11,9 @@ import msgspec
 
 from realtime.config import settings
 
-ROOT = Path(settings.__file__).parent
+ROOT = Path(settings.__file__).parents[1]
 # These check, explain or write keys, and do not act on them.
-ABOUT_KEYS = {"settings.py", "cautions.py", "centrifugo.py", "options.py"}
+ABOUT_KEYS = {"settings.py", "warnings.py", "centrifugo_keys.py", "reader.py"}
 # By a name that is put together; tests of sessions try each of them.
 PUT_TOGETHER = re.compile(r"allow_(publish|presence|history)_for_(client|subscriber|anonymous)")
 

@@ -458,7 +458,7 @@ asyncioreactor.install()
 from twisted.internet import reactor
 from tests.handlers import heavy_app
 from realtime.metrics import Metrics
-from realtime.handlers.coroutines import started
+from realtime.handlers.coroutines import start_future
 from realtime.handlers.compute_pool import Processes
 from realtime.config.settings import AppSettings, Workers
 processes = Processes(reactor, Workers(processes=2), AppSettings(module="heavy_app:app", path=sys.argv[1]), Metrics())
@@ -467,7 +467,7 @@ sleep = next(one for one in heavy_app.app.handlers("rpc").values() if one.name.e
 def begin():
     processes.start()
     for path in sys.argv[2:]:
-        started(processes.call(sleep, ([path, 600],)))
+        start_future(processes.call(sleep, ([path, 600],)))
 
 reactor.callLater(0, begin)
 reactor.run()

@@ -39,7 +39,7 @@ def test_no_line_of_the_supervisor_s_is_made_past_the_level() -> None:
     code = """
 import sys, realtime.tap
 from twisted.logger import Logger
-from realtime.server import log
+from realtime.process import log
 loggers = {f"{name}.{key}": value for name, module in sys.modules.items() if name.startswith("realtime")
            for key, value in vars(module).items() if isinstance(value, Logger)}
 assert "realtime.supervisor.service._log" in loggers

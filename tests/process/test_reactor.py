@@ -8,10 +8,10 @@ import sys
 SCRIPT = """
 import asyncio, socket
 from twisted.internet.main import installReactor
-from realtime.process.selector import Poller
+from realtime.process.selector import ReadingSelector
 from realtime.process.reactor import Reactor
 
-poller = Poller()
+poller = ReadingSelector()
 installReactor(Reactor(asyncio.SelectorEventLoop(poller), poller))
 from twisted.internet import reactor
 from twisted.internet.defer import ensureDeferred

@@ -149,7 +149,7 @@ def test_a_turn_has_an_end_and_nobody_is_left_out(poller: ReadingSelector) -> No
 
 LOOP = """
 import asyncio
-from realtime.process.selector import Poller
+from realtime.process.selector import ReadingSelector
 
 async def serve(reader, writer):
     writer.write(await reader.readline())
@@ -166,7 +166,7 @@ async def talk():
     writer.close()
     server.close()
 
-loop = asyncio.SelectorEventLoop(Poller())
+loop = asyncio.SelectorEventLoop(ReadingSelector())
 loop.run_until_complete(talk())
 loop.close()
 """

@@ -11,6 +11,7 @@ from centrifuge.fossil import apply_delta
 from hypothesis import given
 from hypothesis import strategies as st
 
+from realtime.pubsub import fossil_delta
 from realtime.pubsub.fossil_delta import delta
 
 COMMAND = re.compile(rb"([0-9A-Za-z_~]+)([@:;])")
@@ -127,7 +128,7 @@ def test_what_a_delta_may_cost_is_limited(limit: str, value: int, monkeypatch: p
     base, between = chance.randbytes(2000), chance.randbytes(100)
     target = between + base[500:1500] + between
     assert len(both_decoders_agree(base, target)) < 250
-    monkeypatch.setattr(delta, limit, value)
+    monkeypatch.setattr(fossil_delta, limit, value)
     assert len(both_decoders_agree(base, target)) > 1000
 
 
