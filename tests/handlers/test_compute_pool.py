@@ -456,12 +456,12 @@ import sys
 from twisted.internet import asyncioreactor
 asyncioreactor.install()
 from twisted.internet import reactor
-from tests.handlers import heavy_app
+import heavy_app
 from realtime.metrics import Metrics
 from realtime.handlers.coroutines import start_future
-from realtime.handlers.compute_pool import Processes
-from realtime.config.settings import AppSettings, Workers
-processes = Processes(reactor, Workers(processes=2), AppSettings(module="heavy_app:app", path=sys.argv[1]), Metrics())
+from realtime.handlers.compute_pool import ComputePool
+from realtime.config.settings import AppSettings, WorkersSettings
+processes = ComputePool(reactor, WorkersSettings(processes=2), AppSettings(module="heavy_app:app", path=sys.argv[1]), Metrics())
 sleep = next(one for one in heavy_app.app.handlers("rpc").values() if one.name.endswith("sleep"))
 
 def begin():
