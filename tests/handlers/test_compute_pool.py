@@ -461,7 +461,8 @@ from realtime.metrics import Metrics
 from realtime.handlers.coroutines import start_future
 from realtime.handlers.compute_pool import ComputePool
 from realtime.config.settings import AppSettings, WorkersSettings
-processes = ComputePool(reactor, WorkersSettings(processes=2), AppSettings(module="heavy_app:app", path=sys.argv[1]), Metrics())
+app = AppSettings(module="heavy_app:app", path=sys.argv[1])
+processes = ComputePool(reactor, WorkersSettings(processes=2), app, Metrics())
 sleep = next(one for one in heavy_app.app.handlers("rpc").values() if one.name.endswith("sleep"))
 
 def begin():
