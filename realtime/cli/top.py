@@ -137,7 +137,7 @@ def _row(cells: Sequence[str], width: int) -> str:
 def _worker(worker: dict[str, Any], width: int) -> Line:
     rates = worker["rates"] or {}
     cells = [
-        str(worker["slot"]), _condition(worker), _seconds(worker["peak_lag"]), _percent(worker["utilisation"]),
+        str(worker["slot"]), _condition(worker), _seconds(worker["peak_lag"]), _percent(worker["utilization"]),
         _count(worker["connections"]), _rate(rates.get("received")), _rate(rates.get("sent")), _bytes(worker["rss"]),
         _count(worker["restarts"]), _bytes(worker["queued_bytes"]), _count(worker.get("weight")),
         _count(worker.get("accept_queue")), _rate(rates.get("connects")),

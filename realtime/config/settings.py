@@ -713,7 +713,7 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_lag: Annotated[
         Seconds, about("A worker whose loop is this late refuses what may be refused, or serves stale; 0: never.")
     ] = 0.2
-    max_utilisation: Annotated[
+    max_utilization: Annotated[
         float,
         Meta(ge=0, le=1),
         about("Share of time at work from which a loop is warned of, and nothing refused; 0: off."),

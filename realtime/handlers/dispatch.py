@@ -542,9 +542,9 @@ class AdmissionPolicy:
         return Overloaded(f"{self._handler.name} is refused: {why}")
 
 
-def shed(metrics: Metrics, what: str, why: str) -> Counter:
-    """The counter of what was refused for pressure. what: the kind of handler, or "handshake"."""
-    return metrics.counter("realtime_shed", "Refused because of pressure.", what=what, why=why)
+def shed(metrics: Metrics, kind: str, reason: str) -> Counter:
+    """Return the counter of calls refused under pressure. kind: the kind of handler, or "handshake"."""
+    return metrics.counter("realtime_shed", "Refused because of pressure.", kind=kind, reason=reason)
 
 
 # -- which handler runs ------------------------------------------------------------------------------------------------

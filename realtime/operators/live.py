@@ -117,7 +117,7 @@ class LiveFigures:
         return self._json
 
     def past(self) -> bytes:
-        """What the charts show, oldest first, as JSON: Unix time, and of each worker lag, utilisation, connections."""
+        """What the charts show, oldest first, as JSON: Unix time, and of each worker lag, utilization, connections."""
         return msgspec.json.encode(list(self._past))
 
     def _look(self) -> None:
@@ -166,7 +166,7 @@ class LiveFigures:
             worker["loop"] = None if share is None else _most(share)
             if share is not None:
                 shares[slot] = share
-            points.append((worker["peak_lag"], worker["utilisation"] or 0.0, worker["connections"] or 0))
+            points.append((worker["peak_lag"], worker["utilization"] or 0.0, worker["connections"] or 0))
         self._peaks.clear()
         self._past.append((at, points))
         ledger = self._blame.ledger

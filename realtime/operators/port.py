@@ -193,7 +193,7 @@ class OperatorPort:
             "lag": vitals and round(vitals.lag, 6),
             "connections": vitals and vitals.connections,
             "subscriptions": vitals and vitals.subscriptions,
-            "utilisation": vitals and round(vitals.utilisation, 4),
+            "utilization": vitals and round(vitals.utilization, 4),
             "queued_bytes": vitals and vitals.queued_bytes,
             "threads_busy": vitals and vitals.threads_busy,
             "threads_waiting": vitals and vitals.threads_waiting,
@@ -428,7 +428,7 @@ def _vital_samples(vitals: Vitals, now: float) -> Iterator[Sample]:
     gauges = {
         "loop_beat_age_seconds": (_age(vitals, now), "Since the process's loop last turned."),
         "loop_lag_seconds": (vitals.lag, "How late the latest timer of the process's loop fired."),
-        "loop_utilisation": (vitals.utilisation, "Share of the last second that the process's loop did not idle."),
+        "loop_utilization": (vitals.utilization, "Share of the last second that the process's loop did not idle."),
         "queued_bytes": (vitals.queued_bytes, "Bytes that wait for slow sockets."),
         "resident_bytes": (vitals.rss, "The process's resident memory."),
     }

@@ -29,7 +29,7 @@ from realtime.supervision.vitals import QUIET, ProcessState, Vitals, VitalsPage
 
 _log = Logger(observer=log.observer)
 
-# Seconds over which the utilisation is smoothed.
+# Seconds over which the utilization is smoothed.
 _SMOOTHING = 1.0
 # Nanoseconds of a turn whose exact length is kept. Less than any sensible `loop.lagging`.
 _LONG = 10_000_000
@@ -191,7 +191,7 @@ class Heartbeat:
         self.on_beat: Callable[[Vitals], None] = _ignore  # is handed each beat's reading
         self.state = ProcessState.STARTING
         self.lag = 0.0  # seconds, of the last beat
-        self.utilisation = 0.0  # see `Vitals`
+        self.utilization = 0.0  # see `Vitals`
         self.rss = 0  # bytes, at most about a second old
         self.chores = PeriodicTasks(_log)
         self.interval = loop.interval
@@ -284,7 +284,7 @@ class Heartbeat:
         idle = self._turns.idle
         busy = min(max(1.0 - (idle - self._idle) / 1e9 / passed, 0.0), 1.0)
         # An average whose weights fall off exponentially with age, whatever the time between two measurements.
-        self.utilisation += (busy - self.utilisation) * (1.0 - math.exp(-passed / _SMOOTHING))
+        self.utilization += (busy - self.utilization) * (1.0 - math.exp(-passed / _SMOOTHING))
         self._idle, self._measured = idle, now
 
     def _write(self, now: float) -> Vitals:
@@ -295,7 +295,7 @@ class Heartbeat:
             self.connections(),
             self.subscriptions(),
             self.state,
-            self.utilisation,
+            self.utilization,
             turns.turns if turns else 0,
             turns.callbacks if turns else 0,
             self.queued_bytes(),

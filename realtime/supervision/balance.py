@@ -73,7 +73,7 @@ def _shares(slots: Sequence[Health | None]) -> list[float]:
 
 def _share(health: Health, level: float) -> float:
     catching_up = (level + _FEW) / (health.connections + _FEW)
-    spare = max(1.0 - health.utilisation, _LEAST_SPARE)
+    spare = max(1.0 - health.utilization, _LEAST_SPARE)
     return _portion(health) * spare * min(max(catching_up, 1 / _MOST_CATCHING_UP), _MOST_CATCHING_UP)
 
 

@@ -47,14 +47,14 @@ class Health(Struct, frozen=True):
     """A worker as it was judged at the latest look.
 
     since: when it came into this condition, CLOCK_MONOTONIC seconds. lag: seconds, see above. connections,
-    subscriptions: held, as its page says. utilisation: of its loop, 0 to 1. due: when to look again.
+    subscriptions: held, as its page says. utilization: of its loop, 0 to 1. due: when to look again.
     """
 
     slot: int
     condition: Condition
     since: float
     lag: float = 0.0
-    utilisation: float = 0.0
+    utilization: float = 0.0
     connections: int = 0
     subscriptions: int = 0
     queued_bytes: int = 0
@@ -102,7 +102,7 @@ class Judge:
             condition,
             since,
             lag,
-            vitals.utilisation,
+            vitals.utilization,
             vitals.connections,
             vitals.subscriptions,
             vitals.queued_bytes,

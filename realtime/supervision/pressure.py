@@ -22,8 +22,8 @@ from realtime.supervision.vitals import ProcessState, Vitals
 # Seconds without cause after which a limit presses no more.
 CALM = 0.5
 
-# A busy loop that keeps up is a healthy one: utilisation warns, and never sheds.
-_WARNS = {"utilisation"}
+# A busy loop that keeps up is a healthy one: utilization warns, and never sheds.
+_WARNS = {"utilization"}
 
 
 class Pressure:
@@ -32,7 +32,7 @@ class Pressure:
     def __init__(self, loop: LoopSettings, clock: Callable[[], float]) -> None:
         """clock: CLOCK_MONOTONIC seconds, like the beats."""
         limits = {
-            "utilisation": loop.max_utilisation,
+            "utilization": loop.max_utilization,
             "rss": loop.max_rss,
             "queued_bytes": loop.max_queued_bytes,
             "threads_waiting": loop.max_threads_waiting,
@@ -83,8 +83,8 @@ class Pressure:
 
     @property
     def busy(self) -> bool:
-        """Whether the utilisation is at its limit, which is worth a warning and no more."""
-        return "utilisation" in self._held
+        """Whether the utilization is at its limit, which is worth a warning and no more."""
+        return "utilization" in self._held
 
     def _note_lag(self, now: float, lag: float) -> None:
         lags = self._lags

@@ -67,7 +67,7 @@ class Vitals(Struct, frozen=True):
     """One reading. Times are CLOCK_MONOTONIC nanoseconds.
 
     beat: when the loop last served its timer. lag: seconds by which that timer was late; of a loop that idles, the
-    latest one that was later than QUIET. connections, subscriptions: held. utilisation: share of the last second or so
+    latest one that was later than QUIET. connections, subscriptions: held. utilization: share of the last second or so
     that the loop did not idle in its selector, 0 to 1. turns: of the loop since it began. callbacks: that were ready at
     the start of those turns, together. queued_bytes: that wait for slow sockets. threads_busy, threads_waiting: handler
     threads at work, calls that wait for one. rss: resident bytes.
@@ -80,7 +80,7 @@ class Vitals(Struct, frozen=True):
     connections: int
     subscriptions: int
     state: ProcessState
-    utilisation: float = 0.0
+    utilization: float = 0.0
     turns: int = 0
     callbacks: int = 0
     queued_bytes: int = 0
@@ -143,7 +143,7 @@ class VitalsPage:
             vitals.connections,
             vitals.subscriptions,
             vitals.state,
-            vitals.utilisation,
+            vitals.utilization,
             vitals.turns,
             vitals.callbacks,
             vitals.queued_bytes,
@@ -224,14 +224,14 @@ class VitalsPage:
 
 
 def _sensible(
-    beat: int, lag: float, connections: int, subscriptions: int, state: int, utilisation: float, *counts: int
+    beat: int, lag: float, connections: int, subscriptions: int, state: int, utilization: float, *counts: int
 ) -> Vitals | None:
-    if beat <= 0 or not math.isfinite(lag) or not 0.0 <= utilisation <= 1.0:
+    if beat <= 0 or not math.isfinite(lag) or not 0.0 <= utilization <= 1.0:
         return None
     if min(lag, connections, subscriptions, *counts) < 0:
         return None
     try:
-        return Vitals(beat, lag, connections, subscriptions, ProcessState(state), utilisation, *counts)
+        return Vitals(beat, lag, connections, subscriptions, ProcessState(state), utilization, *counts)
     except ValueError:
         return None
 

@@ -212,7 +212,9 @@ class HTTPFrontendFactory(Factory):
         self._max_headers = http_server.max_headers
         self._metrics = metrics
         self._counters: dict[str, Counter] = {}
-        metrics.gauge("realtime_opening", "Connections before the end of their first head", lambda: self.waiting)
+        metrics.gauge(
+            "realtime_pending_connections", "Connections before the end of their first head", lambda: self.waiting
+        )
         metrics.gauge("realtime_http_connections", "HTTP connections that are open", lambda: self.serving)
 
     def buildProtocol(self, addr: IAddress | None) -> HTTPFrontend:  # type: ignore[override]

@@ -498,7 +498,7 @@ class WebSocketFactory(WebSocketServerFactory):
     def count_end(self, by: str, code: str) -> None:
         """Count the end of one connection. by: "server" or "client". code: why the server ended it, of a closed set."""
         self._metrics.counter(
-            "realtime_disconnects", "Connections that ended, by who ended them and why.", by=by, code=code
+            "realtime_disconnects", "Connections that ended, by who ended them and why.", initiator=by, code=code
         ).value += 1
 
 

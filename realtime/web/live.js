@@ -63,11 +63,11 @@ const CHARTS = [
     kind: "lag", name: "Lag", show: seconds, marks: [0.01, 0.1, 1],
     place: (value) => Math.log10(Math.max(value ?? 0, 0.001) / 0.001) / 4,
   },
-  { kind: "utilisation", name: "Utilisation", show: percent, marks: [0.5, 1], place: (value) => value ?? 0 },
+  { kind: "utilization", name: "Utilization", show: percent, marks: [0.5, 1], place: (value) => value ?? 0 },
   { kind: "connections", name: "Connections", show: count, marks: [], place: (value) => (value ?? 0) / ceiling },
 ];
 
-let past = []; // [Unix time, [[lag, utilisation, connections] of each worker]]
+let past = []; // [Unix time, [[lag, utilization, connections] of each worker]]
 let ceiling = 10; // of the charts of connections, one for all
 let snapshot = null;
 let cursor = null; // the moment under the pointer
@@ -385,7 +385,7 @@ function take(message) {
   if (!snapshot) return;
   if (message.past) past = message.past;
   if (past.at(-1)?.[0] !== snapshot.at) {
-    past.push([snapshot.at, snapshot.workers.map((worker) => [worker.peak_lag, worker.utilisation ?? 0, worker.connections ?? 0])]);
+    past.push([snapshot.at, snapshot.workers.map((worker) => [worker.peak_lag, worker.utilization ?? 0, worker.connections ?? 0])]);
   }
   while (past.length && past[0][0] < snapshot.at - SPAN) past.shift();
   heard = performance.now();

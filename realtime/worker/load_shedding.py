@@ -34,7 +34,7 @@ class Shedding:
         self._logged: dict[str, float] = {}
         self._handshakes: dict[str, Counter] = {}
         for name in sorted(_SHED):
-            metrics.gauge("realtime_pressure", "Whether this presses the worker.", self._presses(name), by=name)
+            metrics.gauge("realtime_pressure", "Whether this presses the worker.", self._presses(name), reason=name)
 
     def beat(self, vitals: Vitals) -> None:
         """Take a reading of the loop, and log what it changes."""
@@ -52,7 +52,7 @@ class Shedding:
             self._since = None
         if pressure.busy:
             self._say(
-                "busy", now, "the loop is {share:.0%} busy; nothing is refused for that", share=vitals.utilisation
+                "busy", now, "the loop is {share:.0%} busy; nothing is refused for that", share=vitals.utilization
             )
 
     def refuse_handshake(self) -> Refusal | None:

@@ -9,7 +9,7 @@ import pytest
 from realtime.cli.top import Line, Unreachable, fetch, render
 
 WORKER = {
-    "slot": 0, "state": "ready", "condition": "healthy", "crash_loop": False, "peak_lag": 0.0012, "utilisation": 0.25,
+    "slot": 0, "state": "ready", "condition": "healthy", "crash_loop": False, "peak_lag": 0.0012, "utilization": 0.25,
     "connections": 1200, "rss": 87_700_000, "restarts": 2, "queued_bytes": 0, "weight": 16, "accept_queue": 3,
     "handler": None, "rates": {"received": 12.0, "sent": 340.0, "connects": 1.5},
 }  # fmt: skip
@@ -77,7 +77,7 @@ def test_a_worker_that_is_not_well_is_named_and_never_left_out() -> None:
 
 def test_a_process_that_is_not_there_has_no_figures() -> None:
     missing = snapshot(1)
-    gone = dict.fromkeys(("utilisation", "connections", "rss", "queued_bytes", "handler", "rates"))
+    gone = dict.fromkeys(("utilization", "connections", "rss", "queued_bytes", "handler", "rates"))
     missing["workers"][0] |= {**gone, "condition": "absent", "state": "waiting", "peak_lag": 0.0, "crash_loop": True}
     assert "crashing" in text(render(missing, 80, 24))
 

@@ -85,7 +85,7 @@ class Bench:
 
     def shed(self) -> dict[tuple[str, str], float]:
         return {
-            (dict(one.labels)["what"], dict(one.labels)["why"]): one.value
+            (dict(one.labels)["kind"], dict(one.labels)["reason"]): one.value
             for one in self.metrics.snapshot()
             if one.name == "realtime_shed"
         }

@@ -63,7 +63,7 @@ class Stage:
         self.live.start()
 
     def summary(self) -> dict[str, Any]:
-        figures = {"utilisation": 0.5, "connections": 7}
+        figures = {"utilization": 0.5, "connections": 7}
         return {"workers": [{"slot": slot, "pid": child.pid, **figures} for slot, child in self.processes.items()]}
 
     @property

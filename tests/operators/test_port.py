@@ -130,7 +130,7 @@ async def test_health_shows_every_process(server: Server) -> None:
 async def test_vital_signs_show(server: Server) -> None:
     health = json.loads((await server.get("/health"))[1])
     worker = health["workers"][1]
-    assert (worker["utilisation"], worker["queued_bytes"], worker["rss"]) == (0.25, 11, 14)
+    assert (worker["utilization"], worker["queued_bytes"], worker["rss"]) == (0.25, 11, 14)
     assert (worker["threads_busy"], worker["threads_waiting"]) == (12, 13)
     assert (worker["handler"], worker["subject"]) == ("rpc report", "report")
     server.processes[1].running = None
@@ -138,7 +138,7 @@ async def test_vital_signs_show(server: Server) -> None:
     assert health["workers"][1]["handler"] is None
     text = (await server.get("/metrics"))[1]
     for line in (
-        'realtime_loop_utilisation{worker="1"} 0.25',
+        'realtime_loop_utilization{worker="1"} 0.25',
         'realtime_loop_turns_total{worker="1"} 900.0',
         'realtime_loop_callbacks_total{worker="1"} 1000.0',
         'realtime_queued_bytes{worker="broker"} 11.0',

@@ -106,21 +106,21 @@ def test_stop_is_idempotent_and_final(beating: Beating) -> None:
     assert beating.clock.getDelayedCalls() == []
 
 
-def test_utilisation_is_the_share_that_was_not_idle(beating: Beating) -> None:
+def test_utilization_is_the_share_that_was_not_idle(beating: Beating) -> None:
     beating.pulse.start()
     for _ in range(500):
         beating.turns.idle += 7_500_000
         beating.clock.advance(0.01)
-    assert beating.read().utilisation == pytest.approx(0.25, abs=0.01)
+    assert beating.read().utilization == pytest.approx(0.25, abs=0.01)
     beating.clock.advance(3.0)  # in one turn, without any idling
-    assert beating.read().utilisation > 0.95
+    assert beating.read().utilization > 0.95
 
 
-def test_utilisation_follows_within_a_second_or_so(beating: Beating) -> None:
+def test_utilization_follows_within_a_second_or_so(beating: Beating) -> None:
     beating.pulse.start()
     for _ in range(100):
         beating.clock.advance(0.01)
-    assert beating.read().utilisation == pytest.approx(0.63, abs=0.01)
+    assert beating.read().utilization == pytest.approx(0.63, abs=0.01)
 
 
 # Turns.

@@ -63,9 +63,9 @@ def test_as_many_slots_as_can_be_set_fit_into_a_program() -> None:
 
 
 def health(
-    slot: int, condition: Condition = Condition.HEALTHY, connections: int = 0, utilisation: float = 0.0
+    slot: int, condition: Condition = Condition.HEALTHY, connections: int = 0, utilization: float = 0.0
 ) -> Health:
-    return Health(slot, condition, since=0.0, connections=connections, utilisation=utilisation)
+    return Health(slot, condition, since=0.0, connections=connections, utilization=utilization)
 
 
 def weigh(*slots: Health) -> tuple[int, ...]:
@@ -95,11 +95,11 @@ def test_a_lagging_slot_gets_a_part() -> None:
 
 
 def test_spare_capacity_counts() -> None:
-    assert weigh(health(0, utilisation=0.75), health(1, utilisation=0.5)) == (FULL // 2, FULL)
+    assert weigh(health(0, utilization=0.75), health(1, utilization=0.5)) == (FULL // 2, FULL)
 
 
 def test_a_loop_that_is_always_busy_is_not_left_out() -> None:
-    assert weigh(health(0, utilisation=1.0), health(1)) == (2, FULL)
+    assert weigh(health(0, utilization=1.0), health(1)) == (2, FULL)
 
 
 def test_a_worker_that_has_just_started_gets_more_until_it_is_level() -> None:
@@ -126,8 +126,8 @@ def test_the_connections_of_those_that_take_none_do_not_count() -> None:
 @given(st.floats(0.0, 0.03), st.floats(0.0, 0.03))
 def test_small_changes_of_load_change_no_weight(first: float, second: float) -> None:
     balance = Balance(2)
-    before = balance.weigh({0: health(0, utilisation=0.2), 1: health(1, utilisation=0.2)})
-    after = balance.weigh({0: health(0, utilisation=0.2 + first), 1: health(1, utilisation=0.2 + second)})
+    before = balance.weigh({0: health(0, utilization=0.2), 1: health(1, utilization=0.2)})
+    after = balance.weigh({0: health(0, utilization=0.2 + first), 1: health(1, utilization=0.2 + second)})
     assert after == before
 
 

@@ -15,7 +15,7 @@ from realtime.supervision.pressure import CALM, Pressure, Throttle
 from realtime.supervision.vitals import ProcessState, Vitals
 
 LOOP = LoopSettings(
-    interval=0.01, max_lag=0.2, max_utilisation=0.9, max_rss=1000, max_queued_bytes=500, max_threads_waiting=9
+    interval=0.01, max_lag=0.2, max_utilization=0.9, max_rss=1000, max_queued_bytes=500, max_threads_waiting=9
 )
 FINE = Vitals(0, 0.0, 3, 3, ProcessState.READY)
 
@@ -69,7 +69,7 @@ def test_below_a_limit_nothing_presses(name: str, value: float) -> None:
     assert worker.pressure.reasons == ()
 
 
-@pytest.mark.parametrize("name", ["lag", "utilisation", "rss", "queued_bytes", "threads_waiting"])
+@pytest.mark.parametrize("name", ["lag", "utilization", "rss", "queued_bytes", "threads_waiting"])
 def test_a_limit_of_zero_is_off(name: str) -> None:
     worker = Worker(replace(LOOP, **{f"max_{name}": 0}))
     worker.beat(**{name: 10**9})
@@ -79,9 +79,9 @@ def test_a_limit_of_zero_is_off(name: str) -> None:
     assert not worker.pressure.busy
 
 
-def test_utilisation_warns_and_never_sheds() -> None:
+def test_utilization_warns_and_never_sheds() -> None:
     worker = Worker()
-    worker.beat(utilisation=1.0)
+    worker.beat(utilization=1.0)
     assert worker.pressure.busy
     assert (worker.pressure.reasons, worker.pressure.pressed, worker.pressure.load) == ((), False, 0.0)
     worker.pass_calmly(CALM + 0.01)

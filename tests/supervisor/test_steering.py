@@ -30,9 +30,9 @@ class Scene:
         self.steering = Steering(self.port, self.health, lambda: self.now, self.metrics, wanted)
         self.clients: list[socket.socket] = []
 
-    def judge(self, slot: int, condition: Condition = Condition.HEALTHY, utilisation: float = 0.0) -> None:
+    def judge(self, slot: int, condition: Condition = Condition.HEALTHY, utilization: float = 0.0) -> None:
         before = self.health.get(slot)
-        self.health[slot] = health = Health(slot, condition, 0.0, utilisation=utilisation)
+        self.health[slot] = health = Health(slot, condition, 0.0, utilization=utilization)
         if before is None or before.condition is not condition:
             self.steering.condition_changed(slot, health)
 
@@ -87,7 +87,7 @@ def test_the_kernel_counts_the_slots_as_we_do(scene: Scene, only: int) -> None:
 
 
 def test_new_connections_follow_the_weights(scene: Scene) -> None:
-    scene.judge(1, utilisation=0.5)
+    scene.judge(1, utilization=0.5)
     scene.judge(2, Condition.ABSENT)
     assert scene.steering.weights == (FULL, FULL // 2, 0)
     first, second, third = scene.connect(600)
@@ -107,7 +107,7 @@ def test_without_anybody_to_prefer_the_kernel_chooses(scene: Scene) -> None:
 
 def test_a_condition_is_acted_on_at_once_and_load_not_too_often(scene: Scene) -> None:
     equal = scene.look()
-    scene.judge(0, utilisation=0.5)
+    scene.judge(0, utilization=0.5)
     assert scene.look(after=SETTLE / 2) == equal
     scene.judge(1, Condition.PRESSED)
     assert scene.steering.weights == (FULL // 2, 0, FULL)

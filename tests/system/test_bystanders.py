@@ -305,7 +305,9 @@ def test_a_conversation_may_end_at_any_byte_and_leaves_nothing(server: Server) -
     def left() -> list[float]:
         (node,) = api(server, "info")["result"]["nodes"]
         present = api(server, "presence", channel="stream:cut")["result"]["presence"]
-        gauges = [metric(server, rf"{name}\{{[^}}]*\}}") for name in ("realtime_connections", "realtime_opening")]
+        gauges = [
+            metric(server, rf"{name}\{{[^}}]*\}}") for name in ("realtime_connections", "realtime_pending_connections")
+        ]
         return [*gauges, len(present), node["num_clients"], node["num_subs"]]
 
     wait_until(lambda: not any(left()), "an end of all")

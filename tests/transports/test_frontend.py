@@ -238,7 +238,7 @@ async def test_a_silent_connection_is_closed_at_the_deadline() -> None:
     async with staged() as stage:
         client = await stage.connect()
         await eventually(lambda: stage.front.waiting == 1)
-        assert stage.gauge("realtime_opening") == 1
+        assert stage.gauge("realtime_pending_connections") == 1
         stage.advance(4.5)
         assert stage.front.waiting == 1
         stage.advance(1.0)

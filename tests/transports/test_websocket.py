@@ -532,7 +532,7 @@ async def test_ends_are_counted_by_who_ended_the_connection() -> None:
 
         def ends() -> dict[tuple[str, str], float]:
             return {
-                (dict(one.labels)["by"], dict(one.labels)["code"]): one.value
+                (dict(one.labels)["initiator"], dict(one.labels)["code"]): one.value
                 for one in stage.metrics.snapshot()
                 if one.name == "realtime_disconnects"
             }

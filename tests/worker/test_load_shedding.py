@@ -32,7 +32,7 @@ class Bench:
         self.page = VitalsPage.create()
         self.metrics = Metrics()
         self.logged: list[dict[str, Any]] = []
-        self.pressure = Pressure(LoopSettings(max_utilisation=0.9), lambda: self.now)
+        self.pressure = Pressure(LoopSettings(max_utilization=0.9), lambda: self.now)
         log = Logger(observer=self.logged.append)
         self.shedding = Shedding(self.pressure, self.page, self.metrics, log)
 
@@ -93,7 +93,7 @@ def test_pressure_is_logged_when_it_comes_and_goes_and_once_a_minute(bench: Benc
 
 
 def test_a_busy_loop_is_warned_of_and_nothing_is_refused(bench: Bench) -> None:
-    bench.beat(utilisation=0.95)
+    bench.beat(utilization=0.95)
     assert bench.said() == ["the loop is 95% busy; nothing is refused for that"]
     assert bench.shedding.refuse_handshake() is None
 
