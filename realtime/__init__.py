@@ -1,7 +1,7 @@
 """A multi-reactor realtime messaging server on Twisted, with handlers in plain Python."""
 
 from realtime._version import __version__
-from realtime.app import App, Client, ConnectRequest, Credentials, Grant, Request, Response
+from realtime.app import App, Client, Request, Response
 from realtime.cache import Cache
 from realtime.errors import (
     ClientError,
@@ -12,19 +12,34 @@ from realtime.errors import (
     RealtimeError,
     SettingsError,
 )
+from realtime.types import (
+    ClientInfo,
+    ConnectRequest,
+    Credentials,
+    Grant,
+    HistoryPage,
+    Position,
+    Publication,
+    PublishOptions,
+)
 
 __all__ = [
     "App",
     "Cache",
     "Client",
     "ClientError",
+    "ClientInfo",
     "ConnectRequest",
     "Credentials",
     "Disconnect",
     "EngineUnavailable",
     "Grant",
     "HandlerTimeout",
+    "HistoryPage",
     "PoolFull",
+    "Position",
+    "Publication",
+    "PublishOptions",
     "RealtimeError",
     "Request",
     "Response",

@@ -7,7 +7,7 @@ The last three pass between the session and the application's handlers; their `d
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 from msgspec import Struct, field
 
@@ -146,3 +146,23 @@ class Credentials(Struct, frozen=True):
     expire_at: int | None = None
     channels: tuple[str, ...] | list[str] = ()
     subs: dict[str, Grant] = {}
+
+
+class PublishOptions(TypedDict, total=False):
+    """The options of `App.publish` and `App.broadcast`. Each has a default: off, empty or 0.
+
+    tags: labels of the publication, for subscribers with a tags filter. skip_history: neither number nor store it.
+    idempotency_key: a repeat within 300 s publishes nothing and returns the first position. delta: send subscribers
+    that negotiated deltas the difference from the previous publication. version: the version of the published state;
+    if the channel has seen this version or a later one, nothing is published and the position is the newest one; needs
+    history. version_epoch: a new epoch starts the versions anew. binary: `data` is bytes and is sent unchanged; unless
+    it is JSON text, only Protobuf clients can receive it.
+    """
+
+    tags: dict[str, str] | None
+    skip_history: bool
+    idempotency_key: str
+    delta: bool
+    version: int
+    version_epoch: str
+    binary: bool

@@ -91,8 +91,7 @@ class Rescue:
         self._tally: Counter[int] = Counter()  # rescued since the slot came to need it, by slot
         help = "Connections that waited for this worker and were handed to another."
         self._rescued = {
-            slot: metrics.counter("realtime_rescued", help, worker=str(slot))
-            for slot in range(len(self._sockets))
+            slot: metrics.counter("realtime_rescued", help, worker=str(slot)) for slot in range(len(self._sockets))
         }
         self._refused = metrics.counter("realtime_rescue_refused", "Clients that the supervisor sent away with a 503.")
         help = "Times that a worker did not take a connection from the supervisor; another was tried."

@@ -1,0 +1,39 @@
+"""The application's side: declaring handlers, answering HTTP requests, and acting on channels and clients.
+
+    from realtime import App
+
+    app = App()
+
+    @app.on_subscribe("chat:*")
+    async def may_join(client, channel):            # a coroutine runs on the loop
+        return bool(client.user)
+
+    @app.rpc("report", timeout=5, limit=2)
+    def report(client, data):                       # a plain function runs in a thread
+        app.publish("chat:news", {"asked by": client.user})
+        return {"total": 42}
+
+`application` has the `App`, `http` its routes with their requests and responses, `client` the connected client that
+handlers receive, `declarations` the rules for declaring a handler, and `loader` the import of an application by name.
+An `App` does no I/O and knows no socket; each worker binds its server to it at the start (`App.bind`).
+"""
+
+from realtime.app.application import App, Server
+from realtime.app.client import Client
+from realtime.app.declarations import ARGUMENTS, POLICIES, Handler, Patterns
+from realtime.app.http import Request, Response, Static
+from realtime.app.loader import load
+
+__all__ = [
+    "ARGUMENTS",
+    "POLICIES",
+    "App",
+    "Client",
+    "Handler",
+    "Patterns",
+    "Request",
+    "Response",
+    "Server",
+    "Static",
+    "load",
+]

@@ -1,0 +1,133 @@
+"""The HTTP side of an application: requests, responses, routes and static files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from dataclasses import field as record_field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from realtime.app.declarations import HandlerOptions, Policy, RunIn, calling_line
+from realtime.cache import Cache
+from realtime.errors import BAD_REQUEST, ClientError, SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One HTTP request. query: the last value of each name, decoded. headers: names in lower case."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    body: bytes
+    remote_address: str = ""
+
+    def json(self) -> Any:
+        """Return the decoded body. Raises ClientError 107, answered with status 400, if it is not JSON."""
+        try:
+            return msgspec.json.decode(self.body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise ClientError(*BAD_REQUEST) from None
+
+    def cache_key(self) -> Hashable:
+        """Return the default key of a cached answer. It includes cookies and authorization, which tell users apart."""
+        credentials = self.headers.get("cookie"), self.headers.get("authorization")
+        return self.method, self.path, tuple(sorted(self.query.items())), self.body, credentials
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """An HTTP response with its status, headers and body. A `str` body is sent as UTF-8."""
+
+    status: int = 200
+    headers: Mapping[str, str] = record_field(default_factory=dict)
+    body: bytes | str = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Static:
+    """A directory that is served under a URL prefix; the prefix ends in a slash."""
+
+    prefix: str
+    directory: Path
+
+
+RouteFunction = TypeVar("RouteFunction", bound=Callable[[Request], Any])
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+class Declare(Protocol):
+    """Records a handler in its App; see `App`."""
+
+    def __call__(self, kind: str, key: str, options: HandlerOptions, /) -> Callable[[AnyFunction], AnyFunction]: ...
+
+
+class HTTP:
+    """The routes and static files of an App, as `app.http`.
+
+    A handler receives a `Request`. It returns a dict or a list (sent as JSON), a str (sent as plain text), bytes, None
+    (status 204) or a `Response`. A `ClientError` becomes a response with a 4xx status, its code and message as JSON.
+    """
+
+    def __init__(self, declare: Declare) -> None:
+        self._declare = declare
+        self.statics: list[Static] = []
+
+    def get(
+        self,
+        path: str,
+        *,
+        run: RunIn | None = None,
+        timeout: float | None = None,
+        limit: int | None = None,
+        pressure: Policy | None = None,
+        cache: Cache | None = None,
+    ) -> Callable[[RouteFunction], RouteFunction]:
+        """Answer GET and HEAD requests for exactly this path.
+
+        pressure: the policy for requests while the worker is overloaded, as for `App.rpc`; a refused request gets
+        status 503. The default is "stale" for a route with a cache and "refuse" for any other.
+        run, timeout, limit, cache: see `App.rpc`.
+        """
+        return self._route("GET", path, HandlerOptions(run, timeout, limit, pressure, cache))
+
+    def post(
+        self,
+        path: str,
+        *,
+        run: RunIn | None = None,
+        timeout: float | None = None,
+        limit: int | None = None,
+        pressure: Policy | None = None,
+        cache: Cache | None = None,
+    ) -> Callable[[RouteFunction], RouteFunction]:
+        """Answer POST requests for exactly this path. The other arguments are those of `get`."""
+        return self._route("POST", path, HandlerOptions(run, timeout, limit, pressure, cache))
+
+    def static(self, prefix: str, directory: str | Path) -> None:
+        """Serve the files of a directory under a URL prefix; "index.html" is the page of the directory itself.
+
+        directory: relative to the calling file. Files whose name begins with a dot are not served. The longest prefix
+        wins, and a route wins over a file. Raises SettingsError if the directory does not exist.
+        """
+        root = Path(sys._getframe(1).f_code.co_filename).parent / directory
+        if not prefix.startswith("/"):
+            raise SettingsError([f"{calling_line()}: a URL prefix must begin with a slash, unlike {prefix!r}"])
+        if not root.is_dir():
+            raise SettingsError([f"{calling_line()}: the directory {str(root)!r} does not exist"])
+        prefix = prefix.rstrip("/") + "/"
+        if any(static.prefix == prefix for static in self.statics):
+            raise SettingsError([f"{calling_line()}: the URL prefix {prefix!r} is declared a second time"])
+        self.statics.append(Static(prefix, root.resolve()))
+
+    def _route(self, method: str, path: str, options: HandlerOptions) -> Callable[[RouteFunction], RouteFunction]:
+        if not isinstance(path, str) or not path.startswith("/") or "?" in path or not path.isascii():
+            raise SettingsError(
+                [f'{calling_line()}: a path must begin with a slash and be ASCII, as in @app.http.get("/path")']
+            )
+        return self._declare("http", f"{method} {path}", options)

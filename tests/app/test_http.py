@@ -1,0 +1,55 @@
+"""Routes, static files, requests and responses of an application."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from realtime.app import App, Request, Response
+from realtime.errors import ClientError
+from tests.app.declaring import problem
+
+
+def test_static_directory_is_relative_to_the_file_that_declares_it(app: App) -> None:
+    app.http.static("/tests", ".")
+    [static] = app.http.statics
+    assert (static.prefix, static.directory) == ("/tests/", Path(__file__).parent.resolve())
+
+
+def test_static_mistakes(app: App, tmp_path: Path) -> None:
+    assert "does not exist" in problem(lambda: app.http.static("/", "missing"))
+    assert "must begin with a slash" in problem(lambda: app.http.static("files", tmp_path))
+    app.http.static("/files", tmp_path)
+    assert "a second time" in problem(lambda: app.http.static("/files/", tmp_path))
+
+
+def test_json_of_a_request() -> None:
+    def request(body: bytes) -> Request:
+        return Request("POST", "/", {}, {}, body)
+
+    assert request(b'{"a":[1]}').json() == {"a": [1]}
+    for body in (b"", b"{", b"\xff", b"[" * 100_000):
+        with pytest.raises(ClientError) as caught:
+            request(body).json()
+        assert caught.value.code == 107
+    assert Response().status == 200
+
+
+def test_a_requests_key_tells_users_apart() -> None:
+    def key(**changes: Any) -> Any:
+        fields = {"method": "GET", "path": "/", "query": {"b": "2", "a": "1"}, "headers": {"accept": "x"}, "body": b""}
+        return Request(**{**fields, **changes}).cache_key()
+
+    assert key() == key(query={"a": "1", "b": "2"}, headers={"accept": "y"}, remote_address="1.2.3.4")
+    different = [
+        key(),
+        key(path="/a"),
+        key(query={"a": "1"}),
+        key(headers={"cookie": "id=1"}),
+        key(headers={"authorization": "id=1"}),
+        key(body=b"1"),
+        key(method="HEAD"),
+    ]
+    assert len(set(different)) == len(different)
