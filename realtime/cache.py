@@ -1,4 +1,4 @@
-"""Answers that are kept for a while, so that many callers cost one computation.
+"""Cached answers: many callers cost one computation.
 
     @Cache(ttl=1, stale=30)
     async def forecast(city): ...                                        # any coroutine function
@@ -6,18 +6,18 @@
     @app.http.get("/weather", cache=Cache(ttl=1, stale=30))              # a handler of either kind
     def weather(request): ...
 
-A kept value is *fresh* for `ttl` seconds. After that it is *stale*: whoever asks gets it at once while one computation
-makes the next, but only for a window of time, which is wider the more the process has to do:
+A cached value is *fresh* for `ttl` seconds. Afterwards it is *stale*: callers still get it at once, while one
+computation makes the next value. A stale value serves only for a window of time that grows with the load:
 
     window(load) = base + (stale - base) * min(load, 1)        base = min(stale, ttl)
 
-`load` is the loop's measured lag as a share of `loop.max_lag`, and 1 whenever anything presses the worker: an idle
-worker takes the time to compute what is older than ttl + base, a pressed one makes do with anything up to ttl + stale,
-and computes nothing as long as it has that. When a computation fails, its error goes to those who wait for it and is
-not kept; a value that is there already serves on, up to ttl + stale.
+`load` is the measured loop lag as a share of `loop.max_lag`, and 1 while the worker exceeds any pressure limit. So an
+idle worker computes anew when a value is older than ttl + base. An overloaded worker serves values up to the age of
+ttl + stale, and computes nothing while it has one. A failed computation raises its error in the waiting callers and is
+not cached; an existing value goes on serving up to ttl + stale.
 
-What a cache needs of its surroundings is a `Host`; in a worker, `realtime.worker.process` provides it. Loop thread
-only, but for `invalidate`, `invalidate_tags` and `clear`.
+A cache reaches its process through a `Host`; in a worker, `realtime.worker.load_shedding` fills it in. Loop thread
+only, except for `invalidate`, `invalidate_tags` and `clear`.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from realtime.errors import RealtimeError
 from realtime.metrics import Counter
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# Called once with (result, None) or (None, error).
+# A callback, called once with (result, None) or (None, error).
 Done = Callable[[Any, BaseException | None], None]
 
-# Seconds in which a computation that failed is not tried again, as long as a stale value can serve.
+# Seconds without a new attempt after a failed computation, as long as a stale value can serve.
 RETRY_AFTER = 1.0
 
 
-class NothingKept(RealtimeError):
-    """There is no value that may be served, and computing one was ruled out."""
+class NothingCached(RealtimeError):
+    """The cache has no value that it may serve, and the caller forbade a computation."""
 
 
 @dataclass(slots=True)
 class Entry:
-    """One kept value. made: when its computation ended, by the host's clock. retry: not to be computed again before."""
+    """One cached value. made: the end of its computation, by the host's clock. retry: the earliest next attempt."""
 
     value: Any
     made: float
@@ -57,26 +57,26 @@ class Entry:
 
 
 class Storage(Protocol):
-    """Where entries are. Keys are hashable values; what they mean is the cache's affair."""
+    """A store of entries. Keys are hashable values without further meaning to the store."""
 
     async def get(self, key: Hashable) -> Entry | None:
-        """The entry of this key, however old."""
+        """Return the entry of this key, however old."""
 
     async def put(self, key: Hashable, entry: Entry) -> int:
-        """Keep an entry, in place of the one before; returns how many others had to go for it."""
+        """Store an entry in place of an earlier one; return the number of evicted entries."""
 
     async def drop(self, key: Hashable) -> None:
-        """Forget a key, if it is there."""
+        """Remove a key, if it exists."""
 
     async def drop_tag(self, tag: str) -> None:
-        """Forget every entry with this tag."""
+        """Remove every entry with this tag."""
 
     async def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
 
 
-class Memory:
-    """Entries in this process: at most so many; the one that was not asked for longest goes first."""
+class MemoryStorage:
+    """Entries in this process, `max_entries` at most; the least recently used is evicted first."""
 
     def __init__(self, max_entries: int) -> None:
         self._max_entries = max_entries
@@ -123,7 +123,7 @@ class Memory:
 def start_task(coroutine: Coroutine[Any, Any, Any], done: Done) -> None:
     """Run a coroutine as an asyncio task."""
     task = asyncio.get_running_loop().create_task(coroutine)
-    _tasks.add(task)  # the loop itself refers to a waiting task but weakly
+    _tasks.add(task)  # the loop holds a waiting task only weakly
 
     def ended(task: asyncio.Task[Any]) -> None:
         _tasks.discard(task)
@@ -142,10 +142,10 @@ _tasks: set[asyncio.Task[Any]] = set()
 
 @dataclass(slots=True)
 class Host:
-    """What caches need of the process that they are in.
+    """The process around a cache.
 
-    load: 0 when idle, 1 or more when pressed. start: runs a coroutine on the loop, for nobody in particular. perform:
-    runs a coroutine for whoever calls, in a thread too. counter: of a cache's name and an outcome.
+    load: 0 when idle, 1 or more when overloaded. start: runs a coroutine on the loop and calls back. perform: runs a
+    coroutine for the caller, also from a thread. counter: returns the counter for a cache's name and an outcome.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -155,37 +155,37 @@ class Host:
     counter: Callable[[str, str], Counter] = field(default=lambda name, outcome: Counter())
 
 
-# The process's own, for every cache that was not given one. A worker fills it in before it takes clients.
+# The default host of every cache. A worker fills it in before it accepts clients.
 HOST = Host()
 
 
-class Flight:
-    """One computation under way, and who waits for it."""
+class Computation:
+    """One running computation and its waiting callers."""
 
-    __slots__ = ("_outcome", "_waiting", "awaited", "tags", "void")
+    __slots__ = ("_outcome", "_waiters", "awaited", "tags", "void")
 
     def __init__(self, tags: frozenset[str], awaited: bool) -> None:
-        """awaited: whether anybody waits for it; not for a refresh while a stale value serves."""
+        """awaited: whether a caller waits for the result; false for a refresh while a stale value serves."""
         self.tags = tags
         self.awaited = awaited
-        self.void = False  # invalidated meanwhile: its result goes to those who wait, and is not kept
+        self.void = False  # invalidated meanwhile: waiting callers get the result, but the cache does not store it
         self._outcome: tuple[Any, BaseException | None] | None = None
-        self._waiting: list[asyncio.Future[Any]] = []
+        self._waiters: list[asyncio.Future[Any]] = []
 
     def result(self) -> asyncio.Future[Any]:
-        """Its outcome, for one caller, who may cancel it without harm to the others."""
+        """Return a future of the outcome for one caller; cancelling it does not affect other callers."""
         self.awaited = True
         waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self._outcome is None:
-            self._waiting.append(waiter)
+            self._waiters.append(waiter)
         else:
             _settle(waiter, *self._outcome)
         return waiter
 
-    def land(self, value: Any, error: BaseException | None) -> None:
-        """Tell all who wait."""
+    def settle(self, value: Any, error: BaseException | None) -> None:
+        """Settle the futures of all waiting callers."""
         self._outcome = value, error
-        for waiter in self._waiting:
+        for waiter in self._waiters:
             if not waiter.done():
                 _settle(waiter, value, error)
 
@@ -200,7 +200,7 @@ def _settle(waiter: asyncio.Future[Any], value: Any, error: BaseException | None
 
 
 class Cache:
-    """Keeps what one function returned, by its arguments. Use it as a decorator, or as the `cache` of a handler."""
+    """A cache of one function's results, by its arguments. Use it as a decorator, or as the `cache` of a handler."""
 
     def __init__(
         self,
@@ -213,28 +213,28 @@ class Cache:
         *,
         host: Host | None = None,
     ) -> None:
-        """ttl, stale: seconds, see the module. max_entries: kept in memory; without meaning for another `storage`.
+        """ttl, stale: seconds, see the module. max_entries: the most entries in memory; unused with a `storage`.
 
-        key: called with the function's arguments, names one answer. Without it, every argument counts: JSON by its
-        value, a client by its user, a request by method, path, query, body, cookies and authorization. So nobody is
-        shown another's answer by mistake; an answer that is the same for all wants a key that says so.
-        tags: names under which an entry can be invalidated, or a function of the arguments that gives them.
+        key: a function of the arguments that returns the key of an answer. By default every argument counts: JSON by
+        its value, a client by its user, a request by method, path, query, body, cookies and authorization. So no user
+        sees another user's answer by mistake; pass a key for an answer that all users share.
+        tags: names for invalidating entries together, or a function of the arguments that returns them.
         """
         if not ttl >= 0 or not stale >= 0 or max_entries < 1:
-            raise ValueError("a Cache needs a ttl and a stale time of 0 or more seconds, and room for an entry or more")
+            raise ValueError("a Cache needs ttl and stale of 0 or more seconds, and max_entries of 1 or more")
         self.ttl = ttl
         self.stale = stale
         self.name = ""
-        self.key = key or whole_key
+        self.key = key or default_key
         self._tags = tags
-        self._storage: Storage = storage if storage is not None else Memory(max_entries)
+        self._storage: Storage = storage if storage is not None else MemoryStorage(max_entries)
         self._host = host or HOST
-        self._flights: dict[Hashable, Flight] = {}
+        self._computations: dict[Hashable, Computation] = {}
         self._counters: dict[str, Counter] = {}
 
     def __call__(self, function: Function) -> Function:
-        """Decorate a function. A plain one must be a handler: its cached part is what runs in a thread."""
-        self.belong(getattr(function, "__qualname__", repr(function)))
+        """Decorate a function. A plain function must be a handler: the cache wraps the part that runs in a thread."""
+        self.attach_to(getattr(function, "__qualname__", repr(function)))
 
         @functools.wraps(function)
         async def cached(*args: Any, **arguments: Any) -> Any:
@@ -242,16 +242,16 @@ class Cache:
 
         @functools.wraps(function)
         def refused(*args: Any, **arguments: Any) -> Any:
-            raise TypeError(f"{self.name} is a plain function: its cache works where it is declared as a handler")
+            raise TypeError(f"{self.name} is a plain function: its cache works only if it is declared as a handler")
 
         wrapped = cached if inspect.iscoroutinefunction(function) else refused
-        setattr(wrapped, _MARK, (function, self))
+        setattr(wrapped, _DECORATED, (function, self))
         return cast(Function, wrapped)
 
-    def belong(self, name: str) -> None:
-        """Take the name of its function. Raises TypeError for a second one: keys would mean two things."""
+    def attach_to(self, name: str) -> None:
+        """Name the cache after its only function. Raises TypeError for a second function: their keys would collide."""
         if self.name:
-            raise TypeError(f"this Cache is that of {self.name}; {name} needs one of its own")
+            raise TypeError(f"this Cache belongs to {self.name}; {name} needs its own Cache")
         self.name = name
 
     async def call(
@@ -261,14 +261,15 @@ class Cache:
         arguments: dict[str, Any] | None = None,
         may_compute: bool = True,
     ) -> Any:
-        """What the function returns for these arguments: kept, or by awaiting `compute()`, whose errors it raises.
+        """Return the cached result for these arguments, or that of `await compute()`; errors of `compute` propagate.
 
-        may_compute: False to raise NothingKept instead; a computation that is under way may be waited for.
+        may_compute: False raises NothingCached in place of starting a computation; a running one is awaited all the
+        same.
         """
         arguments = arguments or {}
         key = self.key(*args, **arguments)
         entry = await self._storage.get(key)
-        flight = self._flights.get(key)
+        computation = self._computations.get(key)
         if entry is not None:
             now = self._host.clock()
             age = now - entry.made
@@ -277,19 +278,19 @@ class Cache:
                 return entry.value
             load = self._host.load()
             if age < self.ttl + self.window(1.0 if now < entry.retry else load):
-                if flight is None and load < 1 and now >= entry.retry:
-                    self._take_off(key, compute, args, arguments, awaited=False)
+                if computation is None and load < 1 and now >= entry.retry:
+                    self._start(key, compute, args, arguments, awaited=False)
                 self._count("stale")
                 return entry.value
-        if flight is not None:
+        if computation is not None:
             self._count("shared")
         elif may_compute:
-            flight = self._take_off(key, compute, args, arguments, awaited=True)
+            computation = self._start(key, compute, args, arguments, awaited=True)
             self._count("miss")
         else:
-            raise NothingKept(f"{self.name} has no answer to serve")
+            raise NothingCached(f"{self.name} has no cached answer")
         try:
-            return await flight.result()
+            return await computation.result()
         except Exception:
             if entry is None or not self._host.clock() - entry.made < self.ttl + self.stale:
                 raise
@@ -297,23 +298,24 @@ class Cache:
             return entry.value
 
     def window(self, load: float) -> float:
-        """For how many seconds after `ttl` a value is served, by the formula at the top of this module."""
+        """Return the seconds after `ttl` in which a value may serve, by the formula at the top of this module."""
         base = min(self.stale, self.ttl)
         return base + (self.stale - base) * max(0.0, min(load, 1.0))
 
-    def invalidate(self, *keys: Hashable) -> Any:
-        """Forget these keys; what is being computed for them is not kept.
+    def invalidate(self, *keys: Hashable) -> Awaitable[None]:
+        """Remove these keys, and do not store results of their running computations.
 
-        On the loop it starts at once, and what it returns need not be awaited; in a thread it is done on return.
+        On the loop this starts at once, and awaiting the return value is optional. In a thread it has finished on
+        return.
         """
         return self._host.perform(self._invalidate(keys))
 
-    def invalidate_tags(self, *tags: str) -> Any:
-        """Forget all entries that have any of these tags; as `invalidate`."""
+    def invalidate_tags(self, *tags: str) -> Awaitable[None]:
+        """Remove all entries with any of these tags, as `invalidate` does."""
         return self._host.perform(self._invalidate_tags(tags))
 
-    def clear(self) -> Any:
-        """Forget everything; as `invalidate`."""
+    def clear(self) -> Awaitable[None]:
+        """Remove all entries, as `invalidate` does."""
         return self._host.perform(self._clear())
 
     async def _invalidate(self, keys: Iterable[Hashable]) -> None:
@@ -322,46 +324,46 @@ class Cache:
             await self._storage.drop(key)
 
     async def _invalidate_tags(self, tags: Collection[str]) -> None:
-        for key, flight in tuple(self._flights.items()):
-            if not flight.tags.isdisjoint(tags):
+        for key, computation in tuple(self._computations.items()):
+            if not computation.tags.isdisjoint(tags):
                 self._void(key)
         for tag in tags:
             await self._storage.drop_tag(tag)
 
     async def _clear(self) -> None:
-        for key in tuple(self._flights):
+        for key in tuple(self._computations):
             self._void(key)
         await self._storage.clear()
 
     def _void(self, key: Hashable) -> None:
-        """Let the next caller start anew, whatever is being computed."""
-        flight = self._flights.pop(key, None)
-        if flight is not None:
-            flight.void = True
+        """Detach a running computation, so that the next caller starts another."""
+        computation = self._computations.pop(key, None)
+        if computation is not None:
+            computation.void = True
 
-    def _take_off(
+    def _start(
         self,
         key: Hashable,
         compute: Callable[[], Awaitable[Any]],
         args: Collection[Any],
         arguments: dict[str, Any],
         awaited: bool,
-    ) -> Flight:
-        """Start a computation. It belongs to no caller: none can cancel it."""
+    ) -> Computation:
+        """Start a computation. It belongs to no caller, so no caller can cancel it."""
         tags = self._tags(*args, **arguments) if callable(self._tags) else self._tags or ()
-        flight = self._flights[key] = Flight(frozenset(tags), awaited)
+        computation = self._computations[key] = Computation(frozenset(tags), awaited)
 
         def done(value: Any, error: BaseException | None) -> None:
-            if self._flights.get(key) is flight:
-                del self._flights[key]
-            flight.land(value, error)
-            if error is not None and not flight.awaited:
-                _complain(self.name, error)
+            if self._computations.get(key) is computation:
+                del self._computations[key]
+            computation.settle(value, error)
+            if error is not None and not computation.awaited:
+                _report_failure(self.name, error)
 
-        self._host.start(self._fly(key, flight, compute), done)
-        return flight
+        self._host.start(self._compute(key, computation, compute), done)
+        return computation
 
-    async def _fly(self, key: Hashable, flight: Flight, compute: Callable[[], Awaitable[Any]]) -> Any:
+    async def _compute(self, key: Hashable, computation: Computation, compute: Callable[[], Awaitable[Any]]) -> Any:
         try:
             value = await compute()
         except Exception:
@@ -369,10 +371,10 @@ class Cache:
             if entry is not None:
                 entry.retry = self._host.clock() + RETRY_AFTER
             raise
-        if not flight.void:
-            evicted = await self._storage.put(key, Entry(value, self._host.clock(), flight.tags))
+        if not computation.void:
+            evicted = await self._storage.put(key, Entry(value, self._host.clock(), computation.tags))
             self._count("evicted", evicted)
-            if flight.void:  # while a storage elsewhere was taking it
+            if computation.void:  # invalidated while a remote storage was storing it
                 await self._storage.drop(key)
         return value
 
@@ -383,43 +385,46 @@ class Cache:
         counter.value += times
 
 
-_MARK = "__realtime_cache__"
+_DECORATED = "__realtime_cache__"
 
 
-def taken_apart(function: Any) -> tuple[Any, Cache | None]:
-    """A decorated function and its cache; any other function as it is."""
-    found: tuple[Any, Cache | None] = getattr(function, _MARK, (function, None))
+def undecorate(function: Any) -> tuple[Any, Cache | None]:
+    """Return a decorated function without its cache, and the cache; for any other function, itself and None."""
+    found: tuple[Any, Cache | None] = getattr(function, _DECORATED, (function, None))
     return found
 
 
-def whole_key(*args: Any, **arguments: Any) -> Hashable:
-    """A key that differs when anything in the arguments does. Raises TypeError for what can't be compared by value."""
-    return _frozen((args, arguments))
+def default_key(*args: Any, **arguments: Any) -> Hashable:
+    """Return a key of all arguments by value. Raises TypeError for an argument without a comparable value."""
+    return _by_value((args, arguments))
 
 
-def _frozen(value: Any) -> Hashable:
+def _by_value(value: Any) -> Hashable:
     match value:
         case str() | bytes() | None:
             return value
         case bool() | int() | float():
-            return type(value), value  # 1, 1.0 and True are equal to Python, and are not to a client
+            return type(value), value  # 1, 1.0 and True are equal in Python, but not to a client
         case list() | tuple():
-            return (list, *map(_frozen, value))
+            return (list, *map(_by_value, value))
         case dict():
-            return dict, frozenset((name, _frozen(item)) for name, item in value.items())
+            return dict, frozenset((name, _by_value(item)) for name, item in value.items())
     own = getattr(value, "cache_key", None)
     if own is not None:
         return type(value), own()
     try:
         hash(value)
     except TypeError:
-        raise TypeError(f"a Cache can't tell {type(value).__name__} objects apart: give it a key=") from None
+        raise TypeError(f"a Cache can't compare {type(value).__name__} objects by value: pass key=") from None
     return cast(Hashable, value)
 
 
-def _complain(name: str, error: BaseException) -> None:
-    """Report an error that no caller waits for. What is one of ours was logged where it was raised."""
+def _report_failure(name: str, error: BaseException) -> None:
+    """Report an error without a waiting caller. The raising code has logged a RealtimeError already."""
     if not isinstance(error, (RealtimeError, asyncio.CancelledError)):
         asyncio.get_running_loop().call_exception_handler(
-            {"message": f"the cache of {name} could not be refreshed", "exception": error}
+            {
+                "message": f"refreshing the cache of {name} failed; it serves the stale value meanwhile",
+                "exception": error,
+            }
         )

@@ -1,22 +1,22 @@
 """The exceptions, in one tree, and the codes that a client may see.
 
-Two families never share a type: what a peer or an operator did wrong (`RealtimeError` and below), and our own
-mistakes, which are ordinary Python exceptions and are never caught as one of these.
+A `RealtimeError` reports a fault of a peer, a configuration or another process. Bugs of this package raise ordinary
+Python exceptions and never share a type with it.
 
-A client is answered in one of two ways. An *error reply* (`ClientError`) answers one command, and the connection
-goes on. A *disconnect* (`Disconnect`) closes the connection with a code whose range tells the SDK whether to come
-back: 3500-3999 and 4500-4999 are final, all others reconnect. Both lists are those of the Centrifuge client protocol.
+A client receives an error in one of two forms. An *error reply* (`ClientError`) answers one command, and the connection
+stays open. A *disconnect* (`Disconnect`) closes the connection with a code: SDKs stop at 3500-3999 and 4500-4999, and
+reconnect at all others. Both lists of codes are those of the Centrifuge client protocol.
 """
 
 from __future__ import annotations
 
 
 class RealtimeError(Exception):
-    """Base of all that this package raises on account of a peer, a configuration or a lost process."""
+    """Base class of errors caused by a peer, a configuration or a lost process."""
 
 
 class SettingsError(RealtimeError):
-    """The configuration can't be used. problems: one readable line for each mistake, none hidden behind another."""
+    """The configuration is invalid. problems: one readable line for each mistake, all of them."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -24,11 +24,11 @@ class SettingsError(RealtimeError):
 
 
 class EngineUnavailable(RealtimeError):
-    """The engine can't be reached just now: nothing was accepted, and the caller may try again."""
+    """The engine is unreachable at the moment. It accepted nothing; the caller may retry."""
 
 
 class KeysUnavailable(RealtimeError):
-    """The keys of an identity provider can't be had just now: a token was not judged, and may be tried again."""
+    """The keys of an identity provider are unavailable at the moment. No token was judged; the caller may retry."""
 
 
 class HandlerTimeout(RealtimeError):
@@ -36,44 +36,45 @@ class HandlerTimeout(RealtimeError):
 
 
 class PoolFull(RealtimeError):
-    """No thread was free for a handler and the queue before the pool was full."""
+    """All threads or processes for handlers are busy, and the queue for them is full."""
 
 
 class Overloaded(RealtimeError):
-    """The worker is under pressure, and the handler's policy is to refuse what it can't answer from its cache."""
+    """The worker is overloaded, and the handler's policy refuses calls that its cache can't answer."""
 
 
 class ClientError(RealtimeError):
-    """An error reply: one command failed, the connection lives.
+    """An error reply: one command failed, and the connection stays open.
 
-    A handler may raise it with a code of its own, 400 to 1999; codes below 400 are the protocol's.
+    A handler may raise it with an application code from 400 to 1999; the protocol defines the codes below 400.
+    Raises ValueError for an empty message.
     """
 
     def __init__(self, code: int, message: str, temporary: bool = False) -> None:
         if not message:
-            raise ValueError("an error reply needs a message: SDKs stop on an empty one")
+            raise ValueError("an error reply needs a message: SDKs fail on an empty one")
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
         self.temporary = temporary
 
-    def __reduce__(self) -> tuple[type[ClientError], tuple[int, str, bool]]:  # for the processes of handlers
+    def __reduce__(self) -> tuple[type[ClientError], tuple[int, str, bool]]:  # handler processes pickle it
         return type(self), (self.code, self.message, self.temporary)
 
 
 class Disconnect(RealtimeError):
-    """Close the connection with `code` and `reason`.
+    """A disconnect: the server closes the connection with `code` and `reason`.
 
-    A handler may raise it with a code of its own: 4000-4499 to have the client come back, 4500-4999 to stop it.
-    Raises ValueError for a code outside 3000-4999, and for a reason that is empty or longer than 123 bytes of UTF-8
-    (RFC 6455 section 5.5: a control frame carries 125 bytes, two of which are the code).
+    A handler may raise it with an application code: the client reconnects at 4000-4499 and stops at 4500-4999.
+    Raises ValueError for a code outside 3000-4999, and for a reason that is empty or exceeds 123 bytes of UTF-8 (RFC
+    6455 section 5.5: a control frame carries 125 bytes, and the code takes two of them).
     """
 
     def __init__(self, code: int, reason: str) -> None:
         if not 3000 <= code <= 4999:
-            raise ValueError(f"a disconnect code lies within 3000-4999, not {code}")
+            raise ValueError(f"a disconnect code must be within 3000-4999, not {code}")
         if not reason or len(reason.encode()) > 123:
-            raise ValueError("a disconnect reason has 1 to 123 bytes")
+            raise ValueError("a disconnect reason must have 1 to 123 bytes")
         super().__init__(f"{code}: {reason}")
         self.code = code
         self.reason = reason
@@ -115,7 +116,7 @@ DENIED = (3507, "permission denied")
 UNAVAILABLE = (3508, "not available")
 TOO_MANY_ERRORS = (3509, "too many errors")
 
-# Unsubscribe pushes: (code, reason). From 2500 on the SDK subscribes again at once, with recovery.
+# Unsubscribe pushes: (code, reason). At codes from 2500 on, the SDK resubscribes at once, with recovery.
 SERVER_UNSUBSCRIBE = (2000, "server unsubscribe")
 LOST_POSITION = (2500, "insufficient state")
 SUBSCRIPTION_EXPIRED_PUSH = (2501, "subscription expired")

@@ -1,4 +1,8 @@
-"""Embedded JSON text: the one strict entrance for it. It is passed on byte for byte, and decoded only for handlers."""
+"""Embedded JSON text: the one strict entrance for it.
+
+Applications embed JSON text in the protocol (`data`, `conn_info`, `chan_info`). The server passes it on byte for byte
+and decodes it only for handlers.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +19,25 @@ MAX_DEPTH = 128
 """Levels of nested lists and objects in one text."""
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
-# The escape of half a surrogate pair.
+# An escape that may be half a surrogate pair.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LINE_ENDS = b"\r\n"
-# As numbers: bytes are searched for one several times as fast as for a text of one.
+# As numbers: `number in bytes` is several times as fast as a search for a bytes object of one byte.
 _LF, _CR, _LIST, _OBJECT, _ESCAPE = b"\n\r[{\\"
 
 
 def payload(text: Raw | UnsetType) -> bytes:
-    """The bytes of an embedded JSON value, fit to be stored and passed on; b"" when it is absent.
+    """Return the bytes of an embedded JSON value on one line, safe to store and pass on; b"" if it is absent.
 
-    The decoder has checked that `text` is JSON. Raises ClientError 107 where that is not enough: deeper than
-    MAX_DEPTH (a reader elsewhere may recurse), or with half a surrogate pair, which is no Unicode text (RFC 8259 8.2).
+    `text` is valid JSON by the decoder's check. Raises ClientError 107 for nesting deeper than MAX_DEPTH, since other
+    readers may recurse, and for half a surrogate pair, which is not Unicode text (RFC 8259 section 8.2).
     """
     if text is UNSET:
         return b""
     data = bytes(text)
     if _LF in data or _CR in data:
         data = one_line(data)
-    # To look for a byte is cheap and settles nearly every case; only what is suspicious is looked at closely.
+    # A search for one byte is cheap and settles nearly every case; only suspicious text gets the thorough checks.
     if (_LIST in data or _OBJECT in data) and _is_deep(data):
         raise ClientError(*BAD_REQUEST)
     if _ESCAPE in data and _SURROGATE.search(data) and not _is_unicode(data):
@@ -42,12 +46,12 @@ def payload(text: Raw | UnsetType) -> bytes:
 
 
 def one_line(text: bytes) -> bytes:
-    """JSON text without raw line ends. What the application encodes has none, but for the text in its `msgspec.Raw`."""
+    """Return JSON text without raw line ends. Encoded text has none, except for the text of a `msgspec.Raw`."""
     return text.translate(None, _LINE_ENDS) if _LF in text or _CR in text else text
 
 
 def is_json(data: bytes) -> bool:
-    """Whether bytes of any kind are JSON text that could as well have come through `payload`, but for its line ends."""
+    """Return whether arbitrary bytes are JSON text that `payload` would accept."""
     try:
         data.decode()
         payload(_decode_raw(data))
@@ -57,7 +61,7 @@ def is_json(data: bytes) -> bool:
 
 
 def value(data: bytes) -> Any:
-    """The decoded form of a `payload`, None for b"". Raises ClientError 107 for a number that no Python type holds."""
+    """Decode a `payload`; None for b"". Raises ClientError 107 for a number beyond every Python type."""
     if not data:
         return None
     try:
@@ -84,7 +88,7 @@ def _is_deep(data: bytes) -> bool:
 
 
 def _is_unicode(data: bytes) -> bool:
-    # Only the strings matter here; numbers may be longer than Python cares to convert.
+    # Only the strings matter here. Numbers may be longer than Python converts.
     try:
         " ".join(json.loads(b"[%b]" % b",".join(_STRING.findall(data)))).encode()
     except ValueError:

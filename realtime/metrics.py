@@ -1,7 +1,7 @@
-"""Counters and gauges of one process, cheap to bump, and their way to the supervisor.
+"""Counters and gauges of one process, cheap to increment, and their form on the way to the supervisor.
 
-A process counts into one `Metrics`; the supervisor gathers the snapshots of all and writes Prometheus text with a
-label `worker` (see `realtime.operators.port`). Label values come from closed sets, never from a client's input.
+Each process counts into one `Metrics`. The supervisor collects the snapshots of all processes and writes them as
+Prometheus text (see `realtime.operators.port`). Label values come from closed sets, never from a client's input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Series = tuple[str, tuple[tuple[str, str], ...]]
 
 
 class Counter:
-    """A number that only grows. Bump `value` in place: `counter.value += 1`."""
+    """A number that only grows. Increment `value` in place: `counter.value += 1`."""
 
     __slots__ = ("value",)
 
@@ -23,7 +23,7 @@ class Counter:
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):
-    """One series at one moment. kind: "counter" or "gauge". labels: name, value pairs."""
+    """The value of one series at one moment. kind: "counter" or "gauge". labels: pairs of name and value."""
 
     name: str
     kind: str
@@ -33,9 +33,9 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Metrics:
-    """The series of one process. Ask for a counter once, keep it, and bump it.
+    """The series of one process. Callers look up a counter once and keep it.
 
-    sources: called at each snapshot, for the samples of what somebody else counts; add your own.
+    sources: functions that return further samples, called at each snapshot; append to it.
     """
 
     def __init__(self) -> None:
@@ -44,20 +44,20 @@ class Metrics:
         self._gauges: dict[Series, tuple[str, Callable[[], float]]] = {}
 
     def counter(self, name: str, help: str, **labels: str) -> Counter:
-        """The counter of this name and these labels; the same object at every call.
+        """Return the counter of this name and these labels, the same object at every call.
 
-        name: without the `_total` that the text form appends.
+        name: without the suffix `_total`, which the text form appends.
         """
         series = (name, tuple(sorted(labels.items())))
         _, counter = self._counters.setdefault(series, (help, Counter()))
         return counter
 
     def gauge(self, name: str, help: str, read: Callable[[], float], **labels: str) -> None:
-        """A number that is read when a snapshot is taken."""
+        """Register a gauge; each snapshot calls `read` for its value."""
         self._gauges[(name, tuple(sorted(labels.items())))] = (help, read)
 
     def snapshot(self, names: Collection[str] = ()) -> list[Sample]:
-        """Every series with its value now. names: only those of these names; empty for all."""
+        """Return a sample of every series. names: restricts it to series of these names; empty for all."""
         counters = [
             Sample(name, "counter", help, list(labels), counter.value)
             for (name, labels), (help, counter) in self._counters.items()
@@ -77,10 +77,10 @@ _decoder = msgspec.msgpack.Decoder(list[Sample])
 
 
 def dump(samples: list[Sample]) -> bytes:
-    """The bytes that carry a snapshot over the control plane."""
+    """Serialise a snapshot for the control link."""
     return _encoder.encode(samples)
 
 
 def load(data: bytes) -> list[Sample]:
-    """The inverse of `dump`. Raises msgspec.MsgspecError on anything else."""
+    """Deserialise a snapshot from `dump`. Raises msgspec.MsgspecError for other bytes."""
     return _decoder.decode(data)

@@ -1,8 +1,8 @@
-"""The records that pass between rooms: who a client is, what was published, and where in a channel's history.
+"""The types that several packages share: clients, publications, positions, and the options around them.
 
-They are msgspec Structs. Those written to the data plane are arrays: a field is only ever added at the end, with a
-default. Payloads there are `bytes` that are never parsed on the way: JSON text as the publisher sent it, byte for byte.
-The last three pass between the session and the application's handlers; their `data` and `info` are plain Python values.
+They are msgspec Structs. The Structs on the data plane between worker and broker are arrays: a new field goes to the
+end, with a default. Payloads are `bytes` of JSON text, passed on unparsed, byte for byte as the publisher sent them.
+The types from `ConnectRequest` on belong to the application's API; their `data` and `info` are plain Python values.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ class EngineStats(Struct, frozen=True, array_like=True, gc=False):
 
 
 class ConnectRequest(Struct, frozen=True, kw_only=True):
-    """A client that asks to be let in, as `App.on_connecting` sees it. Everything here is the client's own word.
+    """A client's request to connect, for `App.on_connecting`. All of it is the client's unverified statement.
 
-    token: the connection token, "" for none; not yet verified. data: what the client sent along, decoded; None when
-    absent. headers: of the handshake, names in lower case. query: of the handshake's URL. remote_address: the peer's.
-    name, version: of the SDK or the application, as the client says.
+    token: the connection token, "" for none. data: the decoded data of the connect command, None if absent. headers:
+    of the opening request, with names in lower case. query: of the opening request's URL. remote_address: the client's
+    IP address. name, version: of the SDK or application.
     """
 
     token: str = ""
@@ -118,11 +118,11 @@ class ConnectRequest(Struct, frozen=True, kw_only=True):
 
 
 class Grant(Struct, frozen=True):
-    """Leave to subscribe, with extras: the answer of `App.on_subscribe`.
+    """Permission to subscribe, with options: a result of `App.on_subscribe`.
 
-    data: goes back to the client in the subscribe reply. info: shown to others in this channel. expire_at: Unix time in
-    seconds at which the subscription expires; None for never. override: values in place of the channel's own options
-    "presence", "join_leave", "force_push_join_leave", "force_recovery", "force_positioning".
+    data: sent to the client in the subscribe reply. info: shown to other clients in this channel. expire_at: Unix
+    seconds at which the subscription expires; None for never. override: replaces the channel's own options "presence",
+    "join_leave", "force_push_join_leave", "force_recovery", "force_positioning".
     """
 
     data: Any = None
@@ -132,12 +132,11 @@ class Grant(Struct, frozen=True):
 
 
 class Credentials(Struct, frozen=True):
-    """Who a connection is from now on: the answer of `App.on_connecting`.
+    """The identity of an accepted connection: a result of `App.on_connecting`.
 
-    user: the application's user id, "" for an anonymous connection. info: shown to others in presence, joins and
-    publications. data: goes back to the client in the connect reply. expire_at: Unix time in seconds at which the
-    connection expires; None for never. channels, subs: what the client is subscribed to from the start, without and
-    with extras.
+    user: the application's user id, "" for an anonymous connection. info: shown to other clients in presence, joins and
+    publications. data: sent to the client in the connect reply. expire_at: Unix seconds at which the connection
+    expires; None for never. channels, subs: the channels to subscribe the client to at once, without and with options.
     """
 
     user: str = ""

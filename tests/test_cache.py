@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realtime.cache import RETRY_AFTER, Cache, Host, Memory, NothingKept, taken_apart, whole_key
+from realtime.cache import RETRY_AFTER, Cache, Host, MemoryStorage, NothingCached, default_key, undecorate
 from realtime.metrics import Counter
 
 
@@ -186,7 +186,7 @@ def test_under_pressure_nothing_is_computed_while_a_stale_value_can_serve() -> N
         await settle()
         assert len(world.runs) == 1
         world.now += 0.1
-        with pytest.raises(NothingKept):
+        with pytest.raises(NothingCached):
             await world.ask(cache, may_compute=False)
 
     in_a_loop(test())
@@ -324,7 +324,7 @@ def test_a_coroutine_function_is_decorated() -> None:
         assert [await double(2), await double(2), await double(3), await double(2, plus=1)] == [4, 4, 6, 5]
         assert calls == [2, 3, 2]
         assert double.__doc__ == "Twice."
-        function, cache = taken_apart(double)
+        function, cache = undecorate(double)
         assert (function, cache is not None) == (double.__wrapped__, True)
 
     in_a_loop(test())
@@ -336,14 +336,14 @@ def test_a_plain_function_is_decorated_for_its_handler_alone() -> None:
 
     with pytest.raises(TypeError, match=r"plain.* is a plain function"):
         plain()
-    assert taken_apart(plain)[1] is not None
-    assert taken_apart(len) == (len, None)
+    assert undecorate(plain)[1] is not None
+    assert undecorate(len) == (len, None)
 
 
 def test_a_cache_belongs_to_one_function() -> None:
     cache = Cache(ttl=1)
     cache(lambda: None)
-    with pytest.raises(TypeError, match="needs one of its own"):
+    with pytest.raises(TypeError, match="needs its own Cache"):
         cache(lambda: None)
 
 
@@ -370,8 +370,8 @@ def test_keys_are_equal_just_when_json_is(one: Any, other: Any) -> None:
                 return "[" + ",".join(map(text, value)) + "]"
         return repr(value)
 
-    assert (whole_key(one) == whole_key(other)) == (text(one) == text(other))
-    assert hash(whole_key(one)) == hash(whole_key(one))
+    assert (default_key(one) == default_key(other)) == (text(one) == text(other))
+    assert hash(default_key(one)) == hash(default_key(one))
 
 
 def test_a_key_asks_objects_that_know_their_own() -> None:
@@ -382,9 +382,9 @@ def test_a_key_asks_objects_that_know_their_own() -> None:
         def cache_key(self) -> str:
             return self.name
 
-    assert whole_key(User("ada")) == whole_key(User("ada")) != whole_key(User("bob"))
-    with pytest.raises(TypeError, match="give it a key="):
-        whole_key({1, 2})
+    assert default_key(User("ada")) == default_key(User("ada")) != default_key(User("bob"))
+    with pytest.raises(TypeError, match="pass key="):
+        default_key({1, 2})
 
 
 def test_invalidating_from_a_thread_is_done_on_return() -> None:
@@ -496,7 +496,7 @@ def test_whatever_happens_nobody_gets_too_old_a_value_or_waits_for_ever(script: 
         while any(not run.outcome.done() for run in world.runs):
             await world.step("finish", 0)
         assert all(task.done() for task, _, _ in world.asked)
-        assert not world.subject._flights
+        assert not world.subject._computations
         assert not [context for context in broken if not isinstance(context["exception"], KeyError)]
 
     broken: list[dict[str, Any]] = []
@@ -506,7 +506,7 @@ def test_whatever_happens_nobody_gets_too_old_a_value_or_waits_for_ever(script: 
 def test_memory_forgets_its_tags_with_its_entries() -> None:
     async def test() -> None:
         world = World()
-        memory = Memory(1)
+        memory = MemoryStorage(1)
         cache = world.cache(ttl=10, storage=memory, tags=lambda name: [name])
         for number in range(5):
             await world.kept(cache, number, f"key {number}")

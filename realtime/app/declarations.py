@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
 
-from realtime.cache import Cache, taken_apart
+from realtime.cache import Cache, undecorate
 from realtime.errors import SettingsError
 
 Value = TypeVar("Value")
@@ -188,7 +188,7 @@ def _cache_of(
     function: Callable[..., Any], kind: str, name: str, cache: Cache | None, subject: str
 ) -> tuple[Callable[..., Any], Cache | None]:
     """Return the function to call and its cache, from the declaration or from a `Cache` that decorates the function."""
-    called, decorating = taken_apart(function)
+    called, decorating = undecorate(function)
     if decorating is None and cache is None:
         return function, None
     if kind not in ("rpc", "http"):
@@ -197,7 +197,7 @@ def _cache_of(
         raise SettingsError([f"{subject} has two caches: one declared, and one as a decorator"])
     if cache is not None:
         try:
-            cache.belong(name)
+            cache.attach_to(name)
         except TypeError as error:
             raise SettingsError([f"{subject}: {error}"]) from None
     return called, cache or decorating

@@ -27,7 +27,7 @@ from twisted.logger import Logger
 from twisted.python.threadable import isInIOThread
 
 from realtime.app import ARGUMENTS, POLICIES, App, Handler, Patterns, Server
-from realtime.cache import NothingKept
+from realtime.cache import NothingCached
 from realtime.config.settings import WorkersSettings
 from realtime.errors import (
     INTERNAL_ERROR,
@@ -344,7 +344,7 @@ class HandlerCall:
             return await self.handler.cache.call(
                 lambda: await_deferreds(self._compute(args, limit)), args, None, may_compute
             )
-        except NothingKept:
+        except NothingCached:
             raise self._valve.refusal() from None
         except (RealtimeError, asyncio.CancelledError, GeneratorExit):
             raise

@@ -228,7 +228,7 @@ def test_a_decorated_handler_has_its_cache_and_runs_where_it_would(app: App) -> 
 def test_caches_and_policies_that_make_no_sense_are_refused(app: App) -> None:
     cache = Cache(ttl=1)
     app.rpc("first", cache=cache)(coroutine)
-    assert "this Cache is that of rpc first" in problem(lambda: app.rpc("second", cache=cache)(coroutine))
+    assert "this Cache belongs to rpc first" in problem(lambda: app.rpc("second", cache=cache)(coroutine))
     assert "has two caches" in problem(lambda: app.rpc("third", cache=Cache(ttl=1))(Cache(ttl=1)(coroutine)))
     assert "only rpc and http handlers" in problem(lambda: app.on_publish("a")(Cache(ttl=1)(coroutine)))
     assert "choose one of refuse, stale, ignore" in problem(lambda: app.rpc("f", pressure="drop")(coroutine))
