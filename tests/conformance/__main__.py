@@ -53,7 +53,7 @@ class Replay:
             try:
                 server.wait_ready()
                 found = asyncio.run(play_all(among, server.port, self.known))
-                new = [one for one in found if not self.known.cover(one)]
+                new = [one for one in found if not self.known.covers(one)]
                 print(
                     f"{profile}: {len(among)} conversations, {len(among) - len(found)} as wanted, "
                     f"{len(found) - len(new)} known faults, {len(new)} differences, {time.monotonic() - began:.0f} s",

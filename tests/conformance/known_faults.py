@@ -21,9 +21,13 @@ class Line:
     pattern: str
 
     def names(self, conversation: Conversation) -> bool:
-        """Whether the conversation is of the family and was found to suffer from the fault."""
+        """Whether the conversation is of the family."""
         pattern = re.escape(self.pattern).replace(r"\*", ".*")
-        return self.fault in conversation.faults and bool(re.fullmatch(pattern, conversation.name, re.DOTALL))
+        return bool(re.fullmatch(pattern, conversation.name, re.DOTALL))
+
+    def covers(self, conversation: Conversation) -> bool:
+        """Whether the conversation is of the family and was found to suffer from the fault."""
+        return self.fault in conversation.faults and self.names(conversation)
 
 
 class KnownFaults:
@@ -40,12 +44,15 @@ class KnownFaults:
     def read(cls) -> KnownFaults:
         return cls(FILE.read_text())
 
-    def cover(self, difference: Difference) -> bool:
-        """Whether a line names the conversation, and the fault is known to show in that step."""
-        conversation = difference.conversation
-        return difference.step in conversation.today and any(line.names(conversation) for line in self.lines)
+    def affect(self, conversation: Conversation) -> bool:
+        """Whether a line covers the conversation: then the faulty answers of old are expected too."""
+        return any(line.covers(conversation) for line in self.lines)
+
+    def covers(self, difference: Difference) -> bool:
+        """Whether a line covers the conversation, and the fault is known to show in that step."""
+        return difference.step in difference.conversation.today and self.affect(difference.conversation)
 
     def mended(self, played: Iterable[Conversation], differing: set[Conversation]) -> list[Line]:
         """The lines whose conversations were played and gave the wanted answers, all of them."""
-        families = {line: {one for one in played if line.names(one)} for line in self.lines}
+        families = {line: {one for one in played if line.covers(one)} for line in self.lines}
         return [line for line, family in families.items() if family and family.isdisjoint(differing)]

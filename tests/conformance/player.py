@@ -42,10 +42,11 @@ PACES = (Pace(16, 3.0, 0.025), Pace(6, 10.0, 0.08), Pace(2, 20.0, 0.25))
 
 
 class Player:
-    """Plays one conversation. The port is that of the clients and the API."""
+    """Plays one conversation. The port is that of the clients and the API. faulty: expect the answers of old too."""
 
-    def __init__(self, port: int, pace: Pace, conversation: Conversation) -> None:
+    def __init__(self, port: int, pace: Pace, conversation: Conversation, faulty: bool) -> None:
         self._port = port
+        self._today = conversation.today if faulty else {}
         self._pace = pace
         self._conversation = conversation
         self._memory = Memory()
@@ -76,8 +77,8 @@ class Player:
 
     def _expected(self, number: int) -> list[Answers]:
         """The wanted answers to a step, and the faulty ones that are known."""
-        faulty = self._conversation.today.get(number)
-        return [self._conversation.wanted[number], *([] if faulty is None else [faulty])]
+        wanted = self._conversation.wanted[number]
+        return [wanted, self._today[number]] if number in self._today else [wanted]
 
     async def _answers_to(self, step: Step, expected: list[Answers], last: bool) -> Answers:
         self._seen = {name: len(client.events) for name, client in self._clients.items()}
@@ -171,8 +172,8 @@ async def _play_at(
         nonlocal unknown
         while queue and (enough is None or unknown < enough):
             conversation = queue.pop()
-            one = found[conversation] = await Player(port, pace, conversation).play()
-            unknown += one is not None and not known.cover(one)
+            one = found[conversation] = await Player(port, pace, conversation, known.affect(conversation)).play()
+            unknown += one is not None and not known.covers(one)
 
     among = list(among)[::-1]
     together = [one for one in among if not one.alone]
@@ -189,7 +190,7 @@ async def play_all(
     again = among
     for number, pace in enumerate(paces):
         found |= await _play_at(pace, port, again, ENOUGH if number else None, known)
-        again = [one for one in again if (its := found[one]) and not known.cover(its)]
+        again = [one for one in again if (its := found[one]) and not known.covers(its)]
         if not again or (number and len(again) >= ENOUGH):
             break
     return [its for one in among if (its := found[one])]

@@ -75,9 +75,9 @@ def test_as_wanted() -> None:
 def test_a_known_fault_covers_its_family_in_the_steps_in_which_it_shows() -> None:
     known, faulty = KnownFaults("# 8.2  about\n\n8.2  envelope*  # so\n"), Difference(FAULT, 1, FAULTY)
 
-    assert known.cover(faulty)
-    assert not known.cover(Difference(FAULT, 2, NEW))
-    assert not KnownFaults("8.2  field*\n8.3  envelope*\n").cover(faulty)
+    assert known.covers(faulty)
+    assert not known.covers(Difference(FAULT, 2, NEW))
+    assert not KnownFaults("8.2  field*\n8.3  envelope*\n").covers(faulty)
 
 
 def test_a_line_whose_family_passes_is_mended() -> None:
