@@ -1,1 +1,1 @@
-"""Recorded conversations of clients with a Centrifugo server, and the player that has them with this server."""
+"""Recorded conversations of clients with a Centrifugo server, and the player that repeats them with this server."""

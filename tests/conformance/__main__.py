@@ -34,7 +34,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 
 class Replay:
-    """The run of a command: what was played, and what differed."""
+    """The conversations that a command plays, and their differences."""
 
     def __init__(self, workers: int) -> None:
         self.known = KnownFaults.read()
@@ -44,7 +44,7 @@ class Replay:
         self._workers = workers
 
     def play(self, profile: str, among: list[Conversation]) -> None:
-        """Play with a server of its own, and print what differs. AssertionError: the server does not start."""
+        """Play with a new server and print the differences. AssertionError: the server does not start."""
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
             config = Path(folder, f"{profile}.toml")

@@ -2,7 +2,7 @@
 
 Events are lists: ["message", reply or push], ["open", subprotocol], ["status", status, headers] of a stream, ["closed",
 code, reason] of a WebSocket, ["end"] of a stream, ["emulation", status], ["refused", status], ["ended before"], and
-others for what can't be read.
+others for bytes that can't be read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOO_DEEP = 100  # arrays in arrays: Python's reader of JSON may give up, and the
 
 
 class Client(ABC):
-    """What all transports share: commands become bytes, and bytes become messages."""
+    """The part of a client that all transports share: commands become bytes, and bytes become messages."""
 
     def __init__(self, memory: Memory, port: int, step: Step) -> None:
         transport = step["transport"]
@@ -132,7 +132,7 @@ class Client(ABC):
             self._message(message)
 
     def _read_protobuf(self, data: bytes) -> bytes:
-        """Read the messages in `data`, each behind its length; return what is not complete."""
+        """Read the messages in `data`, each behind its length; return the incomplete rest."""
         while data:
             try:
                 size, start = read_varint(data, 0)
@@ -228,7 +228,7 @@ class WebSocketClient(Client):
 
 
 class StreamClient(Client):
-    """Over the response to an HTTP request; what it sends later goes in requests to /emulation."""
+    """Over the response to an HTTP request. Later commands go in requests to /emulation."""
 
     _stream: Response
 
@@ -284,7 +284,7 @@ class StreamClient(Client):
         self._end("end")
 
     def _read_chunk(self, data: bytes) -> bytes:
-        """Read the messages in the bytes of a stream; return what is not complete."""
+        """Read the messages in the bytes of a stream; return the incomplete rest."""
         if self._protobuf:
             return self._read_protobuf(data)
         if self._transport.endswith("sse"):

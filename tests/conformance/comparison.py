@@ -1,4 +1,4 @@
-"""Answers beside those that are wanted."""
+"""Compares the answers of a conversation with the wanted ones."""
 
 from __future__ import annotations
 

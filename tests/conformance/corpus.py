@@ -17,13 +17,13 @@ HERE = Path(__file__).parent
 
 Step = dict[str, Any]
 Event = list[Any]
-# By the name of the client, and "response" for that to an HTTP request: what came in one step.
+# The events of one step by the name of the client; under "response", the answer to an HTTP request.
 Answers = dict[str, list[Event]]
 
 
 @dataclass(frozen=True, eq=False)
 class Conversation:
-    """What clients do, step by step, and the answers that are wanted.
+    """The steps of clients and the wanted answers.
 
     today: by number of the step, the faulty answers that this server gave when the corpus was made.
     """
@@ -87,7 +87,7 @@ def conversations(profile: str) -> list[Conversation]:
 def chosen(
     among: Iterable[Conversation], text: str = "", *, transport: str | None = None, quick: bool = False
 ) -> list[Conversation]:
-    """Those with `text` in their names. transport: with this one only. quick: only the sample of each family."""
+    """The conversations with `text` in their names. transport: only with this one. quick: only the sample."""
     return [
         one
         for one in among

@@ -38,7 +38,7 @@ def apply_delta(base: bytes, delta: bytes) -> bytes:
         if command == b"@":
             start = reader.number()
             if reader.text(1) != b"," or start + count > len(base):
-                raise ValueError("the delta copies what its base does not have")
+                raise ValueError("the delta copies bytes that its base does not have")
             out += base[start : start + count]
         elif command == b":":
             out += reader.text(count)

@@ -1,4 +1,4 @@
-"""What one playing of a conversation knows: what the server told so far, and how it is shown in what is compared."""
+"""The names, epochs, ids and tokens of one playing: into its steps, from its messages, and out of its answers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def signed_token(claims: dict[str, Any], key: str, head: dict[str, Any], cut: in
 
 
 class Memory:
-    """`fill` puts what is known into a step; `learn` takes it from a message; `normalised` hides it in an answer."""
+    """`fill` puts values of this playing into a step, `learn` takes them from a message, `normalised` hides them."""
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()  # set when an event comes to any client
@@ -100,14 +100,14 @@ class Memory:
     # From messages
 
     def ask(self, client: str, command: Any) -> None:
-        """Keep the channel of a command: its reply does not tell it."""
+        """Keep the channel of a command: its reply does not name it."""
         if isinstance(command, dict) and isinstance(command.get("id"), int):
             for request in command.values():
                 if isinstance(request, dict) and isinstance(request.get("channel"), str):
                     self._asked[client, command["id"]] = request["channel"]
 
     def learn(self, client: str, message: dict[str, Any], unidirectional: bool) -> None:
-        """Keep what later steps need of a message. In place: epochs get names, deltas are decoded."""
+        """Keep the values of a message that later steps need. In place: epochs get names, deltas are decoded."""
         connected = message.get("connect")
         if isinstance(connected, dict) and connected.get("client"):
             self._learn_client(client, connected)
@@ -163,7 +163,7 @@ class Memory:
     # In answers
 
     def normalised(self, value: Any, key: Any = None) -> Any:
-        """An answer without what differs from one playing to the next: ids, epochs, versions and times."""
+        """An answer with names for values that differ from one playing to the next: ids, epochs, versions, times."""
         if isinstance(value, dict):
             left_out = LEFT_OUT_OF_PUBLICATIONS if key in ("pub", "publications") else ()
             return {

@@ -1,6 +1,6 @@
 """The Protobuf messages of the client protocol as dictionaries, read and written by a table of their fields.
 
-The table is this package's own: what reads the server's bytes must not share the mistakes of what writes them.
+The table is independent of the server's: a mistake in one of them shows as a difference.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-# By message: its fields as name:number:type. Types: those of Protobuf, a message, or map= and list= of one.
+# By message: its fields as name:number:type. A type is one of Protobuf, a message, or map= or list= of a type.
 FIELDS = {
     "EmulationRequest": "node:1:string session:2:string data:3:bytes",
     "Command": """

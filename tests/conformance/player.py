@@ -51,10 +51,10 @@ class Player:
         self._conversation = conversation
         self._memory = Memory()
         self._clients: dict[str, Client] = {}
-        self._seen: dict[str, int] = {}  # by client: how many of its events are those of earlier steps
+        self._seen: dict[str, int] = {}  # by client: the number of its events in earlier steps
 
     async def play(self) -> Difference | None:
-        """How the answers differ from those that are wanted, if they do."""
+        """The difference between the answers and the wanted ones, if there is one."""
         try:
             return difference(self._conversation, await asyncio.wait_for(self._answers(), CONVERSATION_LIMIT))
         except NETWORK_ERRORS as error:
@@ -122,7 +122,7 @@ class Player:
         response = Response(self._port, step["http"], step["path"], headers, body)
         try:
             await response.start()
-            # A stream has no end: what comes soon is what counts.
+            # A stream has no end: only its first bytes count.
             received = b"" if step["http"] == "HEAD" else await response.body(20 * self._pace.settle)
         except NETWORK_ERRORS as error:
             return ["http", type(error).__name__]
@@ -185,7 +185,7 @@ async def _play_at(
 async def play_all(
     among: list[Conversation], port: int, known: KnownFaults, paces: tuple[Pace, ...] = PACES
 ) -> list[Difference]:
-    """The differences, those included that are known."""
+    """All differences; known faults are among them."""
     found: dict[Conversation, Difference | None] = {}
     again = among
     for number, pace in enumerate(paces):

@@ -10,7 +10,7 @@ NETWORK_ERRORS = (OSError, asyncio.IncompleteReadError)
 HEAD_LIMIT = 30.0  # seconds until a response begins
 LINE_LIMIT = 1 << 22
 
-# What a client of the protocol reads, or a proxy before the server; and what only those from another origin read.
+# The headers that clients and proxies read. Clients of the same origin read only two of the access-control headers.
 COMPARED = (
     "access-control", "cache-control", "location", "sec-websocket", "upgrade", "retry-after", "x-accel", "www-",
 )  # fmt: skip
@@ -77,7 +77,7 @@ class Response:
                 yield data
 
     async def body(self, limit: float) -> bytes:
-        """The whole body, or what came of it within `limit` seconds. Ends the connection."""
+        """The whole body, or its part that came within `limit` seconds. Ends the connection."""
         data = bytearray()
 
         async def read() -> None:

@@ -1,4 +1,4 @@
-"""The replay sees what it is for: answers that are missing, surplus, changed or out of order."""
+"""The replay sees answers that are missing, surplus, changed or out of order."""
 
 from __future__ import annotations
 
