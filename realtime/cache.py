@@ -151,7 +151,7 @@ class Host:
     clock: Callable[[], float] = time.monotonic
     load: Callable[[], float] = float
     start: Callable[[Coroutine[Any, Any, Any], Done], object] = start_task
-    perform: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.ensure_future
+    perform: Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]] = asyncio.ensure_future
     counter: Callable[[str, str], Counter] = field(default=lambda name, outcome: Counter())
 
 

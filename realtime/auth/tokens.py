@@ -1,9 +1,8 @@
 """JSON Web Tokens that admit a connection or a subscription (RFC 7519; claims of the Centrifuge protocol).
 
-The algorithm is fixed by the keys of the configuration, never by the token's header (RFC 8725 section 3.1), and
-nothing in a header is followed or trusted: of all its members, `kid` alone chooses, among the keys that we have. A
-token is either good, expired (the client may fetch a new one), or invalid; which of its parts was wrong is nobody's
-business but the operator's.
+The configured keys fix the algorithm, never the token's header (RFC 8725 section 3.1). The verifier trusts no member of
+a header; only `kid` has an effect: it selects one of the configured or fetched keys. A token is valid, expired (the
+client may fetch a new one) or invalid. The operator learns which part was wrong; the client does not.
 """
 
 from __future__ import annotations
@@ -23,32 +22,32 @@ from realtime.errors import ClientError, KeysUnavailable, RealtimeError
 from realtime.json_text import payload
 from realtime.metrics import Metrics
 
-# The channel options that a token may set for its own subscription.
+# The channel options that a subscription token may override.
 OVERRIDABLE = ("presence", "join_leave", "force_push_join_leave", "force_recovery", "force_positioning")
 
-# Seconds since 1970 that a JSON number carries exactly.
+# The latest Unix time in seconds that a JSON number represents exactly.
 _LATEST = 2**53
 
 # RFC 7515 section 7.1, and no padding.
 _COMPACT = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
-# What tokens for us are called: as all tokens, or as access tokens (RFC 9068). A token of another type was made for
-# something else (RFC 8725 section 3.11).
+# The accepted values of `typ`: any JWT, and access tokens (RFC 9068). A token of another type serves another purpose
+# (RFC 8725 section 3.11).
 _TYPES = ("jwt", "at+jwt")
 
 
 class TokenInvalid(RealtimeError):
-    """The token is not one that we accept. The text says why, to the operator; the client learns only "invalid"."""
+    """The server does not accept the token. The message tells the operator why; the client learns only "invalid"."""
 
 
 class TokenExpired(RealtimeError):
-    """The token was good once, or will be (`nbf`)."""
+    """The token has expired, or is not valid yet (`nbf`)."""
 
 
 class SubOptions(Struct, frozen=True):
-    """How a token wants one subscription to be.
+    """The options of one subscription in a token.
 
-    info: shown to others in the channel; data: goes back to the client; both JSON text, or b"". override: values that
-    take the place of the channel's own, by the names of OVERRIDABLE.
+    info: shown to other clients in the channel. data: sent to the client. Both are JSON text, or b"". override:
+    replaces options of the channel; its keys are names of OVERRIDABLE.
     """
 
     info: bytes = b""
@@ -57,12 +56,13 @@ class SubOptions(Struct, frozen=True):
 
 
 class Claims(Struct, frozen=True):
-    """What a good token says.
+    """The claims of a valid token.
 
-    user: its `sub`, "" for anonymous. info, data: JSON text, or b"". expire_at: Unix seconds at which what the token
-    admitted ends, 0.0 for never. channel, client, override: of a subscription token; `override` as in SubOptions.
-    channels, subs: to which a connection token subscribes the client, without or with options; where there are `subs`,
-    there are no `channels`. meta: JSON text of an object that stays with the connection and is never sent, or b"".
+    user: the claim `sub`, "" for an anonymous user. info, data: JSON text, or b"". expire_at: Unix seconds at which the
+    connection or subscription expires, 0.0 for never. channel, client, override: of a subscription token; `override` as
+    in SubOptions. channels, subs: the channels to which a connection token subscribes the client, without and with
+    options; `channels` is empty if `subs` is not. meta: JSON text of a private object of the connection, never sent to
+    a client, or b"".
     """
 
     user: str
@@ -77,12 +77,12 @@ class Claims(Struct, frozen=True):
     meta: bytes = b""
 
 
-# The claims of a token, by name, each still as JSON text.
-_Unread = dict[str, Raw]
+# The claims of a token by name, each as undecoded JSON text.
+_RawClaims = dict[str, Raw]
 
 
 class _Header(Struct, frozen=True):
-    """What is read of a header. The last five would change how the token is to be read, and may not be there."""
+    """The decoded members of a header. The last five change the meaning of a token, and must be absent."""
 
     alg: str
     kid: Annotated[str, Meta(max_length=MAX_KID)] = ""
@@ -95,17 +95,17 @@ class _Header(Struct, frozen=True):
 
     @property
     def plain(self) -> bool:
-        """Whether it is that of a signed token, as such and for us."""
-        strange = (self.crit, self.b64, self.zip, self.enc, self.cty)
-        return all(one is UNSET for one in strange) and self.typ.lower().removeprefix("application/") in _TYPES
+        """Whether the header describes a plain signed token of an accepted type."""
+        forbidden = (self.crit, self.b64, self.zip, self.enc, self.cty)
+        return all(one is UNSET for one in forbidden) and self.typ.lower().removeprefix("application/") in _TYPES
 
 
-# What is said of the tokens that are not good, in the metrics.
+# The metric label of each outcome of a refused token.
 _REFUSALS = {TokenExpired: "expired", TokenInvalid: "invalid", KeysUnavailable: "unjudged"}
 
 
 class TokenVerifier:
-    """Judges tokens by one table of the configuration."""
+    """Verifies tokens by one table of the configuration."""
 
     def __init__(
         self,
@@ -115,9 +115,9 @@ class TokenVerifier:
         subscriptions: TokenVerifier | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        """clock: Unix seconds. key_sets: where published keys are fetched; without it there are none.
+        """clock: returns Unix seconds. key_sets: fetches published keys; None if there are none.
 
-        subscriptions: judges subscription tokens, where these have a table of their own.
+        subscriptions: verifies subscription tokens if they have their own table; None if this verifier does.
         """
         self._settings = settings
         self._clock = clock
@@ -131,31 +131,31 @@ class TokenVerifier:
         self._listed = {name: texts for pattern in patterns.values() for name, texts in listed_groups(pattern).items()}
         metrics = metrics or Metrics()
         self._counters = {
-            outcome: metrics.counter("realtime_tokens", "Tokens of clients, by what was made of them", outcome=outcome)
+            outcome: metrics.counter("realtime_tokens", "Verified tokens of clients, by outcome", outcome=outcome)
             for outcome in ("good", *_REFUSALS.values())
         }
 
     async def connection(self, token: str) -> Claims:
-        """The claims of a connection token. Raises TokenInvalid, TokenExpired, or KeysUnavailable."""
-        with self._counted():
-            claims = await self._verified(token)
+        """Return the claims of a connection token. Raises TokenInvalid, TokenExpired or KeysUnavailable."""
+        with self._count_outcome():
+            claims = await self._verify(token)
             if "channel" in claims:
                 raise TokenInvalid("a subscription token can't open a connection")
-            return self._read(claims)
+            return self._read_claims(claims)
 
     async def subscription(self, token: str) -> Claims:
-        """The claims of a subscription token. Raises TokenInvalid, TokenExpired, or KeysUnavailable."""
+        """Return the claims of a subscription token. Raises TokenInvalid, TokenExpired or KeysUnavailable."""
         if self._subscriptions is not None:
             return await self._subscriptions.subscription(token)
-        with self._counted():
-            claims = await self._verified(token)
+        with self._count_outcome():
+            claims = await self._verify(token)
             if not _text(claims, "channel"):
-                raise TokenInvalid("a subscription token names its channel")
-            return self._read(claims)
+                raise TokenInvalid("a subscription token must name its channel")
+            return self._read_claims(claims)
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count how judging one token ends."""
+    def _count_outcome(self) -> Iterator[None]:
+        """Count the outcome of verifying one token."""
         try:
             yield
         except (TokenExpired, TokenInvalid, KeysUnavailable) as error:
@@ -163,68 +163,69 @@ class TokenVerifier:
             raise
         self._counters["good"].value += 1
 
-    # The order of what follows is the protocol's: a token is told to be expired only when all else is right.
+    # The protocol fixes the order of the checks: a token counts as expired only if everything else is valid.
 
-    async def _verified(self, token: str) -> _Unread:
+    async def _verify(self, token: str) -> _RawClaims:
         settings = self._settings
         if settings.max_length and len(token) > settings.max_length:
             raise TokenInvalid("too long")
         parts = _COMPACT.fullmatch(token)
         if parts is None:
             raise TokenInvalid("not three parts in base64url")
-        head, body, signature = map(_bytes, parts.groups())
+        head, body, signature = map(_decode_base64url, parts.groups())
         try:
-            body.decode()  # the JSON reader looks at the strings that it makes, but some are passed on unread
+            body.decode()  # the JSON decoder checks only the strings that it decodes; other text is passed on undecoded
         except UnicodeDecodeError:
             raise TokenInvalid("not UTF-8") from None
-        header: _Header = _decoded(head, _HEADER, "header")
+        header: _Header = _decode(head, _HEADER, "header")
         if not header.plain:
             raise TokenInvalid("not a plain signed token")
-        claims: _Unread = _decoded(body, _BODY, "body")
-        groups = self._groups(claims)
+        claims: _RawClaims = _decode(body, _BODY, "body")
+        groups = self._match_patterns(claims)
         signed = token.rpartition(".")[0].encode()
         if not any(key.verifies(header.alg, signed, signature) for key in await self._keys(header, groups)):
-            raise TokenInvalid("not signed by a key that we know")
+            raise TokenInvalid("not signed by a known key")
         if settings.audience and settings.audience not in _texts(claims, "aud"):
-            raise TokenInvalid("aud is another")
+            raise TokenInvalid("aud differs from the configured audience")
         if settings.issuer and settings.issuer != _text(claims, "iss"):
-            raise TokenInvalid("iss is another")
+            raise TokenInvalid("iss differs from the configured issuer")
         return claims
 
-    def _groups(self, claims: _Unread) -> dict[str, str | None]:
-        """The named groups of the patterns in a token that may still be anybody's. Raises TokenInvalid."""
+    def _match_patterns(self, claims: _RawClaims) -> dict[str, str | None]:
+        """Match `aud` and `iss` of an unverified token; return the named groups. Raises TokenInvalid."""
         groups: dict[str, str | None] = {}
         for name, pattern in self._patterns.items():
             found = next((match for text in _texts(claims, name) if (match := pattern.search(text))), None)
             if found is None:
-                raise TokenInvalid(f"{name} matches no pattern")
+                raise TokenInvalid(f"{name} does not match its pattern")
             groups |= found.groupdict()
         return groups
 
     async def _keys(self, header: _Header, groups: dict[str, str | None]) -> list[VerificationKey]:
-        """The keys that may have signed."""
+        """Return the keys that may have signed the token."""
         if not self._settings.jwks_public_endpoint:
             until = self._settings.hmac_previous_secret_key_valid_until
             return self._current if until and self._clock() >= until else self._current + self._previous
         if not header.kid or header.alg not in PUBLISHED:
             raise TokenInvalid("no kid, or an algorithm without public keys")
         if self._key_sets is None:
-            raise KeysUnavailable("nobody fetches keys here")
-        key = await self._key_sets.key(self._endpoint(groups), header.kid)
+            raise KeysUnavailable("this process fetches no key sets")
+        key = await self._key_sets.key(self._key_set_url(groups), header.kid)
         return [key] if key is not None else []
 
-    def _endpoint(self, groups: dict[str, str | None]) -> str:
-        """The address of the key set. Whatever the token says, only what the configuration lists gets into it."""
+    def _key_set_url(self, groups: dict[str, str | None]) -> str:
+        """Return the URL of the key set. Only texts that the configuration lists can enter it, never others from a
+        token."""
 
         def listed(placeholder: re.Match[str]) -> str:
             text = groups.get(placeholder[1])
             if text is None or text not in self._listed.get(placeholder[1], ()):
-                raise TokenInvalid("names a key set that is not listed")
+                raise TokenInvalid("names a key set that the configuration does not list")
             return text
 
         return PLACEHOLDER.sub(listed, self._settings.jwks_public_endpoint)
 
-    def _read(self, claims: _Unread) -> Claims:
+    def _read_claims(self, claims: _RawClaims) -> Claims:
         now = self._clock()
         expires, not_before = _seconds(claims, "exp"), _seconds(claims, "nbf")
         expire_at = _seconds(claims, "expire_at")
@@ -236,9 +237,9 @@ class TokenVerifier:
             expire_at=(expires if expire_at is None else expire_at) or 0.0,
             channel=_text(claims, "channel"),
             client=_text(claims, "client"),
-            override=_overridden(_claim(claims, "override", _OBJECT)),
+            override=_read_override(_claim(claims, "override", _OBJECT)),
             channels=() if subs else _channels(_claim(claims, "channels", _LIST) or ()),
-            subs=dict(zip(_channels(subs), map(_options, subs.values()), strict=True)),
+            subs=dict(zip(_channels(subs), map(_sub_options, subs.values()), strict=True)),
             meta=_object(claims, "meta"),
         )
         if (expires is not None and expires <= now) or (not_before is not None and not_before > now):
@@ -254,7 +255,7 @@ class _Override(Struct, frozen=True):
 
 
 class _Sub(Struct, frozen=True):
-    """The options of one channel in `subs`. Of `override`, names that we do not know are for other servers."""
+    """The options of one channel in `subs`. Unknown names in `override` are ignored; they are for other servers."""
 
     info: Raw | UnsetType = UNSET
     b64info: str = ""
@@ -264,7 +265,7 @@ class _Sub(Struct, frozen=True):
 
 
 _HEADER = Decoder(_Header)
-_BODY = Decoder(_Unread)
+_BODY = Decoder(_RawClaims)
 _TEXT = Decoder(str)
 _TEXTS = Decoder(str | list[str])
 _NUMBER = Decoder(float | None)
@@ -275,8 +276,8 @@ _OVERRIDE = Decoder(_Override | None)
 _ANY = Decoder(Raw)
 
 
-def _bytes(part: str) -> bytes:
-    """Decodes base64url. Raises TokenInvalid, also for a second spelling of the same bytes."""
+def _decode_base64url(part: str) -> bytes:
+    """Decode base64url. Raises TokenInvalid, also for a non-canonical spelling."""
     try:
         raw = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
     except ValueError:
@@ -286,31 +287,31 @@ def _bytes(part: str) -> bytes:
     return raw
 
 
-def _decoded(text: bytes | Raw, decoder: Decoder[Any], name: str) -> Any:
-    """What a decoder makes of JSON text. Raises TokenInvalid, naming the part or claim."""
+def _decode(text: bytes | Raw, decoder: Decoder[Any], name: str) -> Any:
+    """Decode JSON text. Raises TokenInvalid with the name of the part or claim."""
     try:
         return decoder.decode(text)
     except (ValueError, RecursionError):
-        raise TokenInvalid(f"{name} is not as it should be") from None
+        raise TokenInvalid(f"{name} is malformed") from None
 
 
-def _claim(claims: _Unread, name: str, decoder: Decoder[Any]) -> Any:
-    """One claim, None when it is absent."""
-    return _decoded(claims[name], decoder, name) if name in claims else None
+def _claim(claims: _RawClaims, name: str, decoder: Decoder[Any]) -> Any:
+    """Return a claim, or None if it is absent."""
+    return _decode(claims[name], decoder, name) if name in claims else None
 
 
-def _text(claims: _Unread, name: str) -> str:
-    """A text, "" when it is absent."""
+def _text(claims: _RawClaims, name: str) -> str:
+    """Return a text claim, or "" if it is absent."""
     return _claim(claims, name, _TEXT) or ""
 
 
-def _texts(claims: _Unread, name: str) -> list[str]:
-    """The text of `iss`, or those of `aud`, which may be several; none when it is absent."""
+def _texts(claims: _RawClaims, name: str) -> list[str]:
+    """Return the text of `iss` or the texts of `aud`, which may have several; [] if it is absent."""
     found = _claim(claims, name, _TEXTS if name == "aud" else _TEXT)
     return [found] if isinstance(found, str) else found or []
 
 
-def _seconds(claims: _Unread, name: str) -> float | None:
+def _seconds(claims: _RawClaims, name: str) -> float | None:
     value: float | None = _claim(claims, name, _NUMBER)
     if value is not None and not 0 <= value <= _LATEST:
         raise TokenInvalid(f"{name} is not a number of seconds")
@@ -319,36 +320,36 @@ def _seconds(claims: _Unread, name: str) -> float | None:
 
 def _channels(names: Collection[str]) -> tuple[str, ...]:
     if not all(names):
-        raise TokenInvalid("a channel without a name")
+        raise TokenInvalid("a channel has no name")
     return tuple(names)
 
 
-def _options(wanted: _Sub) -> SubOptions:
+def _sub_options(sub: _Sub) -> SubOptions:
     return SubOptions(
-        _embedded(wanted.info, wanted.b64info, "info"),
-        _embedded(wanted.data, wanted.b64data, "data"),
-        _overridden(wanted.override),
+        _embedded(sub.info, sub.b64info, "info"),
+        _embedded(sub.data, sub.b64data, "data"),
+        _read_override(sub.override),
     )
 
 
-def _overridden(wanted: dict[str, Raw] | None) -> dict[str, bool]:
-    known = {name: _decoded(raw, _OVERRIDE, name) for name, raw in (wanted or {}).items() if name in OVERRIDABLE}
-    return {name: override.value for name, override in known.items() if override is not None}
+def _read_override(override: dict[str, Raw] | None) -> dict[str, bool]:
+    known = {name: _decode(raw, _OVERRIDE, name) for name, raw in (override or {}).items() if name in OVERRIDABLE}
+    return {name: option.value for name, option in known.items() if option is not None}
 
 
-def _object(claims: _Unread, name: str) -> bytes:
-    """The JSON text of an object."""
+def _object(claims: _RawClaims, name: str) -> bytes:
+    """Return the JSON text of an object claim."""
     _claim(claims, name, _OBJECT)
     return _embedded(claims.get(name, UNSET), "", name)
 
 
 def _embedded(raw: Raw | UnsetType, encoded: str, name: str) -> bytes:
-    """The JSON text of a claim, from its base64 form where that is given. It ends up in messages to other clients."""
+    """Return the JSON text of a claim, preferring its base64 form. The text enters messages to other clients."""
     try:
         if encoded:
             text = base64.b64decode(encoded, validate=True)
             text.decode()
-            raw = _decoded(text, _ANY, name)
+            raw = _decode(text, _ANY, name)
         return payload(raw) if raw is not UNSET and bytes(raw) != b"null" else b""
     except (ValueError, ClientError):
-        raise TokenInvalid(f"{name} is no JSON that can be passed on") from None
+        raise TokenInvalid(f"{name} is not valid JSON text") from None

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from realtime.auth.keys import (
-    AHEAD,
     LIFETIME,
     MAX_KEYS,
     MAX_SET_BYTES,
-    RETRY,
+    RENEWAL_WINDOW,
+    RETRY_INTERVAL,
     KeySets,
     VerificationKey,
     is_public,
@@ -254,7 +254,7 @@ def test_an_unknown_key_has_the_set_fetched_but_not_again_and_again() -> None:
             with pytest.raises(KeysUnavailable):
                 await (await world.ask("two"))
         assert len(world.fetches) == 1
-        world.now += RETRY
+        world.now += RETRY_INTERVAL
         asking = await world.ask("two")
         assert await (await world.ask("one")) is ONE["one"]  # nobody who has a key waits
         await world.answer(ONE | TWO)
@@ -267,9 +267,9 @@ def test_a_key_that_is_gone_from_the_set_is_gone() -> None:
     async def test() -> None:
         world = World()
         await world.fetched(ONE)
-        world.now += RETRY
+        world.now += RETRY_INTERVAL
         await world.fetched(TWO, "two")
-        world.now += RETRY
+        world.now += RETRY_INTERVAL
         asking = await world.ask("one")
         await world.answer(TWO)
         assert await asking is None
@@ -281,16 +281,16 @@ def test_keys_serve_through_an_outage_to_the_end_of_their_time() -> None:
     async def test() -> None:
         world = World()
         await world.fetched(ONE)
-        world.now += RETRY
+        world.now += RETRY_INTERVAL
         await world.fetched(None, "two")
         end = 1000 + LIFETIME
-        for world.now in (end - AHEAD, end - AHEAD + RETRY, end - 0.1):
+        for world.now in (end - RENEWAL_WINDOW, end - RENEWAL_WINDOW + RETRY_INTERVAL, end - 0.1):
             assert await (await world.ask()) is ONE["one"]
             await world.answer(None)
-        world.now = end + RETRY
+        world.now = end + RETRY_INTERVAL
         await world.fetched(None)
         # It is back: the next attempt finds it.
-        world.now += RETRY
+        world.now += RETRY_INTERVAL
         await world.fetched(ONE)
         assert await (await world.ask()) is ONE["one"]
 
@@ -301,7 +301,7 @@ def test_a_set_is_renewed_while_it_still_serves() -> None:
     async def test() -> None:
         world = World()
         await world.fetched(ONE)
-        world.now += LIFETIME - AHEAD - 1
+        world.now += LIFETIME - RENEWAL_WINDOW - 1
         await world.ask()
         assert len(world.fetches) == 1
         world.now += 1
@@ -309,7 +309,7 @@ def test_a_set_is_renewed_while_it_still_serves() -> None:
         assert await (await world.ask()) is ONE["one"]
         assert len(world.fetches) == 2
         await world.answer(ONE)
-        world.now += AHEAD
+        world.now += RENEWAL_WINDOW
         assert await (await world.ask()) is ONE["one"]
         assert len(world.fetches) == 2
 
@@ -328,7 +328,7 @@ def test_before_the_first_set_is_there_nothing_is_judged() -> None:
             with pytest.raises(KeysUnavailable):
                 await (await world.ask())
         assert len(world.fetches) == 1
-        world.now += RETRY
+        world.now += RETRY_INTERVAL
         await world.fetched(ONE)
 
     in_a_loop(test())
@@ -338,7 +338,7 @@ def test_a_fetch_that_takes_long_stays_the_only_one() -> None:
     async def test() -> None:
         world = World()
         first = await world.ask()
-        world.now += 10 * RETRY
+        world.now += 10 * RETRY_INTERVAL
         second = await world.ask()
         assert len(world.fetches) == 1
         await world.answer(ONE)
@@ -354,7 +354,7 @@ def test_a_mistake_of_ours_is_seen_and_leaves_nothing_behind() -> None:
         world.fetches[-1][1].set_exception(ZeroDivisionError())
         with pytest.raises(ZeroDivisionError):
             await asking
-        world.now += RETRY
+        world.now += RETRY_INTERVAL
         await world.fetched(ONE)
 
     in_a_loop(test())
@@ -362,7 +362,11 @@ def test_a_mistake_of_ours_is_seen_and_leaves_nothing_behind() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from([0.0, 1.0, RETRY, AHEAD, LIFETIME]), st.sampled_from(["one", "two"]), st.booleans())
+        st.tuples(
+            st.sampled_from([0.0, 1.0, RETRY_INTERVAL, RENEWAL_WINDOW, LIFETIME]),
+            st.sampled_from(["one", "two"]),
+            st.booleans(),
+        )
     )
 )
 def test_an_hour_and_ten_seconds_hold_in_every_order(steps: list[tuple[float, str, bool]]) -> None:
@@ -387,7 +391,7 @@ def test_an_hour_and_ten_seconds_hold_in_every_order(steps: list[tuple[float, st
                 assert (kid, fetched) == ("two", world.now)
             else:
                 assert isinstance(outcome, KeysUnavailable)
-        assert all(later - earlier >= RETRY for earlier, later in itertools.pairwise(tried))
+        assert all(later - earlier >= RETRY_INTERVAL for earlier, later in itertools.pairwise(tried))
 
     in_a_loop(test())
 

@@ -22,7 +22,7 @@ from twisted.internet import reactor, ssl
 from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import globalLogPublisher
 
-from realtime.auth.keys import MAX_SET_BYTES, RETRY, KeySets
+from realtime.auth.keys import MAX_SET_BYTES, RETRY_INTERVAL, KeySets
 from realtime.auth.tokens import TokenInvalid, TokenVerifier
 from realtime.config.settings import ClientSettings, SubscriptionTokenSettings, TokenSettings
 from realtime.errors import KeysUnavailable
@@ -406,9 +406,9 @@ async def test_rotation(provide: Any) -> None:
     assert await world.user(ONE) == "42"
     world.sets["/keys"] = published(two=TWO)
     assert await world.user(ONE) == "42"  # nobody has asked for another key yet
-    world.now += RETRY
+    world.now += RETRY_INTERVAL
     assert await world.user(TWO, "two") == "42"
-    world.now += RETRY
+    world.now += RETRY_INTERVAL
     with pytest.raises(TokenInvalid):
         await world.user(ONE)
     with pytest.raises(TokenInvalid):
@@ -421,7 +421,7 @@ async def test_an_outage_of_a_minute(provide: Any) -> None:
     world = World(provide)
     with pytest.raises(KeysUnavailable):
         await world.user(ONE)
-    world.now += RETRY
+    world.now += RETRY_INTERVAL
     world.sets["/keys"] = published(one=ONE)
     assert await world.user(ONE) == "42"
     world.sets.clear()
@@ -431,7 +431,7 @@ async def test_an_outage_of_a_minute(provide: Any) -> None:
         assert await world.user(ONE) == "42"
         with pytest.raises(KeysUnavailable):
             await world.user(TWO, "two")
-    assert len(world.provider.requests) <= 60 / RETRY * TRIES
+    assert len(world.provider.requests) <= 60 / RETRY_INTERVAL * TRIES
 
 
 @on_loop
