@@ -216,6 +216,17 @@ def test_unknown_fields_are_skipped(unknown):
     assert deep.connect.subs == {"c": messages.SubscribeRequest()}
 
 
+@pytest.mark.parametrize("zeros", [1, 4, 8])
+def test_varints_may_be_longer_than_need_be(zeros):
+    def long(number: int) -> bytes:
+        return bytes((number | 0x80,)) + b"\x80" * (zeros - 1) + b"\x00"
+
+    body = long(1 << 3) + long(5) + long(7 << 3 | 2) + long(len(PUBLISH) - 2) + PUBLISH[2:]
+    assert commands(long(len(body)) + body) == commands(GOOD)
+    (skipped,) = commands(sized(GOOD[1:] + long(3 << 3) + long(1) + long(2 << 3 | 2) + long(0)))
+    assert [skipped] == commands(GOOD)
+
+
 def test_of_a_field_that_comes_twice_the_last_one_counts():
     other = field(7, 2, sized(field(1, 2, sized(b"old"))))
     assert commands(sized(field(1, 0, b"\x04") + other + PUBLISH + field(1, 0, b"\x05"))) == commands(GOOD)
