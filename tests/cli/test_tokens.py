@@ -185,7 +185,7 @@ def test_a_good_subscription_token(realtime: Any, name: str) -> None:
         (jwt.encode({"sub": "42"}, OTHER), "not signed by a known key"),
         (jwt.encode({"sub": "42", "exp": 1}, SECRET), "it has expired"),
         (jwt.encode({"sub": "42", "channel": "news"}, SECRET), "can't open a connection"),
-        (jwt.encode({"sub": "42", "b64info": "!"}, SECRET), "info is no JSON"),
+        (jwt.encode({"sub": "42", "b64info": "!"}, SECRET), "info is not valid JSON"),
         (jwt.encode({"exp": 4_000_000_000}, SECRET), "it has no user"),
     ],
 )

@@ -172,11 +172,11 @@ def hang_up(path: str, transport: Any) -> None:
 
 BAD = {
     "a gigabyte": (endless(OK + b"Content-Length: 1073741824\r\n\r\n", FLOOD), "too many bytes"),
-    "a body without a length": (endless(OK + b"\r\n", FLOOD), "more than 262144 bytes"),
+    "a body without a length": (endless(OK + b"\r\n", FLOOD), "exceeds 262144 bytes"),
     "endless chunks": (endless(OK + b"Transfer-Encoding: chunked\r\n\r\nfffffffff\r\n", FLOOD), "too many bytes"),
     "endless headers": (endless(OK, b"X-Header: 1\r\n" * 5000), "too many bytes"),
     "an endless header": (endless(OK, FLOOD), ""),
-    "a body that is a little too large": (lambda path, _: answer(b" " * (MAX_SET_BYTES + 1)), "more than 262144 bytes"),
+    "a body that is a little too large": (lambda path, _: answer(b" " * (MAX_SET_BYTES + 1)), "exceeds 262144 bytes"),
     "an error": (lambda path, _: answer(b"{}", "500 Internal Server Error"), "status 500"),
     "no such path": (lambda path, _: answer(published(one=ONE), "404 Not Found"), "status 404"),
     "nothing": (lambda path, _: answer(b"", "204 No Content"), "status 204"),
