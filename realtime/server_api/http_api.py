@@ -1,7 +1,7 @@
-"""The HTTP API's methods: a name and a JSON body in, a result to encode out.
+"""The HTTP API: decodes the JSON body of each method, calls the server API, and builds the result to encode.
 
-What they do is in `realtime.server_api.operations`; here is how their fields are read and how their results are
-written. Unknown keys are ignored. A field of another type than its own makes the whole body a bad one.
+`realtime.server_api.operations` carries out the operations; this module knows the fields of requests and results. It
+ignores unknown keys. A field of the wrong type makes the whole body invalid (`BadBody`).
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from realtime.errors import ClientError, EngineUnavailable, RealtimeError
 from realtime.json_text import is_json, payload
 from realtime.metrics import Counter, Metrics
 from realtime.protocol import messages
+from realtime.protocol.context import Gather
 from realtime.protocol.messages import StreamPosition
 from realtime.pubsub.time_slices import TimeSlicer
-from realtime.server_api.operations import Gather, ServerAPI, sequentially
+from realtime.server_api.operations import ServerAPI, sequentially
 from realtime.types import Position, Publication
 
 NOT_FOUND = (104, "not found", False)
 
 BATCH_AT_A_TIME = 8
-"""Commands of a parallel batch that run at a time. Each of them may answer with some megabytes."""
+"""Concurrent commands of a parallel batch. The reply to each may have some megabytes."""
 
 BATCH_BYTES = 16 * 1024 * 1024
-"""Bytes of all the replies to one batch; commands that come after them are refused."""
+"""The most bytes of all replies to one batch; the remaining commands are refused."""
 
 
 class BadBody(RealtimeError):
-    """The body of a call is not the JSON that its method wants: HTTP status 400."""
+    """The body of a call is not valid JSON for its method: HTTP status 400."""
 
 
 class UnknownMethod(RealtimeError):
-    """There is no such method: HTTP status 404."""
+    """The method does not exist: HTTP status 404."""
 
 
-# -- requests, as they come over HTTP ---------------------------------------------------------------------------------
+# -- requests over HTTP -----------------------------------------------------------------------------------------------
 
 _UnixTime = Annotated[int, Meta(ge=0, le=2**53)]
 
@@ -71,7 +72,7 @@ _Override = msgspec.defstruct("_Override", [(name, _Bool | None, None) for name 
 
 
 class _Target(Struct, frozen=True):
-    """Whose connections are meant."""
+    """The connections that an operation addresses."""
 
     user: str = ""
     client: str = ""
@@ -138,7 +139,7 @@ class _Batch(Struct, frozen=True):
 
 
 class _Named(Struct, frozen=True):
-    """The old form of a call, which names its method in the body."""
+    """A call in the older form, with the method's name in the body."""
 
     method: str = ""
     params: Raw = Raw(b"{}")
@@ -153,7 +154,7 @@ class PublishResult(Struct, frozen=True, omit_defaults=True):
 
 
 class ErrorBody(Struct, frozen=True):
-    """What a caller learns of an error; `temporary` is for clients alone."""
+    """The error that a caller sees. `temporary` is for clients alone."""
 
     code: int
     message: str
@@ -164,7 +165,7 @@ class ErrorBody(Struct, frozen=True):
 
 
 class APIResponse(Struct, frozen=True, omit_defaults=True):
-    """A result or an error, wrapped as the body of an answer."""
+    """The body of a response: a result or an error."""
 
     result: Any = None
     error: ErrorBody | None = None
@@ -175,7 +176,7 @@ class BroadcastResult(Struct, frozen=True):
 
 
 class BinaryPub(Struct, frozen=True, omit_defaults=True):
-    """A publication whose data JSON can't carry, so its `data` is null."""
+    """A publication with binary data, which JSON can't represent; its `data` is null."""
 
     b64data: str
     data: None
@@ -210,29 +211,29 @@ class BatchResult(Struct, frozen=True):
 
 
 class HTTPAPI:
-    """See the module."""
+    """The methods of the HTTP API, by name."""
 
     def __init__(
         self,
         operations: ServerAPI,
-        together: Gather = sequentially,
+        gather: Gather = sequentially,
         metrics: Metrics | None = None,
         slices: TimeSlicer | None = None,
     ) -> None:
-        """together: as for the operations. slices: for long work; None for no limit."""
+        """gather: see `ServerAPI`. slices: time slices for long work; None for no limit."""
         self._slices = slices or TimeSlicer.unlimited()
         self._operations = operations
-        self._together = together
+        self._gather = gather
         self._metrics = metrics or Metrics()
         self._counters: dict[tuple[str, int], Counter] = {}
 
     async def call(self, method: str, body: bytes) -> Struct:
-        """The result of one call. Raises UnknownMethod, BadBody, and ClientError for all that the method refuses."""
+        """Return the result of one call. Raises UnknownMethod, BadBody, and ClientError if the method refuses."""
         try:
             kind, answer = _METHODS[method]
         except KeyError:
             raise UnknownMethod(method) from None
-        request = _decoded(body, kind)
+        request = _decode(body, kind)
         try:
             result = await answer(self, request)
         except EngineUnavailable:
@@ -249,15 +250,16 @@ class HTTPAPI:
         if counter is None:
             counter = self._counters[method, code] = self._metrics.counter(
                 "realtime_api_calls",
-                "Calls of the HTTP API, those in batches included, by error code; 0: none.",
+                "Calls of the HTTP API, including calls in batches, by error code; 0 for success.",
                 method=method,
                 code=str(code),
             )
         counter.value += 1
 
     async def call_named(self, body: bytes) -> Struct:
-        """The same for the old form, {"method": ..., "params": {...}}, where an unknown method is ClientError 104."""
-        named = _decoded(body, _Named)
+        """Like `call`, for the older form {"method": ..., "params": {...}}. An unknown method raises ClientError
+        104."""
+        named = _decode(body, _Named)
         try:
             return await self.call(named.method, bytes(named.params))
         except UnknownMethod:
@@ -276,8 +278,8 @@ class HTTPAPI:
         await self._operations.subscribe(
             **_target(request),
             channel=request.channel,
-            info=_text(request.info, request.b64info),
-            data=_text(request.data, request.b64data),
+            info=_json_field(request.info, request.b64info),
+            data=_json_field(request.data, request.b64data),
             recover_since=_position(request.recover_since),
             override={name: option.value for name, option in override.items() if option is not None},
             expire_at=request.expire_at,
@@ -330,10 +332,11 @@ class HTTPAPI:
         return InfoResult(await self._operations.info())
 
     async def _rpc(self, request: _RPC) -> Struct:
-        raise ClientError(*(NOT_FOUND if request.method else errors.BAD_REQUEST))  # the API itself has no procedures
+        # The API defines no RPC methods of its own.
+        raise ClientError(*(NOT_FOUND if request.method else errors.BAD_REQUEST))
 
     async def _batch(self, request: _Batch) -> BatchResult:
-        run, size = (self._together, BATCH_AT_A_TIME) if request.parallel else (sequentially, 1)
+        run, size = (self._gather, BATCH_AT_A_TIME) if request.parallel else (sequentially, 1)
         replies: list[dict[str, Any]] = []
         room = BATCH_BYTES
         for begin in range(0, len(request.commands), size):
@@ -378,17 +381,17 @@ _METHODS: Mapping[str, tuple[type[Struct], Callable[[HTTPAPI, Any], Coroutine[An
 }
 
 
-def _decoded(body: bytes, kind: type[Any]) -> Any:
+def _decode(body: bytes, kind: type[Any]) -> Any:
     try:
-        body.decode()  # the decoder does not look at text that it only passes on
+        body.decode()  # the decoder does not check text that it passes on undecoded
         return msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        raise BadBody("not the JSON that the method wants") from None
+        raise BadBody("the body is not valid JSON for the method") from None
 
 
 def _publication(request: _Publish) -> dict[str, Any]:
-    """What publish and broadcast take beside the channels. Raises ClientError 107 for data that can't be."""
-    data = _decoded_base64(request.b64data) if request.b64data else payload(request.data)
+    """Return the arguments of publish and broadcast besides the channels. Raises ClientError 107 for invalid data."""
+    data = _decode_base64(request.b64data) if request.b64data else payload(request.data)
     return {
         "data": data,
         "binary": bool(request.b64data) or not data,
@@ -401,17 +404,17 @@ def _publication(request: _Publish) -> dict[str, Any]:
     }
 
 
-def _text(value: Raw | UnsetType, encoded: str) -> bytes:
-    """The JSON text of a field that may come in base64 instead, which wins. Raises ClientError 107 when it is none."""
+def _json_field(value: Raw | UnsetType, encoded: str) -> bytes:
+    """Return the JSON text of a field; its base64 form wins. Raises ClientError 107 if that is not JSON."""
     if not encoded:
         return payload(value)
-    text = _decoded_base64(encoded)
+    text = _decode_base64(encoded)
     if not is_json(text):
         raise ClientError(*errors.BAD_REQUEST)
     return text
 
 
-def _decoded_base64(text: str) -> bytes:
+def _decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

@@ -1,14 +1,14 @@
-"""What other programs and the application itself may do with channels and clients.
+"""The server API: operations on channels and clients, for other programs and for the application itself.
 
-The HTTP API (`realtime.server_api.http_api`) and the methods of the `App` are two doors to the same coroutines. Names,
-defaults and error codes are those of Centrifugo's server API (client protocol, section 13). Permissions are not asked
-for here: who has the key may.
+The HTTP API (`realtime.server_api.http_api`) and the methods of the `App` call the same coroutines. Names, defaults and
+error codes are those of Centrifugo's server API (client protocol, section 13). This module checks no permissions: the
+API key and the application's code have them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import msgspec
 from msgspec import Meta
@@ -28,30 +28,30 @@ from realtime.protocol.orders import (
     encode_order,
 )
 from realtime.pubsub.engine import Engine
-from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, SubscribeOptions
+from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, PublishOptions, SubscribeOptions
 
 PAGE_BYTES = 4 * 1024 * 1024
-"""Bytes of publications in one answer of `history`; who wants more asks again, from the last one on."""
+"""The most bytes of publications in one page of `history`; a caller continues after the last publication."""
 
 BROADCAST_BYTES = 4 * 1024 * 1024
-"""Bytes of one broadcast's data that are on their way to the engine at a time, if more than one channel's."""
+"""The most bytes of one broadcast's data in flight to the engine, if it has several channels."""
 
 BROADCAST_CHANNELS = 100
-"""Channels of one broadcast that are published to at a time."""
+"""Concurrent publications of one broadcast."""
 
 MAX_NAME = 4096
-"""Characters of a channel's name, an idempotency key or a version's epoch: what is kept for each has to have a size."""
+"""The most characters of a channel name, an idempotency key or a version epoch. The engine stores each of them."""
 
 Survey = Callable[[str], Awaitable[dict[str, int]]]
 
 
 async def sequentially(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Run one after the other, and return the results in the same order."""
+    """Run coroutines one after the other, and return their results in that order."""
     return [await coroutine for coroutine in coroutines]
 
 
-class NodeFacts(NamedTuple):
-    """What a node is known by. uid: the same in all its workers. uptime: seconds since it started."""
+class NodeIdentity(NamedTuple):
+    """The identity of a node. uid: the same in all its workers. uptime: seconds since the node started."""
 
     uid: str
     name: str
@@ -59,33 +59,33 @@ class NodeFacts(NamedTuple):
     uptime: float
 
 
-# What the application's own code gives is looked at here: else the broker would end the stream over a wrong type.
-_Marks = tuple[dict[str, str] | None, str, bool, Annotated[int, Meta(ge=0)], str]
+# The application's own code passes these unchecked. A wrong type would make the broker end the worker's stream.
+_OptionTypes = tuple[dict[str, str] | None, str, bool, Annotated[int, Meta(ge=0)], str]
 
 
 class ServerAPI:
-    """See the module. All coroutines may raise ClientError, and EngineUnavailable when nothing was done."""
+    """The operations of one server. All coroutines may raise ClientError, or EngineUnavailable if nothing was done."""
 
     def __init__(
         self,
         engine: Engine,
         rules: ChannelRules,
-        facts: Callable[[], NodeFacts],
+        identity: Callable[[], NodeIdentity],
         survey: Survey,
-        together: Gather = sequentially,
+        gather: Gather = sequentially,
     ) -> None:
-        """survey: the numbers of subscribers over all workers, by channel, of those that a valid pattern fits.
+        """survey: returns the number of subscribers over all workers for each channel that matches a valid pattern.
 
-        together: runs coroutines side by side, beginning with all of them in order, and gathers their results.
+        gather: see `realtime.protocol.context.Gather`.
         """
         self._engine = engine
         self._rules = rules
-        self._facts = facts
+        self._identity = identity
         self._survey = survey
-        self._together = together
+        self._gather = gather
 
     def _options(self, channel: str) -> ResolvedChannel:
-        """Raises ClientError 107 for no name or one too long, 102 for an unknown namespace."""
+        """Raises ClientError 107 for an empty or overlong name, and 102 for an unknown namespace."""
         if not channel or len(channel) > MAX_NAME:
             raise ClientError(*errors.BAD_REQUEST)
         return self._rules.options(channel)
@@ -105,14 +105,14 @@ class ServerAPI:
         version: int = 0,
         version_epoch: str = "",
     ) -> Position:
-        """Publish JSON text; the publication carries no `info`, as its publisher is no client.
+        """Publish JSON text, without `info`, since the publisher is not a client.
 
-        binary: the data may be anything. What is JSON text all the same is published as such; the rest only clients
-        that speak Protobuf can be sent. delta: subscribers that agreed on deltas may be sent one. version,
-        version_epoch: see `Engine.publish`. Raises ClientError 107 also for data that is not what the channel takes.
+        binary: the data may be any bytes. JSON text is published as such even so; other data reaches only Protobuf
+        clients. The other options: see `PublishOptions`. Raises ClientError 107 also for data that the channel's
+        `publication_data_format` does not allow.
         """
         options = self._options(channel)
-        msgspec.convert((tags, idempotency_key, delta, version, version_epoch), _Marks)
+        msgspec.convert((tags, idempotency_key, delta, version, version_epoch), _OptionTypes)
         text = not binary or json_text.is_json(data)
         options.check_data(data, text)
         if version >= 2**64 or len(idempotency_key) > MAX_NAME or len(version_epoch) > MAX_NAME:
@@ -129,14 +129,16 @@ class ServerAPI:
             binary=not text,
         )
 
-    async def broadcast(self, channels: list[str], data: bytes, **marks: Any) -> list[Position | ClientError]:
-        """Publish the same to each channel; what came of each, in the same order. marks: as for `publish`."""
+    async def broadcast(
+        self, channels: list[str], data: bytes, **options: Unpack[PublishOptions]
+    ) -> list[Position | ClientError]:
+        """Publish the same data to each channel; return the outcomes in their order. options: see `publish`."""
         if not channels:
             raise ClientError(*errors.BAD_REQUEST)
 
         async def publish(channel: str) -> Position | ClientError:
             try:
-                return await self.publish(channel, data, **marks)
+                return await self.publish(channel, data, **options)
             except ClientError as error:
                 return error
             except EngineUnavailable:
@@ -145,15 +147,15 @@ class ServerAPI:
         size = max(1, min(BROADCAST_CHANNELS, BROADCAST_BYTES // max(1, len(data))))
         outcomes: list[Position | ClientError] = []
         for begin in range(0, len(channels), size):
-            outcomes += await self._together([publish(channel) for channel in channels[begin : begin + size]])
+            outcomes += await self._gather([publish(channel) for channel in channels[begin : begin + size]])
         return outcomes
 
     async def history(
         self, channel: str, *, limit: int = 0, since: Position | None = None, reverse: bool = False
     ) -> HistoryPage:
-        """Publications after `since`, up to PAGE_BYTES. limit: -1 for all that is kept.
+        """Return publications after `since`, up to PAGE_BYTES. limit: -1 for all, 0 for the position alone.
 
-        Raises ClientError 107, 108, and 112 when `since` is of another epoch.
+        Raises ClientError 107, 108, and 112 if `since` has another epoch.
         """
         options = self._options(channel)
         if not options.retention.kept:
@@ -168,20 +170,20 @@ class ServerAPI:
         return page
 
     async def history_remove(self, channel: str) -> None:
-        """Drop what is kept; the numbering goes on."""
+        """Remove the stored publications; the numbering continues."""
         if not self._options(channel).retention.kept:
             raise ClientError(*errors.NOT_AVAILABLE)
         await self._engine.remove_history(channel)
 
-    # -- who is there ------------------------------------------------------------------------------------------------
+    # -- presence ---------------------------------------------------------------------------------------------------
 
     async def presence(self, channel: str) -> dict[str, ClientInfo]:
-        """Who is present, by client id."""
+        """Return the present clients by client id."""
         self._check_presence(channel)
         return await self._engine.presence(channel)
 
     async def presence_stats(self, channel: str) -> tuple[int, int]:
-        """The numbers of clients and of distinct users present."""
+        """Return the number of present clients and the number of distinct users among them."""
         self._check_presence(channel)
         return await self._engine.presence_stats(channel)
 
@@ -190,9 +192,9 @@ class ServerAPI:
             raise ClientError(*errors.NOT_AVAILABLE)
 
     async def channels(self, pattern: str = "") -> dict[str, int]:
-        """The channels that have subscribers, with their numbers. pattern: see `realtime.protocol.channel_patterns`.
+        """Return the number of subscribers of each channel that has any. pattern: see `protocol.channel_patterns`.
 
-        Raises ClientError 107 for a pattern that can't be, and 106 when there are more than one answer holds.
+        Raises ClientError 107 for an invalid pattern, and 106 if there are more channels than one answer holds.
         """
         try:
             channel_patterns.matcher(pattern)
@@ -201,22 +203,23 @@ class ServerAPI:
         return await self._survey(pattern)
 
     async def info(self) -> list[dict[str, Any]]:
-        """One record for each node: what it is known by, and the counts over its workers."""
-        facts, census = self._facts(), await self._engine.census()
+        """Return one dict for each node: its identity, and the counts over its workers."""
+        identity, census = self._identity(), await self._engine.census()
         return [
             {
-                "uid": facts.uid,
-                "name": facts.name,
-                "version": facts.version,
+                "uid": identity.uid,
+                "name": identity.name,
+                "version": identity.version,
                 "num_clients": census.clients,
                 "num_users": census.users,
                 "num_channels": census.channels,
                 "num_subs": census.subscriptions,
-                "uptime": int(facts.uptime),
+                "uptime": int(identity.uptime),
             }
         ]
 
-    # -- orders to all workers: the connections of a user, "" for the anonymous ones ---------------------------------
+    # -- orders to all workers, about the connections of a user; "" is the anonymous user
+    # ---------------------------------
 
     async def subscribe(
         self,
@@ -231,10 +234,10 @@ class ServerAPI:
         override: Mapping[str, bool] | None = None,
         expire_at: float = 0.0,
     ) -> None:
-        """Subscribe the user's connections to a channel, whatever its options say of who may.
+        """Subscribe the user's connections to a channel, regardless of its permissions.
 
-        client, session: of the only connection that is meant. info, data: JSON text, b"" for none. The rest: see
-        `SubscribeOrder`. Raises ClientError 107 also for an option that can't be overridden.
+        client, session: restrict the order to one connection. info, data: JSON text, b"" for none. The other arguments:
+        see `SubscribeOrder`. Raises ClientError 107 also for an option that can't be overridden.
         """
         self._options(channel)
         if not set(override or ()).issubset(OVERRIDABLE):
@@ -242,12 +245,12 @@ class ServerAPI:
         terms = SubscribeOptions(
             json_text.one_line(info), json_text.one_line(data), float(expire_at), dict(override or {})
         )
-        await self._order(SubscribeOrder(user, channel, terms, client, session, recover_since))
+        await self._send_order(SubscribeOrder(user, channel, terms, client, session, recover_since))
 
     async def unsubscribe(self, user: str, channel: str, *, client: str = "", session: str = "") -> None:
         """End the user's subscriptions to a channel."""
         self._options(channel)
-        await self._order(UnsubscribeOrder(user, channel, client, session))
+        await self._send_order(UnsubscribeOrder(user, channel, client, session))
 
     async def disconnect(
         self,
@@ -259,12 +262,12 @@ class ServerAPI:
         code: int = errors.FORCE_DISCONNECT[0],
         reason: str = errors.FORCE_DISCONNECT[1],
     ) -> None:
-        """Close the user's connections. Raises ClientError 107 for a code or reason that can't be."""
+        """Close the user's connections. Raises ClientError 107 for an invalid code or reason."""
         try:
             Disconnect(code, reason)
         except ValueError:
             raise ClientError(*errors.BAD_REQUEST) from None
-        await self._order(DisconnectOrder(user, client, tuple(whitelist), code, reason, session))
+        await self._send_order(DisconnectOrder(user, client, tuple(whitelist), code, reason, session))
 
     async def refresh(
         self,
@@ -276,8 +279,9 @@ class ServerAPI:
         expire_at: float = 0.0,
         info: bytes = b"",
     ) -> None:
-        """Let the user's connections expire at another time, 0.0 for never; see `RefreshOrder`. info: JSON text."""
-        await self._order(RefreshOrder(user, float(expire_at), expired, json_text.one_line(info), client, session))
+        """Change the time at which the user's connections expire, 0.0 for never; see `RefreshOrder`. info: JSON
+        text."""
+        await self._send_order(RefreshOrder(user, float(expire_at), expired, json_text.one_line(info), client, session))
 
-    async def _order(self, order: Order) -> None:
+    async def _send_order(self, order: Order) -> None:
         await self._engine.instruct(encode_order(order))

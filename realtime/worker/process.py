@@ -43,7 +43,7 @@ from realtime.protocol.sessions import Sessions
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.server_api.http_api import HTTPAPI
-from realtime.server_api.operations import NodeFacts, ServerAPI
+from realtime.server_api.operations import NodeIdentity, ServerAPI
 from realtime.supervision.loop_time import LoopWork
 from realtime.supervision.pressure import Pressure
 from realtime.transports.admission import Admission
@@ -109,7 +109,7 @@ class Worker:
         shedding.serve(self._dispatcher)
         process.pulse.on_beat = shedding.beat
         self._deadlines = Deadlines(reactor.seconds())
-        facts = NodeFactsOf(settings)
+        facts = NodeIdentitySource(settings)
         all_together = partial(gather, accounts=process.accounts)
         self._node = WorkerContext(
             settings=settings.client,
@@ -312,7 +312,7 @@ class Worker:
             session.disconnect(*SHUTDOWN)
 
 
-class NodeFactsOf:
+class NodeIdentitySource:
     """What this node is known by: told by the supervisor's host, port and age, so that all workers say the same."""
 
     def __init__(self, settings: Settings) -> None:
@@ -321,9 +321,9 @@ class NodeFactsOf:
         self._name = settings.node.name or f"{host}_{port}"
         self._since = _beginning(os.getppid())
 
-    def __call__(self) -> NodeFacts:
+    def __call__(self) -> NodeIdentity:
         uptime = time.clock_gettime(time.CLOCK_BOOTTIME) - self._since
-        return NodeFacts(self._uid, self._name, __version__, max(0.0, uptime))
+        return NodeIdentity(self._uid, self._name, __version__, max(0.0, uptime))
 
 
 def _beginning(pid: int) -> float:

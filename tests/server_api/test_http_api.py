@@ -17,12 +17,13 @@ from realtime.config.settings import ChannelOptions, ChannelSettings, EngineSett
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.metrics import Metrics
 from realtime.protocol.channel_rules import ChannelRules
+from realtime.protocol.context import Gather
 from realtime.protocol.orders import DisconnectOrder, Order, RefreshOrder, SubscribeOrder, UnsubscribeOrder
 from realtime.pubsub.engine import Engine
 from realtime.pubsub.memory_engine import MemoryEngine
 from realtime.server_api import http_api, operations
 from realtime.server_api.http_api import HTTPAPI, BadBody, UnknownMethod
-from realtime.server_api.operations import Gather, NodeFacts, ServerAPI, sequentially
+from realtime.server_api.operations import NodeIdentity, ServerAPI, sequentially
 from realtime.types import ClientInfo, Position, Publication, SubscribeOptions
 
 SETTINGS = ChannelSettings(
@@ -78,7 +79,7 @@ class Bench:
             finish(self.engine.subscribe(channel))
 
     def use(self, engine: Engine, together: Gather = sequentially) -> None:
-        facts = NodeFacts("u1", "here", "1.2", 61.9)
+        facts = NodeIdentity("u1", "here", "1.2", 61.9)
         self.operations = ServerAPI(engine, ChannelRules(SETTINGS), lambda: facts, self._survey, together)
         self.metrics = Metrics()
         self.api = HTTPAPI(self.operations, together, self.metrics)

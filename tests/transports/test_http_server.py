@@ -30,7 +30,7 @@ from realtime.protocol.channel_rules import ChannelRules
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.memory_engine import MemoryEngine
 from realtime.server_api.http_api import HTTPAPI
-from realtime.server_api.operations import NodeFacts, ServerAPI
+from realtime.server_api.operations import NodeIdentity, ServerAPI
 from realtime.transports import http_server
 from realtime.transports.http_server import make_site
 from realtime.types import ClientInfo
@@ -65,7 +65,7 @@ class Site:
         """Serve, and return the base URL."""
         hub = Hub(self.orders.append)
         self.engine = hub.engine = MemoryEngine(hub, self.settings.engine, time.monotonic)
-        facts = NodeFacts("n1", "node", "1.0", 12.5)
+        facts = NodeIdentity("n1", "node", "1.0", 12.5)
         operations = ServerAPI(self.engine, ChannelRules(self.settings.channel), lambda: facts, found_nothing)
         api = HTTPAPI(operations)
         log = Logger(observer=self.logged.append)
