@@ -285,7 +285,7 @@ class HandlerCall:
         self._takes_client = ARGUMENTS[handler.kind][0][:1] == ("client",)
         self._answer = maker(handler.kind)
         self._never_waits = handler.run == "loop" and gate is None and never_waits(handler.function)
-        self._prompt = self._never_waits and valve.wide_open
+        self._always_immediate = self._never_waits and valve.wide_open
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -294,12 +294,12 @@ class HandlerCall:
         return len(self._tasks)
 
     @property
-    def prompt(self) -> bool:
-        """Whether the handler may be called by `now`: it waits for nothing, and nothing keeps it from being called."""
-        return self._prompt or (self._never_waits and self._valve.open)
+    def is_immediate(self) -> bool:
+        """Whether `call_now` may be called: the handler waits for nothing, and no limit holds it back."""
+        return self._always_immediate or (self._never_waits and self._valve.open)
 
-    def now(self, *args: Any) -> Any:
-        """As calling it, without a coroutine, for a handler that is `prompt`. It runs in a context of its own."""
+    def call_now(self, *args: Any) -> Any:
+        """As calling it, without a coroutine, for a handler that `is_immediate`. It runs in a context of its own."""
         if self._takes_client:
             args = (ThreadSafeClient(args[0], self._threads.reactor, self._valve.is_pressed), *args[1:])
         try:

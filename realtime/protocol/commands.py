@@ -71,7 +71,7 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     session.expire(admitted.expire_at)
     for subscription, outcome in joined:
         session.open(subscription, outcome)
-    personal = session.node.settings.subscribe_to_user_personal_channel
+    personal = session.settings.client.subscribe_to_user_personal_channel
     if personal.single_connection and session.user and session.state is SessionState.CONNECTED:
         await _supersede(session)
 
@@ -88,7 +88,7 @@ async def _joined(
         if session.state is not SessionState.OPENED:
             break
         group = wanted[first : first + JOINS_AT_ONCE]
-        outcomes = await session.node.together([session.join(subscription, asked) for asked, subscription in group])
+        outcomes = await session.services.gather([session.join(subscription, asked) for asked, subscription in group])
         joined += [
             (subscription, outcome) for (_, subscription), outcome in zip(group, outcomes, strict=True) if outcome
         ]
@@ -106,11 +106,11 @@ def _told(
 def _connected(
     session: Session, admitted: _Admitted, ttl: int, subs: dict[str, messages.SubscribeResult]
 ) -> messages.ConnectResult:
-    node = session.node
+    settings = session.settings
     ping, pong = session.pings
     return messages.ConnectResult(
         client=session.client,
-        version=node.version,
+        version=settings.version,
         # Only a token can be refreshed by the client; what a handler granted ends when it ends.
         expires=bool(ttl and session.refreshable),
         ttl=ttl if session.refreshable else 0,
@@ -119,16 +119,16 @@ def _connected(
         ping=ping,
         pong=pong,
         session=session.secret,
-        node=node.uid if session.secret and not session.encoding.unidirectional else "",
-        time=int(node.wall_clock() * 1000) if node.settings.connect_include_server_time else 0,
+        node=settings.uid if session.secret and not session.encoding.unidirectional else "",
+        time=int(session.services.wall_clock() * 1000) if settings.client.connect_include_server_time else 0,
     )
 
 
 async def _admit(session: Session, request: messages.ConnectRequest) -> _Admitted:
     """Who the client is: by the application's handler, its token, the proxy before us, or nobody's word."""
-    node, settings = session.node, session.node.settings
-    if node.handlers.connecting is not None:
-        credentials = await node.handlers.connecting(_asks_to_connect(session, request))
+    services, settings = session.services, session.settings.client
+    if services.handlers.connecting is not None:
+        credentials = await services.handlers.connecting(_asks_to_connect(session, request))
         if credentials is not None:
             return _credited(credentials)
     if request.token:
@@ -161,9 +161,9 @@ def _credited(credentials: Credentials) -> _Admitted:
 
 
 async def _connection_claims(session: Session, token: str) -> Claims:
-    claims = await _verified(session.node.tokens.connection, token, Disconnect(*errors.INVALID_TOKEN))
+    claims = await _verified(session.services.tokens.connection, token, Disconnect(*errors.INVALID_TOKEN))
     # An insecure server checks tokens all the same, and then lets no connection expire.
-    return msgspec.structs.replace(claims, expire_at=0.0) if session.node.settings.insecure else claims
+    return msgspec.structs.replace(claims, expire_at=0.0) if session.settings.client.insecure else claims
 
 
 def _token_subs(claims: Claims) -> dict[str, SubscribeOptions]:
@@ -180,12 +180,12 @@ def _from_the_start(
     They are those of its credentials, its personal channel, and of those that it names itself the ones to which it
     could subscribe without a word from anybody. Raises ClientError 102, Disconnect 3501 and 3505.
     """
-    node, settings = session.node, session.node.settings
+    services, settings = session.services, session.settings.client
     positions = request.subs or {}
     subs = {channel: (each, admitted.origin) for channel, each in admitted.subs.items()}
     personal = settings.subscribe_to_user_personal_channel
     if personal.enabled and session.user:
-        channel = node.rules.personal_channel(personal.personal_channel_namespace, session.user)
+        channel = services.rules.personal_channel(personal.personal_channel_namespace, session.user)
         subs.setdefault(channel, (SubscribeOptions(), SubscriptionSource.SERVER))
     for channel in positions:
         if channel not in subs and _may_alone(session, channel):
@@ -195,7 +195,7 @@ def _from_the_start(
     wanted = []
     for channel, (each, origin) in subs.items():
         asked = msgspec.structs.replace(positions.get(channel, messages.SubscribeRequest()), channel=channel)
-        subscription = session.subscription(asked, node.rules.options(channel), each, origin)
+        subscription = session.subscription(asked, services.rules.options(channel), each, origin)
         subscription.end_at = each.expire_at
         wanted.append((asked, subscription))
     return wanted
@@ -203,22 +203,22 @@ def _from_the_start(
 
 def _may_alone(session: Session, channel: str) -> bool:
     """Whether the options alone let the client subscribe. Raises Disconnect 3501 for an unknown namespace."""
-    node = session.node
+    services = session.services
     try:
-        options = node.rules.checked(channel)
+        options = services.rules.checked(channel)
     except ClientError as error:
         if error.code == errors.UNKNOWN_CHANNEL[0]:
             raise Disconnect(*errors.BAD_PROTOCOL) from None
         return False
-    if not channel or node.rules.is_private(channel) or node.handlers.subscribing(channel) is not None:
+    if not channel or services.rules.is_private(channel) or services.handlers.subscribing(channel) is not None:
         return False
-    return node.rules.admits(channel, options, session.user) or node.settings.insecure
+    return services.rules.admits(channel, options, session.user) or session.settings.client.insecure
 
 
 async def _supersede(session: Session) -> None:
     """End the older connections of the client's user, which may have one alone."""
     try:
-        await session.node.engine.instruct(session.node.registry.supersede(session))
+        await session.services.engine.instruct(session.services.sessions.supersede(session))
     except EngineUnavailable:
         session.disconnect(*errors.SERVER_ERROR)  # it comes back, and tries again
 
@@ -271,7 +271,7 @@ def _options(session: Session, channel: str) -> ResolvedChannel:
     """The rules for a channel that the client named. Raises Disconnect 3501, ClientError 102 or 107."""
     if not channel:
         raise Disconnect(*errors.BAD_PROTOCOL)
-    return session.node.rules.checked(channel)
+    return session.services.rules.checked(channel)
 
 
 async def subscribe(session: Session, id: int, request: messages.SubscribeRequest) -> None:
@@ -309,7 +309,7 @@ def _check_subscribe(session: Session, request: messages.SubscribeRequest) -> Re
 
 
 def _check_place(session: Session, channel: str) -> None:
-    limit = session.node.settings.channel_limit
+    limit = session.settings.client.channel_limit
     if channel in session.subscriptions:
         raise ClientError(*errors.ALREADY_SUBSCRIBED)
     if 0 < limit <= len(session.subscriptions):
@@ -323,27 +323,27 @@ async def _admit_to(
 
     Also the seconds for which the subscription outlives its expiry, in which the client may refresh it.
     """
-    node, channel = session.node, request.channel
+    services, channel = session.services, request.channel
     if request.token:
         claims = await _subscription_claims(session, request.token, channel, ClientError(*errors.PERMISSION_DENIED))
         granted = SubscribeOptions(claims.info, claims.data, claims.expire_at, claims.override)
-        return granted, node.settings.expired_sub_close_delay
-    if node.rules.is_private(channel):
+        return granted, session.settings.client.expired_sub_close_delay
+    if services.rules.is_private(channel):
         raise ClientError(*errors.PERMISSION_DENIED)
-    users = node.rules.limited_to(channel, options)
-    if users is not None and session.user not in users and not node.settings.insecure:
+    users = services.rules.limited_to(channel, options)
+    if users is not None and session.user not in users and not session.settings.client.insecure:
         raise ClientError(*errors.PERMISSION_DENIED)
-    handler = node.handlers.subscribing(channel)
+    handler = services.handlers.subscribing(channel)
     if handler is not None:
         grant = await handler(session.handle, channel, _value(session, request.data))
         return terms(grant) if grant else SubscribeOptions(), 0.0
-    if not (node.settings.insecure or node.rules.admits(channel, options, session.user)):
+    if not (session.settings.client.insecure or services.rules.admits(channel, options, session.user)):
         raise ClientError(*errors.PERMISSION_DENIED)
     return SubscribeOptions(), 0.0
 
 
 async def _subscription_claims(session: Session, token: str, channel: str, invalid: Exception) -> Claims:
-    claims = await _verified(session.node.tokens.subscription, token, invalid)
+    claims = await _verified(session.services.tokens.subscription, token, invalid)
     if claims.channel != channel or claims.user != session.user or claims.client not in ("", session.client):
         raise Disconnect(*errors.INVALID_TOKEN)
     return claims
@@ -365,7 +365,7 @@ async def sub_refresh(session: Session, id: int, request: messages.SubRefreshReq
     if session.subscriptions.get(request.channel) is not subscription:
         raise ClientError(*errors.PERMISSION_DENIED)  # it was ended meanwhile
     ttl = session.ttl(claims.expire_at)
-    subscription.end_at = claims.expire_at + session.node.settings.expired_sub_close_delay if ttl else 0.0
+    subscription.end_at = claims.expire_at + session.settings.client.expired_sub_close_delay if ttl else 0.0
     session.describe_in(subscription, msgspec.structs.replace(subscription.info, chan_info=claims.info))
     session.reply(id, "sub_refresh", messages.SubRefreshResult(expires=bool(ttl), ttl=ttl))
     session.arm()
@@ -385,14 +385,14 @@ def unsubscribe(session: Session, id: int, request: messages.UnsubscribeRequest)
 
 
 async def publish(session: Session, id: int, request: messages.PublishRequest) -> None:
-    node, channel = session.node, request.channel
+    services, channel = session.services, request.channel
     options = _options(session, channel)
     data = session.encoding.payload(request.data)
     is_json = session.encoding.is_json(data)
     options.check_data(data, is_json)
     if request.type:
         raise ClientError(*errors.BAD_REQUEST)
-    handler = node.handlers.publishing(channel)
+    handler = services.handlers.publishing(channel)
     if handler is not None:
         replaced = await handler(session.handle, channel, session.encoding.value(data))
         if replaced is not None:
@@ -402,7 +402,7 @@ async def publish(session: Session, id: int, request: messages.PublishRequest) -
         raise ClientError(*errors.PERMISSION_DENIED)
     subscription = session.subscriptions.get(channel)
     info = subscription.info if subscription is not None else session.info
-    await node.engine.publish(
+    await services.engine.publish(
         channel,
         data,
         retention=options.retention,
@@ -423,14 +423,14 @@ def _check_presence(session: Session, channel: str) -> None:
 
 async def presence(session: Session, id: int, request: messages.PresenceRequest) -> None:
     _check_presence(session, request.channel)
-    present = await session.node.engine.presence(request.channel)
-    infos = await session.node.slices.mapped(messages.info, present.values())
+    present = await session.services.engine.presence(request.channel)
+    infos = await session.services.slices.mapped(messages.info, present.values())
     session.reply(id, "presence", messages.PresenceResult(dict(zip(present, infos, strict=True))))
 
 
 async def presence_stats(session: Session, id: int, request: messages.PresenceStatsRequest) -> None:
     _check_presence(session, request.channel)
-    clients, users = await session.node.engine.presence_stats(request.channel)
+    clients, users = await session.services.engine.presence_stats(request.channel)
     session.reply(id, "presence_stats", messages.PresenceStatsResult(clients, users))
 
 
@@ -444,19 +444,19 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
     # -1 asks for all, as far as the limit goes; what lies below means nothing.
     if request.limit < -1 or (request.reverse and since is not None and not since.offset):
         raise ClientError(*errors.BAD_REQUEST)
-    most = session.node.settings.history_max_publication_limit or math.inf
+    most = session.settings.client.history_max_publication_limit or math.inf
     limit = most if request.limit < 0 else min(request.limit, most)
-    page = await session.node.engine.history(
+    page = await session.services.engine.history(
         request.channel,
         retention=options.retention,
         since=since,
         limit=-1 if limit == math.inf else int(limit),
         reverse=request.reverse,
-        max_bytes=int(session.node.settings.queue_max_size * HISTORY_SHARE),
+        max_bytes=int(session.settings.client.queue_max_size * HISTORY_SHARE),
     )
     if since is not None and since.epoch and since.epoch != page.position.epoch:
         raise ClientError(*errors.UNRECOVERABLE_POSITION)
-    publications = await session.node.slices.mapped(session.encoding.pub, page.publications)
+    publications = await session.services.slices.mapped(session.encoding.pub, page.publications)
     result = messages.HistoryResult(publications, page.position.epoch, page.position.offset)
     session.reply(id, "history", result)
 
@@ -465,7 +465,7 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
 
 
 def rpc(session: Session, id: int, request: messages.RPCRequest) -> Coroutine[Any, Any, None] | None:
-    handlers, ping = session.node.handlers, session.node.rpc_ping
+    handlers, ping = session.services.handlers, session.settings.rpc_ping
     procedure = handlers.procedure(request.method)
     if procedure is None:
         if ping.enabled and request.method == ping.method:
@@ -473,9 +473,9 @@ def rpc(session: Session, id: int, request: messages.RPCRequest) -> Coroutine[An
             return None
         raise ClientError(*(errors.METHOD_NOT_FOUND if handlers.has_procedures else errors.NOT_AVAILABLE))
     data = _value(session, request.data)
-    if not procedure.prompt:
+    if not procedure.is_immediate:
         return _answer_later(session, id, procedure(session.handle, data))
-    session.answer(id, procedure.now(session.handle, data))
+    session.answer(id, procedure.call_now(session.handle, data))
     return None
 
 
@@ -484,13 +484,13 @@ async def _answer_later(session: Session, id: int, result: Awaitable[Any]) -> No
 
 
 def send(session: Session, id: int, request: messages.SendRequest) -> Coroutine[Any, Any, None] | None:
-    handler = session.node.handlers.message
+    handler = session.services.handlers.message
     if handler is None:
         raise Disconnect(*errors.UNAVAILABLE)
     data = _value(session, request.data)
-    if not handler.prompt:
+    if not handler.is_immediate:
         return _heard(handler(session.handle, data))
-    handler.now(session.handle, data)
+    handler.call_now(session.handle, data)
     return None
 
 

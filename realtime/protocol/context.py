@@ -1,9 +1,15 @@
-"""What all sessions of one worker share, wired once by the worker."""
+"""What the sessions of one worker share: `SessionSettings`, `SessionServices` and `SessionCounters`.
+
+The worker builds one of each, and passes them to every session. The Protocols here say what a session needs of the
+shell: the application's handlers, and how coroutines run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 from realtime import errors
 from realtime.auth.tokens import TokenVerifier
@@ -18,7 +24,7 @@ from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import ConnectRequest, Credentials, Grant
 
-# What each disconnect that is the client's fault is counted as.
+# The label under which a disconnect is counted, for the codes that report a fault of the client.
 _FAULTS = {
     errors.NO_PONG[0]: "no_pong",
     errors.TOO_MANY_COMMANDS[0]: "command_flood",
@@ -30,19 +36,19 @@ _FAULTS = {
     errors.INAPPROPRIATE_PROTOCOL[0]: "encoding",
     errors.TOO_MANY_ERRORS[0]: "command_errors",
 }
-# What else is counted as bad input: a command over the rate, and a position that the store has not come to yet.
+# Bad input that does not disconnect: a command over the rate limit, and a recovery position ahead of the channel's.
 _REFUSED = ("command_rate", "recovery_ahead")
 
 
 class CommandHandler(Protocol):
-    """One handler, called with a `ClientSettings` and what it sent."""
+    """One handler, called with a `ConnectedClient` and the data of its command."""
 
     @property
-    def prompt(self) -> bool:
-        """Whether it may be called by `now` now: it waits for nothing, and nothing speaks against it."""
+    def is_immediate(self) -> bool:
+        """Whether `call_now` may be called now: the handler never waits, and no limit holds it back."""
 
-    def now(self, client: Any, data: Any, /) -> Any:
-        """Call it, and have its answer. Raises as its coroutine."""
+    def call_now(self, client: Any, data: Any, /) -> Any:
+        """Call the handler and return its result. Raises as its coroutine."""
 
     def __call__(self, client: Any, data: Any, /) -> Awaitable[Any]: ...
 
@@ -50,7 +56,7 @@ class CommandHandler(Protocol):
 class Handlers(Protocol):
     """The application's handlers, as sessions call them. They raise ClientError and Disconnect, and nothing else.
 
-    The first argument of all but `connecting` is the `ClientSettings` that sent the command.
+    The first argument of all but `connecting` is the `ConnectedClient` that sent the command.
     """
 
     @property
@@ -84,70 +90,63 @@ Gather = Callable[[Sequence[Coroutine[Any, Any, Any]]], Awaitable[list[Any]]]
 """Runs coroutines side by side, beginning with all of them in order; returns their results in that order."""
 
 
-class WorkerContext:
-    """See the module."""
+class SessionCounters:
+    """Counts commands, error replies and bad input of clients.
 
-    def __init__(
-        self,
-        *,
-        settings: ClientSettings,
-        rules: ChannelRules,
-        tokens: TokenVerifier,
-        engine: Engine,
-        hub: Hub,
-        registry: Sessions,
-        deadlines: Deadlines,
-        handlers: Handlers,
-        run: Runner,
-        together: Gather,
-        wall_clock: Callable[[], float],
-        failed: Callable[[BaseException], None],
-        version: str,
-        uid: str = "",
-        worker: str = "",
-        metrics: Metrics | None = None,
-        rpc_ping: RPCPingSettings | None = None,
-        slices: TimeSlicer | None = None,
-    ) -> None:
-        """wall_clock: Unix seconds, for what tokens say. failed: told of every mistake of ours, with its traceback.
+    commands: counters of received commands, by name. bad_input: counters of refused input, by kind.
+    """
 
-        together: as for `Operations`. uid: of the node, the same in all its workers. worker: this worker's address, see
-        `Engine.instruct`.
-        metrics: where commands and bad input are counted. slices: for long work; None for no limit.
-        """
-        self.settings = settings
-        self.rules = rules
-        self.tokens = tokens
-        self.engine = engine
-        self.hub = hub
-        self.slices = slices or TimeSlicer.unlimited()
-        self.registry = registry
-        self.deadlines = deadlines
-        self.handlers = handlers
-        self.run = run
-        self.together = together
-        self.wall_clock = wall_clock
-        self.failed = failed
-        self.version = version
-        self.uid = uid
-        self.worker = worker
-        self.rpc_ping = rpc_ping or RPCPingSettings()
-        self._metrics = metrics or Metrics()
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
         self.commands = {
-            name: self._metrics.counter("realtime_commands", "Commands of clients", command=name) for name in REQUESTS
+            name: metrics.counter("realtime_commands", "Commands of clients", command=name) for name in REQUESTS
         }
-        self.refused = {kind: self._bad_input(kind) for kind in (*_FAULTS.values(), *_REFUSED)}
+        self.bad_input = {kind: self._bad_input(kind) for kind in (*_FAULTS.values(), *_REFUSED)}
 
     def _bad_input(self, kind: str) -> Counter:
         return self._metrics.counter("realtime_bad_input", "Refused input and faults of peers", kind=kind)
 
     def count_disconnect(self, code: int) -> None:
-        """Count a disconnect, if it is for what the client did."""
+        """Count a disconnect, if its code reports a fault of the client."""
         kind = _FAULTS.get(code)
         if kind is not None:
-            self.refused[kind].value += 1
+            self.bad_input[kind].value += 1
 
     def count_error(self, command: str, code: int) -> None:
-        """Count an error reply. The application's own codes are one."""
+        """Count an error reply. All codes of the application share one label."""
         label = str(code) if code < 400 else "application"
         self._metrics.counter("realtime_command_errors", "Commands that failed", command=command, code=label).value += 1
+
+
+class SessionSettings(Struct, frozen=True, kw_only=True):
+    """Settings of all sessions.
+
+    version: of the server, as the connect reply names it. uid: of the node, the same in all its workers.
+    """
+
+    client: ClientSettings
+    version: str
+    uid: str = ""
+    rpc_ping: RPCPingSettings = RPCPingSettings()
+
+
+class SessionServices(Struct, frozen=True, kw_only=True):
+    """Collaborators of all sessions.
+
+    slices: divides long work. gather: as for `ServerAPI`. wall_clock: returns Unix seconds, for the expiry of tokens.
+    report_error: takes an exception that is a bug of the server or the application, with its traceback.
+    """
+
+    rules: ChannelRules
+    tokens: TokenVerifier
+    engine: Engine
+    hub: Hub
+    sessions: Sessions
+    deadlines: Deadlines
+    handlers: Handlers
+    slices: TimeSlicer
+    run: Runner
+    gather: Gather
+    wall_clock: Callable[[], float]
+    report_error: Callable[[BaseException], None]
+    counters: SessionCounters

@@ -110,7 +110,7 @@ _decoder = msgspec.msgpack.Decoder(Order)
 
 
 def encode_order(order: Order) -> bytes:
-    """The bytes that `Sessions.obey` takes, at every worker.
+    """The bytes that `Sessions.apply` takes, at every worker.
 
     Raises msgspec.ValidationError when a field holds something of another type, which would fail at all of them.
     """

@@ -32,7 +32,7 @@ from realtime.http.handshake import OpeningRequest
 from realtime.protocol import messages
 from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.client import ConnectedClient, release
-from realtime.protocol.context import WorkerContext
+from realtime.protocol.context import SessionServices, SessionSettings
 from realtime.protocol.messages import ProtocolError, SubscribeRequest
 from realtime.protocol.subscription import JoinResult, Subscription, SubscriptionSource
 from realtime.protocol.wire_formats import WireFormat
@@ -132,21 +132,24 @@ class Session:
         "encoding",
         "handle",
         "info",
-        "node",
         "refreshable",
         "request",
+        "services",
+        "settings",
         "state",
         "subscriptions",
     )
 
     def __init__(
         self,
-        node: WorkerContext,
+        settings: SessionSettings,
+        services: SessionServices,
         commands: Mapping[str, CommandFunction],
         connection: Connection,
         request: OpeningRequest,
     ) -> None:
-        self.node = node
+        self.settings = settings
+        self.services = services
         self.request = request
         self.state = SessionState.OPENED
         self.info = ClientInfo("", "")
@@ -167,7 +170,7 @@ class Session:
         self._failures = (0, -math.inf)
         self._pumping = self._paused = False
         self._ping_at = self._pong_by = self._expire_by = math.inf
-        self._stale_by = self._after(node.settings.stale_close_delay or math.inf)
+        self._stale_by = self._after(settings.client.stale_close_delay or math.inf)
         self.bucket = 0
         self.arm()
 
@@ -226,7 +229,7 @@ class Session:
         self._queue = queue
         if not self._pumping:
             self._pump()
-        if len(self._queue) > self.node.settings.command_queue and not self._paused:
+        if len(self._queue) > self.settings.client.command_queue and not self._paused:
             self._paused = True
             self._connection.pause()
 
@@ -238,7 +241,7 @@ class Session:
     def _pump(self) -> None:
         """Begin what may begin now; what is too much for one turn of the loop, in turns with other work."""
         self._pumping = True
-        slices = self.node.slices
+        slices = self.services.slices
         while self._begin_some():
             slices.begin()
             if not slices.free:
@@ -269,17 +272,17 @@ class Session:
         self._pumping = False
         if not self._queue:
             self._queue = ()
-        if self._paused and len(self._queue) <= self.node.settings.command_queue // 2:
+        if self._paused and len(self._queue) <= self.settings.client.command_queue // 2:
             self._paused = False
             if self._pong_by < math.inf:
                 # It may have come long ago, and is read only now.
-                self._pong_by = self._after(self.node.settings.pong_timeout)
+                self._pong_by = self._after(self.settings.client.pong_timeout)
                 self.arm()
             self._connection.resume()
 
     def _next(self) -> messages.Command | None:
         """Take the first command that may begin beside those that run out of the queue."""
-        queue, settings = self._queue, self.node.settings
+        queue, settings = self._queue, self.settings.client
         if not queue or self._running >= settings.concurrency or self.state is SessionState.OPENED:
             return None
         for place in range(min(len(queue), settings.command_queue)):
@@ -298,10 +301,10 @@ class Session:
             raise ProtocolError("out of place")
         if not name:
             raise ProtocolError("a pong without a ping")
-        node = self.node
-        node.commands[name].value += 1
-        if node.settings.commands_per_second and self._is_too_much():
-            node.refused["command_rate"].value += 1
+        counters = self.services.counters
+        counters.commands[name].value += 1
+        if self.settings.client.commands_per_second and self._is_too_much():
+            counters.bad_input["command_rate"].value += 1
             self._refuse(command.id, name, ClientError(*errors.TOO_MANY_REQUESTS))
             return
         try:
@@ -312,15 +315,15 @@ class Session:
         if rest is None:
             return
         self._running += 1
-        if node.settings.concurrency > 1 and (channel := _channel_of(command)):
+        if self.settings.client.concurrency > 1 and (channel := _channel_of(command)):
             self._busy = self._busy or set()
             self._busy.add(channel)
-        node.run(self._execute(command.id, name, request, rest), self._executed)
+        self.services.run(self._execute(command.id, name, request, rest), self._executed)
 
     def _is_too_much(self) -> bool:
         """Whether this command is over the rate. A client that goes on all the same is disconnected."""
-        rate = self.node.settings.commands_per_second
-        now = self.node.deadlines.now
+        rate = self.settings.client.commands_per_second
+        now = self.services.deadlines.now
         self._rate_due = max(self._rate_due, now) + 1 / rate
         # Half a command is the sum of what the additions were rounded by, and more.
         commands = (self._rate_due - now) * rate - 0.5
@@ -347,13 +350,13 @@ class Session:
             case EngineUnavailable() | KeysUnavailable():
                 self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
             case _:
-                self.node.failed(error)
+                self.services.report_error(error)
                 self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
 
     def _executed(self, result: Any, error: BaseException | None) -> None:
         self._running -= 1
         if error is not None:
-            self.node.failed(error)
+            self.services.report_error(error)
             self.disconnect(*errors.SERVER_ERROR)
         elif not self._pumping:
             self._pump()
@@ -374,7 +377,7 @@ class Session:
     def _refuse(self, id: int, name: str, error: ClientError) -> None:
         if self.state is SessionState.CLOSED:
             return
-        self.node.count_error(name, error.code)
+        self.services.counters.count_error(name, error.code)
         if name == "connect" and self.state is SessionState.CONNECTED:
             self.disconnect(*errors.SERVER_ERROR)  # a mistake of ours, after the reply
             return
@@ -394,7 +397,7 @@ class Session:
 
     def _count_failure(self) -> None:
         """Disconnect the client when too many of its commands failed by its own fault."""
-        limit, now = self.node.settings.error_limit, self.node.deadlines.now
+        limit, now = self.settings.client.error_limit, self.services.deadlines.now
         failed, since = self._failures
         self._failures = (failed + 1, since) if now - since <= ERROR_WINDOW else (1, now)
         if 0 < limit < self._failures[0]:
@@ -403,21 +406,21 @@ class Session:
     # -- time --------------------------------------------------------------------------------------------------------
 
     def _after(self, delay: float) -> float:
-        return self.node.deadlines.now + delay
+        return self.services.deadlines.now + delay
 
     def _close_time(self, expire_at: float, grace: float) -> float:
         """The loop time at which what expires at `expire_at` (Unix seconds, 0.0 for never) is ended."""
-        return self._after(expire_at - self.node.wall_clock() + grace) if expire_at else math.inf
+        return self._after(expire_at - self.services.wall_clock() + grace) if expire_at else math.inf
 
     def arm(self) -> None:
         """Have `wake` called at what is due next."""
         due = min(self._stale_by, self._ping_at, self._pong_by, self._expire_by, self._subscriptions_due())
         if due < math.inf and self.state is not SessionState.CLOSED:
-            self.node.deadlines.set(self, due)
+            self.services.deadlines.set(self, due)
 
     def wake(self) -> None:
         """Something is due."""
-        now = self.node.deadlines.now
+        now = self.services.deadlines.now
         if self._stale_by <= now:
             if self.state is SessionState.REFUSED:
                 self.disconnect(*errors.CONNECTION_CLOSED)
@@ -435,7 +438,7 @@ class Session:
             self.arm()
 
     def _ping(self, now: float) -> None:
-        settings = self.node.settings
+        settings = self.settings.client
         self._ping_at = now + settings.ping_interval
         if self._pong_by < math.inf:
             return  # the client is not being read, and a second pong would be one too many
@@ -446,7 +449,7 @@ class Session:
     @property
     def pings(self) -> tuple[int, bool]:
         """What the client is told: seconds between two pings, 0 for none, and whether it shall answer them."""
-        settings = self.node.settings
+        settings = self.settings.client
         if not (settings.ping_interval > 0 and self._connection.pings):
             return 0, False
         return math.ceil(settings.ping_interval), settings.pong_timeout > 0 and not self.encoding.unidirectional
@@ -468,14 +471,14 @@ class Session:
         """Whole seconds until `expire_at` (Unix seconds), 0 for never. Raises ClientError 110 when it has passed."""
         if not expire_at:
             return 0
-        left = expire_at - self.node.wall_clock()
+        left = expire_at - self.services.wall_clock()
         if left <= 0:
             raise ClientError(*errors.EXPIRED)
         return min(math.ceil(left), LONGEST_TTL)
 
     def expire(self, expire_at: float) -> None:
         """The connection ends at `expire_at` (Unix seconds, 0.0 for never), with a grace if it may be refreshed."""
-        grace = self.node.settings.expired_close_delay if self.refreshable else 0.0
+        grace = self.settings.client.expired_close_delay if self.refreshable else 0.0
         self._expire_by = self._close_time(expire_at, grace * random.uniform(1.0, 1.0 + EXPIRY_SPREAD))
         self.arm()
 
@@ -486,7 +489,7 @@ class Session:
 
         Raises Disconnect when its user has as many connections as it may, and EngineUnavailable.
         """
-        engine, limit = self.node.engine, self.node.settings.user_connection_limit
+        engine, limit = self.services.engine, self.settings.client.user_connection_limit
         self.info = info
         if not (limit and info.user):
             engine.connected(info)
@@ -495,7 +498,7 @@ class Session:
 
     def dismiss(self) -> None:
         """The client, once admitted, is not let in after all."""
-        self.node.engine.disconnected(self.client)
+        self.services.engine.disconnected(self.client)
         for subscription in list(self.subscriptions.values()):
             self.abandon(subscription)
 
@@ -508,15 +511,15 @@ class Session:
         interval, _ = self.pings
         if interval:
             # Spread, so that clients that came together are not pinged together.
-            self._ping_at = self._after(self.node.settings.ping_interval * random.uniform(0.5, 1.0))
-        self.node.registry.add(self)
+            self._ping_at = self._after(self.settings.client.ping_interval * random.uniform(0.5, 1.0))
+        self.services.sessions.add(self)
         self.arm()
 
     def may(self, verb: str, channel: str, options: ResolvedChannel) -> bool:
         """Whether the options let this client "publish", ask for "presence" or for "history"."""
         subscription = self.subscriptions.get(channel)
         subscribed = subscription is not None and subscription.live
-        return self.node.settings.insecure or options.allows(verb, self.user, subscribed)
+        return self.settings.client.insecure or options.allows(verb, self.user, subscribed)
 
     @property
     def secret(self) -> str:
@@ -561,7 +564,7 @@ class Session:
         result = joined.result
         if result.was_recovering and not result.recovered:
             ahead = request.epoch == result.epoch and request.offset > result.offset
-            self.node.refused["recovery_ahead"].value += ahead
+            self.services.counters.bad_input["recovery_ahead"].value += ahead
         return joined
 
     def open(self, subscription: Subscription, joined: JoinResult) -> None:
@@ -580,7 +583,7 @@ class Session:
     def describe_in(self, subscription: Subscription, info: ClientInfo) -> None:
         """The same in one channel, with all that is shown there."""
         if info != subscription.info:
-            self.node.run(quietly(subscription.describe(info)), self.undone)
+            self.services.run(quietly(subscription.describe(info)), self.undone)
 
     # -- what the server does to it ----------------------------------------------------------------------------------
 
@@ -595,19 +598,21 @@ class Session:
     def subscribe(self, channel: str, terms: SubscribeOptions, since: Position | None) -> None:
         """Subscribe the client to a channel, unless it is. since: where it knows the channel from, if it does."""
         if self.state is SessionState.CONNECTED and channel not in self.subscriptions:
-            self.node.run(quietly(self._subscribe(channel, terms, since)), self.undone)
+            self.services.run(quietly(self._subscribe(channel, terms, since)), self.undone)
 
     async def _subscribe(self, channel: str, terms: SubscribeOptions, since: Position | None) -> None:
-        if terms.expire_at and terms.expire_at <= self.node.wall_clock():
+        if terms.expire_at and terms.expire_at <= self.services.wall_clock():
             return
-        limit = self.node.settings.channel_limit
+        limit = self.settings.client.channel_limit
         if 0 < limit <= len(self.subscriptions):
             self.disconnect(*errors.CHANNEL_LIMIT)
             return
         request = SubscribeRequest(channel)
         if since is not None:
             request = SubscribeRequest(channel, recover=True, offset=since.offset, epoch=since.epoch)
-        subscription = self.subscription(request, self.node.rules.options(channel), terms, SubscriptionSource.SERVER)
+        subscription = self.subscription(
+            request, self.services.rules.options(channel), terms, SubscriptionSource.SERVER
+        )
         joined = await self.join(subscription, request)
         if joined is None:
             return
@@ -655,7 +660,7 @@ class Session:
         """End a subscription at whatever stage it is, without waiting for the engine, which may be away."""
         if self.subscriptions.get(subscription.channel) is subscription:
             del self.subscriptions[subscription.channel]
-        self.node.run(quietly(subscription.leave()), self.undone)
+        self.services.run(quietly(subscription.leave()), self.undone)
 
     def lost_position(self, subscription: Subscription) -> None:
         """The client may have missed publications: it shall come back, and recover or be told that it can't."""
@@ -667,7 +672,7 @@ class Session:
     def disconnect(self, code: int, reason: str) -> None:
         """Close the connection with this code; the client is gone for everybody from this moment on."""
         if self.state is not SessionState.CLOSED:
-            self.node.count_disconnect(code)
+            self.services.counters.count_disconnect(code)
             self._end()
             self._connection.close(code, reason)
 
@@ -679,23 +684,23 @@ class Session:
     def _end(self) -> None:
         was_connected = self.state is SessionState.CONNECTED
         self.state = SessionState.CLOSED
-        self.node.deadlines.clear(self)
+        self.services.deadlines.clear(self)
         self._queue = ()
         if was_connected:
-            self.node.registry.remove(self)
-            self.node.engine.disconnected(self.client)
+            self.services.sessions.remove(self)
+            self.services.engine.disconnected(self.client)
             # One that is still joining is undone by its own coroutine, which finds the session closed.
             for subscription in [s for s in self.subscriptions.values() if s.live]:
                 self.abandon(subscription)
-            if self.node.handlers.disconnected is not None:
-                self.node.run(quietly(self.node.handlers.disconnected(self.handle)), self.undone)
+            if self.services.handlers.disconnected is not None:
+                self.services.run(quietly(self.services.handlers.disconnected(self.handle)), self.undone)
         if self.handle is not None:
             release(self.handle)
 
     def undone(self, result: Any, error: BaseException | None) -> None:
         """Take the outcome of work that nobody waits for."""
         if error is not None:
-            self.node.failed(error)
+            self.services.report_error(error)
 
 
 def _channel_of(command: messages.Command) -> str | None:

@@ -1,14 +1,14 @@
-"""The sessions of one worker, by client and by user, and the orders that reach them from other workers.
+"""The sessions of one worker, by client and by user, and the orders that other workers send to them.
 
-An order is a decision of the server API about a user's connections. Which worker holds them nobody needs to know:
-the engine passes every order to every worker (`Engine.instruct`), and each applies it to its own sessions.
+An order is a decision of the server API about a user's connections. The server API need not know which worker holds
+them: the engine passes every order to every worker (`Engine.instruct`), and each applies it to its own sessions.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from realtime.errors import CONNECTION_EXPIRED, CONNECTION_LIMIT
 from realtime.protocol.orders import (
@@ -17,6 +17,7 @@ from realtime.protocol.orders import (
     ChannelsOrder,
     DisconnectOrder,
     EmulateOrder,
+    Order,
     RefreshOrder,
     SubscribeOrder,
     SupersedeOrder,
@@ -27,12 +28,15 @@ from realtime.protocol.orders import (
 from realtime.pubsub.time_slices import HIGH, TimeSlicer
 from realtime.types import Position, SubscribeOptions
 
-# Sessions that are acted on before others may have a turn: to end one takes some hundredths of a millisecond.
+# Sessions handled before other work gets a turn: ending one takes some hundredths of a millisecond.
 SESSIONS_AT_ONCE = 32
+
+# An order that concerns no session of this worker.
+HandledOrder = TypeVar("HandledOrder", ChannelsOrder, ChannelsAnswer, EmulateOrder)
 
 
 class RegisteredSession(Protocol):
-    """A connected session, as the registry sees it."""
+    """A connected session, as `Sessions` sees it."""
 
     @property
     def client(self) -> str: ...
@@ -53,28 +57,25 @@ class RegisteredSession(Protocol):
 
 
 class Sessions:
-    """Which sessions are connected here.
-
-    surveyed: takes the orders of a survey of channels. emulated: takes the commands that came to another worker.
-    """
+    """The connected sessions of this worker."""
 
     def __init__(self, slices: TimeSlicer | None = None) -> None:
-        """slices: for orders that concern many sessions; None to carry out all at once."""
+        """slices: divides orders that concern many sessions; None to carry out each order at once."""
         self._slices = slices
-        # What is left to do of such orders, and the orders behind them.
-        self._waiting: deque[tuple[list[RegisteredSession], Callable[[RegisteredSession], None]]] = deque()
-        self.surveyed: Callable[[ChannelsOrder | ChannelsAnswer], None] = _leave
-        self.emulated: Callable[[EmulateOrder], None] = _leave
+        # The rest of a divided order, and all orders behind it.
+        self._pending: deque[tuple[list[RegisteredSession], Callable[[RegisteredSession], None]]] = deque()
+        self._handlers: dict[type[Order], Callable[[Any], None]] = {}
         self._by_client: dict[str, RegisteredSession] = {}
         self._by_user: dict[str, dict[str, RegisteredSession]] = {}
-        # Those whose own SupersedeOrder has not come back yet: whatever such order comes before it is an older one's.
+        # Client ids with their own SupersedeOrder on its way: until it arrives, an order of that kind is from an older
+        # connection, and must not close them.
         self._superseding: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._by_client)
 
     def __iter__(self) -> Iterator[RegisteredSession]:
-        """The sessions now connected; the registry may change while they are visited."""
+        """Iterate over a copy: sessions may be added and removed meanwhile."""
         return iter(list(self._by_client.values()))
 
     def add(self, session: RegisteredSession) -> None:
@@ -92,24 +93,28 @@ class Sessions:
             del self._by_user[session.user]
 
     def supersede(self, session: RegisteredSession) -> bytes:
-        """The order that ends the older connections of this session's user, which the caller passes on.
+        """Return the order that ends the older connections of this session's user; the caller passes it to the engine.
 
-        All workers get all orders in one sequence, so of two connections that come at the same time one is the older.
+        All workers receive all orders in one sequence, which decides between connections that begin at the same time.
         """
         self._superseding.add(session.client)
         return encode_order(SupersedeOrder(session.user, session.client))
 
-    def obey(self, order: bytes) -> None:
-        """Carry out one order on the sessions of this worker.
+    def add_handler(self, kind: type[HandledOrder], handler: Callable[[HandledOrder], None]) -> None:
+        """Pass orders of this kind, which concern no session here, to `handler`; without one they are ignored."""
+        self._handlers[kind] = handler
 
-        Those that are connected now are meant; the orders about sessions are carried out in the order in which they
-        came. Raises msgspec.MsgspecError on bytes that `encode_order` did not make.
+    def apply(self, data: bytes) -> None:
+        """Carry out one encoded order on the sessions that are connected now.
+
+        Orders about sessions are carried out in order of arrival. Raises msgspec.MsgspecError for bytes that
+        `encode_order` did not make.
         """
-        match decode_order(order):
-            case ChannelsOrder() | ChannelsAnswer() as survey:
-                self.surveyed(survey)
-            case EmulateOrder() as commands:
-                self.emulated(commands)
+        match decode_order(data):
+            case ChannelsOrder() | ChannelsAnswer() | EmulateOrder() as order:
+                handler = self._handlers.get(type(order))
+                if handler is not None:
+                    handler(order)
             case SupersedeOrder() as newest:
                 self._superseding.discard(newest.client)
                 older = [
@@ -117,43 +122,43 @@ class Sessions:
                     for session in self._by_user.get(newest.user, {}).values()
                     if session.client != newest.client and session.client not in self._superseding
                 ]
-                self._act(older, lambda session: session.disconnect(*CONNECTION_LIMIT))
-            case addressed:
-                self._act(self._addressed(addressed), _action(addressed))
+                self._for_each(older, lambda session: session.disconnect(*CONNECTION_LIMIT))
+            case order:
+                self._for_each(self._addressed(order), _action(order))
 
     def _addressed(self, order: AddressedOrder) -> list[RegisteredSession]:
         of_user = self._by_user.get(order.user, {})
         if order.client:
-            # There may be very many of one user, namely of the anonymous one.
+            # A user may have very many connections: all anonymous clients are one user.
             sessions = [of_user[order.client]] if order.client in of_user else []
         else:
             sessions = list(of_user.values())
         return [session for session in sessions if order.session in ("", session.secret)]
 
-    def _act(self, sessions: list[RegisteredSession], act: Callable[[RegisteredSession], None]) -> None:
-        if self._slices is None or not (self._waiting or len(sessions) > SESSIONS_AT_ONCE):
+    def _for_each(self, sessions: list[RegisteredSession], action: Callable[[RegisteredSession], None]) -> None:
+        if self._slices is None or not (self._pending or len(sessions) > SESSIONS_AT_ONCE):
             for session in sessions:
-                act(session)
+                action(session)
             return
-        self._waiting.append((sessions, act))
-        if len(self._waiting) == 1:
-            self._slices.add(self._work_off(), HIGH)
+        self._pending.append((sessions, action))
+        if len(self._pending) == 1:
+            self._slices.add(self._apply_pending(), HIGH)
 
-    def _work_off(self) -> Iterator[None]:
-        while self._waiting:
-            sessions, act = self._waiting[0]
-            for number, session in enumerate(sessions, 1):
-                act(session)
-                if number % SESSIONS_AT_ONCE == 0:
+    def _apply_pending(self) -> Iterator[None]:
+        while self._pending:
+            sessions, action = self._pending[0]
+            for count, session in enumerate(sessions, 1):
+                action(session)
+                if count % SESSIONS_AT_ONCE == 0:
                     yield
-            self._waiting.popleft()
+            self._pending.popleft()
 
 
 def _action(order: AddressedOrder) -> Callable[[RegisteredSession], None]:
-    """What an order does to one session."""
+    """Return the function that carries out the order on one session."""
     match order:
-        case DisconnectOrder(code=code, reason=reason, whitelist=spared):
-            return lambda session: None if session.client in spared else session.disconnect(code, reason)
+        case DisconnectOrder(code=code, reason=reason, whitelist=whitelist):
+            return lambda session: None if session.client in whitelist else session.disconnect(code, reason)
         case UnsubscribeOrder(channel=channel, code=code, reason=reason):
             return lambda session: session.end_subscription(channel, code, reason)
         case SubscribeOrder(channel=channel, terms=terms, since=since):
@@ -162,7 +167,3 @@ def _action(order: AddressedOrder) -> Callable[[RegisteredSession], None]:
             return lambda session: session.disconnect(*CONNECTION_EXPIRED)
         case RefreshOrder(expire_at=expire_at, info=info):
             return lambda session: session.refresh(expire_at, info)
-
-
-def _leave(order: object) -> None:
-    """Nobody wants to know."""

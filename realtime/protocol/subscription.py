@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from realtime.errors import BAD_REQUEST, INAPPROPRIATE_PROTOCOL, UNRECOVERABLE_POSITION, ClientError
 from realtime.protocol.channel_rules import ResolvedChannel
-from realtime.protocol.context import WorkerContext
+from realtime.protocol.context import SessionServices, SessionSettings
 from realtime.protocol.messages import Pub, SubscribeRequest, SubscribeResult
 from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub import filters, fossil_delta
@@ -43,7 +43,8 @@ class SubscriptionSource(enum.Enum):
 class SubscriptionOwner(Protocol):
     """The session, as its subscription sees it."""
 
-    node: WorkerContext
+    settings: SessionSettings
+    services: SessionServices
 
     def lost_position(self, subscription: Subscription) -> None:
         """The subscription is no longer in the hub: what the client has may have a gap."""
@@ -172,23 +173,23 @@ class Subscription:
 
         One round trip to the engine.
         """
-        node = self._owner.node
-        added = node.hub.add(self.channel, self)
+        services = self._owner.services
+        added = services.hub.add(self.channel, self)
         if not (self.positioned or self._present):
             await added
             return await self._read(request)
         steps: list[Coroutine[Any, Any, Any]] = [added, self._read(request)]
         if self._present and not request.flag & REJECT_UNRECOVERED:
             steps.append(self._enter())
-        _, (page, recovering, recovered), *_ = await node.together(steps)
+        _, (page, recovering, recovered), *_ = await services.gather(steps)
         return page, recovering, recovered
 
     async def _read(self, request: SubscribeRequest) -> tuple[HistoryPage, bool, bool]:
         """The top of the channel, with what the client missed; whether it is to recover; and whether that is all."""
         if not self.positioned:
             return HistoryPage([], Position()), False, False
-        options, settings = self.options, self._owner.node.settings
-        history, retention = self._owner.node.engine.history, options.retention
+        options, settings = self.options, self._owner.settings.client
+        history, retention = self._owner.services.engine.history, options.retention
         if not (self.recoverable and (request.recover or options.auto_cache_recover)):
             return await history(self.channel, retention=retention), False, False
         if options.force_recovery_mode == "cache":
@@ -212,7 +213,7 @@ class Subscription:
 
     async def _told(self, publications: list[Publication]) -> list[Pub]:
         """Publications as the client is sent them in a reply; where deltas are agreed, the first is whole."""
-        encoding, slices = self.form.encoding, self._owner.node.slices
+        encoding, slices = self.form.encoding, self._owner.services.slices
         if not self.delta:
             return await slices.mapped(encoding.pub, publications)
         told: list[Pub] = []
@@ -234,7 +235,7 @@ class Subscription:
     def open(self, joined: JoinResult) -> bool:
         """Let publications through. False: there is a gap already, and the hub has dropped the subscription."""
         self.live = True
-        return self._owner.node.hub.open(self.channel, self, joined.position, joined.base)
+        return self._owner.services.hub.open(self.channel, self, joined.position, joined.base)
 
     @property
     def _present(self) -> bool:
@@ -244,7 +245,7 @@ class Subscription:
     async def _enter(self) -> None:
         self._entered = True
         options = self.options
-        await self._owner.node.engine.enter(
+        await self._owner.services.engine.enter(
             self.channel, self.info, present=options.presence, announce=options.join_leave
         )
 
@@ -258,10 +259,10 @@ class Subscription:
         """End it, at whatever stage it is. Raises EngineUnavailable, when it has ended here all the same."""
         self.live = False
         self._left = True
-        self._owner.node.hub.remove(self.channel, self)
+        self._owner.services.hub.remove(self.channel, self)
         if self._entered:
             self._entered = False
-            await self._owner.node.engine.leave(self.channel, self.info.client)
+            await self._owner.services.engine.leave(self.channel, self.info.client)
 
     # What the hub asks, and calls
 

@@ -37,7 +37,8 @@ from realtime.process import child, transport
 from realtime.process.fd_passing import FdReceiver
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
-from realtime.protocol.context import WorkerContext
+from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
+from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.pubsub.hub import Hub
@@ -84,7 +85,7 @@ class Worker:
         self._app = application.load(settings.app)
         self._slices = TimeSlicer(reactor.seconds, settings.loop.slice, _soon, Deferred)
         self._registry = Sessions(self._slices)
-        self._hub = Hub(self._registry.obey, self._slices)
+        self._hub = Hub(self._registry.apply, self._slices)
         rules = ChannelRules(settings.channel)
         namespaces = [namespace.name for namespace in settings.channel.namespaces]
         receiver = ChargedReceiver(self._hub, process.accounts, namespaces, rules.namespace)
@@ -111,28 +112,27 @@ class Worker:
         self._deadlines = Deadlines(reactor.seconds())
         facts = NodeIdentitySource(settings)
         all_together = partial(gather, accounts=process.accounts)
-        self._node = WorkerContext(
-            settings=settings.client,
+        self._session_settings = SessionSettings(
+            client=settings.client, version=f"realtime {__version__}", uid=facts().uid, rpc_ping=settings.rpc.ping
+        )
+        self._session_services = SessionServices(
             rules=rules,
             tokens=make_verifier(settings.client, reactor, metrics, time.time),
             engine=self._engine,
             hub=self._hub,
             slices=self._slices,
-            registry=self._registry,
+            sessions=self._registry,
             deadlines=self._deadlines,
             handlers=self._dispatcher,
             run=partial(drive, accounts=process.accounts),
-            together=all_together,
+            gather=all_together,
             wall_clock=time.time,
-            failed=_mistake,
-            version=f"realtime {__version__}",
-            uid=facts().uid,
-            worker=str(process.slot),
-            metrics=metrics,
-            rpc_ping=settings.rpc.ping,
+            report_error=_mistake,
+            counters=SessionCounters(metrics),
         )
         surveys = Surveys(self._engine, self._hub, str(process.slot), reactor)
-        self._registry.surveyed = surveys.obey
+        self._registry.add_handler(ChannelsOrder, surveys.obey)
+        self._registry.add_handler(ChannelsAnswer, surveys.obey)
         operations = ServerAPI(self._engine, rules, facts, surveys, all_together)
         self._dispatcher.bind(operations)
         api = HTTPAPI(operations, all_together, metrics, self._slices)
@@ -170,8 +170,8 @@ class Worker:
         self._hub.traffic.sent = websocket.sent
         if settings.workers.io_uring:
             self._send_by_ring()
-        emulation = Emulation(self._engine, self._node.uid, self._node.worker)
-        self._registry.emulated = emulation.receive
+        emulation = Emulation(self._engine, self._session_settings.uid, str(process.slot))
+        self._registry.add_handler(EmulateOrder, emulation.receive)
         streams = Streams(
             self._open_session,
             settings,
@@ -213,7 +213,7 @@ class Worker:
             _log.info("fan-out takes a system call for each delivery: no io_uring here: {error}", error=error)
 
     def _open_session(self, connection: Any, request: Any) -> Session:
-        return Session(self._node, COMMANDS, connection, request)
+        return Session(self._session_settings, self._session_services, COMMANDS, connection, request)
 
     def _measure(self) -> None:
         process = self._process
@@ -284,7 +284,7 @@ class Worker:
     async def _find_gaps(self) -> None:
         # An engine that is away has every subscription renewed when it is back.
         with suppress(EngineUnavailable):
-            await self._hub.check_quiet(lambda channel: self._node.rules.options(channel).retention)
+            await self._hub.check_quiet(lambda channel: self._session_services.rules.options(channel).retention)
 
     async def drain(self, timeout: float) -> None:
         """Accept no more, have the clients reconnect, spread over a while, and finish what they wait for."""

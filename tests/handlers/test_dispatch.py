@@ -933,10 +933,10 @@ async def test_who_never_waits_answers_at_once_as_if_awaited(bench: Bench) -> No
         return {"user": client.user, "data": data}
 
     procedure = (await bench.start()).procedure("f")
-    assert procedure is not None and procedure.prompt
-    assert msgspec.json.decode(procedure.now(bench.client, [1])) == {"user": "ada", "data": [1]}
+    assert procedure is not None and procedure.is_immediate
+    assert msgspec.json.decode(procedure.call_now(bench.client, [1])) == {"user": "ada", "data": [1]}
     with pytest.raises(ClientError) as refused:
-        procedure.now(bench.client, None)
+        procedure.call_now(bench.client, None)
     assert refused.value.code == 400
     # Each call has a context of its own, and is marked while it runs.
     assert seen == [("outside", [(b"rpc f", b"f")])] * 2
@@ -955,7 +955,7 @@ async def test_a_mistake_of_one_that_answers_at_once(bench: Bench) -> None:
     assert procedure is not None
     for _ in range(2):
         with pytest.raises(ClientError) as caught:
-            procedure.now(bench.client, 1)
+            procedure.call_now(bench.client, 1)
         assert (caught.value.code, caught.value.temporary) == (100, True)
     assert bench.count("error") == 2
     assert len(bench.logged) == 1
@@ -977,4 +977,4 @@ async def test_who_may_wait_is_never_called_at_once(bench: Bench) -> None:
     dispatcher = await bench.start()
     for method in ("waits", "in a thread", "limited"):
         procedure = dispatcher.procedure(method)
-        assert procedure is not None and not procedure.prompt, method
+        assert procedure is not None and not procedure.is_immediate, method

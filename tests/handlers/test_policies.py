@@ -141,9 +141,9 @@ async def test_under_pressure_a_policy_comes_before_an_answer_at_once(bench: Ben
 
     await bench.start()
     f_and_g = [bench.dispatcher.procedure(method) for method in "fg"]
-    assert [procedure.prompt for procedure in f_and_g] == [True, True]
+    assert [procedure.is_immediate for procedure in f_and_g] == [True, True]
     bench.pressure.reasons = ("lag",)
-    assert [procedure.prompt for procedure in f_and_g] == [False, True]
+    assert [procedure.is_immediate for procedure in f_and_g] == [False, True]
 
 
 @on_loop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import jwt
 import msgspec
@@ -26,7 +27,7 @@ from realtime.http.handshake import OpeningRequest
 from realtime.metrics import Metrics
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
-from realtime.protocol.context import WorkerContext
+from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
 from realtime.protocol.encodings import JSON_ENCODING, JSON_PUSHES
 from realtime.protocol.orders import Order, encode_order
 from realtime.protocol.protobuf import PROTOBUF
@@ -35,6 +36,7 @@ from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.memory_engine import MemoryEngine
+from realtime.pubsub.time_slices import TimeSlicer
 from tests.pubsub.sinks import WholeFrames
 
 SECRET = "a secret of thirty-two characters"
@@ -69,7 +71,7 @@ def run(coroutine, done) -> None:
     step()
 
 
-async def together(coroutines) -> list[Any]:
+async def gather(coroutines) -> list[Any]:
     """As the worker's: starts all, and returns or raises when all have ended."""
     outcomes: dict[int, Any] = {}
     errors: list[BaseException] = []
@@ -97,31 +99,31 @@ BARE_PROTOBUF = WireFormat(PROTOBUF, lambda payload: payload)
 
 
 class Handler:
-    """A coroutine function as a handler, see `realtime.protocol.context.Handler`."""
+    """A coroutine function as a handler, see `realtime.protocol.context.CommandHandler`."""
 
-    prompt = False
+    is_immediate = False
 
     def __init__(self, function: Any) -> None:
         self.function = function
 
-    def now(self, *args: Any) -> Any:
-        raise AssertionError("it was not asked to be prompt")
+    def call_now(self, *args: Any) -> Any:
+        raise AssertionError("it was called at once")
 
     async def __call__(self, *args: Any) -> Any:
         return await self.function(*args)
 
 
-class PromptHandler(Handler):
+class ImmediateHandler(Handler):
     """A plain function as a handler that waits for nothing."""
 
-    prompt = True
+    is_immediate = True
 
-    def now(self, *args: Any) -> Any:
+    def call_now(self, *args: Any) -> Any:
         return self.function(*args)
 
 
 class App:
-    """Handlers of a test: whatever it sets, coroutine functions or `PromptHandler`s."""
+    """Handlers of a test: whatever it sets, coroutine functions or `ImmediateHandler`s."""
 
     connecting = disconnected = None
     on_message: Any = None
@@ -172,7 +174,8 @@ class Peer(WholeFrames):
         self.close_code: tuple[int, str] | None = None
         self.paused = False
         request = OpeningRequest(headers or {}, {}, "/connection/websocket", "10.0.0.1")
-        self.session = Session(server.node, COMMANDS, self, request)
+        self.session = Session(server.settings, server.services, COMMANDS, self, request)
+        server.peers.add(self)
 
     # what the session calls
     def send(self, payload: bytes) -> None:
@@ -223,34 +226,42 @@ class Peer(WholeFrames):
 class Server:
     """Everything a worker has but the sockets."""
 
-    def __init__(self, channel: ChannelSettings | None = None, **client: Any) -> None:
+    def __init__(self, channel: ChannelSettings | None = None, slices: TimeSlicer | None = None, **client: Any) -> None:
         self.now = 0.0
         self.wall = NOW
         self.mistakes: list[BaseException] = []
         self.app = App()
         self.metrics = Metrics()
-        self.registry = Sessions()
-        self.hub = Hub(self.registry.obey)
+        self.sessions = Sessions()
+        self.peers: WeakSet[Peer] = WeakSet()
+        self.hub = Hub(self.sessions.apply)
         self.engine = self.hub.engine = MemoryEngine(self.hub, EngineSettings(), lambda: self.now)
         settings = ClientSettings(**{"token": TokenSettings(hmac_secret_key=SECRET), **client})
-        self.node = WorkerContext(
-            settings=settings,
+        self.settings = SessionSettings(
+            client=settings, version="test", uid="node", rpc_ping=RPCPingSettings(enabled=True)
+        )
+        self.services = SessionServices(
             rules=ChannelRules(channel or CHANNEL),
             tokens=TokenVerifier(settings.token, lambda: self.wall),
             engine=self.engine,
             hub=self.hub,
-            registry=self.registry,
+            sessions=self.sessions,
             deadlines=Deadlines(0.0),
             handlers=self.app,
+            slices=slices or TimeSlicer.unlimited(),
             run=run,
-            together=together,
+            gather=gather,
             wall_clock=lambda: self.wall,
-            failed=self.mistakes.append,
-            version="test",
-            uid="node",
-            metrics=self.metrics,
-            rpc_ping=RPCPingSettings(enabled=True),
+            report_error=self.mistakes.append,
+            counters=SessionCounters(self.metrics),
         )
+
+    def change(self, **client: Any) -> None:
+        """Change client settings, also of the peers that are there."""
+        settings = msgspec.structs.replace(self.settings.client, **client)
+        self.settings = msgspec.structs.replace(self.settings, client=settings)
+        for peer in self.peers:
+            peer.session.settings = self.settings
 
     def peer(self, form: WireFormat = BARE, **connection: Any) -> Peer:
         return Peer(self, form, **connection)
@@ -263,11 +274,11 @@ class Server:
 
     def order(self, order: Order) -> None:
         """An order of the server API gets here."""
-        self.registry.obey(encode_order(order))
+        self.sessions.apply(encode_order(order))
 
     def publish(self, channel: str, *contents: Any, **options: Any) -> None:
         """Publish from the server's side."""
-        retention = self.node.rules.options(channel).retention
+        retention = self.services.rules.options(channel).retention
         for content in contents:
             data = content if isinstance(content, bytes) else msgspec.json.encode(content)
             run(self.engine.publish(channel, data, retention=retention, **options), self._published)
@@ -298,7 +309,7 @@ class Server:
 
     def clean(self) -> bool:
         """Whether no client has left anything behind."""
-        empty = (self.hub.subscriptions, len(self.registry), self.node.deadlines._buckets) == (0, 0, {})
+        empty = (self.hub.subscriptions, len(self.sessions), self.services.deadlines._buckets) == (0, 0, {})
         return empty and self.engine._exchange.channels == 0 and not self.mistakes
 
     def advance(self, seconds: float) -> None:
@@ -308,7 +319,7 @@ class Server:
             step = min(RESOLUTION, end - self.now)
             self.now += step
             self.wall += step
-            self.node.deadlines.sweep(self.now)
+            self.services.deadlines.sweep(self.now)
 
     def ping(self, peer: Peer) -> None:
         """Let time pass until the peer is pinged, one interval at most."""

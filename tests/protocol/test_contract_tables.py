@@ -172,7 +172,7 @@ class TestStates:
 
 
 def test_every_command_is_in_the_table(server):
-    assert set(server.node.commands) <= EXPECTED.keys() == set(EXPECTED) & set(COMMANDS)
+    assert set(server.services.counters.commands) <= EXPECTED.keys() == set(EXPECTED) & set(COMMANDS)
 
 
 # -- permissions ------------------------------------------------------------------------------------------------------

@@ -23,18 +23,23 @@ from realtime.config.settings import ChannelOptions, ChannelSettings, ClientSett
 from realtime.deadlines import Deadlines
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.http.handshake import OpeningRequest
+from realtime.metrics import Metrics
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
-from realtime.protocol.context import WorkerContext
+from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.hub import Hub
+from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import ClientInfo, HistoryOptions, Publication
-from tests.protocol.sessions import BARE, App, Gate, run, together
+from tests.protocol.sessions import BARE, App, Gate, gather, run
 from tests.pubsub.sinks import WholeFrames
 
 NAME = "news"
+SETTINGS = SessionSettings(
+    client=ClientSettings(allow_anonymous_connect_without_token=True, recovery_max_publication_limit=2), version="test"
+)
 OPTIONS = ChannelOptions(
     presence=True,
     join_leave=True,
@@ -201,8 +206,8 @@ class SDK(WholeFrames):
 
     def connect(self) -> None:
         if self.session is None:
-            node = self.world.nodes[self.link]
-            self.session = Session(node, COMMANDS, self, OpeningRequest({}, {}, "/", "10.0.0.1"))
+            worker = self.world.workers[self.link]
+            self.session = Session(SETTINGS, worker, COMMANDS, self, OpeningRequest({}, {}, "/", "10.0.0.1"))
             if self.by_server:
                 self.asking = self.last_id + 1
                 self.command(connect={"subs": {NAME: self.request()}})
@@ -350,28 +355,28 @@ class World:
         self.mistakes: list[BaseException] = []
         self.exchange: BrokerCore[Link] = BrokerCore(Outward(), 100)
         self.links = [Link(self), Link(self)]
-        self.nodes = [self.node(link) for link in self.links]
+        self.workers = [self.worker(link) for link in self.links]
         self.clients = [SDK(self, n % 2, by_server=n >= 2, delta=n in (1, 2)) for n in range(4)]
 
-    def node(self, link: Link) -> WorkerContext:
+    def worker(self, link: Link) -> SessionServices:
         self.exchange.attach(link)
-        registry = Sessions()
-        hub = link.hub = Hub(registry.obey)
+        sessions = Sessions()
+        hub = link.hub = Hub(sessions.apply)
         hub.engine = link  # type: ignore[assignment]
-        return WorkerContext(
-            settings=ClientSettings(allow_anonymous_connect_without_token=True, recovery_max_publication_limit=2),
+        return SessionServices(
             rules=ChannelRules(ChannelSettings(without_namespace=self.options)),
             tokens=TokenVerifier(TokenSettings(), lambda: 0.0),
             engine=link,  # type: ignore[arg-type]
             hub=hub,
-            registry=registry,
+            sessions=sessions,
             deadlines=Deadlines(0.0),
             handlers=App(),
+            slices=TimeSlicer.unlimited(),
             run=run,
-            together=together,
+            gather=gather,
             wall_clock=lambda: 0.0,
-            failed=self.mistakes.append,
-            version="test",
+            report_error=self.mistakes.append,
+            counters=SessionCounters(Metrics()),
         )
 
     def act(self, step: tuple[str, int]) -> None:
@@ -409,7 +414,7 @@ class World:
             if client.link == number:
                 client.forget()
         self.links[number] = Link(self)
-        self.nodes[number] = self.node(self.links[number])
+        self.workers[number] = self.worker(self.links[number])
 
     def publish(self) -> None:
         self.count += 1
@@ -459,8 +464,8 @@ def tell(steps: list[tuple[str, int]], options: ChannelOptions) -> None:
     world.settle()
     assert not world.mistakes
     assert world.exchange.channels == 0 and not world.exchange.presence(NAME)
-    for link, node in zip(world.links, world.nodes, strict=True):
-        assert (link.hub.subscriptions, len(node.registry), node.deadlines._buckets) == (0, 0, {})
+    for link, worker in zip(world.links, world.workers, strict=True):
+        assert (link.hub.subscriptions, len(worker.sessions), worker.deadlines._buckets) == (0, 0, {})
 
 
 @settings(max_examples=800, deadline=None)

@@ -65,7 +65,7 @@ REFUSED_NAMES = [
 def test_names_that_are_refused_everywhere(server, form, command):
     peer = server.peer(form)
     peer.connect()
-    server.node.settings = msgspec.structs.replace(server.node.settings, error_limit=0)
+    server.change(error_limit=0)
     for name in REFUSED_NAMES:
         assert error_of(peer.say({"id": 9, command: {"channel": name, "data": 1}})) == 107
     assert peer.close_code is None

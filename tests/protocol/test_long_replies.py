@@ -42,8 +42,8 @@ class Turns:
     def __init__(self, **client: object) -> None:
         self.asked: list[Callable[[], None]] = []
         self.now = 0
-        self.server = Server(CHANNEL, allow_anonymous_connect_without_token=True, **client)
-        self.server.node.slices = TimeSlicer(self.tick, 1, self.asked.append, Turn)
+        slices = TimeSlicer(self.tick, 1, self.asked.append, Turn)
+        self.server = Server(CHANNEL, slices, allow_anonymous_connect_without_token=True, **client)
 
     def tick(self) -> int:
         self.now += 1
@@ -120,8 +120,8 @@ def test_presence_by_the_server_api(turns: Turns) -> None:
     server.client().subscribe("a")
     for number in range(MANY):
         turns.enter("a", number)
-    operations = ServerAPI(server.engine, server.node.rules, lambda: None, None)  # type: ignore[arg-type, return-value]
-    api = HTTPAPI(operations, slices=server.node.slices)
+    operations = ServerAPI(server.engine, server.services.rules, lambda: None, None)  # type: ignore[arg-type, return-value]
+    api = HTTPAPI(operations, slices=server.services.slices)
     results: list[object] = []
     run(api.call("presence", b'{"channel":"a"}'), lambda result, error: results.append(error or result))
     assert results == []

@@ -26,7 +26,7 @@ def check(server: Server) -> int:
         assert error is None, error
 
     server.engine.history = counted
-    run(server.hub.check_quiet(lambda channel: server.node.rules.options(channel).retention), done)
+    run(server.hub.check_quiet(lambda channel: server.services.rules.options(channel).retention), done)
     server.engine.history = history
     return len(asked)
 

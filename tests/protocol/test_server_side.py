@@ -359,10 +359,10 @@ class TestPersonalChannel:
         server.engine.instruct = instruct
         one, two = server.client("42"), server.client("42")
         for order in orders:
-            server.registry.obey(order)
+            server.sessions.apply(order)
         assert (one.close_code, two.close_code) == ((3504, "connection limit"), None)
         three = server.client("42")
-        server.registry.obey(orders[-1])
+        server.sessions.apply(orders[-1])
         assert (two.close_code, three.close_code) == ((3504, "connection limit"), None)
 
     def test_when_the_older_ones_can_not_be_told_the_new_one_tries_again(self):
@@ -400,14 +400,14 @@ class TestRefresh:
         connect(peer, exp=NOW + 10)
         own = token(sub="42", channel="open:a", exp=NOW + 10)
         peer.subscribe("open:a", token=own)
-        gate, judged = Gate(), getattr(server.node.tokens, judge)
+        gate, judged = Gate(), getattr(server.services.tokens, judge)
 
         async def late(text):
             claims = await judged(text)
             await gate
             return claims
 
-        setattr(server.node.tokens, judge, late)
+        setattr(server.services.tokens, judge, late)
         fresh = own if name == "sub_refresh" else token(sub="42", exp=NOW + 1000)
         peer.say({"id": 3, name: {"channel": "open:a", "token": fresh}})
         peer.session.closed()

@@ -13,7 +13,7 @@ from realtime.errors import ClientError, Disconnect, EngineUnavailable
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.orders import DisconnectOrder, UnsubscribeOrder, encode_order
 from realtime.types import Credentials, Grant
-from tests.protocol.sessions import NOW, Gate, Peer, PromptHandler, Server, error_of, token
+from tests.protocol.sessions import NOW, Gate, ImmediateHandler, Peer, Server, error_of, token
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ class TestConnect:
         peer.session.closed()
         gate.open()
         assert peer.heard() == []
-        assert len(server.registry) == 0
+        assert len(server.sessions) == 0
 
     def test_a_mistake_of_ours_is_an_internal_error_and_reported_once(self, server):
         async def connecting(request):
@@ -339,7 +339,7 @@ class TestTime:
         peer = server.client()
         server.ping(peer)
         server.now += 60
-        server.node.deadlines.sweep(server.now)
+        server.services.deadlines.sweep(server.now)
         assert peer.close_code is None
         peer.say(b"{}")
         server.advance(9)
@@ -356,7 +356,7 @@ class TestTime:
     def test_an_expired_connection_has_a_grace_then_3005(self, server):
         peer = server.peer()
         peer.connect(token=token(sub="42", exp=NOW + 10))
-        server.node.settings = msgspec.structs.replace(server.node.settings, pong_timeout=0.0)
+        server.change(pong_timeout=0.0)
         server.advance(30)
         assert peer.close_code is None
         server.advance(10)
@@ -598,7 +598,7 @@ class TestPublish:
 
         server.app.publish_handlers["nothing:a"] = moderate
         listener, peer = server.client(), server.client("42")
-        listener.session.node.settings = msgspec.structs.replace(server.node.settings, insecure=True)
+        server.change(insecure=True)
         listener.say({"id": 2, "subscribe": {"channel": "nothing:a"}})
         assert error_of(peer.say({"id": 2, "publish": {"channel": "nothing:a", "data": "bad"}})) == 1001
         peer.say({"id": 3, "publish": {"channel": "nothing:a", "data": "hi"}})
@@ -864,10 +864,10 @@ class TestLeaving:
             peer.session.handle.disconnect()
         gate.open()
         assert peer.heard() == []
-        assert (server.hub.subscriptions, len(server.registry), peer.session.subscriptions) == (0, 0, {})
+        assert (server.hub.subscriptions, len(server.sessions), peer.session.subscriptions) == (0, 0, {})
         assert server.engine._exchange.presence("room:a") == {}
         assert server.engine._exchange.channels == 0
-        assert server.node.deadlines._buckets == {}
+        assert server.services.deadlines._buckets == {}
         assert not server.mistakes
 
 
@@ -947,17 +947,17 @@ class TestOrders:
     def test_disconnect(self, server):
         ann, ann2, bob = server.client("ann"), server.client("ann"), server.client("bob")
         order = DisconnectOrder("ann", whitelist=(ann2.session.client,), code=4001, reason="tidy up")
-        server.registry.obey(encode_order(order))
+        server.sessions.apply(encode_order(order))
         assert ann.close_code == (4001, "tidy up")
         assert ann2.close_code is None and bob.close_code is None
-        server.registry.obey(encode_order(DisconnectOrder("ann")))
+        server.sessions.apply(encode_order(DisconnectOrder("ann")))
         assert ann2.close_code == (3503, "force disconnect")
-        assert len(server.registry) == 1
+        assert len(server.sessions) == 1
 
     def test_unsubscribe(self, server):
         peer = server.client("ann")
         peer.say({"id": 2, "subscribe": {"channel": "a"}})
-        server.registry.obey(encode_order(UnsubscribeOrder("ann", "a")))
+        server.sessions.apply(encode_order(UnsubscribeOrder("ann", "a")))
         assert peer.heard() == [
             {"push": {"channel": "a", "unsubscribe": {"code": 2000, "reason": "server unsubscribe"}}}
         ]
@@ -993,8 +993,8 @@ def test_an_answer_at_once_comes_behind_those_that_wait(server: Server) -> None:
 
     server.app.procedures = {
         "slow": slow,
-        "quick": PromptHandler(lambda client, data: [data]),
-        "no": PromptHandler(fails),
+        "quick": ImmediateHandler(lambda client, data: [data]),
+        "no": ImmediateHandler(fails),
     }
     peer = server.client("ada")
     assert peer.say({"id": 2, "rpc": {"method": "quick", "data": 1}}) == [{"id": 2, "rpc": {"data": [1]}}]

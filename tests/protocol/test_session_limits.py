@@ -14,8 +14,8 @@ from tests.protocol.sessions import CHANNEL, NOW, Gate, Server, error_of, token
 LEAVE = {"unsubscribe": {"channel": "a"}}
 
 
-def make(**client) -> Server:
-    return Server(allow_anonymous_connect_without_token=True, **client)
+def make(slices: TimeSlicer | None = None, **client) -> Server:
+    return Server(slices=slices, allow_anonymous_connect_without_token=True, **client)
 
 
 def answers(replies: list[dict]) -> Counter:
@@ -294,11 +294,10 @@ class TestTurns:
 
     @pytest.fixture
     def server(self, turns) -> Server:
-        server = make(commands_per_second=0)
         clock = iter(range(10**9))
-        # Whenever it is looked at, another millisecond has passed.
-        server.node.slices = TimeSlicer(lambda: next(clock) / 1000, 0.005, turns.append)
-        return server
+        # Each reading of this clock is a millisecond later.
+        slices = TimeSlicer(lambda: next(clock) / 1000, 0.005, turns.append)
+        return make(slices, commands_per_second=0)
 
     def test_all_are_answered_in_order_over_several_turns(self, server, turns):
         peer = server.client()

@@ -51,7 +51,7 @@ class Worker:
         return [Session(self, f"{user}{count}", user) for count in range(number)]
 
     def order(self, order: Any) -> None:
-        self.registry.obey(encode_order(order))
+        self.registry.apply(encode_order(order))
 
     def turn(self) -> None:
         """One turn of the loop."""

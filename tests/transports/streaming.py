@@ -17,6 +17,7 @@ from realtime.deadlines import RESOLUTION
 from realtime.handlers.dispatch import Dispatcher
 from realtime.http.body import Body
 from realtime.http.request import CHUNKED
+from realtime.protocol.orders import EmulateOrder
 from realtime.protocol.sessions import Sessions
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.memory_engine import MemoryEngine
@@ -103,11 +104,11 @@ class StreamStage(Stage):
     def __init__(self, values: settings.Settings, app: App) -> None:
         super().__init__(values.http_server, values.websocket, values.client)
         registry = Sessions()
-        hub = Hub(registry.obey)
+        hub = Hub(registry.apply)
         self.engine = hub.engine = MemoryEngine(hub, values.engine, time.monotonic, WORKER)
         dispatcher = Dispatcher(app, reactor, values.workers, self.metrics, Logger())
         self.emulation = Emulation(self.engine, NODE, WORKER)
-        registry.emulated = self.emulation.receive
+        registry.add_handler(EmulateOrder, self.emulation.receive)
         self.streams = Streams(
             self._open_session,
             values,
