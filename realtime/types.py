@@ -69,8 +69,8 @@ class HistoryOptions(Struct, frozen=True, array_like=True, gc=False):
     meta_ttl: float = 2_592_000.0
 
     @property
-    def kept(self) -> bool:
-        """Whether publications are numbered and kept at all."""
+    def enabled(self) -> bool:
+        """Whether publications are numbered and stored at all."""
         return self.size > 0 and self.ttl > 0
 
 

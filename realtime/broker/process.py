@@ -23,6 +23,7 @@ from realtime.process import child
 from realtime.process.link import PEER_ENDED, Link, adopt
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
+from realtime.pubsub.broker_messages import BadFrame
 from realtime.pubsub.history import make_epoch
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
@@ -40,6 +41,7 @@ PATIENCE = 0.25
 """The share of a worker's queue that answers may fill before its other requests wait; the rest is for publications."""
 
 _log = Logger()
+_decode = broker_messages.message_decoder(broker_messages.TO_BROKER)
 
 
 class Broker:
@@ -61,11 +63,11 @@ class Broker:
         self.now: Callable[[], float] = reactor.seconds
         self._peers: dict[int, _WorkerPeer] = {}
         self._deserted: Deferred[None] | None = None  # while we drain
-        self.exchange: BrokerCore[Link] = BrokerCore(_LinkDelivery(metrics), settings.max_channels)
-        metrics.gauge("realtime_broker_channels", "Channels with a subscriber.", lambda: self.exchange.channels)
-        metrics.gauge("realtime_broker_streams", "Channels with a history.", lambda: self.exchange.streams)
+        publications = metrics.counter("realtime_broker_publications", "Publications taken from workers.")
+        self.core: BrokerCore[Link] = BrokerCore(_LinkDelivery(metrics), settings.max_channels, publications)
+        metrics.gauge("realtime_broker_channels", "Channels with a subscriber.", lambda: self.core.channels)
+        metrics.gauge("realtime_broker_streams", "Channels with a history.", lambda: self.core.streams)
         metrics.gauge("realtime_broker_backlog_bytes", "Bytes that wait for workers.", self._backlog)
-        self.publications = metrics.counter("realtime_broker_publications", "Publications taken from workers.")
         self.requests = metrics.counter("realtime_broker_requests", "Requests worked off.")
         self.cuts = metrics.counter("realtime_broker_cut_links", "Streams to workers that were cut, for any reason.")
 
@@ -85,9 +87,7 @@ class Broker:
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
         soon = asyncio.get_running_loop().call_soon
-        link = Link(
-            self._reactor, soon, broker_messages.ToBroker, limit, peer.receive, self._ended, self._accounts, patience
-        )
+        link = Link(self._reactor, soon, limit, peer.receive, self._ended, self._accounts, patience)
         peer.begin(link)
         adopt(self._reactor, fd, link)
 
@@ -95,7 +95,7 @@ class Broker:
         """A worker is gone, or its link was cut: its clients leave."""
         if reason != PEER_ENDED:
             self.cuts.value += 1
-        self.exchange.detach(link)
+        self.core.detach(link)
         for slot, peer in self._peers.items():
             if peer.link is link:
                 _log.info("the stream to worker {slot} ended: {reason}", slot=slot, reason=reason)
@@ -106,7 +106,7 @@ class Broker:
 
     def sweep(self) -> None:
         """Free what is over, so much that others need not wait for long. Every SWEEP_INTERVAL seconds."""
-        if self.exchange.sweep(self.now()) and self._sweeping is None:
+        if self.core.sweep(self.now()) and self._sweeping is None:
             self._sweeping = self._reactor.callLater(SWEEP_PAUSE, self._sweep_on)
 
     def _sweep_on(self) -> None:
@@ -121,23 +121,23 @@ class Broker:
 
 
 class _LinkDelivery:
-    """The way out of the exchange: one frame, shared by all links it goes to."""
+    """Delivers to workers: one frame, shared by all links it goes to."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._routed = metrics.counter("realtime_broker_routed", "Publications handed to workers, once for each.")
 
-    def published(self, peers: Collection[Link], channel: str, publication: Publication, epoch: str) -> None:
+    def deliver_publication(self, peers: Collection[Link], channel: str, publication: Publication, epoch: str) -> None:
         self._routed.value += len(peers)
         _send(peers, broker_messages.Published(channel, publication, epoch))
 
-    def joined(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
+    def deliver_join(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
         _send(peers, broker_messages.Joined(channel, info))
 
-    def left(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
+    def deliver_leave(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
         _send(peers, broker_messages.Left(channel, info))
 
-    def instructed(self, peers: Collection[Link], order: bytes) -> None:
-        _send(peers, broker_messages.Instructed(order))
+    def deliver_order(self, peers: Collection[Link], order: bytes) -> None:
+        _send(peers, broker_messages.OrderSent(order))
 
 
 def _send(peers: Collection[Link], message: broker_messages.BrokerMessage) -> None:
@@ -147,167 +147,77 @@ def _send(peers: Collection[Link], message: broker_messages.BrokerMessage) -> No
 
 
 class _WorkerPeer:
-    """One worker, for as long as one stream to it lasts: works its messages off."""
+    """One worker, for as long as one stream to it lasts: carries out its requests."""
 
     def __init__(self, broker: Broker, address: str) -> None:
         self.link: Link
         self._address = address
         self._broker = broker
-        self._exchange = broker.exchange
+        self._core = broker.core
         self._now = broker.now
-        self._returning = False
-        # By kind: what gives an answer, and what gets none.
-        self._requests: dict[type, Callable[[Any], broker_messages.Answer | None]] = {}
-        self._others: dict[type, Callable[[Any], None]] = {broker_messages.Hello: self._hello}
+        self._is_returning = False
+        # By kind; no request is in place before the greeting.
+        self._requests: dict[type, Callable[[Link, float, Any], Any]] = {}
+        self._others: dict[type, Callable[[Link, float, Any], None]] = {broker_messages.Hello: self._hello}
 
     def begin(self, link: Link) -> None:
+        """Register with the core."""
         self.link = link
-        self._exchange.attach(link, self._address)
+        self._core.attach(link, self._address)
 
     def replaced(self) -> None:
-        """Another stream to the same slot came: what this one held goes now, not when its end is noticed."""
+        """Drop this peer's state now, as its slot has another stream, and not when the end of this one is noticed."""
         self.link.cut("another stream took its place")
-        self._exchange.detach(self.link)
+        self._core.detach(self.link)
 
-    def receive(self, message: Any) -> None:
-        """Work one message off. Raises BadFrame for one that is out of place, and only then."""
+    def receive(self, number: int, body: bytes) -> None:
+        """Carry out one message. Raises BadFrame for one that is invalid or out of place, and only then."""
+        try:
+            message = _decode(body)
+        except (ValueError, RecursionError) as error:
+            # msgspec's own errors and UnicodeDecodeError are ValueErrors.
+            raise BadFrame(f"not a message: {error}") from error
         kind = type(message)
-        if act := self._requests.get(kind):
+        if operation := self._requests.get(kind):
             self._broker.requests.value += 1
-            answer = self._answer(act, message)
-            if message.id:
+            answer = self._answer(operation, message, number)
+            if number:
                 self.link.send(answer)
         elif note := self._others.get(kind):
-            note(message)
+            note(self.link, self._now(), message)
         else:
-            raise broker_messages.BadFrame(f"{kind.__name__} is out of place")
+            raise BadFrame(f"{kind.__name__} is out of place")
 
-    def _answer(
-        self, act: Callable[[Any], broker_messages.Answer | None], request: broker_messages.BrokerRequest
-    ) -> bytes:
+    def _answer(self, operation: Callable[[Link, float, Any], Any], request: Any, number: int) -> bytes:
+        """Carry out a request; returns the frame of its answer."""
         try:
-            return broker_messages.pack(act(request) or broker_messages.Done(request.id))
+            return broker_messages.pack(operation(self.link, self._now(), request), number)
         except ClientError as error:
-            return broker_messages.pack(broker_messages.Failed(request.id, error.code, error.message, error.temporary))
-        except broker_messages.BadFrame:
-            return broker_messages.pack(broker_messages.Failed(request.id, *LIMIT_EXCEEDED))
+            return _failed(number, error.code, error.message, error.temporary)
+        except BadFrame:
+            return _failed(number, *LIMIT_EXCEEDED)
         except Exception:
             _log.failure("a request of kind {kind} failed", kind=type(request).__name__)
-            return broker_messages.pack(broker_messages.Failed(request.id, *INTERNAL_ERROR))
+            return _failed(number, *INTERNAL_ERROR)
 
-    # Before and after the greeting
-
-    def _hello(self, message: broker_messages.Hello) -> None:
+    def _hello(self, link: Link, now: float, message: broker_messages.Hello) -> None:
         if message.version != broker_messages.VERSION:
-            raise broker_messages.BadFrame(
-                f"the worker speaks version {message.version}, this broker {broker_messages.VERSION}"
-            )
-        # Its clients left when its last stream to this same broker ended, so now they come back. Another broker's
-        # subscribers were never told that anybody left.
-        self._returning = message.instance == self._broker.instance
-        self._requests = {
-            broker_messages.Publish: self._publish,
-            broker_messages.Subscribe: self._subscribe,
-            broker_messages.History: self._history,
-            broker_messages.RemoveHistory: self._remove_history,
-            broker_messages.Enter: self._enter,
-            broker_messages.Leave: self._leave,
-            broker_messages.Presence: self._presence,
-            broker_messages.PresenceStats: self._presence_stats,
-            broker_messages.TakeCensus: self._census,
-            broker_messages.Instruct: self._instruct,
-            broker_messages.Admit: self._admit,
-        }
-        self._others = {
-            broker_messages.Restore: self._restore,
-            broker_messages.Unsubscribe: self._unsubscribe,
-            broker_messages.Connected: self._connected,
-            broker_messages.Disconnected: self._disconnected,
-            broker_messages.Tally: self._tally,
-        }
-        self.link.send(broker_messages.pack(broker_messages.Welcome(broker_messages.VERSION, self._broker.instance)))
+            raise BadFrame(f"the worker speaks version {message.version}, this broker {broker_messages.VERSION}")
+        # When its previous stream to this same broker ended, its clients left; now they join again. The subscribers
+        # of another broker never received those leaves, so they receive no joins either.
+        self._is_returning = message.instance == self._broker.instance
+        operations = self._core.operations
+        self._requests = {kind: operations[kind] for kind in broker_messages.REQUESTS}
+        self._others = {kind: operations[kind] for kind in broker_messages.NOTICES}
+        self._others[broker_messages.Restore] = self._restore
+        link.send(broker_messages.pack(broker_messages.Welcome(broker_messages.VERSION, self._broker.instance)))
 
-    def _restore(self, message: broker_messages.Restore) -> None:
-        for channel in message.channels:
-            self._exchange.subscribe(self.link, channel, again=True)
-        for channel, info, present, announce in message.occupants:
-            self._exchange.enter(
-                self.link, channel, info, present=present, announce=announce, again=True, quiet=not self._returning
-            )
-        for info in message.clients:
-            self._exchange.connected(self.link, info)
+    def _restore(self, link: Link, now: float, message: broker_messages.Restore) -> None:
+        self._core.restore(link, message.channels, message.presence, message.clients, announce=self._is_returning)
 
-    # Requests, and what needs no answer
 
-    def _publish(self, request: broker_messages.Publish) -> broker_messages.Answer:
-        self._broker.publications.value += 1
-        position = self._exchange.publish(
-            self._now(),
-            request.channel,
-            request.data,
-            request.retention,
-            request.info,
-            request.tags,
-            request.idempotency_key,
-            request.version,
-            request.version_epoch,
-            request.delta,
-            request.binary,
-        )
-        return broker_messages.Placed(request.id, position)
-
-    def _subscribe(self, request: broker_messages.Subscribe) -> None:
-        self._exchange.subscribe(self.link, request.channel)
-
-    def _unsubscribe(self, message: broker_messages.Unsubscribe) -> None:
-        self._exchange.unsubscribe(self.link, message.channel)
-
-    def _history(self, request: broker_messages.History) -> broker_messages.Answer:
-        page = self._exchange.history(
-            self._now(),
-            request.channel,
-            request.retention,
-            request.since,
-            request.limit,
-            request.reverse,
-            request.max_bytes,
-        )
-        return broker_messages.Page(request.id, page)
-
-    def _remove_history(self, request: broker_messages.RemoveHistory) -> None:
-        self._exchange.remove_history(request.channel)
-
-    def _enter(self, request: broker_messages.Enter) -> None:
-        self._exchange.enter(
-            self.link, request.channel, request.info, present=request.present, announce=request.announce
-        )
-
-    def _leave(self, request: broker_messages.Leave) -> None:
-        self._exchange.leave(self.link, request.channel, request.client)
-
-    def _presence(self, request: broker_messages.Presence) -> broker_messages.Answer:
-        return broker_messages.Present(request.id, self._exchange.presence(request.channel))
-
-    def _presence_stats(self, request: broker_messages.PresenceStats) -> broker_messages.Answer:
-        return broker_messages.Stats(request.id, self._exchange.presence_stats(request.channel))
-
-    def _connected(self, message: broker_messages.Connected) -> None:
-        self._exchange.connected(self.link, message.info)
-
-    def _disconnected(self, message: broker_messages.Disconnected) -> None:
-        self._exchange.disconnected(self.link, message.client)
-
-    def _tally(self, message: broker_messages.Tally) -> None:
-        self._exchange.tally(self.link, message.subscriptions)
-
-    def _census(self, request: broker_messages.TakeCensus) -> broker_messages.Answer:
-        return broker_messages.Counted(request.id, self._exchange.census())
-
-    def _instruct(self, request: broker_messages.Instruct) -> broker_messages.Answer:
-        return broker_messages.Reached(request.id, self._exchange.instruct(request.order, request.worker))
-
-    def _admit(self, request: broker_messages.Admit) -> broker_messages.Answer:
-        return broker_messages.Admitted(request.id, self._exchange.admit(self.link, request.info, request.limit))
+def _failed(number: int, code: int, message: str, temporary: bool) -> bytes:
+    return broker_messages.pack(broker_messages.RequestFailed(number, code, message, temporary))
 
 
 async def start(process: child.Child) -> None:
@@ -315,7 +225,7 @@ async def start(process: child.Child) -> None:
     broker = Broker(process.settings.engine, process.metrics, process.reactor, process.accounts)
     stuck = process.settings.loop.stuck or math.inf
     process.pulse.interval = max(process.pulse.interval, min(BEAT_INTERVAL, stuck / 4))
-    process.pulse.chores.add(SWEEP_INTERVAL, broker.sweep, wanted=broker.exchange.perishable)
+    process.pulse.chores.add(SWEEP_INTERVAL, broker.sweep, wanted=broker.core.has_expirable)
     process.on_link = broker.attach
     process.on_drain = broker.drain
 

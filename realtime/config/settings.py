@@ -824,7 +824,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     )
 
 
-def retention(options: ChannelOptions, default_meta_ttl: float) -> HistoryOptions:
+def history_options(options: ChannelOptions, default_meta_ttl: float) -> HistoryOptions:
     """The history that a channel with these options keeps."""
     return HistoryOptions(options.history_size, options.history_ttl, options.history_meta_ttl or default_meta_ttl)
 

@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from realtime.process.transport import DirectServer
-from realtime.pubsub.broker_messages import BadFrame, BrokerMessage, Decoder
+from realtime.pubsub.broker_messages import BadFrame, FrameReader
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 
 BATCH = 1024 * 1024
@@ -53,10 +53,9 @@ class _Stream(DirectServer, unix.Server):
 class Link(Protocol):
     """One stream of messages.
 
-    soon: has a call made in the loop's next turn. kinds: what the peer may send, `wire.ToBroker` or `wire.ToWorker`.
-    limit: bytes that may wait for the peer; beyond it the link cuts itself.
-    received: called with each message, in order. An exception from it is a bug: logged, and the stream is cut, for
-    nobody knows what was left undone. ended: called once with the reason when the stream is over, whoever ended it.
+    soon: has a call made in the loop's next turn. limit: bytes that may wait for the peer; beyond it the link cuts
+    itself. received: called with each message, in order. An exception from it is a bug: logged, and the stream is cut,
+    for nobody knows what was left undone. ended: called once with the reason when the stream is over, whoever ended it.
     accounts: the loop's, of which ENGINE is charged. patience: bytes that wait for the peer, from which on nothing more
     of it is worked off until half of them are gone: who asks for more than it reads, waits. 0 for no such thing; at one
     end of a stream at most, or each could wait for the other.
@@ -66,9 +65,8 @@ class Link(Protocol):
         self,
         reactor: Any,
         soon: Callable[[Callable[[], None]], asyncio.Handle | IDelayedCall],
-        kinds: object,
         limit: int,
-        received: Callable[[BrokerMessage], None],
+        received: Callable[[int, bytes], None],
         ended: Callable[[Link, str], None],
         accounts: LoopTimeLedger | None = None,
         patience: int = 0,
@@ -79,12 +77,12 @@ class Link(Protocol):
                 setattr(self, name, accounts.charging(account, getattr(self, name)))
         self._reactor = reactor
         self._soon = soon
-        self._decoder = Decoder(kinds)
+        self._reader = FrameReader()
         self._limit = limit
         self._received = received
         self._ended = ended
         self._patience = patience
-        self._held: Iterator[BrokerMessage] | None = None  # what has come and is not worked off yet
+        self._held: Iterator[tuple[int, bytes]] | None = None  # what has come and is not worked off yet
         self._waiting: deque[bytes] = deque()
         self._bytes = 0  # in _waiting
         self._inside = 0  # bytes that the transport was given when it was last full
@@ -163,16 +161,16 @@ class Link(Protocol):
     # In
 
     def dataReceived(self, data: bytes) -> None:
-        self._work_off(self._decoder.feed(data))
+        self._work_off(self._reader.feed(data))
 
-    def _work_off(self, messages: Iterator[BrokerMessage]) -> None:
+    def _work_off(self, frames: Iterator[tuple[int, bytes]]) -> None:
         try:
-            for message in messages:
+            for number, body in frames:
                 if self._over:
                     return
-                self._received(message)
+                self._received(number, body)
                 if self._bytes + self._inside > self._patience > 0:
-                    self._held = messages
+                    self._held = frames
                     self._transport.pauseProducing()
                     return
         except BadFrame as error:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from realtime.config.settings import ChannelOptions, ChannelSettings, retention
+from realtime.config.settings import ChannelOptions, ChannelSettings, history_options
 from realtime.errors import BAD_REQUEST, UNKNOWN_CHANNEL, ClientError
 from realtime.types import HistoryOptions
 
@@ -22,7 +22,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 class ResolvedChannel(ChannelOptions, frozen=True, kw_only=True):
     """The options of one namespace, with what follows from them worked out once."""
 
-    retention: HistoryOptions
+    history_options: HistoryOptions
     pattern: re.Pattern[str] | None = None
 
     def allows(self, verb: str, user: str, subscribed: bool) -> bool:
@@ -67,7 +67,7 @@ class ChannelRules:
         values["publication_data_format"] = options.publication_data_format or self._settings.publication_data_format
         return ResolvedChannel(
             **values,
-            retention=retention(options, self._settings.history_meta_ttl),
+            history_options=history_options(options, self._settings.history_meta_ttl),
             pattern=re.compile(options.channel_regex) if options.channel_regex else None,
         )
 

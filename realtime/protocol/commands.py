@@ -24,6 +24,7 @@ from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.client import encoded, terms
 from realtime.protocol.session import CommandFunction, Session, SessionState
 from realtime.protocol.subscription import JoinResult, Subscription, SubscriptionSource
+from realtime.pubsub.engine import GetHistory, GetPresence, GetPresenceStats, Publish, SendOrder
 from realtime.types import ClientInfo, ConnectRequest, Credentials, Position, SubscribeOptions
 
 # The share of a client's queue that one page of history may fill.
@@ -218,7 +219,7 @@ def _may_alone(session: Session, channel: str) -> bool:
 async def _supersede(session: Session) -> None:
     """End the older connections of the client's user, which may have one alone."""
     try:
-        await session.services.engine.instruct(session.services.sessions.supersede(session))
+        await session.services.engine.ask(SendOrder(session.services.sessions.supersede(session)))
     except EngineUnavailable:
         session.disconnect(*errors.SERVER_ERROR)  # it comes back, and tries again
 
@@ -402,13 +403,15 @@ async def publish(session: Session, id: int, request: messages.PublishRequest) -
         raise ClientError(*errors.PERMISSION_DENIED)
     subscription = session.subscriptions.get(channel)
     info = subscription.info if subscription is not None else session.info
-    await services.engine.publish(
-        channel,
-        data,
-        retention=options.retention,
-        info=info,
-        delta=options.delta_publish,
-        binary=not (data and is_json),
+    await services.engine.ask(
+        Publish(
+            channel,
+            data,
+            options.history_options,
+            info,
+            delta=options.delta_publish,
+            binary=not (data and is_json),
+        )
     )
     session.reply(id, "publish", messages.EMPTY)
 
@@ -423,20 +426,20 @@ def _check_presence(session: Session, channel: str) -> None:
 
 async def presence(session: Session, id: int, request: messages.PresenceRequest) -> None:
     _check_presence(session, request.channel)
-    present = await session.services.engine.presence(request.channel)
-    infos = await session.services.slices.mapped(messages.info, present.values())
+    present = await session.services.engine.ask(GetPresence(request.channel))
+    infos = await session.services.slices.map_sliced(messages.info, present.values())
     session.reply(id, "presence", messages.PresenceResult(dict(zip(present, infos, strict=True))))
 
 
 async def presence_stats(session: Session, id: int, request: messages.PresenceStatsRequest) -> None:
     _check_presence(session, request.channel)
-    clients, users = await session.services.engine.presence_stats(request.channel)
+    clients, users = await session.services.engine.ask(GetPresenceStats(request.channel))
     session.reply(id, "presence_stats", messages.PresenceStatsResult(clients, users))
 
 
 async def history(session: Session, id: int, request: messages.HistoryRequest) -> None:
     options = _options(session, request.channel)
-    if not options.retention.kept:
+    if not options.history_options.enabled:
         raise ClientError(*errors.NOT_AVAILABLE)
     if not session.may("history", request.channel, options):
         raise ClientError(*errors.PERMISSION_DENIED)
@@ -446,17 +449,18 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
         raise ClientError(*errors.BAD_REQUEST)
     most = session.settings.client.history_max_publication_limit or math.inf
     limit = most if request.limit < 0 else min(request.limit, most)
-    page = await session.services.engine.history(
+    query = GetHistory(
         request.channel,
-        retention=options.retention,
-        since=since,
+        options.history_options,
+        since,
         limit=-1 if limit == math.inf else int(limit),
         reverse=request.reverse,
         max_bytes=int(session.settings.client.queue_max_size * HISTORY_SHARE),
     )
+    page = await session.services.engine.ask(query)
     if since is not None and since.epoch and since.epoch != page.position.epoch:
         raise ClientError(*errors.UNRECOVERABLE_POSITION)
-    publications = await session.services.slices.mapped(session.encoding.pub, page.publications)
+    publications = await session.services.slices.map_sliced(session.encoding.pub, page.publications)
     result = messages.HistoryResult(publications, page.position.epoch, page.position.offset)
     session.reply(id, "history", result)
 

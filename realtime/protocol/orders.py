@@ -1,6 +1,6 @@
 """Orders: decisions about connections that one worker sends to all workers, or to one.
 
-The engine passes an order on without reading it (`Engine.instruct`). `realtime.protocol.sessions` carries out the
+The engine passes an order on without reading it (`engine.SendOrder`). `realtime.protocol.sessions` carries out the
 orders about sessions.
 """
 

@@ -36,6 +36,7 @@ from realtime.protocol.context import SessionServices, SessionSettings
 from realtime.protocol.messages import ProtocolError, SubscribeRequest
 from realtime.protocol.subscription import JoinResult, Subscription, SubscriptionSource
 from realtime.protocol.wire_formats import WireFormat
+from realtime.pubsub.engine import AddClient, AdmitClient, RemoveClient
 from realtime.pubsub.subscriber import Sink
 from realtime.types import ClientInfo, Position, SubscribeOptions
 
@@ -492,13 +493,13 @@ class Session:
         engine, limit = self.services.engine, self.settings.client.user_connection_limit
         self.info = info
         if not (limit and info.user):
-            engine.connected(info)
-        elif not await engine.admit(info, limit):
+            engine.tell(AddClient(info))
+        elif not await engine.ask(AdmitClient(info, limit)):
             raise Disconnect(*errors.CONNECTION_LIMIT)
 
     def dismiss(self) -> None:
         """The client, once admitted, is not let in after all."""
-        self.services.engine.disconnected(self.client)
+        self.services.engine.tell(RemoveClient(self.client))
         for subscription in list(self.subscriptions.values()):
             self.abandon(subscription)
 
@@ -688,7 +689,7 @@ class Session:
         self._queue = ()
         if was_connected:
             self.services.sessions.remove(self)
-            self.services.engine.disconnected(self.client)
+            self.services.engine.tell(RemoveClient(self.client))
             # One that is still joining is undone by its own coroutine, which finds the session closed.
             for subscription in [s for s in self.subscriptions.values() if s.live]:
                 self.abandon(subscription)

@@ -1,7 +1,7 @@
 """The sessions of one worker, by client and by user, and the orders that other workers send to them.
 
 An order is a decision of the server API about a user's connections. The server API need not know which worker holds
-them: the engine passes every order to every worker (`Engine.instruct`), and each applies it to its own sessions.
+them: the engine passes every order to every worker (`engine.SendOrder`), and each applies it to its own sessions.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from realtime.protocol.context import SessionServices, SessionSettings
 from realtime.protocol.messages import Pub, SubscribeRequest, SubscribeResult
 from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub import filters, fossil_delta
+from realtime.pubsub.engine import AddPresence, GetHistory, RemovePresence
 from realtime.pubsub.subscriber import Sink
 from realtime.types import ClientInfo, HistoryPage, Position, Publication
 
@@ -122,7 +123,7 @@ class Subscription:
         or not valid.
         """
         options = self.options
-        kept = options.retention.kept
+        kept = options.history_options.enabled
         self.recoverable = kept and (
             options.force_recovery or (request.recoverable and (options.allow_recovery or history))
         )
@@ -174,7 +175,7 @@ class Subscription:
         One round trip to the engine.
         """
         services = self._owner.services
-        added = services.hub.add(self.channel, self)
+        added = services.hub.subscribe(self.channel, self)
         if not (self.positioned or self._present):
             await added
             return await self._read(request)
@@ -189,22 +190,23 @@ class Subscription:
         if not self.positioned:
             return HistoryPage([], Position()), False, False
         options, settings = self.options, self._owner.settings.client
-        history, retention = self._owner.services.engine.history, options.retention
+        engine, history_options = self._owner.services.engine, options.history_options
         if not (self.recoverable and (request.recover or options.auto_cache_recover)):
-            return await history(self.channel, retention=retention), False, False
+            return await engine.ask(GetHistory(self.channel, history_options)), False, False
         if options.force_recovery_mode == "cache":
-            page = await history(self.channel, retention=retention, limit=1, reverse=True)
+            page = await engine.ask(GetHistory(self.channel, history_options, limit=1, reverse=True))
             if _is_at(request, page):
                 return HistoryPage([], page.position), True, True
             newest = page.publications[0].offset if page.publications else 0
             return page, True, 0 < newest == page.position.offset
-        page = await history(
+        missed = GetHistory(
             self.channel,
-            retention=retention,
+            history_options,
             since=Position(request.offset, request.epoch),
             limit=settings.recovery_max_publication_limit or -1,
             max_bytes=int(settings.queue_max_size * RECOVERED_SHARE),
         )
+        page = await engine.ask(missed)
         return page, True, is_recovered(request, page)
 
     def _wanted(self, publications: list[Publication]) -> list[Publication]:
@@ -215,14 +217,14 @@ class Subscription:
         """Publications as the client is sent them in a reply; where deltas are agreed, the first is whole."""
         encoding, slices = self.form.encoding, self._owner.services.slices
         if not self.delta:
-            return await slices.mapped(encoding.pub, publications)
+            return await slices.map_sliced(encoding.pub, publications)
         told: list[Pub] = []
         base = None
         for number, one in enumerate(publications, 1):
             told.append((base and self._patch(base, one)) or encoding.whole(one))
             base = one
             if number % DELTAS_AT_ONCE == 0:
-                await slices.breathe()
+                await slices.yield_to_loop()
         return told
 
     def _patch(self, base: Publication, target: Publication) -> Pub | None:
@@ -235,7 +237,7 @@ class Subscription:
     def open(self, joined: JoinResult) -> bool:
         """Let publications through. False: there is a gap already, and the hub has dropped the subscription."""
         self.live = True
-        return self._owner.services.hub.open(self.channel, self, joined.position, joined.base)
+        return self._owner.services.hub.activate(self.channel, self, joined.position, joined.base)
 
     @property
     def _present(self) -> bool:
@@ -245,8 +247,8 @@ class Subscription:
     async def _enter(self) -> None:
         self._entered = True
         options = self.options
-        await self._owner.services.engine.enter(
-            self.channel, self.info, present=options.presence, announce=options.join_leave
+        await self._owner.services.engine.ask(
+            AddPresence(self.channel, self.info, present=options.presence, announce=options.join_leave)
         )
 
     async def describe(self, info: ClientInfo) -> None:
@@ -259,10 +261,10 @@ class Subscription:
         """End it, at whatever stage it is. Raises EngineUnavailable, when it has ended here all the same."""
         self.live = False
         self._left = True
-        self._owner.services.hub.remove(self.channel, self)
+        self._owner.services.hub.unsubscribe(self.channel, self)
         if self._entered:
             self._entered = False
-            await self._owner.services.engine.leave(self.channel, self.info.client)
+            await self._owner.services.engine.ask(RemovePresence(self.channel, self.info.client))
 
     # What the hub asks, and calls
 
@@ -271,11 +273,11 @@ class Subscription:
         """See `ChannelOptions.priority`."""
         return self.options.priority
 
-    def lost(self) -> None:
+    def on_gap(self) -> None:
         """The hub dropped this subscription, because continuity broke."""
         self._owner.lost_position(self)
 
-    def unfit(self) -> None:
+    def on_unencodable(self) -> None:
         """There is a publication that the client's encoding can't carry."""
         self._owner.disconnect(*INAPPROPRIATE_PROTOCOL)
 

@@ -1,41 +1,96 @@
-"""The core of an engine: it numbers, keeps and routes publications, and knows who is present.
+"""The core of the broker: numbers, stores and routes publications, tracks presence and counts clients.
 
-It serves any number of *peers*: the one worker of a `MemoryEngine`, or the links of the broker process. A peer is only
-an identity here. What is to reach peers goes out through `PeerDelivery`, which is told all the peers of one delivery at
-once, so that the thing is encoded once.
+It serves any number of *peers*, the links to the workers. A peer is only an identity here: deliveries go out through
+`PeerDelivery`, with all recipients of one delivery at once, so that it is encoded once.
 
-Without I/O, and synchronous. Time is an argument, in seconds of a clock that never goes back.
+Each operation of `realtime.pubsub.engine` is one method of `BrokerCore`, marked with `carries_out`. They share a
+signature: the peer that asks, the current time, the request. Without I/O, and synchronous. Time is in seconds of a
+clock that never goes back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
 from realtime.errors import LIMIT_EXCEEDED, ClientError
-from realtime.pubsub.history import PAGE_BYTES, ChannelStreams, IdempotencyCache
-from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
+from realtime.metrics import Counter
+from realtime.pubsub.engine import (
+    AddClient,
+    AddPresence,
+    AdmitClient,
+    Answer,
+    EngineNotice,
+    EngineRequest,
+    GetHistory,
+    GetPresence,
+    GetPresenceStats,
+    GetStats,
+    Publish,
+    RemoveClient,
+    RemoveHistory,
+    RemovePresence,
+    ReportSubscriptions,
+    SendOrder,
+    Subscribe,
+    Unsubscribe,
+)
+from realtime.pubsub.history import ChannelStreams, IdempotencyCache
+from realtime.types import ClientInfo, EngineStats, HistoryPage, Position, Publication
 
 P = TypeVar("P")
 P_contra = TypeVar("P_contra", contravariant=True)
+Core = TypeVar("Core")
+Kind = TypeVar("Kind")
+
+_OPERATIONS: dict[type[Struct], Callable[..., Any]] = {}
+
+
+def carries_out(
+    kind: type[EngineRequest[Answer]],
+) -> Callable[[Callable[[Core, P, float, Kind], Answer]], Callable[[Core, P, float, Kind], Answer]]:
+    """Mark the method that carries out requests of this kind and returns their answer."""
+
+    def register(method: Callable[[Core, P, float, Kind], Answer]) -> Callable[[Core, P, float, Kind], Answer]:
+        _OPERATIONS[kind] = method
+        return method
+
+    return register
+
+
+def takes_note(
+    kind: type[EngineNotice],
+) -> Callable[[Callable[[Core, P, float, Kind], None]], Callable[[Core, P, float, Kind], None]]:
+    """Mark the method that takes note of notices of this kind."""
+
+    def register(method: Callable[[Core, P, float, Kind], None]) -> Callable[[Core, P, float, Kind], None]:
+        _OPERATIONS[kind] = method
+        return method
+
+    return register
 
 
 class PeerDelivery(Protocol[P_contra]):
-    """The way out to the peers. The collections are the exchange's own: read them, and be done before returning."""
+    """Delivers to peers. The collections belong to the core: read them before returning, and do not keep them."""
 
-    def published(self, peers: Collection[P_contra], channel: str, publication: Publication, epoch: str) -> None: ...
+    def deliver_publication(
+        self, peers: Collection[P_contra], channel: str, publication: Publication, epoch: str
+    ) -> None: ...
 
-    def joined(self, peers: Collection[P_contra], channel: str, info: ClientInfo) -> None: ...
+    def deliver_join(self, peers: Collection[P_contra], channel: str, info: ClientInfo) -> None: ...
 
-    def left(self, peers: Collection[P_contra], channel: str, info: ClientInfo) -> None: ...
+    def deliver_leave(self, peers: Collection[P_contra], channel: str, info: ClientInfo) -> None: ...
 
-    def instructed(self, peers: Collection[P_contra], order: bytes) -> None: ...
+    def deliver_order(self, peers: Collection[P_contra], order: bytes) -> None: ...
 
 
 class PresenceEntry(Struct, frozen=True, array_like=True, gc=False):
-    """One client's subscription to a channel that lists (`present`) or announces it."""
+    """One client's subscription to a channel with presence or with joins and leaves (see `AddPresence`).
+
+    Kept in place of the request, which has the channel's name as well: there may be a million.
+    """
 
     info: ClientInfo
     present: bool
@@ -43,154 +98,172 @@ class PresenceEntry(Struct, frozen=True, array_like=True, gc=False):
 
 
 class _PeerState:
-    """What one peer holds: all that goes when it goes."""
+    """State that belongs to one peer and is dropped with it."""
 
-    __slots__ = ("address", "channels", "occupants", "subscriptions", "users")
+    __slots__ = ("address", "channels", "presence", "subscriptions", "users")
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.channels: set[str] = set()
-        self.occupants: dict[str, dict[str, PresenceEntry]] = {}
-        self.users: dict[str, str] = {}  # client -> user, of the connected
+        self.presence: dict[str, dict[str, PresenceEntry]] = {}  # by channel and client
+        self.users: dict[str, str] = {}  # client -> user, of the connected clients
         self.subscriptions = 0
 
 
 class BrokerCore(Generic[P]):
     """Channels, presence and connected clients over all peers.
 
-    max_channels: the most channels with a subscriber, with a history, and with an occupant on one peer, and the most
-    idempotency keys; what would be one more raises ClientError 106.
+    max_channels: limits the channels with a subscriber, the channels with a history, the channels with presence on one
+    peer, and the idempotency keys. A request beyond a limit raises ClientError 106.
+    publications: counts the requests to publish. operations: the bound method for each kind of request and notice.
     """
 
-    def __init__(self, outward: PeerDelivery[P], max_channels: int) -> None:
-        self._outward = outward
-        self._max = max_channels
+    def __init__(self, delivery: PeerDelivery[P], max_channels: int, publications: Counter | None = None) -> None:
+        self._delivery = delivery
+        self._publications = publications or Counter()
+        self._max_channels = max_channels
         self._streams = ChannelStreams(max_channels)
-        self._receipts = IdempotencyCache(max_channels)
+        self._idempotency = IdempotencyCache(max_channels)
         self._routes: dict[str, list[P]] = {}
-        self._holdings: dict[P, _PeerState] = {}
+        self._peers: dict[P, _PeerState] = {}
         self._addresses: dict[str, P] = {}
         self._users: dict[str, int] = {}  # user -> connections
+        self.operations: dict[type[Struct], Callable[[P, float, Any], Any]] = {
+            kind: method.__get__(self) for kind, method in _OPERATIONS.items()
+        }
+
+    def carry_out(self, peer: P, now: float, request: EngineRequest[Answer]) -> Answer:
+        """Carry out a request of a peer and return the answer. Raises ClientError."""
+        answer: Answer = self.operations[type(request)](peer, now, request)
+        return answer
+
+    def take_note(self, peer: P, now: float, notice: EngineNotice) -> None:
+        """Take note of a peer's notice."""
+        self.operations[type(notice)](peer, now, notice)
 
     @property
     def channels(self) -> int:
-        """How many channels have a subscriber."""
+        """The number of channels with a subscriber."""
         return len(self._routes)
 
     @property
     def streams(self) -> int:
-        """How many channels have a history, or a position at least."""
+        """The number of channels with a history, or at least a position."""
         return len(self._streams)
 
     # Peers
 
     def attach(self, peer: P, address: str = "") -> None:
-        """Take a peer in; it holds nothing yet. address: for orders to it alone; if shared, the latest peer's."""
-        self._holdings[peer] = _PeerState(address)
+        """Add a peer without any state. address: for orders to it alone; the latest peer with an address has it."""
+        self._peers[peer] = _PeerState(address)
         self._addresses[address] = peer
 
     def detach(self, peer: P) -> None:
-        """A peer is gone: its clients leave, announced to the others, and are disconnected. Idempotent."""
-        holding = self._holdings.pop(peer, None)
-        if holding is None:
+        """Remove a peer: its clients leave, which the others receive, and are disconnected. Idempotent."""
+        state = self._peers.pop(peer, None)
+        if state is None:
             return
-        if self._addresses.get(holding.address) == peer:
-            del self._addresses[holding.address]
-        for channel in holding.channels:
+        if self._addresses.get(state.address) == peer:
+            del self._addresses[state.address]
+        for channel in state.channels:
             self._unroute(channel, peer)
-        for user in holding.users.values():
-            self._forget_user(user)
-        for channel, occupants in holding.occupants.items():
-            for occupant in occupants.values():
-                self._announce_leave(channel, occupant)
+        for user in state.users.values():
+            self._remove_connection(user)
+        for channel, entries in state.presence.items():
+            for entry in entries.values():
+                self._announce_leave(channel, entry)
+
+    def restore(
+        self,
+        peer: P,
+        channels: Iterable[str],
+        presence: Iterable[AddPresence],
+        clients: Iterable[ClientInfo],
+        *,
+        announce: bool,
+    ) -> None:
+        """Take over state that an earlier stream or broker had granted to this peer, so no limit applies.
+
+        announce: deliver the joins. Their leaves are delivered in any case.
+        """
+        for channel in channels:
+            self._route(channel, peer)
+        for request in presence:
+            self._add_presence(peer, request, announce=announce)
+        for info in clients:
+            self._add_client(peer, info)
 
     # Publications
 
-    def publish(
-        self,
-        now: float,
-        channel: str,
-        data: bytes,
-        retention: HistoryOptions,
-        info: ClientInfo | None = None,
-        tags: dict[str, str] | None = None,
-        idempotency_key: str = "",
-        version: int = 0,
-        version_epoch: str = "",
-        delta: bool = False,
-        binary: bool = False,
-    ) -> Position:
-        """Number, keep and route one publication; see `Engine.publish`."""
-        if idempotency_key:
-            known = self._receipts.recall(now, channel, idempotency_key)
+    @carries_out(Publish)
+    def publish(self, peer: P, now: float, request: Publish) -> Position:
+        self._publications.value += 1
+        channel, key, version = request.channel, request.idempotency_key, request.version
+        if key:
+            known = self._idempotency.recall(now, channel, key)
             if known is not None:
                 return known
         publication: Publication | None
-        if not retention.kept:
-            publication, position = Publication(data, 0, info, tags, delta, binary), Position()
-        elif version and not (stream := self._streams.open(now, channel, retention)).advance(version, version_epoch):
+        if not request.history_options.enabled:
+            publication = Publication(request.data, 0, request.info, request.tags, request.delta, request.binary)
+            position = Position()
+        elif version and not (stream := self._streams.open(now, channel, request.history_options)).advance(
+            version, request.version_epoch
+        ):
             publication, position = None, stream.position
         else:
-            publication, epoch = self._streams.append(now, channel, data, retention, info, tags, delta, binary)
+            publication, epoch = self._streams.append(now, request)
             position = Position(publication.offset, epoch)
-        if idempotency_key:
-            self._receipts.note(now, channel, idempotency_key, position)
+        if key:
+            self._idempotency.store(now, channel, key, position)
         peers = self._routes.get(channel)
         if peers and publication is not None:
-            self._outward.published(peers, channel, publication, position.epoch)
+            self._delivery.deliver_publication(peers, channel, publication, position.epoch)
         return position
 
-    def history(
-        self,
-        now: float,
-        channel: str,
-        retention: HistoryOptions,
-        since: Position | None,
-        limit: int,
-        reverse: bool,
-        max_bytes: int = PAGE_BYTES,
-    ) -> HistoryPage:
-        """A page of a channel's history; see `Engine.history`."""
-        if not retention.kept:
+    @carries_out(GetHistory)
+    def get_history(self, peer: P, now: float, request: GetHistory) -> HistoryPage:
+        if not request.history_options.enabled:
             return HistoryPage([], Position())
-        return self._streams.open(now, channel, retention).page(since, limit, reverse, max_bytes)
+        return self._streams.open(now, request.channel, request.history_options).page(request)
 
-    def remove_history(self, channel: str) -> None:
-        """Drop a channel's publications; offset and epoch go on."""
-        self._streams.remove(channel)
+    @carries_out(RemoveHistory)
+    def remove_history(self, peer: P, now: float, request: RemoveHistory) -> None:
+        self._streams.remove(request.channel)
 
     def sweep(self, now: float, limit: int = 1000) -> bool:
-        """Free what is over, which takes `limit` times 2 microseconds at most. True: there is more; call again soon.
+        """Free expired history and idempotency keys; takes at most `limit` times 2 microseconds.
 
-        To be called every quarter of a second or so.
+        Returns True if there may be more: call again soon. Otherwise call it every quarter of a second or so.
         """
         more = self._streams.sweep(now, limit)
-        return self._receipts.sweep(now, limit) or more
+        return self._idempotency.sweep(now, limit) or more
 
-    def perishable(self) -> bool:
-        """Whether there is anything that could be over some time."""
-        return bool(self._streams or self._receipts)
+    def has_expirable(self) -> bool:
+        """Whether there is history or an idempotency key, which `sweep` has to look at."""
+        return bool(self._streams or self._idempotency)
 
     # Routing
 
-    def subscribe(self, peer: P, channel: str, *, again: bool = False) -> None:
-        """Route the channel to this peer from now on. Idempotent.
-
-        again: the peer was promised it before, by an exchange that is gone, so no limit applies.
-        """
-        if not again and channel not in self._routes and len(self._routes) >= self._max:
+    @carries_out(Subscribe)
+    def subscribe(self, peer: P, now: float, request: Subscribe) -> None:
+        channel = request.channel
+        if channel not in self._routes and len(self._routes) >= self._max_channels:
             raise ClientError(*LIMIT_EXCEEDED)
-        held = self._holdings[peer].channels
-        if channel not in held:
-            held.add(channel)
-            self._routes.setdefault(channel, []).append(peer)
+        self._route(channel, peer)
 
-    def unsubscribe(self, peer: P, channel: str) -> None:
-        """Undo `subscribe`. Idempotent."""
-        held = self._holdings[peer].channels
-        if channel in held:
-            held.discard(channel)
-            self._unroute(channel, peer)
+    @takes_note(Unsubscribe)
+    def unsubscribe(self, peer: P, now: float, notice: Unsubscribe) -> None:
+        channels = self._peers[peer].channels
+        if notice.channel in channels:
+            channels.discard(notice.channel)
+            self._unroute(notice.channel, peer)
+
+    def _route(self, channel: str, peer: P) -> None:
+        channels = self._peers[peer].channels
+        if channel not in channels:
+            channels.add(channel)
+            self._routes.setdefault(channel, []).append(peer)
 
     def _unroute(self, channel: str, peer: P) -> None:
         peers = self._routes[channel]
@@ -198,112 +271,109 @@ class BrokerCore(Generic[P]):
         if not peers:
             del self._routes[channel]
 
-    def instruct(self, order: bytes, address: str = "") -> int:
-        """Pass an order to every peer, or to the one of this address; to how many."""
-        peers: Collection[P] = self._holdings.keys()
-        if address:
-            peers = [self._addresses[address]] if address in self._addresses else []
-        if peers:
-            self._outward.instructed(peers, order)
-        return len(peers)
+    @carries_out(SendOrder)
+    def send_order(self, peer: P, now: float, request: SendOrder) -> int:
+        recipients: Collection[P] = self._peers.keys()
+        if request.worker:
+            recipients = [self._addresses[request.worker]] if request.worker in self._addresses else []
+        if recipients:
+            self._delivery.deliver_order(recipients, request.order)
+        return len(recipients)
 
     # Presence
 
-    def enter(
-        self,
-        peer: P,
-        channel: str,
-        info: ClientInfo,
-        *,
-        present: bool,
-        announce: bool,
-        again: bool = False,
-        quiet: bool = False,
-    ) -> None:
-        """A client's subscription began; see `Engine.enter`. Repeated, it only changes what is known of the client.
+    @carries_out(AddPresence)
+    def add_presence(self, peer: P, now: float, request: AddPresence) -> None:
+        by_channel = self._peers[peer].presence
+        tracked = request.present or request.announce
+        if tracked and request.channel not in by_channel and len(by_channel) >= self._max_channels:
+            raise ClientError(*LIMIT_EXCEEDED)
+        self._add_presence(peer, request, announce=True)
 
-        again: as for `subscribe`. quiet: it is not announced now, only its end will be.
-        """
-        if not (present or announce):
+    def _add_presence(self, peer: P, request: AddPresence, *, announce: bool) -> None:
+        channel, info = request.channel, request.info
+        if not (request.present or request.announce):
             return
-        held = self._holdings[peer].occupants
-        occupants = held.get(channel)
-        if occupants is None:
-            if len(held) >= self._max and not again:
-                raise ClientError(*LIMIT_EXCEEDED)
-            occupants = held[channel] = {}
-        known = info.client in occupants
-        occupants[info.client] = PresenceEntry(info, present, announce)
+        entries = self._peers[peer].presence.setdefault(channel, {})
+        is_known = info.client in entries
+        entries[info.client] = PresenceEntry(info, request.present, request.announce)
         peers = self._routes.get(channel)
-        if announce and peers and not (known or quiet):
-            self._outward.joined(peers, channel, info)
+        if announce and request.announce and peers and not is_known:
+            self._delivery.deliver_join(peers, channel, info)
 
-    def leave(self, peer: P, channel: str, client: str) -> None:
-        """A client's subscription ended; announced if its beginning was. Idempotent."""
-        held = self._holdings[peer].occupants
-        occupants = held.get(channel)
-        occupant = occupants.pop(client, None) if occupants is not None else None
-        if occupant is None:
+    @carries_out(RemovePresence)
+    def remove_presence(self, peer: P, now: float, request: RemovePresence) -> None:
+        by_channel = self._peers[peer].presence
+        entries = by_channel.get(request.channel)
+        entry = entries.pop(request.client, None) if entries is not None else None
+        if entry is None:
             return
-        if not occupants:
-            del held[channel]
-        self._announce_leave(channel, occupant)
+        if not entries:
+            del by_channel[request.channel]
+        self._announce_leave(request.channel, entry)
 
-    def _announce_leave(self, channel: str, occupant: PresenceEntry) -> None:
+    def _announce_leave(self, channel: str, entry: PresenceEntry) -> None:
         peers = self._routes.get(channel)
-        if occupant.announce and peers:
-            self._outward.left(peers, channel, occupant.info)
+        if entry.announce and peers:
+            self._delivery.deliver_leave(peers, channel, entry.info)
 
-    def presence(self, channel: str) -> dict[str, ClientInfo]:
-        """Who is present, by client id."""
-        return {info.client: info for info in self._present(channel)}
+    @carries_out(GetPresence)
+    def get_presence(self, peer: P, now: float, request: GetPresence) -> dict[str, ClientInfo]:
+        return {info.client: info for info in self._present(request.channel)}
 
-    def presence_stats(self, channel: str) -> tuple[int, int]:
-        """The numbers of clients present and of distinct users among them."""
-        users = [info.user for info in self._present(channel)]
+    @carries_out(GetPresenceStats)
+    def get_presence_stats(self, peer: P, now: float, request: GetPresenceStats) -> tuple[int, int]:
+        users = [info.user for info in self._present(request.channel)]
         return len(users), len(set(users))
 
     def _present(self, channel: str) -> Iterator[ClientInfo]:
-        for holding in self._holdings.values():
-            for occupant in holding.occupants.get(channel, {}).values():
-                if occupant.present:
-                    yield occupant.info
+        for state in self._peers.values():
+            for entry in state.presence.get(channel, {}).values():
+                if entry.present:
+                    yield entry.info
 
-    # The census
+    # Clients and statistics
 
-    def connected(self, peer: P, info: ClientInfo) -> None:
-        """A client connected to this peer."""
-        self.disconnected(peer, info.client)
-        self._holdings[peer].users[info.client] = info.user
-        self._users[info.user] = self._users.get(info.user, 0) + 1
+    @takes_note(AddClient)
+    def add_client(self, peer: P, now: float, notice: AddClient) -> None:
+        self._add_client(peer, notice.info)
 
-    def admit(self, peer: P, info: ClientInfo, limit: int) -> bool:
-        """A client asks to connect to this peer; see `Engine.admit`."""
-        if limit and info.user and self._users.get(info.user, 0) >= limit:
+    @carries_out(AdmitClient)
+    def admit_client(self, peer: P, now: float, request: AdmitClient) -> bool:
+        info = request.info
+        if request.limit and info.user and self._users.get(info.user, 0) >= request.limit:
             return False
-        self.connected(peer, info)
+        self._add_client(peer, info)
         return True
 
-    def disconnected(self, peer: P, client: str) -> None:
-        """A client of this peer is gone. Idempotent."""
-        user = self._holdings[peer].users.pop(client, None)
-        if user is not None:
-            self._forget_user(user)
+    def _add_client(self, peer: P, info: ClientInfo) -> None:
+        self._remove_client(peer, info.client)
+        self._peers[peer].users[info.client] = info.user
+        self._users[info.user] = self._users.get(info.user, 0) + 1
 
-    def _forget_user(self, user: str) -> None:
-        left = self._users[user] - 1
-        if left:
-            self._users[user] = left
+    @takes_note(RemoveClient)
+    def remove_client(self, peer: P, now: float, notice: RemoveClient) -> None:
+        self._remove_client(peer, notice.client)
+
+    def _remove_client(self, peer: P, client: str) -> None:
+        user = self._peers[peer].users.pop(client, None)
+        if user is not None:
+            self._remove_connection(user)
+
+    def _remove_connection(self, user: str) -> None:
+        remaining = self._users[user] - 1
+        if remaining:
+            self._users[user] = remaining
         else:
             del self._users[user]
 
-    def tally(self, peer: P, subscriptions: int) -> None:
-        """How many subscriptions this peer holds now."""
-        self._holdings[peer].subscriptions = subscriptions
+    @takes_note(ReportSubscriptions)
+    def report_subscriptions(self, peer: P, now: float, notice: ReportSubscriptions) -> None:
+        self._peers[peer].subscriptions = notice.subscriptions
 
-    def census(self) -> EngineStats:
-        """The counts over all peers."""
-        holdings = self._holdings.values()
-        clients = sum(len(holding.users) for holding in holdings)
-        subscriptions = sum(holding.subscriptions for holding in holdings)
+    @carries_out(GetStats)
+    def get_stats(self, peer: P, now: float, request: GetStats) -> EngineStats:
+        states = self._peers.values()
+        clients = sum(len(state.users) for state in states)
+        subscriptions = sum(state.subscriptions for state in states)
         return EngineStats(clients, len(self._users), len(self._routes), subscriptions)

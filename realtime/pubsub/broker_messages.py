@@ -1,303 +1,182 @@
-"""The data plane: what a worker and the broker say to each other, and its bytes.
+"""Messages between a worker and the broker process, and their bytes.
 
-A stream between them is a row of frames in each direction: 4 bytes of length, big-endian, then a message of that many
-bytes. A message is a MessagePack array: the number of its kind, then its fields. The format is private to one version
-of this package; `VERSION` is in the first message of either side.
+A stream between them carries frames in both directions. A frame is 4 bytes of length, 8 bytes of request number (both
+big-endian), then a body of that length in MessagePack. Number 0 means that no answer belongs to the frame.
 
     worker                                              broker
-    Hello, Restore ..., Tally                ------->
+    Hello, Restore ..., ReportSubscriptions  ------->
                                              <-------   Welcome
-    a request (it has an `id`)               ------->
-                                             <-------   its answer (the same `id`), or Failed
-    Unsubscribe, Connected, Disconnected,    ------->
-    Tally, a request with id 0
-                                             <-------   Published, Joined, Left, Instructed
+    an EngineRequest, with a number          ------->
+                                             <-------   its answer (the same number), or RequestFailed
+    an EngineNotice, or a request without    ------->
+    a number
+                                             <-------   Published, Joined, Left, OrderSent
 
-Either side works off what it gets in order, and its answers keep that order: the answer to a request comes after all
-that was routed before it, and before all that is routed after it.
+The body of a message is an array: the number of its kind, then its fields. The body of an answer is the bare value,
+whose type follows from the request (`answer_decoder`). Kinds and types are derived from the Structs of
+`realtime.pubsub.engine`, so a new operation changes nothing here. The format is private to one version of this package:
+either side sends `VERSION` in its first message, and a new format raises it.
+
+Both sides process frames in order, and answers keep that order: the answer to a request comes after all deliveries
+that precede it in the broker, and before all that follow it.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Union, get_args
 
 import msgspec
 from msgspec import Struct
 
 from realtime.errors import RealtimeError
-from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
+from realtime.pubsub.engine import AddPresence, Answer, EngineNotice, EngineRequest
+from realtime.types import ClientInfo, Publication
 
-VERSION = 2
+VERSION = 3
 
 FRAME_LIMIT = 16 * 1024 * 1024
-"""Bytes of the longest message."""
+"""Upper limit in bytes of a frame's body."""
 
-_LENGTH = struct.Struct(">I")
-_PREFIX = _LENGTH.size
-_length_at = _LENGTH.unpack_from
+_HEAD = struct.Struct(">IQ")  # the number counts up for the life of a worker, so 32 bits would not last
+_HEAD_SIZE = _HEAD.size
+_pack_head = _HEAD.pack
+_head_at = _HEAD.unpack_from
 
 
 class BadFrame(RealtimeError):
-    """Bytes that are no frame of the data plane, or a message that is too long for one."""
+    """Bytes that are no frame or no message of the right kind, or a message too long for a frame."""
 
 
 class BrokerMessage(Struct, array_like=True, frozen=True, gc=False):
-    """Any message. Kinds have numbers: a new one gets a new number."""
-
-
-class BrokerRequest(BrokerMessage, frozen=True, gc=False):
-    """id: comes back in the answer; 0 if none is wanted."""
-
-    id: int
+    """A message that is neither a request nor a notice. Each direction numbers its kinds on its own."""
 
 
 class Hello(BrokerMessage, tag=1, frozen=True, gc=False):
-    """The worker's first message. instance: what Welcome said on the stream before this one, "" if there was none."""
+    """The worker's first message. instance: as in the Welcome of its previous stream, "" without one."""
 
     version: int
     instance: str
 
 
 class Restore(BrokerMessage, tag=2, frozen=True, gc=False):
-    """A part of what the worker holds, in one or more messages after Hello.
-
-    occupants: (channel, info, present, announce), the arguments of `Engine.enter`. clients: the connected ones.
-    """
+    """A part of the worker's state, in one or more messages after Hello. clients: those connected."""
 
     channels: list[str]
-    occupants: list[tuple[str, ClientInfo, bool, bool]]
+    presence: list[AddPresence]
     clients: list[ClientInfo]
 
 
-class Publish(BrokerRequest, tag=3, frozen=True, gc=False):
-    channel: str
-    data: bytes
-    retention: HistoryOptions
-    info: ClientInfo | None
-    tags: dict[str, str] | None
-    idempotency_key: str
-    version: int
-    version_epoch: str
-    delta: bool
-    binary: bool
-
-
-class Subscribe(BrokerRequest, tag=4, frozen=True, gc=False):
-    channel: str
-
-
-class Unsubscribe(BrokerMessage, tag=5, frozen=True, gc=False):
-    channel: str
-
-
-class History(BrokerRequest, tag=6, frozen=True, gc=False):
-    channel: str
-    retention: HistoryOptions
-    since: Position | None
-    limit: int
-    reverse: bool
-    max_bytes: int
-
-
-class RemoveHistory(BrokerRequest, tag=7, frozen=True, gc=False):
-    channel: str
-
-
-class Enter(BrokerRequest, tag=8, frozen=True, gc=False):
-    channel: str
-    info: ClientInfo
-    present: bool
-    announce: bool
-
-
-class Leave(BrokerRequest, tag=9, frozen=True, gc=False):
-    channel: str
-    client: str
-
-
-class Presence(BrokerRequest, tag=10, frozen=True, gc=False):
-    channel: str
-
-
-class PresenceStats(BrokerRequest, tag=11, frozen=True, gc=False):
-    channel: str
-
-
-class Connected(BrokerMessage, tag=12, frozen=True, gc=False):
-    info: ClientInfo
-
-
-class Disconnected(BrokerMessage, tag=13, frozen=True, gc=False):
-    client: str
-
-
-class Tally(BrokerMessage, tag=14, frozen=True, gc=False):
-    subscriptions: int
-
-
-class TakeCensus(BrokerRequest, tag=15, frozen=True, gc=False):
-    pass
-
-
-class Instruct(BrokerRequest, tag=16, frozen=True, gc=False):
-    order: bytes
-    worker: str
-
-
-class Admit(BrokerRequest, tag=17, frozen=True, gc=False):
-    info: ClientInfo
-    limit: int
-
-
 class Welcome(BrokerMessage, tag=1, frozen=True, gc=False):
-    """The broker's answer to Hello. instance: names this run of the broker."""
+    """The broker's answer to Hello. instance: identifies this run of the broker."""
 
     version: int
     instance: str
 
 
 class Published(BrokerMessage, tag=2, frozen=True, gc=False):
+    """Carries `Receiver.on_publication`."""
+
     channel: str
     publication: Publication
     epoch: str
 
 
 class Joined(BrokerMessage, tag=3, frozen=True, gc=False):
+    """Carries `Receiver.on_join`."""
+
     channel: str
     info: ClientInfo
 
 
 class Left(BrokerMessage, tag=4, frozen=True, gc=False):
+    """Carries `Receiver.on_leave`."""
+
     channel: str
     info: ClientInfo
 
 
-class Instructed(BrokerMessage, tag=5, frozen=True, gc=False):
+class OrderSent(BrokerMessage, tag=5, frozen=True, gc=False):
+    """Carries `Receiver.on_order`."""
+
     order: bytes
 
 
-class Done(BrokerMessage, tag=6, frozen=True, gc=False):
-    """The answer to a request that has no result."""
+class RequestFailed(BrokerMessage, tag=12, frozen=True, gc=False):
+    """The request of this number failed with an `errors.ClientError` of these fields."""
 
-    id: int
-    result: None = None
-
-
-class Placed(BrokerMessage, tag=7, frozen=True, gc=False):
-    id: int
-    result: Position
-
-
-class Page(BrokerMessage, tag=8, frozen=True, gc=False):
-    id: int
-    result: HistoryPage
-
-
-class Present(BrokerMessage, tag=9, frozen=True, gc=False):
-    id: int
-    result: dict[str, ClientInfo]
-
-
-class Stats(BrokerMessage, tag=10, frozen=True, gc=False):
-    id: int
-    result: tuple[int, int]
-
-
-class Counted(BrokerMessage, tag=11, frozen=True, gc=False):
-    id: int
-    result: EngineStats
-
-
-class Failed(BrokerMessage, tag=12, frozen=True, gc=False):
-    """The request failed with `errors.ClientError` of these fields."""
-
-    id: int
+    request: int
     code: int
     message: str
     temporary: bool
 
 
-class Reached(BrokerMessage, tag=13, frozen=True, gc=False):
-    id: int
-    result: int
-
-
-class Admitted(BrokerMessage, tag=14, frozen=True, gc=False):
-    id: int
-    result: bool
-
-
-Answer = Done | Placed | Page | Present | Stats | Counted | Reached | Admitted
-ToBroker = (
-    Hello
-    | Restore
-    | Publish
-    | Subscribe
-    | Unsubscribe
-    | History
-    | RemoveHistory
-    | Enter
-    | Leave
-    | Presence
-    | PresenceStats
-    | Connected
-    | Disconnected
-    | Tally
-    | TakeCensus
-    | Instruct
-    | Admit
-)
-ToWorker = Welcome | Published | Joined | Left | Instructed | Answer | Failed
+REQUESTS: tuple[type[EngineRequest[Any]], ...] = tuple(EngineRequest.__subclasses__())
+NOTICES: tuple[type[EngineNotice], ...] = tuple(EngineNotice.__subclasses__())
+TO_BROKER: tuple[type[Struct], ...] = (Hello, Restore, *REQUESTS, *NOTICES)
+TO_WORKER: tuple[type[Struct], ...] = (Welcome, Published, Joined, Left, OrderSent, RequestFailed)
 
 _encode = msgspec.msgpack.Encoder().encode
 
 
-def pack(message: BrokerMessage) -> bytes:
-    """The frame of a message. Raises BadFrame if it would be longer than FRAME_LIMIT."""
+def pack(message: object, number: int = 0) -> bytes:
+    """Return the frame of a message or an answer. Raises BadFrame for a body longer than FRAME_LIMIT.
+
+    number: of the request, in its frame and in its answer's; 0 for none.
+    """
     body = _encode(message)
     length = len(body)
     if length > FRAME_LIMIT:
         raise BadFrame(f"a message of {length} bytes is longer than {FRAME_LIMIT}")
-    return _LENGTH.pack(length) + body
+    return _pack_head(length, number) + body
 
 
-class Decoder:
-    """Bytes as they come, cut anywhere, to messages. Linear in the bytes, however they are cut.
+def message_decoder(kinds: tuple[type[Struct], ...]) -> Callable[[bytes], Any]:
+    """Return a function from the body of a frame to a message. kinds: `TO_BROKER` or `TO_WORKER`.
 
-    kinds: `ToBroker` or `ToWorker`.
+    The function raises ValueError or RecursionError for any other body.
     """
+    return msgspec.msgpack.Decoder(Union[kinds]).decode  # noqa: UP007 (a union of a tuple)
 
-    def __init__(self, kinds: object) -> None:
-        self._decode = msgspec.msgpack.Decoder(kinds).decode
+
+def answer_decoder(kind: type[EngineRequest[Answer]]) -> Callable[[bytes], Answer]:
+    """Return a function from the body of a frame to the answer of a request of this kind. It raises as above."""
+    return msgspec.msgpack.Decoder(answer_type(kind)).decode
+
+
+def answer_type(kind: type[EngineRequest[Any]]) -> Any:
+    """The type of the answer to requests of this kind: `Answer` in its base class `EngineRequest[Answer]`."""
+    (base,) = (base for base in kind.__orig_bases__ if get_args(base))  # type: ignore[attr-defined]
+    return get_args(base)[0]
+
+
+class FrameReader:
+    """Splits a byte stream, cut anywhere, into frames. Linear in the bytes, however they are cut."""
+
+    def __init__(self) -> None:
         self._rest = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[BrokerMessage]:
-        """The messages that are whole now. Walk the iterator to its end before feeding more.
+    def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """Yield the number and the body of each complete frame. Exhaust the iterator before feeding more.
 
-        Raises BadFrame for a length over FRAME_LIMIT, and for anything that is not a message of the right kind and
-        types; the decoder is of no more use then.
+        Raises BadFrame for a length over FRAME_LIMIT; the reader is of no use afterwards.
         """
         rest = self._rest
         if rest:
             rest += data
-            if len(rest) < _PREFIX or len(rest) - _PREFIX < _length_at(rest)[0] <= FRAME_LIMIT:
+            if len(rest) < _HEAD_SIZE or len(rest) - _HEAD_SIZE < _head_at(rest)[0] <= FRAME_LIMIT:
                 return
             data, self._rest = bytes(rest), bytearray()
-        decode, at, last = self._decode, 0, len(data) - _PREFIX
+        at, last = 0, len(data) - _HEAD_SIZE
         while at <= last:
-            (length,) = _length_at(data, at)
+            length, number = _head_at(data, at)
             if length > FRAME_LIMIT:
                 raise BadFrame(f"a frame of {length} bytes is longer than {FRAME_LIMIT}")
-            start = at + _PREFIX
+            start = at + _HEAD_SIZE
             end = start + length
             if end > len(data):
                 break
-            try:
-                message = decode(data[start:end])
-            except (ValueError, RecursionError) as error:
-                # msgspec's own errors and UnicodeDecodeError are ValueErrors.
-                raise BadFrame(f"not a message: {error}") from error
-            yield message
+            yield number, data[start:end]
             at = end
         self._rest += memoryview(data)[at:]

@@ -1,139 +1,232 @@
-"""The engine: what numbers, keeps and routes publications, and knows who is present.
+"""The engine contract: numbers, stores and routes publications, tracks presence and counts clients, over all workers.
 
-Everything above talks to the `Engine` protocol and does not know which one it has: `MemoryEngine` in this process
-(tests, one worker), or the broker process behind a socket (`realtime.broker.process`). One contract suite,
-tests/contracts/, holds both to the same behaviour.
+The core talks to an `Engine` and does not know the implementation. There is one embedded engine, the broker process
+(`realtime.broker.process`), which every worker reaches through `realtime.worker.engine`, also when there is one worker
+alone: history and presence then survive a crash or a reload of that worker.
 
-What reaches a worker from the engine, it gets by calls on its `Receiver`, on the loop's thread, in order: the
-publications of one channel arrive in offset order, and a publication that an answer to `history` already counted
-never arrives after that answer.
+An engine has two methods. `Engine.ask` carries out a request and returns its answer; `Engine.tell` reports a fact and
+has none. Each operation is one Struct below, which the caller builds and which travels whole. A subclass of
+`EngineRequest[Answer]` names the type of its answer. To add an operation, write its Struct here, a method of
+`realtime.pubsub.broker_core.BrokerCore` marked with `carries_out`, and the call; the bytes are derived.
+
+Order is part of the contract:
+
+* An engine carries out the requests and notices of one worker in the order of the calls, awaited or not.
+* It calls `Receiver` in the loop's thread. The publications of a channel arrive in the order of their offsets.
+* A publication that an answer already counts (`GetHistory`, `Publish`) arrives before that answer; all others arrive
+  after it.
+
+An engine remembers what a worker subscribed to, who is present and who is connected through it, and restores that on
+its own after an interruption. When a worker dies, the engine drops the worker's subscriptions, removes its presence
+(subscribers receive the leaves) and no longer counts its clients.
+
+tests/pubsub/test_engine.py runs one suite over every engine.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Awaitable
+from typing import Generic, Protocol, TypeVar
 
-from realtime.pubsub.history import PAGE_BYTES
+from msgspec import Struct
+
 from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
+
+PAGE_BYTES = 12 * 1024 * 1024
+"""Upper limit in bytes of one page of history, so that a page fits into one frame between broker and worker.
+
+A page always holds at least one publication, so paging on reads everything. A recovery needs one page: a client whose
+missed publications exceed it does not recover.
+"""
+
+Answer = TypeVar("Answer")
+
+
+class EngineRequest(Struct, Generic[Answer], frozen=True, array_like=True, gc=False):
+    """An operation whose answer has the type `Answer`.
+
+    The tag of each subclass is its number on the wire. A number that an earlier version used gets no other meaning.
+    """
+
+
+class EngineNotice(Struct, frozen=True, array_like=True, gc=False):
+    """A fact that an engine takes note of without an answer. Tags share one range of numbers with `EngineRequest`."""
+
+
+# Publications and history
+
+
+class Publish(EngineRequest[Position], tag=3, frozen=True, gc=False):
+    """Number, store and route one publication. Answer: its position, or (0, "") without history.
+
+    history_options: of the channel; HistoryOptions() routes the publication without a number and stores nothing.
+    idempotency_key: a repeat within 300 s on the same channel publishes nothing and returns the first position.
+    version: of the state that `data` describes, up to 2**64 - 1; 0 for none. If the channel has published this version
+    or a later one, nothing is published, and the answer is the position of the top. version_epoch: a value other than
+    the last one restarts the versions; "" never does. Without history there is nothing to compare with, and both are
+    ignored (client protocol, section 7.1). delta, binary: see `Publication`.
+    """
+
+    channel: str
+    data: bytes
+    history_options: HistoryOptions
+    info: ClientInfo | None = None
+    tags: dict[str, str] | None = None
+    idempotency_key: str = ""
+    version: int = 0
+    version_epoch: str = ""
+    delta: bool = False
+    binary: bool = False
+
+
+class GetHistory(EngineRequest[HistoryPage], tag=6, frozen=True, gc=False):
+    """Read publications after `since` (exclusive), oldest first. Answer: the page, with the current top of the stream.
+
+    limit: 0 for the position alone, -1 for all stored publications. reverse: newest first, those before `since`.
+    max_bytes: ends the page early, though never before its first publication; values over PAGE_BYTES count as
+    PAGE_BYTES. Without history (`history_options.enabled`): no publications and (0, "").
+    A query for an unknown channel creates its epoch, and keeps it. The caller compares `since.epoch`.
+    """
+
+    channel: str
+    history_options: HistoryOptions
+    since: Position | None = None
+    limit: int = 0
+    reverse: bool = False
+    max_bytes: int = PAGE_BYTES
+
+
+class RemoveHistory(EngineRequest[None], tag=7, frozen=True, gc=False):
+    """Drop the stored publications of a channel. Offset and epoch continue."""
+
+    channel: str
+
+
+# Routing
+
+
+class Subscribe(EngineRequest[None], tag=4, frozen=True, gc=False):
+    """Deliver the channel's publications, joins and leaves to this worker's receiver from now on. Idempotent."""
+
+    channel: str
+
+
+class Unsubscribe(EngineNotice, tag=5, frozen=True, gc=False):
+    """Undo `Subscribe`. Idempotent; a subscription that failed needs it too."""
+
+    channel: str
+
+
+class SendOrder(EngineRequest[int], tag=16, frozen=True, gc=False):
+    """Deliver an order to every worker, this one included. Answer: the number of workers it was sent to.
+
+    order: opaque to the engine (`realtime.protocol.orders`). worker: the address of the only recipient, "" for all.
+    """
+
+    order: bytes
+    worker: str = ""
+
+
+# Presence
+
+
+class AddPresence(EngineRequest[None], tag=8, frozen=True, gc=False):
+    """Add a client's subscription to the channel. Repeated for a client, it replaces `info` without a second join.
+
+    present: list the client in `GetPresence`. announce: deliver a join now and a leave at the end to the subscribers.
+    """
+
+    channel: str
+    info: ClientInfo
+    present: bool
+    announce: bool
+
+
+class RemovePresence(EngineRequest[None], tag=9, frozen=True, gc=False):
+    """Remove a client's subscription; delivers a leave if `AddPresence` delivered a join. Idempotent."""
+
+    channel: str
+    client: str
+
+
+class GetPresence(EngineRequest[dict[str, ClientInfo]], tag=10, frozen=True, gc=False):
+    """List the clients that are present. Answer: their infos by client id."""
+
+    channel: str
+
+
+class GetPresenceStats(EngineRequest[tuple[int, int]], tag=11, frozen=True, gc=False):
+    """Count presence. Answer: the number of clients present, and of distinct users among them."""
+
+    channel: str
+
+
+# Clients and statistics
+
+
+class AddClient(EngineNotice, tag=12, frozen=True, gc=False):
+    """Count a client as connected to this worker. Only its user and client id matter."""
+
+    info: ClientInfo
+
+
+class AdmitClient(EngineRequest[bool], tag=17, frozen=True, gc=False):
+    """Count a client as `AddClient` does, unless its user has `limit` connections already, over all workers.
+
+    Answer: whether it was counted; if the request fails, it was not. limit: 0 for none. The anonymous user has none.
+    """
+
+    info: ClientInfo
+    limit: int
+
+
+class RemoveClient(EngineNotice, tag=13, frozen=True, gc=False):
+    """Stop counting a client of this worker. Idempotent."""
+
+    client: str
+
+
+class ReportSubscriptions(EngineNotice, tag=14, frozen=True, gc=False):
+    """Report this worker's current number of subscriptions, for `GetStats`."""
+
+    subscriptions: int
+
+
+class GetStats(EngineRequest[EngineStats], tag=15, frozen=True, gc=False):
+    """Count clients, users, channels and subscriptions over all workers."""
 
 
 class Receiver(Protocol):
-    """What an engine needs of its worker: somewhere to deliver. The hub is one."""
+    """The worker's end of an engine: deliveries arrive here. The hub is one."""
 
-    def published(self, channel: str, publication: Publication, epoch: str) -> None:
-        """A publication of a channel that this worker subscribed to. epoch: "" when the channel keeps no history."""
+    def on_publication(self, channel: str, publication: Publication, epoch: str) -> None:
+        """Handle a publication of a subscribed channel. epoch: "" when the channel keeps no history."""
 
-    def joined(self, channel: str, info: ClientInfo) -> None:
-        """A client entered a channel that announces it."""
+    def on_join(self, channel: str, info: ClientInfo) -> None:
+        """Handle the join of a client (see `AddPresence.announce`)."""
 
-    def left(self, channel: str, info: ClientInfo) -> None:
-        """A client left a channel that announces it."""
+    def on_leave(self, channel: str, info: ClientInfo) -> None:
+        """Handle the leave of a client."""
 
-    def instructed(self, order: bytes) -> None:
-        """An order to this worker (see `Engine.instruct`)."""
+    def on_order(self, order: bytes) -> None:
+        """Carry out an order to this worker (see `SendOrder`)."""
 
-    def interrupted(self) -> None:
-        """Continuity was lost, and is restored now: publications may be missing in every channel.
+    def on_interruption(self) -> None:
+        """Handle a restored connection: publications may be missing in every channel.
 
-        The engine knows this worker's subscriptions and present clients again when it calls this.
+        The engine has restored this worker's subscriptions, presence and clients before it calls this.
         """
 
 
 class Engine(Protocol):
-    """What is asked of an engine is worked off in the order in which it was asked, whether it is waited for or not.
+    """See the module for the contract."""
 
-    Every coroutine may raise EngineUnavailable; then nothing was accepted or changed as far as the engine knows. It may
-    also raise ClientError 106, when a limit of the engine (channels, idempotency keys, the size of a message)
-    leaves no room for what was asked.
-    """
+    def ask(self, request: EngineRequest[Answer]) -> Awaitable[Answer]:
+        """Carry out a request; await the answer at once.
 
-    async def publish(
-        self,
-        channel: str,
-        data: bytes,
-        *,
-        retention: HistoryOptions,
-        info: ClientInfo | None = None,
-        tags: dict[str, str] | None = None,
-        idempotency_key: str = "",
-        version: int = 0,
-        version_epoch: str = "",
-        delta: bool = False,
-        binary: bool = False,
-    ) -> Position:
-        """Number, keep and route one publication; its position, or (0, "") when `retention` keeps nothing.
-
-        idempotency_key: a repeat within 300 s on the same channel publishes nothing and returns the first position.
-        version: of what `data` describes, up to 2**64 - 1. If the history has had this version or a later one already,
-        nothing is published, and the position is that of the top; 0 for no version. version_epoch: another one than
-        before starts the versions anew, "" does not. Without history there is nothing to compare with. (Client
-        protocol, section 7.1.) delta, binary: see `Publication`.
+        Awaiting raises EngineUnavailable when there is no answer; whether the request was carried out is then unknown.
+        It raises ClientError 106 when a limit of the engine leaves no room (channels, idempotency keys, message size).
         """
 
-    async def subscribe(self, channel: str) -> None:
-        """Have the channel's publications, joins and leaves delivered to the receiver from now on."""
-
-    def unsubscribe(self, channel: str) -> None:
-        """Undo `subscribe`. Never fails; without an engine there is nothing to undo."""
-
-    async def history(
-        self,
-        channel: str,
-        *,
-        retention: HistoryOptions,
-        since: Position | None = None,
-        limit: int = 0,
-        reverse: bool = False,
-        max_bytes: int = PAGE_BYTES,
-    ) -> HistoryPage:
-        """Publications after `since` (exclusive), oldest first, and the current top of the stream.
-
-        limit: 0 for the position alone, -1 for all that is kept. reverse: newest first, those before `since`.
-        max_bytes: a page ends before its limit when it would be longer, but holds one publication at least; never more
-        than PAGE_BYTES. Without `retention.kept`: nothing, (0, "").
-        An unknown channel gets its epoch here, and keeps it. Whether `since.epoch` fits is for the caller to judge.
-        """
-
-    async def remove_history(self, channel: str) -> None:
-        """Drop the publications; offset and epoch go on."""
-
-    async def enter(self, channel: str, info: ClientInfo, *, present: bool, announce: bool) -> None:
-        """A client's subscription began. present: list it in `presence`. announce: tell subscribers (`joined`).
-
-        Again for the same client: its `info` is another now, which is announced to nobody. Should this worker die, the
-        engine makes the client leave.
-        """
-
-    async def leave(self, channel: str, client: str) -> None:
-        """A client's subscription ended; announced if `enter` was."""
-
-    async def presence(self, channel: str) -> dict[str, ClientInfo]:
-        """Who is present, by client id."""
-
-    async def presence_stats(self, channel: str) -> tuple[int, int]:
-        """The number of clients present, and of distinct users among them."""
-
-    def connected(self, info: ClientInfo) -> None:
-        """A client connected to this worker. Never fails."""
-
-    async def admit(self, info: ClientInfo, limit: int) -> bool:
-        """Count a client as `connected`, unless its user has `limit` connections already, over all workers.
-
-        False: it was not counted. No limit applies to the anonymous user, and 0 is none. If this raises, the client is
-        not counted either.
-        """
-
-    def disconnected(self, client: str) -> None:
-        """A client of this worker is gone. Never fails."""
-
-    def tally(self, subscriptions: int) -> None:
-        """How many subscriptions this worker holds now, for the census. Never fails."""
-
-    async def census(self) -> EngineStats:
-        """The counts over all workers."""
-
-    async def instruct(self, order: bytes, *, worker: str = "") -> int:
-        """Pass an order to every worker, this one included; to how many it was passed. Its meaning is the caller's.
-
-        worker: the address of the only one that is to have it.
-        """
+    def tell(self, notice: EngineNotice) -> None:
+        """Report a fact. Never fails: an engine that is away learns it when it is back."""

@@ -20,14 +20,11 @@ from typing import Generic, TypeVar
 from msgspec import Struct
 
 from realtime.errors import LIMIT_EXCEEDED, ClientError
-from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, Publication
+from realtime.pubsub.engine import PAGE_BYTES, GetHistory, Publish
+from realtime.types import HistoryOptions, HistoryPage, Position, Publication
 
 IDEMPOTENCY_TTL = 300.0
 """Seconds for which an idempotency key is remembered (client protocol, section 7.1)."""
-
-PAGE_BYTES = 12 * 1024 * 1024
-"""The most bytes of one page, so that it fits into one frame of the data plane. A page always holds one publication, so
-a caller who pages on gets everything; a recovery that would be larger is not a recovery."""
 
 SHORT = 128
 """Publications that are moved up at once when the oldest is dropped; in a longer list its place is left empty."""
@@ -86,14 +83,14 @@ class ChannelStream(Struct, eq=False, gc=False):
         """The time from which the stream may be forgotten as a whole: when idle for long enough, and empty."""
         return max(self.idle_until, self.expires)
 
-    def touch(self, now: float, retention: HistoryOptions) -> bool:
+    def touch(self, now: float, history_options: HistoryOptions) -> bool:
         """Note an access, and drop the publications whose time is over. False: the stream itself is over."""
         if now >= self.expires:
             if now >= self.idle_until:
                 return False
             if self._kept:
                 self.clear()
-        self.idle_until = now + retention.meta_ttl
+        self.idle_until = now + history_options.meta_ttl
         return True
 
     def expire(self, now: float) -> None:
@@ -107,25 +104,16 @@ class ChannelStream(Struct, eq=False, gc=False):
         self._head = 0
         self.expires = _PAST
 
-    def append(
-        self,
-        now: float,
-        data: bytes,
-        retention: HistoryOptions,
-        info: ClientInfo | None,
-        tags: dict[str, str] | None,
-        delta: bool,
-        binary: bool,
-    ) -> Publication:
-        """Number and keep one publication; drop the oldest beyond the size."""
+    def append(self, now: float, request: Publish) -> Publication:
+        """Number and store one publication; drop the oldest beyond the size."""
         self.top = top = self.top + 1
-        kept = self._kept
-        excess = len(kept) + 1 - retention.size
+        kept, options = self._kept, request.history_options
+        excess = len(kept) + 1 - options.size
         if excess > self._head:
             self._drop(excess)
-        publication = Publication(data, top, info, tags, delta, binary)
+        publication = Publication(request.data, top, request.info, request.tags, request.delta, request.binary)
         kept.append(publication)
-        self.expires = now + retention.ttl
+        self.expires = now + options.ttl
         return publication
 
     def _drop(self, end: int) -> None:
@@ -146,7 +134,7 @@ class ChannelStream(Struct, eq=False, gc=False):
         self._version = (version, epoch)
         return True
 
-    def page(self, since: Position | None, limit: int, reverse: bool, max_bytes: int = PAGE_BYTES) -> HistoryPage:
+    def page(self, query: GetHistory) -> HistoryPage:
         """A page of what is kept, and the position of the top.
 
         since: exclusive; only its offset counts. Forwards, a page after one that is no longer kept starts at the
@@ -154,15 +142,15 @@ class ChannelStream(Struct, eq=False, gc=False):
         limit: 0 for the position alone, negative for all. max_bytes: where the page ends before that, though not before
         its first publication.
         """
-        oldest = self.top - len(self) + 1
-        if reverse:
+        oldest, since = self.top - len(self) + 1, query.since
+        if query.reverse:
             first = self.top if since is None else since.offset - 1
             wanted: Iterable[int] = range(first, oldest - 1, -1) if first <= self.top else ()
         else:
             first = oldest if since is None else max(since.offset + 1, oldest)
             wanted = range(first, self.top + 1)
-        room = min(max_bytes, PAGE_BYTES)
-        return HistoryPage(self._collect(wanted, limit, room, self._head - oldest), self.position)
+        room = min(query.max_bytes, PAGE_BYTES)
+        return HistoryPage(self._collect(wanted, query.limit, room, self._head - oldest), self.position)
 
     def _collect(self, offsets: Iterable[int], limit: int, room: int, shift: int) -> list[Publication]:
         """The publications of these offsets, `limit` of them at most, and up to `room` bytes.
@@ -229,34 +217,24 @@ class ChannelStreams:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def open(self, now: float, channel: str, retention: HistoryOptions) -> ChannelStream:
+    def open(self, now: float, channel: str, history_options: HistoryOptions) -> ChannelStream:
         """The stream of a channel, made if there is none, and the access noted.
 
         Raises ClientError 106 when it would be one stream too many.
         """
         stream = self._streams.get(channel)
-        if stream is not None and stream.touch(now, retention):
+        if stream is not None and stream.touch(now, history_options):
             return stream
         if stream is None and len(self._streams) >= self._max:
             raise ClientError(*LIMIT_EXCEEDED)
-        stream = self._streams[channel] = ChannelStream(channel, self._epoch(), now + retention.meta_ttl)
+        stream = self._streams[channel] = ChannelStream(channel, self._epoch(), now + history_options.meta_ttl)
         self._idle.add(stream.over, stream)
         return stream
 
-    def append(
-        self,
-        now: float,
-        channel: str,
-        data: bytes,
-        retention: HistoryOptions,
-        info: ClientInfo | None = None,
-        tags: dict[str, str] | None = None,
-        delta: bool = False,
-        binary: bool = False,
-    ) -> tuple[Publication, str]:
-        """Number and keep one publication; it and its epoch. Raises ClientError 106 as `open` does."""
-        stream = self.open(now, channel, retention)
-        publication = stream.append(now, data, retention, info, tags, delta, binary)
+    def append(self, now: float, request: Publish) -> tuple[Publication, str]:
+        """Number and store one publication; returns it with its epoch. Raises ClientError 106 as `open` does."""
+        stream = self.open(now, request.channel, request.history_options)
+        publication = stream.append(now, request)
         if not stream.noted:
             stream.noted = True
             self._contents.add(stream.expires, stream)
@@ -307,7 +285,7 @@ class IdempotencyCache:
             raise ClientError(*LIMIT_EXCEEDED)
         return None
 
-    def note(self, now: float, channel: str, key: str, position: Position) -> None:
+    def store(self, now: float, channel: str, key: str, position: Position) -> None:
         self._found.pop((channel, key), None)
         self._found[channel, key] = (now + IDEMPOTENCY_TTL, position)
 

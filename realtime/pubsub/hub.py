@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 from realtime.errors import ClientError
 from realtime.pubsub.backlog import DeltaBase, Event, EventKind
-from realtime.pubsub.engine import Engine
+from realtime.pubsub.engine import Engine, GetHistory, Subscribe, Unsubscribe
 from realtime.pubsub.fanout import ChannelFanout, FanoutContext
 from realtime.pubsub.subscriber import Subscriber
 from realtime.pubsub.time_slices import BREATH, HIGH, LOW, NORMAL, TimeSlicer
@@ -92,10 +92,10 @@ class Hub:
     engine: Engine
 
     def __init__(self, obey: Callable[[bytes], None], slices: TimeSlicer | None = None) -> None:
-        """obey: is handed every order (see `Engine.instruct`). slices: where long work waits, None for nowhere."""
+        """obey: is handed every order (see `SendOrder`). slices: where long work waits, None for nowhere."""
         self._obey = obey
         self._slices = slices or TimeSlicer.unlimited()
-        self.traffic = FanoutContext(self._slices, self._overflowed, self._unfit)
+        self.fanout = FanoutContext(self._slices, self._overflowed, self._unfit)
         self._channels: dict[str, _Channel] = {}
         # Channels whose positioned members have lost their place and are yet to be taken out, before anything else
         # happens there; then members that are out, and yet to be told.
@@ -115,7 +115,7 @@ class Hub:
 
     # Members
 
-    async def add(self, channel: str, member: Subscriber) -> None:
+    async def subscribe(self, channel: str, member: Subscriber) -> None:
         """Have a channel's events held back for this member from now on, until `open`.
 
         Raises what `Engine.subscribe` raises; the member is not added then. Waits only while the channel is new to
@@ -123,7 +123,7 @@ class Hub:
         """
         state = self._channels.get(channel)
         if state is None:
-            fan = ChannelFanout(channel, _PRIORITIES[member.priority], self.traffic)
+            fan = ChannelFanout(channel, _PRIORITIES[member.priority], self.fanout)
             state = self._channels[channel] = _Channel(fan)
         state.pending[member] = len(state.held)
         self.subscriptions += 1
@@ -132,13 +132,13 @@ class Hub:
         # Members that come while the first one's call is under way make their own: the engine takes a repeat for
         # nothing, and each then has an answer of its own, whatever becomes of the others.
         try:
-            await self.engine.subscribe(channel)
+            await self.engine.ask(Subscribe(channel))
         except BaseException:
-            self.remove(channel, member)
+            self.unsubscribe(channel, member)
             raise
         state.subscribed = True
 
-    def open(
+    def activate(
         self, channel: str, member: Subscriber, position: Position | None, base: Publication | None = None
     ) -> bool:
         """Deliver what was held back for the member, and from now on whatever comes.
@@ -157,7 +157,7 @@ class Hub:
             self._lose(channel, state)
         events = state.held[state.pending[member] :]
         if position is not None and not self._continues(channel, state, position, events):
-            self.remove(channel, member)
+            self.unsubscribe(channel, member)
             return False
         if member not in state.pending:
             return False  # somebody who was lost just now took it along
@@ -188,7 +188,7 @@ class Hub:
         newer = [e.publication.offset for e in events if e.publication and e.publication.offset > position.offset]
         return newer[0] == position.offset + 1 if newer else last.offset == position.offset
 
-    def remove(self, channel: str, member: Subscriber) -> None:
+    def unsubscribe(self, channel: str, member: Subscriber) -> None:
         """Take a member out, open or not. Idempotent. The last one unsubscribes the channel at the engine.
 
         It hears nothing more, whatever waits for it; nor that it lost its place, if it was to hear that.
@@ -204,7 +204,7 @@ class Hub:
         if not state:
             del self._channels[channel]
             state.fan.clear()
-            self.engine.unsubscribe(channel)
+            self.engine.tell(Unsubscribe(channel))
 
     def _break(self, channel: str, state: _Channel) -> None:
         """Continuity is broken: no positioned member may go on as if nothing were missing."""
@@ -224,17 +224,17 @@ class Hub:
     def _work_off_losses(self) -> None:
         if not self._losing and (self._lost or self._broken):
             self._losing = True
-            self.traffic.work(self._losses(), HIGH)
+            self.fanout.work(self._losses(), HIGH)
 
     def _losses(self) -> Iterator[None]:
         try:
             while self._lost or self._broken:
                 if self._lost:
                     member, _ = self._lost.popitem()
-                    member.lost()
+                    member.on_gap()
                 else:
                     self._lose(*self._broken.popitem())
-                self.traffic.spend(_LOSS)
+                self.fanout.spend(_LOSS)
                 yield
         finally:
             self._losing = False
@@ -246,12 +246,12 @@ class Hub:
             self._work_off_losses()
 
     def _unfit(self, channel: str, member: Subscriber) -> None:
-        self.remove(channel, member)
-        member.unfit()
+        self.unsubscribe(channel, member)
+        member.on_unencodable()
 
     # What the engine calls
 
-    def published(self, channel: str, publication: Publication, epoch: str) -> None:
+    def on_publication(self, channel: str, publication: Publication, epoch: str) -> None:
         """Judge a publication's place, and fan it out."""
         state = self._channels.get(channel)
         if state is None:
@@ -271,24 +271,24 @@ class Hub:
             state.hold(Event(EventKind.PUBLISHED, publication, epoch))
         state.fan.publish(publication, epoch)
 
-    def joined(self, channel: str, info: ClientInfo) -> None:
+    def on_join(self, channel: str, info: ClientInfo) -> None:
         """Tell the members that want to know."""
-        self._herald(channel, EventKind.JOINED, info)
+        self._deliver_join_leave(channel, EventKind.JOINED, info)
 
-    def left(self, channel: str, info: ClientInfo) -> None:
+    def on_leave(self, channel: str, info: ClientInfo) -> None:
         """Tell the members that want to know."""
-        self._herald(channel, EventKind.LEFT, info)
+        self._deliver_join_leave(channel, EventKind.LEFT, info)
 
-    def _herald(self, channel: str, kind: EventKind, info: ClientInfo) -> None:
+    def _deliver_join_leave(self, channel: str, kind: EventKind, info: ClientInfo) -> None:
         state = self._channels.get(channel)
         if state is not None:
             state.hold(Event(kind, info=info))
             state.fan.herald(kind, info)
 
-    def instructed(self, order: bytes) -> None:
+    def on_order(self, order: bytes) -> None:
         self._obey(order)
 
-    def interrupted(self) -> None:
+    def on_interruption(self) -> None:
         """Every positioned member loses its place. A channel whose first `add` still waits has none to lose: its
         publications begin after the interruption."""
         for channel, state in self._channels.items():
@@ -300,30 +300,31 @@ class Hub:
 
     # Positions
 
-    async def check_quiet(self, retention: Callable[[str], HistoryOptions]) -> None:
+    async def check_positions(self, history_options: Callable[[str], HistoryOptions]) -> None:
         """Compare the positions of the channels that had no publication since the last call with the engine's.
 
         What was lost on the way shows by the next publication, if there is one; this finds what was lost with none
-        after it. Positioned members of a channel with a hole lose their place. retention: of a channel, by its name.
-        Raises EngineUnavailable. To be called every `client.channel_position_check_delay`; one channel after another.
+        after it. Positioned members of a channel with a hole lose their place. history_options: of a channel, by its
+        name. Raises EngineUnavailable. To be called every `client.channel_position_check_delay`; one channel after
+        another.
         """
         for number, channel in enumerate(self.channels(), 1):
             state = self._channels.get(channel)
             if state is not None and state.quiet:
-                await self.check(channel, retention(channel))
+                await self.check_position(channel, history_options(channel))
             elif state is not None:
                 state.quiet = True
             if number % BREATH == 0:
-                await self._slices.breathe()
+                await self._slices.yield_to_loop()
 
-    async def check(self, channel: str, retention: HistoryOptions) -> None:
+    async def check_position(self, channel: str, history_options: HistoryOptions) -> None:
         """Compare one channel's position with the engine's. Raises EngineUnavailable."""
         state = self._channels.get(channel)
-        if state is None or state.last is None or not retention.kept:
+        if state is None or state.last is None or not history_options.enabled:
             return
         last = state.last
         try:
-            page = await self.engine.history(channel, retention=retention)
+            page = await self.engine.ask(GetHistory(channel, history_options))
         except ClientError:
             return  # the engine has forgotten the channel, and has no room for it now: there is nothing to compare with
         # An answer never overtakes what it counts, so all of that has come, unless it is lost. If something came

@@ -76,8 +76,8 @@ class Subscriber(Protocol):
     filter: Filter | None
     sink: Sink
 
-    def lost(self) -> None:
+    def on_gap(self) -> None:
         """The publications have a hole, or another epoch. The hub has removed this member before it says so."""
 
-    def unfit(self) -> None:
+    def on_unencodable(self) -> None:
         """There was a publication that its form can't carry. The hub has removed this member before it says so."""

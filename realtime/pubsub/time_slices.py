@@ -86,19 +86,19 @@ class TimeSlicer:
         self._works[priority].append(work)
         self._ask()
 
-    async def breathe(self) -> None:
+    async def yield_to_loop(self) -> None:
         """Let others have a turn. For a coroutine that does long work: await it after each millisecond's worth."""
         if self._gate is not None:
             gate = self._gate()
             self.add(_opening(gate))
             await gate
 
-    async def mapped(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    async def map_sliced(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """`function` of each item; others have a turn after every BREATH of them."""
         results: list[R] = []
         for item in items:
             if len(results) % BREATH == BREATH - 1:
-                await self.breathe()
+                await self.yield_to_loop()
             results.append(function(item))
         return results
 

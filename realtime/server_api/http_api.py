@@ -307,7 +307,7 @@ class HTTPAPI:
 
     async def _presence(self, request: _Channel) -> messages.PresenceResult:
         present = await self._operations.presence(request.channel)
-        infos = await self._slices.mapped(messages.info, present.values())
+        infos = await self._slices.map_sliced(messages.info, present.values())
         return messages.PresenceResult(dict(zip(present, infos, strict=True)))
 
     async def _presence_stats(self, request: _Channel) -> messages.PresenceStatsResult:
@@ -317,7 +317,7 @@ class HTTPAPI:
         page = await self._operations.history(
             request.channel, limit=request.limit, since=_position(request.since), reverse=request.reverse
         )
-        publications = await self._slices.mapped(_pub, page.publications)
+        publications = await self._slices.map_sliced(_pub, page.publications)
         return HistoryPageResult(publications, page.position.epoch, page.position.offset)
 
     async def _history_remove(self, request: _Channel) -> messages.Empty:

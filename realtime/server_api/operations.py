@@ -27,7 +27,16 @@ from realtime.protocol.orders import (
     UnsubscribeOrder,
     encode_order,
 )
-from realtime.pubsub.engine import Engine
+from realtime.pubsub.engine import (
+    Engine,
+    GetHistory,
+    GetPresence,
+    GetPresenceStats,
+    GetStats,
+    Publish,
+    RemoveHistory,
+    SendOrder,
+)
 from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, PublishOptions, SubscribeOptions
 
 PAGE_BYTES = 4 * 1024 * 1024
@@ -117,10 +126,10 @@ class ServerAPI:
         options.check_data(data, text)
         if version >= 2**64 or len(idempotency_key) > MAX_NAME or len(version_epoch) > MAX_NAME:
             raise ClientError(*errors.BAD_REQUEST)
-        return await self._engine.publish(
+        request = Publish(
             channel,
             json_text.one_line(data) if text else data,
-            retention=HistoryOptions() if skip_history else options.retention,
+            HistoryOptions() if skip_history else options.history_options,
             tags=tags or None,
             idempotency_key=idempotency_key,
             version=version,
@@ -128,6 +137,7 @@ class ServerAPI:
             delta=delta or options.delta_publish,
             binary=not text,
         )
+        return await self._engine.ask(request)
 
     async def broadcast(
         self, channels: list[str], data: bytes, **options: Unpack[PublishOptions]
@@ -158,34 +168,32 @@ class ServerAPI:
         Raises ClientError 107, 108, and 112 if `since` has another epoch.
         """
         options = self._options(channel)
-        if not options.retention.kept:
+        if not options.history_options.enabled:
             raise ClientError(*errors.NOT_AVAILABLE)
         if limit < -1 or (reverse and since is not None and not since.offset):
             raise ClientError(*errors.BAD_REQUEST)
-        page = await self._engine.history(
-            channel, retention=options.retention, since=since, limit=limit, reverse=reverse, max_bytes=PAGE_BYTES
-        )
+        page = await self._engine.ask(GetHistory(channel, options.history_options, since, limit, reverse, PAGE_BYTES))
         if since is not None and since.epoch and since.epoch != page.position.epoch:
             raise ClientError(*errors.UNRECOVERABLE_POSITION)
         return page
 
     async def history_remove(self, channel: str) -> None:
         """Remove the stored publications; the numbering continues."""
-        if not self._options(channel).retention.kept:
+        if not self._options(channel).history_options.enabled:
             raise ClientError(*errors.NOT_AVAILABLE)
-        await self._engine.remove_history(channel)
+        await self._engine.ask(RemoveHistory(channel))
 
     # -- presence ---------------------------------------------------------------------------------------------------
 
     async def presence(self, channel: str) -> dict[str, ClientInfo]:
         """Return the present clients by client id."""
         self._check_presence(channel)
-        return await self._engine.presence(channel)
+        return await self._engine.ask(GetPresence(channel))
 
     async def presence_stats(self, channel: str) -> tuple[int, int]:
         """Return the number of present clients and the number of distinct users among them."""
         self._check_presence(channel)
-        return await self._engine.presence_stats(channel)
+        return await self._engine.ask(GetPresenceStats(channel))
 
     def _check_presence(self, channel: str) -> None:
         if not self._options(channel).presence:
@@ -204,16 +212,16 @@ class ServerAPI:
 
     async def info(self) -> list[dict[str, Any]]:
         """Return one dict for each node: its identity, and the counts over its workers."""
-        identity, census = self._identity(), await self._engine.census()
+        identity, stats = self._identity(), await self._engine.ask(GetStats())
         return [
             {
                 "uid": identity.uid,
                 "name": identity.name,
                 "version": identity.version,
-                "num_clients": census.clients,
-                "num_users": census.users,
-                "num_channels": census.channels,
-                "num_subs": census.subscriptions,
+                "num_clients": stats.clients,
+                "num_users": stats.users,
+                "num_channels": stats.channels,
+                "num_subs": stats.subscriptions,
                 "uptime": int(identity.uptime),
             }
         ]
@@ -284,4 +292,4 @@ class ServerAPI:
         await self._send_order(RefreshOrder(user, float(expire_at), expired, json_text.one_line(info), client, session))
 
     async def _send_order(self, order: Order) -> None:
-        await self._engine.instruct(encode_order(order))
+        await self._engine.ask(SendOrder(encode_order(order)))

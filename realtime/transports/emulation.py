@@ -26,7 +26,7 @@ from realtime.http.cors import Headers
 from realtime.protocol.messages import ProtocolError
 from realtime.protocol.orders import EmulateOrder, encode_order
 from realtime.protocol.protobuf import EmulationRequest, emulation_request
-from realtime.pubsub.engine import Engine
+from realtime.pubsub.engine import Engine, SendOrder
 from realtime.transports.http_server import HTTPRequest, faulty
 
 # Bytes of randomness in a secret.
@@ -50,7 +50,7 @@ class Emulation:
     """The sessions of this worker that are sent commands so, and the requests that bring them."""
 
     def __init__(self, engine: Engine, node: str, worker: str) -> None:
-        """node: the id of this node; streams of another one can't be here. worker: see `Engine.instruct`."""
+        """node: the id of this node; streams of another one can't be here. worker: see `SendOrder`."""
         self._engine = engine
         self._node = node
         self._worker = worker
@@ -92,7 +92,7 @@ class Emulation:
             return
         order = EmulateOrder(asked.session, asked.data)
         try:
-            await self._engine.instruct(encode_order(order), worker=worker)
+            await self._engine.ask(SendOrder(encode_order(order), worker))
         except EngineUnavailable:
             # A pong is not worth a new connection, and no command goes by the engine now that this one could overtake.
             if asked.session not in self._by_secret:

@@ -1,8 +1,8 @@
-"""The `Engine` of a worker: it asks the broker process, over a link that the supervisor provides.
+"""The worker's end of the embedded engine: an `Engine` that asks the broker process over a Unix stream.
 
-The worker's side of the truth is here: which channels it wants, who is present through it, who is connected. With
-every fresh stream the broker is told all of that again, so neither a broker that was restarted nor a stream that was
-cut leaves it wrong for longer than it takes to connect.
+The supervisor provides the stream. This side holds the authoritative state of its worker: subscribed channels, present
+and connected clients. Every fresh stream begins with all of it, so a restarted broker or a broken stream leaves the
+broker's view wrong only until the next stream connects.
 """
 
 from __future__ import annotations
@@ -10,55 +10,73 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from realtime.config.settings import EngineSettings
 from realtime.errors import LIMIT_EXCEEDED, ClientError, EngineUnavailable
 from realtime.metrics import Metrics
 from realtime.process.link import Link, adopt
 from realtime.pubsub import broker_messages
-from realtime.pubsub.broker_core import PresenceEntry
-from realtime.pubsub.engine import Receiver
-from realtime.pubsub.history import PAGE_BYTES
+from realtime.pubsub.broker_messages import BadFrame
+from realtime.pubsub.engine import (
+    AddClient,
+    AddPresence,
+    AdmitClient,
+    Answer,
+    EngineNotice,
+    EngineRequest,
+    Receiver,
+    RemoveClient,
+    RemovePresence,
+    ReportSubscriptions,
+    Subscribe,
+    Unsubscribe,
+)
 from realtime.supervision.loop_time import LoopTimeLedger
-from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position
+from realtime.types import ClientInfo
 
 REQUEST_LIMIT = broker_messages.FRAME_LIMIT - 1024
-"""Bytes of the longest request: what comes of a publication, a little longer than the request, has to fit as well."""
+"""Upper limit in bytes of a request's frame: the publication made from it is a little longer, and has to fit too."""
 
 RESTORE_BYTES = 1024 * 1024
-"""About how long a Restore gets, unless one entry alone is longer."""
+"""Approximate limit in bytes of one Restore; a single longer entry still fits into one."""
 
 _log = Logger()
 
 T = TypeVar("T")
 
+_decode = broker_messages.message_decoder(broker_messages.TO_WORKER)
+_answer_decoders: dict[type, Callable[[bytes], Any]] = {
+    kind: broker_messages.answer_decoder(kind) for kind in broker_messages.REQUESTS
+}
 
-class _Call:
-    """A request that waits for its answer. unsent: its length in bytes while it waits for a stream, then 0."""
+
+class _Call(Generic[Answer]):
+    """A request without an answer yet. unsent: its length in bytes while it waits for a stream, then 0."""
 
     __slots__ = ("answer", "deadline", "request", "unsent")
 
-    def __init__(self, request: broker_messages.BrokerRequest, deadline: float, unsent: int) -> None:
+    def __init__(self, request: EngineRequest[Answer], deadline: float, unsent: int) -> None:
         self.request = request
         self.deadline = deadline
         self.unsent = unsent
-        self.answer: Deferred[Any] = Deferred()
+        self.answer: Deferred[Answer] = Deferred()
 
 
 class BrokerEngine:
-    """An `Engine` whose state is the broker process's.
+    """An `Engine` whose state is in the broker process.
 
-    Requests fail with EngineUnavailable when the answer takes longer than `publish_timeout`, and when the stream ends
-    before it came: whether the broker did what was asked is not known then. Requests made while there is no stream
-    wait for one, for that time too. An answered coroutine goes on at once, on the stack that worked off the answer,
-    so nothing of the same stream comes in between.
+    A request fails with EngineUnavailable when its answer takes longer than `publish_timeout`, and when the stream ends
+    before the answer arrived; the broker may or may not have carried it out. Without a stream, requests wait for the
+    next one, up to the same timeout. The coroutine that awaits an answer continues at once, on the stack that received
+    it, so no later message of the stream comes in between.
 
-    A channel that was subscribed is asked for on every fresh stream until `unsubscribe`, also when `subscribe` failed.
+    A subscribed channel is part of every fresh stream until `Unsubscribe`, even if `Subscribe` failed.
 
     reactor: twisted's. on_lost: called when the stream has ended, to have the supervisor provide another. accounts: the
     loop's, which are charged for the stream.
@@ -79,37 +97,51 @@ class BrokerEngine:
         self._reactor = reactor
         self._on_lost = on_lost
         self._link: Link | None = None
-        self._instance = ""  # of the broker that we last spoke with
-        self._attached = False  # whether there ever was a stream
+        self._instance = ""  # of the broker at the other end of the latest stream
+        self._had_stream = False
         self._closed = False
-        self._calls: dict[int, _Call] = {}  # in the order of their deadlines
-        self._last_id = 0
-        self._unsent = 0  # bytes of calls that wait for a stream
+        self._calls: dict[int, _Call[Any]] = {}  # by number, which is also the order of their deadlines
+        self._last_number = 0
+        self._unsent = 0  # bytes of the calls that wait for a stream
         self._timer: IDelayedCall | None = None
+        # The state of this worker, which a fresh stream begins with.
         self._channels: set[str] = set()
-        self._occupants: dict[tuple[str, str], PresenceEntry] = {}  # by channel and client
+        self._presence: dict[tuple[str, str], AddPresence] = {}  # by channel and client
         self._clients: dict[str, ClientInfo] = {}
         self._subscriptions = 0
-        # By kind: what comes and is no answer.
-        self._unasked: dict[type, Callable[[Any], None]] = {
-            broker_messages.Published: self._published,
-            broker_messages.Joined: self._joined,
-            broker_messages.Left: self._left,
-            broker_messages.Instructed: self._instructed,
-            broker_messages.Welcome: self._welcomed,
+        # Requests and notices that change that state, and messages that are no answers, by kind.
+        self._stateful: dict[type, Callable[[Any], Deferred[Any]]] = {
+            Subscribe: self._subscribe,
+            AddPresence: self._add_presence,
+            RemovePresence: self._remove_presence,
+            AdmitClient: self._admit_client,
+        }
+        self._notices: dict[type, Callable[[Any], None]] = {
+            Unsubscribe: self._unsubscribe,
+            AddClient: self._add_client,
+            RemoveClient: self._remove_client,
+            ReportSubscriptions: self._report_subscriptions,
+        }
+        self._deliveries: dict[type, Callable[[Any], None]] = {
+            broker_messages.Published: self._on_published,
+            broker_messages.Joined: self._on_joined,
+            broker_messages.Left: self._on_left,
+            broker_messages.OrderSent: self._on_order,
+            broker_messages.RequestFailed: self._on_failed,
+            broker_messages.Welcome: self._on_welcome,
         }
         self._requests = metrics.counter("realtime_engine_requests", "Requests to the engine.")
         self._timeouts = metrics.counter("realtime_engine_timeouts", "Requests to the engine not answered in time.")
-        self._lost = metrics.counter("realtime_engine_lost_links", "Streams to the engine that ended.")
+        self._lost_links = metrics.counter("realtime_engine_lost_links", "Streams to the engine that ended.")
         metrics.gauge("realtime_engine_waiting", "Requests that wait for the engine.", lambda: len(self._calls))
 
     # The stream
 
     def attach(self, fd: int) -> None:
-        """Go on over this stream, in place of the one before, if any. Takes ownership of `fd`.
+        """Continue over this stream, in place of the previous one, if any. Takes ownership of `fd`.
 
-        Before it returns, the broker was sent all that this worker holds and the requests that waited; then, unless
-        it is the first stream, `Receiver.interrupted` was called.
+        Sends all state of this worker and the waiting requests, then calls `Receiver.on_interruption`, unless this is
+        the first stream.
         """
         if self._closed:
             os.close(fd)
@@ -117,25 +149,20 @@ class BrokerEngine:
         if self._link is not None:
             self._link.cut("another stream took its place")
             self._fail(list(self._calls), "the broker was lost")
-        frames = [broker_messages.pack(message) for message in (*self._introduction(), *self._take_unsent())]
-        # These are as long as what we hold anyway; the limit is for what comes on top.
+        frames = [*map(broker_messages.pack, self._introduction()), *self._take_unsent()]
+        # This worker holds as many bytes anyway; the limit applies to what comes on top.
         limit = self._settings.queue_max_size + sum(map(len, frames))
-        soon = asyncio.get_running_loop().call_soon
-        self._link = link = Link(
-            self._reactor, soon, broker_messages.ToWorker, limit, self._receive, self._ended, self._accounts
-        )
+        call_soon = asyncio.get_running_loop().call_soon
+        self._link = link = Link(self._reactor, call_soon, limit, self._receive, self._on_link_end, self._accounts)
         adopt(self._reactor, fd, link)
         for frame in frames:
             link.send(frame)
-        again, self._attached = self._attached, True
-        if again:
-            self._receiver.interrupted()
+        had_stream, self._had_stream = self._had_stream, True
+        if had_stream:
+            self._receiver.on_interruption()
 
     def close(self) -> None:
-        """Leave the broker for good: what was sent goes out; what waits for an answer fails, as does all from now on.
-
-        `on_lost` is not called.
-        """
+        """Leave the broker for good: queued frames go out; waiting and later requests fail. `on_lost` is not called."""
         self._closed = True
         link, self._link = self._link, None
         if link is not None:
@@ -145,31 +172,30 @@ class BrokerEngine:
             self._timer.cancel()
             self._timer = None
 
-    def _introduction(self) -> Iterator[broker_messages.BrokerMessage]:
+    def _introduction(self) -> Iterator[broker_messages.BrokerMessage | EngineNotice]:
         yield broker_messages.Hello(broker_messages.VERSION, self._instance)
-        for channels in _parts(self._channels, len):
+        for channels in _chunks(self._channels, len):
             yield broker_messages.Restore(channels, [], [])
-        occupants = ((channel, o.info, o.present, o.announce) for (channel, _), o in self._occupants.items())
-        for some in _parts(occupants, lambda entry: len(entry[1].conn_info) + len(entry[1].chan_info)):
-            yield broker_messages.Restore([], some, [])
-        for clients in _parts(self._clients.values(), lambda info: len(info.user)):
+        for presence in _chunks(self._presence.values(), lambda add: len(add.info.conn_info) + len(add.info.chan_info)):
+            yield broker_messages.Restore([], presence, [])
+        for clients in _chunks(self._clients.values(), lambda info: len(info.user)):
             yield broker_messages.Restore([], [], clients)
-        yield broker_messages.Tally(self._subscriptions)
+        yield ReportSubscriptions(self._subscriptions)
 
-    def _take_unsent(self) -> Iterator[broker_messages.BrokerMessage]:
-        for call in self._calls.values():
-            yield call.request
+    def _take_unsent(self) -> Iterator[bytes]:
+        for number, call in self._calls.items():
+            yield broker_messages.pack(call.request, number)
             call.unsent = 0
-            # What was given up since: there may have been no room for the request that takes it back.
+            # The caller may have undone the request since, when there was no stream, or no room for the opposite one.
             match call.request:
-                case broker_messages.Subscribe(channel=channel) if channel not in self._channels:
-                    yield broker_messages.Unsubscribe(channel)
-                case broker_messages.Enter(channel=channel, info=info) if (channel, info.client) not in self._occupants:
-                    yield broker_messages.Leave(0, channel, info.client)
+                case Subscribe(channel=channel) if channel not in self._channels:
+                    yield broker_messages.pack(Unsubscribe(channel))
+                case AddPresence(channel=channel, info=info) if (channel, info.client) not in self._presence:
+                    yield broker_messages.pack(RemovePresence(channel, info.client))
         self._unsent = 0
 
-    def _ended(self, link: Link, reason: str) -> None:
-        self._lost.value += 1
+    def _on_link_end(self, link: Link, reason: str) -> None:
+        self._lost_links.value += 1
         if link is not self._link:
             return
         _log.warn("the stream to the broker ended: {reason}", reason=reason)
@@ -184,37 +210,44 @@ class BrokerEngine:
         for call in calls:
             call.answer.errback(EngineUnavailable(reason))
 
-    # Requests
+    # Requests and notices
 
-    def _ask(self, kind: Callable[..., broker_messages.BrokerRequest], *fields: object) -> Deferred[Any]:
-        """Send a request; what it comes to. Raises ClientError 106 when it is too long for a frame."""
+    def ask(self, request: EngineRequest[Answer]) -> Deferred[Answer]:
+        """See `Engine.ask`."""
+        stateful = self._stateful.get(type(request))
+        return self._send(request) if stateful is None else stateful(request)
+
+    def tell(self, notice: EngineNotice) -> None:
+        """See `Engine.tell`."""
+        self._notices[type(notice)](notice)
+
+    def _send(self, request: EngineRequest[Answer]) -> Deferred[Answer]:
         if self._closed:
-            raise EngineUnavailable("this worker is leaving")
+            return fail(EngineUnavailable("this worker is leaving"))
         self._requests.value += 1
-        self._last_id += 1
-        request = kind(self._last_id, *fields)
+        self._last_number = number = self._last_number + 1
         try:
-            frame = broker_messages.pack(request)
-        except broker_messages.BadFrame:
-            raise ClientError(*LIMIT_EXCEEDED) from None
+            frame = broker_messages.pack(request, number)
+        except BadFrame:
+            return fail(ClientError(*LIMIT_EXCEEDED))
         if len(frame) > REQUEST_LIMIT:
-            raise ClientError(*LIMIT_EXCEEDED)
+            return fail(ClientError(*LIMIT_EXCEEDED))
         unsent = 0
         if self._link is not None:
             self._link.send(frame)
         else:
             unsent = len(frame)
             if self._unsent + unsent > self._settings.queue_max_size:
-                raise EngineUnavailable("there is no broker, and too much waits for one")
+                return fail(EngineUnavailable("there is no broker, and too much waits for one"))
             self._unsent += unsent
         timeout = self._settings.publish_timeout
-        self._calls[self._last_id] = call = _Call(request, self._reactor.seconds() + timeout, unsent)
+        self._calls[number] = call = _Call(request, self._reactor.seconds() + timeout, unsent)
         if self._timer is None:
             self._timer = self._reactor.callLater(timeout, self._expire)
         return call.answer
 
     def _expire(self) -> None:
-        """Fail what has waited for too long, and look again when the next call will have."""
+        """Fail the calls past their deadline; run again at the next deadline."""
         now = self._reactor.seconds()
         late = []
         self._timer = None
@@ -226,162 +259,125 @@ class BrokerEngine:
         self._timeouts.value += len(late)
         self._fail(late, "the broker did not answer in time")
 
-    def _tell(self, message: broker_messages.BrokerMessage) -> None:
-        """Send what needs no answer. Without a stream there is no need to: the next one begins with all we hold."""
+    def _send_unanswered(self, message: EngineNotice | EngineRequest[Any]) -> None:
+        """Send without a number. Not needed without a stream: the next one begins with the state of this worker."""
         if self._link is not None:
             self._link.send(broker_messages.pack(message))
 
-    # What comes in
+    # The state of this worker
 
-    def _receive(self, message: Any) -> None:
-        kind = type(message)
-        if take := self._unasked.get(kind):
-            take(message)
-            return
-        call = self._calls.pop(message.id, None)
-        if call is None:
-            return  # it came too late
-        if kind is broker_messages.Failed:
-            call.answer.errback(ClientError(message.code, message.message, message.temporary))
-        else:
-            call.answer.callback(message.result)
+    def _subscribe(self, request: Subscribe) -> Deferred[None]:
+        self._channels.add(request.channel)
+        return self._send(request)
 
-    def _published(self, message: broker_messages.Published) -> None:
-        self._receiver.published(message.channel, message.publication, message.epoch)
+    def _unsubscribe(self, notice: Unsubscribe) -> None:
+        self._channels.discard(notice.channel)
+        self._send_unanswered(notice)
 
-    def _joined(self, message: broker_messages.Joined) -> None:
-        self._receiver.joined(message.channel, message.info)
+    def _add_presence(self, request: AddPresence) -> Deferred[None]:
+        key = request.channel, request.info.client
+        is_new = key not in self._presence
+        self._presence[key] = request
+        answer = self._send(request)
+        # A client that was present before stays so; the next stream begins with its latest info.
+        return answer.addErrback(self._undo_add_presence, request) if is_new else answer
 
-    def _left(self, message: broker_messages.Left) -> None:
-        self._receiver.left(message.channel, message.info)
+    def _undo_add_presence(self, failure: Failure, request: AddPresence) -> Failure:
+        channel, client = request.channel, request.info.client
+        if failure.check(EngineUnavailable, ClientError) and self._presence.get((channel, client)) is request:
+            del self._presence[channel, client]
+            self._send_unanswered(RemovePresence(channel, client))
+        return failure
 
-    def _instructed(self, message: broker_messages.Instructed) -> None:
-        self._receiver.instructed(message.order)
+    def _remove_presence(self, request: RemovePresence) -> Deferred[None]:
+        self._presence.pop((request.channel, request.client), None)
+        return self._send(request)
 
-    def _welcomed(self, message: broker_messages.Welcome) -> None:
-        if message.version != broker_messages.VERSION:
-            raise broker_messages.BadFrame(
-                f"the broker speaks version {message.version}, this worker {broker_messages.VERSION}"
-            )
-        self._instance = message.instance
+    def _add_client(self, notice: AddClient) -> None:
+        info = _identity(notice.info)
+        self._clients[info.client] = info
+        self._send_unanswered(AddClient(info))
 
-    # Engine
-
-    async def publish(
-        self,
-        channel: str,
-        data: bytes,
-        *,
-        retention: HistoryOptions,
-        info: ClientInfo | None = None,
-        tags: dict[str, str] | None = None,
-        idempotency_key: str = "",
-        version: int = 0,
-        version_epoch: str = "",
-        delta: bool = False,
-        binary: bool = False,
-    ) -> Position:
-        return await self._ask(
-            broker_messages.Publish,
-            channel,
-            data,
-            retention,
-            info,
-            tags,
-            idempotency_key,
-            version,
-            version_epoch,
-            delta,
-            binary,
+    def _admit_client(self, request: AdmitClient) -> Deferred[bool]:
+        info = _identity(request.info)
+        return self._send(AdmitClient(info, request.limit)).addCallbacks(
+            self._on_admission, self._on_admission_failed, callbackArgs=(info,), errbackArgs=(info,)
         )
 
-    async def subscribe(self, channel: str) -> None:
-        self._channels.add(channel)
-        await self._ask(broker_messages.Subscribe, channel)
-
-    def unsubscribe(self, channel: str) -> None:
-        self._channels.discard(channel)
-        self._tell(broker_messages.Unsubscribe(channel))
-
-    async def history(
-        self,
-        channel: str,
-        *,
-        retention: HistoryOptions,
-        since: Position | None = None,
-        limit: int = 0,
-        reverse: bool = False,
-        max_bytes: int = PAGE_BYTES,
-    ) -> HistoryPage:
-        return await self._ask(broker_messages.History, channel, retention, since, limit, reverse, max_bytes)
-
-    async def remove_history(self, channel: str) -> None:
-        await self._ask(broker_messages.RemoveHistory, channel)
-
-    async def enter(self, channel: str, info: ClientInfo, *, present: bool, announce: bool) -> None:
-        occupant = PresenceEntry(info, present, announce)
-        before = self._occupants.get((channel, info.client))
-        self._occupants[channel, info.client] = occupant
-        try:
-            await self._ask(broker_messages.Enter, channel, info, present, announce)
-        except (EngineUnavailable, ClientError):
-            # One that was there before stays; the next stream begins with what it is now.
-            if before is None and self._occupants.get((channel, info.client)) is occupant:
-                del self._occupants[channel, info.client]
-                self._tell(broker_messages.Leave(0, channel, info.client))
-            raise
-
-    async def leave(self, channel: str, client: str) -> None:
-        self._occupants.pop((channel, client), None)
-        await self._ask(broker_messages.Leave, channel, client)
-
-    async def presence(self, channel: str) -> dict[str, ClientInfo]:
-        return await self._ask(broker_messages.Presence, channel)
-
-    async def presence_stats(self, channel: str) -> tuple[int, int]:
-        return await self._ask(broker_messages.PresenceStats, channel)
-
-    def connected(self, info: ClientInfo) -> None:
-        self._clients[info.client] = info = ClientInfo(info.user, info.client)  # all that is counted
-        self._tell(broker_messages.Connected(info))
-
-    async def admit(self, info: ClientInfo, limit: int) -> bool:
-        info = ClientInfo(info.user, info.client)
-        try:
-            admitted = await self._ask(broker_messages.Admit, info, limit)
-        except BaseException:
-            # The broker may have counted it all the same, or do so when it gets to it.
-            self._tell(broker_messages.Disconnected(info.client))
-            raise
+    def _on_admission(self, admitted: bool, info: ClientInfo) -> bool:
         if admitted:
-            # From now on every stream begins with it. Those that ended before the answer have taken their count along.
+            # From now on every stream begins with it. A stream that ended before the answer took its count along.
             self._clients[info.client] = info
         return admitted
 
-    def disconnected(self, client: str) -> None:
-        if self._clients.pop(client, None) is not None:
-            self._tell(broker_messages.Disconnected(client))
+    def _on_admission_failed(self, failure: Failure, info: ClientInfo) -> Failure:
+        # The broker may have counted the client all the same, or may do so when it gets to the request.
+        self._send_unanswered(RemoveClient(info.client))
+        return failure
 
-    def tally(self, subscriptions: int) -> None:
-        self._subscriptions = subscriptions
-        self._tell(broker_messages.Tally(subscriptions))
+    def _remove_client(self, notice: RemoveClient) -> None:
+        if self._clients.pop(notice.client, None) is not None:
+            self._send_unanswered(notice)
 
-    async def census(self) -> EngineStats:
-        return await self._ask(broker_messages.TakeCensus)
+    def _report_subscriptions(self, notice: ReportSubscriptions) -> None:
+        self._subscriptions = notice.subscriptions
+        self._send_unanswered(notice)
 
-    async def instruct(self, order: bytes, *, worker: str = "") -> int:
-        return await self._ask(broker_messages.Instruct, order, worker)
+    # Frames from the broker
+
+    def _receive(self, number: int, body: bytes) -> None:
+        try:
+            if not number:
+                message = _decode(body)
+            elif (call := self._calls.get(number)) is None:
+                return  # answered after its deadline
+            else:
+                message = _answer_decoders[type(call.request)](body)
+        except (ValueError, RecursionError) as error:
+            # msgspec's own errors and UnicodeDecodeError are ValueErrors.
+            raise BadFrame(f"not a message: {error}") from error
+        if number:
+            self._calls.pop(number).answer.callback(message)
+        else:
+            self._deliveries[type(message)](message)
+
+    def _on_published(self, message: broker_messages.Published) -> None:
+        self._receiver.on_publication(message.channel, message.publication, message.epoch)
+
+    def _on_joined(self, message: broker_messages.Joined) -> None:
+        self._receiver.on_join(message.channel, message.info)
+
+    def _on_left(self, message: broker_messages.Left) -> None:
+        self._receiver.on_leave(message.channel, message.info)
+
+    def _on_order(self, message: broker_messages.OrderSent) -> None:
+        self._receiver.on_order(message.order)
+
+    def _on_failed(self, message: broker_messages.RequestFailed) -> None:
+        call = self._calls.pop(message.request, None)
+        if call is not None:
+            call.answer.errback(ClientError(message.code, message.message, message.temporary))
+
+    def _on_welcome(self, message: broker_messages.Welcome) -> None:
+        if message.version != broker_messages.VERSION:
+            raise BadFrame(f"the broker speaks version {message.version}, this worker {broker_messages.VERSION}")
+        self._instance = message.instance
 
 
-def _parts(things: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """The things in lists of about RESTORE_BYTES, going by their `size` and 256 bytes for the rest of each."""
-    part: list[T] = []
+def _identity(info: ClientInfo) -> ClientInfo:
+    """The fields that count connections, without the JSON texts."""
+    return ClientInfo(info.user, info.client)
+
+
+def _chunks(entries: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Split entries into lists of about RESTORE_BYTES, counting `size` and 256 bytes more for each entry."""
+    chunk: list[T] = []
     room = RESTORE_BYTES
-    for thing in things:
-        room -= size(thing) + 256
-        if room < 0 and part:
-            yield part
-            part, room = [], RESTORE_BYTES - size(thing)
-        part.append(thing)
-    if part:
-        yield part
+    for entry in entries:
+        room -= size(entry) + 256
+        if room < 0 and chunk:
+            yield chunk
+            chunk, room = [], RESTORE_BYTES - size(entry)
+        chunk.append(entry)
+    if chunk:
+        yield chunk

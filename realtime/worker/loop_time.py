@@ -72,17 +72,17 @@ class ChargedReceiver:
             name: accounts.open(LoopWork.FANOUT, name) for name in namespaces
         }
         self._namespace = namespace
-        self.instructed = receiver.instructed
-        self.interrupted = receiver.interrupted
+        self.on_order = receiver.on_order
+        self.on_interruption = receiver.on_interruption
 
-    def published(self, channel: str, publication: Publication, epoch: str) -> None:
-        self._charge(channel, self._receiver.published, publication, epoch)
+    def on_publication(self, channel: str, publication: Publication, epoch: str) -> None:
+        self._charge(channel, self._receiver.on_publication, publication, epoch)
 
-    def joined(self, channel: str, info: ClientInfo) -> None:
-        self._charge(channel, self._receiver.joined, info)
+    def on_join(self, channel: str, info: ClientInfo) -> None:
+        self._charge(channel, self._receiver.on_join, info)
 
-    def left(self, channel: str, info: ClientInfo) -> None:
-        self._charge(channel, self._receiver.left, info)
+    def on_leave(self, channel: str, info: ClientInfo) -> None:
+        self._charge(channel, self._receiver.on_leave, info)
 
     def steps(self, channel: str, steps: Iterator[None]) -> Iterator[None]:
         """The same for what could not be delivered at once: steps that are taken later."""

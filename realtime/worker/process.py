@@ -41,6 +41,7 @@ from realtime.protocol.context import SessionCounters, SessionServices, SessionS
 from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
+from realtime.pubsub.engine import ReportSubscriptions
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.server_api.http_api import HTTPAPI
@@ -89,7 +90,7 @@ class Worker:
         rules = ChannelRules(settings.channel)
         namespaces = [namespace.name for namespace in settings.channel.namespaces]
         receiver = ChargedReceiver(self._hub, process.accounts, namespaces, rules.namespace)
-        self._hub.traffic.charged = receiver.steps
+        self._hub.fanout.charged = receiver.steps
         self._engine = self._hub.engine = BrokerEngine(
             receiver, settings.engine, metrics, reactor, process.link_lost, process.accounts
         )
@@ -167,7 +168,7 @@ class Worker:
                 (settings.uni_websocket, UNIDIRECTIONAL_FORMS),
             )
         )
-        self._hub.traffic.sent = websocket.sent
+        self._hub.fanout.sent = websocket.sent
         if settings.workers.io_uring:
             self._send_by_ring()
         emulation = Emulation(self._engine, self._session_settings.uid, str(process.slot))
@@ -208,7 +209,7 @@ class Worker:
 
     def _send_by_ring(self) -> None:
         try:
-            self._hub.traffic.broadcast = IOURing().broadcast
+            self._hub.fanout.broadcast = IOURing().broadcast
         except (OSError, AttributeError) as error:  # no such call, or no such function of the C library
             _log.info("fan-out takes a system call for each delivery: no io_uring here: {error}", error=error)
 
@@ -224,7 +225,7 @@ class Worker:
         process.pulse.threads_waiting = lambda: self._dispatcher.threads.waiting
         process.metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(self._registry))
         process.metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: self._hub.subscriptions)
-        traffic = self._hub.traffic
+        traffic = self._hub.fanout
         process.metrics.gauge(
             "realtime_undelivered_bytes",
             "Publications that wait for their turn to be delivered",
@@ -276,7 +277,7 @@ class Worker:
     def _tally(self) -> None:
         # The engine remembers it, also for a broker that comes later.
         self._tallied = self._hub.subscriptions
-        self._engine.tally(self._tallied)
+        self._engine.tell(ReportSubscriptions(self._tallied))
 
     def _check_positions(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._find_gaps())
@@ -284,7 +285,9 @@ class Worker:
     async def _find_gaps(self) -> None:
         # An engine that is away has every subscription renewed when it is back.
         with suppress(EngineUnavailable):
-            await self._hub.check_quiet(lambda channel: self._session_services.rules.options(channel).retention)
+            await self._hub.check_positions(
+                lambda channel: self._session_services.rules.options(channel).history_options
+            )
 
     async def drain(self, timeout: float) -> None:
         """Accept no more, have the clients reconnect, spread over a while, and finish what they wait for."""

@@ -17,7 +17,7 @@ from realtime.errors import LIMIT_EXCEEDED, TOO_MANY_REQUESTS, ClientError, Engi
 from realtime.handlers.coroutines import drive
 from realtime.protocol import channel_patterns
 from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, encode_order
-from realtime.pubsub.engine import Engine
+from realtime.pubsub.engine import Engine, SendOrder
 from realtime.pubsub.hub import Hub
 
 ANSWER_BYTES = 4 * 1024 * 1024
@@ -39,7 +39,7 @@ class Surveys:
     """The surveys of one worker, and its part in those of others."""
 
     def __init__(self, engine: Engine, hub: Hub, address: str, reactor: Any) -> None:
-        """address: this worker's, see `Engine.instruct`. reactor: IReactorTime."""
+        """address: this worker's, see `SendOrder`. reactor: IReactorTime."""
         self._engine = engine
         self._hub = hub
         self._address = address
@@ -60,7 +60,8 @@ class Surveys:
         tally = self._waiting[number] = _SurveyResult()
         timer = self._reactor.callLater(TIMEOUT, tally.fail, EngineUnavailable("a worker did not answer in time"))
         try:
-            tally.expect(await self._engine.instruct(encode_order(ChannelsOrder(number, self._address, pattern))))
+            order = encode_order(ChannelsOrder(number, self._address, pattern))
+            tally.expect(await self._engine.ask(SendOrder(order)))
             return await tally.whole
         finally:
             del self._waiting[number]
@@ -77,7 +78,7 @@ class Surveys:
 
     async def _answer(self, order: ChannelsOrder) -> None:
         answer = encode_order(ChannelsAnswer(order.id, await self._find(order.pattern)))
-        await self._engine.instruct(answer, worker=order.address)
+        await self._engine.ask(SendOrder(answer, order.address))
 
     async def _find(self, pattern: str) -> dict[str, int] | None:
         fits = channel_patterns.matcher(pattern)

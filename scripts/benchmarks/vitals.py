@@ -88,7 +88,7 @@ def account(accounts: LoopTimeLedger, ours: socket.socket, theirs: socket.socket
     floor = microseconds(echo)
     pair = microseconds(switch) - microseconds(lambda: None)
     fanned = microseconds(lambda: fan_out.published("chat:1", publication, "e"))
-    more = fanned - microseconds(lambda: hub.published("chat:1", publication, "e"))
+    more = fanned - microseconds(lambda: hub.on_publication("chat:1", publication, "e"))
     print(f"charging an account      {pair:6.2f} us, {pair / floor:.1%} of a bare recv() and send() ({floor:.1f} us)")
     print(f"charging a fan-out       {more:6.2f} us, once for all subscribers")
 

@@ -23,7 +23,7 @@ def read_in(tree: ast.AST) -> set[str]:
 
 
 def test_every_key_is_read() -> None:
-    read = read_in(ast.parse(inspect.getsource(settings.retention)))
+    read = read_in(ast.parse(inspect.getsource(settings.history_options)))
     for path in ROOT.rglob("*.py"):
         if path.name not in ABOUT_KEYS:
             read |= read_in(ast.parse(path.read_text()))

@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 
 from realtime.process import link as link_module
 from realtime.process.link import PEER_ENDED, Link, adopt
-from realtime.pubsub import broker_messages
+from realtime.pubsub.broker_messages import pack
 
 LIMIT = 10_000
 
@@ -43,14 +43,14 @@ class Bench:
     def __init__(self, patience: int = 0) -> None:
         self.clock = Clock()
         self.pipe = Pipe()
-        self.messages: list[Any] = []
+        self.frames: list[tuple[int, bytes]] = []
         self.endings: list[str] = []
         soon = partial(self.clock.callLater, 0)
-        self.link = Link(self.clock, soon, broker_messages.ToBroker, LIMIT, self.receive, self.end, patience=patience)
+        self.link = Link(self.clock, soon, LIMIT, self.receive, self.end, patience=patience)
         self.link.makeConnection(self.pipe)
 
-    def receive(self, message: Any) -> None:
-        self.messages.append(message)
+    def receive(self, number: int, body: bytes) -> None:
+        self.frames.append((number, body))
 
     def end(self, link: Link, reason: str) -> None:
         assert link is self.link
@@ -119,35 +119,34 @@ def test_a_peer_too_far_behind_is_cut_off(bench: Bench) -> None:
     assert bench.endings == ["the peer is too far behind"]
 
 
-def test_messages_arrive_in_order(bench: Bench) -> None:
-    messages = [broker_messages.Subscribe(1, "a"), broker_messages.Unsubscribe("a"), broker_messages.Subscribe(2, "b")]
-    stream = b"".join(map(broker_messages.pack, messages))
+def test_frames_arrive_in_order(bench: Bench) -> None:
+    stream = pack("a", 1) + pack("b") + pack("c", 2)
     bench.link.dataReceived(stream[:10])
     bench.link.dataReceived(stream[10:])
-    assert bench.messages == messages
+    assert bench.frames == [(1, b"\xa1a"), (0, b"\xa1b"), (2, b"\xa1c")]
 
 
 def test_after_a_cut_nothing_is_received(bench: Bench) -> None:
-    bench.link._received = lambda message: (bench.receive(message), bench.link.cut("enough"))  # type: ignore
-    bench.link.dataReceived(broker_messages.pack(broker_messages.Unsubscribe("a")) * 3)
-    bench.link.dataReceived(broker_messages.pack(broker_messages.Unsubscribe("a")))
+    bench.link._received = lambda number, body: (bench.receive(number, body), bench.link.cut("enough"))  # type: ignore
+    bench.link.dataReceived(pack("a") * 3)
+    bench.link.dataReceived(pack("a"))
     bench.link.cut("again")
-    assert len(bench.messages) == 1
+    assert len(bench.frames) == 1
     bench.lose()
     assert bench.endings == ["enough"]
 
 
 def test_a_bad_frame_ends_it(bench: Bench) -> None:
-    bench.link.dataReceived(b"\xff\xff\xff\xff")
+    bench.link.dataReceived(b"\xff" * 12)
     assert bench.pipe.disconnecting
     bench.lose()
     assert "longer than" in bench.endings[0]
 
 
 def test_a_fault_in_our_own_code_is_logged_and_ends_it(bench: Bench) -> None:
-    bench.link._received = lambda message: 1 / 0  # type: ignore[assignment]
+    bench.link._received = lambda number, body: 1 / 0  # type: ignore[assignment]
     with capturedLogs() as events:
-        bench.link.dataReceived(broker_messages.pack(broker_messages.Unsubscribe("a")))
+        bench.link.dataReceived(pack("a"))
     assert [event["log_level"] for event in events] == [LogLevel.critical]
     assert bench.pipe.disconnecting
 
@@ -185,48 +184,48 @@ def test_closing_has_a_deadline(bench: Bench) -> None:
 class Answering(Bench):
     """A link whose messages are answered with 40 bytes each."""
 
-    def receive(self, message: Any) -> None:
-        super().receive(message)
+    def receive(self, number: int, body: bytes) -> None:
+        super().receive(number, body)
         self.link.send(b"x" * 40)
 
 
 def asked(*numbers: int) -> bytes:
-    return b"".join(broker_messages.pack(broker_messages.Subscribe(number, "c")) for number in numbers)
+    return b"".join(pack("c", number) for number in numbers)
 
 
 def test_who_asks_for_more_than_it_reads_waits() -> None:
     bench = Answering(patience=100)
     bench.pipe.full = True
     bench.link.dataReceived(asked(1, 2, 3, 4, 5, 6) + asked(7)[:5])
-    assert [message.id for message in bench.messages] == [1, 2, 3]
+    assert [number for number, _ in bench.frames] == [1, 2, 3]
     assert bench.pipe.producerState == "paused"
     assert bench.turn() == [b"x" * 120]
-    assert len(bench.messages) == 3  # the transport has it, but not the peer
+    assert len(bench.frames) == 3  # the transport has it, but not the peer
     bench.pipe.full = False
     bench.pipe.drained()
-    assert [message.id for message in bench.messages] == [1, 2, 3, 4, 5, 6]
+    assert [number for number, _ in bench.frames] == [1, 2, 3, 4, 5, 6]
     assert bench.pipe.producerState == "paused"
     bench.turn()
     assert bench.pipe.producerState == "producing"
     bench.link.dataReceived(asked(7)[5:])
-    assert [message.id for message in bench.messages] == [1, 2, 3, 4, 5, 6, 7]
+    assert [number for number, _ in bench.frames] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_what_waits_in_a_link_that_is_cut_is_dropped() -> None:
     bench = Answering(patience=50)
     bench.pipe.full = True
     bench.link.dataReceived(asked(1, 2, 3))
-    assert len(bench.messages) == 2
+    assert len(bench.frames) == 2
     bench.link.cut("enough")
     bench.pipe.drained()
     bench.turn()
     bench.lose()
-    assert (len(bench.messages), bench.endings) == (2, ["enough"])
+    assert (len(bench.frames), bench.endings) == (2, ["enough"])
 
 
 def test_junk_behind_what_waits_ends_the_stream_all_the_same() -> None:
     bench = Answering(patience=50)
-    bench.link.dataReceived(asked(1, 2) + b"\xff\xff\xff\xff")
+    bench.link.dataReceived(asked(1, 2) + b"\xff" * 12)
     assert bench.pipe.disconnected is False
     bench.turn()
     bench.lose()
@@ -253,9 +252,7 @@ class Selector(Clock):
 
 def test_a_turn_goes_out_without_the_selector_while_the_peer_keeps_up() -> None:
     selector, (ours, theirs) = Selector(), socket.socketpair()
-    link = Link(
-        selector, partial(selector.callLater, 0), broker_messages.ToBroker, 2**24, lambda message: None, lambda *_: None
-    )
+    link = Link(selector, partial(selector.callLater, 0), 2**24, lambda number, body: None, lambda *_: None)
     adopt(selector, ours.detach(), link)
     with theirs:
         link.send(b"first")

@@ -34,9 +34,10 @@ from realtime.protocol.protobuf import PROTOBUF
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
+from realtime.pubsub.engine import AddPresence, GetHistory, Publish, Subscribe
 from realtime.pubsub.hub import Hub
-from realtime.pubsub.memory_engine import MemoryEngine
 from realtime.pubsub.time_slices import TimeSlicer
+from tests.pubsub.memory_engine import MemoryEngine
 from tests.pubsub.sinks import WholeFrames
 
 SECRET = "a secret of thirty-two characters"
@@ -278,10 +279,10 @@ class Server:
 
     def publish(self, channel: str, *contents: Any, **options: Any) -> None:
         """Publish from the server's side."""
-        retention = self.services.rules.options(channel).retention
+        history_options = self.services.rules.options(channel).history_options
         for content in contents:
             data = content if isinstance(content, bytes) else msgspec.json.encode(content)
-            run(self.engine.publish(channel, data, retention=retention, **options), self._published)
+            run(self.engine.carry_out(Publish(channel, data, history_options, **options)), self._published)
 
     def _published(self, result: Any, error: BaseException | None) -> None:
         assert error is None, error
@@ -290,17 +291,13 @@ class Server:
         """What the engine comes to in a subscription's beginning waits from now on, each behind a gate of its own."""
         gates: list[Gate] = []
 
-        def late(original):
-            async def wait(*args, **options):
-                result = await original(*args, **options)
-                gates.append(Gate())
-                await gates[-1]
-                return result
+        async def late(request):
+            result = await self.engine.carry_out(request)
+            gates.append(Gate())
+            await gates[-1]
+            return result
 
-            return wait
-
-        for name in ("subscribe", "history", "enter"):
-            setattr(self.engine, name, late(getattr(self.engine, name)))
+        self.engine.overrides.update(dict.fromkeys((Subscribe, GetHistory, AddPresence), late))
         return gates
 
     def count(self, name: str, **labels: str) -> int:
@@ -310,7 +307,7 @@ class Server:
     def clean(self) -> bool:
         """Whether no client has left anything behind."""
         empty = (self.hub.subscriptions, len(self.sessions), self.services.deadlines._buckets) == (0, 0, {})
-        return empty and self.engine._exchange.channels == 0 and not self.mistakes
+        return empty and self.engine.core.channels == 0 and not self.mistakes
 
     def advance(self, seconds: float) -> None:
         """Let time pass, with the sweeps that a worker makes."""

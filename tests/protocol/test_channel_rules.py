@@ -57,10 +57,10 @@ def test_names(channel, answer):
 
 
 def test_retention_is_worked_out_with_the_default_life_of_offsets():
-    assert RULES.options("chat:a").retention.meta_ttl == 100.0
-    assert RULES.options("words:a").retention.meta_ttl == 9.0
-    assert RULES.options("chat:a").retention.kept
-    assert not RULES.options("news").retention.kept
+    assert RULES.options("chat:a").history_options.meta_ttl == 100.0
+    assert RULES.options("words:a").history_options.meta_ttl == 9.0
+    assert RULES.options("chat:a").history_options.enabled
+    assert not RULES.options("news").history_options.enabled
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from realtime.config.settings import ChannelOptions, ChannelSettings
 from realtime.protocol.wire_formats import WireFormat
+from realtime.pubsub.engine import EngineRequest, GetHistory
 from tests.protocol.sessions import ALL, BARE, BARE_PROTOBUF, CHANNEL, KEPT, NOW, Gate, Peer, Server, in_protobuf, token
 
 FORMS = pytest.mark.parametrize("form", [BARE, BARE_PROTOBUF], ids=["json", "protobuf"])
@@ -89,17 +90,17 @@ def server() -> Server:
     return server
 
 
-def late(server: Server, stage: str) -> Gate:
-    """Have the engine answer only when the gate is opened."""
-    gate, original = Gate(), getattr(server.engine, stage)
+def late(server: Server, kind: type[EngineRequest[Any]]) -> Gate:
+    """Have the engine answer requests of this kind only when the gate is opened."""
+    gate = Gate()
 
-    async def answer(*args, **options):
+    async def answer(request):
         if gate.shut:
             await gate
-        return await original(*args, **options)
+        return await server.engine.carry_out(request)
 
     gate.shut = True
-    setattr(server.engine, stage, answer)
+    server.engine.overrides[kind] = answer
     return gate
 
 
@@ -145,7 +146,7 @@ class TestStates:
 
     def test_subscribing(self, server, form, name):
         peer = connected(server, form)
-        gate = late(server, "history")
+        gate = late(server, GetHistory)
         assert peer.say({"id": 2, "subscribe": {"channel": ROOM}}) == []
         assert what_came(peer, 9, peer.say(COMMANDS[name])) == NOTHING
         open_(gate)
@@ -483,7 +484,7 @@ def test_what_can_not_be_read_as_protobuf(server, message):
 def test_subscribing_and_unsubscribing_in_any_order(names, concurrency):
     server = Server(CHANNEL, allow_anonymous_connect_without_token=True, concurrency=concurrency)
     peer = server.client()
-    gate = late(server, "history")
+    gate = late(server, GetHistory)
     replies = peer.say(*({"id": n, name: {"channel": ROOM}} for n, name in enumerate(names, 2)))
     open_(gate)
     replies += peer.heard()

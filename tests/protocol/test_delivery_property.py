@@ -30,6 +30,18 @@ from realtime.protocol.context import SessionCounters, SessionServices, SessionS
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.pubsub.broker_core import BrokerCore
+from realtime.pubsub.engine import (
+    AddPresence,
+    EngineNotice,
+    EngineRequest,
+    GetHistory,
+    GetPresence,
+    Publish,
+    RemoveHistory,
+    RemovePresence,
+    Subscribe,
+    Unsubscribe,
+)
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import ClientInfo, HistoryOptions, Publication
@@ -64,16 +76,16 @@ class Outward:
         for link in links:
             link.inbox.append(partial(getattr(link.hub, name), *args))
 
-    def published(self, links: Collection[Link], channel: str, publication: Publication, epoch: str) -> None:
-        self._each("published", links, channel, publication, epoch)
+    def deliver_publication(self, links: Collection[Link], channel: str, publication: Publication, epoch: str) -> None:
+        self._each("on_publication", links, channel, publication, epoch)
 
-    def joined(self, links: Collection[Link], channel: str, info: ClientInfo) -> None:
-        self._each("joined", links, channel, info)
+    def deliver_join(self, links: Collection[Link], channel: str, info: ClientInfo) -> None:
+        self._each("on_join", links, channel, info)
 
-    def left(self, links: Collection[Link], channel: str, info: ClientInfo) -> None:
-        self._each("left", links, channel, info)
+    def deliver_leave(self, links: Collection[Link], channel: str, info: ClientInfo) -> None:
+        self._each("on_leave", links, channel, info)
 
-    def instructed(self, links: Collection[Link], order: bytes) -> None:
+    def deliver_order(self, links: Collection[Link], order: bytes) -> None:
         raise AssertionError("nobody gives orders here")
 
 
@@ -100,7 +112,7 @@ class Link:
         self.inbox: deque[Callable[[], None]] = deque()
         self.waiting: dict[Answer, None] = {}
         self.channels: set[str] = set()
-        self.occupants: dict[tuple[str, str], tuple[ClientInfo, bool, bool]] = {}
+        self.present: dict[tuple[str, str], AddPresence] = {}
 
     def move(self, way_in: bool) -> None:
         """One message gets through, if there is one: to the exchange, or to the worker."""
@@ -126,7 +138,7 @@ class Link:
     def damage(self, *, repeat: bool) -> None:
         """A publication comes twice, or never."""
         self.world.publish()
-        if self.inbox and getattr(self.inbox[-1], "func", None) == self.hub.published:
+        if self.inbox and getattr(self.inbox[-1], "func", None) == self.hub.on_publication:
             message = self.inbox.pop()
             self.inbox.extend([message, message] if repeat else [])
 
@@ -144,43 +156,26 @@ class Link:
         for answer in list(self.waiting):
             self.answer(answer, EngineUnavailable("cut"))
         exchange.attach(self)
-        for channel in self.channels:
-            exchange.subscribe(self, channel, again=True)
-        for (channel, _), (info, present, announce) in self.occupants.items():
-            exchange.enter(self, channel, info, present=present, announce=announce, again=True)
-        self.hub.interrupted()
+        exchange.restore(self, self.channels, self.present.values(), (), announce=True)
+        self.hub.on_interruption()
 
-    async def ask(self, work: Callable[[], Any]) -> Any:
+    async def ask(self, request: EngineRequest[Any]) -> Any:
+        match request:
+            case Subscribe(channel=channel):
+                self.channels.add(channel)
+            case AddPresence(channel=channel, info=info):
+                self.present[channel, info.client] = request
+            case RemovePresence(channel=channel, client=client):
+                self.present.pop((channel, client), None)
         answer = Answer()
         self.waiting[answer] = None
-        self.asked.append((work, answer))
+        self.asked.append((lambda: self.world.exchange.carry_out(self, self.world.now, request), answer))
         return await answer.wait()
 
-    async def subscribe(self, channel: str) -> None:
-        self.channels.add(channel)
-        await self.ask(lambda: self.world.exchange.subscribe(self, channel))
-
-    def unsubscribe(self, channel: str) -> None:
-        self.channels.discard(channel)
-        self.asked.append((lambda: self.world.exchange.unsubscribe(self, channel), None))
-
-    async def history(
-        self, channel: str, *, retention: HistoryOptions, since: Any = None, limit: int = 0, **_: Any
-    ) -> Any:
-        world = self.world
-        return await self.ask(lambda: world.exchange.history(world.now, channel, retention, since, limit, False))
-
-    async def enter(self, channel: str, info: ClientInfo, *, present: bool, announce: bool) -> None:
-        self.occupants[channel, info.client] = (info, present, announce)
-        await self.ask(lambda: self.world.exchange.enter(self, channel, info, present=present, announce=announce))
-
-    async def leave(self, channel: str, client: str) -> None:
-        self.occupants.pop((channel, client), None)
-        await self.ask(lambda: self.world.exchange.leave(self, channel, client))
-
-    def connected(self, info: ClientInfo) -> None: ...
-
-    def disconnected(self, client: str) -> None: ...
+    def tell(self, notice: EngineNotice) -> None:
+        if isinstance(notice, Unsubscribe):
+            self.channels.discard(notice.channel)
+            self.asked.append((lambda: self.world.exchange.take_note(self, self.world.now, notice), None))
 
 
 class SDK(WholeFrames):
@@ -384,7 +379,7 @@ class World:
         if name == "publish":
             self.publish()
         elif name == "trim":
-            self.exchange.remove_history(NAME)
+            self.exchange.carry_out(self.links[0], self.now, RemoveHistory(NAME))
         elif name == "expire":
             self.now += OPTIONS.history_ttl + 1
             self.exchange.sweep(self.now)
@@ -419,10 +414,12 @@ class World:
     def publish(self) -> None:
         self.count += 1
         content = f"{PADDING}{self.count}"
-        position = self.exchange.publish(
-            self.now, NAME, msgspec.json.encode(content), RETENTION, delta=self.count % 5 > 0
-        )
+        request = Publish(NAME, msgspec.json.encode(content), RETENTION, delta=self.count % 5 > 0)
+        position = self.exchange.carry_out(self.links[0], self.now, request)
         self.published[position.epoch, position.offset] = content
+
+    def present(self) -> dict[str, ClientInfo]:
+        return self.exchange.carry_out(self.links[0], self.now, GetPresence(NAME))
 
     def settle(self) -> None:
         """Move everything until nothing moves."""
@@ -454,16 +451,16 @@ def tell(steps: list[tuple[str, int]], options: ChannelOptions) -> None:
         world.act(step)
     world.publish()  # the first to come after a publication that was dropped shows that it was
     world.settle()
-    top = world.exchange.history(world.now, NAME, RETENTION, None, 0, False).position
+    top = world.exchange.carry_out(world.links[0], world.now, GetHistory(NAME, RETENTION)).position
     listening = [client for client in world.clients if client.session is not None and client.wanted]
     for client in listening:
         assert client.subscribed and client.position == (top.offset, top.epoch)
-    assert world.exchange.presence(NAME).keys() == {client.session.client for client in listening}
+    assert world.present().keys() == {client.session.client for client in listening}
     for client in world.clients:
         client.vanish()
     world.settle()
     assert not world.mistakes
-    assert world.exchange.channels == 0 and not world.exchange.presence(NAME)
+    assert world.exchange.channels == 0 and not world.present()
     for link, worker in zip(world.links, world.workers, strict=True):
         assert (link.hub.subscriptions, len(worker.sessions), worker.deadlines._buckets) == (0, 0, {})
 

@@ -8,6 +8,7 @@ import pytest
 
 from realtime.config.settings import ChannelOptions, ChannelSettings
 from realtime.protocol.messages import PresenceResult
+from realtime.pubsub.engine import AddPresence
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.server_api.http_api import HTTPAPI
 from realtime.server_api.operations import ServerAPI
@@ -51,7 +52,7 @@ class Turns:
 
     def enter(self, channel: str, number: int) -> None:
         info = ClientInfo("42", f"client {number}")
-        run(self.server.engine.enter(channel, info, present=True, announce=False), lambda result, error: None)
+        self.server.engine.execute(AddPresence(channel, info, present=True, announce=False))
 
     def until_idle(self) -> int:
         turns = 0

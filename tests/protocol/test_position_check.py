@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from realtime.pubsub.engine import GetHistory
 from tests.protocol.sessions import Peer, Server, run
 
 CHANNEL = "room:a"
@@ -16,26 +17,26 @@ def server() -> Server:
 
 def check(server: Server) -> int:
     """One round, as a worker makes it; how often the engine was asked."""
-    asked, history = [], server.engine.history
+    asked = []
 
-    async def counted(channel, **options):
-        asked.append(channel)
-        return await history(channel, **options)
+    async def counted(query):
+        asked.append(query.channel)
+        return await server.engine.carry_out(query)
 
     def done(result, error):
         assert error is None, error
 
-    server.engine.history = counted
-    run(server.hub.check_quiet(lambda channel: server.services.rules.options(channel).retention), done)
-    server.engine.history = history
+    server.engine.overrides[GetHistory] = counted
+    run(server.hub.check_positions(lambda channel: server.services.rules.options(channel).history_options), done)
+    del server.engine.overrides[GetHistory]
     return len(asked)
 
 
 def lose(server: Server) -> None:
     """A publication that does not get here."""
-    published, server.hub.published = server.hub.published, lambda *args: None
+    published, server.hub.on_publication = server.hub.on_publication, lambda *args: None
     server.publish(CHANNEL, "lost")
-    server.hub.published = published
+    server.hub.on_publication = published
 
 
 def subscribed(server: Server) -> Peer:

@@ -9,6 +9,7 @@ import pytest
 from centrifuge.fossil import apply_delta
 
 from realtime.config.settings import ChannelOptions, ChannelSettings, Namespace
+from realtime.pubsub.engine import GetHistory, RemoveHistory
 from tests.protocol.sessions import ALL, BARE_PROTOBUF, KEPT, Peer, Server, error_of
 
 CACHE = {"force_recovery": True, "force_recovery_mode": "cache"}
@@ -62,7 +63,7 @@ class TestCache:
         same = server.client().subscribe("cache:a")["epoch"]
         server.publish("cache:a", *range(1, published + 1))
         if trimmed:
-            server.engine._exchange.remove_history("cache:a")
+            server.engine.execute(RemoveHistory("cache:a"))
         result = server.client().subscribe(
             "cache:a", recover=True, offset=offset, epoch=same if epoch == "same" else epoch
         )
@@ -97,14 +98,13 @@ class TestCache:
 
     def test_what_is_published_meanwhile_comes_after_the_reply(self, server):
         server.publish("auto:a", 1)
-        history = server.engine.history
 
-        async def and_another(*args, **options):
-            page = await history(*args, **options)
+        async def and_another(query):
+            page = await server.engine.carry_out(query)
             server.publish("auto:a", 2)
             return page
 
-        server.engine.history = and_another
+        server.engine.overrides[GetHistory] = and_another
         reply, push = server.client().say({"id": 2, "subscribe": {"channel": "auto:a"}})
         assert (data_of(reply["subscribe"]), push["push"]["pub"]["data"]) == ([1], 2)
 

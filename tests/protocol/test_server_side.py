@@ -12,6 +12,7 @@ from realtime.config.settings import ChannelOptions, ChannelSettings, Namespace,
 from realtime.errors import EngineUnavailable
 from realtime.protocol.commands import JOINS_AT_ONCE
 from realtime.protocol.orders import DisconnectOrder, RefreshOrder, SubscribeOrder, UnsubscribeOrder
+from realtime.pubsub.engine import AddPresence, GetHistory, GetPresence, SendOrder, Subscribe
 from realtime.types import Credentials, Grant, Position, SubscribeOptions
 from tests.protocol.sessions import ALL, BARE_PROTOBUF, KEPT, NOW, Gate, Peer, Server, error_of, token
 
@@ -64,7 +65,7 @@ class TestAtConnect:
         assert connect(peer, subs={"plain:a": options}, channels=["plain:b"])["subs"] == {
             "plain:a": {"data": {"topic": 1}}
         }
-        (seen,) = server.engine._exchange.presence("plain:a").values()
+        (seen,) = server.engine.execute(GetPresence("plain:a")).values()
         assert (seen.user, seen.chan_info) == ("42", b'{"role":"x"}')
 
     def test_credentials_of_the_handler(self):
@@ -137,14 +138,13 @@ class TestAtConnect:
     def test_what_is_published_while_connecting_comes_after_the_reply(self):
         server = make()
         gates = {"room:a": Gate(), "room:b": Gate()}
-        history = server.engine.history
 
-        async def late(channel, **options):
-            page = await history(channel, **options)
-            await gates[channel]
+        async def late(query):
+            page = await server.engine.carry_out(query)
+            await gates[query.channel]
             return page
 
-        server.engine.history = late
+        server.engine.overrides[GetHistory] = late
         peer = server.peer()
         assert peer.say({"id": 1, "connect": {"token": token(sub="42", channels=list(gates))}}) == []
         server.publish("room:a", 1)
@@ -178,15 +178,15 @@ class TestAtConnect:
 
     def test_one_that_fails_among_many_leaves_none(self):
         server = make()
-        gates, original = {"room:a": Gate(), "room:c": Gate()}, server.engine.history
+        gates = {"room:a": Gate(), "room:c": Gate()}
 
-        async def history(channel, **options):
-            if channel not in gates:
+        async def history(query):
+            if query.channel not in gates:
                 raise EngineUnavailable
-            await gates[channel]
-            return await original(channel, **options)
+            await gates[query.channel]
+            return await server.engine.carry_out(query)
 
-        server.engine.history = history
+        server.engine.overrides[GetHistory] = history
         peer = server.peer()
         assert peer.say({"id": 1, "connect": {"token": token(sub="42", channels=["room:a", "room:b", "room:c"])}}) == []
         gates["room:c"].open()
@@ -224,33 +224,33 @@ class TestAtConnect:
         server = make()
         peer = server.peer()
         connect(peer, channels=["news"])
-        server.hub.interrupted()
+        server.hub.on_interruption()
         assert peer.close_code == (3010, "insufficient state")
         assert server.clean()
 
-    @pytest.mark.parametrize("stage", ["subscribe", "history", "enter"])
+    @pytest.mark.parametrize("stage", [Subscribe, GetHistory, AddPresence])
     def test_an_engine_that_is_away_is_a_temporary_error_and_leaves_nothing(self, stage):
         server = make()
 
-        async def away(*args, **options):
+        async def away(request):
             raise EngineUnavailable
 
-        setattr(server.engine, stage, away)
+        server.engine.overrides[stage] = away
         (reply,) = server.peer().say({"id": 1, "connect": {"token": token(sub="42", channels=["own:x", "room:a"])}})
         assert reply["error"] == {"code": 100, "message": "internal server error", "temporary": True}
         server.advance(6)
         assert server.clean()
 
-    @pytest.mark.parametrize("stage", ["subscribe", "history", "enter"])
+    @pytest.mark.parametrize("stage", [Subscribe, GetHistory, AddPresence])
     def test_a_client_that_leaves_meanwhile_leaves_nothing(self, stage):
         server = make()
-        gate, original = Gate(), getattr(server.engine, stage)
+        gate = Gate()
 
-        async def late(*args, **options):
+        async def late(request):
             await gate
-            return await original(*args, **options)
+            return await server.engine.carry_out(request)
 
-        setattr(server.engine, stage, late)
+        server.engine.overrides[stage] = late
         peer = server.peer()
         peer.say({"id": 1, "connect": {"token": token(sub="42", channels=["room:a", "room:b"])}})
         peer.session.closed()
@@ -352,11 +352,11 @@ class TestPersonalChannel:
         server = self.server(single_connection=True)
         orders = []
 
-        async def instruct(order, **options):
-            orders.append(order)
+        async def send_order(request):
+            orders.append(request.order)
             return 1
 
-        server.engine.instruct = instruct
+        server.engine.overrides[SendOrder] = send_order
         one, two = server.client("42"), server.client("42")
         for order in orders:
             server.sessions.apply(order)
@@ -366,11 +366,11 @@ class TestPersonalChannel:
         assert (two.close_code, three.close_code) == ((3504, "connection limit"), None)
 
     def test_when_the_older_ones_can_not_be_told_the_new_one_tries_again(self):
-        async def away(order, **options):
+        async def away(request):
             raise EngineUnavailable
 
         server = self.server(single_connection=True)
-        server.engine.instruct = away
+        server.engine.overrides[SendOrder] = away
         new = server.peer()
         connect(new)
         assert new.close_code == (3004, "internal server error")
@@ -441,7 +441,7 @@ class TestOrders:
         server.publish("news", 2)
         assert ann.publications() == [2]
         assert other.heard() == []
-        (seen,) = server.engine._exchange.presence("news").values()
+        (seen,) = server.engine.execute(GetPresence("news")).values()
         assert seen.chan_info == b'{"role":"x"}'
 
     def test_the_push_says_where_it_begins(self, server):
@@ -468,7 +468,7 @@ class TestOrders:
         ann.subscribe("open:a")
         server.order(SubscribeOrder("ann", "open:a"))
         assert ann.heard() == []
-        server.hub.interrupted()
+        server.hub.on_interruption()
         assert ann.heard()[0]["push"]["unsubscribe"]["code"] == 2500
 
     def test_the_joiner_hears_of_the_subscription_first(self, server):
@@ -514,16 +514,16 @@ class TestOrders:
         assert server.clean()
 
     @pytest.mark.parametrize("how", ["order", "command", "closed"])
-    @pytest.mark.parametrize("stage", ["subscribe", "history", "enter"])
+    @pytest.mark.parametrize("stage", [Subscribe, GetHistory, AddPresence])
     def test_ended_while_it_begins(self, server, stage, how):
-        gate, original = Gate(), getattr(server.engine, stage)
+        gate = Gate()
 
-        async def late(*args, **options):
-            result = await original(*args, **options)
+        async def late(request):
+            result = await server.engine.carry_out(request)
             await gate
             return result
 
-        setattr(server.engine, stage, late)
+        server.engine.overrides[stage] = late
         ann = server.client("ann")
         server.order(SubscribeOrder("ann", "room:a"))
         if how == "order":
@@ -534,20 +534,20 @@ class TestOrders:
             ann.session.closed()
         gate.open()
         assert ann.heard() == []
-        assert server.hub.subscriptions == 0 and server.engine._exchange.presence("room:a") == {}
+        assert server.hub.subscriptions == 0 and server.engine.execute(GetPresence("room:a")) == {}
         assert not server.mistakes
 
-    @pytest.mark.parametrize("stage", ["subscribe", "history", "enter"])
+    @pytest.mark.parametrize("stage", [Subscribe, GetHistory, AddPresence])
     def test_ended_and_begun_again_while_it_begins(self, server, stage):
-        gates, original = [], getattr(server.engine, stage)
+        gates = []
 
-        async def late(*args, **options):
-            result = await original(*args, **options)
+        async def late(request):
+            result = await server.engine.carry_out(request)
             gates.append(Gate())
             await gates[-1]
             return result
 
-        setattr(server.engine, stage, late)
+        server.engine.overrides[stage] = late
         watcher, _ = server.client("watcher"), server.client("ann")
         server.order(SubscribeOrder("watcher", "room:a"))
         server.order(SubscribeOrder("ann", "room:a"))
@@ -556,7 +556,7 @@ class TestOrders:
         for gate in gates:  # those that are added meanwhile, too
             gate.open()
         pushes = [message["push"] for message in watcher.heard()]
-        assert len(server.engine._exchange.presence("room:a")) == 2
+        assert len(server.engine.execute(GetPresence("room:a"))) == 2
         assert server.hub.subscriptions == 2
         of_ann = [
             name
@@ -567,13 +567,13 @@ class TestOrders:
         assert of_ann in (["join"], ["join", "leave", "join"])
 
     def test_a_subscribe_command_that_an_order_overtakes_is_refused(self, server):
-        gate, original = Gate(), server.engine.history
+        gate = Gate()
 
-        async def late(*args, **options):
+        async def late(query):
             await gate
-            return await original(*args, **options)
+            return await server.engine.carry_out(query)
 
-        server.engine.history = late
+        server.engine.overrides[GetHistory] = late
         ann = server.client("ann")
         assert ann.say({"id": 2, "subscribe": {"channel": "open:a"}}) == []
         server.order(UnsubscribeOrder("ann", "open:a"))
@@ -614,7 +614,7 @@ class TestOrders:
         ann.heard()
         server.order(RefreshOrder("ann", NOW + 10, info=b'"new"'))
         assert ann.heard() == [{"push": {"refresh": {"expires": True, "ttl": 10}}}]
-        presence = server.engine._exchange.presence("room:a")
+        presence = server.engine.execute(GetPresence("room:a"))
         assert presence[ann.session.client].conn_info == b'"new"'
         server.order(RefreshOrder("ann"))
         assert ann.heard() == [{"push": {"refresh": {}}}]
@@ -667,7 +667,7 @@ class TestByHandlers:
         server.app.subscribe_handlers["plain:a"] = may
         peer = server.client("ann")
         assert peer.subscribe("plain:a") == {}
-        assert len(server.engine._exchange.presence("plain:a")) == 1
+        assert len(server.engine.execute(GetPresence("plain:a"))) == 1
         server.advance(6)
         assert peer.heard() == [
             {"push": {"channel": "plain:a", "unsubscribe": {"code": 2501, "reason": "subscription expired"}}}

@@ -12,6 +12,7 @@ import pytest
 from realtime.errors import ClientError, Disconnect, EngineUnavailable
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.orders import DisconnectOrder, UnsubscribeOrder, encode_order
+from realtime.pubsub.engine import AddPresence, GetHistory, GetPresence, RemovePresence, Subscribe
 from realtime.types import Credentials, Grant
 from tests.protocol.sessions import NOW, Gate, ImmediateHandler, Peer, Server, error_of, token
 
@@ -527,12 +528,12 @@ class TestSubscribe:
         gate.open()
         assert server.hub.subscriptions == 0
 
-    def test_an_engine_that_is_away_is_a_temporary_error(self, server, monkeypatch):
-        async def away(*args, **options):
+    def test_an_engine_that_is_away_is_a_temporary_error(self, server):
+        async def away(request):
             raise EngineUnavailable
 
         peer = server.client()
-        monkeypatch.setattr(server.engine, "history", away)
+        server.engine.overrides[GetHistory] = away
         (reply,) = peer.say({"id": 2, "subscribe": {"channel": "room:a"}})
         assert reply["error"] == {"code": 100, "message": "internal server error", "temporary": True}
         assert server.hub.subscriptions == 0
@@ -750,17 +751,16 @@ class TestRecovery:
         good = {"channel": "room:a", "recover": True, "flag": 3, **position}
         assert peer.say({"id": 3, "subscribe": good})[0]["subscribe"]["recovered"] is True
 
-    def test_what_is_published_meanwhile_comes_after_the_reply_without_hole_or_repeat(self, server, monkeypatch):
+    def test_what_is_published_meanwhile_comes_after_the_reply_without_hole_or_repeat(self, server):
         position = self.missed(server, 2, 2)
         publisher = server.client()
-        enter = server.engine.enter
 
-        async def enter_late(*args, **options):
+        async def enter_late(request):
             publisher.say({"id": 7, "publish": {"channel": "room:a", "data": 5}})
-            await enter(*args, **options)
+            await server.engine.carry_out(request)
             publisher.say({"id": 8, "publish": {"channel": "room:a", "data": 6}})
 
-        monkeypatch.setattr(server.engine, "enter", enter_late)
+        server.engine.overrides[AddPresence] = enter_late
         peer = server.client()
         replies = peer.say({"id": 2, "subscribe": {"channel": "room:a", "recover": True, **position}})
         assert [pub["data"] for pub in replies[0]["subscribe"]["publications"]] == [3, 4]
@@ -769,7 +769,7 @@ class TestRecovery:
     def test_continuity_lost_tells_positioned_subscribers_alone(self, server):
         peer = server.client()
         peer.say({"id": 2, "subscribe": {"channel": "room:a"}}, {"id": 3, "subscribe": {"channel": "a"}})
-        server.hub.interrupted()
+        server.hub.on_interruption()
         assert peer.heard()[-1] == {
             "push": {"channel": "room:a", "unsubscribe": {"code": 2500, "reason": "insufficient state"}}
         }
@@ -799,15 +799,15 @@ class TestLeaving:
         kept.unsubscribe("a")
 
     @pytest.fixture
-    def leaves(self, server, monkeypatch) -> list[str]:
+    def leaves(self, server) -> list[str]:
         """The channels that the engine was told of, and has not answered for."""
         channels = []
 
-        async def leave(channel, client):
-            channels.append(channel)
+        async def leave(request):
+            channels.append(request.channel)
             await Gate()
 
-        monkeypatch.setattr(server.engine, "leave", leave)
+        server.engine.overrides[RemovePresence] = leave
         return channels
 
     def test_an_engine_that_does_not_answer_keeps_no_subscription(self, server, leaves):
@@ -835,27 +835,26 @@ class TestLeaving:
         assert peer.heard() == []
         assert "subscribe" in peer.say({"id": 4, "subscribe": {"channel": "room:a"}})[0]
 
-    def test_a_subscribe_that_fails_is_answered_at_once(self, server, leaves, monkeypatch):
-        async def enter(*args, **options):
+    def test_a_subscribe_that_fails_is_answered_at_once(self, server, leaves):
+        async def enter(request):
             raise EngineUnavailable("away")
 
-        monkeypatch.setattr(server.engine, "enter", enter)
+        server.engine.overrides[AddPresence] = enter
         peer = server.client()
         assert error_of(peer.say({"id": 2, "subscribe": {"channel": "room:a"}})) == 100
         assert peer.say({"id": 3, "subscribe": {"channel": "a"}}) == [{"id": 3, "subscribe": {}}]
         assert (leaves, peer.session.channels()) == (["room:a"], ["a"])
 
     @pytest.mark.parametrize("how", ["closed", "kicked"])
-    @pytest.mark.parametrize("stage", ["subscribe", "history", "enter"])
-    def test_in_the_middle_of_a_subscribe(self, server, monkeypatch, stage, how):
+    @pytest.mark.parametrize("stage", [Subscribe, GetHistory, AddPresence])
+    def test_in_the_middle_of_a_subscribe(self, server, stage, how):
         gate = Gate()
-        original = getattr(server.engine, stage)
 
-        async def late(*args, **options):
+        async def late(request):
             await gate
-            return await original(*args, **options)
+            return await server.engine.carry_out(request)
 
-        monkeypatch.setattr(server.engine, stage, late)
+        server.engine.overrides[stage] = late
         peer = server.client("ann")
         assert peer.say({"id": 2, "subscribe": {"channel": "room:a"}}, {"id": 3, "history": {"channel": "a"}}) == []
         if how == "closed":
@@ -865,8 +864,8 @@ class TestLeaving:
         gate.open()
         assert peer.heard() == []
         assert (server.hub.subscriptions, len(server.sessions), peer.session.subscriptions) == (0, 0, {})
-        assert server.engine._exchange.presence("room:a") == {}
-        assert server.engine._exchange.channels == 0
+        assert server.engine.execute(GetPresence("room:a")) == {}
+        assert server.engine.core.channels == 0
         assert server.services.deadlines._buckets == {}
         assert not server.mistakes
 

@@ -1,7 +1,8 @@
-"""The exchange with several peers: who is told what, and what goes when a peer goes."""
+"""The core of the broker with several peers: who receives a delivery, and what goes with a peer."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -9,6 +10,23 @@ import pytest
 
 from realtime.errors import ClientError
 from realtime.pubsub.broker_core import BrokerCore
+from realtime.pubsub.broker_messages import NOTICES, REQUESTS
+from realtime.pubsub.engine import (
+    AddClient,
+    AddPresence,
+    AdmitClient,
+    Answer,
+    EngineNotice,
+    EngineRequest,
+    GetPresence,
+    GetStats,
+    Publish,
+    RemoveHistory,
+    RemovePresence,
+    ReportSubscriptions,
+    SendOrder,
+    Subscribe,
+)
 from realtime.types import ClientInfo, EngineStats, HistoryOptions, Publication
 
 ALICE = ClientInfo("alice", "client-a")
@@ -16,113 +34,133 @@ BOB = ClientInfo("bob", "client-b")
 
 
 class Deliveries:
-    """What went out: the peers of each delivery, and the thing."""
+    """Writes down each delivery: its recipients and its content."""
 
     def __init__(self) -> None:
         self.made: list[tuple[Any, ...]] = []
 
-    def published(self, peers: Collection[str], channel: str, publication: Publication, epoch: str) -> None:
+    def deliver_publication(self, peers: Collection[str], channel: str, publication: Publication, epoch: str) -> None:
         self.made.append((sorted(peers), channel, publication.data))
 
-    def joined(self, peers: Collection[str], channel: str, info: ClientInfo) -> None:
+    def deliver_join(self, peers: Collection[str], channel: str, info: ClientInfo) -> None:
         self.made.append((sorted(peers), "joined", channel, info))
 
-    def left(self, peers: Collection[str], channel: str, info: ClientInfo) -> None:
+    def deliver_leave(self, peers: Collection[str], channel: str, info: ClientInfo) -> None:
         self.made.append((sorted(peers), "left", channel, info))
 
-    def instructed(self, peers: Collection[str], order: bytes) -> None:
+    def deliver_order(self, peers: Collection[str], order: bytes) -> None:
         self.made.append((sorted(peers), order))
 
 
-@pytest.fixture
-def deliveries() -> Deliveries:
-    return Deliveries()
+class Bench:
+    """A core with three peers and room for two channels."""
+
+    def __init__(self) -> None:
+        self.deliveries = Deliveries()
+        self.core = BrokerCore[str](self.deliveries, max_channels=2)
+        self.now = 0.0
+        for peer in ("one", "two", "three"):
+            self.core.attach(peer, f"at {peer}")
+
+    def ask(self, request: EngineRequest[Answer], peer: str = "one") -> Answer:
+        return self.core.carry_out(peer, self.now, request)
+
+    def tell(self, notice: EngineNotice, peer: str = "one") -> None:
+        self.core.take_note(peer, self.now, notice)
 
 
 @pytest.fixture
-def exchange(deliveries: Deliveries) -> BrokerCore[str]:
-    exchange = BrokerCore[str](deliveries, max_channels=2)
-    for peer in ("one", "two", "three"):
-        exchange.attach(peer, f"at {peer}")
-    return exchange
+def bench() -> Bench:
+    return Bench()
 
 
-def test_one_delivery_names_all_its_peers(exchange: BrokerCore[str], deliveries: Deliveries) -> None:
-    exchange.subscribe("one", "c")
-    exchange.subscribe("three", "c")
-    exchange.publish(0.0, "c", b"1", HistoryOptions())
-    exchange.publish(0.0, "elsewhere", b"2", HistoryOptions())
-    assert exchange.instruct(b"order") == 3
-    assert deliveries.made == [(["one", "three"], "c", b"1"), (["one", "three", "two"], b"order")]
+def present(channel: str, info: ClientInfo, announce: bool = False) -> AddPresence:
+    return AddPresence(channel, info, present=True, announce=announce)
 
 
-def test_an_order_may_be_for_one_peer(exchange: BrokerCore[str], deliveries: Deliveries) -> None:
-    exchange.attach("another two", "at two")
-    assert exchange.instruct(b"order", "at two") == 1
-    exchange.detach("two")
-    assert exchange.instruct(b"again", "at two") == 1
-    exchange.detach("another two")
-    assert (exchange.instruct(b"late", "at two"), exchange.instruct(b"lost", "nowhere")) == (0, 0)
-    assert deliveries.made == [(["another two"], b"order"), (["another two"], b"again")]
+def test_every_operation_has_a_method_of_its_types(bench: Bench) -> None:
+    assert set(bench.core.operations) == {*REQUESTS, *NOTICES}
+    for kind, method in bench.core.operations.items():
+        assert [*inspect.signature(method, eval_str=True).parameters.values()][-1].annotation is kind
 
 
-def test_a_peer_that_goes_makes_room_for_its_users(exchange: BrokerCore[str]) -> None:
-    assert exchange.admit("one", ALICE, 1)
-    assert not exchange.admit("two", ClientInfo("alice", "client-c"), 1)
-    exchange.detach("one")
-    assert exchange.admit("two", ClientInfo("alice", "client-c"), 1)
+def test_one_delivery_names_all_its_peers(bench: Bench) -> None:
+    bench.ask(Subscribe("c"), "one")
+    bench.ask(Subscribe("c"), "three")
+    bench.ask(Publish("c", b"1", HistoryOptions()))
+    bench.ask(Publish("elsewhere", b"2", HistoryOptions()))
+    assert bench.ask(SendOrder(b"order")) == 3
+    assert bench.deliveries.made == [(["one", "three"], "c", b"1"), (["one", "three", "two"], b"order")]
 
 
-def test_a_peer_that_goes_takes_all_it_held_along(exchange: BrokerCore[str], deliveries: Deliveries) -> None:
+def test_an_order_may_be_for_one_peer(bench: Bench) -> None:
+    core = bench.core
+    core.attach("another two", "at two")
+    assert bench.ask(SendOrder(b"order", "at two")) == 1
+    core.detach("two")
+    assert bench.ask(SendOrder(b"again", "at two")) == 1
+    core.detach("another two")
+    assert (bench.ask(SendOrder(b"late", "at two")), bench.ask(SendOrder(b"lost", "nowhere"))) == (0, 0)
+    assert bench.deliveries.made == [(["another two"], b"order"), (["another two"], b"again")]
+
+
+def test_a_detached_peer_makes_room_for_its_users(bench: Bench) -> None:
+    assert bench.ask(AdmitClient(ALICE, 1), "one")
+    assert not bench.ask(AdmitClient(ClientInfo("alice", "client-c"), 1), "two")
+    bench.core.detach("one")
+    assert bench.ask(AdmitClient(ClientInfo("alice", "client-c"), 1), "two")
+
+
+def test_a_detached_peer_takes_its_state_along(bench: Bench) -> None:
     for peer in ("one", "two"):
-        exchange.subscribe(peer, "c")
-    exchange.subscribe("one", "own")
-    exchange.enter("one", "c", ALICE, present=True, announce=True, quiet=True)
-    exchange.enter("one", "c", BOB, present=True, announce=False)
-    exchange.connected("one", ALICE)
-    exchange.connected("two", ClientInfo("alice", "client-c"))
-    exchange.tally("one", 5)
-    exchange.detach("one")
-    exchange.detach("one")
-    assert deliveries.made == [(["two"], "left", "c", ALICE)]
-    assert exchange.presence("c") == {}
-    assert exchange.census() == EngineStats(clients=1, users=1, channels=1, subscriptions=0)
-    exchange.detach("two")
-    assert (exchange.census(), exchange.channels) == (EngineStats(), 0)
+        bench.ask(Subscribe("c"), peer)
+    bench.ask(Subscribe("own"), "one")
+    bench.core.restore("one", (), [present("c", ALICE, announce=True)], (), announce=False)
+    bench.ask(present("c", BOB), "one")
+    bench.tell(AddClient(ALICE), "one")
+    bench.tell(AddClient(ClientInfo("alice", "client-c")), "two")
+    bench.tell(ReportSubscriptions(5), "one")
+    bench.core.detach("one")
+    bench.core.detach("one")
+    assert bench.deliveries.made == [(["two"], "left", "c", ALICE)]
+    assert bench.ask(GetPresence("c")) == {}
+    assert bench.ask(GetStats()) == EngineStats(clients=1, users=1, channels=1, subscriptions=0)
+    bench.core.detach("two")
+    assert (bench.ask(GetStats()), bench.core.channels) == (EngineStats(), 0)
 
 
-def test_what_was_promised_before_is_kept_beyond_the_limit(exchange: BrokerCore[str]) -> None:
+def test_restored_state_may_exceed_the_limit(bench: Bench) -> None:
     for channel in ("a", "b"):
-        exchange.subscribe("one", channel)
-        exchange.enter("one", channel, ALICE, present=True, announce=False)
+        bench.ask(Subscribe(channel))
+        bench.ask(present(channel, ALICE))
     with pytest.raises(ClientError):
-        exchange.subscribe("one", "c")
+        bench.ask(Subscribe("c"))
     with pytest.raises(ClientError):
-        exchange.enter("one", "c", ALICE, present=True, announce=False)
-    exchange.subscribe("one", "c", again=True)
-    exchange.enter("one", "c", ALICE, present=True, announce=False, again=True)
-    assert (exchange.channels, exchange.presence("c")) == (3, {"client-a": ALICE})
+        bench.ask(present("c", ALICE))
+    bench.core.restore("one", ["c"], [present("c", ALICE)], (), announce=True)
+    assert (bench.core.channels, bench.ask(GetPresence("c"))) == (3, {"client-a": ALICE})
 
 
-def test_new_facts_about_a_client_replace_the_old(exchange: BrokerCore[str], deliveries: Deliveries) -> None:
-    exchange.subscribe("one", "c")
-    exchange.enter("one", "c", ALICE, present=True, announce=True)
+def test_a_later_info_of_a_client_replaces_the_earlier(bench: Bench) -> None:
+    bench.ask(Subscribe("c"))
+    bench.ask(present("c", ALICE, announce=True))
     renamed = ClientInfo("alice", "client-a", b'"A."')
-    exchange.enter("one", "c", renamed, present=True, announce=True)
-    exchange.leave("one", "c", "client-a")
-    assert [delivery[1:] for delivery in deliveries.made] == [
+    bench.ask(present("c", renamed, announce=True))
+    bench.ask(RemovePresence("c", "client-a"))
+    assert [delivery[1:] for delivery in bench.deliveries.made] == [
         ("joined", "c", ALICE),
         ("left", "c", renamed),
     ]
 
 
-def test_a_refused_publication_leaves_no_key_behind(exchange: BrokerCore[str]) -> None:
+def test_a_refused_publication_leaves_no_key_behind(bench: Bench) -> None:
     keep = HistoryOptions(1, 60.0)
     for channel in ("a", "b"):
-        exchange.publish(0.0, channel, b"1", keep)
+        bench.ask(Publish(channel, b"1", keep))
     with pytest.raises(ClientError):
-        exchange.publish(0.0, "c", b"1", keep, idempotency_key="key")
-    exchange.remove_history("a")
-    exchange.sweep(10_000_000.0)
-    assert exchange.streams == 0
-    assert exchange.publish(10_000_000.0, "c", b"1", keep, idempotency_key="key").offset == 1
+        bench.ask(Publish("c", b"1", keep, idempotency_key="key"))
+    bench.ask(RemoveHistory("a"))
+    bench.now = 10_000_000.0
+    bench.core.sweep(bench.now)
+    assert bench.core.streams == 0
+    assert bench.ask(Publish("c", b"1", keep, idempotency_key="key")).offset == 1

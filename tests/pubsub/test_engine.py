@@ -14,10 +14,27 @@ from twisted.internet.task import deferLater
 
 from realtime.config.settings import EngineSettings
 from realtime.errors import ClientError
-from realtime.pubsub.engine import Engine
-from realtime.pubsub.memory_engine import MemoryEngine
+from realtime.pubsub.engine import (
+    AddClient,
+    AddPresence,
+    AdmitClient,
+    Engine,
+    GetHistory,
+    GetPresence,
+    GetPresenceStats,
+    GetStats,
+    Publish,
+    RemoveClient,
+    RemoveHistory,
+    RemovePresence,
+    ReportSubscriptions,
+    SendOrder,
+    Subscribe,
+    Unsubscribe,
+)
 from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
 from realtime.worker.engine import BrokerEngine
+from tests.pubsub.memory_engine import MemoryEngine
 from tests.system.brokers import LIMIT, POLL, BrokerProcess, broker_engine, until
 
 SETTINGS = EngineSettings(max_channels=50)
@@ -34,20 +51,20 @@ class Log:
         self.entries: list[tuple[Any, ...]] = []
         self.publications: list[Publication] = []
 
-    def published(self, channel: str, publication: Publication, epoch: str) -> None:
+    def on_publication(self, channel: str, publication: Publication, epoch: str) -> None:
         self.entries.append(("published", channel, publication.data, publication.offset, epoch))
         self.publications.append(publication)
 
-    def joined(self, channel: str, info: ClientInfo) -> None:
+    def on_join(self, channel: str, info: ClientInfo) -> None:
         self.entries.append(("joined", channel, info))
 
-    def left(self, channel: str, info: ClientInfo) -> None:
+    def on_leave(self, channel: str, info: ClientInfo) -> None:
         self.entries.append(("left", channel, info))
 
-    def instructed(self, order: bytes) -> None:
+    def on_order(self, order: bytes) -> None:
         self.entries.append(("instructed", order))
 
-    def interrupted(self) -> None:
+    def on_interruption(self) -> None:
         self.entries.append(("interrupted",))
 
     def named(self, name: str) -> list[tuple[Any, ...]]:
@@ -62,18 +79,18 @@ class Bench:
         self.engine = make(self.log)
 
     async def publish(
-        self, channel: str, data: bytes = b"1", retention: HistoryOptions = KEEP, **more: Any
+        self, channel: str, data: bytes = b"1", history_options: HistoryOptions = KEEP, **more: Any
     ) -> Position:
-        return await self.engine.publish(channel, data, retention=retention, **more)
+        return await self.engine.ask(Publish(channel, data, history_options, **more))
 
     async def history(
-        self, channel: str, retention: HistoryOptions = KEEP, limit: int = -1, **more: Any
+        self, channel: str, history_options: HistoryOptions = KEEP, limit: int = -1, **more: Any
     ) -> HistoryPage:
-        return await self.engine.history(channel, retention=retention, limit=limit, **more)
+        return await self.engine.ask(GetHistory(channel, history_options, limit=limit, **more))
 
     async def settled(self) -> Log:
         """What reached the worker, when all that was on the way is there."""
-        await self.engine.census()
+        await self.engine.ask(GetStats())
         return self.log
 
 
@@ -81,7 +98,7 @@ async def nobody(bench: Bench) -> None:
     """Wait until the broker has seen the clients of the test before leave. Raises TimeoutError."""
 
     async def left() -> None:
-        while (await bench.engine.census()) != EngineStats():
+        while (await bench.engine.ask(GetStats())) != EngineStats():
             await deferLater(reactor, POLL)
 
     await Deferred.fromCoroutine(left()).addTimeout(LIMIT, reactor)
@@ -143,7 +160,7 @@ async def test_publications_are_numbered_from_one_in_one_epoch(bench: Bench, cha
 
 async def test_subscribed_channels_are_delivered(bench: Bench, channel: str) -> None:
     await bench.publish(channel, b"before")
-    await bench.engine.subscribe(channel)
+    await bench.engine.ask(Subscribe(channel))
     position = await bench.publish(channel, b"after")
     await bench.publish("another channel", b"elsewhere")
     assert (await bench.settled()).entries == [("published", channel, b"after", 2, position.epoch)]
@@ -157,15 +174,15 @@ async def test_the_author_and_the_tags_come_along(bench: Bench, channel: str) ->
 
 async def test_data_is_passed_on_byte_for_byte(bench: Bench, channel: str) -> None:
     data = b'{"n": 12345678901234567890,  "n": 1.0, "\xc3\xa9": "\\u0000"}' + b" " * 100_000
-    await bench.engine.subscribe(channel)
+    await bench.engine.ask(Subscribe(channel))
     await bench.publish(channel, data)
     assert (await bench.settled()).entries[0][2] == data
 
 
 async def test_without_retention_nothing_is_numbered_or_kept(bench: Bench, channel: str) -> None:
-    await bench.engine.subscribe(channel)
-    for retention in (HistoryOptions(), HistoryOptions(size=10), HistoryOptions(ttl=60.0)):
-        assert await bench.publish(channel, b"1", retention) == Position()
+    await bench.engine.ask(Subscribe(channel))
+    for history_options in (HistoryOptions(), HistoryOptions(size=10), HistoryOptions(ttl=60.0)):
+        assert await bench.publish(channel, b"1", history_options) == Position()
     assert (await bench.settled()).entries == [("published", channel, b"1", 0, "")] * 3
     assert await bench.history(channel, HistoryOptions()) == HistoryPage([], Position())
 
@@ -178,16 +195,16 @@ async def test_unnumbered_publications_leave_the_numbering_alone(bench: Bench, c
 
 
 async def test_after_unsubscribe_nothing_comes(bench: Bench, channel: str) -> None:
-    await bench.engine.subscribe(channel)
-    await bench.engine.subscribe(channel)
-    bench.engine.unsubscribe(channel)
-    bench.engine.unsubscribe(channel)
+    await bench.engine.ask(Subscribe(channel))
+    await bench.engine.ask(Subscribe(channel))
+    bench.engine.tell(Unsubscribe(channel))
+    bench.engine.tell(Unsubscribe(channel))
     await bench.publish(channel)
     assert (await bench.settled()).entries == []
 
 
 async def test_an_idempotency_key_publishes_once(bench: Bench, channel: str) -> None:
-    await bench.engine.subscribe(channel)
+    await bench.engine.ask(Subscribe(channel))
     first = await bench.publish(channel, b"1", idempotency_key="key")
     await bench.publish(channel, b"2")
     assert await bench.publish(channel, b"1", idempotency_key="key") == first
@@ -196,7 +213,7 @@ async def test_an_idempotency_key_publishes_once(bench: Bench, channel: str) -> 
 
 
 async def test_an_idempotency_key_counts_without_history_too(bench: Bench, channel: str) -> None:
-    await bench.engine.subscribe(channel)
+    await bench.engine.ask(Subscribe(channel))
     for _ in range(2):
         assert await bench.publish(channel, b"1", HistoryOptions(), idempotency_key="key") == Position()
     assert len((await bench.settled()).entries) == 1
@@ -204,7 +221,7 @@ async def test_an_idempotency_key_counts_without_history_too(bench: Bench, chann
 
 @pytest.mark.parametrize("marks", [{"delta": True}, {"binary": True}, {"delta": True, "binary": True}])
 async def test_how_it_was_published_comes_along(bench: Bench, channel: str, marks: dict[str, bool]) -> None:
-    await bench.engine.subscribe(channel)
+    await bench.engine.ask(Subscribe(channel))
     await bench.publish(channel, b"\xff", **marks)
     await bench.publish(channel, b"2", HistoryOptions(), **marks)
     kept, passing = (await bench.settled()).publications
@@ -213,7 +230,7 @@ async def test_how_it_was_published_comes_along(bench: Bench, channel: str, mark
 
 
 async def test_an_old_version_is_not_published(bench: Bench, channel: str) -> None:
-    await bench.engine.subscribe(channel)
+    await bench.engine.ask(Subscribe(channel))
 
     async def offer(version: int, epoch: str = "", **more: Any) -> int:
         position = await bench.publish(channel, version=version, version_epoch=epoch, **more)
@@ -234,24 +251,24 @@ async def test_an_old_version_is_not_published(bench: Bench, channel: str) -> No
 
 async def test_versions_outlive_the_publications_but_not_the_numbering(bench: Bench, channel: str) -> None:
     await bench.publish(channel, version=5)
-    await bench.engine.remove_history(channel)
+    await bench.engine.ask(RemoveHistory(channel))
     assert (await bench.publish(channel, version=5)).offset == 1
-    retention = HistoryOptions(size=10, ttl=0.01, meta_ttl=0.02)
-    first = await bench.publish(channel + "!", b"1", retention, version=5)
+    history_options = HistoryOptions(size=10, ttl=0.01, meta_ttl=0.02)
+    first = await bench.publish(channel + "!", b"1", history_options, version=5)
     await deferLater(reactor, 0.05)
-    again = await bench.publish(channel + "!", b"1", retention, version=5)
+    again = await bench.publish(channel + "!", b"1", history_options, version=5)
     assert (again.offset, again.epoch != first.epoch) == (1, True)
 
 
 async def test_without_history_versions_mean_nothing(bench: Bench, channel: str) -> None:
-    await bench.engine.subscribe(channel)
+    await bench.engine.ask(Subscribe(channel))
     for _ in range(2):
         assert await bench.publish(channel, b"1", HistoryOptions(), version=5) == Position()
     assert len((await bench.settled()).entries) == 2
 
 
 async def test_many_publications_come_in_order(bench: Bench, channel: str) -> None:
-    await bench.engine.subscribe(channel)
+    await bench.engine.ask(Subscribe(channel))
     await DeferredList([Deferred.fromCoroutine(bench.publish(channel, b"%d" % n)) for n in range(500)])
     assert [entry[2] for entry in (await bench.settled()).named("published")] == list(range(1, 501))
 
@@ -302,33 +319,33 @@ async def test_a_first_question_fixes_the_epoch(bench: Bench, channel: str) -> N
 
 
 async def test_publications_end_and_the_numbering_goes_on(bench: Bench, channel: str) -> None:
-    retention = HistoryOptions(size=10, ttl=0.05)
-    first = await bench.publish(channel, b"1", retention)
-    while (await bench.history(channel, retention)).publications:
+    history_options = HistoryOptions(size=10, ttl=0.05)
+    first = await bench.publish(channel, b"1", history_options)
+    while (await bench.history(channel, history_options)).publications:
         await deferLater(reactor, 0.01)
-    assert await bench.publish(channel, b"2", retention) == Position(2, first.epoch)
+    assert await bench.publish(channel, b"2", history_options) == Position(2, first.epoch)
 
 
 async def test_without_access_the_numbering_starts_again(bench: Bench, channel: str) -> None:
-    retention = HistoryOptions(size=10, ttl=0.01, meta_ttl=0.02)
-    first = await bench.publish(channel, b"1", retention)
+    history_options = HistoryOptions(size=10, ttl=0.01, meta_ttl=0.02)
+    first = await bench.publish(channel, b"1", history_options)
     await deferLater(reactor, 0.05)
-    again = await bench.publish(channel, b"1", retention)
+    again = await bench.publish(channel, b"1", history_options)
     assert again.offset == 1
     assert again.epoch != first.epoch
 
 
 async def test_removal_keeps_the_numbering(bench: Bench, channel: str) -> None:
     first = await bench.publish(channel)
-    await bench.engine.remove_history(channel)
-    await bench.engine.remove_history("unknown")
+    await bench.engine.ask(RemoveHistory(channel))
+    await bench.engine.ask(RemoveHistory("unknown"))
     assert await bench.history(channel) == HistoryPage([], first)
     assert await bench.publish(channel) == Position(2, first.epoch)
 
 
 async def test_an_answer_never_overtakes_nor_lags_behind_publications(bench: Bench, channel: str) -> None:
     """At the moment an answer counts n publications, exactly n have been delivered."""
-    await bench.engine.subscribe(channel)
+    await bench.engine.ask(Subscribe(channel))
     waiting: list[Deferred[Any]] = []
 
     async def ask() -> None:
@@ -351,47 +368,47 @@ async def test_an_answer_never_overtakes_nor_lags_behind_publications(bench: Ben
 
 
 async def test_presence_and_its_announcements(bench: Bench, channel: str) -> None:
-    await bench.engine.subscribe(channel)
-    await bench.engine.enter(channel, ALICE, present=True, announce=True)
-    await bench.engine.enter(channel, ALICE_AGAIN, present=True, announce=False)
-    await bench.engine.enter(channel, BOB, present=False, announce=True)
-    assert await bench.engine.presence(channel) == {"client-a": ALICE, "client-c": ALICE_AGAIN}
-    assert await bench.engine.presence_stats(channel) == (2, 1)
+    await bench.engine.ask(Subscribe(channel))
+    await bench.engine.ask(AddPresence(channel, ALICE, present=True, announce=True))
+    await bench.engine.ask(AddPresence(channel, ALICE_AGAIN, present=True, announce=False))
+    await bench.engine.ask(AddPresence(channel, BOB, present=False, announce=True))
+    assert await bench.engine.ask(GetPresence(channel)) == {"client-a": ALICE, "client-c": ALICE_AGAIN}
+    assert await bench.engine.ask(GetPresenceStats(channel)) == (2, 1)
     for info in (ALICE, ALICE_AGAIN, BOB):
-        await bench.engine.leave(channel, info.client)
-    assert await bench.engine.presence(channel) == {}
-    assert await bench.engine.presence_stats(channel) == (0, 0)
+        await bench.engine.ask(RemovePresence(channel, info.client))
+    assert await bench.engine.ask(GetPresence(channel)) == {}
+    assert await bench.engine.ask(GetPresenceStats(channel)) == (0, 0)
     log = await bench.settled()
     assert log.entries == [(what, channel, info) for what in ("joined", "left") for info in (ALICE, BOB)]
 
 
 async def test_who_is_not_there_leaves_in_silence(bench: Bench, channel: str) -> None:
-    await bench.engine.subscribe(channel)
-    await bench.engine.leave(channel, "stranger")
-    await bench.engine.enter(channel, BOB, present=False, announce=False)
-    await bench.engine.leave(channel, BOB.client)
+    await bench.engine.ask(Subscribe(channel))
+    await bench.engine.ask(RemovePresence(channel, "stranger"))
+    await bench.engine.ask(AddPresence(channel, BOB, present=False, announce=False))
+    await bench.engine.ask(RemovePresence(channel, BOB.client))
     assert (await bench.settled()).entries == []
 
 
 async def test_presence_of_an_unknown_channel_is_empty(bench: Bench, channel: str) -> None:
-    assert await bench.engine.presence(channel) == {}
-    assert await bench.engine.presence_stats(channel) == (0, 0)
+    assert await bench.engine.ask(GetPresence(channel)) == {}
+    assert await bench.engine.ask(GetPresenceStats(channel)) == (0, 0)
 
 
 async def test_entering_again_is_no_second_join(bench: Bench, channel: str) -> None:
-    await bench.engine.subscribe(channel)
+    await bench.engine.ask(Subscribe(channel))
     for _ in range(2):
-        await bench.engine.enter(channel, ALICE, present=True, announce=True)
+        await bench.engine.ask(AddPresence(channel, ALICE, present=True, announce=True))
     assert (await bench.settled()).entries == [("joined", channel, ALICE)]
 
 
 async def test_who_is_present_may_change(bench: Bench, channel: str) -> None:
-    await bench.engine.subscribe(channel)
+    await bench.engine.ask(Subscribe(channel))
     renamed = msgspec.structs.replace(ALICE, conn_info=b'"renamed"')
     for info in (ALICE, renamed):
-        await bench.engine.enter(channel, info, present=True, announce=True)
-    assert await bench.engine.presence(channel) == {ALICE.client: renamed}
-    await bench.engine.leave(channel, ALICE.client)
+        await bench.engine.ask(AddPresence(channel, info, present=True, announce=True))
+    assert await bench.engine.ask(GetPresence(channel)) == {ALICE.client: renamed}
+    await bench.engine.ask(RemovePresence(channel, ALICE.client))
     assert (await bench.settled()).entries == [("joined", channel, ALICE), ("left", channel, renamed)]
 
 
@@ -400,43 +417,43 @@ async def test_who_is_present_may_change(bench: Bench, channel: str) -> None:
 
 async def test_the_census(bench: Bench, channel: str) -> None:
     for info in (ALICE, ALICE_AGAIN, BOB, BOB):
-        bench.engine.connected(info)
-    await bench.engine.subscribe(channel)
-    bench.engine.tally(7)
-    assert await bench.engine.census() == EngineStats(clients=3, users=2, channels=1, subscriptions=7)
-    bench.engine.disconnected(ALICE.client)
-    bench.engine.disconnected(BOB.client)
-    bench.engine.disconnected(BOB.client)
-    bench.engine.unsubscribe(channel)
-    bench.engine.tally(0)
-    assert await bench.engine.census() == EngineStats(clients=1, users=1, channels=0, subscriptions=0)
+        bench.engine.tell(AddClient(info))
+    await bench.engine.ask(Subscribe(channel))
+    bench.engine.tell(ReportSubscriptions(7))
+    assert await bench.engine.ask(GetStats()) == EngineStats(clients=3, users=2, channels=1, subscriptions=7)
+    bench.engine.tell(RemoveClient(ALICE.client))
+    bench.engine.tell(RemoveClient(BOB.client))
+    bench.engine.tell(RemoveClient(BOB.client))
+    bench.engine.tell(Unsubscribe(channel))
+    bench.engine.tell(ReportSubscriptions(0))
+    assert await bench.engine.ask(GetStats()) == EngineStats(clients=1, users=1, channels=0, subscriptions=0)
 
 
 async def test_a_user_has_so_many_connections_and_no_more(bench: Bench) -> None:
-    assert await bench.engine.admit(ALICE, 2)
-    bench.engine.connected(ALICE_AGAIN)
+    assert await bench.engine.ask(AdmitClient(ALICE, 2))
+    bench.engine.tell(AddClient(ALICE_AGAIN))
     third = ClientInfo("alice", "client-d")
-    assert not await bench.engine.admit(third, 2)
-    assert await bench.engine.admit(BOB, 1)
-    assert (await bench.engine.census()).clients == 3
-    bench.engine.disconnected(third.client)
-    bench.engine.disconnected(ALICE.client)
-    assert await bench.engine.admit(third, 2)
-    assert not await bench.engine.admit(ALICE, 2)
-    assert await bench.engine.admit(ALICE, 0)
-    assert await bench.engine.census() == EngineStats(clients=4, users=2)
+    assert not await bench.engine.ask(AdmitClient(third, 2))
+    assert await bench.engine.ask(AdmitClient(BOB, 1))
+    assert (await bench.engine.ask(GetStats())).clients == 3
+    bench.engine.tell(RemoveClient(third.client))
+    bench.engine.tell(RemoveClient(ALICE.client))
+    assert await bench.engine.ask(AdmitClient(third, 2))
+    assert not await bench.engine.ask(AdmitClient(ALICE, 2))
+    assert await bench.engine.ask(AdmitClient(ALICE, 0))
+    assert await bench.engine.ask(GetStats()) == EngineStats(clients=4, users=2)
 
 
 async def test_nobody_counts_the_anonymous(bench: Bench) -> None:
     for client in ("1", "2", "3"):
-        assert await bench.engine.admit(ClientInfo("", client), 1)
-    assert (await bench.engine.census()).clients == 3
+        assert await bench.engine.ask(AdmitClient(ClientInfo("", client), 1))
+    assert (await bench.engine.ask(GetStats())).clients == 3
 
 
 async def test_orders_reach_the_worker_that_gives_them(bench: Bench) -> None:
-    assert await bench.engine.instruct(b"\x00order") == 1
-    assert await bench.engine.instruct(b"to me", worker="0") == 1
-    assert await bench.engine.instruct(b"to nobody", worker="1") == 0
+    assert await bench.engine.ask(SendOrder(b"\x00order")) == 1
+    assert await bench.engine.ask(SendOrder(b"to me", worker="0")) == 1
+    assert await bench.engine.ask(SendOrder(b"to nobody", worker="1")) == 0
     assert (await bench.settled()).entries == [("instructed", b"\x00order"), ("instructed", b"to me")]
 
 
@@ -445,17 +462,17 @@ async def test_orders_reach_the_worker_that_gives_them(bench: Bench) -> None:
 
 async def test_there_is_a_most_of_subscribed_channels(bench: Bench, channel: str) -> None:
     for number in range(SETTINGS.max_channels):
-        await bench.engine.subscribe(f"{channel}{number}")
-    assert await refusal(bench.engine.subscribe("one more")) == 106
-    await bench.engine.subscribe(f"{channel}0")
-    bench.engine.unsubscribe(f"{channel}0")
-    await bench.engine.subscribe("one more")
+        await bench.engine.ask(Subscribe(f"{channel}{number}"))
+    assert await refusal(bench.engine.ask(Subscribe("one more"))) == 106
+    await bench.engine.ask(Subscribe(f"{channel}0"))
+    bench.engine.tell(Unsubscribe(f"{channel}0"))
+    await bench.engine.ask(Subscribe("one more"))
 
 
 async def test_there_is_a_most_of_channels_with_presence(bench: Bench, channel: str) -> None:
     for number in range(SETTINGS.max_channels):
-        await bench.engine.enter(f"{channel}{number}", ALICE, present=True, announce=False)
-    assert await refusal(bench.engine.enter("one more", ALICE, present=True, announce=False)) == 106
+        await bench.engine.ask(AddPresence(f"{channel}{number}", ALICE, present=True, announce=False))
+    assert await refusal(bench.engine.ask(AddPresence("one more", ALICE, present=True, announce=False))) == 106
 
 
 async def test_there_is_a_most_of_idempotency_keys(bench: Bench, channel: str) -> None:
@@ -481,7 +498,7 @@ async def test_there_is_a_most_of_channels_with_history(bench: Bench, channel: s
 async def test_publications_cross_workers_in_order(workers: list[Bench], channel: str) -> None:
     here, there, _ = workers
     for bench in (here, there):
-        await bench.engine.subscribe(channel)
+        await bench.engine.ask(Subscribe(channel))
     await DeferredList(
         [
             Deferred.fromCoroutine(bench.publish(channel, b"%d" % number, HistoryOptions()))
@@ -497,13 +514,13 @@ async def test_publications_cross_workers_in_order(workers: list[Bench], channel
 
 async def test_presence_and_announcements_cross_workers(workers: list[Bench], channel: str) -> None:
     here, there, elsewhere = workers
-    await there.engine.subscribe(channel)
-    await here.engine.enter(channel, ALICE, present=True, announce=True)
-    await there.engine.enter(channel, BOB, present=True, announce=True)
+    await there.engine.ask(Subscribe(channel))
+    await here.engine.ask(AddPresence(channel, ALICE, present=True, announce=True))
+    await there.engine.ask(AddPresence(channel, BOB, present=True, announce=True))
     for bench in workers:
-        assert await bench.engine.presence(channel) == {"client-a": ALICE, "client-b": BOB}
-        assert await bench.engine.presence_stats(channel) == (2, 2)
-    await here.engine.leave(channel, ALICE.client)
+        assert await bench.engine.ask(GetPresence(channel)) == {"client-a": ALICE, "client-b": BOB}
+        assert await bench.engine.ask(GetPresenceStats(channel)) == (2, 2)
+    await here.engine.ask(RemovePresence(channel, ALICE.client))
     assert (await there.settled()).entries == [
         ("joined", channel, ALICE),
         ("joined", channel, BOB),
@@ -513,14 +530,14 @@ async def test_presence_and_announcements_cross_workers(workers: list[Bench], ch
 
 
 async def test_orders_reach_every_worker(workers: list[Bench]) -> None:
-    assert await workers[1].engine.instruct(b"order") == 3
+    assert await workers[1].engine.ask(SendOrder(b"order")) == 3
     for bench in workers:
         assert (await bench.settled()).entries == [("instructed", b"order")]
 
 
 async def test_an_order_reaches_the_worker_it_is_for(workers: list[Bench]) -> None:
-    assert await workers[1].engine.instruct(b"order", worker="2") == 1
-    assert await workers[1].engine.instruct(b"order", worker="7") == 0
+    assert await workers[1].engine.ask(SendOrder(b"order", worker="2")) == 1
+    assert await workers[1].engine.ask(SendOrder(b"order", worker="7")) == 0
     assert [(await bench.settled()).entries for bench in workers] == [[], [], [("instructed", b"order")]]
 
 
@@ -528,37 +545,37 @@ async def test_connections_of_a_user_are_limited_over_all_workers(workers: list[
     here, there, _ = workers
     answers = await DeferredList(
         [
-            Deferred.fromCoroutine(bench.engine.admit(ClientInfo("alice", f"{number}"), 3))
+            bench.engine.ask(AdmitClient(ClientInfo("alice", f"{number}"), 3))
             for number, bench in enumerate([here, there] * 3)
         ]
     )
     assert [admitted for _, admitted in answers].count(True) == 3
-    assert (await here.engine.census()).clients == 3
+    assert (await here.engine.ask(GetStats())).clients == 3
     here.engine.close()
-    while not await there.engine.admit(ALICE, 3):
+    while not await there.engine.ask(AdmitClient(ALICE, 3)):
         await deferLater(reactor, 0.01)
 
 
 async def test_the_census_counts_all_workers(workers: list[Bench], channel: str) -> None:
     for bench, info in zip(workers, (ALICE, BOB, ALICE_AGAIN), strict=True):
-        bench.engine.connected(info)
-        bench.engine.tally(10)
-        await bench.engine.subscribe(channel)
+        bench.engine.tell(AddClient(info))
+        bench.engine.tell(ReportSubscriptions(10))
+        await bench.engine.ask(Subscribe(channel))
         await bench.settled()
-    assert await workers[0].engine.census() == EngineStats(clients=3, users=2, channels=1, subscriptions=30)
+    assert await workers[0].engine.ask(GetStats()) == EngineStats(clients=3, users=2, channels=1, subscriptions=30)
 
 
 async def test_a_worker_that_goes_takes_its_clients_along(workers: list[Bench], channel: str) -> None:
     leaving, staying, _ = workers
-    await staying.engine.subscribe(channel)
-    await leaving.engine.subscribe(channel)
-    leaving.engine.connected(ALICE)
-    leaving.engine.tally(5)
-    await leaving.engine.enter(channel, ALICE, present=True, announce=True)
+    await staying.engine.ask(Subscribe(channel))
+    await leaving.engine.ask(Subscribe(channel))
+    leaving.engine.tell(AddClient(ALICE))
+    leaving.engine.tell(ReportSubscriptions(5))
+    await leaving.engine.ask(AddPresence(channel, ALICE, present=True, announce=True))
     leaving.engine.close()
     await until(lambda: ("left", channel, ALICE) in staying.log.entries)
-    assert await staying.engine.presence(channel) == {}
-    assert await staying.engine.census() == EngineStats(clients=0, users=0, channels=1, subscriptions=0)
+    assert await staying.engine.ask(GetPresence(channel)) == {}
+    assert await staying.engine.ask(GetStats()) == EngineStats(clients=0, users=0, channels=1, subscriptions=0)
 
 
 def test_both_are_engines() -> None:

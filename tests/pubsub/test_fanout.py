@@ -45,7 +45,7 @@ class Worker:
 
     def publish(self, channel: str = "c", data: bytes = b"p", **options: object) -> None:
         offset = self.offsets[channel] = self.offsets.get(channel, 0) + 1
-        self.hub.published(channel, Publication(data, offset, **options), EPOCH)  # type: ignore[arg-type]
+        self.hub.on_publication(channel, Publication(data, offset, **options), EPOCH)  # type: ignore[arg-type]
 
     def turn(self) -> None:
         while self.asked:
@@ -99,7 +99,7 @@ def test_what_waits_goes_to_each_member_in_one_write(worker: Worker) -> None:
     worker.until_idle()
     assert all(offsets(member) == list(range(1, 21)) for member in members)
     assert all(len(member.written) == 2 for member in members)  # the first was under way when the others came
-    assert worker.hub.traffic.sent.value == 40_000
+    assert worker.hub.fanout.sent.value == 40_000
 
 
 def test_a_write_has_no_more_than_its_limit(worker: Worker) -> None:
@@ -122,7 +122,7 @@ def test_a_burst_delays_another_channel_by_a_slice(worker: Worker) -> None:
         worker.turn()
         assert offsets(other) == list(range(1, number + 1))
         assert worker.now - began <= SLICE + fanout.CHUNK * COST
-    assert worker.hub.traffic.queued > 0
+    assert worker.hub.fanout.queued > 0
 
 
 def test_many_bursts_delay_another_channel_by_a_chunk_of_each(worker: Worker) -> None:
@@ -158,9 +158,9 @@ def test_a_low_channel_gets_its_share_beside_a_flood_of_high_ones(worker: Worker
 
 def test_joins_and_leaves_wait_their_turn_in_order(worker: Worker) -> None:
     members = [worker.member(announced=True) for _ in range(1000)]
-    worker.hub.joined("c", SOMEBODY)
+    worker.hub.on_join("c", SOMEBODY)
     worker.publish()
-    worker.hub.left("c", SOMEBODY)
+    worker.hub.on_leave("c", SOMEBODY)
     assert len(members[-1].frames) < 3
     worker.until_idle()
     assert all(member.frames == [b"join client-1", b"p 1 abcdefgh", b"leave client-1"] for member in members)
@@ -170,10 +170,10 @@ def test_what_is_counted_as_queued_is_gone_at_the_end(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for _ in range(10):
         worker.publish(data=b"x" * 100)
-    assert 700 <= worker.hub.traffic.queued <= 1000
+    assert 700 <= worker.hub.fanout.queued <= 1000
     worker.until_idle()
-    assert worker.hub.traffic.queued == 0
-    assert worker.hub.traffic.sent.value == sum(len(member.frames) for member in members) == 20_000
+    assert worker.hub.fanout.queued == 0
+    assert worker.hub.fanout.sent.value == sum(len(member.frames) for member in members) == 20_000
 
 
 # Coming and going while something waits
@@ -185,7 +185,7 @@ def test_who_leaves_hears_nothing_of_what_waits(worker: Worker) -> None:
     worker.publish()
     gone = [member for member in members if not member.frames]
     for member in gone:
-        worker.hub.remove("c", member)
+        worker.hub.unsubscribe("c", member)
     assert gone
     worker.until_idle()
     assert all(member.frames == [] for member in gone)
@@ -201,8 +201,8 @@ def test_who_opens_behind_a_backlog_hears_what_its_reply_did_not_count(worker: W
     add(worker.hub, early)
     worker.publish()
     add(worker.hub, late)
-    assert worker.hub.open("c", early, at(3))
-    assert worker.hub.open("c", late, at(4))
+    assert worker.hub.activate("c", early, at(3))
+    assert worker.hub.activate("c", late, at(4))
     worker.publish()
     assert (early.frames, late.frames) == ([], [])
     worker.until_idle()
@@ -219,8 +219,8 @@ def test_who_leaves_before_it_begins_hears_nothing(worker: Worker) -> None:
     member = Listener()
     add(worker.hub, member)
     worker.publish()
-    assert worker.hub.open("c", member, at(1))
-    worker.hub.remove("c", member)
+    assert worker.hub.activate("c", member, at(1))
+    worker.hub.unsubscribe("c", member)
     worker.until_idle()
     worker.publish()
     assert member.frames == []
@@ -233,8 +233,8 @@ def test_who_leaves_takes_nobody_who_waits_to_begin_along(worker: Worker) -> Non
     late = Listener()
     add(worker.hub, late)
     worker.publish()
-    assert worker.hub.open("c", late, at(3))
-    worker.hub.remove("c", members[0])
+    assert worker.hub.activate("c", late, at(3))
+    worker.hub.unsubscribe("c", members[0])
     worker.until_idle()
     assert offsets(late) == [4]
 
@@ -264,7 +264,7 @@ def test_a_long_replay_lets_others_have_a_turn(worker: Worker) -> None:
     add(worker.hub, member)
     for _ in range(3000):
         worker.publish()
-    assert worker.hub.open("c", member, at(0))
+    assert worker.hub.activate("c", member, at(0))
     worker.publish("other")
     assert len(member.frames) < 1000
     worker.turn()
@@ -277,7 +277,7 @@ def test_a_long_replay_lets_others_have_a_turn(worker: Worker) -> None:
 def test_many_that_are_lost_are_told_in_slices_and_before_anything_newer(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for member in members:
-        member.lost = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
+        member.on_gap = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
     worker.publish()
     worker.offsets["c"] += 1
     began = worker.now
@@ -294,11 +294,11 @@ def test_many_that_are_lost_are_told_in_slices_and_before_anything_newer(worker:
 def test_who_leaves_before_it_is_told_of_a_loss_is_not_told(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for member in members:
-        member.lost = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
-    worker.hub.interrupted()
+        member.on_gap = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
+    worker.hub.on_interruption()
     left = [member for member in members if not member.frames]
     for member in left:
-        worker.hub.remove("c", member)
+        worker.hub.unsubscribe("c", member)
     assert left
     worker.until_idle()
     assert all(member.frames == [] for member in left)
@@ -307,17 +307,17 @@ def test_who_leaves_before_it_is_told_of_a_loss_is_not_told(worker: Worker) -> N
 def test_an_interruption_of_many_channels_comes_before_all_that_follows_it(worker: Worker) -> None:
     members = [worker.member(f"c{number}") for number in range(1000)]
     for member in members:
-        member.lost = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
-    worker.hub.interrupted()
+        member.on_gap = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
+    worker.hub.on_interruption()
     assert any(member.frames for member in members)
     waiting = [number for number, member in enumerate(members) if not member.frames]
     heard, unheard = waiting[0], waiting[1]
-    worker.hub.published(f"c{heard}", Publication(b"p", 1), "new")
+    worker.hub.on_publication(f"c{heard}", Publication(b"p", 1), "new")
     newcomer = Listener()
     add(worker.hub, newcomer, f"c{unheard}")
-    assert worker.hub.open(f"c{unheard}", newcomer, at(0, "new"))
+    assert worker.hub.activate(f"c{unheard}", newcomer, at(0, "new"))
     worker.until_idle()
-    worker.hub.published(f"c{unheard}", Publication(b"p", 1), "new")
+    worker.hub.on_publication(f"c{unheard}", Publication(b"p", 1), "new")
     assert all(member.frames == [b"lost"] for member in members)
     assert (newcomer.seen, newcomer.losses) == ([(1, "new")], 0)
     assert worker.hub.subscriptions == 1
@@ -328,8 +328,8 @@ def test_a_channel_that_is_left_by_all_frees_what_waits(worker: Worker) -> None:
     for _ in range(10):
         worker.publish()
     for member in members:
-        worker.hub.remove("c", member)
-    assert worker.hub.traffic.queued == 0
+        worker.hub.unsubscribe("c", member)
+    assert worker.hub.fanout.queued == 0
     again = worker.member()
     worker.publish()
     worker.until_idle()
@@ -383,7 +383,7 @@ def test_a_channel_too_far_behind_loses_its_backlog_and_who_counted_on_it_is_tol
     other = worker.member("other")
     for _ in range(150):
         worker.publish()
-    assert worker.hub.traffic.overflows.value == 1
+    assert worker.hub.fanout.overflows.value == 1
     worker.until_idle()
     assert all(member.losses == 1 for member in positioned)
     assert all(member.losses == 0 and offsets(member)[-1] == 150 for member in relaxed)
@@ -398,9 +398,9 @@ def test_joins_and_leaves_are_the_first_to_be_dropped(worker: Worker, monkeypatc
     for _ in range(10):
         worker.publish()
         for _ in range(50):
-            worker.hub.joined("c", SOMEBODY)
+            worker.hub.on_join("c", SOMEBODY)
     worker.until_idle()
-    assert worker.hub.traffic.overflows.value == 0
+    assert worker.hub.fanout.overflows.value == 0
     assert all(offsets(member) == list(range(1, 11)) and member.losses == 0 for member in members)
 
 
@@ -411,7 +411,7 @@ def test_all_channels_together_may_not_hold_too_many_bytes(worker: Worker, monke
     for _ in range(20):
         worker.publish("large", b"x" * 10_000)
         worker.publish("small", b"x")
-        assert worker.hub.traffic.queued <= 100_000
+        assert worker.hub.fanout.queued <= 100_000
     worker.until_idle()
     assert all(member.losses == 1 for member in large)
     assert all(offsets(member) == list(range(1, 21)) and member.losses == 0 for member in small)
@@ -425,10 +425,10 @@ def test_who_waits_to_begin_outlives_an_overflow(worker: Worker, monkeypatch: py
     late = Listener(positioned=False)
     add(worker.hub, late)
     worker.publish()
-    assert worker.hub.open("c", late, None)
+    assert worker.hub.activate("c", late, None)
     for _ in range(20):
         worker.publish()
-    assert worker.hub.traffic.overflows.value
+    assert worker.hub.fanout.overflows.value
     worker.until_idle()
     worker.publish()
     worker.until_idle()
@@ -473,13 +473,13 @@ def test_filters_hold_for_what_was_held_back_too(worker: Worker) -> None:
     add(worker.hub, member)
     for price in "192":
         worker.publish(tags={"price": price})
-    assert worker.hub.open("c", member, at(0))
+    assert worker.hub.activate("c", member, at(0))
     assert offsets(member) == [1, 3]
 
 
 def test_filtered_members_hear_of_joins_and_losses_as_others_do(worker: Worker) -> None:
     member = worker.member(filter=cheap, announced=True)
-    worker.hub.joined("c", SOMEBODY)
+    worker.hub.on_join("c", SOMEBODY)
     worker.publish(tags={"price": "9"})
     worker.offsets["c"] += 1
     worker.publish(tags={"price": "1"})
@@ -587,7 +587,7 @@ def test_what_the_reply_brought_is_a_base(worker: Worker, followed: bool) -> Non
     worker.publish(data=text(1), delta=True)
     member = Listener(delta=True)
     add(worker.hub, member)
-    assert worker.hub.open("c", member, at(2), Publication(text(1), 2))
+    assert worker.hub.activate("c", member, at(2), Publication(text(1), 2))
     worker.publish(data=text(2), delta=True)
     reader = Reader(member)
     assert reader.read(base=text(1)) == [text(2)]
@@ -600,7 +600,7 @@ def test_what_was_held_back_is_whole_and_a_base(worker: Worker) -> None:
     add(worker.hub, member)
     for number in range(3):
         worker.publish(data=text(number), delta=True)
-    assert worker.hub.open("c", member, at(1), Publication(text(0), 1))
+    assert worker.hub.activate("c", member, at(1), Publication(text(0), 1))
     worker.publish(data=text(3), delta=True)
     reader = Reader(member)
     assert reader.read() == [text(1), text(2), text(3)]
@@ -610,10 +610,10 @@ def test_what_was_held_back_is_whole_and_a_base(worker: Worker) -> None:
 def test_a_reply_that_is_behind_is_no_base_for_what_comes(worker: Worker) -> None:
     worker.member(delta=True, positioned=False)
     worker.publish(data=text(0), delta=True)
-    worker.hub.published("c", Publication(text(1), 0, delta=True), "")
+    worker.hub.on_publication("c", Publication(text(1), 0, delta=True), "")
     member = Listener(delta=True)
     add(worker.hub, member)
-    assert worker.hub.open("c", member, at(1), Publication(text(0), 1))
+    assert worker.hub.activate("c", member, at(1), Publication(text(0), 1))
     worker.publish(data=text(2), delta=True)
     reader = Reader(member)
     assert reader.read(base=text(0)) == [text(2)]
@@ -623,11 +623,11 @@ def test_a_reply_that_is_behind_is_no_base_for_what_comes(worker: Worker) -> Non
 def test_a_reply_under_another_epoch_is_no_base(worker: Worker) -> None:
     worker.member(delta=True, positioned=False)
     worker.publish(data=text(0), delta=True)
-    worker.hub.interrupted()
+    worker.hub.on_interruption()
     member = Listener(delta=True)
     add(worker.hub, member)
-    assert worker.hub.open("c", member, at(1, "new"), Publication(text(7)[::-1], 1))
-    worker.hub.published("c", Publication(text(1), 2, delta=True), "new")
+    assert worker.hub.activate("c", member, at(1, "new"), Publication(text(7)[::-1], 1))
+    worker.hub.on_publication("c", Publication(text(1), 2, delta=True), "new")
     assert Reader(member).read(base=text(7)[::-1]) == [text(1)]
 
 
@@ -644,15 +644,15 @@ def test_a_publication_is_kept_only_while_a_delta_may_start_from_it(worker: Work
     for member in (first, second, plain):
         member.deliver = lambda frame: None
     assert references() > unused
-    worker.hub.remove("c", first)
+    worker.hub.unsubscribe("c", first)
     assert references() > unused
-    worker.hub.remove("c", second)
+    worker.hub.unsubscribe("c", second)
     assert references() == unused
     going = Listener(delta=True)
     add(worker.hub, going)
     worker.publish()
-    going.deliver = lambda frame: worker.hub.remove("c", going)
-    assert worker.hub.open("c", going, at(worker.offsets["c"] - 1))
+    going.deliver = lambda frame: worker.hub.unsubscribe("c", going)
+    assert worker.hub.activate("c", going, at(worker.offsets["c"] - 1))
     assert references() == unused
 
 
@@ -673,7 +673,7 @@ def test_deltas_outlive_a_dropped_backlog(worker: Worker, monkeypatch: pytest.Mo
     worker.until_idle()
     worker.publish(data=text(30), delta=True)
     worker.until_idle()
-    assert worker.hub.traffic.overflows.value
+    assert worker.hub.fanout.overflows.value
     for reader in readers:
         texts = reader.read()
         assert texts[-1] == text(30)
@@ -718,7 +718,7 @@ def test_to_part_with_many_takes_many_turns(worker: Worker, members: int) -> Non
     for _ in range(members):
         member = Listener()
         member.form = form
-        member.unfit = part  # type: ignore[method-assign]
+        member.on_unencodable = part  # type: ignore[method-assign]
         opened(worker.hub, member, at(0))
     began = worker.now
     worker.publish(binary=True)
@@ -737,6 +737,6 @@ def test_binary_data_among_what_was_held_back(worker: Worker) -> None:
     worker.publish()
     worker.publish(binary=True)
     worker.publish()
-    assert worker.hub.open("c", member, at(0))
+    assert worker.hub.activate("c", member, at(0))
     assert (offsets(member), member.misfits) == ([1], 1)
     assert worker.hub.subscribers("c") == 0

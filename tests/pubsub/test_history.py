@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from realtime.errors import ClientError
 from realtime.pubsub import history
+from realtime.pubsub.engine import GetHistory, Publish
 from realtime.pubsub.history import ChannelStream, ChannelStreams, ExpiryQueue, IdempotencyCache
 from realtime.types import ClientInfo, HistoryOptions, Position, Publication
 
@@ -34,12 +35,16 @@ def offsets(publications: list[Publication]) -> list[int]:
     return [publication.offset for publication in publications]
 
 
-def filled(count: int, retention: HistoryOptions = KEEP) -> ChannelStream:
+def query(since: Position | None, limit: int, reverse: bool) -> GetHistory:
+    return GetHistory("c", KEEP, since, limit, reverse)
+
+
+def filled(count: int, history_options: HistoryOptions = KEEP) -> ChannelStream:
     """A stream with this many publications published at time 0."""
     store = streams()
     for number in range(1, count + 1):
-        store.append(0.0, "c", b"%d" % number, retention)
-    return store.open(0.0, "c", retention)
+        store.append(0.0, Publish("c", b"%d" % number, history_options))
+    return store.open(0.0, "c", history_options)
 
 
 # The model: what sections 5.6 and 7.1 of the client protocol say, written down without a thought for cost.
@@ -59,20 +64,20 @@ class Model:
         self.streams: dict[str, ModelStream] = {}
         self.epoch = counted_epochs()
 
-    def access(self, now: float, channel: str, retention: HistoryOptions) -> ModelStream:
+    def access(self, now: float, channel: str, history_options: HistoryOptions) -> ModelStream:
         stream = self.streams.get(channel)
         if stream is not None and now >= stream.contents_end:
             stream.kept = []
         if stream is None or (now >= stream.idle_end and not stream.kept):
             stream = self.streams[channel] = ModelStream(self.epoch())
-        stream.idle_end = now + retention.meta_ttl
+        stream.idle_end = now + history_options.meta_ttl
         return stream
 
-    def publish(self, now: float, channel: str, data: bytes, retention: HistoryOptions) -> tuple[int, str]:
-        stream = self.access(now, channel, retention)
+    def publish(self, now: float, channel: str, data: bytes, history_options: HistoryOptions) -> tuple[int, str]:
+        stream = self.access(now, channel, history_options)
         stream.top += 1
-        stream.kept = [*stream.kept, (stream.top, data)][-retention.size :]
-        stream.contents_end = now + retention.ttl
+        stream.kept = [*stream.kept, (stream.top, data)][-history_options.size :]
+        stream.contents_end = now + history_options.ttl
         return stream.top, stream.epoch
 
     def remove(self, channel: str) -> None:
@@ -80,9 +85,9 @@ class Model:
             self.streams[channel].kept = []
 
     def page(
-        self, now: float, channel: str, retention: HistoryOptions, since: int | None, limit: int, reverse: bool
+        self, now: float, channel: str, history_options: HistoryOptions, since: int | None, limit: int, reverse: bool
     ) -> tuple[list[tuple[int, bytes]], int, str]:
-        stream = self.access(now, channel, retention)
+        stream = self.access(now, channel, history_options)
         found = list(stream.kept)
         if reverse:
             found.reverse()
@@ -129,16 +134,16 @@ def test_any_history_of_operations_reads_like_the_model(steps: list[tuple]) -> N
             store.remove(*arguments)
             model.remove(*arguments)
         elif name == "publish":
-            channel, retention = arguments
+            channel, history_options = arguments
             data = b"%d" % number
-            publication, epoch = store.append(now, channel, data, retention)
-            assert (publication.offset, epoch) == model.publish(now, channel, data, retention)
+            publication, epoch = store.append(now, Publish(channel, data, history_options))
+            assert (publication.offset, epoch) == model.publish(now, channel, data, history_options)
         else:
-            channel, retention, since, limit, reverse = arguments
+            channel, history_options, since, limit, reverse = arguments
             position = None if since is None else Position(since, "whatever")
-            page = store.open(now, channel, retention).page(position, limit, reverse)
+            page = store.open(now, channel, history_options).page(query(position, limit, reverse))
             found = [(publication.offset, publication.data) for publication in page.publications]
-            expected = model.page(now, channel, retention, since, limit, reverse)
+            expected = model.page(now, channel, history_options, since, limit, reverse)
             assert (found, page.position.offset, page.position.epoch) == expected
 
 
@@ -149,7 +154,7 @@ def test_after_everything_is_over_sweeping_leaves_nothing(steps: list[tuple]) ->
         if name == "wait":
             now += arguments[0]
         elif name == "publish":
-            store.append(now, arguments[0], b"x", arguments[1])
+            store.append(now, Publish(arguments[0], b"x", arguments[1]))
         elif name == "page":
             store.open(now, arguments[0], arguments[1])
     for _ in range(5):
@@ -163,7 +168,7 @@ def test_after_everything_is_over_sweeping_leaves_nothing(steps: list[tuple]) ->
 
 def test_offsets_count_from_one_and_the_epoch_is_eight_letters() -> None:
     store = ChannelStreams(10)
-    publication, epoch = store.append(0.0, "c", b"1", KEEP)
+    publication, epoch = store.append(0.0, Publish("c", b"1", KEEP))
     assert publication == Publication(b"1", 1)
     assert len(epoch) == 8
     assert epoch.isalpha()
@@ -172,14 +177,14 @@ def test_offsets_count_from_one_and_the_epoch_is_eight_letters() -> None:
 def test_a_first_read_gives_the_epoch_that_the_first_publication_has() -> None:
     store = streams()
     position = store.open(0.0, "c", KEEP).position
-    _, epoch = store.append(10.0, "c", b"1", KEEP)
+    _, epoch = store.append(10.0, Publish("c", b"1", KEEP))
     assert position == Position(0, epoch)
 
 
 def test_the_author_and_the_tags_are_kept() -> None:
     store, author = streams(), ClientInfo("42", "client", b'{"n":1}')
-    store.append(0.0, "c", b"1", KEEP, author, {"tag": "value"})
-    (found,) = store.open(0.0, "c", KEEP).page(None, -1, False).publications
+    store.append(0.0, Publish("c", b"1", KEEP, author, {"tag": "value"}))
+    (found,) = store.open(0.0, "c", KEEP).page(query(None, -1, False)).publications
     assert (found.info, found.tags) == (author, {"tag": "value"})
 
 
@@ -198,7 +203,7 @@ def test_the_author_and_the_tags_are_kept() -> None:
 )
 def test_pages_forward(since: int | None, limit: int, expected: list[int]) -> None:
     position = None if since is None else Position(since, "")
-    page = filled(5).page(position, limit, False)
+    page = filled(5).page(query(position, limit, False))
     assert offsets(page.publications) == expected
     assert page.position == Position(5, "epoch1")
 
@@ -209,43 +214,43 @@ def test_pages_forward(since: int | None, limit: int, expected: list[int]) -> No
 )
 def test_pages_in_reverse(since: int | None, limit: int, expected: list[int]) -> None:
     position = None if since is None else Position(since, "")
-    assert offsets(filled(5).page(position, limit, True).publications) == expected
+    assert offsets(filled(5).page(query(position, limit, True)).publications) == expected
 
 
 def test_every_publication_restarts_the_time_of_all() -> None:
     store = streams()
-    store.append(0.0, "c", b"1", KEEP)
-    store.append(59.0, "c", b"2", KEEP)
-    assert offsets(store.open(118.0, "c", KEEP).page(None, -1, False).publications) == [1, 2]
-    assert offsets(store.open(119.0, "c", KEEP).page(None, -1, False).publications) == []
+    store.append(0.0, Publish("c", b"1", KEEP))
+    store.append(59.0, Publish("c", b"2", KEEP))
+    assert offsets(store.open(118.0, "c", KEEP).page(query(None, -1, False)).publications) == [1, 2]
+    assert offsets(store.open(119.0, "c", KEEP).page(query(None, -1, False)).publications) == []
 
 
 def test_reading_does_not_prolong_the_publications_but_the_numbering() -> None:
     store = streams()
-    store.append(0.0, "c", b"1", KEEP)
+    store.append(0.0, Publish("c", b"1", KEEP))
     assert store.open(3000.0, "c", KEEP).position == Position(1, "epoch1")
     assert store.open(6599.0, "c", KEEP).position == Position(1, "epoch1")
 
 
 def test_without_access_the_numbering_is_forgotten() -> None:
     store = streams()
-    store.append(0.0, "c", b"1", KEEP)
+    store.append(0.0, Publish("c", b"1", KEEP))
     assert store.open(3600.0, "c", KEEP).position == Position(0, "epoch2")
 
 
 def test_publications_outlive_a_shorter_meta_ttl() -> None:
-    store, retention = streams(), HistoryOptions(3, ttl=60.0, meta_ttl=10.0)
-    store.append(0.0, "c", b"1", retention)
+    store, history_options = streams(), HistoryOptions(3, ttl=60.0, meta_ttl=10.0)
+    store.append(0.0, Publish("c", b"1", history_options))
     store.sweep(50.0, SWEEP)
-    assert store.open(50.0, "c", retention).position == Position(1, "epoch1")
+    assert store.open(50.0, "c", history_options).position == Position(1, "epoch1")
 
 
 def test_removal_keeps_the_numbering() -> None:
     store = streams()
-    store.append(0.0, "c", b"1", KEEP)
+    store.append(0.0, Publish("c", b"1", KEEP))
     store.remove("c")
-    assert store.open(1.0, "c", KEEP).page(None, -1, False).publications == []
-    publication, epoch = store.append(2.0, "c", b"2", KEEP)
+    assert store.open(1.0, "c", KEEP).page(query(None, -1, False)).publications == []
+    publication, epoch = store.append(2.0, Publish("c", b"2", KEEP))
     assert (publication.offset, epoch) == (2, "epoch1")
 
 
@@ -259,22 +264,22 @@ def test_a_page_ends_early_when_it_gets_too_large(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(history, "PAGE_BYTES", 1000)
     store, info = streams(), ClientInfo("u", "c", b"i" * 200)
     for _ in range(3):
-        store.append(0.0, "c", b"x" * 200, KEEP, info)
+        store.append(0.0, Publish("c", b"x" * 200, KEEP, info))
     stream = store.open(0.0, "c", KEEP)
-    assert offsets(stream.page(None, -1, False).publications) == [1]
-    assert offsets(stream.page(None, -1, True).publications) == [3]
-    assert offsets(stream.page(Position(1, ""), -1, False).publications) == [2]
+    assert offsets(stream.page(query(None, -1, False)).publications) == [1]
+    assert offsets(stream.page(query(None, -1, True)).publications) == [3]
+    assert offsets(stream.page(query(Position(1, ""), -1, False)).publications) == [2]
 
 
 def test_a_page_always_holds_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "PAGE_BYTES", 10)
-    assert offsets(filled(2).page(None, -1, False).publications) == [1]
+    assert offsets(filled(2).page(query(None, -1, False)).publications) == [1]
 
 
 def test_a_long_stream_keeps_exactly_its_size() -> None:
     stream = filled(1000, HistoryOptions(100, 60.0))
     assert len(stream) == 100
-    assert offsets(stream.page(None, -1, False).publications) == list(range(901, 1001))
+    assert offsets(stream.page(query(None, -1, False)).publications) == list(range(901, 1001))
 
 
 # The store
@@ -287,7 +292,7 @@ def test_there_is_a_most_of_channels() -> None:
     with pytest.raises(ClientError) as refusal:
         store.open(0.0, "c", KEEP)
     assert refusal.value.code == 106
-    store.append(1.0, "a", b"goes on", KEEP)
+    store.append(1.0, Publish("a", b"goes on", KEEP))
 
 
 def test_what_is_forgotten_makes_room() -> None:
@@ -306,7 +311,7 @@ def test_a_forgotten_channel_starts_again_within_the_limit() -> None:
 
 def test_the_sweep_frees_payloads_that_nobody_asks_for() -> None:
     store = streams()
-    store.append(0.0, "c", b"1", KEEP)
+    store.append(0.0, Publish("c", b"1", KEEP))
     stream = store.open(0.0, "c", KEEP)
     store.sweep(59.0, SWEEP)
     assert len(stream) == 1
@@ -318,7 +323,7 @@ def test_the_sweep_frees_payloads_that_nobody_asks_for() -> None:
 def test_the_sweep_comes_back_to_a_channel_that_fills_again() -> None:
     store = streams()
     for now in (0.0, 100.0, 200.0):
-        store.append(now, "c", b"1", KEEP)
+        store.append(now, Publish("c", b"1", KEEP))
         store.sweep(now + 62.0, SWEEP)
         assert len(store.open(now + 59.0, "c", KEEP)) == 0
 
@@ -340,7 +345,7 @@ def test_the_garbage_collector_has_little_to_do_with_many_channels() -> None:
     gc.collect()
     before = len(gc.get_objects())
     for number in range(5000):
-        store.append(0.0, str(number), b"1", KEEP, ClientInfo("user", "client"), {"tag": "value"})
+        store.append(0.0, Publish(str(number), b"1", KEEP, ClientInfo("user", "client"), {"tag": "value"}))
     gc.collect()
     assert len(gc.get_objects()) - before < 5000 * 1.1
 
@@ -350,7 +355,7 @@ def test_an_idle_channel_takes_little_memory() -> None:
     names = [f"channel:{number}" for number in range(10_000)]
     tracemalloc.start()
     for name in names:
-        store.append(0.0, name, b"", HistoryOptions(1, 1.0))
+        store.append(0.0, Publish(name, b"", HistoryOptions(1, 1.0)))
     store.sweep(3.0, 10_000)
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -381,7 +386,7 @@ def test_the_agenda_gives_everything_once_and_nothing_early(times: list[float], 
 
 def test_a_key_is_known_for_300_seconds_on_its_channel() -> None:
     receipts = IdempotencyCache(10)
-    receipts.note(0.0, "c", "key", Position(1, "e"))
+    receipts.store(0.0, "c", "key", Position(1, "e"))
     assert receipts.recall(299.0, "c", "key") == Position(1, "e")
     assert receipts.recall(299.0, "other", "key") is None
     assert receipts.recall(300.0, "c", "key") is None
@@ -389,9 +394,9 @@ def test_a_key_is_known_for_300_seconds_on_its_channel() -> None:
 
 def test_a_key_that_is_over_may_be_noted_anew() -> None:
     receipts = IdempotencyCache(10)
-    receipts.note(0.0, "c", "first", Position(1, "e"))
-    receipts.note(1.0, "c", "key", Position(2, "e"))
-    receipts.note(300.5, "c", "first", Position(3, "e"))
+    receipts.store(0.0, "c", "first", Position(1, "e"))
+    receipts.store(1.0, "c", "key", Position(2, "e"))
+    receipts.store(300.5, "c", "first", Position(3, "e"))
     assert not receipts.sweep(301.5, SWEEP)
     assert receipts.recall(600.0, "c", "first") == Position(3, "e")
     assert len(receipts) == 1
@@ -399,8 +404,8 @@ def test_a_key_that_is_over_may_be_noted_anew() -> None:
 
 def test_keys_are_bounded_and_none_is_forgotten_early() -> None:
     receipts = IdempotencyCache(2)
-    receipts.note(0.0, "c", "a", Position(1, "e"))
-    receipts.note(10.0, "c", "b", Position(2, "e"))
+    receipts.store(0.0, "c", "a", Position(1, "e"))
+    receipts.store(10.0, "c", "b", Position(2, "e"))
     with pytest.raises(ClientError) as refusal:
         receipts.recall(20.0, "c", "c")
     assert refusal.value.code == 106

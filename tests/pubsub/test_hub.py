@@ -16,12 +16,12 @@ from realtime.config.settings import EngineSettings
 from realtime.errors import EngineUnavailable
 from realtime.pubsub import fanout
 from realtime.pubsub import hub as hub_module
-from realtime.pubsub.engine import Receiver
+from realtime.pubsub.engine import GetHistory, Publish, Receiver, RemoveHistory, Subscribe, Unsubscribe
 from realtime.pubsub.filters import Filter
 from realtime.pubsub.hub import Hub
-from realtime.pubsub.memory_engine import MemoryEngine
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, Publication
+from tests.pubsub.memory_engine import MemoryEngine
 from tests.pubsub.sinks import WholeFrames
 
 EPOCH = "abcdefgh"
@@ -84,10 +84,10 @@ class Listener(WholeFrames):
         self.written.append(frames)
         self.frames += frames.split(b"\0")[:-1]
 
-    def lost(self) -> None:
+    def on_gap(self) -> None:
         self.losses += 1
 
-    def unfit(self) -> None:
+    def on_unencodable(self) -> None:
         self.misfits += 1
 
     @property
@@ -108,12 +108,12 @@ class SlowEngine:
     def __init__(self) -> None:
         self.log: list[str] = []
 
-    async def subscribe(self, channel: str) -> None:
-        self.log.append(f"subscribe {channel}")
+    async def ask(self, request: Subscribe) -> None:
+        self.log.append(f"subscribe {request.channel}")
         await Pause()
 
-    def unsubscribe(self, channel: str) -> None:
-        self.log.append(f"unsubscribe {channel}")
+    def tell(self, notice: Unsubscribe) -> None:
+        self.log.append(f"unsubscribe {notice.channel}")
 
 
 def begin(coroutine: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
@@ -137,7 +137,7 @@ def complete(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 
 def add(hub: Hub, listener: Listener, channel: str = "c") -> None:
-    coroutine = hub.add(channel, listener)
+    coroutine = hub.subscribe(channel, listener)
     try:
         coroutine.send(None)
     except StopIteration:
@@ -147,12 +147,12 @@ def add(hub: Hub, listener: Listener, channel: str = "c") -> None:
 
 def opened(hub: Hub, listener: Listener, position: Position | None, channel: str = "c") -> Listener:
     add(hub, listener, channel)
-    assert hub.open(channel, listener, position)
+    assert hub.activate(channel, listener, position)
     return listener
 
 
 def publish(hub: Hub, offset: int, epoch: str = EPOCH, data: bytes = b"p") -> None:
-    hub.published("c", Publication(data, offset), epoch if offset else "")
+    hub.on_publication("c", Publication(data, offset), epoch if offset else "")
 
 
 @pytest.fixture
@@ -199,13 +199,13 @@ def test_other_channels_hear_nothing(hub: Hub) -> None:
 
 def test_a_publication_of_an_unknown_channel_is_dropped(hub: Hub) -> None:
     publish(hub, 1)
-    hub.joined("c", SOMEBODY)
-    hub.left("c", SOMEBODY)
+    hub.on_join("c", SOMEBODY)
+    hub.on_leave("c", SOMEBODY)
 
 
 def test_members_may_come_and_go_during_a_fan_out(hub: Hub) -> None:
     first, second = Listener(), opened(hub, Listener(), at(0))
-    first.deliver = lambda frame: hub.remove("c", first)
+    first.deliver = lambda frame: hub.unsubscribe("c", first)
     opened(hub, first, at(0))
     third = opened(hub, Listener(), at(0))
     publish(hub, 1)
@@ -216,15 +216,15 @@ def test_members_may_come_and_go_during_a_fan_out(hub: Hub) -> None:
 
 def test_joins_and_leaves_reach_who_wants_them(hub: Hub) -> None:
     curious, other = opened(hub, Listener(announced=True), None), opened(hub, Listener(), None)
-    hub.joined("c", SOMEBODY)
-    hub.left("c", SOMEBODY)
+    hub.on_join("c", SOMEBODY)
+    hub.on_leave("c", SOMEBODY)
     assert curious.frames == [b"join client-1", b"leave client-1"]
     assert other.frames == []
 
 
 def test_orders_are_obeyed(form: TextForm) -> None:
     orders: list[bytes] = []
-    Hub(orders.append).instructed(b"order")
+    Hub(orders.append).on_order(b"order")
     assert orders == [b"order"]
 
 
@@ -294,10 +294,10 @@ def test_the_member_is_out_when_it_is_told_and_may_come_back_at_once(hub: Hub) -
 
     def lost() -> None:
         assert hub.subscribers("c") == 0
-        hub.remove("c", member)
+        hub.unsubscribe("c", member)
         opened(hub, newcomer, at(3))
 
-    member.lost = lost  # type: ignore[method-assign]
+    member.on_gap = lost  # type: ignore[method-assign]
     publish(hub, 3)
     publish(hub, 4)
     assert newcomer.seen == [(4, EPOCH)]
@@ -308,9 +308,9 @@ def test_an_interruption_loses_every_place(hub: Hub) -> None:
     member, relaxed = opened(hub, Listener(), at(1)), opened(hub, Listener(positioned=False), None)
     waiting = Listener()
     add(hub, waiting)
-    hub.interrupted()
+    hub.on_interruption()
     assert (member.losses, relaxed.losses) == (1, 0)
-    assert not hub.open("c", waiting, at(1))
+    assert not hub.activate("c", waiting, at(1))
     publish(hub, 9, "new")
     assert relaxed.seen == [(9, "new")]
     assert hub.subscriptions == 1
@@ -319,7 +319,7 @@ def test_an_interruption_loses_every_place(hub: Hub) -> None:
 def test_after_an_interruption_the_new_epoch_counts(hub: Hub) -> None:
     opened(hub, Listener(positioned=False), None)
     publish(hub, 1)
-    hub.interrupted()
+    hub.on_interruption()
     member = opened(hub, Listener(), at(0, "new"))
     publish(hub, 1, "new")
     assert member.seen == [(1, "new")]
@@ -327,10 +327,10 @@ def test_after_an_interruption_the_new_epoch_counts(hub: Hub) -> None:
 
 def test_an_interruption_does_not_harm_who_has_not_begun(hub: Hub) -> None:
     member = Listener()
-    call = begin(hub.add("c", member))
-    hub.interrupted()
+    call = begin(hub.subscribe("c", member))
+    hub.on_interruption()
     finish(call)
-    assert hub.open("c", member, at(5))
+    assert hub.activate("c", member, at(5))
 
 
 # Opening
@@ -356,7 +356,7 @@ def test_what_was_held_follows_on_the_position(
     for offset in held:
         publish(hub, offset)
     assert member.frames == []
-    assert hub.open("c", member, at(position)) is ok
+    assert hub.activate("c", member, at(position)) is ok
     assert [offset for offset, _ in member.seen] == seen
     assert hub.subscribers("c") == int(ok)
 
@@ -365,14 +365,14 @@ def test_another_epoch_among_what_was_held(hub: Hub) -> None:
     member = Listener()
     add(hub, member)
     publish(hub, 4, "anotherone")
-    assert not hub.open("c", member, at(3))
+    assert not hub.activate("c", member, at(3))
 
 
 def test_a_position_before_what_the_channel_has_seen_is_a_hole(hub: Hub) -> None:
     opened(hub, Listener(), at(5))
     late = Listener()
     add(hub, late)
-    assert not hub.open("c", late, at(4))
+    assert not hub.activate("c", late, at(4))
 
 
 def test_a_position_beyond_what_the_channel_has_seen_shows_a_hole_to_the_others(hub: Hub) -> None:
@@ -380,29 +380,29 @@ def test_a_position_beyond_what_the_channel_has_seen_shows_a_hole_to_the_others(
     add(hub, waiting)
     publish(hub, 4)
     add(hub, new)
-    assert hub.open("c", new, at(6))
+    assert hub.activate("c", new, at(6))
     publish(hub, 7)
     assert (old.seen, old.losses) == ([(4, EPOCH)], 1)
-    assert not hub.open("c", waiting, at(3))
+    assert not hub.activate("c", waiting, at(3))
     assert new.seen == [(7, EPOCH)]
 
 
 def test_joins_follow_the_publications(hub: Hub) -> None:
     member = Listener(announced=True)
     add(hub, member)
-    hub.joined("c", SOMEBODY)
+    hub.on_join("c", SOMEBODY)
     publish(hub, 1)
-    hub.left("c", SOMEBODY)
-    assert hub.open("c", member, at(0))
+    hub.on_leave("c", SOMEBODY)
+    assert hub.activate("c", member, at(0))
     assert member.frames == [b"p 1 abcdefgh", b"join client-1", b"leave client-1"]
 
 
 def test_who_is_lost_may_take_the_newcomer_along(hub: Hub) -> None:
     old, new = opened(hub, Listener(), at(3)), Listener()
-    old.lost = lambda: hub.remove("c", new)  # type: ignore[method-assign]
+    old.on_gap = lambda: hub.unsubscribe("c", new)  # type: ignore[method-assign]
     publish(hub, 4)
     add(hub, new)
-    assert not hub.open("c", new, at(6))
+    assert not hub.activate("c", new, at(6))
     assert (hub.subscribers("c"), hub.subscriptions) == (0, 0)
 
 
@@ -411,7 +411,7 @@ def test_without_a_position_all_that_was_held_comes(hub: Hub) -> None:
     add(hub, member)
     for offset in (5, 7, 0):
         publish(hub, offset)
-    assert hub.open("c", member, None)
+    assert hub.activate("c", member, None)
     assert member.frames == [b"p 5 abcdefgh", b"p 7 abcdefgh", b"p 0 "]
 
 
@@ -424,8 +424,8 @@ def test_what_is_held_is_bounded(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> N
     add(hub, relaxed)
     for offset in range(3, 12):
         publish(hub, offset)
-    assert not hub.open("c", positioned, at(0))
-    assert hub.open("c", relaxed, None)
+    assert not hub.activate("c", positioned, at(0))
+    assert hub.activate("c", relaxed, None)
     assert relaxed.seen == [(11, EPOCH)]
 
 
@@ -439,7 +439,7 @@ def test_a_stream_of_newcomers_loses_nobody(hub: Hub, monkeypatch: pytest.Monkey
         publish(hub, offset)
         if len(newcomers) == 4:
             known, eldest = newcomers.popleft()
-            assert hub.open("c", eldest, at(known))
+            assert hub.activate("c", eldest, at(known))
             assert eldest.seen == [(known + n, EPOCH) for n in range(1, 5)]
 
 
@@ -448,7 +448,7 @@ def test_nothing_is_kept_when_nobody_waits(hub: Hub) -> None:
     publish(hub, 1)
     late = Listener()
     add(hub, late)
-    assert hub.open("c", late, None)
+    assert hub.activate("c", late, None)
     assert late.frames == []
 
 
@@ -458,24 +458,24 @@ def test_nothing_is_kept_when_nobody_waits(hub: Hub) -> None:
 def test_the_first_subscribes_and_the_last_unsubscribes(hub: Hub, engine: SlowEngine) -> None:
     first, second = opened(hub, Listener(), None), opened(hub, Listener(), None)
     assert (hub.subscribers("c"), hub.subscriptions) == (2, 2)
-    hub.remove("c", first)
-    hub.remove("c", first)
+    hub.unsubscribe("c", first)
+    hub.unsubscribe("c", first)
     assert engine.log == ["subscribe c"]
-    hub.remove("c", second)
+    hub.unsubscribe("c", second)
     assert engine.log == ["subscribe c", "unsubscribe c"]
     assert (hub.subscribers("c"), hub.subscriptions) == (0, 0)
 
 
 def test_removing_a_stranger_has_no_effect(hub: Hub, engine: SlowEngine) -> None:
-    hub.remove("c", Listener())
+    hub.unsubscribe("c", Listener())
     opened(hub, Listener(), None)
-    hub.remove("c", Listener())
+    hub.unsubscribe("c", Listener())
     assert (hub.subscriptions, engine.log) == (1, ["subscribe c"])
 
 
 def test_after_removal_nothing_comes(hub: Hub) -> None:
     stays, goes = opened(hub, Listener(), at(0)), opened(hub, Listener(), at(0))
-    hub.remove("c", goes)
+    hub.unsubscribe("c", goes)
     publish(hub, 1)
     assert (len(stays.frames), goes.frames) == (1, [])
 
@@ -483,61 +483,61 @@ def test_after_removal_nothing_comes(hub: Hub) -> None:
 def test_a_member_that_is_not_open_holds_the_channel(hub: Hub, engine: SlowEngine) -> None:
     first, second = opened(hub, Listener(), None), Listener()
     add(hub, second)
-    hub.remove("c", first)
+    hub.unsubscribe("c", first)
     assert engine.log == ["subscribe c"]
-    hub.remove("c", second)
+    hub.unsubscribe("c", second)
     assert engine.log == ["subscribe c", "unsubscribe c"]
 
 
 def test_an_engine_that_is_away_adds_nobody(hub: Hub, engine: SlowEngine) -> None:
     member = Listener()
-    call = begin(hub.add("c", member))
+    call = begin(hub.subscribe("c", member))
     with pytest.raises(EngineUnavailable):
         call.throw(EngineUnavailable("away"))
     assert (hub.subscribers("c"), hub.subscriptions) == (0, 0)
     assert engine.log[-1] == "unsubscribe c"
-    assert not hub.open("c", member, None)
+    assert not hub.activate("c", member, None)
 
 
 def test_two_adds_at_once_have_answers_of_their_own(hub: Hub) -> None:
     first, second = Listener(), Listener()
-    one, two = begin(hub.add("c", first)), begin(hub.add("c", second))
+    one, two = begin(hub.subscribe("c", first)), begin(hub.subscribe("c", second))
     with pytest.raises(EngineUnavailable):
         one.throw(EngineUnavailable("away"))
     finish(two)
-    assert not hub.open("c", first, at(0))
-    assert hub.open("c", second, at(0))
+    assert not hub.activate("c", first, at(0))
+    assert hub.activate("c", second, at(0))
     publish(hub, 1)
     assert (first.frames, second.seen) == ([], [(1, EPOCH)])
 
 
 def test_removal_while_the_engine_is_asked(hub: Hub, engine: SlowEngine) -> None:
     member = Listener()
-    call = begin(hub.add("c", member))
-    hub.remove("c", member)
+    call = begin(hub.subscribe("c", member))
+    hub.unsubscribe("c", member)
     assert engine.log == ["subscribe c", "unsubscribe c"]
     finish(call)
-    assert not hub.open("c", member, at(0))
+    assert not hub.activate("c", member, at(0))
     assert hub.subscriptions == 0
 
 
 def test_a_newcomer_after_a_removal_while_the_engine_is_asked(hub: Hub, engine: SlowEngine) -> None:
     gone, stays = Listener(), Listener()
-    first = begin(hub.add("c", gone))
-    hub.remove("c", gone)
-    second = begin(hub.add("c", stays))
+    first = begin(hub.subscribe("c", gone))
+    hub.unsubscribe("c", gone)
+    second = begin(hub.subscribe("c", stays))
     with pytest.raises(EngineUnavailable):
         first.throw(EngineUnavailable("away"))
     publish(hub, 1)
     finish(second)
-    assert hub.open("c", stays, at(0))
+    assert hub.activate("c", stays, at(0))
     assert stays.seen == [(1, EPOCH)]
     assert engine.log == ["subscribe c", "unsubscribe c", "subscribe c"]
 
 
 def test_a_second_member_waits_for_nothing(hub: Hub) -> None:
     opened(hub, Listener(), None)
-    complete(hub.add("c", Listener()))
+    complete(hub.subscribe("c", Listener()))
 
 
 # Checking positions
@@ -551,8 +551,10 @@ class Store(SlowEngine):
         self.top = at(0)
         self.meanwhile: Callable[[], None] = lambda: None
 
-    async def history(self, channel: str, *, retention: HistoryOptions) -> HistoryPage:
-        self.log.append(f"history {channel}")
+    async def ask(self, request: Subscribe | GetHistory) -> HistoryPage | None:  # type: ignore[override]
+        if isinstance(request, Subscribe):
+            return await super().ask(request)
+        self.log.append(f"history {request.channel}")
         page = HistoryPage([], self.top)
         self.meanwhile()
         return page
@@ -562,7 +564,7 @@ def checked(hub: Hub) -> list[str]:
     """The channels that one round of checks asked the engine about."""
     engine: Any = hub.engine
     engine.log.clear()
-    complete(hub.check_quiet(lambda channel: KEEP))
+    complete(hub.check_positions(lambda channel: KEEP))
     return [line.removeprefix("history ") for line in engine.log if line.startswith("history")]
 
 
@@ -583,7 +585,7 @@ def test_a_publication_that_got_lost_with_none_after_it_is_found(hub: Hub, store
     waiting = Listener()
     add(hub, waiting)
     assert checked(hub) == ["c"]
-    assert hub.open("c", waiting, at(2))
+    assert hub.activate("c", waiting, at(2))
     again = opened(hub, Listener(), at(2))
     publish(hub, 3)
     assert (again.seen, again.losses) == ([(3, EPOCH)], 0)
@@ -620,7 +622,7 @@ def test_a_channel_that_ends_while_the_engine_answers(hub: Hub, store: Store) ->
     member = opened(hub, Listener(), at(0))
     store.top = at(1)
     checked(hub)
-    store.meanwhile = lambda: hub.remove("c", member)
+    store.meanwhile = lambda: hub.unsubscribe("c", member)
     assert checked(hub) == ["c"]
     assert member.losses == 0
 
@@ -630,7 +632,7 @@ def test_channels_without_positions_are_not_asked_about(hub: Hub, store: Store) 
     publish(hub, 0)
     assert [checked(hub), checked(hub)] == [[], []]
     opened(hub, Listener(), at(0))
-    complete(hub.check_quiet(lambda channel: HistoryOptions()))
+    complete(hub.check_positions(lambda channel: HistoryOptions()))
     assert "history c" not in store.log
 
 
@@ -687,7 +689,7 @@ class Story:
     def publish(self, offset: int, epoch: str) -> None:
         data = b"a_text_that_is_long_enough_for_deltas_%d_%s_%d" % (offset, epoch.encode(), self.plains)
         tags = {"n": str(offset)}
-        self.hub.published("c", Publication(data, offset, tags=tags, delta=True), epoch if offset else "")
+        self.hub.on_publication("c", Publication(data, offset, tags=tags, delta=True), epoch if offset else "")
         if offset and (epoch != self.top.epoch or offset > self.top.offset):
             self.top = Position(offset, epoch)
 
@@ -703,7 +705,7 @@ class Story:
         self.publish(0, "")
 
     def joined(self) -> None:
-        self.hub.joined("c", SOMEBODY)
+        self.hub.on_join("c", SOMEBODY)
 
     def start_again(self) -> None:
         self.offset, self.epoch = 0, f"e{int(self.epoch[1:]) + 1}"
@@ -717,7 +719,7 @@ class Story:
     def add(self, kind: dict[str, Any]) -> None:
         member = Listener(**kind)
         member.deliver = lambda frame: self.take(member, frame)
-        member.lost = lambda: self.lose(member)  # type: ignore[method-assign]
+        member.on_gap = lambda: self.lose(member)  # type: ignore[method-assign]
         add(self.hub, member)
         self.pending.append(member)
 
@@ -735,7 +737,7 @@ class Story:
             return
         member = self.pending.pop(index % len(self.pending))
         position = Position(max(0, self.offset + skew), self.epoch) if member.positioned else None
-        if self.hub.open("c", member, position):
+        if self.hub.activate("c", member, position):
             self.open.append((member, position))
             if not skew:
                 self.honest.add(id(member))
@@ -746,7 +748,7 @@ class Story:
     def remove(self, index: int) -> None:
         if self.open:
             member, _ = self.open[index % len(self.open)]
-            self.hub.remove("c", member)
+            self.hub.unsubscribe("c", member)
             self.ended.append((member, len(member.frames)))
 
     def check(self) -> None:
@@ -774,7 +776,7 @@ class Story:
             if position is not None and position.epoch == self.top.epoch and id(member) in self.honest:
                 assert heard(member) == wanted(member, position, self.top.offset)
         assert self.hub.subscriptions == len(alive) + len(self.pending)
-        assert self.hub.traffic.queued == 0
+        assert self.hub.fanout.queued == 0
 
 
 def wanted(member: Listener, position: Position, top: int) -> list[tuple[int, str]]:
@@ -815,7 +817,7 @@ def test_whatever_the_link_does_no_positioned_member_sees_a_hole(steps: list[tup
             "plain": story.plain,
             "joined": story.joined,
             "epoch": story.start_again,
-            "interrupted": story.hub.interrupted,
+            "interrupted": story.hub.on_interruption,
             "turn": story.turn,
             "add": story.add,
             "open": story.open_one,
@@ -836,31 +838,31 @@ def test_whatever_the_link_does_no_positioned_member_sees_a_hole(steps: list[tup
 )
 def test_with_a_faithful_engine_nobody_is_ever_lost(steps: list[str], random: Any) -> None:
     hub = Hub(obey=lambda order: None)
-    hub.engine = MemoryEngine(hub, EngineSettings(), lambda: 0.0)
+    hub.engine = engine = MemoryEngine(hub, EngineSettings(), lambda: 0.0)
     added: list[Listener] = []
     asked: list[tuple[Listener, Position]] = []
     members: list[tuple[Listener, Position]] = []
     top = Position()
     for step in steps:
         if step == "publish":
-            top = complete(hub.engine.publish("c", b"p", retention=KEEP))
+            top = engine.execute(Publish("c", b"p", KEEP))
         elif step == "plain":
-            complete(hub.engine.publish("c", b"p", retention=HistoryOptions()))
+            engine.execute(Publish("c", b"p", HistoryOptions()))
         elif step == "remove history":
-            complete(hub.engine.remove_history("c"))
+            engine.execute(RemoveHistory("c"))
         elif step == "add":
             added.append(Listener())
             add(hub, added[-1])
         elif step == "ask" and added:
-            page = complete(hub.engine.history("c", retention=KEEP))
+            page = engine.execute(GetHistory("c", KEEP))
             asked.append((added.pop(random.randrange(len(added))), page.position))
         elif step == "open" and asked:
             member, position = asked.pop(random.randrange(len(asked)))
-            assert hub.open("c", member, position)
+            assert hub.activate("c", member, position)
             members.append((member, position))
         elif step == "remove" and members:
             member, position = members.pop(random.randrange(len(members)))
-            hub.remove("c", member)
+            hub.unsubscribe("c", member)
     for member, position in members:
         assert member.losses == 0
         assert [offset for offset, _ in member.seen] == list(range(position.offset + 1, top.offset + 1))

@@ -6,6 +6,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from realtime.errors import LIMIT_EXCEEDED, ClientError
+from realtime.pubsub.engine import EngineNotice, GetHistory, Subscribe
 from realtime.pubsub.hub import Hub
 from realtime.types import HistoryOptions, HistoryPage, Position, Publication
 from tests.pubsub.sinks import WholeFrames
@@ -14,19 +15,22 @@ KEEP = HistoryOptions(100, 60.0)
 
 
 class Engine:
-    """An engine whose positions the test sets; `asked`: the channels whose position somebody wanted to know."""
+    """An engine whose positions the test sets. asked: channels whose position was queried. full: those without room."""
 
     def __init__(self) -> None:
         self.positions: dict[str, Position] = {}
         self.asked: list[str] = []
+        self.full: set[str] = set()
 
-    async def subscribe(self, channel: str) -> None: ...
+    async def ask(self, request: Subscribe | GetHistory) -> HistoryPage | None:
+        if isinstance(request, Subscribe):
+            return None
+        if request.channel in self.full:
+            raise ClientError(*LIMIT_EXCEEDED)
+        self.asked.append(request.channel)
+        return HistoryPage([], self.positions[request.channel])
 
-    def unsubscribe(self, channel: str) -> None: ...
-
-    async def history(self, channel: str, *, retention: HistoryOptions) -> HistoryPage:
-        self.asked.append(channel)
-        return HistoryPage([], self.positions[channel])
+    def tell(self, notice: EngineNotice) -> None: ...
 
 
 class Form:
@@ -46,10 +50,10 @@ class Listener(WholeFrames):
         self.deliver = self.heard.append
         self.losses = 0
 
-    def lost(self) -> None:
+    def on_gap(self) -> None:
         self.losses += 1
 
-    def unfit(self) -> None: ...
+    def on_unencodable(self) -> None: ...
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> None:
@@ -65,26 +69,26 @@ class World:
         self.engine = Engine()
         self.hub = Hub(obey=lambda order: None)
         self.hub.engine = self.engine  # type: ignore[assignment]
-        self.retention = KEEP
+        self.history_options = KEEP
 
     def listener(self, channel: str, positioned: bool = True) -> Listener:
         listener = Listener(positioned)
-        run(self.hub.add(channel, listener))  # type: ignore[arg-type]
+        run(self.hub.subscribe(channel, listener))  # type: ignore[arg-type]
         self.engine.positions.setdefault(channel, Position(0, "e"))
         position = self.engine.positions[channel] if positioned else None
-        assert self.hub.open(channel, listener, position)  # type: ignore[arg-type]
+        assert self.hub.activate(channel, listener, position)  # type: ignore[arg-type]
         return listener
 
     def publish(self, channel: str, *, lost: bool = False) -> None:
         last = self.engine.positions[channel]
         self.engine.positions[channel] = Position(last.offset + 1, last.epoch)
         if not lost:
-            self.hub.published(channel, Publication(b"1", last.offset + 1), last.epoch)
+            self.hub.on_publication(channel, Publication(b"1", last.offset + 1), last.epoch)
 
     def check(self) -> list[str]:
         """A round; the channels that it asked about."""
         self.engine.asked.clear()
-        run(self.hub.check_quiet(lambda channel: self.retention))
+        run(self.hub.check_positions(lambda channel: self.history_options))
         return self.engine.asked
 
 
@@ -121,7 +125,7 @@ def test_only_channels_without_publications_are_asked_about() -> None:
 def test_channels_that_keep_nothing_have_no_position() -> None:
     world = World()
     world.listener("a", positioned=False)
-    world.retention = HistoryOptions()
+    world.history_options = HistoryOptions()
     assert [world.check() for _ in range(3)] == [[], [], []]
 
 
@@ -137,14 +141,7 @@ def test_who_was_told_is_told_once() -> None:
 def test_a_channel_for_which_the_engine_has_no_room_stands_in_nobodys_way() -> None:
     world = World()
     full, other = world.listener("full"), world.listener("other")
-    asked = world.engine.history
-
-    async def history(channel: str, *, retention: HistoryOptions) -> HistoryPage:
-        if channel == "full":
-            raise ClientError(*LIMIT_EXCEEDED)
-        return await asked(channel, retention=retention)
-
-    world.engine.history = history  # type: ignore[method-assign]
+    world.engine.full.add("full")
     world.publish("other", lost=True)
     world.check()
     world.check()

@@ -148,7 +148,7 @@ def test_coroutines_that_breathe_share_the_time(loop: Loop) -> None:
         for _ in range(6):
             loop.log.append(name)
             loop.now += 0.001
-            await loop.slices.breathe()
+            await loop.slices.yield_to_loop()
 
     for name in "ab":
         Deferred.fromCoroutine(long(name))
@@ -160,7 +160,7 @@ def test_coroutines_that_breathe_share_the_time(loop: Loop) -> None:
 
 def test_one_that_is_cancelled_while_it_breathes_harms_nobody(loop: Loop) -> None:
     async def long() -> None:
-        await loop.slices.breathe()
+        await loop.slices.yield_to_loop()
         loop.log.append("on")
 
     one, other = Deferred.fromCoroutine(long()), Deferred.fromCoroutine(long())
@@ -178,7 +178,7 @@ def test_long_lists_are_made_in_turns(loop: Loop) -> None:
 
     results: list[list[str]] = []
     for size in (0, 1, 499, 500, 10_000):
-        Deferred.fromCoroutine(loop.slices.mapped(made, range(size))).addCallback(results.append)
+        Deferred.fromCoroutine(loop.slices.map_sliced(made, range(size))).addCallback(results.append)
     loop.slices.add(loop.work("other", 1))
     loop.turn()
     assert loop.log == ["other"]
@@ -189,7 +189,7 @@ def test_long_lists_are_made_in_turns(loop: Loop) -> None:
 def test_without_limits_nothing_waits() -> None:
     slices = TimeSlicer.unlimited()
     results: list[list[int]] = []
-    Deferred.fromCoroutine(slices.mapped(abs, range(10_000))).addCallback(results.append)
+    Deferred.fromCoroutine(slices.map_sliced(abs, range(10_000))).addCallback(results.append)
     assert results == [list(range(10_000))]
     slices.begin()
     assert slices.free

@@ -19,12 +19,12 @@ from realtime.metrics import Metrics
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.context import Gather
 from realtime.protocol.orders import DisconnectOrder, Order, RefreshOrder, SubscribeOrder, UnsubscribeOrder
-from realtime.pubsub.engine import Engine
-from realtime.pubsub.memory_engine import MemoryEngine
+from realtime.pubsub.engine import AddClient, AddPresence, Engine, GetStats, Publish, ReportSubscriptions, Subscribe
 from realtime.server_api import http_api, operations
 from realtime.server_api.http_api import HTTPAPI, BadBody, UnknownMethod
 from realtime.server_api.operations import NodeIdentity, ServerAPI, sequentially
 from realtime.types import ClientInfo, Position, Publication, SubscribeOptions
+from tests.pubsub.memory_engine import MemoryEngine
 
 SETTINGS = ChannelSettings(
     without_namespace=ChannelOptions(),
@@ -46,17 +46,17 @@ class Receiver:
         self.publications: list[tuple[str, Publication]] = []
         self.orders: list[Order] = []
 
-    def published(self, channel: str, publication: Publication, epoch: str) -> None:
+    def on_publication(self, channel: str, publication: Publication, epoch: str) -> None:
         self.publications.append((channel, publication))
 
-    def joined(self, channel: str, info: ClientInfo) -> None: ...
+    def on_join(self, channel: str, info: ClientInfo) -> None: ...
 
-    def left(self, channel: str, info: ClientInfo) -> None: ...
+    def on_leave(self, channel: str, info: ClientInfo) -> None: ...
 
-    def instructed(self, order: bytes) -> None:
+    def on_order(self, order: bytes) -> None:
         self.orders.append(msgspec.msgpack.decode(order, type=Order))
 
-    def interrupted(self) -> None: ...
+    def on_interruption(self) -> None: ...
 
 
 def finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -76,7 +76,7 @@ class Bench:
         self.surveyed = {"chat:1": 2, "chat:2": 1}
         self.use(self.engine)
         for channel in ("chat:1", "bare:1", "plain", "json:1", "object:1", "bytes:1", "deltas:1"):
-            finish(self.engine.subscribe(channel))
+            self.engine.execute(Subscribe(channel))
 
     def use(self, engine: Engine, together: Gather = sequentially) -> None:
         facts = NodeIdentity("u1", "here", "1.2", 61.9)
@@ -85,7 +85,7 @@ class Bench:
         self.api = HTTPAPI(self.operations, together, self.metrics)
 
     async def _survey(self, pattern: str) -> dict[str, int]:
-        await self.operations._engine.census()  # which fails when the engine does
+        await self.operations._engine.ask(GetStats())  # which fails when the engine does
         return {name: count for name, count in self.surveyed.items() if name.startswith(pattern.rstrip("*"))}
 
     def call(self, method: str, body: Any = None) -> Any:
@@ -232,11 +232,8 @@ def test_feature_that_is_off_is_not_available(bench: Bench, method: str) -> None
 @pytest.mark.parametrize("method", METHODS)
 def test_engine_outage_is_error_100(bench: Bench, method: str) -> None:
     class Gone:
-        def __getattr__(self, name: str) -> Any:
-            async def fail(*_: Any, **__: Any) -> Any:
-                raise EngineUnavailable(name)
-
-            return fail
+        async def ask(self, request: Any) -> Any:
+            raise EngineUnavailable(type(request).__name__)
 
     bench.use(Gone())  # type: ignore[arg-type]
     body = {"channel": "chat:1", "channels": ["chat:1"], "data": 1, "user": "u", "commands": [{"info": {}}]}
@@ -466,7 +463,7 @@ def test_presence_and_its_numbers(bench: Bench) -> None:
     assert bench.call("presence", {"channel": "chat:1"}) == {"presence": {}}
     assert bench.call("presence_stats", {"channel": "chat:1"}) == {"num_clients": 0, "num_users": 0}
     for client, user, info in (("c1", "ada", b'{"n":1}'), ("c2", "ada", b""), ("c3", "", b"")):
-        finish(bench.engine.enter("chat:1", ClientInfo(user, client, info), present=True, announce=False))
+        bench.engine.execute(AddPresence("chat:1", ClientInfo(user, client, info), present=True, announce=False))
     assert bench.call("presence", {"channel": "chat:1"}) == {
         "presence": {
             "c1": {"user": "ada", "client": "c1", "conn_info": {"n": 1}},
@@ -527,10 +524,9 @@ def test_history_refusals(bench: Bench, stream: str, options: dict[str, Any], co
 
 
 def test_publication_in_history_has_the_keys_it_needs_and_no_others(bench: Bench) -> None:
-    publish = bench.engine.publish
-    retention = ChannelRules(SETTINGS).options("chat:1").retention
-    finish(publish("chat:1", b"1", retention=retention))
-    finish(publish("chat:1", b"2", retention=retention, info=ClientInfo("ada", "c1"), tags={"a": "b"}))
+    history_options = ChannelRules(SETTINGS).options("chat:1").history_options
+    bench.engine.execute(Publish("chat:1", b"1", history_options))
+    bench.engine.execute(Publish("chat:1", b"2", history_options, ClientInfo("ada", "c1"), {"a": "b"}))
     assert bench.call("history", {"channel": "chat:1", "limit": -1})["publications"] == [
         {"data": 1, "offset": 1},
         {"data": 2, "offset": 2, "info": {"user": "ada", "client": "c1"}, "tags": {"a": "b"}},
@@ -676,9 +672,9 @@ def test_info_has_every_number_even_when_zero(bench: Bench) -> None:
     [node] = bench.call("info")["nodes"]
     assert (node["uid"], node["name"], node["version"], node["uptime"]) == ("u1", "here", "1.2", 61)
     assert (node["num_clients"], node["num_users"], node["num_subs"]) == (0, 0, 0)
-    bench.engine.connected(ClientInfo("ada", "c1"))
-    bench.engine.connected(ClientInfo("ada", "c2"))
-    bench.engine.tally(4)
+    bench.engine.tell(AddClient(ClientInfo("ada", "c1")))
+    bench.engine.tell(AddClient(ClientInfo("ada", "c2")))
+    bench.engine.tell(ReportSubscriptions(4))
     [node] = bench.call("info")["nodes"]
     assert (node["num_clients"], node["num_users"], node["num_channels"], node["num_subs"]) == (2, 1, 7, 4)
 

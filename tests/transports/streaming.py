@@ -20,10 +20,10 @@ from realtime.http.request import CHUNKED
 from realtime.protocol.orders import EmulateOrder
 from realtime.protocol.sessions import Sessions
 from realtime.pubsub.hub import Hub
-from realtime.pubsub.memory_engine import MemoryEngine
 from realtime.transports.emulation import Emulation
 from realtime.transports.http_server import make_site
 from realtime.transports.streams import Streams, paths
+from tests.pubsub.memory_engine import MemoryEngine
 from tests.transports.stage import Client, Stage
 
 NODE = "the-node"

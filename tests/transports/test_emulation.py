@@ -11,6 +11,7 @@ from realtime.config import settings
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.protocol.orders import EmulateOrder, encode_order
 from realtime.protocol.protobuf import emulation_request
+from realtime.pubsub.engine import SendOrder
 from tests.transports.stage import Client, eventually
 from tests.transports.streaming import (
     BODY_LIMIT,
@@ -206,10 +207,10 @@ class Engine:
         self.error = error
         self.orders: list[tuple[bytes, str]] = []
 
-    async def instruct(self, order: bytes, *, worker: str = "") -> int:
+    async def ask(self, request: SendOrder) -> int:
         if self.error is not None:
             raise self.error
-        self.orders.append((order, worker))
+        self.orders.append((request.order, request.worker))
         return 1
 
 

@@ -27,14 +27,15 @@ from realtime.errors import ClientError, EngineUnavailable
 from realtime.handlers.dispatch import Dispatcher
 from realtime.metrics import Metrics
 from realtime.protocol.channel_rules import ChannelRules
+from realtime.pubsub.engine import AddPresence, Publish
 from realtime.pubsub.hub import Hub
-from realtime.pubsub.memory_engine import MemoryEngine
 from realtime.server_api.http_api import HTTPAPI
 from realtime.server_api.operations import NodeIdentity, ServerAPI
 from realtime.transports import http_server
 from realtime.transports.http_server import make_site
 from realtime.types import ClientInfo
 from tests.driving import on_loop
+from tests.pubsub.memory_engine import MemoryEngine
 
 KEY = "k3y-of-the-tests"
 LIMIT = 4096
@@ -501,7 +502,7 @@ async def test_longest_prefix_wins_and_a_route_before_it(site: Site, files: Path
 @on_loop
 async def test_official_client_calls_every_method(site: Site) -> None:
     url = await site.start()
-    await site.engine.enter("chat:1", ClientInfo("ada", "c1", b'{"nick":"A"}'), present=True, announce=False)
+    site.engine.execute(AddPresence("chat:1", ClientInfo("ada", "c1", b'{"nick":"A"}'), present=True, announce=False))
 
     def use() -> list[Any]:
         client = cent.Client(f"{url}/api", KEY)
@@ -703,7 +704,7 @@ async def test_transport_error_mode_for_every_call() -> None:
 
 
 @on_loop
-async def test_engine_outage_is_error_100_and_a_bug_is_logged(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_engine_outage_is_error_100_and_a_bug_is_logged(site: Site) -> None:
     url = await site.start()
     events: list[dict[str, Any]] = []
     for error in (EngineUnavailable("gone"), ZeroDivisionError("a bug of ours")):
@@ -711,7 +712,7 @@ async def test_engine_outage_is_error_100_and_a_bug_is_logged(site: Site, monkey
         async def fail(*_: Any, error: Exception = error, **__: Any) -> Any:
             raise error
 
-        monkeypatch.setattr(site.engine, "publish", fail)
+        site.engine.overrides[Publish] = fail
         globalLogPublisher.addObserver(events.append)
         try:
             answer = await fetch(

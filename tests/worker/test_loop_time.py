@@ -50,19 +50,19 @@ class Hub:
         self.bill.work(nanoseconds)
         self.seen.append(what)
 
-    def published(self, channel: str, publication: Publication, epoch: str) -> None:
+    def on_publication(self, channel: str, publication: Publication, epoch: str) -> None:
         self._take(10, channel, publication, epoch)
 
-    def joined(self, channel: str, info: ClientInfo) -> None:
+    def on_join(self, channel: str, info: ClientInfo) -> None:
         self._take(3, channel, info)
 
-    def left(self, channel: str, info: ClientInfo) -> None:
+    def on_leave(self, channel: str, info: ClientInfo) -> None:
         self._take(2, channel, info)
 
-    def instructed(self, order: bytes) -> None:
+    def on_order(self, order: bytes) -> None:
         self._take(1, order)
 
-    def interrupted(self) -> None:
+    def on_interruption(self) -> None:
         raise ValueError("a mistake")
 
 
@@ -75,12 +75,12 @@ def test_deliveries_are_charged_to_the_namespace_of_their_channel(bill: Bill) ->
     hub = Hub(bill)
     fan_out = ChargedReceiver(hub, bill.accounts, ["chat", "news"], namespace)
     publication, info = Publication(b"{}"), ClientInfo("ada", "1")
-    fan_out.published("chat:1", publication, "e")
-    fan_out.published("chat:2", publication, "e")
-    fan_out.joined("news:1", info)
-    fan_out.left("plain", info)
-    fan_out.left("unknown:1", info)
-    fan_out.instructed(b"order")
+    fan_out.on_publication("chat:1", publication, "e")
+    fan_out.on_publication("chat:2", publication, "e")
+    fan_out.on_join("news:1", info)
+    fan_out.on_leave("plain", info)
+    fan_out.on_leave("unknown:1", info)
+    fan_out.on_order(b"order")
     assert bill.charged() == {
         (LoopWork.FANOUT, "chat"): 20,
         (LoopWork.FANOUT, "news"): 3,
@@ -92,7 +92,7 @@ def test_deliveries_are_charged_to_the_namespace_of_their_channel(bill: Bill) ->
         ("unknown:1", info), (b"order",),
     ]  # fmt: skip
     with pytest.raises(ValueError):
-        fan_out.interrupted()
+        fan_out.on_interruption()
 
 
 def test_what_is_delivered_later_is_charged_to_the_namespace_too(bill: Bill) -> None:
@@ -129,16 +129,14 @@ def test_a_client_is_charged_to_http_until_it_speaks_something_else(
 
 
 def test_the_link_is_charged_for_what_comes_over_it(bill: Bill) -> None:
-    link = Link(
-        None, lambda function: None, object, 100, lambda message: None, lambda link, reason: None, bill.accounts
-    )
+    link = Link(None, lambda function: None, 100, lambda number, body: None, lambda link, reason: None, bill.accounts)
 
-    class Decoder:
+    class Reader:
         def feed(self, data: bytes) -> list[Any]:
             bill.work(len(data))
             return []
 
-    link._decoder = Decoder()  # type: ignore[assignment]
+    link._reader = Reader()  # type: ignore[assignment]
     link.dataReceived(b"12345")
     assert bill.charged() == {(LoopWork.ENGINE, ""): 5}
 

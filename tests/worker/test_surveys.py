@@ -13,6 +13,7 @@ from twisted.internet.task import Clock
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.handlers.coroutines import start_future
 from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, Order
+from realtime.pubsub.engine import SendOrder
 from realtime.worker import surveys
 from realtime.worker.surveys import Surveys
 from tests.driving import on_loop
@@ -36,16 +37,16 @@ class Worker:
     def subscribers(self, channel: str) -> int:
         return self.members.get(channel, 0)
 
-    async def instruct(self, order: bytes, *, worker: str = "") -> int:
-        decoded = msgspec.msgpack.decode(order, type=ChannelsOrder | ChannelsAnswer)
+    async def ask(self, request: SendOrder) -> int:
+        decoded = msgspec.msgpack.decode(request.order, type=ChannelsOrder | ChannelsAnswer)
         self.passed.append(decoded)
-        to = [other for other in self.others if worker in ("", other.address)]
+        to = [other for other in self.others if request.worker in ("", other.address)]
         for other in to:
             if not other.deaf:
                 other.surveys.obey(decoded)
         return len(to)
 
-    def ask(self, pattern: str = "") -> asyncio.Future[dict[str, int]]:
+    def survey(self, pattern: str = "") -> asyncio.Future[dict[str, int]]:
         return start_future(self.surveys(pattern))
 
 
@@ -65,15 +66,15 @@ async def refusal(waiting: asyncio.Future[Any]) -> int:
 @on_loop
 async def test_subscribers_of_all_workers_are_added_up() -> None:
     here, _, _ = workers({"a": 1, "chat:1": 2}, {"a": 3, "chat:2": 1, "empty": 0}, {})
-    assert await here.ask() == {"a": 4, "chat:1": 2, "chat:2": 1}
-    assert await here.ask("chat:*") == {"chat:1": 2, "chat:2": 1}
-    assert await here.ask("{a,empty}") == {"a": 4}
+    assert await here.survey() == {"a": 4, "chat:1": 2, "chat:2": 1}
+    assert await here.survey("chat:*") == {"chat:1": 2, "chat:2": 1}
+    assert await here.survey("{a,empty}") == {"a": 4}
 
 
 @on_loop
 async def test_many_channels_are_looked_through_while_the_loop_does_other_things() -> None:
     here, there = workers({}, {f"c{number}": 1 for number in range(10 * surveys.SLICE)})
-    waiting = here.ask("c*")
+    waiting = here.survey("c*")
     gone = [f"c{10 * surveys.SLICE - 1}", f"c{5 * surveys.SLICE}"]
     turns = 0
     while not waiting.done():
@@ -88,7 +89,7 @@ async def test_many_channels_are_looked_through_while_the_loop_does_other_things
 @on_loop
 async def test_surveys_at_the_same_time_do_not_mix() -> None:
     here, there = workers({"a": 1, "b": 1}, {"a": 1, "c": 1})
-    asked = [here.ask("a"), there.ask("b"), here.ask(), there.ask("c")]
+    asked = [here.survey("a"), there.survey("b"), here.survey(), there.survey("c")]
     assert [await one for one in asked] == [{"a": 2}, {"b": 1}, {"a": 2, "b": 1, "c": 1}, {"c": 1}]
 
 
@@ -97,13 +98,13 @@ async def test_more_names_than_an_answer_holds_are_an_error(monkeypatch: pytest.
     monkeypatch.setattr(surveys, "ANSWER_BYTES", 1000)
     few = {f"few{number}": 1 for number in range(30)}
     here, there, _ = workers({}, few, dict(few))
-    assert len(await here.ask()) == 30
+    assert len(await here.survey()) == 30
     there.members["x" * 200] = 1
-    assert await refusal(here.ask()) == 106
+    assert await refusal(here.survey()) == 106
     assert there.passed[-1] == ChannelsAnswer(2, None)
     there.members = {f"others{number}": 1 for number in range(20)}
-    assert await refusal(here.ask()) == 106  # each fits, but not both
-    assert len(await here.ask("few*")) == 30
+    assert await refusal(here.survey()) == 106  # each fits, but not both
+    assert len(await here.survey("few*")) == 30
 
 
 @on_loop
@@ -111,7 +112,7 @@ async def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:
     clock = Clock()
     here, there = workers({"a": 1}, {"a": 1}, clock=clock)
     there.deaf = True
-    waiting = here.ask()
+    waiting = here.survey()
     clock.advance(surveys.TIMEOUT - 0.01)
     assert not waiting.done()
     clock.advance(0.01)
@@ -120,7 +121,7 @@ async def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:
     assert clock.getDelayedCalls() == []
     here.surveys.obey(ChannelsAnswer(1, {"a": 1}))  # too late, and harmless
     there.deaf = False
-    assert await here.ask() == {"a": 2}
+    assert await here.survey() == {"a": 2}
 
 
 @on_loop
@@ -128,12 +129,12 @@ async def test_an_engine_that_is_gone_ends_a_survey(monkeypatch: pytest.MonkeyPa
     clock = Clock()
     (here,) = workers({"a": 1}, clock=clock)
 
-    async def gone(order: bytes, *, worker: str = "") -> int:
+    async def gone(request: SendOrder) -> int:
         raise EngineUnavailable("gone")
 
-    monkeypatch.setattr(here, "instruct", gone)
+    monkeypatch.setattr(here, "ask", gone)
     with pytest.raises(EngineUnavailable):
-        await here.ask()
+        await here.survey()
     assert clock.getDelayedCalls() == []
 
 
@@ -141,11 +142,11 @@ async def test_an_engine_that_is_gone_ends_a_survey(monkeypatch: pytest.MonkeyPa
 async def test_there_is_a_most_of_surveys() -> None:
     here, there = workers({"a": 1}, {}, clock=(clock := Clock()))
     there.deaf = True
-    waiting = [here.ask() for _ in range(surveys.MOST)]
-    assert await refusal(here.ask()) == 111
+    waiting = [here.survey() for _ in range(surveys.MOST)]
+    assert await refusal(here.survey()) == 111
     clock.advance(surveys.TIMEOUT)
     for one in waiting:
         with pytest.raises(EngineUnavailable):
             await one
     there.deaf = False
-    assert await here.ask() == {"a": 1}
+    assert await here.survey() == {"a": 1}
