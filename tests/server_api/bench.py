@@ -1,0 +1,94 @@
+"""The server API over the engine in memory, for its tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+import pytest
+
+from realtime.config.settings import ChannelOptions, ChannelSettings, EngineSettings, Namespace
+from realtime.errors import ClientError
+from realtime.metrics import Metrics
+from realtime.protocol.channel_rules import ChannelRules
+from realtime.protocol.context import Gather
+from realtime.protocol.orders import Order
+from realtime.pubsub.engine import Engine, GetStats, Subscribe
+from realtime.server_api.http_api import HTTPAPI
+from realtime.server_api.operations import NodeIdentity, ServerAPI, sequentially
+from realtime.types import ClientInfo, Publication
+from tests.pubsub.memory_engine import MemoryEngine
+
+SETTINGS = ChannelSettings(
+    without_namespace=ChannelOptions(),
+    namespaces=(
+        Namespace(name="chat", presence=True, history_size=5, history_ttl=60.0),
+        Namespace(name="bare"),
+        Namespace(name="json", publication_data_format="json"),
+        Namespace(name="object", publication_data_format="json_object"),
+        Namespace(name="bytes", publication_data_format="binary", history_size=5, history_ttl=60.0),
+        Namespace(name="deltas", delta_publish=True),
+    ),
+)
+
+
+class Receiver:
+    """Notes what reaches a worker."""
+
+    def __init__(self) -> None:
+        self.publications: list[tuple[str, Publication]] = []
+        self.orders: list[Order] = []
+
+    def on_publication(self, channel: str, publication: Publication, epoch: str) -> None:
+        self.publications.append((channel, publication))
+
+    def on_join(self, channel: str, info: ClientInfo) -> None: ...
+
+    def on_leave(self, channel: str, info: ClientInfo) -> None: ...
+
+    def on_order(self, order: bytes) -> None:
+        self.orders.append(msgspec.msgpack.decode(order, type=Order))
+
+    def on_interruption(self) -> None: ...
+
+
+def finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that never waits, as none does over the engine in memory."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("the coroutine waits")
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.receiver = Receiver()
+        self.engine = MemoryEngine(self.receiver, EngineSettings(), lambda: self.now)
+        self.surveyed = {"chat:1": 2, "chat:2": 1}
+        self.use(self.engine)
+        for channel in ("chat:1", "bare:1", "plain", "json:1", "object:1", "bytes:1", "deltas:1"):
+            self.engine.execute(Subscribe(channel))
+
+    def use(self, engine: Engine, together: Gather = sequentially) -> None:
+        facts = NodeIdentity("u1", "here", "1.2", 61.9)
+        self.operations = ServerAPI(engine, ChannelRules(SETTINGS), lambda: facts, self._survey, together)
+        self.metrics = Metrics()
+        self.api = HTTPAPI(self.operations, together, self.metrics)
+
+    async def _survey(self, pattern: str) -> dict[str, int]:
+        await self.operations._engine.ask(GetStats())  # which fails when the engine does
+        return {name: count for name, count in self.surveyed.items() if name.startswith(pattern.rstrip("*"))}
+
+    def call(self, method: str, body: Any = None) -> Any:
+        """The JSON of a result, decoded. body: bytes as they are, all else as JSON."""
+        raw = body if isinstance(body, bytes) else json.dumps({} if body is None else body).encode()
+        return json.loads(msgspec.json.encode(finish(self.api.call(method, raw))))
+
+    def refusal(self, method: str, body: Any = None) -> int:
+        with pytest.raises(ClientError) as caught:
+            self.call(method, body)
+        return caught.value.code
