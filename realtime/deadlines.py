@@ -1,11 +1,11 @@
-"""The timers of all connections, in one sweep.
+"""Deadlines of all connections, checked by one periodic sweep.
 
-Ten thousand connections have ten thousand pings and deadlines due, none of which needs to be exact. So each
-connection waits in a bucket of `RESOLUTION` seconds, and one periodic `sweep` wakes the buckets that are due; moving
-from bucket to bucket is constant time and costs no reactor timer.
+Ten thousand connections have ten thousand pings and timeouts pending, none of which needs to be exact. Each deadline is
+therefore rounded up to a bucket of `RESOLUTION` seconds, and one periodic `sweep` handles the buckets that are due.
+Setting, moving and clearing a deadline take constant time and need no reactor timer.
 
-Time here is *loop time*: it advances by what a sweep measured, but never by more than `MAX_STEP` at once. When the
-loop itself stalls, loop time stands still for that long, and no client is blamed for what the server could not read.
+Time is *loop time*: it advances by the time measured between two sweeps, but by at most `MAX_STEP` each time. While
+the loop itself is blocked, loop time stands still, so no client times out for data that the server could not read.
 """
 
 from __future__ import annotations
@@ -17,69 +17,73 @@ RESOLUTION = 0.25  # seconds
 MAX_STEP = 2 * RESOLUTION
 
 
-class Sleeper(Protocol):
-    """Something with one deadline at a time. `bucket` belongs to `Deadlines`; 0 means that none is set."""
+class DeadlineOwner(Protocol):
+    """An object with at most one deadline. deadline_bucket: written by `Deadlines` alone; 0 if no deadline is set."""
 
-    bucket: int
+    deadline_bucket: int
 
-    def wake(self) -> None:
-        """The deadline came. It is no longer set; the sleeper may set another."""
+    def on_deadline(self) -> None:
+        """Handle the deadline, which is no longer set; the owner may set another one."""
 
 
 class Deadlines:
-    """At most one deadline for each sleeper. `now`: loop time, in seconds."""
+    """The pending deadlines of a process, at most one for each owner. now: loop time, in seconds."""
 
     def __init__(self, clock_now: float) -> None:
-        """clock_now: the monotonic clock at this moment, as in `sweep`."""
+        """clock_now: current time of the monotonic clock that `sweep` is given."""
         self.now = 0.0
         self._swept_at = clock_now
-        self._last = 0
-        self._buckets: dict[int, dict[Sleeper, None]] = {}
-        self._waited = False
+        self._last_swept = 0
+        self._buckets: dict[int, dict[DeadlineOwner, None]] = {}
+        self._was_pending = False
 
     def any(self) -> bool:
-        """Whether somebody waits. While nobody does there is no need to sweep."""
+        """Return whether a deadline is set. While none is, sweeps are not needed."""
         return bool(self._buckets)
 
-    def set(self, sleeper: Sleeper, when: float) -> None:
-        """Wake `sleeper` at loop time `when` or up to one resolution later; replaces the deadline it had."""
-        bucket = max(math.ceil(when / RESOLUTION), self._last + 1)
-        if bucket == sleeper.bucket:
-            return
-        self.clear(sleeper)
-        sleeper.bucket = bucket
-        self._buckets.setdefault(bucket, {})[sleeper] = None
+    def set(self, owner: DeadlineOwner, when: float) -> None:
+        """Set the deadline of `owner` to loop time `when`, in place of its earlier one.
 
-    def clear(self, sleeper: Sleeper) -> None:
-        """Forget the sleeper's deadline, if it has one."""
-        if sleeper.bucket:
-            waiting = self._buckets.get(sleeper.bucket)
-            if waiting is not None:
-                waiting.pop(sleeper, None)
-                if not waiting:
-                    del self._buckets[sleeper.bucket]
-            sleeper.bucket = 0
+        `on_deadline` is called at `when` or up to one `RESOLUTION` later.
+        """
+        bucket = max(math.ceil(when / RESOLUTION), self._last_swept + 1)
+        if bucket == owner.deadline_bucket:
+            return
+        self.clear(owner)
+        owner.deadline_bucket = bucket
+        self._buckets.setdefault(bucket, {})[owner] = None
+
+    def clear(self, owner: DeadlineOwner) -> None:
+        """Remove the deadline of `owner`, if it has one."""
+        if owner.deadline_bucket:
+            owners = self._buckets.get(owner.deadline_bucket)
+            if owners is not None:
+                owners.pop(owner, None)
+                if not owners:
+                    del self._buckets[owner.deadline_bucket]
+            owner.deadline_bucket = 0
 
     def sweep(self, clock_now: float) -> None:
-        """Advance loop time to the monotonic clock and wake whoever is due.
+        """Advance loop time to the monotonic clock, and call `on_deadline` of each owner whose deadline is due.
 
-        Raises what a sleeper raises; the others that are due are woken by the next sweep.
+        An exception from `on_deadline` is raised; the next sweep handles the remaining due owners.
         """
         elapsed = clock_now - self._swept_at
         self._swept_at = clock_now
-        # The first who waits after a time without has waited for one resolution at most.
-        self.now += min(max(elapsed, 0.0), MAX_STEP if self._waited else RESOLUTION)
+        # Sweeps may have been omitted while no deadline was set: a deadline set since the last sweep advances by one
+        # resolution at most, so it is not early.
+        self.now += min(max(elapsed, 0.0), MAX_STEP if self._was_pending else RESOLUTION)
         due = math.floor(self.now / RESOLUTION)
-        while self._last < due:
-            self._last += 1
-            waiting = self._buckets.get(self._last)
-            # One by one: a sleeper that wakes may close another that is due in the same bucket.
-            while waiting:
-                sleeper = next(iter(waiting))
-                self.clear(sleeper)
+        while self._last_swept < due:
+            self._last_swept += 1
+            owners = self._buckets.get(self._last_swept)
+            # One at a time, without an iterator: `on_deadline` may clear other owners of the same bucket.
+            while owners:
+                owner = next(iter(owners))
+                self.clear(owner)
                 try:
-                    sleeper.wake()
+                    owner.on_deadline()
                 except BaseException:
-                    self._last -= 1
+                    self._last_swept -= 1
                     raise
-        self._waited = bool(self._buckets)
+        self._was_pending = bool(self._buckets)

@@ -72,6 +72,11 @@ class Metrics:
         return counters + gauges + others
 
 
+def bad_input_counter(metrics: Metrics, kind: str) -> Counter:
+    """Return the counter of refused input and other faults of peers. kind: from a closed set."""
+    return metrics.counter("realtime_bad_input", "Refused input and faults of peers", kind=kind)
+
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Sample])
 

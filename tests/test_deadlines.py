@@ -1,4 +1,4 @@
-"""Shared deadlines, in made-up time."""
+"""Deadlines, with simulated time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from realtime.deadlines import MAX_STEP, RESOLUTION, Deadlines
 
 
-class Sleeper:
+class Owner:
     def __init__(self, deadlines: Deadlines) -> None:
-        self.bucket = 0
+        self.deadline_bucket = 0
         self.deadlines = deadlines
-        self.woken: list[float] = []
+        self.called_at: list[float] = []
 
-    def wake(self) -> None:
-        self.woken.append(self.deadlines.now)
+    def on_deadline(self) -> None:
+        self.called_at.append(self.deadlines.now)
 
 
 def sweep(deadlines: Deadlines, start: float, seconds: float) -> float:
@@ -27,101 +27,101 @@ def sweep(deadlines: Deadlines, start: float, seconds: float) -> float:
 
 
 @given(st.lists(st.floats(min_value=0, max_value=30), max_size=30))
-def test_everybody_is_woken_once_and_not_early_nor_much_late(delays):
+def test_each_deadline_is_called_once_and_within_its_resolution(delays):
     deadlines = Deadlines(100.0)
-    sleepers = [(delay, Sleeper(deadlines)) for delay in delays]
-    for delay, sleeper in sleepers:
-        deadlines.set(sleeper, delay)
+    owners = [(delay, Owner(deadlines)) for delay in delays]
+    for delay, owner in owners:
+        deadlines.set(owner, delay)
     sweep(deadlines, 100.0, 31)
-    for delay, sleeper in sleepers:
-        (woken,) = sleeper.woken
+    for delay, owner in owners:
+        (woken,) = owner.called_at
         assert delay <= woken <= delay + 2 * RESOLUTION
-        assert sleeper.bucket == 0
+        assert owner.deadline_bucket == 0
 
 
-def test_a_later_deadline_takes_the_place_of_an_earlier_one():
+def test_a_later_deadline_replaces_an_earlier_one():
     deadlines = Deadlines(0.0)
-    sleeper = Sleeper(deadlines)
-    deadlines.set(sleeper, 1.0)
-    deadlines.set(sleeper, 5.0)
+    owner = Owner(deadlines)
+    deadlines.set(owner, 1.0)
+    deadlines.set(owner, 5.0)
     now = sweep(deadlines, 0.0, 4)
-    assert sleeper.woken == []
+    assert owner.called_at == []
     sweep(deadlines, now, 2)
-    assert sleeper.woken == [5.0]
+    assert owner.called_at == [5.0]
 
 
-def test_a_cleared_deadline_does_not_come():
+def test_a_cleared_deadline_is_not_called():
     deadlines = Deadlines(0.0)
-    sleeper = Sleeper(deadlines)
-    deadlines.set(sleeper, 1.0)
-    deadlines.clear(sleeper)
-    deadlines.clear(sleeper)
+    owner = Owner(deadlines)
+    deadlines.set(owner, 1.0)
+    deadlines.clear(owner)
+    deadlines.clear(owner)
     sweep(deadlines, 0.0, 3)
-    assert sleeper.woken == []
+    assert owner.called_at == []
 
 
-def test_one_that_wakes_may_clear_another_that_is_due_too():
+def test_on_deadline_may_clear_another_due_deadline():
     deadlines = Deadlines(0.0)
-    first, second = Sleeper(deadlines), Sleeper(deadlines)
-    first.wake = lambda: deadlines.clear(second)  # type: ignore[method-assign]
+    first, second = Owner(deadlines), Owner(deadlines)
+    first.on_deadline = lambda: deadlines.clear(second)  # type: ignore[method-assign]
     deadlines.set(first, 1.0)
     deadlines.set(second, 1.0)
     sweep(deadlines, 0.0, 3)
-    assert second.woken == []
+    assert second.called_at == []
 
 
-def test_one_that_wakes_may_sleep_again():
+def test_on_deadline_may_set_the_deadline_again():
     deadlines = Deadlines(0.0)
-    sleeper = Sleeper(deadlines)
+    owner = Owner(deadlines)
     woken: list[float] = []
 
     def wake() -> None:
         woken.append(deadlines.now)
-        deadlines.set(sleeper, deadlines.now + 1.0)
+        deadlines.set(owner, deadlines.now + 1.0)
 
-    sleeper.wake = wake  # type: ignore[method-assign]
-    deadlines.set(sleeper, 1.0)
+    owner.on_deadline = wake  # type: ignore[method-assign]
+    deadlines.set(owner, 1.0)
     sweep(deadlines, 0.0, 3)
     assert woken == [1.0, 2.0, 3.0]
 
 
-def test_a_stalled_loop_and_a_clock_that_goes_back_cost_nobody_anything():
+def test_a_blocked_loop_or_a_clock_set_back_does_not_advance_deadlines():
     deadlines = Deadlines(0.0)
-    sleeper = Sleeper(deadlines)
-    deadlines.set(sleeper, 5.0)
+    owner = Owner(deadlines)
+    deadlines.set(owner, 5.0)
     deadlines.sweep(RESOLUTION)
     deadlines.sweep(60.0)
     assert deadlines.now == RESOLUTION + MAX_STEP
     deadlines.sweep(30.0)
     assert deadlines.now == RESOLUTION + MAX_STEP
-    assert sleeper.woken == []
+    assert owner.called_at == []
 
 
-def test_without_sweeps_while_nobody_waits_the_first_who_does_is_not_woken_early():
+def test_a_deadline_set_after_a_pause_of_the_sweeps_is_not_early():
     deadlines = Deadlines(0.0)
     deadlines.sweep(RESOLUTION)
-    sleeper = Sleeper(deadlines)
+    owner = Owner(deadlines)
     assert not deadlines.any()
-    deadlines.set(sleeper, deadlines.now + 1.0)
+    deadlines.set(owner, deadlines.now + 1.0)
     assert deadlines.any()
     sweep(deadlines, 100.0, 1.0 - RESOLUTION)
-    assert sleeper.woken == []
+    assert owner.called_at == []
     sweep(deadlines, 101.0, 2 * RESOLUTION)
-    assert len(sleeper.woken) == 1
+    assert len(owner.called_at) == 1
     assert not deadlines.any()
 
 
-def test_one_that_fails_takes_nobody_along():
+def test_an_exception_of_one_owner_does_not_lose_the_others():
     deadlines = Deadlines(0.0)
-    sleepers = [Sleeper(deadlines) for _ in range(3)]
+    owners = [Owner(deadlines) for _ in range(3)]
 
     def fail() -> None:
         raise ZeroDivisionError
 
-    sleepers[1].wake = fail
-    for sleeper in sleepers:
-        deadlines.set(sleeper, 0.2)
+    owners[1].on_deadline = fail
+    for owner in owners:
+        deadlines.set(owner, 0.2)
     with pytest.raises(ZeroDivisionError):
         deadlines.sweep(RESOLUTION)
     deadlines.sweep(2 * RESOLUTION)
-    assert [len(sleeper.woken) for sleeper in sleepers] == [1, 0, 1]
+    assert [len(owner.called_at) for owner in owners] == [1, 0, 1]

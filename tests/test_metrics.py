@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from realtime.metrics import Metrics, Sample, dump, load
+from realtime.metrics import Metrics, Sample, bad_input_counter, dump, load
 
 
 def test_a_counter_is_found_again_by_name_and_labels() -> None:
@@ -43,3 +43,12 @@ def test_a_snapshot_survives_the_way_to_the_supervisor() -> None:
     for data in (b"", b"\xff", dump(metrics.snapshot())[:-1], msgspec.msgpack.encode([["a"]])):
         with pytest.raises(msgspec.MsgspecError):
             load(data)
+
+
+def test_bad_input_is_one_counter_for_each_kind() -> None:
+    metrics = Metrics()
+    bad_input_counter(metrics, "frame").value += 1
+    bad_input_counter(metrics, "frame").value += 1
+    bad_input_counter(metrics, "origin").value += 1
+    samples = {tuple(sample.labels): sample.value for sample in metrics.snapshot(["realtime_bad_input"])}
+    assert samples == {(("kind", "frame"),): 2, (("kind", "origin"),): 1}

@@ -1,1 +1,1 @@
-"""HTTP/1.1 and WebSocket codecs, without I/O: request heads, bodies, handshakes, frames, CORS, forwarded addresses."""
+"""Codecs for HTTP/1.1 and WebSocket without I/O: request heads and bodies, handshakes, frames, CORS, proxy headers."""

@@ -1,6 +1,7 @@
-"""Bodies of requests and of endless responses: the chunked coding of RFC 9112 section 7.1, in both directions.
+"""Parser for request bodies, and the chunked coding of RFC 9112 section 7.1 in both directions.
 
-What goes out is a chunk for each message, so that it is complete, can be shared by many responses, and passes at once.
+A streaming response sends one chunk for each message: a chunk is complete in itself, many responses can share it, and
+proxies pass it on at once.
 """
 
 from __future__ import annotations
@@ -13,34 +14,34 @@ from realtime.http.request import CHUNKED, Refusal
 
 LAST_CHUNK = b"0\r\n\r\n"
 
-_MAX_LINE = 1024  # bytes of the line before a chunk with its extensions, and of one trailer
+_MAX_LINE = 1024  # bytes of a chunk's size line with its extensions, and of one trailer
 _MAX_TRAILERS = 100
-# Chunks that any body may have, and bytes on average that pay for more of them. Reading a chunk takes about 10 µs.
+# A body may have 1000 chunks, and one more for each 64 bytes of content. Parsing a chunk takes about 10 µs.
 _FREE_CHUNKS = 1000
-_WORTH = 64
-# Eight digits are more than any limit allows. Extensions mean nothing to us.
+_BYTES_PER_CHUNK = 64
+# Eight digits are more than any size limit allows. Chunk extensions are ignored.
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 _TRAILER = re.compile(rb"[!-9;-~]+:[\t -~\x80-\xff]*")
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk. data: not empty, which would be the last one."""
+    """Encode one chunk. data: must not be empty, because an empty chunk ends the body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def event_chunk(payload: bytes) -> bytes:
-    """One server-sent event, by the HTML standard's section on them. payload: without line ends."""
+    """Encode one server-sent event (HTML standard, section "Server-sent events") as a chunk. payload: one line."""
     return chunk(b"data: %b\n\n" % payload)
 
 
 def line_chunk(payload: bytes) -> bytes:
-    """One line. payload: without line ends."""
+    """Encode one line, with its line feed, as a chunk. payload: without line ends."""
     return chunk(payload + b"\n")
 
 
-def too_many(chunks: int, size: int) -> bool:
-    """Whether `size` bytes of a body came in so many chunks that reading more of the kind would hold others up."""
-    return chunks > _FREE_CHUNKS + size // _WORTH
+def has_too_many_chunks(chunks: int, size: int) -> bool:
+    """Return whether `chunks` is excessive for `size` bytes of content: parsing many tiny chunks blocks the loop."""
+    return chunks > _FREE_CHUNKS + size // _BYTES_PER_CHUNK
 
 
 class _Expected(Enum):
@@ -49,64 +50,65 @@ class _Expected(Enum):
     TRAILER = auto()
 
 
-class Body:
-    """Reads the body of one request into memory. After a verdict it is used up."""
+class BodyParser:
+    """Parser for the body of one request, which it collects in memory; discard it after its result."""
 
-    __slots__ = ("_body", "_buffer", "_chunked", "_chunks", "_expected", "_left", "_limit", "_trailers")
+    __slots__ = ("_body", "_buffer", "_chunks", "_expected", "_is_chunked", "_limit", "_missing", "_trailers")
 
     def __init__(self, size: int, limit: int) -> None:
-        """size: as in `Head.body`. limit: most bytes that are taken."""
+        """size: length in bytes or CHUNKED, as in `RequestHead.body`. limit: largest accepted length, in bytes."""
         self._limit = limit
-        self._chunked = size == CHUNKED
-        self._left = 0 if self._chunked else size  # bytes of this chunk, or of the whole body, that are still to come
+        self._is_chunked = size == CHUNKED
+        self._missing = 0 if self._is_chunked else size  # bytes missing of the current chunk, or of the plain body
         self._expected = _Expected.SIZE
         self._chunks = 0
         self._trailers = 0
-        self._buffer = bytearray()  # what is not judged yet
+        self._buffer = bytearray()  # unparsed bytes
         self._body = bytearray()
 
     def feed(self, data: bytes) -> bytes | Refusal | None:
-        """Take the next bytes: the whole body, what is wrong with it, or None as long as it is not complete.
+        """Parse the next bytes; return the complete body, a refusal, or None while the body is incomplete.
 
-        What follows the body is dropped.
+        Bytes after the body are dropped.
         """
         self._buffer += data
-        if len(self._body) + self._left > self._limit:
+        if len(self._body) + self._missing > self._limit:
             return _TOO_LARGE
-        if not self._chunked:
-            del self._buffer[: self._take(0)]
-            return None if self._left else bytes(self._body)
-        verdict: bytes | Refusal | None = None
+        if not self._is_chunked:
+            del self._buffer[: self._consume_content(0)]
+            return None if self._missing else bytes(self._body)
+        result: bytes | Refusal | None = None
         start = 0
-        while verdict is None:
-            start = self._take(start)
+        while result is None:
+            start = self._consume_content(start)
             end = self._buffer.find(b"\r\n", start)
-            if self._left or (end < 0 and len(self._buffer) - start <= _MAX_LINE):
+            if self._missing or (end < 0 and len(self._buffer) - start <= _MAX_LINE):
                 break
-            verdict = self._judge(bytes(self._buffer[start:end])) if 0 <= end <= start + _MAX_LINE else _MALFORMED
+            result = self._parse_line(bytes(self._buffer[start:end])) if 0 <= end <= start + _MAX_LINE else _MALFORMED
             start = end + 2
         del self._buffer[:start]
-        return verdict
+        return result
 
-    def _take(self, start: int) -> int:
-        """Keep what is content; returns where it ends."""
-        end = min(start + self._left, len(self._buffer))
+    def _consume_content(self, start: int) -> int:
+        """Move content from the buffer, beginning at `start`, to the body; return the end of the moved range."""
+        end = min(start + self._missing, len(self._buffer))
         self._body += self._buffer[start:end]
-        self._left -= end - start
+        self._missing -= end - start
         return end
 
-    def _judge(self, line: bytes) -> bytes | Refusal | None:
+    def _parse_line(self, line: bytes) -> bytes | Refusal | None:
+        """Parse a size line, the empty end of a chunk, or a trailer, each without its CRLF."""
         match self._expected:
             case _Expected.SIZE:
                 size = _SIZE.fullmatch(line)
                 if size is None:
                     return _MALFORMED
-                self._left = int(size[1], 16)
-                self._expected = _Expected.END_OF_CHUNK if self._left else _Expected.TRAILER
+                self._missing = int(size[1], 16)
+                self._expected = _Expected.END_OF_CHUNK if self._missing else _Expected.TRAILER
                 self._chunks += 1
-                if too_many(self._chunks, len(self._body)):
+                if has_too_many_chunks(self._chunks, len(self._body)):
                     return _MALFORMED
-                return _TOO_LARGE if len(self._body) + self._left > self._limit else None
+                return _TOO_LARGE if len(self._body) + self._missing > self._limit else None
             case _Expected.END_OF_CHUNK:
                 self._expected = _Expected.SIZE
                 return _MALFORMED if line else None

@@ -1,6 +1,6 @@
-"""What lets the pages of other origins read our responses: the headers of the Fetch standard's CORS protocol.
+"""Headers of the CORS protocol (Fetch standard), which let pages of other origins read a response.
 
-Which origins that is, is judged before (`realtime.http.handshake.origin_policy`).
+The caller has checked the origin (`realtime.http.handshake.origin_policy`).
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from realtime.http.request import RequestHead
 
 Headers = tuple[tuple[str, str], ...]
 
-# Seconds for which a browser need not ask again.
+# Seconds for which a browser may cache the result of a preflight request.
 MAX_AGE = 300
-# Names of headers, as a browser lists them.
+# A list of header names, as sent by browsers in Access-Control-Request-Headers.
 _NAMES = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z, ]+")
 
 
-def sharing(head: RequestHead) -> Headers:
-    """For the response to a request of an allowed origin; nothing when a page had no part in it."""
-    origins = head.all("origin")
+def response_headers(head: RequestHead) -> Headers:
+    """Return the CORS headers for the response to a request of an allowed origin; none without an Origin header."""
+    origins = head.get_all("origin")
     if not origins:
         return ()
     return (
@@ -30,12 +30,12 @@ def sharing(head: RequestHead) -> Headers:
     )
 
 
-def preflight(head: RequestHead, methods: Iterable[str]) -> Headers:
-    """For the answer to what a browser asks before the page's own request."""
-    headers = sharing(head)
-    wanted = head.all("access-control-request-headers")
-    if headers and wanted and _NAMES.fullmatch(wanted[0]):
-        headers = (*headers, ("Access-Control-Allow-Headers", wanted[0]))
+def preflight_headers(head: RequestHead, methods: Iterable[str]) -> Headers:
+    """Return the headers for the response to a preflight request. methods: allowed ones besides OPTIONS."""
+    headers = response_headers(head)
+    requested = head.get_all("access-control-request-headers")
+    if headers and requested and _NAMES.fullmatch(requested[0]):
+        headers = (*headers, ("Access-Control-Allow-Headers", requested[0]))
     return (
         *headers,
         ("Access-Control-Allow-Methods", ", ".join((*methods, "OPTIONS"))),

@@ -1,7 +1,7 @@
-"""The address of a client that may be behind proxies.
+"""Address of a client behind trusted proxies.
 
-A proxy appends to `X-Forwarded-For` the address that it was reached from; whoever came before it may have written
-anything. So the header is read from the right, and only for as long as a proxy that we trust has written it.
+Each proxy appends the address of its own peer to `X-Forwarded-For`; everything further left may be forged. The header
+is therefore read from the right, and only as far as trusted proxies have written it.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Iterable
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Some proxies append the port, too: 192.0.2.1:4711, [2001:db8::1]:4711.
+# Some proxies append the port: 192.0.2.1:4711, [2001:db8::1]:4711.
 _WITH_PORT = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::\d+)?|([0-9.]+):\d+")
 
 
 class TrustedProxies:
-    """The proxies that are trusted."""
+    """A set of trusted proxies."""
 
     def __init__(self, networks: Iterable[str]) -> None:
-        """networks: addresses or networks, "10.0.0.0/8"."""
+        """networks: addresses or networks in CIDR notation, such as "10.0.0.0/8"."""
         self._networks = [ipaddress.ip_network(network, strict=False) for network in networks]
 
-    def client(self, peer: str, forwarded: Iterable[str]) -> str:
-        """The rightmost address that is not a trusted proxy's; the leftmost when all are.
+    def client_address(self, peer: str, forwarded: Iterable[str]) -> str:
+        """Return the rightmost address that is not a trusted proxy's; the leftmost if all are trusted.
 
-        peer: the address of the connection. forwarded: the values of X-Forwarded-For, in order. What is no address
-        ends the search: nobody we trust can have passed it on.
+        peer: the address of the connection. forwarded: the values of X-Forwarded-For, in order. An invalid address ends
+        the search, because no trusted proxy writes one.
         """
         if not self._networks:
             return peer
@@ -52,5 +52,5 @@ def _parse(text: str) -> _Address | None:
         address = ipaddress.ip_address((match[1] or match[2]) if match else text)
     except ValueError:
         return None
-    # How a socket for both families shows a peer of the older one.
+    # A dual-stack socket reports an IPv4 peer as an IPv4-mapped IPv6 address.
     return (isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped) or address

@@ -1,11 +1,11 @@
-"""The head of an HTTP request, read strictly: bytes in, a `RequestHead` or a `Refusal` out.
+"""Strict parser for the head of an HTTP request: bytes in, a `RequestHead` or a `Refusal` out.
 
-Everything behind this parser is handed a head that was rebuilt from what was accepted here (`RequestHead.rebuilt`), so
-two parsers can never disagree about one request. Where RFC 9110 and RFC 9112 leave a choice, the strict one is taken:
-lines end in CRLF, nothing is folded, a target is a path, and a message that could be framed in two ways is refused.
+The next parser in line is fed a head rebuilt from the accepted fields (`RequestHead.to_bytes`), so two parsers cannot
+disagree about one request. Where RFC 9110 and RFC 9112 leave a choice, this parser takes the strict one: lines end in
+CRLF, header lines are not folded, a target is a path, and a message with ambiguous framing is refused.
 
-The verdict depends on the bytes alone, never on how they were cut into segments: lines are judged one by one, in
-order, and of each line first its length, then its end, then its content.
+The result depends on the bytes alone, not on their segmentation. The parser checks line by line, in order: first the
+length of a line, then its line end, then its content.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ MAX_PARAMETERS = 100  # in the query
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/(\d\.\d)")
-# RFC 9110 section 5.5 without 0x85, which str.splitlines() takes for the end of a line.
+# RFC 9110 section 5.5 without 0x85, which str.splitlines() treats as a line end.
 _FIELD = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\x84\x86-\xff]*)")
 _TOKEN_START = re.compile(_TOKEN)
-# RFC 3986 section 3.2.2, and a port. An empty host is no host.
+# RFC 3986 section 3.2.2, with an optional port. An empty host is invalid.
 _HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _LENGTH = re.compile(r"[0-9]{1,15}")
 
-CHUNKED = -1
-UNCOUNTED = ""
+CHUNKED = -1  # `RequestHead.body` of a request with a chunked body
+UNCOUNTED = ""  # `Refusal.kind` of a refusal that is not counted as bad input
 
 
 class Refusal(Struct, frozen=True, gc=False):
-    """Why a request is not served.
+    """The reason for which a request is not served.
 
-    status: of HTTP. reason: plain text for the peer, with nothing in it that the peer sent. kind: label of the counter
-    of bad input, or UNCOUNTED when the fault is not the peer's. headers: more lines for the response, as (name, value).
+    status: HTTP status code. reason: plain text for the response body; it never repeats input of the peer. kind: label
+    of the bad-input counter, or UNCOUNTED if the peer is not at fault. headers: further response headers, as
+    (name, value).
     """
 
     status: int
@@ -45,11 +46,11 @@ class Refusal(Struct, frozen=True, gc=False):
 
 
 class RequestHead(Struct, frozen=True):
-    """One accepted request line and its headers.
+    """An accepted request line and its headers.
 
-    target: path and query as sent, nothing decoded, always with a leading slash. version: "1.0" or "1.1". fields: names
-    in lower case and values without surrounding space, in order. body: bytes of the body that follows; CHUNKED when
-    only its end will tell.
+    target: path and query as sent, not decoded, always with a leading slash. version: "1.0" or "1.1". fields: pairs of
+    lower-case name and value without surrounding whitespace, in order. body: length of the body in bytes; CHUNKED if
+    the body is chunked.
     """
 
     method: str
@@ -60,21 +61,21 @@ class RequestHead(Struct, frozen=True):
 
     @property
     def path(self) -> str:
-        """The target up to the query."""
+        """The target without its query."""
         return self.target.partition("?")[0]
 
     @property
     def query(self) -> str:
-        """The target after the first question mark, "" without one."""
+        """The part of the target after the first question mark; "" if there is none."""
         return self.target.partition("?")[2]
 
-    def all(self, name: str) -> list[str]:
-        """The values of every header of this lower-case name."""
+    def get_all(self, name: str) -> list[str]:
+        """Return the values of all headers with this lower-case name, in order."""
         return [value for field, value in self.fields if field == name]
 
     @property
     def headers(self) -> dict[str, str]:
-        """By lower-case name. Values of a repeated one are joined, those of cookies as in RFC 9113 section 8.2.3."""
+        """Header values by lower-case name. Repeated headers are joined: cookies as in RFC 9113 section 8.2.3."""
         joined: dict[str, str] = {}
         for name, value in self.fields:
             if name in joined:
@@ -84,46 +85,55 @@ class RequestHead(Struct, frozen=True):
                 joined[name] = value
         return joined
 
-    def rebuilt(self, *more: tuple[str, str]) -> bytes:
-        """The head as bytes, for the next parser. more: fields that take the place of those of the same name."""
-        replaced = {name for name, _ in more}
+    def to_bytes(self, *overrides: tuple[str, str]) -> bytes:
+        """Serialize the head for the next parser. overrides: fields that replace all fields of the same name."""
+        replaced = {name for name, _ in overrides}
         kept = [field for field in self.fields if field[0] not in replaced]
         lines = [f"{self.method} {self.target} HTTP/{self.version}"]
-        lines += [f"{name}: {value}" for name, value in (*kept, *more)]
+        lines += [f"{name}: {value}" for name, value in (*kept, *overrides)]
         return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
 
 
 class RequestParser:
-    """Reads one head. After a verdict it is used up; `rest` holds what followed the head."""
+    """Parser for one head; discard it after its result.
 
-    __slots__ = ("_buffer", "_fields", "_max_bytes", "_max_headers", "_request_line", "_scanned", "_used", "rest")
+    trailing_data: bytes after the head, once `feed` returned a `RequestHead`.
+    """
+
+    __slots__ = (
+        *("_buffer", "_consumed", "_fields", "_max_bytes", "_max_headers", "_request_line", "_scanned"),
+        "trailing_data",
+    )
 
     def __init__(self, max_bytes: int, max_headers: int) -> None:
-        """max_bytes: of the whole head. max_headers: how many header lines."""
+        """max_bytes: limit of the whole head. max_headers: limit of the number of header lines."""
         self._max_bytes = max_bytes
         self._max_headers = max_headers
-        self._buffer = bytearray()  # what is not judged yet: at most one unfinished line between two calls
-        self._scanned = 0  # bytes of the buffer that are known to hold no line feed
-        self._used = 0  # bytes of the lines judged so far
+        self._buffer = bytearray()  # unparsed bytes: at most one incomplete line between two calls
+        self._scanned = 0  # length of the buffer's start that holds no line feed
+        self._consumed = 0  # bytes of the lines parsed so far
         self._request_line: tuple[str, str, str] | None = None
         self._fields: list[tuple[str, str]] = []
-        self.rest = b""
+        self.trailing_data = b""
 
     @property
-    def started(self) -> bool:
-        """Whether any byte has arrived."""
-        return bool(self._used or self._buffer)
+    def has_started(self) -> bool:
+        """Whether the parser has been fed any byte."""
+        return bool(self._consumed or self._buffer)
 
     def feed(self, data: bytes) -> RequestHead | Refusal | None:
-        """Take the next bytes. None: the head is not complete yet. Linear in the bytes fed, however they are cut."""
-        fresh = not self.started
+        """Parse the next bytes; return None while the head is incomplete.
+
+        The time taken is linear in the number of bytes, independent of their segmentation.
+        """
+        is_first = not self.has_started
         self._buffer += data
-        if fresh and data and _TOKEN_START.match(data) is None:
+        if is_first and data and _TOKEN_START.match(data) is None:
             return _malformed("not an HTTP request")
         start = 0
         while True:
             end = self._buffer.find(b"\n", max(start, self._scanned)) + 1
-            refusal = self._measure(start, end or len(self._buffer))
+            refusal = self._check_length(start, end or len(self._buffer))
             if refusal is not None:
                 return refusal
             if not end:
@@ -132,31 +142,31 @@ class RequestParser:
             if not line.endswith(b"\r\n"):
                 return _malformed("a line must end in CRLF")
             if line == b"\r\n":
-                self.rest = bytes(self._buffer[end:])
-                return self._conclude()
-            refusal = self._judge(line[:-2])
+                self.trailing_data = bytes(self._buffer[end:])
+                return self._finish()
+            refusal = self._parse_line(line[:-2])
             if refusal is not None:
                 return refusal
             start = end
-        self._used += start
+        self._consumed += start
         del self._buffer[:start]
         self._scanned = len(self._buffer)
         return None
 
-    def _measure(self, start: int, end: int) -> Refusal | None:
-        """Judge the length of a line, whole or not: the limit that is met first is the one that counts."""
+    def _check_length(self, start: int, end: int) -> Refusal | None:
+        """Check the length of a line, complete or not; of two exceeded limits, report the lower one."""
         line_limit = start + MAX_LINE + 2
-        head_limit = self._max_bytes - self._used
+        head_limit = self._max_bytes - self._consumed
         if end <= min(line_limit, head_limit):
             return None
         if line_limit <= head_limit and self._request_line is None:
             return Refusal(HTTPStatus.REQUEST_URI_TOO_LONG, "request line too long", "head_size")
         return _too_large("request header too large")
 
-    def _judge(self, line: bytes) -> Refusal | None:
-        """Judge the content of one line and keep it."""
+    def _parse_line(self, line: bytes) -> Refusal | None:
+        """Parse and store one line without its CRLF."""
         if self._request_line is None:
-            return self._judge_request_line(line)
+            return self._parse_request_line(line)
         if len(self._fields) >= self._max_headers:
             return _too_large("too many headers")
         match = _FIELD.fullmatch(line)
@@ -166,7 +176,7 @@ class RequestParser:
         self._fields.append((name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")))
         return None
 
-    def _judge_request_line(self, line: bytes) -> Refusal | None:
+    def _parse_request_line(self, line: bytes) -> Refusal | None:
         match = _REQUEST_LINE.fullmatch(line)
         if match is None:
             return _malformed("malformed request line")
@@ -182,25 +192,25 @@ class RequestParser:
         self._request_line = (method, target, version)
         return None
 
-    def _conclude(self) -> RequestHead | Refusal:
-        """Judge the head as a whole, at its blank line."""
+    def _finish(self) -> RequestHead | Refusal:
+        """Check the whole head, at its blank line, and build the result."""
         if self._request_line is None:
             return _malformed("not an HTTP request")
         method, target, version = self._request_line
         head = RequestHead(method, target, version, tuple(self._fields), 0)
-        hosts = head.all("host")
+        hosts = head.get_all("host")
         if len(hosts) > 1 or (version == "1.1" and not hosts) or not all(map(_HOST.fullmatch, hosts)):
             return _malformed("exactly one valid Host header is needed")
-        body = _body_of(head)
+        body = _body_length(head)
         if isinstance(body, Refusal):
             return body
         return RequestHead(method, target, version, head.fields, body)
 
 
-def _body_of(head: RequestHead) -> int | Refusal:
-    """The length of the body, by RFC 9112 section 6.3 without its leniencies."""
-    lengths = head.all("content-length")
-    codings = head.all("transfer-encoding")
+def _body_length(head: RequestHead) -> int | Refusal:
+    """Return the length of the body (RFC 9112 section 6.3, without its leniencies), or CHUNKED."""
+    lengths = head.get_all("content-length")
+    codings = head.get_all("transfer-encoding")
     if not lengths and not codings:
         return 0
     if len(lengths) + len(codings) > 1:

@@ -102,8 +102,8 @@ class _Factory(WebSocketFactory):
 
     is_own: Callable[[str], bool]
 
-    def judge(self, head: RequestHead) -> Refusal | None:
+    def check(self, head: RequestHead) -> Refusal | None:
         """A name that is not ours stops DNS rebinding, which the origin alone does not."""
-        if not all(map(self.is_own, head.all("host") or [""])):
+        if not all(map(self.is_own, head.get_all("host") or [""])):
             return Refusal(FORBIDDEN, "unknown Host: use localhost, or the address that is bound", UNCOUNTED)
-        return super().judge(head)
+        return super().check(head)

@@ -23,7 +23,7 @@ from realtime.config.settings import LoopSettings
 from realtime.metrics import Sample
 from realtime.process import log
 from realtime.process.periodic import PeriodicTasks
-from realtime.process.selector import ReadingSelector, Ready
+from realtime.process.selector import ReadingSelector, ReadyEvents
 from realtime.supervision.loop_time import LoopAccount, LoopTimeLedger, LoopWork
 from realtime.supervision.vitals import QUIET, ProcessState, Vitals, VitalsPage
 
@@ -106,7 +106,7 @@ class MeasuredSelector(ReadingSelector):
         if worked - self._since > _LONG:
             self._page.note_block(self._since, worked)
         if timeout is not None and timeout <= 0:  # the loop has work and only looks for more
-            ready, now = self.wait(timeout), worked
+            ready, now = self.poll(timeout), worked
             self._page.be_busy(now)
         else:
             ready, now = self._idle(timeout, worked)
@@ -119,11 +119,11 @@ class MeasuredSelector(ReadingSelector):
             return []
         before = self.accounts.switch(self._reading)
         try:
-            return self.serve(ready)
+            return self.dispatch(ready)
         finally:
             self.accounts.switch(before)
 
-    def _idle(self, timeout: float | None, now: int) -> tuple[Ready, int]:
+    def _idle(self, timeout: float | None, now: int) -> tuple[ReadyEvents, int]:
         """Wait from `now` on, with nods in between; who is ready, and the time."""
         rest = self.rest
         if rest is not None:
@@ -132,7 +132,7 @@ class MeasuredSelector(ReadingSelector):
         while True:
             self._page.be_busy(0)
             self.accounts.idle(now)
-            began, ready = now, self.wait(timeout)
+            began, ready = now, self.poll(timeout)
             now = self._now()
             self.accounts.wake(now)
             self.idle += now - began

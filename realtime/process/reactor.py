@@ -1,4 +1,4 @@
-"""The reactor of a child: Twisted's on asyncio's loop, with short ways where it is called most."""
+"""The reactor of a child: Twisted's reactor on asyncio, with short paths for its most frequent calls."""
 
 from __future__ import annotations
 
@@ -17,51 +17,59 @@ _log = Logger(observer=log.observer)
 
 
 class Reactor(asyncioreactor.AsyncioSelectorReactor):
-    """Twisted's on asyncio, by a clock that never jumps; and without a logging context around each event (3 µs).
+    """Twisted's asyncio reactor with a monotonic clock, and without a logging context around each event (3 µs).
 
-    A transport with `is_straight` is read by the poller itself.
+    The selector itself reads transports with `reads_directly`.
     """
 
     seconds = staticmethod(time.monotonic)
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, poller: ReadingSelector) -> None:
-        """poller: the loop's."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, selector: ReadingSelector) -> None:
+        """selector: that of `loop`."""
         super().__init__(loop)
-        self._poller = poller
+        self._selector = selector
 
     def addReader(self, reader: Any) -> None:
-        if getattr(reader, "is_straight", False):
+        if getattr(reader, "reads_directly", False):
             if reader not in self._readers:
                 fd = self._readers[reader] = reader.fileno()
-                self._poller.read(fd, self._reading(reader))
+                self._selector.add_direct_reader(fd, self._make_direct_reader(reader))
             return
         self._add(reader, self._readers, self._asyncioEventloop.add_reader, True, super().addReader)
 
     def removeReader(self, reader: Any) -> None:
-        if getattr(reader, "is_straight", False):
+        if getattr(reader, "reads_directly", False):
             fd = self._readers.pop(reader, None)
             if fd is not None:
-                self._poller.forget(fd)
+                self._selector.remove_direct_reader(fd)
             return
         super().removeReader(reader)
 
-    def _reading(self, server: Any) -> Callable[[], None]:
-        """What reads a transport once. Whatever is not data, Twisted looks at again."""
-        receive, most, received = server.socket.recv, server.bufferSize, server.protocol.dataReceived
+    def _make_direct_reader(self, transport: Any) -> Callable[[], None]:
+        """Build a function that reads `transport` once and passes the data to its protocol.
+
+        It is called for each received segment, so socket, buffer size and protocol are looked up once, here. Twisted
+        handles errors and the end of the stream: its own read finds them again.
+        """
+        recv, buffer_size, data_received = (
+            transport.socket.recv,
+            transport.bufferSize,
+            transport.protocol.dataReceived,
+        )
 
         def read() -> None:
             try:
-                data = receive(most)
+                data = recv(buffer_size)
             except OSError:
                 data = b""
             if not data:
-                self._readOrWrite(server, True)
+                self._readOrWrite(transport, True)
                 return
             try:
-                received(data)
+                data_received(data)
             except Exception as error:
-                _log.failure("a connection failed on what it read")
-                self._disconnectSelectable(server, error, True)
+                _log.failure("a protocol raised an exception while handling received data; closing its connection")
+                self._disconnectSelectable(transport, error, True)
 
         return read
 
@@ -69,14 +77,20 @@ class Reactor(asyncioreactor.AsyncioSelectorReactor):
         self._add(writer, self._writers, self._asyncioEventloop.add_writer, False, super().addWriter)
 
     def _add(
-        self, one: Any, known: dict[Any, int], add: Callable[..., object], read: bool, otherwise: Callable[[Any], None]
+        self,
+        selectable: Any,
+        descriptors: dict[Any, int],
+        add: Callable[..., object],
+        is_read: bool,
+        fallback: Callable[[Any], None],
     ) -> None:
-        if one in known:
+        """Add `selectable` to the loop and to `descriptors`, without Twisted's logging context."""
+        if selectable in descriptors:
             return
-        fd = one.fileno()
+        fd = selectable.fileno()
         try:
-            add(fd, self._readOrWrite, one, read)
-        except OSError:  # not a descriptor that epoll(7) knows; Twisted has its own ways with those
-            otherwise(one)
+            add(fd, self._readOrWrite, selectable, is_read)
+        except OSError:  # epoll(7) does not support this descriptor; Twisted has a fallback for it
+            fallback(selectable)
         else:
-            known[one] = fd
+            descriptors[selectable] = fd

@@ -1,8 +1,8 @@
-"""What a child's loop waits with: epoll(7), as asyncio asks for it, and with a short way for those who only read.
+"""The selector of a child's asyncio loop: epoll(7), with direct calls for readers.
 
-asyncio makes an entry in its queue of everything that is ready, and runs each entry in a context of its own. For a
-small message that takes as long as all else that has to be done with it. Readers that need none of this are called as
-soon as they are ready, before asyncio's queue is worked off.
+asyncio queues a handle for each ready descriptor and runs each handle in a context of its own. For a small message that
+takes as long as all other work for it. A *direct reader* needs neither: the selector calls it as soon as its descriptor
+is ready, before asyncio runs its queue.
 """
 
 from __future__ import annotations
@@ -15,42 +15,47 @@ from contextlib import suppress
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from typing import Any
 
-# What is ready, that is taken in one turn of the loop: more would keep what else is to be done waiting.
-MOST = 256
+# Ready descriptors handled in one turn of the loop: more would delay the loop's timers and callbacks.
+MAX_EVENTS = 256
 
-Ready = list[tuple[int, int]]
+ReadyEvents = list[tuple[int, int]]
+"""Ready descriptors with their epoll(7) event masks."""
 
 
 class ReadingSelector(selectors.BaseSelector):
-    """See the module. Descriptors are numbers here, as asyncio has them."""
+    """A selector that calls direct readers itself. File objects are descriptors, as asyncio passes them."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._keys: dict[int, SelectorKey] = {}
         self._readers: dict[int, Callable[[], None]] = {}
-        self._masks: dict[int, int] = {}  # as epoll(7) has been told them
+        self._masks: dict[int, int] = {}  # event masks registered with epoll(7), by descriptor
 
-    # The short way
+    # Direct readers
 
-    def read(self, fd: int, reader: Callable[[], None]) -> None:
-        """Have `reader` called whenever there is something to read, or the peer has gone. It must not raise.
+    def add_direct_reader(self, fd: int, reader: Callable[[], None]) -> None:
+        """Call `reader` whenever `fd` is readable or its peer has gone. `reader` must not raise.
 
-        Raises OSError for a descriptor that epoll(7) does not take.
+        Raises OSError for a descriptor that epoll(7) does not support, such as a file's.
         """
         self._readers[fd] = reader
         try:
-            self._watch(fd)
+            self._update_epoll(fd)
         except OSError:
             del self._readers[fd]
             raise
 
-    def forget(self, fd: int) -> None:
-        """Call no reader for this descriptor any more."""
+    def remove_direct_reader(self, fd: int) -> None:
+        """Remove the direct reader of `fd`, if there is one."""
         if self._readers.pop(fd, None) is not None:
-            self._watch(fd)
+            self._update_epoll(fd)
 
-    def serve(self, ready: Ready) -> list[tuple[SelectorKey, int]]:
-        """Call the readers of those that are ready; the others are for asyncio."""
+    def dispatch(self, ready: ReadyEvents) -> list[tuple[SelectorKey, int]]:
+        """Call the direct readers of ready descriptors; return the other events, for asyncio.
+
+        This loop runs for each received segment: it looks up the reader for each event, because a reader may remove
+        another one, and it builds nothing for descriptors with a reader.
+        """
         readers, keys = self._readers, self._keys
         events = []
         for fd, event in ready:
@@ -62,31 +67,31 @@ class ReadingSelector(selectors.BaseSelector):
                     continue
             key = keys.get(fd)
             if key is not None:
-                # Errors and the peer's end are found out by reading and by writing.
+                # Errors and hang-ups count as readable and writable: recv(2) and send(2) then report them.
                 mask = (EVENT_READ if event & ~select.EPOLLOUT else 0) | (EVENT_WRITE if event & ~select.EPOLLIN else 0)
                 events.append((key, mask & key.events))
         return events
 
-    def wait(self, timeout: float | None) -> Ready:
-        """Who is ready, waiting for it for at most `timeout` seconds; None: as long as it takes."""
-        # Rounded up to whole milliseconds, or epoll(7) would return a little too early, again and again.
+    def poll(self, timeout: float | None) -> ReadyEvents:
+        """Wait at most `timeout` seconds, None for no limit, and return the ready descriptors."""
+        # Rounded up to whole milliseconds: otherwise epoll(7) returns a little too early, again and again.
         seconds = -1 if timeout is None else math.ceil(timeout * 1e3) * 1e-3 if timeout > 0 else 0
         try:
-            return self._epoll.poll(seconds, MOST)
+            return self._epoll.poll(seconds, MAX_EVENTS)
         except InterruptedError:
             return []
 
-    # For asyncio; see `selectors`
+    # The interface of `selectors.BaseSelector`, for asyncio
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
-        return self.serve(self.wait(timeout))
+        return self.dispatch(self.poll(timeout))
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> SelectorKey:
         if fileobj in self._keys:
             raise KeyError(f"{fileobj} is registered already")
         key = self._keys[fileobj] = SelectorKey(fileobj, fileobj, events, data)
         try:
-            self._watch(fileobj)
+            self._update_epoll(fileobj)
         except OSError:
             del self._keys[fileobj]
             raise
@@ -96,12 +101,12 @@ class ReadingSelector(selectors.BaseSelector):
         before = self._keys[fileobj]
         key = self._keys[fileobj] = SelectorKey(fileobj, fileobj, events, data)
         if events != before.events:
-            self._watch(fileobj)
+            self._update_epoll(fileobj)
         return key
 
     def unregister(self, fileobj: Any) -> SelectorKey:
         key = self._keys.pop(fileobj)
-        self._watch(fileobj)
+        self._update_epoll(fileobj)
         return key
 
     def get_map(self) -> Mapping[Any, SelectorKey]:
@@ -113,19 +118,19 @@ class ReadingSelector(selectors.BaseSelector):
         self._masks.clear()
         self._epoll.close()
 
-    def _watch(self, fd: int) -> None:
-        """Have epoll(7) watch a descriptor for those who want to know of it."""
+    def _update_epoll(self, fd: int) -> None:
+        """Register the events of `fd` that its key and its direct reader need, or remove it from epoll(7)."""
         key = self._keys.get(fd)
-        wanted = key.events if key is not None else 0
-        mask = select.EPOLLIN if wanted & EVENT_READ or fd in self._readers else 0
-        mask |= select.EPOLLOUT if wanted & EVENT_WRITE else 0
+        events = key.events if key is not None else 0
+        mask = select.EPOLLIN if events & EVENT_READ or fd in self._readers else 0
+        mask |= select.EPOLLOUT if events & EVENT_WRITE else 0
         before = self._masks.pop(fd, 0)
         if mask and before:
             self._epoll.modify(fd, mask)
         elif mask:
             self._epoll.register(fd, mask)
         elif before:
-            with suppress(OSError):  # it may be closed
+            with suppress(OSError):  # the descriptor may be closed already
                 self._epoll.unregister(fd)
         if mask:
             self._masks[fd] = mask

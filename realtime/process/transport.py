@@ -1,9 +1,10 @@
-"""A TCP transport that writes at once.
+"""A TCP transport that writes immediately.
 
-Twisted's own keeps what is written until the loop's next turn and then asks to be told when the socket takes it: two
-changes of the selector's set for every frame, which cost more than the send(2) itself. A socket nearly always takes a
-frame at once; so this one tries first, and leaves to Twisted what the kernel refuses. From then on, and until all of
-that is out, everything goes Twisted's way: order, producers and `loseConnection` are as ever.
+Twisted's own transport buffers written data until the next loop turn, and then asks the selector to report the socket
+as writable: two changes of the selector's set for every frame, which cost more than the send(2) itself. A socket nearly
+always accepts a frame at once. `DirectServer` therefore calls send(2) first, and leaves to Twisted only the bytes that
+the kernel refused. From then on, until Twisted's buffer is empty again, all writes go through Twisted: the order of
+bytes, producers and `loseConnection` behave as in Twisted.
 """
 
 from __future__ import annotations
@@ -17,37 +18,50 @@ from twisted.internet.protocol import Factory
 
 
 class DirectServer(tcp.Server):
-    """The server side of a connection. Set it as `Port.transport`."""
+    """Server side of a TCP connection. Set it as `Port.transport`.
 
-    is_straight = False
+    reads_directly: whether the selector itself calls the protocol's `dataReceived` (`realtime.process.reactor`).
+    """
+
+    reads_directly = False
 
     def write(self, data: bytes) -> None:
-        queued = self._tempDataLen or self.dataBuffer
-        if queued or not self.connected or self.disconnecting or self._writeDisconnecting or self.TLS:
+        buffered = self._tempDataLen or self.dataBuffer
+        if buffered or not self.connected or self.disconnecting or self._writeDisconnecting or self.TLS:
             super().write(data)
             return
         try:
             sent = self.socket.send(data)
         except OSError:
-            # Full, or lost. If lost, Twisted finds out when it writes, and tells the protocol then, not from in here.
+            # The socket buffer is full, or the connection is lost. In the second case Twisted's own write fails later
+            # and calls `connectionLost` from the loop: a protocol must not lose its connection inside `write`.
             sent = 0
         if sent < len(data):
             super().write(data[sent:])
 
     @property
-    def straight(self) -> Callable[[bytes], int] | None:
-        """send(2) itself, for whoever watches that nothing waits here: see `hold`. None under TLS."""
+    def direct_send(self) -> Callable[[bytes], int] | None:
+        """The socket's send(2), for callers that use it only while nothing is buffered here. None under TLS.
+
+        See `pause_producer_if_buffering`.
+        """
         return None if self.TLS else self.socket.send
 
-    def read_straight(self) -> None:
-        """Have the reactor read without a detour from now on, if it can. The protocol stays the same from now on."""
+    def start_direct_reading(self) -> None:
+        """Let the selector call `dataReceived` itself, if the reactor supports it.
+
+        The protocol must not be replaced afterwards. Does nothing under TLS.
+        """
         if not self.TLS:
             self.stopReading()
-            self.is_straight = True
+            self.reads_directly = True
             self.startReading()
 
-    def hold(self) -> None:
-        """Pause the producer if anything waits here, however little. It is resumed when all of that is out."""
+    def pause_producer_if_buffering(self) -> None:
+        """Pause the producer if any byte is buffered here; Twisted resumes it when the buffer is empty.
+
+        Twisted itself pauses a producer only above its buffer limit.
+        """
         producer: Any = self.producer
         if (self._tempDataLen or self.dataBuffer) and producer is not None:
             self.producerPaused = True
@@ -57,9 +71,9 @@ class DirectServer(tcp.Server):
 def adopt(
     reactor: Any, fd: int, family: socket.AddressFamily, factory: Factory, server: type[DirectServer] = DirectServer
 ) -> None:
-    """Serve a connection that another process has accepted. `fd` stays the caller's.
+    """Serve a connection that another process has accepted. The caller keeps and closes `fd`.
 
-    As `reactor.adoptStreamConnection` does, with the transport `server`. Raises OSError when the peer has gone, or
-    there is no descriptor for the reactor's own copy.
+    Like `reactor.adoptStreamConnection`, but with a transport of class `server`. Raises OSError if the peer has gone,
+    or if no descriptor is left for the reactor's duplicate.
     """
     server._fromConnectedSocket(fd, family, factory, reactor)

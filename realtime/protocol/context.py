@@ -15,7 +15,7 @@ from realtime import errors
 from realtime.auth.tokens import TokenVerifier
 from realtime.config.settings import ClientSettings, RPCPingSettings
 from realtime.deadlines import Deadlines
-from realtime.metrics import Counter, Metrics
+from realtime.metrics import Metrics, bad_input_counter
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.messages import REQUESTS
 from realtime.protocol.sessions import Sessions
@@ -101,10 +101,7 @@ class SessionCounters:
         self.commands = {
             name: metrics.counter("realtime_commands", "Commands of clients", command=name) for name in REQUESTS
         }
-        self.bad_input = {kind: self._bad_input(kind) for kind in (*_FAULTS.values(), *_REFUSED)}
-
-    def _bad_input(self, kind: str) -> Counter:
-        return self._metrics.counter("realtime_bad_input", "Refused input and faults of peers", kind=kind)
+        self.bad_input = {kind: bad_input_counter(metrics, kind) for kind in (*_FAULTS.values(), *_REFUSED)}
 
     def count_disconnect(self, code: int) -> None:
         """Count a disconnect, if its code reports a fault of the client."""

@@ -3,10 +3,10 @@
     OPENED ──connect──▶ CONNECTED ──▶ CLOSED
        └───refused────▶ REFUSED ────────┘
 
-A session is told what arrives (`receive`, `closed`) and what time it is (`wake`), and tells its `Connection` what to
-send. Commands run one at a time, in the order of arrival: while one waits for the engine or for a handler, the next
-ones queue, and past a limit the socket is not read. Where `client.concurrency` allows for several at a time, connect
-runs alone all the same, and the commands of one channel keep their order. What each command does is in
+A session is told what arrives (`receive`, `closed`) and what time it is (`on_deadline`), and tells its `Connection`
+what to send. Commands run one at a time, in the order of arrival: while one waits for the engine or for a handler, the
+next ones queue, and past a limit the socket is not read. Where `client.concurrency` allows for several at a time,
+connect runs alone all the same, and the commands of one channel keep their order. What each command does is in
 `realtime.protocol.commands`. Nothing here knows a socket, a thread or a reactor.
 
 On a unidirectional transport the client says one thing, its connect request; there are no replies and no pongs, so a
@@ -129,7 +129,7 @@ class Session:
         "_rate_due",
         "_running",
         "_stale_by",
-        "bucket",
+        "deadline_bucket",
         "encoding",
         "handle",
         "info",
@@ -172,7 +172,7 @@ class Session:
         self._pumping = self._paused = False
         self._ping_at = self._pong_by = self._expire_by = math.inf
         self._stale_by = self._after(settings.client.stale_close_delay or math.inf)
-        self.bucket = 0
+        self.deadline_bucket = 0
         self.arm()
 
     @property
@@ -414,12 +414,12 @@ class Session:
         return self._after(expire_at - self.services.wall_clock() + grace) if expire_at else math.inf
 
     def arm(self) -> None:
-        """Have `wake` called at what is due next."""
+        """Have `on_deadline` called at what is due next."""
         due = min(self._stale_by, self._ping_at, self._pong_by, self._expire_by, self._subscriptions_due())
         if due < math.inf and self.state is not SessionState.CLOSED:
             self.services.deadlines.set(self, due)
 
-    def wake(self) -> None:
+    def on_deadline(self) -> None:
         """Something is due."""
         now = self.services.deadlines.now
         if self._stale_by <= now:

@@ -435,13 +435,13 @@ def broadcast(frame: bytes, sinks: Sequence[Sink]) -> None:
     """The hot path of the server: for each delivery one call, which as a rule is send(2)."""
     size = len(frame)
     for sink in sinks:
-        write = sink.write
+        send = sink.send
         try:
-            taken = write(frame)
+            sent = send(frame)
         except OSError:
-            taken = 0
-        if taken != size:
-            sink.keep(frame, taken)
+            sent = 0
+        if sent != size:
+            sink.queue_remainder(frame, sent)
 
 
 def _is_light(job: Event | Opening) -> TypeGuard[Event]:

@@ -2,7 +2,7 @@
 
 Publications come from the engine (`published`), each is encoded once for every wire form among the subscribers, and
 the finished frame goes straight to every connection, past its session. That shortcut is the hot path of the server:
-nothing happens there for one subscriber but the call of its sink's `write` (`realtime.pubsub.fanout`).
+nothing happens there for one subscriber but the call of its sink's `send` (`realtime.pubsub.fanout`).
 
 Whether the publications of a channel are complete is judged once per channel, when they arrive: repeats are dropped,
 and after a gap or under another epoch every positioned member is told that it lost its place, and hears nothing newer.

@@ -27,31 +27,31 @@ class FrameEncoder(Protocol):
 
 
 class Sink:
-    """The way of ready frames to one client.
+    """Destination of encoded frames for one client.
 
-    write: takes a frame, and tells how many bytes of it were taken; raises OSError for none. While nothing waits it is
-    the socket's own `send`. keep: is given a frame and that number, and takes the rest; never raises. fd: of the
-    socket, while nothing waits and `write` is its `send`; else -1.
+    send: sends a frame and returns the number of bytes sent; raises OSError if none was. While the client has no queued
+    frames, it is the `send` of its socket. queue_remainder: called with a frame and the number of its bytes sent, to
+    queue the rest; never raises. fd: the socket's descriptor while `send` is the socket's, else -1.
 
-    Fan-out touches nothing else of a subscriber, and this is small: to fetch from memory what a connection consists of
-    would take longer than to call it.
+    Fan-out accesses no other object of a subscriber. This one is small on purpose: loading the attributes of a whole
+    connection from memory would take longer than the call.
     """
 
-    __slots__ = ("fd", "keep", "write")
+    __slots__ = ("fd", "queue_remainder", "send")
 
-    def __init__(self, write: Callable[[bytes], int], keep: Callable[[bytes, int], None]) -> None:
-        self.write = write
-        self.keep = keep
+    def __init__(self, send: Callable[[bytes], int], queue_remainder: Callable[[bytes, int], None]) -> None:
+        self.send = send
+        self.queue_remainder = queue_remainder
         self.fd = -1
 
     def deliver(self, frame: bytes) -> None:
         """Send a whole frame. Never raises."""
         try:
-            taken = self.write(frame)
+            sent = self.send(frame)
         except OSError:
-            taken = 0
-        if taken != len(frame):
-            self.keep(frame, taken)
+            sent = 0
+        if sent != len(frame):
+            self.queue_remainder(frame, sent)
 
 
 class Subscriber(Protocol):

@@ -1,1 +1,1 @@
-"""The clients' port of a worker: HTTP, WebSocket and streams, with their connections."""
+"""The clients' port of a worker: its frontend, and the HTTP, WebSocket and stream connections behind it."""

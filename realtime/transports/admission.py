@@ -1,4 +1,4 @@
-"""Who may open a connection to this worker, whatever its transport, and what is told to those who may not."""
+"""Limits for new connections over all transports of a worker, and the HTTP response that refuses a connection."""
 
 from __future__ import annotations
 
@@ -13,82 +13,86 @@ from realtime.http.handshake import origin_policy
 from realtime.http.request import Refusal, RequestHead
 from realtime.metrics import Metrics
 
-# A client that comes back does so after this many seconds, each after another time.
+# Range in seconds of Retry-After, random so that refused clients do not all come back at the same time.
 _RETRY_AFTER = (3, 10)
-# Of the descriptors that a worker may have open, those kept back for whatever else it opens: a tenth, and so many.
-_KEPT_BACK = 0.1, 32
-# A whole connection's worth of the rate, but for what additions are rounded by.
-_WHOLE = 1 - 1e-6
+# Descriptors that connections of clients may not use: this share of the limit, plus this number.
+_RESERVED_DESCRIPTORS = 0.1, 32
+# One token of the bucket, reduced by the rounding errors of repeated additions.
+_ONE_TOKEN = 1 - 1e-6
 
 
 class Admission:
-    """One for all transports of a worker.
+    """The connection limits of a worker, shared by all its transports.
 
-    origin_allowed: whether the page that a request comes from may open connections. proxies: those that are trusted.
-    counts: how many connections are open, for each transport.
+    origin_allowed: whether a request's origin may open connections. proxies: the trusted proxies.
     """
 
     def __init__(
         self,
         client: settings.ClientSettings,
         metrics: Metrics,
-        seconds: Callable[[], float],
-        refuse: Callable[[], Refusal | None] = lambda: None,
+        clock: Callable[[], float],
+        check_load: Callable[[], Refusal | None] = lambda: None,
         workers: int = 1,
         descriptors: int = 0,
     ) -> None:
-        """seconds: a monotonic clock. refuse: why nobody is let in at this moment, if nobody is.
+        """clock: monotonic, in seconds. check_load: returns a refusal while the worker accepts no connection.
 
-        workers: how many share the limits of `client`; each gets its part, of the number of connections rounded up.
-        descriptors: how many this worker may have open, 0 for no limit. At the limit itself it could say nothing.
+        workers: number of workers that share the limits of `client`. Each gets an equal part; that of the connection
+        limit is rounded up. descriptors: the worker's limit of open descriptors, 0 for none. Connections stay below it,
+        because at the limit itself the worker could not accept a connection to refuse it.
         """
         self.origin_allowed = origin_policy(client.allowed_origins)
-        self.counts: list[Callable[[], int]] = []
-        share, spare = _KEPT_BACK
+        self.proxies = TrustedProxies(client.trusted_proxies)
+        self._connection_counts: list[Callable[[], int]] = []
+        share, spare = _RESERVED_DESCRIPTORS
         limits = (-(-client.connection_limit // workers), max(descriptors - int(descriptors * share) - spare, 0))
         self._limit = min(filter(None, limits), default=0)
         self._rate = client.connection_rate_limit / workers
-        self._burst = max(self._rate, 1.0)  # as many may come at once after a quiet second
-        self._left = self._burst
-        self._counted_at = seconds()
-        self._seconds = seconds
-        self._refuse = refuse
-        self.proxies = TrustedProxies(client.trusted_proxies)
+        self._burst = max(self._rate, 1.0)  # size of the token bucket: the connections of one second, at least one
+        self._tokens = self._burst
+        self._refilled_at = clock()
+        self._clock = clock
+        self._check_load = check_load
         metrics.gauge("realtime_connections", "Connections of clients that are open", lambda: self.connections)
+
+    def add_transport(self, count_connections: Callable[[], int]) -> None:
+        """Include the connections of a transport. count_connections: returns the number of its open connections."""
+        self._connection_counts.append(count_connections)
 
     @property
     def connections(self) -> int:
-        """How many are open."""
-        return sum(count() for count in self.counts)
+        """Number of open connections over all transports."""
+        return sum(count() for count in self._connection_counts)
 
-    def judge(self) -> Refusal | None:
-        """Why one more connection is not opened now, or None; then it counts towards the rate."""
-        refusal = self._refuse()
+    def check(self) -> Refusal | None:
+        """Check whether one more connection may be opened; return None, and count it towards the rate, if so."""
+        refusal = self._check_load()
         if refusal is not None:
             return refusal
         if 0 < self._limit <= self.connections:
             return Refusal(503, "too many connections", "connection_limit")
-        return None if self._spend() else Refusal(503, "too many new connections", "connection_rate")
+        return None if self._take_token() else Refusal(503, "too many new connections", "connection_rate")
 
-    def address(self, head: RequestHead, peer: str) -> str:
-        """The client's own address. peer: that of the connection, which may be a proxy's."""
-        return self.proxies.client(peer, head.all("x-forwarded-for"))
+    def client_address(self, head: RequestHead, peer: str) -> str:
+        """Return the client's own address. peer: address of the connection, possibly that of a proxy."""
+        return self.proxies.client_address(peer, head.get_all("x-forwarded-for"))
 
-    def _spend(self) -> bool:
-        """Whether one more is within the rate."""
+    def _take_token(self) -> bool:
+        """Take a token from the bucket, which the rate refills; return False if it is empty."""
         if not self._rate:
             return True
-        now = self._seconds()
-        self._left = min(self._left + (now - self._counted_at) * self._rate, self._burst)
-        self._counted_at = now
-        if self._left < _WHOLE:
+        now = self._clock()
+        self._tokens = min(self._tokens + (now - self._refilled_at) * self._rate, self._burst)
+        self._refilled_at = now
+        if self._tokens < _ONE_TOKEN:
             return False
-        self._left -= 1
+        self._tokens -= 1
         return True
 
 
-def response(refusal: Refusal) -> bytes:
-    """The complete HTTP response that says no."""
+def refusal_response(refusal: Refusal) -> bytes:
+    """Build the complete HTTP response for a refusal."""
     status = HTTPStatus(refusal.status)
     body = refusal.reason + "\n"
     lines = [

@@ -1,12 +1,12 @@
-"""Emulation: the way from the client to the server for streams, which lead only the other way.
+"""Emulation: commands of clients with a stream, which carries data from the server to the client only.
 
-Every command is a request of its own, over whatever connection and to whatever worker. It names its session by the
-secret that the connect result told the client; a secret begins with the address of the worker that holds the stream.
+Each command is a separate HTTP request, on any connection and to any worker. It names its session by the secret from
+the client's connect result; a secret begins with the address of the worker that has the stream.
 
-    POST /emulation ─▶ any worker ─▶ EmulateOrder, through the engine ─▶ that worker ─▶ StreamConnection.emulate
+    POST /emulation ─▶ any worker ─▶ EmulateOrder, through the engine ─▶ stream's worker ─▶ StreamConnection.emulate
 
-All of them take the way through the engine, also those that arrive at the right worker: so the commands of a client
-that waits for the response to one before it sends the next are carried out in order.
+All commands pass through the engine, even if they arrive at the worker of the stream. So the session handles the
+commands of a client in order, if the client waits for each response before it sends the next request.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from realtime.protocol.messages import ProtocolError
 from realtime.protocol.orders import EmulateOrder, encode_order
 from realtime.protocol.protobuf import EmulationRequest, emulation_request
 from realtime.pubsub.engine import Engine, SendOrder
-from realtime.transports.http_server import HTTPRequest, faulty
+from realtime.transports.http_server import HTTPRequest, fault_response
 
-# Bytes of randomness in a secret.
-_RANDOMNESS = 24
+# Random bytes in a secret.
+_SECRET_BYTES = 24
 
 _log = Logger()
 
 
 class _JSONRequest(Struct, frozen=True):
-    """The same as EmulationRequest. data: text, with the commands in it."""
+    """`EmulationRequest` as JSON. data: the commands, as text."""
 
     node: str = ""
     session: str = ""
@@ -47,78 +47,82 @@ _decode = msgspec.json.Decoder(_JSONRequest).decode
 
 
 class Emulation:
-    """The sessions of this worker that are sent commands so, and the requests that bring them."""
+    """The streams of this worker by their secrets, and the handler of emulation requests."""
 
     def __init__(self, engine: Engine, node: str, worker: str) -> None:
-        """node: the id of this node; streams of another one can't be here. worker: see `SendOrder`."""
+        """node: id of this node; requests for another node get status 404. worker: see `SendOrder`."""
         self._engine = engine
         self._node = node
         self._worker = worker
         self._by_secret: dict[str, Callable[[bytes], None]] = {}
 
-    def enter(self, emulate: Callable[[bytes], None] | None) -> str:
-        """The secret of a new session. emulate: is handed its commands; None for a session that takes none."""
-        secret = f"{self._worker}.{secrets.token_urlsafe(_RANDOMNESS)}"
+    def register(self, emulate: Callable[[bytes], None] | None) -> str:
+        """Make the secret of a new session. emulate: called with its commands; None if it accepts no commands."""
+        secret = f"{self._worker}.{secrets.token_urlsafe(_SECRET_BYTES)}"
         if emulate is not None:
             self._by_secret[secret] = emulate
         return secret
 
-    def leave(self, secret: str) -> None:
-        """The session is gone. Harmless when it was never here."""
+    def unregister(self, secret: str) -> None:
+        """Remove the session with this secret, if there is one."""
         self._by_secret.pop(secret, None)
 
     def receive(self, order: EmulateOrder) -> None:
-        """Hand commands to their session. Those of one that is gone are dropped: its client knows by its stream."""
+        """Pass commands to their session; drop them if it has ended, which the client learns from its stream."""
         emulate = self._by_secret.get(order.secret)
         if emulate is not None:
             emulate(order.data)
 
-    def serve(self, shared: Headers, request: HTTPRequest) -> None:
-        """Answer one request. shared: the headers for a page of an allowed origin."""
+    def serve(self, cors_headers: Headers, request: HTTPRequest) -> None:
+        """Handle one emulation request. cors_headers: added to the response."""
         try:
-            asked = _read(request)
+            emulation = _parse(request)
         except (ProtocolError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            request.answer(_with(shared, faulty("emulation")))
+            request.respond(_with_headers(fault_response("emulation"), cors_headers))
             return
-        if asked.node != self._node:
-            request.answer(_with(shared, plain(404)))
+        if emulation.node != self._node:
+            request.respond(_with_headers(plain(404), cors_headers))
             return
-        request.start(self._pass_on(asked), partial(_answer, shared), cancel=False)
+        request.respond_with(self._forward(emulation), partial(_make_response, cors_headers), cancels=False)
 
-    async def _pass_on(self, asked: EmulationRequest) -> None:
-        """Raises EngineUnavailable, and ClientError 106 for more than the engine takes in one piece."""
-        worker, _, rest = asked.session.partition(".")
-        if not worker or not rest:
+    async def _forward(self, emulation: EmulationRequest) -> None:
+        """Send the commands to the worker of the session; do nothing for a malformed secret.
+
+        Raises EngineUnavailable, and ClientError 106 for commands above the engine's limit for one message.
+        """
+        worker, _, random_part = emulation.session.partition(".")
+        if not worker or not random_part:
             return
-        order = EmulateOrder(asked.session, asked.data)
+        order = EmulateOrder(emulation.session, emulation.data)
         try:
             await self._engine.ask(SendOrder(encode_order(order), worker))
         except EngineUnavailable:
-            # A pong is not worth a new connection, and no command goes by the engine now that this one could overtake.
-            if asked.session not in self._by_secret:
+            # Without an engine, a session of this worker gets its commands directly: a lost pong would cost the client
+            # its connection. No other command is on its way through the engine, so the order is kept.
+            if emulation.session not in self._by_secret:
                 raise
             self.receive(order)
 
 
-def _read(request: HTTPRequest) -> EmulationRequest:
-    kind = (request.getHeader("Content-Type") or "").partition(";")[0].strip().lower()
-    if kind == "application/octet-stream":
+def _parse(request: HTTPRequest) -> EmulationRequest:
+    content_type = (request.getHeader("Content-Type") or "").partition(";")[0].strip().lower()
+    if content_type == "application/octet-stream":
         return emulation_request(request.body())
-    asked = _decode(request.body())
-    return EmulationRequest(asked.node, asked.session, asked.data.encode())
+    emulation = _decode(request.body())
+    return EmulationRequest(emulation.node, emulation.session, emulation.data.encode())
 
 
-def _answer(shared: Headers, result: None, error: BaseException | None) -> PreparedResponse:
+def _make_response(cors_headers: Headers, result: None, error: BaseException | None) -> PreparedResponse:
     match error:
         case None:
-            return _with(shared, PreparedResponse(204))
+            return _with_headers(PreparedResponse(204), cors_headers)
         case ClientError():
-            return _with(shared, faulty("body_too_large"))
+            return _with_headers(fault_response("body_too_large"), cors_headers)
         case EngineUnavailable():
-            return _with(shared, plain(500))
-    _log.failure("commands could not be passed on", Failure(error))
-    return _with(shared, plain(500))
+            return _with_headers(plain(500), cors_headers)
+    _log.failure("forwarding commands to a client's worker raised an exception; responding with 500", Failure(error))
+    return _with_headers(plain(500), cors_headers)
 
 
-def _with(shared: Headers, answer: PreparedResponse) -> PreparedResponse:
-    return msgspec.structs.replace(answer, headers=answer.headers + shared)
+def _with_headers(response: PreparedResponse, headers: Headers) -> PreparedResponse:
+    return msgspec.structs.replace(response, headers=response.headers + headers)

@@ -1,10 +1,11 @@
-"""The one port for clients: reads the head of every request once, strictly, and passes on what it accepted.
+"""Protocol of the clients' port: it parses each request head once, strictly, and routes the request by its path.
 
-A request to an endpoint, such as a WebSocket handshake, gets a protocol that takes this one's place on the transport.
-Everything else goes to twisted.web, request by request: bodies pass through untouched, and each head of a kept-alive
-connection is judged like the first. What twisted.web is given are heads that were rebuilt from what was accepted.
-A request that is refused gets one complete small response; after it the connection is shut in order, so that the
-response is not lost to a reset, and aborted if the peer does not follow.
+A request to an endpoint, such as a WebSocket handshake, makes a new protocol, which replaces the frontend on the
+transport. All other requests go to twisted.web, one after the other: bodies are forwarded unchanged, and each head of a
+kept-alive connection is parsed like the first. twisted.web gets heads rebuilt from the accepted fields.
+
+A refused request gets one small, complete response. Then the connection is half-closed, so that no TCP reset destroys
+the response, and aborted if the peer does not close its side.
 """
 
 from __future__ import annotations
@@ -23,170 +24,173 @@ from twisted.web.server import Site
 from realtime.config import settings
 from realtime.deadlines import Deadlines
 from realtime.http.request import CHUNKED, UNCOUNTED, Refusal, RequestHead, RequestParser
-from realtime.metrics import Counter, Metrics
-from realtime.transports.admission import response
-from realtime.transports.websocket import bad_input
+from realtime.metrics import Counter, Metrics, bad_input_counter
+from realtime.transports.admission import refusal_response
 
-# Seconds for the peer to read a refusal and close: what it sends meanwhile is read and thrown away.
+# Seconds for a refused peer to read the response and close its side; data received meanwhile is discarded.
 LINGER = 2.0
 
-# Milliseconds after which the kernel drops a peer of twisted.web that takes nothing of its response (tcp(7)):
-# `loseConnection` would wait for it for ever.
-HTTP_PATIENCE = 30_000
+# TCP_USER_TIMEOUT (tcp(7)) of connections in twisted.web, in milliseconds: the kernel drops a peer that acknowledges
+# nothing of a response. `loseConnection` would wait for it without limit.
+HTTP_USER_TIMEOUT = 30_000
 
-# A request line that no parser takes.
-_UNREADABLE = b"\0\r\n"
+# An invalid request line, which makes twisted.web respond with 400 and close.
+_INVALID_REQUEST_LINE = b"\0\r\n"
 
 _TIMED_OUT = Refusal(HTTPStatus.REQUEST_TIMEOUT, "the request took too long", "head_timeout")
 _PIPELINED = Refusal(HTTPStatus.BAD_REQUEST, "an earlier request is still being answered", "pipelined")
 
 
 class ConnectionEndpoint(Interface):
-    """A path whose requests take over their connections."""
+    """Handler of a path whose requests take over their connection, such as WebSocket handshakes."""
 
-    def judge(self, head: RequestHead) -> Refusal | None:
-        """Why this request is not let in, or None. Asked once."""
+    def check(self, head: RequestHead) -> Refusal | None:
+        """Check a request; return None to accept it. Called once for each request."""
 
-    def open(self, head: RequestHead, transport: Any) -> Protocol:
-        """The protocol for a request that `judge` let in, which is fed the bytes after the head."""
+    def make_connection(self, head: RequestHead, transport: Any) -> Protocol:
+        """Make the protocol for a request that `check` accepted; it gets the data after the head."""
 
 
-class HTTPPeer(Interface):
-    """A connection's end in twisted.web; see `realtime.transports.http_server.Channel`."""
+class DetachableHTTPChannel(Interface):
+    """A twisted.web channel that can give up its transport, see `realtime.transports.http_server.HTTPConnection`."""
 
     def makeConnection(self, transport: Any) -> None: ...
     def dataReceived(self, data: bytes) -> None: ...
     def connectionLost(self, reason: Failure) -> None: ...
 
-    def release(self) -> bool:
-        """Let go of the transport for good; False while a request is being answered."""
+    def detach(self) -> bool:
+        """Give up the transport for good; return False, and keep it, while a request is being answered."""
 
 
 class HTTPFrontend(Protocol):
-    """A connection until its first head is read, and for as long as it speaks HTTP."""
+    """Protocol of a connection until an endpoint takes it over, and of HTTP connections until their end."""
 
     factory: HTTPFrontendFactory
     transport: Any
-    bucket = 0  # belongs to Deadlines
-    _parser: RequestParser | None = None  # of the head that is being read
-    _refused = False  # a response that says no was written; what still comes is thrown away
-    _channel: HTTPPeer | None = None  # twisted.web's end, from the first request that went to it
-    _body = 0  # bytes of the body that are still to come, or CHUNKED
+    deadline_bucket = 0  # see DeadlineOwner
+    _parser: RequestParser | None = None  # of the current head
+    _is_refused = False  # a refusal was written; further data is discarded
+    _channel: DetachableHTTPChannel | None = None  # set while requests of the connection go to twisted.web
+    _body_left = 0  # bytes missing of the current request's body, or CHUNKED
 
     def connectionMade(self) -> None:
-        self.factory.waiting += 1
-        self._expect_head()
+        self.factory.pending += 1
+        self._start_head()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.factory.deadlines.clear(self)
         if self._channel is None:
-            self.factory.waiting -= 1
+            self.factory.pending -= 1
         else:
             self.factory.serving -= 1
             self._channel.connectionLost(reason)
 
     def dataReceived(self, data: bytes) -> None:
-        while data and not self._refused:
-            data = self._pass_body(data) if self._body else self._read_head(data)
+        while data and not self._is_refused:
+            data = self._forward_body(data) if self._body_left else self._read_head(data)
 
-    def wake(self) -> None:
-        """The deadline came: for a head, counted from its beginning, or for the peer to close after a refusal."""
-        if self._refused:
+    def on_deadline(self) -> None:
+        """Refuse a head that is not complete in time; abort a refused connection that the peer does not close."""
+        if self._is_refused:
             self.transport.abortConnection()
-        elif self._parser is not None and self._parser.started:
+        elif self._parser is not None and self._parser.has_started:
             self._refuse(_TIMED_OUT)
         else:
-            self.factory.count(_TIMED_OUT.kind)
+            self.factory.count_bad_input(_TIMED_OUT.kind)
             self.transport.loseConnection()
 
-    def _expect_head(self) -> RequestParser:
-        self.factory.wake_after(self, self.factory.header_timeout)
+    def _start_head(self) -> RequestParser:
+        self.factory.set_deadline(self, self.factory.header_timeout)
         self._parser = self.factory.make_parser()
         return self._parser
 
     def _read_head(self, data: bytes) -> bytes:
-        """Take a head, or a part of it; returns what follows it."""
-        parser = self._parser or self._expect_head()
-        verdict = parser.feed(data)
-        if verdict is None:
+        """Parse a head, or a part of it, and route the request; return the data after the head."""
+        parser = self._parser or self._start_head()
+        head = parser.feed(data)
+        if head is None:
             return b""
-        if isinstance(verdict, Refusal):
-            self._refuse(verdict)
+        if isinstance(head, Refusal):
+            self._refuse(head)
             return b""
         self._parser = None
         self.factory.deadlines.clear(self)
-        endpoint = self.factory.endpoints.get(verdict.path)
-        # What browsers ask before is answered by twisted.web, after which they may go on with the same connection.
-        if endpoint is not None and verdict.method != "OPTIONS":
-            self._give_way(endpoint, verdict, parser.rest)
+        endpoint = self.factory.endpoints.get(head.path)
+        # twisted.web answers preflight requests; the browser may send the request itself on the same connection.
+        if endpoint is not None and head.method != "OPTIONS":
+            self._switch_protocol(endpoint, head, parser.trailing_data)
             return b""
-        self._serve(verdict)
-        return parser.rest
+        self._forward_head(head)
+        return parser.trailing_data
 
-    def _give_way(self, endpoint: ConnectionEndpoint, head: RequestHead, rest: bytes) -> None:
-        """Have another protocol go on, from this request."""
-        if self._channel is not None and not self._leave_http(self._channel):
+    def _switch_protocol(self, endpoint: ConnectionEndpoint, head: RequestHead, data: bytes) -> None:
+        """Replace this protocol by a connection of `endpoint`, if that accepts the request. data: after the head."""
+        if self._channel is not None and not self._detach_http(self._channel):
             self._refuse(_PIPELINED)
             return
-        refusal = endpoint.judge(head)
+        refusal = endpoint.check(head)
         if refusal is not None:
             self._refuse(refusal)
             return
         transport = self.transport
-        connection = endpoint.open(head, transport)
-        self.factory.waiting -= 1
+        connection = endpoint.make_connection(head, transport)
+        self.factory.pending -= 1
         transport.protocol = connection
         connection.makeConnection(transport)
-        if rest:
-            connection.dataReceived(rest)
+        if data:
+            connection.dataReceived(data)
 
-    def _leave_http(self, channel: HTTPPeer) -> bool:
-        """Whether twisted.web has nothing more to say, and is left."""
-        if not channel.release():
+    def _detach_http(self, channel: DetachableHTTPChannel) -> bool:
+        """Take the transport back from twisted.web; return False while it is still answering a request."""
+        if not channel.detach():
             return False
         self._channel = None
         self.factory.serving -= 1
-        self.factory.waiting += 1
+        self.factory.pending += 1
         self.transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
         return True
 
-    def _serve(self, head: RequestHead) -> None:
-        """Pass a request's head to twisted.web."""
+    def _forward_head(self, head: RequestHead) -> None:
+        """Pass the head of a request to twisted.web, and attach that to the connection for the first one."""
         if self._channel is None:
-            self.factory.waiting -= 1
+            self.factory.pending -= 1
             self.factory.serving += 1
-            self.transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, HTTP_PATIENCE)
+            self.transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, HTTP_USER_TIMEOUT)
             self._channel = self.factory.http.buildProtocol(self.transport.getPeer())
             assert self._channel is not None
             self._channel.makeConnection(self.transport)
-        self._body = head.body
-        # Where a chunked body ends is twisted.web's to find out, so no head of ours can follow it.
-        self._channel.dataReceived(head.rebuilt(("connection", "close")) if head.body == CHUNKED else head.rebuilt())
+        self._body_left = head.body
+        # twisted.web alone parses the chunks, so the end of a chunked body is unknown here: no further head can follow.
+        self._channel.dataReceived(head.to_bytes(("connection", "close")) if head.body == CHUNKED else head.to_bytes())
 
-    def _pass_body(self, data: bytes) -> bytes:
-        """Pass bytes of a body to twisted.web; returns what follows it."""
+    def _forward_body(self, data: bytes) -> bytes:
+        """Pass data of a body to twisted.web; return the data after the body."""
         assert self._channel is not None
-        size = len(data) if self._body == CHUNKED else min(self._body, len(data))
-        if self._body != CHUNKED:
-            self._body -= size
+        size = len(data) if self._body_left == CHUNKED else min(self._body_left, len(data))
+        if self._body_left != CHUNKED:
+            self._body_left -= size
         self._channel.dataReceived(data[:size])
         return data[size:]
 
     def _refuse(self, refusal: Refusal) -> None:
-        self._refused = True
-        self.factory.count(refusal.kind)
+        self._is_refused = True
+        self.factory.count_bad_input(refusal.kind)
         if self._channel is not None:
-            # Responses to earlier requests may be on their way: twisted.web says 400 in their order, and closes.
+            # Responses to earlier requests may be pending: twisted.web responds with 400 in order, and closes.
             self.factory.deadlines.clear(self)
-            self._channel.dataReceived(_UNREADABLE)
+            self._channel.dataReceived(_INVALID_REQUEST_LINE)
             return
-        self.transport.write(response(refusal))
+        self.transport.write(refusal_response(refusal))
         self.transport.loseWriteConnection()
-        self.factory.wake_after(self, LINGER)
+        self.factory.set_deadline(self, LINGER)
 
 
 class HTTPFrontendFactory(Factory):
-    """Makes a `HTTPFrontend` for each accepted connection, and keeps what they share."""
+    """Makes an `HTTPFrontend` for each accepted connection.
+
+    pending: connections before the end of their first head, or refused and not closed yet. serving: HTTP connections in
+    twisted.web.
+    """
 
     noisy = False
 
@@ -198,32 +202,32 @@ class HTTPFrontendFactory(Factory):
         deadlines: Deadlines,
         metrics: Metrics,
     ) -> None:
-        """endpoints: by path, which is compared with the request's path as it was sent.
+        """endpoints: by path, compared with the request's path as sent, without decoding.
 
-        http: serves every other path. deadlines: swept by the caller.
+        http: serves all other paths. deadlines: the caller sweeps them.
         """
         self.endpoints = endpoints
         self.http = http
         self.deadlines = deadlines
         self.header_timeout = http_server.header_timeout
-        self.waiting = 0  # connections whose head is not read yet, or that were refused and have not gone
-        self.serving = 0  # connections that speak HTTP with twisted.web
+        self.pending = 0
+        self.serving = 0
         self._max_header_bytes = http_server.max_header_bytes
         self._max_headers = http_server.max_headers
         self._metrics = metrics
         self._counters: dict[str, Counter] = {}
         metrics.gauge(
-            "realtime_pending_connections", "Connections before the end of their first head", lambda: self.waiting
+            "realtime_pending_connections", "Connections before the end of their first head", lambda: self.pending
         )
         metrics.gauge("realtime_http_connections", "HTTP connections that are open", lambda: self.serving)
 
     def buildProtocol(self, addr: IAddress | None) -> HTTPFrontend:  # type: ignore[override]
-        front = HTTPFrontend()
-        front.factory = self
-        return front
+        frontend = HTTPFrontend()
+        frontend.factory = self
+        return frontend
 
     def make_parser(self) -> RequestParser:
-        """A parser for one head, with the limits of the settings."""
+        """Make a parser for one head, with the limits of the settings."""
         return RequestParser(self._max_header_bytes, self._max_headers)
 
     def startFactory(self) -> None:
@@ -232,15 +236,15 @@ class HTTPFrontendFactory(Factory):
     def stopFactory(self) -> None:
         self.http.doStop()
 
-    def wake_after(self, front: HTTPFrontend, seconds: float) -> None:
-        """Wake `front` after so many seconds, in place of any earlier deadline."""
-        self.deadlines.set(front, self.deadlines.now + seconds)
+    def set_deadline(self, frontend: HTTPFrontend, seconds: float) -> None:
+        """Set the deadline of `frontend` to this number of seconds from now, in place of its earlier one."""
+        self.deadlines.set(frontend, self.deadlines.now + seconds)
 
-    def count(self, kind: str) -> None:
-        """Count one refusal. kind: one of those that our own refusals carry, a closed set."""
+    def count_bad_input(self, kind: str) -> None:
+        """Count one refusal, unless its kind is UNCOUNTED. kind: `Refusal.kind`, from a closed set."""
         if kind == UNCOUNTED:
             return
         counter = self._counters.get(kind)
         if counter is None:
-            counter = self._counters[kind] = bad_input(self._metrics, kind)
+            counter = self._counters[kind] = bad_input_counter(self._metrics, kind)
         counter.value += 1

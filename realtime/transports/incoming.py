@@ -1,11 +1,11 @@
-"""The way in of one WebSocket connection: from bytes to whole messages, for as long as the loop has time.
+"""Incoming side of one WebSocket connection: from bytes to whole messages, within the loop's time slices.
 
-A frame that is a whole message, as nearly all are, is taken as it is. Any other is given to Autobahn, which has the
-rules of RFC 6455, and the parts of a message are put together here, within limits of size, number and time.
+A frame that is a whole message, as nearly all frames are, is decoded here. Autobahn parses all other frames by the
+rules of RFC 6455; this module assembles the fragments of a message, within limits of size, number and time.
 
-What can't be acted on at once waits in the slices of all long work (`realtime.pubsub.time_slices`), a frame of each
-connection at a time, and the socket is not read meanwhile. Nor is it read while the session asks for that, or while a
-peer that sends commands does not take the replies.
+Frames that exceed the time slice of a loop turn are processed in later turns, one frame of each connection at a time,
+together with all other long work (`realtime.pubsub.time_slices`). Meanwhile the socket is not read. It is also not read
+while the session has paused the connection, or while a peer that sends commands does not read the replies.
 """
 
 from __future__ import annotations
@@ -17,140 +17,140 @@ from autobahn.twisted.websocket import WebSocketServerProtocol
 from autobahn.websocket import USES_NVX
 from autobahn.websocket.xormasker import create_xor_masker
 
-from realtime.http.frames import frame_at, message_at
+from realtime.http.frames import frame_bounds, whole_message
 from realtime.transports.outbox import Outbox
 
-# What becomes of the bytes that were read. Nothing waits, and what comes begins a frame that begins a message; or some
-# of a message has come; or they are acted on, now or in a later slice; or something holds us, and the rest waits until
-# that is over.
-_IDLE, _MIDST, _WORKING, _HELD = range(4)
+# State of the received bytes:
+# IDLE: none is buffered, and the next byte begins a message. PARTIAL: a message has been received in part.
+# WORKING: buffered frames are processed, now or in a later slice. BLOCKED: buffered frames wait for `resume`.
+_IDLE, _PARTIAL, _WORKING, _BLOCKED = range(4)
 
 _OPEN = WebSocketServerProtocol.STATE_OPEN
-# First bytes of frames that are whole messages (RFC 6455 section 5.2): FIN set, no reserved bit, text or binary.
+# First bytes of frames with a whole message (RFC 6455 section 5.2): FIN set, no reserved bit, text or binary.
 TEXT, BINARY = 0x81, 0x82
-# Bytes from which on Autobahn's native code unmasks faster than Python's integers do.
+# Payload size in bytes from which on Autobahn's native code unmasks faster than integer arithmetic.
 _NATIVE_FROM = 1000
-# By a number of 32-bit words: a number that is 1 in each of them.
+# By number of 32-bit words: an integer with the value 1 in each word.
 _ONES = [int.from_bytes(b"\1\0\0\0" * words, "little") for words in range(_NATIVE_FROM // 4 + 1)]
 
 
-class _Message:
-    """A message of which not all has come yet. size: bytes as they are sent, of the frames that have begun."""
+class _PartialMessage:
+    """A message received in part. size: bytes as sent, possibly compressed, of all frames whose header was read."""
 
-    __slots__ = ("bucket", "connection", "data", "fragments", "is_binary", "size")
+    __slots__ = ("connection", "data", "deadline_bucket", "fragments", "is_binary", "size")
 
     def __init__(self, connection: Incoming, is_binary: bool) -> None:
         self.connection = connection
         self.is_binary = is_binary
         self.data = bytearray()
         self.size = self.fragments = 0
-        self.bucket = 0
+        self.deadline_bucket = 0
 
-    def wake(self) -> None:
-        """It took too long."""
-        self.connection.late(self)
+    def on_deadline(self) -> None:
+        self.connection.on_message_timeout()
 
 
 class Incoming(WebSocketServerProtocol):
-    """See the module. A base of connections, beside `Outgoing`. Loop thread only.
+    """Incoming side of a WebSocket connection; a base class beside `Outgoing`. Loop thread only.
 
-    A subclass gets whole messages by `onMessage`, closes by `sendCloseFrame`, calls `go_on` when the peer has taken
-    what waited for it, and `drop_message` at the end. opening: how nearly all frames of the peer begin, TEXT or BINARY.
-    is_read: whether the socket is; if not, it is not the peer's fault that it is silent.
+    A subclass gets whole messages by `onMessage`, closes by `sendCloseFrame`, calls `resume_processing` when the peer
+    has read queued frames, and `drop_partial_message` at the end. first_byte: first byte of nearly all frames of the
+    peer, TEXT or BINARY. is_reading: whether the socket is read; if not, a silent peer is not at fault.
     """
 
-    opening = TEXT
-    is_read = True
+    first_byte = TEXT
+    is_reading = True
     factory: Any
     transport: Any
     _outbox: Outbox | None
-    _message: _Message | None = None
-    _backlog = b""  # the start of a frame's header, or all that is not acted on yet
-    _stage = _IDLE
-    _paused = False  # by the session
+    _message: _PartialMessage | None = None
+    _unprocessed = b""  # the start of a frame's header, or all buffered frames
+    _receive_state = _IDLE
+    _is_paused = False  # by the session
 
     def pause(self) -> None:
-        """Act on no more of what the peer sends, and stop reading the socket."""
-        self._paused = True
-        self._read(False)
+        """Stop reading the socket, and process no more buffered frames."""
+        self._is_paused = True
+        self._set_reading(False)
 
     def resume(self) -> None:
-        """Go on, in a later turn of the loop if something was left undone."""
-        self._paused = False
-        self.go_on()
+        """Read again; buffered frames are processed in a later turn of the loop."""
+        self._is_paused = False
+        self.resume_processing()
 
     def dataReceived(self, data: bytes) -> None:
+        # Data that arrives after our close frame is ignored.
         if self.state == _OPEN:
-            if self._stage == _IDLE and self._outbox is None and not self._paused:
-                # Nearly always it is one message.
-                opening = self.opening
-                body = message_at(data, opening, self.factory.message_size_limit)
-                if body:
-                    self.onMessage(_unmasked(data, body), opening == BINARY)
-                    if not (self.is_read or self._held):
-                        self._read(True)
+            if self._receive_state == _IDLE and self._outbox is None and not self._is_paused:
+                # Nearly every segment is exactly one whole message: it is handled without buffering, without Autobahn
+                # and without a time slice.
+                first_byte = self.first_byte
+                payload = whole_message(data, first_byte, self.factory.message_size_limit)
+                if payload:
+                    self.onMessage(_unmask(data, payload), first_byte == BINARY)
+                    if not (self.is_reading or self._is_blocked):
+                        self._set_reading(True)
                     return
-            self._take(data)
-        # After our close frame, what the peer still sends means nothing.
+            self._process(data)
 
-    def _take(self, data: bytes) -> None:
-        """Act on bytes of the peer, behind those that wait."""
-        self._backlog += data
-        if self._stage in (_WORKING, _HELD):
+    def _process(self, data: bytes) -> None:
+        """Process received bytes after the buffered ones, in this turn's time slice and then in later ones."""
+        self._unprocessed += data
+        if self._receive_state in (_WORKING, _BLOCKED):
             return
-        self._stage = _WORKING
+        self._receive_state = _WORKING
         slices = self.factory.slices
-        work = self._work()
-        for _ in work:
+        steps = self._process_frames()
+        for _ in steps:
             slices.begin()
             if not slices.free:
-                self._read(False)
-                slices.add(self.factory.charged(work))
+                self._set_reading(False)
+                slices.add(self.factory.charge_work(steps))
                 break
 
-    def _work(self) -> Iterator[None]:
-        """Act on what waits, a frame at each step, until something holds us or nothing is left."""
-        data, start, self._backlog = self._backlog, 0, b""
-        stage = _HELD
-        while self.state == self.STATE_OPEN and not self._held:
-            stop = self._act(data, start)
+    def _process_frames(self) -> Iterator[None]:
+        """Process the buffered bytes, one frame for each step, until the connection is blocked or no frame is left."""
+        data, start, self._unprocessed = self._unprocessed, 0, b""
+        state = _BLOCKED
+        while self.state == self.STATE_OPEN and not self._is_blocked:
+            stop = self._process_frame(data, start)
             if stop in (start, len(data)):
                 start = stop
-                between = self.current_frame is None and not self.inside_message
-                stage = _IDLE if start == len(data) and between else _MIDST
+                between_messages = self.current_frame is None and not self.inside_message
+                state = _IDLE if start == len(data) and between_messages else _PARTIAL
                 break
             start = stop
             yield
-        self._stage = stage
+        self._receive_state = state
         if self.state != self.STATE_OPEN:
             self.data = b""
             return
-        self._backlog = data[start:] + self._backlog
+        self._unprocessed = data[start:] + self._unprocessed
         if self._message is not None:
-            self._expect_end_of_message()
-        if stage == _HELD:
-            self._read(False)
-        elif not (self.is_read or self._held):
-            self._read(True)
+            self._set_message_deadline()
+        if state == _BLOCKED:
+            self._set_reading(False)
+        elif not (self.is_reading or self._is_blocked):
+            self._set_reading(True)
 
-    def _act(self, data: bytes, start: int) -> int:
-        """Act on one frame, or on as much of it as there is; where the next begins. `start`: it takes more to begin.
+    def _process_frame(self, data: bytes, start: int) -> int:
+        """Process the frame at `start`, or the received part of it; return the position after the processed bytes.
 
-        A frame that is a whole message, as nearly all are, is taken as it is. Any other is given to Autobahn, and
-        nothing of the next one, for Autobahn copies what it has not come to yet.
+        Returns `start` if the frame's header is incomplete. A frame with a whole message is decoded here. Autobahn is
+        given the bytes of one frame only, because it copies all bytes that it has not parsed yet.
         """
         if self.current_frame is not None:
-            stop = start + self.current_frame.length - self.current_frame_masker.pointer()
+            stop: int = start + self.current_frame.length - self.current_frame_masker.pointer()
         else:
-            place = frame_at(data, start)
-            if place is None:
+            bounds = frame_bounds(data, start)
+            if bounds is None:
                 return start
-            _, stop = place
-            if not self.inside_message and data[start] == self.opening and stop <= len(data):
+            _, stop = bounds
+            if not self.inside_message and data[start] == self.first_byte and stop <= len(data):
                 frame = data[start:stop]
-                body = message_at(frame, self.opening, self.factory.message_size_limit)
-                if body:
-                    self.onMessage(_unmasked(frame, body), self.opening == BINARY)
+                payload = whole_message(frame, self.first_byte, self.factory.message_size_limit)
+                if payload:
+                    self.onMessage(_unmask(frame, payload), self.first_byte == BINARY)
                     return stop
         self.data = data[start:stop]
         while self.processData() and self.state == self.STATE_OPEN:
@@ -158,34 +158,34 @@ class Incoming(WebSocketServerProtocol):
         return min(stop, len(data))
 
     @property
-    def _held(self) -> bool:
-        """Whether nothing is acted on: the session has enough, or the peer does not take what it asked for."""
-        return self._paused or (self._outbox is not None and self._outbox.size > self.factory.queue_max_size // 2)
+    def _is_blocked(self) -> bool:
+        """Whether frames must not be processed: the session has paused us, or the peer does not read its replies."""
+        return self._is_paused or (self._outbox is not None and self._outbox.size > self.factory.queue_max_size // 2)
 
-    def go_on(self) -> None:
-        """What held us may have gone."""
-        if self.state != self.STATE_OPEN or self._stage == _WORKING or self._held:
+    def resume_processing(self) -> None:
+        """Process buffered frames and read the socket again, unless the connection is still blocked."""
+        if self.state != self.STATE_OPEN or self._receive_state == _WORKING or self._is_blocked:
             return
-        if self._stage == _HELD:
-            self._stage = _WORKING
-            self.factory.slices.add(self.factory.charged(self._work()))
+        if self._receive_state == _BLOCKED:
+            self._receive_state = _WORKING
+            self.factory.slices.add(self.factory.charge_work(self._process_frames()))
         else:
-            self._read(True)
+            self._set_reading(True)
 
-    def _read(self, on: bool) -> None:
-        if on != self.is_read and self.state == self.STATE_OPEN:
-            self.is_read = on
-            if on:
+    def _set_reading(self, is_reading: bool) -> None:
+        if is_reading != self.is_reading and self.state == self.STATE_OPEN:
+            self.is_reading = is_reading
+            if is_reading:
                 self.transport.resumeProducing()
             else:
                 self.transport.pauseProducing()
 
     def onMessageBegin(self, isBinary: bool) -> None:
-        if self.state == self.STATE_OPEN:  # Autobahn goes on with a frame whose header failed the connection
-            self._message = _Message(self, isBinary)
+        if self.state == self.STATE_OPEN:  # Autobahn continues with a frame whose header failed the connection
+            self._message = _PartialMessage(self, isBinary)
 
     def onMessageFrameBegin(self, length: int) -> None:
-        """The header of a data frame was read: judge by it alone, before any of the payload is kept."""
+        """Check the limits by the header of a data frame, before any of its payload is buffered."""
         message = self._message
         if message is None:
             return
@@ -206,38 +206,38 @@ class Incoming(WebSocketServerProtocol):
     def onMessageEnd(self) -> None:
         message = self._message
         if message is not None:
-            self.drop_message()
+            self.drop_partial_message()
             self.onMessage(bytes(message.data), message.is_binary)
 
-    def _expect_end_of_message(self) -> None:
-        """Give the rest of a message that has begun a limit of time."""
+    def _set_message_deadline(self) -> None:
+        """Set the deadline for the rest of a partial message, if it has none."""
         message = self._message
-        if message is not None and not message.bucket and self.factory.message_timeout > 0:
+        if message is not None and not message.deadline_bucket and self.factory.message_timeout > 0:
             self.factory.deadlines.set(message, self.factory.deadlines.now + self.factory.message_timeout)
 
-    def late(self, message: _Message) -> None:
-        """The time for the rest of a message is up."""
-        if self.is_read:
+    def on_message_timeout(self) -> None:
+        """Close the connection, because a message was not completed in time."""
+        if self.is_reading:
             self.sendCloseFrame(1008)
         else:
-            self._expect_end_of_message()  # it may have come
+            self._set_message_deadline()  # the rest may have arrived already, and is not read yet
 
-    def drop_message(self) -> None:
-        """Keep nothing of a message that has begun."""
+    def drop_partial_message(self) -> None:
+        """Discard a partial message, its size and its deadline."""
         message, self._message = self._message, None
         if message is not None:
             self.factory.queued.size -= len(message.data)
             self.factory.deadlines.clear(message)
 
 
-def _unmasked(frame: bytes, body: int) -> bytes:
-    """The payload of a frame, which begins at `body`, behind the mask (RFC 6455 section 5.3)."""
-    payload, mask = frame[body:], frame[body - 4 : body]
+def _unmask(frame: bytes, start: int) -> bytes:
+    """Return the unmasked payload of a frame (RFC 6455 section 5.3). start: offset of the payload, after the mask."""
+    payload, mask = frame[start:], frame[start - 4 : start]
     size = len(payload)
     if size >= _NATIVE_FROM and USES_NVX:
         return bytes(create_xor_masker(mask, size).process(payload))
     words = (size + 3) >> 2
     ones = _ONES[words] if words < len(_ONES) else int.from_bytes(b"\1\0\0\0" * words, "little")
-    # As one large number: times the ones, the mask stands in each of the words.
+    # XOR of two large integers: multiplied by the ones, the mask stands in each 32-bit word of the key.
     key = int.from_bytes(mask, "little") * ones
     return (int.from_bytes(payload, "little") ^ key).to_bytes(4 * words, "little")[:size]

@@ -1,7 +1,7 @@
-"""Frames that wait for a slow socket, counted in bytes.
+"""Queue of frames for a connection whose socket buffer is full, limited in bytes.
 
-A connection has an outbox only while its socket refuses more: as long as the peer keeps up, frames go straight to the
-transport and nothing is kept here.
+A connection has an outbox only while its socket refuses data: as long as the peer keeps up, frames go straight to the
+transport and none is queued.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import deque
 
 
 class QueuedBytes:
-    """Bytes that wait in many outboxes together."""
+    """The number of bytes queued in several outboxes together."""
 
     __slots__ = ("size",)
 
@@ -19,31 +19,31 @@ class QueuedBytes:
 
 
 class Outbox:
-    """A queue of whole frames, in order, with a limit in bytes.
+    """A first-in, first-out queue of whole frames with a limit in bytes.
 
-    size: bytes that wait. shut: nothing more will be sent; what is offered from then on is dropped.
+    size: queued bytes. is_finished: the last frame has been queued; frames offered afterwards are dropped.
     """
 
-    __slots__ = ("_frames", "_limit", "_total", "shut", "size")
+    __slots__ = ("_frames", "_limit", "_total", "is_finished", "size")
 
     def __init__(self, limit: int, total: QueuedBytes) -> None:
-        """limit: bytes that may wait; 0 for no limit. total: is told of all that does; `clear` before it is let go."""
+        """limit: largest size of the queue in bytes; 0 for no limit.
+
+        total: includes the size of this outbox. Call `clear` before discarding the outbox.
+        """
         self._total = total
         self._frames: deque[bytes] = deque()
         self._limit = limit
         self.size = 0
-        self.shut = False
+        self.is_finished = False
 
     def __bool__(self) -> bool:
-        """Whether anything waits."""
+        """Return whether any byte is queued."""
         return self.size > 0
 
     def offer(self, frame: bytes) -> bool:
-        """Keep `frame` until the socket takes it.
-
-        False: it would pass the limit and was not kept; the peer is too slow.
-        """
-        if self.shut:
+        """Queue `frame`; return False, without queuing it, if it exceeds the limit: the peer is too slow."""
+        if self.is_finished:
             return True
         size = self.size + len(frame)
         if 0 < self._limit < size:
@@ -54,18 +54,21 @@ class Outbox:
         return True
 
     def finish(self, frame: bytes) -> None:
-        """Keep `frame` as the last one, whatever the limit."""
+        """Queue `frame` as the last one, even above the limit."""
         self._frames.append(frame)
         self.size += len(frame)
         self._total.size += len(frame)
-        self.shut = True
+        self.is_finished = True
 
-    def take(self, room: int) -> bytes:
-        """The first frames, joined: as many whole ones as it takes to reach `room` bytes, b"" when nothing waits."""
+    def take(self, min_size: int) -> bytes:
+        """Remove the first frames and return them joined: as many whole frames as reach `min_size` bytes.
+
+        Returns fewer bytes if fewer are queued, and b"" if none is.
+        """
         frames = self._frames
         taken: list[bytes] = []
         size = 0
-        while frames and size < room:
+        while frames and size < min_size:
             frame = frames.popleft()
             taken.append(frame)
             size += len(frame)
@@ -74,7 +77,7 @@ class Outbox:
         return b"".join(taken)
 
     def clear(self) -> None:
-        """Drop all that waits."""
+        """Drop all queued frames."""
         self._frames.clear()
         self._total.size -= self.size
         self.size = 0

@@ -1,12 +1,14 @@
-"""The way out of one connection: straight to the socket, or into a bounded outbox while the socket takes no more.
+"""Outgoing side of a connection: writes straight to the socket, and to a bounded outbox while its buffer is full.
 
-While nothing waits, `write` of a connection's sink is the socket's own `send`, so that fan-out costs a call of the
-kernel and no more; as soon as something does, it is a method that queues. What one turn of the loop has to say to one
-client alone, beyond the first frame, waits for the end of the turn, and leaves in one write.
+While nothing is queued, `send` of a connection's sink is the `send` of its socket, so fan-out costs one system call for
+each receiver and no Python frame. As soon as a frame is queued, it is a method that queues. `Outgoing.send` writes the
+first message for one client in a loop turn at once, and queues further ones until the end of the turn: they leave
+together in one write.
 
-A peer that does not keep up is closed as slow when its outbox is full, and as stalled when it takes nothing for a
-while. The end has a deadline: what is queued and a last frame are written, this side of the socket is shut, and the
-connection is over when the peer shuts its side, or is aborted when it does not.
+A peer that does not keep up is disconnected as *slow* when its outbox is full, and as *stalled* when its kernel
+acknowledges no byte for `write_timeout`. The end of a connection has a deadline: queued frames and a last frame are
+written, the socket is half-closed, and the connection ends when the peer closes its side. At the deadline it is
+aborted.
 """
 
 from __future__ import annotations
@@ -28,233 +30,241 @@ from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub.subscriber import Sink
 from realtime.transports.outbox import Outbox, QueuedBytes
 
-# Bytes handed to a transport that has just emptied its buffer: more than what makes it pause again, at once.
-_REFILL = 128 * 1024
+# Bytes written to a transport with an empty buffer: above its limit, so that it pauses the producer again at once.
+_REFILL_SIZE = 128 * 1024
 
-# The outbox of a connection whose last frame was handed to the transport: it takes everything and keeps nothing.
-_SHUT = Outbox(0, QueuedBytes())
-_SHUT.shut = True
+# Stands for the outbox after the last frame was passed to the transport: it drops all further frames.
+_DISCARDING = Outbox(0, QueuedBytes())
+_DISCARDING.is_finished = True
 
 
-class OutboxLimits(Protocol):
-    """What the connections of one transport share.
+class OutgoingContext(Protocol):
+    """State shared by the outgoing sides of one transport's connections.
 
-    queue_max_size: bytes that may wait for one peer. queued: what waits for all. write_timeout, close_timeout: seconds,
-    the first may be 0 for none. sent: messages. ends: of the loop's turns.
+    queue_max_size: limit of one outbox, in bytes. queued: bytes queued in all outboxes. write_timeout, close_timeout:
+    seconds; write_timeout may be 0 for none. sent: messages sent to one client alone.
     """
 
     deadlines: Deadlines
-    ends: FlushAtTurnEnd
+    turn_end: FlushAtTurnEnd
     queue_max_size: int
     queued: QueuedBytes
     write_timeout: float
     close_timeout: float
     sent: Counter
 
-    def count(self, kind: str) -> None:
-        """Count one that was "slow" or "stalled"."""
+    def count_bad_input(self, kind: str) -> None:
+        """Count a peer that was "slow" or "stalled"."""
 
 
 class FlushAtTurnEnd:
-    """The connections that have something to write at the end of the loop's turn."""
+    """Flushes connections at the end of the loop turn in which they queued messages.
+
+    current_turn: function that returns the number of the current loop turn.
+    """
 
     def __init__(
         self,
-        turn: Callable[[], int] | None = None,
-        later: Callable[[Callable[[], None]], object] = lambda flush: flush(),
+        current_turn: Callable[[], int] | None = None,
+        call_at_end: Callable[[Callable[[], None]], object] = lambda flush: flush(),
     ) -> None:
-        """turn: the number of this turn; None: every moment is another. later: calls what it is given at its end."""
-        self.turn = turn or count().__next__
-        self._later = later
-        self._waiting: list[Outgoing] = []
+        """current_turn: None counts each call as a turn. call_at_end: calls its argument at the end of the turn."""
+        self.current_turn = current_turn or count().__next__
+        self._call_at_end = call_at_end
+        self._scheduled: list[Outgoing] = []
 
-    def await_end(self, connection: Outgoing) -> None:
-        """Have `connection.flush` called then."""
-        self._waiting.append(connection)
-        if len(self._waiting) == 1:
-            self._later(self._flush)
+    def schedule(self, connection: Outgoing) -> None:
+        """Call `connection.flush` at the end of this turn."""
+        self._scheduled.append(connection)
+        if len(self._scheduled) == 1:
+            self._call_at_end(self._flush)
 
     def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for connection in waiting:
+        connections, self._scheduled = self._scheduled, []
+        for connection in connections:
             connection.flush()
 
 
 @implementer(IPushProducer)
 class Outgoing:
-    """See the module. A base of protocols whose transport is a TCP server's. Loop thread only.
+    """Outgoing side of a connection; a base class of protocols on a TCP server transport. Loop thread only.
 
-    A subclass calls `begin` when frames may be written, has `is_closing` and `close`, and calls `lose_queue` when the
-    connection is lost.
+    A subclass calls `start_writing` once it has a transport for frames, implements `is_closing` and `close`, and calls
+    `stop_writing` from `connectionLost`.
+
+    sink: where fan-out delivers frames; set by `start_writing`. pings: see `realtime.protocol.session.Connection`.
     """
 
     form: WireFormat
-    pings = True  # by the session; see `realtime.protocol.session.Connection`
-    sink: Any = None  # a Sink, from `begin` on
-    factory: Any  # Limits
+    pings = True
+    sink: Any = None
+    factory: Any  # an OutgoingContext
     transport: Any
-    bucket = 0  # belongs to Deadlines
-    _outbox: Outbox | None = None  # None while the transport takes what it is given
-    _stuffed = False  # the transport asked for a pause and has not yet ended it
-    _acknowledged = 0  # bytes the peer had taken when progress was last checked
-    _spoken = -1  # the turn in which the last frame was sent to this client alone
+    deadline_bucket = 0  # see DeadlineOwner
+    _outbox: Outbox | None = None  # None: nothing is queued, frames go straight to the transport
+    _is_transport_full = False  # the transport has paused us
+    _acknowledged = 0  # bytes that the peer's kernel had acknowledged at the last check
+    _last_send_turn = -1  # number of the loop turn of the latest `send`
 
     @property
     def is_closing(self) -> bool:
-        """Whether the end has begun: then the deadline is for that."""
+        """Whether `close` was called, or the peer closes: then the deadline is the close timeout."""
         raise NotImplementedError
 
     def close(self, code: int, reason: str) -> None:
-        """Tell the peer why, after what is queued, and end the connection within the close timeout."""
+        """Send code and reason after the queued frames, and end the connection within the close timeout."""
         raise NotImplementedError
 
-    def begin(self) -> None:
-        """Frames may be written from now on."""
-        self.sink = Sink(self._queue, self._keep)
+    def start_writing(self) -> None:
+        """Allow frames to be written, and read the socket directly if the transport supports it."""
+        self.sink = Sink(self._queue_frame, self._queue_remainder)
         self.transport.registerProducer(self, True)
-        self._go_straight()
+        self._write_directly()
         if isinstance(self.transport, DirectServer):
-            self.transport.read_straight()
-            # What was written before, the response to an earlier request for one, may still wait there.
-            self.transport.hold()
+            self.transport.start_direct_reading()
+            # The response to an earlier HTTP request on this connection may still be buffered.
+            self.transport.pause_producer_if_buffering()
 
     def send(self, payload: bytes) -> None:
-        """Send one message, behind whatever waits. payload: of the connection's encoding."""
+        """Send one message, encoded as `form` requires, after all queued frames."""
         factory = self.factory
         factory.sent.value += 1
-        turn = factory.ends.turn()
-        if turn == self._spoken and self._outbox is None:
-            self._go_by(Outbox(factory.queue_max_size, factory.queued))
-            factory.ends.await_end(self)
-        self._spoken = turn
+        turn = factory.turn_end.current_turn()
+        # A client seldom gets more than one message of its own in a turn, so the first is not delayed. From the second
+        # on they are queued: a burst of replies costs two system calls, whatever its length.
+        if turn == self._last_send_turn and self._outbox is None:
+            self._write_to_outbox(Outbox(factory.queue_max_size, factory.queued))
+            factory.turn_end.schedule(self)
+        self._last_send_turn = turn
         self.sink.deliver(self.form.frame(payload))
 
-    def _queue(self, frame: bytes) -> int:
-        """What stands for `sink.write` while something waits, and where there is no straight way."""
+    def _queue_frame(self, frame: bytes) -> int:
+        """Queue a frame: `sink.send` while an outbox exists, and for transports without a direct send."""
         if self._outbox is None:
             self.transport.write(frame)
         elif not self._outbox.offer(frame):
-            self._give_up("slow", *SLOW)
+            self._drop_peer("slow", *SLOW)
         return len(frame)
 
-    def _keep(self, frame: bytes, taken: int) -> None:
-        """Send the rest of a frame before anything else."""
-        self._hand_over(frame[taken:])
+    def _queue_remainder(self, frame: bytes, sent: int) -> None:
+        """Let the transport write the rest of a frame that the socket accepted only in part, before anything else."""
+        self._write_to_transport(frame[sent:])
 
     def flush(self) -> None:
-        """The turn ends in which frames were put together."""
-        if not self._stuffed:
-            self._refill()
+        """Write the messages queued in this loop turn, unless the transport is full."""
+        if not self._is_transport_full:
+            self._write_queued()
 
-    def end(self, last: bytes, drop: bool = False) -> None:
-        """Write `last` after what is queued, or in place of it, and nothing more; then shut this side."""
+    def finish_writing(self, last_frame: bytes, drop_queued: bool = False) -> None:
+        """Write `last_frame` after the queued frames, or in place of them, then half-close the connection."""
         self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.close_timeout)
         if self._outbox is None:
-            self.transport.write(last)
-            self.shut_down()
+            self.transport.write(last_frame)
+            self.half_close()
             return
-        if drop:
+        if drop_queued:
             self._outbox.clear()
-        self._outbox.finish(last)
+        self._outbox.finish(last_frame)
 
-    def shut_down(self) -> None:
-        """Write nothing more, and wait for the peer to do the same."""
-        if self._outbox is _SHUT:
+    def half_close(self) -> None:
+        """Close the writing side of the socket after the written data, and drop further frames. Idempotent."""
+        if self._outbox is _DISCARDING:
             return
-        self._go_by(_SHUT)
+        self._write_to_outbox(_DISCARDING)
         self.transport.unregisterProducer()
         self.transport.resumeProducing()
         self.transport.loseWriteConnection()
 
-    def lose_queue(self) -> None:
-        """The connection is lost: nothing waits any more, and what still comes is dropped."""
+    def stop_writing(self) -> None:
+        """Drop queued and further frames of a lost connection, and clear its deadline."""
         self.factory.deadlines.clear(self)
         if self._outbox is not None:
             self._outbox.clear()
-        self._go_by(_SHUT)
+        self._write_to_outbox(_DISCARDING)
         if self.sink is not None:
-            # Whoever still has it may use it, and it holds us no longer.
-            self.sink.write, self.sink.keep = len, _drop
+            # Subscribers may keep the sink for a while: it stays callable, without a reference to this connection.
+            self.sink.send, self.sink.queue_remainder = len, _discard_remainder
 
     def pauseProducing(self) -> None:
-        """The transport holds something; it may say so again at every write."""
-        if self._stuffed:
+        """Queue frames from now on: the transport has buffered data. It may call this at every write."""
+        if self._is_transport_full:
             return
-        self._stuffed = True
+        self._is_transport_full = True
         if self._outbox is None:
-            self._go_by(Outbox(self.factory.queue_max_size, self.factory.queued))
-        self._watch_progress()
+            self._write_to_outbox(Outbox(self.factory.queue_max_size, self.factory.queued))
+        self._check_progress_later()
 
     def resumeProducing(self) -> None:
-        """The transport has written all that it held."""
-        self._stuffed = False
-        self._refill()
+        """Write queued frames: the transport's buffer is empty."""
+        self._is_transport_full = False
+        self._write_queued()
 
-    def _refill(self) -> None:
+    def _write_queued(self) -> None:
         outbox = self._outbox
-        while outbox and not self._stuffed:
-            self._hand_over(outbox.take(_REFILL))
-        if outbox is None or self._stuffed:
+        while outbox and not self._is_transport_full:
+            self._write_to_transport(outbox.take(_REFILL_SIZE))
+        if outbox is None or self._is_transport_full:
             return
-        if outbox.shut:
-            self.shut_down()
+        if outbox.is_finished:
+            self.half_close()
         else:
             self.factory.deadlines.clear(self)
-            self._go_straight()
+            self._write_directly()
 
-    def _hand_over(self, data: bytes) -> None:
-        """Have the transport write this, and keep what it can't write at once; we are paused while it does."""
+    def _write_to_transport(self, data: bytes) -> None:
+        """Write to the transport; if it buffers any of the data, it pauses us until its buffer is empty."""
         self.transport.write(data)
         if isinstance(self.transport, DirectServer):
-            self.transport.hold()
+            self.transport.pause_producer_if_buffering()
 
-    def _go_straight(self) -> None:
-        """Nothing waits."""
+    def _write_directly(self) -> None:
+        """Discard the empty outbox, and let the sink call send(2) of the socket itself."""
         self._outbox = None
-        if isinstance(self.transport, DirectServer) and (send := self.transport.straight):
-            self.sink.write = send
+        if isinstance(self.transport, DirectServer) and (direct_send := self.transport.direct_send):
+            self.sink.send = direct_send
             self.sink.fd = self.transport.fileno()
 
-    def _go_by(self, outbox: Outbox) -> None:
-        """Everything goes by way of this outbox."""
+    def _write_to_outbox(self, outbox: Outbox) -> None:
+        """Queue all further frames in `outbox`."""
         self._outbox = outbox
         if self.sink is not None:
-            self.sink.write = self._queue
+            self.sink.send = self._queue_frame
             self.sink.fd = -1
 
     def stopProducing(self) -> None:
-        """The connection is lost; `connectionLost` does the rest."""
+        """Do nothing: the transport calls `connectionLost` as well."""
 
-    def wake(self) -> None:
-        """The deadline came: for the peer to take some bytes, or for the connection to end."""
+    def on_deadline(self) -> None:
+        """Abort a closing connection; otherwise disconnect the peer if it has acknowledged nothing."""
         if self.is_closing:
             self.transport.abortConnection()
-        elif self._taken() > self._acknowledged:
-            self._watch_progress()
+        elif self._acknowledged_bytes() > self._acknowledged:
+            self._check_progress_later()
         else:
-            self._give_up("stalled", *WRITE_ERROR)
+            self._drop_peer("stalled", *WRITE_ERROR)
 
-    def _watch_progress(self) -> None:
-        """Look again after `write_timeout` whether the peer has taken anything."""
+    def _check_progress_later(self) -> None:
+        """Check after `write_timeout` whether the peer has acknowledged further bytes."""
         if not self.is_closing and self.factory.write_timeout > 0:
-            self._acknowledged = self._taken()
+            self._acknowledged = self._acknowledged_bytes()
             self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.write_timeout)
 
-    def _taken(self) -> int:
-        """Bytes that the peer's kernel has acknowledged: tcpi_bytes_acked in linux/tcp.h, a 64-bit number at 120.
+    def _acknowledged_bytes(self) -> int:
+        """Return the number of bytes that the peer's kernel has acknowledged.
 
-        What the local kernel took would not do: its buffer holds megabytes, and it asks for more in large steps.
+        It is tcpi_bytes_acked of linux/tcp.h, a 64-bit number at offset 120. Bytes accepted by the local kernel show no
+        progress of the peer: its buffer holds megabytes, and it accepts more in large steps.
         """
-        carrier = getattr(self.transport, "transport", self.transport)  # under TLS the transport has one of its own
-        info = carrier.getHandle().getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        tcp = getattr(self.transport, "transport", self.transport)  # a TLS transport wraps the TCP transport
+        info = tcp.getHandle().getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
         return int(struct.unpack_from("=Q", info, 120)[0])
 
-    def _give_up(self, kind: str, code: int, reason: str) -> None:
-        """Close a connection that doesn't take its frames; those that wait are dropped."""
-        self.factory.count(kind)
+    def _drop_peer(self, kind: str, code: int, reason: str) -> None:
+        """Drop the queued frames of a peer that does not read, and close its connection."""
+        self.factory.count_bad_input(kind)
         if self._outbox is not None:
             self._outbox.clear()
         self.close(code, reason)
 
 
-def _drop(frame: bytes, taken: int) -> None: ...
+def _discard_remainder(frame: bytes, sent: int) -> None: ...

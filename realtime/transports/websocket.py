@@ -1,14 +1,14 @@
-"""One WebSocket connection: Autobahn's framing in, ready frames out, and the session in between.
+"""WebSocket connections: Autobahn parses incoming data, outgoing frames are prebuilt, and a session is between them.
 
-Autobahn keeps the framing and the closing rules of RFC 6455. The handshake has been judged, and is answered, before it
-takes over (`realtime.http.handshake`). This module bounds everything that Autobahn leaves unbounded, and writes
-past it: outgoing frames are built once (`realtime.http.frames`) and go straight to the transport, or wait in an
-outbox while the transport is full (`realtime.transports.outgoing`); frames of the common kind are read without it,
-too (`realtime.transports.incoming`).
+Autobahn implements the framing and closing rules of RFC 6455. The handshake has been checked before a connection is
+made, and is answered without Autobahn (`realtime.http.handshake`). This module bounds everything that Autobahn leaves
+unbounded. Outgoing frames bypass Autobahn: they are built once (`realtime.http.frames`) and go straight to the
+transport, or to an outbox while the transport is full (`realtime.transports.outgoing`). Incoming frames of the common
+kind bypass it, too (`realtime.transports.incoming`).
 
-The end of a connection always has a deadline. Whoever starts it, our close frame is the last thing that is written;
-then this side of the socket is shut, what the peer still sends is thrown away, and the connection is over when the
-peer shuts its side, or is aborted when it does not. So no close frame is lost to a reset.
+The end of a connection always has a deadline. The server's close frame is the last frame written, whichever side starts
+to close; then the socket is half-closed, further data of the peer is discarded, and the connection ends when the peer
+closes its side, or is aborted at the deadline. This way no close frame is lost to a TCP reset.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import random
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from autobahn.exception import PayloadCorruptError, PayloadExceededError
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
@@ -29,36 +29,37 @@ from twisted.python.failure import Failure
 
 from realtime.config import settings
 from realtime.deadlines import Deadlines
-from realtime.errors import BAD_PROTOCOL, NO_PONG, SERVER_ERROR
-from realtime.http.deflate import EXTENSION, CompressedFrames, CorruptMessage, Inflater, MessageTooBig, agree
+from realtime.errors import BAD_PROTOCOL, NO_PONG
+from realtime.http.deflate import EXTENSION, CompressedFrames, CorruptMessage, Inflater, MessageTooBig, negotiate
 from realtime.http.frames import close_frame, ping_frame, pong_frame
 from realtime.http.handshake import (
     OpeningRequest,
-    encoding,
-    judge_handshake,
-    opening_request,
-    opening_response,
-    subprotocol,
+    check_handshake,
+    handshake_response,
+    make_opening_request,
+    requested_encoding,
+    select_subprotocol,
 )
 from realtime.http.request import Refusal, RequestHead
-from realtime.metrics import Counter, Metrics
+from realtime.metrics import Metrics
 from realtime.process import log
 from realtime.protocol.messages import DisconnectPush
 from realtime.protocol.wire_formats import JSON_PUSHES_TEXT, JSON_TEXT, PROTOBUF_BINARY, WireFormat
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.transports.admission import Admission
+from realtime.transports.connection import ClientConnection, ConnectionContext, TransportSession, close_code_label
 from realtime.transports.incoming import BINARY, Incoming
 from realtime.transports.outbox import QueuedBytes
-from realtime.transports.outgoing import FlushAtTurnEnd, Outgoing
+from realtime.transports.outgoing import FlushAtTurnEnd
 
-# The wire forms of the two transports, by the name of the encoding.
-FORMS = {"json": JSON_TEXT, "protobuf": PROTOBUF_BINARY}
-UNIDIRECTIONAL_FORMS = {"json": JSON_PUSHES_TEXT}
+# Wire formats of the two WebSocket transports, by the name of the encoding.
+WIRE_FORMATS = {"json": JSON_TEXT, "protobuf": PROTOBUF_BINARY}
+UNIDIRECTIONAL_WIRE_FORMATS = {"json": JSON_PUSHES_TEXT}
 
-# Seconds of the loop's time for what connections send, in one turn.
-SLICE = 0.005
+# Seconds of a loop turn for processing the clients' frames.
+TIME_SLICE = 0.005
 
-# Bytes of randomness in the secret of a connection.
+# Random bytes in the secret of a connection.
 SECRET_BYTES = 24
 
 CONTROL_FRAMES_PER_SECOND = 20
@@ -66,7 +67,7 @@ CONTROL_FRAMES_BURST = 50
 
 _NO_LIMIT = 1 << 40  # bytes
 
-# Close codes of RFC 6455 section 7.4.1: the reason that the peer is told, and the kind under which it is counted.
+# By close code (RFC 6455 section 7.4.1): the reason sent to the peer, and the kind of bad input that is counted.
 _FAILURES = {
     1002: ("protocol error", "frame"),
     1007: ("invalid data", "frame_data"),
@@ -74,23 +75,13 @@ _FAILURES = {
     1009: ("message too big", "frame_size"),
 }
 _NORMAL = 1000
-_KINDS = (*(kind for _, kind in _FAILURES.values()), "inappropriate", "ignored", "pong", "slow", "stalled")
+_BAD_INPUT_KINDS = (*(kind for _, kind in _FAILURES.values()), "inappropriate", "ignored", "pong", "slow", "stalled")
 
 _log = Logger(observer=log.observer)
 
 
-class WebSocketSession(Protocol):
-    """What this module asks of a session."""
-
-    def receive(self, payload: bytes) -> None:
-        """One whole message of the connection's encoding; if it is text, valid UTF-8."""
-
-    def closed(self) -> None:
-        """The socket is gone. Called once."""
-
-
 class _SilentLogger:
-    """Stands for Autobahn's logger: it warns of every bad frame, and those are counted here instead."""
+    """Replacement for Autobahn's logger, which warns of every bad frame; they are counted here instead."""
 
     def debug(self, *args: object, **fields: object) -> None: ...
 
@@ -101,61 +92,61 @@ class _SilentLogger:
 
 
 class _UnusedDeferred:
-    """Stands for a Deferred that Autobahn makes for each connection, and which nobody here waits for."""
+    """Replacement for a Deferred that Autobahn makes for each connection, and that has no use here."""
 
     def callback(self, result: object) -> None: ...
 
 
-class _Heartbeat:
-    """Pings by WebSocket frames, for a client that wants them in place of those of the protocol.
+class _Pinger:
+    """Sends WebSocket ping frames to a client that asked for them in place of the protocol's pings.
 
-    is_due: whether a pong is.
+    expects_pong: whether a ping has not been answered yet.
     """
 
-    __slots__ = ("bucket", "connection", "is_due")
+    __slots__ = ("connection", "deadline_bucket", "expects_pong")
 
     def __init__(self, connection: WebSocketConnection) -> None:
         self.connection = connection
-        self.is_due = False
-        self.bucket = 0
-        # Spread, so that clients that came together are not pinged together.
-        self._wait(connection.factory.ping_interval * random.uniform(0.5, 1.0))
+        self.expects_pong = False
+        self.deadline_bucket = 0
+        # Random, so that clients that connected at the same time are not pinged at the same time.
+        self._set_deadline(connection.factory.ping_interval * random.uniform(0.5, 1.0))
 
-    def wake(self) -> None:
-        """It is time for a ping, or the time for a pong is up."""
+    def on_deadline(self) -> None:
+        """Send a ping, or close the connection if the pong is missing."""
         factory = self.connection.factory
-        if self.is_due and self.connection.is_read:
+        if self.expects_pong and self.connection.is_reading:
             self.connection.close(*NO_PONG)
-        elif self.is_due:
-            self._wait(factory.pong_timeout)
+        elif self.expects_pong:
+            self._set_deadline(factory.pong_timeout)
         else:
             self.connection.sink.deliver(ping_frame())
-            self.is_due = factory.pong_timeout > 0
-            self._wait(factory.pong_timeout if self.is_due else factory.ping_interval)
+            self.expects_pong = factory.pong_timeout > 0
+            self._set_deadline(factory.pong_timeout if self.expects_pong else factory.ping_interval)
 
-    def answered(self) -> None:
-        """A pong came."""
-        if self.is_due:
-            self.is_due = False
-            self._wait(self.connection.factory.ping_interval - self.connection.factory.pong_timeout)
+    def pong_received(self) -> None:
+        """Schedule the next ping, if the pong answers one."""
+        if self.expects_pong:
+            self.expects_pong = False
+            self._set_deadline(self.connection.factory.ping_interval - self.connection.factory.pong_timeout)
 
     def stop(self) -> None:
         self.connection.factory.deadlines.clear(self)
 
-    def _wait(self, seconds: float) -> None:
+    def _set_deadline(self, seconds: float) -> None:
         deadlines = self.connection.factory.deadlines
         deadlines.set(self, deadlines.now + seconds)
 
 
-class _Inflation:
-    """What was agreed on compression, as Autobahn asks for it."""
+class _InflateExtension:
+    """The negotiated decompression, with the interface of Autobahn's extensions."""
 
     EXTENSION_NAME = EXTENSION
     __slots__ = ("_inflater", "_limit")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._inflater: Inflater | None = None  # between messages there is none
+        self._inflater: Inflater | None = None  # None between messages
 
     def start_decompress_message(self) -> None:
         self._inflater = Inflater(self._limit)
@@ -178,23 +169,23 @@ class _Inflation:
             raise PayloadCorruptError(str(error)) from None
 
 
-class WebSocketConnection(Outgoing, Incoming):
-    """A connection as its session sees it: `send`, `sink`, `close`, `pause`, `resume`. Loop thread only.
+class WebSocketConnection(ClientConnection, Incoming):
+    """One WebSocket connection; a session uses `send`, `sink`, `close`, `pause`, `resume`. Loop thread only.
 
-    Names in camelCase are Autobahn's or Twisted's, and overridden here.
+    Names in camelCase are Autobahn's or Twisted's, overridden here.
     """
 
-    # Autobahn copies 33 options from the factory to every connection; here one class holds them for all. Those of the
-    # opening handshake have no meaning here.
+    # Autobahn copies 33 options from the factory to every connection. Class attributes replace them, to save memory.
+    # Options of the opening handshake are not used.
     logOctets = logFrames = False
-    # Checked by `onMessage` on the whole message, in C and without a validator for each connection.
+    # `onMessage` checks the whole message, in C and without a validator for each connection.
     utf8validateIncoming = False
     requireMaskedClientFrames = applyMask = True
     maskServerFrames = False
-    # Limits are checked by `onMessageFrameBegin`.
+    # `onMessageFrameBegin` checks the limits.
     maxFramePayloadSize = maxMessagePayloadSize = autoFragmentSize = 0
     failByDrop = echoCloseCodeReason = False
-    # The closing has a deadline in `wake`.
+    # `on_deadline` ends the closing handshake.
     closeHandshakeTimeout = 0
     autoPingRestartOnAnyTraffic = False
 
@@ -202,7 +193,7 @@ class WebSocketConnection(Outgoing, Incoming):
     is_closed = _UnusedDeferred()
     _transport_details: Any = None
 
-    # What Autobahn gives to every connection, and is the same for all until something happens.
+    # Autobahn's initial values of the attributes of a connection, shared by all connections to save memory.
     trafficStats = TrafficStats()
     send_queue: Any = ()
     utf8validator: Any = None
@@ -226,175 +217,156 @@ class WebSocketConnection(Outgoing, Incoming):
 
     form: WireFormat = JSON_TEXT
     secret = ""
-    pings = True  # whether the session asks for signs of life, not `_heartbeat`
+    pings = True  # whether the session sends pings of the protocol; if not, `_pinger` sends ping frames
     peer: Any
     factory: WebSocketFactory
     transport: Any
-    _session: WebSocketSession | None = None
-    _words: int | None = None  # messages that the client may still send: a unidirectional one has one
-    _ended = False  # we said why this connection ends, or the peer did
-    _heartbeat: _Heartbeat | None = None
-    _control_due = 0.0  # when the control frames so far would be used up at the allowed rate
+    _messages_left: int | None = None  # number of messages that a unidirectional client may still send
+    _pinger: _Pinger | None = None
+    _control_due = 0.0  # time at which the control frames received so far conform to the allowed rate
 
     def __init__(
-        self, factory: WebSocketFactory, request: OpeningRequest, form: WireFormat, answer: bytes, inflate: bool
+        self, factory: WebSocketFactory, request: OpeningRequest, form: WireFormat, response: bytes, inflates: bool
     ) -> None:
-        """answer: to the handshake. inflate: whether compressed messages may come."""
-        # Autobahn's own initializer only makes what the class attributes above stand for.
+        """response: to the handshake. inflates: whether the client may send compressed messages."""
+        # Autobahn's initializer is not called: it only sets the attributes that are class attributes here.
         self.factory = factory
-        self._opening = request, answer
+        self._opening = request, response
         self.form = form
-        if inflate:
-            self._perMessageCompress = _Inflation(factory.decompressed_limit)
+        if inflates:
+            self._perMessageCompress = _InflateExtension(factory.decompressed_limit)
         if form.encoding.name == "protobuf":
-            self.opening = BINARY
+            self.first_byte = BINARY
         if request.query.get("cf_ws_frame_ping_pong") == "true":
             self.pings = False
         if form.encoding.unidirectional:
-            self._words = 1
-            # Such a client can't speak for itself: whoever does by the server API may name it by this.
+            self._messages_left = 1
+            # A unidirectional client cannot send commands. Calls of the server API may name its session by this secret.
             self.secret = secrets.token_urlsafe(SECRET_BYTES)
 
-    # The session's side
+    # Called by the session
 
     @property
     def is_closing(self) -> bool:
         return bool(self.state != self.STATE_OPEN)
 
     def close(self, code: int, reason: str) -> None:
-        """Send a close frame after what is queued, and end the connection within `websocket.close_timeout`."""
+        """Send a close frame after the queued frames, and end the connection within `websocket.close_timeout`."""
         self.sendCloseFrame(code, reason.encode())
 
-    # The way in: hooks that Autobahn calls. It does not guard them.
+    # Hooks called by Twisted and Autobahn, which do not catch exceptions of the session
 
     def connectionMade(self) -> None:
-        """The handshake is answered, and the connection open, before anything else is read of it."""
-        request, answer = self._opening
+        """Answer the handshake and open the session, before any further data is read."""
+        request, response = self._opening
         del self._opening
         self.factory.countConnections += 1
         self.state = self.STATE_OPEN
         self.transport.setTcpNoDelay(True)
-        self.transport.write(answer)
-        self._open(request)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self.lose_queue()
-        self._let_go()
-        self._connectionLost(reason)  # type: ignore[arg-type]
-
-    def _open(self, request: OpeningRequest) -> None:
+        self.transport.write(response)
         self.factory.connects.value += 1
-        self.begin()
-        try:
-            self._session = self.factory.open_session(self, request)
-        except Exception:
-            _log.failure("a session could not be opened")
-            self.close(*SERVER_ERROR)
+        self.start_writing()
+        if not self.open_session(request):
             return
         if not self.pings and self.factory.ping_interval > 0:
-            self._heartbeat = _Heartbeat(self)
+            self._pinger = _Pinger(self)
         if self.form.encoding.unidirectional and request.query.get("cf_connect"):
-            self._hear(request.query["cf_connect"].encode())
+            self._receive(request.query["cf_connect"].encode())
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.stop_writing()
+        self._release_resources()
+        self._connectionLost(reason)  # type: ignore[arg-type]
 
     def resumeProducing(self) -> None:
         super().resumeProducing()
-        self.go_on()
+        self.resume_processing()
 
-    def _let_go(self) -> None:
-        """Of what an open connection has besides its session."""
-        self.drop_message()
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
+    def _release_resources(self) -> None:
+        """Release the state of an open connection (partial message, pinger), but keep the session."""
+        self.drop_partial_message()
+        if self._pinger is not None:
+            self._pinger.stop()
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         self.factory.received.value += 1
-        if isBinary != (self.opening == BINARY):
-            self.factory.count("inappropriate")
+        if isBinary != (self.first_byte == BINARY):
+            self.factory.count_bad_input("inappropriate")
             self.close(*BAD_PROTOCOL)
             return
+        # ASCII is valid UTF-8: the common case needs no decoded copy.
         if not isBinary and not payload.isascii():
             try:
                 payload.decode()
             except UnicodeDecodeError:
                 self.sendCloseFrame(1007)
                 return
-        self._hear(payload)
+        self._receive(payload)
 
-    def _hear(self, payload: bytes) -> None:
+    def _receive(self, payload: bytes) -> None:
+        """Pass a message to the session, unless a unidirectional client has sent its only message already."""
         if self._session is None:
             return
-        if self._words is not None:
-            if not self._words:
-                # It has nothing more to say, and could say it for ever.
-                self.factory.count("ignored")
-                self._spend_control_frame()
+        if self._messages_left is not None:
+            if not self._messages_left:
+                # The message is ignored. A client that goes on sending is limited like one that floods pings.
+                self.factory.count_bad_input("ignored")
+                self._allow_control_frame()
                 return
-            self._words -= 1
+            self._messages_left -= 1
         try:
             self._session.receive(payload)
         except Exception:
-            _log.failure("a session failed on a message")
-            self.close(*SERVER_ERROR)
+            self._fail_session()
 
     def onPing(self, payload: bytes) -> None:
-        if self._spend_control_frame():
+        if self._allow_control_frame():
             self.sink.deliver(pong_frame(payload))
 
     def onPong(self, payload: bytes) -> None:
-        if not self._spend_control_frame():
+        if not self._allow_control_frame():
             return
-        if self._heartbeat is None:
-            self.factory.count("pong")
+        if self._pinger is None:
+            self.factory.count_bad_input("pong")
         else:
-            self._heartbeat.answered()
+            self._pinger.pong_received()
 
     def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
-        session, self._session = self._session, None
-        if session is None:
-            return
-        self._count_end("client", "")
-        try:
-            session.closed()
-        except Exception:
-            _log.failure("a session failed at the end of its connection")
+        self.end_session()
 
-    # The end
+    # Closing
 
     def sendCloseFrame(self, code: int | None = None, reasonUtf8: bytes | None = None, isReply: bool = False) -> None:
-        """The one way to close, for the session, for Autobahn's failures, and in answer to the peer's close frame."""
+        """Close the connection: for the session, for failures found by Autobahn, and in reply to a close frame."""
         if self.state != self.STATE_OPEN:
             return
         self.state = self.STATE_CLOSING
         reason = (reasonUtf8 or b"").decode()
         if code in _FAILURES:
             reason, kind = _FAILURES[code]
-            self.factory.count(kind)
+            self.factory.count_bad_input(kind)
         if isReply:
-            self._count_end("client", "")
+            self._count_disconnect("client", "")
         else:
-            self._count_end("server", why(code or _NORMAL))
-        self._let_go()
-        last = close_frame(code or _NORMAL, reason)
+            self._count_disconnect("server", close_code_label(code or _NORMAL))
+        self._release_resources()
+        last_frame = close_frame(code or _NORMAL, reason)
         if self.form.encoding.unidirectional and code is not None and code >= 3000:
-            last = self.form.frame(self.form.encoding.push("", "disconnect", DisconnectPush(code, reason))) + last
-        self.end(last, drop=isReply)  # a peer that answers has left
-
-    def _count_end(self, by: str, code: str) -> None:
-        """Count who ends this connection, the first time that it is known."""
-        if not self._ended:
-            self._ended = True
-            self.factory.count_end(by, code)
+            push = self.form.encoding.push("", "disconnect", DisconnectPush(code, reason))
+            last_frame = self.form.frame(push) + last_frame
+        # A peer that sent a close frame reads no further messages, so they are dropped.
+        self.finish_writing(last_frame, drop_queued=isReply)
 
     def _closeConnection(self, abort: bool = False) -> None:
-        """Autobahn is done with the connection: the peer's close frame came."""
+        """Write the queued frames and half-close: Autobahn has received the peer's close frame."""
         if self._outbox:
             self.transport.write(self._outbox.take(self._outbox.size))
-        if not self.bucket:
+        if not self.deadline_bucket:
             self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.close_timeout)
-        self.shut_down()
+        self.half_close()
 
-    def _spend_control_frame(self) -> bool:
-        """Whether one more ping or pong is within the rate; if not, the connection is failed."""
+    def _allow_control_frame(self) -> bool:
+        """Count one ping or pong of the peer; return False and close the connection if it exceeds the rate."""
         now = self.factory.reactor.seconds()
         self._control_due = max(self._control_due, now) + 1 / CONTROL_FRAMES_PER_SECOND
         if self._control_due - now <= CONTROL_FRAMES_BURST / CONTROL_FRAMES_PER_SECOND:
@@ -403,14 +375,14 @@ class WebSocketConnection(Outgoing, Incoming):
         return False
 
 
-class WebSocketFactory(WebSocketServerFactory):
-    """Judges handshakes and makes connections. `Front` owns the port and calls it."""
+class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
+    """Checks handshakes and makes connections, as a `ConnectionEndpoint` of the frontend."""
 
     protocol = WebSocketConnection  # type: ignore[assignment]
 
     def __init__(
         self,
-        open_session: Callable[[WebSocketConnection, OpeningRequest], WebSocketSession],
+        open_session: Callable[[WebSocketConnection, OpeningRequest], TransportSession],
         websocket: settings.MessageSettings,
         client: settings.ClientSettings,
         deadlines: Deadlines,
@@ -418,95 +390,78 @@ class WebSocketFactory(WebSocketServerFactory):
         reactor: Any,
         admission: Admission,
         *,
-        forms: Mapping[str, WireFormat] = FORMS,
+        wire_formats: Mapping[str, WireFormat] = WIRE_FORMATS,
         slices: TimeSlicer | None = None,
-        charged: Callable[[Iterator[None]], Iterator[None]] = lambda work: work,
+        charge_work: Callable[[Iterator[None]], Iterator[None]] = lambda work: work,
         queued: QueuedBytes | None = None,
-        ends: FlushAtTurnEnd | None = None,
+        turn_end: FlushAtTurnEnd | None = None,
     ) -> None:
-        """forms: what may be spoken, by the name of the encoding; JSON is among them.
+        """wire_formats: the supported ones, by the name of the encoding; "json" is required.
 
-        slices: where work waits for other turns of the loop. charged: the same work, its time on somebody's account.
-        queued: is told of all that waits. ends: of the loop's turns.
+        slices: processes frames in later turns of the loop. charge_work: wraps such work so that its time is accounted.
+        queued, turn_end: see `ConnectionContext`.
         """
-        super().__init__(server="realtime", reactor=reactor)
+        WebSocketServerFactory.__init__(self, server="realtime", reactor=reactor)
+        ConnectionContext.__init__(
+            self,
+            open_session,
+            websocket,
+            client.queue_max_size,
+            deadlines,
+            metrics,
+            _BAD_INPUT_KINDS,
+            queued,
+            turn_end,
+        )
         if not USES_NVX:
-            _log.warn("Autobahn runs without its native code: reading a large message costs 30 times as much")
-        self.open_session = open_session
-        self.deadlines = deadlines
+            _log.warn(
+                "Autobahn runs without its native code: reading a large message costs 30 times as much."
+                " Install a wheel of autobahn with NVX."
+            )
         self.message_size_limit = websocket.message_size_limit or _NO_LIMIT
         self.decompressed_limit = websocket.decompressed_message_size_limit or 10 * self.message_size_limit
         self.max_fragments = websocket.max_fragments
         self.message_timeout = websocket.message_timeout
-        self.write_timeout = websocket.write_timeout
-        self.close_timeout = websocket.close_timeout
-        self.queue_max_size = client.queue_max_size
         self.ping_interval = client.ping_interval
         self.pong_timeout = client.pong_timeout
-        self.queued = queued or QueuedBytes()
-        self.ends = ends or FlushAtTurnEnd()
-        self.slices = slices or TimeSlicer(reactor.seconds, SLICE, partial(reactor.callLater, 0))
-        self.charged = charged
-        self._forms = forms
+        self.slices = slices or TimeSlicer(reactor.seconds, TIME_SLICE, partial(reactor.callLater, 0))
+        self.charge_work = charge_work
+        self._wire_formats = wire_formats
         self._compression = websocket.compression
         self._compression_level = websocket.compression_level
         self._compression_min_size = websocket.compression_min_size
-        self._compressed: dict[tuple[str, int], WireFormat] = {}
+        self._compressed_formats: dict[tuple[str, int], WireFormat] = {}
         self._admission = admission
-        admission.counts.append(lambda: self.connections)
-        self._counters = {kind: bad_input(metrics, kind) for kind in _KINDS}
-        self._metrics = metrics
-        self.connects = metrics.counter("realtime_connects", "Connections of clients that were opened.")
-        self.received = metrics.counter("realtime_messages_received", "Messages from clients.")
-        # Those of the fan-out are counted by the hub.
-        self.sent = metrics.counter("realtime_messages_sent", "Messages to clients.")
+        admission.add_transport(lambda: self.connections)
 
     @property
     def connections(self) -> int:
-        """How many are open."""
+        """Number of open connections."""
         return int(self.countConnections)
 
-    def judge(self, head: RequestHead) -> Refusal | None:
-        """Why this request is not let in, or None."""
-        return judge_handshake(head, self._admission.origin_allowed) or self._admission.judge()
+    def check(self, head: RequestHead) -> Refusal | None:
+        """Check a handshake and the limits of admission; return None to accept it."""
+        return check_handshake(head, self._admission.origin_allowed) or self._admission.check()
 
-    def open(self, head: RequestHead, transport: Any) -> WebSocketConnection:
-        """A connection for a request that `judge` let in."""
-        chosen = subprotocol(head, self._forms)
-        request = opening_request(head, self._admission.address(head, transport.getPeer().host))
-        spoken = encoding(chosen, request.query)
-        spoken = spoken if spoken in self._forms else "json"
-        agreement = agree(",".join(head.all("sec-websocket-extensions"))) if self._compression else None
+    def make_connection(self, head: RequestHead, transport: Any) -> WebSocketConnection:
+        """Make the connection for a request that `check` accepted."""
+        subprotocol = select_subprotocol(head, self._wire_formats)
+        request = make_opening_request(head, self._admission.client_address(head, transport.getPeer().host))
+        encoding = requested_encoding(subprotocol, request.query)
+        encoding = encoding if encoding in self._wire_formats else "json"
+        agreement = negotiate(",".join(head.get_all("sec-websocket-extensions"))) if self._compression else None
         if agreement is None:
-            return self.protocol(self, request, self._forms[spoken], opening_response(head, chosen), False)
-        form = self._compressed_form(spoken, agreement.window)
-        return self.protocol(self, request, form, opening_response(head, chosen, agreement.response), True)
+            response = handshake_response(head, subprotocol)
+            return self.protocol(self, request, self._wire_formats[encoding], response, False)
+        wire_format = self._compressed_format(encoding, agreement.window)
+        response = handshake_response(head, subprotocol, agreement.response)
+        return self.protocol(self, request, wire_format, response, True)
 
-    def _compressed_form(self, encoding: str, window: int) -> WireFormat:
-        """The form of all connections that agreed on this window: what goes to many of them is compressed once."""
-        form = self._compressed.get((encoding, window))
-        if form is None:
-            plain = self._forms[encoding]
+    def _compressed_format(self, encoding: str, window: int) -> WireFormat:
+        """Return the wire format shared by all connections with this window, so a broadcast is compressed once."""
+        wire_format = self._compressed_formats.get((encoding, window))
+        if wire_format is None:
+            plain = self._wire_formats[encoding]
             frames = CompressedFrames(plain.frame, window, self._compression_level, self._compression_min_size)
-            form = self._compressed[encoding, window] = WireFormat(plain.encoding, frames)
-        return form
-
-    def count(self, kind: str) -> None:
-        """Count one bad input or one client that was too slow."""
-        self._counters[kind].value += 1
-
-    def count_end(self, by: str, code: str) -> None:
-        """Count the end of one connection. by: "server" or "client". code: why the server ended it, of a closed set."""
-        self._metrics.counter(
-            "realtime_disconnects", "Connections that ended, by who ended them and why.", initiator=by, code=code
-        ).value += 1
-
-
-def why(code: int) -> str:
-    """A close code as the label of a metric: the application's own, of which there may be thousands, are one."""
-    return "application" if code >= 4000 else str(code)
-
-
-def bad_input(metrics: Metrics, kind: str) -> Counter:
-    """The counter of what was refused, by kind."""
-    return metrics.counter("realtime_bad_input", "Refused input and faults of peers", kind=kind)
+            wire_format = self._compressed_formats[encoding, window] = WireFormat(plain.encoding, frames)
+        return wire_format

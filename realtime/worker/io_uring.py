@@ -102,9 +102,9 @@ class IOURing:
             waiting = [sink for sink in sinks if sink.fd < 0]
             sinks = [sink for sink in sinks if sink.fd >= 0]
             fds = array("i", [sink.fd for sink in sinks])
-        # Only when the kernel has sent to all: what `keep` brings about may close sockets, and open others.
+        # Only when the kernel has sent to all: `queue_remainder` may close sockets, and open others.
         for number, taken in self._send(fds):
-            sinks[number].keep(frame, taken)
+            sinks[number].queue_remainder(frame, taken)
         broadcast(frame, waiting)
 
     def _send(self, fds: array[int]) -> list[tuple[int, int]]:

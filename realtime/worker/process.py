@@ -51,11 +51,11 @@ from realtime.supervision.pressure import Pressure
 from realtime.transports.admission import Admission
 from realtime.transports.emulation import Emulation
 from realtime.transports.frontend import ConnectionEndpoint, HTTPFrontend, HTTPFrontendFactory
-from realtime.transports.http_server import make_site
 from realtime.transports.outbox import QueuedBytes
 from realtime.transports.outgoing import FlushAtTurnEnd
-from realtime.transports.streams import Streams, paths
-from realtime.transports.websocket import FORMS, UNIDIRECTIONAL_FORMS, WebSocketFactory
+from realtime.transports.routes import make_site
+from realtime.transports.streams import StreamContext, make_endpoints
+from realtime.transports.websocket import UNIDIRECTIONAL_WIRE_FORMATS, WIRE_FORMATS, WebSocketFactory
 from realtime.worker import listening
 from realtime.worker.engine import BrokerEngine
 from realtime.worker.io_uring import IOURing
@@ -147,7 +147,7 @@ class Worker:
         )
         self._queued = QueuedBytes()
         protocol = process.accounts.open(LoopWork.PROTOCOL)
-        ends = FlushAtTurnEnd(process.turn, lambda flush: _soon(process.accounts.charging(protocol, flush)))
+        turn_end = FlushAtTurnEnd(process.turn, lambda flush: _soon(process.accounts.charging(protocol, flush)))
         websocket, uni_websocket = (
             WebSocketFactory(
                 self._open_session,
@@ -157,15 +157,15 @@ class Worker:
                 metrics,
                 reactor,
                 self._admission,
-                forms=forms,
+                wire_formats=wire_formats,
                 slices=self._slices,
-                charged=partial(charged_steps, process.accounts, protocol),
+                charge_work=partial(charged_steps, process.accounts, protocol),
                 queued=self._queued,
-                ends=ends,
+                turn_end=turn_end,
             )
-            for transport_settings, forms in (
-                (settings.websocket, FORMS),
-                (settings.uni_websocket, UNIDIRECTIONAL_FORMS),
+            for transport_settings, wire_formats in (
+                (settings.websocket, WIRE_FORMATS),
+                (settings.uni_websocket, UNIDIRECTIONAL_WIRE_FORMATS),
             )
         )
         self._hub.fanout.sent = websocket.sent
@@ -173,7 +173,7 @@ class Worker:
             self._send_by_ring()
         emulation = Emulation(self._engine, self._session_settings.uid, str(process.slot))
         self._registry.add_handler(EmulateOrder, emulation.receive)
-        streams = Streams(
+        stream_context = StreamContext(
             self._open_session,
             settings,
             self._deadlines,
@@ -181,18 +181,18 @@ class Worker:
             self._admission,
             emulation,
             self._queued,
-            ends,
+            turn_end,
         )
-        open_streams, services = paths(settings, streams)
-        endpoints: dict[str, ConnectionEndpoint] = {**open_streams}
+        stream_endpoints, cors_routes = make_endpoints(settings, stream_context)
+        endpoints: dict[str, ConnectionEndpoint] = {**stream_endpoints}
         site = make_site(
             self._app,
             self._dispatcher,
             api,
             settings,
             metrics,
-            relieved=process.page.relieved,
-            services=services,
+            another_worker_available=process.page.relieved,
+            cors_routes=cors_routes,
             proxies=self._admission.proxies,
         )
         if not settings.websocket.disabled:

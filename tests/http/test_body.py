@@ -1,4 +1,4 @@
-"""Chunks out, bodies in: whatever is cut however, the verdict is the same, and nothing is kept beyond the limit."""
+"""Encoded chunks and parsed bodies: the result is the same in any segmentation, and the limit holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realtime.http.body import LAST_CHUNK, Body, chunk, event_chunk, line_chunk
+from realtime.http.body import LAST_CHUNK, BodyParser, chunk, event_chunk, line_chunk
 from realtime.http.request import CHUNKED, Refusal
 from realtime.protocol.encodings import JSON_ENCODING
 from realtime.protocol.wire_formats import (
@@ -30,7 +30,7 @@ CHUNKED_BODIES = {
     "extensions": (b'3;a=b;c="d e"\r\nabc\r\n0 ;x\r\n\r\n', b"abc"),
     "trailers": (b"3\r\nabc\r\n0\r\nX-Sum: 1\r\nY:\r\n\r\n", b"abc"),
     "content that looks like framing": (b"5\r\n0\r\n\r\n\r\n0\r\n\r\n", b"0\r\n\r\n"),
-    "more behind it": (b"1\r\na\r\n0\r\n\r\nGET / HTTP/1.1\r\n", b"a"),
+    "more data after it": (b"1\r\na\r\n0\r\n\r\nGET / HTTP/1.1\r\n", b"a"),
 }
 REFUSED = {
     "no size": (b"\r\nabc\r\n", 400),
@@ -54,42 +54,42 @@ REFUSED = {
 
 
 def fed(size: int, data: bytes, cuts: list[int]) -> bytes | Refusal | None:
-    body = Body(size, LIMIT)
-    places = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-    for start, end in itertools.pairwise(places):
-        verdict = body.feed(data[start:end])
-        if verdict is not None:
-            return verdict
+    body = BodyParser(size, LIMIT)
+    edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+    for start, end in itertools.pairwise(edges):
+        result = body.feed(data[start:end])
+        if result is not None:
+            return result
     return None
 
 
 @given(st.sampled_from(sorted(CHUNKED_BODIES)), st.lists(st.integers(0, 100), max_size=8))
-def test_a_chunked_body_is_read_however_it_is_cut(name: str, cuts: list[int]) -> None:
+def test_a_chunked_body_is_parsed_in_any_segmentation(name: str, cuts: list[int]) -> None:
     data, body = CHUNKED_BODIES[name]
     assert fed(CHUNKED, data, cuts) == body
 
 
 @given(st.sampled_from(sorted(REFUSED)), st.lists(st.integers(0, 5000), max_size=8))
-def test_a_bad_body_is_refused_however_it_is_cut(name: str, cuts: list[int]) -> None:
+def test_a_bad_body_is_refused_in_any_segmentation(name: str, cuts: list[int]) -> None:
     data, status = REFUSED[name]
-    verdict = fed(CHUNKED, data, cuts)
-    assert isinstance(verdict, Refusal)
-    assert verdict.status == status
+    result = fed(CHUNKED, data, cuts)
+    assert isinstance(result, Refusal)
+    assert result.status == status
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_bad_body_is_refused(name: str) -> None:
     data, status = REFUSED[name]
-    verdict = Body(CHUNKED, LIMIT).feed(data)
-    assert isinstance(verdict, Refusal)
-    assert (verdict.status, verdict.kind) == (status, {400: "body_syntax", 413: "body_too_large"}[status])
+    result = BodyParser(CHUNKED, LIMIT).feed(data)
+    assert isinstance(result, Refusal)
+    assert (result.status, result.kind) == (status, {400: "body_syntax", 413: "body_too_large"}[status])
 
 
 @pytest.mark.parametrize("name", ["one chunk", "extensions", "trailers"])
-def test_a_body_that_is_not_whole_is_awaited(name: str) -> None:
+def test_an_incomplete_body_has_no_result(name: str) -> None:
     data, _ = CHUNKED_BODIES[name]
     for end in range(len(data)):
-        assert Body(CHUNKED, LIMIT).feed(data[:end]) is None
+        assert BodyParser(CHUNKED, LIMIT).feed(data[:end]) is None
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=8))
@@ -98,30 +98,30 @@ def test_a_body_of_known_length(data: bytes, cuts: list[int]) -> None:
 
 
 def test_a_body_of_known_length_over_the_limit() -> None:
-    verdict = Body(LIMIT + 1, LIMIT).feed(b"x")
-    assert isinstance(verdict, Refusal)
-    assert (verdict.status, verdict.kind) == (413, "body_too_large")
+    result = BodyParser(LIMIT + 1, LIMIT).feed(b"x")
+    assert isinstance(result, Refusal)
+    assert (result.status, result.kind) == (413, "body_too_large")
 
 
 @given(st.binary(max_size=500))
-def test_any_bytes_get_a_verdict_or_none(data: bytes) -> None:
-    verdict = Body(CHUNKED, LIMIT).feed(data)
-    assert verdict is None or isinstance(verdict, bytes | Refusal)
+def test_arbitrary_bytes_do_not_raise(data: bytes) -> None:
+    result = BodyParser(CHUNKED, LIMIT).feed(data)
+    assert result is None or isinstance(result, bytes | Refusal)
 
 
-def test_a_body_in_very_many_tiny_chunks_is_not_read_to_its_end() -> None:
+def test_a_body_with_too_many_tiny_chunks_is_refused() -> None:
     tiny = b"1\r\na\r\n"
-    body = Body(CHUNKED, 1_000_000)
+    body = BodyParser(CHUNKED, 1_000_000)
     assert body.feed(tiny * 500) is None
     assert body.feed(chunk(b"a" * 64_000)) is None
-    assert body.feed(tiny * 1000) is None  # paid for
-    verdict = body.feed(tiny * 1000)
-    assert isinstance(verdict, Refusal)
-    assert (verdict.status, verdict.kind) == (400, "body_syntax")
+    assert body.feed(tiny * 1000) is None  # allowed by the size of the content
+    result = body.feed(tiny * 1000)
+    assert isinstance(result, Refusal)
+    assert (result.status, result.kind) == (400, "body_syntax")
 
 
 @given(st.lists(st.binary(min_size=1, max_size=100), max_size=10))
-def test_what_goes_out_as_chunks_can_be_read_again(parts: list[bytes]) -> None:
+def test_encoded_chunks_parse_to_the_same_content(parts: list[bytes]) -> None:
     assert fed(CHUNKED, b"".join(map(chunk, parts)) + LAST_CHUNK, []) == b"".join(parts)
 
 
@@ -131,7 +131,7 @@ def test_the_framings() -> None:
     assert line_chunk(b"{}") == b"3\r\n{}\n\r\n"
 
 
-def test_the_forms() -> None:
+def test_wire_formats_use_the_framings() -> None:
     publication = Publication(b'{"n":1}', 7)
     pub = b'{"channel":"c","pub":{"data":{"n":1},"offset":7}}'
     assert JSON_EVENTS.publication("c", publication, "") == event_chunk(b'{"push":%b}' % pub)

@@ -1,4 +1,4 @@
-"""Compressed messages: what is agreed, what goes out, and what comes in from peers that mean no good."""
+"""Message compression: negotiation, outgoing messages, and incoming messages from hostile peers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realtime.http.deflate import Agreement, CompressedFrames, CorruptMessage, Inflater, MessageTooBig, agree, deflate
+from realtime.http.deflate import (
+    Agreement,
+    CompressedFrames,
+    CorruptMessage,
+    Inflater,
+    MessageTooBig,
+    deflate,
+    negotiate,
+)
 from realtime.http.frames import text_frame
 
 LIMIT = 655_360
@@ -27,8 +35,8 @@ def inflate(*pieces: bytes, limit: int = LIMIT) -> bytes:
     return inflated
 
 
-def by_the_book(payload: bytes, window: int = 15) -> bytes:
-    """Inflated as RFC 7692 section 7.2.2 says, by a peer that keeps no context."""
+def inflate_by_rfc(payload: bytes, window: int = 15) -> bytes:
+    """Inflate as RFC 7692 section 7.2.2 says, without context."""
     return zlib.decompressobj(-window).decompress(payload + b"\x00\x00\xff\xff")
 
 
@@ -60,8 +68,8 @@ GOOD: dict[str, Agreement] = {
 
 
 @pytest.mark.parametrize("offers", GOOD)
-def test_offers_that_are_accepted(offers: str) -> None:
-    assert agree(offers) == GOOD[offers]
+def test_supported_offers_are_accepted(offers: str) -> None:
+    assert negotiate(offers) == GOOD[offers]
 
 
 ODD_BITS = (
@@ -104,7 +112,7 @@ DECLINED = [
     "permessage-deflate; client_no_context_takeover=true",
     'permessage-deflate; client_no_context_takeover=""',
     "permessage-deflate; server_max_window_bits",
-    "permessage-deflate; server_max_window_bits=8",  # zlib can't
+    "permessage-deflate; server_max_window_bits=8",  # not supported by zlib
     'permessage-deflate; server_max_window_bits="10',
     'permessage-deflate; server_max_window_bits=10"',
     "permessage-deflate; server_max_window_bits='10'",
@@ -128,39 +136,39 @@ DECLINED = [
 
 
 @pytest.mark.parametrize("offers", DECLINED)
-def test_odd_offers_are_declined_and_cost_nothing(offers: str) -> None:
+def test_unsupported_offers_are_declined_quickly(offers: str) -> None:
     began = time.process_time()
-    assert agree(offers) is None
+    assert negotiate(offers) is None
     assert time.process_time() - began < 0.05
 
 
 @given(st.text(alphabet='permessage-deflate;,= \t"0123456789_serverclientnocontexttakeovermaxwindowbits', max_size=200))
 def test_no_offer_raises(offers: str) -> None:
-    agree("permessage-deflate;" + offers)
-    agree(offers)
+    negotiate("permessage-deflate;" + offers)
+    negotiate(offers)
 
 
 @given(st.binary(max_size=20_000), st.integers(9, 12), st.integers(1, 9))
-def test_what_is_deflated_can_be_inflated_with_that_window_and_without_what_came_before(
+def test_a_deflated_message_inflates_with_its_window_and_without_context(
     payload: bytes, window: int, level: int
 ) -> None:
-    assert by_the_book(deflate(payload, window, level), window) == payload
+    assert inflate_by_rfc(deflate(payload, window, level), window) == payload
 
 
 @given(st.binary(max_size=5000), st.lists(st.integers(0, 5000), max_size=5))
-def test_what_is_cut_anywhere_is_inflated(payload: bytes, cuts: list[int]) -> None:
+def test_a_message_is_inflated_in_any_segmentation(payload: bytes, cuts: list[int]) -> None:
     message = deflate(payload, 12, 6)
-    places = sorted({0, len(message), *(min(cut, len(message)) for cut in cuts)})
-    pieces = [message[start:end] for start, end in itertools.pairwise(places)]
+    edges = sorted({0, len(message), *(min(cut, len(message)) for cut in cuts)})
+    pieces = [message[start:end] for start, end in itertools.pairwise(edges)]
     assert inflate(*pieces) == payload
 
 
-# The examples of RFC 7692 section 7.2.3: all stand for the same word.
+# The examples of RFC 7692 section 7.2.3, all for the same word.
 EXAMPLES = {
     "compressed": b"\xf2\x48\xcd\xc9\xc9\x07\x00",
     "not compressed": b"\x00\x05\x00\xfa\xff\x48\x65\x6c\x6c\x6f\x00",
     "a last block": b"\xf3\x48\xcd\xc9\xc9\x07\x00\x00",
-    "a last block and nothing after it": b"\xf3\x48\xcd\xc9\xc9\x07\x00",
+    "a last block without following byte": b"\xf3\x48\xcd\xc9\xc9\x07\x00",
     "two blocks": b"\xf2\x48\x05\x00\x00\x00\xff\xff\xca\xc9\xc9\x07\x00",
 }
 
@@ -182,7 +190,7 @@ def test_the_examples_of_the_standard(name: str) -> None:
         b"\x00\x05\x00\xfa\xffHel",  # ends inside a block
         b"\xf2\x48\xcd",
         b"\xf2\x00\x11\x00\x00",  # the standard's second message, with the context of the first
-        b"\xf3\x48\xcd\xc9\xc9\x07\x00\x00\x00",  # goes on after a last block
+        b"\xf3\x48\xcd\xc9\xc9\x07\x00\x00\x00",  # continues after a last block
         b"\xf3\x48\xcd\xc9\xc9\x07\x00\x01",
         b"\x03\x00" * 30_000,
         b"\xf2\x48\xcd\xc9\xc9\x07\x00" + b"\x00\x00\xff\xff" + b"trailing",
@@ -195,7 +203,7 @@ def test_corrupt_messages(message: bytes) -> None:
             inflate(*pieces)
 
 
-def test_flipped_bits_raise_nothing_else() -> None:
+def test_flipped_bits_raise_corrupt_message_only() -> None:
     chance = random.Random(1)
     text = ('{"id":1,"publish":{"channel":"chat","data":"' + "words and more words " * 20 + '"}}').encode()
     message = deflate(text, 12, 6)
@@ -212,7 +220,7 @@ def test_flipped_bits_raise_nothing_else() -> None:
 
 
 @given(st.lists(st.binary(max_size=300), max_size=5))
-def test_random_bytes_raise_nothing_else(pieces: list[bytes]) -> None:
+def test_random_bytes_raise_declared_errors_only(pieces: list[bytes]) -> None:
     with suppress(CorruptMessage, MessageTooBig):
         inflate(*pieces, limit=1000)
 
@@ -225,7 +233,7 @@ def test_the_limit_is_exact() -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 1000])
-def test_a_message_that_would_grow_to_60_megabytes_takes_no_more_than_the_limit(pieces: int) -> None:
+def test_a_decompression_bomb_of_60_megabytes_takes_no_more_memory_than_the_limit(pieces: int) -> None:
     message = deflate(bytes(60 << 20), 12, 9)
     size = -(-len(message) // pieces)
     assert len(message) < 65536
@@ -238,7 +246,7 @@ def test_a_message_that_would_grow_to_60_megabytes_takes_no_more_than_the_limit(
         tracemalloc.stop()
 
 
-def test_frames_are_compressed_where_it_saves_something() -> None:
+def test_frames_are_compressed_only_if_that_saves_bytes() -> None:
     frames = CompressedFrames(text_frame, 12, 1, min_size=100)
     long, short, dense = b"again and " * 20, b"a" * 99, random.Random(1).randbytes(200)
     assert frames(short) == text_frame(short)
@@ -247,10 +255,10 @@ def test_frames_are_compressed_where_it_saves_something() -> None:
     frame = frames(long)
     assert frame[0] == 0xC1  # FIN, RSV1, text
     assert frame[1] == len(frame) - 2 < 100
-    assert by_the_book(frame[2:]) == long
+    assert inflate_by_rfc(frame[2:]) == long
 
 
-def test_the_level_and_the_window_are_those_that_were_asked_for() -> None:
+def test_level_and_window_take_effect() -> None:
     chance = random.Random(1)
     words = [chance.randbytes(6).hex() for _ in range(300)]
     text = " ".join(chance.choice(words) for _ in range(3000)).encode()

@@ -1,4 +1,4 @@
-"""Who is believed about a client's address."""
+"""The client's address behind trusted and untrusted proxies."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ TRUSTED = ("10.0.0.0/8", "192.0.2.7", "2001:db8::/32")
 @pytest.mark.parametrize(
     ("peer", "forwarded", "client"),
     [
-        # A stranger says what it likes.
+        # The header of an untrusted peer is ignored.
         ("203.0.113.5", ["1.1.1.1"], "203.0.113.5"),
         ("203.0.113.5", ["10.0.0.1"], "203.0.113.5"),
         ("203.0.113.5", [], "203.0.113.5"),
-        # A proxy is believed.
+        # The header of a trusted proxy is used.
         ("10.0.0.1", ["1.1.1.1"], "1.1.1.1"),
         ("192.0.2.7", [" 1.1.1.1 "], "1.1.1.1"),
         ("192.0.2.8", ["1.1.1.1"], "192.0.2.8"),
         ("2001:db8::1", ["2606:4700::1"], "2606:4700::1"),
         ("::ffff:10.0.0.1", ["1.1.1.1"], "1.1.1.1"),
-        # What the client has put before that is not.
+        # Addresses that the client itself has put before are ignored.
         ("10.0.0.1", ["9.9.9.9, 1.1.1.1"], "1.1.1.1"),
         ("10.0.0.1", ["9.9.9.9", "1.1.1.1"], "1.1.1.1"),
         ("10.0.0.1", ["10.9.9.9, 1.1.1.1"], "1.1.1.1"),
@@ -34,7 +34,7 @@ TRUSTED = ("10.0.0.0/8", "192.0.2.7", "2001:db8::/32")
         # With a port.
         ("10.0.0.1", ["1.1.1.1:4711"], "1.1.1.1"),
         ("10.0.0.1", ["[2606:4700::1]:4711"], "2606:4700::1"),
-        # No address: nobody we trust can have passed it on.
+        # An invalid address ends the search: no trusted proxy writes one.
         ("10.0.0.1", ["1.1.1.1, unknown"], "10.0.0.1"),
         ("10.0.0.1", ["1.1.1.1, unknown, 10.0.0.2"], "10.0.0.2"),
         ("10.0.0.1", [""], "10.0.0.1"),
@@ -44,13 +44,13 @@ TRUSTED = ("10.0.0.0/8", "192.0.2.7", "2001:db8::/32")
     ],
 )
 def test_the_rightmost_address_that_is_not_a_trusted_proxy(peer: str, forwarded: list[str], client: str) -> None:
-    assert TrustedProxies(TRUSTED).client(peer, forwarded) == client
+    assert TrustedProxies(TRUSTED).client_address(peer, forwarded) == client
 
 
-def test_nobody_is_trusted_by_default() -> None:
-    assert TrustedProxies(()).client("10.0.0.1", ["1.1.1.1"]) == "10.0.0.1"
+def test_no_proxy_is_trusted_by_default() -> None:
+    assert TrustedProxies(()).client_address("10.0.0.1", ["1.1.1.1"]) == "10.0.0.1"
 
 
 @given(st.lists(st.text(max_size=40), max_size=5))
-def test_any_header_leads_to_an_address(forwarded: list[str]) -> None:
-    assert TrustedProxies(TRUSTED).client("10.0.0.1", forwarded)
+def test_any_header_yields_an_address(forwarded: list[str]) -> None:
+    assert TrustedProxies(TRUSTED).client_address("10.0.0.1", forwarded)

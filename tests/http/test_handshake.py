@@ -1,4 +1,4 @@
-"""The opening handshake: which requests may become a WebSocket, and which origins."""
+"""The opening handshake: accepted and refused requests, origins, and the response."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 import pytest
 
 from realtime.http.handshake import (
-    encoding,
-    judge_handshake,
-    opening_request,
-    opening_response,
+    check_handshake,
+    handshake_response,
+    make_opening_request,
     origin_policy,
-    subprotocol,
+    requested_encoding,
+    select_subprotocol,
 )
 from realtime.http.request import Refusal, RequestHead, RequestParser
 
@@ -40,14 +40,14 @@ def handshake(*more: tuple[str, str], without: str = "", **changed: str) -> Requ
     return head_of([*fields, *more])
 
 
-def verdict(head: RequestHead, origins: tuple[str, ...] = ()) -> int:
-    refusal = judge_handshake(head, origin_policy(origins))
+def status(head: RequestHead, origins: tuple[str, ...] = ()) -> int:
+    refusal = check_handshake(head, origin_policy(origins))
     return 0 if refusal is None else refusal.status
 
 
 def test_a_good_handshake_passes() -> None:
-    assert verdict(handshake()) == 0
-    assert verdict(handshake(Upgrade="h2c, WebSocket", Connection="keep-alive, UPGRADE")) == 0
+    assert status(handshake()) == 0
+    assert status(handshake(Upgrade="h2c, WebSocket", Connection="keep-alive, UPGRADE")) == 0
 
 
 @pytest.mark.parametrize(
@@ -89,18 +89,18 @@ def test_a_good_handshake_passes() -> None:
         (head_of([("Host", "h")]), 426),
     ],
 )
-def test_what_is_wrong_with_a_handshake(head: RequestHead, expected: int) -> None:
-    assert verdict(head) == expected
+def test_the_status_of_a_refused_handshake(head: RequestHead, expected: int) -> None:
+    assert status(head) == expected
 
 
-def test_the_version_to_use_is_told() -> None:
-    refusal = judge_handshake(handshake(Sec_WebSocket_Version="8"), origin_policy(()))
+def test_a_refusal_names_the_supported_version() -> None:
+    refusal = check_handshake(handshake(Sec_WebSocket_Version="8"), origin_policy(()))
     assert isinstance(refusal, Refusal)
     assert ("Sec-WebSocket-Version", "13") in refusal.headers
 
 
 def chosen(*offers: str, encodings: tuple[str, ...] = ("json", "protobuf")) -> str | None:
-    return subprotocol(handshake(*(("Sec-WebSocket-Protocol", offer) for offer in offers)), encodings)
+    return select_subprotocol(handshake(*(("Sec-WebSocket-Protocol", offer) for offer in offers)), encodings)
 
 
 def test_subprotocols() -> None:
@@ -132,11 +132,11 @@ def test_subprotocols() -> None:
         *((f"a{chr(code)}b", 400) for code in (*range(0xA0, 0x100), *map(ord, '"()/:;<=>?@[\\]{}'))),
     ],
 )
-def test_odd_subprotocols_take_no_time(offer: str, expected: int) -> None:
+def test_odd_subprotocols_are_checked_quickly(offer: str, expected: int) -> None:
     head = handshake(("Sec-WebSocket-Protocol", offer))
     began = time.process_time()
-    assert verdict(head) == expected
-    subprotocol(head, ("json",))
+    assert status(head) == expected
+    select_subprotocol(head, ("json",))
     assert time.process_time() - began < 0.1
 
 
@@ -155,13 +155,13 @@ def test_odd_subprotocols_take_no_time(offer: str, expected: int) -> None:
         (None, {"format": ""}, "json"),
     ],
 )
-def test_the_encoding_that_a_client_chose(name: str | None, query: dict[str, str], expected: str) -> None:
-    assert encoding(name, query) == expected
+def test_the_requested_encoding(name: str | None, query: dict[str, str], expected: str) -> None:
+    assert requested_encoding(name, query) == expected
 
 
-def test_what_the_session_learns() -> None:
+def test_the_opening_request_has_decoded_query_and_joined_headers() -> None:
     head = head_of([*GOOD.items(), ("Cookie", "a=1"), ("Cookie", "b=2")], "GET /ws?a=1&b=%C3%A4&a=2&c HTTP/1.1")
-    request = opening_request(head, "192.0.2.1")
+    request = make_opening_request(head, "192.0.2.1")
     assert request.query == {"a": "2", "b": "ä", "c": ""}
     assert request.headers["cookie"] == "a=1; b=2"
     assert (request.path, request.remote_address) == ("/ws", "192.0.2.1")
@@ -176,7 +176,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "app": ("HTTPS://Upper.Example", "capacitor://localhost", "file://"),
 }
 
-# origin: the settings under which it passes
+# By origin: the settings that allow it.
 ORIGINS: dict[str, set[str]] = {
     "http://example.com:8000": {"any", "same"},
     "https://example.com:8000": {"any", "same"},
@@ -230,25 +230,25 @@ ORIGINS: dict[str, set[str]] = {
 @pytest.mark.parametrize("origin", ORIGINS)
 def test_origins(origin: str, name: str) -> None:
     expected = 0 if name in ORIGINS[origin] else 403
-    assert verdict(handshake(("Origin", origin)), SETTINGS[name]) == expected
+    assert status(handshake(("Origin", origin)), SETTINGS[name]) == expected
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_no_origin_passes_and_a_second_one_does_not(name: str) -> None:
-    assert verdict(handshake(), SETTINGS[name]) == 0
+def test_a_missing_origin_is_allowed_and_two_are_refused(name: str) -> None:
+    assert status(handshake(), SETTINGS[name]) == 0
     doubled = handshake(("Origin", "https://good.example"), ("Origin", "https://good.example"))
-    assert verdict(doubled, SETTINGS[name]) == 403
+    assert status(doubled, SETTINGS[name]) == 403
 
 
 def test_the_default_port_is_the_same_origin() -> None:
     for host, origin in (("a.example", "http://a.example:80"), ("a.example:443", "https://a.example")):
-        assert verdict(handshake(("Origin", origin), Host=host)) == 0
-    assert verdict(handshake(("Origin", "https://a.example"), Host="a.example:80")) == 403
+        assert status(handshake(("Origin", origin), Host=host)) == 0
+    assert status(handshake(("Origin", "https://a.example"), Host="a.example:80")) == 403
 
 
-def test_the_answer_to_a_handshake() -> None:
-    # The key and what answers it are the example of section 1.3.
-    plain = opening_response(handshake(), None).decode().split("\r\n")
+def test_the_handshake_response() -> None:
+    # Key and accept value are the example of RFC 6455 section 1.3.
+    plain = handshake_response(handshake(), None).decode().split("\r\n")
     assert plain[0] == "HTTP/1.1 101 Switching Protocols"
     assert plain[-2:] == ["", ""]
     fields = {name.lower(): value for name, value in (line.split(": ") for line in plain[1:-2])}
@@ -260,8 +260,8 @@ def test_the_answer_to_a_handshake() -> None:
     }
 
 
-def test_the_answer_names_what_was_agreed_on() -> None:
-    answer = opening_response(handshake(), "centrifuge-json", "permessage-deflate; server_no_context_takeover")
-    lines = answer.decode().split("\r\n")
+def test_the_handshake_response_names_the_negotiated_subprotocol_and_extensions() -> None:
+    response = handshake_response(handshake(), "centrifuge-json", "permessage-deflate; server_no_context_takeover")
+    lines = response.decode().split("\r\n")
     assert "Sec-WebSocket-Protocol: centrifuge-json" in lines
     assert "Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover" in lines

@@ -1,4 +1,4 @@
-"""The request-head parser: what it takes, what it refuses and with which status, however the bytes are cut."""
+"""The parser for request heads: accepted heads, and the status of refused ones, in any segmentation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def request(*lines: bytes, first: bytes = b"GET / HTTP/1.1", host: bytes | None 
 
 
 def status(data: bytes, max_bytes: int = MAX_BYTES) -> int | None:
-    """The status of the refusal; 0 for a head that was taken, None for one that is not complete."""
+    """Return the status of the refusal, 0 for an accepted head, None for an incomplete one."""
     verdict = parse(data, max_bytes)
     if verdict is None:
         return None
@@ -60,17 +60,17 @@ def test_a_browser_request() -> None:
     }
 
 
-def test_a_rebuilt_head_reads_the_same() -> None:
+def test_a_serialized_head_parses_to_an_equal_one() -> None:
     head = accepted(request(b"A:  1 ", b"B: \xe4", b"A: 2", first=b"POST /x?y HTTP/1.1"))
-    assert parse(head.rebuilt()) == head
-    assert head.rebuilt(("a", "3")) == b"POST /x?y HTTP/1.1\r\nhost: h\r\nb: \xe4\r\na: 3\r\n\r\n"
+    assert parse(head.to_bytes()) == head
+    assert head.to_bytes(("a", "3")) == b"POST /x?y HTTP/1.1\r\nhost: h\r\nb: \xe4\r\na: 3\r\n\r\n"
 
 
-def test_what_follows_the_head_is_left() -> None:
+def test_data_after_the_head_is_kept_as_trailing_data() -> None:
     parser = RequestParser(MAX_BYTES, MAX_HEADERS)
     assert parser.feed(request()[:-1]) is None
     assert isinstance(parser.feed(b"\n\x81\x80rest"), RequestHead)
-    assert parser.rest == b"\x81\x80rest"
+    assert parser.trailing_data == b"\x81\x80rest"
 
 
 FIELD_BYTES = set(range(0x20, 0x7F)) | {0x09} | set(range(0x80, 0x100)) - {0x85}
@@ -85,7 +85,7 @@ def test_each_byte_in_a_header_value(byte: int) -> None:
 
 @pytest.mark.parametrize("byte", range(256))
 def test_each_byte_in_a_header_name(byte: int) -> None:
-    # A colon ends the name: what follows it is then the value.
+    # A colon ends the name, and the rest is the value.
     expected = 0 if byte in TOKEN_BYTES or byte == ord(":") else 400
     assert status(request(b"X" + bytes([byte]) + b"y: a")) == expected
 
@@ -109,7 +109,7 @@ def test_each_byte_in_the_method(byte: int) -> None:
 
 
 @pytest.mark.parametrize("byte", sorted(set(range(256)) - TOKEN_BYTES))
-def test_what_is_not_http_is_refused_at_its_first_byte(byte: int) -> None:
+def test_data_other_than_http_is_refused_at_its_first_byte(byte: int) -> None:
     assert status(bytes([byte])) == 400
 
 
@@ -183,7 +183,7 @@ def test_a_path_is_kept_as_it_was_sent(path: bytes) -> None:
         (b"", 400),
         (b":80", 400),
         (b"a b", 400),
-        (b"a,b", 0),  # a reg-name may hold a comma; it names no host of ours
+        (b"a,b", 0),  # a reg-name may hold a comma; here it is an unknown host
         (b"a/b", 400),
         (b"a@b", 400),
         (b"a:b", 400),
@@ -204,7 +204,7 @@ def test_a_second_host_is_refused_even_if_it_is_the_same() -> None:
     assert status(request(b"host: other")) == 400
 
 
-def test_an_old_client_needs_no_host() -> None:
+def test_http_1_0_needs_no_host() -> None:
     assert status(request(first=b"GET / HTTP/1.0", host=None)) == 0
 
 
@@ -264,11 +264,11 @@ def test_the_length_of_the_body(lines: list[bytes], body: int) -> None:
 
 
 @pytest.mark.parametrize("lines", SMUGGLING)
-def test_a_message_that_could_be_framed_in_two_ways_is_refused(lines: list[bytes]) -> None:
+def test_a_message_with_ambiguous_framing_is_refused(lines: list[bytes]) -> None:
     assert status(request(*lines, first=b"POST / HTTP/1.1")) == 400
 
 
-def test_an_old_client_does_not_chunk() -> None:
+def test_http_1_0_has_no_chunked_body() -> None:
     assert status(request(b"Transfer-Encoding: chunked", first=b"POST / HTTP/1.0")) == 400
 
 
@@ -280,7 +280,7 @@ def test_the_limits() -> None:
     longest = b"GET /" + b"x" * (MAX_LINE - 14) + b" HTTP/1.1"
     assert status(request(first=longest)) == 0
     assert status(request(first=longest.replace(b"/x", b"/xx"))) == 414
-    assert status(b"A: " + b"x" * MAX_LINE) == 414  # no end of line in sight
+    assert status(b"A: " + b"x" * MAX_LINE) == 414  # no end of line
     head = request(b"A: " + b"x" * 8000, b"B: " + b"y" * 8000)
     assert status(head, len(head)) == 0
     assert status(head, len(head) - 1) == 431
@@ -292,7 +292,7 @@ def test_the_query_has_a_limit_of_parameters() -> None:
     assert status(request(first=b"GET /?" + query + b"& HTTP/1.1")) == 400
 
 
-def test_an_endless_head_is_refused_at_the_limit_and_not_kept() -> None:
+def test_an_endless_head_is_refused_at_the_limit_and_not_buffered() -> None:
     parser = RequestParser(MAX_BYTES, MAX_HEADERS)
     verdict = parser.feed(b"GET / HTTP/1.1\r\n")
     fed = 16
@@ -309,7 +309,7 @@ def test_a_head_of_bare_line_feeds_is_refused_without_waiting_for_more() -> None
     assert status(b"GET / HTTP/1.1\r\nHost: h\n") == 400
 
 
-def test_no_reason_repeats_what_was_sent() -> None:
+def test_no_reason_repeats_input_of_the_peer() -> None:
     marked = b"MARK"
     for data in (
         request(b"MARK\x00: MARK"),
@@ -353,7 +353,7 @@ FIRST_LINES = st.sampled_from(
     cuts=st.lists(st.integers(0, 20000), max_size=12),
     limit=st.sampled_from([60, 200, MAX_LINE, MAX_LINE + 2, MAX_LINE + 18, MAX_BYTES]),
 )
-def test_the_verdict_does_not_depend_on_the_segments(
+def test_the_result_does_not_depend_on_the_segmentation(
     first: bytes, lines: list[bytes], tail: bytes, cuts: list[int], limit: int
 ) -> None:
     data = first + b"".join(lines) + tail
@@ -371,11 +371,11 @@ def test_the_verdict_does_not_depend_on_the_segments(
             break
     assert verdict == expected
     if isinstance(verdict, RequestHead):
-        assert cut.rest + data[fed:] == whole.rest
+        assert cut.trailing_data + data[fed:] == whole.trailing_data
 
 
 @given(st.binary(max_size=300))
-def test_no_bytes_make_it_raise(data: bytes) -> None:
+def test_arbitrary_bytes_do_not_raise(data: bytes) -> None:
     parse(data)
     parse(b"GET / HTTP/1.1\r\nHost: h\r\n" + data + b"\r\n\r\n")
 

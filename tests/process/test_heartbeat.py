@@ -16,7 +16,7 @@ from twisted.internet.task import Clock
 
 from realtime.config.settings import LoopSettings
 from realtime.process.heartbeat import HandlerMarker, Heartbeat, MeasuredSelector
-from realtime.process.selector import Ready
+from realtime.process.selector import ReadyEvents
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.vitals import ProcessState, RunningHandler, Vitals, VitalsPage
 
@@ -131,9 +131,9 @@ def test_a_turn_is_busy_and_a_wait_is_not(beating: Beating) -> None:
     seen: list[int] = []
 
     class WatchedTurns(MeasuredSelector):
-        def wait(self, timeout: float | None) -> Ready:
+        def poll(self, timeout: float | None) -> ReadyEvents:
             seen.append(busy_since(self._page))
-            return super().wait(timeout)
+            return super().poll(timeout)
 
     turns = WatchedTurns(beating.page)
     before = time.monotonic_ns()
@@ -238,10 +238,10 @@ class IdleTurns(MeasuredSelector):
     late = 0
     waits: list[float]
 
-    def wait(self, timeout: float | None) -> Ready:
+    def poll(self, timeout: float | None) -> ReadyEvents:
         assert timeout is not None
         self.waits.append(timeout)
-        ready = super().wait(0)
+        ready = super().poll(0)
         if not ready:
             self.now += round(timeout * 1e9) + self.late
         return ready

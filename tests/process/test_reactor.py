@@ -1,4 +1,4 @@
-"""The reactor of a child, in a process of its own, since here another one runs."""
+"""The reactor of a child, in a separate process: another reactor runs in this one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from twisted.internet.main import installReactor
 from realtime.process.selector import ReadingSelector
 from realtime.process.reactor import Reactor
 
-poller = ReadingSelector()
-installReactor(Reactor(asyncio.SelectorEventLoop(poller), poller))
+selector = ReadingSelector()
+installReactor(Reactor(asyncio.SelectorEventLoop(selector), selector))
 from twisted.internet import reactor
 from twisted.internet.defer import ensureDeferred
 from twisted.internet.protocol import Factory, Protocol
@@ -23,7 +23,7 @@ ends = []
 
 class Echo(Protocol):
     def connectionMade(self):
-        self.transport.read_straight()
+        self.transport.start_direct_reading()
 
     def dataReceived(self, data):
         if data == b"fail":
@@ -54,11 +54,11 @@ async def main():
         peers.append(peer)
     for peer in peers:
         print(await said(peer, b"hello"))
-    print("straight", len(poller._readers))
+    print("direct", len(selector._readers))
     print(await said(peers[0], b"wait"))
     print(await said(peers[0], b"again"))
-    peers[1].close()                      # the peer leaves
-    print(await said(peers[2], b"fail"))  # a bug ends that connection, and no other
+    peers[1].close()                      # the peer closes
+    print(await said(peers[2], b"fail"))  # an exception ends that connection, and no other
     print(await said(peers[3], b"well"))
     while len(ends) < 2:
         await deferLater(reactor, 0.001)
@@ -68,7 +68,7 @@ async def main():
             server.abortConnection()
     while len(ends) < 4:
         await deferLater(reactor, 0.001)
-    print("straight", len(poller._readers))
+    print("direct", len(selector._readers))
     await port.stopListening()
     reactor.stop()
 
@@ -81,15 +81,15 @@ reactor.run()
 """
 
 
-def test_what_is_read_straight_behaves_as_what_is_not() -> None:
+def test_direct_reading_behaves_like_twisteds_reading() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60)
     assert ran.stdout.splitlines() == [
         *["b'hello'"] * 4,
-        "straight 4",
+        "direct 4",
         "b'wait'",
         "b'again'",
         "b''",
         "b'well'",
         "['ConnectionDone', 'RuntimeError']",
-        "straight 0",
+        "direct 0",
     ], ran.stderr

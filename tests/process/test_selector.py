@@ -1,4 +1,4 @@
-"""The poller: what asyncio counts on, and the short way beside it."""
+"""The selector: the interface for asyncio, and direct readers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from realtime.process.selector import MOST, ReadingSelector
+from realtime.process.selector import MAX_EVENTS, ReadingSelector
 
 
 @pytest.fixture
-def poller() -> Iterator[ReadingSelector]:
+def selector() -> Iterator[ReadingSelector]:
     made = ReadingSelector()
     yield made
     made.close()
@@ -34,116 +34,119 @@ Pair = tuple[socket.socket, socket.socket]
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
-def test_a_reader_is_called_and_asyncio_is_told_nothing(poller: ReadingSelector, pair: Pair) -> None:
+def test_a_direct_reader_is_called_and_its_events_are_not_returned(selector: ReadingSelector, pair: Pair) -> None:
     ours, theirs = pair
     got: list[bytes] = []
-    poller.read(ours.fileno(), lambda: got.append(ours.recv(100)))
-    assert poller.select(0) == []
+    selector.add_direct_reader(ours.fileno(), lambda: got.append(ours.recv(100)))
+    assert selector.select(0) == []
     theirs.send(b"a")
-    assert poller.select(1) == []
+    assert selector.select(1) == []
     assert got == [b"a"]
-    poller.forget(ours.fileno())
+    selector.remove_direct_reader(ours.fileno())
     theirs.send(b"b")
-    assert poller.select(0) == []
+    assert selector.select(0) == []
     assert got == [b"a"]
 
 
-def test_one_descriptor_may_be_read_straight_and_written_by_asyncio(poller: ReadingSelector, pair: Pair) -> None:
+def test_one_descriptor_may_have_a_direct_reader_and_an_asyncio_writer(selector: ReadingSelector, pair: Pair) -> None:
     ours, theirs = pair
     got: list[bytes] = []
-    poller.read(ours.fileno(), lambda: got.append(ours.recv(100)))
-    key = poller.register(ours.fileno(), WRITE, "writer")
+    selector.add_direct_reader(ours.fileno(), lambda: got.append(ours.recv(100)))
+    key = selector.register(ours.fileno(), WRITE, "writer")
     theirs.send(b"a")
-    assert poller.select(1) == [(key, WRITE)]
+    assert selector.select(1) == [(key, WRITE)]
     assert got == [b"a"]
-    poller.unregister(ours.fileno())
+    selector.unregister(ours.fileno())
     theirs.send(b"b")
-    assert poller.select(1) == []
+    assert selector.select(1) == []
     assert got == [b"a", b"b"]
 
 
-def test_a_reader_hears_of_the_peers_end(poller: ReadingSelector, pair: Pair) -> None:
+def test_a_direct_reader_is_called_when_the_peer_closes(selector: ReadingSelector, pair: Pair) -> None:
     ours, theirs = pair
     got: list[bytes] = []
-    poller.read(ours.fileno(), lambda: got.append(ours.recv(100)))
+    selector.add_direct_reader(ours.fileno(), lambda: got.append(ours.recv(100)))
     theirs.close()
-    poller.select(1)
+    selector.select(1)
     assert got == [b""]
 
 
-def test_whoever_is_forgotten_by_another_reader_is_not_called(poller: ReadingSelector) -> None:
+def test_a_direct_reader_removed_by_another_is_not_called(selector: ReadingSelector) -> None:
     pairs = [socket.socketpair() for _ in range(2)]
     called: list[int] = []
 
     def reader(number: int) -> None:
         called.append(number)
-        poller.forget(pairs[1 - number][0].fileno())
+        selector.remove_direct_reader(pairs[1 - number][0].fileno())
 
     for number, (ours, theirs) in enumerate(pairs):
         theirs.send(b"x")
-        poller.read(ours.fileno(), lambda number=number: reader(number))
-    poller.select(1)
+        selector.add_direct_reader(ours.fileno(), lambda number=number: reader(number))
+    selector.select(1)
     assert len(called) == 1
-    for each in pairs:
-        for end in each:
+    for pair in pairs:
+        for end in pair:
             end.close()
 
 
-def test_it_is_a_selector(poller: ReadingSelector, pair: Pair) -> None:
+def test_the_selector_interface(selector: ReadingSelector, pair: Pair) -> None:
     ours, theirs = pair
     fd = ours.fileno()
-    key = poller.register(fd, READ, "reader")
+    key = selector.register(fd, READ, "reader")
     with pytest.raises(KeyError):
-        poller.register(fd, READ)
-    assert poller.get_key(fd) == key == poller.get_map()[fd]
+        selector.register(fd, READ)
+    assert selector.get_key(fd) == key == selector.get_map()[fd]
     theirs.send(b"x")
-    assert poller.select(1) == [(key, READ)]
-    both = poller.modify(fd, READ | WRITE, "both")
-    assert poller.select(1) == [(both, READ | WRITE)]
-    other = poller.modify(fd, READ | WRITE, "other")
-    assert poller.select(1) == [(other, READ | WRITE)]
-    assert poller.unregister(fd) == other
-    assert poller.select(0) == []
+    assert selector.select(1) == [(key, READ)]
+    both = selector.modify(fd, READ | WRITE, "both")
+    assert selector.select(1) == [(both, READ | WRITE)]
+    other = selector.modify(fd, READ | WRITE, "other")
+    assert selector.select(1) == [(other, READ | WRITE)]
+    assert selector.unregister(fd) == other
+    assert selector.select(0) == []
     with pytest.raises(KeyError):
-        poller.get_key(fd)
+        selector.get_key(fd)
     with pytest.raises(KeyError):
-        poller.unregister(fd)
+        selector.unregister(fd)
 
 
-def test_a_closed_descriptor_is_taken_out_all_the_same(poller: ReadingSelector) -> None:
+def test_a_closed_descriptor_can_be_unregistered(selector: ReadingSelector) -> None:
     ours, theirs = socket.socketpair()
     fd = ours.fileno()
-    poller.register(fd, READ)
+    selector.register(fd, READ)
     ours.close()
     theirs.close()
-    poller.unregister(fd)
+    selector.unregister(fd)
     again, other = socket.socketpair()
     with again, other:
-        key = poller.register(again.fileno(), WRITE)
-        assert poller.select(1) == [(key, WRITE)]
+        key = selector.register(again.fileno(), WRITE)
+        assert selector.select(1) == [(key, WRITE)]
 
 
-def test_what_epoll_refuses_is_not_kept(poller: ReadingSelector, tmp_path: Path) -> None:
+def test_a_descriptor_refused_by_epoll_is_not_registered(selector: ReadingSelector, tmp_path: Path) -> None:
     with open(tmp_path / "file", "wb") as file:
-        for refused in (lambda: poller.register(file.fileno(), READ), lambda: poller.read(file.fileno(), print)):
+        for refused in (
+            lambda: selector.register(file.fileno(), READ),
+            lambda: selector.add_direct_reader(file.fileno(), print),
+        ):
             with pytest.raises(PermissionError):
                 refused()
-    assert not poller.get_map()
-    assert poller.select(0) == []
+    assert not selector.get_map()
+    assert selector.select(0) == []
 
 
-def test_a_turn_has_an_end_and_nobody_is_left_out(poller: ReadingSelector) -> None:
-    pipes = [os.pipe() for _ in range(MOST + 50)]
+def test_a_turn_handles_a_limited_number_of_events_and_the_next_one_the_rest(selector: ReadingSelector) -> None:
+    pipes = [os.pipe() for _ in range(MAX_EVENTS + 50)]
     called: set[int] = set()
     for number, (reader, writer) in enumerate(pipes):
         os.write(writer, b"x")
-        poller.read(reader, lambda number=number: called.add(number))
-    poller.select(0)
-    assert len(called) == MOST
-    poller.select(0)
-    assert len(called) == MOST + 50
-    for each in pipes:
-        for end in each:
+        selector.add_direct_reader(reader, lambda number=number: called.add(number))
+    selector.select(0)
+    assert len(called) == MAX_EVENTS
+    selector.select(0)
+    assert len(called) == MAX_EVENTS + 50
+    for pipe in pipes:
+        for end in pipe:
             os.close(end)
 
 
@@ -172,7 +175,7 @@ loop.close()
 """
 
 
-def test_an_asyncio_loop_runs_on_it() -> None:
-    # In a process of its own: here a loop runs already.
+def test_an_asyncio_loop_runs_on_the_selector() -> None:
+    # In a separate process: a loop runs already in this one.
     ran = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, timeout=60)
     assert (ran.stdout, ran.stderr) == ("50001\nTrue\n", "")

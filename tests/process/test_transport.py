@@ -1,4 +1,4 @@
-"""The transport that writes at once: order, producers and closing are Twisted's own."""
+"""The transport that writes immediately: order, producers and closing behave as in Twisted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from realtime.process.transport import DirectServer
 
 @implementer(IPushProducer)
 class Recorder(Protocol):
-    """A server's side of a connection that notes what happens to it."""
+    """Server side of a connection; it records the calls of its transport."""
 
     def __init__(self) -> None:
         self.made: Deferred[None] = Deferred()
@@ -42,7 +42,7 @@ class Recorder(Protocol):
 
 @pytest.fixture
 def pair() -> Any:
-    """A recorder over a DirectServer, and the client's plain socket with a small window."""
+    """A recorder on a DirectServer, and the client's plain socket with a small window."""
     recorder = Recorder()
     port = reactor.listenTCP(0, Factory.forProtocol(lambda: recorder), interface="127.0.0.1")
     port.transport = DirectServer
@@ -61,7 +61,7 @@ async def turn() -> None:
 
 
 async def read_all(client: socket.socket, until: int) -> bytes:
-    """Read in small pieces, with the loop turning, until so many bytes or the end of the stream came."""
+    """Read in small pieces while the loop runs, up to `until` bytes or the end of the stream."""
     client.setblocking(False)
     got = bytearray()
     while len(got) < until:
@@ -77,7 +77,7 @@ async def read_all(client: socket.socket, until: int) -> bytes:
     return bytes(got)
 
 
-async def test_a_frame_is_out_before_write_returns(pair: Any) -> None:
+async def test_write_sends_before_it_returns(pair: Any) -> None:
     recorder, client = pair
     await recorder.made
     recorder.transport.write(b"at once")
@@ -85,7 +85,7 @@ async def test_a_frame_is_out_before_write_returns(pair: Any) -> None:
     assert not recorder.transport.dataBuffer
 
 
-async def test_what_the_socket_refuses_follows_in_order(pair: Any) -> None:
+async def test_bytes_refused_by_the_socket_follow_in_order(pair: Any) -> None:
     recorder, client = pair
     await recorder.made
     recorder.transport.getHandle().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -96,8 +96,8 @@ async def test_what_the_socket_refuses_follows_in_order(pair: Any) -> None:
             await turn()
     whole = b"".join(pieces)
     assert await read_all(client, len(whole)) == whole
-    recorder.transport.write(b"again straight")
-    assert await read_all(client, 14) == b"again straight"
+    recorder.transport.write(b"direct again!!")
+    assert await read_all(client, 14) == b"direct again!!"
 
 
 async def test_a_producer_is_paused_and_resumed(pair: Any) -> None:
@@ -115,7 +115,7 @@ async def test_a_producer_is_paused_and_resumed(pair: Any) -> None:
     recorder.transport.unregisterProducer()
 
 
-async def test_what_is_queued_leaves_before_the_connection_is_closed(pair: Any) -> None:
+async def test_buffered_data_is_written_before_the_connection_closes(pair: Any) -> None:
     recorder, client = pair
     await recorder.made
     recorder.transport.write(b"y" * 1_000_000)
@@ -136,7 +136,7 @@ async def test_nothing_is_written_after_a_half_close(pair: Any) -> None:
     assert await read_all(client, 100) == b"end"
 
 
-async def test_a_lost_peer_is_told_by_connection_lost_not_by_write(pair: Any) -> None:
+async def test_a_lost_peer_is_reported_by_connection_lost_and_not_by_write(pair: Any) -> None:
     recorder, client = pair
     await recorder.made
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close with a reset

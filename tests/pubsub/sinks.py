@@ -1,4 +1,4 @@
-"""What takes frames in tests."""
+"""Sinks for tests."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from realtime.pubsub.subscriber import Sink
 
 
 class WholeFrames:
-    """Something with a sink that hands whole frames to its `deliver`."""
+    """A base class with a sink that passes whole frames to `deliver`."""
 
     deliver: Any
 
     @property
     def sink(self) -> Sink:
-        return Sink(self._write, self._keep)
+        return Sink(self._write, self._queue_remainder)
 
     def _write(self, frame: bytes) -> int:
         self.deliver(frame)
         return len(frame)
 
-    def _keep(self, frame: bytes, taken: int) -> None:
-        raise AssertionError("everything was taken")
+    def _queue_remainder(self, frame: bytes, sent: int) -> None:
+        raise AssertionError("all bytes were sent")

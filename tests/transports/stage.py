@@ -1,4 +1,4 @@
-"""A front with echoing sessions on a real port, and raw clients for it. The reactor is real; deadlines are not."""
+"""A frontend with echo sessions on a real port, and raw clients. The reactor is real, deadlines are not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ from realtime.metrics import Metrics
 from realtime.process.transport import DirectServer
 from realtime.transports.admission import Admission
 from realtime.transports.frontend import HTTPFrontendFactory
-from realtime.transports.websocket import FORMS, UNIDIRECTIONAL_FORMS, WebSocketConnection, WebSocketFactory
+from realtime.transports.websocket import (
+    UNIDIRECTIONAL_WIRE_FORMATS,
+    WIRE_FORMATS,
+    WebSocketConnection,
+    WebSocketFactory,
+)
 
 PATH = "/connection/websocket"
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
@@ -33,7 +38,7 @@ ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # the example of RFC 6455 section 1.3
 
 
 def handshake(*more: str, path: str = PATH, host: str = "localhost") -> bytes:
-    """A good opening handshake, with more header lines."""
+    """Build a valid opening handshake. more: further header lines."""
     lines = [
         f"GET {path} HTTP/1.1",
         f"Host: {host}",
@@ -49,7 +54,7 @@ def handshake(*more: str, path: str = PATH, host: str = "localhost") -> bytes:
 def frame(
     opcode: int, payload: bytes = b"", fin: bool = True, rsv: int = 0, mask: bytes | None = b"\x01\x02\x03\x04"
 ) -> bytes:
-    """A client frame, RFC 6455 section 5.2."""
+    """Build a client's frame (RFC 6455 section 5.2)."""
     length = len(payload)
     first = (0x80 if fin else 0) | rsv << 4 | opcode
     flag = 0 if mask is None else 0x80
@@ -71,7 +76,7 @@ def text(payload: str) -> bytes:
 
 
 def frames_in(data: bytes) -> list[tuple[int, bytes]]:
-    """The whole server frames in `data`: (opcode, payload), inflated if need be."""
+    """Parse the complete server frames in `data`: (opcode, inflated payload)."""
     frames = []
     start = 0
     while len(data) - start >= 2:
@@ -91,14 +96,14 @@ def frames_in(data: bytes) -> list[tuple[int, bytes]]:
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    """Let the reactor turn until it holds; the test's own limit ends a wait in vain."""
+    """Run the reactor until `condition` holds; the timeout of the test limits the wait."""
     await task.deferLater(reactor, 0)
     while not condition():
         await task.deferLater(reactor, 0.002)
 
 
 class Client(Protocol):
-    """A raw TCP peer: what it received, and when the server left."""
+    """A raw TCP peer; it records received data, and whether the connection is lost."""
 
     def __init__(self) -> None:
         self.received = bytearray()
@@ -118,17 +123,17 @@ class Client(Protocol):
 
     @property
     def response(self) -> bytes:
-        """The first HTTP response's head."""
+        """Head of the first HTTP response."""
         return bytes(self.received.partition(b"\r\n\r\n")[0])
 
     @property
     def status(self) -> int:
-        """Of the first HTTP response, 0 while there is none."""
+        """Status of the first HTTP response; 0 while there is none."""
         return int(self.received[9:12] or 0)
 
     @property
     def frames(self) -> list[tuple[int, bytes]]:
-        """What came after the response to the handshake."""
+        """Frames after the response to the handshake."""
         return frames_in(bytes(self.received.partition(b"\r\n\r\n")[2]))
 
     @property
@@ -137,7 +142,7 @@ class Client(Protocol):
 
     @property
     def close(self) -> tuple[int, str] | None:
-        """Code and reason of the server's close frame."""
+        """Code and reason of the server's close frame; None before it."""
         for opcode, payload in self.frames:
             if opcode == 8:
                 return int.from_bytes(payload[:2], "big"), payload[2:].decode()
@@ -150,13 +155,13 @@ class Client(Protocol):
         return self.close
 
     async def echo(self, message: str) -> None:
-        """Send a message and wait until it is back."""
+        """Send a message and wait for its echo."""
         self.send(text(message))
         await eventually(lambda: message in self.texts)
 
 
 class Echo:
-    """A session that sends back what it hears, and obeys a few words."""
+    """A session that echoes messages; "raise" and "close" make it do so."""
 
     def __init__(self, connection: WebSocketConnection, request: OpeningRequest) -> None:
         self.connection = connection
@@ -178,7 +183,7 @@ class Echo:
 
 
 class Page(Resource):
-    """Answers every path but "large" with the path and the body that it got."""
+    """Answers each request with its path and body, and /large with 16 MB."""
 
     isLeaf = True
 
@@ -189,7 +194,7 @@ class Page(Resource):
 
 
 class Stage:
-    """The server side of a test. `sessions`: all that were opened, in order."""
+    """The server of a test. sessions: all opened sessions, in order."""
 
     def __init__(
         self,
@@ -204,7 +209,7 @@ class Stage:
         self.sessions: list[Echo] = []
         self.failures: list[LogEvent] = []
         self.make_session: Callable[[WebSocketConnection, OpeningRequest], Any] = Echo
-        self.refusal: Refusal | None = None  # of every handshake, if set
+        self.refusal: Refusal | None = None  # of all handshakes, if set
         self.admission = Admission(client, self.metrics, lambda: self.now, lambda: self.refusal)
         self.websocket = WebSocketFactory(
             self._open_session,
@@ -214,7 +219,9 @@ class Stage:
             self.metrics,
             reactor,
             self.admission,
-            forms=FORMS if isinstance(websocket, settings.WebSocketSettings) else UNIDIRECTIONAL_FORMS,
+            wire_formats=(
+                WIRE_FORMATS if isinstance(websocket, settings.WebSocketSettings) else UNIDIRECTIONAL_WIRE_FORMATS
+            ),
         )
         endpoints = {websocket.handler_prefix: self.websocket}
         self.front = HTTPFrontendFactory(http_server, endpoints, Site(Page()), self.deadlines, self.metrics)
@@ -228,14 +235,14 @@ class Stage:
         return session
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, as the deadlines see it."""
+        """Advance the time of the deadlines."""
         end = self.now + seconds
         while self.now < end:
             self.now += RESOLUTION
             self.deadlines.sweep(self.now)
 
     def count(self, kind: str) -> int:
-        """How often this kind of bad input was counted."""
+        """Return the counter of this kind of bad input."""
         return self.metrics.counter("realtime_bad_input", "", kind=kind).value
 
     def gauge(self, name: str) -> float:
@@ -243,9 +250,9 @@ class Stage:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left of any connection."""
+        """Whether no state of any connection is left."""
         return (
-            self.front.waiting == 0
+            self.front.pending == 0
             and self.front.serving == 0
             and self.websocket.connections == 0
             and self.websocket.queued.size == 0
@@ -254,7 +261,7 @@ class Stage:
         )
 
     async def connect(self, data: bytes = b"") -> Client:
-        """A raw client; `data` is sent at once."""
+        """Connect a raw client and send `data`."""
         connected: Deferred[Client] = Deferred()
 
         class Connected(Client):
@@ -270,19 +277,19 @@ class Stage:
         return client
 
     async def request(self, data: bytes) -> Client:
-        """A raw client that has got a response."""
+        """Connect a raw client, send `data`, and wait for a response."""
         client = await self.connect(data)
         await eventually(lambda: b"\r\n\r\n" in client.received)
         return client
 
     async def open(self, *more: str) -> Client:
-        """A client whose WebSocket is open."""
+        """Open a WebSocket."""
         client = await self.request(handshake(*more, path=self.path))
         assert client.status == 101, client.response
         return client
 
     def open_socket(self, receive_buffer: int, data: bytes | None = None) -> socket.socket:
-        """A plain socket that reads only when told to, with a small window. data: in place of a handshake."""
+        """Connect a plain socket that reads only when the test does. data: sent in place of a handshake."""
         peer = socket.socket()
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         peer.connect(("127.0.0.1", self.port))
@@ -305,7 +312,7 @@ async def staged(
     websocket: settings.WebSocketSettings | settings.UniWebSocketSettings | None = None,
     client: settings.ClientSettings | None = None,
 ) -> AsyncIterator[Stage]:
-    """A stage; at its end every connection must have gone and left nothing behind."""
+    """Run a server; at the end, wait until all connections are closed and no state is left."""
     stage = Stage(
         http_server or settings.HTTPServerSettings(),
         websocket or settings.WebSocketSettings(),

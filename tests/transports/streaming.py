@@ -1,4 +1,4 @@
-"""A front with streams beside the WebSockets of `stage`, and what reads their responses."""
+"""A frontend with streams beside the WebSockets of `stage`, and parsers for their responses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from realtime.app import App
 from realtime.config import settings
 from realtime.deadlines import RESOLUTION
 from realtime.handlers.dispatch import Dispatcher
-from realtime.http.body import Body
+from realtime.http.body import BodyParser
 from realtime.http.request import CHUNKED
 from realtime.protocol.orders import EmulateOrder
 from realtime.protocol.sessions import Sessions
 from realtime.pubsub.hub import Hub
 from realtime.transports.emulation import Emulation
-from realtime.transports.http_server import make_site
-from realtime.transports.streams import Streams, paths
+from realtime.transports.routes import make_site
+from realtime.transports.streams import StreamContext, make_endpoints
 from tests.pubsub.memory_engine import MemoryEngine
 from tests.transports.stage import Client, Stage
 
@@ -39,7 +39,7 @@ BODY_LIMIT = 1000
 
 
 def tree(**branches: Any) -> settings.Settings:
-    """Settings with everything turned on."""
+    """Settings with all transports enabled."""
     stream: dict[str, Any] = {"enabled": True, "max_request_body_size": BODY_LIMIT}
     values: dict[str, Any] = {
         "sse": settings.SSESettings(**stream),
@@ -53,7 +53,7 @@ def tree(**branches: Any) -> settings.Settings:
 
 
 def post(path: str, body: bytes, *more: str, method: str = "POST") -> bytes:
-    """A request with a body, with more header lines."""
+    """Build a request with a body. more: further header lines."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *more]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
@@ -63,15 +63,15 @@ def get(path: str, *more: str, method: str = "GET") -> bytes:
 
 
 def fields(client: Client) -> dict[str, str]:
-    """The headers of the first response, by lower-case name."""
+    """Return the headers of the first response by lower-case name."""
     lines = client.response.decode("latin-1").split("\r\n")[1:]
     return {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
 
 
 def chunks(client: Client) -> tuple[bytes, bool]:
-    """The content of the chunks so far, and whether the last one came."""
+    """Return the content of the received chunks, and whether the last chunk is among them."""
     data = bytes(client.received.partition(b"\r\n\r\n")[2])
-    content, body = bytearray(), Body(CHUNKED, 1 << 30)
+    content, body = bytearray(), BodyParser(CHUNKED, 1 << 30)
     whole = body.feed(data)
     if isinstance(whole, bytes):
         return whole, True
@@ -86,7 +86,7 @@ def chunks(client: Client) -> tuple[bytes, bool]:
 
 
 def events(client: Client) -> list[Any]:
-    """The server-sent events so far, decoded."""
+    """Return the received server-sent events, decoded."""
     content, _ = chunks(client)
     parts = content.removeprefix(b"\r\n").split(b"\n\n")
     assert all(part.startswith(b"data: ") for part in parts[:-1])
@@ -94,12 +94,12 @@ def events(client: Client) -> list[Any]:
 
 
 def lines(client: Client) -> list[Any]:
-    """The lines so far, decoded."""
+    """Return the received lines, decoded."""
     return [json.loads(line) for line in chunks(client)[0].splitlines()]
 
 
 class StreamStage(Stage):
-    """A stage with streams, and everything else on a site of ours."""
+    """A server with streams and an HTTP site."""
 
     def __init__(self, values: settings.Settings, app: App) -> None:
         super().__init__(values.http_server, values.websocket, values.client)
@@ -109,7 +109,7 @@ class StreamStage(Stage):
         dispatcher = Dispatcher(app, reactor, values.workers, self.metrics, Logger())
         self.emulation = Emulation(self.engine, NODE, WORKER)
         registry.add_handler(EmulateOrder, self.emulation.receive)
-        self.streams = Streams(
+        self.streams = StreamContext(
             self._open_session,
             values,
             self.deadlines,
@@ -118,7 +118,7 @@ class StreamStage(Stage):
             self.emulation,
             self.websocket.queued,
         )
-        endpoints, services = paths(values, self.streams)
+        endpoints, cors_routes = make_endpoints(values, self.streams)
         self.front.endpoints = {**self.front.endpoints, **endpoints}
         self.front.http = make_site(
             app,
@@ -127,7 +127,7 @@ class StreamStage(Stage):
             values,
             self.metrics,
             reactor,
-            services=services,
+            cors_routes=cors_routes,
             proxies=self.admission.proxies,
         )
 
@@ -136,13 +136,13 @@ class StreamStage(Stage):
         return super().idle and self.streams.connections == 0 and not self.emulation._by_secret
 
     async def stream(self, request: bytes) -> Client:
-        """A client whose stream has begun."""
+        """Open a stream."""
         client = await self.request(request)
         assert client.status == 200, client.response
         return client
 
     async def status(self, request: bytes) -> int:
-        """The status of the response to a request, whose connection is left then."""
+        """Send a request on a new connection, close it, and return the status of the response."""
         client = await self.request(request)
         client.leave()
         return client.status
@@ -150,7 +150,7 @@ class StreamStage(Stage):
 
 @asynccontextmanager
 async def streaming(app: App | None = None, **branches: Any) -> AsyncIterator[StreamStage]:
-    """A stage; at its end every connection must have gone and left nothing behind."""
+    """Run a server; at the end, wait until all connections are closed and no state is left."""
     stage = StreamStage(tree(**branches), app or App())
     globalLogPublisher.addObserver(stage.log)
     try:

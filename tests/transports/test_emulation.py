@@ -1,4 +1,4 @@
-"""Commands by requests of their own: every status, the way to the right session, order, and floods."""
+"""Commands in separate HTTP requests: each status, the route to the session, order, and floods."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ BINARY = "Content-Type: application/octet-stream"
 PAGE = "Origin: https://app.example"
 
 
-def asked(session: str, data: str, node: str = NODE) -> bytes:
-    """A request in JSON, as the SDK makes it."""
+def json_request(session: str, data: str, node: str = NODE) -> bytes:
+    """Build a request in JSON, as the SDK does."""
     return post(EMULATION, json.dumps({"session": session, "node": node, "data": data}).encode(), JSON)
 
 
-def asked_in_protobuf(session: str, data: bytes, node: str = NODE) -> bytes:
+def protobuf_request(session: str, data: bytes, node: str = NODE) -> bytes:
     """EmulationRequest{node=1, session=2, data=3}, each shorter than 128 bytes."""
     body = b""
     for number, value in ((1, node.encode()), (2, session.encode()), (3, data)):
@@ -49,7 +49,7 @@ def asked_in_protobuf(session: str, data: bytes, node: str = NODE) -> bytes:
 
 
 async def opened(stage: StreamStage, path: str = HTTP_STREAM, *more: str) -> tuple[Client, str]:
-    """A client with a stream, and its secret."""
+    """Open a stream; return its client and its secret."""
     client = await stage.stream(post(path, b"{}", *more))
     await eventually(lambda: stage.sessions[-1].received == [b"{}"])
     return client, stage.sessions[-1].connection.secret
@@ -57,20 +57,20 @@ async def opened(stage: StreamStage, path: str = HTTP_STREAM, *more: str) -> tup
 
 async def test_commands_reach_their_session() -> None:
     async with streaming() as stage:
-        one, secret = await opened(stage)
+        client, secret = await opened(stage)
         other, _ = await opened(stage, SSE)
-        assert await stage.status(asked(secret, '{"id":2}\n{"id":3,"x":"ü"}')) == 204
-        assert await stage.status(asked(secret, "{}")) == 204
+        assert await stage.status(json_request(secret, '{"id":2}\n{"id":3,"x":"ü"}')) == 204
+        assert await stage.status(json_request(secret, "{}")) == 204
         assert stage.sessions[0].received[1:] == ['{"id":2}\n{"id":3,"x":"ü"}'.encode(), b"{}"]
         assert stage.sessions[1].received == [b"{}"]
-        one.leave()
+        client.leave()
         other.leave()
 
 
 async def test_commands_in_protobuf() -> None:
     async with streaming() as stage:
         client, secret = await opened(stage, HTTP_STREAM, BINARY)
-        assert await stage.status(asked_in_protobuf(secret, b"\x02\x08\x01\x00")) == 204
+        assert await stage.status(protobuf_request(secret, b"\x02\x08\x01\x00")) == 204
         assert stage.sessions[0].received[1:] == [b"\x02\x08\x01\x00"]
         client.leave()
 
@@ -78,7 +78,7 @@ async def test_commands_in_protobuf() -> None:
 async def test_requests_on_one_connection_keep_their_order() -> None:
     async with streaming() as stage:
         client, secret = await opened(stage)
-        sender = await stage.connect(b"".join(asked(secret, f'{{"id":{number}}}') for number in range(200)))
+        sender = await stage.connect(b"".join(json_request(secret, f'{{"id":{number}}}') for number in range(200)))
         await eventually(lambda: sender.received.count(b"HTTP/1.1 204 ") == 200)
         assert stage.sessions[0].received[1:] == [b'{"id":%d}' % number for number in range(200)]
         sender.leave()
@@ -87,7 +87,7 @@ async def test_requests_on_one_connection_keep_their_order() -> None:
 
 async def test_a_response_has_no_body() -> None:
     async with streaming(client=settings.ClientSettings(allowed_origins=("*",))) as stage:
-        client = await stage.request(asked("3.gone", "{}").replace(b"Host", PAGE.encode() + b"\r\nHost"))
+        client = await stage.request(json_request("3.gone", "{}").replace(b"Host", PAGE.encode() + b"\r\nHost"))
         assert client.status == 204
         assert client.received.endswith(b"\r\n\r\n")
         assert fields(client)["access-control-allow-origin"] == "https://app.example"
@@ -95,36 +95,36 @@ async def test_a_response_has_no_body() -> None:
 
 
 @pytest.mark.parametrize("secret", ["", "3.gone", "4.elsewhere", "3.", ".", "no point", "3", "\x00", "3.ü"])
-async def test_a_session_that_is_gone_is_known_by_its_stream(secret: str) -> None:
+async def test_commands_for_an_ended_session_get_204(secret: str) -> None:
     async with streaming() as stage:
         client, _ = await opened(stage)
-        assert await stage.status(asked(secret, "{}")) == 204
+        assert await stage.status(json_request(secret, "{}")) == 204
         assert stage.sessions[0].received == [b"{}"]
         client.leave()
 
 
-async def test_a_secret_is_worth_nothing_once_its_stream_is_over() -> None:
+async def test_the_secret_of_an_ended_stream_is_invalid() -> None:
     async with streaming() as stage:
         client, secret = await opened(stage)
         client.leave()
         await eventually(lambda: stage.streams.connections == 0)
-        assert await stage.status(asked(secret, '{"id":2}')) == 204
+        assert await stage.status(json_request(secret, '{"id":2}')) == 204
         assert stage.sessions[0].received == [b"{}"]
 
 
 async def test_a_unidirectional_session_takes_no_commands() -> None:
     async with streaming() as stage:
         client, secret = await opened(stage, UNI_SSE)
-        assert await stage.status(asked(secret, '{"id":2}')) == 204
+        assert await stage.status(json_request(secret, '{"id":2}')) == 204
         assert stage.sessions[0].received == [b"{}"]
         client.leave()
 
 
 @pytest.mark.parametrize("node", ["", "another", NODE + "x"])
-async def test_another_node(node: str) -> None:
+async def test_requests_for_another_node_are_404(node: str) -> None:
     async with streaming() as stage:
-        assert await stage.status(asked("3.x", "{}", node)) == 404
-        assert await stage.status(asked_in_protobuf("3.x", b"\x00", node)) == 404
+        assert await stage.status(json_request("3.x", "{}", node)) == 404
+        assert await stage.status(protobuf_request("3.x", b"\x00", node)) == 404
 
 
 @pytest.mark.parametrize(
@@ -141,21 +141,21 @@ async def test_another_node(node: str) -> None:
         b"[" * 900,
     ],
 )
-async def test_a_body_that_cannot_be_read(body: bytes) -> None:
+async def test_an_invalid_json_body_is_400(body: bytes) -> None:
     async with streaming() as stage:
         assert await stage.status(post(EMULATION, body, JSON)) == 400
         assert stage.count("emulation") == 1
 
 
 @pytest.mark.parametrize("body", [b"\x0a\xff", b"\x0a\x01\xff", b"\x08\x01", b"\x80" * 20])
-async def test_a_binary_body_that_cannot_be_read(body: bytes) -> None:
+async def test_an_invalid_protobuf_body_is_400(body: bytes) -> None:
     async with streaming() as stage:
         assert await stage.status(post(EMULATION, body, BINARY)) == 400
         assert stage.count("emulation") == 1
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD"])
-async def test_other_methods_than_post(method: str) -> None:
+async def test_methods_other_than_post_are_405(method: str) -> None:
     async with streaming() as stage:
         client = await stage.request(get(EMULATION, method=method))
         assert client.status == 405
@@ -180,14 +180,14 @@ async def test_a_body_over_the_limit() -> None:
 async def test_a_page_of_another_origin() -> None:
     async with streaming() as stage:
         client, secret = await opened(stage)
-        spoofed = asked(secret, '{"id":2}').replace(b"Host", b"Origin: https://evil.example\r\nHost")
+        spoofed = json_request(secret, '{"id":2}').replace(b"Host", b"Origin: https://evil.example\r\nHost")
         assert await stage.status(spoofed) == 403
         assert stage.sessions[0].received == [b"{}"]
         assert stage.count("origin") == 1
         client.leave()
 
 
-async def test_a_small_answer_for_load_balancers() -> None:
+async def test_init_returns_a_small_response_for_load_balancers() -> None:
     async with streaming(client=settings.ClientSettings(allowed_origins=("*",))) as stage:
         client = await stage.request(get(INIT, PAGE))
         await eventually(lambda: client.received.endswith(b"\r\n\r\n{}"))
@@ -201,7 +201,7 @@ async def test_a_small_answer_for_load_balancers() -> None:
 
 
 class Engine:
-    """Takes orders, or fails. `orders`: what it took, and for which worker."""
+    """An engine that records orders, or raises `error`. orders: pairs of order and worker."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
@@ -222,15 +222,15 @@ def substituted(stage: StreamStage, engine: Engine) -> Engine:
 async def test_commands_go_to_the_worker_that_the_secret_names() -> None:
     async with streaming() as stage:
         engine = substituted(stage, Engine())
-        assert await stage.status(asked("12.secret", '{"id":2}')) == 204
+        assert await stage.status(json_request("12.secret", '{"id":2}')) == 204
         assert engine.orders == [(encode_order(EmulateOrder("12.secret", b'{"id":2}')), "12")]
 
 
-async def test_no_secret_addresses_all_workers() -> None:
+async def test_a_secret_without_worker_is_not_forwarded() -> None:
     async with streaming() as stage:
         engine = substituted(stage, Engine())
         for secret in ("", ".", ".x", "x"):
-            assert await stage.status(asked(secret, "{}")) == 204
+            assert await stage.status(json_request(secret, "{}")) == 204
         assert engine.orders == []
 
 
@@ -242,42 +242,42 @@ async def test_no_secret_addresses_all_workers() -> None:
         (RuntimeError("a bug"), 500),
     ],
 )
-async def test_what_the_engine_does_not_take(error: Exception, status: int) -> None:
+async def test_the_status_of_an_engine_error(error: Exception, status: int) -> None:
     async with streaming() as stage:
         substituted(stage, Engine(error))
-        assert await stage.status(asked("4.elsewhere", "{}")) == status
+        assert await stage.status(json_request("4.elsewhere", "{}")) == status
         assert len(stage.failures) == isinstance(error, RuntimeError)
         stage.failures.clear()
 
 
-async def test_a_stream_of_this_worker_outlives_an_absence_of_the_engine() -> None:
+async def test_a_stream_of_this_worker_gets_commands_while_the_engine_is_unavailable() -> None:
     async with streaming() as stage:
         client, secret = await opened(stage)
         substituted(stage, Engine(EngineUnavailable("away")))
-        assert await stage.status(asked(secret, '{"id":2}')) == 204
+        assert await stage.status(json_request(secret, '{"id":2}')) == 204
         assert stage.sessions[0].received[1:] == [b'{"id":2}']
         client.leave()
 
 
-# What a session does with them
+# Handling of commands by the session
 
 
-async def test_text_that_is_not_utf_8_ends_the_stream() -> None:
+async def test_a_command_with_invalid_utf_8_ends_the_stream() -> None:
     async with streaming() as stage:
         client, secret = await opened(stage)
-        assert await stage.status(asked_in_protobuf(secret, b'{"x":"\xff"}')) == 204
+        assert await stage.status(protobuf_request(secret, b'{"x":"\xff"}')) == 204
         await eventually(lambda: client.lost)
         assert lines(client)[-1]["push"]["disconnect"]["code"] == 3501
         assert stage.sessions[0].received == [b"{}"]
 
 
-async def test_commands_wait_while_the_session_has_enough_to_do() -> None:
+async def test_commands_are_queued_while_the_session_is_paused() -> None:
     async with streaming() as stage:
         client, secret = await opened(stage)
         session: Any = stage.sessions[0]
         session.connection.pause()
         for number in range(5):
-            assert await stage.status(asked(secret, f'{{"id":{number}}}')) == 204
+            assert await stage.status(json_request(secret, f'{{"id":{number}}}')) == 204
         assert session.received == [b"{}"]
 
         def receive(payload: bytes) -> None:
@@ -288,7 +288,7 @@ async def test_commands_wait_while_the_session_has_enough_to_do() -> None:
         session.receive = receive
         session.connection.resume()
         assert session.received[1:] == [b'{"id":0}', b'{"id":1}']
-        assert await stage.status(asked(secret, '{"id":5}')) == 204
+        assert await stage.status(json_request(secret, '{"id":5}')) == 204
         session.connection.resume()
         assert session.received[1:] == [b'{"id":%d}' % number for number in range(6)]
         client.leave()
@@ -300,7 +300,7 @@ async def test_a_flood_of_commands_ends_the_stream(size: int, most: int) -> None
         client, secret = await opened(stage)
         bystander, _ = await opened(stage, SSE)
         stage.sessions[0].connection.pause()
-        flood = asked(secret, "x" * size)
+        flood = json_request(secret, "x" * size)
         sender = await stage.connect(flood * most)
         await eventually(lambda: sender.received.count(b"HTTP/1.1 204 ") == most)
         assert not client.lost

@@ -1,4 +1,4 @@
-"""The client port, by raw requests over real sockets: limits, deadlines, refusals, and who gets the connection."""
+"""The clients' port, with raw requests over real sockets: limits, deadlines, refusals, and routing by path."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def test_requests_on_one_connection() -> None:
 @pytest.mark.parametrize(
     "name", ["folded line", "vertical tab", "odd coding", "length and chunks", "many headers", "zeros"]
 )
-async def test_a_later_request_is_judged_like_the_first(name: str) -> None:
+async def test_a_later_request_is_checked_like_the_first(name: str) -> None:
     async with staged() as stage:
         post = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc"
         client = await stage.connect(post + REFUSED[name][0] + b"GET /smuggled HTTP/1.1\r\nHost: h\r\n\r\n")
@@ -90,8 +90,8 @@ async def test_no_request_follows_a_chunked_body() -> None:
         assert re.findall(rb"page (\S+)", bytes(client.received)) == [b"/a"]
 
 
-async def test_a_peer_that_takes_nothing_of_a_page_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frontend, "HTTP_PATIENCE", 50)
+async def test_a_peer_that_does_not_read_its_response_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontend, "HTTP_USER_TIMEOUT", 50)
     async with staged() as stage:
         peer = stage.open_socket(4096, b"GET /large HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
         await eventually(lambda: stage.gauge("realtime_http_connections") == 1)
@@ -118,7 +118,7 @@ async def test_bytes_after_the_handshake_are_frames() -> None:
         client.leave()
 
 
-async def test_the_session_learns_about_the_request() -> None:
+async def test_the_session_gets_the_opening_request() -> None:
     async with staged() as stage:
         client = await stage.request(handshake("Cookie: a=b", "X-Forwarded-For: 6.6.6.6", path=PATH + "?t=%C3%A4"))
         assert client.status == 101
@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[bytes, int]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_a_refusal_is_one_complete_response_and_the_end(name: str) -> None:
+async def test_a_refusal_is_one_complete_response_and_closes_the_connection(name: str) -> None:
     data, status = REFUSED[name]
     async with staged() as stage:
         client = await stage.request(data + b"GET /smuggled HTTP/1.1\r\nHost: h\r\n\r\n")
@@ -199,7 +199,7 @@ async def test_random_bytes_never_raise() -> None:
             client = await stage.connect(dice.randbytes(dice.randint(1, 300)))
             client.leave()
         await bystander.echo("still here")
-        await eventually(lambda: stage.front.waiting == 0)
+        await eventually(lambda: stage.front.pending == 0)
         assert not stage.failures
         bystander.leave()
 
@@ -237,10 +237,10 @@ async def test_a_site_path_does_not_redirect() -> None:
 async def test_a_silent_connection_is_closed_at_the_deadline() -> None:
     async with staged() as stage:
         client = await stage.connect()
-        await eventually(lambda: stage.front.waiting == 1)
+        await eventually(lambda: stage.front.pending == 1)
         assert stage.gauge("realtime_pending_connections") == 1
         stage.advance(4.5)
-        assert stage.front.waiting == 1
+        assert stage.front.pending == 1
         stage.advance(1.0)
         await eventually(lambda: client.lost)
         assert client.received == b""
@@ -250,7 +250,7 @@ async def test_a_silent_connection_is_closed_at_the_deadline() -> None:
 async def test_a_head_that_trickles_in_does_not_move_the_deadline() -> None:
     async with staged() as stage:
         clients = [await stage.connect() for _ in range(20)]
-        await eventually(lambda: stage.front.waiting == 20)
+        await eventually(lambda: stage.front.pending == 20)
         for byte in LINE[:10]:
             for client in clients:
                 client.send(bytes([byte]))
@@ -260,7 +260,7 @@ async def test_a_head_that_trickles_in_does_not_move_the_deadline() -> None:
         for client in clients:
             await eventually(lambda client=client: client.lost)
             assert client.status == 408
-        assert stage.front.waiting == 0
+        assert stage.front.pending == 0
 
 
 async def test_a_finished_head_has_no_deadline() -> None:
@@ -275,13 +275,13 @@ async def test_a_peer_that_does_not_close_after_a_refusal_is_aborted() -> None:
     async with staged() as stage:
         peer = stage.open_socket(65536, b"GET / HTTP/1.1\n")
         await eventually(lambda: stage.count("head_syntax") == 1)
-        for _ in range(3):  # it may still send, and none of this resets the connection
+        for _ in range(3):  # the peer may still send, without causing a reset
             peer.sendall(b"x" * 1000)
             await eventually(lambda: True)
         stage.advance(1.75)
-        assert stage.front.waiting == 1
+        assert stage.front.pending == 1
         stage.advance(0.5)
-        await eventually(lambda: stage.front.waiting == 0)
+        await eventually(lambda: stage.front.pending == 0)
         assert peer.recv(10000).startswith(b"HTTP/1.1 400 ")
         peer.close()
 
@@ -291,22 +291,24 @@ async def test_a_peer_that_goes_on_sending_after_a_refusal_is_aborted() -> None:
         client = await stage.connect(LINE)
         client.send(b"A: b\r\n" * 200_000)
         await eventually(lambda: client.status == 431)
-        await eventually(lambda: client.lost or stage.front.waiting == 1)
+        await eventually(lambda: client.lost or stage.front.pending == 1)
         stage.advance(3)
         await eventually(lambda: client.lost)
-        assert stage.front.waiting == 0
+        assert stage.front.pending == 0
 
 
-async def test_a_worker_under_pressure_opens_no_websocket_and_blames_nobody() -> None:
+async def test_an_overloaded_worker_refuses_websockets_without_counting_bad_input() -> None:
     async with staged() as stage:
         stage.refusal = Refusal(503, "too busy", UNCOUNTED)
         refused = await stage.request(handshake())
         assert refused.status == 503
         assert re.search(rb"Retry-After: (\d+)", refused.response)
         assert stage.websocket.connections == 0
-        assert not [one for one in stage.metrics.snapshot() if one.name == "realtime_bad_input" and one.value]
+        assert not [
+            sample for sample in stage.metrics.snapshot() if sample.name == "realtime_bad_input" and sample.value
+        ]
         bad = await stage.request(handshake().replace(b"Version: 13", b"Version: 12"))
-        assert bad.status == 426  # of two reasons the one that will not go away
+        assert bad.status == 426  # of two reasons, the permanent one is reported
         stage.refusal = None
         client = await stage.open()
         client.leave()
@@ -352,7 +354,7 @@ async def test_the_same_origin_needs_no_setting() -> None:
         client.leave()
 
 
-async def test_a_websocket_path_of_nowhere_leaves_all_to_the_site() -> None:
+async def test_an_empty_websocket_path_leaves_all_requests_to_the_site() -> None:
     async with staged(websocket=settings.WebSocketSettings(handler_prefix="")) as stage:
         client = await stage.request(handshake())
         assert client.status == 200

@@ -1,4 +1,4 @@
-"""Requests that mean no good, over real sockets: what could be framed in two ways, what pretends, what never ends."""
+"""Hostile requests over real sockets: ambiguous framing, forged addresses, endless requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CODINGS = """xchunked chunkedx chunk chunked,chunked gzip,chunked chunked,gzip 
 compress chunked;q=1 ,chunked chunked, "chunked" 'chunked' chunked\\ trailers,chunked \u0441hunked x-gzip,chunked"""
 LENGTHS = [*_LENGTHS.split(), "5 5", "5\t6", "5\x0b"]
 CODINGS = [*_CODINGS.split(), "chu nked", "chunked\xa0", "chunked\x0b"]
-TWO_WAYS: dict[str, bytes] = {
+AMBIGUOUS: dict[str, bytes] = {
     **{f"length {value!r}": request(b"Content-Length: " + value.encode()) for value in LENGTHS},
     **{f"coding {value!r}": request(b"Transfer-Encoding: " + value.encode()) for value in CODINGS},
     "no length": request(b"Content-Length:"),
@@ -40,9 +40,9 @@ TWO_WAYS: dict[str, bytes] = {
     "two codings": request(b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"),
     "a coding in HTTP/1.0": request(b"Transfer-Encoding: chunked", first=b"POST /p HTTP/1.0"),
     **{
-        f"{before + name + behind!r}": request(before + name + behind + b": 0", b"X: y")
+        f"{prefix + name + suffix!r}": request(prefix + name + suffix + b": 0", b"X: y")
         for name in (b"Content-Length", b"Transfer-Encoding")
-        for before, behind in ((b"", b" "), (b"", b"\t"), (b"", b"\x00"), (b"\x0b", b""), (b" ", b""), (b"", b"\r"))
+        for prefix, suffix in ((b"", b" "), (b"", b"\t"), (b"", b"\x00"), (b"\x0b", b""), (b" ", b""), (b"", b"\r"))
     },
     "a folded line": request(b"Content-Length:", b" 42"),
     "a folded coding": request(b"Transfer-Encoding:", b"\tchunked"),
@@ -55,7 +55,7 @@ TWO_WAYS: dict[str, bytes] = {
     "two hosts": request(b"Host: other"),
     "a head that ends with line feeds": b"POST /p HTTP/1.1\nHost: h\nContent-Length: 42\n\n",
 }
-# Chunked bodies that two readers may see the end of in different places.
+# Chunked bodies whose end two parsers may see in different places.
 CHUNKS: dict[str, bytes] = {
     "no size": b"\r\nabc\r\n0\r\n\r\n",
     "a size that is none": b"xyz\r\nabc\r\n0\r\n\r\n",
@@ -72,35 +72,35 @@ CHUNKS: dict[str, bytes] = {
     "bare line feeds": b"3\nabc\n0\n\n",
     "more than its size": b"3\r\nabcdef\r\n0\r\n\r\n",
     "less than its size": b"5\r\nabc\r\n0\r\n\r\n",
-    "no line end behind it": b"3\r\nabc0\r\n\r\n",
+    "no line end after it": b"3\r\nabc0\r\n\r\n",
 }
 
 
 async def refused(stage: Stage, data: bytes) -> list[bytes]:
-    """The statuses of what came back, until the server closed."""
+    """Send a request; return the statuses of all responses, up to the end of the connection."""
     client = await stage.connect(data + SMUGGLED * 2)
     await eventually(lambda: client.lost)
     assert b"smuggled" not in client.received
     return re.findall(rb"HTTP/1.1 (\d+)", bytes(client.received))
 
 
-async def test_what_could_be_framed_in_two_ways_is_400_and_nothing_behind_it_is_answered() -> None:
-    assert len(TWO_WAYS) >= 60
+async def test_ambiguous_framing_is_400_and_later_requests_are_not_answered() -> None:
+    assert len(AMBIGUOUS) >= 60
     async with staged() as stage:
-        for name, data in TWO_WAYS.items():
+        for name, data in AMBIGUOUS.items():
             assert await refused(stage, data) == [b"400"], name
         assert not stage.failures
 
 
-async def test_the_same_behind_a_good_request() -> None:
+async def test_ambiguous_framing_after_a_valid_request_is_400() -> None:
     good = request(b"Content-Length: 3") + b"abc"
     async with staged() as stage:
-        for name, data in TWO_WAYS.items():
+        for name, data in AMBIGUOUS.items():
             assert await refused(stage, good + data) == [b"200", b"400"], name
 
 
 @pytest.mark.parametrize("name", CHUNKS)
-async def test_nothing_behind_a_chunked_body_is_answered_however_it_ends(name: str) -> None:
+async def test_no_request_after_a_chunked_body_is_answered(name: str) -> None:
     async with staged() as stage:
         client = await stage.connect(chunked(CHUNKS[name]) + SMUGGLED * 2)
         await eventually(lambda: bool(client.received) or client.lost or stage.front.serving == 1)
@@ -112,9 +112,9 @@ async def test_nothing_behind_a_chunked_body_is_answered_however_it_ends(name: s
         assert not stage.failures
 
 
-# -- who says that somebody else is asking ----------------------------------------------------------------------------
+# -- forged client addresses ------------------------------------------------------------------------------------------
 
-PRETENDED = [
+FORGED = [
     "X-Forwarded-For: 6.6.6.6",
     "X-Forwarded-For: 127.0.0.1, 6.6.6.6",
     "X-Real-IP: 6.6.6.6",
@@ -125,8 +125,8 @@ PRETENDED = [
 ]
 
 
-@pytest.mark.parametrize("line", PRETENDED)
-async def test_a_stranger_is_nobody_s_proxy(line: str) -> None:
+@pytest.mark.parametrize("line", FORGED)
+async def test_forwarded_addresses_of_untrusted_peers_are_ignored(line: str) -> None:
     async with staged() as stage:
         client = await stage.open(line)
         assert stage.sessions[0].request.remote_address == "127.0.0.1"
@@ -141,7 +141,7 @@ async def test_a_stranger_is_nobody_s_proxy(line: str) -> None:
 @pytest.mark.parametrize(
     "header", [b"PROXY TCP4 6.6.6.6 127.0.0.1 1 2\r\n", b"PROXY UNKNOWN\r\n", b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c"]
 )
-async def test_the_header_of_a_proxy_is_no_request(header: bytes) -> None:
+async def test_a_proxy_protocol_header_is_refused(header: bytes) -> None:
     async with staged() as stage:
         client = await stage.request(header + handshake())
         assert client.status == 400
@@ -149,13 +149,13 @@ async def test_the_header_of_a_proxy_is_no_request(header: bytes) -> None:
         assert not stage.sessions
 
 
-# -- what never ends --------------------------------------------------------------------------------------------------
+# -- endless requests -------------------------------------------------------------------------------------------------
 
 
-async def test_those_who_never_finish_their_head_keep_nobody_out() -> None:
+async def test_unfinished_heads_do_not_block_other_connections() -> None:
     async with staged() as stage:
         slow = [await stage.connect(b"G") for _ in range(300)]
-        await eventually(lambda: stage.front.waiting == 300)
+        await eventually(lambda: stage.front.pending == 300)
         for number in range(8):
             for client in slow:
                 client.send(b"x")
@@ -171,7 +171,7 @@ async def test_those_who_never_finish_their_head_keep_nobody_out() -> None:
         assert stage.count("head_timeout") == 300
 
 
-async def test_a_head_of_many_megabytes_is_not_kept() -> None:
+async def test_a_head_of_many_megabytes_is_not_buffered() -> None:
     async with staged() as stage:
         bystander = await stage.open()
         client = await stage.connect(b"GET / HTTP/1.1\r\nHost: h\r\n")
@@ -185,7 +185,7 @@ async def test_a_head_of_many_megabytes_is_not_kept() -> None:
         bystander.leave()
 
 
-# -- damage -----------------------------------------------------------------------------------------------------------
+# -- damaged requests -------------------------------------------------------------------------------------------------
 
 
 async def test_damaged_handshakes_open_a_websocket_or_are_refused() -> None:
@@ -212,7 +212,7 @@ async def test_damaged_handshakes_open_a_websocket_or_are_refused() -> None:
         bystander.leave()
 
 
-async def test_resets_at_any_moment_leave_nothing() -> None:
+async def test_resets_at_any_moment_leave_no_state() -> None:
     dice = random.Random(4)
     data = handshake() + b"\x81\x85\0\0\0\0hello" * 50 + request(b"Content-Length: 3") + b"abc"
     async with staged() as stage:
@@ -223,7 +223,7 @@ async def test_resets_at_any_moment_leave_nothing() -> None:
             if dice.random() < 0.5:
                 await eventually(lambda: True)
             peer.close()
-        await eventually(lambda: stage.front.waiting == stage.websocket.connections == 0)
+        await eventually(lambda: stage.front.pending == stage.websocket.connections == 0)
         assert all(session.ends == 1 for session in stage.sessions)
         assert not stage.failures
 
@@ -239,10 +239,10 @@ async def test_resets_at_any_moment_leave_nothing() -> None:
         *(PATH.replace("/websocket", end) for end in ("/Websocket", "%2fwebsocket", "/web%73ocket", "/../websocket")),
     ],
 )
-async def test_only_the_path_itself_is_the_path(path: str) -> None:
+async def test_only_the_exact_spelling_of_the_path_opens_a_websocket(path: str) -> None:
     async with staged() as stage:
         client = await stage.request(handshake(path=path))
-        assert client.status == 200  # of the page behind all other paths
+        assert client.status == 200  # of the page that serves all other paths
         assert b"Location" not in client.response
         assert not stage.sessions
         client.leave()

@@ -1,4 +1,4 @@
-"""What a connection makes of bytes: the same, by the short path and by Autobahn alone, however the bytes are cut."""
+"""Processing of received bytes: the short path and Autobahn alone give the same result, in any segmentation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS = settings.WebSocketSettings(message_size_limit=2000, max_fragments=5, 
 
 
 class Wire:
-    """A transport that takes everything."""
+    """A transport that accepts all data."""
 
     def __init__(self) -> None:
         self.written = bytearray()
@@ -51,7 +51,7 @@ class Wire:
 
 
 class ByAutobahn(WebSocketConnection):
-    """All bytes go to Autobahn as they come."""
+    """A connection that passes all received bytes to Autobahn."""
 
     def dataReceived(self, data: bytes) -> None:
         self.data += data
@@ -60,7 +60,7 @@ class ByAutobahn(WebSocketConnection):
 
 
 class Server:
-    """One connection, its session, and what it wrote."""
+    """One connection, its session, and the written data."""
 
     def __init__(self, protocol: type[WebSocketConnection] = WebSocketConnection, more: str = "") -> None:
         self.clock = Clock()
@@ -79,7 +79,7 @@ class Server:
         self.factory.protocol = protocol
         head = RequestParser(16384, 100).feed(handshake(*([more] if more else [])))
         assert isinstance(head, RequestHead)
-        self.connection = self.factory.open(head, self.wire)
+        self.connection = self.factory.make_connection(head, self.wire)
         self.connection.makeConnection(self.wire)
         self.wire.written.clear()
 
@@ -88,14 +88,14 @@ class Server:
         return self.sessions[-1]
 
     def feed(self, *pieces: bytes) -> tuple[list[bytes], list[tuple[int, bytes]], bool]:
-        """Messages heard, frames sent, and whether the connection is still open."""
+        """Receive data; return the session's messages, the sent frames, and whether the connection is still open."""
         for piece in pieces:
             self.connection.dataReceived(piece)
             self.clock.pump([0.0] * 3)
         return self.sessions[0].received, frames_in(bytes(self.wire.written)), not self.connection.is_closing
 
 
-def cut(data: bytes, places: list[int]) -> list[bytes]:
+def segments(data: bytes, places: list[int]) -> list[bytes]:
     edges = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
     return [data[start:end] for start, end in itertools.pairwise(edges)]
 
@@ -127,7 +127,7 @@ streams = st.one_of(
     st.lists(any_frames, max_size=6).map(b"".join),
     st.binary(max_size=300),
 )
-# What ends a frame that a header has announced, or fails the connection: only whole headers are judged.
+# Completes the last frame or fails the connection, because only complete headers are checked.
 END = b"\0" * 14
 
 
@@ -144,15 +144,15 @@ offers = st.sampled_from(["", "Sec-WebSocket-Extensions: permessage-deflate"])
     [],
     "Sec-WebSocket-Extensions: permessage-deflate",
 )
-def test_both_ways_agree_however_the_bytes_are_cut(stream: bytes, places: list[int], more: str) -> None:
+def test_short_path_and_autobahn_agree_in_any_segmentation(stream: bytes, places: list[int], more: str) -> None:
     data = stream + END
     expected = Server(ByAutobahn, more).feed(data)
     assert Server(more=more).feed(data) == expected
-    assert Server(more=more).feed(*cut(data, places)) == expected
+    assert Server(more=more).feed(*segments(data, places)) == expected
 
 
 @given(st.lists(st.one_of(good_frames, fragmented), max_size=5).map(b"".join))
-def test_both_ways_agree_byte_by_byte(stream: bytes) -> None:
+def test_short_path_and_autobahn_agree_byte_by_byte(stream: bytes) -> None:
     data = stream + END
     assert Server().feed(*(bytes((byte,)) for byte in data)) == Server(ByAutobahn).feed(data)
 
@@ -167,23 +167,23 @@ def test_every_length_is_unmasked(size: int, native: bool, monkeypatch: pytest.M
         assert (received, sent, is_open) == ([text], [(1, text)], True)
 
 
-def test_work_that_takes_longer_than_a_slice_goes_on_in_later_turns() -> None:
+def test_frames_beyond_a_time_slice_are_processed_in_later_turns() -> None:
     server = Server()
     clock, session = server.clock, server.sessions[0]
-    hear = session.receive
+    receive = session.receive
 
     def slowly(payload: bytes) -> None:
         clock.rightNow += 0.002
-        hear(payload)
+        receive(payload)
 
     session.receive = slowly  # type: ignore[method-assign]
     numbers = [b"%d" % number for number in range(20)]
     server.connection.dataReceived(b"".join(frame(1, number) for number in numbers) + frame(1, b"cut")[:3])
-    heard = [len(session.received)]
+    received = [len(session.received)]
     while not server.wire.reading:
         clock.advance(0)
-        heard.append(len(session.received))
+        received.append(len(session.received))
     assert session.received == numbers
-    assert all(2 <= later - earlier <= 4 for earlier, later in itertools.pairwise([0, *heard[:-1]]))
+    assert all(2 <= later - earlier <= 4 for earlier, later in itertools.pairwise([0, *received[:-1]]))
     server.connection.dataReceived(frame(1, b"cut")[3:])
     assert session.received[-1] == b"cut"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from realtime.transports.outbox import Outbox, QueuedBytes
 
 
-def test_frames_leave_in_order_and_whole() -> None:
+def test_frames_are_taken_in_order_and_whole() -> None:
     outbox = Outbox(100, QueuedBytes())
     for frame in (b"one", b"two", b"three"):
         assert outbox.offer(frame)
@@ -19,7 +19,7 @@ def test_frames_leave_in_order_and_whole() -> None:
     assert not outbox
 
 
-def test_a_frame_over_the_limit_is_not_kept() -> None:
+def test_a_frame_over_the_limit_is_not_queued() -> None:
     outbox = Outbox(10, QueuedBytes())
     assert outbox.offer(b"x" * 10)
     assert not outbox.offer(b"y")
@@ -33,16 +33,16 @@ def test_zero_is_no_limit() -> None:
     assert Outbox(0, QueuedBytes()).offer(b"x" * 10_000_000)
 
 
-def test_the_last_frame_always_fits_and_nothing_follows_it() -> None:
+def test_the_last_frame_is_queued_above_the_limit_and_later_ones_are_dropped() -> None:
     outbox = Outbox(4, QueuedBytes())
     outbox.offer(b"full")
     outbox.finish(b"end")
     assert outbox.offer(b"dropped")
     assert outbox.take(100) == b"fullend"
-    assert outbox.shut
+    assert outbox.is_finished
 
 
-def test_what_waits_can_be_dropped() -> None:
+def test_clear_drops_queued_frames() -> None:
     outbox = Outbox(10, QueuedBytes())
     outbox.offer(b"x" * 10)
     outbox.clear()
@@ -54,32 +54,32 @@ def test_what_waits_can_be_dropped() -> None:
     st.lists(st.one_of(st.binary(min_size=1, max_size=20), st.integers(1, 40)), max_size=60),
     st.integers(1, 100),
 )
-def test_against_a_list(steps: list[bytes | int], limit: int) -> None:
+def test_the_outbox_behaves_like_a_list(steps: list[bytes | int], limit: int) -> None:
     outbox = Outbox(limit, QueuedBytes())
-    waiting: list[bytes] = []
+    queued: list[bytes] = []
     for step in steps:
         if isinstance(step, bytes):
-            fits = sum(map(len, waiting)) + len(step) <= limit
+            fits = sum(map(len, queued)) + len(step) <= limit
             assert outbox.offer(step) is fits
             if fits:
-                waiting.append(step)
+                queued.append(step)
         else:
             expected = b""
-            while waiting and len(expected) < step:
-                expected += waiting.pop(0)
+            while queued and len(expected) < step:
+                expected += queued.pop(0)
             assert outbox.take(step) == expected
-        assert outbox.size == sum(map(len, waiting))
+        assert outbox.size == sum(map(len, queued))
 
 
 @given(st.lists(st.tuples(st.sampled_from(["offer", "take", "clear", "finish"]), st.integers(0, 2)), max_size=50))
-def test_the_total_is_what_waits_in_all(steps: list[tuple[str, int]]) -> None:
+def test_the_total_is_the_size_of_all_outboxes(steps: list[tuple[str, int]]) -> None:
     total = QueuedBytes()
     outboxes = [Outbox(limit, total) for limit in (0, 10, 30)]
-    for what, which in steps:
-        outbox = outboxes[which]
-        if what in ("offer", "finish"):
-            getattr(outbox, what)(b"seven b")
-        elif what == "take":
+    for action, number in steps:
+        outbox = outboxes[number]
+        if action in ("offer", "finish"):
+            getattr(outbox, action)(b"seven b")
+        elif action == "take":
             outbox.take(10)
         else:
             outbox.clear()

@@ -1,4 +1,4 @@
-"""The way out of a connection: straight, round, and together at the end of a turn."""
+"""Outgoing side of a connection: direct writes, queued writes, and one write at the end of a turn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.transports.stage import eventually
 
 
 class Lines:
-    """A wire form: a message to a line."""
+    """A wire format with one message for each line."""
 
     encoding: Any = None
 
@@ -30,8 +30,8 @@ class Lines:
         return payload + b"\n"
 
 
-class Limits:
-    """What a worker's connections share; its turns are ended by the test."""
+class Context:
+    """The context of the connections; the test ends the loop turns."""
 
     queue_max_size = 1_000_000
     write_timeout = 1.0
@@ -43,10 +43,10 @@ class Limits:
         self.sent = Counter()
         self.turn = 0
         self.flushes: list[Callable[[], None]] = []
-        self.ends = FlushAtTurnEnd(lambda: self.turn, lambda flush: self.flushes.append(flush))
+        self.turn_end = FlushAtTurnEnd(lambda: self.turn, lambda flush: self.flushes.append(flush))
         self.counted: list[str] = []
 
-    def count(self, kind: str) -> None:
+    def count_bad_input(self, kind: str) -> None:
         self.counted.append(kind)
 
     def end_turn(self) -> None:
@@ -60,8 +60,8 @@ class Connection(Outgoing, Protocol):
     form: Any = Lines()
     closing = False
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, context: Context) -> None:
+        self.context = context
         self.made: Deferred[None] = Deferred()
 
     @property
@@ -70,19 +70,19 @@ class Connection(Outgoing, Protocol):
 
     def close(self, code: int, reason: str) -> None:
         self.closing = True
-        self.end(b"end\n")
+        self.finish_writing(b"end\n")
 
     def connectionMade(self) -> None:
-        self.factory = self.limits  # a Factory has set itself meanwhile
-        self.begin()
+        self.factory = self.context  # a Factory has set itself meanwhile
+        self.start_writing()
         self.made.callback(None)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self.lose_queue()
+        self.stop_writing()
 
 
 class Wire:
-    """A transport that is not ours, and takes everything; each write by itself."""
+    """A transport other than DirectServer; it accepts all data and records each write."""
 
     def __init__(self) -> None:
         self.writes: list[bytes] = []
@@ -100,13 +100,13 @@ class Wire:
 
 
 @pytest.fixture
-def limits() -> Limits:
-    return Limits()
+def context() -> Context:
+    return Context()
 
 
 @pytest.fixture
-def talk(limits: Limits) -> tuple[Connection, Wire]:
-    connection, wire = Connection(limits), Wire()
+def talk(context: Context) -> tuple[Connection, Wire]:
+    connection, wire = Connection(context), Wire()
     connection.makeConnection(wire)  # type: ignore[arg-type]
     return connection, wire
 
@@ -114,73 +114,73 @@ def talk(limits: Limits) -> tuple[Connection, Wire]:
 Talk = tuple[Connection, Wire]
 
 
-def test_what_one_turn_says_to_a_client_leaves_in_two_writes(limits: Limits, talk: Talk) -> None:
+def test_all_messages_of_one_turn_leave_in_two_writes(context: Context, talk: Talk) -> None:
     connection, wire = talk
     for number in range(10):
         connection.send(b"%d" % number)
-    assert wire.writes == [b"0\n"]  # what may be all there is does not wait
-    limits.end_turn()
+    assert wire.writes == [b"0\n"]  # the first message is not delayed
+    context.end_turn()
     assert wire.writes == [b"0\n", b"".join(b"%d\n" % number for number in range(1, 10))]
-    assert limits.sent.value == 10
-    assert limits.queued.size == 0
+    assert context.sent.value == 10
+    assert context.queued.size == 0
 
 
-def test_each_turn_begins_anew(limits: Limits, talk: Talk) -> None:
+def test_the_first_message_of_each_turn_is_written_at_once(context: Context, talk: Talk) -> None:
     connection, wire = talk
     for number in range(3):
         connection.send(b"%d" % number)
-        limits.end_turn()
+        context.end_turn()
     assert wire.writes == [b"0\n", b"1\n", b"2\n"]
 
 
-def test_a_frame_for_many_keeps_its_place_among_them(limits: Limits, talk: Talk) -> None:
+def test_a_fan_out_frame_keeps_its_place_among_messages(context: Context, talk: Talk) -> None:
     connection, wire = talk
     connection.send(b"a")
     connection.send(b"b")
     connection.sink.deliver(b"shared\n")
     connection.send(b"c")
-    limits.end_turn()
+    context.end_turn()
     connection.sink.deliver(b"later\n")
     assert b"".join(wire.writes) == b"a\nb\nshared\nc\nlater\n"
 
 
-def test_the_end_comes_behind_them(limits: Limits, talk: Talk) -> None:
+def test_the_last_frame_follows_queued_messages(context: Context, talk: Talk) -> None:
     connection, wire = talk
     connection.send(b"a")
     connection.send(b"b")
     connection.close(3000, "")
     connection.send(b"too late")
-    limits.end_turn()
+    context.end_turn()
     assert b"".join(wire.writes) == b"a\nb\nend\n"
     assert wire.shut
 
 
-def test_a_connection_may_be_lost_before_the_turn_ends(limits: Limits, talk: Talk) -> None:
+def test_a_connection_may_be_lost_before_the_turn_ends(context: Context, talk: Talk) -> None:
     connection, wire = talk
     connection.send(b"a")
     connection.send(b"b")
     connection.connectionLost()
-    limits.end_turn()
+    context.end_turn()
     connection.send(b"c")
     connection.sink.deliver(b"d")
     assert wire.writes == [b"a\n"]
-    assert limits.queued.size == 0
+    assert context.queued.size == 0
 
 
-def test_the_limit_of_a_queue_holds_within_a_turn(limits: Limits, talk: Talk) -> None:
+def test_the_limit_of_a_queue_holds_within_a_turn(context: Context, talk: Talk) -> None:
     connection, wire = talk
-    limits.queue_max_size = 100
+    context.queue_max_size = 100
     for _ in range(3):
         connection.send(b"x" * 60)
-    assert limits.counted == ["slow"]
-    limits.end_turn()
+    assert context.counted == ["slow"]
+    context.end_turn()
     assert b"".join(wire.writes) == b"x" * 60 + b"\nend\n"
-    assert limits.queued.size == 0
+    assert context.queued.size == 0
 
 
-async def connected(limits: Limits, kind: type[Connection] = Connection) -> tuple[Any, socket.socket, Any]:
-    """A connection over a real socket, and its peer, which reads when it is told to."""
-    connection = kind(limits)
+async def connected(context: Context, kind: type[Connection] = Connection) -> tuple[Any, socket.socket, Any]:
+    """Return a connection on a real socket, its peer, and the port; the peer reads only when the test does."""
+    connection = kind(context)
     port = reactor.listenTCP(0, Factory.forProtocol(lambda: connection), interface="127.0.0.1")
     port.transport = DirectServer
     peer = socket.socket()
@@ -191,50 +191,50 @@ async def connected(limits: Limits, kind: type[Connection] = Connection) -> tupl
     return connection, peer, port
 
 
-async def test_straight_and_round_and_straight_again_in_order(limits: Limits) -> None:
-    connection, peer, port = await connected(limits)
+async def test_frames_keep_their_order_from_direct_to_queued_to_direct_writes(context: Context) -> None:
+    connection, peer, port = await connected(context)
     kernel = connection.transport.getHandle()
     kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-    assert connection.sink.write == kernel.send
+    assert connection.sink.send == kernel.send
     assert connection.sink.fd == kernel.fileno()
-    said, got = bytearray(), bytearray()
+    sent, got = bytearray(), bytearray()
 
     def read() -> bool:
         try:
             got.extend(peer.recv(1 << 16))
         except BlockingIOError:
-            return len(got) == len(said)
+            return len(got) == len(sent)
         return False
 
     for part in range(3):
         number = 0
-        while not connection._stuffed or number % 50:
+        while not connection._is_transport_full or number % 50:
             number += 1
             line = b"%d %d " % (part, number) + bytes(97 + number % 26 for _ in range(997 * number % 3001))
-            said.extend(line + b"\n")
+            sent.extend(line + b"\n")
             if number % 3:
                 connection.sink.deliver(line + b"\n")
             else:
                 connection.send(line)
             if number % 20 == 0:
-                limits.end_turn()
-        limits.end_turn()
-        assert connection.sink.fd == -1  # nobody may send past what waits
+                context.end_turn()
+        context.end_turn()
+        assert connection.sink.fd == -1  # no sender may bypass the queue
         await eventually(read)
-        assert got == said
-        await eventually(lambda: connection.sink.write == kernel.send)
-        assert limits.queued.size == 0
-        assert not connection.bucket  # nobody watches any more whether the peer takes it
+        assert got == sent
+        await eventually(lambda: connection.sink.send == kernel.send)
+        assert context.queued.size == 0
+        assert not connection.deadline_bucket  # the check of progress is over
     connection.transport.abortConnection()
-    await eventually(lambda: connection.sink.write is len)
+    await eventually(lambda: connection.sink.send is len)
     assert connection.sink.fd == -1
-    connection.sink.deliver(b"to nobody")
+    connection.sink.deliver(b"dropped")
     peer.close()
     await port.stopListening()
 
 
 class LateConnection(Connection):
-    """One that begins when a response is still on its way."""
+    """A connection that starts to write while an HTTP response is still buffered."""
 
     response = bytes(range(256)) * 20_000
 
@@ -244,12 +244,12 @@ class LateConnection(Connection):
         super().connectionMade()
 
 
-async def test_frames_come_behind_what_was_written_before_they_began(limits: Limits) -> None:
-    connection, peer, port = await connected(limits, LateConnection)
+async def test_frames_follow_data_written_before_start_writing(context: Context) -> None:
+    connection, peer, port = await connected(context, LateConnection)
     assert connection.transport._tempDataLen
     frames = [b"%d," % number for number in range(100)]
     expected, got = connection.response + b"".join(frames), bytearray()
-    # The kernel has room again, before the loop has turned and written what waits.
+    # The kernel's buffer has room again before the next loop turn writes the buffered rest.
     with suppress(BlockingIOError):
         while True:
             got.extend(peer.recv(1 << 20))
@@ -267,16 +267,16 @@ async def test_frames_come_behind_what_was_written_before_they_began(limits: Lim
     assert got == expected
     await eventually(lambda: connection.sink.fd == connection.transport.fileno())
     connection.transport.abortConnection()
-    await eventually(lambda: connection.sink.write is len)
+    await eventually(lambda: connection.sink.send is len)
     peer.close()
     await port.stopListening()
 
 
-async def test_a_peer_that_has_gone_is_found_out_by_the_transport(limits: Limits) -> None:
-    connection, peer, port = await connected(limits)
+async def test_the_transport_detects_a_peer_that_has_gone(context: Context) -> None:
+    connection, peer, port = await connected(context)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # it goes with a reset
     peer.close()
     for _ in range(3):
-        connection.sink.deliver(b"anybody there?\n")
-    await eventually(lambda: connection.sink.write is len)
+        connection.sink.deliver(b"hello?\n")
+    await eventually(lambda: connection.sink.send is len)
     await port.stopListening()

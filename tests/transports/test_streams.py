@@ -1,4 +1,4 @@
-"""Streams over real sockets: every answer to a request, what is sent, and the many ways in which one ends."""
+"""Streams over real sockets: each response to a request, messages, and each way in which a stream ends."""
 
 from __future__ import annotations
 
@@ -32,29 +32,31 @@ from tests.transports.streaming import (
 )
 
 HELLO = b'{"id":1}'
-ASKED = f"?cf_connect={quote(HELLO.decode())}"
+QUERY = f"?cf_connect={quote(HELLO.decode())}"
 STREAMS = [SSE, HTTP_STREAM, UNI_SSE, UNI_HTTP_STREAM]
 BINARY = "Content-Type: application/octet-stream"
 PAGE = "Origin: https://app.example"
 ANY_PAGE = settings.ClientSettings(allowed_origins=("*",))
 
 
-# What a good request gets
+# Responses to valid requests
 
 
 @pytest.mark.parametrize(
     ("request_", "read"),
     [
-        (get(SSE + ASKED), events),
+        (get(SSE + QUERY), events),
         (post(SSE, HELLO), events),
-        (get(UNI_SSE + ASKED), events),
+        (get(UNI_SSE + QUERY), events),
         (post(UNI_SSE, HELLO), events),
         (post(HTTP_STREAM, HELLO), lines),
         (post(HTTP_STREAM, HELLO, "Content-Type: application/json"), lines),
         (post(UNI_HTTP_STREAM, HELLO), lines),
     ],
 )
-async def test_a_stream_carries_what_the_session_says(request_: bytes, read: Callable[[Client], list[Any]]) -> None:
+async def test_a_stream_carries_the_messages_of_the_session(
+    request_: bytes, read: Callable[[Client], list[Any]]
+) -> None:
     async with streaming() as stage:
         client = await stage.stream(request_)
         await eventually(lambda: len(read(client)) == 1)
@@ -80,9 +82,9 @@ async def test_a_stream_of_protobuf() -> None:
         client.leave()
 
 
-async def test_nothing_between_us_and_the_client_keeps_or_gathers_the_response() -> None:
+async def test_response_headers_prevent_caching_and_buffering() -> None:
     async with streaming() as stage:
-        client = await stage.stream(get(SSE + ASKED))
+        client = await stage.stream(get(SSE + QUERY))
         head = fields(client)
         assert head["content-type"] == "text/event-stream; charset=utf-8"
         assert head["transfer-encoding"] == "chunked"
@@ -95,7 +97,7 @@ async def test_nothing_between_us_and_the_client_keeps_or_gathers_the_response()
         other.leave()
 
 
-async def test_the_head_leaves_before_the_session_has_anything_to_say() -> None:
+async def test_the_response_head_is_sent_before_the_first_message() -> None:
     async with streaming() as stage:
         stage.make_session = lambda connection, request: Silent(connection, request)
         client = await stage.stream(get(UNI_SSE))
@@ -108,7 +110,7 @@ class Silent(Echo):
         self.received.append(payload)
 
 
-async def test_a_unidirectional_client_need_not_say_anything() -> None:
+async def test_a_unidirectional_client_may_omit_its_message() -> None:
     async with streaming() as stage:
         stage.make_session = Silent
         for request in (get(UNI_SSE), post(UNI_SSE, b""), post(UNI_HTTP_STREAM, b"")):
@@ -118,7 +120,7 @@ async def test_a_unidirectional_client_need_not_say_anything() -> None:
             await eventually(lambda: stage.streams.connections == 0)
 
 
-async def test_secrets_cannot_be_guessed_and_lead_to_the_worker() -> None:
+async def test_secrets_are_random_and_name_the_worker() -> None:
     async with streaming() as stage:
         clients = [await stage.stream(post(path, HELLO)) for path in STREAMS for _ in range(3)]
         await eventually(lambda: len(stage.sessions) == 12)
@@ -129,10 +131,10 @@ async def test_secrets_cannot_be_guessed_and_lead_to_the_worker() -> None:
             client.leave()
 
 
-async def test_what_the_session_gets_to_know() -> None:
+async def test_the_session_gets_query_headers_and_client_address() -> None:
     async with streaming(client=settings.ClientSettings(trusted_proxies=("127.0.0.0/8",))) as stage:
         client = await stage.stream(
-            get(f"{SSE}{ASKED}&a=1", "User-Agent: tests", "X-Forwarded-For: 9.9.9.9, 192.0.2.1, 127.0.0.9")
+            get(f"{SSE}{QUERY}&a=1", "User-Agent: tests", "X-Forwarded-For: 9.9.9.9, 192.0.2.1, 127.0.0.9")
         )
         await eventually(lambda: len(stage.sessions) == 1)
         request = stage.sessions[0].request
@@ -149,21 +151,21 @@ async def address(request: Request) -> str:
     return request.remote_address
 
 
-async def test_a_stranger_is_not_believed_about_its_address() -> None:
+async def test_a_forwarded_address_of_an_untrusted_peer_is_ignored() -> None:
     app = App()
     app.http.get("/address")(address)
     async with streaming(app) as stage:
         spoofed = "X-Forwarded-For: 192.0.2.1"
-        client = await stage.stream(get(SSE + ASKED, spoofed))
+        client = await stage.stream(get(SSE + QUERY, spoofed))
         socket = await stage.open(spoofed)
         page = await stage.request(get("/address", spoofed))
         await eventually(lambda: page.received.endswith(b"127.0.0.1"))
         assert {session.request.remote_address for session in stage.sessions} == {"127.0.0.1"}
-        for one in (client, socket, page):
-            one.leave()
+        for peer in (client, socket, page):
+            peer.leave()
 
 
-async def test_a_handler_of_http_is_told_the_address_behind_a_proxy() -> None:
+async def test_an_http_handler_gets_the_address_behind_a_trusted_proxy() -> None:
     app = App()
     app.http.get("/address")(address)
     async with streaming(app, client=settings.ClientSettings(trusted_proxies=("127.0.0.1",))) as stage:
@@ -210,7 +212,7 @@ async def test_a_chunked_body() -> None:
     ],
 )
 @pytest.mark.parametrize("path", [SSE, HTTP_STREAM])
-async def test_a_body_that_is_refused(path: str, head: list[str], body: bytes, status: int, kind: str) -> None:
+async def test_the_status_of_a_refused_body(path: str, head: list[str], body: bytes, status: int, kind: str) -> None:
     async with streaming() as stage:
         client = await stage.request(get(path, *head, method="POST") + body)
         await eventually(lambda: client.lost)
@@ -220,7 +222,7 @@ async def test_a_body_that_is_refused(path: str, head: list[str], body: bytes, s
         assert not stage.sessions
 
 
-async def test_a_body_that_does_not_come_has_a_deadline() -> None:
+async def test_a_missing_body_has_a_deadline() -> None:
     async with streaming() as stage:
         client = await stage.connect(post(HTTP_STREAM, HELLO)[:-1])
         await eventually(lambda: stage.streams.connections == 1)
@@ -232,7 +234,7 @@ async def test_a_body_that_does_not_come_has_a_deadline() -> None:
         assert stage.count("body_timeout") == 1
 
 
-async def test_a_peer_that_ignores_a_refusal_is_cut_off() -> None:
+async def test_a_peer_that_ignores_a_refusal_is_aborted() -> None:
     async with streaming() as stage:
         peer = stage.open_socket(65536, get(HTTP_STREAM, "Transfer-Encoding: chunked", method="POST") + b"x\r\n")
         await eventually(lambda: stage.count("body_syntax") == 1)
@@ -241,7 +243,7 @@ async def test_a_peer_that_ignores_a_refusal_is_cut_off() -> None:
         peer.close()
 
 
-async def test_a_peer_that_waits_to_send_its_body_is_told_to() -> None:
+async def test_a_peer_that_expects_100_continue_gets_it() -> None:
     async with streaming() as stage:
         expectant = get(HTTP_STREAM, "Content-Length: 8", "Expect: 100-continue", method="POST")
         client = await stage.request(expectant)
@@ -255,12 +257,12 @@ async def test_a_peer_that_waits_to_send_its_body_is_told_to() -> None:
         refused.leave()
 
 
-# Requests that get no stream
+# Refused requests
 
 
 @pytest.mark.parametrize("path", STREAMS)
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "HEAD", "PATCH"])
-async def test_other_methods(path: str, method: str) -> None:
+async def test_other_methods_are_405(path: str, method: str) -> None:
     async with streaming() as stage:
         client = await stage.request(get(path, method=method))
         assert client.status == 405
@@ -269,13 +271,13 @@ async def test_other_methods(path: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("path", [HTTP_STREAM, UNI_HTTP_STREAM])
-async def test_no_stream_of_lines_by_get(path: str) -> None:
+async def test_http_stream_refuses_get(path: str) -> None:
     async with streaming() as stage:
-        assert await stage.status(get(path + ASKED)) == 405
+        assert await stage.status(get(path + QUERY)) == 405
 
 
 @pytest.mark.parametrize("query", ["", "?", "?cf_connect", "?cf_connect=", "?other=1"])
-async def test_a_query_without_a_command(query: str) -> None:
+async def test_a_query_without_command_is_400(query: str) -> None:
     async with streaming() as stage:
         client = await stage.request(get(SSE + query))
         await eventually(lambda: client.lost)
@@ -283,12 +285,12 @@ async def test_a_query_without_a_command(query: str) -> None:
 
 
 @pytest.mark.parametrize("path", STREAMS)
-async def test_an_older_version_of_http(path: str) -> None:
+async def test_http_1_0_is_505(path: str) -> None:
     async with streaming() as stage:
         assert await stage.status(post(path, HELLO).replace(b"HTTP/1.1", b"HTTP/1.0")) == 505
 
 
-async def test_paths_that_are_not_turned_on() -> None:
+async def test_disabled_paths_are_404() -> None:
     off = {
         "sse": settings.SSESettings(),
         "http_stream": settings.HTTPStreamSettings(),
@@ -302,7 +304,7 @@ async def test_paths_that_are_not_turned_on() -> None:
             assert await stage.status(get(path, method="OPTIONS")) == 404
 
 
-async def test_paths_may_be_others() -> None:
+async def test_paths_are_configurable() -> None:
     async with streaming(uni_sse=settings.UniSSESettings(enabled=True, handler_prefix="/mine")) as stage:
         client = await stage.stream(get("/mine"))
         client.leave()
@@ -313,7 +315,7 @@ async def test_the_limit_of_connections_counts_all_transports() -> None:
     async with streaming(client=settings.ClientSettings(connection_limit=2)) as stage:
         socket = await stage.open()
         stream = await stage.stream(post(HTTP_STREAM, HELLO))
-        for request in (post(SSE, HELLO), get(SSE + ASKED), handshake()):
+        for request in (post(SSE, HELLO), get(SSE + QUERY), handshake()):
             refused = await stage.request(request)
             assert refused.status == 503
             assert 3 <= int(fields(refused)["retry-after"]) <= 10
@@ -328,7 +330,7 @@ async def test_the_limit_of_connections_counts_all_transports() -> None:
 
 async def test_the_rate_of_new_connections_counts_all_transports() -> None:
     async with streaming(client=settings.ClientSettings(connection_rate_limit=4)) as stage:
-        statuses = [await stage.status(one) for one in 3 * (post(HTTP_STREAM, HELLO), handshake())]
+        statuses = [await stage.status(request) for request in 3 * (post(HTTP_STREAM, HELLO), handshake())]
         assert statuses == [200, 101, 200, 101, 503, 503]
         assert stage.count("connection_rate") == 2
         stage.advance(0.5)
@@ -336,7 +338,7 @@ async def test_the_rate_of_new_connections_counts_all_transports() -> None:
         assert statuses == [200, 200, 503, 503]
 
 
-async def test_no_stream_is_opened_under_pressure() -> None:
+async def test_an_overloaded_worker_refuses_streams() -> None:
     async with streaming() as stage:
         stage.refusal = Refusal(503, "too busy", "")
         refused = await stage.request(post(SSE, HELLO))
@@ -349,7 +351,7 @@ async def test_no_stream_is_opened_under_pressure() -> None:
 
 
 @pytest.mark.parametrize("path", STREAMS)
-async def test_the_page_of_another_origin_gets_no_stream(path: str) -> None:
+async def test_a_page_of_another_origin_is_refused(path: str) -> None:
     async with streaming(client=settings.ClientSettings(allowed_origins=("https://app.example",))) as stage:
         client = await stage.stream(post(path, HELLO, PAGE))
         assert fields(client)["access-control-allow-origin"] == "https://app.example"
@@ -363,7 +365,7 @@ async def test_the_page_of_another_origin_gets_no_stream(path: str) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 405, 413, 503])
-async def test_a_page_may_read_why_it_gets_no_stream(status: int) -> None:
+async def test_a_refusal_has_cors_headers_for_an_allowed_origin(status: int) -> None:
     async with streaming(client=ANY_PAGE) as stage:
         stage.refusal = Refusal(503, "too busy", "") if status == 503 else None
         refused = await stage.request(
@@ -380,7 +382,7 @@ async def test_a_page_may_read_why_it_gets_no_stream(status: int) -> None:
 
 
 @pytest.mark.parametrize("path", [*STREAMS, EMULATION, INIT, PATH])
-async def test_what_a_browser_asks_before(path: str) -> None:
+async def test_preflight_requests(path: str) -> None:
     async with streaming(client=ANY_PAGE) as stage:
         asked = get(path, PAGE, "Access-Control-Request-Headers: content-type", method="OPTIONS")
         client = await stage.request(asked)
@@ -394,7 +396,7 @@ async def test_what_a_browser_asks_before(path: str) -> None:
         assert head["access-control-allow-methods"] == methods
         client.leave()
         refused = await stage.request(get(path, "Origin: null", method="OPTIONS"))
-        assert refused.status == 403  # "*" is every page, but not one that hides where it is from
+        assert refused.status == 403  # "*" does not include the origin "null"
         refused.leave()
     async with streaming() as stage:
         refused = await stage.request(asked)
@@ -403,7 +405,7 @@ async def test_what_a_browser_asks_before(path: str) -> None:
         refused.leave()
 
 
-async def test_a_browser_goes_on_with_the_connection_on_which_it_asked() -> None:
+async def test_a_stream_may_follow_a_preflight_request_on_one_connection() -> None:
     async with streaming(client=ANY_PAGE) as stage:
         client = await stage.request(get(HTTP_STREAM, PAGE, method="OPTIONS"))
         del client.received[:]
@@ -414,13 +416,13 @@ async def test_a_browser_goes_on_with_the_connection_on_which_it_asked() -> None
         client.send(post(HTTP_STREAM, HELLO, PAGE))
         await eventually(lambda: client.status == 200 and lines(client) == [{"id": 1}])
         assert stage.gauge("realtime_http_connections") == 0
-        # Twisted's end has let go: its idle time does not end the stream.
+        # twisted.web is detached, so its idle timeout does not end the stream.
         stage.sessions[0].connection.send(b"{}")
         await eventually(lambda: len(lines(client)) == 2)
         client.leave()
 
 
-async def test_a_websocket_on_a_connection_that_was_used_before() -> None:
+async def test_a_websocket_may_follow_an_http_request_on_one_connection() -> None:
     async with streaming() as stage:
         client = await stage.request(get(INIT))
         await eventually(lambda: client.received.endswith(b"{}"))
@@ -431,7 +433,7 @@ async def test_a_websocket_on_a_connection_that_was_used_before() -> None:
         client.leave()
 
 
-async def test_a_stream_cannot_follow_a_request_that_is_not_answered() -> None:
+async def test_a_stream_cannot_follow_an_unanswered_request() -> None:
     app = App()
 
     @app.http.get("/never")
@@ -445,10 +447,10 @@ async def test_a_stream_cannot_follow_a_request_that_is_not_answered() -> None:
         client.leave()
 
 
-# While a stream is open, and its end
+# Open streams and their end
 
 
-async def test_further_requests_on_the_connection_are_not_heard() -> None:
+async def test_further_requests_on_a_stream_connection_are_ignored() -> None:
     async with streaming() as stage:
         client = await stage.stream(post(HTTP_STREAM, HELLO) + get(INIT))
         client.send(post(HTTP_STREAM, b'{"id":2}') + b"\x00" * 100_000)
@@ -468,7 +470,7 @@ async def test_further_requests_on_the_connection_are_not_heard() -> None:
         (UNI_HTTP_STREAM, lines, {"disconnect": {"code": 3001, "reason": "shutdown"}}),
     ],
 )
-async def test_the_server_says_why_it_ends_a_stream(
+async def test_a_stream_ends_with_a_disconnect_push(
     path: str, read: Callable[[Client], list[Any]], push: dict[str, Any]
 ) -> None:
     async with streaming() as stage:
@@ -483,7 +485,7 @@ async def test_the_server_says_why_it_ends_a_stream(
         connection.resume()
 
 
-async def test_a_peer_that_does_not_close_is_cut_off() -> None:
+async def test_a_peer_that_does_not_close_is_aborted() -> None:
     async with streaming() as stage:
         peer = stage.open_socket(65536, post(HTTP_STREAM, b"close"))
         await eventually(lambda: bool(stage.sessions))
@@ -494,12 +496,12 @@ async def test_a_peer_that_does_not_close_is_cut_off() -> None:
 
 
 @pytest.mark.parametrize("path", STREAMS)
-async def test_a_reader_that_is_too_slow(path: str) -> None:
+async def test_a_slow_reader_is_disconnected(path: str) -> None:
     async with streaming(client=settings.ClientSettings(queue_max_size=100_000)) as stage:
         peer = stage.open_socket(4096, post(path, HELLO))
         bystander = await stage.stream(post(SSE, HELLO))
         await eventually(lambda: len(stage.sessions) == 2)
-        slow = next(one.connection for one in stage.sessions if one.request.path == path)
+        slow = next(session.connection for session in stage.sessions if session.request.path == path)
         for _ in range(10_000):
             slow.send(b"x" * 10_000)
             if stage.count("slow"):
@@ -512,7 +514,7 @@ async def test_a_reader_that_is_too_slow(path: str) -> None:
         bystander.leave()
 
 
-async def test_a_reader_that_takes_nothing_is_stalled() -> None:
+async def test_a_reader_that_acknowledges_nothing_is_stalled() -> None:
     async with streaming() as stage:
         peer = stage.open_socket(4096, post(UNI_SSE, HELLO))
         await eventually(lambda: len(stage.sessions) == 1)
@@ -526,7 +528,7 @@ async def test_a_reader_that_takes_nothing_is_stalled() -> None:
         peer.close()
 
 
-async def test_a_slow_reader_that_goes_on_gets_everything_and_the_reason_last() -> None:
+async def test_a_slow_reader_gets_all_messages_and_the_disconnect_last() -> None:
     async with streaming() as stage:
         client = await stage.stream(post(HTTP_STREAM, HELLO))
         client.transport.pauseProducing()
@@ -539,8 +541,8 @@ async def test_a_slow_reader_that_goes_on_gets_everything_and_the_reason_last() 
         client.transport.resumeProducing()
         await eventually(lambda: client.lost)
         assert chunks(client)[1]
-        *said, last = lines(client)[1:]
-        assert [one["n"] for one in said] == list(range(sent))
+        *sent_messages, last = lines(client)[1:]
+        assert [message["n"] for message in sent_messages] == list(range(sent))
         assert last["push"]["disconnect"]["code"] == 3001
 
 
@@ -559,7 +561,7 @@ def _close(client: Client) -> None:
 CONVERSATIONS = {
     "length": post(HTTP_STREAM, b'{"id":1,"connect":{}}', "User-Agent: x", PAGE),
     "chunked": get(SSE, "Transfer-Encoding: chunked", method="POST") + b"8\r\n" + HELLO + b"\r\n0\r\n\r\n",
-    "query": get(SSE + ASKED, "User-Agent: x"),
+    "query": get(SSE + QUERY, "User-Agent: x"),
 }
 
 
@@ -576,7 +578,7 @@ async def test_a_conversation_cut_at_every_byte(name: str, vanish: Callable[[Cli
             vanish(client)
             clients.append(client)
         await eventually(lambda: all(client.lost for client in clients))
-        await eventually(lambda: stage.front.waiting == 0 and stage.streams.connections == 1)
+        await eventually(lambda: stage.front.pending == 0 and stage.streams.connections == 1)
         assert all(session.ends == 1 for session in stage.sessions[1:])
         assert len(stage.emulation._by_secret) == 1
         assert not stage.failures
@@ -585,7 +587,7 @@ async def test_a_conversation_cut_at_every_byte(name: str, vanish: Callable[[Cli
         bystander.leave()
 
 
-async def test_text_that_is_not_utf_8() -> None:
+async def test_invalid_utf_8_ends_the_stream_with_3501() -> None:
     async with streaming() as stage:
         client = await stage.stream(post(HTTP_STREAM, b'{"id":1,"x":"\xff"}'))
         await eventually(lambda: client.lost)
@@ -594,7 +596,7 @@ async def test_text_that_is_not_utf_8() -> None:
         assert not stage.sessions[0].received
 
 
-async def test_a_bug_in_a_session_ends_its_stream_alone() -> None:
+async def test_an_exception_of_a_session_ends_its_stream_alone() -> None:
     async with streaming() as stage:
         bystander = await stage.stream(post(SSE, HELLO))
         client = await stage.stream(post(HTTP_STREAM, b"raise"))
@@ -605,7 +607,7 @@ async def test_a_bug_in_a_session_ends_its_stream_alone() -> None:
         bystander.leave()
 
 
-async def test_a_session_that_cannot_be_opened() -> None:
+async def test_an_exception_while_opening_a_session_closes_its_connection() -> None:
     async with streaming() as stage:
 
         def fail(connection: Any, request: Any) -> Any:
@@ -619,7 +621,7 @@ async def test_a_session_that_cannot_be_opened() -> None:
         stage.failures.clear()
 
 
-async def test_an_open_stream_keeps_nothing_of_its_request() -> None:
+async def test_an_open_stream_keeps_no_data_of_its_request() -> None:
     async with streaming() as stage:
         client = await stage.stream(post(HTTP_STREAM, json.dumps("marked").encode(), "Cookie: session=marked"))
         await eventually(lambda: len(lines(client)) == 1)
@@ -628,14 +630,14 @@ async def test_an_open_stream_keeps_nothing_of_its_request() -> None:
         client.leave()
 
 
-async def test_ends_are_counted() -> None:
+async def test_disconnects_of_streams_are_counted_by_initiator_and_code() -> None:
     async with streaming() as stage:
 
         def ends() -> dict[tuple[str, str], float]:
             return {
-                (dict(one.labels)["initiator"], dict(one.labels)["code"]): one.value
-                for one in stage.metrics.snapshot()
-                if one.name == "realtime_disconnects"
+                (dict(sample.labels)["initiator"], dict(sample.labels)["code"]): sample.value
+                for sample in stage.metrics.snapshot()
+                if sample.name == "realtime_disconnects"
             }
 
         clients = [await stage.stream(post(HTTP_STREAM, body)) for body in (HELLO, HELLO, b"close")]

@@ -19,11 +19,11 @@ from tests.transports.stage import Client, Echo, Stage, eventually, frame, frame
 
 
 def header(first: int, second: int, extended: bytes = b"") -> bytes:
-    """The start of a masked frame, as raw bytes."""
+    """Build the header of a masked frame from raw bytes."""
     return bytes((first, second)) + extended + b"\x01\x02\x03\x04"
 
 
-# bytes after the handshake: the close code they must get
+# Bytes after the handshake, and the expected close code.
 BROKEN: dict[str, tuple[bytes, int]] = {
     "no mask": (b"\x81\x03abc", 1002),
     "RSV1": (frame(1, b"a", rsv=4), 1002),
@@ -56,7 +56,7 @@ BROKEN: dict[str, tuple[bytes, int]] = {
         f"close code {code}": (frame(8, struct.pack("!H", code)), 1002)
         for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)
     },
-    "continuation of nothing": (frame(0, b"a"), 1002),
+    "continuation without message": (frame(0, b"a"), 1002),
     "text inside a message": (frame(1, b"a", fin=False) + frame(1, b"b"), 1002),
     "ping flood": (frame(9, b"p") * 10_000, 1008),
     "pong flood": (frame(10, b"p") * 10_000, 1008),
@@ -72,7 +72,7 @@ async def test_broken_frames(name: str) -> None:
         client = await stage.open()
         client.send(data)
         assert (await client.closed())[0] == code
-        await eventually(lambda: client.lost)  # it has read the close frame and the end, and closes in turn
+        await eventually(lambda: client.lost)  # the client has read the close frame and the end, and closes its side
         await eventually(lambda: stage.websocket.connections == 1)
         assert stage.sessions[1].ends == 1
         assert stage.sessions[1].received == []
@@ -81,7 +81,7 @@ async def test_broken_frames(name: str) -> None:
         bystander.leave()
 
 
-async def test_what_breaks_is_counted_and_told_without_an_echo() -> None:
+async def test_broken_frames_are_counted_and_reasons_do_not_echo_input() -> None:
     async with staged() as stage:
         for name in ("no mask", "length 2^40", "not UTF-8", "ping flood", "binary"):
             client = await stage.open()
@@ -93,7 +93,7 @@ async def test_what_breaks_is_counted_and_told_without_an_echo() -> None:
         assert counts == [1, 1, 1, 1, 1]
 
 
-async def test_a_declared_length_reserves_nothing_and_the_body_is_not_kept() -> None:
+async def test_a_declared_length_allocates_nothing_and_the_payload_is_not_buffered() -> None:
     async with staged(websocket=settings.WebSocketSettings(message_size_limit=1000)) as stage:
         client = await stage.open()
         connection = stage.sessions[0].connection
@@ -148,7 +148,7 @@ async def test_no_more_than_a_burst_of_pongs_is_sent() -> None:
         assert sum(opcode == 10 for opcode, _ in client.frames) <= 60
 
 
-async def test_bytes_that_dribble_in() -> None:
+async def test_a_message_in_single_bytes() -> None:
     async with staged() as stage:
         client = await stage.open()
         connection = stage.sessions[0].connection
@@ -159,7 +159,7 @@ async def test_bytes_that_dribble_in() -> None:
         client.leave()
 
 
-# The end
+# Closing
 
 
 async def test_the_peer_closes() -> None:
@@ -173,7 +173,7 @@ async def test_the_peer_closes() -> None:
             assert stage.sessions[0].ends == 1
 
 
-async def test_the_session_closes_after_what_is_queued() -> None:
+async def test_the_session_closes_after_queued_messages() -> None:
     async with staged() as stage:
         client = await stage.open()
         client.send(text("first") + text("close") + text("too late"))
@@ -183,7 +183,7 @@ async def test_the_session_closes_after_what_is_queued() -> None:
         assert stage.sessions[0].received == [b"first", b"close"]
 
 
-async def test_after_the_close_nothing_is_sent_and_nothing_is_heard() -> None:
+async def test_after_the_close_no_message_is_sent_or_received() -> None:
     async with staged() as stage:
         client = await stage.open()
         connection = stage.sessions[0].connection
@@ -243,10 +243,10 @@ async def test_pause_and_resume() -> None:
         other.leave()
 
 
-# Failures of our own
+# Exceptions of sessions
 
 
-async def test_a_session_that_fails_on_a_message() -> None:
+async def test_an_exception_of_a_session_for_a_message_closes_its_connection() -> None:
     async with staged() as stage:
         client, bystander = await stage.open(), await stage.open()
         client.send(text("raise") + text("after"))
@@ -258,7 +258,7 @@ async def test_a_session_that_fails_on_a_message() -> None:
         bystander.leave()
 
 
-async def test_a_session_that_cannot_be_opened() -> None:
+async def test_an_exception_while_opening_a_session_closes_its_connection() -> None:
     async with staged() as stage:
 
         def fail(connection: WebSocketConnection, request: OpeningRequest) -> Any:
@@ -270,7 +270,7 @@ async def test_a_session_that_cannot_be_opened() -> None:
         assert len(stage.failures) == 1
 
 
-async def test_a_session_that_fails_at_the_end() -> None:
+async def test_an_exception_of_a_session_at_its_end_is_logged() -> None:
     class Failing(Echo):
         def closed(self) -> None:
             super().closed()
@@ -284,7 +284,7 @@ async def test_a_session_that_fails_at_the_end() -> None:
         assert len(stage.failures) == 1
 
 
-async def test_a_session_may_speak_and_close_while_it_is_opened() -> None:
+async def test_a_session_may_send_and_close_while_it_is_opened() -> None:
     class Refusing(Echo):
         def __init__(self, connection: WebSocketConnection, request: OpeningRequest) -> None:
             super().__init__(connection, request)
@@ -306,7 +306,7 @@ CHUNK = text_frame(b"x" * 60_000)
 
 
 async def slow_peer(stage: Stage) -> tuple[socket.socket, WebSocketConnection]:
-    """A peer with a small window that reads nothing, and whose transport is full."""
+    """Connect a peer with a small window that reads nothing, and fill its transport."""
     before = len(stage.sessions)
     peer = stage.open_socket(4096)
     await eventually(lambda: len(stage.sessions) > before)
@@ -315,7 +315,7 @@ async def slow_peer(stage: Stage) -> tuple[socket.socket, WebSocketConnection]:
     turns_stuck = 0
 
     def stuck() -> bool:
-        """Fill what the kernel takes; True once it has taken no more for some turns."""
+        """Fill the kernel's buffers; return whether they accepted nothing in the last turns."""
         nonlocal turns_stuck
         turns_stuck += 1
         while connection._outbox is None:
@@ -328,7 +328,7 @@ async def slow_peer(stage: Stage) -> tuple[socket.socket, WebSocketConnection]:
 
 
 async def read_all(peer: socket.socket) -> bytes:
-    """What the peer has coming to it, to the end."""
+    """Read up to the end of the connection."""
     data = bytearray()
     while True:
         try:
@@ -343,7 +343,7 @@ async def read_all(peer: socket.socket) -> bytes:
         data += chunk
 
 
-async def test_a_client_that_does_not_read_is_closed_as_slow_and_costs_nothing_more() -> None:
+async def test_a_client_that_does_not_read_is_closed_as_slow_and_its_queue_is_dropped() -> None:
     async with staged(client=SMALL_QUEUE) as stage:
         bystander = await stage.open()
         peer, connection = await slow_peer(stage)
@@ -351,7 +351,7 @@ async def test_a_client_that_does_not_read_is_closed_as_slow_and_costs_nothing_m
             connection.sink.deliver(CHUNK)
             assert stage.websocket.queued.size == connection._outbox.size
         assert stage.count("slow") == 1
-        assert connection._outbox.size < 100  # what waited was dropped; the close frame waits
+        assert connection._outbox.size < 100  # the queued frames were dropped; the close frame is queued
         for _ in range(1000):
             connection.sink.deliver(CHUNK)
         assert connection._outbox.size < 100
@@ -363,7 +363,7 @@ async def test_a_client_that_does_not_read_is_closed_as_slow_and_costs_nothing_m
         bystander.leave()
 
 
-async def test_a_slow_client_that_reads_after_all_gets_whole_frames_and_the_reason() -> None:
+async def test_a_slow_client_that_reads_again_gets_whole_frames_and_the_reason() -> None:
     async with staged(client=SMALL_QUEUE) as stage:
         peer, connection = await slow_peer(stage)
         while connection.state == connection.STATE_OPEN:
@@ -391,7 +391,7 @@ async def test_a_client_that_catches_up_loses_nothing() -> None:
         await eventually(lambda: stage.websocket.connections == 0)
 
 
-async def test_after_catching_up_frames_go_straight_to_the_transport_again() -> None:
+async def test_after_catching_up_frames_are_written_directly_again() -> None:
     async with staged() as stage:
         peer, connection = await slow_peer(stage)
 
@@ -401,11 +401,11 @@ async def test_after_catching_up_frames_go_straight_to_the_transport_again() -> 
             return connection._outbox is None
 
         await eventually(drained)
-        assert not connection.bucket  # no deadline is left
+        assert not connection.deadline_bucket  # no deadline is left
         peer.close()
 
 
-async def test_a_client_that_takes_no_byte_is_closed_as_stalled() -> None:
+async def test_a_client_that_acknowledges_no_byte_is_closed_as_stalled() -> None:
     async with staged() as stage:
         peer, connection = await slow_peer(stage)
         stage.advance(3.0)
@@ -416,27 +416,27 @@ async def test_a_client_that_takes_no_byte_is_closed_as_stalled() -> None:
         peer.close()
 
 
-async def test_a_client_that_takes_some_bytes_in_each_interval_stays() -> None:
+async def test_a_client_that_acknowledges_bytes_in_each_interval_stays_open() -> None:
     async with staged() as stage:
         peer, connection = await slow_peer(stage)
         for _ in range(4):
             connection.sink.deliver(CHUNK)
         for _ in range(10):
-            taken = connection._taken()
+            taken = connection._acknowledged_bytes()
 
             def some(taken: int = taken) -> bool:
                 with suppress(BlockingIOError):
                     peer.recv(4096)
-                return connection._taken() > taken
+                return connection._acknowledged_bytes() > taken
 
             await eventually(some)
-            stage.advance(1.0)  # one look at the progress in each
+            stage.advance(1.0)  # one check of progress in each
         assert connection.state == connection.STATE_OPEN
         assert connection._outbox is not None
         peer.close()
 
 
-async def test_pings_of_a_peer_that_never_reads_wait_in_its_queue() -> None:
+async def test_pongs_for_a_peer_that_never_reads_are_queued() -> None:
     async with staged(client=SMALL_QUEUE) as stage:
         peer, connection = await slow_peer(stage)
         assert connection._outbox is not None
@@ -446,19 +446,19 @@ async def test_pings_of_a_peer_that_never_reads_wait_in_its_queue() -> None:
         peer.close()
 
 
-async def test_a_slow_peer_that_leaves_gets_no_more_than_the_answer() -> None:
+async def test_a_slow_peer_that_closes_gets_the_close_frame_only() -> None:
     async with staged() as stage:
         peer, connection = await slow_peer(stage)
-        connection.send(b"not wanted any more")
+        connection.send(b"dropped")
         peer.sendall(frame(8, b"\x03\xe8"))
         await eventually(lambda: connection.state != connection.STATE_OPEN)
         frames = frames_in((await read_all(peer)).partition(b"\r\n\r\n")[2])
-        assert (1, b"not wanted any more") not in frames
+        assert (1, b"dropped") not in frames
         assert frames[-1] == (8, struct.pack("!H", 1000))
         peer.close()
 
 
-async def test_what_is_sent_to_a_peer_that_has_gone_is_dropped() -> None:
+async def test_messages_for_a_peer_that_has_gone_are_dropped() -> None:
     async with staged(client=SMALL_QUEUE) as stage:
         peer, connection = await slow_peer(stage)
         peer.close()
@@ -507,17 +507,17 @@ async def test_a_conversation_cut_at_every_byte(vanish: Callable[[Client], None]
             vanish(client)
             clients.append(client)
         await eventually(lambda: all(client.lost for client in clients))
-        await eventually(lambda: stage.front.waiting == 0 and stage.websocket.connections == 1)
+        await eventually(lambda: stage.front.pending == 0 and stage.websocket.connections == 1)
         assert all(session.ends == 1 for session in stage.sessions[1:])
         assert not stage.failures
         await bystander.echo("unaffected")
         bystander.leave()
 
 
-# What the memory of a connection rests on
+# Memory of an open connection
 
 
-async def test_an_open_connection_keeps_nothing_of_its_handshake() -> None:
+async def test_an_open_connection_keeps_no_data_of_its_handshake() -> None:
     async with staged() as stage:
         client = await stage.open("Cookie: session=marked")
         await client.echo("hello")
@@ -527,14 +527,14 @@ async def test_an_open_connection_keeps_nothing_of_its_handshake() -> None:
         client.leave()
 
 
-async def test_ends_are_counted_by_who_ended_the_connection() -> None:
+async def test_disconnects_are_counted_by_initiator_and_code() -> None:
     async with staged() as stage:
 
         def ends() -> dict[tuple[str, str], float]:
             return {
-                (dict(one.labels)["initiator"], dict(one.labels)["code"]): one.value
-                for one in stage.metrics.snapshot()
-                if one.name == "realtime_disconnects"
+                (dict(sample.labels)["initiator"], dict(sample.labels)["code"]): sample.value
+                for sample in stage.metrics.snapshot()
+                if sample.name == "realtime_disconnects"
             }
 
         clients = [await stage.open() for _ in range(5)]

@@ -28,13 +28,13 @@ class Peer:
         self.ours.setblocking(False)
         self.theirs.setblocking(False)
         self.kept: list[bytes] = []
-        self.sink = Sink(self.ours.send, self.keep)
+        self.sink = Sink(self.ours.send, self.queue_remainder)
         self.sink.fd = self.ours.fileno()
 
-    def keep(self, frame: bytes, taken: int) -> None:
+    def queue_remainder(self, frame: bytes, taken: int) -> None:
         self.kept.append(frame[taken:])
         # From now on something waits, as with a connection.
-        self.sink.fd, self.sink.write = -1, self.wait
+        self.sink.fd, self.sink.send = -1, self.wait
 
     def wait(self, frame: bytes) -> int:
         self.kept.append(frame)
@@ -133,7 +133,7 @@ def test_who_has_gone_is_told_as_having_taken_nothing(ring: IOURing, peers: list
 
 
 def test_where_something_waits_a_frame_waits_too(ring: IOURing, peers: list[Peer]) -> None:
-    peers[3].keep(b"earlier", 0)
+    peers[3].queue_remainder(b"earlier", 0)
     ring.broadcast(b"frame", sinks(peers))
     assert peers[3].kept == [b"earlier", b"frame"]
     assert peers[3].read() == b""

@@ -1,0 +1,127 @@
+"""Parts that client connections of all transports share: the session of a connection, its counters, its end.
+
+`ClientConnection` is the base of `WebSocketConnection` and `StreamConnection`, and `ConnectionContext` holds the state
+that all connections of one transport share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from twisted.logger import Logger
+
+from realtime.config.settings import MessageSettings
+from realtime.deadlines import Deadlines
+from realtime.errors import SERVER_ERROR
+from realtime.http.handshake import OpeningRequest
+from realtime.metrics import Metrics, bad_input_counter
+from realtime.process import log
+from realtime.transports.outbox import QueuedBytes
+from realtime.transports.outgoing import FlushAtTurnEnd, Outgoing
+
+_log = Logger(observer=log.observer)
+
+
+class TransportSession(Protocol):
+    """The interface through which a transport calls the session of a connection."""
+
+    def receive(self, payload: bytes) -> None:
+        """Handle one whole message in the connection's encoding; a text message is valid UTF-8."""
+
+    def closed(self) -> None:
+        """Handle the loss of the connection. Called once."""
+
+
+class ConnectionContext:
+    """State shared by all connections of one transport; it implements `OutgoingContext`.
+
+    open_session: called with a connection and its opening request; returns the connection's session. connects,
+    received, sent: counters. Fan-out counts its messages itself, see `FanoutContext.sent`.
+    """
+
+    def __init__(
+        self,
+        open_session: Callable[[Any, OpeningRequest], TransportSession],
+        websocket: MessageSettings,
+        queue_max_size: int,
+        deadlines: Deadlines,
+        metrics: Metrics,
+        bad_input_kinds: Iterable[str],
+        queued: QueuedBytes | None = None,
+        turn_end: FlushAtTurnEnd | None = None,
+    ) -> None:
+        """websocket: has the write and close timeouts. bad_input_kinds: allowed arguments of `count_bad_input`.
+
+        queued: bytes queued over all transports. turn_end: the end of the loop's turns; None flushes at once.
+        """
+        self.open_session = open_session
+        self.deadlines = deadlines
+        self.write_timeout = websocket.write_timeout
+        self.close_timeout = websocket.close_timeout
+        self.queue_max_size = queue_max_size
+        self.queued = queued or QueuedBytes()
+        self.turn_end = turn_end or FlushAtTurnEnd()
+        self.connects = metrics.counter("realtime_connects", "Connections of clients that were opened.")
+        self.received = metrics.counter("realtime_messages_received", "Messages from clients.")
+        self.sent = metrics.counter("realtime_messages_sent", "Messages to clients.")
+        self._metrics = metrics
+        self._bad_input = {kind: bad_input_counter(metrics, kind) for kind in bad_input_kinds}
+
+    def count_bad_input(self, kind: str) -> None:
+        """Count one bad input, or one client that was too slow."""
+        self._bad_input[kind].value += 1
+
+    def count_disconnect(self, initiator: str, code: str) -> None:
+        """Count the end of a connection.
+
+        initiator: "server" or "client". code: `close_code_label` of the server's close code; "" for a client.
+        """
+        self._metrics.counter(
+            "realtime_disconnects", "Connections that ended, by who ended them and why.", initiator=initiator, code=code
+        ).value += 1
+
+
+class ClientConnection(Outgoing):
+    """A connection with a session: `send`, `sink`, `close` serve the session. Loop thread only."""
+
+    factory: Any  # a ConnectionContext
+    _session: TransportSession | None = None
+    _is_disconnect_counted = False
+
+    def open_session(self, request: OpeningRequest) -> bool:
+        """Open the session, or close the connection if that raises; return whether the session is open."""
+        try:
+            self._session = self.factory.open_session(self, request)
+        except Exception:
+            _log.failure("opening a session raised an exception; closing its connection")
+            self.close(*SERVER_ERROR)
+            return False
+        return True
+
+    def end_session(self) -> None:
+        """Tell the session that its connection is lost, and count the disconnect. Idempotent."""
+        session, self._session = self._session, None
+        if session is None:
+            return
+        self._count_disconnect("client", "")
+        try:
+            session.closed()
+        except Exception:
+            _log.failure("a session raised an exception at the end of its connection")
+
+    def _fail_session(self) -> None:
+        """Log the exception that the session raised for a message, and close the connection."""
+        _log.failure("a session raised an exception for a message; closing its connection")
+        self.close(*SERVER_ERROR)
+
+    def _count_disconnect(self, initiator: str, code: str) -> None:
+        """Count the end of this connection under its first reason."""
+        if not self._is_disconnect_counted:
+            self._is_disconnect_counted = True
+            self.factory.count_disconnect(initiator, code)
+
+
+def close_code_label(code: int) -> str:
+    """Return the metric label of a close code; the application's codes, possibly thousands, share one label."""
+    return "application" if code >= 4000 else str(code)

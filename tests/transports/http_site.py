@@ -1,0 +1,122 @@
+"""The HTTP site of a worker on a real port, and requests to it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest_twisted
+import requests
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThread
+from twisted.logger import Logger
+
+from realtime.app import App
+from realtime.config.settings import ChannelSettings, HTTPAPISettings, Namespace, Settings, WorkersSettings
+from realtime.handlers.dispatch import Dispatcher
+from realtime.metrics import Metrics
+from realtime.protocol.channel_rules import ChannelRules
+from realtime.pubsub.hub import Hub
+from realtime.server_api.http_api import HTTPAPI
+from realtime.server_api.operations import NodeIdentity, ServerAPI
+from realtime.transports.routes import make_site
+from tests.pubsub.memory_engine import MemoryEngine
+
+KEY = "k3y-of-the-tests"
+LIMIT = 4096
+CHAT = Namespace(name="chat", presence=True, history_size=10, history_ttl=60.0)
+
+
+async def survey_no_channels(pattern: str) -> dict[str, int]:
+    return {}
+
+
+class Site:
+    """The HTTP site of one worker on a free port, with an engine in memory."""
+
+    def __init__(self, workers: WorkersSettings | None = None, **http_api: Any) -> None:
+        options = {"key": KEY, "max_body_size": LIMIT, "body_timeout": 10.0} | http_api
+        self.settings = Settings(http_api=HTTPAPISettings(**options), channel=ChannelSettings(namespaces=(CHAT,)))
+        self.app = App()
+        self.orders: list[bytes] = []
+        self.logged: list[dict[str, Any]] = []
+        self.metrics = Metrics()
+        self.workers = workers or WorkersSettings(threads=2)
+        self.reasons: tuple[str, ...] = ()  # reasons for which the worker is overloaded
+        self.has_available_peer = False  # another worker accepts new clients
+        self._port: Any = None
+
+    async def start(self) -> str:
+        """Start to serve; return the base URL."""
+        hub = Hub(self.orders.append)
+        self.engine = hub.engine = MemoryEngine(hub, self.settings.engine, time.monotonic)
+        facts = NodeIdentity("n1", "node", "1.0", 12.5)
+        operations = ServerAPI(self.engine, ChannelRules(self.settings.channel), lambda: facts, survey_no_channels)
+        api = HTTPAPI(operations)
+        log = Logger(observer=self.logged.append)
+        self.dispatcher = Dispatcher(self.app, reactor, self.workers, self.metrics, log, pressure=self)
+        await self.dispatcher.start()
+        self.dispatcher.bind(operations)
+        site = make_site(
+            self.app,
+            self.dispatcher,
+            api,
+            self.settings,
+            self.metrics,
+            another_worker_available=lambda: self.has_available_peer,
+        )
+        self._port = reactor.listenTCP(0, site, interface="127.0.0.1")  # type: ignore[attr-defined]
+        self.port = self._port.getHost().port
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pressed(self) -> bool:
+        return bool(self.reasons)
+
+    async def stop(self) -> None:
+        await self._port.stopListening()
+        await self.dispatcher.stop(5)
+
+    def faults(self) -> dict[str, float]:
+        """Return the number of counted refusals by kind."""
+        samples = [sample for sample in self.metrics.snapshot() if sample.name == "realtime_bad_input"]
+        return {sample.labels[0][1]: sample.value for sample in samples if sample.value}
+
+    async def raw(self, *parts: bytes) -> bytes:
+        """Send bytes and return all received bytes, up to the end of the connection."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+            return await reader.read()
+        finally:
+            writer.close()
+
+
+@contextmanager
+def site_for_test() -> Iterator[Site]:
+    """Make a site, and stop it at the end if the test has started it: all tests share one reactor."""
+    site = Site()
+    yield site
+    if site._port is not None:
+        pytest_twisted.blockon(Deferred.fromCoroutine(site.stop()))
+
+
+async def fetch(method: str, url: str, **options: Any) -> requests.Response:
+    """Send one request with an ordinary client, in a thread."""
+    return await deferToThread(requests.request, method, url, timeout=20, **options)
+
+
+def post(path: str, body: bytes, *headers: bytes) -> bytes:
+    """Build a POST request that closes its connection; it has no Content-Length unless `headers` has one."""
+    head = [b"POST " + path.encode() + b" HTTP/1.1", b"Host: x", b"Connection: close", *headers]
+    return b"\r\n".join([*head, b"", body])
+
+
+def status_of(response: bytes) -> int:
+    return int(response.split(b" ", 2)[1])
