@@ -1,5 +1,5 @@
-# What scripts/run and scripts/test share; sourced by them, at the checkout's root. Each step does nothing when it was
-# done before and what it depends on is unchanged: a stamp beside its result holds the hash of its inputs.
+# Functions for the scripts in this folder. They source this file at the root of the checkout. Each step is skipped if its
+# inputs have not changed since the last run: a stamp beside the result contains the hash of the inputs.
 
 say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
 
@@ -7,7 +7,7 @@ hash_of() { cat -- "$@" | sha256sum | cut -d' ' -f1; }
 
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 
-# need COMMAND:PACKAGE... - install the Debian packages of the commands that are missing.
+# need COMMAND:PACKAGE... - install the Debian packages of missing commands.
 need() {
     local pair missing=()
     for pair in "$@"; do
@@ -18,7 +18,7 @@ need() {
 
 install_debian() {
     if ! command -v apt-get >/dev/null; then
-        say "This is not a Debian system. Please install by its own means: $*"
+        say "This is not a Debian system. Please install these packages yourself: $*"
         return 1
     fi
     say "Installing Debian packages: $*"
@@ -26,8 +26,8 @@ install_debian() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
-# python_environment KIND - the virtual environment .venv with this checkout in it, editable.
-# KIND: runtime; dev, with the tests' tools, which serves as runtime too; or bench, with the peers of the benchmarks.
+# python_environment KIND - create the virtual environment .venv and install this checkout in it, editable.
+# KIND: runtime; dev, with the tools for the tests (includes runtime); or bench, with the peers of the benchmarks.
 python_environment() {
     local kind=$1 stamp inputs=(setup.cfg pyproject.toml) target=.
     need python3:python3
@@ -43,14 +43,14 @@ python_environment() {
 
 create_virtual_environment() {
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        say "Python 3.11 or newer is needed; python3 is $(python3 --version)"
+        say "Python 3.11 or newer is required, but python3 is $(python3 --version)"
         return 1
     fi
     python3 -c 'import ensurepip, venv' 2>/dev/null || install_debian python3-venv
     python3 -m venv .venv
 }
 
-# npm_packages DIRECTORY - its node_modules, as its package-lock.json says. Install scripts of packages are not run.
+# npm_packages DIRECTORY - install node_modules according to package-lock.json, without running install scripts.
 npm_packages() {
     local directory=$1 stamp
     stamp=$(hash_of "$directory/package-lock.json")

@@ -1,7 +1,7 @@
 """A chat in rooms. Each room is a channel "room:NAME" with history and presence, set up in realtime.toml.
 
-There are no accounts. A browser tab keeps a random key and shows it when it connects; the user id that others see is
-made from it, so a person stays the same over reloads and nobody else can be them.
+There are no accounts. Each browser tab keeps a random key and sends it when it connects. The server derives the public
+user id from this key, so a person keeps their id over reloads, and other people can't use it.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 class Hello(Struct):
-    """What a tab says when it connects."""
+    """The data of a tab's connect command."""
 
     key: Annotated[str, Meta(min_length=16, max_length=64)]
     nick: Annotated[str, Meta(max_length=24)]
 
 
 class Message(Struct):
-    """What a tab publishes. id: made by the tab, so that a message which it sends twice is shown once."""
+    """The data of a tab's publication. id: chosen by the tab, so that readers see a repeated message only once."""
 
     id: Annotated[str, Meta(min_length=1, max_length=64)]
     text: Annotated[str, Meta(max_length=2000)]
@@ -38,24 +38,24 @@ class Message(Struct):
 
 app = App()
 app.http.static("/", "web")
-# The SDK for the page, put here by scripts/run; without it the page takes the same file from a public CDN.
+# scripts/run installs the SDK for the page here; otherwise the page loads the same file from a public CDN.
 sdk = Path(__file__).parent / "node_modules/centrifuge/dist"
 if sdk.is_dir():
     app.http.static("/sdk", sdk)
 
 
 @app.on_connecting
-async def let_in(request):
-    hello = understood(request.data, Hello)
+async def authenticate(request):
+    hello = convert(request.data, Hello)
     nick = " ".join(hello.nick.split())
     if not nick:
-        raise ClientError(400, "a name is needed")
+        raise ClientError(400, "a name is required")
     user = hashlib.blake2b(hello.key.encode(), digest_size=8).hexdigest()
     return Credentials(user=user, info={"nick": nick}, data={"user": user, "nick": nick, "worker": os.getpid()})
 
 
 @app.on_subscribe("room:*")
-async def may_enter(client, channel):
+async def may_join(client, channel):
     return ROOM_NAME.fullmatch(channel.removeprefix("room:")) is not None
 
 
@@ -63,10 +63,10 @@ async def may_enter(client, channel):
 async def check(client, channel, data):
     if channel not in client.channels:
         raise ClientError(403, "open the room first")
-    message = understood(data, Message)
+    message = convert(data, Message)
     text = message.text.strip()
     if not text:
-        raise ClientError(400, "there is nothing to say")
+        raise ClientError(400, "the message is empty")
     return {"id": message.id, "text": text, "time": int(time.time() * 1000)}
 
 
@@ -76,8 +76,8 @@ async def rooms(client, data):
     return [{"name": name, "people": (await count)[1]} for name, count in zip(ROOMS, counts, strict=True)]
 
 
-def understood(data: object, kind: type[T]) -> T:
-    """`data` as a `kind`; for anything else, an error reply that says what is wrong with it."""
+def convert(data: object, kind: type[T]) -> T:
+    """Return `data` as a `kind`. Raises ClientError with the reason if that is impossible."""
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:

@@ -1,4 +1,4 @@
-"""Runs the benchmark that is named: one of `costs`, or the `main` of a module beside this one."""
+"""Run one benchmark by its name: a function of `costs`, or `main` of another module in this folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import costs
 
-# By the name on the command line: the module.
+# Modules by their name on the command line.
 SCENES = {"blocked": "blocked", "thrash": "thrash", "vitals": "vitals", "all": "everything", "page": "page"}
 
 

@@ -1,4 +1,4 @@
-"""The application of the benchmarks: it says what it was told."""
+"""The application of the benchmarks: an RPC and a message handler that echo their data."""
 
 from realtime import App
 

@@ -1,9 +1,9 @@
-"""Two workers, one of them blocked for 2 s by a bad handler: what others notice of it.
+"""Block one of two workers for 2 s with a bad handler, and measure the effect on other clients.
 
-Measured are round trips (an RPC echo over WebSocket) on connections that the other worker has, and 1,000 new
-connections that are made meanwhile, each from its SYN to the reply to the client protocol's connect command. First
-with both workers idle, then with one blocked; with steering and rescue, and without either. The load comes from this
-process, over bare sockets and epoll, on the same machine, so its own lateness is in every figure.
+The benchmark measures round trips (an RPC echo over WebSocket) on connections of the other worker, and 1,000 new
+connections during the block, each from its SYN to the reply to its connect command. It measures idle workers first and
+then the blocked worker; with steering and rescue, and without both. The load comes from this process, over bare sockets
+and epoll, on the same machine, so every figure includes the delay of this process.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 from served import HERE, Served
 from tables import Verdict, print_verdicts
 
-# Connections of each worker that are there before, and seconds between two round trips on one of them.
+# Existing connections of each worker, and the interval between two round trips on one connection, in seconds.
 EXISTING = 20
 PACE = 0.02
 # Seconds after which a client gives up.
 PATIENCE = 10.0
-# Seconds between two rounds, in which the workers become healthy again.
+# Seconds between two rounds, in which the workers recover.
 REST = 2.0
 
 CONFIG = """
@@ -54,7 +54,7 @@ HANDSHAKE = (
 
 
 def text_frame(message: object) -> bytes:
-    """A short client frame; its mask of zeros leaves the payload as it is."""
+    """Return a short client frame. Its mask of zeros leaves the payload unchanged."""
     payload = json.dumps(message).encode()
     assert len(payload) < 126
     return bytes((0x81, 0x80 | len(payload))) + bytes(4) + payload
@@ -67,19 +67,19 @@ ECHO = text_frame({"id": 2, "rpc": {"method": "echo", "data": "x" * 64}})
 
 @dataclass
 class Sample:
-    """What one kind of client met with. seconds: each."""
+    """The measurements of one kind of client. seconds: the duration of each success."""
 
     seconds: list[float] = field(default_factory=list)
     failed: int = 0
 
     def quantile(self, share: float) -> float:
-        """In milliseconds."""
+        """Return a quantile in milliseconds."""
         ordered = sorted(self.seconds)
         return 1000 * ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else float("nan")
 
 
 class Clients:
-    """A loop for many sockets and timers. It does little, for its own lateness is measured with the rest."""
+    """A small event loop for many sockets and timers. It is minimal because every figure includes its delay."""
 
     def __init__(self, port: int) -> None:
         self.address = ("127.0.0.1", port)
@@ -100,7 +100,7 @@ class Clients:
         self._poll.unregister(peer.fileno())
 
     def run(self, done: Callable[[], bool]) -> None:
-        """Go on until it holds, which is asked after each turn."""
+        """Run until `done()` is true, checked after each turn."""
         while not done():
             now = time.perf_counter()
             wait = min(0.05, self._timers[0][0] - now) if self._timers else 0.05
@@ -113,10 +113,10 @@ class Clients:
 
 
 class Peer:
-    """One connection. connected: called with itself when the connect command was answered, or has failed."""
+    """One connection. connected: called with this peer after the reply to its connect command, or after a failure."""
 
     def __init__(self, clients: Clients, connected: Callable[[Peer], None]) -> None:
-        self.pid = 0  # of the worker that serves it, once connected
+        self.pid = 0  # of its worker, once connected
         self.replied: Callable[[], None] = lambda: None
         self.began = time.perf_counter()
         self._clients = clients
@@ -188,7 +188,7 @@ class Peer:
 
 
 class Echoes:
-    """Round trips on one connection, at a steady pace, into a sample that can be changed."""
+    """Round trips on one connection at a steady pace, recorded in the current `sample`."""
 
     def __init__(self, clients: Clients, peer: Peer) -> None:
         self.sample = Sample()
@@ -208,7 +208,7 @@ class Echoes:
 
 
 class Newcomers:
-    """New connections, evenly over a time."""
+    """New connections, evenly distributed over `seconds`."""
 
     def __init__(self, clients: Clients, number: int, seconds: float, sample: Sample) -> None:
         self._clients = clients
@@ -255,7 +255,7 @@ class Measured:
 
 
 class Scene:
-    """One server with clients on both workers, of which the second is never blocked."""
+    """One server with clients on both workers. Only the first worker is ever blocked."""
 
     def __init__(self, server: Served, chosen: argparse.Namespace) -> None:
         self.clients = Clients(server.port)
@@ -274,7 +274,7 @@ class Scene:
             self.clients.at(begin + number * PACE / EXISTING, echoes.send)
 
     def measure(self, into: Measured, newcomers: int, blocked: bool) -> None:
-        """One stretch of time. blocked: the first worker is, from its beginning on."""
+        """Measure one period. blocked: block the first worker from the beginning of the period."""
         seconds = self._chosen.seconds
         for echoes in self._echoes:
             echoes.sample = into.existing
@@ -286,7 +286,7 @@ class Scene:
         until = time.perf_counter() + seconds
         self.clients.run(lambda: time.perf_counter() >= until)
         for echoes in self._echoes:
-            echoes.sample = Sample()  # the block is over: what follows counts for nothing
+            echoes.sample = Sample()  # the block has ended: discard later round trips
         self.clients.run(lambda: new.over and freed[-1])
         rested = time.perf_counter() + REST
         self.clients.run(lambda: time.perf_counter() >= rested)
@@ -298,19 +298,21 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(arguments: list[str]) -> list[Verdict]:
-    """Print what happens in each situation; return what that says about the targets."""
+    """Measure and print each situation; return the verdicts on the targets."""
     options = argparse.ArgumentParser(
         prog="scripts/bench blocked", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--seconds", type=float, default=2.0, help="for which the worker is blocked (default 2)")
-    options.add_argument("--newcomers", type=int, default=1000, help="connections made meanwhile (default 1000)")
-    options.add_argument("--rounds", type=int, default=3, help="of each situation, taken together (default 3)")
+    options.add_argument("--seconds", type=float, default=2.0, help="duration of the block (default 2)")
+    options.add_argument("--newcomers", type=int, default=1000, help="new connections during the block (default 1000)")
+    options.add_argument(
+        "--rounds", type=int, default=3, help="rounds of each situation, evaluated together (default 3)"
+    )
     chosen = options.parse_args(arguments)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    gc.disable()  # its pauses are none of the server's
+    gc.disable()  # keeps collections of this process out of the figures
     print(
-        f"2 workers, {EXISTING} existing connections with a round trip each {1000 * PACE:g} ms, {chosen.newcomers:,} "
+        f"2 workers, {EXISTING} existing connections with a round trip every {1000 * PACE:g} ms, {chosen.newcomers:,} "
         f"new connections in {chosen.seconds:g} s, {chosen.rounds} rounds; milliseconds"
     )
     print(f"{'':42}{'existing':>16}{'new':>40}")
@@ -329,19 +331,19 @@ def _compare(chosen: argparse.Namespace, helped: bool) -> list[Verdict]:
             scene.measure(idle, 0, blocked=False)
             scene.measure(busy, chosen.newcomers, blocked=False)
             scene.measure(blocked, chosen.newcomers, blocked=True)
-        told = [line for line in server.lines if "blocked_app.py" in line]
-    means = "with steering and rescue" if helped else "without either"
+        log_lines = [line for line in server.lines if "blocked_app.py" in line]
+    means = "with steering and rescue" if helped else "no steering, no rescue"
     _show(f"{means}: idle", idle)
     _show(f"{means}: new clients", busy)
     _show(f"{means}: one blocked", blocked)
-    if told:
-        print("    " + told[0].strip())
+    if log_lines:
+        print("    " + log_lines[0].strip())
     return [_existing(idle, blocked), *_new(blocked, chosen.newcomers * chosen.rounds)]
 
 
 def _existing(idle: Measured, blocked: Measured) -> Verdict:
     calm, now = idle.existing.quantile(0.99), blocked.existing.quantile(0.99)
-    what = "one of two workers blocked: p99 of a round trip on the other"
+    what = "one of two workers blocked: p99 of a round trip on the other worker"
     return Verdict(what, f"≤ 2 * {calm:.2f} ms (idle)", f"{now:.2f} ms", met=now <= 2 * calm)
 
 

@@ -1,4 +1,4 @@
-"""The application of the blocked benchmark: an echo, and a handler that blocks the loop of its worker."""
+"""The application of the blocked benchmark: an echo, and a handler that blocks its worker's loop."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ app = App()
 
 
 @app.on_connecting
-async def tell_pid(request: ConnectRequest) -> Credentials:
-    return Credentials(user="somebody", data={"pid": os.getpid()})
+async def send_pid(request: ConnectRequest) -> Credentials:
+    return Credentials(user="client", data={"pid": os.getpid()})
 
 
 @app.rpc("echo")

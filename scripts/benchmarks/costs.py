@@ -1,8 +1,8 @@
-"""What one delivery, one round trip or one connection costs the server, in CPU time of all its processes.
+"""Measure the cost of one delivery, round trip or connection: CPU time of all processes of the server.
 
-Server and load generator have a core each. A figure is compared with the floor (what the kernel alone costs: a C loop
-that only sends) and with the peers that are named by `--against`, in the same run and by turns. Everything is done a
-few times before it counts. What an idle server uses meanwhile is in the figures, and told beside them.
+Server and load generator have one core each. The same run measures, in turn, the floor (a C loop that only sends, the
+cost of the kernel) and the peers named by `--against`. Each measurement starts with some unmeasured repetitions. The
+figures include the cost of an idle server, and the output also shows it separately.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from tables import OURS, Row, Table
 
 CHANNEL = "bench"
 SIZE = 128
-# Deliveries a second where the size of the fan-out changes, so that the idle share is the same.
+# Deliveries a second at every size of the fan-out, so that the idle share stays the same.
 PACE = 20_000
-# Seconds between two pings of the idle benchmark.
+# Interval between two pings in the idle benchmark, in seconds.
 PING = 5
-# How much dearer than a peer counts as level with it.
+# Up to this ratio, the cost counts as equal to a peer's.
 LEVEL = 1.15
 
 
 def subjects(table: Table, chosen: argparse.Namespace) -> list[str]:
-    """Us and those that we are compared with, but for those that can't be had here: the table says why."""
+    """Return this server and the available peers; record in the table why other peers are missing."""
     found = [OURS]
     for name in chosen.against:
         why = lack(name)
         if not why and table.name == "rpc" and name in NO_ECHO:
-            why = "it has no answer to one client alone"
+            why = "it can't reply to a single client"
         if why:
             table.left_out[name] = why
         else:
@@ -43,7 +43,7 @@ def subjects(table: Table, chosen: argparse.Namespace) -> list[str]:
 
 
 def by_turns(chosen: argparse.Namespace, table: Table, names: list[str]) -> Iterator[Row]:
-    """Each row as often as there are runs, to be added to; printed when it has its last."""
+    """Yield each row once per run, to record that run; print the row after its last run."""
     table.print_head()
     for run in range(chosen.runs):
         for name in names:
@@ -54,14 +54,14 @@ def by_turns(chosen: argparse.Namespace, table: Table, names: list[str]) -> Iter
 
 
 def channel(subject: Subject, echo: bool = False) -> str:
-    """Where the load generator goes: a channel of ours, or the path of a bare peer."""
+    """Return the load generator's destination: a channel of this server, or the path of a bare peer."""
     if subject.dialect == "realtime":
         return "" if echo else CHANNEL
     return "echo" if echo else ""
 
 
 def named(noun: str, chosen: argparse.Namespace, *sizes: int) -> dict[str, int]:
-    """The names of rows of these sizes; the last is too slow for a quick run."""
+    """Return the sizes by the names of their rows; a quick run omits the largest, slowest size."""
     return {
         f"{size:,} {noun if size != 1 else noun.removesuffix('s')}": size
         for size in (sizes[:-1] if chosen.quick else sizes)
@@ -79,7 +79,7 @@ def deliveries(chosen: argparse.Namespace, table: Table, burst: int, rate: float
 
 
 def fanout(chosen: argparse.Namespace) -> Table:
-    """One publication at a time, at a steady pace, to many subscribers."""
+    """Single publications to many subscribers, at a steady pace."""
     title = f"fan-out to {chosen.subscribers:,} subscribers, 20 messages a second"
     table = deliveries(chosen, Table("fanout", title, "a delivery"), 1, 20.0)
     table.judge_ratio("floor", 1.3)
@@ -90,8 +90,8 @@ def fanout(chosen: argparse.Namespace) -> Table:
 
 
 def burst(chosen: argparse.Namespace) -> Table:
-    """Publications of many clients at once to many subscribers."""
-    title = f"fan-out to {chosen.subscribers:,} subscribers, 50 messages at once by as many of them, once a second"
+    """Simultaneous publications of many clients to many subscribers."""
+    title = f"fan-out to {chosen.subscribers:,} subscribers; once a second, 50 of them publish at the same moment"
     table = deliveries(chosen, Table("burst", title, "a delivery"), 50, 1.0)
     table.judge_ratio("floor", 0.5)
     return table
@@ -112,14 +112,14 @@ def round_trips(chosen: argparse.Namespace, table: Table, call: str) -> Table:
 
 
 def echo(chosen: argparse.Namespace) -> Table:
-    """A message to the server that comes back: for us, through a handler and without a reply."""
+    """Round trips of messages; on this server through a handler, by `send` instead of a command with a reply."""
     chosen.against = [name for name in chosen.against if name == "floor"]
-    return round_trips(chosen, Table("echo", "echo, 50 connections, as fast as they can", "a round trip"), "send")
+    return round_trips(chosen, Table("echo", "echo, 50 connections, without pause", "a round trip"), "send")
 
 
 def rpc(chosen: argparse.Namespace) -> Table:
-    """A remote procedure call through the whole client protocol, to a coroutine; peers echo."""
-    table = Table("rpc", "RPC, 50 connections, as fast as they can (the others: bare echo)", "a round trip")
+    """Remote procedure calls of a coroutine, through the whole client protocol; peers echo."""
+    table = Table("rpc", "RPC, 50 connections, without pause (peers: bare echo)", "a round trip")
     round_trips(chosen, table, "rpc")
     table.judge("RPC round trip", table.rows[0].cost, 25.0, " µs")
     table.judge_ratio("socketio", 1.0)
@@ -127,7 +127,7 @@ def rpc(chosen: argparse.Namespace) -> Table:
 
 
 def connect(chosen: argparse.Namespace) -> Table:
-    """A connection that is opened, connects and subscribes; peers only open."""
+    """New connections with connect and subscribe commands; peers only open connections."""
     number = chosen.connections
     table = Table("connect", f"{number:,} connections, 64 at a time", "a connection")
     for row in by_turns(chosen, table, subjects(table, chosen)):
@@ -139,14 +139,14 @@ def connect(chosen: argparse.Namespace) -> Table:
     rate = median(own.more["a second"])
     table.judge("connect and subscribe", own.cost, 500.0, " µs")
     table.judge("memory of a connection with one subscription", median(own.more["KB each"]), 12.0, " KB")
-    table.judge_least("clients of a storm that one core connects and subscribes", rate, 2000, " a second")
+    table.judge_least("reconnect storm: clients connected and subscribed by one core", rate, 2000, " a second")
     return table
 
 
 def idle(chosen: argparse.Namespace) -> Table:
-    """An idle server, with and without connections that it pings: CPU time a second, and memory."""
+    """CPU time a second and memory of an idle server, with and without pinged connections."""
     seconds = PING
-    table = Table("idle", f"idle connections with one subscription, a ping each {PING} s", "a second")
+    table = Table("idle", f"idle connections with one subscription, a ping every {PING} s", "a second")
     table.print_head()
     base = 0.0
     for name, connections in named("connections", chosen, 0, 1_000, 5_000, 15_000).items():
@@ -156,7 +156,7 @@ def idle(chosen: argparse.Namespace) -> Table:
             run = Run(server, "idle", connections=connections, warm=seconds, times=seconds, channel=CHANNEL)
             cost, grown = run.server / seconds, resident(server) - held
             base = cost if not connections else base
-            # Without connections: what the processes have at the beginning.
+            # Without connections: the memory of the processes at the beginning.
             more = {"MB": (grown if connections else held) / 1024**2}
             if connections:
                 more["µs a ping"] = max(0.0, 1e6 * (cost - base) * PING / connections)
@@ -166,7 +166,7 @@ def idle(chosen: argparse.Namespace) -> Table:
 
 
 def growth(chosen: argparse.Namespace) -> Table:
-    """How the cost of a delivery changes with the number of subscribers."""
+    """Cost of a delivery by number of subscribers."""
     sizes = named("subscribers", chosen, 100, 1_000, 5_000, 15_000)
     table = Table("growth", f"fan-out, {PACE:,} deliveries a second", "a delivery")
     chosen.runs = min(chosen.runs, 2)
@@ -182,9 +182,11 @@ def growth(chosen: argparse.Namespace) -> Table:
 
 
 def publish(chosen: argparse.Namespace) -> Table:
-    """A publication with history from a client, by way of the broker, to channels that nobody hears."""
+    """Publications of clients through the broker, to channels with history and without subscribers."""
     sizes = named("channels", chosen, 1, 1_000, 100_000, 1_000_000)
-    table = Table("publish", "publications with history and without a subscriber, 20 connections", "a publication")
+    table = Table(
+        "publish", "publications to channels with history and without subscribers, 20 connections", "a publication"
+    )
     table.print_head()
     for name, size in sizes.items():
         row = table.row(name, size)
@@ -203,7 +205,7 @@ def publish(chosen: argparse.Namespace) -> Table:
 
 
 def fill(port: int, channels: int, at_once: int = 10_000) -> None:
-    """Publish to each of the channels once, by the HTTP API."""
+    """Publish once to each channel through the HTTP API."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     for first in range(0, channels, at_once):
         names = [f"c{number}" for number in range(first, min(first + at_once, channels))]
@@ -211,14 +213,16 @@ def fill(port: int, channels: int, at_once: int = 10_000) -> None:
         connection.request("POST", "/api/broadcast", body, {"X-API-Key": API_KEY, "Content-Type": "application/json"})
         answer = json.loads(connection.getresponse().read())
         if any("error" in each for each in answer["result"]["responses"]):
-            raise SystemExit(f"a channel was refused: {str(answer)[:200]}")
+            raise SystemExit(f"the server refused a channel: {str(answer)[:200]}")
     connection.close()
 
 
 def lag(chosen: argparse.Namespace) -> Table:
-    """Round trips on one connection while the same worker fans out to 10,000 others."""
+    """Round trips on one connection while the same worker fans out to 10,000 other connections."""
     subscribers, rate = 10_000, 2.0
-    title = f"fan-out to {subscribers:,} subscribers, {rate:g} messages a second; ms: round trips of a bystander"
+    title = (
+        f"fan-out to {subscribers:,} subscribers, {rate:g} messages a second; p50, p99: round trips of another client"
+    )
     table = Table("lag", title, "a delivery")
     times = max(int(chosen.seconds * rate), 4)
     beside = {"act": "bystander", "size": SIZE, "rate": 200, "times": int(200 * times / rate), "warm": 100}
@@ -233,11 +237,11 @@ def lag(chosen: argparse.Namespace) -> Table:
             }
             run = Run(server, "fanout", beside=beside, warm=2, times=times, **asked)
             collecting = 1000 * server.metric("realtime_gc_pause_seconds")
-            row.add(run, subscribers * times, **{"ms collecting": collecting})
+            row.add(run, subscribers * times, **{"GC pause ms": collecting})
     row = table.rows[0]
-    pause = max(row.more["ms collecting"])
-    table.judge("longest pause of the garbage collector, with all of them coming", pause, 5.0, " ms")
-    table.judge("p99 of a bystander's round trip during fan-out", median(row.p99), 10.0, " ms")
+    pause = max(row.more["GC pause ms"])
+    table.judge("longest pause of the garbage collector while 10,000 subscribers connect", pause, 5.0, " ms")
+    table.judge("p99 of another client's round trip during fan-out", median(row.p99), 10.0, " ms")
     return table
 
 
@@ -248,14 +252,20 @@ COSTS: dict[str, Callable[[argparse.Namespace], Table]] = {
 
 def add_options(options: argparse.ArgumentParser, against: str) -> None:
     options.add_argument(
-        "--against", default=against, help=f"some of {','.join(NAMES)}; 'all'; '' for nobody (default {against})"
+        "--against", default=against, help=f"peers from {','.join(NAMES)}; 'all'; '' for none (default {against})"
     )
-    options.add_argument("--runs", type=int, default=3, help="of each; shown are the median and the spread (default 3)")
-    options.add_argument("--seconds", type=float, default=3.0, help="of each run that keeps a pace (default 3)")
-    options.add_argument("--subscribers", type=int, default=1000, help="of fanout and burst (default 1000)")
-    options.add_argument("--connections", type=int, default=2000, help="of connect (default 2000)")
-    options.add_argument("--times", type=int, default=20_000, help="round trips, publications (default 20000)")
-    options.add_argument("--quick", action="store_true", help="one run of each, and no large sizes")
+    options.add_argument(
+        "--runs", type=int, default=3, help="runs of each measurement; the output shows median and spread (default 3)"
+    )
+    options.add_argument(
+        "--seconds", type=float, default=3.0, help="duration of each run with a steady pace (default 3)"
+    )
+    options.add_argument("--subscribers", type=int, default=1000, help="subscribers in fanout and burst (default 1000)")
+    options.add_argument("--connections", type=int, default=2000, help="connections in connect (default 2000)")
+    options.add_argument(
+        "--times", type=int, default=20_000, help="number of round trips or publications (default 20000)"
+    )
+    options.add_argument("--quick", action="store_true", help="one run of each measurement, without the largest sizes")
 
 
 def parsed(options: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
@@ -263,7 +273,7 @@ def parsed(options: argparse.ArgumentParser, arguments: list[str]) -> argparse.N
     named = NAMES if chosen.against == "all" else [one for one in chosen.against.split(",") if one]
     unknown = set(named) - set(NAMES)
     if unknown:
-        options.error(f"--against knows {', '.join(NAMES)}, not {', '.join(sorted(unknown))}")
+        options.error(f"--against accepts {', '.join(NAMES)}, not {', '.join(sorted(unknown))}")
     chosen.against = list(named)
     if chosen.quick:
         chosen.runs, chosen.seconds = 1, min(chosen.seconds, 2.0)
@@ -273,7 +283,7 @@ def parsed(options: argparse.ArgumentParser, arguments: list[str]) -> argparse.N
 def main(name: str, arguments: list[str]) -> int:
     options = argparse.ArgumentParser(prog=f"scripts/bench {name}", description=COSTS[name].__doc__)
     add_options(options, "floor")
-    options.add_argument("--json", help="a file to write the rows to")
+    options.add_argument("--json", help="file for the rows, as JSON")
     chosen = parsed(options, arguments)
     table = COSTS[name](chosen)
     table.print_foot()

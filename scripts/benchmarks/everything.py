@@ -1,4 +1,4 @@
-"""Run all benchmarks, one after the other, and write the page."""
+"""Run all benchmarks one after another, and write the page."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ import realtime
 import twisted
 
 CHECKOUT = HERE.parent.parent
-# Peers that each is compared with; the others are compared with the floor.
+# Benchmarks with all peers. The others are compared only with the floor.
 WITH_PEERS = {"fanout", "rpc", "connect"}
 
 
 class Both(io.StringIO):
-    """What is written is kept, and shown at once."""
+    """A buffer that also writes everything to `shown` at once."""
 
     def __init__(self, shown: TextIO) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Both(io.StringIO):
 def main(arguments: list[str]) -> int:
     options = argparse.ArgumentParser(prog="scripts/bench all", description=__doc__)
     add_options(options, "all")
-    options.add_argument("--report", type=Path, help="the page to write; figures and graphs go to the folder beside it")
+    options.add_argument("--report", type=Path, help="path of the page; figures and graphs go to a folder beside it")
     chosen = parsed(options, arguments)
     began = time.monotonic()
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
@@ -72,13 +72,13 @@ def main(arguments: list[str]) -> int:
     }
     if chosen.report:
         page.write(found, chosen.report)
-        print(f"\n{chosen.report} is written")
+        print(f"\nwrote {chosen.report}")
     print(f"{found['minutes']:.1f} minutes")
     return 0
 
 
 def scenery(quick: bool) -> tuple[list[dict[str, str]], list[Verdict]]:
-    """The benchmarks that show what happens, as text, and the targets in them."""
+    """Run the benchmarks with text output; return their texts and their verdicts."""
     title, second = "A blocked worker", "Pressure: a route that blocks"
     print(f"\n{title}")
     with contextlib.redirect_stdout(Both(sys.stdout)) as blocking:

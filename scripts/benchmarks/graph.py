@@ -1,4 +1,4 @@
-"""A line chart as SVG, readable on light and on dark ground."""
+"""Line charts as SVG, readable on light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ text { font: 12px system-ui, sans-serif; fill: #1f2328 }
 
 @dataclass(frozen=True)
 class Point:
-    """low, high: the least and the most that was measured at x; y: what counts."""
+    """One point of a chart. y: the plotted value. low, high: the range of the measurements at x."""
 
     x: float
     y: float
@@ -35,7 +35,7 @@ class Point:
 
 
 def chart(title: str, x_label: str, y_label: str, points: list[Point], logarithmic: bool = True) -> str:
-    """The points in order of x, with y from 0 on. logarithmic: the x axis, whose values are then above 0."""
+    """Return a chart of the points, sorted by x; the y axis starts at 0. logarithmic: the x axis; needs x above 0."""
     points = sorted(points, key=lambda point: point.x)
     scale = math.log10 if logarithmic else float
     first, last = scale(points[0].x), scale(points[-1].x)
@@ -70,7 +70,7 @@ def chart(title: str, x_label: str, y_label: str, points: list[Point], logarithm
 
 
 def _step(most: float) -> float:
-    """A round distance between lines, for four to eight of them."""
+    """Return a round distance between grid lines, for four to eight lines."""
     power: float = 10 ** math.floor(math.log10(most))
     return next(power * part for part in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0) if most / (power * part) <= 8)
 

@@ -2,10 +2,11 @@
 
     python load.py '{"port": 8000, "dialect": "realtime", "act": "fanout", "warm": 10, "times": 100, ...}'
 
-It says "ready" when its clients are there and what comes once has come, begins when it reads a line, says "done" when
-it has finished, and then tells what it saw as one line of JSON. In between nothing else runs: whoever started it reads
-the server's CPU time at both words. It must never be what is measured, so it tells its own share of a core, too, and
-while it measures it takes messages apart as little as it can: it looks for the mark that each of its own has.
+It prints "ready" when its clients are connected and the warm-up is complete, begins when it reads a line, prints
+"done" at the end, and then prints its results as one line of JSON. Nothing else runs between "ready" and "done", so
+the starting process reads the server's CPU time at both words. The generator must not become the bottleneck.
+Therefore it reports its own share of a core, and during the measurement it barely parses messages: it searches for
+the mark in its own messages.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-# Connections under way at a time while the clients gather.
+# Concurrent connection attempts while the clients connect.
 GATHERING = 64
-# Seconds without any progress after which it gives up.
+# Seconds without progress before the generator gives up.
 PATIENCE = 30.0
-# How the text of each message begins, see `stamped`.
+# The beginning of the text of each message, see `stamped`.
 MARK = b'"0000'
 MASK = b"\x37\xfa\x21\x3d"
-# socket(7); Python has no name for it. What the kernel adds: struct timespec.
+# See socket(7); Python has no name for this option. The kernel adds a struct timespec.
 SO_TIMESTAMPNS = 35
 TIMESPEC = struct.Struct("ll")
 
@@ -38,7 +39,7 @@ Act = Callable[[int], list[float]]
 
 
 def frame(payload: bytes) -> bytes:
-    """A client's text frame (RFC 6455, section 5)."""
+    """Return a text frame of a client (RFC 6455, section 5)."""
     length = len(payload)
     head = bytes((0x81, 0x80 | length)) if length < 126 else b"\x81\xfe" + length.to_bytes(2, "big")
     mask = int.from_bytes((MASK * (length // 4 + 1))[:length], "big")
@@ -53,9 +54,10 @@ def handshake(path: str) -> bytes:
 
 
 class Bare:
-    """Whatever is sent to it is sent to everybody; with /echo as its path, to the sender alone.
+    """Clients of a server that sends each message to all clients, or only back to the sender with the path /echo.
 
-    hello: sent after the handshake. welcomes: replies until a client is there. ping: of the server, and its answer.
+    hello: the first frame after the handshake. welcomes: the number of replies that complete a connection. ping: the
+    server's ping and the client's answer.
     """
 
     ping = (b"\0", b"")
@@ -66,7 +68,7 @@ class Bare:
         self.path = "/" + channel
 
     def replies(self, message: bytes) -> int:
-        """How many of the replies that a client waits for are in `message`."""
+        """Return the number of expected replies in `message`."""
         return 1
 
     def publish(self, data: bytes) -> bytes:
@@ -90,7 +92,7 @@ class Realtime(Bare):
 
     def replies(self, message: bytes) -> int:
         if b'"error":' in message:
-            raise SystemExit(f"refused: {message[:200]!r}")
+            raise SystemExit(f"the server refused a command: {message[:200]!r}")
         return message.count(b"\n") + 1
 
     def publish(self, data: bytes) -> bytes:
@@ -106,11 +108,11 @@ class Realtime(Bare):
 
 
 class SocketIO(Bare):
-    """Engine.IO 4 with Socket.IO 5 in it, straight over WebSocket."""
+    """Socket.IO 5 in Engine.IO 4, directly over WebSocket."""
 
     ping = (b"2", frame(b"3"))
     hello = frame(b"40")
-    welcomes = 2  # the handshake of either protocol
+    welcomes = 2  # the handshakes of both protocols
 
     def __init__(self, channel: str) -> None:
         self.path = "/socket.io/?EIO=4&transport=websocket"
@@ -143,7 +145,7 @@ DIALECTS = {"realtime": Realtime, "bare": Bare, "socketio": SocketIO, "nats": NA
 
 
 class Client:
-    """One connection. What comes before it is there is read whole; afterwards `read` is the act's own."""
+    """One connection. It parses all input until it is connected; afterwards the act supplies `read`."""
 
     __slots__ = ("_load", "_received", "_shaken", "_waits", "began", "socket")
 
@@ -167,7 +169,7 @@ class Client:
     def receive(self) -> bytes:
         data = self.socket.recv(262144)
         if not data:
-            raise SystemExit("the server has closed a connection")
+            raise SystemExit("the server closed a connection")
         return data
 
     def _gather(self) -> None:
@@ -178,7 +180,7 @@ class Client:
                 self._received = head
                 return
             if b" 101 " not in head:
-                raise SystemExit(f"no handshake: {head[:100]!r}")
+                raise SystemExit(f"the server refused the handshake: {head[:100]!r}")
             self._shaken = True
             if self._load.dialect.hello:
                 self.send(self._load.dialect.hello)
@@ -207,7 +209,7 @@ class Client:
 
 
 class Load:
-    """The clients and their loop. arrivals: seconds that each of them took, from its SYN on."""
+    """The clients and their loop. arrivals: seconds from the SYN of each client to its complete connection."""
 
     def __init__(self, port: int, dialect: Any) -> None:
         self.port = port
@@ -219,7 +221,7 @@ class Load:
         self._read: dict[int, Callable[[], None]] = {}
 
     def listen(self, client: Client, read: Callable[[], None]) -> None:
-        """Have `read` called whenever there is something for this client."""
+        """Call `read` whenever this client's socket is readable."""
         fd = client.socket.fileno()
         if fd not in self._read:
             self._poll.register(fd, select.EPOLLIN)
@@ -230,7 +232,7 @@ class Load:
         self.progress += 1
 
     def gather(self, number: int) -> None:
-        """Have so many clients more, all connected."""
+        """Connect `number` more clients."""
         goal = len(self.clients) + number
 
         def more() -> bool:
@@ -241,7 +243,7 @@ class Load:
         self.run(more)
 
     def run(self, done: Callable[[], bool], due: float = float("inf")) -> None:
-        """Serve the clients until it holds, which is asked after each turn, and at the time `due`."""
+        """Serve the clients until `done()` is true, checked after each turn and at the time `due`."""
         poll, read = self._poll.poll, self._read
         seen, until = self.progress, time.monotonic() + PATIENCE
         while not done():
@@ -251,25 +253,25 @@ class Load:
             if self.progress != seen or due < float("inf"):
                 seen, until = self.progress, now + PATIENCE
             elif now > until:
-                raise SystemExit(f"nothing has happened for {PATIENCE:g} s")
+                raise SystemExit(f"no progress for {PATIENCE:g} s")
 
     def wait(self, until: float) -> None:
         self.run(lambda: time.monotonic() >= until, until)
 
 
 def stamped(size: int) -> bytes:
-    """A text of `size` bytes that begins with the time, in nanoseconds."""
+    """Return a text of `size` bytes that begins with the time in nanoseconds."""
     return (b"%020d" % time.monotonic_ns()).ljust(size, b"x")
 
 
 def age(message: bytes) -> float:
-    """Seconds since the first text in `message` was made."""
+    """Return the age of the first text in `message`, in seconds."""
     at = message.find(MARK)
     return (time.monotonic_ns() - int(message[at + 1 : at + 21])) / 1e9
 
 
 def fanout(load: Load, asked: dict[str, Any]) -> Act:
-    """Messages to `subscribers`, `rate` times a second from `burst` of them at once."""
+    """Publish `rate` times a second to `subscribers`, each time from `burst` of them at once."""
     ages: list[float] = []
     counted = 0
     load.gather(asked["subscribers"])
@@ -293,7 +295,7 @@ def fanout(load: Load, asked: dict[str, Any]) -> Act:
         load.listen(client, counter(client))
     publishers = load.clients[: asked["burst"]]
     if len(publishers) < asked["burst"]:
-        raise SystemExit("a burst needs as many subscribers as it has messages")
+        raise SystemExit("a burst needs at least as many subscribers as messages")
 
     def act(times: int) -> list[float]:
         nonlocal counted
@@ -307,14 +309,14 @@ def fanout(load: Load, asked: dict[str, Any]) -> Act:
                 publisher.send(load.dialect.publish(stamped(asked["size"])))
         load.run(lambda: counted >= goal)
         if counted != goal:
-            raise SystemExit(f"{counted} deliveries in place of {goal}")
+            raise SystemExit(f"{counted} deliveries, expected {goal}")
         return ages
 
     return act
 
 
 def loop(load: Load, connections: int, request: Callable[[], bytes], mark: bytes) -> Act:
-    """Each of `connections` sends `request` again as soon as it is answered, with something that has the mark."""
+    """Send `request` on each connection, and again after each answer; an answer contains `mark`."""
     ages: list[float] = []
     left = 0
     load.gather(connections)
@@ -332,7 +334,7 @@ def loop(load: Load, connections: int, request: Callable[[], bytes], mark: bytes
         def read() -> None:
             data = receive(65536)
             if mark not in data:
-                raise SystemExit(f"not an answer: {data[:200]!r}")
+                raise SystemExit(f"unexpected answer: {data[:200]!r}")
             ages.append(time.monotonic() - sent)
             load.progress += 1
             if left > 0:
@@ -356,13 +358,13 @@ def loop(load: Load, connections: int, request: Callable[[], bytes], mark: bytes
 
 
 def echo(load: Load, asked: dict[str, Any]) -> Act:
-    """Round trips over `connections`."""
+    """Make round trips on `connections`."""
     request = load.dialect.call(stamped(asked["size"]), asked["call"])
     return loop(load, asked["connections"], lambda: request, MARK)
 
 
 def publish(load: Load, asked: dict[str, Any]) -> Act:
-    """Publications to one after the other of `channels`, in an order that has no pattern for a cache to like."""
+    """Publish to `channels` one after another, in an order that gains nothing from CPU caches."""
     channels, data, at = asked["channels"], stamped(asked["size"]), 0
 
     def request() -> bytes:
@@ -374,7 +376,7 @@ def publish(load: Load, asked: dict[str, Any]) -> Act:
 
 
 def connect(load: Load, asked: dict[str, Any]) -> Act:
-    """Clients that come and stay."""
+    """Connect clients and keep them connected."""
 
     def act(times: int) -> list[float]:
         load.gather(times)
@@ -384,7 +386,7 @@ def connect(load: Load, asked: dict[str, Any]) -> Act:
 
 
 def idle(load: Load, asked: dict[str, Any]) -> Act:
-    """Clients that do nothing but answer pings, for some seconds."""
+    """Keep clients connected for some seconds; they only answer pings."""
     load.gather(asked["connections"])
 
     def act(times: int) -> list[float]:
@@ -395,9 +397,9 @@ def idle(load: Load, asked: dict[str, Any]) -> Act:
 
 
 def bystander(load: Load, asked: dict[str, Any]) -> Act:
-    """Round trips on one connection, `rate` a second, timed up to the moment at which the kernel had the answer.
+    """Make `rate` round trips a second on one connection; each ends when the kernel has received the answer.
 
-    So neither this process nor another one that keeps the core busy is in the figures.
+    So the figures exclude delays of this process and of other processes on the same core.
     """
     load.gather(1)
     client = load.clients[0].socket
@@ -416,7 +418,7 @@ def bystander(load: Load, asked: dict[str, Any]) -> Act:
             client.send(request)
             data, said, _, _ = client.recvmsg(65536, 64)
             if MARK not in data or not said:
-                raise SystemExit(f"not an answer: {data[:200]!r}")
+                raise SystemExit(f"unexpected answer: {data[:200]!r}")
             seconds, nanoseconds = TIMESPEC.unpack_from(said[0][2])
             ages.append((seconds * 10**9 + nanoseconds - sent) / 1e9)
         return ages
@@ -432,7 +434,7 @@ def main(asked: dict[str, Any]) -> None:
         os.sched_setaffinity(0, {asked["core"]})
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    gc.disable()  # its pauses are none of the server's
+    gc.disable()  # keeps collections of this process out of the figures
     act = ACTS[asked["act"]](Load(asked["port"], DIALECTS[asked["dialect"]](asked.get("channel", ""))), asked)
     if asked["warm"]:
         act(asked["warm"])
@@ -446,7 +448,7 @@ def main(asked: dict[str, Any]) -> None:
     ordered = sorted(latency)
     quantiles = [1000 * ordered[min(int(part * len(ordered)), len(ordered) - 1)] for part in (0.5, 0.99) if ordered]
     print(json.dumps({"seconds": seconds, "load": share / seconds, "quantiles": quantiles}), flush=True)
-    sys.stdin.readline()  # the clients stay until they are not needed any more
+    sys.stdin.readline()  # keep the clients connected until the starting process is done
 
 
 if __name__ == "__main__":

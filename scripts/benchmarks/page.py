@@ -1,6 +1,6 @@
-"""The page of all benchmarks, docs/benchmarks.md, made of their figures alone: run again, it is written anew.
+"""Write the page of all benchmarks, docs/benchmarks.md, from their figures.
 
-Beside it, in a folder of the same name, are the figures as JSON and the graphs.
+The folder beside the page has the same name and contains the figures as JSON and the graphs as SVG.
 """
 
 from __future__ import annotations
@@ -14,73 +14,80 @@ from typing import Any
 from graph import Point, chart
 from tables import Row, Table, brief
 
-# Of a core that is to be used: what is left is for what does not come evenly.
+# Planned utilization of a core. The remainder is headroom for uneven load.
 FILLED = 0.7
-# The machines of the example: cores, of which one is left to the supervisor and the broker, and GiB.
+# The machine of the example: cores (one is reserved for the supervisor and the broker) and GiB of memory.
 CORES, GIB = 8, 16
-# Seconds between two pings by default.
+# Default interval between two pings, in seconds.
 PING = 25
 
 INTRODUCTION = """\
 # Benchmarks
 
-*Written by `scripts/bench all --report docs/benchmarks.md`: do not edit.*
+*`scripts/bench all --report docs/benchmarks.md` writes this page. Do not edit it.*
 
-All figures are CPU time of the server, in microseconds, of all its processes taken together, for one unit of work.
-Server and load generator have a core each. Everything runs over loopback, with payloads of 128 bytes of text, one
-worker, and no TLS and no compression; the clients are bare sockets. The *floor* is a loop in C that reads and sends and
-does nothing else: what is above it is what a server adds.
+This page is for operators who plan capacity, and for developers who change fast paths. It shows the measured cost of
+each operation, compares it with other servers, and derives the capacity of a machine.
 
-* Each figure is the median of {runs} (growth: of two at most); *spread* is half the distance between the dearest and
-  the cheapest.
-* *idle* is the part of the cost that the server's processes would have used without any load, such as for watching the
-  workers. It is in the cost; take it off to see what one more unit costs.
-* *server* and *load* are shares of a core. Where the generator needs over 80 % of its own (!), the server waited for
-  it, and the cost has more waking up in it than a busy server's.
-* p50 and p99 are milliseconds as a client sees them. In a fan-out they have the generator's own reading in them, one
-  message after the other; only the round trips of a bystander are timed by the kernel.
-* The peers do less than this server: they pass frames on, without channels, rights, offsets or acknowledgements, except
-  for NATS (subjects), nchan (channels and a buffer) and Socket.IO (events).
+## Method
+
+A cost is the CPU time of all processes of the server for one unit of work, in microseconds. Server and load generator
+have one core each. All traffic runs over loopback with 128 bytes of text as payload, one worker, no TLS and no
+compression. The clients are bare sockets. The *floor* is a loop in C that only reads and sends; the difference from
+it is the cost of the server's own work.
+
+* Each figure is the median of {runs} (growth: at most two runs). *spread* is half the difference between the most
+  expensive and the cheapest run.
+* *ratio* is the cost of this server divided by the cost in that row, from the same runs.
+* *idle* is the part of the cost that the server's processes would also use without load, for example to watch the
+  workers. The cost includes it. Subtract it to get the cost of one more unit.
+* *server* and *load* are shares of a core. An exclamation mark shows a generator that used over 80 % of its own core.
+  The server then waited for the generator, and its cost contains more wake-ups than that of a busy server.
+* p50 and p99 are latencies of clients in milliseconds. In a fan-out they include the generator's own time, because it
+  reads one message after another. For the round trips of a client outside a fan-out, the kernel takes the time.
+* The peers do less than this server. They forward frames without channels, permissions, offsets or acknowledgements.
+  Exceptions are NATS (subjects), nchan (channels and a buffer) and Socket.IO (events).
 """
 
 CAPACITY = """\
 ## Capacity
 
-One core, used to {filled:.0%}, carries {usable:,.0f} µs of work a second, of any one of these. The costs are those
-above without their idle part.
+One core at {filled:.0%} utilization provides {usable:,.0f} µs of work a second. The table shows the capacity if a
+core does only one kind of work. The costs are the costs above without their idle part.
 
-| | µs each | one core carries |
+| | µs each | capacity of one core |
 |---|--:|--:|
 {figures}
 
-One GiB holds {a_gib:,.0f} connections of {each:.1f} KB. The processes of a server with one worker have {base:,.0f} MB
-at the beginning and use {background:.1f} % of a core for themselves.
+One GiB holds {a_gib:,.0f} connections of {each:.1f} KB. The processes of a server with one worker start with
+{base:,.0f} MB and use {background:.1f} % of a core for themselves.
 
 ### Machines
 
-An example: every client gets one message a second, calls once in 10 s, and is pinged each {every} s. In µs a second, it
-costs
+In this example each client receives one message a second, makes one call every 10 s, and is pinged every {every} s. A
+client costs, in µs a second:
 
     {delivery:.2f} + {call:.2f} / 10 + {ping:.2f} / {every} = {client:.2f}
 
-On a machine of {cores} cores and {gib} GiB, {workers} cores are the workers' and one is the broker's and the
-supervisor's:
+A machine has {cores} cores and {gib} GiB. {workers} cores run workers; one core runs the broker and the
+supervisor:
 
     by CPU:    {workers} cores * {usable:,.0f} µs / {client:.2f} µs = {by_cpu:,.0f} clients
     by memory: ({gib} GiB - {cores} * {base:,.0f} MB) / {each:.1f} KB = {by_memory:,.0f} clients
 
-The smaller of the two is {whole:,.0f}. If all of them come back at once, they are served within
-{whole:,.0f} * {arrival:,.0f} µs / ({workers} * {usable:,.0f} µs/s) = {storm:,.0f} s.
+The smaller number, {whole:,.0f}, is the capacity. If all these clients reconnect at once, the server accepts them
+within {whole:,.0f} * {arrival:,.0f} µs / ({workers} * {usable:,.0f} µs/s) = {storm:,.0f} s.
 
-The embedded broker belongs to one machine. So machines share nothing, and M of them carry M times as much when each
-channel is on one of them, as by a rule in the load balancer. A channel that has to be on all of them is published to
-each, by the API.
+The embedded broker belongs to one machine, so machines share no state. M machines have M times the capacity if each
+channel lives on one machine, for example by a rule in the load balancer. To use a channel on all machines, publish to
+each machine with the API.
 
 | machines | clients | deliveries a second at most | publications a second | reconnects a second |
 |--:|--:|--:|--:|--:|
 {machines}
 
-What was measured is one worker on one core. More workers share the broker and the network card: measure yours.
+These figures extrapolate from one worker on one core. More workers share the broker and the network card. Measure
+your own machine.
 """
 
 TITLES = {
@@ -97,7 +104,7 @@ TITLES = {
 
 
 def write(found: dict[str, Any], target: Path) -> None:
-    """found: what `all` has measured. target: the page; what is beside it is written too."""
+    """Write the page and its folder. found: the figures from `all`. target: the path of the page."""
     folder = target.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     tables = {name: Table(**table) for name, table in found["tables"].items()}
@@ -149,7 +156,7 @@ def _table(table: Table) -> str:
     more = list(dict.fromkeys(name for row in table.rows for name in row.more))
     timed = any(row.p50 for row in table.rows)
     compared = any(table.ratio(row.name) is not None for row in table.rows)
-    heads = [f"µs {table.unit}", "spread", "idle", *(["ours by it"] if compared else [])]
+    heads = [f"µs {table.unit}", "spread", "idle", *(["ratio"] if compared else [])]
     heads += [*(["p50 ms", "p99 ms"] if timed else []), "server", "load", *more]
     lines = [
         f"{table.title[0].upper()}{table.title[1:]}.\n",
@@ -169,16 +176,16 @@ def _table(table: Table) -> str:
 
 
 def _graph(table: Table) -> str:
-    """The cost, or the memory, against the size; "" for a table that has no sizes."""
+    """Return a graph of the cost, or of the memory, by size; "" for a table without sizes."""
     sized = [row for row in table.rows if row.size]
     if len(sized) < 2:
         return ""
     if table.name == "idle":
         points = [_point(row, row.more["MB"]) for row in sized]
-        return chart("Memory of idle connections", "connections", "MB more than without", points, logarithmic=False)
+        return chart("Memory of idle connections", "connections", "additional MB", points, logarithmic=False)
     noun = sized[-1].name.partition(" ")[2]
     points = [_point(row, row.costs) for row in sized]
-    return chart(f"Cost of {table.unit} against {noun}", noun, f"CPU µs {table.unit}", points)
+    return chart(f"Cost of {table.unit} by number of {noun}", noun, f"CPU µs {table.unit}", points)
 
 
 def _point(row: Row, values: list[float]) -> Point:
@@ -186,7 +193,7 @@ def _point(row: Row, values: list[float]) -> Point:
 
 
 def _capacity(tables: dict[str, Table]) -> str:
-    """What one core and one GiB carry, and from that what machines carry."""
+    """Return the section on the capacity of one core, of one GiB and of machines."""
 
     def own(name: str) -> Row:
         return tables[name].rows[0]
@@ -205,8 +212,8 @@ def _capacity(tables: dict[str, Table]) -> str:
         ("deliveries, one publication at a time", delivery, "a second"),
         ("deliveries in bursts", together, "a second"),
         ("RPC round trips", call, "a second"),
-        ("clients that connect and subscribe", arrival, "a second"),
-        (f"idle connections, a ping each {PING} s", ping / PING, "held"),
+        ("new clients with a subscription", arrival, "a second"),
+        (f"idle connections, a ping every {PING} s", ping / PING, "held"),
         ("publications, on the broker's core", broker, "a second"),
     )
     client = delivery + call / 10 + ping / PING
@@ -243,7 +250,7 @@ def _capacity(tables: dict[str, Table]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page again from figures that were measured before."""
+    """Write the page again from existing figures."""
     options = argparse.ArgumentParser(prog="scripts/bench page", description=main.__doc__)
     options.add_argument("figures", type=Path, help="the JSON beside a page")
     options.add_argument("page", type=Path)

@@ -1,4 +1,4 @@
-"""A server for a benchmark: started from a configuration, measured, ended."""
+"""A server for a benchmark: starts it with a configuration, measures it, and stops it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ STOP_LIMIT = 15.0
 
 
 class Served:
-    """`with Served(toml) as server:` - a running server on ports of the kernel's choice. toml: laid under it.
+    """`with Served(toml) as server:` - a running server on free ports. toml: its configuration.
 
-    core: the only one that it may use, None for all.
+    core: the number of its only core; None for all cores.
     """
 
     dialect = "realtime"
@@ -70,7 +70,7 @@ class Served:
         return "".join(self.lines)
 
     def processes(self) -> list[psutil.Process]:
-        """The supervisor, the broker and the workers."""
+        """Return the supervisor, the broker and the workers."""
         supervisor = psutil.Process(self._process.pid)
         return [supervisor, *supervisor.children(recursive=True)]
 
@@ -82,19 +82,19 @@ class Served:
         return found
 
     def cpu(self) -> float:
-        """Seconds of processor time that all its processes have used."""
+        """Return the CPU time of all processes, in seconds."""
         return sum(sum(process.cpu_times()[:2]) for process in self.processes())
 
     def metric(self, name: str, worker: int = 0) -> float:
-        """What a worker's series without other labels stands at."""
+        """Return the value of a worker's metric without further labels."""
         until = time.monotonic() + START_LIMIT
-        while time.monotonic() < until:  # a worker that is busy does not answer at once
+        while time.monotonic() < until:  # a busy worker answers late
             with urllib.request.urlopen(f"http://127.0.0.1:{self.operator_port}/metrics", timeout=5) as answer:
                 found = re.search(rf'^{name}{{worker="{worker}"}} (.+)$', answer.read().decode(), re.MULTILINE)
             if found is not None:
                 return float(found[1])
             time.sleep(0.5)
-        raise SystemExit(f"there is no metric {name}")
+        raise SystemExit(f"the server has no metric {name}")
 
     def _read(self) -> None:
         assert self._process.stdout is not None

@@ -1,4 +1,4 @@
-"""What is measured: this server, the floor, or a peer. Each is started, pinned to a core, and its CPU time read."""
+"""The measured subjects: this server, the floor and the peers; starting them on a core, and reading their CPU time."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PEERS = HERE / "peers"
 NODE_MODULES = PEERS / "node_modules"
 NCHAN = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
 START_LIMIT = 30.0
-# The core of the server and that of the load, so that neither takes from the other.
+# Separate cores for the server and the load generator, so that neither slows the other down.
 SERVER_CORE, LOAD_CORE = 0, -1
-# Seconds for which a subject is watched before the load, for what it uses without any.
+# Seconds before the load, in which the idle use of a subject is measured.
 CALM = 0.5
 
 CONFIG = """
@@ -80,7 +80,7 @@ websocket {{ listen: "127.0.0.1:{port}", no_tls: true, compression: false }}
 
 
 class Subject(Protocol):
-    """Something that is running. dialect: of its clients, see `load`. port: theirs."""
+    """A running server. dialect: the protocol of its clients, see `load`. port: for its clients."""
 
     dialect: str
     port: int
@@ -89,24 +89,24 @@ class Subject(Protocol):
 
 
 def cpu(subject: Subject) -> dict[int, float]:
-    """Seconds of CPU time that each of its processes has used, by pid, to the nanosecond.
+    """Return the CPU time of each process of the subject, in seconds by pid, with nanosecond resolution.
 
-    This is the sum that the scheduler keeps, read by the number of a process's CPU clock (clock_getcpuclockid(3)); the
-    times in /proc/PID/stat are of 10 ms.
+    The scheduler keeps this sum; the function reads it through the process's CPU clock (clock_getcpuclockid(3)). The
+    times in /proc/PID/stat have a resolution of only 10 ms.
     """
     return {process.pid: time.clock_gettime_ns(~process.pid << 3 | 2) / 1e9 for process in subject.processes()}
 
 
 def resident(subject: Subject) -> int:
-    """Bytes that its processes hold in memory, each page counted once for every process."""
+    """Return the resident memory of the subject's processes in bytes; a shared page counts once for each process."""
     return sum(process.memory_info().rss for process in subject.processes())
 
 
 @contextmanager
 def ours(client: str = 'ping_interval = "0s"', channel: str = "") -> Iterator[Served]:
-    """This server with one worker. client, channel: more lines for these sections, as TOML.
+    """Run this server with one worker. client, channel: additional lines of TOML for these sections.
 
-    Its clients are sent no pings, as those of the peers.
+    By default the server sends no pings, like the peers.
     """
     config = CONFIG.format(client=client, channel=channel, folder=HERE, key=API_KEY)
     with Served(config, core=SERVER_CORE) as server:
@@ -114,7 +114,7 @@ def ours(client: str = 'ping_interval = "0s"', channel: str = "") -> Iterator[Se
 
 
 class Program:
-    """A program that serves on `port`, or says "port N" when it listens on one of its choice."""
+    """A program that serves on `port`, or prints "port N" when it listens on a port of its choice."""
 
     def __init__(self, command: list[str], dialect: str, port: int | None = None) -> None:
         self.dialect = dialect
@@ -144,13 +144,13 @@ class Program:
         self._process.wait()
 
     def _wait_for_port(self) -> None:
-        """Until somebody listens there; looked up in /proc/net/tcp, since a trial connection would be counted."""
+        """Wait for a listener, by /proc/net/tcp; a trial connection would count as a client."""
         listening = re.compile(rf":{self.port:04X} 00000000:0000 0A ")
         until = time.monotonic() + START_LIMIT
         while not listening.search(Path("/proc/net/tcp").read_text()):
             if time.monotonic() > until or self._process.poll() is not None:
                 self._process.kill()
-                raise SystemExit(f"nothing listens on port {self.port}")
+                raise SystemExit(f"the program does not listen on port {self.port}")
             time.sleep(0.02)
 
 
@@ -191,7 +191,7 @@ def _free_port() -> int:
         return port
 
 
-# How each is started.
+# Start functions of the floor and the peers.
 _STARTS: dict[str, Callable[[Path], Program]] = {
     "floor": _floor,
     "nchan": _nchan,
@@ -203,22 +203,22 @@ _STARTS: dict[str, Callable[[Path], Program]] = {
     "autobahn": _python("autobahn_peer.py"),
 }
 NAMES = tuple(_STARTS)
-# Those that have no round trip to one client alone.
+# Peers that can't reply to a single client.
 NO_ECHO = {"nats", "nchan"}
 
 
 def lack(name: str) -> str:
-    """Why this one can't be run here, and what to do about it; "" if it can."""
+    """Return the reason why a peer can't run here, with the remedy; "" if it can run."""
     pip, npm = "scripts/bench installs it if it can", "install Node.js and npm (Debian: nodejs npm)"
     match name:
         case "floor" if not shutil.which("cc"):
             return "no C compiler; install one (Debian: gcc libc6-dev)"
         case "picows" | "websockets" if not _version(name):
-            return f"the Python package {name} is not there; {pip}"
+            return f"the Python package {name} is not installed; {pip}"
         case "ws" | "socketio" if not shutil.which("node"):
             return f"no Node.js; {npm}"
         case "ws" | "socketio" if not (NODE_MODULES / _PACKAGES[name]).exists():
-            return f"its npm package is not there; {npm}"
+            return f"its npm package is not installed; {npm}"
         case "nats" if not shutil.which("nats-server"):
             return "no nats-server; install it (Debian: nats-server)"
         case "nchan" if not (_nginx() and NCHAN.exists()):
@@ -230,7 +230,7 @@ _PACKAGES = {"ws": "ws", "socketio": "socket.io"}
 
 
 def version(name: str) -> str:
-    """Of a peer that can be run, in words."""
+    """Return the version of an available peer and of its runtime, as text."""
     match name:
         case "floor":
             return _first_line(["cc", "--version"])
@@ -271,7 +271,7 @@ def _version(package: str) -> str:
 
 @contextmanager
 def started(name: str) -> Iterator[Subject]:
-    """The subject of this name: "realtime", or one of `NAMES`."""
+    """Run the subject with this name: "realtime", or one of `NAMES`."""
     if name == "realtime":
         with ours() as server:
             yield server
@@ -285,7 +285,7 @@ def started(name: str) -> Iterator[Subject]:
 
 
 class Generator:
-    """A load generator that is ready. asked: see `load`."""
+    """A load generator, ready to begin. asked: see `load`."""
 
     def __init__(self, subject: Subject, act: str, **asked: Any) -> None:
         core = sorted(os.sched_getaffinity(0))[LOAD_CORE]
@@ -330,10 +330,10 @@ class Generator:
 class Run:
     """One run of the load generator against a subject.
 
-    server: seconds of CPU time that its processes used, in `seconds`; parts: by pid. idle: a second, of those that they
-    used just before, without load. growth: bytes that they grew by. load: the generator's share of its core. quantiles:
-    p50 and p99 in milliseconds, or nothing. asked: see `load`; beside: what a second generator does at the same time,
-    whose quantiles are taken then.
+    seconds: the duration. server: CPU time of the subject's processes in that time, in seconds; parts: the same by pid.
+    idle: their CPU time a second just before the run, without load. growth: of their memory, in bytes. load: the
+    generator's share of its core. quantiles: p50 and p99 in milliseconds, or an empty list. asked: see `load`. beside:
+    the arguments of a second, simultaneous generator; the quantiles then come from it.
     """
 
     def __init__(self, subject: Subject, act: str, beside: dict[str, Any] | None = None, **asked: Any) -> None:

@@ -1,4 +1,4 @@
-"""What benchmarks find: rows of figures, and whether targets are met. Printed as they come, kept for the page."""
+"""Results of benchmarks: rows of figures and verdicts on targets, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 from subjects import Run
 
-# The generator's share of its core from which on it may be what is measured.
+# Above this share of its core, the load generator may limit the measurement.
 TOO_BUSY = 0.8
 OURS = "realtime"
 
 
 def brief(value: float) -> str:
-    """With three digits at least."""
+    """Format a number with at least three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 @dataclass
 class Row:
-    """A subject or a size of ours, with one entry for each run.
+    """The figures of one subject, or of one size of this server, with one entry for each run.
 
-    costs: microseconds of CPU time for each unit. idle: those of them that the subject would have used without load.
-    p50, p99: milliseconds. busy, load: share of a core that the server and the generator used. more: other figures.
+    costs: microseconds of CPU time for each unit. idle: the part of the costs that the subject would use without load.
+    p50, p99: milliseconds. busy, load: shares of a core used by the server and by the generator. more: other figures.
     """
 
     name: str
@@ -53,18 +53,18 @@ class Row:
 
     @property
     def spread(self) -> float:
-        """Half the distance between the dearest and the cheapest run, as a share of the cost."""
+        """Half the difference between the most expensive and the cheapest run, as a share of the cost."""
         return (max(self.costs) - min(self.costs)) / 2 / self.cost
 
     @property
     def drowned(self) -> bool:
-        """The generator was so busy that the server waited for it: its cost has more waking up in it then."""
+        """Whether the generator was too busy: the server waited for it, and its cost contains more wake-ups."""
         return median(self.load) > TOO_BUSY
 
 
 @dataclass
 class Verdict:
-    """A target, and what was found."""
+    """A target and the measured value. what: the quantity."""
 
     what: str
     target: str
@@ -74,7 +74,7 @@ class Verdict:
 
 @dataclass
 class Table:
-    """unit: what each cost is for. rows: the first is ours where others are compared with it."""
+    """The figures of one benchmark. unit: of the costs. rows: in a comparison with peers, the first is this server."""
 
     name: str
     title: str
@@ -88,7 +88,7 @@ class Table:
         self.verdicts = [Verdict(**one) if isinstance(one, dict) else one for one in self.verdicts]
 
     def row(self, name: str, size: int = 0) -> Row:
-        """The row of this name; a new one if there is none."""
+        """Return the row with this name; create it if necessary."""
         found = self.find(name)
         if found is None:
             found = Row(name, size)
@@ -99,14 +99,14 @@ class Table:
         return next((row for row in self.rows if row.name == name), None)
 
     def ratio(self, name: str) -> float | None:
-        """Our cost by that of `name`, the median over the runs; None if either was not measured."""
+        """Return our cost divided by the cost of `name`, the median of the runs; None if either was not measured."""
         own, other = self.find(OURS), self.find(name)
         if own is None or other is None or own is other:
             return None
         return median(one / two for one, two in zip(own.costs, other.costs, strict=False))
 
     def judge(self, what: str, value: float, most: float, unit: str = "", digits: int = 1) -> None:
-        """value: has to be `most` or less."""
+        """Record whether `value` is at most `most`."""
         found = f"{value:,.{digits}f}{unit}"
         self.verdicts.append(Verdict(what, f"≤ {most:,g}{unit}", found, met=value <= most))
 
@@ -116,10 +116,10 @@ class Table:
     def judge_ratio(self, name: str, most: float) -> None:
         ratio = self.ratio(name)
         if ratio is not None:
-            self.judge(f"{self.name}: cost against that of {name}", ratio, most, digits=2)
+            self.judge(f"{self.name}: cost relative to {name}", ratio, most, digits=2)
 
     def judge_flat(self, what: str, within: float) -> None:
-        """The costs of all rows are to be the same, but for this share."""
+        """Record whether the costs of all rows are equal, up to the share `within`."""
         costs = [row.cost for row in self.rows]
         middle = (max(costs) + min(costs)) / 2
         off = (max(costs) - min(costs)) / 2 / middle
@@ -141,11 +141,11 @@ class Table:
 
     def print_foot(self) -> None:
         if any(row.drowned for row in self.rows):
-            print(f"    ! the generator used over {TOO_BUSY:.0%} of its core: the server waited for it")
+            print(f"    ! the generator used over {TOO_BUSY:.0%} of its core, so the server waited for it")
         for row in self.rows:
             ratio = self.ratio(row.name)
             if ratio is not None:
-                print(f"    realtime is at {ratio:.2f} of {row.name}")
+                print(f"    cost of realtime / cost of {row.name}: {ratio:.2f}")
         print_verdicts(self.verdicts)
 
     def as_json(self) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""A route that waits 10 ms and then blocks 20 ms, under 50 connections, in five variants.
+"""Load a route that waits 10 ms and then blocks for 20 ms, in five variants, with 50 connections.
 
-Each connection asks again as soon as it has its answer or refusal, and gives up after the time limit: then it counts a
-time-out and connects anew. The variants are those of thrash_app.py: as it comes; refused while the worker is under
-pressure; with a cache (ttl 1 s, stale 30 s); as a plain function, in threads; both. The blocking is `time.sleep`. The
-load comes from this process, over bare sockets and epoll, on the same machine. Processor time is that of all processes
-of the server.
+Each connection sends its next request as soon as it has an answer or a refusal. At the time limit it counts a time-out
+and connects anew. The variants are the routes of thrash_app.py: without protection; refused while the worker is under
+pressure; with a cache (ttl 1 s, stale 30 s); as a plain function in threads; threads and cache. `time.sleep` blocks.
+The load comes from this process, over bare sockets and epoll, on the same machine. CPU time is that of all processes of
+the server.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from served import HERE, Served
 
 VARIANTS = ("bare", "shedding", "load-aware", "threaded", "threaded-load-aware")
-# Answers in 10 s on one core of Node, as far as we know the best of its kind; see docs/pressure-and-cache.md.
+# Answers in 10 s of a server on Node with one core, the best figures known to us; see docs/pressure-and-cache.md.
 TO_BEAT = dict(zip(VARIANTS, (46, 197, 18_305, 1_896, 25_369), strict=True))
-# Seconds between two variants, in which the pressure of the one before goes.
+# Seconds between two variants, in which the pressure of the first one ends.
 REST = 1.5
 
 CONFIG = """
@@ -39,7 +39,7 @@ path = "{folder}"
 
 @dataclass
 class Result:
-    """What one variant came to. answered: seconds from request to answer, each."""
+    """The result of one variant. answered: seconds from each request to its answer."""
 
     answered: list[float] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -50,7 +50,7 @@ class Result:
 
 
 class Connection:
-    """One client: asks, waits, asks again."""
+    """One client: sends a request, waits, and repeats."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -58,7 +58,7 @@ class Connection:
         self.open()
 
     def open(self) -> None:
-        """Connect, and ask."""
+        """Connect, and send a request."""
         self.close()
         self._socket = socket.create_connection(self._load.address)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -78,7 +78,7 @@ class Connection:
         self._socket.send(self._load.request)
 
     def read(self) -> None:
-        """Take what came; at the end of the answer, ask again."""
+        """Read received bytes; at the end of an answer, send the next request."""
         assert self._socket is not None
         try:
             data = self._socket.recv(65536)
@@ -102,7 +102,7 @@ class Connection:
             self.ask()
 
     def expire(self) -> None:
-        """Nothing came in time."""
+        """Count a time-out and connect anew."""
         self._load.result.counts["time-out"] += 1
         self.open()
 
@@ -133,7 +133,7 @@ class Load:
         self._poll.unregister(fd)
 
     def run(self, seconds: float) -> Result:
-        """Go on for so long, then close everything."""
+        """Run all clients for `seconds`, then close their connections."""
         now = time.perf_counter()
         until, looked = now + seconds, now
         while now < until:
@@ -153,11 +153,11 @@ class Load:
 
 def main(arguments: list[str]) -> int:
     options = argparse.ArgumentParser(prog="scripts/bench thrash", description=__doc__)
-    options.add_argument("--seconds", type=float, default=10.0, help="for each variant (default 10)")
+    options.add_argument("--seconds", type=float, default=10.0, help="duration of each variant (default 10)")
     options.add_argument("--connections", type=int, default=50)
-    options.add_argument("--limit", type=float, default=1.0, help="seconds until a client gives up (default 1)")
+    options.add_argument("--limit", type=float, default=1.0, help="time limit of a request, in seconds (default 1)")
     options.add_argument("--workers", type=int, default=2)
-    options.add_argument("--only", choices=VARIANTS, action="append", help="this variant; may be repeated")
+    options.add_argument("--only", choices=VARIANTS, action="append", help="run only this variant; may be repeated")
     chosen = options.parse_args(arguments)
     print(f"{chosen.workers} workers, {chosen.connections} connections, {chosen.seconds:g} s each")
     print(

@@ -1,6 +1,6 @@
-"""What the vital signs cost: a worker's turn, its accounts, an idle worker's second, and the supervisor's look at it.
+"""Measure the cost of vital signs: of a turn, of accounts, of an idle worker, and of the supervisor's check.
 
-Accounts are compared with the least that a message costs: reading it from a socket and writing it to one.
+The cost of accounts is compared with the minimal cost of a message: one recv(2) and one send(2).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REPEATS = 20_000
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench vitals", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long each idle loop is watched")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of the measurement of each idle loop")
     seconds = parser.parse_args(arguments).seconds
     page = VitalsPage.create()
     turns, plain = MeasuredSelector(page), selectors.DefaultSelector()
@@ -52,21 +52,21 @@ def main(arguments: list[str]) -> int:
     def glance() -> None:
         judge.glance(0, *page.glance(), time.monotonic())
 
-    # A loop that waits, though not for long: something is there to be read.
+    # The selector never waits: the socket is readable.
     turn = microseconds(lambda: turns.select(1)) - microseconds(lambda: plain.select(1))
-    print(f"a turn of the loop       {turn:6.2f} us more than without")
+    print(f"a turn of the loop       {turn:6.2f} us more than without vital signs")
     print(f"a handler's step         {microseconds(mark):6.2f} us")
     account(turns.accounts, ours, theirs)
     each = microseconds(look)
     print(f"a look at a worker       {each:6.2f} us, {each / 1e6 / TICK:.2%} of a core while it is not healthy")
     print(f"a glance at a worker     {microseconds(glance):6.2f} us")
     beating, waking = idle_share(seconds, measured=True), idle_share(seconds, measured=False)
-    print(f"an idle worker           {beating:.2%} of a core, {waking:.2%} of which are for waking up at all")
+    print(f"an idle worker           {beating:.2%} of a core, {waking:.2%} of a core for wake-ups alone")
     return 0
 
 
 def account(accounts: LoopTimeLedger, ours: socket.socket, theirs: socket.socket) -> None:
-    """Print what it costs to charge an account."""
+    """Print the cost of charging an account."""
     protocol = accounts.open(LoopWork.PROTOCOL)
     hub = Hub(lambda order: None)
     fan_out = ChargedReceiver(
@@ -94,12 +94,12 @@ def account(accounts: LoopTimeLedger, ours: socket.socket, theirs: socket.socket
 
 
 def microseconds(function: Callable[[], object]) -> float:
-    """Of one call; the best of five runs."""
+    """Return the duration of one call, the best of five runs."""
     return min(timeit.repeat(function, number=REPEATS, repeat=5)) / REPEATS * 1e6
 
 
 def idle_share(seconds: float, measured: bool) -> float:
-    """CPU time by time that passed, of a loop with nothing to do but its beats; not `measured`: but an empty timer."""
+    """Return the share of a core that an idle loop uses for its heartbeat; without `measured`, for an empty timer."""
     page = VitalsPage.create()
     turns = MeasuredSelector(page)
     loop = asyncio.SelectorEventLoop(turns if measured else selectors.DefaultSelector())

@@ -40,7 +40,7 @@ def test_a_fan_out_is_measured_beside_the_floor(tmp_path: Path) -> None:
     for row in found["rows"]:
         assert 0 < row["costs"][0] < 100_000
         assert 0 < row["p50"][0] <= row["p99"][0]
-    assert [one["what"] for one in found["verdicts"]] == ["fanout: cost against that of floor"]
+    assert [one["what"] for one in found["verdicts"]] == ["fanout: cost relative to floor"]
 
 
 def test_calls_are_measured_and_a_peer_that_is_not_there_is_left_out(tmp_path: Path) -> None:

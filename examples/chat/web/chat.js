@@ -1,7 +1,7 @@
-// The chat: one connection by the official Centrifuge SDK, a subscription for each room that was opened.
+// The chat: one connection with the official Centrifuge SDK, and one subscription for each open room.
 //
-// Nothing is lost on the way: while connected, the SDK receives publications in order; after a break it asks the server
-// for those it missed; what can't be recovered is read again from history. What is written goes through the outbox.
+// No message is lost. While connected, the SDK receives publications in order. After a broken connection it asks the server
+// for the missed publications; if recovery fails, the page reads the history again. New messages go through the outbox.
 
 import { newId, Outbox } from "./outbox.js";
 import { Room } from "./room.js";
@@ -9,9 +9,9 @@ import { loadCentrifuge } from "./sdk.js";
 import * as view from "./view.js";
 
 const PAGE = 50; // messages read from history at a time
-const PATIENCE = 500; // milliseconds without a connection before the reader is told
-const SEND_AGAIN = 2_000; // milliseconds, after a failure that may pass while connected
-const ROOMS_AGAIN = 20_000; // milliseconds between two looks at the list of rooms
+const PATIENCE = 500; // milliseconds without a connection before the page shows a banner
+const SEND_AGAIN = 2_000; // milliseconds between a temporary failure and the next attempt, while connected
+const ROOMS_AGAIN = 20_000; // milliseconds between two requests for the list of rooms
 const FIRST_ROOM = "lobby";
 
 const rooms = new Map(); // name -> {room, subscription}
@@ -46,7 +46,7 @@ async function start() {
   client.connect();
 }
 
-// Who I am. The key stays in this tab: the server makes the public name from it, so nobody else can take it over.
+// Identity. The key stays in this tab. The server derives the public id from it, so other people can't use the id.
 
 function credentials() {
   const key = sessionStorage.getItem("key") ?? newId();
@@ -83,7 +83,7 @@ function connecting() {
   view.showConnection("connecting");
   clearTimeout(patience);
   patience = setTimeout(() => {
-    view.showBanner("Reconnecting… What you write is kept, and sent as soon as the connection is back.");
+    view.showBanner("Reconnecting… Your messages are kept and will be sent as soon as the connection is back.");
   }, PATIENCE);
 }
 
@@ -100,14 +100,14 @@ async function listRooms() {
   try {
     listed = (await client.rpc("rooms", {})).data;
   } catch {
-    return; // the list that we have will do
+    return; // keep the current list
   }
   showRooms();
 }
 
 // Rooms.
 
-/** Subscribe to a room, once; it then stays open in this tab. */
+/** Subscribe to a room, once. The room then stays open in this tab. */
 function enter(name) {
   if (rooms.has(name)) return rooms.get(name).room;
   const room = new Room(name);
@@ -136,8 +136,8 @@ function open(name) {
 }
 
 /**
- * The subscription stands, for the first time or again. What was missed comes as publications, in this same turn and
- * after this call, if the server could recover it; else it is read from history.
+ * Handle the start of a subscription, the first or a repeated one. If the server recovered missed publications, they
+ * arrive in the same turn of the event loop, after this call. Otherwise read the history.
  */
 async function subscribed(room, subscription, context) {
   const before = room.heard;
@@ -145,17 +145,17 @@ async function subscribed(room, subscription, context) {
   try {
     if (context.recovered) {
       const missed = room.heard - before;
-      if (missed) view.showBanner(`Back again, with ${missed} ${missed === 1 ? "message" : "messages"} that you missed.`, { passing: true });
+      if (missed) view.showBanner(`Connected again. You missed ${missed} ${missed === 1 ? "message" : "messages"}; here ${missed === 1 ? "it is" : "they are"}.`, { passing: true });
     } else {
       await readLatest(room, subscription);
-      if (context.wasRecovering) view.showBanner("You were away for long: older messages that you missed may be gone.", { passing: true });
+      if (context.wasRecovering) view.showBanner("You were away for a long time. Some older messages may be missing.", { passing: true });
     }
     outbox.settle(room.name);
     flush(room, subscription);
     room.setPresence((await subscription.presence()).clients);
     showPeople(room);
   } catch {
-    // The connection broke off again: the next "subscribed" starts over.
+    // The connection broke again. The next "subscribed" event starts over.
   }
 }
 
@@ -181,7 +181,7 @@ async function older() {
     room.atStart = publications.length < PAGE;
     if (room === current) view.showMessages(room, { stay: true });
   } catch {
-    // Still connected, the button is there for another try; if not, "subscribed" follows.
+    // While connected, the reader can press the button again; otherwise a "subscribed" event follows.
   } finally {
     reading = false;
   }
@@ -222,12 +222,12 @@ function send(text) {
 }
 
 async function flush(room, subscription) {
-  if (subscription.state !== "subscribed") return; // "subscribed" flushes
+  if (subscription.state !== "subscribed") return; // the "subscribed" event flushes
   const done = await outbox.flush(room.name, (message) => subscription.publish(message));
   if (!done) setTimeout(flush, SEND_AGAIN, room, subscription);
 }
 
-// What the screen shows of all this.
+// Updates of the screen.
 
 function showRooms() {
   const people = new Map(listed.map((entry) => [entry.name, entry.people]));

@@ -1,19 +1,19 @@
-// What was written and is not known to have arrived. It outlives a reload of the page, and each message carries an id,
-// so that sending one again can't show it twice.
+// The outbox: written messages without a confirmed arrival. It survives a reload of the page. Each message carries an id,
+// so readers see it only once even if it is sent twice.
 
 const STORED = "outbox";
 
 export class Outbox {
-  #sending = new Set(); // rooms with a publish on its way
+  #sending = new Set(); // rooms with a publish in progress
 
-  /** storage: a Storage, such as sessionStorage. changed: called with a room's name whenever its messages change. */
+  /** storage: a Storage, such as sessionStorage. changed: called with a room's name when its messages change. */
   constructor(storage, changed) {
     this.storage = storage;
     this.changed = changed;
     this.items = JSON.parse(storage.getItem(STORED) ?? "[]");
   }
 
-  /** Messages of a room, oldest first: {id, room, text, state, reason}; state: waiting, sent, or refused with a reason. */
+  /** Return a room's messages, oldest first: {id, room, text, state, reason}. state: waiting, sent, or refused with a reason. */
   of(room) {
     return this.items.filter((item) => item.room === room);
   }
@@ -23,7 +23,7 @@ export class Outbox {
     this.#keep(room);
   }
 
-  /** The message `id` was seen in its room. */
+  /** Remove the message `id`, because it has arrived in its room. */
   confirm(id) {
     this.#drop((item) => item.id === id);
   }
@@ -32,12 +32,12 @@ export class Outbox {
     this.#drop((item) => item.id === id);
   }
 
-  /** All that this room's history can show has been shown: what the server had accepted need not be kept longer. */
+  /** Remove a room's accepted messages, because the page now shows the room's whole history. */
   settle(room) {
     this.#drop((item) => item.room === room && item.state === "sent");
   }
 
-  /** Have another try at a refused message with the next flush. */
+  /** Send a refused message again with the next flush. */
   retry(id) {
     const item = this.items.find((candidate) => candidate.id === id);
     if (!item) return;
@@ -46,9 +46,9 @@ export class Outbox {
   }
 
   /**
-   * Send what waits for a room, one after the other and in order.
+   * Send a room's waiting messages one after another, in order.
    * publish: takes {id, text}, and rejects with {code, message, temporary}.
-   * Resolves to false when a failure that may pass left messages waiting.
+   * Resolves to false if messages still wait after a temporary failure.
    */
   async flush(room, publish) {
     if (this.#sending.has(room)) return true;
@@ -60,7 +60,7 @@ export class Outbox {
           await publish({ id: item.id, text: item.text });
           item.state = "sent";
         } catch (error) {
-          if (mayPass(error)) return false;
+          if (isTemporary(error)) return false;
           item.state = "refused";
           item.reason = error.message;
         }
@@ -85,12 +85,12 @@ export class Outbox {
   }
 }
 
-/** Codes below 100 are the SDK's own: a time-out, a lost connection. */
-function mayPass(error) {
+/** Return whether an error is temporary. Codes below 100 come from the SDK: a time-out, a lost connection. */
+function isTemporary(error) {
   return error.temporary === true || !(error.code >= 100);
 }
 
-/** 128 random bits. (crypto.randomUUID is missing where the page is not served from localhost or by HTTPS.) */
+/** Return 128 random bits as text. (crypto.randomUUID exists only on localhost and over HTTPS.) */
 export function newId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

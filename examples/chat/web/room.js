@@ -1,6 +1,6 @@
-// One room as this page knows it: its messages in the order of their offsets, and who is here. No DOM, no network.
+// The state of one room: its messages in the order of their offsets, and the people in it. No DOM, no network.
 
-// The page keeps this many messages of a room; older ones are dropped, and come back from history when wanted.
+// The page keeps this many messages of a room. It drops older ones, and reads them from history again on demand.
 const KEEP = 1000;
 const DROP = 200;
 
@@ -12,13 +12,13 @@ export class Room {
     this.channel = `room:${name}`;
     this.messages = [];
     this.epoch = "";
-    this.atStart = false; // nothing older is left in history
+    this.atStart = false; // the history has no older messages
     this.unread = 0;
-    this.heard = 0; // messages that came by the subscription: live, or missed and recovered
+    this.heard = 0; // messages received by the subscription, live or recovered
     this.clients = new Map(); // client id -> {user, nick}
   }
 
-  /** Forget the messages: what comes next does not follow on from them. */
+  /** Remove all messages, because the next ones do not continue them. */
   reset(epoch) {
     this.messages = [];
     this.#known.clear();
@@ -27,9 +27,9 @@ export class Room {
   }
 
   /**
-   * Take a publication, live or from history, in any order and any number of times.
-   * Returns its message, or null when it was here already: by its offset, or by the id that its author gave it
-   * (a message that was sent again because the answer to the first attempt got lost).
+   * Add a publication, live or from history, in any order and any number of times.
+   * Returns its message, or null for a duplicate: one with a known offset, or with a known id from its author (the
+   * author sent the message again because the answer to the first attempt was lost).
    */
   take(publication) {
     const message = asMessage(publication);
@@ -42,7 +42,7 @@ export class Room {
     return message;
   }
 
-  /** Drop the oldest messages when there are too many. Returns whether it did. */
+  /** Drop the oldest messages if there are too many. Returns whether any were dropped. */
   trim() {
     if (this.messages.length <= KEEP) return false;
     for (const message of this.messages.splice(0, DROP)) {
@@ -69,21 +69,21 @@ export class Room {
     this.clients.delete(info.client);
   }
 
-  /** Who is here, each person once however many tabs they have open, by name. */
+  /** The people in the room by name; a person with several tabs appears once. */
   get people() {
     const people = new Map([...this.clients.values()].map((person) => [person.user, person]));
     return [...people.values()].sort((a, b) => a.nick.localeCompare(b.nick));
   }
 }
 
-/** user: as the server knows them. nick: what they call themselves. */
+/** Return a person. user: the id from the server. nick: the name that the person chose. */
 function asPerson(info) {
   return { user: info.user, nick: text(info.connInfo?.nick) || info.user };
 }
 
 /**
- * A publication as a message. One of the page's has {id, text, time}, checked by the server, and its author's `info`.
- * One published through the HTTP API has no author and any data at all: its text is shown as a notice.
+ * Return a publication as a message. A publication of this page has {id, text, time}, checked by the server, and the
+ * `info` of its author. A publication from the HTTP API has no author and may have any data: it appears as a notice.
  */
 function asMessage({ offset, data, info }) {
   const author = info ? asPerson(info) : { user: "", nick: text(data?.from) || "Notice" };

@@ -1,4 +1,4 @@
-// The official SDK, unchanged: served from here when scripts/run has installed it, else from a public CDN.
+// Loads the official SDK, unchanged: from this server if scripts/run has installed it, otherwise from a public CDN.
 
 const HERE = "sdk/centrifuge.js";
 const ELSEWHERE = "https://cdn.jsdelivr.net/npm/centrifuge@5.8.0/dist/centrifuge.js";

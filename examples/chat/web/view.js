@@ -1,20 +1,20 @@
-// The page: puts what it is given on the screen. Text of other people reaches the DOM as text nodes only.
+// The view: shows rooms, messages and people on the screen. Text of other people enters the DOM only as text nodes.
 
 const $ = (id) => document.getElementById(id);
 const NEAR = 80; // pixels from the end within which new messages keep the list scrolled to its end
 const PAUSE = 5 * 60_000; // a longer silence starts a new group of the same author
-const NOTICE = 6_000; // milliseconds a passing notice stays
+const NOTICE = 6_000; // milliseconds until a temporary banner disappears
 
 const clock = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
 const longDate = new Intl.DateTimeFormat(undefined, { weekday: "long", day: "numeric", month: "long" });
 const relative = new Intl.RelativeTimeFormat(undefined, { numeric: "auto" });
 
 let me = "";
-let following = true; // the list is at its end, and stays there when something is added
+let following = true; // the list is scrolled to its end, and stays there when it grows
 let newcomers = 0; // messages below the visible part
 let noticeTimer;
 
-/** An element with attributes and children; strings become text nodes. */
+/** Return an element with attributes and children; strings become text nodes. */
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -29,14 +29,14 @@ function avatar(person) {
   return element;
 }
 
-/** A steady colour for a person: FNV-1a over the id, as degrees. */
+/** Return a constant colour for a person, as a hue in degrees: FNV-1a of the id. */
 function hue(text) {
   let hash = 2166136261;
   for (const character of text) hash = Math.imul(hash ^ character.codePointAt(0), 16777619);
   return (hash >>> 0) % 360;
 }
 
-/** Text with its web addresses as links. */
+/** Return the text with its web addresses as links. */
 function linked(text) {
   return text.split(/(https?:\/\/[^\s<>"]+[^\s<>".,;:!?)\]])/g).map((part, index) =>
     index % 2 ? make("a", { href: part, target: "_blank", rel: "noopener noreferrer" }, part) : part);
@@ -53,7 +53,7 @@ function follows(message, previous) {
   return Boolean(previous) && previous.user === message.user && message.user !== "" && message.time - previous.time < PAUSE;
 }
 
-/** The day that a message stands under; one without a time stands under that of the message before it. */
+/** Return the heading with the day of a message; a message without a time has the day of the previous message. */
 function dayAt(messages, index) {
   while (index >= 0 && !messages[index].time) index--;
   return index < 0 ? "" : dayName(messages[index].time);
@@ -90,7 +90,7 @@ function scrollToEnd() {
   $("latest").hidden = true;
 }
 
-/** Show a room from scratch. stay: keep what is visible where it is, as when older messages were put before it. */
+/** Show all messages of a room. stay: keep the scroll position, for example after older messages were added. */
 export function showMessages(room, { stay = false } = {}) {
   const scroll = $("scroll");
   const fromEnd = scroll.scrollHeight - scroll.scrollTop;
@@ -106,7 +106,7 @@ export function showMessages(room, { stay = false } = {}) {
   else scroll.scrollTop = scroll.scrollHeight - fromEnd;
 }
 
-/** Add the room's newest message, which is new to the reader. */
+/** Add the room's newest message, and count it if it is out of view. */
 export function addMessage(room) {
   const last = room.messages.length - 1;
   $("messages").append(...messageElements(room.messages, last));
@@ -121,7 +121,7 @@ function showEmpty(room) {
   $("empty").hidden = !room.atStart || room.messages.length > 0 || $("unsent").childElementCount > 0;
 }
 
-/** Messages that wait. Each refused one gets two buttons: retry(id), discard(id). */
+/** Show unsent messages. A refused message gets two buttons, for retry(id) and discard(id). */
 export function showUnsent(room, items, { retry, discard }) {
   $("unsent").replaceChildren(...items.map((item) => {
     const note = { waiting: "Waiting to be sent", sent: "", refused: `Not sent: ${item.reason}` }[item.state];
@@ -172,7 +172,7 @@ export function showMe(user, nick) {
   $("my-avatar").replaceWith(mine);
 }
 
-/** state: connecting, connected or disconnected. worker: the process that this tab sits on. */
+/** Show the state: connecting, connected or disconnected. worker: the pid of this tab's worker process. */
 export function showConnection(state, { worker = 0, reason = "" } = {}) {
   const words = { connecting: "Connecting…", connected: `Connected · worker ${worker}`, disconnected: `Disconnected: ${reason}` };
   document.body.dataset.state = state;
@@ -180,7 +180,7 @@ export function showConnection(state, { worker = 0, reason = "" } = {}) {
   $("connection").textContent = words[state];
 }
 
-/** A line above the messages. passing: it goes away by itself. An empty one takes the line away. */
+/** Show a line above the messages; an empty text removes it. passing: the line disappears after a while. */
 export function showBanner(text, { passing = false } = {}) {
   clearTimeout(noticeTimer);
   $("banner").textContent = text;
@@ -188,7 +188,7 @@ export function showBanner(text, { passing = false } = {}) {
   if (passing) noticeTimer = setTimeout(() => showBanner(""), NOTICE);
 }
 
-/** Ask for a name. Resolves to it; to null when `optional` and the reader changed their mind. */
+/** Ask for a name. Resolves to the name, or to null if it is `optional` and the reader cancels. */
 export function askName(suggestion, { optional = false } = {}) {
   const dialog = $("hello");
   $("nick").value = suggestion;
@@ -208,7 +208,7 @@ export function askName(suggestion, { optional = false } = {}) {
   });
 }
 
-/** Wire the page's controls. on: {open(name), send(text), older(), rename()}. */
+/** Connect the page's controls. on: {open(name), send(text), older(), rename()}. */
 export function listen(on) {
   addEventListener("hashchange", () => { closePanels(); on.open(location.hash.slice(1)); });
   $("other-room").addEventListener("submit", (event) => {
@@ -237,7 +237,7 @@ export function listen(on) {
     following = atEnd();
     if (following && newcomers) scrollToEnd();
   }, { passive: true });
-  // The keyboard of a phone, a banner or a long draft take room from the list.
+  // A phone's keyboard, a banner or a long draft make the list smaller.
   const sizes = new ResizeObserver(() => { if (following) scrollToEnd(); });
   for (const id of ["scroll", "unsent"]) sizes.observe($(id));
   new IntersectionObserver((entries) => { if (entries.at(-1).isIntersecting) on.older(); }, { root: $("scroll") }).observe($("older"));
@@ -250,7 +250,7 @@ function fit() {
   box.style.height = `${box.scrollHeight + 2}px`;
 }
 
-/** On a narrow screen the two side panels slide in over the conversation. */
+/** Let the two side panels slide over the conversation on a narrow screen. */
 function listenToPanels() {
   for (const [button, panel] of [["show-rooms", "rooms-panel"], ["show-people", "people-panel"]]) {
     $(button).addEventListener("click", () => {
@@ -273,5 +273,5 @@ function closePanels() {
 }
 
 export function focusComposer() {
-  if (matchMedia("(pointer: fine)").matches) $("text").focus(); // on a phone it would raise the keyboard
+  if (matchMedia("(pointer: fine)").matches) $("text").focus(); // on a phone, focus would open the keyboard
 }

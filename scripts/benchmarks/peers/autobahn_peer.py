@@ -1,4 +1,4 @@
-"""Twisted and Autobahn as they come."""
+"""Twisted and Autobahn without changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ epollreactor.install()
 
 from twisted.internet import reactor  # noqa: E402
 
-everybody: set[Peer] = set()
+peers: set[Peer] = set()
 
 
 class Peer(WebSocketServerProtocol):
@@ -17,17 +17,17 @@ class Peer(WebSocketServerProtocol):
         self.echoes = request.path == "/echo"
 
     def onOpen(self):
-        everybody.add(self)
+        peers.add(self)
 
     def onMessage(self, payload, isBinary):
         if self.echoes:
             self.sendMessage(payload, isBinary)
             return
-        for peer in everybody:
+        for peer in peers:
             peer.sendMessage(payload, isBinary)
 
     def onClose(self, wasClean, code, reason):
-        everybody.discard(self)
+        peers.discard(self)
 
 
 factory = WebSocketServerFactory()

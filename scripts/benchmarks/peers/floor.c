@@ -1,5 +1,5 @@
-// What the kernel costs: an epoll loop that answers handshakes with a fixed response and sends, with no logic at all.
-// A message on a connection to /echo goes back to its sender, one on any other connection goes to every connection.
+// The cost of the kernel: an epoll loop without logic. It answers handshakes with a fixed response and sends messages.
+// A message on a connection to /echo returns to its sender; a message on any other connection goes to all connections.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
@@ -33,7 +33,7 @@ static void answer(int fd, unsigned char *data, long size) {
         unsigned char *mask = data + start, *payload = mask + 4;
         if (payload + length > data + size) return;
         for (long i = 0; i < length; i++) payload[i] ^= mask[i & 3];
-        unsigned char *frame;  // the header is laid over the mask, which ends where the payload begins
+        unsigned char *frame;  // the header overwrites the mask, which ends where the payload begins
         if (length < 126) frame = payload - 2, frame[0] = 0x81, frame[1] = length;
         else frame = payload - 4, frame[0] = 0x81, frame[1] = 126, frame[2] = length >> 8, frame[3] = length;
         long whole = payload + length - frame;
@@ -73,7 +73,7 @@ int main(void) {
             }
             long got = recv(fd, data, sizeof data, 0);
             if (got > 0) answer(fd, data, got);
-            else if (got == 0) {  // measured once: the first that leaves ends it
+            else if (got == 0) {  // serves one measurement: the first closed connection ends it
                 exit(0);
             }
         }

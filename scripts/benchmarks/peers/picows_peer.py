@@ -1,4 +1,4 @@
-"""picows: WebSocket framing in Cython, on asyncio, or on uvloop if that is there."""
+"""picows: WebSocket framing in Cython, on asyncio, or on uvloop if installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ try:
 except ImportError:
     run = asyncio.run
 
-everybody = set()
+peers = set()
 
 
 class Peer(WSListener):
@@ -22,7 +22,7 @@ class Peer(WSListener):
         self.echoes = echoes
 
     def on_ws_connected(self, transport):
-        everybody.add(transport)
+        peers.add(transport)
 
     def on_ws_frame(self, transport, frame):
         if frame.msg_type != WSMsgType.TEXT:
@@ -32,11 +32,11 @@ class Peer(WSListener):
         if self.echoes:
             transport.send(WSMsgType.TEXT, message)
             return
-        for peer in everybody:
+        for peer in peers:
             peer.send(WSMsgType.TEXT, message)
 
     def on_ws_disconnected(self, transport):
-        everybody.discard(transport)
+        peers.discard(transport)
 
 
 async def main():

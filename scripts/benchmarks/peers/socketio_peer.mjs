@@ -1,4 +1,4 @@
-// Socket.IO on Node, over WebSocket alone.
+// Socket.IO on Node, over WebSocket only.
 import { createServer } from "node:http";
 import { Server } from "socket.io";
 

@@ -1,4 +1,4 @@
-"""The `websockets` library on asyncio, or on uvloop if that is there."""
+"""The `websockets` library on asyncio, or on uvloop if installed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ try:
 except ImportError:
     run = asyncio.run
 
-everybody = set()
+peers = set()
 
 
 async def talk(peer):
     echoes = peer.request.path == "/echo"
-    everybody.add(peer)
+    peers.add(peer)
     with suppress(Exception):
         async for message in peer:
             if echoes:
                 await peer.send(message)
             else:
-                broadcast(everybody, message)
-    everybody.discard(peer)
+                broadcast(peers, message)
+    peers.discard(peer)
 
 
 async def main():

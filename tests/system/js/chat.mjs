@@ -136,7 +136,7 @@ const scenarios = {
     }
     const all = await texts(page);
     await page.getByRole("link", { name: "kitchen" }).click();
-    await page.getByText("Nobody has said anything here yet.").waitFor();
+    await page.getByText("There are no messages yet.").waitFor();
     const grace = await openTab("Grace", { room: "garden" });
     await say(grace, "news");
     const badge = page.getByRole("link", { name: /garden 1 unread/ });
