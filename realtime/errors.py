@@ -24,7 +24,7 @@ class SettingsError(RealtimeError):
 
 
 class EngineUnavailable(RealtimeError):
-    """The engine is unreachable at the moment. It accepted nothing; the caller may retry."""
+    """The engine did not answer. It may have carried out the request; an idempotency key makes a retry safe."""
 
 
 class KeysUnavailable(RealtimeError):

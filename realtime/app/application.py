@@ -112,8 +112,8 @@ class App:
     The methods from `publish` to `refresh` mean the same everywhere. On the loop a call starts at once and returns an
     awaitable of its result; awaiting it is optional. In a thread, and in a handler process, a call blocks and returns
     the result itself, which `result` gives its type. The methods raise ClientError (102 unknown channel, 106 limit
-    exceeded, 107 bad request, 108 feature not enabled in the channel) and EngineUnavailable; both mean that nothing
-    was published.
+    exceeded, 107 bad request, 108 feature not enabled in the channel), after which nothing was done, and
+    EngineUnavailable, after which the outcome is unknown; retry with an idempotency key.
 
     options: the table `[app.options]` of the configuration, filled in before the server binds the application.
     """
