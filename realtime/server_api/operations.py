@@ -73,7 +73,7 @@ _OptionTypes = tuple[dict[str, str] | None, str, bool, Annotated[int, Meta(ge=0)
 
 
 class ServerAPI:
-    """The operations of one server. All coroutines may raise ClientError, or EngineUnavailable if nothing was done."""
+    """The operations of one server. All coroutines may raise ClientError, or EngineUnavailable if the outcome is unknown."""
 
     def __init__(
         self,
