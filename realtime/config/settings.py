@@ -695,9 +695,6 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
     lagging: Annotated[
         Seconds, about("A worker whose loop is this late is lagging: what blocks it is found out; 0: never.")
     ] = 0.05
-    pressed: Annotated[
-        Seconds, about("A worker whose loop is this late is pressed: others take its new clients; 0: never.")
-    ] = 0.2
     steering: Annotated[
         bool, about("Workers get new clients by health and load; false: the kernel spreads them evenly.")
     ] = True
@@ -711,7 +708,11 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
         Seconds, about("A worker whose loop has not beaten for this long is killed and replaced; 0: never.")
     ] = 10.0
     max_lag: Annotated[
-        Seconds, about("A worker whose loop is this late refuses what may be refused, or serves stale; 0: never.")
+        Seconds,
+        about(
+            "A worker whose loop is this late is under pressure: other workers take its new clients, and it sheds"
+            " load; 0: never."
+        ),
     ] = 0.2
     max_utilization: Annotated[
         float,
@@ -737,8 +738,8 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
             "{0} must be longer than loop.interval, {1}; lengthen it or shorten that",
         ),
         Rule(
-            ("pressed", "lagging"),
-            lambda loop: loop.pressed == 0 or loop.pressed >= loop.lagging,
+            ("max_lag", "lagging"),
+            lambda loop: loop.max_lag == 0 or loop.max_lag >= loop.lagging,
             "{0} must not be shorter than loop.lagging, {1}; lengthen it or shorten that",
         ),
     )

@@ -273,7 +273,7 @@ REFUSED = [
     ("[client.token]\nhmac_previous_secret_key = 'abc'", 2, "needs hmac_secret_key beside it"),
     ("[workers]\nrestart_delay = '1m'", 2, '"1m" must not be longer than workers.restart_delay_max, "30s"'),
     ("[loop]\nstuck = '5ms'", 2, '"5ms" must be longer than loop.interval, "40ms"'),
-    ("[loop]\npressed = '5ms'", 2, '"5ms" must not be shorter than loop.lagging, "50ms"'),
+    ("[loop]\nmax_lag = '5ms'", 2, '"5ms" must not be shorter than loop.lagging, "50ms"'),
     # not TOML
     ("[client]\ninsecure = yes", 2, "not valid TOML: invalid value; text stands in quotes"),
     ("[client]\na = 1\na = 2", 3, "not valid TOML: this key is already set further up"),
