@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from realtime.config.values import URL_PATH
+from realtime.config.values import NUMBER, URL_PATH
 
 
 def about(text: str) -> Meta:
@@ -26,5 +26,6 @@ Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(ge=0)]
 PositiveSeconds = Annotated[float, Meta(gt=0)]
 WholeSeconds = Annotated[float, Meta(ge=0, multiple_of=1)]
+Share = Annotated[float, Meta(ge=0, le=1, extra={"value_type": NUMBER})]
 Secret = Annotated[str, Meta(extra={"secret": True})]
 URLPath = Annotated[str, Meta(extra={"value_type": URL_PATH})]

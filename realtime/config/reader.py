@@ -280,4 +280,4 @@ def _remedy(key: Key, value: Any) -> str:
         return "correct it"
     if key.is_secret or key.default in ("", (), {}):
         return "correct it, or remove it to use the default"
-    return f"correct it, or remove it to use the default, {quote_setting(key.default)}"
+    return f"correct it, or remove it to use the default, {quote(key.value_type.to_file(key.default))}"

@@ -18,7 +18,7 @@ from typing import Any
 from msgspec import NODEFAULT, Struct, inspect
 
 from realtime.config import values
-from realtime.config.values import INT64_MAX, ValueType, format_duration
+from realtime.config.values import INT64_MAX, ValueType
 
 PREFIX = "REALTIME_"
 
@@ -82,7 +82,7 @@ def _key(field: inspect.Field) -> Key:
     return Key(
         name=field.name,
         help=schema.get("description", ""),
-        expected=extra.get("expected") or value_type.expected + _describe_limits(field_type),
+        expected=extra.get("expected") or value_type.expected + _describe_limits(field_type, value_type),
         default=field.default_factory() if field.default_factory is not NODEFAULT else field.default,
         example=next(iter(schema.get("examples", ())), None),
         value_type=value_type,
@@ -93,18 +93,16 @@ def _key(field: inspect.Field) -> Key:
     )
 
 
-def _describe_limits(field_type: Any) -> str:
+def _describe_limits(field_type: Any, value_type: ValueType) -> str:
     low, high, above = (getattr(field_type, name, None) for name in ("ge", "le", "gt"))
     if getattr(field_type, "min_length", None):
         return " that is not empty"
-    is_duration = isinstance(field_type, inspect.FloatType)
-    step = " in whole seconds" if is_duration and field_type.multiple_of else ""
-    format_limit = format_duration if is_duration else str
+    step = " in whole seconds" if isinstance(field_type, inspect.FloatType) and field_type.multiple_of else ""
     if low is not None and high is not None:
-        return f"{step} from {format_limit(low)} to {format_limit(high)}"
+        return f"{step} from {value_type.to_file(low)} to {value_type.to_file(high)}"
     if low is not None:
-        return f"{step} of at least {format_limit(low)}"
-    return f"{step} above {format_limit(above)}" if above is not None else step
+        return f"{step} of at least {value_type.to_file(low)}"
+    return f"{step} above {value_type.to_file(above)}" if above is not None else step
 
 
 _LIMITS: dict[str, Callable[[Any, Any], bool]] = {

@@ -24,6 +24,7 @@ from realtime.config.annotations import (
     PositiveSeconds,
     Seconds,
     Secret,
+    Share,
     URLPath,
     about,
     restricted,
@@ -518,8 +519,7 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = 0.2
     max_utilization: Annotated[
-        float,
-        Meta(ge=0, le=1),
+        Share,
         about(
             "A worker whose loop is busy for this share of the time, from 0 to 1, logs a warning and sheds no load."
             " 0: never."

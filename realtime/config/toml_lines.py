@@ -165,9 +165,9 @@ def commented_lines(table: type[Struct], given: Mapping[str, Any], path: KeyPath
         dotted = format_path((*path, name))
         yield from _comment(key.help)
         if dotted in given:
-            yield f"{name} = {to_toml(given[dotted])}"
+            yield f"{name} = {to_toml(key.value_type.to_file(given[dotted]))}"
         else:
-            yield f"#{name} = {to_toml(key.default)}"
+            yield f"#{name} = {to_toml(key.value_type.to_file(key.default))}"
     if values:
         yield ""
     for name, key in known.items():

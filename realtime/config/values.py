@@ -20,16 +20,22 @@ _QUOTE_LENGTH = 60  # characters of a value that a message shows
 
 _UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _TERM = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(" + "|".join(sorted(_UNITS, key=len, reverse=True)) + ")")
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 _INTEGER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F_]+|0[oO][0-7_]+|0[bB][01_]+|0|[1-9][0-9_]*)")
 
 
 @dataclass(frozen=True, slots=True)
 class ValueType:
-    """A type of values, named `expected` in messages. Both functions raise ValueError or TypeError for other values."""
+    """A type of values, named `expected` in messages.
+
+    from_text, from_file: read a value of this type; they raise ValueError or TypeError for other values. to_file: the
+    value as a file has it.
+    """
 
     expected: str
     from_text: Callable[[str], Any]
     from_file: Callable[[Any], Any]
+    to_file: Callable[[Any], Any] = lambda value: value
 
 
 def parse_duration(text: str) -> float:
@@ -63,6 +69,12 @@ def _parse_integer(text: str) -> int:
     if not _INTEGER.fullmatch(text):
         raise ValueError(f"not a whole number: {text!r}")
     return int(text, 0)
+
+
+def _parse_number(text: str) -> float:
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"not a number: {text!r}")
+    return float(text)
 
 
 def _parse_boolean(text: str) -> bool:
@@ -115,7 +127,15 @@ INTEGER = ValueType(
     lambda value: _parse_integer(value) if isinstance(value, str) else _require_type(int, value),
 )
 STRING = _quoted("a string in quotes", _require_utf8)
-DURATION = _quoted('a duration with a unit (such as "25s" or "1h30m")', parse_duration)
+NUMBER = ValueType(
+    "a number", _parse_number, lambda value: float(value) if type(value) is int else _require_type(float, value)
+)
+DURATION = ValueType(
+    'a duration with a unit (such as "25s" or "1h30m")',
+    parse_duration,
+    lambda value: parse_duration(_require_type(str, value)),
+    to_file=format_duration,
+)
 URL_PATH = _quoted('a path that starts with "/"', _parse_url_path)
 STRING_LIST = ValueType("a list of strings", lambda text: _string_list(text.split(" ")), _string_list)
 TABLE = ValueType(
@@ -147,14 +167,12 @@ def quote(value: object) -> str:
 
 
 def quote_setting(value: object) -> str:
-    """Return a value of the tree for a message: as `quote`, but seconds as a duration."""
+    """Return a value of a rule's key for a message: as `quote`, but seconds as a duration."""
     return json.dumps(format_duration(value)) if isinstance(value, float) else quote(value)
 
 
 def to_toml(value: object) -> str:
-    """Return a value of the tree as TOML: string, boolean, integer, seconds, list of strings, or an empty table."""
-    if isinstance(value, float):
-        value = format_duration(value)
+    """Return a value of a file as TOML: string, boolean, number, list of strings, or an empty table."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

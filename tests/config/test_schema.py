@@ -7,6 +7,7 @@ from typing import Annotated
 from msgspec import NODEFAULT, Meta, Struct, field
 
 from realtime.config import values
+from realtime.config.annotations import Share
 from realtime.config.schema import environment_variables, format_path, keys_of, value_keys, variable_name
 from realtime.config.settings import Settings
 
@@ -18,6 +19,7 @@ class Entry(Struct):
 
 class Table(Struct):
     ratio: Annotated[float, Meta(ge=0, le=1, description="A ratio.", extra={"secret": True})] = 0.5
+    share: Share = 0.0
     entries: tuple[Entry, ...] = ()
 
 
@@ -30,13 +32,14 @@ def test_a_key_comes_from_the_annotation_of_its_field() -> None:
     assert (key.help, key.default, key.is_secret, key.is_list, key.table) == ("A ratio.", 0.5, True, False, None)
     assert key.value_type is values.DURATION
     assert key.expected.endswith(" from 0 to 1s")
+    assert keys_of(Table)["share"].expected == "a number from 0 to 1"
     assert [key.accepts(value) for value in (0.0, 1.0, 1.1, -0.1)] == [True, True, False, False]
     assert keys_of(Table)["entries"].is_list
     assert keys_of(Entry)["name"].default is NODEFAULT
 
 
 def test_keys_with_values_and_named_lists_have_paths() -> None:
-    assert [path for path, _ in value_keys(Root)] == [("table", "ratio"), ("table", "entries")]
+    assert [path for path, _ in value_keys(Root)] == [("table", "ratio"), ("table", "share"), ("table", "entries")]
 
 
 def test_a_path_is_written_on_one_line() -> None:
@@ -48,6 +51,7 @@ def test_entries_of_a_named_list_have_variables_by_their_names() -> None:
     found = {name: path for name, path, _ in environment_variables(Root, {("table", "entries"): ["a-b.c"]})}
     assert found == {
         "REALTIME_TABLE_RATIO": ("table", "ratio"),
+        "REALTIME_TABLE_SHARE": ("table", "share"),
         "REALTIME_TABLE_ENTRIES": ("table", "entries"),
         "REALTIME_TABLE_ENTRIES_A_B_C_SIZE": ("table", "entries", 0, "size"),
     }

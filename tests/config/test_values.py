@@ -9,7 +9,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from realtime.config.sources import parse
-from realtime.config.values import escape_unprintable, format_duration, parse_duration, quote, quote_setting, to_toml
+from realtime.config.values import (
+    DURATION,
+    NUMBER,
+    escape_unprintable,
+    format_duration,
+    parse_duration,
+    quote,
+    quote_setting,
+    to_toml,
+)
 from tests.config.parsing import parse_file, problem, value_at
 
 
@@ -29,6 +38,8 @@ from tests.config.parsing import parse_file, problem, value_at
         ('[http_server]\naddress = "::1"', "http_server.address", "::1"),
         ('[app]\nmodule = "shop.live:app"', "app.module", "shop.live:app"),
         ("client.token.max_length = 0x10", "client.token.max_length", 16),
+        ("[loop]\nmax_utilization = 0.9", "loop.max_utilization", 0.9),
+        ("[loop]\nmax_utilization = 1", "loop.max_utilization", 1.0),
     ],
 )
 def test_a_file_may_write_a_value_in_several_forms(text: str, key: str, value: object) -> None:
@@ -46,6 +57,7 @@ def test_a_file_may_write_a_value_in_several_forms(text: str, key: str, value: o
         ("WEBSOCKET_MESSAGE_SIZE_LIMIT", "1_000", "websocket.message_size_limit", 1000),
         ("CLIENT_PING_INTERVAL", "1h30m", "client.ping_interval", 5400.0),
         ("CLIENT_PING_INTERVAL", "", "client.ping_interval", 25.0),
+        ("LOOP_MAX_UTILIZATION", "0.9", "loop.max_utilization", 0.9),
         ("CLIENT_ALLOWED_ORIGINS", "https://a https://b", "client.allowed_origins", ("https://a", "https://b")),
         ("CLIENT_TOKEN_HMAC_SECRET_KEY", "hush", "client.token.hmac_secret_key", "hush"),
         ("APP_OPTIONS", '{"a": [1, 2.5, null]}', "app.options", {"a": [1, 2.5, None]}),
@@ -77,6 +89,14 @@ REFUSED = [
     ("[app]\noptions = { when = 1979-05-27 }", 2, "app.options: expected a table"),
     ("[app]\noptions = { odd = nan }", 2, "app.options: expected a table"),
     ("[client.token]\nhmac_secret_key = 12345", 2, "expected a string in quotes, got another value, not shown"),
+    (
+        "[loop]\nmax_utilization = 1.1",
+        2,
+        "loop.max_utilization: expected a number from 0 to 1, got 1.1; correct it, or",
+    ),
+    ("[loop]\nmax_utilization = nan", 2, "expected a number from 0 to 1"),
+    ("[loop]\nmax_utilization = true", 2, "expected a number from 0 to 1"),
+    ("[loop]\nmax_utilization = '900ms'", 2, "expected a number from 0 to 1"),
     # durations
     ("[client]\nping_interval = 25", 2, '"25s" or "1h30m") of at least 0, got 25; write "25s" if you mean seconds'),
     ("[client]\nping_interval = 2.5", 2, 'write "2s500ms" if you mean seconds'),
@@ -138,7 +158,8 @@ def test_values_in_messages_and_in_a_generated_file() -> None:
     assert quote({"a": 1}) == "a table"
     assert quote("x" * 100) == '"' + "x" * 56 + "..."
     assert quote_setting(90.0) == '"1m30s"'
-    assert to_toml(90.0) == '"1m30s"'
+    assert to_toml(DURATION.to_file(90.0)) == '"1m30s"'
+    assert to_toml(NUMBER.to_file(0.5)) == "0.5"
     assert to_toml(("é", "\x7f")) == '["é", "\\u007f"]'
     assert escape_unprintable("a\nb") == "a\\nb"
     assert escape_unprintable("é") == "é"
