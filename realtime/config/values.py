@@ -177,5 +177,5 @@ def to_toml(value: object) -> str:
 
 
 def escape_unprintable(name: str) -> str:
-    """Return the name of a file or variable as printable text for a message, whatever bytes it contains."""
+    """Return the name of a file or variable as printable text on one line, for a message."""
     return name if name.isprintable() else ascii(name)[1:-1]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,12 @@ OTHER = "another one of enough characters"
 EX_CONFIG = 78
 KEY = rsa.generate_private_key(65537, 2048)
 
+Realtime = Callable[..., tuple[int, str, str]]
+"""Runs a command with its arguments, and with the text of a configuration file if given."""
+
 
 @pytest.fixture
-def realtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def realtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Realtime:
     """Run a command in this process. Returns its status, output and error output."""
     for name in os.environ:
         if name.startswith(("REALTIME_", "CENTRIFUGO_")):
@@ -60,7 +63,7 @@ def claims_of(token: str, secret: str = SECRET) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["gen-token", "gentoken"])
-def test_a_connection_token(realtime: Any, name: str) -> None:
+def test_a_connection_token(realtime: Realtime, name: str) -> None:
     status, out, errors = realtime(name, "-u", "42", config=ONE)
     assert (status, errors) == (0, "")
     first, token = out.splitlines()
@@ -75,7 +78,7 @@ def test_a_connection_token(realtime: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("ttl", "seconds"), [("60", 60), ("1m", 60), ("1h30m", 5400), ("1.5s", 1), ("-1", None), ("100000", 100_000)]
 )
-def test_the_lifetime(realtime: Any, ttl: str, seconds: int | None) -> None:
+def test_the_lifetime(realtime: Realtime, ttl: str, seconds: int | None) -> None:
     status, token, _ = realtime("gen-token", "--ttl", ttl, "--quiet", config=ONE)
     assert status == 0
     claims = claims_of(token)
@@ -84,13 +87,13 @@ def test_the_lifetime(realtime: Any, ttl: str, seconds: int | None) -> None:
 
 
 @pytest.mark.parametrize("ttl", ["0", "-2", "x", "1d", "300ms", "", "99999999999", "9" * 5000])
-def test_an_invalid_lifetime_is_wrong_usage(realtime: Any, ttl: str) -> None:
+def test_an_invalid_lifetime_is_wrong_usage(realtime: Realtime, ttl: str) -> None:
     status, out, errors = realtime("gen-token", "--ttl", ttl, config=ONE)
     assert (status, out) == (2, "")
     assert "-1 for a token without end" in errors
 
 
-def test_quiet_prints_only_the_token(realtime: Any) -> None:
+def test_quiet_prints_only_the_token(realtime: Realtime) -> None:
     _, out, _ = realtime("gen-token", "-q", config=ONE)
     assert not out.endswith("\n")
     assert out.count(".") == 2
@@ -99,7 +102,7 @@ def test_quiet_prints_only_the_token(realtime: Any) -> None:
 @pytest.mark.parametrize(("config", "secret"), [(ONE, SECRET), (TWO, OTHER)])
 @pytest.mark.parametrize("name", ["gen-sub-token", "gensubtoken"])
 def test_a_subscription_token_is_signed_with_the_key_of_its_table(
-    realtime: Any, name: str, config: str, secret: str
+    realtime: Realtime, name: str, config: str, secret: str
 ) -> None:
     status, out, _ = realtime(name, "-u", "42", "-s", "$chat", config=config)
     assert status == 0
@@ -111,7 +114,7 @@ def test_a_subscription_token_is_signed_with_the_key_of_its_table(
     assert "--channel" in errors
 
 
-def test_a_token_has_the_claims_that_the_server_requires(realtime: Any) -> None:
+def test_a_token_has_the_claims_that_the_server_requires(realtime: Realtime) -> None:
     config = f"{ONE}\naudience = 'chat'\nissuer = 'tests'\nuser_id_claim = 'user_id'"
     status, token, _ = realtime("gen-token", "-q", "-u", "42", config=config)
     assert status == 0
@@ -135,21 +138,21 @@ def test_a_token_has_the_claims_that_the_server_requires(realtime: Any) -> None:
         ("[client", "realtime.toml:1: "),
     ],
 )
-def test_no_token_is_made_that_the_server_would_refuse(realtime: Any, config: str, message: str) -> None:
+def test_no_token_is_made_that_the_server_would_refuse(realtime: Realtime, config: str, message: str) -> None:
     status, out, errors = realtime("gen-token", config=config)
     assert (status, out) == (EX_CONFIG, "")
     assert errors.startswith(message)
     assert errors.count("\n") == 1
 
 
-def test_the_table_of_subscription_tokens_inherits_no_key(realtime: Any) -> None:
+def test_the_table_of_subscription_tokens_inherits_no_key(realtime: Realtime) -> None:
     config = f"{ONE}\n[client.subscription_token]\nenabled = true"
     status, _, errors = realtime("gen-sub-token", "-s", "news", config=config)
     assert status == EX_CONFIG
     assert errors.startswith("client.subscription_token.hmac_secret_key: empty")
 
 
-def test_a_user_id_of_any_characters(realtime: Any) -> None:
+def test_a_user_id_of_any_characters(realtime: Realtime) -> None:
     for user in ("é", '"', "\n", "\udcff"):
         status, out, errors = realtime("gen-token", "-u", user, config=ONE)
         assert len((out or errors).splitlines()) == (2 if status == 0 else 1)
@@ -160,7 +163,7 @@ def test_a_user_id_of_any_characters(realtime: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["check-token", "checktoken"])
-def test_a_good_token(realtime: Any, name: str) -> None:
+def test_a_good_token(realtime: Realtime, name: str) -> None:
     token = jwt.encode({"sub": "42", "exp": 4_000_000_000, "info": {"name": "é"}, "x": [1]}, SECRET)
     status, out, errors = realtime(name, token, config=ONE)
     assert (status, errors) == (0, "")
@@ -171,7 +174,7 @@ def test_a_good_token(realtime: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["check-sub-token", "checksubtoken"])
-def test_a_good_subscription_token(realtime: Any, name: str) -> None:
+def test_a_good_subscription_token(realtime: Realtime, name: str) -> None:
     token = jwt.encode({"sub": "42", "channel": "news", "exp": 2**53, "expire_at": 0}, OTHER)
     status, out, _ = realtime(name, token, config=TWO)
     assert status == 0
@@ -191,7 +194,7 @@ def test_a_good_subscription_token(realtime: Any, name: str) -> None:
         (jwt.encode({"exp": 4_000_000_000}, SECRET), "it has no user"),
     ],
 )
-def test_a_token_that_is_refused(realtime: Any, token: str, message: str) -> None:
+def test_a_token_that_is_refused(realtime: Realtime, token: str, message: str) -> None:
     config = f"client.disallow_anonymous_connection_tokens = true\n{ONE}"
     status, out, errors = realtime("check-token", token, config=config)
     assert (status, out) == (1, "")
@@ -200,7 +203,7 @@ def test_a_token_that_is_refused(realtime: Any, token: str, message: str) -> Non
     assert errors.count("\n") == 1
 
 
-def test_tokens_signed_by_public_keys(realtime: Any) -> None:
+def test_tokens_signed_by_public_keys(realtime: Realtime) -> None:
     elliptic = ec.generate_private_key(ec.SECP256R1())
     pems = [
         key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
@@ -240,7 +243,7 @@ def provider() -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_key_set_is_fetched(realtime: Any, provider: str) -> None:
+def test_a_key_set_is_fetched(realtime: Realtime, provider: str) -> None:
     config = f"[client.token]\njwks_public_endpoint = '{provider}/keys'\njwks_allow_insecure = true"
     status, out, _ = realtime("check-token", jwt.encode({"sub": "42"}, KEY, "RS256", {"kid": "one"}), config=config)
     assert status == 0
@@ -249,7 +252,7 @@ def test_a_key_set_is_fetched(realtime: Any, provider: str) -> None:
     assert (status, errors) == (1, "refused: not signed by a known key\n")
 
 
-def test_an_unavailable_key_set(realtime: Any, provider: str) -> None:
+def test_an_unavailable_key_set(realtime: Realtime, provider: str) -> None:
     token = jwt.encode({"sub": "42"}, KEY, "RS256", {"kid": "one"})
     for address, allowed, message in (
         (f"{provider}/elsewhere", "true", "status 302"),
