@@ -135,7 +135,7 @@ def value_keys(table: type[Struct], path: KeyPath = ()) -> Iterator[tuple[KeyPat
 
 
 def format_path(path: KeyPath) -> str:
-    """Return a path as operators write it: channel.namespaces[2].history_ttl. It is one line even if a key has line breaks."""
+    """Return a path as operators write it, channel.namespaces[2].history_ttl, on one line even if a key has several."""
     parts = (f"[{part}]" if isinstance(part, int) else "." + _format_key(part) for part in path)
     return "".join(parts).removeprefix(".")
 
