@@ -20,7 +20,7 @@ from twisted.python import usage
 from realtime._version import __version__
 from realtime.cli import environment
 from realtime.config import warnings
-from realtime.config.settings import read
+from realtime.config.sources import read
 from realtime.errors import SettingsError
 from realtime.process import log
 from realtime.supervisor.service import make_service
@@ -56,7 +56,7 @@ class Options(usage.Options):
 def makeService(options: Mapping[str, Any]) -> IService:
     """The supervisor for these options. Raises SystemExit 78, with all problems printed, when it can't be had."""
     given = {key: options[name] for name, key in _KEYS.items() if options[name] is not None}
-    problems = environment.problems()
+    problems = environment.find_problems()
     try:
         settings = read(options["config"], given, os.environ)
     except SettingsError as error:
@@ -65,8 +65,8 @@ def makeService(options: Mapping[str, Any]) -> IService:
         print(*problems, sep="\n", file=sys.stderr)
         raise SystemExit(os.EX_CONFIG)
     _allow_descriptors()
-    service = make_service(settings, unwise=warnings.unwise(settings))
-    for line in [*warnings.warnings(settings, os.environ), *environment.warnings(os.environ)]:
+    service = make_service(settings, unwise=warnings.insecure_keys(settings))
+    for line in [*warnings.find_warnings(settings, os.environ), *environment.find_warnings(os.environ)]:
         _log.warn("{line}", line=line)
     return service
 

@@ -54,7 +54,7 @@ ROOMS: dict[str, set[str]] = {
 SHELL_ROOMS = {"process", "broker", "handlers", "transports", "worker", "operators", "supervisor"}
 SHELL_OUTSIDE = {"twisted", "autobahn", "zope", "psutil", "prometheus_client"}
 OUTSIDE = {
-    "realtime.config.settings": {"cryptography"},
+    "realtime.config.checks": {"cryptography"},
     "realtime.auth.keys": {"cryptography", "jwt"},
     "realtime.tap": {"twisted"},
 }

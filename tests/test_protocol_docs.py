@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from realtime import errors
-from realtime.config import settings
+from realtime.config import rules, settings
 from realtime.protocol import messages
 from realtime.protocol.commands import COMMANDS
 from realtime.server_api import http_api
@@ -95,7 +95,7 @@ def test_every_method_of_the_api_is_there() -> None:
 
 
 def test_every_transport_is_there() -> None:
-    paths = {name for name in settings._PATHS if name not in ("http_api", "websocket", "init", "emulation")}
+    paths = {name for name in rules.TABLES_WITH_PATHS if name not in ("http_api", "websocket", "init", "emulation")}
     assert paths <= named("Transports and encodings")
 
 

@@ -77,7 +77,7 @@ def test_short_options_are_the_long_ones(made: list[Settings]) -> None:
 def test_all_problems_are_printed_and_nothing_is_made(
     made: list[Settings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "problems", lambda: ["fake: version 1 is too old; upgrade it"])
+    monkeypatch.setattr(environment, "find_problems", lambda: ["fake: version 1 is too old; upgrade it"])
     with pytest.raises(SystemExit) as stopped:
         start("--workers", "many")
     assert stopped.value.code == 78

@@ -17,7 +17,8 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.json import Decoder
 
 from realtime.auth.keys import MAX_KID, PUBLISHED, KeySource, VerificationKey, public_key, secret_key
-from realtime.config.settings import PLACEHOLDER, TokenSettings, listed_groups
+from realtime.config.checks import PLACEHOLDER, listed_groups
+from realtime.config.settings import TokenSettings
 from realtime.errors import ClientError, KeysUnavailable, RealtimeError
 from realtime.json_text import payload
 from realtime.metrics import Metrics

@@ -1,4 +1,4 @@
-"""What `realtime gen-token` and `check-token` do: tokens made and judged as the configuration says."""
+"""The work of `realtime gen-token` and `check-token`: makes and verifies tokens by the server's own configuration."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from realtime.auth.tokens import Claims, TokenExpired, TokenInvalid, TokenVerifi
 from realtime.config.settings import ClientSettings, TokenSettings
 from realtime.errors import KeysUnavailable, RealtimeError, SettingsError
 
-# Seconds to wait for a key set.
+# Time limit for fetching a key set, in seconds.
 _FETCH_LIMIT = 5.0
-# The last second that has a date of four digits.
+# The last second of the year 9999: later dates have no four-digit year.
 _YEAR_9999 = 253_402_300_799
 
 
 class TokenRefused(RealtimeError):
-    """The server would not take the token. The text says why, in one line."""
+    """The server would refuse the token. The text gives the reason in one line."""
 
 
-def made(settings: ClientSettings, user: str, ttl: int | None, channel: str = "") -> str:
-    """A token of `user`, signed with HS256: for a connection, or for a subscription to `channel`.
+def make_token(settings: ClientSettings, user: str, ttl: int | None, channel: str = "") -> str:
+    """Return a token of `user`, signed with HS256: a connection token, or a subscription token for `channel`.
 
-    ttl: seconds, None for a token that does not expire. Raises SettingsError when the configuration has no key to sign
-    with, or when the server would refuse what is signed so.
+    ttl: lifetime in seconds, None for a token that never expires. Raises SettingsError when the configuration has no
+    signing key, or when the server would refuse the token.
     """
-    name, table = _table(settings, bool(channel))
+    name, table = _token_table(settings, bool(channel))
     if table.jwks_public_endpoint:
-        raise SettingsError([f"{name}.jwks_public_endpoint: only tokens of that provider are good; ask it for one"])
+        raise SettingsError(
+            [f"{name}.jwks_public_endpoint: the server accepts only tokens of this provider; ask it for one"]
+        )
     if not table.hmac_secret_key:
-        raise SettingsError([f"{name}.hmac_secret_key: empty, and tokens are made with it; set it"])
+        raise SettingsError([f"{name}.hmac_secret_key: empty, but tokens are signed with it; set it"])
     now = int(time.time())
     claims: dict[str, Any] = {table.user_id_claim or "sub": user, "iat": now}
     if ttl is not None:
@@ -47,86 +49,90 @@ def made(settings: ClientSettings, user: str, ttl: int | None, channel: str = ""
     for claim, text in (("channel", channel), ("aud", table.audience), ("iss", table.issuer)):
         if text:
             claims[claim] = text
-    token = _signed(claims, table.hmac_secret_key)
+    token = _sign(claims, table.hmac_secret_key)
     try:
-        judged(settings, token, bool(channel))
+        verify_token(settings, token, bool(channel))
     except TokenRefused as error:
         raise SettingsError([f"{name}: the server would refuse the token: {error}"]) from None
     return token
 
 
-def judged(settings: ClientSettings, token: str, subscription: bool) -> tuple[Claims, dict[str, Any]]:
-    """What the server makes of a token, and all claims that are in it. Raises Refused, or KeysUnavailable."""
-    _, table = _table(settings, subscription)
-    verifier = TokenVerifier(table, time.time, _Provider(table.jwks_allow_insecure))
+def verify_token(settings: ClientSettings, token: str, is_subscription: bool) -> tuple[Claims, dict[str, Any]]:
+    """Verify a token as the server does. Return its claims as the server reads them, and all claims in it.
+
+    Raises TokenRefused, or KeysUnavailable when its key set can't be fetched.
+    """
+    _, table = _token_table(settings, is_subscription)
+    verifier = TokenVerifier(table, time.time, _BlockingKeySource(table.jwks_allow_insecure))
     try:
-        claims = _result(verifier.subscription(token) if subscription else verifier.connection(token))
+        claims = _run(verifier.subscription(token) if is_subscription else verifier.connection(token))
     except TokenExpired:
         raise TokenRefused("it has expired, or is not valid yet") from None
     except TokenInvalid as error:
         raise TokenRefused(str(error)) from None
-    if not subscription and not claims.user and settings.disallow_anonymous_connection_tokens:
+    if not is_subscription and not claims.user and settings.disallow_anonymous_connection_tokens:
         raise TokenRefused("it has no user, and client.disallow_anonymous_connection_tokens is set")
     return claims, json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
 
 
-def shown(claims: Claims, everything: dict[str, Any]) -> str:
-    """What a good token says, for a terminal."""
-    what = f" subscribes to {json.dumps(claims.channel)}," if claims.channel else ""
-    ends = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(claims.expire_at, _YEAR_9999)))
-    until = f"until {ends}" if claims.expire_at else "for ever"
-    return f"good: user {json.dumps(claims.user)},{what} {until}\n{json.dumps(everything, indent=2)}"
+def describe_token(claims: Claims, all_claims: dict[str, Any]) -> str:
+    """Return the text that a terminal shows for a good token."""
+    channel = f" subscribes to {json.dumps(claims.channel)}," if claims.channel else ""
+    expiry = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(claims.expire_at, _YEAR_9999)))
+    validity = f"until {expiry}" if claims.expire_at else "never expires"
+    return f"good: user {json.dumps(claims.user)},{channel} {validity}\n{json.dumps(all_claims, indent=2)}"
 
 
-def _result(judging: Coroutine[Any, Any, Claims]) -> Claims:
-    """What a coroutine returns that never waits: here, a key set is fetched while everything stands still."""
+def _run(verification: Coroutine[Any, Any, Claims]) -> Claims:
+    """Run a coroutine that never suspends, since `_BlockingKeySource` blocks while it fetches keys."""
     try:
-        judging.send(None)
-    except StopIteration as ended:
-        claims: Claims = ended.value
+        verification.send(None)
+    except StopIteration as stop:
+        claims: Claims = stop.value
         return claims
-    raise AssertionError("it waits")
+    raise AssertionError("the coroutine suspended")
 
 
-def _signed(claims: dict[str, Any], secret: str) -> str:
-    """RFC 7515 section 3.1, with HS256."""
+def _sign(claims: dict[str, Any], secret: str) -> str:
+    """Return a JSON Web Token signed with HS256, in the form of RFC 7515 section 3.1."""
     parts = [_base64url(json.dumps(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims)]
     signature = hmac.digest(secret.encode(), ".".join(parts).encode(), "sha256")
     return ".".join([*parts, _base64url(signature)])
 
 
-def _base64url(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+def _base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def _table(settings: ClientSettings, subscription: bool) -> tuple[str, TokenSettings]:
-    if subscription and settings.subscription_token.enabled:
+def _token_table(settings: ClientSettings, is_subscription: bool) -> tuple[str, TokenSettings]:
+    """Return the table that verifies these tokens, with its key in the configuration."""
+    if is_subscription and settings.subscription_token.enabled:
         return "client.subscription_token", settings.subscription_token
     return "client.token", settings.token
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *request: Any) -> None:
-        """Follow none, as the server does."""
+        """Follow no redirect, as the server does not."""
 
 
-class _Provider:
-    """Key sets, each fetched when a key is asked for; by the rules of the server, but without its reactor."""
+class _BlockingKeySource:
+    """Fetches a key set at each request for a key, by the server's rules but without its reactor."""
 
     def __init__(self, allow_insecure: bool) -> None:
         self._allow_insecure = allow_insecure
 
     async def key(self, endpoint: str, kid: str) -> VerificationKey | None:
         try:
-            return key_set(self._fetched(endpoint)).get(kid)
+            return key_set(self._fetch(endpoint)).get(kid)
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
             raise KeysUnavailable(f"no key set from {urlsplit(endpoint).hostname}: {reason}") from None
 
-    def _fetched(self, endpoint: str) -> bytes:
+    def _fetch(self, endpoint: str) -> bytes:
         url = urlsplit(endpoint)
-        found = socket.getaddrinfo(url.hostname, url.port or url.scheme, type=socket.SOCK_STREAM)
-        if not self._allow_insecure and not all(is_public(str(entry[4][0])) for entry in found):
+        addresses = socket.getaddrinfo(url.hostname, url.port or url.scheme, type=socket.SOCK_STREAM)
+        if not self._allow_insecure and not all(is_public(str(entry[4][0])) for entry in addresses):
             raise KeysUnavailable(f"no key set from {url.hostname}: the address is not public")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
         with opener.open(endpoint, timeout=_FETCH_LIMIT) as response:

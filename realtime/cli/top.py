@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from realtime.config.reader import one_line
+from realtime.config.values import escape_unprintable
 
 INTERVAL = 1.0
 # Seconds that the server has to answer.
@@ -51,13 +51,19 @@ def fetch(url: str) -> dict[str, Any]:
         with opener.open(f"{url.rstrip('/')}/snapshot", timeout=LIMIT) as answer:
             snapshot = json.load(answer)
     except urllib.error.HTTPError as error:
-        raise Unreachable(f"{one_line(url)}: is this the operators' port? it answers {error.code}") from None
+        raise Unreachable(f"{escape_unprintable(url)}: is this the operators' port? it answers {error.code}") from None
     except urllib.error.URLError as error:
-        raise Unreachable(f"{one_line(url)}: nobody answers: {one_line(str(error.reason))}") from None
+        raise Unreachable(
+            f"{escape_unprintable(url)}: nobody answers: {escape_unprintable(str(error.reason))}"
+        ) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise Unreachable(f"{one_line(url)}: no answer that can be read: {one_line(str(error))}") from None
+        raise Unreachable(
+            f"{escape_unprintable(url)}: no answer that can be read: {escape_unprintable(str(error))}"
+        ) from None
     if not isinstance(snapshot, dict) or "workers" not in snapshot:
-        raise Unreachable(f"{one_line(url)}: this is not the operators' port of a realtime server that has begun")
+        raise Unreachable(
+            f"{escape_unprintable(url)}: this is not the operators' port of a realtime server that has begun"
+        )
     return snapshot
 
 
@@ -146,7 +152,7 @@ def _worker(worker: dict[str, Any], width: int) -> Line:
     begin, end = 8, 8 + _COLUMNS[1][1]
     style = _COLOURS.get(worker["condition"], _PLAIN)
     line = [(row[:begin], _PLAIN), (row[begin:end], style), (row[end:], _PLAIN)]
-    return [*line, (f"  {one_line(worker['handler'])}", _DIM)] if worker["handler"] else line
+    return [*line, (f"  {escape_unprintable(worker['handler'])}", _DIM)] if worker["handler"] else line
 
 
 def _condition(worker: dict[str, Any]) -> str:
@@ -165,7 +171,7 @@ def _loop(accounts: Sequence[dict[str, Any]], workers: int) -> Iterator[Line]:
     for account in accounts:
         most = f"{_share(account['most'])} of {account['slot']}"
         shares = f"{_share(account['share']):>8}  {most:>10}" if several else f"{_share(account['share']):>8}"
-        yield [(f"{shares}  ", _PLAIN), (one_line(account["account"]), _BOLD)]
+        yield [(f"{shares}  ", _PLAIN), (escape_unprintable(account["account"]), _BOLD)]
 
 
 def _places(places: Sequence[dict[str, Any]], width: int) -> Iterator[Line]:
@@ -193,7 +199,7 @@ def _incidents(incidents: Sequence[dict[str, Any]], width: int) -> Iterator[Line
 
 def _place(place: str, handler: str, width: int) -> Line:
     """File and line, of which the end counts most, and the handler."""
-    place, handler = one_line(place), one_line(handler)
+    place, handler = escape_unprintable(place), escape_unprintable(handler)
     room = max(width - len(handler) - 2 if handler else width, 24)
     if len(place) > room:
         place = "..." + place[3 - room :]

@@ -1,15 +1,15 @@
-"""The keys of a Centrifugo v6 file that have no meaning here, or none yet.
+"""The keys of a Centrifugo v6 file that realtime does not support, or does not support yet.
 
-Somebody who moves a file over is told of each by name, instead of hearing that it is unknown. Only the first key that
-is not ours has to be listed: below `admin`, nothing is looked at.
+An operator who reuses a Centrifugo file gets a message about each such key by name, instead of "unknown key". Only the
+topmost unsupported key is listed: nothing below `admin` is.
 """
 
 from __future__ import annotations
 
-# The options of a channel, in `channel.without_namespace` and in each namespace.
+# The tables with channel options: `channel.without_namespace` and each namespace.
 _CHANNEL_TABLES = ("channel.without_namespace", "channel.namespaces[]")
 
-_LATER = {
+_PLANNED = {
     "": ("admin broker debug health map_broker pid_file presence_manager prometheus shared_poll swagger"),
     "http_server": "h2c_external http3 internal_tls tls tls_autocert tls_external",
     "log": "file",
@@ -35,7 +35,7 @@ _LATER = {
     "map map_clients_presence_channel_prefix map_users_presence_channel_prefix shared_poll subscription_type",
 )
 
-_NEVER = {
+_UNSUPPORTED = {
     "": (
         "brokers clickhouse_analytics consumers controller database enable_unreleased_features graphite grpc_api"
         " license map_brokers opentelemetry presence_managers proxies push_notifications schemas shared_poll_relay"
@@ -59,18 +59,18 @@ _NEVER = {
 )
 
 
-def _dotted(keys: dict[str, str]) -> frozenset[str]:
-    return frozenset(f"{table}.{key}".lstrip(".") for table, names in keys.items() for key in names.split())
+def _dotted_keys(names_by_table: dict[str, str]) -> frozenset[str]:
+    return frozenset(f"{table}.{name}".lstrip(".") for table, names in names_by_table.items() for name in names.split())
 
 
-LATER = _dotted(_LATER)
-NEVER = _dotted(_NEVER)
+PLANNED = _dotted_keys(_PLANNED)
+UNSUPPORTED = _dotted_keys(_UNSUPPORTED)
 
 
-def explain(key: str) -> str | None:
-    """What to tell somebody who sets `key` (dotted, "[]" for any entry of a list); None: it is not Centrifugo's."""
-    if key in NEVER:
+def explain_key(key: str) -> str | None:
+    """Return the message for a key of Centrifugo's, None for any other key. key: dotted, "[]" for any list index."""
+    if key in UNSUPPORTED:
         return "a Centrifugo key that realtime does not support; remove it"
-    if key in LATER:
+    if key in PLANNED:
         return "a Centrifugo key that realtime does not support yet; remove it"
     return None

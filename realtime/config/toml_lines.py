@@ -1,7 +1,7 @@
-"""The text of a configuration file: on which line a key stands, and how a tree of settings is written down.
+"""The lines of a TOML file: finds the line of each key, and writes a settings tree as commented lines.
 
-The standard library's parser gives tables without positions. Here the same text, already known to be valid TOML 1.0,
-is gone through once more for the lines, and only when there is something to report.
+The standard library's parser gives tables without positions. `parse_toml` therefore scans the same text, already known
+to be valid TOML 1.0, a second time for line numbers, and only when there is a problem to report.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from msgspec import NODEFAULT, Struct
 
-from realtime.config.reader import KeyPath, dotted, keys, written
+from realtime.config.schema import KeyPath, format_path, keys_of
+from realtime.config.values import to_toml
 from realtime.errors import SettingsError
 
 _TOKEN = re.compile(
@@ -24,68 +25,69 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _POSITION = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
-_ADVICE = {
-    "Cannot overwrite a value": "this key is already set further up; keep one of the two",
-    "Cannot declare": "this table is already there further up; join the two",
-    "Invalid value": "invalid value; text stands in quotes",
-    "Exceeds the limit": "a number of too many digits",
+# Messages of tomllib, by their start, and plainer ones with a remedy.
+_REWORDED = {
+    "Cannot overwrite a value": "this key is already set above; keep one of the two",
+    "Cannot declare": "this table is already defined above; merge the two",
+    "Invalid value": "invalid value; put strings in quotes",
+    "Exceeds the limit": "a number with too many digits",
 }
 
 
-def tables(name: str, text: str) -> tuple[dict[str, Any], Callable[[KeyPath], str]]:
-    """What a file holds, and a function that names the file and line of a path in it.
+def parse_toml(name: str, text: str) -> tuple[dict[str, Any], Callable[[KeyPath], str]]:
+    """Return the tables of a file, and a function that returns file name and line of a path in it.
 
-    Raises SettingsError with one line, which names the file and, where it is known, the line.
+    Raises SettingsError with one line that names the file and, where known, the line.
     """
     if text.startswith("\ufeff"):
         raise SettingsError([f"{name}:1: starts with a byte order mark; save it as UTF-8 without one"])
     try:
-        found = tomllib.loads(text)
+        tables = tomllib.loads(text)
     except RecursionError:
         raise SettingsError([f"{name}: not usable: nested too deeply; flatten it"]) from None
     except ValueError as error:  # TOMLDecodeError, and the limit on the digits of a number
-        raise SettingsError([_refusal(name, text, str(error))]) from None
-    lines = functools.cache(lambda: _Lines(text).found)
+        raise SettingsError([_describe_error(name, text, str(error))]) from None
+    lines = functools.cache(lambda: _LineScanner(text).lines)
 
-    def where(path: KeyPath) -> str:
+    def locate(path: KeyPath) -> str:
         line = next(lines()[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines())
         return f"{name}:{line}"
 
-    return found, where
+    return tables, locate
 
 
-def _refusal(name: str, text: str, says: str) -> str:
-    position = _POSITION.search(says)
+def _describe_error(name: str, text: str, message: str) -> str:
+    position = _POSITION.search(message)
     line = int(position[1] or text.count("\n") + 1) if position else None
-    says = says[: position.start()] if position else says
-    says = next((advice for start, advice in _ADVICE.items() if says.startswith(start)), says)
-    return f"{name}{f':{line}' if line else ''}: not valid TOML: {says[:1].lower()}{says[1:]}"
+    message = message[: position.start()] if position else message
+    message = next((reworded for start, reworded in _REWORDED.items() if message.startswith(start)), message)
+    return f"{name}{f':{line}' if line else ''}: not valid TOML: {message[:1].lower()}{message[1:]}"
 
 
-class _Lines:
-    """The line of every key, table and array item in valid TOML: `found`, by path."""
+class _LineScanner:
+    """Finds the line of every key, table and array item in valid TOML. lines: by path."""
 
     def __init__(self, text: str) -> None:
-        self.found: dict[KeyPath, int] = {}
-        self._lengths: dict[KeyPath, int] = {}
+        self.lines: dict[KeyPath, int] = {}
+        self._lengths: dict[KeyPath, int] = {}  # of arrays of tables
         self._tokens = list(_tokens(text))
         self._tokens.reverse()
         table: KeyPath = ()
         while self._tokens:
-            if self._skip("["):
-                table = self._header()
-            elif not self._skip("\n"):
-                self._assignment(table)
+            if self._accept("["):
+                table = self._scan_header()
+            elif not self._accept("\n"):
+                self._scan_assignment(table)
 
-    def _skip(self, mark: str) -> bool:
-        """Step over the next token if it is this mark."""
+    def _accept(self, mark: str) -> bool:
+        """Consume the next token if it is this mark."""
         if self._tokens and self._tokens[-1][:2] == ("mark", mark):
             self._tokens.pop()
             return True
         return False
 
-    def _key(self) -> tuple[tuple[str, ...], int]:
-        """The parts of a key and its line; the mark after it is stepped over."""
+    def _scan_key(self) -> tuple[tuple[str, ...], int]:
+        """Consume a dotted key and the mark after it; return the key's parts and line."""
         line = self._tokens[-1][2]
         parts: list[str] = []
         while True:
@@ -95,50 +97,51 @@ class _Lines:
             if kind != "mark":
                 parts.append(text if kind == "bare" else tomllib.loads(f"k={text}")["k"])
 
-    def _header(self) -> KeyPath:
-        """[a.b] or [[a.b]], from after the first bracket; gives the path that the keys below belong to."""
-        repeated = self._skip("[")
-        parts, line = self._key()
+    def _scan_header(self) -> KeyPath:
+        """Consume [a.b] or [[a.b]] after its first bracket; return the path of the table that it opens."""
+        is_array = self._accept("[")
+        parts, line = self._scan_key()
         path: KeyPath = ()
         for place, part in enumerate(parts, 1):
             path = (*path, part)
-            self.found.setdefault(path, line)
-            # A part that names an array of tables means the last of them; the end of [[a.b]] starts another.
-            if path in self._lengths and not (repeated and place == len(parts)):
+            self.lines.setdefault(path, line)
+            # A part that names an array of tables means its last table; the last part of [[a.b]] opens another.
+            if path in self._lengths and not (is_array and place == len(parts)):
                 path = (*path, self._lengths[path] - 1)
-        if repeated:
-            self._skip("]")
+        if is_array:
+            self._accept("]")
             index = self._lengths.get(path, 0)
             self._lengths[path] = index + 1
             path = (*path, index)
-            self.found[path] = line
+            self.lines[path] = line
         return path
 
-    def _assignment(self, table: KeyPath) -> None:
-        parts, line = self._key()
+    def _scan_assignment(self, table: KeyPath) -> None:
+        parts, line = self._scan_key()
         for end in range(1, len(parts) + 1):
-            self.found.setdefault((*table, *parts[:end]), line)
-        self._value((*table, *parts))
+            self.lines.setdefault((*table, *parts[:end]), line)
+        self._scan_value((*table, *parts))
 
-    def _value(self, path: KeyPath) -> None:
-        if self._skip("["):
+    def _scan_value(self, path: KeyPath) -> None:
+        if self._accept("["):
             index = 0
-            while not self._skip("]"):
-                if not self._skip("\n") and not self._skip(","):
-                    self.found[(*path, index)] = self._tokens[-1][2]
-                    self._value((*path, index))
+            while not self._accept("]"):
+                if not self._accept("\n") and not self._accept(","):
+                    self.lines[(*path, index)] = self._tokens[-1][2]
+                    self._scan_value((*path, index))
                     index += 1
-        elif self._skip("{"):
-            while not self._skip("}"):
-                if not self._skip("\n") and not self._skip(","):
-                    self._assignment(path)
+        elif self._accept("{"):
+            while not self._accept("}"):
+                if not self._accept("\n") and not self._accept(","):
+                    self._scan_assignment(path)
         else:
-            # Numbers and dates fall into several tokens, parted by points and spaces.
+            # Points and spaces split numbers and dates into several tokens.
             while self._tokens and (self._tokens[-1][0] != "mark" or self._tokens[-1][1] == "."):
                 self._tokens.pop()
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
+    """Yield kind, text and line of each token but white space and comments."""
     line = 1
     for match in _TOKEN.finditer(text):
         kind, token = match.lastgroup or "", match[0]
@@ -147,35 +150,35 @@ def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
         line += token.count("\n")
 
 
-def commented(table: type[Struct], given: Mapping[str, Any], path: KeyPath = ()) -> Iterator[str]:
-    """The lines of a file that shows every key of a tree, each with its explanation.
+def commented_lines(table: type[Struct], given: Mapping[str, Any], path: KeyPath = ()) -> Iterator[str]:
+    """Yield the lines of a file with every key of a tree and its help text.
 
-    A key of `given` (dotted) is set to the value there; every other stands as a comment, set to its default. Without
-    its leading `#`, each of those lines is valid.
+    given: values by dotted key; their keys are set. Every other key is a comment with its default; without its leading
+    `#`, that line is valid TOML too.
     """
-    known = keys(table)
+    known = keys_of(table)
     values = {name: key for name, key in known.items() if key.table is None}
     if path:
         yield from _comment(table.__doc__)
-        yield f"[{dotted(path)}]"
+        yield f"[{format_path(path)}]"
     for name, key in values.items():
-        here = dotted((*path, name))
-        yield from _comment(key.about)
-        if here in given:
-            yield f"{name} = {written(given[here])}"
+        dotted = format_path((*path, name))
+        yield from _comment(key.help)
+        if dotted in given:
+            yield f"{name} = {to_toml(key.value_type.to_file(given[dotted]))}"
         else:
-            yield f"#{name} = {written(key.default)}"
+            yield f"#{name} = {to_toml(key.value_type.to_file(key.default))}"
     if values:
         yield ""
     for name, key in known.items():
-        if key.table is not None and not key.many:
-            yield from commented(key.table, given, (*path, name))
+        if key.table is not None and not key.is_list:
+            yield from commented_lines(key.table, given, (*path, name))
         elif key.table is not None:
-            yield from _comment(key.about)
-            yield f"#[[{dotted((*path, name))}]]"
-            yield from (
-                f"#{need} = {written(at.example)}" for need, at in keys(key.table).items() if at.default is NODEFAULT
-            )
+            yield from _comment(key.help)
+            yield f"#[[{format_path((*path, name))}]]"
+            for option, required in keys_of(key.table).items():
+                if required.default is NODEFAULT:
+                    yield f"#{option} = {to_toml(required.example)}"
             yield ""
 
 

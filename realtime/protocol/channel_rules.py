@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from realtime.config.settings import ChannelOptions, ChannelSettings, history_options
+from realtime.config.channel_settings import ChannelOptions, ChannelSettings, history_options
 from realtime.errors import BAD_REQUEST, UNKNOWN_CHANNEL, ClientError
 from realtime.types import HistoryOptions
 

@@ -68,7 +68,7 @@ class Judge:
 
     def __init__(self, loop: LoopSettings) -> None:
         self._lagging = loop.lagging or math.inf
-        self._pressed = loop.pressed or math.inf
+        self._pressed = loop.max_lag or math.inf
         self._interval = loop.interval
         self._records: dict[int, _Record] = {}
 

@@ -84,7 +84,7 @@ class Rescue:
         self._health = health
         self._processes = processes
         self._active = loop.rescue
-        self._blocked = loop.lagging or loop.pressed
+        self._blocked = loop.lagging or loop.max_lag
         self._ways: dict[int, _RouteToWorker] = {}
         self._held: deque[_RescuedConnection] = deque()  # taken by nobody so far
         self._refusals = _Refusals(reactor)

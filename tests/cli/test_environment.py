@@ -1,4 +1,4 @@
-"""What the installation is checked for before anything starts."""
+"""The checks of packages and libraries before a start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from realtime.cli import environment
 
 
 def install(folder: Path, name: str, version: str, *lines: str, package: str | None = None) -> None:
-    """Put the metadata of a distribution where Python finds it."""
+    """Write the metadata of a distribution into a folder of packages."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     info.joinpath("METADATA").write_text(
@@ -22,21 +22,21 @@ def install(folder: Path, name: str, version: str, *lines: str, package: str | N
         info.joinpath("top_level.txt").write_text(package)
 
 
-def test_this_environment_is_sound() -> None:
-    assert environment.problems() == []
+def test_this_environment_has_no_problems() -> None:
+    assert environment.find_problems() == []
 
 
-def test_another_distribution_with_our_package_is_named_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conflicting_distribution_is_a_problem_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "realtime", "2.34.1", package="realtime")
     monkeypatch.syspath_prepend(tmp_path)
-    (line,) = environment.problems()
+    (line,) = environment.find_problems()
     assert line.startswith("realtime: also installs the package `realtime`")
-    assert "reinstall twisted-realtime in a virtual environment without it" in line
+    assert "reinstall twisted-realtime in a virtual environment without realtime" in line
 
 
-def test_the_server_does_not_start_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_does_not_start_beside_a_conflicting_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(tmp_path, "realtime", "2.34.1", package="realtime")
     root = Path(environment.__file__).parents[2]
     for command in (
@@ -66,20 +66,20 @@ def test_the_server_does_not_start_beside_it(tmp_path: Path, monkeypatch: pytest
         ("absent>=2", "1.0", False),
     ],
 )
-def test_a_library_below_its_floor_is_refused(
+def test_a_library_below_its_minimum_version_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requirement: str, version: str, refused: bool
 ) -> None:
     install(tmp_path, "fake", version)
     install(tmp_path, "twisted-realtime", "9.9", f"Requires-Dist: {requirement}")
     monkeypatch.syspath_prepend(tmp_path)
-    lines = environment.problems()
+    lines = environment.find_problems()
     assert len(lines) == refused
     assert all(line.startswith(f"fake: version {version} is too old") and "pip install" in line for line in lines)
 
 
 @pytest.mark.parametrize("environ", [{}, {"AUTOBAHN_USE_NVX": "0"}, {"AUTOBAHN_USE_NVX": "No"}])
-def test_acceleration_is_judged_as_autobahn_judges_it(environ: dict[str, str]) -> None:
+def test_nvx_is_detected_as_autobahn_detects_it(environ: dict[str, str]) -> None:
     code = "from autobahn.websocket import USES_NVX; print(USES_NVX)"
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == str(environment.is_accelerated(environ))
-    assert len(environment.warnings(environ)) == (done.stdout.strip() == "False")
+    assert done.stdout.strip() == str(environment.uses_nvx(environ))
+    assert len(environment.find_warnings(environ)) == (done.stdout.strip() == "False")

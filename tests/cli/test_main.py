@@ -1,4 +1,4 @@
-"""The commands as an operator runs them: `realtime ...` and `twistd realtime`, in processes of their own."""
+"""`realtime ...` and `twistd realtime`, run as an operator runs them, each in its own process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from realtime import __version__
-from realtime.config.settings import read
+from realtime.config.sources import read
 
 ROOT = Path(__file__).parents[2]
 REALTIME = [sys.executable, "-m", "realtime"]
@@ -50,9 +50,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD)
-def test_check_config_and_the_server_refuse_alike_and_nothing_is_bound(tmp_path: Path, text: str) -> None:
+def test_check_config_and_the_server_report_the_same_problems_and_bind_nothing(tmp_path: Path, text: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        # A server that came so far as to bind would complain of this port as well.
+        # A server that got as far as binding would report this port too.
         port = taken.getsockname()[1]
         (tmp_path / "realtime.toml").write_text(text)
         environ = {"REALTIME_HTTP_SERVER_ADDRESS": "127.0.0.1", "REALTIME_HTTP_SERVER_PORT": str(port)}
@@ -79,7 +79,7 @@ def test_each_problem_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", ["missing.toml", ".", "/dev/null/x"])
-def test_a_file_that_can_not_be_read_is_one_line(tmp_path: Path, config: str) -> None:
+def test_an_unreadable_file_is_one_line(tmp_path: Path, config: str) -> None:
     checked = realtime(tmp_path, "check-config", "-c", config)
     started = twistd(tmp_path, "-c", config)
     assert checked.returncode == started.returncode == EX_CONFIG
@@ -88,7 +88,7 @@ def test_a_file_that_can_not_be_read_is_one_line(tmp_path: Path, config: str) ->
     assert checked.stderr.startswith(f"{config}: can't be read: ")
 
 
-def test_a_wrong_variable_is_refused_by_both(tmp_path: Path) -> None:
+def test_check_config_and_the_server_refuse_a_wrong_variable(tmp_path: Path) -> None:
     checked = realtime(tmp_path, "check-config", REALTIME_WORKERS_COUNT="two")
     started = twistd(tmp_path, REALTIME_WORKERS_COUNT="two")
     assert checked.returncode == started.returncode == EX_CONFIG
@@ -104,7 +104,7 @@ def test_a_wrong_option_value_is_a_wrong_configuration(tmp_path: Path, option: s
     assert started.stderr.count("\n") == 1
 
 
-def test_the_daemon_refuses_on_the_terminal_before_it_forks(tmp_path: Path) -> None:
+def test_the_daemon_reports_problems_on_the_terminal_before_it_forks(tmp_path: Path) -> None:
     (tmp_path / "realtime.toml").write_text("x = 1")
     started = run([*TWISTD, "realtime", "-c", "realtime.toml"], tmp_path)
     assert started.returncode == EX_CONFIG
@@ -112,14 +112,14 @@ def test_the_daemon_refuses_on_the_terminal_before_it_forks(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["realtime.toml"]
 
 
-def test_an_unknown_option_of_the_server_is_twistds_to_refuse(tmp_path: Path) -> None:
+def test_twistd_refuses_an_unknown_option_of_the_server(tmp_path: Path) -> None:
     started = twistd(tmp_path, "--nope")
     assert started.returncode == 1
     assert "option --nope not recognized" in started.stdout + started.stderr
     assert "Traceback" not in started.stdout + started.stderr
 
 
-def test_the_servers_options_are_in_its_help(tmp_path: Path) -> None:
+def test_the_help_of_twistd_lists_the_servers_options(tmp_path: Path) -> None:
     started = twistd(tmp_path, "--help")
     assert started.returncode == 0
     for option in ("--config", "--workers", "--app", "--port", "--version"):
@@ -127,7 +127,7 @@ def test_the_servers_options_are_in_its_help(tmp_path: Path) -> None:
     assert twistd(tmp_path, "--version").stdout == f"realtime {__version__}\n"
 
 
-def test_warnings_are_told_and_are_fatal_only_when_strict(tmp_path: Path) -> None:
+def test_warnings_are_printed_and_fail_only_when_strict(tmp_path: Path) -> None:
     environ = {"REALTIME_CLIENT_INSECURE": "true", "REALTIME_OOPS": "1", "CENTRIFUGO_PORT": "1"}
     checked = realtime(tmp_path, "check-config", **environ)
     assert checked.returncode == 0
@@ -141,7 +141,7 @@ def test_warnings_are_told_and_are_fatal_only_when_strict(tmp_path: Path) -> Non
     assert realtime(tmp_path, "check-config", "--strict").returncode == 0
 
 
-def test_centrifugos_spelling_of_the_commands_works(tmp_path: Path) -> None:
+def test_commands_work_in_centrifugos_spelling_too(tmp_path: Path) -> None:
     assert realtime(tmp_path, "genconfig", "-c", "new.toml").returncode == 0
     assert realtime(tmp_path, "checkconfig", "-c", "new.toml").returncode == 0
 
@@ -149,7 +149,7 @@ def test_centrifugos_spelling_of_the_commands_works(tmp_path: Path) -> None:
 # gen-config.
 
 
-def test_a_generated_file_is_good_is_the_owners_alone_and_is_never_overwritten(tmp_path: Path) -> None:
+def test_a_generated_file_is_valid_private_and_never_overwritten(tmp_path: Path) -> None:
     file = tmp_path / "realtime.toml"
     first = realtime(tmp_path, "gen-config", "--config", "realtime.toml")
     assert (first.returncode, first.stderr) == (0, "")
@@ -167,39 +167,39 @@ def test_a_generated_file_is_good_is_the_owners_alone_and_is_never_overwritten(t
     assert file.read_text() == before
 
 
-def test_a_generated_file_does_not_follow_a_link(tmp_path: Path) -> None:
+def test_generating_a_file_follows_no_link(tmp_path: Path) -> None:
     (tmp_path / "link.toml").symlink_to(tmp_path / "elsewhere.toml")
     assert realtime(tmp_path, "gen-config", "-c", "link.toml").returncode == 1
     assert not (tmp_path / "elsewhere.toml").exists()
 
 
-def test_a_file_in_a_missing_folder_is_not_written(tmp_path: Path) -> None:
+def test_generating_a_file_in_a_missing_folder_fails(tmp_path: Path) -> None:
     done = realtime(tmp_path, "gen-config", "-c", "no/realtime.toml")
     assert done.returncode == 1
     assert done.stderr == "no/realtime.toml: can't be written: No such file or directory; name another file\n"
 
 
-def test_a_printed_configuration_has_fresh_secrets_each_time(tmp_path: Path) -> None:
+def test_each_printed_configuration_has_new_secrets(tmp_path: Path) -> None:
     secrets = set()
-    for number in range(2):
+    for index in range(2):
         done = realtime(tmp_path, "gen-config")
-        (tmp_path / f"{number}.toml").write_text(done.stdout)
-        settings = read(str(tmp_path / f"{number}.toml"), {}, {})
+        (tmp_path / f"{index}.toml").write_text(done.stdout)
+        settings = read(str(tmp_path / f"{index}.toml"), {}, {})
         secrets |= {settings.client.token.hmac_secret_key, settings.http_api.key}
     assert len(secrets) == 4
 
 
-# The rest.
+# info, --version and wrong usage.
 
 
-def test_info_tells_what_a_report_of_a_fault_needs(tmp_path: Path) -> None:
+def test_info_prints_versions_and_kernel_features(tmp_path: Path) -> None:
     done = realtime(tmp_path, "info")
     assert done.returncode == 0
-    told = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
-    assert told["realtime"] == __version__
-    assert told["python"].endswith(sys.version.split()[0])
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert lines["realtime"] == __version__
+    assert lines["python"].endswith(sys.version.split()[0])
     for name in ("twisted", "autobahn", "msgspec", "nvx", "kernel", "steering", "port sharing"):
-        assert told[name]
+        assert lines[name]
 
 
 def test_the_version_is_one_line(tmp_path: Path) -> None:
@@ -218,27 +218,27 @@ def test_wrong_usage_is_status_2(tmp_path: Path, arguments: list[str]) -> None:
 # dump.
 
 
-def test_without_a_server_a_dump_is_one_line(tmp_path: Path) -> None:
+def test_a_dump_without_a_server_prints_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     done = realtime(tmp_path, "dump", "stacks", "--port", str(port))
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
-    assert f"http://127.0.0.1:{port}/dump?worker=0&what=stacks: nobody answers" in done.stderr
+    assert f"http://127.0.0.1:{port}/dump?worker=0&what=stacks: no answer" in done.stderr
 
 
-def test_a_dump_is_not_asked_of_a_proxy(tmp_path: Path) -> None:
+def test_a_dump_ignores_proxies_of_the_environment(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as proxy, socket.create_server(("127.0.0.1", 0)) as free:
         proxy.settimeout(0)
         port = free.getsockname()[1]
         free.close()
         environ = {"http_proxy": f"http://127.0.0.1:{proxy.getsockname()[1]}", "no_proxy": ""}
         done = realtime(tmp_path, "dump", "stacks", "--port", str(port), **environ)
-        assert "nobody answers" in done.stderr
+        assert "no answer" in done.stderr
         with pytest.raises(BlockingIOError):
             proxy.accept()
 
 
-def test_a_dump_with_a_wrong_configuration_is_refused(tmp_path: Path) -> None:
+def test_a_dump_refuses_a_wrong_configuration(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[client")
     assert realtime(tmp_path, "dump", "stacks", "--config", "bad.toml").returncode == EX_CONFIG

@@ -156,7 +156,7 @@ def test_a_new_process_has_a_clean_record() -> None:
 
 
 def test_zero_judges_never() -> None:
-    watching = Watching(LoopSettings(interval=0.01, lagging=0, pressed=0))
+    watching = Watching(LoopSettings(interval=0.01, lagging=0, max_lag=0))
     assert watching.pass_time(5, beating=False).condition is HEALTHY
 
 

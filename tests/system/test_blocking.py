@@ -62,7 +62,7 @@ def wait_incident(server: Server, mark: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     start = ServerStarter(tmp_path_factory.mktemp("blame"))
-    yield start(workers={"count": 1}, app=APP, loop={"max_lag": "0"})
+    yield start(workers={"count": 1}, app=APP)
     start.finish()
 
 

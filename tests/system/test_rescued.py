@@ -23,8 +23,8 @@ from tests.system.serving import Server, ServerStarter, wait_until
 
 # Seconds for which a client waits for its answer. None of these tests is about how long it takes.
 PATIENCE = 20.0
-# A worker that is stopped for the length of a test is not to be killed for it, nor to refuse clients when it goes on.
-NEVER_STUCK = {"stuck": "60s", "max_lag": "0s"}
+# The supervisor must not kill a worker that a test stops. (The worker goes on under pressure; /pid is never refused.)
+NEVER_STUCK = {"stuck": "60s"}
 REQUEST = b"GET /pid HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 HANDSHAKE = (
     b"GET /connection/websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -123,7 +123,7 @@ def test_a_stopped_worker_gets_no_new_clients(start_server: ServerStarter) -> No
 def test_a_kill_with_a_full_accept_queue_loses_no_connection(start_server: ServerStarter) -> None:
     server = start_server(
         # Nothing is done about the stopped worker, so that its queue fills; and it is not replaced at once.
-        loop={**NEVER_STUCK, "steering": False, "lagging": "50s", "pressed": "50s"},
+        loop={**NEVER_STUCK, "steering": False, "lagging": "50s", "max_lag": "50s"},
         http_server={"backlog": 64},
         workers={"restart_delay": "5s"},
     )
@@ -176,7 +176,7 @@ def test_a_worker_that_was_restarted_gets_more_of_the_new_clients(start_server: 
 
 
 def test_a_worker_that_is_out_of_descriptors_loses_no_rescued_connection(start_server: ServerStarter) -> None:
-    server = start_server(loop={**NEVER_STUCK, "steering": False, "lagging": "3s", "pressed": "3s"})
+    server = start_server(loop={**NEVER_STUCK, "steering": False, "lagging": "3s", "max_lag": "3s"})
     lame, helper = pid_of(server, 0), psutil.Process(pid_of(server, 1))
     limits = helper.rlimit(resource.RLIMIT_NOFILE)
     clients: list[Client] = []

@@ -63,7 +63,7 @@ async def refuse(client, data):
     raise ClientError(1234, "refused on purpose")
 
 
-@app.http.get("/pid")
+@app.http.get("/pid", pressure="ignore")
 async def pid(request):
     return {"pid": os.getpid()}
 
