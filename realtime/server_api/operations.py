@@ -73,7 +73,7 @@ _OptionTypes = tuple[dict[str, str] | None, str, bool, Annotated[int, Meta(ge=0)
 
 
 class ServerAPI:
-    """The operations of one server. All coroutines may raise ClientError, or EngineUnavailable if the outcome is unknown."""
+    """The operations of one server. All may raise ClientError, and EngineUnavailable after an unknown outcome."""
 
     def __init__(
         self,
