@@ -105,7 +105,7 @@ def test_what_waits_goes_to_each_member_in_one_write(worker: Worker) -> None:
 def test_a_write_has_no_more_than_its_limit(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for _ in range(5):
-        worker.publish(data=b"x" * (fanout.TOGETHER_BYTES // 2))
+        worker.publish(data=b"x" * (fanout.BATCH_BYTES // 2))
     worker.until_idle()
     assert all(len(member.written) == 3 and offsets(member) == [1, 2, 3, 4, 5] for member in members)
 
@@ -115,7 +115,7 @@ def test_a_burst_delays_another_channel_by_a_slice(worker: Worker) -> None:
         worker.member("burst")
     other = worker.member("other")
     for _ in range(50):
-        worker.publish("burst", data=b"x" * fanout.TOGETHER_BYTES)
+        worker.publish("burst", data=b"x" * fanout.BATCH_BYTES)
     for number in range(1, 20):
         began = worker.now
         worker.publish("other")

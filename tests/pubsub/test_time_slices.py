@@ -124,23 +124,23 @@ def test_work_may_add_work(loop: Loop) -> None:
 
 
 def test_direct_work_uses_up_the_turn_and_has_the_next(loop: Loop) -> None:
-    assert loop.slices.free
-    loop.slices.begin()
+    assert loop.slices.has_time
+    loop.slices.start_slice()
     loop.now += 0.004
-    assert loop.slices.free
+    assert loop.slices.has_time
     loop.now += 0.001
-    assert not loop.slices.free
+    assert not loop.slices.has_time
     loop.turn()
     loop.now += 1.0
-    assert loop.slices.free
+    assert loop.slices.has_time
 
 
 def test_no_direct_work_while_other_work_used_up_the_turn(loop: Loop) -> None:
     loop.slices.add(loop.work("a", 7))
     loop.turn()
-    assert not loop.slices.free
+    assert not loop.slices.has_time
     loop.turn()
-    assert loop.slices.free
+    assert loop.slices.has_time
 
 
 def test_coroutines_that_breathe_share_the_time(loop: Loop) -> None:
@@ -191,8 +191,8 @@ def test_without_limits_nothing_waits() -> None:
     results: list[list[int]] = []
     Deferred.fromCoroutine(slices.map_sliced(abs, range(10_000))).addCallback(results.append)
     assert results == [list(range(10_000))]
-    slices.begin()
-    assert slices.free
+    slices.start_slice()
+    assert slices.has_time
 
 
 @given(
