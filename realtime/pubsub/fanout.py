@@ -214,12 +214,8 @@ class ChannelFanout:
     def publish(self, publication: Publication, epoch: str) -> None:
         """Deliver a publication."""
         groups, context = self._plain_groups, self._context
-        if (
-            groups is None
-            or self._busy
-            or publication.binary
-            or (context.slices.is_timed and not context.slices.has_time)
-        ):
+        slices = context.slices
+        if groups is None or self._busy or publication.binary or (slices.is_timed and not slices.has_time):
             self._submit(Event(EventKind.PUBLISHED, publication, epoch))
             return
         # The short way for the most frequent case: few subscribers, no filters or deltas, text, and time left. It does

@@ -127,7 +127,7 @@ def test_frames_arrive_in_order(bench: Bench) -> None:
 
 
 def test_after_a_cut_nothing_is_received(bench: Bench) -> None:
-    bench.link._received = lambda number, body: (bench.receive(number, body), bench.link.cut("enough"))  # type: ignore
+    bench.link._on_frame = lambda number, body: (bench.receive(number, body), bench.link.cut("enough"))  # type: ignore
     bench.link.dataReceived(pack("a") * 3)
     bench.link.dataReceived(pack("a"))
     bench.link.cut("again")
@@ -144,7 +144,7 @@ def test_a_bad_frame_ends_it(bench: Bench) -> None:
 
 
 def test_a_fault_in_our_own_code_is_logged_and_ends_it(bench: Bench) -> None:
-    bench.link._received = lambda number, body: 1 / 0  # type: ignore[assignment]
+    bench.link._on_frame = lambda number, body: 1 / 0  # type: ignore[assignment]
     with capturedLogs() as events:
         bench.link.dataReceived(pack("a"))
     assert [event["log_level"] for event in events] == [LogLevel.critical]
