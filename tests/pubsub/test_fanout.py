@@ -14,7 +14,7 @@ from realtime.pubsub import fanout
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import Position, Publication
-from tests.pubsub.test_hub import EPOCH, CLIENT, Listener, SlowEngine, TextForm, add, at, opened
+from tests.pubsub.test_hub import CLIENT, EPOCH, Listener, SlowEngine, TextForm, add, at, opened
 
 SLICE = 0.005
 COST = 0.00001  # seconds that one delivery takes
