@@ -105,7 +105,7 @@ class Broker:
         self.core.detach(link)
         for slot, peer in self._peers.items():
             if peer.link is link:
-                _log.info("the stream to worker {slot} ended: {reason}", slot=slot, reason=reason)
+                _log.info("the stream to worker {slot} ended: {reason}; its clients leave", slot=slot, reason=reason)
                 del self._peers[slot]
                 break
         if not self._peers and self._all_left is not None and not self._all_left.called:

@@ -200,7 +200,9 @@ class BrokerEngine:
         self._lost_links.value += 1
         if link is not self._link:
             return
-        _log.warn("the stream to the broker ended: {reason}", reason=reason)
+        _log.warn(
+            "the stream to the broker ended: {reason}; waiting for the supervisor to provide another", reason=reason
+        )
         self._link = None
         self._fail(list(self._calls), "the broker was lost")
         self._on_lost()
@@ -215,7 +217,7 @@ class BrokerEngine:
     # Requests and notices
 
     def ask(self, request: EngineRequest[Answer]) -> Deferred[Answer]:
-        """See `Engine.ask`."""
+        """See `Engine.ask`. The Deferred fires with the errors that `Engine.ask` names; the call itself never raises."""
         stateful = self._stateful.get(type(request))
         return self._send(request) if stateful is None else stateful(request)
 
@@ -240,7 +242,9 @@ class BrokerEngine:
         else:
             unsent = len(frame)
             if self._unsent + unsent > self._settings.queue_max_size:
-                return fail(EngineUnavailable("there is no broker, and too much waits for one"))
+                return fail(
+                    EngineUnavailable("there is no stream to the broker, and the queue for the next one is full")
+                )
             self._unsent += unsent
         timeout = self._settings.publish_timeout
         self._calls[number] = call = _Call(request, self._reactor.seconds() + timeout, unsent)

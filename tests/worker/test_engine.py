@@ -121,7 +121,7 @@ async def test_a_client_that_left_before_the_first_stream_is_not_present(brokers
     client = "x" * 2000
     entered = worker.engine.ask(AddPresence("c", ClientInfo("", client), present=True, announce=True))
     filling = Deferred.fromCoroutine(worker.publish("c", b"x" * 6500))
-    assert "too much" in await failure_of(worker.engine.ask(RemovePresence("c", client)))
+    assert "queue for the next one is full" in await failure_of(worker.engine.ask(RemovePresence("c", client)))
     broker = await brokers()
     await broker.link(0, worker.engine)
     await entered
@@ -232,7 +232,9 @@ async def test_requests_without_a_broker_time_out(workers: Any) -> None:
 async def test_requests_that_wait_for_a_broker_are_limited(workers: Any) -> None:
     worker = workers(0, EngineSettings(publish_timeout=30.0, queue_max_size=10_000))
     waiting = [Deferred.fromCoroutine(worker.publish("c", b"x" * 1000)) for _ in range(9)]
-    assert "too much" in await failure_of(Deferred.fromCoroutine(worker.publish("c", b"x" * 1000)))
+    assert "queue for the next one is full" in await failure_of(
+        Deferred.fromCoroutine(worker.publish("c", b"x" * 1000))
+    )
     worker.engine.close()
     for each in waiting:
         assert "leaving" in await failure_of(each)
