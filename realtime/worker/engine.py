@@ -217,7 +217,7 @@ class BrokerEngine:
     # Requests and notices
 
     def ask(self, request: EngineRequest[Answer]) -> Deferred[Answer]:
-        """See `Engine.ask`. The Deferred fires with the errors that `Engine.ask` names; the call itself never raises."""
+        """See `Engine.ask`. The call itself never raises; errors come with the Deferred."""
         stateful = self._stateful.get(type(request))
         return self._send(request) if stateful is None else stateful(request)
 
