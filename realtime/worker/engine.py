@@ -152,7 +152,7 @@ class BrokerEngine:
             self._link.cut("another stream took its place")
             self._fail(list(self._calls), "the broker was lost")
         frames = [*map(broker_messages.pack, self._introduction()), *self._take_unsent()]
-        # This worker holds as many bytes anyway; the limit applies to what comes on top.
+        # This worker holds as many bytes anyway; the limit applies to further frames.
         limit = self._settings.queue_max_size + sum(map(len, frames))
         call_soon = asyncio.get_running_loop().call_soon
         self._link = link = Link(self._reactor, call_soon, limit, self._receive, self._on_link_end, self._ledger)
