@@ -13,10 +13,10 @@ from msgspec import Struct, field
 
 
 class ClientInfo(Struct, frozen=True, array_like=True, gc=False):
-    """Who a connection is, as others see it: in presence, joins, leaves and on its publications.
+    """A client as others see it: in presence, joins, leaves and on its publications.
 
     user: the application's user id, "" for an anonymous connection. client: the id of this connection.
-    conn_info, chan_info: JSON text, or b"" for none; from the connection's and the subscription's credentials.
+    conn_info, chan_info: JSON text of the connection's and the subscription's credentials, or b"" for none.
     """
 
     user: str
@@ -28,8 +28,8 @@ class ClientInfo(Struct, frozen=True, array_like=True, gc=False):
 class Position(Struct, frozen=True, array_like=True, gc=False):
     """A place in a channel's history. offset: the number of the last publication, 0 before the first.
 
-    epoch: changes whenever the numbering starts again, so offsets of different epochs can't be compared. A
-    publication without history has the position (0, "").
+    epoch: identifies one numbering. It changes when the numbering restarts, so offsets of different epochs cannot be
+    compared. A publication without history has the position (0, "").
     """
 
     offset: int = 0
@@ -37,9 +37,10 @@ class Position(Struct, frozen=True, array_like=True, gc=False):
 
 
 class Publication(Struct, frozen=True, array_like=True, gc=False):
-    """One published message. offset: its number in the channel's history, 0 when the channel keeps none.
+    """One published message. offset: its number in the channel's history, 0 without history.
 
-    delta: subscribers that agreed on deltas may get it as one. binary: the data is not JSON text.
+    info: the client that published it, None for the server. delta: subscribers that negotiated deltas may receive it as
+    one. binary: the data is not JSON text.
     """
 
     data: bytes
@@ -51,17 +52,17 @@ class Publication(Struct, frozen=True, array_like=True, gc=False):
 
 
 class HistoryPage(Struct, frozen=True, array_like=True):
-    """What a history query returned, with the top of the stream at that moment."""
+    """The publications that a history query returned. position: the top of the stream at that moment."""
 
     publications: list[Publication]
     position: Position
 
 
 class HistoryOptions(Struct, frozen=True, array_like=True, gc=False):
-    """How much history a channel keeps.
+    """The limits of a channel's history.
 
-    size: publications. ttl: seconds after the latest publication until all are dropped. meta_ttl: seconds after the
-    last access until offset and epoch are forgotten too. A channel keeps history when size and ttl are both positive.
+    size: number of publications. ttl: seconds after the latest publication until all are dropped. meta_ttl: seconds
+    after the last access until offset and epoch are dropped too. A channel has history if size and ttl are positive.
     """
 
     size: int = 0
@@ -70,16 +71,16 @@ class HistoryOptions(Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def enabled(self) -> bool:
-        """Whether publications are numbered and stored at all."""
+        """Whether the channel numbers and stores publications."""
         return self.size > 0 and self.ttl > 0
 
 
 class SubscribeOptions(Struct, frozen=True, array_like=True):
-    """The terms of one subscription, beyond its channel's options.
+    """The options of one subscription, in addition to its channel's.
 
-    info: shown to others in the channel; data: goes back to the client; both JSON text, or b"". expire_at: Unix
-    seconds, 0.0 for never. override: values that take the place of the channel's own options, by name; only of those
-    that `tokens.OVERRIDABLE` names.
+    info: shown to others in the channel. data: returned to the client in the subscribe reply. Both are JSON text, or
+    b"" for none. expire_at: Unix seconds, 0.0 for never. override: values by option name that replace the channel's;
+    `tokens.OVERRIDABLE` names the options.
     """
 
     info: bytes = b""
@@ -89,7 +90,7 @@ class SubscribeOptions(Struct, frozen=True, array_like=True):
 
 
 class EngineStats(Struct, frozen=True, array_like=True, gc=False):
-    """How many clients, distinct users, channels with a subscriber, and subscriptions there are, over all workers."""
+    """The numbers of clients, distinct users, channels with a subscriber, and subscriptions, over all workers."""
 
     clients: int = 0
     users: int = 0

@@ -1,7 +1,8 @@
-"""The broker: the process that is the embedded engine. `python -m realtime.broker.process`, started by the supervisor.
+"""The broker process: the embedded engine. The supervisor starts it with `python -m realtime.broker.process`.
 
-It holds the exchange, and a link to each worker. It has no user code and no clients, so it goes on when a worker
-dies. What a worker has to do with it, see `realtime.worker.engine`; what they say, `realtime.pubsub.broker_messages`.
+It holds the core (`realtime.pubsub.broker_core`) and a link to each worker. It runs no user code and has no clients, so
+it survives the crash of a worker. The other end of a link is `realtime.worker.engine`; their messages are in
+`realtime.pubsub.broker_messages`.
 """
 
 from __future__ import annotations
@@ -29,92 +30,98 @@ from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
 
 SWEEP_INTERVAL = 0.25
-"""Seconds between two looks for what is over."""
-
-BEAT_INTERVAL = 1.0
-"""Seconds between two beats: nobody's code but ours runs here, so the supervisor need only see that it is not stuck."""
+"""Seconds between two sweeps for expired history and idempotency keys."""
 
 SWEEP_PAUSE = 0.01
-"""Seconds until the next look when there was more than one look should free."""
+"""Seconds until the next sweep if one sweep did not free everything."""
+
+BEAT_INTERVAL = 1.0
+"""Seconds between two heartbeats. Only our own code runs here, so the supervisor needs no more than a sign of life."""
 
 PATIENCE = 0.25
-"""The share of a worker's queue that answers may fill before its other requests wait; the rest is for publications."""
+"""Share of a worker's queue that answers may fill before its further requests wait. The rest is for publications."""
 
 _log = Logger()
 _decode = broker_messages.message_decoder(broker_messages.TO_BROKER)
 
 
 class Broker:
-    """The exchange behind links.
+    """The core behind links to the workers.
 
-    reactor: twisted's, with monotonic `seconds`. accounts: the loop's, which are charged for its links and its sweeps.
+    reactor: twisted's, with monotonic `seconds`. ledger: the loop's, which is charged for the links and the sweeps.
+    instance: identifies this run of the broker.
     """
 
     def __init__(
-        self, settings: EngineSettings, metrics: Metrics, reactor: Any, accounts: LoopTimeLedger | None = None
+        self, settings: EngineSettings, metrics: Metrics, reactor: Any, ledger: LoopTimeLedger | None = None
     ) -> None:
-        self._accounts = accounts or LoopTimeLedger(time.monotonic_ns)
-        timers = self._accounts.open(LoopWork.TIMERS)
-        self._sweep_on = self._accounts.charging(timers, self._sweep_on)  # type: ignore[method-assign]
-        self._sweeping: object | None = None  # the call that goes on with it
+        self._ledger = ledger or LoopTimeLedger(time.monotonic_ns)
+        self._charged_sweep = self._ledger.charging(self._ledger.open(LoopWork.TIMERS), self._continue_sweep)
+        self._sweep_timer: object | None = None  # of a sweep that did not free everything
         self.instance = make_epoch()
         self._settings = settings
         self._reactor = reactor
         self.now: Callable[[], float] = reactor.seconds
-        self._peers: dict[int, _WorkerPeer] = {}
-        self._deserted: Deferred[None] | None = None  # while we drain
-        publications = metrics.counter("realtime_broker_publications", "Publications taken from workers.")
+        self._peers: dict[int, _WorkerPeer] = {}  # by slot
+        self._all_left: Deferred[None] | None = None  # while draining
+        publications = metrics.counter("realtime_broker_publications", "Publications received from workers.")
         self.core: BrokerCore[Link] = BrokerCore(_LinkDelivery(metrics), settings.max_channels, publications)
         metrics.gauge("realtime_broker_channels", "Channels with a subscriber.", lambda: self.core.channels)
         metrics.gauge("realtime_broker_streams", "Channels with a history.", lambda: self.core.streams)
-        metrics.gauge("realtime_broker_backlog_bytes", "Bytes that wait for workers.", self._backlog)
-        self.requests = metrics.counter("realtime_broker_requests", "Requests worked off.")
-        self.cuts = metrics.counter("realtime_broker_cut_links", "Streams to workers that were cut, for any reason.")
+        metrics.gauge("realtime_broker_backlog_bytes", "Bytes queued for workers.", self._backlog)
+        self.requests = metrics.counter("realtime_broker_requests", "Requests of workers carried out.")
+        self.cuts = metrics.counter(
+            "realtime_broker_cut_links", "Streams to workers that the broker ended, for any reason."
+        )
 
     async def drain(self, timeout: float) -> None:
-        """Wait until every worker has left. The supervisor ends them before it ends us, but a signal to the whole
-        process group reaches all at once, and they still have clients to tell and handlers that publish."""
-        self._deserted = Deferred()
+        """Wait until every worker has left.
+
+        The supervisor ends the workers before the broker. A signal to the whole process group reaches all at once
+        though, while workers still disconnect clients and their handlers still publish.
+        """
+        self._all_left = Deferred()
         if self._peers:
-            await self._deserted
+            await self._all_left
 
     def attach(self, slot: int, fd: int) -> None:
-        """Speak with the worker of this slot over `fd`, which is owned from now on. What was there before is gone."""
-        before = self._peers.pop(slot, None)
-        if before is not None:
-            before.replaced()
-        self._peers[slot] = peer = _WorkerPeer(self, str(slot))
+        """Connect to the worker of this slot over `fd`, and own it from now on. Any earlier stream of the slot ends."""
+        previous = self._peers.pop(slot, None)
+        if previous is not None:
+            previous.replace()
+        self._peers[slot] = peer = _WorkerPeer(self, str(slot), self._make_link)
+        adopt(self._reactor, fd, peer.link)
+
+    def _make_link(self, on_frame: Callable[[int, bytes], None]) -> Link:
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
-        soon = asyncio.get_running_loop().call_soon
-        link = Link(self._reactor, soon, limit, peer.receive, self._ended, self._accounts, patience)
-        peer.begin(link)
-        adopt(self._reactor, fd, link)
+        call_soon = asyncio.get_running_loop().call_soon
+        return Link(self._reactor, call_soon, limit, on_frame, self._on_link_end, self._ledger, patience)
 
-    def _ended(self, link: Link, reason: str) -> None:
-        """A worker is gone, or its link was cut: its clients leave."""
+    def _on_link_end(self, link: Link, reason: str) -> None:
+        """Let the clients of a worker leave, as it has ended or its link was cut."""
         if reason != PEER_ENDED:
             self.cuts.value += 1
         self.core.detach(link)
         for slot, peer in self._peers.items():
             if peer.link is link:
-                _log.info("the stream to worker {slot} ended: {reason}", slot=slot, reason=reason)
+                _log.info("the stream to worker {slot} ended: {reason}; its clients leave", slot=slot, reason=reason)
                 del self._peers[slot]
                 break
-        if not self._peers and self._deserted is not None and not self._deserted.called:
-            self._deserted.callback(None)
+        if not self._peers and self._all_left is not None and not self._all_left.called:
+            self._all_left.callback(None)
 
     def sweep(self) -> None:
-        """Free what is over, so much that others need not wait for long. Every SWEEP_INTERVAL seconds."""
-        if self.core.sweep(self.now()) and self._sweeping is None:
-            self._sweeping = self._reactor.callLater(SWEEP_PAUSE, self._sweep_on)
+        """Free expired entries for a short time, and continue after SWEEP_PAUSE. Call it every SWEEP_INTERVAL."""
+        if self.core.sweep(self.now()) and self._sweep_timer is None:
+            self._sweep_timer = self._reactor.callLater(SWEEP_PAUSE, self._charged_sweep)
 
-    def _sweep_on(self) -> None:
-        self._sweeping = None
+    def _continue_sweep(self) -> None:
+        self._sweep_timer = None
         try:
             self.sweep()
         except Exception:
-            _log.failure("what is over could not be freed")
+            _log.failure("freeing expired history and idempotency keys raised; the next sweep tries again")
 
     def _backlog(self) -> int:
         return sum(peer.link.backlog for peer in self._peers.values())
@@ -124,7 +131,9 @@ class _LinkDelivery:
     """Delivers to workers: one frame, shared by all links it goes to."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self._routed = metrics.counter("realtime_broker_routed", "Publications handed to workers, once for each.")
+        self._routed = metrics.counter(
+            "realtime_broker_routed", "Publications sent to workers, counted once for each worker."
+        )
 
     def deliver_publication(self, peers: Collection[Link], channel: str, publication: Publication, epoch: str) -> None:
         self._routed.value += len(peers)
@@ -147,31 +156,30 @@ def _send(peers: Collection[Link], message: broker_messages.BrokerMessage) -> No
 
 
 class _WorkerPeer:
-    """One worker, for as long as one stream to it lasts: carries out its requests."""
+    """Carries out the requests of one worker, for as long as one stream to it lasts.
 
-    def __init__(self, broker: Broker, address: str) -> None:
-        self.link: Link
+    address: of the worker, see `SendOrder`. make_link: makes the link, which calls its argument with each frame.
+    """
+
+    def __init__(self, broker: Broker, address: str, make_link: Callable[[Callable[[int, bytes], None]], Link]) -> None:
         self._address = address
         self._broker = broker
         self._core = broker.core
+        self.link = make_link(self.receive)
+        self._core.attach(self.link, address)
         self._now = broker.now
         self._is_returning = False
-        # By kind; no request is in place before the greeting.
+        # By kind. Before Hello, anything else is out of place.
         self._requests: dict[type, Callable[[Link, float, Any], Any]] = {}
         self._others: dict[type, Callable[[Link, float, Any], None]] = {broker_messages.Hello: self._hello}
 
-    def begin(self, link: Link) -> None:
-        """Register with the core."""
-        self.link = link
-        self._core.attach(link, self._address)
-
-    def replaced(self) -> None:
-        """Drop this peer's state now, as its slot has another stream, and not when the end of this one is noticed."""
+    def replace(self) -> None:
+        """Drop the state of this stream at once, not only when its end is noticed: its slot has a new stream."""
         self.link.cut("another stream took its place")
         self._core.detach(self.link)
 
     def receive(self, number: int, body: bytes) -> None:
-        """Carry out one message. Raises BadFrame for one that is invalid or out of place, and only then."""
+        """Carry out one message. Raises BadFrame, and nothing else, if it is invalid or out of place."""
         try:
             message = _decode(body)
         except (ValueError, RecursionError) as error:
@@ -189,7 +197,7 @@ class _WorkerPeer:
             raise BadFrame(f"{kind.__name__} is out of place")
 
     def _answer(self, operation: Callable[[Link, float, Any], Any], request: Any, number: int) -> bytes:
-        """Carry out a request; returns the frame of its answer."""
+        """Carry out a request and return the frame of its answer."""
         try:
             return broker_messages.pack(operation(self.link, self._now(), request), number)
         except ClientError as error:
@@ -197,7 +205,11 @@ class _WorkerPeer:
         except BadFrame:
             return _failed(number, *LIMIT_EXCEEDED)
         except Exception:
-            _log.failure("a request of kind {kind} failed", kind=type(request).__name__)
+            _log.failure(
+                "carrying out a {kind} request of worker {worker} raised; the worker gets an internal error",
+                kind=type(request).__name__,
+                worker=self._address,
+            )
             return _failed(number, *INTERNAL_ERROR)
 
     def _hello(self, link: Link, now: float, message: broker_messages.Hello) -> None:
@@ -221,7 +233,7 @@ def _failed(number: int, code: int, message: str, temporary: bool) -> bytes:
 
 
 async def start(process: child.Child) -> None:
-    """Be the broker of this process's supervisor."""
+    """Set up the broker in this process."""
     broker = Broker(process.settings.engine, process.metrics, process.reactor, process.accounts)
     stuck = process.settings.loop.stuck or math.inf
     process.pulse.interval = max(process.pulse.interval, min(BEAT_INTERVAL, stuck / 4))

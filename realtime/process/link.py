@@ -1,13 +1,14 @@
-"""Framed messages over a Unix stream: one end of the data plane between a worker and the broker.
+"""Framed messages over a Unix stream: one end of the connection between a worker and the broker.
 
-Frames are gathered during one turn of the loop and written in one go at its end, straight to the socket. A peer that
-does not keep up is cut off, not waited for: both ends know how to start again on a fresh stream.
+Frames are collected during one turn of the loop and written together at its end, straight to the socket. A peer that
+does not keep up is cut off instead of waited for: both ends can start again on a fresh stream.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,10 +25,10 @@ from realtime.pubsub.broker_messages import BadFrame, FrameReader
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 
 BATCH = 1024 * 1024
-"""Bytes written to a slow peer at a time, so that joining a long queue does not stall the loop."""
+"""Bytes written to a slow peer at a time, so that joining a long queue does not block the loop."""
 
 CLOSE_TIMEOUT = 2.0
-"""Seconds for what is queued at `close` to go out."""
+"""Seconds that `close` gives the queued frames to go out."""
 
 PEER_ENDED = "the peer ended the stream"
 
@@ -35,7 +36,7 @@ _log = Logger()
 
 
 def adopt(reactor: Any, fd: int, link: Link) -> None:
-    """Put a link on a connected stream socket. Takes ownership of `fd`."""
+    """Connect a link to a connected stream socket. Takes ownership of `fd`."""
     try:
         os.set_blocking(fd, False)
         _Stream._fromConnectedSocket(fd, Factory.forProtocol(lambda: link), reactor)
@@ -44,57 +45,58 @@ def adopt(reactor: Any, fd: int, link: Link) -> None:
 
 
 class _Stream(DirectServer, unix.Server):
-    """The transport. A turn's frames cost one send(2), as the selector is asked only when the peer is behind."""
+    """Writes immediately: all frames queued in one loop turn leave in a single send(2). The selector is used only when
+    the socket buffer is full."""
 
-    doRead = tcp.Connection.doRead  # type: ignore[assignment]  # recv(2): no descriptors come over the data plane
+    doRead = tcp.Connection.doRead  # type: ignore[assignment]  # recv(2): this stream carries no file descriptors
 
 
 @implementer(IPushProducer)
 class Link(Protocol):
-    """One stream of messages.
+    """One stream of frames. It knows their numbers and sizes, but not their content.
 
-    soon: has a call made in the loop's next turn. limit: bytes that may wait for the peer; beyond it the link cuts
-    itself. received: called with each message, in order. An exception from it is a bug: logged, and the stream is cut,
-    for nobody knows what was left undone. ended: called once with the reason when the stream is over, whoever ended it.
-    accounts: the loop's, of which ENGINE is charged. patience: bytes that wait for the peer, from which on nothing more
-    of it is worked off until half of them are gone: who asks for more than it reads, waits. 0 for no such thing; at one
-    end of a stream at most, or each could wait for the other.
+    call_soon: schedules a call for the loop's next turn. limit: bytes that may be queued for the peer; beyond it the
+    link cuts itself. on_frame: called with the number and the body of each frame, in order. If it raises BadFrame, the
+    link cuts itself with that reason; any other exception is a bug, is logged, and cuts the link too, as the state of
+    both ends may differ then. on_end: called once with the reason when the stream has ended, at either end's wish.
+    ledger: the loop's, whose ENGINE account is charged. patience: bytes queued for the peer from which on its further
+    frames wait until half of them are sent, so that a peer that reads slower than it asks is slowed down; 0 for no
+    limit. Only one end of a stream may have one, or each could wait for the other.
     """
 
     def __init__(
         self,
         reactor: Any,
-        soon: Callable[[Callable[[], None]], asyncio.Handle | IDelayedCall],
+        call_soon: Callable[[Callable[[], None]], asyncio.Handle | IDelayedCall],
         limit: int,
-        received: Callable[[int, bytes], None],
-        ended: Callable[[Link, str], None],
-        accounts: LoopTimeLedger | None = None,
+        on_frame: Callable[[int, bytes], None],
+        on_end: Callable[[Link, str], None],
+        ledger: LoopTimeLedger | None = None,
         patience: int = 0,
     ) -> None:
-        if accounts is not None:
-            account = accounts.open(LoopWork.ENGINE)
-            for name in ("dataReceived", "resumeProducing", "_turn_over"):
-                setattr(self, name, accounts.charging(account, getattr(self, name)))
+        self._ledger = ledger or LoopTimeLedger(time.monotonic_ns)
+        self._account = self._ledger.open(LoopWork.ENGINE)
+        self._flush_turn = self._ledger.charging(self._account, self._end_turn)
         self._reactor = reactor
-        self._soon = soon
+        self._call_soon = call_soon
         self._reader = FrameReader()
         self._limit = limit
-        self._received = received
-        self._ended = ended
+        self._on_frame = on_frame
+        self._on_end = on_end
         self._patience = patience
-        self._held: Iterator[tuple[int, bytes]] | None = None  # what has come and is not worked off yet
-        self._waiting: deque[bytes] = deque()
-        self._bytes = 0  # in _waiting
-        self._inside = 0  # bytes that the transport was given when it was last full
-        self._paused = False
-        self._flushing: asyncio.Handle | IDelayedCall | None = None
-        self._closing: IDelayedCall | None = None
-        self._over = ""  # why nothing is sent or received any more
+        self._unread: Iterator[tuple[int, bytes]] | None = None  # received frames that wait for the peer to read
+        self._queue: deque[bytes] = deque()
+        self._queued_bytes = 0
+        self._bytes_in_transport = 0  # given to the transport when it filled up
+        self._is_paused = False
+        self._flush_call: asyncio.Handle | IDelayedCall | None = None
+        self._close_timer: IDelayedCall | None = None
+        self._end_reason = ""  # once nothing is sent or received any more
 
     @property
     def backlog(self) -> int:
-        """Bytes that wait for the peer; what the kernel holds is not counted."""
-        return self._bytes + self._inside
+        """Bytes queued for the peer, without those in the kernel."""
+        return self._queued_bytes + self._bytes_in_transport
 
     def connectionMade(self) -> None:
         self._transport.registerProducer(self, True)
@@ -106,117 +108,125 @@ class Link(Protocol):
     # Out
 
     def send(self, frame: bytes) -> None:
-        """Queue one frame, as `wire.pack` makes it; it may be shared. Without effect once the link is cut."""
-        if self._over:
+        """Queue one frame, as `broker_messages.pack` returns it; links may share it. No effect once the link is cut."""
+        if self._end_reason:
             return
-        self._waiting.append(frame)
-        self._bytes += len(frame)
-        if self._bytes + self._inside > self._limit:
+        self._queue.append(frame)
+        self._queued_bytes += len(frame)
+        if self._queued_bytes + self._bytes_in_transport > self._limit:
             self.cut("the peer is too far behind")
-        elif self._flushing is None and not self._paused:
-            self._flushing = self._soon(self._turn_over)
+        elif self._flush_call is None and not self._is_paused:
+            self._flush_call = self._call_soon(self._flush_turn)
 
-    def _turn_over(self) -> None:
-        self._flushing = None
+    def _end_turn(self) -> None:
+        self._flush_call = None
         self._flush()
 
     def _flush(self) -> None:
-        while self._waiting and not self._paused:
-            batch = self._take()
-            self._bytes -= len(batch)
-            self._inside = len(batch)
-            self._transport.write(batch)  # calls pauseProducing when it could not take it all
-            if not self._paused:
-                self._inside = 0
-        if self._held is not None and self.backlog <= self._patience // 2:
-            messages, self._held = self._held, None
+        while self._queue and not self._is_paused:
+            batch = self._take_batch()
+            self._queued_bytes -= len(batch)
+            self._bytes_in_transport = len(batch)
+            self._transport.write(batch)  # calls pauseProducing if the socket did not take all of it
+            if not self._is_paused:
+                self._bytes_in_transport = 0
+        if self._unread is not None and self.backlog <= self._patience // 2:
+            frames, self._unread = self._unread, None
             self._transport.resumeProducing()
-            self._work_off(messages)
+            self._handle(frames)
 
-    def _take(self) -> bytes:
-        """The next frames, one at least, joined."""
-        waiting = self._waiting
-        if self._bytes <= BATCH:
-            batch = b"".join(waiting)
-            waiting.clear()
+    def _take_batch(self) -> bytes:
+        """Join the next frames, at least one, up to BATCH bytes."""
+        queue = self._queue
+        if self._queued_bytes <= BATCH:
+            batch = b"".join(queue)
+            queue.clear()
             return batch
-        frames = [waiting.popleft()]
+        frames = [queue.popleft()]
         room = BATCH - len(frames[0])
-        while waiting and len(waiting[0]) <= room:
-            room -= len(waiting[0])
-            frames.append(waiting.popleft())
+        while queue and len(queue[0]) <= room:
+            room -= len(queue[0])
+            frames.append(queue.popleft())
         return b"".join(frames)
 
     def pauseProducing(self) -> None:
-        self._paused = True
+        self._is_paused = True
 
     def resumeProducing(self) -> None:
-        self._paused = False
-        self._inside = 0
-        self._flush()
+        before = self._ledger.switch(self._account)
+        try:
+            self._is_paused = False
+            self._bytes_in_transport = 0
+            self._flush()
+        finally:
+            self._ledger.switch(before)
 
     def stopProducing(self) -> None:
-        self._paused = True
+        self._is_paused = True
 
     # In
 
     def dataReceived(self, data: bytes) -> None:
-        self._work_off(self._reader.feed(data))
+        before = self._ledger.switch(self._account)
+        try:
+            self._handle(self._reader.feed(data))
+        finally:
+            self._ledger.switch(before)
 
-    def _work_off(self, frames: Iterator[tuple[int, bytes]]) -> None:
+    def _handle(self, frames: Iterator[tuple[int, bytes]]) -> None:
         try:
             for number, body in frames:
-                if self._over:
+                if self._end_reason:
                     return
-                self._received(number, body)
-                if self._bytes + self._inside > self._patience > 0:
-                    self._held = frames
+                self._on_frame(number, body)
+                if self._queued_bytes + self._bytes_in_transport > self._patience > 0:
+                    self._unread = frames
                     self._transport.pauseProducing()
                     return
         except BadFrame as error:
             self.cut(str(error))
         except Exception:
-            _log.failure("a message could not be worked off: the stream is cut")
-            self.cut("a fault while working off a message")
+            _log.failure("handling a frame of the peer raised; cutting the stream, which is then set up anew")
+            self.cut("an exception while handling a frame")
 
     # The end
 
     def cut(self, reason: str) -> None:
-        """End the stream at once; what waits is dropped. `ended` is called later, from the loop. Idempotent."""
-        if self._over:
+        """End the stream at once and drop queued frames. `on_end` is called later, from the loop. Idempotent."""
+        if self._end_reason:
             return
-        self._over = reason
+        self._end_reason = reason
         self._drop()
         if self.transport is not None:
             self._transport.abortConnection()
 
     def close(self) -> None:
-        """End the stream when what waits is out, or CLOSE_TIMEOUT is over. Nothing is received any more."""
-        if self._over:
+        """End the stream once queued frames are out, or after CLOSE_TIMEOUT. Nothing is received any more."""
+        if self._end_reason:
             return
-        self._over = "closed"
+        self._end_reason = "closed"
         self._transport.unregisterProducer()
-        self._transport.write(b"".join(self._waiting))
+        self._transport.write(b"".join(self._queue))
         self._drop()
-        self._closing = self._reactor.callLater(CLOSE_TIMEOUT, self._give_up)
+        self._close_timer = self._reactor.callLater(CLOSE_TIMEOUT, self._abort_close)
         self._transport.loseConnection()
 
-    def _give_up(self) -> None:
-        self._closing = None
+    def _abort_close(self) -> None:
+        self._close_timer = None
         self._transport.abortConnection()
 
     def _drop(self) -> None:
-        self._waiting.clear()
-        self._held = None
-        self._bytes = self._inside = 0
-        if self._flushing is not None:
-            self._flushing.cancel()
-            self._flushing = None
+        self._queue.clear()
+        self._unread = None
+        self._queued_bytes = self._bytes_in_transport = 0
+        if self._flush_call is not None:
+            self._flush_call.cancel()
+            self._flush_call = None
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        if self._closing is not None:
-            self._closing.cancel()
-            self._closing = None
-        self._over = self._over or PEER_ENDED
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+            self._close_timer = None
+        self._end_reason = self._end_reason or PEER_ENDED
         self._drop()
-        self._ended(self, self._over)
+        self._on_end(self, self._end_reason)

@@ -244,8 +244,8 @@ class Session:
         self._pumping = True
         slices = self.services.slices
         while self._begin_some():
-            slices.begin()
-            if not slices.free:
+            slices.start_slice()
+            if not slices.has_time:
                 slices.add(self._begin_others())
                 return
         self._pumped()

@@ -1,4 +1,4 @@
-"""What happens on a channel, as long as it has not reached the members: events, and a queue of them."""
+"""Events of one channel before their delivery, and the queue that holds them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from realtime.types import ClientInfo, Publication
 
 
 class EventKind(Enum):
+    """The kinds of `Event`. BROKEN marks a gap: publications are missing, or the epoch has changed."""
+
     PUBLISHED = auto()
     JOINED = auto()
     LEFT = auto()
@@ -18,7 +20,10 @@ class EventKind(Enum):
 
 
 class Event(NamedTuple):
-    """Something that came from the engine, or that shows those who wait that something did not."""
+    """A publication, a join, a leave or a gap on a channel.
+
+    publication, epoch: of PUBLISHED. info: the client of JOINED and LEFT.
+    """
 
     kind: EventKind
     publication: Publication | None = None
@@ -27,53 +32,56 @@ class Event(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of data."""
+        """Bytes of the publication's data."""
         return len(self.publication.data) if self.publication is not None else 0
 
 
 class DeltaBase(NamedTuple):
-    """What somebody was sent last, so that the next one can be said as its difference from that."""
+    """The publication that a subscriber received last, from which the next delta starts."""
 
     publication: Publication
     epoch: str
 
-    def same(self, other: DeltaBase) -> bool:
+    def is_same(self, other: DeltaBase) -> bool:
+        """Whether both are one publication: the same object, or the same place in the history."""
         mine, its = self.publication, other.publication
         return mine is its or (0 < mine.offset == its.offset and self.epoch == other.epoch)
 
 
-class Opening(NamedTuple):
-    """A member that is open, but shall first get what was held back for it."""
+class Activation(NamedTuple):
+    """A subscriber that is active, but first receives its held events. base: its delta base, if it has one."""
 
-    member: Subscriber
+    subscriber: Subscriber
     events: list[Event]
     base: DeltaBase | None
 
 
 class Backlog:
-    """What a channel has yet to deliver, in order.
+    """The deliveries of one channel that are still to be made, in order.
 
-    events: how many of the jobs are not openings. size: the bytes of their publications. late: the members whose
-    opening is among the jobs, or under way.
+    events: the number of jobs that are events. size: the bytes of their publications. late: the subscribers whose
+    activation is queued or in progress; they do not receive events yet.
     """
 
     __slots__ = ("events", "jobs", "late", "size")
 
     def __init__(self) -> None:
-        self.jobs: deque[Event | Opening] = deque()
+        self.jobs: deque[Event | Activation] = deque()
         self.events = 0
         self.size = 0
         self.late: set[Subscriber] = set()
 
-    def append(self, job: Event | Opening) -> None:
+    def append(self, job: Event | Activation) -> None:
+        """Queue a job."""
         self.jobs.append(job)
-        if isinstance(job, Opening):
-            self.late.add(job.member)
+        if isinstance(job, Activation):
+            self.late.add(job.subscriber)
         else:
             self.events += 1
             self.size += job.size
 
-    def popleft(self) -> Event | Opening:
+    def popleft(self) -> Event | Activation:
+        """Remove the oldest job and return it. An activation's subscriber stays in `late`."""
         job = self.jobs.popleft()
         if isinstance(job, Event):
             self.events -= 1
@@ -81,9 +89,9 @@ class Backlog:
         return job
 
     def drop(self, *kinds: EventKind) -> None:
-        """Drop the events of these kinds."""
+        """Drop the events of these kinds; activations stay."""
         jobs, self.jobs = self.jobs, deque()
         self.events = self.size = 0
         for job in jobs:
-            if isinstance(job, Opening) or job.kind not in kinds:
+            if isinstance(job, Activation) or job.kind not in kinds:
                 self.append(job)

@@ -1,12 +1,12 @@
-"""The fan-out of one channel: what is under way to its open members.
+"""The fan-out of one channel: deliveries to its active subscribers, in order.
 
-An event is encoded once for all members that get the same bytes, and delivered at once, as long as nothing else of the
-channel is under way and the turn has time for it. Else it waits in the channel's backlog, in order, and is worked off
-in slices (`realtime.pubsub.time_slices`), so that a burst on one channel holds neither the loop nor the other channels.
-Publications that wait there go to each member several at a time.
+An event is encoded once for all subscribers that receive the same bytes. It is delivered at once if the channel has no
+other delivery in progress and the turn has time. Otherwise it joins the channel's backlog, which is delivered in slices
+(`realtime.pubsub.time_slices`), so a burst on one channel blocks neither the loop nor the other channels. From the
+backlog, subscribers receive several publications in one write.
 
-What is complete, and who may hear it, has been judged before (`realtime.pubsub.hub`). Whoever leaves hears nothing of
-what waits; whoever opens while something waits begins behind that.
+The hub (`realtime.pubsub.hub`) has decided before that an event is complete and who subscribes. A subscriber that
+leaves receives nothing of the backlog; one that becomes active while there is a backlog starts behind it.
 """
 
 from __future__ import annotations
@@ -16,58 +16,60 @@ from typing import TypeGuard
 
 from realtime.errors import Disconnect
 from realtime.metrics import Counter
-from realtime.pubsub.backlog import Backlog, DeltaBase, Event, EventKind, Opening
+from realtime.pubsub.backlog import Activation, Backlog, DeltaBase, Event, EventKind
 from realtime.pubsub.fossil_delta import delta
 from realtime.pubsub.subscriber import FrameEncoder, Sink, Subscriber
 from realtime.pubsub.time_slices import CHUNK, TimeSlicer
 from realtime.types import ClientInfo, Publication
 
 BACKLOG_LIMIT = 4096
-"""Events that one channel may have yet to deliver. Beyond it they are dropped, and whoever needs them is told."""
+"""Upper limit of events in the backlog of one channel. Beyond it they are dropped, which is a gap for positioned
+subscribers."""
 
 BACKLOG_BYTES = 64 * 1024 * 1024
-"""Bytes of publications that all channels may have yet to deliver. Beyond it the largest backlog is dropped."""
+"""Upper limit in bytes of the publications in all backlogs. Beyond it the largest backlog is dropped."""
 
-TOGETHER_BYTES = 16 * 1024
-"""Bytes of publications that go to a member in one write, when more than one waits."""
+BATCH_BYTES = 16 * 1024
+"""Upper limit in bytes of the publications that one write delivers to a subscriber, if the backlog has several."""
 
 PATCH_LIMIT = 256 * 1024
-"""Bytes of the longest publication that is sent as a delta: to make one takes time."""
+"""Bytes of the longest publication that is sent as a delta, as computing one takes time."""
 
-# To part with a member takes as long as many deliveries, and so may its filter.
+# Removing a subscriber takes as long as many deliveries, and so may its filter.
 _SMALL_CHUNK = 8
 
-# How a group gets publications. Filtered members are asked for each.
+# How a group receives publications. The filters of filtered subscribers are called for each publication.
 _PLAIN, _WHOLE, _PATCHED, _FILTERED, _FILTERED_WHOLE = range(5)
 
 
 class _Group:
-    """Members that get the same bytes. The lists are parallel, and never change once the group is in use."""
+    """Subscribers that receive the same bytes. The lists are parallel, and immutable once the group is in use."""
 
-    __slots__ = ("form", "members", "sinks", "variant")
+    __slots__ = ("form", "sinks", "subscribers", "variant")
 
     def __init__(self, form: FrameEncoder, variant: int) -> None:
         self.form = form
         self.variant = variant
-        self.members: list[Subscriber] = []
+        self.subscribers: list[Subscriber] = []
         self.sinks: list[Sink] = []
 
 
-class _Deltas:
-    """What the deltas of a channel start from. There is one while it has members with `delta`.
+class _DeltaState:
+    """The delta base of a channel, while it has subscribers with `delta`.
 
-    base: what they all got last, but the `fresh` ones, who have nothing yet. members: how many they are.
+    base: the publication that all of them received last, except the `fresh` ones, which have no base yet. subscribers:
+    their number.
     """
 
-    __slots__ = ("base", "fresh", "members")
+    __slots__ = ("base", "fresh", "subscribers")
 
     def __init__(self) -> None:
         self.base: DeltaBase | None = None
         self.fresh: set[Subscriber] = set()
-        self.members = 0
+        self.subscribers = 0
 
     def patch(self, publication: Publication) -> bytes | None:
-        """The publication as a delta, if it is to be sent as one, and that is shorter."""
+        """Return the delta of a publication; None if it was not published with `delta`, or the delta is not shorter."""
         if self.base is None or not publication.delta or len(publication.data) > PATCH_LIMIT:
             return None
         patch = delta(self.base.publication.data, publication.data)
@@ -75,39 +77,43 @@ class _Deltas:
 
 
 class FanoutContext:
-    """What the fans of one worker share.
+    """State and settings that the fan-outs of one worker share.
 
-    sent: counts deliveries. broadcast: sends one frame to many, as the function here or in a better way. overflows:
-    counts backlogs that were dropped. queued: bytes of publications that are yet to be delivered. charged: may put
-    something around the steps that a channel's backlog takes.
+    sent: counts deliveries. broadcast: sends one frame to many sinks; `broadcast` below, or a faster replacement.
+    overflows: counts dropped backlogs. queued: bytes of the publications in all backlogs. charged: may wrap the steps
+    of a channel's backlog, given its name.
     """
 
     def __init__(
-        self, slices: TimeSlicer, overflowed: Callable[[str], None], unfit: Callable[[str, Subscriber], None]
+        self,
+        slices: TimeSlicer,
+        on_overflow: Callable[[str], None],
+        on_unencodable: Callable[[str, Subscriber], None],
     ) -> None:
-        """overflowed: a channel's backlog was dropped. unfit: a member of a channel can't be sent a publication."""
+        """on_overflow: called with a channel whose backlog was dropped. on_unencodable: called with a channel and a
+        subscriber whose format cannot carry a publication."""
         self.slices = slices
-        self.overflowed = overflowed
-        self.unfit = unfit
+        self.on_overflow = on_overflow
+        self.on_unencodable = on_unencodable
         self.sent = Counter()
         self.broadcast: Callable[[bytes, Sequence[Sink]], None] = broadcast
         self.overflows = Counter()
         self.queued = 0
         self.charged: Callable[[str, Iterator[None]], Iterator[None]] = lambda channel, steps: steps
         self.backlogs: dict[ChannelFanout, Backlog] = {}
-        self._direct = 0
+        self._direct_deliveries = 0  # since the clock was last read
 
     def spend(self, deliveries: int) -> None:
-        """As much time was spent as so many deliveries take."""
-        self._direct += deliveries
-        if self._direct >= CHUNK:
-            self._direct = 0
-            self.slices.begin()
+        """Charge the time of `deliveries` deliveries to this turn. The clock is read once for each chunk of them."""
+        self._direct_deliveries += deliveries
+        if self._direct_deliveries >= CHUNK:
+            self._direct_deliveries = 0
+            self.slices.start_slice()
 
-    def work(self, steps: Iterator[None], priority: int) -> None:
-        """Work for as long as there is time, and leave the rest for later turns."""
+    def run_sliced(self, steps: Iterator[None], priority: int) -> None:
+        """Run steps as long as this turn has time, and the others in later turns."""
         slices = self.slices
-        while slices.free:
+        while slices.has_time:
             for _ in steps:
                 break
             else:
@@ -116,124 +122,128 @@ class FanoutContext:
 
 
 class ChannelFanout:
-    """See the module. members: the open ones."""
+    """Delivers the events of one channel. See the module. subscribers: the active ones, in the order of activation."""
 
     __slots__ = (
         "_backlog",
         "_busy",
         "_channel",
+        "_context",
         "_deltas",
-        "_few",
         "_filters",
         "_groups",
-        "_heralds",
+        "_join_leave_groups",
+        "_plain_groups",
         "_priority",
-        "_traffic",
         "_version",
-        "members",
+        "subscribers",
     )
 
-    def __init__(self, channel: str, priority: int, traffic: FanoutContext) -> None:
-        """priority: of `slices`."""
-        self.members: dict[Subscriber, None] = {}
+    def __init__(self, channel: str, priority: int, context: FanoutContext) -> None:
+        """priority: of `time_slices`."""
+        self.subscribers: dict[Subscriber, None] = {}
         self._channel = channel
         self._priority = priority
-        self._traffic = traffic
-        # From the first delivery of something until nothing waits any more.
+        self._context = context
+        # From the first delivery until the backlog is empty.
         self._busy = False
         self._backlog: Backlog | None = None
-        self._deltas: _Deltas | None = None
-        # Made when needed, from the members who hear the channel now; another version whenever those are others.
+        self._deltas: _DeltaState | None = None
+        # Groups are made on demand from the subscribers that receive events now, and dropped when those change. The
+        # version changes with them, so that a fan-out in progress notices.
         self._version = 0
         self._groups: list[_Group] | None = None
-        self._heralds: list[_Group] | None = None
-        # The groups, if all members together are few and get plain publications.
-        self._few: list[_Group] | None = None
-        self._filters = 0  # members that have one
+        self._join_leave_groups: list[_Group] | None = None
+        # The same as `_groups`, if all subscribers together are few and receive plain publications.
+        self._plain_groups: list[_Group] | None = None
+        self._filters = 0  # subscribers with a filter
 
-    # Members
+    # Subscribers
 
-    def open(self, member: Subscriber, events: list[Event], base: DeltaBase | None) -> None:
-        """Deliver these events to a new member, and from now on whatever comes.
+    def activate(self, subscriber: Subscriber, events: list[Event], base: DeltaBase | None) -> None:
+        """Deliver the held events to a new subscriber, and all later events of the channel.
 
-        base: the last publication that it has already, if there is one.
+        base: the last publication that the subscriber has already, if any.
         """
-        self.members[member] = None
-        self._filters += member.filter is not None
+        self.subscribers[subscriber] = None
+        self._filters += subscriber.filter is not None
         if events or self._busy:
-            self._submit(Opening(member, events, base))
+            self._submit(Activation(subscriber, events, base))
         else:
-            self._let_hear(member, base)
+            self._start_delivery(subscriber, base)
 
-    def _let_hear(self, member: Subscriber, base: DeltaBase | None) -> None:
+    def _start_delivery(self, subscriber: Subscriber, base: DeltaBase | None) -> None:
         if self._backlog is not None:
-            self._backlog.late.discard(member)
-        if member.delta:
-            deltas = self._deltas = self._deltas or _Deltas()
-            deltas.members += 1
+            self._backlog.late.discard(subscriber)
+        if subscriber.delta:
+            deltas = self._deltas = self._deltas or _DeltaState()
+            deltas.subscribers += 1
             if base is not None and deltas.base is None:
                 deltas.base = base
-            elif base is None or deltas.base is None or not base.same(deltas.base):
-                deltas.fresh.add(member)
-        self._changed()
+            elif base is None or deltas.base is None or not base.is_same(deltas.base):
+                deltas.fresh.add(subscriber)
+        self._invalidate_groups()
 
-    def discard(self, member: Subscriber) -> bool:
-        """Take a member out; whether it was here. It hears nothing more."""
-        if member not in self.members:
+    def discard(self, subscriber: Subscriber) -> bool:
+        """Remove a subscriber, which receives nothing more. Returns whether it was active."""
+        if subscriber not in self.subscribers:
             return False
-        del self.members[member]
-        self._filters -= member.filter is not None
-        if self._backlog is not None and member in self._backlog.late:
-            self._backlog.late.discard(member)
-        elif member.delta and self._deltas is not None:
-            self._deltas.fresh.discard(member)
-            self._deltas.members -= 1
-            if not self._deltas.members:
+        del self.subscribers[subscriber]
+        self._filters -= subscriber.filter is not None
+        if self._backlog is not None and subscriber in self._backlog.late:
+            self._backlog.late.discard(subscriber)
+        elif subscriber.delta and self._deltas is not None:
+            self._deltas.fresh.discard(subscriber)
+            self._deltas.subscribers -= 1
+            if not self._deltas.subscribers:
                 self._deltas = None
-        self._changed()
+        self._invalidate_groups()
         return True
 
-    def _changed(self) -> None:
+    def _invalidate_groups(self) -> None:
         self._version += 1
-        self._groups = self._heralds = self._few = None
+        self._groups = self._join_leave_groups = self._plain_groups = None
 
-    def _hearing(self) -> Iterable[Subscriber]:
+    def _recipients(self) -> Iterable[Subscriber]:
         if self._backlog is None or not self._backlog.late:
-            return self.members
-        return [member for member in self.members if member not in self._backlog.late]
+            return self.subscribers
+        return [subscriber for subscriber in self.subscribers if subscriber not in self._backlog.late]
 
     # Events
 
     def publish(self, publication: Publication, epoch: str) -> None:
         """Deliver a publication."""
-        few, traffic = self._few, self._traffic
-        if few is None or self._busy or publication.binary or (traffic.slices.timed and not traffic.slices.free):
+        groups, context = self._plain_groups, self._context
+        slices = context.slices
+        if groups is None or self._busy or publication.binary or (slices.is_timed and not slices.has_time):
             self._submit(Event(EventKind.PUBLISHED, publication, epoch))
             return
-        # The most frequent case, in which all the rest comes to no more than this.
-        self._busy = True
+        # The short way for the most frequent case: few subscribers, no filters or deltas, text, and time left. It does
+        # what `_submit` comes to then, without an event, a generator or a chunk.
+        self._busy = True  # a delivery may end a subscription, or publish on this channel
         try:
-            for group in few:
+            for group in groups:
                 frame = group.form.publication(self._channel, publication, epoch)
-                traffic.broadcast(frame, group.sinks)
-                traffic.sent.value += len(group.sinks)
+                context.broadcast(frame, group.sinks)
+                context.sent.value += len(group.sinks)
         finally:
-            traffic.spend(len(self.members))
+            context.spend(len(self.subscribers))
             self._end_direct()
 
-    def herald(self, kind: EventKind, info: ClientInfo) -> None:
-        """Deliver a join or leave to those who want to know."""
+    def deliver_join_leave(self, kind: EventKind, info: ClientInfo) -> None:
+        """Deliver a join or leave to the subscribers with `announced`."""
         self._submit(Event(kind, info=info))
 
     def clear(self) -> None:
-        """Drop what waits."""
+        """Drop the events of the backlog."""
         if self._backlog is not None:
             self._drop(self._backlog, *EventKind)
 
-    def _submit(self, job: Event | Opening) -> None:
-        """Do a job after all that came before it: at once, if nothing waits and there is time."""
-        few = len(self.members) <= CHUNK and self._filters <= _SMALL_CHUNK
-        if self._busy or not (few and _is_light(job) and self._traffic.slices.free):
+    def _submit(self, job: Event | Activation) -> None:
+        """Deliver a job after all earlier ones: at once, if there is no backlog and the turn has time."""
+        # Small enough to run in one piece, without a look at the clock in between.
+        is_short = len(self.subscribers) <= CHUNK and self._filters <= _SMALL_CHUNK
+        if self._busy or not (is_short and _is_light(job) and self._context.slices.has_time):
             self._queue(job)
             return
         self._busy = True
@@ -245,155 +255,165 @@ class ChannelFanout:
 
     def _end_direct(self) -> None:
         self._busy = False
-        if self._backlog is not None:  # a delivery had further events as its consequence
+        if self._backlog is not None:  # the delivery itself caused further events
             self._start(self._backlog)
 
-    def _queue(self, job: Event | Opening) -> None:
-        traffic, backlog = self._traffic, self._backlog
+    def _queue(self, job: Event | Activation) -> None:
+        context, backlog = self._context, self._backlog
         if backlog is None:
-            backlog = self._backlog = traffic.backlogs[self] = Backlog()
+            backlog = self._backlog = context.backlogs[self] = Backlog()
         backlog.append(job)
         if isinstance(job, Event):
-            traffic.queued += job.size
+            context.queued += job.size
             if backlog.events > BACKLOG_LIMIT:
                 self._shorten(backlog)
-            elif traffic.queued > BACKLOG_BYTES:
-                max(traffic.backlogs, key=lambda fan: traffic.backlogs[fan].size)._overflow()
+            elif context.queued > BACKLOG_BYTES:
+                max(context.backlogs, key=lambda fanout: context.backlogs[fanout].size)._overflow()
         if not self._busy:
             self._start(backlog)
 
     def _start(self, backlog: Backlog) -> None:
         self._busy = True
-        self._traffic.work(self._traffic.charged(self._channel, self._work_off(backlog)), self._priority)
+        self._context.run_sliced(self._context.charged(self._channel, self._deliver_backlog(backlog)), self._priority)
 
-    def _work_off(self, backlog: Backlog) -> Iterator[None]:
+    def _deliver_backlog(self, backlog: Backlog) -> Iterator[None]:
         try:
             while backlog.jobs:
                 job = backlog.popleft()
-                if isinstance(job, Opening):
+                if isinstance(job, Activation):
                     yield from self._replay(job)
                 else:
-                    self._traffic.queued -= job.size
+                    self._context.queued -= job.size
                     yield from self._fan_out(job, backlog)
         except Exception:
-            # A mistake of ours costs this job, and none of those behind it.
+            # A bug costs this job alone: the jobs behind it are still delivered.
             self._start(backlog)
             raise
         self._backlog = None
         self._busy = False
-        del self._traffic.backlogs[self]
+        del self._context.backlogs[self]
 
     def _fan_out(self, event: Event, backlog: Backlog | None = None) -> Iterator[None]:
-        """backlog: what waits behind the event. Of that, what can go with it does."""
+        """Deliver an event to its groups, a chunk at each step.
+
+        backlog: the jobs behind the event; publications among them may go into the same writes.
+        """
         version = self._version
         frames, number = self._frames(event), 1
         if backlog is not None and backlog.jobs and _is_text(event):
-            frames, number = self._joined(frames, event.size, backlog)
+            frames, number = self._batch(frames, event.size, backlog)
         for group, frame in frames:
+            # Without a frame each subscriber is removed, and with a filter each is asked: both are slower than a write.
             size = CHUNK if frame is not None and group.variant < _FILTERED else _SMALL_CHUNK
-            for start in range(0, len(group.members), size):
+            for start in range(0, len(group.subscribers), size):
                 end = start + size
                 if self._version == version and frame is not None and group.variant < _FILTERED:
+                    # No subscriber has left since the groups were made, so the sinks need no check.
                     sinks = group.sinks[start:end]
-                    self._traffic.broadcast(frame, sinks)
-                    self._traffic.sent.value += len(sinks) * number
+                    self._context.broadcast(frame, sinks)
+                    self._context.sent.value += len(sinks) * number
                 else:
-                    for member in group.members[start:end]:
-                        self._give(member, frame, event, number)
-                self._traffic.spend(min(size, len(group.members)) * (CHUNK // size))
+                    for subscriber in group.subscribers[start:end]:
+                        self._deliver(subscriber, frame, event, number)
+                self._context.spend(min(size, len(group.subscribers)) * (CHUNK // size))
                 yield
         self._end(event)
 
-    def _joined(
+    def _batch(
         self, frames: list[tuple[_Group, bytes | None]], size: int, backlog: Backlog
     ) -> tuple[list[tuple[_Group, bytes | None]], int]:
-        """These frames with those of the publications behind them, and how many publications that makes.
+        """Append the frames of the publications at the head of the backlog, which are removed from it.
 
-        A write costs about the same for one frame and for many. Only where everybody gets the same bytes.
+        Returns the frames and the number of publications in each. A write costs about the same for one frame and for
+        many. Only where all subscribers of a format receive the same bytes. size: bytes of the publication in `frames`.
         """
         number = 1
         if any(group.variant != _PLAIN or frame is None for group, frame in frames):
             return frames, number
         parts = [[frame or b""] for _, frame in frames]
-        while backlog.jobs and _is_text(job := backlog.jobs[0]) and (size := size + job.size) <= TOGETHER_BYTES:
+        while backlog.jobs and _is_text(job := backlog.jobs[0]) and (size := size + job.size) <= BATCH_BYTES:
             try:
-                more = [frame for _, frame in self._frames(job)]
-            except Exception:  # a mistake of ours costs this publication, once it is the first
+                following = [frame for _, frame in self._frames(job)]
+            except Exception:  # a bug costs this publication, once it is the first of a batch
                 break
-            if None in more:
+            if None in following:
                 break
             backlog.popleft()
-            self._traffic.queued -= job.size
+            self._context.queued -= job.size
             number += 1
-            for part, frame in zip(parts, more, strict=True):
+            for part, frame in zip(parts, following, strict=True):
                 part.append(frame or b"")
         return [(group, b"".join(part)) for (group, _), part in zip(frames, parts, strict=True)], number
 
-    def _give(self, member: Subscriber, frame: bytes | None, event: Event, number: int = 1) -> None:
-        """Deliver to one member, if it is still there and wants the event. number: of publications in the frame."""
-        if member not in self.members or not _wants(member, event):
+    def _deliver(self, subscriber: Subscriber, frame: bytes | None, event: Event, number: int = 1) -> None:
+        """Deliver to one subscriber, if it is still active and its filter passes. number: of publications in the
+        frame."""
+        if subscriber not in self.subscribers or not _passes_filter(subscriber, event):
             return
         if frame is None:
-            self._traffic.unfit(self._channel, member)
+            self._context.on_unencodable(self._channel, subscriber)
         else:
-            member.sink.deliver(frame)
-            self._traffic.sent.value += number
+            subscriber.sink.deliver(frame)
+            self._context.sent.value += number
 
     def _end(self, event: Event) -> None:
-        """An event was delivered. If it was a publication, all members have it for a base now."""
+        """Note that an event was delivered: a publication is the delta base of all subscribers now."""
         if event.publication is not None and self._deltas is not None and self._deltas.fresh:
             self._deltas.fresh.clear()
-            self._changed()
+            self._invalidate_groups()
 
-    def _replay(self, opening: Opening) -> Iterator[None]:
-        """Deliver what was held back for one member, and let it hear the channel then."""
-        member, base = opening.member, opening.base
-        variant = _WHOLE if member.delta else _PLAIN
-        for number, event in enumerate(opening.events, 1):
-            if member not in self.members:
+    def _replay(self, activation: Activation) -> Iterator[None]:
+        """Deliver the held events to one subscriber; from then on it receives the channel's events."""
+        subscriber, base = activation.subscriber, activation.base
+        variant = _WHOLE if subscriber.delta else _PLAIN
+        for number, event in enumerate(activation.events, 1):
+            if subscriber not in self.subscribers:
                 return
-            if _wants(member, event):
-                self._give(member, self._frame({}, member.form, variant, event, None), event)
+            if _passes_filter(subscriber, event):
+                self._deliver(subscriber, self._frame({}, subscriber.form, variant, event, None), event)
                 if event.publication is not None:
                     base = DeltaBase(event.publication, event.epoch)
             if number % CHUNK == 0:
-                self._traffic.spend(CHUNK)
+                self._context.spend(CHUNK)
                 yield
-        if member in self.members:
-            self._let_hear(member, base)
+        if subscriber in self.subscribers:
+            self._start_delivery(subscriber, base)
         yield
 
     # Encoding
 
     def _frames(self, event: Event) -> list[tuple[_Group, bytes | None]]:
-        """The groups that hear of an event, each with its bytes; None if its form can't carry them."""
-        made: dict[tuple[FrameEncoder, bool], bytes | None] = {}
+        """Return the groups that receive an event, each with its bytes; None if its format cannot carry them."""
+        encoded: dict[tuple[FrameEncoder, bool], bytes | None] = {}
         if event.publication is None:
-            if self._heralds is None:
-                self._heralds = _grouped((member for member in self._hearing() if member.announced), None)
-            return [(group, self._frame(made, group.form, _PLAIN, event, None)) for group in self._heralds]
+            if self._join_leave_groups is None:
+                self._join_leave_groups = _grouped((s for s in self._recipients() if s.announced), None)
+            return [(group, self._frame(encoded, group.form, _PLAIN, event, None)) for group in self._join_leave_groups]
         groups = self._groups
         if groups is None:
             fresh = self._deltas.fresh if self._deltas is not None else ()
-            groups = self._groups = _grouped(self._hearing(), fresh)
-            if len(self.members) <= CHUNK and all(group.variant == _PLAIN for group in groups):
-                self._few = groups
+            groups = self._groups = _grouped(self._recipients(), fresh)
+            if len(self.subscribers) <= CHUNK and all(group.variant == _PLAIN for group in groups):
+                self._plain_groups = groups
         patch = None
         if self._deltas is not None:
             if any(group.variant == _PATCHED for group in groups):
                 patch = self._deltas.patch(event.publication)
             self._deltas.base = DeltaBase(event.publication, event.epoch)
-        return [(group, self._frame(made, group.form, group.variant, event, patch)) for group in groups]
+        return [(group, self._frame(encoded, group.form, group.variant, event, patch)) for group in groups]
 
     def _frame(
         self,
-        made: dict[tuple[FrameEncoder, bool], bytes | None],
+        encoded: dict[tuple[FrameEncoder, bool], bytes | None],
         form: FrameEncoder,
         variant: int,
         event: Event,
         patch: bytes | None,
     ) -> bytes | None:
-        """What members of this form and variant get; None if the form can't carry it. made: what was made already."""
+        """Return the bytes for subscribers of this format and variant; None if the format cannot carry the event.
+
+        encoded: frames of this event so far, by format and whether they are for subscribers with `delta`.
+        """
         channel, publication, epoch, info = self._channel, event.publication, event.epoch, event.info
         if info is not None:
             return form.join(channel, info) if event.kind is EventKind.JOINED else form.leave(channel, info)
@@ -404,35 +424,38 @@ class ChannelFanout:
                 return frame
         whole = variant in (_WHOLE, _PATCHED, _FILTERED_WHOLE)
         key = (form, whole)
-        if key not in made:
+        if key not in encoded:
             try:
-                made[key] = (form.whole if whole else form.publication)(channel, publication, epoch)
+                encoded[key] = (form.whole if whole else form.publication)(channel, publication, epoch)
             except Disconnect:
-                made[key] = None
-        return made[key]
+                encoded[key] = None
+        return encoded[key]
 
-    # What is too much
+    # Limits
 
     def _shorten(self, backlog: Backlog) -> None:
-        """There are too many events. Joins and leaves are the first to go: nobody counts on them."""
+        """Handle too many events. Joins and leaves go first, as no client relies on receiving all of them."""
         self._drop(backlog, EventKind.JOINED, EventKind.LEFT)
         if backlog.events > BACKLOG_LIMIT // 2:
             self._overflow()
 
     def _overflow(self) -> None:
-        """Drop the backlog. Positioned members recover from history; the others miss what they were not promised."""
-        self._traffic.overflows.value += 1
+        """Drop the backlog. Positioned subscribers recover from history; the others were not promised everything."""
+        self._context.overflows.value += 1
         self.clear()
-        self._traffic.overflowed(self._channel)
+        self._context.on_overflow(self._channel)
 
     def _drop(self, backlog: Backlog, *kinds: EventKind) -> None:
-        self._traffic.queued -= backlog.size
+        self._context.queued -= backlog.size
         backlog.drop(*kinds)
-        self._traffic.queued += backlog.size
+        self._context.queued += backlog.size
 
 
 def broadcast(frame: bytes, sinks: Sequence[Sink]) -> None:
-    """The hot path of the server: for each delivery one call, which as a rule is send(2)."""
+    """Write a frame to each sink. The hot path of the server: one call for each delivery, as a rule send(2).
+
+    It is `Sink.deliver` written out, since a further call for each delivery would cost as much as the loop itself.
+    """
     size = len(frame)
     for sink in sinks:
         send = sink.send
@@ -444,38 +467,41 @@ def broadcast(frame: bytes, sinks: Sequence[Sink]) -> None:
             sink.queue_remainder(frame, sent)
 
 
-def _is_light(job: Event | Opening) -> TypeGuard[Event]:
-    """Whether a job takes no more time than the deliveries to all members; binary data may part with them."""
+def _is_light(job: Event | Activation) -> TypeGuard[Event]:
+    """Whether a job takes no longer than its deliveries; binary data may remove subscribers instead."""
     return isinstance(job, Event) and (job.publication is None or not job.publication.binary)
 
 
-def _is_text(job: Event | Opening) -> TypeGuard[Event]:
-    """Whether a job is a publication that every form can carry."""
+def _is_text(job: Event | Activation) -> TypeGuard[Event]:
+    """Whether a job is a publication that every format can carry."""
     return isinstance(job, Event) and job.publication is not None and not job.publication.binary
 
 
-def _wants(member: Subscriber, event: Event) -> bool:
-    return member.filter is None or event.publication is None or member.filter(event.publication.tags)
+def _passes_filter(subscriber: Subscriber, event: Event) -> bool:
+    return subscriber.filter is None or event.publication is None or subscriber.filter(event.publication.tags)
 
 
-def _grouped(members: Iterable[Subscriber], fresh: Container[Subscriber] | None) -> list[_Group]:
-    """The members by what they get. fresh: see `_Deltas`; None when all of a form get the same."""
+def _grouped(subscribers: Iterable[Subscriber], fresh: Container[Subscriber] | None) -> list[_Group]:
+    """Group subscribers by the bytes that they receive.
+
+    fresh: see `_DeltaState`; None for joins and leaves, which are the same for all subscribers of a format.
+    """
     groups: dict[object, _Group] = {}
-    for member in members:
-        key: object = member.form
+    for subscriber in subscribers:
+        key: object = subscriber.form
         variant = _PLAIN
-        if (member.delta or member.filter is not None) and fresh is not None:
-            variant = _variant(member, fresh)
+        if (subscriber.delta or subscriber.filter is not None) and fresh is not None:
+            variant = _variant(subscriber, fresh)
             key = (key, variant)
         group = groups.get(key)
         if group is None:
-            group = groups[key] = _Group(member.form, variant)
-        group.members.append(member)
-        group.sinks.append(member.sink)
+            group = groups[key] = _Group(subscriber.form, variant)
+        group.subscribers.append(subscriber)
+        group.sinks.append(subscriber.sink)
     return list(groups.values())
 
 
-def _variant(member: Subscriber, fresh: Container[Subscriber]) -> int:
-    if member.filter is not None:
-        return _FILTERED_WHOLE if member.delta else _FILTERED
-    return _WHOLE if member in fresh else _PATCHED
+def _variant(subscriber: Subscriber, fresh: Container[Subscriber]) -> int:
+    if subscriber.filter is not None:
+        return _FILTERED_WHOLE if subscriber.delta else _FILTERED
+    return _WHOLE if subscriber in fresh else _PATCHED

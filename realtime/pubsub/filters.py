@@ -1,4 +1,4 @@
-"""Tags filters: which publications of a channel a subscriber wants, by their tags (client protocol, tags filter)."""
+"""Tags filters: select the publications of a channel by their tags (client protocol, tags filter)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Protocol
 Tags = Mapping[str, str]
 Filter = Callable[[Tags | None], bool]
 
-# A filter is asked once for each publication and each subscriber, so a client's tree may not be large.
+# A filter is called once for each publication and each subscriber, so its tree has to be small.
 MAX_NODES = 256
 MAX_DEPTH = 32
 
 
 class FilterCondition(Protocol):
-    """A condition: a leaf (`op` is ""), or "and", "or", "not" over `nodes`. `messages.FilterNode` is one."""
+    """A condition: a comparison (`op` is ""), or "and", "or", "not" over `nodes`. `messages.FilterNode` is one."""
 
     @property
     def op(self) -> str: ...
@@ -38,13 +38,13 @@ class FilterCondition(Protocol):
 
 
 def compiled(node: FilterCondition) -> Filter:
-    """A function that says whether a publication with these tags (None: with none) is wanted.
+    """Compile a filter: a function from a publication's tags (None for no tags) to whether it passes.
 
-    Raises ValueError for a tree that is not valid, and for one of more than MAX_NODES nodes or MAX_DEPTH levels.
+    Raises ValueError for an invalid tree, and for a tree of more than MAX_NODES nodes or MAX_DEPTH levels.
     """
     _check_size(node)
-    wanted = _compiled(node)
-    return lambda tags: wanted(tags or {})
+    test = _compiled(node)
+    return lambda tags: test(tags or {})
 
 
 def _check_size(node: FilterCondition) -> None:
@@ -53,7 +53,7 @@ def _check_size(node: FilterCondition) -> None:
     while level:
         nodes, depth = nodes + len(level), depth + 1
         if nodes > MAX_NODES or depth > MAX_DEPTH:
-            raise ValueError("a filter that large is not taken")
+            raise ValueError(f"the filter has more than {MAX_NODES} nodes or {MAX_DEPTH} levels")
         level = [child for parent in level for child in parent.nodes]
 
 
@@ -62,7 +62,7 @@ _Test = Callable[[Tags], bool]
 
 def _compiled(node: FilterCondition) -> _Test:
     if not node.op:
-        return _leaf(node)
+        return _comparison(node)
     tests = [_compiled(child) for child in node.nodes]
     if node.op == "not" and len(tests) == 1:
         (test,) = tests
@@ -71,10 +71,10 @@ def _compiled(node: FilterCondition) -> _Test:
         return lambda tags: all(test(tags) for test in tests)
     if node.op == "or" and tests:
         return lambda tags: any(test(tags) for test in tests)
-    raise ValueError(f"not an operation over {len(tests)} nodes: {node.op!r}")
+    raise ValueError(f"the filter has an invalid operation over {len(tests)} nodes: {node.op!r}")
 
 
-def _leaf(node: FilterCondition) -> _Test:
+def _comparison(node: FilterCondition) -> _Test:
     key, cmp, val, vals = node.key, node.cmp, node.val, frozenset(node.vals)
     if cmp in ("ex", "nex"):
         _require(not val and not vals)
@@ -95,7 +95,7 @@ def _leaf(node: FilterCondition) -> _Test:
 
 def _require(valid: bool) -> None:
     if not valid:
-        raise ValueError("a comparison that is not known, or not with these values")
+        raise ValueError("the filter has an unknown comparison, or values that do not fit it")
 
 
 _TEXT: dict[str, Callable[[str, str], bool]] = {
@@ -111,7 +111,7 @@ _ORDER: dict[str, Callable[[Decimal, Decimal], bool]] = {
     "lte": Decimal.__le__,
 }
 
-# Plain numbers only: an exponent would make a short text a very long number.
+# Plain decimal numbers only: with an exponent a short text could mean a very long number.
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\Z")
 
 

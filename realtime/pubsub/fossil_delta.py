@@ -1,6 +1,6 @@
-"""Deltas: a publication said as its difference from the one before it (client protocol, delta compression).
+"""Deltas: encodes a publication as its difference from the previous one (client protocol, delta compression).
 
-The format is Fossil's: commands that copy from the base or insert literal bytes, with numbers in base 64.
+The format is that of the Fossil SCM: commands copy from the base or insert literal bytes, and numbers are in base 64.
 
     delta  :=  <length of the target> LF { <count> "@" <offset in the base> "," | <count> ":" <bytes> } <checksum> ";"
 """
@@ -11,27 +11,27 @@ import sys
 from array import array
 from collections.abc import Iterator
 
-# The shortest match that is looked for between what the two have in common at their ends.
+# Bytes of the shortest match that is searched for between the common prefix and the common suffix.
 _BLOCK = 16
-# What bounds the cost: blocks of the base that are indexed, and places of the target that are looked up in vain.
+# Limits of the cost: indexed blocks of the base, and lookups of the target that find nothing.
 _BLOCKS = 2048
 _PROBES = 2048
 
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
 
-# A piece of the target that stands in the base: where it starts and ends in the target, and where it starts there.
+# A piece of the target that the base has too: its start and end in the target, and its start in the base.
 _Match = tuple[int, int, int]
 
 
 def delta(base: bytes, target: bytes) -> bytes:
-    """What makes `target` out of `base`; perhaps longer than `target`, if they are not much alike.
+    """Return the delta that turns `base` into `target`; longer than `target` if the two have little in common.
 
-    Linear in the lengths. A delta between texts of UTF-8 is UTF-8 itself.
+    The time is linear in the lengths. A delta between UTF-8 texts is UTF-8 itself.
     """
     out = [_number(len(target)), b"\n"]
     at = 0
     for start, end, source in _matches(base, target):
-        # A literal must not begin or end inside a character, so a copy does neither.
+        # A literal must not start or end inside a character, so a copy must not either.
         lead, tail = _to_character(target, start), _back_to_character(target, end)
         if tail - lead < 1:
             continue
@@ -46,7 +46,7 @@ def delta(base: bytes, target: bytes) -> bytes:
 
 
 def _matches(base: bytes, target: bytes) -> Iterator[_Match]:
-    """Pieces of the target that stand in the base, in the target's order, without overlaps."""
+    """Yield matches in the order of the target, without overlaps."""
     prefix = _common_prefix(base, 0, target, 0, min(len(base), len(target)))
     if prefix:
         yield 0, prefix, 0
@@ -59,9 +59,9 @@ def _matches(base: bytes, target: bytes) -> Iterator[_Match]:
 
 
 def _inner_matches(base: bytes, target: bytes, at: int, end: int) -> Iterator[_Match]:
-    """Matches within target[at:end], found by blocks of the base and extended both ways."""
+    """Yield matches within target[at:end]: blocks of the base, extended in both directions."""
     size = max(_BLOCK, len(base) // _BLOCKS)
-    # Backwards, so that of equal blocks the first one stays: it may be followed the furthest.
+    # Backwards, so that the first of equal blocks stays: it can be extended the furthest.
     places = {base[i : i + size]: i for i in range(len(base) // size * size - size, -1, -size)}
     probes = _PROBES
     done = at
@@ -78,8 +78,10 @@ def _inner_matches(base: bytes, target: bytes, at: int, end: int) -> Iterator[_M
 
 
 def _common_prefix(a: bytes, i: int, b: bytes, j: int, limit: int) -> int:
-    """How many bytes from a[i] and b[j] on are equal, up to `limit`. In steps that double, so that memory is compared
-    at the speed of C, and no more of it than a few times the answer."""
+    """Return the number of equal bytes from a[i] and b[j] on, up to `limit`.
+
+    The steps double, so that memory is compared at the speed of C, and at most a few times as much as the result.
+    """
     same, step = 0, _BLOCK
     while same < limit and step:
         step = min(step, limit - same)
@@ -93,7 +95,7 @@ def _common_prefix(a: bytes, i: int, b: bytes, j: int, limit: int) -> int:
 
 
 def _common_suffix(a: bytes, i: int, b: bytes, j: int, limit: int) -> int:
-    """How many bytes before a[i] and b[j] are equal, up to `limit`."""
+    """Return the number of equal bytes before a[i] and b[j], up to `limit`."""
     same, step = 0, _BLOCK
     while same < limit and step:
         step = min(step, limit - same)
@@ -107,7 +109,7 @@ def _common_suffix(a: bytes, i: int, b: bytes, j: int, limit: int) -> int:
 
 
 def _to_character(text: bytes, at: int) -> int:
-    """The first border between characters from `at` on, if `text` is UTF-8: at most three bytes on (RFC 3629)."""
+    """Return the first character boundary of a UTF-8 text from `at` on, at most three bytes away (RFC 3629)."""
     last = min(at + 3, len(text))
     while at < last and text[at] & 0xC0 == 0x80:
         at += 1
@@ -115,7 +117,7 @@ def _to_character(text: bytes, at: int) -> int:
 
 
 def _back_to_character(text: bytes, at: int) -> int:
-    """The last such border up to `at`."""
+    """Return the last character boundary of a UTF-8 text up to `at`."""
     first = max(at - 3, 0)
     while first < at < len(text) and text[at] & 0xC0 == 0x80:
         at -= 1
@@ -130,7 +132,7 @@ def _number(value: int) -> bytes:
 
 
 def _checksum(data: bytes) -> int:
-    """The sum of the big-endian words of 32 bits, the last one filled up with zero bytes."""
+    """Return the sum of the big-endian 32-bit words modulo 2**32. Zero bytes pad the last word."""
     words = array("I", data + bytes(-len(data) % 4))
     if sys.byteorder == "little":
         words.byteswap()

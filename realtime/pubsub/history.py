@@ -1,11 +1,12 @@
 """The recent publications of each channel, and their numbering.
 
 A channel with history has a *stream*: the last publications, the offset of the newest (the top) and an epoch, as in
-sections 5.6 and 7.1 of the client protocol. `ChannelStreams` holds them all; `IdempotencyCache` holds the idempotency
-keys. Neither knows of subscribers. Time is an argument everywhere, in seconds of any clock that never goes back.
+sections 5.6 and 7.1 of the client protocol. `ChannelStreams` holds all streams; `IdempotencyCache` holds the
+idempotency keys. Neither knows of subscribers. Time is an argument everywhere, in seconds of any clock that never goes
+back.
 
-Nothing has a timer of its own. What is over is seen to be over on access, and `sweep`, called now and then, frees what
-nobody asks for any more. To be found by the sweep costs a channel two list entries at most.
+There are no timers. An access finds expired entries, and `sweep`, called periodically, frees those without an access.
+For the sweep a channel needs at most two list entries, in queues by the time of expiry.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ IDEMPOTENCY_TTL = 300.0
 """Seconds for which an idempotency key is remembered (client protocol, section 7.1)."""
 
 SHORT = 128
-"""Publications that are moved up at once when the oldest is dropped; in a longer list its place is left empty."""
+"""Up to this length a list moves up when its oldest publication is dropped; a longer one leaves the place empty."""
 
 _PAST = float("-inf")
 
@@ -35,12 +36,12 @@ T = TypeVar("T")
 
 
 def make_epoch() -> str:
-    """A fresh epoch: 8 random letters, as upstream writes them."""
+    """Return a new epoch: 8 random letters, as Centrifugo does."""
     return "".join(random.choices(ascii_letters, k=8))
 
 
-def _weight(publication: Publication) -> int:
-    """About how many bytes a publication takes on the wire."""
+def _approximate_size(publication: Publication) -> int:
+    """Return the approximate bytes of a publication on the wire."""
     info, tags = publication.info, publication.tags
     size = len(publication.data) + 64
     if info is not None:
@@ -51,83 +52,87 @@ def _weight(publication: Publication) -> int:
 class ChannelStream(Struct, eq=False, gc=False):
     """The stream of one channel.
 
-    The kept publications have successive offsets, the newest being `top`. They lie in `_kept[_head:]`: where there are
-    many, what is dropped from the front is cleared at once and cut off now and then, which makes a publish constant in
-    time and a page a slice.
+    The stored publications have successive offsets up to `top`. They are `_stored[_head:]`. In a long list, dropping
+    the oldest clears its place, and the cleared places are cut off from time to time: a publish takes constant time,
+    and a page is a slice.
 
-    There may be a million: each has few objects, and of those the garbage collector is shown the list alone.
-    idle_until: the time from which the stream as a whole may be forgotten, unless something is kept. expires: the time
-    from which the kept publications are dropped; in the past when there are none. noted: whether the agenda of expiring
-    contents holds this stream.
+    There may be a million streams. Each has few objects, of which the garbage collector tracks the list alone.
+    idle_until: the time from which the stream may be removed, unless it has publications. expires: the time from which
+    the publications are dropped; in the past without any. is_queued: whether the queue of expiring publications has
+    this stream.
     """
 
     channel: str
     epoch: str
     idle_until: float
     top: int = 0
-    noted: bool = False
+    is_queued: bool = False
     expires: float = _PAST
-    _kept: list[Publication | None] = []
+    _stored: list[Publication | None] = []
     _head: int = 0
-    _version: tuple[int, str] = (0, "")  # with its epoch
+    _version: tuple[int, str] = (0, "")  # the latest version, and its epoch
 
     def __len__(self) -> int:
-        return len(self._kept) - self._head
+        return len(self._stored) - self._head
 
     @property
     def position(self) -> Position:
+        """The position of the top."""
         return Position(self.top, self.epoch)
 
     @property
-    def over(self) -> float:
-        """The time from which the stream may be forgotten as a whole: when idle for long enough, and empty."""
+    def removable_from(self) -> float:
+        """The time from which the stream may be removed: when it is idle for long enough, and empty."""
         return max(self.idle_until, self.expires)
 
     def touch(self, now: float, history_options: HistoryOptions) -> bool:
-        """Note an access, and drop the publications whose time is over. False: the stream itself is over."""
+        """Prolong the stream for an access, and drop expired publications. False: the stream itself has expired."""
         if now >= self.expires:
             if now >= self.idle_until:
                 return False
-            if self._kept:
+            if self._stored:
                 self.clear()
         self.idle_until = now + history_options.meta_ttl
         return True
 
     def expire(self, now: float) -> None:
-        """Drop the publications if their time is over at `now`."""
-        if now >= self.expires and self._kept:
+        """Drop the publications if they have expired at `now`."""
+        if now >= self.expires and self._stored:
             self.clear()
 
     def clear(self) -> None:
-        """Drop the publications; the numbering goes on."""
-        self._kept = []
+        """Drop the publications; the numbering continues."""
+        self._stored = []
         self._head = 0
         self.expires = _PAST
 
     def append(self, now: float, request: Publish) -> Publication:
         """Number and store one publication; drop the oldest beyond the size."""
         self.top = top = self.top + 1
-        kept, options = self._kept, request.history_options
-        excess = len(kept) + 1 - options.size
+        stored, options = self._stored, request.history_options
+        excess = len(stored) + 1 - options.size
         if excess > self._head:
             self._drop(excess)
         publication = Publication(request.data, top, request.info, request.tags, request.delta, request.binary)
-        kept.append(publication)
+        stored.append(publication)
         self.expires = now + options.ttl
         return publication
 
     def _drop(self, end: int) -> None:
-        """Drop what lies before this index."""
-        kept = self._kept
-        if len(kept) < SHORT or end > len(kept) // 2:
-            del kept[:end]
+        """Drop the publications before this index."""
+        stored = self._stored
+        if len(stored) < SHORT or end > len(stored) // 2:
+            del stored[:end]
             self._head = 0
         else:
-            kept[self._head : end] = [None] * (end - self._head)
+            stored[self._head : end] = [None] * (end - self._head)
             self._head = end
 
     def advance(self, version: int, epoch: str) -> bool:
-        """Whether this version is later than all the stream has had of that epoch, "" for any; if so, it is noted."""
+        """Store a version if it is later than the latest one, or belongs to another epoch. Returns whether it was.
+
+        epoch: "" for the epoch of the latest version.
+        """
         latest, latest_epoch = self._version
         if version <= latest and epoch in ("", latest_epoch):
             return False
@@ -135,34 +140,32 @@ class ChannelStream(Struct, eq=False, gc=False):
         return True
 
     def page(self, query: GetHistory) -> HistoryPage:
-        """A page of what is kept, and the position of the top.
+        """Return a page of the stored publications, and the position of the top. See `GetHistory`.
 
-        since: exclusive; only its offset counts. Forwards, a page after one that is no longer kept starts at the
-        oldest; in reverse it is empty when the publication before `since` is not kept.
-        limit: 0 for the position alone, negative for all. max_bytes: where the page ends before that, though not before
-        its first publication.
+        Only the offset of `since` counts. If the publication after it is no longer stored, a forward page starts at the
+        oldest one. A reverse page is empty if the publication before `since` is not stored.
         """
         oldest, since = self.top - len(self) + 1, query.since
         if query.reverse:
             first = self.top if since is None else since.offset - 1
-            wanted: Iterable[int] = range(first, oldest - 1, -1) if first <= self.top else ()
+            offsets: Iterable[int] = range(first, oldest - 1, -1) if first <= self.top else ()
         else:
             first = oldest if since is None else max(since.offset + 1, oldest)
-            wanted = range(first, self.top + 1)
+            offsets = range(first, self.top + 1)
         room = min(query.max_bytes, PAGE_BYTES)
-        return HistoryPage(self._collect(wanted, query.limit, room, self._head - oldest), self.position)
+        return HistoryPage(self._collect(offsets, query.limit, room, self._head - oldest), self.position)
 
     def _collect(self, offsets: Iterable[int], limit: int, room: int, shift: int) -> list[Publication]:
-        """The publications of these offsets, `limit` of them at most, and up to `room` bytes.
+        """Return the publications of these offsets, at most `limit`, and up to `room` bytes.
 
-        shift: the difference between an offset and its index.
+        shift: the index of a publication minus its offset.
         """
         found: list[Publication] = []
         for offset in offsets:
-            publication = self._kept[offset + shift]
+            publication = self._stored[offset + shift]
             if len(found) == limit or publication is None:
                 break
-            room -= _weight(publication)
+            room -= _approximate_size(publication)
             if room < 0 and found:
                 break
             found.append(publication)
@@ -170,9 +173,9 @@ class ChannelStream(Struct, eq=False, gc=False):
 
 
 class ExpiryQueue(Generic[T]):
-    """Things to look at again, each at its time, to the coarseness of `grain` seconds.
+    """Entries ordered by the time of their expiry, in buckets of `grain` seconds.
 
-    Adding is one list append however many wait; no thing is handed out before its time.
+    Adding costs one list append, whatever the length of the queue. No entry is returned before its time.
     """
 
     def __init__(self, grain: float) -> None:
@@ -180,16 +183,17 @@ class ExpiryQueue(Generic[T]):
         self._buckets: dict[int, list[T]] = {}
         self._order: list[int] = []
 
-    def add(self, when: float, thing: T) -> None:
+    def add(self, when: float, entry: T) -> None:
+        """Add an entry that expires at this time."""
         number = int(when // self._grain) + 1
         bucket = self._buckets.get(number)
         if bucket is None:
             bucket = self._buckets[number] = []
             heappush(self._order, number)
-        bucket.append(thing)
+        bucket.append(entry)
 
     def take(self, now: float, limit: int) -> list[T]:
-        """Up to `limit` things whose time has come. They are out of the agenda; add again what is to be seen again."""
+        """Remove and return up to `limit` expired entries."""
         due: list[T] = []
         while self._order and self._order[0] * self._grain <= now and len(due) < limit:
             bucket = self._buckets[self._order[0]]
@@ -202,98 +206,96 @@ class ExpiryQueue(Generic[T]):
 
 
 class ChannelStreams:
-    """The streams of all channels.
-
-    max_channels: the most streams held at a time.
-    """
+    """The streams of all channels. max_channels: their limit."""
 
     def __init__(self, max_channels: int, epoch: Callable[[], str] = make_epoch) -> None:
-        self._max = max_channels
+        self._max_channels = max_channels
         self._epoch = epoch
         self._streams: dict[str, ChannelStream] = {}
-        self._contents: ExpiryQueue[ChannelStream] = ExpiryQueue(1.0)
+        self._expiring: ExpiryQueue[ChannelStream] = ExpiryQueue(1.0)
         self._idle: ExpiryQueue[ChannelStream] = ExpiryQueue(60.0)
 
     def __len__(self) -> int:
         return len(self._streams)
 
     def open(self, now: float, channel: str, history_options: HistoryOptions) -> ChannelStream:
-        """The stream of a channel, made if there is none, and the access noted.
+        """Return the stream of a channel, which is created if there is none, and prolong it.
 
-        Raises ClientError 106 when it would be one stream too many.
+        Raises ClientError 106 if the limit leaves no room for it.
         """
         stream = self._streams.get(channel)
         if stream is not None and stream.touch(now, history_options):
             return stream
-        if stream is None and len(self._streams) >= self._max:
+        if stream is None and len(self._streams) >= self._max_channels:
             raise ClientError(*LIMIT_EXCEEDED)
         stream = self._streams[channel] = ChannelStream(channel, self._epoch(), now + history_options.meta_ttl)
-        self._idle.add(stream.over, stream)
+        self._idle.add(stream.removable_from, stream)
         return stream
 
     def append(self, now: float, request: Publish) -> tuple[Publication, str]:
         """Number and store one publication; returns it with its epoch. Raises ClientError 106 as `open` does."""
         stream = self.open(now, request.channel, request.history_options)
         publication = stream.append(now, request)
-        if not stream.noted:
-            stream.noted = True
-            self._contents.add(stream.expires, stream)
+        if not stream.is_queued:
+            stream.is_queued = True
+            self._expiring.add(stream.expires, stream)
         return publication, stream.epoch
 
     def remove(self, channel: str) -> None:
-        """Drop the publications of a channel; offset and epoch go on."""
+        """Drop the publications of a channel; offset and epoch continue."""
         stream = self._streams.get(channel)
         if stream is not None:
             stream.clear()
 
     def sweep(self, now: float, limit: int) -> bool:
-        """Free publications and streams whose time is over. Looks at `limit` of each at most; True if more may be."""
-        filled, idle = self._contents.take(now, limit), self._idle.take(now, limit)
-        for stream in filled:
+        """Free expired publications and streams, at most `limit` of each. Returns True if there may be more."""
+        expiring, idle = self._expiring.take(now, limit), self._idle.take(now, limit)
+        for stream in expiring:
             stream.expire(now)
-            stream.noted = bool(stream)
+            stream.is_queued = bool(stream)
             if stream:
-                self._contents.add(stream.expires, stream)
+                self._expiring.add(stream.expires, stream)
         for stream in idle:
-            if now < stream.over:
-                self._idle.add(stream.over, stream)
+            if now < stream.removable_from:
+                self._idle.add(stream.removable_from, stream)
             elif self._streams.get(stream.channel) is stream:
                 del self._streams[stream.channel]
-        return limit in (len(filled), len(idle))
+        return limit in (len(expiring), len(idle))
 
 
 class IdempotencyCache:
-    """What publishing with an idempotency key returned, by channel and key, for IDEMPOTENCY_TTL.
+    """Positions of publications with an idempotency key, by channel and key, for IDEMPOTENCY_TTL.
 
-    limit: the most keys held at a time. To forget one early might publish twice, so a further one is refused.
+    limit: of the keys. Dropping a key early could publish twice, so a key beyond the limit is refused.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._found: OrderedDict[tuple[str, str], tuple[float, Position]] = OrderedDict()  # the oldest first
+        self._positions: OrderedDict[tuple[str, str], tuple[float, Position]] = OrderedDict()  # the oldest first
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._positions)
 
     def recall(self, now: float, channel: str, key: str) -> Position | None:
-        """The position that was noted for this key. Raises ClientError 106 for a new key when there is no room."""
-        ends, position = self._found.get((channel, key), (now, None))
+        """Return the position stored for this key, or None. Raises ClientError 106 for a new key beyond the limit."""
+        ends, position = self._positions.get((channel, key), (now, None))
         if ends > now:
             return position
         self.sweep(now, 2)
-        if len(self._found) >= self._limit:
+        if len(self._positions) >= self._limit:
             raise ClientError(*LIMIT_EXCEEDED)
         return None
 
     def store(self, now: float, channel: str, key: str, position: Position) -> None:
-        self._found.pop((channel, key), None)
-        self._found[channel, key] = (now + IDEMPOTENCY_TTL, position)
+        """Store the position of a publication with this key."""
+        self._positions.pop((channel, key), None)
+        self._positions[channel, key] = (now + IDEMPOTENCY_TTL, position)
 
     def sweep(self, now: float, limit: int) -> bool:
-        """Free keys whose time is over, `limit` at most; True if there are more."""
-        while self._found and next(iter(self._found.values()))[0] <= now:
+        """Free at most `limit` expired keys. Returns True if there are more."""
+        while self._positions and next(iter(self._positions.values()))[0] <= now:
             if not limit:
                 return True
-            self._found.popitem(last=False)
+            self._positions.popitem(last=False)
             limit -= 1
         return False

@@ -1,15 +1,15 @@
-"""The hub: who on this worker hears which channel.
+"""The hub: the local subscriptions of one worker.
 
-Publications come from the engine (`published`), each is encoded once for every wire form among the subscribers, and
-the finished frame goes straight to every connection, past its session. That shortcut is the hot path of the server:
-nothing happens there for one subscriber but the call of its sink's `send` (`realtime.pubsub.fanout`).
+Publications arrive from the engine (`Hub.on_publication`). Each is encoded once for every wire format among the
+subscribers, and the frame goes straight to every connection, past its session. That shortcut is the hot path of the
+server: the only work for one subscriber is the call of its sink's `send` (`realtime.pubsub.fanout`).
 
-Whether the publications of a channel are complete is judged once per channel, when they arrive: repeats are dropped,
-and after a gap or under another epoch every positioned member is told that it lost its place, and hears nothing newer.
+Completeness is checked once per channel, when a publication arrives. Repeats are dropped. After a gap or under another
+epoch every positioned subscriber is removed and informed (`Subscriber.on_gap`), and receives nothing newer.
 
-A member goes through two steps, so that its subscribe reply can come before anything else on its channel: `add` has
-the channel's publications arrive, held back for now; then the session asks for the position, replies, and calls `open`
-with what the reply said.
+A subscription takes two steps, so that its subscribe reply precedes everything else on its channel: `subscribe` holds
+the channel's events back; the session then asks for the position, replies, and calls `activate` with the position of
+that reply.
 """
 
 from __future__ import annotations
@@ -21,51 +21,51 @@ from realtime.pubsub.backlog import DeltaBase, Event, EventKind
 from realtime.pubsub.engine import Engine, GetHistory, Subscribe, Unsubscribe
 from realtime.pubsub.fanout import ChannelFanout, FanoutContext
 from realtime.pubsub.subscriber import Subscriber
-from realtime.pubsub.time_slices import BREATH, HIGH, LOW, NORMAL, TimeSlicer
+from realtime.pubsub.time_slices import HIGH, LOW, NORMAL, YIELD_EVERY, TimeSlicer
 from realtime.types import ClientInfo, HistoryOptions, Position, Publication
 
 HELD_LIMIT = 4096
-"""Events held back on one channel while some member is between `add` and `open`. Beyond it they are dropped, and
-whoever needed them is told at `open`."""
+"""Upper limit of held events on one channel, while a subscriber is between `subscribe` and `activate`. Beyond it they
+are dropped, and `activate` refuses the positioned subscribers that needed them."""
 
-# Telling one member that it lost its place takes as long as this many deliveries.
-_LOSS = 4
+# Informing one subscriber about a gap takes as long as this many deliveries.
+_GAP_COST = 4
 
 _PRIORITIES = {"high": HIGH, "normal": NORMAL, "low": LOW}
-_BREAK = Event(EventKind.BROKEN)
+_GAP = Event(EventKind.BROKEN)
 
 
 class _Channel:
-    """One channel: its open members (`fan`), those that are not open yet, and what is held back for them.
+    """One channel: its active subscribers (`fanout`), its pending ones, and the events held for those.
 
-    last: the position of the last publication that came (None: not known). quiet: nothing was published since the last
-    look at all channels.
+    last: the position of the latest publication; None if unknown. is_quiet: no publication has arrived since the last
+    `Hub.check_positions`. is_subscribed: the engine has answered `Subscribe`.
     """
 
-    __slots__ = ("fan", "held", "last", "pending", "quiet", "subscribed")
+    __slots__ = ("fanout", "held", "is_quiet", "is_subscribed", "last", "pending")
 
-    def __init__(self, fan: ChannelFanout) -> None:
-        self.fan = fan
-        self.subscribed = self.quiet = False
+    def __init__(self, fanout: ChannelFanout) -> None:
+        self.fanout = fanout
+        self.is_subscribed = self.is_quiet = False
         self.last: Position | None = None
-        # The index of the first held event that came after `add`; the eldest member first.
+        # The index of the first held event after each `subscribe`, the oldest subscriber first.
         self.pending: dict[Subscriber, int] = {}
         self.held: list[Event] = []
 
     def __len__(self) -> int:
-        return len(self.fan.members) + len(self.pending)
+        return len(self.fanout.subscribers) + len(self.pending)
 
-    def discard(self, member: Subscriber) -> bool:
-        """Whether the member was here."""
-        if member in self.pending:
-            del self.pending[member]
+    def discard(self, subscriber: Subscriber) -> bool:
+        """Remove a subscriber, active or pending. Returns whether it was here."""
+        if subscriber in self.pending:
+            del self.pending[subscriber]
             if not self.pending:
                 self.held = []
             return True
-        return self.fan.discard(member)
+        return self.fanout.discard(subscriber)
 
     def hold(self, event: Event) -> None:
-        """Keep an event for the pending members, if there are any."""
+        """Hold an event for the pending subscribers, if there are any."""
         if not self.pending:
             return
         if len(self.held) >= HELD_LIMIT:
@@ -73,106 +73,106 @@ class _Channel:
         self.held.append(event)
 
     def _make_room(self) -> None:
-        """Drop what came before the eldest pending member; if that is not much, it waits for too long: drop all."""
+        """Drop the events before the oldest pending subscriber. If they are few, it has waited too long: drop all."""
         unneeded = next(iter(self.pending.values()))
         if unneeded >= HELD_LIMIT // 2:
             del self.held[:unneeded]
-            self.pending = {member: first - unneeded for member, first in self.pending.items()}
+            self.pending = {subscriber: first - unneeded for subscriber, first in self.pending.items()}
         else:
-            self.held = [_BREAK]
+            self.held = [_GAP]
             self.pending = dict.fromkeys(self.pending, 0)
 
 
 class Hub:
     """The local subscriptions of one worker: an `engine.Receiver`.
 
-    engine: set once by whoever builds both, since each needs the other. traffic: counts what is delivered.
+    engine: set once after construction, as hub and engine need each other. fanout: counts deliveries.
     """
 
     engine: Engine
 
     def __init__(self, obey: Callable[[bytes], None], slices: TimeSlicer | None = None) -> None:
-        """obey: is handed every order (see `SendOrder`). slices: where long work waits, None for nowhere."""
+        """obey: carries out an order (see `SendOrder`). slices: for long work; None for no limit."""
         self._obey = obey
         self._slices = slices or TimeSlicer.unlimited()
-        self.fanout = FanoutContext(self._slices, self._overflowed, self._unfit)
+        self.fanout = FanoutContext(self._slices, self._on_overflow, self._on_unencodable)
         self._channels: dict[str, _Channel] = {}
-        # Channels whose positioned members have lost their place and are yet to be taken out, before anything else
-        # happens there; then members that are out, and yet to be told.
+        # Channels with a gap whose positioned subscribers are still in place. They are removed before anything else
+        # happens on the channel. Then subscribers that are removed, but do not know of it yet.
         self._broken: dict[str, _Channel] = {}
-        self._lost: dict[Subscriber, None] = {}
-        self._losing = False
+        self._uninformed: dict[Subscriber, None] = {}
+        self._is_informing = False
         self.subscriptions = 0
 
     def channels(self) -> list[str]:
-        """The channels that have members here."""
+        """Return the channels that have subscribers here."""
         return list(self._channels)
 
     def subscribers(self, channel: str) -> int:
-        """How many members a channel has here, those that are not open yet included."""
+        """Return the number of a channel's subscribers here, active and pending."""
         state = self._channels.get(channel)
         return len(state) if state is not None else 0
 
-    # Members
+    # Subscribers
 
-    async def subscribe(self, channel: str, member: Subscriber) -> None:
-        """Have a channel's events held back for this member from now on, until `open`.
+    async def subscribe(self, channel: str, subscriber: Subscriber) -> None:
+        """Hold a channel's events for this subscriber from now on, until `activate`.
 
-        Raises what `Engine.subscribe` raises; the member is not added then. Waits only while the channel is new to
-        this worker. A member that is removed meanwhile stays removed, and `open` will say so.
+        Raises what the engine raises for `Subscribe`; the subscriber is not added then. Waits only while the channel is
+        new to this worker. A subscriber that is removed meanwhile stays removed, and `activate` returns False.
         """
         state = self._channels.get(channel)
         if state is None:
-            fan = ChannelFanout(channel, _PRIORITIES[member.priority], self.fanout)
-            state = self._channels[channel] = _Channel(fan)
-        state.pending[member] = len(state.held)
+            fanout = ChannelFanout(channel, _PRIORITIES[subscriber.priority], self.fanout)
+            state = self._channels[channel] = _Channel(fanout)
+        state.pending[subscriber] = len(state.held)
         self.subscriptions += 1
-        if state.subscribed:
+        if state.is_subscribed:
             return
-        # Members that come while the first one's call is under way make their own: the engine takes a repeat for
-        # nothing, and each then has an answer of its own, whatever becomes of the others.
+        # Subscribers that come while the first request is under way make their own. The engine ignores a repeat, and
+        # each subscriber then has an answer that does not depend on the fate of the others.
         try:
             await self.engine.ask(Subscribe(channel))
         except BaseException:
-            self.unsubscribe(channel, member)
+            self.unsubscribe(channel, subscriber)
             raise
-        state.subscribed = True
+        state.is_subscribed = True
 
     def activate(
-        self, channel: str, member: Subscriber, position: Position | None, base: Publication | None = None
+        self, channel: str, subscriber: Subscriber, position: Position | None, base: Publication | None = None
     ) -> bool:
-        """Deliver what was held back for the member, and from now on whatever comes.
+        """Deliver the events held for the subscriber, and all later events of the channel.
 
-        position: of the last publication that the subscribe reply covers, which is the top of the page that the
-        engine's `history` returned; None for a member without a position, which gets all that was held.
-        base: the last publication that the reply itself brought, if it brought any: a delta may start from that.
+        position: of the last publication that the subscribe reply covers, which is the top of the page that
+        `GetHistory` returned; None for a subscriber without a position, which receives all held events.
+        base: the last publication in the reply itself, if any: the next delta may start from it.
         Publications come first, in order; then the joins and leaves.
-        Returns False, and has removed the member, if publications are missing after `position` or belong to another
-        epoch; also if the member is not there (removed meanwhile, or never added).
+        Returns False, and has removed the subscriber, if publications are missing after `position` or belong to another
+        epoch. Returns False too if the subscriber is not here (removed meanwhile, or never added).
         """
         state = self._channels.get(channel)
-        if state is None or member not in state.pending:
+        if state is None or subscriber not in state.pending:
             return False
         if self._broken.pop(channel, None) is not None:
-            self._lose(channel, state)
-        events = state.held[state.pending[member] :]
+            self._remove_positioned(channel, state)
+        events = state.held[state.pending[subscriber] :]
         if position is not None and not self._continues(channel, state, position, events):
-            self.unsubscribe(channel, member)
+            self.unsubscribe(channel, subscriber)
             return False
-        if member not in state.pending:
-            return False  # somebody who was lost just now took it along
-        state.discard(member)
+        if subscriber not in state.pending:
+            return False  # `on_gap` of another subscriber has just unsubscribed this one
+        state.discard(subscriber)
         after = position.offset if position is not None else 0
-        state.fan.open(
-            member,
-            _counted_out(member, events, after),
+        state.fanout.activate(
+            subscriber,
+            _events_after(after, events, subscriber),
             DeltaBase(base, position.epoch) if base is not None and position is not None else None,
         )
         return True
 
     def _continues(self, channel: str, state: _Channel, position: Position, events: list[Event]) -> bool:
-        """Whether what was held follows on `position` without a hole, up to the last publication that came."""
-        if _BREAK in events:
+        """Whether the held events follow `position` without a gap, up to the latest publication."""
+        if _GAP in events:
             return False
         last = state.last
         if last is None:
@@ -181,83 +181,85 @@ class Hub:
         if last.epoch != position.epoch:
             return False
         if last.offset < position.offset:
-            # An answer never overtakes a publication that it counts, so those in between will not come any more.
+            # An answer never overtakes a publication that it counts, so those in between are lost.
             state.last = position
             self._break(channel, state)
             return True
         newer = [e.publication.offset for e in events if e.publication and e.publication.offset > position.offset]
         return newer[0] == position.offset + 1 if newer else last.offset == position.offset
 
-    def unsubscribe(self, channel: str, member: Subscriber) -> None:
-        """Take a member out, open or not. Idempotent. The last one unsubscribes the channel at the engine.
+    def unsubscribe(self, channel: str, subscriber: Subscriber) -> None:
+        """Remove a subscriber, active or pending. Idempotent. The last one unsubscribes the channel at the engine.
 
-        It hears nothing more, whatever waits for it; nor that it lost its place, if it was to hear that.
+        The subscriber receives nothing more, not even queued events or a pending `on_gap`.
         """
-        self._lost.pop(member, None)
+        self._uninformed.pop(subscriber, None)
         state = self._channels.get(channel)
-        if state is not None and state.discard(member):
-            self._gone(channel, state, 1)
+        if state is not None and state.discard(subscriber):
+            self._account_removal(channel, state, 1)
 
-    def _gone(self, channel: str, state: _Channel, members: int) -> None:
-        """Account for members that were taken out of `state`."""
-        self.subscriptions -= members
+    def _account_removal(self, channel: str, state: _Channel, subscribers: int) -> None:
+        self.subscriptions -= subscribers
         if not state:
             del self._channels[channel]
-            state.fan.clear()
+            state.fanout.clear()
             self.engine.tell(Unsubscribe(channel))
 
+    # Gaps
+
     def _break(self, channel: str, state: _Channel) -> None:
-        """Continuity is broken: no positioned member may go on as if nothing were missing."""
-        state.hold(_BREAK)
-        self._lose(channel, state)
-        self._work_off_losses()
+        """Handle a gap now: no positioned subscriber may receive newer publications."""
+        state.hold(_GAP)
+        self._remove_positioned(channel, state)
+        self._inform()
 
-    def _lose(self, channel: str, state: _Channel) -> None:
-        lost = [member for member in state.fan.members if member.positioned]
-        if not lost:
+    def _remove_positioned(self, channel: str, state: _Channel) -> None:
+        positioned = [subscriber for subscriber in state.fanout.subscribers if subscriber.positioned]
+        if not positioned:
             return
-        for member in lost:
-            state.discard(member)
-        self._gone(channel, state, len(lost))
-        self._lost.update(dict.fromkeys(lost))
+        for subscriber in positioned:
+            state.discard(subscriber)
+        self._account_removal(channel, state, len(positioned))
+        self._uninformed.update(dict.fromkeys(positioned))
 
-    def _work_off_losses(self) -> None:
-        if not self._losing and (self._lost or self._broken):
-            self._losing = True
-            self.fanout.work(self._losses(), HIGH)
+    def _inform(self) -> None:
+        """Inform the removed subscribers, in slices of time."""
+        if not self._is_informing and (self._uninformed or self._broken):
+            self._is_informing = True
+            self.fanout.run_sliced(self._inform_steps(), HIGH)
 
-    def _losses(self) -> Iterator[None]:
+    def _inform_steps(self) -> Iterator[None]:
         try:
-            while self._lost or self._broken:
-                if self._lost:
-                    member, _ = self._lost.popitem()
-                    member.on_gap()
+            while self._uninformed or self._broken:
+                if self._uninformed:
+                    subscriber, _ = self._uninformed.popitem()
+                    subscriber.on_gap()
                 else:
-                    self._lose(*self._broken.popitem())
-                self.fanout.spend(_LOSS)
+                    self._remove_positioned(*self._broken.popitem())
+                self.fanout.spend(_GAP_COST)
                 yield
         finally:
-            self._losing = False
+            self._is_informing = False
 
-    def _overflowed(self, channel: str) -> None:
+    def _on_overflow(self, channel: str) -> None:
         state = self._channels.get(channel)
         if state is not None:
-            self._lose(channel, state)
-            self._work_off_losses()
+            self._remove_positioned(channel, state)
+            self._inform()
 
-    def _unfit(self, channel: str, member: Subscriber) -> None:
-        self.unsubscribe(channel, member)
-        member.on_unencodable()
+    def _on_unencodable(self, channel: str, subscriber: Subscriber) -> None:
+        self.unsubscribe(channel, subscriber)
+        subscriber.on_unencodable()
 
-    # What the engine calls
+    # The engine's receiver
 
     def on_publication(self, channel: str, publication: Publication, epoch: str) -> None:
-        """Judge a publication's place, and fan it out."""
+        """Check that a publication follows the latest one, and fan it out."""
         state = self._channels.get(channel)
         if state is None:
-            return  # it crossed our unsubscribe
+            return  # it crossed our `Unsubscribe`
         if self._broken and self._broken.pop(channel, None) is not None:
-            self._lose(channel, state)
+            self._remove_positioned(channel, state)
         offset = publication.offset
         if offset:
             last = state.last
@@ -266,55 +268,58 @@ class Hub:
             state.last = Position(offset, epoch)
             if last is not None and (epoch != last.epoch or offset != last.offset + 1):
                 self._break(channel, state)
-        state.quiet = False
+        state.is_quiet = False
         if state.pending:
             state.hold(Event(EventKind.PUBLISHED, publication, epoch))
-        state.fan.publish(publication, epoch)
+        state.fanout.publish(publication, epoch)
 
     def on_join(self, channel: str, info: ClientInfo) -> None:
-        """Tell the members that want to know."""
+        """Send the join to the subscribers that asked for joins and leaves."""
         self._deliver_join_leave(channel, EventKind.JOINED, info)
 
     def on_leave(self, channel: str, info: ClientInfo) -> None:
-        """Tell the members that want to know."""
+        """Send the leave to the subscribers that asked for joins and leaves."""
         self._deliver_join_leave(channel, EventKind.LEFT, info)
 
     def _deliver_join_leave(self, channel: str, kind: EventKind, info: ClientInfo) -> None:
         state = self._channels.get(channel)
         if state is not None:
             state.hold(Event(kind, info=info))
-            state.fan.herald(kind, info)
+            state.fanout.deliver_join_leave(kind, info)
 
     def on_order(self, order: bytes) -> None:
+        """Carry out an order."""
         self._obey(order)
 
     def on_interruption(self) -> None:
-        """Every positioned member loses its place. A channel whose first `add` still waits has none to lose: its
-        publications begin after the interruption."""
+        """Handle a gap in every channel.
+
+        A channel whose first `subscribe` still waits has none: its publications begin after the interruption.
+        """
         for channel, state in self._channels.items():
-            if state.subscribed:
+            if state.is_subscribed:
                 state.last = None
-                state.hold(_BREAK)
+                state.hold(_GAP)
                 self._broken[channel] = state
-        self._work_off_losses()
+        self._inform()
 
     # Positions
 
     async def check_positions(self, history_options: Callable[[str], HistoryOptions]) -> None:
-        """Compare the positions of the channels that had no publication since the last call with the engine's.
+        """Compare positions with the engine's, for channels without a publication since the last call.
 
-        What was lost on the way shows by the next publication, if there is one; this finds what was lost with none
-        after it. Positioned members of a channel with a hole lose their place. history_options: of a channel, by its
-        name. Raises EngineUnavailable. To be called every `client.channel_position_check_delay`; one channel after
+        The next publication reveals a lost one; this check finds a loss that no publication follows. Positioned
+        subscribers of a channel with a gap are removed and informed. history_options: returns those of a channel.
+        Raises EngineUnavailable. Call it every `client.channel_position_check_delay`. It asks for one channel after
         another.
         """
         for number, channel in enumerate(self.channels(), 1):
             state = self._channels.get(channel)
-            if state is not None and state.quiet:
+            if state is not None and state.is_quiet:
                 await self.check_position(channel, history_options(channel))
             elif state is not None:
-                state.quiet = True
-            if number % BREATH == 0:
+                state.is_quiet = True
+            if number % YIELD_EVERY == 0:
                 await self._slices.yield_to_loop()
 
     async def check_position(self, channel: str, history_options: HistoryOptions) -> None:
@@ -326,15 +331,15 @@ class Hub:
         try:
             page = await self.engine.ask(GetHistory(channel, history_options))
         except ClientError:
-            return  # the engine has forgotten the channel, and has no room for it now: there is nothing to compare with
-        # An answer never overtakes what it counts, so all of that has come, unless it is lost. If something came
-        # meanwhile, then the channel is not quiet, and `published` judges.
+            return  # the engine has forgotten the channel and has no room for it now: there is no position to compare
+        # An answer never overtakes a publication that it counts, so those have arrived, or are lost. If one arrived
+        # meanwhile, the channel is not quiet, and `on_publication` has checked it.
         if self._channels.get(channel) is state and state.last is last and page.position != last:
             state.last = page.position
             self._break(channel, state)
 
 
-def _counted_out(member: Subscriber, events: list[Event], after: int) -> list[Event]:
-    """What of the held events is for this member, whose reply counted the publications up to `after`."""
-    newer = [one for one in events if one.publication is not None and not 0 < one.publication.offset <= after]
-    return newer + [one for one in events if one.info is not None] if member.announced else newer
+def _events_after(offset: int, events: list[Event], subscriber: Subscriber) -> list[Event]:
+    """Select the held events for a subscriber whose reply covered the publications up to `offset`."""
+    newer = [event for event in events if event.publication is not None and not 0 < event.publication.offset <= offset]
+    return newer + [event for event in events if event.info is not None] if subscriber.announced else newer

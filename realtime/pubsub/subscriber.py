@@ -1,4 +1,4 @@
-"""Whom the hub delivers to, and in which form."""
+"""The receiving end of the fan-out: the `Subscriber` protocol, its frame encoder and its sink."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from realtime.types import ClientInfo, Publication
 
 
 class FrameEncoder(Protocol):
-    """One wire form of a push. The frames are complete and ready to write."""
+    """Encodes pushes in one wire format. Its frames are complete and ready to write."""
 
     def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
-        """Raises Disconnect for `binary` data that the form can't carry."""
+        """Encode a publication push. Raises Disconnect for `binary` data that the format cannot carry."""
 
     def whole(self, channel: str, publication: Publication, epoch: str) -> bytes:
-        """The same for members with `delta`."""
+        """Encode a publication push with the full data for subscribers with `delta`. Raises as `publication` does."""
 
     def patched(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
-        """The same with a delta in place of the data; None when the form can't carry it."""
+        """Encode a publication push with a delta in place of its data; None if the format cannot carry the delta."""
 
-    def join(self, channel: str, info: ClientInfo) -> bytes: ...
+    def join(self, channel: str, info: ClientInfo) -> bytes:
+        """Encode a join push."""
 
-    def leave(self, channel: str, info: ClientInfo) -> bytes: ...
+    def leave(self, channel: str, info: ClientInfo) -> bytes:
+        """Encode a leave push."""
 
 
 class Sink:
@@ -55,20 +57,20 @@ class Sink:
 
 
 class Subscriber(Protocol):
-    """One subscription of one session. Told apart by identity; added to one channel, once.
+    """One subscription of one session. Compared by identity; subscribes to one channel, once.
 
-    positioned: told when continuity breaks. announced: gets joins and leaves. delta: gets publications as differences
-    from the one before. filter: which publications it gets, by their tags; None for all. None of these changes from
-    `Hub.open` on.
+    positioned: the subscriber tracks its position, so the hub removes it at a gap (`on_gap`). announced: receives joins
+    and leaves. delta: receives publications as deltas from the previous one. filter: selects publications by their
+    tags; None for all. None of these changes after `Hub.activate`.
     """
 
     @property
     def form(self) -> FrameEncoder:
-        """Its wire form, told apart by identity."""
+        """The encoder of its wire format, compared by identity."""
 
     @property
     def priority(self) -> str:
-        """Of the channel: "high", "normal" or "low"."""
+        """The channel's priority: "high", "normal" or "low"."""
 
     positioned: bool
     announced: bool
@@ -77,7 +79,7 @@ class Subscriber(Protocol):
     sink: Sink
 
     def on_gap(self) -> None:
-        """The publications have a hole, or another epoch. The hub has removed this member before it says so."""
+        """Handle missing publications or a new epoch. The hub has removed this subscriber before the call."""
 
     def on_unencodable(self) -> None:
-        """There was a publication that its form can't carry. The hub has removed this member before it says so."""
+        """Handle a publication that its format cannot carry. The hub has removed this subscriber before the call."""

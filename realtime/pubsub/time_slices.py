@@ -1,10 +1,10 @@
-"""Turns for the server's own long work, so that none of it holds the loop: fan-out, replays, snapshots.
+"""Time slices for the server's own long work, so that it does not block the loop: fan-out, replays, snapshots.
 
-What may take long is an iterator that does a little at each step. `TimeSlicer` runs the steps for at most one slice of
-time, then asks the loop for another turn, so that clients are heard in between. What is short is done at once, without
-any of this, as long as the turn's slice is not used up.
+Long work is an iterator whose steps are short. `TimeSlicer` runs steps for at most one slice of time, then asks the
+loop for another turn, so that clients are served in between. Short work runs directly, without an iterator, as long as
+the slice of the current turn is not used up.
 
-Without I/O: the clock, and the way to ask for a turn, are the caller's.
+Without I/O: the caller provides the clock and the way to ask for a turn.
 """
 
 from __future__ import annotations
@@ -17,124 +17,127 @@ from typing import Any, Protocol, TypeVar
 
 HIGH, NORMAL, LOW = range(3)
 
-# Whose work gets the next step, over and over: the higher the more, and nobody nothing.
-_SHARES = (HIGH, NORMAL, HIGH, LOW, HIGH, NORMAL, HIGH)
+# The priority of each successive step, in a cycle: a higher priority gets more steps, and none gets nothing.
+_SCHEDULE = (HIGH, NORMAL, HIGH, LOW, HIGH, NORMAL, HIGH)
 
 CHUNK = 128
-"""Deliveries that are made without a look at the clock: about a millisecond's worth."""
+"""Deliveries between two readings of the clock: about a millisecond of work."""
 
-BREATH = 500
-"""Small things that a coroutine of ours does before it lets others have a turn."""
+YIELD_EVERY = 500
+"""Small items that a coroutine of the server handles before it yields to the loop."""
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Waiter(Awaitable[Any], Protocol):
-    """What a coroutine waits for, such as a Deferred."""
+    """An awaitable that the slicer resumes, such as a Deferred."""
 
     def callback(self, result: None) -> object:
-        """Let the coroutine go on, at once."""
+        """Resume the waiting coroutine at once."""
 
 
 class TimeSlicer:
-    """See the module. timed: whether this turn's slice has begun; `free` is true until then. Loop thread only."""
+    """Runs long work in slices, in the loop's thread. See the module.
+
+    is_timed: whether the slice of this turn has started. `has_time` is true until then.
+    """
 
     def __init__(
         self,
         clock: Callable[[], float],
         seconds: float,
         wake: Callable[[Callable[[], None]], object],
-        gate: Callable[[], Waiter] | None = None,
+        waiter: Callable[[], Waiter] | None = None,
     ) -> None:
-        """clock: seconds, never goes back. seconds: of one slice. wake: calls what it is given in the loop's next turn.
+        """clock: seconds, never goes back. seconds: of one slice. wake: calls its argument in the loop's next turn.
 
-        gate: makes a new one for `breathe`, which without it waits for nothing.
+        waiter: makes a new one for `yield_to_loop`, which does not wait without it.
         """
         self._clock = clock
         self._seconds = seconds
         self._wake = wake
-        self._gate = gate
-        self._works: tuple[deque[Iterator[None]], ...] = (deque(), deque(), deque())
-        self._shares = cycle(_SHARES)
-        self._until = 0.0
-        self.timed = False
-        self._asked = False
+        self._waiter = waiter
+        self._queues: tuple[deque[Iterator[None]], ...] = (deque(), deque(), deque())  # by priority
+        self._schedule = cycle(_SCHEDULE)
+        self._slice_end = 0.0
+        self.is_timed = False
+        self._is_woken = False
 
     @classmethod
     def unlimited(cls) -> TimeSlicer:
-        """Slices that never end: all is done at once."""
+        """Return a slicer whose slices never end, so that all work runs at once."""
         return cls(lambda: 0.0, math.inf, lambda run: None)
 
     @property
-    def free(self) -> bool:
-        """Whether this turn has time for work that is done directly."""
-        return not self.timed or self._clock() < self._until
+    def has_time(self) -> bool:
+        """Whether this turn has time for direct work."""
+        return not self.is_timed or self._clock() < self._slice_end
 
-    def begin(self) -> None:
-        """A chunk of work was done directly: from now on this turn's slice is timed."""
-        if not self.timed:
-            self.timed = True
-            self._until = self._clock() + self._seconds
-            self._ask()
+    def start_slice(self) -> None:
+        """Start the slice of this turn, after a chunk of direct work."""
+        if not self.is_timed:
+            self.is_timed = True
+            self._slice_end = self._clock() + self._seconds
+            self._ask_for_turn()
 
     def add(self, work: Iterator[None], priority: int = NORMAL) -> None:
-        """Have work done, a step at a time, in turns with all other work of its priority.
+        """Run work step by step, in turns with all other work of its priority.
 
-        A step should take well under a slice. work: the generator's end is its end; if it raises, `run` does.
+        A step should take well under a slice. work: runs until the iterator ends; if it raises, `run` raises.
         """
-        self._works[priority].append(work)
-        self._ask()
+        self._queues[priority].append(work)
+        self._ask_for_turn()
 
     async def yield_to_loop(self) -> None:
-        """Let others have a turn. For a coroutine that does long work: await it after each millisecond's worth."""
-        if self._gate is not None:
-            gate = self._gate()
-            self.add(_opening(gate))
-            await gate
+        """Let other work run. A long coroutine awaits this after each millisecond of work."""
+        if self._waiter is not None:
+            waiter = self._waiter()
+            self.add(_resume(waiter))
+            await waiter
 
     async def map_sliced(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """`function` of each item; others have a turn after every BREATH of them."""
+        """Return `function` of each item; yields to the loop after every YIELD_EVERY items."""
         results: list[R] = []
         for item in items:
-            if len(results) % BREATH == BREATH - 1:
+            if len(results) % YIELD_EVERY == YIELD_EVERY - 1:
                 await self.yield_to_loop()
             results.append(function(item))
         return results
 
     def run(self) -> None:
-        """Work for one slice: what was given to `wake`."""
-        self._asked = False
+        """Work for one slice. `wake` gets this method."""
+        self._is_woken = False
         clock = self._clock
-        self.timed = True
-        self._until = until = clock() + self._seconds
+        self.is_timed = True
+        self._slice_end = slice_end = clock() + self._seconds
         try:
-            while (works := self._next()) is not None:
-                work = works.popleft()
-                for _ in work:
-                    works.append(work)
+            while (queue := self._next_queue()) is not None:
+                work = queue.popleft()
+                for _ in work:  # one step
+                    queue.append(work)
                     break
-                if clock() >= until:
+                if clock() >= slice_end:
                     break
         finally:
-            if any(self._works):
-                self._ask()
+            if any(self._queues):
+                self._ask_for_turn()
             else:
-                self.timed = False
+                self.is_timed = False
 
-    def _next(self) -> deque[Iterator[None]] | None:
-        for _ in _SHARES:
-            works = self._works[next(self._shares)]
-            if works:
-                return works
+    def _next_queue(self) -> deque[Iterator[None]] | None:
+        for _ in _SCHEDULE:
+            queue = self._queues[next(self._schedule)]
+            if queue:
+                return queue
         return None
 
-    def _ask(self) -> None:
-        if not self._asked:
-            self._asked = True
+    def _ask_for_turn(self) -> None:
+        if not self._is_woken:
+            self._is_woken = True
             self._wake(self.run)
 
 
-def _opening(gate: Waiter) -> Iterator[None]:
-    gate.callback(None)
+def _resume(waiter: Waiter) -> Iterator[None]:
+    waiter.callback(None)
     yield

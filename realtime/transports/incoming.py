@@ -102,8 +102,8 @@ class Incoming(WebSocketServerProtocol):
         slices = self.factory.slices
         steps = self._process_frames()
         for _ in steps:
-            slices.begin()
-            if not slices.free:
+            slices.start_slice()
+            if not slices.has_time:
                 self._set_reading(False)
                 slices.add(self.factory.charge_work(steps))
                 break

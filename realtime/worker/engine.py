@@ -78,8 +78,8 @@ class BrokerEngine:
 
     A subscribed channel is part of every fresh stream until `Unsubscribe`, even if `Subscribe` failed.
 
-    reactor: twisted's. on_lost: called when the stream has ended, to have the supervisor provide another. accounts: the
-    loop's, which are charged for the stream.
+    reactor: twisted's. on_lost: called when the stream has ended, to have the supervisor provide another. ledger: the
+    loop's, which is charged for the stream.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class BrokerEngine:
         metrics: Metrics,
         reactor: Any,
         on_lost: Callable[[], None],
-        accounts: LoopTimeLedger | None = None,
+        ledger: LoopTimeLedger | None = None,
     ) -> None:
-        self._accounts = accounts
+        self._ledger = ledger
         self._receiver = receiver
         self._settings = settings
         self._reactor = reactor
@@ -133,7 +133,9 @@ class BrokerEngine:
         self._requests = metrics.counter("realtime_engine_requests", "Requests to the engine.")
         self._timeouts = metrics.counter("realtime_engine_timeouts", "Requests to the engine not answered in time.")
         self._lost_links = metrics.counter("realtime_engine_lost_links", "Streams to the engine that ended.")
-        metrics.gauge("realtime_engine_waiting", "Requests that wait for the engine.", lambda: len(self._calls))
+        metrics.gauge(
+            "realtime_engine_waiting", "Requests to the engine without an answer yet.", lambda: len(self._calls)
+        )
 
     # The stream
 
@@ -150,10 +152,10 @@ class BrokerEngine:
             self._link.cut("another stream took its place")
             self._fail(list(self._calls), "the broker was lost")
         frames = [*map(broker_messages.pack, self._introduction()), *self._take_unsent()]
-        # This worker holds as many bytes anyway; the limit applies to what comes on top.
+        # This worker holds as many bytes anyway; the limit applies to further frames.
         limit = self._settings.queue_max_size + sum(map(len, frames))
         call_soon = asyncio.get_running_loop().call_soon
-        self._link = link = Link(self._reactor, call_soon, limit, self._receive, self._on_link_end, self._accounts)
+        self._link = link = Link(self._reactor, call_soon, limit, self._receive, self._on_link_end, self._ledger)
         adopt(self._reactor, fd, link)
         for frame in frames:
             link.send(frame)
@@ -198,7 +200,9 @@ class BrokerEngine:
         self._lost_links.value += 1
         if link is not self._link:
             return
-        _log.warn("the stream to the broker ended: {reason}", reason=reason)
+        _log.warn(
+            "the stream to the broker ended: {reason}; waiting for the supervisor to provide another", reason=reason
+        )
         self._link = None
         self._fail(list(self._calls), "the broker was lost")
         self._on_lost()
@@ -213,7 +217,7 @@ class BrokerEngine:
     # Requests and notices
 
     def ask(self, request: EngineRequest[Answer]) -> Deferred[Answer]:
-        """See `Engine.ask`."""
+        """See `Engine.ask`. The call itself never raises; errors come with the Deferred."""
         stateful = self._stateful.get(type(request))
         return self._send(request) if stateful is None else stateful(request)
 
@@ -238,7 +242,9 @@ class BrokerEngine:
         else:
             unsent = len(frame)
             if self._unsent + unsent > self._settings.queue_max_size:
-                return fail(EngineUnavailable("there is no broker, and too much waits for one"))
+                return fail(
+                    EngineUnavailable("there is no stream to the broker, and the queue for the next one is full")
+                )
             self._unsent += unsent
         timeout = self._settings.publish_timeout
         self._calls[number] = call = _Call(request, self._reactor.seconds() + timeout, unsent)

@@ -1,4 +1,4 @@
-"""A link: what it writes and when, when it cuts, and how it ends."""
+"""A link: its writes, its cuts, and its end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMIT = 10_000
 
 
 class Pipe(StringTransport):
-    """A transport that writes down single writes, and is full when it is told to be."""
+    """A transport that logs each write. full: pauses its producer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Pipe(StringTransport):
 
 
 class Bench:
-    """A link on a pipe, with what it received and how it ended."""
+    """A link on a pipe, with its received frames and the reason of its end."""
 
     def __init__(self, patience: int = 0) -> None:
         self.clock = Clock()
@@ -57,7 +57,7 @@ class Bench:
         self.endings.append(reason)
 
     def turn(self) -> list[bytes]:
-        """Let the loop turn; what was written."""
+        """Run one turn of the loop; return its writes."""
         self.clock.advance(0)
         writes, self.pipe.writes = self.pipe.writes, []
         return writes
@@ -82,7 +82,7 @@ def test_a_turn_makes_one_write(bench: Bench) -> None:
     assert bench.link.backlog == 0
 
 
-def test_a_full_transport_is_given_no_more_until_it_is_drained(bench: Bench) -> None:
+def test_a_full_transport_gets_nothing_until_it_is_drained(bench: Bench) -> None:
     bench.pipe.full = True
     bench.link.send(b"first")
     assert bench.turn() == [b"first"]
@@ -104,7 +104,7 @@ def test_a_long_queue_goes_out_in_batches(bench: Bench, monkeypatch: pytest.Monk
     assert bench.turn() == [b"12345678", b"abc", b"x" * 30, b"yz"]
 
 
-def test_a_peer_too_far_behind_is_cut_off(bench: Bench) -> None:
+def test_a_peer_too_far_behind_is_cut(bench: Bench) -> None:
     bench.pipe.full = True
     bench.link.send(b"x" * 6000)
     bench.turn()
@@ -127,7 +127,7 @@ def test_frames_arrive_in_order(bench: Bench) -> None:
 
 
 def test_after_a_cut_nothing_is_received(bench: Bench) -> None:
-    bench.link._received = lambda number, body: (bench.receive(number, body), bench.link.cut("enough"))  # type: ignore
+    bench.link._on_frame = lambda number, body: (bench.receive(number, body), bench.link.cut("enough"))  # type: ignore
     bench.link.dataReceived(pack("a") * 3)
     bench.link.dataReceived(pack("a"))
     bench.link.cut("again")
@@ -136,29 +136,29 @@ def test_after_a_cut_nothing_is_received(bench: Bench) -> None:
     assert bench.endings == ["enough"]
 
 
-def test_a_bad_frame_ends_it(bench: Bench) -> None:
+def test_a_bad_frame_cuts_the_link(bench: Bench) -> None:
     bench.link.dataReceived(b"\xff" * 12)
     assert bench.pipe.disconnecting
     bench.lose()
     assert "longer than" in bench.endings[0]
 
 
-def test_a_fault_in_our_own_code_is_logged_and_ends_it(bench: Bench) -> None:
-    bench.link._received = lambda number, body: 1 / 0  # type: ignore[assignment]
+def test_an_exception_of_our_own_code_is_logged_and_cuts_the_link(bench: Bench) -> None:
+    bench.link._on_frame = lambda number, body: 1 / 0  # type: ignore[assignment]
     with capturedLogs() as events:
         bench.link.dataReceived(pack("a"))
     assert [event["log_level"] for event in events] == [LogLevel.critical]
     assert bench.pipe.disconnecting
 
 
-def test_the_end_is_told_once(bench: Bench) -> None:
+def test_the_end_is_reported_once(bench: Bench) -> None:
     bench.link.send(b"x")
     bench.lose()
     assert bench.endings == [PEER_ENDED]
     assert bench.turn() == []
 
 
-def test_closing_lets_out_what_waits(bench: Bench) -> None:
+def test_closing_sends_queued_frames(bench: Bench) -> None:
     bench.pipe.full = True
     bench.link.send(b"first")
     bench.turn()
@@ -182,7 +182,7 @@ def test_closing_has_a_deadline(bench: Bench) -> None:
 
 
 class Answering(Bench):
-    """A link whose messages are answered with 40 bytes each."""
+    """A link that answers each frame with 40 bytes."""
 
     def receive(self, number: int, body: bytes) -> None:
         super().receive(number, body)
@@ -193,14 +193,14 @@ def asked(*numbers: int) -> bytes:
     return b"".join(pack("c", number) for number in numbers)
 
 
-def test_who_asks_for_more_than_it_reads_waits() -> None:
+def test_a_peer_that_asks_for_more_than_it_reads_waits() -> None:
     bench = Answering(patience=100)
     bench.pipe.full = True
     bench.link.dataReceived(asked(1, 2, 3, 4, 5, 6) + asked(7)[:5])
     assert [number for number, _ in bench.frames] == [1, 2, 3]
     assert bench.pipe.producerState == "paused"
     assert bench.turn() == [b"x" * 120]
-    assert len(bench.frames) == 3  # the transport has it, but not the peer
+    assert len(bench.frames) == 3  # the transport has the answers, but not the peer
     bench.pipe.full = False
     bench.pipe.drained()
     assert [number for number, _ in bench.frames] == [1, 2, 3, 4, 5, 6]
@@ -211,7 +211,7 @@ def test_who_asks_for_more_than_it_reads_waits() -> None:
     assert [number for number, _ in bench.frames] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_what_waits_in_a_link_that_is_cut_is_dropped() -> None:
+def test_unread_frames_of_a_cut_link_are_dropped() -> None:
     bench = Answering(patience=50)
     bench.pipe.full = True
     bench.link.dataReceived(asked(1, 2, 3))
@@ -223,7 +223,7 @@ def test_what_waits_in_a_link_that_is_cut_is_dropped() -> None:
     assert (len(bench.frames), bench.endings) == (2, ["enough"])
 
 
-def test_junk_behind_what_waits_ends_the_stream_all_the_same() -> None:
+def test_an_invalid_frame_behind_unread_ones_cuts_the_link() -> None:
     bench = Answering(patience=50)
     bench.link.dataReceived(asked(1, 2) + b"\xff" * 12)
     assert bench.pipe.disconnected is False
@@ -233,7 +233,7 @@ def test_junk_behind_what_waits_ends_the_stream_all_the_same() -> None:
 
 
 class Selector(Clock):
-    """A reactor that only writes down who wants to be told that it can write."""
+    """A reactor that only logs its writers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class Selector(Clock):
         self.writers.discard(writer)
 
 
-def test_a_turn_goes_out_without_the_selector_while_the_peer_keeps_up() -> None:
+def test_frames_leave_without_the_selector_while_the_peer_keeps_up() -> None:
     selector, (ours, theirs) = Selector(), socket.socketpair()
     link = Link(selector, partial(selector.callLater, 0), 2**24, lambda number, body: None, lambda *_: None)
     adopt(selector, ours.detach(), link)

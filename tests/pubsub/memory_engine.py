@@ -38,7 +38,7 @@ class MemoryEngine:
         self.core.take_note(self._receiver, self._clock(), notice)
 
     async def carry_out(self, request: EngineRequest[Answer]) -> Answer:
-        """Carry out a request, whatever `overrides` says."""
+        """Carry out a request without regard to `overrides`."""
         return self.execute(request)
 
     def execute(self, request: EngineRequest[Answer]) -> Answer:

@@ -1,4 +1,4 @@
-"""The core of the broker with several peers: who receives a delivery, and what goes with a peer."""
+"""The core of the broker with several peers: recipients of deliveries, and state that belongs to a peer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BOB = ClientInfo("bob", "client-b")
 
 
 class Deliveries:
-    """Writes down each delivery: its recipients and its content."""
+    """Logs each delivery: its recipients and its content."""
 
     def __init__(self) -> None:
         self.made: list[tuple[Any, ...]] = []

@@ -42,35 +42,35 @@ from realtime.pubsub.engine import (
 )
 from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
 
-ANYBODY = ClientInfo("42", "client-1", b'{"name":"A"}', b"")
+CLIENT = ClientInfo("42", "client-1", b'{"name":"A"}', b"")
 AT = Position(7, "abcdefgh")
 
 FROM_WORKER: list[Any] = [
     broker_messages.Hello(VERSION, "abcdefgh"),
-    broker_messages.Restore(["a", "b"], [AddPresence("a", ANYBODY, True, False)], [ANYBODY]),
-    Publish("chat", b'{"a":1}', HistoryOptions(10, 60.0), ANYBODY, {"k": "v"}, "key", 2**64 - 1, "epoch", True, False),
+    broker_messages.Restore(["a", "b"], [AddPresence("a", CLIENT, True, False)], [CLIENT]),
+    Publish("chat", b'{"a":1}', HistoryOptions(10, 60.0), CLIENT, {"k": "v"}, "key", 2**64 - 1, "epoch", True, False),
     Publish("chat", b"", HistoryOptions(), binary=True),
     Subscribe("chat"),
     Unsubscribe("chat"),
     GetHistory("chat", HistoryOptions(10, 60.0), AT, -1, True, 4096),
     GetHistory("chat", HistoryOptions(), None, 0, False, 1),
     RemoveHistory("chat"),
-    AddPresence("chat", ANYBODY, True, False),
+    AddPresence("chat", CLIENT, True, False),
     RemovePresence("chat", "client-1"),
     GetPresence("chat"),
     GetPresenceStats("chat"),
-    AddClient(ANYBODY),
+    AddClient(CLIENT),
     RemoveClient("client-1"),
     ReportSubscriptions(1000),
     GetStats(),
     SendOrder(b"\x00\xff", "3"),
-    AdmitClient(ANYBODY, 5),
+    AdmitClient(CLIENT, 5),
 ]
 FROM_BROKER: list[Any] = [
     broker_messages.Welcome(VERSION, "abcdefgh"),
-    broker_messages.Published("chat", Publication(b"1", 2**64 - 1, ANYBODY, {"k": "v"}), "abcdefgh"),
-    broker_messages.Joined("chat", ANYBODY),
-    broker_messages.Left("chat", ANYBODY),
+    broker_messages.Published("chat", Publication(b"1", 2**64 - 1, CLIENT, {"k": "v"}), "abcdefgh"),
+    broker_messages.Joined("chat", CLIENT),
+    broker_messages.Left("chat", CLIENT),
     broker_messages.OrderSent(b"order"),
     broker_messages.RequestFailed(7, 106, "limit exceeded", False),
 ]
@@ -83,7 +83,7 @@ ANSWERS: list[tuple[type[EngineRequest[Any]], Any]] = [
     (SendOrder, 2),
     (AddPresence, None),
     (RemovePresence, None),
-    (GetPresence, {"client-1": ANYBODY}),
+    (GetPresence, {"client-1": CLIENT}),
     (GetPresenceStats, (2, 1)),
     (AdmitClient, True),
     (GetStats, EngineStats(1, 2, 3, 4)),
@@ -91,7 +91,7 @@ ANSWERS: list[tuple[type[EngineRequest[Any]], Any]] = [
 
 
 def decode(kinds: tuple[type[msgspec.Struct], ...], *pieces: bytes) -> list[Any]:
-    """The messages of a stream. Raises BadFrame, as both ends do, for whatever is none."""
+    """Return the messages of a stream. Raises BadFrame for invalid ones, as worker and broker do."""
     reader, decode_body = FrameReader(), broker_messages.message_decoder(kinds)
     try:
         return [decode_body(body) for piece in pieces for _, body in reader.feed(piece)]
@@ -104,7 +104,7 @@ def frame(body: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("kinds", "messages"), DIRECTIONS)
-def test_every_kind_survives_the_journey(kinds: Any, messages: list[Any]) -> None:
+def test_every_kind_is_decoded_as_it_was_encoded(kinds: Any, messages: list[Any]) -> None:
     assert {type(message) for message in messages} == set(kinds)
     assert decode(kinds, b"".join(map(pack, messages))) == messages
 
@@ -118,7 +118,7 @@ def test_no_two_kinds_share_a_number() -> None:
 
 
 @pytest.mark.parametrize(("kind", "answer"), ANSWERS)
-def test_every_answer_survives_the_journey(kind: type[EngineRequest[Any]], answer: Any) -> None:
+def test_every_answer_is_decoded_as_it_was_encoded(kind: type[EngineRequest[Any]], answer: Any) -> None:
     ((number, body),) = FrameReader().feed(pack(answer, 2**64 - 1))
     assert (number, broker_messages.answer_decoder(kind)(body)) == (2**64 - 1, answer)
 
@@ -139,7 +139,7 @@ def test_a_stream_may_be_cut_anywhere(data: st.DataObject) -> None:
     assert decode(TO_BROKER, *pieces) == messages
 
 
-def test_a_message_comes_with_its_last_byte() -> None:
+def test_a_frame_is_complete_with_its_last_byte() -> None:
     reader, packed = FrameReader(), pack(Subscribe("chat"), 1)
     for byte in packed[:-1]:
         assert list(reader.feed(bytes([byte]))) == []
@@ -183,12 +183,12 @@ def test_a_length_over_the_limit_is_refused_at_once(length: int) -> None:
         b"\x92\x04\xcf" + b"\xff" * 8,
     ],
 )
-def test_what_is_no_message_is_a_bad_frame(body: bytes) -> None:
+def test_an_invalid_body_is_a_bad_frame(body: bytes) -> None:
     with pytest.raises(BadFrame):
         decode(TO_BROKER, frame(body))
 
 
-def test_the_other_direction_is_not_understood() -> None:
+def test_messages_of_the_other_direction_are_bad_frames() -> None:
     with pytest.raises(BadFrame):
         decode(TO_WORKER, pack(FROM_WORKER[2]))
 
@@ -198,7 +198,7 @@ def test_fields_of_a_later_version_are_skipped() -> None:
 
 
 def feed_anything(kinds: Any, data: bytes) -> None:
-    """Whatever comes, it is messages or BadFrame; anything else fails the test."""
+    """Feed bytes that may be invalid: they yield messages or raise BadFrame. Any other exception fails the test."""
     try:
         for message in decode(kinds, data):
             assert isinstance(message, kinds)
@@ -207,13 +207,13 @@ def feed_anything(kinds: Any, data: bytes) -> None:
 
 
 @given(st.sampled_from([TO_BROKER, TO_WORKER]), st.binary(max_size=200))
-def test_random_bytes(kinds: Any, body: bytes) -> None:
+def test_random_bytes_decode_or_are_a_bad_frame(kinds: Any, body: bytes) -> None:
     feed_anything(kinds, body)
     feed_anything(kinds, frame(body))
 
 
 @pytest.mark.parametrize(("kinds", "messages"), DIRECTIONS)
-def test_damaged_messages(kinds: Any, messages: list[Any]) -> None:
+def test_damaged_messages_decode_or_are_a_bad_frame(kinds: Any, messages: list[Any]) -> None:
     random_source = random.Random(5)
     for message in messages * 300:
         body = bytearray(pack(message)[12:])
@@ -224,7 +224,7 @@ def test_damaged_messages(kinds: Any, messages: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(("kinds", "messages"), DIRECTIONS)
-def test_messages_cut_short(kinds: Any, messages: list[Any]) -> None:
+def test_truncated_messages_are_bad_frames(kinds: Any, messages: list[Any]) -> None:
     for message in messages:
         body = pack(message)[12:]
         for end in range(len(body)):
@@ -233,7 +233,7 @@ def test_messages_cut_short(kinds: Any, messages: list[Any]) -> None:
 
 
 @pytest.mark.timeout(20)
-def test_a_large_frame_in_small_pieces() -> None:
-    """Copying what has come with every piece would take minutes here."""
+def test_a_large_frame_in_small_pieces_takes_linear_time() -> None:
+    """Copying the received bytes with every piece would take minutes here."""
     packed = pack(message := SendOrder(b"x" * 15_000_000, ""))
     assert decode(TO_BROKER, *(packed[at : at + 512] for at in range(0, len(packed), 512))) == [message]

@@ -1,4 +1,4 @@
-"""What every engine does: one suite, run over each of them, and what several workers see of each other."""
+"""The contract of an engine: one suite, run over each engine, and tests of several workers on one broker."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ALICE_AGAIN = ClientInfo("alice", "client-c")
 
 
 class Log:
-    """A receiver that writes down what reaches it, in order."""
+    """A receiver that logs its deliveries, in order."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[Any, ...]] = []
@@ -62,7 +62,7 @@ class Log:
         self.entries.append(("left", channel, info))
 
     def on_order(self, order: bytes) -> None:
-        self.entries.append(("instructed", order))
+        self.entries.append(("order", order))
 
     def on_interruption(self) -> None:
         self.entries.append(("interrupted",))
@@ -72,7 +72,7 @@ class Log:
 
 
 class Bench:
-    """An engine of one worker, and what reached that worker."""
+    """An engine of one worker, and the log of its deliveries."""
 
     def __init__(self, make: Callable[[Log], Engine]) -> None:
         self.log = Log()
@@ -89,13 +89,13 @@ class Bench:
         return await self.engine.ask(GetHistory(channel, history_options, limit=limit, **more))
 
     async def settled(self) -> Log:
-        """What reached the worker, when all that was on the way is there."""
+        """Return the log once all deliveries under way have arrived: an answer comes after them."""
         await self.engine.ask(GetStats())
         return self.log
 
 
-async def nobody(bench: Bench) -> None:
-    """Wait until the broker has seen the clients of the test before leave. Raises TimeoutError."""
+async def no_clients(bench: Bench) -> None:
+    """Wait until the broker has removed the clients of the previous test. Raises TimeoutError."""
 
     async def left() -> None:
         while (await bench.engine.ask(GetStats())) != EngineStats():
@@ -118,7 +118,7 @@ async def workers(broker: BrokerProcess) -> AsyncIterator[list[Bench]]:
     benches = [Bench(lambda log: broker_engine(log, SETTINGS)) for _ in range(3)]
     for slot, bench in enumerate(benches):
         await broker.link(slot, bench.engine)
-    await nobody(benches[0])
+    await no_clients(benches[0])
     yield benches
     for bench in benches:
         bench.engine.close()
@@ -131,19 +131,19 @@ async def bench(request: pytest.FixtureRequest, broker: BrokerProcess) -> AsyncI
         return
     bench = Bench(lambda log: broker_engine(log, SETTINGS))
     await broker.link(0, bench.engine)
-    await nobody(bench)
+    await no_clients(bench)
     yield bench
     bench.engine.close()
 
 
 @pytest.fixture
 def channel(request: pytest.FixtureRequest) -> str:
-    """A channel of this test's own."""
+    """A channel name that no other test uses."""
     return request.node.name
 
 
 async def refusal(action: Awaitable[Any]) -> int:
-    """The code of the error reply that an action ends with."""
+    """Return the code of the ClientError that an action raises."""
     with pytest.raises(ClientError) as error:
         await action
     return error.value.code
@@ -166,7 +166,7 @@ async def test_subscribed_channels_are_delivered(bench: Bench, channel: str) -> 
     assert (await bench.settled()).entries == [("published", channel, b"after", 2, position.epoch)]
 
 
-async def test_the_author_and_the_tags_come_along(bench: Bench, channel: str) -> None:
+async def test_a_publication_carries_its_author_and_tags(bench: Bench, channel: str) -> None:
     await bench.publish(channel, b"1", info=ALICE, tags={"k": "v"})
     page = await bench.history(channel)
     assert page.publications == [Publication(b"1", 1, ALICE, {"k": "v"})]
@@ -179,7 +179,7 @@ async def test_data_is_passed_on_byte_for_byte(bench: Bench, channel: str) -> No
     assert (await bench.settled()).entries[0][2] == data
 
 
-async def test_without_retention_nothing_is_numbered_or_kept(bench: Bench, channel: str) -> None:
+async def test_without_history_nothing_is_numbered_or_stored(bench: Bench, channel: str) -> None:
     await bench.engine.ask(Subscribe(channel))
     for history_options in (HistoryOptions(), HistoryOptions(size=10), HistoryOptions(ttl=60.0)):
         assert await bench.publish(channel, b"1", history_options) == Position()
@@ -194,7 +194,7 @@ async def test_unnumbered_publications_leave_the_numbering_alone(bench: Bench, c
     assert [publication.offset for publication in (await bench.history(channel)).publications] == [1, 2]
 
 
-async def test_after_unsubscribe_nothing_comes(bench: Bench, channel: str) -> None:
+async def test_nothing_arrives_after_unsubscribe(bench: Bench, channel: str) -> None:
     await bench.engine.ask(Subscribe(channel))
     await bench.engine.ask(Subscribe(channel))
     bench.engine.tell(Unsubscribe(channel))
@@ -220,7 +220,9 @@ async def test_an_idempotency_key_counts_without_history_too(bench: Bench, chann
 
 
 @pytest.mark.parametrize("marks", [{"delta": True}, {"binary": True}, {"delta": True, "binary": True}])
-async def test_how_it_was_published_comes_along(bench: Bench, channel: str, marks: dict[str, bool]) -> None:
+async def test_a_publication_carries_its_delta_and_binary_flags(
+    bench: Bench, channel: str, marks: dict[str, bool]
+) -> None:
     await bench.engine.ask(Subscribe(channel))
     await bench.publish(channel, b"\xff", **marks)
     await bench.publish(channel, b"2", HistoryOptions(), **marks)
@@ -260,14 +262,14 @@ async def test_versions_outlive_the_publications_but_not_the_numbering(bench: Be
     assert (again.offset, again.epoch != first.epoch) == (1, True)
 
 
-async def test_without_history_versions_mean_nothing(bench: Bench, channel: str) -> None:
+async def test_versions_are_ignored_without_history(bench: Bench, channel: str) -> None:
     await bench.engine.ask(Subscribe(channel))
     for _ in range(2):
         assert await bench.publish(channel, b"1", HistoryOptions(), version=5) == Position()
     assert len((await bench.settled()).entries) == 2
 
 
-async def test_many_publications_come_in_order(bench: Bench, channel: str) -> None:
+async def test_many_publications_arrive_in_order(bench: Bench, channel: str) -> None:
     await bench.engine.ask(Subscribe(channel))
     await DeferredList([Deferred.fromCoroutine(bench.publish(channel, b"%d" % n)) for n in range(500)])
     assert [entry[2] for entry in (await bench.settled()).named("published")] == list(range(1, 501))
@@ -276,7 +278,7 @@ async def test_many_publications_come_in_order(bench: Bench, channel: str) -> No
 # History
 
 
-async def test_pages(bench: Bench, channel: str) -> None:
+async def test_history_pages(bench: Bench, channel: str) -> None:
     for number in range(1, 13):
         position = await bench.publish(channel, b"%d" % number)
 
@@ -310,7 +312,7 @@ async def test_a_page_may_be_bounded_in_bytes(bench: Bench, channel: str) -> Non
     assert await page(max_bytes=2**40) == [1, 2, 3, 4, 5]
 
 
-async def test_a_first_question_fixes_the_epoch(bench: Bench, channel: str) -> None:
+async def test_the_first_query_creates_the_epoch(bench: Bench, channel: str) -> None:
     page = await bench.history(channel, limit=0)
     assert page.publications == []
     assert page.position.offset == 0
@@ -318,7 +320,7 @@ async def test_a_first_question_fixes_the_epoch(bench: Bench, channel: str) -> N
     assert await bench.publish(channel) == Position(1, page.position.epoch)
 
 
-async def test_publications_end_and_the_numbering_goes_on(bench: Bench, channel: str) -> None:
+async def test_publications_expire_and_the_numbering_continues(bench: Bench, channel: str) -> None:
     history_options = HistoryOptions(size=10, ttl=0.05)
     first = await bench.publish(channel, b"1", history_options)
     while (await bench.history(channel, history_options)).publications:
@@ -326,7 +328,7 @@ async def test_publications_end_and_the_numbering_goes_on(bench: Bench, channel:
     assert await bench.publish(channel, b"2", history_options) == Position(2, first.epoch)
 
 
-async def test_without_access_the_numbering_starts_again(bench: Bench, channel: str) -> None:
+async def test_the_numbering_restarts_after_meta_ttl_without_access(bench: Bench, channel: str) -> None:
     history_options = HistoryOptions(size=10, ttl=0.01, meta_ttl=0.02)
     first = await bench.publish(channel, b"1", history_options)
     await deferLater(reactor, 0.05)
@@ -344,7 +346,7 @@ async def test_removal_keeps_the_numbering(bench: Bench, channel: str) -> None:
 
 
 async def test_an_answer_never_overtakes_nor_lags_behind_publications(bench: Bench, channel: str) -> None:
-    """At the moment an answer counts n publications, exactly n have been delivered."""
+    """When an answer counts n publications, exactly n have been delivered."""
     await bench.engine.ask(Subscribe(channel))
     waiting: list[Deferred[Any]] = []
 
@@ -367,7 +369,7 @@ async def test_an_answer_never_overtakes_nor_lags_behind_publications(bench: Ben
 # Presence
 
 
-async def test_presence_and_its_announcements(bench: Bench, channel: str) -> None:
+async def test_presence_delivers_joins_and_leaves(bench: Bench, channel: str) -> None:
     await bench.engine.ask(Subscribe(channel))
     await bench.engine.ask(AddPresence(channel, ALICE, present=True, announce=True))
     await bench.engine.ask(AddPresence(channel, ALICE_AGAIN, present=True, announce=False))
@@ -382,7 +384,7 @@ async def test_presence_and_its_announcements(bench: Bench, channel: str) -> Non
     assert log.entries == [(what, channel, info) for what in ("joined", "left") for info in (ALICE, BOB)]
 
 
-async def test_who_is_not_there_leaves_in_silence(bench: Bench, channel: str) -> None:
+async def test_removing_an_absent_client_delivers_no_leave(bench: Bench, channel: str) -> None:
     await bench.engine.ask(Subscribe(channel))
     await bench.engine.ask(RemovePresence(channel, "stranger"))
     await bench.engine.ask(AddPresence(channel, BOB, present=False, announce=False))
@@ -395,14 +397,14 @@ async def test_presence_of_an_unknown_channel_is_empty(bench: Bench, channel: st
     assert await bench.engine.ask(GetPresenceStats(channel)) == (0, 0)
 
 
-async def test_entering_again_is_no_second_join(bench: Bench, channel: str) -> None:
+async def test_repeated_presence_delivers_no_second_join(bench: Bench, channel: str) -> None:
     await bench.engine.ask(Subscribe(channel))
     for _ in range(2):
         await bench.engine.ask(AddPresence(channel, ALICE, present=True, announce=True))
     assert (await bench.settled()).entries == [("joined", channel, ALICE)]
 
 
-async def test_who_is_present_may_change(bench: Bench, channel: str) -> None:
+async def test_presence_may_change_its_info(bench: Bench, channel: str) -> None:
     await bench.engine.ask(Subscribe(channel))
     renamed = msgspec.structs.replace(ALICE, conn_info=b'"renamed"')
     for info in (ALICE, renamed):
@@ -412,10 +414,10 @@ async def test_who_is_present_may_change(bench: Bench, channel: str) -> None:
     assert (await bench.settled()).entries == [("joined", channel, ALICE), ("left", channel, renamed)]
 
 
-# The census, and orders
+# Statistics and orders
 
 
-async def test_the_census(bench: Bench, channel: str) -> None:
+async def test_stats(bench: Bench, channel: str) -> None:
     for info in (ALICE, ALICE_AGAIN, BOB, BOB):
         bench.engine.tell(AddClient(info))
     await bench.engine.ask(Subscribe(channel))
@@ -429,7 +431,7 @@ async def test_the_census(bench: Bench, channel: str) -> None:
     assert await bench.engine.ask(GetStats()) == EngineStats(clients=1, users=1, channels=0, subscriptions=0)
 
 
-async def test_a_user_has_so_many_connections_and_no_more(bench: Bench) -> None:
+async def test_connections_of_a_user_are_limited(bench: Bench) -> None:
     assert await bench.engine.ask(AdmitClient(ALICE, 2))
     bench.engine.tell(AddClient(ALICE_AGAIN))
     third = ClientInfo("alice", "client-d")
@@ -444,23 +446,23 @@ async def test_a_user_has_so_many_connections_and_no_more(bench: Bench) -> None:
     assert await bench.engine.ask(GetStats()) == EngineStats(clients=4, users=2)
 
 
-async def test_nobody_counts_the_anonymous(bench: Bench) -> None:
+async def test_connections_of_the_anonymous_user_are_unlimited(bench: Bench) -> None:
     for client in ("1", "2", "3"):
         assert await bench.engine.ask(AdmitClient(ClientInfo("", client), 1))
     assert (await bench.engine.ask(GetStats())).clients == 3
 
 
-async def test_orders_reach_the_worker_that_gives_them(bench: Bench) -> None:
+async def test_an_order_reaches_its_own_sender(bench: Bench) -> None:
     assert await bench.engine.ask(SendOrder(b"\x00order")) == 1
     assert await bench.engine.ask(SendOrder(b"to me", worker="0")) == 1
     assert await bench.engine.ask(SendOrder(b"to nobody", worker="1")) == 0
-    assert (await bench.settled()).entries == [("instructed", b"\x00order"), ("instructed", b"to me")]
+    assert (await bench.settled()).entries == [("order", b"\x00order"), ("order", b"to me")]
 
 
 # Limits
 
 
-async def test_there_is_a_most_of_subscribed_channels(bench: Bench, channel: str) -> None:
+async def test_subscribed_channels_are_limited(bench: Bench, channel: str) -> None:
     for number in range(SETTINGS.max_channels):
         await bench.engine.ask(Subscribe(f"{channel}{number}"))
     assert await refusal(bench.engine.ask(Subscribe("one more"))) == 106
@@ -469,13 +471,13 @@ async def test_there_is_a_most_of_subscribed_channels(bench: Bench, channel: str
     await bench.engine.ask(Subscribe("one more"))
 
 
-async def test_there_is_a_most_of_channels_with_presence(bench: Bench, channel: str) -> None:
+async def test_channels_with_presence_are_limited(bench: Bench, channel: str) -> None:
     for number in range(SETTINGS.max_channels):
         await bench.engine.ask(AddPresence(f"{channel}{number}", ALICE, present=True, announce=False))
     assert await refusal(bench.engine.ask(AddPresence("one more", ALICE, present=True, announce=False))) == 106
 
 
-async def test_there_is_a_most_of_idempotency_keys(bench: Bench, channel: str) -> None:
+async def test_idempotency_keys_are_limited(bench: Bench, channel: str) -> None:
     with pytest.raises(ClientError) as error:
         for number in range(SETTINGS.max_channels + 1):
             await bench.publish(channel, idempotency_key=str(number))
@@ -483,8 +485,8 @@ async def test_there_is_a_most_of_idempotency_keys(bench: Bench, channel: str) -
     assert (await bench.publish(channel)).offset > 0
 
 
-async def test_there_is_a_most_of_channels_with_history(bench: Bench, channel: str) -> None:
-    """Last of those that keep a history: a broker keeps what the tests before left."""
+async def test_channels_with_history_are_limited(bench: Bench, channel: str) -> None:
+    """Runs after the other tests with history, as the broker keeps their streams."""
     with pytest.raises(ClientError) as error:
         for number in range(SETTINGS.max_channels + 1):
             await bench.history(f"{channel}{number}")
@@ -512,7 +514,7 @@ async def test_publications_cross_workers_in_order(workers: list[Bench], channel
     assert deliveries[2] == []
 
 
-async def test_presence_and_announcements_cross_workers(workers: list[Bench], channel: str) -> None:
+async def test_presence_joins_and_leaves_cross_workers(workers: list[Bench], channel: str) -> None:
     here, there, elsewhere = workers
     await there.engine.ask(Subscribe(channel))
     await here.engine.ask(AddPresence(channel, ALICE, present=True, announce=True))
@@ -532,13 +534,13 @@ async def test_presence_and_announcements_cross_workers(workers: list[Bench], ch
 async def test_orders_reach_every_worker(workers: list[Bench]) -> None:
     assert await workers[1].engine.ask(SendOrder(b"order")) == 3
     for bench in workers:
-        assert (await bench.settled()).entries == [("instructed", b"order")]
+        assert (await bench.settled()).entries == [("order", b"order")]
 
 
-async def test_an_order_reaches_the_worker_it_is_for(workers: list[Bench]) -> None:
+async def test_an_order_may_address_one_worker(workers: list[Bench]) -> None:
     assert await workers[1].engine.ask(SendOrder(b"order", worker="2")) == 1
     assert await workers[1].engine.ask(SendOrder(b"order", worker="7")) == 0
-    assert [(await bench.settled()).entries for bench in workers] == [[], [], [("instructed", b"order")]]
+    assert [(await bench.settled()).entries for bench in workers] == [[], [], [("order", b"order")]]
 
 
 async def test_connections_of_a_user_are_limited_over_all_workers(workers: list[Bench]) -> None:
@@ -556,7 +558,7 @@ async def test_connections_of_a_user_are_limited_over_all_workers(workers: list[
         await deferLater(reactor, 0.01)
 
 
-async def test_the_census_counts_all_workers(workers: list[Bench], channel: str) -> None:
+async def test_stats_count_all_workers(workers: list[Bench], channel: str) -> None:
     for bench, info in zip(workers, (ALICE, BOB, ALICE_AGAIN), strict=True):
         bench.engine.tell(AddClient(info))
         bench.engine.tell(ReportSubscriptions(10))
@@ -565,7 +567,7 @@ async def test_the_census_counts_all_workers(workers: list[Bench], channel: str)
     assert await workers[0].engine.ask(GetStats()) == EngineStats(clients=3, users=2, channels=1, subscriptions=30)
 
 
-async def test_a_worker_that_goes_takes_its_clients_along(workers: list[Bench], channel: str) -> None:
+async def test_the_clients_of_a_closed_worker_leave(workers: list[Bench], channel: str) -> None:
     leaving, staying, _ = workers
     await staying.engine.ask(Subscribe(channel))
     await leaving.engine.ask(Subscribe(channel))
@@ -579,6 +581,6 @@ async def test_a_worker_that_goes_takes_its_clients_along(workers: list[Bench], 
 
 
 def test_both_are_engines() -> None:
-    """For the type checker."""
+    """Have the type checker compare both classes with the protocol."""
     engines: list[type[Engine]] = [MemoryEngine, BrokerEngine]
     assert len(engines) == 2

@@ -1,4 +1,4 @@
-"""The fan-out: one channel's burst beside another's publication, who gets what in which form, and what is too much."""
+"""The fan-out: bursts beside other channels, deliveries by filter and delta, and the limits of backlogs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from realtime.pubsub import fanout
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import Position, Publication
-from tests.pubsub.test_hub import EPOCH, SOMEBODY, Listener, SlowEngine, TextForm, add, at, opened
+from tests.pubsub.test_hub import CLIENT, EPOCH, Listener, SlowEngine, TextForm, add, at, opened
 
 SLICE = 0.005
 COST = 0.00001  # seconds that one delivery takes
 
 
 class Worker:
-    """A hub, and a loop whose time is spent by deliveries alone."""
+    """A hub, and a loop whose clock only deliveries move."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -31,7 +31,7 @@ class Worker:
         self.offsets: dict[str, int] = {}
 
     def member(self, channel: str = "c", **kinds: object) -> Listener:
-        """An open member that takes its time."""
+        """Return an active subscriber whose deliveries take time."""
         member = Listener(**kinds)  # type: ignore[arg-type]
         member.deliver = lambda frame: self._take(member, frame)
         return opened(self.hub, member, self.top(channel) if member.positioned else None, channel)
@@ -72,14 +72,14 @@ def offsets(member: Listener) -> list[int]:
 # Time
 
 
-def test_few_members_hear_at_once(worker: Worker) -> None:
+def test_few_subscribers_receive_at_once(worker: Worker) -> None:
     members = [worker.member() for _ in range(100)]
     worker.publish()
     assert [offsets(member) for member in members] == [[1]] * 100
     assert not worker.asked
 
 
-def test_a_burst_holds_the_loop_for_a_slice_at_a_time(worker: Worker) -> None:
+def test_a_burst_blocks_the_loop_for_one_slice_at_a_time(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for _ in range(5):
         began = worker.now
@@ -92,20 +92,20 @@ def test_a_burst_holds_the_loop_for_a_slice_at_a_time(worker: Worker) -> None:
     assert all(offsets(member) == [1, 2, 3, 4, 5] for member in members)
 
 
-def test_what_waits_goes_to_each_member_in_one_write(worker: Worker) -> None:
+def test_a_backlog_reaches_each_subscriber_in_one_write(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for _ in range(20):
         worker.publish()
     worker.until_idle()
     assert all(offsets(member) == list(range(1, 21)) for member in members)
-    assert all(len(member.written) == 2 for member in members)  # the first was under way when the others came
+    assert all(len(member.written) == 2 for member in members)  # the first was in progress when the others arrived
     assert worker.hub.fanout.sent.value == 40_000
 
 
-def test_a_write_has_no_more_than_its_limit(worker: Worker) -> None:
+def test_a_batch_has_a_limit(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for _ in range(5):
-        worker.publish(data=b"x" * (fanout.TOGETHER_BYTES // 2))
+        worker.publish(data=b"x" * (fanout.BATCH_BYTES // 2))
     worker.until_idle()
     assert all(len(member.written) == 3 and offsets(member) == [1, 2, 3, 4, 5] for member in members)
 
@@ -115,7 +115,7 @@ def test_a_burst_delays_another_channel_by_a_slice(worker: Worker) -> None:
         worker.member("burst")
     other = worker.member("other")
     for _ in range(50):
-        worker.publish("burst", data=b"x" * fanout.TOGETHER_BYTES)
+        worker.publish("burst", data=b"x" * fanout.BATCH_BYTES)
     for number in range(1, 20):
         began = worker.now
         worker.publish("other")
@@ -156,17 +156,17 @@ def test_a_low_channel_gets_its_share_beside_a_flood_of_high_ones(worker: Worker
     assert offsets(low) == [1]
 
 
-def test_joins_and_leaves_wait_their_turn_in_order(worker: Worker) -> None:
+def test_joins_and_leaves_keep_their_order_in_the_backlog(worker: Worker) -> None:
     members = [worker.member(announced=True) for _ in range(1000)]
-    worker.hub.on_join("c", SOMEBODY)
+    worker.hub.on_join("c", CLIENT)
     worker.publish()
-    worker.hub.on_leave("c", SOMEBODY)
+    worker.hub.on_leave("c", CLIENT)
     assert len(members[-1].frames) < 3
     worker.until_idle()
     assert all(member.frames == [b"join client-1", b"p 1 abcdefgh", b"leave client-1"] for member in members)
 
 
-def test_what_is_counted_as_queued_is_gone_at_the_end(worker: Worker) -> None:
+def test_queued_bytes_return_to_zero(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for _ in range(10):
         worker.publish(data=b"x" * 100)
@@ -176,10 +176,10 @@ def test_what_is_counted_as_queued_is_gone_at_the_end(worker: Worker) -> None:
     assert worker.hub.fanout.sent.value == sum(len(member.frames) for member in members) == 20_000
 
 
-# Coming and going while something waits
+# Subscribers that come and go during a backlog
 
 
-def test_who_leaves_hears_nothing_of_what_waits(worker: Worker) -> None:
+def test_an_unsubscribed_one_receives_nothing_of_the_backlog(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     worker.publish()
     worker.publish()
@@ -192,7 +192,7 @@ def test_who_leaves_hears_nothing_of_what_waits(worker: Worker) -> None:
     assert all(offsets(member) == [1, 2] for member in members if member not in gone)
 
 
-def test_who_opens_behind_a_backlog_hears_what_its_reply_did_not_count(worker: Worker) -> None:
+def test_a_subscriber_behind_a_backlog_receives_what_its_reply_did_not_count(worker: Worker) -> None:
     for _ in range(2000):
         worker.member()
     for _ in range(3):
@@ -212,7 +212,7 @@ def test_who_opens_behind_a_backlog_hears_what_its_reply_did_not_count(worker: W
     assert (offsets(early), offsets(late)) == ([4, 5, 6], [5, 6])
 
 
-def test_who_leaves_before_it_begins_hears_nothing(worker: Worker) -> None:
+def test_a_subscriber_that_leaves_before_its_activation_receives_nothing(worker: Worker) -> None:
     for _ in range(2000):
         worker.member()
     worker.publish()
@@ -226,7 +226,7 @@ def test_who_leaves_before_it_begins_hears_nothing(worker: Worker) -> None:
     assert member.frames == []
 
 
-def test_who_leaves_takes_nobody_who_waits_to_begin_along(worker: Worker) -> None:
+def test_a_leaving_subscriber_does_not_affect_waiting_activations(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for _ in range(3):
         worker.publish()
@@ -240,7 +240,7 @@ def test_who_leaves_takes_nobody_who_waits_to_begin_along(worker: Worker) -> Non
 
 
 @pytest.mark.parametrize("others", [1, 500])
-def test_what_a_delivery_brings_about_comes_after_it(worker: Worker, others: int) -> None:
+def test_events_caused_by_a_delivery_follow_it(worker: Worker, others: int) -> None:
     first = Listener()
 
     def take(frame: bytes) -> None:
@@ -257,7 +257,7 @@ def test_what_a_delivery_brings_about_comes_after_it(worker: Worker, others: int
     assert all(offsets(member) == [1, 2, 3] for member in [first, *rest])
 
 
-def test_a_long_replay_lets_others_have_a_turn(worker: Worker) -> None:
+def test_a_long_replay_yields_to_other_work(worker: Worker) -> None:
     other = worker.member("other")
     member = Listener()
     member.deliver = lambda frame: worker._take(member, frame)
@@ -274,7 +274,7 @@ def test_a_long_replay_lets_others_have_a_turn(worker: Worker) -> None:
     assert offsets(member) == list(range(1, 3002))
 
 
-def test_many_that_are_lost_are_told_in_slices_and_before_anything_newer(worker: Worker) -> None:
+def test_gaps_are_reported_in_slices_and_before_newer_publications(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for member in members:
         member.on_gap = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
@@ -291,7 +291,7 @@ def test_many_that_are_lost_are_told_in_slices_and_before_anything_newer(worker:
     assert all(member.frames[-1] == b"lost" and len(member.frames) <= 2 for member in members)
 
 
-def test_who_leaves_before_it_is_told_of_a_loss_is_not_told(worker: Worker) -> None:
+def test_a_subscriber_that_leaves_first_gets_no_gap(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for member in members:
         member.on_gap = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
@@ -304,7 +304,7 @@ def test_who_leaves_before_it_is_told_of_a_loss_is_not_told(worker: Worker) -> N
     assert all(member.frames == [] for member in left)
 
 
-def test_an_interruption_of_many_channels_comes_before_all_that_follows_it(worker: Worker) -> None:
+def test_an_interruption_of_many_channels_precedes_later_publications(worker: Worker) -> None:
     members = [worker.member(f"c{number}") for number in range(1000)]
     for member in members:
         member.on_gap = lambda member=member: worker._take(member, b"lost\0")  # type: ignore[method-assign, misc]
@@ -323,7 +323,7 @@ def test_an_interruption_of_many_channels_comes_before_all_that_follows_it(worke
     assert worker.hub.subscriptions == 1
 
 
-def test_a_channel_that_is_left_by_all_frees_what_waits(worker: Worker) -> None:
+def test_a_channel_without_subscribers_frees_its_backlog(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for _ in range(10):
         worker.publish()
@@ -336,7 +336,7 @@ def test_a_channel_that_is_left_by_all_frees_what_waits(worker: Worker) -> None:
     assert offsets(again) == [11]
 
 
-def test_a_form_that_fails_costs_one_publication(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_that_raises_costs_one_publication(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     members = [worker.member() for _ in range(2000)]
     worker.publish()
     worker.publish(data=b"bad")
@@ -354,7 +354,7 @@ def test_a_form_that_fails_costs_one_publication(worker: Worker, monkeypatch: py
     assert all(offsets(member) == [1, 3] for member in members)
 
 
-def test_a_form_that_fails_for_few_members_costs_one_publication(
+def test_an_encoder_that_raises_for_few_subscribers_costs_one_publication(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members = [worker.member() for _ in range(2)]
@@ -371,10 +371,10 @@ def test_a_form_that_fails_for_few_members_costs_one_publication(
     assert [offsets(member) for member in members] == [[1, 3]] * 2
 
 
-# What is too much
+# Limits
 
 
-def test_a_channel_too_far_behind_loses_its_backlog_and_who_counted_on_it_is_told(
+def test_a_channel_too_far_behind_drops_its_backlog_and_reports_gaps(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fanout, "BACKLOG_LIMIT", 100)
@@ -398,13 +398,13 @@ def test_joins_and_leaves_are_the_first_to_be_dropped(worker: Worker, monkeypatc
     for _ in range(10):
         worker.publish()
         for _ in range(50):
-            worker.hub.on_join("c", SOMEBODY)
+            worker.hub.on_join("c", CLIENT)
     worker.until_idle()
     assert worker.hub.fanout.overflows.value == 0
     assert all(offsets(member) == list(range(1, 11)) and member.losses == 0 for member in members)
 
 
-def test_all_channels_together_may_not_hold_too_many_bytes(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bytes_of_all_backlogs_are_limited(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fanout, "BACKLOG_BYTES", 100_000)
     large = [worker.member("large") for _ in range(2000)]
     small = [worker.member("small") for _ in range(2000)]
@@ -417,7 +417,7 @@ def test_all_channels_together_may_not_hold_too_many_bytes(worker: Worker, monke
     assert all(offsets(member) == list(range(1, 21)) and member.losses == 0 for member in small)
 
 
-def test_who_waits_to_begin_outlives_an_overflow(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_waiting_activation_survives_an_overflow(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fanout, "BACKLOG_LIMIT", 10)
     for _ in range(2000):
         worker.member(positioned=False)
@@ -443,7 +443,7 @@ def cheap(tags: object) -> bool:
     return bool(tags) and tags["price"] < "5"  # type: ignore[index]
 
 
-def test_filtered_members_get_what_they_want(worker: Worker) -> None:
+def test_filtered_subscribers_receive_matching_publications(worker: Worker) -> None:
     every, some = worker.member(), worker.member(filter=cheap)
     for price in "19283":
         worker.publish(tags={"price": price})
@@ -452,7 +452,7 @@ def test_filtered_members_get_what_they_want(worker: Worker) -> None:
     assert some.losses == 0
 
 
-def test_filters_that_take_their_time_hold_the_loop_for_a_slice_at_a_time(worker: Worker) -> None:
+def test_slow_filters_block_the_loop_for_one_slice_at_a_time(worker: Worker) -> None:
     def slow(tags: object) -> bool:
         worker.now += 30 * COST
         return True
@@ -468,7 +468,7 @@ def test_filters_that_take_their_time_hold_the_loop_for_a_slice_at_a_time(worker
     assert [offsets(member) for member in members] == [[1]] * 100
 
 
-def test_filters_hold_for_what_was_held_back_too(worker: Worker) -> None:
+def test_filters_apply_to_held_events(worker: Worker) -> None:
     member = Listener(filter=cheap)
     add(worker.hub, member)
     for price in "192":
@@ -477,9 +477,9 @@ def test_filters_hold_for_what_was_held_back_too(worker: Worker) -> None:
     assert offsets(member) == [1, 3]
 
 
-def test_filtered_members_hear_of_joins_and_losses_as_others_do(worker: Worker) -> None:
+def test_filtered_subscribers_receive_joins_and_gaps(worker: Worker) -> None:
     member = worker.member(filter=cheap, announced=True)
-    worker.hub.on_join("c", SOMEBODY)
+    worker.hub.on_join("c", CLIENT)
     worker.publish(tags={"price": "9"})
     worker.offsets["c"] += 1
     worker.publish(tags={"price": "1"})
@@ -490,7 +490,7 @@ def test_filtered_members_hear_of_joins_and_losses_as_others_do(worker: Worker) 
 
 
 class Reader:
-    """What a client makes of the frames of a member with deltas."""
+    """A client that decodes the frames of a subscriber with deltas."""
 
     def __init__(self, member: Listener) -> None:
         self.member = member
@@ -499,7 +499,7 @@ class Reader:
         self.base: bytes | None = None
 
     def read(self, base: bytes | None = None) -> list[bytes]:
-        """The data of the frames that came since the last call. base: in place of what came last."""
+        """Return the data of the frames since the last call. base: replaces the data of the last frame."""
         self.base = base or self.base
         texts = []
         for frame in self.member.frames[len(self.kinds) :]:
@@ -520,7 +520,7 @@ def text(number: int) -> bytes:
     return b"a long text in which only a number changes, which is %d" % number
 
 
-def test_the_first_is_whole_and_the_others_are_deltas(worker: Worker) -> None:
+def test_the_first_publication_is_whole_and_the_others_are_deltas(worker: Worker) -> None:
     member, plain = worker.member(delta=True), worker.member()
     for number in range(3):
         worker.publish(data=text(number), delta=True)
@@ -530,7 +530,7 @@ def test_the_first_is_whole_and_the_others_are_deltas(worker: Worker) -> None:
     assert plain.frames == [text(n) + b" %d abcdefgh" % (n + 1) for n in range(3)]
 
 
-def test_a_delta_is_made_once_for_all(worker: Worker) -> None:
+def test_a_delta_is_computed_once_for_all_subscribers(worker: Worker) -> None:
     members = [worker.member(delta=True) for _ in range(3)]
     others = [worker.member() for _ in range(3)]
     worker.publish(data=text(0), delta=True)
@@ -541,7 +541,7 @@ def test_a_delta_is_made_once_for_all(worker: Worker) -> None:
     assert others[0].written[1] is others[2].written[1]
 
 
-def test_a_publication_that_is_not_to_be_a_delta_is_whole_and_a_base(worker: Worker) -> None:
+def test_a_publication_without_delta_is_whole_and_a_base(worker: Worker) -> None:
     reader = Reader(worker.member(delta=True))
     worker.publish(data=text(0), delta=True)
     worker.publish(data=text(1))
@@ -560,7 +560,7 @@ def test_a_delta_that_is_not_shorter_is_not_sent(worker: Worker, monkeypatch: py
     assert reader.kinds == ["whole", "whole", "whole", "patch", "whole"]
 
 
-def test_a_form_that_can_not_carry_a_delta_gets_the_data(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_without_deltas_gets_the_data(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TextForm, "patched", lambda *args: None)
     reader = Reader(worker.member(delta=True))
     for number in range(3):
@@ -569,7 +569,7 @@ def test_a_form_that_can_not_carry_a_delta_gets_the_data(worker: Worker, monkeyp
     assert set(reader.kinds) == {"whole"}
 
 
-def test_a_newcomer_begins_with_a_whole_one(worker: Worker) -> None:
+def test_a_new_subscriber_starts_with_a_whole_publication(worker: Worker) -> None:
     old = Reader(worker.member(delta=True))
     worker.publish(data=text(0), delta=True)
     new = Reader(worker.member(delta=True))
@@ -580,8 +580,8 @@ def test_a_newcomer_begins_with_a_whole_one(worker: Worker) -> None:
 
 
 @pytest.mark.parametrize("followed", [True, False])
-def test_what_the_reply_brought_is_a_base(worker: Worker, followed: bool) -> None:
-    """Whether the hub has followed the channel for others, or has the base from the reply alone."""
+def test_the_last_publication_of_the_reply_is_a_base(worker: Worker, followed: bool) -> None:
+    """The base is the reply's, whether or not the channel has other subscribers."""
     worker.member(delta=followed)
     worker.publish(data=text(0), delta=True)
     worker.publish(data=text(1), delta=True)
@@ -594,7 +594,7 @@ def test_what_the_reply_brought_is_a_base(worker: Worker, followed: bool) -> Non
     assert reader.kinds == ["patch"]
 
 
-def test_what_was_held_back_is_whole_and_a_base(worker: Worker) -> None:
+def test_held_publications_are_whole_and_a_base(worker: Worker) -> None:
     worker.member(delta=True)
     member = Listener(delta=True)
     add(worker.hub, member)
@@ -607,7 +607,7 @@ def test_what_was_held_back_is_whole_and_a_base(worker: Worker) -> None:
     assert reader.kinds == ["whole", "whole", "patch"]
 
 
-def test_a_reply_that_is_behind_is_no_base_for_what_comes(worker: Worker) -> None:
+def test_a_reply_that_is_behind_is_no_base(worker: Worker) -> None:
     worker.member(delta=True, positioned=False)
     worker.publish(data=text(0), delta=True)
     worker.hub.on_publication("c", Publication(text(1), 0, delta=True), "")
@@ -633,7 +633,7 @@ def test_a_reply_under_another_epoch_is_no_base(worker: Worker) -> None:
 
 def test_a_publication_is_kept_only_while_a_delta_may_start_from_it(worker: Worker) -> None:
     def references() -> int:
-        """To the data of a new publication, once it is delivered."""
+        """Return a weak reference to the data of a new publication, after its delivery."""
         data = bytes(bytearray(text(0)))
         worker.publish(data=data, delta=True)
         return sys.getrefcount(data)
@@ -665,7 +665,7 @@ def test_deltas_with_a_filter_are_always_whole(worker: Worker) -> None:
     assert set(reader.kinds) == {"whole"}
 
 
-def test_deltas_outlive_a_dropped_backlog(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deltas_survive_a_dropped_backlog(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fanout, "BACKLOG_LIMIT", 10)
     readers = [Reader(worker.member(delta=True, positioned=False)) for _ in range(2000)]
     for number in range(30):
@@ -681,7 +681,7 @@ def test_deltas_outlive_a_dropped_backlog(worker: Worker, monkeypatch: pytest.Mo
         assert set(reader.kinds[1:]) == {"patch"}
 
 
-# Data that a form can't carry
+# Data that a format cannot carry
 
 
 class PlainForm(TextForm):
@@ -693,7 +693,7 @@ class PlainForm(TextForm):
 
 @pytest.mark.parametrize("members", [2, 500])
 @pytest.mark.parametrize("delta", [False, True])
-def test_binary_data_parts_with_those_who_can_not_have_it(worker: Worker, members: int, delta: bool) -> None:
+def test_binary_data_removes_subscribers_that_cannot_receive_it(worker: Worker, members: int, delta: bool) -> None:
     fit = [worker.member() for _ in range(members)]
     form = PlainForm()
     unfit = [Listener(delta=delta) for _ in range(members)]
@@ -710,7 +710,7 @@ def test_binary_data_parts_with_those_who_can_not_have_it(worker: Worker, member
 
 
 @pytest.mark.parametrize("members", [100, 500])
-def test_to_part_with_many_takes_many_turns(worker: Worker, members: int) -> None:
+def test_removing_many_subscribers_takes_many_turns(worker: Worker, members: int) -> None:
     def part() -> None:
         worker.now += 20 * COST
 
@@ -730,7 +730,7 @@ def test_to_part_with_many_takes_many_turns(worker: Worker, members: int) -> Non
     assert worker.hub.subscribers("c") == 0
 
 
-def test_binary_data_among_what_was_held_back(worker: Worker) -> None:
+def test_binary_data_among_held_events(worker: Worker) -> None:
     member = Listener()
     member.form = PlainForm()
     add(worker.hub, member)

@@ -1,4 +1,4 @@
-"""Tags filters: what each comparison means, and which trees are refused."""
+"""Tags filters: the meaning of each comparison, and the refusal of invalid trees."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_operations(tree: Node, wanted: list[tuple[int, bool]]) -> None:
         Node("or", nodes=[CHEAP, leaf("like", "1")]),
     ],
 )
-def test_trees_that_mean_nothing_are_refused(tree: Node) -> None:
+def test_invalid_trees_are_refused(tree: Node) -> None:
     with pytest.raises(ValueError):
         compiled(tree)
 
@@ -133,7 +133,7 @@ NODES = st.recursive(
 
 
 @given(NODES, st.none() | st.dictionaries(TEXTS, TEXTS))
-def test_any_tree_is_refused_or_answers(tree: Node, tags: dict[str, str] | None) -> None:
+def test_any_tree_is_refused_or_compiles(tree: Node, tags: dict[str, str] | None) -> None:
     try:
         test = compiled(tree)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Deltas: what they say, how long they are, and that they are text where their texts are."""
+"""Deltas: their format, their length, and that deltas between texts are text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def number(digits: bytes) -> int:
 
 
 def applied(base: bytes, patch: bytes) -> bytes:
-    """The target, by the format's description alone; every literal of it is checked by `literals`."""
+    """Return the target, decoded by the description of the format alone. `literals` checks each literal."""
     length, _, rest = patch.partition(b"\n")
     target, at = b"", 0
     while command := COMMAND.match(rest, at):
@@ -78,7 +78,7 @@ def test_a_small_change_makes_a_small_delta() -> None:
     assert len(both_decoders_agree(base, target)) < 30
 
 
-def test_changes_here_and_there_and_pieces_that_moved() -> None:
+def test_scattered_changes_and_moved_pieces() -> None:
     rows = [msgspec.json.encode({"id": n, "name": f"row {n}", "price": n * 7919 % 1000}) for n in range(200)]
     changed = list(rows)
     for n in (3, 50, 120, 180):
@@ -88,7 +88,7 @@ def test_changes_here_and_there_and_pieces_that_moved() -> None:
     assert len(both_decoders_agree(base, target)) < 250
 
 
-def test_a_row_like_those_before_it_is_said_in_part() -> None:
+def test_a_repeated_row_is_copied() -> None:
     rows = [{"identifier": n, "description": "nothing to say", "available": True} for n in range(10)]
     patch = both_decoders_agree(msgspec.json.encode(rows[:9]), msgspec.json.encode(rows))
     assert len(patch) < 50
@@ -99,7 +99,7 @@ def test_any_two_byte_strings(base: bytes, target: bytes) -> None:
     both_decoders_agree(base, target)
 
 
-# Few characters, of one to four bytes that share their first and last ones, so that much matches halfway.
+# Few characters of one to four bytes, which share their first and last bytes, so that many match in part.
 TEXTS = st.text(alphabet="ab\u00e9\u00e8\u0129\u20ac\u20ad\U0001f600\U0001f640", max_size=120)
 
 
@@ -116,14 +116,14 @@ def test_a_delta_between_texts_of_the_same_pieces_is_text(pieces: list[str], cha
 
 
 @pytest.mark.parametrize("size", [10_000, 300_000])
-def test_large_texts_that_have_nothing_in_common(size: int) -> None:
+def test_large_texts_without_common_pieces(size: int) -> None:
     chance = random.Random(7)
     base, target = chance.randbytes(size), chance.randbytes(size)
     assert len(both_decoders_agree(base, target)) < size + 20
 
 
 @pytest.mark.parametrize(("limit", "value"), [("_PROBES", 50), ("_BLOCKS", 1)])
-def test_what_a_delta_may_cost_is_limited(limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_of_a_delta_is_limited(limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(7)
     base, between = chance.randbytes(2000), chance.randbytes(100)
     target = between + base[500:1500] + between
@@ -132,6 +132,6 @@ def test_what_a_delta_may_cost_is_limited(limit: str, value: int, monkeypatch: p
     assert len(both_decoders_agree(base, target)) > 1000
 
 
-def test_a_text_that_repeats_itself() -> None:
+def test_a_repetitive_text() -> None:
     base = b"ab" * 5000
     assert len(both_decoders_agree(base, b"x" + b"ab" * 4000 + b"y" + b"ba" * 4000 + b"z")) < 60

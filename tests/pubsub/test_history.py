@@ -1,4 +1,4 @@
-"""Streams against a naive model, and the cases that the client protocol spells out."""
+"""Streams compared with a naive model, and the cases that the client protocol describes."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def query(since: Position | None, limit: int, reverse: bool) -> GetHistory:
 
 
 def filled(count: int, history_options: HistoryOptions = KEEP) -> ChannelStream:
-    """A stream with this many publications published at time 0."""
+    """Return a stream with `count` publications of time 0."""
     store = streams()
     for number in range(1, count + 1):
         store.append(0.0, Publish("c", b"%d" % number, history_options))
     return store.open(0.0, "c", history_options)
 
 
-# The model: what sections 5.6 and 7.1 of the client protocol say, written down without a thought for cost.
+# The model: sections 5.6 and 7.1 of the client protocol, implemented without regard to cost.
 
 
 @dataclass
@@ -123,7 +123,7 @@ operations = st.lists(
 
 
 @given(operations)
-def test_any_history_of_operations_reads_like_the_model(steps: list[tuple]) -> None:
+def test_any_sequence_of_operations_reads_like_the_model(steps: list[tuple]) -> None:
     store, model, now = streams(), Model(), 100.0
     for number, (name, *arguments) in enumerate(steps):
         if name == "wait":
@@ -148,7 +148,7 @@ def test_any_history_of_operations_reads_like_the_model(steps: list[tuple]) -> N
 
 
 @given(operations)
-def test_after_everything_is_over_sweeping_leaves_nothing(steps: list[tuple]) -> None:
+def test_sweeping_after_everything_expired_leaves_nothing(steps: list[tuple]) -> None:
     store, now = streams(), 0.0
     for name, *arguments in steps:
         if name == "wait":
@@ -174,14 +174,14 @@ def test_offsets_count_from_one_and_the_epoch_is_eight_letters() -> None:
     assert epoch.isalpha()
 
 
-def test_a_first_read_gives_the_epoch_that_the_first_publication_has() -> None:
+def test_a_first_read_creates_the_epoch_of_the_first_publication() -> None:
     store = streams()
     position = store.open(0.0, "c", KEEP).position
     _, epoch = store.append(10.0, Publish("c", b"1", KEEP))
     assert position == Position(0, epoch)
 
 
-def test_the_author_and_the_tags_are_kept() -> None:
+def test_author_and_tags_are_stored() -> None:
     store, author = streams(), ClientInfo("42", "client", b'{"n":1}')
     store.append(0.0, Publish("c", b"1", KEEP, author, {"tag": "value"}))
     (found,) = store.open(0.0, "c", KEEP).page(query(None, -1, False)).publications
@@ -217,7 +217,7 @@ def test_pages_in_reverse(since: int | None, limit: int, expected: list[int]) ->
     assert offsets(filled(5).page(query(position, limit, True)).publications) == expected
 
 
-def test_every_publication_restarts_the_time_of_all() -> None:
+def test_every_publication_restarts_the_ttl_of_all() -> None:
     store = streams()
     store.append(0.0, Publish("c", b"1", KEEP))
     store.append(59.0, Publish("c", b"2", KEEP))
@@ -225,20 +225,20 @@ def test_every_publication_restarts_the_time_of_all() -> None:
     assert offsets(store.open(119.0, "c", KEEP).page(query(None, -1, False)).publications) == []
 
 
-def test_reading_does_not_prolong_the_publications_but_the_numbering() -> None:
+def test_reading_prolongs_the_numbering_and_not_the_publications() -> None:
     store = streams()
     store.append(0.0, Publish("c", b"1", KEEP))
     assert store.open(3000.0, "c", KEEP).position == Position(1, "epoch1")
     assert store.open(6599.0, "c", KEEP).position == Position(1, "epoch1")
 
 
-def test_without_access_the_numbering_is_forgotten() -> None:
+def test_the_numbering_expires_without_access() -> None:
     store = streams()
     store.append(0.0, Publish("c", b"1", KEEP))
     assert store.open(3600.0, "c", KEEP).position == Position(0, "epoch2")
 
 
-def test_publications_outlive_a_shorter_meta_ttl() -> None:
+def test_publications_survive_a_shorter_meta_ttl() -> None:
     store, history_options = streams(), HistoryOptions(3, ttl=60.0, meta_ttl=10.0)
     store.append(0.0, Publish("c", b"1", history_options))
     store.sweep(50.0, SWEEP)
@@ -254,7 +254,7 @@ def test_removal_keeps_the_numbering() -> None:
     assert (publication.offset, epoch) == (2, "epoch1")
 
 
-def test_removal_of_an_unknown_channel_makes_none() -> None:
+def test_removing_an_unknown_history_creates_no_stream() -> None:
     store = streams()
     store.remove("c")
     assert len(store) == 0
@@ -271,7 +271,7 @@ def test_a_page_ends_early_when_it_gets_too_large(monkeypatch: pytest.MonkeyPatc
     assert offsets(stream.page(query(Position(1, ""), -1, False)).publications) == [2]
 
 
-def test_a_page_always_holds_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_always_holds_one_publication(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "PAGE_BYTES", 10)
     assert offsets(filled(2).page(query(None, -1, False)).publications) == [1]
 
@@ -285,7 +285,7 @@ def test_a_long_stream_keeps_exactly_its_size() -> None:
 # The store
 
 
-def test_there_is_a_most_of_channels() -> None:
+def test_channels_are_limited() -> None:
     store = streams(limit=2)
     store.open(0.0, "a", KEEP)
     store.open(0.0, "b", KEEP)
@@ -295,7 +295,7 @@ def test_there_is_a_most_of_channels() -> None:
     store.append(1.0, Publish("a", b"goes on", KEEP))
 
 
-def test_what_is_forgotten_makes_room() -> None:
+def test_an_expired_stream_makes_room() -> None:
     store = streams(limit=1)
     store.open(0.0, "a", KEEP)
     store.sweep(3700.0, SWEEP)
@@ -303,13 +303,13 @@ def test_what_is_forgotten_makes_room() -> None:
     assert len(store) == 1
 
 
-def test_a_forgotten_channel_starts_again_within_the_limit() -> None:
+def test_an_expired_stream_restarts_within_the_limit() -> None:
     store = streams(limit=1)
     store.open(0.0, "a", KEEP)
     assert store.open(4000.0, "a", KEEP).epoch == "epoch2"
 
 
-def test_the_sweep_frees_payloads_that_nobody_asks_for() -> None:
+def test_the_sweep_frees_payloads_without_an_access() -> None:
     store = streams()
     store.append(0.0, Publish("c", b"1", KEEP))
     stream = store.open(0.0, "c", KEEP)
@@ -320,7 +320,7 @@ def test_the_sweep_frees_payloads_that_nobody_asks_for() -> None:
     assert len(store) == 1
 
 
-def test_the_sweep_comes_back_to_a_channel_that_fills_again() -> None:
+def test_the_sweep_returns_to_a_refilled_channel() -> None:
     store = streams()
     for now in (0.0, 100.0, 200.0):
         store.append(now, Publish("c", b"1", KEEP))
@@ -339,8 +339,8 @@ def test_a_sweep_is_bounded() -> None:
     assert len(store) == 0
 
 
-def test_the_garbage_collector_has_little_to_do_with_many_channels() -> None:
-    """A collection of all takes as long as what it looks through, and the loop stands still meanwhile."""
+def test_the_garbage_collector_tracks_one_object_per_channel() -> None:
+    """A full collection blocks the loop for a time proportional to the tracked objects."""
     store = streams(limit=10_000)
     gc.collect()
     before = len(gc.get_objects())
@@ -362,22 +362,24 @@ def test_an_idle_channel_takes_little_memory() -> None:
     assert size / len(names) < 600
 
 
-# The agenda
+# The expiry queue
 
 
 @given(st.lists(st.floats(0, 1000)), st.lists(st.floats(0, 100)), st.integers(1, 5))
-def test_the_agenda_gives_everything_once_and_nothing_early(times: list[float], waits: list[float], limit: int) -> None:
-    agenda: ExpiryQueue[float] = ExpiryQueue(7.0)
+def test_the_expiry_queue_returns_everything_once_and_nothing_early(
+    times: list[float], waits: list[float], limit: int
+) -> None:
+    queue: ExpiryQueue[float] = ExpiryQueue(7.0)
     for when in times:
-        agenda.add(when, when)
+        queue.add(when, when)
     now, given_out = 0.0, []
     for wait in waits:
         now += wait
-        due = agenda.take(now, limit)
+        due = queue.take(now, limit)
         assert len(due) <= limit
         assert all(when <= now for when in due)
         given_out += due
-    given_out += agenda.take(2000.0, len(times) + 1)
+    given_out += queue.take(2000.0, len(times) + 1)
     assert sorted(given_out) == sorted(times)
 
 
@@ -392,7 +394,7 @@ def test_a_key_is_known_for_300_seconds_on_its_channel() -> None:
     assert receipts.recall(300.0, "c", "key") is None
 
 
-def test_a_key_that_is_over_may_be_noted_anew() -> None:
+def test_an_expired_key_may_be_stored_again() -> None:
     receipts = IdempotencyCache(10)
     receipts.store(0.0, "c", "first", Position(1, "e"))
     receipts.store(1.0, "c", "key", Position(2, "e"))
@@ -402,7 +404,7 @@ def test_a_key_that_is_over_may_be_noted_anew() -> None:
     assert len(receipts) == 1
 
 
-def test_keys_are_bounded_and_none_is_forgotten_early() -> None:
+def test_keys_are_limited_and_none_expires_early() -> None:
     receipts = IdempotencyCache(2)
     receipts.store(0.0, "c", "a", Position(1, "e"))
     receipts.store(10.0, "c", "b", Position(2, "e"))

@@ -1,4 +1,4 @@
-"""The hub: fan-out, continuity, and the races between adding, opening and removing."""
+"""The hub: fan-out, continuity, and the races between subscribing, activating and unsubscribing."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.pubsub.memory_engine import MemoryEngine
 from tests.pubsub.sinks import WholeFrames
 
 EPOCH = "abcdefgh"
-SOMEBODY = ClientInfo("42", "client-1")
+CLIENT = ClientInfo("42", "client-1")
 KEEP = HistoryOptions(1000, 3600.0)
 
 
 class TextForm:
-    """A wire form that is easy to read, and counts how often it is used. Each frame ends with a NUL."""
+    """A readable wire format that counts its encodings. Each frame ends with a NUL."""
 
     def __init__(self, name: str = "") -> None:
         self.name = name
@@ -59,7 +59,7 @@ FORMS = {"text": TextForm(), "other": TextForm("other:")}
 
 
 class Listener(WholeFrames):
-    """A member that writes down what it gets."""
+    """A subscriber that logs its frames."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Pause:
 
 
 class SlowEngine:
-    """An engine whose `subscribe` waits until the test lets it go on."""
+    """An engine whose answers wait until the test resumes them."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -128,7 +128,7 @@ def finish(coroutine: Coroutine[Any, Any, None]) -> None:
 
 
 def complete(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that never waits."""
+    """Return the result of a coroutine that never waits."""
     try:
         coroutine.send(None)
     except StopIteration as stop:
@@ -180,7 +180,7 @@ def at(offset: int, epoch: str = EPOCH) -> Position:
 # Fan-out
 
 
-def test_one_encoding_serves_all_members_of_a_form(hub: Hub, form: TextForm) -> None:
+def test_one_encoding_serves_all_subscribers_of_a_format(hub: Hub, form: TextForm) -> None:
     members = [opened(hub, Listener(), at(0)) for _ in range(3)]
     other = opened(hub, Listener("other"), at(0))
     publish(hub, 1)
@@ -190,7 +190,7 @@ def test_one_encoding_serves_all_members_of_a_form(hub: Hub, form: TextForm) -> 
     assert members[0].written[0] is members[1].written[0]
 
 
-def test_other_channels_hear_nothing(hub: Hub) -> None:
+def test_other_channels_receive_nothing(hub: Hub) -> None:
     other = opened(hub, Listener(), None, "other")
     opened(hub, Listener(), None)
     publish(hub, 0)
@@ -199,11 +199,11 @@ def test_other_channels_hear_nothing(hub: Hub) -> None:
 
 def test_a_publication_of_an_unknown_channel_is_dropped(hub: Hub) -> None:
     publish(hub, 1)
-    hub.on_join("c", SOMEBODY)
-    hub.on_leave("c", SOMEBODY)
+    hub.on_join("c", CLIENT)
+    hub.on_leave("c", CLIENT)
 
 
-def test_members_may_come_and_go_during_a_fan_out(hub: Hub) -> None:
+def test_subscribers_may_come_and_go_during_a_fan_out(hub: Hub) -> None:
     first, second = Listener(), opened(hub, Listener(), at(0))
     first.deliver = lambda frame: hub.unsubscribe("c", first)
     opened(hub, first, at(0))
@@ -214,10 +214,10 @@ def test_members_may_come_and_go_during_a_fan_out(hub: Hub) -> None:
     assert hub.subscribers("c") == 2
 
 
-def test_joins_and_leaves_reach_who_wants_them(hub: Hub) -> None:
+def test_joins_and_leaves_reach_announced_subscribers(hub: Hub) -> None:
     curious, other = opened(hub, Listener(announced=True), None), opened(hub, Listener(), None)
-    hub.on_join("c", SOMEBODY)
-    hub.on_leave("c", SOMEBODY)
+    hub.on_join("c", CLIENT)
+    hub.on_leave("c", CLIENT)
     assert curious.frames == [b"join client-1", b"leave client-1"]
     assert other.frames == []
 
@@ -247,7 +247,7 @@ def test_a_hub_is_a_receiver(hub: Hub) -> None:
         ([0, 1, 0, 2], [1, 2], 0),
     ],
 )
-def test_a_positioned_member_sees_no_hole(hub: Hub, offsets: list[int], seen: list[int], losses: int) -> None:
+def test_a_positioned_subscriber_sees_no_gap(hub: Hub, offsets: list[int], seen: list[int], losses: int) -> None:
     member = opened(hub, Listener(), at(0))
     for offset in offsets:
         publish(hub, offset)
@@ -256,13 +256,13 @@ def test_a_positioned_member_sees_no_hole(hub: Hub, offsets: list[int], seen: li
     assert hub.subscribers("c") == 1 - losses
 
 
-def test_another_epoch_loses_the_place(hub: Hub) -> None:
+def test_another_epoch_is_a_gap(hub: Hub) -> None:
     member = opened(hub, Listener(), at(1))
     publish(hub, 2, "anotherone")
     assert (member.seen, member.losses) == ([], 1)
 
 
-def test_members_without_position_get_what_follows_a_gap_but_no_repeats(hub: Hub) -> None:
+def test_subscribers_without_position_receive_what_follows_a_gap_but_no_repeats(hub: Hub) -> None:
     member = opened(hub, Listener(positioned=False), None)
     for offset, epoch in [(5, EPOCH), (7, EPOCH), (7, EPOCH), (1, "new"), (2, "new")]:
         publish(hub, offset, epoch)
@@ -278,7 +278,7 @@ def test_publications_without_offset_always_pass(hub: Hub) -> None:
     assert member.frames == [b"p 0 ", b"p 0 ", b"p 4 abcdefgh"]
 
 
-def test_after_a_loss_the_place_can_be_taken_anew(hub: Hub) -> None:
+def test_a_subscriber_may_subscribe_again_after_a_gap(hub: Hub) -> None:
     witness = opened(hub, Listener(positioned=False), None)
     opened(hub, Listener(), at(1))
     publish(hub, 3)
@@ -288,7 +288,7 @@ def test_after_a_loss_the_place_can_be_taken_anew(hub: Hub) -> None:
     assert witness.seen == [(3, EPOCH), (4, EPOCH)]
 
 
-def test_the_member_is_out_when_it_is_told_and_may_come_back_at_once(hub: Hub) -> None:
+def test_a_subscriber_may_subscribe_again_inside_on_gap(hub: Hub) -> None:
     member = opened(hub, Listener(), at(1))
     newcomer = Listener()
 
@@ -304,7 +304,7 @@ def test_the_member_is_out_when_it_is_told_and_may_come_back_at_once(hub: Hub) -
     assert hub.subscriptions == 1
 
 
-def test_an_interruption_loses_every_place(hub: Hub) -> None:
+def test_an_interruption_is_a_gap_for_every_positioned_subscriber(hub: Hub) -> None:
     member, relaxed = opened(hub, Listener(), at(1)), opened(hub, Listener(positioned=False), None)
     waiting = Listener()
     add(hub, waiting)
@@ -325,7 +325,7 @@ def test_after_an_interruption_the_new_epoch_counts(hub: Hub) -> None:
     assert member.seen == [(1, "new")]
 
 
-def test_an_interruption_does_not_harm_who_has_not_begun(hub: Hub) -> None:
+def test_an_interruption_does_not_affect_a_waiting_subscribe(hub: Hub) -> None:
     member = Listener()
     call = begin(hub.subscribe("c", member))
     hub.on_interruption()
@@ -333,7 +333,7 @@ def test_an_interruption_does_not_harm_who_has_not_begun(hub: Hub) -> None:
     assert hub.activate("c", member, at(5))
 
 
-# Opening
+# Activating
 
 
 @pytest.mark.parametrize(
@@ -348,9 +348,7 @@ def test_an_interruption_does_not_harm_who_has_not_begun(hub: Hub) -> None:
         ([4, 4, 5], 3, True, [4, 5]),
     ],
 )
-def test_what_was_held_follows_on_the_position(
-    hub: Hub, held: list[int], position: int, ok: bool, seen: list[int]
-) -> None:
+def test_held_events_follow_the_position(hub: Hub, held: list[int], position: int, ok: bool, seen: list[int]) -> None:
     member = Listener()
     add(hub, member)
     for offset in held:
@@ -361,21 +359,21 @@ def test_what_was_held_follows_on_the_position(
     assert hub.subscribers("c") == int(ok)
 
 
-def test_another_epoch_among_what_was_held(hub: Hub) -> None:
+def test_another_epoch_among_held_events(hub: Hub) -> None:
     member = Listener()
     add(hub, member)
     publish(hub, 4, "anotherone")
     assert not hub.activate("c", member, at(3))
 
 
-def test_a_position_before_what_the_channel_has_seen_is_a_hole(hub: Hub) -> None:
+def test_a_position_before_the_latest_publication_is_a_gap(hub: Hub) -> None:
     opened(hub, Listener(), at(5))
     late = Listener()
     add(hub, late)
     assert not hub.activate("c", late, at(4))
 
 
-def test_a_position_beyond_what_the_channel_has_seen_shows_a_hole_to_the_others(hub: Hub) -> None:
+def test_a_position_beyond_the_latest_publication_is_a_gap_for_the_others(hub: Hub) -> None:
     old, waiting, new = opened(hub, Listener(), at(3)), Listener(), Listener()
     add(hub, waiting)
     publish(hub, 4)
@@ -390,14 +388,14 @@ def test_a_position_beyond_what_the_channel_has_seen_shows_a_hole_to_the_others(
 def test_joins_follow_the_publications(hub: Hub) -> None:
     member = Listener(announced=True)
     add(hub, member)
-    hub.on_join("c", SOMEBODY)
+    hub.on_join("c", CLIENT)
     publish(hub, 1)
-    hub.on_leave("c", SOMEBODY)
+    hub.on_leave("c", CLIENT)
     assert hub.activate("c", member, at(0))
     assert member.frames == [b"p 1 abcdefgh", b"join client-1", b"leave client-1"]
 
 
-def test_who_is_lost_may_take_the_newcomer_along(hub: Hub) -> None:
+def test_on_gap_may_unsubscribe_the_new_subscriber(hub: Hub) -> None:
     old, new = opened(hub, Listener(), at(3)), Listener()
     old.on_gap = lambda: hub.unsubscribe("c", new)  # type: ignore[method-assign]
     publish(hub, 4)
@@ -406,7 +404,7 @@ def test_who_is_lost_may_take_the_newcomer_along(hub: Hub) -> None:
     assert (hub.subscribers("c"), hub.subscriptions) == (0, 0)
 
 
-def test_without_a_position_all_that_was_held_comes(hub: Hub) -> None:
+def test_a_subscriber_without_position_receives_all_held_events(hub: Hub) -> None:
     member = Listener(positioned=False)
     add(hub, member)
     for offset in (5, 7, 0):
@@ -415,7 +413,7 @@ def test_without_a_position_all_that_was_held_comes(hub: Hub) -> None:
     assert member.frames == [b"p 5 abcdefgh", b"p 7 abcdefgh", b"p 0 "]
 
 
-def test_what_is_held_is_bounded(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_events_are_limited(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "HELD_LIMIT", 10)
     positioned, relaxed = Listener(), Listener(positioned=False)
     add(hub, positioned)
@@ -429,7 +427,7 @@ def test_what_is_held_is_bounded(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> N
     assert relaxed.seen == [(11, EPOCH)]
 
 
-def test_a_stream_of_newcomers_loses_nobody(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_of_new_subscribers_causes_no_gap(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "HELD_LIMIT", 10)
     newcomers: deque[tuple[int, Listener]] = deque()
     for offset in range(1, 100):
@@ -443,7 +441,7 @@ def test_a_stream_of_newcomers_loses_nobody(hub: Hub, monkeypatch: pytest.Monkey
             assert eldest.seen == [(known + n, EPOCH) for n in range(1, 5)]
 
 
-def test_nothing_is_kept_when_nobody_waits(hub: Hub) -> None:
+def test_nothing_is_held_without_pending_subscribers(hub: Hub) -> None:
     opened(hub, Listener(), at(0))
     publish(hub, 1)
     late = Listener()
@@ -452,7 +450,7 @@ def test_nothing_is_kept_when_nobody_waits(hub: Hub) -> None:
     assert late.frames == []
 
 
-# Adding and removing
+# Subscribing and unsubscribing
 
 
 def test_the_first_subscribes_and_the_last_unsubscribes(hub: Hub, engine: SlowEngine) -> None:
@@ -466,21 +464,21 @@ def test_the_first_subscribes_and_the_last_unsubscribes(hub: Hub, engine: SlowEn
     assert (hub.subscribers("c"), hub.subscriptions) == (0, 0)
 
 
-def test_removing_a_stranger_has_no_effect(hub: Hub, engine: SlowEngine) -> None:
+def test_removing_an_unknown_subscriber_has_no_effect(hub: Hub, engine: SlowEngine) -> None:
     hub.unsubscribe("c", Listener())
     opened(hub, Listener(), None)
     hub.unsubscribe("c", Listener())
     assert (hub.subscriptions, engine.log) == (1, ["subscribe c"])
 
 
-def test_after_removal_nothing_comes(hub: Hub) -> None:
+def test_nothing_arrives_after_removal(hub: Hub) -> None:
     stays, goes = opened(hub, Listener(), at(0)), opened(hub, Listener(), at(0))
     hub.unsubscribe("c", goes)
     publish(hub, 1)
     assert (len(stays.frames), goes.frames) == (1, [])
 
 
-def test_a_member_that_is_not_open_holds_the_channel(hub: Hub, engine: SlowEngine) -> None:
+def test_a_pending_subscriber_keeps_the_channel(hub: Hub, engine: SlowEngine) -> None:
     first, second = opened(hub, Listener(), None), Listener()
     add(hub, second)
     hub.unsubscribe("c", first)
@@ -489,7 +487,7 @@ def test_a_member_that_is_not_open_holds_the_channel(hub: Hub, engine: SlowEngin
     assert engine.log == ["subscribe c", "unsubscribe c"]
 
 
-def test_an_engine_that_is_away_adds_nobody(hub: Hub, engine: SlowEngine) -> None:
+def test_an_unavailable_engine_adds_no_subscriber(hub: Hub, engine: SlowEngine) -> None:
     member = Listener()
     call = begin(hub.subscribe("c", member))
     with pytest.raises(EngineUnavailable):
@@ -499,7 +497,7 @@ def test_an_engine_that_is_away_adds_nobody(hub: Hub, engine: SlowEngine) -> Non
     assert not hub.activate("c", member, None)
 
 
-def test_two_adds_at_once_have_answers_of_their_own(hub: Hub) -> None:
+def test_two_concurrent_subscribes_have_answers_of_their_own(hub: Hub) -> None:
     first, second = Listener(), Listener()
     one, two = begin(hub.subscribe("c", first)), begin(hub.subscribe("c", second))
     with pytest.raises(EngineUnavailable):
@@ -511,7 +509,7 @@ def test_two_adds_at_once_have_answers_of_their_own(hub: Hub) -> None:
     assert (first.frames, second.seen) == ([], [(1, EPOCH)])
 
 
-def test_removal_while_the_engine_is_asked(hub: Hub, engine: SlowEngine) -> None:
+def test_removal_during_the_engine_request(hub: Hub, engine: SlowEngine) -> None:
     member = Listener()
     call = begin(hub.subscribe("c", member))
     hub.unsubscribe("c", member)
@@ -521,7 +519,7 @@ def test_removal_while_the_engine_is_asked(hub: Hub, engine: SlowEngine) -> None
     assert hub.subscriptions == 0
 
 
-def test_a_newcomer_after_a_removal_while_the_engine_is_asked(hub: Hub, engine: SlowEngine) -> None:
+def test_a_new_subscriber_after_a_removal_during_the_engine_request(hub: Hub, engine: SlowEngine) -> None:
     gone, stays = Listener(), Listener()
     first = begin(hub.subscribe("c", gone))
     hub.unsubscribe("c", gone)
@@ -535,7 +533,7 @@ def test_a_newcomer_after_a_removal_while_the_engine_is_asked(hub: Hub, engine: 
     assert engine.log == ["subscribe c", "unsubscribe c", "subscribe c"]
 
 
-def test_a_second_member_waits_for_nothing(hub: Hub) -> None:
+def test_a_second_subscriber_does_not_wait(hub: Hub) -> None:
     opened(hub, Listener(), None)
     complete(hub.subscribe("c", Listener()))
 
@@ -544,7 +542,7 @@ def test_a_second_member_waits_for_nothing(hub: Hub) -> None:
 
 
 class Store(SlowEngine):
-    """An engine that knows what was published, whether it got through or not."""
+    """An engine that knows the latest position, even if publications were lost."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -561,7 +559,7 @@ class Store(SlowEngine):
 
 
 def checked(hub: Hub) -> list[str]:
-    """The channels that one round of checks asked the engine about."""
+    """Run one round of checks and return the channels that it asked the engine about."""
     engine: Any = hub.engine
     engine.log.clear()
     complete(hub.check_positions(lambda channel: KEEP))
@@ -574,7 +572,7 @@ def store(hub: Hub) -> Store:
     return store
 
 
-def test_a_publication_that_got_lost_with_none_after_it_is_found(hub: Hub, store: Store) -> None:
+def test_a_lost_last_publication_is_found(hub: Hub, store: Store) -> None:
     member, relaxed = opened(hub, Listener(), at(0)), opened(hub, Listener(positioned=False), None)
     publish(hub, 1)
     store.top = at(2)
@@ -609,7 +607,7 @@ def test_another_epoch_is_found_too(hub: Hub, store: Store) -> None:
     assert member.losses == 1
 
 
-def test_what_comes_while_the_engine_answers_is_no_hole(hub: Hub, store: Store) -> None:
+def test_a_publication_during_the_check_is_no_gap(hub: Hub, store: Store) -> None:
     member = opened(hub, Listener(), at(0))
     checked(hub)
     store.top = at(1)
@@ -618,7 +616,7 @@ def test_what_comes_while_the_engine_answers_is_no_hole(hub: Hub, store: Store) 
     assert (member.seen, member.losses) == ([(1, EPOCH)], 0)
 
 
-def test_a_channel_that_ends_while_the_engine_answers(hub: Hub, store: Store) -> None:
+def test_a_channel_that_ends_during_the_check(hub: Hub, store: Store) -> None:
     member = opened(hub, Listener(), at(0))
     store.top = at(1)
     checked(hub)
@@ -627,7 +625,7 @@ def test_a_channel_that_ends_while_the_engine_answers(hub: Hub, store: Store) ->
     assert member.losses == 0
 
 
-def test_channels_without_positions_are_not_asked_about(hub: Hub, store: Store) -> None:
+def test_channels_without_positions_are_not_checked(hub: Hub, store: Store) -> None:
     opened(hub, Listener(positioned=False), None)
     publish(hub, 0)
     assert [checked(hub), checked(hub)] == [[], []]
@@ -636,7 +634,7 @@ def test_channels_without_positions_are_not_asked_about(hub: Hub, store: Store) 
     assert "history c" not in store.log
 
 
-# Any history
+# Any sequence of events
 
 
 KINDS = st.fixed_dictionaries(
@@ -649,7 +647,7 @@ KINDS = st.fixed_dictionaries(
 )
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("next"), st.integers(0, 3)),  # 0: a repeat, 1: as it should be, more: a gap
+        st.tuples(st.just("next"), st.integers(0, 3)),  # 0: a repeat, 1: the next one, more: a gap
         st.tuples(st.just("next"), st.just(1)),
         st.tuples(st.just("next"), st.just(1)),
         st.tuples(st.just("again"), st.integers(1, 8)),
@@ -670,7 +668,7 @@ STEPS = st.lists(
 
 
 class Story:
-    """One hub, whose deliveries take time, and a link to it that may lose, repeat, reorder and start again."""
+    """One hub whose deliveries take time, and a link to it that may lose, repeat, reorder and restart."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -679,10 +677,10 @@ class Story:
         self.hub.engine = SlowEngine()  # type: ignore[assignment]
         self.offset, self.epoch = 0, "e0"
         self.plains = 0
-        self.top = Position()  # of what was published last
+        self.top = Position()  # of the latest publication
         self.pending: list[Listener] = []
         self.open: list[tuple[Listener, Position | None]] = []
-        self.honest: set[int] = set()  # those whose reply said what was true
+        self.honest: set[int] = set()  # subscribers whose reply had the true position
         self.refused: list[Listener] = []
         self.ended: list[tuple[Listener, int]] = []
 
@@ -705,7 +703,7 @@ class Story:
         self.publish(0, "")
 
     def joined(self) -> None:
-        self.hub.on_join("c", SOMEBODY)
+        self.hub.on_join("c", CLIENT)
 
     def start_again(self) -> None:
         self.offset, self.epoch = 0, f"e{int(self.epoch[1:]) + 1}"
@@ -766,7 +764,7 @@ class Story:
         assert self.hub.subscriptions == self.hub.subscribers("c")
 
     def end(self) -> None:
-        """When everything is delivered, those who are left have everything."""
+        """After all deliveries, the remaining subscribers have received everything."""
         while self.turns:
             self.turn()
             self.check()
@@ -780,13 +778,13 @@ class Story:
 
 
 def wanted(member: Listener, position: Position, top: int) -> list[tuple[int, str]]:
-    """What a member at this position is to hear up to `top`."""
+    """Return the publications that a subscriber at this position receives up to `top`."""
     numbers = range(position.offset + 1, top + 1)
     return [(n, position.epoch) for n in numbers if member.filter is None or member.filter({"n": str(n)})]
 
 
 def heard(member: Listener) -> list[tuple[int, str]]:
-    """The numbered publications that a client makes of a member's frames."""
+    """Return the numbered publications that a client decodes from a subscriber's frames."""
     found = []
     data = b""
     for frame in member.frames:
@@ -808,7 +806,7 @@ def heard(member: Listener) -> list[tuple[int, str]]:
 
 
 @given(STEPS, st.sampled_from([4096, 4]))
-def test_whatever_the_link_does_no_positioned_member_sees_a_hole(steps: list[tuple], backlog: int) -> None:
+def test_no_fault_of_the_link_shows_a_positioned_subscriber_a_gap(steps: list[tuple], backlog: int) -> None:
     with mock.patch.multiple(fanout, CHUNK=2, BACKLOG_LIMIT=backlog):
         story = Story()
         actions = {
@@ -836,7 +834,7 @@ def test_whatever_the_link_does_no_positioned_member_sees_a_hole(steps: list[tup
     ),
     st.randoms(use_true_random=False),
 )
-def test_with_a_faithful_engine_nobody_is_ever_lost(steps: list[str], random: Any) -> None:
+def test_a_reliable_engine_never_causes_a_gap(steps: list[str], random: Any) -> None:
     hub = Hub(obey=lambda order: None)
     hub.engine = engine = MemoryEngine(hub, EngineSettings(), lambda: 0.0)
     added: list[Listener] = []

@@ -1,4 +1,4 @@
-"""Positions of channels in which nothing is published: what was lost is found without a next publication."""
+"""Position checks of quiet channels: a loss is found without a later publication."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ class World:
             self.hub.on_publication(channel, Publication(b"1", last.offset + 1), last.epoch)
 
     def check(self) -> list[str]:
-        """A round; the channels that it asked about."""
+        """Run one round of checks; return the channels that it asked about."""
         self.engine.asked.clear()
         run(self.hub.check_positions(lambda channel: self.history_options))
         return self.engine.asked
 
 
-def test_a_publication_that_was_lost_is_found_when_none_follows() -> None:
+def test_a_lost_publication_is_found_without_a_later_one() -> None:
     world = World()
     positioned, other = world.listener("a"), world.listener("a", positioned=False)
     world.publish("a")
@@ -103,7 +103,7 @@ def test_a_publication_that_was_lost_is_found_when_none_follows() -> None:
     assert positioned.heard == [b"1"]
 
 
-def test_a_new_epoch_is_found_likewise() -> None:
+def test_a_new_epoch_is_found_without_a_publication() -> None:
     world = World()
     positioned = world.listener("a")
     world.engine.positions["a"] = Position(0, "another")
@@ -112,7 +112,7 @@ def test_a_new_epoch_is_found_likewise() -> None:
     assert positioned.losses == 1
 
 
-def test_only_channels_without_publications_are_asked_about() -> None:
+def test_only_channels_without_publications_are_checked() -> None:
     world = World()
     listeners = [world.listener("busy"), world.listener("quiet")]
     world.check()
@@ -122,14 +122,14 @@ def test_only_channels_without_publications_are_asked_about() -> None:
     assert [listener.losses for listener in listeners] == [0, 0]
 
 
-def test_channels_that_keep_nothing_have_no_position() -> None:
+def test_channels_without_history_are_not_checked() -> None:
     world = World()
     world.listener("a", positioned=False)
     world.history_options = HistoryOptions()
     assert [world.check() for _ in range(3)] == [[], [], []]
 
 
-def test_who_was_told_is_told_once() -> None:
+def test_a_gap_is_reported_once() -> None:
     world = World()
     positioned = world.listener("a")
     world.publish("a", lost=True)
@@ -138,7 +138,7 @@ def test_who_was_told_is_told_once() -> None:
     assert positioned.losses == 1
 
 
-def test_a_channel_for_which_the_engine_has_no_room_stands_in_nobodys_way() -> None:
+def test_a_channel_without_room_at_the_engine_does_not_stop_the_check() -> None:
     world = World()
     full, other = world.listener("full"), world.listener("other")
     world.engine.full.add("full")

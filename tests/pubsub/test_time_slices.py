@@ -1,4 +1,4 @@
-"""Turns for long work: how long one lasts, who gets it, and that nobody is left out."""
+"""Time slices: the length of turns, the shares of priorities, and that no work starves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SLICE = 0.005
 
 
 class Loop:
-    """A loop, and a clock that only work moves."""
+    """A loop whose clock only work moves."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -31,7 +31,7 @@ class Loop:
             yield
 
     def turn(self) -> float:
-        """One turn; how long our work took in it."""
+        """Run one turn; return the time that the work took."""
         began = self.now
         assert len(self.asked) <= 1
         while self.asked:
@@ -51,14 +51,14 @@ def loop() -> Loop:
     return Loop()
 
 
-def test_a_turn_ends_with_its_slice_and_the_next_is_asked_for(loop: Loop) -> None:
+def test_a_turn_ends_with_its_slice_and_asks_for_the_next(loop: Loop) -> None:
     loop.slices.add(loop.work("a", 12))
     assert loop.log == []
     assert loop.until_idle() == pytest.approx([0.005, 0.005, 0.002])
     assert not loop.asked
 
 
-def test_equals_take_turns(loop: Loop) -> None:
+def test_equal_priorities_take_turns(loop: Loop) -> None:
     for name in "abc":
         loop.slices.add(loop.work(name, 4))
     loop.turn()
@@ -67,7 +67,7 @@ def test_equals_take_turns(loop: Loop) -> None:
     assert "".join(loop.log) == "abc" * 4
 
 
-def test_who_comes_later_waits_for_one_step_of_each(loop: Loop) -> None:
+def test_later_work_waits_for_one_step_of_each(loop: Loop) -> None:
     for number in range(20):
         loop.slices.add(loop.work(str(number), 1000))
     loop.turn()
@@ -78,7 +78,7 @@ def test_who_comes_later_waits_for_one_step_of_each(loop: Loop) -> None:
     assert loop.log.index("late") - done <= 20
 
 
-def test_the_higher_the_priority_the_larger_the_share_and_nobody_has_none(loop: Loop) -> None:
+def test_a_higher_priority_has_a_larger_share_and_none_has_nothing(loop: Loop) -> None:
     for name, priority in (("low", LOW), ("high", HIGH), ("normal", NORMAL)):
         loop.slices.add(loop.work(name, 1000), priority)
     for _ in range(14):
@@ -87,12 +87,12 @@ def test_the_higher_the_priority_the_larger_the_share_and_nobody_has_none(loop: 
     assert max(len(gap) for gap in ",".join(loop.log).split("high")) < len(",normal,low,")
 
 
-def test_a_share_that_is_not_used_is_the_others(loop: Loop) -> None:
+def test_an_unused_share_goes_to_the_others(loop: Loop) -> None:
     loop.slices.add(loop.work("low", 9), LOW)
     assert loop.until_idle() == pytest.approx([0.005, 0.004])
 
 
-def test_long_steps_starve_nobody(loop: Loop) -> None:
+def test_long_steps_starve_no_work(loop: Loop) -> None:
     for name, priority in (("low", LOW), ("high", HIGH)):
         loop.slices.add(loop.work(name, 1000, cost=1.0), priority)
     for _ in range(7):
@@ -100,7 +100,7 @@ def test_long_steps_starve_nobody(loop: Loop) -> None:
     assert "low" in loop.log
 
 
-def test_a_mistake_costs_its_own_work_alone(loop: Loop) -> None:
+def test_an_exception_ends_its_own_work_alone(loop: Loop) -> None:
     def faulty() -> Iterator[None]:
         yield
         raise ZeroDivisionError
@@ -124,26 +124,26 @@ def test_work_may_add_work(loop: Loop) -> None:
 
 
 def test_direct_work_uses_up_the_turn_and_has_the_next(loop: Loop) -> None:
-    assert loop.slices.free
-    loop.slices.begin()
+    assert loop.slices.has_time
+    loop.slices.start_slice()
     loop.now += 0.004
-    assert loop.slices.free
+    assert loop.slices.has_time
     loop.now += 0.001
-    assert not loop.slices.free
+    assert not loop.slices.has_time
     loop.turn()
     loop.now += 1.0
-    assert loop.slices.free
+    assert loop.slices.has_time
 
 
 def test_no_direct_work_while_other_work_used_up_the_turn(loop: Loop) -> None:
     loop.slices.add(loop.work("a", 7))
     loop.turn()
-    assert not loop.slices.free
+    assert not loop.slices.has_time
     loop.turn()
-    assert loop.slices.free
+    assert loop.slices.has_time
 
 
-def test_coroutines_that_breathe_share_the_time(loop: Loop) -> None:
+def test_coroutines_that_yield_share_the_time(loop: Loop) -> None:
     async def long(name: str) -> None:
         for _ in range(6):
             loop.log.append(name)
@@ -158,7 +158,7 @@ def test_coroutines_that_breathe_share_the_time(loop: Loop) -> None:
     assert max(lengths) < SLICE + 0.002
 
 
-def test_one_that_is_cancelled_while_it_breathes_harms_nobody(loop: Loop) -> None:
+def test_cancelling_a_yielding_coroutine_affects_no_other(loop: Loop) -> None:
     async def long() -> None:
         await loop.slices.yield_to_loop()
         loop.log.append("on")
@@ -171,7 +171,7 @@ def test_one_that_is_cancelled_while_it_breathes_harms_nobody(loop: Loop) -> Non
     assert loop.log == ["cancelled", "on"]
 
 
-def test_long_lists_are_made_in_turns(loop: Loop) -> None:
+def test_map_sliced_yields_in_between(loop: Loop) -> None:
     def made(number: int) -> str:
         loop.now += 0.000_002
         return str(number)
@@ -186,13 +186,13 @@ def test_long_lists_are_made_in_turns(loop: Loop) -> None:
     assert sorted(results, key=len) == [[str(n) for n in range(size)] for size in (0, 1, 499, 500, 10_000)]
 
 
-def test_without_limits_nothing_waits() -> None:
+def test_an_unlimited_slicer_never_waits() -> None:
     slices = TimeSlicer.unlimited()
     results: list[list[int]] = []
     Deferred.fromCoroutine(slices.map_sliced(abs, range(10_000))).addCallback(results.append)
     assert results == [list(range(10_000))]
-    slices.begin()
-    assert slices.free
+    slices.start_slice()
+    assert slices.has_time
 
 
 @given(
@@ -201,7 +201,7 @@ def test_without_limits_nothing_waits() -> None:
         max_size=12,
     )
 )
-def test_all_is_done_and_no_turn_is_longer_than_a_slice_and_a_step(works: list[tuple[int, int, float]]) -> None:
+def test_all_work_is_done_and_no_turn_exceeds_a_slice_and_a_step(works: list[tuple[int, int, float]]) -> None:
     loop = Loop()
     for number, (priority, steps, cost) in enumerate(works):
         loop.slices.add(loop.work(str(number), steps, cost), priority)
