@@ -1,12 +1,12 @@
 """Hands accepted connections from the supervisor to a worker, each to one worker and to no second one.
 
 They go over a pair of SOCK_SEQPACKET sockets, unix(7). A message to the worker is a number and two descriptors: the
-connection, and its *ticket*, an eventfd(2) that holds 1. Whoever reads the ticket has the connection: the worker reads
-it before it adopts, the giver to take the connection back from a worker that does not answer. So one that was stopped,
+connection, and its *claim*, an eventfd(2) that holds 1. Whoever reads the claim has the connection: the worker reads
+it before it adopts, the sender to take the connection back from a worker that does not answer. So one that was stopped,
 and goes on later, adopts nothing that another worker was given meanwhile. The worker answers with the number and a
 verdict.
 
-The giver keeps its copy of a connection until it is answered: a receiver that is at its limit of descriptors loses what
+The sender keeps its copy of a connection until it is answered: a receiver that is at its limit of descriptors loses what
 was sent (MSG_CTRUNC, recvmsg(2)). What is unanswered when the worker ends was never read from: between adopting and
 answering, its loop does not turn. It can be given to another.
 """
@@ -29,10 +29,10 @@ from zope.interface import implementer
 
 from realtime.process import log
 
-PATIENCE = 0.25
+ANSWER_TIMEOUT = 0.25
 """Seconds that a worker has to answer."""
 
-MOST_IN_FLIGHT = 64
+MAX_IN_FLIGHT = 64
 """Connections that one worker may have unanswered."""
 
 # Connections adopted in one turn of the worker's loop: their handshakes follow together, half a millisecond each.
@@ -45,7 +45,7 @@ _log = Logger(observer=log.observer)
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """A giver's and a taker's end. Raises OSError."""
+    """A sender's and a receiver's end. Raises OSError."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in ends:
         end.setblocking(False)
@@ -86,18 +86,16 @@ class _End:
 class _Transfer:
     """A connection that was given and not yet answered. settled: told once, and whether it was taken."""
 
-    __slots__ = ("connection", "deadline", "settled", "ticket")
+    __slots__ = ("claim", "connection", "deadline", "settled")
 
-    def __init__(
-        self, connection: socket.socket, ticket: int, deadline: float, settled: Callable[[bool], None]
-    ) -> None:
+    def __init__(self, connection: socket.socket, claim: int, deadline: float, settled: Callable[[bool], None]) -> None:
         self.connection = connection
-        self.ticket = ticket
+        self.claim = claim
         self.deadline = deadline
         self.settled = settled
 
-    def land(self, taken: bool) -> None:
-        os.close(self.ticket)
+    def settle(self, taken: bool) -> None:
+        os.close(self.claim)
         if taken:
             self.connection.close()
         self.settled(taken)
@@ -108,20 +106,20 @@ class FdSender(_End):
 
     def __init__(self, reactor: Any, stream: socket.socket) -> None:
         super().__init__(reactor, stream)
-        self._flights: dict[int, _Transfer] = {}
+        self._transfers: dict[int, _Transfer] = {}
         self._number = 0
 
     @property
     def in_flight(self) -> int:
         """Connections that are unanswered."""
-        return len(self._flights)
+        return len(self._transfers)
 
     @property
     def has_room(self) -> bool:
         """Whether another one can be given."""
-        return self.open and len(self._flights) < MOST_IN_FLIGHT
+        return self.open and len(self._transfers) < MAX_IN_FLIGHT
 
-    def give(self, connection: socket.socket, settled: Callable[[bool], None]) -> bool:
+    def send(self, connection: socket.socket, settled: Callable[[bool], None]) -> bool:
         """Offer a connection. False: it could not be sent, and stays the caller's.
 
         settled: called later, once: True when the worker has it, and our copy is closed; False when it is the caller's
@@ -130,29 +128,29 @@ class FdSender(_End):
         if not self.has_room:
             return False
         try:
-            ticket = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            claim = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         except OSError:  # out of descriptors
             return False
         try:
-            socket.send_fds(self._stream, [_NUMBER.pack(self._number)], [connection.fileno(), ticket])
+            socket.send_fds(self._stream, [_NUMBER.pack(self._number)], [connection.fileno(), claim])
         except OSError:  # full, or the worker has ended
-            os.close(ticket)
+            os.close(claim)
             return False
-        deadline = self._reactor.seconds() + PATIENCE
-        self._flights[self._number] = _Transfer(connection, ticket, deadline, settled)
+        deadline = self._reactor.seconds() + ANSWER_TIMEOUT
+        self._transfers[self._number] = _Transfer(connection, claim, deadline, settled)
         self._number += 1
         return True
 
-    def recall(self) -> None:
+    def reclaim_overdue(self) -> None:
         """Take back what was not answered in time. Often."""
         now = self._reactor.seconds()
-        for number, flight in list(self._flights.items()):
-            if flight.deadline > now:
+        for number, transfer in list(self._transfers.items()):
+            if transfer.deadline > now:
                 break
-            # Where the ticket is gone the worker is about to answer, or to end.
-            if _claim(flight.ticket):
-                del self._flights[number]
-                flight.land(False)
+            # Where the claim is gone the worker is about to answer, or to end.
+            if _take_claim(transfer.claim):
+                del self._transfers[number]
+                transfer.settle(False)
 
     def doRead(self) -> None:
         while self.open:
@@ -168,9 +166,9 @@ class FdSender(_End):
                 self._end(ended=not data)
                 return
             number, taken = _ANSWER.unpack(data)
-            flight = self._flights.pop(number, None)
-            if flight is not None:
-                flight.land(taken)
+            transfer = self._transfers.pop(number, None)
+            if transfer is not None:
+                transfer.settle(taken)
 
     def connectionLost(self, reason: Failure) -> None:
         self._end(ended=True)
@@ -187,9 +185,9 @@ class FdSender(_End):
     def _end(self, ended: bool) -> None:
         """ended: the worker has closed its end or died, so it has nothing that it did not answer."""
         super().close()
-        flights, self._flights = self._flights, {}
-        for flight in flights.values():
-            flight.land(taken=not (_claim(flight.ticket) or ended))
+        transfers, self._transfers = self._transfers, {}
+        for transfer in transfers.values():
+            transfer.settle(taken=not (_take_claim(transfer.claim) or ended))
 
 
 class FdReceiver(_End):
@@ -228,19 +226,19 @@ class FdReceiver(_End):
         return self.open
 
     def _answer(self, number: bytes, taken: bool) -> None:
-        # There is always room: only so many are in flight.
+        # There is always room: only so many are in transfer.
         try:
             self._stream.send(_ANSWER.pack(*_NUMBER.unpack(number), taken))
         except OSError:  # the supervisor is gone
             self.close()
 
-    def _claim_and_adopt(self, connection: int, ticket: int) -> bool | None:
+    def _claim_and_adopt(self, connection: int, claim: int) -> bool | None:
         """None: it was taken back in the meantime."""
         try:
             try:
-                claimed = _claim(ticket)
+                claimed = _take_claim(claim)
             finally:
-                os.close(ticket)  # first: adopting takes a descriptor
+                os.close(claim)  # first: adopting takes a descriptor
             if not claimed:
                 return None
             self._adopt(connection)
@@ -257,10 +255,10 @@ class FdReceiver(_End):
             os.close(connection)
 
 
-def _claim(ticket: int) -> bool:
-    """Take the ticket's 1, which one process can."""
+def _take_claim(claim: int) -> bool:
+    """Take the claim's 1, which one process can."""
     with suppress(BlockingIOError):
-        return os.eventfd_read(ticket) == 1
+        return os.eventfd_read(claim) == 1
     return False
 
 

@@ -2,10 +2,10 @@
 
 An incident is one turn of one loop that took longer than `loop.lagging`, or a beat that is overdue by that much while
 the loop seems to wait (its process was stopped, or another thread holds the interpreter's lock). While it lasts a stack
-is asked for at once and then every SAMPLE_INTERVAL, SAMPLES times at most, never two at a time.
+is asked for at once and then every SAMPLE_INTERVAL, MAX_SAMPLES times at most, never two at a time.
 
 The supervisor looks at each worker every few milliseconds (`look`), carries out what is wanted, and brings what the
-worker wrote (`dumped`). A stack that comes when the turn is over may be of another turn, and does not count.
+worker wrote (`record_stacks`). A stack that comes when the turn is over may be of another turn, and does not count.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from realtime.config.settings import LoopSettings
 from realtime.supervision.stacks import CodeOrigin, Stack, StackFrame
 from realtime.supervision.vitals import RunningHandler, Vitals
 
-SAMPLES = 3
+MAX_SAMPLES = 3
 SAMPLE_INTERVAL = 1.0
-KEPT = 1000
+MAX_INCIDENTS = 1000
 # Places and handlers that are counted apart; further ones are counted together.
 MAX_PLACES = 200
 # Seconds between two lines about one place.
@@ -79,10 +79,10 @@ class Blocks(Struct):
 
 
 class IncidentLog:
-    """The incidents of all workers: the latest KEPT, the numbers by place, and the lines for the log."""
+    """The incidents of all workers: the latest MAX_INCIDENTS, the numbers by place, and the lines for the log."""
 
     def __init__(self) -> None:
-        self.recent: deque[Incident] = deque(maxlen=KEPT)
+        self.recent: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
         self.blocks: dict[tuple[str, str], Blocks] = {}  # by handler and place
         self._told: dict[str, _LogThrottle] = {}
 
@@ -95,7 +95,7 @@ class IncidentLog:
         blocks.count += 1
         blocks.seconds += incident.duration
 
-    def line(self, incident: Incident, now: float) -> str:
+    def log_line(self, incident: Incident, now: float) -> str:
         """The line that tells of it; "" when its place was told of within REPEAT_AFTER seconds."""
         told = self._told.get(incident.place)
         if told is not None and now - told.at < REPEAT_AFTER:
@@ -135,13 +135,13 @@ def describe(incident: Incident) -> str:
 class LoopInvestigation:
     """What is going on in one worker's process now. One for each process."""
 
-    def __init__(self, slot: int, pid: int, loop: LoopSettings, origin: CodeOrigin, ledger: IncidentLog) -> None:
+    def __init__(self, slot: int, pid: int, loop: LoopSettings, origin: CodeOrigin, incidents: IncidentLog) -> None:
         self.incident: Incident | None = None
         self._slot = slot
         self._pid = pid
         self._limit = loop.lagging
         self._origin = origin
-        self._ledger = ledger
+        self._incidents = incidents
         self._turn = 0  # what tells it from the next one: its beginning, or minus the beat that is overdue
         self._began = 0.0
         self._asked = 0.0
@@ -159,14 +159,14 @@ class LoopInvestigation:
         """
         line = ""
         if self.incident is not None and not self._lasts(vitals):
-            line = self._close(vitals, now)
+            line = self._end_turn(vitals, now)
         if self.incident is None:
             if not 0 < self._limit <= blocked < math.inf:  # infinite: its page is nonsense
                 return None, line
             self._open(vitals, blocked, now, wall)
         return self._want(running, now), line or self._tell(now)
 
-    def dumped(self, stacks: list[Stack], vitals: Vitals, running: RunningHandler | None) -> None:
+    def record_stacks(self, stacks: list[Stack], vitals: Vitals, running: RunningHandler | None) -> None:
         """It wrote these stacks.
 
         vitals, running: as its page says after that; they show whether the turn still lasts.
@@ -174,23 +174,23 @@ class LoopInvestigation:
         self._answered = True
         if self.incident is None or not self._lasts(vitals):
             return
-        main = [stack for stack in stacks if stack.main]
-        others = [stack for stack in stacks if not stack.main]
-        if not (self._turn < 0 and main and main[0].waiting):
+        main = [stack for stack in stacks if stack.is_main]
+        others = [stack for stack in stacks if not stack.is_main]
+        if not (self._turn < 0 and main and main[0].is_waiting):
             self._note(main, running, thread=False)
         elif others:
-            self._note([stack for stack in others if not _resting(stack)], running, thread=True)
+            self._note([stack for stack in others if not _is_idle(stack)], running, thread=True)
         else:
             # The loop waits for the interpreter's lock, which another thread holds; or the process was stopped, and
             # goes on this moment: then it has turned its loop after the next look.
             self._looks_to_threads = 2
 
-    def examined(self, text: str) -> None:
+    def record_final_stacks(self, text: str) -> None:
         """It is stuck and is about to be killed; text: the stacks of all its threads."""
         if self.incident is not None:
             self.incident.ending, self.incident.stacks = "stuck, killed", text[:_STACKS_CHARS]
 
-    def ended(self, ending: str, now: float) -> str:
+    def close(self, ending: str, now: float) -> str:
         """The process is no more. ending: in a word, why. Returns a line for the log, "" for none."""
         if self.incident is None:
             return ""
@@ -210,7 +210,7 @@ class LoopInvestigation:
         self._places.clear()
         self._told = False
         self.incident = Incident(slot=self._slot, pid=self._pid, at=wall - blocked, duration=blocked)
-        self._ledger.recent.append(self.incident)
+        self._incidents.recent.append(self.incident)
 
     def _want(self, running: RunningHandler | None, now: float) -> StackRequest | None:
         incident = self.incident
@@ -226,7 +226,7 @@ class LoopInvestigation:
                 return None
             self._asked, self._answered = now, False
             return StackRequest.STACKS
-        if incident.samples >= SAMPLES or (self._asked and now - self._asked < SAMPLE_INTERVAL):
+        if incident.samples >= MAX_SAMPLES or (self._asked and now - self._asked < SAMPLE_INTERVAL):
             return None
         incident.samples += 1
         self._asked, self._answered = now, False
@@ -237,13 +237,13 @@ class LoopInvestigation:
         incident = self.incident
         assert incident is not None
         for stack in stacks:
-            frame = self._origin.culprit(stack)
+            frame = self._origin.frame_to_blame(stack)
             if frame is None:
                 continue
             self._places[frame.place] += 1
             if self._places[frame.place] > self._places[incident.place]:
                 incident.place, incident.function, incident.thread = frame.place, frame.function, thread
-                incident.stack = [_written(one) for one in stack.frames]
+                incident.stack = [_describe_frame(one) for one in stack.frames]
                 if not thread:
                     incident.handler = running.handler if running else ""
                     incident.subject = running.subject if running else ""
@@ -254,13 +254,13 @@ class LoopInvestigation:
         if incident is None or self._told or incident.duration < _PATIENCE:
             return ""
         self._told = True
-        return self._ledger.line(incident, now)
+        return self._incidents.log_line(incident, now)
 
-    def _close(self, vitals: Vitals, now: float) -> str:
+    def _end_turn(self, vitals: Vitals, now: float) -> str:
         assert self.incident is not None
         self.incident.duration = now - self._began
         if vitals.block_since == self._turn:
-            # Exactly, but without what the judge has excused.
+            # Exactly, but without what the assess has excused.
             self.incident.duration = vitals.block_until / 1e9 - self._began
         return self._finish(now)
 
@@ -268,14 +268,14 @@ class LoopInvestigation:
         incident, self.incident = self.incident, None
         assert incident is not None
         incident.lasts = False
-        self._ledger.count(incident)
-        return "" if self._told else self._ledger.line(incident, now)
+        self._incidents.count(incident)
+        return "" if self._told else self._incidents.log_line(incident, now)
 
 
-def _resting(stack: Stack) -> bool:
+def _is_idle(stack: Stack) -> bool:
     """Whether a thread waits for work, and so can't be the one that holds the lock."""
     return not stack.frames or "/threading.py" in stack.frames[0].file or "/queue.py" in stack.frames[0].file
 
 
-def _written(frame: StackFrame) -> str:
+def _describe_frame(frame: StackFrame) -> str:
     return f"{frame.place} in {frame.function}"

@@ -2,7 +2,7 @@
 
 A *slot* is a place for one process: 0 to N-1 for the workers, BROKER for the broker. Each method of `Pool` is one
 event. It returns the effects that the caller carries out at once, in order; times are CLOCK_MONOTONIC seconds. What an
-event means to a slot stands in `TABLE`, by the state that the slot is in; a pair that is not in the table is of no
+event means to a slot stands in `TRANSITIONS`, by the state that the slot is in; a pair that is not in the table is of no
 consequence there (the message of a process that is being killed, say).
 
     WAITING ──due──▶ STARTING ──ready──▶ READY ──told to drain, hung up──▶ LEAVING ──deadline──▶ KILLED
@@ -56,17 +56,17 @@ class SlotState(Enum):
 
 
 class PoolEvent(Enum):
-    """What can happen to a slot. DUE: its deadline has passed. SILENT: no beat for too long. BLOATED: it uses more
+    """What can happen to a slot. DEADLINE: its deadline has passed. NO_BEAT: no beat for too long. MEMORY_EXCEEDED: it uses more
     memory than it may."""
 
     READY = "ready"
-    FAILED = "failed"
-    UNLINKED = "unlinked"
-    HUNG_UP = "hung up"
+    START_FAILED = "start failed"
+    BROKER_LINK_LOST = "broker_link_lost"
+    CONTROL_LINK_LOST = "hung up"
     EXITED = "exited"
-    DUE = "due"
-    SILENT = "silent"
-    BLOATED = "bloated"
+    DEADLINE = "due"
+    NO_BEAT = "silent"
+    MEMORY_EXCEEDED = "bloated"
     STOP = "stop"
     KILL = "kill"
 
@@ -75,7 +75,7 @@ class PoolEvent(Enum):
 
 
 class SpawnProcess(Struct, frozen=True):
-    """Start the slot's process. If that fails, answer with `exited`."""
+    """Start the slot's process. If that fails, answer with `process_exited`."""
 
     slot: int
 
@@ -94,14 +94,14 @@ class SignalProcess(Struct, frozen=True):
     number: int
 
 
-class ExamineProcess(Struct, frozen=True):
+class DumpProcessStacks(Struct, frozen=True):
     """Have the slot's process, which does not turn its loop, write all its stacks; it is killed in a moment."""
 
     slot: int
 
 
-class IntroduceProcesses(Struct, frozen=True):
-    """Give the slot's worker and the broker a fresh stream to each other. If that fails, answer with `unlinked`."""
+class ConnectToBroker(Struct, frozen=True):
+    """Give the slot's worker and the broker a fresh stream to each other. If that fails, answer with `broker_link_lost`."""
 
     slot: int
 
@@ -112,11 +112,11 @@ class NotifySystemd(Struct, frozen=True):
     state: str
 
 
-class LogReport(Struct, frozen=True):
+class LogLine(Struct, frozen=True):
     """A line for the log."""
 
     line: str
-    grave: bool = False
+    is_error: bool = False
 
 
 class HaltService(Struct, frozen=True):
@@ -130,10 +130,10 @@ Effect = (
     SpawnProcess
     | DrainProcess
     | SignalProcess
-    | ExamineProcess
-    | IntroduceProcesses
+    | DumpProcessStacks
+    | ConnectToBroker
     | NotifySystemd
-    | LogReport
+    | LogLine
     | HaltService
 )
 
@@ -142,7 +142,7 @@ Effect = (
 class Slot:
     """One place for a process. Read by anybody, changed by its pool alone.
 
-    deadline: when DUE comes, in any state. heard: when its process last gave a sign of life, moved on by the
+    deadline: when DEADLINE comes, in any state. heard: when its process last gave a sign of life, moved on by the
     supervisor's own stalls. deaths: in a row. cause, reason: why its process is ending, as far as we know.
     """
 
@@ -163,12 +163,12 @@ class Slot:
         return "broker" if self.number == BROKER else f"worker {self.number}"
 
     @property
-    def looping(self) -> bool:
+    def in_crash_loop(self) -> bool:
         """Whether it is in a crash loop."""
         return self.deaths >= _LOOP
 
     @property
-    def occupied(self) -> bool:
+    def has_process(self) -> bool:
         """Whether a process is there."""
         return self.state not in (SlotState.WAITING, SlotState.GONE)
 
@@ -213,30 +213,30 @@ class Pool:
         self._now = self._ticked = now
         for slot in self.slots.values():
             slot.deadline = now
-            self._fire(slot, PoolEvent.DUE)
+            self._fire(slot, PoolEvent.DEADLINE)
         return self._conclude()
 
-    def announced(self, number: int, now: float) -> list[Effect]:
+    def process_ready(self, number: int, now: float) -> list[Effect]:
         """The slot's process says that it is ready."""
         return self._event(number, PoolEvent.READY, now)
 
-    def failed(self, number: int, reason: str, now: float) -> list[Effect]:
+    def start_failed(self, number: int, reason: str, now: float) -> list[Effect]:
         """The slot's process says that it can't start, and why; it will exit with status 78."""
         slot = self.slots[number]
         if slot.state is SlotState.STARTING:
             slot.reason = f"can't start: {reason}"
-        return self._event(number, PoolEvent.FAILED, now)
+        return self._event(number, PoolEvent.START_FAILED, now)
 
-    def unlinked(self, number: int, now: float) -> list[Effect]:
+    def broker_link_lost(self, number: int, now: float) -> list[Effect]:
         """The slot's worker has no stream to the broker. They are introduced again at the next tick, or when both are
         there."""
-        return self._event(number, PoolEvent.UNLINKED, now)
+        return self._event(number, PoolEvent.BROKER_LINK_LOST, now)
 
-    def hung_up(self, number: int, now: float) -> list[Effect]:
+    def control_link_lost(self, number: int, now: float) -> list[Effect]:
         """The control link to the slot's process ended: it is ending, or out of order, and is not to stay."""
-        return self._event(number, PoolEvent.HUNG_UP, now)
+        return self._event(number, PoolEvent.CONTROL_LINK_LOST, now)
 
-    def bloated(self, number: int, size: int, now: float) -> list[Effect]:
+    def memory_exceeded(self, number: int, size: int, now: float) -> list[Effect]:
         """The slot's worker uses `size` bytes of memory, which is too much: it drains and is replaced.
 
         One at a time: without effect while any other process is missing.
@@ -245,9 +245,9 @@ class Pool:
         if not self.ready:
             return []
         slot.cause, slot.reason = "bloated", f"used {size / 2**20:.0f} MiB of memory and has left"
-        return self._event(number, PoolEvent.BLOATED, now)
+        return self._event(number, PoolEvent.MEMORY_EXCEEDED, now)
 
-    def exited(self, number: int, status: int, now: float) -> list[Effect]:
+    def process_exited(self, number: int, status: int, now: float) -> list[Effect]:
         """The slot's process is no more. status: its exit status, or minus the signal that ended it."""
         slot = self.slots[number]
         slot.cause, slot.reason = slot.cause or _cause(status), slot.reason or _describe(status)
@@ -266,9 +266,9 @@ class Pool:
         for slot in self.slots.values():
             self._hear(slot, beats.get(slot.number, 0.0))
             if now >= slot.deadline:
-                self._fire(slot, PoolEvent.DUE)
+                self._fire(slot, PoolEvent.DEADLINE)
             elif 0 < self._stuck < now - slot.heard:
-                self._fire(slot, PoolEvent.SILENT)
+                self._fire(slot, PoolEvent.NO_BEAT)
             self._judge_health(slot)
             self._introduce(slot)
         if now >= self._stop_deadline:
@@ -298,7 +298,7 @@ class Pool:
 
     def _serve(self, slot: Slot) -> None:
         self._enter(slot, SlotState.READY)
-        if not slot.looping:
+        if not slot.in_crash_loop:
             self._report(f"{slot.name} is ready")
         if slot.number == BROKER:
             for worker in self.workers:
@@ -345,13 +345,13 @@ class Pool:
         slot.cause = slot.cause or "link"
         slot.reason = slot.reason or "did not end in time and was killed"
         if self.stopping:
-            self._report(f"{slot.name} did not finish in time: killed", grave=True)
+            self._report(f"{slot.name} did not finish in time: killed", is_error=True)
         self._kill(slot)
 
     def _examine(self, slot: Slot) -> None:
         slot.cause, slot.reason = "stuck", f"did not turn its loop for {self._stuck:g} s and was killed"
         self._enter(slot, SlotState.LEAVING, self._now + _EXAMINATION)
-        self._effects.append(ExamineProcess(slot.number))
+        self._effects.append(DumpProcessStacks(slot.number))
 
     def _replace(self, slot: Slot) -> None:
         self._enter(slot, SlotState.LEAVING, self._now + self._stop_timeout)
@@ -364,8 +364,8 @@ class Pool:
         slot.deaths += 1
         slot.restarts[slot.cause] += 1
         delay = min(self._settings.restart_delay * 2.0 ** min(slot.deaths - 1, 30), self._settings.restart_delay_max)
-        if not slot.looping:
-            self._report(f"{slot.name} {slot.reason}; starting it again in {delay:g} s", grave=True)
+        if not slot.in_crash_loop:
+            self._report(f"{slot.name} {slot.reason}; starting it again in {delay:g} s", is_error=True)
         self._enter(slot, SlotState.WAITING, self._now + delay)
 
     def _vanish(self, slot: Slot) -> None:
@@ -379,7 +379,7 @@ class Pool:
         return self._conclude()
 
     def _fire(self, slot: Slot, event: PoolEvent) -> None:
-        action = TABLE.get((slot.state, event))
+        action = TRANSITIONS.get((slot.state, event))
         if action is not None:
             action(self, slot)
 
@@ -390,8 +390,8 @@ class Pool:
     def _enter(self, slot: Slot, state: SlotState, deadline: float = math.inf) -> None:
         slot.state, slot.since, slot.heard, slot.deadline = state, self._now, self._now, deadline
 
-    def _report(self, line: str, grave: bool = False) -> None:
-        self._effects.append(LogReport(line, grave))
+    def _report(self, line: str, is_error: bool = False) -> None:
+        self._effects.append(LogLine(line, is_error))
 
     def _leave_deadline(self, slot: Slot) -> float:
         # The broker serves until the last worker has gone: the workers leave it the last tenth.
@@ -428,7 +428,7 @@ class Pool:
             return
         self._halted = True
         for slot in left:
-            self._report(f"{slot.name} can't be ended: left behind", grave=True)
+            self._report(f"{slot.name} can't be ended: left behind", is_error=True)
             self._vanish(slot)
         self._effects.append(HaltService(self._status, self._reason))
 
@@ -447,7 +447,7 @@ class Pool:
 
     def _judge_health(self, slot: Slot) -> None:
         if slot.state is SlotState.READY and slot.deaths and self._now - slot.since >= self._settings.restart_reset:
-            if slot.looping:
+            if slot.in_crash_loop:
                 self._report(f"{slot.name} is well again")
             slot.deaths = 0
 
@@ -457,16 +457,16 @@ class Pool:
         there = slot.state in (SlotState.STARTING, SlotState.READY)
         if broker is not None and broker.state is SlotState.READY and slot is not broker and there and not slot.linked:
             slot.linked = True
-            self._effects.append(IntroduceProcesses(slot.number))
+            self._effects.append(ConnectToBroker(slot.number))
 
     def _report_loops(self) -> None:
-        looping = [slot for slot in self.slots.values() if slot.looping and slot.state is SlotState.WAITING]
-        if self.stopping or not looping or self._now - self._loop_told < _LOOP_INTERVAL:
+        in_crash_loop = [slot for slot in self.slots.values() if slot.in_crash_loop and slot.state is SlotState.WAITING]
+        if self.stopping or not in_crash_loop or self._now - self._loop_told < _LOOP_INTERVAL:
             return
         self._loop_told = self._now
-        each = "; ".join(f"{slot.name} {slot.reason}, {slot.deaths} times in a row" for slot in looping)
-        pause = min(slot.deadline for slot in looping) - self._now
-        self._report(f"crash loop: {each}; trying again in {pause:.1f} s, then ever more rarely", grave=True)
+        each = "; ".join(f"{slot.name} {slot.reason}, {slot.deaths} times in a row" for slot in in_crash_loop)
+        pause = min(slot.deadline for slot in in_crash_loop) - self._now
+        self._report(f"crash loop: {each}; trying again in {pause:.1f} s, then ever more rarely", is_error=True)
 
 
 def _cause(status: int) -> str:
@@ -485,26 +485,26 @@ def _describe(status: int) -> str:
         return f"was ended by signal {-status}"
 
 
-TABLE: dict[tuple[SlotState, PoolEvent], Callable[[Pool, Slot], None]] = {
-    (SlotState.WAITING, PoolEvent.DUE): Pool._spawn,
+TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, Slot], None]] = {
+    (SlotState.WAITING, PoolEvent.DEADLINE): Pool._spawn,
     (SlotState.WAITING, PoolEvent.STOP): Pool._vanish,
     (SlotState.WAITING, PoolEvent.KILL): Pool._vanish,
     (SlotState.STARTING, PoolEvent.READY): Pool._serve,
-    (SlotState.STARTING, PoolEvent.FAILED): Pool._fail,
-    (SlotState.STARTING, PoolEvent.HUNG_UP): Pool._dismiss,
-    (SlotState.STARTING, PoolEvent.DUE): Pool._kill_late,
+    (SlotState.STARTING, PoolEvent.START_FAILED): Pool._fail,
+    (SlotState.STARTING, PoolEvent.CONTROL_LINK_LOST): Pool._dismiss,
+    (SlotState.STARTING, PoolEvent.DEADLINE): Pool._kill_late,
     (SlotState.STARTING, PoolEvent.STOP): Pool._terminate,
     (SlotState.STARTING, PoolEvent.KILL): Pool._kill,
-    (SlotState.STARTING, PoolEvent.UNLINKED): Pool._unlink,
+    (SlotState.STARTING, PoolEvent.BROKER_LINK_LOST): Pool._unlink,
     (SlotState.STARTING, PoolEvent.EXITED): Pool._bury,
-    (SlotState.READY, PoolEvent.UNLINKED): Pool._unlink,
-    (SlotState.READY, PoolEvent.HUNG_UP): Pool._dismiss,
-    (SlotState.READY, PoolEvent.SILENT): Pool._examine,
-    (SlotState.READY, PoolEvent.BLOATED): Pool._replace,
+    (SlotState.READY, PoolEvent.BROKER_LINK_LOST): Pool._unlink,
+    (SlotState.READY, PoolEvent.CONTROL_LINK_LOST): Pool._dismiss,
+    (SlotState.READY, PoolEvent.NO_BEAT): Pool._examine,
+    (SlotState.READY, PoolEvent.MEMORY_EXCEEDED): Pool._replace,
     (SlotState.READY, PoolEvent.STOP): Pool._tell,
     (SlotState.READY, PoolEvent.KILL): Pool._kill,
     (SlotState.READY, PoolEvent.EXITED): Pool._bury,
-    (SlotState.LEAVING, PoolEvent.DUE): Pool._kill_overdue,
+    (SlotState.LEAVING, PoolEvent.DEADLINE): Pool._kill_overdue,
     (SlotState.LEAVING, PoolEvent.STOP): Pool._hasten,
     (SlotState.LEAVING, PoolEvent.KILL): Pool._kill,
     (SlotState.LEAVING, PoolEvent.EXITED): Pool._bury,

@@ -35,15 +35,15 @@ _heard = Logger()  # what the children write: they have left out already what is
 class ChildProcessOwner(Protocol):
     """Who is told. The process is given, since its slot may hold another one by then."""
 
-    def announced(self, process: ChildProcess) -> None: ...
-    def failed(self, process: ChildProcess, reason: str) -> None: ...
-    def unlinked(self, process: ChildProcess) -> None: ...
-    def hung_up(self, process: ChildProcess) -> None: ...
-    def exited(self, process: ChildProcess, status: int) -> None: ...
+    def process_ready(self, process: ChildProcess) -> None: ...
+    def start_failed(self, process: ChildProcess, reason: str) -> None: ...
+    def broker_link_lost(self, process: ChildProcess) -> None: ...
+    def control_link_lost(self, process: ChildProcess) -> None: ...
+    def process_exited(self, process: ChildProcess, status: int) -> None: ...
 
 
 class ChildProcess(ProcessProtocol):
-    """A running child. Its pid is not reused before `exited` was told: until then the kernel keeps its exit status."""
+    """A running child. Its pid is not reused before `process_exited` was told: until then the kernel keeps its exit status."""
 
     def __init__(self, owner: ChildProcessOwner, slot: int) -> None:
         self.slot = slot
@@ -97,19 +97,19 @@ class ChildProcess(ProcessProtocol):
             self._vitals = self._page.read() or self._vitals
         return self._vitals
 
-    def glance(self) -> tuple[int, float, int]:
-        """The latest signs of life that tell a calm loop, see `VitalsPage.glance`; zeros before the first."""
-        return self._page.glance() if self._page is not None else (0, 0.0, 0)
+    def peek(self) -> tuple[int, float, int]:
+        """The latest signs of life that tell a calm loop, see `VitalsPage.peek`; zeros before the first."""
+        return self._page.peek() if self._page is not None else (0, 0.0, 0)
 
     @property
     def running(self) -> RunningHandler | None:
         """The handler that runs on its loop now."""
         return self._page.running() if self._page is not None else None
 
-    def relieve(self, possible: bool) -> None:
+    def set_relief(self, possible: bool) -> None:
         """Let it know whether another worker can take new clients in its place."""
         if self._page is not None:
-            self._page.relieve(possible)
+            self._page.set_relief(possible)
 
     def signal(self, number: int) -> None:
         """Send a signal; without effect when the process has ended."""
@@ -168,7 +168,7 @@ class ChildProcess(ProcessProtocol):
             self._dumps.end()
         for output in self._outputs.values():
             output.flush()
-        self._owner.exited(self, -ended.signal if ended.signal else ended.exitCode)
+        self._owner.process_exited(self, -ended.signal if ended.signal else ended.exitCode)
 
     def _close_page(self) -> None:
         if self._page is not None:
@@ -186,22 +186,22 @@ class _Link(control.Peer):
 
     @control.Ready.responder
     def _ready(self) -> dict[str, object]:
-        self._owner.announced(self._process)
+        self._owner.process_ready(self._process)
         return {}
 
     @control.Failed.responder
     def _failed(self, reason: str) -> dict[str, object]:
-        self._owner.failed(self._process, reason)
+        self._owner.start_failed(self._process, reason)
         return {}
 
     @control.LinkLost.responder
     def _link_lost(self) -> dict[str, object]:
-        self._owner.unlinked(self._process)
+        self._owner.broker_link_lost(self._process)
         return {}
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         super().connectionLost(reason)
-        self._owner.hung_up(self._process)
+        self._owner.control_link_lost(self._process)
 
     def end(self) -> None:
         """Drop the link. What was asked over it fails."""

@@ -31,7 +31,7 @@ class CannotListen(RealtimeError):
 class SharedPort:
     """One address and port with a listening socket for each slot.
 
-    sockets: the supervisor's own copies, in the order in which the kernel counts them. crowded: others were listening
+    sockets: the supervisor's own copies, in the order in which the kernel counts them. has_other_listeners: others were listening
     here before, workers of a supervisor that was killed; then that order is unknown, and changes as they leave.
     """
 
@@ -44,7 +44,7 @@ class SharedPort:
         self._lock: socket.socket | None = None
         try:
             family, host = _resolve(address, port)
-            self.crowded = _is_taken(family, host, port)
+            self.has_other_listeners = _is_taken(family, host, port)
             for _ in range(slots):
                 self.sockets.append(_open(family, host, self.port if self.sockets else port))
             self._lock = _lock(host, self.port)

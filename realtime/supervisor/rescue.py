@@ -34,19 +34,19 @@ BATCH = 32
 REFUSE_AFTER = 1.0
 """Seconds for which no loop has turned before clients are sent away: a shorter wait is better than a refusal."""
 
-ABSENCE = 2.0
+RESTART_ALLOWANCE = 2.0
 """Seconds within which a worker that died is expected to be replaced."""
 
-HOLD = 5.0
+MAX_HOLD = 5.0
 """Seconds for which a connection that no worker took is held before its client is sent away."""
 
 LINGER = 1.0
 """Seconds for a client to read its refusal and close."""
 
-MOST_LINGERING = 256
+MAX_LINGERING = 256
 """Clients that may be reading their refusal: each is a descriptor of the supervisor's."""
 
-REST = 1.0
+PAUSE_AFTER_FAILURE = 1.0
 """Seconds for which a worker that did not take a connection is given no other."""
 
 _RETRY_AFTER = (3, 10)  # as in `realtime.transports.frontend`
@@ -67,7 +67,7 @@ class RescueWorker(Protocol):
 
 
 class Rescue:
-    """The rescue of one shared port's clients. `look` after each look at the workers' health."""
+    """The rescue of one shared port's clients. `check` after each look at the workers' health."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Rescue:
         self._processes = processes
         self._active = loop.rescue
         self._blocked = loop.lagging or loop.pressed
-        self._ways: dict[int, _RouteToWorker] = {}
+        self._routes: dict[int, _RouteToWorker] = {}
         self._held: deque[_RescuedConnection] = deque()  # taken by nobody so far
         self._refusals = _Refusals(reactor)
         self._tally: Counter[int] = Counter()  # rescued since the slot came to need it, by slot
@@ -97,11 +97,11 @@ class Rescue:
         help = "Times that a worker did not take a connection from the supervisor; another was tried."
         self._failed = metrics.counter("realtime_rescue_failed", help)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Do what is due."""
         if not self._active:
             return
-        self._keep_ways()
+        self._update_routes()
         self._pass_on_held()
         for slot in range(len(self._sockets)):
             if self._in_need(slot):
@@ -113,8 +113,8 @@ class Rescue:
     def close(self) -> None:
         """Stop, for the server ends."""
         self._active = False
-        for way in self._ways.values():
-            way.close()
+        for route in self._routes.values():
+            route.close()
         for rescued in self._held:
             rescued.connection.close()
         self._held.clear()
@@ -131,35 +131,35 @@ class Rescue:
         in_time = self._blocked == 0 or health.lag < self._blocked
         return in_time and health.condition in (Condition.HEALTHY, Condition.LAGGING)
 
-    def _keep_ways(self) -> None:
+    def _update_routes(self) -> None:
         """Have a way to each process that serves, and none to one that has ended."""
-        for slot, way in list(self._ways.items()):
-            if self._processes.get(slot) is not way.process:
-                del self._ways[slot]
-                way.process_ended()
+        for slot, route in list(self._routes.items()):
+            if self._processes.get(slot) is not route.process:
+                del self._routes[slot]
+                route.process_ended()
         for slot, process in self._processes.items():
             health = self._health.get(slot)
-            if slot not in self._ways and health is not None and self._is_well(health):
-                self._ways[slot] = _RouteToWorker(self._reactor, slot, process)
-        for way in self._ways.values():
-            way.recall()
+            if slot not in self._routes and health is not None and self._is_well(health):
+                self._routes[slot] = _RouteToWorker(self._reactor, slot, process)
+        for route in self._routes.values():
+            route.reclaim_overdue()
 
     def _helpers(self) -> list[_RouteToWorker]:
         """The ways to those that can take a connection now, best first."""
         now = self._reactor.seconds()
-        able = [way for way in self._ways.values() if way.takes(now) and self._is_well(self._health[way.slot])]
+        able = [way for route in self._routes.values() if route.takes(now) and self._is_well(self._health[route.slot])]
         return sorted(able, key=self._burden)
 
-    def _burden(self, way: _RouteToWorker) -> tuple[bool, int, int]:
-        health = self._health[way.slot]
-        return health.condition is Condition.LAGGING, way.in_flight, health.connections
+    def _burden(self, route: _RouteToWorker) -> tuple[bool, int, int]:
+        health = self._health[route.slot]
+        return health.condition is Condition.LAGGING, route.in_flight, health.connections
 
     def _is_hopeless(self) -> bool:
         """Whether every worker is blocked for long, or dead and not coming back."""
         now = self._reactor.seconds()
         slots = [self._health.get(slot) for slot in range(len(self._sockets))]
         blocked = [one and one.condition is Condition.PRESSED and one.lag >= REFUSE_AFTER for one in slots]
-        gone = [one and one.condition is Condition.ABSENT and now - one.since >= ABSENCE for one in slots]
+        gone = [one and one.condition is Condition.ABSENT and now - one.since >= RESTART_ALLOWANCE for one in slots]
         return any(blocked) and all(map(any, zip(blocked, gone, strict=True)))
 
     # What becomes of a connection.
@@ -183,27 +183,27 @@ class Rescue:
 
     def _place(self, rescued: _RescuedConnection) -> None:
         """Give it to a worker, hold it until one can take it, or send the client away."""
-        if any(self._give(way, rescued) for way in self._helpers()):
+        if any(self._give(way, rescued) for route in self._helpers()):
             return
-        if self._is_hopeless() or self._reactor.seconds() - rescued.since >= HOLD:
+        if self._is_hopeless() or self._reactor.seconds() - rescued.since >= MAX_HOLD:
             self._refuse(rescued.connection)
         else:
             self._held.append(rescued)
 
-    def _give(self, way: _RouteToWorker, rescued: _RescuedConnection) -> bool:
+    def _give(self, route: _RouteToWorker, rescued: _RescuedConnection) -> bool:
         def settled(taken: bool) -> None:
             if taken:
                 self._rescued[rescued.slot].value += 1
                 self._tally[rescued.slot] += 1
                 return
             self._failed.value += 1
-            way.rest()
+            route.rest()
             if self._active:
                 self._place(rescued)
             else:
                 rescued.connection.close()
 
-        return way.give(rescued.connection, settled)
+        return route.give(rescued.connection, settled)
 
     def _pass_on_held(self) -> None:
         for _ in range(len(self._held)):
@@ -216,7 +216,7 @@ class Rescue:
 
 
 class _RescuedConnection:
-    """A connection on its way. slot: where it was queued. since: when it was accepted."""
+    """A connection on its route. slot: where it was queued. since: when it was accepted."""
 
     __slots__ = ("connection", "since", "slot")
 
@@ -233,7 +233,7 @@ class _RouteToWorker:
         self.slot = slot
         self.process = process
         self._reactor = reactor
-        self._giver: FdSender | None = None
+        self._sender: FdSender | None = None
         self._closed = False
         self._rested = 0.0
         try:
@@ -249,35 +249,35 @@ class _RouteToWorker:
         if self._closed:
             ours.close()
         else:
-            self._giver = FdSender(self._reactor, ours)
+            self._sender = FdSender(self._reactor, ours)
 
     @property
     def in_flight(self) -> int:
-        return self._giver.in_flight if self._giver else 0
+        return self._sender.in_flight if self._sender else 0
 
     def takes(self, now: float) -> bool:
         """Whether it can be given a connection."""
-        return self._giver is not None and self._giver.has_room and now >= self._rested
+        return self._sender is not None and self._sender.has_room and now >= self._rested
 
     def give(self, connection: socket.socket, settled: Callable[[bool], None]) -> bool:
-        return self._giver is not None and self._giver.give(connection, settled)
+        return self._sender is not None and self._sender.send(connection, settled)
 
     def rest(self) -> None:
-        self._rested = self._reactor.seconds() + REST
+        self._rested = self._reactor.seconds() + PAUSE_AFTER_FAILURE
 
-    def recall(self) -> None:
-        if self._giver is not None:
-            self._giver.recall()
+    def reclaim_overdue(self) -> None:
+        if self._sender is not None:
+            self._sender.reclaim_overdue()
 
     def close(self) -> None:
         self._closed = True
-        if self._giver is not None:
-            self._giver.close()
+        if self._sender is not None:
+            self._sender.close()
 
     def process_ended(self) -> None:
         self._closed = True
-        if self._giver is not None:
-            self._giver.worker_ended()
+        if self._sender is not None:
+            self._sender.worker_ended()
 
 
 class _Refusal(protocol.Protocol):
@@ -316,7 +316,7 @@ class _Refusals(protocol.ServerFactory):
     @property
     def has_room(self) -> bool:
         """Whether the supervisor has descriptors to spare for another."""
-        return self.lingering < MOST_LINGERING
+        return self.lingering < MAX_LINGERING
 
 
 def _accept(listening: socket.socket) -> socket.socket | None:

@@ -87,11 +87,11 @@ class Supervisor(Service):
         settings = replace(settings, workers=replace(settings.workers, count=count))
         self.pool = Pool(count, settings.workers, settings.loop, settings.shutdown.timeout)
         self.processes: dict[int, ChildProcess] = {}
-        self.watch = HealthMonitor(reactor, settings.loop, self.pool, self.processes)
+        self.monitor = HealthMonitor(reactor, settings.loop, self.pool, self.processes)
         self.metrics = Metrics()
         self.steering: Steering | None = None
         self._rescue: Rescue | None = None
-        self.blame = StackSampler(reactor, self.watch, settings.loop, settings.app, self.processes)
+        self.sampler = StackSampler(reactor, self.monitor, settings.loop, settings.app, self.processes)
         self._reactor = reactor
         self._settings = settings
         self._modules = {BROKER: broker}
@@ -123,14 +123,14 @@ class Supervisor(Service):
             _log.critical("can't start: {reason}", reason=str(error))
             raise SystemExit(1) from error
         self.steering = Steering(
-            self._port, self.watch.health, self._now, self.metrics, wanted=self._settings.loop.steering
+            self._port, self.monitor.health, self._now, self.metrics, enabled=self._settings.loop.steering
         )
         self._rescue = Rescue(
-            self._reactor, self._port, self.watch.health, self.processes, self._settings.loop, self.metrics
+            self._reactor, self._port, self.monitor.health, self.processes, self._settings.loop, self.metrics
         )
-        self.watch.listeners.append(self.steering.condition_changed)
-        self.watch.looks += [self.steering.look, self._rescue.look]
-        self.watch.chores.add(TICK, self._tick)
+        self.monitor.listeners.append(self.steering.condition_changed)
+        self.monitor.after_check += [self.steering.update, self._rescue.check]
+        self.monitor.tasks.add(TICK, self._tick)
 
     def startService(self) -> None:
         """Start all processes."""
@@ -177,7 +177,7 @@ class Supervisor(Service):
     def _begin(self) -> None:
         self._take_signals()
         self._carry(self.pool.start(self._now()))
-        self.watch.start()
+        self.monitor.start()
         if self._admin is not None:
             self._admin.start()
 
@@ -207,26 +207,26 @@ class Supervisor(Service):
 
     # What the processes tell (realtime.supervisor.child_process.Owner).
 
-    def announced(self, process: ChildProcess) -> None:
+    def process_ready(self, process: ChildProcess) -> None:
         if self._current(process):
-            self._carry(self.pool.announced(process.slot, self._now()))
+            self._carry(self.pool.process_ready(process.slot, self._now()))
 
-    def failed(self, process: ChildProcess, reason: str) -> None:
+    def start_failed(self, process: ChildProcess, reason: str) -> None:
         if self._current(process):
-            self._carry(self.pool.failed(process.slot, reason, self._now()))
+            self._carry(self.pool.start_failed(process.slot, reason, self._now()))
 
-    def unlinked(self, process: ChildProcess) -> None:
+    def broker_link_lost(self, process: ChildProcess) -> None:
         if self._current(process):
-            self._carry(self.pool.unlinked(process.slot, self._now()))
+            self._carry(self.pool.broker_link_lost(process.slot, self._now()))
 
-    def hung_up(self, process: ChildProcess) -> None:
+    def control_link_lost(self, process: ChildProcess) -> None:
         if self._current(process):
-            self._carry(self.pool.hung_up(process.slot, self._now()))
+            self._carry(self.pool.control_link_lost(process.slot, self._now()))
 
-    def exited(self, process: ChildProcess, status: int) -> None:
+    def process_exited(self, process: ChildProcess, status: int) -> None:
         if self._current(process):
             del self.processes[process.slot]
-            self._carry(self.pool.exited(process.slot, status, self._now()))
+            self._carry(self.pool.process_exited(process.slot, status, self._now()))
 
     def _current(self, process: ChildProcess) -> bool:
         return self.processes.get(process.slot) is process
@@ -248,7 +248,7 @@ class Supervisor(Service):
         for slot in self.pool.workers:
             seen = vitals.get(slot.number)
             if seen is not None and slot.state is SlotState.READY and 0 < limit < seen.rss:
-                self._carry(self.pool.bloated(slot.number, seen.rss, now))
+                self._carry(self.pool.memory_exceeded(slot.number, seen.rss, now))
 
     def _healthy(self, now: float) -> bool:
         """Whether every loop that should turn has turned within the watchdog's interval.
@@ -285,7 +285,7 @@ class Supervisor(Service):
         except OSError as error:
             del self.processes[effect.slot]
             _log.error("can't start a process: {error}", error=error)
-            self._carry(self.pool.exited(effect.slot, _EX_OSERR, self._now()))
+            self._carry(self.pool.process_exited(effect.slot, _EX_OSERR, self._now()))
 
     def _drain(self, effect: effects.DrainProcess) -> None:
         self.processes[effect.slot].drain(effect.timeout)
@@ -293,10 +293,10 @@ class Supervisor(Service):
     def _signal(self, effect: effects.SignalProcess) -> None:
         self.processes[effect.slot].signal(effect.number)
 
-    def _examine(self, effect: effects.ExamineProcess) -> None:
-        self.blame.examine(effect.slot)
+    def _examine(self, effect: effects.DumpProcessStacks) -> None:
+        self.sampler.log_all_stacks(effect.slot)
 
-    def _introduce(self, effect: effects.IntroduceProcesses) -> None:
+    def _introduce(self, effect: effects.ConnectToBroker) -> None:
         """Make a stream and give an end to each. Our copies live until both have answered."""
         if effect.slot not in self.processes:
             return  # it could not be spawned a moment ago, which the pool knows by now
@@ -304,7 +304,7 @@ class Supervisor(Service):
             ends = socket.socketpair()
         except OSError as error:
             _log.error("can't introduce worker {slot} to the broker: {error}", slot=effect.slot, error=error)
-            self.unlinked(self.processes[effect.slot])
+            self.broker_link_lost(self.processes[effect.slot])
             return
         both = [self.processes[effect.slot], self.processes[BROKER]]
         handed = [process.introduce(effect.slot, end.fileno()) for process, end in zip(both, ends, strict=True)]
@@ -313,7 +313,7 @@ class Supervisor(Service):
             for end in ends:
                 end.close()
             if not all(taken for taken, _ in results):
-                self.unlinked(both[0])
+                self.broker_link_lost(both[0])
 
         DeferredList(handed, consumeErrors=True).addCallback(answered)
 
@@ -324,14 +324,14 @@ class Supervisor(Service):
         else:
             self._notifier.stopping()
 
-    def _report(self, effect: effects.LogReport) -> None:
-        (_log.error if effect.grave else _log.info)("{line}", line=effect.line)
+    def _report(self, effect: effects.LogLine) -> None:
+        (_log.error if effect.is_error else _log.info)("{line}", line=effect.line)
         ready = sum(slot.state is SlotState.READY for slot in self.pool.workers)
         self._notifier.status(f"{ready} of {len(self.pool.workers)} workers ready")
 
     def _halt(self, effect: effects.HaltService) -> None:
         self._halted = True
-        self.watch.stop()
+        self.monitor.stop()
         if effect.reason:
             _log.critical("{reason}", reason=effect.reason)
         if self._admin is not None:
@@ -355,10 +355,10 @@ _CARRY: dict[type[Any], Callable[[Supervisor, Any], None]] = {
     effects.SpawnProcess: Supervisor._spawn,
     effects.DrainProcess: Supervisor._drain,
     effects.SignalProcess: Supervisor._signal,
-    effects.ExamineProcess: Supervisor._examine,
-    effects.IntroduceProcesses: Supervisor._introduce,
+    effects.DumpProcessStacks: Supervisor._examine,
+    effects.ConnectToBroker: Supervisor._introduce,
     effects.NotifySystemd: Supervisor._notify,
-    effects.LogReport: Supervisor._report,
+    effects.LogLine: Supervisor._report,
     effects.HaltService: Supervisor._halt,
 }
 

@@ -26,51 +26,51 @@ from realtime.supervisor.child_process import ChildProcess
 from realtime.supervisor.health_monitor import HealthMonitor
 
 # Seconds for a process to write its stack. One that is stopped does not.
-LIMIT = 5.0
+DUMP_TIMEOUT = 5.0
 _SIGNALS = {StackRequest.STACK: stack_dumps.STACK, StackRequest.STACKS: stack_dumps.STACKS}
 
 _log = Logger(observer=log.observer)
 
 
 class StackSampler:
-    """An inquiry into each worker's process that is there; `ledger` has what they found."""
+    """An investigation into each worker's process that is there; `incidents` has what they found."""
 
     def __init__(
         self,
         reactor: Any,
-        watch: HealthMonitor,
+        monitor: HealthMonitor,
         loop: LoopSettings,
         app: AppSettings,
         processes: Mapping[int, ChildProcess],
     ) -> None:
         """processes: by slot, the live dictionary of those that run."""
-        self.ledger = IncidentLog()
+        self.incidents = IncidentLog()
         self._reactor = reactor
-        self._watch = watch
+        self._monitor = monitor
         self._loop = loop
         self._origin = CodeOrigin(_own(app), _foreign())
         self._processes = processes
-        self._inquiries: dict[int, tuple[ChildProcess, LoopInvestigation]] = {}
-        watch.looks.append(self.look)
+        self._investigations: dict[int, tuple[ChildProcess, LoopInvestigation]] = {}
+        monitor.after_check.append(self.check)
 
-    def look(self) -> None:
-        """Look after every worker. Called by the watch, and cheap while all is well."""
-        for slot, health in self._watch.health.items():
-            process, inquiry = self._current(slot)
-            if process is None or inquiry is None or health.vitals is None:
+    def check(self) -> None:
+        """Look after every worker. Called by the monitor, and cheap while all is well."""
+        for slot, health in self._monitor.health.items():
+            process, investigation = self._current(slot)
+            if process is None or investigation is None or health.vitals is None:
                 continue
-            if inquiry.incident is None and health.blocked < self._loop.lagging:
+            if investigation.incident is None and health.blocked < self._loop.lagging:
                 continue
-            wanted, line = inquiry.look(
+            wanted, line = investigation.update(
                 health.vitals, health.blocked, process.running, self._reactor.seconds(), time.time()
             )
             self._tell(line)
             if wanted is not None:
-                self._ask(process, inquiry, wanted)
+                self._ask(process, investigation, wanted)
 
-    def examine(self, slot: int) -> None:
+    def log_all_stacks(self, slot: int) -> None:
         """The slot's process is stuck and is killed in a moment: put the stacks of all its threads into the log."""
-        process, inquiry = self._current(slot)
+        process, investigation = self._current(slot)
         if process is None:
             return
 
@@ -78,41 +78,41 @@ class StackSampler:
 
         def answered(text: str) -> None:
             _log.error("{name} is stuck; all its threads:\n{text}", name=name, text=text.rstrip())
-            if inquiry is not None:
-                inquiry.examined(text)
+            if investigation is not None:
+                investigation.record_final_stacks(text)
 
         def silent(_: Failure) -> None:
             _log.error("{name} is stuck and wrote no stacks: it is stopped, or deep in the kernel", name=name)
-            if inquiry is not None:
-                inquiry.examined("")
+            if investigation is not None:
+                investigation.record_final_stacks("")
 
         answer: Deferred[str] = process.dump(stack_dumps.STACKS)
-        answer.addTimeout(LIMIT, self._reactor)
+        answer.addTimeout(DUMP_TIMEOUT, self._reactor)
         answer.addCallbacks(answered, silent)
 
     def _current(self, slot: int) -> tuple[ChildProcess | None, LoopInvestigation | None]:
-        """The slot's process, and the inquiry into it."""
+        """The slot's process, and the investigation into it."""
         process = self._processes.get(slot)
-        before, inquiry = self._inquiries.get(slot, (None, None))
+        before, investigation = self._investigations.get(slot, (None, None))
         if before is process:
-            return process, inquiry
-        if inquiry is not None:
-            del self._inquiries[slot]
-            self._tell(inquiry.ended("the process ended", self._reactor.seconds()))
+            return process, investigation
+        if investigation is not None:
+            del self._investigations[slot]
+            self._tell(investigation.close("the process ended", self._reactor.seconds()))
         if process is None:
             return None, None
-        inquiry = LoopInvestigation(slot, process.pid, self._loop, self._origin, self.ledger)
-        self._inquiries[slot] = process, inquiry
-        return process, inquiry
+        investigation = LoopInvestigation(slot, process.pid, self._loop, self._origin, self.incidents)
+        self._investigations[slot] = process, investigation
+        return process, investigation
 
-    def _ask(self, process: ChildProcess, inquiry: LoopInvestigation, wanted: StackRequest) -> None:
+    def _ask(self, process: ChildProcess, investigation: LoopInvestigation, wanted: StackRequest) -> None:
         def answered(text: str) -> None:
             vitals = process.vitals
             if vitals is not None:
-                inquiry.dumped(stacks.parse(text), vitals, process.running)
+                investigation.record_stacks(stacks.parse(text), vitals, process.running)
 
         answer: Deferred[str] = process.dump(_SIGNALS[wanted])
-        answer.addTimeout(LIMIT, self._reactor)
+        answer.addTimeout(DUMP_TIMEOUT, self._reactor)
         answer.addCallback(answered).addErrback(_no_answer)
 
     def _tell(self, line: str) -> None:

@@ -21,7 +21,7 @@ from realtime.supervision.health import Health
 from realtime.supervisor.listener import SharedPort, accept_queue
 
 # Seconds between two changes of weights while no worker's condition changes.
-SETTLE = 0.5
+MIN_UPDATE_INTERVAL = 0.5
 
 # asm-generic/socket.h; Python has no name for it.
 _SO_ATTACH_REUSEPORT_CBPF = 51
@@ -34,7 +34,7 @@ _log = Logger(observer=log.observer)
 class Steering:
     """The weights of one shared port's slots.
 
-    Call `look` after each look at the workers' health, and `condition_changed` for every such change.
+    Call `update` after each look at the workers' health, and `condition_changed` for every such change.
     """
 
     def __init__(
@@ -43,31 +43,31 @@ class Steering:
         health: Mapping[int, Health],
         seconds: Callable[[], float],
         metrics: Metrics,
-        wanted: bool,
+        enabled: bool,
     ) -> None:
-        """health: of each slot, as it changes. seconds: a monotonic clock. wanted: False leaves all to the kernel."""
+        """health: of each slot, as it changes. seconds: a monotonic clock. enabled: False leaves all to the kernel."""
         self.weights = (0,) * len(port.sockets)  # in force; all 0 while the kernel chooses by its hash
         self._port = port
         self._health = health
         self._seconds = seconds
         self._balance = Balance(len(port.sockets))
         self._weighed = -math.inf
-        self._steers = wanted and len(port.sockets) > 1
-        if self._steers and port.crowded:
+        self._steers = enabled and len(port.sockets) > 1
+        if self._steers and port.has_other_listeners:
             self._give_up("another server's workers still listen on this port")
         for slot in range(len(port.sockets)):
             self._measure(metrics, slot)
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Bring the kernel's program up to date with the load, where that is due."""
-        if self._seconds() - self._weighed >= SETTLE:
+        if self._seconds() - self._weighed >= MIN_UPDATE_INTERVAL:
             self._weigh()
 
     def condition_changed(self, slot: int, health: Health) -> None:
         """Bring it up to date at once."""
         self._weigh()
 
-    def queue(self, slot: int) -> tuple[int, int]:
+    def accept_queue(self, slot: int) -> tuple[int, int]:
         """Connections that wait to be accepted in this slot, and how many may."""
         return accept_queue(self._port.sockets[slot])
 
@@ -93,9 +93,9 @@ class Steering:
         help = "Share of new connections that the worker is given, against the others'; all 0: the kernel's choice."
         metrics.gauge("realtime_slot_weight", help, lambda: self.weights[slot], worker=str(slot))
         help = "Connections that wait to be accepted."
-        metrics.gauge("realtime_accept_queue_depth", help, lambda: self.queue(slot)[0], worker=str(slot))
+        metrics.gauge("realtime_accept_queue_depth", help, lambda: self.accept_queue(slot)[0], worker=str(slot))
         help = "Connections that may wait to be accepted."
-        metrics.gauge("realtime_accept_queue_limit", help, lambda: self.queue(slot)[1], worker=str(slot))
+        metrics.gauge("realtime_accept_queue_limit", help, lambda: self.accept_queue(slot)[1], worker=str(slot))
 
 
 def _attach(member: socket.socket, code: bytes) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from realtime.config.settings import LoopSettings
-from realtime.supervision.health import CALM, TICK, Condition, Health, Judge
+from realtime.supervision.health import CHECK_INTERVAL, RECOVERY_TIME, Condition, Health, HealthTracker
 from realtime.supervision.vitals import ProcessState, Vitals
 
 ABSENT, HEALTHY, LAGGING, PRESSED, DRAINING = Condition
 
 
 class Watching:
-    """A judge who looks every TICK, and a worker whose loop beats unless it is told not to."""
+    """A assess who looks every CHECK_INTERVAL, and a worker whose loop beats unless it is told not to."""
 
     def __init__(self, loop: LoopSettings | None = None) -> None:
-        self.judge = Judge(loop or LoopSettings(interval=0.01))
+        self.assess = HealthTracker(loop or LoopSettings(interval=0.01))
         self.now = 100.0
         self.beat = 100.0
         self.lag = 0.0
@@ -22,13 +22,13 @@ class Watching:
 
     def look(self, leaving: bool = False) -> Health:
         vitals = Vitals(int(self.beat * 1e9), self.lag, 3, 5, self.state, busy_since=int(self.busy_since * 1e9))
-        return self.judge.judge(0, vitals, self.now, leaving)
+        return self.assess.assess(0, vitals, self.now, leaving)
 
     def pass_time(self, seconds: float, beating: bool = True) -> Health:
         end = self.now + seconds
         health = self.look()
-        while self.now < end - TICK / 2:
-            self.now += TICK
+        while self.now < end - CHECK_INTERVAL / 2:
+            self.now += CHECK_INTERVAL
             if beating:
                 self.beat = self.now
             health = self.look()
@@ -36,7 +36,7 @@ class Watching:
 
     def late_beat(self) -> Health:
         """The loop turns again, with a timer that is as late as it was blocked."""
-        self.now += TICK
+        self.now += CHECK_INTERVAL
         self.lag = self.now - self.beat - 0.01
         self.beat = self.now
         health = self.look()
@@ -51,9 +51,9 @@ def test_a_loop_that_beats_is_healthy() -> None:
 
 def test_no_process_is_absent() -> None:
     watching = Watching()
-    assert watching.judge.judge(0, None, 100.0).condition is ABSENT
+    assert watching.assess.assess(0, None, 100.0).condition is ABSENT
     assert watching.pass_time(1).condition is HEALTHY
-    assert watching.judge.judge(0, None, watching.now).condition is ABSENT
+    assert watching.assess.assess(0, None, watching.now).condition is ABSENT
 
 
 def test_a_blocked_loop_is_lagging_and_then_pressed() -> None:
@@ -71,8 +71,8 @@ def test_it_is_well_again_after_a_while_without_cause() -> None:
     watching.pass_time(1)
     watching.pass_time(0.3, beating=False)
     assert watching.late_beat().condition is PRESSED
-    assert watching.pass_time(CALM - 3 * TICK).condition is PRESSED
-    assert watching.pass_time(4 * TICK).condition is HEALTHY
+    assert watching.pass_time(RECOVERY_TIME - 3 * CHECK_INTERVAL).condition is PRESSED
+    assert watching.pass_time(4 * CHECK_INTERVAL).condition is HEALTHY
 
 
 def test_late_timers_count_although_the_loop_beats() -> None:
@@ -114,7 +114,7 @@ def test_since_is_when_the_condition_came() -> None:
 def test_a_block_while_nobody_looked_is_held_against_nobody() -> None:
     watching = Watching()
     watching.pass_time(1)
-    watching.now += 15  # all were stopped; the judge is the first to run again
+    watching.now += 15  # all were stopped; the assess is the first to run again
     assert watching.look().condition is HEALTHY
     assert watching.late_beat().condition is HEALTHY
     assert watching.pass_time(1).condition is HEALTHY
@@ -150,7 +150,7 @@ def test_a_new_process_has_a_clean_record() -> None:
     watching = Watching()
     watching.pass_time(1)
     assert watching.pass_time(1, beating=False).condition is PRESSED
-    watching.judge.judge(0, None, watching.now)
+    watching.assess.assess(0, None, watching.now)
     watching.beat = watching.now
     assert watching.look().condition is HEALTHY
 
@@ -162,9 +162,9 @@ def test_zero_judges_never() -> None:
 
 def test_slots_are_judged_apart() -> None:
     watching = Watching()
-    watching.judge.judge(1, Vitals(int(99e9), 0.0, 0, 0, ProcessState.READY), 100.0)
+    watching.assess.assess(1, Vitals(int(99e9), 0.0, 0, 0, ProcessState.READY), 100.0)
     for _ in range(50):
-        watching.pass_time(TICK)
-        other = watching.judge.judge(1, Vitals(int(99e9), 0.0, 0, 0, ProcessState.READY), watching.now)
+        watching.pass_time(CHECK_INTERVAL)
+        other = watching.assess.assess(1, Vitals(int(99e9), 0.0, 0, 0, ProcessState.READY), watching.now)
     assert other.condition is PRESSED
     assert watching.look().condition is HEALTHY

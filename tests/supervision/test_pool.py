@@ -15,14 +15,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from realtime.config.settings import LoopSettings, WorkersSettings
 from realtime.supervision.pool import (
     BROKER,
-    TABLE,
     TICK,
+    TRANSITIONS,
+    ConnectToBroker,
     DrainProcess,
+    DumpProcessStacks,
     Effect,
-    ExamineProcess,
     HaltService,
-    IntroduceProcesses,
-    LogReport,
+    LogLine,
     NotifySystemd,
     Pool,
     PoolEvent,
@@ -51,7 +51,7 @@ class World:
     def up(self) -> World:
         self.do(self.pool.start(self.now))
         for number in self.pool.slots:
-            self.do(self.pool.announced(number, self.now))
+            self.do(self.pool.process_ready(number, self.now))
         self.effects.clear()
         return self
 
@@ -67,7 +67,7 @@ class World:
         return [effect for _ in range(round(seconds / TICK)) for effect in self.tick()]
 
     def exit(self, number: int, status: int) -> list[Effect]:
-        return self.do(self.pool.exited(number, status, self.now))
+        return self.do(self.pool.process_exited(number, status, self.now))
 
     def die(self, number: int, status: int = 1) -> float:
         """The slot's process dies; seconds until the next one is started."""
@@ -93,20 +93,20 @@ def test_start_spawns_the_broker_and_every_worker() -> None:
 def test_a_pool_without_broker() -> None:
     world = World(workers=1, broker=False)
     assert world.pool.start(0.0) == [SpawnProcess(0)]
-    assert NotifySystemd("ready") in world.pool.announced(0, 0.0)
-    assert of(IntroduceProcesses, world.wait(1)) == []
+    assert NotifySystemd("ready") in world.pool.process_ready(0, 0.0)
+    assert of(ConnectToBroker, world.wait(1)) == []
 
 
 def test_ready_is_told_once_when_the_last_slot_is_ready() -> None:
     world = World()
     world.pool.start(world.now)
-    assert of(NotifySystemd, world.pool.announced(0, world.now) + world.pool.announced(BROKER, world.now)) == []
+    assert of(NotifySystemd, world.pool.process_ready(0, world.now) + world.pool.process_ready(BROKER, world.now)) == []
     assert not world.pool.ready
-    assert of(NotifySystemd, world.pool.announced(1, world.now)) == [NotifySystemd("ready")]
+    assert of(NotifySystemd, world.pool.process_ready(1, world.now)) == [NotifySystemd("ready")]
     assert world.pool.ready
     world.die(0)
     assert not world.pool.ready
-    assert of(NotifySystemd, world.pool.announced(0, world.now)) == []
+    assert of(NotifySystemd, world.pool.process_ready(0, world.now)) == []
     assert world.pool.ready
 
 
@@ -114,16 +114,16 @@ def test_ready_is_told_once_when_the_last_slot_is_ready() -> None:
 def test_each_worker_and_the_broker_are_introduced_once_as_soon_as_the_broker_is_ready(order: tuple[int, ...]) -> None:
     world = World()
     world.pool.start(world.now)
-    effects = [effect for number in order for effect in world.pool.announced(number, world.now)]
-    assert sorted(effect.slot for effect in of(IntroduceProcesses, effects)) == [0, 1]
-    assert of(IntroduceProcesses, world.wait(1)) == []
+    effects = [effect for number in order for effect in world.pool.process_ready(number, world.now)]
+    assert sorted(effect.slot for effect in of(ConnectToBroker, effects)) == [0, 1]
+    assert of(ConnectToBroker, world.wait(1)) == []
 
 
 def test_a_worker_that_is_not_ready_in_time_is_killed_and_replaced() -> None:
     world = World()
     world.pool.start(world.now)
-    world.pool.announced(BROKER, world.now)
-    world.pool.announced(0, world.now)
+    world.pool.process_ready(BROKER, world.now)
+    world.pool.process_ready(0, world.now)
     assert of(SignalProcess, world.wait(29.8)) == []
     assert of(SignalProcess, world.wait(0.3)) == [SignalProcess(1, signal.SIGKILL)]
     world.exit(1, -signal.SIGKILL)
@@ -137,9 +137,9 @@ def test_a_worker_that_is_not_ready_in_time_is_killed_and_replaced() -> None:
 def test_a_dead_worker_is_replaced_and_introduced_again() -> None:
     world = World().up()
     assert world.die(0, -signal.SIGSEGV) < 0.3
-    assert IntroduceProcesses(0) in world.effects
-    world.pool.announced(0, world.now)
-    assert [report.line for report in of(LogReport, world.effects)] == [
+    assert ConnectToBroker(0) in world.effects
+    world.pool.process_ready(0, world.now)
+    assert [report.line for report in of(LogLine, world.effects)] == [
         "worker 0 was ended by SIGSEGV; starting it again in 0.1 s"
     ]
     assert world.pool.slots[0].restarts == {"signal": 1}
@@ -148,9 +148,9 @@ def test_a_dead_worker_is_replaced_and_introduced_again() -> None:
 def test_a_dead_broker_is_replaced_and_introduced_to_all() -> None:
     world = World().up()
     world.die(BROKER, -signal.SIGKILL)
-    assert of(IntroduceProcesses, world.pool.announced(BROKER, world.now)) == [
-        IntroduceProcesses(0),
-        IntroduceProcesses(1),
+    assert of(ConnectToBroker, world.pool.process_ready(BROKER, world.now)) == [
+        ConnectToBroker(0),
+        ConnectToBroker(1),
     ]
 
 
@@ -164,7 +164,7 @@ def test_the_delay_starts_again_after_a_healthy_time() -> None:
     world = World().up()
     for _ in range(4):
         world.die(0)
-    world.pool.announced(0, world.now)
+    world.pool.process_ready(0, world.now)
     world.wait(60.1)
     assert world.die(0) < 0.3
 
@@ -173,7 +173,7 @@ def test_a_slot_that_was_up_for_less_than_that_time_is_not_forgiven() -> None:
     world = World().up()
     for _ in range(4):
         world.die(0)
-    world.pool.announced(0, world.now)
+    world.pool.process_ready(0, world.now)
     world.wait(59)
     assert world.die(0) > 1.5
 
@@ -198,16 +198,16 @@ def test_a_crash_loop_is_one_line_and_again_once_a_minute() -> None:
     while world.now - began < 200:
         for number in (0, 1):
             if world.pool.slots[number].state is SlotState.STARTING:
-                world.pool.failed(number, "no such module", world.now)
+                world.pool.start_failed(number, "no such module", world.now)
                 world.exit(number, 78)
             elif world.pool.slots[number].state is SlotState.READY:
                 world.exit(number, 1)
-        told += [world.now for report in of(LogReport, world.tick()) if "crash loop" in report.line]
+        told += [world.now for report in of(LogLine, world.tick()) if "crash loop" in report.line]
     assert [b - a for a, b in pairwise(told)] == pytest.approx([60.0] * (len(told) - 1), abs=4)
     assert len(told) == 4
-    loops = [report.line for report in of(LogReport, world.effects) if "crash loop" in report.line]
+    loops = [report.line for report in of(LogLine, world.effects) if "crash loop" in report.line]
     assert "worker 0 can't start: no such module, 3 times in a row; worker 1 can't start: no such module" in loops[0]
-    others = [report.line for report in of(LogReport, world.effects) if "crash loop" not in report.line]
+    others = [report.line for report in of(LogLine, world.effects) if "crash loop" not in report.line]
     assert len(others) == 4  # the first two deaths of each
 
 
@@ -215,8 +215,8 @@ def test_recovery_from_a_crash_loop_is_told() -> None:
     world = World().up()
     for _ in range(5):
         world.die(0)
-    assert of(LogReport, world.pool.announced(0, world.now)) == []
-    assert [report.line for report in of(LogReport, world.wait(61))] == ["worker 0 is well again"]
+    assert of(LogLine, world.pool.process_ready(0, world.now)) == []
+    assert [report.line for report in of(LogLine, world.wait(61))] == ["worker 0 is well again"]
 
 
 # Failing to start.
@@ -225,8 +225,8 @@ def test_recovery_from_a_crash_loop_is_told() -> None:
 def test_a_failure_at_the_first_start_halts_with_the_reason() -> None:
     world = World()
     world.do(world.pool.start(world.now))
-    world.do(world.pool.announced(0, world.now))
-    effects = world.pool.failed(1, "app.module: no module named chat", world.now)
+    world.do(world.pool.process_ready(0, world.now))
+    effects = world.pool.start_failed(1, "app.module: no module named chat", world.now)
     assert effects == [
         NotifySystemd("stopping"),
         SignalProcess(BROKER, signal.SIGKILL),
@@ -247,10 +247,10 @@ def test_status_78_alone_halts_too() -> None:
 def test_a_failed_start_after_the_first_is_a_slot_with_a_delay() -> None:
     world = World().up()
     world.die(0)
-    assert world.pool.failed(0, "syntax error", world.now) == []
+    assert world.pool.start_failed(0, "syntax error", world.now) == []
     effects = world.exit(0, 78)
     assert of(HaltService, effects) == []
-    assert [report.line for report in of(LogReport, effects)] == [
+    assert [report.line for report in of(LogLine, effects)] == [
         "worker 0 can't start: syntax error; starting it again in 0.2 s"
     ]
 
@@ -265,7 +265,7 @@ def test_a_crash_at_the_first_start_is_tried_again() -> None:
 def test_one_that_failed_but_does_not_leave_is_killed() -> None:
     world = World().up()
     world.die(0)
-    world.pool.failed(0, "syntax error", world.now)
+    world.pool.start_failed(0, "syntax error", world.now)
     assert of(SignalProcess, world.wait(6)) == [SignalProcess(0, signal.SIGKILL)]
 
 
@@ -277,11 +277,11 @@ def test_a_worker_without_a_beat_is_examined_killed_and_replaced() -> None:
     world.silent.add(1)
     assert of(SignalProcess, world.wait(1.9)) == []
     effects = world.wait(0.3)
-    assert (of(ExamineProcess, effects), of(SignalProcess, effects)) == ([ExamineProcess(1)], [])
+    assert (of(DumpProcessStacks, effects), of(SignalProcess, effects)) == ([DumpProcessStacks(1)], [])
     assert of(SignalProcess, world.wait(0.3)) == [SignalProcess(1, signal.SIGKILL)]
     world.exit(1, -signal.SIGKILL)
     assert world.pool.slots[1].restarts == {"stuck": 1}
-    assert "worker 1 did not turn its loop for 2 s and was killed" in of(LogReport, world.effects)[-1].line
+    assert "worker 1 did not turn its loop for 2 s and was killed" in of(LogLine, world.effects)[-1].line
 
 
 def test_a_broker_without_a_beat_is_killed() -> None:
@@ -311,7 +311,7 @@ def test_beats_from_the_future_do_not_count() -> None:
     for _ in range(30):
         world.now += TICK
         world.do(world.pool.tick(world.now, {0: world.now + 1000, 1: world.now, BROKER: world.now}))
-    assert of(ExamineProcess, world.effects) == [ExamineProcess(0)]
+    assert of(DumpProcessStacks, world.effects) == [DumpProcessStacks(0)]
     world.wait(0.4)
     assert of(SignalProcess, world.effects) == [SignalProcess(0, signal.SIGKILL)]
 
@@ -353,13 +353,13 @@ def test_a_late_tick_prolongs_a_start() -> None:
 
 def test_a_bloated_worker_drains_and_is_replaced() -> None:
     world = World().up()
-    assert world.pool.bloated(1, 512 << 20, world.now) == [DrainProcess(1, pytest.approx(0.9 * STOP))]
+    assert world.pool.memory_exceeded(1, 512 << 20, world.now) == [DrainProcess(1, pytest.approx(0.9 * STOP))]
     assert not world.pool.ready
     world.wait(1)
     world.exit(1, 0)
     assert (
         "worker 1 used 512 MiB of memory and has left; starting it again in 0.1 s"
-        in of(LogReport, world.effects)[-1].line
+        in of(LogLine, world.effects)[-1].line
     )
     assert SpawnProcess(1) in world.wait(0.3)
     assert world.pool.slots[1].restarts == {"bloated": 1}
@@ -367,18 +367,18 @@ def test_a_bloated_worker_drains_and_is_replaced() -> None:
 
 def test_bloated_workers_are_replaced_one_at_a_time() -> None:
     world = World().up()
-    assert of(DrainProcess, world.pool.bloated(0, 1, world.now)) != []
-    assert world.pool.bloated(0, 1, world.now) == []
-    assert world.pool.bloated(1, 1, world.now) == []
+    assert of(DrainProcess, world.pool.memory_exceeded(0, 1, world.now)) != []
+    assert world.pool.memory_exceeded(0, 1, world.now) == []
+    assert world.pool.memory_exceeded(1, 1, world.now) == []
     world.die(0, 0)
-    assert world.pool.bloated(1, 1, world.now) == []
-    world.pool.announced(0, world.now)
-    assert of(DrainProcess, world.pool.bloated(1, 1, world.now)) != []
+    assert world.pool.memory_exceeded(1, 1, world.now) == []
+    world.pool.process_ready(0, world.now)
+    assert of(DrainProcess, world.pool.memory_exceeded(1, 1, world.now)) != []
 
 
 def test_a_bloated_worker_that_does_not_leave_is_killed() -> None:
     world = World().up()
-    world.pool.bloated(1, 1, world.now)
+    world.pool.memory_exceeded(1, 1, world.now)
     assert of(SignalProcess, world.wait(STOP + 0.2)) == [SignalProcess(1, signal.SIGKILL)]
     world.exit(1, -signal.SIGKILL)
     assert world.pool.slots[1].restarts == {"bloated": 1}
@@ -389,24 +389,24 @@ def test_a_bloated_worker_that_does_not_leave_is_killed() -> None:
 
 def test_a_worker_that_lost_its_stream_is_introduced_at_the_next_tick() -> None:
     world = World().up()
-    assert world.pool.unlinked(1, world.now) == []
-    assert of(IntroduceProcesses, world.wait(1)) == [IntroduceProcesses(1)]
+    assert world.pool.broker_link_lost(1, world.now) == []
+    assert of(ConnectToBroker, world.wait(1)) == [ConnectToBroker(1)]
 
 
 def test_streams_lost_with_the_broker_wait_for_the_next_one() -> None:
     world = World().up()
     world.exit(BROKER, -9)
-    world.pool.unlinked(0, world.now)
-    assert of(IntroduceProcesses, world.wait(2)) == []
-    assert of(IntroduceProcesses, world.pool.announced(BROKER, world.now)) == [
-        IntroduceProcesses(0),
-        IntroduceProcesses(1),
+    world.pool.broker_link_lost(0, world.now)
+    assert of(ConnectToBroker, world.wait(2)) == []
+    assert of(ConnectToBroker, world.pool.process_ready(BROKER, world.now)) == [
+        ConnectToBroker(0),
+        ConnectToBroker(1),
     ]
 
 
 def test_a_process_whose_control_link_ended_must_end_too() -> None:
     world = World().up()
-    world.pool.hung_up(0, world.now)
+    world.pool.control_link_lost(0, world.now)
     assert not world.pool.ready
     assert of(SignalProcess, world.wait(5.2)) == [SignalProcess(0, signal.SIGKILL)]
     world.exit(0, -signal.SIGKILL)
@@ -415,7 +415,7 @@ def test_a_process_whose_control_link_ended_must_end_too() -> None:
 
 def test_a_link_that_ends_with_its_process_is_told_as_the_process_ended() -> None:
     world = World().up()
-    world.pool.hung_up(0, world.now)
+    world.pool.control_link_lost(0, world.now)
     world.exit(0, -signal.SIGKILL)
     assert world.pool.slots[0].restarts == {"signal": 1}
 
@@ -489,15 +489,15 @@ def test_every_pair_that_is_not_in_the_table_is_harmless(state: SlotState, event
     slot = world.pool.slots[0]
     slot.state = state
     world.pool._fire(slot, event)
-    if (state, event) not in TABLE:
+    if (state, event) not in TRANSITIONS:
         assert slot.state is state
         assert world.pool._effects == []
 
 
 def test_every_state_with_a_process_knows_what_to_do_when_it_exits_or_must_be_killed() -> None:
     for state in (SlotState.STARTING, SlotState.READY, SlotState.LEAVING, SlotState.KILLED):
-        assert (state, PoolEvent.EXITED) in TABLE
-        assert (state, PoolEvent.KILL) in TABLE or state is SlotState.KILLED
+        assert (state, PoolEvent.EXITED) in TRANSITIONS
+        assert (state, PoolEvent.KILL) in TRANSITIONS or state is SlotState.KILLED
 
 
 # Laws.
@@ -525,7 +525,7 @@ class Laws(RuleBasedStateMachine):
                 assert effect.slot in self.alive, "something for a process that is not there"
                 if isinstance(effect, SignalProcess) and effect.number == signal.SIGKILL:
                     self.killed.add(effect.slot)
-            elif isinstance(effect, IntroduceProcesses):
+            elif isinstance(effect, ConnectToBroker):
                 assert {effect.slot, BROKER} <= self.alive
             elif isinstance(effect, HaltService):
                 self.halts += 1
@@ -549,23 +549,26 @@ class Laws(RuleBasedStateMachine):
             number = data.draw(st.sampled_from(sorted(self.alive)))
             self.alive.remove(number)
             self.killed.discard(number)
-            self.carry(self.pool.exited(number, status, self.now))
+            self.carry(self.pool.process_exited(number, status, self.now))
 
-    @rule(data=st.data(), what=st.sampled_from(["announced", "announced", "unlinked", "hung_up"]))
+    @rule(
+        data=st.data(),
+        what=st.sampled_from(["process_ready", "process_ready", "broker_link_lost", "control_link_lost"]),
+    )
     def told(self, data: st.DataObject, what: str) -> None:
         if self.alive:
             number = data.draw(st.sampled_from(sorted(self.alive)))
             self.carry(getattr(self.pool, what)(number, self.now))
 
     @rule(data=st.data())
-    def bloated(self, data: st.DataObject) -> None:
+    def memory_exceeded(self, data: st.DataObject) -> None:
         if self.alive:
-            self.carry(self.pool.bloated(data.draw(st.sampled_from(sorted(self.alive))), 1, self.now))
+            self.carry(self.pool.memory_exceeded(data.draw(st.sampled_from(sorted(self.alive))), 1, self.now))
 
     @rule(data=st.data())
     def failed(self, data: st.DataObject) -> None:
         if self.alive:
-            self.carry(self.pool.failed(data.draw(st.sampled_from(sorted(self.alive))), "because", self.now))
+            self.carry(self.pool.start_failed(data.draw(st.sampled_from(sorted(self.alive))), "because", self.now))
 
     @precondition(lambda self: self.now > 2)
     @rule()
@@ -576,7 +579,7 @@ class Laws(RuleBasedStateMachine):
     @invariant()
     def the_pool_knows_where_processes_are(self) -> None:
         if hasattr(self, "pool") and not self.halts:
-            assert {slot.number for slot in self.pool.slots.values() if slot.occupied} == self.alive
+            assert {slot.number for slot in self.pool.slots.values() if slot.has_process} == self.alive
             if self.pool.stopping:
                 self.asked = min(self.asked, self.now)
 
@@ -590,7 +593,7 @@ class Laws(RuleBasedStateMachine):
             assert self.now < deadline
             for number in sorted(self.killed):
                 self.alive.remove(number)
-                self.carry(self.pool.exited(number, -9, self.now))
+                self.carry(self.pool.process_exited(number, -9, self.now))
             self.killed.clear()
             if not self.halts:
                 self.tick(TICK, True)

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from realtime.config.settings import LoopSettings
 from realtime.supervision.loop_time import LoopAccount, LoopWork
-from realtime.supervision.pressure import CALM, Pressure, Throttle
+from realtime.supervision.pressure import RECOVERY_TIME, Pressure, Throttle
 from realtime.supervision.vitals import ProcessState, Vitals
 
 LOOP = LoopSettings(
@@ -28,7 +28,7 @@ class Worker:
         self.pressure = Pressure(loop, lambda: self.now)
 
     def beat(self, **vitals: Any) -> None:
-        self.pressure.beat(replace(FINE, beat=int(self.now * 1e9), **vitals))
+        self.pressure.observe(replace(FINE, beat=int(self.now * 1e9), **vitals))
 
     def pass_calmly(self, seconds: float) -> None:
         until = self.now + seconds
@@ -53,7 +53,7 @@ def test_a_limit_presses_at_once_and_until_it_was_not_reached_for_a_while(name: 
     assert worker.pressure.reasons == (name,)
     assert worker.pressure.pressed
     assert worker.pressure.load >= 1
-    worker.pass_calmly(CALM - 0.02)
+    worker.pass_calmly(RECOVERY_TIME - 0.02)
     assert worker.pressure.reasons == (name,)
     worker.pass_calmly(0.03)
     assert worker.pressure.reasons == ()
@@ -84,7 +84,7 @@ def test_utilization_warns_and_never_sheds() -> None:
     worker.beat(utilization=1.0)
     assert worker.pressure.busy
     assert (worker.pressure.reasons, worker.pressure.pressed, worker.pressure.load) == ((), False, 0.0)
-    worker.pass_calmly(CALM + 0.01)
+    worker.pass_calmly(RECOVERY_TIME + 0.01)
     assert not worker.pressure.busy
 
 
@@ -137,7 +137,7 @@ def test_lag_is_the_maximum_of_what_was_measured_lately(beats: list[tuple[float,
         worker.beat(lag=lag)
         at = int(worker.now * 1e9) / 1e9
         history.append((at, lag))
-        assert worker.pressure.lag == max(lag for when, lag in history if worker.now - when < CALM)
+        assert worker.pressure.lag == max(lag for when, lag in history if worker.now - when < RECOVERY_TIME)
 
 
 # -- throttles --------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class Handler:
         """The loop is blocked for so long, for `spent` seconds of which by this handler."""
         self.now += seconds
         self.account.spent += int(1e9 * (seconds if spent is None else spent))
-        self.throttle.beat(self.now, seconds, MAX_LAG)
+        self.throttle.observe(self.now, seconds, MAX_LAG)
 
     def burst(self, calls: int, each: float) -> int:
         """So many calls come at once, and those let in block the loop one after the other."""
@@ -183,7 +183,7 @@ class Handler:
     def pass_calmly(self, seconds: float) -> None:
         for _ in range(round(seconds / 0.02)):
             self.now += 0.02
-            self.throttle.beat(self.now, 0.0, MAX_LAG)
+            self.throttle.observe(self.now, 0.0, MAX_LAG)
 
 
 def test_a_handler_has_no_limit_before_it_presses() -> None:
@@ -227,11 +227,11 @@ def test_a_limit_is_raised_while_there_is_room_and_lifted_when_nobody_needs_it()
     handler.burst(100, 0.02)
     handler.begin(6)  # one too many
     handler.end()
-    handler.pass_calmly(CALM + 0.02)
+    handler.pass_calmly(RECOVERY_TIME + 0.02)
     assert handler.throttle.limit == 6
-    handler.pass_calmly(Throttle.LIFT)
+    handler.pass_calmly(Throttle.LIFT_AFTER)
     assert handler.throttle.limit == 6
-    handler.pass_calmly(2 * CALM)
+    handler.pass_calmly(2 * RECOVERY_TIME)
     assert handler.throttle.limit is None
 
 

@@ -39,8 +39,8 @@ def stack(*frames: tuple[str, int, str]) -> Stack:
 
 def test_the_stack_of_the_loop() -> None:
     [found] = parse(BLOCKED)
-    assert found.main
-    assert not found.waiting
+    assert found.is_main
+    assert not found.is_waiting
     assert len(found.frames) == 6
     assert found.frames[1] == StackFrame("/srv/chat/rooms.py", 42, "clean")
     assert found.frames[1].place == "/srv/chat/rooms.py:42"
@@ -48,9 +48,9 @@ def test_the_stack_of_the_loop() -> None:
 
 def test_the_stacks_of_all_threads() -> None:
     thread, loop = parse(THREADS)
-    assert (thread.main, loop.main) == (False, True)
+    assert (thread.is_main, loop.is_main) == (False, True)
     assert thread.frames[0] == StackFrame("/srv/chat/chat.py", 9, "work")
-    assert loop.waiting
+    assert loop.is_waiting
 
 
 def test_what_faulthandler_writes_is_understood() -> None:
@@ -64,7 +64,7 @@ def test_what_faulthandler_writes_is_understood() -> None:
         stacks = parse(file.read())
     release.set()
     thread.join()
-    assert [one.main for one in stacks].count(True) == 2
+    assert [one.is_main for one in stacks].count(True) == 2
     own = stacks[-1].frames[0]
     assert (own.file, own.function) == (__file__, "test_what_faulthandler_writes_is_understood")
 
@@ -86,15 +86,17 @@ def test_a_dump_that_was_cut_is_understood_as_far_as_it_goes(length: int) -> Non
 
 def test_the_innermost_line_of_the_users_own_code_is_blamed() -> None:
     [found] = parse(BLOCKED)
-    assert ORIGIN.culprit(found) == StackFrame("/srv/chat/rooms.py", 42, "clean")
+    assert ORIGIN.frame_to_blame(found) == StackFrame("/srv/chat/rooms.py", 42, "clean")
 
 
 def test_without_any_it_is_what_the_reactor_was_doing() -> None:
     library = "/srv/venv/lib/python3.11/site-packages/realtime/pubsub/hub.py"
     reactor = "/usr/lib/python3.11/asyncio/events.py"
-    assert ORIGIN.culprit(stack((library, 70, "fan_out"), (reactor, 84, "_run"))) == StackFrame(library, 70, "fan_out")
-    assert ORIGIN.culprit(stack((reactor, 84, "_run"))) is None
-    assert ORIGIN.culprit(stack()) is None
+    assert ORIGIN.frame_to_blame(stack((library, 70, "fan_out"), (reactor, 84, "_run"))) == StackFrame(
+        library, 70, "fan_out"
+    )
+    assert ORIGIN.frame_to_blame(stack((reactor, 84, "_run"))) is None
+    assert ORIGIN.frame_to_blame(stack()) is None
 
 
 @pytest.mark.parametrize(
@@ -115,4 +117,4 @@ def test_the_longest_folder_decides(file: str, own: bool) -> None:
         ["/srv/chat", "/opt/site-packages/shop"],
         ["/usr/lib/python3.11", "/srv/chat/venv/lib/python3.11/site-packages", "/opt/site-packages"],
     )
-    assert origin.is_own(file) is own
+    assert origin.is_application_code(file) is own

@@ -68,18 +68,18 @@ def test_every_field_survives(page: VitalsPage) -> None:
 
 def test_busy_since_needs_no_reading_of_its_own(page: VitalsPage) -> None:
     page.write(READING)
-    page.be_busy(7)
+    page.set_busy_since(7)
     reader = other_side(page)
     assert reader.read() == replace(READING, busy_since=7)
-    page.be_busy(0)
+    page.set_busy_since(0)
     assert reader.read() == READING
 
 
 def test_the_latest_long_turn_is_whole_or_none(page: VitalsPage) -> None:
     page.write(READING)
-    page.note_block(5, 9)
+    page.record_block(5, 9)
     assert other_side(page).read() == replace(READING, block_since=5, block_until=9)
-    page.note_block(20, 3)
+    page.record_block(20, 3)
     assert other_side(page).read() == READING
 
 
@@ -109,12 +109,12 @@ def test_a_handler_that_just_changes_is_none(page: VitalsPage) -> None:
 
 def test_relief_goes_the_other_way(page: VitalsPage) -> None:
     worker = other_side(page)
-    assert not worker.relieved()
-    page.relieve(True)
+    assert not worker.has_relief()
+    page.set_relief(True)
     worker.write(READING)
-    assert worker.relieved()
-    page.relieve(False)
-    assert not worker.relieved()
+    assert worker.has_relief()
+    page.set_relief(False)
+    assert not worker.has_relief()
 
 
 @given(
@@ -170,7 +170,7 @@ def test_arbitrary_bytes_never_raise(page: VitalsPage, content: bytes) -> None:
     reading = page.read()
     assert reading is None or reading.beat > 0
     page.running()
-    page.relieved()
+    page.has_relief()
 
 
 def test_a_torn_page_is_no_reading_until_the_next_write(page: VitalsPage) -> None:

@@ -17,10 +17,17 @@ from twisted.internet.defer import Deferred, fail, succeed
 
 from realtime.config.settings import LoopSettings
 from realtime.metrics import Metrics
-from realtime.process.fd_passing import MOST_IN_FLIGHT, PATIENCE, FdReceiver
+from realtime.process.fd_passing import ANSWER_TIMEOUT, MAX_IN_FLIGHT, FdReceiver
 from realtime.supervision.health import Condition, Health
 from realtime.supervisor.listener import SharedPort
-from realtime.supervisor.rescue import ABSENCE, HOLD, MOST_LINGERING, REFUSE_AFTER, REST, Rescue
+from realtime.supervisor.rescue import (
+    MAX_HOLD,
+    MAX_LINGERING,
+    PAUSE_AFTER_FAILURE,
+    REFUSE_AFTER,
+    RESTART_ALLOWANCE,
+    Rescue,
+)
 from tests.transports.stage import eventually
 
 
@@ -44,11 +51,11 @@ class Worker:
         self.slot = slot
         self.blocked = self.full = False
         self.adopted = 0
-        self.taker: FdReceiver | None = None
+        self.receiver: FdReceiver | None = None
 
     def adopt_from(self, stream: int) -> Deferred[object]:
-        self.taker = FdReceiver(reactor, os.dup(stream), self._adopt)
-        self._take, self.taker.doRead = self.taker.doRead, self._read  # type: ignore[method-assign]
+        self.receiver = FdReceiver(reactor, os.dup(stream), self._adopt)
+        self._take, self.receiver.doRead = self.receiver.doRead, self._read  # type: ignore[method-assign]
         return succeed({})
 
     def _read(self) -> None:
@@ -63,8 +70,8 @@ class Worker:
             connection.sendall(b"%d" % self.slot)
 
     def end(self) -> None:
-        if self.taker is not None:
-            self.taker.close()
+        if self.receiver is not None:
+            self.receiver.close()
 
 
 class Scene:
@@ -77,10 +84,10 @@ class Scene:
         self.rescue = Rescue(self.clock, self.port, self.health, self.workers, loop, self.metrics)
         self.clients: list[socket.socket] = []
         for slot in range(slots):
-            self.judge(slot)
-        self.rescue.look()
+            self.assess(slot)
+        self.rescue.check()
 
-    def judge(
+    def assess(
         self, slot: int, condition: Condition = Condition.HEALTHY, lag: float = 0.0, since: float = 0.0, busy: int = 0
     ) -> None:
         self.health[slot] = Health(slot, condition, self.clock.now - since, lag=lag, connections=busy)
@@ -110,7 +117,7 @@ class Scene:
 
         def looked() -> bool:
             self.clock.now += step
-            self.rescue.look()
+            self.rescue.check()
             return condition()
 
         await eventually(looked)
@@ -146,7 +153,7 @@ def heard(clients: list[socket.socket]) -> Counter[bytes]:
 async def served(condition: Condition, lag: float = 0.0) -> Counter[bytes]:
     """Who serves 40 clients while worker 0 is in this condition; the rest of them stays queued at worker 1."""
     async with rescuing() as scene:
-        scene.judge(0, condition, lag)
+        scene.assess(0, condition, lag)
         clients = scene.connect(40)
         mine = scene.queued(1)
         await scene.look_until(lambda: scene.count("rescued") == 40 - mine)
@@ -165,46 +172,46 @@ async def test_a_loop_that_is_blocked_right_now_is_enough() -> None:
 
 async def test_a_worker_that_is_well_keeps_its_clients() -> None:
     async with rescuing() as scene:
-        scene.judge(0, Condition.LAGGING, lag=0.0)
+        scene.assess(0, Condition.LAGGING, lag=0.0)
         clients = scene.connect(40)
         for _ in range(5):
-            scene.rescue.look()
+            scene.rescue.check()
         assert not heard(clients)
         assert scene.queued(0) + scene.queued(1) == 40
 
 
 async def test_it_can_be_switched_off() -> None:
     async with rescuing(loop=LoopSettings(rescue=False)) as scene:
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         scene.connect(20)
-        scene.rescue.look()
+        scene.rescue.check()
         assert scene.queued(0) + scene.queued(1) == 20
 
 
 async def test_the_healthiest_worker_is_the_first_to_help() -> None:
     async with rescuing(slots=4) as scene:
-        scene.judge(0, Condition.ABSENT)
-        scene.judge(1, Condition.LAGGING)
-        scene.judge(2, busy=1000)
-        scene.judge(3, busy=10)
+        scene.assess(0, Condition.ABSENT)
+        scene.assess(1, Condition.LAGGING)
+        scene.assess(2, busy=1000)
+        scene.assess(3, busy=10)
         for worker in scene.workers.values():
             worker.blocked = True  # so that they are given, and stay unanswered
         scene.connect(100)
-        scene.rescue.look()
-        flights = {slot: scene.rescue._ways[slot].in_flight for slot in (1, 2, 3)}
-        assert flights[1] == 0
-        assert 0 <= flights[3] - flights[2] <= 1
-        assert flights[3] > 0
+        scene.rescue.check()
+        transfers = {slot: scene.rescue._routes[slot].in_flight for slot in (1, 2, 3)}
+        assert transfers[1] == 0
+        assert 0 <= transfers[3] - transfers[2] <= 1
+        assert transfers[3] > 0
 
 
 async def test_no_worker_has_too_many_unanswered_and_the_rest_stays_queued() -> None:
     async with rescuing() as scene:
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         scene.workers[1].blocked = True
         clients = scene.connect(400)
         for _ in range(4):
             await scene.look_until(lambda: True)
-        assert scene.rescue._ways[1].in_flight == MOST_IN_FLIGHT
+        assert scene.rescue._routes[1].in_flight == MAX_IN_FLIGHT
         scene.workers[1].blocked = False
         mine = scene.queued(1)
         await scene.look_until(lambda: scene.count("rescued") == 400 - mine)
@@ -213,12 +220,12 @@ async def test_no_worker_has_too_many_unanswered_and_the_rest_stays_queued() -> 
 
 async def test_what_a_stopped_worker_was_given_goes_to_another_and_to_that_one_alone() -> None:
     async with rescuing(slots=3) as scene:
-        scene.judge(0, Condition.ABSENT)
-        scene.judge(2, busy=1000)
+        scene.assess(0, Condition.ABSENT)
+        scene.assess(2, busy=1000)
         scene.workers[1].blocked = True
         clients = scene.connect(30)
         theirs = scene.queued(1) + scene.queued(2)
-        await scene.look_until(lambda: scene.count("rescued") == 30 - theirs, step=PATIENCE / 4)
+        await scene.look_until(lambda: scene.count("rescued") == 30 - theirs, step=ANSWER_TIMEOUT / 4)
         scene.workers[1].blocked = False
         await scene.look_until(lambda: True)
         assert scene.workers[1].adopted == 0
@@ -228,7 +235,7 @@ async def test_what_a_stopped_worker_was_given_goes_to_another_and_to_that_one_a
 
 async def test_a_worker_that_can_adopt_nothing_is_left_alone_for_a_while() -> None:
     async with rescuing() as scene:
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         scene.workers[1].full = True
         clients = scene.connect(2)
         while scene.count("rescue_failed") == 0:
@@ -239,21 +246,21 @@ async def test_a_worker_that_can_adopt_nothing_is_left_alone_for_a_while() -> No
             await scene.look_until(lambda: True)
         assert scene.count("rescue_failed") == failed
         scene.workers[1].full = False
-        await scene.look_until(lambda: scene.count("rescued") > 0, step=REST / 4)
+        await scene.look_until(lambda: scene.count("rescued") > 0, step=PAUSE_AFTER_FAILURE / 4)
         assert not scene.rescue._held
 
 
 async def test_what_a_dying_worker_was_given_goes_to_another() -> None:
     async with rescuing(slots=3) as scene:
-        scene.judge(0, Condition.ABSENT)
-        scene.judge(2, busy=1000)
+        scene.assess(0, Condition.ABSENT)
+        scene.assess(2, busy=1000)
         scene.workers[1].blocked = True
         clients = scene.connect(30)
         theirs = scene.queued(1) + scene.queued(2)
-        scene.rescue.look()
+        scene.rescue.check()
         dead = scene.workers.pop(1)
         dead.end()
-        scene.judge(1, Condition.ABSENT)
+        scene.assess(1, Condition.ABSENT)
         await scene.look_until(lambda: scene.count("rescued") == 30 - theirs)
         assert heard(clients)[b"2"] == 30 - theirs
 
@@ -262,7 +269,7 @@ async def test_a_new_process_in_a_slot_gets_a_way_of_its_own() -> None:
     async with rescuing() as scene:
         scene.workers[1].end()
         scene.workers[1] = Worker(1)
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         clients = scene.connect(20)
         mine = scene.queued(1)
         await scene.look_until(lambda: scene.count("rescued") == 20 - mine)
@@ -272,22 +279,22 @@ async def test_a_new_process_in_a_slot_gets_a_way_of_its_own() -> None:
 async def test_without_a_helper_clients_wait_for_their_own_worker() -> None:
     async with rescuing() as scene:
         for condition, lag in ((Condition.PRESSED, REFUSE_AFTER / 2), (Condition.ABSENT, 0.0)):
-            scene.judge(0, condition, lag)
-            scene.judge(1, condition, lag)
+            scene.assess(0, condition, lag)
+            scene.assess(1, condition, lag)
             scene.connect(20)
             for _ in range(5):
-                scene.rescue.look()
+                scene.rescue.check()
             assert scene.queued(0) + scene.queued(1) == 20
 
 
 async def test_a_worker_that_has_just_died_may_be_waited_for() -> None:
     async with rescuing() as scene:
-        scene.judge(0, Condition.PRESSED, lag=2 * REFUSE_AFTER)
-        scene.judge(1, Condition.ABSENT, since=ABSENCE / 2)
+        scene.assess(0, Condition.PRESSED, lag=2 * REFUSE_AFTER)
+        scene.assess(1, Condition.ABSENT, since=RESTART_ALLOWANCE / 2)
         clients = scene.connect(5)
-        scene.rescue.look()
+        scene.rescue.check()
         assert not heard(clients)
-        scene.clock.now += ABSENCE
+        scene.clock.now += RESTART_ALLOWANCE
         await scene.look_until(lambda: heard(clients).total() == 5)
         assert scene.count("rescue_refused") == 5
 
@@ -295,7 +302,7 @@ async def test_a_worker_that_has_just_died_may_be_waited_for() -> None:
 async def test_when_every_loop_is_blocked_for_long_clients_are_told_to_come_back() -> None:
     async with rescuing() as scene:
         for slot in (0, 1):
-            scene.judge(slot, Condition.PRESSED, lag=REFUSE_AFTER)
+            scene.assess(slot, Condition.PRESSED, lag=REFUSE_AFTER)
         clients = scene.connect(10)
         clients[0].send(b"GET / HTTP/1.1\r\n\r\n")
         await scene.look_until(lambda: heard(clients).total() == 10)
@@ -317,30 +324,30 @@ async def test_when_every_loop_is_blocked_for_long_clients_are_told_to_come_back
 async def test_those_who_are_told_to_come_back_use_no_more_than_so_many_descriptors() -> None:
     async with rescuing() as scene:
         for slot in (0, 1):
-            scene.judge(slot, Condition.PRESSED, lag=REFUSE_AFTER)
-        scene.connect(MOST_LINGERING + 20)
-        await scene.look_until(lambda: scene.rescue._refusals.lingering == MOST_LINGERING)
+            scene.assess(slot, Condition.PRESSED, lag=REFUSE_AFTER)
+        scene.connect(MAX_LINGERING + 20)
+        await scene.look_until(lambda: scene.rescue._refusals.lingering == MAX_LINGERING)
         for _ in range(5):
-            scene.rescue.look()
+            scene.rescue.check()
         assert scene.queued(0) + scene.queued(1) == 20
 
 
 async def test_a_connection_that_nobody_took_is_not_held_for_ever() -> None:
     async with rescuing() as scene:
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         scene.workers[1].full = True
         clients = []
         while not scene.rescue._held:
             clients += scene.connect(1)
             await scene.look_until(lambda: True)
-        scene.judge(1, Condition.PRESSED)
-        await scene.look_until(lambda: scene.count("rescue_refused") > 0, step=HOLD / 4)
+        scene.assess(1, Condition.PRESSED)
+        await scene.look_until(lambda: scene.count("rescue_refused") > 0, step=MAX_HOLD / 4)
         await eventually(lambda: any(said.startswith(b"HTTP/1.1 503") for said in heard(clients)))
 
 
 async def test_without_descriptors_of_its_own_the_supervisor_leaves_them_queued() -> None:
     async with rescuing() as scene:
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         scene.connect(20)
         real = scene.port.sockets[0]
 
@@ -349,7 +356,7 @@ async def test_without_descriptors_of_its_own_the_supervisor_leaves_them_queued(
                 raise OSError(24, "Too many open files")
 
         scene.rescue._sockets[0] = Exhausted()  # type: ignore[call-overload]
-        scene.rescue.look()
+        scene.rescue.check()
         scene.rescue._sockets[0] = real
         mine = scene.queued(1)
         await scene.look_until(lambda: scene.count("rescued") == 20 - mine)
@@ -361,7 +368,7 @@ async def test_a_process_that_does_not_open_its_way_is_no_helper() -> None:
         mute.adopt_from = lambda stream: fail(ConnectionError())  # type: ignore[assignment,method-assign]
         scene.workers[1].end()
         scene.workers[1] = mute
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         scene.connect(20)
         for _ in range(5):
             await scene.look_until(lambda: True)

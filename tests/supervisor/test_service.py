@@ -125,7 +125,7 @@ class Running:
     def tick(self, seconds: float = TICK) -> None:
         now = self.reactor.seconds() + seconds
         self.reactor.seconds = lambda: now
-        self.supervisor.watch.start()
+        self.supervisor.monitor.start()
 
 
 @pytest.fixture
@@ -223,9 +223,9 @@ async def test_a_late_word_from_a_dead_process_does_not_count_for_its_successor(
     old.exit(-signal.SIGKILL)
     while running.process(0) is old:
         running.tick()
-    running.supervisor.announced(old.protocol)
-    running.supervisor.hung_up(old.protocol)
-    running.supervisor.exited(old.protocol, 0)
+    running.supervisor.process_ready(old.protocol)
+    running.supervisor.control_link_lost(old.protocol)
+    running.supervisor.process_exited(old.protocol, 0)
     assert running.supervisor.pool.slots[0].state is SlotState.STARTING
 
 
