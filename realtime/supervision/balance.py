@@ -91,7 +91,7 @@ def _rounded(old: int, new: float) -> int:
 
 
 def program(weights: Sequence[int]) -> bytes:
-    """Write the BPF program that returns index i with probability weights[i] / sum(weights), as an array of sock_filter.
+    """Write the BPF program (an array of sock_filter) that returns i with probability weights[i] / sum(weights).
 
     With all weights 0 the program leaves the choice to the kernel. Raises ValueError for more than MAX_SLOTS weights: a
     program is limited to 4,096 instructions (BPF_MAXINSNS).

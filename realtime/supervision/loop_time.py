@@ -45,7 +45,7 @@ class LoopAccount:
 
 
 class LoopTimeLedger:
-    """The accounts of one loop, for its thread only. Iterating yields all accounts. current: the account charged now."""
+    """The accounts of one loop, for its thread only. Iterating yields them. current: the account charged now."""
 
     def __init__(self, now: Callable[[], int]) -> None:
         """now: returns nanoseconds of a monotonic clock. The loop counts as busy from this call on."""

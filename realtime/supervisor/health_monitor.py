@@ -1,4 +1,4 @@
-"""The eye on the workers: reads their pages many times a second, and tells whose condition has changed."""
+"""Health monitor: polls each worker's shared page and notifies listeners when its condition changes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from realtime.supervision.vitals import Vitals
 
 Listener = Callable[[int, Health], None]
 
-# Seconds between two after_check at everything, while every process is ready and every worker is calm: in between there are
-# glances alone.
+# Seconds between two full checks while every process is ready and every worker healthy. Quick checks run in between.
 FULL_CHECK_INTERVAL = 0.25
 
 _log = Logger(observer=log.observer)
@@ -34,15 +33,18 @@ class MonitoredProcess(Protocol):
 
 
 class HealthMonitor:
-    """The health of every worker's slot, judged whenever a loop could be found lagging, and every CHECK_INTERVAL while one is.
+    """Checks the health of every worker's slot.
 
-    health: of all slots, by number, from the first look on. listeners: called with (slot, health) at each change of
-    condition, after `health` has been brought up to date; add your own. after_check: called after each look, a few times a
-    second while all are calm. tasks: done after a look, too, when they are due.
+    It checks at each moment when a loop could be found lagging, and every CHECK_INTERVAL seconds while one is.
+
+    health: health of all slots by number, from the first full check on. listeners: called with (slot, health) after
+    each change of condition, when `health` is already up to date. after_check: called after each full check, a few
+    times a second while all workers are healthy. tasks: periodic tasks, run after a full check. Append to the last
+    three.
     """
 
     def __init__(self, reactor: Any, loop: LoopSettings, pool: Pool, processes: Mapping[int, MonitoredProcess]) -> None:
-        """reactor: with CLOCK_MONOTONIC's seconds. processes: by slot, the live dictionary of those that run."""
+        """reactor: its `seconds` must be CLOCK_MONOTONIC's. processes: the running ones by slot, a live dictionary."""
         self.health: dict[int, Health] = {}
         self.listeners: list[Listener] = []
         self.after_check: list[Callable[[], None]] = []
@@ -52,11 +54,11 @@ class HealthMonitor:
         self._pool = pool
         self._processes = processes
         self._running = False
-        self._checked = 0.0
+        self._checked_at = 0.0
         self._call: IDelayedCall | None = None
 
     def start(self) -> None:
-        """Look now, and go on."""
+        """Check now, and keep checking."""
         self._running = True
         now = self._reactor.seconds()
         due = 0.0
@@ -67,18 +69,19 @@ class HealthMonitor:
                 self.tasks.do(now)
                 due = min(health.due for health in self.health.values())
         finally:
+            # Also after an exception: a mistake in one check must not end the monitoring.
             if self._running:
                 self._call = self._reactor.callLater(due - now if due > now else CHECK_INTERVAL, self.start)
 
     def stop(self) -> None:
-        """Look no more. Idempotent."""
+        """Stop checking. Idempotent."""
         self._running = False
         if self._call is not None and self._call.active():
             self._call.cancel()
 
     def _quick_check(self, now: float) -> float:
-        """When to look again; 0.0: now, at everything."""
-        if now - self._checked >= FULL_CHECK_INTERVAL or not self._pool.ready:
+        """Return when to check again; 0.0: a full check is necessary now."""
+        if now - self._checked_at >= FULL_CHECK_INTERVAL or not self._pool.ready:
             return 0.0
         due = math.inf
         for slot, health in self.health.items():
@@ -89,8 +92,8 @@ class HealthMonitor:
         return due
 
     def check(self) -> None:
-        """HealthTracker every slot."""
-        now = self._checked = self._reactor.seconds()
+        """Assess every slot now, and notify the listeners."""
+        now = self._checked_at = self._reactor.seconds()
         changed = []
         for slot in self._pool.workers:
             before = self.health.get(slot.number)
@@ -99,22 +102,26 @@ class HealthMonitor:
             if before is None or before.condition is not health.condition:
                 changed.append(health)
         for health in changed:
-            self._tell(health)
-        for look in self.after_check:
+            self._notify(health)
+        for function in self.after_check:
             try:
-                look()
+                function()
             except Exception:
-                _log.failure("a look at the workers was not acted on")
+                _log.failure("a function after a health check raised; the checks go on")
 
     def _vitals(self, slot: Slot) -> Vitals | None:
-        """Of a process that serves or still finishes its work."""
+        """Read the vital signs of a process that serves or drains."""
         process = self._processes.get(slot.number)
         return process.vitals if process is not None and slot.state in (SlotState.READY, SlotState.LEAVING) else None
 
-    def _tell(self, health: Health) -> None:
+    def _notify(self, health: Health) -> None:
         for listener in self.listeners:
             try:
                 listener(health.slot, health)
             except Exception:
-                # One listener's mistake leaves the others their news.
-                _log.failure("a change of condition was not acted on")
+                # A mistake in one listener must not keep the change from the others.
+                _log.failure(
+                    "a health listener raised on the change of worker {slot} to {condition}; the checks go on",
+                    slot=health.slot,
+                    condition=health.condition.value,
+                )

@@ -198,11 +198,11 @@ async def test_the_condition_of_each_worker_shows(server: Server) -> None:
 
 async def test_health_and_readiness_while_a_worker_is_missing(server: Server) -> None:
     assert (await server.get("/ready")) == (200, '{"ready":true}')
-    server.pool.exited(0, 1, 1.0)
+    server.pool.process_exited(0, 1, 1.0)
     del server.processes[0]
     assert (await server.get("/health"))[0] == 200
     assert (await server.get("/ready")) == (503, '{"ready":false}')
-    server.pool.exited(1, 1, 1.0)
+    server.pool.process_exited(1, 1, 1.0)
     status, body = await server.get("/health")
     assert status == 503
     assert json.loads(body)["status"] == "no worker is ready"
@@ -214,7 +214,7 @@ async def test_not_ready_while_stopping(server: Server) -> None:
 
 
 async def test_metrics_of_every_process_with_its_name(server: Server) -> None:
-    server.pool.exited(1, -9, 1.0)
+    server.pool.process_exited(1, -9, 1.0)
     status, body = await server.get("/metrics")
     assert status == 200
     assert "content-type: text/plain; version=" in server.head

@@ -163,7 +163,7 @@ def test_a_worker_at_its_limit_of_descriptors_loses_no_connection(scene: Scene, 
 def test_what_a_dead_worker_has_not_answered_comes_back(scene: Scene) -> None:
     for _ in range(3):
         scene.send()
-    scene.receiver._take()
+    scene.receiver._receive()
     scene.receiver.close()
     scene.sender.doRead()
     assert scene.settled == [True, False, False]

@@ -135,7 +135,7 @@ def test_a_stack_that_comes_after_the_turn_does_not_count() -> None:
     case.answer(stack(line=1))
     case.look()
     assert case.incidents.recent[-1].place == UNKNOWN
-    assert "worker 3 was blocked for 0.080 s at a place that is not known (rpc report" in case.lines[0]
+    assert "worker 3 was blocked for 0.080 s at an unknown place (rpc report" in case.lines[0]
 
 
 def test_the_next_turn_is_another_incident() -> None:
@@ -207,7 +207,7 @@ def test_one_line_for_a_place_and_minute_with_the_count() -> None:
     assert len(case.lines) == 2
     case.now += REPEAT_AFTER
     case.block(0.2, stack())
-    assert case.lines[2].endswith("; 4 times more since this was told last")
+    assert case.lines[2].endswith("; 4 more times since the last such line")
 
 
 def test_a_process_that_ends_closes_its_incident() -> None:

@@ -140,7 +140,7 @@ def test_a_dead_worker_is_replaced_and_introduced_again() -> None:
     assert ConnectToBroker(0) in world.effects
     world.pool.process_ready(0, world.now)
     assert [report.line for report in of(LogLine, world.effects)] == [
-        "worker 0 was ended by SIGSEGV; starting it again in 0.1 s"
+        "worker 0 was killed by SIGSEGV; restarting it in 0.1 s"
     ]
     assert world.pool.slots[0].restarts == {"signal": 1}
 
@@ -216,7 +216,7 @@ def test_recovery_from_a_crash_loop_is_told() -> None:
     for _ in range(5):
         world.die(0)
     assert of(LogLine, world.pool.process_ready(0, world.now)) == []
-    assert [report.line for report in of(LogLine, world.wait(61))] == ["worker 0 is well again"]
+    assert [report.line for report in of(LogLine, world.wait(61))] == ["worker 0 has recovered: ready for 60 s"]
 
 
 # Failing to start.
@@ -251,7 +251,7 @@ def test_a_failed_start_after_the_first_is_a_slot_with_a_delay() -> None:
     effects = world.exit(0, 78)
     assert of(HaltService, effects) == []
     assert [report.line for report in of(LogLine, effects)] == [
-        "worker 0 can't start: syntax error; starting it again in 0.2 s"
+        "worker 0 can't start: syntax error; restarting it in 0.2 s"
     ]
 
 
@@ -358,7 +358,7 @@ def test_a_bloated_worker_drains_and_is_replaced() -> None:
     world.wait(1)
     world.exit(1, 0)
     assert (
-        "worker 1 used 512 MiB of memory and has left; starting it again in 0.1 s"
+        "worker 1 used 512 MiB of memory (loop.max_rss) and was drained; restarting it in 0.1 s"
         in of(LogLine, world.effects)[-1].line
     )
     assert SpawnProcess(1) in world.wait(0.3)

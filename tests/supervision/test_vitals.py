@@ -202,12 +202,12 @@ def test_what_is_not_a_page_is_refused(tmp_path: object) -> None:
 
 WRITER = """
 import sys
-from realtime.supervision.vitals import Page, State, Vitals
-page = Page.open(int(sys.argv[1]))
+from realtime.supervision.vitals import ProcessState, Vitals, VitalsPage
+page = VitalsPage.open(int(sys.argv[1]))
 count = 0
 while True:
     count += 1
-    page.write(Vitals(count, float(count), count, count, State.READY))
+    page.write(Vitals(count, float(count), count, count, ProcessState.READY))
 """
 
 

@@ -207,7 +207,7 @@ def test_a_refused_server_takes_no_client_of_the_first(shared: SharedPort) -> No
 def test_an_address_that_is_not_ours() -> None:
     assert refusal("192.0.2.1", 0) == (
         "http_server.address = '192.0.2.1': this machine does not have this address; "
-        'choose one of its own, or "" for all'
+        'choose one of its addresses, or "" for all'
     )
 
 

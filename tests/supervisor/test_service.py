@@ -8,7 +8,7 @@ import fcntl
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -100,8 +100,27 @@ class Reactor:
         return spawned
 
 
+class Operators:
+    """An operators' port that only keeps its state."""
+
+    def __init__(self, supervisor: Supervisor, reactor: Any, address: str, port: int) -> None:
+        self.address = address
+        self.port = port
+        self.state = "listening"
+
+    def start(self) -> None:
+        self.state = "started"
+
+    def close(self) -> None:
+        self.state = "closed"
+
+
+def supervisor(reactor: Any, settings: Settings, leave: Callable[[int], None] | None = None) -> Supervisor:
+    return Supervisor(reactor, settings, Operators, worker="some.worker", broker="some.broker", leave=leave)
+
+
 class Running:
-    """A supervisor of two workers that was started on such a reactor."""
+    """A started supervisor of two workers, on such a reactor."""
 
     def __init__(self, reactor: Any) -> None:
         self.reactor = Reactor(reactor)
@@ -111,7 +130,7 @@ class Running:
             workers=WorkersSettings(count=2),
             shutdown=ShutdownSettings(timeout=20.0),
         )
-        self.supervisor = Supervisor(self.reactor, settings, "some.worker", "some.broker")
+        self.supervisor = supervisor(self.reactor, settings, self.left.append)
         self.supervisor.startService()
 
     def process(self, slot: int) -> Spawned:
@@ -142,12 +161,12 @@ def running() -> Iterator[Running]:
 
 def test_nothing_is_opened_before_the_start() -> None:
     before = os.listdir("/proc/self/fd")
-    Supervisor(object(), Settings(), "some.worker", "some.broker")
+    supervisor(object(), Settings())
     assert os.listdir("/proc/self/fd") == before
 
 
 def test_workers_are_one_for_each_core_unless_told() -> None:
-    pool = Supervisor(object(), Settings(), "some.worker", "some.broker").pool
+    pool = supervisor(object(), Settings()).pool
     assert len(pool.workers) == len(os.sched_getaffinity(0))
 
 
@@ -260,12 +279,10 @@ async def test_stop_drains_and_the_deferred_fires_when_all_have_ended(running: R
 
 
 async def test_leave_is_given_the_status(running: Running) -> None:
-    left: list[int] = []
-    running.supervisor.leave = left.append
     await running.process(0).peer.callRemote(control.Failed, reason="no such module")
     for slot in (0, 1, BROKER):
         running.process(slot).exit(78 if slot == 0 else -signal.SIGKILL)
-    assert left == [78]
+    assert running.left == [78]
 
 
 def test_a_port_in_use_ends_the_start_with_1() -> None:
@@ -273,9 +290,6 @@ def test_a_port_in_use_ends_the_start_with_1() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as other:
         settings = Settings(http_server=HTTPServerSettings("127.0.0.1", other.getsockname()[1], "127.0.0.1", 0))
-        supervisor = Supervisor(Reactor(reactor), settings, "some.worker", "some.broker")
         with pytest.raises(SystemExit) as caught:
-            supervisor.privilegedStartService()
+            supervisor(Reactor(reactor), settings).privilegedStartService()
         assert caught.value.code == 1
-    assert supervisor._admin is not None
-    supervisor._admin.close()

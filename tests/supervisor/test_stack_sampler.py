@@ -12,14 +12,14 @@ import realtime
 import twisted
 from realtime.config.settings import AppSettings
 from realtime.supervision.stacks import CodeOrigin
-from realtime.supervisor.stack_sampler import _foreign, _own
+from realtime.supervisor.stack_sampler import _application_paths, _foreign_paths
 
 
 def origin(module: str = "", path: str = "") -> CodeOrigin:
-    return CodeOrigin(_own(AppSettings(module, path)), _foreign())
+    return CodeOrigin(_application_paths(AppSettings(module, path)), _foreign_paths())
 
 
-def test_python_and_what_is_installed_and_this_server_are_foreign() -> None:
+def test_python_and_what_is_installed_and_this_server_are_foreign_paths() -> None:
     for module in (asyncio, json, msgspec, twisted, realtime):
         assert not origin().is_application_code(str(module.__file__))
 

@@ -137,8 +137,8 @@ def test_the_kernels_refusal_is_told_once_and_leaves_its_hash(
             scene.assess(slot)
             assert scene.look(after=MIN_UPDATE_INTERVAL) == (0, 0, 0)
         assert warnings == [
-            "new connections are not steered, but spread by the kernel's hash: "
-            "the kernel refuses: Operation not permitted"
+            "steering is off, the kernel spreads new connections by its hash: the kernel refuses its program: "
+            "Operation not permitted; allow SO_ATTACH_REUSEPORT_CBPF, or set loop.steering = false"
         ]
         assert all(depth > 0 for depth in scene.connect(90))
     finally:
@@ -168,8 +168,8 @@ def test_where_others_listen_already_nothing_is_steered(warnings: list[str]) -> 
         steering.update()
         assert steering.weights == (0, 0, 0)
         assert warnings == [
-            "new connections are not steered, but spread by the kernel's hash: "
-            "another server's workers still listen on this port"
+            "steering is off, the kernel spreads new connections by its hash: workers of a killed server "
+            "still listen on this port; restart this server once they are gone"
         ]
     finally:
         successor.close()

@@ -48,7 +48,7 @@ def test_the_watchdog_is_fed_at_half_its_interval(ear: Ear) -> None:
     notifier = SystemdNotifier({**ear.environ, "WATCHDOG_USEC": "10000000", "WATCHDOG_PID": str(PID)}, PID)
     assert notifier.watchdog == 10.0
     for tenth in range(121):
-        notifier.feed(tenth / 10)
+        notifier.feed_watchdog(tenth / 10)
     assert ear.heard() == ["WATCHDOG=1"] * 3  # at 0, 5 and 10 seconds
 
 
@@ -66,7 +66,7 @@ def test_the_watchdog_is_fed_at_half_its_interval(ear: Ear) -> None:
 def test_nobody_watches_this_process(ear: Ear, environ: dict[str, str]) -> None:
     notifier = SystemdNotifier({**ear.environ, **environ}, PID)
     assert notifier.watchdog == 0
-    notifier.feed(0.0)
+    notifier.feed_watchdog(0.0)
     assert ear.heard() == []
 
 
