@@ -185,7 +185,9 @@ for module in {core}:
 def loaded_by(module: str) -> set[str]:
     """The rooms of ours and the outside packages that a process has loaded after it imported `module`."""
     code = f"import sys, {module}\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
     names = done.stdout.split()
     return {name.split(".")[0] for name in names} | {f"realtime/{room_of(name)}" for name in names if is_ours(name)}
 
