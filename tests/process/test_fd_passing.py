@@ -1,4 +1,4 @@
-"""A connection reaches one worker or comes back, whatever happens to the worker. Both ends are in this process."""
+"""A connection reaches exactly one worker or returns to the sender. Both ends are in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from realtime.process.fd_passing import ANSWER_TIMEOUT, MAX_IN_FLIGHT, FdReceive
 
 
 class Reactor:
-    """Knows who wants to read, and a time that the test turns."""
+    """Keeps the readers, and a time that the test sets."""
 
     def __init__(self) -> None:
         self.readers: list[Any] = []
@@ -37,7 +37,7 @@ class Reactor:
 
 
 class Scene:
-    """A sender, a receiver in a worker of its own, and connections with a client at the other end."""
+    """A sender, a receiver, and connections with a client at their other ends."""
 
     def __init__(self) -> None:
         self.reactor = Reactor()
@@ -68,12 +68,12 @@ class Scene:
     def close(self) -> None:
         self.sender.close()
         self.receiver.close()
-        for one in (*self.clients, *self.connections, *self.adopted):
-            one.close()
+        for sock in (*self.clients, *self.connections, *self.adopted):
+            sock.close()
 
 
 def claims() -> int:
-    """Those that are open in this process."""
+    """Return the number of open claims in this process."""
     links = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
     return links.count("anon_inode:[eventfd]")
 
@@ -88,7 +88,7 @@ def scene() -> Iterator[Scene]:
     assert scene.reactor.readers == []
 
 
-def test_a_connection_is_adopted_and_then_the_workers_alone(scene: Scene) -> None:
+def test_an_adopted_connection_belongs_to_the_worker_alone(scene: Scene) -> None:
     assert scene.send()
     scene.receiver.doRead()
     assert scene.settled == []
@@ -100,7 +100,7 @@ def test_a_connection_is_adopted_and_then_the_workers_alone(scene: Scene) -> Non
     assert scene.clients[0].recv(10) == b""
 
 
-def test_a_worker_that_does_not_answer_gets_nothing_later(scene: Scene) -> None:
+def test_a_worker_that_does_not_answer_in_time_can_not_adopt_later(scene: Scene) -> None:
     scene.send()
     scene.wait(ANSWER_TIMEOUT / 2)
     assert scene.settled == []
@@ -112,7 +112,7 @@ def test_a_worker_that_does_not_answer_gets_nothing_later(scene: Scene) -> None:
     assert scene.settled == [False]
 
 
-def test_a_worker_that_has_claimed_is_waited_for(scene: Scene) -> None:
+def test_a_claimed_connection_is_not_taken_back(scene: Scene) -> None:
     scene.send()
     scene.receiver.doRead()
     scene.wait(10 * ANSWER_TIMEOUT)
@@ -122,7 +122,7 @@ def test_a_worker_that_has_claimed_is_waited_for(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(24, "Too many open files"), RuntimeError("a bug")])
-def test_what_can_not_be_adopted_comes_back(scene: Scene, error: Exception) -> None:
+def test_a_connection_that_can_not_be_adopted_returns_to_the_sender(scene: Scene, error: Exception) -> None:
     scene.refuse = error
     scene.send()
     scene.receiver.doRead()
@@ -131,7 +131,7 @@ def test_what_can_not_be_adopted_comes_back(scene: Scene, error: Exception) -> N
     assert scene.connections[0].fileno() >= 0
 
 
-def test_one_whose_client_has_gone_is_given_to_nobody_else(scene: Scene) -> None:
+def test_a_connection_whose_client_has_left_goes_to_no_other_worker(scene: Scene) -> None:
     scene.refuse = OSError(errno.ENOTCONN, "Transport endpoint is not connected")
     scene.send()
     scene.receiver.doRead()
@@ -160,7 +160,7 @@ def test_a_worker_at_its_limit_of_descriptors_loses_no_connection(scene: Scene, 
     assert (scene.adopted, scene.settled) == ([], [False])
 
 
-def test_what_a_dead_worker_has_not_answered_comes_back(scene: Scene) -> None:
+def test_unanswered_connections_of_a_dead_worker_return_to_the_sender(scene: Scene) -> None:
     for _ in range(3):
         scene.send()
     scene.receiver._receive()
@@ -171,7 +171,7 @@ def test_what_a_dead_worker_has_not_answered_comes_back(scene: Scene) -> None:
     assert not scene.send()
 
 
-def test_a_worker_that_died_between_claiming_and_answering_served_nobody(scene: Scene) -> None:
+def test_a_connection_claimed_by_a_dying_worker_returns_to_the_sender(scene: Scene) -> None:
     scene.send()
     claim = next(iter(scene.sender._transfers.values())).claim
     assert fd_passing._take_claim(claim)
@@ -180,7 +180,7 @@ def test_a_worker_that_died_between_claiming_and_answering_served_nobody(scene: 
     assert scene.settled == [False]
 
 
-def test_what_a_living_worker_has_claimed_stays_its_own_when_the_giver_leaves(scene: Scene) -> None:
+def test_a_claimed_connection_stays_with_the_worker_when_the_sender_closes(scene: Scene) -> None:
     scene.send()
     scene.receiver.doRead()
     scene.send()
@@ -208,7 +208,7 @@ def test_a_full_socket_is_no_error(scene: Scene) -> None:
 
 
 @given(message=st.binary(max_size=32), fds=st.integers(0, 3))
-def test_nonsense_from_the_supervisor_ends_the_stream_or_is_refused(message: bytes, fds: int) -> None:
+def test_an_invalid_message_ends_the_stream_or_is_refused(message: bytes, fds: int) -> None:
     reactor = Reactor()
     ours, theirs = pair()
     receiver = FdReceiver(reactor, theirs.detach(), lambda fd: pytest.fail("adopted"))
@@ -228,7 +228,7 @@ def test_nonsense_from_the_supervisor_ends_the_stream_or_is_refused(message: byt
 
 
 @given(answer=st.binary(min_size=1, max_size=16))
-def test_nonsense_from_a_worker_settles_everything(answer: bytes) -> None:
+def test_an_invalid_answer_settles_all_connections(answer: bytes) -> None:
     reactor = Reactor()
     ours, theirs = pair()
     sender = FdSender(reactor, ours)
@@ -238,20 +238,20 @@ def test_nonsense_from_a_worker_settles_everything(answer: bytes) -> None:
         sender.send(connection, settled.append)
         theirs.send(answer)
         sender.doRead()
-        # A worker that answers for what it did not claim is believed.
+        # An answer about an unclaimed connection is accepted.
         assert len(settled) == (len(answer) != 9 or answer[:8] == bytes(8))
         sender.close()
         assert len(settled) == 1
 
 
-def test_the_reactor_may_find_the_end_first(scene: Scene) -> None:
+def test_the_reactor_may_notice_the_end_first(scene: Scene) -> None:
     scene.send()
     scene.receiver.close()
     scene.sender.connectionLost(Failure(ConnectionError()))
     assert scene.settled == [False]
 
 
-def test_a_supervisor_that_is_gone_is_no_error(scene: Scene) -> None:
+def test_a_missing_supervisor_is_no_error(scene: Scene) -> None:
     scene.send()
     scene.sender._stream.close()
     scene.receiver.doRead()

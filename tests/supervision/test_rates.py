@@ -15,7 +15,7 @@ def test_a_rate_needs_two_readings_of_one_process() -> None:
     assert rates.of(1, 100, 3.0) is None
 
 
-def test_a_new_process_begins_at_zero_and_owes_nothing() -> None:
+def test_a_new_process_in_a_slot_starts_without_a_rate() -> None:
     rates = Rates[str]()
     rates.record(0, 100, {"sent": 1000.0}, 1.0)
     rates.record(0, 101, {"sent": 10.0}, 2.0)
@@ -25,7 +25,7 @@ def test_a_new_process_begins_at_zero_and_owes_nothing() -> None:
     assert rates.of(0, 101, 3.0) == {"sent": 2.0}
 
 
-def test_a_rate_that_is_old_is_not_shown() -> None:
+def test_an_old_reading_gives_no_rate() -> None:
     rates = Rates[str]()
     rates.record(0, 100, {"sent": 0.0}, 1.0)
     rates.record(0, 100, {"sent": 5.0}, 2.0)
@@ -33,7 +33,7 @@ def test_a_rate_that_is_old_is_not_shown() -> None:
     assert rates.of(0, 100, 2.1 + MAX_AGE) is None
 
 
-def test_two_readings_of_one_moment_are_no_rate() -> None:
+def test_two_readings_at_the_same_time_give_no_rate() -> None:
     rates = Rates[str]()
     rates.record(0, 100, {"sent": 0.0}, 1.0)
     rates.record(0, 100, {"sent": 5.0}, 1.0)
