@@ -1,49 +1,56 @@
-"""`twistd realtime`: the options, and the service that they make.
+"""`twistd realtime`: the command line's options, and the service that they make.
 
-Configuration is read here, before twistd forks: a mistake is seen on the terminal, one line each, and nothing has been
-opened yet. Exit status 78 (EX_CONFIG of sysexits.h) keeps a service manager from trying again.
+The configuration is read here, before twistd forks: each mistake shows as one line on the terminal, while nothing is
+open yet. Exit status 78 (EX_CONFIG of sysexits.h) keeps a service manager from trying again.
+
+`make_service` is the composition root of the supervisor's process: it joins the supervisor, the operators' port and the
+reactor.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from twisted.application.service import IService
+from twisted.internet.error import ReactorNotRunning
 from twisted.logger import Logger
 from twisted.python import usage
 
 from realtime._version import __version__
 from realtime.cli import environment
 from realtime.config import warnings
+from realtime.config.settings import Settings
 from realtime.config.sources import read
 from realtime.errors import SettingsError
+from realtime.operators.port import OperatorPort
 from realtime.process import log
-from realtime.supervisor.service import make_service
+from realtime.supervisor.service import BROKER_MODULE, WORKER_MODULE, Supervisor
 
 _log = Logger(observer=log.observer)
 
-# Descriptors of one process that are asked for, where more are allowed: some libraries are slow with a billion.
-_DESCRIPTORS = 1 << 20
+# Most descriptors to allow one process, even where the system grants more: some libraries are slow with a billion.
+_MAX_DESCRIPTORS = 1 << 20
 
-# Which key each option sets.
+# The configuration key of each option.
 _KEYS = {"workers": "workers.count", "app": "app.module", "port": "http_server.port"}
 
 
 class Options(usage.Options):
-    """The command line. What is given here wins over the environment, and that over the file."""
+    """The command line's options. They win over environment variables, which win over the file."""
 
     longdesc = "Start the realtime server. `realtime gen-config` writes a file with every key explained."
 
     optParameters = [
-        ["config", "c", None, "TOML file with the configuration; none is read by default."],
+        ["config", "c", None, "TOML file with the configuration.  [default: none]"],
         ["workers", "w", None, "Worker processes; 0: one for each core.  [default: 0]"],
         ["app", "a", None, "The App, as package.module:attribute."],
-        ["port", "p", None, "Port for clients; 0: one that is free.  [default: 8000]"],
+        ["port", "p", None, "Port for clients; 0: any free port.  [default: 8000]"],
     ]
     compData = usage.Completions(optActions={"config": usage.CompleteFiles("*.toml")})
 
@@ -54,7 +61,7 @@ class Options(usage.Options):
 
 
 def makeService(options: Mapping[str, Any]) -> IService:
-    """The supervisor for these options. Raises SystemExit 78, with all problems printed, when it can't be had."""
+    """Make the supervisor for these options. With mistakes in them it prints all of them and raises SystemExit(78)."""
     given = {key: options[name] for name, key in _KEYS.items() if options[name] is not None}
     problems = environment.find_problems()
     try:
@@ -65,19 +72,64 @@ def makeService(options: Mapping[str, Any]) -> IService:
         print(*problems, sep="\n", file=sys.stderr)
         raise SystemExit(os.EX_CONFIG)
     _allow_descriptors()
-    service = make_service(settings, unwise=warnings.insecure_keys(settings))
+    service = make_service(settings, insecure_keys=warnings.insecure_keys(settings))
     for line in [*warnings.find_warnings(settings, os.environ), *environment.find_warnings(os.environ)]:
         _log.warn("{line}", line=line)
     return service
 
 
-def _allow_descriptors() -> None:
-    """Use all the descriptors that are ours to use: each client takes one.
+def make_service(
+    settings: Settings, worker: str = WORKER_MODULE, broker: str = BROKER_MODULE, insecure_keys: Iterable[str] = ()
+) -> Supervisor:
+    """Compose the service that `twistd realtime` runs.
 
-    Most systems grant 1,024 at first, for programs that use select(2), and many times that to those that ask.
+    The service stops the reactor after its last process has exited, and sets twistd's exit status: 0 after an orderly
+    stop, 1 when a port can't be opened, 78 when the application can't be started.
+
+    worker, broker: modules to run as children. insecure_keys: keys of insecure settings, for the metrics.
     """
-    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _DESCRIPTORS if most == resource.RLIM_INFINITY else min(most, _DESCRIPTORS)
-    if resource.RLIM_INFINITY != now < wanted:
-        with suppress(ValueError, OSError):  # a sandbox may forbid it, and it can be done without
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    from twisted.internet import reactor
+
+    log.limit(settings.log.level)
+    supervisor = Supervisor(
+        reactor,
+        settings,
+        OperatorPort,
+        worker=worker,
+        broker=broker,
+        leave=lambda status: _leave(reactor, status),
+        handle_signals=True,
+    )
+    for key in insecure_keys:
+        supervisor.metrics.gauge("realtime_insecure_setting", "Insecure settings in use.", lambda: 1.0, key=key)
+    return supervisor
+
+
+def _leave(reactor: Any, status: int) -> None:
+    """Stop the reactor, and end this process with `status`.
+
+    twistd has no way to set an exit status, and reports a SystemExit from the reactor as a crash. So an atexit function
+    exits with the status: at that time twistd has closed its log and removed its pid file.
+    """
+    if status:
+        atexit.register(_exit, status)
+    with suppress(ReactorNotRunning):  # the reactor is already stopping, and waits for `stopService`
+        reactor.stop()
+
+
+def _exit(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _allow_descriptors() -> None:
+    """Raise the limit on open descriptors, since each client takes one.
+
+    Most systems grant 1,024 at first, for programs that use select(2), and many times that on request.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if resource.RLIM_INFINITY != soft < limit:
+        with suppress(ValueError, OSError):  # a sandbox may forbid it, and the server runs without it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -43,10 +43,10 @@ ROOMS: dict[str, set[str]] = {
     "worker": SHELL
     | {"deadlines", "http", "auth", "pubsub", "protocol", "server_api", "app", "cache", "handlers", "transports"},
     "operators": SHELL | {"deadlines", "http", "protocol", "supervisor", "transports"},
-    "supervisor": SHELL | {"operators"},
+    "supervisor": SHELL,
     # The entrances.
     "cli": FREE | {"auth"},
-    "tap": FREE | {"cli", "process", "supervisor"},
+    "tap": FREE | {"cli", "process", "supervisor", "operators"},
     "__main__": {"cli"},
     "__init__": FREE | {"app", "cache"},
 }
@@ -180,6 +180,30 @@ for module in {core}:
     importlib.import_module(module)
 """
     )
+
+
+def loaded_by(module: str) -> set[str]:
+    """The rooms of ours and the outside packages that a process has loaded after it imported `module`."""
+    code = f"import sys, {module}\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    names = done.stdout.split()
+    return {name.split(".")[0] for name in names} | {f"realtime/{room_of(name)}" for name in names if is_ours(name)}
+
+
+def test_the_supervisor_process_loads_no_token_library_and_no_sessions() -> None:
+    loaded = loaded_by("realtime.tap")
+    assert "realtime/supervisor" in loaded
+    assert loaded & {"jwt", "realtime/auth", "realtime/worker", "realtime/broker", "realtime/handlers"} == set()
+
+
+def test_the_broker_process_loads_nothing_that_serves_clients() -> None:
+    loaded = loaded_by("realtime.broker.process")
+    assert "realtime/pubsub" in loaded
+    clients = {"transports", "protocol", "http", "auth", "server_api", "handlers", "worker", "deadlines"}
+    assert loaded & {f"realtime/{room}" for room in clients} == set()
+    assert loaded & {"autobahn", "jwt", "prometheus_client", "realtime/supervisor", "realtime/operators"} == set()
 
 
 def test_the_public_names_are_there_and_are_all() -> None:

@@ -1,4 +1,4 @@
-"""`twistd realtime`: from the command line to the settings that the supervisor gets."""
+"""`twistd realtime`: from the command line to the supervisor and its settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
-    """The settings that a supervisor was asked for; none is made."""
+    """Collects the settings of the requested supervisors, and makes none."""
     settings: list[Settings] = []
     monkeypatch.setattr(tap, "make_service", lambda given, unwise: settings.append(given))
     return settings
@@ -43,7 +43,7 @@ def test_without_options_the_defaults_are_used(made: list[Settings]) -> None:
     assert made == [Settings()]
 
 
-def test_all_descriptors_that_are_granted_may_be_used(made: list[Settings]) -> None:
+def test_the_limit_on_descriptors_is_raised(made: list[Settings]) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = before[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, most))
@@ -54,7 +54,7 @@ def test_all_descriptors_that_are_granted_may_be_used(made: list[Settings]) -> N
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_options_win_over_the_environment_and_that_over_the_file(
+def test_options_win_over_the_environment_which_wins_over_the_file(
     made: list[Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "realtime.toml"
@@ -74,7 +74,7 @@ def test_short_options_are_the_long_ones(made: list[Settings]) -> None:
     assert (settings.workers.count, settings.http_server.port) == (2, 0)
 
 
-def test_all_problems_are_printed_and_nothing_is_made(
+def test_with_mistakes_all_are_printed_and_no_supervisor_is_made(
     made: list[Settings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "find_problems", lambda: ["fake: version 1 is too old; upgrade it"])
@@ -98,18 +98,18 @@ def test_warnings_are_logged_and_the_server_starts(made: list[Settings], monkeyp
     assert len(made) == 1
 
 
-def test_an_argument_too_many_is_wrong_usage() -> None:
+def test_a_surplus_argument_is_a_usage_error() -> None:
     with pytest.raises(UsageError):
         tap.Options().parseOptions(["chat:app"])
 
 
-def test_the_plugin_leads_here() -> None:
+def test_the_plugin_names_these_options_and_this_service() -> None:
     (maker,) = (plugin for plugin in getPlugins(IServiceMaker) if plugin.tapname == "realtime")
     assert maker.options is tap.Options
     assert maker.makeService is tap.makeService
 
 
-def test_what_is_unwise_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_insecure_setting_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALTIME_CLIENT_INSECURE", "true")
     monkeypatch.setenv("REALTIME_CLIENT_TOKEN_HMAC_SECRET_KEY", "secret")
     options = tap.Options()

@@ -58,7 +58,7 @@ class CoroutineDriver:
         self._coroutine = coroutine
         self._done = done
         self._accounts = accounts
-        self._account = None if accounts is None else accounts.charged
+        self._account = None if accounts is None else accounts.current
         self._context = copy_context()
         self._awaited: Any = None
         self._cancelled = False

@@ -133,7 +133,7 @@ class Dispatcher:
         self._log = log
         self._mistakes = HandlerErrorLog(log, reactor)
         self._pressure = pressure
-        self.throttles: list[Throttle] = []  # of handlers on the loop; whoever watches the loop calls their `beat`
+        self.throttles: list[Throttle] = []  # of handlers on the loop; whoever watches the loop calls their `observe`
         self._processes = processes
         self._slow = slow
         self.accounts = accounts or LoopTimeLedger(time.monotonic_ns)

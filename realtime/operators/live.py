@@ -78,16 +78,16 @@ class LiveFigures:
     def __init__(
         self,
         reactor: Any,
-        watch: HealthMonitor,
-        blame: StackSampler,
+        monitor: HealthMonitor,
+        sampler: StackSampler,
         processes: Mapping[int, MetricsSource],
         summary: Callable[[], dict[str, Any]],
     ) -> None:
         """processes: by slot, the live dictionary. summary: the state of the server, as /health shows it."""
         self.added: list[Callable[[bytes], None]] = []
         self._reactor = reactor
-        self._watch = watch
-        self._blame = blame
+        self._monitor = monitor
+        self._sampler = sampler
         self._processes = processes
         self._summary = summary
         self._rates = Rates[str]()
@@ -98,7 +98,7 @@ class LiveFigures:
         self._json = b"null"
         self._timer = LoopingCall(self._turn)
         self._timer.clock = reactor
-        watch.looks.append(self._look)
+        monitor.after_check.append(self._look)
 
     def start(self) -> None:
         """Make the first snapshot, and go on."""
@@ -108,8 +108,8 @@ class LiveFigures:
         """Make no more. Idempotent."""
         if self._timer.running:
             self._timer.stop()
-        if self._look in self._watch.looks:
-            self._watch.looks.remove(self._look)
+        if self._look in self._monitor.after_check:
+            self._monitor.after_check.remove(self._look)
 
     @property
     def json(self) -> bytes:
@@ -122,7 +122,7 @@ class LiveFigures:
 
     def _look(self) -> None:
         """A second is long: a loop that was late in between shows."""
-        for slot, health in self._watch.health.items():
+        for slot, health in self._monitor.health.items():
             if health.lag > self._peaks.get(slot, 0.0):
                 self._peaks[slot] = health.lag
 
@@ -140,8 +140,8 @@ class LiveFigures:
     def _ask(self, slot: int, process: MetricsSource) -> None:
         def answered(samples: list[Sample]) -> None:
             now = self._reactor.seconds()
-            self._rates.count(slot, process.pid, _totals(samples), now)
-            self._shares.count(slot, process.pid, _charged(samples), now)
+            self._rates.record(slot, process.pid, _totals(samples), now)
+            self._shares.record(slot, process.pid, _charged(samples), now)
 
         def over(_: object) -> None:
             if self._asked.get(slot) is process:
@@ -169,7 +169,7 @@ class LiveFigures:
             points.append((worker["peak_lag"], worker["utilization"] or 0.0, worker["connections"] or 0))
         self._peaks.clear()
         self._past.append((at, points))
-        ledger = self._blame.ledger
+        ledger = self._sampler.incidents
         latest = islice(reversed(ledger.recent), MOST_INCIDENTS)
         return {
             "at": at,

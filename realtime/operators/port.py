@@ -64,8 +64,8 @@ class Overview(Protocol):
 
     pool: Pool
     processes: dict[int, ChildProcess]
-    watch: HealthMonitor
-    blame: StackSampler
+    monitor: HealthMonitor
+    sampler: StackSampler
     metrics: Metrics
     steering: Steering | None
 
@@ -84,7 +84,7 @@ class OperatorPort:
         self._reactor = reactor
         self._samples: dict[int, tuple[ChildProcess, list[Sample]]] = {}  # by slot, of the process that told them
         self._files = page.load()
-        self._live = LiveFigures(reactor, overview.watch, overview.blame, overview.processes, self._summary)
+        self._live = LiveFigures(reactor, overview.monitor, overview.sampler, overview.processes, self._summary)
         site = _Site(None, requestFactory=partial(_Request, self), timeout=_IDLE)
         self._viewers = Viewers(reactor, self._live, site, self._is_own)
         try:
@@ -96,7 +96,7 @@ class OperatorPort:
             keys = "http_server.internal_address", address, "http_server.internal_port", port
             raise CannotListen(explain(cause, *keys)) from error
         self._hosts = _own_names(self.address)
-        overview.watch.chores.add(RESOLUTION, self._viewers.sweep)
+        overview.monitor.tasks.add(RESOLUTION, self._viewers.sweep)
 
     def start(self) -> None:
         """Bring the live figures up to date from now on."""
@@ -182,7 +182,7 @@ class OperatorPort:
         process = self._overview.processes.get(slot.number)
         vitals = process.vitals if process else None
         running = process.running if process else None
-        health = self._overview.watch.health.get(slot.number)
+        health = self._overview.monitor.health.get(slot.number)
         return {
             "slot": slot.number,
             "state": slot.state.value,
@@ -201,7 +201,7 @@ class OperatorPort:
             "handler": running and running.handler,
             "subject": running and running.subject,
             "restarts": sum(slot.restarts.values()),
-            "crash_loop": slot.looping,
+            "crash_loop": slot.in_crash_loop,
             **self._describe_queue(slot.number),
         }
 
@@ -210,7 +210,7 @@ class OperatorPort:
         steering = self._overview.steering
         if steering is None or slot == BROKER:
             return {}
-        depth, limit = steering.queue(slot)
+        depth, limit = steering.accept_queue(slot)
         return {"weight": steering.weights[slot], "accept_queue": depth, "accept_queue_limit": limit}
 
     # /incidents
@@ -220,7 +220,7 @@ class OperatorPort:
 
         ?at=T: only the incidents that say that they began at T, of which there is one at most in a worker.
         """
-        ledger = self._overview.blame.ledger
+        ledger = self._overview.sampler.incidents
         incidents = list(reversed(ledger.recent))
         at = _argument(request, b"at", "")
         if at:
@@ -304,13 +304,13 @@ class OperatorPort:
             if vitals:
                 for sample in _vital_samples(vitals, now):
                     yield label, sample
-        for (handler, place), blocks in self._overview.blame.ledger.blocks.items():
+        for (handler, place), blocks in self._overview.sampler.incidents.blocks.items():
             labels = [("handler", handler), ("place", place)]
             help = "Turns of workers' loops that took longer than loop.lagging, by what blocked them."
             yield own, Sample("realtime_loop_blocks", "counter", help, labels, blocks.count)
             help = "Seconds of those turns."
             yield own, Sample("realtime_loop_blocked_seconds", "counter", help, labels, blocks.seconds)
-        for health in self._overview.watch.health.values():
+        for health in self._overview.monitor.health.values():
             for condition in Condition:
                 help = "1 for the condition that the worker is in."
                 labels = [("condition", condition.value)]

@@ -1,14 +1,14 @@
-"""Hands accepted connections from the supervisor to a worker, each to one worker and to no second one.
+"""Passes accepted connections from the supervisor to a worker, each connection to exactly one worker.
 
-They go over a pair of SOCK_SEQPACKET sockets, unix(7). A message to the worker is a number and two descriptors: the
-connection, and its *ticket*, an eventfd(2) that holds 1. Whoever reads the ticket has the connection: the worker reads
-it before it adopts, the giver to take the connection back from a worker that does not answer. So one that was stopped,
-and goes on later, adopts nothing that another worker was given meanwhile. The worker answers with the number and a
-verdict.
+They go over a pair of SOCK_SEQPACKET sockets, unix(7). A message to the worker holds a number and two descriptors: the
+connection, and its *claim*, an eventfd(2) with the value 1. The process that reads the claim owns the connection. The
+worker reads it before it adopts the connection; the sender reads it to take the connection back from a worker that does
+not answer. So a worker that was stopped and resumes later adopts nothing that another worker has got meanwhile. The
+worker answers with the number and whether it has adopted the connection.
 
-The giver keeps its copy of a connection until it is answered: a receiver that is at its limit of descriptors loses what
-was sent (MSG_CTRUNC, recvmsg(2)). What is unanswered when the worker ends was never read from: between adopting and
-answering, its loop does not turn. It can be given to another.
+The sender keeps its copy of a connection until the answer, because a receiver at its limit of descriptors loses the
+ones in a message (MSG_CTRUNC, recvmsg(2)). A connection without an answer when the worker ends was never read from,
+since the worker's loop does not turn between adopting and answering. It can go to another worker.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from zope.interface import implementer
 
 from realtime.process import log
 
-PATIENCE = 0.25
-"""Seconds that a worker has to answer."""
+ANSWER_TIMEOUT = 0.25
+"""Seconds for a worker to answer."""
 
-MOST_IN_FLIGHT = 64
-"""Connections that one worker may have unanswered."""
+MAX_IN_FLIGHT = 64
+"""Unanswered connections that one worker may have."""
 
-# Connections adopted in one turn of the worker's loop: their handshakes follow together, half a millisecond each.
+# Connections adopted in one turn of the worker's loop. Their handshakes follow together, half a millisecond each.
 _BATCH = 4
 _NUMBER = struct.Struct("=Q")
 _ANSWER = struct.Struct("=Q?")
@@ -45,7 +45,7 @@ _log = Logger(observer=log.observer)
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """A giver's and a taker's end. Raises OSError."""
+    """Create a pair of sockets for a sender and a receiver. Raises OSError."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in ends:
         end.setblocking(False)
@@ -54,7 +54,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 @implementer(IReadDescriptor)
 class _End:
-    """One end in a reactor."""
+    """One end of the pair, as a reader in a reactor."""
 
     def __init__(self, reactor: Any, stream: socket.socket) -> None:
         self._reactor = reactor
@@ -76,7 +76,7 @@ class _End:
         self.close()
 
     def close(self) -> None:
-        """Leave the reactor. Idempotent."""
+        """Leave the reactor and close the socket. Idempotent."""
         if self.open:
             self.open = False
             self._reactor.removeReader(self)
@@ -84,75 +84,75 @@ class _End:
 
 
 class _Transfer:
-    """A connection that was given and not yet answered. settled: told once, and whether it was taken."""
+    """A sent connection without an answer. on_settled: called once, with whether the worker has taken it."""
 
-    __slots__ = ("connection", "deadline", "settled", "ticket")
+    __slots__ = ("claim", "connection", "deadline", "on_settled")
 
     def __init__(
-        self, connection: socket.socket, ticket: int, deadline: float, settled: Callable[[bool], None]
+        self, connection: socket.socket, claim: int, deadline: float, on_settled: Callable[[bool], None]
     ) -> None:
         self.connection = connection
-        self.ticket = ticket
+        self.claim = claim
         self.deadline = deadline
-        self.settled = settled
+        self.on_settled = on_settled
 
-    def land(self, taken: bool) -> None:
-        os.close(self.ticket)
-        if taken:
+    def settle(self, is_taken: bool) -> None:
+        os.close(self.claim)
+        if is_taken:
             self.connection.close()
-        self.settled(taken)
+        self.on_settled(is_taken)
 
 
 class FdSender(_End):
-    """The supervisor's end, towards one worker process."""
+    """The supervisor's end, for one worker process."""
 
     def __init__(self, reactor: Any, stream: socket.socket) -> None:
         super().__init__(reactor, stream)
-        self._flights: dict[int, _Transfer] = {}
-        self._number = 0
+        self._transfers: dict[int, _Transfer] = {}  # by number, in the order of their deadlines
+        self._next_number = 0
 
     @property
     def in_flight(self) -> int:
-        """Connections that are unanswered."""
-        return len(self._flights)
+        """Number of unanswered connections."""
+        return len(self._transfers)
 
     @property
     def has_room(self) -> bool:
-        """Whether another one can be given."""
-        return self.open and len(self._flights) < MOST_IN_FLIGHT
+        """Whether another connection can be sent."""
+        return self.open and len(self._transfers) < MAX_IN_FLIGHT
 
-    def give(self, connection: socket.socket, settled: Callable[[bool], None]) -> bool:
-        """Offer a connection. False: it could not be sent, and stays the caller's.
+    def send(self, connection: socket.socket, on_settled: Callable[[bool], None]) -> bool:
+        """Send a connection. Returns False if it could not be sent; the caller then keeps it.
 
-        settled: called later, once: True when the worker has it, and our copy is closed; False when it is the caller's
-        again.
+        on_settled: called once, later. With True the worker has the connection and our copy is closed; with False the
+        caller has it again.
         """
         if not self.has_room:
             return False
         try:
-            ticket = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        except OSError:  # out of descriptors
+            claim = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError:  # no free descriptor
             return False
         try:
-            socket.send_fds(self._stream, [_NUMBER.pack(self._number)], [connection.fileno(), ticket])
-        except OSError:  # full, or the worker has ended
-            os.close(ticket)
+            socket.send_fds(self._stream, [_NUMBER.pack(self._next_number)], [connection.fileno(), claim])
+        except OSError:  # the socket buffer is full, or the worker has ended
+            os.close(claim)
             return False
-        deadline = self._reactor.seconds() + PATIENCE
-        self._flights[self._number] = _Transfer(connection, ticket, deadline, settled)
-        self._number += 1
+        deadline = self._reactor.seconds() + ANSWER_TIMEOUT
+        self._transfers[self._next_number] = _Transfer(connection, claim, deadline, on_settled)
+        self._next_number += 1
         return True
 
-    def recall(self) -> None:
-        """Take back what was not answered in time. Often."""
+    def reclaim_overdue(self) -> None:
+        """Take back the connections that were not answered in time. Call it many times a second."""
         now = self._reactor.seconds()
-        for number, flight in list(self._flights.items()):
-            if flight.deadline > now:
+        for number, transfer in list(self._transfers.items()):
+            if transfer.deadline > now:
                 break
-            # Where the ticket is gone the worker is about to answer, or to end.
-            if _claim(flight.ticket):
-                del self._flights[number]
-                flight.land(False)
+            # If the worker has the claim, it is about to answer, or to end.
+            if _take_claim(transfer.claim):
+                del self._transfers[number]
+                transfer.settle(False)
 
     def doRead(self) -> None:
         while self.open:
@@ -160,56 +160,56 @@ class FdSender(_End):
                 data = self._stream.recv(_ANSWER.size + 1)
             except BlockingIOError:
                 return
-            except ConnectionResetError:  # it left messages unread; its answers come first
+            except ConnectionResetError:  # the worker left messages unread; its answers come first
                 continue
             except OSError:
                 data = b""
             if len(data) != _ANSWER.size:
-                self._end(ended=not data)
+                self._end(worker_ended=not data)
                 return
-            number, taken = _ANSWER.unpack(data)
-            flight = self._flights.pop(number, None)
-            if flight is not None:
-                flight.land(taken)
+            number, is_taken = _ANSWER.unpack(data)
+            transfer = self._transfers.pop(number, None)
+            if transfer is not None:
+                transfer.settle(is_taken)
 
     def connectionLost(self, reason: Failure) -> None:
-        self._end(ended=True)
+        self._end(worker_ended=True)
 
     def close(self) -> None:
-        """Give no more. Of what is unanswered, the worker keeps what it has, and the rest is the caller's again."""
-        self._end(ended=False)
+        """Stop sending. The worker keeps the connections that it has claimed, and the caller gets the others back."""
+        self._end(worker_ended=False)
 
     def worker_ended(self) -> None:
-        """The process is no more: whatever it did not answer is the caller's again."""
+        """Note that the process has ended. The caller gets all unanswered connections back."""
         self.doRead()
-        self._end(ended=True)
+        self._end(worker_ended=True)
 
-    def _end(self, ended: bool) -> None:
-        """ended: the worker has closed its end or died, so it has nothing that it did not answer."""
+    def _end(self, worker_ended: bool) -> None:
+        """worker_ended: whether the worker closed its end or died, so that it has no unanswered connection."""
         super().close()
-        flights, self._flights = self._flights, {}
-        for flight in flights.values():
-            flight.land(taken=not (_claim(flight.ticket) or ended))
+        transfers, self._transfers = self._transfers, {}
+        for transfer in transfers.values():
+            transfer.settle(not (_take_claim(transfer.claim) or worker_ended))
 
 
 class FdReceiver(_End):
     """The worker's end."""
 
     def __init__(self, reactor: Any, fd: int, adopt: Callable[[int], None]) -> None:
-        """fd: the end that was inherited or passed on; owned from now on. adopt: called with the descriptor of a
-        connection, of which it makes its own copy. It raises OSError when it can't."""
+        """fd: the socket's descriptor, owned by this object. adopt: called with the descriptor of a connection, must
+        duplicate it, and raises OSError on failure."""
         super().__init__(reactor, socket.socket(fileno=fd))
         self._adopt = adopt
 
     def doRead(self) -> None:
         for _ in range(_BATCH):
-            if not self._take():
+            if not self._receive():
                 return
 
-    def _take(self) -> bool:
-        """Deal with one message. False when there is none."""
+    def _receive(self) -> bool:
+        """Handle one message. Returns False without one, and when the end is closed."""
         try:
-            data, descriptors = _receive(self._stream)
+            data, descriptors = _receive_message(self._stream)
         except BlockingIOError:
             return False
         except OSError:
@@ -219,53 +219,57 @@ class FdReceiver(_End):
             self.close()
             return False
         if len(descriptors) == _DESCRIPTORS:
-            taken = self._claim_and_adopt(*descriptors)
+            is_taken = self._claim_and_adopt(*descriptors)
         else:
             _close(descriptors)
-            taken = False
-        if taken is not None:
-            self._answer(data, taken)
+            is_taken = False
+        if is_taken is not None:
+            self._answer(data, is_taken)
         return self.open
 
-    def _answer(self, number: bytes, taken: bool) -> None:
-        # There is always room: only so many are in flight.
+    def _answer(self, number: bytes, is_taken: bool) -> None:
+        # The buffer always has room, because at most MAX_IN_FLIGHT connections are unanswered.
         try:
-            self._stream.send(_ANSWER.pack(*_NUMBER.unpack(number), taken))
-        except OSError:  # the supervisor is gone
+            self._stream.send(_ANSWER.pack(*_NUMBER.unpack(number), is_taken))
+        except OSError:  # the supervisor has ended
             self.close()
 
-    def _claim_and_adopt(self, connection: int, ticket: int) -> bool | None:
-        """None: it was taken back in the meantime."""
+    def _claim_and_adopt(self, connection: int, claim: int) -> bool | None:
+        """Return whether the connection was adopted; None if the sender has taken it back meanwhile."""
         try:
             try:
-                claimed = _claim(ticket)
+                is_claimed = _take_claim(claim)
             finally:
-                os.close(ticket)  # first: adopting takes a descriptor
-            if not claimed:
+                os.close(claim)  # before adopting, which needs a free descriptor
+            if not is_claimed:
                 return None
             self._adopt(connection)
             return True
         except OSError as error:
             if error.errno == errno.ENOTCONN:
-                return True  # its peer has gone, and no other worker would find more of it
-            _log.warn("a rescued connection could not be adopted: {error}", error=error)
+                return True  # the client has disconnected, so another worker could not serve it either
+            _log.warn(
+                "can't adopt a connection from the supervisor, which passes it to another worker: {error}; "
+                "check `ulimit -n`",
+                error=error,
+            )
             return False
         except Exception:
-            _log.failure("a rescued connection could not be adopted")
+            _log.failure("adopting a connection from the supervisor raised; the supervisor passes it to another worker")
             return False
         finally:
             os.close(connection)
 
 
-def _claim(ticket: int) -> bool:
-    """Take the ticket's 1, which one process can."""
+def _take_claim(claim: int) -> bool:
+    """Read the eventfd's 1, at which only one process succeeds."""
     with suppress(BlockingIOError):
-        return os.eventfd_read(ticket) == 1
+        return os.eventfd_read(claim) == 1
     return False
 
 
-def _receive(stream: socket.socket) -> tuple[bytes, list[int]]:
-    """One message and the descriptors that arrived with it, which are ours. Raises OSError."""
+def _receive_message(stream: socket.socket) -> tuple[bytes, list[int]]:
+    """Receive one message and its descriptors, which the caller owns. Raises OSError."""
     space = socket.CMSG_SPACE(_DESCRIPTORS * array.array("i").itemsize)
     data, ancillary, _, _ = stream.recvmsg(_NUMBER.size + 1, space, socket.MSG_CMSG_CLOEXEC)
     descriptors = array.array("i")

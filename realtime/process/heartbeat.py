@@ -25,7 +25,7 @@ from realtime.process import log
 from realtime.process.periodic import PeriodicTasks
 from realtime.process.selector import ReadingSelector, ReadyEvents
 from realtime.supervision.loop_time import LoopAccount, LoopTimeLedger, LoopWork
-from realtime.supervision.vitals import QUIET, ProcessState, Vitals, VitalsPage
+from realtime.supervision.vitals import NEGLIGIBLE_LAG, ProcessState, Vitals, VitalsPage
 
 _log = Logger(observer=log.observer)
 
@@ -104,10 +104,10 @@ class MeasuredSelector(ReadingSelector):
         """As any selector's. About a microsecond more."""
         worked = self._now()
         if worked - self._since > _LONG:
-            self._page.note_block(self._since, worked)
+            self._page.record_block(self._since, worked)
         if timeout is not None and timeout <= 0:  # the loop has work and only looks for more
             ready, now = self.poll(timeout), worked
-            self._page.be_busy(now)
+            self._page.set_busy_since(now)
         else:
             ready, now = self._idle(timeout, worked)
         self._since = now
@@ -130,13 +130,13 @@ class MeasuredSelector(ReadingSelector):
             until = rest.until if timeout is None else min(rest.until, now + timeout * 1e9)
             timeout = max(0.0, min(rest.due, until) - now) / 1e9
         while True:
-            self._page.be_busy(0)
+            self._page.set_busy_since(0)
             self.accounts.idle(now)
             began, ready = now, self.poll(timeout)
             now = self._now()
             self.accounts.wake(now)
             self.idle += now - began
-            self._page.be_busy(now)
+            self._page.set_busy_since(now)
             if rest is None or ready or now >= until or not rest.nod(now):
                 return ready, now
             timeout = (min(rest.due, until) - now) / 1e9
@@ -253,9 +253,9 @@ class Heartbeat:
 
     def nod(self, now: int) -> bool:
         """Say that it beats, and no more. False: there is more to say."""
-        if not self.due <= now <= self.due + QUIET * 1e9:
+        if not self.due <= now <= self.due + NEGLIGIBLE_LAG * 1e9:
             return False
-        self._page.nod(now)
+        self._page.idle_beat(now)
         self._nodded = True
         self.due = now + self.interval * 1e9
         return True

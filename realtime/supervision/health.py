@@ -1,11 +1,11 @@
-"""Vital signs -> the condition of each worker, without I/O: the clock is an argument.
+"""Vital signs -> the condition of each worker. Without I/O: the clock is an argument.
 
-A worker's *lag* is how late its loop is at this moment: the age of a beat that has not come, the time that the turn of
-its loop takes already, or how late the latest timer was, whichever is longest. A condition is entered at once and left
-after CALM seconds without cause, so that it does not flap.
+A worker's *lag* says how late its loop is at this moment. It is the largest of three: the age of an overdue beat, the
+length of the present turn of the loop, and the lateness of its latest timer. A worker enters a worse condition at once
+and leaves it after RECOVERY_TIME seconds without a cause, so conditions do not flap.
 
-A judge that comes late itself (it was stopped or starved, or the machine slept) can't tell whose fault it is: what
-happened before is held against nobody.
+A supervisor that checks late itself (it was stopped or starved, or the machine slept) can't tell whether it or the
+worker was at fault: such a period counts against no worker.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from enum import Enum
 from msgspec import Struct
 
 from realtime.config.settings import LoopSettings
-from realtime.supervision.vitals import QUIET, ProcessState, Vitals
+from realtime.supervision.vitals import NEGLIGIBLE_LAG, ProcessState, Vitals
 
-# Seconds between two looks at a worker that is not healthy; and at one that is, at most: a turn that has begun by then
-# is looked at again when it could be too long. Less than `loop.interval`, so that every beat is seen.
-TICK = 0.01
-CALM_TICK = 0.035
-# Seconds between two looks at one that is healthy, at least.
-_SOON = TICK / 2
-# Seconds without cause after which a worse condition is left.
-CALM = 0.5
-# Seconds between two looks that make the later one late. Less than `loop.lagging`: a shorter pause of the whole machine
-# makes nobody look like lagging.
+# Seconds between two checks of a worker that is not healthy.
+CHECK_INTERVAL = 0.01
+# Most seconds between two checks of a healthy worker. Less than `loop.interval`, so that the checks see every beat. A
+# turn in progress at a check is checked again at the moment when it would be too long.
+MAX_QUICK_INTERVAL = 0.035
+# Fewest seconds between two checks of a healthy worker.
+_MIN_QUICK_INTERVAL = CHECK_INTERVAL / 2
+# Seconds without a cause after which a worker leaves a worse condition.
+RECOVERY_TIME = 0.5
+# Seconds between two checks from which the second one counts as late. Less than `loop.lagging`, so a shorter pause of
+# the whole machine makes no worker look lagging.
 _LATE = 0.048
-# A beat that is further ahead than this is no beat: nothing can be told of such a loop.
+# Seconds: a beat further in the future than this is invalid, and says nothing about its loop.
 _FUTURE = 1.0
 
 
 class Condition(Enum):
-    """How a worker does. ABSENT: no process that is ready."""
+    """Condition of a worker. ABSENT: its slot has no ready process."""
 
     ABSENT = "absent"
     HEALTHY = "healthy"
@@ -44,10 +45,12 @@ class Condition(Enum):
 
 
 class Health(Struct, frozen=True):
-    """A worker as it was judged at the latest look.
+    """Health of a worker at the latest check.
 
-    since: when it came into this condition, CLOCK_MONOTONIC seconds. lag: seconds, see above. connections,
-    subscriptions: held, as its page says. utilization: of its loop, 0 to 1. due: when to look again.
+    since: when the worker entered this condition, CLOCK_MONOTONIC seconds. lag: seconds, see the module. utilization,
+    connections, subscriptions, queued_bytes: from its page, see `Vitals`. blocked: seconds for which the loop has not
+    turned, 0 for a loop that turns. vitals: the reading behind all this; None for an absent worker. due: when to check
+    again.
     """
 
     slot: int
@@ -63,33 +66,34 @@ class Health(Struct, frozen=True):
     due: float = 0.0
 
 
-class Judge:
-    """Remembers of each slot what hysteresis needs."""
+class HealthTracker:
+    """Assesses the health of slots, and keeps per slot the state that hysteresis needs."""
 
     def __init__(self, loop: LoopSettings) -> None:
         self._lagging = loop.lagging or math.inf
         self._pressed = loop.max_lag or math.inf
         self._interval = loop.interval
-        self._records: dict[int, _Record] = {}
+        self._records: dict[int, _SlotRecord] = {}
 
-    def judge(self, slot: int, vitals: Vitals | None, now: float, leaving: bool = False) -> Health:
-        """The health of a slot. Whenever it is `due` for one of them, for every slot.
+    def assess(self, slot: int, vitals: Vitals | None, now: float, leaving: bool = False) -> Health:
+        """Return the health of a slot. Call it for every slot as soon as one of them is `due`.
 
-        vitals: of a process that serves or is leaving, read not before `now`; None when there is none. leaving: it is
-        expected to end, whether or not it knows. now: CLOCK_MONOTONIC seconds.
+        vitals: of a process that serves or is leaving, read at `now` or later; None without such a process. leaving:
+        whether the pool expects the process to end, which the process itself may not know. now: CLOCK_MONOTONIC
+        seconds.
         """
         record = self._records.get(slot)
         if record is None:
-            record = self._records[slot] = _Record(now)
-        if now - record.looked > _LATE:
-            record.excused = now
-        record.looked = now
+            record = self._records[slot] = _SlotRecord(now)
+        if now - record.checked > _LATE:
+            record.excused_until = now
+        record.checked = now
         if vitals is None or vitals.state is ProcessState.ENDED:
             record.forget()
-            return Health(slot, Condition.ABSENT, record.enter(Condition.ABSENT, now), due=now + TICK)
-        blocked = self._blocked(vitals, now, record.excused)
-        # Of a timer that was late, only the part since we began to look.
-        lag = max(blocked, min(vitals.lag, vitals.beat / 1e9 - record.excused))
+            return Health(slot, Condition.ABSENT, record.enter(Condition.ABSENT, now), due=now + CHECK_INTERVAL)
+        blocked = self._blocked(vitals, now, record.excused_until)
+        # Of a late timer, only the part since the excused period counts.
+        lag = max(blocked, min(vitals.lag, vitals.beat / 1e9 - record.excused_until))
         if lag >= self._pressed:
             record.pressed = now
         if lag >= self._lagging:
@@ -108,61 +112,71 @@ class Judge:
             vitals.queued_bytes,
             blocked,
             vitals,
-            self._due(vitals.beat, vitals.busy_since, now) if condition is Condition.HEALTHY else now + TICK,
+            self._due(vitals.beat, vitals.busy_since, now) if condition is Condition.HEALTHY else now + CHECK_INTERVAL,
         )
 
-    def glance(self, slot: int, beat: int, lag: float, busy_since: int, now: float) -> float:
-        """When to look again at a slot that was healthy at the latest look; 0.0: now, and closely, with `judge`.
+    def quick_check(self, slot: int, beat: int, lag: float, busy_since: int, now: float) -> float:
+        """Return when to check again a slot that was healthy at the latest check; 0.0: now, and fully, with `assess`.
 
-        beat, lag, busy_since: see `Vitals`. It takes a microsecond, and touches little: on a machine that idles, that
-        is what a look costs.
+        beat, lag, busy_since: see `Vitals`. Takes a microsecond and touches little memory, because on an idle machine
+        cold caches make up the cost of a check.
         """
         record = self._records[slot]
         due = self._due(beat, busy_since, now)
-        if lag > QUIET or now - record.looked > _LATE or due <= now + _SOON or beat / 1e9 > now + _FUTURE:
+        if (
+            lag > NEGLIGIBLE_LAG
+            or now - record.checked > _LATE
+            or due <= now + _MIN_QUICK_INTERVAL
+            or beat / 1e9 > now + _FUTURE
+        ):
             return 0.0
-        record.looked = now
+        record.checked = now
         return due
 
     def _due(self, beat: int, busy_since: int, now: float) -> float:
-        """When this loop could be lagging at the earliest, by the turn that it is in and by the beat that is next."""
+        """Return when this loop can be lagging at the earliest, by its present turn and by its next beat."""
         turn = busy_since / 1e9 or now
         earliest = min(turn, beat / 1e9 + self._interval) + min(self._lagging, self._pressed)
-        return min(max(earliest, now + _SOON), now + CALM_TICK)
+        return min(max(earliest, now + _MIN_QUICK_INTERVAL), now + MAX_QUICK_INTERVAL)
 
-    def _blocked(self, vitals: Vitals, now: float, excused: float) -> float:
+    def _blocked(self, vitals: Vitals, now: float, excused_until: float) -> float:
+        """Return for how many seconds the loop has not turned; infinite for a page with an invalid beat."""
         beat = vitals.beat / 1e9
         if beat > now + _FUTURE:
             return math.inf
-        overdue = now - max(beat, excused) - self._interval
-        turning = now - max(vitals.busy_since / 1e9, excused) if vitals.busy_since else 0.0
+        overdue = now - max(beat, excused_until) - self._interval
+        turning = now - max(vitals.busy_since / 1e9, excused_until) if vitals.busy_since else 0.0
         return max(0.0, overdue, turning)
 
 
-class _Record:
-    """What is remembered of a slot. lagging, pressed: when it last was. looked, excused: see the module."""
+class _SlotRecord:
+    """State of one slot between checks.
 
-    __slots__ = ("condition", "excused", "lagging", "looked", "pressed", "since")
+    checked: time of the latest check. excused_until: time before which nothing counts, see the module. lagging,
+    pressed: when the worker last had cause for that condition.
+    """
+
+    __slots__ = ("checked", "condition", "excused_until", "lagging", "pressed", "since")
 
     def __init__(self, now: float) -> None:
-        self.looked = self.excused = self.since = now
+        self.checked = self.excused_until = self.since = now
         self.condition = Condition.ABSENT
         self.forget()
 
     def forget(self) -> None:
-        """The next process begins with a clean record."""
+        """Forget the causes, so that the next process starts without them."""
         self.lagging = self.pressed = -math.inf
 
     def condition_at(self, now: float) -> Condition:
-        """The worst one that there was cause for lately."""
-        if now - self.pressed < CALM:
+        """Return the worst condition with a cause in the last RECOVERY_TIME seconds."""
+        if now - self.pressed < RECOVERY_TIME:
             return Condition.PRESSED
-        if now - self.lagging < CALM:
+        if now - self.lagging < RECOVERY_TIME:
             return Condition.LAGGING
         return Condition.HEALTHY
 
     def enter(self, condition: Condition, now: float) -> float:
-        """Be in this condition; since when it lasts."""
+        """Enter `condition`, unless it lasts already. Returns since when it lasts."""
         if condition is not self.condition:
             self.condition, self.since = condition, now
         return self.since

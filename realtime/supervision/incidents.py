@@ -1,11 +1,13 @@
-"""Blocked stretches of the workers' loops: when to take a stack, what it says, how often it happened. Without I/O.
+"""Blocked stretches of the workers' loops: when to sample a stack, which code to blame, how often it blocks. No I/O.
 
-An incident is one turn of one loop that took longer than `loop.lagging`, or a beat that is overdue by that much while
-the loop seems to wait (its process was stopped, or another thread holds the interpreter's lock). While it lasts a stack
-is asked for at once and then every SAMPLE_INTERVAL, SAMPLES times at most, never two at a time.
+An incident is one turn of a loop that takes longer than `loop.lagging`, or a beat that is overdue by that much while
+the loop seems to wait (its process was stopped, or another thread holds the interpreter's lock). While an incident
+lasts, the investigation requests a stack at once and then every SAMPLE_INTERVAL seconds, at most MAX_SAMPLES times and
+never two at a time.
 
-The supervisor looks at each worker every few milliseconds (`look`), carries out what is wanted, and brings what the
-worker wrote (`dumped`). A stack that comes when the turn is over may be of another turn, and does not count.
+The supervisor checks each worker every few milliseconds (`update`), sends the request to the worker, and delivers the
+stacks that the worker wrote (`record_stacks`). A stack that arrives after the end of the turn may be of another turn,
+and does not count.
 """
 
 from __future__ import annotations
@@ -20,20 +22,21 @@ from realtime.config.settings import LoopSettings
 from realtime.supervision.stacks import CodeOrigin, Stack, StackFrame
 from realtime.supervision.vitals import RunningHandler, Vitals
 
-SAMPLES = 3
+# Stacks sampled per incident, and seconds between two samples.
+MAX_SAMPLES = 3
 SAMPLE_INTERVAL = 1.0
-KEPT = 1000
-# Places and handlers that are counted apart; further ones are counted together.
+# Incidents kept.
+MAX_INCIDENTS = 1000
+# Pairs of handler and place with counts of their own; all further ones share one count.
 MAX_PLACES = 200
-# Seconds between two lines about one place.
+# Seconds between two log lines about one place.
 REPEAT_AFTER = 60.0
-# Seconds of a block after which it is told of although it lasts.
-_PATIENCE = 1.0
+# A block still in progress is logged once it has lasted this many seconds.
+_LONG_BLOCK = 1.0
 # Seconds for a process to write its stack.
-_ANSWER = 0.5
-
-# Characters that are kept of all stacks of a process that was stuck.
-_STACKS_CHARS = 65_536
+_ANSWER_TIMEOUT = 0.5
+# Characters kept of the final stacks of a stuck process.
+_MAX_STACKS_CHARS = 65_536
 
 TURNED = "turned"
 UNKNOWN = "unknown"
@@ -41,18 +44,20 @@ OTHER = "other"
 
 
 class StackRequest(Enum):
-    """What is to be asked of a worker now. STACK: of the loop's thread. STACKS: of all its threads."""
+    """A request to a worker. STACK: the stack of the loop's thread. STACKS: the stacks of all threads."""
 
     STACK = "stack"
     STACKS = "stacks"
 
 
 class Incident(Struct, kw_only=True):
-    """One block. at: when it began, Unix time. duration: seconds, to the latest look while it `lasts`.
+    """One blocked stretch of a loop.
 
-    place: "file:line" to blame, or UNKNOWN. thread: what is blamed is not the loop itself but a thread that holds the
-    interpreter's lock. stack: the one that `place` is from, innermost call first. handler, subject: "" for none.
-    ending: TURNED, or in a few words why the process ended. stacks: of all its threads, of a process that was stuck.
+    at: its beginning, Unix time. duration: seconds; until the latest update while it `lasts`. place: the code to blame
+    as "file:line", or UNKNOWN. handler, subject: the running handler, "" for none. thread: whether a thread that holds
+    the interpreter's lock is to blame, instead of the loop itself. ending: TURNED, or a few words on the end of the
+    process. samples: stacks requested. stack: the stack with `place`, innermost call first. stacks: of a process killed
+    as stuck, the stacks of all its threads.
     """
 
     slot: int
@@ -72,22 +77,22 @@ class Incident(Struct, kw_only=True):
 
 
 class Blocks(Struct):
-    """How often one handler blocked at one place, and for how many seconds together."""
+    """Number and total seconds of one handler's blocks at one place."""
 
     count: int = 0
     seconds: float = 0.0
 
 
 class IncidentLog:
-    """The incidents of all workers: the latest KEPT, the numbers by place, and the lines for the log."""
+    """The incidents of all workers: the latest MAX_INCIDENTS, the counts by place, and the lines for the log."""
 
     def __init__(self) -> None:
-        self.recent: deque[Incident] = deque(maxlen=KEPT)
+        self.recent: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
         self.blocks: dict[tuple[str, str], Blocks] = {}  # by handler and place
-        self._told: dict[str, _LogThrottle] = {}
+        self._logged: dict[str, _LogThrottle] = {}  # by place
 
     def count(self, incident: Incident) -> None:
-        """Count an incident that is over."""
+        """Count an incident that has ended."""
         key = incident.handler, incident.place
         if key not in self.blocks and len(self.blocks) >= MAX_PLACES:
             key = OTHER, OTHER
@@ -95,103 +100,107 @@ class IncidentLog:
         blocks.count += 1
         blocks.seconds += incident.duration
 
-    def line(self, incident: Incident, now: float) -> str:
-        """The line that tells of it; "" when its place was told of within REPEAT_AFTER seconds."""
-        told = self._told.get(incident.place)
-        if told is not None and now - told.at < REPEAT_AFTER:
-            told.left_out += 1
+    def log_line(self, incident: Incident, now: float) -> str:
+        """Return the log line about an incident; "" when its place was logged in the last REPEAT_AFTER seconds."""
+        previous = self._logged.get(incident.place)
+        if previous is not None and now - previous.at < REPEAT_AFTER:
+            previous.suppressed += 1
             return ""
-        if len(self._told) >= MAX_PLACES:
-            self._told = {place: one for place, one in self._told.items() if now - one.at < REPEAT_AFTER}
-            if len(self._told) >= MAX_PLACES:
+        if len(self._logged) >= MAX_PLACES:
+            self._logged = {place: line for place, line in self._logged.items() if now - line.at < REPEAT_AFTER}
+            if len(self._logged) >= MAX_PLACES:
                 return ""
-        self._told[incident.place] = _LogThrottle(now)
-        more = f"; {told.left_out} times more since this was told last" if told and told.left_out else ""
-        return describe(incident) + more
+        self._logged[incident.place] = _LogThrottle(now)
+        repeated = (
+            f"; {previous.suppressed} more times since the last such line" if previous and previous.suppressed else ""
+        )
+        return describe(incident) + repeated
 
 
 class _LogThrottle(Struct):
-    """When a place was told of, and how often it was not since."""
+    """When a place was last logged, and the number of suppressed lines since."""
 
     at: float
-    left_out: int = 0
+    suppressed: int = 0
 
 
 def describe(incident: Incident) -> str:
-    """An incident in one line."""
-    whose = f"a thread of worker {incident.slot}" if incident.thread else f"worker {incident.slot}"
+    """Describe an incident in one line."""
+    subject = f"a thread of worker {incident.slot}" if incident.thread else f"worker {incident.slot}"
     verb = "has blocked its loop" if incident.thread else "has been blocked" if incident.lasts else "was blocked"
-    parts = [f"{whose} {verb} for {incident.duration:.3f} s"]
+    parts = [f"{subject} {verb} for {incident.duration:.3f} s"]
     if incident.place == UNKNOWN:
-        parts.append("at a place that is not known")
+        parts.append("at an unknown place")
     else:
         parts.append(f"at {incident.place} in {incident.function}")
     if incident.handler:
-        subject = f" for {incident.subject}" if incident.subject else ""
-        parts.append(f"({incident.handler}{subject})")
+        purpose = f" for {incident.subject}" if incident.subject else ""
+        parts.append(f"({incident.handler}{purpose})")
     return " ".join(parts)
 
 
 class LoopInvestigation:
-    """What is going on in one worker's process now. One for each process."""
+    """The investigation of one worker process. incident: the block in progress."""
 
-    def __init__(self, slot: int, pid: int, loop: LoopSettings, origin: CodeOrigin, ledger: IncidentLog) -> None:
+    def __init__(self, slot: int, pid: int, loop: LoopSettings, origin: CodeOrigin, incidents: IncidentLog) -> None:
         self.incident: Incident | None = None
         self._slot = slot
         self._pid = pid
         self._limit = loop.lagging
         self._origin = origin
-        self._ledger = ledger
-        self._turn = 0  # what tells it from the next one: its beginning, or minus the beat that is overdue
+        self._log = incidents
+        self._turn = 0  # identifies the blocked turn: its beginning, or minus the time of the last beat
         self._began = 0.0
-        self._asked = 0.0
+        self._requested_at = 0.0  # of the latest stack request
         self._answered = True
-        self._looks_to_threads = 0  # until the other threads are asked for; 0: they are not
+        self._updates_until_threads = 0  # updates until the request for all threads; 0: none is planned
         self._places: Counter[str] = Counter()
-        self._told = False
+        self._is_logged = False
 
-    def look(
+    def update(
         self, vitals: Vitals, blocked: float, running: RunningHandler | None, now: float, wall: float
     ) -> tuple[StackRequest | None, str]:
-        """Take note of how the worker does. Returns what to ask of it, and a line for the log, "" for none.
+        """Take in the state of the worker. Returns a request to send to it, and a line for the log, "" for none.
 
-        blocked: seconds that it does not turn already, see `Health`. running: its handler. wall: Unix time.
+        blocked: seconds for which its loop has not turned, see `Health`. running: its handler. now: seconds of a
+        monotonic clock. wall: Unix time.
         """
         line = ""
         if self.incident is not None and not self._lasts(vitals):
-            line = self._close(vitals, now)
+            line = self._end_turn(vitals, now)
         if self.incident is None:
-            if not 0 < self._limit <= blocked < math.inf:  # infinite: its page is nonsense
+            if not 0 < self._limit <= blocked < math.inf:  # infinite: the page is invalid
                 return None, line
             self._open(vitals, blocked, now, wall)
-        return self._want(running, now), line or self._tell(now)
+        return self._next_request(running, now), line or self._log_long_block(now)
 
-    def dumped(self, stacks: list[Stack], vitals: Vitals, running: RunningHandler | None) -> None:
-        """It wrote these stacks.
+    def record_stacks(self, stacks: list[Stack], vitals: Vitals, running: RunningHandler | None) -> None:
+        """Take the stacks that the worker wrote.
 
-        vitals, running: as its page says after that; they show whether the turn still lasts.
+        vitals, running: read from its page afterwards; they show whether the turn still lasts.
         """
         self._answered = True
         if self.incident is None or not self._lasts(vitals):
             return
-        main = [stack for stack in stacks if stack.main]
-        others = [stack for stack in stacks if not stack.main]
-        if not (self._turn < 0 and main and main[0].waiting):
-            self._note(main, running, thread=False)
+        main = [stack for stack in stacks if stack.is_main]
+        others = [stack for stack in stacks if not stack.is_main]
+        if not (self._turn < 0 and main and main[0].is_waiting):
+            self._blame(main, running, thread=False)
         elif others:
-            self._note([stack for stack in others if not _resting(stack)], running, thread=True)
+            self._blame([stack for stack in others if not _is_idle(stack)], running, thread=True)
         else:
-            # The loop waits for the interpreter's lock, which another thread holds; or the process was stopped, and
-            # goes on this moment: then it has turned its loop after the next look.
-            self._looks_to_threads = 2
+            # Either the loop waits for the interpreter's lock, which another thread holds, or the process was stopped
+            # and has just resumed. In the second case its loop turns before the next update.
+            self._updates_until_threads = 2
 
-    def examined(self, text: str) -> None:
-        """It is stuck and is about to be killed; text: the stacks of all its threads."""
+    def record_final_stacks(self, text: str) -> None:
+        """Keep `text`, the stacks of all threads of the process, which is stuck and about to be killed."""
         if self.incident is not None:
-            self.incident.ending, self.incident.stacks = "stuck, killed", text[:_STACKS_CHARS]
+            self.incident.ending, self.incident.stacks = "stuck, killed", text[:_MAX_STACKS_CHARS]
 
-    def ended(self, ending: str, now: float) -> str:
-        """The process is no more. ending: in a word, why. Returns a line for the log, "" for none."""
+    def close(self, ending: str, now: float) -> str:
+        """End the investigation, because the process has ended. ending: why, in a few words. Returns a line for the
+        log, "" for none."""
         if self.incident is None:
             return ""
         if self.incident.ending == TURNED:
@@ -205,62 +214,62 @@ class LoopInvestigation:
     def _open(self, vitals: Vitals, blocked: float, now: float, wall: float) -> None:
         self._turn = vitals.busy_since or -vitals.beat
         self._began = now - blocked
-        self._asked, self._answered = 0.0, True
-        self._looks_to_threads = 0
+        self._requested_at, self._answered = 0.0, True
+        self._updates_until_threads = 0
         self._places.clear()
-        self._told = False
+        self._is_logged = False
         self.incident = Incident(slot=self._slot, pid=self._pid, at=wall - blocked, duration=blocked)
-        self._ledger.recent.append(self.incident)
+        self._log.recent.append(self.incident)
 
-    def _want(self, running: RunningHandler | None, now: float) -> StackRequest | None:
+    def _next_request(self, running: RunningHandler | None, now: float) -> StackRequest | None:
         incident = self.incident
         assert incident is not None
         incident.duration = now - self._began
         if running is not None and not incident.handler and self._turn > 0:
             incident.handler, incident.subject = running.handler, running.subject
-        if not self._answered and now - self._asked < _ANSWER:
+        if not self._answered and now - self._requested_at < _ANSWER_TIMEOUT:
             return None
-        if self._looks_to_threads:
-            self._looks_to_threads -= 1
-            if self._looks_to_threads:
+        if self._updates_until_threads:
+            self._updates_until_threads -= 1
+            if self._updates_until_threads:
                 return None
-            self._asked, self._answered = now, False
+            self._requested_at, self._answered = now, False
             return StackRequest.STACKS
-        if incident.samples >= SAMPLES or (self._asked and now - self._asked < SAMPLE_INTERVAL):
+        if incident.samples >= MAX_SAMPLES or (self._requested_at and now - self._requested_at < SAMPLE_INTERVAL):
             return None
         incident.samples += 1
-        self._asked, self._answered = now, False
+        self._requested_at, self._answered = now, False
         return StackRequest.STACK
 
-    def _note(self, stacks: list[Stack], running: RunningHandler | None, thread: bool) -> None:
-        """Blame the place that was seen most often; the first one while there is no such."""
+    def _blame(self, stacks: list[Stack], running: RunningHandler | None, thread: bool) -> None:
+        """Count the first place to blame in `stacks`, and blame the place with most samples, at a tie the earlier."""
         incident = self.incident
         assert incident is not None
         for stack in stacks:
-            frame = self._origin.culprit(stack)
+            frame = self._origin.frame_to_blame(stack)
             if frame is None:
                 continue
             self._places[frame.place] += 1
             if self._places[frame.place] > self._places[incident.place]:
                 incident.place, incident.function, incident.thread = frame.place, frame.function, thread
-                incident.stack = [_written(one) for one in stack.frames]
+                incident.stack = [_describe_frame(frame) for frame in stack.frames]
                 if not thread:
                     incident.handler = running.handler if running else ""
                     incident.subject = running.subject if running else ""
             return
 
-    def _tell(self, now: float) -> str:
+    def _log_long_block(self, now: float) -> str:
         incident = self.incident
-        if incident is None or self._told or incident.duration < _PATIENCE:
+        if incident is None or self._is_logged or incident.duration < _LONG_BLOCK:
             return ""
-        self._told = True
-        return self._ledger.line(incident, now)
+        self._is_logged = True
+        return self._log.log_line(incident, now)
 
-    def _close(self, vitals: Vitals, now: float) -> str:
+    def _end_turn(self, vitals: Vitals, now: float) -> str:
         assert self.incident is not None
         self.incident.duration = now - self._began
         if vitals.block_since == self._turn:
-            # Exactly, but without what the judge has excused.
+            # The exact end, from the page. The beginning still leaves out excused time.
             self.incident.duration = vitals.block_until / 1e9 - self._began
         return self._finish(now)
 
@@ -268,14 +277,14 @@ class LoopInvestigation:
         incident, self.incident = self.incident, None
         assert incident is not None
         incident.lasts = False
-        self._ledger.count(incident)
-        return "" if self._told else self._ledger.line(incident, now)
+        self._log.count(incident)
+        return "" if self._is_logged else self._log.log_line(incident, now)
 
 
-def _resting(stack: Stack) -> bool:
-    """Whether a thread waits for work, and so can't be the one that holds the lock."""
+def _is_idle(stack: Stack) -> bool:
+    """Return whether a thread waits for work, and so can't hold the interpreter's lock."""
     return not stack.frames or "/threading.py" in stack.frames[0].file or "/queue.py" in stack.frames[0].file
 
 
-def _written(frame: StackFrame) -> str:
+def _describe_frame(frame: StackFrame) -> str:
     return f"{frame.place} in {frame.function}"

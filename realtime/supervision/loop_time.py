@@ -1,10 +1,10 @@
-"""Where a loop's time goes: each nanosecond that a loop is at work is charged to one account. Without I/O.
+"""Where a loop's time goes: the ledger charges each nanosecond of a loop's work to exactly one account. Without I/O.
 
-Time is charged exclusively. A handler that is called in the midst of protocol work is charged for itself alone, and
-when it returns, the protocol work is charged again. What nobody opened an account for is OTHER's, and idling is
-nobody's. So all accounts together are the time that the loop was busy, to the nanosecond.
+Charging is exclusive. While protocol work calls a handler, only the handler's account is charged; after the handler
+has returned, the protocol's account is charged again. Work without an account goes to OTHER, and idle time to no
+account. So the accounts add up to the busy time of the loop, to the nanosecond.
 
-There are as many accounts as there are handlers and namespaces, and a few more: names never come from clients.
+There is one account per handler and per namespace, and a few more. Their names never come from clients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class LoopWork(Enum):
-    """What a loop does. The first two have an account for each handler, and for each namespace."""
+    """Kinds of work on a loop. HANDLER has an account per handler, and FANOUT one per namespace."""
 
     HANDLER = "handler"
     FANOUT = "fanout"
@@ -31,7 +31,10 @@ class LoopWork(Enum):
 
 
 class LoopAccount:
-    """What one thing has taken of a loop. spent: nanoseconds, without the stretch that is being charged now."""
+    """Time that one kind of work, or one handler or namespace, took of a loop.
+
+    spent: nanoseconds, without the stretch in progress.
+    """
 
     __slots__ = ("kind", "name", "spent")
 
@@ -42,39 +45,39 @@ class LoopAccount:
 
 
 class LoopTimeLedger:
-    """The accounts of one loop. Loop thread only; iterating gives all of them. charged: the one that is charged now."""
+    """The accounts of one loop, for its thread only. Iterating yields them. current: the account charged now."""
 
     def __init__(self, now: Callable[[], int]) -> None:
-        """now: nanoseconds of a clock that never goes back. The loop counts as busy from here on."""
+        """now: returns nanoseconds of a monotonic clock. The loop counts as busy from this call on."""
         self._now = now
         self._all: dict[tuple[LoopWork, str], LoopAccount] = {}
         self._since = now()
-        self.charged = self.open(LoopWork.OTHER)
+        self.current = self.open(LoopWork.OTHER)
 
     def __iter__(self) -> Iterator[LoopAccount]:
         return iter(list(self._all.values()))
 
     def open(self, kind: LoopWork, name: str = "") -> LoopAccount:
-        """The account of this name; the same object at every call. Ask for it once, ahead of time, and keep it."""
+        """Return the account of this kind and name, the same object at every call. Open it once, ahead of use."""
         key = kind, name
         if key not in self._all:
             self._all[key] = LoopAccount(kind, name)
         return self._all[key]
 
     def switch(self, account: LoopAccount) -> LoopAccount:
-        """Charge `account` from now on. Returns the one that was charged until now, to be switched back to.
+        """Charge `account` from now on. Returns the account charged until now.
 
-        Switch back in a `finally`, and before anything is awaited. About 0.15 microseconds.
+        Switch back to that account in a `finally`, and before every `await`. Takes about 0.15 microseconds.
         """
         now = self._now()
-        before = self.charged
+        before = self.current
         before.spent += now - self._since
         self._since = now
-        self.charged = account
+        self.current = account
         return before
 
     def charging(self, account: LoopAccount, function: Callable[P, T]) -> Callable[P, T]:
-        """The same function, whose time is charged to `account`."""
+        """Wrap `function` so that its time is charged to `account`."""
 
         @wraps(function)
         def charged(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -86,12 +89,12 @@ class LoopTimeLedger:
 
         return charged
 
-    # For the loop's selector, which has read the clock already.
+    # For the loop's selector, which has already read the clock.
 
     def idle(self, now: int) -> None:
-        """The loop has nothing to do."""
-        self.charged.spent += now - self._since
+        """Stop charging while the loop idles; `now` in nanoseconds."""
+        self.current.spent += now - self._since
 
     def wake(self, now: int) -> None:
-        """It has, after `idle`."""
+        """Resume charging after `idle`; `now` in nanoseconds."""
         self._since = now

@@ -1,17 +1,17 @@
-"""The pool of processes as a table: events in, effects out. No process, socket, signal or clock is touched here.
+"""The pool of processes as a state machine: events in, effects out. It touches no process, socket, signal or clock.
 
-A *slot* is a place for one process: 0 to N-1 for the workers, BROKER for the broker. Each method of `Pool` is one
-event. It returns the effects that the caller carries out at once, in order; times are CLOCK_MONOTONIC seconds. What an
-event means to a slot stands in `TABLE`, by the state that the slot is in; a pair that is not in the table is of no
-consequence there (the message of a process that is being killed, say).
+A *slot* is a place for one process: 0 to N-1 for the workers, BROKER for the broker. Each public method of `Pool` is an
+event. It returns the effects, which the caller carries out at once and in order. Times are CLOCK_MONOTONIC seconds.
+`TRANSITIONS` maps the state of a slot and an event to an action. A pair that is not in the table has no consequence
+(the message of a process that is being killed, for example).
 
-    WAITING ──due──▶ STARTING ──ready──▶ READY ──told to drain, hung up──▶ LEAVING ──deadline──▶ KILLED
-       ▲                 │ any                │ stuck, bloated ─▶ LEAVING      │                     │
-       └─────────────────┴───── exited ───────┴────────────────────────────────┴─────────────────────┘
-                           (GONE, and not WAITING, once the pool stops)
+    WAITING ──deadline──▶ STARTING ──ready──▶ READY ──stop, lost control link──▶ LEAVING ──deadline──▶ KILLED
+       ▲                      │ any              │ no beat, memory ─▶ LEAVING       │                     │
+       └──────────────────────┴──── exited ──────┴──────────────────────────────────┴─────────────────────┘
+                                (GONE instead of WAITING once the pool stops)
 
-A death is answered by a new process after a delay that doubles with each death in a row. The third in a row is a crash
-loop: from then on the pool tells of all such slots in one line, and once a minute while it lasts.
+The pool answers a death with a new process, after a delay that doubles with each death in a row. The third death in a
+row makes a crash loop: from then on the pool reports all such slots in one log line, once a minute while it lasts.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from realtime.config.settings import LoopSettings, WorkersSettings
 BROKER = -1
 EX_CONFIG = 78
 
-# Seconds between two ticks, and how late one may be before the time until then is held against nobody.
+# Seconds between two ticks. A tick that is _LATE seconds late or more excuses all processes for the time until then.
 TICK = 0.1
 _LATE = 0.3
-# Deaths in a row that make a crash loop, and seconds between two lines about it.
-_LOOP = 3
-_LOOP_INTERVAL = 60.0
-# Seconds for a process to end that said it would, or whose control link has ended.
-_FAREWELL = 5.0
-# Seconds for a process that does not turn its loop to write its stacks, which takes milliseconds, before it is killed.
-_EXAMINATION = 0.3
-# Seconds after which a stopping pool gives up on a process that even SIGKILL did not end (uninterruptible sleep).
-_REAP = 2.0
+# Deaths in a row that make a crash loop, and seconds between two log lines about it.
+_CRASH_LOOP_DEATHS = 3
+_CRASH_LOOP_INTERVAL = 60.0
+# Seconds for a process to exit after it announced its exit, or after its control link ended.
+_EXIT_TIMEOUT = 5.0
+# Seconds between asking a blocked process for its stacks, which takes milliseconds, and killing it.
+_DUMP_TIME = 0.3
+# Seconds from SIGKILL until a stopping pool gives up on a process (uninterruptible sleep).
+_REAP_TIMEOUT = 2.0
 
 
 class SlotState(Enum):
-    """Where a slot is. LEAVING: its process is expected to end. GONE: for good, the pool stops."""
+    """State of a slot. WAITING: for the next start. LEAVING: its process is expected to exit. GONE: empty for good,
+    since the pool stops."""
 
     WAITING = "waiting"
     STARTING = "starting"
@@ -56,17 +57,17 @@ class SlotState(Enum):
 
 
 class PoolEvent(Enum):
-    """What can happen to a slot. DUE: its deadline has passed. SILENT: no beat for too long. BLOATED: it uses more
-    memory than it may."""
+    """Events of a slot. DEADLINE: its deadline has passed. NO_BEAT: its process's loop has not turned for `loop.stuck`
+    seconds. MEMORY_EXCEEDED: its process uses more than `loop.max_rss`. STOP: exit in order. KILL: exit at once."""
 
     READY = "ready"
-    FAILED = "failed"
-    UNLINKED = "unlinked"
-    HUNG_UP = "hung up"
+    START_FAILED = "start failed"
+    BROKER_LINK_LOST = "broker link lost"
+    CONTROL_LINK_LOST = "control link lost"
     EXITED = "exited"
-    DUE = "due"
-    SILENT = "silent"
-    BLOATED = "bloated"
+    DEADLINE = "deadline"
+    NO_BEAT = "no beat"
+    MEMORY_EXCEEDED = "memory exceeded"
     STOP = "stop"
     KILL = "kill"
 
@@ -75,13 +76,13 @@ class PoolEvent(Enum):
 
 
 class SpawnProcess(Struct, frozen=True):
-    """Start the slot's process. If that fails, answer with `exited`."""
+    """Start the slot's process. On failure, call `process_exited`."""
 
     slot: int
 
 
 class DrainProcess(Struct, frozen=True):
-    """Tell the slot's process to finish within `timeout` seconds and exit."""
+    """Order the slot's process to finish its work within `timeout` seconds and exit."""
 
     slot: int
     timeout: float
@@ -94,33 +95,33 @@ class SignalProcess(Struct, frozen=True):
     number: int
 
 
-class ExamineProcess(Struct, frozen=True):
-    """Have the slot's process, which does not turn its loop, write all its stacks; it is killed in a moment."""
+class DumpProcessStacks(Struct, frozen=True):
+    """Log the stacks of all threads of the slot's process. Its loop is blocked, and the pool kills it in a moment."""
 
     slot: int
 
 
-class IntroduceProcesses(Struct, frozen=True):
-    """Give the slot's worker and the broker a fresh stream to each other. If that fails, answer with `unlinked`."""
+class ConnectToBroker(Struct, frozen=True):
+    """Give the slot's worker and the broker a new stream to each other. On failure, call `broker_link_lost`."""
 
     slot: int
 
 
 class NotifySystemd(Struct, frozen=True):
-    """Tell the service manager: "ready" or "stopping". Each once at most."""
+    """Notify the service manager of a state: "ready" or "stopping". Each occurs once at most."""
 
     state: str
 
 
-class LogReport(Struct, frozen=True):
-    """A line for the log."""
+class LogLine(Struct, frozen=True):
+    """Write a line to the log."""
 
     line: str
-    grave: bool = False
+    is_error: bool = False
 
 
 class HaltService(Struct, frozen=True):
-    """Nothing is left to do: exit with `status`. reason: one line, "" for status 0. The last effect of all."""
+    """Exit with `status`: no process is left. reason: one line, "" for status 0. The last effect of all."""
 
     status: int
     reason: str = ""
@@ -130,56 +131,62 @@ Effect = (
     SpawnProcess
     | DrainProcess
     | SignalProcess
-    | ExamineProcess
-    | IntroduceProcesses
+    | DumpProcessStacks
+    | ConnectToBroker
     | NotifySystemd
-    | LogReport
+    | LogLine
     | HaltService
 )
 
 
 @dataclass(slots=True)
 class Slot:
-    """One place for a process. Read by anybody, changed by its pool alone.
+    """One place for a process. Only its pool changes it.
 
-    deadline: when DUE comes, in any state. heard: when its process last gave a sign of life, moved on by the
-    supervisor's own stalls. deaths: in a row. cause, reason: why its process is ending, as far as we know.
+    since: when it entered its state. deadline: when DEADLINE occurs, in any state. alive_at: when its process last
+    showed that its loop turns; stalls of the supervisor move it forward. connected: whether the worker has a stream to
+    the broker, or is about to get one. deaths: deaths in a row. reason: why its process exits, as a label for the
+    metrics; "" while unknown. explanation: the same for the log. restarts: number of restarts by reason.
     """
 
     number: int
     state: SlotState = SlotState.WAITING
     since: float = 0.0
     deadline: float = math.inf
-    heard: float = 0.0
-    linked: bool = False
+    alive_at: float = 0.0
+    connected: bool = False
     deaths: int = 0
-    cause: str = ""
     reason: str = ""
+    explanation: str = ""
     restarts: Counter[str] = field(default_factory=Counter)
 
     @property
     def name(self) -> str:
-        """As the log and the metrics call it."""
+        """The slot's name in the log."""
         return "broker" if self.number == BROKER else f"worker {self.number}"
 
     @property
-    def looping(self) -> bool:
-        """Whether it is in a crash loop."""
-        return self.deaths >= _LOOP
+    def in_crash_loop(self) -> bool:
+        """Whether the process has died too often in a row."""
+        return self.deaths >= _CRASH_LOOP_DEATHS
 
     @property
-    def occupied(self) -> bool:
-        """Whether a process is there."""
+    def has_process(self) -> bool:
+        """Whether the slot has a process."""
         return self.state not in (SlotState.WAITING, SlotState.GONE)
 
 
 class Pool:
-    """Wanted processes against running ones. Its methods are the events; they must come in the order of time."""
+    """Keeps one process running in each slot. Its public methods are the events, to be called in the order of time.
+
+    stopping: whether the pool is shutting down.
+    """
 
     def __init__(
         self, workers: int, settings: WorkersSettings, loop: LoopSettings, stop_timeout: float, *, broker: bool = True
     ) -> None:
-        """workers: how many, at least 1. stop_timeout: seconds from `stop` to SIGKILL."""
+        """workers: number of worker slots, at least 1. stop_timeout: seconds from `stop` to SIGKILL. broker: False for
+        a pool without a broker."""
         order = [BROKER, *range(workers)] if broker else list(range(workers))
         self.slots = {number: Slot(number) for number in order}
         self.stopping = False
@@ -187,12 +194,12 @@ class Pool:
         self._stuck = loop.stuck
         self._stop_timeout = stop_timeout
         self._stop_deadline = math.inf
-        self._settled = False  # all were ready at once: from now on a failed start stops nobody else
+        self._was_ready = False  # all slots have been ready together: from then on, a failed start does not halt
         self._halted = False
         self._status = 0
         self._reason = ""
         self._ticked = 0.0
-        self._loop_told = -math.inf
+        self._crash_loop_logged = -math.inf
         self._now = 0.0
         self._effects: list[Effect] = []
 
@@ -203,198 +210,204 @@ class Pool:
 
     @property
     def ready(self) -> bool:
-        """Whether every slot is ready, and is to stay so."""
+        """Whether every slot is ready and the pool is not stopping."""
         return not self.stopping and all(slot.state is SlotState.READY for slot in self.slots.values())
 
     # Events.
 
     def start(self, now: float) -> list[Effect]:
-        """Start everything. Once, and first."""
+        """Start all processes. The first event, and once only."""
         self._now = self._ticked = now
         for slot in self.slots.values():
             slot.deadline = now
-            self._fire(slot, PoolEvent.DUE)
-        return self._conclude()
+            self._fire(slot, PoolEvent.DEADLINE)
+        return self._take_effects()
 
-    def announced(self, number: int, now: float) -> list[Effect]:
-        """The slot's process says that it is ready."""
+    def process_ready(self, number: int, now: float) -> list[Effect]:
+        """The slot's process reports that it is ready."""
         return self._event(number, PoolEvent.READY, now)
 
-    def failed(self, number: int, reason: str, now: float) -> list[Effect]:
-        """The slot's process says that it can't start, and why; it will exit with status 78."""
+    def start_failed(self, number: int, reason: str, now: float) -> list[Effect]:
+        """The slot's process reports that it can't start, for `reason` (one line). It will exit with status 78."""
         slot = self.slots[number]
         if slot.state is SlotState.STARTING:
-            slot.reason = f"can't start: {reason}"
-        return self._event(number, PoolEvent.FAILED, now)
+            slot.explanation = f"can't start: {reason}"
+        return self._event(number, PoolEvent.START_FAILED, now)
 
-    def unlinked(self, number: int, now: float) -> list[Effect]:
-        """The slot's worker has no stream to the broker. They are introduced again at the next tick, or when both are
-        there."""
-        return self._event(number, PoolEvent.UNLINKED, now)
+    def broker_link_lost(self, number: int, now: float) -> list[Effect]:
+        """The slot's worker has lost its stream to the broker. A tick at which both run replaces it."""
+        return self._event(number, PoolEvent.BROKER_LINK_LOST, now)
 
-    def hung_up(self, number: int, now: float) -> list[Effect]:
-        """The control link to the slot's process ended: it is ending, or out of order, and is not to stay."""
-        return self._event(number, PoolEvent.HUNG_UP, now)
+    def control_link_lost(self, number: int, now: float) -> list[Effect]:
+        """The control link to the slot's process ended. The process is exiting, or broken and must exit."""
+        return self._event(number, PoolEvent.CONTROL_LINK_LOST, now)
 
-    def bloated(self, number: int, size: int, now: float) -> list[Effect]:
-        """The slot's worker uses `size` bytes of memory, which is too much: it drains and is replaced.
+    def memory_exceeded(self, number: int, size: int, now: float) -> list[Effect]:
+        """The slot's worker uses `size` bytes of memory, more than it may: drain and replace it.
 
-        One at a time: without effect while any other process is missing.
+        Only one worker at a time: without effect unless all slots are ready.
         """
         slot = self.slots[number]
         if not self.ready:
             return []
-        slot.cause, slot.reason = "bloated", f"used {size / 2**20:.0f} MiB of memory and has left"
-        return self._event(number, PoolEvent.BLOATED, now)
+        slot.reason = "bloated"
+        slot.explanation = f"used {size / 2**20:.0f} MiB of memory (loop.max_rss) and was drained"
+        return self._event(number, PoolEvent.MEMORY_EXCEEDED, now)
 
-    def exited(self, number: int, status: int, now: float) -> list[Effect]:
-        """The slot's process is no more. status: its exit status, or minus the signal that ended it."""
+    def process_exited(self, number: int, status: int, now: float) -> list[Effect]:
+        """The slot's process has exited. status: its exit status, or minus the signal that killed it."""
         slot = self.slots[number]
-        slot.cause, slot.reason = slot.cause or _cause(status), slot.reason or _describe(status)
+        slot.reason, slot.explanation = slot.reason or _exit_reason(status), slot.explanation or _describe_exit(status)
         self._now = now
         if status == EX_CONFIG and slot.state is SlotState.STARTING:
             self._give_up(slot)
         return self._event(number, PoolEvent.EXITED, now)
 
     def tick(self, now: float, beats: Mapping[int, float]) -> list[Effect]:
-        """Time has passed. Every TICK seconds. beats: by slot, when its process's loop last turned, where known."""
+        """Time has passed, every TICK seconds. beats: by slot, when its process's loop last turned, where known."""
         self._now = now
         stall = now - self._ticked - TICK
         self._ticked = now
         if stall > _LATE:
             self._excuse(stall)
         for slot in self.slots.values():
-            self._hear(slot, beats.get(slot.number, 0.0))
+            self._note_beat(slot, beats.get(slot.number, 0.0))
             if now >= slot.deadline:
-                self._fire(slot, PoolEvent.DUE)
-            elif 0 < self._stuck < now - slot.heard:
-                self._fire(slot, PoolEvent.SILENT)
-            self._judge_health(slot)
-            self._introduce(slot)
+                self._fire(slot, PoolEvent.DEADLINE)
+            elif 0 < self._stuck < now - slot.alive_at:
+                self._fire(slot, PoolEvent.NO_BEAT)
+            self._forgive_deaths(slot)
+            self._connect_to_broker(slot)
         if now >= self._stop_deadline:
-            self._each(self.slots.values(), PoolEvent.KILL)
-        self._report_loops()
-        return self._conclude()
+            self._fire_all(self.slots.values(), PoolEvent.KILL)
+        self._log_crash_loops()
+        return self._take_effects()
 
     def stop(self, now: float) -> list[Effect]:
-        """End everything: the workers drain, then the broker ends, then Halt. A second time: quickly, by SIGKILL."""
+        """Stop all processes: drain the workers, then the broker, then halt. A second call kills all by SIGKILL."""
         self._now = now
         if self.stopping:
             self._stop_deadline = min(self._stop_deadline, now)
-            self._each(self.slots.values(), PoolEvent.KILL)
-            return self._conclude()
+            self._fire_all(self.slots.values(), PoolEvent.KILL)
+            return self._take_effects()
         self._begin_stop(self._stop_timeout)
-        self._each(self.workers, PoolEvent.STOP)
-        return self._conclude()
+        self._fire_all(self.workers, PoolEvent.STOP)
+        return self._take_effects()
 
-    # The table's actions.
+    # The actions of TRANSITIONS.
 
     def _spawn(self, slot: Slot) -> None:
-        slot.cause = slot.reason = ""
-        slot.linked = False
+        slot.reason = slot.explanation = ""
+        slot.connected = False
         self._enter(slot, SlotState.STARTING, self._now + self._settings.start_timeout)
         self._effects.append(SpawnProcess(slot.number))
-        self._introduce(slot)
+        self._connect_to_broker(slot)
 
-    def _serve(self, slot: Slot) -> None:
+    def _become_ready(self, slot: Slot) -> None:
         self._enter(slot, SlotState.READY)
-        if not slot.looping:
-            self._report(f"{slot.name} is ready")
+        if not slot.in_crash_loop:
+            self._log(f"{slot.name} is ready")
         if slot.number == BROKER:
             for worker in self.workers:
-                worker.linked = False
-                self._introduce(worker)
-        if self.ready and not self._settled:
-            self._settled = True
+                worker.connected = False
+                self._connect_to_broker(worker)
+        if self.ready and not self._was_ready:
+            self._was_ready = True
             self._effects.append(NotifySystemd("ready"))
 
-    def _fail(self, slot: Slot) -> None:
-        slot.cause = "config"
-        self._enter(slot, SlotState.LEAVING, self._now + _FAREWELL)
+    def _await_failed_exit(self, slot: Slot) -> None:
+        slot.reason = "config"
+        self._enter(slot, SlotState.LEAVING, self._now + _EXIT_TIMEOUT)
         self._give_up(slot)
 
-    def _unlink(self, slot: Slot) -> None:
-        slot.linked = False
+    def _disconnect(self, slot: Slot) -> None:
+        slot.connected = False
 
-    def _dismiss(self, slot: Slot) -> None:
-        self._enter(slot, SlotState.LEAVING, self._now + _FAREWELL)
+    def _await_exit(self, slot: Slot) -> None:
+        self._enter(slot, SlotState.LEAVING, self._now + _EXIT_TIMEOUT)
 
-    def _tell(self, slot: Slot) -> None:
+    def _drain(self, slot: Slot) -> None:
         self._enter(slot, SlotState.LEAVING, self._leave_deadline(slot))
-        # A little less than it has until SIGKILL, so that it can end by itself.
+        # Less time than until SIGKILL, so that the process can exit by itself.
         self._effects.append(DrainProcess(slot.number, 0.9 * (slot.deadline - self._now)))
 
     def _terminate(self, slot: Slot) -> None:
-        # Not yet up: it may not read its link, and has no clients to tell.
+        # A starting process may not read its control link yet, and has no clients to drain.
         self._enter(slot, SlotState.LEAVING, self._leave_deadline(slot))
         self._effects.append(SignalProcess(slot.number, signals.SIGTERM))
 
-    def _hasten(self, slot: Slot) -> None:
+    def _shorten_deadline(self, slot: Slot) -> None:
         slot.deadline = min(slot.deadline, self._leave_deadline(slot))
 
     def _kill(self, slot: Slot) -> None:
         self._enter(slot, SlotState.KILLED)
         self._effects.append(SignalProcess(slot.number, signals.SIGKILL))
 
-    def _kill_late(self, slot: Slot) -> None:
-        slot.cause = slot.cause or "start_timeout"
-        slot.reason = slot.reason or f"was not ready within {self._settings.start_timeout:g} s and was killed"
+    def _kill_late_start(self, slot: Slot) -> None:
+        timeout = self._settings.start_timeout
+        slot.reason = slot.reason or "start_timeout"
+        slot.explanation = (
+            slot.explanation or f"was not ready within {timeout:g} s and was killed (workers.start_timeout)"
+        )
         self._kill(slot)
 
     def _kill_overdue(self, slot: Slot) -> None:
-        slot.cause = slot.cause or "link"
-        slot.reason = slot.reason or "did not end in time and was killed"
+        slot.reason = slot.reason or "link"
+        slot.explanation = (
+            slot.explanation or f"closed its control link, did not exit within {_EXIT_TIMEOUT:g} s and was killed"
+        )
         if self.stopping:
-            self._report(f"{slot.name} did not finish in time: killed", grave=True)
+            self._log(f"{slot.name} did not finish in time and was killed (shutdown.timeout)", is_error=True)
         self._kill(slot)
 
-    def _examine(self, slot: Slot) -> None:
-        slot.cause, slot.reason = "stuck", f"did not turn its loop for {self._stuck:g} s and was killed"
-        self._enter(slot, SlotState.LEAVING, self._now + _EXAMINATION)
-        self._effects.append(ExamineProcess(slot.number))
+    def _dump_stacks(self, slot: Slot) -> None:
+        slot.reason = "stuck"
+        slot.explanation = f"did not turn its loop for {self._stuck:g} s and was killed (loop.stuck)"
+        self._enter(slot, SlotState.LEAVING, self._now + _DUMP_TIME)
+        self._effects.append(DumpProcessStacks(slot.number))
 
-    def _replace(self, slot: Slot) -> None:
+    def _drain_and_replace(self, slot: Slot) -> None:
         self._enter(slot, SlotState.LEAVING, self._now + self._stop_timeout)
         self._effects.append(DrainProcess(slot.number, 0.9 * self._stop_timeout))
 
-    def _bury(self, slot: Slot) -> None:
+    def _schedule_restart(self, slot: Slot) -> None:
         if self.stopping:
-            self._vanish(slot)
+            self._retire(slot)
             return
         slot.deaths += 1
-        slot.restarts[slot.cause] += 1
+        slot.restarts[slot.reason] += 1
         delay = min(self._settings.restart_delay * 2.0 ** min(slot.deaths - 1, 30), self._settings.restart_delay_max)
-        if not slot.looping:
-            self._report(f"{slot.name} {slot.reason}; starting it again in {delay:g} s", grave=True)
+        if not slot.in_crash_loop:
+            self._log(f"{slot.name} {slot.explanation}; restarting it in {delay:g} s", is_error=True)
         self._enter(slot, SlotState.WAITING, self._now + delay)
 
-    def _vanish(self, slot: Slot) -> None:
+    def _retire(self, slot: Slot) -> None:
         self._enter(slot, SlotState.GONE)
 
-    # What they share.
+    # Shared by events and actions.
 
     def _event(self, number: int, event: PoolEvent, now: float) -> list[Effect]:
         self._now = now
         self._fire(self.slots[number], event)
-        return self._conclude()
+        return self._take_effects()
 
     def _fire(self, slot: Slot, event: PoolEvent) -> None:
-        action = TABLE.get((slot.state, event))
+        action = TRANSITIONS.get((slot.state, event))
         if action is not None:
             action(self, slot)
 
-    def _each(self, slots: Iterable[Slot], event: PoolEvent) -> None:
+    def _fire_all(self, slots: Iterable[Slot], event: PoolEvent) -> None:
         for slot in slots:
             self._fire(slot, event)
 
     def _enter(self, slot: Slot, state: SlotState, deadline: float = math.inf) -> None:
-        slot.state, slot.since, slot.heard, slot.deadline = state, self._now, self._now, deadline
+        slot.state, slot.since, slot.alive_at, slot.deadline = state, self._now, self._now, deadline
 
-    def _report(self, line: str, grave: bool = False) -> None:
-        self._effects.append(LogReport(line, grave))
+    def _log(self, line: str, is_error: bool = False) -> None:
+        self._effects.append(LogLine(line, is_error))
 
     def _leave_deadline(self, slot: Slot) -> float:
-        # The broker serves until the last worker has gone: the workers leave it the last tenth.
+        # The broker serves until the last worker has exited, so the last tenth of the time is reserved for the broker.
         share = 1.0 if slot.number == BROKER else 0.9
         return self._stop_deadline - (1.0 - share) * self._stop_timeout
 
@@ -402,111 +415,121 @@ class Pool:
         self.stopping = True
         self._stop_deadline = self._now + timeout
         self._effects.append(NotifySystemd("stopping"))
-        self._each([slot for slot in self.slots.values() if slot.state is SlotState.WAITING], PoolEvent.STOP)
+        self._fire_all([slot for slot in self.slots.values() if slot.state is SlotState.WAITING], PoolEvent.STOP)
 
     def _give_up(self, slot: Slot) -> None:
-        """The pool's first start failed, on account of what no restart mends: stop, unless it had come up before."""
-        if self.stopping or self._settled:
-            return
-        self._status, self._reason = EX_CONFIG, f"{slot.name} {slot.reason}"
-        self._begin_stop(_FAREWELL)
-        self._each([other for other in self.slots.values() if other is not slot], PoolEvent.KILL)
+        """Stop the pool, because its first start failed for a reason that a restart can't mend.
 
-    def _conclude(self) -> list[Effect]:
-        """The effects of the event, with those of a stop that has come to its next step."""
+        Without effect once all slots have been ready.
+        """
+        if self.stopping or self._was_ready:
+            return
+        self._status, self._reason = EX_CONFIG, f"{slot.name} {slot.explanation}"
+        self._begin_stop(_EXIT_TIMEOUT)
+        self._fire_all([other for other in self.slots.values() if other is not slot], PoolEvent.KILL)
+
+    def _take_effects(self) -> list[Effect]:
+        """Return the effects of an event, including those of the next step of a stop."""
         if self.stopping and not self._halted:
             broker = self.slots.get(BROKER)
             if broker and all(worker.state is SlotState.GONE for worker in self.workers):
                 self._fire(broker, PoolEvent.STOP)
-            self._halt_if_over()
+            self._halt_if_empty()
         effects, self._effects = self._effects, []
         return effects
 
-    def _halt_if_over(self) -> None:
-        left = [slot for slot in self.slots.values() if slot.state is not SlotState.GONE]
-        if any(slot.state is not SlotState.KILLED or self._now - slot.since < _REAP for slot in left):
+    def _halt_if_empty(self) -> None:
+        """Halt once every process has exited, or has survived SIGKILL for _REAP_TIMEOUT seconds."""
+        remaining = [slot for slot in self.slots.values() if slot.state is not SlotState.GONE]
+        if any(slot.state is not SlotState.KILLED or self._now - slot.since < _REAP_TIMEOUT for slot in remaining):
             return
         self._halted = True
-        for slot in left:
-            self._report(f"{slot.name} can't be ended: left behind", grave=True)
-            self._vanish(slot)
+        for slot in remaining:
+            remedy = "uninterruptible sleep; check disks and network mounts"
+            self._log(f"{slot.name} survived SIGKILL and is left behind ({remedy})", is_error=True)
+            self._retire(slot)
         self._effects.append(HaltService(self._status, self._reason))
 
-    # What a tick looks at.
+    # Steps of a tick.
 
     def _excuse(self, stall: float) -> None:
-        """We were late ourselves: stopped, starved, or asleep with the machine. Nobody is judged for that time."""
+        """Excuse all processes for `stall` seconds in which the supervisor was stopped, starved or asleep."""
         for slot in self.slots.values():
-            slot.heard += stall
+            slot.alive_at += stall
             if slot.state is SlotState.STARTING:
                 slot.deadline += stall
 
-    def _hear(self, slot: Slot, beat: float) -> None:
-        if slot.heard < beat <= self._now:
-            slot.heard = beat
+    def _note_beat(self, slot: Slot, beat: float) -> None:
+        if slot.alive_at < beat <= self._now:
+            slot.alive_at = beat
 
-    def _judge_health(self, slot: Slot) -> None:
-        if slot.state is SlotState.READY and slot.deaths and self._now - slot.since >= self._settings.restart_reset:
-            if slot.looping:
-                self._report(f"{slot.name} is well again")
+    def _forgive_deaths(self, slot: Slot) -> None:
+        ready_for = self._now - slot.since
+        if slot.state is SlotState.READY and slot.deaths and ready_for >= self._settings.restart_reset:
+            if slot.in_crash_loop:
+                self._log(f"{slot.name} has recovered: ready for {ready_for:.0f} s")
             slot.deaths = 0
 
-    def _introduce(self, slot: Slot) -> None:
-        # A worker that still starts too: it is ready only once it has reached the broker.
+    def _connect_to_broker(self, slot: Slot) -> None:
+        """Connect a worker that has no stream to the broker, as soon as the broker is ready."""
         broker = self.slots.get(BROKER)
-        there = slot.state in (SlotState.STARTING, SlotState.READY)
-        if broker is not None and broker.state is SlotState.READY and slot is not broker and there and not slot.linked:
-            slot.linked = True
-            self._effects.append(IntroduceProcesses(slot.number))
-
-    def _report_loops(self) -> None:
-        looping = [slot for slot in self.slots.values() if slot.looping and slot.state is SlotState.WAITING]
-        if self.stopping or not looping or self._now - self._loop_told < _LOOP_INTERVAL:
+        if broker is None or broker.state is not SlotState.READY or slot is broker:
             return
-        self._loop_told = self._now
-        each = "; ".join(f"{slot.name} {slot.reason}, {slot.deaths} times in a row" for slot in looping)
+        # Starting workers too: a worker is ready only after it has reached the broker.
+        if slot.state in (SlotState.STARTING, SlotState.READY) and not slot.connected:
+            slot.connected = True
+            self._effects.append(ConnectToBroker(slot.number))
+
+    def _log_crash_loops(self) -> None:
+        """Log all slots in a crash loop in one line, once every _CRASH_LOOP_INTERVAL seconds."""
+        looping = [slot for slot in self.slots.values() if slot.in_crash_loop and slot.state is SlotState.WAITING]
+        if self.stopping or not looping or self._now - self._crash_loop_logged < _CRASH_LOOP_INTERVAL:
+            return
+        self._crash_loop_logged = self._now
+        slots = "; ".join(f"{slot.name} {slot.explanation}, {slot.deaths} times in a row" for slot in looping)
         pause = min(slot.deadline for slot in looping) - self._now
-        self._report(f"crash loop: {each}; trying again in {pause:.1f} s, then ever more rarely", grave=True)
+        advice = f"up to {self._settings.restart_delay_max:g} s apart (workers.restart_delay_max); see its errors above"
+        self._log(f"crash loop: {slots}; next attempt in {pause:.1f} s, {advice}", is_error=True)
 
 
-def _cause(status: int) -> str:
-    """A label for the metrics: one of a closed set."""
+def _exit_reason(status: int) -> str:
+    """Return the metrics' label for an exit status, one of a closed set."""
     if status < 0:
         return "signal"
     return {0: "exit", EX_CONFIG: "config"}.get(status, "error")
 
 
-def _describe(status: int) -> str:
+def _describe_exit(status: int) -> str:
     if status >= 0:
         return f"exited with status {status}"
     try:
-        return f"was ended by {signals.Signals(-status).name}"
+        return f"was killed by {signals.Signals(-status).name}"
     except ValueError:
-        return f"was ended by signal {-status}"
+        return f"was killed by signal {-status}"
 
 
-TABLE: dict[tuple[SlotState, PoolEvent], Callable[[Pool, Slot], None]] = {
-    (SlotState.WAITING, PoolEvent.DUE): Pool._spawn,
-    (SlotState.WAITING, PoolEvent.STOP): Pool._vanish,
-    (SlotState.WAITING, PoolEvent.KILL): Pool._vanish,
-    (SlotState.STARTING, PoolEvent.READY): Pool._serve,
-    (SlotState.STARTING, PoolEvent.FAILED): Pool._fail,
-    (SlotState.STARTING, PoolEvent.HUNG_UP): Pool._dismiss,
-    (SlotState.STARTING, PoolEvent.DUE): Pool._kill_late,
+TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, Slot], None]] = {
+    (SlotState.WAITING, PoolEvent.DEADLINE): Pool._spawn,
+    (SlotState.WAITING, PoolEvent.STOP): Pool._retire,
+    (SlotState.WAITING, PoolEvent.KILL): Pool._retire,
+    (SlotState.STARTING, PoolEvent.READY): Pool._become_ready,
+    (SlotState.STARTING, PoolEvent.START_FAILED): Pool._await_failed_exit,
+    (SlotState.STARTING, PoolEvent.CONTROL_LINK_LOST): Pool._await_exit,
+    (SlotState.STARTING, PoolEvent.DEADLINE): Pool._kill_late_start,
     (SlotState.STARTING, PoolEvent.STOP): Pool._terminate,
     (SlotState.STARTING, PoolEvent.KILL): Pool._kill,
-    (SlotState.STARTING, PoolEvent.UNLINKED): Pool._unlink,
-    (SlotState.STARTING, PoolEvent.EXITED): Pool._bury,
-    (SlotState.READY, PoolEvent.UNLINKED): Pool._unlink,
-    (SlotState.READY, PoolEvent.HUNG_UP): Pool._dismiss,
-    (SlotState.READY, PoolEvent.SILENT): Pool._examine,
-    (SlotState.READY, PoolEvent.BLOATED): Pool._replace,
-    (SlotState.READY, PoolEvent.STOP): Pool._tell,
+    (SlotState.STARTING, PoolEvent.BROKER_LINK_LOST): Pool._disconnect,
+    (SlotState.STARTING, PoolEvent.EXITED): Pool._schedule_restart,
+    (SlotState.READY, PoolEvent.BROKER_LINK_LOST): Pool._disconnect,
+    (SlotState.READY, PoolEvent.CONTROL_LINK_LOST): Pool._await_exit,
+    (SlotState.READY, PoolEvent.NO_BEAT): Pool._dump_stacks,
+    (SlotState.READY, PoolEvent.MEMORY_EXCEEDED): Pool._drain_and_replace,
+    (SlotState.READY, PoolEvent.STOP): Pool._drain,
     (SlotState.READY, PoolEvent.KILL): Pool._kill,
-    (SlotState.READY, PoolEvent.EXITED): Pool._bury,
-    (SlotState.LEAVING, PoolEvent.DUE): Pool._kill_overdue,
-    (SlotState.LEAVING, PoolEvent.STOP): Pool._hasten,
+    (SlotState.READY, PoolEvent.EXITED): Pool._schedule_restart,
+    (SlotState.LEAVING, PoolEvent.DEADLINE): Pool._kill_overdue,
+    (SlotState.LEAVING, PoolEvent.STOP): Pool._shorten_deadline,
     (SlotState.LEAVING, PoolEvent.KILL): Pool._kill,
-    (SlotState.LEAVING, PoolEvent.EXITED): Pool._bury,
-    (SlotState.KILLED, PoolEvent.EXITED): Pool._bury,
+    (SlotState.LEAVING, PoolEvent.EXITED): Pool._schedule_restart,
+    (SlotState.KILLED, PoolEvent.EXITED): Pool._schedule_restart,
 }

@@ -1,12 +1,13 @@
-"""Vital signs of this worker -> what presses it, without I/O: the clock is an argument.
+"""Vital signs of this worker -> which of its limits are reached. Without I/O: the clock is an argument.
 
-The supervisor judges a worker from outside (`realtime.supervision.health`), to steer new clients round it. This is the
-worker's own judgement, by which it refuses work or answers more cheaply. A limit presses as soon as it is reached, and
-for CALM seconds after it was last reached: what flickers around a limit does not flap.
+The supervisor judges a worker from outside (`realtime.supervision.health`), to steer new clients away from it. This
+module is the worker's own judgement, by which it refuses work or gives cheaper answers. The worker is under pressure as
+soon as a limit is reached, and until RECOVERY_TIME seconds after it was last reached, so a value near a limit does not
+flap.
 
-Lag is judged by its maximum over the last CALM seconds, and by the beat that has not come yet. So it is known to the
-first callback after a long one, before any timer could tell; and a loop that is blocked in short stretches, one after
-the other, shows it, since its timer waits for all of them.
+The lag is the maximum over the last RECOVERY_TIME seconds, or the age of an overdue beat. So the first callback after a
+long one sees the pressure, before any timer could report it. A loop that many short callbacks block one after another
+shows lag too, because its timer waits for all of them.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from realtime.config.settings import LoopSettings
 from realtime.supervision.loop_time import LoopAccount
 from realtime.supervision.vitals import ProcessState, Vitals
 
-# Seconds without cause after which a limit presses no more.
-CALM = 0.5
+# Seconds after which a limit that is no longer reached causes no more pressure.
+RECOVERY_TIME = 0.5
 
-# A busy loop that keeps up is a healthy one: utilization warns, and never sheds.
-_WARNS = {"utilization"}
+# A busy loop that keeps up is healthy: a high utilization causes a warning, and never refuses work.
+_WARNING_ONLY = {"utilization"}
 
 
 class Pressure:
-    """What presses one worker. Asking costs less than a microsecond, and may be done in any thread."""
+    """The pressure on one worker. Reading it takes less than a microsecond, and is allowed in any thread."""
 
     def __init__(self, loop: LoopSettings, clock: Callable[[], float]) -> None:
-        """clock: CLOCK_MONOTONIC seconds, like the beats."""
+        """clock: returns CLOCK_MONOTONIC seconds, the clock of the beats."""
         limits = {
             "utilization": loop.max_utilization,
             "rss": loop.max_rss,
@@ -42,123 +43,127 @@ class Pressure:
         self._interval = loop.interval
         self._clock = clock
         self._reached: dict[str, float] = {}  # when each limit was last reached
-        self._lags: deque[tuple[float, float]] = deque()  # (when, seconds), falling: the maximum comes first
-        # As of the last beat, so that threads may ask.
-        self._beat = clock()
-        self._late = 0.0
-        self._held: frozenset[str] = frozenset()
+        self._lags: deque[tuple[float, float]] = deque()  # (time, lag) with falling lags: the maximum comes first
+        # The state at the last beat. Each value is replaced as a whole, so other threads may read it.
+        self._last_beat = clock()
+        self._max_recent_lag = 0.0
+        self._active: frozenset[str] = frozenset()  # limits reached in the last RECOVERY_TIME seconds
 
-    def beat(self, vitals: Vitals) -> None:
-        """Take a reading; at every beat of the loop."""
+    def observe(self, vitals: Vitals) -> None:
+        """Take the reading of a beat. Call it at every beat of the loop."""
         now = vitals.beat / 1e9
-        # A loop that is late before it serves anybody, since it loads the application, is late for nobody.
-        self._note_lag(now, 0.0 if vitals.state is ProcessState.STARTING else vitals.lag)
+        # A starting loop is late because it loads the application, and has no clients yet that could notice.
+        self._record_lag(now, 0.0 if vitals.state is ProcessState.STARTING else vitals.lag)
         for name, limit in self._limits.items():
             if getattr(vitals, name) >= limit:
                 self._reached[name] = now
-        self._held = frozenset(name for name, at in self._reached.items() if now - at < CALM)
-        self._beat = now
+        self._active = frozenset(name for name, at in self._reached.items() if now - at < RECOVERY_TIME)
+        self._last_beat = now
 
     @property
     def lag(self) -> float:
-        """How late the loop is or lately was, in seconds."""
-        return max(self._late, self._clock() - self._beat - self._interval)
+        """Seconds by which the loop is late, or was late in the last RECOVERY_TIME seconds."""
+        return max(self._max_recent_lag, self._clock() - self._last_beat - self._interval)
 
     @property
     def load(self) -> float:
-        """That lag as a share of its limit; 1 or more whenever anything presses."""
+        """The lag as a share of its limit; 1 or more whenever any limit is reached."""
         load = self.lag / self.max_lag
-        return max(load, 1.0) if self._held - _WARNS else load
+        return max(load, 1.0) if self._active - _WARNING_ONLY else load
 
     @property
     def pressed(self) -> bool:
-        """Whether anything presses."""
+        """Whether the worker is under pressure: any limit is reached."""
         return self.load >= 1
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """What presses: "lag", "rss", "queued_bytes", "threads_waiting"; empty for nothing."""
+        """The limits that are reached: "lag", "rss", "queued_bytes", "threads_waiting"; empty without pressure."""
         late = ("lag",) if self.lag >= self.max_lag else ()
-        return (*late, *sorted(self._held - _WARNS))
+        return (*late, *sorted(self._active - _WARNING_ONLY))
 
     @property
     def busy(self) -> bool:
         """Whether the utilization is at its limit, which is worth a warning and no more."""
-        return "utilization" in self._held
+        return "utilization" in self._active
 
-    def _note_lag(self, now: float, lag: float) -> None:
+    def _record_lag(self, now: float, lag: float) -> None:
+        # A monotonic queue: a lag that a later one exceeds can't be the maximum any more.
         lags = self._lags
         while lags and lags[-1][1] <= lag:
             lags.pop()
         lags.append((now, lag))
-        while now - lags[0][0] >= CALM:
+        while now - lags[0][0] >= RECOVERY_TIME:
             lags.popleft()
-        self._late = lags[0][1]
+        self._max_recent_lag = lags[0][1]
 
 
 class Throttle:
-    """How many calls of one handler may run on the loop at a time; as many as come, until they have pressed it.
+    """Limits how many calls of one handler run on the loop at a time. There is no limit until they cause pressure.
 
-    The lag that they cause grows with their number, so their number is cut in proportion. It is raised again by one
-    in each CALM seconds, as long as they take less of the loop than they may, and set free once it was not needed for
-    LIFT seconds.
+    The lag that the calls cause grows with their number, so the throttle cuts their number in proportion. It raises the
+    limit by one every RECOVERY_TIME seconds, as long as the calls take less of the loop than TARGET_SHARE allows, and
+    removes it after LIFT_AFTER seconds in which it kept no call out.
+
+    limit: most calls at a time; None for no limit. running: calls in progress.
     """
 
-    __slots__ = ("_account", "_eased", "_needed", "_peak", "_spent", "_worst", "limit", "running")
+    __slots__ = ("_account", "_adjusted_at", "_max_spent", "_needed_at", "_peak", "_spent", "limit", "running")
 
-    # Of a lag that presses, the share that a handler must have caused to be throttled.
-    BLAME = 0.5
-    # Of `loop.max_lag`, the share that its calls may take of the loop in one go.
-    SHARE = 0.5
-    LIFT = 10.0
+    # Share of an excessive lag that a handler must have caused to be throttled.
+    MIN_CAUSED_SHARE = 0.5
+    # Share of `loop.max_lag` for which the handler's calls may occupy the loop between two beats.
+    TARGET_SHARE = 0.5
+    # Seconds.
+    LIFT_AFTER = 10.0
 
     def __init__(self, account: LoopAccount) -> None:
-        """account: of the handler's time on the loop."""
+        """account: charged with the handler's time on the loop."""
         self.limit: int | None = None
         self.running = 0
         self._account = account
         self._spent = account.spent  # at the last beat
-        self._peak = 0  # most calls at a time since then
-        self._eased = 0.0  # when the limit was last looked at
-        self._worst = 0.0  # most that was spent between two beats since then
-        self._needed = 0.0  # when the limit last kept a call out
+        self._peak = 0  # most calls at a time since the last beat
+        self._adjusted_at = 0.0  # when the limit was last reconsidered
+        self._max_spent = 0.0  # most seconds that the calls took between two beats since then
+        self._needed_at = 0.0  # when the limit last kept a call out; infinite: since it was last reconsidered
 
     def admits(self) -> bool:
-        """Whether one more call may run. A False is taken for a call that is kept out."""
+        """Return whether one more call may run. A False counts as a call that the limit kept out."""
         if self.limit is None or self.running < self.limit:
             return True
-        self._needed = math.inf
+        self._needed_at = math.inf
         return False
 
     def enter(self) -> None:
-        """A call begins. Then `leave` is due."""
+        """Count a call that begins. Call `leave` at its end."""
         self.running += 1
         self._peak = max(self._peak, self.running)
 
     def leave(self) -> None:
-        """A call has ended."""
+        """Count a call that has ended."""
         self.running -= 1
 
-    def beat(self, now: float, lag: float, max_lag: float) -> None:
-        """Learn from the last stretch of the loop; at each of its beats. lag: by which this one is late."""
+    def observe(self, now: float, lag: float, max_lag: float) -> None:
+        """Adapt the limit at a beat of the loop. lag: seconds by which this beat is late."""
         spent, peak = (self._account.spent - self._spent) / 1e9, self._peak
         self._spent, self._peak = self._account.spent, self.running
-        if lag >= max_lag and spent >= lag * self.BLAME:
-            self.limit = max(1, int(peak * self.SHARE * max_lag / lag))
-            self._eased = self._needed = now
-            self._worst = 0.0
+        if lag >= max_lag and spent >= lag * self.MIN_CAUSED_SHARE:
+            self.limit = max(1, int(peak * self.TARGET_SHARE * max_lag / lag))
+            self._adjusted_at = self._needed_at = now
+            self._max_spent = 0.0
             return
         if self.limit is None:
             return
-        self._worst = max(self._worst, spent)
-        if now - self._eased >= CALM:
-            self._ease(now, self._worst < self.SHARE * max_lag)
+        self._max_spent = max(self._max_spent, spent)
+        if now - self._adjusted_at >= RECOVERY_TIME:
+            self._relax(now, self._max_spent < self.TARGET_SHARE * max_lag)
 
-    def _ease(self, now: float, room: bool) -> None:
+    def _relax(self, now: float, has_room: bool) -> None:
         assert self.limit is not None
-        self._eased, self._worst = now, 0.0
-        if self._needed == math.inf:
-            self._needed = now
-            self.limit += room
-        elif now - self._needed >= self.LIFT:
+        self._adjusted_at, self._max_spent = now, 0.0
+        if self._needed_at == math.inf:
+            self._needed_at = now
+            self.limit += has_room
+        elif now - self._needed_at >= self.LIFT_AFTER:
             self.limit = None

@@ -8,14 +8,14 @@ from typing import Any, Generic, TypeVar
 
 from msgspec import Struct
 
-# Seconds after which a rate says nothing about now.
-FRESH = 3.0
+# Seconds after which a reading is too old for a rate.
+MAX_AGE = 3.0
 
 Name = TypeVar("Name", bound=Hashable)
 
 
 class _Reading(Struct):
-    """owner: whose counters they are, since a process that takes another's place begins at 0 again."""
+    """Counters of one process at one time. owner: the process; a new process in the slot starts again at 0."""
 
     owner: Hashable
     at: float
@@ -23,24 +23,24 @@ class _Reading(Struct):
 
 
 class Rates(Generic[Name]):
-    """The latest readings of each slot, as rates from the oldest to the newest."""
+    """Rates per slot, from the oldest to the newest of its kept readings."""
 
     def __init__(self, span: int = 1) -> None:
-        """span: how many readings back the oldest is."""
+        """span: number of intervals between the oldest and the newest kept reading."""
         self._span = span
         self._readings: dict[int, deque[_Reading]] = {}
 
-    def count(self, slot: int, owner: Hashable, counts: Mapping[Name, float], now: float) -> None:
-        """Take a reading. owner: the process. counts: totals, which only grow. now: seconds of a monotonic clock."""
+    def record(self, slot: int, owner: Hashable, counts: Mapping[Name, float], now: float) -> None:
+        """Keep a reading. owner: the process. counts: totals, which only grow. now: seconds of a monotonic clock."""
         readings = self._readings.setdefault(slot, deque(maxlen=self._span + 1))
         if readings and readings[-1].owner != owner:
             readings.clear()
         readings.append(_Reading(owner, now, dict(counts)))
 
     def of(self, slot: int, owner: Hashable, now: float) -> dict[Name, float] | None:
-        """What each count grows by in a second; None while that is not known of this process."""
+        """Return how much each count grows per second; None without two recent readings of this process."""
         readings = self._readings.get(slot)
-        if not readings or readings[-1].owner != owner or now - readings[-1].at > FRESH:
+        if not readings or readings[-1].owner != owner or now - readings[-1].at > MAX_AGE:
             return None
         first, last = readings[0], readings[-1]
         elapsed = last.at - first.at

@@ -1,22 +1,22 @@
-"""The shared page of one process's vital signs: layout, write, consistent read.
+"""The shared page of one process's vital signs: its layout, writing, and consistent reading.
 
-The process writes it (`realtime.process.heartbeat`); the supervisor reads it whenever it likes, also while that
-process's loop is blocked, since no message passes. The page is a memfd, mapped by both and sealed: neither side can
-shrink it under the other (a read past its end would be a SIGBUS) or grow it.
+The process writes the page (`realtime.process.heartbeat`). The supervisor reads it at any time, also while the
+process's loop is blocked, because reading needs no message. The page is a sealed memfd that both map: neither side can
+grow it, or shrink it under the other (reading past its end would raise SIGBUS).
 
-Native byte order, both ends being the same machine. Each part is written in its own way:
+Both ends run on one machine, so the byte order is native. Each part has its own way of writing:
 
-    0    the reading: a sequence number, then the body, at every beat. The writer makes the number odd, writes, and
-         makes it even again (a seqlock with one writer); a reader that met an odd number, or two different ones
-         before and after, has a torn copy and tries again.
-    256  busy_since, at every turn: one aligned machine word, which is never torn.
-    264  the latest long turn, when it is over: its beginning and its end. The beginning is 0 meanwhile.
-    280  the latest nod: the beat of a loop that idles and has no news, one word.
+    0    the reading, at every beat: a sequence number, then the body. The writer makes the number odd, writes the
+         body, and makes the number even again (a seqlock with one writer). A reader that sees an odd number, or two
+         different numbers before and after the body, has a torn copy and tries again.
+    256  busy_since, at every turn of the loop: one aligned machine word, which can't be torn.
+    264  the latest long turn, after it has ended: its beginning and its end. The beginning is 0 during the write.
+    280  the latest idle beat, of a loop that idles and has nothing new to report: one word.
     320  relief, the only part that the supervisor writes: one word.
-    384  the handler that runs: a serial number, names, the serial number once more (0 when it has returned). Written
-         upwards and read downwards, so that a reader sees two different numbers if the writer was at it.
+    384  the running handler: a serial number, two names, the serial number again (0 after the handler has returned).
+         Written upwards and read downwards, so a reader sees two different numbers if it met a write.
 
-Parts that are written by different hands, or at different rates, are in cache lines of their own.
+Parts with different writers, or with different rates of writing, have cache lines of their own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _BODY = struct.Struct("=qdqqqdqqqqqq")  # the fields of Vitals in order, without
 _WORD = 8
 _BUSY_SINCE = 256 // _WORD
 _BLOCK_SINCE, _BLOCK_UNTIL = _BUSY_SINCE + 1, _BUSY_SINCE + 2
-_NOD = _BUSY_SINCE + 3
+_IDLE_BEAT = _BUSY_SINCE + 3
 _BEAT, _LAG = 1, 2  # the first two words of the body
 _RELIEF = 320 // _WORD
 _NAME_BYTES = 64
@@ -47,15 +47,15 @@ _MARK_OPEN = _MARK_AT // _WORD
 _MARK_CLOSE = (_MARK_AT + _WORD + _NAMES.size) // _WORD
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
-QUIET = 0.002
-"""Seconds: a beat that is no later than this is no news."""
+NEGLIGIBLE_LAG = 0.002
+"""Seconds: a beat with at most this lag carries no news."""
 
-# A writer holds the number odd for about a microsecond: more tries than this mean that it was stopped right there.
+# The number is odd for about a microsecond: after this many failed tries, the writer was stopped within a write.
 _TRIES = 3
 
 
 class ProcessState(IntEnum):
-    """What a process says of itself. ENDED: its loop has stopped, and the process is about to exit."""
+    """State of a process by its own account. ENDED: its loop has stopped, and the process is about to exit."""
 
     STARTING = 1
     READY = 2
@@ -64,15 +64,16 @@ class ProcessState(IntEnum):
 
 
 class Vitals(Struct, frozen=True):
-    """One reading. Times are CLOCK_MONOTONIC nanoseconds.
+    """One reading of a process's vital signs. Times are CLOCK_MONOTONIC nanoseconds.
 
-    beat: when the loop last served its timer. lag: seconds by which that timer was late; of a loop that idles, the
-    latest one that was later than QUIET. connections, subscriptions: held. utilization: share of the last second or so
-    that the loop did not idle in its selector, 0 to 1. turns: of the loop since it began. callbacks: that were ready at
-    the start of those turns, together. queued_bytes: that wait for slow sockets. threads_busy, threads_waiting: handler
-    threads at work, calls that wait for one. rss: resident bytes.
-    busy_since: when the loop's selector returned last, 0 while the loop idles in it; never torn, and never late.
-    block_since, block_until: the latest turn that took long, a `busy_since` and the end; 0 when there was none yet.
+    beat: when the loop last ran its beat timer. lag: seconds by which that timer was late; of an idle loop, the latest
+    lag above NEGLIGIBLE_LAG. connections, subscriptions: held now. utilization: the share of about the last second in
+    which the loop worked instead of idling in its selector, 0 to 1. turns: turns of the loop since its start.
+    callbacks: callbacks ready at the start of those turns, in total. queued_bytes: bytes queued for slow sockets.
+    threads_busy: handler threads at work. threads_waiting: calls queued for a thread. rss: resident memory in bytes.
+
+    busy_since: when the loop's selector last returned, 0 while the loop idles in it; never torn, and never late.
+    block_since, block_until: the latest long turn, from its `busy_since` to its end; 0 before the first.
     """
 
     beat: int
@@ -93,17 +94,18 @@ class Vitals(Struct, frozen=True):
 
 
 class RunningHandler(Struct, frozen=True):
-    """The handler that runs on the loop. subject: the channel or method that it is called for."""
+    """The handler that runs on the loop. subject: the channel or method of the call."""
 
     handler: str
     subject: str
 
 
 class VitalsPage:
-    """One process's page. Exactly one process writes it (but for `relieve`); any number read it."""
+    """The page of one process. Exactly one process writes it (except for `set_relief`); any number of processes read
+    it."""
 
     def __init__(self, fd: int) -> None:
-        """Map the memfd `fd`, which stays the caller's. Raises ValueError or OSError when it is not such a page."""
+        """Map the memfd `fd`. The caller keeps the descriptor if this raises ValueError or OSError: `fd` is no page."""
         self.fd = fd
         self._memory = mmap.mmap(fd, _SIZE)
         self._words = memoryview(self._memory).cast("q")
@@ -113,7 +115,7 @@ class VitalsPage:
 
     @classmethod
     def create(cls) -> VitalsPage:
-        """A new page, empty and sealed. Its `fd` is closed by `close`. Raises OSError without memfd or descriptors."""
+        """Create an empty, sealed page. `close` closes its `fd`. Raises OSError without memfd or free descriptors."""
         fd = os.memfd_create("realtime-vitals", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, _SIZE)
@@ -125,14 +127,14 @@ class VitalsPage:
 
     @classmethod
     def open(cls, fd: int) -> VitalsPage:
-        """Map an inherited page; `fd` is now the page's own, closed by `close`."""
+        """Map an inherited page. The page owns `fd` from now on, and `close` closes it."""
         return cls(fd)
 
-    # The process's side. Its loop thread only.
+    # The process's side, for its loop thread only.
 
     def write(self, vitals: Vitals) -> None:
-        """Publish a reading, all but its last three fields. About three microseconds."""
-        # A predecessor that was killed in mid-write left the number odd: the next odd number begins a write anyway.
+        """Publish a reading, except for its last three fields. Takes about three microseconds."""
+        # A predecessor that was killed during a write left an odd number: the next odd number begins a write anyway.
         odd = (self._sequence + 1) | 1
         _SEQUENCE.pack_into(self._memory, 0, odd)
         _BODY.pack_into(
@@ -154,66 +156,69 @@ class VitalsPage:
         self._sequence = odd + 1
         _SEQUENCE.pack_into(self._memory, 0, self._sequence)
 
-    def be_busy(self, since: int) -> None:
-        """The loop begins a turn, or idles from now on (0). Twice a turn, so it must cost next to nothing."""
+    def set_busy_since(self, since: int) -> None:
+        """Note that the loop began a turn at `since`, or with 0 that it idles from now on.
+
+        Called twice per turn, so it costs a single store.
+        """
         self._words[_BUSY_SINCE] = since
 
-    def nod(self, now: int) -> None:
-        """A beat, while all but the time is as in the latest reading."""
-        self._words[_NOD] = now
+    def idle_beat(self, now: int) -> None:
+        """Publish a beat that changes only the time of the latest reading."""
+        self._words[_IDLE_BEAT] = now
 
-    def note_block(self, since: int, until: int) -> None:
-        """A turn that took long is over."""
+    def record_block(self, since: int, until: int) -> None:
+        """Publish the beginning and the end of a long turn that has ended."""
         self._words[_BLOCK_SINCE] = 0
         self._words[_BLOCK_UNTIL] = until
         self._words[_BLOCK_SINCE] = since
 
     def mark(self, handler: bytes, subject: bytes) -> None:
-        """A handler begins to run on the loop. Names are UTF-8; the page keeps the first 64 bytes."""
+        """Publish the handler that begins to run on the loop. Names are UTF-8; the page keeps their first 64 bytes."""
         self._serial += 1
         _MARK.pack_into(self._memory, _MARK_AT, self._serial, handler, subject, self._serial)
 
     def unmark(self) -> None:
-        """No handler runs."""
+        """Note that no handler runs."""
         self._words[_MARK_CLOSE] = 0
 
-    def relieved(self) -> bool:
-        """Whether another worker can take new clients in place of this one."""
+    def has_relief(self) -> bool:
+        """Return whether another worker can take new clients in place of this one."""
         return self._words[_RELIEF] != 0
 
     # The supervisor's side.
 
     def read(self) -> Vitals | None:
-        """The latest reading; None before the first, when every try was torn, and for values that can't be true."""
+        """Return the latest reading; None before the first, when every try was torn, and for impossible values."""
         for _ in range(_TRIES):
             before = _SEQUENCE.unpack_from(self._memory)[0]
             body = _BODY.unpack_from(self._memory, _SEQUENCE.size)
             if before % 2 == 0 and _SEQUENCE.unpack_from(self._memory)[0] == before:
                 beat, *rest = body
-                beat = max(beat, self._words[_NOD])
-                return _sensible(beat, *rest, self._words[_BUSY_SINCE], *self._block()) if before else None
+                beat = max(beat, self._words[_IDLE_BEAT])
+                return _validated(beat, *rest, self._words[_BUSY_SINCE], *self._block()) if before else None
         return None
 
-    def glance(self) -> tuple[int, float, int]:
-        """The latest `beat`, `lag` and `busy_since`, each for itself, whatever was written. Cheaper than `read`."""
+    def peek(self) -> tuple[int, float, int]:
+        """Return the latest `beat`, `lag` and `busy_since`, each read on its own and unchecked. Cheaper than `read`."""
         words = self._words
-        return max(words[_BEAT], words[_NOD]), self._numbers[_LAG], words[_BUSY_SINCE]
+        return max(words[_BEAT], words[_IDLE_BEAT]), self._numbers[_LAG], words[_BUSY_SINCE]
 
     def _block(self) -> tuple[int, int]:
         since, until = self._words[_BLOCK_SINCE], self._words[_BLOCK_UNTIL]
         return (since, until) if since == self._words[_BLOCK_SINCE] and until >= since > 0 else (0, 0)
 
     def running(self) -> RunningHandler | None:
-        """The handler that runs on the loop now; None when there is none, or it just changes."""
+        """Return the handler that runs on the loop now; None without one, and while the process changes it."""
         serial = self._words[_MARK_CLOSE]
         handler, subject = _NAMES.unpack_from(self._memory, _MARK_AT + _WORD)
         if serial == 0 or self._words[_MARK_OPEN] != serial:
             return None
         return RunningHandler(_text(handler), _text(subject))
 
-    def relieve(self, possible: bool) -> None:
-        """Say whether another worker can take new clients in place of this one."""
-        self._words[_RELIEF] = int(possible)
+    def set_relief(self, available: bool) -> None:
+        """Publish whether another worker can take new clients in place of this one."""
+        self._words[_RELIEF] = int(available)
 
     def close(self) -> None:
         """Unmap the page and close its descriptor. The other process's mapping stays."""
@@ -223,9 +228,10 @@ class VitalsPage:
         os.close(self.fd)
 
 
-def _sensible(
+def _validated(
     beat: int, lag: float, connections: int, subscriptions: int, state: int, utilization: float, *counts: int
 ) -> Vitals | None:
+    """Build a reading; None for values that no process writes: the page may hold anything."""
     if beat <= 0 or not math.isfinite(lag) or not 0.0 <= utilization <= 1.0:
         return None
     if min(lag, connections, subscriptions, *counts) < 0:
@@ -237,5 +243,5 @@ def _sensible(
 
 
 def _text(name: bytes) -> str:
-    # A name that was cut in the middle of a character, or is nonsense, shows that instead of failing.
+    # A name cut within a character, or invalid UTF-8, shows replacement characters instead of raising.
     return name.rstrip(b"\0").decode("utf-8", "replace")

@@ -1,6 +1,6 @@
-"""One child process as the supervisor holds it: its descriptors, its control link, its page, its exit.
+"""The supervisor's side of one child process: its descriptors, control link, vitals page and exit.
 
-What happens to it is told to its owner. How a child begins is `realtime.process.child`'s.
+A `ChildProcess` reports its events to its owner. `realtime.process.child` is the child's side.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from realtime.process.stack_dumps import Dumps
 from realtime.supervision.vitals import RunningHandler, Vitals, VitalsPage
 from realtime.supervisor import systemd
 
-# Descriptors in the child; the slot's listening sockets follow.
+# Descriptor numbers in the child; the slot's listening sockets follow.
 _LINK, _SETTINGS, _VITALS, _LISTEN = 3, 4, 5, 6
 _MAX_LINE = 16384
 
 _log = Logger(observer=log.observer)
-_heard = Logger()  # what the children write: they have left out already what is too unimportant
+_output_log = Logger()  # for the children's output: they have already applied `log.level` to it
 
 
 class ChildProcessOwner(Protocol):
-    """Who is told. The process is given, since its slot may hold another one by then."""
+    """Receives the events of its processes. Each event names the process, because its slot may already have another."""
 
-    def announced(self, process: ChildProcess) -> None: ...
-    def failed(self, process: ChildProcess, reason: str) -> None: ...
-    def unlinked(self, process: ChildProcess) -> None: ...
-    def hung_up(self, process: ChildProcess) -> None: ...
-    def exited(self, process: ChildProcess, status: int) -> None: ...
+    def process_ready(self, process: ChildProcess) -> None: ...
+    def start_failed(self, process: ChildProcess, reason: str) -> None: ...
+    def broker_link_lost(self, process: ChildProcess) -> None: ...
+    def control_link_lost(self, process: ChildProcess) -> None: ...
+    def process_exited(self, process: ChildProcess, status: int) -> None: ...
 
 
 class ChildProcess(ProcessProtocol):
-    """A running child. Its pid is not reused before `exited` was told: until then the kernel keeps its exit status."""
+    """A running child. Its pid is not reused before the owner's `process_exited`: the kernel keeps the exit status
+    until then."""
 
     def __init__(self, owner: ChildProcessOwner, slot: int) -> None:
         self.slot = slot
@@ -55,24 +56,27 @@ class ChildProcess(ProcessProtocol):
         self._outputs = {1: _Output(), 2: _Output()}
         self._dumps: Dumps | None = None
 
-    def start(self, reactor: Any, command: Sequence[str], settings: int, listen: Sequence[int], capture: bool) -> None:
-        """Spawn `command`, with the descriptors of settings and listening sockets, which stay the caller's.
+    def start(
+        self, reactor: Any, command: Sequence[str], settings: int, listening: Sequence[int], capture: bool
+    ) -> None:
+        """Spawn `command` with copies of two kinds of descriptors: the settings, and the listening sockets.
 
-        capture: take what it writes to standard output and error into our log, instead of letting it inherit both.
-        Raises OSError.
+        capture: write its standard output and error to our log, instead of letting it inherit both. Raises OSError.
         """
         self._page = VitalsPage.create()
         self._dumps = Dumps(reactor.callLater)
         try:
-            self._spawn(reactor, command, settings, listen, capture)
+            self._spawn(reactor, command, settings, listening, capture)
         except OSError:
             self._close_page()
             raise
 
-    def _spawn(self, reactor: Any, command: Sequence[str], settings: int, listen: Sequence[int], capture: bool) -> None:
+    def _spawn(
+        self, reactor: Any, command: Sequence[str], settings: int, listening: Sequence[int], capture: bool
+    ) -> None:
         assert self._page is not None
-        sockets = {_LISTEN + number: fd for number, fd in enumerate(listen)}
-        stacks = _LISTEN + len(listen)
+        sockets = {_LISTEN + index: fd for index, fd in enumerate(listening)}
+        stacks = _LISTEN + len(listening)
         arguments = [
             *("--slot", str(self.slot)),
             *("--link", str(_LINK), "--settings", str(_SETTINGS), "--vitals", str(_VITALS)),
@@ -92,35 +96,35 @@ class ChildProcess(ProcessProtocol):
 
     @property
     def vitals(self) -> Vitals | None:
-        """Its latest signs of life; None before the first."""
+        """Its latest vital signs; None before the first reading."""
         if self._page is not None:
             self._vitals = self._page.read() or self._vitals
         return self._vitals
 
-    def glance(self) -> tuple[int, float, int]:
-        """The latest signs of life that tell a calm loop, see `VitalsPage.glance`; zeros before the first."""
-        return self._page.glance() if self._page is not None else (0, 0.0, 0)
+    def peek(self) -> tuple[int, float, int]:
+        """Return its latest beat, lag and busy_since, see `VitalsPage.peek`; zeros before the first reading."""
+        return self._page.peek() if self._page is not None else (0, 0.0, 0)
 
     @property
     def running(self) -> RunningHandler | None:
-        """The handler that runs on its loop now."""
+        """The handler that runs on its loop now, if any."""
         return self._page.running() if self._page is not None else None
 
-    def relieve(self, possible: bool) -> None:
-        """Let it know whether another worker can take new clients in its place."""
+    def set_relief(self, available: bool) -> None:
+        """Publish on its page whether another worker can take new clients in its place."""
         if self._page is not None:
-            self._page.relieve(possible)
+            self._page.set_relief(available)
 
     def signal(self, number: int) -> None:
-        """Send a signal; without effect when the process has ended."""
+        """Send a signal. Without effect after the process has exited."""
         if self.transport is not None:
             with suppress(ProcessExitedAlready):
                 self.transport.signalProcess(number)
 
     def dump(self, number: int) -> Deferred[str]:
-        """Have it write the stack of its loop's thread (STACK) or of all its threads (STACKS), as faulthandler does.
+        """Request the stack of its loop's thread (STACK) or of all its threads (STACKS), as faulthandler writes it.
 
-        Its loop need not turn for that, but the process must not be stopped: give the Deferred a time limit.
+        This also works while its loop is blocked, but not while the process is stopped: give the Deferred a timeout.
         """
         assert self._dumps is not None
         answer = self._dumps.next(number)
@@ -128,34 +132,36 @@ class ChildProcess(ProcessProtocol):
         return answer
 
     def drain(self, timeout: float) -> None:
-        """Tell it to finish within `timeout` seconds and exit."""
+        """Order it to finish within `timeout` seconds and exit."""
         self._link.callRemote(control.Drain, timeout=timeout).addErrback(_ignore)
 
-    def introduce(self, slot: int, stream: int) -> Deferred[object]:
-        """Hand over one end of a data-plane stream. Keep `stream` open until the answer: a receiver that is out of
-        descriptors loses what was sent."""
-        return self._link.callRemote(control.Link, slot=slot, stream=stream)
+    def send_link(self, slot: int, stream: int) -> Deferred[object]:
+        """Send one end of a stream between worker and broker. Keep `stream` open until the answer, because a receiver
+        without free descriptors loses it."""
+        answer: Deferred[object] = self._link.callRemote(control.Link, slot=slot, stream=stream)
+        return answer
 
     def adopt_from(self, stream: int) -> Deferred[object]:
-        """Hand over the taker's end of `realtime.process.fd_passing`. Keep `stream` open until the answer."""
-        return self._link.callRemote(control.Adopt, stream=stream)
+        """Send the receiving end of `realtime.process.fd_passing`. Keep `stream` open until the answer."""
+        answer: Deferred[object] = self._link.callRemote(control.Adopt, stream=stream)
+        return answer
 
     def report(self, what: str) -> Deferred[str]:
-        """What it tells of itself; see `realtime.process.diagnostics`. Its loop must turn for that."""
+        """Request a report on its state, see `realtime.process.diagnostics`. Works only while its loop turns."""
         answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Report, what=what)
         return answer.addCallback(lambda box: box["text"].decode("utf-8", "replace"))
 
     def collect(self, names: Collection[str] = ()) -> Deferred[list[Sample]]:
-        """Its metrics now. names: only these; empty for all. Fails when they can't be had or can't be read."""
+        """Request its metrics. names: of the wanted ones; empty for all. Fails on a lost link or unreadable metrics."""
         answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Collect, names=list(names))
         return answer.addCallback(lambda box: metrics.load(box["metrics"]))
 
-    # From twisted.
+    # Called by Twisted.
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
         output = self._outputs.get(childFD)
         if output is not None:
-            output.take(data)
+            output.feed(data)
         elif self._dumps is not None:
             self._dumps.take(data)
 
@@ -168,7 +174,7 @@ class ChildProcess(ProcessProtocol):
             self._dumps.end()
         for output in self._outputs.values():
             output.flush()
-        self._owner.exited(self, -ended.signal if ended.signal else ended.exitCode)
+        self._owner.process_exited(self, -ended.signal if ended.signal else ended.exitCode)
 
     def _close_page(self) -> None:
         if self._page is not None:
@@ -186,52 +192,52 @@ class _Link(control.Peer):
 
     @control.Ready.responder
     def _ready(self) -> dict[str, object]:
-        self._owner.announced(self._process)
+        self._owner.process_ready(self._process)
         return {}
 
     @control.Failed.responder
     def _failed(self, reason: str) -> dict[str, object]:
-        self._owner.failed(self._process, reason)
+        self._owner.start_failed(self._process, reason)
         return {}
 
     @control.LinkLost.responder
     def _link_lost(self) -> dict[str, object]:
-        self._owner.unlinked(self._process)
+        self._owner.broker_link_lost(self._process)
         return {}
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         super().connectionLost(reason)
-        self._owner.hung_up(self._process)
+        self._owner.control_link_lost(self._process)
 
     def end(self) -> None:
-        """Drop the link. What was asked over it fails."""
+        """Close the link. Requests without an answer fail."""
         transport: Any = self.transport
         if transport is not None:
             transport.abortConnection()
 
 
 class _Output:
-    """What a child writes, into our log: its lines are already complete with time and name."""
+    """Copies a child's output to our log. Its lines already begin with the time and the child's name."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._partial = b""
 
-    def take(self, data: bytes) -> None:
-        """Log the lines that `data` completes, and a line that grows too long in parts."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
+    def feed(self, data: bytes) -> None:
+        """Log the lines that `data` completes. A line longer than _MAX_LINE is logged in parts."""
+        *lines, self._partial = (self._partial + data).split(b"\n")
         for line in lines:
-            _heard.info("{line}", line=line.decode("utf-8", "backslashreplace"))
-        if len(self._rest) > _MAX_LINE:
+            _output_log.info("{line}", line=line.decode("utf-8", "backslashreplace"))
+        if len(self._partial) > _MAX_LINE:
             self.flush()
 
     def flush(self) -> None:
-        """Log what no newline has ended."""
-        if self._rest:
-            self.take(b"\n")
+        """Log an incomplete line."""
+        if self._partial:
+            self.feed(b"\n")
 
 
 def _environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Ours, without what the service manager meant for us alone."""
+    """Return our environment without the service manager's variables for this process alone."""
     return {name: value for name, value in inherited.items() if name not in systemd.VARIABLES}
 
 

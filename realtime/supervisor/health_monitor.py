@@ -1,4 +1,4 @@
-"""The eye on the workers: reads their pages many times a second, and tells whose condition has changed."""
+"""Health monitor: polls each worker's shared page and notifies listeners when its condition changes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from twisted.logger import Logger
 from realtime.config.settings import LoopSettings
 from realtime.process import log
 from realtime.process.periodic import PeriodicTasks
-from realtime.supervision.health import TICK, Condition, Health, Judge
+from realtime.supervision.health import CHECK_INTERVAL, Condition, Health, HealthTracker
 from realtime.supervision.pool import Pool, Slot, SlotState
 from realtime.supervision.vitals import Vitals
 
 Listener = Callable[[int, Health], None]
 
-# Seconds between two looks at everything, while every process is ready and every worker is calm: in between there are
-# glances alone.
-WHOLE = 0.25
+# Seconds between two full checks while every process is ready and every worker healthy. Quick checks run in between.
+FULL_CHECK_INTERVAL = 0.25
 
 _log = Logger(observer=log.observer)
 
@@ -30,91 +29,99 @@ class MonitoredProcess(Protocol):
 
     @property
     def vitals(self) -> Vitals | None: ...
-    def glance(self) -> tuple[int, float, int]: ...
+    def peek(self) -> tuple[int, float, int]: ...
 
 
 class HealthMonitor:
-    """The health of every worker's slot, judged whenever a loop could be found lagging, and every TICK while one is.
+    """Checks the health of every worker's slot.
 
-    health: of all slots, by number, from the first look on. listeners: called with (slot, health) at each change of
-    condition, after `health` has been brought up to date; add your own. looks: called after each look, a few times a
-    second while all are calm. chores: done after a look, too, when they are due.
+    It checks at each moment when a loop could be found lagging, and every CHECK_INTERVAL seconds while one is.
+
+    health: health of all slots by number, from the first full check on. listeners: called with (slot, health) after
+    each change of condition, when `health` is already up to date. after_check: called after each full check, a few
+    times a second while all workers are healthy. tasks: periodic tasks, run after a full check. Append to the last
+    three.
     """
 
     def __init__(self, reactor: Any, loop: LoopSettings, pool: Pool, processes: Mapping[int, MonitoredProcess]) -> None:
-        """reactor: with CLOCK_MONOTONIC's seconds. processes: by slot, the live dictionary of those that run."""
+        """reactor: its `seconds` must be CLOCK_MONOTONIC's. processes: the running ones by slot, a live dictionary."""
         self.health: dict[int, Health] = {}
         self.listeners: list[Listener] = []
-        self.looks: list[Callable[[], None]] = []
-        self.chores = PeriodicTasks(_log)
+        self.after_check: list[Callable[[], None]] = []
+        self.tasks = PeriodicTasks(_log)
         self._reactor = reactor
-        self._judge = Judge(loop)
+        self._tracker = HealthTracker(loop)
         self._pool = pool
         self._processes = processes
-        self._watching = False
-        self._looked = 0.0
+        self._running = False
+        self._checked_at = 0.0
         self._call: IDelayedCall | None = None
 
     def start(self) -> None:
-        """Look now, and go on."""
-        self._watching = True
+        """Check now, and keep checking."""
+        self._running = True
         now = self._reactor.seconds()
         due = 0.0
         try:
-            due = self._glance(now)
+            due = self._quick_check(now)
             if not due:
-                self.look()
-                self.chores.do(now)
+                self.check()
+                self.tasks.do(now)
                 due = min(health.due for health in self.health.values())
         finally:
-            if self._watching:
-                self._call = self._reactor.callLater(due - now if due > now else TICK, self.start)
+            # Also after an exception: a mistake in one check must not end the monitoring.
+            if self._running:
+                self._call = self._reactor.callLater(due - now if due > now else CHECK_INTERVAL, self.start)
 
     def stop(self) -> None:
-        """Look no more. Idempotent."""
-        self._watching = False
+        """Stop checking. Idempotent."""
+        self._running = False
         if self._call is not None and self._call.active():
             self._call.cancel()
 
-    def _glance(self, now: float) -> float:
-        """When to look again; 0.0: now, at everything."""
-        if now - self._looked >= WHOLE or not self._pool.ready:
+    def _quick_check(self, now: float) -> float:
+        """Return when to check again; 0.0: a full check is necessary now."""
+        if now - self._checked_at >= FULL_CHECK_INTERVAL or not self._pool.ready:
             return 0.0
         due = math.inf
         for slot, health in self.health.items():
             process = self._processes.get(slot)
             if process is None or health.condition is not Condition.HEALTHY:
                 return 0.0
-            due = min(due, self._judge.glance(slot, *process.glance(), now))
+            due = min(due, self._tracker.quick_check(slot, *process.peek(), now))
         return due
 
-    def look(self) -> None:
-        """Judge every slot."""
-        now = self._looked = self._reactor.seconds()
+    def check(self) -> None:
+        """Assess every slot now, and notify the listeners."""
+        now = self._checked_at = self._reactor.seconds()
         changed = []
         for slot in self._pool.workers:
             before = self.health.get(slot.number)
-            health = self._judge.judge(slot.number, self._vitals(slot), now, slot.state is SlotState.LEAVING)
+            health = self._tracker.assess(slot.number, self._vitals(slot), now, slot.state is SlotState.LEAVING)
             self.health[slot.number] = health
             if before is None or before.condition is not health.condition:
                 changed.append(health)
         for health in changed:
-            self._tell(health)
-        for look in self.looks:
+            self._notify(health)
+        for function in self.after_check:
             try:
-                look()
+                function()
             except Exception:
-                _log.failure("a look at the workers was not acted on")
+                _log.failure("a function after a health check raised; the checks go on")
 
     def _vitals(self, slot: Slot) -> Vitals | None:
-        """Of a process that serves or still finishes its work."""
+        """Read the vital signs of a process that serves or drains."""
         process = self._processes.get(slot.number)
         return process.vitals if process is not None and slot.state in (SlotState.READY, SlotState.LEAVING) else None
 
-    def _tell(self, health: Health) -> None:
+    def _notify(self, health: Health) -> None:
         for listener in self.listeners:
             try:
                 listener(health.slot, health)
             except Exception:
-                # One listener's mistake leaves the others their news.
-                _log.failure("a change of condition was not acted on")
+                # A mistake in one listener must not keep the change from the others.
+                _log.failure(
+                    "a health listener raised on the change of worker {slot} to {condition}; the checks go on",
+                    slot=health.slot,
+                    condition=health.condition.value,
+                )

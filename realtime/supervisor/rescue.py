@@ -1,9 +1,9 @@
-"""Rescues new connections from a worker that can't take them.
+"""Rescues new connections from a worker that can't accept them.
 
-The kernel completes handshakes while a worker's loop is blocked, or no worker is there, so clients wait at its socket.
-While that lasts the supervisor accepts from its own copy of the socket, and hands the connections to a worker that is
-well (`realtime.process.fd_passing`). Nothing of them is read here. Where no worker can take one, it stays queued, for
-its own worker may come round; but once no loop has turned for long, clients are told to come back later.
+The kernel completes TCP handshakes while a worker's loop is blocked, or while a slot has no worker, so clients queue at
+the slot's socket. In that time the supervisor accepts from its own copy of the socket, and passes the connections to a
+healthy worker (`realtime.process.fd_passing`). It reads nothing from them. While no worker can take a connection it
+stays queued, because its own worker may recover. Once no loop has turned for long, clients get a 503 and a Retry-After.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from realtime.supervision.health import Condition, Health
 from realtime.supervisor.listener import SharedPort
 
 BATCH = 32
-"""Connections accepted from one slot in one turn: they keep the supervisor for two milliseconds."""
+"""Connections accepted from one slot per turn of the loop: these take two milliseconds of the supervisor's time."""
 
 REFUSE_AFTER = 1.0
-"""Seconds for which no loop has turned before clients are sent away: a shorter wait is better than a refusal."""
+"""Seconds without a turn of any loop before clients are refused: a shorter wait is better than a refusal."""
 
-ABSENCE = 2.0
-"""Seconds within which a worker that died is expected to be replaced."""
+RESTART_ALLOWANCE = 2.0
+"""Seconds within which a dead worker is expected to be replaced."""
 
-HOLD = 5.0
-"""Seconds for which a connection that no worker took is held before its client is sent away."""
+MAX_HOLD = 5.0
+"""Seconds for which the supervisor holds a connection that no worker took, before it refuses the client."""
 
 LINGER = 1.0
-"""Seconds for a client to read its refusal and close."""
+"""Seconds for a refused client to read the response and close."""
 
-MOST_LINGERING = 256
-"""Clients that may be reading their refusal: each is a descriptor of the supervisor's."""
+MAX_LINGERING = 256
+"""Refused clients that may be open at a time: each takes a descriptor of the supervisor."""
 
-REST = 1.0
-"""Seconds for which a worker that did not take a connection is given no other."""
+PAUSE_AFTER_FAILURE = 1.0
+"""Seconds for which a worker that did not take a connection gets no other."""
 
 _RETRY_AFTER = (3, 10)  # as in `realtime.transports.frontend`
 _BODY = "the server is overloaded; come back later\n"
@@ -63,11 +63,11 @@ class RescueWorker(Protocol):
     """A worker process."""
 
     def adopt_from(self, stream: int) -> Deferred[object]:
-        """Have it adopt what comes over `stream`, which stays open until the answer."""
+        """Order it to adopt the connections sent over `stream`. Keep `stream` open until the answer."""
 
 
 class Rescue:
-    """The rescue of one shared port's clients. `look` after each look at the workers' health."""
+    """The rescue of the connections queued at one shared port. Call `check` after each health check."""
 
     def __init__(
         self,
@@ -78,145 +78,151 @@ class Rescue:
         loop: LoopSettings,
         metrics: Metrics,
     ) -> None:
-        """health, processes: by slot, as they change. loop: its limits, and `rescue`: False does nothing."""
+        """health, processes: by slot, live mappings. loop: with its limits; `loop.rescue` False disables the rescue."""
         self._reactor = reactor
         self._sockets = port.sockets
         self._health = health
         self._processes = processes
         self._active = loop.rescue
-        self._blocked = loop.lagging or loop.max_lag
-        self._ways: dict[int, _RouteToWorker] = {}
-        self._held: deque[_RescuedConnection] = deque()  # taken by nobody so far
-        self._refusals = _Refusals(reactor)
-        self._tally: Counter[int] = Counter()  # rescued since the slot came to need it, by slot
-        help = "Connections that waited for this worker and were handed to another."
+        self._max_lag = loop.lagging or loop.max_lag
+        self._routes: dict[int, _RouteToWorker] = {}
+        self._held: deque[_RescuedConnection] = deque()  # accepted, but not taken by any worker yet
+        self._refusals = _RefusalFactory(reactor)
+        self._unlogged: Counter[int] = Counter()  # connections rescued since the slot's worker became unable, by slot
+        help = "Connections queued for this worker that another worker took."
         self._rescued = {
             slot: metrics.counter("realtime_rescued", help, worker=str(slot)) for slot in range(len(self._sockets))
         }
-        self._refused = metrics.counter("realtime_rescue_refused", "Clients that the supervisor sent away with a 503.")
-        help = "Times that a worker did not take a connection from the supervisor; another was tried."
+        self._refused = metrics.counter("realtime_rescue_refused", "Clients that the supervisor refused with a 503.")
+        help = "Failures of a worker to take a connection from the supervisor, which then tried another worker."
         self._failed = metrics.counter("realtime_rescue_failed", help)
 
-    def look(self) -> None:
-        """Do what is due."""
+    def check(self) -> None:
+        """Rescue the connections of all workers that can't accept them."""
         if not self._active:
             return
-        self._keep_ways()
-        self._pass_on_held()
+        self._update_routes()
+        self._place_held()
         for slot in range(len(self._sockets)):
-            if self._in_need(slot):
-                self._empty(slot)
-            elif slot in self._tally:
-                count = self._tally.pop(slot)
-                _log.info("rescued {count} connections that waited for worker {slot}", count=count, slot=slot)
+            if self._needs_rescue(slot):
+                self._rescue_queued(slot)
+            elif slot in self._unlogged:
+                count = self._unlogged.pop(slot)
+                _log.info(
+                    "passed {count} connections queued for worker {slot} to other workers", count=count, slot=slot
+                )
 
     def close(self) -> None:
-        """Stop, for the server ends."""
+        """Stop the rescue and close all held connections, because the server ends."""
         self._active = False
-        for way in self._ways.values():
-            way.close()
+        for route in self._routes.values():
+            route.close()
         for rescued in self._held:
             rescued.connection.close()
         self._held.clear()
 
-    # Who needs it, and who can help.
+    # Slots that need a rescue, and workers that can help.
 
-    def _in_need(self, slot: int) -> bool:
-        """Whether a connection that is queued at the slot is better off elsewhere."""
+    def _needs_rescue(self, slot: int) -> bool:
+        """Return whether connections queued at the slot are better off with another worker."""
         health = self._health.get(slot)
-        return health is not None and not self._is_well(health)
+        return health is not None and not self._can_accept(health)
 
-    def _is_well(self, health: Health) -> bool:
-        """Whether the worker takes connections, at this moment too."""
-        in_time = self._blocked == 0 or health.lag < self._blocked
+    def _can_accept(self, health: Health) -> bool:
+        """Return whether the worker accepts connections, and its loop turns at this moment."""
+        in_time = self._max_lag == 0 or health.lag < self._max_lag
         return in_time and health.condition in (Condition.HEALTHY, Condition.LAGGING)
 
-    def _keep_ways(self) -> None:
-        """Have a way to each process that serves, and none to one that has ended."""
-        for slot, way in list(self._ways.items()):
-            if self._processes.get(slot) is not way.process:
-                del self._ways[slot]
-                way.process_ended()
+    def _update_routes(self) -> None:
+        """Open routes to new healthy processes, end the routes to exited ones, and reclaim overdue connections."""
+        for slot, route in list(self._routes.items()):
+            if self._processes.get(slot) is not route.process:
+                del self._routes[slot]
+                route.process_ended()
         for slot, process in self._processes.items():
             health = self._health.get(slot)
-            if slot not in self._ways and health is not None and self._is_well(health):
-                self._ways[slot] = _RouteToWorker(self._reactor, slot, process)
-        for way in self._ways.values():
-            way.recall()
+            if slot not in self._routes and health is not None and self._can_accept(health):
+                self._routes[slot] = _RouteToWorker(self._reactor, slot, process)
+        for route in self._routes.values():
+            route.reclaim_overdue()
 
     def _helpers(self) -> list[_RouteToWorker]:
-        """The ways to those that can take a connection now, best first."""
+        """Return the routes to all workers that can take a connection now, the least loaded first."""
         now = self._reactor.seconds()
-        able = [way for way in self._ways.values() if way.takes(now) and self._is_well(self._health[way.slot])]
-        return sorted(able, key=self._burden)
+        routes = self._routes.values()
+        able = [route for route in routes if route.is_available(now) and self._can_accept(self._health[route.slot])]
+        return sorted(able, key=self._load)
 
-    def _burden(self, way: _RouteToWorker) -> tuple[bool, int, int]:
-        health = self._health[way.slot]
-        return health.condition is Condition.LAGGING, way.in_flight, health.connections
+    def _load(self, route: _RouteToWorker) -> tuple[bool, int, int]:
+        health = self._health[route.slot]
+        return health.condition is Condition.LAGGING, route.in_flight, health.connections
 
     def _is_hopeless(self) -> bool:
-        """Whether every worker is blocked for long, or dead and not coming back."""
+        """Return whether every worker has been blocked for long, or is dead and overdue for a restart."""
         now = self._reactor.seconds()
         slots = [self._health.get(slot) for slot in range(len(self._sockets))]
-        blocked = [one and one.condition is Condition.PRESSED and one.lag >= REFUSE_AFTER for one in slots]
-        gone = [one and one.condition is Condition.ABSENT and now - one.since >= ABSENCE for one in slots]
-        return any(blocked) and all(map(any, zip(blocked, gone, strict=True)))
+        blocked = [health and health.condition is Condition.PRESSED and health.lag >= REFUSE_AFTER for health in slots]
+        dead = [
+            health and health.condition is Condition.ABSENT and now - health.since >= RESTART_ALLOWANCE
+            for health in slots
+        ]
+        return any(blocked) and all(map(any, zip(blocked, dead, strict=True)))
 
-    # What becomes of a connection.
+    # The connections.
 
-    def _empty(self, slot: int) -> None:
-        """Take what waits at the slot, a batch at a time, as long as there is something to be done with it."""
-        hopeless = self._is_hopeless()
+    def _rescue_queued(self, slot: int) -> None:
+        """Accept the connections queued at the slot, one batch per turn, while they can be passed on or refused."""
+        is_hopeless = self._is_hopeless()
         for _ in range(BATCH):
-            if self._held or not (self._helpers() or (hopeless and self._refusals.has_room)):
+            if self._held or not (self._helpers() or (is_hopeless and self._refusals.has_room)):
                 return
             connection = _accept(self._sockets[slot])
             if connection is None:
                 return
             self._place(_RescuedConnection(connection, slot, self._reactor.seconds()))
-        # More may wait. The loop turns first.
-        self._reactor.callLater(0, self._go_on, slot)
+        # More connections may be queued. Let the loop turn before the next batch.
+        self._reactor.callLater(0, self._continue, slot)
 
-    def _go_on(self, slot: int) -> None:
-        if self._active and self._in_need(slot):
-            self._empty(slot)
+    def _continue(self, slot: int) -> None:
+        if self._active and self._needs_rescue(slot):
+            self._rescue_queued(slot)
 
     def _place(self, rescued: _RescuedConnection) -> None:
-        """Give it to a worker, hold it until one can take it, or send the client away."""
-        if any(self._give(way, rescued) for way in self._helpers()):
+        """Pass the connection to a worker, hold it until one can take it, or refuse the client."""
+        if any(self._send(route, rescued) for route in self._helpers()):
             return
-        if self._is_hopeless() or self._reactor.seconds() - rescued.since >= HOLD:
+        if self._is_hopeless() or self._reactor.seconds() - rescued.since >= MAX_HOLD:
             self._refuse(rescued.connection)
         else:
             self._held.append(rescued)
 
-    def _give(self, way: _RouteToWorker, rescued: _RescuedConnection) -> bool:
-        def settled(taken: bool) -> None:
-            if taken:
+    def _send(self, route: _RouteToWorker, rescued: _RescuedConnection) -> bool:
+        def settled(is_taken: bool) -> None:
+            if is_taken:
                 self._rescued[rescued.slot].value += 1
-                self._tally[rescued.slot] += 1
+                self._unlogged[rescued.slot] += 1
                 return
             self._failed.value += 1
-            way.rest()
+            route.pause()
             if self._active:
                 self._place(rescued)
             else:
                 rescued.connection.close()
 
-        return way.give(rescued.connection, settled)
+        return route.send(rescued.connection, settled)
 
-    def _pass_on_held(self) -> None:
+    def _place_held(self) -> None:
         for _ in range(len(self._held)):
             self._place(self._held.popleft())
 
     def _refuse(self, connection: socket.socket) -> None:
         self._refused.value += 1
-        with connection, suppress(OSError):  # it may have gone
+        with connection, suppress(OSError):  # the client may have disconnected
             self._reactor.adoptStreamConnection(connection.fileno(), connection.family, self._refusals)
 
 
 class _RescuedConnection:
-    """A connection on its way. slot: where it was queued. since: when it was accepted."""
+    """An accepted connection without a worker. slot: the queue that it came from. since: when it was accepted."""
 
     __slots__ = ("connection", "since", "slot")
 
@@ -227,63 +233,69 @@ class _RescuedConnection:
 
 
 class _RouteToWorker:
-    """The way to one worker process. It leads there once the process has answered."""
+    """Passes connections to one worker process. It is available once the process has answered `adopt_from`."""
 
     def __init__(self, reactor: Any, slot: int, process: RescueWorker) -> None:
         self.slot = slot
         self.process = process
         self._reactor = reactor
-        self._giver: FdSender | None = None
+        self._sender: FdSender | None = None
         self._closed = False
-        self._rested = 0.0
+        self._paused_until = 0.0
         try:
             ours, theirs = fd_passing.pair()
         except OSError as error:
-            _log.error("connections can't be handed to worker {slot}: {error}", slot=slot, error=error)
+            _log.error(
+                "can't open a socket pair to pass connections to worker {slot}: {error}; check `ulimit -n`",
+                slot=slot,
+                error=error,
+            )
             return
-        with_answer = process.adopt_from(theirs.fileno())
-        with_answer.addCallbacks(lambda _: self._open(ours), lambda _: ours.close())
-        with_answer.addBoth(lambda _: theirs.close())
+        answer = process.adopt_from(theirs.fileno())
+        answer.addCallbacks(lambda _: self._open(ours), lambda _: ours.close())
+        answer.addBoth(lambda _: theirs.close())
 
     def _open(self, ours: socket.socket) -> None:
         if self._closed:
             ours.close()
         else:
-            self._giver = FdSender(self._reactor, ours)
+            self._sender = FdSender(self._reactor, ours)
 
     @property
     def in_flight(self) -> int:
-        return self._giver.in_flight if self._giver else 0
+        return self._sender.in_flight if self._sender else 0
 
-    def takes(self, now: float) -> bool:
-        """Whether it can be given a connection."""
-        return self._giver is not None and self._giver.has_room and now >= self._rested
+    def is_available(self, now: float) -> bool:
+        """Return whether the worker can be sent a connection."""
+        return self._sender is not None and self._sender.has_room and now >= self._paused_until
 
-    def give(self, connection: socket.socket, settled: Callable[[bool], None]) -> bool:
-        return self._giver is not None and self._giver.give(connection, settled)
+    def send(self, connection: socket.socket, settled: Callable[[bool], None]) -> bool:
+        """See `FdSender.send`."""
+        return self._sender is not None and self._sender.send(connection, settled)
 
-    def rest(self) -> None:
-        self._rested = self._reactor.seconds() + REST
+    def pause(self) -> None:
+        """Send no connections for PAUSE_AFTER_FAILURE seconds."""
+        self._paused_until = self._reactor.seconds() + PAUSE_AFTER_FAILURE
 
-    def recall(self) -> None:
-        if self._giver is not None:
-            self._giver.recall()
+    def reclaim_overdue(self) -> None:
+        if self._sender is not None:
+            self._sender.reclaim_overdue()
 
     def close(self) -> None:
         self._closed = True
-        if self._giver is not None:
-            self._giver.close()
+        if self._sender is not None:
+            self._sender.close()
 
     def process_ended(self) -> None:
         self._closed = True
-        if self._giver is not None:
-            self._giver.worker_ended()
+        if self._sender is not None:
+            self._sender.worker_ended()
 
 
 class _Refusal(protocol.Protocol):
-    """Sends one client away: a whole response, then the end of our side; what it sends is not looked at."""
+    """Refuses one client: sends a whole response, ends our side, and ignores its input."""
 
-    factory: _Refusals
+    factory: _RefusalFactory
 
     def connectionMade(self) -> None:
         transport: Any = self.transport
@@ -299,8 +311,8 @@ class _Refusal(protocol.Protocol):
             self._deadline.cancel()
 
 
-class _Refusals(protocol.ServerFactory):
-    """The clients that are being sent away."""
+class _RefusalFactory(protocol.ServerFactory):
+    """Makes and counts refusals. lingering: refused clients whose connections are still open."""
 
     noisy = False
 
@@ -315,12 +327,12 @@ class _Refusals(protocol.ServerFactory):
 
     @property
     def has_room(self) -> bool:
-        """Whether the supervisor has descriptors to spare for another."""
-        return self.lingering < MOST_LINGERING
+        """Whether the supervisor has descriptors to spare for another refusal."""
+        return self.lingering < MAX_LINGERING
 
 
 def _accept(listening: socket.socket) -> socket.socket | None:
-    """A connection that waits; None when there is none, or no descriptor for it."""
+    """Accept a queued connection. None without one, and without a free descriptor."""
     while True:
         try:
             connection, _ = listening.accept()

@@ -1,6 +1,7 @@
-"""Finds out what blocks a worker's loop, while it does: asks the blocked process for its stack, and tells the log.
+"""Stack sampler: requests stacks from a worker while its loop is blocked, and logs the code that blocks it.
 
-When to ask and whom to blame is decided by `realtime.supervision.incidents`; here are the signals, pipes and clocks.
+`realtime.supervision.incidents` decides when to request a stack and which code to blame; this module has the signals,
+pipes and clocks.
 """
 
 from __future__ import annotations
@@ -25,117 +26,116 @@ from realtime.supervision.stacks import CodeOrigin
 from realtime.supervisor.child_process import ChildProcess
 from realtime.supervisor.health_monitor import HealthMonitor
 
-# Seconds for a process to write its stack. One that is stopped does not.
-LIMIT = 5.0
+# Seconds for a process to write its stack. A stopped process (SIGSTOP) does not write it.
+DUMP_TIMEOUT = 5.0
 _SIGNALS = {StackRequest.STACK: stack_dumps.STACK, StackRequest.STACKS: stack_dumps.STACKS}
 
 _log = Logger(observer=log.observer)
 
 
 class StackSampler:
-    """An inquiry into each worker's process that is there; `ledger` has what they found."""
+    """An investigation into each worker's process that is there; `incidents` has what they found."""
 
     def __init__(
         self,
         reactor: Any,
-        watch: HealthMonitor,
+        monitor: HealthMonitor,
         loop: LoopSettings,
         app: AppSettings,
         processes: Mapping[int, ChildProcess],
     ) -> None:
-        """processes: by slot, the live dictionary of those that run."""
-        self.ledger = IncidentLog()
+        """processes: the running ones by slot, a live dictionary. monitor: calls `check` after each of its checks."""
+        self.incidents = IncidentLog()
         self._reactor = reactor
-        self._watch = watch
+        self._monitor = monitor
         self._loop = loop
-        self._origin = CodeOrigin(_own(app), _foreign())
+        self._origin = CodeOrigin(_application_paths(app), _foreign_paths())
         self._processes = processes
-        self._inquiries: dict[int, tuple[ChildProcess, LoopInvestigation]] = {}
-        watch.looks.append(self.look)
+        self._investigations: dict[int, tuple[ChildProcess, LoopInvestigation]] = {}
+        monitor.after_check.append(self.check)
 
-    def look(self) -> None:
-        """Look after every worker. Called by the watch, and cheap while all is well."""
-        for slot, health in self._watch.health.items():
-            process, inquiry = self._current(slot)
-            if process is None or inquiry is None or health.vitals is None:
+    def check(self) -> None:
+        """Update the investigation of every worker. Cheap while all loops turn."""
+        for slot, health in self._monitor.health.items():
+            process, investigation = self._current(slot)
+            if process is None or investigation is None or health.vitals is None:
                 continue
-            if inquiry.incident is None and health.blocked < self._loop.lagging:
+            if investigation.incident is None and health.blocked < self._loop.lagging:
                 continue
-            wanted, line = inquiry.look(
+            request, line = investigation.update(
                 health.vitals, health.blocked, process.running, self._reactor.seconds(), time.time()
             )
-            self._tell(line)
-            if wanted is not None:
-                self._ask(process, inquiry, wanted)
+            self._warn(line)
+            if request is not None:
+                self._request_stack(process, investigation, request)
 
-    def examine(self, slot: int) -> None:
-        """The slot's process is stuck and is killed in a moment: put the stacks of all its threads into the log."""
-        process, inquiry = self._current(slot)
+    def log_all_stacks(self, slot: int) -> None:
+        """Log the stacks of all threads of the slot's process, which is stuck and about to be killed."""
+        process, investigation = self._current(slot)
         if process is None:
             return
-
         name = "the broker" if slot == BROKER else f"worker {slot}"
 
         def answered(text: str) -> None:
             _log.error("{name} is stuck; all its threads:\n{text}", name=name, text=text.rstrip())
-            if inquiry is not None:
-                inquiry.examined(text)
+            if investigation is not None:
+                investigation.record_final_stacks(text)
 
-        def silent(_: Failure) -> None:
+        def timed_out(_: Failure) -> None:
             _log.error("{name} is stuck and wrote no stacks: it is stopped, or deep in the kernel", name=name)
-            if inquiry is not None:
-                inquiry.examined("")
+            if investigation is not None:
+                investigation.record_final_stacks("")
 
         answer: Deferred[str] = process.dump(stack_dumps.STACKS)
-        answer.addTimeout(LIMIT, self._reactor)
-        answer.addCallbacks(answered, silent)
+        answer.addTimeout(DUMP_TIMEOUT, self._reactor)
+        answer.addCallbacks(answered, timed_out)
 
     def _current(self, slot: int) -> tuple[ChildProcess | None, LoopInvestigation | None]:
-        """The slot's process, and the inquiry into it."""
+        """Return the slot's process and its investigation. A new process in the slot closes the previous one."""
         process = self._processes.get(slot)
-        before, inquiry = self._inquiries.get(slot, (None, None))
+        before, investigation = self._investigations.get(slot, (None, None))
         if before is process:
-            return process, inquiry
-        if inquiry is not None:
-            del self._inquiries[slot]
-            self._tell(inquiry.ended("the process ended", self._reactor.seconds()))
+            return process, investigation
+        if investigation is not None:
+            del self._investigations[slot]
+            self._warn(investigation.close("the process ended", self._reactor.seconds()))
         if process is None:
             return None, None
-        inquiry = LoopInvestigation(slot, process.pid, self._loop, self._origin, self.ledger)
-        self._inquiries[slot] = process, inquiry
-        return process, inquiry
+        investigation = LoopInvestigation(slot, process.pid, self._loop, self._origin, self.incidents)
+        self._investigations[slot] = process, investigation
+        return process, investigation
 
-    def _ask(self, process: ChildProcess, inquiry: LoopInvestigation, wanted: StackRequest) -> None:
+    def _request_stack(self, process: ChildProcess, investigation: LoopInvestigation, request: StackRequest) -> None:
         def answered(text: str) -> None:
             vitals = process.vitals
             if vitals is not None:
-                inquiry.dumped(stacks.parse(text), vitals, process.running)
+                investigation.record_stacks(stacks.parse(text), vitals, process.running)
 
-        answer: Deferred[str] = process.dump(_SIGNALS[wanted])
-        answer.addTimeout(LIMIT, self._reactor)
-        answer.addCallback(answered).addErrback(_no_answer)
+        answer: Deferred[str] = process.dump(_SIGNALS[request])
+        answer.addTimeout(DUMP_TIMEOUT, self._reactor)
+        answer.addCallback(answered).addErrback(_log_no_stack)
 
-    def _tell(self, line: str) -> None:
+    def _warn(self, line: str) -> None:
         if line:
             _log.warn("{line}", line=line)
 
 
-def _no_answer(failure: Failure) -> None:
-    _log.debug("no stack: {reason}", reason=failure.getErrorMessage())
+def _log_no_stack(failure: Failure) -> None:
+    _log.debug("a blocked worker wrote no stack: {reason}", reason=failure.getErrorMessage())
 
 
-def _foreign() -> Iterator[str]:
-    """The folders of Python, of what is installed, and of this server."""
+def _foreign_paths() -> Iterator[str]:
+    """Yield the folders of Python, of installed packages, and of this server."""
     paths = sysconfig.get_paths()
     for name in ("stdlib", "platstdlib", "purelib", "platlib"):
         yield paths[name]
-    # In a virtual environment the standard library is elsewhere.
+    # In a virtual environment the standard library is outside of it.
     yield str(Path(sysconfig.__file__).parent)
     yield str(Path(__file__).parent.parent)
 
 
-def _own(app: AppSettings) -> Iterator[str]:
-    """The folder of the application, and where it is installed as a package, that package's."""
+def _application_paths(app: AppSettings) -> Iterator[str]:
+    """Yield the folder of the application, and the folder or file of its package if it is installed."""
     if app.path:
         yield app.path
     package = app.module.partition(":")[0].partition(".")[0]

@@ -1,7 +1,7 @@
 """Steers new connections: keeps the kernel's program for the shared port in step with the workers' health.
 
-The program belongs to the group of listening sockets, and is replaced in microseconds; what is queued already stays
-where it is. Where the kernel refuses it, its own hash goes on dealing the connections out.
+The program belongs to the group of listening sockets. Replacing it takes microseconds, and queued connections stay in
+their queues. Where the kernel refuses the program, its own hash keeps spreading the connections.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from realtime.supervision.balance import INSTRUCTION_BYTES, Balance, program
 from realtime.supervision.health import Health
 from realtime.supervisor.listener import SharedPort, accept_queue
 
-# Seconds between two changes of weights while no worker's condition changes.
-SETTLE = 0.5
+# Fewest seconds between two changes of weights, unless a worker's condition changes.
+MIN_UPDATE_INTERVAL = 0.5
 
-# asm-generic/socket.h; Python has no name for it.
+# asm-generic/socket.h; Python has no constant for it.
 _SO_ATTACH_REUSEPORT_CBPF = 51
 # linux/filter.h: struct sock_fprog {unsigned short len; struct sock_filter *filter;}
 _PROGRAM = struct.Struct("@HP")
@@ -34,7 +34,8 @@ _log = Logger(observer=log.observer)
 class Steering:
     """The weights of one shared port's slots.
 
-    Call `look` after each look at the workers' health, and `condition_changed` for every such change.
+    Call `update` after each health check, and `condition_changed` for every changed condition. weights: those in force,
+    by slot; all 0 while the kernel chooses by its hash.
     """
 
     def __init__(
@@ -43,37 +44,40 @@ class Steering:
         health: Mapping[int, Health],
         seconds: Callable[[], float],
         metrics: Metrics,
-        wanted: bool,
+        enabled: bool,
     ) -> None:
-        """health: of each slot, as it changes. seconds: a monotonic clock. wanted: False leaves all to the kernel."""
-        self.weights = (0,) * len(port.sockets)  # in force; all 0 while the kernel chooses by its hash
+        """health: health by slot, a live mapping. seconds: returns the time of a monotonic clock. enabled: False leaves
+        the choice to the kernel."""
+        self.weights = (0,) * len(port.sockets)
         self._port = port
         self._health = health
         self._seconds = seconds
         self._balance = Balance(len(port.sockets))
-        self._weighed = -math.inf
-        self._steers = wanted and len(port.sockets) > 1
-        if self._steers and port.crowded:
-            self._give_up("another server's workers still listen on this port")
+        self._updated_at = -math.inf
+        self._is_active = enabled and len(port.sockets) > 1
+        if self._is_active and port.has_other_listeners:
+            self._give_up(
+                "workers of a killed server still listen on this port; restart this server once they are gone"
+            )
         for slot in range(len(port.sockets)):
-            self._measure(metrics, slot)
+            self._add_gauges(metrics, slot)
 
-    def look(self) -> None:
-        """Bring the kernel's program up to date with the load, where that is due."""
-        if self._seconds() - self._weighed >= SETTLE:
-            self._weigh()
+    def update(self) -> None:
+        """Adapt the kernel's program to the load, at most once per MIN_UPDATE_INTERVAL."""
+        if self._seconds() - self._updated_at >= MIN_UPDATE_INTERVAL:
+            self._replace_program()
 
     def condition_changed(self, slot: int, health: Health) -> None:
-        """Bring it up to date at once."""
-        self._weigh()
+        """Adapt the kernel's program at once."""
+        self._replace_program()
 
-    def queue(self, slot: int) -> tuple[int, int]:
-        """Connections that wait to be accepted in this slot, and how many may."""
+    def accept_queue(self, slot: int) -> tuple[int, int]:
+        """Return the length and the limit of the slot's accept queue."""
         return accept_queue(self._port.sockets[slot])
 
-    def _weigh(self) -> None:
-        self._weighed = self._seconds()
-        if not self._steers:
+    def _replace_program(self) -> None:
+        self._updated_at = self._seconds()
+        if not self._is_active:
             return
         weights = self._balance.weigh(self._health)
         if weights == self.weights:
@@ -81,25 +85,26 @@ class Steering:
         try:
             _attach(self._port.sockets[0], program(weights))
         except OSError as error:
-            self._give_up(f"the kernel refuses: {error.strerror}")
+            advice = "allow SO_ATTACH_REUSEPORT_CBPF, or set loop.steering = false"
+            self._give_up(f"the kernel refuses its program: {error.strerror}; {advice}")
         else:
             self.weights = weights
 
     def _give_up(self, reason: str) -> None:
-        self._steers = False
-        _log.warn("new connections are not steered, but spread by the kernel's hash: {reason}", reason=reason)
+        self._is_active = False
+        _log.warn("steering is off, the kernel spreads new connections by its hash: {reason}", reason=reason)
 
-    def _measure(self, metrics: Metrics, slot: int) -> None:
-        help = "Share of new connections that the worker is given, against the others'; all 0: the kernel's choice."
+    def _add_gauges(self, metrics: Metrics, slot: int) -> None:
+        help = "Weight of the worker in the spread of new connections; all 0: the kernel spreads them by its hash."
         metrics.gauge("realtime_slot_weight", help, lambda: self.weights[slot], worker=str(slot))
-        help = "Connections that wait to be accepted."
-        metrics.gauge("realtime_accept_queue_depth", help, lambda: self.queue(slot)[0], worker=str(slot))
-        help = "Connections that may wait to be accepted."
-        metrics.gauge("realtime_accept_queue_limit", help, lambda: self.queue(slot)[1], worker=str(slot))
+        help = "Connections in the worker's accept queue."
+        metrics.gauge("realtime_accept_queue_depth", help, lambda: self.accept_queue(slot)[0], worker=str(slot))
+        help = "Limit of the worker's accept queue."
+        metrics.gauge("realtime_accept_queue_limit", help, lambda: self.accept_queue(slot)[1], worker=str(slot))
 
 
 def _attach(member: socket.socket, code: bytes) -> None:
-    """Have the program choose among the sockets of `member`'s group. Raises OSError where the kernel refuses."""
+    """Attach the program to the group of sockets that `member` belongs to. Raises OSError if the kernel refuses it."""
     instructions = ctypes.create_string_buffer(code, len(code))
     value = _PROGRAM.pack(len(code) // INSTRUCTION_BYTES, ctypes.addressof(instructions))
     member.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, value)

@@ -1,7 +1,7 @@
-"""The service manager's notification protocol, as sd_notify(3) documents it: a datagram of VARIABLE=VALUE lines.
+"""The notification protocol of the service manager, as in sd_notify(3): datagrams of VARIABLE=VALUE lines.
 
-The manager names its socket in NOTIFY_SOCKET, and in WATCHDOG_USEC the microseconds within which it wants to hear
-WATCHDOG=1 again and again (WATCHDOG_PID: from which process). Without these variables nothing is sent.
+The manager passes its socket in NOTIFY_SOCKET. With a watchdog, WATCHDOG_USEC has the microseconds within which it
+expects each next WATCHDOG=1, and WATCHDOG_PID the process that must send it. Without these variables nothing is sent.
 """
 
 from __future__ import annotations
@@ -14,38 +14,41 @@ from twisted.logger import Logger
 
 from realtime.process import log
 
-# What belongs to this process alone; a child that inherited it could speak in our name.
+# Variables for this process alone: a child that inherited them could send notifications in its name.
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 _log = Logger(observer=log.observer)
 
 
 class SystemdNotifier:
-    """Speaks to the service manager, if there is one. No method raises or blocks."""
+    """Notifies the service manager, if there is one. No method raises or blocks.
+
+    watchdog: seconds of the watchdog's interval; 0 without a watchdog.
+    """
 
     def __init__(self, environ: Mapping[str, str], pid: int | None = None) -> None:
-        """pid: of the process that the watchdog watches; this one by default."""
+        """pid: this process's id, by default `os.getpid()`."""
         self.watchdog = _watchdog_interval(environ, os.getpid() if pid is None else pid)
         self._address = _address(environ.get("NOTIFY_SOCKET", ""))
-        self._fed = float("-inf")
-        self._complained = False
+        self._fed_at = float("-inf")
+        self._has_warned = False
 
     def ready(self) -> None:
-        """The service is up."""
+        """Notify that the service is ready."""
         self._send("READY=1")
 
     def stopping(self) -> None:
-        """The service begins to end."""
+        """Notify that the service begins to stop."""
         self._send("STOPPING=1")
 
     def status(self, text: str) -> None:
-        """Describe the service's state in one line, for `systemctl status`."""
+        """Send a description of the service's state, for `systemctl status`. Newlines become spaces."""
         self._send("STATUS=" + text.replace("\n", " "))
 
-    def feed(self, now: float) -> None:
-        """All is well at `now` (monotonic seconds): tell the watchdog, if half its interval has passed."""
-        if self.watchdog and now - self._fed >= self.watchdog / 2:
-            self._fed = now
+    def feed_watchdog(self, now: float) -> None:
+        """Report a healthy service at `now` (monotonic seconds). Sends once per half of the watchdog's interval."""
+        if self.watchdog and now - self._fed_at >= self.watchdog / 2:
+            self._fed_at = now
             self._send("WATCHDOG=1")
 
     def _send(self, message: str) -> None:
@@ -56,20 +59,22 @@ class SystemdNotifier:
                 sender.setblocking(False)
                 sender.sendto(message.encode(), self._address)
         except OSError as error:
-            if not self._complained:
-                self._complained = True
-                _log.warn("NOTIFY_SOCKET: can't reach the service manager: {error}", error=error)
+            if not self._has_warned:
+                self._has_warned = True
+                _log.warn(
+                    "can't reach the service manager's socket (NOTIFY_SOCKET): {error}; allow access to it", error=error
+                )
 
 
 def _address(name: str) -> str | None:
-    """A path, or "@" and a name in the abstract namespace; None for no socket, and for the kinds we don't speak."""
+    """Convert NOTIFY_SOCKET (a path, or "@" and an abstract name) to an address; None for other kinds of sockets."""
     if name.startswith("@"):
         return "\0" + name[1:]
     return name if name.startswith("/") else None
 
 
 def _watchdog_interval(environ: Mapping[str, str], pid: int) -> float:
-    """Seconds; 0 when nobody watches this process."""
+    """Return the interval in seconds; 0 without a watchdog for this process."""
     if environ.get("WATCHDOG_PID", str(pid)) != str(pid):
         return 0.0
     microseconds = environ.get("WATCHDOG_USEC", "")

@@ -39,9 +39,9 @@ class Shedding:
     def beat(self, vitals: Vitals) -> None:
         """Take a reading of the loop, and log what it changes."""
         pressure, now = self._pressure, vitals.beat / 1e9
-        pressure.beat(vitals)
+        pressure.observe(vitals)
         for throttle in self._throttles:
-            throttle.beat(now, vitals.lag, pressure.max_lag)
+            throttle.observe(now, vitals.lag, pressure.max_lag)
         if pressure.pressed:
             if self._since is None:
                 self._since = now
@@ -57,7 +57,7 @@ class Shedding:
 
     def refuse_handshake(self) -> Refusal | None:
         """Why no WebSocket is opened just now: the worker is under pressure and no other can take the client."""
-        if not self._pressure.pressed or self._page.relieved():
+        if not self._pressure.pressed or self._page.has_relief():
             return None
         why = next(iter(self._pressure.reasons), "lag")
         counter = self._handshakes.get(why)

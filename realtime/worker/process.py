@@ -191,7 +191,7 @@ class Worker:
             api,
             settings,
             metrics,
-            another_worker_available=process.page.relieved,
+            another_worker_available=process.page.has_relief,
             cors_routes=cors_routes,
             proxies=self._admission.proxies,
         )

@@ -17,7 +17,7 @@ from realtime.config.settings import ChannelSettings, LoopSettings, Namespace
 from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoopClock, MeasuredSelector
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.pubsub.hub import Hub
-from realtime.supervision.health import TICK, Judge
+from realtime.supervision.health import CHECK_INTERVAL, HealthTracker
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.vitals import ProcessState, VitalsPage
 from realtime.types import Publication
@@ -41,25 +41,27 @@ def main(arguments: list[str]) -> int:
     marks, account_of_handler = HandlerMarker(page, turns.accounts), turns.accounts.open(LoopWork.HANDLER, "rpc report")
     pulse = Heartbeat(page, LoopClock(asyncio.new_event_loop()), LoopSettings(), turns)
     pulse.enter(ProcessState.READY)
-    judge = Judge(LoopSettings())
+    tracker = HealthTracker(LoopSettings())
 
     def mark() -> None:
         marks.leave(marks.enter((b"rpc report", b"report"), account_of_handler))
 
-    def look() -> None:
-        judge.judge(0, page.read(), time.monotonic())
+    def check() -> None:
+        tracker.assess(0, page.read(), time.monotonic())
 
-    def glance() -> None:
-        judge.glance(0, *page.glance(), time.monotonic())
+    def quick_check() -> None:
+        tracker.quick_check(0, *page.peek(), time.monotonic())
 
     # The selector never waits: the socket is readable.
     turn = microseconds(lambda: turns.select(1)) - microseconds(lambda: plain.select(1))
     print(f"a turn of the loop       {turn:6.2f} us more than without vital signs")
     print(f"a handler's step         {microseconds(mark):6.2f} us")
     account(turns.accounts, ours, theirs)
-    each = microseconds(look)
-    print(f"a look at a worker       {each:6.2f} us, {each / 1e6 / TICK:.2%} of a core while it is not healthy")
-    print(f"a glance at a worker     {microseconds(glance):6.2f} us")
+    each = microseconds(check)
+    print(
+        f"a check of a worker      {each:6.2f} us, {each / 1e6 / CHECK_INTERVAL:.2%} of a core while it is not healthy"
+    )
+    print(f"a quick check of one     {microseconds(quick_check):6.2f} us")
     beating, waking = idle_share(seconds, measured=True), idle_share(seconds, measured=False)
     print(f"an idle worker           {beating:.2%} of a core, {waking:.2%} of a core for wake-ups alone")
     return 0

@@ -41,13 +41,13 @@ class Watched:
     """Stands for the supervisor's `Watch` and `Blame`."""
 
     def __init__(self) -> None:
-        self.looks: list[Any] = []
+        self.after_check: list[Any] = []
         self.health: dict[int, Health] = {}
-        self.ledger = IncidentLog()
+        self.incidents = IncidentLog()
 
     def look(self, lag: float) -> None:
         self.health[0] = Health(0, Condition.HEALTHY, 0.0, lag)
-        for look in self.looks:
+        for look in self.after_check:
             look()
 
 
@@ -180,8 +180,8 @@ def test_what_blocks_is_told_worst_first_newest_first_without_stacks_and_bounded
     stage = Stage()
     for number in range(50):
         incident = Incident(slot=0, pid=1, at=number, duration=number, lasts=False, place=f"a.py:{number}", stack=["x"])
-        stage.watched.ledger.recent.append(incident)
-        stage.watched.ledger.count(incident)
+        stage.watched.incidents.recent.append(incident)
+        stage.watched.incidents.count(incident)
     stage.clock.advance(1)
     snapshot = json.loads(stage.live.json)
     assert [place["place"] for place in snapshot["places"]] == [f"a.py:{49 - n}" for n in range(MOST_PLACES)]
@@ -198,4 +198,4 @@ def test_whoever_wants_to_know_is_told_of_each_until_it_stops() -> None:
     stage.live.stop()
     stage.clock.advance(5)
     assert len(told) == 1
-    assert stage.watched.looks == []
+    assert stage.watched.after_check == []

@@ -67,13 +67,13 @@ class Server:
         self.pool.start(0.0)
         self.processes: dict[int, Any] = {}
         for number in self.pool.slots:
-            self.pool.announced(number, 0.0)
+            self.pool.process_ready(number, 0.0)
             sample = Sample("realtime_connections", "gauge", "Open connections.", [], 40 + number)
             self.processes[number] = Child(1000 + number, [sample])
-        self.watch = HealthMonitor(reactor, LoopSettings(), self.pool, self.processes)
+        self.monitor = HealthMonitor(reactor, LoopSettings(), self.pool, self.processes)
         self.metrics = Metrics()
         self.steering: Any = None
-        self.blame = StackSampler(reactor, self.watch, LoopSettings(), AppSettings(), self.processes)
+        self.sampler = StackSampler(reactor, self.monitor, LoopSettings(), AppSettings(), self.processes)
         self.admin = OperatorPort(self, reactor, "127.0.0.1", 0)  # type: ignore[arg-type]
         self.reactor = reactor
 
@@ -148,7 +148,7 @@ async def test_vital_signs_show(server: Server) -> None:
 
 
 async def test_incidents_show_and_are_counted(server: Server) -> None:
-    ledger = server.blame.ledger
+    ledger = server.sampler.incidents
     for at, place, duration in ((5.0, "/app/chat.py:7", 0.5), (1700000000.123457, "/app/chat.py:9", 2.0)):
         incident = Incident(slot=1, pid=1001, at=at, duration=duration, lasts=False, place=place, handler="rpc f")
         ledger.recent.append(incident)
@@ -188,7 +188,7 @@ async def test_a_loop_that_does_not_turn_tells_where_it_is(server: Server, monke
 
 async def test_the_condition_of_each_worker_shows(server: Server) -> None:
     assert json.loads((await server.get("/health"))[1])["workers"][0]["condition"] is None
-    server.watch.look()
+    server.monitor.check()
     health = json.loads((await server.get("/health"))[1])
     assert [worker["condition"] for worker in health["workers"]] == ["healthy", "healthy"]
     text = (await server.get("/metrics"))[1]
@@ -198,11 +198,11 @@ async def test_the_condition_of_each_worker_shows(server: Server) -> None:
 
 async def test_health_and_readiness_while_a_worker_is_missing(server: Server) -> None:
     assert (await server.get("/ready")) == (200, '{"ready":true}')
-    server.pool.exited(0, 1, 1.0)
+    server.pool.process_exited(0, 1, 1.0)
     del server.processes[0]
     assert (await server.get("/health"))[0] == 200
     assert (await server.get("/ready")) == (503, '{"ready":false}')
-    server.pool.exited(1, 1, 1.0)
+    server.pool.process_exited(1, 1, 1.0)
     status, body = await server.get("/health")
     assert status == 503
     assert json.loads(body)["status"] == "no worker is ready"
@@ -214,7 +214,7 @@ async def test_not_ready_while_stopping(server: Server) -> None:
 
 
 async def test_metrics_of_every_process_with_its_name(server: Server) -> None:
-    server.pool.exited(1, -9, 1.0)
+    server.pool.process_exited(1, -9, 1.0)
     status, body = await server.get("/metrics")
     assert status == 200
     assert "content-type: text/plain; version=" in server.head

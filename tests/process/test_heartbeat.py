@@ -363,10 +363,10 @@ def test_the_inner_handler_counts_and_the_outer_comes_back(beating: Beating) -> 
     marks = HandlerMarker(beating.page, accounts)
     outside = marks.enter((b"rpc a", b"a"), first)
     inside = marks.enter((b"on_publish chat:*", b"chat:1"), second)
-    assert accounts.charged is second
+    assert accounts.current is second
     assert beating.page.running() == RunningHandler("on_publish chat:*", "chat:1")
     marks.leave(inside)
     assert beating.page.running() == RunningHandler("rpc a", "a")
-    assert accounts.charged is first
+    assert accounts.current is first
     marks.leave(outside)
     assert beating.page.running() is None

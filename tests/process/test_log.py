@@ -46,4 +46,4 @@ assert "realtime.supervisor.service._log" in loggers
 print(*[name for name, logger in loggers.items() if logger.observer is not log.observer])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.stdout.split(), done.stderr) == (["realtime.supervisor.child_process._heard"], "")
+    assert (done.stdout.split(), done.stderr) == (["realtime.supervisor.child_process._output_log"], "")

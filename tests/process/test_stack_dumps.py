@@ -133,7 +133,7 @@ def test_a_process_answers_and_is_not_disturbed(number: int) -> None:
         found = parse(stacks.read().decode())
     assert process.returncode == 0
     assert found
-    assert all(one.main for one in found)
+    assert all(one.is_main for one in found)
     assert {one.frames[0].file for one in found} == {"<string>"}
 
 

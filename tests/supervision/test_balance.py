@@ -15,7 +15,7 @@ KERNELS_CHOICE = 0xFFFFFFFF
 
 
 def run(code: bytes, random: int) -> int:
-    """What the kernel would return: a machine for the few instructions of classic BPF that are used."""
+    """Return what the kernel would: an interpreter for the few instructions of classic BPF in use."""
     instructions = list(struct.iter_unpack("=HBBI", code))
     accumulator, at = 0, 0
     while True:
@@ -46,7 +46,7 @@ def test_each_slot_is_drawn_as_often_as_its_weight_says(weights: list[int]) -> N
 
 
 @given(weights, st.integers(0, 2**32 - 1))
-def test_whatever_is_drawn_is_a_slot_with_a_weight(weights: list[int], random: int) -> None:
+def test_only_slots_with_a_weight_are_drawn(weights: list[int], random: int) -> None:
     drawn = run(program(weights), random)
     assert drawn == KERNELS_CHOICE if not any(weights) else weights[drawn] > 0
 
@@ -56,7 +56,7 @@ def test_without_weights_the_kernel_chooses() -> None:
     assert run(program([]), 17) == KERNELS_CHOICE
 
 
-def test_as_many_slots_as_can_be_set_fit_into_a_program() -> None:
+def test_the_largest_number_of_slots_fits_into_a_program() -> None:
     assert len(program([FULL] * MAX_SLOTS)) // INSTRUCTION_BYTES <= 4096
     with pytest.raises(ValueError, match="too many"):
         program([1] * (MAX_SLOTS + 1))
@@ -69,7 +69,7 @@ def health(
 
 
 def weigh(*slots: Health) -> tuple[int, ...]:
-    return Balance(len(slots)).weigh({one.slot: one for one in slots})
+    return Balance(len(slots)).weigh({health.slot: health for health in slots})
 
 
 def test_equal_slots_weigh_the_same() -> None:
@@ -77,32 +77,32 @@ def test_equal_slots_weigh_the_same() -> None:
 
 
 @pytest.mark.parametrize("condition", [Condition.ABSENT, Condition.PRESSED, Condition.DRAINING])
-def test_a_slot_that_can_take_nobody_weighs_nothing(condition: Condition) -> None:
+def test_a_slot_that_can_not_accept_has_no_weight(condition: Condition) -> None:
     assert weigh(health(0, condition), health(1)) == (0, FULL)
 
 
-def test_when_nobody_can_take_connections_nobody_is_preferred() -> None:
+def test_without_an_accepting_slot_all_weights_are_zero() -> None:
     assert weigh(health(0, Condition.PRESSED), health(1, Condition.ABSENT)) == (0, 0)
 
 
-def test_a_slot_that_is_not_known_yet_weighs_nothing() -> None:
+def test_a_slot_of_unknown_health_has_no_weight() -> None:
     assert Balance(2).weigh({}) == (0, 0)
     assert Balance(2).weigh({1: health(1)}) == (0, FULL)
 
 
-def test_a_lagging_slot_gets_a_part() -> None:
+def test_a_lagging_slot_gets_a_quarter() -> None:
     assert weigh(health(0, Condition.LAGGING), health(1)) == (FULL // 4, FULL)
 
 
-def test_spare_capacity_counts() -> None:
+def test_weights_are_in_proportion_to_spare_capacity() -> None:
     assert weigh(health(0, utilization=0.75), health(1, utilization=0.5)) == (FULL // 2, FULL)
 
 
-def test_a_loop_that_is_always_busy_is_not_left_out() -> None:
+def test_a_loop_that_is_always_busy_keeps_a_small_weight() -> None:
     assert weigh(health(0, utilization=1.0), health(1)) == (2, FULL)
 
 
-def test_a_worker_that_has_just_started_gets_more_until_it_is_level() -> None:
+def test_a_new_worker_gets_more_connections_until_it_has_as_many_as_the_others() -> None:
     balance = Balance(2)
     shares = []
     for joined in (0, 250, 500, 750, 1000):
@@ -110,15 +110,15 @@ def test_a_worker_that_has_just_started_gets_more_until_it_is_level() -> None:
         assert mine == FULL
         shares.append(other)
     assert shares == sorted(shares)
-    assert shares[0] == 2  # as much behind as it can get, beside one that is ahead
+    assert shares[0] == 2  # the largest factor for one slot, and the smallest for the other
     assert shares[-1] == FULL
 
 
-def test_a_few_connections_make_no_difference() -> None:
+def test_a_few_connections_change_no_weight() -> None:
     assert weigh(health(0, connections=1), health(1)) == (FULL, FULL)
 
 
-def test_the_connections_of_those_that_take_none_do_not_count() -> None:
+def test_connections_of_slots_that_can_not_accept_do_not_count() -> None:
     with_dead = weigh(health(0), health(1), health(2, Condition.PRESSED, connections=100_000))
     assert with_dead == (FULL, FULL, 0)
 
@@ -136,15 +136,15 @@ anything = st.lists(st.tuples(conditions, st.integers(0, 100_000), st.floats(0.0
 
 
 @given(anything, anything)
-def test_after_any_history_weights_are_in_range_and_only_those_who_may_take_connections_have_one(
+def test_after_any_history_weights_are_in_range_and_only_accepting_slots_have_one(
     before: list[tuple[Condition, int, float]], now: list[tuple[Condition, int, float]]
 ) -> None:
     slots = max(len(before), len(now))
     balance = Balance(slots)
     for state in (before, now):
-        seen = {slot: health(slot, *rest) for slot, rest in enumerate(state)}
+        seen = {slot: health(slot, *values) for slot, values in enumerate(state)}
         weights = balance.weigh(seen)
-        taking = {slot for slot, one in seen.items() if one.condition in (Condition.HEALTHY, Condition.LAGGING)}
+        taking = {slot for slot, found in seen.items() if found.condition in (Condition.HEALTHY, Condition.LAGGING)}
         assert {slot for slot, weight in enumerate(weights) if weight} == taking
         assert all(0 <= weight <= FULL for weight in weights)
         assert not taking or max(weights) >= FULL - 1

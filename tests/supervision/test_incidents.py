@@ -1,4 +1,4 @@
-"""Incidents: when a stack is asked for, what counts, and what is told. The clock is the test's."""
+"""Incidents: when a stack is requested, which stacks count, and the lines for the log. The test sets the clock."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from msgspec.structs import replace
 
 from realtime.config.settings import LoopSettings
 from realtime.supervision.incidents import (
-    KEPT,
+    MAX_INCIDENTS,
     MAX_PLACES,
+    MAX_SAMPLES,
     OTHER,
     REPEAT_AFTER,
     SAMPLE_INTERVAL,
-    SAMPLES,
     UNKNOWN,
     Incident,
     IncidentLog,
@@ -32,11 +32,11 @@ def stack(file: str = "/app/chat.py", line: int = 7, main: bool = True) -> Stack
 
 
 class Case:
-    """An inquiry into a worker whose loop is in a turn, or whose beat is overdue."""
+    """An investigation into a worker whose loop is in a turn, or whose beat is overdue."""
 
     def __init__(self) -> None:
-        self.ledger = IncidentLog()
-        self.inquiry = LoopInvestigation(3, 4000, LoopSettings(), CodeOrigin(["/app"], ["/usr"]), self.ledger)
+        self.incidents = IncidentLog()
+        self.investigation = LoopInvestigation(3, 4000, LoopSettings(), CodeOrigin(["/app"], ["/usr"]), self.incidents)
         self.now = 100.0
         self.vitals = Vitals(int(99.9e9), 0.0, 0, 0, ProcessState.READY)
         self.began = 0.0
@@ -48,7 +48,7 @@ class Case:
         self.vitals = replace(self.vitals, busy_since=int(self.now * 1e9))
 
     def silence(self) -> None:
-        """The loop seems to idle, but beats no more."""
+        """The loop seems to idle, but stops beating."""
         self.began = self.now
         self.vitals = replace(self.vitals, busy_since=0, beat=int(self.now * 1e9))
 
@@ -56,40 +56,40 @@ class Case:
         since = self.vitals.busy_since
         self.vitals = replace(self.vitals, busy_since=0, block_since=since, block_until=int(self.now * 1e9))
 
-    def look(self, seconds: float = 0.01, running: RunningHandler | None = RUNNING) -> StackRequest | None:
+    def update(self, seconds: float = 0.01, running: RunningHandler | None = RUNNING) -> StackRequest | None:
         self.now += seconds
         lasts = self.vitals.busy_since or not self.vitals.block_since
         blocked = self.now - self.began if lasts else 0.0
-        wanted, line = self.inquiry.look(self.vitals, blocked, running, self.now, WALL + self.now)
+        request, line = self.investigation.update(self.vitals, blocked, running, self.now, WALL + self.now)
         if line:
             self.lines.append(line)
-        return wanted
+        return request
 
     def answer(self, *stacks: Stack, running: RunningHandler | None = RUNNING) -> None:
-        self.inquiry.dumped(list(stacks), self.vitals, running)
+        self.investigation.record_stacks(list(stacks), self.vitals, running)
 
     def block(self, seconds: float, *stacks: Stack) -> Incident:
-        """A whole block, with these stacks when it is asked for one."""
+        """Run a block of `seconds` that answers a request with `stacks`. Returns its incident."""
         self.turn()
-        assert self.look(0.06) is StackRequest.STACK
+        assert self.update(0.06) is StackRequest.STACK
         self.answer(*stacks)
         self.now = self.began + seconds
         self.end_turn()
-        self.look()
-        return self.ledger.recent[-1]
+        self.update()
+        return self.incidents.recent[-1]
 
 
 def test_a_short_turn_is_no_incident() -> None:
     case = Case()
     case.turn()
-    assert case.look(0.049) is None
+    assert case.update(0.049) is None
     case.end_turn()
-    assert case.look() is None
-    assert not case.ledger.recent
+    assert case.update() is None
+    assert not case.incidents.recent
     assert case.lines == []
 
 
-def test_a_block_is_blamed_measured_counted_and_told() -> None:
+def test_a_block_is_attributed_measured_counted_and_logged() -> None:
     case = Case()
     incident = case.block(0.3125, stack())
     assert (incident.slot, incident.pid, incident.lasts) == (3, 4000, False)
@@ -98,44 +98,44 @@ def test_a_block_is_blamed_measured_counted_and_told() -> None:
     assert abs(incident.duration - 0.3125) < 1e-6
     assert abs(incident.at - (WALL + 100.0)) < 1e-6
     assert incident.stack == ["/app/chat.py:7 in report", "/app/main.py:1 in call"]
-    [blocks] = case.ledger.blocks.values()
+    [blocks] = case.incidents.blocks.values()
     assert (blocks.count, round(blocks.seconds, 4)) == (1, 0.3125)
     assert case.lines == ["worker 3 was blocked for 0.312 s at /app/chat.py:7 in report (rpc report for report)"]
 
 
-def test_a_stack_is_asked_for_each_second_and_never_twice_at_a_time() -> None:
+def test_a_stack_is_requested_each_second_and_never_twice_at_a_time() -> None:
     case = Case()
     case.turn()
-    asked = 0
+    requests = 0
     for _ in range(800):
-        if case.look() is StackRequest.STACK:
-            asked += 1
-            assert case.look() is None
+        if case.update() is StackRequest.STACK:
+            requests += 1
+            assert case.update() is None
             case.answer(stack())
-    assert asked == SAMPLES
-    assert SAMPLES * SAMPLE_INTERVAL < 8
+    assert requests == MAX_SAMPLES
+    assert MAX_SAMPLES * SAMPLE_INTERVAL < 8
 
 
-def test_the_place_that_was_seen_most_often_is_blamed() -> None:
+def test_the_place_with_most_samples_is_blamed() -> None:
     case = Case()
     case.turn()
     for line in (7, 9, 9):
-        while case.look() is None:
+        while case.update() is None:
             pass
         case.answer(stack(line=line))
-    assert case.ledger.recent[-1].place == "/app/chat.py:9"
+    assert case.incidents.recent[-1].place == "/app/chat.py:9"
 
 
-def test_a_stack_that_comes_after_the_turn_does_not_count() -> None:
+def test_a_stack_that_arrives_after_the_turn_does_not_count() -> None:
     case = Case()
     case.turn()
-    case.look(0.06)
+    case.update(0.06)
     case.now += 0.02
     case.end_turn()
     case.answer(stack(line=1))
-    case.look()
-    assert case.ledger.recent[-1].place == UNKNOWN
-    assert "worker 3 was blocked for 0.080 s at a place that is not known (rpc report" in case.lines[0]
+    case.update()
+    assert case.incidents.recent[-1].place == UNKNOWN
+    assert "worker 3 was blocked for 0.080 s at an unknown place (rpc report" in case.lines[0]
 
 
 def test_the_next_turn_is_another_incident() -> None:
@@ -143,61 +143,61 @@ def test_the_next_turn_is_another_incident() -> None:
     case.block(0.2, stack(line=1))
     case.now += 5
     case.block(0.2, stack(line=2))
-    assert [incident.place for incident in case.ledger.recent] == ["/app/chat.py:1", "/app/chat.py:2"]
+    assert [incident.place for incident in case.incidents.recent] == ["/app/chat.py:1", "/app/chat.py:2"]
 
 
-def test_a_loop_that_waits_for_the_lock_has_the_thread_blamed() -> None:
+def test_a_thread_that_holds_the_interpreters_lock_is_blamed() -> None:
     case = Case()
     case.silence()
-    assert case.look(0.06, None) is StackRequest.STACK
+    assert case.update(0.06, None) is StackRequest.STACK
     case.answer(stack(LOOP), running=None)
-    assert [case.look(0.01, None), case.look(0.01, None)] == [None, StackRequest.STACKS]
+    assert [case.update(0.01, None), case.update(0.01, None)] == [None, StackRequest.STACKS]
     idle = stack(THREADING, main=False)
     case.answer(idle, stack("/app/chat.py", 30, main=False), stack(LOOP), running=None)
     case.vitals = replace(case.vitals, beat=int(case.now * 1e9), block_since=1)
-    case.look(0.01, None)
-    incident = case.ledger.recent[-1]
+    case.update(0.01, None)
+    incident = case.incidents.recent[-1]
     assert (incident.place, incident.thread, incident.handler) == ("/app/chat.py:30", True, "")
     assert case.lines[0].startswith("a thread of worker 3 has blocked its loop for 0.0")
 
 
-def test_the_threads_of_a_process_that_just_goes_on_are_left_alone() -> None:
+def test_threads_of_a_process_that_has_just_resumed_are_not_sampled() -> None:
     case = Case()
     case.silence()
-    case.look(1.0, None)
+    case.update(1.0, None)
     case.answer(stack(LOOP), running=None)
-    case.look(0.01, None)
+    case.update(0.01, None)
     case.vitals = replace(case.vitals, beat=int(case.now * 1e9), block_since=1)
-    assert [case.look(0.01, None) for _ in range(5)] == [None] * 5
-    assert case.ledger.recent[-1].place == UNKNOWN
+    assert [case.update(0.01, None) for _ in range(5)] == [None] * 5
+    assert case.incidents.recent[-1].place == UNKNOWN
 
 
 def test_a_process_that_does_not_answer_has_an_incident_without_a_place() -> None:
     case = Case()
     case.silence()
-    asked = [case.look(0.1, None) for _ in range(50)]
-    assert asked.count(StackRequest.STACK) == SAMPLES
+    requests = [case.update(0.1, None) for _ in range(50)]
+    assert requests.count(StackRequest.STACK) == MAX_SAMPLES
     case.vitals = replace(case.vitals, beat=int(case.now * 1e9), block_since=1)
-    case.look(0.01, None)
-    assert case.ledger.recent[-1].place == UNKNOWN
-    assert 4.9 < case.ledger.recent[-1].duration < 5.1
+    case.update(0.01, None)
+    assert case.incidents.recent[-1].place == UNKNOWN
+    assert 4.9 < case.incidents.recent[-1].duration < 5.1
 
 
-def test_a_long_block_is_told_of_while_it_lasts_and_once() -> None:
+def test_a_long_block_is_logged_once_and_while_it_lasts() -> None:
     case = Case()
     case.turn()
-    case.look(0.06)
+    case.update(0.06)
     case.answer(stack())
     for _ in range(30):
-        case.look(0.1)
+        case.update(0.1)
     assert len(case.lines) == 1
     assert "worker 3 has been blocked for 1." in case.lines[0]
     case.end_turn()
-    case.look()
+    case.update()
     assert len(case.lines) == 1
 
 
-def test_one_line_for_a_place_and_minute_with_the_count() -> None:
+def test_a_place_is_logged_once_a_minute_with_the_number_of_suppressed_lines() -> None:
     case = Case()
     for _ in range(5):
         case.block(0.2, stack())
@@ -207,41 +207,41 @@ def test_one_line_for_a_place_and_minute_with_the_count() -> None:
     assert len(case.lines) == 2
     case.now += REPEAT_AFTER
     case.block(0.2, stack())
-    assert case.lines[2].endswith("; 4 times more since this was told last")
+    assert case.lines[2].endswith("; 4 more times since the last such line")
 
 
 def test_a_process_that_ends_closes_its_incident() -> None:
     case = Case()
-    assert case.inquiry.ended("the process ended", case.now) == ""
+    assert case.investigation.close("the process ended", case.now) == ""
     case.turn()
-    case.look(0.06)
+    case.update(0.06)
     case.answer(stack())
-    assert "/app/chat.py:7" in case.inquiry.ended("the process ended", case.now + 10)
-    incident = case.ledger.recent[-1]
+    assert "/app/chat.py:7" in case.investigation.close("the process ended", case.now + 10)
+    incident = case.incidents.recent[-1]
     assert (incident.lasts, incident.ending) == (False, "the process ended")
     assert 10 < incident.duration < 10.1
 
 
-def test_a_stuck_process_leaves_all_its_stacks() -> None:
+def test_the_incident_of_a_stuck_process_keeps_all_its_stacks() -> None:
     case = Case()
     case.turn()
-    case.look(0.06)
+    case.update(0.06)
     case.answer(stack())
-    case.inquiry.examined("Thread 0x1 …" * 100_000)
-    case.inquiry.ended("the process ended", case.now + 10)
-    incident = case.ledger.recent[-1]
+    case.investigation.record_final_stacks("Thread 0x1 …" * 100_000)
+    case.investigation.close("the process ended", case.now + 10)
+    incident = case.incidents.recent[-1]
     assert (incident.ending, len(incident.stacks)) == ("stuck, killed", 65_536)
 
 
-def test_what_is_kept_and_counted_is_bounded() -> None:
-    ledger = IncidentLog()
+def test_kept_incidents_and_counted_places_are_bounded() -> None:
+    incidents = IncidentLog()
     lines = 0
-    for number in range(2 * KEPT):
+    for number in range(2 * MAX_INCIDENTS):
         incident = Incident(slot=0, pid=1, at=0.0, duration=1.0, lasts=False, place=f"/app/{number}.py:1")
-        ledger.recent.append(incident)
-        ledger.count(incident)
-        lines += bool(ledger.line(incident, 0.001 * number))
-    assert len(ledger.recent) == KEPT
-    assert len(ledger.blocks) == MAX_PLACES + 1
-    assert ledger.blocks[OTHER, OTHER].count == 2 * KEPT - MAX_PLACES
+        incidents.recent.append(incident)
+        incidents.count(incident)
+        lines += bool(incidents.log_line(incident, 0.001 * number))
+    assert len(incidents.recent) == MAX_INCIDENTS
+    assert len(incidents.blocks) == MAX_PLACES + 1
+    assert incidents.blocks[OTHER, OTHER].count == 2 * MAX_INCIDENTS - MAX_PLACES
     assert lines == MAX_PLACES

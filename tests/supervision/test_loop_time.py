@@ -1,4 +1,4 @@
-"""A loop's time: every nanosecond of it is charged, once, to whom it belongs."""
+"""A loop's time: every nanosecond of work is charged once, to the right account."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 
 
 class Loop:
-    """Accounts on a clock that the test turns."""
+    """Accounts on a clock that the test sets."""
 
     def __init__(self) -> None:
         self.time = 1_000
@@ -29,12 +29,12 @@ class Loop:
         self.accounts.wake(self.time)
 
     def settle(self) -> dict[str, int]:
-        """What each account was charged, up to now, by its name or kind."""
+        """Return the time charged to each account until now, by name or kind."""
         self.accounts.switch(self.accounts.open(LoopWork.OTHER))
         return {account.name or account.kind.value: account.spent for account in self.accounts if account.spent}
 
 
-def test_what_runs_within_something_else_is_charged_for_itself_alone() -> None:
+def test_nested_work_is_charged_to_its_own_account_alone() -> None:
     loop = Loop()
     loop.work(1)
     outside = loop.accounts.switch(loop.protocol)
@@ -59,7 +59,7 @@ def test_a_handler_within_itself_is_charged_once() -> None:
     assert loop.settle() == {"rpc report": 15}
 
 
-def test_idling_is_charged_to_nobody() -> None:
+def test_idle_time_is_charged_to_no_account() -> None:
     loop = Loop()
     loop.work(7)
     loop.rest(1_000_000)
@@ -67,7 +67,7 @@ def test_idling_is_charged_to_nobody() -> None:
     assert loop.settle() == {"other": 9}
 
 
-def test_a_function_is_charged_also_when_it_fails_and_keeps_arguments_and_result() -> None:
+def test_a_charged_function_keeps_arguments_results_and_exceptions() -> None:
     loop = Loop()
 
     def divide(by: int, *, length: int) -> float:
@@ -82,7 +82,7 @@ def test_a_function_is_charged_also_when_it_fails_and_keeps_arguments_and_result
     assert loop.settle() == {"rpc report": 34, "other": 1}
 
 
-def test_an_account_is_opened_once() -> None:
+def test_opening_an_account_again_returns_the_same_object() -> None:
     loop = Loop()
     assert loop.accounts.open(LoopWork.HANDLER, "rpc report") is loop.report
     assert loop.accounts.open(LoopWork.FANOUT, "rpc report") is not loop.report
@@ -98,12 +98,12 @@ ACTS = st.recursive(
 
 
 @given(st.lists(st.lists(ACTS, max_size=6), max_size=5))
-def test_however_work_is_nested_all_of_it_is_charged_and_nothing_twice(turns: list[list[object]]) -> None:
+def test_all_work_is_charged_exactly_once_at_any_nesting(turns: list[list[object]]) -> None:
     loop = Loop()
     busy = 0
     expected: dict[tuple[LoopWork, str], int] = {}
 
-    def perform(act: object, kind: LoopWork, name: str) -> None:
+    def run(act: object, kind: LoopWork, name: str) -> None:
         nonlocal busy
         if isinstance(act, int):
             loop.work(act)
@@ -117,8 +117,8 @@ def test_however_work_is_nested_all_of_it_is_charged_and_nothing_twice(turns: li
             account = loop.accounts.open(inner_kind, inner_name)
 
             def work() -> None:
-                for one in acts:
-                    perform(one, inner_kind, inner_name)
+                for inner_act in acts:
+                    run(inner_act, inner_kind, inner_name)
 
             try:
                 loop.accounts.charging(account, work)()
@@ -129,7 +129,7 @@ def test_however_work_is_nested_all_of_it_is_charged_and_nothing_twice(turns: li
     for acts in turns:
         for act in acts:
             with suppress(ArithmeticError):
-                perform(act, LoopWork.OTHER, "")
+                run(act, LoopWork.OTHER, "")
         loop.rest(1_000)
     loop.settle()
     charged = {(account.kind, account.name): account.spent for account in loop.accounts}

@@ -1,4 +1,4 @@
-"""The pool's table: what each event does to a slot, and laws that hold whatever happens in whatever order."""
+"""The pool's state machine: the effects of each event, and invariants under arbitrary events."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from realtime.config.settings import LoopSettings, WorkersSettings
 from realtime.supervision.pool import (
     BROKER,
-    TABLE,
     TICK,
+    TRANSITIONS,
+    ConnectToBroker,
     DrainProcess,
+    DumpProcessStacks,
     Effect,
-    ExamineProcess,
     HaltService,
-    IntroduceProcesses,
-    LogReport,
+    LogLine,
     NotifySystemd,
     Pool,
     PoolEvent,
@@ -36,7 +36,7 @@ STOP = 20.0
 
 
 class World:
-    """A pool, a clock, and ticks on time in which every process beats (unless it is `silent`)."""
+    """A pool, a clock, and punctual ticks. Every process beats, except for those in `silent`."""
 
     def __init__(self, workers: int = 2, stuck: float = 10.0, stop: float = STOP, broker: bool = True) -> None:
         self.now = 100.0
@@ -51,7 +51,7 @@ class World:
     def up(self) -> World:
         self.do(self.pool.start(self.now))
         for number in self.pool.slots:
-            self.do(self.pool.announced(number, self.now))
+            self.do(self.pool.process_ready(number, self.now))
         self.effects.clear()
         return self
 
@@ -63,14 +63,14 @@ class World:
         return self.do(self.pool.tick(self.now, self.beats()))
 
     def wait(self, seconds: float) -> list[Effect]:
-        """Let time pass in ticks; all effects of it."""
+        """Let time pass in ticks. Returns their effects."""
         return [effect for _ in range(round(seconds / TICK)) for effect in self.tick()]
 
     def exit(self, number: int, status: int) -> list[Effect]:
-        return self.do(self.pool.exited(number, status, self.now))
+        return self.do(self.pool.process_exited(number, status, self.now))
 
     def die(self, number: int, status: int = 1) -> float:
-        """The slot's process dies; seconds until the next one is started."""
+        """Let the slot's process die. Returns the seconds until the start of the next one."""
         self.exit(number, status)
         died = self.now
         while SpawnProcess(number) not in self.tick():
@@ -93,37 +93,37 @@ def test_start_spawns_the_broker_and_every_worker() -> None:
 def test_a_pool_without_broker() -> None:
     world = World(workers=1, broker=False)
     assert world.pool.start(0.0) == [SpawnProcess(0)]
-    assert NotifySystemd("ready") in world.pool.announced(0, 0.0)
-    assert of(IntroduceProcesses, world.wait(1)) == []
+    assert NotifySystemd("ready") in world.pool.process_ready(0, 0.0)
+    assert of(ConnectToBroker, world.wait(1)) == []
 
 
-def test_ready_is_told_once_when_the_last_slot_is_ready() -> None:
+def test_systemd_is_notified_once_when_the_last_slot_is_ready() -> None:
     world = World()
     world.pool.start(world.now)
-    assert of(NotifySystemd, world.pool.announced(0, world.now) + world.pool.announced(BROKER, world.now)) == []
+    assert of(NotifySystemd, world.pool.process_ready(0, world.now) + world.pool.process_ready(BROKER, world.now)) == []
     assert not world.pool.ready
-    assert of(NotifySystemd, world.pool.announced(1, world.now)) == [NotifySystemd("ready")]
+    assert of(NotifySystemd, world.pool.process_ready(1, world.now)) == [NotifySystemd("ready")]
     assert world.pool.ready
     world.die(0)
     assert not world.pool.ready
-    assert of(NotifySystemd, world.pool.announced(0, world.now)) == []
+    assert of(NotifySystemd, world.pool.process_ready(0, world.now)) == []
     assert world.pool.ready
 
 
 @pytest.mark.parametrize("order", [(BROKER, 0, 1), (0, BROKER, 1), (0, 1, BROKER)])
-def test_each_worker_and_the_broker_are_introduced_once_as_soon_as_the_broker_is_ready(order: tuple[int, ...]) -> None:
+def test_each_worker_is_connected_once_as_soon_as_the_broker_is_ready(order: tuple[int, ...]) -> None:
     world = World()
     world.pool.start(world.now)
-    effects = [effect for number in order for effect in world.pool.announced(number, world.now)]
-    assert sorted(effect.slot for effect in of(IntroduceProcesses, effects)) == [0, 1]
-    assert of(IntroduceProcesses, world.wait(1)) == []
+    effects = [effect for number in order for effect in world.pool.process_ready(number, world.now)]
+    assert sorted(effect.slot for effect in of(ConnectToBroker, effects)) == [0, 1]
+    assert of(ConnectToBroker, world.wait(1)) == []
 
 
 def test_a_worker_that_is_not_ready_in_time_is_killed_and_replaced() -> None:
     world = World()
     world.pool.start(world.now)
-    world.pool.announced(BROKER, world.now)
-    world.pool.announced(0, world.now)
+    world.pool.process_ready(BROKER, world.now)
+    world.pool.process_ready(0, world.now)
     assert of(SignalProcess, world.wait(29.8)) == []
     assert of(SignalProcess, world.wait(0.3)) == [SignalProcess(1, signal.SIGKILL)]
     world.exit(1, -signal.SIGKILL)
@@ -134,23 +134,23 @@ def test_a_worker_that_is_not_ready_in_time_is_killed_and_replaced() -> None:
 # Dying.
 
 
-def test_a_dead_worker_is_replaced_and_introduced_again() -> None:
+def test_a_dead_worker_is_replaced_and_connected_again() -> None:
     world = World().up()
     assert world.die(0, -signal.SIGSEGV) < 0.3
-    assert IntroduceProcesses(0) in world.effects
-    world.pool.announced(0, world.now)
-    assert [report.line for report in of(LogReport, world.effects)] == [
-        "worker 0 was ended by SIGSEGV; starting it again in 0.1 s"
+    assert ConnectToBroker(0) in world.effects
+    world.pool.process_ready(0, world.now)
+    assert [report.line for report in of(LogLine, world.effects)] == [
+        "worker 0 was killed by SIGSEGV; restarting it in 0.1 s"
     ]
     assert world.pool.slots[0].restarts == {"signal": 1}
 
 
-def test_a_dead_broker_is_replaced_and_introduced_to_all() -> None:
+def test_a_dead_broker_is_replaced_and_all_workers_connected_again() -> None:
     world = World().up()
     world.die(BROKER, -signal.SIGKILL)
-    assert of(IntroduceProcesses, world.pool.announced(BROKER, world.now)) == [
-        IntroduceProcesses(0),
-        IntroduceProcesses(1),
+    assert of(ConnectToBroker, world.pool.process_ready(BROKER, world.now)) == [
+        ConnectToBroker(0),
+        ConnectToBroker(1),
     ]
 
 
@@ -160,20 +160,20 @@ def test_the_delay_doubles_up_to_its_limit() -> None:
     assert delays == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.0, 3.0, 3.0], abs=1.01 * TICK)
 
 
-def test_the_delay_starts_again_after_a_healthy_time() -> None:
+def test_the_delay_is_reset_after_restart_reset_seconds() -> None:
     world = World().up()
     for _ in range(4):
         world.die(0)
-    world.pool.announced(0, world.now)
+    world.pool.process_ready(0, world.now)
     world.wait(60.1)
     assert world.die(0) < 0.3
 
 
-def test_a_slot_that_was_up_for_less_than_that_time_is_not_forgiven() -> None:
+def test_the_delay_is_not_reset_before_restart_reset_seconds() -> None:
     world = World().up()
     for _ in range(4):
         world.die(0)
-    world.pool.announced(0, world.now)
+    world.pool.process_ready(0, world.now)
     world.wait(59)
     assert world.die(0) > 1.5
 
@@ -191,32 +191,32 @@ def test_the_reason_of_a_restart_is_one_of_a_closed_set(status: int, reason: str
 # Crash loops.
 
 
-def test_a_crash_loop_is_one_line_and_again_once_a_minute() -> None:
+def test_a_crash_loop_is_logged_in_one_line_once_a_minute() -> None:
     world = World().up()
-    told: list[float] = []
+    logged: list[float] = []
     began = world.now
     while world.now - began < 200:
         for number in (0, 1):
             if world.pool.slots[number].state is SlotState.STARTING:
-                world.pool.failed(number, "no such module", world.now)
+                world.pool.start_failed(number, "no such module", world.now)
                 world.exit(number, 78)
             elif world.pool.slots[number].state is SlotState.READY:
                 world.exit(number, 1)
-        told += [world.now for report in of(LogReport, world.tick()) if "crash loop" in report.line]
-    assert [b - a for a, b in pairwise(told)] == pytest.approx([60.0] * (len(told) - 1), abs=4)
-    assert len(told) == 4
-    loops = [report.line for report in of(LogReport, world.effects) if "crash loop" in report.line]
+        logged += [world.now for report in of(LogLine, world.tick()) if "crash loop" in report.line]
+    assert [b - a for a, b in pairwise(logged)] == pytest.approx([60.0] * (len(logged) - 1), abs=4)
+    assert len(logged) == 4
+    loops = [report.line for report in of(LogLine, world.effects) if "crash loop" in report.line]
     assert "worker 0 can't start: no such module, 3 times in a row; worker 1 can't start: no such module" in loops[0]
-    others = [report.line for report in of(LogReport, world.effects) if "crash loop" not in report.line]
+    others = [report.line for report in of(LogLine, world.effects) if "crash loop" not in report.line]
     assert len(others) == 4  # the first two deaths of each
 
 
-def test_recovery_from_a_crash_loop_is_told() -> None:
+def test_recovery_from_a_crash_loop_is_logged() -> None:
     world = World().up()
     for _ in range(5):
         world.die(0)
-    assert of(LogReport, world.pool.announced(0, world.now)) == []
-    assert [report.line for report in of(LogReport, world.wait(61))] == ["worker 0 is well again"]
+    assert of(LogLine, world.pool.process_ready(0, world.now)) == []
+    assert [report.line for report in of(LogLine, world.wait(61))] == ["worker 0 has recovered: ready for 60 s"]
 
 
 # Failing to start.
@@ -225,8 +225,8 @@ def test_recovery_from_a_crash_loop_is_told() -> None:
 def test_a_failure_at_the_first_start_halts_with_the_reason() -> None:
     world = World()
     world.do(world.pool.start(world.now))
-    world.do(world.pool.announced(0, world.now))
-    effects = world.pool.failed(1, "app.module: no module named chat", world.now)
+    world.do(world.pool.process_ready(0, world.now))
+    effects = world.pool.start_failed(1, "app.module: no module named chat", world.now)
     assert effects == [
         NotifySystemd("stopping"),
         SignalProcess(BROKER, signal.SIGKILL),
@@ -237,51 +237,51 @@ def test_a_failure_at_the_first_start_halts_with_the_reason() -> None:
     assert world.exit(1, 78) == [HaltService(78, "worker 1 can't start: app.module: no module named chat")]
 
 
-def test_status_78_alone_halts_too() -> None:
+def test_exit_status_78_halts_without_a_reason_before() -> None:
     world = World(workers=1)
     world.pool.start(world.now)
     world.exit(0, 78)
     assert world.exit(BROKER, -9) == [HaltService(78, "worker 0 exited with status 78")]
 
 
-def test_a_failed_start_after_the_first_is_a_slot_with_a_delay() -> None:
+def test_a_failed_start_after_the_first_is_retried_after_a_delay() -> None:
     world = World().up()
     world.die(0)
-    assert world.pool.failed(0, "syntax error", world.now) == []
+    assert world.pool.start_failed(0, "syntax error", world.now) == []
     effects = world.exit(0, 78)
     assert of(HaltService, effects) == []
-    assert [report.line for report in of(LogReport, effects)] == [
-        "worker 0 can't start: syntax error; starting it again in 0.2 s"
+    assert [report.line for report in of(LogLine, effects)] == [
+        "worker 0 can't start: syntax error; restarting it in 0.2 s"
     ]
 
 
-def test_a_crash_at_the_first_start_is_tried_again() -> None:
+def test_a_crash_at_the_first_start_is_retried() -> None:
     world = World(workers=1)
     world.pool.start(world.now)
     world.exit(0, 1)
     assert of(SpawnProcess, world.wait(0.3)) == [SpawnProcess(0)]
 
 
-def test_one_that_failed_but_does_not_leave_is_killed() -> None:
+def test_a_process_that_failed_to_start_and_does_not_exit_is_killed() -> None:
     world = World().up()
     world.die(0)
-    world.pool.failed(0, "syntax error", world.now)
+    world.pool.start_failed(0, "syntax error", world.now)
     assert of(SignalProcess, world.wait(6)) == [SignalProcess(0, signal.SIGKILL)]
 
 
 # Stuck.
 
 
-def test_a_worker_without_a_beat_is_examined_killed_and_replaced() -> None:
+def test_a_worker_without_a_beat_writes_its_stacks_and_is_killed_and_replaced() -> None:
     world = World(stuck=2.0).up()
     world.silent.add(1)
     assert of(SignalProcess, world.wait(1.9)) == []
     effects = world.wait(0.3)
-    assert (of(ExamineProcess, effects), of(SignalProcess, effects)) == ([ExamineProcess(1)], [])
+    assert (of(DumpProcessStacks, effects), of(SignalProcess, effects)) == ([DumpProcessStacks(1)], [])
     assert of(SignalProcess, world.wait(0.3)) == [SignalProcess(1, signal.SIGKILL)]
     world.exit(1, -signal.SIGKILL)
     assert world.pool.slots[1].restarts == {"stuck": 1}
-    assert "worker 1 did not turn its loop for 2 s and was killed" in of(LogReport, world.effects)[-1].line
+    assert "worker 1 did not turn its loop for 2 s and was killed" in of(LogLine, world.effects)[-1].line
 
 
 def test_a_broker_without_a_beat_is_killed() -> None:
@@ -290,13 +290,13 @@ def test_a_broker_without_a_beat_is_killed() -> None:
     assert of(SignalProcess, world.wait(3)) == [SignalProcess(BROKER, signal.SIGKILL)]
 
 
-def test_zero_means_never() -> None:
+def test_with_zero_a_process_without_a_beat_is_not_killed() -> None:
     world = World(stuck=0.0).up()
     world.silent |= {0, 1, BROKER}
     assert of(SignalProcess, world.wait(100)) == []
 
 
-def test_a_worker_that_beats_again_in_time_stays() -> None:
+def test_a_worker_that_beats_again_in_time_is_not_killed() -> None:
     world = World(stuck=2.0).up()
     for _ in range(5):
         world.silent.add(0)
@@ -311,16 +311,16 @@ def test_beats_from_the_future_do_not_count() -> None:
     for _ in range(30):
         world.now += TICK
         world.do(world.pool.tick(world.now, {0: world.now + 1000, 1: world.now, BROKER: world.now}))
-    assert of(ExamineProcess, world.effects) == [ExamineProcess(0)]
+    assert of(DumpProcessStacks, world.effects) == [DumpProcessStacks(0)]
     world.wait(0.4)
     assert of(SignalProcess, world.effects) == [SignalProcess(0, signal.SIGKILL)]
 
 
 @pytest.mark.parametrize("pause", [0.5, 15.0, 36_000.0])
-def test_a_late_tick_of_its_own_voids_the_judgement(pause: float) -> None:
+def test_a_late_tick_excuses_all_processes(pause: float) -> None:
     world = World(stuck=0.5).up()
     world.wait(1)
-    world.silent |= {0, 1, BROKER}  # everybody was paused, and nobody has beaten yet
+    world.silent |= {0, 1, BROKER}  # all processes were paused, and none has beaten yet
     world.now += pause
     assert of(SignalProcess, world.do(world.pool.tick(world.now, world.beats()))) == []
     world.wait(0.3)
@@ -329,17 +329,17 @@ def test_a_late_tick_of_its_own_voids_the_judgement(pause: float) -> None:
     assert of(SignalProcess, world.effects) == []
 
 
-def test_one_that_stays_silent_after_a_pause_is_killed_all_the_same() -> None:
+def test_a_process_that_stays_silent_after_a_pause_is_killed() -> None:
     world = World(stuck=2.0).up()
     world.silent.add(0)
-    for _ in range(8):  # a starved supervisor, again and again, does not excuse it for ever
+    for _ in range(8):  # repeated late ticks do not excuse it for ever
         world.now += 1.0
         world.do(world.pool.tick(world.now, world.beats()))
         world.wait(0.4)
     assert of(SignalProcess, world.effects) == [SignalProcess(0, signal.SIGKILL)]
 
 
-def test_a_late_tick_prolongs_a_start() -> None:
+def test_a_late_tick_extends_the_deadline_of_a_start() -> None:
     world = World()
     world.pool.start(world.now)
     world.wait(1)
@@ -348,37 +348,37 @@ def test_a_late_tick_prolongs_a_start() -> None:
     assert len(of(SignalProcess, world.wait(2))) == 3
 
 
-# Bloated.
+# Memory.
 
 
-def test_a_bloated_worker_drains_and_is_replaced() -> None:
+def test_a_worker_that_uses_too_much_memory_drains_and_is_replaced() -> None:
     world = World().up()
-    assert world.pool.bloated(1, 512 << 20, world.now) == [DrainProcess(1, pytest.approx(0.9 * STOP))]
+    assert world.pool.memory_exceeded(1, 512 << 20, world.now) == [DrainProcess(1, pytest.approx(0.9 * STOP))]
     assert not world.pool.ready
     world.wait(1)
     world.exit(1, 0)
     assert (
-        "worker 1 used 512 MiB of memory and has left; starting it again in 0.1 s"
-        in of(LogReport, world.effects)[-1].line
+        "worker 1 used 512 MiB of memory (loop.max_rss) and was drained; restarting it in 0.1 s"
+        in of(LogLine, world.effects)[-1].line
     )
     assert SpawnProcess(1) in world.wait(0.3)
     assert world.pool.slots[1].restarts == {"bloated": 1}
 
 
-def test_bloated_workers_are_replaced_one_at_a_time() -> None:
+def test_workers_that_use_too_much_memory_are_replaced_one_at_a_time() -> None:
     world = World().up()
-    assert of(DrainProcess, world.pool.bloated(0, 1, world.now)) != []
-    assert world.pool.bloated(0, 1, world.now) == []
-    assert world.pool.bloated(1, 1, world.now) == []
+    assert of(DrainProcess, world.pool.memory_exceeded(0, 1, world.now)) != []
+    assert world.pool.memory_exceeded(0, 1, world.now) == []
+    assert world.pool.memory_exceeded(1, 1, world.now) == []
     world.die(0, 0)
-    assert world.pool.bloated(1, 1, world.now) == []
-    world.pool.announced(0, world.now)
-    assert of(DrainProcess, world.pool.bloated(1, 1, world.now)) != []
+    assert world.pool.memory_exceeded(1, 1, world.now) == []
+    world.pool.process_ready(0, world.now)
+    assert of(DrainProcess, world.pool.memory_exceeded(1, 1, world.now)) != []
 
 
-def test_a_bloated_worker_that_does_not_leave_is_killed() -> None:
+def test_a_worker_that_uses_too_much_memory_and_does_not_exit_is_killed() -> None:
     world = World().up()
-    world.pool.bloated(1, 1, world.now)
+    world.pool.memory_exceeded(1, 1, world.now)
     assert of(SignalProcess, world.wait(STOP + 0.2)) == [SignalProcess(1, signal.SIGKILL)]
     world.exit(1, -signal.SIGKILL)
     assert world.pool.slots[1].restarts == {"bloated": 1}
@@ -387,35 +387,35 @@ def test_a_bloated_worker_that_does_not_leave_is_killed() -> None:
 # Links.
 
 
-def test_a_worker_that_lost_its_stream_is_introduced_at_the_next_tick() -> None:
+def test_a_worker_that_lost_its_stream_is_connected_at_the_next_tick() -> None:
     world = World().up()
-    assert world.pool.unlinked(1, world.now) == []
-    assert of(IntroduceProcesses, world.wait(1)) == [IntroduceProcesses(1)]
+    assert world.pool.broker_link_lost(1, world.now) == []
+    assert of(ConnectToBroker, world.wait(1)) == [ConnectToBroker(1)]
 
 
-def test_streams_lost_with_the_broker_wait_for_the_next_one() -> None:
+def test_workers_are_connected_again_only_to_the_next_broker() -> None:
     world = World().up()
     world.exit(BROKER, -9)
-    world.pool.unlinked(0, world.now)
-    assert of(IntroduceProcesses, world.wait(2)) == []
-    assert of(IntroduceProcesses, world.pool.announced(BROKER, world.now)) == [
-        IntroduceProcesses(0),
-        IntroduceProcesses(1),
+    world.pool.broker_link_lost(0, world.now)
+    assert of(ConnectToBroker, world.wait(2)) == []
+    assert of(ConnectToBroker, world.pool.process_ready(BROKER, world.now)) == [
+        ConnectToBroker(0),
+        ConnectToBroker(1),
     ]
 
 
-def test_a_process_whose_control_link_ended_must_end_too() -> None:
+def test_a_process_whose_control_link_ended_is_killed_after_a_while() -> None:
     world = World().up()
-    world.pool.hung_up(0, world.now)
+    world.pool.control_link_lost(0, world.now)
     assert not world.pool.ready
     assert of(SignalProcess, world.wait(5.2)) == [SignalProcess(0, signal.SIGKILL)]
     world.exit(0, -signal.SIGKILL)
     assert world.pool.slots[0].restarts == {"link": 1}
 
 
-def test_a_link_that_ends_with_its_process_is_told_as_the_process_ended() -> None:
+def test_a_control_link_that_ends_with_its_process_is_not_the_reason_of_the_restart() -> None:
     world = World().up()
-    world.pool.hung_up(0, world.now)
+    world.pool.control_link_lost(0, world.now)
     world.exit(0, -signal.SIGKILL)
     assert world.pool.slots[0].restarts == {"signal": 1}
 
@@ -437,7 +437,7 @@ def test_stop_drains_the_workers_then_the_broker_then_halts() -> None:
     assert world.wait(100) == []
 
 
-def test_one_that_does_not_finish_is_killed_before_the_deadline() -> None:
+def test_a_process_that_does_not_finish_is_killed_before_the_deadline() -> None:
     world = World().up()
     began = world.now
     world.pool.stop(world.now)
@@ -449,7 +449,7 @@ def test_one_that_does_not_finish_is_killed_before_the_deadline() -> None:
     assert world.exit(BROKER, 0) == [HaltService(0)]
 
 
-def test_one_that_can_not_be_killed_is_left_behind() -> None:
+def test_a_process_that_survives_sigkill_is_left_behind() -> None:
     world = World(workers=1).up()
     world.pool.stop(world.now)
     halts = of(HaltService, world.wait(STOP + 3))
@@ -465,7 +465,7 @@ def test_a_second_stop_kills_all_at_once() -> None:
     assert {effect.number for effect in of(SignalProcess, effects)} == {signal.SIGKILL}
 
 
-def test_stop_ends_those_that_are_starting_and_those_that_wait() -> None:
+def test_stop_terminates_starting_processes_and_retires_waiting_slots() -> None:
     world = World().up()
     world.die(0)
     world.exit(1, 1)
@@ -484,27 +484,27 @@ def test_stop_before_start_halts() -> None:
 
 @pytest.mark.parametrize("state", SlotState)
 @pytest.mark.parametrize("event", PoolEvent)
-def test_every_pair_that_is_not_in_the_table_is_harmless(state: SlotState, event: PoolEvent) -> None:
+def test_a_pair_that_is_not_in_the_table_has_no_consequence(state: SlotState, event: PoolEvent) -> None:
     world = World().up()
     slot = world.pool.slots[0]
     slot.state = state
     world.pool._fire(slot, event)
-    if (state, event) not in TABLE:
+    if (state, event) not in TRANSITIONS:
         assert slot.state is state
         assert world.pool._effects == []
 
 
-def test_every_state_with_a_process_knows_what_to_do_when_it_exits_or_must_be_killed() -> None:
+def test_every_state_with_a_process_handles_exit_and_kill() -> None:
     for state in (SlotState.STARTING, SlotState.READY, SlotState.LEAVING, SlotState.KILLED):
-        assert (state, PoolEvent.EXITED) in TABLE
-        assert (state, PoolEvent.KILL) in TABLE or state is SlotState.KILLED
+        assert (state, PoolEvent.EXITED) in TRANSITIONS
+        assert (state, PoolEvent.KILL) in TRANSITIONS or state is SlotState.KILLED
 
 
-# Laws.
+# Invariants.
 
 
-class Laws(RuleBasedStateMachine):
-    """Arbitrary events against a model of the processes that the effects bring about."""
+class Invariants(RuleBasedStateMachine):
+    """Arbitrary events, against a model of the processes that the effects start and end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -512,20 +512,20 @@ class Laws(RuleBasedStateMachine):
         self.alive: set[int] = set()
         self.killed: set[int] = set()
         self.halts = 0
-        self.asked = float("inf")  # when the first stop came
+        self.stopped_at = float("inf")  # time of the first stop
 
     def carry(self, effects: list[Effect]) -> None:
         for effect in effects:
-            assert not self.halts, "an effect after Halt"
+            assert not self.halts, "an effect after HaltService"
             if isinstance(effect, SpawnProcess):
                 assert effect.slot not in self.alive, "two processes in one slot"
-                assert self.now < self.asked, "a process was started after stop"
+                assert self.now < self.stopped_at, "a process was started after stop"
                 self.alive.add(effect.slot)
             elif isinstance(effect, SignalProcess | DrainProcess):
-                assert effect.slot in self.alive, "something for a process that is not there"
+                assert effect.slot in self.alive, "an effect on a process that does not exist"
                 if isinstance(effect, SignalProcess) and effect.number == signal.SIGKILL:
                     self.killed.add(effect.slot)
-            elif isinstance(effect, IntroduceProcesses):
+            elif isinstance(effect, ConnectToBroker):
                 assert {effect.slot, BROKER} <= self.alive
             elif isinstance(effect, HaltService):
                 self.halts += 1
@@ -549,39 +549,42 @@ class Laws(RuleBasedStateMachine):
             number = data.draw(st.sampled_from(sorted(self.alive)))
             self.alive.remove(number)
             self.killed.discard(number)
-            self.carry(self.pool.exited(number, status, self.now))
+            self.carry(self.pool.process_exited(number, status, self.now))
 
-    @rule(data=st.data(), what=st.sampled_from(["announced", "announced", "unlinked", "hung_up"]))
-    def told(self, data: st.DataObject, what: str) -> None:
+    @rule(
+        data=st.data(),
+        name=st.sampled_from(["process_ready", "process_ready", "broker_link_lost", "control_link_lost"]),
+    )
+    def event(self, data: st.DataObject, name: str) -> None:
         if self.alive:
             number = data.draw(st.sampled_from(sorted(self.alive)))
-            self.carry(getattr(self.pool, what)(number, self.now))
+            self.carry(getattr(self.pool, name)(number, self.now))
 
     @rule(data=st.data())
-    def bloated(self, data: st.DataObject) -> None:
+    def memory_exceeded(self, data: st.DataObject) -> None:
         if self.alive:
-            self.carry(self.pool.bloated(data.draw(st.sampled_from(sorted(self.alive))), 1, self.now))
+            self.carry(self.pool.memory_exceeded(data.draw(st.sampled_from(sorted(self.alive))), 1, self.now))
 
     @rule(data=st.data())
     def failed(self, data: st.DataObject) -> None:
         if self.alive:
-            self.carry(self.pool.failed(data.draw(st.sampled_from(sorted(self.alive))), "because", self.now))
+            self.carry(self.pool.start_failed(data.draw(st.sampled_from(sorted(self.alive))), "because", self.now))
 
     @precondition(lambda self: self.now > 2)
     @rule()
     def stop(self) -> None:
-        self.asked = min(self.asked, self.now)
+        self.stopped_at = min(self.stopped_at, self.now)
         self.carry(self.pool.stop(self.now))
 
     @invariant()
     def the_pool_knows_where_processes_are(self) -> None:
         if hasattr(self, "pool") and not self.halts:
-            assert {slot.number for slot in self.pool.slots.values() if slot.occupied} == self.alive
+            assert {slot.number for slot in self.pool.slots.values() if slot.has_process} == self.alive
             if self.pool.stopping:
-                self.asked = min(self.asked, self.now)
+                self.stopped_at = min(self.stopped_at, self.now)
 
     def teardown(self) -> None:
-        """Every stop ends in one Halt, within the deadline, and no later if what is killed ends."""
+        """Every stop ends in one HaltService within the deadline, if killed processes exit."""
         if not hasattr(self, "pool"):
             return
         self.stop()
@@ -590,7 +593,7 @@ class Laws(RuleBasedStateMachine):
             assert self.now < deadline
             for number in sorted(self.killed):
                 self.alive.remove(number)
-                self.carry(self.pool.exited(number, -9, self.now))
+                self.carry(self.pool.process_exited(number, -9, self.now))
             self.killed.clear()
             if not self.halts:
                 self.tick(TICK, True)
@@ -598,5 +601,5 @@ class Laws(RuleBasedStateMachine):
         assert self.alive <= self.killed
 
 
-TestLaws = Laws.TestCase
-TestLaws.settings = profile(max_examples=150, stateful_step_count=40, deadline=None)
+TestInvariants = Invariants.TestCase
+TestInvariants.settings = profile(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,4 +1,4 @@
-"""What presses a worker: at once when a limit is reached, and until it has been calm for a while."""
+"""Pressure begins at once when a limit is reached, and ends RECOVERY_TIME after it was last reached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from realtime.config.settings import LoopSettings
 from realtime.supervision.loop_time import LoopAccount, LoopWork
-from realtime.supervision.pressure import CALM, Pressure, Throttle
+from realtime.supervision.pressure import RECOVERY_TIME, Pressure, Throttle
 from realtime.supervision.vitals import ProcessState, Vitals
 
 LOOP = LoopSettings(
@@ -21,14 +21,14 @@ FINE = Vitals(0, 0.0, 3, 3, ProcessState.READY)
 
 
 class Worker:
-    """A pressure with its clock, and its beats."""
+    """A pressure, with its clock and its beats."""
 
     def __init__(self, loop: LoopSettings = LOOP) -> None:
         self.now = 1000.0
         self.pressure = Pressure(loop, lambda: self.now)
 
     def beat(self, **vitals: Any) -> None:
-        self.pressure.beat(replace(FINE, beat=int(self.now * 1e9), **vitals))
+        self.pressure.observe(replace(FINE, beat=int(self.now * 1e9), **vitals))
 
     def pass_calmly(self, seconds: float) -> None:
         until = self.now + seconds
@@ -37,7 +37,7 @@ class Worker:
             self.beat()
 
 
-def test_nothing_presses_at_first_and_in_calm() -> None:
+def test_without_a_limit_reached_there_is_no_pressure() -> None:
     worker = Worker()
     assert worker.pressure.reasons == ()
     worker.pass_calmly(1)
@@ -47,13 +47,13 @@ def test_nothing_presses_at_first_and_in_calm() -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("lag", 0.2), ("rss", 1000), ("queued_bytes", 500), ("threads_waiting", 9)]
 )
-def test_a_limit_presses_at_once_and_until_it_was_not_reached_for_a_while(name: str, value: float) -> None:
+def test_pressure_lasts_from_reaching_a_limit_until_the_recovery_time_has_passed(name: str, value: float) -> None:
     worker = Worker()
     worker.beat(**{name: value})
     assert worker.pressure.reasons == (name,)
     assert worker.pressure.pressed
     assert worker.pressure.load >= 1
-    worker.pass_calmly(CALM - 0.02)
+    worker.pass_calmly(RECOVERY_TIME - 0.02)
     assert worker.pressure.reasons == (name,)
     worker.pass_calmly(0.03)
     assert worker.pressure.reasons == ()
@@ -63,7 +63,7 @@ def test_a_limit_presses_at_once_and_until_it_was_not_reached_for_a_while(name: 
 @pytest.mark.parametrize(
     ("name", "value"), [("lag", 0.19), ("rss", 999), ("queued_bytes", 499), ("threads_waiting", 8)]
 )
-def test_below_a_limit_nothing_presses(name: str, value: float) -> None:
+def test_below_a_limit_there_is_no_pressure(name: str, value: float) -> None:
     worker = Worker()
     worker.beat(**{name: value})
     assert worker.pressure.reasons == ()
@@ -79,16 +79,16 @@ def test_a_limit_of_zero_is_off(name: str) -> None:
     assert not worker.pressure.busy
 
 
-def test_utilization_warns_and_never_sheds() -> None:
+def test_utilization_warns_and_causes_no_pressure() -> None:
     worker = Worker()
     worker.beat(utilization=1.0)
     assert worker.pressure.busy
     assert (worker.pressure.reasons, worker.pressure.pressed, worker.pressure.load) == ((), False, 0.0)
-    worker.pass_calmly(CALM + 0.01)
+    worker.pass_calmly(RECOVERY_TIME + 0.01)
     assert not worker.pressure.busy
 
 
-def test_a_beat_that_does_not_come_shows_before_the_timer_can() -> None:
+def test_an_overdue_beat_is_lag_before_the_timer_fires() -> None:
     worker = Worker()
     worker.beat()
     worker.now += 0.209
@@ -98,13 +98,13 @@ def test_a_beat_that_does_not_come_shows_before_the_timer_can() -> None:
     assert worker.pressure.lag == pytest.approx(0.201)
 
 
-def test_a_first_beat_that_does_not_come_shows_too() -> None:
+def test_an_overdue_first_beat_is_lag() -> None:
     worker = Worker()
     worker.now += 0.211
     assert worker.pressure.reasons == ("lag",)
 
 
-def test_a_worker_that_starts_is_late_for_nobody() -> None:
+def test_lag_of_a_starting_worker_does_not_count() -> None:
     worker = Worker()
     worker.beat(lag=3.0, state=ProcessState.STARTING)
     assert worker.pressure.reasons == ()
@@ -122,14 +122,14 @@ def test_load_is_the_lag_as_a_share_of_its_limit() -> None:
     assert worker.pressure.load == pytest.approx(0.5)
 
 
-def test_several_things_press_together() -> None:
+def test_several_limits_can_be_reached_together() -> None:
     worker = Worker()
     worker.beat(lag=0.3, queued_bytes=10**6)
     assert set(worker.pressure.reasons) == {"lag", "queued_bytes"}
 
 
 @given(st.lists(st.tuples(st.floats(0.001, 0.3), st.floats(0, 1)), min_size=1, max_size=60))
-def test_lag_is_the_maximum_of_what_was_measured_lately(beats: list[tuple[float, float]]) -> None:
+def test_lag_is_the_maximum_of_the_recovery_time(beats: list[tuple[float, float]]) -> None:
     worker = Worker()
     history: list[tuple[float, float]] = []
     for wait, lag in beats:
@@ -137,7 +137,7 @@ def test_lag_is_the_maximum_of_what_was_measured_lately(beats: list[tuple[float,
         worker.beat(lag=lag)
         at = int(worker.now * 1e9) / 1e9
         history.append((at, lag))
-        assert worker.pressure.lag == max(lag for when, lag in history if worker.now - when < CALM)
+        assert worker.pressure.lag == max(lag for when, lag in history if worker.now - when < RECOVERY_TIME)
 
 
 # -- throttles --------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class Handler:
         self.throttle = Throttle(self.account)
 
     def begin(self, calls: int) -> int:
-        """How many of so many calls are let in, of which none ends yet."""
+        """Begin `calls` calls, as far as admitted, and end none. Returns the number of admitted calls."""
         admitted = 0
         for _ in range(calls):
             if self.throttle.admits():
@@ -167,13 +167,13 @@ class Handler:
             self.throttle.leave()
 
     def block(self, seconds: float, spent: float | None = None) -> None:
-        """The loop is blocked for so long, for `spent` seconds of which by this handler."""
+        """Block the loop for `seconds`, of which this handler takes `spent` seconds, by default all."""
         self.now += seconds
         self.account.spent += int(1e9 * (seconds if spent is None else spent))
-        self.throttle.beat(self.now, seconds, MAX_LAG)
+        self.throttle.observe(self.now, seconds, MAX_LAG)
 
     def burst(self, calls: int, each: float) -> int:
-        """So many calls come at once, and those let in block the loop one after the other."""
+        """Begin `calls` calls at once. Each admitted call then blocks the loop for `each` seconds."""
         admitted = self.begin(calls)
         self.block(admitted * each)
         self.end()
@@ -183,17 +183,17 @@ class Handler:
     def pass_calmly(self, seconds: float) -> None:
         for _ in range(round(seconds / 0.02)):
             self.now += 0.02
-            self.throttle.beat(self.now, 0.0, MAX_LAG)
+            self.throttle.observe(self.now, 0.0, MAX_LAG)
 
 
-def test_a_handler_has_no_limit_before_it_presses() -> None:
+def test_a_handler_has_no_limit_before_it_causes_pressure() -> None:
     handler = Handler()
     assert handler.begin(1000) == 1000
     handler.block(0.19)
     assert handler.begin(1000) == 1000
 
 
-def test_after_a_burst_only_as_many_are_let_in_as_keep_the_lag_low() -> None:
+def test_after_a_burst_the_limit_keeps_the_lag_low() -> None:
     handler = Handler()
     assert handler.burst(100, 0.02) == 100
     assert handler.throttle.limit == 5
@@ -208,35 +208,35 @@ def test_the_number_of_calls_settles_where_the_lag_is_half_its_limit() -> None:
     assert handler.throttle.limit in (5, 6)
 
 
-def test_a_handler_is_not_throttled_for_anothers_lag() -> None:
+def test_a_handler_is_not_throttled_for_the_lag_of_another() -> None:
     handler = Handler()
     handler.begin(100)
     handler.block(2.0, spent=0.9)
     assert handler.throttle.limit is None
 
 
-def test_one_call_is_always_let_in() -> None:
+def test_one_call_is_always_admitted() -> None:
     handler = Handler()
     handler.burst(1, 10.0)
     assert handler.throttle.limit == 1
     assert handler.burst(5, 10.0) == 1
 
 
-def test_a_limit_is_raised_while_there_is_room_and_lifted_when_nobody_needs_it() -> None:
+def test_a_limit_rises_while_there_is_room_and_is_removed_when_not_needed() -> None:
     handler = Handler()
     handler.burst(100, 0.02)
     handler.begin(6)  # one too many
     handler.end()
-    handler.pass_calmly(CALM + 0.02)
+    handler.pass_calmly(RECOVERY_TIME + 0.02)
     assert handler.throttle.limit == 6
-    handler.pass_calmly(Throttle.LIFT)
+    handler.pass_calmly(Throttle.LIFT_AFTER)
     assert handler.throttle.limit == 6
-    handler.pass_calmly(2 * CALM)
+    handler.pass_calmly(2 * RECOVERY_TIME)
     assert handler.throttle.limit is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.floats(0, 0.5), st.floats(0, 1)), max_size=40))
-def test_a_throttle_never_shuts_out_everybody(stretches: list[tuple[int, float, float]]) -> None:
+def test_a_throttle_always_admits_some_calls(stretches: list[tuple[int, float, float]]) -> None:
     handler = Handler()
     for calls, seconds, share in stretches:
         admitted = handler.begin(calls)

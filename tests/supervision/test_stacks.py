@@ -1,4 +1,4 @@
-"""Stacks as faulthandler writes them, and whom they blame."""
+"""Stacks as faulthandler writes them, and the frames to blame."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def stack(*frames: tuple[str, int, str]) -> Stack:
     return Stack(True, tuple(StackFrame(*frame) for frame in frames))
 
 
-def test_the_stack_of_the_loop() -> None:
+def test_parse_the_stack_of_the_loop() -> None:
     [found] = parse(BLOCKED)
-    assert found.main
-    assert not found.waiting
+    assert found.is_main
+    assert not found.is_waiting
     assert len(found.frames) == 6
     assert found.frames[1] == StackFrame("/srv/chat/rooms.py", 42, "clean")
     assert found.frames[1].place == "/srv/chat/rooms.py:42"
 
 
-def test_the_stacks_of_all_threads() -> None:
+def test_parse_the_stacks_of_all_threads() -> None:
     thread, loop = parse(THREADS)
-    assert (thread.main, loop.main) == (False, True)
+    assert (thread.is_main, loop.is_main) == (False, True)
     assert thread.frames[0] == StackFrame("/srv/chat/chat.py", 9, "work")
-    assert loop.waiting
+    assert loop.is_waiting
 
 
-def test_what_faulthandler_writes_is_understood() -> None:
+def test_real_output_of_faulthandler_is_parsed() -> None:
     release = threading.Event()
     thread = threading.Thread(target=release.wait, name="waiting one")
     thread.start()
@@ -64,44 +64,46 @@ def test_what_faulthandler_writes_is_understood() -> None:
         stacks = parse(file.read())
     release.set()
     thread.join()
-    assert [one.main for one in stacks].count(True) == 2
+    assert [stack.is_main for stack in stacks].count(True) == 2
     own = stacks[-1].frames[0]
-    assert (own.file, own.function) == (__file__, "test_what_faulthandler_writes_is_understood")
+    assert (own.file, own.function) == (__file__, "test_real_output_of_faulthandler_is_parsed")
 
 
-def test_a_line_that_is_not_known() -> None:
+def test_a_frame_without_a_line_number() -> None:
     [found] = parse('Stack (most recent call first):\n  File "???", line ??? in ???\n')
     assert found.frames == (StackFrame("???", 0, "???"),)
 
 
 @given(st.text())
-def test_nonsense_is_no_stack(text: str) -> None:
+def test_any_text_is_parsed_without_an_error(text: str) -> None:
     parse(text)
 
 
 @given(st.integers(0, len(THREADS)))
-def test_a_dump_that_was_cut_is_understood_as_far_as_it_goes(length: int) -> None:
+def test_a_truncated_dump_is_parsed_as_far_as_it_goes(length: int) -> None:
     assert len(parse(THREADS[:length])) <= 2
 
 
-def test_the_innermost_line_of_the_users_own_code_is_blamed() -> None:
+def test_the_innermost_frame_of_the_application_is_blamed() -> None:
     [found] = parse(BLOCKED)
-    assert ORIGIN.culprit(found) == StackFrame("/srv/chat/rooms.py", 42, "clean")
+    assert ORIGIN.frame_to_blame(found) == StackFrame("/srv/chat/rooms.py", 42, "clean")
 
 
-def test_without_any_it_is_what_the_reactor_was_doing() -> None:
+def test_without_application_code_the_innermost_frame_outside_the_reactor_is_blamed() -> None:
     library = "/srv/venv/lib/python3.11/site-packages/realtime/pubsub/hub.py"
     reactor = "/usr/lib/python3.11/asyncio/events.py"
-    assert ORIGIN.culprit(stack((library, 70, "fan_out"), (reactor, 84, "_run"))) == StackFrame(library, 70, "fan_out")
-    assert ORIGIN.culprit(stack((reactor, 84, "_run"))) is None
-    assert ORIGIN.culprit(stack()) is None
+    assert ORIGIN.frame_to_blame(stack((library, 70, "fan_out"), (reactor, 84, "_run"))) == StackFrame(
+        library, 70, "fan_out"
+    )
+    assert ORIGIN.frame_to_blame(stack((reactor, 84, "_run"))) is None
+    assert ORIGIN.frame_to_blame(stack()) is None
 
 
 @pytest.mark.parametrize(
     ("file", "own"),
     [
         ("/srv/chat/chat.py", True),
-        ("/srv/chatter.py", True),  # in no folder that is known
+        ("/srv/chatter.py", True),  # in no known folder
         ("/usr/lib/python3.11/json/decoder.py", False),
         ("/srv/chat/venv/lib/python3.11/site-packages/httpx/_client.py", False),
         ("/opt/site-packages/shop/models.py", True),
@@ -115,4 +117,4 @@ def test_the_longest_folder_decides(file: str, own: bool) -> None:
         ["/srv/chat", "/opt/site-packages/shop"],
         ["/usr/lib/python3.11", "/srv/chat/venv/lib/python3.11/site-packages", "/opt/site-packages"],
     )
-    assert origin.is_own(file) is own
+    assert origin.is_application_code(file) is own

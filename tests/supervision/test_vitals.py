@@ -1,4 +1,4 @@
-"""The vitals page: what is written is read, and nothing else ever is."""
+"""The vitals page: readers see whole readings, and only those that the process wrote."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def page() -> Iterator[VitalsPage]:
     page.close()
 
 
-def other_side(page: VitalsPage) -> VitalsPage:
+def another_mapping(page: VitalsPage) -> VitalsPage:
     return VitalsPage.open(os.dup(page.fd))
 
 
@@ -52,8 +52,8 @@ def test_a_new_page_has_no_reading(page: VitalsPage) -> None:
     assert page.read() is None
 
 
-def test_the_other_side_reads_what_was_written(page: VitalsPage) -> None:
-    reader = other_side(page)
+def test_another_mapping_reads_each_written_reading(page: VitalsPage) -> None:
+    reader = another_mapping(page)
     for beat in range(1, 5):
         written = Vitals(beat, beat / 2, beat * 3, beat * 4, ProcessState.DRAINING)
         page.write(written)
@@ -61,30 +61,30 @@ def test_the_other_side_reads_what_was_written(page: VitalsPage) -> None:
     reader.close()
 
 
-def test_every_field_survives(page: VitalsPage) -> None:
+def test_every_field_is_read_back(page: VitalsPage) -> None:
     page.write(READING)
-    assert other_side(page).read() == READING
+    assert another_mapping(page).read() == READING
 
 
-def test_busy_since_needs_no_reading_of_its_own(page: VitalsPage) -> None:
+def test_busy_since_changes_without_a_new_reading(page: VitalsPage) -> None:
     page.write(READING)
-    page.be_busy(7)
-    reader = other_side(page)
+    page.set_busy_since(7)
+    reader = another_mapping(page)
     assert reader.read() == replace(READING, busy_since=7)
-    page.be_busy(0)
+    page.set_busy_since(0)
     assert reader.read() == READING
 
 
-def test_the_latest_long_turn_is_whole_or_none(page: VitalsPage) -> None:
+def test_the_latest_long_turn_is_read_whole_or_not_at_all(page: VitalsPage) -> None:
     page.write(READING)
-    page.note_block(5, 9)
-    assert other_side(page).read() == replace(READING, block_since=5, block_until=9)
-    page.note_block(20, 3)
-    assert other_side(page).read() == READING
+    page.record_block(5, 9)
+    assert another_mapping(page).read() == replace(READING, block_since=5, block_until=9)
+    page.record_block(20, 3)
+    assert another_mapping(page).read() == READING
 
 
-def test_the_handler_that_runs_shows(page: VitalsPage) -> None:
-    reader = other_side(page)
+def test_the_running_handler_is_on_the_page(page: VitalsPage) -> None:
+    reader = another_mapping(page)
     assert reader.running() is None
     page.mark(b"on_publish chat:*", b"chat:7")
     assert reader.running() == RunningHandler("on_publish chat:*", "chat:7")
@@ -94,27 +94,27 @@ def test_the_handler_that_runs_shows(page: VitalsPage) -> None:
     assert reader.running() is None
 
 
-def test_a_name_that_is_too_long_is_cut(page: VitalsPage) -> None:
+def test_a_long_name_is_cut(page: VitalsPage) -> None:
     page.mark(b"h" * 100, ("x" * 63 + "\u00e9").encode())
-    assert other_side(page).running() == RunningHandler("h" * 64, "x" * 63 + "\ufffd")
+    assert another_mapping(page).running() == RunningHandler("h" * 64, "x" * 63 + "\ufffd")
 
 
-def test_a_handler_that_just_changes_is_none(page: VitalsPage) -> None:
+def test_a_half_written_handler_is_not_read(page: VitalsPage) -> None:
     page.mark(b"rpc a", b"")
     memory = mmap.mmap(page.fd, mmap.PAGESIZE)
-    struct.pack_into("=q64s", memory, 384, 2, b"rpc b")  # the writer has come half the way
+    struct.pack_into("=q64s", memory, 384, 2, b"rpc b")  # a writer that is half done
     assert page.running() is None
     memory.close()
 
 
-def test_relief_goes_the_other_way(page: VitalsPage) -> None:
-    worker = other_side(page)
-    assert not worker.relieved()
-    page.relieve(True)
+def test_the_supervisor_publishes_relief_to_the_worker(page: VitalsPage) -> None:
+    worker = another_mapping(page)
+    assert not worker.has_relief()
+    page.set_relief(True)
     worker.write(READING)
-    assert worker.relieved()
-    page.relieve(False)
-    assert not worker.relieved()
+    assert worker.has_relief()
+    page.set_relief(False)
+    assert not worker.has_relief()
 
 
 @given(
@@ -125,7 +125,7 @@ def test_relief_goes_the_other_way(page: VitalsPage) -> None:
     state=st.sampled_from(ProcessState),
 )
 @profile(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_true_reading_survives(
+def test_every_valid_reading_is_read_back(
     page: VitalsPage, beat: int, lag: float, connections: int, subscriptions: int, state: ProcessState
 ) -> None:
     vitals = Vitals(beat, lag, connections, subscriptions, state)
@@ -152,7 +152,7 @@ def test_every_true_reading_survives(
         (11, -1),
     ],
 )
-def test_nonsense_is_no_reading(page: VitalsPage, field: int, value: float) -> None:
+def test_an_invalid_field_gives_no_reading(page: VitalsPage, field: int, value: float) -> None:
     values: list[float] = [1, 0.0, 0, 0, 1, 0.0, 0, 0, 0, 0, 0, 0]
     values[field] = value
     memory = mmap.mmap(page.fd, mmap.PAGESIZE)
@@ -170,16 +170,16 @@ def test_arbitrary_bytes_never_raise(page: VitalsPage, content: bytes) -> None:
     reading = page.read()
     assert reading is None or reading.beat > 0
     page.running()
-    page.relieved()
+    page.has_relief()
 
 
 def test_a_torn_page_is_no_reading_until_the_next_write(page: VitalsPage) -> None:
     page.write(READING)
-    reader = other_side(page)
+    reader = another_mapping(page)
     memory = mmap.mmap(page.fd, mmap.PAGESIZE)
-    struct.pack_into("=Q", memory, 0, 3)  # a writer that was killed in the middle
+    struct.pack_into("=Q", memory, 0, 3)  # a writer that was killed during a write
     assert reader.read() is None
-    successor = other_side(page)
+    successor = another_mapping(page)
     successor.write(READING)
     assert reader.read() == READING
     memory.close()
@@ -187,7 +187,7 @@ def test_a_torn_page_is_no_reading_until_the_next_write(page: VitalsPage) -> Non
     successor.close()
 
 
-def test_nobody_can_resize_the_page_under_the_other(page: VitalsPage) -> None:
+def test_neither_side_can_resize_the_page(page: VitalsPage) -> None:
     for size in (0, 100, 8192):
         with pytest.raises(PermissionError):
             os.ftruncate(page.fd, size)
@@ -195,19 +195,19 @@ def test_nobody_can_resize_the_page_under_the_other(page: VitalsPage) -> None:
         fcntl.fcntl(page.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
 
 
-def test_what_is_not_a_page_is_refused(tmp_path: object) -> None:
+def test_a_file_that_is_no_page_is_refused(tmp_path: object) -> None:
     with open(f"{tmp_path}/short", "w+b") as file, pytest.raises(ValueError):
         VitalsPage.open(file.fileno())
 
 
 WRITER = """
 import sys
-from realtime.supervision.vitals import Page, State, Vitals
-page = Page.open(int(sys.argv[1]))
+from realtime.supervision.vitals import ProcessState, Vitals, VitalsPage
+page = VitalsPage.open(int(sys.argv[1]))
 count = 0
 while True:
     count += 1
-    page.write(Vitals(count, float(count), count, count, State.READY))
+    page.write(Vitals(count, float(count), count, count, ProcessState.READY))
 """
 
 

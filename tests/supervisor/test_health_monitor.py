@@ -1,4 +1,4 @@
-"""The watch: whose signs it reads, and whom it tells."""
+"""Health monitor: how often it checks each worker, and when it calls listeners, functions and tasks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from twisted.internet.task import Clock
 
 from realtime.config.settings import LoopSettings, WorkersSettings
-from realtime.supervision.health import CALM, TICK, Condition, Health
+from realtime.supervision.health import CHECK_INTERVAL, RECOVERY_TIME, Condition, Health
 from realtime.supervision.pool import Pool
 from realtime.supervision.vitals import ProcessState, Vitals
-from realtime.supervisor.health_monitor import WHOLE, HealthMonitor
+from realtime.supervisor.health_monitor import FULL_CHECK_INTERVAL, HealthMonitor
 
 
 class Worker:
-    """A process whose loop beats with the clock, unless it is blocked."""
+    """A process whose loop beats at every time of the clock, unless it is blocked."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -25,10 +25,10 @@ class Worker:
 
     @property
     def vitals(self) -> Vitals:
-        beat, lag, _ = self.glance()
+        beat, lag, _ = self.peek()
         return Vitals(beat, lag, 1, 1, ProcessState.READY)
 
-    def glance(self) -> tuple[int, float, int]:
+    def peek(self) -> tuple[int, float, int]:
         beat = self.blocked_at or self._clock.seconds()
         return int(beat * 1e9), self.lag, 0
 
@@ -40,127 +40,129 @@ class Scene:
         self.pool = Pool(2, WorkersSettings(), LoopSettings(), 30.0, broker=False)
         self.pool.start(100.0)
         self.processes: dict[int, Any] = {0: Worker(self.clock), 1: Worker(self.clock)}
-        self.watch = HealthMonitor(self.clock, LoopSettings(interval=0.01), self.pool, self.processes)
-        self.told: list[tuple[int, Condition]] = []
-        self.watch.listeners.append(lambda slot, health: self.told.append((slot, health.condition)))
+        self.monitor = HealthMonitor(self.clock, LoopSettings(interval=0.01), self.pool, self.processes)
+        self.changes: list[tuple[int, Condition]] = []
+        self.monitor.listeners.append(lambda slot, health: self.changes.append((slot, health.condition)))
 
     def pass_time(self, seconds: float) -> None:
-        for _ in range(round(seconds / TICK)):
-            self.clock.advance(TICK)
+        for _ in range(round(seconds / CHECK_INTERVAL)):
+            self.clock.advance(CHECK_INTERVAL)
 
-    def take_told(self) -> list[tuple[int, Condition]]:
-        told, self.told[:] = list(self.told), []
-        return told
+    def take_changes(self) -> list[tuple[int, Condition]]:
+        changes, self.changes[:] = list(self.changes), []
+        return changes
 
 
 @pytest.fixture
 def scene() -> Scene:
     scene = Scene()
-    scene.watch.start()
+    scene.monitor.start()
     return scene
 
 
-def test_changes_alone_are_told(scene: Scene) -> None:
-    assert scene.take_told() == [(0, Condition.ABSENT), (1, Condition.ABSENT)]
-    scene.pool.announced(0, scene.clock.seconds())
-    scene.pool.announced(1, scene.clock.seconds())
+def test_listeners_are_called_for_changes_only(scene: Scene) -> None:
+    assert scene.take_changes() == [(0, Condition.ABSENT), (1, Condition.ABSENT)]
+    scene.pool.process_ready(0, scene.clock.seconds())
+    scene.pool.process_ready(1, scene.clock.seconds())
     scene.pass_time(1)
-    assert scene.take_told() == [(0, Condition.HEALTHY), (1, Condition.HEALTHY)]
+    assert scene.take_changes() == [(0, Condition.HEALTHY), (1, Condition.HEALTHY)]
     scene.processes[1].blocked_at = scene.clock.seconds()
     scene.pass_time(0.3)
-    assert scene.take_told() == [(1, Condition.LAGGING), (1, Condition.PRESSED)]
+    assert scene.take_changes() == [(1, Condition.LAGGING), (1, Condition.PRESSED)]
     scene.processes[1].blocked_at = 0.0
-    scene.pass_time(CALM + 0.1)
-    assert scene.take_told() == [(1, Condition.HEALTHY)]
+    scene.pass_time(RECOVERY_TIME + 0.1)
+    assert scene.take_changes() == [(1, Condition.HEALTHY)]
 
 
-def test_a_process_that_is_not_ready_is_absent_and_one_that_leaves_drains(scene: Scene) -> None:
-    scene.pool.announced(0, scene.clock.seconds())
+def test_a_process_that_exits_is_draining_and_then_absent(scene: Scene) -> None:
+    scene.pool.process_ready(0, scene.clock.seconds())
     scene.pass_time(0.1)
-    scene.take_told()
-    scene.pool.hung_up(0, scene.clock.seconds())
+    scene.take_changes()
+    scene.pool.control_link_lost(0, scene.clock.seconds())
     scene.pass_time(0.1)
-    assert scene.take_told() == [(0, Condition.DRAINING)]
+    assert scene.take_changes() == [(0, Condition.DRAINING)]
     del scene.processes[0]
-    scene.pool.exited(0, 0, scene.clock.seconds())
+    scene.pool.process_exited(0, 0, scene.clock.seconds())
     scene.pass_time(0.1)
-    assert scene.take_told() == [(0, Condition.ABSENT)]
+    assert scene.take_changes() == [(0, Condition.ABSENT)]
 
 
 def test_health_is_up_to_date_when_a_listener_is_called(scene: Scene) -> None:
     seen: list[list[Condition]] = []
-    scene.watch.listeners.append(lambda *_: seen.append([one.condition for one in scene.watch.health.values()]))
+    scene.monitor.listeners.append(
+        lambda *_: seen.append([health.condition for health in scene.monitor.health.values()])
+    )
     for slot in (0, 1):
-        scene.pool.announced(slot, scene.clock.seconds())
-    scene.pass_time(TICK)
+        scene.pool.process_ready(slot, scene.clock.seconds())
+    scene.pass_time(CHECK_INTERVAL)
     assert seen == [[Condition.HEALTHY, Condition.HEALTHY]] * 2
 
 
-async def test_a_listener_that_fails_does_not_end_the_watch(scene: Scene) -> None:
+async def test_a_listener_that_raises_does_not_end_the_monitoring(scene: Scene) -> None:
     def fail(slot: int, health: Health) -> None:
         raise ValueError("a mistake")
 
-    scene.watch.listeners.insert(0, fail)
-    scene.pool.announced(0, scene.clock.seconds())
+    scene.monitor.listeners.insert(0, fail)
+    scene.pool.process_ready(0, scene.clock.seconds())
     scene.pass_time(0.1)
-    assert (0, Condition.HEALTHY) in scene.told
+    assert (0, Condition.HEALTHY) in scene.changes
 
 
 def all_ready(scene: Scene) -> None:
     for slot in (0, 1):
-        scene.pool.announced(slot, scene.clock.seconds())
-    scene.pass_time(2 * TICK)
+        scene.pool.process_ready(slot, scene.clock.seconds())
+    scene.pass_time(2 * CHECK_INTERVAL)
 
 
-def looks_in(scene: Scene, seconds: float) -> int:
-    looks: list[float] = []
-    scene.watch.looks = [lambda: looks.append(scene.clock.seconds())]
+def checks_in(scene: Scene, seconds: float) -> int:
+    checks: list[float] = []
+    scene.monitor.after_check = [lambda: checks.append(scene.clock.seconds())]
     scene.pass_time(seconds)
-    return len(looks)
+    return len(checks)
 
 
-def test_while_all_are_calm_it_looks_closely_a_few_times_a_second(scene: Scene) -> None:
-    assert looks_in(scene, 1.0) == pytest.approx(1 / TICK, abs=2)  # nobody is ready
+def test_healthy_workers_get_a_few_full_checks_a_second(scene: Scene) -> None:
+    assert checks_in(scene, 1.0) == pytest.approx(1 / CHECK_INTERVAL, abs=2)  # no worker is ready
     all_ready(scene)
-    assert looks_in(scene, 1.0) <= 1 / WHOLE
+    assert checks_in(scene, 1.0) <= 1 / FULL_CHECK_INTERVAL
     scene.processes[1].blocked_at = scene.clock.seconds()
-    assert looks_in(scene, 1.0) > 0.9 / TICK
+    assert checks_in(scene, 1.0) > 0.9 / CHECK_INTERVAL
 
 
-def test_calm_workers_are_glanced_at_more_often_than_they_beat(scene: Scene) -> None:
+def test_quick_checks_of_healthy_workers_are_more_frequent_than_beats(scene: Scene) -> None:
     all_ready(scene)
-    glances: list[float] = []
-    scene.processes[0].glance = lambda: (glances.append(scene.clock.seconds()), Worker.glance(scene.processes[0]))[1]
+    peeks: list[float] = []
+    scene.processes[0].peek = lambda: (peeks.append(scene.clock.seconds()), Worker.peek(scene.processes[0]))[1]
     for _ in range(1000):
         scene.clock.advance(0.001)
-    assert max(after - before for before, after in pairwise(glances)) <= LoopSettings().interval
+    assert max(after - before for before, after in pairwise(peeks)) <= LoopSettings().interval
 
 
-def test_a_late_beat_is_looked_at_closely(scene: Scene) -> None:
+def test_a_late_beat_causes_a_full_check(scene: Scene) -> None:
     all_ready(scene)
     scene.processes[1].lag = 0.02
     lags: list[float] = []
-    scene.watch.looks = [lambda: lags.append(scene.watch.health[1].lag)]
+    scene.monitor.after_check = [lambda: lags.append(scene.monitor.health[1].lag)]
     scene.pass_time(LoopSettings().interval)
     assert lags == pytest.approx([0.02])
 
 
-def test_a_block_is_found_out_when_it_is_long_enough_also_after_a_calm_time(scene: Scene) -> None:
+def test_a_block_is_noticed_in_time_also_after_a_healthy_period(scene: Scene) -> None:
     all_ready(scene)
     for begins in range(4):
-        scene.pass_time(CALM + 0.1 + begins * TICK / 2)
-        scene.take_told()
+        scene.pass_time(RECOVERY_TIME + 0.1 + begins * CHECK_INTERVAL / 2)
+        scene.take_changes()
         scene.processes[1].blocked_at = blocked = scene.clock.seconds()
-        while scene.take_told() != [(1, Condition.LAGGING)]:
-            scene.clock.advance(TICK / 10)
-        # The beat of these workers is due 10 ms after the one before.
-        assert scene.clock.seconds() - blocked <= LoopSettings().lagging + 1.6 * TICK
+        while scene.take_changes() != [(1, Condition.LAGGING)]:
+            scene.clock.advance(CHECK_INTERVAL / 10)
+        # The beats of these workers are due every 10 ms.
+        assert scene.clock.seconds() - blocked <= LoopSettings().lagging + 1.6 * CHECK_INTERVAL
         scene.processes[1].blocked_at = 0.0
 
 
-def test_chores_are_done_after_looks(scene: Scene) -> None:
+def test_tasks_run_after_full_checks(scene: Scene) -> None:
     done: list[float] = []
-    scene.watch.chores.add(0.1, lambda: done.append(scene.clock.seconds()))
+    scene.monitor.tasks.add(0.1, lambda: done.append(scene.clock.seconds()))
     scene.pass_time(2)
     assert len(done) == pytest.approx(19, abs=1)
     all_ready(scene)
@@ -169,15 +171,15 @@ def test_chores_are_done_after_looks(scene: Scene) -> None:
     assert len(done) >= 6
 
 
-def test_a_mistake_does_not_end_it(scene: Scene) -> None:
+def test_an_exception_in_a_check_does_not_end_the_monitoring(scene: Scene) -> None:
     scene.pool.slots = None  # type: ignore[assignment]
     for _ in range(3):
         with pytest.raises(AttributeError):
-            scene.clock.advance(TICK)
+            scene.clock.advance(CHECK_INTERVAL)
     assert scene.clock.getDelayedCalls()
 
 
-def test_stop_is_final(scene: Scene) -> None:
-    scene.watch.stop()
-    scene.watch.stop()
+def test_stop_ends_all_checks_and_may_be_repeated(scene: Scene) -> None:
+    scene.monitor.stop()
+    scene.monitor.stop()
     assert scene.clock.getDelayedCalls() == []

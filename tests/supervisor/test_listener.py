@@ -1,4 +1,4 @@
-"""The shared port: one queue for each slot, which nobody but its owner can end; and errors that tell what to do."""
+"""The shared port: one accept queue per slot that survives its worker, and errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def connect(port: int, host: str = "127.0.0.1") -> socket.socket:
 
 
 def accept_any(sockets: list[socket.socket]) -> int:
-    """The number of connections that wait in the queues of `sockets`."""
+    """Accept all connections queued at `sockets`, and return their number."""
     count = 0
     for listening in sockets:
         while True:
@@ -56,14 +56,14 @@ def test_all_slots_share_one_port(shared: SharedPort) -> None:
 
 def test_the_backlog_reaches_the_kernel() -> None:
     port = SharedPort("127.0.0.1", 0, 37, 1)
-    # Of a listening socket, tcpi_sacked is the limit of its queue (Linux, net/ipv4/tcp.c, tcp_get_info).
+    # tcpi_sacked of a listening socket is the limit of its accept queue (Linux, net/ipv4/tcp.c, tcp_get_info).
     info = port.sockets[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     assert int.from_bytes(info[28:32], sys.byteorder) == 37
     port.close()
 
 
 @pytest.mark.parametrize(("address", "hosts"), [("", ["127.0.0.1"]), ("::", ["127.0.0.1", "::1"]), ("::1", ["::1"])])
-def test_addresses(address: str, hosts: list[str]) -> None:
+def test_an_address_selects_the_ip_versions(address: str, hosts: list[str]) -> None:
     try:
         port = SharedPort(address, 0, 16, 1)
     except CannotListen as error:
@@ -82,7 +82,7 @@ def test_a_name_is_looked_up() -> None:
     port.close()
 
 
-async def test_an_adopted_port_serves_and_its_end_leaves_the_queue(shared: SharedPort) -> None:
+async def test_an_adopted_port_serves_and_closing_it_keeps_the_queue(shared: SharedPort) -> None:
     from twisted.internet import reactor
 
     served: Deferred[None] = Deferred()
@@ -103,12 +103,12 @@ async def test_an_adopted_port_serves_and_its_end_leaves_the_queue(shared: Share
     with connect(shared.port):
         await served
     await port.stopListening()
-    # Ours listens on: a client that comes now waits in it, and is accepted.
+    # The supervisor's copy still listens: a new client is queued and can be accepted.
     with connect(shared.port):
         assert accept_any(shared.sockets) == 1
 
 
-async def test_one_turn_of_the_loop_takes_a_bounded_number(shared: SharedPort) -> None:
+async def test_one_turn_of_the_loop_accepts_a_bounded_number(shared: SharedPort) -> None:
     from twisted.internet import reactor
 
     class Count(Protocol):
@@ -130,7 +130,7 @@ async def test_one_turn_of_the_loop_takes_a_bounded_number(shared: SharedPort) -
     await port.stopListening()
 
 
-async def test_a_crowd_without_descriptors_is_one_line_in_the_log(shared: SharedPort) -> None:
+async def test_many_clients_without_free_descriptors_are_one_line_in_the_log(shared: SharedPort) -> None:
     from twisted.internet import reactor
 
     for other in shared.sockets[1:]:
@@ -180,7 +180,7 @@ def refusal(address: str, port: int) -> str:
     return str(caught.value)
 
 
-def test_a_port_that_another_program_uses() -> None:
+def test_a_port_of_another_program_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert refusal("127.0.0.1", port) == (
@@ -188,7 +188,7 @@ def test_a_port_that_another_program_uses() -> None:
         )
 
 
-def test_a_port_that_another_server_of_ours_shares(shared: SharedPort) -> None:
+def test_a_port_of_another_realtime_server_is_refused(shared: SharedPort) -> None:
     assert "another program uses this port" in refusal("127.0.0.1", shared.port)
     port = shared.port
     shared.close()
@@ -204,15 +204,15 @@ def test_a_refused_server_takes_no_client_of_the_first(shared: SharedPort) -> No
         assert accept_any(shared.sockets) == 30
 
 
-def test_an_address_that_is_not_ours() -> None:
+def test_an_address_of_another_machine_is_refused() -> None:
     assert refusal("192.0.2.1", 0) == (
         "http_server.address = '192.0.2.1': this machine does not have this address; "
-        'choose one of its own, or "" for all'
+        'choose one of its addresses, or "" for all'
     )
 
 
 @pytest.mark.parametrize("address", ["no.such.name.invalid", "256.1.1.1", "a..b", "\0"])
-def test_an_address_that_is_none(address: str) -> None:
+def test_an_unknown_name_is_refused(address: str) -> None:
     line = refusal(address, 0)
     assert line.startswith(f"http_server.address = {address!r}: ")
     assert "\n" not in line

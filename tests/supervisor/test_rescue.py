@@ -1,6 +1,6 @@
-"""Whose clients are rescued, who gets them, and who is sent away.
+"""Which connections are rescued, which worker gets them, and which clients are refused.
 
-Sockets and reactor are real; health and time are not.
+Sockets and reactor are real; health and time are set by the test.
 """
 
 from __future__ import annotations
@@ -17,15 +17,22 @@ from twisted.internet.defer import Deferred, fail, succeed
 
 from realtime.config.settings import LoopSettings
 from realtime.metrics import Metrics
-from realtime.process.fd_passing import MOST_IN_FLIGHT, PATIENCE, FdReceiver
+from realtime.process.fd_passing import ANSWER_TIMEOUT, MAX_IN_FLIGHT, FdReceiver
 from realtime.supervision.health import Condition, Health
 from realtime.supervisor.listener import SharedPort
-from realtime.supervisor.rescue import ABSENCE, HOLD, MOST_LINGERING, REFUSE_AFTER, REST, Rescue
+from realtime.supervisor.rescue import (
+    MAX_HOLD,
+    MAX_LINGERING,
+    PAUSE_AFTER_FAILURE,
+    REFUSE_AFTER,
+    RESTART_ALLOWANCE,
+    Rescue,
+)
 from tests.transports.stage import eventually
 
 
 class Clock:
-    """The reactor with a time that the test turns, for all but the refusals' deadlines."""
+    """The reactor, with a time that the test sets. The refusals' deadlines use the real time."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -38,22 +45,22 @@ class Clock:
 
 
 class Worker:
-    """A process that greets what it adopts with its slot. blocked: it does nothing. full: it can adopt nothing."""
+    """A process that sends its slot over each adopted connection. blocked: it does not read. full: adopting fails."""
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
         self.blocked = self.full = False
         self.adopted = 0
-        self.taker: FdReceiver | None = None
+        self.receiver: FdReceiver | None = None
 
     def adopt_from(self, stream: int) -> Deferred[object]:
-        self.taker = FdReceiver(reactor, os.dup(stream), self._adopt)
-        self._take, self.taker.doRead = self.taker.doRead, self._read  # type: ignore[method-assign]
+        self.receiver = FdReceiver(reactor, os.dup(stream), self._adopt)
+        self._receive, self.receiver.doRead = self.receiver.doRead, self._read  # type: ignore[method-assign]
         return succeed({})
 
     def _read(self) -> None:
         if not self.blocked:
-            self._take()
+            self._receive()
 
     def _adopt(self, fd: int) -> None:
         if self.full:
@@ -63,8 +70,8 @@ class Worker:
             connection.sendall(b"%d" % self.slot)
 
     def end(self) -> None:
-        if self.taker is not None:
-            self.taker.close()
+        if self.receiver is not None:
+            self.receiver.close()
 
 
 class Scene:
@@ -77,19 +84,19 @@ class Scene:
         self.rescue = Rescue(self.clock, self.port, self.health, self.workers, loop, self.metrics)
         self.clients: list[socket.socket] = []
         for slot in range(slots):
-            self.judge(slot)
-        self.rescue.look()
+            self.assess(slot)
+        self.rescue.check()
 
-    def judge(
+    def assess(
         self, slot: int, condition: Condition = Condition.HEALTHY, lag: float = 0.0, since: float = 0.0, busy: int = 0
     ) -> None:
         self.health[slot] = Health(slot, condition, self.clock.now - since, lag=lag, connections=busy)
 
     def connect(self, clients: int) -> list[socket.socket]:
-        """New clients, spread over the slots by the kernel."""
+        """Connect new clients, which the kernel spreads over the slots."""
         new = [socket.create_connection(("127.0.0.1", self.port.port)) for _ in range(clients)]
-        for one in new:
-            one.setblocking(False)
+        for client in new:
+            client.setblocking(False)
         self.clients += new
         return new
 
@@ -105,15 +112,15 @@ class Scene:
         except BlockingIOError:
             return count
 
-    async def look_until(self, condition: Callable[[], bool], step: float = 0.0) -> None:
-        """Look, as the watch does, until it holds. step: time that passes between two looks."""
+    async def check_until(self, condition: Callable[[], bool], step: float = 0.0) -> None:
+        """Check, as the health monitor does, until `condition` holds. step: seconds between two checks."""
 
-        def looked() -> bool:
+        def checked() -> bool:
             self.clock.now += step
-            self.rescue.look()
+            self.rescue.check()
             return condition()
 
-        await eventually(looked)
+        await eventually(checked)
 
     async def end(self) -> None:
         self.rescue.close()
@@ -134,8 +141,8 @@ async def rescuing(slots: int = 2, loop: LoopSettings | None = None) -> AsyncIte
         await scene.end()
 
 
-def heard(clients: list[socket.socket]) -> Counter[bytes]:
-    """What the clients have received, whole; those that nobody answered are missing."""
+def received(clients: list[socket.socket]) -> Counter[bytes]:
+    """Count the clients by the data that they have received. Clients without data are left out."""
     said: Counter[bytes] = Counter()
     for client in clients:
         with suppress(BlockingIOError):
@@ -144,161 +151,161 @@ def heard(clients: list[socket.socket]) -> Counter[bytes]:
 
 
 async def served(condition: Condition, lag: float = 0.0) -> Counter[bytes]:
-    """Who serves 40 clients while worker 0 is in this condition; the rest of them stays queued at worker 1."""
+    """Return which workers serve 40 clients while worker 0 is in this condition. Clients of worker 1 stay queued."""
     async with rescuing() as scene:
-        scene.judge(0, condition, lag)
+        scene.assess(0, condition, lag)
         clients = scene.connect(40)
         mine = scene.queued(1)
-        await scene.look_until(lambda: scene.count("rescued") == 40 - mine)
+        await scene.check_until(lambda: scene.count("rescued") == 40 - mine)
         assert scene.count("rescue_failed") == 0
-        return heard(clients)
+        return received(clients)
 
 
-async def test_the_clients_of_a_worker_that_can_not_take_them_are_served_by_another() -> None:
+async def test_clients_of_a_worker_that_can_not_accept_are_served_by_another() -> None:
     for condition in (Condition.ABSENT, Condition.PRESSED, Condition.DRAINING):
         assert set(await served(condition)) <= {b"1", b""}
 
 
-async def test_a_loop_that_is_blocked_right_now_is_enough() -> None:
+async def test_clients_of_a_currently_blocked_loop_are_rescued() -> None:
     assert (await served(Condition.LAGGING, lag=0.06))[b"1"] > 0
 
 
-async def test_a_worker_that_is_well_keeps_its_clients() -> None:
+async def test_a_worker_whose_loop_turns_keeps_its_clients() -> None:
     async with rescuing() as scene:
-        scene.judge(0, Condition.LAGGING, lag=0.0)
+        scene.assess(0, Condition.LAGGING, lag=0.0)
         clients = scene.connect(40)
         for _ in range(5):
-            scene.rescue.look()
-        assert not heard(clients)
+            scene.rescue.check()
+        assert not received(clients)
         assert scene.queued(0) + scene.queued(1) == 40
 
 
-async def test_it_can_be_switched_off() -> None:
+async def test_rescue_can_be_disabled() -> None:
     async with rescuing(loop=LoopSettings(rescue=False)) as scene:
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         scene.connect(20)
-        scene.rescue.look()
+        scene.rescue.check()
         assert scene.queued(0) + scene.queued(1) == 20
 
 
-async def test_the_healthiest_worker_is_the_first_to_help() -> None:
+async def test_the_least_loaded_worker_gets_connections_first() -> None:
     async with rescuing(slots=4) as scene:
-        scene.judge(0, Condition.ABSENT)
-        scene.judge(1, Condition.LAGGING)
-        scene.judge(2, busy=1000)
-        scene.judge(3, busy=10)
+        scene.assess(0, Condition.ABSENT)
+        scene.assess(1, Condition.LAGGING)
+        scene.assess(2, busy=1000)
+        scene.assess(3, busy=10)
         for worker in scene.workers.values():
-            worker.blocked = True  # so that they are given, and stay unanswered
+            worker.blocked = True  # connections are sent to it, and stay unanswered
         scene.connect(100)
-        scene.rescue.look()
-        flights = {slot: scene.rescue._ways[slot].in_flight for slot in (1, 2, 3)}
-        assert flights[1] == 0
-        assert 0 <= flights[3] - flights[2] <= 1
-        assert flights[3] > 0
+        scene.rescue.check()
+        transfers = {slot: scene.rescue._routes[slot].in_flight for slot in (1, 2, 3)}
+        assert transfers[1] == 0
+        assert 0 <= transfers[3] - transfers[2] <= 1
+        assert transfers[3] > 0
 
 
-async def test_no_worker_has_too_many_unanswered_and_the_rest_stays_queued() -> None:
+async def test_unanswered_connections_per_worker_are_bounded_and_others_stay_queued() -> None:
     async with rescuing() as scene:
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         scene.workers[1].blocked = True
         clients = scene.connect(400)
         for _ in range(4):
-            await scene.look_until(lambda: True)
-        assert scene.rescue._ways[1].in_flight == MOST_IN_FLIGHT
+            await scene.check_until(lambda: True)
+        assert scene.rescue._routes[1].in_flight == MAX_IN_FLIGHT
         scene.workers[1].blocked = False
         mine = scene.queued(1)
-        await scene.look_until(lambda: scene.count("rescued") == 400 - mine)
-        assert heard(clients)[b"1"] == 400 - mine
+        await scene.check_until(lambda: scene.count("rescued") == 400 - mine)
+        assert received(clients)[b"1"] == 400 - mine
 
 
-async def test_what_a_stopped_worker_was_given_goes_to_another_and_to_that_one_alone() -> None:
+async def test_connections_sent_to_a_stopped_worker_go_to_exactly_one_other() -> None:
     async with rescuing(slots=3) as scene:
-        scene.judge(0, Condition.ABSENT)
-        scene.judge(2, busy=1000)
+        scene.assess(0, Condition.ABSENT)
+        scene.assess(2, busy=1000)
         scene.workers[1].blocked = True
         clients = scene.connect(30)
         theirs = scene.queued(1) + scene.queued(2)
-        await scene.look_until(lambda: scene.count("rescued") == 30 - theirs, step=PATIENCE / 4)
+        await scene.check_until(lambda: scene.count("rescued") == 30 - theirs, step=ANSWER_TIMEOUT / 4)
         scene.workers[1].blocked = False
-        await scene.look_until(lambda: True)
+        await scene.check_until(lambda: True)
         assert scene.workers[1].adopted == 0
         assert scene.count("rescue_failed") > 0
-        assert heard(clients)[b"2"] == 30 - theirs
+        assert received(clients)[b"2"] == 30 - theirs
 
 
-async def test_a_worker_that_can_adopt_nothing_is_left_alone_for_a_while() -> None:
+async def test_a_worker_that_fails_to_adopt_gets_no_connections_for_a_while() -> None:
     async with rescuing() as scene:
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         scene.workers[1].full = True
         clients = scene.connect(2)
         while scene.count("rescue_failed") == 0:
             clients += scene.connect(1)
-            await scene.look_until(lambda: True)
+            await scene.check_until(lambda: True)
         failed = scene.count("rescue_failed")
         for _ in range(5):
-            await scene.look_until(lambda: True)
+            await scene.check_until(lambda: True)
         assert scene.count("rescue_failed") == failed
         scene.workers[1].full = False
-        await scene.look_until(lambda: scene.count("rescued") > 0, step=REST / 4)
+        await scene.check_until(lambda: scene.count("rescued") > 0, step=PAUSE_AFTER_FAILURE / 4)
         assert not scene.rescue._held
 
 
-async def test_what_a_dying_worker_was_given_goes_to_another() -> None:
+async def test_connections_sent_to_a_dying_worker_go_to_another() -> None:
     async with rescuing(slots=3) as scene:
-        scene.judge(0, Condition.ABSENT)
-        scene.judge(2, busy=1000)
+        scene.assess(0, Condition.ABSENT)
+        scene.assess(2, busy=1000)
         scene.workers[1].blocked = True
         clients = scene.connect(30)
         theirs = scene.queued(1) + scene.queued(2)
-        scene.rescue.look()
+        scene.rescue.check()
         dead = scene.workers.pop(1)
         dead.end()
-        scene.judge(1, Condition.ABSENT)
-        await scene.look_until(lambda: scene.count("rescued") == 30 - theirs)
-        assert heard(clients)[b"2"] == 30 - theirs
+        scene.assess(1, Condition.ABSENT)
+        await scene.check_until(lambda: scene.count("rescued") == 30 - theirs)
+        assert received(clients)[b"2"] == 30 - theirs
 
 
-async def test_a_new_process_in_a_slot_gets_a_way_of_its_own() -> None:
+async def test_a_new_process_in_a_slot_gets_a_route_of_its_own() -> None:
     async with rescuing() as scene:
         scene.workers[1].end()
         scene.workers[1] = Worker(1)
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         clients = scene.connect(20)
         mine = scene.queued(1)
-        await scene.look_until(lambda: scene.count("rescued") == 20 - mine)
-        assert heard(clients)[b"1"] == 20 - mine
+        await scene.check_until(lambda: scene.count("rescued") == 20 - mine)
+        assert received(clients)[b"1"] == 20 - mine
 
 
-async def test_without_a_helper_clients_wait_for_their_own_worker() -> None:
+async def test_without_a_healthy_worker_clients_stay_queued() -> None:
     async with rescuing() as scene:
         for condition, lag in ((Condition.PRESSED, REFUSE_AFTER / 2), (Condition.ABSENT, 0.0)):
-            scene.judge(0, condition, lag)
-            scene.judge(1, condition, lag)
+            scene.assess(0, condition, lag)
+            scene.assess(1, condition, lag)
             scene.connect(20)
             for _ in range(5):
-                scene.rescue.look()
+                scene.rescue.check()
             assert scene.queued(0) + scene.queued(1) == 20
 
 
-async def test_a_worker_that_has_just_died_may_be_waited_for() -> None:
+async def test_clients_wait_for_the_successor_of_a_worker_that_has_just_died() -> None:
     async with rescuing() as scene:
-        scene.judge(0, Condition.PRESSED, lag=2 * REFUSE_AFTER)
-        scene.judge(1, Condition.ABSENT, since=ABSENCE / 2)
+        scene.assess(0, Condition.PRESSED, lag=2 * REFUSE_AFTER)
+        scene.assess(1, Condition.ABSENT, since=RESTART_ALLOWANCE / 2)
         clients = scene.connect(5)
-        scene.rescue.look()
-        assert not heard(clients)
-        scene.clock.now += ABSENCE
-        await scene.look_until(lambda: heard(clients).total() == 5)
+        scene.rescue.check()
+        assert not received(clients)
+        scene.clock.now += RESTART_ALLOWANCE
+        await scene.check_until(lambda: received(clients).total() == 5)
         assert scene.count("rescue_refused") == 5
 
 
-async def test_when_every_loop_is_blocked_for_long_clients_are_told_to_come_back() -> None:
+async def test_when_every_loop_is_blocked_for_long_clients_get_a_503() -> None:
     async with rescuing() as scene:
         for slot in (0, 1):
-            scene.judge(slot, Condition.PRESSED, lag=REFUSE_AFTER)
+            scene.assess(slot, Condition.PRESSED, lag=REFUSE_AFTER)
         clients = scene.connect(10)
         clients[0].send(b"GET / HTTP/1.1\r\n\r\n")
-        await scene.look_until(lambda: heard(clients).total() == 10)
+        await scene.check_until(lambda: received(clients).total() == 10)
         for client in clients:
             response = client.recv(4096)
             head, _, body = response.partition(b"\r\n\r\n")
@@ -307,40 +314,40 @@ async def test_when_every_loop_is_blocked_for_long_clients_are_told_to_come_back
             assert head.endswith(b"\r\nContent-Length: %d" % len(body))
             assert client.recv(4096) == b""
         assert scene.count("rescue_refused") == 10
-        # They are still there: a reset would take the response from them.
+        # The connections are still open: a reset would discard the response.
         assert scene.rescue._refusals.lingering == 10
         for client in clients:
             client.close()
         await eventually(lambda: not scene.rescue._refusals.lingering)
 
 
-async def test_those_who_are_told_to_come_back_use_no_more_than_so_many_descriptors() -> None:
+async def test_the_number_of_refused_clients_still_open_is_bounded() -> None:
     async with rescuing() as scene:
         for slot in (0, 1):
-            scene.judge(slot, Condition.PRESSED, lag=REFUSE_AFTER)
-        scene.connect(MOST_LINGERING + 20)
-        await scene.look_until(lambda: scene.rescue._refusals.lingering == MOST_LINGERING)
+            scene.assess(slot, Condition.PRESSED, lag=REFUSE_AFTER)
+        scene.connect(MAX_LINGERING + 20)
+        await scene.check_until(lambda: scene.rescue._refusals.lingering == MAX_LINGERING)
         for _ in range(5):
-            scene.rescue.look()
+            scene.rescue.check()
         assert scene.queued(0) + scene.queued(1) == 20
 
 
-async def test_a_connection_that_nobody_took_is_not_held_for_ever() -> None:
+async def test_a_connection_that_no_worker_takes_is_refused_after_a_while() -> None:
     async with rescuing() as scene:
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         scene.workers[1].full = True
         clients = []
         while not scene.rescue._held:
             clients += scene.connect(1)
-            await scene.look_until(lambda: True)
-        scene.judge(1, Condition.PRESSED)
-        await scene.look_until(lambda: scene.count("rescue_refused") > 0, step=HOLD / 4)
-        await eventually(lambda: any(said.startswith(b"HTTP/1.1 503") for said in heard(clients)))
+            await scene.check_until(lambda: True)
+        scene.assess(1, Condition.PRESSED)
+        await scene.check_until(lambda: scene.count("rescue_refused") > 0, step=MAX_HOLD / 4)
+        await eventually(lambda: any(said.startswith(b"HTTP/1.1 503") for said in received(clients)))
 
 
-async def test_without_descriptors_of_its_own_the_supervisor_leaves_them_queued() -> None:
+async def test_without_free_descriptors_the_supervisor_leaves_clients_queued() -> None:
     async with rescuing() as scene:
-        scene.judge(0, Condition.ABSENT)
+        scene.assess(0, Condition.ABSENT)
         scene.connect(20)
         real = scene.port.sockets[0]
 
@@ -349,20 +356,20 @@ async def test_without_descriptors_of_its_own_the_supervisor_leaves_them_queued(
                 raise OSError(24, "Too many open files")
 
         scene.rescue._sockets[0] = Exhausted()  # type: ignore[call-overload]
-        scene.rescue.look()
+        scene.rescue.check()
         scene.rescue._sockets[0] = real
         mine = scene.queued(1)
-        await scene.look_until(lambda: scene.count("rescued") == 20 - mine)
+        await scene.check_until(lambda: scene.count("rescued") == 20 - mine)
 
 
-async def test_a_process_that_does_not_open_its_way_is_no_helper() -> None:
+async def test_a_process_that_refuses_the_route_gets_no_connections() -> None:
     async with rescuing() as scene:
-        mute = Worker(1)
-        mute.adopt_from = lambda stream: fail(ConnectionError())  # type: ignore[assignment,method-assign]
+        refusing = Worker(1)
+        refusing.adopt_from = lambda stream: fail(ConnectionError())  # type: ignore[assignment,method-assign]
         scene.workers[1].end()
-        scene.workers[1] = mute
-        scene.judge(0, Condition.ABSENT)
+        scene.workers[1] = refusing
+        scene.assess(0, Condition.ABSENT)
         scene.connect(20)
         for _ in range(5):
-            await scene.look_until(lambda: True)
+            await scene.check_until(lambda: True)
         assert scene.queued(0) + scene.queued(1) == 20

@@ -1,5 +1,5 @@
-"""The supervisor as a service: what it opens and when, what it passes on, and how it ends. Real processes are in
-tests/system/test_processes.py."""
+"""The supervisor as a service: the ports it opens, the descriptors its children get, and its stop. Real processes are
+in tests/system/test_processes.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import fcntl
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from realtime.supervisor.service import Supervisor
 
 
 class Spawned:
-    """A process that was only asked for: its command, environment and descriptors, and the child's end of its link."""
+    """A requested process that does not run: its command, environment, descriptors, and the child's end of its link."""
 
     def __init__(self, protocol: Any, pid: int, command: list[str], env: dict[str, str], fds: dict[int, Any]) -> None:
         self.protocol = protocol
@@ -34,7 +34,7 @@ class Spawned:
         self.env = env
         self.fds = fds
         self.signals: list[int] = []
-        self.heard: list[tuple[str, object]] = []
+        self.received: list[tuple[str, object]] = []
         self.peer = Peer(self)
         self.settings = configuration.load(os.pread(fds[4], 1 << 20, 0))
         self.link = os.dup(fds[3])
@@ -46,7 +46,7 @@ class Spawned:
         self.signals.append(number)
 
     def exit(self, status: int) -> None:
-        """End: status as the pool has it, minus a signal."""
+        """Exit. status: an exit status, or minus a signal."""
         ended = ProcessDone(0) if status == 0 else ProcessTerminated(max(status, 0) or None, max(-status, 0) or None)
         if self.peer.transport is not None:
             self.peer.transport.abortConnection()
@@ -54,7 +54,7 @@ class Spawned:
 
 
 class Peer(control.Peer):
-    """The child's end of the link."""
+    """The child's end of the control link."""
 
     def __init__(self, spawned: Spawned) -> None:
         super().__init__()
@@ -62,18 +62,18 @@ class Peer(control.Peer):
 
     @control.Link.responder
     def link(self, slot: int, stream: int) -> dict[str, object]:
-        self.spawned.heard.append(("link", slot))
+        self.spawned.received.append(("link", slot))
         os.close(stream)
         return {}
 
     @control.Drain.responder
     def drain(self, timeout: float) -> dict[str, object]:
-        self.spawned.heard.append(("drain", timeout))
+        self.spawned.received.append(("drain", timeout))
         return {}
 
 
 class Reactor:
-    """The test's reactor with processes that are only asked for, and a clock that the test turns."""
+    """The test's reactor, with processes that do not run and a clock that the test sets."""
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
@@ -100,8 +100,27 @@ class Reactor:
         return spawned
 
 
+class Operators:
+    """An operators' port that only keeps its state."""
+
+    def __init__(self, supervisor: Supervisor, reactor: Any, address: str, port: int) -> None:
+        self.address = address
+        self.port = port
+        self.state = "listening"
+
+    def start(self) -> None:
+        self.state = "started"
+
+    def close(self) -> None:
+        self.state = "closed"
+
+
+def supervisor(reactor: Any, settings: Settings, leave: Callable[[int], None] | None = None) -> Supervisor:
+    return Supervisor(reactor, settings, Operators, worker="some.worker", broker="some.broker", leave=leave)
+
+
 class Running:
-    """A supervisor of two workers that was started on such a reactor."""
+    """A started supervisor of two workers, on such a reactor."""
 
     def __init__(self, reactor: Any) -> None:
         self.reactor = Reactor(reactor)
@@ -111,12 +130,12 @@ class Running:
             workers=WorkersSettings(count=2),
             shutdown=ShutdownSettings(timeout=20.0),
         )
-        self.supervisor = Supervisor(self.reactor, settings, "some.worker", "some.broker")
+        self.supervisor = supervisor(self.reactor, settings, self.left.append)
         self.supervisor.startService()
 
     def process(self, slot: int) -> Spawned:
         """The latest process of the slot."""
-        return next(one for one in reversed(self.reactor.spawned) if one.argument("--slot") == str(slot))
+        return next(process for process in reversed(self.reactor.spawned) if process.argument("--slot") == str(slot))
 
     async def ready(self) -> None:
         for slot in (BROKER, 0, 1):
@@ -125,7 +144,7 @@ class Running:
     def tick(self, seconds: float = TICK) -> None:
         now = self.reactor.seconds() + seconds
         self.reactor.seconds = lambda: now
-        self.supervisor.watch.start()
+        self.supervisor.monitor.start()
 
 
 @pytest.fixture
@@ -142,16 +161,16 @@ def running() -> Iterator[Running]:
 
 def test_nothing_is_opened_before_the_start() -> None:
     before = os.listdir("/proc/self/fd")
-    Supervisor(object(), Settings(), "some.worker", "some.broker")
+    supervisor(object(), Settings())
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_workers_are_one_for_each_core_unless_told() -> None:
-    pool = Supervisor(object(), Settings(), "some.worker", "some.broker").pool
+def test_by_default_there_is_one_worker_per_core() -> None:
+    pool = supervisor(object(), Settings()).pool
     assert len(pool.workers) == len(os.sched_getaffinity(0))
 
 
-async def test_each_process_gets_what_it_needs(running: Running) -> None:
+async def test_each_process_gets_its_arguments_settings_and_sockets(running: Running) -> None:
     broker, first, second = (running.process(slot) for slot in (BROKER, 0, 1))
     assert broker.command[1:3] == ["-m", "some.broker"]
     assert first.command[1:3] == ["-m", "some.worker"]
@@ -165,7 +184,7 @@ async def test_each_process_gets_what_it_needs(running: Running) -> None:
     assert (first.fds[1], first.fds[2]) == (1, 2)
 
 
-async def test_the_settings_can_not_be_changed_by_a_child(running: Running) -> None:
+async def test_a_child_can_not_change_the_settings(running: Running) -> None:
     fd = running.process(0).fds[4]
     with pytest.raises(PermissionError):
         os.pwrite(fd, b"x", 0)
@@ -174,7 +193,7 @@ async def test_the_settings_can_not_be_changed_by_a_child(running: Running) -> N
     assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SEAL
 
 
-async def test_what_the_manager_meant_for_the_supervisor_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_children_do_not_inherit_the_service_managers_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     from twisted.internet import reactor
 
     monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
@@ -188,13 +207,13 @@ async def test_what_the_manager_meant_for_the_supervisor_is_not_passed_on(monkey
         running.process(slot).exit(-signal.SIGKILL)
 
 
-async def test_worker_and_broker_are_introduced(running: Running) -> None:
+async def test_each_worker_and_the_broker_get_a_stream_to_each_other(running: Running) -> None:
     await running.ready()
     for slot in (0, 1):
-        # An answer to a later command proves that the earlier ones have arrived.
+        # The answer to a later command proves that the earlier commands have arrived.
         await running.process(slot).peer.callRemote(control.Ready)
-        assert running.process(slot).heard == [("link", slot)]
-    assert sorted(running.process(BROKER).heard) == [("link", 0), ("link", 1)]
+        assert running.process(slot).received == [("link", slot)]
+    assert sorted(running.process(BROKER).received) == [("link", 0), ("link", 1)]
 
 
 async def test_a_lost_stream_is_replaced(running: Running) -> None:
@@ -202,10 +221,10 @@ async def test_a_lost_stream_is_replaced(running: Running) -> None:
     await running.process(1).peer.callRemote(control.LinkLost)
     running.tick()
     await running.process(1).peer.callRemote(control.Ready)
-    assert running.process(1).heard == [("link", 1)] * 2
+    assert running.process(1).received == [("link", 1)] * 2
 
 
-async def test_no_descriptor_stays_with_the_supervisor(running: Running) -> None:
+async def test_the_supervisor_leaks_no_descriptor_of_dead_processes(running: Running) -> None:
     await running.ready()
     await running.process(0).peer.callRemote(control.Ready)
     before = len(os.listdir("/proc/self/fd"))
@@ -218,18 +237,18 @@ async def test_no_descriptor_stays_with_the_supervisor(running: Running) -> None
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
-async def test_a_late_word_from_a_dead_process_does_not_count_for_its_successor(running: Running) -> None:
+async def test_late_events_of_a_dead_process_do_not_affect_its_successor(running: Running) -> None:
     old = running.process(0)
     old.exit(-signal.SIGKILL)
     while running.process(0) is old:
         running.tick()
-    running.supervisor.announced(old.protocol)
-    running.supervisor.hung_up(old.protocol)
-    running.supervisor.exited(old.protocol, 0)
+    running.supervisor.process_ready(old.protocol)
+    running.supervisor.control_link_lost(old.protocol)
+    running.supervisor.process_exited(old.protocol, 0)
     assert running.supervisor.pool.slots[0].state is SlotState.STARTING
 
 
-async def test_a_process_that_can_not_be_spawned_is_tried_again(running: Running) -> None:
+async def test_a_failed_spawn_is_retried(running: Running) -> None:
     await running.ready()
     running.reactor.refuse = OSError(errno.EAGAIN, "Resource temporarily unavailable")
     running.process(0).exit(1)
@@ -243,39 +262,34 @@ async def test_a_process_that_can_not_be_spawned_is_tried_again(running: Running
         running.tick()
 
 
-async def test_stop_drains_and_the_deferred_fires_when_all_have_ended(running: Running) -> None:
+async def test_stop_drains_all_processes_before_its_deferred_fires(running: Running) -> None:
     await running.ready()
     stopped: Deferred[None] = running.supervisor.stopService()
     for slot in (0, 1):
         await running.process(slot).peer.callRemote(control.LinkLost)
-        assert running.process(slot).heard[-1][0] == "drain"
+        assert running.process(slot).received[-1][0] == "drain"
         running.process(slot).exit(0)
     assert not stopped.called
     await running.process(BROKER).peer.callRemote(control.LinkLost)
-    assert running.process(BROKER).heard[-1][0] == "drain"
+    assert running.process(BROKER).received[-1][0] == "drain"
     running.process(BROKER).exit(0)
     assert stopped.called
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", running.supervisor.port), timeout=5)
 
 
-async def test_leave_is_given_the_status(running: Running) -> None:
-    left: list[int] = []
-    running.supervisor.leave = left.append
+async def test_leave_gets_the_exit_status(running: Running) -> None:
     await running.process(0).peer.callRemote(control.Failed, reason="no such module")
     for slot in (0, 1, BROKER):
         running.process(slot).exit(78 if slot == 0 else -signal.SIGKILL)
-    assert left == [78]
+    assert running.left == [78]
 
 
-def test_a_port_in_use_ends_the_start_with_1() -> None:
+def test_a_port_in_use_exits_with_status_1() -> None:
     from twisted.internet import reactor
 
     with socket.create_server(("127.0.0.1", 0)) as other:
         settings = Settings(http_server=HTTPServerSettings("127.0.0.1", other.getsockname()[1], "127.0.0.1", 0))
-        supervisor = Supervisor(Reactor(reactor), settings, "some.worker", "some.broker")
         with pytest.raises(SystemExit) as caught:
-            supervisor.privilegedStartService()
+            supervisor(Reactor(reactor), settings).privilegedStartService()
         assert caught.value.code == 1
-    assert supervisor._admin is not None
-    supervisor._admin.close()

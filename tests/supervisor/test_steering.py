@@ -1,4 +1,4 @@
-"""Steering on a real group of sockets: the kernel follows the weights, and its refusal is borne."""
+"""Steering on a real group of sockets: the kernel follows the weights, and may refuse the program."""
 
 from __future__ import annotations
 
@@ -14,41 +14,43 @@ from realtime.supervision.balance import FULL
 from realtime.supervision.health import Condition, Health
 from realtime.supervisor import steering as module
 from realtime.supervisor.listener import SharedPort
-from realtime.supervisor.steering import SETTLE, Steering
+from realtime.supervisor.steering import MIN_UPDATE_INTERVAL, Steering
 
 SLOTS = 3
 
 
 class Scene:
-    """A port with three slots and nobody who accepts, and a clock that the test turns."""
+    """A port with three slots and no workers, and a clock that the test sets."""
 
-    def __init__(self, wanted: bool = True) -> None:
+    def __init__(self, enabled: bool = True) -> None:
         self.port = SharedPort("127.0.0.1", 0, 4096, SLOTS)
         self.now = 100.0
         self.metrics = Metrics()
         self.health: dict[int, Health] = {}
-        self.steering = Steering(self.port, self.health, lambda: self.now, self.metrics, wanted)
+        self.steering = Steering(self.port, self.health, lambda: self.now, self.metrics, enabled)
         self.clients: list[socket.socket] = []
 
-    def judge(self, slot: int, condition: Condition = Condition.HEALTHY, utilization: float = 0.0) -> None:
+    def assess(self, slot: int, condition: Condition = Condition.HEALTHY, utilization: float = 0.0) -> None:
         before = self.health.get(slot)
         self.health[slot] = health = Health(slot, condition, 0.0, utilization=utilization)
         if before is None or before.condition is not condition:
             self.steering.condition_changed(slot, health)
 
-    def look(self, after: float = 0.0) -> tuple[int, ...]:
+    def update(self, after: float = 0.0) -> tuple[int, ...]:
         self.now += after
-        self.steering.look()
+        self.steering.update()
         return self.steering.weights
 
     def connect(self, clients: int) -> list[int]:
-        """Let so many connect; how many are queued at each slot, ever."""
+        """Connect `clients` clients. Returns how many are queued at each slot, in total."""
         for _ in range(clients):
             self.clients.append(socket.create_connection(("127.0.0.1", self.port.port)))
-        return [self.steering.queue(slot)[0] for slot in range(SLOTS)]
+        return [self.steering.accept_queue(slot)[0] for slot in range(SLOTS)]
 
     def gauges(self, name: str) -> dict[str, float]:
-        return {dict(one.labels)["worker"]: one.value for one in self.metrics.snapshot() if one.name == name}
+        return {
+            dict(sample.labels)["worker"]: sample.value for sample in self.metrics.snapshot() if sample.name == name
+        }
 
     def close(self) -> None:
         for client in self.clients:
@@ -60,35 +62,35 @@ class Scene:
 def scene() -> Iterator[Scene]:
     scene = Scene()
     for slot in range(SLOTS):
-        scene.judge(slot)
+        scene.assess(slot)
     yield scene
     scene.close()
 
 
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
-    heard: list[str] = []
+    logged: list[str] = []
 
-    def hear(event: LogEvent) -> None:
+    def observe(event: LogEvent) -> None:
         if event["log_namespace"] == module.__name__:
-            heard.append(event["log_format"].format(**event))
+            logged.append(event["log_format"].format(**event))
 
-    globalLogPublisher.addObserver(hear)
-    yield heard
-    globalLogPublisher.removeObserver(hear)
+    globalLogPublisher.addObserver(observe)
+    yield logged
+    globalLogPublisher.removeObserver(observe)
 
 
 @pytest.mark.parametrize("only", range(SLOTS))
-def test_the_kernel_counts_the_slots_as_we_do(scene: Scene, only: int) -> None:
+def test_the_kernels_index_of_a_socket_is_the_number_of_its_slot(scene: Scene, only: int) -> None:
     for slot in {0, 1, 2} - {only}:
-        scene.judge(slot, Condition.PRESSED)
-    scene.look()
+        scene.assess(slot, Condition.PRESSED)
+    scene.update()
     assert scene.connect(20) == [20 if slot == only else 0 for slot in range(SLOTS)]
 
 
 def test_new_connections_follow_the_weights(scene: Scene) -> None:
-    scene.judge(1, utilization=0.5)
-    scene.judge(2, Condition.ABSENT)
+    scene.assess(1, utilization=0.5)
+    scene.assess(2, Condition.ABSENT)
     assert scene.steering.weights == (FULL, FULL // 2, 0)
     first, second, third = scene.connect(600)
     assert third == 0
@@ -96,35 +98,35 @@ def test_new_connections_follow_the_weights(scene: Scene) -> None:
     assert first + second == 600
 
 
-def test_without_anybody_to_prefer_the_kernel_chooses(scene: Scene) -> None:
-    scene.judge(0, Condition.PRESSED)
-    scene.look()
+def test_without_an_accepting_worker_the_kernel_chooses(scene: Scene) -> None:
+    scene.assess(0, Condition.PRESSED)
+    scene.update()
     for slot in range(SLOTS):
-        scene.judge(slot, Condition.PRESSED)
-    assert scene.look() == (0, 0, 0)
+        scene.assess(slot, Condition.PRESSED)
+    assert scene.update() == (0, 0, 0)
     assert all(depth > 0 for depth in scene.connect(90))
 
 
-def test_a_condition_is_acted_on_at_once_and_load_not_too_often(scene: Scene) -> None:
-    equal = scene.look()
-    scene.judge(0, utilization=0.5)
-    assert scene.look(after=SETTLE / 2) == equal
-    scene.judge(1, Condition.PRESSED)
+def test_a_condition_changes_weights_at_once_and_load_changes_them_seldom(scene: Scene) -> None:
+    equal = scene.update()
+    scene.assess(0, utilization=0.5)
+    assert scene.update(after=MIN_UPDATE_INTERVAL / 2) == equal
+    scene.assess(1, Condition.PRESSED)
     assert scene.steering.weights == (FULL // 2, 0, FULL)
-    scene.judge(0)
-    assert scene.look(after=SETTLE / 2) == (FULL // 2, 0, FULL)
-    assert scene.look(after=SETTLE / 2) == (FULL, 0, FULL)
+    scene.assess(0)
+    assert scene.update(after=MIN_UPDATE_INTERVAL / 2) == (FULL // 2, 0, FULL)
+    assert scene.update(after=MIN_UPDATE_INTERVAL / 2) == (FULL, 0, FULL)
 
 
 def test_an_unchanged_program_is_not_replaced(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     replaced: Counter[bytes] = Counter()
     monkeypatch.setattr(module, "_attach", lambda member, code: replaced.update([code]))
     for _ in range(100):
-        scene.look(after=SETTLE)
+        scene.update(after=MIN_UPDATE_INTERVAL)
     assert replaced.total() == 0
 
 
-def test_the_kernels_refusal_is_told_once_and_leaves_its_hash(
+def test_a_refusal_of_the_kernel_is_logged_once_and_keeps_its_hash(
     monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
     def refuse(member: socket.socket, code: bytes) -> None:
@@ -134,52 +136,52 @@ def test_the_kernels_refusal_is_told_once_and_leaves_its_hash(
     scene = Scene()
     try:
         for slot in range(SLOTS):
-            scene.judge(slot)
-            assert scene.look(after=SETTLE) == (0, 0, 0)
+            scene.assess(slot)
+            assert scene.update(after=MIN_UPDATE_INTERVAL) == (0, 0, 0)
         assert warnings == [
-            "new connections are not steered, but spread by the kernel's hash: "
-            "the kernel refuses: Operation not permitted"
+            "steering is off, the kernel spreads new connections by its hash: the kernel refuses its program: "
+            "Operation not permitted; allow SO_ATTACH_REUSEPORT_CBPF, or set loop.steering = false"
         ]
         assert all(depth > 0 for depth in scene.connect(90))
     finally:
         scene.close()
 
 
-def test_it_can_be_switched_off(warnings: list[str]) -> None:
-    scene = Scene(wanted=False)
+def test_steering_can_be_disabled(warnings: list[str]) -> None:
+    scene = Scene(enabled=False)
     try:
-        scene.judge(0)
-        assert scene.look() == (0, 0, 0)
+        scene.assess(0)
+        assert scene.update() == (0, 0, 0)
         assert all(depth > 0 for depth in scene.connect(90))
         assert warnings == []
     finally:
         scene.close()
 
 
-def test_where_others_listen_already_nothing_is_steered(warnings: list[str]) -> None:
+def test_steering_is_off_while_workers_of_a_killed_server_listen(warnings: list[str]) -> None:
     left_behind = Scene()
     port = left_behind.port.port
     left_behind.port._lock.close()  # type: ignore[union-attr]  # its supervisor was killed
     successor = SharedPort("127.0.0.1", port, 64, SLOTS)
     try:
-        assert successor.crowded and not left_behind.port.crowded
+        assert successor.has_other_listeners and not left_behind.port.has_other_listeners
         health = {slot: Health(slot, Condition.HEALTHY, 0.0) for slot in range(SLOTS)}
-        steering = Steering(successor, health, lambda: 0.0, Metrics(), wanted=True)
-        steering.look()
+        steering = Steering(successor, health, lambda: 0.0, Metrics(), enabled=True)
+        steering.update()
         assert steering.weights == (0, 0, 0)
         assert warnings == [
-            "new connections are not steered, but spread by the kernel's hash: "
-            "another server's workers still listen on this port"
+            "steering is off, the kernel spreads new connections by its hash: workers of a killed server "
+            "still listen on this port; restart this server once they are gone"
         ]
     finally:
         successor.close()
         left_behind.close()
 
 
-def test_weights_and_queues_are_measured(scene: Scene) -> None:
-    scene.judge(0, Condition.PRESSED)
-    scene.judge(1, Condition.PRESSED)
-    scene.look()
+def test_weights_and_queues_are_gauges(scene: Scene) -> None:
+    scene.assess(0, Condition.PRESSED)
+    scene.assess(1, Condition.PRESSED)
+    scene.update()
     scene.connect(7)
     assert scene.gauges("realtime_slot_weight") == {"0": 0, "1": 0, "2": FULL}
     assert scene.gauges("realtime_accept_queue_depth") == {"0": 0, "1": 0, "2": 7}

@@ -5,7 +5,7 @@ import os
 from twisted.application.service import Application
 
 from realtime.config import settings
-from realtime.supervisor.service import make_service
+from realtime.tap import make_service
 
 application = Application("stand-in")
 make_service(

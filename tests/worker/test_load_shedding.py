@@ -18,7 +18,7 @@ from realtime.config.settings import LoopSettings, WorkersSettings
 from realtime.handlers.dispatch import Dispatcher
 from realtime.http.request import UNCOUNTED
 from realtime.metrics import Metrics
-from realtime.supervision.pressure import CALM, Pressure
+from realtime.supervision.pressure import RECOVERY_TIME, Pressure
 from realtime.supervision.vitals import ProcessState, Vitals, VitalsPage
 from realtime.worker.load_shedding import Shedding
 from tests.driving import on_loop
@@ -63,9 +63,9 @@ def test_handshakes_are_refused_only_when_no_other_worker_can_take_them(bench: B
     refusal = bench.shedding.refuse_handshake()
     assert refusal is not None
     assert (refusal.status, refusal.kind) == (503, UNCOUNTED)
-    bench.page.relieve(True)
+    bench.page.set_relief(True)
     assert bench.shedding.refuse_handshake() is None
-    bench.page.relieve(False)
+    bench.page.set_relief(False)
     assert bench.shedding.refuse_handshake() is not None
     assert bench.series("realtime_shed") == {("handshake", "lag"): 2}
 
@@ -83,7 +83,7 @@ def test_the_metrics_say_what_presses(bench: Bench) -> None:
 def test_pressure_is_logged_when_it_comes_and_goes_and_once_a_minute(bench: Bench) -> None:
     for _ in range(5):
         bench.beat(lag=0.3)
-        bench.beat(after=CALM)
+        bench.beat(after=RECOVERY_TIME)
         bench.beat()
     assert len(bench.said()) == 2
     assert bench.said()[0] == "under pressure by lag: lag 300 ms"

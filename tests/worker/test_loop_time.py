@@ -30,7 +30,7 @@ class Bill:
 
     def charged(self) -> dict[tuple[LoopWork, str], int]:
         """What each account was charged so far, but those with nothing."""
-        self.accounts.switch(self.accounts.charged)
+        self.accounts.switch(self.accounts.current)
         return {(account.kind, account.name): account.spent for account in self.accounts if account.spent}
 
 

@@ -1,4 +1,4 @@
-"""Makes `twistd realtime` known. Every twistd command imports this, so it holds nothing else."""
+"""Registers `twistd realtime`. Every twistd command imports this module, so it holds nothing else."""
 
 from twisted.application.service import ServiceMaker
 

@@ -1,0 +1,240 @@
+"""The supervisor's side of one child: what it passes on, reports to its owner, logs, and keeps after the exit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
+from twisted.logger import LogEvent, capturedLogs
+from twisted.python.failure import Failure
+
+from realtime.process import stack_dumps
+from realtime.supervision.vitals import ProcessState, RunningHandler, Vitals, VitalsPage
+from realtime.supervisor import child_process
+from realtime.supervisor.child_process import ChildProcess
+
+READING = Vitals(123, 0.25, 7, 9, ProcessState.READY)
+
+
+class Owner:
+    """Keeps the events of its processes."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def process_ready(self, process: ChildProcess) -> None:
+        self.events.append(("ready", process.slot))
+
+    def start_failed(self, process: ChildProcess, reason: str) -> None:
+        self.events.append(("failed", process.slot, reason))
+
+    def broker_link_lost(self, process: ChildProcess) -> None:
+        self.events.append(("broker link lost", process.slot))
+
+    def control_link_lost(self, process: ChildProcess) -> None:
+        self.events.append(("control link lost", process.slot))
+
+    def process_exited(self, process: ChildProcess, status: int) -> None:
+        self.events.append(("exited", process.slot, status))
+
+
+class Reactor:
+    """Spawns nothing: keeps the command, the environment and duplicates of the child's descriptors."""
+
+    pid = 4321
+
+    def __init__(self) -> None:
+        self.command: list[str] = []
+        self.environment: dict[str, str] = {}
+        self.fds: dict[int, Any] = {}
+        self.signals: list[int] = []
+        self.error: OSError | None = None
+        self.has_exited = False
+
+    def spawnProcess(self, protocol: Any, executable: str, args: list[str], env: Any, childFDs: Any) -> Reactor:
+        if self.error:
+            raise self.error
+        self.command, self.environment = args, env
+        self.fds = {number: os.dup(fd) if isinstance(fd, int) else fd for number, fd in childFDs.items()}
+        protocol.transport = self
+        return self
+
+    def adoptStreamConnection(self, fd: int, family: socket.AddressFamily, factory: Any) -> None:
+        pass
+
+    def callLater(self, delay: float, function: Any) -> None:
+        pass
+
+    def signalProcess(self, number: int) -> None:
+        if self.has_exited:
+            raise ProcessExitedAlready
+        self.signals.append(number)
+
+    def close(self) -> None:
+        for fd in self.fds.values():
+            if isinstance(fd, int):
+                os.close(fd)
+
+
+class Scene:
+    """A child in slot 3, spawned with two listening sockets."""
+
+    def __init__(self, capture: bool = False) -> None:
+        self.reactor = Reactor()
+        self.owner = Owner()
+        self.child = ChildProcess(self.owner, 3)
+        self.capture = capture
+
+    def start(self) -> None:
+        with open(os.devnull) as null:
+            fd = null.fileno()
+            self.child.start(self.reactor, ["python", "-m", "some.worker"], fd, [fd, fd], self.capture)
+
+    def page(self) -> VitalsPage:
+        """The child's mapping of its page."""
+        return VitalsPage.open(os.dup(self.reactor.fds[int(self.argument("--vitals"))]))
+
+    def argument(self, name: str) -> str:
+        return self.reactor.command[self.reactor.command.index(name) + 1]
+
+    def exit(self, status: int) -> None:
+        """status: an exit status, or minus a signal."""
+        ended = ProcessDone(0) if status == 0 else ProcessTerminated(max(status, 0) or None, max(-status, 0) or None)
+        self.reactor.has_exited = True
+        self.child.processExited(Failure(ended))
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    scene = Scene()
+    scene.start()
+    yield scene
+    if not scene.reactor.has_exited:
+        scene.exit(0)
+    scene.reactor.close()
+
+
+def output(events: list[LogEvent]) -> list[str]:
+    return [event["line"] for event in events if event["log_namespace"] == child_process.__name__]
+
+
+def test_the_command_line_names_the_descriptors_of_the_child(scene: Scene) -> None:
+    assert scene.reactor.command[:3] == ["python", "-m", "some.worker"]
+    assert (scene.argument("--slot"), scene.argument("--listen")) == ("3", "6,7")
+    assert int(scene.argument("--stacks")) == 8
+    given = {int(scene.argument(name)) for name in ("--link", "--settings", "--vitals")} | {6, 7, 8, 0, 1, 2}
+    assert set(scene.reactor.fds) == given
+    assert scene.child.pid == Reactor.pid
+
+
+def test_a_child_does_not_inherit_the_service_managers_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "REALTIME_TEST_VARIABLE"):
+        monkeypatch.setenv(name, "1")
+    scene = Scene()
+    scene.start()
+    assert "REALTIME_TEST_VARIABLE" in scene.reactor.environment
+    assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & scene.reactor.environment.keys()
+    scene.exit(0)
+    scene.reactor.close()
+
+
+def test_a_failure_to_spawn_leaves_no_descriptor_open() -> None:
+    before = os.listdir("/proc/self/fd")
+    scene = Scene()
+    scene.reactor.error = OSError(11, "Resource temporarily unavailable")
+    with pytest.raises(OSError):
+        scene.start()
+    assert os.listdir("/proc/self/fd") == before
+    assert scene.child.vitals is None
+
+
+@pytest.mark.parametrize("status", [0, 1, 78, -signal.SIGKILL])
+def test_the_owner_gets_the_exit_status_or_minus_the_signal(scene: Scene, status: int) -> None:
+    scene.exit(status)
+    assert scene.owner.events == [("exited", 3, status)]
+
+
+def test_no_descriptor_stays_open_after_the_exit() -> None:
+    counts = []
+    for _ in range(3):
+        scene = Scene()
+        scene.start()
+        scene.exit(0)
+        scene.reactor.close()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert counts[1] == counts[2]
+
+
+def test_vitals_come_from_the_childs_page_and_the_last_ones_outlive_it(scene: Scene) -> None:
+    assert (scene.child.vitals, scene.child.peek(), scene.child.running) == (None, (0, 0.0, 0), None)
+    page = scene.page()
+    page.write(READING)
+    page.mark(b"rpc report", b"report")
+    assert scene.child.vitals == READING
+    assert scene.child.peek() == (123, 0.25, 0)
+    assert scene.child.running == RunningHandler("rpc report", "report")
+    page.close()
+    scene.exit(1)
+    assert (scene.child.vitals, scene.child.running) == (READING, None)
+
+
+def test_relief_reaches_the_childs_page(scene: Scene) -> None:
+    page = scene.page()
+    scene.child.set_relief(True)
+    assert page.has_relief()
+    page.close()
+    scene.exit(0)
+    scene.child.set_relief(False)  # without a page: no error
+
+
+def test_a_signal_after_the_exit_is_no_error(scene: Scene) -> None:
+    scene.child.signal(signal.SIGTERM)
+    scene.exit(0)
+    scene.child.signal(signal.SIGKILL)
+    assert scene.reactor.signals == [signal.SIGTERM]
+
+
+def test_a_dump_is_requested_by_signal_and_comes_over_its_pipe(scene: Scene) -> None:
+    texts: list[str] = []
+    answer: Deferred[str] = scene.child.dump(stack_dumps.STACK)
+    answer.addCallback(texts.append)
+    assert scene.reactor.signals == [stack_dumps.STACK]
+    text = 'Stack (most recent call first):\n  File "<frozen runpy>", line 198 in _run_module_as_main\n'
+    scene.child.childDataReceived(int(scene.argument("--stacks")), text.encode())
+    assert texts == [text]
+
+
+def test_a_dump_in_progress_fails_at_the_exit(scene: Scene) -> None:
+    failures: list[Failure] = []
+    scene.child.dump(stack_dumps.STACKS).addErrback(failures.append)
+    scene.exit(-signal.SIGKILL)
+    assert len(failures) == 1
+
+
+def test_output_is_logged_line_by_line_and_an_incomplete_line_at_the_exit() -> None:
+    scene = Scene(capture=True)
+    scene.start()
+    assert (scene.reactor.fds[1], scene.reactor.fds[2]) == ("r", "r")
+    with capturedLogs() as events:
+        scene.child.childDataReceived(1, b"first\nsec")
+        scene.child.childDataReceived(2, b"error\n")
+        scene.child.childDataReceived(1, b"ond\n{braces} \xff")
+        assert output(events) == ["first", "error", "second"]
+        scene.exit(1)
+    assert output(events) == ["first", "error", "second", "{braces} \\xff"]
+    scene.reactor.close()
+
+
+def test_a_long_line_is_logged_in_parts(scene: Scene) -> None:
+    with capturedLogs() as events:
+        for _ in range(5):
+            scene.child.childDataReceived(1, b"x" * 10_000)
+        scene.child.childDataReceived(1, b"\n")
+    assert "".join(output(events)) == "x" * 50_000
+    assert max(map(len, output(events))) <= 20_000
