@@ -28,7 +28,7 @@ from realtime.metrics import Metrics
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
-from realtime.protocol.encodings import JSON_ENCODING, JSON_PUSHES
+from realtime.protocol.json_encoding import JSON_ENCODING, JSON_PUSHES
 from realtime.protocol.orders import Order, encode_order
 from realtime.protocol.protobuf import PROTOBUF
 from realtime.protocol.session import Session
@@ -165,12 +165,12 @@ class Peer(WholeFrames):
         form: WireFormat = BARE,
         *,
         secret: str = "",
-        pings: bool = True,
+        needs_pings: bool = True,
         headers: dict[str, str] | None = None,
     ) -> None:
         self.form = form
         self.secret = secret
-        self.pings = pings
+        self.needs_pings = needs_pings
         self.raw: list[bytes] = []
         self.close_code: tuple[int, str] | None = None
         self.paused = False

@@ -49,7 +49,7 @@ RULES = ChannelRules(
 )
 def test_names(channel, answer):
     try:
-        RULES.checked(channel)
+        RULES.checked_options(channel)
     except ClientError as error:
         assert error.code == answer
     else:
@@ -76,7 +76,7 @@ def test_retention_is_worked_out_with_the_default_life_of_offsets():
     ],
 )
 def test_user_limited_names(channel, users):
-    assert RULES.limited_to(channel, RULES.options(channel)) == users
+    assert RULES.allowed_users(channel, RULES.options(channel)) == users
 
 
 def test_private_names():

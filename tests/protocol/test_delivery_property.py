@@ -256,7 +256,7 @@ class SDK(WholeFrames):
 
     # What the session calls
 
-    form, secret, pings = BARE, "", True
+    form, secret, needs_pings = BARE, "", True
 
     def send(self, payload: bytes) -> None:
         if self.session is not None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from realtime.config.settings import ChannelOptions, ChannelSettings, Namespace
-from realtime.protocol.encodings import JSON_ENCODING
+from realtime.protocol.json_encoding import JSON_ENCODING
 from realtime.protocol.messages import ProtocolError
 from realtime.protocol.orders import UnsubscribeOrder
 from realtime.protocol.protobuf import PROTOBUF
@@ -201,7 +201,7 @@ def test_damage_is_a_protocol_error_or_another_command(encoding):
     refused = 0
     for _ in range(20_000):
         try:
-            for command in encoding.commands(damaged(dice, dice.choice(messages))):
+            for command in encoding.decode_commands(damaged(dice, dice.choice(messages))):
                 command.request()
         except ProtocolError:
             refused += 1

@@ -13,7 +13,7 @@ from realtime import json_text
 from realtime.errors import ClientError
 from realtime.json_text import payload
 from realtime.protocol import messages
-from realtime.protocol.encodings import JSON_ENCODING
+from realtime.protocol.json_encoding import JSON_ENCODING
 from realtime.protocol.messages import ProtocolError
 from realtime.protocol.wire_formats import WireFormat
 from realtime.types import ClientInfo, Publication
@@ -30,7 +30,7 @@ json_values = st.recursive(
 
 
 BARE = WireFormat(JSON_ENCODING, lambda payload: payload)
-commands = JSON_ENCODING.commands
+commands = JSON_ENCODING.decode_commands
 
 
 def raw(text: bytes) -> msgspec.Raw:
@@ -107,24 +107,24 @@ def test_an_absent_payload_is_empty_and_null_is_not():
 @pytest.mark.parametrize(
     ("made", "text"),
     [
-        (JSON_ENCODING.reply(3, "unsubscribe", messages.EMPTY), '{"id":3,"unsubscribe":{}}'),
-        (JSON_ENCODING.reply(2, "subscribe", messages.SubscribeResult()), '{"id":2,"subscribe":{}}'),
+        (JSON_ENCODING.encode_reply(3, "unsubscribe", messages.EMPTY), '{"id":3,"unsubscribe":{}}'),
+        (JSON_ENCODING.encode_reply(2, "subscribe", messages.SubscribeResult()), '{"id":2,"subscribe":{}}'),
         (
-            JSON_ENCODING.reply(1, "history", messages.HistoryResult([], "", 0)),
+            JSON_ENCODING.encode_reply(1, "history", messages.HistoryResult([], "", 0)),
             '{"id":1,"history":{"publications":[],"epoch":"","offset":0}}',
         ),
-        (JSON_ENCODING.reply(1, "presence", messages.PresenceResult({})), '{"id":1,"presence":{"presence":{}}}'),
+        (JSON_ENCODING.encode_reply(1, "presence", messages.PresenceResult({})), '{"id":1,"presence":{"presence":{}}}'),
         (
-            JSON_ENCODING.reply(1, "presence_stats", messages.PresenceStatsResult(0, 0)),
+            JSON_ENCODING.encode_reply(1, "presence_stats", messages.PresenceStatsResult(0, 0)),
             '{"id":1,"presence_stats":{"num_clients":0,"num_users":0}}',
         ),
-        (JSON_ENCODING.reply(1, "rpc", messages.RPCResult()), '{"id":1,"rpc":{}}'),
+        (JSON_ENCODING.encode_reply(1, "rpc", messages.RPCResult()), '{"id":1,"rpc":{}}'),
         (
-            JSON_ENCODING.error_reply(5, ClientError(103, "permission denied")),
+            JSON_ENCODING.encode_error(5, ClientError(103, "permission denied")),
             '{"id":5,"error":{"code":103,"message":"permission denied"}}',
         ),
         (
-            JSON_ENCODING.error_reply(5, ClientError(100, "internal server error", temporary=True)),
+            JSON_ENCODING.encode_error(5, ClientError(100, "internal server error", temporary=True)),
             '{"id":5,"error":{"code":100,"message":"internal server error","temporary":true}}',
         ),
         (
@@ -148,10 +148,13 @@ def test_an_absent_payload_is_empty_and_null_is_not():
             '{"push":{"channel":"a\\"b","leave":{"info":{"user":"u","client":"c1","conn_info":{"x":1}}}}}',
         ),
         (
-            JSON_ENCODING.push("a", "unsubscribe", messages.UnsubscribePush(2500, "insufficient state")),
+            JSON_ENCODING.encode_push("a", "unsubscribe", messages.UnsubscribePush(2500, "insufficient state")),
             '{"push":{"channel":"a","unsubscribe":{"code":2500,"reason":"insufficient state"}}}',
         ),
-        (JSON_ENCODING.push("", "message", messages.MessagePush(raw(b"[1]"))), '{"push":{"message":{"data":[1]}}}'),
+        (
+            JSON_ENCODING.encode_push("", "message", messages.MessagePush(raw(b"[1]"))),
+            '{"push":{"message":{"data":[1]}}}',
+        ),
     ],
 )
 def test_what_the_sdks_read(made, text):

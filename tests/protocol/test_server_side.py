@@ -10,7 +10,7 @@ import pytest
 
 from realtime.config.settings import ChannelOptions, ChannelSettings, Namespace, PersonalChannelSettings
 from realtime.errors import EngineUnavailable
-from realtime.protocol.commands import JOINS_AT_ONCE
+from realtime.protocol.connect import JOINS_AT_ONCE
 from realtime.protocol.orders import DisconnectOrder, RefreshOrder, SubscribeOrder, UnsubscribeOrder
 from realtime.pubsub.engine import AddPresence, GetHistory, GetPresence, SendOrder, Subscribe
 from realtime.types import Credentials, Grant, Position, SubscribeOptions

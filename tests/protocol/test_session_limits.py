@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from realtime.errors import ClientError
-from realtime.protocol.session import EXPIRY_SPREAD
+from realtime.protocol.session_timers import EXPIRY_SPREAD
 from realtime.pubsub.engine import AddPresence, GetHistory, Subscribe
 from realtime.pubsub.time_slices import TimeSlicer
 from tests.protocol.sessions import CHANNEL, NOW, Gate, Server, error_of, token

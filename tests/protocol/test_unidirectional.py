@@ -145,14 +145,14 @@ class TestPingsOfTheTransport:
     """`cf_ws_frame_ping_pong`: signs of life are the transport's business."""
 
     def test_there_are_no_others(self, server):
-        peer = server.peer(pings=False)
+        peer = server.peer(needs_pings=False)
         (reply,) = peer.say({"id": 1, "connect": {}})
         assert reply["connect"].keys() == {"client", "version"}
         server.advance(100)
         assert (peer.heard(), peer.close_code) == ([], None)
 
     def test_a_pong_of_the_protocol_is_out_of_place(self, server):
-        peer = server.peer(pings=False)
+        peer = server.peer(needs_pings=False)
         peer.connect()
         peer.say({})
         assert peer.close_code == (3501, "bad request")
