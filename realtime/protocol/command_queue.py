@@ -27,13 +27,14 @@ class CommandRunner(Protocol):
     """The session, as its queue sees it.
 
     running: number of commands that wait for the engine or a handler. busy_channels: their channels, where several may
-    run.
+    run. queue: this queue, None for an empty one.
     """
 
     settings: SessionSettings
     services: SessionServices
     state: SessionState
     running: int
+    queue: CommandQueue | None
 
     @property
     def busy_channels(self) -> Collection[str]: ...
@@ -43,9 +44,6 @@ class CommandRunner(Protocol):
 
     def disconnect(self, code: int, reason: str) -> None: ...
 
-    def drop_queue(self) -> None:
-        """Forget the queue, which is empty."""
-
     def pause_reading(self) -> None: ...
 
     def resume_reading(self) -> None: ...
@@ -54,22 +52,16 @@ class CommandRunner(Protocol):
 class CommandQueue:
     """See the module.
 
-    is_starting: commands are being started, now or in the next turns of the loop. is_paused: the socket is not read.
+    commands: the waiting ones. is_starting: commands are being started, now or in the next turns of the loop.
+    is_paused: the socket is not read.
     """
 
-    __slots__ = ("_commands", "_session", "is_paused", "is_starting")
+    __slots__ = ("_session", "commands", "is_paused", "is_starting")
 
     def __init__(self, session: CommandRunner) -> None:
         self._session = session
-        self._commands: deque[Command] = deque()
+        self.commands: deque[Command] = deque()
         self.is_starting = self.is_paused = False
-
-    def append(self, command: Command) -> None:
-        self._commands.append(command)
-
-    def clear(self) -> None:
-        """Drop all commands without an answer."""
-        self._commands.clear()
 
     def start_ready(self) -> None:
         """Start all commands that may start now; a long run of them is divided over several turns of the loop."""
@@ -89,7 +81,7 @@ class CommandQueue:
 
     def _start_some(self) -> bool:
         """Start up to COMMANDS_AT_ONCE commands. Returns whether another might start."""
-        session, commands = self._session, self._commands
+        session, commands = self._session, self.commands
         for _ in range(COMMANDS_AT_ONCE):
             if not commands or session.state not in ACCEPTING:
                 return False
@@ -104,7 +96,7 @@ class CommandQueue:
 
     def _pop_independent(self) -> Command | None:
         """Remove and return the first command that may run beside the running ones; None if there is none."""
-        session, commands, settings = self._session, self._commands, self._session.settings.client
+        session, commands, settings = self._session, self.commands, self._session.settings.client
         if session.running >= settings.concurrency or session.state is OPENED:
             return None
         for index in range(min(len(commands), settings.command_queue)):
@@ -119,15 +111,15 @@ class CommandQueue:
 
     def _all_started(self) -> None:
         self.is_starting = False
-        if not self._commands:
-            self._session.drop_queue()
-        if self.is_paused and len(self._commands) <= self._session.settings.client.command_queue // 2:
+        if not self.commands:
+            self._session.queue = None
+        if self.is_paused and len(self.commands) <= self._session.settings.client.command_queue // 2:
             self.is_paused = False
             self._session.resume_reading()
 
     def limit(self) -> None:
         """Stop reading the socket while too many commands wait."""
-        if len(self._commands) > self._session.settings.client.command_queue and not self.is_paused:
+        if len(self.commands) > self._session.settings.client.command_queue and not self.is_paused:
             self.is_paused = True
             self._session.pause_reading()
 

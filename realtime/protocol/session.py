@@ -68,20 +68,20 @@ class Session(SessionTimers):
     info: the client's identity, empty until it is admitted. handle: the client as handlers see it, None before.
     is_refreshable: a token admitted the client, so it may send another one. subscriptions: by channel, including those
     that are still joining. running: number of commands that wait for the engine or a handler. busy_channels: the
-    channels of those, where several may run.
+    channels of those, where several may run. queue: commands that wait for these, None for an empty queue.
     """
 
     __slots__ = (
         "_commands",
         "_connection",
         "_failures",
-        "_queue",
         "_rate_due",
         "busy_channels",
         "encoding",
         "handle",
         "info",
         "is_refreshable",
+        "queue",
         "request",
         "running",
         "state",
@@ -108,7 +108,7 @@ class Session(SessionTimers):
         self._commands = commands
         self._connection = connection
         self.encoding = connection.form.encoding
-        self._queue: CommandQueue | None = None
+        self.queue: CommandQueue | None = None
         # The time at which the allowed rate would have used up the commands received so far.
         self._rate_due = 0.0
         # The number of failed commands, and the time of the first one.
@@ -147,7 +147,7 @@ class Session(SessionTimers):
             return
         if encoding.unidirectional and (self.running or self.state is CONNECTED):
             return
-        if self.running or self._queue is not None:
+        if self.running or self.queue is not None:
             self._enqueue(message)
             return
         # A single command with none before it starts at once, without a queue.
@@ -163,21 +163,22 @@ class Session(SessionTimers):
             self.disconnect(*errors.BAD_PROTOCOL)
 
     def _enqueue(self, message: bytes) -> None:
-        queue = self._queue
+        queue = self.queue
         if queue is None:
-            queue = self._queue = CommandQueue(self)
+            queue = self.queue = CommandQueue(self)
+        append = queue.commands.append
         try:
             for command in self.encoding.decode_commands(message):
                 if self._pong_by < _NEVER and command == _PONG:
                     self._pong_received()
                 else:
-                    queue.append(command)
+                    append(command)
         except ProtocolError:
             # The commands before it are still carried out.
-            queue.append(_UNREADABLE)
+            append(_UNREADABLE)
         if not queue.is_starting:
             queue.start_ready()
-        if self._queue is not None:
+        if self.queue is not None:
             queue.limit()
 
     def start(self, command: messages.Command) -> None:
@@ -232,8 +233,8 @@ class Session(SessionTimers):
         if error is not None:
             self.services.report_error(error)
             self.disconnect(*errors.SERVER_ERROR)
-        elif self._queue is not None and not self._queue.is_starting:
-            self._queue.start_ready()
+        elif self.queue is not None and not self.queue.is_starting:
+            self.queue.start_ready()
 
     def decode_request_data(self, raw: Raw | UnsetType) -> Any:
         """Return the data of a request as handlers get it. Raises ClientError 107."""
@@ -245,11 +246,7 @@ class Session(SessionTimers):
     @property
     def is_paused(self) -> bool:
         """Whether the socket is not read, because too many commands wait."""
-        return self._queue is not None and self._queue.is_paused
-
-    def drop_queue(self) -> None:
-        """Forget the queue, which is empty."""
-        self._queue = None
+        return self.queue is not None and self.queue.is_paused
 
     def pause_reading(self) -> None:
         self._connection.pause()
@@ -301,8 +298,8 @@ class Session(SessionTimers):
         if name == "connect":
             # The commands behind a connect in the same message depend on it: they are dropped without a reply.
             self.state = SessionState.REFUSED
-            if self._queue is not None:
-                self._queue.clear()
+            if self.queue is not None:
+                self.queue.commands.clear()
             self._limit_refused()
         elif not error.temporary and error.code != errors.TOKEN_EXPIRED[0]:
             self._count_failure()
@@ -515,9 +512,9 @@ class Session(SessionTimers):
         was_connected = self.state is CONNECTED
         self.state = SessionState.CLOSED
         self.services.deadlines.clear(self)
-        if self._queue is not None:
-            self._queue.clear()
-            self._queue = None
+        if self.queue is not None:
+            self.queue.commands.clear()
+            self.queue = None
         if was_connected:
             self.services.sessions.remove(self)
             self.services.engine.tell(RemoveClient(self.client))
