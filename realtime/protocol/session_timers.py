@@ -1,7 +1,7 @@
 """The time limits of one session: the opening, pings and pongs, and the expiry of the connection and its subscriptions.
 
-A session has one deadline at a time (`realtime.deadlines`), the earliest of its limits; `on_deadline` acts on the limits
-that are due. Limits are in loop time, math.inf for none. Tokens and grants expire at Unix seconds, 0.0 for never.
+A session has one deadline at a time (`realtime.deadlines`), the earliest of its limits; `on_deadline` acts on the due
+limits. Limits are in loop time, math.inf for none. Tokens and grants expire at Unix seconds, 0.0 for never.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_names(channel, answer):
         assert answer is None
 
 
-def test_retention_is_worked_out_with_the_default_life_of_offsets():
+def test_history_options_have_the_default_meta_ttl():
     assert RULES.options("chat:a").history_options.meta_ttl == 100.0
     assert RULES.options("words:a").history_options.meta_ttl == 9.0
     assert RULES.options("chat:a").history_options.enabled

@@ -239,14 +239,14 @@ def test_every_command_with_every_permission(verb, for_client, for_subscriber, f
 @pytest.mark.parametrize("subscribed", [False, True])
 @pytest.mark.parametrize("user", ["42", ""])
 @pytest.mark.parametrize("verb", VERBS)
-def test_an_insecure_server_permits_what_the_channel_has(verb, user, subscribed):
+def test_an_insecure_server_permits_every_feature_of_the_channel(verb, user, subscribed):
     assert outcomes(FEATURES, user, subscribed, VERBS[verb], insecure=True) == {OK}
     assert outcomes({}, user, subscribed, VERBS[verb], insecure=True) == {OK if verb == "publish" else 108}
 
 
 @pytest.mark.parametrize("user", ["42", ""])
 @pytest.mark.parametrize(("for_client", "for_anonymous"), list(itertools.product([False, True], repeat=2)))
-def test_who_may_subscribe(for_client, for_anonymous, user):
+def test_permission_to_subscribe(for_client, for_anonymous, user):
     options = ChannelOptions(
         **{**ALL, "allow_subscribe_for_client": for_client, "allow_subscribe_for_anonymous": for_anonymous}
     )
@@ -380,7 +380,7 @@ def test_data_is_passed_on_as_it_was_written(server, text):
 
 @pytest.mark.parametrize("text", [b"NaN", b"Infinity", b"-Infinity", b"1e", b".5", b"'a'", b"{a:1}", b"[1,]", b"tru"])
 @pytest.mark.parametrize("place", data_commands(b"1"))
-def test_what_is_not_json_is_no_command(server, text, place):
+def test_text_that_is_not_json_is_no_command(server, text, place):
     peer = asked(server, place)
     peer.session.receive(data_commands(text)[place])
     assert what_came(peer, 9, peer.heard()) == BAD
@@ -388,7 +388,7 @@ def test_what_is_not_json_is_no_command(server, text, place):
 
 @pytest.mark.parametrize("place", data_commands(b"1"))
 @pytest.mark.parametrize("text", [b'"\\ud800"', b'"\\udc00x"', b'{"\\ud800":1}', b'"\\ud800\\u0041"'])
-def test_what_is_no_unicode_text_never_gets_through(server, text, place):
+def test_text_that_is_not_unicode_is_refused(server, text, place):
     peer = asked(server, place)
     peer.session.receive(data_commands(text)[place])
     outcome = what_came(peer, 9, peer.heard())
@@ -403,7 +403,7 @@ def test_a_zero_character_is_text_like_any_other(server, place):
     assert what_came(peer, 9, peer.heard()) in (OK, NOTHING) and peer.close_code is None
 
 
-def test_of_a_key_that_comes_twice_the_last_is_checked_and_used(server):
+def test_the_last_of_repeated_keys_is_checked_and_used(server):
     peer = server.client()
     peer.session.receive(b'{"id":9,"subscribe":{"channel":"a","channel":"nothing:a"}}')
     assert what_came(peer, 9, peer.heard()) == 103
@@ -598,7 +598,7 @@ def test_tokens(server, name, claims, outcome):
 
 @pytest.mark.parametrize(("name", "outcome"), [("connect", -3500), ("refresh", -3500), ("subscribe", 103)])
 @pytest.mark.parametrize("bad", ["junk", "a.b.c", "." * 9000, token(sub="42")[:-3], token(sub="42") + "x"])
-def test_tokens_that_are_none(server, name, outcome, bad):
+def test_invalid_tokens(server, name, outcome, bad):
     peer = server.peer() if name == "connect" else connected(server, BARE)
     assert what_came(peer, 9, peer.say({"id": 9, name: {"token": bad, "channel": "$p"}})) == outcome
 

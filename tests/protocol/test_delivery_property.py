@@ -467,11 +467,11 @@ def tell(steps: list[tuple[str, int]], options: ChannelOptions) -> None:
 
 @settings(max_examples=800, deadline=None)
 @given(STORIES)
-def test_every_publication_comes_once_and_in_order_or_its_loss_is_told(steps: list[tuple[str, int]]) -> None:
+def test_every_publication_arrives_once_and_in_order_or_its_loss_is_reported(steps: list[tuple[str, int]]) -> None:
     tell(steps, OPTIONS)
 
 
 @settings(max_examples=300, deadline=None)
 @given(STORIES)
-def test_in_cache_mode_the_newest_comes_and_then_every_other(steps: list[tuple[str, int]]) -> None:
+def test_in_cache_mode_the_newest_arrives_and_then_every_other(steps: list[tuple[str, int]]) -> None:
     tell(steps, CACHE)

@@ -33,7 +33,7 @@ a,b #a a#b @a !a =1+1 a=b a&b a'b a^b \\0 \\n a\\ null true 0 -1 1e9 NaN __proto
 TRICKY = [name for name in _TRICKY.split() if ":" not in name and not name.startswith("$")]
 
 
-def test_no_name_means_more_than_itself(server):
+def test_hostile_names_are_ordinary_names(server):
     listener, other = server.client(), server.client()
     for number, name in enumerate(TRICKY, 2):
         (reply,) = listener.say({"id": number, "subscribe": {"channel": name}})
@@ -103,7 +103,7 @@ def test_channels_are_always_named(server):
 # -- what has ended, and who is nobody --------------------------------------------------------------------------------
 
 
-def test_what_has_ended_already_is_110(server):
+def test_credentials_that_have_expired_are_110(server):
     ended = token(sub="42", exp=NOW + 60, expire_at=NOW - 1)
     assert error_of(server.peer().say({"id": 1, "connect": {"token": ended}})) == 110
     ended = token(sub="", channel="a", exp=NOW + 60, expire_at=NOW - 1)
@@ -116,7 +116,7 @@ def test_what_has_ended_already_is_110(server):
     assert error_of(server.peer().say({"id": 1, "connect": {}})) == 110
 
 
-def test_a_token_of_nobody_is_3507_where_that_is_not_allowed():
+def test_an_anonymous_token_is_3507_where_disallowed():
     server = Server(disallow_anonymous_connection_tokens=True)
     for claims in ({}, {"sub": ""}):
         peer = server.peer()
@@ -126,13 +126,13 @@ def test_a_token_of_nobody_is_3507_where_that_is_not_allowed():
 
 
 @pytest.mark.parametrize("include", [False, True])
-def test_the_server_s_time_is_told_where_that_is_wanted(include):
+def test_the_reply_carries_the_server_time_where_configured(include):
     server = Server(allow_anonymous_connect_without_token=True, connect_include_server_time=include)
     (reply,) = server.peer().say({"id": 1, "connect": {}})
     assert reply["connect"].get("time") == (int(NOW * 1000) if include else None)
 
 
-def test_only_who_is_subscribed_hears_of_an_unsubscribe(server):
+def test_only_subscribers_are_notified_of_an_unsubscribe(server):
     ann, other = server.client("42"), server.client("42")
     ann.subscribe("a")
     server.order(UnsubscribeOrder("42", "a"))
@@ -148,7 +148,7 @@ def test_only_who_is_subscribed_hears_of_an_unsubscribe(server):
     [b'"\\ud800"', b'["\\udfff\\ud800"]', b'{"a\\ud83d":1}', b"[" * 1000 + b"]" * 1000, b'"\x01"', b"[1}"],
     ids=range(6),
 )
-def test_what_is_refused_reaches_nobody_and_leaves_the_history_as_it_was(server, bad):
+def test_refused_data_reaches_no_subscriber_and_no_history(server, bad):
     readers = [server.peer(form) for form in (BARE, BARE_PROTOBUF)]
     for reader in readers:
         reader.connect()
@@ -228,7 +228,7 @@ def test_damaged_messages_close_one_connection_and_no_other(server):
 # -- the channel's rules, when its options are nothing special --------------------------------------------------------
 
 
-def test_nothing_is_permitted_where_nothing_is_configured():
+def test_without_options_everything_is_forbidden():
     server = Server(ChannelSettings(without_namespace=ChannelOptions()), allow_anonymous_connect_without_token=True)
     peer = server.client("42")
     for command, outcome in {"subscribe": 103, "publish": 103, "presence": 108, "history": 108}.items():

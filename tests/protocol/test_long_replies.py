@@ -104,7 +104,7 @@ def test_recovery_of_many_and_what_comes_meanwhile(turns: Turns) -> None:
     assert [push["push"]["pub"]["data"] for push in pushes] == ["meanwhile"]
 
 
-def test_a_client_that_leaves_meanwhile(turns: Turns) -> None:
+def test_a_client_that_leaves_during_its_connect_leaves_nothing_behind(turns: Turns) -> None:
     client = turns.server.client()
     client.subscribe("a")
     turns.server.publish("a", *range(MANY))

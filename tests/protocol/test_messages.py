@@ -87,13 +87,13 @@ def test_many_brackets_are_not_deep():
 
 
 @pytest.mark.parametrize("text", [b'"\\ud800"', b'"\\udfffx"', b'{"\\ud83d": 1}', b'["\\ude00\\ud83d"]'])
-def test_half_a_surrogate_pair_is_no_text(text):
+def test_half_a_surrogate_pair_is_refused(text):
     with pytest.raises(ClientError):
         payload(raw(text))
 
 
 @pytest.mark.parametrize("text", [b'"\\ud83d\\ude00"', b'"\\u0000"', b'"\\\\ud800"', b"9" * 5000, b"1e400"])
-def test_odd_but_good_text_passes(text):
+def test_unusual_but_valid_text_passes(text):
     assert payload(raw(text)) == text
 
 
@@ -157,7 +157,7 @@ def test_an_absent_payload_is_empty_and_null_is_not():
         ),
     ],
 )
-def test_what_the_sdks_read(made, text):
+def test_messages_as_the_sdks_read_them(made, text):
     assert made.decode() == text
 
 
@@ -174,6 +174,6 @@ def test_bytes_that_json_can_not_carry(data):
     assert not json_text.is_json(data)
 
 
-def test_line_ends_of_text_from_elsewhere_do_not_reach_a_client_of_lines():
+def test_line_ends_in_protobuf_data_do_not_reach_json_clients():
     push = BARE.publication("a", Publication(b'{\r\n "a": "\\n"\n}'), "")
     assert push == b'{"push":{"channel":"a","pub":{"data":{ "a": "\\n"}}}}'

@@ -54,7 +54,7 @@ def test_nothing_is_lost(server):
     assert peer.publications() == [1]
 
 
-def test_subscribers_are_told_and_recover(server):
+def test_subscribers_are_notified_and_recover(server):
     peers = [subscribed(server) for _ in range(5)]
     for peer in peers:
         peer.heard()
@@ -67,7 +67,7 @@ def test_subscribers_are_told_and_recover(server):
         assert [one["data"] for one in result["publications"]] == ["lost"]
 
 
-def test_those_that_the_server_subscribed_come_back(server):
+def test_clients_with_server_side_subscriptions_reconnect(server):
     peer = server.peer()
     peer.connect(subs={CHANNEL: {}})
     check(server)

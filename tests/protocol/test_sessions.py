@@ -77,7 +77,7 @@ def worker() -> Worker:
     return Worker()
 
 
-def test_many_sessions_are_not_ended_in_one_turn(worker: Worker) -> None:
+def test_an_order_for_many_sessions_takes_several_turns(worker: Worker) -> None:
     worker.add()
     worker.order(DisconnectOrder(""))
     worker.turn()
