@@ -38,12 +38,12 @@ class WireFormat:
         pub = self.encoding.make_pub(publication, epoch if publication.offset == 1 else "")
         return self._push(channel, "pub", pub)
 
-    def whole(self, channel: str, publication: Publication, epoch: str) -> bytes:
+    def full_publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
         """Encode a publication in full for subscribers with deltas. Raises as `publication`."""
         pub = self.encoding.make_full_pub(publication, epoch if publication.offset == 1 else "")
         return self._push(channel, "pub", pub)
 
-    def patched(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
+    def delta_publication(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
         """Encode a publication as a delta; None if the encoding can't carry it."""
         pub = self.encoding.make_delta_pub(publication, delta, epoch if publication.offset == 1 else "")
         return self._push(channel, "pub", pub) if pub is not None else None

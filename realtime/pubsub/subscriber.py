@@ -15,10 +15,10 @@ class FrameEncoder(Protocol):
     def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
         """Raises Disconnect for `binary` data that the form can't carry."""
 
-    def whole(self, channel: str, publication: Publication, epoch: str) -> bytes:
+    def full_publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
         """The same for members with `delta`."""
 
-    def patched(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
+    def delta_publication(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
         """The same with a delta in place of the data; None when the form can't carry it."""
 
     def join(self, channel: str, info: ClientInfo) -> bytes: ...

@@ -1,4 +1,4 @@
-"""Patterns for channel names: what fits, what can't be, and that no pattern takes long."""
+"""Patterns for channel names: matching, invalid patterns, and the time that matching takes."""
 
 from __future__ import annotations
 

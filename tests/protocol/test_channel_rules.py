@@ -1,4 +1,4 @@
-"""What a channel's name means."""
+"""The meaning of channel names: namespaces, permissions, limits."""
 
 from __future__ import annotations
 

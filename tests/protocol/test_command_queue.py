@@ -17,8 +17,6 @@ def server() -> Server:
 
 
 class TestOrder:
-    """What may follow what."""
-
     @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "connect"])
     def test_a_command_before_connect_closes_with_3501(self, server, name):
         peer = server.peer()

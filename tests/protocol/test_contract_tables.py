@@ -1,4 +1,4 @@
-"""The contract with clients, as tables: every command in every state, with every permission; and what is no command."""
+"""The contract with clients, as tables: every command in every state, with every permission; and invalid messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.protocol.sessions import ALL, BARE, BARE_PROTOBUF, CHANNEL, KEPT, NOW
 FORMS = pytest.mark.parametrize("form", [BARE, BARE_PROTOBUF], ids=["json", "protobuf"])
 ROOM = "room:a"
 
-# What came back: an error's code, minus the code of a disconnect, or one of these.
+# The outcome of a command: the code of an error, minus the code of a disconnect, or one of these.
 OK, NOTHING = "ok", "nothing"
 BAD = -3501
 
@@ -58,7 +58,7 @@ COMMANDS: dict[str, dict] = {
         for name in ("subscribe", "unsubscribe", "publish", "presence", "presence_stats", "history", "sub_refresh")
     },
 }
-# Before the connect command; once connected; and subscribed to the channel in question.
+# The states: before the connect command, connected, and subscribed to the channel of the command.
 EXPECTED: dict[str, tuple[Any, Any, Any]] = {
     "connect": (OK, BAD, BAD),
     "subscribe": (BAD, OK, 105),
@@ -91,7 +91,7 @@ def server() -> Server:
 
 
 def late(server: Server, kind: type[EngineRequest[Any]]) -> Gate:
-    """Have the engine answer requests of this kind only when the gate is opened."""
+    """Delay the engine's answers to requests of this kind until the gate is opened."""
     gate = Gate()
 
     async def answer(request):
@@ -160,7 +160,7 @@ class TestStates:
     def test_subscribed_by_the_server(self, server, form, name):
         peer = server.peer(form)
         peer.connect(token=token(sub="42", channels=[ROOM]))
-        # The token of the refresh has no channels, which are others than before.
+        # The token of the refresh names other channels than the first one, namely none.
         outcome = -3010 if name == "refresh" else expected(name)[2]
         assert what_came(peer, 9, peer.say(COMMANDS[name])) == outcome
 
@@ -183,7 +183,7 @@ VERBS = {
     "presence": ["presence", "presence_stats"],
     "history": ["history"],
 }
-# Everything but what a client is permitted.
+# All features, and no permissions.
 FEATURES = {"presence": True, **KEPT}
 
 
@@ -203,7 +203,7 @@ def outcomes(options: dict[str, Any], user: str, subscribed: bool, names: list[s
         request = {"channel": "a", "data": 1} if name == "publish" else {"channel": "a"}
         outcome = what_came(peer, 9, peer.say({"id": 9, name: request}))
         found.add(outcome)
-        # What is refused has not happened.
+        # A refused command has no effect.
         assert len(watcher.heard()) == (1 if name == "publish" and outcome == OK else 0)
     return found
 
@@ -254,7 +254,7 @@ def test_permission_to_subscribe(for_client, for_anonymous, user):
     peer = server.client(user)
     permitted = for_client and (bool(user) or for_anonymous)
     assert what_came(peer, 9, peer.say({"id": 9, "subscribe": {"channel": "a"}})) == (OK if permitted else 103)
-    # However that may be, a private channel needs a token.
+    # A private channel needs a token in any case.
     assert what_came(peer, 9, peer.say({"id": 9, "subscribe": {"channel": "$a"}})) == 103
 
 
@@ -296,11 +296,11 @@ def test_what_a_subscriber_is_granted(options, wish, granted):
     assert ("epoch" in result) == ("positioned" in granted)
 
 
-# -- what is no command -----------------------------------------------------------------------------------------------
+# -- invalid messages -------------------------------------------------------------------------------------------------
 
 
 def data_commands(data: bytes) -> dict[str, bytes]:
-    """Each place where a client may put data of its own."""
+    """Return one command for each place of a client's own data."""
     return {
         "publish": b'{"id":9,"publish":{"channel":"a","data":%b}}' % data,
         "rpc": b'{"id":9,"rpc":{"method":"echo","data":%b}}' % data,
@@ -311,7 +311,7 @@ def data_commands(data: bytes) -> dict[str, bytes]:
 
 
 def asked(server: Server, place: str) -> Peer:
-    """A client at the point where it may send data, to a server that reads it all."""
+    """Return a client that may send data, of a server that decodes all of it."""
 
     async def connecting(request):
         return None
@@ -496,7 +496,7 @@ def test_subscribing_and_unsubscribing_in_any_order(names, concurrency):
     assert server.hub.subscriptions == subscribed
 
 
-# -- where a client left off ------------------------------------------------------------------------------------------
+# -- positions of recovery -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [0, 2, 4])
@@ -504,7 +504,7 @@ def test_subscribing_and_unsubscribing_in_any_order(names, concurrency):
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 5, 6, 8])
 @pytest.mark.parametrize("epoch", ["same", "", "other"])
 def test_recovery(limit, top, offset, epoch):
-    """The channel keeps five publications; a client recovers at most `limit` of them, or any number for 0."""
+    """Return a server whose channel keeps five publications, and recovers at most `limit` of them, 0 for any number."""
     options = ChannelOptions(**{**ALL, "history_size": 5, "history_ttl": 60.0, "force_recovery": True})
     server = Server(
         ChannelSettings(without_namespace=options),
@@ -551,7 +551,7 @@ def test_history(server, request_, outcome):
         assert reply["history"]["offset"] == 3
 
 
-# -- tokens of others -------------------------------------------------------------------------------------------------
+# -- tokens of other clients ------------------------------------------------------------------------------------------
 
 CONNECTION = {"sub": "42"}
 SUBSCRIPTION = {"sub": "42", "channel": "$p"}

@@ -1,4 +1,4 @@
-"""Commands that are well formed and mean no good, or ask for what there is not; and bytes that were damaged."""
+"""Well formed commands with hostile or unsupported content, and damaged bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def server():
 
 # -- names ------------------------------------------------------------------------------------------------------------
 
-# Names that mean something to shells, databases, browsers, file systems, and to parts of servers like this one.
+# Names with a special meaning in shells, databases, browsers, file systems, and parts of servers like this one.
 _TRICKY = """
 * ** ? [a] [!a] [a-z]* {a,b} {a a* \\* .* ^a$ (a|b) a+ %41 %2e%2e %s %n {0} ${PATH} $(id) `id` ;ls |ls &ls >a <a
 ../a ../../etc/passwd /etc/passwd a/../b ./a ~ ~root a//b C:\\a nul -a --help
@@ -81,7 +81,7 @@ def test_a_pattern_for_names_admits_no_control_characters():
         assert error_of(peer.say({"id": 9, "subscribe": {"channel": f"any:a{chr(code)}b"}})) == 107
 
 
-# -- what is not supported --------------------------------------------------------------------------------------------
+# -- unsupported features ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("type", [1, 2, 3, 4, -1, 99])
@@ -100,7 +100,7 @@ def test_channels_are_always_named(server):
     assert message["push"].keys() == {"channel", "pub"}
 
 
-# -- what has ended, and who is nobody --------------------------------------------------------------------------------
+# -- expired tokens and anonymous clients -----------------------------------------------------------------------------
 
 
 def test_credentials_that_have_expired_are_110(server):
@@ -140,7 +140,7 @@ def test_only_subscribers_are_notified_of_an_unsubscribe(server):
     assert other.heard() == []
 
 
-# -- data that would harm its readers ---------------------------------------------------------------------------------
+# -- data that readers can't parse ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ SAMPLES: list[dict] = [
 
 
 def damaged(dice: random.Random, message: bytes) -> bytes:
-    """A message with a few bytes changed, dropped, doubled or put in."""
+    """Return the message with a few bytes changed, removed, repeated or added."""
     data = bytearray(message)
     for _ in range(dice.randint(1, 4)):
         place = dice.randrange(len(data) + 1)
@@ -225,7 +225,7 @@ def test_damaged_messages_close_one_connection_and_no_other(server):
     assert not server.mistakes
 
 
-# -- the channel's rules, when its options are nothing special --------------------------------------------------------
+# -- the rules of a channel with default options ----------------------------------------------------------------------
 
 
 def test_without_options_everything_is_forbidden():

@@ -1,4 +1,4 @@
-"""Long replies are put together in turns, between which others are heard."""
+"""Long replies are made in several turns of the loop, between which other clients are served."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Turn(Gate):
 
 
 class Turns:
-    """A server whose slices are over after every step."""
+    """A server whose time slices end after every step."""
 
     def __init__(self, **client: object) -> None:
         self.asked: list[Callable[[], None]] = []

@@ -1,4 +1,4 @@
-"""One reply never makes a client a slow one: pages of history and recoveries stay well below what may wait for it."""
+"""A reply alone never overflows the outbox: pages of history and recoveries stay well below its limit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def connected(server: Server, form: WireFormat = BARE) -> Peer:
 
 
 def page(peer: Peer, **request: Any) -> list[int]:
-    """The offsets of one page of history."""
+    """Return the offsets of one page of history."""
     (reply,) = peer.say({"id": 2, "history": {"channel": "c", "limit": 300, **request}})
     return [publication["offset"] for publication in reply["history"]["publications"]]
 
@@ -62,7 +62,7 @@ def test_a_page_has_at_least_one_publication(server: Server) -> None:
 
 
 def test_a_client_that_missed_too_many_bytes_does_not_recover(server: Server) -> None:
-    """A subscription that could not be recovered goes on; a client disconnected as slow would only try again."""
+    """An unrecovered subscription continues; a client disconnected as slow would only try the same again."""
     peer = connected(server)
     server.publish("c", *("x" * 1000 for _ in range(40)))
     result = peer.subscribe("c", recover=True, offset=0)
@@ -82,7 +82,7 @@ def test_a_client_that_missed_less_recovers(server: Server) -> None:
 
 @pytest.mark.parametrize("length", [1, 10, 100, 300])
 def test_data_that_grows_by_encoding_fits_too(server: Server, length: int) -> None:
-    """To subscribers with deltas it goes as a string, in which every quote has a backslash before it."""
+    """Subscribers with deltas receive data as a string, in which every quote is escaped."""
     peer = connected(server)
     server.publish("c", *([""] * length for _ in range(100)))
     (reply,) = peer.say({"id": 2, "history": {"channel": "c", "limit": 300}})

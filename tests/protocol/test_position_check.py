@@ -1,4 +1,4 @@
-"""A publication that was lost with none after it is found out, once for all subscribers of a channel."""
+"""The loss of a channel's last publication is detected, by one check for all subscribers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def server() -> Server:
 
 
 def check(server: Server) -> int:
-    """One round, as a worker makes it; how often the engine was asked."""
+    """Check the channels as a worker does; return the number of requests to the engine."""
     asked = []
 
     async def counted(query):
@@ -33,7 +33,7 @@ def check(server: Server) -> int:
 
 
 def lose(server: Server) -> None:
-    """A publication that does not get here."""
+    """Lose a publication between engine and hub."""
     published, server.hub.on_publication = server.hub.on_publication, lambda *args: None
     server.publish(CHANNEL, "lost")
     server.hub.on_publication = published

@@ -1,4 +1,4 @@
-"""What may be published where, and who can be sent what is not JSON."""
+"""Formats of published data, and their delivery to clients of both encodings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def server() -> Server:
 
 
 def publish(peer: Peer, channel: str, data: bytes | None) -> list[dict]:
-    """Publish these very bytes."""
+    """Publish these bytes, unchanged."""
     if peer.form is BARE_PROTOBUF:
         request = {"channel": channel} if data is None else {"channel": channel, "data": data}
         message = client_pb2.Command(id=2, publish=client_pb2.PublishRequest(**request)).SerializeToString()

@@ -1,4 +1,4 @@
-"""What a subscriber is given at once: in cache mode, with deltas agreed, with a filter, and within what limits."""
+"""Publications in a subscribe reply: in cache mode, with deltas, with a filter, and within limits."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def data_of(result: dict) -> list[Any]:
 
 
 class TestCache:
-    """The newest publication is all that matters (client protocol, section 7.5)."""
+    """Only the newest publication matters (client protocol, section 7.5)."""
 
     @pytest.mark.parametrize(
         ("published", "trimmed", "offset", "epoch", "recovered", "sent"),
         [
-            # who has the newest, and whose epoch is the right one
+            # clients with the newest publication and the right epoch
             (3, False, 3, "same", True, []),
             (3, False, 3, "", True, [3]),
             (3, False, 3, "other", True, [3]),
@@ -51,7 +51,7 @@ class TestCache:
             (3, False, 0, "", True, [3]),
             (3, False, 9, "same", True, [3]),
             (20, False, 1, "same", True, [20]),
-            # nothing is kept
+            # no publication is stored
             (3, True, 3, "same", True, []),
             (3, True, 2, "same", False, []),
             (3, True, 3, "", False, []),
@@ -110,7 +110,7 @@ class TestCache:
 
 
 class Reader:
-    """What an SDK makes of publications on which deltas were agreed."""
+    """Apply deltas as an SDK does; return the data."""
 
     def __init__(self, peer: Peer) -> None:
         self.binary = peer.form is BARE_PROTOBUF

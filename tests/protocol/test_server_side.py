@@ -1,4 +1,4 @@
-"""Subscriptions that the server begins: by credentials, by the client's own wish at connect, and by order."""
+"""Server-side subscriptions: by credentials, by the connect request, and by order."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def make(**client: Any) -> Server:
 
 
 def connect(peer: Peer, **claims: Any) -> dict:
-    """Connect with a token; the result."""
+    """Connect with a token; return the result."""
     reply, *rest = peer.say({"id": 1, "connect": {"token": token(**{"sub": "42", **claims})}})
     assert not [message for message in rest if "push" not in message]
     return reply["connect"]
 
 
 def subs(peer: Peer, claims: dict, **positions: dict) -> dict:
-    """Connect with a token and what the client says of where it left its channels; the subscriptions."""
+    """Connect with a token and the client's last positions; return the subscriptions."""
     request = {"token": token(sub="42", **claims), "subs": positions}
     return peer.say({"id": 1, "connect": request})[0]["connect"].get("subs", {})
 
@@ -281,7 +281,7 @@ class TestAtConnect:
 
 
 class TestByTheClientAtConnect:
-    """Channels that the client names itself: it gets those to which it could subscribe anyway."""
+    """Channels in the connect request: those that the client could subscribe to without a token."""
 
     def test_channels_the_client_may_subscribe_to(self):
         server = make()
@@ -553,7 +553,7 @@ class TestOrders:
         server.order(SubscribeOrder("ann", "room:a"))
         server.order(UnsubscribeOrder("ann", "room:a"))
         server.order(SubscribeOrder("ann", "room:a"))
-        for gate in gates:  # those that are added meanwhile, too
+        for gate in gates:  # including those added meanwhile
             gate.open()
         pushes = [message["push"] for message in watcher.heard()]
         assert len(server.engine.execute(GetPresence("room:a"))) == 2
@@ -631,7 +631,7 @@ class TestOrders:
 
 
 class TestByHandlers:
-    """What handlers do with a client."""
+    """Calls of handlers on a client."""
 
     def test_subscribe_and_refresh(self):
         async def upgrade(client, data):

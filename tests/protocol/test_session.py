@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 
-import msgspec
 import pytest
 
 from realtime.errors import EngineUnavailable
@@ -19,7 +18,7 @@ def server() -> Server:
 
 
 class TestLeaving:
-    """Whenever a client leaves, and whatever the engine does then, nothing of it stays on this worker."""
+    """A client that leaves at any moment, with an engine in any state, leaves nothing behind on this worker."""
 
     def test_its_session_is_in_no_reference_cycle(self, server):
         peer = server.client("ann")
@@ -35,7 +34,7 @@ class TestLeaving:
 
     @pytest.fixture
     def leaves(self, server) -> list[str]:
-        """The channels that the engine was told of, and has not answered for."""
+        """The channels of the leave requests that the engine has received; it answers none of them."""
         channels = []
 
         async def leave(request):
@@ -106,7 +105,7 @@ class TestLeaving:
 
 
 class TestOrders:
-    """What the server API does to connections."""
+    """Actions of the server API on connections."""
 
     def test_disconnect(self, server):
         ann, ann2, bob = server.client("ann"), server.client("ann"), server.client("bob")
@@ -126,11 +125,6 @@ class TestOrders:
             {"push": {"channel": "a", "unsubscribe": {"code": 2000, "reason": "server unsubscribe"}}}
         ]
         assert server.hub.subscriptions == 0
-
-    def test_an_order_with_a_field_of_a_wrong_type_is_refused(self):
-        for order in (DisconnectOrder(42), DisconnectOrder("42", whitelist=[1]), UnsubscribeOrder("42", None)):
-            with pytest.raises(msgspec.ValidationError):
-                encode_order(order)
 
     def test_the_disconnect_handler_is_called_once(self, server):
         gone = []

@@ -1,4 +1,4 @@
-"""What one client may ask for: how much in which time, and how much at once."""
+"""Limits of one client: rates, concurrency, failures, connections and channels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TestRate:
         server = make(commands_per_second=200)
         peer = server.client()
         replies = peer.say(*({"id": n, **LEAVE} for n in range(2, 1002)))
-        # One of the first 400 was its connect.
+        # One of the first 400 commands was its connect.
         assert answers(replies) == {0: 399, 111: 400}
         assert all(reply["error"]["temporary"] for reply in replies if "error" in reply)
         assert peer.close_code == (3013, "too many requests")
@@ -286,11 +286,11 @@ def test_connections_that_expire_together_do_not_end_together():
 
 
 class TestTurns:
-    """A message may hold thousands of commands: other work has its turns between them."""
+    """Messages with thousands of commands: other work gets its turns between them."""
 
     @pytest.fixture
     def turns(self) -> list:
-        """What the loop is asked to call in its next turn."""
+        """The calls for the next turn of the loop."""
         return []
 
     @pytest.fixture

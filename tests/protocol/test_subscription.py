@@ -16,10 +16,10 @@ def server() -> Server:
 
 
 class TestRecovery:
-    """A client that comes back gets exactly what it missed, or is told that it did not."""
+    """A client that reconnects receives exactly the missed publications, or learns of the gap."""
 
     def missed(self, server: Server, before: int, after: int) -> dict[str, Any]:
-        """Publish `before`, note the position, publish `after` more; the position."""
+        """Publish `before`, note the position, publish `after` more; return the position."""
         peer = server.client()
         for n in range(1, before + 1):
             peer.say({"id": n + 1, "publish": {"channel": "room:a", "data": n}})

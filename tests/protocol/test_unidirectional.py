@@ -1,4 +1,4 @@
-"""Connections on which only the server talks, those with a way of their own for commands, and those with own pings."""
+"""Unidirectional connections, connections with emulation, and connections whose transport sends the pings."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class TestEmulated:
 
 
 class TestPingsOfTheTransport:
-    """`cf_ws_frame_ping_pong`: signs of life are the transport's business."""
+    """`cf_ws_frame_ping_pong`: the transport checks the connection."""
 
     def test_other_procedures_of_the_server_do_not_exist(self, server):
         peer = server.peer(needs_pings=False)
