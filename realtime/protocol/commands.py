@@ -65,7 +65,7 @@ async def subscribe(session: Session, id: int, request: messages.SubscribeReques
 
 
 def _check_subscribe(session: Session, request: messages.SubscribeRequest) -> ResolvedChannel:
-    """Return the channel's options. Raises for a request that fails whatever the client's permissions."""
+    """Return the channel's options. Raises for a request that fails with any permissions."""
     if not request.channel or request.delta not in ("", "fossil"):
         raise Disconnect(*errors.BAD_PROTOCOL)
     _check_room(session, request.channel)
@@ -132,7 +132,7 @@ async def sub_refresh(session: Session, id: int, request: messages.SubRefreshReq
         # A final error 109 would end the subscription in the SDKs; after a temporary one they try again.
         raise ClientError(*errors.TOKEN_EXPIRED[:2], temporary=True) from None
     if session.subscriptions.get(request.channel) is not subscription:
-        raise ClientError(*errors.PERMISSION_DENIED)  # the subscription was ended meanwhile
+        raise ClientError(*errors.PERMISSION_DENIED)  # the subscription has ended since
     ttl = session.ttl(claims.expire_at)
     subscription.expire_at = claims.expire_at + session.settings.client.expired_sub_close_delay if ttl else 0.0
     session.update_info(subscription, msgspec.structs.replace(subscription.info, chan_info=claims.info))

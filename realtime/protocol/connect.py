@@ -216,7 +216,7 @@ async def _join_all(
 ) -> list[tuple[Subscription, JoinResult]]:
     """Join groups of subscriptions side by side, so that many of them cost few round trips to the engine.
 
-    Subscriptions that were ended meanwhile are left out. Raises as `Session.join`, after the whole group has finished.
+    Subscriptions that have ended by then are left out. Raises as `Session.join`, after the whole group has finished.
     """
     joined: list[tuple[Subscription, JoinResult]] = []
     for first in range(0, len(initial), JOINS_AT_ONCE):

@@ -1,6 +1,6 @@
 """What the sessions of one worker share: `SessionSettings`, `SessionServices` and `SessionCounters`.
 
-The worker builds one of each, and passes them to every session. The Protocols here say what a session needs of the
+The worker builds one of each, and passes them to every session. The Protocols here are the needs of a session of the
 shell: a connection, the application's handlers, and how coroutines run.
 """
 

@@ -373,7 +373,7 @@ class Session(SessionTimers):
         return subscription
 
     async def join(self, subscription: Subscription, request: SubscribeRequest) -> JoinResult | None:
-        """Have the subscription join its channel. Returns None if it was ended meanwhile.
+        """Have the subscription join its channel. Returns None if it has ended by then.
 
         Without a result the subscription leaves nothing behind. Raises as `Subscription.join`.
         """
