@@ -1,7 +1,7 @@
-"""What the sessions of one worker share: `SessionSettings`, `SessionServices` and `SessionCounters`.
+"""Settings, services and counters shared by all sessions of one worker.
 
-The worker builds one of each, and passes them to every session. The Protocols here are the needs of a session of the
-shell: a connection, the application's handlers, and how coroutines run.
+The worker builds one `SessionSettings`, `SessionServices` and `SessionCounters`, and passes them to every session. The
+Protocols describe the shell as a session uses it: a connection, the application's handlers, and a runner of coroutines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is counted of the commands and errors of clients."""
+"""Counters of commands, error replies and bad input of clients."""
 
 from __future__ import annotations
 
