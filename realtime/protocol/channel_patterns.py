@@ -1,7 +1,7 @@
-"""Patterns for channel names, as the server API takes them: `*`, `?`, `[a-z]`, `[!a-z]` and `{this,that}`.
+"""Patterns for channel names in the server API: `*`, `?`, `[a-z]`, `[!a-z]` and `{this,that}`.
 
-A pattern fits a whole name, and `*` also stands for the boundary of a namespace. `[*]` stands for the sign itself;
-braces have no such spelling. Matching takes time linear in the name, whatever the pattern.
+A pattern matches a whole name, and `*` also matches the boundary of a namespace. `[*]` matches a literal `*`; braces
+can't be escaped. Matching takes time linear in the length of the name for every pattern.
 """
 
 from __future__ import annotations
@@ -11,48 +11,48 @@ import re
 from collections.abc import Callable
 
 MAX_LENGTH = 1024
-"""Characters of the longest pattern."""
+"""The longest pattern, in characters."""
 
 MAX_ALTERNATIVES = 100
-"""Patterns without braces that one with braces may stand for."""
+"""The largest number of patterns without braces to which one pattern expands."""
 
 
-def matcher(pattern: str) -> Callable[[str], object]:
-    """What is true of the names that fit; "" fits all. Raises ValueError for a pattern that can't be or is too long."""
+def compile_pattern(pattern: str) -> Callable[[str], object]:
+    """Return a predicate for names that match; "" matches all. Raises ValueError for an invalid or too long pattern."""
     if not pattern:
         return lambda name: True
     if len(pattern) > MAX_LENGTH:
         raise ValueError("the pattern is too long")
-    fits = [re.compile(fnmatch.translate(one)).match for one in _without_braces(pattern)]
-    return fits[0] if len(fits) == 1 else lambda name: any(fit(name) for fit in fits)
+    matches = [re.compile(fnmatch.translate(expanded)).match for expanded in _expand(pattern)]
+    return matches[0] if len(matches) == 1 else lambda name: any(match(name) for match in matches)
 
 
-def _without_braces(pattern: str) -> list[str]:
-    """The patterns that together mean the same."""
-    found: list[str] = []
-    left = [pattern]
-    while left:
-        if len(found) + len(left) > MAX_ALTERNATIVES:
+def _expand(pattern: str) -> list[str]:
+    """Return the patterns without braces that together match the same names."""
+    expanded: list[str] = []
+    pending = [pattern]
+    while pending:
+        if len(expanded) + len(pending) > MAX_ALTERNATIVES:
             raise ValueError("the pattern has too many alternatives")
-        one = left.pop()
-        if "{" in one:
-            left += _alternatives(one)
+        candidate = pending.pop()
+        if "{" in candidate:
+            pending += _alternatives(candidate)
         else:
-            found.append(one)
-    return found
+            expanded.append(candidate)
+    return expanded
 
 
 def _alternatives(pattern: str) -> list[str]:
-    """The pattern with each of the alternatives in its first braces, which may hold braces in turn."""
+    """Return the pattern once for each alternative in its first braces. Alternatives may contain braces."""
     opening = pattern.index("{")
     parts: list[str] = []
-    depth, begin = 0, opening + 1
-    for at in range(opening, len(pattern)):
-        sign = pattern[at]
-        depth += (sign == "{") - (sign == "}")
-        if depth == 0 or (depth == 1 and sign == ","):
-            parts.append(pattern[begin:at])
-            begin = at + 1
+    depth, start = 0, opening + 1
+    for index in range(opening, len(pattern)):
+        character = pattern[index]
+        depth += (character == "{") - (character == "}")
+        if depth == 0 or (depth == 1 and character == ","):
+            parts.append(pattern[start:index])
+            start = index + 1
         if depth == 0:
-            return [pattern[:opening] + part + pattern[begin:] for part in parts]
-    raise ValueError("a brace is not closed")
+            return [pattern[:opening] + part + pattern[start:] for part in parts]
+    raise ValueError("the pattern has an unclosed brace")

@@ -21,17 +21,17 @@ class ClientSession(Protocol):
 
     def disconnect(self, code: int, reason: str) -> None: ...
 
-    def subscribe(self, channel: str, terms: SubscribeOptions, since: Position | None) -> None: ...
+    def subscribe(self, channel: str, options: SubscribeOptions, since: Position | None) -> None: ...
 
-    def end_subscription(self, channel: str, code: int, reason: str) -> None: ...
+    def unsubscribe(self, channel: str, code: int, reason: str) -> None: ...
 
     def refresh(self, expire_at: float, info: bytes) -> None: ...
 
     def channels(self) -> list[str]: ...
 
 
-class _Gone:
-    """What is left of a session that has ended. Nothing of it leads back to the session, whose memory is free then."""
+class _EndedSession:
+    """Takes the place of a session after its end, so that the session's memory is free."""
 
     __slots__ = ("info",)
 
@@ -42,9 +42,9 @@ class _Gone:
 
     def disconnect(self, code: int, reason: str) -> None: ...
 
-    def subscribe(self, channel: str, terms: SubscribeOptions, since: Position | None) -> None: ...
+    def subscribe(self, channel: str, options: SubscribeOptions, since: Position | None) -> None: ...
 
-    def end_subscription(self, channel: str, code: int, reason: str) -> None: ...
+    def unsubscribe(self, channel: str, code: int, reason: str) -> None: ...
 
     def refresh(self, expire_at: float, info: bytes) -> None: ...
 
@@ -53,9 +53,9 @@ class _Gone:
 
 
 class ConnectedClient:
-    """Valid until the client disconnects, and harmless after.
+    """A handler's view of a client. After the client has disconnected, its methods do nothing.
 
-    name, version: what the client says of its software. headers: of the handshake, names in lower case.
+    name, version: of the client's software, as the client states them. headers: of the handshake, names in lower case.
     """
 
     __slots__ = ("_meta", "_session", "headers", "name", "remote_address", "version")
@@ -89,21 +89,21 @@ class ConnectedClient:
 
     @property
     def info(self) -> Any:
-        """What the credentials said of the client, decoded; None for nothing."""
+        """The client's `info` from its credentials, decoded; None if there is none."""
         return value(self._session.info.conn_info)
 
     @property
     def meta(self) -> Any:
-        """What its connection token says for the server's eyes only (`meta`), decoded; None for nothing."""
+        """The `meta` claim of its connection token, which only the server sees, decoded; None if there is none."""
         return value(self._meta)
 
     @property
     def channels(self) -> list[str]:
-        """The channels to which it is subscribed now."""
+        """The channels to which the client is subscribed now."""
         return self._session.channels()
 
     def send(self, data: Any) -> None:
-        """A message to this client alone; the JavaScript SDK hands it to `client.on("message")`."""
+        """Send a message to this client alone; the JavaScript SDK passes it to `client.on("message")`."""
         self._session.send(data)
 
     def disconnect(self, code: int = FORCE_DISCONNECT[0], reason: str = FORCE_DISCONNECT[1]) -> None:
@@ -111,41 +111,46 @@ class ConnectedClient:
         self._session.disconnect(code, reason)
 
     def subscribe(self, channel: str, grant: Grant | None = None) -> None:
-        """Begin a subscription from the server's side, whatever the channel's options permit; the client is told.
+        """Subscribe the client to `channel`, regardless of the channel's permissions, and notify it.
 
-        Nothing happens if it is subscribed already. Raises ValueError for what a Grant can't say.
+        Does nothing if the client is subscribed already. Raises ValueError for an invalid grant.
         """
-        self._session.subscribe(channel, terms(grant) if grant else SubscribeOptions(), None)
+        self._session.subscribe(channel, subscribe_options(grant) if grant else SubscribeOptions(), None)
 
     def refresh(self, expire_at: int | None = None, info: Any = None) -> None:
-        """Have the connection expire at `expire_at` (Unix seconds; None for never), at once if that has passed.
+        """Let the connection expire at `expire_at` (Unix seconds; None for never), at once if that time has passed.
 
-        info: takes the place of what the credentials said of the client; None leaves it.
+        info: replaces the `info` of the credentials; None leaves it.
         """
-        self._session.refresh(expire_at or 0.0, encoded(info))
+        self._session.refresh(expire_at or 0.0, encode_content(info))
 
     def unsubscribe(self, channel: str) -> None:
-        """End its subscription to `channel`, if it has one."""
-        self._session.end_subscription(channel, *SERVER_UNSUBSCRIBE)
+        """End the client's subscription to `channel`, if there is one."""
+        self._session.unsubscribe(channel, *SERVER_UNSUBSCRIBE)
 
 
 def release(client: ConnectedClient) -> None:
-    """The client's session has ended: without the cycle that they make, both are freed with their last reference."""
-    client._session = _Gone(client._session.info)
+    """Detach the client from its ended session.
+
+    Client and session refer to each other: without the cycle, both are freed with their last reference.
+    """
+    client._session = _EndedSession(client._session.info)
 
 
-def encoded(content: Any) -> bytes:
-    """What a handler gave, as JSON text; b"" for None. Raises what msgspec raises for what JSON can't carry."""
+def encode_content(content: Any) -> bytes:
+    """Encode a handler's value as JSON text; b"" for None. Raises as msgspec for a value that JSON can't hold."""
     return b"" if content is None else one_line(msgspec.json.encode(content))
 
 
-def terms(grant: Grant) -> SubscribeOptions:
-    """A handler's answer as the terms of a subscription. Raises as `encoded`; ValueError for an unknown override.
+def subscribe_options(grant: Grant) -> SubscribeOptions:
+    """Convert a handler's grant.
 
-    Also msgspec.ValidationError, a ValueError, for a value of another type: everything behind this counts on them.
+    Raises as `encode_content`, ValueError for an unknown override, and msgspec.ValidationError, a ValueError, for a
+    value of another type: the code behind this relies on the types.
     """
     if not grant.override.keys() <= set(OVERRIDABLE):
-        raise ValueError(f"of a channel's options, only {', '.join(OVERRIDABLE)} can be overridden")
+        raise ValueError(f"Grant.override: only these channel options can be overridden: {', '.join(OVERRIDABLE)}")
     return msgspec.convert(
-        (encoded(grant.info), encoded(grant.data), grant.expire_at or 0.0, grant.override), SubscribeOptions
+        (encode_content(grant.info), encode_content(grant.data), grant.expire_at or 0.0, grant.override),
+        SubscribeOptions,
     )

@@ -1,7 +1,7 @@
-"""What the sessions of one worker share: `SessionSettings`, `SessionServices` and `SessionCounters`.
+"""Settings, services and counters shared by all sessions of one worker.
 
-The worker builds one of each, and passes them to every session. The Protocols here say what a session needs of the
-shell: the application's handlers, and how coroutines run.
+The worker builds one `SessionSettings`, `SessionServices` and `SessionCounters`, and passes them to every session. The
+Protocols describe the shell as a session uses it: a connection, the application's handlers, and a runner of coroutines.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from realtime.metrics import Metrics, bad_input_counter
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.messages import REQUESTS
 from realtime.protocol.sessions import Sessions
+from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub.engine import Engine
 from realtime.pubsub.hub import Hub
+from realtime.pubsub.subscriber import Sink
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import ConnectRequest, Credentials, Grant
 
@@ -38,6 +40,37 @@ _FAULTS = {
 }
 # Bad input that does not disconnect: a command over the rate limit, and a recovery position ahead of the channel's.
 _REFUSED = ("command_rate", "recovery_ahead")
+
+
+class Connection(Protocol):
+    """The transport of one session. form: the wire format of the payloads that it takes.
+
+    secret: identifies the session to clients that send commands over other connections (emulation); "" for none.
+    needs_pings: whether the session pings the client by protocol; otherwise the transport checks the connection.
+    """
+
+    @property
+    def form(self) -> WireFormat: ...
+
+    @property
+    def secret(self) -> str: ...
+
+    @property
+    def needs_pings(self) -> bool: ...
+
+    @property
+    def sink(self) -> Sink: ...
+
+    def send(self, payload: bytes) -> None:
+        """Send one message to this client alone."""
+
+    def close(self, code: int, reason: str) -> None:
+        """Close the connection after the queued frames have left, or at a deadline."""
+
+    def pause(self) -> None:
+        """Read no more from the client until `resume`. Both may be called any number of times."""
+
+    def resume(self) -> None: ...
 
 
 class CommandHandler(Protocol):

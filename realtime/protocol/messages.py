@@ -1,4 +1,4 @@
-"""The client protocol's messages, as Structs, whatever their encoding (`realtime.protocol.encodings`). In JSON:
+"""The client protocol's messages, as Structs for every encoding (`realtime.protocol.encodings`). In JSON:
 
     client -> server   Command   {"id": 3, "publish": {"channel": "news", "data": {...}}}
     server -> client   Reply     {"id": 3, "publish": {}}       answers the command of that id
@@ -7,12 +7,12 @@
                        ping      {}    answered by the empty command {}
 
 One WebSocket text message holds one or more of them, joined by a newline. Exactly one request field is set in a
-command, and exactly one result field, or `error`, in its reply. Zero values are left out, except for the few keys
-that the SDKs read without asking.
+command, and exactly one result field, or `error`, in its reply. Zero values are omitted, except for the few keys that
+the SDKs read unconditionally.
 
-What applications send each other (`data`, `conn_info`, `chan_info`) is embedded JSON. It passes through as it was
-written, number spelling and key order included; only raw line ends, which can stand nowhere but between tokens, are
-taken out, since a newline parts messages. `realtime.json_text.payload` is the one strict entrance for such text.
+Data of applications (`data`, `conn_info`, `chan_info`) is embedded JSON. It passes through as written, including the
+spelling of numbers and the order of keys. Only raw line ends, which valid JSON has between tokens alone, are removed,
+since a newline separates messages. `realtime.json_text.payload` is the one strict entrance for such text.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from realtime.errors import RealtimeError
 from realtime.types import ClientInfo, Publication
 
 _UInt32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
-# An offset is a uint64 on the wire; no stream counts past the signed half of it.
+# An offset is a uint64 on the wire; no stream counts beyond its signed half.
 _Offset = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 _Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 _Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class ProtocolError(RealtimeError):
-    """The peer sent something that is no message of this protocol: the connection is closed with 3501."""
+    """The peer sent an invalid message: the connection is closed with 3501."""
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class SubRefreshRequest(Struct, frozen=True):
 
 
 class Command(Struct, frozen=True):
-    """One command as it stood on the wire. `request` names the one field that is set. The most frequent come first."""
+    """One command, as on the wire. `request` finds the one field that is set; the most frequent fields come first."""
 
     id: _UInt32 = 0
     rpc: RPCRequest | None = None
@@ -141,13 +141,13 @@ class Command(Struct, frozen=True):
     sub_refresh: SubRefreshRequest | None = None
 
     def request(self) -> tuple[str, Any]:
-        """The name and the value of the one request field; ("", None) for the empty command, which is a pong.
+        """Return the name and value of the one request field; ("", None) for the empty command, which is a pong.
 
-        Raises ProtocolError for none with an id, for more than one, and for the unused `ping`.
+        Raises ProtocolError for an id without a request, for more than one request, and for the unused `ping`.
         """
         absent = msgspec.structs.astuple(self).count(None)
         if self.ping is not UNSET or absent < len(REQUESTS) - 1 or (self.id and absent == len(REQUESTS)):
-            raise ProtocolError("a command has one request, and not the unused one")
+            raise ProtocolError("a command has exactly one request, and never `ping`")
         for name in REQUESTS:
             value = getattr(self, name)
             if value is not None:
@@ -155,7 +155,7 @@ class Command(Struct, frozen=True):
         return "", None
 
 
-# The names of the requests that there are.
+# The names of all requests.
 REQUESTS = [name for name in Command.__struct_fields__ if name not in ("id", "ping")]
 
 
@@ -213,7 +213,7 @@ class ConnectResult(Struct, frozen=True, omit_defaults=True):
 
 
 class Empty(Struct, frozen=True):
-    """A result that has no field, and is there all the same."""
+    """A result without fields, which is sent as an empty object."""
 
 
 class PresenceResult(Struct, frozen=True):
@@ -249,7 +249,7 @@ class SubRefreshResult(Struct, frozen=True, omit_defaults=True):
 
 EMPTY = Empty()
 
-# -- pushes, beside Pub -----------------------------------------------------------------------------------------------
+# -- pushes, apart from Pub --------------------------------------------------------------------------------------------
 
 
 class JoinPush(Struct, frozen=True):
@@ -259,14 +259,14 @@ class JoinPush(Struct, frozen=True):
 
 
 class UnsubscribePush(Struct, frozen=True):
-    """The server ended a subscription; from code 2500 on the client subscribes again."""
+    """The server ended a subscription; with a code from 2500 on the client subscribes again."""
 
     code: int
     reason: str
 
 
 class SubscribePush(Struct, frozen=True, omit_defaults=True):
-    """The server began a subscription."""
+    """The server subscribed the client."""
 
     recoverable: bool = False
     epoch: str = ""
@@ -276,35 +276,35 @@ class SubscribePush(Struct, frozen=True, omit_defaults=True):
 
 
 class MessagePush(Struct, frozen=True):
-    """A message of the application to one client, outside any channel."""
+    """A message from the application to one client, outside any channel."""
 
     data: Raw
 
 
 class DisconnectPush(Struct, frozen=True):
-    """The end, on transports that have no close frame."""
+    """The server closes the connection, on transports without a close frame."""
 
     code: int
     reason: str
 
 
 class RefreshPush(Struct, frozen=True, omit_defaults=True):
-    """The connection's expiry is another now."""
+    """The server changed the expiry of the connection."""
 
     expires: bool = False
     ttl: int = 0
 
 
-def info(client: ClientInfo) -> Info:
-    """A client, as other clients see it."""
-    return Info(client.user, client.client, embedded(client.conn_info), embedded(client.chan_info))
+def make_info(client: ClientInfo) -> Info:
+    """Make the message for a client, as other clients see it."""
+    return Info(client.user, client.client, embed(client.conn_info), embed(client.chan_info))
 
 
-def pub(publication: Publication, data: bytes, epoch: str = "", delta: bool = False) -> Pub:
-    """A publication with `data` in place of its own. delta: whether that is a delta."""
+def make_pub(publication: Publication, data: bytes, epoch: str = "", delta: bool = False) -> Pub:
+    """Make the message for a publication, with `data` in place of its own. delta: whether `data` is a delta."""
     return Pub(
         Raw(data),
-        info(publication.info) if publication.info else None,
+        make_info(publication.info) if publication.info else None,
         publication.offset,
         publication.tags,
         epoch,
@@ -312,6 +312,6 @@ def pub(publication: Publication, data: bytes, epoch: str = "", delta: bool = Fa
     )
 
 
-def embedded(data: bytes) -> Raw | UnsetType:
-    """JSON text to stand unchanged inside a message; b"" leaves its key out."""
+def embed(data: bytes) -> Raw | UnsetType:
+    """Embed JSON text in a message, unchanged; b"" omits the key."""
     return Raw(data) if data else UNSET

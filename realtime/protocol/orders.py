@@ -1,7 +1,7 @@
-"""Orders: decisions about connections that one worker sends to all workers, or to one.
+"""Orders: messages about connections that one worker sends to all workers, or to one.
 
-The engine passes an order on without reading it (`engine.SendOrder`). `realtime.protocol.sessions` carries out the
-orders about sessions.
+To the engine an order is opaque bytes (`engine.SendOrder`). `realtime.protocol.sessions` carries out the orders about
+sessions, and passes the others on.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from realtime.types import Position, SubscribeOptions
 
 
 class _Order(Struct, frozen=True, array_like=True):
-    """user: whose connections are meant; "" for those of anonymous clients, and never for everybody's."""
+    """user: the owner of the connections; "" for anonymous clients, not for all users."""
 
     user: str
 
 
 class DisconnectOrder(_Order, frozen=True, array_like=True, tag="disconnect"):
-    """Close the connections of `user`, but none whose client id is in `whitelist`.
+    """Close the connections of `user`, except for the client ids in `whitelist`.
 
-    client, session: only the connection of that client id, or of that session secret (see `Connection.secret`).
+    client, session: only the connection with this client id, or this session secret (see `Connection.secret`).
     """
 
     client: str = ""
@@ -33,9 +33,10 @@ class DisconnectOrder(_Order, frozen=True, array_like=True, tag="disconnect"):
 
 
 class UnsubscribeOrder(_Order, frozen=True, array_like=True, tag="unsubscribe"):
-    """End the subscription of `user` to `channel`, whoever began it, and tell the client.
+    """End the subscriptions of `user` to `channel`, of every origin, and notify the clients.
 
-    client, session: as in DisconnectOrder. code, reason: of the unsubscribe push; from 2500 on, SDKs come back.
+    client, session: as in DisconnectOrder. code, reason: of the unsubscribe push; from code 2500 on, SDKs subscribe
+    again.
     """
 
     channel: str
@@ -46,25 +47,25 @@ class UnsubscribeOrder(_Order, frozen=True, array_like=True, tag="unsubscribe"):
 
 
 class SubscribeOrder(_Order, frozen=True, array_like=True, tag="subscribe"):
-    """Subscribe `user` to `channel` from the server's side; a connection that is subscribed already stays as it is.
+    """Subscribe the connections of `user` to `channel`, except for those that are subscribed already.
 
-    The giver has checked that the channel's namespace exists. terms: of the subscription. since: a position known to
-    the client, after which it is sent what it missed if that is still kept; None for what comes from now on.
-    client, session: as in DisconnectOrder.
+    The sender has checked that the channel's namespace exists. since: a position known to the client, which receives
+    the publications after it as far as history still has them; None for future publications only. client, session: as
+    in DisconnectOrder.
     """
 
     channel: str
-    terms: SubscribeOptions = SubscribeOptions()
+    options: SubscribeOptions = SubscribeOptions()
     client: str = ""
     session: str = ""
     since: Position | None = None
 
 
 class RefreshOrder(_Order, frozen=True, array_like=True, tag="refresh"):
-    """Let the connections of `user` expire at another time, and tell the clients.
+    """Change the expiry of the connections of `user`, and notify the clients.
 
-    expire_at: Unix seconds, 0.0 for never; a time that has passed, or `expired`, closes them with 3005. info: what
-    others see of the client from now on, as JSON text; b"" leaves it. client, session: as in DisconnectOrder.
+    expire_at: Unix seconds, 0.0 for never; a time in the past, or `expired`, closes them with 3005. info: the new
+    `conn_info` of the clients, as JSON text; b"" leaves it. client, session: as in DisconnectOrder.
     """
 
     expire_at: float = 0.0
@@ -81,7 +82,10 @@ class SupersedeOrder(_Order, frozen=True, array_like=True, tag="supersede"):
 
 
 class ChannelsOrder(Struct, frozen=True, array_like=True, tag="channels"):
-    """Tell the worker at `address` which channels that `pattern` fits have subscribers here; see `protocol.globs`."""
+    """Ask each worker for its channels with subscribers that match `pattern` (see `channel_patterns`).
+
+    address: of the asking worker, which receives the ChannelsAnswers.
+    """
 
     id: int
     address: str
@@ -89,14 +93,14 @@ class ChannelsOrder(Struct, frozen=True, array_like=True, tag="channels"):
 
 
 class ChannelsAnswer(Struct, frozen=True, array_like=True, tag="channels_answer"):
-    """The answer to the ChannelsOrder of this id: subscribers by channel, None when they are too many to tell."""
+    """The answer to the ChannelsOrder of this id: numbers of subscribers by channel, None for too many channels."""
 
     id: int
     found: dict[str, int] | None
 
 
 class EmulateOrder(Struct, frozen=True, array_like=True, tag="emulate"):
-    """Hand `data` to the session of this secret, as a message of its client: it came to another worker."""
+    """Pass `data` to the session of this secret, as a message of its client that another worker received."""
 
     secret: str
     data: bytes
@@ -110,9 +114,9 @@ _decoder = msgspec.msgpack.Decoder(Order)
 
 
 def encode_order(order: Order) -> bytes:
-    """The bytes that `Sessions.apply` takes, at every worker.
+    """Encode an order for `Sessions.apply`.
 
-    Raises msgspec.ValidationError when a field holds something of another type, which would fail at all of them.
+    Raises msgspec.ValidationError for a field of a wrong type, with which every worker would fail.
     """
     data = _encoder.encode(order)
     _decoder.decode(data)
@@ -120,6 +124,6 @@ def encode_order(order: Order) -> bytes:
 
 
 def decode_order(data: bytes) -> Order:
-    """The order in `data`. Raises msgspec.MsgspecError for bytes that `encode_order` did not make."""
+    """Decode an order. Raises msgspec.MsgspecError for bytes that `encode_order` did not make."""
     order: Order = _decoder.decode(data)
     return order

@@ -121,7 +121,7 @@ class Protobuf:
     unidirectional = False
     ping = b"\x00"
 
-    def command(self, message: bytes) -> Command | None:
+    def decode_command(self, message: bytes) -> Command | None:
         try:
             size, start = _varint(message, 0)
         except (IndexError, ProtocolError):
@@ -132,7 +132,7 @@ class Protobuf:
         command: Command = _whole(Command, message, start, start + size)
         return command
 
-    def commands(self, message: bytes) -> Iterator[Command]:
+    def decode_commands(self, message: bytes) -> Iterator[Command]:
         position, end = 0, len(message)
         nodes = MAX_FILTER_NODES
         if not end:
@@ -154,17 +154,17 @@ class Protobuf:
             nodes = _FILTER_NODES.left
             yield command
 
-    def payload(self, raw: Raw | UnsetType) -> bytes:
+    def validate_data(self, raw: Raw | UnsetType) -> bytes:
         return bytes(raw) if isinstance(raw, Raw) else b""
 
-    def value(self, data: bytes) -> Any:
+    def decode_data(self, data: bytes) -> Any:
         """The value of JSON text, or the bytes of what is something else."""
         try:
             return json_text.value(data)
         except (ClientError, UnicodeDecodeError):
             return data
 
-    def made(self, value: Any) -> bytes:
+    def encode_data(self, value: Any) -> bytes:
         """Bytes as they are, anything else as JSON text."""
         if value is None:
             return b""
@@ -173,30 +173,30 @@ class Protobuf:
     def is_json(self, data: bytes) -> bool:
         return json_text.is_json(data)
 
-    def reply(self, id: int, name: str, result: Struct) -> bytes:
+    def encode_reply(self, id: int, name: str, result: Struct) -> bytes:
         field = _sized(_REPLY_TAGS[name], _WRITERS[type(result)](result))
         return _sized(b"", _ID_TAG + _varint_of(id) + field)
 
-    def answer(self, id: int, value: Any) -> bytes:
-        return self.reply(id, "rpc", messages.RPCResult(messages.embedded(self.made(value) or b"null")))
+    def encode_rpc_reply(self, id: int, value: Any) -> bytes:
+        return self.encode_reply(id, "rpc", messages.RPCResult(messages.embed(self.encode_data(value) or b"null")))
 
-    def error_reply(self, id: int, error: ClientError) -> bytes:
-        return self.reply(id, "error", messages.Error(error.code, error.message, error.temporary))
+    def encode_error(self, id: int, error: ClientError) -> bytes:
+        return self.encode_reply(id, "error", messages.Error(error.code, error.message, error.temporary))
 
-    def push(self, channel: str, name: str, body: Struct) -> bytes:
+    def encode_push(self, channel: str, name: str, body: Struct) -> bytes:
         push = _sized(_PUSH_TAGS[name], _WRITERS[type(body)](body))
         if channel:
             push = _sized(_PUSH_TAGS["channel"], channel.encode()) + push
         return _sized(b"", _sized(_REPLY_TAGS["push"], push))
 
-    def pub(self, publication: Publication, epoch: str = "") -> Pub:
-        return messages.pub(publication, publication.data, epoch)
+    def make_pub(self, publication: Publication, epoch: str = "") -> Pub:
+        return messages.make_pub(publication, publication.data, epoch)
 
-    def whole(self, publication: Publication, epoch: str = "") -> Pub:
-        return messages.pub(publication, publication.data, epoch)
+    def make_full_pub(self, publication: Publication, epoch: str = "") -> Pub:
+        return messages.make_pub(publication, publication.data, epoch)
 
-    def patch(self, publication: Publication, delta: bytes, epoch: str = "") -> Pub | None:
-        return messages.pub(publication, delta, epoch, delta=True)
+    def make_delta_pub(self, publication: Publication, delta: bytes, epoch: str = "") -> Pub | None:
+        return messages.make_pub(publication, delta, epoch, delta=True)
 
 
 def emulation_request(body: bytes) -> EmulationRequest:

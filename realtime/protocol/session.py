@@ -1,30 +1,29 @@
-"""One client's session: what may follow what, in which order, and when it ends.
+"""One client's session: its state, its commands, its subscriptions, and its end.
 
-    OPENED ──connect──▶ CONNECTED ──▶ CLOSED
-       └───refused────▶ REFUSED ────────┘
+The transport passes in messages (`receive`) and the end of the connection (`closed`); a session sends through
+its `Connection`. It knows no socket, thread or reactor. The other parts of a session:
 
-A session is told what arrives (`receive`, `closed`) and what time it is (`on_deadline`), and tells its `Connection`
-what to send. Commands run one at a time, in the order of arrival: while one waits for the engine or for a handler, the
-next ones queue, and past a limit the socket is not read. Where `client.concurrency` allows for several at a time,
-connect runs alone all the same, and the commands of one channel keep their order. What each command does is in
-`realtime.protocol.commands`. Nothing here knows a socket, a thread or a reactor.
+    session_state     the states, and the way through them
+    command_queue     commands that wait for others
+    session_timers    time limits: opening, pings, expiry
+    commands          what each command does
+    subscription      one subscription of the session
 
-On a unidirectional transport the client says one thing, its connect request; there are no replies and no pongs, so a
-refusal is a disconnect, and what else it sends means nothing.
+A command that waits for nothing is one call on the way from `receive` to `reply`, without queue, coroutine or task.
+
+On a unidirectional transport the client sends its connect request and nothing else; further messages are ignored.
+There are no replies and no pongs, so a refusal is a disconnect.
 """
 
 from __future__ import annotations
 
-import enum
 import math
-import random
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw, Struct, UnsetType
 
 from realtime import errors
 from realtime.errors import ClientError, Disconnect, EngineUnavailable, KeysUnavailable
@@ -32,28 +31,22 @@ from realtime.http.handshake import OpeningRequest
 from realtime.protocol import messages
 from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.client import ConnectedClient, release
-from realtime.protocol.context import SessionServices, SessionSettings
+from realtime.protocol.command_queue import CommandQueue, channel_of
+from realtime.protocol.context import Connection, SessionServices, SessionSettings
 from realtime.protocol.messages import ProtocolError, SubscribeRequest
+from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, SessionState
+from realtime.protocol.session_timers import SessionTimers
 from realtime.protocol.subscription import JoinResult, Subscription, SubscriptionSource
-from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub.engine import AddClient, AdmitClient, RemoveClient
-from realtime.pubsub.subscriber import Sink
 from realtime.types import ClientInfo, Position, SubscribeOptions
 
-# Seconds. A client whose connect was refused closes the connection itself; one that does not is shown out.
-REFUSED_DELAY = 5.0
-# Commands of one client that are begun before others may have a turn: half a millisecond's worth, if they are simple.
-COMMANDS_AT_ONCE = 32
-# Seconds' worth of commands at the allowed rate: so many may come at once, so many more are refused, and then it ends.
+# Seconds' worth of commands at the allowed rate that may arrive at once. As many more are refused, then the client is
+# disconnected.
 RATE_BURST = 2.0
-# Seconds in which the failed commands are counted together.
+# The window, in seconds, in which failed commands count towards `client.error_limit`.
 ERROR_WINDOW = 5.0
-# Seconds. More does not fit the SDKs' integers, and is 68 years.
-LONGEST_TTL = 2**31 - 1
-# The share of its grace by which an expired connection may be closed later, so that many do not end at once.
-EXPIRY_SPREAD = 0.1
 
-# The errors that end a connection without replies, and how (client protocol, section 2.9); any other ends it with 3004.
+# How an error ends a connection without replies, by code (client protocol, section 2.9); others end it with 3004.
 _WITHOUT_REPLIES = {
     errors.TOKEN_EXPIRED[0]: errors.CONNECTION_EXPIRED,
     errors.EXPIRED[0]: errors.CONNECTION_EXPIRED,
@@ -61,82 +54,36 @@ _WITHOUT_REPLIES = {
     errors.PERMISSION_DENIED[0]: errors.DENIED,
 }
 
-
-class Connection(Protocol):
-    """What a session needs of its shell. form: the wire form of what it takes.
-
-    secret: names the session to whoever sends commands for it by other ways (emulation), "" if nobody does.
-    pings: whether the session asks for signs of life, by the pings of the protocol; if not, the transport sees to it.
-    """
-
-    @property
-    def form(self) -> WireFormat: ...
-
-    @property
-    def secret(self) -> str: ...
-
-    @property
-    def pings(self) -> bool: ...
-
-    @property
-    def sink(self) -> Sink: ...
-
-    def send(self, payload: bytes) -> None:
-        """One message to this client alone."""
-
-    def close(self, code: int, reason: str) -> None:
-        """Close after what is queued has left, or after a deadline."""
-
-    def pause(self) -> None:
-        """Read no more from the client until `resume`. Both may be called any number of times."""
-
-    def resume(self) -> None: ...
-
-
-class SessionState(enum.Enum):
-    OPENED = enum.auto()
-    REFUSED = enum.auto()
-    CONNECTED = enum.auto()
-    CLOSED = enum.auto()
-
-
-# Names of our own, for what is done at each command: a member of an Enum takes six times as long to find.
-_OPENED, _CONNECTED = _TALKING = (SessionState.OPENED, SessionState.CONNECTED)
 _NEVER = math.inf
 _PONG = messages.Command()
-# Stands for a message that could not be read, behind the commands that came before it: it is none either.
+# Takes the place of an unreadable message behind the commands before it. An id without a request is invalid.
 _UNREADABLE = messages.Command(id=1)
+_NO_FAILURES = (0, -math.inf)
+_UNKNOWN_CLIENT = ClientInfo("", "")
 
 
-class Session:
+class Session(SessionTimers):
     """See the module.
 
-    info: who the client is, empty until it is admitted. handle: the client as handlers see it. refreshable: whether
-    a token admitted it, so that it may bring another. subscriptions: by channel, those still joining included.
+    info: the client's identity, empty until it is admitted. handle: the client as handlers see it, None before.
+    is_refreshable: a token admitted the client, so it may send another one. subscriptions: by channel, including those
+    that are still joining. running: number of commands that wait for the engine or a handler. busy_channels: the
+    channels of those, where several may run. queue: commands that wait for these, None for an empty queue.
     """
 
     __slots__ = (
-        "_busy",
         "_commands",
         "_connection",
-        "_expire_by",
         "_failures",
-        "_paused",
-        "_ping_at",
-        "_pong_by",
-        "_pumping",
-        "_queue",
         "_rate_due",
-        "_running",
-        "_stale_by",
-        "deadline_bucket",
+        "busy_channels",
         "encoding",
         "handle",
         "info",
-        "refreshable",
+        "is_refreshable",
+        "queue",
         "request",
-        "services",
-        "settings",
+        "running",
         "state",
         "subscriptions",
     )
@@ -149,31 +96,24 @@ class Session:
         connection: Connection,
         request: OpeningRequest,
     ) -> None:
-        self.settings = settings
-        self.services = services
+        super().__init__(settings, services)
         self.request = request
         self.state = SessionState.OPENED
-        self.info = ClientInfo("", "")
+        self.info = _UNKNOWN_CLIENT
         self.handle: ConnectedClient | None = None
-        self.refreshable = False
+        self.is_refreshable = False
         self.subscriptions: dict[str, Subscription] = {}
+        self.running = 0
+        self.busy_channels: set[str] | tuple[()] = ()
         self._commands = commands
         self._connection = connection
         self.encoding = connection.form.encoding
-        # Most sessions have nothing waiting at most times, and an empty deque is not small.
-        self._queue: deque[messages.Command] | tuple[()] = ()
-        self._running = 0
-        # The channels of the commands that run, where several may.
-        self._busy: set[str] | tuple[()] = ()
-        # When the commands so far would be used up at the allowed rate.
+        self.queue: CommandQueue | None = None
+        # The time at which the allowed rate would have used up the commands received so far.
         self._rate_due = 0.0
-        # How many commands failed since when.
-        self._failures = (0, -math.inf)
-        self._pumping = self._paused = False
-        self._ping_at = self._pong_by = self._expire_by = math.inf
-        self._stale_by = self._after(settings.client.stale_close_delay or math.inf)
-        self.deadline_bucket = 0
-        self.arm()
+        # The number of failed commands, and the time of the first one.
+        self._failures = _NO_FAILURES
+        self.schedule_deadline()
 
     @property
     def client(self) -> str:
@@ -185,164 +125,153 @@ class Session:
         """The application's user id."""
         return self.info.user
 
-    def channels(self) -> list[str]:
-        """The channels to which the client is subscribed."""
-        return [channel for channel, subscription in self.subscriptions.items() if subscription.live]
+    @property
+    def secret(self) -> str:
+        """See `Connection.secret`."""
+        return self._connection.secret
 
-    # -- what arrives ------------------------------------------------------------------------------------------------
+    def channels(self) -> list[str]:
+        """Return the channels to which the client is subscribed."""
+        return [channel for channel, subscription in self.subscriptions.items() if subscription.is_active]
+
+    # -- messages and commands ---------------------------------------------------------------------------------------
 
     def receive(self, message: bytes) -> None:
-        """One whole message of the client."""
-        if self.state not in _TALKING:
+        """Handle one whole message of the client."""
+        if self.state not in ACCEPTING:
             return
         encoding = self.encoding
+        # The commonest message on an idle connection needs no decoding.
         if self._pong_by < _NEVER and message == encoding.ping:
-            self._ponged()
+            self._pong_received()
             return
-        if encoding.unidirectional and (self._running or self.state is _CONNECTED):
+        if encoding.unidirectional and (self.running or self.state is CONNECTED):
             return
-        if self._running or self._queue or self._pumping:
+        if self.running or self.queue is not None:
             self._enqueue(message)
             return
-        # With nothing to wait for, one command needs no queue.
+        # A single command with none before it starts at once, without a queue.
         try:
-            command = encoding.command(message)
+            command = encoding.decode_command(message)
             if command is None:
                 self._enqueue(message)
             elif self._pong_by < _NEVER and command == _PONG:
-                self._ponged()
+                self._pong_received()
             else:
-                self._take(command)
+                self.start(command)
         except ProtocolError:
             self.disconnect(*errors.BAD_PROTOCOL)
 
     def _enqueue(self, message: bytes) -> None:
-        queue = self._queue or deque()
+        queue = self.queue
+        if queue is None:
+            queue = self.queue = CommandQueue(self)
+        append = queue.commands.append
         try:
-            for command in self.encoding.commands(message):
+            for command in self.encoding.decode_commands(message):
                 if self._pong_by < _NEVER and command == _PONG:
-                    self._ponged()
+                    self._pong_received()
                 else:
-                    queue.append(command)
+                    append(command)
         except ProtocolError:
-            # The commands before it are still acted on.
-            queue.append(_UNREADABLE)
-        self._queue = queue
-        if not self._pumping:
-            self._pump()
-        if len(self._queue) > self.settings.client.command_queue and not self._paused:
-            self._paused = True
-            self._connection.pause()
+            # The commands before it are still carried out.
+            append(_UNREADABLE)
+        if not queue.is_starting:
+            queue.start_ready()
+        if self.queue is not None:
+            queue.limit()
 
-    def _ponged(self) -> None:
-        # Never behind the commands that wait: that they take long is not the client's fault. The deadline that is armed
-        # wakes us once for nothing, which is cheaper than moving it at every pong.
-        self._pong_by = math.inf
-
-    def _pump(self) -> None:
-        """Begin what may begin now; what is too much for one turn of the loop, in turns with other work."""
-        self._pumping = True
-        slices = self.services.slices
-        while self._begin_some():
-            slices.start_slice()
-            if not slices.has_time:
-                slices.add(self._begin_others())
-                return
-        self._pumped()
-
-    def _begin_others(self) -> Iterator[None]:
-        while self._begin_some():
-            yield
-        self._pumped()
-
-    def _begin_some(self) -> bool:
-        """Begin commands that wait; whether there may be more that could begin."""
-        for _ in range(COMMANDS_AT_ONCE):
-            if not self._queue or self.state not in _TALKING:
-                return False
-            command = self._next() if self._running else self._queue.popleft()
-            if command is None:
-                return False
-            try:
-                self._take(command)
-            except ProtocolError:
-                self.disconnect(*errors.BAD_PROTOCOL)
-        return bool(self._queue)
-
-    def _pumped(self) -> None:
-        self._pumping = False
-        if not self._queue:
-            self._queue = ()
-        if self._paused and len(self._queue) <= self.settings.client.command_queue // 2:
-            self._paused = False
-            if self._pong_by < math.inf:
-                # It may have come long ago, and is read only now.
-                self._pong_by = self._after(self.settings.client.pong_timeout)
-                self.arm()
-            self._connection.resume()
-
-    def _next(self) -> messages.Command | None:
-        """Take the first command that may begin beside those that run out of the queue."""
-        queue, settings = self._queue, self.settings.client
-        if not queue or self._running >= settings.concurrency or self.state is SessionState.OPENED:
-            return None
-        for place in range(min(len(queue), settings.command_queue)):
-            command = queue[place]
-            channel = _channel_of(command)
-            if channel is None:
-                return None  # what is no command waits for those before it
-            if channel not in self._busy:
-                del queue[place]
-                return command
-        return None
-
-    def _take(self, command: messages.Command) -> None:
+    def start(self, command: messages.Command) -> None:
+        """Start one command. Raises ProtocolError for one that is invalid, or not allowed now."""
         name, request = command.request()
-        if (name == "connect") != (self.state is _OPENED) or (not command.id and name not in ("", "send")):
-            raise ProtocolError("out of place")
+        if (name == "connect") != (self.state is OPENED) or (not command.id and name not in ("", "send")):
+            raise ProtocolError("the command is not allowed in this state, or has no id")
         if not name:
             raise ProtocolError("a pong without a ping")
         counters = self.services.counters
         counters.commands[name].value += 1
-        if self.settings.client.commands_per_second and self._is_too_much():
+        if self.settings.client.commands_per_second and self._exceeds_rate():
             counters.bad_input["command_rate"].value += 1
             self._refuse(command.id, name, ClientError(*errors.TOO_MANY_REQUESTS))
             return
         try:
             rest = self._commands[name](self, command.id, request)
         except Exception as error:
-            self._failed(command.id, name, error)
+            self._answer_failure(command.id, name, error)
             return
         if rest is None:
             return
-        self._running += 1
-        if self.settings.client.concurrency > 1 and (channel := _channel_of(command)):
-            self._busy = self._busy or set()
-            self._busy.add(channel)
-        self.services.run(self._execute(command.id, name, request, rest), self._executed)
+        self.running += 1
+        if self.settings.client.concurrency > 1 and (channel := channel_of(command)):
+            self.busy_channels = self.busy_channels or set()
+            self.busy_channels.add(channel)
+        self.services.run(self._finish(command.id, name, request, rest), self._finished)
 
-    def _is_too_much(self) -> bool:
-        """Whether this command is over the rate. A client that goes on all the same is disconnected."""
+    def _exceeds_rate(self) -> bool:
+        """Count a command; return whether it exceeds the rate. Disconnects a client that goes far beyond."""
         rate = self.settings.client.commands_per_second
         now = self.services.deadlines.now
         self._rate_due = max(self._rate_due, now) + 1 / rate
-        # Half a command is the sum of what the additions were rounded by, and more.
+        # Half a command is more than the sum of all rounding errors of these additions.
         commands = (self._rate_due - now) * rate - 0.5
         if commands > 2 * RATE_BURST * rate:
             self.disconnect(*errors.TOO_MANY_COMMANDS)
         return commands > RATE_BURST * rate
 
-    async def _execute(self, id: int, name: str, request: Any, rest: Coroutine[Any, Any, None]) -> None:
+    async def _finish(self, id: int, name: str, request: Any, rest: Coroutine[Any, Any, None]) -> None:
+        """Await the `rest` of a command."""
         try:
             await rest
         except Exception as error:
-            self._failed(id, name, error)
+            self._answer_failure(id, name, error)
         finally:
-            if self._busy:
-                self._busy.discard(getattr(request, "channel", ""))
+            if self.busy_channels:
+                self.busy_channels.discard(getattr(request, "channel", ""))
 
-    def _failed(self, id: int, name: str, error: Exception) -> None:
-        """A command came to this, in place of its reply."""
+    def _finished(self, result: Any, error: BaseException | None) -> None:
+        self.running -= 1
+        if error is not None:
+            self.services.report_error(error)
+            self.disconnect(*errors.SERVER_ERROR)
+        elif self.queue is not None and not self.queue.is_starting:
+            self.queue.start_ready()
+
+    def decode_request_data(self, raw: Raw | UnsetType) -> Any:
+        """Return the data of a request as handlers get it. Raises ClientError 107."""
+        encoding = self.encoding
+        return encoding.decode_data(encoding.validate_data(raw))
+
+    # Called by the queue
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the socket is not read, because too many commands wait."""
+        return self.queue is not None and self.queue.is_paused
+
+    def pause_reading(self) -> None:
+        self._connection.pause()
+
+    def resume_reading(self) -> None:
+        self._restart_pong_limit()
+        self._connection.resume()
+
+    # -- replies -----------------------------------------------------------------------------------------------------
+
+    def reply(self, id: int, name: str, result: Struct) -> None:
+        """Answer command `id`; harmless after the end of the session."""
+        if self.state is not SessionState.CLOSED:
+            self._connection.send(self.encoding.encode_reply(id, name, result))
+
+    def reply_to_rpc(self, id: int, result: Any) -> None:
+        """Answer the RPC command `id` with its handler's result; harmless after the end of the session.
+
+        Raises as `Encoding.encode_data`.
+        """
+        if self.state is not SessionState.CLOSED:
+            self._connection.send(self.encoding.encode_rpc_reply(id, result))
+
+    def _answer_failure(self, id: int, name: str, error: Exception) -> None:
+        """Answer a command that raised `error`."""
         match error:
             case Disconnect():
                 self.disconnect(error.code, error.reason)
@@ -354,45 +283,24 @@ class Session:
                 self.services.report_error(error)
                 self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
 
-    def _executed(self, result: Any, error: BaseException | None) -> None:
-        self._running -= 1
-        if error is not None:
-            self.services.report_error(error)
-            self.disconnect(*errors.SERVER_ERROR)
-        elif not self._pumping:
-            self._pump()
-
-    def reply(self, id: int, name: str, result: Struct) -> None:
-        """Answer command `id`; harmless when the client has gone meanwhile."""
-        if self.state is not SessionState.CLOSED:
-            self._connection.send(self.encoding.reply(id, name, result))
-
-    def answer(self, id: int, value: Any) -> None:
-        """Answer the RPC with command `id` by what its handler returned; harmless when the client has gone meanwhile.
-
-        Raises as `Encoding.made`.
-        """
-        if self.state is not SessionState.CLOSED:
-            self._connection.send(self.encoding.answer(id, value))
-
     def _refuse(self, id: int, name: str, error: ClientError) -> None:
         if self.state is SessionState.CLOSED:
             return
         self.services.counters.count_error(name, error.code)
-        if name == "connect" and self.state is SessionState.CONNECTED:
-            self.disconnect(*errors.SERVER_ERROR)  # a mistake of ours, after the reply
+        if name == "connect" and self.state is CONNECTED:
+            self.disconnect(*errors.SERVER_ERROR)  # a bug in the server, after the reply was sent
             return
         if self.encoding.unidirectional:
             self.disconnect(*_WITHOUT_REPLIES.get(error.code, errors.SERVER_ERROR))
             return
         if id:
-            self._connection.send(self.encoding.error_reply(id, error))
+            self._connection.send(self.encoding.encode_error(id, error))
         if name == "connect":
-            # What followed in the same message counted on the connect: it is dropped without a word.
+            # The commands behind a connect in the same message depend on it: they are dropped without a reply.
             self.state = SessionState.REFUSED
-            self._queue = ()
-            self._stale_by = self._after(REFUSED_DELAY)
-            self.arm()
+            if self.queue is not None:
+                self.queue.commands.clear()
+            self._limit_refused()
         elif not error.temporary and error.code != errors.TOKEN_EXPIRED[0]:
             self._count_failure()
 
@@ -404,91 +312,13 @@ class Session:
         if 0 < limit < self._failures[0]:
             self.disconnect(*errors.TOO_MANY_ERRORS)
 
-    # -- time --------------------------------------------------------------------------------------------------------
-
-    def _after(self, delay: float) -> float:
-        return self.services.deadlines.now + delay
-
-    def _close_time(self, expire_at: float, grace: float) -> float:
-        """The loop time at which what expires at `expire_at` (Unix seconds, 0.0 for never) is ended."""
-        return self._after(expire_at - self.services.wall_clock() + grace) if expire_at else math.inf
-
-    def arm(self) -> None:
-        """Have `on_deadline` called at what is due next."""
-        due = min(self._stale_by, self._ping_at, self._pong_by, self._expire_by, self._subscriptions_due())
-        if due < math.inf and self.state is not SessionState.CLOSED:
-            self.services.deadlines.set(self, due)
-
-    def on_deadline(self) -> None:
-        """Something is due."""
-        now = self.services.deadlines.now
-        if self._stale_by <= now:
-            if self.state is SessionState.REFUSED:
-                self.disconnect(*errors.CONNECTION_CLOSED)
-            else:
-                # 3502 is final. A client whose connect command is still being worked on has done its part.
-                self.disconnect(*(errors.SERVER_ERROR if self._running else errors.STALE))
-        elif self._pong_by <= now and not self._paused:
-            self.disconnect(*errors.NO_PONG)
-        elif self._expire_by <= now:
-            self.disconnect(*errors.CONNECTION_EXPIRED)
-        else:
-            self._end_expired(now)
-            if self._ping_at <= now and self.state is SessionState.CONNECTED:
-                self._ping(now)
-            self.arm()
-
-    def _ping(self, now: float) -> None:
-        settings = self.settings.client
-        self._ping_at = now + settings.ping_interval
-        if self._pong_by < math.inf:
-            return  # the client is not being read, and a second pong would be one too many
-        if settings.pong_timeout > 0 and not self.encoding.unidirectional:
-            self._pong_by = now + settings.pong_timeout
-        self._connection.send(self.encoding.ping)
-
-    @property
-    def pings(self) -> tuple[int, bool]:
-        """What the client is told: seconds between two pings, 0 for none, and whether it shall answer them."""
-        settings = self.settings.client
-        if not (settings.ping_interval > 0 and self._connection.pings):
-            return 0, False
-        return math.ceil(settings.ping_interval), settings.pong_timeout > 0 and not self.encoding.unidirectional
-
-    def _subscriptions_due(self) -> float:
-        ends = [subscription.end_at for subscription in self.subscriptions.values() if subscription.end_at]
-        return self._close_time(min(ends), 0.0) if ends else math.inf
-
-    def _end_expired(self, now: float) -> None:
-        for subscription in list(self.subscriptions.values()):
-            if subscription.live and self._close_time(subscription.end_at, 0.0) <= now:
-                if subscription.origin is SubscriptionSource.CLIENT:
-                    self.end_subscription(subscription.channel, *errors.SUBSCRIPTION_EXPIRED_PUSH)
-                else:
-                    self.disconnect(*errors.SUBSCRIPTION_EXPIRED)
-                    return
-
-    def ttl(self, expire_at: float) -> int:
-        """Whole seconds until `expire_at` (Unix seconds), 0 for never. Raises ClientError 110 when it has passed."""
-        if not expire_at:
-            return 0
-        left = expire_at - self.services.wall_clock()
-        if left <= 0:
-            raise ClientError(*errors.EXPIRED)
-        return min(math.ceil(left), LONGEST_TTL)
-
-    def expire(self, expire_at: float) -> None:
-        """The connection ends at `expire_at` (Unix seconds, 0.0 for never), with a grace if it may be refreshed."""
-        grace = self.settings.client.expired_close_delay if self.refreshable else 0.0
-        self._expire_by = self._close_time(expire_at, grace * random.uniform(1.0, 1.0 + EXPIRY_SPREAD))
-        self.arm()
-
-    # -- who it is, and what it may ----------------------------------------------------------------------------------
+    # -- admission ---------------------------------------------------------------------------------------------------
 
     async def admit(self, info: ClientInfo) -> None:
-        """The client shall be `info`, and counts as connected; the caller then calls `begin`, or `dismiss` at any end.
+        """Make `info` the client's identity and count it as connected.
 
-        Raises Disconnect when its user has as many connections as it may, and EngineUnavailable.
+        The caller then calls `complete_connect`, or `cancel_admission` in every other case. Raises Disconnect when the
+        user has reached its limit of connections, and EngineUnavailable.
         """
         engine, limit = self.services.engine, self.settings.client.user_connection_limit
         self.info = info
@@ -497,112 +327,119 @@ class Session:
         elif not await engine.ask(AdmitClient(info, limit)):
             raise Disconnect(*errors.CONNECTION_LIMIT)
 
-    def dismiss(self) -> None:
-        """The client, once admitted, is not let in after all."""
+    def cancel_admission(self) -> None:
+        """Undo `admit`, and end the subscriptions made since."""
         self.services.engine.tell(RemoveClient(self.client))
         for subscription in list(self.subscriptions.values()):
-            self.abandon(subscription)
+            self.remove_subscription(subscription)
 
-    def begin(self, name: str, version: str, meta: bytes) -> None:
-        """The admitted client is connected. name, version: what it says of its software. meta: see
-        `ConnectedClient.meta`."""
+    def complete_connect(self, name: str, version: str, meta: bytes) -> None:
+        """Make the admitted client a connected one. name, version, meta: see `ConnectedClient`."""
         self.state = SessionState.CONNECTED
         self.handle = ConnectedClient(self, name, version, self.request.headers, self.request.remote_address, meta)
-        self._stale_by = math.inf
-        interval, _ = self.pings
-        if interval:
-            # Spread, so that clients that came together are not pinged together.
-            self._ping_at = self._after(self.settings.client.ping_interval * random.uniform(0.5, 1.0))
         self.services.sessions.add(self)
-        self.arm()
+        self._start_pings()
 
-    def may(self, verb: str, channel: str, options: ResolvedChannel) -> bool:
-        """Whether the options let this client "publish", ask for "presence" or for "history"."""
+    def is_allowed(self, verb: str, channel: str, channel_options: ResolvedChannel) -> bool:
+        """Return whether the channel's options let this client "publish", or read "presence" or "history"."""
         subscription = self.subscriptions.get(channel)
-        subscribed = subscription is not None and subscription.live
-        return self.settings.client.insecure or options.allows(verb, self.user, subscribed)
+        is_subscribed = subscription is not None and subscription.is_active
+        return self.settings.client.insecure or channel_options.allows(verb, self.user, is_subscribed)
 
-    @property
-    def secret(self) -> str:
-        """See `Connection.secret`."""
-        return self._connection.secret
+    # -- subscriptions -----------------------------------------------------------------------------------------------
 
-    # -- its subscriptions -------------------------------------------------------------------------------------------
-
-    def subscription(
-        self, request: SubscribeRequest, options: ResolvedChannel, terms: SubscribeOptions, origin: SubscriptionSource
+    def make_subscription(
+        self,
+        request: SubscribeRequest,
+        channel_options: ResolvedChannel,
+        options: SubscribeOptions,
+        source: SubscriptionSource,
     ) -> Subscription:
-        """A subscription of this client that is not joined yet, with what it asks for as far as that is granted.
+        """Make a subscription of this client, before it joins, with the requested features as far as granted.
 
-        options: of `request.channel`. Raises ClientError 107 for a filter that is not allowed or not valid.
+        channel_options: of `request.channel`. Raises ClientError 107 for a filter that is not allowed or not valid.
         """
-        options = options.overridden(terms.override)
-        info = msgspec.structs.replace(self.info, chan_info=terms.info) if terms.info else self.info
+        channel_options = channel_options.with_override(options.override)
+        info = msgspec.structs.replace(self.info, chan_info=options.info) if options.info else self.info
+        connection = self._connection
         subscription = Subscription(
-            self, self._connection.sink, self._connection.form, request.channel, options, info, origin
+            self, connection.sink, connection.form, request.channel, channel_options, info, source
         )
         subscription.grant(
             request,
-            history=self.may("history", request.channel, options),
-            presence=self.may("presence", request.channel, options),
+            history=self.is_allowed("history", request.channel, channel_options),
+            presence=self.is_allowed("presence", request.channel, channel_options),
         )
         return subscription
 
     async def join(self, subscription: Subscription, request: SubscribeRequest) -> JoinResult | None:
-        """Have it join, and return what `Subscription.join` does; None if it was ended meanwhile.
+        """Have the subscription join its channel. Returns None if it has ended by then.
 
-        Whatever comes of it but a result, the subscription leaves nothing behind. Raises as `Subscription.join`.
+        Without a result the subscription leaves nothing behind. Raises as `Subscription.join`.
         """
         self.subscriptions[request.channel] = subscription
         try:
             joined = await subscription.join(request)
         except BaseException:
-            self.abandon(subscription)
+            self.remove_subscription(subscription)
             raise
         if self.state is SessionState.CLOSED or self.subscriptions.get(request.channel) is not subscription:
-            self.abandon(subscription)
+            self.remove_subscription(subscription)
             return None
         result = joined.result
         if result.was_recovering and not result.recovered:
-            ahead = request.epoch == result.epoch and request.offset > result.offset
-            self.services.counters.bad_input["recovery_ahead"].value += ahead
+            is_ahead = request.epoch == result.epoch and request.offset > result.offset
+            self.services.counters.bad_input["recovery_ahead"].value += is_ahead
         return joined
 
-    def open(self, subscription: Subscription, joined: JoinResult) -> None:
-        """Let publications through, once the client was told of the subscription. joined: what `join` returned."""
+    def activate(self, subscription: Subscription, joined: JoinResult) -> None:
+        """Let publications through, after the reply with `joined.result` was sent."""
         if self.state is SessionState.CLOSED:
-            self.abandon(subscription)
-        elif not subscription.open(joined):
-            self.lost_position(subscription)
+            self.remove_subscription(subscription)
+        elif not subscription.activate(joined):
+            self.subscription_lost_position(subscription)
 
-    def describe(self, conn_info: bytes) -> None:
-        """Others see the client with this `conn_info` from now on."""
+    def remove_subscription(self, subscription: Subscription) -> None:
+        """End a subscription at any stage, without a wait for the engine, which may be away."""
+        if self.subscriptions.get(subscription.channel) is subscription:
+            del self.subscriptions[subscription.channel]
+        self._run_in_background(subscription.leave())
+
+    def subscription_lost_position(self, subscription: Subscription) -> None:
+        """Have the client subscribe again: it may have missed publications, and then recovers or learns of the gap."""
+        if subscription.source is SubscriptionSource.CLIENT:
+            self.unsubscribe(subscription.channel, *errors.LOST_POSITION)
+        else:
+            self.disconnect(*errors.INSUFFICIENT_STATE)
+
+    def update_conn_info(self, conn_info: bytes) -> None:
+        """Show the client to others with this `conn_info` from now on."""
         self.info = msgspec.structs.replace(self.info, conn_info=conn_info)
         for subscription in self.subscriptions.values():
-            self.describe_in(subscription, msgspec.structs.replace(subscription.info, conn_info=conn_info))
+            self.update_info(subscription, msgspec.structs.replace(subscription.info, conn_info=conn_info))
 
-    def describe_in(self, subscription: Subscription, info: ClientInfo) -> None:
-        """The same in one channel, with all that is shown there."""
+    def update_info(self, subscription: Subscription, info: ClientInfo) -> None:
+        """Show the client to others in the channel of `subscription` as `info` from now on."""
         if info != subscription.info:
-            self.services.run(quietly(subscription.describe(info)), self.undone)
+            self._run_in_background(subscription.update_info(info))
 
-    # -- what the server does to it ----------------------------------------------------------------------------------
+    # -- actions of the server ---------------------------------------------------------------------------------------
 
     def _push(self, channel: str, name: str, body: Struct) -> None:
-        self._connection.send(self.encoding.push(channel, name, body))
+        self._connection.send(self.encoding.encode_push(channel, name, body))
 
     def send(self, data: Any) -> None:
-        """A message to this client alone, outside any channel; `data`: anything that JSON holds."""
-        if self.state is SessionState.CONNECTED:
-            self._push("", "message", messages.MessagePush(Raw(self.encoding.made(data) or b"null")))
+        """Send a message to this client alone, outside any channel. data: any value that JSON can hold."""
+        if self.state is CONNECTED:
+            self._push("", "message", messages.MessagePush(Raw(self.encoding.encode_data(data) or b"null")))
 
-    def subscribe(self, channel: str, terms: SubscribeOptions, since: Position | None) -> None:
-        """Subscribe the client to a channel, unless it is. since: where it knows the channel from, if it does."""
-        if self.state is SessionState.CONNECTED and channel not in self.subscriptions:
-            self.services.run(quietly(self._subscribe(channel, terms, since)), self.undone)
+    def subscribe(self, channel: str, options: SubscribeOptions, since: Position | None) -> None:
+        """Subscribe the client to a channel, unless it is subscribed. since: the client's position in it, if any."""
+        if self.state is CONNECTED and channel not in self.subscriptions:
+            self._run_in_background(self._subscribe(channel, options, since))
 
-    async def _subscribe(self, channel: str, terms: SubscribeOptions, since: Position | None) -> None:
-        if terms.expire_at and terms.expire_at <= self.services.wall_clock():
+    async def _subscribe(self, channel: str, options: SubscribeOptions, since: Position | None) -> None:
+        if options.expire_at and options.expire_at <= self.services.wall_clock():
             return
         limit = self.settings.client.channel_limit
         if 0 < limit <= len(self.subscriptions):
@@ -611,14 +448,13 @@ class Session:
         request = SubscribeRequest(channel)
         if since is not None:
             request = SubscribeRequest(channel, recover=True, offset=since.offset, epoch=since.epoch)
-        subscription = self.subscription(
-            request, self.services.rules.options(channel), terms, SubscriptionSource.SERVER
-        )
+        channel_options = self.services.rules.options(channel)
+        subscription = self.make_subscription(request, channel_options, options, SubscriptionSource.SERVER)
         joined = await self.join(subscription, request)
         if joined is None:
             return
         result = joined.result
-        subscription.end_at = terms.expire_at
+        subscription.expire_at = options.expire_at
         self._push(
             channel,
             "subscribe",
@@ -627,97 +463,85 @@ class Session:
                 epoch=result.epoch,
                 offset=result.offset,
                 positioned=result.positioned,
-                data=messages.embedded(terms.data),
+                data=messages.embed(options.data),
             ),
         )
         for publication in result.publications or ():
             self._push(channel, "pub", publication)
-        self.open(subscription, joined)
-        self.arm()
+        self.activate(subscription, joined)
+        self.schedule_deadline()
 
-    def end_subscription(self, channel: str, code: int, reason: str) -> None:
-        """Unsubscribe the client; from code 2500 on it comes back at once."""
+    def unsubscribe(self, channel: str, code: int, reason: str) -> None:
+        """End the client's subscription to `channel`, if any; with a code from 2500 on the client subscribes again."""
         subscription = self.subscriptions.get(channel)
         if subscription is None:
             return
-        live = subscription.live
-        self.abandon(subscription)
-        if live:  # else its subscribe command is answered with an error
+        was_active = subscription.is_active
+        self.remove_subscription(subscription)
+        if was_active:  # otherwise its subscribe command gets an error reply
             self._push(channel, "unsubscribe", messages.UnsubscribePush(code, reason))
 
     def refresh(self, expire_at: float, info: bytes) -> None:
-        """The connection expires at `expire_at` (Unix seconds, 0.0 for never). info: see `describe`; b"" leaves it."""
+        """Let the connection expire at `expire_at` (Unix seconds, 0.0 for never), and tell the client.
+
+        info: see `update_conn_info`; b"" leaves it.
+        """
         try:
             ttl = self.ttl(expire_at)
         except ClientError:
             self.disconnect(*errors.CONNECTION_EXPIRED)
             return
         if info:
-            self.describe(info)
-        self.expire(expire_at)
+            self.update_conn_info(info)
+        self.set_expiry(expire_at)
         self._push("", "refresh", messages.RefreshPush(bool(ttl), ttl))
 
-    def abandon(self, subscription: Subscription) -> None:
-        """End a subscription at whatever stage it is, without waiting for the engine, which may be away."""
-        if self.subscriptions.get(subscription.channel) is subscription:
-            del self.subscriptions[subscription.channel]
-        self.services.run(quietly(subscription.leave()), self.undone)
-
-    def lost_position(self, subscription: Subscription) -> None:
-        """The client may have missed publications: it shall come back, and recover or be told that it can't."""
-        if subscription.origin is SubscriptionSource.CLIENT:
-            self.end_subscription(subscription.channel, *errors.LOST_POSITION)
-        else:
-            self.disconnect(*errors.INSUFFICIENT_STATE)
-
     def disconnect(self, code: int, reason: str) -> None:
-        """Close the connection with this code; the client is gone for everybody from this moment on."""
+        """Close the connection with this code. The session has ended when this returns."""
         if self.state is not SessionState.CLOSED:
             self.services.counters.count_disconnect(code)
             self._end()
             self._connection.close(code, reason)
 
     def closed(self) -> None:
-        """The socket is gone."""
+        """End the session: its connection is closed."""
         if self.state is not SessionState.CLOSED:
             self._end()
 
     def _end(self) -> None:
-        was_connected = self.state is SessionState.CONNECTED
+        was_connected = self.state is CONNECTED
         self.state = SessionState.CLOSED
         self.services.deadlines.clear(self)
-        self._queue = ()
+        if self.queue is not None:
+            self.queue.commands.clear()
+            self.queue = None
         if was_connected:
             self.services.sessions.remove(self)
             self.services.engine.tell(RemoveClient(self.client))
-            # One that is still joining is undone by its own coroutine, which finds the session closed.
-            for subscription in [s for s in self.subscriptions.values() if s.live]:
-                self.abandon(subscription)
+            # A subscription that is still joining is undone by its own coroutine, which finds the session closed.
+            for subscription in [each for each in self.subscriptions.values() if each.is_active]:
+                self.remove_subscription(subscription)
             if self.services.handlers.disconnected is not None:
-                self.services.run(quietly(self.services.handlers.disconnected(self.handle)), self.undone)
+                self._run_in_background(self.services.handlers.disconnected(self.handle))
         if self.handle is not None:
             release(self.handle)
 
-    def undone(self, result: Any, error: BaseException | None) -> None:
-        """Take the outcome of work that nobody waits for."""
+    def _run_in_background(self, work: Awaitable[Any]) -> None:
+        """Start work without waiting for its result.
+
+        Refusals and an engine that is away are ignored: this worker's own state has changed already.
+        """
+        self.services.run(_without_refusals(work), self._report_error)
+
+    def _report_error(self, result: Any, error: BaseException | None) -> None:
         if error is not None:
             self.services.report_error(error)
 
 
-def _channel_of(command: messages.Command) -> str | None:
-    """The channel that a command concerns, "" for none; None for what is no command."""
-    try:
-        _, request = command.request()
-    except ProtocolError:
-        return None
-    return getattr(request, "channel", "")
-
-
-# What is left to do when it returns, None for nothing.
+# Carries out a command: (session, id, request). Returns the rest of its work, or None if there is none.
 CommandFunction = Callable[[Session, int, Any], Coroutine[Any, Any, None] | None]
 
 
-async def quietly(work: Awaitable[Any]) -> None:
-    """Wait for work of which only the attempt matters: what it undoes is already undone on this worker."""
+async def _without_refusals(work: Awaitable[Any]) -> None:
     with suppress(EngineUnavailable, ClientError, Disconnect):
         await work

@@ -49,9 +49,9 @@ class RegisteredSession(Protocol):
 
     def disconnect(self, code: int, reason: str) -> None: ...
 
-    def subscribe(self, channel: str, terms: SubscribeOptions, since: Position | None) -> None: ...
+    def subscribe(self, channel: str, options: SubscribeOptions, since: Position | None) -> None: ...
 
-    def end_subscription(self, channel: str, code: int, reason: str) -> None: ...
+    def unsubscribe(self, channel: str, code: int, reason: str) -> None: ...
 
     def refresh(self, expire_at: float, info: bytes) -> None: ...
 
@@ -160,9 +160,9 @@ def _action(order: AddressedOrder) -> Callable[[RegisteredSession], None]:
         case DisconnectOrder(code=code, reason=reason, whitelist=whitelist):
             return lambda session: None if session.client in whitelist else session.disconnect(code, reason)
         case UnsubscribeOrder(channel=channel, code=code, reason=reason):
-            return lambda session: session.end_subscription(channel, code, reason)
-        case SubscribeOrder(channel=channel, terms=terms, since=since):
-            return lambda session: session.subscribe(channel, terms, since)
+            return lambda session: session.unsubscribe(channel, code, reason)
+        case SubscribeOrder(channel=channel, options=options, since=since):
+            return lambda session: session.subscribe(channel, options, since)
         case RefreshOrder(expired=True):
             return lambda session: session.disconnect(*CONNECTION_EXPIRED)
         case RefreshOrder(expire_at=expire_at, info=info):

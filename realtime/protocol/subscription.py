@@ -1,9 +1,9 @@
-"""One session's subscription to one channel: what was granted, joining with recovery, leaving.
+"""One session's subscription to one channel: what the client is granted, joining with recovery, leaving.
 
-The order of joining is what makes it lossless. The subscription is put into the hub first, which from then on holds
-back what arrives for it; then history is read, the client entered into presence, and the reply written; at last the
-hub is told the position that the reply named, delivers what is newer of the publications held back, and lets the
-rest through as it comes. What the engine has to do with it, it is asked for all at once: it keeps the order.
+The order of joining makes it lossless. First the subscription is added to the hub, which from then on holds back
+arriving publications for it. Then history is read, the client is entered into presence, and the reply is written. Last,
+the hub is given the position of the reply: it delivers the held back publications above that position, and every later
+one as it arrives. All requests to the engine are sent at once: the engine keeps their order.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from realtime.pubsub.engine import AddPresence, GetHistory, RemovePresence
 from realtime.pubsub.subscriber import Sink
 from realtime.types import ClientInfo, HistoryPage, Position, Publication
 
-# Bit 2 of a subscribe request's `flag`: answer error 112 instead of "not recovered".
+# Bit 2 of a subscribe request's `flag`: an unrecovered subscription is refused with error 112.
 REJECT_UNRECOVERED = 2
-# The share of a client's queue that recovered publications may fill, so that a reply never makes it a slow one.
+# The share of a client's outbox that recovered publications may fill, so that a reply alone never overflows it.
 RECOVERED_SHARE = 0.5
-# Deltas that are made before others have a turn: to make a long one takes most of a millisecond.
+# Deltas computed before other work gets a turn: a long one takes most of a millisecond.
 DELTAS_AT_ONCE = 5
 
 
 class SubscriptionSource(enum.Enum):
-    """Who wanted the subscription: the client by a command, the server, or the token that the client connected with.
+    """The origin of a subscription: a command of the client, the server, or the client's connection token.
 
-    What the server began, the client can't begin again by itself: when it fails, the connection is closed.
+    A client can't repeat a subscription of the server or the token: when it fails, the connection is closed.
     """
 
     CLIENT = enum.auto()
@@ -42,35 +42,35 @@ class SubscriptionSource(enum.Enum):
 
 
 class SubscriptionOwner(Protocol):
-    """The session, as its subscription sees it."""
+    """The session, as its subscriptions see it."""
 
     settings: SessionSettings
     services: SessionServices
 
-    def lost_position(self, subscription: Subscription) -> None:
-        """The subscription is no longer in the hub: what the client has may have a gap."""
+    def subscription_lost_position(self, subscription: Subscription) -> None:
+        """Handle a subscription that the hub has removed: the client may have missed publications."""
 
     def disconnect(self, code: int, reason: str) -> None: ...
 
 
 class JoinResult(NamedTuple):
-    """What joining came to. result: to be told to the client; then the rest is for `Subscription.open`.
+    """The outcome of joining. result: for the client's reply. The other fields are for `Subscription.activate`.
 
-    position: from which the subscription goes on, None for one without a position. base: the last publication that
-    the result brings, if deltas are agreed: the next may come as a difference from it.
+    position: where the subscription continues, None for one without a position. delta_base: the last publication in
+    the result, if deltas were agreed: the next publication may be sent as a difference from it.
     """
 
     result: SubscribeResult
     position: Position | None
-    base: Publication | None
+    delta_base: Publication | None
 
 
 class Subscription:
-    """A member of the hub.
+    """A subscriber of the hub.
 
-    positioned, recoverable, announced (join and leave pushes), delta, filter: what the client is granted; see `grant`
-    and `member.Member`. end_at: Unix seconds at which it is ended, 0.0 for never. live: from the reply to the subscribe
-    command, or what stands for it, until the end.
+    positioned, recoverable, announced (join and leave pushes), delta, filter: features granted to the client; see
+    `grant` and `subscriber.Subscriber`. expire_at: Unix seconds, 0.0 for never. is_active: true from the reply or push
+    that reports the subscription to the client until the end.
     """
 
     __slots__ = (
@@ -79,17 +79,17 @@ class Subscription:
         "_owner",
         "announced",
         "channel",
+        "channel_options",
         "delta",
-        "end_at",
+        "expire_at",
         "filter",
         "form",
         "info",
-        "live",
-        "options",
-        "origin",
+        "is_active",
         "positioned",
         "recoverable",
         "sink",
+        "source",
     )
 
     def __init__(
@@ -98,31 +98,31 @@ class Subscription:
         sink: Sink,
         form: WireFormat,
         channel: str,
-        options: ResolvedChannel,
+        channel_options: ResolvedChannel,
         info: ClientInfo,
-        origin: SubscriptionSource,
+        source: SubscriptionSource,
     ) -> None:
-        """sink: takes frames for this client, of this form. info: the client, as others in the channel see it."""
+        """sink: takes the client's frames, in this form. info: the client, as others in the channel see it."""
         self._owner = owner
         self._entered = self._left = False
         self.sink = sink
         self.form = form
         self.channel = channel
-        self.options = options
+        self.channel_options = channel_options
         self.info = info
-        self.origin = origin
+        self.source = source
         self.positioned = self.recoverable = self.announced = self.delta = False
         self.filter: filters.Filter | None = None
-        self.end_at = 0.0
-        self.live = False
+        self.expire_at = 0.0
+        self.is_active = False
 
     def grant(self, request: SubscribeRequest, *, history: bool, presence: bool) -> None:
-        """Settle what the namespace forces, and what the client asks for and may have.
+        """Grant the features that the namespace forces, and the requested ones that the client may have.
 
-        history, presence: whether the client may read those. Raises ClientError 107 for a filter that is not allowed,
+        history, presence: whether the client may read these. Raises ClientError 107 for a filter that is not allowed
         or not valid.
         """
-        options = self.options
+        options = self.channel_options
         kept = options.history_options.enabled
         self.recoverable = kept and (
             options.force_recovery or (request.recoverable and (options.allow_recovery or history))
@@ -143,53 +143,57 @@ class Subscription:
                 raise ClientError(*BAD_REQUEST) from None
 
     async def join(self, request: SubscribeRequest) -> JoinResult:
-        """Enter the channel; what to tell the client, and then to `open` with.
+        """Enter the channel. The caller sends the result to the client, and passes the outcome to `activate`.
 
-        Raises ClientError 112 when the client wants no unrecovered subscription, Disconnect 3506 when it can't be sent
-        what it missed, or EngineUnavailable. Either way, and when the coroutine is closed, the caller calls `leave`.
+        Raises ClientError 112 when the client refuses an unrecovered subscription, Disconnect 3506 when its encoding
+        can't carry a missed publication, and EngineUnavailable. Then, and when the coroutine is closed, the caller
+        calls `leave`.
         """
-        page, recovering, recovered = await self._arrive(request)
+        page, recovering, recovered = await self._enter_and_read(request)
         if recovering and not recovered and request.flag & REJECT_UNRECOVERED:
             raise ClientError(*UNRECOVERABLE_POSITION)
-        # One that was ended meanwhile has perhaps a successor already, whose presence is the same client's.
-        if self._present and not self._entered and not self._left:
-            await self._enter()
-        publications = self._wanted(page.publications) if recovered else []
+        # After `leave` there may be a new subscription of the same client already, and its presence must stay.
+        if self._is_visible and not self._entered and not self._left:
+            await self._enter_presence()
+        publications = self._filtered(page.publications) if recovered else []
         result = SubscribeResult(
             recoverable=self.recoverable,
             positioned=self.positioned,
             epoch=page.position.epoch,
-            # The client counts on from here with every publication of the list.
+            # The client counts on from this offset with each publication in the list.
             offset=request.offset if recovered else page.position.offset,
             was_recovering=recovering,
             recovered=recovered,
-            publications=await self._told(publications) or None,
+            publications=await self._encode(publications) or None,
             delta=self.delta,
         )
-        base = publications[-1] if self.delta and publications else None
-        return JoinResult(result, page.position if self.positioned else None, base)
+        delta_base = publications[-1] if self.delta and publications else None
+        return JoinResult(result, page.position if self.positioned else None, delta_base)
 
-    async def _arrive(self, request: SubscribeRequest) -> tuple[HistoryPage, bool, bool]:
-        """Into the hub, and what `_read` returns; the client is entered, too, unless it may yet want no subscription.
+    async def _enter_and_read(self, request: SubscribeRequest) -> tuple[HistoryPage, bool, bool]:
+        """Subscribe in the hub, enter presence, and return the result of `_read`: one round trip to the engine.
 
-        One round trip to the engine.
+        A client that may yet refuse the subscription (REJECT_UNRECOVERED) does not enter presence here.
         """
         services = self._owner.services
         added = services.hub.subscribe(self.channel, self)
-        if not (self.positioned or self._present):
+        if not (self.positioned or self._is_visible):
             await added
             return await self._read(request)
         steps: list[Coroutine[Any, Any, Any]] = [added, self._read(request)]
-        if self._present and not request.flag & REJECT_UNRECOVERED:
-            steps.append(self._enter())
+        if self._is_visible and not request.flag & REJECT_UNRECOVERED:
+            steps.append(self._enter_presence())
         _, (page, recovering, recovered), *_ = await services.gather(steps)
         return page, recovering, recovered
 
     async def _read(self, request: SubscribeRequest) -> tuple[HistoryPage, bool, bool]:
-        """The top of the channel, with what the client missed; whether it is to recover; and whether that is all."""
+        """Read the channel's position and the missed publications.
+
+        Returns the page, whether the client is recovering, and whether the page holds all that the client missed.
+        """
         if not self.positioned:
             return HistoryPage([], Position()), False, False
-        options, settings = self.options, self._owner.settings.client
+        options, settings = self.channel_options, self._owner.settings.client
         engine, history_options = self._owner.services.engine, options.history_options
         if not (self.recoverable and (request.recover or options.auto_cache_recover)):
             return await engine.ask(GetHistory(self.channel, history_options)), False, False
@@ -209,81 +213,81 @@ class Subscription:
         page = await engine.ask(missed)
         return page, True, is_recovered(request, page)
 
-    def _wanted(self, publications: list[Publication]) -> list[Publication]:
-        wanted = self.filter
-        return publications if wanted is None else [one for one in publications if wanted(one.tags)]
+    def _filtered(self, publications: list[Publication]) -> list[Publication]:
+        passes = self.filter
+        return publications if passes is None else [each for each in publications if passes(each.tags)]
 
-    async def _told(self, publications: list[Publication]) -> list[Pub]:
-        """Publications as the client is sent them in a reply; where deltas are agreed, the first is whole."""
+    async def _encode(self, publications: list[Publication]) -> list[Pub]:
+        """Encode publications for a reply; with deltas, the first is in full and the others may be differences."""
         encoding, slices = self.form.encoding, self._owner.services.slices
         if not self.delta:
-            return await slices.map_sliced(encoding.pub, publications)
-        told: list[Pub] = []
+            return await slices.map_sliced(encoding.make_pub, publications)
+        pubs: list[Pub] = []
         base = None
-        for number, one in enumerate(publications, 1):
-            told.append((base and self._patch(base, one)) or encoding.whole(one))
-            base = one
-            if number % DELTAS_AT_ONCE == 0:
+        for count, publication in enumerate(publications, 1):
+            pubs.append((base and self._delta_pub(base, publication)) or encoding.make_full_pub(publication))
+            base = publication
+            if count % DELTAS_AT_ONCE == 0:
                 await slices.yield_to_loop()
-        return told
+        return pubs
 
-    def _patch(self, base: Publication, target: Publication) -> Pub | None:
-        """A publication as its difference from the one before it, if that may be, and is shorter."""
+    def _delta_pub(self, base: Publication, target: Publication) -> Pub | None:
+        """Encode `target` as its difference from `base`; None if that is not allowed, possible or shorter."""
         if not target.delta:
             return None
         delta = fossil_delta.delta(base.data, target.data)
-        return self.form.encoding.patch(target, delta) if len(delta) < len(target.data) else None
+        return self.form.encoding.make_delta_pub(target, delta) if len(delta) < len(target.data) else None
 
-    def open(self, joined: JoinResult) -> bool:
-        """Let publications through. False: there is a gap already, and the hub has dropped the subscription."""
-        self.live = True
-        return self._owner.services.hub.activate(self.channel, self, joined.position, joined.base)
+    def activate(self, joined: JoinResult) -> bool:
+        """Let publications through. Returns False after a gap: the hub has then removed the subscription."""
+        self.is_active = True
+        return self._owner.services.hub.activate(self.channel, self, joined.position, joined.delta_base)
 
     @property
-    def _present(self) -> bool:
-        """Whether others can know that the client is here."""
-        return self.options.presence or self.options.join_leave
+    def _is_visible(self) -> bool:
+        """Whether other clients can see this one in the channel."""
+        return self.channel_options.presence or self.channel_options.join_leave
 
-    async def _enter(self) -> None:
+    async def _enter_presence(self) -> None:
         self._entered = True
-        options = self.options
+        options = self.channel_options
         await self._owner.services.engine.ask(
             AddPresence(self.channel, self.info, present=options.presence, announce=options.join_leave)
         )
 
-    async def describe(self, info: ClientInfo) -> None:
-        """Others see the client as `info` from now on. Raises EngineUnavailable, while presence says the old."""
+    async def update_info(self, info: ClientInfo) -> None:
+        """Show the client as `info` from now on. Raises EngineUnavailable; presence then still has the old info."""
         self.info = info
         if self._entered:
-            await self._enter()
+            await self._enter_presence()
 
     async def leave(self) -> None:
-        """End it, at whatever stage it is. Raises EngineUnavailable, when it has ended here all the same."""
-        self.live = False
+        """End the subscription, at any stage. Raises EngineUnavailable; on this worker it has ended all the same."""
+        self.is_active = False
         self._left = True
         self._owner.services.hub.unsubscribe(self.channel, self)
         if self._entered:
             self._entered = False
             await self._owner.services.engine.ask(RemovePresence(self.channel, self.info.client))
 
-    # What the hub asks, and calls
+    # Called by the hub
 
     @property
     def priority(self) -> str:
         """See `ChannelOptions.priority`."""
-        return self.options.priority
+        return self.channel_options.priority
 
     def on_gap(self) -> None:
-        """The hub dropped this subscription, because continuity broke."""
-        self._owner.lost_position(self)
+        """Handle a gap in the publications, after which the hub has removed this subscription."""
+        self._owner.subscription_lost_position(self)
 
     def on_unencodable(self) -> None:
-        """There is a publication that the client's encoding can't carry."""
+        """Handle a publication that the client's encoding can't carry."""
         self._owner.disconnect(*INAPPROPRIATE_PROTOCOL)
 
 
 def is_recovered(request: SubscribeRequest, page: HistoryPage) -> bool:
-    """Whether `page`, read after the request's position, is exactly what the client missed.
+    """Return whether `page`, read after the request's position, holds exactly the publications the client missed.
 
     An empty epoch in the request matches any (client protocol, recovery in stream mode).
     """
@@ -295,5 +299,5 @@ def is_recovered(request: SubscribeRequest, page: HistoryPage) -> bool:
 
 
 def _is_at(request: SubscribeRequest, page: HistoryPage) -> bool:
-    """Whether the client has the newest publication; in cache mode an empty epoch matches none."""
+    """Return whether the client has the newest publication already. In cache mode an empty epoch matches none."""
     return request.offset > 0 and (request.offset, request.epoch) == (page.position.offset, page.position.epoch)

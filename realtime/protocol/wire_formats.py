@@ -1,6 +1,6 @@
-"""Wire forms: an encoding in the framing of a transport.
+"""Wire formats: an encoding in the framing of a transport.
 
-What goes to many clients is made once for each form among them; the bytes are complete, and ready for the socket.
+A push to many clients is encoded once for each of their wire formats, as complete bytes, ready for the socket.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from typing import Any
 from realtime.http.body import chunk, event_chunk, line_chunk
 from realtime.http.frames import binary_frame, text_frame
 from realtime.protocol import messages
-from realtime.protocol.encodings import JSON_ENCODING, JSON_PUSHES, Encoding
+from realtime.protocol.encodings import Encoding
+from realtime.protocol.json_encoding import JSON_ENCODING, JSON_PUSHES
 from realtime.protocol.protobuf import PROTOBUF
 from realtime.types import ClientInfo, Publication
 
 
 class WireFormat:
-    """One wire form; see `realtime.pubsub.subscriber.Form`. Forms are told apart by identity, so make each only once.
+    """One wire format, see `realtime.pubsub.subscriber.FrameEncoder`. Compared by identity: only the instances below
+    are used.
 
     frame: puts a transport's framing around one payload of the encoding.
     """
@@ -29,33 +31,33 @@ class WireFormat:
         self.frame = frame
 
     def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
-        """A publication, on its way to every subscriber. Raises Disconnect 3506, see `Encoding.pub`.
+        """Encode a publication for its subscribers. Raises Disconnect 3506, see `Encoding.make_pub`.
 
-        The first of a stream brings the epoch along.
+        The first publication of a stream carries the epoch.
         """
-        pub = self.encoding.pub(publication, epoch if publication.offset == 1 else "")
+        pub = self.encoding.make_pub(publication, epoch if publication.offset == 1 else "")
         return self._push(channel, "pub", pub)
 
-    def whole(self, channel: str, publication: Publication, epoch: str) -> bytes:
-        """The same for subscribers that agreed on deltas. Raises as `publication`."""
-        pub = self.encoding.whole(publication, epoch if publication.offset == 1 else "")
+    def full_publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
+        """Encode a publication in full for subscribers with deltas. Raises as `publication`."""
+        pub = self.encoding.make_full_pub(publication, epoch if publication.offset == 1 else "")
         return self._push(channel, "pub", pub)
 
-    def patched(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
-        """The same with a delta in place of the data; None when the encoding can't carry it."""
-        pub = self.encoding.patch(publication, delta, epoch if publication.offset == 1 else "")
+    def delta_publication(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
+        """Encode a publication as a delta; None if the encoding can't carry it."""
+        pub = self.encoding.make_delta_pub(publication, delta, epoch if publication.offset == 1 else "")
         return self._push(channel, "pub", pub) if pub is not None else None
 
     def join(self, channel: str, info: ClientInfo) -> bytes:
-        """A client entered the channel."""
-        return self._push(channel, "join", messages.JoinPush(messages.info(info)))
+        """Encode the join of a client."""
+        return self._push(channel, "join", messages.JoinPush(messages.make_info(info)))
 
     def leave(self, channel: str, info: ClientInfo) -> bytes:
-        """A client left the channel."""
-        return self._push(channel, "leave", messages.JoinPush(messages.info(info)))
+        """Encode the leave of a client."""
+        return self._push(channel, "leave", messages.JoinPush(messages.make_info(info)))
 
     def _push(self, channel: str, name: str, body: Any) -> bytes:
-        return self.frame(self.encoding.push(channel, name, body))
+        return self.frame(self.encoding.encode_push(channel, name, body))
 
 
 JSON_TEXT = WireFormat(JSON_ENCODING, text_frame)

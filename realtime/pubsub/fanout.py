@@ -419,14 +419,14 @@ class ChannelFanout:
             return form.join(channel, info) if event.kind is EventKind.JOINED else form.leave(channel, info)
         assert publication is not None
         if variant == _PATCHED and patch is not None:
-            frame = form.patched(channel, publication, patch, epoch)
+            frame = form.delta_publication(channel, publication, patch, epoch)
             if frame is not None:
                 return frame
         whole = variant in (_WHOLE, _PATCHED, _FILTERED_WHOLE)
         key = (form, whole)
         if key not in encoded:
             try:
-                encoded[key] = (form.whole if whole else form.publication)(channel, publication, epoch)
+                encoded[key] = (form.full_publication if whole else form.publication)(channel, publication, epoch)
             except Disconnect:
                 encoded[key] = None
         return encoded[key]

@@ -15,10 +15,10 @@ class FrameEncoder(Protocol):
     def publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
         """Encode a publication push. Raises Disconnect for `binary` data that the format cannot carry."""
 
-    def whole(self, channel: str, publication: Publication, epoch: str) -> bytes:
+    def full_publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
         """Encode a publication push with the full data for subscribers with `delta`. Raises as `publication` does."""
 
-    def patched(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
+    def delta_publication(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
         """Encode a publication push with a delta in place of its data; None if the format cannot carry the delta."""
 
     def join(self, channel: str, info: ClientInfo) -> bytes:

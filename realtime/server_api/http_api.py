@@ -307,7 +307,7 @@ class HTTPAPI:
 
     async def _presence(self, request: _Channel) -> messages.PresenceResult:
         present = await self._operations.presence(request.channel)
-        infos = await self._slices.map_sliced(messages.info, present.values())
+        infos = await self._slices.map_sliced(messages.make_info, present.values())
         return messages.PresenceResult(dict(zip(present, infos, strict=True)))
 
     async def _presence_stats(self, request: _Channel) -> messages.PresenceStatsResult:
@@ -430,7 +430,7 @@ def _position(position: StreamPosition | None) -> Position | None:
 
 
 def _pub(publication: Publication) -> messages.Pub | BinaryPub:
-    plain = messages.pub(publication, json_text.one_line(publication.data))
+    plain = messages.make_pub(publication, json_text.one_line(publication.data))
     if not publication.binary:
         return plain
     return BinaryPub(base64.b64encode(publication.data).decode(), None, plain.info, plain.offset, plain.tags)

@@ -205,7 +205,7 @@ class ServerAPI:
         Raises ClientError 107 for an invalid pattern, and 106 if there are more channels than one answer holds.
         """
         try:
-            channel_patterns.matcher(pattern)
+            channel_patterns.compile_pattern(pattern)
         except ValueError:
             raise ClientError(*errors.BAD_REQUEST) from None
         return await self._survey(pattern)

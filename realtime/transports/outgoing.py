@@ -92,11 +92,11 @@ class Outgoing:
     A subclass calls `start_writing` once it has a transport for frames, implements `is_closing` and `close`, and calls
     `stop_writing` from `connectionLost`.
 
-    sink: where fan-out delivers frames; set by `start_writing`. pings: see `realtime.protocol.session.Connection`.
+    sink: where fan-out delivers frames; set by `start_writing`. needs_pings: see `protocol.context.Connection`.
     """
 
     form: WireFormat
-    pings = True
+    needs_pings = True
     sink: Any = None
     factory: Any  # an OutgoingContext
     transport: Any

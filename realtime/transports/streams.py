@@ -114,7 +114,7 @@ class StreamConnection(ClientConnection, Protocol):
             return
         self._is_closing = True
         self._count_disconnect("server", close_code_label(code))
-        push = self.form.encoding.push("", "disconnect", messages.DisconnectPush(code, reason))
+        push = self.form.encoding.encode_push("", "disconnect", messages.DisconnectPush(code, reason))
         self.finish_writing(self.form.frame(push) + LAST_CHUNK)
 
     def pause(self) -> None:

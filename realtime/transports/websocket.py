@@ -217,7 +217,7 @@ class WebSocketConnection(ClientConnection, Incoming):
 
     form: WireFormat = JSON_TEXT
     secret = ""
-    pings = True  # whether the session sends pings of the protocol; if not, `_pinger` sends ping frames
+    needs_pings = True  # whether the session sends pings of the protocol; if not, `_pinger` sends ping frames
     peer: Any
     factory: WebSocketFactory
     transport: Any
@@ -238,7 +238,7 @@ class WebSocketConnection(ClientConnection, Incoming):
         if form.encoding.name == "protobuf":
             self.first_byte = BINARY
         if request.query.get("cf_ws_frame_ping_pong") == "true":
-            self.pings = False
+            self.needs_pings = False
         if form.encoding.unidirectional:
             self._messages_left = 1
             # A unidirectional client cannot send commands. Calls of the server API may name its session by this secret.
@@ -268,7 +268,7 @@ class WebSocketConnection(ClientConnection, Incoming):
         self.start_writing()
         if not self.open_session(request):
             return
-        if not self.pings and self.factory.ping_interval > 0:
+        if not self.needs_pings and self.factory.ping_interval > 0:
             self._pinger = _Pinger(self)
         if self.form.encoding.unidirectional and request.query.get("cf_connect"):
             self._receive(request.query["cf_connect"].encode())
@@ -352,7 +352,7 @@ class WebSocketConnection(ClientConnection, Incoming):
         self._release_resources()
         last_frame = close_frame(code or _NORMAL, reason)
         if self.form.encoding.unidirectional and code is not None and code >= 3000:
-            push = self.form.encoding.push("", "disconnect", DisconnectPush(code, reason))
+            push = self.form.encoding.encode_push("", "disconnect", DisconnectPush(code, reason))
             last_frame = self.form.frame(push) + last_frame
         # A peer that sent a close frame reads no further messages, so they are dropped.
         self.finish_writing(last_frame, drop_queued=isReply)

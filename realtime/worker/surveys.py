@@ -81,7 +81,7 @@ class Surveys:
         await self._engine.ask(SendOrder(answer, order.address))
 
     async def _find(self, pattern: str) -> dict[str, int] | None:
-        fits = channel_patterns.matcher(pattern)
+        fits = channel_patterns.compile_pattern(pattern)
         found: dict[str, int] = {}
         room = ANSWER_BYTES
         names = self._hub.channels()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from realtime.http.body import LAST_CHUNK, BodyParser, chunk, event_chunk, line_chunk
 from realtime.http.request import CHUNKED, Refusal
-from realtime.protocol.encodings import JSON_ENCODING
+from realtime.protocol.json_encoding import JSON_ENCODING
 from realtime.protocol.wire_formats import (
     JSON_EVENTS,
     JSON_LINES,

@@ -1,4 +1,4 @@
-"""Sessions as tests drive them: a worker's core without sockets, and clients that speak to it. No reactor, no clock."""
+"""Sessions for tests: the core of a worker without sockets, and clients of it. No reactor, no clock."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from realtime.metrics import Metrics
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
-from realtime.protocol.encodings import JSON_ENCODING, JSON_PUSHES
+from realtime.protocol.json_encoding import JSON_ENCODING, JSON_PUSHES
 from realtime.protocol.orders import Order, encode_order
 from realtime.protocol.protobuf import PROTOBUF
 from realtime.protocol.session import Session
@@ -45,7 +45,7 @@ NOW = 1_700_000_000.0
 
 
 class Gate:
-    """Something to await that a test opens."""
+    """An awaitable that a test opens."""
 
     def __init__(self) -> None:
         self.waiting: list[Any] = []
@@ -59,7 +59,7 @@ class Gate:
 
 
 def run(coroutine, done) -> None:
-    """The runner of these tests: goes on at once, or when a Gate opens."""
+    """The Runner of these tests: resumes a coroutine at once, or when its Gate opens."""
 
     def step(value=None):
         try:
@@ -73,7 +73,7 @@ def run(coroutine, done) -> None:
 
 
 async def gather(coroutines) -> list[Any]:
-    """As the worker's: starts all, and returns or raises when all have ended."""
+    """As the worker's: starts all coroutines, and returns or raises when all have ended."""
     outcomes: dict[int, Any] = {}
     errors: list[BaseException] = []
     gate = Gate()
@@ -93,7 +93,7 @@ async def gather(coroutines) -> list[Any]:
     return [outcomes[number] for number in range(len(coroutines))]
 
 
-# Pushes as the messages themselves: the frame around them is the shell's business.
+# Pushes without framing, which belongs to the transports.
 BARE = WireFormat(JSON_ENCODING, lambda payload: payload)
 BARE_PUSHES = WireFormat(JSON_PUSHES, lambda payload: payload)
 BARE_PROTOBUF = WireFormat(PROTOBUF, lambda payload: payload)
@@ -115,7 +115,7 @@ class Handler:
 
 
 class ImmediateHandler(Handler):
-    """A plain function as a handler that waits for nothing."""
+    """A plain function as a handler that never waits."""
 
     is_immediate = True
 
@@ -124,7 +124,7 @@ class ImmediateHandler(Handler):
 
 
 class App:
-    """Handlers of a test: whatever it sets, coroutine functions or `ImmediateHandler`s."""
+    """The handlers that a test sets: coroutine functions or `ImmediateHandler`s."""
 
     connecting = disconnected = None
     on_message: Any = None
@@ -154,9 +154,9 @@ class App:
 
 
 class Peer(WholeFrames):
-    """A client: the connection that its session writes to, and what came over it.
+    """A client: the connection of its session, and the received messages.
 
-    What it says and hears are the messages as in JSON, whatever its encoding.
+    Sent and received messages are in the form of JSON, in every encoding.
     """
 
     def __init__(
@@ -165,12 +165,12 @@ class Peer(WholeFrames):
         form: WireFormat = BARE,
         *,
         secret: str = "",
-        pings: bool = True,
+        needs_pings: bool = True,
         headers: dict[str, str] | None = None,
     ) -> None:
         self.form = form
         self.secret = secret
-        self.pings = pings
+        self.needs_pings = needs_pings
         self.raw: list[bytes] = []
         self.close_code: tuple[int, str] | None = None
         self.paused = False
@@ -178,7 +178,7 @@ class Peer(WholeFrames):
         self.session = Session(server.settings, server.services, COMMANDS, self, request)
         server.peers.add(self)
 
-    # what the session calls
+    # Called by the session
     def send(self, payload: bytes) -> None:
         assert self.close_code is None, "sent after the close"
         self.raw.append(payload)
@@ -195,9 +195,9 @@ class Peer(WholeFrames):
     def resume(self) -> None:
         self.paused = False
 
-    # what a test calls
+    # Called by tests
     def say(self, *commands: dict | bytes) -> list[dict]:
-        """Send these in one message; what came back since."""
+        """Send these commands in one message; return the messages received since."""
         if self.form is BARE_PROTOBUF:
             self.session.receive(b"".join(c if isinstance(c, bytes) else in_protobuf(c) for c in commands))
         else:
@@ -210,13 +210,13 @@ class Peer(WholeFrames):
         return [read(line) for line in raw]
 
     def subscribe(self, channel: str, **request: Any) -> dict:
-        """Subscribe; the result."""
+        """Subscribe; return the result."""
         reply, *rest = self.say({"id": 2, "subscribe": {"channel": channel, **request}})
         assert not rest and self.close_code is None
         return reply["subscribe"]
 
     def publications(self) -> list[Any]:
-        """The data of the publications that came since, and of nothing else."""
+        """Return the data of all received messages, which must be publications."""
         return [message["push"]["pub"]["data"] for message in self.heard()]
 
     def connect(self, **request: Any) -> str:
@@ -225,7 +225,7 @@ class Peer(WholeFrames):
 
 
 class Server:
-    """Everything a worker has but the sockets."""
+    """The core of a worker, without sockets."""
 
     def __init__(self, channel: ChannelSettings | None = None, slices: TimeSlicer | None = None, **client: Any) -> None:
         self.now = 0.0
@@ -258,7 +258,7 @@ class Server:
         )
 
     def change(self, **client: Any) -> None:
-        """Change client settings, also of the peers that are there."""
+        """Change client settings, also for existing peers."""
         settings = msgspec.structs.replace(self.settings.client, **client)
         self.settings = msgspec.structs.replace(self.settings, client=settings)
         for peer in self.peers:
@@ -274,7 +274,7 @@ class Server:
         return peer
 
     def order(self, order: Order) -> None:
-        """An order of the server API gets here."""
+        """Deliver an order of the server API."""
         self.sessions.apply(encode_order(order))
 
     def publish(self, channel: str, *contents: Any, **options: Any) -> None:
@@ -301,16 +301,16 @@ class Server:
         return gates
 
     def count(self, name: str, **labels: str) -> int:
-        """What a counter stands at."""
+        """Return the value of a counter."""
         return self.metrics.counter(name, "", **labels).value
 
     def clean(self) -> bool:
-        """Whether no client has left anything behind."""
+        """Return whether no client has left anything behind."""
         empty = (self.hub.subscriptions, len(self.sessions), self.services.deadlines._buckets) == (0, 0, {})
         return empty and self.engine.core.channels == 0 and not self.mistakes
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, with the sweeps that a worker makes."""
+        """Advance time, with the sweeps of a worker."""
         end = self.now + seconds
         while self.now < end:
             step = min(RESOLUTION, end - self.now)
@@ -319,7 +319,7 @@ class Server:
             self.services.deadlines.sweep(self.now)
 
     def ping(self, peer: Peer) -> None:
-        """Let time pass until the peer is pinged, one interval at most."""
+        """Advance time until the peer is pinged, one interval at most."""
         for _ in range(int(25 / RESOLUTION) + 2):
             self.advance(RESOLUTION)
             if heard := peer.heard():
@@ -363,11 +363,11 @@ def error_of(replies: list[dict]) -> int:
     return reply["error"]["code"]
 
 
-# -- the other encoding -----------------------------------------------------------------------------------------------
+# -- Protobuf ---------------------------------------------------------------------------------------------------------
 
 
 def in_protobuf(command: dict) -> bytes:
-    """A command with its length. `data` is JSON text, as with the other encoding."""
+    """Return a command with its length. `data` is JSON text, as in the JSON encoding."""
     message = _filled(client_pb2.Command(), command).SerializeToString()
     assert len(message) < 0x4000
     length = (len(message),) if len(message) < 0x80 else (len(message) & 0x7F | 0x80, len(message) >> 7)
@@ -395,7 +395,7 @@ def _filled(message: Message, content: dict) -> Message:
 
 
 def from_protobuf(payload: bytes) -> dict:
-    """A reply, read past its length, as it is in JSON."""
+    """Return a reply, without its length, in the form of JSON."""
     size = next(n for n, byte in enumerate(payload, 1) if byte < 0x80)
     return _read(client_pb2.Reply.FromString(payload[size:]))
 

@@ -1,4 +1,4 @@
-"""What a channel's name means."""
+"""The meaning of channel names: namespaces, permissions, limits."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ RULES = ChannelRules(
 )
 def test_names(channel, answer):
     try:
-        RULES.checked(channel)
+        RULES.checked_options(channel)
     except ClientError as error:
         assert error.code == answer
     else:
         assert answer is None
 
 
-def test_retention_is_worked_out_with_the_default_life_of_offsets():
+def test_history_options_have_the_default_meta_ttl():
     assert RULES.options("chat:a").history_options.meta_ttl == 100.0
     assert RULES.options("words:a").history_options.meta_ttl == 9.0
     assert RULES.options("chat:a").history_options.enabled
@@ -76,7 +76,7 @@ def test_retention_is_worked_out_with_the_default_life_of_offsets():
     ],
 )
 def test_user_limited_names(channel, users):
-    assert RULES.limited_to(channel, RULES.options(channel)) == users
+    assert RULES.allowed_users(channel, RULES.options(channel)) == users
 
 
 def test_private_names():

@@ -1,4 +1,4 @@
-"""The contract with clients, as tables: every command in every state, with every permission; and what is no command."""
+"""The contract with clients, as tables: every command in every state, with every permission; and invalid messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.protocol.sessions import ALL, BARE, BARE_PROTOBUF, CHANNEL, KEPT, NOW
 FORMS = pytest.mark.parametrize("form", [BARE, BARE_PROTOBUF], ids=["json", "protobuf"])
 ROOM = "room:a"
 
-# What came back: an error's code, minus the code of a disconnect, or one of these.
+# The outcome of a command: the code of an error, minus the code of a disconnect, or one of these.
 OK, NOTHING = "ok", "nothing"
 BAD = -3501
 
@@ -58,7 +58,7 @@ COMMANDS: dict[str, dict] = {
         for name in ("subscribe", "unsubscribe", "publish", "presence", "presence_stats", "history", "sub_refresh")
     },
 }
-# Before the connect command; once connected; and subscribed to the channel in question.
+# The states: before the connect command, connected, and subscribed to the channel of the command.
 EXPECTED: dict[str, tuple[Any, Any, Any]] = {
     "connect": (OK, BAD, BAD),
     "subscribe": (BAD, OK, 105),
@@ -91,7 +91,7 @@ def server() -> Server:
 
 
 def late(server: Server, kind: type[EngineRequest[Any]]) -> Gate:
-    """Have the engine answer requests of this kind only when the gate is opened."""
+    """Delay the engine's answers to requests of this kind until the gate is opened."""
     gate = Gate()
 
     async def answer(request):
@@ -160,7 +160,7 @@ class TestStates:
     def test_subscribed_by_the_server(self, server, form, name):
         peer = server.peer(form)
         peer.connect(token=token(sub="42", channels=[ROOM]))
-        # The token of the refresh has no channels, which are others than before.
+        # The token of the refresh names other channels than the first one, namely none.
         outcome = -3010 if name == "refresh" else expected(name)[2]
         assert what_came(peer, 9, peer.say(COMMANDS[name])) == outcome
 
@@ -183,7 +183,7 @@ VERBS = {
     "presence": ["presence", "presence_stats"],
     "history": ["history"],
 }
-# Everything but what a client is permitted.
+# All features, and no permissions.
 FEATURES = {"presence": True, **KEPT}
 
 
@@ -203,7 +203,7 @@ def outcomes(options: dict[str, Any], user: str, subscribed: bool, names: list[s
         request = {"channel": "a", "data": 1} if name == "publish" else {"channel": "a"}
         outcome = what_came(peer, 9, peer.say({"id": 9, name: request}))
         found.add(outcome)
-        # What is refused has not happened.
+        # A refused command has no effect.
         assert len(watcher.heard()) == (1 if name == "publish" and outcome == OK else 0)
     return found
 
@@ -239,14 +239,14 @@ def test_every_command_with_every_permission(verb, for_client, for_subscriber, f
 @pytest.mark.parametrize("subscribed", [False, True])
 @pytest.mark.parametrize("user", ["42", ""])
 @pytest.mark.parametrize("verb", VERBS)
-def test_an_insecure_server_permits_what_the_channel_has(verb, user, subscribed):
+def test_an_insecure_server_permits_every_feature_of_the_channel(verb, user, subscribed):
     assert outcomes(FEATURES, user, subscribed, VERBS[verb], insecure=True) == {OK}
     assert outcomes({}, user, subscribed, VERBS[verb], insecure=True) == {OK if verb == "publish" else 108}
 
 
 @pytest.mark.parametrize("user", ["42", ""])
 @pytest.mark.parametrize(("for_client", "for_anonymous"), list(itertools.product([False, True], repeat=2)))
-def test_who_may_subscribe(for_client, for_anonymous, user):
+def test_permission_to_subscribe(for_client, for_anonymous, user):
     options = ChannelOptions(
         **{**ALL, "allow_subscribe_for_client": for_client, "allow_subscribe_for_anonymous": for_anonymous}
     )
@@ -254,7 +254,7 @@ def test_who_may_subscribe(for_client, for_anonymous, user):
     peer = server.client(user)
     permitted = for_client and (bool(user) or for_anonymous)
     assert what_came(peer, 9, peer.say({"id": 9, "subscribe": {"channel": "a"}})) == (OK if permitted else 103)
-    # However that may be, a private channel needs a token.
+    # A private channel needs a token in any case.
     assert what_came(peer, 9, peer.say({"id": 9, "subscribe": {"channel": "$a"}})) == 103
 
 
@@ -296,11 +296,11 @@ def test_what_a_subscriber_is_granted(options, wish, granted):
     assert ("epoch" in result) == ("positioned" in granted)
 
 
-# -- what is no command -----------------------------------------------------------------------------------------------
+# -- invalid messages -------------------------------------------------------------------------------------------------
 
 
 def data_commands(data: bytes) -> dict[str, bytes]:
-    """Each place where a client may put data of its own."""
+    """Return one command for each place of a client's own data."""
     return {
         "publish": b'{"id":9,"publish":{"channel":"a","data":%b}}' % data,
         "rpc": b'{"id":9,"rpc":{"method":"echo","data":%b}}' % data,
@@ -311,7 +311,7 @@ def data_commands(data: bytes) -> dict[str, bytes]:
 
 
 def asked(server: Server, place: str) -> Peer:
-    """A client at the point where it may send data, to a server that reads it all."""
+    """Return a client that may send data, of a server that decodes all of it."""
 
     async def connecting(request):
         return None
@@ -380,7 +380,7 @@ def test_data_is_passed_on_as_it_was_written(server, text):
 
 @pytest.mark.parametrize("text", [b"NaN", b"Infinity", b"-Infinity", b"1e", b".5", b"'a'", b"{a:1}", b"[1,]", b"tru"])
 @pytest.mark.parametrize("place", data_commands(b"1"))
-def test_what_is_not_json_is_no_command(server, text, place):
+def test_text_that_is_not_json_is_no_command(server, text, place):
     peer = asked(server, place)
     peer.session.receive(data_commands(text)[place])
     assert what_came(peer, 9, peer.heard()) == BAD
@@ -388,7 +388,7 @@ def test_what_is_not_json_is_no_command(server, text, place):
 
 @pytest.mark.parametrize("place", data_commands(b"1"))
 @pytest.mark.parametrize("text", [b'"\\ud800"', b'"\\udc00x"', b'{"\\ud800":1}', b'"\\ud800\\u0041"'])
-def test_what_is_no_unicode_text_never_gets_through(server, text, place):
+def test_text_that_is_not_unicode_is_refused(server, text, place):
     peer = asked(server, place)
     peer.session.receive(data_commands(text)[place])
     outcome = what_came(peer, 9, peer.heard())
@@ -403,7 +403,7 @@ def test_a_zero_character_is_text_like_any_other(server, place):
     assert what_came(peer, 9, peer.heard()) in (OK, NOTHING) and peer.close_code is None
 
 
-def test_of_a_key_that_comes_twice_the_last_is_checked_and_used(server):
+def test_the_last_of_repeated_keys_is_checked_and_used(server):
     peer = server.client()
     peer.session.receive(b'{"id":9,"subscribe":{"channel":"a","channel":"nothing:a"}}')
     assert what_came(peer, 9, peer.heard()) == 103
@@ -496,7 +496,7 @@ def test_subscribing_and_unsubscribing_in_any_order(names, concurrency):
     assert server.hub.subscriptions == subscribed
 
 
-# -- where a client left off ------------------------------------------------------------------------------------------
+# -- positions of recovery -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [0, 2, 4])
@@ -504,7 +504,7 @@ def test_subscribing_and_unsubscribing_in_any_order(names, concurrency):
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 5, 6, 8])
 @pytest.mark.parametrize("epoch", ["same", "", "other"])
 def test_recovery(limit, top, offset, epoch):
-    """The channel keeps five publications; a client recovers at most `limit` of them, or any number for 0."""
+    """Return a server whose channel keeps five publications, and recovers at most `limit` of them, 0 for any number."""
     options = ChannelOptions(**{**ALL, "history_size": 5, "history_ttl": 60.0, "force_recovery": True})
     server = Server(
         ChannelSettings(without_namespace=options),
@@ -551,7 +551,7 @@ def test_history(server, request_, outcome):
         assert reply["history"]["offset"] == 3
 
 
-# -- tokens of others -------------------------------------------------------------------------------------------------
+# -- tokens of other clients ------------------------------------------------------------------------------------------
 
 CONNECTION = {"sub": "42"}
 SUBSCRIPTION = {"sub": "42", "channel": "$p"}
@@ -598,7 +598,7 @@ def test_tokens(server, name, claims, outcome):
 
 @pytest.mark.parametrize(("name", "outcome"), [("connect", -3500), ("refresh", -3500), ("subscribe", 103)])
 @pytest.mark.parametrize("bad", ["junk", "a.b.c", "." * 9000, token(sub="42")[:-3], token(sub="42") + "x"])
-def test_tokens_that_are_none(server, name, outcome, bad):
+def test_invalid_tokens(server, name, outcome, bad):
     peer = server.peer() if name == "connect" else connected(server, BARE)
     assert what_came(peer, 9, peer.say({"id": 9, name: {"token": bad, "channel": "$p"}})) == outcome
 

@@ -1,9 +1,9 @@
-"""Nothing is silently lost: real sessions on two workers, a link of their own to one exchange, and any story at all.
+"""No publication is lost silently: real sessions on two workers, links to one broker core, and random stories.
 
-A link carries what is asked and what is answered in order, and stands still until a step of the story moves it by one
-message; so a client may leave, and the engine may be replaced, between any two messages. The clients do what the SDKs
-do: they keep the position of the last publication, and come back with it. Some subscribe by a command, some when they
-connect, and half of them want deltas.
+A link carries requests and answers in order, and stands still until a step of the story moves it by one message. So a
+client may leave, and the engine may be replaced, between any two messages. The clients behave as the SDKs: they keep
+the position of the last publication, and reconnect with it. Some subscribe by a command, some when they connect, and
+half of them use deltas.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ OPTIONS = ChannelOptions(
     allow_subscribe_for_anonymous=True,
 )
 CACHE = msgspec.structs.replace(OPTIONS, force_recovery_mode="cache", auto_cache_recover=True)
-# What all publications have in common, so that a difference is worth its while.
+# Common to all publications, so that a delta is shorter than the full data.
 PADDING = "as in most publications much of it is always the same "
 RETENTION = HistoryOptions(OPTIONS.history_size, OPTIONS.history_ttl)
 
 
-class Outward:
-    """The way out of the exchange: into each link, behind what waits there."""
+class Deliveries:
+    """Deliveries of the broker core: each goes behind the other messages of a link."""
 
     def _each(self, name: str, links: Collection[Link], *args: Any) -> None:
         for link in links:
@@ -86,11 +86,11 @@ class Outward:
         self._each("on_leave", links, channel, info)
 
     def deliver_order(self, links: Collection[Link], order: bytes) -> None:
-        raise AssertionError("nobody gives orders here")
+        raise AssertionError("there are no orders in these stories")
 
 
 class Answer:
-    """What a request came to, for the coroutine that waits for it."""
+    """The answer to a request, for the coroutine that awaits it."""
 
     def __init__(self) -> None:
         self.gate = Gate()
@@ -103,23 +103,23 @@ class Answer:
 
 
 class Link:
-    """An engine: one worker's way to the exchange, with the same promises as the real one over a stream."""
+    """An engine: one worker's link to the broker core, with the same guarantees as the real one over a stream."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.hub: Hub
-        self.asked: deque[tuple[Callable[[], Any], Answer | None]] = deque()
+        self.requests: deque[tuple[Callable[[], Any], Answer | None]] = deque()
         self.inbox: deque[Callable[[], None]] = deque()
         self.waiting: dict[Answer, None] = {}
         self.channels: set[str] = set()
         self.present: dict[tuple[str, str], AddPresence] = {}
 
-    def move(self, way_in: bool) -> None:
-        """One message gets through, if there is one: to the exchange, or to the worker."""
-        if way_in and self.inbox:
+    def move(self, to_worker: bool) -> None:
+        """Move one message, if there is one: to the broker core, or to the worker."""
+        if to_worker and self.inbox:
             self.inbox.popleft()()
-        elif not way_in and self.asked:
-            work, answer = self.asked.popleft()
+        elif not to_worker and self.requests:
+            work, answer = self.requests.popleft()
             try:
                 result = work()
             except ClientError as error:
@@ -128,15 +128,15 @@ class Link:
                 self.inbox.append(partial(self.answer, answer, result))
 
     def flow(self) -> bool:
-        """Everything gets through; whether there was anything."""
+        """Move all messages; return whether there were any."""
         moved = False
-        while self.asked or self.inbox:
+        while self.requests or self.inbox:
             moved = True
-            self.move(way_in=not self.asked)
+            self.move(to_worker=not self.requests)
         return moved
 
     def damage(self, *, repeat: bool) -> None:
-        """A publication comes twice, or never."""
+        """Deliver a publication twice, or never."""
         self.world.publish()
         if self.inbox and getattr(self.inbox[-1], "func", None) == self.hub.on_publication:
             message = self.inbox.pop()
@@ -148,15 +148,15 @@ class Link:
             answer.gate.open(result)
 
     def cut(self) -> None:
-        """The stream ends, with all that was on the way; another takes its place and everything is told anew."""
-        exchange = self.world.exchange
-        exchange.detach(self)
-        self.asked.clear()
+        """End the stream with all messages on their way; a new one takes its place and restores the state."""
+        core = self.world.core
+        core.detach(self)
+        self.requests.clear()
         self.inbox.clear()
         for answer in list(self.waiting):
             self.answer(answer, EngineUnavailable("cut"))
-        exchange.attach(self)
-        exchange.restore(self, self.channels, self.present.values(), (), announce=True)
+        core.attach(self)
+        core.restore(self, self.channels, self.present.values(), (), announce=True)
         self.hub.on_interruption()
 
     async def ask(self, request: EngineRequest[Any]) -> Any:
@@ -169,42 +169,42 @@ class Link:
                 self.present.pop((channel, client), None)
         answer = Answer()
         self.waiting[answer] = None
-        self.asked.append((lambda: self.world.exchange.carry_out(self, self.world.now, request), answer))
+        self.requests.append((lambda: self.world.core.carry_out(self, self.world.now, request), answer))
         return await answer.wait()
 
     def tell(self, notice: EngineNotice) -> None:
         if isinstance(notice, Unsubscribe):
             self.channels.discard(notice.channel)
-            self.asked.append((lambda: self.world.exchange.take_note(self, self.world.now, notice), None))
+            self.requests.append((lambda: self.world.core.take_note(self, self.world.now, notice), None))
 
 
 class SDK(WholeFrames):
-    """A client as the official ones are, which wants to be subscribed, or not.
+    """A client that behaves as the official SDKs, subscribed or not.
 
-    by_server: the subscription comes with the connect reply, for as long as the connection lasts.
+    by_server: the subscription comes with the connect reply, and lasts as long as the connection.
     """
 
     def __init__(self, world: World, link: int, *, by_server: bool, delta: bool) -> None:
         self.world = world
         self.link = link
         self.by_server = by_server
-        self.wish = {"delta": "fossil"} if delta else {}
+        self.features = {"delta": "fossil"} if delta else {}
         self.session: Session | None = None
         self.position: tuple[int, str] | None = None
         self.base = b""
         self.wanted = by_server
         self.subscribed = False
-        self.asking = 0  # the id of the command that is to subscribe, and is not answered yet
+        self.pending_id = 0  # the id of the subscribing command without an answer, 0 for none
         self.closed: tuple[int, str] | None = None
         self.last_id = 1
-        self.told: list[dict] = []
+        self.received: list[dict] = []
 
     def connect(self) -> None:
         if self.session is None:
             worker = self.world.workers[self.link]
             self.session = Session(SETTINGS, worker, COMMANDS, self, OpeningRequest({}, {}, "/", "10.0.0.1"))
             if self.by_server:
-                self.asking = self.last_id + 1
+                self.pending_id = self.last_id + 1
                 self.command(connect={"subs": {NAME: self.request()}})
             else:
                 self.command(connect={})
@@ -221,10 +221,10 @@ class SDK(WholeFrames):
         self.connect()
 
     def forget(self) -> None:
-        """The connection is no more."""
+        """Drop the connection."""
         self.session = self.closed = None
-        self.subscribed, self.asking = False, 0
-        self.told.clear()
+        self.subscribed, self.pending_id = False, 0
+        self.received.clear()
 
     def subscribe(self) -> None:
         self.wanted = True
@@ -233,34 +233,34 @@ class SDK(WholeFrames):
     def unsubscribe(self) -> None:
         if self.wanted and self.session is not None and not self.by_server:
             self.wanted = self.subscribed = False
-            self.asking = 0
+            self.pending_id = 0
             self.command(unsubscribe={"channel": NAME})
 
     def ask(self) -> None:
-        """Subscribe, if it should be and is not."""
-        if self.session is None or not self.wanted or self.subscribed or self.asking or self.by_server:
+        """Subscribe, if the client wants to be subscribed and is not."""
+        if self.session is None or not self.wanted or self.subscribed or self.pending_id or self.by_server:
             return
-        self.asking = self.last_id + 1
+        self.pending_id = self.last_id + 1
         self.command(subscribe={"channel": NAME, **self.request()})
 
     def request(self) -> dict[str, Any]:
-        """What it says of the channel: the last position, if there is one."""
+        """Return the request for the channel, with the last position, if there is one."""
         if self.position is None:
-            return self.wish
-        return {"recover": True, "offset": self.position[0], "epoch": self.position[1], **self.wish}
+            return self.features
+        return {"recover": True, "offset": self.position[0], "epoch": self.position[1], **self.features}
 
     def command(self, **request: Any) -> None:
         assert self.session is not None
         self.last_id += 1
         self.session.receive(msgspec.json.encode({"id": self.last_id, **request}))
 
-    # What the session calls
+    # Called by the session
 
-    form, secret, pings = BARE, "", True
+    form, secret, needs_pings = BARE, "", True
 
     def send(self, payload: bytes) -> None:
         if self.session is not None:
-            self.told.append(msgspec.json.decode(payload))
+            self.received.append(msgspec.json.decode(payload))
 
     deliver = send
 
@@ -272,34 +272,34 @@ class SDK(WholeFrames):
 
     resume = pause
 
-    # What it makes of what it was told
+    # Handling of received messages
 
     def listen(self) -> None:
-        """Take in what came. As a network would: not from inside what the server is just doing."""
-        told, self.told = self.told, []
+        """Handle the received messages. As on a network, this never happens inside a call of the server."""
+        received, self.received = self.received, []
         refused = False
-        for message in told:
+        for message in received:
             if "push" in message:
-                self.pushed(message["push"])
-            elif message["id"] == self.asking:
-                self.asking = 0
-                refused |= self.answered(message)
+                self.handle_push(message["push"])
+            elif message["id"] == self.pending_id:
+                self.pending_id = 0
+                refused |= self.handle_reply(message)
         if self.closed or (refused and self.by_server):
             self.vanish()
             self.connect()
         self.ask()
 
-    def answered(self, reply: dict) -> bool:
-        """Whether the answer is no."""
+    def handle_reply(self, reply: dict) -> bool:
+        """Handle the reply to the subscribing command; return whether it is an error."""
         if "error" in reply:
             assert reply["error"]["temporary"], reply
             return True
-        self.began(reply["connect"]["subs"][NAME] if self.by_server else reply["subscribe"])
+        self.subscribe_succeeded(reply["connect"]["subs"][NAME] if self.by_server else reply["subscribe"])
         return False
 
-    def began(self, result: dict) -> None:
+    def subscribe_succeeded(self, result: dict) -> None:
         self.subscribed = True
-        assert result.get("delta", False) == bool(self.wish)
+        assert result.get("delta", False) == bool(self.features)
         cached = self.world.options is CACHE
         assert result.get("was_recovering", False) == (self.position is not None or cached)
         offset, publications = result.get("offset", 0), result.get("publications", [])
@@ -307,7 +307,7 @@ class SDK(WholeFrames):
             assert not publications
         elif cached:
             assert offset == (self.position[0] if self.position else 0) and len(publications) <= 1
-            # The newest one, whatever came before it, unless that is known already.
+            # The newest publication after any gap, unless the client has it already.
             assert publications or self.position == (offset, result["epoch"])
             offset = publications[0]["offset"] - 1 if publications else offset
         else:
@@ -316,9 +316,9 @@ class SDK(WholeFrames):
         for publication in publications:
             self.take(publication)
 
-    def pushed(self, push: dict) -> None:
+    def handle_push(self, push: dict) -> None:
         if not self.subscribed:
-            return  # an answer or a push that crossed our command
+            return  # a push that crossed the client's command
         if "pub" in push:
             self.take(push["pub"])
         elif "unsubscribe" in push:
@@ -334,7 +334,7 @@ class SDK(WholeFrames):
 
     def read(self, publication: dict) -> Any:
         data = publication["data"]
-        if not self.wish:
+        if not self.features:
             assert "delta" not in publication
             return data
         self.base = apply_delta(self.base, data.encode()) if publication.get("delta") else data.encode()
@@ -348,13 +348,13 @@ class World:
         self.count = 0
         self.published: dict[tuple[str, int], str] = {}
         self.mistakes: list[BaseException] = []
-        self.exchange: BrokerCore[Link] = BrokerCore(Outward(), 100)
+        self.core: BrokerCore[Link] = BrokerCore(Deliveries(), 100)
         self.links = [Link(self), Link(self)]
         self.workers = [self.worker(link) for link in self.links]
         self.clients = [SDK(self, n % 2, by_server=n >= 2, delta=n in (1, 2)) for n in range(4)]
 
     def worker(self, link: Link) -> SessionServices:
-        self.exchange.attach(link)
+        self.core.attach(link)
         sessions = Sessions()
         hub = link.hub = Hub(sessions.apply)
         hub.engine = link  # type: ignore[assignment]
@@ -379,12 +379,12 @@ class World:
         if name == "publish":
             self.publish()
         elif name == "trim":
-            self.exchange.carry_out(self.links[0], self.now, RemoveHistory(NAME))
+            self.core.carry_out(self.links[0], self.now, RemoveHistory(NAME))
         elif name == "expire":
             self.now += OPTIONS.history_ttl + 1
-            self.exchange.sweep(self.now)
+            self.core.sweep(self.now)
         elif name == "replace":
-            self.exchange = BrokerCore(Outward(), 100)
+            self.core = BrokerCore(Deliveries(), 100)
             for link in self.links:
                 link.cut()
         elif name == "crash":
@@ -394,7 +394,7 @@ class World:
         elif name in ("drop", "repeat"):
             self.links[number % 2].damage(repeat=name == "repeat")
         elif name in ("ask", "answer"):
-            self.links[number % 2].move(way_in=name == "answer")
+            self.links[number % 2].move(to_worker=name == "answer")
         elif name == "flow":
             self.links[number % 2].flow()
         elif name == "settle":
@@ -403,8 +403,8 @@ class World:
             getattr(self.clients[number], name)()
 
     def crash(self, number: int) -> None:
-        """A worker is gone from one moment to the next, and another takes its place."""
-        self.exchange.detach(self.links[number])
+        """Replace a worker by another, without any notice."""
+        self.core.detach(self.links[number])
         for client in self.clients:
             if client.link == number:
                 client.forget()
@@ -415,43 +415,43 @@ class World:
         self.count += 1
         content = f"{PADDING}{self.count}"
         request = Publish(NAME, msgspec.json.encode(content), RETENTION, delta=self.count % 5 > 0)
-        position = self.exchange.carry_out(self.links[0], self.now, request)
+        position = self.core.carry_out(self.links[0], self.now, request)
         self.published[position.epoch, position.offset] = content
 
     def present(self) -> dict[str, ClientInfo]:
-        return self.exchange.carry_out(self.links[0], self.now, GetPresence(NAME))
+        return self.core.carry_out(self.links[0], self.now, GetPresence(NAME))
 
     def settle(self) -> None:
-        """Move everything until nothing moves."""
+        """Move messages until there are none."""
         moving = True
         while moving:
             moving = False
             for link in self.links:
                 moving |= link.flow()
             for client in self.clients:
-                moving |= bool(client.told or client.closed)
+                moving |= bool(client.received or client.closed)
                 client.listen()
 
 
-OFTEN = ["publish", "ask", "answer", "listen", "flow"]
-NOW_AND_THEN = ["connect", "vanish", "reconnect", "subscribe", "unsubscribe", "settle"]
-RARELY = ["trim", "expire", "cut", "replace", "crash", "drop", "drop", "repeat"]
-STEPS = st.tuples(st.sampled_from(3 * OFTEN + 2 * NOW_AND_THEN + RARELY), st.integers(0, 3))
+FREQUENT = ["publish", "ask", "answer", "listen", "flow"]
+OCCASIONAL = ["connect", "vanish", "reconnect", "subscribe", "unsubscribe", "settle"]
+RARE = ["trim", "expire", "cut", "replace", "crash", "drop", "drop", "repeat"]
+STEPS = st.tuples(st.sampled_from(3 * FREQUENT + 2 * OCCASIONAL + RARE), st.integers(0, 3))
 
 
 STORIES = st.lists(STEPS, min_size=20, max_size=100)
 
 
-def tell(steps: list[tuple[str, int]], options: ChannelOptions) -> None:
+def play(steps: list[tuple[str, int]], options: ChannelOptions) -> None:
     world = World(options)
     for client in world.clients:
         client.connect()
         client.subscribe()
     for step in steps:
         world.act(step)
-    world.publish()  # the first to come after a publication that was dropped shows that it was
+    world.publish()  # the next publication after a dropped one reveals the loss
     world.settle()
-    top = world.exchange.carry_out(world.links[0], world.now, GetHistory(NAME, RETENTION)).position
+    top = world.core.carry_out(world.links[0], world.now, GetHistory(NAME, RETENTION)).position
     listening = [client for client in world.clients if client.session is not None and client.wanted]
     for client in listening:
         assert client.subscribed and client.position == (top.offset, top.epoch)
@@ -460,18 +460,18 @@ def tell(steps: list[tuple[str, int]], options: ChannelOptions) -> None:
         client.vanish()
     world.settle()
     assert not world.mistakes
-    assert world.exchange.channels == 0 and not world.present()
+    assert world.core.channels == 0 and not world.present()
     for link, worker in zip(world.links, world.workers, strict=True):
         assert (link.hub.subscriptions, len(worker.sessions), worker.deadlines._buckets) == (0, 0, {})
 
 
 @settings(max_examples=800, deadline=None)
 @given(STORIES)
-def test_every_publication_comes_once_and_in_order_or_its_loss_is_told(steps: list[tuple[str, int]]) -> None:
-    tell(steps, OPTIONS)
+def test_every_publication_arrives_once_and_in_order_or_its_loss_is_reported(steps: list[tuple[str, int]]) -> None:
+    play(steps, OPTIONS)
 
 
 @settings(max_examples=300, deadline=None)
 @given(STORIES)
-def test_in_cache_mode_the_newest_comes_and_then_every_other(steps: list[tuple[str, int]]) -> None:
-    tell(steps, CACHE)
+def test_in_cache_mode_the_newest_arrives_and_then_every_other(steps: list[tuple[str, int]]) -> None:
+    play(steps, CACHE)

@@ -1,4 +1,4 @@
-"""Commands that are well formed and mean no good, or ask for what there is not; and bytes that were damaged."""
+"""Well formed commands with hostile or unsupported content, and damaged bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from realtime.config.settings import ChannelOptions, ChannelSettings, Namespace
-from realtime.protocol.encodings import JSON_ENCODING
+from realtime.protocol.json_encoding import JSON_ENCODING
 from realtime.protocol.messages import ProtocolError
 from realtime.protocol.orders import UnsubscribeOrder
 from realtime.protocol.protobuf import PROTOBUF
@@ -23,7 +23,7 @@ def server():
 
 # -- names ------------------------------------------------------------------------------------------------------------
 
-# Names that mean something to shells, databases, browsers, file systems, and to parts of servers like this one.
+# Names with a special meaning in shells, databases, browsers, file systems, and parts of servers like this one.
 _TRICKY = """
 * ** ? [a] [!a] [a-z]* {a,b} {a a* \\* .* ^a$ (a|b) a+ %41 %2e%2e %s %n {0} ${PATH} $(id) `id` ;ls |ls &ls >a <a
 ../a ../../etc/passwd /etc/passwd a/../b ./a ~ ~root a//b C:\\a nul -a --help
@@ -33,7 +33,7 @@ a,b #a a#b @a !a =1+1 a=b a&b a'b a^b \\0 \\n a\\ null true 0 -1 1e9 NaN __proto
 TRICKY = [name for name in _TRICKY.split() if ":" not in name and not name.startswith("$")]
 
 
-def test_no_name_means_more_than_itself(server):
+def test_hostile_names_are_ordinary_names(server):
     listener, other = server.client(), server.client()
     for number, name in enumerate(TRICKY, 2):
         (reply,) = listener.say({"id": number, "subscribe": {"channel": name}})
@@ -81,7 +81,7 @@ def test_a_pattern_for_names_admits_no_control_characters():
         assert error_of(peer.say({"id": 9, "subscribe": {"channel": f"any:a{chr(code)}b"}})) == 107
 
 
-# -- what is not supported --------------------------------------------------------------------------------------------
+# -- unsupported features ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("type", [1, 2, 3, 4, -1, 99])
@@ -100,10 +100,10 @@ def test_channels_are_always_named(server):
     assert message["push"].keys() == {"channel", "pub"}
 
 
-# -- what has ended, and who is nobody --------------------------------------------------------------------------------
+# -- expired tokens and anonymous clients -----------------------------------------------------------------------------
 
 
-def test_what_has_ended_already_is_110(server):
+def test_credentials_that_have_expired_are_110(server):
     ended = token(sub="42", exp=NOW + 60, expire_at=NOW - 1)
     assert error_of(server.peer().say({"id": 1, "connect": {"token": ended}})) == 110
     ended = token(sub="", channel="a", exp=NOW + 60, expire_at=NOW - 1)
@@ -116,7 +116,7 @@ def test_what_has_ended_already_is_110(server):
     assert error_of(server.peer().say({"id": 1, "connect": {}})) == 110
 
 
-def test_a_token_of_nobody_is_3507_where_that_is_not_allowed():
+def test_an_anonymous_token_is_3507_where_disallowed():
     server = Server(disallow_anonymous_connection_tokens=True)
     for claims in ({}, {"sub": ""}):
         peer = server.peer()
@@ -126,13 +126,13 @@ def test_a_token_of_nobody_is_3507_where_that_is_not_allowed():
 
 
 @pytest.mark.parametrize("include", [False, True])
-def test_the_server_s_time_is_told_where_that_is_wanted(include):
+def test_the_reply_carries_the_server_time_where_configured(include):
     server = Server(allow_anonymous_connect_without_token=True, connect_include_server_time=include)
     (reply,) = server.peer().say({"id": 1, "connect": {}})
     assert reply["connect"].get("time") == (int(NOW * 1000) if include else None)
 
 
-def test_only_who_is_subscribed_hears_of_an_unsubscribe(server):
+def test_only_subscribers_are_notified_of_an_unsubscribe(server):
     ann, other = server.client("42"), server.client("42")
     ann.subscribe("a")
     server.order(UnsubscribeOrder("42", "a"))
@@ -140,7 +140,7 @@ def test_only_who_is_subscribed_hears_of_an_unsubscribe(server):
     assert other.heard() == []
 
 
-# -- data that would harm its readers ---------------------------------------------------------------------------------
+# -- data that readers can't parse ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_only_who_is_subscribed_hears_of_an_unsubscribe(server):
     [b'"\\ud800"', b'["\\udfff\\ud800"]', b'{"a\\ud83d":1}', b"[" * 1000 + b"]" * 1000, b'"\x01"', b"[1}"],
     ids=range(6),
 )
-def test_what_is_refused_reaches_nobody_and_leaves_the_history_as_it_was(server, bad):
+def test_refused_data_reaches_no_subscriber_and_no_history(server, bad):
     readers = [server.peer(form) for form in (BARE, BARE_PROTOBUF)]
     for reader in readers:
         reader.connect()
@@ -178,7 +178,7 @@ SAMPLES: list[dict] = [
 
 
 def damaged(dice: random.Random, message: bytes) -> bytes:
-    """A message with a few bytes changed, dropped, doubled or put in."""
+    """Return the message with a few bytes changed, removed, repeated or added."""
     data = bytearray(message)
     for _ in range(dice.randint(1, 4)):
         place = dice.randrange(len(data) + 1)
@@ -201,7 +201,7 @@ def test_damage_is_a_protocol_error_or_another_command(encoding):
     refused = 0
     for _ in range(20_000):
         try:
-            for command in encoding.commands(damaged(dice, dice.choice(messages))):
+            for command in encoding.decode_commands(damaged(dice, dice.choice(messages))):
                 command.request()
         except ProtocolError:
             refused += 1
@@ -225,10 +225,10 @@ def test_damaged_messages_close_one_connection_and_no_other(server):
     assert not server.mistakes
 
 
-# -- the channel's rules, when its options are nothing special --------------------------------------------------------
+# -- the rules of a channel with default options ----------------------------------------------------------------------
 
 
-def test_nothing_is_permitted_where_nothing_is_configured():
+def test_without_options_everything_is_forbidden():
     server = Server(ChannelSettings(without_namespace=ChannelOptions()), allow_anonymous_connect_without_token=True)
     peer = server.client("42")
     for command, outcome in {"subscribe": 103, "publish": 103, "presence": 108, "history": 108}.items():

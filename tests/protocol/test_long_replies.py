@@ -1,4 +1,4 @@
-"""Long replies are put together in turns, between which others are heard."""
+"""Long replies are made in several turns of the loop, between which other clients are served."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Turn(Gate):
 
 
 class Turns:
-    """A server whose slices are over after every step."""
+    """A server whose time slices end after every step."""
 
     def __init__(self, **client: object) -> None:
         self.asked: list[Callable[[], None]] = []
@@ -104,7 +104,7 @@ def test_recovery_of_many_and_what_comes_meanwhile(turns: Turns) -> None:
     assert [push["push"]["pub"]["data"] for push in pushes] == ["meanwhile"]
 
 
-def test_a_client_that_leaves_meanwhile(turns: Turns) -> None:
+def test_a_client_that_leaves_during_its_connect_leaves_nothing_behind(turns: Turns) -> None:
     client = turns.server.client()
     client.subscribe("a")
     turns.server.publish("a", *range(MANY))

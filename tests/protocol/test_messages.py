@@ -1,176 +1,47 @@
-"""Messages of the client protocol: what is read, what is written, and what passes through untouched."""
+"""The messages of the client protocol as Structs: the one request of a command, and parts of replies and pushes."""
 
 from __future__ import annotations
 
-import json
-
-import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from msgspec import UNSET, Raw
 
-from realtime import json_text
-from realtime.errors import ClientError
-from realtime.json_text import payload
 from realtime.protocol import messages
-from realtime.protocol.encodings import JSON_ENCODING
-from realtime.protocol.messages import ProtocolError
-from realtime.protocol.wire_formats import WireFormat
+from realtime.protocol.messages import Command, ProtocolError, RPCRequest, SendRequest
 from realtime.types import ClientInfo, Publication
 
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=12,
-)
+
+@pytest.mark.parametrize("name", messages.REQUESTS)
+def test_a_command_names_its_one_request(name):
+    request = type(name, (), {})()
+    assert Command(id=1, **{name: request}).request() == (name, request)
 
 
-BARE = WireFormat(JSON_ENCODING, lambda payload: payload)
-commands = JSON_ENCODING.commands
-
-
-def raw(text: bytes) -> msgspec.Raw:
-    return msgspec.Raw(text)
-
-
-@given(st.binary(max_size=200))
-def test_any_bytes_are_commands_or_a_protocol_error(data):
-    try:
-        for command in commands(data):
-            command.request()
-    except ProtocolError:
-        pass
-
-
-@given(st.lists(json_values, min_size=1, max_size=3), st.sampled_from([None, 1, "\t"]))
-def test_payloads_pass_byte_for_byte_but_for_line_ends(values, indent):
-    texts = [json.dumps(value, indent=indent, ensure_ascii=False).encode() for value in values]
-    lines = [b'{"id":%d,"publish":{"channel":"a","data":%b}}' % (n + 1, text.replace(b"\n", b"\r"))
-             for n, text in enumerate(texts)]  # fmt: skip
-    read = [payload(command.request()[1].data) for command in commands(b"\n".join(lines))]
-    assert read == [text.replace(b"\n", b"") for text in texts]
-
-
-@given(json_values)
-def test_a_publication_carries_its_data_unchanged(value):
-    data = msgspec.json.encode(value)
-    push = BARE.publication("a", Publication(data, 3, ClientInfo("u", "c", data, data)), "epoch")
-    decoded = msgspec.json.decode(push)["push"]
-    assert msgspec.json.encode(decoded["pub"]["data"]) == data
-    assert b"\n" not in push
-
-
-@pytest.mark.parametrize("depth", [127, 128])
-@pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
-def test_depth_up_to_the_limit(depth, opening, closing):
-    text = opening * depth + b"1" + closing * depth
-    assert payload(raw(text)) == text
-
-
-@pytest.mark.parametrize("depth", [129, 900])
-@pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
-def test_depth_over_the_limit(depth, opening, closing):
-    with pytest.raises(ClientError) as caught:
-        payload(raw(opening * depth + b"1" + closing * depth))
-    assert caught.value.code == 107
-
-
-def test_many_brackets_are_not_deep():
-    text = b"[" + b",".join([b"[]"] * 1000) + b"]"
-    assert payload(raw(text)) == text
-    text = b'"' + b"[" * 1000 + b'"'
-    assert payload(raw(text)) == text
-
-
-@pytest.mark.parametrize("text", [b'"\\ud800"', b'"\\udfffx"', b'{"\\ud83d": 1}', b'["\\ude00\\ud83d"]'])
-def test_half_a_surrogate_pair_is_no_text(text):
-    with pytest.raises(ClientError):
-        payload(raw(text))
-
-
-@pytest.mark.parametrize("text", [b'"\\ud83d\\ude00"', b'"\\u0000"', b'"\\\\ud800"', b"9" * 5000, b"1e400"])
-def test_odd_but_good_text_passes(text):
-    assert payload(raw(text)) == text
-
-
-def test_an_absent_payload_is_empty_and_null_is_not():
-    (absent,) = commands(b'{"id":1,"publish":{"channel":"a"}}')
-    (null,) = commands(b'{"id":1,"publish":{"channel":"a","data":null}}')
-    assert payload(absent.publish.data) == b""
-    assert payload(null.publish.data) == b"null"
+def test_an_empty_command_is_a_pong():
+    assert Command().request() == ("", None)
 
 
 @pytest.mark.parametrize(
-    ("made", "text"),
+    "command",
     [
-        (JSON_ENCODING.reply(3, "unsubscribe", messages.EMPTY), '{"id":3,"unsubscribe":{}}'),
-        (JSON_ENCODING.reply(2, "subscribe", messages.SubscribeResult()), '{"id":2,"subscribe":{}}'),
-        (
-            JSON_ENCODING.reply(1, "history", messages.HistoryResult([], "", 0)),
-            '{"id":1,"history":{"publications":[],"epoch":"","offset":0}}',
-        ),
-        (JSON_ENCODING.reply(1, "presence", messages.PresenceResult({})), '{"id":1,"presence":{"presence":{}}}'),
-        (
-            JSON_ENCODING.reply(1, "presence_stats", messages.PresenceStatsResult(0, 0)),
-            '{"id":1,"presence_stats":{"num_clients":0,"num_users":0}}',
-        ),
-        (JSON_ENCODING.reply(1, "rpc", messages.RPCResult()), '{"id":1,"rpc":{}}'),
-        (
-            JSON_ENCODING.error_reply(5, ClientError(103, "permission denied")),
-            '{"id":5,"error":{"code":103,"message":"permission denied"}}',
-        ),
-        (
-            JSON_ENCODING.error_reply(5, ClientError(100, "internal server error", temporary=True)),
-            '{"id":5,"error":{"code":100,"message":"internal server error","temporary":true}}',
-        ),
-        (
-            BARE.publication("a", Publication(b'{"n":1}', 1), "ep"),
-            '{"push":{"channel":"a","pub":{"data":{"n":1},"offset":1,"epoch":"ep"}}}',
-        ),
-        (
-            BARE.publication("a", Publication(b"2", 2, None, {"kind": "news"}), "ep"),
-            '{"push":{"channel":"a","pub":{"data":2,"offset":2,"tags":{"kind":"news"}}}}',
-        ),
-        (
-            BARE.publication("a", Publication(b"3"), ""),
-            '{"push":{"channel":"a","pub":{"data":3}}}',
-        ),
-        (
-            BARE.join("a", ClientInfo("", "c1")),
-            '{"push":{"channel":"a","join":{"info":{"user":"","client":"c1"}}}}',
-        ),
-        (
-            BARE.leave('a"b', ClientInfo("u", "c1", b'{"x":1}')),
-            '{"push":{"channel":"a\\"b","leave":{"info":{"user":"u","client":"c1","conn_info":{"x":1}}}}}',
-        ),
-        (
-            JSON_ENCODING.push("a", "unsubscribe", messages.UnsubscribePush(2500, "insufficient state")),
-            '{"push":{"channel":"a","unsubscribe":{"code":2500,"reason":"insufficient state"}}}',
-        ),
-        (JSON_ENCODING.push("", "message", messages.MessagePush(raw(b"[1]"))), '{"push":{"message":{"data":[1]}}}'),
+        Command(id=1),
+        Command(ping=Raw(b"{}")),
+        Command(id=1, rpc=RPCRequest(), ping=Raw(b"{}")),
+        Command(id=1, rpc=RPCRequest(), send=SendRequest()),
     ],
 )
-def test_what_the_sdks_read(made, text):
-    assert made.decode() == text
+def test_an_id_without_a_request_two_requests_and_a_ping_are_invalid(command):
+    with pytest.raises(ProtocolError):
+        command.request()
 
 
-@pytest.mark.parametrize("data", [b"1", b' {"a": "\xc3\xbc"}\r\n', b'"\\ud83d\\ude00"', b"[" * 128 + b"]" * 128])
-def test_text_that_every_encoding_carries(data):
-    assert json_text.is_json(data)
+def test_a_publication_carries_its_publisher_and_the_given_data():
+    publication = Publication(b"1", 7, ClientInfo("ann", "c1", b'{"n":1}'), {"kind": "news"})
+    pub = messages.make_pub(publication, b"2", "epoch", delta=True)
+    assert (bytes(pub.data), pub.offset, pub.tags, pub.epoch, pub.delta) == (b"2", 7, {"kind": "news"}, "epoch", True)
+    assert pub.info == messages.Info("ann", "c1", pub.info.conn_info, UNSET)
+    assert bytes(pub.info.conn_info) == b'{"n":1}'
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"\x00", b"nan", b"01", b"{} {}", b'"\xff"', b'"\\ud800"', b'"a\nb"', b"[" * 129 + b"]" * 129, b"[" * 5000],
-)
-def test_bytes_that_json_can_not_carry(data):
-    assert not json_text.is_json(data)
-
-
-def test_line_ends_of_text_from_elsewhere_do_not_reach_a_client_of_lines():
-    push = BARE.publication("a", Publication(b'{\r\n "a": "\\n"\n}'), "")
-    assert push == b'{"push":{"channel":"a","pub":{"data":{ "a": "\\n"}}}}'
+def test_absent_json_text_omits_its_key():
+    assert messages.embed(b"") is UNSET
+    assert bytes(messages.embed(b"null")) == b"null"

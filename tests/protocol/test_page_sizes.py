@@ -1,4 +1,4 @@
-"""One reply never makes a client a slow one: pages of history and recoveries stay well below what may wait for it."""
+"""A reply alone never overflows the outbox: pages of history and recoveries stay well below its limit."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def connected(server: Server, form: WireFormat = BARE) -> Peer:
 
 
 def page(peer: Peer, **request: Any) -> list[int]:
-    """The offsets of one page of history."""
+    """Return the offsets of one page of history."""
     (reply,) = peer.say({"id": 2, "history": {"channel": "c", "limit": 300, **request}})
     return [publication["offset"] for publication in reply["history"]["publications"]]
 
 
 @pytest.mark.parametrize("form", [BARE, BARE_PROTOBUF], ids=["json", "protobuf"])
-def test_who_pages_on_gets_all_of_a_history(server: Server, form: WireFormat) -> None:
+def test_paging_reads_the_whole_history(server: Server, form: WireFormat) -> None:
     peer = connected(server, form)
     server.publish("c", *("x" * 1000 for _ in range(40)))
     pages, since = [], 0
@@ -55,14 +55,14 @@ def test_who_pages_on_gets_all_of_a_history(server: Server, form: WireFormat) ->
     assert page(peer, reverse=True) == list(range(40, 31, -1))
 
 
-def test_a_page_has_one_publication_however_long(server: Server) -> None:
+def test_a_page_has_at_least_one_publication(server: Server) -> None:
     peer = connected(server)
     server.publish("c", "x" * 50_000, 2)
     assert page(peer) == [1]
 
 
-def test_who_missed_too_many_bytes_reloads(server: Server) -> None:
-    """A subscription that could not be recovered goes on; a client disconnected as slow would only try again."""
+def test_a_client_that_missed_too_many_bytes_does_not_recover(server: Server) -> None:
+    """An unrecovered subscription continues; a client disconnected as slow would only try the same again."""
     peer = connected(server)
     server.publish("c", *("x" * 1000 for _ in range(40)))
     result = peer.subscribe("c", recover=True, offset=0)
@@ -72,7 +72,7 @@ def test_who_missed_too_many_bytes_reloads(server: Server) -> None:
     assert peer.publications() == [41]
 
 
-def test_who_missed_less_recovers_it(server: Server) -> None:
+def test_a_client_that_missed_less_recovers(server: Server) -> None:
     peer = connected(server)
     server.publish("c", *("x" * 1000 for _ in range(40)))
     result = peer.subscribe("c", recover=True, offset=32)
@@ -81,8 +81,8 @@ def test_who_missed_less_recovers_it(server: Server) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 10, 100, 300])
-def test_data_that_grows_on_its_way_fits_as_well(server: Server, length: int) -> None:
-    """To subscribers with deltas it goes as a string, in which every quote has a backslash before it."""
+def test_data_that_grows_by_encoding_fits_too(server: Server, length: int) -> None:
+    """Subscribers with deltas receive data as a string, in which every quote is escaped."""
     peer = connected(server)
     server.publish("c", *([""] * length for _ in range(100)))
     (reply,) = peer.say({"id": 2, "history": {"channel": "c", "limit": 300}})

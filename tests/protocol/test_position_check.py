@@ -1,4 +1,4 @@
-"""A publication that was lost with none after it is found out, once for all subscribers of a channel."""
+"""The loss of a channel's last publication is detected, by one check for all subscribers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def server() -> Server:
 
 
 def check(server: Server) -> int:
-    """One round, as a worker makes it; how often the engine was asked."""
+    """Check the channels as a worker does; return the number of requests to the engine."""
     asked = []
 
     async def counted(query):
@@ -33,7 +33,7 @@ def check(server: Server) -> int:
 
 
 def lose(server: Server) -> None:
-    """A publication that does not get here."""
+    """Lose a publication between engine and hub."""
     published, server.hub.on_publication = server.hub.on_publication, lambda *args: None
     server.publish(CHANNEL, "lost")
     server.hub.on_publication = published
@@ -54,7 +54,7 @@ def test_nothing_is_lost(server):
     assert peer.publications() == [1]
 
 
-def test_subscribers_are_told_and_recover(server):
+def test_subscribers_are_notified_and_recover(server):
     peers = [subscribed(server) for _ in range(5)]
     for peer in peers:
         peer.heard()
@@ -67,7 +67,7 @@ def test_subscribers_are_told_and_recover(server):
         assert [one["data"] for one in result["publications"]] == ["lost"]
 
 
-def test_those_that_the_server_subscribed_come_back(server):
+def test_clients_with_server_side_subscriptions_reconnect(server):
     peer = server.peer()
     peer.connect(subs={CHANNEL: {}})
     check(server)

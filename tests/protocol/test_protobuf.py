@@ -15,7 +15,7 @@ from msgspec import UNSET, Raw, Struct
 
 from realtime.errors import ClientError
 from realtime.protocol import messages
-from realtime.protocol.encodings import JSON_ENCODING
+from realtime.protocol.json_encoding import JSON_ENCODING
 from realtime.protocol.messages import Command, ProtocolError
 from realtime.protocol.protobuf import MAX_FILTER_NODES, PROTOBUF, emulation_request
 from realtime.protocol.wire_formats import PROTOBUF_BINARY
@@ -54,7 +54,7 @@ def field(number: int, wire_type: int, rest: bytes) -> bytes:
 
 
 def commands(message: bytes) -> list[Command]:
-    return list(PROTOBUF.commands(message))
+    return list(PROTOBUF.decode_commands(message))
 
 
 def reply(payload: bytes) -> Any:
@@ -168,7 +168,7 @@ def in_protobuf(content: dict[str, Any]) -> bytes:
 @given(st.lists(contents, min_size=1, max_size=3))
 def test_a_command_means_the_same_in_both_encodings(contents):
     lines = b"\n".join(msgspec.json.encode(in_json(content)) for content in contents)
-    assert commands(b"".join(map(in_protobuf, contents))) == list(JSON_ENCODING.commands(lines))
+    assert commands(b"".join(map(in_protobuf, contents))) == list(JSON_ENCODING.decode_commands(lines))
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_filter_of_some_depth_is_read():
     ids=lambda item: item[0],
 )
 def test_what_is_no_command_ends_the_message_and_what_came_before_counts(bad):
-    read = PROTOBUF.commands(GOOD + bad[1])
+    read = PROTOBUF.decode_commands(GOOD + bad[1])
     assert next(read).publish.channel == "news"
     with pytest.raises(ProtocolError):
         for _ in read:
@@ -327,7 +327,7 @@ def test_a_message_without_a_command_is_an_error():
 def test_any_bytes_are_commands_or_a_protocol_error(data):
     for message in (data, sized(data)):
         try:
-            for command in PROTOBUF.commands(message):
+            for command in PROTOBUF.decode_commands(message):
                 command.request()
         except ProtocolError:
             pass
@@ -460,7 +460,7 @@ def agrees(read: Any, made: Any) -> bool:
 @given(uint32s, st.sampled_from(sorted(results)).flatmap(lambda name: st.tuples(st.just(name), results[name])))
 def test_replies_are_read_as_they_were_written(id, made):
     name, result = made
-    read = reply(PROTOBUF.reply(id, name, result))
+    read = reply(PROTOBUF.encode_reply(id, name, result))
     assert read.id == id and [field.name for field, _ in read.ListFields() if field.name != "id"] == [name]
     assert agrees(getattr(read, name), result)
     assert not unknown_in(read)
@@ -469,7 +469,7 @@ def test_replies_are_read_as_they_were_written(id, made):
 @given(texts, st.sampled_from(sorted(pushes)).flatmap(lambda name: st.tuples(st.just(name), pushes[name])))
 def test_pushes_are_read_as_they_were_written(channel, made):
     name, body = made
-    read = reply(PROTOBUF.push(channel, name, body))
+    read = reply(PROTOBUF.encode_push(channel, name, body))
     assert [field.name for field, _ in read.ListFields()] == ["push"]
     assert [field.name for field, _ in read.push.ListFields() if field.name != "channel"] == [name]
     assert read.push.channel == channel and agrees(getattr(read.push, name), body)
@@ -487,16 +487,16 @@ def unknown_in(message: Any) -> bool:
     ("payload", "body"),
     [
         (
-            PROTOBUF.reply(1, "connect", messages.ConnectResult("c1", "v", ping=25, pong=True)),
+            PROTOBUF.encode_reply(1, "connect", messages.ConnectResult("c1", "v", ping=25, pong=True)),
             "08012a0b0a02633112017638194001",
         ),
-        (PROTOBUF.reply(3, "unsubscribe", messages.EMPTY), "08033a00"),
+        (PROTOBUF.encode_reply(3, "unsubscribe", messages.EMPTY), "08033a00"),
         (
-            PROTOBUF.error_reply(3, ClientError(103, "permission denied")),
+            PROTOBUF.encode_error(3, ClientError(103, "permission denied")),
             "08031215086712117065726d697373696f6e2064656e696564",
         ),
         (
-            PROTOBUF.push("news", "pub", PROTOBUF.pub(Publication(b'{"a":1}', 1))),
+            PROTOBUF.encode_push("news", "pub", PROTOBUF.make_pub(Publication(b'{"a":1}', 1))),
             "221312046e657773220b22077b2261223a317d3001",
         ),
         (PROTOBUF.ping, ""),
@@ -523,15 +523,15 @@ def test_what_goes_to_all_subscribers_is_a_binary_frame():
 @pytest.mark.parametrize("data", [b"\x00\xff", b"[" * 5000, b'"\\ud800"', b'{ "a":\r\n1}'])
 def test_payloads_are_bytes_of_any_kind(data):
     (command,) = commands(sized(field(7, 2, sized(field(2, 2, sized(data))))))
-    assert PROTOBUF.payload(command.publish.data) == data
-    assert bytes(PROTOBUF.pub(Publication(data)).data) == data
+    assert PROTOBUF.validate_data(command.publish.data) == data
+    assert bytes(PROTOBUF.make_pub(Publication(data)).data) == data
 
 
 def test_an_absent_payload_and_an_empty_one_are_the_same():
     (absent,) = commands(sized(field(7, 2, sized(b""))))
     (empty,) = commands(sized(field(7, 2, sized(field(2, 2, sized(b""))))))
-    assert PROTOBUF.payload(absent.publish.data) == PROTOBUF.payload(empty.publish.data) == b""
-    assert PROTOBUF.value(b"") is None
+    assert PROTOBUF.validate_data(absent.publish.data) == PROTOBUF.validate_data(empty.publish.data) == b""
+    assert PROTOBUF.decode_data(b"") is None
 
 
 @pytest.mark.parametrize(
@@ -547,7 +547,7 @@ def test_an_absent_payload_and_an_empty_one_are_the_same():
     ],
 )
 def test_handlers_get_the_value_of_json_text_and_all_else_as_bytes(data, value, is_json):
-    assert PROTOBUF.value(data) == value
+    assert PROTOBUF.decode_data(data) == value
     assert PROTOBUF.is_json(data) is is_json
 
 
@@ -555,11 +555,11 @@ def test_handlers_get_the_value_of_json_text_and_all_else_as_bytes(data, value, 
     ("value", "data"), [(None, b""), (b"\x00\xff", b"\x00\xff"), ({"a": "ü"}, b'{"a":"\xc3\xbc"}'), ("text", b'"text"')]
 )
 def test_what_handlers_return(value, data):
-    assert PROTOBUF.made(value) == data
+    assert PROTOBUF.encode_data(value) == data
 
 
 def test_deltas_are_bytes_like_any_data():
     publication = Publication(b"\xff\xfe", 7, binary=True)
-    whole, patch = PROTOBUF.whole(publication), PROTOBUF.patch(publication, b"\xff;")
+    whole, patch = PROTOBUF.make_full_pub(publication), PROTOBUF.make_delta_pub(publication, b"\xff;")
     assert (bytes(whole.data), whole.delta) == (b"\xff\xfe", False)
     assert (bytes(patch.data), patch.delta, patch.offset) == (b"\xff;", True, 7)

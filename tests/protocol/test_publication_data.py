@@ -1,4 +1,4 @@
-"""What may be published where, and who can be sent what is not JSON."""
+"""Formats of published data, and their delivery to clients of both encodings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def server() -> Server:
 
 
 def publish(peer: Peer, channel: str, data: bytes | None) -> list[dict]:
-    """Publish these very bytes."""
+    """Publish these bytes, unchanged."""
     if peer.form is BARE_PROTOBUF:
         request = {"channel": channel} if data is None else {"channel": channel, "data": data}
         message = client_pb2.Command(id=2, publish=client_pb2.PublishRequest(**request)).SerializeToString()
@@ -83,7 +83,7 @@ def test_protobuf(server, data, expected):
     assert tuple(outcome(publish(peer, f"{format}:a", data)) for format in FORMATS) == expected
 
 
-def test_the_format_of_all_channels_holds_where_a_namespace_sets_none():
+def test_a_namespace_without_a_format_has_the_common_one():
     channels = ChannelSettings(
         without_namespace=ChannelOptions(**ALL),
         namespaces=(Namespace(name="binary", publication_data_format="binary", **ALL),),
@@ -94,7 +94,7 @@ def test_the_format_of_all_channels_holds_where_a_namespace_sets_none():
     assert outcome(publish(peer, "binary:a", b"1")) == 0
 
 
-def test_a_handler_is_not_asked_about_what_does_not_fit(server):
+def test_a_handler_is_not_called_for_data_of_a_wrong_format(server):
     async def moderate(client, channel, data):
         raise AssertionError
 
@@ -103,7 +103,7 @@ def test_a_handler_is_not_asked_about_what_does_not_fit(server):
 
 
 class TestWhoCanBeSentIt:
-    def test_json_reaches_all(self, server):
+    def test_json_reaches_clients_of_every_encoding(self, server):
         peers = [client(server, form) for form in (BARE_PROTOBUF, server.client().form)]
         for peer in peers:
             peer.subscribe("any:a")
@@ -111,7 +111,7 @@ class TestWhoCanBeSentIt:
         assert [peer.publications() for peer in peers] == [[{"n": 1}]] * 2
 
     @pytest.mark.parametrize("data", [b"\xff", b"not json", None])
-    def test_what_is_not_json_closes_json_clients_with_3506(self, server, data):
+    def test_binary_data_closes_json_clients_with_3506(self, server, data):
         json, protobuf = server.client(), client(server, BARE_PROTOBUF)
         json.subscribe("binary:a")
         protobuf.subscribe("binary:a")
@@ -124,7 +124,7 @@ class TestWhoCanBeSentIt:
         assert server.count("realtime_bad_input", kind="encoding") == 1
 
     @pytest.mark.parametrize("ask", [{"history": {"channel": "kept:a", "limit": 1}}, {"subscribe": {"recover": True}}])
-    def test_so_does_what_is_kept_of_it(self, server, ask):
+    def test_stored_data_passes_too(self, server, ask):
         publish(client(server, BARE_PROTOBUF), "kept:a", b"\xff")
         peer = server.client()
         ((name, request),) = ask.items()

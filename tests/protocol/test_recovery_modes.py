@@ -1,4 +1,4 @@
-"""What a subscriber is given at once: in cache mode, with deltas agreed, with a filter, and within what limits."""
+"""Publications in a subscribe reply: in cache mode, with deltas, with a filter, and within limits."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def data_of(result: dict) -> list[Any]:
 
 
 class TestCache:
-    """The newest publication is all that matters (client protocol, section 7.5)."""
+    """Only the newest publication matters (client protocol, section 7.5)."""
 
     @pytest.mark.parametrize(
         ("published", "trimmed", "offset", "epoch", "recovered", "sent"),
         [
-            # who has the newest, and whose epoch is the right one
+            # clients with the newest publication and the right epoch
             (3, False, 3, "same", True, []),
             (3, False, 3, "", True, [3]),
             (3, False, 3, "other", True, [3]),
@@ -51,7 +51,7 @@ class TestCache:
             (3, False, 0, "", True, [3]),
             (3, False, 9, "same", True, [3]),
             (20, False, 1, "same", True, [20]),
-            # nothing is kept
+            # no publication is stored
             (3, True, 3, "same", True, []),
             (3, True, 2, "same", False, []),
             (3, True, 3, "", False, []),
@@ -73,30 +73,30 @@ class TestCache:
         assert result.get("offset", 0) == (offset if recovered else published)
         assert result["epoch"] == same
 
-    def test_it_is_not_sent_unasked(self, server):
+    def test_it_is_not_sent_unless_requested(self, server):
         server.publish("cache:a", 1)
         result = server.client().subscribe("cache:a")
         assert "publications" not in result and "was_recovering" not in result
 
-    def test_but_where_the_namespace_says_so(self, server):
+    def test_deltas_of_a_namespace_that_enables_them(self, server):
         server.publish("auto:a", 1, 2)
         result = server.client().subscribe("auto:a")
         assert (data_of(result), result["was_recovering"], result["recovered"]) == ([2], True, True)
         assert "offset" not in result
 
-    def test_and_at_connect(self, server):
+    def test_at_connect_too(self, server):
         server.publish("auto:a", 1, 2)
         (reply,) = server.peer().say({"id": 1, "connect": {"subs": {"auto:a": {}}}})
         assert data_of(reply["connect"]["subs"]["auto:a"]) == [2]
 
-    def test_flag_2_refuses_what_is_not_recovered(self, server):
+    def test_flag_2_refuses_an_unrecovered_subscription(self, server):
         peer = server.client()
         request = {"channel": "cache:a", "recover": True, "flag": 3}
         assert error_of(peer.say({"id": 2, "subscribe": request})) == 112
         server.publish("cache:a", 1)
         assert data_of(peer.subscribe(**request)) == [1]
 
-    def test_what_is_published_meanwhile_comes_after_the_reply(self, server):
+    def test_publications_during_a_recovery_come_after_the_reply(self, server):
         server.publish("auto:a", 1)
 
         async def and_another(query):
@@ -110,7 +110,7 @@ class TestCache:
 
 
 class Reader:
-    """What an SDK makes of publications on which deltas were agreed."""
+    """Apply deltas as an SDK does; return the data."""
 
     def __init__(self, peer: Peer) -> None:
         self.binary = peer.form is BARE_PROTOBUF
@@ -132,7 +132,7 @@ def text(n: int) -> dict:
 
 
 class TestDeltas:
-    def test_agreed_where_allowed(self, server):
+    def test_deltas_are_agreed_where_allowed(self, server):
         peer = server.client()
         assert peer.subscribe("delta:a", delta="fossil")["delta"] is True
         assert "delta" not in peer.subscribe("delta:b")
@@ -140,7 +140,7 @@ class TestDeltas:
         peer.say({"id": 5, "subscribe": {"channel": "delta:c", "delta": "xdelta"}})
         assert peer.close_code == (3501, "bad request")
 
-    def test_the_first_is_whole_and_the_others_are_deltas(self, server):
+    def test_the_first_is_full_and_the_others_are_deltas(self, server):
         peer = server.client()
         reader = Reader(peer)
         peer.subscribe("delta:a", delta="fossil")
@@ -150,7 +150,7 @@ class TestDeltas:
         assert [reader.read(push["push"]["pub"]) for push in peer.heard()] == [text(n) for n in range(5)]
         assert reader.deltas == 4
 
-    def test_in_the_reply_the_first_is_whole_and_what_follows_goes_on_from_there(self, server):
+    def test_the_first_publication_of_a_reply_is_full_and_deltas_continue_from_the_last(self, server):
         epoch = server.client().subscribe("delta:a")["epoch"]
         server.publish("delta:a", *(text(n) for n in range(1, 6)), delta=True)
         peer = server.client()
@@ -163,7 +163,7 @@ class TestDeltas:
         assert reader.read(push["push"]["pub"]) == text(6)
         assert reader.deltas == 4
 
-    def test_after_a_reply_without_publications_the_next_is_whole(self, server):
+    def test_after_a_reply_without_publications_the_next_is_full(self, server):
         server.publish("delta:a", text(1), delta=True)
         peer = server.client()
         position = server.client().subscribe("delta:a")
@@ -173,7 +173,7 @@ class TestDeltas:
         (push,) = peer.heard()
         assert Reader(peer).read(push["push"]["pub"]) == text(2)
 
-    def test_what_is_published_without_is_whole_and_still_a_string(self, server):
+    def test_a_publication_without_delta_is_full_and_still_a_string(self, server):
         server.publish("delta:a", text(1), delta=True)
         server.publish("delta:a", text(2))
         peer = server.client()
@@ -182,7 +182,7 @@ class TestDeltas:
         assert [reader.read(one) for one in result["publications"]] == [text(1), text(2)]
         assert reader.deltas == 0
 
-    def test_what_would_not_be_shorter_is_whole(self, server):
+    def test_a_delta_that_is_not_shorter_is_replaced_by_the_full_data(self, server):
         server.publish("delta:a", 1, 2, 3, delta=True)
         peer = server.client()
         reader = Reader(peer)
@@ -198,7 +198,7 @@ class TestDeltas:
         result = peer.subscribe("delta:a", delta="fossil", recover=True)
         assert [reader.read(one) for one in result["publications"]] == texts
 
-    def test_history_is_plain(self, server):
+    def test_history_is_sent_in_full(self, server):
         server.publish("delta:a", text(1), text(2), delta=True)
         peer = server.client()
         peer.subscribe("delta:a", delta="fossil")
@@ -219,7 +219,7 @@ class TestDeltas:
 class TestFilters:
     WISH = {"key": "kind", "cmp": "eq", "val": "news"}
 
-    def test_it_holds_for_what_is_recovered_and_for_what_comes(self, server):
+    def test_it_applies_to_recovered_and_new_publications(self, server):
         epoch = server.client().subscribe("tags:a")["epoch"]
         for n, kind in enumerate(("news", "ads", "news", "ads"), 1):
             server.publish("tags:a", n, tags={"kind": kind})
@@ -231,7 +231,7 @@ class TestFilters:
         assert peer.publications() == [6]
         assert peer.close_code is None
 
-    def test_nothing_left_is_no_list(self, server):
+    def test_a_filter_that_nothing_passes_omits_the_list(self, server):
         server.publish("tags:a", 1)
         result = server.client().subscribe("tags:a", recover=True, tf=self.WISH)
         assert result["recovered"] is True and "publications" not in result
@@ -248,18 +248,18 @@ class TestFilters:
             {"op": "or", "nodes": [WISH] * 2000},
         ],
     )
-    def test_one_that_is_not_valid_is_107(self, server, bad):
+    def test_an_invalid_filter_is_107(self, server, bad):
         peer = server.client()
         assert error_of(peer.say({"id": 2, "subscribe": {"channel": "tags:a", "tf": bad}})) == 107
         assert server.hub.subscriptions == 0
 
-    def test_one_that_is_too_deep_never_gets_through(self, server):
+    def test_a_filter_that_is_too_deep_is_an_invalid_message(self, server):
         peer = server.client()
         deep = b'{"op":"not","nodes":[' * 3000 + b"]}" * 3000
         peer.session.receive(b'{"id":2,"subscribe":{"channel":"tags:a","tf":%b}}' % deep)
         assert peer.close_code == (3501, "bad request") or error_of(peer.heard()) == 107
 
-    def test_where_filters_are_not_allowed_it_is_107(self, server):
+    def test_a_filter_where_none_is_allowed_is_107(self, server):
         assert error_of(server.client().say({"id": 2, "subscribe": {"channel": "plain", "tf": self.WISH}})) == 107
 
 
@@ -271,7 +271,7 @@ class TestLimits:
             server.client().subscribe("tags:a", recover=True, offset=offset, epoch=other)
         assert server.count("realtime_bad_input", kind="recovery_ahead") == 1
 
-    def test_more_than_fits_the_clients_queue_is_not_recovered(self):
+    def test_more_than_fits_the_clients_outbox_is_not_recovered(self):
         server = Server(CHANNELS, allow_anonymous_connect_without_token=True, queue_max_size=65536)
         server.publish("tags:a", *("x" * 10_000 for _ in range(5)))
         peer = server.client()

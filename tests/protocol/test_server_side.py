@@ -1,4 +1,4 @@
-"""Subscriptions that the server begins: by credentials, by the client's own wish at connect, and by order."""
+"""Server-side subscriptions: by credentials, by the connect request, and by order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from realtime.config.settings import ChannelOptions, ChannelSettings, Namespace, PersonalChannelSettings
 from realtime.errors import EngineUnavailable
-from realtime.protocol.commands import JOINS_AT_ONCE
+from realtime.protocol.connect import JOINS_AT_ONCE
 from realtime.protocol.orders import DisconnectOrder, RefreshOrder, SubscribeOrder, UnsubscribeOrder
 from realtime.pubsub.engine import AddPresence, GetHistory, GetPresence, SendOrder, Subscribe
 from realtime.types import Credentials, Grant, Position, SubscribeOptions
@@ -34,14 +34,14 @@ def make(**client: Any) -> Server:
 
 
 def connect(peer: Peer, **claims: Any) -> dict:
-    """Connect with a token; the result."""
+    """Connect with a token; return the result."""
     reply, *rest = peer.say({"id": 1, "connect": {"token": token(**{"sub": "42", **claims})}})
     assert not [message for message in rest if "push" not in message]
     return reply["connect"]
 
 
 def subs(peer: Peer, claims: dict, **positions: dict) -> dict:
-    """Connect with a token and what the client says of where it left its channels; the subscriptions."""
+    """Connect with a token and the client's last positions; return the subscriptions."""
     request = {"token": token(sub="42", **claims), "subs": positions}
     return peer.say({"id": 1, "connect": request})[0]["connect"].get("subs", {})
 
@@ -55,7 +55,7 @@ class TestAtConnect:
         assert peer.heard() == [{"push": {"channel": "plain:b", "pub": {"data": 1}}}]
         assert set(peer.session.handle.channels) == {"plain:a", "plain:b"}
 
-    def test_none_are_not_named(self):
+    def test_without_channels_the_reply_names_none(self):
         assert "subs" not in connect(make().peer())
 
     def test_options_of_the_token(self):
@@ -89,7 +89,7 @@ class TestAtConnect:
     @pytest.mark.parametrize(
         "grant", [Grant(expire_at=datetime(2030, 1, 1)), Grant(expire_at="1"), Grant(override={"presence": 1})]
     )
-    def test_a_grant_with_a_value_of_another_type_is_a_mistake(self, grant):
+    def test_a_grant_with_a_value_of_a_wrong_type_is_an_error(self, grant):
         async def connecting(request):
             return Credentials("7", subs={"room:a": grant})
 
@@ -100,7 +100,7 @@ class TestAtConnect:
         server.advance(6)
         assert server.clean()
 
-    def test_what_a_grant_can_not_override_is_a_mistake(self):
+    def test_an_unknown_override_in_a_grant_is_an_error(self):
         async def connecting(request):
             return Credentials("7", subs={"plain:a": Grant(override={"history_size": True})})
 
@@ -135,7 +135,7 @@ class TestAtConnect:
             for channel in ("room:a", "own:b")
         ]
 
-    def test_what_is_published_while_connecting_comes_after_the_reply(self):
+    def test_publications_during_a_connect_come_after_the_reply(self):
         server = make()
         gates = {"room:a": Gate(), "room:b": Gate()}
 
@@ -176,7 +176,7 @@ class TestAtConnect:
         reply, *_ = peer.heard()
         assert list(reply["connect"]["subs"]) == channels
 
-    def test_one_that_fails_among_many_leaves_none(self):
+    def test_a_failure_among_many_subscriptions_leaves_none(self):
         server = make()
         gates = {"room:a": Gate(), "room:c": Gate()}
 
@@ -242,7 +242,7 @@ class TestAtConnect:
         assert server.clean()
 
     @pytest.mark.parametrize("stage", [Subscribe, GetHistory, AddPresence])
-    def test_a_client_that_leaves_meanwhile_leaves_nothing(self, stage):
+    def test_a_client_that_leaves_during_a_server_side_subscribe_leaves_nothing_behind(self, stage):
         server = make()
         gate = Gate()
 
@@ -281,20 +281,20 @@ class TestAtConnect:
 
 
 class TestByTheClientAtConnect:
-    """Channels that the client names itself: it gets those to which it could subscribe anyway."""
+    """Channels in the connect request: those that the client could subscribe to without a token."""
 
-    def test_what_it_may_have(self):
+    def test_channels_the_client_may_subscribe_to(self):
         server = make()
         assert list(subs(server.peer(), {}, **{"open:a": {}, "limited:x#42": {}})) == ["open:a", "limited:x#42"]
 
     @pytest.mark.parametrize(
         "channel", ["plain:a", "$open:a", "limited:x#43", "open:" + "a" * 300, "open:\n", "open:ä", ""]
     )
-    def test_what_it_may_not_have_is_left_out(self, channel):
+    def test_channels_the_client_may_not_subscribe_to_are_left_out(self, channel):
         server = make()
         assert subs(server.peer(), {}, **{channel: {}, "open:a": {}}).keys() == {"open:a"}
 
-    def test_where_a_handler_decides_it_is_not_asked(self):
+    def test_a_channel_with_a_handler_is_left_out_without_a_call(self):
         async def may(client, channel, data):
             raise AssertionError
 
@@ -307,7 +307,7 @@ class TestByTheClientAtConnect:
         peer.say({"id": 1, "connect": {"subs": {"no:a": {}}}})
         assert peer.close_code == (3501, "bad request")
 
-    def test_an_insecure_server_gives_all_but_private_channels(self):
+    def test_an_insecure_server_allows_all_but_private_channels(self):
         server = make(insecure=True)
         assert subs(server.peer(), {}, **{"plain:a": {}, "$plain:a": {}}).keys() == {"plain:a"}
 
@@ -329,7 +329,7 @@ class TestPersonalChannel:
     def server(self, **personal: Any) -> Server:
         return make(subscribe_to_user_personal_channel=PersonalChannelSettings(enabled=True, **personal))
 
-    def test_every_user_has_one(self):
+    def test_every_user_has_a_personal_channel(self):
         server = self.server()
         peer = server.peer()
         assert connect(peer)["subs"].keys() == {"#42"}
@@ -348,7 +348,7 @@ class TestPersonalChannel:
         assert old.close_code == (3504, "connection limit")
         assert (new.close_code, other.close_code, anonymous.close_code) == (None, None, None)
 
-    def test_of_two_that_come_at_once_one_stays(self):
+    def test_one_of_two_simultaneous_connections_stays(self):
         server = self.server(single_connection=True)
         orders = []
 
@@ -365,7 +365,7 @@ class TestPersonalChannel:
         server.sessions.apply(orders[-1])
         assert (two.close_code, three.close_code) == ((3504, "connection limit"), None)
 
-    def test_when_the_older_ones_can_not_be_told_the_new_one_tries_again(self):
+    def test_the_new_connection_reconnects_when_the_order_can_not_be_sent(self):
         async def away(request):
             raise EngineUnavailable
 
@@ -394,7 +394,7 @@ class TestRefresh:
         assert server.clean()
 
     @pytest.mark.parametrize(("name", "judge"), [("refresh", "connection"), ("sub_refresh", "subscription")])
-    def test_a_client_that_leaves_while_its_token_is_judged_leaves_nothing(self, name, judge):
+    def test_a_client_that_leaves_while_its_token_is_verified_leaves_nothing_behind(self, name, judge):
         server = make()
         peer = server.peer()
         connect(peer, exp=NOW + 10)
@@ -414,7 +414,7 @@ class TestRefresh:
         gate.open()
         assert peer.heard() == [] and server.clean()
 
-    def test_those_that_the_token_did_not_name_do_not_count(self):
+    def test_subscriptions_of_other_origins_do_not_count(self):
         server = make(subscribe_to_user_personal_channel=PersonalChannelSettings(enabled=True))
         peer = server.peer()
         subs(peer, {"channels": ["plain:a"]}, **{"open:a": {}})
@@ -444,7 +444,7 @@ class TestOrders:
         (seen,) = server.engine.execute(GetPresence("news")).values()
         assert seen.chan_info == b'{"role":"x"}'
 
-    def test_the_push_says_where_it_begins(self, server):
+    def test_the_push_carries_the_position(self, server):
         ann = server.client("ann")
         server.publish("news", 1, 2)
         server.order(SubscribeOrder("ann", "news", SubscribeOptions(data=b"7")))
@@ -453,7 +453,7 @@ class TestOrders:
         assert body.pop("epoch")
         assert body == {"recoverable": True, "positioned": True, "offset": 2, "data": 7}
 
-    def test_since_a_position(self, server):
+    def test_after_a_position(self, server):
         ann = server.client("ann")
         server.publish("news", 1, 2, 3)
         server.order(SubscribeOrder("ann", "news", since=Position(1, "")))
@@ -463,7 +463,7 @@ class TestOrders:
         server.publish("news", 4)
         assert ann.publications() == [4]
 
-    def test_who_is_subscribed_stays_as_it_is(self, server):
+    def test_a_subscribed_client_keeps_its_subscription(self, server):
         ann = server.client("ann")
         ann.subscribe("open:a")
         server.order(SubscribeOrder("ann", "open:a"))
@@ -471,7 +471,7 @@ class TestOrders:
         server.hub.on_interruption()
         assert ann.heard()[0]["push"]["unsubscribe"]["code"] == 2500
 
-    def test_the_joiner_hears_of_the_subscription_first(self, server):
+    def test_the_subscribe_push_comes_before_the_join(self, server):
         ann = server.client("ann")
         server.order(SubscribeOrder("ann", "room:a"))
         assert [next(iter(message["push"].keys() - {"channel"})) for message in ann.heard()] == ["subscribe", "join"]
@@ -505,7 +505,7 @@ class TestOrders:
         assert ann.close_code == (3006, "subscription expired")
         assert server.clean()
 
-    def test_one_too_many_closes_with_3505(self):
+    def test_a_subscription_over_the_limit_closes_with_3505(self):
         server = make(channel_limit=1)
         ann = server.client("ann")
         server.order(SubscribeOrder("ann", "plain:a"))
@@ -515,7 +515,7 @@ class TestOrders:
 
     @pytest.mark.parametrize("how", ["order", "command", "closed"])
     @pytest.mark.parametrize("stage", [Subscribe, GetHistory, AddPresence])
-    def test_ended_while_it_begins(self, server, stage, how):
+    def test_a_subscription_ended_during_its_subscribe(self, server, stage, how):
         gate = Gate()
 
         async def late(request):
@@ -538,7 +538,7 @@ class TestOrders:
         assert not server.mistakes
 
     @pytest.mark.parametrize("stage", [Subscribe, GetHistory, AddPresence])
-    def test_ended_and_begun_again_while_it_begins(self, server, stage):
+    def test_a_subscription_ended_and_begun_again_during_its_subscribe(self, server, stage):
         gates = []
 
         async def late(request):
@@ -553,7 +553,7 @@ class TestOrders:
         server.order(SubscribeOrder("ann", "room:a"))
         server.order(UnsubscribeOrder("ann", "room:a"))
         server.order(SubscribeOrder("ann", "room:a"))
-        for gate in gates:  # those that are added meanwhile, too
+        for gate in gates:  # including those added meanwhile
             gate.open()
         pushes = [message["push"] for message in watcher.heard()]
         assert len(server.engine.execute(GetPresence("room:a"))) == 2
@@ -581,7 +581,7 @@ class TestOrders:
         assert error_of(ann.heard()) == 103
         assert server.hub.subscriptions == 0
 
-    def test_an_order_while_a_handler_thinks_comes_first(self, server):
+    def test_an_order_during_a_handler_takes_effect_first(self, server):
         gate = Gate()
 
         async def may(client, channel, data):
@@ -631,7 +631,7 @@ class TestOrders:
 
 
 class TestByHandlers:
-    """What handlers do with a client."""
+    """Calls of handlers on a client."""
 
     def test_subscribe_and_refresh(self):
         async def upgrade(client, data):
@@ -648,7 +648,7 @@ class TestByHandlers:
         ]
         assert (peer.session.handle.info, peer.session.handle.channels) == ("vip", ["plain:a"])
 
-    def test_an_unknown_override_is_refused_there_and_then(self):
+    def test_an_unknown_override_is_refused_at_once(self):
         peer = make().client("ann")
         with pytest.raises(ValueError):
             peer.session.handle.subscribe("plain:a", Grant(override={"history_size": True}))
@@ -659,7 +659,7 @@ class TestByHandlers:
         assert peer.session.handle.meta == {"plan": "gold"}
         assert "plan" not in msgspec.json.encode(reply).decode()
 
-    def test_a_grant_that_expires_is_asked_for_anew(self):
+    def test_an_expired_grant_is_requested_again(self):
         async def may(client, channel, data):
             return Grant(expire_at=int(NOW) + 5, override={"presence": True})
 
@@ -674,7 +674,7 @@ class TestByHandlers:
         ]
 
     @pytest.mark.parametrize("credentials", [Credentials("7", channels="news"), Credentials("7", channels=["a\ud800"])])
-    def test_credentials_that_make_no_sense_are_a_mistake_and_leave_nothing(self, credentials):
+    def test_invalid_credentials_are_an_error_and_leave_nothing_behind(self, credentials):
         async def connecting(request):
             return credentials
 

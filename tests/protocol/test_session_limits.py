@@ -1,4 +1,4 @@
-"""What one client may ask for: how much in which time, and how much at once."""
+"""Limits of one client: rates, concurrency, failures, connections and channels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from realtime.errors import ClientError
-from realtime.protocol.session import EXPIRY_SPREAD
+from realtime.protocol.session_timers import EXPIRY_SPREAD
 from realtime.pubsub.engine import AddPresence, GetHistory, Subscribe
 from realtime.pubsub.time_slices import TimeSlicer
 from tests.protocol.sessions import CHANNEL, NOW, Gate, Server, error_of, token
@@ -28,14 +28,14 @@ class TestRate:
         server = make(commands_per_second=200)
         peer = server.client()
         replies = peer.say(*({"id": n, **LEAVE} for n in range(2, 1002)))
-        # One of the first 400 was its connect.
+        # One of the first 400 commands was its connect.
         assert answers(replies) == {0: 399, 111: 400}
         assert all(reply["error"]["temporary"] for reply in replies if "error" in reply)
         assert peer.close_code == (3013, "too many requests")
         assert server.count("realtime_bad_input", kind="command_rate") == 401
         assert server.count("realtime_bad_input", kind="command_flood") == 1
 
-    def test_the_rate_itself_may_go_on_for_ever(self):
+    def test_commands_at_the_allowed_rate_are_never_refused(self):
         server = make(commands_per_second=20, pong_timeout=0.0)
         peer = server.client()
         for _ in range(100):
@@ -43,14 +43,14 @@ class TestRate:
             server.advance(0.25)
         assert peer.close_code is None
 
-    def test_who_slows_down_is_heard_again(self):
+    def test_a_client_that_slows_down_is_served_again(self):
         server = make(commands_per_second=10)
         peer = server.client()
         assert answers(peer.say(*({"id": n, **LEAVE} for n in range(2, 31)))) == {0: 19, 111: 10}
         server.advance(2)
         assert answers(peer.say({"id": 40, **LEAVE})) == {0: 1}
 
-    def test_what_is_refused_does_nothing(self):
+    def test_a_refused_command_has_no_effect(self):
         server = make(commands_per_second=1)
         peer = server.client()
         assert error_of(peer.say({"id": 2, **LEAVE}, {"id": 3, "subscribe": {"channel": "a"}})[1:]) == 111
@@ -74,7 +74,7 @@ class TestErrors:
         assert server.count("realtime_bad_input", kind="command_errors") == 1
         assert server.count("realtime_command_errors", command="publish", code="102") == 4
 
-    def test_few_at_a_time_may_go_on(self):
+    def test_a_few_failures_at_a_time_are_allowed(self):
         server = make(error_limit=3, pong_timeout=0.0)
         peer = server.client()
         for _ in range(10):
@@ -83,7 +83,7 @@ class TestErrors:
         assert peer.close_code is None
 
     @pytest.mark.parametrize("error", [ClientError(100, "later", True), ClientError(109, "token expired")])
-    def test_those_that_tell_the_client_to_try_again_do_not_count(self, error):
+    def test_temporary_errors_do_not_count(self, error):
         async def fail(client, data):
             raise error
 
@@ -110,7 +110,7 @@ class TestErrors:
 
 
 class TestConnectionsOfOneUser:
-    def test_one_too_many_is_3504(self):
+    def test_a_connection_over_the_limit_is_3504(self):
         server = make(user_connection_limit=2)
         one, two, three, other = server.client("42"), server.client("42"), server.peer(), server.client("43")
         three.say({"id": 1, "connect": {"token": token(sub="42")}})
@@ -119,7 +119,7 @@ class TestConnectionsOfOneUser:
         one.session.closed()
         assert server.client("42").close_code is None
 
-    def test_the_anonymous_are_not_counted(self):
+    def test_anonymous_clients_are_not_counted(self):
         server = make(user_connection_limit=1)
         assert [server.client().close_code for _ in range(3)] == [None] * 3
 
@@ -171,7 +171,7 @@ class TestSeveralAtATime:
         server.client().say(self.call("x", 2), self.call("y", 3))
         assert gates.keys() == {"x"}
 
-    def test_up_to_the_limit(self):
+    def test_recovery_up_to_the_limit(self):
         server, gates = self.server(2)
         peer = server.client()
         assert peer.say(self.call("x", 2), self.call("y", 3), self.call("z", 4)) == []
@@ -217,7 +217,7 @@ class TestSeveralAtATime:
         connecting.open()
         assert [reply["id"] for reply in peer.heard()] == [1, 3]
 
-    def test_what_is_no_command_waits_for_those_before_it(self):
+    def test_an_invalid_command_waits_for_earlier_ones(self):
         server, gates = self.server(8)
         peer = server.client()
         peer.say(self.call("x", 2), b"junk", self.call("y", 3))
@@ -226,7 +226,7 @@ class TestSeveralAtATime:
         assert [reply["id"] for reply in peer.heard()] == [2]
         assert peer.close_code == (3501, "bad request")
 
-    def test_a_client_that_leaves_in_the_middle_leaves_nothing(self):
+    def test_a_client_that_leaves_during_a_long_reply_leaves_nothing_behind(self):
         server, gates = self.server(8)
         peer = server.client()
         peer.say(self.publish("a", "a1", 2), self.publish("a", "a2", 3), self.publish("b", "b1", 4))
@@ -255,18 +255,18 @@ class TestUserOfAProxy:
         peer.say({"id": 1, "connect": request})
         return peer.session.user if peer.close_code is None else str(peer.close_code[0])
 
-    def test_it_says_who(self):
+    def test_it_names_the_user(self):
         assert self.user(self.server(), {"x-user-id": "42"}) == "42"
 
-    def test_without_it_the_other_rules_hold(self):
+    def test_without_the_header_the_other_rules_apply(self):
         assert self.user(self.server(), {}) == "3501"
         assert self.user(self.server(), {"x-user-id": ""}) == "3501"
         assert self.user(self.server(allow_anonymous_connect_without_token=True), {}) == ""
 
-    def test_a_token_comes_first(self):
+    def test_a_token_takes_precedence(self):
         assert self.user(self.server(), {"x-user-id": "42"}, token=token(sub="43")) == "43"
 
-    def test_it_is_not_believed_unless_configured(self):
+    def test_it_is_ignored_unless_configured(self):
         assert self.user(Server(), {"x-user-id": "42"}) == "3501"
 
 
@@ -286,11 +286,11 @@ def test_connections_that_expire_together_do_not_end_together():
 
 
 class TestTurns:
-    """A message may hold thousands of commands: other work has its turns between them."""
+    """Messages with thousands of commands: other work gets its turns between them."""
 
     @pytest.fixture
     def turns(self) -> list:
-        """What the loop is asked to call in its next turn."""
+        """The calls for the next turn of the loop."""
         return []
 
     @pytest.fixture
@@ -323,7 +323,7 @@ class TestTurns:
         turns.pop(0)()
         assert all(peer.heard() for peer in peers)
 
-    def test_one_that_leaves_in_between_asks_for_nothing_more(self, server, turns):
+    def test_commands_of_a_client_that_leaves_are_dropped(self, server, turns):
         peer, other = server.client(), server.client()
         other.subscribe("a")
         peer.say(*({"id": n, "publish": {"channel": "a", "data": n}} for n in range(2, 1002)))
@@ -333,7 +333,7 @@ class TestTurns:
             turns.pop(0)()
         assert heard < 300 and other.heard() == []
 
-    def test_what_has_to_wait_is_gone_on_with_when_it_may(self, server, turns):
+    def test_queued_commands_start_when_a_channel_becomes_free(self, server, turns):
         gate = Gate()
 
         async def wait(client, data):

@@ -1,4 +1,4 @@
-"""Orders that concern very many sessions: in turns with other work, and in their sequence all the same."""
+"""The sessions of a worker: orders for many of them are divided over turns of the loop, and keep their sequence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from realtime.protocol.orders import DisconnectOrder, RefreshOrder, SubscribeOrder, UnsubscribeOrder, encode_order
+from realtime.protocol.orders import (
+    ChannelsOrder,
+    DisconnectOrder,
+    EmulateOrder,
+    RefreshOrder,
+    SubscribeOrder,
+    UnsubscribeOrder,
+    encode_order,
+)
 from realtime.protocol.sessions import SESSIONS_AT_ONCE, Sessions
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import Position, SubscribeOptions
@@ -15,43 +23,43 @@ from realtime.types import Position, SubscribeOptions
 MANY = 5 * SESSIONS_AT_ONCE
 
 
-class Session:
-    """What was done to it."""
+class RecordedSession:
+    """Records the calls to it."""
 
     def __init__(self, worker: Worker, client: str, user: str) -> None:
         self.worker, self.client, self.user, self.secret = worker, client, user, f"secret of {client}"
         self.done: list[Any] = []
-        worker.registry.add(self)
+        worker.sessions.add(self)
 
-    def _note(self, *what: Any) -> None:
-        self.done.append(what)
+    def _record(self, *call: Any) -> None:
+        self.done.append(call)
         self.worker.now += 0.001
 
     def disconnect(self, code: int, reason: str) -> None:
-        self._note("disconnect", code)
-        self.worker.registry.remove(self)
+        self._record("disconnect", code)
+        self.worker.sessions.remove(self)
 
-    def subscribe(self, channel: str, terms: SubscribeOptions, since: Position | None) -> None:
-        self._note("subscribe", channel)
+    def subscribe(self, channel: str, options: SubscribeOptions, since: Position | None) -> None:
+        self._record("subscribe", channel)
 
-    def end_subscription(self, channel: str, code: int, reason: str) -> None:
-        self._note("unsubscribe", channel)
+    def unsubscribe(self, channel: str, code: int, reason: str) -> None:
+        self._record("unsubscribe", channel)
 
     def refresh(self, expire_at: float, info: bytes) -> None:
-        self._note("refresh", expire_at)
+        self._record("refresh", expire_at)
 
 
 class Worker:
     def __init__(self) -> None:
         self.now = 0.0
         self.turns: list[Callable[[], None]] = []
-        self.registry = Sessions(TimeSlicer(lambda: self.now, 0.005, self.turns.append))
+        self.sessions = Sessions(TimeSlicer(lambda: self.now, 0.005, self.turns.append))
 
-    def sessions(self, number: int = MANY, user: str = "") -> list[Session]:
-        return [Session(self, f"{user}{count}", user) for count in range(number)]
+    def add(self, count: int = MANY, user: str = "") -> list[RecordedSession]:
+        return [RecordedSession(self, f"{user}{number}", user) for number in range(count)]
 
     def order(self, order: Any) -> None:
-        self.registry.apply(encode_order(order))
+        self.sessions.apply(encode_order(order))
 
     def turn(self) -> None:
         """One turn of the loop."""
@@ -69,42 +77,67 @@ def worker() -> Worker:
     return Worker()
 
 
-def test_many_sessions_are_not_ended_in_one_turn(worker: Worker) -> None:
-    worker.sessions()
+def test_an_order_for_many_sessions_takes_several_turns(worker: Worker) -> None:
+    worker.add()
     worker.order(DisconnectOrder(""))
     worker.turn()
-    assert MANY / 2 < len(worker.registry) < MANY
+    assert MANY / 2 < len(worker.sessions) < MANY
     worker.finish()
-    assert len(worker.registry) == 0
+    assert len(worker.sessions) == 0
 
 
-def test_orders_are_carried_out_in_their_sequence(worker: Worker) -> None:
-    many, (ann,) = worker.sessions(), worker.sessions(1, "ann")
+def test_orders_are_carried_out_in_order_of_arrival(worker: Worker) -> None:
+    many, (ann,) = worker.add(), worker.add(1, "ann")
     worker.order(SubscribeOrder("", "news"))
     worker.order(UnsubscribeOrder("", "news", client=many[-1].client))
     worker.order(RefreshOrder("ann", 5.0))
     assert ann.done == []
     worker.order(RefreshOrder("", expired=True))
     worker.finish()
-    every = [("subscribe", "news"), ("disconnect", 3005)]
-    assert all(session.done == every for session in many[:-1])
-    assert many[-1].done == [every[0], ("unsubscribe", "news"), every[1]]
+    to_all = [("subscribe", "news"), ("disconnect", 3005)]
+    assert all(session.done == to_all for session in many[:-1])
+    assert many[-1].done == [to_all[0], ("unsubscribe", "news"), to_all[1]]
     assert ann.done == [("refresh", 5.0)]
 
 
-def test_who_comes_later_is_not_meant(worker: Worker) -> None:
-    worker.sessions()
+def test_an_order_does_not_concern_later_sessions(worker: Worker) -> None:
+    worker.add()
     worker.order(DisconnectOrder(""))
-    late = Session(worker, "late", "")
+    late = RecordedSession(worker, "late", "")
     worker.finish()
-    assert late.done == [] and len(worker.registry) == 1
+    assert late.done == [] and len(worker.sessions) == 1
 
 
-def test_what_concerns_few_is_done_at_once(worker: Worker) -> None:
-    many, (ann,) = worker.sessions(), worker.sessions(1, "ann")
+def test_an_order_for_few_sessions_is_carried_out_at_once(worker: Worker) -> None:
+    many, (ann,) = worker.add(), worker.add(1, "ann")
     worker.order(DisconnectOrder("ann"))
     worker.order(DisconnectOrder("", client=many[7].client))
     worker.order(DisconnectOrder("", session=many[8].secret))
     worker.order(DisconnectOrder("", client=ann.client))
     assert [len(session.done) for session in (ann, *many[6:10])] == [1, 0, 1, 1, 0]
     assert not worker.turns
+
+
+def test_a_superseding_order_spares_connections_that_began_later(worker: Worker) -> None:
+    old, new, newer = worker.add(3, "ann")
+    first, second = worker.sessions.supersede(new), worker.sessions.supersede(newer)
+    worker.sessions.apply(first)
+    assert [session.done for session in (old, new, newer)] == [[("disconnect", 3504)], [], []]
+    worker.sessions.apply(second)
+    assert [session.done for session in (new, newer)] == [[("disconnect", 3504)], []]
+
+
+def test_orders_that_concern_no_session_go_to_their_handlers(worker: Worker) -> None:
+    passed: list[Any] = []
+    worker.order(EmulateOrder("a secret", b"{}"))  # without a handler, it is ignored
+    worker.sessions.add_handler(EmulateOrder, passed.append)
+    for order in (EmulateOrder("a secret", b"{}"), ChannelsOrder(1, "0", "*")):
+        worker.order(order)
+    assert passed == [EmulateOrder("a secret", b"{}")]
+
+
+def test_sessions_may_be_removed_while_they_are_visited(worker: Worker) -> None:
+    worker.add(3)
+    for session in worker.sessions:
+        session.disconnect(3000, "")
+    assert len(worker.sessions) == 0 and list(worker.sessions) == []

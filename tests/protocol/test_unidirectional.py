@@ -1,4 +1,4 @@
-"""Connections on which only the server talks, those with a way of their own for commands, and those with own pings."""
+"""Unidirectional connections, connections with emulation, and connections whose transport sends the pings."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TestUnidirectional:
             {"message": {"data": "hi"}},
         ]
 
-    def test_pings_want_no_answer(self, server):
+    def test_pings_need_no_pong(self, server):
         peer = server.peer(BARE_PUSHES)
         connect(peer)
         server.advance(200)
@@ -64,13 +64,13 @@ class TestUnidirectional:
         assert peer.close_code is None
 
     @pytest.mark.parametrize("message", [b"{}", b"junk", b'{"id":2,"rpc":{}}', b"\n" * 1000])
-    def test_later_messages_mean_nothing(self, server, message):
+    def test_later_messages_are_ignored(self, server, message):
         peer = server.peer(BARE_PUSHES)
         connect(peer)
         peer.session.receive(message)
         assert (peer.heard(), peer.close_code) == ([], None)
 
-    def test_nor_do_those_that_come_while_it_connects(self, server):
+    def test_nor_do_subscriptions_begun_during_its_connect(self, server):
         gate = Gate()
 
         async def connecting(request):
@@ -112,12 +112,12 @@ class TestUnidirectional:
         assert peer.close_code == (3005, "connection expired")
 
     @pytest.mark.parametrize("message", [b"junk", b"[]", b'{"token":5}', b'{"subs":{"a":1}}'])
-    def test_what_is_no_connect_request_is_3501(self, server, message):
+    def test_an_invalid_connect_request_is_3501(self, server, message):
         peer = server.peer(BARE_PUSHES)
         peer.session.receive(message)
         assert peer.close_code == (3501, "bad request")
 
-    def test_silence_is_3502(self, server):
+    def test_a_stream_without_a_connect_closes_with_3502(self, server):
         peer = server.peer(BARE_PUSHES)
         server.advance(11)
         assert peer.close_code == (3502, "stale")
@@ -136,23 +136,23 @@ class TestEmulated:
         (reply,) = server.peer(secret="s3cret").say({"id": 1, "connect": {}})
         assert (reply["connect"]["session"], reply["connect"]["node"]) == ("s3cret", "node")
 
-    def test_others_are_not_told(self, server):
+    def test_other_clients_are_not_notified(self, server):
         (reply,) = server.peer().say({"id": 1, "connect": {}})
         assert "session" not in reply["connect"] and "node" not in reply["connect"]
 
 
 class TestPingsOfTheTransport:
-    """`cf_ws_frame_ping_pong`: signs of life are the transport's business."""
+    """`cf_ws_frame_ping_pong`: the transport checks the connection."""
 
-    def test_there_are_no_others(self, server):
-        peer = server.peer(pings=False)
+    def test_other_procedures_of_the_server_do_not_exist(self, server):
+        peer = server.peer(needs_pings=False)
         (reply,) = peer.say({"id": 1, "connect": {}})
         assert reply["connect"].keys() == {"client", "version"}
         server.advance(100)
         assert (peer.heard(), peer.close_code) == ([], None)
 
-    def test_a_pong_of_the_protocol_is_out_of_place(self, server):
-        peer = server.peer(pings=False)
+    def test_a_protocol_pong_closes_with_3501(self, server):
+        peer = server.peer(needs_pings=False)
         peer.connect()
         peer.say({})
         assert peer.close_code == (3501, "bad request")

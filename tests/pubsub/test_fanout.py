@@ -561,7 +561,7 @@ def test_a_delta_that_is_not_shorter_is_not_sent(worker: Worker, monkeypatch: py
 
 
 def test_a_format_without_deltas_gets_the_data(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TextForm, "patched", lambda *args: None)
+    monkeypatch.setattr(TextForm, "delta_publication", lambda *args: None)
     reader = Reader(worker.member(delta=True))
     for number in range(3):
         worker.publish(data=text(number), delta=True)

@@ -40,10 +40,10 @@ class TextForm:
         self.encoded += 1
         return b"%s%s %d %s\0" % (self.name.encode(), publication.data, publication.offset, epoch.encode())
 
-    def whole(self, channel: str, publication: Publication, epoch: str) -> bytes:
+    def full_publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
         return b"whole " + self.publication(channel, publication, epoch)
 
-    def patched(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
+    def delta_publication(self, channel: str, publication: Publication, delta: bytes, epoch: str) -> bytes | None:
         self.encoded += 1
         return b"patch %s %d\0" % (delta, publication.offset)
 

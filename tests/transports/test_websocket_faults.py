@@ -404,7 +404,7 @@ async def pinged(stage: Stage, client: Client, number: int) -> None:
 async def test_frame_pings() -> None:
     async with staged() as stage:
         client = await stage.request(handshake(path=FRAME_PINGS))
-        assert not stage.sessions[0].connection.pings
+        assert not stage.sessions[0].connection.needs_pings
         for number in range(1, 4):
             await pinged(stage, client, number)
             client.send(frame(10))

@@ -1,0 +1,127 @@
+"""The JSON encoding of the client protocol.
+
+One text message holds one or more JSON objects, joined by newlines. Data of applications is embedded unparsed, byte for
+byte except for raw line ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct, UnsetType
+
+from realtime import errors, json_text
+from realtime.errors import ClientError, Disconnect
+from realtime.protocol import messages
+from realtime.protocol.encodings import Encoding
+from realtime.protocol.messages import Command, ConnectRequest, Error, ProtocolError, Pub
+from realtime.types import Publication
+
+
+class JSONEncoding:
+    """JSON objects, joined by newlines within one text message."""
+
+    name = "json"
+    unidirectional = False
+    ping = b"{}"
+
+    def decode_command(self, message: bytes) -> Command | None:
+        if _NEWLINE in message:
+            return None
+        try:
+            return _decode_command(message)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise ProtocolError("not a command") from None
+
+    def decode_commands(self, message: bytes) -> Iterator[Command]:
+        # A newline at the end of the message is allowed.
+        for line in message.removesuffix(b"\n").split(b"\n"):
+            command = self.decode_command(line)
+            assert command is not None
+            yield command
+
+    def validate_data(self, raw: Raw | UnsetType) -> bytes:
+        return json_text.payload(raw)
+
+    def decode_data(self, data: bytes) -> Any:
+        return json_text.value(data)
+
+    def encode_data(self, value: Any) -> bytes:
+        if value is None:
+            return b""
+        return json_text.one_line(bytes(value) if isinstance(value, Raw) else _encode(value))
+
+    def is_json(self, data: bytes) -> bool:
+        return True  # otherwise the command would not have been decoded
+
+    def encode_reply(self, id: int, name: str, result: Struct) -> bytes:
+        return b'{"id":%d,"%s":%b}' % (id, name.encode(), _encode(result))
+
+    def encode_rpc_reply(self, id: int, value: Any) -> bytes:
+        return b'{"id":%d,"rpc":{"data":%b}}' % (id, self.encode_data(value) or b"null")
+
+    def encode_error(self, id: int, error: ClientError) -> bytes:
+        return b'{"id":%d,"error":%b}' % (id, _encode(Error(error.code, error.message, error.temporary)))
+
+    def encode_push(self, channel: str, name: str, body: Struct) -> bytes:
+        return b'{"push":%b}' % _bare_push(channel, name, body)
+
+    def make_pub(self, publication: Publication, epoch: str = "") -> Pub:
+        if publication.binary:
+            raise Disconnect(*errors.INAPPROPRIATE_PROTOCOL)
+        # Text that arrived in another encoding still has its line ends.
+        return messages.make_pub(publication, json_text.one_line(publication.data), epoch)
+
+    def make_full_pub(self, publication: Publication, epoch: str = "") -> Pub:
+        # With deltas the data is always a string: JSON text, or a delta between two JSON texts.
+        if publication.binary:
+            raise Disconnect(*errors.INAPPROPRIATE_PROTOCOL)
+        return messages.make_pub(publication, _encode(publication.data.decode()), epoch)
+
+    def make_delta_pub(self, publication: Publication, delta: bytes, epoch: str = "") -> Pub | None:
+        if publication.binary:
+            return None
+        try:
+            return messages.make_pub(publication, _encode(delta.decode()), epoch, delta=True)
+        except UnicodeDecodeError:
+            return None
+
+
+class JSONPushEncoding(JSONEncoding):
+    """The unidirectional encoding: a JSON connect request, then bare pushes."""
+
+    unidirectional = True
+
+    def decode_command(self, message: bytes) -> Command:
+        try:
+            return Command(id=1, connect=_decode_connect(message or b"{}"))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise ProtocolError("not a connect request") from None
+
+    def decode_commands(self, message: bytes) -> Iterator[Command]:
+        yield self.decode_command(message)
+
+    def encode_reply(self, id: int, name: str, result: Struct) -> bytes:
+        return b'{"%s":%b}' % (name.encode(), _encode(result))
+
+    def encode_push(self, channel: str, name: str, body: Struct) -> bytes:
+        return _bare_push(channel, name, body)
+
+
+_NEWLINE = 10
+
+
+def _bare_push(channel: str, name: str, body: Struct) -> bytes:
+    if channel:
+        return b'{"channel":%b,"%b":%b}' % (_encode(channel), name.encode(), _encode(body))
+    return b'{"%b":%b}' % (name.encode(), _encode(body))
+
+
+_encode = msgspec.json.Encoder().encode
+_decode_command = msgspec.json.Decoder(Command).decode
+_decode_connect = msgspec.json.Decoder(ConnectRequest).decode
+
+JSON_ENCODING: Encoding = JSONEncoding()
+JSON_PUSHES: Encoding = JSONPushEncoding()

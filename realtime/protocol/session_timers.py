@@ -1,0 +1,176 @@
+"""The time limits of one session: the opening, pings and pongs, and the expiry of the connection and its subscriptions.
+
+A session has one deadline at a time (`realtime.deadlines`), the earliest of its limits; `on_deadline` acts on the due
+limits. Limits are in loop time, math.inf for none. Tokens and grants expire at Unix seconds, 0.0 for never.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+
+from realtime import errors
+from realtime.errors import ClientError
+from realtime.protocol.context import Connection, SessionServices, SessionSettings
+from realtime.protocol.encodings import Encoding
+from realtime.protocol.session_state import CONNECTED, SessionState
+from realtime.protocol.subscription import Subscription, SubscriptionSource
+
+# Seconds after which a client that was refused is disconnected. It is expected to close the connection itself.
+REFUSED_DELAY = 5.0
+# The longest ttl in seconds that fits the SDKs' integers: 68 years.
+LONGEST_TTL = 2**31 - 1
+# An expired connection closes later by up to this share of its grace, so that many do not close at the same moment.
+EXPIRY_SPREAD = 0.1
+
+
+class SessionTimers(ABC):
+    """The part of a `Session` that deals with time.
+
+    A base class rather than an object of its own, which would cost memory in every session.
+    """
+
+    __slots__ = ("_expire_by", "_ping_at", "_pong_by", "_stale_by", "deadline_bucket", "services", "settings")
+
+    # Set by the session:
+    state: SessionState
+    encoding: Encoding
+    subscriptions: dict[str, Subscription]
+    is_refreshable: bool
+    running: int
+    _connection: Connection
+
+    def __init__(self, settings: SessionSettings, services: SessionServices) -> None:
+        self.settings = settings
+        self.services = services
+        self._ping_at = self._pong_by = self._expire_by = math.inf
+        self._stale_by = self._after(settings.client.stale_close_delay or math.inf)
+        self.deadline_bucket = 0
+
+    @property
+    @abstractmethod
+    def is_paused(self) -> bool:
+        """Whether the socket is not read now."""
+
+    @abstractmethod
+    def disconnect(self, code: int, reason: str) -> None: ...
+
+    @abstractmethod
+    def unsubscribe(self, channel: str, code: int, reason: str) -> None: ...
+
+    def schedule_deadline(self) -> None:
+        """Have `on_deadline` called when the earliest limit is due; to be called after a limit was changed."""
+        due = min(self._stale_by, self._ping_at, self._pong_by, self._expire_by, self._subscription_expiry())
+        if due < math.inf and self.state is not SessionState.CLOSED:
+            self.services.deadlines.set(self, due)
+
+    def on_deadline(self) -> None:
+        """Act on the limits that are due."""
+        now = self.services.deadlines.now
+        if self._stale_by <= now:
+            self._stale()
+        elif self._pong_by <= now and not self.is_paused:
+            self.disconnect(*errors.NO_PONG)
+        elif self._expire_by <= now:
+            self.disconnect(*errors.CONNECTION_EXPIRED)
+        else:
+            self._expire_subscriptions(now)
+            if self._ping_at <= now and self.state is CONNECTED:
+                self._ping(now)
+            self.schedule_deadline()
+
+    def _after(self, delay: float) -> float:
+        return self.services.deadlines.now + delay
+
+    def _loop_time(self, expire_at: float, grace: float = 0.0) -> float:
+        """Convert a time of expiry to loop time, `grace` seconds later; math.inf for 0.0."""
+        return self._after(expire_at - self.services.wall_clock() + grace) if expire_at else math.inf
+
+    # -- opening -----------------------------------------------------------------------------------------------------
+
+    def _stale(self) -> None:
+        if self.state is SessionState.REFUSED:
+            self.disconnect(*errors.CONNECTION_CLOSED)
+        elif self.running:
+            # The client has sent its connect command, which takes long here: it may come back. 3502 would be final.
+            self.disconnect(*errors.SERVER_ERROR)
+        else:
+            self.disconnect(*errors.STALE)
+
+    def _limit_refused(self) -> None:
+        """Give a refused client REFUSED_DELAY seconds to close the connection."""
+        self._stale_by = self._after(REFUSED_DELAY)
+        self.schedule_deadline()
+
+    # -- pings -------------------------------------------------------------------------------------------------------
+
+    @property
+    def ping_parameters(self) -> tuple[int, bool]:
+        """The client's parameters: seconds between two pings, 0 for none, and whether it has to answer them."""
+        settings = self.settings.client
+        if not (settings.ping_interval > 0 and self._connection.needs_pings):
+            return 0, False
+        return math.ceil(settings.ping_interval), self._wants_pongs
+
+    @property
+    def _wants_pongs(self) -> bool:
+        return self.settings.client.pong_timeout > 0 and not self.encoding.unidirectional
+
+    def _start_pings(self) -> None:
+        """End the limit of the opening, and begin to ping."""
+        self._stale_by = math.inf
+        interval, _ = self.ping_parameters
+        if interval:
+            # Random, so that clients that connected together are not pinged together.
+            self._ping_at = self._after(self.settings.client.ping_interval * random.uniform(0.5, 1.0))
+        self.schedule_deadline()
+
+    def _ping(self, now: float) -> None:
+        self._ping_at = now + self.settings.client.ping_interval
+        if self._pong_by < math.inf:
+            return  # the client is not read now, and would answer a second ping by one pong too many
+        if self._wants_pongs:
+            self._pong_by = now + self.settings.client.pong_timeout
+        self._connection.send(self.encoding.ping)
+
+    def _pong_received(self) -> None:
+        # A pong is taken before the queued commands: their duration is not the client's fault. The deadline stays set
+        # and wakes the session once for nothing, which costs less than moving it at every pong.
+        self._pong_by = math.inf
+
+    def _restart_pong_limit(self) -> None:
+        """Wait anew for a pong that may have arrived long ago, while the socket was not read."""
+        if self._pong_by < math.inf:
+            self._pong_by = self._after(self.settings.client.pong_timeout)
+            self.schedule_deadline()
+
+    # -- expiry ------------------------------------------------------------------------------------------------------
+
+    def ttl(self, expire_at: float) -> int:
+        """Return the whole seconds until `expire_at`, 0 for never. Raises ClientError 110 when it has passed."""
+        if not expire_at:
+            return 0
+        left = expire_at - self.services.wall_clock()
+        if left <= 0:
+            raise ClientError(*errors.EXPIRED)
+        return min(math.ceil(left), LONGEST_TTL)
+
+    def set_expiry(self, expire_at: float) -> None:
+        """End the connection at `expire_at`, with a grace if its token can be refreshed."""
+        grace = self.settings.client.expired_close_delay if self.is_refreshable else 0.0
+        self._expire_by = self._loop_time(expire_at, grace * random.uniform(1.0, 1.0 + EXPIRY_SPREAD))
+        self.schedule_deadline()
+
+    def _subscription_expiry(self) -> float:
+        times = [subscription.expire_at for subscription in self.subscriptions.values() if subscription.expire_at]
+        return self._loop_time(min(times)) if times else math.inf
+
+    def _expire_subscriptions(self, now: float) -> None:
+        for subscription in list(self.subscriptions.values()):
+            if subscription.is_active and self._loop_time(subscription.expire_at) <= now:
+                if subscription.source is SubscriptionSource.CLIENT:
+                    self.unsubscribe(subscription.channel, *errors.SUBSCRIPTION_EXPIRED_PUSH)
+                else:
+                    self.disconnect(*errors.SUBSCRIPTION_EXPIRED)
+                    return

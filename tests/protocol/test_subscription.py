@@ -1,0 +1,122 @@
+"""Joining a channel: recovery, positions and gaps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from realtime.pubsub.engine import AddPresence
+from tests.protocol.sessions import Server, error_of
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server(allow_anonymous_connect_without_token=True)
+
+
+class TestRecovery:
+    """A client that reconnects receives exactly the missed publications, or learns of the gap."""
+
+    def missed(self, server: Server, before: int, after: int) -> dict[str, Any]:
+        """Publish `before`, note the position, publish `after` more; return the position."""
+        peer = server.client()
+        for n in range(1, before + 1):
+            peer.say({"id": n + 1, "publish": {"channel": "room:a", "data": n}})
+        (reply,) = peer.say({"id": 900, "history": {"channel": "room:a"}})
+        for n in range(before + 1, before + after + 1):
+            peer.say({"id": n + 1, "publish": {"channel": "room:a", "data": n}})
+        return {"offset": reply["history"]["offset"], "epoch": reply["history"]["epoch"]}
+
+    def back(self, server: Server, **request: Any) -> dict[str, Any]:
+        reply = server.client().say({"id": 2, "subscribe": {"channel": "room:a", "recover": True, **request}})[0]
+        assert reply["subscribe"]["was_recovering"] is True
+        return reply["subscribe"]
+
+    @pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 3), (5, 0), (5, 1), (5, 10)])
+    def test_recovered(self, server, before, after):
+        position = self.missed(server, before, after)
+        result = self.back(server, **position)
+        assert result["recovered"] is True
+        assert [pub["data"] for pub in result.get("publications", [])] == list(range(before + 1, before + after + 1))
+        assert result.get("offset", 0) == position["offset"]
+
+    def test_an_empty_epoch_matches(self, server):
+        position = self.missed(server, 2, 2)
+        assert self.back(server, offset=position["offset"])["recovered"] is True
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [{"epoch": "other"}, {"epoch": "_", "offset": 0}, {"offset": 99}],
+    )
+    def test_an_unrecovered_reply_says_so_and_gives_the_newest_position(self, server, wrong):
+        result = self.back(server, **{**self.missed(server, 3, 2), **wrong})
+        assert "recovered" not in result and "publications" not in result
+        assert result["offset"] == 5
+
+    def test_more_than_was_kept_is_not_recovered(self, server):
+        assert "recovered" not in self.back(server, **self.missed(server, 3, 11))
+
+    def test_more_than_the_limit_is_not_recovered(self):
+        server = Server(allow_anonymous_connect_without_token=True, recovery_max_publication_limit=4)
+        assert self.back(server, **self.missed(server, 1, 4))["recovered"] is True
+        server = Server(allow_anonymous_connect_without_token=True, recovery_max_publication_limit=4)
+        assert "recovered" not in self.back(server, **self.missed(server, 1, 5))
+
+    def test_a_subscription_costs_one_round_trip_to_the_engine(self, server):
+        ann, asked = server.client("ann"), server.delay_engine()
+        assert ann.say({"id": 2, "subscribe": {"channel": "room:b"}}) == []
+        assert len(asked) == 3
+        assert ann.say({"id": 3, "unsubscribe": {"channel": "room:a"}}) == []
+        for gate in asked:
+            gate.open()
+        assert [message.get("id") for message in ann.heard()] == [2, None, 3]
+
+    def test_with_flag_2_a_client_enters_presence_after_its_recovery(self, server):
+        watcher, ann = server.client("watcher"), server.client("ann")
+        at = watcher.say({"id": 2, "subscribe": {"channel": "room:a"}})[0]["subscribe"]
+        request = {"channel": "room:a", "recover": True, "epoch": "other", "offset": 1, "flag": 2}
+        assert error_of(ann.say({"id": 2, "subscribe": request})) == 112
+        assert watcher.heard() == []
+        ann.say({"id": 3, "subscribe": {**request, "epoch": at["epoch"], "offset": 0}})
+        assert [message["push"]["join"]["info"]["user"] for message in watcher.heard()] == ["ann"]
+
+    def test_flag_2_turns_not_recovered_into_112(self, server):
+        position = self.missed(server, 3, 2)
+        request = {"channel": "room:a", "recover": True, "offset": position["offset"], "epoch": "other", "flag": 3}
+        peer = server.client()
+        assert error_of(peer.say({"id": 2, "subscribe": request})) == 112
+        assert server.hub.subscribers("room:a") == 0
+        good = {"channel": "room:a", "recover": True, "flag": 3, **position}
+        assert peer.say({"id": 3, "subscribe": good})[0]["subscribe"]["recovered"] is True
+
+    def test_publications_during_a_recovery_come_after_the_reply_without_gap_or_repeat(self, server):
+        position = self.missed(server, 2, 2)
+        publisher = server.client()
+
+        async def enter_late(request):
+            publisher.say({"id": 7, "publish": {"channel": "room:a", "data": 5}})
+            await server.engine.carry_out(request)
+            publisher.say({"id": 8, "publish": {"channel": "room:a", "data": 6}})
+
+        server.engine.overrides[AddPresence] = enter_late
+        peer = server.client()
+        replies = peer.say({"id": 2, "subscribe": {"channel": "room:a", "recover": True, **position}})
+        assert [pub["data"] for pub in replies[0]["subscribe"]["publications"]] == [3, 4]
+        assert [r["push"]["pub"]["data"] for r in replies[1:] if "pub" in r["push"]] == [5, 6]
+
+    def test_only_positioned_subscribers_are_notified_of_a_gap(self, server):
+        peer = server.client()
+        peer.say({"id": 2, "subscribe": {"channel": "room:a"}}, {"id": 3, "subscribe": {"channel": "a"}})
+        server.hub.on_interruption()
+        assert peer.heard()[-1] == {
+            "push": {"channel": "room:a", "unsubscribe": {"code": 2500, "reason": "insufficient state"}}
+        }
+        assert peer.session.channels() == ["a"]
+
+    def test_requested_positioning_and_recovery_need_permission(self, server):
+        peer = server.client("42")
+        wish = {"positioned": True, "recoverable": True}
+        (reply,) = peer.say({"id": 2, "subscribe": {"channel": "kept:a", **wish}})
+        assert reply["subscribe"]["recoverable"] and reply["subscribe"]["positioned"] and reply["subscribe"]["epoch"]
+        assert peer.say({"id": 3, "subscribe": {"channel": "users:a", **wish}}) == [{"id": 3, "subscribe": {}}]
