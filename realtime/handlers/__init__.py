@@ -1,1 +1,1 @@
-"""Running the application's handlers: on the loop, in threads and in processes."""
+"""Runs the handlers of an application: on the loop, in threads, or in processes of their own."""

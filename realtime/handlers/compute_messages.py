@@ -1,13 +1,13 @@
-"""What a worker and the processes of its handlers say to one another: pickles, each after its length.
+"""Messages between a worker and its compute processes: pickles, each preceded by its length.
 
 The length has 4 bytes, big-endian. Both ends run the same code as the same user.
 
     worker                                  process
     AppSettings                  ------->
-                                 <-------   Ready, or Failed
-    Question                     ------->
-    Answered or Raised           <------>   Asked, any number of times, one after another
-                                 <-------   Returned, Refused, Disconnected or Failed
+                                 <-------   ProcessReady, or CallFailed
+    ComputeCall                  ------->
+    ServerResult or ServerError  <------>   ServerCall, any number of times, one after another
+                                 <-------   CallReturned, CallRefused, CallDisconnected or CallFailed
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-# Bytes of one thing that a process says, pickled. A handler that answers with more is a Failed.
+# The most bytes of one message from a process, with its length. A handler with a longer result ends as CallFailed.
 MAX_REPLY = 1_048_576
 HEAD = struct.Struct("!I")
 
@@ -39,9 +39,9 @@ class ProcessReady:
 
 @dataclass(frozen=True, slots=True)
 class CallReturned:
-    """The handler's answer, as `realtime.handlers.results` makes it."""
+    """The handler returned. result: its converted return value, see `realtime.handlers.results`."""
 
-    answer: Any
+    result: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,10 @@ class CallDisconnected:
 
 @dataclass(frozen=True, slots=True)
 class CallFailed:
-    """The handler made a mistake, or the application could not be loaded. place: file and line. text: a traceback."""
+    """The handler raised another exception, or the application could not be loaded.
+
+    place: file and line. text: a traceback, or the reason.
+    """
 
     place: tuple[str, int]
     text: str
@@ -80,22 +83,22 @@ class ServerCall:
 
 @dataclass(frozen=True, slots=True)
 class ServerResult:
-    """What that method returned."""
+    """The method of the server returned."""
 
     result: Any
 
 
 @dataclass(frozen=True, slots=True)
 class ServerError:
-    """What that method raised."""
+    """The method of the server raised an exception."""
 
     error: Exception
 
 
-Reply = ProcessReady | CallReturned | CallRefused | CallDisconnected | CallFailed
+Reply = CallReturned | CallRefused | CallDisconnected | CallFailed
 
 
-def packed(message: object) -> bytes:
-    """A message with its length. Raises whatever pickle does for what it can't carry."""
+def pack(message: object) -> bytes:
+    """Encode a message with its length. Raises the exceptions of pickle for an object that it can't encode."""
     content = pickle.dumps(message)
     return HEAD.pack(len(content)) + content

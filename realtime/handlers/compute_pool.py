@@ -1,16 +1,16 @@
-"""Processes for the handlers that keep a core busy: a pool of them, a bounded queue before it, and replacement.
+"""A pool of processes for handlers that keep a core busy, with a bounded queue before it.
 
-    Call -> Processes.call(handler, args) -> Line: a process that is free, or wait -> Process.ask -> Reply
+    HandlerCall -> ComputePool.call(handler, args) -> IdleProcesses.take -> ComputeProcess.call -> Reply
 
-A process runs one call at a time and has a stream of its own, so whatever becomes of it is one call's affair: when it
-dies, answers with what is no reply, or is still at work when its caller gives up, that call has failed and nothing
-else. It is killed with all that it has started, and replaced. What its handler publishes and asks meanwhile comes over
-that stream too, and is done here. All on the loop, without threads: the kernel tells of a process's end through a
-descriptor (pidfd_open(2)).
+A process runs one call at a time and has a stream of its own, so that its faults concern one call alone: when the
+process dies, or writes anything but a reply, or is still at work when its caller stops waiting, that call has failed
+and no other. The process is killed with all that it has started, and replaced. The calls of the App's methods that its
+handler makes meanwhile arrive over the same stream, and are carried out here. All of this happens on the loop, without
+threads: the kernel reports the end of a process through a descriptor (pidfd_open(2)).
 
-Each is a fresh interpreter (`realtime.handlers.compute_process`), not a fork of this process, which has threads and a
-loop. They start with the worker, not with the first call: that costs the worker less than a millisecond each, but
-0.15 s and the import of the application pass until one is ready.
+Each process is a fresh interpreter (`realtime.handlers.compute_process`) and not a fork of this one, which has threads
+and a loop. The pool starts with the worker and not with the first call. A start costs the worker less than a
+millisecond, but the process is ready only after 0.15 s and the import of the application.
 """
 
 from __future__ import annotations
@@ -42,28 +42,32 @@ from realtime.handlers.compute_messages import (
     CallReturned,
     ComputeCall,
     ProcessReady,
+    Reply,
     ServerCall,
     ServerError,
     ServerResult,
-    packed,
+    pack,
 )
 from realtime.handlers.coroutines import start_future
 from realtime.handlers.threads import BoundedSemaphore
 from realtime.metrics import Metrics
 
-# Seconds before a process that never became ready is replaced; doubles up to the second number.
+# Seconds until a process that never became ready is replaced; the delay doubles from the first to the second number.
 RETRY_AFTER = (0.5, 30.0)
-# Seconds that idle processes have to end by themselves, with what user code has registered with atexit.
-FAREWELL = 1.0
-# Seconds between the end of a process's stream and its own.
-EXIT = 0.2
+# Seconds that idle processes have to end by themselves, with the functions that user code has registered with atexit.
+EXIT_GRACE = 1.0
+# Seconds that a process has to end after it has closed its stream.
+CLOSED_GRACE = 0.2
 _STOPPING = "the worker ends"
 
 _log = Logger()
 
 
 class HandlerFailed(Exception):
-    """A handler failed in its process, or the process did. place: file and line, ("", 0) if nobody knows."""
+    """A handler raised an exception in its process, or the process ended.
+
+    place: the file and line of the exception, ("", 0) if unknown.
+    """
 
     def __init__(self, message: str, place: tuple[str, int] = ("", 0)) -> None:
         super().__init__(message)
@@ -71,38 +75,38 @@ class HandlerFailed(Exception):
 
 
 class ComputePool:
-    """The processes of the handlers. Loop thread only."""
+    """The handler processes of one worker. Loop thread only."""
 
     def __init__(self, reactor: Any, workers: WorkersSettings, app: AppSettings, metrics: Metrics) -> None:
-        """reactor: IReactorTime, on the asyncio loop. app: what they import."""
+        """reactor: IReactorTime, on the asyncio loop. app: the application that the processes import."""
         self._reactor = reactor
-        self._size = workers.processes or _share(workers.count)
+        self._size = workers.processes or _default_size(workers.count)
         self._app = app
         self._metrics = metrics
-        self._line = Line(workers.process_queue)
+        self._idle = IdleProcesses(workers.process_queue)
         self._server: Server | None = None
-        self._alive: set[Process] = set()
+        self._alive: set[ComputeProcess] = set()
         self._busy = 0
-        self._failures = 0
+        self._failed_starts = 0
         self._stopping = False
-        self._ended: Deferred[None] = Deferred()
+        self._all_ended: Deferred[None] = Deferred()
 
     @property
     def waiting(self) -> int:
-        """Calls that wait for a process."""
-        return self._line.waiting
+        """The number of calls that wait for a process."""
+        return self._idle.waiting
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that there are."""
+        """The ids of the living processes."""
         return [process.pid for process in self._alive]
 
     def bind(self, server: Server) -> None:
-        """Connect the App's own methods, as handlers in the processes call them."""
+        """Carry out the calls of the App's own methods that handlers in the processes make."""
         self._server = server
 
     def start(self) -> None:
-        """Start the processes; calls may be made at once, and wait until the first one is ready. Main thread only."""
+        """Start the processes; calls made before the first is ready wait for it. Main thread only."""
         gauge, counter = self._metrics.gauge, self._metrics.counter
         gauge("realtime_handler_processes_busy", "Handler processes at work.", lambda: self._busy)
         gauge("realtime_handler_processes_waiting", "Calls that wait for a process.", lambda: self.waiting)
@@ -113,45 +117,45 @@ class ComputePool:
             self._launch()
 
     async def stop(self, grace: float) -> None:
-        """End the processes, at once those that are at work; done when the kernel has none of them left.
+        """End the processes, busy ones at once, and return when the kernel has none of them left.
 
-        grace: seconds, for the idle ones to end by themselves.
+        grace: seconds for the idle ones to end by themselves.
         """
         self._stopping = True
         for process in self._alive:
-            process.dismiss()
+            process.shut_down()
         if not self._alive:
             return
-        last_word = self._reactor.callLater(min(grace, FAREWELL), self._kill)
-        await self._ended
-        if last_word.active():
-            last_word.cancel()
+        kill_timer = self._reactor.callLater(min(grace, EXIT_GRACE), self._kill_all)
+        await self._all_ended
+        if kill_timer.active():
+            kill_timer.cancel()
 
-    async def call(self, handler: Handler, args: tuple[Any, ...], also: BoundedSemaphore | None = None) -> Any:
-        """Have `handler` called with `args` in a process; its answer, or what it raised of ClientError and Disconnect.
+    async def call(self, handler: Handler, args: tuple[Any, ...], held: BoundedSemaphore | None = None) -> Any:
+        """Call `handler` in a process and return its result; raises the handler's ClientError or Disconnect.
 
-        Cancelling this kills the process. also: a gate that the caller has entered, left when the call has ended.
-        Raises PoolFull at once when too many wait, HandlerTimeout when the worker ends before, and HandlerFailed for a
-        mistake of the handler, with its traceback, and for a process that came to an end.
+        Cancelling the call kills the process. held: a semaphore that the caller has acquired; it is released when the
+        call has ended. Raises PoolFull at once when the queue is full, HandlerTimeout when the worker ends first, and
+        HandlerFailed for any other exception of the handler, with its traceback, and for a process that ended.
         """
         try:
-            question = packed(ComputeCall(handler.name, args))
-            process = await self._line.take()
+            message = pack(ComputeCall(handler.name, args))
+            process = await self._idle.take()
             self._busy += 1
             try:
-                reply = await process.ask(question)
+                reply = await process.call(message)
             except asyncio.CancelledError:
                 process.kill("its caller gave up")
                 raise
             finally:
                 self._busy -= 1
         finally:
-            if also is not None:
-                also.leave()
-        self._line.offer(process)
-        return _outcome(reply)
+            if held is not None:
+                held.release()
+        self._idle.offer(process)
+        return _result(reply)
 
-    def _kill(self) -> None:
+    def _kill_all(self) -> None:
         for process in self._alive:
             process.kill(_STOPPING)
 
@@ -159,169 +163,175 @@ class ComputePool:
         if self._stopping:
             return
         try:
-            self._alive.add(Process(self._app, self._speak, self._is_ready, self._has_ended))
+            self._alive.add(ComputeProcess(self._app, self._call_server, self._is_ready, self._has_ended))
         except OSError as error:  # out of descriptors, memory or processes
-            _log.error("no process for handlers can be started: {error}", error=error)
+            _log.error("can't start a handler process, trying again later: {error}", error=error)
             self._launch_later()
 
-    async def _speak(self, asked: ServerCall) -> bytes:
-        """What a handler asks of the server; the message with the answer."""
+    async def _call_server(self, call: ServerCall) -> bytes:
+        """Carry out a handler's call of a method of the server, and return the message with its outcome."""
         try:
             if self._server is None:
                 raise RuntimeError("the server does not run")
-            return packed(ServerResult(await getattr(self._server, asked.method)(*asked.args, **asked.options)))
+            return pack(ServerResult(await getattr(self._server, call.method)(*call.args, **call.options)))
         except Exception as error:
             try:
-                return packed(ServerError(error))
+                return pack(ServerError(error))
             except Exception:  # it can't be pickled
-                return packed(ServerError(RuntimeError(repr(error))))
+                return pack(ServerError(RuntimeError(repr(error))))
 
-    def _is_ready(self, process: Process) -> None:
-        self._failures = 0
-        self._line.offer(process)
+    def _is_ready(self, process: ComputeProcess) -> None:
+        self._failed_starts = 0
+        self._idle.offer(process)
 
-    def _has_ended(self, process: Process, why: str) -> None:
+    def _has_ended(self, process: ComputeProcess, reason: str) -> None:
         self._alive.discard(process)
-        self._line.withdraw(process)
+        self._idle.withdraw(process)
         if self._stopping:
             if not self._alive:
-                self._ended.callback(None)
+                self._all_ended.callback(None)
             return
         self._replaced.value += 1
-        _log.warn("handler process {pid} has ended and is replaced: {why}", pid=process.pid, why=why)
+        _log.warn("handler process {pid} has ended and is replaced: {reason}", pid=process.pid, reason=reason)
         if process.was_ready:
             self._launch()
         else:
             self._launch_later()
 
     def _launch_later(self) -> None:
-        self._reactor.callLater(min(RETRY_AFTER[0] * 2**self._failures, RETRY_AFTER[1]), self._launch)
-        self._failures = min(self._failures + 1, 16)
+        self._reactor.callLater(min(RETRY_AFTER[0] * 2**self._failed_starts, RETRY_AFTER[1]), self._launch)
+        self._failed_starts = min(self._failed_starts + 1, 16)
 
 
-class Line:
-    """Processes that are free, or callers that wait for one in order of arrival."""
+class IdleProcesses:
+    """The idle processes, or the callers that wait for one in order of arrival."""
 
     def __init__(self, queue: int) -> None:
-        """queue: callers that may wait."""
+        """queue: the most callers that may wait."""
         self._queue = queue
-        self._free: deque[Process] = deque()
-        self._turns: dict[asyncio.Future[Process], None] = {}
+        self._idle: deque[ComputeProcess] = deque()
+        self._waiters: dict[asyncio.Future[ComputeProcess], None] = {}
 
     @property
     def waiting(self) -> int:
-        """How many wait now."""
-        return len(self._turns)
+        """The number of callers that wait."""
+        return len(self._waiters)
 
-    def offer(self, process: Process) -> None:
-        """Give it to whoever waits longest, or keep it; unless it has died."""
+    def offer(self, process: ComputeProcess) -> None:
+        """Give a process to the longest waiter, or keep it; a dead process is ignored."""
         if not process.alive:
             return
-        for turn in self._turns:
-            if not turn.done():
-                turn.set_result(process)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(process)
                 return
-        self._free.append(process)
+        self._idle.append(process)
 
-    def withdraw(self, process: Process) -> None:
-        """It is no more to be had."""
+    def withdraw(self, process: ComputeProcess) -> None:
+        """Remove a process that has ended. Harmless if it is not here."""
         with contextlib.suppress(ValueError):
-            self._free.remove(process)
+            self._idle.remove(process)
 
-    async def take(self) -> Process:
-        """One that is free, for this caller alone; raises PoolFull at once when too many wait."""
-        if self._free:
-            return self._free.popleft()
-        if len(self._turns) >= self._queue:
+    async def take(self) -> ComputeProcess:
+        """Return an idle process, for this caller alone. Raises PoolFull at once when the queue is full."""
+        if self._idle:
+            return self._idle.popleft()
+        if len(self._waiters) >= self._queue:
             raise PoolFull("every process is at work, and every place in the queue is taken")
-        turn: asyncio.Future[Process] = asyncio.get_running_loop().create_future()
-        self._turns[turn] = None
+        waiter: asyncio.Future[ComputeProcess] = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = None
         try:
-            return await turn
+            return await waiter
         except BaseException:
-            if turn.done() and not turn.cancelled():
-                self.offer(turn.result())  # the turn came in the moment of giving up
+            if waiter.done() and not waiter.cancelled():
+                self.offer(waiter.result())  # the process was assigned in the moment of cancellation
             raise
         finally:
-            self._turns.pop(turn, None)
+            self._waiters.pop(waiter, None)
 
 
-class Process(asyncio.Protocol):
-    """One process, from its start until the kernel has told its end."""
+class ComputeProcess(asyncio.Protocol):
+    """One process, from its start until the kernel has reported its end.
+
+    alive: whether it may be called. was_ready: whether it has loaded the application.
+    """
 
     def __init__(
         self,
         app: AppSettings,
-        speak: Callable[[ServerCall], Coroutine[Any, Any, bytes]],
-        ready: Callable[[Process], None],
-        ended: Callable[[Process, str], None],
+        call_server: Callable[[ServerCall], Coroutine[Any, Any, bytes]],
+        ready: Callable[[ComputeProcess], None],
+        ended: Callable[[ComputeProcess, str], None],
     ) -> None:
-        """Start it; raises OSError.
+        """Start the process. Raises OSError.
 
-        speak: answers what its handlers ask of the server. ready: it can be asked. ended: called once, with the reason,
-        when it is no more.
+        call_server: carries out a server call of the handler, and returns the message with its outcome. ready: called
+        once, when `call` may be used. ended: called once with the reason, when the process has ended.
         """
         self.alive = True
         self.was_ready = False
-        self._speak = speak
+        self._call_server = call_server
         self._ready = ready
         self._ended = ended
         self._loop = asyncio.get_running_loop()
-        self._why = ""
+        self._reason = ""  # of its end, once that is certain
         self._received = bytearray()
-        self._reply: asyncio.Future[Any] | None = None
-        self._asked: asyncio.Future[bytes] | None = None  # what its handler waits for
+        self._reply: asyncio.Future[Reply] | None = None
+        self._server_call: asyncio.Future[bytes] | None = None  # the one that its handler waits for
         self._transport: asyncio.WriteTransport | None = None
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as undo:
             undo.callback(ours.close)
-            self._process = _start(theirs.fileno())
+            self._process = _start_interpreter(theirs.fileno())
             self.pid = self._process.pid
             undo.callback(self.kill, "")
             self._pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
         self._loop.add_reader(self._pidfd, self._reap)
-        self._connecting = self._loop.create_task(self._connect(ours, packed(app)))
+        self._connecting = self._loop.create_task(self._connect(ours, pack(app)))
 
-    async def ask(self, question: bytes) -> Any:
-        """Its reply; one question at a time. Raises HandlerFailed when it ends before, HandlerTimeout by `dismiss`."""
+    async def call(self, message: bytes) -> Reply:
+        """Send a packed ComputeCall and return the reply; one call at a time.
+
+        Raises HandlerFailed when the process ends first, and HandlerTimeout after `shut_down`.
+        """
         if not self.alive or self._transport is None:
-            raise HandlerFailed(self._said())
+            raise HandlerFailed(self._end_message())
         self._reply = self._loop.create_future()
-        self._transport.write(question)
+        self._transport.write(message)
         try:
             return await self._reply
         finally:
             self._reply = None
 
-    def dismiss(self) -> None:
-        """Have it end by itself, if it is idle."""
+    def shut_down(self) -> None:
+        """Let an idle process end by itself; kill a busy one."""
         if self._reply is not None or self._transport is None:
             self.kill(_STOPPING)
         else:
-            self._why = _STOPPING
+            self._reason = _STOPPING
             self._transport.close()
 
-    def kill(self, why: str) -> None:
-        """End it, with all that it has started, whatever it is doing. Harmless when it has ended."""
+    def kill(self, reason: str) -> None:
+        """Kill the process, with all that it has started. Harmless when it has ended."""
         self.alive = False
-        self._why = self._why or why
+        self._reason = self._reason or reason
         self._kill_group()
-        if self._asked is not None:
-            self._asked.cancel()
+        if self._server_call is not None:
+            self._server_call.cancel()
 
     def _kill_group(self) -> None:
-        if self._process.returncode is None:  # else its number may be another's by now
+        if self._process.returncode is None:  # else its number may be another process's by now
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
     # The stream.
 
-    async def _connect(self, ours: socket.socket, first: bytes) -> None:
+    async def _connect(self, ours: socket.socket, first_message: bytes) -> None:
         ours.setblocking(False)
         await self._loop.create_connection(lambda: self, sock=ours)
         assert self._transport is not None
-        self._transport.write(first)
+        self._transport.write(first_message)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
@@ -334,89 +344,93 @@ class Process(asyncio.Protocol):
         (size,) = HEAD.unpack_from(self._received)
         end = HEAD.size + size
         if end > MAX_REPLY or len(self._received) > end:
-            self.kill("it wrote what is no reply")
+            self.kill(_NO_REPLY)
         elif len(self._received) == end:
             content, self._received = bytes(self._received[HEAD.size :]), bytearray()
-            self._take(content)
+            self._take_message(content)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.alive = False
-        if not self._why:  # as a rule it is about to exit, and its status says more
-            self._loop.call_later(EXIT, self.kill, "it closed its stream")
+        if not self._reason:  # as a rule it is about to exit, and its exit status says more
+            self._loop.call_later(CLOSED_GRACE, self.kill, "it closed its stream")
 
-    def _take(self, content: bytes) -> None:
+    def _take_message(self, content: bytes) -> None:
         try:
             message = pickle.loads(content)
-        except Exception:  # anything may come of bytes that are no pickle
+        except Exception:  # unpickling arbitrary bytes may raise anything
             message = None
-        waits = self._reply is not None and not self._reply.done()
-        if isinstance(message, CallReturned | CallRefused | CallDisconnected | CallFailed) and waits:
+        is_called = self._reply is not None and not self._reply.done()
+        if isinstance(message, CallReturned | CallRefused | CallDisconnected | CallFailed) and is_called:
             assert self._reply is not None
             self._reply.set_result(message)
-        elif isinstance(message, ServerCall) and waits and not self._asked:
-            self._asked = start_future(self._speak(message))
-            self._asked.add_done_callback(self._tell)
+        elif isinstance(message, ServerCall) and is_called and not self._server_call:
+            self._server_call = start_future(self._call_server(message))
+            self._server_call.add_done_callback(self._send_server_outcome)
         elif isinstance(message, ProcessReady) and not self.was_ready:
             self.was_ready = True
             self._ready(self)
         elif isinstance(message, CallFailed):
             self.kill(message.text)
         else:
-            self.kill("it wrote what is no reply")
+            self.kill(_NO_REPLY)
 
-    def _tell(self, answer: asyncio.Future[bytes]) -> None:
-        self._asked = None
-        if not answer.cancelled() and self._transport is not None:
-            self._transport.write(answer.result())
+    def _send_server_outcome(self, outcome: asyncio.Future[bytes]) -> None:
+        self._server_call = None
+        if not outcome.cancelled() and self._transport is not None:
+            self._transport.write(outcome.result())
 
     # The end.
 
     def _reap(self) -> None:
-        self._kill_group()  # what it has started may be there still
+        self._kill_group()  # the processes that it has started may still live
         status = self._process.wait()
         self.alive = False
-        self._why = self._why or _ending(status)
+        self._reason = self._reason or _describe_exit(status)
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._connecting.cancel()
-        if self._asked is not None:
-            self._asked.cancel()
+        if self._server_call is not None:
+            self._server_call.cancel()
         if self._transport is not None:
             self._transport.abort()
         if self._reply is not None and not self._reply.done():
-            # At the end of a drain it is not the handler's mistake, but that its time is over.
-            error = HandlerTimeout if self._why == _STOPPING else HandlerFailed
-            self._reply.set_exception(error(self._said()))
-        self._ended(self, self._why)
+            # At the end of a drain the handler has run out of time, and made no error.
+            error = HandlerTimeout if self._reason == _STOPPING else HandlerFailed
+            self._reply.set_exception(error(self._end_message()))
+        self._ended(self, self._reason)
 
-    def _said(self) -> str:
-        return f"the handler's process {self.pid} has ended: {self._why}"
+    def _end_message(self) -> str:
+        return f"the handler's process {self.pid} has ended: {self._reason}"
 
 
-def _share(workers: int) -> int:
-    """A worker's share of the cores that this server may use, at least one."""
+_NO_REPLY = "it wrote bytes that are no message"
+
+
+def _default_size(workers: int) -> int:
+    """Return a worker's share of the cores that this server may use, at least one. workers: 0 for one per core."""
     cores = len(os.sched_getaffinity(0))
     return max(1, cores // (workers or cores))
 
 
-def _start(link: int) -> subprocess.Popen[bytes]:
-    # A group of its own: what user code starts is killed with it, and Ctrl-C in a terminal is not for it.
+def _start_interpreter(stream: int) -> subprocess.Popen[bytes]:
+    # In a process group of its own: the processes that user code starts are killed with it, and Ctrl-C in a terminal
+    # does not reach it.
     return subprocess.Popen(
-        [sys.executable, "-m", "realtime.handlers.compute_process", str(link)],
+        [sys.executable, "-m", "realtime.handlers.compute_process", str(stream)],
         stdin=subprocess.DEVNULL,
-        pass_fds=[link],
+        pass_fds=[stream],
         process_group=0,
     )
 
 
-def _ending(status: int) -> str:
+def _describe_exit(status: int) -> str:
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 
-def _outcome(reply: CallReturned | CallRefused | CallDisconnected | CallFailed) -> Any:
+def _result(reply: Reply) -> Any:
     match reply:
         case CallReturned():
-            return reply.answer
+            return reply.result
         case CallRefused():
             raise ClientError(reply.code, reply.message, reply.temporary)
         case CallDisconnected():

@@ -1,11 +1,12 @@
-"""One process in which handlers with run="process" run, for a worker that starts it.
+"""One process that runs handlers with run="process", for the worker that started it.
 
     python -m realtime.handlers.compute_process FD
 
-FD is a connected UNIX stream to the worker, see `realtime.handlers.compute_messages`. The first message from the
-worker is its AppSettings: this process imports the application as the worker did, and says Ready. From then on it is
-asked one thing at a time, and gives one Reply to each; before that the handler may call the App's methods, which go
-over the same stream to the worker and back. It ends with the stream.
+FD is a connected UNIX stream to the worker; `realtime.handlers.compute_messages` describes its messages. The first
+message from the worker is its AppSettings: this process imports the application as the worker did, and answers with
+ProcessReady. From then on it carries out one ComputeCall at a time, and answers each with one reply; until the reply,
+the handler may call the App's methods, which go over the same stream to the worker and back. The process ends when the
+stream does.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from realtime import app as application
-from realtime.app import App, Handler
+from realtime.app import ARGUMENTS, App, Handler, load
 from realtime.errors import LIMIT_EXCEEDED, ClientError, Disconnect, EngineUnavailable, SettingsError
 from realtime.handlers.compute_messages import (
     HEAD,
@@ -36,152 +36,156 @@ from realtime.handlers.compute_messages import (
     ServerCall,
     ServerError,
     ServerResult,
-    packed,
+    pack,
 )
-from realtime.handlers.results import maker, plain_result
+from realtime.handlers.results import call_plain_function, result_converter
 
 _PR_SET_PDEATHSIG = 1
-# Characters of a traceback that the worker is told, the last ones.
+# The most characters of a traceback that are sent to the worker; its end is kept.
 _MAX_TRACEBACK = 20_000
 
 
 def main(argv: Sequence[str]) -> int:
-    """Answer questions until the stream ends; returns the exit status."""
-    link = socket.socket(fileno=int(argv[0]))
-    link.set_inheritable(False)  # not for the processes that user code starts
-    _settle_signals()
-    if not _dies_with_the_worker(link):
+    """Carry out calls until the stream ends; return the exit status."""
+    stream = socket.socket(fileno=int(argv[0]))
+    stream.set_inheritable(False)  # the processes that user code starts must not hold it open
+    _ignore_signals()
+    if not _dies_with_the_worker(stream):
         return 0
     try:
-        return _serve(link)
-    except ConnectionError:  # the worker has died in the middle of something
+        return _serve(stream)
+    except ConnectionError:  # the worker has died during a message
         return 0
 
 
-def _serve(link: socket.socket) -> int:
-    settings = _received(link)
+def _serve(stream: socket.socket) -> int:
+    settings = _receive(stream)
     if settings is None:
         return 0
     try:
-        app = application.load(settings)
+        app = load(settings)
     except SettingsError as error:
-        link.sendall(packed(CallFailed(("", 0), str(error))))
-        _received(link)  # the worker is to read this before it sees the end
+        stream.sendall(pack(CallFailed(("", 0), str(error))))
+        _receive(stream)  # wait, so that the worker reads the message before it sees the end of the process
         return os.EX_CONFIG
-    handlers, voice = _handlers(app), Voice(link)
-    app.bind(voice, voice.perform)
-    link.sendall(packed(ProcessReady(os.getpid())))
-    while (question := _received(link)) is not None:
-        with voice:
-            reply = _reply(handlers[question.handler], question.args)
-        link.sendall(reply)
+    handlers, server = _process_handlers(app), ServerStub(stream)
+    app.bind(server, server.perform)
+    stream.sendall(pack(ProcessReady(os.getpid())))
+    while (call := _receive(stream)) is not None:
+        with server:
+            reply = _reply(handlers[call.handler], call.args)
+        stream.sendall(reply)
     return 0
 
 
-class Voice:
-    """The application's voice in this process, in place of the server: what it says goes to the worker and back.
+class ServerStub:
+    """Stands in for the server in this process: sends each call of its methods to the worker, and returns the result.
 
-    It has one while a handler is called, that is inside the `with` block of this; threads of the handler may use it
-    too, and take turns. What a method of it returns is for `perform`.
+    Calls are possible while a handler runs, that is inside the `with` block of this object. Threads of the handler may
+    make them too, and take turns. A method returns a message, which `perform` sends.
     """
 
-    def __init__(self, link: socket.socket) -> None:
-        self._link = link
-        self._turn = threading.Lock()
-        self._heard = False
+    def __init__(self, stream: socket.socket) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._is_open = False
 
     def __getattr__(self, method: str) -> Any:
         return lambda *args, **options: ServerCall(method, args, options)
 
     def __enter__(self) -> None:
-        self._heard = True
+        self._is_open = True
 
     def __exit__(self, *_: object) -> None:
-        with self._turn:
-            self._heard = False
+        with self._lock:
+            self._is_open = False
 
-    def perform(self, asked: Any) -> Any:
-        """The result of what was asked. Raises what the method raises, and ClientError 106 for what is too long."""
-        message = packed(asked)
+    def perform(self, call: Any) -> Any:
+        """Make a call and return its result.
+
+        Raises the exception that the method raised in the worker, and ClientError 106 for a call that is too long.
+        """
+        message = pack(call)
         if len(message) > MAX_REPLY:
             raise ClientError(*LIMIT_EXCEEDED)
-        with self._turn:
-            if not self._heard:
-                raise RuntimeError("a process can publish and ask while one of its handlers is called, and no longer")
-            self._link.sendall(message)
-            answer = _received(self._link)
-        if isinstance(answer, ServerResult):
-            return answer.result
-        raise answer.error if isinstance(answer, ServerError) else EngineUnavailable("the worker is gone")
+        with self._lock:
+            if not self._is_open:
+                raise RuntimeError("a process can call the App's methods while one of its handlers runs, and no longer")
+            self._stream.sendall(message)
+            outcome = _receive(self._stream)
+        if isinstance(outcome, ServerResult):
+            return outcome.result
+        raise outcome.error if isinstance(outcome, ServerError) else EngineUnavailable("the worker is gone")
 
 
-def _handlers(app: App) -> dict[str, Handler]:
-    found = [handler for kind in application.ARGUMENTS for handler in app.handlers(kind).values()]
-    return {handler.name: handler for handler in found if handler.run == "process"}
+def _process_handlers(app: App) -> dict[str, Handler]:
+    handlers = [handler for kind in ARGUMENTS for handler in app.handlers(kind).values()]
+    return {handler.name: handler for handler in handlers if handler.run == "process"}
 
 
 def _reply(handler: Handler, args: tuple[Any, ...]) -> bytes:
-    """Call the handler; whatever it does short of ending the process, there is a reply."""
+    """Call the handler and return the packed reply; there is one unless the handler ends the process."""
     try:
-        reply = packed(CallReturned(maker(handler.kind)(plain_result(handler, args))))
+        reply = pack(CallReturned(result_converter(handler.kind)(call_plain_function(handler, args))))
     except ClientError as error:
-        return packed(CallRefused(error.code, error.message, error.temporary))
+        return pack(CallRefused(error.code, error.message, error.temporary))
     except Disconnect as error:
-        return packed(CallDisconnected(error.code, error.reason))
-    except BaseException as error:  # SystemExit and KeyboardInterrupt of a handler are its mistakes, too
-        return packed(_failed(error))
+        return pack(CallDisconnected(error.code, error.reason))
+    except BaseException as error:  # also SystemExit and KeyboardInterrupt: the next call needs the process
+        return pack(_failure(error))
     if len(reply) > MAX_REPLY:
-        return packed(CallFailed((handler.place, 0), f"the answer has {len(reply)} bytes, more than {MAX_REPLY}"))
+        return pack(CallFailed((handler.place, 0), f"the result has {len(reply)} bytes, more than {MAX_REPLY}"))
     return reply
 
 
-def _failed(error: BaseException) -> CallFailed:
+def _failure(error: BaseException) -> CallFailed:
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     text = "".join(traceback.format_exception(error))
     return CallFailed((innermost.filename, innermost.lineno or 0), text[-_MAX_TRACEBACK:])
 
 
-def _received(link: socket.socket) -> Any:
-    """The next message; None when the stream has ended."""
-    head = _bytes(link, HEAD.size)
-    content = head and _bytes(link, *HEAD.unpack(head))
+def _receive(stream: socket.socket) -> Any:
+    """Return the next message, None when the stream has ended."""
+    head = _read(stream, HEAD.size)
+    content = head and _read(stream, *HEAD.unpack(head))
     return pickle.loads(content) if content else None
 
 
-def _bytes(link: socket.socket, size: int) -> bytes:
+def _read(stream: socket.socket, size: int) -> bytes:
     content = bytearray()
     while len(content) < size:
-        piece = link.recv(size - len(content))
+        piece = stream.recv(size - len(content))
         if not piece:
             return b""
         content += piece
     return bytes(content)
 
 
-def _settle_signals() -> None:
-    """Leave it to the worker when to end, whatever is sent to the whole group or unit.
+def _ignore_signals() -> None:
+    """Leave the end of this process to the worker, whichever signals are sent to the whole group or unit.
 
-    Handlers that do nothing, in place of SIG_IGN, so that processes that user code starts do not ignore them.
+    Handlers that do nothing take the place of SIG_IGN, which the processes that user code starts would inherit.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _nothing)
+        signal.signal(number, _do_nothing)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _nothing(number: int, frame: object) -> None: ...
+def _do_nothing(number: int, frame: object) -> None: ...
 
 
-def _dies_with_the_worker(link: socket.socket) -> bool:
-    """Have the kernel kill this process when the worker dies (prctl(2), PR_SET_PDEATHSIG); False: it is dead already.
+def _dies_with_the_worker(stream: socket.socket) -> bool:
+    """Have the kernel kill this process when the worker dies (prctl(2), PR_SET_PDEATHSIG).
 
-    The signal comes when the thread ends that started this process: that is the worker's main thread. A process that
-    is blocked in C code or stopped ends all the same. Elsewhere than on Linux the end of the stream is the only sign.
+    Returns False when the worker is dead already. The signal comes when the thread ends that started this process: the
+    worker's main thread. It also ends a process that is blocked in C code, or stopped. On systems other than Linux the
+    end of the stream is the only sign.
     """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    look = select.poll()
-    look.register(link, select.POLLHUP)
-    return not look.poll(0)
+    poll = select.poll()
+    poll.register(stream, select.POLLHUP)
+    return not poll.poll(0)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Coroutines on the loop: they may await Deferreds and asyncio's awaitables alike.
+"""Runs coroutines on the loop; a coroutine may await Deferreds and asyncio's awaitables alike.
 
-Two ways to drive one. `drive` is for our own: it starts at once, on the caller's stack, and makes no task, so a
-coroutine that never waits costs little more than a call. `await_deferreds` is for the application's: inside an asyncio
-Task, where `asyncio.timeout`, `current_task` and libraries built on them work, it lets a coroutine await Deferreds too.
+There are two ways. `drive` is for coroutines of this package: it starts one at once, on the caller's stack and without
+a task, so a coroutine that never waits costs little more than a function call. `await_deferreds` is for coroutines of
+the application: it awaits one inside an asyncio Task, where `asyncio.timeout`, `current_task` and the libraries that
+build on them work, and lets the coroutine await Deferreds too.
 """
 
 from __future__ import annotations
@@ -23,48 +24,51 @@ from realtime.supervision.loop_time import LoopTimeLedger
 
 T = TypeVar("T")
 
-_NOTHING_YET: Any = object()
+_NOT_AWAITING: Any = object()
 
-# Called once with (result, None) or (None, error); must not raise.
-Done = Callable[[Any, BaseException | None], None]
+DoneCallback = Callable[[Any, BaseException | None], None]
+"""Called once with (result, None) or (None, error). Must not raise."""
 
 
-class Steps(Protocol):
-    """As much of a coroutine as it takes to drive it."""
+class CoroutineLike(Protocol):
+    """The methods of a coroutine that drive it."""
 
     def send(self, value: Any, /) -> Any: ...
     def throw(self, error: BaseException, /) -> Any: ...
 
 
 def drive(
-    coroutine: Coroutine[Any, Any, Any], done: Done, accounts: LoopTimeLedger | None = None
+    coroutine: Coroutine[Any, Any, Any], done: DoneCallback, ledger: LoopTimeLedger | None = None
 ) -> CoroutineDriver | None:
     """Start `coroutine` now, in a copy of the caller's context, and call `done` when it has finished.
 
-    A coroutine that finishes without waiting has called `done` before this returns, which then returns None. Else it
-    goes on when what it awaits is there, and the `CoroutineDriver` that is returned can cancel it. accounts: the
-    loop's; then whoever started it is charged, whatever it is that lets it go on. Loop thread only.
+    Returns None if the coroutine finished without waiting; `done` has been called by then. Otherwise returns the
+    `CoroutineDriver`, which can cancel it; the coroutine continues as soon as the object that it awaits has a result.
+    ledger: of the loop's time. With it, every step is charged to the account that was charged at the start, and not to
+    the code that resumes the coroutine. Loop thread only.
     """
-    running = CoroutineDriver(coroutine, done, accounts)
-    return running if running._advance() else None
+    driver = CoroutineDriver(coroutine, done, ledger)
+    return driver if driver._advance() else None
 
 
 class CoroutineDriver:
-    """A coroutine between two steps."""
+    """A coroutine that `drive` has started, and its next step."""
 
-    __slots__ = ("_account", "_accounts", "_awaited", "_cancelled", "_context", "_coroutine", "_done")
+    __slots__ = ("_account", "_awaited", "_cancelled", "_context", "_coroutine", "_done", "_ledger")
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], done: Done, accounts: LoopTimeLedger | None = None) -> None:
+    def __init__(
+        self, coroutine: Coroutine[Any, Any, Any], done: DoneCallback, ledger: LoopTimeLedger | None = None
+    ) -> None:
         self._coroutine = coroutine
         self._done = done
-        self._accounts = accounts
-        self._account = None if accounts is None else accounts.current
+        self._ledger = ledger
+        self._account = None if ledger is None else ledger.current
         self._context = copy_context()
         self._awaited: Any = None
         self._cancelled = False
 
     def cancel(self) -> None:
-        """Have what the coroutine awaits raise CancelledError in it (asyncio's or Twisted's). Harmless at the end."""
+        """Make the pending `await` raise CancelledError (asyncio's or Twisted's). Harmless after the end."""
         awaited = self._awaited
         if awaited is None:
             self._cancelled = True
@@ -72,7 +76,7 @@ class CoroutineDriver:
             awaited.cancel()
 
     def _advance(self, error: BaseException | None = None) -> bool:
-        """Go on until the coroutine waits (True) or has finished (False)."""
+        """Run the coroutine until it waits (True) or has finished (False)."""
         self._awaited = None
         result: Any = None
         try:
@@ -86,21 +90,22 @@ class CoroutineDriver:
             error = raised
         else:
             return self._wait(awaited)
-        # Out of the `except` blocks, so that what `done` raises is not chained to it.
+        # Outside the `except` blocks, so that an exception of `done` is not chained to the coroutine's.
         self._done(result, error)
         return False
 
     def _wait(self, awaited: Any) -> bool:
+        # The most frequent case first: the engine and the transports return Deferreds.
         if isinstance(awaited, Deferred):
             self._awaited = awaited
-            awaited.addBoth(self._fired)
+            awaited.addBoth(self._on_deferred)
         elif getattr(awaited, "_asyncio_future_blocking", False):
-            # How an asyncio Future says that it was awaited (asyncio.Future, "Duck typing Futures").
+            # The flag by which an asyncio Future announces an `await` (asyncio.Future, "Duck typing Futures").
             awaited._asyncio_future_blocking = False
             self._awaited = awaited
-            awaited.add_done_callback(self._woken)
-        elif awaited is None:  # asyncio.sleep(0): let others go first
-            asyncio.get_running_loop().call_soon(self._woken)
+            awaited.add_done_callback(self._on_future)
+        elif awaited is None:  # asyncio.sleep(0): let other callbacks run first
+            asyncio.get_running_loop().call_soon(self._on_future)
         else:
             return self._advance(TypeError(f"a coroutine can't await {awaited!r} here"))
         if self._cancelled and self._awaited is not None:
@@ -108,28 +113,28 @@ class CoroutineDriver:
             awaited.cancel()
         return True
 
-    def _fired(self, result: object) -> None:
-        # The Deferred gives its result to the `await` that is waiting in it. A failure it could not raise there before
-        # it has run all its callbacks, of which this is one.
-        self._go_on(result.value if isinstance(result, Failure) else None)
+    def _on_deferred(self, result: object) -> None:
+        # The Deferred hands its result to the `await` inside it. It can't raise a failure there until all its
+        # callbacks have run, and this is one of them; so the exception is thrown from here.
+        self._resume(result.value if isinstance(result, Failure) else None)
 
-    def _woken(self, _: object = None) -> None:
+    def _on_future(self, _: object = None) -> None:
         cancelled, self._cancelled = self._cancelled, False
-        self._go_on(asyncio.CancelledError() if cancelled else None)
+        self._resume(asyncio.CancelledError() if cancelled else None)
 
-    def _go_on(self, error: BaseException | None) -> None:
-        if self._accounts is None or self._account is None:
+    def _resume(self, error: BaseException | None) -> None:
+        if self._ledger is None or self._account is None:
             self._advance(error)
             return
-        before = self._accounts.switch(self._account)
+        charged_before = self._ledger.switch(self._account)
         try:
             self._advance(error)
         finally:
-            self._accounts.switch(before)
+            self._ledger.switch(charged_before)
 
 
 def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    """Give a future the outcome of a coroutine, unless it has one or was cancelled."""
+    """Set the outcome of a coroutine as that of `future`, unless the future is done or was cancelled."""
     if future.done():
         return
     if error is None:
@@ -140,86 +145,86 @@ def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None
         future.set_exception(error)
 
 
-def start_future(coroutine: Coroutine[Any, Any, Any], accounts: LoopTimeLedger | None = None) -> asyncio.Future[Any]:
+def start_future(coroutine: Coroutine[Any, Any, Any], ledger: LoopTimeLedger | None = None) -> asyncio.Future[Any]:
     """Start `coroutine` now and return the future of its result; cancelling the future cancels the coroutine.
 
-    accounts: see `drive`.
+    ledger: see `drive`.
     """
     future = asyncio.get_running_loop().create_future()
-    running = drive(coroutine, partial(settle, future), accounts)
-    if running is not None:
-        future.add_done_callback(lambda future: running.cancel() if future.cancelled() else None)
+    driver = drive(coroutine, partial(settle, future), ledger)
+    if driver is not None:
+        future.add_done_callback(lambda future: driver.cancel() if future.cancelled() else None)
     return future
 
 
-async def gather(coroutines: Sequence[Coroutine[Any, Any, Any]], accounts: LoopTimeLedger | None = None) -> list[Any]:
-    """Start all now, in order, and return their results in that order. Raises the first error when all have ended.
+async def gather(coroutines: Sequence[Coroutine[Any, Any, Any]], ledger: LoopTimeLedger | None = None) -> list[Any]:
+    """Start all coroutines now, in order, and return their results in that order.
 
-    accounts: see `drive`.
+    Raises the first error, once all have ended. ledger: see `drive`.
     """
     results: list[Any] = [None] * len(coroutines)
     errors: list[BaseException] = []
-    left = len(coroutines)
-    ended: Deferred[None] = Deferred()
+    unfinished = len(coroutines)
+    all_done: Deferred[None] = Deferred()
 
-    def done(number: int, result: Any, error: BaseException | None) -> None:
-        nonlocal left
-        left -= 1
-        results[number] = result
+    def done(index: int, result: Any, error: BaseException | None) -> None:
+        nonlocal unfinished
+        unfinished -= 1
+        results[index] = result
         if error is not None:
             errors.append(error)
-        if left == 0:
-            ended.callback(None)
+        if unfinished == 0:
+            all_done.callback(None)
 
-    for number, coroutine in enumerate(coroutines):
-        drive(coroutine, partial(done, number), accounts)
-    if left:
-        await ended
+    for index, coroutine in enumerate(coroutines):
+        drive(coroutine, partial(done, index), ledger)
+    if unfinished:
+        await all_done
     if errors:
         raise errors[0]
     return results
 
 
 def eager_task(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """A task that has taken its first step already, so that one that never waits costs no turn of the loop."""
+    """Return a task that has taken its first step, so that a coroutine that never waits costs no turn of the loop."""
     loop = asyncio.get_running_loop()
     if sys.version_info >= (3, 12):
         return asyncio.Task(coroutine, loop=loop, eager_start=True)
-    # Until 3.12 a task has its loop call the first step soon. The call is taken here, and made now.
-    loop.call_soon = _take  # type: ignore[method-assign, assignment]
+    # Until 3.12 a task schedules its first step with `loop.call_soon`. Capture that call, and make it now.
+    loop.call_soon = _capture_step  # type: ignore[method-assign, assignment]
     try:
         task = asyncio.Task(coroutine, loop=loop)
     finally:
         del loop.call_soon
-    step, context = _taken.pop()
-    outer = _current_tasks.get(loop)
-    if outer is None:
+    step, context = _captured_steps.pop()
+    outer_task = _current_tasks.get(loop)
+    if outer_task is None:
         context.run(step)
         return task
-    _leave_task(loop, outer)
+    _leave_task(loop, outer_task)
     try:
         context.run(step)
     finally:
-        _enter_task(loop, outer)
+        _enter_task(loop, outer_task)
     return task
 
 
-_taken: list[tuple[Callable[[], object], Context]] = []
+_captured_steps: list[tuple[Callable[[], object], Context]] = []
 
 
-def _take(step: Callable[[], object], *, context: Context) -> None:
-    _taken.append((step, context))
+def _capture_step(step: Callable[[], object], *, context: Context) -> None:
+    _captured_steps.append((step, context))
 
 
 @types.coroutine
-def await_deferreds(coroutine: Steps, awaited: Any = _NOTHING_YET) -> Generator[Any, Any, Any]:
-    """Await `coroutine` inside an asyncio Task, and have it get the results of the Deferreds that it awaits.
+def await_deferreds(coroutine: CoroutineLike, awaited: Any = _NOT_AWAITING) -> Generator[Any, Any, Any]:
+    """Await `coroutine` inside an asyncio Task, and resume it with the results of the Deferreds that it awaits.
 
-    awaited: what it waits for, if it has begun already.
+    awaited: the object that a coroutine which has already started is waiting for.
     """
     error: BaseException | None = None
     while True:
-        if awaited is _NOTHING_YET:
+        if awaited is _NOT_AWAITING:
             try:
                 awaited = coroutine.send(None) if error is None else coroutine.throw(error)
             except StopIteration as stop:
@@ -232,7 +237,7 @@ def await_deferreds(coroutine: Steps, awaited: Any = _NOTHING_YET) -> Generator[
                 yield awaited
         except BaseException as raised:
             error = raised
-        awaited = _NOTHING_YET
+        awaited = _NOT_AWAITING
 
 
 def _until_fired(deferred: Deferred[Any]) -> Generator[Any, Any, None]:
@@ -243,7 +248,7 @@ def _until_fired(deferred: Deferred[Any]) -> Generator[Any, Any, None]:
         if not waiter.done():
             waiter.set_result(None)
         elif isinstance(result, Failure):
-            return None  # the failure of a cancelled wait, which nobody is left to hear
+            return None  # the failure of a cancelled wait, which no code will read
         return result
 
     deferred.addBoth(fired)

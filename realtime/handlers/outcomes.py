@@ -1,4 +1,4 @@
-"""How calls of handlers end, for the operator: counted by outcome, and mistakes in the log."""
+"""Records how calls of handlers end, for the operator: a counter for each outcome, and errors in the log."""
 
 from __future__ import annotations
 
@@ -11,40 +11,44 @@ from realtime.app import Handler
 from realtime.handlers.compute_pool import HandlerFailed
 from realtime.metrics import Counter, Metrics
 
-# Seconds between two log entries about the same mistake at the same place.
+# Seconds between two log entries about the same error at the same line.
 REPEAT_AFTER = 60.0
+# Lines that are remembered: an application that generates code at run time has no end of them.
+_MAX_LINES = 1000
 
 
 class HandlerErrorLog:
-    """The log of what handlers did wrong: each place once a minute, with the number of times left out."""
+    """The log of exceptions that handlers raise: one entry per line of code and minute, with the number left out."""
 
     def __init__(self, log: Logger, clock: Any) -> None:
+        """clock: IReactorTime."""
         self._log = log
         self._clock = clock
+        # By handler, file and line: when it was logged, and the repetitions since.
         self._logged: dict[tuple[str, str, int], tuple[float, int]] = {}
 
     def report(self, handler: Handler, error: BaseException) -> None:
-        """Log `error` with its traceback, unless the same place was logged a short while ago."""
-        place = (handler.name, *_innermost(error))
+        """Log `error` with its traceback, unless the same line was logged within REPEAT_AFTER seconds."""
+        line = (handler.name, *_raising_line(error))
         now = self._clock.seconds()
-        since, left_out = self._logged.get(place, (now - REPEAT_AFTER, 0))
-        if now - since < REPEAT_AFTER:
-            self._logged[place] = (since, left_out + 1)
+        logged_at, left_out = self._logged.get(line, (now - REPEAT_AFTER, 0))
+        if now - logged_at < REPEAT_AFTER:
+            self._logged[line] = (logged_at, left_out + 1)
             return
-        if len(self._logged) >= 1000:  # code that is made while it runs has places without end
+        if len(self._logged) >= _MAX_LINES:
             self._logged.clear()
-        self._logged[place] = (now, 0)
+        self._logged[line] = (now, 0)
         self._log.failure(
-            "the handler {handler} at {place} failed{repeats}",
+            "handler {handler} at {place} raised an exception{repeats}",
             Failure(error),
             handler=handler.name,
             place=handler.place,
-            repeats=f" (and {left_out} times more since it was logged last)" if left_out else "",
+            repeats=f" (and {left_out} times more since it was last logged)" if left_out else "",
         )
 
 
 class OutcomeCounters:
-    """Counts how the calls of one handler end."""
+    """Counters of how the calls of one handler end, by outcome; calling it counts one."""
 
     def __init__(self, metrics: Metrics, handler: str) -> None:
         self._metrics = metrics
@@ -63,8 +67,8 @@ class OutcomeCounters:
         counter.value += 1
 
 
-def _innermost(error: BaseException) -> tuple[str, int]:
-    """File and line where an exception was raised, be it in another process."""
+def _raising_line(error: BaseException) -> tuple[str, int]:
+    """Return the file and line that raised an exception, also in another process; ("", 0) if unknown."""
     if isinstance(error, HandlerFailed):
         return error.place
     step = error.__traceback__

@@ -1,9 +1,9 @@
-"""Where a plain function with run="auto" runs: on the loop while it is quick, in a thread when it is not.
+"""Decides where a plain function with run="auto" runs: on the loop while it is quick, in a thread while it is slow.
 
-On the loop a call costs no thread, and stalls every client of the worker for as long as it takes. So each call is
-timed. Three that took `loop.lagging` or longer within a minute, and the function moves to the threads; when none has
-been that slow there for a minute, it is tried on the loop again. `Placement` decides, without I/O and with times as
-arguments; `PlacementTracker` carries it out.
+On the loop a call costs no thread, but it stalls every client of the worker for as long as it takes. Therefore each
+call is timed. After three calls within a minute that took `loop.lagging` or longer, the function moves to the threads;
+after a minute there without so slow a call, it is tried on the loop again. `Placement` decides, without I/O and with
+times as arguments; `PlacementTracker` measures the calls, logs the moves and counts them.
 """
 
 from __future__ import annotations
@@ -20,53 +20,53 @@ from realtime.metrics import Metrics
 
 Result = TypeVar("Result")
 
-# So many slow calls, within so many seconds.
-BLAMES = 3
-WITHIN = 60.0
-# Seconds without a slow call after which a function goes back to the loop.
-CALM = 60.0
+# Slow calls after which a function leaves the loop, and the seconds within which they count.
+SLOW_CALLS = 3
+WINDOW = 60.0
+# Seconds without a slow call after which a function returns to the loop.
+QUIET_PERIOD = 60.0
 
 
 class Placement:
-    """The place of one function, "loop" or "thread"; it begins on the loop."""
+    """The place of one function, "loop" or "thread"; it starts on the loop."""
 
     def __init__(self, slow: float) -> None:
-        """slow: seconds of a call from which it counts; 0: none ever does."""
-        self.where = "loop"
+        """slow: a call that takes this many seconds or more is slow; 0: no call is."""
+        self.place = "loop"
         self._slow = slow
-        self._blames: deque[float] = deque(maxlen=BLAMES)
-        self._stormy = 0.0
+        self._slow_calls: deque[float] = deque(maxlen=SLOW_CALLS)
+        self._last_slow = 0.0
 
-    def took(self, seconds: float, where: str, now: float) -> bool:
-        """Note a call that ended at `now`. where: it ran. Returns whether the function has just moved."""
-        slow = 0 < self._slow <= seconds
-        if where != self.where:
-            return False  # it began before the function moved, and says nothing about the new place
-        if where == "loop":
-            return slow and self._blame(now)
-        if slow:
-            self._stormy = now
-        elif now - self._stormy >= CALM:
-            self.where = "loop"
+    def record(self, seconds: float, place: str, now: float) -> bool:
+        """Record a call that took `seconds` in `place` and ended at `now`; return whether the function moves."""
+        is_slow = 0 < self._slow <= seconds
+        if place != self.place:
+            return False  # the call began before the function moved, and says nothing about its new place
+        if place == "loop":
+            return is_slow and self._record_slow_call(now)
+        if is_slow:
+            self._last_slow = now
+        elif now - self._last_slow >= QUIET_PERIOD:
+            self.place = "loop"
             return True
         return False
 
-    def _blame(self, now: float) -> bool:
-        self._blames.append(now)
-        if len(self._blames) < BLAMES or now - self._blames[0] > WITHIN:
+    def _record_slow_call(self, now: float) -> bool:
+        self._slow_calls.append(now)
+        if len(self._slow_calls) < SLOW_CALLS or now - self._slow_calls[0] > WINDOW:
             return False
-        self._blames.clear()
-        self.where, self._stormy = "thread", now
+        self._slow_calls.clear()
+        self.place, self._last_slow = "thread", now
         return True
 
 
 class PlacementTracker:
-    """Times the calls of one handler with run="auto", and tells the log and the metrics where it moves."""
+    """Measures the calls of one handler with run="auto"; logs and counts its moves."""
 
     def __init__(self, handler: Handler, slow: float, reactor: Any, metrics: Metrics, log: Logger) -> None:
         """slow: see `Placement`. reactor: IReactorTime and IReactorFromThreads."""
         self._handler = handler
-        self._auto = Placement(slow)
+        self._placement = Placement(slow)
         self._reactor = reactor
         self._log = log
         self._counters = {
@@ -77,28 +77,41 @@ class PlacementTracker:
         }
 
     @property
-    def where(self) -> str:
-        """Where the next call is to run: "loop" or "thread"."""
-        return self._auto.where
+    def place(self) -> str:
+        """The place of the next call: "loop" or "thread"."""
+        return self._placement.place
 
-    def timed(self, where: str, function: Callable[..., Result], *args: Any) -> Result:
-        """Call `function` here, which is `where` says. The time that it waits for a thread does not count."""
+    def measure(self, place: str, function: Callable[..., Result], *args: Any) -> Result:
+        """Call `function` in the current thread, and record its time. place: "loop" or "thread", where that is.
+
+        The time that the call has waited for a thread does not count.
+        """
         began = time.perf_counter()
         try:
             return function(*args)
         finally:
-            took = time.perf_counter() - began
-            if where == "loop":
-                self._note(took, where)
+            seconds = time.perf_counter() - began
+            if place == "loop":
+                self._record(seconds, place)
             else:
-                self._reactor.callFromThread(self._note, took, where)
+                self._reactor.callFromThread(self._record, seconds, place)
 
-    def _note(self, took: float, where: str) -> None:
-        if not self._auto.took(took, where, self._reactor.seconds()):
+    def _record(self, seconds: float, place: str) -> None:
+        if not self._placement.record(seconds, place, self._reactor.seconds()):
             return
-        self._counters[self.where].value += 1
-        if self.where == "thread":
-            says = "{handler} at {place} blocks the loop, {took:.0f} ms this time: it runs in threads from now on"
+        self._counters[self.place].value += 1
+        if self.place == "thread":
+            text = (
+                "handler {handler} at {place} has blocked the loop {count} times within a minute, "
+                "the last time for {ms:.0f} ms: it runs in threads from now on"
+            )
         else:
-            says = "{handler} at {place} has been quick for a while: it runs on the loop again"
-        self._log.warn(says, handler=self._handler.name, place=self._handler.place, took=took * 1000)
+            text = "handler {handler} at {place} has been quick for {quiet:.0f} s: it runs on the loop again"
+        self._log.warn(
+            text,
+            handler=self._handler.name,
+            place=self._handler.place,
+            count=SLOW_CALLS,
+            ms=seconds * 1000,
+            quiet=QUIET_PERIOD,
+        )

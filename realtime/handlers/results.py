@@ -1,7 +1,7 @@
-"""Answers, ready to be sent: made of what a handler returned where it ran, and kept as such by its cache.
+"""Converts the return values of handlers into results that can be sent; a handler's cache keeps the converted result.
 
-What can't be sent is the handler's mistake, so it is found here and not later. No Twisted: the process of a handler
-has none.
+A return value that can't be sent is the handler's error, so it is converted where the handler ran, and raises there.
+The module imports no Twisted: neither does the process of a handler.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from typing import Any
 
 import msgspec
 
-from realtime import app as declared
+from realtime.app import Handler, Response
 from realtime.errors import LIMIT_EXCEEDED, PERMISSION_DENIED, ClientError
 from realtime.types import Credentials, Grant
 
-# Bytes of JSON that one answer to a client may have: an answer is a message, not a download.
-MAX_ANSWER = 1_048_576
+# The most bytes of JSON in one result for a client: a result is a message, not a download.
+MAX_RESULT = 1_048_576
 
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
+_BYTES = "application/octet-stream"
 
 
 class PreparedResponse(msgspec.Struct, frozen=True):
-    """A response, ready to be written.
+    """An HTTP response, ready to be written.
 
-    fault: what the peer did wrong, a key of `http.FAULTS`, or "". close: end the connection with it.
+    fault: the peer's error, a key of `http.FAULTS`, or "". close: end the connection after the response.
     """
 
     status: int
@@ -39,7 +40,7 @@ class PreparedResponse(msgspec.Struct, frozen=True):
     close: bool = False
 
     def all_headers(self) -> Iterable[tuple[str, str]]:
-        """Every header line. The application's own stand in place of ours."""
+        """Yield every header line. The application's headers take the place of the server's."""
         ours = {"Server": "realtime", "X-Content-Type-Options": "nosniff"}
         if self.type:
             ours["Content-Type"] = self.type
@@ -53,99 +54,99 @@ class PreparedResponse(msgspec.Struct, frozen=True):
 
 # RFC 9110 sections 15.3.5 and 15.4.5.
 _WITHOUT_BODY = {204, 304}
-# Where a response ends is for us to say.
+# The headers that frame a response; only the server sets them.
 _FRAMING = {"content-length", "transfer-encoding", "connection", "date"}
 
 
 def plain(status: int, *headers: tuple[str, str]) -> PreparedResponse:
-    """A response that says its status in words."""
+    """Return a response whose body is the phrase of its status."""
     return PreparedResponse(status, HTTPStatus(status).phrase.encode(), TEXT, headers)
 
 
 def json(status: int, value: Any) -> PreparedResponse:
-    """A response of anything that JSON can carry."""
+    """Return a response with a JSON body. value: anything that JSON can represent."""
     return PreparedResponse(status, msgspec.json.encode(value), JSON)
 
 
-def answer_of(result: Any) -> PreparedResponse:
-    """What a handler returned, as a response. Raises TypeError for what can't be one."""
-    match result:
-        case None:
-            return PreparedResponse(204)
-        case declared.Response():
-            body = result.body.encode() if isinstance(result.body, str) else result.body
-            named = TEXT if isinstance(result.body, str) else "application/octet-stream"
-            return PreparedResponse(result.status, body, named if body else "", tuple(result.headers.items()))
-        case str():
-            return PreparedResponse(200, result.encode(), TEXT)
-        case bytes():
-            return PreparedResponse(200, result, "application/octet-stream")
-    return json(200, result)
-
-
-def maker(kind: str) -> Callable[[Any], Any]:
-    """What makes answers of the results of this kind of handler.
-
-    It raises TypeError and whatever encoding raises for what can't be one, and ClientError for what is a refusal.
-    """
-    return _MAKERS.get(kind, _unchanged)
-
-
-def plain_result(handler: declared.Handler, args: tuple[Any, ...]) -> Any:
-    """Call a plain function. Raises TypeError when it returns an awaitable, for which there is no loop."""
-    result = handler.function(*args)
-    if hasattr(result, "__await__"):
-        if inspect.iscoroutine(result):
-            result.close()
+def call_plain_function(handler: Handler, args: tuple[Any, ...]) -> Any:
+    """Call a plain function. Raises TypeError when it returns an awaitable: no loop would await it."""
+    value = handler.function(*args)
+    if hasattr(value, "__await__"):
+        if inspect.iscoroutine(value):
+            value.close()
         raise TypeError(
-            f'it ran in a thread and returned an awaitable; declare it with run="loop", or async: {result!r}'
+            f'it ran in a thread and returned an awaitable; declare it with run="loop", or async: {value!r}'
         )
-    return result
+    return value
 
 
-def _unchanged(result: Any) -> Any:
-    return result
+def result_converter(kind: str) -> Callable[[Any], Any]:
+    """Return the function that converts the return values of this kind of handler.
+
+    It raises ClientError for a value that means a refusal; for a value that can't be sent it raises TypeError, or the
+    exception of the encoder.
+    """
+    return _CONVERTERS.get(kind, _unchanged)
 
 
-def _credentials(result: Any) -> Credentials | None:
-    if isinstance(result, Credentials):
-        if not isinstance(result.user, str):
-            raise TypeError(f"Credentials.user is a text, not {type(result.user).__name__}")
-        result.user.encode()
-        return result
-    if result is None:
-        return result
-    raise TypeError(f"on_connecting returns Credentials or None, not {type(result).__name__}")
+def _unchanged(value: Any) -> Any:
+    return value
 
 
-def _grant(result: Any) -> Grant | None:
-    if result is False:
+def _to_credentials(value: Any) -> Credentials | None:
+    if isinstance(value, Credentials):
+        if not isinstance(value.user, str):
+            raise TypeError(f"Credentials.user is a text, not {type(value.user).__name__}")
+        value.user.encode()  # raises UnicodeEncodeError for a lone surrogate
+        return value
+    if value is None:
+        return value
+    raise TypeError(f"on_connecting returns Credentials or None, not {type(value).__name__}")
+
+
+def _to_grant(value: Any) -> Grant | None:
+    if value is False:
         raise ClientError(*PERMISSION_DENIED)
-    if result is None or result is True:
+    if value is None or value is True:
         return None
-    if isinstance(result, Grant):
-        return result
-    raise TypeError(f"on_subscribe returns a Grant, True, False or None, not {type(result).__name__}")
+    if isinstance(value, Grant):
+        return value
+    raise TypeError(f"on_subscribe returns a Grant, True, False or None, not {type(value).__name__}")
 
 
-def _encoded(result: Any) -> msgspec.Raw | bytes | None:
-    if result is None:
+def _to_data(value: Any) -> msgspec.Raw | bytes | None:
+    if value is None:
         return None
-    # What becomes of bytes depends on the encoding that the client speaks.
-    is_bytes = isinstance(result, bytes)
-    made = result if is_bytes else _encode(result)
-    if len(made) > MAX_ANSWER:
+    # Bytes stay bytes: their representation depends on the encoding that the client speaks.
+    is_bytes = isinstance(value, bytes)
+    encoded = value if is_bytes else _encode(value)
+    if len(encoded) > MAX_RESULT:
         raise ClientError(*LIMIT_EXCEEDED)
-    return made if is_bytes else msgspec.Raw(made)
+    return encoded if is_bytes else msgspec.Raw(encoded)
 
 
 _encode = msgspec.json.Encoder().encode
 
 
-_MAKERS: dict[str, Callable[[Any], Any]] = {
-    "on_connecting": _credentials,
-    "on_subscribe": _grant,
-    "on_publish": _encoded,
-    "rpc": _encoded,
-    "http": answer_of,
+def _to_response(value: Any) -> PreparedResponse:
+    match value:
+        case None:
+            return PreparedResponse(204)
+        case Response():
+            body = value.body.encode() if isinstance(value.body, str) else value.body
+            content_type = TEXT if isinstance(value.body, str) else _BYTES
+            return PreparedResponse(value.status, body, content_type if body else "", tuple(value.headers.items()))
+        case str():
+            return PreparedResponse(200, value.encode(), TEXT)
+        case bytes():
+            return PreparedResponse(200, value, _BYTES)
+    return json(200, value)
+
+
+_CONVERTERS: dict[str, Callable[[Any], Any]] = {
+    "on_connecting": _to_credentials,
+    "on_subscribe": _to_grant,
+    "on_publish": _to_data,
+    "rpc": _to_data,
+    "http": _to_response,
 }

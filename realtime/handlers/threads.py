@@ -1,4 +1,4 @@
-"""Threads for the handlers: their own pool, a bounded queue before it, and the way back to the loop."""
+"""Runs handlers in threads: a thread pool of their own, a bounded queue before it, and the way back to the loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
-from functools import partial
 from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred, TimeoutError
@@ -25,122 +24,130 @@ Result = TypeVar("Result")
 
 
 class BoundedSemaphore:
-    """At most `places` are inside at a time; at most `queue` more wait for a place, in order of arrival."""
+    """A semaphore with a bounded queue: `permits` holders at a time, and `queue` waiters in order of arrival."""
 
-    def __init__(self, places: int, queue: int) -> None:
-        self._places = places
+    def __init__(self, permits: int, queue: int) -> None:
+        self._permits = permits
         self._queue = queue
-        self._waiting: dict[asyncio.Future[None], None] = {}
-        self.inside = 0
+        self._waiters: dict[asyncio.Future[None], None] = {}
+        self.held = 0
 
     @property
     def waiting(self) -> int:
-        """How many wait now."""
-        return len(self._waiting)
+        """The number of waiters."""
+        return len(self._waiters)
 
-    async def enter(self) -> None:
-        """Take a place, waiting for one if need be; raises PoolFull at once when too many wait. Then `leave` is due."""
-        if self.inside < self._places:
-            self.inside += 1
+    async def acquire(self) -> None:
+        """Take a permit, waiting for one if necessary; each must be given back with `release`.
+
+        Raises PoolFull at once when the queue is full.
+        """
+        if self.held < self._permits:
+            self.held += 1
             return
-        if len(self._waiting) >= self._queue:
+        if len(self._waiters) >= self._queue:
             raise PoolFull("every place is taken, and so is every place in the queue")
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting[turn] = None
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = None
         try:
-            await turn
+            await waiter
         except BaseException:
-            if turn.done() and not turn.cancelled():
-                self.leave()  # the turn came in the moment of giving up
+            if waiter.done() and not waiter.cancelled():
+                self.release()  # the permit was granted in the moment of cancellation
             raise
         finally:
-            self._waiting.pop(turn, None)
+            self._waiters.pop(waiter, None)
 
-    def leave(self) -> None:
-        """Give the place to whoever waits longest."""
-        self.inside -= 1
-        for turn in self._waiting:
-            if not turn.done():
-                self.inside += 1
-                turn.set_result(None)
+    def release(self) -> None:
+        """Give a permit back; the longest waiter gets it."""
+        self.held -= 1
+        for waiter in self._waiters:
+            if not waiter.done():
+                self.held += 1
+                waiter.set_result(None)
                 return
 
 
 class DaemonPool(ThreadPool):
-    """A pool whose threads do not hold up the end of the process."""
+    """A thread pool whose threads do not delay the end of the process."""
 
-    threadFactory = partial(threading.Thread, daemon=True)  # type: ignore[assignment]
+    # A method and not a `functools.partial`: since Python 3.14 a partial in a class body binds `self` like a function.
+    @staticmethod
+    def threadFactory(*args: Any, **kwargs: Any) -> threading.Thread:  # type: ignore[override]
+        return threading.Thread(*args, **kwargs, daemon=True)
 
 
 class HandlerThreads:
-    """The threads of the handlers, and the bounded queue before them (Twisted's own has no bound).
+    """The threads of one worker's handlers, and the bounded queue before them (Twisted's own queue has no bound).
 
-    A thread whose caller has given up is *overdue*: it can't be stopped, and keeps its place until it returns.
+    A thread is *overdue* when its caller has stopped waiting: it can't be stopped, and keeps its place in the pool
+    until the handler returns.
     """
 
     def __init__(self, reactor: Any, size: int, queue: int) -> None:
+        """reactor: IReactorTime and IReactorFromThreads. size: threads. queue: calls that may wait for a thread."""
         self.reactor = reactor
-        self._gate = BoundedSemaphore(size, queue)
+        self._semaphore = BoundedSemaphore(size, queue)
         self._pool = DaemonPool(0, size, "handlers")
         self._overdue = 0
 
-    def measure(self, metrics: Metrics) -> None:
-        """Show the pool's depth in the metrics."""
+    def register_metrics(self, metrics: Metrics) -> None:
+        """Add gauges of the pool's use to `metrics`."""
         metrics.gauge("realtime_handler_threads_busy", "Handler threads at work.", lambda: self.busy)
         metrics.gauge("realtime_handler_threads_waiting", "Calls that wait for a thread.", lambda: self.waiting)
         metrics.gauge("realtime_handler_threads_overdue", "Threads that run past their time.", lambda: self._overdue)
 
     @property
     def busy(self) -> int:
-        """Threads at work."""
-        return self._gate.inside
+        """The number of threads that run a handler."""
+        return self._semaphore.held
 
     @property
     def waiting(self) -> int:
-        """Calls that wait for a thread."""
-        return self._gate.waiting
+        """The number of calls that wait for a thread."""
+        return self._semaphore.waiting
 
     def start(self) -> None:
-        """Be ready for calls."""
+        """Start the pool; `call` may be used from now on."""
         self._pool.start()
 
     async def stop(self, grace: float) -> None:
-        """End the idle threads, and wait for the others for `grace` seconds at most."""
-        ended: Deferred[None] = Deferred()
+        """End the idle threads, and wait for the busy ones for `grace` seconds at most."""
+        closed: Deferred[None] = Deferred()
 
         def close() -> None:
             self._pool.stop()  # joins every thread
-            self.reactor.callFromThread(ended.callback, None)
+            self.reactor.callFromThread(closed.callback, None)
 
         threading.Thread(target=close, name="handlers-stop", daemon=True).start()
         with contextlib.suppress(TimeoutError):
-            await ended.addTimeout(grace, self.reactor)
+            await closed.addTimeout(grace, self.reactor)
 
     async def call(
-        self, function: Callable[..., Result], args: tuple[Any, ...], also: BoundedSemaphore | None = None
+        self, function: Callable[..., Result], args: tuple[Any, ...], held: BoundedSemaphore | None = None
     ) -> Result:
-        """Call `function` in a thread, in a copy of the caller's context, and return or raise what it does.
+        """Call `function` in a thread, in a copy of the caller's context; return its result or raise its exception.
 
-        also: another gate that the caller has entered; it is left together with the pool's own. Raises PoolFull.
+        held: a semaphore that the caller has acquired; it is released together with the thread. Raises PoolFull.
         """
         try:
-            await self._gate.enter()
+            await self._semaphore.acquire()
         except BaseException:
-            if also is not None:
-                also.leave()
+            if held is not None:
+                held.release()
             raise
         outcome: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
 
         def returned(result: tuple[Any, BaseException | None]) -> None:
-            self._gate.leave()
-            if also is not None:
-                also.leave()
+            self._semaphore.release()
+            if held is not None:
+                held.release()
             if outcome.cancelled():
                 self._overdue -= 1
             settle(outcome, *result)
 
-        work = deferToThreadPool(self.reactor, self._pool, copy_context().run, _caught, function, args)
-        work.addCallback(returned)
+        thread_call = deferToThreadPool(self.reactor, self._pool, copy_context().run, _capture, function, args)
+        thread_call.addCallback(returned)
         try:
             return await outcome
         except asyncio.CancelledError:
@@ -150,15 +157,15 @@ class HandlerThreads:
 
 
 class ThreadSafeClient:
-    """A `realtime.app.Client` that may be used in any thread: what touches the session is done on the loop."""
+    """A `realtime.app.Client` for handlers in any thread: calls that concern the session run on the loop."""
 
-    __slots__ = ("_client", "_pressed", "_reactor")
+    __slots__ = ("_client", "_is_under_pressure", "_reactor")
 
-    def __init__(self, client: Client, reactor: Any, pressed: Callable[[], bool]) -> None:
-        """pressed: whether this worker is under pressure, for any thread to ask."""
+    def __init__(self, client: Client, reactor: Any, is_under_pressure: Callable[[], bool]) -> None:
+        """is_under_pressure: whether this worker is under pressure; may be called in any thread."""
         self._client = client
         self._reactor = reactor
-        self._pressed = pressed
+        self._is_under_pressure = is_under_pressure
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ThreadSafeClient) and self._client is other._client
@@ -173,39 +180,42 @@ class ThreadSafeClient:
         return getattr(self._client, name)
 
     def cache_key(self) -> str:
-        """Cached answers are shared by the connections of one user, and by nobody else."""
+        """Return the user id: the connections of one user share cached answers, and different users never do."""
         return self._client.user
 
     @property
     def under_pressure(self) -> bool:
-        return self._pressed()
+        return self._is_under_pressure()
 
     @property
     def channels(self) -> frozenset[str]:
-        return self._on_loop(lambda: frozenset(self._client.channels))
+        return self._call_on_loop(lambda: frozenset(self._client.channels))
 
     def send(self, data: Any) -> None:
-        self._on_loop(lambda: self._client.send(data))
+        self._call_on_loop(lambda: self._client.send(data))
 
     def subscribe(self, channel: str, grant: Grant | None = None) -> None:
-        self._on_loop(lambda: self._client.subscribe(channel, grant))
+        self._call_on_loop(lambda: self._client.subscribe(channel, grant))
 
     def refresh(self, expire_at: int | None = None, info: Any = None) -> None:
-        self._on_loop(lambda: self._client.refresh(expire_at, info))
+        self._call_on_loop(lambda: self._client.refresh(expire_at, info))
 
     def unsubscribe(self, channel: str) -> None:
-        self._on_loop(lambda: self._client.unsubscribe(channel))
+        self._call_on_loop(lambda: self._client.unsubscribe(channel))
 
     def disconnect(self, code: int = FORCE_DISCONNECT[0], reason: str = FORCE_DISCONNECT[1]) -> None:
-        Disconnect(code, reason)  # refuses what can't be sent, here in the handler
-        self._on_loop(lambda: self._client.disconnect(code, reason))
+        Disconnect(code, reason)  # raises ValueError here, in the handler, for a code that can't be sent
+        self._call_on_loop(lambda: self._client.disconnect(code, reason))
 
-    def _on_loop(self, function: Callable[[], Result]) -> Result:
+    def _call_on_loop(self, function: Callable[[], Result]) -> Result:
         return function() if isInIOThread() else blockingCallFromThread(self._reactor, function)
 
 
-def _caught(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
-    """Whatever a thread's function returns or raises, as a value; what would end the loop or an `await` is wrapped."""
+def _capture(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
+    """Call a function and return (result, None) or (None, error).
+
+    StopIteration, SystemExit and KeyboardInterrupt would end an `await` or the loop; they are wrapped in RuntimeError.
+    """
     try:
         return function(*args), None
     except (StopIteration, SystemExit, KeyboardInterrupt) as error:

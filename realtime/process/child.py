@@ -70,10 +70,10 @@ class Child:
     """This process, as its own `start` sees it. `start` sets the hooks; each has a default that does little.
 
     name: "worker 0" or "broker", for the log. slot: -1 for the broker. listen: descriptors, owned by `start` from
-    then on (see `realtime.worker.listening.adopt`). metrics: the process's series. pulse: put your own callables at
-    `pulse.connections` and its like. marks: for whoever runs handlers. accounts: of the loop's time, for whoever takes
-    much of it. turn: tells the number of the loop's turn, None if nobody counts. reactor: asyncio's, with monotonic
-    seconds.
+    then on (see `realtime.worker.listening.adopt`). metrics: the process's series. pulse: give it the
+    load of the process with `pulse.observe`. marks: for whoever runs handlers. accounts: of the loop's time, for
+    whoever takes much of it. turn: tells the number of the loop's turn, None if nobody counts. reactor: asyncio's, with
+    monotonic seconds.
     """
 
     def __init__(

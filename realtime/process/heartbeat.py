@@ -14,6 +14,7 @@ import selectors
 import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 import psutil
@@ -170,11 +171,25 @@ class HandlerMarker:
             self._page.mark(*self._now)
 
 
+def _none() -> int:
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadGauges:
+    """Functions that return the load of a process. Each beat calls them: they must be quick and must not raise."""
+
+    connections: Callable[[], int] = _none
+    subscriptions: Callable[[], int] = _none
+    queued_bytes: Callable[[], int] = _none
+    threads_busy: Callable[[], int] = _none
+    threads_waiting: Callable[[], int] = _none
+
+
 class Heartbeat:
     """Writes the page every `interval` seconds while it runs.
 
-    `connections` and the other callables are asked at each beat; whoever counts those things puts its own there. They
-    must be quick and must not raise. chores: done after a beat, when they are due. interval: `loop.interval`, and may
+    chores: done after a beat, when they are due. interval: `loop.interval`, and may
     be changed. rests: whether the selector may beat in its place while the loop idles. What an idle loop's beat costs
     is the memory that it touches, which the caches have lost meanwhile: a nod touches a tenth of what a turn does.
     """
@@ -183,12 +198,8 @@ class Heartbeat:
         self, page: VitalsPage, clock: TimerClock, loop: LoopSettings, turns: MeasuredSelector | None = None
     ) -> None:
         """turns: the loop's selector."""
-        self.connections: Callable[[], int] = _none
-        self.subscriptions: Callable[[], int] = _none
-        self.queued_bytes: Callable[[], int] = _none
-        self.threads_busy: Callable[[], int] = _none
-        self.threads_waiting: Callable[[], int] = _none
-        self.on_beat: Callable[[Vitals], None] = _ignore  # is handed each beat's reading
+        self._gauges = LoadGauges()
+        self._on_beat: Callable[[Vitals], None] = _ignore
         self.state = ProcessState.STARTING
         self.lag = 0.0  # seconds, of the last beat
         self.utilization = 0.0  # see `Vitals`
@@ -211,6 +222,11 @@ class Heartbeat:
         self._tick: Callable[[], None] = self._beat
         if turns is not None:
             self._tick = turns.accounts.charging(turns.accounts.open(LoopWork.TIMERS), self._beat)
+
+    def observe(self, gauges: LoadGauges, on_beat: Callable[[Vitals], None] | None = None) -> None:
+        """Report the load of these gauges from the next beat on. on_beat: is called with the vitals of each beat."""
+        self._gauges = gauges
+        self._on_beat = on_beat or _ignore
 
     def start(self) -> None:
         """Beat now, and go on."""
@@ -247,7 +263,7 @@ class Heartbeat:
     def _tell(self, now: float) -> None:
         self.lag = max(0.0, now - self._due)
         self._measure(now)
-        self.on_beat(self._write(now))
+        self._on_beat(self._write(now))
 
     # While it rests.
 
@@ -288,19 +304,19 @@ class Heartbeat:
         self._idle, self._measured = idle, now
 
     def _write(self, now: float) -> Vitals:
-        turns = self._turns
+        turns, gauges = self._turns, self._gauges
         vitals = Vitals(
             int(now * 1e9),
             self.lag,
-            self.connections(),
-            self.subscriptions(),
+            gauges.connections(),
+            gauges.subscriptions(),
             self.state,
             self.utilization,
             turns.turns if turns else 0,
             turns.callbacks if turns else 0,
-            self.queued_bytes(),
-            self.threads_busy(),
-            self.threads_waiting(),
+            gauges.queued_bytes(),
+            gauges.threads_busy(),
+            gauges.threads_waiting(),
             self.rss,
         )
         self._page.write(vitals)
@@ -313,10 +329,6 @@ def loop_time(accounts: LoopTimeLedger) -> Iterator[Sample]:
     for account in accounts:
         labels = [("kind", account.kind.value), ("name", account.name)]
         yield Sample(LOOP_SECONDS, "counter", help, labels, account.spent / 1e9)
-
-
-def _none() -> int:
-    return 0
 
 
 def _ignore(_: Vitals) -> None: ...

@@ -12,6 +12,7 @@ leaves receives nothing of the backlog; one that becomes active while there is a
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TypeGuard
 
 from realtime.errors import Disconnect
@@ -76,12 +77,44 @@ class _DeltaState:
         return patch if len(patch) < len(publication.data) else None
 
 
-class FanoutContext:
-    """State and settings that the fan-outs of one worker share.
+def broadcast(frame: bytes, sinks: Sequence[Sink]) -> None:
+    """Write a frame to each sink. The hot path of the server: one call for each delivery, as a rule send(2).
 
-    sent: counts deliveries. broadcast: sends one frame to many sinks; `broadcast` below, or a faster replacement.
-    overflows: counts dropped backlogs. queued: bytes of the publications in all backlogs. charged: may wrap the steps
-    of a channel's backlog, given its name.
+    It is `Sink.deliver` written out, since a further call for each delivery would cost as much as the loop itself.
+    """
+    size = len(frame)
+    for sink in sinks:
+        send = sink.send
+        try:
+            sent = send(frame)
+        except OSError:
+            sent = 0
+        if sent != size:
+            sink.queue_remainder(frame, sent)
+
+
+def _uncharged(channel: str, steps: Iterator[None]) -> Iterator[None]:
+    return steps
+
+
+@dataclass(frozen=True, slots=True)
+class FanoutServices:
+    """Collaborators of all fan-outs of one worker.
+
+    broadcast: sends one frame to many sinks. charge: takes a channel and the steps of its backlog, and returns steps
+    whose time is charged to the channel. sent: counts deliveries. overflows: counts dropped backlogs.
+    """
+
+    broadcast: Callable[[bytes, Sequence[Sink]], None] = broadcast
+    charge: Callable[[str, Iterator[None]], Iterator[None]] = _uncharged
+    sent: Counter = field(default_factory=Counter)
+    overflows: Counter = field(default_factory=Counter)
+
+
+class FanoutContext:
+    """State and collaborators that the fan-outs of one worker share.
+
+    queued: bytes of the publications in all backlogs. broadcast, charge, sent, overflows: see `FanoutServices`.
     """
 
     def __init__(
@@ -89,17 +122,19 @@ class FanoutContext:
         slices: TimeSlicer,
         on_overflow: Callable[[str], None],
         on_unencodable: Callable[[str, Subscriber], None],
+        services: FanoutServices,
     ) -> None:
         """on_overflow: called with a channel whose backlog was dropped. on_unencodable: called with a channel and a
         subscriber whose format cannot carry a publication."""
         self.slices = slices
         self.on_overflow = on_overflow
         self.on_unencodable = on_unencodable
-        self.sent = Counter()
-        self.broadcast: Callable[[bytes, Sequence[Sink]], None] = broadcast
-        self.overflows = Counter()
+        # Attributes of this object and not of a record within: the hot path reads them once less.
+        self.broadcast = services.broadcast
+        self.charge = services.charge
+        self.sent = services.sent
+        self.overflows = services.overflows
         self.queued = 0
-        self.charged: Callable[[str, Iterator[None]], Iterator[None]] = lambda channel, steps: steps
         self.backlogs: dict[ChannelFanout, Backlog] = {}
         self._direct_deliveries = 0  # since the clock was last read
 
@@ -274,7 +309,7 @@ class ChannelFanout:
 
     def _start(self, backlog: Backlog) -> None:
         self._busy = True
-        self._context.run_sliced(self._context.charged(self._channel, self._deliver_backlog(backlog)), self._priority)
+        self._context.run_sliced(self._context.charge(self._channel, self._deliver_backlog(backlog)), self._priority)
 
     def _deliver_backlog(self, backlog: Backlog) -> Iterator[None]:
         try:
@@ -449,22 +484,6 @@ class ChannelFanout:
         self._context.queued -= backlog.size
         backlog.drop(*kinds)
         self._context.queued += backlog.size
-
-
-def broadcast(frame: bytes, sinks: Sequence[Sink]) -> None:
-    """Write a frame to each sink. The hot path of the server: one call for each delivery, as a rule send(2).
-
-    It is `Sink.deliver` written out, since a further call for each delivery would cost as much as the loop itself.
-    """
-    size = len(frame)
-    for sink in sinks:
-        send = sink.send
-        try:
-            sent = send(frame)
-        except OSError:
-            sent = 0
-        if sent != size:
-            sink.queue_remainder(frame, sent)
 
 
 def _is_light(job: Event | Activation) -> TypeGuard[Event]:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 
 from realtime.errors import ClientError
 from realtime.pubsub.backlog import DeltaBase, Event, EventKind
-from realtime.pubsub.engine import Engine, GetHistory, Subscribe, Unsubscribe
-from realtime.pubsub.fanout import ChannelFanout, FanoutContext
+from realtime.pubsub.engine import Engine, GetHistory, Receiver, Subscribe, Unsubscribe
+from realtime.pubsub.fanout import ChannelFanout, FanoutContext, FanoutServices
 from realtime.pubsub.subscriber import Subscriber
 from realtime.pubsub.time_slices import HIGH, LOW, NORMAL, YIELD_EVERY, TimeSlicer
 from realtime.types import ClientInfo, HistoryOptions, Position, Publication
@@ -86,16 +86,23 @@ class _Channel:
 class Hub:
     """The local subscriptions of one worker: an `engine.Receiver`.
 
-    engine: set once after construction, as hub and engine need each other. fanout: counts deliveries.
+    engine: delivers to this hub. fanout: counts deliveries.
     """
 
-    engine: Engine
+    def __init__(
+        self,
+        make_engine: Callable[[Receiver], Engine],
+        apply_order: Callable[[bytes], None],
+        slices: TimeSlicer | None = None,
+        services: FanoutServices | None = None,
+    ) -> None:
+        """make_engine: makes the engine that delivers to this hub, as hub and engine need each other.
 
-    def __init__(self, obey: Callable[[bytes], None], slices: TimeSlicer | None = None) -> None:
-        """obey: carries out an order (see `SendOrder`). slices: for long work; None for no limit."""
-        self._obey = obey
+        apply_order: carries out an order (see `SendOrder`). slices: for long work; None for no limit.
+        """
+        self._apply_order = apply_order
         self._slices = slices or TimeSlicer.unlimited()
-        self.fanout = FanoutContext(self._slices, self._on_overflow, self._on_unencodable)
+        self.fanout = FanoutContext(self._slices, self._on_overflow, self._on_unencodable, services or FanoutServices())
         self._channels: dict[str, _Channel] = {}
         # Channels with a gap whose positioned subscribers are still in place. They are removed before anything else
         # happens on the channel. Then subscribers that are removed, but do not know of it yet.
@@ -103,6 +110,7 @@ class Hub:
         self._uninformed: dict[Subscriber, None] = {}
         self._is_informing = False
         self.subscriptions = 0
+        self.engine = make_engine(self)
 
     def channels(self) -> list[str]:
         """Return the channels that have subscribers here."""
@@ -289,7 +297,7 @@ class Hub:
 
     def on_order(self, order: bytes) -> None:
         """Carry out an order."""
-        self._obey(order)
+        self._apply_order(order)
 
     def on_interruption(self) -> None:
         """Handle a gap in every channel.

@@ -21,8 +21,9 @@ from twisted.web.http_headers import Headers
 from realtime.app import App, Request
 from realtime.config.settings import HTTPAPISettings, Settings
 from realtime.errors import INTERNAL_ERROR, ClientError, Disconnect, HandlerTimeout, Overloaded, PoolFull
+from realtime.handlers.call import HandlerCall
 from realtime.handlers.coroutines import drive
-from realtime.handlers.dispatch import Dispatcher, HandlerCall
+from realtime.handlers.dispatch import Dispatcher
 from realtime.handlers.results import PreparedResponse, json, plain
 from realtime.http import cors
 from realtime.http.forwarded import TrustedProxies
@@ -72,7 +73,7 @@ def make_site(
         another_worker_available,
         proxies or TrustedProxies(()),
     )
-    return HTTPSite(router, settings.http_api, metrics, partial(drive, accounts=dispatcher.accounts), reactor)
+    return HTTPSite(router, settings.http_api, metrics, partial(drive, ledger=dispatcher.ledger), reactor)
 
 
 class CORSRoute:
@@ -253,7 +254,7 @@ def serve_route(
             getattr(request.client, "host", ""), [headers.get("x-forwarded-for", "")]
         ),
     )
-    request.respond_with(route.perform(app_request), partial(_route_response, another_worker_available), cancels=True)
+    request.respond_with(route.call(app_request), partial(_route_response, another_worker_available), cancels=True)
 
 
 def _route_response(

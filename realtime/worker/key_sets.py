@@ -1,8 +1,8 @@
 """Fetches the key sets of identity providers over HTTP, for `realtime.auth.keys`.
 
-A token's issuer may pick which of the configured addresses is asked, so the server that answers gets no further than
-its answer: no redirect is followed, only public addresses are connected to (the one that was checked, so that a name
-can't change its meaning in between), and so much is read for so long, and no more.
+The issuer of a token may choose among the configured addresses, so the answering server gets no influence beyond its
+answer: no redirect is followed, connections go to public addresses only (to the very address that was checked, so that
+a name can't change its meaning in between), and both the bytes and the seconds of an answer are limited.
 """
 
 from __future__ import annotations
@@ -22,13 +22,8 @@ from twisted.internet.ssl import optionsForClientTLS
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
-from twisted.web.client import (
-    Agent,
-    RequestNotSent,
-    RequestTransmissionFailed,
-    ResponseDone,
-    ResponseFailed,
-)
+from twisted.web._newclient import RequestNotSent, RequestTransmissionFailed
+from twisted.web.client import Agent, ResponseDone, ResponseFailed
 from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgentEndpointFactory
@@ -44,14 +39,14 @@ from realtime.metrics import Metrics
 
 # Seconds for one attempt, from the name to the last byte, and the number of attempts.
 TIMEOUT = 1.0
-TRIES = 2
-# Bytes that may come besides the key set: certificates and headers.
-MAX_OTHER_BYTES = 64 * 1024
-# Names that are looked up at a time. A name server that hangs keeps a thread for half a minute.
-LOOKUPS = 4
+ATTEMPTS = 2
+# The most bytes that a server may send besides the key set: certificates and headers.
+MAX_OVERHEAD_BYTES = 64 * 1024
+# The most name lookups at a time. A name server that hangs blocks a thread for half a minute.
+MAX_LOOKUPS = 4
 
-# What a peer, or the way to it, can do to a request.
-_FAULTS = (
+# Failures of a request that are the server's or the network's.
+_NETWORK_ERRORS = (
     *(OSError, TimeoutError, CancelledError, errors.ConnectError, errors.ConnectionClosed),
     *(RequestNotSent, RequestTransmissionFailed, ResponseFailed),
 )
@@ -62,53 +57,57 @@ _log = Logger()
 def make_verifier(
     settings: ClientSettings, reactor: Any, metrics: Metrics, wall_clock: Callable[[], float]
 ) -> TokenVerifier:
-    """What judges the tokens of a worker's clients, by one table of the configuration or by two."""
+    """Make the verifier of clients' tokens, from one token table of the configuration or from two."""
 
-    def judge(table: TokenSettings, subscriptions: TokenVerifier | None = None) -> TokenVerifier:
+    def verifier(table: TokenSettings, subscriptions: TokenVerifier | None = None) -> TokenVerifier:
         fetch = KeySetFetcher(reactor, metrics, allow_insecure=table.jwks_allow_insecure)
         return TokenVerifier(table, wall_clock, KeySets(fetch, start_future, reactor.seconds), subscriptions, metrics)
 
     own = settings.subscription_token
-    return judge(settings.token, judge(own) if own.enabled else None)
+    return verifier(settings.token, verifier(own) if own.enabled else None)
 
 
 class KeySetFetcher:
-    """Called with an address, has the keys there. The `fetch` of a KeySets."""
+    """Fetches the key set at an address: the `fetch` of a KeySets."""
 
     def __init__(self, reactor: Any, metrics: Metrics, *, allow_insecure: bool = False, trust: Any = None) -> None:
-        """allow_insecure: take http, too, and addresses that are not public. trust: whose certificates are believed,
-        as twisted.internet.ssl.optionsForClientTLS has it; None: those of the platform."""
+        """allow_insecure: accept http, and addresses that are not public. trust: the trusted certificate authorities,
+        as in twisted.internet.ssl.optionsForClientTLS; None: those of the platform."""
         self._reactor = reactor
         self._allow_insecure = allow_insecure
         self._trust = trust
-        self._looking_up = 0
-        self._away: set[str] = set()
+        self._lookups = 0
+        self._failing: set[str] = set()  # endpoints whose last fetch failed; the log names each once
         self._counters = {
             outcome: metrics.counter("realtime_key_set_fetches", "Attempts to have a key set.", outcome=outcome)
             for outcome in ("good", "failed")
         }
 
     async def __call__(self, endpoint: str) -> Mapping[str, VerificationKey]:
-        """The keys at `endpoint`, by id. Raises KeysUnavailable, after TRIES times TIMEOUT at the latest."""
+        """Return the keys at `endpoint` by their ids. Raises KeysUnavailable within ATTEMPTS times TIMEOUT."""
         url = urlsplit(endpoint)
         reason: Exception | None = None
-        for attempt in range(TRIES):
-            asking = Deferred.fromCoroutine(self._get(endpoint, url, attempt))
+        for attempt in range(ATTEMPTS):
+            request = Deferred.fromCoroutine(self._get(endpoint, url, attempt))
             try:
-                keys = key_set(await asking.addTimeout(TIMEOUT, self._reactor))
-            except (KeysUnavailable, *_FAULTS) as error:
+                keys = key_set(await request.addTimeout(TIMEOUT, self._reactor))
+            except (KeysUnavailable, *_NETWORK_ERRORS) as error:
                 reason = error
             else:
                 self._counters["good"].value += 1
-                if endpoint in self._away:
-                    self._away.discard(endpoint)
-                    _log.info("the key set at {place} is back", place=_place(url))
+                if endpoint in self._failing:
+                    self._failing.discard(endpoint)
+                    _log.info("fetched the key set from {url} again", url=_printable(url))
                 return keys
         self._counters["failed"].value += 1
-        if endpoint not in self._away:
-            self._away.add(endpoint)
-            _log.warn("no key set from {place}: {reason}", place=_place(url), reason=_told(reason))
-        raise KeysUnavailable(_told(reason))
+        if endpoint not in self._failing:
+            self._failing.add(endpoint)
+            _log.warn(
+                "no key set from {url}: {reason}; tokens signed with keys that are not known yet are refused",
+                url=_printable(url),
+                reason=_describe(reason),
+            )
+        raise KeysUnavailable(_describe(reason))
 
     async def _get(self, endpoint: str, url: SplitResult, attempt: int) -> bytes:
         if url.scheme != "https" and not self._allow_insecure:
@@ -117,22 +116,22 @@ class KeySetFetcher:
         addresses = await self._look_up(host, port)
         if not self._allow_insecure and not all(map(is_public, addresses)):
             raise KeysUnavailable("the address is not public")
-        server = _Server(self._reactor, addresses[attempt % len(addresses)], port)
+        server = _PinnedEndpoint(self._reactor, addresses[attempt % len(addresses)], port)
         try:
             secured = wrapClientTLS(optionsForClientTLS(host, self._trust), server) if url.scheme == "https" else server
-        except UnicodeError:  # name servers take more names than certificates can have
+        except UnicodeError:  # name servers accept names that no certificate can carry
             raise KeysUnavailable("the name can't stand in a certificate") from None
         try:
-            return await _body(await self._request(endpoint, secured))
-        except _FAULTS as error:
+            return await _read_body(await self._request(endpoint, secured))
+        except _NETWORK_ERRORS as error:
             if server.exceeded:
-                raise KeysUnavailable("the answer has too many bytes") from error
+                raise KeysUnavailable("the response has too many bytes") from error
             raise
         finally:
             server.abort()
 
     async def _request(self, endpoint: str, server: IStreamClientEndpoint) -> Any:
-        agent = Agent.usingEndpointFactory(self._reactor, _Only(server))
+        agent = Agent.usingEndpointFactory(self._reactor, _FixedEndpointFactory(server))
         headers = Headers({"Accept": ["application/json"], "User-Agent": [f"realtime/{__version__}"]})
         response = await agent.request(b"GET", endpoint.encode("ascii"), headers)
         if response.code != 200:
@@ -140,14 +139,14 @@ class KeySetFetcher:
         return response
 
     async def _look_up(self, host: str, port: int) -> list[str]:
-        """The addresses of a host, looked up in a thread of its own: those of the handlers may all be busy."""
-        if self._looking_up >= LOOKUPS:
+        """Return the addresses of a host, looked up in a thread of its own: the handlers' threads may all be busy."""
+        if self._lookups >= MAX_LOOKUPS:
             raise KeysUnavailable("the name servers do not answer")
-        self._looking_up += 1
+        self._lookups += 1
         found: Deferred[list[str]] = Deferred()
 
         def returned(result: Any) -> None:
-            self._looking_up -= 1
+            self._lookups -= 1
             if not found.called:
                 found.callback(result)
 
@@ -163,38 +162,38 @@ class KeySetFetcher:
         return await found
 
 
-def _place(url: SplitResult) -> str:
-    """An address for the log. The rest of it may be a password."""
+def _printable(url: SplitResult) -> str:
+    """Return a URL for the log, without its user, password and query, which may be secret."""
     return f"{url.scheme}://{url.hostname}{url.path}"
 
 
-def _told(reason: Exception | None) -> str:
-    """What went wrong, in words of ours: those of libraries may repeat what the server sent."""
+def _describe(reason: Exception | None) -> str:
+    """Describe an error in words of this module: the message of a library may repeat bytes that the server sent."""
     if isinstance(reason, KeysUnavailable):
         return str(reason)
-    # twisted.web wraps what it was told by the connection.
+    # twisted.web wraps the reasons that the connection reported.
     causes = [getattr(cause, "value", cause) for cause in getattr(reason, "reasons", None) or [reason]]
     if any(isinstance(cause, (TimeoutError, CancelledError, errors.TimeoutError)) for cause in causes):
-        return "no answer in time"
+        return "no response in time"
     return ", ".join(type(cause).__name__ for cause in causes)
 
 
-class _Bounded(ProtocolWrapper):
-    """Reads so many bytes of what a server sends, and cuts the connection at the next."""
+class _BoundedProtocol(ProtocolWrapper):
+    """Passes on a bounded number of received bytes, and aborts the connection at the next one."""
 
-    left = MAX_SET_BYTES + MAX_OTHER_BYTES
+    remaining_bytes = MAX_SET_BYTES + MAX_OVERHEAD_BYTES
 
     def dataReceived(self, data: bytes) -> None:
-        self.left -= len(data)
-        if self.left < 0:
+        self.remaining_bytes -= len(data)
+        if self.remaining_bytes < 0:
             self.transport.abortConnection()  # type: ignore[union-attr]
         else:
             super().dataReceived(data)
 
 
 @implementer(IStreamClientEndpoint)
-class _Server:
-    """One address of a server, and the connection to it."""
+class _PinnedEndpoint:
+    """A client endpoint for one address of a server, and its connection, which may send a bounded number of bytes."""
 
     def __init__(self, reactor: Any, address: str, port: int) -> None:
         endpoint = TCP6ClientEndpoint if ":" in address else TCP4ClientEndpoint
@@ -203,7 +202,7 @@ class _Server:
 
     def connect(self, protocolFactory: IProtocolFactory) -> Any:
         wrapping = WrappingFactory(protocolFactory)
-        wrapping.protocol = _Bounded
+        wrapping.protocol = _BoundedProtocol
 
         def connected(connection: Any) -> Any:
             self._connection = connection
@@ -213,18 +212,18 @@ class _Server:
 
     @property
     def exceeded(self) -> bool:
-        """Whether it sent more than may be read."""
-        return self._connection is not None and self._connection.left < 0
+        """Whether the server sent more bytes than allowed."""
+        return self._connection is not None and self._connection.remaining_bytes < 0
 
     def abort(self) -> None:
-        """Cut the connection, if it is there."""
+        """Abort the connection, if there is one."""
         if self._connection is not None:
             self._connection.transport.abortConnection()
 
 
 @implementer(IAgentEndpointFactory)
-class _Only:
-    """Connects an Agent to one server, whatever its request says."""
+class _FixedEndpointFactory:
+    """Connects an Agent to one endpoint, regardless of the URI of the request."""
 
     def __init__(self, server: IStreamClientEndpoint) -> None:
         self._server = server
@@ -234,7 +233,7 @@ class _Only:
 
 
 class _Body(Protocol):
-    """Collects the body of an answer."""
+    """Collects the body of a response. whole: fires with the body, or fails."""
 
     def __init__(self) -> None:
         self.whole: Deferred[bytes] = Deferred()
@@ -246,14 +245,14 @@ class _Body(Protocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if self.whole.called:
             return
-        # Without a length, the end of the connection is the end of the body; what was cut off will not be JSON.
+        # Without a length, the end of the connection is the end of the body; a body that was cut off is no JSON.
         if reason.check(ResponseDone, PotentialDataLoss):
             self.whole.callback(b"".join(self._parts))
         else:
             self.whole.errback(reason)
 
 
-def _body(response: Any) -> Deferred[bytes]:
+def _read_body(response: Any) -> Deferred[bytes]:
     body = _Body()
     response.deliverBody(body)
     return body.whole

@@ -1,48 +1,87 @@
-"""A worker's listening sockets: the supervisor opened them, and the worker adopts its copies."""
+"""A worker's listening ports: the supervisor opened the sockets, and the worker adopts its copies.
+
+A TLS listener would be another kind of `ListeningPort` here; sockets that a previous worker hands over are adopted in
+the same way.
+"""
 
 from __future__ import annotations
 
 import socket
 from typing import Any
 
+from twisted.internet import tcp
+from twisted.internet.interfaces import IProtocolFactory
 from twisted.internet.protocol import Factory
 from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent
 from zope.interface import implementer
 
-# New connections taken in one turn of a worker's loop: their handshakes follow together, half a millisecond each.
-ACCEPTS = 4
+from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 
-# Seconds between two lines of the log about clients that were turned away.
-SELDOM = 60.0
+# Connections accepted in one turn of the loop: their handshakes follow together, at half a millisecond each.
+MAX_ACCEPTS = 4
+
+# Seconds between two log entries about refused clients.
+WARN_INTERVAL = 60.0
 
 _log = Logger()
 
 
-def adopt(reactor: Any, fd: int, factory: Factory) -> Any:
-    """Accept connections from the inherited listening socket `fd`, which is closed here: the port has its own copy.
+class ListeningPort(tcp.Port):
+    """A port on an inherited listening socket, which accepts few connections in one turn of the loop.
 
-    Returns the IListeningPort. Its `stopListening` ends that copy alone; the socket and its queue go on in the
-    supervisor.
+    `stopListening` ends this process's copy of the socket alone; the socket and its queue live on in the supervisor.
     """
+
+    def __init__(
+        self,
+        fd: int,
+        factory: IProtocolFactory,
+        reactor: Any,
+        transport: type[tcp.Server] = tcp.Server,
+        ledger: LoopTimeLedger | None = None,
+    ) -> None:
+        """fd: the inherited socket; it is closed here, as the port makes its own copy. transport: of the connections.
+
+        ledger: has the time for accepting connections charged to HTTP; None charges nothing.
+        """
+        with socket.socket(fileno=fd) as inherited:
+            inherited.setblocking(False)
+            interface, port_number, *_ = inherited.getsockname()
+            super().__init__(port_number, factory, interface=interface, reactor=reactor)
+            # As `tcp.Port._fromListeningDescriptor` does, which can't pass on further arguments.
+            self._preexistingSocket = socket.fromfd(fd, inherited.family, inherited.type)
+        self.transport = transport
+        self._ledger = ledger or LoopTimeLedger(int)
+        self._account = self._ledger.open(LoopWork.HTTP)
+        self._logger = Logger(observer=_DescriptorShortageLog(reactor))
+
+    def doRead(self) -> None:
+        # While the queue stays full, Twisted accepts more connections in each turn, and the connected clients wait.
+        self.numberAccepts = min(self.numberAccepts, MAX_ACCEPTS)
+        charged_before = self._ledger.switch(self._account)
+        try:
+            super().doRead()
+        finally:
+            self._ledger.switch(charged_before)
+
+
+def adopt(
+    reactor: Any,
+    fd: int,
+    factory: Factory,
+    transport: type[tcp.Server] = tcp.Server,
+    ledger: LoopTimeLedger | None = None,
+) -> ListeningPort:
+    """Accept connections from the inherited listening socket `fd`; see `ListeningPort` for the arguments."""
     factory.noisy = False
-    with socket.socket(fileno=fd) as inherited:
-        inherited.setblocking(False)
-        port = reactor.adoptStreamPort(fd, inherited.family, factory)
-    port._logger = Logger(observer=_Seldom(reactor))
-    accept = port.doRead
-
-    def accept_some() -> None:
-        # Twisted takes ever more in one turn of the loop while the queue stays full; the clients that we have wait.
-        port.numberAccepts = min(port.numberAccepts, ACCEPTS)
-        accept()
-
-    port.doRead = accept_some
+    port = ListeningPort(fd, factory, reactor, transport, ledger)
+    port.startListening()
     return port
 
 
 @implementer(ILogObserver)
-class _Seldom:
-    """Twisted writes three lines for each client that it has no descriptor for. Of those, some are enough."""
+class _DescriptorShortageLog:
+    """Logs one of the events that Twisted emits about clients it has no descriptor for: there are three per client."""
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
@@ -51,5 +90,9 @@ class _Seldom:
     def __call__(self, event: LogEvent) -> None:
         now = self._reactor.seconds()
         if now >= self._silent_until:
-            self._silent_until = now + SELDOM
-            _log.warn("clients are turned away, see `ulimit -n`: {what}", what=formatEvent(event))
+            self._silent_until = now + WARN_INTERVAL
+            _log.warn(
+                "no descriptor is left for new clients, which are turned away; raise the limit of open files "
+                "(`ulimit -n`): {event}",
+                event=formatEvent(event),
+            )

@@ -1,4 +1,7 @@
-"""The pressure on this worker, as felt by the rest of it: fed by the pulse, heeded by handshakes and caches, shown."""
+"""What a worker under pressure does apart from its handlers: refuses handshakes, ages caches, warns the operator.
+
+The heartbeat feeds every reading to `LoadShedding.beat`. Handlers are refused by their `AdmissionPolicy`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from twisted.logger import Logger
 
 from realtime import cache
 from realtime.handlers.coroutines import await_deferreds
-from realtime.handlers.dispatch import Dispatcher, shed
+from realtime.handlers.policy import shed_counter
 from realtime.http.request import UNCOUNTED, Refusal
 from realtime.metrics import Counter, Metrics
 from realtime.supervision.pressure import Pressure, Throttle
@@ -18,79 +21,95 @@ from realtime.supervision.vitals import Vitals, VitalsPage
 
 # Seconds between two log entries about pressure, or about a busy loop.
 REPEAT_AFTER = 60.0
-_SHED = {"lag", "rss", "queued_bytes", "threads_waiting"}
+_REASONS = {"lag", "rss", "queued_bytes", "threads_waiting"}
 
 
-class Shedding:
-    """What the worker does about its pressure, apart from its handlers, which their `Dispatcher` sees to."""
+class LoadShedding:
+    """The response of a worker to its own pressure, apart from its handlers."""
 
-    def __init__(self, pressure: Pressure, page: VitalsPage, metrics: Metrics, log: Logger) -> None:
+    def __init__(
+        self, pressure: Pressure, throttles: Sequence[Throttle], page: VitalsPage, metrics: Metrics, log: Logger
+    ) -> None:
+        """throttles: of the handlers; they get every reading too. page: tells whether other workers have room."""
         self._pressure = pressure
+        self._throttles = throttles
         self._page = page
         self._log = log
         self._metrics = metrics
-        self._throttles: Sequence[Throttle] = ()
-        self._since: float | None = None  # when the pressure that lasts began
-        self._logged: dict[str, float] = {}
-        self._handshakes: dict[str, Counter] = {}
-        for name in sorted(_SHED):
-            metrics.gauge("realtime_pressure", "Whether this presses the worker.", self._presses(name), reason=name)
+        self._pressed_since: float | None = None
+        self._logged: dict[str, float] = {}  # subject -> when it was last logged
+        self._refusals: dict[str, Counter] = {}
+        for reason in sorted(_REASONS):
+            metrics.gauge(
+                "realtime_pressure", "Whether this presses the worker.", self._is_reason(reason), reason=reason
+            )
 
     def beat(self, vitals: Vitals) -> None:
-        """Take a reading of the loop, and log what it changes."""
+        """Take a reading of the loop, and log the changes that it brings."""
         pressure, now = self._pressure, vitals.beat / 1e9
         pressure.observe(vitals)
         for throttle in self._throttles:
             throttle.observe(now, vitals.lag, pressure.max_lag)
         if pressure.pressed:
-            if self._since is None:
-                self._since = now
-                why = ", ".join(pressure.reasons)
-                self._say("pressed", now, "under pressure by {why}: lag {lag:.0f} ms", why=why, lag=1000 * pressure.lag)
-        elif self._since is not None:
-            self._say("calm", now, "under pressure no more, after {seconds:.1f} s", seconds=now - self._since)
-            self._since = None
+            if self._pressed_since is None:
+                self._pressed_since = now
+                self._warn(
+                    "pressed",
+                    now,
+                    "the worker is under pressure by {reasons} (its loop is {lag:.0f} ms late) "
+                    "and sheds load until it recovers",
+                    reasons=", ".join(pressure.reasons),
+                    lag=1000 * pressure.lag,
+                )
+        elif self._pressed_since is not None:
+            seconds = now - self._pressed_since
+            self._warn("calm", now, "the worker is no longer under pressure, after {seconds:.1f} s", seconds=seconds)
+            self._pressed_since = None
         if pressure.busy:
-            self._say(
-                "busy", now, "the loop is {share:.0%} busy; nothing is refused for that", share=vitals.utilization
+            self._warn(
+                "busy",
+                now,
+                "the loop is {share:.0%} busy and refuses nothing yet; consider more workers (workers.count)",
+                share=vitals.utilization,
             )
 
     def refuse_handshake(self) -> Refusal | None:
-        """Why no WebSocket is opened just now: the worker is under pressure and no other can take the client."""
+        """Return a refusal while the worker is under pressure and no other worker can take the client, else None."""
         if not self._pressure.pressed or self._page.has_relief():
             return None
-        why = next(iter(self._pressure.reasons), "lag")
-        counter = self._handshakes.get(why)
+        reason = next(iter(self._pressure.reasons), "lag")
+        counter = self._refusals.get(reason)
         if counter is None:
-            counter = self._handshakes[why] = shed(self._metrics, "handshake", why)
+            counter = self._refusals[reason] = shed_counter(self._metrics, "handshake", reason)
         counter.value += 1
         return Refusal(503, "too busy", UNCOUNTED)
 
-    def serve(self, dispatcher: Dispatcher) -> None:
-        """Tell the handlers of each beat, and give the application's caches what they need of this process."""
-        self._throttles = dispatcher.throttles
-        host = cache.HOST
-        host.load = lambda: self._pressure.load
-        host.start = _start
-        host.perform = dispatcher.perform
-        host.counter = lambda name, outcome: self._metrics.counter(
-            "realtime_cache", "Answers of caches, and entries that had to go.", cache=name, outcome=outcome
-        )
+    def _is_reason(self, reason: str) -> Callable[[], float]:
+        return lambda: float(reason in self._pressure.reasons)
 
-    def _presses(self, name: str) -> Callable[[], float]:
-        return lambda: float(name in self._pressure.reasons)
-
-    def _say(self, what: str, now: float, text: str, **fields: Any) -> None:
-        """Warn, unless that was said a short while ago: the metrics have every change."""
-        if now - self._logged.get(what, -math.inf) >= REPEAT_AFTER:
-            self._logged[what] = now
+    def _warn(self, subject: str, now: float, text: str, **fields: Any) -> None:
+        """Log a warning unless the subject was logged within REPEAT_AFTER seconds; the metrics have every change."""
+        if now - self._logged.get(subject, -math.inf) >= REPEAT_AFTER:
+            self._logged[subject] = now
             self._log.warn(text, **fields)
 
 
-def _start(coroutine: Coroutine[Any, Any, Any], done: cache.Done) -> None:
-    """As a task, in which it may await Deferreds too."""
+def configure_cache_host(
+    host: cache.Host, pressure: Pressure, perform: Callable[[Coroutine[Any, Any, Any]], Any], metrics: Metrics
+) -> None:
+    """Give the caches of a process its load, its loop and its metrics. perform: `Dispatcher.run_coroutine`."""
+    host.load = lambda: pressure.load
+    host.start = _start_task
+    host.perform = perform
+    host.counter = lambda name, outcome: metrics.counter(
+        "realtime_cache", "Answers of caches, and entries that had to go.", cache=name, outcome=outcome
+    )
 
-    async def driven() -> Any:
+
+def _start_task(coroutine: Coroutine[Any, Any, Any], done: cache.Done) -> None:
+    """Start a task in which the coroutine may await Deferreds too."""
+
+    async def awaiting() -> Any:
         return await await_deferreds(coroutine)
 
-    cache.start_task(driven(), done)
+    cache.start_task(awaiting(), done)

@@ -1,7 +1,7 @@
-"""Who is charged for what a worker's loop does for its clients: their protocol, HTTP, or a namespace's fan-out.
+"""Charges the work of a worker's loop for its clients: to the client protocol, to HTTP, or to a channel namespace.
 
-Handlers are charged by their `Dispatcher`, coroutines that waited by `realtime.handlers.coroutines`. This is put
-on from outside, when a worker is wired: what is charged knows nothing of it.
+Handlers are charged by their `HandlerCall`, coroutines that have waited by `realtime.handlers.coroutines`. The charges
+here are added from outside, by the wiring: the charged objects do not know of them.
 """
 
 from __future__ import annotations
@@ -14,64 +14,76 @@ from realtime.pubsub.engine import Receiver
 from realtime.supervision.loop_time import LoopAccount, LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
 
-# What a channel without a namespace is counted under.
+# The account of channels without a namespace.
 NO_NAMESPACE = "-"
 
 
-def charged_transport(accounts: LoopTimeLedger, http: type) -> type[DirectServer]:
-    """The clients' transport, whose work is charged to the client protocol; while its protocol is of type `http`, to
-    HTTP."""
-    is_http, is_other = accounts.open(LoopWork.HTTP), accounts.open(LoopWork.PROTOCOL)
+def charged_transport(ledger: LoopTimeLedger, http_protocol: type) -> type[DirectServer]:
+    """Return a transport class for clients whose work is charged to the client protocol.
+
+    While the protocol of a connection is an instance of exactly `http_protocol`, it is charged to HTTP.
+    """
+    http_account, protocol_account = ledger.open(LoopWork.HTTP), ledger.open(LoopWork.PROTOCOL)
 
     def charging(method: Callable[..., Any]) -> Callable[..., Any]:
         def charged(self: Any, *args: Any) -> Any:
-            before = accounts.switch(is_http if type(self.protocol) is http else is_other)
+            charged_before = ledger.switch(http_account if type(self.protocol) is http_protocol else protocol_account)
             try:
                 return method(self, *args)
             finally:
-                accounts.switch(before)
+                ledger.switch(charged_before)
 
         return charged
 
-    class Charged(DirectServer):
+    class ChargedServer(DirectServer):
         doRead = charging(DirectServer.doRead)
         doWrite = charging(DirectServer.doWrite)
         connectionLost = charging(DirectServer.connectionLost)
 
-    return Charged
+    return ChargedServer
 
 
-def charged_steps(accounts: LoopTimeLedger, account: LoopAccount, steps: Iterator[None]) -> Iterator[None]:
-    """The same steps of work, each charged to `account`."""
+def charge_steps(ledger: LoopTimeLedger, account: LoopAccount, steps: Iterator[None]) -> Iterator[None]:
+    """Yield the same steps of work, each charged to `account`."""
     while True:
-        before = accounts.switch(account)
+        charged_before = ledger.switch(account)
         try:
             next(steps)
         except StopIteration:
             return
         finally:
-            accounts.switch(before)
+            ledger.switch(charged_before)
         yield
+
+
+class NamespaceAccounts:
+    """The accounts of the channel namespaces. ledger: the one that they belong to."""
+
+    def __init__(
+        self, ledger: LoopTimeLedger, namespaces: Iterable[str], namespace_of: Callable[[str], str | None]
+    ) -> None:
+        """namespaces: the names of the configured ones. namespace_of: returns a channel's, None for none."""
+        self.ledger = ledger
+        self._namespace_of = namespace_of
+        self._default = ledger.open(LoopWork.FANOUT, NO_NAMESPACE)
+        self._by_name: dict[str | None, LoopAccount] = {name: ledger.open(LoopWork.FANOUT, name) for name in namespaces}
+
+    def account(self, channel: str) -> LoopAccount:
+        """Return the account of a channel's namespace."""
+        return self._by_name.get(self._namespace_of(channel), self._default)
+
+    def charge_steps(self, channel: str, steps: Iterator[None]) -> Iterator[None]:
+        """Yield the steps of a delivery that is divided into several turns of the loop, each charged."""
+        return charge_steps(self.ledger, self.account(channel), steps)
 
 
 class ChargedReceiver:
     """A receiver whose deliveries are charged to the namespace of their channel."""
 
-    def __init__(
-        self,
-        receiver: Receiver,
-        accounts: LoopTimeLedger,
-        namespaces: Iterable[str],
-        namespace: Callable[[str], str | None],
-    ) -> None:
-        """namespaces: those that are configured. namespace: a channel's, None for none."""
+    def __init__(self, receiver: Receiver, accounts: NamespaceAccounts) -> None:
         self._receiver = receiver
         self._accounts = accounts
-        self._without = accounts.open(LoopWork.FANOUT, NO_NAMESPACE)
-        self._namespaces: dict[str | None, LoopAccount] = {
-            name: accounts.open(LoopWork.FANOUT, name) for name in namespaces
-        }
-        self._namespace = namespace
+        self._ledger = accounts.ledger
         self.on_order = receiver.on_order
         self.on_interruption = receiver.on_interruption
 
@@ -84,16 +96,9 @@ class ChargedReceiver:
     def on_leave(self, channel: str, info: ClientInfo) -> None:
         self._charge(channel, self._receiver.on_leave, info)
 
-    def steps(self, channel: str, steps: Iterator[None]) -> Iterator[None]:
-        """The same for what could not be delivered at once: steps that are taken later."""
-        return charged_steps(self._accounts, self._account(channel), steps)
-
-    def _charge(self, channel: str, deliver: Callable[..., None], *what: Any) -> None:
-        before = self._accounts.switch(self._account(channel))
+    def _charge(self, channel: str, deliver: Callable[..., None], *event: Any) -> None:
+        charged_before = self._ledger.switch(self._accounts.account(channel))
         try:
-            deliver(channel, *what)
+            deliver(channel, *event)
         finally:
-            self._accounts.switch(before)
-
-    def _account(self, channel: str) -> LoopAccount:
-        return self._namespaces.get(self._namespace(channel), self._without)
+            self._ledger.switch(charged_before)

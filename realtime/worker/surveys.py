@@ -1,7 +1,7 @@
-"""Which channels have subscribers, over all workers: each is asked for its own, and what they say is added up.
+"""Surveys of the channels of all workers: each worker lists its own, and the answers are added up.
 
-The questions and the answers are orders that pass through the broker. A worker may hold a million channels, so it looks
-through them in slices, between which its loop does other things; and what it tells has a limit.
+The questions and the answers are orders that pass through the broker. A worker may hold a million channels, so it
+searches them in slices, between which its loop does other work; and the size of an answer is limited.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, encode_order
 from realtime.pubsub.engine import Engine, SendOrder
 from realtime.pubsub.hub import Hub
 
-ANSWER_BYTES = 4 * 1024 * 1024
-"""Bytes of channel names, with the few that the rest takes, in one worker's answer and in a whole result."""
+MAX_ANSWER_BYTES = 4 * 1024 * 1024
+"""The most bytes of channel names, plus the few for each number, in one worker's answer and in a whole result."""
 
-SLICE = 2000
-"""Channels that are looked at in one turn of the loop."""
+CHANNELS_PER_TURN = 2000
+"""Channels that are searched in one turn of the loop."""
 
 TIMEOUT = 5.0
 """Seconds for all workers to answer."""
 
-MOST = 16
-"""Surveys that one worker may have under way."""
+MAX_SURVEYS = 16
+"""The most surveys of one worker at a time."""
 
 _log = Logger()
 
 
 class Surveys:
-    """The surveys of one worker, and its part in those of others."""
+    """The surveys that this worker makes, and its answers to those of other workers."""
 
     def __init__(self, engine: Engine, hub: Hub, address: str, reactor: Any) -> None:
         """address: this worker's, see `SendOrder`. reactor: IReactorTime."""
@@ -45,97 +45,99 @@ class Surveys:
         self._address = address
         self._reactor = reactor
         self._last_id = 0
-        self._waiting: dict[int, _SurveyResult] = {}
+        self._running: dict[int, _SurveyResult] = {}
 
     async def __call__(self, pattern: str) -> dict[str, int]:
-        """The numbers of subscribers by channel, of the channels whose name fits (see `protocol.globs`).
+        """Return the numbers of subscribers by channel, for channels that match (see `protocol.channel_patterns`).
 
-        Raises ClientError 106 when they are too many to tell, 111 when too many ask, and EngineUnavailable when a
-        worker does not answer in time.
+        Raises ClientError 106 when the channels exceed MAX_ANSWER_BYTES, 111 beyond MAX_SURVEYS surveys at a time, and
+        EngineUnavailable when a worker does not answer in time.
         """
-        if len(self._waiting) >= MOST:
+        if len(self._running) >= MAX_SURVEYS:
             raise ClientError(*TOO_MANY_REQUESTS)
         self._last_id += 1
-        number = self._last_id
-        tally = self._waiting[number] = _SurveyResult()
-        timer = self._reactor.callLater(TIMEOUT, tally.fail, EngineUnavailable("a worker did not answer in time"))
+        id = self._last_id
+        result = self._running[id] = _SurveyResult()
+        timer = self._reactor.callLater(TIMEOUT, result.fail, EngineUnavailable("a worker did not answer in time"))
         try:
-            order = encode_order(ChannelsOrder(number, self._address, pattern))
-            tally.expect(await self._engine.ask(SendOrder(order)))
-            return await tally.whole
+            question = encode_order(ChannelsOrder(id, self._address, pattern))
+            result.expect(await self._engine.ask(SendOrder(question)))
+            return await result.complete
         finally:
-            del self._waiting[number]
-            tally.whole.addErrback(lambda failure: None)  # nobody waits for it when the question could not be asked
+            del self._running[id]
+            result.complete.addErrback(lambda failure: None)  # it is not awaited when sending the question failed
             if timer.active():
                 timer.cancel()
 
-    def obey(self, order: ChannelsOrder | ChannelsAnswer) -> None:
-        """A question of some worker, or an answer to one of ours."""
+    def on_order(self, order: ChannelsOrder | ChannelsAnswer) -> None:
+        """Answer the question of a worker, or add an answer to this worker's survey."""
         if isinstance(order, ChannelsOrder):
-            drive(self._answer(order), _finished)
-        elif order.id in self._waiting:
-            self._waiting[order.id].add(order.found)
+            drive(self._answer(order), _answered)
+        elif order.id in self._running:
+            self._running[order.id].add(order.found)
 
     async def _answer(self, order: ChannelsOrder) -> None:
         answer = encode_order(ChannelsAnswer(order.id, await self._find(order.pattern)))
         await self._engine.ask(SendOrder(answer, order.address))
 
     async def _find(self, pattern: str) -> dict[str, int] | None:
-        fits = channel_patterns.compile_pattern(pattern)
+        """Return the numbers of subscribers of matching channels; None if they exceed MAX_ANSWER_BYTES."""
+        matches = channel_patterns.compile_pattern(pattern)
         found: dict[str, int] = {}
-        room = ANSWER_BYTES
+        room = MAX_ANSWER_BYTES
         names = self._hub.channels()
-        for begin in range(0, len(names), SLICE):
-            if begin:
+        for start in range(0, len(names), CHANNELS_PER_TURN):
+            if start:
                 await deferLater(self._reactor, 0)
-            for name in names[begin : begin + SLICE]:
-                subscribers = self._hub.subscribers(name) if fits(name) else 0
+            for name in names[start : start + CHANNELS_PER_TURN]:
+                subscribers = self._hub.subscribers(name) if matches(name) else 0
                 if subscribers:
                     found[name] = subscribers
-                    room -= _weight(name)
+                    room -= _size(name)
             if room < 0:
                 return None
         return found
 
 
 class _SurveyResult:
-    """What has come of one survey. whole: fires when all workers have answered."""
+    """The answers to one survey so far. complete: fires when all workers have answered, or fails."""
 
     def __init__(self) -> None:
-        self.whole: Deferred[dict[str, int]] = Deferred()
+        self.complete: Deferred[dict[str, int]] = Deferred()
         self._found: Counter[str] = Counter()
-        self._room = ANSWER_BYTES
-        self._missing = 0  # answers, below zero for those that came before we knew how many will
+        self._room = MAX_ANSWER_BYTES
+        # Answers that are missing. Below zero while answers have arrived and their total is not known yet.
+        self._missing = 0
 
-    def expect(self, workers: int) -> None:
-        """So many answers come in all."""
-        self._missing += workers
-        self._look()
+    def expect(self, answers: int) -> None:
+        """Set the total number of answers."""
+        self._missing += answers
+        self._check_complete()
 
     def add(self, found: dict[str, int] | None) -> None:
-        """One worker's answer."""
+        """Add the answer of one worker."""
         self._missing -= 1
         names = found or {}
-        self._room -= sum(_weight(name) for name in names if name not in self._found)
+        self._room -= sum(_size(name) for name in names if name not in self._found)
         if found is None or self._room < 0:
             self.fail(ClientError(*LIMIT_EXCEEDED))
             return
         self._found.update(names)
-        self._look()
+        self._check_complete()
 
     def fail(self, error: Exception) -> None:
-        if not self.whole.called:
-            self.whole.errback(error)
+        if not self.complete.called:
+            self.complete.errback(error)
 
-    def _look(self) -> None:
-        if self._missing == 0 and not self.whole.called:
-            self.whole.callback(dict(self._found))
+    def _check_complete(self) -> None:
+        if self._missing == 0 and not self.complete.called:
+            self.complete.callback(dict(self._found))
 
 
-def _weight(name: str) -> int:
+def _size(name: str) -> int:
     return len(name) + 24
 
 
-def _finished(result: object, error: BaseException | None) -> None:
+def _answered(result: object, error: BaseException | None) -> None:
     if error is not None and not isinstance(error, EngineUnavailable):
-        _log.error("a survey of channels was not answered: {error}", error=error)
+        _log.error("can't answer a survey of channels, which fails in the asking worker: {error}", error=error)

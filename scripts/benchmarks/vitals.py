@@ -11,17 +11,18 @@ import selectors
 import socket
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from realtime.config.settings import ChannelSettings, LoopSettings, Namespace
 from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoopClock, MeasuredSelector
 from realtime.protocol.channel_rules import ChannelRules
+from realtime.pubsub.engine import Answer, EngineNotice, EngineRequest
 from realtime.pubsub.hub import Hub
 from realtime.supervision.health import CHECK_INTERVAL, HealthTracker
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.vitals import ProcessState, VitalsPage
 from realtime.types import Publication
-from realtime.worker.loop_time import ChargedReceiver
+from realtime.worker.loop_time import ChargedReceiver, NamespaceAccounts
 
 REPEATS = 20_000
 
@@ -67,13 +68,21 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+class NoEngine:
+    """An engine without subscribed channels, which is never asked."""
+
+    def ask(self, request: EngineRequest[Answer]) -> Awaitable[Answer]:
+        raise NotImplementedError
+
+    def tell(self, notice: EngineNotice) -> None: ...
+
+
 def account(accounts: LoopTimeLedger, ours: socket.socket, theirs: socket.socket) -> None:
     """Print the cost of charging an account."""
     protocol = accounts.open(LoopWork.PROTOCOL)
-    hub = Hub(lambda order: None)
-    fan_out = ChargedReceiver(
-        hub, accounts, ["chat"], ChannelRules(ChannelSettings(namespaces=(Namespace(name="chat"),))).namespace
-    )
+    rules = ChannelRules(ChannelSettings(namespaces=(Namespace(name="chat"),)))
+    hub = Hub(lambda hub: NoEngine(), lambda order: None)
+    fan_out = ChargedReceiver(hub, NamespaceAccounts(accounts, ["chat"], rules.namespace))
     publication = Publication(bytes(128))
 
     def switch() -> None:
@@ -89,7 +98,7 @@ def account(accounts: LoopTimeLedger, ours: socket.socket, theirs: socket.socket
 
     floor = microseconds(echo)
     pair = microseconds(switch) - microseconds(lambda: None)
-    fanned = microseconds(lambda: fan_out.published("chat:1", publication, "e"))
+    fanned = microseconds(lambda: fan_out.on_publication("chat:1", publication, "e"))
     more = fanned - microseconds(lambda: hub.on_publication("chat:1", publication, "e"))
     print(f"charging an account      {pair:6.2f} us, {pair / floor:.1%} of a bare recv() and send() ({floor:.1f} us)")
     print(f"charging a fan-out       {more:6.2f} us, once for all subscribers")

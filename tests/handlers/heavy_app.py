@@ -1,4 +1,4 @@
-"""An application whose handlers run in processes, and do there what handlers should not."""
+"""An application whose handlers run in processes; many of them misbehave there."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def unencodable(data: Any) -> Any:
 
 @declare("voice")
 def voice(data: list[Any]) -> Any:
-    """Call a method of the App; what it returned or raised, spelled out."""
+    """Call a method of the App, and return the `repr` of its result or exception."""
     method, args = data
     try:
         return repr(getattr(app, method)(*args))
@@ -67,11 +67,11 @@ def length_of_history(data: Any) -> int:
 
 @declare("publish twice", timeout=10)
 def publish_twice(data: str) -> Any:
-    """From the handler and from a thread of it, which goes on when the handler has returned."""
-    said: list[Any] = []
+    """Publish from the handler and from a thread that outlives it; the thread writes its error to the file `data`."""
+    offsets: list[Any] = []
 
-    def go_on() -> None:
-        said.append(app.publish("news", "from a thread").offset)
+    def publish_from_thread() -> None:
+        offsets.append(app.publish("news", "from a thread").offset)
         time.sleep(0.2)
         try:
             app.publish("news", "too late")
@@ -80,12 +80,12 @@ def publish_twice(data: str) -> Any:
                 file.write(str(error))
             os.rename(f"{data}.part", data)
 
-    thread = threading.Thread(target=go_on)
+    thread = threading.Thread(target=publish_from_thread)
     thread.start()
-    said.append(app.publish("news", "from the handler").offset)
-    while len(said) < 2:
+    offsets.append(app.publish("news", "from the handler").offset)
+    while len(offsets) < 2:
         time.sleep(0.005)
-    return sorted(said)
+    return sorted(offsets)
 
 
 @declare("never answered")
@@ -98,17 +98,17 @@ def unpicklable(data: Any) -> Any:
     return app.publish("news", 1, tags=lambda: None)  # type: ignore[arg-type]
 
 
-MEDDLING = "while imported"
+IMPORT_ERROR = ""
 try:
     app.publish("news", 1)
 except RuntimeError as problem:
-    MEDDLING = str(problem)
+    IMPORT_ERROR = str(problem)
 
 
 @declare("imported")
 def imported(data: Any) -> str:
-    """What became of an attempt to publish while this module was imported."""
-    return MEDDLING
+    """Return the error of an attempt to publish during the import of this module."""
+    return IMPORT_ERROR
 
 
 @declare("quit")
@@ -123,7 +123,7 @@ def huge(data: int) -> str:
 
 @declare("junk")
 def junk(data: str) -> None:
-    """Write to every socket that there is: one of them is the worker's."""
+    """Write to every open descriptor: one of them is the stream to the worker."""
     for fd in range(3, 32):
         try:
             os.write(fd, data.encode("latin-1"))
@@ -134,7 +134,7 @@ def junk(data: str) -> None:
 
 @declare("sleep")
 def sleep(data: list[Any]) -> str:
-    """Tell the pid by way of a file, then sleep."""
+    """Write the pid to a file, then sleep."""
     path, seconds = data
     with open(f"{path}.part", "w") as file:
         file.write(str(os.getpid()))
@@ -145,7 +145,7 @@ def sleep(data: list[Any]) -> str:
 
 @declare("deaf")
 def deaf(data: str) -> None:
-    """Ignore all that can be ignored, have a process of its own, and keep the core and the GIL busy."""
+    """Ignore signals, start a process, write both pids to a file, and keep the core and the GIL busy."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     other = subprocess.Popen(["sleep", "600"])

@@ -1,4 +1,4 @@
-"""Handlers in processes, real ones: what becomes of them is one call's affair, and none is left behind."""
+"""Handlers in real processes: a fault of a process concerns one call alone, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from twisted.logger import Logger
 from realtime.app import App, Request
 from realtime.config.settings import AppSettings, WorkersSettings
 from realtime.errors import ClientError, Disconnect, EngineUnavailable, HandlerTimeout, PoolFull
-from realtime.handlers.compute_pool import ComputePool, Line
+from realtime.handlers.call import HandlerServices
+from realtime.handlers.compute_pool import ComputePool, IdleProcesses
 from realtime.handlers.coroutines import start_future
 from realtime.handlers.dispatch import Dispatcher
 from realtime.metrics import Metrics
@@ -34,7 +35,7 @@ APP = AppSettings(module="heavy_app:app", path=str(HERE), options={"colour": "bl
 
 
 class Bench:
-    """The dispatcher of the heavy application, with its processes."""
+    """The dispatcher of `heavy_app`, with its processes."""
 
     def __init__(self, processes: int, queue: int, app: AppSettings) -> None:
         self.metrics = Metrics()
@@ -42,7 +43,8 @@ class Bench:
         workers = WorkersSettings(count=1, processes=processes, process_queue=queue)
         self.processes = ComputePool(reactor, workers, app, self.metrics)
         log = Logger(observer=self.logged.append)
-        self.dispatcher = Dispatcher(heavy_app.app, reactor, workers, self.metrics, log, processes=self.processes)
+        services = HandlerServices(reactor, workers, self.metrics, log, compute_pool=self.processes)
+        self.dispatcher = Dispatcher(heavy_app.app, services)
 
     def call(self, method: str, data: Any = None) -> asyncio.Future[Any]:
         procedure = self.dispatcher.procedure(method)
@@ -50,16 +52,18 @@ class Bench:
         return start_future(procedure(None, data))
 
     async def echo(self) -> Any:
-        """What the process says of itself, which answers."""
+        """Call a handler that describes the process it runs in."""
         return msgspec.json.decode(await self.call("echo"))
 
     def value(self, name: str) -> float:
-        return next(one.value for one in self.metrics.snapshot() if one.name == f"realtime_handler_processes_{name}")
+        return next(
+            sample.value for sample in self.metrics.snapshot() if sample.name == f"realtime_handler_processes_{name}"
+        )
 
 
 @asynccontextmanager
 async def serving(processes: int = 1, queue: int = 100, app: AppSettings = APP) -> AsyncIterator[Bench]:
-    """A bench whose processes have ended afterwards, whatever the test did."""
+    """A bench; afterwards its processes must have ended, whatever the test did."""
     bench = Bench(processes, queue, app)
     try:
         await bench.dispatcher.start()
@@ -88,17 +92,17 @@ def lives(pid: int) -> bool:
         return False
 
 
-async def noted(path: Path) -> list[int]:
-    """The pids that a handler has written to `path`."""
+async def read_pids(path: Path) -> list[int]:
+    """Return the pids that a handler writes to `path`."""
     await until(path.exists)
     return [int(pid) for pid in path.read_text().split()]
 
 
-# -- what a handler in a process may do -------------------------------------------------------------------------------
+# Calls and results.
 
 
 @on_loop
-async def test_a_handler_gets_its_data_and_answers_from_another_process() -> None:
+async def test_a_handler_gets_its_data_and_returns_its_result_from_another_process() -> None:
     async with serving() as bench:
         data = [1, 2**70, "\U0001f600", {"a": None}]
         answer = await bench.call("echo", data)
@@ -115,7 +119,7 @@ async def test_a_route_gets_its_request_and_makes_its_response_there() -> None:
     async with serving() as bench:
         route = bench.dispatcher.route("POST", "/render")
         assert route is not None
-        answer = await route.perform(Request("POST", "/render", {}, {}, b"abc"))
+        answer = await route.call(Request("POST", "/render", {}, {}, b"abc"))
         assert (answer.status, answer.body, answer.headers) == (201, b"ABC", (("X-Length", "3"),))
 
 
@@ -138,7 +142,7 @@ async def test_refusals_arrive_as_they_were_raised() -> None:
     ],
 )
 @on_loop
-async def test_a_mistake_is_logged_with_its_own_traceback_and_costs_no_process(method: str, says: str) -> None:
+async def test_an_exception_is_logged_with_its_own_traceback_and_costs_no_process(method: str, says: str) -> None:
     async with serving() as bench:
         assert (await refusal(bench.call(method))).code == 100
         [event] = bench.logged
@@ -149,7 +153,7 @@ async def test_a_mistake_is_logged_with_its_own_traceback_and_costs_no_process(m
 
 
 @on_loop
-async def test_an_answer_of_more_than_a_mebibyte_fails_its_call_alone() -> None:
+async def test_a_result_of_more_than_a_mebibyte_fails_its_call_alone() -> None:
     async with serving() as bench:
         assert len(await bench.call("huge", 900_000)) == 900_002
         assert (await refusal(bench.call("huge", 2_000_000))).code == 106
@@ -157,18 +161,18 @@ async def test_an_answer_of_more_than_a_mebibyte_fails_its_call_alone() -> None:
         assert bench.value("replaced") == 0
 
 
-# -- the application's voice in a process -----------------------------------------------------------------------------
+# Calls of the server from a process.
 
 
 class Server:
-    """Answers some methods of an App as the server would, and notes what was asked."""
+    """Carries out some methods of the server, and records the publications."""
 
     def __init__(self) -> None:
-        self.asked: list[Any] = []
+        self.publications: list[Any] = []
         self.cancelled = 0
 
     async def publish(self, channel: str, data: bytes, **options: Any) -> Position:
-        self.asked.append((channel, data))
+        self.publications.append((channel, data))
         match channel:
             case "never":
                 try:
@@ -183,7 +187,7 @@ class Server:
             case "odd":
                 raise ValueError(lambda: "this can't be pickled")
         await asyncio.sleep(0)
-        return Position(len(self.asked), "epoch")
+        return Position(len(self.publications), "epoch")
 
     async def broadcast(self, channels: list[str], data: bytes, **options: Any) -> Any:
         return [Position(1, "e"), ClientError(107, "bad request", True)]
@@ -210,33 +214,33 @@ class Server:
     ],
 )
 @on_loop
-async def test_a_handler_publishes_and_asks_from_its_process(method: str, args: list[Any], said: str) -> None:
+async def test_a_handler_calls_the_server_from_its_process(method: str, args: list[Any], said: str) -> None:
     async with serving() as bench:
         bench.dispatcher.bind(server := Server())  # type: ignore[arg-type]
         answer = msgspec.json.decode(await bench.call("voice", [method, args]))
         assert answer.startswith(said)
         if said.startswith("Position"):
-            assert server.asked == [("news", b'{"a":1}')]
+            assert server.publications == [("news", b'{"a":1}')]
         await bench.echo()
         assert bench.value("replaced") == 0
 
 
 @on_loop
-async def test_what_a_process_is_told_may_be_long() -> None:
+async def test_a_result_of_the_server_may_be_long() -> None:
     async with serving() as bench:
         bench.dispatcher.bind(Server())  # type: ignore[arg-type]
         assert msgspec.json.decode(await bench.call("length of history")) == 2_000_000
 
 
 @on_loop
-async def test_threads_of_a_handler_take_turns_and_are_not_heard_after_it(tmp_path: Path) -> None:
+async def test_threads_of_a_handler_take_turns_and_fail_after_it(tmp_path: Path) -> None:
     async with serving() as bench:
         bench.dispatcher.bind(server := Server())  # type: ignore[arg-type]
         assert msgspec.json.decode(await bench.call("publish twice", str(tmp_path / "said"))) == [1, 2]
         await until((tmp_path / "said").exists)
         assert "no longer" in (tmp_path / "said").read_text()
         await bench.echo()
-        assert len(server.asked) == 2
+        assert len(server.publications) == 2
         assert bench.value("replaced") == 0
 
 
@@ -244,30 +248,30 @@ async def test_threads_of_a_handler_take_turns_and_are_not_heard_after_it(tmp_pa
 async def test_nothing_is_published_while_the_application_is_imported() -> None:
     async with serving() as bench:
         bench.dispatcher.bind(server := Server())  # type: ignore[arg-type]
-        assert "not while it is imported" in msgspec.json.decode(await bench.call("imported"))
-        assert server.asked == []
+        assert "not during its import" in msgspec.json.decode(await bench.call("imported"))
+        assert server.publications == []
 
 
 @on_loop
-async def test_a_call_that_ends_takes_what_its_handler_waits_for_along() -> None:
+async def test_a_call_that_ends_cancels_the_server_call_of_its_handler() -> None:
     async with serving() as bench:
         bench.dispatcher.bind(server := Server())  # type: ignore[arg-type]
         await bench.echo()
         procedure = bench.dispatcher.procedure("never answered")
         assert procedure is not None
-        call = start_future(procedure.perform(None, "x"))
-        await until(lambda: bool(server.asked))
+        call = start_future(procedure.call(None, "x"))
+        await until(lambda: bool(server.publications))
         call.cancel()
         await until(lambda: server.cancelled == 1)
         killed = bench.call("never answered", "y")
-        await until(lambda: len(server.asked) == 2)
+        await until(lambda: len(server.publications) == 2)
         os.kill(bench.processes.pids[0], signal.SIGKILL)
         assert (await refusal(killed)).code == 100
         await until(lambda: server.cancelled == 2)
         await bench.echo()
 
 
-# -- what may become of a process -------------------------------------------------------------------------------------
+# Faults of a process.
 
 
 @pytest.mark.parametrize("status", [0, 1])
@@ -286,8 +290,8 @@ async def test_a_killed_process_fails_its_call_alone(tmp_path: Path) -> None:
         doomed, other = (
             bench.call("sleep", [str(file), seconds]) for file, seconds in zip(files, (60, 1), strict=True)
         )
-        [pid] = await noted(files[0])
-        await noted(files[1])
+        [pid] = await read_pids(files[0])
+        await read_pids(files[1])
         os.kill(pid, signal.SIGKILL)
         assert (await refusal(doomed)).code == 100
         assert msgspec.json.decode(await other) == "slept"
@@ -295,7 +299,7 @@ async def test_a_killed_process_fails_its_call_alone(tmp_path: Path) -> None:
 
 
 @on_loop
-async def test_an_idle_process_that_is_killed_is_replaced_and_nobody_notices() -> None:
+async def test_an_idle_process_that_is_killed_is_replaced_unnoticed() -> None:
     async with serving() as bench:
         pid = (await bench.echo())["pid"]
         os.kill(pid, signal.SIGKILL)
@@ -304,13 +308,13 @@ async def test_an_idle_process_that_is_killed_is_replaced_and_nobody_notices() -
 
 
 @on_loop
-async def test_a_deadline_kills_whatever_the_process_is_doing(tmp_path: Path) -> None:
+async def test_a_cancelled_call_kills_its_process_whatever_it_does(tmp_path: Path) -> None:
     async with serving() as bench:
         await bench.echo()
         deaf = bench.dispatcher.procedure("deaf")
         assert deaf is not None
-        call = start_future(deaf.perform(None, str(tmp_path / "pids")))
-        pids = await noted(tmp_path / "pids")
+        call = start_future(deaf.call(None, str(tmp_path / "pids")))
+        pids = await read_pids(tmp_path / "pids")
         call.cancel()
         await until(lambda: not any(lives(pid) for pid in pids))
         assert (await bench.echo())["pid"] not in pids
@@ -322,8 +326,8 @@ async def test_a_stopped_process_fails_its_call_at_the_deadline(tmp_path: Path) 
         await bench.echo()
         sleep = bench.dispatcher.procedure("sleep")
         assert sleep is not None
-        call = start_future(sleep.perform(None, [str(tmp_path / "pid"), 0.2], timeout=1.0))
-        [pid] = await noted(tmp_path / "pid")
+        call = start_future(sleep.call(None, [str(tmp_path / "pid"), 0.2], timeout=1.0))
+        [pid] = await read_pids(tmp_path / "pid")
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(HandlerTimeout):
             await call
@@ -342,19 +346,19 @@ async def test_a_process_that_writes_junk_fails_its_call_and_is_replaced(junk: s
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @on_loop
-async def test_what_is_sent_to_the_whole_unit_leaves_a_call_alone(number: int, tmp_path: Path) -> None:
+async def test_signals_to_the_whole_unit_leave_a_call_alone(number: int, tmp_path: Path) -> None:
     async with serving() as bench:
         call = bench.call("sleep", [str(tmp_path / "pid"), 0.3])
-        [pid] = await noted(tmp_path / "pid")
+        [pid] = await read_pids(tmp_path / "pid")
         os.killpg(pid, number)
         assert msgspec.json.decode(await call) == "slept"
 
 
-# -- the queue ---------------------------------------------------------------------------------------------------------
+# The queue.
 
 
 @on_loop
-async def test_a_full_queue_refuses_at_once_and_who_waited_is_served(tmp_path: Path) -> None:
+async def test_a_full_queue_refuses_at_once_and_waiting_calls_are_served(tmp_path: Path) -> None:
     async with serving(queue=1) as bench:
         await bench.echo()
         working = bench.call("sleep", [str(tmp_path / "pid"), 0.2])
@@ -363,7 +367,7 @@ async def test_a_full_queue_refuses_at_once_and_who_waited_is_served(tmp_path: P
         procedure = bench.dispatcher.procedure("echo")
         assert procedure is not None
         with pytest.raises(PoolFull):
-            await procedure.perform(None, None)
+            await procedure.call(None, None)
         await asyncio.gather(working, waiting)
         assert (bench.value("busy"), bench.value("waiting")) == (0, 0)
 
@@ -390,62 +394,63 @@ async def test_a_caller_that_gives_up_in_the_queue_costs_no_process(tmp_path: Pa
         assert bench.value("replaced") == 0
 
 
-class Free:
-    """Stands for a process in a line."""
+class FakeProcess:
+    """Stands for an idle process."""
 
     alive = True
 
 
 @on_loop
-async def test_a_turn_that_comes_in_the_moment_of_giving_up_goes_to_the_next() -> None:
-    line, process = Line(5), Free()
-    first, second = asyncio.ensure_future(line.take()), asyncio.ensure_future(line.take())
-    await until(lambda: line.waiting == 2)
-    line.offer(process)  # type: ignore[arg-type]
+async def test_a_process_assigned_in_the_moment_of_cancellation_goes_to_the_next_caller() -> None:
+    idle, process = IdleProcesses(5), FakeProcess()
+    first, second = asyncio.ensure_future(idle.take()), asyncio.ensure_future(idle.take())
+    await until(lambda: idle.waiting == 2)
+    idle.offer(process)  # type: ignore[arg-type]
     first.cancel()
     assert await second is process
 
 
 @on_loop
-async def test_a_process_that_died_on_its_way_to_a_caller_goes_to_nobody() -> None:
-    line, process = Line(5), Free()
-    first, second = asyncio.ensure_future(line.take()), asyncio.ensure_future(line.take())
-    await until(lambda: line.waiting == 2)
-    line.offer(process)  # type: ignore[arg-type]
+async def test_a_process_that_died_before_its_caller_got_it_is_not_assigned_again() -> None:
+    idle, process = IdleProcesses(5), FakeProcess()
+    first, second = asyncio.ensure_future(idle.take()), asyncio.ensure_future(idle.take())
+    await until(lambda: idle.waiting == 2)
+    idle.offer(process)  # type: ignore[arg-type]
     process.alive = False
     first.cancel()
     await until(first.done)
-    assert line.waiting == 1
+    assert idle.waiting == 1
     second.cancel()
 
 
-# -- beginning and end ------------------------------------------------------------------------------------------------
+# Start and stop.
 
 
 @on_loop
-async def test_an_application_that_can_not_be_loaded_is_tried_again_later_and_calls_end_in_time() -> None:
+async def test_an_application_that_cannot_be_loaded_is_tried_again_later_and_calls_end_in_time() -> None:
     async with serving(app=AppSettings(module="heavy_app:nothing", path=str(HERE))) as bench:
         echo = bench.dispatcher.procedure("echo")
         assert echo is not None
         with pytest.raises(HandlerTimeout):
-            await echo.perform(None, None, timeout=1.0)
+            await echo.call(None, None, timeout=1.0)
         assert 1 <= bench.value("replaced") <= 3
 
 
 @on_loop
-async def test_a_stop_ends_also_those_that_are_at_work(tmp_path: Path) -> None:
+async def test_a_stop_ends_busy_processes_too(tmp_path: Path) -> None:
     async with serving(processes=2) as bench:
         call = bench.call("deaf", str(tmp_path / "pids"))
-        pids = await noted(tmp_path / "pids")
+        pids = await read_pids(tmp_path / "pids")
         await bench.processes.stop(0.5)
         assert not any(lives(pid) for pid in pids)
         assert (await refusal(call)).code == 100
 
 
 @on_loop
-async def test_without_a_handler_that_wants_one_no_process_is_started() -> None:
+async def test_without_a_handler_that_runs_in_one_no_process_is_started() -> None:
     processes = ComputePool(reactor, WorkersSettings(), APP, Metrics())
-    dispatcher = Dispatcher(App(), reactor, WorkersSettings(), Metrics(), Logger(), processes=processes)
+    services = HandlerServices(reactor, WorkersSettings(), Metrics(), Logger(), compute_pool=processes)
+    dispatcher = Dispatcher(App(), services)
     await dispatcher.start()
     assert processes.pids == []
     await dispatcher.stop(1.0)
@@ -463,7 +468,7 @@ from realtime.handlers.compute_pool import ComputePool
 from realtime.config.settings import AppSettings, WorkersSettings
 app = AppSettings(module="heavy_app:app", path=sys.argv[1])
 processes = ComputePool(reactor, WorkersSettings(processes=2), app, Metrics())
-sleep = next(one for one in heavy_app.app.handlers("rpc").values() if one.name.endswith("sleep"))
+sleep = heavy_app.app.handlers("rpc")["sleep"]
 
 def begin():
     processes.start()
@@ -477,11 +482,11 @@ reactor.run()
 
 @on_loop
 async def test_a_killed_worker_leaves_no_process(tmp_path: Path) -> None:
-    paths = [tmp_path / "one", tmp_path / "two"]
+    paths = [tmp_path / "first", tmp_path / "second"]
     command = [sys.executable, "-c", ORPHANS, str(HERE), *map(str, paths)]
     worker = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(HERE)})
-    # Both are in the handler: a process that is stopped while it starts has not asked yet to die with its worker.
-    pids = [pid for path in paths for pid in await noted(path)]
+    # Both are in the handler: a process that is stopped while it starts has not arranged yet to die with its worker.
+    pids = [pid for path in paths for pid in await read_pids(path)]
     os.kill(pids[0], signal.SIGSTOP)
     worker.kill()
     worker.wait()

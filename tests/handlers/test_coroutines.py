@@ -1,4 +1,4 @@
-"""The driver for our own coroutines: on the caller's stack, over Deferreds and asyncio alike."""
+"""Coroutines on the caller's stack, which await Deferreds and asyncio's awaitables alike."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from tests.driving import on_loop
 
 
 class Outcome:
-    """Takes what `drive` reports, once."""
+    """Records the one outcome that `drive` reports."""
 
     def __init__(self) -> None:
-        self.got: list[tuple[Any, BaseException | None]] = []
-        self.there = asyncio.Event()
+        self.reports: list[tuple[Any, BaseException | None]] = []
+        self.done = asyncio.Event()
 
     def __call__(self, result: Any, error: BaseException | None) -> None:
-        self.got.append((result, error))
-        self.there.set()
+        self.reports.append((result, error))
+        self.done.set()
 
     @property
     def result(self) -> Any:
-        [(result, error)] = self.got
+        [(result, error)] = self.reports
         assert error is None
         return result
 
     @property
     def error(self) -> BaseException | None:
-        [(_, error)] = self.got
+        [(_, error)] = self.reports
         return error
 
 
@@ -57,14 +57,14 @@ async def test_waits_for_deferreds_and_futures() -> None:
     outcome = Outcome()
     assert drive(work(), outcome) is not None
     deferred.callback("fired")
-    assert outcome.got == []
+    assert outcome.reports == []
     future.set_result("set")
-    await outcome.there.wait()
+    await outcome.done.wait()
     assert outcome.result == ["fired", "set", "slept"]
 
 
 @on_loop
-async def test_resumes_on_the_stack_of_whoever_fires_the_deferred() -> None:
+async def test_resumes_on_the_stack_that_fires_the_deferred() -> None:
     deferred: Deferred[int] = Deferred()
 
     async def work() -> int:
@@ -76,42 +76,42 @@ async def test_resumes_on_the_stack_of_whoever_fires_the_deferred() -> None:
     assert outcome.result == 2
 
 
-@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("already_failed", [True, False])
 @on_loop
-async def test_errors_arrive_as_they_are(at_once: bool) -> None:
+async def test_errors_arrive_unchanged(already_failed: bool) -> None:
     error = ValueError("no")
     deferred: Deferred[None] = Deferred()
 
     async def work() -> None:
-        await (fail(error) if at_once else deferred)
+        await (fail(error) if already_failed else deferred)
 
     outcome = Outcome()
     drive(work(), outcome)
-    if not at_once:
+    if not already_failed:
         deferred.errback(error)
     assert outcome.error is error
 
 
 @on_loop
-async def test_coroutine_may_catch_and_go_on() -> None:
+async def test_coroutine_may_catch_an_error_and_continue() -> None:
     async def work() -> str:
         try:
             await fail(KeyError("x"))
         except KeyError:
             await asyncio.sleep(0)
-        return "went on"
+        return "continued"
 
     outcome = Outcome()
     drive(work(), outcome)
-    await outcome.there.wait()
-    assert outcome.result == "went on"
+    await outcome.done.wait()
+    assert outcome.result == "continued"
 
 
 @on_loop
-async def test_what_can_not_be_awaited_is_an_error_in_the_coroutine() -> None:
+async def test_an_unknown_awaitable_raises_in_the_coroutine() -> None:
     class Odd:
         def __await__(self) -> Any:
-            yield "what is this"
+            yield "no future"
 
     async def work() -> None:
         await Odd()
@@ -123,7 +123,7 @@ async def test_what_can_not_be_awaited_is_an_error_in_the_coroutine() -> None:
 
 @pytest.mark.parametrize("awaits", ["deferred", "future", "turn"])
 @on_loop
-async def test_cancel_reaches_what_is_awaited(awaits: str) -> None:
+async def test_cancel_reaches_the_awaited_object(awaits: str) -> None:
     async def work() -> None:
         match awaits:
             case "deferred":
@@ -134,16 +134,16 @@ async def test_cancel_reaches_what_is_awaited(awaits: str) -> None:
                 await asyncio.sleep(0)
 
     outcome = Outcome()
-    running = drive(work(), outcome)
-    assert running is not None
-    running.cancel()
-    await outcome.there.wait()
+    driver = drive(work(), outcome)
+    assert driver is not None
+    driver.cancel()
+    await outcome.done.wait()
     assert isinstance(outcome.error, CancelledError | asyncio.CancelledError)
-    running.cancel()  # harmless when all is over
+    driver.cancel()  # harmless after the end
 
 
 @on_loop
-async def test_context_is_a_copy_that_lasts() -> None:
+async def test_context_is_a_copy_that_is_kept_between_steps() -> None:
     setting: ContextVar[str] = ContextVar("setting", default="outer")
     deferred: Deferred[None] = Deferred()
 
@@ -173,23 +173,23 @@ async def test_cancelling_a_started_future_cancels_its_coroutine() -> None:
 
 
 @on_loop
-async def test_together_starts_all_in_order_and_keeps_it() -> None:
-    eager_task = []
+async def test_gather_starts_all_in_order_and_keeps_the_order() -> None:
+    started = []
     waits: list[Deferred[str]] = [Deferred(), Deferred()]
 
     async def work(number: int) -> str:
-        eager_task.append(number)
+        started.append(number)
         return await waits[number]
 
     answers = start_future(gather([work(0), work(1)]))
-    assert eager_task == [0, 1]
+    assert started == [0, 1]
     waits[1].callback("b")
     waits[0].callback("a")
     assert await answers == ["a", "b"]
 
 
 @on_loop
-async def test_a_begun_task_that_never_waits_is_done_at_once() -> None:
+async def test_an_eager_task_that_never_waits_is_done_at_once() -> None:
     async def quick() -> Any:
         return asyncio.current_task()
 
@@ -199,7 +199,7 @@ async def test_a_begun_task_that_never_waits_is_done_at_once() -> None:
 
 
 @on_loop
-async def test_a_begun_task_waits_times_out_and_is_cancelled_as_any() -> None:
+async def test_an_eager_task_waits_times_out_and_is_cancelled_as_any() -> None:
     async def slow() -> Any:
         async with asyncio.timeout(0.01):
             await asyncio.sleep(60)
@@ -213,7 +213,7 @@ async def test_a_begun_task_waits_times_out_and_is_cancelled_as_any() -> None:
 
 
 @on_loop
-async def test_a_task_begins_another_in_its_midst() -> None:
+async def test_a_task_starts_an_eager_task_during_its_step() -> None:
     async def outer() -> list[Any]:
         inner = eager_task(asyncio.sleep(0, "inner"))
         return [asyncio.current_task(), await inner]
@@ -223,7 +223,7 @@ async def test_a_task_begins_another_in_its_midst() -> None:
 
 
 @on_loop
-async def test_a_begun_task_has_its_own_context() -> None:
+async def test_an_eager_task_has_its_own_context() -> None:
     name: ContextVar[str] = ContextVar("name", default="none")
 
     async def named() -> None:
@@ -234,7 +234,7 @@ async def test_a_begun_task_has_its_own_context() -> None:
 
 
 @on_loop
-async def test_what_a_begun_task_raises_is_kept_in_it() -> None:
+async def test_the_exception_of_an_eager_task_is_kept_in_it() -> None:
     async def fails() -> None:
         raise ValueError("its own")
 

@@ -15,7 +15,7 @@ import pytest
 from twisted.internet.task import Clock
 
 from realtime.config.settings import LoopSettings
-from realtime.process.heartbeat import HandlerMarker, Heartbeat, MeasuredSelector
+from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoadGauges, MeasuredSelector
 from realtime.process.selector import ReadyEvents
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.vitals import ProcessState, RunningHandler, Vitals, VitalsPage
@@ -54,13 +54,15 @@ def test_nothing_is_written_before_the_start(beating: Beating) -> None:
 
 
 def test_a_beat_tells_the_time_and_what_is_held(beating: Beating) -> None:
-    beating.pulse.connections = lambda: 3
-    beating.pulse.subscriptions = lambda: 5
-    beating.pulse.queued_bytes = lambda: 7
-    beating.pulse.threads_busy = lambda: 2
-    beating.pulse.threads_waiting = lambda: 9
+    gauges = LoadGauges(
+        connections=lambda: 3,
+        subscriptions=lambda: 5,
+        queued_bytes=lambda: 7,
+        threads_busy=lambda: 2,
+        threads_waiting=lambda: 9,
+    )
     handed: list[Vitals] = []
-    beating.pulse.on_beat = handed.append
+    beating.pulse.observe(gauges, handed.append)
     beating.pulse.start()
     read = beating.read()
     assert handed == [read]
@@ -258,7 +260,7 @@ class Resting:
         self.pulse = Heartbeat(self.page, self, LoopSettings(interval=0.01), self.turns)
         self.pulse.rests = True
         self.told: list[Vitals] = []
-        self.pulse.on_beat = self.told.append
+        self.pulse.observe(LoadGauges(), self.told.append)
         self.pulse.start()
         self.told.clear()
 
@@ -296,7 +298,7 @@ def test_a_loop_that_idles_beats_without_a_turn_or_a_timer(resting: Resting) -> 
 
 
 def test_when_it_has_work_everything_is_told_and_the_next_beat_is_a_timers(resting: Resting) -> None:
-    resting.pulse.connections = lambda: 7
+    resting.pulse.observe(LoadGauges(connections=lambda: 7), resting.told.append)
     resting.turns.select(0.095)
     assert [told.connections for told in resting.told] == [resting.read().connections] == [7]
     assert [delay for delay, _ in resting.timers] == pytest.approx([0.005])

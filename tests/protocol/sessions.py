@@ -34,7 +34,7 @@ from realtime.protocol.protobuf import PROTOBUF
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
-from realtime.pubsub.engine import AddPresence, GetHistory, Publish, Subscribe
+from realtime.pubsub.engine import AddPresence, GetHistory, Publish, Receiver, Subscribe
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from tests.pubsub.memory_engine import MemoryEngine
@@ -235,8 +235,7 @@ class Server:
         self.metrics = Metrics()
         self.sessions = Sessions()
         self.peers: WeakSet[Peer] = WeakSet()
-        self.hub = Hub(self.sessions.apply)
-        self.engine = self.hub.engine = MemoryEngine(self.hub, EngineSettings(), lambda: self.now)
+        self.hub = Hub(self._make_engine, self.sessions.apply)
         settings = ClientSettings(**{"token": TokenSettings(hmac_secret_key=SECRET), **client})
         self.settings = SessionSettings(
             client=settings, version="test", uid="node", rpc_ping=RPCPingSettings(enabled=True)
@@ -256,6 +255,10 @@ class Server:
             report_error=self.mistakes.append,
             counters=SessionCounters(self.metrics),
         )
+
+    def _make_engine(self, hub: Receiver) -> MemoryEngine:
+        self.engine = MemoryEngine(hub, EngineSettings(), lambda: self.now)
+        return self.engine
 
     def change(self, **client: Any) -> None:
         """Change client settings, also for existing peers."""

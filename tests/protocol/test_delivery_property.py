@@ -356,8 +356,7 @@ class World:
     def worker(self, link: Link) -> SessionServices:
         self.core.attach(link)
         sessions = Sessions()
-        hub = link.hub = Hub(sessions.apply)
-        hub.engine = link  # type: ignore[assignment]
+        hub = link.hub = Hub(lambda hub: link, sessions.apply)  # type: ignore[arg-type, return-value]
         return SessionServices(
             rules=ChannelRules(ChannelSettings(without_namespace=self.options)),
             tokens=TokenVerifier(TokenSettings(), lambda: 0.0),

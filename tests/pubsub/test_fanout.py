@@ -26,8 +26,8 @@ class Worker:
     def __init__(self) -> None:
         self.now = 0.0
         self.asked: list[Callable[[], None]] = []
-        self.hub = Hub(lambda order: None, TimeSlicer(lambda: self.now, SLICE, self.asked.append))
-        self.hub.engine = SlowEngine()  # type: ignore[assignment]
+        slices = TimeSlicer(lambda: self.now, SLICE, self.asked.append)
+        self.hub = Hub(lambda hub: SlowEngine(), lambda order: None, slices)  # type: ignore[arg-type, return-value]
         self.offsets: dict[str, int] = {}
 
     def member(self, channel: str = "c", **kinds: object) -> Listener:

@@ -168,9 +168,7 @@ def engine() -> SlowEngine:
 
 @pytest.fixture
 def hub(form: TextForm, engine: SlowEngine) -> Hub:
-    hub = Hub(obey=lambda order: None)
-    hub.engine = engine  # type: ignore[assignment]
-    return hub
+    return Hub(lambda hub: engine, lambda order: None)  # type: ignore[arg-type, return-value]
 
 
 def at(offset: int, epoch: str = EPOCH) -> Position:
@@ -224,7 +222,7 @@ def test_joins_and_leaves_reach_announced_subscribers(hub: Hub) -> None:
 
 def test_orders_are_obeyed(form: TextForm) -> None:
     orders: list[bytes] = []
-    Hub(orders.append).on_order(b"order")
+    Hub(lambda hub: SlowEngine(), orders.append).on_order(b"order")  # type: ignore[arg-type, return-value]
     assert orders == [b"order"]
 
 
@@ -673,8 +671,8 @@ class Story:
     def __init__(self) -> None:
         self.now = 0
         self.turns: list[Callable[[], None]] = []
-        self.hub = Hub(lambda order: None, TimeSlicer(lambda: self.now, 3, self.turns.append))
-        self.hub.engine = SlowEngine()  # type: ignore[assignment]
+        slices = TimeSlicer(lambda: self.now, 3, self.turns.append)
+        self.hub = Hub(lambda hub: SlowEngine(), lambda order: None, slices)  # type: ignore[arg-type, return-value]
         self.offset, self.epoch = 0, "e0"
         self.plains = 0
         self.top = Position()  # of the latest publication
@@ -835,8 +833,8 @@ def test_no_fault_of_the_link_shows_a_positioned_subscriber_a_gap(steps: list[tu
     st.randoms(use_true_random=False),
 )
 def test_a_reliable_engine_never_causes_a_gap(steps: list[str], random: Any) -> None:
-    hub = Hub(obey=lambda order: None)
-    hub.engine = engine = MemoryEngine(hub, EngineSettings(), lambda: 0.0)
+    hub = Hub(lambda hub: MemoryEngine(hub, EngineSettings(), lambda: 0.0), lambda order: None)
+    engine = hub.engine
     added: list[Listener] = []
     asked: list[tuple[Listener, Position]] = []
     members: list[tuple[Listener, Position]] = []

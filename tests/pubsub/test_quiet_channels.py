@@ -67,8 +67,7 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> None:
 class World:
     def __init__(self) -> None:
         self.engine = Engine()
-        self.hub = Hub(obey=lambda order: None)
-        self.hub.engine = self.engine  # type: ignore[assignment]
+        self.hub = Hub(lambda hub: self.engine, lambda order: None)  # type: ignore[arg-type, return-value]
         self.history_options = KEEP
 
     def listener(self, channel: str, positioned: bool = True) -> Listener:

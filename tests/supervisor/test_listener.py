@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 import pytest
-from twisted.internet.defer import Deferred
-from twisted.internet.protocol import Factory, Protocol
-from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 
 from realtime.supervisor.listener import CannotListen, SharedPort, explain
-from realtime.worker.listening import ACCEPTS, adopt
 
 
 @pytest.fixture
@@ -80,84 +75,6 @@ def test_a_name_is_looked_up() -> None:
     port = SharedPort("localhost", 0, 16, 1)
     assert port.address in ("127.0.0.1", "::1")
     port.close()
-
-
-async def test_an_adopted_port_serves_and_closing_it_keeps_the_queue(shared: SharedPort) -> None:
-    from twisted.internet import reactor
-
-    served: Deferred[None] = Deferred()
-
-    class Serve(Protocol):
-        def connectionMade(self) -> None:
-            assert self.transport is not None
-            self.transport.loseConnection()
-            served.callback(None)
-
-    for other in shared.sockets[1:]:
-        other.close()
-    del shared.sockets[1:]
-    fd = os.dup(shared.sockets[0].fileno())
-    port = adopt(reactor, fd, Factory.forProtocol(Serve))
-    with pytest.raises(OSError):
-        os.fstat(fd)
-    with connect(shared.port):
-        await served
-    await port.stopListening()
-    # The supervisor's copy still listens: a new client is queued and can be accepted.
-    with connect(shared.port):
-        assert accept_any(shared.sockets) == 1
-
-
-async def test_one_turn_of_the_loop_accepts_a_bounded_number(shared: SharedPort) -> None:
-    from twisted.internet import reactor
-
-    class Count(Protocol):
-        def connectionMade(self) -> None:
-            turns[-1] += 1
-
-    turns: list[int] = []
-    for other in shared.sockets[1:]:
-        other.close()
-    del shared.sockets[1:]
-    port = adopt(reactor, os.dup(shared.sockets[0].fileno()), Factory.forProtocol(Count))
-    with ExitStack() as clients:
-        for _ in range(3 * ACCEPTS + 2):
-            clients.enter_context(connect(shared.port))
-        for _ in range(5):
-            turns.append(0)
-            port.doRead()
-    assert turns == [ACCEPTS, ACCEPTS, ACCEPTS, 2, 0]
-    await port.stopListening()
-
-
-async def test_many_clients_without_free_descriptors_are_one_line_in_the_log(shared: SharedPort) -> None:
-    from twisted.internet import reactor
-
-    for other in shared.sockets[1:]:
-        other.close()
-    del shared.sockets[1:]
-    port = adopt(reactor, os.dup(shared.sockets[0].fileno()), Factory.forProtocol(Protocol))
-    events: list[LogEvent] = []
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with ExitStack() as clients:
-        for _ in range(3 * ACCEPTS):
-            clients.enter_context(connect(shared.port))
-        globalLogPublisher.addObserver(events.append)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, limits[1]))
-        plugs: list[int] = []
-        try:
-            with suppress(OSError):
-                while True:
-                    plugs.append(os.dup(0))
-            for _ in range(3 * ACCEPTS):
-                port.doRead()
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-            globalLogPublisher.removeObserver(events.append)
-            for plug in plugs:
-                os.close(plug)
-    assert ["turned away" in formatEvent(event) for event in events] == [True]
-    await port.stopListening()
 
 
 def test_a_dead_workers_queue_outlives_it(shared: SharedPort) -> None:

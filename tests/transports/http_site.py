@@ -17,6 +17,7 @@ from twisted.logger import Logger
 
 from realtime.app import App
 from realtime.config.settings import ChannelSettings, HTTPAPISettings, Namespace, Settings, WorkersSettings
+from realtime.handlers.call import HandlerServices
 from realtime.handlers.dispatch import Dispatcher
 from realtime.metrics import Metrics
 from realtime.protocol.channel_rules import ChannelRules
@@ -52,13 +53,14 @@ class Site:
 
     async def start(self) -> str:
         """Start to serve; return the base URL."""
-        hub = Hub(self.orders.append)
-        self.engine = hub.engine = MemoryEngine(hub, self.settings.engine, time.monotonic)
+        hub = Hub(lambda hub: MemoryEngine(hub, self.settings.engine, time.monotonic), self.orders.append)
+        self.engine = hub.engine
         facts = NodeIdentity("n1", "node", "1.0", 12.5)
         operations = ServerAPI(self.engine, ChannelRules(self.settings.channel), lambda: facts, survey_no_channels)
         api = HTTPAPI(operations)
         log = Logger(observer=self.logged.append)
-        self.dispatcher = Dispatcher(self.app, reactor, self.workers, self.metrics, log, pressure=self)
+        services = HandlerServices(reactor, self.workers, self.metrics, log, pressure=self)
+        self.dispatcher = Dispatcher(self.app, services)
         await self.dispatcher.start()
         self.dispatcher.bind(operations)
         site = make_site(

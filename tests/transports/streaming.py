@@ -14,6 +14,7 @@ from twisted.logger import Logger, globalLogPublisher
 from realtime.app import App
 from realtime.config import settings
 from realtime.deadlines import RESOLUTION
+from realtime.handlers.call import HandlerServices
 from realtime.handlers.dispatch import Dispatcher
 from realtime.http.body import BodyParser
 from realtime.http.request import CHUNKED
@@ -104,9 +105,9 @@ class StreamStage(Stage):
     def __init__(self, values: settings.Settings, app: App) -> None:
         super().__init__(values.http_server, values.websocket, values.client)
         registry = Sessions()
-        hub = Hub(registry.apply)
-        self.engine = hub.engine = MemoryEngine(hub, values.engine, time.monotonic, WORKER)
-        dispatcher = Dispatcher(app, reactor, values.workers, self.metrics, Logger())
+        hub = Hub(lambda hub: MemoryEngine(hub, values.engine, time.monotonic, WORKER), registry.apply)
+        self.engine = hub.engine
+        dispatcher = Dispatcher(app, HandlerServices(reactor, values.workers, self.metrics, Logger()))
         self.emulation = Emulation(self.engine, NODE, WORKER)
         registry.add_handler(EmulateOrder, self.emulation.receive)
         self.streams = StreamContext(

@@ -159,8 +159,9 @@ async def test_a_replaced_broker_is_a_gap_for_positioned_subscribers(brokers: An
         def on_gap(self) -> None:
             self.losses += 1
 
-    hub, member, again = Hub(obey=lambda order: None), Member(), Member()
-    hub.engine = engine = broker_engine(hub, SETTINGS)
+    hub, member, again = Hub(lambda hub: broker_engine(hub, SETTINGS), lambda order: None), Member(), Member()
+    engine = hub.engine
+    assert isinstance(engine, BrokerEngine)
     first = await brokers()
     await first.link(0, engine)
     await hub.subscribe("c", member)

@@ -1,4 +1,4 @@
-"""Fetching key sets from a real HTTP server: a good one, and all the bad ones."""
+"""Key sets from a real HTTP server, which answers well or badly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from realtime.errors import KeysUnavailable
 from realtime.handlers.coroutines import start_future
 from realtime.metrics import Metrics
 from realtime.worker import key_sets
-from realtime.worker.key_sets import LOOKUPS, TRIES, KeySetFetcher, make_verifier
+from realtime.worker.key_sets import ATTEMPTS, MAX_LOOKUPS, KeySetFetcher, make_verifier
 from tests.driving import on_loop
 
 NOW = 1_700_000_000.0
@@ -50,7 +50,7 @@ def answer(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
 
 
 class Provider:
-    """An HTTP server that answers by a function of the path; None: not at all."""
+    """An HTTP server whose response is a function of the path; None: it sends no response."""
 
     def __init__(self, respond: Callable[[str, Any], bytes | None], context: Any = None) -> None:
         self.requests: list[str] = []
@@ -93,7 +93,7 @@ class Provider:
 
 @pytest.fixture
 def provide():
-    """Start providers that end with the test."""
+    """Return a function that starts providers; they end with the test."""
     providers = []
 
     def start(respond: Callable[[str, Any], bytes | None], **arguments: Any) -> Provider:
@@ -147,7 +147,7 @@ async def test_a_key_set_in_chunks_and_one_without_a_length(provide: Any) -> Non
 
 
 def endless(head: bytes, piece: bytes) -> Callable[[str, Any], None]:
-    """Sends without an end, as fast as it is read."""
+    """Return a response function that sends without an end, as fast as the client reads."""
 
     def respond(path: str, transport: Any) -> None:
         class Source:
@@ -181,11 +181,11 @@ BAD = {
     "no such path": (lambda path, _: answer(published(one=ONE), "404 Not Found"), "status 404"),
     "nothing": (lambda path, _: answer(b"", "204 No Content"), "status 204"),
     "a page": (lambda path, _: answer(b"<!doctype html>"), "not a JSON Web Key Set"),
-    "JSON of another form": (lambda path, _: answer(b'{"error": "maintenance"}'), "not a JSON Web Key Set"),
+    "JSON of another shape": (lambda path, _: answer(b'{"error": "maintenance"}'), "not a JSON Web Key Set"),
     "a body that is cut": (lambda path, t: (t.write(answer(published(one=ONE))[:-5]), t.loseConnection())[1], ""),
     "no HTTP": (lambda path, _: b"SSH-2.0-OpenSSH_9.9\r\n\r\n", ""),
     "garbage": (lambda path, _: bytes(range(256)) * 4, ""),
-    "a length that is none": (lambda path, _: b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n{}", ""),
+    "an invalid length": (lambda path, _: b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n{}", ""),
     "two lengths": (lambda path, _: b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}x", ""),
     "the end": (hang_up, ""),
 }
@@ -193,31 +193,31 @@ BAD = {
 
 @pytest.mark.parametrize(("respond", "reason"), BAD.values(), ids=BAD)
 @on_loop
-async def test_a_bad_answer_is_no_key_set_and_leaves_no_connection(provide: Any, respond: Any, reason: str) -> None:
+async def test_a_bad_response_is_no_key_set_and_leaves_no_connection(provide: Any, respond: Any, reason: str) -> None:
     metrics = Metrics()
     provider = provide(respond)
     with pytest.raises(KeysUnavailable) as caught:
         await fetcher(metrics)(provider.at())
     assert reason in str(caught.value)
-    assert len(provider.requests) == TRIES
+    assert len(provider.requests) == ATTEMPTS
     assert outcomes(metrics) == {"good": 0, "failed": 1}
     await until(lambda: provider.connections == 0)
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    """Wait until the server has seen what the client did; the test's own limit ends it."""
+    """Wait until the condition holds; the time limit of the test ends a wait in vain."""
     while not holds():
         await asyncio.sleep(0)
 
 
 @on_loop
-async def test_a_server_that_is_slow_is_given_up(provide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_slow_server_is_abandoned(provide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_sets, "TIMEOUT", 0.05)
     for sends in (None, b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"):
         provider = provide(lambda path, _, sends=sends: sends)
-        with pytest.raises(KeysUnavailable, match="no answer in time"):
+        with pytest.raises(KeysUnavailable, match="no response in time"):
             await fetcher()(provider.at())
-        assert len(provider.requests) == TRIES
+        assert len(provider.requests) == ATTEMPTS
         await until(lambda provider=provider: provider.connections == 0)
 
 
@@ -241,7 +241,7 @@ async def test_a_redirect_is_not_followed(provide: Any, status: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "0x7f.1", "2130706433"])
 @on_loop
-async def test_addresses_that_are_not_public_are_not_even_connected_to(provide: Any, host: str) -> None:
+async def test_addresses_that_are_not_public_get_no_connection(provide: Any, host: str) -> None:
     provider = provide(lambda path, _: answer(published(one=ONE)))
     address = provider.at(host=host).replace("http:", "https:")
     with pytest.raises(KeysUnavailable, match="not public"):
@@ -261,7 +261,7 @@ async def test_a_name_with_one_address_that_is_not_public_is_refused(monkeypatch
 
 
 @on_loop
-async def test_a_name_that_no_certificate_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_name_that_no_certificate_can_carry(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("8.8.8.8", 443))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
     with pytest.raises(KeysUnavailable, match="certificate"):
@@ -269,7 +269,7 @@ async def test_a_name_that_no_certificate_can_have(monkeypatch: pytest.MonkeyPat
 
 
 @on_loop
-async def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **options: Any) -> Any:
         raise socket.gaierror(socket.EAI_NONAME, "unknown")
 
@@ -279,7 +279,7 @@ async def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @on_loop
-async def test_name_servers_that_hang_keep_a_few_threads_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_name_servers_that_hang_block_a_bounded_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, answered = [], threading.Event()
 
     def hangs(host: str, *args: Any, **options: Any) -> Any:
@@ -291,20 +291,20 @@ async def test_name_servers_that_hang_keep_a_few_threads_and_no_more(monkeypatch
     monkeypatch.setattr(key_sets, "TIMEOUT", 0.02)
     fetch = fetcher()
     reasons = []
-    for _ in range(LOOKUPS):
+    for _ in range(MAX_LOOKUPS):
         with pytest.raises(KeysUnavailable) as caught:
             await fetch("https://id.example/keys")
         reasons.append(str(caught.value))
     answered.set()
-    assert len(asked) == LOOKUPS
-    assert reasons == ["no answer in time"] * (LOOKUPS // TRIES) + ["the name servers do not answer"] * (
-        LOOKUPS - LOOKUPS // TRIES
+    assert len(asked) == MAX_LOOKUPS
+    assert reasons == ["no response in time"] * (MAX_LOOKUPS // ATTEMPTS) + ["the name servers do not answer"] * (
+        MAX_LOOKUPS - MAX_LOOKUPS // ATTEMPTS
     )
-    await until(lambda: fetch._looking_up == 0)
+    await until(lambda: fetch._lookups == 0)
 
 
 @on_loop
-async def test_nobody_listens() -> None:
+async def test_a_refused_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(KeysUnavailable, match="ConnectionRefusedError"):
@@ -321,10 +321,10 @@ async def test_an_outage_is_logged_once_and_without_passwords(provide: Any, logg
             await fetch(provider.at("/keys?password=hush-hush"))
         except KeysUnavailable as error:
             assert "hush" not in str(error)
-    told = [event["log_format"].format(**event) for event in logged if event.get("log_namespace") == key_sets.__name__]
-    assert told == [
-        "no key set from http://127.0.0.1/keys: status 500",
-        "the key set at http://127.0.0.1/keys is back",
+    lines = [event["log_format"].format(**event) for event in logged if event.get("log_namespace") == key_sets.__name__]
+    assert lines == [
+        "no key set from http://127.0.0.1/keys: status 500; tokens signed with keys that are not known yet are refused",
+        "fetched the key set from http://127.0.0.1/keys again",
     ]
 
 
@@ -332,7 +332,7 @@ async def test_an_outage_is_logged_once_and_without_passwords(provide: Any, logg
 
 
 def certificate(*names: x509.GeneralName) -> tuple[Any, Any]:
-    """A server's context, and the trust in its certificate."""
+    """Return the TLS context of a server, and the trust root of its certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "realtime tests")])
     now = datetime.now()
@@ -362,7 +362,7 @@ async def test_https_from_a_server_that_is_trusted_under_its_name(provide: Any) 
     for host in ("localhost", "127.0.0.1"):
         assert set(await fetcher(trust=trust)(provider.at(host=host))) == {"one"}
     with pytest.raises(KeysUnavailable):
-        await fetcher()(provider.at())  # the platform does not know it
+        await fetcher()(provider.at())  # the platform does not trust it
     context, trust = certificate(x509.DNSName("other.example"))
     provider = provide(lambda path, _: answer(published(one=ONE)), context=context)
     with pytest.raises(KeysUnavailable):
@@ -378,11 +378,11 @@ async def test_clear_text_where_encryption_is_expected(provide: Any, monkeypatch
         await fetcher()(provider.at().replace("http:", "https:"))
 
 
-# The whole way, from a token to the provider.
+# From a token to the provider.
 
 
 class World:
-    """A verifier that asks a provider, by a clock of the test's."""
+    """A verifier that fetches keys from a provider, on a clock that the test moves."""
 
     def __init__(self, provide: Any, path: str = "/keys", **settings: Any) -> None:
         self.now = 1000.0
@@ -405,7 +405,7 @@ async def test_rotation(provide: Any) -> None:
     world.sets["/keys"] = published(one=ONE)
     assert await world.user(ONE) == "42"
     world.sets["/keys"] = published(two=TWO)
-    assert await world.user(ONE) == "42"  # nobody has asked for another key yet
+    assert await world.user(ONE) == "42"  # no token has named another key yet
     world.now += RETRY_INTERVAL
     assert await world.user(TWO, "two") == "42"
     world.now += RETRY_INTERVAL
@@ -431,7 +431,7 @@ async def test_an_outage_of_a_minute(provide: Any) -> None:
         assert await world.user(ONE) == "42"
         with pytest.raises(KeysUnavailable):
             await world.user(TWO, "two")
-    assert len(world.provider.requests) <= 60 / RETRY_INTERVAL * TRIES
+    assert len(world.provider.requests) <= 60 / RETRY_INTERVAL * ATTEMPTS
 
 
 @on_loop
@@ -447,17 +447,17 @@ async def test_the_same_key_id_in_two_tenants(provide: Any) -> None:
 
 
 @on_loop
-async def test_a_thousand_at_once_are_one_fetch(provide: Any) -> None:
+async def test_a_thousand_tokens_at_once_are_one_fetch(provide: Any) -> None:
     world = World(provide)
     world.sets["/keys"] = published(one=ONE)
     token = jwt.encode({"sub": "42"}, ONE, "RS256", {"kid": "one"})
-    judged = [start_future(world.verifier.connection(token)) for _ in range(1000)]
-    assert [(await one).user for one in judged] == ["42"] * 1000
+    verified = [start_future(world.verifier.connection(token)) for _ in range(1000)]
+    assert [(await each).user for each in verified] == ["42"] * 1000
     assert world.provider.requests == ["/keys"]
 
 
 @on_loop
-async def test_a_worker_judges_by_two_tables(provide: Any) -> None:
+async def test_a_worker_verifies_by_two_tables(provide: Any) -> None:
     provider = provide(lambda path, _: answer(published(one=ONE if path == "/one" else TWO)))
     settings = ClientSettings(
         token=TokenSettings(jwks_public_endpoint=provider.at("/one"), jwks_allow_insecure=True),
@@ -478,7 +478,7 @@ async def test_a_worker_judges_by_two_tables(provide: Any) -> None:
     with pytest.raises(TokenInvalid):
         await alone.subscription(two)
     assert provider.requests == ["/two", "/one"]
-    # What one table allows, the other does not.
+    # The permission of one table does not extend to the other.
     strict = ClientSettings(
         token=settings.token,
         subscription_token=SubscriptionTokenSettings(enabled=True, jwks_public_endpoint=provider.at("/two")),

@@ -1,4 +1,4 @@
-"""What a worker does about its pressure: handshakes, caches, metrics, log."""
+"""The response of a worker to its pressure: handshakes, caches, metrics, log."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from realtime import cache
 from realtime.app import App
 from realtime.cache import Cache
 from realtime.config.settings import LoopSettings, WorkersSettings
+from realtime.handlers.call import HandlerServices
 from realtime.handlers.dispatch import Dispatcher
 from realtime.http.request import UNCOUNTED
 from realtime.metrics import Metrics
-from realtime.supervision.pressure import RECOVERY_TIME, Pressure
+from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
+from realtime.supervision.pressure import RECOVERY_TIME, Pressure, Throttle
 from realtime.supervision.vitals import ProcessState, Vitals, VitalsPage
-from realtime.worker.load_shedding import Shedding
+from realtime.worker.load_shedding import LoadShedding, configure_cache_host
 from tests.driving import on_loop
 
 
 class Bench:
-    """A worker's shedding, with a page that says whether others can take its clients."""
+    """The load shedding of a worker; its page says whether other workers can take its clients."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -34,7 +36,8 @@ class Bench:
         self.logged: list[dict[str, Any]] = []
         self.pressure = Pressure(LoopSettings(max_utilization=0.9), lambda: self.now)
         log = Logger(observer=self.logged.append)
-        self.shedding = Shedding(self.pressure, self.page, self.metrics, log)
+        self.throttle = Throttle(LoopTimeLedger(int).open(LoopWork.HANDLER, "rpc f"))
+        self.shedding = LoadShedding(self.pressure, [self.throttle], self.page, self.metrics, log)
 
     def beat(self, after: float = 0.01, **vitals: Any) -> None:
         self.now += after
@@ -42,10 +45,12 @@ class Bench:
 
     def series(self, name: str) -> dict[tuple[str, ...], float]:
         return {
-            tuple(value for _, value in one.labels): one.value for one in self.metrics.snapshot() if one.name == name
+            tuple(value for _, value in sample.labels): sample.value
+            for sample in self.metrics.snapshot()
+            if sample.name == name
         }
 
-    def said(self) -> list[str]:
+    def lines(self) -> list[str]:
         return [str(formatEvent(event)) for event in self.logged]
 
 
@@ -70,7 +75,7 @@ def test_handshakes_are_refused_only_when_no_other_worker_can_take_them(bench: B
     assert bench.series("realtime_shed") == {("handshake", "lag"): 2}
 
 
-def test_the_metrics_say_what_presses(bench: Bench) -> None:
+def test_the_metrics_name_the_reasons_of_pressure(bench: Bench) -> None:
     bench.beat(threads_waiting=10**6)
     assert bench.series("realtime_pressure") == {
         ("lag",): 0,
@@ -85,31 +90,34 @@ def test_pressure_is_logged_when_it_comes_and_goes_and_once_a_minute(bench: Benc
         bench.beat(lag=0.3)
         bench.beat(after=RECOVERY_TIME)
         bench.beat()
-    assert len(bench.said()) == 2
-    assert bench.said()[0] == "under pressure by lag: lag 300 ms"
-    assert bench.said()[1].startswith("under pressure no more, after 0.5 s")
+    assert len(bench.lines()) == 2
+    assert (
+        bench.lines()[0]
+        == "the worker is under pressure by lag (its loop is 300 ms late) and sheds load until it recovers"
+    )
+    assert bench.lines()[1].startswith("the worker is no longer under pressure, after 0.5 s")
     bench.beat(after=60, lag=0.3)
-    assert len(bench.said()) == 3
+    assert len(bench.lines()) == 3
 
 
-def test_a_busy_loop_is_warned_of_and_nothing_is_refused(bench: Bench) -> None:
+def test_a_busy_loop_causes_a_warning_and_no_refusal(bench: Bench) -> None:
     bench.beat(utilization=0.95)
-    assert bench.said() == ["the loop is 95% busy; nothing is refused for that"]
+    assert bench.lines() == ["the loop is 95% busy and refuses nothing yet; consider more workers (workers.count)"]
     assert bench.shedding.refuse_handshake() is None
 
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> cache.Host:
-    """The host of caches, as this test leaves nothing in that of the process."""
+    """A host of caches in place of the process's own."""
     host = cache.Host()
     monkeypatch.setattr(cache, "HOST", host)
     return host
 
 
 @on_loop
-async def test_caches_of_the_application_get_what_they_need(bench: Bench, host: cache.Host) -> None:
-    dispatcher = Dispatcher(App(), reactor, WorkersSettings(), bench.metrics, Logger())
-    bench.shedding.serve(dispatcher)
+async def test_caches_get_the_load_the_loop_and_the_metrics_of_the_worker(bench: Bench, host: cache.Host) -> None:
+    dispatcher = Dispatcher(App(), HandlerServices(reactor, WorkersSettings(), bench.metrics, Logger()))
+    configure_cache_host(host, bench.pressure, dispatcher.run_coroutine, bench.metrics)
 
     @Cache(ttl=10)
     async def twice(number: int) -> int:
@@ -121,3 +129,10 @@ async def test_caches_of_the_application_get_what_they_need(bench: Bench, host: 
     assert bench.series("realtime_cache") == {(name, "miss"): 2, (name, "evicted"): 0, (name, "hit"): 1}
     bench.beat(lag=0.1)
     assert host.load() == pytest.approx(0.5)
+
+
+def test_throttles_get_every_reading(bench: Bench) -> None:
+    bench.throttle.limit = 1
+    bench.beat(after=Throttle.LIFT + RECOVERY_TIME)
+    bench.beat(after=RECOVERY_TIME)
+    assert bench.throttle.limit is None

@@ -1,4 +1,4 @@
-"""Who is charged for the time of a worker's loop, on a clock that the test turns."""
+"""The accounts that a worker's loop time is charged to, on a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from realtime.process.link import Link
 from realtime.process.transport import DirectServer
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
-from realtime.worker.loop_time import ChargedReceiver, charged_transport
+from realtime.worker.loop_time import ChargedReceiver, NamespaceAccounts, charged_transport
 from tests.driving import on_loop
 
 
 class Bill:
-    """Accounts, and work that takes time."""
+    """A ledger, and work that takes time."""
 
     def __init__(self) -> None:
         self.time = 0
-        self.accounts = LoopTimeLedger(lambda: self.time)
+        self.ledger = LoopTimeLedger(lambda: self.time)
 
     def work(self, nanoseconds: int) -> None:
         self.time += nanoseconds
 
     def charged(self) -> dict[tuple[LoopWork, str], int]:
-        """What each account was charged so far, but those with nothing."""
-        self.accounts.switch(self.accounts.current)
-        return {(account.kind, account.name): account.spent for account in self.accounts if account.spent}
+        """Return the charges of all accounts that have any."""
+        self.ledger.switch(self.ledger.current)
+        return {(account.kind, account.name): account.spent for account in self.ledger if account.spent}
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def bill() -> Bill:
 
 
 class Hub:
-    """A receiver that works as many nanoseconds as its test says."""
+    """A receiver that works for a known number of nanoseconds on each event."""
 
     def __init__(self, bill: Bill) -> None:
         self.bill = bill
@@ -73,7 +73,7 @@ def namespace(channel: str) -> str | None:
 
 def test_deliveries_are_charged_to_the_namespace_of_their_channel(bill: Bill) -> None:
     hub = Hub(bill)
-    fan_out = ChargedReceiver(hub, bill.accounts, ["chat", "news"], namespace)
+    fan_out = ChargedReceiver(hub, NamespaceAccounts(bill.ledger, ["chat", "news"], namespace))
     publication, info = Publication(b"{}"), ClientInfo("ada", "1")
     fan_out.on_publication("chat:1", publication, "e")
     fan_out.on_publication("chat:2", publication, "e")
@@ -95,20 +95,20 @@ def test_deliveries_are_charged_to_the_namespace_of_their_channel(bill: Bill) ->
         fan_out.on_interruption()
 
 
-def test_what_is_delivered_later_is_charged_to_the_namespace_too(bill: Bill) -> None:
-    fan_out = ChargedReceiver(Hub(bill), bill.accounts, ["chat"], namespace)
+def test_deliveries_in_later_turns_are_charged_to_the_namespace_too(bill: Bill) -> None:
+    accounts = NamespaceAccounts(bill.ledger, ["chat"], namespace)
 
     def delivering() -> Iterator[None]:
         for _ in range(3):
             bill.work(5)
             yield
 
-    for _ in fan_out.steps("chat:1", delivering()):
+    for _ in accounts.charge_steps("chat:1", delivering()):
         bill.work(1)
     assert bill.charged() == {(LoopWork.FANOUT, "chat"): 15, (LoopWork.OTHER, ""): 3}
 
 
-def test_a_client_is_charged_to_http_until_it_speaks_something_else(
+def test_a_connection_is_charged_to_http_until_it_has_another_protocol(
     bill: Bill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Front(Protocol):
@@ -119,7 +119,7 @@ def test_a_client_is_charged_to_http_until_it_speaks_something_else(
         return "lost"
 
     monkeypatch.setattr(DirectServer, "doRead", read)
-    transport: Any = charged_transport(bill.accounts, Front)
+    transport: Any = charged_transport(bill.ledger, Front)
     client = transport.__new__(transport)
     client.protocol = Front()
     assert client.doRead() == "lost"
@@ -128,8 +128,8 @@ def test_a_client_is_charged_to_http_until_it_speaks_something_else(
     assert bill.charged() == {(LoopWork.HTTP, ""): 7, (LoopWork.PROTOCOL, ""): 14}
 
 
-def test_the_link_is_charged_for_what_comes_over_it(bill: Bill) -> None:
-    link = Link(None, lambda function: None, 100, lambda number, body: None, lambda link, reason: None, bill.accounts)
+def test_messages_of_the_link_are_charged_to_the_engine(bill: Bill) -> None:
+    link = Link(None, lambda function: None, 100, lambda number, body: None, lambda link, reason: None, bill.ledger)
 
     class Reader:
         def feed(self, data: bytes) -> list[Any]:
@@ -142,7 +142,7 @@ def test_the_link_is_charged_for_what_comes_over_it(bill: Bill) -> None:
 
 
 class Waiting:
-    """A coroutine that works before and after it waits, and again when it is done."""
+    """A coroutine that works before and after it waits; its callback works too."""
 
     def __init__(self, bill: Bill) -> None:
         self.bill = bill
@@ -158,22 +158,22 @@ class Waiting:
         self.bill.work(100)
 
     def open(self, account: tuple[LoopWork, str]) -> None:
-        """Let it go on while another account is charged."""
-        before = self.bill.accounts.switch(self.bill.accounts.open(*account))
+        """Resume it while another account is charged."""
+        before = self.bill.ledger.switch(self.bill.ledger.open(*account))
         self.gate.callback(None)
         self.bill.work(1000)
-        self.bill.accounts.switch(before)
+        self.bill.ledger.switch(before)
 
 
-def test_a_coroutine_that_goes_on_is_charged_to_whoever_started_it(bill: Bill) -> None:
+def test_a_resumed_coroutine_is_charged_to_the_account_that_started_it(bill: Bill) -> None:
     waiting = Waiting(bill)
-    protocol = bill.accounts.open(LoopWork.PROTOCOL)
-    bill.accounts.charging(protocol, drive)(waiting(), waiting.done, bill.accounts)
+    protocol = bill.ledger.open(LoopWork.PROTOCOL)
+    bill.ledger.charging(protocol, drive)(waiting(), waiting.done, bill.ledger)
     waiting.open((LoopWork.ENGINE, ""))
     assert bill.charged() == {(LoopWork.PROTOCOL, ""): 111, (LoopWork.ENGINE, ""): 1000}
 
 
-def test_without_accounts_it_is_charged_to_whoever_lets_it_go_on(bill: Bill) -> None:
+def test_without_a_ledger_it_is_charged_to_the_account_that_resumes_it(bill: Bill) -> None:
     waiting = Waiting(bill)
     drive(waiting(), waiting.done)
     waiting.open((LoopWork.ENGINE, ""))
@@ -181,11 +181,11 @@ def test_without_accounts_it_is_charged_to_whoever_lets_it_go_on(bill: Bill) -> 
 
 
 @on_loop
-async def test_the_same_holds_for_futures_and_for_several_at_once(bill: Bill) -> None:
+async def test_futures_and_gathered_coroutines_are_charged_alike(bill: Bill) -> None:
     one, two, three = (Waiting(bill) for _ in range(3))
-    handler = bill.accounts.open(LoopWork.HANDLER, "rpc f")
-    future = bill.accounts.charging(handler, start_future)(one(), bill.accounts)
-    both = bill.accounts.charging(handler, start_future)(gather([two(), three()], bill.accounts), bill.accounts)
+    handler = bill.ledger.open(LoopWork.HANDLER, "rpc f")
+    future = bill.ledger.charging(handler, start_future)(one(), bill.ledger)
+    both = bill.ledger.charging(handler, start_future)(gather([two(), three()], bill.ledger), bill.ledger)
     for waiting in (one, two, three):
         waiting.open((LoopWork.TIMERS, ""))
     assert await future == "done"

@@ -1,4 +1,4 @@
-"""Surveys of channels: several workers in this process, joined by what passes orders on as the broker does."""
+"""Surveys of channels: several workers in this process, which pass orders to each other as the broker does."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.driving import on_loop
 
 
 class Worker:
-    """Its channels with their subscribers, and its part in surveys. deaf: takes no orders."""
+    """A worker with its channels and subscribers. ignores_orders: it answers no survey."""
 
     def __init__(self, others: list[Worker], channels: dict[str, int], clock: Any = reactor) -> None:
         self.members = channels
         self.others = others
         self.address = str(len(others))
-        self.deaf = False
+        self.ignores_orders = False
         self.passed: list[Order] = []
         self.surveys = Surveys(self, self, self.address, clock)  # type: ignore[arg-type]
         others.append(self)
@@ -42,8 +42,8 @@ class Worker:
         self.passed.append(decoded)
         to = [other for other in self.others if request.worker in ("", other.address)]
         for other in to:
-            if not other.deaf:
-                other.surveys.obey(decoded)
+            if not other.ignores_orders:
+                other.surveys.on_order(decoded)
         return len(to)
 
     def survey(self, pattern: str = "") -> asyncio.Future[dict[str, int]]:
@@ -72,30 +72,30 @@ async def test_subscribers_of_all_workers_are_added_up() -> None:
 
 
 @on_loop
-async def test_many_channels_are_looked_through_while_the_loop_does_other_things() -> None:
-    here, there = workers({}, {f"c{number}": 1 for number in range(10 * surveys.SLICE)})
+async def test_many_channels_are_searched_while_the_loop_does_other_work() -> None:
+    here, there = workers({}, {f"c{number}": 1 for number in range(10 * surveys.CHANNELS_PER_TURN)})
     waiting = here.survey("c*")
-    gone = [f"c{10 * surveys.SLICE - 1}", f"c{5 * surveys.SLICE}"]
+    gone = [f"c{10 * surveys.CHANNELS_PER_TURN - 1}", f"c{5 * surveys.CHANNELS_PER_TURN}"]
     turns = 0
     while not waiting.done():
         turns += 1
         for name in gone:
-            there.members.pop(name, None)  # what is gone by the time is not counted
+            there.members.pop(name, None)  # a channel that has gone by then is not counted
         await asyncio.sleep(0)
     assert turns >= 9
-    assert len(await waiting) == 10 * surveys.SLICE - 2
+    assert len(await waiting) == 10 * surveys.CHANNELS_PER_TURN - 2
 
 
 @on_loop
 async def test_surveys_at_the_same_time_do_not_mix() -> None:
     here, there = workers({"a": 1, "b": 1}, {"a": 1, "c": 1})
-    asked = [here.survey("a"), there.survey("b"), here.survey(), there.survey("c")]
-    assert [await one for one in asked] == [{"a": 2}, {"b": 1}, {"a": 2, "b": 1, "c": 1}, {"c": 1}]
+    results = [here.survey("a"), there.survey("b"), here.survey(), there.survey("c")]
+    assert [await result for result in results] == [{"a": 2}, {"b": 1}, {"a": 2, "b": 1, "c": 1}, {"c": 1}]
 
 
 @on_loop
 async def test_more_names_than_an_answer_holds_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surveys, "ANSWER_BYTES", 1000)
+    monkeypatch.setattr(surveys, "MAX_ANSWER_BYTES", 1000)
     few = {f"few{number}": 1 for number in range(30)}
     here, there, _ = workers({}, few, dict(few))
     assert len(await here.survey()) == 30
@@ -108,10 +108,10 @@ async def test_more_names_than_an_answer_holds_are_an_error(monkeypatch: pytest.
 
 
 @on_loop
-async def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:
+async def test_a_worker_that_does_not_answer_makes_the_survey_fail() -> None:
     clock = Clock()
     here, there = workers({"a": 1}, {"a": 1}, clock=clock)
-    there.deaf = True
+    there.ignores_orders = True
     waiting = here.survey()
     clock.advance(surveys.TIMEOUT - 0.01)
     assert not waiting.done()
@@ -119,8 +119,8 @@ async def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:
     with pytest.raises(EngineUnavailable):
         await waiting
     assert clock.getDelayedCalls() == []
-    here.surveys.obey(ChannelsAnswer(1, {"a": 1}))  # too late, and harmless
-    there.deaf = False
+    here.surveys.on_order(ChannelsAnswer(1, {"a": 1}))  # too late, and harmless
+    there.ignores_orders = False
     assert await here.survey() == {"a": 2}
 
 
@@ -139,14 +139,14 @@ async def test_an_engine_that_is_gone_ends_a_survey(monkeypatch: pytest.MonkeyPa
 
 
 @on_loop
-async def test_there_is_a_most_of_surveys() -> None:
+async def test_the_number_of_surveys_is_limited() -> None:
     here, there = workers({"a": 1}, {}, clock=(clock := Clock()))
-    there.deaf = True
-    waiting = [here.survey() for _ in range(surveys.MOST)]
+    there.ignores_orders = True
+    waiting = [here.survey() for _ in range(surveys.MAX_SURVEYS)]
     assert await refusal(here.survey()) == 111
     clock.advance(surveys.TIMEOUT)
-    for one in waiting:
+    for result in waiting:
         with pytest.raises(EngineUnavailable):
-            await one
-    there.deaf = False
+            await result
+    there.ignores_orders = False
     assert await here.survey() == {"a": 1}

@@ -1,4 +1,4 @@
-"""What becomes of calls while the worker is under pressure, and of answers that are kept."""
+"""Calls while the worker is under pressure, and calls of handlers with a cache."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from realtime.app import App, Request
 from realtime.cache import Cache, Host
 from realtime.config.settings import WorkersSettings
 from realtime.errors import TOO_MANY_REQUESTS, ClientError, HandlerTimeout, Overloaded
+from realtime.handlers.call import HandlerServices
 from realtime.handlers.coroutines import start_future
 from realtime.handlers.dispatch import Dispatcher
 from realtime.metrics import Metrics
@@ -25,8 +26,8 @@ from realtime.supervision.loop_time import LoopTimeLedger
 from tests.driving import on_loop
 
 
-class Pressure:
-    """A worker's pressure, as the test sets it."""
+class FakePressure:
+    """The pressure on a worker, as the test sets it."""
 
     def __init__(self) -> None:
         self.reasons: tuple[str, ...] = ()
@@ -42,11 +43,11 @@ class FakeClient:
 
 
 class Bench:
-    """An App on a dispatcher, whose pressure and caches' clock the test sets."""
+    """An App with its dispatcher; the test sets the pressure, and the clock of the caches."""
 
     def __init__(self) -> None:
         self.app = App()
-        self.pressure = Pressure()
+        self.pressure = FakePressure()
         self.metrics = Metrics()
         self.now = 0.0
         self.logged: list[dict[str, Any]] = []
@@ -57,37 +58,38 @@ class Bench:
         return Cache(ttl, stale, host=host, **options)
 
     def answer(self, *_: Any) -> int:
-        """What the handlers of these tests return: the number of this call."""
+        """Count a call; the handlers of these tests return its number."""
         self.calls += 1
         return self.calls
 
     async def start(self) -> None:
         log = Logger(observer=self.logged.append)
-        self.accounts = LoopTimeLedger(time.monotonic_ns)
-        self.dispatcher = Dispatcher(
-            self.app, reactor, WorkersSettings(), self.metrics, log, pressure=self.pressure, accounts=self.accounts
+        self.ledger = LoopTimeLedger(time.monotonic_ns)
+        services = HandlerServices(
+            reactor, WorkersSettings(), self.metrics, log, ledger=self.ledger, pressure=self.pressure
         )
+        self.dispatcher = Dispatcher(self.app, services)
         await self.dispatcher.start()
         self.dispatcher.bind(None)  # type: ignore[arg-type]
 
     async def call(self, data: Any = None, user: str = "ada") -> Any:
-        """The text of the answer of rpc "f"."""
+        """Call rpc "f", and return the text of its result."""
         procedure = self.dispatcher.procedure("f")
         assert procedure is not None
         return bytes(await procedure(FakeClient(user), data)).decode()
 
     async def get(self, path: str = "/f", **query: str) -> str:
-        """The body of the answer to a request."""
+        """Call a route, and return the body of its response."""
         route = self.dispatcher.route("GET", path)
         assert route is not None
-        answer = await route.perform(Request("GET", path, query, {}, b""))
+        answer = await route.call(Request("GET", path, query, {}, b""))
         return bytes(answer.body).decode()
 
     def shed(self) -> dict[tuple[str, str], float]:
         return {
-            (dict(one.labels)["kind"], dict(one.labels)["reason"]): one.value
-            for one in self.metrics.snapshot()
-            if one.name == "realtime_shed"
+            (dict(sample.labels)["kind"], dict(sample.labels)["reason"]): sample.value
+            for sample in self.metrics.snapshot()
+            if sample.name == "realtime_shed"
         }
 
 
@@ -132,7 +134,7 @@ async def test_a_refused_procedure_is_a_temporary_error(bench: Bench) -> None:
 
 
 @on_loop
-async def test_under_pressure_a_policy_comes_before_an_answer_at_once(bench: Bench) -> None:
+async def test_under_pressure_a_refusing_policy_rules_out_an_immediate_call(bench: Bench) -> None:
     @bench.app.rpc("f", pressure="refuse")
     async def f(client: Any, data: Any) -> None: ...
 
@@ -164,7 +166,7 @@ async def test_stale_answers_are_served_under_pressure_and_others_refused(bench:
 
 
 @on_loop
-async def test_a_cache_that_ignores_pressure_computes_what_it_has_not_got(bench: Bench) -> None:
+async def test_a_cache_that_ignores_pressure_computes_missing_answers(bench: Bench) -> None:
     bench.app.rpc("f", cache=bench.cache())(bench.answer)
     await bench.start()
     bench.pressure.reasons = ("lag",)
@@ -185,7 +187,7 @@ async def test_a_policy_may_be_a_function_of_the_arguments(bench: Bench) -> None
 
 @pytest.mark.parametrize("policy", [lambda client, data: "perhaps", lambda client, data: 1 / 0])
 @on_loop
-async def test_a_policy_that_fails_is_the_applications_mistake(bench: Bench, policy: Any) -> None:
+async def test_a_policy_that_raises_is_an_error_of_the_application(bench: Bench, policy: Any) -> None:
     bench.app.rpc("f", pressure=policy)(bench.answer)
     await bench.start()
     bench.pressure.reasons = ("lag",)
@@ -197,7 +199,7 @@ async def test_a_policy_that_fails_is_the_applications_mistake(bench: Bench, pol
 
 
 @on_loop
-async def test_a_key_that_fails_is_the_applications_mistake(bench: Bench) -> None:
+async def test_a_cache_key_that_raises_is_an_error_of_the_application(bench: Bench) -> None:
     bench.app.rpc("f", cache=bench.cache(key=lambda client, data: data["absent"]))(bench.answer)
     await bench.start()
     with pytest.raises(ClientError) as caught:
@@ -234,7 +236,7 @@ async def test_callers_share_one_call_of_a_thread(bench: Bench) -> None:
 
 
 @on_loop
-async def test_a_kept_handler_may_await_deferreds(bench: Bench) -> None:
+async def test_a_handler_with_a_cache_may_await_deferreds(bench: Bench) -> None:
     @bench.app.rpc("f", cache=bench.cache())
     async def f(data: Any) -> Any:
         await deferLater(reactor, 0)  # type: ignore[arg-type]
@@ -246,7 +248,7 @@ async def test_a_kept_handler_may_await_deferreds(bench: Bench) -> None:
 
 
 @on_loop
-async def test_a_time_out_reaches_all_who_wait_and_is_not_kept(bench: Bench) -> None:
+async def test_a_timeout_reaches_all_waiting_callers_and_is_not_cached(bench: Bench) -> None:
     @bench.app.http.get("/f", timeout=0.01, cache=bench.cache())
     async def f(request: Request) -> Any:
         if bench.answer() == 1:
@@ -261,7 +263,7 @@ async def test_a_time_out_reaches_all_who_wait_and_is_not_kept(bench: Bench) -> 
 
 
 @on_loop
-async def test_a_handlers_mistake_is_logged_once_and_not_kept(bench: Bench) -> None:
+async def test_an_exception_is_logged_once_and_not_cached(bench: Bench) -> None:
     @bench.app.rpc("f", cache=bench.cache())
     async def f(data: Any) -> Any:
         await asyncio.sleep(0)
@@ -275,7 +277,7 @@ async def test_a_handlers_mistake_is_logged_once_and_not_kept(bench: Bench) -> N
 
 
 @on_loop
-async def test_a_handler_that_blocked_the_loop_is_let_in_a_few_at_a_time(bench: Bench) -> None:
+async def test_a_handler_that_blocked_the_loop_is_throttled(bench: Bench) -> None:
     release = asyncio.Event()
 
     @bench.app.http.get("/f")
@@ -319,9 +321,9 @@ async def test_the_time_of_a_handler_on_the_loop_is_measured(bench: Bench) -> No
     await bench.start()
     await bench.get()
     await bench.get("/thread")
-    assert len(bench.dispatcher.throttles) == 1  # a thread's handler has none
-    spent = {account.name: account.spent / 1e9 for account in bench.accounts}
-    assert 0.01 <= spent["http GET /f"] < 0.05  # waiting is no work
+    assert len(bench.dispatcher.throttles) == 1  # a handler that runs in a thread has none
+    spent = {account.name: account.spent / 1e9 for account in bench.ledger}
+    assert 0.01 <= spent["http GET /f"] < 0.05  # waiting is not charged
     assert spent["http GET /thread"] == 0
 
 

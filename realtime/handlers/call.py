@@ -1,0 +1,343 @@
+"""Calls one handler: where and when it runs, for how long its caller waits, and which exceptions the caller gets.
+
+    HandlerCall(...) -> admission policy -> cache, if any -> Task -> the coroutine, on the loop
+                                                                  `> semaphore -> thread pool  -> the function
+                                                                  `> semaphore -> compute pool -> the function
+
+Every call ends in time, whatever the handler does: with a result, or with one of the exceptions that `HandlerCall`
+names. The handler's place may stay taken for longer, since a thread can't be stopped (a process is killed); such
+threads are bounded and counted. An exception that the handler did not mean for its caller is logged once with its
+traceback, and the caller gets ClientError 100 in its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dis
+import inspect
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
+
+from realtime.app import ARGUMENTS, Handler
+from realtime.cache import NothingCached
+from realtime.config.settings import WorkersSettings
+from realtime.errors import (
+    INTERNAL_ERROR,
+    TOO_MANY_REQUESTS,
+    ClientError,
+    Disconnect,
+    EngineUnavailable,
+    HandlerTimeout,
+    Overloaded,
+    PoolFull,
+    RealtimeError,
+)
+from realtime.handlers.compute_pool import ComputePool
+from realtime.handlers.coroutines import await_deferreds, eager_task
+from realtime.handlers.marking import ChargingMarker, MarkedCoroutine, Marker, call_marked, subject_reader
+from realtime.handlers.outcomes import HandlerErrorLog, OutcomeCounters
+from realtime.handlers.placement import PlacementTracker
+from realtime.handlers.policy import NO_PRESSURE, AdmissionPolicy, PressureReading
+from realtime.handlers.results import call_plain_function, result_converter
+from realtime.handlers.threads import BoundedSemaphore, HandlerThreads, ThreadSafeClient
+from realtime.metrics import Metrics
+from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
+from realtime.supervision.pressure import Throttle
+
+
+def _monotonic_ledger() -> LoopTimeLedger:
+    return LoopTimeLedger(time.monotonic_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerServices:
+    """The collaborators and settings that all handlers of a worker share.
+
+    reactor: IReactorTime and IReactorFromThreads, on the asyncio loop. ledger: of the loop's time; each handler gets an
+    account in it. marker: records the handler that runs, and charges its account in `ledger`; None to charge only.
+    pressure: decides, together with each handler's policy, which calls are refused. compute_pool: not started yet, for
+    handlers with run="process". slow_call: seconds on the loop that are too long for a handler with run="auto".
+    """
+
+    reactor: Any
+    settings: WorkersSettings
+    metrics: Metrics
+    log: Logger
+    ledger: LoopTimeLedger = field(default_factory=_monotonic_ledger)
+    marker: Marker | None = None
+    pressure: PressureReading = NO_PRESSURE
+    compute_pool: ComputePool | None = None
+    slow_call: float = 0.05
+
+
+class HandlerCall:
+    """One handler, ready to be called for clients (call the object) and for other callers (`call`). Loop thread only.
+
+    throttle: limits the handler's concurrent calls after it has pressed the loop; it needs the loop's beats if
+    `is_throttled`.
+    """
+
+    def __init__(
+        self, handler: Handler, services: HandlerServices, threads: HandlerThreads, error_log: HandlerErrorLog
+    ) -> None:
+        settings, metrics, ledger = services.settings, services.metrics, services.ledger
+        self.handler = handler
+        self._threads = threads
+        self._compute_pool = services.compute_pool
+        self._error_log = error_log
+        self._count = OutcomeCounters(metrics, handler.name)
+        self._account = ledger.open(LoopWork.HANDLER, handler.name)
+        self._marker = services.marker or ChargingMarker(ledger)
+        self._name = handler.name.encode()
+        self._subject = subject_reader(handler)
+        self._timeout = settings.handler_timeout if handler.timeout is None else handler.timeout
+        # The handler's own limit of concurrent calls, if it has one.
+        self._semaphore = BoundedSemaphore(handler.limit, settings.thread_queue) if handler.limit else None
+        self.throttle = Throttle(self._account)
+        self._policy = AdmissionPolicy(handler, services.pressure, self.throttle, metrics)
+        self._placement: PlacementTracker | None = None
+        if handler.run == "auto":
+            self._placement = PlacementTracker(handler, services.slow_call, services.reactor, metrics, services.log)
+        self._takes_client = ARGUMENTS[handler.kind][0][:1] == ("client",)
+        self._convert = result_converter(handler.kind)
+        self._never_waits = handler.run == "loop" and self._semaphore is None and never_waits(handler.function)
+        self._is_always_immediate = self._never_waits and self._policy.admits_always
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def running(self) -> int:
+        """The number of calls that have started and wait for something."""
+        return len(self._tasks)
+
+    @property
+    def is_throttled(self) -> bool:
+        """Whether `throttle` may limit the handler."""
+        return self._policy.is_throttled
+
+    @property
+    def is_immediate(self) -> bool:
+        """Whether `call_now` may be used: the handler never waits, and its policy admits the call directly."""
+        return self._is_always_immediate or (self._never_waits and self._policy.admits_directly)
+
+    def call_now(self, *args: Any) -> Any:
+        """Call a handler that `is_immediate` for a client, without a coroutine, and return its result.
+
+        Raises the exceptions that awaiting the call would raise. The handler runs in a context of its own.
+        """
+        if self._takes_client:
+            args = (ThreadSafeClient(args[0], self._threads.reactor, self._policy.is_under_pressure), *args[1:])
+        try:
+            # Without the throttle: only one call runs at a time of a handler that never waits.
+            result = copy_context().run(self._run_immediately, args[self.handler.taken])
+        except BaseException as error:
+            self._count_failure(error)
+            raise
+        self._count("ok")
+        return result
+
+    async def __call__(self, *args: Any) -> Any:
+        """Call the handler for a client, with all the arguments of its kind. Raises ClientError and Disconnect alone.
+
+        An unexpected exception, a timeout and a full pool become the temporary error 100; a call that is refused under
+        pressure becomes the temporary error 111.
+        """
+        try:
+            return await self.call(*args)
+        except (HandlerTimeout, PoolFull):
+            raise ClientError(*INTERNAL_ERROR) from None
+        except Overloaded:
+            raise ClientError(*TOO_MANY_REQUESTS) from None
+
+    async def call(self, *args: Any, timeout: float | None = None) -> Any:
+        """Call the handler. Raises ClientError, Disconnect, HandlerTimeout, PoolFull and Overloaded.
+
+        Cancelling the caller cancels the handler, unless a cache keeps its result. timeout: seconds, 0 for none, in
+        place of the declared one.
+        """
+        if self._takes_client:
+            args = (ThreadSafeClient(args[0], self._threads.reactor, self._policy.is_under_pressure), *args[1:])
+        args = args[self.handler.taken]
+        limit = self._timeout if timeout is None else timeout
+        if self._policy.admits_directly:
+            return await self._compute(args, limit)
+        try:
+            may_compute = self._policy.admit(args)
+            if self.handler.cache is None:
+                return await self._compute(args, limit)
+            # Other callers share the computation, so the cache runs it in a plain task, which can't await Deferreds.
+            return await self.handler.cache.call(
+                lambda: await_deferreds(self._compute(args, limit)), args, None, may_compute
+            )
+        except NothingCached:
+            raise self._policy.refusal() from None
+        except (RealtimeError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except BaseException as error:  # of the policy function, or of the cache's key or tags
+            self._count("error")
+            self._error_log.report(self.handler, error)
+            raise ClientError(*INTERNAL_ERROR) from error
+
+    async def _compute(self, args: tuple[Any, ...], timeout: float) -> Any:
+        """Run the handler, and count how that ended."""
+        self._policy.throttle.enter()
+        try:
+            if self._never_waits:
+                result = self._run_immediately(args)
+            else:
+                task = eager_task(self._run(args))
+                if not task.done():
+                    await self._wait(task, timeout)
+                result = _result(task)
+        except BaseException as error:
+            self._count_failure(error)
+            raise
+        finally:
+            self._policy.throttle.leave()
+        self._count("ok")
+        return result
+
+    def _count_failure(self, error: BaseException) -> None:
+        """Count a call that raised `error`. Raises ClientError 100 unless callers may see the error itself."""
+        for kinds, outcome in _OUTCOMES:
+            if isinstance(error, kinds):
+                self._count(outcome)
+                return
+        if isinstance(error, EngineUnavailable):
+            self._count("unavailable")
+        else:
+            self._count("error")
+            self._error_log.report(self.handler, error)
+        raise ClientError(*INTERNAL_ERROR) from error
+
+    async def _wait(self, task: asyncio.Task[Any], timeout: float) -> None:
+        """Wait for a handler's task until the timeout. A task that ignores its cancellation goes on after that."""
+        # A Deferred, since every kind of caller can await one; `drive` and `await_deferreds` resume either.
+        finished: Deferred[None] = Deferred()
+
+        def ended(task: asyncio.Task[Any]) -> None:
+            if not finished.called:
+                finished.callback(None)
+            elif not task.cancelled() and (error := task.exception()) is not None:
+                self._error_log.report(self.handler, error)
+
+        def expire() -> None:
+            task.cancel()
+            finished.errback(HandlerTimeout(f"{self.handler.name} did not finish within {timeout:g} s"))
+
+        self._tasks.add(task)  # the loop itself holds only a weak reference to a waiting task
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(ended)
+        timer = self._threads.reactor.callLater(timeout, expire) if timeout else None
+        try:
+            await finished
+        except (CancelledError, asyncio.CancelledError):
+            task.cancel()
+            raise asyncio.CancelledError from None
+        finally:
+            if timer is not None and timer.active():
+                timer.cancel()
+
+    # Where the handler runs.
+
+    def _run(self, args: tuple[Any, ...]) -> Coroutine[Any, Any, Any]:
+        match self._placement.place if self._placement else self.handler.run:
+            case "loop":
+                return self._run_on_loop(args)
+            case "process":
+                return self._run_in_process(args)
+        return self._run_in_thread(args)
+
+    def _run_immediately(self, args: tuple[Any, ...]) -> Any:
+        """Run a coroutine that never waits: its first step is all of it."""
+        outer = self._marker.enter((self._name, self._subject(args)), self._account)
+        try:
+            self.handler.function(*args).send(None)
+        except StopIteration as stop:
+            return self._convert(stop.value)
+        except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:  # no caller has cancelled it
+            raise RuntimeError(f"the handler raised {type(error).__name__}") from error
+        finally:
+            self._marker.leave(outer)
+
+    async def _run_on_loop(self, args: tuple[Any, ...]) -> Any:
+        if self._semaphore is not None:
+            await self._semaphore.acquire()
+        try:
+            names = self._name, self._subject(args)
+            outer = self._marker.enter(names, self._account)
+            try:
+                if self._placement:
+                    result = self._placement.measure("loop", call_plain_function, self.handler, args)
+                else:
+                    result = self.handler.function(*args)
+                if not inspect.iscoroutine(result):
+                    if not hasattr(result, "__await__"):
+                        return self._convert(result)
+                    result = _await(result)  # a Deferred, as a function under inlineCallbacks returns one
+                try:
+                    awaited = result.send(None)
+                except StopIteration as stop:
+                    return self._convert(stop.value)
+            finally:
+                self._marker.leave(outer)
+            marked = partial(call_marked, self._marker, names, self._account)
+            return marked(self._convert, await await_deferreds(MarkedCoroutine(marked, result), awaited))
+        except (SystemExit, KeyboardInterrupt) as error:
+            # In a task these would end the loop, and with it the process.
+            raise RuntimeError(f"the handler raised {type(error).__name__}") from error
+        finally:
+            if self._semaphore is not None:
+                self._semaphore.release()
+
+    async def _run_in_thread(self, args: tuple[Any, ...]) -> Any:
+        if self._semaphore is not None:
+            await self._semaphore.acquire()
+        return await self._threads.call(self._call_plain_function, args, self._semaphore)
+
+    def _call_plain_function(self, *args: Any) -> Any:
+        if self._placement:
+            return self._convert(self._placement.measure("thread", call_plain_function, self.handler, args))
+        return self._convert(call_plain_function(self.handler, args))
+
+    async def _run_in_process(self, args: tuple[Any, ...]) -> Any:
+        assert self._compute_pool is not None, "a worker without a compute pool"
+        if self._semaphore is not None:
+            await self._semaphore.acquire()
+        return await self._compute_pool.call(self.handler, args, self._semaphore)
+
+
+# The exceptions that callers get as they are, and the outcome under which each is counted.
+_OUTCOMES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    ((ClientError, Disconnect), "refused"),
+    ((HandlerTimeout,), "timeout"),
+    ((PoolFull,), "full"),
+    ((asyncio.CancelledError, GeneratorExit), "cancelled"),
+)
+
+
+def never_waits(function: Callable[..., Any]) -> bool:
+    """Return whether a function is a coroutine function without an `await`, which needs one step and no task."""
+    if not inspect.iscoroutinefunction(function) or not inspect.isfunction(function):
+        return False
+    return all(instruction.opname not in _WAITING for instruction in dis.get_instructions(function))
+
+
+# The instructions that `await`, `async for`, `async with` and `yield` compile to.
+_WAITING = {"GET_AWAITABLE", "SEND", "YIELD_VALUE", "GET_AITER", "GET_ANEXT", "BEFORE_ASYNC_WITH"}
+
+
+def _result(task: asyncio.Task[Any]) -> Any:
+    if task.cancelled():
+        raise RuntimeError("the handler was cancelled from within")
+    return task.result()
+
+
+async def _await(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable

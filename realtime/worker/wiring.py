@@ -1,0 +1,288 @@
+"""Builds the objects of one worker in four steps. Each returns a frozen record of its parts for the next ones.
+
+    wire_pubsub      the sessions by client and user, the hub, the engine
+    wire_handlers    the dispatcher of the application's handlers, and load shedding
+    wire_protocol    the sessions' collaborators, and the server API
+    wire_transports  the endpoints of the clients' port, and the class of their TCP transport
+
+Every object gets its collaborators as constructor arguments, and looks up none later. Where two objects need each
+other, one takes a function that makes the other (`Hub` and its engine), or a method joins them (`App.bind`,
+`Sessions.add_handler`).
+
+Handing sessions over to another process would begin with `PubSubParts.sessions`, which holds all of them, and
+`ProtocolParts.open_session`, which would also restore them. A TLS listener differs in `TransportParts.transport` and in
+the port (`realtime.worker.listening`); the frontend stays the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from realtime import cache
+from realtime._version import __version__
+from realtime.app import App
+from realtime.config.settings import Settings
+from realtime.deadlines import Deadlines
+from realtime.handlers.call import HandlerServices
+from realtime.handlers.compute_pool import ComputePool
+from realtime.handlers.coroutines import drive, gather
+from realtime.handlers.dispatch import Dispatcher
+from realtime.process.child import Child
+from realtime.process.transport import DirectServer
+from realtime.protocol.channel_rules import ChannelRules
+from realtime.protocol.commands import COMMANDS
+from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
+from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder
+from realtime.protocol.session import Session
+from realtime.protocol.sessions import Sessions
+from realtime.pubsub.engine import Receiver
+from realtime.pubsub.fanout import FanoutServices, broadcast
+from realtime.pubsub.hub import Hub
+from realtime.pubsub.subscriber import Sink
+from realtime.pubsub.time_slices import TimeSlicer
+from realtime.server_api.http_api import HTTPAPI
+from realtime.server_api.operations import ServerAPI
+from realtime.supervision.loop_time import LoopWork
+from realtime.supervision.pressure import Pressure
+from realtime.transports.admission import Admission
+from realtime.transports.emulation import Emulation
+from realtime.transports.frontend import ConnectionEndpoint, HTTPFrontend, HTTPFrontendFactory
+from realtime.transports.outbox import QueuedBytes
+from realtime.transports.outgoing import FlushAtTurnEnd
+from realtime.transports.routes import make_site
+from realtime.transports.streams import StreamContext, make_endpoints
+from realtime.transports.websocket import UNIDIRECTIONAL_WIRE_FORMATS, WIRE_FORMATS, WebSocketFactory
+from realtime.worker.engine import BrokerEngine
+from realtime.worker.io_uring import IOURing
+from realtime.worker.key_sets import make_verifier
+from realtime.worker.load_shedding import LoadShedding, configure_cache_host
+from realtime.worker.loop_time import ChargedReceiver, NamespaceAccounts, charge_steps, charged_transport
+from realtime.worker.node import NodeIdentitySource
+from realtime.worker.surveys import Surveys
+
+_log = Logger()
+
+
+@dataclass(frozen=True, slots=True)
+class PubSubParts:
+    """The channels of one worker. slices: divides long work into turns of the loop. rules: the channel options."""
+
+    slices: TimeSlicer
+    rules: ChannelRules
+    sessions: Sessions
+    engine: BrokerEngine
+    hub: Hub
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerParts:
+    """The application of one worker, with its handlers. shedding: takes the readings of the heartbeat."""
+
+    app: App
+    dispatcher: Dispatcher
+    shedding: LoadShedding
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolParts:
+    """The client protocol and the server API of one worker.
+
+    node: the id of this node. open_session: makes the session of a connection from the connection and its opening
+    request. deadlines: of sessions and connections; swept by the worker.
+    """
+
+    node: str
+    open_session: Callable[[Any, Any], Session]
+    deadlines: Deadlines
+    api: HTTPAPI
+
+
+@dataclass(frozen=True, slots=True)
+class TransportParts:
+    """The clients' port of one worker. queued: bytes in all outboxes. transport: the class of TCP connections."""
+
+    admission: Admission
+    queued: QueuedBytes
+    frontend: HTTPFrontendFactory
+    transport: type[DirectServer]
+
+
+def wire_pubsub(process: Child) -> PubSubParts:
+    """Build the sessions' registry, the hub and the engine."""
+    settings, reactor, metrics, ledger = process.settings, process.reactor, process.metrics, process.accounts
+    rules = ChannelRules(settings.channel)
+    accounts = NamespaceAccounts(ledger, [namespace.name for namespace in settings.channel.namespaces], rules.namespace)
+    slices = TimeSlicer(reactor.seconds, settings.loop.slice, _call_next_turn, Deferred)
+    sessions = Sessions(slices)
+
+    def make_engine(hub: Receiver) -> BrokerEngine:
+        receiver = ChargedReceiver(hub, accounts)
+        return BrokerEngine(receiver, settings.engine, metrics, reactor, process.link_lost, ledger)
+
+    services = FanoutServices(
+        broadcast=_choose_broadcast(settings),
+        charge=accounts.charge_steps,
+        sent=metrics.counter("realtime_messages_sent", "Messages to clients."),
+        overflows=metrics.counter(
+            "realtime_undelivered_overflows", "Channels that had too much to deliver, and dropped it"
+        ),
+    )
+    hub = Hub(make_engine, sessions.apply, slices, services)
+    engine = hub.engine
+    assert isinstance(engine, BrokerEngine)
+    metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(sessions))
+    metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: hub.subscriptions)
+    metrics.gauge(
+        "realtime_undelivered_bytes",
+        "Publications that wait for their turn to be delivered",
+        lambda: hub.fanout.queued,
+    )
+    return PubSubParts(slices, rules, sessions, engine, hub)
+
+
+def wire_handlers(process: Child, app: App) -> HandlerParts:
+    """Build the dispatcher of the application's handlers, and give its caches the worker's load."""
+    settings, reactor, metrics = process.settings, process.reactor, process.metrics
+    pressure = Pressure(settings.loop, reactor.seconds)
+    services = HandlerServices(
+        reactor=reactor,
+        settings=settings.workers,
+        metrics=metrics,
+        log=_log,
+        ledger=process.accounts,
+        marker=process.marks,
+        pressure=pressure,
+        compute_pool=ComputePool(reactor, settings.workers, settings.app, metrics),
+        slow_call=settings.loop.lagging,
+    )
+    dispatcher = Dispatcher(app, services)
+    configure_cache_host(cache.HOST, pressure, dispatcher.run_coroutine, metrics)
+    shedding = LoadShedding(pressure, dispatcher.throttles, process.page, metrics, _log)
+    return HandlerParts(app, dispatcher, shedding)
+
+
+def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -> ProtocolParts:
+    """Build the sessions' collaborators and the server API, and bind the application to it."""
+    settings, reactor, metrics = process.settings, process.reactor, process.metrics
+    run_all = partial(gather, ledger=process.accounts)
+    node = NodeIdentitySource(settings)
+    session_settings = SessionSettings(
+        client=settings.client, version=f"realtime {__version__}", uid=node.uid, rpc_ping=settings.rpc.ping
+    )
+    services = SessionServices(
+        rules=pubsub.rules,
+        tokens=make_verifier(settings.client, reactor, metrics, time.time),
+        engine=pubsub.engine,
+        hub=pubsub.hub,
+        slices=pubsub.slices,
+        sessions=pubsub.sessions,
+        deadlines=Deadlines(reactor.seconds()),
+        handlers=handlers.dispatcher,
+        run=partial(drive, ledger=process.accounts),
+        gather=run_all,
+        wall_clock=time.time,
+        report_error=_report_error,
+        counters=SessionCounters(metrics),
+    )
+    surveys = Surveys(pubsub.engine, pubsub.hub, str(process.slot), reactor)
+    pubsub.sessions.add_handler(ChannelsOrder, surveys.on_order)
+    pubsub.sessions.add_handler(ChannelsAnswer, surveys.on_order)
+    server_api = ServerAPI(pubsub.engine, pubsub.rules, node, surveys, run_all)
+    handlers.dispatcher.bind(server_api)
+    return ProtocolParts(
+        node=node.uid,
+        open_session=partial(Session, session_settings, services, COMMANDS),
+        deadlines=services.deadlines,
+        api=HTTPAPI(server_api, run_all, metrics, pubsub.slices),
+    )
+
+
+def wire_transports(
+    process: Child, pubsub: PubSubParts, handlers: HandlerParts, protocol: ProtocolParts
+) -> TransportParts:
+    """Build the endpoints of the clients' port, and the frontend that connections come to first."""
+    settings, metrics, ledger = process.settings, process.metrics, process.accounts
+    protocol_account = ledger.open(LoopWork.PROTOCOL)
+    queued = QueuedBytes()
+    turn_end = FlushAtTurnEnd(process.turn, lambda flush: _call_next_turn(ledger.charging(protocol_account, flush)))
+    admission = Admission(
+        settings.client,
+        metrics,
+        process.reactor.seconds,
+        handlers.shedding.refuse_handshake,
+        settings.workers.count,
+        resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    )
+    websocket, uni_websocket = (
+        WebSocketFactory(
+            protocol.open_session,
+            transport_settings,
+            settings.client,
+            protocol.deadlines,
+            metrics,
+            process.reactor,
+            admission,
+            wire_formats=wire_formats,
+            slices=pubsub.slices,
+            charge_work=partial(charge_steps, ledger, protocol_account),
+            queued=queued,
+            turn_end=turn_end,
+        )
+        for transport_settings, wire_formats in (
+            (settings.websocket, WIRE_FORMATS),
+            (settings.uni_websocket, UNIDIRECTIONAL_WIRE_FORMATS),
+        )
+    )
+    emulation = Emulation(pubsub.engine, protocol.node, str(process.slot))
+    pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
+    stream_context = StreamContext(
+        protocol.open_session, settings, protocol.deadlines, metrics, admission, emulation, queued, turn_end
+    )
+    stream_endpoints, cors_routes = make_endpoints(settings, stream_context)
+    endpoints: dict[str, ConnectionEndpoint] = {**stream_endpoints}
+    if not settings.websocket.disabled:
+        endpoints[settings.websocket.handler_prefix] = websocket
+    if settings.uni_websocket.enabled:
+        endpoints[settings.uni_websocket.handler_prefix] = uni_websocket
+    site = make_site(
+        handlers.app,
+        handlers.dispatcher,
+        protocol.api,
+        settings,
+        metrics,
+        another_worker_available=process.page.has_relief,
+        cors_routes=cors_routes,
+        proxies=admission.proxies,
+    )
+    frontend = HTTPFrontendFactory(settings.http_server, endpoints, site, protocol.deadlines, metrics)
+    return TransportParts(admission, queued, frontend, charged_transport(ledger, HTTPFrontend))
+
+
+def _choose_broadcast(settings: Settings) -> Callable[[bytes, Sequence[Sink]], None]:
+    """Return the function that sends one frame to many sockets: by io_uring if it is enabled and available."""
+    if settings.workers.io_uring:
+        try:
+            return IOURing().broadcast
+        except (OSError, AttributeError) as error:  # the kernel, or the C library, has no such call
+            _log.info("no io_uring ({error}): fan-out makes one system call for each message", error=error)
+    return broadcast
+
+
+def _call_next_turn(function: Callable[[], None]) -> None:
+    """Call a function in the loop's next turn. Twisted's `callLater` takes ten times as long for this."""
+    asyncio.get_running_loop().call_soon(function)
+
+
+def _report_error(error: BaseException) -> None:
+    """Log an exception that is a bug of this server, with its traceback."""
+    _log.failure("a session raised an unexpected exception", Failure(error))

@@ -1,0 +1,68 @@
+"""The log of exceptions that handlers raise, and the counters of outcomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.task import Clock
+from twisted.logger import Logger
+
+from realtime.app import App
+from realtime.handlers.compute_pool import HandlerFailed
+from realtime.handlers.outcomes import HandlerErrorLog, OutcomeCounters
+from realtime.metrics import Metrics
+from tests.driving import on_loop
+from tests.handlers.bench import Bench, refusal
+
+
+@on_loop
+async def test_line_is_logged_once_a_minute_with_the_number_left_out(bench: Bench) -> None:
+    @bench.app.rpc("f")
+    async def f(data: Any) -> Any:
+        if data == "other":
+            raise ValueError("another place")
+        raise ValueError(data)
+
+    await bench.start()
+    for data in range(5):
+        await refusal(bench.call("f", data))
+    assert len(bench.logged) == 1
+    await refusal(bench.call("f", "other"))
+    assert len(bench.logged) == 2
+    bench.clock.advance(60)
+    await refusal(bench.call("f", 5))
+    assert "4 times more" in bench.logged[2]["repeats"]
+    bench.clock.advance(60)
+    await refusal(bench.call("f", 6))
+    assert bench.logged[3]["repeats"] == ""
+
+
+def test_code_generated_at_run_time_does_not_fill_the_memory() -> None:
+    logged: list[dict[str, Any]] = []
+    error_log = HandlerErrorLog(Logger(observer=logged.append), Clock())
+    app = App()
+    app.rpc("f")(lambda data: data)
+    handler = app.handlers("rpc")["f"]
+    for number in range(2500):
+        error_log.report(handler, HandlerFailed("no", (f"generated {number}", 1)))
+    assert len(logged) == 2500
+    assert len(error_log._logged) <= 1000
+
+
+def test_same_line_of_two_handlers_is_logged_for_each() -> None:
+    logged: list[dict[str, Any]] = []
+    error_log = HandlerErrorLog(Logger(observer=logged.append), Clock())
+    app = App()
+    for name in "fg":
+        app.rpc(name)(lambda data: data)
+        for _ in range(3):
+            error_log.report(app.handlers("rpc")[name], HandlerFailed("no", ("report.py", 7)))
+    assert [event["handler"] for event in logged] == ["rpc f", "rpc g"]
+
+
+def test_outcomes_are_counted_by_handler() -> None:
+    metrics = Metrics()
+    count = OutcomeCounters(metrics, "rpc f")
+    for outcome in ("ok", "ok", "timeout"):
+        count(outcome)
+    assert {dict(sample.labels)["outcome"]: sample.value for sample in metrics.snapshot()} == {"ok": 2, "timeout": 1}

@@ -1,0 +1,205 @@
+"""A whole worker: its start, its service, the supervisor's messages to it, and its drain."""
+
+from __future__ import annotations
+
+import select
+import socket
+import sys
+
+import pytest
+from msgspec.structs import replace
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
+from twisted.internet.task import deferLater
+
+from realtime import cache
+from realtime.config.settings import AppSettings, ShutdownSettings
+from realtime.errors import SettingsError
+from realtime.process.fd_passing import FdSender, pair
+from realtime.worker.process import REPORT_INTERVAL, Worker
+from tests.driving import on_loop
+from tests.system.brokers import BrokerProcess
+from tests.transports.stage import eventually
+from tests.worker.serving import MODULE, SETTINGS, Peer, WorkerChild, serving
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch: pytest.MonkeyPatch) -> cache.Host:
+    """A host of caches in place of the process's own."""
+    host = cache.Host()
+    monkeypatch.setattr(cache, "HOST", host)
+    return host
+
+
+def app_events() -> list[str]:
+    """The life cycle of the application that the worker has imported."""
+    return list(sys.modules[MODULE].events)
+
+
+# Start and service.
+
+
+@on_loop
+async def test_start_waits_for_the_broker_and_the_application_before_it_opens_the_port() -> None:
+    sys.modules.pop(MODULE, None)
+    broker = BrokerProcess(SETTINGS.engine)
+    await broker.start()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        child = WorkerChild(SETTINGS, listening)
+        worker = Worker(child)
+        starting = Deferred.fromCoroutine(worker.start())
+        await deferLater(reactor, 0.01)  # type: ignore[arg-type]
+        assert not starting.called
+        assert app_events() == []
+        child.on_link(0, await broker.stream(0))
+        await starting
+        assert app_events() == ["started"]
+        await worker.drain(0.0)
+    await broker.stop()
+    child.page.close()
+
+
+@on_loop
+async def test_clients_publish_to_each_other_and_call_the_application() -> None:
+    async with serving() as served:
+        speaker, listener = await served.connect(), await served.connect()
+        listener.say(id=2, subscribe={"channel": "news"})
+        await listener.reply(2)
+        speaker.say(id=2, publish={"channel": "news", "data": {"n": 1}})
+        assert (await speaker.reply(2)).keys() == {"id", "publish"}
+        await eventually(lambda: any("push" in message for message in listener.messages))
+        [push] = [message["push"] for message in listener.messages if "push" in message]
+        assert (push["channel"], push["pub"]["data"], push["pub"]["offset"]) == ("news", {"n": 1}, 1)
+        speaker.say(id=3, rpc={"method": "double", "data": 21})
+        assert (await speaker.reply(3))["rpc"] == {"data": 42}
+        assert served.metric("realtime_clients") == 2
+        assert served.metric("realtime_subscriptions") == 1
+
+
+@on_loop
+async def test_the_heartbeat_reports_the_load() -> None:
+    async with serving() as served:
+        client = await served.connect()
+        client.say(id=2, subscribe={"channel": "news"})
+        await client.reply(2)
+
+        def load() -> tuple[int, int]:
+            vitals = served.child.page.read()
+            assert vitals is not None
+            return vitals.connections, vitals.subscriptions
+
+        await eventually(lambda: load() == (1, 1))
+        client.leave()
+        await eventually(lambda: load() == (0, 0))
+
+
+@on_loop
+async def test_the_engine_learns_the_number_of_subscriptions() -> None:
+    async with serving() as served:
+        client = await served.connect()
+        client.say(id=2, subscribe={"channel": "news"})
+        await client.reply(2)
+        assert REPORT_INTERVAL <= 1.0
+        await eventually(lambda: served.worker._reported_subscriptions == 1)
+
+
+@pytest.mark.parametrize("module", ["no_such_module:app", f"{MODULE}:nothing"])
+def test_an_application_that_cannot_be_loaded_is_named(module: str) -> None:
+    child = WorkerChild(replace(SETTINGS, app=AppSettings(module=module)))
+    with pytest.raises(SettingsError, match=r"app\.module"):
+        Worker(child)
+    child.page.close()
+
+
+# The supervisor's messages.
+
+
+@on_loop
+async def test_another_stream_to_the_broker_takes_the_place_of_the_first() -> None:
+    async with serving() as served:
+        client = await served.connect()
+        served.child.on_link(0, await served.broker.stream(0))
+        client.say(id=2, publish={"channel": "news", "data": 1})
+        assert "publish" in await client.reply(2)
+        assert served.child.lost_links == 0
+
+
+@on_loop
+async def test_connections_that_the_supervisor_has_accepted_are_served() -> None:
+    async with serving() as served:
+        ours, theirs = pair()
+        sender = FdSender(reactor, ours)
+        served.child.on_adopt(theirs.detach())
+        with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+            connecting = Deferred.fromCoroutine(connect(elsewhere))
+            await eventually(lambda: is_acceptable(elsewhere))
+            accepted, _ = elsewhere.accept()
+            accepted.setblocking(False)
+            settled: list[bool] = []
+            sender.send(accepted, settled.append)
+            peer = await connecting
+            await served.open(peer)
+        await eventually(lambda: settled == [True])
+        peer.say(id=2, rpc={"method": "double", "data": "a"})
+        assert (await peer.reply(2))["rpc"] == {"data": "aa"}
+        sender.close()
+
+
+async def connect(listening: socket.socket) -> Peer:
+    return await connectProtocol(TCP4ClientEndpoint(reactor, *listening.getsockname()), Peer())
+
+
+def is_acceptable(listening: socket.socket) -> bool:
+    return bool(select.select([listening], [], [], 0)[0])
+
+
+# Drain.
+
+
+@on_loop
+async def test_a_drain_disconnects_the_clients_stops_the_application_and_leaves_the_queue() -> None:
+    async with serving() as served:
+        client = await served.connect()
+        await served.drain(2.0)
+        assert client.close == (3001, "shutdown")
+        assert app_events() == ["started", "stopped"]
+        # The port is closed in this process alone: a new client waits in the queue of the original socket.
+        with socket.create_connection(served.listening.getsockname(), timeout=5):
+            assert is_acceptable(served.listening)
+
+
+@on_loop
+async def test_a_drain_spreads_the_disconnects() -> None:
+    settings = replace(SETTINGS, shutdown=ShutdownSettings(spread=0.3))
+    async with serving(settings) as served:
+        clients = [await served.connect() for _ in range(3)]
+        draining = Deferred.fromCoroutine(served.drain(5.0))
+        await eventually(lambda: clients[0].close is not None)
+        assert clients[2].close is None
+        began = reactor.seconds()  # type: ignore[attr-defined]
+        await draining
+        assert [client.close for client in clients] == [(3001, "shutdown")] * 3
+        assert reactor.seconds() - began >= 0.15  # type: ignore[attr-defined]
+
+
+@on_loop
+async def test_a_drain_waits_for_running_calls() -> None:
+    async with serving() as served:
+        client = await served.connect()
+        client.say(id=2, rpc={"method": "slow", "data": 0.2})
+        await eventually(lambda: served.worker._handlers.dispatcher.running == 1)
+        await served.drain(5.0)
+        assert served.worker._handlers.dispatcher.running == 0
+
+
+@on_loop
+async def test_a_drain_ends_at_its_deadline_whatever_runs() -> None:
+    async with serving() as served:
+        client = await served.connect()
+        client.say(id=2, rpc={"method": "slow", "data": 60})
+        await eventually(lambda: served.worker._handlers.dispatcher.running == 1)
+        began = reactor.seconds()  # type: ignore[attr-defined]
+        await served.drain(0.5)
+        assert reactor.seconds() - began < 5  # type: ignore[attr-defined]
+        assert app_events()[-1] == "stopped"
