@@ -133,6 +133,6 @@ async def test_caches_get_the_load_the_loop_and_the_metrics_of_the_worker(bench:
 
 def test_throttles_get_every_reading(bench: Bench) -> None:
     bench.throttle.limit = 1
-    bench.beat(after=Throttle.LIFT + RECOVERY_TIME)
+    bench.beat(after=Throttle.LIFT_AFTER + RECOVERY_TIME)
     bench.beat(after=RECOVERY_TIME)
     assert bench.throttle.limit is None
