@@ -58,12 +58,12 @@ _WITHOUT_BODY = {204, 304}
 _FRAMING = {"content-length", "transfer-encoding", "connection", "date"}
 
 
-def plain(status: int, *headers: tuple[str, str]) -> PreparedResponse:
+def status_response(status: int, *headers: tuple[str, str]) -> PreparedResponse:
     """Return a response whose body is the phrase of its status."""
     return PreparedResponse(status, HTTPStatus(status).phrase.encode(), TEXT, headers)
 
 
-def json(status: int, value: Any) -> PreparedResponse:
+def json_response(status: int, value: Any) -> PreparedResponse:
     """Return a response with a JSON body. value: anything that JSON can represent."""
     return PreparedResponse(status, msgspec.json.encode(value), JSON)
 
@@ -140,7 +140,7 @@ def _to_response(value: Any) -> PreparedResponse:
             return PreparedResponse(200, value.encode(), TEXT)
         case bytes():
             return PreparedResponse(200, value, _BYTES)
-    return json(200, value)
+    return json_response(200, value)
 
 
 _CONVERTERS: dict[str, Callable[[Any], Any]] = {

@@ -21,7 +21,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime.errors import ClientError, EngineUnavailable
-from realtime.handlers.results import PreparedResponse, plain
+from realtime.handlers.results import PreparedResponse, status_response
 from realtime.http.cors import Headers
 from realtime.protocol.messages import ProtocolError
 from realtime.protocol.orders import EmulateOrder, encode_order
@@ -81,7 +81,7 @@ class Emulation:
             request.respond(_with_headers(fault_response("emulation"), cors_headers))
             return
         if emulation.node != self._node:
-            request.respond(_with_headers(plain(404), cors_headers))
+            request.respond(_with_headers(status_response(404), cors_headers))
             return
         request.respond_with(self._forward(emulation), partial(_make_response, cors_headers), cancels=False)
 
@@ -119,9 +119,9 @@ def _make_response(cors_headers: Headers, result: None, error: BaseException | N
         case ClientError():
             return _with_headers(fault_response("body_too_large"), cors_headers)
         case EngineUnavailable():
-            return _with_headers(plain(500), cors_headers)
+            return _with_headers(status_response(500), cors_headers)
     _log.failure("forwarding commands to a client's worker raised an exception; responding with 500", Failure(error))
-    return _with_headers(plain(500), cors_headers)
+    return _with_headers(status_response(500), cors_headers)
 
 
 def _with_headers(response: PreparedResponse, headers: Headers) -> PreparedResponse:

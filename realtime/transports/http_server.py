@@ -31,7 +31,7 @@ from twisted.web.server import Site
 from realtime.config.settings import HTTPAPISettings
 from realtime.errors import RealtimeError
 from realtime.handlers.coroutines import CoroutineDriver
-from realtime.handlers.results import PreparedResponse, plain
+from realtime.handlers.results import PreparedResponse, status_response
 from realtime.http import cors
 from realtime.http.body import has_too_many_chunks
 from realtime.metrics import Metrics, bad_input_counter
@@ -59,7 +59,7 @@ FAULTS = {
 
 def fault_response(fault: str) -> PreparedResponse:
     """Build the response for a fault, a key of FAULTS."""
-    return msgspec.structs.replace(plain(FAULTS[fault]), fault=fault)
+    return msgspec.structs.replace(status_response(FAULTS[fault]), fault=fault)
 
 
 RequestHandler = Callable[["HTTPRequest"], None]
@@ -167,7 +167,7 @@ class HTTPRequest(http.Request):
             self.loseConnection()
         else:
             self.responseHeaders = Headers()
-            self.respond(plain(500))
+            self.respond(status_response(500))
 
     def connectionLost(self, reason: Failure) -> None:
         driver, self._driver = self._driver, None

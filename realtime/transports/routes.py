@@ -24,7 +24,7 @@ from realtime.errors import INTERNAL_ERROR, ClientError, Disconnect, HandlerTime
 from realtime.handlers.call import HandlerCall
 from realtime.handlers.coroutines import drive
 from realtime.handlers.dispatch import Dispatcher
-from realtime.handlers.results import PreparedResponse, json, plain
+from realtime.handlers.results import PreparedResponse, json_response, status_response
 from realtime.http import cors
 from realtime.http.forwarded import TrustedProxies
 from realtime.http.request import RequestHead
@@ -102,13 +102,13 @@ class CORSRoute:
         if head.method == "OPTIONS":
             return PreparedResponse(204, headers=cors.preflight_headers(head, self._methods))
         if head.method not in self._methods:
-            return plain(405, ("Allow", ", ".join((*self._methods, "OPTIONS"))))
-        return partial(self._serve, cors.response_headers(head)) if self._serve else plain(404)
+            return status_response(405, ("Allow", ", ".join((*self._methods, "OPTIONS"))))
+        return partial(self._serve, cors.response_headers(head)) if self._serve else status_response(404)
 
 
 def serve_init(cors_headers: cors.Headers, request: HTTPRequest) -> None:
     """Send an empty JSON object: a small response, to which a load balancer can add its cookie."""
-    request.respond(msgspec.structs.replace(json(200, {}), headers=cors_headers))
+    request.respond(msgspec.structs.replace(json_response(200, {}), headers=cors_headers))
 
 
 class Router:
@@ -149,7 +149,7 @@ class Router:
             return partial(serve_route, route, path, query, self._proxies, self._another_worker_available)
         allowed = [verb for verb in ("GET", "POST") if self._dispatcher.route(verb, path) is not None]
         if allowed:
-            return plain(405, ("Allow", ", ".join(allowed)))
+            return status_response(405, ("Allow", ", ".join(allowed)))
         return self._resolve_file(method, path)
 
     def max_body_size(self, uri: str) -> int:
@@ -167,7 +167,7 @@ class Router:
         self, method: str, call: APICall, query: str, headers: Headers
     ) -> RequestHandler | PreparedResponse:
         if method != "POST":
-            return plain(405, ("Allow", "POST"))
+            return status_response(405, ("Allow", "POST"))
         if not self._settings.insecure and not self._has_key(query, headers):
             return PreparedResponse(401, fault="api_key")  # the API's contract requires an empty body
         return partial(serve_api, call, self._settings.error_mode)
@@ -186,13 +186,15 @@ class Router:
     def _resolve_file(self, method: str, path: str) -> RequestHandler | PreparedResponse:
         for static in self._statics:
             if path + "/" == static.prefix:
-                return plain(308, ("Location", static.prefix))
+                return status_response(308, ("Location", static.prefix))
             if path.startswith(static.prefix):
                 file = locate(static, path.removeprefix(static.prefix))
                 if file is None:
                     break
-                return partial(serve_file, file) if method in ("GET", "HEAD") else plain(405, ("Allow", "GET, HEAD"))
-        return plain(404)
+                if method not in ("GET", "HEAD"):
+                    return status_response(405, ("Allow", "GET, HEAD"))
+                return partial(serve_file, file)
+        return status_response(404)
 
 
 # -- the server API ---------------------------------------------------------------------------------------------------
@@ -210,18 +212,20 @@ def _api_response(uses_status: bool, result: Any, error: BaseException | None) -
     match error:
         case None:
             # A batch is the only result without a wrapper.
-            return json(200, result if isinstance(result, BatchResult) else APIResponse(result=result))
+            return json_response(200, result if isinstance(result, BatchResult) else APIResponse(result=result))
         case UnknownMethod():
-            return plain(404)
+            return status_response(404)
         case BadBody():
-            return plain(400)
+            return status_response(400)
         case ClientError():
             client_error = error
         case _:
             _log.failure("a server API call raised an exception; responding with internal server error", Failure(error))
             client_error = ClientError(*INTERNAL_ERROR)
     body = ErrorBody.of(client_error)
-    return json(STATUSES.get(client_error.code, 400), body) if uses_status else json(200, APIResponse(error=body))
+    if uses_status:
+        return json_response(STATUSES.get(client_error.code, 400), body)
+    return json_response(200, APIResponse(error=body))
 
 
 # -- the application's routes -----------------------------------------------------------------------------------------
@@ -266,15 +270,16 @@ def _route_response(
             return response
         case Overloaded() if another_worker_available():
             # The connection is closed: another worker serves the client when it reconnects.
-            return msgspec.structs.replace(plain(503, ("Retry-After", "1")), close=True)
+            return msgspec.structs.replace(status_response(503, ("Retry-After", "1")), close=True)
         case HandlerTimeout() | PoolFull() | Overloaded():
-            return plain(503, ("Retry-After", str(random.randint(*RETRY_AFTER))))
+            return status_response(503, ("Retry-After", str(random.randint(*RETRY_AFTER))))
         case ClientError():
-            return json(STATUSES.get(error.code, 400), ErrorBody.of(error))
+            return json_response(STATUSES.get(error.code, 400), ErrorBody.of(error))
         case Disconnect():
-            return plain(403)
+            return status_response(403)
         case _:
-            return plain(500)  # the dispatcher logged the exception, or the handler was cancelled and the peer has gone
+            # The dispatcher logged the exception, or the handler was cancelled and the peer has gone.
+            return status_response(500)
 
 
 def _request_head(method: str, uri: str, headers: Headers) -> RequestHead:

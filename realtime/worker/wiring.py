@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from twisted.python.failure import Failure
 from realtime import cache
 from realtime._version import __version__
 from realtime.app import App
-from realtime.config.settings import Settings
+from realtime.config.settings import MessageSettings, Settings
 from realtime.deadlines import Deadlines
 from realtime.handlers.call import HandlerServices
 from realtime.handlers.compute_pool import ComputePool
@@ -45,6 +45,7 @@ from realtime.protocol.context import SessionCounters, SessionServices, SessionS
 from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
+from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub.engine import Receiver
 from realtime.pubsub.fanout import FanoutServices, broadcast
 from realtime.pubsub.hub import Hub
@@ -223,10 +224,11 @@ def wire_transports(
         settings.workers.count,
         resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     )
-    websocket, uni_websocket = (
-        WebSocketFactory(
+
+    def websocket(transport: MessageSettings, wire_formats: Mapping[str, WireFormat]) -> WebSocketFactory:
+        return WebSocketFactory(
             protocol.open_session,
-            transport_settings,
+            transport,
             settings.client,
             protocol.deadlines,
             metrics,
@@ -238,22 +240,19 @@ def wire_transports(
             queued=queued,
             turn_end=turn_end,
         )
-        for transport_settings, wire_formats in (
-            (settings.websocket, WIRE_FORMATS),
-            (settings.uni_websocket, UNIDIRECTIONAL_WIRE_FORMATS),
-        )
-    )
+
     emulation = Emulation(pubsub.engine, protocol.node, str(process.slot))
     pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
     stream_context = StreamContext(
         protocol.open_session, settings, protocol.deadlines, metrics, admission, emulation, queued, turn_end
     )
     stream_endpoints, cors_routes = make_endpoints(settings, stream_context)
-    endpoints: dict[str, ConnectionEndpoint] = {**stream_endpoints}
-    if not settings.websocket.disabled:
-        endpoints[settings.websocket.handler_prefix] = websocket
-    if settings.uni_websocket.enabled:
-        endpoints[settings.uni_websocket.handler_prefix] = uni_websocket
+    endpoints = _enabled_endpoints(
+        settings,
+        websocket(settings.websocket, WIRE_FORMATS),
+        websocket(settings.uni_websocket, UNIDIRECTIONAL_WIRE_FORMATS),
+        stream_endpoints,
+    )
     site = make_site(
         handlers.app,
         handlers.dispatcher,
@@ -266,6 +265,21 @@ def wire_transports(
     )
     frontend = HTTPFrontendFactory(settings.http_server, endpoints, site, protocol.deadlines, metrics)
     return TransportParts(admission, queued, frontend, charged_transport(ledger, HTTPFrontend))
+
+
+def _enabled_endpoints(
+    settings: Settings,
+    websocket: ConnectionEndpoint,
+    uni_websocket: ConnectionEndpoint,
+    streams: Mapping[str, ConnectionEndpoint],
+) -> dict[str, ConnectionEndpoint]:
+    """Return the endpoints of the enabled transports by path. streams: those of the enabled streams."""
+    endpoints = dict(streams)
+    if not settings.websocket.disabled:
+        endpoints[settings.websocket.handler_prefix] = websocket
+    if settings.uni_websocket.enabled:
+        endpoints[settings.uni_websocket.handler_prefix] = uni_websocket
+    return endpoints
 
 
 def _choose_broadcast(settings: Settings) -> Callable[[bytes, Sequence[Sink]], None]:

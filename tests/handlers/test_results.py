@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from realtime.app import Response
-from realtime.handlers.results import JSON, TEXT, plain, result_converter
+from realtime.handlers.results import JSON, TEXT, result_converter, status_response
 from realtime.types import ConnectRequest, Credentials, Grant
 from tests.driving import on_loop
 from tests.handlers.bench import Bench, refusal
@@ -142,9 +142,9 @@ def test_headers_of_the_application_take_the_place_of_the_servers_but_do_not_fra
 
 
 def test_response_without_a_body_has_no_length() -> None:
-    assert "Content-Length" not in dict(plain(304).all_headers())
-    assert dict(plain(404, ("Allow", "GET")).all_headers())["Allow"] == "GET"
-    assert plain(404).body == b"Not Found"
+    assert "Content-Length" not in dict(status_response(304).all_headers())
+    assert dict(status_response(404, ("Allow", "GET")).all_headers())["Allow"] == "GET"
+    assert status_response(404).body == b"Not Found"
 
 
 def test_kinds_without_a_result_leave_the_value_alone() -> None:
