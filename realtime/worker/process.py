@@ -33,6 +33,7 @@ from realtime.errors import SHUTDOWN, EngineUnavailable
 from realtime.handlers.compute_pool import ComputePool
 from realtime.handlers.coroutines import drive, gather
 from realtime.handlers.dispatch import Dispatcher
+from realtime.handlers.threads import HandlerThreads
 from realtime.process import child, transport
 from realtime.process.fd_passing import FdReceiver
 from realtime.protocol.channel_rules import ChannelRules
@@ -101,7 +102,7 @@ class Worker:
             settings.workers,
             metrics,
             _log,
-            process.marks,
+            process.marker,
             pressure,
             ComputePool(reactor, settings.workers, settings.app, metrics),
             settings.loop.lagging,
@@ -109,7 +110,7 @@ class Worker:
         )
         shedding = Shedding(pressure, process.page, metrics, _log)
         shedding.serve(self._dispatcher)
-        process.pulse.on_beat = shedding.beat
+        process.heartbeat.add_listener(shedding.beat)
         self._deadlines = Deadlines(reactor.seconds())
         facts = NodeIdentitySource(settings)
         all_together = partial(gather, accounts=process.accounts)
@@ -147,7 +148,7 @@ class Worker:
         )
         self._queued = QueuedBytes()
         protocol = process.accounts.open(LoopWork.PROTOCOL)
-        turn_end = FlushAtTurnEnd(process.turn, lambda flush: _soon(process.accounts.charging(protocol, flush)))
+        turn_end = FlushAtTurnEnd(process.turn_number, lambda flush: _soon(process.accounts.charging(protocol, flush)))
         websocket, uni_websocket = (
             WebSocketFactory(
                 self._open_session,
@@ -218,11 +219,7 @@ class Worker:
 
     def _measure(self) -> None:
         process = self._process
-        process.pulse.connections = lambda: self._admission.connections
-        process.pulse.subscriptions = lambda: self._hub.subscriptions
-        process.pulse.queued_bytes = lambda: self._queued.size
-        process.pulse.threads_busy = lambda: self._dispatcher.threads.busy
-        process.pulse.threads_waiting = lambda: self._dispatcher.threads.waiting
+        process.heartbeat.measure(WorkerLoad(self._admission, self._hub, self._queued, self._dispatcher.threads))
         process.metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(self._registry))
         process.metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: self._hub.subscriptions)
         traffic = self._hub.fanout
@@ -237,13 +234,10 @@ class Worker:
 
     async def start(self) -> None:
         """Serve: returns when the engine can be reached, the application has started, and the port is open."""
-        self._process.on_link = self._link
-        self._process.on_drain = self.drain
-        self._process.on_adopt = self._take_from
         accounts = self._process.accounts
-        chores = self._process.pulse.chores
-        chores.add(RESOLUTION, self._sweep, wanted=self._in_use)
-        chores.add(TALLY_INTERVAL, self._tally, wanted=lambda: self._hub.subscriptions != self._tallied)
+        tasks = self._process.heartbeat.tasks
+        tasks.add(RESOLUTION, self._sweep, is_needed=self._in_use)
+        tasks.add(TALLY_INTERVAL, self._tally, is_needed=lambda: self._hub.subscriptions != self._tallied)
         check_delay = self._process.settings.client.channel_position_check_delay
         if check_delay:
             looping = LoopingCall(accounts.charging(accounts.open(LoopWork.TIMERS), self._check_positions))
@@ -256,12 +250,14 @@ class Worker:
             port.transport = self._transport
             port.doRead = accounts.charging(accounts.open(LoopWork.HTTP), port.doRead)
 
-    def _link(self, slot: int, stream: int) -> None:
+    def link(self, slot: int, stream: int) -> None:
+        """Reach the broker over a fresh stream."""
         self._engine.attach(stream)
         if not self._linked.called:
             self._linked.callback(None)
 
-    def _take_from(self, stream: int) -> None:
+    def adopt(self, stream: int) -> None:
+        """Adopt the connections that come over a stream from the supervisor."""
         self._takers.append(FdReceiver(self._reactor, stream, self._adopt))
 
     def _adopt(self, fd: int) -> None:
@@ -315,6 +311,36 @@ class Worker:
             session.disconnect(*SHUTDOWN)
 
 
+class WorkerLoad:
+    """The load of a worker, for its heartbeat."""
+
+    def __init__(self, admission: Admission, hub: Hub, queued: QueuedBytes, threads: HandlerThreads) -> None:
+        self._admission = admission
+        self._hub = hub
+        self._queued = queued
+        self._threads = threads
+
+    @property
+    def connections(self) -> int:
+        return self._admission.connections
+
+    @property
+    def subscriptions(self) -> int:
+        return self._hub.subscriptions
+
+    @property
+    def queued_bytes(self) -> int:
+        return self._queued.size
+
+    @property
+    def threads_busy(self) -> int:
+        return self._threads.busy
+
+    @property
+    def threads_waiting(self) -> int:
+        return self._threads.waiting
+
+
 class NodeIdentitySource:
     """What this node is known by: told by the supervisor's host, port and age, so that all workers say the same."""
 
@@ -346,9 +372,5 @@ def _mistake(error: BaseException) -> None:
     _log.failure("a session failed", Failure(error))
 
 
-async def start(process: child.Child) -> None:
-    await Worker(process).start()
-
-
 if __name__ == "__main__":
-    sys.exit(child.main(sys.argv[1:], start))
+    sys.exit(child.main(sys.argv[1:], Worker))
