@@ -74,7 +74,7 @@ class Shedding:
         host.start = _start
         host.perform = dispatcher.perform
         host.counter = lambda name, outcome: self._metrics.counter(
-            "realtime_cache", "Answers of caches, and entries that had to go.", cache=name, outcome=outcome
+            "realtime_cache_events", "Answers of caches, and entries that had to go.", cache=name, outcome=outcome
         )
 
     def _presses(self, name: str) -> Callable[[], float]:

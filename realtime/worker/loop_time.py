@@ -14,9 +14,6 @@ from realtime.pubsub.engine import Receiver
 from realtime.supervision.loop_time import LoopAccount, LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
 
-# What a channel without a namespace is counted under.
-NO_NAMESPACE = "-"
-
 
 def charged_transport(accounts: LoopTimeLedger, http: type) -> type[DirectServer]:
     """The clients' transport, whose work is charged to the client protocol; while its protocol is of type `http`, to
@@ -67,7 +64,7 @@ class ChargedReceiver:
         """namespaces: those that are configured. namespace: a channel's, None for none."""
         self._receiver = receiver
         self._accounts = accounts
-        self._without = accounts.open(LoopWork.FANOUT, NO_NAMESPACE)
+        self._without = accounts.open(LoopWork.FANOUT)
         self._namespaces: dict[str | None, LoopAccount] = {
             name: accounts.open(LoopWork.FANOUT, name) for name in namespaces
         }

@@ -87,7 +87,7 @@ class Bench:
         return {
             (dict(one.labels)["kind"], dict(one.labels)["reason"]): one.value
             for one in self.metrics.snapshot()
-            if one.name == "realtime_shed"
+            if one.name == "realtime_shed_requests"
         }
 
 

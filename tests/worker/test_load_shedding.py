@@ -67,7 +67,7 @@ def test_handshakes_are_refused_only_when_no_other_worker_can_take_them(bench: B
     assert bench.shedding.refuse_handshake() is None
     bench.page.set_relief(False)
     assert bench.shedding.refuse_handshake() is not None
-    assert bench.series("realtime_shed") == {("handshake", "lag"): 2}
+    assert bench.series("realtime_shed_requests") == {("handshake", "lag"): 2}
 
 
 def test_the_metrics_say_what_presses(bench: Bench) -> None:
@@ -118,6 +118,6 @@ async def test_caches_of_the_application_get_what_they_need(bench: Bench, host: 
 
     assert [await twice(1), await twice(1), await twice(2)] == [2, 2, 4]
     name = twice.__qualname__
-    assert bench.series("realtime_cache") == {(name, "miss"): 2, (name, "evicted"): 0, (name, "hit"): 1}
+    assert bench.series("realtime_cache_events") == {(name, "miss"): 2, (name, "evicted"): 0, (name, "hit"): 1}
     bench.beat(lag=0.1)
     assert host.load() == pytest.approx(0.5)
