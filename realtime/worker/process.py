@@ -17,12 +17,16 @@ from twisted.internet.task import LoopingCall, deferLater
 from realtime import app as application
 from realtime.deadlines import RESOLUTION
 from realtime.errors import SHUTDOWN, EngineUnavailable
+from realtime.handlers.threads import HandlerThreads
 from realtime.process import child, transport
 from realtime.process.fd_passing import FdReceiver
-from realtime.process.heartbeat import LoadGauges
 from realtime.pubsub.engine import ReportSubscriptions
+from realtime.pubsub.hub import Hub
 from realtime.supervision.loop_time import LoopWork
-from realtime.worker.listening import ListeningPort, adopt
+from realtime.transports.admission import Admission
+from realtime.transports.outbox import QueuedBytes
+from realtime.worker import listening
+from realtime.worker.listening import ListeningPort
 from realtime.worker.wiring import wire_handlers, wire_protocol, wire_pubsub, wire_transports
 
 # Seconds between two reports of the number of subscriptions to the engine.
@@ -56,31 +60,24 @@ class Worker:
 
     async def start(self) -> None:
         """Serve. Returns when the engine can be reached, the application has started, and the ports are open."""
-        process, hub, dispatcher = self._process, self._pubsub.hub, self._handlers.dispatcher
-        process.on_link = self._attach_broker
-        process.on_drain = self.drain
-        process.on_adopt = self._receive_connections
-        gauges = LoadGauges(
-            connections=lambda: self._transports.admission.connections,
-            subscriptions=lambda: hub.subscriptions,
-            queued_bytes=lambda: self._transports.queued.size,
-            threads_busy=lambda: dispatcher.threads.busy,
-            threads_waiting=lambda: dispatcher.threads.waiting,
+        process, dispatcher = self._process, self._handlers.dispatcher
+        process.heartbeat.measure(
+            WorkerLoad(self._transports.admission, self._pubsub.hub, self._transports.queued, dispatcher.threads)
         )
-        process.pulse.observe(gauges, self._handlers.shedding.beat)
+        process.heartbeat.add_listener(self._handlers.shedding.beat)
         self._schedule()
         await self._linked
         await dispatcher.start()
         self._ports = [
-            adopt(self._reactor, fd, self._transports.frontend, self._transports.transport, process.accounts)
+            listening.adopt(self._reactor, fd, self._transports.frontend, self._transports.transport, process.accounts)
             for fd in process.listen
         ]
 
     def _schedule(self) -> None:
         """Schedule the periodic work of the worker."""
-        tasks, ledger = self._process.pulse.chores, self._process.accounts
-        tasks.add(RESOLUTION, self._sweep_deadlines, wanted=self._has_deadlines)
-        tasks.add(REPORT_INTERVAL, self._report_subscriptions, wanted=self._has_new_subscriptions)
+        tasks, ledger = self._process.heartbeat.tasks, self._process.accounts
+        tasks.add(RESOLUTION, self._sweep_deadlines, is_needed=self._has_deadlines)
+        tasks.add(REPORT_INTERVAL, self._report_subscriptions, is_needed=self._has_new_subscriptions)
         interval = self._process.settings.client.channel_position_check_delay
         if interval:
             looping = LoopingCall(ledger.charging(ledger.open(LoopWork.TIMERS), self._check_positions))
@@ -89,12 +86,14 @@ class Worker:
 
     # The supervisor's messages.
 
-    def _attach_broker(self, slot: int, stream: int) -> None:
+    def link(self, slot: int, stream: int) -> None:
+        """Reach the broker over a fresh stream."""
         self._pubsub.engine.attach(stream)
         if not self._linked.called:
             self._linked.callback(None)
 
-    def _receive_connections(self, stream: int) -> None:
+    def adopt(self, stream: int) -> None:
+        """Adopt the connections that the supervisor sends over a stream."""
         self._receivers.append(FdReceiver(self._reactor, stream, self._adopt_connection))
 
     def _adopt_connection(self, fd: int) -> None:
@@ -158,10 +157,35 @@ class Worker:
             session.disconnect(*SHUTDOWN)
 
 
-async def start(process: child.Child) -> None:
-    """Build the worker of this process, and serve."""
-    await Worker(process).start()
+class WorkerLoad:
+    """The load of a worker, for its heartbeat."""
+
+    def __init__(self, admission: Admission, hub: Hub, queued: QueuedBytes, threads: HandlerThreads) -> None:
+        self._admission = admission
+        self._hub = hub
+        self._queued = queued
+        self._threads = threads
+
+    @property
+    def connections(self) -> int:
+        return self._admission.connections
+
+    @property
+    def subscriptions(self) -> int:
+        return self._hub.subscriptions
+
+    @property
+    def queued_bytes(self) -> int:
+        return self._queued.size
+
+    @property
+    def threads_busy(self) -> int:
+        return self._threads.busy
+
+    @property
+    def threads_waiting(self) -> int:
+        return self._threads.waiting
 
 
 if __name__ == "__main__":
-    sys.exit(child.main(sys.argv[1:], start))
+    sys.exit(child.main(sys.argv[1:], Worker))
