@@ -22,12 +22,37 @@ ReadyEvents = list[tuple[int, int]]
 """Ready descriptors with their epoll(7) event masks."""
 
 
+class _Keys(dict[int, SelectorKey]):
+    """The registered keys by descriptor. Lookups accept a file object too, as `selectors` wants."""
+
+    def __missing__(self, fileobj: Any) -> SelectorKey:
+        if not isinstance(fileobj, int):
+            key = self.get(self.descriptor(fileobj))
+            if key is not None:
+                return key
+        raise KeyError(fileobj)
+
+    def descriptor(self, fileobj: Any) -> int:
+        """The descriptor under which a file object is or would be registered. Raises ValueError for a closed one."""
+        fd = fileobj if isinstance(fileobj, int) else int(fileobj.fileno())
+        if fd >= 0:
+            return fd
+        for key in self.values():  # closed before it was unregistered
+            if key.fileobj is fileobj:
+                return key.fd
+        raise ValueError(f"{fileobj!r} has no descriptor")
+
+
 class ReadingSelector(selectors.BaseSelector):
-    """A selector that calls direct readers itself. File objects are descriptors, as asyncio passes them."""
+    """A selector that calls direct readers itself.
+
+    asyncio and Twisted register descriptors; an application may register file objects, as in
+    `loop.add_reader(socket, ...)`.
+    """
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._keys: dict[int, SelectorKey] = {}
+        self._keys = _Keys()
         self._readers: dict[int, Callable[[], None]] = {}
         self._masks: dict[int, int] = {}  # event masks registered with epoll(7), by descriptor
 
@@ -87,26 +112,29 @@ class ReadingSelector(selectors.BaseSelector):
         return self.dispatch(self.poll(timeout))
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> SelectorKey:
-        if fileobj in self._keys:
+        fd = self._keys.descriptor(fileobj)
+        if fd in self._keys:
             raise KeyError(f"{fileobj} is registered already")
-        key = self._keys[fileobj] = SelectorKey(fileobj, fileobj, events, data)
+        key = self._keys[fd] = SelectorKey(fileobj, fd, events, data)
         try:
-            self._update_epoll(fileobj)
+            self._update_epoll(fd)
         except OSError:
-            del self._keys[fileobj]
+            del self._keys[fd]
             raise
         return key
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> SelectorKey:
         before = self._keys[fileobj]
-        key = self._keys[fileobj] = SelectorKey(fileobj, fileobj, events, data)
+        fd = before.fd
+        key = self._keys[fd] = SelectorKey(before.fileobj, fd, events, data)
         if events != before.events:
-            self._update_epoll(fileobj)
+            self._update_epoll(fd)
         return key
 
     def unregister(self, fileobj: Any) -> SelectorKey:
-        key = self._keys.pop(fileobj)
-        self._update_epoll(fileobj)
+        key = self._keys[fileobj]
+        del self._keys[key.fd]
+        self._update_epoll(key.fd)
         return key
 
     def get_map(self) -> Mapping[Any, SelectorKey]:

@@ -179,3 +179,87 @@ def test_an_asyncio_loop_runs_on_the_selector() -> None:
     # In a separate process: a loop runs already in this one.
     ran = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, timeout=60)
     assert (ran.stdout, ran.stderr) == ("50001\nTrue\n", "")
+
+
+FILE_OBJECTS = """
+import asyncio, socket
+from realtime.process.selector import ReadingSelector
+
+class CountingSelector(ReadingSelector):
+    selects = 0
+
+    def select(self, timeout=None):
+        self.selects += 1
+        return super().select(timeout)
+
+async def talk():
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    received, writable = asyncio.Queue(), asyncio.Event()
+    loop.add_reader(ours, lambda: received.put_nowait(ours.recv(10)))
+    theirs.send(b"a")
+    print(await asyncio.wait_for(received.get(), 20))
+    before = selector.selects
+    await asyncio.sleep(0.2)
+    print("idle" if selector.selects - before < 10 else "spins")
+    loop.add_writer(ours, writable.set)
+    await asyncio.wait_for(writable.wait(), 20)
+    print(loop.remove_writer(ours), loop.remove_writer(ours.fileno()))
+    theirs.send(b"b")
+    print(await asyncio.wait_for(received.get(), 20))
+    loop.add_reader(ours.fileno(), lambda: received.put_nowait(b"replaced " + ours.recv(10)))
+    theirs.send(b"c")
+    print(await asyncio.wait_for(received.get(), 20))
+    print(loop.remove_reader(ours), loop.remove_reader(ours))
+    loop.add_reader(theirs, print)
+    theirs.close()
+    print(loop.remove_reader(theirs))
+    before = selector.selects
+    await asyncio.sleep(0.2)
+    print("idle" if selector.selects - before < 10 else "spins")
+    ours.close()
+
+selector = CountingSelector()
+loop = asyncio.SelectorEventLoop(selector)
+loop.run_until_complete(talk())
+loop.close()
+"""
+
+
+def test_an_application_may_register_socket_objects_with_the_loop() -> None:
+    ran = subprocess.run([sys.executable, "-c", FILE_OBJECTS], capture_output=True, text=True, timeout=120)
+    assert ran.stderr == ""
+    assert ran.stdout.splitlines() == [
+        "b'a'",
+        "idle",
+        "True False",
+        "b'b'",
+        "b'replaced c'",
+        "True False",
+        "True",
+        "idle",
+    ]
+
+
+def test_a_file_object_and_its_descriptor_are_one_registration(selector: ReadingSelector, pair: Pair) -> None:
+    ours, theirs = pair
+    key = selector.register(ours, READ, "reader")
+    assert (key.fileobj, key.fd) == (ours, ours.fileno())
+    with pytest.raises(KeyError):
+        selector.register(ours.fileno(), READ)
+    assert selector.get_key(ours) == selector.get_key(ours.fileno()) == key
+    theirs.send(b"x")
+    assert selector.select(1) == [(key, READ)]
+    assert selector.modify(ours.fileno(), WRITE, "writer").fileobj is ours
+    selector.unregister(ours)
+    for absent in (ours, ours.fileno()):
+        with pytest.raises(KeyError):
+            selector.get_key(absent)
+
+
+def test_a_closed_file_object_can_not_be_registered(selector: ReadingSelector) -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    theirs.close()
+    with pytest.raises(ValueError, match="no descriptor"):
+        selector.register(ours, READ)
