@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -132,7 +133,7 @@ class _LinkDelivery:
 
     def __init__(self, metrics: Metrics) -> None:
         self._routed = metrics.counter(
-            "realtime_broker_routed", "Publications sent to workers, counted once for each worker."
+            "realtime_broker_deliveries", "Publications sent to workers, counted once for each worker."
         )
 
     def deliver_publication(self, peers: Collection[Link], channel: str, publication: Publication, epoch: str) -> None:
@@ -232,15 +233,32 @@ def _failed(number: int, code: int, message: str, temporary: bool) -> bytes:
     return broker_messages.pack(broker_messages.RequestFailed(number, code, message, temporary))
 
 
-async def start(process: child.Child) -> None:
-    """Set up the broker in this process."""
-    broker = Broker(process.settings.engine, process.metrics, process.reactor, process.accounts)
-    stuck = process.settings.loop.stuck or math.inf
-    process.pulse.interval = max(process.pulse.interval, min(BEAT_INTERVAL, stuck / 4))
-    process.pulse.chores.add(SWEEP_INTERVAL, broker.sweep, wanted=broker.core.has_expirable)
-    process.on_link = broker.attach
-    process.on_drain = broker.drain
+class BrokerService:
+    """The broker as the work of a child process."""
+
+    def __init__(self, process: child.Child) -> None:
+        self._process = process
+        self._broker = Broker(process.settings.engine, process.metrics, process.reactor, process.accounts)
+
+    async def start(self) -> None:
+        """Begin the sweeps. Workers are served as soon as their links come."""
+        stuck = self._process.settings.loop.stuck or math.inf
+        heartbeat = self._process.heartbeat
+        heartbeat.slow_down(min(BEAT_INTERVAL, stuck / 4))
+        heartbeat.tasks.add(SWEEP_INTERVAL, self._broker.sweep, is_needed=self._broker.core.has_expirable)
+
+    def link(self, slot: int, stream: int) -> None:
+        """Serve a worker over a fresh stream."""
+        self._broker.attach(slot, stream)
+
+    def adopt(self, stream: int) -> None:
+        """Refuse: the broker has no clients."""
+        os.close(stream)
+
+    async def drain(self, timeout: float) -> None:
+        """Wait until every worker has left."""
+        await self._broker.drain(timeout)
 
 
 if __name__ == "__main__":
-    sys.exit(child.main(sys.argv[1:], start))
+    sys.exit(child.main(sys.argv[1:], BrokerService))

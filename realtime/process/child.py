@@ -1,15 +1,15 @@
-"""The common beginning and end of every process that the supervisor starts: `main`.
+"""The common start and end of every process that the supervisor starts: `main`.
 
     python -m MODULE --link FD --settings FD --vitals FD [--stacks FD] [--slot N] [--listen FD,FD]
 
 All descriptors are inherited. `link` is one end of a socketpair that speaks AMP (`realtime.process.control`);
 `settings` a sealed memfd with `realtime.config.settings.dump`; `vitals` this process's page; `stacks` a pipe for its
 stacks (`realtime.process.stack_dumps`); `listen` the slot's listening sockets. So a child reads no file and no
-environment. It sends Ready when its `start` has returned, or Failed.
+environment. It sends Ready when its service's `start` has returned, or Failed.
 
-A child ends when it is told to drain, on SIGTERM, and when the link ends: then the supervisor is gone. The deadline
-of a drain is kept by the kernel (alarm(2)), so a loop or a thread that is blocked can't outlive it. SIGINT is
-ignored: Ctrl-C reaches the whole process group, and the supervisor decides. Exit statuses are those of sysexits.h.
+A child ends on the command Drain, on SIGTERM, and when the link ends, which means that the supervisor has ended. The
+kernel keeps the deadline of a drain (alarm(2)), so that a blocked loop or thread can't outlive it. SIGINT is ignored:
+Ctrl-C reaches the whole process group, and the supervisor decides. Exit statuses are those of sysexits.h.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred, TimeoutError, maybeDeferred
 from twisted.internet.main import installReactor
 from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import Logger
@@ -54,26 +54,66 @@ EX_CONFIG = 78
 
 # Seconds that a child goes on draining after its supervisor has died.
 ORPHAN_DRAIN = 8.0
-# Seconds that the supervisor has to take the reason for a failed start.
-_FAREWELL = 2.0
-# Seconds; well under the 12 of the alarm that it looks for.
-_FORGIVE_INTERVAL = 3.0
-# Seconds from when all garbage should be looked for until it is.
-_GARBAGE_INTERVAL = 1.0
+# Seconds for the supervisor to receive the reason of a failed start.
+_FAILED_TIMEOUT = 2.0
+# Seconds between two cancellations of a stray alarm; well under the 12 s of that alarm.
+_CANCEL_ALARM_INTERVAL = 3.0
+# Seconds between two checks whether a whole garbage collection is due.
+_GC_INTERVAL = 1.0
 _REASON_CHARS = 2000
 _PR_SET_PDEATHSIG = 1
 
 _log = Logger()
 
 
-class Child:
-    """This process, as its own `start` sees it. `start` sets the hooks; each has a default that does little.
+class ChildService(Protocol):
+    """The work of a child process: a worker's or the broker's."""
 
-    name: "worker 0" or "broker", for the log. slot: -1 for the broker. listen: descriptors, owned by `start` from
-    then on (see `realtime.worker.listening.adopt`). metrics: the process's series. pulse: give it the
-    load of the process with `pulse.observe`. marks: for whoever runs handlers. accounts: of the loop's time, for
-    whoever takes much of it. turn: tells the number of the loop's turn, None if nobody counts. reactor: asyncio's, with
-    monotonic seconds.
+    async def start(self) -> None:
+        """Serve; returns when the service is ready. May await Deferreds.
+
+        Raises SettingsError, or another RealtimeError, where a restart will not help: the supervisor shows its message.
+        Raises EngineUnavailable where a restart may help, and anything else for a bug.
+        """
+
+    def link(self, slot: int, stream: int) -> None:
+        """Use a fresh data-plane stream between that slot's worker and the broker. Owns the descriptor `stream`."""
+
+    def adopt(self, stream: int) -> None:
+        """Adopt connections that another worker could not take from a stream. Owns the descriptor `stream`."""
+
+    async def drain(self, timeout: float) -> None:
+        """Take no more work, tell the clients, and finish within `timeout` seconds. Called once at most."""
+
+
+class _NotMade:
+    """The service of a child before its own is made: refuses streams, and has nothing to drain."""
+
+    def __init__(self, link_lost: Callable[[], None]) -> None:
+        self._link_lost = link_lost
+
+    async def start(self) -> None:
+        return None
+
+    def link(self, slot: int, stream: int) -> None:
+        os.close(stream)
+        self._link_lost()  # the supervisor sends another one
+
+    def adopt(self, stream: int) -> None:
+        os.close(stream)
+
+    async def drain(self, timeout: float) -> None:
+        return None
+
+
+class Child:
+    """This process, as its service uses it.
+
+    name: "worker 0" or "broker", for the log. slot: -1 for the broker. listen: descriptors of listening sockets, owned
+    by the service (see `realtime.worker.listening.adopt`). page: its vital signs. reactor: asyncio's, with monotonic
+    seconds. metrics: the process's series. heartbeat: give it the process's load by `observe`, and periodic tasks.
+    accounts: of the loop's time. marker: to be called around each handler on the loop. turn_number: returns the number
+    of the loop's current turn; None where turns are not counted.
     """
 
     def __init__(
@@ -83,11 +123,13 @@ class Child:
         listen: tuple[int, ...],
         page: VitalsPage,
         reactor: Any,
-        pulse: Heartbeat | None = None,
+        heartbeat: Heartbeat | None = None,
         accounts: LoopTimeLedger | None = None,
-        turn: Callable[[], int] | None = None,
+        turn_number: Callable[[], int] | None = None,
+        tunes_gc: bool = False,
     ) -> None:
-        """pulse, accounts: of the reactor's loop. turn: tells the number of its turn."""
+        """heartbeat, accounts: of the reactor's loop. tunes_gc: whether to tune the garbage collector of the process,
+        which must be this child's alone."""
         self.name = "broker" if slot < 0 else f"worker {slot}"
         self.slot = slot
         self.settings = settings
@@ -95,89 +137,92 @@ class Child:
         self.page = page
         self.reactor = reactor
         self.metrics = Metrics()
-        self.pulse = pulse or Heartbeat(page, reactor, settings.loop)
+        self.heartbeat = heartbeat or Heartbeat(page, reactor, settings.loop)
         self.accounts = accounts or LoopTimeLedger(time.monotonic_ns)
-        self.marks = HandlerMarker(page, self.accounts)
-        self.turn = turn
+        self.marker = HandlerMarker(page, self.accounts)
+        self.turn_number = turn_number
         self.metrics.sources.append(lambda: loop_time(self.accounts))
-        self.garbage: GCTuner | None = None  # of a process that is this child's alone
         self.control = Control(self)
-        # (slot, descriptor): a fresh data-plane stream between that slot's worker and the broker. Takes ownership. One
-        # that comes before this hook is set is refused, and comes again.
-        self.on_link: Callable[[int, int], None] = self._refuse_link
-        # Descriptor: a stream over which connections come that another worker could not take. Takes ownership.
-        self.on_adopt: Callable[[int], None] = os.close
-        # Seconds -> when it is over: stop taking work, tell the clients, finish. Called once at most.
-        self.on_drain: Callable[[float], Awaitable[None]] = _nothing_to_drain
+        self.service: ChildService = _NotMade(self.link_lost)
         self.draining = False
         self.status = 0
+        self._gc_tuner = GCTuner(self.metrics) if tunes_gc else None
 
     def link_lost(self) -> None:
-        """Ask the supervisor for a fresh stream to the broker. Never fails: without a supervisor we are ending."""
+        """Ask the supervisor for a fresh stream to the broker. Never fails: without a supervisor the process ends."""
         self.control.callRemote(control.LinkLost).addErrback(_ignore)
 
     def drain(self, timeout: float) -> None:
-        """Begin to end; `on_drain` has `timeout` seconds. Again: no effect but that a nearer deadline counts."""
+        """End the process within `timeout` seconds. A second call can only bring the deadline nearer."""
         _alarm_at_most(timeout + 1.0)
         if self.draining:
             return
         self.draining = True
-        self.pulse.enter(ProcessState.DRAINING)
-        drained = maybeDeferred(_deferred, self.on_drain, timeout)
+        self.heartbeat.enter(ProcessState.DRAINING)
+        drained = Deferred.fromCoroutine(self.service.drain(timeout))
         drained.addTimeout(timeout, self.reactor)
-        drained.addErrback(self._drain_failed).addBoth(lambda _: self.stop())
+        drained.addErrback(self._log_failed_drain, timeout).addBoth(lambda _: self.stop())
 
     def stop(self, status: int = 0) -> None:
-        """Leave the reactor; `main` returns `status`, or the first one that was not 0."""
+        """Leave the reactor. `main` returns the first status that is not 0."""
         self.status = self.status or status
-        self.pulse.stop()
+        self.heartbeat.stop()
         if self.reactor.running:
             self.reactor.stop()
 
-    def _refuse_link(self, slot: int, stream: int) -> None:
-        os.close(stream)
-        self.link_lost()
+    def _log_failed_drain(self, failure: Failure, timeout: float) -> None:
+        if failure.check(TimeoutError):
+            _log.error(
+                "{name} did not finish its drain in {timeout:g} s and exits now; "
+                "set shutdown.timeout higher if its handlers need longer",
+                name=self.name,
+                timeout=timeout,
+            )
+        else:
+            _log.failure("{name} raised while it drained and exits now", failure, name=self.name)
 
-    def _drain_failed(self, failure: Failure) -> None:
-        _log.failure("draining did not finish", failure)
+    # The start
 
-    # The beginning.
-
-    def begin(self, start: Callable[[Child], Awaitable[None]]) -> None:
-        """Run `start` in the turning loop, and report how it went."""
+    def begin(self, make_service: Callable[[Child], ChildService]) -> None:
+        """Make and start the service in the running loop, and report the outcome to the supervisor."""
         # Twisted has set its own handler by now. It would stop the reactor with clients still connected.
         signal.signal(signal.SIGTERM, self._on_sigterm)
-        self.pulse.chores.add(_FORGIVE_INTERVAL, self._forgive_strays)
-        self.pulse.start()
-        maybeDeferred(_deferred, start, self).addCallbacks(self._started, self._failed)
+        self.heartbeat.tasks.add(_CANCEL_ALARM_INTERVAL, self._cancel_stray_alarm)
+        self.heartbeat.start()
+        maybeDeferred(self._start, make_service).addCallbacks(self._on_started, self._on_failed)
+
+    def _start(self, make_service: Callable[[Child], ChildService]) -> Deferred[None]:
+        self.service = make_service(self)
+        return Deferred.fromCoroutine(self.service.start())
 
     def _on_sigterm(self, number: int, frame: object) -> None:
         self.reactor.callFromThread(self.drain, self.settings.shutdown.timeout)
 
-    def _forgive_strays(self) -> None:
-        """Undo the alarm of a SIGUSR2 that a stranger sent: the supervisor lives, or we would be draining."""
+    def _cancel_stray_alarm(self) -> None:
+        """Cancel the alarm of a SIGUSR2 from another process: were the supervisor dead, this process would drain."""
         if not self.draining:
             signal.alarm(0)
 
-    def _started(self, _: object) -> None:
+    def _on_started(self, _: object) -> None:
         if self.draining:
             return
-        if self.garbage is not None:
-            self.garbage.begin()
-            self.pulse.chores.add(_GARBAGE_INTERVAL, self.garbage.look_through, wanted=self.garbage.due)
-        self.pulse.enter(ProcessState.READY)
+        if self._gc_tuner is not None:
+            self._gc_tuner.begin()
+            self.heartbeat.tasks.add(_GC_INTERVAL, self._gc_tuner.collect_all, is_needed=self._gc_tuner.is_due)
+        self.heartbeat.enter(ProcessState.READY)
         self.control.callRemote(control.Ready).addErrback(_ignore)
 
-    def _failed(self, failure: Failure) -> None:
+    def _on_failed(self, failure: Failure) -> None:
         if failure.check(EngineUnavailable):
-            _log.error("can't start just now: {reason}", reason=failure.getErrorMessage())
+            reason = failure.getErrorMessage()
+            _log.error("{name} can't start yet; the supervisor starts another: {reason}", name=self.name, reason=reason)
             self.stop(EX_TEMPFAIL)
         elif failure.check(RealtimeError):
             reason = failure.getErrorMessage().replace("\n", "; ")[:_REASON_CHARS]
-            told = self.control.callRemote(control.Failed, reason=reason).addTimeout(_FAREWELL, self.reactor)
-            told.addErrback(_ignore).addBoth(lambda _: self.stop(EX_CONFIG))
+            sent = self.control.callRemote(control.Failed, reason=reason).addTimeout(_FAILED_TIMEOUT, self.reactor)
+            sent.addErrback(_ignore).addBoth(lambda _: self.stop(EX_CONFIG))
         else:
-            _log.failure("can't start", failure)
+            _log.failure("{name} raised while it started", failure, name=self.name)
             self.stop(EX_SOFTWARE)
 
 
@@ -190,12 +235,12 @@ class Control(control.Peer):
 
     @control.Link.responder
     def _link(self, slot: int, stream: int) -> dict[str, object]:
-        self._child.on_link(slot, stream)
+        self._child.service.link(slot, stream)
         return {}
 
     @control.Adopt.responder
     def _adopt(self, stream: int) -> dict[str, object]:
-        self._child.on_adopt(stream)
+        self._child.service.adopt(stream)
         return {}
 
     @control.Collect.responder
@@ -206,64 +251,70 @@ class Control(control.Peer):
     def _report(self, what: str) -> dict[str, object]:
         try:
             text = REPORTS[what]()
-        except Exception as error:  # which would end the link, and with it this process
-            text = f"{what} can't be told: {error!r}\n"
+        except Exception as error:  # AMP would end the link, and with it this process
+            text = f"the report of {what} raised {error!r}\n"
         return {"text": text.encode("utf-8", "replace")}
 
     @control.Drain.responder
     def _drain(self, timeout: float) -> dict[str, object]:
-        # After the answer is on its way: a drain with nothing to do stops the reactor at once.
+        # After the answer has been written: a drain with nothing to do stops the reactor at once.
         self._child.reactor.callLater(0, self._child.drain, timeout)
         return {}
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The supervisor is gone, or has given us up."""
+        """Called by twisted: the supervisor has ended, or has dropped this process."""
         super().connectionLost(reason)
         if not self._child.draining:
-            _log.warn("the supervisor is gone: draining")
+            _log.warn("the supervisor has ended; {name} drains and exits", name=self._child.name)
         self._child.drain(min(ORPHAN_DRAIN, self._child.settings.shutdown.timeout))
 
 
-def main(argv: Sequence[str], start: Callable[[Child], Awaitable[None]]) -> int:
-    """Be a child: returns the exit status when the process has ended its work.
+def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> int:
+    """Run a child process. Returns its exit status.
 
-    argv: without the program's name. start: sets the child up and returns when it serves; it may await Deferreds. It
-    raises SettingsError, or another RealtimeError, for what a restart will not mend (the supervisor then shows its
-    message), EngineUnavailable for what it may, and anything else for a bug.
+    argv: without the program's name. make_service: called in the running loop; raises as `ChildService.start` does.
     """
     options = _arguments().parse_args(argv)
     for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
-        os.set_inheritable(fd, False)  # not for the processes that user code starts
-    _settle_signals()
+        os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
+    _set_signals()
     faulthandler.enable()
     for fd in options.stacks:
-        stack_dumps.answer(fd)
+        stack_dumps.register(fd)
     _die_with_the_supervisor()
     if _has_hung_up(options.link):
         return EX_TEMPFAIL
-    # Importing anything of Twisted that wants the reactor comes after this line.
     page = VitalsPage.open(options.vitals)
-    turns = MeasuredSelector(page)
-    loop = asyncio.SelectorEventLoop(turns)
-    clock = Reactor(loop, turns)
-    installReactor(clock)
+    selector = MeasuredSelector(page)
+    loop = asyncio.SelectorEventLoop(selector)
+    asyncio_reactor = Reactor(loop, selector)
+    # Modules of Twisted that import the reactor are imported after this line.
+    installReactor(asyncio_reactor)
     from twisted.internet import reactor
 
-    turns.ready = getattr(loop, "_ready", ())  # asyncio shows its queue to nobody
+    selector.count_queue(getattr(loop, "_ready", ()))  # asyncio has no public access to its queue
     tree = settings.load(_read(options.settings))
-    pulse = Heartbeat(page, LoopClock(loop), tree.loop, turns)
-    pulse.rests = True
-    child = Child(options.slot, tree, options.listen, page, reactor, pulse, turns.accounts, lambda: turns.turns)
-    child.garbage = GCTuner(child.metrics)
+    heartbeat = Heartbeat(page, LoopClock(loop), tree.loop, selector, beats_idle=True)
+    child = Child(
+        options.slot,
+        tree,
+        options.listen,
+        page,
+        reactor,
+        heartbeat,
+        selector.accounts,
+        lambda: selector.turns,
+        tunes_gc=True,
+    )
     log.begin(child.name, tree.log.level, sys.stdout)
-    _adopt(clock, options.link, child.control)
-    clock.callWhenRunning(child.begin, start)
-    clock.run()
+    _adopt(asyncio_reactor, options.link, child.control)
+    asyncio_reactor.callWhenRunning(child.begin, make_service)
+    asyncio_reactor.run()
     return child.status
 
 
-def _settle_signals() -> None:
-    """Ignore what is the supervisor's to judge or does not concern us, whatever dispositions were inherited."""
+def _set_signals() -> None:
+    """Set the dispositions that a child needs, for it inherits any: the supervisor acts on SIGINT and SIGHUP."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -288,35 +339,26 @@ def _descriptors(text: str) -> tuple[int, ...]:
 
 def _read(fd: int) -> bytes:
     with open(fd, "rb") as file:
-        file.seek(0)  # the offset is shared with every other child
+        file.seek(0)  # all children share the file's offset
         return file.read()
 
 
 def _adopt(reactor: Any, fd: int, protocol: amp.AMP) -> None:
-    """Speak `protocol` over the connected UNIX socket `fd`, which is closed here: the reactor keeps its own copy."""
+    """Serve `protocol` over the connected UNIX socket `fd`. Closes `fd`: the reactor keeps its own copy."""
     os.set_blocking(fd, False)
     reactor.adoptStreamConnection(fd, socket.AF_UNIX, Factory.forProtocol(lambda: protocol))
     os.close(fd)
-
-
-def _deferred(function: Callable[..., Awaitable[None]], *arguments: object) -> Any:
-    result = function(*arguments)
-    return Deferred.fromCoroutine(result) if isinstance(result, Coroutine) else result
-
-
-async def _nothing_to_drain(timeout: float) -> None:
-    return None
 
 
 def _ignore(_: Failure) -> None:
     return None
 
 
-# The last resorts: what ends this process when its own loop can't.
+# The last resorts, which end this process when its own loop can't
 
 
 def _alarm_at_most(seconds: float) -> None:
-    """Have the kernel end this process `seconds` from now at the latest, whatever its threads are doing."""
+    """Have the kernel end this process `seconds` from now at the latest, even if all its threads are blocked."""
     left, _ = signal.getitimer(signal.ITIMER_REAL)
     if not 0 < left <= seconds:
         signal.alarm(max(1, math.ceil(seconds)))
@@ -328,9 +370,9 @@ def _die_with_the_supervisor() -> None:
     The kernel sends SIGUSR2 when the supervisor dies (prctl(2), PR_SET_PDEATHSIG). Its handler is libc's own alarm():
     a handler gets the signal's number and alarm takes seconds, so it arms an alarm in 12 seconds (SIGUSR2 is 12 on
     x86, ARM and RISC-V), whose default action ends the process. No Python runs, no shim process is needed, and alarm
-    is async-signal-safe (signal-safety(7)). A child that is well has seen the link's end, drained and left by then.
-    Only a process that was stopped (SIGSTOP) stays, until it is continued. Elsewhere than on Linux the link's end
-    is the only sign.
+    is async-signal-safe (signal-safety(7)). A child whose loop turns has seen the link's end, drained and exited by
+    then. Only a stopped process (SIGSTOP) stays, until it is continued. On systems other than Linux the link's end is
+    the only sign.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -342,7 +384,7 @@ def _die_with_the_supervisor() -> None:
 
 
 def _has_hung_up(link: int) -> bool:
-    """Whether the supervisor was gone before we asked the kernel to tell us of its death."""
-    look = select.poll()
-    look.register(link, select.POLLHUP)
-    return bool(look.poll(0))
+    """Whether the supervisor had already ended when this process asked the kernel for the signal of its death."""
+    poll = select.poll()
+    poll.register(link, select.POLLHUP)
+    return bool(poll.poll(0))

@@ -1,8 +1,8 @@
 """The control plane: AMP over a socketpair between the supervisor and each of its processes.
 
-It carries control alone, at low volume; publications have their own way (`realtime.broker.process`). The supervisor
-is the one that introduces worker and broker to each other: it makes a socketpair and gives each of them an end, so
-there is no path in the file system to guard and nobody else can connect.
+It carries commands and metrics, at low volume; publications have a data plane of their own (`realtime.process.link`).
+The supervisor connects each worker to the broker: it makes a socketpair and gives each of the two an end. So there is
+no path in the file system to guard, and no other process can connect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from twisted.python.failure import Failure
 
 
 class Peer(amp.AMP):
-    """One end of the control plane. Twisted's own AMP logs each connection; ours are told of by those who own them."""
+    """One end of the control plane.
+
+    Twisted's AMP logs each connection and its end; here the owners of the connections log what is worth a line.
+    """
 
     def makeConnection(self, transport: ITransport) -> None:
         amp.BinaryBoxProtocol.makeConnection(self, transport)
@@ -27,12 +30,12 @@ class Peer(amp.AMP):
 
 
 class Long(amp.Argument):
-    """Bytes of any length up to LONGEST. A value of AMP's ends at 64 KiB, but a message has any number of values."""
+    """Bytes of any length up to LONGEST, in parts: a value of AMP holds 64 KiB, a message any number of values."""
 
     LONGEST = 16 << 20
 
     def toBox(self, name: bytes, strings: dict[bytes, bytes], objects: dict[str, Any], proto: Any) -> None:
-        """Called by twisted. What is too long is cut: a failure here would end the link."""
+        """Called by twisted. Cuts the bytes at LONGEST: an error here would end the link."""
         data = objects[name.decode()][: self.LONGEST]
         starts = range(0, len(data) or 1, amp.MAX_VALUE_LENGTH)
         strings.update((_part(name, number), data[at : at + amp.MAX_VALUE_LENGTH]) for number, at in enumerate(starts))
@@ -50,49 +53,49 @@ def _part(name: bytes, number: int) -> bytes:
 
 
 class Ready(amp.Command):
-    """Process -> supervisor: serving. A worker sends it when its app is loaded and its sockets are open."""
+    """Process -> supervisor: the process serves. A worker has loaded its app and opened its sockets by then."""
 
 
 class Failed(amp.Command):
-    """Process -> supervisor: can't start, for this reason (one readable line). Exit status 78 follows."""
+    """Process -> supervisor: the process can't start. reason: one readable line. Exit status 78 follows."""
 
     arguments = [(b"reason", amp.Unicode())]
 
 
 class Link(amp.Command):
-    """Supervisor -> worker and broker: your end of a fresh data-plane stream to each other.
+    """Supervisor -> worker and broker: the receiver's end of a fresh data-plane stream between the two.
 
-    slot: the worker's slot, for both. It replaces the stream that was there before, if any.
+    slot: the worker's slot, in both messages. The stream replaces the previous one, if any.
     """
 
     arguments = [(b"slot", amp.Integer()), (b"stream", amp.Descriptor())]
 
 
 class LinkLost(amp.Command):
-    """Worker -> supervisor: my stream to the broker ended; introduce us again."""
+    """Worker -> supervisor: the worker's stream to the broker has ended and a fresh one is needed."""
 
 
 class Adopt(amp.Command):
-    """Supervisor -> worker: adopt the connections that come over this stream, see `realtime.process.fd_passing`."""
+    """Supervisor -> worker: adopt the connections that arrive over this stream, see `realtime.process.fd_passing`."""
 
     arguments = [(b"stream", amp.Descriptor())]
 
 
 class Collect(amp.Command):
-    """Supervisor -> process: your metrics now, as the bytes of `realtime.metrics.dump`. names: only these; or all."""
+    """Supervisor -> process: send the metrics. names: only these; empty for all. metrics: `realtime.metrics.dump`'s."""
 
     arguments = [(b"names", amp.ListOf(amp.Unicode()))]
     response = [(b"metrics", Long())]
 
 
 class Report(amp.Command):
-    """Supervisor -> process: tell of yourself. what: one of `realtime.process.diagnostics.REPORTS`. text: UTF-8."""
+    """Supervisor -> process: send a report. what: one of `realtime.process.diagnostics.REPORTS`. text: UTF-8."""
 
     arguments = [(b"what", amp.Unicode())]
     response = [(b"text", Long())]
 
 
 class Drain(amp.Command):
-    """Supervisor -> process: take no more work, have clients reconnect, finish, and exit 0 within `timeout` seconds."""
+    """Supervisor -> process: refuse new work, disconnect clients, finish, and exit 0 within `timeout` seconds."""
 
     arguments = [(b"timeout", amp.Float())]

@@ -1,7 +1,7 @@
-"""What a process tells of itself when an operator asks: its threads' stacks, its tasks, its memory.
+"""Reports of a process for an operator: its threads' stacks, its tasks, its memory.
 
-Made on the loop, with the interpreter's lock, so it is exact and safe, but needs a loop that turns. Of one that does
-not, `realtime.process.stack_dumps` has the stack.
+A report is made on the loop and holds the interpreter's lock, so it is exact and safe, but the loop must turn. For a
+blocked loop `realtime.process.stack_dumps` has the stack.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from collections.abc import Callable
 
 import psutil
 
-# Calls of one task that are shown, lines and types that are listed.
-_DEPTH = 10
-_LISTED = 30
-# Objects that are counted by type at most: a million take about a tenth of a second.
+# Frames shown of one task's stack.
+_MAX_FRAMES = 10
+# Lines of code, or types, in a report of memory.
+_MAX_ROWS = 30
+# Objects counted by type at most: a million take about a tenth of a second.
 _MAX_OBJECTS = 1_000_000
 
 
@@ -35,26 +36,26 @@ def stacks() -> str:
 
 
 def tasks() -> str:
-    """Every asyncio task of the loop, with where it waits."""
-    found = asyncio.all_tasks()
+    """Every asyncio task of the loop, with the stack at which it waits."""
+    all_tasks = asyncio.all_tasks()
     text = io.StringIO()
-    print(f"{len(found)} tasks", file=text)
-    for task in found:
-        task.print_stack(limit=_DEPTH, file=text)
+    print(f"{len(all_tasks)} tasks", file=text)
+    for task in all_tasks:
+        task.print_stack(limit=_MAX_FRAMES, file=text)
     return text.getvalue()
 
 
 def memory() -> str:
-    """Resident bytes, and what takes them: by line where memory is traced, else the number of objects by type."""
-    used = psutil.Process().memory_info().rss
-    lines = [f"resident: {used / 2**20:.1f} MiB"]
+    """Resident memory, and its use: bytes by line of code where tracemalloc traces, else numbers of objects by type."""
+    rss = psutil.Process().memory_info().rss
+    lines = [f"resident: {rss / 2**20:.1f} MiB"]
     if tracemalloc.is_tracing():
-        lines += [str(line) for line in tracemalloc.take_snapshot().statistics("lineno")[:_LISTED]]
+        lines += [str(line) for line in tracemalloc.take_snapshot().statistics("lineno")[:_MAX_ROWS]]
         return "\n".join(lines) + "\n"
     objects = gc.get_objects()
-    lines.append(f"{len(objects)} objects are known to the garbage collector; by type:")
-    counts = Counter(f"{type(one).__module__}.{type(one).__qualname__}" for one in objects[:_MAX_OBJECTS])
-    lines += [f"{count:9} {name}" for name, count in counts.most_common(_LISTED)]
+    lines.append(f"the garbage collector tracks {len(objects)} objects; by type:")
+    counts = Counter(f"{type(item).__module__}.{type(item).__qualname__}" for item in objects[:_MAX_OBJECTS])
+    lines += [f"{count:9} {name}" for name, count in counts.most_common(_MAX_ROWS)]
     lines.append("(for memory by line of code, start the server with PYTHONTRACEMALLOC=1 in its environment)")
     return "\n".join(lines) + "\n"
 

@@ -1,9 +1,8 @@
-"""The log, by `log.level`.
+"""The log, filtered by `log.level`.
 
-A child logs for itself, and nothing less severe gets into its log (`begin`). The supervisor's log is twistd's, with its
-own options for where it goes; twistd offers no way to choose by severity, so what is too unimportant is left out where
-it is made: the loggers of all modules that the supervisor uses are `Logger(observer=log.observer)`. What twistd and
-Twisted say there themselves is theirs to choose.
+A child writes a log of its own, without events below the level (`begin`). The supervisor's log is twistd's, whose
+options choose its destination but not a level. So the supervisor filters at the source: all modules that it loads use
+`Logger(observer=log.observer)`. Events that twistd and Twisted log themselves are not filtered.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from twisted.logger import (
 )
 from zope.interface import implementer
 
-# Those of Centrifugo. The one that is missing here, "none", lets nothing pass.
+# Centrifugo's levels. The level "none" is missing here, so no event passes it.
 _LEVELS = {
     "trace": LogLevel.debug,
     "debug": LogLevel.debug,
@@ -30,32 +29,33 @@ _LEVELS = {
     "warn": LogLevel.warn,
     "error": LogLevel.error,
 }
-# A handler's mistake may quote what a client sent: it shall neither begin a line nor command a terminal.
+# An error of a handler may quote a client's input, which must not begin a line or control a terminal.
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 
 
 @implementer(ILogFilterPredicate)
-class _Limit:
-    """Which events pass."""
+class _LevelFilter:
+    """Lets events of a level, or above it, pass."""
 
-    level = "trace"
+    def __init__(self, level: str) -> None:
+        self.level = level
 
     def __call__(self, event: dict[str, Any]) -> Any:
-        least, level = _LEVELS.get(self.level), event.get("log_level")
-        return PredicateResult.no if least is None or level is None or level < least else PredicateResult.maybe
+        lowest, level = _LEVELS.get(self.level), event.get("log_level")
+        return PredicateResult.no if lowest is None or level is None or level < lowest else PredicateResult.maybe
 
 
-_limit = _Limit()
-observer = FilteringLogObserver(globalLogPublisher, [_limit])
+_filter = _LevelFilter("trace")
+observer = FilteringLogObserver(globalLogPublisher, [_filter])
 
 
 def limit(level: str) -> None:
-    """Let no less severe event pass `observer` from now on; until then all pass. level: as in `settings.Log`."""
-    _limit.level = level
+    """Let only events of `level` or above pass `observer` from now on; before, all pass. level: `log.level`."""
+    _filter.level = level
 
 
 def begin(name: str, level: str, out: TextIO) -> None:
-    """Log everything from this level on to `out` in twistd's form, with this process's name in every line."""
+    """Log events of `level` or above to `out` in twistd's format. name: of this process, for every line."""
     spec = sys.modules["__main__"].__spec__
     program = spec.name if spec else "__main__"
 
@@ -67,7 +67,5 @@ def begin(name: str, level: str, out: TextIO) -> None:
             out.write(text.translate(_ESCAPES))
             out.flush()
 
-    wanted = _Limit()
-    wanted.level = level
-    sieve: Any = FilteringLogObserver(write, [wanted])  # type: ignore[arg-type]
-    globalLogBeginner.beginLoggingTo([sieve], redirectStandardIO=False)
+    filtered: Any = FilteringLogObserver(write, [_LevelFilter(level)])  # type: ignore[arg-type]
+    globalLogBeginner.beginLoggingTo([filtered], redirectStandardIO=False)

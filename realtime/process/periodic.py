@@ -1,6 +1,6 @@
-"""Work that is due every so often, and has no timer of its own: it is done by a loop that has woken up anyway.
+"""Periodic tasks without timers of their own: a loop that has woken up for another reason runs the due ones.
 
-An idle process costs what its wake-ups cost, whatever is done in them: about a fifth of a millisecond each.
+The cost of an idle process is the number of its wake-ups: about a fifth of a millisecond each, however little is done.
 """
 
 from __future__ import annotations
@@ -12,48 +12,56 @@ from twisted.logger import Logger
 
 
 class _PeriodicTask:
-    __slots__ = ("due", "function", "seconds", "wanted")
+    __slots__ = ("due", "function", "interval", "is_needed")
 
-    def __init__(self, seconds: float, function: Callable[[], object], wanted: Callable[[], object]) -> None:
-        self.seconds = seconds
+    def __init__(self, interval: float, function: Callable[[], object], is_needed: Callable[[], object]) -> None:
+        self.interval = interval
         self.function = function
-        self.wanted = wanted
+        self.is_needed = is_needed
         self.due = -math.inf
 
 
 class PeriodicTasks:
-    """Functions, and how often each is called; by whoever turns up with the time."""
+    """Functions and their intervals; any caller with the time runs the due ones."""
 
     def __init__(self, log: Logger) -> None:
-        """log: is told of functions that raise, which are called again like the others."""
+        """log: for the failures of tasks; a task that raises stays scheduled."""
         self._log = log
-        self._all: list[_PeriodicTask] = []
+        self._tasks: list[_PeriodicTask] = []
 
-    def add(self, seconds: float, function: Callable[[], object], wanted: Callable[[], object] = lambda: True) -> None:
-        """Have it called every `seconds`, or at the next `do` after that. The next one begins the first interval.
+    def add(
+        self, interval: float, function: Callable[[], object], is_needed: Callable[[], object] = lambda: True
+    ) -> None:
+        """Have `function` called every `interval` seconds, or at the first `run_due` after that.
 
-        wanted: whether there is anything to do. What is not wanted is not waited for, and begins anew when it is.
+        The first `run_due` begins the first interval. is_needed: whether there is anything to do. A task that is not
+        needed has no due time; its interval begins anew when it is needed again.
         """
-        self._all.append(_PeriodicTask(seconds, function, wanted))
+        self._tasks.append(_PeriodicTask(interval, function, is_needed))
 
-    def due(self) -> float:
-        """When there is something to do; infinite for never."""
-        return min((chore.due for chore in self._all if chore.wanted()), default=math.inf)
+    def next_due(self) -> float:
+        """The time at which the next task is due; infinity if no task is needed."""
+        return min((task.due for task in self._tasks if task.is_needed()), default=math.inf)
 
-    def do(self, now: float) -> None:
-        """Call what is due. now: seconds of a clock that never goes back."""
-        for chore in self._all:
-            if not chore.wanted():
-                chore.due = -math.inf
+    def run_due(self, now: float) -> None:
+        """Call the due tasks. now: seconds of a monotonic clock."""
+        for task in self._tasks:
+            if not task.is_needed():
+                task.due = -math.inf
                 continue
-            late = now - chore.due
+            late = now - task.due
             if late < 0:
                 continue
-            # What is a little late does not make the next one later; what was missed is not made up for.
-            chore.due = now + chore.seconds - (late if late < chore.seconds else 0.0)
+            # A call that is a little late does not delay the next one; missed calls are not made up for.
+            task.due = now + task.interval - (late if late < task.interval else 0.0)
             if late == math.inf:
                 continue
             try:
-                chore.function()
+                task.function()
             except Exception:
-                self._log.failure("what is done every {seconds:g} s failed", seconds=chore.seconds)
+                name = getattr(task.function, "__qualname__", repr(task.function))
+                self._log.failure(
+                    "periodic task {name} (every {interval:g} s) raised; it runs again in {interval:g} s",
+                    name=name,
+                    interval=task.interval,
+                )

@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 from realtime import metrics
 from realtime.metrics import Sample
 from realtime.process import control, log
-from realtime.process.stack_dumps import Dumps
+from realtime.process.stack_dumps import StackReader
 from realtime.supervision.vitals import RunningHandler, Vitals, VitalsPage
 from realtime.supervisor import systemd
 
@@ -54,7 +54,7 @@ class ChildProcess(ProcessProtocol):
         self._page: VitalsPage | None = None
         self._vitals: Vitals | None = None
         self._outputs = {1: _Output(), 2: _Output()}
-        self._dumps: Dumps | None = None
+        self._dumps: StackReader | None = None
 
     def start(
         self, reactor: Any, command: Sequence[str], settings: int, listening: Sequence[int], capture: bool
@@ -64,7 +64,7 @@ class ChildProcess(ProcessProtocol):
         capture: write its standard output and error to our log, instead of letting it inherit both. Raises OSError.
         """
         self._page = VitalsPage.create()
-        self._dumps = Dumps(reactor.callLater)
+        self._dumps = StackReader(reactor.callLater)
         try:
             self._spawn(reactor, command, settings, listening, capture)
         except OSError:
@@ -163,7 +163,7 @@ class ChildProcess(ProcessProtocol):
         if output is not None:
             output.feed(data)
         elif self._dumps is not None:
-            self._dumps.take(data)
+            self._dumps.feed(data)
 
     def processExited(self, reason: Failure) -> None:
         ended: Any = reason.value

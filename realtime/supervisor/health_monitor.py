@@ -66,7 +66,7 @@ class HealthMonitor:
             due = self._quick_check(now)
             if not due:
                 self.check()
-                self.tasks.do(now)
+                self.tasks.run_due(now)
                 due = min(health.due for health in self.health.values())
         finally:
             # Also after an exception: a mistake in one check must not end the monitoring.

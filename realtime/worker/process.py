@@ -57,9 +57,6 @@ class Worker:
     async def start(self) -> None:
         """Serve. Returns when the engine can be reached, the application has started, and the ports are open."""
         process, hub, dispatcher = self._process, self._pubsub.hub, self._handlers.dispatcher
-        process.on_link = self._attach_broker
-        process.on_drain = self.drain
-        process.on_adopt = self._receive_connections
         gauges = LoadGauges(
             connections=lambda: self._transports.admission.connections,
             subscriptions=lambda: hub.subscriptions,
@@ -67,7 +64,7 @@ class Worker:
             threads_busy=lambda: dispatcher.threads.busy,
             threads_waiting=lambda: dispatcher.threads.waiting,
         )
-        process.pulse.observe(gauges, self._handlers.shedding.beat)
+        process.heartbeat.observe(gauges, self._handlers.shedding.beat)
         self._schedule()
         await self._linked
         await dispatcher.start()
@@ -78,9 +75,9 @@ class Worker:
 
     def _schedule(self) -> None:
         """Schedule the periodic work of the worker."""
-        tasks, ledger = self._process.pulse.chores, self._process.accounts
-        tasks.add(RESOLUTION, self._sweep_deadlines, wanted=self._has_deadlines)
-        tasks.add(REPORT_INTERVAL, self._report_subscriptions, wanted=self._has_new_subscriptions)
+        tasks, ledger = self._process.heartbeat.tasks, self._process.accounts
+        tasks.add(RESOLUTION, self._sweep_deadlines, is_needed=self._has_deadlines)
+        tasks.add(REPORT_INTERVAL, self._report_subscriptions, is_needed=self._has_new_subscriptions)
         interval = self._process.settings.client.channel_position_check_delay
         if interval:
             looping = LoopingCall(ledger.charging(ledger.open(LoopWork.TIMERS), self._check_positions))
@@ -89,12 +86,14 @@ class Worker:
 
     # The supervisor's messages.
 
-    def _attach_broker(self, slot: int, stream: int) -> None:
+    def link(self, slot: int, stream: int) -> None:
+        """Reach the broker over a fresh stream."""
         self._pubsub.engine.attach(stream)
         if not self._linked.called:
             self._linked.callback(None)
 
-    def _receive_connections(self, stream: int) -> None:
+    def adopt(self, stream: int) -> None:
+        """Serve the connections that arrive over a stream from the supervisor."""
         self._receivers.append(FdReceiver(self._reactor, stream, self._adopt_connection))
 
     def _adopt_connection(self, fd: int) -> None:
@@ -158,10 +157,5 @@ class Worker:
             session.disconnect(*SHUTDOWN)
 
 
-async def start(process: child.Child) -> None:
-    """Build the worker of this process, and serve."""
-    await Worker(process).start()
-
-
 if __name__ == "__main__":
-    sys.exit(child.main(sys.argv[1:], start))
+    sys.exit(child.main(sys.argv[1:], Worker))

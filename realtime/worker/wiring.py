@@ -161,7 +161,7 @@ def wire_handlers(process: Child, app: App) -> HandlerParts:
         metrics=metrics,
         log=_log,
         ledger=process.accounts,
-        marker=process.marks,
+        marker=process.marker,
         pressure=pressure,
         compute_pool=ComputePool(reactor, settings.workers, settings.app, metrics),
         slow_call=settings.loop.lagging,
@@ -215,7 +215,7 @@ def wire_transports(
     settings, metrics, ledger = process.settings, process.metrics, process.accounts
     protocol_account = ledger.open(LoopWork.PROTOCOL)
     queued = QueuedBytes()
-    turn_end = FlushAtTurnEnd(process.turn, lambda flush: _call_next_turn(ledger.charging(protocol_account, flush)))
+    turn_end = FlushAtTurnEnd(process.turn_number, lambda flush: _call_next_turn(ledger.charging(protocol_account, flush)))
     admission = Admission(
         settings.client,
         metrics,

@@ -32,20 +32,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="duration of the measurement of each idle loop")
     seconds = parser.parse_args(arguments).seconds
     page = VitalsPage.create()
-    turns, plain = MeasuredSelector(page), selectors.DefaultSelector()
+    measured, plain = MeasuredSelector(page), selectors.DefaultSelector()
     with socket.create_server(("127.0.0.1", 0)) as listening:
         theirs = socket.create_connection(listening.getsockname())
         ours, _ = listening.accept()
     theirs.send(b"x")
-    for selector in (turns, plain):
+    for selector in (measured, plain):
         selector.register(ours, selectors.EVENT_READ)
-    marks, account_of_handler = HandlerMarker(page, turns.accounts), turns.accounts.open(LoopWork.HANDLER, "rpc report")
-    pulse = Heartbeat(page, LoopClock(asyncio.new_event_loop()), LoopSettings(), turns)
-    pulse.enter(ProcessState.READY)
+    marker, account_of_handler = (
+        HandlerMarker(page, measured.accounts),
+        measured.accounts.open(LoopWork.HANDLER, "rpc report"),
+    )
+    heartbeat = Heartbeat(page, LoopClock(asyncio.new_event_loop()), LoopSettings(), measured)
+    heartbeat.enter(ProcessState.READY)
     tracker = HealthTracker(LoopSettings())
 
     def mark() -> None:
-        marks.leave(marks.enter((b"rpc report", b"report"), account_of_handler))
+        marker.leave(marker.enter((b"rpc report", b"report"), account_of_handler))
 
     def check() -> None:
         tracker.assess(0, page.read(), time.monotonic())
@@ -54,10 +57,10 @@ def main(arguments: list[str]) -> int:
         tracker.quick_check(0, *page.peek(), time.monotonic())
 
     # The selector never waits: the socket is readable.
-    turn = microseconds(lambda: turns.select(1)) - microseconds(lambda: plain.select(1))
+    turn = microseconds(lambda: measured.select(1)) - microseconds(lambda: plain.select(1))
     print(f"a turn of the loop       {turn:6.2f} us more than without vital signs")
     print(f"a handler's step         {microseconds(mark):6.2f} us")
-    account(turns.accounts, ours, theirs)
+    account(measured.accounts, ours, theirs)
     each = microseconds(check)
     print(
         f"a check of a worker      {each:6.2f} us, {each / 1e6 / CHECK_INTERVAL:.2%} of a core while it is not healthy"
@@ -112,15 +115,14 @@ def microseconds(function: Callable[[], object]) -> float:
 def idle_share(seconds: float, measured: bool) -> float:
     """Return the share of a core that an idle loop uses for its heartbeat; without `measured`, for an empty timer."""
     page = VitalsPage.create()
-    turns = MeasuredSelector(page)
-    loop = asyncio.SelectorEventLoop(turns if measured else selectors.DefaultSelector())
+    selector = MeasuredSelector(page)
+    loop = asyncio.SelectorEventLoop(selector if measured else selectors.DefaultSelector())
 
     def wake() -> None:
         loop.call_later(LoopSettings().interval, wake)
 
-    pulse = Heartbeat(page, LoopClock(loop), LoopSettings(), turns)
-    pulse.rests = True
-    loop.call_soon(pulse.start if measured else wake)
+    heartbeat = Heartbeat(page, LoopClock(loop), LoopSettings(), selector, beats_idle=True)
+    loop.call_soon(heartbeat.start if measured else wake)
     loop.call_later(seconds, loop.stop)
     began, used = time.monotonic(), time.process_time()
     loop.run_forever()

@@ -1,4 +1,4 @@
-"""What a process tells of itself."""
+"""The reports of a process: stacks, tasks and memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_thread_has_its_stack_and_name() -> None:
 
 
 @on_loop
-async def test_every_task_tells_where_it_waits() -> None:
+async def test_every_task_has_the_stack_at_which_it_waits() -> None:
     async def wait_for_ever() -> None:
         await asyncio.Event().wait()
 
@@ -43,14 +43,14 @@ class Leaked:
     pass
 
 
-def test_memory_is_told_by_type() -> None:
+def test_memory_is_reported_by_type() -> None:
     kept = [Leaked() for _ in range(200_000)]
     text = memory()
     assert f"{len(kept)} {__name__}.Leaked" in text
     assert text.startswith("resident: ")
 
 
-def test_memory_is_told_by_line_where_it_is_traced() -> None:
+def test_memory_is_reported_by_line_where_it_is_traced() -> None:
     tracemalloc.start()
     kept = [str(number) for number in range(100_000)]
     text = memory()

@@ -1,4 +1,4 @@
-"""What `log.level` leaves in the supervisor's log, which is twistd's."""
+"""`log.level` in the supervisor's log, which is twistd's, and in a child's own."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ LEVELS = ["debug", "info", "warn", "error", "critical"]
 
 
 @pytest.fixture(autouse=True)
-def all_again() -> Iterator[None]:
+def reset_level() -> Iterator[None]:
     yield
     log.limit("trace")
 
 
 @pytest.mark.parametrize(
-    ("level", "least"), [("trace", 0), ("debug", 0), ("info", 1), ("warn", 2), ("error", 3), ("none", 5)]
+    ("level", "lowest"), [("trace", 0), ("debug", 0), ("info", 1), ("warn", 2), ("error", 3), ("none", 5)]
 )
-def test_what_is_less_severe_is_left_out(level: str, least: int) -> None:
+def test_events_below_the_level_are_left_out(level: str, lowest: int) -> None:
     log.limit(level)
     logger, other = Logger(observer=log.observer), Logger()
     with capturedLogs() as seen:
         for name in LEVELS:
             logger.emit(LogLevel.lookupByName(name), "ours")
         other.debug("another's")
-    assert [event["log_level"].name for event in seen if event["log_format"] == "ours"] == LEVELS[least:]
+    assert [event["log_level"].name for event in seen if event["log_format"] == "ours"] == LEVELS[lowest:]
     assert [event["log_format"] for event in seen][-1] == "another's"
 
 
-def test_no_line_of_the_supervisor_s_is_made_past_the_level() -> None:
-    """All modules that it loads use the same observer; what the children write was judged by them."""
+def test_every_logger_of_the_supervisor_has_the_level() -> None:
+    """All modules that it loads use the same observer, but for lines that the children have filtered already."""
     code = """
 import sys, realtime.tap
 from twisted.logger import Logger
@@ -47,3 +47,18 @@ print(*[name for name, logger in loggers.items() if logger.observer is not log.o
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout.split(), done.stderr) == (["realtime.supervisor.child_process._output_log"], "")
+
+
+def test_a_child_filters_by_level_names_itself_and_escapes_control_characters() -> None:
+    code = """
+import sys
+from twisted.logger import Logger
+from realtime.process import log
+log.begin("worker 3", "warn", sys.stdout)
+logger = Logger("app")
+logger.info("left out")
+logger.warn("{text}", text="a\\x1b[2Jb")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    (line,) = done.stdout.splitlines()
+    assert line.endswith("[worker 3 app#warn] a\\x1b[2Jb")

@@ -1,4 +1,4 @@
-"""Stacks by signal: a process that answers, and the end that reads."""
+"""Stacks by signal: the process that writes them, and the end that reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.task import Clock
 
 from realtime.process import stack_dumps
-from realtime.process.stack_dumps import STACK, STACKS, Dumps
+from realtime.process.stack_dumps import STACK, STACKS, StackReader
 from realtime.supervision.stacks import parse
 
 ONE = b'Stack (most recent call first):\n  File "<frozen runpy>", line 198 in _run_module_as_main\n'
@@ -27,11 +27,11 @@ ALL = (
 class Reading:
     def __init__(self) -> None:
         self.clock = Clock()
-        self.dumps = Dumps(self.clock.callLater)
+        self.reader = StackReader(self.clock.callLater)
         self.got: list[str] = []
 
     def ask(self, number: int) -> Any:
-        return self.dumps.next(number).addCallback(self.got.append)
+        return self.reader.next(number).addCallback(self.got.append)
 
 
 @pytest.fixture
@@ -41,67 +41,67 @@ def reading() -> Iterator[Reading]:
     assert reading.clock.getDelayedCalls() == []
 
 
-def test_a_dump_is_given_when_it_is_whole(reading: Reading) -> None:
+def test_a_dump_is_complete_with_its_outermost_frame(reading: Reading) -> None:
     reading.ask(STACK)
-    reading.dumps.take(ONE[:40])
-    reading.dumps.take(ONE[40:-1])
+    reading.reader.feed(ONE[:40])
+    reading.reader.feed(ONE[40:-1])
     assert reading.got == []
-    reading.dumps.take(ONE[-1:])
+    reading.reader.feed(ONE[-1:])
     assert reading.got == [ONE.decode()]
 
 
-def test_a_stack_that_was_cut_is_whole_too(reading: Reading) -> None:
+def test_a_stack_that_faulthandler_cut_is_complete(reading: Reading) -> None:
     reading.ask(STACK)
     text = b'Stack (most recent call first):\n  File "/a.py", line 1 in f\n  ...\n'
-    reading.dumps.take(text)
+    reading.reader.feed(text)
     assert reading.got == [text.decode()]
 
 
-def test_all_stacks(reading: Reading) -> None:
+def test_all_stacks_are_complete_with_the_current_thread(reading: Reading) -> None:
     reading.ask(STACKS)
-    reading.dumps.take(ALL[:100])
+    reading.reader.feed(ALL[:100])
     assert reading.got == []
-    reading.dumps.take(ALL[100:])
+    reading.reader.feed(ALL[100:])
     assert reading.got == [ALL.decode()]
 
 
-def test_what_never_looks_whole_is_given_when_no_more_comes(reading: Reading) -> None:
+def test_a_dump_without_its_usual_end_is_complete_after_a_pause(reading: Reading) -> None:
     reading.ask(STACK)
-    reading.dumps.take(b'Stack (most recent call first):\n  File "/a.py", line 1 in f\n')
+    reading.reader.feed(b'Stack (most recent call first):\n  File "/a.py", line 1 in f\n')
     reading.clock.advance(1)
     assert len(reading.got) == 1
 
 
-def test_what_nobody_asked_for_is_dropped(reading: Reading) -> None:
-    reading.dumps.take(ONE)
+def test_a_dump_without_a_waiter_is_dropped(reading: Reading) -> None:
+    reading.reader.feed(ONE)
     reading.ask(STACK)
-    reading.dumps.take(ONE)
+    reading.reader.feed(ONE)
     assert reading.got == [ONE.decode()]
 
 
-def test_each_gets_the_kind_it_asked_for(reading: Reading) -> None:
+def test_each_waiter_gets_the_kind_that_it_waits_for(reading: Reading) -> None:
     reading.ask(STACK)
     reading.ask(STACKS)
-    reading.dumps.take(ONE)
+    reading.reader.feed(ONE)
     assert reading.got == [ONE.decode()]
-    reading.dumps.take(ALL)
+    reading.reader.feed(ALL)
     assert reading.got == [ONE.decode(), ALL.decode()]
 
 
-def test_an_end_is_told_and_a_time_limit_holds(reading: Reading) -> None:
+def test_waiters_fail_at_the_end_of_the_process_and_at_their_time_limit(reading: Reading) -> None:
     failures: list[Any] = []
-    reading.dumps.next(STACK).addTimeout(1, reading.clock).addErrback(failures.append)
+    reading.reader.next(STACK).addTimeout(1, reading.clock).addErrback(failures.append)
     reading.clock.advance(1)
-    reading.dumps.next(STACKS).addErrback(failures.append)
-    reading.dumps.end()
+    reading.reader.next(STACKS).addErrback(failures.append)
+    reading.reader.end()
     assert len(failures) == 2
     assert failures[1].check(ProcessExitedAlready)
 
 
-ANSWERING = """
+WRITING = """
 import os, sys, time
 from realtime.process import stack_dumps as dumps
-dumps.answer(int(sys.argv[1]))
+dumps.register(int(sys.argv[1]))
 print("ready", flush=True)
 began = time.monotonic()
 time.sleep(0.5)
@@ -111,10 +111,10 @@ print(time.monotonic() - began >= 0.5, heard.decode(), flush=True)
 
 
 @pytest.mark.parametrize("number", [STACK, STACKS])
-def test_a_process_answers_and_is_not_disturbed(number: int) -> None:
+def test_a_process_writes_its_stacks_and_goes_on_undisturbed(number: int) -> None:
     reader, writer = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", ANSWERING, str(writer)],
+        [sys.executable, "-c", WRITING, str(writer)],
         pass_fds=[writer],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -133,11 +133,11 @@ def test_a_process_answers_and_is_not_disturbed(number: int) -> None:
         found = parse(stacks.read().decode())
     assert process.returncode == 0
     assert found
-    assert all(one.is_main for one in found)
-    assert {one.frames[0].file for one in found} == {"<string>"}
+    assert all(stack.is_main for stack in found)
+    assert {stack.frames[0].file for stack in found} == {"<string>"}
 
 
-def test_a_pipe_that_nobody_reads_holds_up_nobody() -> None:
+def test_a_full_pipe_does_not_block_the_process() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     while True:
@@ -146,7 +146,7 @@ def test_a_pipe_that_nobody_reads_holds_up_nobody() -> None:
         except BlockingIOError:
             break
     process = subprocess.Popen(
-        [sys.executable, "-c", ANSWERING, str(writer)],
+        [sys.executable, "-c", WRITING, str(writer)],
         pass_fds=[writer],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -162,6 +162,6 @@ def test_a_pipe_that_nobody_reads_holds_up_nobody() -> None:
     os.close(writer)
 
 
-def test_the_signals_do_nothing_to_a_process_that_does_not_answer_yet() -> None:
+def test_the_signals_do_nothing_to_a_process_without_registration() -> None:
     assert stack_dumps.STACK == signal.SIGUSR1  # ignored at the beginning of realtime.process.child.main
     assert stack_dumps.STACKS == signal.SIGURG  # ignored by default, signal(7)

@@ -21,32 +21,42 @@ from realtime.process.child import Child, main
 from realtime.worker.listening import adopt
 
 
-async def start(child: Child) -> None:
-    """Behave."""
-    options = child.settings.app.options
-    mine = options.get("only", child.name) == child.name
-    if mine and "slow_start" in options:
-        await deferLater(child.reactor, float(str(options["slow_start"])), lambda: None)
-    if mine and "fail" in options and os.path.exists(str(options.get("fail_if", "/"))):
-        raise SettingsError([str(options["fail"])])
-    if mine and "crash" in options:
-        os._exit(int(str(options["crash"])))
-    for fd in child.listen:
-        adopt(child.reactor, fd, Factory.forProtocol(lambda: Greeter(child)))
-    streams = child.metrics.counter("realtime_links", "Streams that the supervisor brought.")
+class StandIn:
+    """The work of the child."""
 
-    def linked(slot: int, stream: int) -> None:
-        streams.value += 1
+    def __init__(self, child: Child) -> None:
+        self._child = child
+        self._options = child.settings.app.options
+        self._behaves = self._options.get("only", child.name) == child.name
+        self._streams = child.metrics.counter("realtime_links", "Streams that the supervisor brought.")
+
+    async def start(self) -> None:
+        """Behave as the options say."""
+        options, child = self._options, self._child
+        if self._behaves and "slow_start" in options:
+            await deferLater(child.reactor, float(str(options["slow_start"])), lambda: None)
+        if self._behaves and "fail" in options and os.path.exists(str(options.get("fail_if", "/"))):
+            raise SettingsError([str(options["fail"])])
+        if self._behaves and "crash" in options:
+            os._exit(int(str(options["crash"])))
+        for fd in child.listen:
+            adopt(child.reactor, fd, Factory.forProtocol(lambda: Greeter(child)))
+        if self._behaves and options.get("block"):
+            child.reactor.callLater(0.5, block)
+
+    def link(self, slot: int, stream: int) -> None:
+        """Count the stream, and close it."""
+        self._streams.value += 1
         os.close(stream)
 
-    async def drain(timeout: float) -> None:
-        if mine and options.get("ignore_drain"):
-            await Deferred()
+    def adopt(self, stream: int) -> None:
+        """Close the stream."""
+        os.close(stream)
 
-    child.on_link = linked
-    child.on_drain = drain
-    if mine and options.get("block"):
-        child.reactor.callLater(0.5, block)
+    async def drain(self, timeout: float) -> None:
+        """Finish at once, or never."""
+        if self._behaves and self._options.get("ignore_drain"):
+            await Deferred()
 
 
 def block() -> None:
@@ -68,4 +78,4 @@ class Greeter(Protocol):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], start))
+    sys.exit(main(sys.argv[1:], StandIn))
