@@ -1,7 +1,8 @@
 """`realtime top`: the live figures of a running server in a terminal.
 
-They come from the operators' port (/snapshot, see `realtime.operators.live`), once a second. Names in them are
-from applications and their clients: whatever is not printable is spelt out, so that none can command the terminal.
+Once a second the command fetches /snapshot from the operators' port (see `realtime.operators.live`) and draws it. Names
+in a snapshot come from applications and their clients: unprintable characters are escaped, so that no name can control
+the terminal.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from typing import Any
 
 from realtime.config.values import escape_unprintable
 
+# Seconds between two snapshots.
 INTERVAL = 1.0
-# Seconds that the server has to answer.
+# Seconds for the server to answer.
 LIMIT = 5.0
-WIDE, HIGH = 120, 40  # of what is printed where there is no terminal
-_SMALL = 80, 24  # of a terminal that does not say
+WIDTH, HEIGHT = 120, 40  # of the table that `--once` prints where there is no terminal
+_DEFAULT_SIZE = 80, 24  # of a terminal that reports no size
 
 _NONE = "-"
 _PLAIN, _BOLD, _DIM, _RED, _YELLOW, _GREEN = "0", "1", "2", "31", "33", "32"
@@ -40,41 +42,37 @@ Line = list[tuple[str, str]]
 
 
 class Unreachable(Exception):
-    """The server did not answer, or something else did. The text is one readable line."""
+    """The server did not answer, or another program did. The message is one readable line."""
 
 
 def fetch(url: str) -> dict[str, Any]:
-    """The server's latest snapshot. Raises Unreachable."""
-    # Loopback is not reached by way of a proxy, whatever the environment says.
+    """Fetch the server's latest snapshot. url: of its operators' port. Raises Unreachable."""
+    # A proxy from the environment can't reach this machine's loopback.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    name = escape_unprintable(url)
     try:
         with opener.open(f"{url.rstrip('/')}/snapshot", timeout=LIMIT) as answer:
             snapshot = json.load(answer)
     except urllib.error.HTTPError as error:
-        raise Unreachable(f"{escape_unprintable(url)}: is this the operators' port? it answers {error.code}") from None
+        question = "is this the operators' port (http_server.internal_port)?"
+        raise Unreachable(f"{name}: answered with status {error.code}; {question}") from None
     except urllib.error.URLError as error:
-        raise Unreachable(
-            f"{escape_unprintable(url)}: nobody answers: {escape_unprintable(str(error.reason))}"
-        ) from None
+        raise Unreachable(f"{name}: cannot connect: {escape_unprintable(str(error.reason))}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise Unreachable(
-            f"{escape_unprintable(url)}: no answer that can be read: {escape_unprintable(str(error))}"
-        ) from None
+        raise Unreachable(f"{name}: unreadable answer: {escape_unprintable(str(error))}") from None
     if not isinstance(snapshot, dict) or "workers" not in snapshot:
-        raise Unreachable(
-            f"{escape_unprintable(url)}: this is not the operators' port of a realtime server that has begun"
-        )
+        raise Unreachable(f"{name}: no snapshot; is this the operators' port of a server that has started?")
     return snapshot
 
 
-# What is shown
+# The screen
 
 
 def render(snapshot: dict[str, Any], width: int, height: int, hint: str = "", trouble: str = "") -> list[Line]:
-    """A screen of at most `height` lines of `width` columns. hint: for the reader. trouble: why it is not of now.
+    """Draw a screen of at most `height` lines of `width` columns.
 
-    Where there is no room for all, workers that are not well come first, and there is some room left for what keeps the
-    loops busy and what blocks them.
+    hint: which keys there are. trouble: why the snapshot is old; "" for a current one. Where the screen is too small
+    for all workers, unhealthy ones come first, and some lines are kept for loop time and blocks.
     """
     workers = snapshot["workers"]
     loop, places = list(_loop(snapshot["loop"], len(workers))), list(_places(snapshot["places"], width))
@@ -82,14 +80,14 @@ def render(snapshot: dict[str, Any], width: int, height: int, hint: str = "", tr
     head = [_head(snapshot, hint, trouble), _totals(workers), []]
     if len(head) + 1 + len(workers) + len(loop) + len(places) + len(incidents) > height:
         loop, places = loop[:5], places[:4]
-    below = [*loop, *places, *incidents]
-    room = max(height - len(head) - 1 - min(len(below), 12), 3)
+    sections = [*loop, *places, *incidents]
+    room = max(height - len(head) - 1 - min(len(sections), 12), 3)
     table = [_titles(width), *(_worker(worker, width) for worker in workers)]
     if len(workers) > room:
         ordered = sorted(workers, key=lambda worker: (worker["condition"] == "healthy", worker["slot"]))
         left_out: Line = [(f"... and {len(workers) - room + 1} more workers", _DIM)]
         table = [_titles(width), *(_worker(worker, width) for worker in ordered[: room - 1]), left_out]
-    return [_cut(line, width) for line in (*head, *table, *below)][:height]
+    return [_cut(line, width) for line in (*head, *table, *sections)][:height]
 
 
 def _head(snapshot: dict[str, Any], hint: str, trouble: str) -> Line:
@@ -100,26 +98,26 @@ def _head(snapshot: dict[str, Any], hint: str, trouble: str) -> Line:
     if snapshot["stopping"]:
         state, style = "stopping", _YELLOW
     elif not ill:
-        state, style = "all is well", _GREEN
+        state, style = "all workers are healthy", _GREEN
     elif len(ill) == 1:
         state, style = f"worker {ill[0]['slot']} is {_condition(ill[0])}", _RED
     else:
-        state, style = f"{len(ill)} of {len(snapshot['workers'])} workers are not well", _RED
+        state, style = f"{len(ill)} of {len(snapshot['workers'])} workers are not healthy", _RED
     return [(f"realtime  {when}  ", _BOLD), (state, style), (f"  port {snapshot['port']}  {hint}", _DIM)]
 
 
 def _totals(workers: Sequence[dict[str, Any]]) -> Line:
-    def together(name: str) -> str:
+    def total_rate(name: str) -> str:
         return _rate(sum((worker["rates"] or {}).get(name, 0.0) for worker in workers))
 
     connections = sum(worker["connections"] or 0 for worker in workers)
     return [
-        (f"{connections} connections, {together('received')} messages/s in, ", _PLAIN),
-        (f"{together('sent')} out, {together('connects')} connects/s", _PLAIN),
+        (f"{connections} connections, {total_rate('received')} messages/s in, ", _PLAIN),
+        (f"{total_rate('sent')} out, {total_rate('connects')} connects/s", _PLAIN),
     ]
 
 
-# Title, width, and how many columns a terminal must have for it. The first is set to the left.
+# Title, width, and the narrowest terminal that shows the column. The first two are left-aligned.
 _COLUMNS = [
     ("WORKER", 6, 0), ("CONDITION", 9, 0), ("LAG", 7, 0), ("UTIL", 5, 0), ("CONNS", 7, 0), ("IN/S", 6, 0),
     ("OUT/S", 7, 0), ("RSS", 7, 0), ("RESTARTS", 8, 80), ("QUEUED", 7, 88), ("WEIGHT", 6, 96), ("ACCEPT", 6, 104),
@@ -133,9 +131,9 @@ def _titles(width: int) -> Line:
 
 def _row(cells: Sequence[str], width: int) -> str:
     parts = [
-        cell.ljust(size) if number < 2 else cell.rjust(size)
-        for number, (cell, (_, size, least)) in enumerate(zip(cells, _COLUMNS, strict=True))
-        if width >= least
+        cell.ljust(size) if index < 2 else cell.rjust(size)
+        for index, (cell, (_, size, min_width)) in enumerate(zip(cells, _COLUMNS, strict=True))
+        if width >= min_width
     ]
     return "  ".join(parts)
 
@@ -162,12 +160,12 @@ def _condition(worker: dict[str, Any]) -> str:
 
 
 def _loop(accounts: Sequence[dict[str, Any]], workers: int) -> Iterator[Line]:
-    """What the workers' loops spent the last seconds on."""
+    """Draw how the workers' loops spent the last seconds."""
     if not accounts:
         return
     yield []
     several = workers > 1
-    yield [(f"{'LOOPS':>8}  {'AT MOST':>10}  BUSY WITH" if several else f"{'LOOP':>8}  BUSY WITH", _DIM)]
+    yield [(f"{'LOOPS':>8}  {'HIGHEST':>10}  WORK" if several else f"{'LOOP':>8}  WORK", _DIM)]
     for account in accounts:
         most = f"{_share(account['most'])} of {account['slot']}"
         shares = f"{_share(account['share']):>8}  {most:>10}" if several else f"{_share(account['share']):>8}"
@@ -191,23 +189,23 @@ def _incidents(incidents: Sequence[dict[str, Any]], width: int) -> Iterator[Line
     yield [(f"{'AT':8}  {'FOR':>7}  {'WORKER':6}  INCIDENT", _DIM)]
     for incident in incidents:
         when = time.strftime("%H:%M:%S", time.localtime(incident["at"]))
-        lasting = _RED if incident["lasts"] else _PLAIN
+        style = _RED if incident["lasts"] else _PLAIN
         where = _place(incident["place"], incident["handler"], width - 27)
         duration = f"{_seconds(incident['duration']):>7}"
-        yield [(f"{when}  ", _PLAIN), (duration, lasting), (f"  {incident['slot']:<6}  ", _PLAIN), *where]
+        yield [(f"{when}  ", _PLAIN), (duration, style), (f"  {incident['slot']:<6}  ", _PLAIN), *where]
 
 
-def _place(place: str, handler: str, width: int) -> Line:
-    """File and line, of which the end counts most, and the handler."""
-    place, handler = escape_unprintable(place), escape_unprintable(handler)
+def _place(place: str, handler: str | None, width: int) -> Line:
+    """Draw file and line, cut at their beginning where the room is short, and the handler."""
+    place, handler = escape_unprintable(place), escape_unprintable(handler or "")
     room = max(width - len(handler) - 2 if handler else width, 24)
     if len(place) > room:
         place = "..." + place[3 - room :]
-    return [(place, _BOLD), (f"  {handler}", _PLAIN)]
+    return [(place, _BOLD), (f"  {handler}", _PLAIN)] if handler else [(place, _BOLD)]
 
 
 def _cut(line: Line, width: int) -> Line:
-    """A line that ends at the terminal's edge."""
+    """Cut a line at the terminal's edge."""
     kept: Line = []
     for text, style in line:
         if width <= 0:
@@ -217,7 +215,7 @@ def _cut(line: Line, width: int) -> Line:
     return kept
 
 
-# How figures are written
+# Figures as text
 
 
 def _seconds(value: float | None) -> str:
@@ -258,26 +256,26 @@ def _bytes(value: float | None) -> str:
     return f"{value:.1f}{unit}" if power and value < 99.5 else f"{value:.0f}{unit}"
 
 
-# Where it is shown
+# The command
 
 
 def once(url: str) -> int:
-    """Print one table. Returns the exit status."""
+    """Print one table. Returns the exit status: 1 when the server is unreachable."""
     try:
         snapshot = fetch(url)
     except Unreachable as error:
         print(error, file=sys.stderr)
         return 1
-    width = os.get_terminal_size().columns if sys.stdout.isatty() else WIDE
-    for line in render(snapshot, width, HIGH + len(snapshot["workers"])):
+    width = os.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    for line in render(snapshot, width, HEIGHT + len(snapshot["workers"])):
         print("".join(text for text, _ in line).rstrip())
     return 0
 
 
 def live(url: str) -> int:
-    """Show the figures until `q` or Ctrl-C. Returns the exit status."""
+    """Show the figures until `q` or Ctrl-C. Returns the exit status: 1 when the server is unreachable at the start."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        print("this is not a terminal: use --once", file=sys.stderr)
+        print("standard input and output must be a terminal; use --once for one table", file=sys.stderr)
         return 2
     try:
         snapshot = fetch(url)
@@ -285,14 +283,14 @@ def live(url: str) -> int:
         print(error, file=sys.stderr)
         return 1
     trouble = ""
-    with _screen() as woken:
+    with _screen() as resizes:
         due = time.monotonic() + INTERVAL
         while True:
             _show(snapshot, trouble)
-            if _quits(woken, max(due - time.monotonic(), 0.0)):
+            if _is_quit(resizes, max(due - time.monotonic(), 0.0)):
                 return 0
             if time.monotonic() < due:
-                continue  # the terminal has another size
+                continue  # the terminal was resized: draw again
             due = time.monotonic() + INTERVAL
             try:
                 snapshot, trouble = fetch(url), ""
@@ -302,50 +300,53 @@ def live(url: str) -> int:
 
 
 def _show(snapshot: dict[str, Any], trouble: str) -> None:
-    width, height = (size or least for size, least in zip(os.get_terminal_size(), _SMALL, strict=True))
+    width, height = (size or default for size, default in zip(os.get_terminal_size(), _DEFAULT_SIZE, strict=True))
     lines = render(snapshot, width, height, "q quits", trouble)
-    # Cleared before they are written: behind a line that reaches the edge the cursor stands on its last character.
-    drawn = "\r\n".join(_CLEAR_LINE + "".join(map(_painted, line)) for line in lines)
+    # Each line is cleared before it is written: after a full-width line the cursor stays on the last character.
+    drawn = "\r\n".join(_CLEAR_LINE + "".join(map(_styled, line)) for line in lines)
     sys.stdout.write(_HOME + drawn + (f"\r\n{_CLEAR_REST}" if len(lines) < height else ""))
     sys.stdout.flush()
 
 
-def _painted(piece: tuple[str, str]) -> str:
+def _styled(piece: tuple[str, str]) -> str:
     text, style = piece
     return text if style == _PLAIN else f"\x1b[{style}m{text}\x1b[0m"
 
 
 @contextmanager
 def _screen() -> Iterator[int]:
-    """A screen of our own, with keys as they are pressed. Gives a descriptor to read from after a change of size."""
+    """Use the alternate screen, with unbuffered keys and no cursor, and restore the terminal afterwards.
+
+    Gives a descriptor that is readable after a change of the terminal's size.
+    """
     keyboard = sys.stdin.fileno()
-    before = termios.tcgetattr(keyboard)
-    woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    resized = signal.signal(signal.SIGWINCH, lambda *_: None)
-    previous = signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+    attributes = termios.tcgetattr(keyboard)
+    resizes, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    previous_handler = signal.signal(signal.SIGWINCH, lambda *_: None)
+    previous_wakeup = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     tty.setcbreak(keyboard)
     sys.stdout.write(_ALTERNATE)
     try:
-        yield woken
+        yield resizes
     except KeyboardInterrupt:
         pass
     finally:
         sys.stdout.write(_NORMAL)
         sys.stdout.flush()
-        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
-        signal.set_wakeup_fd(previous)
-        signal.signal(signal.SIGWINCH, resized)
-        os.close(woken)
-        os.close(waker)
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, attributes)
+        signal.set_wakeup_fd(previous_wakeup)
+        signal.signal(signal.SIGWINCH, previous_handler)
+        os.close(resizes)
+        os.close(wakeup)
 
 
-def _quits(woken: int, seconds: float) -> bool:
-    """Wait for a key, a change of size, or the time. Whether the key was `q`, or the terminal is gone."""
+def _is_quit(resizes: int, seconds: float) -> bool:
+    """Wait for a key or a resize, `seconds` at most. Returns whether the key was `q` or the terminal is gone."""
     keyboard = sys.stdin.fileno()
-    ready, _, _ = select.select([keyboard, woken], [], [], seconds)
-    if woken in ready:
-        os.read(woken, 4096)
+    ready, _, _ = select.select([keyboard, resizes], [], [], seconds)
+    if resizes in ready:
+        os.read(resizes, 4096)
     if keyboard not in ready:
         return False
-    pressed = os.read(keyboard, 64)
-    return not pressed or b"q" in pressed.lower()
+    keys = os.read(keyboard, 64)
+    return not keys or b"q" in keys.lower()

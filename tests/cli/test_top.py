@@ -1,4 +1,4 @@
-"""What `realtime top` shows of a snapshot, and that no name in it commands the terminal."""
+"""`realtime top`: the screen of a snapshot, and that no name in it controls the terminal."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def text(lines: list[Line]) -> str:
     return "\n".join("".join(piece for piece, _ in line) for line in lines)
 
 
-def test_the_figures_are_there() -> None:
+def test_every_figure_is_drawn() -> None:
     shown = text(render(snapshot(), 120, 24))
-    assert "all is well" in shown
+    assert "all workers are healthy" in shown
     assert "2400 connections, 24 messages/s in, 680 out, 3.0 connects/s" in shown
     (row,) = (line for line in shown.splitlines() if line.startswith("1 "))
     assert row.split() == ["1", "healthy", "1.2ms", "25%", "1200", "12", "340", "87.7MB", "2", "0B", "16", "3", "1.5"]
@@ -56,43 +56,43 @@ def test_the_figures_are_there() -> None:
 @pytest.mark.parametrize("workers", [1, 8, 64])
 def test_it_fits_the_terminal(width: int, height: int, workers: int) -> None:
     places = [{"place": "/srv/" + "long/" * 50 + "chat.py:7", "handler": "rpc " + "x" * 60, "count": 4, "seconds": 9.5}]
-    lines = render(snapshot(workers, 40, places=places), width, height, trouble="nobody answers " * 10)
+    lines = render(snapshot(workers, 40, places=places), width, height, trouble="cannot connect " * 10)
     assert len(lines) <= height
     assert max(sum(len(piece) for piece, _ in line) for line in lines) <= width
 
 
-def test_80_by_24_has_room_for_what_matters() -> None:
+def test_80_by_24_has_room_for_every_section() -> None:
     shown = text(render(snapshot(16, 30), 80, 24))
     for words in ("CONDITION", "LAG", "RESTARTS", "... and", "rpc report", "BLOCKED", "INCIDENT", "/srv/chat.py:7"):
         assert words in shown
 
 
-def test_a_worker_that_is_not_well_is_named_and_never_left_out() -> None:
-    ill = snapshot(64)
-    ill["workers"][63] |= {"condition": "pressed", "peak_lag": 3.0}
-    shown = text(render(ill, 80, 24))
+def test_an_unhealthy_worker_is_named_and_never_left_out() -> None:
+    unhealthy = snapshot(64)
+    unhealthy["workers"][63] |= {"condition": "pressed", "peak_lag": 3.0}
+    shown = text(render(unhealthy, 80, 24))
     assert "worker 63 is pressed" in shown
     assert "\n63      pressed" in shown
 
 
-def test_a_process_that_is_not_there_has_no_figures() -> None:
+def test_a_missing_process_has_no_figures() -> None:
     missing = snapshot(1)
     gone = dict.fromkeys(("utilization", "connections", "rss", "queued_bytes", "handler", "rates"))
     missing["workers"][0] |= {**gone, "condition": "absent", "state": "waiting", "peak_lag": 0.0, "crash_loop": True}
     assert "crashing" in text(render(missing, 80, 24))
 
 
-def test_with_one_worker_there_is_no_other_to_tell_it_from() -> None:
+def test_one_worker_has_no_column_for_the_highest_share() -> None:
     shown = text(render(snapshot(1), 120, 40))
-    assert "\n    LOOP  BUSY WITH\n     42%  rpc report" in shown
+    assert "\n    LOOP  WORK\n     42%  rpc report" in shown
 
 
-def test_without_anything_to_tell_there_is_no_section() -> None:
+def test_empty_sections_are_left_out() -> None:
     shown = text(render(snapshot(loop=[], places=[], incidents=0), 120, 40))
     assert shown.splitlines()[-1].startswith("1 ")
 
 
-def test_names_do_not_command_the_terminal() -> None:
+def test_names_do_not_control_the_terminal() -> None:
     evil = "rpc \x1b]0;owned\x07\x1b[2J\r\n\u202e"
     shown = snapshot(1, incidents=0)
     shown["workers"][0]["handler"] = evil
@@ -106,8 +106,14 @@ def test_names_do_not_command_the_terminal() -> None:
 @pytest.mark.parametrize(
     "url", ["nonsense", "http://127.0.0.1:1", "http://[", "file:///etc/passwd", "ftp://127.0.0.1:1"]
 )
-def test_what_can_not_be_reached_is_one_line(url: str) -> None:
+def test_an_unreachable_server_is_one_line(url: str) -> None:
     with pytest.raises(Unreachable) as caught:
         fetch(url)
     assert str(caught.value).startswith(f"{url}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_place_without_a_handler_is_drawn_alone() -> None:
+    places = [{"place": "/srv/chat.py:7", "handler": None, "count": 4, "seconds": 9.5}]
+    shown = text(render(snapshot(places=places, incidents=0), 120, 40))
+    assert shown.endswith("   9.50s       4  /srv/chat.py:7")

@@ -25,14 +25,14 @@ def once(url: str) -> subprocess.CompletedProcess[str]:
 
 
 class Terminal:
-    """A pseudo-terminal with a program in it. written: everything that the program has written."""
+    """A pseudo-terminal that runs a program. written: all output of the program so far."""
 
     def __init__(self, command: list[str]) -> None:
         self._fd, theirs = pty.openpty()
         self.resize(24, 80)
         self.before = termios.tcgetattr(theirs)
         self.theirs = theirs
-        # A session of its own with this terminal: that is how a change of its size is told.
+        # The kernel sends SIGWINCH only to the session whose terminal this is.
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=_take_terminal
         )
@@ -45,7 +45,7 @@ class Terminal:
         os.write(self._fd, keys)
 
     def wait(self, condition: Callable[[str], bool], what: str) -> None:
-        """Read on until what was written fulfils `condition`."""
+        """Read until the output fulfils `condition`. what: the expected output, for the error message."""
         deadline = time.monotonic() + 20
         while not condition(self.written):
             assert time.monotonic() < deadline, f"no {what}: {self.written!r}"
@@ -75,7 +75,8 @@ def running(server: Server) -> Iterator[Terminal]:
 
 def test_one_table(server: Server) -> None:
     url = f"http://127.0.0.1:{server.operator_port}/"
-    shown = wait_until(lambda: found.stdout if "all is well" in (found := once(url)).stdout else "", "figures", 20.0)
+    healthy = "all workers are healthy"
+    shown = wait_until(lambda: found.stdout if healthy in (found := once(url)).stdout else "", "figures", 20.0)
     lines = shown.splitlines()
     assert [line.split()[:2] for line in lines if line[:1].isdigit() and "connections" not in line] == [
         ["0", "healthy"],
@@ -85,7 +86,7 @@ def test_one_table(server: Server) -> None:
     assert "\x1b" not in shown
 
 
-def test_a_server_that_is_not_there_is_one_line(server: Server) -> None:
+def test_an_unreachable_server_is_one_line(server: Server) -> None:
     for url in ("http://127.0.0.1:1", server.http):
         done = once(url)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
@@ -117,6 +118,6 @@ def test_it_outlives_its_server(server: Server) -> None:
     with running(server) as terminal:
         terminal.wait(lambda text: "q quits" in text, "first screen")
         server.stop()
-        terminal.wait(lambda text: "nobody answers" in text, "word of it")
+        terminal.wait(lambda text: "cannot connect" in text, "report of the failure")
         terminal.press(b"q")
         assert terminal.process.wait(20) == 0
