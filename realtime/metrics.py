@@ -1,7 +1,8 @@
 """Counters and gauges of one process, cheap to increment, and their form on the way to the supervisor.
 
 Each process counts into one `Metrics`. The supervisor collects the snapshots of all processes and writes them as
-Prometheus text (see `realtime.operators.port`). Label values come from closed sets, never from a client's input.
+Prometheus text with the labels `process` and `worker` (see `realtime.operators.exposition`). Label values come from
+closed sets, never from a client's input.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections.abc import Callable, Collection, Iterable
 import msgspec
 
 Series = tuple[str, tuple[tuple[str, str], ...]]
+
+NONE = "none"
+"""The label value for "there is none": a channel without a namespace, an account without a name."""
 
 
 class Counter:

@@ -101,7 +101,7 @@ def make_service(
         handle_signals=True,
     )
     for key in insecure_keys:
-        supervisor.metrics.gauge("realtime_insecure_setting", "Insecure settings in use.", lambda: 1.0, key=key)
+        supervisor.metrics.gauge("realtime_insecure_settings", "Insecure settings in use.", lambda: 1.0, key=key)
     return supervisor
 
 

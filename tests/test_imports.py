@@ -42,7 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "transports": SHELL | {"deadlines", "http", "pubsub", "protocol", "server_api", "app", "handlers"},
     "worker": SHELL
     | {"deadlines", "http", "auth", "pubsub", "protocol", "server_api", "app", "cache", "handlers", "transports"},
-    "operators": SHELL | {"deadlines", "http", "protocol", "supervisor", "transports"},
+    "operators": SHELL | {"supervisor"},
     "supervisor": SHELL,
     # The entrances.
     "cli": FREE | {"auth"},
@@ -192,10 +192,12 @@ def loaded_by(module: str) -> set[str]:
     return {name.split(".")[0] for name in names} | {f"realtime/{room_of(name)}" for name in names if is_ours(name)}
 
 
-def test_the_supervisor_process_loads_no_token_library_and_no_sessions() -> None:
+def test_the_supervisor_process_loads_nothing_of_the_clients_protocols() -> None:
     loaded = loaded_by("realtime.tap")
-    assert "realtime/supervisor" in loaded
-    assert loaded & {"jwt", "realtime/auth", "realtime/worker", "realtime/broker", "realtime/handlers"} == set()
+    assert {"realtime/supervisor", "realtime/operators"} <= loaded
+    clients = {"transports", "protocol", "http", "auth", "server_api", "handlers", "pubsub", "deadlines"}
+    assert loaded & {f"realtime/{room}" for room in {*clients, "worker", "broker"}} == set()
+    assert loaded & {"autobahn", "h11", "jwt"} == set()
 
 
 def test_the_broker_process_loads_nothing_that_serves_clients() -> None:

@@ -115,5 +115,5 @@ def test_each_insecure_setting_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> N
     options = tap.Options()
     options.parseOptions([])
     metrics = tap.makeService(options).metrics  # type: ignore[attr-defined]
-    found = [sample.labels for sample in metrics.snapshot() if sample.name == "realtime_insecure_setting"]
+    found = [sample.labels for sample in metrics.snapshot() if sample.name == "realtime_insecure_settings"]
     assert found == [[("key", "client.insecure")], [("key", "client.token.hmac_secret_key")]]

@@ -111,7 +111,7 @@ class ComputePool:
         gauge("realtime_handler_processes_busy", "Handler processes at work.", lambda: self._busy)
         gauge("realtime_handler_processes_waiting", "Calls that wait for a process.", lambda: self.waiting)
         self._replaced = counter(
-            "realtime_handler_processes_replaced", "Handler processes that ended before their time."
+            "realtime_handler_process_replacements", "Handler processes that ended before their time."
         )
         for _ in range(self._size):
             self._launch()

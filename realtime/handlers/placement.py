@@ -71,7 +71,10 @@ class PlacementTracker:
         self._log = log
         self._counters = {
             place: metrics.counter(
-                "realtime_handler_moves", 'Moves of handlers with run="auto".', handler=handler.name, to=place
+                "realtime_handler_placement_changes",
+                'Moves of handlers with run="auto".',
+                handler=handler.name,
+                to=place,
             )
             for place in ("loop", "thread")
         }

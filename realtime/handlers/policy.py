@@ -101,4 +101,4 @@ class AdmissionPolicy:
 
 def shed_counter(metrics: Metrics, kind: str, reason: str) -> Counter:
     """Return the counter of calls refused under pressure. kind: the kind of handler, or "handshake"."""
-    return metrics.counter("realtime_shed", "Refused because of pressure.", kind=kind, reason=reason)
+    return metrics.counter("realtime_shed_requests", "Refused because of pressure.", kind=kind, reason=reason)

@@ -1,9 +1,8 @@
-"""The live figures: what the operators' page and `realtime top` show, brought up to date once a second.
+"""The live figures of the page and of `realtime top`: one snapshot of the server each second.
 
-Everything is known here already (`realtime.supervisor.health_monitor`, `realtime.supervisor.stack_sampler`), but for
-the rates and for what the loops spend their time on: once a second each process is asked for those counters. A process
-that has not answered is not asked again; its figures stay those of its page, which can be read while its loop is
-blocked.
+The supervisor has most of them already (`realtime.supervisor.health_monitor`, `realtime.supervisor.stack_sampler`). For
+message rates and loop time, each process is asked for its counters once a second. A process with an unanswered request
+is not asked again; its other figures come from its vitals page, which can be read while its loop is blocked.
 """
 
 from __future__ import annotations
@@ -21,38 +20,37 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from realtime.metrics import Sample
+from realtime.metrics import NONE, Sample
 from realtime.process import log
 from realtime.process.heartbeat import LOOP_SECONDS
-from realtime.supervision.incidents import Incident
+from realtime.supervision.health import Health
+from realtime.supervision.incidents import Blocks, Incident, IncidentLog
 from realtime.supervision.rates import Rates
-from realtime.supervisor.health_monitor import HealthMonitor
-from realtime.supervisor.stack_sampler import StackSampler
 
 # Seconds between two snapshots.
 INTERVAL = 1.0
-# Snapshots whose figures a new viewer is shown as the past.
+# Snapshots whose chart points are kept for new viewers.
 KEPT = 300
 # Places and incidents in a snapshot; /incidents has all.
-MOST_PLACES = 10
-MOST_INCIDENTS = 30
+MAX_PLACES = 10
+MAX_INCIDENTS = 30
 
-# Seconds over which the shares of the loops are averaged, so that their order can be read.
+# Readings, one a second, over which the shares of loop time are averaged: shares of one second change too fast to read.
 SHARE_SPAN = 5
-# Shares in a snapshot, of each worker and of all; /metrics has every one.
-MOST_SHARES = 10
-# A share that is not worth a line.
-_LEAST_SHARE = 0.0005
+# Shares of loop time in a snapshot, for each worker and for all; /metrics has every one.
+MAX_SHARES = 10
+# Shares below this are left out.
+_MIN_SHARE = 0.0005
 
-# Counters, and the names that their rates go by.
-_COUNTED = {
+# Counters whose rates are in a snapshot, and the names of the rates.
+_RATES = {
     "realtime_messages_received": "received",
     "realtime_messages_sent": "sent",
     "realtime_connects": "connects",
 }
 
-# What accounts of the server's own work are called, by kind.
-_OWN = {
+# Display names of the accounts of the server's own work, by kind.
+_SERVER_WORK = {
     "fanout": "fan-out",
     "protocol": "client protocol",
     "http": "HTTP",
@@ -63,6 +61,12 @@ _OWN = {
 
 _log = Logger(observer=log.observer)
 
+Account = tuple[str, str]
+"""Kind and name of an account of loop time."""
+
+Shares = Mapping[Account, float]
+"""Share of a loop's time by account, 0 to 1."""
+
 
 class MetricsSource(Protocol):
     """A process with counters."""
@@ -72,86 +76,105 @@ class MetricsSource(Protocol):
     def collect(self, names: Collection[str] = ()) -> Deferred[list[Sample]]: ...
 
 
+class HealthSource(Protocol):
+    """The health of each worker, by slot. after_check: called after each check of all workers."""
+
+    health: dict[int, Health]
+    after_check: list[Callable[[], None]]
+
+
+class IncidentSource(Protocol):
+    """The incidents of all workers."""
+
+    incidents: IncidentLog
+
+
 class LiveFigures:
-    """The snapshots. added: called with the JSON of every new one; add your own."""
+    """The snapshots, and the chart points of the last KEPT of them."""
 
     def __init__(
         self,
         reactor: Any,
-        monitor: HealthMonitor,
-        sampler: StackSampler,
+        monitor: HealthSource,
+        sampler: IncidentSource,
         processes: Mapping[int, MetricsSource],
         summary: Callable[[], dict[str, Any]],
     ) -> None:
         """processes: by slot, the live dictionary. summary: the state of the server, as /health shows it."""
-        self.added: list[Callable[[bytes], None]] = []
         self._reactor = reactor
         self._monitor = monitor
         self._sampler = sampler
         self._processes = processes
         self._summary = summary
+        self._listeners: list[Callable[[bytes], None]] = []
         self._rates = Rates[str]()
-        self._shares = Rates[tuple[str, str]](SHARE_SPAN)  # of the loop, by kind and name of an account
-        self._asked: dict[int, MetricsSource] = {}
-        self._peaks: dict[int, float] = {}  # the worst lag of each worker since the latest snapshot
+        self._shares = Rates[Account](SHARE_SPAN)
+        self._requests: dict[int, MetricsSource] = {}  # by slot: processes with an unanswered request
+        self._peak_lags: dict[int, float] = {}  # by slot, since the latest snapshot
         self._past: deque[tuple[float, list[tuple[float, float, int]]]] = deque(maxlen=KEPT)
         self._json = b"null"
-        self._timer = LoopingCall(self._turn)
+        self._timer = LoopingCall(self._update)
         self._timer.clock = reactor
-        monitor.after_check.append(self._look)
+        monitor.after_check.append(self._note_lags)
+
+    def add_listener(self, listener: Callable[[bytes], None]) -> None:
+        """Have `listener` called with the JSON of each new snapshot."""
+        self._listeners.append(listener)
 
     def start(self) -> None:
-        """Make the first snapshot, and go on."""
-        self._timer.start(INTERVAL).addErrback(lambda failure: _log.failure("no more live figures", failure))
+        """Take the first snapshot, and one each INTERVAL from then on."""
+        message = "live figures stopped for good: restart the server to have the page and `realtime top` updated again"
+        self._timer.start(INTERVAL).addErrback(lambda failure: _log.failure(message, failure))
 
     def stop(self) -> None:
-        """Make no more. Idempotent."""
+        """Take no more snapshots. Idempotent."""
         if self._timer.running:
             self._timer.stop()
-        if self._look in self._monitor.after_check:
-            self._monitor.after_check.remove(self._look)
+        if self._note_lags in self._monitor.after_check:
+            self._monitor.after_check.remove(self._note_lags)
 
     @property
     def json(self) -> bytes:
-        """The latest snapshot."""
+        """The latest snapshot; `null` before the first."""
         return self._json
 
     def past(self) -> bytes:
-        """What the charts show, oldest first, as JSON: Unix time, and of each worker lag, utilization, connections."""
+        """The chart points as JSON, oldest first: Unix time, and of each worker lag, utilization and connections."""
         return msgspec.json.encode(list(self._past))
 
-    def _look(self) -> None:
-        """A second is long: a loop that was late in between shows."""
+    def _note_lags(self) -> None:
+        """Keep each worker's largest lag: the workers are checked many times between two snapshots."""
         for slot, health in self._monitor.health.items():
-            if health.lag > self._peaks.get(slot, 0.0):
-                self._peaks[slot] = health.lag
+            if health.lag > self._peak_lags.get(slot, 0.0):
+                self._peak_lags[slot] = health.lag
 
-    def _turn(self) -> None:
+    def _update(self) -> None:
         for slot, process in self._processes.items():
-            if self._asked.get(slot) is not process:
-                self._ask(slot, process)
+            if self._requests.get(slot) is not process:
+                self._request_counters(slot, process)
         self._json = msgspec.json.encode(self._snapshot())
-        for tell in self.added:
+        for listener in self._listeners:
             try:
-                tell(self._json)
+                listener(self._json)
             except Exception:
-                _log.failure("a snapshot was not told")
+                _log.failure("sending a snapshot of the live figures failed; the next one follows in a second")
 
-    def _ask(self, slot: int, process: MetricsSource) -> None:
-        def answered(samples: list[Sample]) -> None:
+    def _request_counters(self, slot: int, process: MetricsSource) -> None:
+        def count(samples: list[Sample]) -> None:
             now = self._reactor.seconds()
-            self._rates.record(slot, process.pid, _totals(samples), now)
-            self._shares.record(slot, process.pid, _charged(samples), now)
+            self._rates.record(slot, process.pid, _counter_totals(samples), now)
+            self._shares.record(slot, process.pid, _loop_seconds(samples), now)
 
-        def over(_: object) -> None:
-            if self._asked.get(slot) is process:
-                del self._asked[slot]
+        def log_failure(failure: Failure) -> None:
+            reason = failure.getErrorMessage()
+            _log.debug("slot {slot} sent no counters for the live figures: {reason}", slot=slot, reason=reason)
 
-        def not_now(failure: Failure) -> None:
-            _log.debug("no counters of slot {slot}: {reason}", slot=slot, reason=failure.getErrorMessage())
+        def finish(_: object) -> None:
+            if self._requests.get(slot) is process:
+                del self._requests[slot]
 
-        self._asked[slot] = process
-        process.collect([*_COUNTED, LOOP_SECONDS]).addCallback(answered).addErrback(not_now).addBoth(over)
+        self._requests[slot] = process
+        process.collect([*_RATES, LOOP_SECONDS]).addCallback(count).addErrback(log_failure).addBoth(finish)
 
     def _snapshot(self) -> dict[str, Any]:
         at, now = time.time(), self._reactor.seconds()
@@ -160,77 +183,85 @@ class LiveFigures:
         shares = {}
         for worker in body["workers"]:
             slot = worker["slot"]
-            worker["peak_lag"] = self._peaks.get(slot, 0.0)
+            worker["peak_lag"] = self._peak_lags.get(slot, 0.0)
             worker["rates"] = self._rates.of(slot, worker["pid"], now)
             share = self._shares.of(slot, worker["pid"], now)
-            worker["loop"] = None if share is None else _most(share)
+            worker["loop"] = None if share is None else _largest_shares(share)
             if share is not None:
                 shares[slot] = share
             points.append((worker["peak_lag"], worker["utilization"] or 0.0, worker["connections"] or 0))
-        self._peaks.clear()
+        self._peak_lags.clear()
         self._past.append((at, points))
-        ledger = self._sampler.incidents
-        latest = islice(reversed(ledger.recent), MOST_INCIDENTS)
+        incident_log = self._sampler.incidents
+        latest = islice(reversed(incident_log.recent), MAX_INCIDENTS)
         return {
             "at": at,
             **body,
-            "loop": _together(shares),
-            "places": worst_places(ledger.blocks)[:MOST_PLACES],
-            "incidents": [_brief(incident) for incident in latest],
+            "loop": _mean_shares(shares),
+            "places": worst_places(incident_log.blocks)[:MAX_PLACES],
+            "incidents": [incident_json(incident, stacks=False) for incident in latest],
         }
 
 
-def worst_places(blocks: Mapping[tuple[str, str], Any]) -> list[dict[str, Any]]:
-    """What blocked the loops, by handler and place, the longest together first."""
+def worst_places(blocks: Mapping[tuple[str, str], Blocks]) -> list[dict[str, Any]]:
+    """Blocks of the loops by handler and place, as JSON values; largest total time first."""
     places = [
-        {"handler": handler, "place": place, "count": one.count, "seconds": round(one.seconds, 6)}
-        for (handler, place), one in blocks.items()
+        {"handler": handler or None, "place": place, "count": block.count, "seconds": round(block.seconds, 6)}
+        for (handler, place), block in blocks.items()
     ]
     places.sort(key=itemgetter("seconds"), reverse=True)
     return places
 
 
-def _brief(incident: Incident) -> dict[str, Any]:
-    """An incident without its stacks, which /incidents has."""
-    left_out = ("stack", "stacks")
-    return {name: getattr(incident, name) for name in incident.__struct_fields__ if name not in left_out}
+def incident_json(incident: Incident, stacks: bool) -> dict[str, Any]:
+    """An incident as JSON values: null for no function, handler or subject. stacks: with its stacks."""
+    left_out = () if stacks else ("stack", "stacks")
+    fields = {name: getattr(incident, name) for name in incident.__struct_fields__ if name not in left_out}
+    return {**fields, **{name: fields[name] or None for name in ("function", "handler", "subject")}}
 
 
-def _charged(samples: Iterable[Sample]) -> dict[tuple[str, str], float]:
-    charged = {}
+def _counter_totals(samples: Iterable[Sample]) -> dict[str, float]:
+    """The counters of `_RATES`, each summed over its labels."""
+    totals = dict.fromkeys(_RATES.values(), 0.0)
+    for sample in samples:
+        if sample.name in _RATES:
+            totals[_RATES[sample.name]] += sample.value
+    return totals
+
+
+def _loop_seconds(samples: Iterable[Sample]) -> dict[Account, float]:
+    """The seconds that each account of the loop was charged."""
+    seconds = {}
     for sample in samples:
         if sample.name == LOOP_SECONDS:
             labels = dict(sample.labels)
-            charged[labels.get("kind", ""), labels.get("name", "")] = sample.value
-    return charged
+            seconds[labels.get("kind", NONE), labels.get("name", NONE)] = sample.value
+    return seconds
 
 
-def _most(shares: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:
-    """What takes most of a loop: the largest shares first."""
-    most = sorted(shares.items(), key=itemgetter(1), reverse=True)[:MOST_SHARES]
-    return [{**_account(*key), "share": round(share, 4)} for key, share in most if share >= _LEAST_SHARE]
+def _largest_shares(shares: Shares) -> list[dict[str, Any]]:
+    """The largest shares of one loop as JSON values, largest first."""
+    largest = sorted(shares.items(), key=itemgetter(1), reverse=True)[:MAX_SHARES]
+    return [{**_account_json(*account), "share": round(share, 4)} for account, share in largest if share >= _MIN_SHARE]
 
 
-def _together(shares: Mapping[int, Mapping[tuple[str, str], float]]) -> list[dict[str, Any]]:
-    """What takes most of all loops that tell, the largest mean share first. most, slot: the largest of one loop."""
-    keys = {key for each in shares.values() for key in each}
-    means = {key: sum(each.get(key, 0.0) for each in shares.values()) / len(shares) for key in keys}
-    together = []
-    for key in sorted(keys, key=lambda key: (-means[key], key))[:MOST_SHARES]:
-        slot = max(shares, key=lambda slot: shares[slot].get(key, 0.0))
-        most = round(shares[slot].get(key, 0.0), 4)
-        if means[key] >= _LEAST_SHARE:
-            together.append({**_account(*key), "share": round(means[key], 4), "most": most, "slot": slot})
-    return together
+def _mean_shares(shares: Mapping[int, Shares]) -> list[dict[str, Any]]:
+    """The largest mean shares over the loops in `shares`, by slot, as JSON values, largest first.
+
+    most, slot of each: the largest share in one loop, and that loop's slot.
+    """
+    accounts = {account for share in shares.values() for account in share}
+    means = {account: sum(share.get(account, 0.0) for share in shares.values()) / len(shares) for account in accounts}
+    largest = []
+    for account in sorted(accounts, key=lambda account: (-means[account], account))[:MAX_SHARES]:
+        slot = max(shares, key=lambda slot: shares[slot].get(account, 0.0))
+        most = round(shares[slot].get(account, 0.0), 4)
+        if means[account] >= _MIN_SHARE:
+            largest.append({**_account_json(*account), "share": round(means[account], 4), "most": most, "slot": slot})
+    return largest
 
 
-def _account(kind: str, name: str) -> dict[str, str]:
-    return {"kind": kind, "account": " ".join(filter(None, (_OWN.get(kind), name)))}
-
-
-def _totals(samples: Iterable[Sample]) -> dict[str, float]:
-    totals = dict.fromkeys(_COUNTED.values(), 0.0)
-    for sample in samples:
-        if sample.name in _COUNTED:
-            totals[_COUNTED[sample.name]] += sample.value
-    return totals
+def _account_json(kind: str, name: str) -> dict[str, str]:
+    """Kind and display name of an account."""
+    words = _SERVER_WORK.get(kind), None if name == NONE else name
+    return {"kind": kind, "account": " ".join(filter(None, words))}

@@ -1,7 +1,7 @@
-"""The files of the operators' page, and the policy under which a browser shows it.
+"""The files of the live page, and the policy under which a browser shows it.
 
-Names in what the page shows come from applications and their clients. It shows them as text; should that ever fail,
-the policy lets nothing run but the page's own script, and nothing be fetched but from this port.
+Names on the page come from applications and their clients. The page shows them as text; should that ever fail, the
+policy lets the browser run only the page's own script and fetch only from this port.
 """
 
 from __future__ import annotations

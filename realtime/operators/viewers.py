@@ -1,109 +1,123 @@
-"""Who watches the live figures: WebSockets on the operators' port.
+"""The live page's feed: server-sent events at /live on the operators' port.
 
-The port has the same strict front as the clients' one. A viewer is sent the past once and then every new snapshot;
-what it says means nothing. One that does not keep up is dropped by the outbox's limit, like a slow client.
+A viewer is an open response (`text/event-stream`, HTML Living Standard 9.2). It is sent the past once and then each new
+snapshot, one a second, which is the heartbeat too: a page that has heard none for a few seconds says so. Each snapshot
+replaces the one before, so none is queued: a viewer whose socket buffer is full misses snapshots, and is dropped when
+the buffer stays full. Memory held for one viewer is thus one event and the transport's own 64 KiB at most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-from twisted.web.http import FORBIDDEN
-from twisted.web.server import Site
+from twisted.internet.interfaces import IPushProducer
+from twisted.python.failure import Failure
+from twisted.web.http import OK, SERVICE_UNAVAILABLE
+from zope.interface import implementer
 
-from realtime.config import settings
-from realtime.deadlines import Deadlines
-from realtime.errors import SHUTDOWN
-from realtime.http.frames import text_frame
-from realtime.http.handshake import OpeningRequest
-from realtime.http.request import UNCOUNTED, Refusal, RequestHead
-from realtime.metrics import Metrics
-from realtime.operators.live import LiveFigures
-from realtime.transports.admission import Admission
-from realtime.transports.frontend import HTTPFrontendFactory
-from realtime.transports.websocket import WebSocketConnection, WebSocketFactory
+from realtime.operators.site import OperatorRequest
 
-PATH = "/live"
-MOST_VIEWERS = 20
-# Bytes that a viewer may say at once, and bytes that may wait for it.
-_MAX_MESSAGE = 1024
-_MAX_WAITING = 4 << 20
+PATH = b"/live"
+MAX_VIEWERS = 20
+# Seconds for which a viewer's socket may take nothing before the viewer is dropped.
+MAX_STALL = 10.0
+# Milliseconds after which a browser reconnects when the stream has ended.
+_RETRY = 1000
+
+
+class SnapshotSource(Protocol):
+    """The live figures, as `realtime.operators.live.LiveFigures` keeps them."""
+
+    @property
+    def json(self) -> bytes: ...
+    def past(self) -> bytes: ...
+    def add_listener(self, listener: Callable[[bytes], None]) -> None: ...
 
 
 class Viewers:
-    """Everybody who watches. front: the factory for the operators' port."""
+    """All open streams of the live page."""
 
-    def __init__(self, reactor: Any, live: LiveFigures, site: Site, is_own: Callable[[str], bool]) -> None:
-        """site: serves everything but the WebSocket. is_own: whether a Host header names this port."""
+    def __init__(self, reactor: Any, live: SnapshotSource) -> None:
+        """reactor: with monotonic `seconds`. live: each new snapshot of it goes to every viewer."""
         self._reactor = reactor
         self._live = live
-        self._all: set[_Viewer] = set()
-        self._deadlines = Deadlines(reactor.seconds())
-        # The operators' own connections are no clients: they don't show in the metrics.
-        metrics = Metrics()
-        client = settings.ClientSettings(connection_limit=MOST_VIEWERS, queue_max_size=_MAX_WAITING)
-        websocket = _Factory(
-            self._open,
-            settings.WebSocketSettings(message_size_limit=_MAX_MESSAGE),
-            client,
-            self._deadlines,
-            metrics,
-            reactor,
-            Admission(client, metrics, reactor.seconds),
-        )
-        websocket.is_own = is_own
-        self.front = HTTPFrontendFactory(
-            settings.HTTPServerSettings(), {PATH: websocket}, site, self._deadlines, metrics
-        )
-        live.added.append(self._tell)
+        self._viewers: set[_Viewer] = set()
+        live.add_listener(self._send)
 
     def __len__(self) -> int:
-        return len(self._all)
+        return len(self._viewers)
 
-    def sweep(self) -> None:
-        """Mind the deadlines. Every `realtime.deadlines.RESOLUTION` seconds."""
-        self._deadlines.sweep(self._reactor.seconds())
+    def open(self, request: OperatorRequest) -> None:
+        """Answer a GET or HEAD of /live: with a stream, or with 503 when MAX_VIEWERS are open."""
+        if len(self._viewers) >= MAX_VIEWERS:
+            request.setHeader("retry-after", "5")
+            text = f"{MAX_VIEWERS} live pages are open, which is the limit; close one, or read /snapshot\n"
+            request.reply(SERVICE_UNAVAILABLE, "text/plain", text)
+        elif request.method == b"HEAD":
+            request.begin_reply(OK, "text/event-stream")
+            request.finish()
+        else:
+            viewer = _Viewer(request, self._reactor.seconds, self._viewers.discard)
+            self._viewers.add(viewer)
+            first = b'{"past":' + self._live.past() + b',"snapshot":' + self._live.json + b"}"
+            viewer.begin(b"retry: %d\ndata: %b\n\n" % (_RETRY, first))
 
     def close(self) -> None:
-        """Send everybody away."""
-        for viewer in list(self._all):
-            viewer.connection.close(*SHUTDOWN)
+        """End every stream."""
+        for viewer in list(self._viewers):
+            viewer.end()
 
-    def _open(self, connection: WebSocketConnection, request: OpeningRequest) -> _Viewer:
-        viewer = _Viewer(connection, self._all.discard)
-        self._all.add(viewer)
-        connection.send(b'{"past":' + self._live.past() + b',"snapshot":' + self._live.json + b"}")
-        return viewer
-
-    def _tell(self, snapshot: bytes) -> None:
-        if self._all:
-            frame = text_frame(b'{"snapshot":' + snapshot + b"}")
-            for viewer in list(self._all):
-                viewer.connection.sink.deliver(frame)
+    def _send(self, snapshot: bytes) -> None:
+        """Send a snapshot to every viewer, and drop the stalled ones. snapshot: JSON without line ends."""
+        event = b'data: {"snapshot":' + snapshot + b"}\n\n"
+        for viewer in list(self._viewers):
+            viewer.send(event)
 
 
+@implementer(IPushProducer)
 class _Viewer:
-    """A connection that is told everything and asked nothing."""
+    """One stream, as the producer of its response: the transport pauses it while its buffer is full."""
 
-    def __init__(self, connection: WebSocketConnection, gone: Callable[[_Viewer], None]) -> None:
-        self.connection = connection
-        self._gone = gone
+    def __init__(
+        self, request: OperatorRequest, seconds: Callable[[], float], on_end: Callable[[_Viewer], None]
+    ) -> None:
+        """seconds: a monotonic clock. on_end: called once, when the stream has ended for any reason."""
+        self._request = request
+        self._seconds = seconds
+        self._on_end = on_end
+        self._paused_at: float | None = None
 
-    def receive(self, payload: bytes) -> None:
-        """Nothing that a viewer could say has a meaning."""
+    def begin(self, event: bytes) -> None:
+        """Open the stream with its first event."""
+        self._request.begin_reply(OK, "text/event-stream")
+        self._request.notifyFinish().addBoth(self._ended)
+        self._request.registerProducer(self, True)
+        self._request.write(event)
 
-    def closed(self) -> None:
-        self._gone(self)
+    def send(self, event: bytes) -> None:
+        """Write an event; skip it while the buffer is full, and drop the viewer after MAX_STALL seconds of that."""
+        if self._paused_at is None:
+            self._request.write(event)
+        elif self._seconds() - self._paused_at >= MAX_STALL:
+            self._request.abort()
 
+    def end(self) -> None:
+        """Finish the response and close the connection; at once where the buffer is full."""
+        if self._paused_at is not None:
+            self._request.abort()
+            return
+        self._request.unregisterProducer()
+        self._request.finish_and_close()
 
-class _Factory(WebSocketFactory):
-    """Lets in pages of this very port. is_own: see `Viewers`."""
+    def pauseProducing(self) -> None:
+        self._paused_at = self._seconds()
 
-    is_own: Callable[[str], bool]
+    def resumeProducing(self) -> None:
+        self._paused_at = None
 
-    def check(self, head: RequestHead) -> Refusal | None:
-        """A name that is not ours stops DNS rebinding, which the origin alone does not."""
-        if not all(map(self.is_own, head.get_all("host") or [""])):
-            return Refusal(FORBIDDEN, "unknown Host: use localhost, or the address that is bound", UNCOUNTED)
-        return super().check(head)
+    def stopProducing(self) -> None:
+        """Called by twisted when the connection is lost; `_ended` follows."""
+
+    def _ended(self, _: Failure | None) -> None:
+        self._on_end(self)

@@ -91,11 +91,12 @@ class Rescue:
         self._unlogged: Counter[int] = Counter()  # connections rescued since the slot's worker became unable, by slot
         help = "Connections queued for this worker that another worker took."
         self._rescued = {
-            slot: metrics.counter("realtime_rescued", help, worker=str(slot)) for slot in range(len(self._sockets))
+            slot: metrics.counter("realtime_rescued_connections", help, worker=str(slot))
+            for slot in range(len(self._sockets))
         }
-        self._refused = metrics.counter("realtime_rescue_refused", "Clients that the supervisor refused with a 503.")
+        self._refused = metrics.counter("realtime_rescue_refusals", "Clients that the supervisor refused with a 503.")
         help = "Failures of a worker to take a connection from the supervisor, which then tried another worker."
-        self._failed = metrics.counter("realtime_rescue_failed", help)
+        self._failed = metrics.counter("realtime_rescue_failures", help)
 
     def check(self) -> None:
         """Rescue the connections of all workers that can't accept them."""

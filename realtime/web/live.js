@@ -1,10 +1,11 @@
-// The operators' page: the server's snapshots, one a second over a WebSocket, as figures, charts and incidents.
+// The operators' page: shows the server's snapshots, one a second by server-sent events, as figures, charts and incidents.
 //
-// Names in them come from applications and their clients: they are put into the page as text, never as HTML.
+// Names in snapshots come from applications and their clients: they are put into the page as text, never as HTML.
 
 const SPAN = 300; // seconds that the charts show
-const SILENCE = 4_000; // milliseconds without a snapshot after which the figures are no longer current
-const RETRY = { first: 500, longest: 5_000 };
+const STALE = 4_000; // milliseconds without a snapshot after which the page says that its figures are old
+const DEAD = 20_000; // milliseconds without a snapshot after which the page opens a new connection
+const RETRY = { first: 500, longest: 5_000 }; // milliseconds between two attempts after a refusal
 const WIDTH = 300, HEIGHT = 60; // of a chart's own coordinates
 
 const $ = (selector, from = document) => from.querySelector(selector);
@@ -56,7 +57,7 @@ const percent = (value) => (value === null || value === undefined ? NONE : `${Ma
 const rate = (value) => (value === null || value === undefined ? NONE : value > 0 && value < 9.95 ? `${value.toFixed(1)}/s` : `${short.format(value)}/s`);
 const clock = (at) => new Date(at * 1000).toLocaleTimeString("en-GB");
 
-// What the charts draw. `place` gives the height of a value as a share of the chart, 0 to 1.
+// The charts. `place` gives the height of a value as a share of the chart, 0 to 1.
 
 const CHARTS = [
   {
@@ -68,12 +69,12 @@ const CHARTS = [
 ];
 
 let past = []; // [Unix time, [[lag, utilization, connections] of each worker]]
-let ceiling = 10; // of the charts of connections, one for all
+let ceiling = 10; // largest value of all charts of connections
 let snapshot = null;
-let cursor = null; // the moment under the pointer
+let cursor = null; // Unix time under the pointer
 const workers = new Map(); // slot -> its elements
 const incidents = new Map(); // key -> its element
-let heard = 0;
+let heard = performance.now(); // when the latest snapshot came, or the latest connection was opened
 
 /** The next of 1, 2, 5, 10, 20 … at or above a value. */
 function round(value) {
@@ -103,7 +104,7 @@ class Chart {
     for (const [at, points] of past) {
       const value = points[this.worker]?.[this.position];
       if (value === undefined) continue;
-      if (at - last > 5) runs.push([]); // a hole: we were away
+      if (at - last > 5) runs.push([]); // a hole: the page was disconnected
       last = at;
       runs.at(-1).push([Math.max(WIDTH * (1 - (now - at) / SPAN), 0), this.height(value)]);
     }
@@ -138,14 +139,14 @@ class Chart {
 
 const TONES = { healthy: "fine", lagging: "warn", draining: "warn", pressed: "bad", absent: "bad" };
 
-/** A worker's condition in a word, also while it has none. */
+/** A worker's condition in a word, or the state of its slot while it has no condition. */
 function conditionOf(worker) {
   return worker.condition && worker.condition !== "absent" ? worker.condition : worker.state;
 }
 
 const toneOf = (worker) => TONES[worker.condition] ?? "warn";
 
-/** Names and values as a list of definitions; a third item is the tone. */
+/** Show names and values as a list of definitions; a third item is the tone. */
 function showFigures(list, figures) {
   while (list.children.length < figures.length) {
     const pair = make("div");
@@ -166,9 +167,9 @@ function fill(element, length, create) {
   while (element.children.length > length) element.lastElementChild.remove();
 }
 
-const NAMED = 4; // accounts of a loop that are named under its bar
+const NAMED = 4; // accounts of loop time that are named under a worker's bar
 
-/** What a worker's loop was busy with: a bar as long as the loop's time, and the largest shares in words. */
+/** Show how a worker's loop spent its time: as a bar, and the largest shares in words. */
 function showLoop(card, accounts) {
   const box = $(".loop", card);
   box.hidden = !accounts?.length;
@@ -204,7 +205,7 @@ function showWorker(worker) {
   write(condition, conditionOf(worker));
   condition.dataset.tone = tone;
   write($(".process", card), worker.pid ? `pid ${worker.pid} · ${worker.state} for ${age(worker.since)}` : `no process for ${age(worker.since)}`);
-  write($(".running", card), worker.handler ? whose(worker) : "");
+  write($(".running", card), worker.handler ? handlerOf(worker) : "");
   showLoop(card, worker.loop);
   const { rates } = worker;
   const queue = worker.accept_queue;
@@ -227,12 +228,12 @@ function showHead() {
   const ready = all.filter((worker) => worker.state === "ready").length;
   const ill = all.filter((worker) => toneOf(worker) !== "fine");
   const worst = ill.some((worker) => toneOf(worker) === "bad") ? "bad" : "warn";
-  const one = ill.length === 1 ? `worker ${ill[0].slot} is ${conditionOf(ill[0])}` : `${ill.length} of ${all.length} workers are not well`;
-  const said = snapshot.stopping ? "stopping" : ill.length ? one : "all is well";
+  const trouble = ill.length === 1 ? `worker ${ill[0].slot} is ${conditionOf(ill[0])}` : `${ill.length} of ${all.length} workers are not healthy`;
+  const message = snapshot.stopping ? "the server is stopping" : ill.length ? trouble : "all workers are healthy";
   const status = $("#status");
-  write(status, said);
+  write(status, message);
   status.dataset.tone = snapshot.stopping ? "warn" : ill.length ? worst : "fine";
-  document.title = ill.length || snapshot.stopping ? `⚠ ${said} · realtime` : "realtime";
+  document.title = ill.length || snapshot.stopping ? `⚠ ${message} · realtime` : "realtime";
   showFigures($("#totals"), [
     ["workers ready", `${ready} of ${all.length}`],
     ["connections", count(sum((worker) => worker.connections))],
@@ -287,9 +288,9 @@ function showPlaces() {
   }));
 }
 
-/** A handler, and the channel or method it was called for unless its name says so already. */
-function whose({ handler, subject }) {
-  return subject && !handler.endsWith(subject) ? `${handler} · ${subject}` : handler;
+/** A handler, and the channel or method of its call unless the handler's name includes it. */
+function handlerOf({ handler, subject }) {
+  return handler && subject && !handler.endsWith(subject) ? `${handler} · ${subject}` : handler ?? "";
 }
 
 const keyOf = (incident) => `${incident.slot} ${incident.pid} ${incident.at}`;
@@ -325,7 +326,7 @@ function showIncident(list, incident) {
   duration.dataset.tone = incident.lasts ? "bad" : incident.duration >= 1 ? "warn" : "";
   duration.title = incident.lasts ? "still blocked" : "";
   write($(".place", element), incident.function ? `${incident.place} in ${incident.function}` : incident.place);
-  write($(".handler", element), whose(incident));
+  write($(".handler", element), handlerOf(incident));
 }
 
 /** Fetch an incident's stack, which snapshots leave out, and show it. */
@@ -334,20 +335,20 @@ async function showStack(element, incident) {
   more.replaceChildren(make("p", "…"));
   try {
     const answer = await fetch(`incidents?at=${incident.at}`, { cache: "no-store" });
-    const found = (await answer.json()).incidents.find((one) => keyOf(one) === keyOf(incident));
-    if (!found) throw new Error("it is no longer kept");
-    const how = `worker ${found.slot}, pid ${found.pid}, ${found.samples} ${found.samples === 1 ? "look" : "looks"}${found.thread ? ", blocked by another thread" : ""}`;
-    more.replaceChildren(make("p", found.ending === "turned" ? how : `${how}; ${found.ending}`));
-    more.append(make("pre", found.stack.length ? found.stack.join("\n") : "no stack came in time"));
+    const found = (await answer.json()).incidents.find((candidate) => keyOf(candidate) === keyOf(incident));
+    if (!found) throw new Error("the server no longer keeps this incident");
+    const summary = `worker ${found.slot}, pid ${found.pid}, ${found.samples} ${found.samples === 1 ? "sample" : "samples"}${found.thread ? ", blocked by another thread" : ""}`;
+    more.replaceChildren(make("p", found.ending === "turned" ? summary : `${summary}; ${found.ending}`));
+    more.append(make("pre", found.stack.length ? found.stack.join("\n") : "the block ended before a stack was taken"));
     if (found.stacks) more.append(make("pre", found.stacks));
   } catch (error) {
-    more.replaceChildren(make("p", `could not be had: ${error.message}`));
+    more.replaceChildren(make("p", `could not load the stack: ${error.message}`));
   }
 }
 
 // Drawing
 
-/** The snapshot nearest to a moment, counted in `past`; -1, the last, without one. */
+/** The index in `past` of the snapshot nearest to a moment; -1, the last one, when `moment` is null. */
 function indexAt(moment) {
   if (moment === null) return -1;
   let best = -1, distance = Infinity;
@@ -398,24 +399,48 @@ function take(message) {
   if (!document.hidden) draw();
 }
 
-function lose() {
+/** Say that the figures are old. `reason`: why there are no new ones. */
+function markStale(reason = "no answer") {
   document.body.dataset.state = "lost";
   const status = $("#status");
-  write(status, snapshot ? `no answer since ${clock(snapshot.at)}` : "no answer");
+  write(status, snapshot ? `${reason} since ${clock(snapshot.at)}` : reason);
   status.dataset.tone = "bad";
-  document.title = "⚠ no answer · realtime";
+  document.title = `⚠ ${reason} · realtime`;
 }
 
+let source = null; // the open EventSource; null between two attempts
+
+/** Open the feed. `delay`: milliseconds until the next attempt, should this one be refused. */
 function connect(delay = RETRY.first) {
-  const socket = new WebSocket(new URL("live", location.href.replace(/^http/, "ws")));
-  let next = delay;
-  socket.addEventListener("message", ({ data }) => { next = RETRY.first; take(JSON.parse(data)); });
-  socket.addEventListener("close", () => {
-    lose();
-    setTimeout(connect, next, Math.min(next * 2, RETRY.longest));
+  source = new EventSource("live");
+  heard = performance.now();
+  source.addEventListener("message", ({ data }) => { delay = RETRY.first; take(JSON.parse(data)); });
+  source.addEventListener("error", async () => {
+    markStale();
+    // The browser reconnects by itself when a connection is lost, but gives up when the server refuses one.
+    if (source?.readyState !== EventSource.CLOSED) return;
+    source = null;
+    setTimeout(connect, delay, Math.min(delay * 2, RETRY.longest));
+    if (await isRefused() && source === null) markStale("too many live pages are open: close one; no figures");
   });
 }
 
-setInterval(() => { if (document.body.dataset.state === "live" && performance.now() - heard > SILENCE) lose(); }, 1_000);
+/** Whether the server lets no more pages watch; an EventSource does not say why it failed. */
+async function isRefused() {
+  try {
+    return (await fetch("live", { method: "HEAD", cache: "no-store" })).status === 503;
+  } catch {
+    return false;
+  }
+}
+
+setInterval(() => {
+  const silence = performance.now() - heard;
+  if (document.body.dataset.state === "live" && silence > STALE) markStale();
+  if (source && silence > DEAD) {
+    source.close();
+    connect();
+  }
+}, 1_000);
 document.addEventListener("visibilitychange", () => { if (!document.hidden) draw(); });
 connect();

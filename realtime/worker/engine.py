@@ -134,7 +134,9 @@ class BrokerEngine:
         self._timeouts = metrics.counter("realtime_engine_timeouts", "Requests to the engine not answered in time.")
         self._lost_links = metrics.counter("realtime_engine_lost_links", "Streams to the engine that ended.")
         metrics.gauge(
-            "realtime_engine_waiting", "Requests to the engine without an answer yet.", lambda: len(self._calls)
+            "realtime_engine_pending_requests",
+            "Requests to the engine without an answer yet.",
+            lambda: len(self._calls),
         )
 
     # The stream

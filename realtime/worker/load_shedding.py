@@ -102,7 +102,7 @@ def configure_cache_host(
     host.start = _start_task
     host.perform = perform
     host.counter = lambda name, outcome: metrics.counter(
-        "realtime_cache", "Answers of caches, and entries that had to go.", cache=name, outcome=outcome
+        "realtime_cache_events", "Answers of caches, and entries that had to go.", cache=name, outcome=outcome
     )
 
 

@@ -14,9 +14,6 @@ from realtime.pubsub.engine import Receiver
 from realtime.supervision.loop_time import LoopAccount, LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
 
-# The account of channels without a namespace.
-NO_NAMESPACE = "-"
-
 
 def charged_transport(ledger: LoopTimeLedger, http_protocol: type) -> type[DirectServer]:
     """Return a transport class for clients whose work is charged to the client protocol.
@@ -65,7 +62,7 @@ class NamespaceAccounts:
         """namespaces: the names of the configured ones. namespace_of: returns a channel's, None for none."""
         self.ledger = ledger
         self._namespace_of = namespace_of
-        self._default = ledger.open(LoopWork.FANOUT, NO_NAMESPACE)
+        self._default = ledger.open(LoopWork.FANOUT)  # channels without a namespace
         self._by_name: dict[str | None, LoopAccount] = {name: ledger.open(LoopWork.FANOUT, name) for name in namespaces}
 
     def account(self, channel: str) -> LoopAccount:

@@ -90,7 +90,9 @@ class Served:
         until = time.monotonic() + START_LIMIT
         while time.monotonic() < until:  # a busy worker answers late
             with urllib.request.urlopen(f"http://127.0.0.1:{self.operator_port}/metrics", timeout=5) as answer:
-                found = re.search(rf'^{name}{{worker="{worker}"}} (.+)$', answer.read().decode(), re.MULTILINE)
+                found = re.search(
+                    rf'^{name}{{process="worker",worker="{worker}"}} (.+)$', answer.read().decode(), re.MULTILINE
+                )
             if found is not None:
                 return float(found[1])
             time.sleep(0.5)

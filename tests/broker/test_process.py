@@ -228,7 +228,7 @@ async def test_the_broker_counts_publications_and_requests(brokers: Any, workers
         await worker.publish()
     series = await broker.series()
     assert series["realtime_broker_publications"] == 3
-    assert series["realtime_broker_routed"] == 6
+    assert series["realtime_broker_deliveries"] == 6
     assert series["realtime_broker_requests"] == 5
     assert series["realtime_broker_channels"] == 1
     assert series["realtime_broker_streams"] == 1

@@ -89,7 +89,7 @@ class Bench:
         return {
             (dict(sample.labels)["kind"], dict(sample.labels)["reason"]): sample.value
             for sample in self.metrics.snapshot()
-            if sample.name == "realtime_shed"
+            if sample.name == "realtime_shed_requests"
         }
 
 

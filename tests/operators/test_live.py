@@ -1,4 +1,4 @@
-"""The live figures: rates, the worst lag of each second, the past, and processes that do not answer."""
+"""The live figures: rates, loop time, peak lags, chart points, and processes that do not answer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from realtime.metrics import Sample
-from realtime.operators.live import KEPT, MOST_INCIDENTS, MOST_PLACES, MOST_SHARES, LiveFigures
+from realtime.operators.live import KEPT, MAX_INCIDENTS, MAX_PLACES, MAX_SHARES, LiveFigures
 from realtime.supervision.health import Condition, Health
 from realtime.supervision.incidents import Incident, IncidentLog
 
 
 class Child:
-    """A process whose answers the test gives."""
+    """Stands for a process; the test gives its answers."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -27,32 +27,32 @@ class Child:
         self.asked.append(Deferred())
         return self.asked[-1]
 
-    def answer(self, sent: float, **charged: float) -> None:
-        """charged: seconds of the loop, by kind and name, as in handler_f or timers."""
+    def answer(self, sent: float, **seconds: float) -> None:
+        """Answer the latest request. seconds: of loop time, by kind and name, as in handler_f or timers."""
         samples = [Sample("realtime_messages_sent", "counter", "Messages.", [], sent)]
-        for account, spent in charged.items():
+        for account, spent in seconds.items():
             kind, _, name = account.partition("_")
-            labels = [("kind", kind), ("name", name)]
+            labels = [("kind", kind), ("name", name or "none")]
             samples.append(Sample("realtime_loop_seconds", "counter", "Time.", labels, spent))
         self.asked[-1].callback(samples)
 
 
 class Watched:
-    """Stands for the supervisor's `Watch` and `Blame`."""
+    """Stands for the supervisor's `HealthMonitor` and `StackSampler`."""
 
     def __init__(self) -> None:
         self.after_check: list[Any] = []
         self.health: dict[int, Health] = {}
         self.incidents = IncidentLog()
 
-    def look(self, lag: float) -> None:
+    def check(self, lag: float) -> None:
         self.health[0] = Health(0, Condition.HEALTHY, 0.0, lag)
-        for look in self.after_check:
-            look()
+        for listener in self.after_check:
+            listener()
 
 
 class Stage:
-    """One worker."""
+    """The live figures of a server with one worker."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -75,7 +75,7 @@ class Stage:
         return self.snapshot["workers"][0]
 
 
-def test_rates_come_with_the_second_answer() -> None:
+def test_rates_need_two_answers() -> None:
     stage = Stage()
     stage.child.answer(10)
     stage.clock.advance(1)
@@ -85,7 +85,7 @@ def test_rates_come_with_the_second_answer() -> None:
     assert stage.worker["rates"] == {"received": 0.0, "sent": 30.0, "connects": 0.0}
 
 
-def test_a_process_that_does_not_answer_is_not_asked_again_and_another_in_its_place_is() -> None:
+def test_a_silent_process_is_not_asked_again_and_its_successor_is() -> None:
     stage = Stage()
     for _ in range(5):
         stage.clock.advance(1)
@@ -100,7 +100,7 @@ def test_a_process_that_does_not_answer_is_not_asked_again_and_another_in_its_pl
     assert stage.worker["rates"] is None
 
 
-def test_what_a_loop_is_busy_with_is_told_as_shares_the_largest_first() -> None:
+def test_loop_time_is_shown_as_shares_largest_first() -> None:
     stage = Stage()
     stage.child.answer(0, handler_f=1.0, timers=5.0, other=9.0)
     stage.clock.advance(1)
@@ -115,7 +115,7 @@ def test_what_a_loop_is_busy_with_is_told_as_shares_the_largest_first() -> None:
     ]
 
 
-def test_shares_are_of_the_last_seconds() -> None:
+def test_shares_cover_the_last_seconds() -> None:
     stage = Stage()
     for spent in (0.0, 0.5, 0.5, 0.5, 0.5, 0.5):
         stage.child.answer(0, handler_f=spent)
@@ -126,10 +126,10 @@ def test_shares_are_of_the_last_seconds() -> None:
     assert stage.worker["loop"] == []
 
 
-def test_shares_of_all_loops_tell_where_they_are_largest() -> None:
+def test_mean_shares_name_the_worker_with_the_largest_share() -> None:
     stage = Stage()
     stage.processes[1] = other = Child(101)
-    stage.processes[2] = Child(102)  # tells nothing, and is left out
+    stage.processes[2] = Child(102)  # does not answer, and is left out
     stage.clock.advance(1)
     stage.child.answer(0, handler_f=0.0, other=0.0)
     other.answer(0, handler_f=0.0, other=0.0)
@@ -143,40 +143,40 @@ def test_shares_of_all_loops_tell_where_they_are_largest() -> None:
     ]
 
 
-def test_many_accounts_are_bounded() -> None:
+def test_the_number_of_shares_is_bounded() -> None:
     stage = Stage()
     stage.child.answer(0)
     stage.clock.advance(1)
     stage.child.answer(0, **{f"handler_{number}": number / 100 for number in range(1, 40)})
     stage.clock.advance(1)
-    shares = [one["share"] for one in stage.worker["loop"]]
-    assert shares == [number / 100 for number in range(39, 39 - MOST_SHARES, -1)]
-    assert [one["share"] for one in stage.snapshot["loop"]] == shares
+    shares = [account["share"] for account in stage.worker["loop"]]
+    assert shares == [number / 100 for number in range(39, 39 - MAX_SHARES, -1)]
+    assert [account["share"] for account in stage.snapshot["loop"]] == shares
 
 
-def test_the_worst_lag_of_the_second_shows_once() -> None:
+def test_the_peak_lag_of_each_second_is_in_one_snapshot() -> None:
     stage = Stage()
     for lag in (0.01, 0.7, 0.02):
-        stage.watched.look(lag)
+        stage.watched.check(lag)
     stage.clock.advance(1)
     assert stage.worker["peak_lag"] == 0.7
-    stage.watched.look(0.03)
+    stage.watched.check(0.03)
     stage.clock.advance(1)
     assert stage.worker["peak_lag"] == 0.03
 
 
-def test_the_past_is_bounded_and_ends_with_the_latest() -> None:
+def test_chart_points_are_bounded_and_end_with_the_latest() -> None:
     stage = Stage()
     for _ in range(KEPT + 20):
         stage.clock.advance(1)
-    stage.watched.look(0.2)
+    stage.watched.check(0.2)
     stage.clock.advance(1)
     past = json.loads(stage.live.past())
     assert len(past) == KEPT
     assert past[-1][1] == [[0.2, 0.5, 7]]
 
 
-def test_what_blocks_is_told_worst_first_newest_first_without_stacks_and_bounded() -> None:
+def test_places_are_worst_first_and_incidents_newest_first_without_stacks() -> None:
     stage = Stage()
     for number in range(50):
         incident = Incident(slot=0, pid=1, at=number, duration=number, lasts=False, place=f"a.py:{number}", stack=["x"])
@@ -184,18 +184,30 @@ def test_what_blocks_is_told_worst_first_newest_first_without_stacks_and_bounded
         stage.watched.incidents.count(incident)
     stage.clock.advance(1)
     snapshot = json.loads(stage.live.json)
-    assert [place["place"] for place in snapshot["places"]] == [f"a.py:{49 - n}" for n in range(MOST_PLACES)]
-    assert [one["at"] for one in snapshot["incidents"]] == [49 - n for n in range(MOST_INCIDENTS)]
+    assert [place["place"] for place in snapshot["places"]] == [f"a.py:{49 - n}" for n in range(MAX_PLACES)]
+    assert [incident["at"] for incident in snapshot["incidents"]] == [49 - n for n in range(MAX_INCIDENTS)]
     assert not {"stack", "stacks"} & set(snapshot["incidents"][0])
 
 
-def test_whoever_wants_to_know_is_told_of_each_until_it_stops() -> None:
+def test_listeners_get_each_snapshot_until_stop() -> None:
     stage = Stage()
-    told: list[bytes] = []
-    stage.live.added += [lambda _: 1 / 0, told.append]
+    received: list[bytes] = []
+    stage.live.add_listener(lambda _: print(1 / 0))
+    stage.live.add_listener(received.append)
     stage.clock.advance(1)
-    assert told == [stage.live.json]
+    assert received == [stage.live.json]
     stage.live.stop()
     stage.clock.advance(5)
-    assert len(told) == 1
+    assert len(received) == 1
     assert stage.watched.after_check == []
+
+
+def test_a_handler_that_is_none_is_null() -> None:
+    stage = Stage()
+    incident = Incident(slot=0, pid=1, at=1.0, duration=0.1, lasts=False, place="a.py:1")
+    stage.watched.incidents.recent.append(incident)
+    stage.watched.incidents.count(incident)
+    stage.clock.advance(1)
+    assert stage.snapshot["places"][0]["handler"] is None
+    shown = stage.snapshot["incidents"][0]
+    assert (shown["handler"], shown["subject"], shown["function"]) == (None, None, None)

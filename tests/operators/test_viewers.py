@@ -1,160 +1,219 @@
-"""The live figures over a WebSocket: who may watch, what is sent, and what becomes of a viewer that does not read."""
+"""The live page's feed: who may watch, what is sent, and the end of a viewer that does not read."""
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import pytest
+import pytest_twisted
 from twisted.internet.defer import Deferred
-from twisted.internet.task import LoopingCall, deferLater
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.web.resource import Resource
-from twisted.web.server import Site
 
-from realtime.deadlines import RESOLUTION
-from realtime.operators import viewers
-from realtime.operators.viewers import Viewers
-
-HANDSHAKE = (
-    "GET /live HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{more}\r\n"
-)
+from realtime.operators import page, viewers
+from realtime.operators.site import OperatorRequest, OperatorSite
+from realtime.operators.viewers import MAX_STALL, MAX_VIEWERS, Viewers
 
 
 class Figures:
-    """Stands for `Live`."""
+    """Stands for `LiveFigures`."""
 
     def __init__(self) -> None:
-        self.added: list[Callable[[bytes], None]] = []
+        self._listeners: list[Callable[[bytes], None]] = []
         self.json = b'{"at":1}'
 
     def past(self) -> bytes:
         return b"[[0,[]]]"
 
-    def tell(self, snapshot: bytes) -> None:
-        for told in self.added:
-            told(snapshot)
+    def add_listener(self, listener: Callable[[bytes], None]) -> None:
+        self._listeners.append(listener)
+
+    def publish(self, snapshot: bytes) -> None:
+        for listener in self._listeners:
+            listener(snapshot)
+
+
+class Time:
+    """The reactor's clock, which the test can set forward."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def seconds(self) -> float:
+        return self.ahead
 
 
 class Port:
-    """Viewers on a port of their own. Its own name is "localhost"."""
+    """A port whose every request opens a stream."""
 
     def __init__(self, reactor: Any) -> None:
-        self.figures: Any = Figures()
+        self.figures = Figures()
         self.reactor = reactor
-        self.viewers = Viewers(reactor, self.figures, Site(Resource()), lambda host: host.startswith("localhost"))
-        self._sweeping = LoopingCall(self.viewers.sweep)
-        self._sweeping.start(RESOLUTION)
-        self._listening = reactor.listenTCP(0, self.viewers.front, interface="127.0.0.1")
+        self.time = Time()
+        self.viewers = Viewers(self.time, self.figures)
+        self._listening = reactor.listenTCP(0, OperatorSite(self._answer), interface="127.0.0.1")
         self.number = self._listening.getHost().port
 
-    def connect(self, host: str = "localhost", more: str = "") -> socket.socket:
-        client = socket.create_connection(("127.0.0.1", self.number), timeout=20)
-        client.sendall(HANDSHAKE.format(host=host, more=more).encode())
-        return client
+    def _answer(self, request: OperatorRequest) -> None:
+        self.viewers.open(request)
 
-    async def open(self, host: str = "localhost", more: str = "") -> tuple[socket.socket, bytes]:
-        """A connection and the first line of the answer, which is read to the end of its head."""
-        client = self.connect(host, more)
+    async def request(self, method: str = "GET", version: str = "1.1") -> tuple[socket.socket, int, str]:
+        """A connection that has sent a request, and status and head of its answer."""
+        client = socket.create_connection(("127.0.0.1", self.number), timeout=20)
+        client.sendall(f"{method} /live HTTP/{version}\r\nHost: localhost\r\n\r\n".encode())
         head = b""
         while b"\r\n\r\n" not in head:
             head += await deferToThread(client.recv, 1)
-        return client, head.split(b"\r\n")[0]
+        return client, int(head.split()[1]), head.decode().lower()
+
+    async def stall(self) -> Any:
+        """The only viewer, once its socket takes no more."""
+        (viewer,) = self.viewers._viewers
+        waits = 0
+        while waits < 10:
+            waits = 0 if viewer._paused_at is None else waits + 1
+            self.figures.publish(b'"%b"' % (b"x" * 1_000_000))
+            await deferLater(self.reactor, 0.01)
+        return viewer
+
+    async def until(self, viewers: int) -> None:
+        """Wait until this number of streams is open."""
+        while len(self.viewers) != viewers:
+            await deferLater(self.reactor, 0.01)
 
     def close(self) -> Deferred[Any]:
         self.viewers.close()
-        self._sweeping.stop()
-        return self._listening.stopListening()
+        stopped: Deferred[Any] = self._listening.stopListening()
+        return stopped
 
 
-@pytest.fixture
-def port() -> Iterator[Port]:
+@pytest_twisted.async_yield_fixture
+async def port() -> AsyncIterator[Port]:
     from twisted.internet import reactor
 
     port = Port(reactor)
     yield port
-    port.close()
+    await port.close()
 
 
-async def message(client: socket.socket) -> Any:
-    """The next text message, up to 64 KiB."""
-    first, size = await deferToThread(client.recv, 2)
-    assert first == 0x81
-    if size == 126:
-        size = int.from_bytes(await deferToThread(client.recv, 2, socket.MSG_WAITALL), "big")
-    return json.loads(await deferToThread(client.recv, size, socket.MSG_WAITALL))
+async def line(client: socket.socket) -> bytes:
+    text = b""
+    while not text.endswith(b"\n"):
+        text += await deferToThread(client.recv, 1)
+    return text
+
+
+async def chunk(client: socket.socket) -> str:
+    """The next chunk of a response (RFC 9112, 7.1); "" for the last one."""
+    size = int(await line(client), 16)
+    content = await deferToThread(client.recv, size + 2, socket.MSG_WAITALL)
+    return bytes(content[:-2]).decode()
 
 
 async def test_a_viewer_is_sent_the_past_once_and_then_every_snapshot(port: Port) -> None:
-    client, status = await port.open(more="Origin: http://localhost\r\n")
+    client, status, head = await port.request()
     with client:
-        assert status.startswith(b"HTTP/1.1 101 ")
-        assert await message(client) == {"past": [[0, []]], "snapshot": {"at": 1}}
+        assert (status, "content-type: text/event-stream\r\n" in head) == (200, True)
+        assert "cache-control: no-store\r\n" in head
+        retry, data, *end = (await chunk(client)).split("\n")
+        assert (retry, end) == ("retry: 1000", ["", ""])
+        assert json.loads(data.removeprefix("data: ")) == {"past": [[0, []]], "snapshot": {"at": 1}}
         for number in (2, 3):
-            port.figures.tell(b'{"at":%d}' % number)
-            assert await message(client) == {"snapshot": {"at": number}}
+            port.figures.publish(b'{"at":%d}' % number)
+            assert await chunk(client) == f'data: {{"snapshot":{{"at":{number}}}}}\n\n'
 
 
-@pytest.mark.parametrize(
-    ("host", "more", "status"),
-    [
-        ("evil.example", "", b"403"),
-        ("evil.example", "Origin: http://evil.example\r\n", b"403"),
-        ("localhost", "Origin: http://evil.example\r\n", b"403"),
-        ("localhost", "Origin: null\r\n", b"403"),
-        ("localhost", "Origin: http://localhost:1\r\n", b"403"),
-        ("localhost:1", "Origin: http://localhost:1\r\n", b"101"),
-        ("localhost", "", b"101"),
-    ],
-)
-async def test_only_pages_of_this_port_may_watch(port: Port, host: str, more: str, status: bytes) -> None:
-    client, line = await port.open(host, more)
-    client.close()
-    assert line.split()[1] == status
-
-
-async def test_there_is_room_for_so_many_and_again_when_one_leaves(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_viewers_is_limited_and_a_place_is_free_again_when_one_leaves(port: Port) -> None:
     clients = []
-    for _ in range(viewers.MOST_VIEWERS):
-        client, status = await port.open()
-        assert b" 101 " in status
+    for _ in range(MAX_VIEWERS):
+        client, status, _ = await port.request()
+        assert status == 200
         clients.append(client)
-    refused, status = await port.open()
-    refused.close()
-    assert b" 503 " in status
+    refused, status, head = await port.request()
+    with refused:
+        assert (status, "retry-after: 5\r\n" in head) == (503, True)
+        assert await line(refused) == b"20 live pages are open, which is the limit; close one, or read /snapshot\n"
+    asked, status, _ = await port.request("HEAD")
+    asked.close()
+    assert status == 503
     clients.pop().close()
-    while b" 101 " not in status:
-        client, status = await port.open()
-        clients.append(client)
+    await port.until(MAX_VIEWERS - 1)
+    client, status, _ = await port.request()
+    assert status == 200
+    clients.append(client)
     for client in clients:
         client.close()
+    await port.until(0)
 
 
-async def test_one_that_does_not_read_is_dropped(port: Port) -> None:
-    slow, _ = await port.open()
-    with slow:
-        assert len(port.viewers) == 1
-        snapshot = json.dumps({"at": "x" * 1_000_000}).encode()
-        while len(port.viewers):
-            port.figures.tell(snapshot)
+async def test_head_has_no_stream(port: Port) -> None:
+    client, status, head = await port.request("HEAD")
+    with client:
+        assert (status, "text/event-stream" in head) == (200, True)
+        assert len(port.viewers) == 0
+
+
+async def test_a_viewer_that_does_not_read_misses_snapshots_and_is_dropped(port: Port) -> None:
+    client, _, _ = await port.request()
+    with client:
+        viewer = await port.stall()
+        transport = viewer._request.channel.transport
+        for _ in range(20):
+            port.time.ahead += (MAX_STALL - 1) / 20
+            port.figures.publish(b'"%b"' % (b"x" * 1_000_000))
             await deferLater(port.reactor, 0)
+        buffered = len(transport.dataBuffer) - transport.offset + transport._tempDataLen
+        assert buffered <= 1_200_000, "snapshots are queued"
+        assert len(port.viewers) == 1
+        port.time.ahead += 2
+        port.figures.publish(b'"dropped"')
+        await port.until(0)
 
 
-async def test_what_a_viewer_says_means_nothing(port: Port) -> None:
-    client, _ = await port.open()
+async def test_a_viewer_that_reads_again_in_time_is_sent_the_newest(port: Port) -> None:
+    client, _, _ = await port.request()
     with client:
-        await message(client)
-        client.sendall(b"\x81\x82\0\0\0\0{}")
-        port.figures.tell(b'{"at":2}')
-        assert await message(client) == {"snapshot": {"at": 2}}
+        viewer = await port.stall()
+        port.figures.publish(b'"missed"')
+        port.time.ahead += MAX_STALL - 1
+        received = b""
+        while viewer._paused_at is not None:
+            received += await deferToThread(client.recv, 1 << 20)
+        port.time.ahead += MAX_STALL
+        port.figures.publish(b'"newest"')
+        while b"newest" not in received[-200:]:
+            received += await deferToThread(client.recv, 1 << 20)
+        assert b"missed" not in received
+        assert len(port.viewers) == 1
 
 
-async def test_closing_sends_everybody_away(port: Port) -> None:
-    client, _ = await port.open()
+async def test_closing_ends_the_response_and_the_connection(port: Port) -> None:
+    client, _, _ = await port.request()
     with client:
-        await message(client)
+        await chunk(client)
         port.viewers.close()
-        assert (await deferToThread(client.recv, 1)) == b"\x88"
+        assert await chunk(client) == ""
+        assert await deferToThread(client.recv, 1) == b""
+        assert len(port.viewers) == 0
+
+
+async def test_closing_does_not_wait_for_a_viewer_that_does_not_read(port: Port) -> None:
+    client, _, _ = await port.request()
+    with client:
+        await port.stall()
+        port.viewers.close()
+        await port.until(0)
+
+
+async def test_http_1_0_is_sent_events_without_chunks(port: Port) -> None:
+    client, status, head = await port.request(version="1.0")
+    with client:
+        assert (status, "transfer-encoding" in head) == (200, False)
+        assert await line(client) == b"retry: 1000\n"
+
+
+def test_the_path_is_the_one_that_the_page_opens() -> None:
+    _, script = page.load()[b"/live.js"]
+    assert b'new EventSource("%b")' % viewers.PATH.lstrip(b"/") in script

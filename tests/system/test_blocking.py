@@ -86,7 +86,7 @@ def test_the_line_that_blocks_is_named(server: Server, path: str, answer: object
     [place] = [one for one in json.loads(server.operate("/incidents")[1])["places"] if one["handler"] == handler]
     assert place["count"] == 1
     assert place["seconds"] == pytest.approx(incident["duration"], abs=0.001)
-    series = f'realtime_loop_blocks_total{{handler="{handler}",place="{incident["place"]}",worker="supervisor"}} 1.0'
+    series = f'realtime_loop_blocks_total{{handler="{handler}",place="{incident["place"]}",process="supervisor"}} 1.0'
     assert series in server.operate("/metrics")[1]
     assert len(re.findall(rf"worker 0 .* blocked for [\d.]+ s at {re.escape(incident['place'])} in", server.log)) == 1
 
@@ -157,7 +157,7 @@ def test_the_command_shows_where_a_blocked_loop_is(server: Server) -> None:
         client.sendall(b"GET /long HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         wait_until(lambda: server.health()["workers"][0]["handler"] == "http GET /long", "the handler")
         text = dump(server, "stacks")
-        assert "Its loop does not turn" in text
+        assert "The loop does not turn" in text
         [place] = places("long")
         assert f'File "{SOURCE}", line {place.rpartition(":")[2]} in long' in text
         assert client.makefile("rb").read().endswith(b"true")
@@ -180,7 +180,10 @@ def test_a_stuck_worker_leaves_all_its_stacks_in_the_log(start_server: ServerSta
     assert (incident["ending"], incident["handler"]) == ("stuck, killed", "http GET /stuck")
     assert "in wait_elsewhere" in incident["stacks"]
     assert incident["duration"] > 1.9
-    assert 'realtime_worker_restarts_total{reason="stuck",worker="0"} 1.0' in server.operate("/metrics")[1]
+    assert (
+        'realtime_process_restarts_total{process="worker",reason="stuck",worker="0"} 1.0'
+        in server.operate("/metrics")[1]
+    )
 
 
 def test_a_bloated_worker_is_replaced(start_server: ServerStarter) -> None:
@@ -192,5 +195,6 @@ def test_a_bloated_worker_is_replaced(start_server: ServerStarter) -> None:
     wait_until(lambda: server.operate("/ready")[0] == 200 and answered not in server.workers(), "another worker")
     assert len(set(pids) & set(server.workers())) == 1
     assert re.search(
-        r'realtime_worker_restarts_total\{reason="bloated",worker="."\} 1.0', server.operate("/metrics")[1]
+        r'realtime_process_restarts_total\{process="worker",reason="bloated",worker="."\} 1.0',
+        server.operate("/metrics")[1],
     )

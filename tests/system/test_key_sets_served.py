@@ -97,7 +97,7 @@ def test_an_outage_of_the_provider_disconnects_nobody(
     assert answer(started_late, good) == AWAY
     assert answer(started_late, good) == AWAY
     assert metric(started_late, 'realtime_key_set_fetches_total{outcome="failed"') == 1
-    assert metric(started_late, 'realtime_insecure_setting{key="client.token.jwks_allow_insecure"') == 1
+    assert metric(started_late, 'realtime_insecure_settings{key="client.token.jwks_allow_insecure"') == 1
 
     for log in (server.log, started_late.log):
         assert "hush" not in log

@@ -14,7 +14,7 @@ from websockets.sync.client import ClientConnection, connect
 from tests.system.serving import HERE, Server, ServerStarter, wait_until
 
 SUBSCRIBERS, PUBLICATIONS = 20, 200
-SERIES = re.compile(r'realtime_loop_seconds_total\{kind="(\w+)",name="([^"]*)",worker="0"\} (\S+)')
+SERIES = re.compile(r'realtime_loop_seconds_total\{kind="(\w+)",name="([^"]*)",process="worker",worker="0"\} (\S+)')
 
 
 def charged(server: Server) -> dict[tuple[str, str], float]:
@@ -46,7 +46,7 @@ def publish(server: Server, channel: str, number: int) -> None:
 def test_handlers_and_fan_out_are_charged_for_their_own_time_alone(start_server: ServerStarter) -> None:
     server = start_server(workers={"count": 1}, app={"module": "spinning:app", "path": str(HERE / "apps")})
     before = charged(server)
-    assert before["fanout", "stream"] == before["fanout", "-"] == before["handler", "rpc spin"] == 0
+    assert before["fanout", "stream"] == before["fanout", "none"] == before["handler", "rpc spin"] == 0
 
     with ExitStack() as stack:
         clients = [stack.enter_context(connect(server.endpoint, max_queue=None)) for _ in range(SUBSCRIBERS)]
@@ -69,11 +69,11 @@ def test_handlers_and_fan_out_are_charged_for_their_own_time_alone(start_server:
         assert spent["handler", "http GET /spin"] >= 0.1
         assert spent["handler", "rpc rest"] < 0.25  # it waited
         # What runs within something else is not charged to that as well.
-        assert 0 < spent["protocol", ""] < 0.5
-        assert spent["http", ""] > 0
+        assert 0 < spent["protocol", "none"] < 0.5
+        assert spent["http", "none"] > 0
         assert spent["fanout", "stream"] > 0
-        assert spent["fanout", "-"] == spent["fanout", "checked"] == 0
-        assert all(spent[kind, ""] > 0 for kind in ("engine", "timers", "other"))
+        assert spent["fanout", "none"] == spent["fanout", "checked"] == 0
+        assert all(spent[kind, "none"] > 0 for kind in ("engine", "timers", "other"))
 
         def told() -> bool:
             accounts = json.loads(server.operate("/snapshot")[1])["loop"]
@@ -90,4 +90,4 @@ def test_more_series_than_a_message_can_hold_are_all_there(start_server: ServerS
     namespaces = [{"name": f"namespace{number}"} for number in range(1_000)]
     server = start_server(workers={"count": 1}, channel={"namespaces": namespaces})
     names = {name for kind, name in charged(server) if kind == "fanout"}
-    assert names == {"-"} | {namespace["name"] for namespace in namespaces}
+    assert names == {"none"} | {namespace["name"] for namespace in namespaces}

@@ -103,8 +103,8 @@ def test_clients_that_come_while_a_worker_is_stopped_are_served_by_the_other(
         wait_until(lambda: worker(server, 0)["condition"] == "pressed", "pressed worker")
         for _ in range(30):
             assert Client(server).pid() == other
-    assert total(server, "realtime_rescued_total") > 0
-    assert total(server, "realtime_rescue_refused_total") == 0
+    assert total(server, "realtime_rescued_connections_total") > 0
+    assert total(server, "realtime_rescue_refusals_total") == 0
     # It comes round, and takes part again.
     wait_until(lambda: worker(server, 0)["condition"] == "healthy", "healthy worker")
     wait_until(lambda: Client(server).pid() == lame, "client of the worker that went on")
@@ -134,7 +134,7 @@ def test_a_kill_with_a_full_accept_queue_loses_no_connection(start_server: Serve
             clients.append(Client(server))
         os.kill(lame, signal.SIGKILL)
     assert pids(clients) == {other}
-    assert total(server, "realtime_rescued_total") >= 64
+    assert total(server, "realtime_rescued_connections_total") >= 64
     server.stop()
 
 
@@ -188,8 +188,8 @@ def test_a_worker_that_is_out_of_descriptors_loses_no_rescued_connection(start_s
             else:
                 assert client.pid() == helper.pid
         helper.rlimit(resource.RLIMIT_NOFILE, (lowest_free_descriptor(helper.pid), limits[1]))
-        wait_until(lambda: total(server, "realtime_rescue_failed_total") > 0, "refusal of the helper")
-        assert total(server, "realtime_rescued_total") == 0
+        wait_until(lambda: total(server, "realtime_rescue_failures_total") > 0, "refusal of the helper")
+        assert total(server, "realtime_rescued_connections_total") == 0
         helper.rlimit(resource.RLIMIT_NOFILE, limits)
         assert pids(clients) == {helper.pid}
     server.stop()
@@ -205,7 +205,7 @@ def test_when_all_workers_are_stopped_clients_are_told_to_come_back(start_server
     with stopped(*server.workers()):
         answers = [client.answer() for client in [Client(server) for _ in range(20)]]
     assert answers == [(503, b"the server is overloaded; come back later\n")] * 20
-    assert total(server, "realtime_rescue_refused_total") == 20
+    assert total(server, "realtime_rescue_refusals_total") == 20
     wait_until(lambda: worker(server, 0)["condition"] == worker(server, 1)["condition"] == "healthy", "recovery")
     assert pids([Client(server) for _ in range(20)]) == set(server.workers())
     server.stop()

@@ -47,7 +47,7 @@ def test_a_blocked_worker_refuses_and_serves_stale_until_it_is_calm(start_server
 
     wait_until(lambda: ask(plain, "/plain") == (200, b"done"), "calm")
     metrics = server.operate("/metrics")[1]
-    assert 'realtime_shed_total{kind="http",reason="lag",worker="0"}' in metrics
-    assert 'realtime_cache_total{cache="http GET /kept",outcome="stale",worker="0"}' in metrics
+    assert 'realtime_shed_requests_total{kind="http",process="worker",reason="lag",worker="0"}' in metrics
+    assert 'realtime_cache_events_total{cache="http GET /kept",outcome="stale",process="worker",worker="0"}' in metrics
     for connection in connections:
         connection.close()

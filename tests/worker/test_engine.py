@@ -56,7 +56,7 @@ async def test_requests_to_a_killed_broker_fail(brokers: Any, workers: Any) -> N
         assert await failure_of(each) == "the broker was lost"
     assert worker.lost_links == 1
     assert worker.count("realtime_engine_lost_links") == 1
-    assert worker.count("realtime_engine_waiting") == 0
+    assert worker.count("realtime_engine_pending_requests") == 0
 
 
 async def test_a_new_broker_gets_the_state_of_a_worker(brokers: Any, workers: Any) -> None:
@@ -227,7 +227,7 @@ async def test_a_new_broker_counts_admitted_clients(brokers: Any, workers: Any) 
 async def test_requests_without_a_broker_time_out(workers: Any) -> None:
     worker = workers(0, EngineSettings(publish_timeout=0.05))
     assert "in time" in await failure_of(Deferred.fromCoroutine(worker.publish()))
-    assert worker.count("realtime_engine_waiting") == 0
+    assert worker.count("realtime_engine_pending_requests") == 0
 
 
 async def test_requests_that_wait_for_a_broker_are_limited(workers: Any) -> None:
@@ -255,7 +255,7 @@ async def test_a_worker_far_ahead_of_its_broker_cuts_the_stream(brokers: Any, wo
     await until(lambda: worker.lost_links == 1)
     for each in waiting:
         await each.addErrback(lambda failure: failure.trap(EngineUnavailable))
-    assert worker.count("realtime_engine_waiting") == 0
+    assert worker.count("realtime_engine_pending_requests") == 0
 
 
 # Replaced and broken streams
@@ -282,7 +282,7 @@ async def test_presence_survives_an_unanswered_change(brokers: Any, workers: Any
     with pytest.raises(EngineUnavailable):
         await worker.engine.ask(AddPresence("c", renamed, present=True, announce=True))
     broker.signal(signal.SIGCONT)
-    await until(lambda: worker.count("realtime_engine_waiting") == 0)
+    await until(lambda: worker.count("realtime_engine_pending_requests") == 0)
     assert await worker.engine.ask(GetPresence("c")) == {ALICE.client: renamed}
 
 

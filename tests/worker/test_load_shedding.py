@@ -72,7 +72,7 @@ def test_handshakes_are_refused_only_when_no_other_worker_can_take_them(bench: B
     assert bench.shedding.refuse_handshake() is None
     bench.page.set_relief(False)
     assert bench.shedding.refuse_handshake() is not None
-    assert bench.series("realtime_shed") == {("handshake", "lag"): 2}
+    assert bench.series("realtime_shed_requests") == {("handshake", "lag"): 2}
 
 
 def test_the_metrics_name_the_reasons_of_pressure(bench: Bench) -> None:
@@ -126,7 +126,7 @@ async def test_caches_get_the_load_the_loop_and_the_metrics_of_the_worker(bench:
 
     assert [await twice(1), await twice(1), await twice(2)] == [2, 2, 4]
     name = twice.__qualname__
-    assert bench.series("realtime_cache") == {(name, "miss"): 2, (name, "evicted"): 0, (name, "hit"): 1}
+    assert bench.series("realtime_cache_events") == {(name, "miss"): 2, (name, "evicted"): 0, (name, "hit"): 1}
     bench.beat(lag=0.1)
     assert host.load() == pytest.approx(0.5)
 

@@ -84,7 +84,7 @@ def test_deliveries_are_charged_to_the_namespace_of_their_channel(bill: Bill) ->
     assert bill.charged() == {
         (LoopWork.FANOUT, "chat"): 20,
         (LoopWork.FANOUT, "news"): 3,
-        (LoopWork.FANOUT, "-"): 4,
+        (LoopWork.FANOUT, ""): 4,
         (LoopWork.OTHER, ""): 1,
     }
     assert hub.seen == [

@@ -60,10 +60,10 @@ function look(page) {
 
 try {
   const page = await open(DESKTOP, "light");
-  // The browser's own beginning makes workers late.
-  await page.locator("#status", { hasText: "all is well" }).waitFor();
+  // The start of the browser makes workers late.
+  await page.locator("#status", { hasText: "all workers are healthy" }).waitFor();
   const result = { conditions: await texts(page, ".condition"), running: await texts(page, ".process") };
-  // A worker that is late because the browser begins may refuse it. The path goes as it is: fetch would quote it.
+  // A worker that is late because the browser starts may refuse it. Node sends the path unquoted; fetch would quote it.
   const place = page.locator("#incidents details", { hasText: ".py" }).first();
   for (let attempt = 0; attempt < 10 && !(await place.count()); attempt++) {
     http.get({ host: "127.0.0.1", port, path, agent: false }).on("response", (response) => response.resume()).on("error", () => {});
@@ -79,7 +79,7 @@ try {
   result.strips = await texts(page, ".loop p");
   result.elements = await page.evaluate(() => [document.scripts.length, document.images.length, "owned" in window]);
   await page.waitForFunction(() => document.querySelector(".chart.lag .line").getAttribute("d").length > 20);
-  // A page that is looked at for a while has something to show.
+  // After a few seconds the charts have something to show.
   await page.waitForTimeout(3_000);
   result.looks = {};
   for (const [device, viewport] of [["desktop", DESKTOP], ["phone", PHONE]]) {
@@ -96,7 +96,16 @@ try {
   const box = await plot.boundingBox();
   await page.mouse.move(box.x + box.width * 0.9, box.y + 10);
   result.cursor = await page.locator(".chart.lag .cursor").first().getAttribute("d");
-  result.trouble = trouble;
+  result.trouble = [...trouble];
+  // A page that is refused says so, and is live as soon as there is room.
+  const viewers = Array.from({ length: 20 }, () => http.get(new URL("live", url), { agent: false }).on("error", () => {}));
+  await Promise.all(viewers.map((viewer) => new Promise((resolve) => viewer.on("response", (response) => resolve(response.resume())))));
+  const refused = await browser.browser().newContext();
+  const late = await refused.newPage();
+  await late.goto(url);
+  await late.locator("#status", { hasText: "too many live pages are open: close one" }).waitFor({ timeout: LIMIT });
+  for (const viewer of viewers) viewer.destroy();
+  await late.waitForSelector('body[data-state="live"]', { timeout: LIMIT });
   await browser.close();
   rmSync(profile, { recursive: true, force: true });
   finish(result);
