@@ -215,7 +215,9 @@ def wire_transports(
     settings, metrics, ledger = process.settings, process.metrics, process.accounts
     protocol_account = ledger.open(LoopWork.PROTOCOL)
     queued = QueuedBytes()
-    turn_end = FlushAtTurnEnd(process.turn_number, lambda flush: _call_next_turn(ledger.charging(protocol_account, flush)))
+    turn_end = FlushAtTurnEnd(
+        process.turn_number, lambda flush: _call_next_turn(ledger.charging(protocol_account, flush))
+    )
     admission = Admission(
         settings.client,
         metrics,
