@@ -14,6 +14,7 @@ import selectors
 import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 import psutil
@@ -65,25 +66,19 @@ class LoopClock:
         self.callLater = loop.call_later
 
 
-class Load(Protocol):
-    """The load of a process, read at each beat: reading must be quick and must not raise."""
-
-    @property
-    def connections(self) -> int: ...
-    @property
-    def subscriptions(self) -> int: ...
-    @property
-    def queued_bytes(self) -> int: ...
-    @property
-    def threads_busy(self) -> int: ...
-    @property
-    def threads_waiting(self) -> int: ...
+def _none() -> int:
+    return 0
 
 
-class NoLoad:
-    """The load of a process without clients."""
+@dataclass(frozen=True, slots=True)
+class LoadGauges:
+    """Functions that return the load of a process. Each beat calls them: they must be quick and must not raise."""
 
-    connections = subscriptions = queued_bytes = threads_busy = threads_waiting = 0
+    connections: Callable[[], int] = _none
+    subscriptions: Callable[[], int] = _none
+    queued_bytes: Callable[[], int] = _none
+    threads_busy: Callable[[], int] = _none
+    threads_waiting: Callable[[], int] = _none
 
 
 class IdleBeat(Protocol):
@@ -225,8 +220,8 @@ class Heartbeat:
         self.tasks = PeriodicTasks(_log)
         self.interval = loop.interval
         self.beat_due = self.turn_due = math.inf  # of `IdleBeat`
-        self._load: Load = NoLoad()
-        self._listeners: list[Callable[[Vitals], None]] = []
+        self._gauges = LoadGauges()
+        self._on_beat: Callable[[Vitals], None] = _ignore
         self._beats_idle = beats_idle
         self._has_beaten_idle = False
         self._page = page
@@ -243,13 +238,10 @@ class Heartbeat:
         if selector is not None:
             self._tick = selector.accounts.charging(selector.accounts.open(LoopWork.TIMERS), self._beat)
 
-    def measure(self, load: Load) -> None:
-        """Write the figures of `load` from the next beat on."""
-        self._load = load
-
-    def add_listener(self, listener: Callable[[Vitals], None]) -> None:
-        """Have `listener` called with each beat's reading. It must be quick and must not raise."""
-        self._listeners.append(listener)
+    def observe(self, gauges: LoadGauges, on_beat: Callable[[Vitals], None] | None = None) -> None:
+        """Write the load of these gauges from the next beat on. on_beat: called with the vitals of each beat."""
+        self._gauges = gauges
+        self._on_beat = on_beat or _ignore
 
     def slow_down(self, interval: float) -> None:
         """Beat at most once per `interval` seconds."""
@@ -288,12 +280,10 @@ class Heartbeat:
             self._call = self._clock.callLater(self._due - now, self._tick)
 
     def _publish(self, now: float) -> None:
-        """Measure, write, and call the listeners."""
+        """Measure, write, and hand the reading on."""
         self.lag = max(0.0, now - self._due)
         self._measure(now)
-        vitals = self._write(now)
-        for listener in self._listeners:
-            listener(vitals)
+        self._on_beat(self._write(now))
 
     # While the loop idles
 
@@ -335,19 +325,19 @@ class Heartbeat:
         self._measured_idle, self._measured_at = idle, now
 
     def _write(self, now: float) -> Vitals:
-        load, selector = self._load, self._selector
+        gauges, selector = self._gauges, self._selector
         vitals = Vitals(
             int(now * 1e9),
             self.lag,
-            load.connections,
-            load.subscriptions,
+            gauges.connections(),
+            gauges.subscriptions(),
             self.state,
             self.utilization,
             selector.turns if selector else 0,
             selector.callbacks if selector else 0,
-            load.queued_bytes,
-            load.threads_busy,
-            load.threads_waiting,
+            gauges.queued_bytes(),
+            gauges.threads_busy(),
+            gauges.threads_waiting(),
             self.rss,
         )
         self._page.write(vitals)
@@ -360,3 +350,6 @@ def loop_time(accounts: LoopTimeLedger) -> Iterator[Sample]:
     for account in accounts:
         labels = [("kind", account.kind.value), ("name", account.name or NONE)]
         yield Sample(LOOP_SECONDS, "counter", help, labels, account.spent / 1e9)
+
+
+def _ignore(_: Vitals) -> None: ...

@@ -62,7 +62,7 @@ class NamespaceAccounts:
         """namespaces: the names of the configured ones. namespace_of: returns a channel's, None for none."""
         self.ledger = ledger
         self._namespace_of = namespace_of
-        self._default = ledger.open(LoopWork.FANOUT)
+        self._default = ledger.open(LoopWork.FANOUT)  # channels without a namespace
         self._by_name: dict[str | None, LoopAccount] = {name: ledger.open(LoopWork.FANOUT, name) for name in namespaces}
 
     def account(self, channel: str) -> LoopAccount:

@@ -17,16 +17,12 @@ from twisted.internet.task import LoopingCall, deferLater
 from realtime import app as application
 from realtime.deadlines import RESOLUTION
 from realtime.errors import SHUTDOWN, EngineUnavailable
-from realtime.handlers.threads import HandlerThreads
 from realtime.process import child, transport
 from realtime.process.fd_passing import FdReceiver
+from realtime.process.heartbeat import LoadGauges
 from realtime.pubsub.engine import ReportSubscriptions
-from realtime.pubsub.hub import Hub
 from realtime.supervision.loop_time import LoopWork
-from realtime.transports.admission import Admission
-from realtime.transports.outbox import QueuedBytes
-from realtime.worker import listening
-from realtime.worker.listening import ListeningPort
+from realtime.worker.listening import ListeningPort, adopt
 from realtime.worker.wiring import wire_handlers, wire_protocol, wire_pubsub, wire_transports
 
 # Seconds between two reports of the number of subscriptions to the engine.
@@ -60,16 +56,20 @@ class Worker:
 
     async def start(self) -> None:
         """Serve. Returns when the engine can be reached, the application has started, and the ports are open."""
-        process, dispatcher = self._process, self._handlers.dispatcher
-        process.heartbeat.measure(
-            WorkerLoad(self._transports.admission, self._pubsub.hub, self._transports.queued, dispatcher.threads)
+        process, hub, dispatcher = self._process, self._pubsub.hub, self._handlers.dispatcher
+        gauges = LoadGauges(
+            connections=lambda: self._transports.admission.connections,
+            subscriptions=lambda: hub.subscriptions,
+            queued_bytes=lambda: self._transports.queued.size,
+            threads_busy=lambda: dispatcher.threads.busy,
+            threads_waiting=lambda: dispatcher.threads.waiting,
         )
-        process.heartbeat.add_listener(self._handlers.shedding.beat)
+        process.heartbeat.observe(gauges, self._handlers.shedding.beat)
         self._schedule()
         await self._linked
         await dispatcher.start()
         self._ports = [
-            listening.adopt(self._reactor, fd, self._transports.frontend, self._transports.transport, process.accounts)
+            adopt(self._reactor, fd, self._transports.frontend, self._transports.transport, process.accounts)
             for fd in process.listen
         ]
 
@@ -93,7 +93,7 @@ class Worker:
             self._linked.callback(None)
 
     def adopt(self, stream: int) -> None:
-        """Adopt the connections that the supervisor sends over a stream."""
+        """Serve the connections that arrive over a stream from the supervisor."""
         self._receivers.append(FdReceiver(self._reactor, stream, self._adopt_connection))
 
     def _adopt_connection(self, fd: int) -> None:
@@ -155,36 +155,6 @@ class Worker:
             if pause > _MIN_PAUSE:
                 await deferLater(self._reactor, pause)
             session.disconnect(*SHUTDOWN)
-
-
-class WorkerLoad:
-    """The load of a worker, for its heartbeat."""
-
-    def __init__(self, admission: Admission, hub: Hub, queued: QueuedBytes, threads: HandlerThreads) -> None:
-        self._admission = admission
-        self._hub = hub
-        self._queued = queued
-        self._threads = threads
-
-    @property
-    def connections(self) -> int:
-        return self._admission.connections
-
-    @property
-    def subscriptions(self) -> int:
-        return self._hub.subscriptions
-
-    @property
-    def queued_bytes(self) -> int:
-        return self._queued.size
-
-    @property
-    def threads_busy(self) -> int:
-        return self._threads.busy
-
-    @property
-    def threads_waiting(self) -> int:
-        return self._threads.waiting
 
 
 if __name__ == "__main__":

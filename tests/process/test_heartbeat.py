@@ -15,7 +15,7 @@ import pytest
 from twisted.internet.task import Clock
 
 from realtime.config.settings import LoopSettings
-from realtime.process.heartbeat import HandlerMarker, Heartbeat, MeasuredSelector, loop_time
+from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoadGauges, MeasuredSelector, loop_time
 from realtime.process.selector import ReadyEvents
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.vitals import ProcessState, RunningHandler, Vitals, VitalsPage
@@ -56,11 +56,15 @@ def test_nothing_is_written_before_the_start(beating: Beating) -> None:
 
 
 def test_a_beat_writes_the_time_and_the_load(beating: Beating) -> None:
-    beating.heartbeat.measure(
-        SimpleNamespace(connections=3, subscriptions=5, queued_bytes=7, threads_busy=2, threads_waiting=9)
+    gauges = LoadGauges(
+        connections=lambda: 3,
+        subscriptions=lambda: 5,
+        queued_bytes=lambda: 7,
+        threads_busy=lambda: 2,
+        threads_waiting=lambda: 9,
     )
     readings: list[Vitals] = []
-    beating.heartbeat.add_listener(readings.append)
+    beating.heartbeat.observe(gauges, readings.append)
     beating.heartbeat.start()
     read = beating.read()
     assert readings == [read]
@@ -259,7 +263,7 @@ class Idling:
         self.timers: list[tuple[float, Callable[[], None]]] = []
         self.heartbeat = Heartbeat(self.page, self, LoopSettings(interval=0.01), self.selector, beats_idle=True)
         self.readings: list[Vitals] = []
-        self.heartbeat.add_listener(self.readings.append)
+        self.heartbeat.observe(LoadGauges(), self.readings.append)
         self.heartbeat.start()
         self.readings.clear()
 
@@ -297,9 +301,7 @@ def test_an_idle_loop_beats_without_a_turn_or_a_timer(idling: Idling) -> None:
 
 
 def test_the_first_turn_after_idling_writes_a_whole_reading_and_sets_a_timer(idling: Idling) -> None:
-    idling.heartbeat.measure(
-        SimpleNamespace(connections=7, subscriptions=0, queued_bytes=0, threads_busy=0, threads_waiting=0)
-    )
+    idling.heartbeat.observe(LoadGauges(connections=lambda: 7), idling.readings.append)
     idling.selector.select(0.095)
     assert [reading.connections for reading in idling.readings] == [idling.read().connections] == [7]
     assert [delay for delay, _ in idling.timers] == pytest.approx([0.005])

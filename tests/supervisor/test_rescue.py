@@ -156,8 +156,8 @@ async def served(condition: Condition, lag: float = 0.0) -> Counter[bytes]:
         scene.assess(0, condition, lag)
         clients = scene.connect(40)
         mine = scene.queued(1)
-        await scene.check_until(lambda: scene.count("rescued") == 40 - mine)
-        assert scene.count("rescue_failed") == 0
+        await scene.check_until(lambda: scene.count("rescued_connections") == 40 - mine)
+        assert scene.count("rescue_failures") == 0
         return received(clients)
 
 
@@ -214,7 +214,7 @@ async def test_unanswered_connections_per_worker_are_bounded_and_others_stay_que
         assert scene.rescue._routes[1].in_flight == MAX_IN_FLIGHT
         scene.workers[1].blocked = False
         mine = scene.queued(1)
-        await scene.check_until(lambda: scene.count("rescued") == 400 - mine)
+        await scene.check_until(lambda: scene.count("rescued_connections") == 400 - mine)
         assert received(clients)[b"1"] == 400 - mine
 
 
@@ -225,11 +225,11 @@ async def test_connections_sent_to_a_stopped_worker_go_to_exactly_one_other() ->
         scene.workers[1].blocked = True
         clients = scene.connect(30)
         theirs = scene.queued(1) + scene.queued(2)
-        await scene.check_until(lambda: scene.count("rescued") == 30 - theirs, step=ANSWER_TIMEOUT / 4)
+        await scene.check_until(lambda: scene.count("rescued_connections") == 30 - theirs, step=ANSWER_TIMEOUT / 4)
         scene.workers[1].blocked = False
         await scene.check_until(lambda: True)
         assert scene.workers[1].adopted == 0
-        assert scene.count("rescue_failed") > 0
+        assert scene.count("rescue_failures") > 0
         assert received(clients)[b"2"] == 30 - theirs
 
 
@@ -238,15 +238,15 @@ async def test_a_worker_that_fails_to_adopt_gets_no_connections_for_a_while() ->
         scene.assess(0, Condition.ABSENT)
         scene.workers[1].full = True
         clients = scene.connect(2)
-        while scene.count("rescue_failed") == 0:
+        while scene.count("rescue_failures") == 0:
             clients += scene.connect(1)
             await scene.check_until(lambda: True)
-        failed = scene.count("rescue_failed")
+        failed = scene.count("rescue_failures")
         for _ in range(5):
             await scene.check_until(lambda: True)
-        assert scene.count("rescue_failed") == failed
+        assert scene.count("rescue_failures") == failed
         scene.workers[1].full = False
-        await scene.check_until(lambda: scene.count("rescued") > 0, step=PAUSE_AFTER_FAILURE / 4)
+        await scene.check_until(lambda: scene.count("rescued_connections") > 0, step=PAUSE_AFTER_FAILURE / 4)
         assert not scene.rescue._held
 
 
@@ -261,7 +261,7 @@ async def test_connections_sent_to_a_dying_worker_go_to_another() -> None:
         dead = scene.workers.pop(1)
         dead.end()
         scene.assess(1, Condition.ABSENT)
-        await scene.check_until(lambda: scene.count("rescued") == 30 - theirs)
+        await scene.check_until(lambda: scene.count("rescued_connections") == 30 - theirs)
         assert received(clients)[b"2"] == 30 - theirs
 
 
@@ -272,7 +272,7 @@ async def test_a_new_process_in_a_slot_gets_a_route_of_its_own() -> None:
         scene.assess(0, Condition.ABSENT)
         clients = scene.connect(20)
         mine = scene.queued(1)
-        await scene.check_until(lambda: scene.count("rescued") == 20 - mine)
+        await scene.check_until(lambda: scene.count("rescued_connections") == 20 - mine)
         assert received(clients)[b"1"] == 20 - mine
 
 
@@ -296,7 +296,7 @@ async def test_clients_wait_for_the_successor_of_a_worker_that_has_just_died() -
         assert not received(clients)
         scene.clock.now += RESTART_ALLOWANCE
         await scene.check_until(lambda: received(clients).total() == 5)
-        assert scene.count("rescue_refused") == 5
+        assert scene.count("rescue_refusals") == 5
 
 
 async def test_when_every_loop_is_blocked_for_long_clients_get_a_503() -> None:
@@ -313,7 +313,7 @@ async def test_when_every_loop_is_blocked_for_long_clients_get_a_503() -> None:
             assert b"\r\nRetry-After: " in head
             assert head.endswith(b"\r\nContent-Length: %d" % len(body))
             assert client.recv(4096) == b""
-        assert scene.count("rescue_refused") == 10
+        assert scene.count("rescue_refusals") == 10
         # The connections are still open: a reset would discard the response.
         assert scene.rescue._refusals.lingering == 10
         for client in clients:
@@ -341,7 +341,7 @@ async def test_a_connection_that_no_worker_takes_is_refused_after_a_while() -> N
             clients += scene.connect(1)
             await scene.check_until(lambda: True)
         scene.assess(1, Condition.PRESSED)
-        await scene.check_until(lambda: scene.count("rescue_refused") > 0, step=MAX_HOLD / 4)
+        await scene.check_until(lambda: scene.count("rescue_refusals") > 0, step=MAX_HOLD / 4)
         await eventually(lambda: any(said.startswith(b"HTTP/1.1 503") for said in received(clients)))
 
 
@@ -359,7 +359,7 @@ async def test_without_free_descriptors_the_supervisor_leaves_clients_queued() -
         scene.rescue.check()
         scene.rescue._sockets[0] = real
         mine = scene.queued(1)
-        await scene.check_until(lambda: scene.count("rescued") == 20 - mine)
+        await scene.check_until(lambda: scene.count("rescued_connections") == 20 - mine)
 
 
 async def test_a_process_that_refuses_the_route_gets_no_connections() -> None:

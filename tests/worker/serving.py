@@ -91,9 +91,9 @@ class ServedWorker:
 
     async def start(self) -> None:
         starting = Deferred.fromCoroutine(self.worker.start())
-        self.child.on_link(0, await self.broker.stream(0))
+        self.worker.link(0, await self.broker.stream(0))
         await starting
-        self.child.pulse.start()
+        self.child.heartbeat.start()
 
     async def drain(self, timeout: float) -> None:
         """Drain the worker. Idempotent."""
@@ -133,7 +133,7 @@ async def serving(settings: Settings = SETTINGS) -> AsyncIterator[ServedWorker]:
             await served.start()
             yield served
         finally:
-            served.child.pulse.stop()
+            served.child.heartbeat.stop()
             await served.drain(0.0)
             await broker.stop()
             served.child.page.close()

@@ -52,7 +52,7 @@ async def test_start_waits_for_the_broker_and_the_application_before_it_opens_th
         await deferLater(reactor, 0.01)  # type: ignore[arg-type]
         assert not starting.called
         assert app_events() == []
-        child.on_link(0, await broker.stream(0))
+        worker.link(0, await broker.stream(0))
         await starting
         assert app_events() == ["started"]
         await worker.drain(0.0)
@@ -119,7 +119,7 @@ def test_an_application_that_cannot_be_loaded_is_named(module: str) -> None:
 async def test_another_stream_to_the_broker_takes_the_place_of_the_first() -> None:
     async with serving() as served:
         client = await served.connect()
-        served.child.on_link(0, await served.broker.stream(0))
+        served.worker.link(0, await served.broker.stream(0))
         client.say(id=2, publish={"channel": "news", "data": 1})
         assert "publish" in await client.reply(2)
         assert served.child.lost_links == 0
@@ -130,7 +130,7 @@ async def test_connections_that_the_supervisor_has_accepted_are_served() -> None
     async with serving() as served:
         ours, theirs = pair()
         sender = FdSender(reactor, ours)
-        served.child.on_adopt(theirs.detach())
+        served.worker.adopt(theirs.detach())
         with socket.create_server(("127.0.0.1", 0)) as elsewhere:
             connecting = Deferred.fromCoroutine(connect(elsewhere))
             await eventually(lambda: is_acceptable(elsewhere))
