@@ -233,7 +233,7 @@ class Control(control.Peer):
         super().__init__()
         self._child = child
 
-    @control.Link.responder
+    @control.AttachStream.responder
     def _link(self, slot: int, stream: int) -> dict[str, object]:
         self._child.service.link(slot, stream)
         return {}

@@ -62,7 +62,7 @@ class Failed(amp.Command):
     arguments = [(b"reason", amp.Unicode())]
 
 
-class Link(amp.Command):
+class AttachStream(amp.Command):
     """Supervisor -> worker and broker: the receiver's end of a fresh data-plane stream between the two.
 
     slot: the worker's slot, in both messages. The stream replaces the previous one, if any.

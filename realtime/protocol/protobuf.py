@@ -4,20 +4,19 @@
     field                      a varint of number << 3 | wire type, then a varint, or a length and so many bytes
     ping, pong                 a Reply and a Command without any field: the single byte 00
 
-The table below gives each field its number; what it holds, and within which bounds, is told by the Struct's own
-annotations, so that a limit is the same in all encodings. Readers and writers are made of it once, at import.
+The table below gives each field its number. The annotations of the Structs define the type and the bounds of a field,
+so that a limit is the same in all encodings. The module builds its readers and writers once, at import.
 
-Google's `protobuf` package, in C, is no replacement. It takes as long for a command, since most of the time goes into
-attributes and Structs, and longer for a small reply; only long replies take it half the time. And what it lets pass
-(fields of the wrong type, groups, varints of more than 64 bits) would have to be found afterwards, when it has taken
-memory for the whole message.
+Google's `protobuf` package, in C, is no replacement. It takes as long to decode a command, since most of the time goes
+into attributes and Structs, and longer to encode a small reply; only for long replies does it take half the time. It
+also accepts invalid input (fields of the wrong type, groups, varints of more than 64 bits), which a second pass would
+have to find after the package has allocated memory for the whole message.
 
-Zero values are not written. Unknown fields are skipped. Where proto3 leaves a choice to a reader, this one is strict:
-a known field of another wire type, a group, a number outside its type, or a varint of more than 64 bits is an error.
-Of a field that comes twice the last one counts, also where it is a message, which other readers would merge.
+Zero values are not written. Unknown fields are skipped. Where proto3 leaves a reader a choice, this reader is strict: a
+known field of another wire type, a group, a number outside its type, and a varint of more than 64 bits are errors. Of a
+repeated single field the last one counts, also for a message, which other readers would merge.
 
-Payloads are bytes of any kind. They are compared with JSON only where an application or a client of another encoding
-is to have them.
+Payloads are arbitrary bytes. They must be JSON only where an application or a client of another encoding receives them.
 """
 
 from __future__ import annotations
@@ -487,7 +486,7 @@ def _part_writer(number: int, make: _Write) -> _Write:
 
 
 def _fields(struct: type[Struct], numbers: str) -> list[tuple[int, str, inspect.Type]]:
-    """Number, name and type of each field, in the order of the Struct. A type that may be None is told without that."""
+    """Return number, name and type of each field in the order of the Struct; the type without None."""
     info = inspect.type_info(struct)
     assert isinstance(info, inspect.StructType)
     of = _numbers(numbers)

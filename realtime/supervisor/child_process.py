@@ -138,7 +138,7 @@ class ChildProcess(ProcessProtocol):
     def send_link(self, slot: int, stream: int) -> Deferred[object]:
         """Send one end of a stream between worker and broker. Keep `stream` open until the answer, because a receiver
         without free descriptors loses it."""
-        answer: Deferred[object] = self._link.callRemote(control.Link, slot=slot, stream=stream)
+        answer: Deferred[object] = self._link.callRemote(control.AttachStream, slot=slot, stream=stream)
         return answer
 
     def adopt_from(self, stream: int) -> Deferred[object]:

@@ -176,7 +176,7 @@ async def test_other_failures_have_their_status(family: Family, error: Exception
 async def test_the_service_gets_a_stream_to_the_broker(family: Family) -> None:
     family.begin()
     ours, theirs = socket.socketpair()
-    await family.supervisor.callRemote(control.Link, slot=1, stream=theirs.fileno())
+    await family.supervisor.callRemote(control.AttachStream, slot=1, stream=theirs.fileno())
     slot, stream = await family.service.links
     os.write(stream, b"hello")
     assert (slot, ours.recv(10)) == (1, b"hello")
@@ -187,7 +187,7 @@ async def test_the_service_gets_a_stream_to_the_broker(family: Family) -> None:
 
 async def test_a_stream_before_the_service_is_closed_and_requested_again(family: Family) -> None:
     ours, theirs = socket.socketpair()
-    await family.supervisor.callRemote(control.Link, slot=1, stream=theirs.fileno())
+    await family.supervisor.callRemote(control.AttachStream, slot=1, stream=theirs.fileno())
     theirs.close()
     assert ours.recv(1) == b""
     ours.close()

@@ -37,7 +37,7 @@ class Process(control.Peer):
     def collect(self, names: list[str]) -> dict[str, object]:
         return {"metrics": metrics.dump([sample for sample in self.samples if not names or sample.name in names])}
 
-    @control.Link.responder
+    @control.AttachStream.responder
     def link(self, slot: int, stream: int) -> dict[str, object]:
         self.streams.callback((slot, stream))
         return {}
@@ -94,7 +94,7 @@ async def test_any_number_of_metrics_arrives_whole(ends: Ends, count: int) -> No
 async def test_a_descriptor_arrives_with_its_command(ends: Ends) -> None:
     ours, theirs = socket.socketpair()
     with ours:
-        await ends.supervisor.callRemote(control.Link, slot=3, stream=theirs.fileno())
+        await ends.supervisor.callRemote(control.AttachStream, slot=3, stream=theirs.fileno())
         theirs.close()
         slot, stream = await ends.process.streams
         os.write(stream, b"hello")

@@ -60,7 +60,7 @@ class Peer(control.Peer):
         super().__init__()
         self.spawned = spawned
 
-    @control.Link.responder
+    @control.AttachStream.responder
     def link(self, slot: int, stream: int) -> dict[str, object]:
         self.spawned.received.append(("link", slot))
         os.close(stream)
