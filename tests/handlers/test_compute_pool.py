@@ -56,9 +56,7 @@ class Bench:
         return msgspec.json.decode(await self.call("echo"))
 
     def value(self, name: str) -> float:
-        return next(
-            sample.value for sample in self.metrics.snapshot() if sample.name == f"realtime_handler_processes_{name}"
-        )
+        return next(sample.value for sample in self.metrics.snapshot() if sample.name == f"realtime_handler_{name}")
 
 
 @asynccontextmanager
@@ -149,7 +147,7 @@ async def test_an_exception_is_logged_with_its_own_traceback_and_costs_no_proces
         assert says in event["log_failure"].getErrorMessage()
         assert event["handler"] == f"rpc {method}"
         await bench.echo()
-        assert bench.value("replaced") == 0
+        assert bench.value("process_replacements") == 0
 
 
 @on_loop
@@ -158,7 +156,7 @@ async def test_a_result_of_more_than_a_mebibyte_fails_its_call_alone() -> None:
         assert len(await bench.call("huge", 900_000)) == 900_002
         assert (await refusal(bench.call("huge", 2_000_000))).code == 106
         await bench.echo()
-        assert bench.value("replaced") == 0
+        assert bench.value("process_replacements") == 0
 
 
 # Calls of the server from a process.
@@ -222,7 +220,7 @@ async def test_a_handler_calls_the_server_from_its_process(method: str, args: li
         if said.startswith("Position"):
             assert server.publications == [("news", b'{"a":1}')]
         await bench.echo()
-        assert bench.value("replaced") == 0
+        assert bench.value("process_replacements") == 0
 
 
 @on_loop
@@ -241,7 +239,7 @@ async def test_threads_of_a_handler_take_turns_and_fail_after_it(tmp_path: Path)
         assert "no longer" in (tmp_path / "said").read_text()
         await bench.echo()
         assert len(server.publications) == 2
-        assert bench.value("replaced") == 0
+        assert bench.value("process_replacements") == 0
 
 
 @on_loop
@@ -280,7 +278,7 @@ async def test_a_process_that_exits_fails_its_call_and_is_replaced(status: int) 
     async with serving() as bench:
         assert (await refusal(bench.call("quit", status))).code == 100
         await bench.echo()
-        assert bench.value("replaced") == 1
+        assert bench.value("process_replacements") == 1
 
 
 @on_loop
@@ -295,7 +293,7 @@ async def test_a_killed_process_fails_its_call_alone(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
         assert (await refusal(doomed)).code == 100
         assert msgspec.json.decode(await other) == "slept"
-        assert bench.value("replaced") == 1
+        assert bench.value("process_replacements") == 1
 
 
 @on_loop
@@ -341,7 +339,7 @@ async def test_a_process_that_writes_junk_fails_its_call_and_is_replaced(junk: s
     async with serving() as bench:
         assert (await refusal(bench.call("junk", junk))).code == 100
         await bench.echo()
-        assert bench.value("replaced") == 1
+        assert bench.value("process_replacements") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -363,13 +361,13 @@ async def test_a_full_queue_refuses_at_once_and_waiting_calls_are_served(tmp_pat
         await bench.echo()
         working = bench.call("sleep", [str(tmp_path / "pid"), 0.2])
         waiting = bench.call("echo")
-        await until(lambda: (bench.value("busy"), bench.value("waiting")) == (1, 1))
+        await until(lambda: (bench.value("processes_busy"), bench.value("processes_waiting")) == (1, 1))
         procedure = bench.dispatcher.procedure("echo")
         assert procedure is not None
         with pytest.raises(PoolFull):
             await procedure.call(None, None)
         await asyncio.gather(working, waiting)
-        assert (bench.value("busy"), bench.value("waiting")) == (0, 0)
+        assert (bench.value("processes_busy"), bench.value("processes_waiting")) == (0, 0)
 
 
 @on_loop
@@ -387,11 +385,11 @@ async def test_a_caller_that_gives_up_in_the_queue_costs_no_process(tmp_path: Pa
         await bench.echo()
         working = bench.call("sleep", [str(tmp_path / "pid"), 0.1])
         waiting = bench.call("echo")
-        await until(lambda: bench.value("waiting") == 1)
+        await until(lambda: bench.value("processes_waiting") == 1)
         waiting.cancel()
         await working
         await bench.echo()
-        assert bench.value("replaced") == 0
+        assert bench.value("process_replacements") == 0
 
 
 class FakeProcess:
@@ -433,7 +431,7 @@ async def test_an_application_that_cannot_be_loaded_is_tried_again_later_and_cal
         assert echo is not None
         with pytest.raises(HandlerTimeout):
             await echo.call(None, None, timeout=1.0)
-        assert 1 <= bench.value("replaced") <= 3
+        assert 1 <= bench.value("process_replacements") <= 3
 
 
 @on_loop
