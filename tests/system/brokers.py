@@ -83,7 +83,7 @@ class BrokerProcess:
     async def stream(self, slot: int) -> int:
         """A worker's end of a fresh stream."""
         ours, theirs = socket.socketpair()
-        await self._control.callRemote(control.Link, slot=slot, stream=theirs.fileno())
+        await self._control.callRemote(control.AttachStream, slot=slot, stream=theirs.fileno())
         theirs.close()
         return ours.detach()
 

@@ -384,6 +384,7 @@ def test_the_whole_server_leaves_nobody_behind_when_its_supervisor_is_killed(sta
     server = start_server()
     os.kill(server.pid, signal.SIGKILL)
     wait_gone(server)
+    server.process.wait(5)
     start_server.started.remove(server)
 
 
