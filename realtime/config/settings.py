@@ -181,6 +181,10 @@ class TokenSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         restricted("a name of letters and _", checks.is_claim_name_or_empty),
         about("Name of the claim that contains the user ID. Empty: `sub`."),
     ] = ""
+    leeway: Annotated[
+        Seconds,
+        about("Time by which an issuer's clock may be ahead: the server accepts a token so long before its `nbf`."),
+    ] = 5.0
     max_length: Annotated[NonNegative, about("Maximum length of a token, in bytes. 0: no limit.")] = 8192
 
     def __repr__(self) -> str:
