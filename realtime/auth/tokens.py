@@ -381,5 +381,7 @@ def _embedded(raw: Raw | UnsetType, encoded: str, name: str) -> bytes:
         if encoded:
             return text_or_bytes(decode_base64(encoded))
         return payload(raw) if raw is not UNSET and bytes(raw) != b"null" else b""
-    except (ValueError, ClientError):
-        raise TokenInvalid(f"{name} is neither valid JSON text nor base64") from None
+    except ClientError:
+        raise TokenInvalid(f"{name} is not valid JSON text") from None
+    except ValueError:
+        raise TokenInvalid(f"b64{name} is not base64") from None
