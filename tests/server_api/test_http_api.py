@@ -347,3 +347,31 @@ def test_replies_to_one_batch_have_a_size(bench: Bench, monkeypatch: pytest.Monk
         assert "error" not in replies[answered - 1]
     # What was refused was not done either.
     assert len([channel for channel, _ in bench.receiver.publications if channel == "plain"]) == 4
+
+
+NUMBERS = [
+    ("history", {"channel": "chat:1", "limit": None}),
+    ("history", {"channel": "chat:1", "since": {"offset": None, "epoch": ""}}),
+    ("publish", {"channel": "chat:1", "data": 1, "version": None}),
+    ("broadcast", {"channels": ["chat:1"], "data": 1, "version": None}),
+    ("subscribe", {"user": "ada", "channel": "chat:1", "expire_at": None}),
+    ("subscribe", {"user": "ada", "channel": "chat:1", "recover_since": {"offset": None}}),
+    ("disconnect", {"user": "ada", "disconnect": {"code": None, "reason": "gone"}}),
+    ("refresh", {"user": "ada", "expire_at": None}),
+]
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**100, -(2**63), -(2**64)])
+@pytest.mark.parametrize(("method", "fields"), NUMBERS)
+def test_a_number_of_any_size_has_an_answer(bench: Bench, method: str, fields: dict[str, Any], number: int) -> None:
+    body = json.dumps(fields).replace("null", str(number)).encode()
+    try:
+        result = bench.call(method, body)
+    except BadBody:
+        return
+    except ClientError as error:
+        assert error.code == 107
+        return
+    assert "error" not in json.dumps(result) or '"code": 107' in json.dumps(result)
+    for order in bench.receiver.orders:
+        assert msgspec.msgpack.encode(order)
