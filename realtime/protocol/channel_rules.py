@@ -72,10 +72,13 @@ class ChannelRules:
         )
 
     def namespace(self, channel: str) -> str | None:
-        """Return the namespace in the name of `channel`, configured or not; None for a name without one."""
+        """Return the namespace in the name of `channel`, configured or not; None for a name without one.
+
+        A name that begins with the boundary has none.
+        """
         name = channel.removeprefix(self._settings.private_prefix) if self._settings.private_prefix else channel
         namespace, boundary, _ = name.partition(self._settings.namespace_boundary)
-        return namespace if boundary else None
+        return namespace if boundary and namespace else None
 
     def options(self, channel: str) -> ResolvedChannel:
         """Return the options of `channel`. Raises ClientError 102 when its namespace is not configured."""

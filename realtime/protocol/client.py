@@ -8,7 +8,7 @@ import msgspec
 
 from realtime.auth.tokens import OVERRIDABLE
 from realtime.errors import FORCE_DISCONNECT, SERVER_UNSUBSCRIBE
-from realtime.json_text import one_line, value
+from realtime.json_text import one_line, value, value_or_bytes
 from realtime.types import ClientInfo, Grant, Position, SubscribeOptions
 
 
@@ -89,8 +89,8 @@ class ConnectedClient:
 
     @property
     def info(self) -> Any:
-        """The client's `info` from its credentials, decoded; None if there is none."""
-        return value(self._session.info.conn_info)
+        """The client's `info` from its credentials, decoded; None if there is none, bytes if it is not JSON."""
+        return value_or_bytes(self._session.info.conn_info)
 
     @property
     def meta(self) -> Any:

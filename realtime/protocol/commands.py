@@ -58,7 +58,7 @@ async def subscribe(session: Session, id: int, request: messages.SubscribeReques
     # As with connect: the grant of a handler expires without a warning, and the client subscribes again.
     refreshable = bool(ttl and request.token)
     result = msgspec.structs.replace(
-        joined.result, expires=refreshable, ttl=ttl if refreshable else 0, data=messages.embed(options.data)
+        joined.result, expires=refreshable, ttl=ttl if refreshable else 0, data=session.encoding.embed(options.data)
     )
     session.reply(id, "subscribe", result)
     session.activate(subscription, joined)
@@ -195,7 +195,7 @@ def _check_presence(session: Session, channel: str) -> None:
 async def presence(session: Session, id: int, request: messages.PresenceRequest) -> None:
     _check_presence(session, request.channel)
     present = await session.services.engine.ask(GetPresence(request.channel))
-    infos = await session.services.slices.map_sliced(messages.make_info, present.values())
+    infos = await session.services.slices.map_sliced(session.encoding.make_info, present.values())
     session.reply(id, "presence", messages.PresenceResult(dict(zip(present, infos, strict=True))))
 
 

@@ -50,7 +50,7 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     try:
         joined = await _join_all(session, initial)
         subs = {
-            subscription.channel: _with_data(outcome.result, identity.subs.get(subscription.channel))
+            subscription.channel: _with_data(session, outcome.result, identity.subs.get(subscription.channel))
             for subscription, outcome in joined
         }
         session.reply(id, "connect", _connect_result(session, identity, ttl, subs))
@@ -232,9 +232,13 @@ async def _join_all(
     return joined
 
 
-def _with_data(result: messages.SubscribeResult, options: SubscribeOptions | None) -> messages.SubscribeResult:
+def _with_data(
+    session: Session, result: messages.SubscribeResult, options: SubscribeOptions | None
+) -> messages.SubscribeResult:
     """Add the `data` for the client, if its credentials name this channel."""
-    return msgspec.structs.replace(result, data=messages.embed(options.data)) if options is not None else result
+    if options is None:
+        return result
+    return msgspec.structs.replace(result, data=session.encoding.embed(options.data))
 
 
 def _connect_result(
@@ -248,7 +252,7 @@ def _connect_result(
         # The client can refresh a token only; other credentials expire without a warning.
         expires=bool(ttl and session.is_refreshable),
         ttl=ttl if session.is_refreshable else 0,
-        data=messages.embed(identity.data),
+        data=session.encoding.embed(identity.data),
         subs=subs or None,
         ping=ping,
         pong=pong,

@@ -26,6 +26,8 @@ class JSONEncoding:
     name = "json"
     unidirectional = False
     ping = b"{}"
+    embed = staticmethod(messages.embed)
+    make_info = staticmethod(messages.make_info)
 
     def decode_command(self, message: bytes) -> Command | None:
         if _NEWLINE in message:

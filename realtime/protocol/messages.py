@@ -17,6 +17,7 @@ since a newline separates messages. `realtime.json_text.payload` is the one stri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -296,11 +297,22 @@ class RefreshPush(Struct, frozen=True, omit_defaults=True):
 
 
 def make_info(client: ClientInfo) -> Info:
-    """Make the message for a client, as other clients see it."""
+    """Make the message for a client, as other clients see it in JSON."""
     return Info(client.user, client.client, embed(client.conn_info), embed(client.chan_info))
 
 
-def make_pub(publication: Publication, data: bytes, epoch: str = "", delta: bool = False) -> Pub:
+def make_binary_info(client: ClientInfo) -> Info:
+    """Make the message for a client, for an encoding that carries any bytes."""
+    return Info(client.user, client.client, embed_bytes(client.conn_info), embed_bytes(client.chan_info))
+
+
+def make_pub(
+    publication: Publication,
+    data: bytes,
+    epoch: str = "",
+    delta: bool = False,
+    make_info: Callable[[ClientInfo], Info] = make_info,
+) -> Pub:
     """Make the message for a publication, with `data` in place of its own. delta: whether `data` is a delta."""
     return Pub(
         Raw(data),
@@ -313,5 +325,10 @@ def make_pub(publication: Publication, data: bytes, epoch: str = "", delta: bool
 
 
 def embed(data: bytes) -> Raw | UnsetType:
-    """Embed JSON text in a message, unchanged; b"" omits the key."""
-    return Raw(data) if data else UNSET
+    """Embed JSON text in a message, unchanged; b"" omits the key, and so do bytes behind `json_text.BINARY`."""
+    return Raw(data) if data and data[0] else UNSET
+
+
+def embed_bytes(data: bytes) -> Raw | UnsetType:
+    """Embed JSON text, or the bytes behind `json_text.BINARY`; b"" omits the key."""
+    return Raw(data if data[0] else data[1:]) if data else UNSET

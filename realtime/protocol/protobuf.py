@@ -119,6 +119,8 @@ class Protobuf:
     name = "protobuf"
     unidirectional = False
     ping = b"\x00"
+    embed = staticmethod(messages.embed_bytes)
+    make_info = staticmethod(messages.make_binary_info)
 
     def decode_command(self, message: bytes) -> Command | None:
         try:
@@ -177,7 +179,7 @@ class Protobuf:
         return _sized(b"", _ID_TAG + _varint_of(id) + field)
 
     def encode_rpc_reply(self, id: int, value: Any) -> bytes:
-        return self.encode_reply(id, "rpc", messages.RPCResult(messages.embed(self.encode_data(value) or b"null")))
+        return self.encode_reply(id, "rpc", messages.RPCResult(Raw(self.encode_data(value) or b"null")))
 
     def encode_error(self, id: int, error: ClientError) -> bytes:
         return self.encode_reply(id, "error", messages.Error(error.code, error.message, error.temporary))
@@ -189,13 +191,13 @@ class Protobuf:
         return _sized(b"", _sized(_REPLY_TAGS["push"], push))
 
     def make_pub(self, publication: Publication, epoch: str = "") -> Pub:
-        return messages.make_pub(publication, publication.data, epoch)
+        return messages.make_pub(publication, publication.data, epoch, make_info=messages.make_binary_info)
 
     def make_full_pub(self, publication: Publication, epoch: str = "") -> Pub:
-        return messages.make_pub(publication, publication.data, epoch)
+        return messages.make_pub(publication, publication.data, epoch, make_info=messages.make_binary_info)
 
     def make_delta_pub(self, publication: Publication, delta: bytes, epoch: str = "") -> Pub | None:
-        return messages.make_pub(publication, delta, epoch, delta=True)
+        return messages.make_pub(publication, delta, epoch, delta=True, make_info=messages.make_binary_info)
 
 
 def emulation_request(body: bytes) -> EmulationRequest:

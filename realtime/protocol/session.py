@@ -463,7 +463,7 @@ class Session(SessionTimers):
                 epoch=result.epoch,
                 offset=result.offset,
                 positioned=result.positioned,
-                data=messages.embed(options.data),
+                data=self.encoding.embed(options.data),
             ),
         )
         for publication in result.publications or ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -375,10 +376,35 @@ def test_subscribe_is_an_order_to_every_worker(bench: Bench, body: Any, order: O
 
 
 @pytest.mark.parametrize(
-    "body", [{"b64info": "no base64!"}, {"b64info": encoded(b"\xff")}, {"b64data": encoded(b"{")}, {"b64data": "ü"}]
+    "body", [{"b64info": "no base64!"}, {"info": json.loads("[" * 200 + "]" * 200)}, {"b64data": "ü"}]
 )
-def test_what_clients_could_not_read_is_no_part_of_a_subscription(bench: Bench, body: Any) -> None:
+def test_subscribe_refuses_text_that_is_not_base64_and_json_that_is_too_deep(bench: Bench, body: Any) -> None:
     assert bench.refusal("subscribe", {"user": "ada", "channel": "chat:1", **body}) == 107
+    assert bench.receiver.orders == []
+
+
+def test_subscribe_with_bytes_that_are_not_json(bench: Bench) -> None:
+    assert bench.call("subscribe", {"channel": "chat:1", "b64info": encoded(b"\xff\n"), "b64data": encoded(b"{")}) == {}
+    assert bench.receiver.orders == [SubscribeOrder("", "chat:1", SubscribeOptions(b"\0\xff\n", b"\0{"))]
+
+
+def test_base64_may_have_line_ends(bench: Bench) -> None:
+    text = json.dumps("x" * 100).encode()
+    for spelled in (base64.encodebytes(text).decode(), base64.encodebytes(text).decode().replace("\n", "\r\n")):
+        bench.call("publish", {"channel": "plain", "b64data": spelled})
+        bench.call("subscribe", {"channel": "chat:1", "b64info": spelled, "b64data": spelled})
+        assert bench.receiver.publications[-1][1].data == text
+        assert bench.receiver.orders[-1] == SubscribeOrder("", "chat:1", SubscribeOptions(text, text))
+
+
+@pytest.mark.parametrize("limit", [2**63, 2**64, 10**100, -2, -(2**64)])
+def test_a_number_beyond_64_bits_is_a_bad_request(bench: Bench, limit: int) -> None:
+    assert bench.refusal("history", {"channel": "chat:1", "limit": limit}) == 107
+    for method in (bench.operations.history, partial(bench.operations.subscribe, "ada")):
+        with pytest.raises(ClientError) as caught:
+            name = "since" if method == bench.operations.history else "recover_since"
+            finish(method("chat:1", **{name: Position(limit, "e")}))
+        assert caught.value.code == 107
     assert bench.receiver.orders == []
 
 
