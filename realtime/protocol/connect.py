@@ -41,12 +41,21 @@ class _Identity(Struct, frozen=True):
 
 async def connect(session: Session, id: int, request: messages.ConnectRequest) -> None:
     identity = await _authenticate(session, request)
-    session.info = info = ClientInfo(identity.user, str(uuid.uuid4()), identity.info)
+    session.info = ClientInfo(identity.user, str(uuid.uuid4()), identity.info)
+    with session.services.sessions.connecting(session):
+        await _enter(session, id, request, identity)
+    personal = session.settings.client.subscribe_to_user_personal_channel
+    if personal.single_connection and session.user and session.state is CONNECTED:
+        await _supersede(session)
+
+
+async def _enter(session: Session, id: int, request: messages.ConnectRequest, identity: _Identity) -> None:
+    """Admit the client, join its first subscriptions, and reply."""
     initial = _initial_subscriptions(session, request, identity)
     ttl = session.ttl(identity.expire_at)
     if session.state is not OPENED:
         return
-    await session.admit(info)
+    await session.admit(session.info)
     try:
         joined = await _join_all(session, initial)
         subs = {
@@ -64,9 +73,6 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     session.set_expiry(identity.expire_at)
     for subscription, outcome in joined:
         session.activate(subscription, outcome)
-    personal = session.settings.client.subscribe_to_user_personal_channel
-    if personal.single_connection and session.user and session.state is CONNECTED:
-        await _supersede(session)
 
 
 async def refresh(session: Session, id: int, request: messages.RefreshRequest) -> None:

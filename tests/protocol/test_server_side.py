@@ -740,6 +740,30 @@ class TestOrders:
         assert server.hub.subscriptions == (code is None)
         assert not ann.session.subscribing
 
+    @pytest.mark.parametrize(
+        ("order", "code"),
+        [
+            (DisconnectOrder("ann"), 3503),
+            (DisconnectOrder("bob"), None),
+            (RefreshOrder("ann", expired=True), 3005),
+            (UnsubscribeOrder("ann", "room:a"), None),
+        ],
+    )
+    def test_an_order_applies_to_a_connect_that_is_under_way(self, server, order, code):
+        gates = server.delay_engine()
+        peer = server.peer()
+        peer.say({"id": 1, "connect": {"token": token(sub="ann", channels=["room:a"])}})
+        server.order(order)
+        server.engine.overrides.clear()
+        while gates:
+            gates.pop().open()
+        assert (peer.close_code or (None,))[0] == code
+        if code is None:
+            subs = peer.heard()[0]["connect"].get("subs", {})
+            assert list(subs) == ([] if isinstance(order, UnsubscribeOrder) else ["room:a"])
+            peer.session.closed()
+        assert server.clean() and not server.sessions._connecting
+
     def test_new_info_applies_to_a_subscribe_that_a_handler_decides(self, server):
         gate = Gate()
 
