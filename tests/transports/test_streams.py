@@ -492,7 +492,9 @@ async def test_a_stream_ends_with_a_disconnect_push(
     path: str, read: Callable[[Client], list[Any]], push: dict[str, Any]
 ) -> None:
     async with streaming() as stage:
-        client = await stage.stream(post(path, b"close"))
+        stage.make_session = Silent
+        client = await stage.stream(post(path, HELLO))
+        stage.sessions[0].connection.close(3001, "shutdown")
         await eventually(lambda: client.lost)
         assert read(client) == [push]
         assert chunks(client)[1]
