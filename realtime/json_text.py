@@ -67,7 +67,12 @@ def text_or_bytes(data: bytes) -> bytes:
 
 
 def is_json(data: bytes) -> bool:
-    """Return whether arbitrary bytes are JSON text that `payload` would accept."""
+    """Return whether JSON clients can receive arbitrary bytes: JSON text that `payload` would accept, or nothing.
+
+    Line ends alone count as nothing: the JSON encoding removes them.
+    """
+    if not data.strip(_LINE_ENDS):
+        return True
     try:
         data.decode()
         payload(_decode_raw(data))

@@ -54,7 +54,7 @@ def test_text_that_every_encoding_carries(data):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x00", b"nan", b"01", b"{} {}", b'"\xff"', b'"\\ud800"', b'"a\nb"', b"[" * 129 + b"]" * 129, b"[" * 5000],
+    [b"\x00", b"nan", b"01", b"{} {}", b'"\xff"', b'"\\ud800"', b'"a\nb"', b"[" * 129 + b"]" * 129, b"[" * 5000],
 )
 def test_bytes_that_json_can_not_carry(data):
     assert not json_text.is_json(data)

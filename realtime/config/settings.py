@@ -273,9 +273,10 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
         about("Time limit for a new connection to send a valid connect command. 0: no limit."),
     ] = 10.0
     expired_close_delay: Annotated[Seconds, about("Time that a client has to refresh an expired connection.")] = 25.0
-    expired_sub_close_delay: Annotated[Seconds, about("Time that a client has to refresh an expired subscription.")] = (
-        25.0
-    )
+    expired_sub_close_delay: Annotated[
+        Seconds,
+        about("Time in which an expired subscription may be refreshed by its client, or prolonged by the server API."),
+    ] = 25.0
     channel_limit: Annotated[NonNegative, about("Maximum number of subscriptions of one connection. 0: no limit.")] = (
         128
     )
@@ -304,7 +305,7 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
         NonNegative,
         about(
             "Maximum number of failed commands of one connection within five seconds before the server closes it."
-            " 0: no limit."
+            " Refused subscriptions count only beyond client.channel_limit. 0: no limit."
         ),
     ] = 100
     concurrency: Annotated[

@@ -113,7 +113,7 @@ class ConnectedClient:
     def subscribe(self, channel: str, grant: Grant | None = None) -> None:
         """Subscribe the client to `channel`, regardless of the channel's permissions, and notify it.
 
-        Does nothing if the client is subscribed already. Raises ValueError for an invalid grant.
+        A client that is subscribed already gets the terms of this grant. Raises ValueError for an invalid grant.
         """
         self._session.subscribe(channel, subscribe_options(grant) if grant else SubscribeOptions(), None)
 

@@ -310,8 +310,8 @@ class _Reader:
         match type:
             case inspect.BoolType():
                 self._numbers[of_number] = _takes_bool(name)
-            case inspect.IntType(ge=int(low), le=int(high)):
-                self._numbers[of_number] = _takes_int(name, low, high)
+            case inspect.IntType(ge=int(low), le=high):
+                self._numbers[of_number] = _takes_int(name, low, _MAX_VARINT if high is None else high)
             case inspect.StrType():
                 self._parts[of_part] = _takes_text(name)
             case inspect.ListType(item_type=item):

@@ -178,7 +178,7 @@ class BroadcastResult(Struct, frozen=True):
 
 
 class BinaryPub(Struct, frozen=True, omit_defaults=True):
-    """A publication with binary data, which JSON can't represent; its `data` is null."""
+    """A publication with data that JSON can't represent: binary, or none; its `data` is null."""
 
     b64data: str
     data: None
@@ -506,7 +506,7 @@ def _position(position: StreamPosition | None) -> Position | None:
 
 def _pub(publication: Publication) -> messages.Pub | BinaryPub:
     plain = messages.make_pub(publication, json_text.one_line(publication.data))
-    if not publication.binary:
+    if not publication.binary and publication.data.strip(b"\r\n"):
         return plain
     return BinaryPub(base64.b64encode(publication.data).decode(), None, plain.info, plain.offset, plain.tags)
 

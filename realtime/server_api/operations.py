@@ -7,6 +7,7 @@ API key and the application's code have them all.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Unpack
 
@@ -82,6 +83,7 @@ class ServerAPI:
         identity: Callable[[], NodeIdentity],
         survey: Survey,
         gather: Gather = sequentially,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """survey: returns the number of subscribers over all workers for each channel that matches a valid pattern.
 
@@ -92,6 +94,7 @@ class ServerAPI:
         self._identity = identity
         self._survey = survey
         self._gather = gather
+        self._wall_clock = wall_clock
 
     def _options(self, channel: str) -> ResolvedChannel:
         """Raises ClientError 107 for an empty or overlong name, and 102 for an unknown namespace."""
@@ -128,7 +131,7 @@ class ServerAPI:
             raise ClientError(*errors.BAD_REQUEST)
         request = Publish(
             channel,
-            json_text.one_line(data) if text else data,
+            (json_text.one_line(data) or data) if text else data,
             HistoryOptions() if skip_history else options.history_options,
             tags=tags or None,
             idempotency_key=idempotency_key,
@@ -246,9 +249,12 @@ class ServerAPI:
         """Subscribe the user's connections to a channel, regardless of its permissions.
 
         client, session: restrict the order to one connection. info, data: see `SubscribeOptions`. The other arguments:
-        see `SubscribeOrder`. Raises ClientError 107 also for an option that can't be overridden.
+        see `SubscribeOrder`. Raises ClientError 107 also for an option that can't be overridden, and 110 for an expiry
+        in the past.
         """
         self._options(channel)
+        if expire_at and expire_at <= self._wall_clock():
+            raise ClientError(*errors.EXPIRED)
         if not set(override or ()).issubset(OVERRIDABLE):
             raise ClientError(*errors.BAD_REQUEST)
         _check_position(recover_since)

@@ -85,7 +85,7 @@ def test_data_that_would_harm_readers_is_refused(bench: Bench, data: bytes, refu
     assert bench.receiver.publications == []
 
 
-@pytest.mark.parametrize("data", [b"{no json", b"\xff\x00", b'"\xff"', b"1 2", b"[" * 200 + b"]" * 200, b"\n"])
+@pytest.mark.parametrize("data", [b"{no json", b"\xff\x00", b'"\xff"', b"1 2", b"[" * 200 + b"]" * 200, b" "])
 def test_data_that_is_no_json_is_for_clients_of_protobuf(bench: Bench, data: bytes) -> None:
     for channel in ("plain", "bytes:1"):
         bench.call("publish", {"channel": channel, "b64data": base64.b64encode(data).decode()})
@@ -98,7 +98,20 @@ def test_data_that_is_no_json_is_for_clients_of_protobuf(bench: Bench, data: byt
 def test_a_channel_may_take_even_nothing(bench: Bench) -> None:
     bench.call("publish", {"channel": "bytes:1"})
     bench.call("publish", {"channel": "bytes:1", "data": {}})
-    assert [(one.data, one.binary) for _, one in bench.receiver.publications] == [(b"", True), (b"{}", False)]
+    assert [(one.data, one.binary) for _, one in bench.receiver.publications] == [(b"", False), (b"{}", False)]
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"\r\n"])
+def test_empty_data_is_for_all_clients(bench: Bench, data: bytes) -> None:
+    encoded = base64.b64encode(data).decode()
+    bench.call("publish", {"channel": "bytes:1", "b64data": encoded})
+    assert [(one.data, one.binary) for _, one in bench.receiver.publications] == [(data, False)]
+    [found] = bench.call("history", {"channel": "bytes:1", "limit": -1})["publications"]
+    assert found == {"data": None, "b64data": encoded, "offset": 1}
+
+
+def test_a_subscription_with_an_expiry_in_the_past_is_refused(bench: Bench) -> None:
+    assert bench.refusal("subscribe", {"user": "ada", "channel": "chat:1", "expire_at": 1000000000}) == 110
 
 
 def test_formats_that_fit(bench: Bench) -> None:
