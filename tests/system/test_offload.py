@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -28,8 +29,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def ask(server: Server, path: str) -> Any:
-    with urllib.request.urlopen(f"{server.http}{path}", timeout=30) as response:
-        return json.load(response)
+    """Return the decoded response; a worker that is under pressure because it has just started is asked again."""
+    for _ in range(50):
+        try:
+            with urllib.request.urlopen(f"{server.http}{path}", timeout=30) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            time.sleep(0.2)
+    raise AssertionError("the worker stays under pressure")
 
 
 def spin(server: Server) -> None:

@@ -382,7 +382,8 @@ def test_as_a_daemon(tmp_path: Path) -> None:
 
 def test_the_whole_server_leaves_nobody_behind_when_its_supervisor_is_killed(start_server: ServerStarter) -> None:
     server = start_server()
-    os.kill(server.pid, signal.SIGKILL)
+    server.process.kill()
+    server.process.wait()
     wait_gone(server)
     server.process.wait(5)
     start_server.started.remove(server)

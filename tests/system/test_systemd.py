@@ -241,3 +241,4 @@ def test_the_server_starts_where_the_rest_of_proc_is_hidden(tmp_path: Path) -> N
         assert any("ready: 1 workers" in line for line in said), "".join(said)
     finally:
         server.kill()
+        server.communicate()
