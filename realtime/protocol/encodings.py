@@ -9,14 +9,14 @@ A *unidirectional* encoding carries one request, a bare ConnectRequest, and from
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from msgspec import Raw, Struct, UnsetType
 
 from realtime.errors import ClientError
 from realtime.protocol.messages import Command, Pub
-from realtime.types import Publication
+from realtime.types import ClientInfo, Publication
 
 
 class Encoding(Protocol):
@@ -67,6 +67,12 @@ class Encoding(Protocol):
 
     def encode_error(self, id: int, error: ClientError) -> bytes:
         """Encode the error reply to command `id`."""
+
+    def encode_member(self, info: ClientInfo) -> bytes:
+        """Encode one entry of a presence reply."""
+
+    def encode_presence_reply(self, id: int, members: Iterable[bytes]) -> bytes:
+        """Encode the reply to the presence command `id` from its encoded entries: thousands take little time."""
 
     def encode_push(self, channel: str, name: str, body: Struct) -> bytes:
         """Encode a push. name: of the field that it sets, such as "pub". channel: "" for a push to the connection."""

@@ -6,7 +6,7 @@ byte except for raw line ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ from realtime.errors import ClientError, Disconnect
 from realtime.protocol import messages
 from realtime.protocol.encodings import Encoding
 from realtime.protocol.messages import Command, ConnectRequest, Error, ProtocolError, Pub
-from realtime.types import Publication
+from realtime.types import ClientInfo, Publication
 
 
 class JSONEncoding:
@@ -64,6 +64,12 @@ class JSONEncoding:
 
     def encode_error(self, id: int, error: ClientError) -> bytes:
         return b'{"id":%d,"error":%b}' % (id, _encode(Error(error.code, error.message, error.temporary)))
+
+    def encode_member(self, info: ClientInfo) -> bytes:
+        return b"%b:%b" % (_encode(info.client), _encode(messages.make_info(info)))
+
+    def encode_presence_reply(self, id: int, members: Iterable[bytes]) -> bytes:
+        return b'{"id":%d,"presence":{"presence":{%b}}}' % (id, b",".join(members))
 
     def encode_push(self, channel: str, name: str, body: Struct) -> bytes:
         return b'{"push":%b}' % _bare_push(channel, name, body)

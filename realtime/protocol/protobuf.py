@@ -21,7 +21,7 @@ Payloads are arbitrary bytes. They must be JSON only where an application or a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -32,7 +32,7 @@ from realtime.errors import ClientError
 from realtime.protocol import messages
 from realtime.protocol.encodings import Encoding
 from realtime.protocol.messages import Command, ProtocolError, Pub
-from realtime.types import Publication
+from realtime.types import ClientInfo, Publication
 
 
 class EmulationRequest(Struct, frozen=True):
@@ -173,14 +173,19 @@ class Protobuf:
         return json_text.is_json(data)
 
     def encode_reply(self, id: int, name: str, result: Struct) -> bytes:
-        field = _sized(_REPLY_TAGS[name], _WRITERS[type(result)](result))
-        return _sized(b"", _ID_TAG + _varint_of(id) + field)
+        return _reply(id, name, _WRITERS[type(result)](result))
 
     def encode_rpc_reply(self, id: int, value: Any) -> bytes:
         return self.encode_reply(id, "rpc", messages.RPCResult(messages.embed(self.encode_data(value) or b"null")))
 
     def encode_error(self, id: int, error: ClientError) -> bytes:
         return self.encode_reply(id, "error", messages.Error(error.code, error.message, error.temporary))
+
+    def encode_member(self, info: ClientInfo) -> bytes:
+        return _WRITERS[messages.PresenceResult](messages.PresenceResult({info.client: messages.make_info(info)}))
+
+    def encode_presence_reply(self, id: int, members: Iterable[bytes]) -> bytes:
+        return _reply(id, "presence", b"".join(members))
 
     def encode_push(self, channel: str, name: str, body: Struct) -> bytes:
         push = _sized(_PUSH_TAGS[name], _WRITERS[type(body)](body))
@@ -429,6 +434,10 @@ def _sized(tag: bytes, part: bytes) -> bytes:
     """A field, or with an empty tag a whole payload."""
     size = len(part)
     return tag + (_ONE_BYTE[size] if size < 0x80 else _varint_of(size)) + part
+
+
+def _reply(id: int, name: str, result: bytes) -> bytes:
+    return _sized(b"", _ID_TAG + _varint_of(id) + _sized(_REPLY_TAGS[name], result))
 
 
 _Write = Callable[[Any], bytes]

@@ -18,7 +18,7 @@ There are no replies and no pongs, so a refusal is a disconnect.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -269,6 +269,11 @@ class Session(SessionTimers):
         """
         if self.state is not SessionState.CLOSED:
             self._connection.send(self.encoding.encode_rpc_reply(id, result))
+
+    def reply_to_presence(self, id: int, members: Iterable[bytes]) -> None:
+        """Answer the presence command `id`; harmless after the end of the session. members: encoded entries."""
+        if self.state is not SessionState.CLOSED:
+            self._connection.send(self.encoding.encode_presence_reply(id, members))
 
     def _answer_failure(self, id: int, name: str, error: Exception) -> None:
         """Answer a command that raised `error`."""

@@ -39,6 +39,9 @@ A page always holds at least one publication, so paging on reads everything. A r
 missed publications exceed it does not recover.
 """
 
+MESSAGES_DROPPED = ("realtime_messages_dropped", "Publications, joins and leaves lost on their way to subscribers.")
+"""Name and help of the counter of lost messages, by `reason`."""
+
 Answer = TypeVar("Answer")
 
 
