@@ -103,7 +103,7 @@ class Broker:
         """Let the clients of a worker leave, as it has ended or its link was cut."""
         if reason != PEER_ENDED:
             self.cuts.value += 1
-        self.core.detach(link)
+        self.core.detach(link, self.now())
         for slot, peer in self._peers.items():
             if peer.link is link:
                 _log.info("the stream to worker {slot} ended: {reason}; its clients leave", slot=slot, reason=reason)
@@ -177,7 +177,7 @@ class _WorkerPeer:
     def replace(self) -> None:
         """Drop the state of this stream at once, not only when its end is noticed: its slot has a new stream."""
         self.link.cut("another stream took its place")
-        self._core.detach(self.link)
+        self._core.detach(self.link, self._now())
 
     def receive(self, number: int, body: bytes) -> None:
         """Carry out one message. Raises BadFrame, and nothing else, if it is invalid or out of place."""

@@ -404,11 +404,14 @@ class Session(SessionTimers):
         elif not subscription.activate(joined):
             self.subscription_lost_position(subscription)
 
-    def remove_subscription(self, subscription: Subscription) -> None:
-        """End a subscription at any stage, without a wait for the engine, which may be away."""
+    def remove_subscription(self, subscription: Subscription, *, is_returning: bool = False) -> None:
+        """End a subscription at any stage, without a wait for the engine, which may be away.
+
+        is_returning: see `RemovePresence`.
+        """
         if self.subscriptions.get(subscription.channel) is subscription:
             del self.subscriptions[subscription.channel]
-        self._run_in_background(subscription.leave())
+        self._run_in_background(subscription.leave(is_returning=is_returning))
 
     def subscription_lost_position(self, subscription: Subscription) -> None:
         """Have the client subscribe again: it may have missed publications, and then recovers or learns of the gap."""
@@ -482,7 +485,7 @@ class Session(SessionTimers):
         if subscription is None:
             return
         was_active = subscription.is_active
-        self.remove_subscription(subscription)
+        self.remove_subscription(subscription, is_returning=was_active and code >= errors.LOST_POSITION[0])
         if was_active:  # otherwise its subscribe command gets an error reply
             self._push(channel, "unsubscribe", messages.UnsubscribePush(code, reason))
 

@@ -137,19 +137,27 @@ class AddPresence(EngineRequest[None], tag=8, frozen=True, gc=False):
     """Add a client's subscription to the channel. Repeated for a client, it replaces `info` without a second join.
 
     present: list the client in `GetPresence`. announce: deliver a join now and a leave at the end to the subscribers.
+    grace: seconds for which the client stays listed after the end of its connection. A client of the same user that
+    comes meanwhile takes its place, without a leave and a join.
     """
 
     channel: str
     info: ClientInfo
     present: bool
     announce: bool
+    grace: float = 0.0
 
 
 class RemovePresence(EngineRequest[None], tag=9, frozen=True, gc=False):
-    """Remove a client's subscription; delivers a leave if `AddPresence` delivered a join. Idempotent."""
+    """Remove a client's subscription; delivers a leave if `AddPresence` delivered a join. Idempotent.
+
+    is_returning: the client was asked to subscribe again. It stays listed for a few seconds; if it returns in time,
+    there is neither a leave nor a join.
+    """
 
     channel: str
     client: str
+    is_returning: bool = False
 
 
 class GetPresence(EngineRequest[dict[str, ClientInfo]], tag=10, frozen=True, gc=False):
