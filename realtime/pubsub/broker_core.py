@@ -138,7 +138,7 @@ class BrokerCore(Generic[P]):
 
     @property
     def streams(self) -> int:
-        """The number of channels with a history, or at least a position."""
+        """The number of channels with a history, or at least a position above 0."""
         return len(self._streams)
 
     # Peers
@@ -196,7 +196,7 @@ class BrokerCore(Generic[P]):
         if not request.history_options.enabled:
             publication = Publication(request.data, 0, request.info, request.tags, request.delta, request.binary)
             position = Position()
-        elif version and not (stream := self._streams.open(now, channel, request.history_options)).advance(
+        elif version and not (stream := self._streams.open_to_publish(now, channel, request.history_options)).advance(
             version, request.version_epoch
         ):
             publication, position = None, stream.position

@@ -88,7 +88,8 @@ class GetHistory(EngineRequest[HistoryPage], tag=6, frozen=True, gc=False):
     limit: 0 for the position alone, -1 for all stored publications. reverse: newest first, those before `since`.
     max_bytes: ends the page early, though never before its first publication; values over PAGE_BYTES count as
     PAGE_BYTES. Without history (`history_options.enabled`): no publications and (0, "").
-    A query for an unknown channel creates its epoch, and keeps it. The caller compares `since.epoch`.
+    A channel without a publication has an epoch as well, which is its first publication's, and takes no memory. The
+    caller compares `since.epoch`.
     """
 
     channel: str
