@@ -116,7 +116,7 @@ class FanoutServices:
 class FanoutContext:
     """State and collaborators that the fan-outs of one worker share.
 
-    queued: bytes of the publications in all backlogs. broadcast, charge, sent, overflows, dropped: see `FanoutServices`.
+    queued: bytes of the publications in all backlogs. The other attributes: see `FanoutServices`.
     """
 
     def __init__(
