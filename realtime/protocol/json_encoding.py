@@ -6,7 +6,7 @@ byte except for raw line ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -31,16 +31,23 @@ class JSONEncoding:
         if _NEWLINE in message:
             return None
         try:
+            if len(message) > _SHORT:
+                _check_objects(message, _decode_outline)
             return _decode_command(message)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise ProtocolError("not a command") from None
 
     def decode_commands(self, message: bytes) -> Iterator[Command]:
         # A newline at the end of the message is allowed.
-        for line in message.removesuffix(b"\n").split(b"\n"):
-            command = self.decode_command(line)
+        start, end = 0, len(message) - message.endswith(b"\n")
+        while start <= end:
+            stop = message.find(b"\n", start, end)
+            if stop < 0:
+                stop = end
+            command = self.decode_command(message[start:stop])
             assert command is not None
             yield command
+            start = stop + 1
 
     def validate_data(self, raw: Raw | UnsetType) -> bytes:
         return json_text.payload(raw)
@@ -102,6 +109,8 @@ class JSONPushEncoding(JSONEncoding):
 
     def decode_command(self, message: bytes) -> Command:
         try:
+            if len(message) > _SHORT:
+                _check_objects(message, _decode_push_outline)
             return Command(id=1, connect=_decode_connect(message or b"{}"))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise ProtocolError("not a connect request") from None
@@ -118,6 +127,37 @@ class JSONPushEncoding(JSONEncoding):
 
 _NEWLINE = 10
 
+MAX_OBJECTS = 4096
+"""JSON objects in one command, outside the application's data: subscriptions of a connect, or nodes of a filter."""
+
+# Bytes of a command that holds few objects in any case.
+_SHORT = MAX_OBJECTS
+
+
+class _DataOutline(Struct):
+    data: Raw = Raw(b"")
+
+
+class _Outline(Struct):
+    """The application's data in a command, which is not decoded, and costs little."""
+
+    rpc: _DataOutline | None = None
+    publish: _DataOutline | None = None
+    send: _DataOutline | None = None
+    connect: _DataOutline | None = None
+    subscribe: _DataOutline | None = None
+
+
+def _check_objects(message: bytes, decode_outline: Callable[[bytes], Any]) -> None:
+    """Refuse a command whose decoding takes long, before it is decoded. Raises ProtocolError, and as a decoder."""
+    objects = message.count(b"{")
+    if objects <= MAX_OBJECTS:
+        return
+    outline = decode_outline(message)
+    parts = msgspec.structs.astuple(outline) if isinstance(outline, _Outline) else (outline,)
+    if objects - sum(bytes(part.data).count(b"{") for part in parts if part is not None) > MAX_OBJECTS:
+        raise ProtocolError("too many objects")
+
 
 def _bare_push(channel: str, name: str, body: Struct) -> bytes:
     if channel:
@@ -128,6 +168,8 @@ def _bare_push(channel: str, name: str, body: Struct) -> bytes:
 _encode = msgspec.json.Encoder().encode
 _decode_command = msgspec.json.Decoder(Command).decode
 _decode_connect = msgspec.json.Decoder(ConnectRequest).decode
+_decode_outline = msgspec.json.Decoder(_Outline).decode
+_decode_push_outline = msgspec.json.Decoder(_DataOutline).decode
 
 JSON_ENCODING: Encoding = JSONEncoding()
 JSON_PUSHES: Encoding = JSONPushEncoding()

@@ -31,7 +31,7 @@ from realtime.http.handshake import OpeningRequest
 from realtime.protocol import messages
 from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.client import ConnectedClient, release
-from realtime.protocol.command_queue import CommandQueue, channel_of
+from realtime.protocol.command_queue import LONG_MESSAGE, CommandQueue, channel_of
 from realtime.protocol.context import Connection, SessionServices, SessionSettings
 from realtime.protocol.messages import ProtocolError, SubscribeRequest
 from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, SessionState
@@ -56,8 +56,6 @@ _WITHOUT_REPLIES = {
 
 _NEVER = math.inf
 _PONG = messages.Command()
-# Takes the place of an unreadable message behind the commands before it. An id without a request is invalid.
-_UNREADABLE = messages.Command(id=1)
 _NO_FAILURES = (0, -math.inf)
 _UNKNOWN_CLIENT = ClientInfo("", "")
 
@@ -147,7 +145,7 @@ class Session(SessionTimers):
             return
         if encoding.unidirectional and (self.running or self.state is CONNECTED):
             return
-        if self.running or self.queue is not None:
+        if self.running or self.queue is not None or len(message) > LONG_MESSAGE:
             self._enqueue(message)
             return
         # A single command with none before it starts at once, without a queue.
@@ -166,20 +164,17 @@ class Session(SessionTimers):
         queue = self.queue
         if queue is None:
             queue = self.queue = CommandQueue(self)
-        append = queue.commands.append
-        try:
-            for command in self.encoding.decode_commands(message):
-                if self._pong_by < _NEVER and command == _PONG:
-                    self._pong_received()
-                else:
-                    append(command)
-        except ProtocolError:
-            # The commands before it are still carried out.
-            append(_UNREADABLE)
+        queue.append(self.encoding.decode_commands(message), len(message))
         if not queue.is_starting:
             queue.start_ready()
         if self.queue is not None:
             queue.limit()
+
+    def take_pong(self, command: messages.Command) -> bool:
+        if self._pong_by < _NEVER and command == _PONG:
+            self._pong_received()
+            return True
+        return False
 
     def start(self, command: messages.Command) -> None:
         """Start one command. Raises ProtocolError for one that is invalid, or not allowed now."""
@@ -304,7 +299,7 @@ class Session(SessionTimers):
             # The commands behind a connect in the same message depend on it: they are dropped without a reply.
             self.state = SessionState.REFUSED
             if self.queue is not None:
-                self.queue.commands.clear()
+                self.queue.clear()
             self._limit_refused()
         elif not error.temporary and error.code != errors.TOKEN_EXPIRED[0]:
             self._count_failure()
@@ -521,7 +516,7 @@ class Session(SessionTimers):
         self.state = SessionState.CLOSED
         self.services.deadlines.clear(self)
         if self.queue is not None:
-            self.queue.commands.clear()
+            self.queue.clear()
             self.queue = None
         if was_connected:
             self.services.sessions.remove(self)
