@@ -45,6 +45,9 @@ class Encoding(Protocol):
         Raises ProtocolError at the first invalid command.
         """
 
+    def command_ids(self, message: bytes) -> Iterator[int]:
+        """Read the ids of the commands of one message, 0 for none, and nothing else. Raises ProtocolError."""
+
     def validate_data(self, raw: Raw | UnsetType) -> bytes:
         """Return the application's data, safe to store and pass on; b"" if it is absent. Raises ClientError 107."""
 

@@ -49,6 +49,13 @@ class JSONEncoding:
             yield command
             start = stop + 1
 
+    def command_ids(self, message: bytes) -> Iterator[int]:
+        try:
+            for line in message.removesuffix(b"\n").split(b"\n"):
+                yield _decode_id(line).id
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise ProtocolError("not a command") from None
+
     def validate_data(self, raw: Raw | UnsetType) -> bytes:
         return json_text.payload(raw)
 
@@ -134,6 +141,10 @@ MAX_OBJECTS = 4096
 _SHORT = MAX_OBJECTS
 
 
+class _NumberedCommand(Struct):
+    id: int = 0
+
+
 class _DataOutline(Struct):
     data: Raw = Raw(b"")
 
@@ -168,6 +179,7 @@ def _bare_push(channel: str, name: str, body: Struct) -> bytes:
 _encode = msgspec.json.Encoder().encode
 _decode_command = msgspec.json.Decoder(Command).decode
 _decode_connect = msgspec.json.Decoder(ConnectRequest).decode
+_decode_id = msgspec.json.Decoder(_NumberedCommand).decode
 _decode_outline = msgspec.json.Decoder(_Outline).decode
 _decode_push_outline = msgspec.json.Decoder(_DataOutline).decode
 

@@ -158,6 +158,17 @@ class Protobuf:
             nodes = _FILTER_NODES.left
             yield command
 
+    def command_ids(self, message: bytes) -> Iterator[int]:
+        position, end = 0, len(message)
+        try:
+            while position < end:
+                size, start = _varint(message, position)
+                position = start + size
+                # Writers put fields in the order of their numbers.
+                yield _varint(message, start + 1)[0] if size and message[start] == _ID_TAG[0] else 0
+        except IndexError:
+            raise ProtocolError("a command that is cut off") from None
+
     def validate_data(self, raw: Raw | UnsetType) -> bytes:
         return bytes(raw) if isinstance(raw, Raw) else b""
 
