@@ -40,8 +40,10 @@ _SECRET_BYTES = 24
 HOLD_TIME = 0.1
 """Seconds for which commands wait for commands with lower ids."""
 
-HELD_LIMIT = 64
-"""Messages of one session that may wait."""
+HELD_LIMIT = 256 * 1024
+"""Bytes of one session's messages that may wait, with a surcharge for each message."""
+
+_SURCHARGE = 256
 
 IDS_READ = 128
 """Commands of one message whose ids are read."""
@@ -74,7 +76,7 @@ class CommandOrder:
         last = self._ids(first)[1]
         self._next = last + 1 if last else 0  # 0 for unknown
         self._held: list[tuple[int, int, int, bytes]] = []  # a heap: first id, number of arrival, last id, message
-        self._arrivals = 0
+        self._arrivals = self._held_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def receive(self, message: bytes) -> None:
@@ -88,7 +90,8 @@ class CommandOrder:
             return
         self._arrivals += 1
         heappush(self._held, (first, self._arrivals, last, message))
-        if len(self._held) > HELD_LIMIT:
+        self._held_bytes += len(message) + _SURCHARGE
+        if self._held_bytes > HELD_LIMIT:
             self._stop_waiting()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(HOLD_TIME, self._stop_waiting)
@@ -96,11 +99,13 @@ class CommandOrder:
     def close(self) -> None:
         """Drop the held messages."""
         self._held.clear()
+        self._held_bytes = 0
         self._cancel()
 
     def _release(self, *, all: bool = False) -> None:
         while self._held and (all or self._held[0][0] <= self._next):
             _, _, last, message = heappop(self._held)
+            self._held_bytes -= len(message) + _SURCHARGE
             self._next = max(self._next, last + 1)
             self._emulate(message)
         if not self._held:

@@ -367,9 +367,11 @@ class TestCommandOrder:
 
     async def test_few_messages_wait(self) -> None:
         order = self.order()
-        for number in range(HELD_LIMIT + 2):
-            order.receive(b'{"id":%d}' % (number + 3))
-        assert len(self.seen) == HELD_LIMIT + 2
+        for number in range(3, 8):
+            order.receive(b'{"id":%d,"x":"%b"}' % (number, b"x" * (HELD_LIMIT // 4)))
+        assert len(self.seen) >= 4
+        assert [message[6:7] for message in self.seen] == [b"3", b"4", b"5", b"6", b"7"][: len(self.seen)]
+        order.close()
 
     async def test_an_ended_session_drops_what_waits(self) -> None:
         order = self.order()
