@@ -96,6 +96,10 @@ UNRECOVERABLE_POSITION = (112, "unrecoverable position", False)
 
 # Disconnects: (code, reason), the arguments of Disconnect.
 CONNECTION_CLOSED = (3000, "connection closed")
+# Both pass by themselves, so SDKs must come back: an uplink that stalls before the connect command, and a user's own
+# dead connections, which count until their ping is overdue.
+STALE = (3000, "stale")
+USER_CONNECTIONS = (3000, "connection limit")
 SHUTDOWN = (3001, "shutdown")
 SERVER_ERROR = (3004, "internal server error")
 CONNECTION_EXPIRED = (3005, "connection expired")
@@ -107,7 +111,6 @@ NO_PONG = (3012, "no pong")
 TOO_MANY_COMMANDS = (3013, "too many requests")
 INVALID_TOKEN = (3500, "invalid token")
 BAD_PROTOCOL = (3501, "bad request")
-STALE = (3502, "stale")
 FORCE_DISCONNECT = (3503, "force disconnect")
 CONNECTION_LIMIT = (3504, "connection limit")
 CHANNEL_LIMIT = (3505, "channel limit")

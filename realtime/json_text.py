@@ -6,6 +6,7 @@ and decodes it only for handlers.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from typing import Any
@@ -17,6 +18,9 @@ from realtime.errors import BAD_REQUEST, ClientError
 
 MAX_DEPTH = 128
 """Levels of nested lists and objects in one text."""
+
+BINARY = b"\0"
+"""The first byte of embedded bytes that are not JSON text, which never starts with it; see `text_or_bytes`."""
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 # An escape that may be half a surrogate pair.
@@ -50,8 +54,25 @@ def one_line(text: bytes) -> bytes:
     return text.translate(None, _LINE_ENDS) if _LF in text or _CR in text else text
 
 
+def decode_base64(text: str) -> bytes:
+    """Decode base64 of the standard alphabet, with or without line ends (RFC 2045 section 6.8). Raises ValueError."""
+    return base64.b64decode(text.replace("\r", "").replace("\n", ""), validate=True)
+
+
+def text_or_bytes(data: bytes) -> bytes:
+    """Return JSON text on one line if `is_json`, any other bytes behind BINARY; b"" for none."""
+    if is_json(data):
+        return one_line(data)
+    return BINARY + data if data else b""
+
+
 def is_json(data: bytes) -> bool:
-    """Return whether arbitrary bytes are JSON text that `payload` would accept."""
+    """Return whether JSON clients can receive arbitrary bytes: JSON text that `payload` would accept, or nothing.
+
+    Line ends alone count as nothing: the JSON encoding removes them.
+    """
+    if not data.strip(_LINE_ENDS):
+        return True
     try:
         data.decode()
         payload(_decode_raw(data))
@@ -68,6 +89,11 @@ def value(data: bytes) -> Any:
         return msgspec.json.decode(data)
     except (msgspec.MsgspecError, RecursionError):
         raise ClientError(*BAD_REQUEST) from None
+
+
+def value_or_bytes(content: bytes) -> Any:
+    """Decode a result of `text_or_bytes`: as `value`, and the bytes behind BINARY as they are."""
+    return content.removeprefix(BINARY) if content.startswith(BINARY) else value(content)
 
 
 _decode_raw = msgspec.json.Decoder(Raw).decode

@@ -16,7 +16,8 @@ class ClientInfo(Struct, frozen=True, array_like=True, gc=False):
     """A client as others see it: in presence, joins, leaves and on its publications.
 
     user: the application's user id, "" for an anonymous connection. client: the id of this connection.
-    conn_info, chan_info: JSON text of the connection's and the subscription's credentials, or b"" for none.
+    conn_info, chan_info: JSON text of the connection's and the subscription's credentials, or b"" for none. A zero byte
+    in front marks other bytes, which only Protobuf clients receive.
     """
 
     user: str
@@ -78,9 +79,9 @@ class HistoryOptions(Struct, frozen=True, array_like=True, gc=False):
 class SubscribeOptions(Struct, frozen=True, array_like=True):
     """The options of one subscription, in addition to its channel's.
 
-    info: shown to others in the channel. data: returned to the client in the subscribe reply. Both are JSON text, or
-    b"" for none. expire_at: Unix seconds, 0.0 for never. override: values by option name that replace the channel's;
-    `tokens.OVERRIDABLE` names the options.
+    info: shown to others in the channel. data: returned to the client in the subscribe reply. Both are JSON text, other
+    bytes behind `json_text.BINARY`, or b"" for none. expire_at: Unix seconds, 0.0 for never. override: values by option
+    name that replace the channel's; `tokens.OVERRIDABLE` names the options.
     """
 
     info: bytes = b""

@@ -54,7 +54,7 @@ def test_text_that_every_encoding_carries(data):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x00", b"nan", b"01", b"{} {}", b'"\xff"', b'"\\ud800"', b'"a\nb"', b"[" * 129 + b"]" * 129, b"[" * 5000],
+    [b"\x00", b"nan", b"01", b"{} {}", b'"\xff"', b'"\\ud800"', b'"a\nb"', b"[" * 129 + b"]" * 129, b"[" * 5000],
 )
 def test_bytes_that_json_can_not_carry(data):
     assert not json_text.is_json(data)
@@ -63,6 +63,26 @@ def test_bytes_that_json_can_not_carry(data):
 def test_line_ends_between_tokens_are_removed():
     assert payload(raw(b'{\r\n"a": [1,\n2]}')) == b'{"a": [1,2]}'
     assert json_text.one_line(b"1\n") == b"1"
+
+
+@pytest.mark.parametrize("spelled", ["AP8=", "A\nP\r\n8=\r\n", "\nAP8=\n"])
+def test_base64_has_line_ends_or_none(spelled):
+    assert json_text.decode_base64(spelled) == b"\0\xff"
+
+
+@pytest.mark.parametrize("spelled", ["A P8=", "AP8", "AP8=\t", "AP_=", "\u00fc", "AP8=AP8="])
+def test_other_spellings_of_base64_are_refused(spelled):
+    with pytest.raises(ValueError):
+        json_text.decode_base64(spelled)
+
+
+def test_bytes_that_are_not_json_stand_behind_a_zero_byte():
+    assert json_text.text_or_bytes(b'{\n"a": 1}') == b'{"a": 1}'
+    assert json_text.text_or_bytes(b"") == b""
+    for data in (b"\xff", b"\0", b"no json", b"1 2", b'"\xff"', b"[" * 5000, b"[" * 129 + b"]" * 129, b'"\\ud800"'):
+        assert json_text.text_or_bytes(data) == b"\0" + data
+        assert json_text.value_or_bytes(b"\0" + data) == data
+    assert (json_text.value_or_bytes(b'{"a": 1}'), json_text.value_or_bytes(b"")) == ({"a": 1}, None)
 
 
 def test_a_value_is_decoded_and_an_absent_one_is_none():

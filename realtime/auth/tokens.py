@@ -20,7 +20,7 @@ from realtime.auth.keys import MAX_KID, PUBLISHED, KeySource, VerificationKey, p
 from realtime.config.checks import PLACEHOLDER, listed_groups
 from realtime.config.settings import TokenSettings
 from realtime.errors import ClientError, KeysUnavailable, RealtimeError
-from realtime.json_text import payload
+from realtime.json_text import decode_base64, payload, text_or_bytes
 from realtime.metrics import Metrics
 
 # The channel options that a subscription token may override.
@@ -47,8 +47,8 @@ class TokenExpired(RealtimeError):
 class SubOptions(Struct, frozen=True):
     """The options of one subscription in a token.
 
-    info: shown to other clients in the channel. data: sent to the client. Both are JSON text, or b"". override:
-    replaces options of the channel; its keys are names of OVERRIDABLE.
+    info: shown to other clients in the channel. data: sent to the client. Both are JSON text, other bytes behind
+    `json_text.BINARY`, or b"". override: replaces options of the channel; its keys are names of OVERRIDABLE.
     """
 
     info: bytes = b""
@@ -59,11 +59,11 @@ class SubOptions(Struct, frozen=True):
 class Claims(Struct, frozen=True):
     """The claims of a valid token.
 
-    user: the claim `sub`, "" for an anonymous user. info, data: JSON text, or b"". expire_at: Unix seconds at which the
-    connection or subscription expires, 0.0 for never. channel, client, override: of a subscription token; `override` as
-    in SubOptions. channels, subs: the channels to which a connection token subscribes the client, without and with
-    options; `channels` is empty if `subs` is not. meta: JSON text of a private object of the connection, never sent to
-    a client, or b"".
+    user: the claim `sub`, "" for an anonymous user. info: as in SubOptions. expire_at: Unix seconds at which the
+    connection or subscription expires, 0.0 for never. channel, client, data, override: of a subscription token; `data`
+    and `override` as in SubOptions. channels, subs: the channels to which a connection token subscribes the client,
+    without and with options; `channels` is empty if `subs` is not. meta: JSON text, private to the connection and never
+    sent to a client, or b"".
     """
 
     user: str
@@ -86,8 +86,8 @@ class _Header(Struct, frozen=True):
     """The decoded members of a header. The last five change the meaning of a token, and must be absent."""
 
     alg: str
-    kid: Annotated[str, Meta(max_length=MAX_KID)] = ""
-    typ: str = "JWT"
+    kid: Annotated[str, Meta(max_length=MAX_KID)] | None = None
+    typ: str | None = None
     crit: Raw | UnsetType = UNSET
     b64: Raw | UnsetType = UNSET
     zip: Raw | UnsetType = UNSET
@@ -98,7 +98,8 @@ class _Header(Struct, frozen=True):
     def plain(self) -> bool:
         """Whether the header describes a plain signed token of an accepted type."""
         forbidden = (self.crit, self.b64, self.zip, self.enc, self.cty)
-        return all(one is UNSET for one in forbidden) and self.typ.lower().removeprefix("application/") in _TYPES
+        kind = "jwt" if self.typ is None else self.typ.lower().removeprefix("application/")
+        return kind in _TYPES and all(one is UNSET for one in forbidden)
 
 
 # The metric label of each outcome of a refused token.
@@ -140,9 +141,9 @@ class TokenVerifier:
         """Return the claims of a connection token. Raises TokenInvalid, TokenExpired or KeysUnavailable."""
         with self._count_outcome():
             claims = await self._verify(token)
-            if "channel" in claims:
+            if bytes(claims.get("channel", b"null")) not in (b"null", b'""'):
                 raise TokenInvalid("a subscription token can't open a connection")
-            return self._read_claims(claims)
+            return self._unless_expired(claims, self._connection_claims(claims))
 
     async def subscription(self, token: str) -> Claims:
         """Return the claims of a subscription token. Raises TokenInvalid, TokenExpired or KeysUnavailable."""
@@ -152,7 +153,7 @@ class TokenVerifier:
             claims = await self._verify(token)
             if not _text(claims, "channel"):
                 raise TokenInvalid("a subscription token must name its channel")
-            return self._read_claims(claims)
+            return self._unless_expired(claims, self._subscription_claims(claims))
 
     @contextmanager
     def _count_outcome(self) -> Iterator[None]:
@@ -226,25 +227,44 @@ class TokenVerifier:
 
         return PLACEHOLDER.sub(listed, self._settings.jwks_public_endpoint)
 
-    def _read_claims(self, claims: _RawClaims) -> Claims:
-        now = self._clock()
-        expires, not_before = _seconds(claims, "exp"), _seconds(claims, "nbf")
-        expire_at = _seconds(claims, "expire_at")
+    # Each kind of token has its own claims. A claim of the other kind means nothing, whatever its value.
+
+    def _connection_claims(self, claims: _RawClaims) -> Claims:
         subs = _claim(claims, "subs", _SUBS) or {}
-        accepted = Claims(
-            user=_text(claims, self._settings.user_id_claim or "sub"),
+        return Claims(
+            user=self._user(claims),
+            info=_embedded(claims.get("info", UNSET), _text(claims, "b64info"), "info"),
+            expire_at=_expire_at(claims),
+            channels=() if subs else _channels(_claim(claims, "channels", _LIST) or ()),
+            subs=dict(zip(_channels(subs), (_sub_options(sub or _Sub()) for sub in subs.values()), strict=True)),
+            meta=_embedded(claims.get("meta", UNSET), "", "meta"),
+        )
+
+    def _subscription_claims(self, claims: _RawClaims) -> Claims:
+        return Claims(
+            user=self._user(claims),
             info=_embedded(claims.get("info", UNSET), _text(claims, "b64info"), "info"),
             data=_embedded(claims.get("data", UNSET), _text(claims, "b64data"), "data"),
-            expire_at=(expires if expire_at is None else expire_at) or 0.0,
+            expire_at=_expire_at(claims),
             channel=_text(claims, "channel"),
             client=_text(claims, "client"),
             override=_read_override(_claim(claims, "override", _OBJECT)),
-            channels=() if subs else _channels(_claim(claims, "channels", _LIST) or ()),
-            subs=dict(zip(_channels(subs), map(_sub_options, subs.values()), strict=True)),
-            meta=_object(claims, "meta"),
         )
-        if (expires is not None and expires <= now) or (not_before is not None and not_before > now):
-            raise TokenExpired("expired, or not valid yet")
+
+    def _user(self, claims: _RawClaims) -> str:
+        """Return the user's id. A claim of the application's own may be a whole number; `sub` is text (RFC 7519)."""
+        name = self._settings.user_id_claim
+        if name and _WHOLE_NUMBER.fullmatch(number := bytes(claims.get(name, b""))):
+            return number.decode()
+        return _text(claims, name or "sub")
+
+    def _unless_expired(self, claims: _RawClaims, accepted: Claims) -> Claims:
+        now = self._clock()
+        expires, not_before = _numeric_date(claims, "exp"), _numeric_date(claims, "nbf")
+        if expires is not None and expires <= now:
+            raise TokenExpired("expired")
+        if not_before is not None and not_before > now + self._settings.leeway:
+            raise TokenExpired("not valid yet")
         return accepted
 
 
@@ -252,29 +272,33 @@ class TokenVerifier:
 
 
 class _Override(Struct, frozen=True):
-    value: bool
+    value: bool | None = None
 
 
 class _Sub(Struct, frozen=True):
     """The options of one channel in `subs`. Unknown names in `override` are ignored; they are for other servers."""
 
     info: Raw | UnsetType = UNSET
-    b64info: str = ""
+    b64info: str | None = None
     data: Raw | UnsetType = UNSET
-    b64data: str = ""
+    b64data: str | None = None
     override: dict[str, Raw] | None = None
 
 
 _HEADER = Decoder(_Header)
 _BODY = Decoder(_RawClaims)
-_TEXT = Decoder(str)
-_TEXTS = Decoder(str | list[str])
+_TEXT = Decoder(str | None)
+_TEXTS = Decoder(str | list[str] | None)
 _NUMBER = Decoder(float | None)
-_LIST = Decoder(list[str] | None)
+_LIST = Decoder(list[str | None] | None)
 _OBJECT = Decoder(dict[str, Raw] | None)
-_SUBS = Decoder(dict[str, _Sub] | None)
+_SUBS = Decoder(dict[str, _Sub | None] | None)
 _OVERRIDE = Decoder(_Override | None)
-_ANY = Decoder(Raw)
+
+# Numbers of up to 64 bits, as their issuer wrote them.
+_WHOLE_NUMBER = re.compile(rb"0|-?[1-9][0-9]{0,19}")
+# Some issuers write times in quotes.
+_QUOTED_NUMBER = re.compile(rb'"(-?[0-9.eE+-]{1,32})"')
 
 
 def _decode_base64url(part: str) -> bytes:
@@ -297,12 +321,12 @@ def _decode(text: bytes | Raw, decoder: Decoder[Any], name: str) -> Any:
 
 
 def _claim(claims: _RawClaims, name: str, decoder: Decoder[Any]) -> Any:
-    """Return a claim, or None if it is absent."""
+    """Return a claim, or None if it is absent or null."""
     return _decode(claims[name], decoder, name) if name in claims else None
 
 
 def _text(claims: _RawClaims, name: str) -> str:
-    """Return a text claim, or "" if it is absent."""
+    """Return a text claim, or "" if it is absent or null."""
     return _claim(claims, name, _TEXT) or ""
 
 
@@ -319,38 +343,45 @@ def _seconds(claims: _RawClaims, name: str) -> float | None:
     return value
 
 
-def _channels(names: Collection[str]) -> tuple[str, ...]:
-    if not all(names):
+def _numeric_date(claims: _RawClaims, name: str) -> float | None:
+    """Return `exp` or `nbf` in Unix seconds, None if it is absent. The number may stand in quotes."""
+    quoted = _QUOTED_NUMBER.fullmatch(bytes(claims.get(name, b"")))
+    return _seconds({name: Raw(quoted[1])} if quoted else claims, name)
+
+
+def _expire_at(claims: _RawClaims) -> float:
+    """Return the time at which the connection or subscription expires, 0.0 for never."""
+    expire_at = _seconds(claims, "expire_at")
+    return (_numeric_date(claims, "exp") if expire_at is None else expire_at) or 0.0
+
+
+def _channels(names: Collection[str | None]) -> tuple[str, ...]:
+    """Return the names of channels without null. Raises TokenInvalid for an empty one."""
+    if "" in names:
         raise TokenInvalid("a channel has no name")
-    return tuple(names)
+    return tuple(filter(None, names))
 
 
 def _sub_options(sub: _Sub) -> SubOptions:
     return SubOptions(
-        _embedded(sub.info, sub.b64info, "info"),
-        _embedded(sub.data, sub.b64data, "data"),
+        _embedded(sub.info, sub.b64info or "", "info"),
+        _embedded(sub.data, sub.b64data or "", "data"),
         _read_override(sub.override),
     )
 
 
 def _read_override(override: dict[str, Raw] | None) -> dict[str, bool]:
     known = {name: _decode(raw, _OVERRIDE, name) for name, raw in (override or {}).items() if name in OVERRIDABLE}
-    return {name: option.value for name, option in known.items() if option is not None}
-
-
-def _object(claims: _RawClaims, name: str) -> bytes:
-    """Return the JSON text of an object claim."""
-    _claim(claims, name, _OBJECT)
-    return _embedded(claims.get(name, UNSET), "", name)
+    return {name: bool(option.value) for name, option in known.items() if option is not None}
 
 
 def _embedded(raw: Raw | UnsetType, encoded: str, name: str) -> bytes:
-    """Return the JSON text of a claim, preferring its base64 form. The text enters messages to other clients."""
+    """Return the JSON text of a claim, or the bytes of its base64 form, which has precedence; see `text_or_bytes`."""
     try:
         if encoded:
-            text = base64.b64decode(encoded, validate=True)
-            text.decode()
-            raw = _decode(text, _ANY, name)
+            return text_or_bytes(decode_base64(encoded))
         return payload(raw) if raw is not UNSET and bytes(raw) != b"null" else b""
-    except (ValueError, ClientError):
+    except ClientError:
         raise TokenInvalid(f"{name} is not valid JSON text") from None
+    except ValueError:
+        raise TokenInvalid(f"b64{name} is not base64") from None

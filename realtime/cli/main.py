@@ -18,8 +18,9 @@ from collections.abc import Callable
 from realtime._version import __version__
 from realtime.cli import environment, tokens, top
 from realtime.config import warnings
+from realtime.config.conversion import convert_json
 from realtime.config.settings import Settings
-from realtime.config.sources import read
+from realtime.config.sources import read, read_text
 from realtime.config.toml_lines import commented_lines
 from realtime.config.values import escape_unprintable, format_duration, parse_duration
 from realtime.errors import KeysUnavailable, SettingsError
@@ -54,8 +55,9 @@ def check_config(arguments: argparse.Namespace) -> int:
 
 
 def gen_config(arguments: argparse.Namespace) -> int:
-    """Write a configuration that explains every key and contains new secrets."""
-    text = generate_config()
+    """Write a configuration that explains every key and contains new secrets, or convert one from JSON."""
+    source = arguments.source
+    text = generate_config() if source is None else convert_json(escape_unprintable(source), read_text(source))
     if arguments.config is None:
         print(text, end="")
         return 0
@@ -217,6 +219,9 @@ def _add_config_commands(commands: _Commands) -> None:
     generate = commands.add("gen-config", gen_config, "write a configuration")
     generate.add_argument(
         "-c", "--config", metavar="FILE", help="new file, which only you may read; default: print the configuration"
+    )
+    generate.add_argument(
+        "--from", dest="source", metavar="FILE", help="Centrifugo configuration in JSON, which the command converts"
     )
 
 

@@ -63,7 +63,7 @@ def verify_token(settings: ClientSettings, token: str, is_subscription: bool) ->
     Raises TokenRefused, or KeysUnavailable when its key set can't be fetched.
     """
     _, table = _token_table(settings, is_subscription)
-    verifier = TokenVerifier(table, time.time, _BlockingKeySource(table.jwks_allow_insecure))
+    verifier = TokenVerifier(table, time.time, _BlockingKeySource(table))
     try:
         claims = _run(verifier.subscription(token) if is_subscription else verifier.connection(token))
     except TokenExpired:
@@ -119,8 +119,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class _BlockingKeySource:
     """Fetches a key set at each request for a key, by the server's rules but without its reactor."""
 
-    def __init__(self, allow_insecure: bool) -> None:
-        self._allow_insecure = allow_insecure
+    def __init__(self, settings: TokenSettings) -> None:
+        self._settings = settings
 
     async def key(self, endpoint: str, kid: str) -> VerificationKey | None:
         try:
@@ -132,7 +132,8 @@ class _BlockingKeySource:
     def _fetch(self, endpoint: str) -> bytes:
         url = urlsplit(endpoint)
         addresses = socket.getaddrinfo(url.hostname, url.port or url.scheme, type=socket.SOCK_STREAM)
-        if not self._allow_insecure and not all(is_public(str(entry[4][0])) for entry in addresses):
+        allowed = self._settings.jwks_allow_insecure or url.hostname in self._settings.jwks_allowed_hosts
+        if not allowed and not all(is_public(str(entry[4][0])) for entry in addresses):
             raise KeysUnavailable(f"no key set from {url.hostname}: the address is not public")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
         with opener.open(endpoint, timeout=_FETCH_LIMIT) as response:

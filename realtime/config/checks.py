@@ -67,6 +67,14 @@ def is_key_set_url_or_empty(text: str) -> bool:
         return False
 
 
+def are_hosts(texts: tuple[str, ...]) -> bool:
+    """Whether every text is a host as URLs name it: a name in lower case, an IPv4 address, or an IPv6 address."""
+    return all(
+        re.fullmatch(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?", text) or (":" in text and text and is_address_or_empty(text))
+        for text in texts
+    )
+
+
 def is_rsa_key_or_empty(text: str) -> bool:
     """Whether a text is the PEM of an RSA public key of 2048 to 16384 bits (RFC 7518 section 3.3), or empty."""
     key = _public_key(text)

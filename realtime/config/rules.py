@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from urllib.parse import urlsplit
 
 from realtime.config.checks import PLACEHOLDER, listed_groups
 from realtime.config.reader import Rule, Rules
@@ -38,6 +39,12 @@ def _uses_listed_groups(token: TokenSettings) -> bool:
     return not {"{", "}"} & set(unresolved)
 
 
+def _is_encrypted_or_allowed(token: TokenSettings) -> bool:
+    """Whether the key set's address is https, or its host may be asked over http."""
+    url = urlsplit(token.jwks_public_endpoint)
+    return url.scheme != "http" or token.jwks_allow_insecure or url.hostname in token.jwks_allowed_hosts
+
+
 def _is_not_pem(key: str, token: TokenSettings) -> bool:
     return not str(getattr(token, key)).lstrip().startswith("-----BEGIN")
 
@@ -57,10 +64,10 @@ _TOKEN: tuple[Rule[TokenSettings], ...] = (
         for key in ("hmac_secret_key", "hmac_previous_secret_key")
     ),
     Rule(
-        ("jwks_public_endpoint", "jwks_allow_insecure"),
-        lambda token: token.jwks_allow_insecure or not token.jwks_public_endpoint.startswith("http:"),
-        "without encryption, anyone on the network path can insert keys; use https, or set jwks_allow_insecure in"
-        " development",
+        ("jwks_public_endpoint", "jwks_allow_insecure", "jwks_allowed_hosts"),
+        _is_encrypted_or_allowed,
+        "without encryption, anyone on the network path can insert keys; use https, or add the host to"
+        " jwks_allowed_hosts if the path is your own network",
     ),
     Rule(
         ("jwks_public_endpoint", "audience_regex", "issuer_regex"),

@@ -154,9 +154,23 @@ class TokenSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             " keys above. Empty: no key set."
         ),
     ] = ""
+    jwks_allowed_hosts: Annotated[
+        tuple[str, ...],
+        restricted(
+            'a list of host names or addresses in lower case, without ports, such as ["keys.auth.svc"]',
+            checks.are_hosts,
+        ),
+        about(
+            "Hosts in your own network from which the server also fetches the key set over http and from private"
+            " addresses."
+        ),
+    ] = ()
     jwks_allow_insecure: Annotated[
         bool,
-        about("The server also fetches the key set over http and from private addresses. For development only."),
+        about(
+            "The server also fetches the key set over http and from private addresses, from any host. For development"
+            " only; name the hosts in jwks_allowed_hosts otherwise."
+        ),
     ] = False
     audience: Annotated[str, about("Required value of the `aud` claim. Empty: any value.")] = ""
     audience_regex: Annotated[
@@ -181,6 +195,10 @@ class TokenSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         restricted("a name of letters and _", checks.is_claim_name_or_empty),
         about("Name of the claim that contains the user ID. Empty: `sub`."),
     ] = ""
+    leeway: Annotated[
+        Seconds,
+        about("Time by which an issuer's clock may be ahead: the server accepts a token so long before its `nbf`."),
+    ] = 5.0
     max_length: Annotated[NonNegative, about("Maximum length of a token, in bytes. 0: no limit.")] = 8192
 
     def __repr__(self) -> str:
@@ -255,9 +273,10 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
         about("Time limit for a new connection to send a valid connect command. 0: no limit."),
     ] = 10.0
     expired_close_delay: Annotated[Seconds, about("Time that a client has to refresh an expired connection.")] = 25.0
-    expired_sub_close_delay: Annotated[Seconds, about("Time that a client has to refresh an expired subscription.")] = (
-        25.0
-    )
+    expired_sub_close_delay: Annotated[
+        Seconds,
+        about("Time in which an expired subscription may be refreshed by its client, or prolonged by the server API."),
+    ] = 25.0
     channel_limit: Annotated[NonNegative, about("Maximum number of subscriptions of one connection. 0: no limit.")] = (
         128
     )
@@ -286,7 +305,7 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
         NonNegative,
         about(
             "Maximum number of failed commands of one connection within five seconds before the server closes it."
-            " 0: no limit."
+            " Refused subscriptions count only beyond client.channel_limit. 0: no limit."
         ),
     ] = 100
     concurrency: Annotated[

@@ -62,7 +62,7 @@ def read(config: str | None, arguments: Mapping[str, str], environ: Mapping[str,
     file, problems = None, []
     if config is not None:
         try:
-            file = escape_unprintable(config), _read_text(config)
+            file = escape_unprintable(config), read_text(config)
         except SettingsError as error:
             problems = error.problems
     settings = _parse(arguments, file, environ, problems)
@@ -75,7 +75,8 @@ def read(config: str | None, arguments: Mapping[str, str], environ: Mapping[str,
     return msgspec.structs.replace(settings, app=msgspec.structs.replace(settings.app, path=str(path)))
 
 
-def _read_text(config: str) -> str:
+def read_text(config: str) -> str:
+    """Return the text of a configuration file. Raises SettingsError with one line that names the remedy."""
     name = escape_unprintable(config)
     try:
         with open(config, "rb") as file:

@@ -46,6 +46,9 @@ def parse_toml(name: str, text: str) -> tuple[dict[str, Any], Callable[[KeyPath]
     except RecursionError:
         raise SettingsError([f"{name}: not usable: nested too deeply; flatten it"]) from None
     except ValueError as error:  # TOMLDecodeError, and the limit on the digits of a number
+        if text.lstrip().startswith("{"):  # no TOML file starts so
+            remedy = f"convert it with: realtime gen-config --from {name} --config realtime.toml"
+            raise SettingsError([f"{name}:1: JSON, but realtime reads TOML; {remedy}"]) from None
         raise SettingsError([_describe_error(name, text, str(error))]) from None
     lines = functools.cache(lambda: _LineScanner(text).lines)
 

@@ -36,6 +36,12 @@ class ResolvedChannel(ChannelOptions, frozen=True, kw_only=True):
         """Return these options with other values for some of them, by name."""
         return msgspec.structs.replace(self, **override) if override else self
 
+    def check_client_data(self, data: bytes, is_json: bool) -> None:
+        """Check data of a client as `check_data` does. Data that is not JSON needs the format "binary"."""
+        self.check_data(data, is_json)
+        if not (is_json or self.publication_data_format == "binary"):
+            raise ClientError(*BAD_REQUEST)
+
     def check_data(self, data: bytes, is_json: bool) -> None:
         """Check data against `publication_data_format`. Raises ClientError 107.
 
@@ -50,7 +56,7 @@ class ResolvedChannel(ChannelOptions, frozen=True, kw_only=True):
                 fits = is_json
             case _:
                 fits = True
-        if not (fits and data):
+        if not (fits and data) or (data.isspace() and self.publication_data_format):
             raise ClientError(*BAD_REQUEST)
 
 
@@ -72,10 +78,15 @@ class ChannelRules:
         )
 
     def namespace(self, channel: str) -> str | None:
-        """Return the namespace in the name of `channel`, configured or not; None for a name without one."""
+        """Return the namespace in the name of `channel`, configured or not; None for a name without one.
+
+        A name that begins with the boundary has none.
+        """
         name = channel.removeprefix(self._settings.private_prefix) if self._settings.private_prefix else channel
+        if self._settings.user_boundary and name.startswith(self._settings.user_boundary):
+            return None  # the personal channel of a user, whose id may be "user:42"
         namespace, boundary, _ = name.partition(self._settings.namespace_boundary)
-        return namespace if boundary else None
+        return namespace if boundary and namespace else None
 
     def options(self, channel: str) -> ResolvedChannel:
         """Return the options of `channel`. Raises ClientError 102 when its namespace is not configured."""
@@ -96,8 +107,9 @@ class ChannelRules:
             raise ClientError(*BAD_REQUEST)
         options = self.options(channel)
         if options.pattern is not None:
-            _, boundary, name = channel.partition(self._settings.namespace_boundary)
-            fits = options.pattern.search(name if boundary else channel) is not None
+            has_namespace = self.namespace(channel) is not None
+            name = channel.partition(self._settings.namespace_boundary)[2] if has_namespace else channel
+            fits = options.pattern.search(name) is not None
         else:
             fits = channel.isascii()
         if not fits or _CONTROL.search(channel):
@@ -129,6 +141,12 @@ class ChannelRules:
         return options.allow_subscribe_for_client and bool(user or options.allow_subscribe_for_anonymous)
 
     def personal_channel(self, namespace: str, user: str) -> str:
-        """Return the personal channel of one user in `namespace` ("" for none)."""
-        name = self._settings.user_boundary + user
+        """Return the personal channel of one user in `namespace` ("" for none).
+
+        Returns "" for a user id whose channel other users may subscribe to: `#alice,bob` names alice and bob.
+        """
+        settings = self._settings
+        if any(mark and mark in user for mark in (settings.user_boundary, settings.user_separator)):
+            return ""
+        name = settings.user_boundary + user
         return namespace + self._settings.namespace_boundary + name if namespace else name

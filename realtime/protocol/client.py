@@ -8,7 +8,7 @@ import msgspec
 
 from realtime.auth.tokens import OVERRIDABLE
 from realtime.errors import FORCE_DISCONNECT, SERVER_UNSUBSCRIBE
-from realtime.json_text import one_line, value
+from realtime.json_text import one_line, value, value_or_bytes
 from realtime.types import ClientInfo, Grant, Position, SubscribeOptions
 
 
@@ -89,8 +89,8 @@ class ConnectedClient:
 
     @property
     def info(self) -> Any:
-        """The client's `info` from its credentials, decoded; None if there is none."""
-        return value(self._session.info.conn_info)
+        """The client's `info` from its credentials, decoded; None if there is none, bytes if it is not JSON."""
+        return value_or_bytes(self._session.info.conn_info)
 
     @property
     def meta(self) -> Any:
@@ -113,7 +113,7 @@ class ConnectedClient:
     def subscribe(self, channel: str, grant: Grant | None = None) -> None:
         """Subscribe the client to `channel`, regardless of the channel's permissions, and notify it.
 
-        Does nothing if the client is subscribed already. Raises ValueError for an invalid grant.
+        A client that is subscribed already gets the terms of this grant. Raises ValueError for an invalid grant.
         """
         self._session.subscribe(channel, subscribe_options(grant) if grant else SubscribeOptions(), None)
 

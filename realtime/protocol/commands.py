@@ -45,7 +45,16 @@ def _checked_options(session: Session, channel: str) -> ResolvedChannel:
 
 async def subscribe(session: Session, id: int, request: messages.SubscribeRequest) -> None:
     channel_options = _check_subscribe(session, request)
-    options, grace = await _authorize_subscribe(session, request, channel_options)
+    channel, subscribing = request.channel, session.subscribing or set()
+    session.subscribing = subscribing
+    subscribing.add(channel)
+    try:
+        options, grace = await _authorize_subscribe(session, request, channel_options)
+        if channel not in subscribing:
+            raise ClientError(*errors.PERMISSION_DENIED)  # the server has ended the subscription meanwhile
+    finally:
+        subscribing.discard(channel)
+        session.subscribing = session.subscribing or ()
     ttl = session.ttl(options.expire_at)
     if session.state is SessionState.CLOSED:
         return
@@ -60,7 +69,7 @@ async def subscribe(session: Session, id: int, request: messages.SubscribeReques
     # As with connect: the grant of a handler expires without a warning, and the client subscribes again.
     refreshable = bool(ttl and request.token)
     result = msgspec.structs.replace(
-        joined.result, expires=refreshable, ttl=ttl if refreshable else 0, data=messages.embed(options.data)
+        joined.result, expires=refreshable, ttl=ttl if refreshable else 0, data=session.encoding.embed(options.data)
     )
     session.reply(id, "subscribe", result)
     session.activate(subscription, joined)
@@ -73,7 +82,7 @@ def _check_subscribe(session: Session, request: messages.SubscribeRequest) -> Re
     _check_room(session, request.channel)
     channel_options = _checked_options(session, request.channel)
     if request.type:  # maps and shared polls, which this server does not have
-        raise ClientError(*errors.PERMISSION_DENIED)
+        raise ClientError(*errors.NOT_AVAILABLE)
     return channel_options
 
 
@@ -160,7 +169,7 @@ async def publish(session: Session, id: int, request: messages.PublishRequest) -
     channel_options = _checked_options(session, channel)
     data = session.encoding.validate_data(request.data)
     is_json = session.encoding.is_json(data)
-    channel_options.check_data(data, is_json)
+    channel_options.check_client_data(data, is_json)
     if request.type:
         raise ClientError(*errors.BAD_REQUEST)
     handler = services.handlers.publishing(channel)
@@ -180,7 +189,7 @@ async def publish(session: Session, id: int, request: messages.PublishRequest) -
             channel_options.history_options,
             info,
             delta=channel_options.delta_publish,
-            binary=not (data and is_json),
+            binary=not is_json,
         )
     )
     session.reply(id, "publish", messages.EMPTY)
@@ -228,10 +237,10 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
     if not session.is_allowed("history", request.channel, channel_options):
         raise ClientError(*errors.PERMISSION_DENIED)
     since = Position(request.since.offset, request.since.epoch) if request.since else None
-    # -1 asks for all publications, up to the server's limit; other negative values have no meaning.
-    if request.limit < -1 or (request.reverse and since is not None and not since.offset):
+    if request.reverse and since is not None and not since.offset:
         raise ClientError(*errors.BAD_REQUEST)
     maximum = session.settings.client.history_max_publication_limit or math.inf
+    # A negative limit asks for all publications, up to the server's limit.
     limit = maximum if request.limit < 0 else min(request.limit, maximum)
     query = GetHistory(
         request.channel,
@@ -244,7 +253,12 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
     page = await session.services.engine.ask(query)
     if since is not None and since.epoch and since.epoch != page.position.epoch:
         raise ClientError(*errors.UNRECOVERABLE_POSITION)
-    publications = await session.services.slices.map_sliced(session.encoding.make_pub, page.publications)
+    try:
+        publications = await session.services.slices.map_sliced(session.encoding.make_pub, page.publications)
+    except Disconnect:
+        # The client's encoding can't carry one of them.
+        session.services.counters.bad_input["encoding"].value += 1
+        raise ClientError(*errors.NOT_AVAILABLE) from None
     result = messages.HistoryResult(publications, page.position.epoch, page.position.offset)
     session.reply(id, "history", result)
 
@@ -259,7 +273,8 @@ def rpc(session: Session, id: int, request: messages.RPCRequest) -> Coroutine[An
         if ping.enabled and request.method == ping.method:
             session.reply(id, "rpc", messages.RPCResult())
             return None
-        raise ClientError(*(errors.METHOD_NOT_FOUND if handlers.has_procedures else errors.NOT_AVAILABLE))
+        exists = handlers.has_procedures or ping.enabled
+        raise ClientError(*(errors.METHOD_NOT_FOUND if exists else errors.NOT_AVAILABLE))
     data = session.decode_request_data(request.data)
     if not procedure.is_immediate:
         return _reply_later(session, id, procedure(session.handle, data))

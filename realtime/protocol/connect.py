@@ -41,16 +41,25 @@ class _Identity(Struct, frozen=True):
 
 async def connect(session: Session, id: int, request: messages.ConnectRequest) -> None:
     identity = await _authenticate(session, request)
-    session.info = info = ClientInfo(identity.user, str(uuid.uuid4()), identity.info)
+    session.info = ClientInfo(identity.user, str(uuid.uuid4()), identity.info)
+    with session.services.sessions.connecting(session):
+        await _enter(session, id, request, identity)
+    personal = session.settings.client.subscribe_to_user_personal_channel
+    if personal.single_connection and session.user and session.state is CONNECTED:
+        await _supersede(session)
+
+
+async def _enter(session: Session, id: int, request: messages.ConnectRequest, identity: _Identity) -> None:
+    """Admit the client, join its first subscriptions, and reply."""
     initial = _initial_subscriptions(session, request, identity)
     ttl = session.ttl(identity.expire_at)
     if session.state is not OPENED:
         return
-    await session.admit(info)
+    await session.admit(session.info)
     try:
         joined = await _join_all(session, initial)
         subs = {
-            subscription.channel: _with_data(outcome.result, identity.subs.get(subscription.channel))
+            subscription.channel: _with_data(session, outcome.result, identity.subs.get(subscription.channel))
             for subscription, outcome in joined
         }
         session.reply(id, "connect", _connect_result(session, identity, ttl, subs))
@@ -64,9 +73,6 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     session.set_expiry(identity.expire_at)
     for subscription, outcome in joined:
         session.activate(subscription, outcome)
-    personal = session.settings.client.subscribe_to_user_personal_channel
-    if personal.single_connection and session.user and session.state is CONNECTED:
-        await _supersede(session)
 
 
 async def refresh(session: Session, id: int, request: messages.RefreshRequest) -> None:
@@ -79,15 +85,20 @@ async def refresh(session: Session, id: int, request: messages.RefreshRequest) -
         raise Disconnect(*errors.CONNECTION_EXPIRED) from None
     if claims.user != session.user:
         raise Disconnect(*errors.INVALID_TOKEN)
+    named = _token_subs(claims).keys()
+    for channel in named:
+        session.services.rules.options(channel)  # raises ClientError 102
+    # The origin of a subscription does not matter, unless it is a former token that had a channel which this one lacks.
     from_token = {
         subscription.channel
         for subscription in session.subscriptions.values()
         if subscription.source is SubscriptionSource.TOKEN
     }
-    if from_token != _token_subs(claims).keys():
+    if not from_token <= named <= session.subscriptions.keys():
         raise Disconnect(*errors.INSUFFICIENT_STATE)
     ttl = session.ttl(claims.expire_at)
-    session.update_conn_info(claims.info)
+    if claims.info:
+        session.update_conn_info(claims.info)
     session.set_expiry(claims.expire_at)
     session.reply(id, "refresh", messages.RefreshResult(expires=bool(ttl), ttl=ttl))
 
@@ -182,7 +193,13 @@ def _initial_subscriptions(
     personal = settings.subscribe_to_user_personal_channel
     if personal.enabled and session.user:
         channel = rules.personal_channel(personal.personal_channel_namespace, session.user)
-        subs.setdefault(channel, (SubscribeOptions(), SubscriptionSource.SERVER))
+        if channel:
+            subs.setdefault(channel, (SubscribeOptions(), SubscriptionSource.SERVER))
+        else:
+            session.services.log_debug(
+                f"client {session.client}: its user id {session.user!r:.100} gets no personal channel: the id contains"
+                " channel.user_boundary or channel.user_separator, so that other users could subscribe to the channel"
+            )
     for channel in requested:
         if channel not in subs and _is_open_to(session, channel):
             subs[channel] = (SubscribeOptions(), SubscriptionSource.SERVER)
@@ -190,8 +207,16 @@ def _initial_subscriptions(
         raise Disconnect(*errors.CHANNEL_LIMIT)
     initial = []
     for channel, (options, source) in subs.items():
-        sub_request = msgspec.structs.replace(requested.get(channel, messages.SubscribeRequest()), channel=channel)
-        subscription = session.make_subscription(sub_request, rules.options(channel), options, source)
+        # The client can't refuse a subscription of the server, so its `flag` has no meaning here.
+        requested_sub = requested.get(channel, messages.SubscribeRequest())
+        sub_request = msgspec.structs.replace(requested_sub, channel=channel, flag=0)
+        try:
+            subscription = session.make_subscription(sub_request, rules.options(channel), options, source)
+        except ClientError:
+            # A bad filter is left out. An error would refuse the whole connection for good.
+            session.services.counters.bad_input["filter"].value += 1
+            sub_request = msgspec.structs.replace(sub_request, tf=None)
+            subscription = session.make_subscription(sub_request, rules.options(channel), options, source)
         subscription.expire_at = options.expire_at
         initial.append((sub_request, subscription))
     return initial
@@ -232,9 +257,13 @@ async def _join_all(
     return joined
 
 
-def _with_data(result: messages.SubscribeResult, options: SubscribeOptions | None) -> messages.SubscribeResult:
+def _with_data(
+    session: Session, result: messages.SubscribeResult, options: SubscribeOptions | None
+) -> messages.SubscribeResult:
     """Add the `data` for the client, if its credentials name this channel."""
-    return msgspec.structs.replace(result, data=messages.embed(options.data)) if options is not None else result
+    if options is None:
+        return result
+    return msgspec.structs.replace(result, data=session.encoding.embed(options.data))
 
 
 def _connect_result(
@@ -248,7 +277,7 @@ def _connect_result(
         # The client can refresh a token only; other credentials expire without a warning.
         expires=bool(ttl and session.is_refreshable),
         ttl=ttl if session.is_refreshable else 0,
-        data=messages.embed(identity.data),
+        data=session.encoding.embed(identity.data),
         subs=subs or None,
         ping=ping,
         pong=pong,

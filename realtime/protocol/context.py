@@ -32,14 +32,13 @@ _FAULTS = {
     errors.TOO_MANY_COMMANDS[0]: "command_flood",
     errors.INVALID_TOKEN[0]: "token",
     errors.BAD_PROTOCOL[0]: "command",
-    errors.STALE[0]: "stale",
-    errors.CONNECTION_LIMIT[0]: "user_connections",
     errors.CHANNEL_LIMIT[0]: "channels",
-    errors.INAPPROPRIATE_PROTOCOL[0]: "encoding",
     errors.TOO_MANY_ERRORS[0]: "command_errors",
 }
-# Bad input that does not disconnect: a command over the rate limit, and a recovery position ahead of the channel's.
-_REFUSED = ("command_rate", "recovery_ahead")
+# Bad input that is counted where it is found: a connection without a connect command, a connection over the user's
+# limit, a command over the rate limit, a recovery position ahead of the channel's, a tags
+# filter that is invalid or not allowed, and a publication that the subscriber's encoding can't carry.
+_REFUSED = ("stale", "user_connections", "command_rate", "recovery_ahead", "filter", "encoding")
 
 
 class Connection(Protocol):
@@ -164,7 +163,8 @@ class SessionServices(Struct, frozen=True, kw_only=True):
     """Collaborators of all sessions.
 
     slices: divides long work. gather: as for `ServerAPI`. wall_clock: returns Unix seconds, for the expiry of tokens.
-    report_error: takes an exception that is a bug of the server or the application, with its traceback.
+    report_error: takes an exception that is a bug of the server or the application, with its traceback. log_debug:
+    takes one line for the log, about a refusal that the client's code alone does not explain.
     """
 
     rules: ChannelRules
@@ -180,3 +180,4 @@ class SessionServices(Struct, frozen=True, kw_only=True):
     wall_clock: Callable[[], float]
     report_error: Callable[[BaseException], None]
     counters: SessionCounters
+    log_debug: Callable[[str], object] = lambda line: None

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from msgspec import Raw, Struct, UnsetType
 
 from realtime.errors import ClientError
-from realtime.protocol.messages import Command, Pub
+from realtime.protocol.messages import Command, Info, Pub
 from realtime.types import ClientInfo, Publication
 
 
@@ -61,6 +61,15 @@ class Encoding(Protocol):
         """Return whether every encoding can carry this validated data; otherwise it is published as `binary`."""
 
     # Sent messages
+
+    def embed(self, data: bytes) -> Raw | UnsetType:
+        """Embed content of a token, a handler or the server API; UNSET for b"".
+
+        Also UNSET for bytes behind `json_text.BINARY` that this encoding can't carry.
+        """
+
+    def make_info(self, client: ClientInfo) -> Info:
+        """Make the message for a client, as other clients see it."""
 
     def encode_reply(self, id: int, name: str, result: Struct) -> bytes:
         """Encode the reply to command `id`. name: of its request field."""

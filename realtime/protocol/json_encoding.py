@@ -7,16 +7,18 @@ byte except for raw line ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import msgspec
-from msgspec import Raw, Struct, UnsetType
+from msgspec import Raw, Struct, UnsetType, inspect
 
 from realtime import errors, json_text
 from realtime.errors import ClientError, Disconnect
 from realtime.protocol import messages
 from realtime.protocol.encodings import Encoding
 from realtime.protocol.messages import Command, ConnectRequest, Error, ProtocolError, Pub
+from realtime.pubsub.filters import MAX_DEPTH, MAX_NODES
 from realtime.types import ClientInfo, Publication
 
 
@@ -26,6 +28,8 @@ class JSONEncoding:
     name = "json"
     unidirectional = False
     ping = b"{}"
+    embed = staticmethod(messages.embed)
+    make_info = staticmethod(messages.make_info)
 
     def decode_command(self, message: bytes) -> Command | None:
         if _NEWLINE in message:
@@ -35,7 +39,7 @@ class JSONEncoding:
                 _check_objects(message, _decode_outline)
             return _decode_command(message)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise ProtocolError("not a command") from None
+            return _decode_without_nulls(message, Command)
 
     def decode_commands(self, message: bytes) -> Iterator[Command]:
         # A newline at the end of the message is allowed.
@@ -80,7 +84,7 @@ class JSONEncoding:
         return b'{"id":%d,"error":%b}' % (id, _encode(Error(error.code, error.message, error.temporary)))
 
     def encode_member(self, info: ClientInfo) -> bytes:
-        return b"%b:%b" % (_encode(info.client), _encode(messages.make_info(info)))
+        return b"%b:%b" % (_encode(info.client), _encode(self.make_info(info)))
 
     def encode_presence_reply(self, id: int, members: Iterable[bytes]) -> bytes:
         return b'{"id":%d,"presence":{"presence":{%b}}}' % (id, b",".join(members))
@@ -91,14 +95,16 @@ class JSONEncoding:
     def make_pub(self, publication: Publication, epoch: str = "") -> Pub:
         if publication.binary:
             raise Disconnect(*errors.INAPPROPRIATE_PROTOCOL)
-        # Text that arrived in another encoding still has its line ends.
-        return messages.make_pub(publication, json_text.one_line(publication.data), epoch)
+        # Text that arrived in another encoding still has its line ends, or consists of them.
+        data = publication.data
+        return messages.make_pub(publication, data and (json_text.one_line(data) or b"null"), epoch)
 
     def make_full_pub(self, publication: Publication, epoch: str = "") -> Pub:
         # With deltas the data is always a string: JSON text, or a delta between two JSON texts.
         if publication.binary:
             raise Disconnect(*errors.INAPPROPRIATE_PROTOCOL)
-        return messages.make_pub(publication, _encode(publication.data.decode()), epoch)
+        text = publication.data.decode()
+        return messages.make_pub(publication, _encode(text if text.strip("\r\n") else "null"), epoch)
 
     def make_delta_pub(self, publication: Publication, delta: bytes, epoch: str = "") -> Pub | None:
         if publication.binary:
@@ -120,7 +126,7 @@ class JSONPushEncoding(JSONEncoding):
                 _check_objects(message, _decode_push_outline)
             return Command(id=1, connect=_decode_connect(message or b"{}"))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise ProtocolError("not a connect request") from None
+            return Command(id=1, connect=_decode_without_nulls(message, ConnectRequest))
 
     def decode_commands(self, message: bytes) -> Iterator[Command]:
         yield self.decode_command(message)
@@ -164,7 +170,10 @@ def _check_objects(message: bytes, decode_outline: Callable[[bytes], Any]) -> No
     objects = message.count(b"{")
     if objects <= MAX_OBJECTS:
         return
-    outline = decode_outline(message)
+    try:
+        outline = decode_outline(message)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise ProtocolError("not a command") from None
     parts = msgspec.structs.astuple(outline) if isinstance(outline, _Outline) else (outline,)
     if objects - sum(bytes(part.data).count(b"{") for part in parts if part is not None) > MAX_OBJECTS:
         raise ProtocolError("too many objects")
@@ -176,7 +185,93 @@ def _bare_push(channel: str, name: str, body: Struct) -> bytes:
     return b'{"%b":%b}' % (name.encode(), _encode(body))
 
 
+# Levels of nested Structs in which `_NullRemoval` looks: a command, a connect request, a subscription and the deepest
+# filter that is accepted. Each level reads the text again.
+_LEVELS = 3 + MAX_DEPTH
+# Structs of one message from which it removes nulls: the nodes of a filter, or the subscriptions of a connect request.
+_STRUCTS = 3 + MAX_NODES
+
+_decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
+_RequestType = TypeVar("_RequestType", bound=Struct)
+
+
+def _decode_without_nulls(text: bytes, struct: type[_RequestType]) -> _RequestType:
+    """Decode a request that the strict decoder refused, with null in a field meaning that the field is absent.
+
+    A request that is null itself is empty. Raises ProtocolError.
+    """
+    if text.strip() == b"null":
+        return struct()
+    try:
+        if b"null" in text:
+            return msgspec.json.decode(_NullRemoval().without_nulls(text, struct, _LEVELS), type=struct)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        pass
+    raise ProtocolError("not a request of this type")
+
+
+class _NullRemoval:
+    """Removes null fields from one message. left: number of Structs that may still be changed; the others stay."""
+
+    def __init__(self) -> None:
+        self.left = _STRUCTS
+
+    def without_nulls(self, text: bytes, struct: type[Struct], levels: int) -> bytes:
+        """Return the JSON object `text` without the fields that are null, apart from the application's data.
+
+        Items of lists and values of maps stay, null or not. Raises msgspec.MsgspecError.
+        """
+        self.left -= 1
+        kept: dict[str, Raw] = {}
+        types = _field_types(struct)
+        for name, raw in _decode_fields(text).items():
+            value = bytes(raw)
+            container, nested = types.get(name, (None, None))
+            if value == b"null" and container is not Raw:
+                continue
+            if nested is not None and b"null" in value and value[:1] in (b"{", b"["):
+                if container is dict:
+                    items = _decode_fields(value).items()
+                    raw = Raw(_encode({key: self._nested(item, nested, levels) for key, item in items}))
+                elif container is list:
+                    raw = Raw(_encode([self._nested(item, nested, levels) for item in _decode_items(value)]))
+                else:
+                    raw = self._nested(raw, nested, levels)
+            kept[name] = raw
+        return _encode(kept)
+
+    def _nested(self, raw: Raw, struct: type[Struct], levels: int) -> Raw:
+        value = bytes(raw)
+        if levels > 1 and self.left > 0 and value.startswith(b"{") and b"null" in value:
+            return Raw(self.without_nulls(value, struct, levels - 1))
+        return raw
+
+
+@cache
+def _field_types(struct: type[Struct]) -> dict[str, tuple[type, type[Struct] | None]]:
+    """Return, by the field of a request: Raw, dict, list or object, and the Struct in it."""
+    info = inspect.type_info(struct)
+    assert isinstance(info, inspect.StructType)
+    return {field.name: _field_type(field.type) for field in info.fields}
+
+
+def _field_type(type: inspect.Type) -> tuple[type, type[Struct] | None]:
+    match type:
+        case inspect.UnionType(types=types):
+            return _field_type(types[0])
+        case inspect.RawType():
+            return Raw, None
+        case inspect.StructType(cls=cls):
+            return object, cls
+        case inspect.DictType(value_type=inspect.StructType(cls=cls)):
+            return dict, cls
+        case inspect.ListType(item_type=inspect.StructType(cls=cls)):
+            return list, cls
+    return object, None
+
+
 _encode = msgspec.json.Encoder().encode
+_decode_items = msgspec.json.Decoder(list[Raw]).decode
 _decode_command = msgspec.json.Decoder(Command).decode
 _decode_connect = msgspec.json.Decoder(ConnectRequest).decode
 _decode_id = msgspec.json.Decoder(_NumberedCommand).decode

@@ -17,6 +17,7 @@ since a newline separates messages. `realtime.json_text.payload` is the one stri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -26,8 +27,9 @@ from realtime.errors import RealtimeError
 from realtime.types import ClientInfo, Publication
 
 _UInt32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
-# An offset is a uint64 on the wire; no stream counts beyond its signed half.
-_Offset = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+# A uint64. msgspec can't express its upper limit: `_check_offset` does.
+_Offset = Annotated[int, Meta(ge=0)]
+MAX_OFFSET = 2**64 - 1
 _Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 _Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
@@ -36,12 +38,20 @@ class ProtocolError(RealtimeError):
     """The peer sent an invalid message: the connection is closed with 3501."""
 
 
+def _check_offset(offset: int) -> None:
+    if offset > MAX_OFFSET:
+        raise ValueError("an offset of more than 64 bits")
+
+
 # -- requests ---------------------------------------------------------------------------------------------------------
 
 
 class StreamPosition(Struct, frozen=True):
     offset: _Offset = 0
     epoch: str = ""
+
+    def __post_init__(self) -> None:
+        _check_offset(self.offset)
 
 
 class FilterNode(Struct, frozen=True):
@@ -69,6 +79,9 @@ class SubscribeRequest(Struct, frozen=True):
     tf: FilterNode | None = None
     flag: _Int64 = 0
     type: _Int32 = 0
+
+    def __post_init__(self) -> None:
+        _check_offset(self.offset)
 
 
 class ConnectRequest(Struct, frozen=True):
@@ -146,7 +159,8 @@ class Command(Struct, frozen=True):
         Raises ProtocolError for an id without a request, for more than one request, and for the unused `ping`.
         """
         absent = msgspec.structs.astuple(self).count(None)
-        if self.ping is not UNSET or absent < len(REQUESTS) - 1 or (self.id and absent == len(REQUESTS)):
+        ping = self.ping is not UNSET and bytes(self.ping) != b"null"
+        if ping or absent < len(REQUESTS) - 1 or (self.id and absent == len(REQUESTS)):
             raise ProtocolError("a command has exactly one request, and never `ping`")
         for name in REQUESTS:
             value = getattr(self, name)
@@ -176,7 +190,9 @@ class Info(Struct, frozen=True, omit_defaults=True):
 
 
 class Pub(Struct, frozen=True, omit_defaults=True):
-    data: Raw
+    """data: absent for an empty publication."""
+
+    data: Raw | UnsetType = UNSET
     info: Info | None = None
     offset: int = 0
     tags: dict[str, str] | None = None
@@ -296,14 +312,25 @@ class RefreshPush(Struct, frozen=True, omit_defaults=True):
 
 
 def make_info(client: ClientInfo) -> Info:
-    """Make the message for a client, as other clients see it."""
+    """Make the message for a client, as other clients see it in JSON."""
     return Info(client.user, client.client, embed(client.conn_info), embed(client.chan_info))
 
 
-def make_pub(publication: Publication, data: bytes, epoch: str = "", delta: bool = False) -> Pub:
+def make_binary_info(client: ClientInfo) -> Info:
+    """Make the message for a client, for an encoding that carries any bytes."""
+    return Info(client.user, client.client, embed_bytes(client.conn_info), embed_bytes(client.chan_info))
+
+
+def make_pub(
+    publication: Publication,
+    data: bytes,
+    epoch: str = "",
+    delta: bool = False,
+    make_info: Callable[[ClientInfo], Info] = make_info,
+) -> Pub:
     """Make the message for a publication, with `data` in place of its own. delta: whether `data` is a delta."""
     return Pub(
-        Raw(data),
+        Raw(data) if data else UNSET,
         make_info(publication.info) if publication.info else None,
         publication.offset,
         publication.tags,
@@ -313,5 +340,10 @@ def make_pub(publication: Publication, data: bytes, epoch: str = "", delta: bool
 
 
 def embed(data: bytes) -> Raw | UnsetType:
-    """Embed JSON text in a message, unchanged; b"" omits the key."""
-    return Raw(data) if data else UNSET
+    """Embed JSON text in a message, unchanged; b"" omits the key, and so do bytes behind `json_text.BINARY`."""
+    return Raw(data) if data and data[0] else UNSET
+
+
+def embed_bytes(data: bytes) -> Raw | UnsetType:
+    """Embed JSON text, or the bytes behind `json_text.BINARY`; b"" omits the key."""
+    return Raw(data if data[0] else data[1:]) if data else UNSET

@@ -124,6 +124,8 @@ class Protobuf:
     name = "protobuf"
     unidirectional = False
     ping = b"\x00"
+    embed = staticmethod(messages.embed_bytes)
+    make_info = staticmethod(messages.make_binary_info)
 
     def decode_command(self, message: bytes) -> Command | None:
         try:
@@ -192,13 +194,13 @@ class Protobuf:
         return _reply(id, name, _WRITERS[type(result)](result))
 
     def encode_rpc_reply(self, id: int, value: Any) -> bytes:
-        return self.encode_reply(id, "rpc", messages.RPCResult(messages.embed(self.encode_data(value) or b"null")))
+        return self.encode_reply(id, "rpc", messages.RPCResult(Raw(self.encode_data(value) or b"null")))
 
     def encode_error(self, id: int, error: ClientError) -> bytes:
         return self.encode_reply(id, "error", messages.Error(error.code, error.message, error.temporary))
 
     def encode_member(self, info: ClientInfo) -> bytes:
-        return _WRITERS[messages.PresenceResult](messages.PresenceResult({info.client: messages.make_info(info)}))
+        return _WRITERS[messages.PresenceResult](messages.PresenceResult({info.client: self.make_info(info)}))
 
     def encode_presence_reply(self, id: int, members: Iterable[bytes]) -> bytes:
         return _reply(id, "presence", b"".join(members))
@@ -210,13 +212,13 @@ class Protobuf:
         return _sized(b"", _sized(_REPLY_TAGS["push"], push))
 
     def make_pub(self, publication: Publication, epoch: str = "") -> Pub:
-        return messages.make_pub(publication, publication.data, epoch)
+        return messages.make_pub(publication, publication.data, epoch, make_info=messages.make_binary_info)
 
     def make_full_pub(self, publication: Publication, epoch: str = "") -> Pub:
-        return messages.make_pub(publication, publication.data, epoch)
+        return messages.make_pub(publication, publication.data, epoch, make_info=messages.make_binary_info)
 
     def make_delta_pub(self, publication: Publication, delta: bytes, epoch: str = "") -> Pub | None:
-        return messages.make_pub(publication, delta, epoch, delta=True)
+        return messages.make_pub(publication, delta, epoch, delta=True, make_info=messages.make_binary_info)
 
 
 def emulation_request(body: bytes) -> EmulationRequest:
@@ -347,8 +349,8 @@ class _Reader:
         match type:
             case inspect.BoolType():
                 self._numbers[of_number] = _takes_bool(name)
-            case inspect.IntType(ge=int(low), le=int(high)):
-                self._numbers[of_number] = _takes_int(name, low, high)
+            case inspect.IntType(ge=int(low), le=high):
+                self._numbers[of_number] = _takes_int(name, low, _MAX_VARINT if high is None else high)
             case inspect.StrType():
                 self._parts[of_part] = _takes_text(name)
             case inspect.ListType(item_type=item):

@@ -56,7 +56,7 @@ _WITHOUT_REPLIES = {
 
 _NEVER = math.inf
 _PONG = messages.Command()
-_NO_FAILURES = (0, -math.inf)
+_NO_FAILURES = (0, 0, -math.inf)
 _UNKNOWN_CLIENT = ClientInfo("", "")
 
 
@@ -65,8 +65,10 @@ class Session(SessionTimers):
 
     info: the client's identity, empty until it is admitted. handle: the client as handlers see it, None before.
     is_refreshable: a token admitted the client, so it may send another one. subscriptions: by channel, including those
-    that are still joining. running: number of commands that wait for the engine or a handler. busy_channels: the
-    channels of those, where several may run. queue: commands that wait for these, None for an empty queue.
+    that are still joining. subscribing: channels of subscribe commands whose permission is being decided.
+
+    running: number of commands that wait for the engine or a handler. busy_channels: the channels of those, where
+    several may run. queue: commands that wait for these, None for an empty queue.
     """
 
     __slots__ = (
@@ -83,6 +85,7 @@ class Session(SessionTimers):
         "request",
         "running",
         "state",
+        "subscribing",
         "subscriptions",
     )
 
@@ -101,6 +104,7 @@ class Session(SessionTimers):
         self.handle: ConnectedClient | None = None
         self.is_refreshable = False
         self.subscriptions: dict[str, Subscription] = {}
+        self.subscribing: set[str] | tuple[()] = ()
         self.running = 0
         self.busy_channels: set[str] | tuple[()] = ()
         self._commands = commands
@@ -109,7 +113,7 @@ class Session(SessionTimers):
         self.queue: CommandQueue | None = None
         # The time at which the allowed rate would have used up the commands received so far.
         self._rate_due = 0.0
-        # The number of failed commands, and the time of the first one.
+        # The number of failed commands, of refused subscribes beside these, and the time of the first one.
         self._failures = _NO_FAILURES
         self.schedule_deadline()
 
@@ -302,14 +306,21 @@ class Session(SessionTimers):
                 self.queue.clear()
             self._limit_refused()
         elif not error.temporary and error.code != errors.TOKEN_EXPIRED[0]:
-            self._count_failure()
+            self._count_failure(name)
 
-    def _count_failure(self) -> None:
-        """Disconnect the client when too many of its commands failed by its own fault."""
-        limit, now = self.settings.client.error_limit, self.services.deadlines.now
-        failed, since = self._failures
-        self._failures = (failed + 1, since) if now - since <= ERROR_WINDOW else (1, now)
-        if 0 < limit < self._failures[0]:
+    def _count_failure(self, name: str) -> None:
+        """Disconnect the client when too many of its commands failed by its own fault.
+
+        An SDK that reconnects sends all its subscriptions at once, so refused ones do not count up to `channel_limit`.
+        """
+        settings, now = self.settings.client, self.services.deadlines.now
+        failed, subscribes, since = self._failures if now - self._failures[2] <= ERROR_WINDOW else (0, 0, now)
+        if name == "subscribe" and subscribes < settings.channel_limit:
+            subscribes += 1
+        else:
+            failed += 1
+        self._failures = failed, subscribes, since
+        if 0 < settings.error_limit < failed:
             self.disconnect(*errors.TOO_MANY_ERRORS)
 
     # -- admission ---------------------------------------------------------------------------------------------------
@@ -325,7 +336,8 @@ class Session(SessionTimers):
         if not (limit and info.user):
             engine.tell(AddClient(info))
         elif not await engine.ask(AdmitClient(info, limit)):
-            raise Disconnect(*errors.CONNECTION_LIMIT)
+            self.services.counters.bad_input["user_connections"].value += 1
+            raise Disconnect(*errors.USER_CONNECTIONS)
 
     def cancel_admission(self) -> None:
         """Undo `admit`, and end the subscriptions made since."""
@@ -357,7 +369,7 @@ class Session(SessionTimers):
     ) -> Subscription:
         """Make a subscription of this client, before it joins, with the requested features as far as granted.
 
-        channel_options: of `request.channel`. Raises ClientError 107 for a filter that is not allowed or not valid.
+        channel_options: of `request.channel`. Raises as `Subscription.grant`.
         """
         channel_options = channel_options.with_override(options.override)
         info = msgspec.structs.replace(self.info, chan_info=options.info) if options.info else self.info
@@ -365,10 +377,12 @@ class Session(SessionTimers):
         subscription = Subscription(
             self, connection.sink, connection.form, request.channel, channel_options, info, source
         )
+        # The client is a subscriber once it has joined.
+        insecure = self.settings.client.insecure
         subscription.grant(
             request,
-            history=self.is_allowed("history", request.channel, channel_options),
-            presence=self.is_allowed("presence", request.channel, channel_options),
+            history=insecure or channel_options.allows("history", self.user, True),
+            presence=insecure or channel_options.allows("presence", self.user, True),
         )
         return subscription
 
@@ -387,7 +401,7 @@ class Session(SessionTimers):
             self.remove_subscription(subscription)
             return None
         result = joined.result
-        if result.was_recovering and not result.recovered:
+        if result.was_recovering and result.recoverable and not result.recovered:
             is_ahead = request.epoch == result.epoch and request.offset > result.offset
             self.services.counters.bad_input["recovery_ahead"].value += is_ahead
         return joined
@@ -398,6 +412,9 @@ class Session(SessionTimers):
             self.remove_subscription(subscription)
         elif not subscription.activate(joined):
             self.subscription_lost_position(subscription)
+        elif subscription.renewal is not None:
+            options, subscription.renewal = subscription.renewal, None
+            self.subscribe(subscription.channel, options, None)
 
     def remove_subscription(self, subscription: Subscription, *, is_returning: bool = False) -> None:
         """End a subscription at any stage, without a wait for the engine, which may be away.
@@ -437,13 +454,49 @@ class Session(SessionTimers):
             self._push("", "message", messages.MessagePush(Raw(self.encoding.encode_data(data) or b"null")))
 
     def subscribe(self, channel: str, options: SubscribeOptions, since: Position | None) -> None:
-        """Subscribe the client to a channel, unless it is subscribed. since: the client's position in it, if any."""
-        if self.state is CONNECTED and channel not in self.subscriptions:
+        """Subscribe the client to a channel, or give its subscription these terms.
+
+        since: the client's position in the channel, if any; without meaning for a subscribed client.
+        """
+        if self.state is not CONNECTED or (options.expire_at and options.expire_at <= self.services.wall_clock()):
+            return
+        subscription = self.subscriptions.get(channel)
+        if subscription is None:
             self._run_in_background(self._subscribe(channel, options, since))
+        elif subscription.is_active:
+            self._run_in_background(self._renew(subscription, options))
+        else:
+            subscription.renewal = options  # for `activate`
+
+    def _expiry_of(self, options: SubscribeOptions) -> float:
+        """Return the time at which a subscription of the server ends, with a grace in which the server may renew it."""
+        return options.expire_at and options.expire_at + self.settings.client.expired_sub_close_delay
+
+    async def _renew(self, subscription: Subscription, options: SubscribeOptions) -> None:
+        """Give an active subscription new terms, without a leave and a join, and tell the client."""
+        channel = subscription.channel
+        info = msgspec.structs.replace(self.info, chan_info=options.info)
+        channel_options = self.services.rules.options(channel).with_override(options.override)
+        subscription.expire_at = self._expiry_of(options)
+        self.schedule_deadline()
+        position = await subscription.renew(channel_options, info)
+        if not subscription.is_active:
+            return
+        self._push_subscribe(
+            channel,
+            options,
+            messages.SubscribePush(
+                recoverable=subscription.recoverable,
+                epoch=position.epoch,
+                offset=position.offset,
+                positioned=subscription.positioned,
+            ),
+        )
+
+    def _push_subscribe(self, channel: str, options: SubscribeOptions, push: messages.SubscribePush) -> None:
+        self._push(channel, "subscribe", msgspec.structs.replace(push, data=self.encoding.embed(options.data)))
 
     async def _subscribe(self, channel: str, options: SubscribeOptions, since: Position | None) -> None:
-        if options.expire_at and options.expire_at <= self.services.wall_clock():
-            return
         limit = self.settings.client.channel_limit
         if 0 < limit <= len(self.subscriptions):
             self.disconnect(*errors.CHANNEL_LIMIT)
@@ -457,16 +510,15 @@ class Session(SessionTimers):
         if joined is None:
             return
         result = joined.result
-        subscription.expire_at = options.expire_at
-        self._push(
+        subscription.expire_at = self._expiry_of(options)
+        self._push_subscribe(
             channel,
-            "subscribe",
+            options,
             messages.SubscribePush(
                 recoverable=result.recoverable,
                 epoch=result.epoch,
                 offset=result.offset,
                 positioned=result.positioned,
-                data=messages.embed(options.data),
             ),
         )
         for publication in result.publications or ():
@@ -476,6 +528,8 @@ class Session(SessionTimers):
 
     def unsubscribe(self, channel: str, code: int, reason: str) -> None:
         """End the client's subscription to `channel`, if any; with a code from 2500 on the client subscribes again."""
+        if self.subscribing:
+            self.subscribing.discard(channel)
         subscription = self.subscriptions.get(channel)
         if subscription is None:
             return

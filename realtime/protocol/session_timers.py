@@ -93,9 +93,10 @@ class SessionTimers(ABC):
         if self.state is SessionState.REFUSED:
             self.disconnect(*errors.CONNECTION_CLOSED)
         elif self.running:
-            # The client has sent its connect command, which takes long here: it may come back. 3502 would be final.
+            # The client has sent its connect command, which takes long here.
             self.disconnect(*errors.SERVER_ERROR)
         else:
+            self.services.counters.bad_input["stale"].value += 1
             self.disconnect(*errors.STALE)
 
     def _limit_refused(self) -> None:

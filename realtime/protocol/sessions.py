@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from realtime.errors import CONNECTION_EXPIRED, CONNECTION_LIMIT
@@ -67,6 +68,8 @@ class Sessions:
         self._handlers: dict[type[Order], Callable[[Any], None]] = {}
         self._by_client: dict[str, RegisteredSession] = {}
         self._by_user: dict[str, dict[str, RegisteredSession]] = {}
+        # By user: sessions whose connect command is under way.
+        self._connecting: dict[str, set[RegisteredSession]] = {}
         # Client ids with their own SupersedeOrder on its way: until it arrives, an order of that kind is from an older
         # connection, and must not close them.
         self._superseding: set[str] = set()
@@ -92,6 +95,18 @@ class Sessions:
         if not of_user:
             del self._by_user[session.user]
 
+    @contextmanager
+    def connecting(self, session: RegisteredSession) -> Iterator[None]:
+        """Apply orders that take something away to this session, too, while its connect command is under way."""
+        of_user = self._connecting.setdefault(session.user, set())
+        of_user.add(session)
+        try:
+            yield
+        finally:
+            of_user.discard(session)
+            if not of_user and self._connecting.get(session.user) is of_user:
+                del self._connecting[session.user]
+
     def supersede(self, session: RegisteredSession) -> bytes:
         """Return the order that ends the older connections of this session's user; the caller passes it to the engine.
 
@@ -105,7 +120,7 @@ class Sessions:
         self._handlers[kind] = handler
 
     def apply(self, data: bytes) -> None:
-        """Carry out one encoded order on the sessions that are connected now.
+        """Carry out one encoded order on the sessions that are connected now, or whose user is known by now.
 
         Orders about sessions are carried out in order of arrival. Raises msgspec.MsgspecError for bytes that
         `encode_order` did not make.
@@ -133,6 +148,9 @@ class Sessions:
             sessions = [of_user[order.client]] if order.client in of_user else []
         else:
             sessions = list(of_user.values())
+        if isinstance(order, DisconnectOrder | UnsubscribeOrder) or (isinstance(order, RefreshOrder) and order.expired):
+            connecting = self._connecting.get(order.user, ())
+            sessions += [one for one in connecting if order.client in ("", one.client)]
         return [session for session in sessions if order.session in ("", session.secret)]
 
     def _for_each(self, sessions: list[RegisteredSession], action: Callable[[RegisteredSession], None]) -> None:

@@ -12,7 +12,7 @@ import enum
 from collections.abc import Coroutine
 from typing import Any, NamedTuple, Protocol
 
-from realtime.errors import BAD_REQUEST, INAPPROPRIATE_PROTOCOL, UNRECOVERABLE_POSITION, ClientError
+from realtime.errors import BAD_REQUEST, UNRECOVERABLE_POSITION, ClientError, Disconnect
 from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.context import SessionServices, SessionSettings
 from realtime.protocol.messages import Pub, SubscribeRequest, SubscribeResult
@@ -20,9 +20,9 @@ from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub import filters, fossil_delta
 from realtime.pubsub.engine import AddPresence, GetHistory, RemovePresence
 from realtime.pubsub.subscriber import Sink
-from realtime.types import ClientInfo, HistoryPage, Position, Publication
+from realtime.types import ClientInfo, HistoryPage, Position, Publication, SubscribeOptions
 
-# Bit 2 of a subscribe request's `flag`: an unrecovered subscription is refused with error 112.
+# Bit 2 of a subscribe request's `flag`: an unrecovered subscription is refused with error 112, except in cache mode.
 REJECT_UNRECOVERED = 2
 # The share of a client's outbox that recovered publications may fill, so that a reply alone never overflows it.
 RECOVERED_SHARE = 0.5
@@ -50,8 +50,6 @@ class SubscriptionOwner(Protocol):
     def subscription_lost_position(self, subscription: Subscription) -> None:
         """Handle a subscription that the hub has removed: the client may have missed publications."""
 
-    def disconnect(self, code: int, reason: str) -> None: ...
-
 
 class JoinResult(NamedTuple):
     """The outcome of joining. result: for the client's reply. The other fields are for `Subscription.activate`.
@@ -70,7 +68,7 @@ class Subscription:
 
     positioned, recoverable, announced (join and leave pushes), delta, filter: features granted to the client; see
     `grant` and `subscriber.Subscriber`. expire_at: Unix seconds, 0.0 for never. is_active: true from the reply or push
-    that reports the subscription to the client until the end.
+    that reports the subscription to the client until the end. renewal: terms that the server gave it before that.
     """
 
     __slots__ = (
@@ -88,6 +86,7 @@ class Subscription:
         "is_active",
         "positioned",
         "recoverable",
+        "renewal",
         "sink",
         "source",
     )
@@ -115,12 +114,14 @@ class Subscription:
         self.filter: filters.Filter | None = None
         self.expire_at = 0.0
         self.is_active = False
+        self.renewal: SubscribeOptions | None = None
 
     def grant(self, request: SubscribeRequest, *, history: bool, presence: bool) -> None:
         """Grant the features that the namespace forces, and the requested ones that the client may have.
 
         history, presence: whether the client may read these. Raises ClientError 107 for a filter that is not allowed
-        or not valid.
+        or not valid, and 112 when the client refuses an unrecovered subscription to a channel that has no history,
+        although its token makes it recoverable.
         """
         options = self.channel_options
         kept = options.history_options.enabled
@@ -139,32 +140,47 @@ class Subscription:
                 raise ClientError(*BAD_REQUEST)
             try:
                 self.filter = filters.compiled(request.tf)
-            except ValueError:
+            except ValueError as error:
+                self._owner.services.log_debug(
+                    f"client {self.info.client}: refused its tags filter for channel {self.channel!r:.200}:"
+                    f" {error!s:.200}"
+                )
                 raise ClientError(*BAD_REQUEST) from None
+        if options.force_recovery and not kept and request.recover and self._refuses_unrecovered(request):
+            raise ClientError(*UNRECOVERABLE_POSITION)
+
+    def _refuses_unrecovered(self, request: SubscribeRequest) -> bool:
+        """Return whether the client refuses a subscription without recovery. In cache mode there is always a state."""
+        return bool(request.flag & REJECT_UNRECOVERED) and self.channel_options.force_recovery_mode != "cache"
 
     async def join(self, request: SubscribeRequest) -> JoinResult:
         """Enter the channel. The caller sends the result to the client, and passes the outcome to `activate`.
 
-        Raises ClientError 112 when the client refuses an unrecovered subscription, Disconnect 3506 when its encoding
-        can't carry a missed publication, and EngineUnavailable. Then, and when the coroutine is closed, the caller
-        calls `leave`.
+        Raises ClientError 112 when the client refuses an unrecovered subscription, and EngineUnavailable. Then, and
+        when the coroutine is closed, the caller calls `leave`.
         """
         page, recovering, recovered = await self._enter_and_read(request)
-        if recovering and not recovered and request.flag & REJECT_UNRECOVERED:
+        publications = self._filtered(page.publications) if recovered else []
+        try:
+            pubs = await self._encode(publications)
+        except Disconnect:
+            # The client's encoding can't carry a missed publication: for this client that is a gap.
+            self._owner.services.counters.bad_input["encoding"].value += 1
+            recovered, publications, pubs = False, [], []
+        if recovering and not recovered and self._refuses_unrecovered(request):
             raise ClientError(*UNRECOVERABLE_POSITION)
         # After `leave` there may be a new subscription of the same client already, and its presence must stay.
         if self._is_visible and not self._entered and not self._left:
             await self._enter_presence()
-        publications = self._filtered(page.publications) if recovered else []
         result = SubscribeResult(
             recoverable=self.recoverable,
             positioned=self.positioned,
             epoch=page.position.epoch,
             # The client counts on from this offset with each publication in the list.
             offset=request.offset if recovered else page.position.offset,
-            was_recovering=recovering,
+            was_recovering=recovering or request.recover,
             recovered=recovered,
-            publications=await self._encode(publications) or None,
+            publications=pubs or None,
             delta=self.delta,
         )
         delta_base = publications[-1] if self.delta and publications else None
@@ -181,7 +197,7 @@ class Subscription:
             await added
             return await self._read(request)
         steps: list[Coroutine[Any, Any, Any]] = [added, self._read(request)]
-        if self._is_visible and not request.flag & REJECT_UNRECOVERED:
+        if self._is_visible and not self._refuses_unrecovered(request):
             steps.append(self._enter_presence())
         _, (page, recovering, recovered), *_ = await services.gather(steps)
         return page, recovering, recovered
@@ -197,18 +213,22 @@ class Subscription:
         engine, history_options = self._owner.services.engine, options.history_options
         if not (self.recoverable and (request.recover or options.auto_cache_recover)):
             return await engine.ask(GetHistory(self.channel, history_options)), False, False
+        limit, max_bytes = settings.recovery_max_publication_limit or -1, int(settings.queue_max_size * RECOVERED_SHARE)
         if options.force_recovery_mode == "cache":
-            page = await engine.ask(GetHistory(self.channel, history_options, limit=1, reverse=True))
+            # With a filter the newest publication that passes is the state, wherever it is.
+            limit = 1 if self.filter is None else limit
+            newest = GetHistory(self.channel, history_options, limit=limit, reverse=True, max_bytes=max_bytes)
+            page = await engine.ask(newest)
             if _is_at(request, page):
                 return HistoryPage([], page.position), True, True
-            newest = page.publications[0].offset if page.publications else 0
-            return page, True, 0 < newest == page.position.offset
+            is_kept = bool(page.publications) and page.publications[0].offset == page.position.offset
+            return HistoryPage(self._filtered(page.publications)[:1], page.position), True, is_kept
         missed = GetHistory(
             self.channel,
             history_options,
             since=Position(request.offset, request.epoch),
-            limit=settings.recovery_max_publication_limit or -1,
-            max_bytes=int(settings.queue_max_size * RECOVERED_SHARE),
+            limit=limit,
+            max_bytes=max_bytes,
         )
         page = await engine.ask(missed)
         return page, True, is_recovered(request, page)
@@ -261,6 +281,33 @@ class Subscription:
             )
         )
 
+    async def renew(self, channel_options: ResolvedChannel, info: ClientInfo) -> Position:
+        """Give the active subscription new options and info; return the channel's position, if it has one now.
+
+        A client's own wishes stay granted. Raises EngineUnavailable.
+        """
+        services, had = self._owner.services, self.announced
+        self.channel_options, self.info = channel_options, info
+        kept, by_client = channel_options.history_options.enabled, self.source is SubscriptionSource.CLIENT
+        self.recoverable = kept and (channel_options.force_recovery or (by_client and self.recoverable))
+        self.positioned = kept and (
+            self.recoverable or channel_options.force_positioning or (by_client and self.positioned)
+        )
+        self.announced = channel_options.join_leave and (
+            channel_options.force_push_join_leave or (by_client and self.announced)
+        )
+        if self.announced != had:
+            services.hub.regroup(self.channel)
+        if self._is_visible:
+            await self._enter_presence()
+        elif self._entered:
+            self._entered = False
+            await services.engine.ask(RemovePresence(self.channel, info.client))
+        if not self.positioned:
+            return Position()
+        page = await services.engine.ask(GetHistory(self.channel, channel_options.history_options))
+        return page.position
+
     async def update_info(self, info: ClientInfo) -> None:
         """Show the client as `info` from now on. Raises EngineUnavailable; presence then still has the old info."""
         self.info = info
@@ -282,6 +329,11 @@ class Subscription:
     # Called by the hub
 
     @property
+    def client(self) -> str:
+        """The id of the client."""
+        return self.info.client
+
+    @property
     def priority(self) -> str:
         """See `ChannelOptions.priority`."""
         return self.channel_options.priority
@@ -291,8 +343,9 @@ class Subscription:
         self._owner.subscription_lost_position(self)
 
     def on_unencodable(self) -> None:
-        """Handle a publication that the client's encoding can't carry."""
-        self._owner.disconnect(*INAPPROPRIATE_PROTOCOL)
+        """Handle a publication that the client's encoding can't carry: for this client it is a gap."""
+        self._owner.services.counters.bad_input["encoding"].value += 1
+        self._owner.subscription_lost_position(self)
 
 
 def is_recovered(request: SubscribeRequest, page: HistoryPage) -> bool:

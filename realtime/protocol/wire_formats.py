@@ -50,11 +50,11 @@ class WireFormat:
 
     def join(self, channel: str, info: ClientInfo) -> bytes:
         """Encode the join of a client."""
-        return self._push(channel, "join", messages.JoinPush(messages.make_info(info)))
+        return self._push(channel, "join", messages.JoinPush(self.encoding.make_info(info)))
 
     def leave(self, channel: str, info: ClientInfo) -> bytes:
         """Encode the leave of a client."""
-        return self._push(channel, "leave", messages.JoinPush(messages.make_info(info)))
+        return self._push(channel, "leave", messages.JoinPush(self.encoding.make_info(info)))
 
     def _push(self, channel: str, name: str, body: Any) -> bytes:
         return self.frame(self.encoding.encode_push(channel, name, body))

@@ -220,7 +220,7 @@ class ChannelFanout:
                 deltas.base = base
             elif base is None or deltas.base is None or not base.is_same(deltas.base):
                 deltas.fresh.add(subscriber)
-        self._invalidate_groups()
+        self.invalidate_groups()
 
     def discard(self, subscriber: Subscriber) -> bool:
         """Remove a subscriber, which receives nothing more. Returns whether it was active."""
@@ -235,10 +235,11 @@ class ChannelFanout:
             self._deltas.subscribers -= 1
             if not self._deltas.subscribers:
                 self._deltas = None
-        self._invalidate_groups()
+        self.invalidate_groups()
         return True
 
-    def _invalidate_groups(self) -> None:
+    def invalidate_groups(self) -> None:
+        """Group the subscribers anew before the next event: they or their features have changed."""
         self._version += 1
         self._groups = self._join_leave_groups = self._plain_groups = None
 
@@ -398,7 +399,7 @@ class ChannelFanout:
         """Note that an event was delivered: a publication is the delta base of all subscribers now."""
         if event.publication is not None and self._deltas is not None and self._deltas.fresh:
             self._deltas.fresh.clear()
-            self._invalidate_groups()
+            self.invalidate_groups()
 
     def _replay(self, activation: Activation) -> Iterator[None]:
         """Deliver the held events to one subscriber; from then on it receives the channel's events."""

@@ -220,6 +220,12 @@ class Hub:
             state.fanout.clear()
             self.engine.tell(Unsubscribe(channel))
 
+    def regroup(self, channel: str) -> None:
+        """Note that an active subscriber of the channel has changed its `announced`."""
+        state = self._channels.get(channel)
+        if state is not None:
+            state.fanout.invalidate_groups()
+
     # Gaps
 
     def _break(self, channel: str, state: _Channel) -> None:
@@ -373,4 +379,11 @@ class Hub:
 def _events_after(offset: int, events: list[Event], subscriber: Subscriber) -> list[Event]:
     """Select the held events for a subscriber whose reply covered the publications up to `offset`."""
     newer = [event for event in events if event.publication is not None and not 0 < event.publication.offset <= offset]
-    return newer + [event for event in events if event.info is not None] if subscriber.announced else newer
+    if not subscriber.announced:
+        return newer
+    # The client's own leave is of an earlier subscription, which it has ended itself.
+    return newer + [
+        event
+        for event in events
+        if event.info is not None and (event.kind is EventKind.JOINED or event.info.client != subscriber.client)
+    ]

@@ -61,12 +61,17 @@ class Subscriber(Protocol):
 
     positioned: the subscriber tracks its position, so the hub removes it at a gap (`on_gap`). announced: receives joins
     and leaves. delta: receives publications as deltas from the previous one. filter: selects publications by their
-    tags; None for all. None of these changes after `Hub.activate`.
+    tags; None for all. None of these changes after `Hub.activate`, except for `positioned`, and for `announced` with
+    `Hub.regroup`.
     """
 
     @property
     def form(self) -> FrameEncoder:
         """The encoder of its wire format, compared by identity."""
+
+    @property
+    def client(self) -> str:
+        """The id of its client, as in the `ClientInfo` of joins and leaves."""
 
     @property
     def priority(self) -> str:

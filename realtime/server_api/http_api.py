@@ -7,7 +7,6 @@ ignores unknown keys. A field of the wrong type makes the whole body invalid (`B
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from realtime import errors, json_text
 from realtime.auth.tokens import OVERRIDABLE
 from realtime.errors import ClientError, EngineUnavailable, RealtimeError
-from realtime.json_text import is_json, payload
+from realtime.json_text import payload
 from realtime.metrics import Counter, Metrics
 from realtime.protocol import messages
 from realtime.protocol.context import Gather
@@ -32,7 +31,10 @@ BATCH_AT_A_TIME = 8
 """Concurrent commands of a parallel batch. The reply to each may have some megabytes."""
 
 BATCH_BYTES = 16 * 1024 * 1024
-"""The most bytes of all replies to one batch; the remaining commands are refused."""
+"""The most bytes of all replies to one batch or pipeline; the remaining commands are refused."""
+
+COMMANDS_PER_TURN = 100
+"""Commands of one batch or pipeline that run before the loop gets another turn: a command that fails never waits."""
 
 
 class BadBody(RealtimeError):
@@ -176,7 +178,7 @@ class BroadcastResult(Struct, frozen=True):
 
 
 class BinaryPub(Struct, frozen=True, omit_defaults=True):
-    """A publication with binary data, which JSON can't represent; its `data` is null."""
+    """A publication with data that JSON can't represent: binary, or none; its `data` is null."""
 
     b64data: str
     data: None
@@ -205,6 +207,12 @@ class InfoResult(Struct, frozen=True):
 
 class BatchResult(Struct, frozen=True):
     replies: list[dict[str, Any]]
+
+
+class PipelineResult(Struct, frozen=True):
+    """The responses to commands that a caller sent in one body, one a line. lines: JSON text of an `APIResponse`."""
+
+    lines: list[bytes]
 
 
 # -- the API ----------------------------------------------------------------------------------------------------------
@@ -257,13 +265,46 @@ class HTTPAPI:
         counter.value += 1
 
     async def call_named(self, body: bytes) -> Struct:
-        """Like `call`, for the older form {"method": ..., "params": {...}}. An unknown method raises ClientError
-        104."""
-        named = _decode(body, _Named)
+        """Like `call`, for the older form {"method": ..., "params": {...}}. An unknown method raises ClientError 104.
+
+        A body with several commands, one a line, has a PipelineResult. No command runs if a line is not a command.
+        """
         try:
-            return await self.call(named.method, bytes(named.params))
+            named = _decode(body, _Named)
+        except BadBody:
+            if b"\n" not in body.strip():
+                raise
+        else:
+            return await self._call_named(named)
+        lines = [line for line in body.split(b"\n") if line.strip()]
+        return PipelineResult(await self._pipeline(await self._slices.map_sliced(_named, lines)))
+
+    async def _call_named(self, named: _Named) -> Struct:
+        try:
+            params = bytes(named.params)
+            return await self.call(named.method, b"{}" if params == b"null" else params)
         except UnknownMethod:
             raise ClientError(*NOT_FOUND) from None
+
+    async def _pipeline(self, commands: list[_Named]) -> list[bytes]:
+        """Run commands one after another, in the bounds of a batch; return the text of their responses."""
+        lines: list[bytes] = []
+        room = BATCH_BYTES
+        for number, command in enumerate(commands, 1):
+            if number % COMMANDS_PER_TURN == 0:
+                await self._slices.yield_to_loop()
+            if room < 0:
+                refused = msgspec.json.encode(_response(ClientError(*errors.LIMIT_EXCEEDED)))
+                return lines + [refused] * (len(commands) - len(lines))
+            try:
+                response = APIResponse(result=await self._call_named(command))
+            except BadBody:
+                response = _response(ClientError(*errors.BAD_REQUEST))
+            except ClientError as error:
+                response = _response(error)
+            lines.append(msgspec.json.encode(response))
+            room -= len(lines[-1])
+        return lines
 
     async def _publish(self, request: _Publish) -> PublishResult:
         position = await self._operations.publish(request.channel, **_publication(request))
@@ -278,8 +319,8 @@ class HTTPAPI:
         await self._operations.subscribe(
             **_target(request),
             channel=request.channel,
-            info=_json_field(request.info, request.b64info),
-            data=_json_field(request.data, request.b64data),
+            info=_content(request.info, request.b64info),
+            data=_content(request.data, request.b64data),
             recover_since=_position(request.recover_since),
             override={name: option.value for name, option in override.items() if option is not None},
             expire_at=request.expire_at,
@@ -340,6 +381,8 @@ class HTTPAPI:
         replies: list[dict[str, Any]] = []
         room = BATCH_BYTES
         for begin in range(0, len(request.commands), size):
+            if begin and begin % COMMANDS_PER_TURN < size:
+                await self._slices.yield_to_loop()
             if room < 0:
                 refused = ErrorBody.of(ClientError(*errors.LIMIT_EXCEEDED))
                 replies += [{"error": refused}] * (len(request.commands) - begin)
@@ -381,12 +424,49 @@ _METHODS: Mapping[str, tuple[type[Struct], Callable[[HTTPAPI, Any], Coroutine[An
 }
 
 
+def _named(line: bytes) -> _Named:
+    """Decode one line of a pipeline. Raises BadBody."""
+    command: _Named = _decode(line, _Named)
+    return command
+
+
 def _decode(body: bytes, kind: type[Any]) -> Any:
     try:
         body.decode()  # the decoder does not check text that it passes on undecoded
-        return msgspec.json.decode(body, type=kind)
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.ValidationError:
+            if b"null" not in body:
+                raise
+            return msgspec.json.decode(_without_nulls(body), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise BadBody("the body is not valid JSON for the method") from None
+
+
+# Fields whose JSON text stays as it is: content, in which null is a value, and commands, which are decoded one by one.
+_CONTENT = ("data", "info")
+_UNREAD = (*_CONTENT, "commands")
+
+
+def _without_nulls(body: bytes) -> bytes:
+    """Return a body without the fields that are null: null means absent."""
+    fields = msgspec.json.decode(body, type=dict[str, Raw])
+    return msgspec.json.encode(
+        {
+            name: value if name in _UNREAD or bytes(value)[:1] not in b"{[" else _present(msgspec.json.decode(value))
+            for name, value in fields.items()
+            if name in _CONTENT or bytes(value) != b"null"
+        }
+    )
+
+
+def _present(value: Any) -> Any:
+    """Return a decoded value without fields that are null. An item of a list keeps its place, as empty text."""
+    if isinstance(value, dict):
+        return {name: _present(field) for name, field in value.items() if field is not None}
+    if isinstance(value, list):
+        return ["" if item is None else item for item in value]
+    return value
 
 
 def _publication(request: _Publish) -> dict[str, Any]:
@@ -404,20 +484,15 @@ def _publication(request: _Publish) -> dict[str, Any]:
     }
 
 
-def _json_field(value: Raw | UnsetType, encoded: str) -> bytes:
-    """Return the JSON text of a field; its base64 form wins. Raises ClientError 107 if that is not JSON."""
-    if not encoded:
-        return payload(value)
-    text = _decode_base64(encoded)
-    if not is_json(text):
-        raise ClientError(*errors.BAD_REQUEST)
-    return text
+def _content(value: Raw | UnsetType, encoded: str) -> bytes:
+    """Return the JSON text of a field, or the bytes of its base64 form, which wins; see `json_text.text_or_bytes`."""
+    return json_text.text_or_bytes(_decode_base64(encoded)) if encoded else payload(value)
 
 
 def _decode_base64(text: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        return json_text.decode_base64(text)
+    except ValueError:
         raise ClientError(*errors.BAD_REQUEST) from None
 
 
@@ -431,7 +506,7 @@ def _position(position: StreamPosition | None) -> Position | None:
 
 def _pub(publication: Publication) -> messages.Pub | BinaryPub:
     plain = messages.make_pub(publication, json_text.one_line(publication.data))
-    if not publication.binary:
+    if not publication.binary and publication.data.strip(b"\r\n"):
         return plain
     return BinaryPub(base64.b64encode(publication.data).decode(), None, plain.info, plain.offset, plain.tags)
 

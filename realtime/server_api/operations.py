@@ -7,6 +7,7 @@ API key and the application's code have them all.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Unpack
 
@@ -82,6 +83,7 @@ class ServerAPI:
         identity: Callable[[], NodeIdentity],
         survey: Survey,
         gather: Gather = sequentially,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """survey: returns the number of subscribers over all workers for each channel that matches a valid pattern.
 
@@ -92,6 +94,7 @@ class ServerAPI:
         self._identity = identity
         self._survey = survey
         self._gather = gather
+        self._wall_clock = wall_clock
 
     def _options(self, channel: str) -> ResolvedChannel:
         """Raises ClientError 107 for an empty or overlong name, and 102 for an unknown namespace."""
@@ -128,7 +131,7 @@ class ServerAPI:
             raise ClientError(*errors.BAD_REQUEST)
         request = Publish(
             channel,
-            json_text.one_line(data) if text else data,
+            (json_text.one_line(data) or data) if text else data,
             HistoryOptions() if skip_history else options.history_options,
             tags=tags or None,
             idempotency_key=idempotency_key,
@@ -170,7 +173,8 @@ class ServerAPI:
         options = self._options(channel)
         if not options.history_options.enabled:
             raise ClientError(*errors.NOT_AVAILABLE)
-        if limit < -1 or (reverse and since is not None and not since.offset):
+        _check_position(since)
+        if not -1 <= limit < 2**63 or (reverse and since is not None and not since.offset):
             raise ClientError(*errors.BAD_REQUEST)
         page = await self._engine.ask(GetHistory(channel, options.history_options, since, limit, reverse, PAGE_BYTES))
         if since is not None and since.epoch and since.epoch != page.position.epoch:
@@ -244,15 +248,17 @@ class ServerAPI:
     ) -> None:
         """Subscribe the user's connections to a channel, regardless of its permissions.
 
-        client, session: restrict the order to one connection. info, data: JSON text, b"" for none. The other arguments:
-        see `SubscribeOrder`. Raises ClientError 107 also for an option that can't be overridden.
+        client, session: restrict the order to one connection. info, data: see `SubscribeOptions`. The other arguments:
+        see `SubscribeOrder`. Raises ClientError 107 also for an option that can't be overridden, and 110 for an expiry
+        in the past.
         """
         self._options(channel)
+        if expire_at and expire_at <= self._wall_clock():
+            raise ClientError(*errors.EXPIRED)
         if not set(override or ()).issubset(OVERRIDABLE):
             raise ClientError(*errors.BAD_REQUEST)
-        terms = SubscribeOptions(
-            json_text.one_line(info), json_text.one_line(data), float(expire_at), dict(override or {})
-        )
+        _check_position(recover_since)
+        terms = SubscribeOptions(_content(info), _content(data), float(expire_at), dict(override or {}))
         await self._send_order(SubscribeOrder(user, channel, terms, client, session, recover_since))
 
     async def unsubscribe(self, user: str, channel: str, *, client: str = "", session: str = "") -> None:
@@ -289,7 +295,18 @@ class ServerAPI:
     ) -> None:
         """Change the time at which the user's connections expire, 0.0 for never; see `RefreshOrder`. info: JSON
         text."""
-        await self._send_order(RefreshOrder(user, float(expire_at), expired, json_text.one_line(info), client, session))
+        await self._send_order(RefreshOrder(user, float(expire_at), expired, _content(info), client, session))
 
     async def _send_order(self, order: Order) -> None:
         await self._engine.ask(SendOrder(encode_order(order)))
+
+
+def _content(content: bytes) -> bytes:
+    """Return JSON text on one line, and bytes behind BINARY as they are."""
+    return content if content.startswith(json_text.BINARY) else json_text.one_line(content)
+
+
+def _check_position(position: Position | None) -> None:
+    """Raises ClientError 107 for an offset that no channel has, nor a message to the broker can carry."""
+    if position is not None and not 0 <= position.offset < 2**63:
+        raise ClientError(*errors.BAD_REQUEST)

@@ -39,6 +39,8 @@ from realtime.metrics import Metrics, bad_input_counter
 # Seconds for a refused peer to read the response; data received meanwhile is discarded. A TCP reset, which closing at
 # once would cause, would destroy the response.
 LINGER = 2.0
+# The most bytes of the body of a request without permission (401) that are read and dropped, to keep the connection.
+MAX_DROPPED_BODY = 64 * 1024
 # Seconds that a kept-alive connection may be idle.
 IDLE_TIMEOUT = 60.0
 
@@ -260,11 +262,17 @@ class HTTPConnection(http.HTTPChannel):
         self._max_body_size = router.max_body_size(uri)
         handler = router.resolve(method, uri, headers)
         if isinstance(handler, PreparedResponse):
-            self.refuse(handler)
+            if not (handler.status == 401 and self._has_short_body(headers)):
+                self.refuse(handler)
         elif first_header(headers, "Content-Encoding").lower() not in ("", "identity"):
             self._refuse_body("body_encoding")
         elif self.length is not None and 0 < self._max_body_size < self.length:
             self._refuse_body("body_too_large")
+
+    def _has_short_body(self, headers: Headers) -> bool:
+        """Whether reading the body and dropping it is cheaper for the peer than a new connection."""
+        short = self.length is not None and self.length <= MAX_DROPPED_BODY
+        return short and not headers.hasHeader("Expect") and first_header(headers, "Connection").lower() != "close"
 
     def _refuse_body(self, fault: str) -> None:
         """Refuse a request for a fault of its body, with the headers that let pages of other origins read why."""

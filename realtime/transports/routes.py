@@ -24,12 +24,21 @@ from realtime.errors import INTERNAL_ERROR, ClientError, Disconnect, HandlerTime
 from realtime.handlers.call import HandlerCall
 from realtime.handlers.coroutines import drive
 from realtime.handlers.dispatch import Dispatcher
-from realtime.handlers.results import PreparedResponse, json_response, status_response
+from realtime.handlers.results import JSON, PreparedResponse, json_response, status_response
 from realtime.http import cors
 from realtime.http.forwarded import TrustedProxies
+from realtime.http.handshake import origin_policy
 from realtime.http.request import RequestHead
 from realtime.metrics import Metrics
-from realtime.server_api.http_api import HTTPAPI, APIResponse, BadBody, BatchResult, ErrorBody, UnknownMethod
+from realtime.server_api.http_api import (
+    HTTPAPI,
+    APIResponse,
+    BadBody,
+    BatchResult,
+    ErrorBody,
+    PipelineResult,
+    UnknownMethod,
+)
 from realtime.transports.http_server import HTTPRequest, HTTPSite, RequestHandler, fault_response, first_header
 from realtime.transports.static_files import locate, serve_file
 
@@ -43,6 +52,8 @@ RETRY_AFTER = (3, 10)
 STATUSES = {100: 500, 102: 404, 103: 403, 104: 404, 107: 400, 108: 400, 109: 401, 111: 429, 112: 416, 113: 409}
 
 _log = Logger()
+
+_is_same_origin = origin_policy(())
 
 APICall = Callable[[bytes], Coroutine[Any, Any, msgspec.Struct]]
 """A method of the server API: takes a request body, returns its result."""
@@ -141,9 +152,9 @@ class Router:
         if cors_route is not None:
             return cors_route.resolve(_request_head(method, uri, headers))
         if path.startswith(self._prefix) and not self._settings.disabled:
-            return self._resolve_api(method, partial(self._api.call, path.removeprefix(self._prefix)), query, headers)
+            return self._resolve_api(method, partial(self._api.call, path.removeprefix(self._prefix)), uri, headers)
         if method == "POST" and path + "/" == self._prefix and not self._settings.disabled:
-            return self._resolve_api(method, self._api.call_named, query, headers)
+            return self._resolve_api(method, self._api.call_named, uri, headers)
         route = self._dispatcher.route("GET" if method == "HEAD" else method, path)
         if route is not None:
             return partial(serve_route, route, path, query, self._proxies, self._another_worker_available)
@@ -163,12 +174,15 @@ class Router:
             return ()
         return cors.response_headers(_request_head("POST", uri, headers))
 
-    def _resolve_api(
-        self, method: str, call: APICall, query: str, headers: Headers
-    ) -> RequestHandler | PreparedResponse:
+    def _resolve_api(self, method: str, call: APICall, uri: str, headers: Headers) -> RequestHandler | PreparedResponse:
         if method != "POST":
             return status_response(405, ("Allow", "POST"))
-        if not self._settings.insecure and not self._has_key(query, headers):
+        if self._settings.insecure:
+            # Without a key, only the browser's headers tell a page of another origin, which can post any plain text.
+            site = first_header(headers, "Sec-Fetch-Site").lower()
+            if site not in ("", "none", "same-origin") or not _is_same_origin(_request_head(method, uri, headers)):
+                return fault_response("origin")
+        elif not self._has_key(uri.partition("?")[2], headers):
             return PreparedResponse(401, fault="api_key")  # the API's contract requires an empty body
         return partial(serve_api, call, self._settings.error_mode)
 
@@ -211,6 +225,8 @@ def _api_response(uses_status: bool, result: Any, error: BaseException | None) -
     """Build the response to a call of the server API. uses_status: report errors by the HTTP status."""
     match error:
         case None:
+            if isinstance(result, PipelineResult):
+                return PreparedResponse(200, b"\n".join(result.lines), JSON)
             # A batch is the only result without a wrapper.
             return json_response(200, result if isinstance(result, BatchResult) else APIResponse(result=result))
         case UnknownMethod():

@@ -55,6 +55,7 @@ _MESSAGE_SURCHARGE = 256
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _TIMED_OUT = Refusal(HTTPStatus.REQUEST_TIMEOUT, "the request took too long", "body_timeout")
 _EMPTY = Refusal(HTTPStatus.BAD_REQUEST, "the request holds no command", "stream")
+_UNREADABLE = Refusal(HTTPStatus.BAD_REQUEST, "the request is not a connect request", "stream")
 _BAD_INPUT_KINDS = (
     *("body_timeout", "body_too_large", "body_syntax", "body_encoding", "stream", "origin"),
     *("slow", "stalled", "text", "emulation_flood"),
@@ -188,6 +189,9 @@ class StreamConnection(ClientConnection, Protocol):
         if not message and not self.form.encoding.unidirectional:
             self._refuse(_EMPTY)
             return
+        if self.form.encoding.unidirectional and not self._is_readable(message):
+            self._refuse(_UNREADABLE)
+            return
         self.factory.deadlines.clear(self)
         self._head = self._body = None
         self.factory.connects.value += 1
@@ -196,6 +200,15 @@ class StreamConnection(ClientConnection, Protocol):
         self.secret = self.factory.emulation.register(self.emulate, self.form.encoding, message)
         if self.open_session(request):
             self._receive(message)
+
+    def _is_readable(self, message: bytes) -> bool:
+        """Return whether a message is a connect request: the session would end the stream as soon as it began."""
+        try:
+            message.decode()
+            self.form.encoding.decode_command(message)
+        except (UnicodeDecodeError, messages.ProtocolError):
+            return False
+        return True
 
     def _receive(self, message: bytes) -> None:
         """Pass a message of the client to its session."""

@@ -290,16 +290,21 @@ class WebSocketConnection(ClientConnection, Incoming):
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         self.factory.received.value += 1
-        if isBinary != (self.first_byte == BINARY):
+        is_json = self.first_byte != BINARY
+        if not (isBinary or is_json):
             self.factory.count_bad_input("inappropriate")
             self.close(*BAD_PROTOCOL)
             return
-        # ASCII is valid UTF-8: the common case needs no decoded copy.
-        if not isBinary and not payload.isascii():
+        # JSON may come in a binary frame, too. ASCII is valid UTF-8: the common case needs no decoded copy.
+        if is_json and not payload.isascii():
             try:
                 payload.decode()
             except UnicodeDecodeError:
-                self.sendCloseFrame(1007)
+                if isBinary:
+                    self.factory.count_bad_input("inappropriate")
+                    self.close(*BAD_PROTOCOL)
+                else:
+                    self.sendCloseFrame(1007)
                 return
         self._receive(payload)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -60,7 +60,9 @@ def make_verifier(
     """Make the verifier of clients' tokens, from one token table of the configuration or from two."""
 
     def verifier(table: TokenSettings, subscriptions: TokenVerifier | None = None) -> TokenVerifier:
-        fetch = KeySetFetcher(reactor, metrics, allow_insecure=table.jwks_allow_insecure)
+        fetch = KeySetFetcher(
+            reactor, metrics, allow_insecure=table.jwks_allow_insecure, allowed_hosts=table.jwks_allowed_hosts
+        )
         return TokenVerifier(table, wall_clock, KeySets(fetch, start_future, reactor.seconds), subscriptions, metrics)
 
     own = settings.subscription_token
@@ -70,11 +72,22 @@ def make_verifier(
 class KeySetFetcher:
     """Fetches the key set at an address: the `fetch` of a KeySets."""
 
-    def __init__(self, reactor: Any, metrics: Metrics, *, allow_insecure: bool = False, trust: Any = None) -> None:
-        """allow_insecure: accept http, and addresses that are not public. trust: the trusted certificate authorities,
-        as in twisted.internet.ssl.optionsForClientTLS; None: those of the platform."""
+    def __init__(
+        self,
+        reactor: Any,
+        metrics: Metrics,
+        *,
+        allow_insecure: bool = False,
+        allowed_hosts: Collection[str] = (),
+        trust: Any = None,
+    ) -> None:
+        """allow_insecure: also fetch over http and from addresses that are not public. allowed_hosts: hosts for which
+        the same holds. trust: the trusted certificates, see twisted.internet.ssl.optionsForClientTLS; None for those of
+        the platform.
+        """
         self._reactor = reactor
         self._allow_insecure = allow_insecure
+        self._allowed_hosts = frozenset(allowed_hosts)
         self._trust = trust
         self._lookups = 0
         self._failing: set[str] = set()  # endpoints whose last fetch failed; the log names each once
@@ -110,11 +123,12 @@ class KeySetFetcher:
         raise KeysUnavailable(_describe(reason))
 
     async def _get(self, endpoint: str, url: SplitResult, attempt: int) -> bytes:
-        if url.scheme != "https" and not self._allow_insecure:
+        allowed = self._allow_insecure or url.hostname in self._allowed_hosts
+        if url.scheme != "https" and not allowed:
             raise KeysUnavailable("not an https address")
         host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
         addresses = await self._look_up(host, port)
-        if not self._allow_insecure and not all(map(is_public, addresses)):
+        if not allowed and not all(map(is_public, addresses)):
             raise KeysUnavailable("the address is not public")
         server = _PinnedEndpoint(self._reactor, addresses[attempt % len(addresses)], port)
         try:

@@ -195,6 +195,7 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
         wall_clock=time.time,
         report_error=_report_error,
         counters=SessionCounters(metrics),
+        log_debug=lambda line: _log.debug("{line}", line=line),
     )
     surveys = Surveys(pubsub.engine, pubsub.hub, str(process.slot), reactor)
     pubsub.sessions.add_handler(ChannelsOrder, surveys.on_order)

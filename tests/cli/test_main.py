@@ -179,6 +179,23 @@ def test_generating_a_file_in_a_missing_folder_fails(tmp_path: Path) -> None:
     assert done.stderr == "no/realtime.toml: can't be written: No such file or directory; name another file\n"
 
 
+def test_a_configuration_in_json_is_converted_by_the_command_that_its_error_names(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"client": {"ping_interval": "20s"}, "admin": {"enabled": true}}')
+    done = realtime(tmp_path, "check-config", "--config", "config.json")
+    remedy = "realtime gen-config --from config.json --config realtime.toml"
+    assert (done.returncode, done.stderr) == (
+        78,
+        f"config.json:1: JSON, but realtime reads TOML; convert it with: {remedy}\n",
+    )
+    assert realtime(tmp_path, *remedy.split()[1:]).returncode == 0
+    assert stat.S_IMODE((tmp_path / "realtime.toml").stat().st_mode) == 0o600
+    assert realtime(tmp_path, "check-config", "-c", "realtime.toml").returncode == 0
+    assert read(str(tmp_path / "realtime.toml"), {}, {}).client.ping_interval == 20.0
+    for wrong in ("realtime.toml", "missing.json"):
+        done = realtime(tmp_path, "gen-config", "--from", wrong)
+        assert (done.returncode, done.stderr.count("\n")) == (78, 1)
+
+
 def test_each_printed_configuration_has_new_secrets(tmp_path: Path) -> None:
     secrets = set()
     for index in range(2):

@@ -6,7 +6,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from realtime.config.checks import listed_groups
+from realtime.config.checks import are_hosts, listed_groups
 from tests.config.parsing import option_problem, parse_options, problem
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | dsa.DSAPrivateKey | ed25519.Ed25519PrivateKey
@@ -128,3 +128,16 @@ def test_an_invalid_url_of_a_key_set_is_refused_and_not_shown(url: str) -> None:
 )
 def test_groups_that_list_their_texts(pattern: str, listed: dict[str, tuple[str, ...]]) -> None:
     assert listed_groups(pattern) == listed
+
+
+@pytest.mark.parametrize("host", ["keys", "keys.auth.svc", "10.0.0.5", "fd00::5", "key_server", "localhost"])
+def test_hosts(host: str) -> None:
+    assert are_hosts((host, "other"))
+
+
+@pytest.mark.parametrize(
+    "host", ["", "Keys.svc", "keys:8080", "http://keys", "keys/", "*.svc", "[fd00::5]", "fd00::x", "-a", ":"]
+)
+def test_texts_that_are_no_hosts(host: str) -> None:
+    assert not are_hosts((host,))
+    assert "expected a list of host names" in option_problem("client.token", jwks_allowed_hosts=host or " ")

@@ -50,6 +50,10 @@ def test_a_public_key_is_not_accepted_as_a_secret(key: str) -> None:
 def test_a_key_set_over_http_must_be_allowed() -> None:
     assert "use https" in option_problem("client.token", jwks_public_endpoint="http://id.example/keys")
     parse_options("client.token", jwks_public_endpoint="http://id.example/keys", jwks_allow_insecure="true")
+    for url in ("http://keys.svc/keys", "http://KEYS.svc:8080/keys"):
+        parse_options("client.token", jwks_public_endpoint=url, jwks_allowed_hosts="keys.svc")
+    line = option_problem("client.token", jwks_public_endpoint="http://id.example/k", jwks_allowed_hosts="keys.svc")
+    assert "jwks_allowed_hosts" in line
 
 
 @pytest.mark.parametrize("pattern", ["(?P<tenant>[a-z]+)", "(?P<other>acme)", "acme"])

@@ -20,7 +20,8 @@ REFUSED = [
     ("[client\na = 1", 1, "not valid TOML"),
     ("a = [\n1,\n", 3, "not valid TOML"),
     ('a = "\n"', 1, "not valid TOML"),
-    ("{}", 1, "not valid TOML"),
+    ("{}", 1, "JSON, but realtime reads TOML; convert it with: realtime gen-config --from"),
+    ('\n{"client": {"insecure": true}}', 1, "JSON, but realtime reads TOML"),
     ("\ufeff[client]", 1, "starts with a byte order mark; save it as UTF-8 without one"),
 ]
 

@@ -56,9 +56,10 @@ class Conversation:
         return "\n".join(lines)
 
 
-def _conversation(line: str) -> Conversation:
-    """The conversation that a line of a corpus file holds."""
+def _conversation(line: str, corrections: dict[str, dict[str, Any]]) -> Conversation:
+    """The conversation that a line of a corpus file holds. corrections: keys that replace its own, by name."""
     loaded = json.loads(line)
+    loaded |= corrections.get(loaded["name"], {})
     wanted = {int(number): answers for number, answers in loaded.get("wanted", {}).items()}
     return Conversation(
         name=loaded["name"],
@@ -80,8 +81,12 @@ def profiles() -> list[str]:
 
 @cache
 def conversations(profile: str) -> list[Conversation]:
+    """The conversations of a profile, with the corrections of corrections-PROFILE.jsonl."""
+    corrected = HERE / f"corrections-{profile}.jsonl"
+    lines_of_corrections = corrected.read_text().splitlines() if corrected.exists() else []
+    corrections = {line["name"]: line for line in map(json.loads, lines_of_corrections)}
     with gzip.open(HERE / f"corpus-{profile}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [_conversation(line) for line in lines]
+        return [_conversation(line, corrections) for line in lines]
 
 
 def chosen(

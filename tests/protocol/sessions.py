@@ -414,4 +414,4 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
         return [_read(item) if isinstance(item, Message) else item for item in value]
     if isinstance(value, Message):
         return _read(value)
-    return msgspec.json.decode(value) if isinstance(value, bytes) else value
+    return PROTOBUF.decode_data(value) if isinstance(value, bytes) else value

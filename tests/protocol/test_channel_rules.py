@@ -33,8 +33,10 @@ RULES = ChannelRules(
         ("words:\u6f22\u5b57", None),
         ("", None),
         ("chta:a", 102),
-        (":a", 102),
-        ("$:a", 102),
+        (":a", None),
+        (":chat:a", None),
+        ("#user:42", None),
+        ("$:a", None),
         ("id:x", 107),
         ("$id:x", 107),
         ("gr\u00fc\u00dfe", 107),
@@ -105,3 +107,22 @@ def test_permissions(verb, client, subscriber, anonymous):
     assert options.allows(verb, "42", True) == (client or subscriber)
     assert options.allows(verb, "", False) == (client and anonymous)
     assert options.allows(verb, "", True) == ((client or subscriber) and anonymous)
+
+
+@pytest.mark.parametrize(
+    ("namespace", "user", "channel"),
+    [
+        ("", "ann", "#ann"),
+        ("chat", "ann", "chat:#ann"),
+        ("", "user:42", "#user:42"),
+        ("chat", "user:42", "chat:#user:42"),
+        ("", "alice,bob", ""),
+        ("chat", "alice,bob", ""),
+        ("", "alice#bob", ""),
+    ],
+)
+def test_a_personal_channel_is_open_to_its_user_alone(namespace, user, channel):
+    assert RULES.personal_channel(namespace, user) == channel
+    if channel:
+        options = RULES.options(channel)
+        assert RULES.allowed_users(channel, options) in (None, frozenset((user,)))

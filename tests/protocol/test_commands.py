@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from realtime.config.settings import RPCPingSettings
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.pubsub.engine import GetHistory
 from realtime.types import Credentials, Grant
@@ -323,7 +324,6 @@ class TestHistory:
         [
             ({"channel": "a", "limit": 1}, 108),
             ({"channel": "unknown:a"}, 102),
-            ({"channel": "kept:a", "limit": -5}, 107),
             ({"channel": "kept:a", "reverse": True, "since": {"offset": 0, "epoch": ""}}, 107),
             ({"channel": "kept:a", "limit": 1, "since": {"offset": 1, "epoch": "other"}}, 112),
         ],
@@ -343,7 +343,11 @@ class TestRPC:
         assert error_of(peer.say({"id": 3, "rpc": {"method": "other"}})) == 104
 
     def test_without_any_procedure_rpc_is_not_available(self, server):
+        server.settings = msgspec.structs.replace(server.settings, rpc_ping=RPCPingSettings(enabled=False))
         assert error_of(server.client().say({"id": 2, "rpc": {"method": "sum"}})) == 108
+
+    def test_beside_the_ping_procedure_another_one_is_unknown(self, server):
+        assert error_of(server.client().say({"id": 2, "rpc": {"method": "sum"}})) == 104
 
     def test_a_number_that_python_can_not_hold_is_107(self, server):
         async def echo(client, data):

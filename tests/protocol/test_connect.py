@@ -7,7 +7,7 @@ import pytest
 
 from realtime.errors import ClientError, Disconnect
 from realtime.types import Credentials
-from tests.protocol.sessions import NOW, Gate, Server, error_of, token
+from tests.protocol.sessions import BARE, BARE_PROTOBUF, NOW, Gate, Server, error_of, token
 
 
 @pytest.fixture
@@ -26,6 +26,35 @@ class TestConnect:
         peer = Server().peer()
         peer.say({"id": 1, "connect": {}})
         assert peer.close_code == (3501, "bad request")
+
+    def test_info_and_data_that_are_not_json_are_for_protobuf_clients(self, server):
+        options = {"b64info": "/w==", "b64data": "/g=="}
+        credentials = token(sub="42", b64info="/w==", subs={"room:a": options})
+        json_client, protobuf_client = server.peer(BARE), server.peer(BARE_PROTOBUF)
+        (reply, *_) = protobuf_client.say({"id": 1, "connect": {"token": credentials}})
+        assert reply["connect"]["subs"]["room:a"]["data"] == b"\xfe"
+        assert protobuf_client.session.handle.info == b"\xff"
+        protobuf_client.heard()
+        (reply, *_) = json_client.say({"id": 1, "connect": {"token": credentials}})
+        assert "data" not in reply["connect"]["subs"]["room:a"]
+        seen = {"user": "42", "client": json_client.session.client}
+        (join,) = protobuf_client.heard()
+        assert join["push"]["join"]["info"] == seen | {"conn_info": b"\xff", "chan_info": b"\xff"}
+        json_client.heard()
+        present, _ = [
+            peer.say({"id": 2, "presence": {"channel": "room:a"}})[0]["presence"]["presence"]
+            for peer in (json_client, protobuf_client)
+        ]
+        assert present[json_client.session.client] == seen
+        json_client.say({"id": 3, "publish": {"channel": "room:a", "data": 1}})
+        (pushed,) = [message for message in protobuf_client.heard() if "pub" in message.get("push", {})]
+        assert pushed["push"]["pub"]["info"] == seen | {"conn_info": b"\xff", "chan_info": b"\xff"}
+        pages = [
+            peer.say({"id": 4, "history": {"channel": "room:a", "limit": -1}})[-1]["history"]["publications"]
+            for peer in (json_client, protobuf_client)
+        ]
+        assert [page[0]["info"] for page in pages] == [seen, pushed["push"]["pub"]["info"]]
+        assert (json_client.close_code, protobuf_client.close_code) == (None, None)
 
     def test_a_token_names_the_user(self, server):
         peer = server.client("42")
@@ -54,7 +83,7 @@ class TestConnect:
         peer.say({"id": 1, "connect": {"token": bad}})
         assert peer.close_code == (3500, "invalid token")
 
-    @pytest.mark.parametrize("times", [{"exp": NOW}, {"exp": NOW - 5}, {"nbf": NOW + 5}])
+    @pytest.mark.parametrize("times", [{"exp": NOW}, {"exp": NOW - 5}, {"nbf": NOW + 6}])
     def test_an_expired_or_early_token_is_109(self, server, times):
         assert error_of(server.peer().say({"id": 1, "connect": {"token": token(sub="42", **times)}})) == 109
 

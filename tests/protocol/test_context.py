@@ -19,7 +19,7 @@ def test_every_command_has_a_counter(metrics: Metrics) -> None:
     assert SessionCounters(metrics).commands.keys() == COMMANDS.keys()
 
 
-@pytest.mark.parametrize(("code", "kind"), [(errors.STALE[0], "stale"), (errors.BAD_PROTOCOL[0], "command")])
+@pytest.mark.parametrize(("code", "kind"), [(errors.NO_PONG[0], "no_pong"), (errors.BAD_PROTOCOL[0], "command")])
 def test_a_disconnect_for_a_fault_of_the_client_is_bad_input(metrics: Metrics, code: int, kind: str) -> None:
     SessionCounters(metrics).count_disconnect(code)
     assert metrics.counter("realtime_bad_input", "", kind=kind).value == 1

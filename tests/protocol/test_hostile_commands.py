@@ -87,7 +87,7 @@ def test_a_pattern_for_names_admits_no_control_characters():
 @pytest.mark.parametrize("type", [1, 2, 3, 4, -1, 99])
 def test_subscriptions_of_another_type(server, type):
     peer = server.client()
-    assert error_of(peer.say({"id": 9, "subscribe": {"channel": "a", "type": type}})) == 103
+    assert error_of(peer.say({"id": 9, "subscribe": {"channel": "a", "type": type}})) == 108
     assert error_of(peer.say({"id": 9, "publish": {"channel": "a", "data": 1, "type": type}})) == 107
     assert server.hub.subscriptions == 0
 

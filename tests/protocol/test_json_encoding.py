@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import typing
 
 import msgspec
 import pytest
@@ -142,3 +144,84 @@ def test_a_connect_request_of_the_unidirectional_encoding_is_bare():
     assert JSON_PUSHES.decode_command(b"") == Command(id=1, connect=messages.ConnectRequest())
     with pytest.raises(ProtocolError):
         JSON_PUSHES.decode_command(b"[]")
+
+
+class TestNull:
+    """null in a field means that the field is absent."""
+
+    @pytest.mark.parametrize("field", [f for f in Command.__struct_fields__ if f not in ("rpc", "ping")])
+    def test_fields_of_a_command(self, field):
+        (command,) = commands(b'{"%b":null,"rpc":{"method":"a","data":{"x":null}}}' % field.encode())
+        assert command.rpc == messages.RPCRequest(raw(b'{"x":null}'), "a")
+        assert command == Command(rpc=command.rpc)
+
+    @pytest.mark.parametrize(
+        ("name", "struct"),
+        [
+            (field.name, cls)
+            for field in msgspec.structs.fields(Command)
+            for cls in typing.get_args(field.type)
+            if isinstance(cls, type) and issubclass(cls, msgspec.Struct)
+        ],
+    )
+    def test_fields_of_every_request(self, name, struct):
+        nulls = ",".join(f'"{field}":null' for field in struct.__struct_fields__ if field != "data")
+        (command,) = commands(f'{{"id":1,"{name}":{{{nulls}}}}}'.encode())
+        assert command.request() == (name, struct())
+
+    def test_data_may_be_null(self):
+        (command,) = commands(b'{"id":null,"publish":{"channel":"a","data":null,"type":null}}')
+        assert payload(command.publish.data) == b"null"
+
+    def test_nested_fields(self):
+        text = (
+            b'{"id":1,"connect":{"data":[null],"subs":{"a":{"offset":null,"tf":{"op":"and","val":null,'
+            b'"nodes":[{"key":"k","cmp":"ex","nodes":null},'
+            b'{"op":"not","nodes":[{"key":"l","cmp":"ex","vals":null}]}]}}}}}'
+        )
+        (command,) = commands(text)
+        assert payload(command.connect.data) == b"[null]"
+        node = messages.FilterNode
+        leaves = [node(key="k", cmp="ex"), node(op="not", nodes=[node(key="l", cmp="ex")])]
+        assert command.connect.subs == {"a": messages.SubscribeRequest(tf=node(op="and", nodes=leaves))}
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            b'{"id":1,"connect":{"subs":{"a":null}}}',
+            b'{"id":1,"subscribe":{"channel":"a","tf":{"op":"and","nodes":[null]}}}',
+            b'{"id":1,"subscribe":{"channel":"a","tf":{"key":"a","cmp":"in","vals":[null]}}}',
+            b'{"id":1,"publish":{"channel":"a","type":null,"data":}}',
+            b'{"id":"null","rpc":{}}',
+        ],
+    )
+    def test_items_are_not_optional(self, text):
+        with pytest.raises(ProtocolError):
+            list(commands(text))
+
+    def test_a_bare_connect_request(self):
+        command = JSON_PUSHES.decode_command(b'{"token":null,"name":"js","subs":null}')
+        assert command == Command(id=1, connect=messages.ConnectRequest(name="js"))
+        assert JSON_PUSHES.decode_command(b"null") == Command(id=1, connect=messages.ConnectRequest())
+
+    def test_the_unused_ping(self):
+        (command,) = commands(b'{"id":1,"rpc":{},"ping":null}')
+        assert command.request() == ("rpc", messages.RPCRequest())
+        (alone,) = commands(b'{"id":1,"ping":null}')
+        with pytest.raises(ProtocolError):
+            alone.request()
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            b'{"id":1,"connect":{"subs":{%b}}}' % b",".join(b'"%d":{"tf":{"key":null}}' % n for n in range(2500)),
+            b'{"id":1,"subscribe":{"tf":%b}}' % (b'{"op":"and","nodes":[' * 60 + b'{"key":null}' + b"]}" * 60),
+            b'{"id":1,"subscribe":{"tf":%b}}' % (b'{"op":null,"nodes":[' * 900 + b"]}" * 900),
+        ],
+    )
+    def test_the_work_for_one_message_is_bounded(self, text):
+        start = time.process_time()
+        for _ in range(10):
+            with pytest.raises(ProtocolError):
+                list(commands(text))
+        assert time.process_time() - start < 10 * 0.05

@@ -45,3 +45,10 @@ def test_a_publication_carries_its_publisher_and_the_given_data():
 def test_absent_json_text_omits_its_key():
     assert messages.embed(b"") is UNSET
     assert bytes(messages.embed(b"null")) == b"null"
+
+
+def test_bytes_that_are_not_json_are_for_encodings_that_carry_any_bytes():
+    assert messages.embed(b"\0\xff") is UNSET
+    assert bytes(messages.embed_bytes(b"\0\xff")) == b"\xff"
+    assert bytes(messages.embed_bytes(b"null")) == b"null"
+    assert messages.embed_bytes(b"") is UNSET

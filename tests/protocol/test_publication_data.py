@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from centrifuge.protocol import client_pb2
 
 from realtime.config.settings import ChannelOptions, ChannelSettings, Namespace
+from realtime.protocol.orders import SubscribeOrder
 from tests.protocol.sessions import ALL, BARE_PROTOBUF, KEPT, Peer, Server, error_of
 
+BINARY = {"publication_data_format": "binary"}
 FORMATS = ("any", "json", "object", "binary")
 CHANNELS = ChannelSettings(
     without_namespace=ChannelOptions(**ALL),
@@ -18,7 +21,17 @@ CHANNELS = ChannelSettings(
         Namespace(name="json", publication_data_format="json", **ALL),
         Namespace(name="object", publication_data_format="json_object", **ALL),
         Namespace(name="binary", publication_data_format="binary", **ALL),
-        Namespace(name="kept", force_recovery=True, publication_data_format="binary", **KEPT, **ALL),
+        Namespace(name="kept", force_recovery=True, allowed_delta_types=("fossil",), **BINARY, **KEPT, **ALL),
+        Namespace(name="cache", force_recovery=True, force_recovery_mode="cache", **BINARY, **KEPT, **ALL),
+        Namespace(
+            name="auto",
+            force_recovery_mode="cache",
+            auto_cache_recover=True,
+            force_recovery=True,
+            **BINARY,
+            **KEPT,
+            **ALL,
+        ),
     ),
 )
 
@@ -72,10 +85,13 @@ def test_json(server, data, expected):
         (b"", (107, 107, 107, 0)),
         (b"1", (0, 0, 107, 0)),
         (b'{"a":1}', (0, 0, 0, 0)),
-        (b"not json", (0, 107, 107, 0)),
-        (b"\xff\x00", (0, 107, 107, 0)),
-        (b'{"a":', (0, 107, 107, 0)),
-        (b'{"a":"\\ud800"}', (0, 107, 107, 0)),
+        (b"not json", (107, 107, 107, 0)),
+        (b"\xff\x00", (107, 107, 107, 0)),
+        (b'"\xff"', (107, 107, 107, 0)),
+        (b" ", (107, 107, 107, 0)),
+        (b"\n", (0, 107, 107, 0)),
+        (b'{"a":', (107, 107, 107, 0)),
+        (b'{"a":"\\ud800"}', (107, 107, 107, 0)),
     ],
 )
 def test_protobuf(server, data, expected):
@@ -110,24 +126,70 @@ class TestWhoCanBeSentIt:
         publish(client(server, BARE_PROTOBUF), "any:a", b'{"n": 1}')
         assert [peer.publications() for peer in peers] == [[{"n": 1}]] * 2
 
-    @pytest.mark.parametrize("data", [b"\xff", b"not json", None])
-    def test_binary_data_closes_json_clients_with_3506(self, server, data):
-        json, protobuf = server.client(), client(server, BARE_PROTOBUF)
-        json.subscribe("binary:a")
+    @pytest.mark.parametrize(("data", "received"), [(None, {}), (b"", {}), (b"\n", {"data": None})])
+    def test_empty_data_reaches_clients_of_every_encoding(self, server, data, received):
+        browser, protobuf = server.client(), client(server, BARE_PROTOBUF)
+        browser.subscribe("binary:a")
+        publish(protobuf, "binary:a", data)
+        (push,) = browser.heard()
+        info = {"user": "", "client": protobuf.session.client}
+        assert push["push"] == {"channel": "binary:a", "pub": {"info": info, **received}}
+
+    def test_empty_data_of_a_json_client_reaches_all(self, server):
+        browser, protobuf = server.client(), client(server, BARE_PROTOBUF)
+        for peer in (browser, protobuf):
+            peer.subscribe("binary:a")
+        assert {"id": 2, "publish": {}} in publish(browser, "binary:a", None)
+        assert browser.close_code is None
+        (payload,) = protobuf.raw
+        assert client_pb2.Reply.FromString(payload[1:]).push.pub.data == b""
+
+    @pytest.mark.parametrize("data", [None, b"\n"])
+    def test_empty_data_is_null_for_json_clients_with_deltas(self, server, data):
+        peer = server.client()
+        assert peer.subscribe("kept:a", delta="fossil")["delta"]
+        publish(client(server, BARE_PROTOBUF), "kept:a", data)
+        assert [json.loads(text) for text in peer.publications()] == [None]
+
+    @pytest.mark.parametrize("data", [b"\xff", b"not json"])
+    def test_binary_data_ends_the_subscriptions_of_json_clients_alone(self, server, data):
+        browser, protobuf = server.client(), client(server, BARE_PROTOBUF)
+        browser.subscribe("binary:a")
         protobuf.subscribe("binary:a")
         publish(client(server, BARE_PROTOBUF), "binary:a", data)
-        assert json.close_code == (3506, "inappropriate protocol")
-        assert protobuf.close_code is None
+        (push,) = browser.heard()
+        assert push["push"]["unsubscribe"] == {"code": 2500, "reason": "insufficient state"}
+        assert browser.close_code is None and browser.session.subscriptions == {}
         (payload,) = protobuf.raw
         push = client_pb2.Reply.FromString(payload[1:]).push
-        assert push.pub.data == (data or b"")
+        assert push.pub.data == data
         assert server.count("realtime_bad_input", kind="encoding") == 1
 
-    @pytest.mark.parametrize("ask", [{"history": {"channel": "kept:a", "limit": 1}}, {"subscribe": {"recover": True}}])
-    def test_stored_data_passes_too(self, server, ask):
+    def test_a_server_side_subscriber_reconnects(self, server):
+        peer = server.client()
+        server.order(SubscribeOrder("", "binary:a"))
+        publish(client(server, BARE_PROTOBUF), "binary:a", b"\xff")
+        assert peer.close_code == (3010, "insufficient state")
+
+    @pytest.mark.parametrize("channel", ["kept:a", "cache:a", "auto:a"])
+    def test_stored_binary_data_is_a_gap_in_a_recovery(self, server, channel):
+        sender, peer = client(server, BARE_PROTOBUF), server.client()
+        publish(sender, channel, b"\xff")
+        result = peer.subscribe(channel, recover=True)
+        assert result["was_recovering"] and "recovered" not in result and "publications" not in result
+        assert result["offset"] == 1
+        publish(sender, channel, b"1")
+        assert peer.publications() == [1]
+        assert server.count("realtime_bad_input", kind="encoding") == 1
+
+    def test_a_client_that_refuses_a_gap_gets_112(self, server):
+        publish(client(server, BARE_PROTOBUF), "kept:a", b"\xff")
+        request = {"channel": "kept:a", "recover": True, "flag": 2}
+        assert error_of(server.client().say({"id": 2, "subscribe": request})) == 112
+        assert server.hub.subscriptions == 0
+
+    def test_history_with_binary_data_is_not_available_in_json(self, server):
         publish(client(server, BARE_PROTOBUF), "kept:a", b"\xff")
         peer = server.client()
-        ((name, request),) = ask.items()
-        assert peer.say({"id": 2, name: {"channel": "kept:a", **request}}) == []
-        assert peer.close_code == (3506, "inappropriate protocol")
-        assert server.hub.subscriptions == 0
+        assert error_of(peer.say({"id": 2, "history": {"channel": "kept:a", "limit": 1}})) == 108
+        assert peer.close_code is None

@@ -23,6 +23,7 @@ CHANNELS = ChannelSettings(
         ),
         Namespace(name="unkept", allowed_delta_types=("fossil",), delta_publish=True, **ALL),
         Namespace(name="cached", allowed_delta_types=("fossil",), auto_cache_recover=True, **CACHE, **KEPT, **ALL),
+        Namespace(name="tagged_cache", allow_tags_filter=True, **CACHE, **KEPT, **ALL),
         Namespace(name="tags", allow_tags_filter=True, force_recovery=True, **KEPT, **ALL),
     ),
 )
@@ -89,12 +90,24 @@ class TestCache:
         (reply,) = server.peer().say({"id": 1, "connect": {"subs": {"auto:a": {}}}})
         assert data_of(reply["connect"]["subs"]["auto:a"]) == [2]
 
-    def test_flag_2_refuses_an_unrecovered_subscription(self, server):
-        peer = server.client()
-        request = {"channel": "cache:a", "recover": True, "flag": 3}
-        assert error_of(peer.say({"id": 2, "subscribe": request})) == 112
-        server.publish("cache:a", 1)
-        assert data_of(peer.subscribe(**request)) == [1]
+    @pytest.mark.parametrize("channel", ["cache:a", "auto:a"])
+    @pytest.mark.parametrize("flag", [2, 3, -1])
+    @pytest.mark.parametrize("asked", [{}, {"epoch": "other", "offset": 3}, {"delta": "fossil"}])
+    def test_flag_2_refuses_nothing_in_cache_mode(self, server, channel, flag, asked):
+        request = {"channel": channel, "recover": True, "flag": flag, **asked}
+        result = server.client().subscribe(**request)
+        assert result["was_recovering"] and "recovered" not in result
+        server.publish(channel, 1)
+        assert server.client().subscribe(**request)["recovered"]
+
+    def test_with_a_filter_the_newest_publication_that_passes_is_the_state(self, server):
+        for n, tags in enumerate(({"k": "1"}, {"k": "1"}, {"k": "2"}, None), 1):
+            server.publish("tagged_cache:a", n, tags=tags)
+        request = {"channel": "tagged_cache:a", "recover": True}
+        result = server.client().subscribe(**request, tf={"key": "k", "cmp": "eq", "val": "1"})
+        assert (data_of(result), result["recovered"], result["publications"][0]["offset"]) == ([2], True, 2)
+        none = server.client().subscribe(**request, tf={"key": "k", "cmp": "eq", "val": "3"})
+        assert (data_of(none), none["recovered"]) == ([], True)
 
     def test_publications_during_a_recovery_come_after_the_reply(self, server):
         server.publish("auto:a", 1)

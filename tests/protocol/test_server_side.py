@@ -275,9 +275,23 @@ class TestAtConnect:
         server.publish("tagged:a", 1)
         server.publish("tagged:a", 2, tags={"k": "v"})
         assert peer.publications() == [2]
-        bad = server.peer()
-        request = {"token": token(sub="42", channels=["plain:a"]), "subs": {"plain:a": wish}}
-        assert error_of(bad.say({"id": 1, "connect": request})) == 107
+
+    @pytest.mark.parametrize(
+        ("channel", "wish"),
+        [
+            ("plain:a", {"tf": {"key": "k", "cmp": "ex"}}),
+            ("tagged:a", {"tf": {"key": "k", "cmp": "wrong"}}),
+            ("news", {"flag": 2, "recover": True, "epoch": "other"}),
+        ],
+    )
+    @pytest.mark.parametrize("by", ["token", "client"])
+    def test_a_wish_that_a_subscribe_command_would_refuse_is_left_out(self, channel, wish, by):
+        server = make()
+        granted = {"channels": [channel]} if by == "token" else {}
+        result = subs(server.peer(), granted, **{channel: wish})
+        if by == "token":
+            assert result[channel].get("was_recovering", False) == ("flag" in wish)
+        assert server.count("realtime_bad_input", kind="filter") == (1 if "tf" in wish and channel in result else 0)
 
 
 class TestByTheClientAtConnect:
@@ -339,6 +353,19 @@ class TestPersonalChannel:
 
     def test_in_a_namespace(self):
         assert connect(self.server(personal_channel_namespace="own").peer())["subs"] == {"own:#42": {}}
+
+    def test_a_user_id_with_a_namespace_boundary(self):
+        server = make(subscribe_to_user_personal_channel=PersonalChannelSettings(enabled=True))
+        reply = server.peer().say({"id": 1, "connect": {"token": token(sub="user:42")}})[0]
+        assert list(reply["connect"]["subs"]) == ["#user:42"]
+
+    def test_a_user_id_that_names_several_users_has_none(self):
+        lines: list[str] = []
+        server = make(subscribe_to_user_personal_channel=PersonalChannelSettings(enabled=True))
+        server.services = msgspec.structs.replace(server.services, log_debug=lines.append)
+        reply = server.peer().say({"id": 1, "connect": {"token": token(sub="alice,bob")}})[0]
+        assert "subs" not in reply["connect"]
+        assert "'alice,bob'" in lines[0] and "channel.user_separator" in lines[0]
 
     def test_a_new_connection_ends_the_older_ones_of_the_user(self):
         server = self.server(personal_channel_namespace="own", single_connection=True)
@@ -414,6 +441,31 @@ class TestRefresh:
         gate.open()
         assert peer.heard() == [] and server.clean()
 
+    def test_channels_that_the_client_has_by_other_means(self):
+        server = make()
+        peer = server.peer()
+        subs(peer, {"channels": ["plain:a"]}, **{"open:a": {}})
+        server.order(SubscribeOrder("42", "plain:b"))
+        peer.say({"id": 2, "subscribe": {"channel": "open:b"}})
+        peer.heard()
+        named = ["plain:a", "plain:b", "open:a", "open:b"]
+        assert peer.say({"id": 3, "refresh": {"token": token(sub="42", channels=named)}}) == [{"id": 3, "refresh": {}}]
+
+    def test_an_unknown_namespace_in_the_token_is_102(self):
+        peer = make().peer()
+        connect(peer)
+        assert error_of(peer.say({"id": 2, "refresh": {"token": token(sub="42", channels=["nope:a"])}})) == 102
+
+    def test_a_token_without_info_leaves_the_info(self):
+        server = make()
+        peer = server.peer()
+        connect(peer, info={"n": 1})
+        peer.say({"id": 2, "subscribe": {"channel": "open:a"}})
+        peer.say({"id": 3, "refresh": {"token": token(sub="42")}})
+        assert peer.session.info.conn_info == b'{"n":1}'
+        peer.say({"id": 4, "refresh": {"token": token(sub="42", info={"n": 2})}})
+        assert peer.session.info.conn_info == b'{"n":2}'
+
     def test_subscriptions_of_other_origins_do_not_count(self):
         server = make(subscribe_to_user_personal_channel=PersonalChannelSettings(enabled=True))
         peer = server.peer()
@@ -463,13 +515,73 @@ class TestOrders:
         server.publish("news", 4)
         assert ann.publications() == [4]
 
-    def test_a_subscribed_client_keeps_its_subscription(self, server):
+    def test_a_subscription_of_the_client_stays_its_own(self, server):
         ann = server.client("ann")
         ann.subscribe("open:a")
-        server.order(SubscribeOrder("ann", "open:a"))
-        assert ann.heard() == []
+        server.publish("open:a", 1)
+        server.order(SubscribeOrder("ann", "open:a", SubscribeOptions(data=b"7")))
+        publication, push = ann.heard()
+        assert push["push"]["subscribe"].pop("epoch")
+        body = {"recoverable": True, "positioned": True, "offset": 1, "data": 7}
+        assert (push["push"]["subscribe"], publication["push"]["pub"]["offset"]) == (body, 1)
+        server.publish("open:a", 2)
+        assert ann.publications() == [2]
         server.hub.on_interruption()
         assert ann.heard()[0]["push"]["unsubscribe"]["code"] == 2500
+
+    def test_a_subscribed_client_gets_the_new_terms_without_leave_and_join(self, server):
+        ann, bob = server.client("ann"), server.client("bob")
+        for peer, user in ((ann, "ann"), (bob, "bob")):
+            server.order(SubscribeOrder(user, "room:a", SubscribeOptions(b"1")))
+            peer.heard()
+        bob.heard(), ann.heard()
+        server.order(SubscribeOrder("ann", "room:a", SubscribeOptions(b"2", b'"new"')))
+        (push,) = ann.heard()
+        assert push["push"]["subscribe"]["data"] == "new"
+        assert bob.heard() == []
+        infos = server.engine.execute(GetPresence("room:a"))
+        assert infos[ann.session.client].chan_info == b"2"
+
+    def test_new_overrides_hold(self, server):
+        ann = server.client("ann")
+        server.order(SubscribeOrder("ann", "plain:a"))
+        assert ann.heard()[0]["push"]["subscribe"] == {}
+        named = {"join_leave": True, "force_push_join_leave": True, "presence": True}
+        server.order(SubscribeOrder("ann", "plain:a", SubscribeOptions(override=named)))
+        assert {next(iter(message["push"].keys() - {"channel"})) for message in ann.heard()} == {"subscribe", "join"}
+        assert list(server.engine.execute(GetPresence("plain:a"))) == [ann.session.client]
+        server.order(SubscribeOrder("bob", "plain:a"))
+        bob = server.client("bob")
+        server.order(SubscribeOrder("bob", "plain:a", SubscribeOptions(override=named)))
+        assert ann.heard()[0]["push"]["join"]["info"]["user"] == "bob"
+        server.order(SubscribeOrder("ann", "plain:a"))
+        assert list(server.engine.execute(GetPresence("plain:a"))) == [bob.session.client]
+        assert "subscribe" in ann.heard()[-1]["push"]
+        bob.session.closed()
+        assert ann.heard() == []
+
+    @pytest.mark.parametrize(("later", "ends_after"), [(NOW + 2, 27), (NOW + 100, 125), (0.0, None)])
+    def test_a_new_expiry_holds(self, later, ends_after):
+        server = make(pong_timeout=0.0)
+        ann = server.client("ann")
+        server.order(SubscribeOrder("ann", "plain:a", SubscribeOptions(expire_at=NOW + 10)))
+        server.order(SubscribeOrder("ann", "plain:a", SubscribeOptions(expire_at=later)))
+        assert len([message for message in ann.heard() if "push" in message]) == 2
+        server.advance((ends_after or 300) - 1)
+        assert ann.close_code is None
+        server.advance(2)
+        assert ann.close_code == ((3006, "subscription expired") if ends_after else None)
+
+    def test_terms_that_arrive_during_a_subscribe_hold(self, server):
+        ann = server.client("ann")
+        gates = server.delay_engine()
+        ann.say({"id": 2, "subscribe": {"channel": "open:a"}})
+        server.order(SubscribeOrder("ann", "open:a", SubscribeOptions(data=b"7")))
+        server.engine.overrides.clear()
+        while gates:
+            gates.pop().open()
+        reply, push = ann.heard()
+        assert (reply["id"], push["push"]["subscribe"]["data"]) == (2, 7)
 
     def test_the_subscribe_push_comes_before_the_join(self, server):
         ann = server.client("ann")
@@ -501,7 +613,9 @@ class TestOrders:
         server.order(SubscribeOrder("ann", "plain:a", SubscribeOptions(expire_at=NOW - 1)))
         assert ann.heard() == []
         server.order(SubscribeOrder("ann", "plain:a", SubscribeOptions(expire_at=NOW + 3)))
-        server.advance(4)
+        server.advance(27)
+        assert ann.close_code is None
+        server.advance(2)
         assert ann.close_code == (3006, "subscription expired")
         assert server.clean()
 
@@ -596,6 +710,72 @@ class TestOrders:
         assert push == {"push": {"channel": "plain:a", "subscribe": {}}}
         assert error_of([reply]) == 105
         assert server.hub.subscriptions == 1
+
+    @pytest.mark.parametrize(
+        ("order", "code"),
+        [
+            (UnsubscribeOrder("ann", "plain:a"), 103),
+            (UnsubscribeOrder("ann", "plain:b"), None),
+            (DisconnectOrder("ann"), 3503),
+            (RefreshOrder("ann", expired=True), 3005),
+        ],
+    )
+    def test_an_order_applies_to_a_subscribe_that_a_handler_decides(self, server, order, code):
+        gate = Gate()
+
+        async def may(client, channel, data):
+            await gate
+
+        server.app.subscribe_handlers["plain:a"] = may
+        ann = server.client("ann")
+        ann.say({"id": 2, "subscribe": {"channel": "plain:a"}})
+        server.order(order)
+        gate.open()
+        if code is None:
+            assert ann.heard() == [{"id": 2, "subscribe": {}}]
+        elif code < 1000:
+            assert error_of(ann.heard()) == code
+        else:
+            assert ann.close_code[0] == code
+        assert server.hub.subscriptions == (code is None)
+        assert not ann.session.subscribing
+
+    @pytest.mark.parametrize(
+        ("order", "code"),
+        [
+            (DisconnectOrder("ann"), 3503),
+            (DisconnectOrder("bob"), None),
+            (RefreshOrder("ann", expired=True), 3005),
+            (UnsubscribeOrder("ann", "room:a"), None),
+        ],
+    )
+    def test_an_order_applies_to_a_connect_that_is_under_way(self, server, order, code):
+        gates = server.delay_engine()
+        peer = server.peer()
+        peer.say({"id": 1, "connect": {"token": token(sub="ann", channels=["room:a"])}})
+        server.order(order)
+        server.engine.overrides.clear()
+        while gates:
+            gates.pop().open()
+        assert (peer.close_code or (None,))[0] == code
+        if code is None:
+            subs = peer.heard()[0]["connect"].get("subs", {})
+            assert list(subs) == ([] if isinstance(order, UnsubscribeOrder) else ["room:a"])
+            peer.session.closed()
+        assert server.clean() and not server.sessions._connecting
+
+    def test_new_info_applies_to_a_subscribe_that_a_handler_decides(self, server):
+        gate = Gate()
+
+        async def may(client, channel, data):
+            await gate
+
+        server.app.subscribe_handlers["room:a"] = may
+        ann = server.client("ann")
+        ann.say({"id": 2, "subscribe": {"channel": "room:a"}})
+        server.order(RefreshOrder("ann", info=b"7"))
+        gate.open()
+        assert server.engine.execute(GetPresence("room:a"))[ann.session.client].conn_info == b"7"
 
     def test_codes_of_an_unsubscribe(self, server):
         ann = server.client("ann")

@@ -74,6 +74,17 @@ class TestErrors:
         assert server.count("realtime_bad_input", kind="command_errors") == 1
         assert server.count("realtime_command_errors", command="publish", code="102") == 4
 
+    def test_refused_subscribes_do_not_count_up_to_the_limit_of_channels(self):
+        server = make(error_limit=3, channel_limit=20)
+        peer = server.client()
+        refused = {"subscribe": {"channel": "unknown:a"}}
+        assert answers(peer.say(*({"id": n, **refused} for n in range(2, 22)))) == {102: 20}
+        assert peer.close_code is None
+        peer.say(*({"id": n, **refused} for n in range(22, 25)))
+        assert peer.close_code is None
+        peer.say({"id": 25, **refused})
+        assert peer.close_code == (3509, "too many errors")
+
     def test_a_few_failures_at_a_time_are_allowed(self):
         server = make(error_limit=3, pong_timeout=0.0)
         peer = server.client()
@@ -110,11 +121,12 @@ class TestErrors:
 
 
 class TestConnectionsOfOneUser:
-    def test_a_connection_over_the_limit_is_3504(self):
+    def test_a_connection_over_the_limit_is_closed_and_may_come_back(self):
         server = make(user_connection_limit=2)
         one, two, three, other = server.client("42"), server.client("42"), server.peer(), server.client("43")
         three.say({"id": 1, "connect": {"token": token(sub="42")}})
-        assert three.close_code == (3504, "connection limit")
+        assert three.close_code == (3000, "connection limit")
+        assert server.count("realtime_bad_input", kind="user_connections") == 1
         assert (one.close_code, two.close_code, other.close_code) == (None, None, None)
         one.session.closed()
         assert server.client("42").close_code is None

@@ -13,12 +13,13 @@ def server() -> Server:
 
 
 class TestTime:
-    def test_a_client_without_a_connect_closes_with_3502(self, server):
+    def test_a_client_without_a_connect_is_closed_and_may_come_back(self, server):
         peer = server.peer()
         server.advance(9.5)
         assert peer.close_code is None
         server.advance(1)
-        assert peer.close_code == (3502, "stale")
+        assert peer.close_code == (3000, "stale")
+        assert server.count("realtime_bad_input", kind="stale") == 1
 
     def test_pings_come_on_schedule_and_are_answered(self, server):
         peer = server.client()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
+from realtime.config.settings import ChannelOptions, ChannelSettings, Namespace
+from realtime.protocol.channel_rules import ChannelRules
 from realtime.pubsub.engine import AddPresence
-from tests.protocol.sessions import Server, error_of
+from tests.protocol.sessions import KEPT, Server, error_of, token
 
 
 @pytest.fixture
@@ -120,3 +123,65 @@ class TestRecovery:
         (reply,) = peer.say({"id": 2, "subscribe": {"channel": "kept:a", **wish}})
         assert reply["subscribe"]["recoverable"] and reply["subscribe"]["positioned"] and reply["subscribe"]["epoch"]
         assert peer.say({"id": 3, "subscribe": {"channel": "users:a", **wish}}) == [{"id": 3, "subscribe": {}}]
+
+
+class TestGrants:
+    CHANNELS = ChannelSettings(
+        without_namespace=ChannelOptions(allow_subscribe_for_client=True),
+        namespaces=(
+            Namespace(
+                name="subs",
+                allow_subscribe_for_client=True,
+                allow_history_for_subscriber=True,
+                allow_presence_for_subscriber=True,
+                presence=True,
+                join_leave=True,
+                **KEPT,
+            ),
+        ),
+    )
+
+    @pytest.fixture
+    def server(self) -> Server:
+        return Server(self.CHANNELS)
+
+    def test_permissions_of_subscribers_count_in_the_subscribe_itself(self, server):
+        peer = server.client("ann")
+        wish = {"recoverable": True, "positioned": True, "join_leave": True}
+        reply, push = peer.say({"id": 2, "subscribe": {"channel": "subs:a", **wish}})
+        assert reply["subscribe"]["recoverable"] and reply["subscribe"]["positioned"]
+        assert push["push"]["join"]["info"]["user"] == "ann"
+
+    def test_a_recovery_is_reported_as_asked_for_where_there_is_none(self, server):
+        assert server.client("ann").subscribe("a", recover=True, offset=3, epoch="x") == {"was_recovering": True}
+        assert server.count("realtime_bad_input", kind="recovery_ahead") == 0
+
+    def test_flag_2_where_the_token_alone_makes_a_channel_recoverable_that_has_no_history(self, server):
+        peer = server.client("ann")
+        claims = {"sub": "ann", "channel": "a", "override": {"force_recovery": {"value": True}}}
+        request = {"channel": "a", "token": token(**claims), "recover": True}
+        assert error_of(peer.say({"id": 2, "subscribe": {**request, "flag": 2}})) == 112
+        assert server.hub.subscriptions == 0
+        assert peer.subscribe(**request) == {"was_recovering": True}
+
+    def test_a_refused_filter_is_logged(self, server):
+        lines: list[str] = []
+        server.services = msgspec.structs.replace(server.services, log_debug=lines.append)
+        channels = ChannelSettings(
+            without_namespace=ChannelOptions(allow_subscribe_for_client=True, allow_tags_filter=True)
+        )
+        server.services = msgspec.structs.replace(server.services, rules=ChannelRules(channels))
+        filter = {"op": "and", "nodes": [{"key": "k", "cmp": "ex"}] * 256}
+        assert error_of(server.client("ann").say({"id": 2, "subscribe": {"channel": "a", "tf": filter}})) == 107
+        assert "channel 'a'" in lines[0] and "256 nodes or 32 levels" in lines[0]
+
+
+def test_a_client_that_comes_back_in_the_same_message_does_not_hear_its_own_leave(server):
+    ann, bob = server.client("ann"), server.client("bob")
+    for peer in (bob, ann):
+        peer.say({"id": 2, "subscribe": {"channel": "room:a"}})
+    bob.heard()
+    again = ann.say({"id": 3, "unsubscribe": {"channel": "room:a"}}, {"id": 4, "subscribe": {"channel": "room:a"}})
+    pushes = [next(iter(message["push"].keys() - {"channel"})) for message in again if "push" in message]
+    assert pushes == ["join"]
+    assert [next(iter(message["push"].keys() - {"channel"})) for message in bob.heard()] == ["leave", "join"]

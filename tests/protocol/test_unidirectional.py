@@ -117,10 +117,10 @@ class TestUnidirectional:
         peer.session.receive(message)
         assert peer.close_code == (3501, "bad request")
 
-    def test_a_stream_without_a_connect_closes_with_3502(self, server):
+    def test_a_stream_without_a_connect_is_closed_and_may_come_back(self, server):
         peer = server.peer(BARE_PUSHES)
         server.advance(11)
-        assert peer.close_code == (3502, "stale")
+        assert peer.close_code == (3000, "stale")
 
     def test_a_connection_that_is_not_refreshed_ends(self, server):
         peer = server.peer(BARE_PUSHES)

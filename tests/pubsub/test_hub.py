@@ -61,6 +61,8 @@ FORMS = {"text": TextForm(), "other": TextForm("other:")}
 class Listener(WholeFrames):
     """A subscriber that logs its frames."""
 
+    client = ""
+
     def __init__(
         self,
         form: str = "text",
@@ -391,6 +393,29 @@ def test_joins_follow_the_publications(hub: Hub) -> None:
     hub.on_leave("c", CLIENT)
     assert hub.activate("c", member, at(0))
     assert member.frames == [b"p 1 abcdefgh", b"join client-1", b"leave client-1"]
+
+
+def test_the_leave_of_an_earlier_subscription_of_the_client_is_not_delivered(hub: Hub) -> None:
+    member, other = Listener(announced=True), Listener(announced=True)
+    member.client = CLIENT.client
+    for subscriber in (member, other):
+        add(hub, subscriber)
+    hub.on_leave("c", CLIENT)
+    hub.on_join("c", CLIENT)
+    for subscriber in (member, other):
+        assert hub.activate("c", subscriber, at(0))
+    assert member.frames == [b"join client-1"]
+    assert other.frames == [b"leave client-1", b"join client-1"]
+
+
+def test_a_change_of_announced_takes_effect_at_once(hub: Hub) -> None:
+    member = opened(hub, Listener(), None)
+    hub.on_join("c", CLIENT)
+    member.announced = True
+    hub.regroup("c")
+    hub.regroup("other")
+    hub.on_leave("c", CLIENT)
+    assert member.frames == [b"leave client-1"]
 
 
 def test_on_gap_may_unsubscribe_the_new_subscriber(hub: Hub) -> None:

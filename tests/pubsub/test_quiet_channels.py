@@ -42,6 +42,7 @@ class Listener(WholeFrames):
     form = Form()
     announced = delta = False
     filter = None
+    client = ""
     priority = "normal"
 
     def __init__(self, positioned: bool = True) -> None:

@@ -12,8 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from realtime.errors import ClientError, EngineUnavailable
+from realtime.protocol.orders import SubscribeOrder
+from realtime.pubsub.time_slices import TimeSlicer
 from realtime.server_api import http_api
 from realtime.server_api.http_api import BadBody, UnknownMethod
+from realtime.types import Position, SubscribeOptions
 from tests.server_api.bench import Bench, finish
 
 # -- the form of a call -----------------------------------------------------------------------------------------------
@@ -69,7 +72,6 @@ def test_body_must_be_one_object(bench: Bench, method: str, body: bytes) -> None
         ("publish", {"channel": "c", "data": 1, "version": -1}),
         ("publish", {"channel": "c", "data": 1, "version_epoch": 7}),
         ("publish", {"channel": "c", "data": 1, "delta": "fossil"}),
-        ("channels", {"pattern": None}),
         ("rpc", {"method": []}),
         ("batch", {"commands": {}}),
     ],
@@ -83,6 +85,117 @@ def test_field_of_another_type_is_a_bad_body(bench: Bench, method: str, body: An
 def test_unknown_method(bench: Bench, method: str) -> None:
     with pytest.raises(UnknownMethod):
         bench.call(method)
+
+
+NULLS: list[tuple[str, dict[str, Any]]] = [
+    ("publish", dict.fromkeys(("b64data", "skip_history", "tags", "idempotency_key", "delta", "version"))),
+    ("publish", {"version_epoch": None, "tags": {"a": "1", "b": None}}),
+    ("broadcast", {"channels": ["plain"], "channel": None, "b64data": None, "delta": None}),
+    ("subscribe", dict.fromkeys(("client", "session", "b64info", "b64data", "recover_since", "override", "expire_at"))),
+    ("subscribe", {"override": {"presence": {"value": None}}, "recover_since": {"offset": None, "epoch": None}}),
+    ("unsubscribe", {"user": None, "client": None, "session": None}),
+    ("disconnect", {"whitelist": [None, "c1"], "disconnect": {"code": 4000, "reason": "gone"}, "client": None}),
+    ("disconnect", {"whitelist": None, "disconnect": None}),
+    ("refresh", {"user": None, "expired": None, "expire_at": None}),
+    ("channels", {"pattern": None}),
+    ("history", {"limit": None, "reverse": None, "since": {"offset": None}}),
+    ("history", {"since": None, "limit": 1}),
+    ("batch", {"commands": None, "parallel": None}),
+]
+
+
+@pytest.mark.parametrize(("method", "fields"), NULLS)
+def test_null_means_absent(bench: Bench, method: str, fields: dict[str, Any]) -> None:
+    body = {"channel": "chat:1", "data": None} | fields
+    present = {name: value for name, value in body.items() if value is not None or name == "data"}
+    assert bench.call(method, body) == bench.call(method, present) | ({"offset": 1} if method == "publish" else {})
+    with pytest.raises(BadBody):
+        bench.call(method, body | {"user": 5, "channel": 5, "pattern": 5, "commands": 5})
+
+
+def test_null_in_fields_that_orders_carry(bench: Bench) -> None:
+    body = {"user": None, "channel": "chat:1", "data": [None, {"a": None}], "override": {"presence": {"value": None}}}
+    bench.call("subscribe", body | {"recover_since": {"offset": 7, "epoch": None}, "client": None})
+    terms = SubscribeOptions(data=b'[null, {"a": null}]', override={"presence": False})
+    assert bench.receiver.orders == [SubscribeOrder("", "chat:1", terms, "", "", Position(7, ""))]
+
+
+def test_null_as_data_and_in_data_stays(bench: Bench) -> None:
+    for data in (b"null", b'{"a":null}', b"[null]"):
+        body = b'{"channel":"plain","data":%b,"tags":{"a":"1","b":null},"delta":null}' % data
+        bench.call("publish", body)
+        bench.call("batch", b'{"commands":[{"publish":%b}],"parallel":null}' % body)
+        bench.call("broadcast", body.replace(b'"channel":"plain"', b'"channels":["plain"]'))
+        for channel, publication in bench.receiver.publications[-3:]:
+            assert (channel, publication.data, publication.tags) == ("plain", data, {"a": "1"})
+
+
+def test_a_channel_that_is_null_has_a_response_in_its_place(bench: Bench) -> None:
+    responses = bench.call("broadcast", {"channels": ["plain", None, "plain"], "data": 1})["responses"]
+    assert ["error" in response for response in responses] == [False, True, False]
+
+
+# -- several commands in one body -------------------------------------------------------------------------------------
+
+
+def pipeline(bench: Bench, *lines: bytes | dict[str, Any]) -> list[Any]:
+    body = b"\n".join(line if isinstance(line, bytes) else msgspec.json.encode(line) for line in lines)
+    return [json.loads(line) for line in finish(bench.api.call_named(body)).lines]
+
+
+def publish_line(text: Any, **fields: Any) -> dict[str, Any]:
+    return {"method": "publish", "params": {"channel": "plain", "data": text, **fields}}
+
+
+def test_commands_one_a_line_are_answered_one_a_line(bench: Bench) -> None:
+    responses = pipeline(
+        bench,
+        publish_line("a\nb"),
+        {"method": "presence_stats", "params": {"channel": "chat:1"}},
+        publish_line(2, channel="nope:1"),
+        {"method": "nothing"},
+        {"method": "publish", "params": []},
+        {"method": "channels", "params": None},
+        publish_line(3),
+    )
+    assert responses[:2] == [{"result": {}}, {"result": {"num_clients": 0, "num_users": 0}}]
+    assert [response["error"]["code"] for response in responses[2:5]] == [102, 104, 107]
+    assert set(responses[5]["result"]["channels"]) == {"chat:1", "chat:2"}
+    assert responses[6] == {"result": {}}
+    assert [publication.data for _, publication in bench.receiver.publications] == [b'"a\\nb"', b"3"]
+    assert len(pipeline(bench, publish_line(1), b"\r", publish_line(2), b"")) == 2
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b"7", b"null", b'{"method":1}', b'{"a":"\xff"}', b"{} {}"])
+def test_no_command_runs_if_a_line_is_not_a_command(bench: Bench, line: bytes) -> None:
+    with pytest.raises(BadBody):
+        pipeline(bench, publish_line(1), line, publish_line(2))
+    assert bench.receiver.publications == []
+
+
+def test_a_pipeline_is_bounded_like_a_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_api, "BATCH_BYTES", 30)
+    responses = pipeline(bench, *[publish_line(number) for number in range(5)])
+    assert responses == [{"result": {}}] * 3 + [{"error": {"code": 106, "message": "limit exceeded"}}] * 2
+    assert [publication.data for _, publication in bench.receiver.publications] == [b"0", b"1", b"2"]
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_many_commands_leave_turns_to_the_loop(bench: Bench, parallel: bool) -> None:
+    turns = 0
+
+    class Counted(TimeSlicer):
+        async def yield_to_loop(self) -> None:
+            nonlocal turns
+            turns += 1
+
+    api = http_api.HTTPAPI(bench.operations, slices=Counted(lambda: 0.0, 1.0, lambda run: None))
+    commands: list[dict[str, Any]] = [{}] * 1000
+    finish(api.call("batch", msgspec.json.encode({"commands": commands, "parallel": parallel})))
+    assert turns >= 9
+    turns = 0
+    finish(api.call_named(b"\n".join([b"{}"] * 1000)))
+    assert turns >= 9
 
 
 def test_unknown_keys_are_ignored(bench: Bench) -> None:
@@ -234,3 +347,31 @@ def test_replies_to_one_batch_have_a_size(bench: Bench, monkeypatch: pytest.Monk
         assert "error" not in replies[answered - 1]
     # What was refused was not done either.
     assert len([channel for channel, _ in bench.receiver.publications if channel == "plain"]) == 4
+
+
+NUMBERS = [
+    ("history", {"channel": "chat:1", "limit": None}),
+    ("history", {"channel": "chat:1", "since": {"offset": None, "epoch": ""}}),
+    ("publish", {"channel": "chat:1", "data": 1, "version": None}),
+    ("broadcast", {"channels": ["chat:1"], "data": 1, "version": None}),
+    ("subscribe", {"user": "ada", "channel": "chat:1", "expire_at": None}),
+    ("subscribe", {"user": "ada", "channel": "chat:1", "recover_since": {"offset": None}}),
+    ("disconnect", {"user": "ada", "disconnect": {"code": None, "reason": "gone"}}),
+    ("refresh", {"user": "ada", "expire_at": None}),
+]
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**100, -(2**63), -(2**64)])
+@pytest.mark.parametrize(("method", "fields"), NUMBERS)
+def test_a_number_of_any_size_has_an_answer(bench: Bench, method: str, fields: dict[str, Any], number: int) -> None:
+    body = json.dumps(fields).replace("null", str(number)).encode()
+    try:
+        result = bench.call(method, body)
+    except BadBody:
+        return
+    except ClientError as error:
+        assert error.code == 107
+        return
+    assert "error" not in json.dumps(result) or '"code": 107' in json.dumps(result)
+    for order in bench.receiver.orders:
+        assert msgspec.msgpack.encode(order)

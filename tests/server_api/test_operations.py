@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -84,7 +85,7 @@ def test_data_that_would_harm_readers_is_refused(bench: Bench, data: bytes, refu
     assert bench.receiver.publications == []
 
 
-@pytest.mark.parametrize("data", [b"{no json", b"\xff\x00", b'"\xff"', b"1 2", b"[" * 200 + b"]" * 200, b"\n"])
+@pytest.mark.parametrize("data", [b"{no json", b"\xff\x00", b'"\xff"', b"1 2", b"[" * 200 + b"]" * 200, b" "])
 def test_data_that_is_no_json_is_for_clients_of_protobuf(bench: Bench, data: bytes) -> None:
     for channel in ("plain", "bytes:1"):
         bench.call("publish", {"channel": channel, "b64data": base64.b64encode(data).decode()})
@@ -97,7 +98,20 @@ def test_data_that_is_no_json_is_for_clients_of_protobuf(bench: Bench, data: byt
 def test_a_channel_may_take_even_nothing(bench: Bench) -> None:
     bench.call("publish", {"channel": "bytes:1"})
     bench.call("publish", {"channel": "bytes:1", "data": {}})
-    assert [(one.data, one.binary) for _, one in bench.receiver.publications] == [(b"", True), (b"{}", False)]
+    assert [(one.data, one.binary) for _, one in bench.receiver.publications] == [(b"", False), (b"{}", False)]
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"\r\n"])
+def test_empty_data_is_for_all_clients(bench: Bench, data: bytes) -> None:
+    encoded = base64.b64encode(data).decode()
+    bench.call("publish", {"channel": "bytes:1", "b64data": encoded})
+    assert [(one.data, one.binary) for _, one in bench.receiver.publications] == [(data, False)]
+    [found] = bench.call("history", {"channel": "bytes:1", "limit": -1})["publications"]
+    assert found == {"data": None, "b64data": encoded, "offset": 1}
+
+
+def test_a_subscription_with_an_expiry_in_the_past_is_refused(bench: Bench) -> None:
+    assert bench.refusal("subscribe", {"user": "ada", "channel": "chat:1", "expire_at": 1000000000}) == 110
 
 
 def test_formats_that_fit(bench: Bench) -> None:
@@ -375,10 +389,35 @@ def test_subscribe_is_an_order_to_every_worker(bench: Bench, body: Any, order: O
 
 
 @pytest.mark.parametrize(
-    "body", [{"b64info": "no base64!"}, {"b64info": encoded(b"\xff")}, {"b64data": encoded(b"{")}, {"b64data": "ü"}]
+    "body", [{"b64info": "no base64!"}, {"info": json.loads("[" * 200 + "]" * 200)}, {"b64data": "ü"}]
 )
-def test_what_clients_could_not_read_is_no_part_of_a_subscription(bench: Bench, body: Any) -> None:
+def test_subscribe_refuses_text_that_is_not_base64_and_json_that_is_too_deep(bench: Bench, body: Any) -> None:
     assert bench.refusal("subscribe", {"user": "ada", "channel": "chat:1", **body}) == 107
+    assert bench.receiver.orders == []
+
+
+def test_subscribe_with_bytes_that_are_not_json(bench: Bench) -> None:
+    assert bench.call("subscribe", {"channel": "chat:1", "b64info": encoded(b"\xff\n"), "b64data": encoded(b"{")}) == {}
+    assert bench.receiver.orders == [SubscribeOrder("", "chat:1", SubscribeOptions(b"\0\xff\n", b"\0{"))]
+
+
+def test_base64_may_have_line_ends(bench: Bench) -> None:
+    text = json.dumps("x" * 100).encode()
+    for spelled in (base64.encodebytes(text).decode(), base64.encodebytes(text).decode().replace("\n", "\r\n")):
+        bench.call("publish", {"channel": "plain", "b64data": spelled})
+        bench.call("subscribe", {"channel": "chat:1", "b64info": spelled, "b64data": spelled})
+        assert bench.receiver.publications[-1][1].data == text
+        assert bench.receiver.orders[-1] == SubscribeOrder("", "chat:1", SubscribeOptions(text, text))
+
+
+@pytest.mark.parametrize("limit", [2**63, 2**64, 10**100, -2, -(2**64)])
+def test_a_number_beyond_64_bits_is_a_bad_request(bench: Bench, limit: int) -> None:
+    assert bench.refusal("history", {"channel": "chat:1", "limit": limit}) == 107
+    for method in (bench.operations.history, partial(bench.operations.subscribe, "ada")):
+        with pytest.raises(ClientError) as caught:
+            name = "since" if method == bench.operations.history else "recover_since"
+            finish(method("chat:1", **{name: Position(limit, "e")}))
+        assert caught.value.code == 107
     assert bench.receiver.orders == []
 
 

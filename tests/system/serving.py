@@ -58,6 +58,7 @@ BASE: Sections = {
             {"name": "checked", "allow_subscribe_for_client": True},
             {
                 "name": "stream",
+                "publication_data_format": "binary",
                 "history_size": 100_000,
                 "history_ttl": "600s",
                 "force_recovery": True,

@@ -336,6 +336,117 @@ async def test_an_insecure_api_needs_no_key_and_a_disabled_one_is_404() -> None:
             await site.stop()
 
 
+@pytest.mark.parametrize(("verdict", "status"), [(False, 401), (True, 200)])
+@on_loop
+async def test_keys_are_compared_in_constant_time(
+    site: Site, monkeypatch: pytest.MonkeyPatch, verdict: bool, status: int
+) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return verdict
+
+    monkeypatch.setattr("hmac.compare_digest", compare)
+    url = await site.start()
+    keys = (KEY, KEY[:-1], "k", "another")
+    for key in keys:
+        assert (await fetch("POST", f"{url}/api/info", data=b"{}", headers={"X-API-Key": key})).status_code == status
+    assert set(compared) == {(key.encode(), KEY.encode()) for key in keys}
+
+
+OF_PAGES = [
+    ({}, 200),
+    ({"Origin": "SERVER"}, 200),
+    ({"Origin": "SERVER", "Sec-Fetch-Site": "same-origin"}, 200),
+    ({"Sec-Fetch-Site": "none"}, 200),
+    ({"Origin": "http://evil.example"}, 403),
+    ({"Origin": "http://localhost:5173"}, 403),
+    ({"Origin": "null"}, 403),
+    ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ({"Sec-Fetch-Site": "same-site"}, 403),
+    ({"Origin": "SERVER", "Sec-Fetch-Site": "cross-site"}, 403),
+]
+
+
+@pytest.mark.parametrize(("headers", "status"), OF_PAGES)
+@pytest.mark.parametrize("path", ["/api/publish", "/api"])
+@on_loop
+async def test_a_page_of_another_origin_can_not_call_an_insecure_api(
+    headers: dict[str, str], status: int, path: str
+) -> None:
+    body = b'{"channel":"plain","data":1,"method":"publish","params":{"channel":"plain","data":1}}'
+    site = Site(insecure=True, key="")
+    url = await site.start()
+    try:
+        sent = {name: url if value == "SERVER" else value for name, value in headers.items()}
+        answer = await fetch("POST", url + path, data=body, headers={"Content-Type": "text/plain", **sent})
+        assert answer.status_code == status
+        assert site.faults() == ({"origin": 1} if status == 403 else {})
+    finally:
+        await site.stop()
+
+
+@on_loop
+async def test_a_page_that_knows_the_key_may_call_the_api_from_any_origin(site: Site) -> None:
+    url = await site.start()
+    headers = {"X-API-Key": KEY, "Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}
+    assert (await fetch("POST", f"{url}/api/info", data=b"{}", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("size", [0, 2, 4096, 64 * 1024])
+@on_loop
+async def test_a_wrong_key_keeps_the_connection(size: int) -> None:
+    site = Site(max_body_size=1 << 20)
+    await site.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    try:
+        head = b"POST /api/info HTTP/1.1\r\nHost: x\r\nX-API-Key: %b\r\nContent-Length: %d\r\n\r\n"
+        for _ in range(3):
+            writer.write(head % (b"wrong", size) + b"x" * size)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 401 ") and b"Connection: close" not in answer
+        writer.write(head % (KEY.encode(), 2) + b"{}")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        assert site.faults() == {"api_key": 3}
+    finally:
+        writer.close()
+        await site.stop()
+
+
+@pytest.mark.parametrize("headers", [b"Content-Length: 65537", b"Transfer-Encoding: chunked"])
+@on_loop
+async def test_a_wrong_key_with_a_long_body_closes_the_connection(headers: bytes) -> None:
+    site = Site(max_body_size=1 << 20)
+    await site.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    try:
+        writer.write(b"POST /api/info HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % headers)
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 401 ") and b"Connection: close" in answer
+    finally:
+        writer.close()
+        await site.stop()
+
+
+@on_loop
+async def test_commands_one_a_line(site: Site) -> None:
+    url = await site.start()
+    line = b'{"method":"publish","params":{"channel":"plain","data":%b}}'
+    body = b"\n".join([line % b"1", b'{"method":"nothing"}', line % b"2", b""])
+    for mode in ("", "transport"):
+        headers = {"X-API-Key": KEY, "X-Centrifugo-Error-Mode": mode}
+        answer = await fetch("POST", f"{url}/api", data=body, headers=headers)
+        assert (answer.status_code, answer.headers["Content-Type"]) == (200, "application/json")
+        assert answer.content.split(b"\n") == [
+            b'{"result":{}}',
+            b'{"error":{"code":104,"message":"not found"}}',
+            b'{"result":{}}',
+        ]
+    answer = await fetch("POST", f"{url}/api", data=body + b"junk", headers={"X-API-Key": KEY})
+    assert answer.status_code == 400
+
+
 @on_loop
 async def test_keys_are_never_logged(site: Site) -> None:
     lines: list[str] = []

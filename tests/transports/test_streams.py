@@ -276,6 +276,24 @@ async def test_http_stream_refuses_get(path: str) -> None:
         assert await stage.status(get(path + QUERY)) == 405
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        get(UNI_SSE + "?cf_connect=x"),
+        get(UNI_SSE + "?cf_connect=%5B%5D"),
+        post(UNI_SSE, b'{"token":5}'),
+        post(UNI_HTTP_STREAM, b'{"data":}'),
+        post(UNI_HTTP_STREAM, b'{"token":"\xff"}'),
+    ],
+)
+async def test_a_one_way_stream_for_an_unreadable_request_is_400(request_: bytes) -> None:
+    async with streaming() as stage:
+        client = await stage.request(request_)
+        await eventually(lambda: client.lost)
+        assert client.status == 400
+        assert stage.sessions == []
+
+
 @pytest.mark.parametrize("query", ["", "?", "?cf_connect", "?cf_connect=", "?other=1"])
 async def test_a_query_without_command_is_400(query: str) -> None:
     async with streaming() as stage:
@@ -474,7 +492,9 @@ async def test_a_stream_ends_with_a_disconnect_push(
     path: str, read: Callable[[Client], list[Any]], push: dict[str, Any]
 ) -> None:
     async with streaming() as stage:
-        client = await stage.stream(post(path, b"close"))
+        stage.make_session = Silent
+        client = await stage.stream(post(path, HELLO))
+        stage.sessions[0].connection.close(3001, "shutdown")
         await eventually(lambda: client.lost)
         assert read(client) == [push]
         assert chunks(client)[1]

@@ -210,9 +210,9 @@ async def test_of_two_hundred_connections_the_first_hundred_are_accepted() -> No
 @pytest.mark.parametrize(
     ("more", "path", "good", "bad"),
     [
-        ((), "", text("{}"), binary(b"\0")),
-        ((), "?format=json", text("{}"), binary(b"\0")),
-        (("Sec-WebSocket-Protocol: centrifuge-json",), "", text("{}"), binary(b"\0")),
+        ((), "", text("{}"), binary(b"\xff")),
+        ((), "?format=json", text("{}"), binary(b"\xff")),
+        (("Sec-WebSocket-Protocol: centrifuge-json",), "", text("{}"), binary(b"\xff")),
         ((PROTOBUF,), "", binary(b"\xff\0"), text("\0")),
         ((), "?format=protobuf", binary(b"\xff\0"), text("\0")),
         ((), "?cf_protocol=protobuf", binary(b"\xff\0"), text("\0")),
@@ -319,6 +319,16 @@ async def test_a_peer_that_leaves_within_a_message_leaves_no_buffered_bytes() ->
 UNI = settings.UniWebSocketSettings(enabled=True)
 
 
+@pytest.mark.parametrize("one_way", [False, True])
+async def test_json_may_come_in_a_binary_frame(one_way: bool) -> None:
+    async with staged(**({"websocket": UNI} if one_way else {})) as stage:
+        client = await stage.open()
+        client.send(binary('{"text":"é"}'.encode()))
+        await eventually(lambda: bool(stage.sessions[0].received))
+        assert stage.sessions[0].received == ['{"text":"é"}'.encode()]
+        client.leave()
+
+
 async def test_a_unidirectional_client_may_send_one_message() -> None:
     async with staged(websocket=UNI) as stage:
         client = await stage.open()
@@ -383,7 +393,7 @@ async def test_a_unidirectional_websocket_does_not_support_protobuf() -> None:
         client = await stage.request(handshake(PROTOBUF, path=UNI.handler_prefix + "?format=protobuf"))
         assert client.status == 101
         assert b"centrifuge-protobuf" not in client.response
-        client.send(binary(b"\0"))
+        client.send(binary(b"\xff"))
         assert (await client.closed())[0] == 3501
 
 

@@ -252,6 +252,28 @@ async def test_addresses_that_are_not_public_get_no_connection(provide: Any, hos
 
 
 @on_loop
+async def test_an_allowed_host_is_asked_over_http_and_at_a_private_address(provide: Any) -> None:
+    provider = provide(lambda path, _: answer(published(one=ONE)))
+    allowing = fetcher(allow_insecure=False, allowed_hosts=("localhost", "keys.auth.svc"))
+    assert set(await allowing(provider.at(host="localhost"))) == {"one"}
+    for other in ("127.0.0.1", "keys.auth.svc.localhost", "localhost."):
+        with pytest.raises(KeysUnavailable, match="not an https address"):
+            await allowing(provider.at(host=other))
+    with pytest.raises(KeysUnavailable, match="not public"):
+        await allowing(provider.at(host="127.0.0.1").replace("http:", "https:"))
+    assert provider.requests == ["/keys"]
+
+
+@on_loop
+async def test_the_verifier_of_a_worker_asks_allowed_hosts(provide: Any) -> None:
+    provider = provide(lambda path, _: answer(published(one=ONE)))
+    table = TokenSettings(jwks_public_endpoint=provider.at(), jwks_allowed_hosts=("127.0.0.1",))
+    verifier = make_verifier(ClientSettings(token=table), reactor, Metrics(), lambda: NOW)
+    token = jwt.encode({"sub": "42"}, ONE, "RS256", {"kid": "one"})
+    assert (await verifier.connection(token)).user == "42"
+
+
+@on_loop
 async def test_a_name_with_one_address_that_is_not_public_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
     found = [(*entry, ("8.8.8.8", 443)), (*entry, ("169.254.169.254", 443))]
