@@ -12,10 +12,12 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
 from realtime.config.settings import EngineSettings
@@ -26,6 +28,7 @@ from realtime.process.link import PEER_ENDED, Link, adopt
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
+from realtime.pubsub.engine import MESSAGES_DROPPED, Publish, ReportSubscriptions
 from realtime.pubsub.history import make_epoch
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
@@ -42,6 +45,9 @@ BEAT_INTERVAL = 1.0
 PATIENCE = 0.25
 """Share of a worker's queue that answers may fill before its further requests wait. The rest is for publications."""
 
+RESTORE_TIMEOUT = 1.0
+"""Seconds for which a restarted broker holds requests until all workers have restored their subscriptions."""
+
 _log = Logger()
 _decode = broker_messages.message_decoder(broker_messages.TO_BROKER)
 
@@ -51,11 +57,25 @@ class Broker:
 
     reactor: twisted's, with monotonic `seconds`. ledger: the loop's, which is charged for the links and the sweeps.
     instance: identifies this run of the broker.
+    workers: their number; 0 for unknown. is_restoring: see `restore`. held_limit: bytes of one worker's requests that
+    are held meanwhile.
     """
 
     def __init__(
-        self, settings: EngineSettings, metrics: Metrics, reactor: Any, ledger: LoopTimeLedger | None = None
+        self,
+        settings: EngineSettings,
+        metrics: Metrics,
+        reactor: Any,
+        ledger: LoopTimeLedger | None = None,
+        workers: int = 0,
     ) -> None:
+        self._workers = workers
+        self.is_restoring = False
+        self._has_restored = False
+        self._restore_timer: IDelayedCall | None = None
+        self.held_limit = settings.queue_max_size
+        self._link_drops = metrics.counter(*MESSAGES_DROPPED, reason="link")
+        self._restart_drops = metrics.counter(*MESSAGES_DROPPED, reason="restart")
         self._ledger = ledger or LoopTimeLedger(time.monotonic_ns)
         self._charged_sweep = self._ledger.charging(self._ledger.open(LoopWork.TIMERS), self._continue_sweep)
         self._sweep_timer: object | None = None  # of a sweep that did not free everything
@@ -93,6 +113,40 @@ class Broker:
         self._peers[slot] = peer = _WorkerPeer(self, str(slot), self._make_link)
         adopt(self._reactor, fd, peer.link)
 
+    def restore(self) -> None:
+        """Handle the first worker of an earlier broker: hold all requests until every worker has restored its state.
+
+        Otherwise the publications that waited at the first worker would miss the subscribers of the others.
+        """
+        if not self._has_restored and not self.is_restoring and self._workers > 1:
+            self.is_restoring = True
+            self._restore_timer = self._reactor.callLater(RESTORE_TIMEOUT, self._stop_waiting)
+
+    def note_restored(self) -> None:
+        """Carry out the held requests, if every worker has restored its state."""
+        if self.is_restoring and sum(peer.has_restored for peer in self._peers.values()) >= self._workers:
+            assert self._restore_timer is not None
+            self._restore_timer.cancel()
+            self._release()
+
+    def _stop_waiting(self) -> None:
+        """Carry out the held requests, as a worker takes too long. Publications without history may be lost to it."""
+        self._restart_drops.value += sum(peer.unstored for peer in self._peers.values())
+        _log.warn(
+            "{present} of {workers} workers have restored their subscriptions within {seconds} s;"
+            " publications without history do not reach the others",
+            present=sum(peer.has_restored for peer in self._peers.values()),
+            workers=self._workers,
+            seconds=RESTORE_TIMEOUT,
+        )
+        self._release()
+
+    def _release(self) -> None:
+        self._restore_timer = None
+        self.is_restoring, self._has_restored = False, True
+        for peer in list(self._peers.values()):
+            peer.release()
+
     def _make_link(self, on_frame: Callable[[int, bytes], None]) -> Link:
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
@@ -103,7 +157,8 @@ class Broker:
         """Let the clients of a worker leave, as it has ended or its link was cut."""
         if reason != PEER_ENDED:
             self.cuts.value += 1
-        self.core.detach(link)
+        self._link_drops.value += link.dropped
+        self.core.detach(link, self.now())
         for slot, peer in self._peers.items():
             if peer.link is link:
                 _log.info("the stream to worker {slot} ended: {reason}; its clients leave", slot=slot, reason=reason)
@@ -160,6 +215,7 @@ class _WorkerPeer:
     """Carries out the requests of one worker, for as long as one stream to it lasts.
 
     address: of the worker, see `SendOrder`. make_link: makes the link, which calls its argument with each frame.
+    has_restored: the worker's state is complete. unstored: publications without history among the held requests.
     """
 
     def __init__(self, broker: Broker, address: str, make_link: Callable[[Callable[[int, bytes], None]], Link]) -> None:
@@ -170,6 +226,10 @@ class _WorkerPeer:
         self._core.attach(self.link, address)
         self._now = broker.now
         self._is_returning = False
+        self.has_restored = False
+        self._held: deque[tuple[int, bytes]] | None = None  # frames, while the broker is restoring
+        self._held_bytes = 0
+        self.unstored = 0
         # By kind. Before Hello, anything else is out of place.
         self._requests: dict[type, Callable[[Link, float, Any], Any]] = {}
         self._others: dict[type, Callable[[Link, float, Any], None]] = {broker_messages.Hello: self._hello}
@@ -177,7 +237,7 @@ class _WorkerPeer:
     def replace(self) -> None:
         """Drop the state of this stream at once, not only when its end is noticed: its slot has a new stream."""
         self.link.cut("another stream took its place")
-        self._core.detach(self.link)
+        self._core.detach(self.link, self._now())
 
     def receive(self, number: int, body: bytes) -> None:
         """Carry out one message. Raises BadFrame, and nothing else, if it is invalid or out of place."""
@@ -187,6 +247,9 @@ class _WorkerPeer:
             # msgspec's own errors and UnicodeDecodeError are ValueErrors.
             raise BadFrame(f"not a message: {error}") from error
         kind = type(message)
+        if self._held is not None and kind is not broker_messages.Restore:
+            self._hold(number, body, message)
+            return
         if operation := self._requests.get(kind):
             self._broker.requests.value += 1
             answer = self._answer(operation, message, number)
@@ -196,6 +259,29 @@ class _WorkerPeer:
             note(self.link, self._now(), message)
         else:
             raise BadFrame(f"{kind.__name__} is out of place")
+
+    def _hold(self, number: int, body: bytes, message: Any) -> None:
+        assert self._held is not None
+        # The first report of subscriptions is the end of the worker's state.
+        if not self.has_restored and isinstance(message, ReportSubscriptions):
+            self.has_restored = True
+            self._core.take_note(self.link, self._now(), message)
+            self._broker.note_restored()
+            return
+        self._held.append((number, body))
+        self._held_bytes += len(body)
+        self.unstored += isinstance(message, Publish) and not message.history_options.enabled
+        if self._held_bytes > self._broker.held_limit:
+            self.release()
+
+    def release(self) -> None:
+        """Carry out the held requests."""
+        held, self._held = self._held, None
+        try:
+            while held:
+                self.receive(*held.popleft())
+        except BadFrame as error:
+            self.link.cut(str(error))
 
     def _answer(self, operation: Callable[[Link, float, Any], Any], request: Any, number: int) -> bytes:
         """Carry out a request and return the frame of its answer."""
@@ -219,6 +305,10 @@ class _WorkerPeer:
         # When its previous stream to this same broker ended, its clients left; now they join again. The subscribers
         # of another broker never received those leaves, so they receive no joins either.
         self._is_returning = message.instance == self._broker.instance
+        if message.instance and not self._is_returning:
+            self._broker.restore()
+        if self._broker.is_restoring:
+            self._held = deque()
         operations = self._core.operations
         self._requests = {kind: operations[kind] for kind in broker_messages.REQUESTS}
         self._others = {kind: operations[kind] for kind in broker_messages.NOTICES}
@@ -238,7 +328,10 @@ class BrokerService:
 
     def __init__(self, process: child.Child) -> None:
         self._process = process
-        self._broker = Broker(process.settings.engine, process.metrics, process.reactor, process.accounts)
+        settings = process.settings
+        self._broker = Broker(
+            settings.engine, process.metrics, process.reactor, process.accounts, settings.workers.count
+        )
 
     async def start(self) -> None:
         """Begin the sweeps. Workers are served as soon as their links come."""

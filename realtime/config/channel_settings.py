@@ -26,6 +26,15 @@ class ChannelOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     force_push_join_leave: Annotated[
         bool, about("All subscribers receive join and leave events, whether or not they ask for them.")
     ] = False
+    presence_grace: Annotated[
+        float,
+        Meta(ge=0, le=300),
+        about(
+            "Time for which a user stays listed after the end of its connection. If the user returns in time, other"
+            " clients see neither a leave nor a join, and the new connection is listed with the id of the old one."
+            " 0: no grace."
+        ),
+    ] = 0.0
     history_size: Annotated[
         NonNegative,
         about("Maximum number of publications in a channel's history. Needs history_ttl. 0: no history."),

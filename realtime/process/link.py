@@ -32,6 +32,9 @@ CLOSE_TIMEOUT = 2.0
 
 PEER_ENDED = "the peer ended the stream"
 
+# The request number in the head of frames that are no answers.
+_UNNUMBERED = bytes(8)
+
 _log = Logger()
 
 
@@ -61,7 +64,8 @@ class Link(Protocol):
     both ends may differ then. on_end: called once with the reason when the stream has ended, at either end's wish.
     ledger: the loop's, whose ENGINE account is charged. patience: bytes queued for the peer from which on its further
     frames wait until half of them are sent, so that a peer that reads slower than it asks is slowed down; 0 for no
-    limit. Only one end of a stream may have one, or each could wait for the other.
+    limit. Only one end of a stream may have one, or each could wait for the other. dropped: counts the queued frames
+    without a number that were never sent.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Link(Protocol):
         self._is_paused = False
         self._flush_call: asyncio.Handle | IDelayedCall | None = None
         self._close_timer: IDelayedCall | None = None
+        self.dropped = 0
         self._end_reason = ""  # once nothing is sent or received any more
 
     @property
@@ -207,6 +212,7 @@ class Link(Protocol):
         self._end_reason = "closed"
         self._transport.unregisterProducer()
         self._transport.write(b"".join(self._queue))
+        self._queue.clear()
         self._drop()
         self._close_timer = self._reactor.callLater(CLOSE_TIMEOUT, self._abort_close)
         self._transport.loseConnection()
@@ -216,6 +222,7 @@ class Link(Protocol):
         self._transport.abortConnection()
 
     def _drop(self) -> None:
+        self.dropped += sum(frame[4:12] == _UNNUMBERED for frame in self._queue)
         self._queue.clear()
         self._unread = None
         self._queued_bytes = self._bytes_in_transport = 0

@@ -2,7 +2,7 @@
 
 Commands start in order of arrival, one at a time. Where `client.concurrency` allows several at a time, connect still
 runs alone, and the commands of one channel keep their order. While more than `client.command_queue` commands wait, the
-socket is not read.
+socket is not read. The commands of a long message are decoded one by one, as the queue has room and the loop has time.
 
 A session has no queue until a command has to wait, and drops the queue when it is empty: most sessions have none most
 of the time, and an empty deque is not small.
@@ -22,6 +22,12 @@ from realtime.protocol.session_state import ACCEPTING, OPENED, SessionState
 # Commands of one session started before other work gets a turn: half a millisecond's worth of simple ones.
 COMMANDS_AT_ONCE = 32
 
+# Bytes of a message from which on it is decoded one command at a step, and not at once.
+LONG_MESSAGE = 2048
+
+# Takes the place of an unreadable message behind the commands before it. An id without a request is invalid.
+_UNREADABLE = Command(id=1)
+
 
 class CommandRunner(Protocol):
     """The session, as its queue sees it.
@@ -39,6 +45,9 @@ class CommandRunner(Protocol):
     @property
     def busy_channels(self) -> Collection[str]: ...
 
+    def take_pong(self, command: Command) -> bool:
+        """Take a command if it is an expected pong, which never waits."""
+
     def start(self, command: Command) -> None:
         """Start one command. Raises ProtocolError for an invalid one."""
 
@@ -52,26 +61,58 @@ class CommandRunner(Protocol):
 class CommandQueue:
     """See the module.
 
-    commands: the waiting ones. is_starting: commands are being started, now or in the next turns of the loop.
-    is_paused: the socket is not read.
+    commands: the decoded ones. undecoded: the rest of long messages, and the messages behind them. is_starting:
+    commands are being started, now or in the next turns of the loop. is_paused: the socket is not read.
     """
 
-    __slots__ = ("_session", "commands", "is_paused", "is_starting")
+    __slots__ = ("_session", "commands", "is_paused", "is_starting", "undecoded")
 
     def __init__(self, session: CommandRunner) -> None:
         self._session = session
         self.commands: deque[Command] = deque()
+        self.undecoded: deque[Iterator[Command]] = deque()
         self.is_starting = self.is_paused = False
+
+    def append(self, commands: Iterator[Command], size: int) -> None:
+        """Append the commands of a message of `size` bytes."""
+        self.undecoded.append(commands)
+        if size <= LONG_MESSAGE and len(self.undecoded) == 1:
+            while self.undecoded:
+                self._decode_one()
+
+    def _decode_one(self) -> None:
+        """Decode the next command."""
+        try:
+            command = next(self.undecoded[0], None)
+        except ProtocolError:
+            # The commands before it are still carried out.
+            command = _UNREADABLE
+            self.undecoded.popleft()
+        if command is None:
+            self.undecoded.popleft()
+        elif not self._session.take_pong(command):
+            self.commands.append(command)
+
+    def clear(self) -> None:
+        """Drop all commands."""
+        self.commands.clear()
+        self.undecoded.clear()
 
     def start_ready(self) -> None:
         """Start all commands that may start now; a long run of them is divided over several turns of the loop."""
         self.is_starting = True
         slices = self._session.services.slices
+        is_long = bool(self.undecoded)
+        if is_long and not slices.has_time:
+            slices.add(self._start_others())
+            return
         while self._start_some():
             slices.start_slice()
             if not slices.has_time:
                 slices.add(self._start_others())
                 return
+        if is_long:
+            slices.start_slice()
         self._all_started()
 
     def _start_others(self) -> Iterator[None]:
@@ -80,19 +121,28 @@ class CommandQueue:
         self._all_started()
 
     def _start_some(self) -> bool:
-        """Start up to COMMANDS_AT_ONCE commands. Returns whether another might start."""
+        """Decode one command, or start up to COMMANDS_AT_ONCE. Returns whether another might start."""
         session, commands = self._session, self.commands
-        for _ in range(COMMANDS_AT_ONCE):
+        if self._has_to_decode():
+            self._decode_one()
+            number = 1
+        else:
+            number = COMMANDS_AT_ONCE
+        for _ in range(number):
             if not commands or session.state not in ACCEPTING:
-                return False
+                break
             command = self._pop_independent() if session.running else commands.popleft()
             if command is None:
-                return False
+                return self._has_to_decode()
             try:
                 session.start(command)
             except ProtocolError:
                 session.disconnect(*BAD_PROTOCOL)
-        return bool(commands)
+        return session.state in ACCEPTING and bool(commands or self.undecoded)
+
+    def _has_to_decode(self) -> bool:
+        limit = self._session.settings.client.command_queue if self._session.running else 1
+        return bool(self.undecoded) and len(self.commands) < limit
 
     def _pop_independent(self) -> Command | None:
         """Remove and return the first command that may run beside the running ones; None if there is none."""
@@ -111,15 +161,17 @@ class CommandQueue:
 
     def _all_started(self) -> None:
         self.is_starting = False
-        if not self.commands:
+        if not (self.commands or self.undecoded):
             self._session.queue = None
-        if self.is_paused and len(self.commands) <= self._session.settings.client.command_queue // 2:
+        limit = self._session.settings.client.command_queue // 2
+        if self.is_paused and not self.undecoded and len(self.commands) <= limit:
             self.is_paused = False
             self._session.resume_reading()
 
     def limit(self) -> None:
         """Stop reading the socket while too many commands wait."""
-        if len(self.commands) > self._session.settings.client.command_queue and not self.is_paused:
+        waiting = len(self.commands) > self._session.settings.client.command_queue or self.undecoded
+        if waiting and not self.is_paused:
             self.is_paused = True
             self._session.pause_reading()
 

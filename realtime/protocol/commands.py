@@ -28,6 +28,8 @@ from realtime.protocol.subscription import SubscriptionSource
 from realtime.pubsub.engine import GetHistory, GetPresence, GetPresenceStats, Publish
 from realtime.types import Position, SubscribeOptions
 
+# Times that a presence reply is begun, if joins and leaves are lost while it is made.
+PRESENCE_ATTEMPTS = 3
 # The share of a client's outbox that one page of history may fill.
 HISTORY_SHARE = 0.5
 
@@ -203,9 +205,23 @@ def _check_presence(session: Session, channel: str) -> None:
 
 async def presence(session: Session, id: int, request: messages.PresenceRequest) -> None:
     _check_presence(session, request.channel)
-    present = await session.services.engine.ask(GetPresence(request.channel))
-    infos = await session.services.slices.map_sliced(session.encoding.make_info, present.values())
-    session.reply(id, "presence", messages.PresenceResult(dict(zip(present, infos, strict=True))))
+    engine, hub, channel = session.services.engine, session.services.hub, request.channel
+    encode = session.encoding.encode_member
+    for _ in range(PRESENCE_ATTEMPTS):
+        present = await engine.ask(GetPresence(channel))
+        with hub.record_presence(channel) as record:
+            encoded = await session.services.slices.map_sliced(encode, present.values())
+        if record.is_complete or channel not in session.subscriptions:
+            break
+    else:
+        raise ClientError(*errors.INTERNAL_ERROR)
+    members = dict(zip(present, encoded, strict=True))
+    # The pushes of these joins and leaves have overtaken the reply.
+    for client, info in record.changes.items():
+        members.pop(client, None)
+        if info is not None:
+            members[client] = encode(info)
+    session.reply_to_presence(id, members.values())
 
 
 async def presence_stats(session: Session, id: int, request: messages.PresenceStatsRequest) -> None:

@@ -9,7 +9,7 @@ A *unidirectional* encoding carries one request, a bare ConnectRequest, and from
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from msgspec import Raw, Struct, UnsetType
@@ -45,6 +45,9 @@ class Encoding(Protocol):
         Raises ProtocolError at the first invalid command.
         """
 
+    def command_ids(self, message: bytes) -> Iterator[int]:
+        """Read the ids of the commands of one message, 0 for none, and nothing else. Raises ProtocolError."""
+
     def validate_data(self, raw: Raw | UnsetType) -> bytes:
         """Return the application's data, safe to store and pass on; b"" if it is absent. Raises ClientError 107."""
 
@@ -76,6 +79,12 @@ class Encoding(Protocol):
 
     def encode_error(self, id: int, error: ClientError) -> bytes:
         """Encode the error reply to command `id`."""
+
+    def encode_member(self, info: ClientInfo) -> bytes:
+        """Encode one entry of a presence reply."""
+
+    def encode_presence_reply(self, id: int, members: Iterable[bytes]) -> bytes:
+        """Encode the reply to the presence command `id` from its encoded entries: thousands take little time."""
 
     def encode_push(self, channel: str, name: str, body: Struct) -> bytes:
         """Encode a push. name: of the field that it sets, such as "pub". channel: "" for a push to the connection."""

@@ -6,7 +6,7 @@ byte except for raw line ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from realtime.protocol import messages
 from realtime.protocol.encodings import Encoding
 from realtime.protocol.messages import Command, ConnectRequest, Error, ProtocolError, Pub
 from realtime.pubsub.filters import MAX_DEPTH, MAX_NODES
-from realtime.types import Publication
+from realtime.types import ClientInfo, Publication
 
 
 class JSONEncoding:
@@ -35,16 +35,30 @@ class JSONEncoding:
         if _NEWLINE in message:
             return None
         try:
+            if len(message) > _SHORT:
+                _check_objects(message, _decode_outline)
             return _decode_command(message)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return _decode_without_nulls(message, Command)
 
     def decode_commands(self, message: bytes) -> Iterator[Command]:
         # A newline at the end of the message is allowed.
-        for line in message.removesuffix(b"\n").split(b"\n"):
-            command = self.decode_command(line)
+        start, end = 0, len(message) - message.endswith(b"\n")
+        while start <= end:
+            stop = message.find(b"\n", start, end)
+            if stop < 0:
+                stop = end
+            command = self.decode_command(message[start:stop])
             assert command is not None
             yield command
+            start = stop + 1
+
+    def command_ids(self, message: bytes) -> Iterator[int]:
+        try:
+            for line in message.removesuffix(b"\n").split(b"\n"):
+                yield _decode_id(line).id
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise ProtocolError("not a command") from None
 
     def validate_data(self, raw: Raw | UnsetType) -> bytes:
         return json_text.payload(raw)
@@ -68,6 +82,12 @@ class JSONEncoding:
 
     def encode_error(self, id: int, error: ClientError) -> bytes:
         return b'{"id":%d,"error":%b}' % (id, _encode(Error(error.code, error.message, error.temporary)))
+
+    def encode_member(self, info: ClientInfo) -> bytes:
+        return b"%b:%b" % (_encode(info.client), _encode(self.make_info(info)))
+
+    def encode_presence_reply(self, id: int, members: Iterable[bytes]) -> bytes:
+        return b'{"id":%d,"presence":{"presence":{%b}}}' % (id, b",".join(members))
 
     def encode_push(self, channel: str, name: str, body: Struct) -> bytes:
         return b'{"push":%b}' % _bare_push(channel, name, body)
@@ -102,6 +122,8 @@ class JSONPushEncoding(JSONEncoding):
 
     def decode_command(self, message: bytes) -> Command:
         try:
+            if len(message) > _SHORT:
+                _check_objects(message, _decode_push_outline)
             return Command(id=1, connect=_decode_connect(message or b"{}"))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return Command(id=1, connect=_decode_without_nulls(message, ConnectRequest))
@@ -117,6 +139,44 @@ class JSONPushEncoding(JSONEncoding):
 
 
 _NEWLINE = 10
+
+MAX_OBJECTS = 4096
+"""JSON objects in one command, outside the application's data: subscriptions of a connect, or nodes of a filter."""
+
+# Bytes of a command that holds few objects in any case.
+_SHORT = MAX_OBJECTS
+
+
+class _NumberedCommand(Struct):
+    id: int = 0
+
+
+class _DataOutline(Struct):
+    data: Raw = Raw(b"")
+
+
+class _Outline(Struct):
+    """The application's data in a command, which is not decoded, and costs little."""
+
+    rpc: _DataOutline | None = None
+    publish: _DataOutline | None = None
+    send: _DataOutline | None = None
+    connect: _DataOutline | None = None
+    subscribe: _DataOutline | None = None
+
+
+def _check_objects(message: bytes, decode_outline: Callable[[bytes], Any]) -> None:
+    """Refuse a command whose decoding takes long, before it is decoded. Raises ProtocolError, and as a decoder."""
+    objects = message.count(b"{")
+    if objects <= MAX_OBJECTS:
+        return
+    try:
+        outline = decode_outline(message)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise ProtocolError("not a command") from None
+    parts = msgspec.structs.astuple(outline) if isinstance(outline, _Outline) else (outline,)
+    if objects - sum(bytes(part.data).count(b"{") for part in parts if part is not None) > MAX_OBJECTS:
+        raise ProtocolError("too many objects")
 
 
 def _bare_push(channel: str, name: str, body: Struct) -> bytes:
@@ -214,6 +274,9 @@ _encode = msgspec.json.Encoder().encode
 _decode_items = msgspec.json.Decoder(list[Raw]).decode
 _decode_command = msgspec.json.Decoder(Command).decode
 _decode_connect = msgspec.json.Decoder(ConnectRequest).decode
+_decode_id = msgspec.json.Decoder(_NumberedCommand).decode
+_decode_outline = msgspec.json.Decoder(_Outline).decode
+_decode_push_outline = msgspec.json.Decoder(_DataOutline).decode
 
 JSON_ENCODING: Encoding = JSONEncoding()
 JSON_PUSHES: Encoding = JSONPushEncoding()

@@ -18,7 +18,7 @@ There are no replies and no pongs, so a refusal is a disconnect.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -31,7 +31,7 @@ from realtime.http.handshake import OpeningRequest
 from realtime.protocol import messages
 from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.client import ConnectedClient, release
-from realtime.protocol.command_queue import CommandQueue, channel_of
+from realtime.protocol.command_queue import LONG_MESSAGE, CommandQueue, channel_of
 from realtime.protocol.context import Connection, SessionServices, SessionSettings
 from realtime.protocol.messages import ProtocolError, SubscribeRequest
 from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, SessionState
@@ -56,8 +56,6 @@ _WITHOUT_REPLIES = {
 
 _NEVER = math.inf
 _PONG = messages.Command()
-# Takes the place of an unreadable message behind the commands before it. An id without a request is invalid.
-_UNREADABLE = messages.Command(id=1)
 _NO_FAILURES = (0, 0, -math.inf)
 _UNKNOWN_CLIENT = ClientInfo("", "")
 
@@ -151,7 +149,7 @@ class Session(SessionTimers):
             return
         if encoding.unidirectional and (self.running or self.state is CONNECTED):
             return
-        if self.running or self.queue is not None:
+        if self.running or self.queue is not None or len(message) > LONG_MESSAGE:
             self._enqueue(message)
             return
         # A single command with none before it starts at once, without a queue.
@@ -170,20 +168,17 @@ class Session(SessionTimers):
         queue = self.queue
         if queue is None:
             queue = self.queue = CommandQueue(self)
-        append = queue.commands.append
-        try:
-            for command in self.encoding.decode_commands(message):
-                if self._pong_by < _NEVER and command == _PONG:
-                    self._pong_received()
-                else:
-                    append(command)
-        except ProtocolError:
-            # The commands before it are still carried out.
-            append(_UNREADABLE)
+        queue.append(self.encoding.decode_commands(message), len(message))
         if not queue.is_starting:
             queue.start_ready()
         if self.queue is not None:
             queue.limit()
+
+    def take_pong(self, command: messages.Command) -> bool:
+        if self._pong_by < _NEVER and command == _PONG:
+            self._pong_received()
+            return True
+        return False
 
     def start(self, command: messages.Command) -> None:
         """Start one command. Raises ProtocolError for one that is invalid, or not allowed now."""
@@ -274,6 +269,11 @@ class Session(SessionTimers):
         if self.state is not SessionState.CLOSED:
             self._connection.send(self.encoding.encode_rpc_reply(id, result))
 
+    def reply_to_presence(self, id: int, members: Iterable[bytes]) -> None:
+        """Answer the presence command `id`; harmless after the end of the session. members: encoded entries."""
+        if self.state is not SessionState.CLOSED:
+            self._connection.send(self.encoding.encode_presence_reply(id, members))
+
     def _answer_failure(self, id: int, name: str, error: Exception) -> None:
         """Answer a command that raised `error`."""
         match error:
@@ -303,7 +303,7 @@ class Session(SessionTimers):
             # The commands behind a connect in the same message depend on it: they are dropped without a reply.
             self.state = SessionState.REFUSED
             if self.queue is not None:
-                self.queue.commands.clear()
+                self.queue.clear()
             self._limit_refused()
         elif not error.temporary and error.code != errors.TOKEN_EXPIRED[0]:
             self._count_failure(name)
@@ -416,11 +416,14 @@ class Session(SessionTimers):
             options, subscription.renewal = subscription.renewal, None
             self.subscribe(subscription.channel, options, None)
 
-    def remove_subscription(self, subscription: Subscription) -> None:
-        """End a subscription at any stage, without a wait for the engine, which may be away."""
+    def remove_subscription(self, subscription: Subscription, *, is_returning: bool = False) -> None:
+        """End a subscription at any stage, without a wait for the engine, which may be away.
+
+        is_returning: see `RemovePresence`.
+        """
         if self.subscriptions.get(subscription.channel) is subscription:
             del self.subscriptions[subscription.channel]
-        self._run_in_background(subscription.leave())
+        self._run_in_background(subscription.leave(is_returning=is_returning))
 
     def subscription_lost_position(self, subscription: Subscription) -> None:
         """Have the client subscribe again: it may have missed publications, and then recovers or learns of the gap."""
@@ -531,7 +534,7 @@ class Session(SessionTimers):
         if subscription is None:
             return
         was_active = subscription.is_active
-        self.remove_subscription(subscription)
+        self.remove_subscription(subscription, is_returning=was_active and code >= errors.LOST_POSITION[0])
         if was_active:  # otherwise its subscribe command gets an error reply
             self._push(channel, "unsubscribe", messages.UnsubscribePush(code, reason))
 
@@ -567,7 +570,7 @@ class Session(SessionTimers):
         self.state = SessionState.CLOSED
         self.services.deadlines.clear(self)
         if self.queue is not None:
-            self.queue.commands.clear()
+            self.queue.clear()
             self.queue = None
         if was_connected:
             self.services.sessions.remove(self)

@@ -272,7 +272,13 @@ class Subscription:
         self._entered = True
         options = self.channel_options
         await self._owner.services.engine.ask(
-            AddPresence(self.channel, self.info, present=options.presence, announce=options.join_leave)
+            AddPresence(
+                self.channel,
+                self.info,
+                present=options.presence,
+                announce=options.join_leave,
+                grace=options.presence_grace,
+            )
         )
 
     async def renew(self, channel_options: ResolvedChannel, info: ClientInfo) -> Position:
@@ -308,14 +314,17 @@ class Subscription:
         if self._entered:
             await self._enter_presence()
 
-    async def leave(self) -> None:
-        """End the subscription, at any stage. Raises EngineUnavailable; on this worker it has ended all the same."""
+    async def leave(self, *, is_returning: bool = False) -> None:
+        """End the subscription, at any stage. Raises EngineUnavailable; on this worker it has ended all the same.
+
+        is_returning: see `RemovePresence`.
+        """
         self.is_active = False
         self._left = True
         self._owner.services.hub.unsubscribe(self.channel, self)
         if self._entered:
             self._entered = False
-            await self._owner.services.engine.ask(RemovePresence(self.channel, self.info.client))
+            await self._owner.services.engine.ask(RemovePresence(self.channel, self.info.client, is_returning))
 
     # Called by the hub
 

@@ -10,7 +10,7 @@ clock that never goes back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
@@ -38,6 +38,7 @@ from realtime.pubsub.engine import (
     Unsubscribe,
 )
 from realtime.pubsub.history import ChannelStreams, IdempotencyCache
+from realtime.pubsub.presence import Presence
 from realtime.types import ClientInfo, EngineStats, HistoryPage, Position, Publication
 
 P = TypeVar("P")
@@ -86,26 +87,14 @@ class PeerDelivery(Protocol[P_contra]):
     def deliver_order(self, peers: Collection[P_contra], order: bytes) -> None: ...
 
 
-class PresenceEntry(Struct, frozen=True, array_like=True, gc=False):
-    """One client's subscription to a channel with presence or with joins and leaves (see `AddPresence`).
-
-    Kept in place of the request, which has the channel's name as well: there may be a million.
-    """
-
-    info: ClientInfo
-    present: bool
-    announce: bool
-
-
 class _PeerState:
     """State that belongs to one peer and is dropped with it."""
 
-    __slots__ = ("address", "channels", "presence", "subscriptions", "users")
+    __slots__ = ("address", "channels", "subscriptions", "users")
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.channels: set[str] = set()
-        self.presence: dict[str, dict[str, PresenceEntry]] = {}  # by channel and client
         self.users: dict[str, str] = {}  # client -> user, of the connected clients
         self.subscriptions = 0
 
@@ -124,6 +113,7 @@ class BrokerCore(Generic[P]):
         self._max_channels = max_channels
         self._streams = ChannelStreams(max_channels)
         self._idempotency = IdempotencyCache(max_channels)
+        self._presence: Presence[P] = Presence(max_channels, self._announce_join, self._announce_leave)
         self._routes: dict[str, list[P]] = {}
         self._peers: dict[P, _PeerState] = {}
         self._addresses: dict[str, P] = {}
@@ -148,7 +138,7 @@ class BrokerCore(Generic[P]):
 
     @property
     def streams(self) -> int:
-        """The number of channels with a history, or at least a position."""
+        """The number of channels with a history, or at least a position above 0."""
         return len(self._streams)
 
     # Peers
@@ -156,9 +146,10 @@ class BrokerCore(Generic[P]):
     def attach(self, peer: P, address: str = "") -> None:
         """Add a peer without any state. address: for orders to it alone; the latest peer with an address has it."""
         self._peers[peer] = _PeerState(address)
+        self._presence.attach(peer)
         self._addresses[address] = peer
 
-    def detach(self, peer: P) -> None:
+    def detach(self, peer: P, now: float) -> None:
         """Remove a peer: its clients leave, which the others receive, and are disconnected. Idempotent."""
         state = self._peers.pop(peer, None)
         if state is None:
@@ -169,9 +160,7 @@ class BrokerCore(Generic[P]):
             self._unroute(channel, peer)
         for user in state.users.values():
             self._remove_connection(user)
-        for channel, entries in state.presence.items():
-            for entry in entries.values():
-                self._announce_leave(channel, entry)
+        self._presence.detach(now, peer, state.users)
 
     def restore(
         self,
@@ -189,7 +178,7 @@ class BrokerCore(Generic[P]):
         for channel in channels:
             self._route(channel, peer)
         for request in presence:
-            self._add_presence(peer, request, announce=announce)
+            self._presence.add(peer, request, restored=True, announce=announce)
         for info in clients:
             self._add_client(peer, info)
 
@@ -207,7 +196,7 @@ class BrokerCore(Generic[P]):
         if not request.history_options.enabled:
             publication = Publication(request.data, 0, request.info, request.tags, request.delta, request.binary)
             position = Position()
-        elif version and not (stream := self._streams.open(now, channel, request.history_options)).advance(
+        elif version and not (stream := self._streams.open_to_publish(now, channel, request.history_options)).advance(
             version, request.version_epoch
         ):
             publication, position = None, stream.position
@@ -232,16 +221,17 @@ class BrokerCore(Generic[P]):
         self._streams.remove(request.channel)
 
     def sweep(self, now: float, limit: int = 1000) -> bool:
-        """Free expired history and idempotency keys; takes at most `limit` times 2 microseconds.
+        """Free expired history and idempotency keys, and let absent clients leave, at most `limit` of each: 2 us each.
 
         Returns True if there may be more: call again soon. Otherwise call it every quarter of a second or so.
         """
         more = self._streams.sweep(now, limit)
+        more = self._presence.sweep(now, limit) or more
         return self._idempotency.sweep(now, limit) or more
 
     def has_expirable(self) -> bool:
-        """Whether there is history or an idempotency key, which `sweep` has to look at."""
-        return bool(self._streams or self._idempotency)
+        """Whether there is history, an idempotency key or an absent client, which `sweep` has to look at."""
+        return bool(self._streams or self._idempotency or self._presence.absent)
 
     # Routing
 
@@ -284,53 +274,29 @@ class BrokerCore(Generic[P]):
 
     @carries_out(AddPresence)
     def add_presence(self, peer: P, now: float, request: AddPresence) -> None:
-        by_channel = self._peers[peer].presence
-        tracked = request.present or request.announce
-        if tracked and request.channel not in by_channel and len(by_channel) >= self._max_channels:
-            raise ClientError(*LIMIT_EXCEEDED)
-        self._add_presence(peer, request, announce=True)
-
-    def _add_presence(self, peer: P, request: AddPresence, *, announce: bool) -> None:
-        channel, info = request.channel, request.info
-        if not (request.present or request.announce):
-            return
-        entries = self._peers[peer].presence.setdefault(channel, {})
-        is_known = info.client in entries
-        entries[info.client] = PresenceEntry(info, request.present, request.announce)
-        peers = self._routes.get(channel)
-        if announce and request.announce and peers and not is_known:
-            self._delivery.deliver_join(peers, channel, info)
+        self._presence.add(peer, request)
 
     @carries_out(RemovePresence)
     def remove_presence(self, peer: P, now: float, request: RemovePresence) -> None:
-        by_channel = self._peers[peer].presence
-        entries = by_channel.get(request.channel)
-        entry = entries.pop(request.client, None) if entries is not None else None
-        if entry is None:
-            return
-        if not entries:
-            del by_channel[request.channel]
-        self._announce_leave(request.channel, entry)
+        self._presence.remove(now, peer, request, is_connected=request.client in self._peers[peer].users)
 
-    def _announce_leave(self, channel: str, entry: PresenceEntry) -> None:
+    def _announce_join(self, channel: str, info: ClientInfo) -> None:
         peers = self._routes.get(channel)
-        if entry.announce and peers:
-            self._delivery.deliver_leave(peers, channel, entry.info)
+        if peers:
+            self._delivery.deliver_join(peers, channel, info)
+
+    def _announce_leave(self, channel: str, info: ClientInfo) -> None:
+        peers = self._routes.get(channel)
+        if peers:
+            self._delivery.deliver_leave(peers, channel, info)
 
     @carries_out(GetPresence)
     def get_presence(self, peer: P, now: float, request: GetPresence) -> dict[str, ClientInfo]:
-        return {info.client: info for info in self._present(request.channel)}
+        return self._presence.list(request.channel)
 
     @carries_out(GetPresenceStats)
     def get_presence_stats(self, peer: P, now: float, request: GetPresenceStats) -> tuple[int, int]:
-        users = [info.user for info in self._present(request.channel)]
-        return len(users), len(set(users))
-
-    def _present(self, channel: str) -> Iterator[ClientInfo]:
-        for state in self._peers.values():
-            for entry in state.presence.get(channel, {}).values():
-                if entry.present:
-                    yield entry.info
+        return self._presence.count(request.channel)
 
     # Clients and statistics
 
@@ -354,6 +320,8 @@ class BrokerCore(Generic[P]):
     @takes_note(RemoveClient)
     def remove_client(self, peer: P, now: float, notice: RemoveClient) -> None:
         self._remove_client(peer, notice.client)
+        if self._presence.absent:
+            self._presence.client_gone(now, notice.client)
 
     def _remove_client(self, peer: P, client: str) -> None:
         user = self._peers[peer].users.pop(client, None)

@@ -39,6 +39,9 @@ A page always holds at least one publication, so paging on reads everything. A r
 missed publications exceed it does not recover.
 """
 
+MESSAGES_DROPPED = ("realtime_messages_dropped", "Publications, joins and leaves lost on their way to subscribers.")
+"""Name and help of the counter of lost messages, by `reason`."""
+
 Answer = TypeVar("Answer")
 
 
@@ -85,7 +88,8 @@ class GetHistory(EngineRequest[HistoryPage], tag=6, frozen=True, gc=False):
     limit: 0 for the position alone, -1 for all stored publications. reverse: newest first, those before `since`.
     max_bytes: ends the page early, though never before its first publication; values over PAGE_BYTES count as
     PAGE_BYTES. Without history (`history_options.enabled`): no publications and (0, "").
-    A query for an unknown channel creates its epoch, and keeps it. The caller compares `since.epoch`.
+    A channel without a publication has an epoch as well, which is its first publication's, and takes no memory. The
+    caller compares `since.epoch`.
     """
 
     channel: str
@@ -134,19 +138,27 @@ class AddPresence(EngineRequest[None], tag=8, frozen=True, gc=False):
     """Add a client's subscription to the channel. Repeated for a client, it replaces `info` without a second join.
 
     present: list the client in `GetPresence`. announce: deliver a join now and a leave at the end to the subscribers.
+    grace: seconds for which the client stays listed after the end of its connection. A client of the same user that
+    comes meanwhile takes its place, without a leave and a join.
     """
 
     channel: str
     info: ClientInfo
     present: bool
     announce: bool
+    grace: float = 0.0
 
 
 class RemovePresence(EngineRequest[None], tag=9, frozen=True, gc=False):
-    """Remove a client's subscription; delivers a leave if `AddPresence` delivered a join. Idempotent."""
+    """Remove a client's subscription; delivers a leave if `AddPresence` delivered a join. Idempotent.
+
+    is_returning: the client was asked to subscribe again. It stays listed for a few seconds; if it returns in time,
+    there is neither a leave nor a join.
+    """
 
     channel: str
     client: str
+    is_returning: bool = False
 
 
 class GetPresence(EngineRequest[dict[str, ClientInfo]], tag=10, frozen=True, gc=False):

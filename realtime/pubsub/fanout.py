@@ -24,8 +24,8 @@ from realtime.pubsub.time_slices import CHUNK, TimeSlicer
 from realtime.types import ClientInfo, Publication
 
 BACKLOG_LIMIT = 4096
-"""Upper limit of events in the backlog of one channel. Beyond it they are dropped, which is a gap for positioned
-subscribers."""
+"""Upper limit of events in the backlog of one channel. Beyond it they are dropped, which is a gap for the
+subscribers that rely on them."""
 
 BACKLOG_BYTES = 64 * 1024 * 1024
 """Upper limit in bytes of the publications in all backlogs. Beyond it the largest backlog is dropped."""
@@ -102,38 +102,41 @@ class FanoutServices:
     """Collaborators of all fan-outs of one worker.
 
     broadcast: sends one frame to many sinks. charge: takes a channel and the steps of its backlog, and returns steps
-    whose time is charged to the channel. sent: counts deliveries. overflows: counts dropped backlogs.
+    whose time is charged to the channel. sent: counts deliveries. overflows: counts dropped backlogs. dropped: counts
+    dropped events.
     """
 
     broadcast: Callable[[bytes, Sequence[Sink]], None] = broadcast
     charge: Callable[[str, Iterator[None]], Iterator[None]] = _uncharged
     sent: Counter = field(default_factory=Counter)
     overflows: Counter = field(default_factory=Counter)
+    dropped: Counter = field(default_factory=Counter)
 
 
 class FanoutContext:
     """State and collaborators that the fan-outs of one worker share.
 
-    queued: bytes of the publications in all backlogs. broadcast, charge, sent, overflows: see `FanoutServices`.
+    queued: bytes of the publications in all backlogs. The other attributes: see `FanoutServices`.
     """
 
     def __init__(
         self,
         slices: TimeSlicer,
-        on_overflow: Callable[[str], None],
+        on_dropped: Callable[[str, bool], None],
         on_unencodable: Callable[[str, Subscriber], None],
         services: FanoutServices,
     ) -> None:
-        """on_overflow: called with a channel whose backlog was dropped. on_unencodable: called with a channel and a
-        subscriber whose format cannot carry a publication."""
+        """on_dropped: called with a channel whose queued joins and leaves were dropped, and whether the publications
+        were too. on_unencodable: called with a channel and a subscriber whose format cannot carry a publication."""
         self.slices = slices
-        self.on_overflow = on_overflow
+        self.on_dropped = on_dropped
         self.on_unencodable = on_unencodable
         # Attributes of this object and not of a record within: the hot path reads them once less.
         self.broadcast = services.broadcast
         self.charge = services.charge
         self.sent = services.sent
         self.overflows = services.overflows
+        self.dropped = services.dropped
         self.queued = 0
         self.backlogs: dict[ChannelFanout, Backlog] = {}
         self._direct_deliveries = 0  # since the clock was last read
@@ -470,16 +473,23 @@ class ChannelFanout:
     # Limits
 
     def _shorten(self, backlog: Backlog) -> None:
-        """Handle too many events. Joins and leaves go first, as no client relies on receiving all of them."""
+        """Handle too many events. Joins and leaves go first: their subscribers only have to ask for presence anew."""
+        before = backlog.events
         self._drop(backlog, EventKind.JOINED, EventKind.LEFT)
+        dropped = before - backlog.events
+        self._context.dropped.value += dropped
         if backlog.events > BACKLOG_LIMIT // 2:
             self._overflow()
+        elif dropped:
+            self._context.on_dropped(self._channel, False)
 
     def _overflow(self) -> None:
         """Drop the backlog. Positioned subscribers recover from history; the others were not promised everything."""
         self._context.overflows.value += 1
+        if self._backlog is not None:
+            self._context.dropped.value += self._backlog.events
         self.clear()
-        self._context.on_overflow(self._channel)
+        self._context.on_dropped(self._channel, True)
 
     def _drop(self, backlog: Backlog, *kinds: EventKind) -> None:
         self._context.queued -= backlog.size

@@ -7,13 +7,18 @@ back.
 
 There are no timers. An access finds expired entries, and `sweep`, called periodically, frees those without an access.
 For the sweep a channel needs at most two list entries, in queues by the time of expiry.
+
+A channel that was only asked about has no stream, however many are asked about: its epoch is derived from its name
+(`Epochs`), and its first publication starts the stream with that epoch.
 """
 
 from __future__ import annotations
 
 import random
+import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from hashlib import blake2b
 from heapq import heappop, heappush
 from string import ascii_letters
 from typing import Generic, TypeVar
@@ -38,6 +43,42 @@ T = TypeVar("T")
 def make_epoch() -> str:
     """Return a new epoch: 8 random letters, as Centrifugo does."""
     return "".join(random.choices(ascii_letters, k=8))
+
+
+class Epochs:
+    """The epochs of channels without a stream.
+
+    An epoch follows from the channel's name, a secret of this object, and the generation of the channel: the number of
+    streams forgotten so far. So it stays the same until the store forgets a stream of the channel, and never returns.
+    Channels share generations, in GENERATIONS groups: after a stream was forgotten, other channels of its group get a
+    new epoch early, and their clients `recovered: false`.
+    """
+
+    GENERATIONS = 65536
+
+    def __init__(self) -> None:
+        self._secret = secrets.token_bytes(16)
+        self._generations: dict[int, int] = {}
+
+    def of(self, channel: str) -> str:
+        """Return the channel's epoch: 8 letters, as `make_epoch`."""
+        name = channel.encode()
+        group = self._group(name)
+        seed = b"%d %b" % (self._generations.get(group, 0), name)
+        number = int.from_bytes(blake2b(seed, digest_size=8, key=self._secret).digest())
+        letters = []
+        for _ in range(8):
+            number, letter = divmod(number, len(ascii_letters))
+            letters.append(ascii_letters[letter])
+        return "".join(letters)
+
+    def retire(self, channel: str) -> None:
+        """Give the channel a new epoch, as its stream is forgotten."""
+        group = self._group(channel.encode())
+        self._generations[group] = self._generations.get(group, 0) + 1
+
+    def _group(self, name: bytes) -> int:
+        return int.from_bytes(blake2b(name, digest_size=4, key=self._secret).digest()) % self.GENERATIONS
 
 
 def _approximate_size(publication: Publication) -> int:
@@ -206,11 +247,11 @@ class ExpiryQueue(Generic[T]):
 
 
 class ChannelStreams:
-    """The streams of all channels. max_channels: their limit."""
+    """The streams of all channels with a publication. max_channels: their limit."""
 
-    def __init__(self, max_channels: int, epoch: Callable[[], str] = make_epoch) -> None:
+    def __init__(self, max_channels: int, epochs: Epochs | None = None) -> None:
         self._max_channels = max_channels
-        self._epoch = epoch
+        self._epochs = epochs or Epochs()
         self._streams: dict[str, ChannelStream] = {}
         self._expiring: ExpiryQueue[ChannelStream] = ExpiryQueue(1.0)
         self._idle: ExpiryQueue[ChannelStream] = ExpiryQueue(60.0)
@@ -219,22 +260,39 @@ class ChannelStreams:
         return len(self._streams)
 
     def open(self, now: float, channel: str, history_options: HistoryOptions) -> ChannelStream:
+        """Return the stream of a channel to read, and prolong it; an empty one that is not stored if there is none."""
+        stream = self._find(now, channel, history_options)
+        return stream if stream is not None else ChannelStream(channel, self._epochs.of(channel), now)
+
+    def open_to_publish(self, now: float, channel: str, history_options: HistoryOptions) -> ChannelStream:
         """Return the stream of a channel, which is created if there is none, and prolong it.
 
         Raises ClientError 106 if the limit leaves no room for it.
         """
-        stream = self._streams.get(channel)
-        if stream is not None and stream.touch(now, history_options):
+        stream = self._find(now, channel, history_options)
+        if stream is not None:
             return stream
-        if stream is None and len(self._streams) >= self._max_channels:
+        if len(self._streams) >= self._max_channels:
             raise ClientError(*LIMIT_EXCEEDED)
-        stream = self._streams[channel] = ChannelStream(channel, self._epoch(), now + history_options.meta_ttl)
+        epoch = self._epochs.of(channel)
+        stream = self._streams[channel] = ChannelStream(channel, epoch, now + history_options.meta_ttl)
         self._idle.add(stream.removable_from, stream)
         return stream
 
+    def _find(self, now: float, channel: str, history_options: HistoryOptions) -> ChannelStream | None:
+        stream = self._streams.get(channel)
+        if stream is None or stream.touch(now, history_options):
+            return stream
+        self._forget(channel)
+        return None
+
+    def _forget(self, channel: str) -> None:
+        del self._streams[channel]
+        self._epochs.retire(channel)
+
     def append(self, now: float, request: Publish) -> tuple[Publication, str]:
-        """Number and store one publication; returns it with its epoch. Raises ClientError 106 as `open` does."""
-        stream = self.open(now, request.channel, request.history_options)
+        """Number and store one publication; returns it with its epoch. Raises as `open_to_publish`."""
+        stream = self.open_to_publish(now, request.channel, request.history_options)
         publication = stream.append(now, request)
         if not stream.is_queued:
             stream.is_queued = True
@@ -259,7 +317,7 @@ class ChannelStreams:
             if now < stream.removable_from:
                 self._idle.add(stream.removable_from, stream)
             elif self._streams.get(stream.channel) is stream:
-                del self._streams[stream.channel]
+                self._forget(stream.channel)
         return limit in (len(expiring), len(idle))
 
 

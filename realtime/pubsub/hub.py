@@ -5,7 +5,8 @@ subscribers, and the frame goes straight to every connection, past its session. 
 server: the only work for one subscriber is the call of its sink's `send` (`realtime.pubsub.fanout`).
 
 Completeness is checked once per channel, when a publication arrives. Repeats are dropped. After a gap or under another
-epoch every positioned subscriber is removed and informed (`Subscriber.on_gap`), and receives nothing newer.
+epoch every positioned subscriber is removed and informed (`Subscriber.on_gap`), and receives nothing newer. Where joins
+or leaves may be missing, this applies to the subscribers that receive those: a list of members would stay wrong.
 
 A subscription takes two steps, so that its subscribe reply precedes everything else on its channel: `subscribe` holds
 the channel's events back; the session then asks for the position, replies, and calls `activate` with the position of
@@ -15,11 +16,13 @@ that reply.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 from realtime.errors import ClientError
 from realtime.pubsub.backlog import DeltaBase, Event, EventKind
 from realtime.pubsub.engine import Engine, GetHistory, Receiver, Subscribe, Unsubscribe
 from realtime.pubsub.fanout import ChannelFanout, FanoutContext, FanoutServices
+from realtime.pubsub.presence_record import PresenceRecord, PresenceRecords
 from realtime.pubsub.subscriber import Subscriber
 from realtime.pubsub.time_slices import HIGH, LOW, NORMAL, YIELD_EVERY, TimeSlicer
 from realtime.types import ClientInfo, HistoryOptions, Position, Publication
@@ -102,13 +105,14 @@ class Hub:
         """
         self._apply_order = apply_order
         self._slices = slices or TimeSlicer.unlimited()
-        self.fanout = FanoutContext(self._slices, self._on_overflow, self._on_unencodable, services or FanoutServices())
+        self.fanout = FanoutContext(self._slices, self._on_dropped, self._on_unencodable, services or FanoutServices())
         self._channels: dict[str, _Channel] = {}
-        # Channels with a gap whose positioned subscribers are still in place. They are removed before anything else
+        # Channels with a gap whose relying subscribers are still in place. They are removed before anything else
         # happens on the channel. Then subscribers that are removed, but do not know of it yet.
         self._broken: dict[str, _Channel] = {}
         self._uninformed: dict[Subscriber, None] = {}
         self._is_informing = False
+        self._presence_records = PresenceRecords()
         self.subscriptions = 0
         self.engine = make_engine(self)
 
@@ -162,9 +166,11 @@ class Hub:
         if state is None or subscriber not in state.pending:
             return False
         if self._broken.pop(channel, None) is not None:
-            self._remove_positioned(channel, state)
+            self._remove_relying(channel, state)
         events = state.held[state.pending[subscriber] :]
-        if position is not None and not self._continues(channel, state, position, events):
+        if (position is not None and not self._continues(channel, state, position, events)) or (
+            subscriber.announced and _GAP in events
+        ):
             self.unsubscribe(channel, subscriber)
             return False
         if subscriber not in state.pending:
@@ -210,6 +216,7 @@ class Hub:
         self.subscriptions -= subscribers
         if not state:
             del self._channels[channel]
+            self._presence_records.interrupt(channel)
             state.fanout.clear()
             self.engine.tell(Unsubscribe(channel))
 
@@ -224,17 +231,20 @@ class Hub:
     def _break(self, channel: str, state: _Channel) -> None:
         """Handle a gap now: no positioned subscriber may receive newer publications."""
         state.hold(_GAP)
-        self._remove_positioned(channel, state)
+        self._remove(channel, state, [each for each in state.fanout.subscribers if each.positioned])
         self._inform()
 
-    def _remove_positioned(self, channel: str, state: _Channel) -> None:
-        positioned = [subscriber for subscriber in state.fanout.subscribers if subscriber.positioned]
-        if not positioned:
+    def _remove_relying(self, channel: str, state: _Channel) -> None:
+        """Remove the subscribers that rely on every publication, or on every join and leave."""
+        self._remove(channel, state, [each for each in state.fanout.subscribers if each.positioned or each.announced])
+
+    def _remove(self, channel: str, state: _Channel, subscribers: list[Subscriber]) -> None:
+        if not subscribers:
             return
-        for subscriber in positioned:
+        for subscriber in subscribers:
             state.discard(subscriber)
-        self._account_removal(channel, state, len(positioned))
-        self._uninformed.update(dict.fromkeys(positioned))
+        self._account_removal(channel, state, len(subscribers))
+        self._uninformed.update(dict.fromkeys(subscribers))
 
     def _inform(self) -> None:
         """Inform the removed subscribers, in slices of time."""
@@ -249,17 +259,22 @@ class Hub:
                     subscriber, _ = self._uninformed.popitem()
                     subscriber.on_gap()
                 else:
-                    self._remove_positioned(*self._broken.popitem())
+                    self._remove_relying(*self._broken.popitem())
                 self.fanout.spend(_GAP_COST)
                 yield
         finally:
             self._is_informing = False
 
-    def _on_overflow(self, channel: str) -> None:
+    def _on_dropped(self, channel: str, publications: bool) -> None:
         state = self._channels.get(channel)
-        if state is not None:
-            self._remove_positioned(channel, state)
-            self._inform()
+        if state is None:
+            return
+        self._presence_records.interrupt(channel)
+        if publications:
+            self._remove_relying(channel, state)
+        else:
+            self._remove(channel, state, [each for each in state.fanout.subscribers if each.announced])
+        self._inform()
 
     def _on_unencodable(self, channel: str, subscriber: Subscriber) -> None:
         self.unsubscribe(channel, subscriber)
@@ -273,7 +288,7 @@ class Hub:
         if state is None:
             return  # it crossed our `Unsubscribe`
         if self._broken and self._broken.pop(channel, None) is not None:
-            self._remove_positioned(channel, state)
+            self._remove_relying(channel, state)
         offset = publication.offset
         if offset:
             last = state.last
@@ -296,6 +311,8 @@ class Hub:
         self._deliver_join_leave(channel, EventKind.LEFT, info)
 
     def _deliver_join_leave(self, channel: str, kind: EventKind, info: ClientInfo) -> None:
+        if self._presence_records:
+            self._presence_records.add(channel, info, joined=kind is EventKind.JOINED)
         state = self._channels.get(channel)
         if state is not None:
             state.hold(Event(kind, info=info))
@@ -310,12 +327,18 @@ class Hub:
 
         A channel whose first `subscribe` still waits has none: its publications begin after the interruption.
         """
+        self._presence_records.interrupt_all()
         for channel, state in self._channels.items():
             if state.is_subscribed:
                 state.last = None
                 state.hold(_GAP)
                 self._broken[channel] = state
         self._inform()
+
+    def record_presence(self, channel: str) -> AbstractContextManager[PresenceRecord]:
+        """Record the channel's joins and leaves. Begin at the engine's answer to `GetPresence`, without a wait."""
+        state = self._channels.get(channel)
+        return self._presence_records.open(channel, is_complete=state is not None and state.is_subscribed)
 
     # Positions
 

@@ -5,15 +5,19 @@ the client's connect result; a secret begins with the address of the worker that
 
     POST /emulation ─▶ any worker ─▶ EmulateOrder, through the engine ─▶ stream's worker ─▶ StreamConnection.emulate
 
-All commands pass through the engine, even if they arrive at the worker of the stream. So the session handles the
-commands of a client in order, if the client waits for each response before it sends the next request.
+All commands pass through the engine, even if they arrive at the worker of the stream. A client that sends requests in a
+row sends them over several connections, to several workers, and they overtake each other. The ids of its commands count
+up, so the worker of the stream holds commands that come too early until those before them have come (`CommandOrder`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable
 from functools import partial
+from heapq import heappop, heappush
+from itertools import islice
 
 import msgspec
 from msgspec import Struct
@@ -23,6 +27,7 @@ from twisted.python.failure import Failure
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.handlers.results import PreparedResponse, status_response
 from realtime.http.cors import Headers
+from realtime.protocol.encodings import Encoding
 from realtime.protocol.messages import ProtocolError
 from realtime.protocol.orders import EmulateOrder, encode_order
 from realtime.protocol.protobuf import EmulationRequest, emulation_request
@@ -31,6 +36,17 @@ from realtime.transports.http_server import HTTPRequest, fault_response
 
 # Random bytes in a secret.
 _SECRET_BYTES = 24
+
+HOLD_TIME = 0.1
+"""Seconds for which commands wait for commands with lower ids."""
+
+HELD_LIMIT = 256 * 1024
+"""Bytes of one session's messages that may wait, with a surcharge for each message."""
+
+_SURCHARGE = 256
+
+IDS_READ = 128
+"""Commands of one message whose ids are read."""
 
 _log = Logger()
 
@@ -46,6 +62,72 @@ class _JSONRequest(Struct, frozen=True):
 _decode = msgspec.json.Decoder(_JSONRequest).decode
 
 
+class CommandOrder:
+    """Brings the messages of one session into the order of their commands' ids.
+
+    A message whose first id is not the next one waits for those before it, up to HOLD_TIME: an id may never come. A
+    message without ids, such as a pong, never waits.
+    """
+
+    def __init__(self, emulate: Callable[[bytes], None], encoding: Encoding, first: bytes) -> None:
+        """emulate: takes the messages in order. first: the message that opened the session."""
+        self._emulate = emulate
+        self._encoding = encoding
+        last = self._ids(first)[1]
+        self._next = last + 1 if last else 0  # 0 for unknown
+        self._held: list[tuple[int, int, int, bytes]] = []  # a heap: first id, number of arrival, last id, message
+        self._arrivals = self._held_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def receive(self, message: bytes) -> None:
+        """Pass a message on, now or later."""
+        first, last = self._ids(message)
+        if not self._next or first <= self._next:
+            self._emulate(message)
+            if last:
+                self._next = max(self._next, last + 1)
+                self._release()
+            return
+        self._arrivals += 1
+        heappush(self._held, (first, self._arrivals, last, message))
+        self._held_bytes += len(message) + _SURCHARGE
+        if self._held_bytes > HELD_LIMIT:
+            self._stop_waiting()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(HOLD_TIME, self._stop_waiting)
+
+    def close(self) -> None:
+        """Drop the held messages."""
+        self._held.clear()
+        self._held_bytes = 0
+        self._cancel()
+
+    def _release(self, *, all: bool = False) -> None:
+        while self._held and (all or self._held[0][0] <= self._next):
+            _, _, last, message = heappop(self._held)
+            self._held_bytes -= len(message) + _SURCHARGE
+            self._next = max(self._next, last + 1)
+            self._emulate(message)
+        if not self._held:
+            self._cancel()
+
+    def _stop_waiting(self) -> None:
+        self._release(all=True)
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ids(self, message: bytes) -> tuple[int, int]:
+        """Return the lowest and the highest id in a message; zeros if it has none, or can't be read."""
+        try:
+            ids = [id for id in islice(self._encoding.command_ids(message), IDS_READ) if id]
+        except ProtocolError:
+            return 0, 0
+        return (min(ids), max(ids)) if ids else (0, 0)
+
+
 class Emulation:
     """The streams of this worker by their secrets, and the handler of emulation requests."""
 
@@ -54,24 +136,30 @@ class Emulation:
         self._engine = engine
         self._node = node
         self._worker = worker
-        self._by_secret: dict[str, Callable[[bytes], None]] = {}
+        self._by_secret: dict[str, CommandOrder] = {}
 
-    def register(self, emulate: Callable[[bytes], None] | None) -> str:
-        """Make the secret of a new session. emulate: called with its commands; None if it accepts no commands."""
+    def register(self, emulate: Callable[[bytes], None], encoding: Encoding, first: bytes) -> str:
+        """Make the secret of a new session.
+
+        emulate: called with its further messages. encoding, first: of the session, and its first message. A session
+        with a unidirectional encoding has no further messages.
+        """
         secret = f"{self._worker}.{secrets.token_urlsafe(_SECRET_BYTES)}"
-        if emulate is not None:
-            self._by_secret[secret] = emulate
+        if not encoding.unidirectional:
+            self._by_secret[secret] = CommandOrder(emulate, encoding, first)
         return secret
 
     def unregister(self, secret: str) -> None:
         """Remove the session with this secret, if there is one."""
-        self._by_secret.pop(secret, None)
+        session = self._by_secret.pop(secret, None)
+        if session is not None:
+            session.close()
 
     def receive(self, order: EmulateOrder) -> None:
         """Pass commands to their session; drop them if it has ended, which the client learns from its stream."""
-        emulate = self._by_secret.get(order.secret)
-        if emulate is not None:
-            emulate(order.data)
+        session = self._by_secret.get(order.secret)
+        if session is not None:
+            session.receive(order.data)
 
     def serve(self, cors_headers: Headers, request: HTTPRequest) -> None:
         """Handle one emulation request. cors_headers: added to the response."""

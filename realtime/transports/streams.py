@@ -197,7 +197,7 @@ class StreamConnection(ClientConnection, Protocol):
         self.factory.connects.value += 1
         self.transport.write(response_head(kind.content_type, response_headers(head)) + kind.preamble)
         self.start_writing()
-        self.secret = self.factory.emulation.register(None if self.form.encoding.unidirectional else self.emulate)
+        self.secret = self.factory.emulation.register(self.emulate, self.form.encoding, message)
         if self.open_session(request):
             self._receive(message)
 

@@ -46,7 +46,7 @@ from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
-from realtime.pubsub.engine import Receiver
+from realtime.pubsub.engine import MESSAGES_DROPPED, Receiver
 from realtime.pubsub.fanout import FanoutServices, broadcast
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.subscriber import Sink
@@ -137,6 +137,7 @@ def wire_pubsub(process: Child) -> PubSubParts:
         overflows=metrics.counter(
             "realtime_undelivered_overflows", "Channels that had too much to deliver, and dropped it"
         ),
+        dropped=metrics.counter(*MESSAGES_DROPPED, reason="backlog"),
     )
     hub = Hub(make_engine, sessions.apply, slices, services)
     engine = hub.engine

@@ -8,8 +8,9 @@ import socket
 from typing import Any
 
 import pytest
+from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
+from twisted.internet.task import Clock, deferLater
 
 from realtime.broker.process import Broker
 from realtime.config.settings import EngineSettings
@@ -265,3 +266,67 @@ def test_much_expired_history_is_freed_in_slices() -> None:
         left.append(broker.core.streams)
     assert len(left) == 26
     assert {before - after for before, after in itertools.pairwise(left)} == {1000}
+
+
+# A restart of the broker
+
+
+async def test_publications_that_waited_reach_the_subscribers_of_all_workers(brokers: Any, workers: Any) -> None:
+    """The first worker restores and publishes before the others have restored their subscriptions."""
+    first, pair = await brokers(workers=2), [workers(0), workers(1)]
+    for worker in pair:
+        await first.link(worker.slot, worker.engine)
+        await worker.engine.ask(Subscribe("c"))
+    await first.kill()
+    await until(lambda: all(worker.lost_links for worker in pair))
+    waiting = [pair[0].publish("c", b"%d" % number, HistoryOptions()) for number in range(3)]
+    deferred = [Deferred.fromCoroutine(one) for one in waiting]
+    second = await brokers(workers=2)
+    await second.link(0, pair[0].engine)
+    await deferLater(reactor, 0.1)
+    assert not any(one.called for one in deferred)
+    await second.link(1, pair[1].engine)
+    for one in deferred:
+        await one
+    await pair[1].engine.ask(GetStats())
+    for worker in pair:
+        assert [entry[2] for entry in worker.entries if entry[0] == "published"] == [b"0", b"1", b"2"]
+    # From now on nothing is held.
+    await second.link(0, pair[0].engine)
+    await pair[0].publish("c", b"3", HistoryOptions())
+
+
+async def test_a_worker_that_does_not_return_holds_nothing_for_long(brokers: Any, workers: Any) -> None:
+    first, pair = await brokers(workers=2), [workers(0), workers(1)]
+    for worker in pair:
+        await first.link(worker.slot, worker.engine)
+        await worker.engine.ask(GetStats())
+    await first.kill()
+    await until(lambda: all(worker.lost_links for worker in pair))
+    lost = Deferred.fromCoroutine(pair[0].publish("c", b"1", HistoryOptions()))
+    kept = Deferred.fromCoroutine(pair[0].publish("c", b"2", KEEP))
+    second = await brokers(workers=2)
+    await second.link(0, pair[0].engine)
+    await lost
+    assert (await kept).offset == 1
+    assert (await second.samples("realtime_messages_dropped"))["restart"] == 1
+
+
+async def test_the_first_workers_of_a_server_wait_for_nobody(brokers: Any, workers: Any) -> None:
+    broker, worker = await brokers(workers=2), workers(0)
+    await broker.link(0, worker.engine)
+    began = reactor.seconds()
+    await worker.publish()
+    assert reactor.seconds() - began < 0.9
+
+
+async def test_deliveries_of_a_cut_link_are_counted(brokers: Any, workers: Any) -> None:
+    broker, busy = await brokers(EngineSettings(queue_max_size=200_000)), workers(1)
+    await broker.link(1, busy.engine)
+    with socket.socket(fileno=await broker.stream(0)) as stuck:
+        stuck.sendall(broker_messages.pack(broker_messages.Hello(broker_messages.VERSION, "")))
+        stuck.sendall(broker_messages.pack(Subscribe("c"), 1))
+        await until(lambda: _readable(stuck))
+        while not (await broker.series())["realtime_broker_cut_links"]:
+            await busy.publish("c", b"x" * 20_000, HistoryOptions())
+    assert (await broker.samples("realtime_messages_dropped"))["link"] >= 5

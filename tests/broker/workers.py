@@ -64,8 +64,8 @@ async def brokers() -> AsyncIterator[Callable[..., Any]]:
     """`await brokers()` starts a broker process, which ends with the test."""
     running: list[BrokerProcess] = []
 
-    async def start(settings: EngineSettings = SETTINGS) -> BrokerProcess:
-        broker = BrokerProcess(settings)
+    async def start(settings: EngineSettings = SETTINGS, workers: int = 0) -> BrokerProcess:
+        broker = BrokerProcess(settings, workers)
         running.append(broker)
         await broker.start()
         return broker

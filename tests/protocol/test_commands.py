@@ -268,6 +268,23 @@ class TestPresence:
         assert replies[1]["push"]["join"]["info"] == {"user": "ann", "client": peer.session.client}
         assert peer.say({"id": 3, "unsubscribe": {"channel": "room:a"}}) == [{"id": 3, "unsubscribe": {}}]
 
+    def test_the_end_of_a_grant_shows_neither_leave_nor_join_of_a_client_that_stays(self, server):
+        async def allow(client, channel, data):
+            return Grant(expire_at=int(server.wall) + 3) if client.user == "ann" else Grant()
+
+        server.app.subscribe_handlers["room:a"] = allow
+        ann, bob = server.client("ann"), server.client("bob")
+        bob.say({"id": 2, "subscribe": {"channel": "room:a"}})
+        ann.say({"id": 2, "subscribe": {"channel": "room:a"}})
+        bob.heard()
+        server.advance(4.0)
+        assert ann.heard()[-1]["push"]["unsubscribe"]["code"] == 2501
+        ann.say({"id": 3, "subscribe": {"channel": "room:a"}})
+        server.advance(1.0)
+        assert bob.heard() == []
+        ann.say({"id": 4, "unsubscribe": {"channel": "room:a"}})
+        assert bob.heard()[-1]["push"]["leave"]["info"]["user"] == "ann"
+
     @pytest.mark.parametrize("name", ["presence", "presence_stats"])
     @pytest.mark.parametrize(("channel", "code"), [("a", 108), ("unknown:a", 102), ("nothing:a", 108)])
     def test_refusals(self, server, name, channel, code):

@@ -150,7 +150,7 @@ class Link:
     def cut(self) -> None:
         """End the stream with all messages on their way; a new one takes its place and restores the state."""
         core = self.world.core
-        core.detach(self)
+        core.detach(self, self.world.now)
         self.requests.clear()
         self.inbox.clear()
         for answer in list(self.waiting):
@@ -403,7 +403,7 @@ class World:
 
     def crash(self, number: int) -> None:
         """Replace a worker by another, without any notice."""
-        self.core.detach(self.links[number])
+        self.core.detach(self.links[number], self.now)
         for client in self.clients:
             if client.link == number:
                 client.forget()

@@ -97,9 +97,9 @@ def test_an_order_may_be_for_one_peer(bench: Bench) -> None:
     core = bench.core
     core.attach("another two", "at two")
     assert bench.ask(SendOrder(b"order", "at two")) == 1
-    core.detach("two")
+    core.detach("two", 0.0)
     assert bench.ask(SendOrder(b"again", "at two")) == 1
-    core.detach("another two")
+    core.detach("another two", 0.0)
     assert (bench.ask(SendOrder(b"late", "at two")), bench.ask(SendOrder(b"lost", "nowhere"))) == (0, 0)
     assert bench.deliveries.made == [(["another two"], b"order"), (["another two"], b"again")]
 
@@ -107,7 +107,7 @@ def test_an_order_may_be_for_one_peer(bench: Bench) -> None:
 def test_a_detached_peer_makes_room_for_its_users(bench: Bench) -> None:
     assert bench.ask(AdmitClient(ALICE, 1), "one")
     assert not bench.ask(AdmitClient(ClientInfo("alice", "client-c"), 1), "two")
-    bench.core.detach("one")
+    bench.core.detach("one", 0.0)
     assert bench.ask(AdmitClient(ClientInfo("alice", "client-c"), 1), "two")
 
 
@@ -120,12 +120,12 @@ def test_a_detached_peer_takes_its_state_along(bench: Bench) -> None:
     bench.tell(AddClient(ALICE), "one")
     bench.tell(AddClient(ClientInfo("alice", "client-c")), "two")
     bench.tell(ReportSubscriptions(5), "one")
-    bench.core.detach("one")
-    bench.core.detach("one")
+    bench.core.detach("one", 0.0)
+    bench.core.detach("one", 0.0)
     assert bench.deliveries.made == [(["two"], "left", "c", ALICE)]
     assert bench.ask(GetPresence("c")) == {}
     assert bench.ask(GetStats()) == EngineStats(clients=1, users=1, channels=1, subscriptions=0)
-    bench.core.detach("two")
+    bench.core.detach("two", 0.0)
     assert (bench.ask(GetStats()), bench.core.channels) == (EngineStats(), 0)
 
 

@@ -394,7 +394,9 @@ def test_a_channel_too_far_behind_drops_its_backlog_and_reports_gaps(
 
 def test_joins_and_leaves_are_the_first_to_be_dropped(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fanout, "BACKLOG_LIMIT", 100)
-    members = [worker.member(announced=True) for _ in range(2000)]
+    members = [worker.member() for _ in range(2000)]
+    announced = [worker.member(announced=True, positioned=False) for _ in range(10)]
+    other = worker.member("other", announced=True)
     for _ in range(10):
         worker.publish()
         for _ in range(50):
@@ -402,6 +404,17 @@ def test_joins_and_leaves_are_the_first_to_be_dropped(worker: Worker, monkeypatc
     worker.until_idle()
     assert worker.hub.fanout.overflows.value == 0
     assert all(offsets(member) == list(range(1, 11)) and member.losses == 0 for member in members)
+    # A subscriber that is not sent all joins and leaves has to ask for presence anew.
+    assert all(member.losses == 1 for member in announced)
+    assert other.losses == 0
+    assert 100 < worker.hub.fanout.dropped.value <= 500
+
+
+def test_an_interruption_reports_a_gap_to_the_subscribers_with_joins_and_leaves(worker: Worker) -> None:
+    announced, plain = worker.member(positioned=False, announced=True), worker.member(positioned=False)
+    worker.hub.on_interruption()
+    worker.until_idle()
+    assert (announced.losses, plain.losses) == (1, 0)
 
 
 def test_the_bytes_of_all_backlogs_are_limited(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from realtime.errors import ClientError
 from realtime.pubsub import history
 from realtime.pubsub.engine import GetHistory, Publish
-from realtime.pubsub.history import ChannelStream, ChannelStreams, ExpiryQueue, IdempotencyCache
+from realtime.pubsub.history import ChannelStream, ChannelStreams, Epochs, ExpiryQueue, IdempotencyCache
 from realtime.types import ClientInfo, HistoryOptions, Position, Publication
 
 KEEP = HistoryOptions(size=3, ttl=60.0, meta_ttl=3600.0)
@@ -27,8 +27,24 @@ def counted_epochs() -> Callable[[], str]:
     return lambda: f"epoch{next(numbers)}"
 
 
+class CountedEpochs(Epochs):
+    """Readable epochs, in the order of the first questions."""
+
+    def __init__(self) -> None:
+        self.next = counted_epochs()
+        self.current: dict[str, str] = {}
+
+    def of(self, channel: str) -> str:
+        if channel not in self.current:
+            self.current[channel] = self.next()
+        return self.current[channel]
+
+    def retire(self, channel: str) -> None:
+        self.current.pop(channel, None)
+
+
 def streams(limit: int = 1000) -> ChannelStreams:
-    return ChannelStreams(limit, counted_epochs())
+    return ChannelStreams(limit, CountedEpochs())
 
 
 def offsets(publications: list[Publication]) -> list[int]:
@@ -68,7 +84,7 @@ class Model:
         stream = self.streams.get(channel)
         if stream is not None and now >= stream.contents_end:
             stream.kept = []
-        if stream is None or (now >= stream.idle_end and not stream.kept):
+        if stream is None or (stream.top and now >= stream.idle_end and not stream.kept):
             stream = self.streams[channel] = ModelStream(self.epoch())
         stream.idle_end = now + history_options.meta_ttl
         return stream
@@ -285,28 +301,58 @@ def test_a_long_stream_keeps_exactly_its_size() -> None:
 # The store
 
 
+def publish(store: ChannelStreams, channel: str, now: float = 0.0) -> str:
+    return store.append(now, Publish(channel, b"1", KEEP))[1]
+
+
 def test_channels_are_limited() -> None:
     store = streams(limit=2)
-    store.open(0.0, "a", KEEP)
-    store.open(0.0, "b", KEEP)
+    publish(store, "a")
+    publish(store, "b")
     with pytest.raises(ClientError) as refusal:
-        store.open(0.0, "c", KEEP)
+        publish(store, "c")
     assert refusal.value.code == 106
     store.append(1.0, Publish("a", b"goes on", KEEP))
 
 
+def test_channels_that_were_only_asked_about_take_no_room() -> None:
+    store = ChannelStreams(1)
+    epochs = [store.open(0.0, f"c{number}", KEEP).epoch for number in range(100)]
+    assert len(set(epochs)) == 100
+    assert len(store) == 0
+    assert [store.open(10**7, f"c{number}", KEEP).position for number in range(100)] == [Position(0, e) for e in epochs]
+    assert publish(store, "c7", 10**7) == epochs[7]
+
+
+def test_an_epoch_never_returns_once_its_stream_is_forgotten() -> None:
+    store = ChannelStreams(1000)
+    seen: set[str] = set()
+    for turn in range(20):
+        now = turn * 10_000.0
+        epoch = store.open(now, "a", KEEP).epoch
+        assert publish(store, "a", now) == epoch
+        assert epoch not in seen
+        seen.add(epoch)
+        if turn % 2:
+            store.sweep(now + 5_000.0, SWEEP)
+
+
+def test_epochs_of_two_stores_differ() -> None:
+    assert Epochs().of("a") != Epochs().of("a")
+
+
 def test_an_expired_stream_makes_room() -> None:
     store = streams(limit=1)
-    store.open(0.0, "a", KEEP)
+    publish(store, "a")
     store.sweep(3700.0, SWEEP)
-    store.open(3700.0, "b", KEEP)
+    publish(store, "b", 3700.0)
     assert len(store) == 1
 
 
 def test_an_expired_stream_restarts_within_the_limit() -> None:
     store = streams(limit=1)
-    store.open(0.0, "a", KEEP)
-    assert store.open(4000.0, "a", KEEP).epoch == "epoch2"
+    publish(store, "a")
+    assert publish(store, "a", 4000.0) == "epoch2"
 
 
 def test_the_sweep_frees_payloads_without_an_access() -> None:
@@ -331,7 +377,7 @@ def test_the_sweep_returns_to_a_refilled_channel() -> None:
 def test_a_sweep_is_bounded() -> None:
     store = streams()
     for number in range(10):
-        store.open(0.0, str(number), KEEP)
+        publish(store, str(number))
     assert store.sweep(3700.0, 4)
     assert len(store) == 6
     assert store.sweep(3700.0, 4)

@@ -763,7 +763,7 @@ class Story:
             if not skew:
                 self.honest.add(id(member))
         else:
-            assert member.positioned
+            assert member.positioned or member.announced
             self.refused.append(member)
 
     def remove(self, index: int) -> None:
@@ -776,7 +776,7 @@ class Story:
         for member, position in self.open:
             seen = heard(member)
             if position is None:
-                assert member.losses == 0
+                assert member.losses <= member.announced
             else:
                 assert seen == wanted(member, position, position.offset + 2 * len(seen) + 2)[: len(seen)]
                 assert member.losses <= 1

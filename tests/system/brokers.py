@@ -17,7 +17,7 @@ from twisted.internet.task import deferLater
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 
-from realtime.config.settings import EngineSettings, Settings, dump
+from realtime.config.settings import EngineSettings, Settings, WorkersSettings, dump
 from realtime.metrics import Metrics, Sample, load
 from realtime.process import control
 from realtime.supervision.vitals import VitalsPage
@@ -54,8 +54,8 @@ class _Control(amp.AMP):
 class BrokerProcess:
     """One broker. Await `start`, and `stop` at the end."""
 
-    def __init__(self, settings: EngineSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: EngineSettings, workers: int = 0) -> None:
+        self._settings = Settings(engine=settings, workers=WorkersSettings(count=workers))
         self._page = VitalsPage.create()
         self._control = _Control()
 
@@ -63,7 +63,7 @@ class BrokerProcess:
         """Returns when it serves. Raises AssertionError when it ends instead, TimeoutError when it does neither."""
         ours, theirs = socket.socketpair()
         tree = os.memfd_create("settings")
-        os.write(tree, dump(Settings(engine=self._settings)))
+        os.write(tree, dump(self._settings))
         passed = {"--link": theirs.fileno(), "--settings": tree, "--vitals": self._page.fd}
         arguments = [text for name, fd in passed.items() for text in (name, str(fd))]
         self._process = subprocess.Popen(
@@ -92,6 +92,12 @@ class BrokerProcess:
         answer: dict[str, Any] = await self._control.callRemote(control.Collect, names=[])
         samples: list[Sample] = load(answer["metrics"])
         return {sample.name: sample.value for sample in samples}
+
+    async def samples(self, name: str) -> dict[str, float]:
+        """Return the values of one metric, by the value of its only label."""
+        answer: dict[str, Any] = await self._control.callRemote(control.Collect, names=[])
+        samples: list[Sample] = load(answer["metrics"])
+        return {value: s.value for s in samples if s.name == name for _, value in s.labels}
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)

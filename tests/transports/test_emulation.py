@@ -6,12 +6,17 @@ import json
 from typing import Any
 
 import pytest
+from twisted.internet import reactor
+from twisted.internet.task import deferLater
 
 from realtime.config import settings
 from realtime.errors import ClientError, EngineUnavailable
+from realtime.protocol.encodings import Encoding
+from realtime.protocol.json_encoding import JSON_ENCODING
 from realtime.protocol.orders import EmulateOrder, encode_order
-from realtime.protocol.protobuf import emulation_request
+from realtime.protocol.protobuf import PROTOBUF, emulation_request
 from realtime.pubsub.engine import SendOrder
+from realtime.transports.emulation import HELD_LIMIT, HOLD_TIME, CommandOrder
 from tests.transports.stage import Client, eventually
 from tests.transports.streaming import (
     BODY_LIMIT,
@@ -311,3 +316,76 @@ async def test_a_flood_of_commands_ends_the_stream(size: int, most: int) -> None
         assert stage.sessions[0].received == [b"{}"]
         sender.leave()
         bystander.leave()
+
+
+class TestCommandOrder:
+    """Requests that overtake each other."""
+
+    def order(self, encoding: Encoding = JSON_ENCODING, first: bytes = b'{"id":1,"connect":{}}') -> Any:
+        self.seen: list[bytes] = []
+        return CommandOrder(self.seen.append, encoding, first)
+
+    async def test_commands_are_handled_in_the_order_of_their_ids(self) -> None:
+        order = self.order()
+        for number in (3, 2, 4, 7, 6, 5, 8):
+            order.receive(b'{"rpc":{},"id":%d}' % number)
+        assert self.seen == [b'{"rpc":{},"id":%d}' % number for number in range(2, 9)]
+        assert order._timer is None
+
+    async def test_messages_of_several_commands(self) -> None:
+        order = self.order()
+        late, early = b'{"send":{}}\n{"id":4}\n{"id":5}', b'{"id":2}\n{"id":3}\n'
+        order.receive(late)
+        order.receive(early)
+        order.receive(b'{"id":6}')
+        assert self.seen == [early, late, b'{"id":6}']
+
+    async def test_protobuf(self) -> None:
+        order = self.order(PROTOBUF, b"\x04\x08\x01\x22\x00")
+        first, second = b"\x02\x08\x02\x00", b"\x05\x08\xac\x02\x5a\x00"
+        order._next = 2
+        order.receive(b"\x04\x08\x03\x5a\x00")
+        order.receive(first)
+        assert self.seen == [first, b"\x04\x08\x03\x5a\x00"]
+        assert list(PROTOBUF.command_ids(first + second)) == [2, 0, 300]
+
+    async def test_pongs_and_repeated_ids_never_wait(self) -> None:
+        order = self.order()
+        order.receive(b'{"id":5}')
+        for message in (b"{}", b'{"id":1}', b"junk", b'{"id":"x"}', b""):
+            order.receive(message)
+        assert self.seen == [b"{}", b'{"id":1}', b"junk", b'{"id":"x"}', b""]
+        order.close()
+
+    async def test_an_id_that_never_comes_is_waited_for_shortly(self) -> None:
+        order = self.order()
+        order.receive(b'{"id":5}')
+        order.receive(b'{"id":4}')
+        await eventually(lambda: self.seen == [b'{"id":4}', b'{"id":5}'])
+        order.receive(b'{"id":6}')
+        assert self.seen[-1] == b'{"id":6}'
+
+    async def test_few_messages_wait(self) -> None:
+        order = self.order()
+        for number in range(3, 8):
+            order.receive(b'{"id":%d,"x":"%b"}' % (number, b"x" * (HELD_LIMIT // 4)))
+        assert len(self.seen) >= 4
+        assert [message[6:7] for message in self.seen] == [b"3", b"4", b"5", b"6", b"7"][: len(self.seen)]
+        order.close()
+
+    async def test_an_ended_session_drops_what_waits(self) -> None:
+        order = self.order()
+        order.receive(b'{"id":5}')
+        order.close()
+        await deferLater(reactor, 2 * HOLD_TIME)
+        assert self.seen == []
+
+
+async def test_requests_on_several_connections_keep_their_order() -> None:
+    async with streaming() as stage:
+        client, secret = await opened(stage)
+        stage.sessions[0].received.clear()
+        for number in (2, 4, 3, 6, 5):
+            assert await stage.status(json_request(secret, f'{{"id":{number}}}')) == 204
+        assert stage.sessions[0].received == [b'{"id":%d}' % number for number in range(2, 7)]
+        client.leave()

@@ -1,0 +1,247 @@
+"""Presence over all peers of the broker: who is in which channel, and who stays listed for a short absence.
+
+An *absent* client has left the channel, but is still listed, without a leave, because it is likely to return:
+
+* The server has ended its subscription and the client subscribes again (`RemovePresence.is_returning`). The same
+  client returns within RETURN_GRACE.
+* Its connection has ended, and the channel has a grace (`AddPresence.grace`). The next client of the same user takes
+  its place, and is listed with the id of the client that it replaces: the others know that one.
+
+Neither has a leave or a join then. A client that does not return leaves at the end of its grace.
+
+Without I/O, and without timers: time is an argument, and `sweep` ends the absences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from realtime.errors import LIMIT_EXCEEDED, ClientError
+from realtime.pubsub.engine import AddPresence, RemovePresence
+from realtime.pubsub.history import ExpiryQueue
+from realtime.types import ClientInfo
+
+RETURN_GRACE = 5.0
+"""Seconds for a client to return that was asked to subscribe again."""
+
+P = TypeVar("P")
+
+
+class PresenceEntry(Struct, frozen=True, array_like=True, gc=False):
+    """One client's subscription to a channel with presence or with joins and leaves (see `AddPresence`).
+
+    Kept in place of the request, which has the channel's name as well: there may be a million. info: as the others
+    know the client.
+    """
+
+    info: ClientInfo
+    present: bool
+    announce: bool
+    grace: float
+
+
+class _Absence(Struct, eq=False):
+    """An absent client. client: its own id. is_gone: its connection has ended, so that another may take its place."""
+
+    channel: str
+    client: str
+    entry: PresenceEntry
+    is_gone: bool
+
+
+class _Count:
+    """The clients that are present in one channel, by user."""
+
+    __slots__ = ("clients", "users")
+
+    def __init__(self) -> None:
+        self.clients = 0
+        self.users: dict[str, int] = {}
+
+    def add(self, user: str, change: int) -> None:
+        """Count a client more, or less."""
+        self.clients += change
+        users = self.users[user] = self.users.get(user, 0) + change
+        if not users:
+            del self.users[user]
+
+
+class Presence(Generic[P]):
+    """See the module. limit: of the channels with presence of one peer, and of the absent clients."""
+
+    def __init__(
+        self, limit: int, join: Callable[[str, ClientInfo], None], leave: Callable[[str, ClientInfo], None]
+    ) -> None:
+        """join, leave: announce a client in a channel."""
+        self._limit = limit
+        self._join = join
+        self._leave = leave
+        self._peers: dict[P, dict[str, dict[str, PresenceEntry]]] = {}  # by channel and client
+        self._absent: dict[str, dict[str, _Absence]] = {}  # by channel and client
+        self._gone: dict[tuple[str, str], dict[str, _Absence]] = {}  # those that are gone, by channel and user
+        self._returning: dict[str, set[str]] = {}  # the channels of the others, by client
+        self._expiring: ExpiryQueue[_Absence] = ExpiryQueue(0.25)
+        # Channels are counted from the first question on: most are never asked about.
+        self._counts: dict[str, _Count] = {}
+        self.absent = 0
+
+    def attach(self, peer: P) -> None:
+        """Add a peer without any presence."""
+        self._peers[peer] = {}
+
+    def detach(self, now: float, peer: P, clients: Iterable[str]) -> None:
+        """Remove a peer, whose clients have gone. clients: all of them, with or without presence."""
+        for channel, entries in self._peers.pop(peer).items():
+            for client, entry in entries.items():
+                self._end(now, channel, client, entry)
+        for client in clients:
+            self.client_gone(now, client)
+
+    def add(self, peer: P, request: AddPresence, *, restored: bool = False, announce: bool = True) -> None:
+        """Add a client. Raises ClientError 106 at the limit, unless the client is restored.
+
+        announce: deliver the join, if there is one.
+        """
+        if not (request.present or request.announce):
+            return
+        by_channel, channel, info = self._peers[peer], request.channel, request.info
+        entries = by_channel.get(channel)
+        if entries is None:
+            if len(by_channel) >= self._limit and not restored:
+                raise ClientError(*LIMIT_EXCEEDED)
+            entries = by_channel[channel] = {}
+        previous = entries.get(info.client) or self._take_absent(channel, info, request.grace)
+        if previous is not None:
+            self._count(channel, previous, -1)
+            if previous.info.client != info.client:
+                info = msgspec.structs.replace(info, client=previous.info.client)
+        entry = PresenceEntry(info, request.present, request.announce, request.grace)
+        entries[request.info.client] = entry
+        self._count(channel, entry, 1)
+        if announce and request.announce and previous is None:
+            self._join(channel, info)
+
+    def remove(self, now: float, peer: P, request: RemovePresence, *, is_connected: bool) -> None:
+        """Remove a client. Idempotent."""
+        by_channel, channel = self._peers[peer], request.channel
+        entries = by_channel.get(channel)
+        entry = entries.pop(request.client, None) if entries is not None else None
+        if entry is None:
+            return
+        if not entries:
+            del by_channel[channel]
+        if not is_connected:
+            self._end(now, channel, request.client, entry)
+        elif request.is_returning and self.absent < self._limit:
+            self._keep(now + max(RETURN_GRACE, entry.grace), _Absence(channel, request.client, entry, is_gone=False))
+        else:
+            self._announce_leave(channel, entry)
+
+    def client_gone(self, now: float, client: str) -> None:
+        """Note the end of a client's connection."""
+        for channel in list(self._returning.get(client, ())):
+            absence = self._absent[channel][client]
+            self._forget(absence)
+            self._end(now, channel, client, absence.entry)
+
+    def sweep(self, now: float, limit: int) -> bool:
+        """Let at most `limit` clients leave that did not return. Returns True if there may be more."""
+        due = self._expiring.take(now, limit)
+        for absence in due:
+            if self._absent.get(absence.channel, {}).get(absence.client) is absence:
+                self._forget(absence)
+                self._announce_leave(absence.channel, absence.entry)
+        return len(due) == limit
+
+    # Questions
+
+    def list(self, channel: str) -> dict[str, ClientInfo]:
+        """Return the clients that are present, by the ids with which they are listed."""
+        return {entry.info.client: entry.info for entry in self._entries(channel) if entry.present}
+
+    def count(self, channel: str) -> tuple[int, int]:
+        """Return the numbers of clients and users that are present. Takes constant time from the second call on."""
+        count = self._counts.get(channel)
+        if count is None:
+            count = _Count()
+            for entry in self._entries(channel):
+                if entry.present:
+                    count.add(entry.info.user, 1)
+            if count.clients:
+                self._counts[channel] = count
+        return count.clients, len(count.users)
+
+    def _entries(self, channel: str) -> Iterator[PresenceEntry]:
+        for by_channel in self._peers.values():
+            yield from by_channel.get(channel, {}).values()
+        for absence in self._absent.get(channel, {}).values():
+            yield absence.entry
+
+    def _count(self, channel: str, entry: PresenceEntry, change: int) -> None:
+        count = self._counts.get(channel)
+        if count is not None and entry.present:
+            count.add(entry.info.user, change)
+            if not count.clients:
+                del self._counts[channel]
+
+    # Absences
+
+    def _end(self, now: float, channel: str, client: str, entry: PresenceEntry) -> None:
+        """Handle the end of a client's connection."""
+        if entry.grace and entry.info.user and self.absent < self._limit:
+            self._keep(now + entry.grace, _Absence(channel, client, entry, is_gone=True))
+        else:
+            self._announce_leave(channel, entry)
+
+    def _keep(self, until: float, absence: _Absence) -> None:
+        channel, client = absence.channel, absence.client
+        self._absent.setdefault(channel, {})[client] = absence
+        if absence.is_gone:
+            self._gone.setdefault((channel, absence.entry.info.user), {})[client] = absence
+        else:
+            self._returning.setdefault(client, set()).add(channel)
+        self._expiring.add(until, absence)
+        self.absent += 1
+
+    def _take_absent(self, channel: str, info: ClientInfo, grace: float) -> PresenceEntry | None:
+        """End the absence that this client ends, and return its entry."""
+        if not self.absent:
+            return None
+        absence = self._absent.get(channel, {}).get(info.client)
+        if absence is None and grace and info.user:
+            absence = next(iter(self._gone.get((channel, info.user), {}).values()), None)
+        if absence is None:
+            return None
+        self._forget(absence)
+        return absence.entry
+
+    def _forget(self, absence: _Absence) -> None:
+        channel, client = absence.channel, absence.client
+        _discard(self._absent, channel, client)
+        if absence.is_gone:
+            _discard(self._gone, (channel, absence.entry.info.user), client)
+        else:
+            channels = self._returning[client]
+            channels.discard(channel)
+            if not channels:
+                del self._returning[client]
+        self.absent -= 1
+
+    def _announce_leave(self, channel: str, entry: PresenceEntry) -> None:
+        self._count(channel, entry, -1)
+        if entry.announce:
+            self._leave(channel, entry.info)
+
+
+Key = TypeVar("Key")
+
+
+def _discard(absences: dict[Key, dict[str, _Absence]], key: Key, client: str) -> None:
+    of_key = absences[key]
+    del of_key[client]
+    if not of_key:
+        del absences[key]
