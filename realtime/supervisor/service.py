@@ -35,6 +35,7 @@ from realtime.supervision.vitals import Vitals
 from realtime.supervisor.child_process import ChildProcess
 from realtime.supervisor.health_monitor import HealthMonitor
 from realtime.supervisor.listener import CannotListen, SharedPort
+from realtime.supervisor.relief import Relief
 from realtime.supervisor.rescue import Rescue
 from realtime.supervisor.stack_sampler import StackSampler
 from realtime.supervisor.steering import Steering
@@ -143,8 +144,9 @@ class Supervisor(Service):
         self._rescue = Rescue(
             self._reactor, self._port, self.monitor.health, self.processes, self._settings.loop, self.metrics
         )
-        self.monitor.listeners.append(self.steering.condition_changed)
-        self.monitor.after_check += [self.steering.update, self._rescue.check]
+        relief = Relief(self._settings.loop, self.monitor.health, self.processes)
+        self.monitor.listeners += [self.steering.condition_changed, relief.condition_changed]
+        self.monitor.after_check += [self.steering.update, relief.update, self._rescue.check]
         self.monitor.tasks.add(TICK, self._tick)
 
     def startService(self) -> None:
