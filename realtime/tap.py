@@ -29,7 +29,7 @@ from realtime.config.settings import Settings
 from realtime.config.sources import read
 from realtime.errors import SettingsError
 from realtime.operators.port import OperatorPort
-from realtime.process import log
+from realtime.process import log, output
 from realtime.supervisor.service import BROKER_MODULE, WORKER_MODULE, Supervisor
 
 _log = Logger(observer=log.observer)
@@ -91,6 +91,7 @@ def make_service(
     from twisted.internet import reactor
 
     log.limit(settings.log.level)
+    output.install(settings.log.max_queued_bytes)
     supervisor = Supervisor(
         reactor,
         settings,
@@ -100,6 +101,7 @@ def make_service(
         leave=lambda status: _leave(reactor, status),
         handle_signals=True,
     )
+    supervisor.metrics.sources.append(output.samples)
     for key in insecure_keys:
         supervisor.metrics.gauge("realtime_insecure_settings", "Insecure settings in use.", lambda: 1.0, key=key)
     return supervisor
@@ -120,6 +122,7 @@ def _leave(reactor: Any, status: int) -> None:
 def _exit(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+    output.drain()
     os._exit(status)
 
 

@@ -40,7 +40,7 @@ from realtime.config import settings
 from realtime.config.settings import Settings
 from realtime.errors import EngineUnavailable, RealtimeError
 from realtime.metrics import Metrics
-from realtime.process import control, log, stack_dumps
+from realtime.process import control, log, output, stack_dumps
 from realtime.process.diagnostics import REPORTS
 from realtime.process.gc_tuning import GCTuner
 from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoopClock, MeasuredSelector, loop_time
@@ -306,6 +306,8 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
         lambda: selector.turns,
         tunes_gc=True,
     )
+    output.install(tree.log.max_queued_bytes)
+    child.metrics.sources.append(output.samples)
     log.begin(child.name, tree.log.level, sys.stdout)
     _adopt(asyncio_reactor, options.link, child.control)
     asyncio_reactor.callWhenRunning(child.begin, make_service)
