@@ -415,8 +415,9 @@ def _default_size(workers: int) -> int:
 def _start_interpreter(stream: int) -> subprocess.Popen[bytes]:
     # In a process group of its own: the processes that user code starts are killed with it, and Ctrl-C in a terminal
     # does not reach it.
+    # -P: see `realtime.supervisor.service`.
     return subprocess.Popen(
-        [sys.executable, "-m", "realtime.handlers.compute_process", str(stream)],
+        [sys.executable, "-P", "-m", "realtime.handlers.compute_process", str(stream)],
         stdin=subprocess.DEVNULL,
         pass_fds=[stream],
         process_group=0,

@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime import metrics
+from realtime.config.schema import PREFIX
 from realtime.metrics import Sample
 from realtime.process import control, log
 from realtime.process.stack_dumps import StackReader
@@ -237,8 +238,16 @@ class _Output:
 
 
 def _environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return our environment without the service manager's variables for this process alone."""
-    return {name: value for name, value in inherited.items() if name not in systemd.VARIABLES}
+    """Return our environment without the service manager's variables for this process alone, and without settings.
+
+    The children get the settings through a descriptor. In the environment their secrets would reach every program that
+    a handler starts.
+    """
+    return {
+        name: value
+        for name, value in inherited.items()
+        if name not in systemd.VARIABLES and not name.startswith(PREFIX)
+    }
 
 
 def _ignore(_: Failure) -> None:

@@ -299,7 +299,8 @@ class Supervisor(Service):
         process = ChildProcess(self, effect.slot)
         listening = [] if effect.slot == BROKER else [self._port.sockets[effect.slot].fileno()]
         module = self._modules.get(effect.slot, self._worker)
-        command = [sys.executable, "-m", module]
+        # -P: files of the working directory, such as a queue.py, must not stand in for modules of Python or of ours.
+        command = [sys.executable, "-P", "-m", module]
         self.processes[effect.slot] = process
         try:
             process.start(self._reactor, command, self._settings_fd, listening, self._capture_output)

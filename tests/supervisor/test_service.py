@@ -172,8 +172,8 @@ def test_by_default_there_is_one_worker_per_core() -> None:
 
 async def test_each_process_gets_its_arguments_settings_and_sockets(running: Running) -> None:
     broker, first, second = (running.process(slot) for slot in (BROKER, 0, 1))
-    assert broker.command[1:3] == ["-m", "some.broker"]
-    assert first.command[1:3] == ["-m", "some.worker"]
+    assert broker.command[1:4] == ["-P", "-m", "some.broker"]
+    assert first.command[1:4] == ["-P", "-m", "some.worker"]
     assert "--listen" not in broker.command
     for worker in (first, second):
         assert worker.argument("--listen") == "6"
@@ -198,10 +198,10 @@ async def test_children_do_not_inherit_the_service_managers_variables(monkeypatc
     from twisted.internet import reactor
 
     monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
-    monkeypatch.setenv("REALTIME_TEST_VARIABLE", "kept")
+    monkeypatch.setenv("TEST_VARIABLE", "kept")
     running = Running(reactor)
     assert "NOTIFY_SOCKET" not in running.process(0).env
-    assert running.process(0).env["REALTIME_TEST_VARIABLE"] == "kept"
+    assert running.process(0).env["TEST_VARIABLE"] == "kept"
     running.supervisor.stopService()
     running.supervisor.stopService()
     for slot in (BROKER, 0, 1):
