@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from http.client import HTTPConnection
+from pathlib import Path
 
 from tests.system.serving import Server, ServerStarter, wait_until
 
@@ -46,6 +47,17 @@ def test_a_blocked_worker_refuses_and_serves_stale_until_it_is_calm(start_server
     assert 'realtime_cache_events_total{cache="http GET /kept",outcome="stale",process="worker",worker="0"}' in metrics
     for connection in connections:
         connection.close()
+
+
+def test_a_start_that_blocks_the_loop_refuses_no_client(start_server: ServerStarter, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom realtime import App\napp = App()\n@app.on_start\nasync def start():\n    time.sleep(0.7)\n"
+    )
+    server = start_server(workers={"count": 1}, app={"module": "slow:app", "path": str(tmp_path)})
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("GET", "/connection/websocket", headers=HANDSHAKE)
+    assert connection.getresponse().status == 101
+    connection.close()
 
 
 def test_a_pressed_worker_opens_websockets_while_another_worker_accepts_clients(start_server: ServerStarter) -> None:
