@@ -280,6 +280,7 @@ class ComputeProcess(asyncio.Protocol):
         self._server_call: asyncio.Future[bytes] | None = None  # the one that its handler waits for
         self._transport: asyncio.WriteTransport | None = None
         ours, theirs = socket.socketpair()
+        theirs.setblocking(True)  # whatever default timeout the application has set
         with theirs, contextlib.ExitStack() as undo:
             undo.callback(ours.close)
             self._process = _start_interpreter(theirs.fileno())
