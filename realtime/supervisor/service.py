@@ -33,6 +33,7 @@ from realtime.supervision import pool as effects
 from realtime.supervision.pool import BROKER, TICK, Effect, Pool, SlotState
 from realtime.supervision.vitals import Vitals
 from realtime.supervisor.child_process import ChildProcess
+from realtime.supervisor.cores import count_cores
 from realtime.supervisor.health_monitor import HealthMonitor
 from realtime.supervisor.listener import CannotListen, SharedPort
 from realtime.supervisor.relief import Relief
@@ -91,9 +92,11 @@ class Supervisor(Service):
         """worker, broker: modules to run as children, see `realtime.process.child`. leave: called with the exit status
         after the last process has exited; `stopService` works without it. handle_signals: whether to take SIGTERM and
         SIGINT over from Twisted."""
-        # The children get the number in their settings instead of counting the cores themselves.
-        count = settings.workers.count or _cores()
-        settings = replace(settings, workers=replace(settings.workers, count=count))
+        # The children get the numbers in their settings instead of counting the cores themselves.
+        cores = count_cores()
+        count = settings.workers.count or cores
+        processes = settings.workers.processes or max(1, cores // count)
+        settings = replace(settings, workers=replace(settings.workers, count=count, processes=processes))
         self.pool = Pool(count, settings.workers, settings.loop, settings.shutdown.timeout)
         self.processes: dict[int, ChildProcess] = {}
         self.monitor = HealthMonitor(reactor, settings.loop, self.pool, self.processes)
@@ -392,11 +395,6 @@ _ACTIONS: dict[type[Effect], Callable[[Supervisor, Any], None]] = {
     effects.LogLine: Supervisor._write_log,
     effects.HaltService: Supervisor._halt,
 }
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _is_discarded(fd: int) -> bool:

@@ -21,6 +21,7 @@ from realtime.config.settings import HTTPServerSettings, Settings, ShutdownSetti
 from realtime.process import control
 from realtime.process.child import _adopt
 from realtime.supervision.pool import BROKER, TICK, SlotState
+from realtime.supervisor.cores import count_cores
 from realtime.supervisor.service import Supervisor
 
 
@@ -167,7 +168,7 @@ def test_nothing_is_opened_before_the_start() -> None:
 
 def test_by_default_there_is_one_worker_per_core() -> None:
     pool = supervisor(object(), Settings()).pool
-    assert len(pool.workers) == len(os.sched_getaffinity(0))
+    assert len(pool.workers) == count_cores()
 
 
 async def test_each_process_gets_its_arguments_settings_and_sockets(running: Running) -> None:
