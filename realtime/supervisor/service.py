@@ -32,6 +32,7 @@ from realtime.process import log
 from realtime.supervision import pool as effects
 from realtime.supervision.pool import BROKER, TICK, Effect, Pool, SlotState
 from realtime.supervision.vitals import Vitals
+from realtime.supervisor import orphans
 from realtime.supervisor.child_process import ChildProcess
 from realtime.supervisor.cores import count_cores
 from realtime.supervisor.health_monitor import HealthMonitor
@@ -151,6 +152,8 @@ class Supervisor(Service):
         self.monitor.listeners += [self.steering.condition_changed, relief.condition_changed]
         self.monitor.after_check += [self.steering.update, relief.update, self._rescue.check]
         self.monitor.tasks.add(TICK, self._tick)
+        if orphans.is_needed():
+            self.monitor.tasks.add(orphans.INTERVAL, self._reap_orphans)
 
     def startService(self) -> None:
         """Start all processes."""
@@ -281,6 +284,9 @@ class Supervisor(Service):
         """
         serving = [slot for slot in self.pool.slots.values() if slot.state is SlotState.READY]
         return all(now - slot.alive_at < self._notifier.watchdog for slot in serving)
+
+    def _reap_orphans(self) -> None:
+        orphans.reap(lambda: [process.pid for process in self.processes.values()])
 
     # Effects.
 

@@ -21,6 +21,7 @@ from realtime.config.settings import HTTPServerSettings, Settings, ShutdownSetti
 from realtime.process import control
 from realtime.process.child import _adopt
 from realtime.supervision.pool import BROKER, TICK, SlotState
+from realtime.supervisor import orphans
 from realtime.supervisor.cores import count_cores
 from realtime.supervisor.service import Supervisor
 
@@ -142,6 +143,12 @@ class Running:
         for slot in (BROKER, 0, 1):
             await self.process(slot).peer.callRemote(control.Ready)
 
+    def end(self) -> None:
+        self.supervisor.stopService()
+        self.supervisor.stopService()
+        for slot in list(self.supervisor.processes):
+            self.process(slot).exit(-signal.SIGKILL)
+
     def tick(self, seconds: float = TICK) -> None:
         now = self.reactor.seconds() + seconds
         self.reactor.seconds = lambda: now
@@ -154,10 +161,7 @@ def running() -> Iterator[Running]:
 
     running = Running(reactor)
     yield running
-    running.supervisor.stopService()
-    running.supervisor.stopService()
-    for slot in list(running.supervisor.processes):
-        running.process(slot).exit(-signal.SIGKILL)
+    running.end()
 
 
 def test_nothing_is_opened_before_the_start() -> None:
@@ -237,6 +241,19 @@ async def test_the_supervisor_leaks_no_descriptor_of_dead_processes(running: Run
         await running.process(0).peer.callRemote(control.Ready)
         await running.process(BROKER).peer.callRemote(control.Ready)
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+async def test_as_pid_1_it_reaps_orphans_but_not_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from twisted.internet import reactor
+
+    calls: list[list[int]] = []
+    monkeypatch.setattr(orphans, "is_needed", lambda: True)
+    monkeypatch.setattr(orphans, "reap", lambda own: calls.append(sorted(own())))
+    running = Running(reactor)
+    await running.ready()
+    running.tick(2 * orphans.INTERVAL)
+    assert calls[-1] == [1000, 1001, 1002]
+    running.end()
 
 
 async def test_late_events_of_a_dead_process_do_not_affect_its_successor(running: Running) -> None:
