@@ -1,9 +1,9 @@
 """Standard output and error that never block the process: `install` replaces `sys.stdout` and `sys.stderr`.
 
-A pipe without a reader and a terminal after Ctrl-S accept no more bytes, and a plain write then waits for ever, with the
-loop. Here a write takes what the kernel accepts at once. The rest waits in a bounded queue, which a thread empties; text
-that does not fit is dropped and counted. O_NONBLOCK on the descriptor itself would reach every process that shares it,
-so a pipe or a terminal is opened anew, and a socket gets MSG_DONTWAIT.
+A pipe without a reader and a terminal after Ctrl-S accept no more bytes. A plain write then waits for ever, and so does
+the loop. Here a write takes what the kernel accepts at once. The rest waits in a bounded queue, which a thread empties;
+text that does not fit is dropped and counted. O_NONBLOCK on the descriptor itself would reach every process that shares
+it, so a pipe or a terminal is opened anew, and a socket gets MSG_DONTWAIT.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from typing import Any
 
 from realtime.metrics import Sample
 
@@ -48,6 +49,12 @@ class Output(io.RawIOBase):
         self._writer: threading.Thread | None = None
         # At the first write: twistd replaces the descriptors when it makes a daemon.
         self._send: Callable[[bytes], int] | None = None
+        self._undo = ExitStack()
+
+    def close(self) -> None:
+        """Close our own copy of the descriptor, if any; the descriptor itself stays open."""
+        self._undo.close()
+        super().close()
 
     def writable(self) -> bool:
         return True
@@ -85,7 +92,7 @@ class Output(io.RawIOBase):
         """Send what the kernel accepts without a wait. Returns the rest; b"" once the reader is gone."""
         try:
             if self._send is None:
-                self._send = _sender(self._fd)
+                self._send = _sender(self._fd, self._undo)
             return data[self._send(data) :]
         except BlockingIOError:
             return data
@@ -130,13 +137,8 @@ def install(max_queued_bytes: int) -> None:
         if getattr(sys, name) is getattr(sys, f"__{name}__") and getattr(sys, name) is not None:
             output = Output(fd, max_queued_bytes)
             _outputs.append(output)
-            stream = io.TextIOWrapper(
-                output,  # type: ignore[arg-type]
-                "utf-8",
-                "backslashreplace",
-                newline="\n",
-                line_buffering=True,
-            )
+            raw: Any = output  # TextIOWrapper needs no more of it than its methods
+            stream = io.TextIOWrapper(raw, "utf-8", "backslashreplace", newline="\n", line_buffering=True)
             with suppress(OSError):
                 getattr(sys, name).flush()
             setattr(sys, name, stream)
@@ -155,11 +157,13 @@ def samples() -> Iterator[Sample]:
     yield Sample("realtime_log_lines_dropped", "counter", help, [], float(sum(one.dropped for one in _outputs)))
 
 
-def _sender(fd: int) -> Callable[[bytes], int]:
-    """Return a function that sends bytes and raises BlockingIOError where a write would wait."""
+def _sender(fd: int, undo: ExitStack) -> Callable[[bytes], int]:
+    """Return a function that sends bytes and raises BlockingIOError where a write would wait.
+
+    undo: closes what is opened here."""
     mode = os.fstat(fd).st_mode
     if stat.S_ISSOCK(mode):
-        connection = socket.socket(fileno=os.dup(fd))
+        connection = undo.enter_context(socket.socket(fileno=os.dup(fd)))
         return lambda data: connection.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -167,6 +171,7 @@ def _sender(fd: int) -> Callable[[bytes], int]:
             anew = os.open(f"/proc/self/fd/{fd}", flags)
         except OSError:  # another user's, after a change of the user, or no /proc
             return lambda data: _write_if_writable(fd, data)
+        undo.callback(os.close, anew)
         return lambda data: os.write(anew, data)
     return lambda data: os.write(fd, data)  # a file, whose position other processes share
 

@@ -1,6 +1,6 @@
 """Publishes to each worker whether another worker can take new clients in its place.
 
-A worker under pressure refuses a handshake only while no other worker can accept the client. It can't see the others, so
+A worker under pressure refuses a handshake only while no other worker can accept the client. It can't see the others;
 the supervisor writes the answer to the worker's vitals page.
 """
 

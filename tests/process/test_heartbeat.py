@@ -100,10 +100,10 @@ def test_a_new_state_is_written_at_once(beating: Beating) -> None:
 
 def test_what_delayed_the_loop_before_it_was_ready_is_no_lag(beating: Beating) -> None:
     handed: list[Vitals] = []
-    beating.pulse.observe(LoadGauges(), handed.append)
-    beating.pulse.start()
+    beating.heartbeat.observe(LoadGauges(), handed.append)
+    beating.heartbeat.start()
     beating.clock.rightNow += 0.5
-    beating.pulse.enter(ProcessState.READY)
+    beating.heartbeat.enter(ProcessState.READY)
     beating.clock.advance(0.01)
     beating.clock.advance(0.01)
     ready = [vitals for vitals in handed if vitals.state is ProcessState.READY]

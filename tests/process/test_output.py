@@ -158,11 +158,11 @@ output.install(1 << 20)
 print("x" * 200_000)
 print("the end")
 """
-    process = run(code, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    time.sleep(0.3)
-    assert process.stdout.read().endswith(b"x\nthe end\n")
-    assert process.wait(10) == 0
+    with run(code, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        time.sleep(0.3)
+        assert process.stdout.read().endswith(b"x\nthe end\n")
+    assert process.returncode == 0
 
 
 def test_streams_that_are_not_the_processs_own_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What the server's processes take from where it was started: no module of the directory, no setting of the environment."""
+"""What the processes take from where the server was started: no module of the directory, no setting of the environment."""
 
 from __future__ import annotations
 
