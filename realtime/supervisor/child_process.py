@@ -37,7 +37,7 @@ class ChildProcessOwner(Protocol):
     """Receives the events of its processes. Each event names the process, because its slot may already have another."""
 
     def process_ready(self, process: ChildProcess) -> None: ...
-    def start_failed(self, process: ChildProcess, reason: str) -> None: ...
+    def start_failed(self, process: ChildProcess, reason: str, status: int) -> None: ...
     def broker_link_lost(self, process: ChildProcess) -> None: ...
     def control_link_lost(self, process: ChildProcess) -> None: ...
     def process_exited(self, process: ChildProcess, status: int) -> None: ...
@@ -197,8 +197,8 @@ class _Link(control.Peer):
         return {}
 
     @control.Failed.responder
-    def _failed(self, reason: str) -> dict[str, object]:
-        self._owner.start_failed(self._process, reason)
+    def _failed(self, reason: str, status: int) -> dict[str, object]:
+        self._owner.start_failed(self._process, reason, status)
         return {}
 
     @control.LinkLost.responder

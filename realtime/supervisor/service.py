@@ -120,6 +120,7 @@ class Supervisor(Service):
         self._pending: deque[Effect] = deque()
         self._is_carrying_out = False
         self._halted = False
+        self._has_warned_of_footprint = False
         self._stop_waiters: list[Deferred[None]] = []
 
     # The service.
@@ -213,14 +214,19 @@ class Supervisor(Service):
         """Replace Twisted's handlers, which would make twistd end by the signal instead of with status 0."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop_signal)
-        for number in (signal.SIGHUP, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, self._on_reload_signal)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         # Another handler than the default is twistd's, which rotates the log.
         if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _on_stop_signal(self, number: int, frame: object) -> None:
         self._reactor.callFromThread(self._stop_by_signal, number)
+
+    def _on_reload_signal(self, number: int, frame: object) -> None:
+        self._reactor.callFromThread(
+            _log.warn, "SIGHUP: this server can't reload its configuration yet; restart it to apply changes"
+        )
 
     def _stop_by_signal(self, number: int) -> None:
         name, timeout = signal.Signals(number).name, self._settings.shutdown.timeout
@@ -235,11 +241,12 @@ class Supervisor(Service):
 
     def process_ready(self, process: ChildProcess) -> None:
         if self._is_current(process):
+            self._check_footprint(process)
             self._carry_out(self.pool.process_ready(process.slot, self._now()))
 
-    def start_failed(self, process: ChildProcess, reason: str) -> None:
+    def start_failed(self, process: ChildProcess, reason: str, status: int) -> None:
         if self._is_current(process):
-            self._carry_out(self.pool.start_failed(process.slot, reason, self._now()))
+            self._carry_out(self.pool.start_failed(process.slot, reason, status, self._now()))
 
     def broker_link_lost(self, process: ChildProcess) -> None:
         if self._is_current(process):
@@ -275,6 +282,19 @@ class Supervisor(Service):
             reading = vitals.get(slot.number)
             if reading is not None and slot.state is SlotState.READY and 0 < limit < reading.rss:
                 self._carry_out(self.pool.memory_exceeded(slot.number, reading.rss, now))
+
+    def _check_footprint(self, process: ChildProcess) -> None:
+        """Log once that a worker without clients already needs more memory than `loop.max_rss` allows."""
+        limit, vitals = self._settings.loop.max_rss, process.vitals
+        if process.slot == BROKER or self._has_warned_of_footprint or vitals is None or not 0 < limit < vitals.rss:
+            return
+        self._has_warned_of_footprint = True
+        _log.error(
+            "loop.max_rss = {limit}: a worker without clients already uses {used} bytes, so the server replaces workers "
+            "without end; set loop.max_rss well above that",
+            limit=limit,
+            used=vitals.rss,
+        )
 
     def _is_healthy(self, now: float) -> bool:
         """Return whether every loop that should turn has turned within the watchdog's interval.

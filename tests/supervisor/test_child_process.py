@@ -31,8 +31,8 @@ class Owner:
     def process_ready(self, process: ChildProcess) -> None:
         self.events.append(("ready", process.slot))
 
-    def start_failed(self, process: ChildProcess, reason: str) -> None:
-        self.events.append(("failed", process.slot, reason))
+    def start_failed(self, process: ChildProcess, reason: str, status: int) -> None:
+        self.events.append(("failed", process.slot, reason, status))
 
     def broker_link_lost(self, process: ChildProcess) -> None:
         self.events.append(("broker link lost", process.slot))

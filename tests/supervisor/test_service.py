@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessTerminated
+from twisted.logger import LogLevel, capturedLogs, formatEvent
 from twisted.python.failure import Failure
 
 from realtime.config import settings as configuration
-from realtime.config.settings import HTTPServerSettings, Settings, ShutdownSettings, WorkersSettings
+from realtime.config.settings import HTTPServerSettings, LoopSettings, Settings, ShutdownSettings, WorkersSettings
 from realtime.process import control
 from realtime.process.child import _adopt
 from realtime.supervision.pool import BROKER, TICK, SlotState
+from realtime.supervision.vitals import ProcessState, Vitals, VitalsPage
 from realtime.supervisor import orphans
 from realtime.supervisor.cores import count_cores
 from realtime.supervisor.service import Supervisor
@@ -124,13 +126,14 @@ def supervisor(reactor: Any, settings: Settings, leave: Callable[[int], None] | 
 class Running:
     """A started supervisor of two workers, on such a reactor."""
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, loop: LoopSettings | None = None) -> None:
         self.reactor = Reactor(reactor)
         self.left: list[int] = []
         settings = Settings(
             http_server=HTTPServerSettings(address="127.0.0.1", port=0, internal_port=0),
             workers=WorkersSettings(count=2),
             shutdown=ShutdownSettings(timeout=20.0),
+            loop=loop or LoopSettings(),
         )
         self.supervisor = supervisor(self.reactor, settings, self.left.append)
         self.supervisor.startService()
@@ -298,10 +301,27 @@ async def test_stop_drains_all_processes_before_its_deferred_fires(running: Runn
 
 
 async def test_leave_gets_the_exit_status(running: Running) -> None:
-    await running.process(0).peer.callRemote(control.Failed, reason="no such module")
+    await running.process(0).peer.callRemote(control.Failed, reason="no such module", status=78)
     for slot in (0, 1, BROKER):
         running.process(slot).exit(78 if slot == 0 else -signal.SIGKILL)
     assert running.left == [78]
+
+
+async def test_a_memory_limit_below_an_empty_workers_memory_is_logged_once() -> None:
+    from twisted.internet import reactor
+
+    running = Running(reactor, LoopSettings(max_rss=1_000_000))
+    for slot in (0, 1):
+        page = VitalsPage.open(os.dup(running.process(slot).fds[5]))
+        page.write(Vitals(1, 0.0, 0, 0, ProcessState.READY, rss=50_000_000))
+        page.close()
+    with capturedLogs() as events:
+        await running.ready()
+    lines = [formatEvent(event) or "" for event in events if event["log_level"] is LogLevel.error]
+    assert [line.split(",")[0] for line in lines] == [
+        "loop.max_rss = 1000000: a worker without clients already uses 50000000 bytes"
+    ]
+    running.end()
 
 
 def test_a_port_in_use_exits_with_status_1() -> None:

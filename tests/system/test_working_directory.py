@@ -1,4 +1,4 @@
-"""What the processes take from where the server was started: no module of the directory, no setting of the environment."""
+"""What processes take from where the server was started: no module of the directory, no setting of a variable."""
 
 from __future__ import annotations
 
