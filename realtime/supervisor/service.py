@@ -290,8 +290,8 @@ class Supervisor(Service):
             return
         self._has_warned_of_footprint = True
         _log.error(
-            "loop.max_rss = {limit}: a worker without clients already uses {used} bytes, so the server replaces workers "
-            "without end; set loop.max_rss well above that",
+            "loop.max_rss = {limit}: a worker without clients already uses {used} bytes, so the server replaces "
+            "workers without end; set loop.max_rss well above that",
             limit=limit,
             used=vitals.rss,
         )
@@ -382,6 +382,8 @@ class Supervisor(Service):
             self._notifier.ready()
         else:
             self._notifier.stopping()
+            if self._rescue is not None:
+                self._rescue.stopping = True
 
     def _write_log(self, effect: effects.LogLine) -> None:
         (_log.error if effect.is_error else _log.info)("{line}", line=effect.line)

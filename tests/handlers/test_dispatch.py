@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from realtime.errors import ClientError, ApplicationFailed
+from realtime.errors import ApplicationFailed, ClientError
 from realtime.handlers.coroutines import start_future
 from tests.driving import on_loop
 from tests.handlers.bench import Bench, refusal, until
