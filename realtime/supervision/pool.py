@@ -146,8 +146,8 @@ class Slot:
     since: when it entered its state. deadline: when DEADLINE occurs, in any state. alive_at: when its process last
     showed that its loop turns; stalls of the supervisor move it forward. connected: whether the worker has a stream to
     the broker, or is about to get one. deaths: deaths in a row. reason: why its process exits, as a label for the
-    metrics; "" while unknown. explanation: the same for the log. failed_with: the exit status that its process announced
-    when it could not start. restarts: number of restarts by reason.
+    metrics; "" while unknown. explanation: the same for the log. failed_with: the exit status that its process
+    announced when it could not start. restarts: number of restarts by reason.
     """
 
     number: int
