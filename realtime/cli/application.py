@@ -1,4 +1,4 @@
-"""Check that the configured application can be imported, in a process of its own, where its code runs as in a worker."""
+"""Check that the configured application can be imported, in a process of its own, where it runs as in a worker."""
 
 from __future__ import annotations
 
