@@ -40,6 +40,8 @@ _CRASH_LOOP_INTERVAL = 60.0
 _EXIT_TIMEOUT = 5.0
 # Seconds between asking a blocked process for its stacks, which takes milliseconds, and killing it.
 _DUMP_TIME = 0.3
+# Seconds without a beat after which a process serves nothing. The broker beats once a second.
+_UNRESPONSIVE = 3.0
 # Seconds from SIGKILL until a stopping pool gives up on a process (uninterruptible sleep).
 _REAP_TIMEOUT = 2.0
 
@@ -214,6 +216,12 @@ class Pool:
     def ready(self) -> bool:
         """Whether every slot is ready and the pool is not stopping."""
         return not self.stopping and all(slot.state is SlotState.READY for slot in self.slots.values())
+
+    @property
+    def serving(self) -> bool:
+        """Whether the pool is ready, and the loops of the broker and of at least one worker turn."""
+        turning = {number for number, slot in self.slots.items() if self._now - slot.alive_at < _UNRESPONSIVE}
+        return self.ready and (BROKER in turning or BROKER not in self.slots) and bool(turning - {BROKER})
 
     # Events.
 

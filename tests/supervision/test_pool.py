@@ -220,6 +220,23 @@ def test_recovery_from_a_crash_loop_is_logged() -> None:
     assert [report.line for report in of(LogLine, world.wait(61))] == ["worker 0 has recovered: ready for 60 s"]
 
 
+# Readiness.
+
+
+@pytest.mark.parametrize(("silent", "serving"), [({0}, True), ({0, 1}, False), ({BROKER}, False)])
+def test_it_serves_while_the_broker_and_a_worker_turn(silent: set[int], serving: bool) -> None:
+    world = World(stuck=0.0).up()
+    assert world.pool.serving
+    world.silent |= silent
+    world.wait(2.5)
+    assert world.pool.serving, "a short block is no reason to take the server out of service"
+    world.wait(1.5)
+    assert world.pool.serving is serving
+    world.silent.clear()
+    world.wait(0.5)
+    assert world.pool.serving
+
+
 # Failing to start.
 
 
