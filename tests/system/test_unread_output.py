@@ -24,8 +24,8 @@ def test_the_server_works_and_stops_while_its_log_is_not_read(tmp_path: Path) ->
     process = subprocess.Popen(
         command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         read = bytearray()
 
@@ -58,3 +58,4 @@ def test_the_server_works_and_stops_while_its_log_is_not_read(tmp_path: Path) ->
     finally:
         process.kill()
         process.wait()
+        process.stdout.close()
