@@ -23,6 +23,10 @@ class SettingsError(RealtimeError):
         self.problems = problems
 
 
+class ApplicationFailed(RealtimeError):
+    """The application's own code failed at its start, for a reason that may pass: a later start may succeed."""
+
+
 class EngineUnavailable(RealtimeError):
     """The engine did not answer. It may have carried out the request; an idempotency key makes a retry safe."""
 

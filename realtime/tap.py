@@ -23,13 +23,13 @@ from twisted.logger import Logger
 from twisted.python import usage
 
 from realtime._version import __version__
-from realtime.cli import environment
+from realtime.cli import application, environment
 from realtime.config import warnings
 from realtime.config.settings import Settings
 from realtime.config.sources import read
 from realtime.errors import SettingsError
 from realtime.operators.port import OperatorPort
-from realtime.process import log
+from realtime.process import log, output
 from realtime.supervisor.service import BROKER_MODULE, WORKER_MODULE, Supervisor
 
 _log = Logger(observer=log.observer)
@@ -54,6 +54,16 @@ class Options(usage.Options):
     ]
     compData = usage.Completions(optActions={"config": usage.CompleteFiles("*.toml")})
 
+    def postOptions(self) -> None:
+        """Keep twistd from writing a pid file of its default name in the foreground.
+
+        In a container every server has the same pid, so the file of a killed one would keep the next from starting;
+        and the directory may be read-only.
+        """
+        twistd = getattr(self, "parent", None)
+        if twistd is not None and twistd.get("nodaemon") and twistd.get("pidfile") == "twistd.pid":
+            twistd["pidfile"] = ""
+
     def opt_version(self) -> None:
         """Print the version and exit."""
         print(f"realtime {__version__}")
@@ -66,6 +76,8 @@ def makeService(options: Mapping[str, Any]) -> IService:
     problems = environment.find_problems()
     try:
         settings = read(options["config"], given, os.environ)
+        if _becomes_daemon(options):  # its log is the only place for a later failure, and twistd has returned 0 by then
+            problems += application.find_problems(settings)
     except SettingsError as error:
         problems += error.problems
     if problems:
@@ -91,6 +103,7 @@ def make_service(
     from twisted.internet import reactor
 
     log.limit(settings.log.level)
+    output.install(settings.log.max_queued_bytes)
     supervisor = Supervisor(
         reactor,
         settings,
@@ -100,9 +113,15 @@ def make_service(
         leave=lambda status: _leave(reactor, status),
         handle_signals=True,
     )
+    supervisor.metrics.sources.append(output.samples)
     for key in insecure_keys:
         supervisor.metrics.gauge("realtime_insecure_settings", "Insecure settings in use.", lambda: 1.0, key=key)
     return supervisor
+
+
+def _becomes_daemon(options: Mapping[str, Any]) -> bool:
+    twistd = getattr(options, "parent", None)
+    return twistd is not None and not twistd.get("nodaemon") and not twistd.get("debug")
 
 
 def _leave(reactor: Any, status: int) -> None:
@@ -120,6 +139,7 @@ def _leave(reactor: Any, status: int) -> None:
 def _exit(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+    output.drain()
     os._exit(status)
 
 

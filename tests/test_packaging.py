@@ -122,3 +122,18 @@ def test_a_checkout_has_the_plugin_where_nothing_is_installed(checkout: Path, tm
     (tmp_path / "empty").mkdir()
     assert "\n    realtime " in run(python, "-c", TWISTD, "--help", cwd=checkout)
     assert "\n    realtime " not in run(python, "-c", TWISTD, "--help", cwd=tmp_path / "empty")
+
+
+def test_the_example_serves_this_machine_only_unless_an_address_is_set(tmp_path: Path) -> None:
+    for name in ("scripts", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(ROOT / "scripts/run", tmp_path / "scripts/run")
+    (tmp_path / "scripts/environment.bash").write_text("python_environment() { :; }\nnpm_packages() { :; }\n")
+    (tmp_path / ".venv/bin/twistd").write_text('#!/bin/sh\necho "$REALTIME_HTTP_SERVER_ADDRESS"\n')
+    (tmp_path / ".venv/bin/twistd").chmod(0o755)
+    for given, address in (({}, "127.0.0.1"), ({"REALTIME_HTTP_SERVER_ADDRESS": "0.0.0.0"}, "0.0.0.0")):
+        environment = {"PATH": os.environ["PATH"], **given}
+        done = subprocess.run(
+            [tmp_path / "scripts/run"], env=environment, capture_output=True, text=True, check=True, timeout=60
+        )
+        assert done.stdout.strip() == address

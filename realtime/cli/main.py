@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Callable
 
 from realtime._version import __version__
-from realtime.cli import environment, tokens, top
+from realtime.cli import application, environment, tokens, top
 from realtime.config import warnings
 from realtime.config.conversion import convert_json
 from realtime.config.settings import Settings
@@ -36,10 +36,12 @@ Run = Callable[[argparse.Namespace], int]
 
 
 def check_config(arguments: argparse.Namespace) -> int:
-    """Read the configuration as the server does, and print its problems and warnings."""
+    """Read the configuration and import the application as the server does, and print their problems and warnings."""
     problems = environment.find_problems()
     try:
         settings = read(arguments.config, {}, os.environ)
+        if not arguments.without_app:
+            problems += application.find_problems(settings)
     except SettingsError as error:
         problems += error.problems
     if problems:
@@ -216,6 +218,7 @@ def _add_config_commands(commands: _Commands) -> None:
     check = commands.add("check-config", check_config, "check a configuration")
     check.add_argument("-c", "--config", metavar="FILE", help="TOML file; default: only environment variables")
     check.add_argument("-s", "--strict", action="store_true", help="treat warnings as problems")
+    check.add_argument("--without-app", action="store_true", help="do not import the application")
     generate = commands.add("gen-config", gen_config, "write a configuration")
     generate.add_argument(
         "-c", "--config", metavar="FILE", help="new file, which only you may read; default: print the configuration"

@@ -71,6 +71,13 @@ class LogSettings(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["none", "trace", "debug", "info", "warn", "error"],
         about("Lowest severity that the server logs. none: the server logs nothing."),
     ] = "info"
+    max_queued_bytes: Annotated[
+        Positive,
+        about(
+            "Most bytes of log lines that a process keeps while the reader of its output does not keep up. "
+            "Further lines are dropped and counted."
+        ),
+    ] = 1024 * 1024
 
 
 class NodeSettings(Struct, frozen=True, forbid_unknown_fields=True):

@@ -280,6 +280,7 @@ class ComputeProcess(asyncio.Protocol):
         self._server_call: asyncio.Future[bytes] | None = None  # the one that its handler waits for
         self._transport: asyncio.WriteTransport | None = None
         ours, theirs = socket.socketpair()
+        theirs.setblocking(True)  # whatever default timeout the application has set
         with theirs, contextlib.ExitStack() as undo:
             undo.callback(ours.close)
             self._process = _start_interpreter(theirs.fileno())
@@ -415,8 +416,9 @@ def _default_size(workers: int) -> int:
 def _start_interpreter(stream: int) -> subprocess.Popen[bytes]:
     # In a process group of its own: the processes that user code starts are killed with it, and Ctrl-C in a terminal
     # does not reach it.
+    # -P: see `realtime.supervisor.service`.
     return subprocess.Popen(
-        [sys.executable, "-m", "realtime.handlers.compute_process", str(stream)],
+        [sys.executable, "-P", "-m", "realtime.handlers.compute_process", str(stream)],
         stdin=subprocess.DEVNULL,
         pass_fds=[stream],
         process_group=0,

@@ -16,7 +16,7 @@ from typing import Any
 from twisted.python.threadable import isInIOThread
 
 from realtime.app import App, Patterns, Server
-from realtime.errors import ClientError, Disconnect, HandlerTimeout, PoolFull, SettingsError
+from realtime.errors import ApplicationFailed, ClientError, Disconnect, HandlerTimeout, PoolFull
 from realtime.handlers.call import HandlerCall, HandlerServices
 from realtime.handlers.coroutines import drive, start_future
 from realtime.handlers.outcomes import HandlerErrorLog
@@ -107,7 +107,7 @@ class Dispatcher:
     async def start(self) -> None:
         """Open the pools and run the `on_start` handlers.
 
-        Raises SettingsError with one line about the first handler that fails: this worker can't serve.
+        Raises ApplicationFailed with one line about the first handler that fails: this worker can't serve.
         """
         self.threads.start()
         compute_pool = self._services.compute_pool
@@ -117,8 +117,8 @@ class Dispatcher:
             try:
                 await call.call(timeout=0)
             except ClientError as error:
-                raise SettingsError(
-                    [f"{call.handler.place}: {call.handler.name} failed: {_first_line(error)}"]
+                raise ApplicationFailed(
+                    f"{call.handler.place}: {call.handler.name} failed: {_first_line(error)}"
                 ) from None
 
     async def stop(self, grace: float) -> None:

@@ -76,6 +76,10 @@ class DaemonPool(ThreadPool):
     def threadFactory(*args: Any, **kwargs: Any) -> threading.Thread:  # type: ignore[override]
         return threading.Thread(*args, **kwargs, daemon=True)
 
+    def forget_unstarted(self) -> None:
+        """Forget the threads that could not be started: `stop` would raise when it joins them."""
+        self.threads[:] = [thread for thread in self.threads if thread.ident is not None]
+
 
 class HandlerThreads:
     """The threads of one worker's handlers, and the bounded queue before them (Twisted's own queue has no bound).
@@ -146,7 +150,14 @@ class HandlerThreads:
                 self._overdue -= 1
             settle(outcome, *result)
 
-        thread_call = deferToThreadPool(self.reactor, self._pool, copy_context().run, _capture, function, args)
+        try:
+            thread_call = deferToThreadPool(self.reactor, self._pool, copy_context().run, _capture, function, args)
+        except RuntimeError as error:  # the system starts no further thread, so nothing will release the places
+            self._pool.forget_unstarted()
+            self._semaphore.release()
+            if held is not None:
+                held.release()
+            raise PoolFull(f"no thread can be started: {error}") from error
         thread_call.addCallback(returned)
         try:
             return await outcome

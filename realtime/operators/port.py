@@ -192,7 +192,7 @@ class OperatorPort:
         request.reply(status, _JSON, msgspec.json.encode(self._summary()))
 
     def _ready(self, request: OperatorRequest) -> None:
-        ready = self._overview.pool.ready
+        ready = self._overview.pool.serving
         request.reply(OK if ready else SERVICE_UNAVAILABLE, _JSON, msgspec.json.encode({"ready": ready}))
 
     def _is_serving(self) -> bool:

@@ -38,9 +38,9 @@ from twisted.python.failure import Failure
 from realtime import metrics
 from realtime.config import settings
 from realtime.config.settings import Settings
-from realtime.errors import EngineUnavailable, RealtimeError
+from realtime.errors import ApplicationFailed, EngineUnavailable, RealtimeError
 from realtime.metrics import Metrics
-from realtime.process import control, log, stack_dumps
+from realtime.process import control, log, output, stack_dumps
 from realtime.process.diagnostics import REPORTS
 from realtime.process.gc_tuning import GCTuner
 from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoopClock, MeasuredSelector, loop_time
@@ -73,7 +73,7 @@ class ChildService(Protocol):
         """Serve; returns when the service is ready. May await Deferreds.
 
         Raises SettingsError, or another RealtimeError, where a restart will not help: the supervisor shows its message.
-        Raises EngineUnavailable where a restart may help, and anything else for a bug.
+        Raises ApplicationFailed or EngineUnavailable where a restart may help, and anything else for a bug.
         """
 
     def link(self, slot: int, stream: int) -> None:
@@ -165,6 +165,7 @@ class Child:
 
     def stop(self, status: int = 0) -> None:
         """Leave the reactor. `main` returns the first status that is not 0."""
+        self.draining = True  # no end of the control link is a surprise from now on
         self.status = self.status or status
         self.heartbeat.stop()
         if self.reactor.running:
@@ -189,7 +190,7 @@ class Child:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self.heartbeat.tasks.add(_CANCEL_ALARM_INTERVAL, self._cancel_stray_alarm)
         self.heartbeat.start()
-        maybeDeferred(self._start, make_service).addCallbacks(self._on_started, self._on_failed)
+        maybeDeferred(self._start, make_service).addCallback(self._on_started).addErrback(self._on_failed)
 
     def _start(self, make_service: Callable[[Child], ChildService]) -> Deferred[None]:
         self.service = make_service(self)
@@ -219,8 +220,9 @@ class Child:
             self.stop(EX_TEMPFAIL)
         elif failure.check(RealtimeError):
             reason = failure.getErrorMessage().replace("\n", "; ")[:_REASON_CHARS]
-            sent = self.control.callRemote(control.Failed, reason=reason).addTimeout(_FAILED_TIMEOUT, self.reactor)
-            sent.addErrback(_ignore).addBoth(lambda _: self.stop(EX_CONFIG))
+            status = EX_TEMPFAIL if failure.check(ApplicationFailed) else EX_CONFIG
+            sent = self.control.callRemote(control.Failed, reason=reason, status=status)
+            sent.addTimeout(_FAILED_TIMEOUT, self.reactor).addErrback(_ignore).addBoth(lambda _: self.stop(status))
         else:
             _log.failure("{name} raised while it started", failure, name=self.name)
             self.stop(EX_SOFTWARE)
@@ -306,6 +308,8 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
         lambda: selector.turns,
         tunes_gc=True,
     )
+    output.install(tree.log.max_queued_bytes)
+    child.metrics.sources.append(output.samples)
     log.begin(child.name, tree.log.level, sys.stdout)
     _adopt(asyncio_reactor, options.link, child.control)
     asyncio_reactor.callWhenRunning(child.begin, make_service)

@@ -57,9 +57,9 @@ class Ready(amp.Command):
 
 
 class Failed(amp.Command):
-    """Process -> supervisor: the process can't start. reason: one readable line. Exit status 78 follows."""
+    """Process -> supervisor: the process can't start. reason: one readable line. status: its exit status."""
 
-    arguments = [(b"reason", amp.Unicode())]
+    arguments = [(b"reason", amp.Unicode()), (b"status", amp.Integer())]
 
 
 class AttachStream(amp.Command):

@@ -199,6 +199,7 @@ class FdReceiver(_End):
         """fd: the socket's descriptor, owned by this object. adopt: called with the descriptor of a connection, must
         duplicate it, and raises OSError on failure."""
         super().__init__(reactor, socket.socket(fileno=fd))
+        self._stream.setblocking(False)  # whatever default timeout the application has set
         self._adopt = adopt
 
     def doRead(self) -> None:

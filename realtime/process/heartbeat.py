@@ -264,7 +264,13 @@ class Heartbeat:
     def enter(self, state: ProcessState) -> None:
         """Change the state, and write it at once instead of with the next beat."""
         self.state = state
-        self._write(self._clock.seconds())
+        now = self._clock.seconds()
+        if state is ProcessState.READY:
+            # The start's long steps delayed the next beat, but no client. From now on delays count.
+            self.lag, self._due = 0.0, max(self._due, now)
+            self._on_beat(self._write(now))
+        else:
+            self._write(now)
 
     def _beat(self) -> None:
         now = self._clock.seconds()

@@ -40,6 +40,8 @@ _CRASH_LOOP_INTERVAL = 60.0
 _EXIT_TIMEOUT = 5.0
 # Seconds between asking a blocked process for its stacks, which takes milliseconds, and killing it.
 _DUMP_TIME = 0.3
+# Seconds without a beat after which a process serves nothing. The broker beats once a second.
+_UNRESPONSIVE = 3.0
 # Seconds from SIGKILL until a stopping pool gives up on a process (uninterruptible sleep).
 _REAP_TIMEOUT = 2.0
 
@@ -146,7 +148,8 @@ class Slot:
     since: when it entered its state. deadline: when DEADLINE occurs, in any state. alive_at: when its process last
     showed that its loop turns; stalls of the supervisor move it forward. connected: whether the worker has a stream to
     the broker, or is about to get one. deaths: deaths in a row. reason: why its process exits, as a label for the
-    metrics; "" while unknown. explanation: the same for the log. restarts: number of restarts by reason.
+    metrics; "" while unknown. explanation: the same for the log. failed_with: the exit status that its process
+    announced when it could not start. restarts: number of restarts by reason.
     """
 
     number: int
@@ -158,6 +161,7 @@ class Slot:
     deaths: int = 0
     reason: str = ""
     explanation: str = ""
+    failed_with: int = EX_CONFIG
     restarts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -213,6 +217,12 @@ class Pool:
         """Whether every slot is ready and the pool is not stopping."""
         return not self.stopping and all(slot.state is SlotState.READY for slot in self.slots.values())
 
+    @property
+    def serving(self) -> bool:
+        """Whether the pool is ready, and the loops of the broker and of at least one worker turn."""
+        turning = {number for number, slot in self.slots.items() if self._now - slot.alive_at < _UNRESPONSIVE}
+        return self.ready and (BROKER in turning or BROKER not in self.slots) and bool(turning - {BROKER})
+
     # Events.
 
     def start(self, now: float) -> list[Effect]:
@@ -227,11 +237,12 @@ class Pool:
         """The slot's process reports that it is ready."""
         return self._event(number, PoolEvent.READY, now)
 
-    def start_failed(self, number: int, reason: str, now: float) -> list[Effect]:
-        """The slot's process reports that it can't start, for `reason` (one line). It will exit with status 78."""
+    def start_failed(self, number: int, reason: str, status: int, now: float) -> list[Effect]:
+        """The slot's process reports that it can't start, for `reason` (one line). It will exit with `status`."""
         slot = self.slots[number]
         if slot.state is SlotState.STARTING:
-            slot.explanation = f"can't start: {reason}"
+            slot.reason, slot.explanation = _exit_reason(status), f"can't start: {reason}"
+            slot.failed_with = status
         return self._event(number, PoolEvent.START_FAILED, now)
 
     def broker_link_lost(self, number: int, now: float) -> list[Effect]:
@@ -260,7 +271,7 @@ class Pool:
         slot.reason, slot.explanation = slot.reason or _exit_reason(status), slot.explanation or _describe_exit(status)
         self._now = now
         if status == EX_CONFIG and slot.state is SlotState.STARTING:
-            self._give_up(slot)
+            self._give_up(slot, EX_CONFIG)
         return self._event(number, PoolEvent.EXITED, now)
 
     def tick(self, now: float, beats: Mapping[int, float]) -> list[Effect]:
@@ -316,9 +327,8 @@ class Pool:
             self._effects.append(NotifySystemd("ready"))
 
     def _await_failed_exit(self, slot: Slot) -> None:
-        slot.reason = "config"
         self._enter(slot, SlotState.LEAVING, self._now + _EXIT_TIMEOUT)
-        self._give_up(slot)
+        self._give_up(slot, slot.failed_with)
 
     def _disconnect(self, slot: Slot) -> None:
         slot.connected = False
@@ -349,7 +359,9 @@ class Pool:
         slot.explanation = (
             slot.explanation or f"was not ready within {timeout:g} s and was killed (workers.start_timeout)"
         )
-        self._kill(slot)
+        # The stacks name the line of the application that hangs.
+        self._enter(slot, SlotState.LEAVING, self._now + _DUMP_TIME)
+        self._effects.append(DumpProcessStacks(slot.number))
 
     def _kill_overdue(self, slot: Slot) -> None:
         slot.reason = slot.reason or "link"
@@ -378,7 +390,8 @@ class Pool:
         slot.restarts[slot.reason] += 1
         delay = min(self._settings.restart_delay * 2.0 ** min(slot.deaths - 1, 30), self._settings.restart_delay_max)
         if not slot.in_crash_loop:
-            self._log(f"{slot.name} {slot.explanation}; restarting it in {delay:g} s", is_error=True)
+            # A process that was asked to end by SIGTERM, and has ended in order, is no error.
+            self._log(f"{slot.name} {slot.explanation}; restarting it in {delay:g} s", is_error=slot.reason != "exit")
         self._enter(slot, SlotState.WAITING, self._now + delay)
 
     def _retire(self, slot: Slot) -> None:
@@ -417,14 +430,15 @@ class Pool:
         self._effects.append(NotifySystemd("stopping"))
         self._fire_all([slot for slot in self.slots.values() if slot.state is SlotState.WAITING], PoolEvent.STOP)
 
-    def _give_up(self, slot: Slot) -> None:
-        """Stop the pool, because its first start failed for a reason that a restart can't mend.
+    def _give_up(self, slot: Slot, status: int) -> None:
+        """Stop the pool with `status`, because its first start failed for a reason that the process has reported.
 
-        Without effect once all slots have been ready.
+        The service manager restarts the server unless the status is EX_CONFIG. Without effect once all slots have been
+        ready.
         """
         if self.stopping or self._was_ready:
             return
-        self._status, self._reason = EX_CONFIG, f"{slot.name} {slot.explanation}"
+        self._status, self._reason = status, f"{slot.name} {slot.explanation}"
         self._begin_stop(_EXIT_TIMEOUT)
         self._fire_all([other for other in self.slots.values() if other is not slot], PoolEvent.KILL)
 
@@ -500,7 +514,9 @@ def _exit_reason(status: int) -> str:
 
 
 def _describe_exit(status: int) -> str:
-    if status >= 0:
+    if status == 0:
+        return "has drained and exited, though the supervisor did not ask for it (SIGTERM from another process?)"
+    if status > 0:
         return f"exited with status {status}"
     try:
         return f"was killed by {signals.Signals(-status).name}"

@@ -27,18 +27,29 @@ RECOVERY_TIME = 0.5
 _WARNING_ONLY = {"utilization"}
 
 
+def find_exceeded(loop: LoopSettings, vitals: Vitals) -> list[str]:
+    """Return the limits that this reading reaches, apart from the lag, among those that refuse work."""
+    limits = _limits(loop)
+    return [name for name in limits.keys() - _WARNING_ONLY if getattr(vitals, name) >= limits[name]]
+
+
+def _limits(loop: LoopSettings) -> dict[str, float]:
+    """Return the limits in force by the name of their field in `Vitals`."""
+    limits = {
+        "utilization": loop.max_utilization,
+        "rss": loop.max_rss,
+        "queued_bytes": loop.max_queued_bytes,
+        "threads_waiting": loop.max_threads_waiting,
+    }
+    return {name: limit for name, limit in limits.items() if limit}
+
+
 class Pressure:
     """The pressure on one worker. Reading it takes less than a microsecond, and is allowed in any thread."""
 
     def __init__(self, loop: LoopSettings, clock: Callable[[], float]) -> None:
         """clock: returns CLOCK_MONOTONIC seconds, the clock of the beats."""
-        limits = {
-            "utilization": loop.max_utilization,
-            "rss": loop.max_rss,
-            "queued_bytes": loop.max_queued_bytes,
-            "threads_waiting": loop.max_threads_waiting,
-        }
-        self._limits = {name: limit for name, limit in limits.items() if limit}
+        self._limits = _limits(loop)
         self.max_lag = loop.max_lag or math.inf
         self._interval = loop.interval
         self._clock = clock

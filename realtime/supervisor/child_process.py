@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime import metrics
+from realtime.config.schema import PREFIX
 from realtime.metrics import Sample
 from realtime.process import control, log
 from realtime.process.stack_dumps import StackReader
@@ -36,7 +37,7 @@ class ChildProcessOwner(Protocol):
     """Receives the events of its processes. Each event names the process, because its slot may already have another."""
 
     def process_ready(self, process: ChildProcess) -> None: ...
-    def start_failed(self, process: ChildProcess, reason: str) -> None: ...
+    def start_failed(self, process: ChildProcess, reason: str, status: int) -> None: ...
     def broker_link_lost(self, process: ChildProcess) -> None: ...
     def control_link_lost(self, process: ChildProcess) -> None: ...
     def process_exited(self, process: ChildProcess, status: int) -> None: ...
@@ -196,8 +197,8 @@ class _Link(control.Peer):
         return {}
 
     @control.Failed.responder
-    def _failed(self, reason: str) -> dict[str, object]:
-        self._owner.start_failed(self._process, reason)
+    def _failed(self, reason: str, status: int) -> dict[str, object]:
+        self._owner.start_failed(self._process, reason, status)
         return {}
 
     @control.LinkLost.responder
@@ -237,8 +238,16 @@ class _Output:
 
 
 def _environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return our environment without the service manager's variables for this process alone."""
-    return {name: value for name, value in inherited.items() if name not in systemd.VARIABLES}
+    """Return our environment without the service manager's variables for this process alone, and without settings.
+
+    The children get the settings through a descriptor. In the environment their secrets would reach every program that
+    a handler starts.
+    """
+    return {
+        name: value
+        for name, value in inherited.items()
+        if name not in systemd.VARIABLES and not name.startswith(PREFIX)
+    }
 
 
 def _ignore(_: Failure) -> None:

@@ -9,6 +9,9 @@ SO_REUSEPORT also lets a second server of the same user bind the same port and t
 that: a UNIX socket in the abstract namespace, named after address and port. It ends with its holder, and exists in the
 same network namespace as the port. The workers of a killed supervisor hold the port for seconds, but not the lock, so a
 new supervisor can bind at once.
+
+Any local user can bind that name. So the lock counts only while another process has the port: the kernel shares the
+port among processes of one user alone, and a holder of the lock without the port is no server.
 """
 
 from __future__ import annotations
@@ -17,11 +20,16 @@ import errno
 import socket
 import struct
 
+from twisted.logger import Logger
+
 from realtime.errors import RealtimeError
+from realtime.process import log
 
 # linux/tcp.h, struct tcp_info: of a listening socket, tcpi_unacked is the length of its accept queue, and tcpi_sacked
 # the limit of that queue (net/ipv4/tcp.c, tcp_get_info).
 _TCP_INFO_QUEUE = struct.Struct("=24xII")
+
+_log = Logger(observer=log.observer)
 
 
 class CannotListen(RealtimeError):
@@ -46,9 +54,8 @@ class SharedPort:
         try:
             family, host = _resolve(address, port)
             self.has_other_listeners = _is_taken(family, host, port)
-            for _ in range(slots):
-                self.sockets.append(_open(family, host, self.port if self.sockets else port))
-            self._lock = _lock(host, self.port)
+            self._bind(family, host, port, slots)
+            self._take_lock(family, host, slots)
             # Listen only after all sockets are bound and the lock is held: before that no client may be queued.
             for listening in self.sockets:
                 listening.listen(backlog)
@@ -58,6 +65,28 @@ class SharedPort:
         except CannotListen:
             self.close()
             raise
+
+    def _bind(self, family: socket.AddressFamily, host: str, port: int, slots: int) -> None:
+        for _ in range(slots):
+            self.sockets.append(_open(family, host, self.port if self.sockets else port))
+
+    def _take_lock(self, family: socket.AddressFamily, host: str, slots: int) -> None:
+        """Take the lock, or do without it while no other process has the port. Raises OSError EADDRINUSE."""
+        port = self.port
+        try:
+            self._lock = _lock(host, port)
+        except OSError:
+            # Our own sockets would hide that of another server that starts at this moment.
+            self._close_sockets()
+            self.sockets.clear()
+            if _is_taken(family, host, port):
+                raise
+            self._bind(family, host, port, slots)
+            _log.warn(
+                "a program holds the lock of port {port}, but not the port: this server can't keep a second server of "
+                "this user from sharing the port; find the program with `ss -xlp` or in /proc/net/unix",
+                port=port,
+            )
 
     @property
     def port(self) -> int:
@@ -71,10 +100,13 @@ class SharedPort:
 
     def close(self) -> None:
         """Close our copies. The kernel resets the connections queued at a slot without a worker."""
-        for listening in self.sockets:
-            listening.close()
+        self._close_sockets()
         if self._lock is not None:
             self._lock.close()
+
+    def _close_sockets(self) -> None:
+        for listening in self.sockets:
+            listening.close()
 
 
 def explain(error: OSError, address_key: str, address: str, port_key: str, port: int) -> str:

@@ -3,7 +3,8 @@
 The kernel completes TCP handshakes while a worker's loop is blocked, or while a slot has no worker, so clients queue at
 the slot's socket. In that time the supervisor accepts from its own copy of the socket, and passes the connections to a
 healthy worker (`realtime.process.fd_passing`). It reads nothing from them. While no worker can take a connection it
-stays queued, because its own worker may recover. Once no loop has turned for long, clients get a 503 and a Retry-After.
+stays queued, because its own worker may recover. Once no loop has turned for long, no worker has come back for long, or
+the server stops, clients get a 503 and a Retry-After.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ REFUSE_AFTER = 1.0
 """Seconds without a turn of any loop before clients are refused: a shorter wait is better than a refusal."""
 
 RESTART_ALLOWANCE = 2.0
-"""Seconds within which a dead worker is expected to be replaced."""
+"""Seconds within which a dead worker is expected to be replaced, while another one is blocked."""
+
+RETURN_ALLOWANCE = 5.0
+"""Seconds within which one of the workers is expected back, while all are dead: they may load a large application."""
 
 MAX_HOLD = 5.0
 """Seconds for which the supervisor holds a connection that no worker took, before it refuses the client."""
@@ -67,7 +71,10 @@ class RescueWorker(Protocol):
 
 
 class Rescue:
-    """The rescue of the connections queued at one shared port. Call `check` after each health check."""
+    """The rescue of the connections queued at one shared port. Call `check` after each health check.
+
+    stopping: set it when the server begins to stop: no worker that drains comes back.
+    """
 
     def __init__(
         self,
@@ -83,6 +90,7 @@ class Rescue:
         self._sockets = port.sockets
         self._health = health
         self._processes = processes
+        self.stopping = False
         self._active = loop.rescue
         self._max_lag = loop.lagging or loop.max_lag
         self._routes: dict[int, _RouteToWorker] = {}
@@ -159,15 +167,24 @@ class Rescue:
         return health.condition is Condition.LAGGING, route.in_flight, health.connections
 
     def _is_hopeless(self) -> bool:
-        """Return whether every worker has been blocked for long, or is dead and overdue for a restart."""
+        """Return whether no worker will accept soon: each has been blocked, draining or dead for long, or the server
+        stops."""
+        if self.stopping:
+            return True
         now = self._reactor.seconds()
         slots = [self._health.get(slot) for slot in range(len(self._sockets))]
-        blocked = [health and health.condition is Condition.PRESSED and health.lag >= REFUSE_AFTER for health in slots]
-        dead = [
-            health and health.condition is Condition.ABSENT and now - health.since >= RESTART_ALLOWANCE
-            for health in slots
-        ]
-        return any(blocked) and all(map(any, zip(blocked, dead, strict=True)))
+        all_dead = all(health is not None and health.condition is Condition.ABSENT for health in slots)
+        allowance = {
+            Condition.DRAINING: REFUSE_AFTER,
+            Condition.ABSENT: RETURN_ALLOWANCE if all_dead else RESTART_ALLOWANCE,
+        }
+
+        def is_lost(health: Health) -> bool:
+            if health.condition is Condition.PRESSED:
+                return health.lag >= REFUSE_AFTER
+            return health.condition in allowance and now - health.since >= allowance[health.condition]
+
+        return all(health is not None and is_lost(health) for health in slots)
 
     # The connections.
 

@@ -32,9 +32,12 @@ from realtime.process import log
 from realtime.supervision import pool as effects
 from realtime.supervision.pool import BROKER, TICK, Effect, Pool, SlotState
 from realtime.supervision.vitals import Vitals
+from realtime.supervisor import orphans
 from realtime.supervisor.child_process import ChildProcess
+from realtime.supervisor.cores import count_cores
 from realtime.supervisor.health_monitor import HealthMonitor
 from realtime.supervisor.listener import CannotListen, SharedPort
+from realtime.supervisor.relief import Relief
 from realtime.supervisor.rescue import Rescue
 from realtime.supervisor.stack_sampler import StackSampler
 from realtime.supervisor.steering import Steering
@@ -90,9 +93,11 @@ class Supervisor(Service):
         """worker, broker: modules to run as children, see `realtime.process.child`. leave: called with the exit status
         after the last process has exited; `stopService` works without it. handle_signals: whether to take SIGTERM and
         SIGINT over from Twisted."""
-        # The children get the number in their settings instead of counting the cores themselves.
-        count = settings.workers.count or _cores()
-        settings = replace(settings, workers=replace(settings.workers, count=count))
+        # The children get the numbers in their settings instead of counting the cores themselves.
+        cores = count_cores()
+        count = settings.workers.count or cores
+        processes = settings.workers.processes or max(1, cores // count)
+        settings = replace(settings, workers=replace(settings.workers, count=count, processes=processes))
         self.pool = Pool(count, settings.workers, settings.loop, settings.shutdown.timeout)
         self.processes: dict[int, ChildProcess] = {}
         self.monitor = HealthMonitor(reactor, settings.loop, self.pool, self.processes)
@@ -115,6 +120,7 @@ class Supervisor(Service):
         self._pending: deque[Effect] = deque()
         self._is_carrying_out = False
         self._halted = False
+        self._has_warned_of_footprint = False
         self._stop_waiters: list[Deferred[None]] = []
 
     # The service.
@@ -143,9 +149,12 @@ class Supervisor(Service):
         self._rescue = Rescue(
             self._reactor, self._port, self.monitor.health, self.processes, self._settings.loop, self.metrics
         )
-        self.monitor.listeners.append(self.steering.condition_changed)
-        self.monitor.after_check += [self.steering.update, self._rescue.check]
+        relief = Relief(self._settings.loop, self.monitor.health, self.processes)
+        self.monitor.listeners += [self.steering.condition_changed, relief.condition_changed]
+        self.monitor.after_check += [self.steering.update, relief.update, self._rescue.check]
         self.monitor.tasks.add(TICK, self._tick)
+        if orphans.is_needed():
+            self.monitor.tasks.add(orphans.INTERVAL, self._reap_orphans)
 
     def startService(self) -> None:
         """Start all processes."""
@@ -205,14 +214,19 @@ class Supervisor(Service):
         """Replace Twisted's handlers, which would make twistd end by the signal instead of with status 0."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop_signal)
-        for number in (signal.SIGHUP, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, self._on_reload_signal)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         # Another handler than the default is twistd's, which rotates the log.
         if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _on_stop_signal(self, number: int, frame: object) -> None:
         self._reactor.callFromThread(self._stop_by_signal, number)
+
+    def _on_reload_signal(self, number: int, frame: object) -> None:
+        self._reactor.callFromThread(
+            _log.warn, "SIGHUP: this server can't reload its configuration yet; restart it to apply changes"
+        )
 
     def _stop_by_signal(self, number: int) -> None:
         name, timeout = signal.Signals(number).name, self._settings.shutdown.timeout
@@ -227,11 +241,12 @@ class Supervisor(Service):
 
     def process_ready(self, process: ChildProcess) -> None:
         if self._is_current(process):
+            self._check_footprint(process)
             self._carry_out(self.pool.process_ready(process.slot, self._now()))
 
-    def start_failed(self, process: ChildProcess, reason: str) -> None:
+    def start_failed(self, process: ChildProcess, reason: str, status: int) -> None:
         if self._is_current(process):
-            self._carry_out(self.pool.start_failed(process.slot, reason, self._now()))
+            self._carry_out(self.pool.start_failed(process.slot, reason, status, self._now()))
 
     def broker_link_lost(self, process: ChildProcess) -> None:
         if self._is_current(process):
@@ -268,6 +283,19 @@ class Supervisor(Service):
             if reading is not None and slot.state is SlotState.READY and 0 < limit < reading.rss:
                 self._carry_out(self.pool.memory_exceeded(slot.number, reading.rss, now))
 
+    def _check_footprint(self, process: ChildProcess) -> None:
+        """Log once that a worker without clients already needs more memory than `loop.max_rss` allows."""
+        limit, vitals = self._settings.loop.max_rss, process.vitals
+        if process.slot == BROKER or self._has_warned_of_footprint or vitals is None or not 0 < limit < vitals.rss:
+            return
+        self._has_warned_of_footprint = True
+        _log.error(
+            "loop.max_rss = {limit}: a worker without clients already uses {used} bytes, so the server replaces "
+            "workers without end; set loop.max_rss well above that",
+            limit=limit,
+            used=vitals.rss,
+        )
+
     def _is_healthy(self, now: float) -> bool:
         """Return whether every loop that should turn has turned within the watchdog's interval.
 
@@ -276,6 +304,9 @@ class Supervisor(Service):
         """
         serving = [slot for slot in self.pool.slots.values() if slot.state is SlotState.READY]
         return all(now - slot.alive_at < self._notifier.watchdog for slot in serving)
+
+    def _reap_orphans(self) -> None:
+        orphans.reap(lambda: [process.pid for process in self.processes.values()])
 
     # Effects.
 
@@ -297,7 +328,8 @@ class Supervisor(Service):
         process = ChildProcess(self, effect.slot)
         listening = [] if effect.slot == BROKER else [self._port.sockets[effect.slot].fileno()]
         module = self._modules.get(effect.slot, self._worker)
-        command = [sys.executable, "-m", module]
+        # -P: files of the working directory, such as a queue.py, must not stand in for modules of Python or of ours.
+        command = [sys.executable, "-P", "-m", module]
         self.processes[effect.slot] = process
         try:
             process.start(self._reactor, command, self._settings_fd, listening, self._capture_output)
@@ -350,6 +382,8 @@ class Supervisor(Service):
             self._notifier.ready()
         else:
             self._notifier.stopping()
+            if self._rescue is not None:
+                self._rescue.stopping = True
 
     def _write_log(self, effect: effects.LogLine) -> None:
         (_log.error if effect.is_error else _log.info)("{line}", line=effect.line)
@@ -389,11 +423,6 @@ _ACTIONS: dict[type[Effect], Callable[[Supervisor, Any], None]] = {
     effects.LogLine: Supervisor._write_log,
     effects.HaltService: Supervisor._halt,
 }
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _is_discarded(fd: int) -> bool:

@@ -50,6 +50,8 @@ class ListeningPort(tcp.Port):
             super().__init__(port_number, factory, interface=interface, reactor=reactor)
             # As `tcp.Port._fromListeningDescriptor` does, which can't pass on further arguments.
             self._preexistingSocket = socket.fromfd(fd, inherited.family, inherited.type)
+        # The application may have set a default timeout, and accept(2) would then wait for it in the loop.
+        self._preexistingSocket.setblocking(False)
         self.transport = transport
         self._ledger = ledger or LoopTimeLedger(int)
         self._account = self._ledger.open(LoopWork.HTTP)

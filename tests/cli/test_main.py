@@ -259,3 +259,30 @@ def test_a_dump_ignores_proxies_of_the_environment(tmp_path: Path) -> None:
 def test_a_dump_refuses_a_wrong_configuration(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[client")
     assert realtime(tmp_path, "dump", "stacks", "--config", "bad.toml").returncode == EX_CONFIG
+
+
+# The application, and what twistd writes.
+
+
+@pytest.mark.parametrize("text", ["app = (", "raise RuntimeError('no')"])
+def test_check_config_and_a_daemon_report_an_application_that_does_not_load(tmp_path: Path, text: str) -> None:
+    (tmp_path / "chat.py").write_text(text)
+    (tmp_path / "realtime.toml").write_text('[app]\nmodule = "chat:app"')
+    checked = realtime(tmp_path, "check-config", "-c", "realtime.toml")
+    started = run([*TWISTD, "realtime", "-c", "realtime.toml"], tmp_path)
+    assert checked.returncode == started.returncode == EX_CONFIG
+    assert checked.stderr == started.stderr
+    assert checked.stderr.startswith('app.module = "chat:app": ')
+    assert "twistd.pid" not in os.listdir(tmp_path)
+    assert realtime(tmp_path, "check-config", "--without-app", "-c", "realtime.toml").returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["-n"], ["--nodaemon", "--pidfile=twistd.pid"]])
+def test_in_the_foreground_a_pid_file_of_a_killed_server_does_not_count(tmp_path: Path, arguments: list[str]) -> None:
+    """In a container the killed server had the same pid as the next one."""
+    (tmp_path / "twistd.pid").write_text(str(os.getpid()))
+    (tmp_path / "realtime.toml").write_text('[app]\nmodule = "nosuch:app"\n[http_server]\nport = 0\ninternal_port = 0')
+    started = run([*TWISTD, *arguments, "realtime", "-c", "realtime.toml"], tmp_path)
+    assert started.returncode == EX_CONFIG
+    assert "Another twistd server is running" not in started.stdout + started.stderr
+    assert (tmp_path / "twistd.pid").read_text() == str(os.getpid())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -113,6 +114,13 @@ async def test_a_handler_gets_its_data_and_returns_its_result_from_another_proce
 
 
 @on_loop
+async def test_a_default_timeout_of_the_application_fails_no_call(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: socket.setdefaulttimeout(None))
+    socket.setdefaulttimeout(5.0)
+    async with serving() as bench:
+        assert await bench.echo()
+
+
 async def test_a_route_gets_its_request_and_makes_its_response_there() -> None:
     async with serving() as bench:
         route = bench.dispatcher.route("POST", "/render")

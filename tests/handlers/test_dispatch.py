@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from realtime.errors import ClientError, SettingsError
+from realtime.errors import ApplicationFailed, ClientError
 from realtime.handlers.coroutines import start_future
 from tests.driving import on_loop
 from tests.handlers.bench import Bench, refusal, until
@@ -114,9 +114,9 @@ async def test_failing_start_names_place_and_reason(bench: Bench) -> None:
     async def connect() -> None:
         raise OSError("no database")
 
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(ApplicationFailed) as caught:
         await bench.start()
-    [line] = caught.value.problems
+    line = str(caught.value)
     assert line.startswith(f"{__file__}:")
     assert "OSError: no database" in line
 

@@ -50,6 +50,26 @@ async def test_timed_out_thread_keeps_its_place_and_its_result_is_dropped(bench:
 
 
 @on_loop
+async def test_a_thread_that_can_not_be_started_costs_no_place(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a limit of the control group on processes (pids.max)."""
+
+    @bench.app.rpc("f")
+    def f(data: Any) -> Any:
+        return "done"
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    await bench.start(threads=1, handler_timeout=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for _ in range(3):
+            await refusal(bench.begin("f"))
+    assert (bench.gauge("busy"), bench.gauge("waiting")) == (0, 0)
+    assert await bench.begin("f") == "done"
+
+
+@on_loop
 async def test_full_pool_refuses_at_once_and_recovers(bench: Bench) -> None:
     release = threading.Event()
 

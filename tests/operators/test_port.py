@@ -212,6 +212,17 @@ async def test_health_and_readiness_while_a_worker_is_missing(server: Server) ->
     assert json.loads(body)["status"] == "no worker is ready"
 
 
+async def test_not_ready_while_every_worker_is_blocked(server: Server) -> None:
+    server.pool.tick(4.0, {0: 4.0, 1: 4.0, -1: 4.0})
+    assert (await server.get("/ready"))[0] == 200
+    server.pool.tick(8.0, {-1: 8.0})
+    server.pool.tick(8.1, {-1: 8.1})
+    for tick in range(40):
+        server.pool.tick(8.2 + tick / 10, {-1: 8.2 + tick / 10})
+    assert (await server.get("/ready"))[0] == 503
+    assert (await server.get("/health"))[0] == 200
+
+
 async def test_not_ready_while_stopping(server: Server) -> None:
     server.pool.stop(1.0)
     assert (await server.get("/ready"))[0] == 503

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.logger import LogLevel, capturedLogs
 
 from realtime import metrics
 from realtime.config.settings import Settings, ShutdownSettings
-from realtime.errors import EngineUnavailable, SettingsError
+from realtime.errors import ApplicationFailed, EngineUnavailable, SettingsError
 from realtime.metrics import Sample
 from realtime.process import child as children
 from realtime.process import control, diagnostics
@@ -50,8 +51,8 @@ class Supervisor(control.Peer):
         return {}
 
     @control.Failed.responder
-    def failed(self, reason: str) -> dict[str, object]:
-        self.received.append(reason)
+    def failed(self, reason: str, status: int) -> dict[str, object]:
+        self.received += [reason, status]
         return {}
 
     @control.LinkLost.responder
@@ -149,8 +150,29 @@ async def test_the_supervisor_gets_a_misconfiguration_in_one_line(family: Family
 
     family.begin(start)
     await family.round_trip()
-    assert family.supervisor.received == ["app.module: no module named chat; app.path: no such directory"]
+    assert family.supervisor.received == ["app.module: no module named chat; app.path: no such directory", 78]
     assert (family.reactor.running, family.child.status) == (False, 78)
+
+
+async def test_the_supervisor_gets_a_failure_of_the_application_with_a_status_for_a_restart(family: Family) -> None:
+    async def start() -> None:
+        raise ApplicationFailed("chat.py:3: on_start failed: no database")
+
+    family.begin(start)
+    await family.round_trip()
+    assert family.supervisor.received == ["chat.py:3: on_start failed: no database", 75]
+    assert (family.reactor.running, family.child.status) == (False, 75)
+
+
+async def test_after_a_failed_start_the_end_of_the_link_is_no_surprise(family: Family) -> None:
+    async def start() -> None:
+        raise SettingsError(["no"])
+
+    with capturedLogs() as events:
+        family.begin(start)
+        await family.round_trip()
+        family.child.control.connectionLost()
+    assert not [event for event in events if event["log_level"] is LogLevel.warn]
 
 
 async def test_a_supervisor_that_does_not_read_does_not_delay_the_exit(family: Family) -> None:
@@ -347,5 +369,5 @@ async def test_a_service_that_can_not_be_made_fails_the_start(family: Family) ->
 
     family.child.begin(make_service)
     await family.round_trip()
-    assert family.supervisor.received == ["app.module: no module named chat"]
+    assert family.supervisor.received == ["app.module: no module named chat", 78]
     assert (family.reactor.running, family.child.status) == (False, 78)

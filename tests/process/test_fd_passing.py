@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,16 @@ def test_a_full_socket_is_no_error(scene: Scene) -> None:
     scene.sender._stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     given = [scene.send() for _ in range(MAX_IN_FLIGHT)]
     assert given[0] and not given[-1]
+
+
+def test_a_default_timeout_of_the_application_blocks_no_read(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: socket.setdefaulttimeout(None))
+    socket.setdefaulttimeout(5.0)
+    scene = Scene()
+    began = time.monotonic()
+    scene.receiver.doRead()
+    assert time.monotonic() - began < 4
+    scene.close()
 
 
 @given(message=st.binary(max_size=32), fds=st.integers(0, 3))

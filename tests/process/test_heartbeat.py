@@ -98,6 +98,21 @@ def test_a_new_state_is_written_at_once(beating: Beating) -> None:
     assert beating.read().state is ProcessState.DRAINING
 
 
+def test_what_delayed_the_loop_before_it_was_ready_is_no_lag(beating: Beating) -> None:
+    handed: list[Vitals] = []
+    beating.heartbeat.observe(LoadGauges(), handed.append)
+    beating.heartbeat.start()
+    beating.clock.rightNow += 0.5
+    beating.heartbeat.enter(ProcessState.READY)
+    beating.clock.advance(0.01)
+    beating.clock.advance(0.01)
+    ready = [vitals for vitals in handed if vitals.state is ProcessState.READY]
+    assert ready[0].beat == pytest.approx(100_500_000_000)
+    assert max(vitals.lag for vitals in ready) == pytest.approx(0.0, abs=0.011)
+    beating.clock.advance(0.5)
+    assert beating.read().lag > 0.4
+
+
 def test_stop_is_idempotent_and_final(beating: Beating) -> None:
     beating.heartbeat.stop()
     beating.heartbeat.start()

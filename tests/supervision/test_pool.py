@@ -124,8 +124,9 @@ def test_a_worker_that_is_not_ready_in_time_is_killed_and_replaced() -> None:
     world.pool.start(world.now)
     world.pool.process_ready(BROKER, world.now)
     world.pool.process_ready(0, world.now)
-    assert of(SignalProcess, world.wait(29.8)) == []
-    assert of(SignalProcess, world.wait(0.3)) == [SignalProcess(1, signal.SIGKILL)]
+    assert world.wait(29.8) == []
+    assert of(DumpProcessStacks, world.wait(0.3)) == [DumpProcessStacks(1)], "the line that hangs is logged"
+    assert of(SignalProcess, world.wait(0.4)) == [SignalProcess(1, signal.SIGKILL)]
     world.exit(1, -signal.SIGKILL)
     assert world.pool.slots[1].restarts == {"start_timeout": 1}
     assert of(SpawnProcess, world.wait(0.2)) == [SpawnProcess(1)]
@@ -198,7 +199,7 @@ def test_a_crash_loop_is_logged_in_one_line_once_a_minute() -> None:
     while world.now - began < 200:
         for number in (0, 1):
             if world.pool.slots[number].state is SlotState.STARTING:
-                world.pool.start_failed(number, "no such module", world.now)
+                world.pool.start_failed(number, "no such module", 78, world.now)
                 world.exit(number, 78)
             elif world.pool.slots[number].state is SlotState.READY:
                 world.exit(number, 1)
@@ -219,6 +220,23 @@ def test_recovery_from_a_crash_loop_is_logged() -> None:
     assert [report.line for report in of(LogLine, world.wait(61))] == ["worker 0 has recovered: ready for 60 s"]
 
 
+# Readiness.
+
+
+@pytest.mark.parametrize(("silent", "serving"), [({0}, True), ({0, 1}, False), ({BROKER}, False)])
+def test_it_serves_while_the_broker_and_a_worker_turn(silent: set[int], serving: bool) -> None:
+    world = World(stuck=0.0).up()
+    assert world.pool.serving
+    world.silent |= silent
+    world.wait(2.5)
+    assert world.pool.serving, "a short block is no reason to take the server out of service"
+    world.wait(1.5)
+    assert world.pool.serving is serving
+    world.silent.clear()
+    world.wait(0.5)
+    assert world.pool.serving
+
+
 # Failing to start.
 
 
@@ -226,7 +244,7 @@ def test_a_failure_at_the_first_start_halts_with_the_reason() -> None:
     world = World()
     world.do(world.pool.start(world.now))
     world.do(world.pool.process_ready(0, world.now))
-    effects = world.pool.start_failed(1, "app.module: no module named chat", world.now)
+    effects = world.pool.start_failed(1, "app.module: no module named chat", 78, world.now)
     assert effects == [
         NotifySystemd("stopping"),
         SignalProcess(BROKER, signal.SIGKILL),
@@ -235,6 +253,25 @@ def test_a_failure_at_the_first_start_halts_with_the_reason() -> None:
     world.exit(BROKER, -9)
     world.exit(0, -9)
     assert world.exit(1, 78) == [HaltService(78, "worker 1 can't start: app.module: no module named chat")]
+
+
+def test_a_failure_that_may_pass_halts_with_the_status_of_the_process() -> None:
+    world = World(workers=1)
+    world.pool.start(world.now)
+    world.pool.start_failed(0, "chat.py:3: on_start failed: no database", 75, world.now)
+    world.exit(BROKER, -9)
+    assert world.exit(0, 75) == [HaltService(75, "worker 0 can't start: chat.py:3: on_start failed: no database")]
+
+
+def test_an_orderly_exit_that_was_not_asked_for_is_no_error() -> None:
+    world = World().up()
+    world.die(0, 0)
+    (report,) = of(LogLine, world.effects)
+    assert report.line.startswith("worker 0 has drained and exited") and "SIGTERM" in report.line
+    assert not report.is_error
+    world.effects.clear()
+    world.die(1, 1)
+    assert [report.is_error for report in of(LogLine, world.effects)] == [True]
 
 
 def test_exit_status_78_halts_without_a_reason_before() -> None:
@@ -247,7 +284,7 @@ def test_exit_status_78_halts_without_a_reason_before() -> None:
 def test_a_failed_start_after_the_first_is_retried_after_a_delay() -> None:
     world = World().up()
     world.die(0)
-    assert world.pool.start_failed(0, "syntax error", world.now) == []
+    assert world.pool.start_failed(0, "syntax error", 78, world.now) == []
     effects = world.exit(0, 78)
     assert of(HaltService, effects) == []
     assert [report.line for report in of(LogLine, effects)] == [
@@ -265,7 +302,7 @@ def test_a_crash_at_the_first_start_is_retried() -> None:
 def test_a_process_that_failed_to_start_and_does_not_exit_is_killed() -> None:
     world = World().up()
     world.die(0)
-    world.pool.start_failed(0, "syntax error", world.now)
+    world.pool.start_failed(0, "syntax error", 78, world.now)
     assert of(SignalProcess, world.wait(6)) == [SignalProcess(0, signal.SIGKILL)]
 
 
@@ -568,7 +605,14 @@ class Invariants(RuleBasedStateMachine):
     @rule(data=st.data())
     def failed(self, data: st.DataObject) -> None:
         if self.alive:
-            self.carry(self.pool.start_failed(data.draw(st.sampled_from(sorted(self.alive))), "because", self.now))
+            self.carry(
+                self.pool.start_failed(
+                    data.draw(st.sampled_from(sorted(self.alive))),
+                    "because",
+                    data.draw(st.sampled_from([75, 78])),
+                    self.now,
+                )
+            )
 
     @precondition(lambda self: self.now > 2)
     @rule()

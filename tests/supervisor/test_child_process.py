@@ -31,8 +31,8 @@ class Owner:
     def process_ready(self, process: ChildProcess) -> None:
         self.events.append(("ready", process.slot))
 
-    def start_failed(self, process: ChildProcess, reason: str) -> None:
-        self.events.append(("failed", process.slot, reason))
+    def start_failed(self, process: ChildProcess, reason: str, status: int) -> None:
+        self.events.append(("failed", process.slot, reason, status))
 
     def broker_link_lost(self, process: ChildProcess) -> None:
         self.events.append(("broker link lost", process.slot))
@@ -134,12 +134,22 @@ def test_the_command_line_names_the_descriptors_of_the_child(scene: Scene) -> No
 
 
 def test_a_child_does_not_inherit_the_service_managers_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "REALTIME_TEST_VARIABLE"):
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "TEST_VARIABLE"):
         monkeypatch.setenv(name, "1")
     scene = Scene()
     scene.start()
-    assert "REALTIME_TEST_VARIABLE" in scene.reactor.environment
+    assert "TEST_VARIABLE" in scene.reactor.environment
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & scene.reactor.environment.keys()
+    scene.exit(0)
+    scene.reactor.close()
+
+
+def test_a_child_does_not_inherit_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("REALTIME_CLIENT_TOKEN_HMAC_SECRET_KEY", "REALTIME_HTTP_API_KEYS_OLD", "MY_REALTIME_NAME"):
+        monkeypatch.setenv(name, "secret")
+    scene = Scene()
+    scene.start()
+    assert [name for name in scene.reactor.environment if "REALTIME" in name] == ["MY_REALTIME_NAME"]
     scene.exit(0)
     scene.reactor.close()
 

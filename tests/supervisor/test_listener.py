@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
+from twisted.logger import capturedLogs, formatEvent
 
 from realtime.supervisor.listener import CannotListen, SharedPort, explain
 
@@ -110,6 +111,21 @@ def test_a_port_of_another_realtime_server_is_refused(shared: SharedPort) -> Non
     port = shared.port
     shared.close()
     SharedPort("127.0.0.1", port, 16, 2).close()
+
+
+def test_a_lock_without_the_port_stops_no_server(shared: SharedPort) -> None:
+    """Any local user can bind the name of the lock."""
+    port = shared.port
+    shared.close()
+    with capturedLogs() as lines, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as squatter:
+        squatter.bind(f"\0realtime-port-127.0.0.1-{port}")
+        first = SharedPort("127.0.0.1", port, 16, 2)
+        assert (first.port, len(first.sockets)) == (port, 2)
+        connect(port).close()
+        assert accept_any(first.sockets) == 1
+        assert "another program uses this port" in refusal("127.0.0.1", port), "the port itself still counts"
+        first.close()
+    assert ["holds the lock" in str(formatEvent(line)) for line in lines] == [True]
 
 
 def test_a_refused_server_takes_no_client_of_the_first(shared: SharedPort) -> None:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import pytest
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, fail, succeed
 
@@ -26,6 +27,7 @@ from realtime.supervisor.rescue import (
     PAUSE_AFTER_FAILURE,
     REFUSE_AFTER,
     RESTART_ALLOWANCE,
+    RETURN_ALLOWANCE,
     Rescue,
 )
 from tests.transports.stage import eventually
@@ -319,6 +321,37 @@ async def test_when_every_loop_is_blocked_for_long_clients_get_a_503() -> None:
         for client in clients:
             client.close()
         await eventually(lambda: not scene.rescue._refusals.lingering)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "after"),
+    [
+        ([Condition.ABSENT, Condition.ABSENT], RETURN_ALLOWANCE),
+        ([Condition.DRAINING, Condition.DRAINING], REFUSE_AFTER),
+        ([Condition.ABSENT, Condition.DRAINING], RESTART_ALLOWANCE),
+    ],
+)
+async def test_when_no_worker_comes_back_clients_get_a_503(conditions: list[Condition], after: float) -> None:
+    async with rescuing() as scene:
+        for slot, condition in enumerate(conditions):
+            scene.assess(slot, condition)
+        clients = scene.connect(10)
+        await scene.check_until(lambda: True, step=after - 0.1)
+        assert scene.count("rescue_refusals") == 0
+        await scene.check_until(lambda: scene.count("rescue_refusals") == 10, step=0.2)
+        await eventually(lambda: sum(said.startswith(b"HTTP/1.1 503") for said in received(clients).elements()) == 10)
+
+
+async def test_while_the_server_stops_clients_get_a_503_at_once() -> None:
+    async with rescuing() as scene:
+        scene.assess(0, Condition.DRAINING)
+        scene.assess(1, Condition.ABSENT)
+        clients = scene.connect(4)
+        scene.rescue.check()
+        assert scene.count("rescue_refusals") == 0
+        scene.rescue.stopping = True
+        await scene.check_until(lambda: scene.count("rescue_refusals") == 4)
+        await eventually(lambda: sum(b"Retry-After: " in said for said in received(clients).elements()) == 4)
 
 
 async def test_the_number_of_refused_clients_still_open_is_bounded() -> None:

@@ -14,13 +14,17 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessTerminated
+from twisted.logger import LogLevel, capturedLogs, formatEvent
 from twisted.python.failure import Failure
 
 from realtime.config import settings as configuration
-from realtime.config.settings import HTTPServerSettings, Settings, ShutdownSettings, WorkersSettings
+from realtime.config.settings import HTTPServerSettings, LoopSettings, Settings, ShutdownSettings, WorkersSettings
 from realtime.process import control
 from realtime.process.child import _adopt
 from realtime.supervision.pool import BROKER, TICK, SlotState
+from realtime.supervision.vitals import ProcessState, Vitals, VitalsPage
+from realtime.supervisor import orphans
+from realtime.supervisor.cores import count_cores
 from realtime.supervisor.service import Supervisor
 
 
@@ -122,13 +126,14 @@ def supervisor(reactor: Any, settings: Settings, leave: Callable[[int], None] | 
 class Running:
     """A started supervisor of two workers, on such a reactor."""
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, loop: LoopSettings | None = None) -> None:
         self.reactor = Reactor(reactor)
         self.left: list[int] = []
         settings = Settings(
             http_server=HTTPServerSettings(address="127.0.0.1", port=0, internal_port=0),
             workers=WorkersSettings(count=2),
             shutdown=ShutdownSettings(timeout=20.0),
+            loop=loop or LoopSettings(),
         )
         self.supervisor = supervisor(self.reactor, settings, self.left.append)
         self.supervisor.startService()
@@ -140,6 +145,12 @@ class Running:
     async def ready(self) -> None:
         for slot in (BROKER, 0, 1):
             await self.process(slot).peer.callRemote(control.Ready)
+
+    def end(self) -> None:
+        self.supervisor.stopService()
+        self.supervisor.stopService()
+        for slot in list(self.supervisor.processes):
+            self.process(slot).exit(-signal.SIGKILL)
 
     def tick(self, seconds: float = TICK) -> None:
         now = self.reactor.seconds() + seconds
@@ -153,10 +164,7 @@ def running() -> Iterator[Running]:
 
     running = Running(reactor)
     yield running
-    running.supervisor.stopService()
-    running.supervisor.stopService()
-    for slot in list(running.supervisor.processes):
-        running.process(slot).exit(-signal.SIGKILL)
+    running.end()
 
 
 def test_nothing_is_opened_before_the_start() -> None:
@@ -167,13 +175,13 @@ def test_nothing_is_opened_before_the_start() -> None:
 
 def test_by_default_there_is_one_worker_per_core() -> None:
     pool = supervisor(object(), Settings()).pool
-    assert len(pool.workers) == len(os.sched_getaffinity(0))
+    assert len(pool.workers) == count_cores()
 
 
 async def test_each_process_gets_its_arguments_settings_and_sockets(running: Running) -> None:
     broker, first, second = (running.process(slot) for slot in (BROKER, 0, 1))
-    assert broker.command[1:3] == ["-m", "some.broker"]
-    assert first.command[1:3] == ["-m", "some.worker"]
+    assert broker.command[1:4] == ["-P", "-m", "some.broker"]
+    assert first.command[1:4] == ["-P", "-m", "some.worker"]
     assert "--listen" not in broker.command
     for worker in (first, second):
         assert worker.argument("--listen") == "6"
@@ -198,10 +206,10 @@ async def test_children_do_not_inherit_the_service_managers_variables(monkeypatc
     from twisted.internet import reactor
 
     monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
-    monkeypatch.setenv("REALTIME_TEST_VARIABLE", "kept")
+    monkeypatch.setenv("TEST_VARIABLE", "kept")
     running = Running(reactor)
     assert "NOTIFY_SOCKET" not in running.process(0).env
-    assert running.process(0).env["REALTIME_TEST_VARIABLE"] == "kept"
+    assert running.process(0).env["TEST_VARIABLE"] == "kept"
     running.supervisor.stopService()
     running.supervisor.stopService()
     for slot in (BROKER, 0, 1):
@@ -236,6 +244,19 @@ async def test_the_supervisor_leaks_no_descriptor_of_dead_processes(running: Run
         await running.process(0).peer.callRemote(control.Ready)
         await running.process(BROKER).peer.callRemote(control.Ready)
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+async def test_as_pid_1_it_reaps_orphans_but_not_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from twisted.internet import reactor
+
+    calls: list[list[int]] = []
+    monkeypatch.setattr(orphans, "is_needed", lambda: True)
+    monkeypatch.setattr(orphans, "reap", lambda own: calls.append(sorted(own())))
+    running = Running(reactor)
+    await running.ready()
+    running.tick(2 * orphans.INTERVAL)
+    assert calls[-1] == [1000, 1001, 1002]
+    running.end()
 
 
 async def test_late_events_of_a_dead_process_do_not_affect_its_successor(running: Running) -> None:
@@ -280,10 +301,27 @@ async def test_stop_drains_all_processes_before_its_deferred_fires(running: Runn
 
 
 async def test_leave_gets_the_exit_status(running: Running) -> None:
-    await running.process(0).peer.callRemote(control.Failed, reason="no such module")
+    await running.process(0).peer.callRemote(control.Failed, reason="no such module", status=78)
     for slot in (0, 1, BROKER):
         running.process(slot).exit(78 if slot == 0 else -signal.SIGKILL)
     assert running.left == [78]
+
+
+async def test_a_memory_limit_below_an_empty_workers_memory_is_logged_once() -> None:
+    from twisted.internet import reactor
+
+    running = Running(reactor, LoopSettings(max_rss=1_000_000))
+    for slot in (0, 1):
+        page = VitalsPage.open(os.dup(running.process(slot).fds[5]))
+        page.write(Vitals(1, 0.0, 0, 0, ProcessState.READY, rss=50_000_000))
+        page.close()
+    with capturedLogs() as events:
+        await running.ready()
+    lines = [formatEvent(event) or "" for event in events if event["log_level"] is LogLevel.error]
+    assert [line.split(",")[0] for line in lines] == [
+        "loop.max_rss = 1000000: a worker without clients already uses 50000000 bytes"
+    ]
+    running.end()
 
 
 def test_a_port_in_use_exits_with_status_1() -> None:

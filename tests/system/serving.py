@@ -106,12 +106,16 @@ class Server:
     """One running server. Its methods are synchronous: system tests do not run the test process's reactor."""
 
     def __init__(
-        self, config: Path, arguments: tuple[str, ...] = (), environment: dict[str, str] | None = None
+        self,
+        config: Path,
+        arguments: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        cwd: Path = CHECKOUT,
     ) -> None:
         command = [str(TWISTD), "--nodaemon", "--pidfile=", "realtime", "--config", str(config), *arguments]
         self.process = subprocess.Popen(
             command,
-            cwd=CHECKOUT,
+            cwd=cwd,
             env={**os.environ, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -251,11 +255,13 @@ class ServerStarter:
         *arguments: str,
         config: Path | None = None,
         environment: dict[str, str] | None = None,
+        cwd: Path = CHECKOUT,
         **sections: Any,
     ) -> Server:
-        """A ready server. sections: laid over BASE. config: a file to use instead. arguments: further options."""
+        """A ready server. sections: laid over BASE. config: a file to use instead. arguments: further options. cwd:
+        its working directory."""
         path = config or self._write(merged(BASE, sections))
-        server = Server(path, arguments, environment)
+        server = Server(path, arguments, environment, cwd)
         self.started.append(server)
         server.wait_ready()
         return server

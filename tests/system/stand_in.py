@@ -1,7 +1,8 @@
 """A child process that speaks the control plane and does as its settings say: a worker or a broker for tests.
 
 `settings.app.options` tells it how to behave: `fail` (can't start, for this reason; `fail_if`: only while that file is
-there), `crash` (an exit status, at start), `ignore_drain`, `slow_start` (seconds), `block` (never turn the loop again
+there), `fail_for_now` (can't start, for this reason, which may pass), `hang` (at start, for ever), `crash` (an exit
+status, at start), `ignore_drain`, `slow_start` (seconds), `block` (never turn the loop again
 once started, with the GIL held). `only`: just the process of this name behaves so.
 A worker serves its listening sockets with one line: its slot and pid.
 """
@@ -11,12 +12,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 
-from realtime.errors import SettingsError
+from realtime.errors import ApplicationFailed, SettingsError
 from realtime.process.child import Child, main
 from realtime.worker.listening import adopt
 
@@ -37,6 +39,10 @@ class StandIn:
             await deferLater(child.reactor, float(str(options["slow_start"])), lambda: None)
         if self._behaves and "fail" in options and os.path.exists(str(options.get("fail_if", "/"))):
             raise SettingsError([str(options["fail"])])
+        if self._behaves and "fail_for_now" in options:
+            raise ApplicationFailed(str(options["fail_for_now"]))
+        if self._behaves and options.get("hang"):
+            hang()
         if self._behaves and "crash" in options:
             os._exit(int(str(options["crash"])))
         for fd in child.listen:
@@ -57,6 +63,11 @@ class StandIn:
         """Finish at once, or never."""
         if self._behaves and self._options.get("ignore_drain"):
             await Deferred()
+
+
+def hang() -> None:
+    """Wait for an answer that does not come."""
+    threading.Event().wait()
 
 
 def block() -> None:

@@ -220,6 +220,22 @@ def test_an_application_that_can_not_start_ends_the_first_start_with_78(start: S
     assert ended(server) == 78
     assert server.log.count("worker 1 can't start: app.module: no module named chat") == 1
     assert "Traceback" not in server.log
+    assert "the supervisor has ended" not in server.log
+
+
+def test_an_application_that_fails_at_the_first_start_ends_it_with_a_status_for_a_restart(start: Start) -> None:
+    server = start({"only": "worker 1", "fail_for_now": "chat.py:3: on_start failed: no database"}, ready=False)
+    assert ended(server) == 75
+    assert server.log.count("worker 1 can't start: chat.py:3: on_start failed: no database") == 1
+
+
+def test_a_start_that_hangs_is_logged_with_its_line(start: Start) -> None:
+    workers = WorkersSettings(count=2, start_timeout=15.0)
+    server = start({"only": "worker 1", "hang": True}, ready=False, workers=workers)
+    server.wait_for_log(r"worker 1 is stuck; all its threads:(?s:.*)stand_in.py\", line \d+ in hang", 60)
+    server.wait_for_log(r"worker 1 was not ready within 15 s and was killed \(workers.start_timeout\)")
+    server.process.send_signal(signal.SIGTERM)
+    assert ended(server) == 0
 
 
 def test_later_it_is_a_failed_slot(start: Start, tmp_path: Path) -> None:
@@ -304,6 +320,23 @@ def test_stop_while_starting(start: Start) -> None:
     assert ended(server) == 0
 
 
+def test_a_worker_that_is_asked_to_end_is_replaced_without_an_error(start: Start) -> None:
+    server = start()
+    pid = server.pid_of("worker 0")
+    os.kill(pid, signal.SIGTERM)
+    server.wait_replaced("worker 0", pid)
+    assert re.search(r"#info\] worker 0 has drained and exited, .*; restarting it in", server.log)
+    assert "#error" not in server.log
+    server.stop()
+
+
+def test_sighup_is_answered_in_the_log(start: Start) -> None:
+    server = start()
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for_log("SIGHUP: this server can't reload its configuration yet; restart it")
+    server.stop()
+
+
 def test_signals_of_strangers_are_harmless(start: Start) -> None:
     server = start()
     pids = sorted(process.pid for process in server.family())
@@ -312,7 +345,8 @@ def test_signals_of_strangers_are_harmless(start: Start) -> None:
     for pid in pids:
         if pid != server.pid:
             os.kill(pid, signal.SIGINT)
-    assert {server.greeting()[0] for _ in range(40)} == {0, 1}
+    # A worker that lacks the processor gets no clients for half a second.
+    wait_until(lambda: {server.greeting()[0] for _ in range(40)} == {0, 1}, "greetings of both workers")
     assert sorted(process.pid for process in server.family()) == pids
     server.stop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -143,4 +144,18 @@ async def test_a_port_on_an_ipv6_socket(listening: socket.socket) -> None:
     port = adopt(reactor, inherited.detach(), Factory.forProtocol(Protocol))
     assert port.addressFamily == socket.AF_INET6
     assert port.getHost().host == "::1"
+    await port.stopListening()
+
+
+async def test_a_default_timeout_of_the_application_blocks_no_accept(
+    listening: socket.socket, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(lambda: socket.setdefaulttimeout(None))
+    socket.setdefaulttimeout(5.0)
+    port = adopt(reactor, os.dup(listening.fileno()), Factory.forProtocol(Protocol))
+    began = time.monotonic()
+    with connect(listening):
+        port.doRead()
+        port.doRead()
+    assert time.monotonic() - began < 4
     await port.stopListening()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from typing import Any
 
 from realtime import App
 
 app = App()
+# For every socket that the process makes without saying otherwise.
+socket.setdefaulttimeout(5.0)
 LARGE = "x" * 20_000_000
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from realtime import App, Cache
@@ -27,3 +28,8 @@ async def kept(request):
     global calls
     calls += 1
     return {"call": calls}
+
+
+@app.http.get("/pid", pressure="ignore")
+async def pid(request):
+    return os.getpid()

@@ -1,0 +1,33 @@
+"""Import the configured application in a process of its own, and print what keeps it from loading.
+
+    python -P -m realtime.app.check < settings
+
+The settings come as bytes of `realtime.config.settings.dump`. The exit status is 0, or 78 with one line for each
+problem on standard output. What the application prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from realtime.app.loader import load
+from realtime.config import settings
+from realtime.errors import SettingsError
+
+
+def main() -> int:
+    """Import the application and return the exit status."""
+    configured = settings.load(sys.stdin.buffer.read())
+    problems = sys.stdout
+    sys.stdout = sys.stderr
+    try:
+        load(configured.app)
+    except SettingsError as error:
+        print(*error.problems, sep="\n", file=problems, flush=True)
+        return os.EX_CONFIG
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""The check of the application, as `realtime check-config` and a daemon's start make it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from realtime.cli.application import find_problems
+from realtime.config.settings import AppSettings, Settings, WorkersSettings
+
+
+def settings(folder: Path, text: str, module: str = "chat:app") -> Settings:
+    (folder / "chat.py").write_text(text)
+    return Settings(app=AppSettings(module=module, path=str(folder)), workers=WorkersSettings(start_timeout=20.0))
+
+
+def test_no_application_and_a_good_one_are_no_problem(tmp_path: Path) -> None:
+    assert find_problems(Settings()) == []
+    assert find_problems(settings(tmp_path, "from realtime import App\napp = App()\n")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "module", "problem"),
+    [
+        ("app = (", "chat:app", "chat.py:1: SyntaxError: '(' was never closed"),
+        ("", "nosuch:app", "there is no module 'nosuch'"),
+        ("import os\nos._exit(3)", "chat:app", "the import ended the process with status 3"),
+    ],
+)
+def test_each_problem_is_one_line(tmp_path: Path, text: str, module: str, problem: str) -> None:
+    (line,) = find_problems(settings(tmp_path, text, module))
+    assert line.startswith(f'app.module = "{module}": ')
+    assert problem in line
+
+
+def test_an_import_that_hangs_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "chat.py").write_text("import time\ntime.sleep(60)")
+    given = Settings(app=AppSettings(module="chat:app", path=str(tmp_path)), workers=WorkersSettings(start_timeout=0.5))
+    (line,) = find_problems(given)
+    assert "takes more than 0.5 s (workers.start_timeout)" in line

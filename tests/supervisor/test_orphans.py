@@ -1,0 +1,44 @@
+"""Orphans: exited processes that only their new parent can remove from the process table."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from realtime.supervisor import orphans
+
+# A process that becomes the parent of orphans as PID 1 does, with an orphan and a child of its own that have exited.
+PARENT = """
+import ctypes, os, subprocess, sys, time
+from realtime.supervisor import orphans
+
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
+shell = subprocess.run(["sh", "-c", "sh -c 'exit 3' & echo $!"], capture_output=True, text=True)
+orphan = int(shell.stdout)
+zombie = lambda pid: open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] == "Z"
+while not zombie(orphan):
+    time.sleep(0.01)
+reaped = orphans.reap(lambda: [])
+assert reaped == 1, reaped
+assert not os.path.exists(f"/proc/{orphan}")
+assert orphans.reap(lambda: []) == 0
+own = subprocess.Popen(["true"])
+while not zombie(own.pid):
+    time.sleep(0.01)
+assert orphans.reap(lambda: [own.pid]) == 0
+assert own.wait() == 0
+"""
+
+
+def test_orphans_are_reaped_and_own_children_are_left_to_their_owner() -> None:
+    done = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("pid", "needed"), [(1, True), (4321, False)])
+def test_only_pid_1_gets_orphans(pid: int, needed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: pid)
+    assert orphans.is_needed() is needed
