@@ -130,4 +130,11 @@ class HTTP:
             raise SettingsError(
                 [f'{calling_line()}: a path must begin with a slash and be ASCII, as in @app.http.get("/path")']
             )
+        if "{" in path or "}" in path:
+            raise SettingsError(
+                [
+                    f"{calling_line()}: {path!r} has a parameter, and a route answers exactly its path; pass the value"
+                    " in the query, as in /items?id=5"
+                ]
+            )
         return self._declare("http", f"{method} {path}", options)

@@ -48,6 +48,11 @@ def are_networks(texts: tuple[str, ...]) -> bool:
         return False
 
 
+def are_host_names(names: tuple[str, ...]) -> bool:
+    """Whether every text is a host name in lower case, without scheme, port and path."""
+    return all(re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", name) for name in names)
+
+
 def are_origin_patterns(patterns: tuple[str, ...]) -> bool:
     """Whether every pattern is a glob for origins as browsers send them: scheme://host[:port], lower case, no path.
 

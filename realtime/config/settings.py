@@ -56,6 +56,21 @@ class HTTPServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_header_bytes: Annotated[int, Meta(ge=1024), about("Maximum size of a request head, in bytes.")] = 16384
     max_headers: Annotated[Positive, about("Maximum number of header lines in a request.")] = 100
     header_timeout: Annotated[PositiveSeconds, about("Time limit for a request head to arrive completely.")] = 5.0
+    keepalive_timeout: Annotated[
+        PositiveSeconds,
+        about(
+            "Time that a connection may stay open between two HTTP requests. Keep it longer than the timeout of a proxy"
+            " or load balancer in front of the server, often 60 s; otherwise the proxy reports errors (502)."
+        ),
+    ] = 75.0
+    host_names: Annotated[
+        tuple[str, ...],
+        restricted('a list of host names in lower case, such as ["chat.example.com"]', checks.are_host_names),
+        about(
+            "Further names of this server, besides localhost, its host name and IP addresses. Where clients need no"
+            " token or callers no key, the server refuses requests of web pages that name another host."
+        ),
+    ] = ()
     # The kernel caps it at net.core.somaxconn, 4096 since Linux 5.4.
     backlog: Annotated[
         int,
@@ -293,6 +308,13 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 1_048_576
     connection_limit: Annotated[
         NonNegative, about("Maximum number of connections to all workers together. 0: no limit.")
+    ] = 0
+    connection_limit_per_address: Annotated[
+        NonNegative,
+        about(
+            "Maximum number of connections of one IP address to one worker. Behind proxies, set client.trusted_proxies"
+            " too; otherwise all clients share the address of the proxy. 0: no limit."
+        ),
     ] = 0
     connection_rate_limit: Annotated[
         NonNegative, about("Maximum number of new connections per second to all workers together. 0: no limit.")

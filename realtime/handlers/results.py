@@ -7,8 +7,7 @@ The module imports no Twisted: neither does the process of a handler.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from email.utils import formatdate
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -38,24 +37,6 @@ class PreparedResponse(msgspec.Struct, frozen=True):
     headers: tuple[tuple[str, str], ...] = ()
     fault: str = ""
     close: bool = False
-
-    def all_headers(self) -> Iterable[tuple[str, str]]:
-        """Yield every header line. The application's headers take the place of the server's."""
-        ours = {"Server": "realtime", "X-Content-Type-Options": "nosniff"}
-        if self.type:
-            ours["Content-Type"] = self.type
-        theirs = {name.lower() for name, _ in self.headers}
-        yield from ((name, value) for name, value in ours.items() if name.lower() not in theirs)
-        yield from ((name, value) for name, value in self.headers if name.lower() not in _FRAMING)
-        yield "Date", formatdate(usegmt=True)
-        if self.status not in _WITHOUT_BODY:
-            yield "Content-Length", str(len(self.body))
-
-
-# RFC 9110 sections 15.3.5 and 15.4.5.
-_WITHOUT_BODY = {204, 304}
-# The headers that frame a response; only the server sets them.
-_FRAMING = {"content-length", "transfer-encoding", "connection", "date"}
 
 
 def status_response(status: int, *headers: tuple[str, str]) -> PreparedResponse:

@@ -29,8 +29,18 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+def event(payload: bytes) -> bytes:
+    """Encode one server-sent event (HTML standard, section "Server-sent events"). payload: one line."""
+    return b"data: %b\n\n" % payload
+
+
+def line(payload: bytes) -> bytes:
+    """Encode one line with its line feed. payload: without line ends."""
+    return payload + b"\n"
+
+
 def event_chunk(payload: bytes) -> bytes:
-    """Encode one server-sent event (HTML standard, section "Server-sent events") as a chunk. payload: one line."""
+    """Encode one server-sent event as a chunk. payload: one line."""
     return chunk(b"data: %b\n\n" % payload)
 
 
@@ -65,6 +75,11 @@ class BodyParser:
         self._trailers = 0
         self._buffer = bytearray()  # unparsed bytes
         self._body = bytearray()
+
+    @property
+    def missing(self) -> int:
+        """Bytes missing of a body that is not chunked."""
+        return self._missing
 
     def feed(self, data: bytes) -> bytes | Refusal | None:
         """Parse the next bytes; return the complete body, a refusal, or None while the body is incomplete.

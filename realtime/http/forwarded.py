@@ -30,7 +30,8 @@ class TrustedProxies:
         the search, because no trusted proxy writes one.
         """
         if not self._networks:
-            return peer
+            # A dual-stack socket reports an IPv4 peer as an IPv4-mapped IPv6 address.
+            return peer.removeprefix("::ffff:") if "." in peer else peer
         nearest = _parse(peer)
         if nearest is None:
             return peer

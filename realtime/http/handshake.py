@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl
 
 from msgspec import Struct
 
+from realtime.http.hosts import HostNames
 from realtime.http.request import Refusal, RequestHead
 
 # Encoding of each known subprotocol.
@@ -102,12 +103,13 @@ def handshake_response(head: RequestHead, subprotocol: str | None, extensions: s
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-def origin_policy(patterns: Iterable[str]) -> Callable[[RequestHead], bool]:
+def origin_policy(patterns: Iterable[str], own_names: HostNames | None = None) -> Callable[[RequestHead], bool]:
     """Build a predicate for the requests that may open a connection, by their Origin header.
 
     patterns: shell globs for the lower-case origin, such as "https://*.example.com". Without patterns, only the
     request's own host is allowed (same origin). "*" allows every origin except "null", which sandboxed pages and pages
     with a hidden origin send. A request without an Origin is not from a browser and always allowed.
+    own_names: names that same-origin requests must use; None for any name.
     """
     globs = [pattern.lower() for pattern in patterns]
     matches = [re.compile(fnmatch.translate(glob)).match for glob in globs]
@@ -115,6 +117,8 @@ def origin_policy(patterns: Iterable[str]) -> Callable[[RequestHead], bool]:
 
     def is_allowed(head: RequestHead) -> bool:
         origins = head.get_all("origin")
+        if own_names is not None and not globs and not own_names.accept(head):
+            return False
         if not origins:
             return True
         origin = origins[0].lower()

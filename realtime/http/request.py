@@ -1,11 +1,13 @@
 """Strict parser for the head of an HTTP request: bytes in, a `RequestHead` or a `Refusal` out.
 
-The next parser in line is fed a head rebuilt from the accepted fields (`RequestHead.to_bytes`), so two parsers cannot
-disagree about one request. Where RFC 9110 and RFC 9112 leave a choice, this parser takes the strict one: lines end in
-CRLF, header lines are not folded, a target is a path, and a message with ambiguous framing is refused.
+Where RFC 9110 and RFC 9112 leave a choice, this parser takes the strict one: lines end in CRLF, header lines are not
+folded, and a message with ambiguous framing is refused. A target in absolute form names the host in place of the Host
+header (RFC 9112 section 3.2.2); the head has the target in origin form.
 
-The result depends on the bytes alone, not on their segmentation. The parser checks line by line, in order: first the
-length of a line, then its line end, then its content.
+The result depends on the bytes alone, not on their segmentation. `RequestParser` checks line by line, in order: first
+the length of a line, then its line end, then its content. `parse_whole_head` is the short path for a head that arrived
+in one piece and has no fault: one regular expression, the same grammar, and no copy of the bytes. llhttp needs as long
+for the same head and accepts more than this grammar does.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from http import HTTPStatus
 
 from msgspec import Struct
 
-MAX_LINE = 8192  # bytes of the request line, and of one header, without CRLF
+# Bytes of the request line, and of one header, without CRLF, as long as the limit of the head is the default one. A
+# greater limit of the head is the limit of a line too.
+MAX_LINE = 8192
+_DEFAULT_MAX_HEAD = 2 * MAX_LINE
 MAX_PARAMETERS = 100  # in the query
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
@@ -23,9 +28,18 @@ _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/(\d\.\d)")
 # RFC 9110 section 5.5 without 0x85, which str.splitlines() treats as a line end.
 _FIELD = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\x84\x86-\xff]*)")
 _TOKEN_START = re.compile(_TOKEN)
+# Possessive quantifiers: what does not match fails in linear time.
+_HEAD = re.compile(
+    _REQUEST_LINE.pattern + rb"\r\n((?:" + _TOKEN + rb"+:[\t -~\x80-\x84\x86-\xff]*+\r\n)++)\r\n",
+)
+# RFC 9112 section 3.2.2: the authority, and the target in origin form without its leading slash, if it has one.
+_ABSOLUTE = re.compile(r"[Hh][Tt][Tt][Pp][Ss]?://([^/?#]*)(.*)")
 # RFC 3986 section 3.2.2, with an optional port. An empty host is invalid.
 _HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _LENGTH = re.compile(r"[0-9]{1,15}")
+
+_VERSIONS = (b"1.1", b"1.0")
+_FRAMING = ("content-length", "transfer-encoding")
 
 CHUNKED = -1  # `RequestHead.body` of a request with a chunked body
 UNCOUNTED = ""  # `Refusal.kind` of a refusal that is not counted as bad input
@@ -69,6 +83,13 @@ class RequestHead(Struct, frozen=True):
         """The part of the target after the first question mark; "" if there is none."""
         return self.target.partition("?")[2]
 
+    def get(self, name: str) -> str:
+        """Return the value of the first header with this lower-case name; "" if there is none."""
+        for field, value in self.fields:
+            if field == name:
+                return value
+        return ""
+
     def get_all(self, name: str) -> list[str]:
         """Return the values of all headers with this lower-case name, in order."""
         return [value for field, value in self.fields if field == name]
@@ -85,13 +106,44 @@ class RequestHead(Struct, frozen=True):
                 joined[name] = value
         return joined
 
-    def to_bytes(self, *overrides: tuple[str, str]) -> bytes:
-        """Serialize the head for the next parser. overrides: fields that replace all fields of the same name."""
-        replaced = {name for name, _ in overrides}
-        kept = [field for field in self.fields if field[0] not in replaced]
-        lines = [f"{self.method} {self.target} HTTP/{self.version}"]
-        lines += [f"{name}: {value}" for name, value in (*kept, *overrides)]
-        return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
+
+def parse_whole_head(data: bytes, start: int, max_bytes: int, max_headers: int) -> tuple[RequestHead, int] | None:
+    """Parse the head that begins at `start` of `data`; return it and the place of its end.
+
+    Returns None for a head that is incomplete, unusual or faulty: then `RequestParser` judges it. Limits: as there.
+    """
+    match = _HEAD.match(data, start)
+    if match is None:
+        return None
+    end = match.end()
+    method, target, version, block = match.groups()
+    lines = block.decode("latin-1").split("\r\n")
+    lines.pop()
+    if end - start > min(max_bytes, MAX_LINE) or len(lines) > max_headers:
+        return None
+    fields = []
+    framed = hosts = 0
+    for line in lines:
+        name, _, value = line.partition(":")
+        name = name.lower()
+        fields.append((name, value.strip(" \t")))
+        if name == "host":
+            hosts += 1
+        elif name in _FRAMING:
+            framed += 1
+    if hosts != 1 or version not in _VERSIONS or not target.startswith(b"/") or b"#" in target:
+        return None
+    if target.count(b"&") >= MAX_PARAMETERS:
+        return None
+    head = RequestHead(method.decode("ascii"), target.decode("ascii"), version.decode("ascii"), tuple(fields), 0)
+    if _HOST.fullmatch(head.get("host")) is None:
+        return None
+    if framed:
+        body = _body_length(head)
+        if isinstance(body, Refusal):
+            return None
+        head = RequestHead(head.method, head.target, head.version, head.fields, body)
+    return head, end
 
 
 class RequestParser:
@@ -101,7 +153,8 @@ class RequestParser:
     """
 
     __slots__ = (
-        *("_buffer", "_consumed", "_fields", "_max_bytes", "_max_headers", "_request_line", "_scanned"),
+        *("_authority", "_buffer", "_consumed", "_fields", "_max_bytes", "_max_headers", "_max_line"),
+        *("_request_line", "_scanned"),
         "trailing_data",
     )
 
@@ -109,10 +162,12 @@ class RequestParser:
         """max_bytes: limit of the whole head. max_headers: limit of the number of header lines."""
         self._max_bytes = max_bytes
         self._max_headers = max_headers
+        self._max_line = max_bytes if max_bytes > _DEFAULT_MAX_HEAD else MAX_LINE
         self._buffer = bytearray()  # unparsed bytes: at most one incomplete line between two calls
         self._scanned = 0  # length of the buffer's start that holds no line feed
         self._consumed = 0  # bytes of the lines parsed so far
         self._request_line: tuple[str, str, str] | None = None
+        self._authority: str | None = None  # of a target in absolute form
         self._fields: list[tuple[str, str]] = []
         self.trailing_data = b""
 
@@ -155,7 +210,7 @@ class RequestParser:
 
     def _check_length(self, start: int, end: int) -> Refusal | None:
         """Check the length of a line, complete or not; of two exceeded limits, report the lower one."""
-        line_limit = start + MAX_LINE + 2
+        line_limit = start + self._max_line + 2
         head_limit = self._max_bytes - self._consumed
         if end <= min(line_limit, head_limit):
             return None
@@ -185,6 +240,10 @@ class RequestParser:
             return Refusal(
                 HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "this version of HTTP is not spoken here", "head_version"
             )
+        absolute = _ABSOLUTE.fullmatch(target)
+        if absolute is not None:
+            self._authority, rest = absolute.groups()
+            target = rest if rest.startswith("/") else "/" + rest
         if not target.startswith("/") or "#" in target:
             return _malformed("the request target must be a path")
         if target.partition("?")[2].count("&") >= MAX_PARAMETERS:
@@ -199,6 +258,12 @@ class RequestParser:
         method, target, version = self._request_line
         head = RequestHead(method, target, version, tuple(self._fields), 0)
         hosts = head.get_all("host")
+        if self._authority is not None:
+            # The authority of the target counts (RFC 9112 section 3.2.2). Host may differ, and must be well-formed.
+            others = (field for field in self._fields if field[0] != "host")
+            head = RequestHead(method, target, version, (("host", self._authority), *others), 0)
+            if _HOST.fullmatch(self._authority) is None:
+                return _malformed("malformed host in the request target")
         if len(hosts) > 1 or (version == "1.1" and not hosts) or not all(map(_HOST.fullmatch, hosts)):
             return _malformed("exactly one valid Host header is needed")
         body = _body_length(head)

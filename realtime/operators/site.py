@@ -18,6 +18,8 @@ from twisted.web.server import Request, Site
 
 # Seconds for a request to arrive whole.
 IDLE = 30.0
+# Bytes of pipelined requests that may arrive while an earlier one has no answer yet.
+MAX_HELD = 65536
 # How a browser says that a request comes from another page than ours (Fetch Metadata, Sec-Fetch-Site).
 _FOREIGN_SITES = ("cross-site", "same-site")
 # Ports that an origin leaves out, by scheme. A proxy may have taken the TLS off.
@@ -111,6 +113,32 @@ class _Channel(HTTPChannel):
     """A connection to the operators' port."""
 
     _log = Logger(observer=LogPublisher())  # without observers: an idle connection is worth no line
+
+    _is_waiting = False  # for the next turn of the loop
+    _held = 0  # bytes that have arrived meanwhile
+
+    def dataReceived(self, data: bytes) -> None:
+        """Called by twisted for each piece of a request; called with b"" for the rest of the last piece."""
+        if self._is_waiting:
+            self._held += len(data)
+            if self._held > MAX_HELD:
+                transport: Any = self.transport
+                transport.abortConnection()
+                return
+        super().dataReceived(data)
+
+    def allContentReceived(self) -> None:
+        """Called by twisted when a request is complete: pipelined requests wait, each for a turn of the loop."""
+        self.paused = True
+        self._is_waiting = True
+        self.factory.reactor.callLater(0, self._continue)
+        super().allContentReceived()
+
+    def _continue(self) -> None:
+        self.paused = self._is_waiting = False
+        self._held = 0
+        if self.connected:
+            self.dataReceived(b"")
 
     def resetTimeout(self) -> None:
         """Called by twisted for each piece of a request: keep the deadline, so that a slow head has one too."""

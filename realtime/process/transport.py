@@ -40,6 +40,11 @@ class DirectServer(tcp.Server):
             super().write(data[sent:])
 
     @property
+    def is_buffering(self) -> bool:
+        """Whether bytes are buffered here that the kernel has not taken."""
+        return bool(self._tempDataLen or self.dataBuffer)
+
+    @property
     def direct_send(self) -> Callable[[bytes], int] | None:
         """The socket's send(2), for callers that use it only while nothing is buffered here. None under TLS.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from realtime.http.body import chunk, event_chunk, line_chunk
+from realtime.http.body import chunk, event, event_chunk, line, line_chunk
 from realtime.http.frames import binary_frame, text_frame
 from realtime.protocol import messages
 from realtime.protocol.encodings import Encoding
@@ -68,3 +68,17 @@ JSON_LINES = WireFormat(JSON_ENCODING, line_chunk)
 PROTOBUF_CHUNKS = WireFormat(PROTOBUF, chunk)
 JSON_PUSHES_EVENTS = WireFormat(JSON_PUSHES, event_chunk)
 JSON_PUSHES_LINES = WireFormat(JSON_PUSHES, line_chunk)
+
+
+def _whole(payload: bytes) -> bytes:
+    return payload
+
+
+# HTTP/1.0 has no chunks (RFC 9112 section 6.1): there a response ends with its connection.
+UNCHUNKED = {
+    JSON_EVENTS: WireFormat(JSON_ENCODING, event),
+    JSON_LINES: WireFormat(JSON_ENCODING, line),
+    PROTOBUF_CHUNKS: WireFormat(PROTOBUF, _whole),
+    JSON_PUSHES_EVENTS: WireFormat(JSON_PUSHES, event),
+    JSON_PUSHES_LINES: WireFormat(JSON_PUSHES, line),
+}

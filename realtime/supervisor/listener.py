@@ -45,7 +45,7 @@ class SharedPort:
     """
 
     def __init__(self, address: str, port: int, backlog: int, slots: int) -> None:
-        """Bind and listen. address: "" for all IPv4 addresses, "::" for all of both families. port: 0 for any.
+        """Bind and listen. address: "" or "::" for all addresses, IPv6 included if the machine has it. port: 0 for any.
 
         Raises CannotListen.
         """
@@ -138,8 +138,10 @@ def explain(error: OSError, address_key: str, address: str, port_key: str, port:
 
 def _resolve(address: str, port: int) -> tuple[socket.AddressFamily, str]:
     """Return the family and the numeric form of an address. May block to look up a name, so use it at start only."""
+    if not address:
+        address = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
     try:
-        found = socket.getaddrinfo(address or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         problem = 'neither an IP address nor a known name; choose an address of this machine, or "" for all'
         raise CannotListen(f"http_server.address = {address!r}: {problem}") from error

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from email.utils import formatdate
 from http import HTTPStatus
+from typing import Any
 
 from realtime.config import settings
 from realtime.http.forwarded import TrustedProxies
 from realtime.http.handshake import origin_policy
+from realtime.http.hosts import HostNames
 from realtime.http.request import Refusal, RequestHead
+from realtime.http.response import encode_response
 from realtime.metrics import Metrics
 
 # Range in seconds of Retry-After, random so that refused clients do not all come back at the same time.
@@ -35,19 +37,26 @@ class Admission:
         check_load: Callable[[], Refusal | None] = lambda: None,
         workers: int = 1,
         descriptors: int = 0,
+        own_names: HostNames | None = None,
     ) -> None:
         """clock: monotonic, in seconds. check_load: returns a refusal while the worker accepts no connection.
 
         workers: number of workers that share the limits of `client`. Each gets an equal part; that of the connection
         limit is rounded up. descriptors: the worker's limit of open descriptors, 0 for none. Connections stay below it,
-        because at the limit itself the worker could not accept a connection to refuse it.
+        because at the limit itself the worker could not accept a connection to refuse it. own_names: names of this
+        server; pages must use one of them if clients need no token and no origins are configured.
         """
-        self.origin_allowed = origin_policy(client.allowed_origins)
+        is_open = client.insecure or client.allow_anonymous_connect_without_token
+        self.origin_allowed = origin_policy(client.allowed_origins, own_names if is_open else None)
         self.proxies = TrustedProxies(client.trusted_proxies)
         self._connection_counts: list[Callable[[], int]] = []
         share, spare = _RESERVED_DESCRIPTORS
         limits = (-(-client.connection_limit // workers), max(descriptors - int(descriptors * share) - spare, 0))
         self._limit = min(filter(None, limits), default=0)
+        self._count_others: Callable[[], int] = lambda: 0
+        self._drop_idle: Callable[[], bool] = lambda: False
+        self._address_limit = client.connection_limit_per_address
+        self._addresses: dict[str, int] = {}  # connections by the address of their client
         self._rate = client.connection_rate_limit / workers
         self._burst = max(self._rate, 1.0)  # size of the token bucket: the connections of one second, at least one
         self._tokens = self._burst
@@ -59,6 +68,40 @@ class Admission:
     def add_transport(self, count_connections: Callable[[], int]) -> None:
         """Include the connections of a transport. count_connections: returns the number of its open connections."""
         self._connection_counts.append(count_connections)
+
+    def add_idle(self, count: Callable[[], int], drop_oldest: Callable[[], bool]) -> None:
+        """Include connections that are no client's yet, and HTTP connections, in the limit of all connections.
+
+        They are refused to none: the longest idle one is closed instead. count: returns their number. drop_oldest:
+        closes the longest idle one; returns False if none is idle.
+        """
+        self._count_others = count
+        self._drop_idle = drop_oldest
+
+    def make_room(self) -> None:
+        """Close the longest idle HTTP connection if there are more connections than the limit."""
+        if 0 < self._limit < self.connections + self._count_others():
+            self._drop_idle()
+
+    def take_address(self, head: RequestHead, transport: Any) -> tuple[str, Refusal | None]:
+        """Count a connection of the client that sent `head`; return its address, or "" and a refusal at the limit.
+
+        The address is "" too while there is no limit for an address.
+        """
+        if not self._address_limit:
+            return "", None
+        address = self.client_address(head, transport.getPeer().host)
+        count = self._addresses.get(address, 0)
+        if count >= self._address_limit:
+            return "", Refusal(503, "too many connections of this address", "connection_limit_per_address")
+        self._addresses[address] = count + 1
+        return address, None
+
+    def release_address(self, address: str) -> None:
+        """Count one connection less of a client's address."""
+        count = self._addresses.pop(address, 1) - 1
+        if count:
+            self._addresses[address] = count
 
     @property
     def connections(self) -> int:
@@ -93,17 +136,8 @@ class Admission:
 
 def refusal_response(refusal: Refusal) -> bytes:
     """Build the complete HTTP response for a refusal."""
-    status = HTTPStatus(refusal.status)
-    body = refusal.reason + "\n"
-    lines = [
-        f"HTTP/1.1 {status.value} {status.phrase}",
-        "Server: realtime",
-        f"Date: {formatdate(usegmt=True)}",
-        "Connection: close",
-        "Content-Type: text/plain; charset=utf-8",
-        f"Content-Length: {len(body)}",
-    ]
-    lines += [f"{name}: {value}" for name, value in refusal.headers]
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        lines.append(f"Retry-After: {random.randint(*_RETRY_AFTER)}")
-    return "\r\n".join([*lines, "", body]).encode("latin-1")
+    headers = refusal.headers
+    if refusal.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers = (*headers, ("Retry-After", str(random.randint(*_RETRY_AFTER))))
+    body = refusal.reason.encode() + b"\n"
+    return encode_response(refusal.status, "text/plain; charset=utf-8", headers, body, close=True)

@@ -88,6 +88,7 @@ class ClientConnection(Outgoing):
     factory: Any  # a ConnectionContext
     _session: TransportSession | None = None
     _is_disconnect_counted = False
+    release_address: Callable[[], None] | None = None  # set if the client's address has a limit of connections
 
     def open_session(self, request: OpeningRequest) -> bool:
         """Open the session, or close the connection if that raises; return whether the session is open."""
@@ -109,6 +110,12 @@ class ClientConnection(Outgoing):
             session.closed()
         except Exception:
             _log.failure("a session raised an exception at the end of its connection")
+
+    def release_place(self) -> None:
+        """Count one connection less of the client's address. Idempotent."""
+        release, self.release_address = self.release_address, None
+        if release is not None:
+            release()
 
     def _fail_session(self) -> None:
         """Log the exception that the session raised for a message, and close the connection."""

@@ -32,7 +32,7 @@ from realtime.protocol.messages import ProtocolError
 from realtime.protocol.orders import EmulateOrder, encode_order
 from realtime.protocol.protobuf import EmulationRequest, emulation_request
 from realtime.pubsub.engine import Engine, SendOrder
-from realtime.transports.http_server import HTTPRequest, fault_response
+from realtime.transports.http_server import Exchange, fault_response
 
 # Random bytes in a secret.
 _SECRET_BYTES = 24
@@ -161,7 +161,7 @@ class Emulation:
         if session is not None:
             session.receive(order.data)
 
-    def serve(self, cors_headers: Headers, request: HTTPRequest) -> None:
+    def serve(self, cors_headers: Headers, request: Exchange) -> None:
         """Handle one emulation request. cors_headers: added to the response."""
         try:
             emulation = _parse(request)
@@ -192,11 +192,11 @@ class Emulation:
             self.receive(order)
 
 
-def _parse(request: HTTPRequest) -> EmulationRequest:
-    content_type = (request.getHeader("Content-Type") or "").partition(";")[0].strip().lower()
+def _parse(request: Exchange) -> EmulationRequest:
+    content_type = (request.head.get("content-type")).partition(";")[0].strip().lower()
     if content_type == "application/octet-stream":
-        return emulation_request(request.body())
-    emulation = _decode(request.body())
+        return emulation_request(request.body)
+    emulation = _decode(request.body)
     return EmulationRequest(emulation.node, emulation.session, emulation.data.encode())
 
 

@@ -16,7 +16,6 @@ from urllib.parse import parse_qsl
 import msgspec
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.web.http_headers import Headers
 
 from realtime.app import App, Request
 from realtime.config.settings import HTTPAPISettings, Settings
@@ -28,6 +27,7 @@ from realtime.handlers.results import JSON, PreparedResponse, json_response, sta
 from realtime.http import cors
 from realtime.http.forwarded import TrustedProxies
 from realtime.http.handshake import origin_policy
+from realtime.http.hosts import HostNames
 from realtime.http.request import RequestHead
 from realtime.metrics import Metrics
 from realtime.server_api.http_api import (
@@ -39,7 +39,7 @@ from realtime.server_api.http_api import (
     PipelineResult,
     UnknownMethod,
 )
-from realtime.transports.http_server import HTTPRequest, HTTPSite, RequestHandler, fault_response, first_header
+from realtime.transports.http_server import Exchange, HTTPSite, RequestHandler, fault_response
 from realtime.transports.static_files import locate, serve_file
 
 # Limit of the number of parameters in one query.
@@ -53,8 +53,6 @@ STATUSES = {100: 500, 102: 404, 103: 403, 104: 404, 107: 400, 108: 400, 109: 401
 
 _log = Logger()
 
-_is_same_origin = origin_policy(())
-
 APICall = Callable[[bytes], Coroutine[Any, Any, msgspec.Struct]]
 """A method of the server API: takes a request body, returns its result."""
 
@@ -65,15 +63,16 @@ def make_site(
     api: HTTPAPI,
     settings: Settings,
     metrics: Metrics,
-    reactor: Any = None,
     another_worker_available: Callable[[], bool] = lambda: False,
     cors_routes: Mapping[str, CORSRoute] | None = None,
     proxies: TrustedProxies | None = None,
+    own_names: HostNames | None = None,
 ) -> HTTPSite:
     """Build the site of one worker.
 
-    reactor: for deadlines; None for the process's own. another_worker_available: whether another worker accepts new
+    another_worker_available: whether another worker accepts new
     clients, so that a refused client should reconnect. cors_routes: by path. proxies: the trusted proxies.
+    own_names: names of this server, which pages must use to call an API without key.
     """
     router = Router(
         app,
@@ -83,8 +82,10 @@ def make_site(
         cors_routes or {},
         another_worker_available,
         proxies or TrustedProxies(()),
+        origin_policy(settings.client.allowed_origins) if settings.client.allowed_origins else None,
+        origin_policy((), own_names),
     )
-    return HTTPSite(router, settings.http_api, metrics, partial(drive, ledger=dispatcher.ledger), reactor)
+    return HTTPSite(router, settings.http_api, metrics, partial(drive, ledger=dispatcher.ledger))
 
 
 class CORSRoute:
@@ -94,7 +95,7 @@ class CORSRoute:
         self,
         methods: tuple[str, ...],
         origin_allowed: Callable[[RequestHead], bool],
-        serve: Callable[[cors.Headers, HTTPRequest], None] | None = None,
+        serve: Callable[[cors.Headers, Exchange], None] | None = None,
         max_body_size: int = 1024,
     ) -> None:
         """serve: called with the CORS headers of the response, and a request.
@@ -117,7 +118,7 @@ class CORSRoute:
         return partial(self._serve, cors.response_headers(head)) if self._serve else status_response(404)
 
 
-def serve_init(cors_headers: cors.Headers, request: HTTPRequest) -> None:
+def serve_init(cors_headers: cors.Headers, request: Exchange) -> None:
     """Send an empty JSON object: a small response, to which a load balancer can add its cookie."""
     request.respond(msgspec.structs.replace(json_response(200, {}), headers=cors_headers))
 
@@ -134,7 +135,15 @@ class Router:
         cors_routes: Mapping[str, CORSRoute],
         another_worker_available: Callable[[], bool],
         proxies: TrustedProxies,
+        origin_allowed: Callable[[RequestHead], bool] | None,
+        may_call: Callable[[RequestHead], bool],
     ) -> None:
+        """origin_allowed: whether pages of a request's origin may read the routes; None for no page of another.
+
+        may_call: whether a page that sent a request may call the API without a key.
+        """
+        self._may_call = may_call
+        self._origin_allowed = origin_allowed
         self._cors_routes = cors_routes
         self._dispatcher = dispatcher
         self._api = api
@@ -145,55 +154,64 @@ class Router:
         self._key = settings.key.encode()
         self._statics = sorted(app.http.statics, key=lambda static: len(static.prefix), reverse=True)
 
-    def resolve(self, method: str, uri: str, headers: Headers) -> RequestHandler | PreparedResponse:
+    def resolve(self, head: RequestHead) -> RequestHandler | PreparedResponse:
         """Return the handler of a request, judged by its head, or the response if there is none."""
-        path, _, query = uri.partition("?")
+        method, path = head.method, head.path
         cors_route = self._cors_routes.get(path)
         if cors_route is not None:
-            return cors_route.resolve(_request_head(method, uri, headers))
+            return cors_route.resolve(head)
         if path.startswith(self._prefix) and not self._settings.disabled:
-            return self._resolve_api(method, partial(self._api.call, path.removeprefix(self._prefix)), uri, headers)
+            return self._resolve_api(head, partial(self._api.call, path.removeprefix(self._prefix)))
         if method == "POST" and path + "/" == self._prefix and not self._settings.disabled:
-            return self._resolve_api(method, self._api.call_named, uri, headers)
+            return self._resolve_api(head, self._api.call_named)
         route = self._dispatcher.route("GET" if method == "HEAD" else method, path)
         if route is not None:
-            return partial(serve_route, route, path, query, self._proxies, self._another_worker_available)
+            cors_headers = self.cors_headers(head) if self._origin_allowed is not None else ()
+            return partial(serve_route, route, self._proxies, self._another_worker_available, cors_headers)
         allowed = [verb for verb in ("GET", "POST") if self._dispatcher.route(verb, path) is not None]
+        if allowed and method == "OPTIONS" and self._is_of_allowed_origin(head):
+            return PreparedResponse(204, headers=cors.preflight_headers(head, allowed))
         if allowed:
             return status_response(405, ("Allow", ", ".join(allowed)))
         return self._resolve_file(method, path)
 
-    def max_body_size(self, uri: str) -> int:
+    def max_body_size(self, path: str) -> int:
         """Return the largest allowed size of a request's body in bytes; 0 for no limit."""
-        cors_route = self._cors_routes.get(uri.partition("?")[0])
+        cors_route = self._cors_routes.get(path)
         return self._settings.max_body_size if cors_route is None else cors_route.max_body_size
 
-    def cors_headers(self, uri: str, headers: Headers) -> cors.Headers:
-        """Return the CORS headers for every response of a CORS route; none for other paths."""
-        if uri.partition("?")[0] not in self._cors_routes:
-            return ()
-        return cors.response_headers(_request_head("POST", uri, headers))
+    def cors_headers(self, head: RequestHead) -> cors.Headers:
+        """Return the CORS headers for every response of a CORS route, or of a route to a page of an allowed origin."""
+        if head.path in self._cors_routes or self._is_of_allowed_origin(head):
+            return cors.response_headers(head)
+        return ()
 
-    def _resolve_api(self, method: str, call: APICall, uri: str, headers: Headers) -> RequestHandler | PreparedResponse:
-        if method != "POST":
+    def _is_of_allowed_origin(self, head: RequestHead) -> bool:
+        """Return whether a page of another origin, which the settings allow, has sent the request."""
+        return self._origin_allowed is not None and bool(head.get("origin")) and self._origin_allowed(head)
+
+    def _resolve_api(self, head: RequestHead, call: APICall) -> RequestHandler | PreparedResponse:
+        if head.method != "POST":
             return status_response(405, ("Allow", "POST"))
         if self._settings.insecure:
             # Without a key, only the browser's headers tell a page of another origin, which can post any plain text.
-            site = first_header(headers, "Sec-Fetch-Site").lower()
-            if site not in ("", "none", "same-origin") or not _is_same_origin(_request_head(method, uri, headers)):
+            site = head.get("sec-fetch-site").lower()
+            if site not in ("", "none", "same-origin") or not self._may_call(head):
                 return fault_response("origin")
-        elif not self._has_key(uri.partition("?")[2], headers):
+        elif not self._has_key(head):
             return PreparedResponse(401, fault="api_key")  # the API's contract requires an empty body
         return partial(serve_api, call, self._settings.error_mode)
 
-    def _has_key(self, query: str, headers: Headers) -> bool:
+    def _has_key(self, head: RequestHead) -> bool:
         """Return whether the request has the configured API key; always False if none is configured."""
-        key = first_header(headers, "X-API-Key")
-        if not key and headers.hasHeader("Authorization"):
-            scheme, _, key = first_header(headers, "Authorization").partition(" ")
-            key = key.strip() if scheme.lower() == "apikey" else ""
-        elif not key:
-            key = (_parse_query(query) or {}).get("api_key", "")
+        key = head.get("x-api-key")
+        if not key:
+            authorization = head.get_all("authorization")
+            if authorization:
+                scheme, _, key = authorization[0].partition(" ")
+                key = key.strip() if scheme.lower() == "apikey" else ""
+            else:
+                key = (_parse_query(head.query) or {}).get("api_key", "")
         # Compares the bytes as sent, in constant time: the time reveals nothing about a correct prefix.
         return bool(self._key) and hmac.compare_digest(key.encode("latin-1", "replace"), self._key)
 
@@ -214,11 +232,11 @@ class Router:
 # -- the server API ---------------------------------------------------------------------------------------------------
 
 
-def serve_api(call: APICall, default_error_mode: str, request: HTTPRequest) -> None:
+def serve_api(call: APICall, default_error_mode: str, request: Exchange) -> None:
     """Call a method of the server API. The call is not cancelled if the peer disconnects: its effects are complete."""
-    error_mode = request.getHeader("X-Centrifugo-Error-Mode") or default_error_mode
+    error_mode = request.head.get("x-centrifugo-error-mode") or default_error_mode
     uses_status = error_mode == "transport"
-    request.respond_with(call(request.body()), partial(_api_response, uses_status), cancels=False)
+    request.respond_with(call(request.body), partial(_api_response, uses_status), cancels=False)
 
 
 def _api_response(uses_status: bool, result: Any, error: BaseException | None) -> PreparedResponse:
@@ -249,35 +267,46 @@ def _api_response(uses_status: bool, result: Any, error: BaseException | None) -
 
 def serve_route(
     route: HandlerCall,
-    path: str,
-    query: str,
     proxies: TrustedProxies,
     another_worker_available: Callable[[], bool],
-    request: HTTPRequest,
+    cors_headers: cors.Headers,
+    request: Exchange,
 ) -> None:
     """Call the application's handler; it is cancelled if the peer disconnects."""
-    parameters = _parse_query(query)
+    head = request.head
+    path, _, query = head.target.partition("?")
+    parameters = _parse_query(query) if query else {}
     if parameters is None:
         request.respond(fault_response("parameters"))
         return
-    headers = {
-        name.decode("latin-1").lower(): b", ".join(values).decode("latin-1")
-        for name, values in request.requestHeaders.getAllRawHeaders()
-    }
     app_request = Request(
-        method=request.method.decode("ascii"),
+        method=head.method,
         path=path,
         query=parameters,
-        headers=headers,
-        body=request.body(),
-        remote_address=proxies.client_address(
-            getattr(request.client, "host", ""), [headers.get("x-forwarded-for", "")]
-        ),
+        headers=head.headers,
+        body=request.body,
+        remote_address=proxies.client_address(request.peer, head.get_all("x-forwarded-for")),
     )
-    request.respond_with(route.call(app_request), partial(_route_response, another_worker_available), cancels=True)
+    make_response = partial(_route_response, another_worker_available, cors_headers)
+    request.respond_with(route.call(app_request), make_response, cancels=True)
 
 
 def _route_response(
+    another_worker_available: Callable[[], bool],
+    cors_headers: cors.Headers,
+    result: Any,
+    error: BaseException | None,
+) -> PreparedResponse:
+    response = _result_response(another_worker_available, result, error)
+    if not cors_headers:
+        return response
+    own = {name.lower() for name, _ in response.headers}
+    if "access-control-allow-origin" in own:
+        return response
+    return msgspec.structs.replace(response, headers=response.headers + cors_headers)
+
+
+def _result_response(
     another_worker_available: Callable[[], bool], result: Any, error: BaseException | None
 ) -> PreparedResponse:
     match error:
@@ -296,16 +325,6 @@ def _route_response(
         case _:
             # The dispatcher logged the exception, or the handler was cancelled and the peer has gone.
             return status_response(500)
-
-
-def _request_head(method: str, uri: str, headers: Headers) -> RequestHead:
-    """Build a `RequestHead` from twisted.web's headers."""
-    fields = [
-        (name.decode("ascii").lower(), value.decode("latin-1"))
-        for name, values in headers.getAllRawHeaders()
-        for value in values
-    ]
-    return RequestHead(method, uri, "1.1", tuple(fields), 0)
 
 
 def _parse_query(query: str) -> dict[str, str] | None:

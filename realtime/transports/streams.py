@@ -36,6 +36,7 @@ from realtime.protocol.wire_formats import (
     JSON_PUSHES_EVENTS,
     JSON_PUSHES_LINES,
     PROTOBUF_CHUNKS,
+    UNCHUNKED,
     WireFormat,
 )
 from realtime.transports.admission import Admission, refusal_response
@@ -78,7 +79,7 @@ class StreamKind(Struct, frozen=True):
 
 
 # The preamble is an empty line, which ends no event: some proxies forward a response's head with its first body bytes.
-_EVENTS = ("text/event-stream; charset=utf-8", chunk(b"\r\n"))
+_EVENTS = ("text/event-stream; charset=utf-8", b"\r\n")
 
 SSE = StreamKind(("GET", "POST"), JSON_EVENTS, None, *_EVENTS)
 HTTP_STREAM = StreamKind(("POST",), JSON_LINES, PROTOBUF_CHUNKS)
@@ -93,6 +94,7 @@ class StreamConnection(ClientConnection, Protocol):
     factory: StreamContext
     form: WireFormat
     secret = ""
+    _last_chunk = LAST_CHUNK  # b"" for HTTP/1.0
     _is_closing = False
     _is_paused = False  # by the session
     _queued_messages: deque[bytes] | None = None  # received while the session was paused
@@ -116,7 +118,7 @@ class StreamConnection(ClientConnection, Protocol):
         self._is_closing = True
         self._count_disconnect("server", close_code_label(code))
         push = self.form.encoding.encode_push("", "disconnect", messages.DisconnectPush(code, reason))
-        self.finish_writing(self.form.frame(push) + LAST_CHUNK)
+        self.finish_writing(self.form.frame(push) + self._last_chunk)
 
     def pause(self) -> None:
         """Queue the client's messages, up to MAX_QUEUED: they arrive on other connections, which are read on."""
@@ -166,6 +168,7 @@ class StreamConnection(ClientConnection, Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.factory.connections -= 1
+        self.release_place()
         self.factory.emulation.unregister(self.secret)
         self.stop_writing()
         self.end_session()
@@ -186,6 +189,12 @@ class StreamConnection(ClientConnection, Protocol):
         self.form = kind.wire_format
         if kind.protobuf is not None and media_type(head) == BINARY:
             self.form = kind.protobuf
+        preamble = kind.preamble
+        is_chunked = head.version != "1.0"
+        if not is_chunked:
+            self.form, self._last_chunk = UNCHUNKED[self.form], b""
+        elif preamble:
+            preamble = chunk(preamble)
         if not message and not self.form.encoding.unidirectional:
             self._refuse(_EMPTY)
             return
@@ -195,7 +204,7 @@ class StreamConnection(ClientConnection, Protocol):
         self.factory.deadlines.clear(self)
         self._head = self._body = None
         self.factory.connects.value += 1
-        self.transport.write(response_head(kind.content_type, response_headers(head)) + kind.preamble)
+        self.transport.write(response_head(kind.content_type, response_headers(head), is_chunked) + preamble)
         self.start_writing()
         self.secret = self.factory.emulation.register(self.emulate, self.form.encoding, message)
         if self.open_session(request):
@@ -255,8 +264,6 @@ class StreamEndpoint:
         return StreamConnection(self._context, self._kind, head, self._max_body_size)
 
     def _check_head(self, head: RequestHead) -> Refusal | None:
-        if head.version != "1.1":
-            return Refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "a stream needs HTTP/1.1", "stream")
         if head.method not in self._kind.methods:
             allow = (("Allow", ", ".join((*self._kind.methods, "OPTIONS"))),)
             return Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "not by this method", "stream", allow)
@@ -353,8 +360,9 @@ def with_cors_headers(refusal: Refusal, head: RequestHead) -> Refusal:
     return msgspec.structs.replace(refusal, headers=refusal.headers + response_headers(head))
 
 
-def response_head(content_type: str, headers: Headers) -> bytes:
+def response_head(content_type: str, headers: Headers, is_chunked: bool) -> bytes:
     """Build the head of a streaming response, which must not be cached or buffered by proxies."""
+    framing = ["Connection: keep-alive", "Transfer-Encoding: chunked"] if is_chunked else ["Connection: close"]
     lines = [
         "HTTP/1.1 200 OK",
         "Server: realtime",
@@ -365,8 +373,7 @@ def response_head(content_type: str, headers: Headers) -> bytes:
         "Cache-Control: private, no-cache, no-store, must-revalidate, max-age=0",
         "Pragma: no-cache",
         "Expire: 0",
-        "Connection: keep-alive",
-        "Transfer-Encoding: chunked",
+        *framing,
     ]
     lines += [f"{name}: {value}" for name, value in headers]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")

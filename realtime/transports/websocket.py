@@ -274,6 +274,7 @@ class WebSocketConnection(ClientConnection, Incoming):
             self._receive(request.query["cf_connect"].encode())
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.release_place()
         self.stop_writing()
         self._release_resources()
         self._connectionLost(reason)  # type: ignore[arg-type]

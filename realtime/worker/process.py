@@ -29,6 +29,9 @@ from realtime.worker.wiring import wire_handlers, wire_protocol, wire_pubsub, wi
 REPORT_INTERVAL = 1.0
 # The share of a drain's time in which clients are disconnected; the rest is for the answers that they still wait for.
 DISCONNECT_SHARE = 0.5
+# Seconds in which kept-alive HTTP connections may send one more request, whose response announces their end. A proxy
+# answers 502 if its connection ends with a request on the way.
+HTTP_DRAIN = 1.0
 # The share of a drain's time for the application's `on_stop` handlers, at its end.
 STOP_SHARE = 0.2
 # Seconds between two looks at what a drain waits for.
@@ -138,9 +141,17 @@ class Worker:
             receiver.close()
         for port in self._ports:
             await maybeDeferred(port.stopListening)
+        frontend = self._transports.frontend
+        frontend.start_draining()
+        http_until = self._reactor.seconds() + min(HTTP_DRAIN, timeout * DISCONNECT_SHARE)
         await self._disconnect_all(min(self._process.settings.shutdown.spread, timeout * DISCONNECT_SHARE))
         stop_at = deadline - timeout * STOP_SHARE
-        while (admission.connections or dispatcher.running) and self._reactor.seconds() < stop_at:
+        while self._reactor.seconds() < stop_at and (
+            admission.connections
+            or dispatcher.running
+            or frontend.is_busy
+            or (frontend.serving and self._reactor.seconds() < http_until)
+        ):
             await deferLater(self._reactor, _DRAIN_INTERVAL)
             await self._disconnect_all(0.0)  # the clients whose handshake ended meanwhile
         await dispatcher.stop(max(deadline - self._reactor.seconds(), 0.0))

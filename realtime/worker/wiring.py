@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from realtime.handlers.call import HandlerServices
 from realtime.handlers.compute_pool import ComputePool
 from realtime.handlers.coroutines import drive, gather
 from realtime.handlers.dispatch import Dispatcher
+from realtime.http.hosts import HostNames
 from realtime.process.child import Child
 from realtime.process.transport import DirectServer
 from realtime.protocol.channel_rules import ChannelRules
@@ -58,6 +60,7 @@ from realtime.supervision.pressure import Pressure
 from realtime.transports.admission import Admission
 from realtime.transports.emulation import Emulation
 from realtime.transports.frontend import ConnectionEndpoint, HTTPFrontend, HTTPFrontendFactory
+from realtime.transports.http_server import HTTPSite
 from realtime.transports.outbox import QueuedBytes
 from realtime.transports.outgoing import FlushAtTurnEnd
 from realtime.transports.routes import make_site
@@ -220,14 +223,8 @@ def wire_transports(
     turn_end = FlushAtTurnEnd(
         process.turn_number, lambda flush: _call_next_turn(ledger.charging(protocol_account, flush))
     )
-    admission = Admission(
-        settings.client,
-        metrics,
-        process.reactor.seconds,
-        handlers.shedding.refuse_handshake,
-        settings.workers.count,
-        resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-    )
+    own_names = HostNames((*settings.http_server.host_names, socket.gethostname()))
+    admission = _admission(process, handlers, own_names)
 
     def websocket(transport: MessageSettings, wire_formats: Mapping[str, WireFormat]) -> WebSocketFactory:
         return WebSocketFactory(
@@ -266,9 +263,42 @@ def wire_transports(
         another_worker_available=process.page.has_relief,
         cors_routes=cors_routes,
         proxies=admission.proxies,
+        own_names=own_names,
     )
-    frontend = HTTPFrontendFactory(settings.http_server, endpoints, site, protocol.deadlines, metrics)
+    frontend = _frontend(process, endpoints, site, protocol.deadlines, admission)
     return TransportParts(admission, queued, frontend, charged_transport(ledger, HTTPFrontend))
+
+
+def _admission(process: Child, handlers: HandlerParts, own_names: HostNames) -> Admission:
+    return Admission(
+        process.settings.client,
+        process.metrics,
+        process.reactor.seconds,
+        handlers.shedding.refuse_handshake,
+        process.settings.workers.count,
+        resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        own_names,
+    )
+
+
+def _frontend(
+    process: Child,
+    endpoints: Mapping[str, ConnectionEndpoint],
+    site: HTTPSite,
+    deadlines: Deadlines,
+    admission: Admission,
+) -> HTTPFrontendFactory:
+    charge = partial(charge_steps, process.accounts, process.accounts.open(LoopWork.HTTP))
+    return HTTPFrontendFactory(
+        process.settings.http_server,
+        endpoints,
+        site,
+        deadlines,
+        process.metrics,
+        process.reactor,
+        admission,
+        charge,
+    )
 
 
 def _enabled_endpoints(

@@ -8,7 +8,14 @@ import sys
 import costs
 
 # Modules by their name on the command line.
-SCENES = {"blocked": "blocked", "thrash": "thrash", "vitals": "vitals", "all": "everything", "page": "page"}
+SCENES = {
+    "http": "http_requests",
+    "blocked": "blocked",
+    "thrash": "thrash",
+    "vitals": "vitals",
+    "all": "everything",
+    "page": "page",
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -13,3 +13,9 @@ async def echo(client, data):
 @app.on_message
 async def message(client, data):
     client.send(data)
+
+
+@app.http.get("/hello")
+async def hello(request):
+    """Answer at once."""
+    return "hello"

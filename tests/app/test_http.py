@@ -25,6 +25,12 @@ def test_static_mistakes(app: App, tmp_path: Path) -> None:
     assert "a second time" in problem(lambda: app.http.static("/files/", tmp_path))
 
 
+@pytest.mark.parametrize("path", ["/items/{id}", "/{", "/a}"])
+def test_a_path_with_a_parameter_is_refused(app: App, path: str) -> None:
+    # Faults 12.9: such a route never matched.
+    assert "in the query, as in /items?id=5" in problem(lambda: app.http.get(path))
+
+
 def test_json_of_a_request() -> None:
     def request(body: bytes) -> Request:
         return Request("POST", "/", {}, {}, body)

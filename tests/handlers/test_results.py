@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from realtime.app import Response
-from realtime.handlers.results import JSON, TEXT, result_converter, status_response
+from realtime.handlers.results import JSON, TEXT, PreparedResponse, result_converter, status_response
+from realtime.http.response import encode_response
 from realtime.types import ConnectRequest, Credentials, Grant
 from tests.driving import on_loop
 from tests.handlers.bench import Bench, refusal
@@ -130,7 +131,7 @@ def test_results_of_http_handlers(value: Any, status: int, content_type: str, bo
 def test_headers_of_the_application_take_the_place_of_the_servers_but_do_not_frame() -> None:
     headers = {"server": "mine", "Content-Type": "text/csv", "Content-Length": "7", "X-Own": "1"}
     response = result_converter("http")(Response(200, headers, "a,b"))
-    lines = dict(response.all_headers())
+    lines = headers_of(response)
     assert lines.pop("Date")
     assert lines == {
         "server": "mine",
@@ -142,11 +143,18 @@ def test_headers_of_the_application_take_the_place_of_the_servers_but_do_not_fra
 
 
 def test_response_without_a_body_has_no_length() -> None:
-    assert "Content-Length" not in dict(status_response(304).all_headers())
-    assert dict(status_response(404, ("Allow", "GET")).all_headers())["Allow"] == "GET"
+    assert "Content-Length" not in headers_of(status_response(304))
+    assert headers_of(status_response(404, ("Allow", "GET")))["Allow"] == "GET"
     assert status_response(404).body == b"Not Found"
 
 
 def test_kinds_without_a_result_leave_the_value_alone() -> None:
     value = object()
     assert result_converter("on_disconnected")(value) is value
+
+
+def headers_of(response: PreparedResponse) -> dict[str, str]:
+    """Return the headers with which the response is sent."""
+    data = encode_response(response.status, response.type, response.headers, response.body)
+    lines = data.partition(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")[1:]
+    return {name: value for name, _, value in (line.partition(": ") for line in lines)}

@@ -54,3 +54,9 @@ def test_no_proxy_is_trusted_by_default() -> None:
 @given(st.lists(st.text(max_size=40), max_size=5))
 def test_any_header_yields_an_address(forwarded: list[str]) -> None:
     assert TrustedProxies(TRUSTED).client_address("10.0.0.1", forwarded)
+
+
+def test_an_ipv4_peer_of_a_dual_stack_socket() -> None:
+    # Faults 12.5.
+    assert TrustedProxies(()).client_address("::ffff:192.0.2.1", []) == "192.0.2.1"
+    assert TrustedProxies(()).client_address("2001:db8::1", []) == "2001:db8::1"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred
-from twisted.internet.task import deferLater
+from twisted.internet.task import LoopingCall, deferLater
 from twisted.internet.threads import deferToThread
 from twisted.web.http import OK
 
@@ -92,3 +92,41 @@ async def test_a_slow_head_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> No
                 client.sendall(b"X: y\r\n")
                 await deferLater(reactor, 0.05)
     await port.close()
+
+
+async def test_pipelined_requests_have_a_turn_of_the_loop_each(port: Port) -> None:
+    turns = 0
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+
+    looping = LoopingCall(turn)
+    looping.start(0)
+    try:
+        last = b"GET /last HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        data = await port.exchange(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200 + last)
+    finally:
+        looping.stop()
+    assert data.count(b"HTTP/1.1 200 OK") == 201
+    assert turns >= 200
+
+
+async def test_a_client_that_keeps_pipelining_is_cut(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site, "MAX_HELD", 1000)
+    from twisted.internet import reactor
+
+    peer = port.connect()
+    peer.setblocking(False)
+    cut = False
+    for _ in range(2000):
+        try:
+            peer.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            cut = True
+            break
+        await deferLater(reactor, 0)
+    assert cut
+    peer.close()

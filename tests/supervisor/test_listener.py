@@ -58,7 +58,9 @@ def test_the_backlog_reaches_the_kernel() -> None:
     port.close()
 
 
-@pytest.mark.parametrize(("address", "hosts"), [("", ["127.0.0.1"]), ("::", ["127.0.0.1", "::1"]), ("::1", ["::1"])])
+@pytest.mark.parametrize(
+    ("address", "hosts"), [("", ["127.0.0.1", "::1"]), ("::", ["127.0.0.1", "::1"]), ("::1", ["::1"])]
+)
 def test_an_address_selects_the_ip_versions(address: str, hosts: list[str]) -> None:
     try:
         port = SharedPort(address, 0, 16, 1)

@@ -12,18 +12,31 @@ import pytest_twisted
 import requests
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
+from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger
 
 from realtime.app import App
-from realtime.config.settings import ChannelSettings, HTTPAPISettings, Namespace, Settings, WorkersSettings
+from realtime.config.settings import (
+    ChannelSettings,
+    ClientSettings,
+    HTTPAPISettings,
+    HTTPServerSettings,
+    Namespace,
+    Settings,
+    WorkersSettings,
+)
+from realtime.deadlines import Deadlines
 from realtime.handlers.call import HandlerServices
 from realtime.handlers.dispatch import Dispatcher
+from realtime.http.hosts import HostNames
 from realtime.metrics import Metrics
+from realtime.process.transport import DirectServer
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.pubsub.hub import Hub
 from realtime.server_api.http_api import HTTPAPI
 from realtime.server_api.operations import NodeIdentity, ServerAPI
+from realtime.transports.frontend import HTTPFrontendFactory
 from realtime.transports.routes import make_site
 from tests.pubsub.memory_engine import MemoryEngine
 
@@ -39,9 +52,20 @@ async def survey_no_channels(pattern: str) -> dict[str, int]:
 class Site:
     """The HTTP site of one worker on a free port, with an engine in memory."""
 
-    def __init__(self, workers: WorkersSettings | None = None, **http_api: Any) -> None:
+    def __init__(
+        self,
+        workers: WorkersSettings | None = None,
+        http_server: HTTPServerSettings | None = None,
+        allowed_origins: tuple[str, ...] = (),
+        **http_api: Any,
+    ) -> None:
         options = {"key": KEY, "max_body_size": LIMIT, "body_timeout": 10.0} | http_api
-        self.settings = Settings(http_api=HTTPAPISettings(**options), channel=ChannelSettings(namespaces=(CHAT,)))
+        self.settings = Settings(
+            http_server=http_server or HTTPServerSettings(),
+            client=ClientSettings(allowed_origins=allowed_origins),
+            http_api=HTTPAPISettings(**options),
+            channel=ChannelSettings(namespaces=(CHAT,)),
+        )
         self.app = App()
         self.orders: list[bytes] = []
         self.logged: list[dict[str, Any]] = []
@@ -70,8 +94,14 @@ class Site:
             self.settings,
             self.metrics,
             another_worker_available=lambda: self.has_available_peer,
+            own_names=HostNames([]),
         )
-        self._port = reactor.listenTCP(0, site, interface="127.0.0.1")  # type: ignore[attr-defined]
+        deadlines = Deadlines(time.monotonic())
+        self._sweeping = LoopingCall(lambda: deadlines.sweep(time.monotonic()))
+        self._sweeping.start(0.05)
+        self.front = HTTPFrontendFactory(self.settings.http_server, {}, site, deadlines, self.metrics, reactor)
+        self._port = reactor.listenTCP(0, self.front, interface="127.0.0.1")  # type: ignore[attr-defined]
+        self._port.transport = DirectServer
         self.port = self._port.getHost().port
         return f"http://127.0.0.1:{self.port}"
 
@@ -81,6 +111,7 @@ class Site:
 
     async def stop(self) -> None:
         await self._port.stopListening()
+        self._sweeping.stop()
         await self.dispatcher.stop(5)
 
     def faults(self) -> dict[str, float]:

@@ -14,17 +14,19 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ClientFactory, Protocol, connectionDone
 from twisted.logger import LogEvent, globalLogPublisher
 from twisted.python.failure import Failure
-from twisted.web.resource import Resource
-from twisted.web.server import Site
 
 from realtime.config import settings
 from realtime.deadlines import RESOLUTION, Deadlines
+from realtime.handlers.coroutines import drive
+from realtime.handlers.results import PreparedResponse
 from realtime.http.handshake import OpeningRequest
-from realtime.http.request import Refusal
+from realtime.http.hosts import HostNames
+from realtime.http.request import Refusal, RequestHead
 from realtime.metrics import Metrics
 from realtime.process.transport import DirectServer
 from realtime.transports.admission import Admission
-from realtime.transports.frontend import HTTPFrontendFactory
+from realtime.transports.frontend import HTTPFrontend, HTTPFrontendFactory
+from realtime.transports.http_server import Exchange, HTTPSite
 from realtime.transports.websocket import (
     UNIDIRECTIONAL_WIRE_FORMATS,
     WIRE_FORMATS,
@@ -182,15 +184,28 @@ class Echo:
         self.ends += 1
 
 
-class Page(Resource):
-    """Answers each request with its path and body, and /large with 16 MB."""
+class Page:
+    """Router that answers each request with its path and body, and /large with 16 MB. pending: unanswered /later."""
 
-    isLeaf = True
+    def __init__(self) -> None:
+        self.pending: list[Exchange] = []
 
-    def render(self, request: Any) -> bytes:
-        if request.path == b"/large":
-            return b"x" * 16_000_000
-        return b"page " + request.path + b" " + request.content.read()
+    def resolve(self, head: RequestHead) -> Callable[[Exchange], None]:
+        return self._answer
+
+    def _answer(self, exchange: Exchange) -> None:
+        path = exchange.head.path.encode()
+        if path == b"/later":
+            self.pending.append(exchange)
+            return
+        body = b"x" * 16_000_000 if path == b"/large" else b"page " + path + b" " + exchange.body
+        exchange.respond(PreparedResponse(200, body, "text/plain"))
+
+    def max_body_size(self, path: str) -> int:
+        return 1 << 20
+
+    def cors_headers(self, head: RequestHead) -> tuple[tuple[str, str], ...]:
+        return ()
 
 
 class Stage:
@@ -210,7 +225,9 @@ class Stage:
         self.failures: list[LogEvent] = []
         self.make_session: Callable[[WebSocketConnection, OpeningRequest], Any] = Echo
         self.refusal: Refusal | None = None  # of all handshakes, if set
-        self.admission = Admission(client, self.metrics, lambda: self.now, lambda: self.refusal)
+        self.admission = Admission(
+            client, self.metrics, lambda: self.now, lambda: self.refusal, own_names=HostNames(["named.example"])
+        )
         self.websocket = WebSocketFactory(
             self._open_session,
             websocket,
@@ -224,7 +241,19 @@ class Stage:
             ),
         )
         endpoints = {websocket.handler_prefix: self.websocket}
-        self.front = HTTPFrontendFactory(http_server, endpoints, Site(Page()), self.deadlines, self.metrics)
+        self.page = Page()
+        site = HTTPSite(self.page, settings.HTTPAPISettings(), self.metrics, drive)
+        self.front = HTTPFrontendFactory(
+            http_server, endpoints, site, self.deadlines, self.metrics, reactor, self.admission
+        )
+        self.fronts: list[HTTPFrontend] = []  # of all connections
+        build = self.front.buildProtocol
+
+        def build_and_keep(address: Any) -> HTTPFrontend:
+            self.fronts.append(build(address))
+            return self.fronts[-1]
+
+        self.front.buildProtocol = build_and_keep  # type: ignore[method-assign]
         self._port = reactor.listenTCP(0, self.front, interface="127.0.0.1")
         self._port.transport = DirectServer
         self.port = self._port.getHost().port

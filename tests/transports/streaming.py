@@ -127,7 +127,6 @@ class StreamStage(Stage):
             None,  # type: ignore[arg-type]
             values,
             self.metrics,
-            reactor,
             cors_routes=cors_routes,
             proxies=self.admission.proxies,
         )

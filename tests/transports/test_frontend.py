@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
+import time
 
 import pytest
+from twisted.internet import reactor, task
 
 from realtime.config import settings
+from realtime.handlers.results import PreparedResponse
 from realtime.http.request import UNCOUNTED, Refusal
 from realtime.transports import frontend
-from tests.transports.stage import ACCEPT, PATH, eventually, handshake, staged, text
+from tests.transports.stage import ACCEPT, PATH, Stage, eventually, handshake, staged, text
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 
@@ -64,7 +68,7 @@ async def test_a_later_request_is_checked_like_the_first(name: str) -> None:
         client = await stage.connect(post + REFUSED[name][0] + b"GET /smuggled HTTP/1.1\r\nHost: h\r\n\r\n")
         await eventually(lambda: client.lost)
         statuses = re.findall(rb"HTTP/1.1 (\d+)", bytes(client.received))
-        assert statuses == [b"200", b"400"]
+        assert statuses == [b"200", b"%d" % REFUSED[name][1]]
         assert b"smuggled" not in client.received
 
 
@@ -74,7 +78,7 @@ async def test_a_later_head_that_trickles_in_is_cut_at_the_deadline() -> None:
         stage.advance(20)
         assert not client.lost
         client.send(b"G")
-        await eventually(lambda: bool(stage.deadlines._buckets))
+        await eventually(lambda: any(front._parser for front in stage.front.idle))
         stage.advance(5.25)
         await eventually(lambda: client.lost)
         assert stage.count("head_timeout") == 1
@@ -358,4 +362,214 @@ async def test_an_empty_websocket_path_leaves_all_requests_to_the_site() -> None
     async with staged(websocket=settings.WebSocketSettings(handler_prefix="")) as stage:
         client = await stage.request(handshake())
         assert client.status == 200
+        client.leave()
+
+
+# Many requests on one connection
+
+PIPELINE = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+async def test_pipelined_requests_are_answered_in_turns_with_other_work() -> None:
+    # Faults 1.1: 64 KiB of requests were one step of half a second.
+    async with staged() as stage:
+        turns: list[float] = []
+
+        def turn() -> None:
+            turns.append(time.thread_time())
+
+        looping = task.LoopingCall(turn)
+        clients = [await stage.connect() for _ in range(5)]
+        looping.start(0)
+        for client in clients:
+            client.send(PIPELINE * 2000)
+        await eventually(lambda: all(client.received.count(b"page / ") == 2000 for client in clients))
+        looping.stop()
+        steps = [after - before for before, after in itertools.pairwise(turns)]
+        # The slice, one request of each connection, and the work of the clients in this process.
+        assert max(steps) < 0.05
+        assert len(steps) > 50
+        assert all(client.received.count(b"HTTP/1.1 200 OK") == 2000 for client in clients)
+        for client in clients:
+            client.leave()
+
+
+async def test_requests_behind_a_slow_answer_wait_and_do_not_pile_up() -> None:
+    async with staged() as stage:
+        client = await stage.connect(b"GET /later HTTP/1.1\r\nHost: a\r\n\r\n")
+        await eventually(lambda: len(stage.page.pending) == 1)
+        client.send(PIPELINE * 40_000)  # a megabyte
+        await eventually(lambda: any(front._is_reading_paused for front in fronts(stage)))
+        (front,) = fronts(stage)
+        assert len(front._waiting) < 4 * frontend.MAX_WAITING
+        stage.page.pending.pop().respond(PreparedResponse(200, b"slow"))
+        await eventually(lambda: client.received.count(b"HTTP/1.1 200 OK") == 40_001)
+        assert client.received.index(b"slow") < client.received.index(b"page /")
+        client.leave()
+
+
+async def test_data_that_arrives_between_the_steps_of_a_pipeline_comes_after_it() -> None:
+    async with staged() as stage:
+        client = await stage.connect()
+        paths = [b"/%d" % number for number in range(3000)]
+        for start in range(0, 3000, 100):
+            client.send(b"".join(PIPELINE.replace(b"/ ", path + b" ") for path in paths[start : start + 100]))
+            await task.deferLater(reactor, 0)
+        await eventually(lambda: client.received.endswith(b"page /2999 "))
+        assert re.findall(rb"page (/\d+)", bytes(client.received)) == paths
+        client.leave()
+
+
+async def test_a_peer_that_does_not_read_gets_no_further_responses() -> None:
+    async with staged() as stage:
+        peer = stage.open_socket(4096, b"GET /large HTTP/1.1\r\nHost: h\r\n\r\n" * 3)
+        await eventually(lambda: any(front._is_congested for front in fronts(stage)))
+        (front,) = fronts(stage)
+        assert sum(map(len, front.transport._tempDataBuffer)) + len(front.transport.dataBuffer) <= 16_000_500
+        peer.close()
+
+
+async def test_a_chunk_of_bodies_and_heads_is_parsed_in_any_segmentation() -> None:
+    dice = random.Random(5)
+    requests = b"".join(
+        b"POST /%d HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % (number, number) + b"x" * number
+        for number in range(40)
+    )
+    async with staged() as stage:
+        for _ in range(5):
+            client = await stage.connect()
+            start = 0
+            while start < len(requests):
+                size = dice.randint(1, 200)
+                client.send(requests[start : start + size])
+                start += size
+                if dice.random() < 0.3:
+                    await task.deferLater(reactor, 0)
+            await eventually(lambda client=client: client.received.endswith(b"page /39 " + b"x" * 39))
+            found = re.findall(rb"page (/\d+) (x*)", bytes(client.received))
+            assert found == [(b"/%d" % number, b"x" * number) for number in range(40)]
+            client.leave()
+
+
+def fronts(stage: Stage) -> list[frontend.HTTPFrontend]:
+    """Return the frontends of the open connections."""
+    return [front for front in stage.fronts if not front._is_lost]
+
+
+# Kept-alive connections
+
+
+async def test_the_keepalive_timeout_is_longer_than_that_of_proxies_by_default() -> None:
+    # Faults 12.3.
+    assert settings.HTTPServerSettings().keepalive_timeout > 60
+    async with staged(http_server=settings.HTTPServerSettings(keepalive_timeout=90)) as stage:
+        client = await stage.request(GET)
+        stage.advance(80)
+        client.send(GET)
+        await eventually(lambda: client.received.count(b"page /") == 2)
+        stage.advance(89)
+        assert not client.lost
+        stage.advance(2)
+        await eventually(lambda: client.lost)
+        assert stage.count("head_timeout") == 0
+
+
+async def test_a_drain_announces_the_end_of_each_connection() -> None:
+    # Faults 10.6.
+    async with staged() as stage:
+        client = await stage.request(GET)
+        assert b"Connection: close" not in client.response
+        stage.front.start_draining()
+        assert not client.lost
+        client.send(GET)
+        await eventually(lambda: client.lost)
+        assert client.received.count(b"HTTP/1.1 200 OK") == 2
+        assert client.received.count(b"Connection: close") == 1
+
+
+async def test_idle_connections_make_room_for_new_ones() -> None:
+    # Faults 2.1.
+    async with staged(client=settings.ClientSettings(connection_limit=5)) as stage:
+        idle = [await stage.request(GET) for _ in range(5)]
+        first = await stage.open()
+        await eventually(lambda: idle[0].lost)
+        others = [await stage.open() for _ in range(3)]
+        await eventually(lambda: all(client.lost for client in idle[:4]))
+        assert not idle[4].lost
+        assert stage.metrics.counter("realtime_http_connections_dropped", "").value == 4
+        for client in (first, *others, idle[4]):
+            client.leave()
+
+
+async def test_a_connection_with_an_unanswered_request_is_not_idle() -> None:
+    async with staged(client=settings.ClientSettings(connection_limit=2)) as stage:
+        busy = await stage.connect(b"GET /later HTTP/1.1\r\nHost: a\r\n\r\n")
+        await eventually(lambda: len(stage.page.pending) == 1)
+        clients = [await stage.request(GET) for _ in range(4)]
+        assert not busy.lost
+        stage.page.pending.pop().respond(PreparedResponse(200, b"slow"))
+        await eventually(lambda: busy.received.endswith(b"slow"))
+        for client in (busy, *clients):
+            client.leave()
+
+
+async def test_the_limit_of_an_address() -> None:
+    limited = settings.ClientSettings(connection_limit_per_address=2, trusted_proxies=("127.0.0.1",))
+    async with staged(client=limited) as stage:
+        first = await stage.open("X-Forwarded-For: 192.0.2.1")
+        second = await stage.request(b"GET / HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 192.0.2.1\r\n\r\n")
+        assert second.status == 200
+        third = await stage.request(handshake("X-Forwarded-For: 192.0.2.1"))
+        assert third.status == 503
+        assert stage.count("connection_limit_per_address") == 1
+        other = await stage.open("X-Forwarded-For: 192.0.2.2")
+        first.leave()
+        await eventually(lambda: stage.websocket.connections == 1)
+        again = await stage.open("X-Forwarded-For: 192.0.2.1")
+        for client in (second, other, again):
+            client.leave()
+        await eventually(lambda: not stage.admission._addresses)
+
+
+# Heads
+
+
+async def test_a_long_header_fits_a_raised_limit() -> None:
+    # Faults 12.2.
+    line = b"Cookie: " + b"x" * 30_000 + b"\r\n"
+    async with staged(http_server=settings.HTTPServerSettings(max_header_bytes=65536)) as stage:
+        client = await stage.request(b"GET / HTTP/1.1\r\nHost: h\r\n" + line + b"\r\n")
+        assert client.status == 200
+        client.leave()
+
+
+async def test_a_target_in_absolute_form() -> None:
+    # Faults 12.4.
+    async with staged() as stage:
+        client = await stage.request(b"GET http://localhost/x?y HTTP/1.1\r\nHost: other\r\n\r\n")
+        await eventually(lambda: client.received.endswith(b"page /x "))
+        client.leave()
+
+
+async def test_http_1_0_gets_a_response_and_the_end() -> None:
+    async with staged() as stage:
+        client = await stage.request(b"GET /x HTTP/1.0\r\n\r\n")
+        await eventually(lambda: client.lost)
+        assert client.received.endswith(b"page /x ")
+        assert b"Connection: close" in client.response
+
+
+async def test_a_page_whose_name_was_pointed_at_this_server_is_refused() -> None:
+    # Faults 12.7: DNS rebinding makes a foreign page one of the same origin.
+    async with staged(client=settings.ClientSettings(insecure=True)) as stage:
+        for host in ("evil", "evil.example", "evil.example:8000"):
+            refused = await stage.request(handshake(f"Origin: http://{host}", host=host))
+            assert refused.status == 403
+        for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "named.example"):
+            client = await stage.request(handshake(f"Origin: http://{host}", host=host))
+            assert client.status == 101, host
+            client.leave()
+    async with staged() as stage:  # clients need a token
+        client = await stage.request(handshake("Origin: http://chat.example", host="chat.example"))
+        assert client.status == 101
         client.leave()

@@ -568,3 +568,77 @@ async def test_engine_outage_is_error_100_and_a_bug_is_logged(site: Site) -> Non
             globalLogPublisher.removeObserver(events.append)
         assert answer.json() == {"error": {"code": 100, "message": "internal server error"}}
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
+
+
+# Requests of pages
+
+ORIGIN = {"Origin": "https://app.example"}
+
+
+@on_loop
+async def test_routes_answer_pages_of_allowed_origins() -> None:
+    # Faults 12.9.
+    site = Site(allowed_origins=("https://*.example",))
+
+    @site.app.http.get("/items")
+    async def items(request: Any) -> Any:
+        raise ClientError(103, "permission denied") if request.query else Exception
+
+    @site.app.http.post("/items")
+    async def add(request: Any) -> Any:
+        return {"ok": True}
+
+    url = await site.start()
+    try:
+        preflight = await fetch(
+            "OPTIONS",
+            f"{url}/items",
+            headers={**ORIGIN, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-a"},
+        )
+        assert preflight.status_code == 204
+        assert preflight.headers["Access-Control-Allow-Origin"] == "https://app.example"
+        assert preflight.headers["Access-Control-Allow-Headers"] == "x-a"
+        assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+        for method, path, status in (("POST", "/items", 200), ("GET", "/items?a=b", 403), ("GET", "/items", 500)):
+            answer = await fetch(method, url + path, headers=ORIGIN)
+            assert answer.status_code == status
+            assert answer.headers["Access-Control-Allow-Origin"] == "https://app.example"
+            assert answer.headers["Vary"] == "Origin"
+        for origin in ({}, {"Origin": "https://evil.test"}):
+            answer = await fetch("POST", f"{url}/items", headers=origin)
+            assert answer.status_code == 200
+            assert "Access-Control-Allow-Origin" not in answer.headers
+        assert (await fetch("OPTIONS", f"{url}/items", headers={"Origin": "https://evil.test"})).status_code == 405
+    finally:
+        await site.stop()
+
+
+@on_loop
+async def test_no_route_answers_pages_of_other_origins_by_default(site: Site) -> None:
+    @site.app.http.get("/items")
+    async def items(request: Any) -> Any:
+        return "x"
+
+    url = await site.start()
+    assert "Access-Control-Allow-Origin" not in (await fetch("GET", f"{url}/items", headers=ORIGIN)).headers
+    assert (await fetch("OPTIONS", f"{url}/items", headers=ORIGIN)).status_code == 405
+
+
+@on_loop
+async def test_no_foreign_page_publishes_by_an_insecure_api() -> None:
+    # Faults 12.6: a text/plain POST needs no preflight.
+    site = Site(insecure=True, key="")
+    url = await site.start()
+    body = b'{"channel":"chat:a","data":1}'
+    try:
+        for headers, status in (
+            ({"Origin": "http://evil.example", "Content-Type": "text/plain"}, 403),
+            ({"Origin": "http://evil.example", "Host": "evil.example"}, 403),
+            ({"Origin": url}, 200),
+            ({}, 200),
+        ):
+            answer = await fetch("POST", f"{url}/api/publish", data=body, headers=headers)
+            assert answer.status_code == status, headers
+        assert site.faults() == {"origin": 2}
+    finally:
+        await site.stop()

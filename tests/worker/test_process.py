@@ -194,6 +194,25 @@ async def test_a_drain_waits_for_running_calls() -> None:
 
 
 @on_loop
+async def test_a_drain_announces_the_end_of_kept_alive_connections() -> None:
+    # Faults 10.6: behind a proxy, requests on connections that were cut became 502.
+    request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    async with serving() as served:
+        endpoint = TCP4ClientEndpoint(reactor, *served.listening.getsockname())
+        peer = await connectProtocol(endpoint, Peer())
+        peer.send(request)
+        await eventually(lambda: peer.status == 404)
+        drain = Deferred.fromCoroutine(served.drain(5.0))
+        await deferLater(reactor, 0.1)  # type: ignore[arg-type]
+        assert not peer.lost
+        peer.send(request)
+        await eventually(lambda: peer.lost)
+        assert peer.received.count(b"HTTP/1.1 404") == 2
+        assert peer.received.count(b"Connection: close") == 1
+        await drain
+
+
+@on_loop
 async def test_a_drain_ends_at_its_deadline_whatever_runs() -> None:
     async with serving() as served:
         client = await served.connect()
