@@ -47,4 +47,4 @@ def test_the_codes_of_the_protocol_build_their_exceptions() -> None:
     replies = [ClientError(*code) for code in codes if len(code) == 3]
     disconnects = [Disconnect(*code) for code in codes if len(code) == 2 and code[0] >= 3000]
     assert len({reply.code for reply in replies}) == len(replies) == 12
-    assert len({disconnect.code for disconnect in disconnects}) == len(disconnects) == 20
+    assert len({(disconnect.code, disconnect.reason) for disconnect in disconnects}) == len(disconnects)

@@ -183,7 +183,7 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
 PERMITTED = {"subscribed and gone"}
 # What is counted of all this.
 KINDS = (
-    *("frame", "frame_data", "frame_rate", "frame_size", "inappropriate", "pong"),
+    *("frame", "frame_data", "frame_rate", "frame_size", "pong"),
     *("command", "command_rate", "command_flood", "command_errors"),
     *("head_syntax", "head_size", "head_timeout", "body_too_large", "emulation"),
 )
