@@ -42,15 +42,13 @@ _VERSIONS = (b"1.1", b"1.0")
 _FRAMING = ("content-length", "transfer-encoding")
 
 CHUNKED = -1  # `RequestHead.body` of a request with a chunked body
-UNCOUNTED = ""  # `Refusal.kind` of a refusal that is not counted as bad input
 
 
 class Refusal(Struct, frozen=True, gc=False):
     """The reason for which a request is not served.
 
-    status: HTTP status code. reason: plain text for the response body; it never repeats input of the peer. kind: label
-    of the bad-input counter, or UNCOUNTED if the peer is not at fault. headers: further response headers, as
-    (name, value).
+    status: HTTP status code. reason: plain text for the response body; it never repeats input of the peer. kind: of
+    the refusal, for counters and log (`realtime.client_log`). headers: further response headers, as (name, value).
     """
 
     status: int

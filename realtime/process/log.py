@@ -49,6 +49,12 @@ _filter = _LevelFilter("trace")
 observer = FilteringLogObserver(globalLogPublisher, [_filter])
 
 
+def is_on(event: str, level: str) -> bool:
+    """Return whether events of level `event` are logged. level: `log.level`."""
+    lowest = _LEVELS.get(level)
+    return lowest is not None and _LEVELS[event] >= lowest
+
+
 def limit(level: str) -> None:
     """Let only events of `level` or above pass `observer` from now on; before, all pass. level: `log.level`."""
     _filter.level = level

@@ -15,6 +15,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from realtime import errors, json_text
 from realtime.auth.tokens import OVERRIDABLE
+from realtime.client_log import ClientLog
 from realtime.errors import ClientError, EngineUnavailable, RealtimeError
 from realtime.json_text import payload
 from realtime.metrics import Counter, Metrics
@@ -227,8 +228,10 @@ class HTTPAPI:
         gather: Gather = sequentially,
         metrics: Metrics | None = None,
         slices: TimeSlicer | None = None,
+        client_log: ClientLog | None = None,
     ) -> None:
-        """gather: see `ServerAPI`. slices: time slices for long work; None for no limit."""
+        """gather: see `ServerAPI`. slices: time slices for long work; None for no limit. client_log: of the errors."""
+        self._client_log = client_log or ClientLog()
         self._slices = slices or TimeSlicer.unlimited()
         self._operations = operations
         self._gather = gather
@@ -245,13 +248,17 @@ class HTTPAPI:
         try:
             result = await answer(self, request)
         except EngineUnavailable:
-            self._count(method, errors.INTERNAL_ERROR[0])
+            self._count_error(method, *errors.INTERNAL_ERROR[:2])
             raise ClientError(*errors.INTERNAL_ERROR) from None
         except ClientError as error:
-            self._count(method, error.code)
+            self._count_error(method, error.code, error.message)
             raise
         self._count(method, 0)
         return result
+
+    def _count_error(self, method: str, code: int, message: str) -> None:
+        self._count(method, code)
+        self._client_log.refuse("api_error", method=method, code=code, reason=message)
 
     def _count(self, method: str, code: int) -> None:
         counter = self._counters.get((method, code))

@@ -14,7 +14,7 @@ from twisted.logger import Logger
 from realtime import cache
 from realtime.handlers.coroutines import await_deferreds
 from realtime.handlers.policy import shed_counter
-from realtime.http.request import UNCOUNTED, Refusal
+from realtime.http.request import Refusal
 from realtime.metrics import Counter, Metrics
 from realtime.supervision.pressure import Pressure, Throttle
 from realtime.supervision.vitals import Vitals, VitalsPage
@@ -82,7 +82,7 @@ class LoadShedding:
         if counter is None:
             counter = self._refusals[reason] = shed_counter(self._metrics, "handshake", reason)
         counter.value += 1
-        return Refusal(503, "too busy", UNCOUNTED)
+        return Refusal(503, "too busy", "pressure")
 
     def _is_reason(self, reason: str) -> Callable[[], float]:
         return lambda: float(reason in self._pressure.reasons)
