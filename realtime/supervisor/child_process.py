@@ -22,7 +22,7 @@ from realtime.config.schema import PREFIX
 from realtime.metrics import Sample
 from realtime.process import control, log
 from realtime.process.stack_dumps import StackReader
-from realtime.supervision.vitals import RunningHandler, Vitals, VitalsPage
+from realtime.supervision.vitals import LatestCalls, RunningHandler, Vitals, VitalsPage
 from realtime.supervisor import systemd
 
 # Descriptor numbers in the child; the slot's listening sockets follow.
@@ -110,6 +110,11 @@ class ChildProcess(ProcessProtocol):
     def running(self) -> RunningHandler | None:
         """The handler that runs on its loop now, if any."""
         return self._page.running() if self._page is not None else None
+
+    @property
+    def latest_calls(self) -> LatestCalls | None:
+        """The calls of the handler that ran last on its loop, if any."""
+        return self._page.latest_calls() if self._page is not None else None
 
     def set_relief(self, available: bool) -> None:
         """Publish on its page whether another worker can take new clients in its place."""
