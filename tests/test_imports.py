@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     # The shell: Twisted, sockets and processes.
     "process": FREE | {"supervision", "pubsub"},
     "broker": SHELL | {"pubsub"},
-    "handlers": FREE | {"supervision", "app", "cache"},
+    "handlers": FREE | {"supervision", "app", "cache", "process"},
     "transports": SHELL | {"deadlines", "http", "pubsub", "protocol", "server_api", "app", "handlers"},
     "worker": SHELL
     | {"deadlines", "http", "auth", "pubsub", "protocol", "server_api", "app", "cache", "handlers", "transports"},

@@ -172,7 +172,7 @@ def wire_handlers(process: Child, app: App) -> HandlerParts:
         ledger=process.accounts,
         marker=process.marker,
         pressure=pressure,
-        compute_pool=ComputePool(reactor, settings.workers, settings.app, metrics),
+        compute_pool=ComputePool(reactor, settings.workers, settings.app, metrics, settings.log, process.name),
         slow_call=settings.loop.lagging,
         client_log=client_log,
     )
