@@ -90,6 +90,14 @@ _HTTP = {
         " client.trusted_proxies"
     ),
     "pressure": Kind("refused a connection: this worker is under pressure, and no other worker has room; see [loop]"),
+    "no_worker": Kind(
+        "the supervisor refused a client with 503: no worker accepts clients; see the lines about blocked and dead"
+        " workers"
+    ),
+    "operator_host": Kind(
+        "refused a request to the operators' port with the Host {host}: use localhost, or http_server.internal_address"
+    ),
+    "operator_origin": Kind("refused a page of {origin} at the operators' port, which serves its own page alone"),
     "api_error": Kind("answered the API call {method} with the error {code} {reason}"),
 }
 
@@ -263,7 +271,7 @@ Write = Callable[[str], object]
 
 
 class ClientLog:
-    """The log of one worker's clients. Loop thread only.
+    """The log of one process's clients. Loop thread only.
 
     info, debug: whether lines of these levels are written.
     """

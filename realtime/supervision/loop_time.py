@@ -82,11 +82,16 @@ class LoopTimeLedger:
         return before
 
     def enter(self, account: LoopAccount) -> LoopAccount:
-        """As `switch`, and count a call in this turn."""
+        """As `switch`, in its body, and count a call in this turn."""
         if account.turn != self.turn:
             account.turn, account.calls, account.spent_before = self.turn, 0, account.spent
         account.calls += 1
-        return self.switch(account)
+        now = self._now()
+        before = self.current
+        before.spent += now - self._since
+        self._since = now
+        self.current = account
+        return before
 
     def charging(self, account: LoopAccount, function: Callable[P, T]) -> Callable[P, T]:
         """Wrap `function` so that its time is charged to `account`."""
