@@ -147,6 +147,7 @@ class LoopInvestigation:
         self._places: Counter[str] = Counter()
         self._blames_application = False
         self._calls: dict[str, LatestCalls] = {}  # of the blocked turn, by handler
+        self._gaps: dict[str, float] = {}  # the most seconds outside of these calls, or in one of them
         self._is_logged = False
 
     def update(
@@ -164,16 +165,16 @@ class LoopInvestigation:
         monotonic clock. wall: Unix time. calls: of its latest handler.
         """
         line = ""
-        if calls is not None and self.incident is not None and calls.turn == self._turn:
-            self._calls[calls.handler] = calls
+        if self.incident is not None:
+            self._take_calls(calls)
         if self.incident is not None and not self._lasts(vitals):
             line = self._end_turn(vitals, now)
         if self.incident is None:
             if not 0 < self._limit <= blocked < math.inf:  # infinite: the page is invalid
                 return None, line
             self._open(vitals, blocked, now, wall)
-            if calls is not None and calls.turn == self._turn:
-                self._calls[calls.handler] = calls
+            self._take_calls(calls)
+        self._take_gap(calls, now)
         return self._next_request(running, now), line or self._log_long_block(now)
 
     def record_stacks(self, stacks: list[Stack], vitals: Vitals, running: RunningHandler | None) -> None:
@@ -220,6 +221,7 @@ class LoopInvestigation:
         self._updates_until_threads = 0
         self._places.clear()
         self._calls.clear()
+        self._gaps.clear()
         self._blames_application = self._is_logged = False
         self.incident = Incident(slot=self._slot, pid=self._pid, at=wall - blocked, duration=blocked)
         self._log.recent.append(self.incident)
@@ -286,15 +288,26 @@ class LoopInvestigation:
         self._log.count(incident)
         return "" if self._is_logged else self._log.log_line(incident, now)
 
+    def _take_calls(self, calls: LatestCalls | None) -> None:
+        if calls is not None and calls.turn == self._turn:
+            self._calls[calls.handler] = calls
+
+    def _take_gap(self, calls: LatestCalls | None, now: float) -> None:
+        if calls is not None and calls.turn == self._turn:
+            gap = now - self._began - calls.seconds
+            self._gaps[calls.handler] = max(gap, self._gaps.get(calls.handler, 0.0))
+
     def _blame_calls(self, incident: Incident) -> None:
         """Blame the calls of one handler, if several of them take most of the block.
 
         A stack shows one moment. Between two short calls it has a line of the server, which is not to blame.
         """
+        share = _BLAMED_SHARE * incident.duration
         for calls in self._calls.values():
             # The latest call may still run. It counts as long as the others.
             seconds = calls.seconds * calls.calls / max(calls.calls - 1, 1)
-            if calls.calls > 1 and not incident.thread and seconds >= _BLAMED_SHARE * incident.duration:
+            is_one_call = self._gaps.get(calls.handler, 0.0) >= share
+            if calls.calls > 1 and not incident.thread and seconds >= share and not is_one_call:
                 incident.calls, incident.subject = calls.calls, ""
                 if not (self._blames_application and incident.handler == calls.handler):
                     incident.place, incident.function = UNKNOWN, ""

@@ -253,6 +253,21 @@ def test_calls_that_took_little_of_the_block_are_not_blamed() -> None:
     assert "session.py:3" in case.lines[0]
 
 
+def test_one_long_call_among_short_ones_is_no_matter_of_many() -> None:
+    case = Case()
+    case.turn()
+    since = case.vitals.busy_since
+    case.calls = LatestCalls(RUNNING.handler, since, 2, 0.001)
+    for _ in range(25):
+        case.update(0.01)
+    case.answer(stack())
+    case.calls = LatestCalls(RUNNING.handler, since, 20, 0.29)
+    case.now = case.began + 0.3
+    case.end_turn()
+    case.update()
+    assert case.lines == ["worker 3 was blocked for 0.300 s at /app/chat.py:7 in report (rpc report for report)"]
+
+
 def test_the_calls_of_another_turn_are_not_blamed() -> None:
     case = Case()
     case.turn()
