@@ -63,6 +63,12 @@ _HTTP = {
         "refused commands posted to {path}, which are for another server: set node.name to the same value on all"
         " servers behind the load balancer, or keep each client on one server"
     ),
+    "emulation_session": _detail("dropped commands that a client posted for a session that has ended"),
+    "websocket_path": _bad(
+        "refused a WebSocket handshake at {path}, where no transport is: compare the client's URL with"
+        " websocket.handler_prefix"
+    ),
+    "not_found": _detail("answered a request for {path} with 404"),
     "transport_disabled": _bad(
         "refused a client at {path}, the path of a transport that is off: set `enabled` in its section, or remove"
         " websocket.disabled"
@@ -88,6 +94,10 @@ _HTTP = {
     "connection_limit_per_address": _bad(
         "refused a connection: its address has client.connection_limit_per_address others; list your proxies in"
         " client.trusted_proxies"
+    ),
+    "idle": Kind(
+        "closed the longest idle HTTP connection to make room for a new one: see client.connection_limit, and the limit"
+        " of open files (`ulimit -n`)"
     ),
     "pressure": Kind("refused a connection: this worker is under pressure, and no other worker has room; see [loop]"),
     "no_worker": Kind(

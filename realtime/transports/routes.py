@@ -193,7 +193,7 @@ class Router:
             response = status_response(405, ("Allow", ", ".join(allowed)))
             is_preflight = method == "OPTIONS" and head.get("access-control-request-method")
             return msgspec.structs.replace(response, fault="origin") if is_preflight else response
-        return self._resolve_file(method, path)
+        return self._resolve_file(head)
 
     def max_body_size(self, path: str) -> int:
         """Return the largest allowed size of a request's body in bytes; 0 for no limit."""
@@ -235,7 +235,8 @@ class Router:
         # Compares the bytes as sent, in constant time: the time reveals nothing about a correct prefix.
         return bool(self._key) and hmac.compare_digest(key.encode("latin-1", "replace"), self._key)
 
-    def _resolve_file(self, method: str, path: str) -> RequestHandler | PreparedResponse:
+    def _resolve_file(self, head: RequestHead) -> RequestHandler | PreparedResponse:
+        method, path = head.method, head.path
         for static in self._statics:
             if path + "/" == static.prefix:
                 return status_response(308, ("Location", static.prefix))
@@ -250,7 +251,7 @@ class Router:
             return fault_response("transport_disabled")
         if self._settings.disabled and path.startswith(self._prefix):
             return fault_response("api_disabled")
-        return status_response(404)
+        return fault_response("websocket_path" if head.get("upgrade").lower() == "websocket" else "not_found")
 
 
 # -- the server API ---------------------------------------------------------------------------------------------------
