@@ -100,6 +100,8 @@ def _disabled_paths(settings: Settings) -> frozenset[str]:
     paths = {transport.handler_prefix for transport in optional if not transport.enabled}
     if settings.websocket.disabled:
         paths.add(settings.websocket.handler_prefix)
+    if not (settings.sse.enabled or settings.http_stream.enabled):
+        paths.add(settings.emulation.handler_prefix)
     return frozenset(paths)
 
 
