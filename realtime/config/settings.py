@@ -89,7 +89,7 @@ class LogSettings(Struct, frozen=True, forbid_unknown_fields=True):
     loggers: Annotated[
         dict[str, str],
         restricted(
-            'a table of loggers with a level (none, trace, debug, info, warn, error), such as { "sqlalchemy" = "warn" }',
+            'a table of loggers with a level (none, trace, debug, info, warn, error), such as { sqlalchemy = "warn" }',
             checks.are_levels,
         ),
         about(
