@@ -359,8 +359,9 @@ class HTTPFrontend(Protocol):
 class HTTPFrontendFactory(Factory):
     """Makes an `HTTPFrontend` for each accepted connection.
 
-    protocol: `HTTPFrontend` or a subclass. pending: connections before the end of their first head, or refused and not closed yet. serving: connections with
-    requests for the site. idle: the connections without a current request, the longest idle one first.
+    protocol: `HTTPFrontend` or a subclass. pending: connections before the end of their first head, or refused and not
+    closed yet. serving: connections with requests for the site. idle: the connections without a current request, the
+    longest idle one first.
     """
 
     noisy = False

@@ -282,6 +282,10 @@ class WebSocketConnection(ClientConnection, Incoming):
         super().resumeProducing()
         self.resume_processing()
 
+    def flush(self) -> None:
+        super().flush()
+        self.resume_processing()
+
     def _release_resources(self) -> None:
         """Release the state of an open connection (partial message, pinger), but keep the session."""
         self.drop_partial_message()
@@ -451,7 +455,7 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
     def make_connection(self, head: RequestHead, transport: Any) -> WebSocketConnection:
         """Make the connection for a request that `check` accepted."""
         subprotocol = select_subprotocol(head, self._wire_formats)
-        request = make_opening_request(head, self._admission.client_address(head, transport.getPeer().host))
+        request = make_opening_request(head, self._admission.client_address(head, transport.client[0]))
         encoding = requested_encoding(subprotocol, request.query)
         encoding = encoding if encoding in self._wire_formats else "json"
         agreement = negotiate(",".join(head.get_all("sec-websocket-extensions"))) if self._compression else None
