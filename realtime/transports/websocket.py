@@ -310,7 +310,14 @@ class WebSocketConnection(ClientConnection, Incoming):
                 else:
                     self.sendCloseFrame(1007)
                 return
-        self._receive(payload)
+        if self._messages_left is not None or self._session is None:
+            self._receive(payload)
+            return
+        # The short path of `_receive`, without a further call for each message.
+        try:
+            self._session.receive(payload)
+        except Exception:
+            self._fail_session()
 
     def _receive(self, payload: bytes) -> None:
         """Pass a message to the session, unless a unidirectional client has sent its only message already."""
