@@ -359,11 +359,13 @@ class HTTPFrontend(Protocol):
 class HTTPFrontendFactory(Factory):
     """Makes an `HTTPFrontend` for each accepted connection.
 
-    pending: connections before the end of their first head, or refused and not closed yet. serving: connections with
-    requests for the site. idle: the connections without a current request, the longest idle one first.
+    protocol: `HTTPFrontend` or a subclass. pending: connections before the end of their first head, or refused and not
+    closed yet. serving: connections with requests for the site. idle: the connections without a current request, the
+    longest idle one first.
     """
 
     noisy = False
+    protocol: type[HTTPFrontend] = HTTPFrontend  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -408,7 +410,7 @@ class HTTPFrontendFactory(Factory):
             admission.add_idle(lambda: self.pending + self.serving, self._drop_oldest)
 
     def buildProtocol(self, addr: IAddress | None) -> HTTPFrontend:  # type: ignore[override]
-        frontend = HTTPFrontend()
+        frontend = self.protocol()
         frontend.factory = self
         return frontend
 

@@ -40,6 +40,7 @@ from realtime.handlers.coroutines import drive, gather
 from realtime.handlers.dispatch import Dispatcher
 from realtime.http.hosts import HostNames
 from realtime.process.child import Child
+from realtime.process.reactor import turn_end_caller
 from realtime.process.transport import DirectServer
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
@@ -70,7 +71,13 @@ from realtime.worker.engine import BrokerEngine
 from realtime.worker.io_uring import IOURing
 from realtime.worker.key_sets import make_verifier
 from realtime.worker.load_shedding import LoadShedding, configure_cache_host
-from realtime.worker.loop_time import ChargedReceiver, NamespaceAccounts, charge_steps, charged_transport
+from realtime.worker.loop_time import (
+    ChargedReceiver,
+    NamespaceAccounts,
+    charge_steps,
+    charged_frontend,
+    charged_transport,
+)
 from realtime.worker.node import NodeIdentitySource
 from realtime.worker.surveys import Surveys
 
@@ -220,9 +227,8 @@ def wire_transports(
     settings, metrics, ledger = process.settings, process.metrics, process.accounts
     protocol_account = ledger.open(LoopWork.PROTOCOL)
     queued = QueuedBytes()
-    turn_end = FlushAtTurnEnd(
-        process.turn_number, lambda flush: _call_next_turn(ledger.charging(protocol_account, flush))
-    )
+    call_at_end = turn_end_caller(process.reactor)
+    turn_end = FlushAtTurnEnd(process.turn_number, lambda flush: call_at_end(ledger.charging(protocol_account, flush)))
     own_names = HostNames((*settings.http_server.host_names, socket.gethostname()))
     admission = _admission(process, handlers, own_names)
 
@@ -266,7 +272,7 @@ def wire_transports(
         own_names=own_names,
     )
     frontend = _frontend(process, endpoints, site, protocol.deadlines, admission)
-    return TransportParts(admission, queued, frontend, charged_transport(ledger, HTTPFrontend))
+    return TransportParts(admission, queued, frontend, charged_transport(ledger, frontend.protocol))
 
 
 def _admission(process: Child, handlers: HandlerParts, own_names: HostNames) -> Admission:
@@ -289,7 +295,7 @@ def _frontend(
     admission: Admission,
 ) -> HTTPFrontendFactory:
     charge = partial(charge_steps, process.accounts, process.accounts.open(LoopWork.HTTP))
-    return HTTPFrontendFactory(
+    factory = HTTPFrontendFactory(
         process.settings.http_server,
         endpoints,
         site,
@@ -299,6 +305,8 @@ def _frontend(
         admission,
         charge,
     )
+    factory.protocol = charged_frontend(process.accounts, HTTPFrontend)
+    return factory
 
 
 def _enabled_endpoints(
