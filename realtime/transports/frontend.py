@@ -313,6 +313,7 @@ class HTTPFrontend(Protocol):
         self._is_http = True
         self.factory.pending -= 1
         self.factory.serving += 1
+        self.transport.start_direct_reading()
         self.transport.setTcpNoDelay(True)
         self.transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, HTTP_USER_TIMEOUT)
 
@@ -346,6 +347,8 @@ class HTTPFrontend(Protocol):
         if self._address:
             connection.release_address = factory.address_releaser(self._address)
         transport.protocol = connection
+        if self._is_http:
+            transport.start_direct_reading()
         connection.makeConnection(transport)
         data += self._waiting
         if data:
@@ -428,10 +431,7 @@ class HTTPFrontendFactory(Factory):
 
     def closes(self, head: RequestHead) -> bool:
         """Return whether the connection ends with the response to this request."""
-        if self._is_draining or head.version == "1.0" or head.body == CHUNKED:
-            return True
-        connection = head.get("connection")
-        return bool(connection) and "close" in connection.lower()
+        return self._is_draining or head.is_last
 
     def check_first(self, frontend: HTTPFrontend, head: RequestHead) -> Refusal | None:
         """Check the first request of a connection by the limit of its client's address."""
