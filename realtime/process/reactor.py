@@ -54,7 +54,7 @@ class Reactor(asyncioreactor.AsyncioSelectorReactor):
         recv, buffer_size, data_received = (
             transport.socket.recv,
             transport.bufferSize,
-            transport.protocol.dataReceived,
+            transport.data_received,
         )
 
         def read() -> None:

@@ -45,6 +45,12 @@ class DirectServer(tcp.Server):
         return bool(self._tempDataLen or self.dataBuffer)
 
     @property
+    def data_received(self) -> Callable[[bytes], object]:
+        """The function that a direct reader calls with received data, for as long as the protocol stays."""
+        received: Callable[[bytes], object] = self.protocol.dataReceived
+        return received
+
+    @property
     def direct_send(self) -> Callable[[bytes], int] | None:
         """The socket's send(2), for callers that use it only while nothing is buffered here. None under TLS.
 
@@ -55,7 +61,7 @@ class DirectServer(tcp.Server):
     def start_direct_reading(self) -> None:
         """Let the selector call `dataReceived` itself, if the reactor supports it.
 
-        The protocol must not be replaced afterwards. Does nothing under TLS.
+        Call it again after the protocol was replaced. Does nothing under TLS.
         """
         if not self.TLS:
             self.stopReading()

@@ -37,6 +37,12 @@ def charged_transport(ledger: LoopTimeLedger, http_protocol: type) -> type[Direc
         doWrite = charging(DirectServer.doWrite)
         connectionLost = charging(DirectServer.connectionLost)
 
+        @property
+        def data_received(self) -> Callable[[bytes], object]:
+            # The selector charges what it reads directly to the client protocol.
+            received = super().data_received
+            return ledger.charging(http_account, received) if type(self.protocol) is http_protocol else received
+
     return ChargedServer
 
 
