@@ -424,6 +424,9 @@ _METHODS: Mapping[str, tuple[type[Struct], Callable[[HTTPAPI, Any], Coroutine[An
 }
 
 
+_decoders = {kind: msgspec.json.Decoder(kind).decode for kind in (_Named, *(kind for kind, _ in _METHODS.values()))}
+
+
 def _named(line: bytes) -> _Named:
     """Decode one line of a pipeline. Raises BadBody."""
     command: _Named = _decode(line, _Named)
@@ -434,11 +437,11 @@ def _decode(body: bytes, kind: type[Any]) -> Any:
     try:
         body.decode()  # the decoder does not check text that it passes on undecoded
         try:
-            return msgspec.json.decode(body, type=kind)
+            return _decoders[kind](body)
         except msgspec.ValidationError:
             if b"null" not in body:
                 raise
-            return msgspec.json.decode(_without_nulls(body), type=kind)
+            return _decoders[kind](_without_nulls(body))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise BadBody("the body is not valid JSON for the method") from None
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from typing import Annotated, Any, NamedTuple, Unpack
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from realtime import errors, json_text
 from realtime.auth.tokens import OVERRIDABLE
@@ -69,8 +69,17 @@ class NodeIdentity(NamedTuple):
     uptime: float
 
 
-# The application's own code passes these unchecked. A wrong type would make the broker end the worker's stream.
-_OptionTypes = tuple[dict[str, str] | None, str, bool, Annotated[int, Meta(ge=0)], str]
+class _PublishOptions(Struct, array_like=True):
+    """The types of options that the application's own code passes unchecked.
+
+    A wrong type would make the broker end the worker's stream.
+    """
+
+    tags: dict[str, str] | None
+    idempotency_key: str
+    delta: bool
+    version: Annotated[int, Meta(ge=0)]
+    version_epoch: str
 
 
 class ServerAPI:
@@ -124,7 +133,7 @@ class ServerAPI:
         `publication_data_format` does not allow.
         """
         options = self._options(channel)
-        msgspec.convert((tags, idempotency_key, delta, version, version_epoch), _OptionTypes)
+        msgspec.convert((tags, idempotency_key, delta, version, version_epoch), _PublishOptions)
         text = not binary or json_text.is_json(data)
         options.check_data(data, text)
         if version >= 2**64 or len(idempotency_key) > MAX_NAME or len(version_epoch) > MAX_NAME:

@@ -59,6 +59,7 @@ class Pressure:
         self._last_beat = clock()
         self._max_recent_lag = 0.0
         self._active: frozenset[str] = frozenset()  # limits reached in the last RECOVERY_TIME seconds
+        self._is_limit_reached = False  # one of them is more than a warning
 
     def observe(self, vitals: Vitals) -> None:
         """Take the reading of a beat. Call it at every beat of the loop."""
@@ -69,6 +70,7 @@ class Pressure:
             if getattr(vitals, name) >= limit:
                 self._reached[name] = now
         self._active = frozenset(name for name, at in self._reached.items() if now - at < RECOVERY_TIME)
+        self._is_limit_reached = bool(self._active - _WARNING_ONLY)
         self._last_beat = now
 
     @property
@@ -80,12 +82,12 @@ class Pressure:
     def load(self) -> float:
         """The lag as a share of its limit; 1 or more whenever any limit is reached."""
         load = self.lag / self.max_lag
-        return max(load, 1.0) if self._active - _WARNING_ONLY else load
+        return max(load, 1.0) if self._is_limit_reached else load
 
     @property
     def pressed(self) -> bool:
         """Whether the worker is under pressure: any limit is reached."""
-        return self.load >= 1
+        return self._is_limit_reached or self.lag >= self.max_lag
 
     @property
     def reasons(self) -> tuple[str, ...]:

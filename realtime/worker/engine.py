@@ -19,6 +19,7 @@ from twisted.python.failure import Failure
 
 from realtime.config.settings import EngineSettings
 from realtime.errors import LIMIT_EXCEEDED, ClientError, EngineUnavailable
+from realtime.handlers.coroutines import PromptDeferred
 from realtime.metrics import Metrics
 from realtime.process.link import Link, adopt
 from realtime.pubsub import broker_messages
@@ -65,7 +66,7 @@ class _Call(Generic[Answer]):
         self.request = request
         self.deadline = deadline
         self.unsent = unsent
-        self.answer: Deferred[Answer] = Deferred()
+        self.answer: PromptDeferred[Answer] = PromptDeferred()
 
 
 class BrokerEngine:
