@@ -51,43 +51,6 @@ def drive(
     return driver if driver._advance() else None
 
 
-class PromptDeferred(Deferred[T]):
-    """A Deferred whose result goes straight to the one coroutine that awaits it, without a chain of callbacks.
-
-    Only for coroutines that `drive` has started; to everything else it is a Deferred as any other. It takes two
-    microseconds less.
-    """
-
-    driver: CoroutineDriver | None = None
-
-    def callback(self, result: T) -> None:  # type: ignore[override]
-        driver = self.driver
-        if driver is None:
-            super().callback(result)
-            return
-        self.driver = None
-        self.called = True
-        self.result = result
-        driver._resume(None)
-
-    def errback(self, fail: Any = None) -> None:
-        self._become_usual()
-        super().errback(fail)
-
-    def addCallbacks(self, *args: Any, **kwargs: Any) -> Deferred[Any]:  # type: ignore[override]
-        self._become_usual()
-        return super().addCallbacks(*args, **kwargs)
-
-    def addBoth(self, *args: Any, **kwargs: Any) -> Deferred[Any]:
-        self._become_usual()
-        return super().addBoth(*args, **kwargs)
-
-    def _become_usual(self) -> None:
-        driver, self.driver = self.driver, None
-        if driver is not None:
-            super().addBoth(driver._on_deferred)
-
-
 class CoroutineDriver:
     """A coroutine that `drive` has started, and its next step."""
 
@@ -133,10 +96,7 @@ class CoroutineDriver:
 
     def _wait(self, awaited: Any) -> bool:
         # The most frequent case first: the engine and the transports return Deferreds.
-        if type(awaited) is PromptDeferred and not (awaited.called or awaited.callbacks):
-            self._awaited = awaited
-            awaited.driver = self
-        elif isinstance(awaited, Deferred):
+        if isinstance(awaited, Deferred):
             self._awaited = awaited
             awaited.addBoth(self._on_deferred)
         elif getattr(awaited, "_asyncio_future_blocking", False):

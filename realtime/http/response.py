@@ -44,7 +44,7 @@ def date_line() -> bytes:
 
 
 def encode_response(
-    status: int, content_type: str, headers: Headers, body: bytes, *, close: bool = False, without_body: bool = False
+    status: int, content_type: str, headers: Headers, body: bytes, close: bool = False, without_body: bool = False
 ) -> bytes:
     """Build a complete response.
 

@@ -15,7 +15,7 @@ import msgspec
 from twisted.logger import Logger
 
 from realtime.config.settings import HTTPAPISettings
-from realtime.handlers.coroutines import CoroutineDriver
+from realtime.handlers.coroutines import CoroutineDriver, DoneCallback
 from realtime.handlers.results import PreparedResponse, status_response
 from realtime.http import cors
 from realtime.http.request import CHUNKED, RequestHead
@@ -118,7 +118,7 @@ class Exchange:
                 self._handler = partial(Exchange.respond, response=handler)
                 return True
             self._refuse(handler)
-        elif head.get("content-encoding").lower() not in ("", "identity"):
+        elif (coding := head.get("content-encoding")) and coding.lower() != "identity":
             self.refuse_body("body_encoding")
         elif head.body != CHUNKED and 0 < self.max_body_size < head.body:
             self.refuse_body("body_too_large")
@@ -149,6 +149,12 @@ class Exchange:
 
         cancels: whether to cancel the coroutine if the peer disconnects.
         """
+        driver = self._site.drive(coroutine, self.responder(make_response))
+        if cancels and not self._is_over:
+            self._driver = driver
+
+    def responder(self, make_response: Callable[[Any, BaseException | None], PreparedResponse]) -> DoneCallback:
+        """Return a function that sends the response which `make_response` builds from a result or an exception."""
 
         def done(result: Any, error: BaseException | None) -> None:
             self._driver = None
@@ -159,9 +165,7 @@ class Exchange:
             else:
                 self.respond(response)
 
-        driver = self._site.drive(coroutine, done)
-        if cancels and not self._is_over:
-            self._driver = driver
+        return done
 
     def respond(self, response: PreparedResponse) -> None:
         """Write the response, unless the peer has disconnected."""
@@ -169,13 +173,16 @@ class Exchange:
             return
         if response.fault:
             self._site.count_fault(response.fault)
+        closes = self.closes or response.close
         try:
-            data = self._encode(response)
+            data = encode_response(
+                response.status, response.type, response.headers, response.body, closes, self.head.method == "HEAD"
+            )
         except Exception:
             self.respond_with_error()
             return
         self._is_over = True
-        self._connection.answered(data, self.closes or response.close)
+        self._connection.answered(data, closes)
 
     def finish(self) -> None:
         """Go on with the next request: a handler has written the response to the transport itself."""
@@ -212,16 +219,6 @@ class Exchange:
         """Whether reading the body and dropping it is cheaper for the peer than a new connection."""
         head = self.head
         return 0 <= head.body <= MAX_DROPPED_BODY and not head.get("expect") and not self.closes
-
-    def _encode(self, response: PreparedResponse) -> bytes:
-        return encode_response(
-            response.status,
-            response.type,
-            response.headers,
-            response.body,
-            close=self.closes or response.close,
-            without_body=self.head.method == "HEAD",
-        )
 
 
 class HTTPSite:
