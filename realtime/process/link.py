@@ -49,7 +49,7 @@ def adopt(reactor: Any, fd: int, link: Link) -> None:
 
 class _Stream(DirectServer, unix.Server):
     """Writes immediately: all frames queued in one loop turn leave in a single send(2). The selector is used only when
-    the socket buffer is full."""
+    the socket buffer is full. Reads directly: frames are handled before other work of the turn."""
 
     doRead = tcp.Connection.doRead  # type: ignore[assignment]  # recv(2): this stream carries no file descriptors
 

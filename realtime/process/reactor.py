@@ -48,14 +48,10 @@ class Reactor(asyncioreactor.AsyncioSelectorReactor):
     def _make_direct_reader(self, transport: Any) -> Callable[[], None]:
         """Build a function that reads `transport` once and passes the data to its protocol.
 
-        It is called for each received segment, so socket, buffer size and protocol are looked up once, here. Twisted
-        handles errors and the end of the stream: its own read finds them again.
+        It is called for each received segment, so socket and buffer size are looked up once, here. Twisted handles
+        errors and the end of the stream: its own read finds them again.
         """
-        recv, buffer_size, data_received = (
-            transport.socket.recv,
-            transport.bufferSize,
-            transport.data_received,
-        )
+        recv, buffer_size = transport.socket.recv, transport.bufferSize
 
         def read() -> None:
             try:
@@ -66,7 +62,7 @@ class Reactor(asyncioreactor.AsyncioSelectorReactor):
                 self._readOrWrite(transport, True)
                 return
             try:
-                data_received(data)
+                transport.protocol.dataReceived(data)
             except Exception as error:
                 _log.failure("a protocol raised an exception while handling received data; closing its connection")
                 self._disconnectSelectable(transport, error, True)

@@ -63,6 +63,11 @@ class ReadingSelector(selectors.BaseSelector):
 
         Raises OSError for a descriptor that epoll(7) does not support, such as a file's.
         """
+        if fd not in self._masks:
+            self._epoll.register(fd, select.EPOLLIN)
+            self._masks[fd] = select.EPOLLIN
+            self._readers[fd] = reader
+            return
         self._readers[fd] = reader
         try:
             self._update_epoll(fd)

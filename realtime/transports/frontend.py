@@ -310,8 +310,6 @@ class HTTPFrontend(Protocol):
         self._is_http = True
         self.factory.pending -= 1
         self.factory.serving += 1
-        self.transport.start_direct_reading()
-        self.transport.setTcpNoDelay(True)
         self.transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, HTTP_USER_TIMEOUT)
 
     def _await_request(self) -> None:
@@ -349,8 +347,6 @@ class HTTPFrontend(Protocol):
         if self._address:
             connection.release_address = factory.address_releaser(self._address)
         transport.protocol = connection
-        if self._is_http:
-            transport.start_direct_reading()
         connection.makeConnection(transport)
         data += self._waiting
         if data:
@@ -364,12 +360,13 @@ class HTTPFrontend(Protocol):
 class HTTPFrontendFactory(Factory):
     """Makes an `HTTPFrontend` for each accepted connection.
 
-    pending: connections before the end of their first head, or refused and not closed yet. serving: connections with
-    requests for the site. idle: the connections without a current request, the longest idle one first. is_draining:
-    each connection ends with its next response.
+    protocol: `HTTPFrontend` or a subclass. pending: connections before the end of their first head, or refused and not
+    closed yet. serving: connections with requests for the site. idle: the connections without a current request, the
+    longest idle one first. is_draining: each connection ends with its next response.
     """
 
     noisy = False
+    protocol: type[HTTPFrontend] = HTTPFrontend  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -414,7 +411,7 @@ class HTTPFrontendFactory(Factory):
             admission.add_idle(lambda: self.pending + self.serving, self._drop_oldest)
 
     def buildProtocol(self, addr: IAddress | None) -> HTTPFrontend:  # type: ignore[override]
-        frontend = HTTPFrontend()
+        frontend = self.protocol()
         frontend.factory = self
         return frontend
 

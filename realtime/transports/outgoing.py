@@ -116,12 +116,11 @@ class Outgoing:
         raise NotImplementedError
 
     def start_writing(self) -> None:
-        """Allow frames to be written, and read the socket directly if the transport supports it."""
+        """Allow frames to be written."""
         self.sink = Sink(self._queue_frame, self._queue_remainder)
         self.transport.registerProducer(self, True)
         self._write_directly()
         if isinstance(self.transport, DirectServer):
-            self.transport.start_direct_reading()
             # The response to an earlier HTTP request on this connection may still be buffered.
             self.transport.pause_producer_if_buffering()
 

@@ -262,7 +262,6 @@ class WebSocketConnection(ClientConnection, Incoming):
         del self._opening
         self.factory.countConnections += 1
         self.state = self.STATE_OPEN
-        self.transport.setTcpNoDelay(True)
         self.transport.write(response)
         self.factory.connects.value += 1
         self.start_writing()

@@ -70,7 +70,13 @@ from realtime.worker.engine import BrokerEngine
 from realtime.worker.io_uring import IOURing
 from realtime.worker.key_sets import make_verifier
 from realtime.worker.load_shedding import LoadShedding, configure_cache_host
-from realtime.worker.loop_time import ChargedReceiver, NamespaceAccounts, charge_steps, charged_transport
+from realtime.worker.loop_time import (
+    ChargedReceiver,
+    NamespaceAccounts,
+    charge_steps,
+    charged_frontend,
+    charged_transport,
+)
 from realtime.worker.node import NodeIdentitySource
 from realtime.worker.surveys import Surveys
 
@@ -266,7 +272,7 @@ def wire_transports(
         own_names=own_names,
     )
     frontend = _frontend(process, endpoints, site, protocol.deadlines, admission)
-    return TransportParts(admission, queued, frontend, charged_transport(ledger, HTTPFrontend))
+    return TransportParts(admission, queued, frontend, charged_transport(ledger, frontend.protocol))
 
 
 def _admission(process: Child, handlers: HandlerParts, own_names: HostNames) -> Admission:
@@ -289,7 +295,7 @@ def _frontend(
     admission: Admission,
 ) -> HTTPFrontendFactory:
     charge = partial(charge_steps, process.accounts, process.accounts.open(LoopWork.HTTP))
-    return HTTPFrontendFactory(
+    factory = HTTPFrontendFactory(
         process.settings.http_server,
         endpoints,
         site,
@@ -299,6 +305,8 @@ def _frontend(
         admission,
         charge,
     )
+    factory.protocol = charged_frontend(process.accounts, HTTPFrontend)
+    return factory
 
 
 def _enabled_endpoints(

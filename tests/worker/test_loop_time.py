@@ -128,24 +128,6 @@ def test_a_connection_is_charged_to_http_until_it_has_another_protocol(
     assert bill.charged() == {(LoopWork.HTTP, ""): 7, (LoopWork.PROTOCOL, ""): 14}
 
 
-def test_direct_reading_is_charged_to_http_until_the_connection_has_another_protocol(bill: Bill) -> None:
-    class Front(Protocol):
-        def dataReceived(self, data: bytes) -> None:
-            bill.work(len(data))
-
-    class Other(Front):
-        pass
-
-    transport: Any = charged_transport(bill.ledger, Front)
-    client = transport.__new__(transport)
-    bill.ledger.switch(bill.ledger.open(LoopWork.PROTOCOL))  # as the selector does
-    client.protocol = Front()
-    client.data_received(b"1234567")
-    client.protocol = Other()
-    client.data_received(b"12345")
-    assert bill.charged() == {(LoopWork.HTTP, ""): 7, (LoopWork.PROTOCOL, ""): 5}
-
-
 def test_messages_of_the_link_are_charged_to_the_engine(bill: Bill) -> None:
     link = Link(None, lambda function: None, 100, lambda number, body: None, lambda link, reason: None, bill.ledger)
 
