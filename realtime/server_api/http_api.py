@@ -269,7 +269,19 @@ class HTTPAPI:
             done(None, error)
             return
         try:
-            self._operations.publish_then(published, request.channel, **_publication(request))
+            data, binary = _data(request)
+            self._operations.publish_then(
+                published,
+                request.channel,
+                data,
+                binary,
+                request.tags,
+                request.skip_history,
+                request.idempotency_key,
+                request.delta,
+                request.version,
+                request.version_epoch,
+            )
         except ClientError as error:
             published(None, error)
 
@@ -502,10 +514,10 @@ def _present(value: Any) -> Any:
 
 def _publication(request: _Publish) -> dict[str, Any]:
     """Return the arguments of publish and broadcast besides the channels. Raises ClientError 107 for invalid data."""
-    data = _decode_base64(request.b64data) if request.b64data else payload(request.data)
+    data, binary = _data(request)
     return {
         "data": data,
-        "binary": bool(request.b64data) or not data,
+        "binary": binary,
         "tags": request.tags,
         "skip_history": request.skip_history,
         "idempotency_key": request.idempotency_key,
@@ -513,6 +525,14 @@ def _publication(request: _Publish) -> dict[str, Any]:
         "version": request.version,
         "version_epoch": request.version_epoch,
     }
+
+
+def _data(request: _Publish) -> tuple[bytes, bool]:
+    """Return the data to publish, and whether it may be any bytes. Raises ClientError 107 for invalid data."""
+    if request.b64data:
+        return _decode_base64(request.b64data), True
+    data = payload(request.data)
+    return data, not data
 
 
 def _content(value: Raw | UnsetType, encoded: str) -> bytes:

@@ -15,7 +15,7 @@ import msgspec
 from twisted.logger import Logger
 
 from realtime.config.settings import HTTPAPISettings
-from realtime.handlers.coroutines import CoroutineDriver, DoneCallback
+from realtime.handlers.coroutines import CoroutineDriver
 from realtime.handlers.results import PreparedResponse, status_response
 from realtime.http import cors
 from realtime.http.request import CHUNKED, RequestHead
@@ -44,6 +44,9 @@ def fault_response(fault: str) -> PreparedResponse:
     """Build the response for a fault, a key of FAULTS."""
     return msgspec.structs.replace(status_response(FAULTS[fault]), fault=fault)
 
+
+ResponseMaker = Callable[[Any, BaseException | None], PreparedResponse]
+"""Builds a response from the result or the exception of a call."""
 
 RequestHandler = Callable[["Exchange"], None]
 """Serves a complete request: it calls `respond` or `respond_with`."""
@@ -142,30 +145,26 @@ class Exchange:
     def respond_with(
         self,
         coroutine: Coroutine[Any, Any, Any],
-        make_response: Callable[[Any, BaseException | None], PreparedResponse],
+        make_response: ResponseMaker,
         cancels: bool,
     ) -> None:
         """Run `coroutine`, and send the response that `make_response` builds from its result or its exception.
 
         cancels: whether to cancel the coroutine if the peer disconnects.
         """
-        driver = self._site.drive(coroutine, self.responder(make_response))
+        driver = self._site.drive(coroutine, partial(self.respond_by, make_response))
         if cancels and not self._is_over:
             self._driver = driver
 
-    def responder(self, make_response: Callable[[Any, BaseException | None], PreparedResponse]) -> DoneCallback:
-        """Return a function that sends the response which `make_response` builds from a result or an exception."""
-
-        def done(result: Any, error: BaseException | None) -> None:
-            self._driver = None
-            try:
-                response = make_response(result, error)
-            except Exception:
-                self.respond_with_error()
-            else:
-                self.respond(response)
-
-        return done
+    def respond_by(self, make_response: ResponseMaker, result: Any, error: BaseException | None) -> None:
+        """Send the response that `make_response` builds from the result or the exception of a call. Never raises."""
+        self._driver = None
+        try:
+            response = make_response(result, error)
+        except Exception:
+            self.respond_with_error()
+        else:
+            self.respond(response)
 
     def respond(self, response: PreparedResponse) -> None:
         """Write the response, unless the peer has disconnected."""

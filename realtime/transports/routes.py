@@ -41,7 +41,7 @@ from realtime.server_api.http_api import (
     UnknownMethod,
 )
 from realtime.supervision.loop_time import LoopTimeLedger
-from realtime.transports.http_server import Exchange, HTTPSite, RequestHandler, fault_response
+from realtime.transports.http_server import Exchange, HTTPSite, RequestHandler, ResponseMaker, fault_response
 from realtime.transports.static_files import locate, serve_file
 
 # Limit of the number of parameters in one query.
@@ -54,9 +54,6 @@ RETRY_AFTER = (3, 10)
 STATUSES = {100: 500, 102: 404, 103: 403, 104: 404, 107: 400, 108: 400, 109: 401, 111: 429, 112: 416, 113: 409}
 
 _log = Logger()
-
-ResponseMaker = Callable[[Any, BaseException | None], PreparedResponse]
-"""Builds a response from the result or the exception of a call."""
 
 APICall = Callable[[bytes], Coroutine[Any, Any, msgspec.Struct]]
 """A method of the server API: takes a request body, returns its result."""
@@ -263,14 +260,12 @@ def serve_publish(
 ) -> None:
     """Call the server API's method `publish`; its answer is charged like the request, and not to the engine."""
     account = ledger.current
-    respond = request.responder(_api_response_maker(request, default_error_mode))
+    make_response = _api_response_maker(request, default_error_mode)
 
     def done(result: Any, error: BaseException | None) -> None:
         charged_before = ledger.switch(account)
-        try:
-            respond(result, error)
-        finally:
-            ledger.switch(charged_before)
+        request.respond_by(make_response, result, error)
+        ledger.switch(charged_before)
 
     publish(request.body, done)
 
