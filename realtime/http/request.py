@@ -125,7 +125,7 @@ def parse_whole_head(data: bytes, start: int, max_bytes: int, max_headers: int) 
     """
     end = data.find(b"\r\n\r\n", start) + 4
     size = end - start
-    if end < 4 or size > min(max_bytes, MAX_LINE):
+    if end < 4 or size > max_bytes or size > MAX_LINE:
         return None
     head = (_known_head if size <= MAX_KNOWN_HEAD else _parse)(data[start:end])
     if head is None or len(head.fields) > max_headers:

@@ -87,7 +87,9 @@ class Pressure:
     @property
     def pressed(self) -> bool:
         """Whether the worker is under pressure: any limit is reached."""
-        return self._is_limit_reached or self.lag >= self.max_lag
+        if self._is_limit_reached or self._max_recent_lag >= self.max_lag:
+            return True
+        return self._clock() - self._last_beat - self._interval >= self.max_lag
 
     @property
     def reasons(self) -> tuple[str, ...]:

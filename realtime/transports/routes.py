@@ -155,18 +155,21 @@ class Router:
         self._api = api
         self._settings = settings
         self._prefix = settings.handler_prefix.rstrip("/") + "/"
-        self._methods: dict[str, RequestHandler] = {}  # by name, once they were called
+        self._methods: dict[str, RequestHandler] = {}  # of the server API, by path, once they were called
         self._key = settings.key.encode()
         self._statics = sorted(app.http.statics, key=lambda static: len(static.prefix), reverse=True)
 
     def resolve(self, head: RequestHead) -> RequestHandler | PreparedResponse:
         """Return the handler of a request, judged by its head, or the response if there is none."""
         method, path = head.method, head.path
+        api_method = self._methods.get(path)
+        if api_method is not None:
+            return self._refuse_call(head) or api_method
         cors_route = self._cors_routes.get(path)
         if cors_route is not None:
             return cors_route.resolve(head)
         if path.startswith(self._prefix) and not self._settings.disabled:
-            return self._refuse_call(head) or self._method(path.removeprefix(self._prefix))
+            return self._refuse_call(head) or self._api_method(path)
         if method == "POST" and path + "/" == self._prefix and not self._settings.disabled:
             return self._refuse_call(head) or partial(serve_api, self._api.call_named, self._settings.error_mode)
         route = self._routes.get(f"{'GET' if method == 'HEAD' else method} {path}")
@@ -194,17 +197,14 @@ class Router:
         """Return whether a page of another origin, which the settings allow, has sent the request."""
         return self._origin_allowed is not None and bool(head.get("origin")) and self._origin_allowed(head)
 
-    def _method(self, name: str) -> RequestHandler:
-        """Return the handler of a method of the server API, also of one that does not exist."""
-        serve = self._methods.get(name)
-        if serve is None:
-            mode = self._settings.error_mode
-            if name == "publish":
-                serve = partial(serve_publish, self._api.publish, mode, self._dispatcher.ledger)
-            else:
-                serve = partial(serve_api, partial(self._api.call, name), mode)
-            if name in METHODS:
-                self._methods[name] = serve
+    def _api_method(self, path: str) -> RequestHandler:
+        """Make the handler of a method of the server API, also of one that does not exist."""
+        name, error_mode = path.removeprefix(self._prefix), self._settings.error_mode
+        serve: RequestHandler = partial(serve_api, partial(self._api.call, name), error_mode)
+        if name == "publish":
+            serve = partial(serve_publish, self._api.publish, error_mode, self._dispatcher.ledger)
+        if name in METHODS:
+            self._methods[path] = serve
         return serve
 
     def _refuse_call(self, head: RequestHead) -> PreparedResponse | None:
