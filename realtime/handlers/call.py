@@ -26,7 +26,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 
 from realtime.app import ARGUMENTS, Handler
-from realtime.cache import NothingCached
+from realtime.cache import Entry, NothingCached
 from realtime.config.settings import WorkersSettings
 from realtime.errors import (
     INTERNAL_ERROR,
@@ -141,6 +141,16 @@ class HandlerCall:
             raise
         self._count("ok")
         return result
+
+    def find_cached(self, *args: Any) -> Entry | None:
+        """Return the cached answer that `call` would return at once; None if there is none, or a decision is needed."""
+        cache = self.handler.cache
+        if cache is None or not self._policy.may_serve_cached:
+            return None
+        try:
+            return cache.find(args[self.handler.taken])
+        except Exception:  # of the key function: `call` reports it
+            return None
 
     async def __call__(self, *args: Any) -> Any:
         """Call the handler for a client, with all the arguments of its kind. Raises ClientError and Disconnect alone.

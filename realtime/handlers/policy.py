@@ -60,6 +60,11 @@ class AdmissionPolicy:
         return self._handler.run in ("loop", "auto") and self._handler.pressure != "ignore"
 
     @property
+    def may_serve_cached(self) -> bool:
+        """Whether a cached answer may be served without a decision about the call."""
+        return self._handler.pressure in ("stale", "ignore") or not self._pressure.pressed
+
+    @property
     def admits_directly(self) -> bool:
         """Whether a call needs no decision: there is no cache to ask, and no pressure that the policy heeds."""
         if self.admits_always:

@@ -333,6 +333,8 @@ def serve_route(
         except Exception as raised:
             error = raised
         request.respond(make_response(result, error))
+    elif (cached := route.find_cached(app_request)) is not None:
+        request.respond(make_response(cached.value, None))
     else:
         request.respond_with(route.call(app_request), make_response, cancels=True)
 
