@@ -41,7 +41,7 @@ from realtime.errors import (
 )
 from realtime.handlers.compute_pool import ComputePool
 from realtime.handlers.coroutines import await_deferreds, eager_task
-from realtime.handlers.marking import ChargingMarker, MarkedCoroutine, Marker, call_marked, subject_reader
+from realtime.handlers.marking import ChargingMarker, MarkedCoroutine, Marker, call_marked, names_reader
 from realtime.handlers.outcomes import HandlerErrorLog, OutcomeCounters
 from realtime.handlers.placement import PlacementTracker
 from realtime.handlers.policy import NO_PRESSURE, AdmissionPolicy, PressureReading
@@ -98,8 +98,7 @@ class HandlerCall:
         self._count = OutcomeCounters(metrics, handler.name)
         self._account = ledger.open(LoopWork.HANDLER, handler.name)
         self._marker = services.marker or ChargingMarker(ledger)
-        self._name = handler.name.encode()
-        self._subject = subject_reader(handler)
+        self._names = names_reader(handler)
         self._timeout = settings.handler_timeout if handler.timeout is None else handler.timeout
         # The handler's own limit of concurrent calls, if it has one.
         self._semaphore = BoundedSemaphore(handler.limit, settings.thread_queue) if handler.limit else None
@@ -291,7 +290,7 @@ class HandlerCall:
 
     def _run_immediately(self, args: tuple[Any, ...]) -> Any:
         """Run a coroutine that never waits: its first step is all of it."""
-        outer = self._marker.enter((self._name, self._subject(args)), self._account)
+        outer = self._marker.enter(self._names(args), self._account)
         try:
             self.handler.function(*args).send(None)
         except StopIteration as stop:
@@ -305,7 +304,7 @@ class HandlerCall:
         if self._semaphore is not None:
             await self._semaphore.acquire()
         try:
-            names = self._name, self._subject(args)
+            names = self._names(args)
             outer = self._marker.enter(names, self._account)
             try:
                 if self._placement:

@@ -16,10 +16,19 @@ from realtime.process.selector import ReadingSelector
 _log = Logger(observer=log.observer)
 
 
+def turn_end_caller(reactor: Any) -> Callable[[Callable[[], None]], object]:
+    """Return a function that has its argument called at the end of this turn of the loop, or in the next one.
+
+    reactor: the loop's. With another one than `Reactor`, the end of a turn is the beginning of the next.
+    """
+    caller: Callable[[Callable[[], None]], object] | None = getattr(reactor, "call_at_turn_end", None)
+    return caller or asyncio.get_running_loop().call_soon
+
+
 class Reactor(asyncioreactor.AsyncioSelectorReactor):
     """Twisted's asyncio reactor with a monotonic clock, and without a logging context around each event (3 µs).
 
-    The selector itself reads transports with `reads_directly`.
+    The selector itself reads transports with `reads_directly`. call_at_turn_end: see `turn_end_caller`.
     """
 
     seconds = staticmethod(time.monotonic)
@@ -28,6 +37,7 @@ class Reactor(asyncioreactor.AsyncioSelectorReactor):
         """selector: that of `loop`."""
         super().__init__(loop)
         self._selector = selector
+        self.call_at_turn_end = selector.call_after_reading
 
     def addReader(self, reader: Any) -> None:
         if getattr(reader, "reads_directly", False):

@@ -54,7 +54,7 @@ class DirectServer(tcp.Server):
         return None if self.TLS else self.socket.send
 
     def _getLogPrefix(self, applicationObject: object) -> str:
-        # Twisted puts it into a text for its log, for each connection; its own search for it takes longer than the rest.
+        # Twisted puts it into a text for its log, for each connection. Its own search for it takes longer.
         return type(applicationObject).__name__
 
     def pause_producer_if_buffering(self) -> None:

@@ -63,6 +63,11 @@ class Connection(Protocol):
     def send(self, payload: bytes) -> None:
         """Send one message to this client alone."""
 
+    def hold(self) -> bool:
+        """Send nothing until `release`, which sends everything at once. False if there is nothing to release."""
+
+    def release(self) -> None: ...
+
     def close(self, code: int, reason: str) -> None:
         """Close the connection after the queued frames have left, or at a deadline."""
 

@@ -170,7 +170,13 @@ class Session(SessionTimers):
             queue = self.queue = CommandQueue(self)
         queue.append(self.encoding.decode_commands(message), len(message))
         if not queue.is_starting:
-            queue.start_ready()
+            # All replies to the commands of a message leave together.
+            holds = self._connection.hold()
+            try:
+                queue.start_ready()
+            finally:
+                if holds:
+                    self._connection.release()
         if self.queue is not None:
             queue.limit()
 

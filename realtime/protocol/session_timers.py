@@ -164,6 +164,8 @@ class SessionTimers(ABC):
         self.schedule_deadline()
 
     def _subscription_expiry(self) -> float:
+        if not self.subscriptions:
+            return math.inf
         times = [subscription.expire_at for subscription in self.subscriptions.values() if subscription.expire_at]
         return self._loop_time(min(times)) if times else math.inf
 

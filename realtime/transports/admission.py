@@ -50,6 +50,7 @@ class Admission:
         self.origin_allowed = origin_policy(client.allowed_origins, own_names if is_open else None)
         self.proxies = TrustedProxies(client.trusted_proxies)
         self._connection_counts: list[Callable[[], int]] = []
+        self._room = 0  # further connections that need no count: connections end, but none begins without `make_room`
         share, spare = _RESERVED_DESCRIPTORS
         limits = (-(-client.connection_limit // workers), max(descriptors - int(descriptors * share) - spare, 0))
         self._limit = min(filter(None, limits), default=0)
@@ -80,8 +81,11 @@ class Admission:
 
     def make_room(self) -> None:
         """Close the longest idle HTTP connection if there are more connections than the limit."""
-        if 0 < self._limit < self.connections + self._count_others():
-            self._drop_idle()
+        self._room -= 1
+        if self._room < 0 < self._limit:
+            self._room = self._limit - self.connections - self._count_others()
+            if self._room < 0:
+                self._drop_idle()
 
     def take_address(self, head: RequestHead, transport: Any) -> tuple[str, Refusal | None]:
         """Count a connection of the client that sent `head`; return its address, or "" and a refusal at the limit.
@@ -113,7 +117,7 @@ class Admission:
         refusal = self._check_load()
         if refusal is not None:
             return refusal
-        if 0 < self._limit <= self.connections:
+        if self._room <= 0 < self._limit <= self.connections:
             return Refusal(503, "too many connections", "connection_limit")
         return None if self._take_token() else Refusal(503, "too many new connections", "connection_rate")
 

@@ -149,19 +149,30 @@ class Outgoing:
         """Let the transport write the rest of a frame that the socket accepted only in part, before anything else."""
         self._write_to_transport(frame[sent:])
 
+    def hold(self) -> bool:
+        """Queue all frames until `release`, which writes them together. Returns False if they are queued already."""
+        if self._outbox is not None:
+            return False
+        self._write_to_outbox(Outbox(self.factory.queue_max_size, self.factory.queued))
+        return True
+
+    def release(self) -> None:
+        """Write the frames queued since `hold`, unless the transport is full."""
+        self.flush()
+
     def flush(self) -> None:
         """Write the messages queued in this loop turn, unless the transport is full."""
         if not self._is_transport_full:
             self._write_queued()
 
     def finish_writing(self, last_frame: bytes, drop_queued: bool = False) -> None:
-        """Write `last_frame` after the queued frames, or in place of them, then half-close the connection."""
+        """Write `last_frame` after the queued frames, or in place of those for a full transport, then half-close."""
         self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.close_timeout)
         if self._outbox is None:
             self.transport.write(last_frame)
             self.half_close()
             return
-        if drop_queued:
+        if drop_queued and self._is_transport_full:
             self._outbox.clear()
         self._outbox.finish(last_frame)
 

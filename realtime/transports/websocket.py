@@ -282,6 +282,10 @@ class WebSocketConnection(ClientConnection, Incoming):
         super().resumeProducing()
         self.resume_processing()
 
+    def flush(self) -> None:
+        super().flush()
+        self.resume_processing()
+
     def _release_resources(self) -> None:
         """Release the state of an open connection (partial message, pinger), but keep the session."""
         self.drop_partial_message()
@@ -306,7 +310,14 @@ class WebSocketConnection(ClientConnection, Incoming):
                 else:
                     self.sendCloseFrame(1007)
                 return
-        self._receive(payload)
+        if self._messages_left is not None or self._session is None:
+            self._receive(payload)
+            return
+        # The short path of `_receive`, without a further call for each message.
+        try:
+            self._session.receive(payload)
+        except Exception:
+            self._fail_session()
 
     def _receive(self, payload: bytes) -> None:
         """Pass a message to the session, unless a unidirectional client has sent its only message already."""
@@ -451,7 +462,7 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
     def make_connection(self, head: RequestHead, transport: Any) -> WebSocketConnection:
         """Make the connection for a request that `check` accepted."""
         subprotocol = select_subprotocol(head, self._wire_formats)
-        request = make_opening_request(head, self._admission.client_address(head, transport.getPeer().host))
+        request = make_opening_request(head, self._admission.client_address(head, transport.client[0]))
         encoding = requested_encoding(subprotocol, request.query)
         encoding = encoding if encoding in self._wire_formats else "json"
         agreement = negotiate(",".join(head.get_all("sec-websocket-extensions"))) if self._compression else None

@@ -7,7 +7,6 @@ broker's view wrong only until the next stream connects.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from realtime.errors import LIMIT_EXCEEDED, ClientError, EngineUnavailable
 from realtime.handlers.coroutines import DoneCallback
 from realtime.metrics import Metrics
 from realtime.process.link import Link, adopt
+from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_messages import BadFrame
 from realtime.pubsub.engine import (
@@ -170,8 +170,8 @@ class BrokerEngine:
         frames = [*map(broker_messages.pack, self._introduction()), *self._take_unsent()]
         # This worker holds as many bytes anyway; the limit applies to further frames.
         limit = self._settings.queue_max_size + sum(map(len, frames))
-        call_soon = asyncio.get_running_loop().call_soon
-        self._link = link = Link(self._reactor, call_soon, limit, self._receive, self._on_link_end, self._ledger)
+        call_at_end = turn_end_caller(self._reactor)
+        self._link = link = Link(self._reactor, call_at_end, limit, self._receive, self._on_link_end, self._ledger)
         adopt(self._reactor, fd, link)
         for frame in frames:
             link.send(frame)

@@ -53,6 +53,7 @@ class ListeningPort(tcp.Port):
         # The application may have set a default timeout, and accept(2) would then wait for it in the loop.
         self._preexistingSocket.setblocking(False)
         self.transport = transport
+        self._factory: Any = factory
         self._ledger = ledger or LoopTimeLedger(int)
         self._account = self._ledger.open(LoopWork.HTTP)
         self._logger = Logger(observer=_DescriptorShortageLog(reactor))
@@ -89,12 +90,15 @@ class ListeningPort(tcp.Port):
         # An accept(2) that fails costs as much as one that succeeds: next time try no more often than it succeeded now.
         self.numberAccepts = MAX_ACCEPTS if count == limit else max(1, count)
 
-    def _serve(self, accepted: socket.SocketType, address: Any) -> None:
+    def _serve(self, accepted: Any, address: Any) -> None:
         if len(address) == 4 and address[3]:  # a link-local IPv6 address: its text includes the interface
             host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
             address = (host, *address[1:])
         try:
-            protocol = self.factory.buildProtocol(None)
+            protocol = self._factory.buildProtocol(None)
+            if protocol is None:
+                accepted.close()
+                return
             number = self.sessionno
             self.sessionno = number + 1
             protocol.makeConnection(self.transport(accepted, protocol, address, self, number, self.reactor))

@@ -7,6 +7,7 @@ here are added from outside, by the wiring: the charged objects do not know of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from twisted.internet.protocol import Protocol
@@ -15,6 +16,9 @@ from realtime.process.transport import DirectServer
 from realtime.pubsub.engine import Receiver
 from realtime.supervision.loop_time import LoopAccount, LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
+
+# Channels whose account is remembered.
+_REMEMBERED = 1024
 
 HTTPProtocol = TypeVar("HTTPProtocol", bound=Protocol)
 
@@ -84,8 +88,9 @@ class NamespaceAccounts:
         self._namespace_of = namespace_of
         self._default = ledger.open(LoopWork.FANOUT)  # channels without a namespace
         self._by_name: dict[str | None, LoopAccount] = {name: ledger.open(LoopWork.FANOUT, name) for name in namespaces}
+        self.account = lru_cache(maxsize=_REMEMBERED)(self._account)
 
-    def account(self, channel: str) -> LoopAccount:
+    def _account(self, channel: str) -> LoopAccount:
         """Return the account of a channel's namespace."""
         return self._by_name.get(self._namespace_of(channel), self._default)
 

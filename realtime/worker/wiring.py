@@ -40,6 +40,7 @@ from realtime.handlers.coroutines import drive, gather
 from realtime.handlers.dispatch import Dispatcher
 from realtime.http.hosts import HostNames
 from realtime.process.child import Child
+from realtime.process.reactor import turn_end_caller
 from realtime.process.transport import DirectServer
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
@@ -226,9 +227,8 @@ def wire_transports(
     settings, metrics, ledger = process.settings, process.metrics, process.accounts
     protocol_account = ledger.open(LoopWork.PROTOCOL)
     queued = QueuedBytes()
-    turn_end = FlushAtTurnEnd(
-        process.turn_number, lambda flush: _call_next_turn(ledger.charging(protocol_account, flush))
-    )
+    call_at_end = turn_end_caller(process.reactor)
+    turn_end = FlushAtTurnEnd(process.turn_number, lambda flush: call_at_end(ledger.charging(protocol_account, flush)))
     own_names = HostNames((*settings.http_server.host_names, socket.gethostname()))
     admission = _admission(process, handlers, own_names)
 

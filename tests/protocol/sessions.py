@@ -189,6 +189,11 @@ class Peer(WholeFrames):
         assert self.close_code is None, "closed twice"
         self.close_code = (code, reason)
 
+    def hold(self) -> bool:
+        return False
+
+    def release(self) -> None: ...
+
     def pause(self) -> None:
         self.paused = True
 

@@ -270,7 +270,10 @@ class SDK(WholeFrames):
 
     def pause(self) -> None: ...
 
-    resume = pause
+    resume = release = pause
+
+    def hold(self) -> bool:
+        return False
 
     # Handling of received messages
 
