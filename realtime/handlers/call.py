@@ -26,7 +26,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 
 from realtime.app import ARGUMENTS, Handler
-from realtime.cache import NothingCached
+from realtime.cache import Entry, NothingCached
 from realtime.config.settings import WorkersSettings
 from realtime.errors import (
     INTERNAL_ERROR,
@@ -50,6 +50,9 @@ from realtime.handlers.threads import BoundedSemaphore, HandlerThreads, ThreadSa
 from realtime.metrics import Metrics
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.pressure import Throttle
+
+# Seconds for which calls wait at most until the handler's first calls have ended.
+SAMPLE_TIMEOUT = 0.2
 
 
 def _monotonic_ledger() -> LoopTimeLedger:
@@ -109,6 +112,7 @@ class HandlerCall:
         self._never_waits = handler.run == "loop" and self._semaphore is None and never_waits(handler.function)
         self._is_always_immediate = self._never_waits and self._policy.admits_always
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._waiting: list[Deferred[None]] = []  # calls until the first ones have ended
 
     @property
     def running(self) -> int:
@@ -141,6 +145,16 @@ class HandlerCall:
         self._count("ok")
         return result
 
+    def find_cached(self, *args: Any) -> Entry | None:
+        """Return the cached answer that `call` would return at once; None if there is none, or a decision is needed."""
+        cache = self.handler.cache
+        if cache is None or not self._policy.may_serve_cached:
+            return None
+        try:
+            return cache.find(args[self.handler.taken])
+        except Exception:  # of the key function: `call` reports it
+            return None
+
     async def __call__(self, *args: Any) -> Any:
         """Call the handler for a client, with all the arguments of its kind. Raises ClientError and Disconnect alone.
 
@@ -164,6 +178,8 @@ class HandlerCall:
             args = (ThreadSafeClient(args[0], self._threads.reactor, self._policy.is_under_pressure), *args[1:])
         args = args[self.handler.taken]
         limit = self._timeout if timeout is None else timeout
+        if not self.throttle.is_proven and self.throttle.running >= Throttle.SAMPLE and self.is_throttled:
+            await self._wait_for_sample()
         if self._policy.admits_directly:
             return await self._compute(args, limit)
         try:
@@ -185,7 +201,7 @@ class HandlerCall:
 
     async def _compute(self, args: tuple[Any, ...], timeout: float) -> Any:
         """Run the handler, and count how that ended."""
-        self._policy.throttle.enter()
+        self.throttle.enter()
         try:
             if self._never_waits:
                 result = self._run_immediately(args)
@@ -198,9 +214,28 @@ class HandlerCall:
             self._count_failure(error)
             raise
         finally:
-            self._policy.throttle.leave()
+            self.throttle.leave()
+            if self._waiting and self.throttle.is_proven:
+                self._end_sample()
         self._count("ok")
         return result
+
+    async def _wait_for_sample(self) -> None:
+        """Wait for the end of the first calls: a handler that blocks the loop shall not do so a hundred times at once.
+
+        The wait is short, and ends for good after SAMPLE_TIMEOUT, since calls may take as long as they like.
+        """
+        turn: Deferred[None] = Deferred()
+        self._waiting.append(turn)
+        if len(self._waiting) == 1:
+            self._threads.reactor.callLater(SAMPLE_TIMEOUT, self._end_sample)
+        await turn
+
+    def _end_sample(self) -> None:
+        self.throttle.is_proven = True
+        waiting, self._waiting = self._waiting, []
+        for turn in waiting:
+            turn.callback(None)
 
     def _count_failure(self, error: BaseException) -> None:
         """Count a call that raised `error`. Raises ClientError 100 unless callers may see the error itself."""
