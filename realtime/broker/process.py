@@ -8,7 +8,6 @@ it survives the crash of a worker. The other end of a link is `realtime.worker.e
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import sys
 import time
@@ -30,6 +29,7 @@ from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
 from realtime.pubsub.engine import MESSAGES_DROPPED, Publish, ReportSubscriptions
 from realtime.pubsub.history import make_epoch
+from realtime.supervision.health import broker_beat_interval
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
 
@@ -38,9 +38,6 @@ SWEEP_INTERVAL = 0.25
 
 SWEEP_PAUSE = 0.01
 """Seconds until the next sweep if one sweep did not free everything."""
-
-BEAT_INTERVAL = 1.0
-"""Seconds between two heartbeats. Only our own code runs here, so the supervisor needs no more than a sign of life."""
 
 PATIENCE = 0.25
 """Share of a worker's queue that answers may fill before its further requests wait. The rest is for publications."""
@@ -335,9 +332,8 @@ class BrokerService:
 
     async def start(self) -> None:
         """Begin the sweeps. Workers are served as soon as their links come."""
-        stuck = self._process.settings.loop.stuck or math.inf
         heartbeat = self._process.heartbeat
-        heartbeat.slow_down(min(BEAT_INTERVAL, stuck / 4))
+        heartbeat.slow_down(broker_beat_interval(self._process.settings.loop))
         heartbeat.tasks.add(SWEEP_INTERVAL, self._broker.sweep, is_needed=self._broker.core.has_expirable)
 
     def link(self, slot: int, stream: int) -> None:

@@ -65,11 +65,12 @@ class CallDisconnected:
 class CallFailed:
     """The handler raised another exception, or the application could not be loaded.
 
-    place: file and line. text: a traceback, or the reason.
+    place: file and line. text: a traceback, or the reason. kind: the exception's type.
     """
 
     place: tuple[str, int]
     text: str
+    kind: str = "HandlerFailed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,7 +141,8 @@ def _reply(handler: Handler, args: tuple[Any, ...]) -> bytes:
 def _failure(error: BaseException) -> CallFailed:
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     text = "".join(traceback.format_exception(error))
-    return CallFailed((innermost.filename, innermost.lineno or 0), text[-_MAX_TRACEBACK:])
+    place = innermost.filename, innermost.lineno or 0
+    return CallFailed(place, text[-_MAX_TRACEBACK:], type(error).__name__)
 
 
 def _receive(stream: socket.socket) -> Any:
