@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from twisted.logger import Logger
+from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
 from realtime.app import Handler
@@ -49,6 +49,7 @@ class HandlerErrorLog:
         self._log.failure(
             "handler {handler} at {place} raised an exception{repeats}",
             Failure(error),
+            level=LogLevel.error,
             handler=handler.name,
             place=handler.place,
             repeats=f" (and {left_out} times more since it was last logged)" if left_out else "",

@@ -11,7 +11,7 @@ while the session has paused the connection, or while a peer that sends commands
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from autobahn.twisted.websocket import WebSocketServerProtocol
@@ -57,6 +57,10 @@ class _PartialMessage:
             self._decoder.decode(data)
         self.data += data
 
+    def abort(self) -> None:
+        """See `DeadlineOwner`."""
+        self.connection.abort()
+
     def on_deadline(self) -> None:
         self.connection.on_message_timeout()
 
@@ -73,6 +77,8 @@ class Incoming(WebSocketServerProtocol):
     is_reading = True
     factory: Any
     transport: Any
+    abort: Callable[[], None]  # of `Outgoing`, as the next two
+    abort_after_error: Callable[[], None]
     _outbox: Outbox | None
     _message: _PartialMessage | None = None
     _unprocessed = b""  # the start of a frame's header, or all buffered frames
@@ -116,7 +122,7 @@ class Incoming(WebSocketServerProtocol):
             slices.start_slice()
             if not slices.has_time:
                 self._set_reading(False)
-                slices.add(self.factory.charge_work(steps))
+                slices.add(self.factory.charge_work(self._abort_on_error(steps)))
                 break
 
     def _process_frames(self) -> Iterator[None]:
@@ -168,6 +174,13 @@ class Incoming(WebSocketServerProtocol):
             pass
         return min(stop, len(data))
 
+    def _abort_on_error(self, steps: Iterator[None]) -> Iterator[None]:
+        """Yield the steps in later turns, where no caller closes the connection after an exception."""
+        try:
+            yield from steps
+        except Exception:
+            self.abort_after_error()
+
     @property
     def _is_blocked(self) -> bool:
         """Whether frames must not be processed: the session has paused us, or the peer does not read its replies."""
@@ -179,7 +192,7 @@ class Incoming(WebSocketServerProtocol):
             return
         if self._receive_state == _BLOCKED:
             self._receive_state = _WORKING
-            self.factory.slices.add(self.factory.charge_work(self._process_frames()))
+            self.factory.slices.add(self.factory.charge_work(self._abort_on_error(self._process_frames())))
         else:
             self._set_reading(True)
 

@@ -191,7 +191,7 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
         hub=pubsub.hub,
         slices=pubsub.slices,
         sessions=pubsub.sessions,
-        deadlines=Deadlines(reactor.seconds()),
+        deadlines=Deadlines(reactor.seconds(), _report_deadline_error),
         handlers=handlers.dispatcher,
         run=partial(drive, ledger=process.accounts),
         gather=run_all,
@@ -334,3 +334,8 @@ def _call_next_turn(function: Callable[[], None]) -> None:
 def _report_error(error: BaseException) -> None:
     """Log an exception that is a bug of this server, with its traceback."""
     _log.failure("a session raised an unexpected exception", Failure(error))
+
+
+def _report_deadline_error(error: Exception) -> None:
+    """Log an exception of a connection's time limit, with its traceback."""
+    _log.failure("a time limit of a connection raised an exception; aborting the connection", Failure(error))
