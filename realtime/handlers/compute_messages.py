@@ -73,9 +73,13 @@ class CallFailed:
     kind: str = "HandlerFailed"
 
 
+INVALIDATE = "invalidate"
+"""The method of a `ServerCall` that carries out a `realtime.cache.Invalidation`, its only argument."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServerCall:
-    """The handler calls a method of its App. method: of `realtime.app.Server`, with its arguments."""
+    """The handler calls a method of its App. method: of `realtime.app.Server`, with its arguments; or INVALIDATE."""
 
     method: str
     args: tuple[Any, ...]

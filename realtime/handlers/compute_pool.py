@@ -30,11 +30,13 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from realtime import cache
 from realtime.app import Handler, Server
 from realtime.config.settings import AppSettings, WorkersSettings
 from realtime.errors import ClientError, Disconnect, HandlerTimeout, PoolFull
 from realtime.handlers.compute_messages import (
     HEAD,
+    INVALIDATE,
     MAX_REPLY,
     CallDisconnected,
     CallFailed,
@@ -178,7 +180,8 @@ class ComputePool:
         try:
             if self._server is None:
                 raise RuntimeError("the server does not run")
-            return pack(ServerResult(await getattr(self._server, call.method)(*call.args, **call.options)))
+            method = cache.HOST.invalidate if call.method == INVALIDATE else getattr(self._server, call.method)
+            return pack(ServerResult(await method(*call.args, **call.options)))
         except Exception as error:
             try:
                 return pack(ServerError(error))

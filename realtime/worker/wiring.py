@@ -44,7 +44,7 @@ from realtime.process.transport import DirectServer
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
-from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder
+from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder, InvalidateOrder
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
@@ -67,6 +67,7 @@ from realtime.transports.routes import make_site
 from realtime.transports.streams import StreamContext, make_endpoints
 from realtime.transports.websocket import UNIDIRECTIONAL_WIRE_FORMATS, WIRE_FORMATS, WebSocketFactory
 from realtime.worker.engine import BrokerEngine
+from realtime.worker.invalidations import CacheInvalidations
 from realtime.worker.io_uring import IOURing
 from realtime.worker.key_sets import make_verifier
 from realtime.worker.load_shedding import LoadShedding, configure_cache_host
@@ -131,6 +132,7 @@ def wire_pubsub(process: Child) -> PubSubParts:
 
     def make_engine(hub: Receiver) -> BrokerEngine:
         receiver = ChargedReceiver(hub, accounts)
+        receiver.on_interruption = interrupted
         return BrokerEngine(receiver, settings.engine, metrics, reactor, process.link_lost, ledger)
 
     services = FanoutServices(
@@ -142,9 +144,16 @@ def wire_pubsub(process: Child) -> PubSubParts:
         ),
         dropped=metrics.counter(*MESSAGES_DROPPED, reason="backlog"),
     )
+
+    def interrupted() -> None:
+        invalidations.on_interruption()
+        hub.on_interruption()
+
     hub = Hub(make_engine, sessions.apply, slices, services)
     engine = hub.engine
     assert isinstance(engine, BrokerEngine)
+    invalidations = CacheInvalidations(cache.HOST, engine, str(process.slot))
+    sessions.add_handler(InvalidateOrder, invalidations.on_order)
     metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(sessions))
     metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: hub.subscriptions)
     metrics.gauge(
