@@ -302,6 +302,7 @@ class _WorkerPeer:
         # When its previous stream to this same broker ended, its clients left; now they join again. The subscribers
         # of another broker never received those leaves, so they receive no joins either.
         self._is_returning = message.instance == self._broker.instance
+        self._core.introduce(link, takes_lost=message.takes_lost_clients, is_returning=self._is_returning)
         if message.instance and not self._is_returning:
             self._broker.restore()
         if self._broker.is_restoring:

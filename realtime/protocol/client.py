@@ -129,6 +129,11 @@ class ConnectedClient:
         self._session.unsubscribe(channel, *SERVER_UNSUBSCRIBE)
 
 
+def lost_client(info: ClientInfo) -> ConnectedClient:
+    """Return a client whose connection has ended with its worker. info: without its JSON texts."""
+    return ConnectedClient(_EndedSession(info), "", "", {}, "")
+
+
 def release(client: ConnectedClient) -> None:
     """Detach the client from its ended session.
 

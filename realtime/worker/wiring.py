@@ -122,7 +122,7 @@ class TransportParts:
     transport: type[DirectServer]
 
 
-def wire_pubsub(process: Child) -> PubSubParts:
+def wire_pubsub(process: Child, app: App) -> PubSubParts:
     """Build the sessions' registry, the hub and the engine."""
     settings, reactor, metrics, ledger = process.settings, process.reactor, process.metrics, process.accounts
     rules = ChannelRules(settings.channel)
@@ -133,7 +133,10 @@ def wire_pubsub(process: Child) -> PubSubParts:
     def make_engine(hub: Receiver) -> BrokerEngine:
         receiver = ChargedReceiver(hub, accounts)
         receiver.on_interruption = interrupted
-        return BrokerEngine(receiver, settings.engine, metrics, reactor, process.link_lost, ledger)
+        follows_ends = bool(app.handlers("on_disconnected"))
+        return BrokerEngine(
+            receiver, settings.engine, metrics, reactor, process.link_lost, ledger, takes_lost_clients=follows_ends
+        )
 
     services = FanoutServices(
         broadcast=_choose_broadcast(settings),
