@@ -23,6 +23,7 @@ from realtime.config.settings import EngineSettings
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
 from realtime.metrics import Metrics
 from realtime.process import child
+from realtime.process.heap import TRIM_INTERVAL, HeapTrimmer, find_malloc_trim
 from realtime.process.link import PEER_ENDED, Link, adopt
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
@@ -335,6 +336,8 @@ class BrokerService:
         """Begin the sweeps. Workers are served as soon as their links come."""
         heartbeat = self._process.heartbeat
         heartbeat.slow_down(broker_beat_interval(self._process.settings.loop))
+        trimmer = HeapTrimmer(self._process.metrics, find_malloc_trim())
+        heartbeat.tasks.add(TRIM_INTERVAL, trimmer.trim, is_needed=trimmer.is_due)
         heartbeat.tasks.add(SWEEP_INTERVAL, self._broker.sweep, is_needed=self._broker.core.has_expirable)
 
     def link(self, slot: int, stream: int) -> None:
