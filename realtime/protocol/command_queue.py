@@ -53,6 +53,8 @@ class CommandRunner(Protocol):
 
     def disconnect(self, code: int, reason: str) -> None: ...
 
+    def abort(self) -> None: ...
+
     def pause_reading(self) -> None: ...
 
     def resume_reading(self) -> None: ...
@@ -116,9 +118,13 @@ class CommandQueue:
         self._all_started()
 
     def _start_others(self) -> Iterator[None]:
-        while self._start_some():
-            yield
-        self._all_started()
+        try:
+            while self._start_some():
+                yield
+            self._all_started()
+        except Exception as error:
+            self._session.services.report_error(error)
+            self._session.abort()
 
     def _start_some(self) -> bool:
         """Decode one command, or start up to COMMANDS_AT_ONCE. Returns whether another might start."""

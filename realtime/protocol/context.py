@@ -71,6 +71,9 @@ class Connection(Protocol):
     def close(self, code: int, reason: str) -> None:
         """Close the connection after the queued frames have left, or at a deadline."""
 
+    def abort(self) -> None:
+        """End the connection at once: its session has raised an exception."""
+
     def pause(self) -> None:
         """Read no more from the client until `resume`. Both may be called any number of times."""
 
@@ -100,7 +103,7 @@ class Handlers(Protocol):
     def connecting(self) -> Callable[[ConnectRequest], Awaitable[Credentials | None]] | None: ...
 
     @property
-    def disconnected(self) -> Callable[[Any], Awaitable[Any]] | None: ...
+    def disconnected(self) -> Callable[[Any, int, str], Awaitable[Any]] | None: ...
 
     @property
     def message(self) -> CommandHandler | None: ...

@@ -563,15 +563,15 @@ class Session(SessionTimers):
         """Close the connection with this code. The session has ended when this returns."""
         if self.state is not SessionState.CLOSED:
             self.services.counters.count_disconnect(code)
-            self._end()
+            self._end(code, reason)
             self._connection.close(code, reason)
 
     def closed(self) -> None:
         """End the session: its connection is closed."""
         if self.state is not SessionState.CLOSED:
-            self._end()
+            self._end(*errors.CONNECTION_CLOSED)
 
-    def _end(self) -> None:
+    def _end(self, code: int, reason: str) -> None:
         was_connected = self.state is CONNECTED
         self.state = SessionState.CLOSED
         self.services.deadlines.clear(self)
@@ -585,7 +585,7 @@ class Session(SessionTimers):
             for subscription in [each for each in self.subscriptions.values() if each.is_active]:
                 self.remove_subscription(subscription)
             if self.services.handlers.disconnected is not None:
-                self._run_in_background(self.services.handlers.disconnected(self.handle))
+                self._run_in_background(self.services.handlers.disconnected(self.handle, code, reason))
         if self.handle is not None:
             release(self.handle)
 

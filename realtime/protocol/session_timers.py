@@ -65,6 +65,10 @@ class SessionTimers(ABC):
         if due < math.inf and self.state is not SessionState.CLOSED:
             self.services.deadlines.set(self, due)
 
+    def abort(self) -> None:
+        """Abort the connection, after an exception of the session."""
+        self._connection.abort()
+
     def on_deadline(self) -> None:
         """Act on the limits that are due."""
         now = self.services.deadlines.now

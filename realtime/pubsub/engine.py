@@ -201,6 +201,16 @@ class RemoveClient(EngineNotice, tag=13, frozen=True, gc=False):
     client: str
 
 
+class TakeLostClients(EngineRequest[list[ClientInfo]], tag=18, frozen=True, gc=False):
+    """Take over clients that an earlier worker at this address has not removed before its process ended.
+
+    Answer: `limit` of them at most; the engine has forgotten them, and keeps the others until the next request. A
+    worker that will ask says so when it attaches (`Hello.takes_lost_clients`).
+    """
+
+    limit: int
+
+
 class ReportSubscriptions(EngineNotice, tag=14, frozen=True, gc=False):
     """Report this worker's current number of subscriptions, for `GetStats`."""
 

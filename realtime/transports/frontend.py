@@ -121,6 +121,10 @@ class HTTPFrontend(Protocol):
             self._is_reading_paused = True
             self.transport.pauseProducing()
 
+    def abort(self) -> None:
+        """End the connection at once, without a response."""
+        self.transport.abortConnection()
+
     def on_deadline(self) -> None:
         """Refuse a request that is not complete in time; close an idle connection; abort a refused one."""
         if self._is_refused:

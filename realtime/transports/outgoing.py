@@ -20,6 +20,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from twisted.internet.interfaces import IPushProducer
+from twisted.logger import Logger
 from zope.interface import implementer
 
 from realtime.deadlines import Deadlines
@@ -29,6 +30,8 @@ from realtime.process.transport import DirectServer
 from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub.subscriber import Sink
 from realtime.transports.outbox import Outbox, QueuedBytes
+
+_log = Logger()
 
 # Bytes written to a transport with an empty buffer: above its limit, so that it pauses the producer again at once.
 _REFILL_SIZE = 128 * 1024
@@ -82,7 +85,10 @@ class FlushAtTurnEnd:
     def _flush(self) -> None:
         connections, self._scheduled = self._scheduled, []
         for connection in connections:
-            connection.flush()
+            try:
+                connection.flush()
+            except Exception:  # the others must be flushed all the same
+                connection.abort_after_error()
 
 
 @implementer(IPushProducer)
@@ -139,15 +145,21 @@ class Outgoing:
 
     def _queue_frame(self, frame: bytes) -> int:
         """Queue a frame: `sink.send` while an outbox exists, and for transports without a direct send."""
-        if self._outbox is None:
-            self.transport.write(frame)
-        elif not self._outbox.offer(frame):
-            self._drop_peer("slow", *SLOW)
+        try:
+            if self._outbox is None:
+                self.transport.write(frame)
+            elif not self._outbox.offer(frame):
+                self._drop_peer("slow", *SLOW)
+        except Exception:  # fan-out goes on with the other subscribers
+            self.abort_after_error()
         return len(frame)
 
     def _queue_remainder(self, frame: bytes, sent: int) -> None:
         """Let the transport write the rest of a frame that the socket accepted only in part, before anything else."""
-        self._write_to_transport(frame[sent:])
+        try:
+            self._write_to_transport(frame[sent:])
+        except Exception:
+            self.abort_after_error()
 
     def hold(self) -> bool:
         """Queue all frames until `release`, which writes them together. Returns False if they are queued already."""
@@ -194,6 +206,15 @@ class Outgoing:
         if self.sink is not None:
             # Subscribers may keep the sink for a while: it stays callable, without a reference to this connection.
             self.sink.send, self.sink.queue_remainder = len, _discard_remainder
+
+    def abort(self) -> None:
+        """End the connection at once, without a close frame."""
+        self.transport.abortConnection()
+
+    def abort_after_error(self) -> None:
+        """Log the present exception, and end the connection: its state, and the client's, are not certain."""
+        _log.failure("serving a client raised an exception; aborting its connection")
+        self.abort()
 
     def pauseProducing(self) -> None:
         """Queue frames from now on: the transport has buffered data. It may call this at every write."""

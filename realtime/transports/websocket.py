@@ -124,6 +124,10 @@ class _Pinger:
             self.expects_pong = factory.pong_timeout > 0
             self._set_deadline(factory.pong_timeout if self.expects_pong else factory.ping_interval)
 
+    def abort(self) -> None:
+        """See `DeadlineOwner`."""
+        self.connection.abort()
+
     def pong_received(self) -> None:
         """Schedule the next ping, if the pong answers one."""
         if self.expects_pong:

@@ -45,7 +45,7 @@ from realtime.process.transport import DirectServer
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
-from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder
+from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder, InvalidateOrder
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
@@ -68,6 +68,7 @@ from realtime.transports.routes import make_site
 from realtime.transports.streams import StreamContext, make_endpoints
 from realtime.transports.websocket import UNIDIRECTIONAL_WIRE_FORMATS, WIRE_FORMATS, WebSocketFactory
 from realtime.worker.engine import BrokerEngine
+from realtime.worker.invalidations import CacheInvalidations
 from realtime.worker.io_uring import IOURing
 from realtime.worker.key_sets import make_verifier
 from realtime.worker.load_shedding import LoadShedding, configure_cache_host
@@ -128,7 +129,7 @@ class TransportParts:
     transport: type[DirectServer]
 
 
-def wire_pubsub(process: Child) -> PubSubParts:
+def wire_pubsub(process: Child, app: App) -> PubSubParts:
     """Build the sessions' registry, the hub and the engine."""
     settings, reactor, metrics, ledger = process.settings, process.reactor, process.metrics, process.accounts
     rules = ChannelRules(settings.channel)
@@ -138,7 +139,11 @@ def wire_pubsub(process: Child) -> PubSubParts:
 
     def make_engine(hub: Receiver) -> BrokerEngine:
         receiver = ChargedReceiver(hub, accounts)
-        return BrokerEngine(receiver, settings.engine, metrics, reactor, process.link_lost, ledger)
+        receiver.on_interruption = interrupted
+        follows_ends = bool(app.handlers("on_disconnected"))
+        return BrokerEngine(
+            receiver, settings.engine, metrics, reactor, process.link_lost, ledger, takes_lost_clients=follows_ends
+        )
 
     services = FanoutServices(
         broadcast=_choose_broadcast(settings),
@@ -149,9 +154,16 @@ def wire_pubsub(process: Child) -> PubSubParts:
         ),
         dropped=metrics.counter(*MESSAGES_DROPPED, reason="backlog"),
     )
+
+    def interrupted() -> None:
+        invalidations.on_interruption()
+        hub.on_interruption()
+
     hub = Hub(make_engine, sessions.apply, slices, services)
     engine = hub.engine
     assert isinstance(engine, BrokerEngine)
+    invalidations = CacheInvalidations(cache.HOST, engine, str(process.slot))
+    sessions.add_handler(InvalidateOrder, invalidations.on_order)
     metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(sessions))
     metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: hub.subscriptions)
     metrics.gauge(
@@ -198,7 +210,7 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
         hub=pubsub.hub,
         slices=pubsub.slices,
         sessions=pubsub.sessions,
-        deadlines=Deadlines(reactor.seconds()),
+        deadlines=Deadlines(reactor.seconds(), _report_deadline_error),
         handlers=handlers.dispatcher,
         run=partial(drive, ledger=process.accounts),
         gather=run_all,
@@ -342,3 +354,8 @@ def _call_next_turn(function: Callable[[], None]) -> None:
 def _report_error(error: BaseException) -> None:
     """Log an exception that is a bug of this server, with its traceback."""
     _log.failure("a session raised an unexpected exception", Failure(error))
+
+
+def _report_deadline_error(error: Exception) -> None:
+    """Log an exception of a connection's time limit, with its traceback."""
+    _log.failure("a time limit of a connection raised an exception; aborting the connection", Failure(error))
