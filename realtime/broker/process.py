@@ -7,8 +7,6 @@ it survives the crash of a worker. The other end of a link is `realtime.worker.e
 
 from __future__ import annotations
 
-import asyncio
-import math
 import os
 import sys
 import time

@@ -51,7 +51,7 @@ class CommandRunner(Protocol):
     def start(self, command: Command) -> None:
         """Start one command. Raises ProtocolError for an invalid one."""
 
-    def disconnect(self, code: int, reason: str) -> None: ...
+    def disconnect(self, code: int, reason: str, *, detail: str = "") -> None: ...
 
     def abort(self) -> None: ...
 
@@ -142,8 +142,8 @@ class CommandQueue:
                 return self._has_to_decode()
             try:
                 session.start(command)
-            except ProtocolError:
-                session.disconnect(*BAD_PROTOCOL)
+            except ProtocolError as error:
+                session.disconnect(*BAD_PROTOCOL, detail=str(error))
         return session.state in ACCEPTING and bool(commands or self.undecoded)
 
     def _has_to_decode(self) -> bool:

@@ -54,7 +54,7 @@ class SessionTimers(ABC):
         """Whether the socket is not read now."""
 
     @abstractmethod
-    def disconnect(self, code: int, reason: str) -> None: ...
+    def disconnect(self, code: int, reason: str, *, kind: str = "") -> None: ...
 
     @abstractmethod
     def unsubscribe(self, channel: str, code: int, reason: str) -> None: ...
@@ -100,8 +100,7 @@ class SessionTimers(ABC):
             # The client has sent its connect command, which takes long here.
             self.disconnect(*errors.SERVER_ERROR)
         else:
-            self.services.counters.bad_input["stale"].value += 1
-            self.disconnect(*errors.STALE)
+            self.disconnect(*errors.STALE, kind="stale")
 
     def _limit_refused(self) -> None:
         """Give a refused client REFUSED_DELAY seconds to close the connection."""

@@ -23,6 +23,7 @@ from twisted.internet.interfaces import IPushProducer
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from realtime.client_log import ClientLog
 from realtime.deadlines import Deadlines
 from realtime.errors import SLOW, WRITE_ERROR
 from realtime.metrics import Counter
@@ -55,9 +56,7 @@ class OutgoingContext(Protocol):
     write_timeout: float
     close_timeout: float
     sent: Counter
-
-    def count_bad_input(self, kind: str) -> None:
-        """Count a peer that was "slow" or "stalled"."""
+    client_log: ClientLog
 
 
 class FlushAtTurnEnd:
@@ -119,6 +118,10 @@ class Outgoing:
 
     def close(self, code: int, reason: str) -> None:
         """Send code and reason after the queued frames, and end the connection within the close timeout."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, object]:
+        """Return the facts about the client for the log."""
         raise NotImplementedError
 
     def start_writing(self) -> None:
@@ -292,7 +295,7 @@ class Outgoing:
 
     def _drop_peer(self, kind: str, code: int, reason: str) -> None:
         """Drop the queued frames of a peer that does not read, and close its connection."""
-        self.factory.count_bad_input(kind)
+        self.factory.client_log.refuse(kind, self.describe)
         if self._outbox is not None:
             self._outbox.clear()
         self.close(code, reason)
