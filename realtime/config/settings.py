@@ -361,6 +361,13 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
             " 0: no limit."
         ),
     ] = 300
+    recovery_reply_size: Annotated[
+        Positive,
+        about(
+            "Maximum number of bytes of missed publications in a connect reply, over all its channels, or in a"
+            " subscribe reply. The rest follows as pushes, as fast as the client's network takes them."
+        ),
+    ] = 65_536
     connect_include_server_time: Annotated[bool, about("The connect reply contains the server's time.")] = False
 
 

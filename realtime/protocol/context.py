@@ -46,6 +46,8 @@ class Connection(Protocol):
 
     secret: identifies the session to clients that send commands over other connections (emulation); "" for none.
     needs_pings: whether the session pings the client by protocol; otherwise the transport checks the connection.
+    is_drained: whether the socket has taken all frames. is_congested: so many bytes are queued that no further command
+    of the client may start.
     """
 
     @property
@@ -60,8 +62,23 @@ class Connection(Protocol):
     @property
     def sink(self) -> Sink: ...
 
-    def send(self, payload: bytes) -> None:
-        """Send one message to this client alone."""
+    @property
+    def is_drained(self) -> bool: ...
+
+    @property
+    def is_congested(self) -> bool: ...
+
+    def send(self, payload: bytes, *, is_push: bool = False) -> None:
+        """Send one message to this client alone. A reply is queued without limit, a push as those of the fan-out."""
+
+    def when_drained(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the socket has taken all frames, in place of an earlier callback."""
+
+    def unsent(self) -> int:
+        """Return the number of bytes that have not reached the client's host."""
+
+    def pace(self, is_paced: bool) -> None:
+        """Keep few bytes in the kernel's buffer, or as many as fit."""
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection after the queued frames have left, or at a deadline."""
@@ -125,13 +142,20 @@ Gather = Callable[[Sequence[Coroutine[Any, Any, Any]]], Awaitable[list[Any]]]
 class SessionCounters:
     """Counts commands, error replies and bad input of clients.
 
-    commands: counters of received commands, by name. bad_input: counters of refused input, by kind.
+    commands: counters of received commands, by name. bad_input: counters of refused input, by kind. replays: counters
+    of recoveries that exceeded the room in their reply: those "begun", "completed" and "lost" to history's limits.
     """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self.commands = {
             name: metrics.counter("realtime_commands", "Commands of clients", command=name) for name in REQUESTS
+        }
+        self.replays = {
+            event: metrics.counter(
+                "realtime_recovery_replays", "Recoveries that exceed client.recovery_reply_size.", event=event
+            )
+            for event in ("begun", "completed", "lost")
         }
         self.bad_input = {kind: bad_input_counter(metrics, kind) for kind in (*_FAULTS.values(), *_REFUSED)}
 

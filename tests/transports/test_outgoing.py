@@ -171,7 +171,7 @@ def test_the_limit_of_a_queue_holds_within_a_turn(context: Context, talk: Talk) 
     connection, wire = talk
     context.queue_max_size = 100
     for _ in range(3):
-        connection.send(b"x" * 60)
+        connection.send(b"x" * 60, is_push=True)
     assert context.counted == ["slow"]
     context.end_turn()
     assert b"".join(wire.writes) == b"x" * 60 + b"\nend\n"

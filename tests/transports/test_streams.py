@@ -540,7 +540,7 @@ async def test_a_slow_reader_is_disconnected(path: str) -> None:
         await eventually(lambda: len(stage.sessions) == 2)
         slow = next(session.connection for session in stage.sessions if session.request.path == path)
         for _ in range(10_000):
-            slow.send(b"x" * 10_000)
+            slow.send(b"x" * 10_000, is_push=True)
             if stage.count("slow"):
                 break
         assert stage.count("slow") == 1
