@@ -38,7 +38,7 @@ from realtime.pubsub.engine import AddPresence, GetHistory, Publish, Receiver, S
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from tests.pubsub.memory_engine import MemoryEngine
-from tests.pubsub.sinks import Link
+from tests.pubsub.sinks import FillableSocket
 
 SECRET = "a secret of thirty-two characters"
 NOW = 1_700_000_000.0
@@ -153,7 +153,7 @@ class App:
         return self.on_message and Handler(self.on_message)
 
 
-class Peer(Link):
+class Peer(FillableSocket):
     """A client: the connection of its session, and the received messages.
 
     Sent and received messages are in the form of JSON, in every encoding.

@@ -25,7 +25,7 @@ class WholeFrames:
         raise AssertionError("all bytes were sent")
 
 
-class Link(WholeFrames):
+class FillableSocket(WholeFrames):
     """A base class for connections of sessions, with a socket that tests fill (`is_drained = False`) and `drain`.
 
     unsent_bytes: bytes that have not reached the client's host.
