@@ -30,8 +30,6 @@ from realtime.types import ClientInfo, HistoryPage, Position, Publication, Subsc
 REJECT_UNRECOVERED = 2
 # The share of a client's outbox that the publications may fill among which cache mode looks for the newest one.
 CACHE_SHARE = 0.5
-# Bytes of one page of a replay: replies and pings behind it are delayed by 0.7 s over a link of 50 KB/s.
-REPLAY_PAGE = 32 * 1024
 # Deltas computed before other work gets a turn: a long one takes most of a millisecond.
 DELTAS_AT_ONCE = 5
 
@@ -354,9 +352,8 @@ class Subscription:
         Disconnect for a publication that the client's encoding can't carry.
         """
         services, before = self._owner.services, replay.position
-        query = GetHistory(
-            self.channel, self.channel_options.history_options, since=before, limit=-1, max_bytes=REPLAY_PAGE
-        )
+        size, history_options = self._owner.settings.client.recovery_reply_size, self.channel_options.history_options
+        query = GetHistory(self.channel, history_options, since=before, limit=-1, max_bytes=size)
         page = await services.engine.ask(query)
         top, stored = page.position, page.publications
         if top.epoch != before.epoch or before.offset + 1 != (stored[0].offset if stored else top.offset + 1):

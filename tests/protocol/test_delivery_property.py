@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import msgspec
 from centrifuge.fossil import apply_delta
@@ -65,12 +64,11 @@ OPTIONS = ChannelOptions(
     allow_subscribe_for_anonymous=True,
 )
 CACHE = msgspec.structs.replace(OPTIONS, force_recovery_mode="cache", auto_cache_recover=True)
-# One publication in a reply, two in a page of a replay, and twenty in history.
+# One publication in a reply and in a page of a replay, and twenty in history.
 SMALL_REPLY = msgspec.structs.replace(
     SETTINGS,
     client=msgspec.structs.replace(SETTINGS.client, recovery_max_publication_limit=15, recovery_reply_size=200),
 )
-SMALL_PAGE = 300
 LONG = msgspec.structs.replace(OPTIONS, history_size=20)
 # Common to all publications, so that a delta is shorter than the full data.
 PADDING = "as in most publications much of it is always the same "
@@ -509,5 +507,4 @@ def test_in_cache_mode_the_newest_arrives_and_then_every_other(steps: list[tuple
 @settings(max_examples=800, deadline=None)
 @given(SLOW_STORIES)
 def test_what_a_reply_has_no_room_for_follows_in_order(steps: list[tuple[str, int]]) -> None:
-    with patch("realtime.protocol.subscription.REPLAY_PAGE", SMALL_PAGE):
-        play(steps, LONG, SMALL_REPLY)
+    play(steps, LONG, SMALL_REPLY)
