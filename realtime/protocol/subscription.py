@@ -208,8 +208,8 @@ class Subscription:
         when the coroutine is closed, the caller calls `leave`.
         """
         page, recovering, recovered = await self._enter_and_read(request, room)
-        publications, end = self._fitting(page, room) if recovered else ([], page.position)
         try:
+            publications, end = self._fitting(page, room) if recovered else ([], page.position)
             pubs = await self._encode(publications)
         except Disconnect:
             # The client's encoding can't carry a missed publication: for this client that is a gap.
@@ -246,7 +246,7 @@ class Subscription:
         fitting = (room or self._owner.reply_room()).take(publications) if publications else []
         if len(fitting) < len(publications):
             if not fitting:
-                self.form.encoding.make_pub(publications[0])
+                self._encodable(publications[:1])
             return fitting, Position(publications[len(fitting)].offset - 1, top.epoch)
         return fitting, Position(page.publications[-1].offset, top.epoch) if page.publications else top
 
@@ -299,6 +299,18 @@ class Subscription:
         )
         page = await engine.ask(missed)
         return page, True, is_recovered(request, page, limit)
+
+    def _encodable(self, publications: list[Publication]) -> list[Publication]:
+        """Return the publications before one that the client's encoding can't carry. Raises Disconnect for the first."""
+        for number, publication in enumerate(publications):
+            try:
+                if publication.binary:
+                    self.form.encoding.make_pub(publication)
+            except Disconnect:
+                if not number:
+                    raise
+                return publications[:number]
+        return publications
 
     def _filtered(self, publications: list[Publication]) -> list[Publication]:
         passes = self.filter
@@ -359,9 +371,12 @@ class Subscription:
         if top.epoch != before.epoch or before.offset + 1 != (stored[0].offset if stored else top.offset + 1):
             return None
         end = Position(stored[-1].offset, top.epoch) if stored else top
+        passing = self._filtered(stored)
+        publications = self._encodable(passing)
+        if len(publications) < len(passing):
+            end = Position(publications[-1].offset, top.epoch)
         if end == top:
             services.hub.end_replay(self.channel, self)
-        publications = self._filtered(stored)
         pubs = await self._encode(publications, replay.delta_base, top.epoch)
         replay.position = end
         if self.delta and publications:

@@ -180,10 +180,12 @@ class Peer(FillableSocket):
 
     # Called by the session
     def send(self, payload: bytes, *, is_push: bool = False) -> None:
+        self.deliver(payload)
+        self.is_drained = self.is_drained and not self.fills
+
+    def deliver(self, payload: bytes) -> None:
         assert self.close_code is None, "sent after the close"
         self.raw.append(payload)
-
-    deliver = send
 
     def close(self, code: int, reason: str) -> None:
         assert self.close_code is None, "closed twice"

@@ -28,9 +28,10 @@ class WholeFrames:
 class FillableSocket(WholeFrames):
     """A base class for connections of sessions, with a socket that tests fill (`is_drained = False`) and `drain`.
 
-    unsent_bytes: bytes that have not reached the client's host.
+    fills: each message fills it. unsent_bytes: bytes that have not reached the client's host.
     """
 
+    fills = False
     is_drained = True
     is_congested = False
     is_paced = False
