@@ -301,7 +301,7 @@ class Subscription:
         return page, True, is_recovered(request, page, limit)
 
     def _encodable(self, publications: list[Publication]) -> list[Publication]:
-        """Return the publications before one that the client's encoding can't carry. Raises Disconnect for the first."""
+        """Return those before one that the client's encoding can't carry. Raises Disconnect if that is the first."""
         for number, publication in enumerate(publications):
             try:
                 if publication.binary:
