@@ -711,6 +711,7 @@ KINDS = st.fixed_dictionaries(
         "filter": st.sampled_from([None, None, lambda tags: int(tags["n"]) % 2 == 0]),
     }
 )
+MEANWHILE = st.lists(st.sampled_from(["next", "joined", "joined", "turn"]), max_size=4)
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("next"), st.integers(0, 3)),  # 0: a repeat, 1: the next one, more: a gap
@@ -728,9 +729,10 @@ STEPS = st.lists(
         st.tuples(st.just("open"), st.integers(0, 5), st.just(0)),
         st.tuples(st.just("open"), st.integers(0, 5), st.just(0)),
         st.tuples(st.just("replay"), st.integers(0, 5)),
-        st.tuples(st.just("replay"), st.integers(0, 5)),
         st.tuples(st.just("caught up"), st.integers(0, 5)),
+        st.tuples(st.just("recover"), KINDS, st.tuples(MEANWHILE, MEANWHILE, MEANWHILE)),
         st.tuples(st.just("remove"), st.integers(0, 5)),
+        st.tuples(st.just("remove behind"), st.integers(0, 5)),
     ),
     max_size=60,
 )
@@ -815,9 +817,26 @@ class Story:
             self.hub.end_replay("c", member)
             self.pending.append(member)
 
+    def recover(self, kind: dict[str, Any], meanwhile: tuple[list[str], list[str], list[str]]) -> None:
+        """Take a member through a whole replay."""
+        self.add({**kind, "positioned": True})
+        self.go(meanwhile[0])
+        member = self.pending[-1]
+        self.pending.insert(0, self.pending.pop())
+        self.replay(0)
+        self.go(meanwhile[1])
+        if member in self.behind:
+            self.caught_up(self.behind.index(member))
+            self.go(meanwhile[2])
+            self.open_one(self.pending.index(member), 0)
+
+    def go(self, steps: list[str]) -> None:
+        for step in steps:
+            {"next": lambda: self.next(1), "joined": self.joined, "turn": self.turn}[step]()
+
     def take(self, member: Listener, frame: bytes) -> None:
         self.now += 1
-        member.frames.append(frame)
+        Listener.deliver(member, frame)
 
     def lose(self, member: Listener) -> None:
         self.now += 1
@@ -842,6 +861,12 @@ class Story:
     def remove(self, index: int) -> None:
         if self.open:
             member, _ = self.open[index % len(self.open)]
+            self.hub.unsubscribe("c", member)
+            self.ended.append((member, len(member.frames)))
+
+    def remove_behind(self, index: int) -> None:
+        if self.behind:
+            member = self.behind.pop(index % len(self.behind))
             self.hub.unsubscribe("c", member)
             self.ended.append((member, len(member.frames)))
 
@@ -926,6 +951,8 @@ def test_no_fault_of_the_link_shows_a_positioned_subscriber_a_gap(steps: list[tu
             "open": story.open_one,
             "replay": story.replay,
             "caught up": story.caught_up,
+            "recover": story.recover,
+            "remove behind": story.remove_behind,
             "remove": story.remove,
         }
         for name, *arguments in steps:
