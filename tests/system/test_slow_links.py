@@ -33,6 +33,7 @@ def server(start_server: ServerStarter) -> Server:
         http_stream={"enabled": True},
         client={"recovery_max_publication_limit": 300},
         loop={"max_lag": "5s"},
+        websocket={"write_timeout": "10s"},
     )
 
 
