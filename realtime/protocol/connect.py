@@ -14,7 +14,7 @@ from realtime.protocol import messages
 from realtime.protocol.client import encode_content, new_client_id, subscribe_options
 from realtime.protocol.session import Session, detail_of
 from realtime.protocol.session_state import CONNECTED, OPENED
-from realtime.protocol.subscription import JoinResult, Subscription, SubscriptionSource
+from realtime.protocol.subscription import JoinResult, ReplyRoom, Subscription, SubscriptionSource
 from realtime.pubsub.engine import SendOrder
 from realtime.types import ClientInfo, ConnectRequest, Credentials, SubscribeOptions
 
@@ -251,12 +251,13 @@ async def _join_all(
     Subscriptions that have ended by then are left out. Raises as `Session.join`, after the whole group has finished.
     """
     joined: list[tuple[Subscription, JoinResult]] = []
+    room = ReplyRoom(session.settings.client.recovery_reply_size)
     for first in range(0, len(initial), JOINS_AT_ONCE):
         if session.state is not OPENED:
             break
         group = initial[first : first + JOINS_AT_ONCE]
         outcomes = await session.services.gather(
-            [session.join(subscription, sub_request) for sub_request, subscription in group]
+            [session.join(subscription, sub_request, room) for sub_request, subscription in group]
         )
         joined += [
             (subscription, outcome) for (_, subscription), outcome in zip(group, outcomes, strict=True) if outcome

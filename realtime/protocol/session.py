@@ -8,6 +8,7 @@ its `Connection`. It knows no socket, thread or reactor. The other parts of a se
     session_timers    time limits: opening, pings, expiry
     commands          what each command does
     subscription      one subscription of the session
+    replay            missed publications that follow a reply
 
 A command that waits for nothing is one call on the way from `receive` to `reply`, without queue, coroutine or task.
 
@@ -34,10 +35,11 @@ from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.client import ConnectedClient, release
 from realtime.protocol.command_queue import LONG_MESSAGE, CommandQueue, channel_of
 from realtime.protocol.context import Connection, SessionServices, SessionSettings
-from realtime.protocol.messages import ProtocolError, SubscribeRequest
+from realtime.protocol.messages import ProtocolError, Pub, SubscribeRequest
+from realtime.protocol.replay import Replays
 from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, SessionState
 from realtime.protocol.session_timers import SessionTimers
-from realtime.protocol.subscription import JoinResult, Subscription, SubscriptionSource
+from realtime.protocol.subscription import JoinResult, ReplyRoom, Subscription, SubscriptionSource
 from realtime.pubsub.engine import AddClient, AdmitClient, RemoveClient
 from realtime.types import ClientInfo, Position, SubscribeOptions
 
@@ -77,6 +79,7 @@ class Session(SessionTimers):
         "_connection",
         "_failures",
         "_rate_due",
+        "_replays",
         "busy_channels",
         "encoding",
         "handle",
@@ -112,6 +115,7 @@ class Session(SessionTimers):
         self._connection = connection
         self.encoding = connection.form.encoding
         self.queue: CommandQueue | None = None
+        self._replays: Replays | None = None
         # The time at which the allowed rate would have used up the commands received so far.
         self._rate_due = 0.0
         # The number of failed commands, of refused subscribes beside these, and the time of the first one.
@@ -252,6 +256,21 @@ class Session(SessionTimers):
     def is_paused(self) -> bool:
         """Whether the socket is not read, because too many commands wait."""
         return self.queue is not None and self.queue.is_paused
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether the client has to take its replies before its next command starts."""
+        return self._connection.is_congested
+
+    def wait_until_drained(self) -> None:
+        self._connection.when_drained(self.drained)
+
+    def drained(self) -> None:
+        """Go on with commands and replays that waited for the socket to take all frames."""
+        if self.queue is not None and not self.queue.is_starting:
+            self.queue.start_ready()
+        if self._replays is not None:
+            self._replays.resume()
 
     def pause_reading(self) -> None:
         self._connection.pause()
@@ -402,14 +421,20 @@ class Session(SessionTimers):
         )
         return subscription
 
-    async def join(self, subscription: Subscription, request: SubscribeRequest) -> JoinResult | None:
+    def reply_room(self) -> ReplyRoom:
+        """Return the room for missed publications in a reply that is sent now: less behind replies on their way."""
+        return ReplyRoom(self.settings.client.recovery_reply_size - self._connection.unsent())
+
+    async def join(
+        self, subscription: Subscription, request: SubscribeRequest, room: ReplyRoom | None = None
+    ) -> JoinResult | None:
         """Have the subscription join its channel. Returns None if it has ended by then.
 
-        Without a result the subscription leaves nothing behind. Raises as `Subscription.join`.
+        Without a result the subscription leaves nothing behind. room, and what is raised: as for `Subscription.join`.
         """
         self.subscriptions[request.channel] = subscription
         try:
-            joined = await subscription.join(request)
+            joined = await subscription.join(request, room)
         except BaseException:
             self.remove_subscription(subscription)
             raise
@@ -426,9 +451,14 @@ class Session(SessionTimers):
         """Let publications through, after the reply with `joined.result` was sent."""
         if self.state is SessionState.CLOSED:
             self.remove_subscription(subscription)
-        elif not subscription.activate(joined):
+            return
+        if not subscription.activate(joined):
             self.subscription_lost_position(subscription)
-        elif subscription.renewal is not None:
+            return
+        if subscription.replay is not None:
+            self._replays = self._replays or Replays(self, self._connection)
+            self._replays.begin(subscription, subscription.replay)
+        if subscription.renewal is not None:
             options, subscription.renewal = subscription.renewal, None
             self.subscribe(subscription.channel, options, None)
 
@@ -462,7 +492,12 @@ class Session(SessionTimers):
     # -- actions of the server ---------------------------------------------------------------------------------------
 
     def _push(self, channel: str, name: str, body: Struct) -> None:
-        self._connection.send(self.encoding.encode_push(channel, name, body))
+        self._connection.send(self.encoding.encode_push(channel, name, body), is_push=True)
+
+    def push_publications(self, channel: str, publications: Iterable[Pub]) -> None:
+        """Send publications of a channel, without regard to the limit of the outbox: the caller has waited for it."""
+        for publication in publications:
+            self._connection.send(self.encoding.encode_push(channel, "pub", publication))
 
     def send(self, data: Any) -> None:
         """Send a message to this client alone, outside any channel. data: any value that JSON can hold."""
@@ -537,8 +572,7 @@ class Session(SessionTimers):
                 positioned=result.positioned,
             ),
         )
-        for publication in result.publications or ():
-            self._push(channel, "pub", publication)
+        self.push_publications(channel, result.publications or ())
         self.activate(subscription, joined)
         self.schedule_deadline()
 

@@ -35,8 +35,7 @@ from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage,
 PAGE_BYTES = 12 * 1024 * 1024
 """Upper limit in bytes of one page of history, so that a page fits into one frame between broker and worker.
 
-A page always holds at least one publication, so paging on reads everything. A recovery needs one page: a client whose
-missed publications exceed it does not recover.
+A page always holds at least one publication, so paging on reads everything.
 """
 
 MESSAGES_DROPPED = ("realtime_messages_dropped", "Publications, joins and leaves lost on their way to subscribers.")
