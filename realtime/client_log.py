@@ -131,6 +131,10 @@ _FRAMES = {
 
 _COMMANDS = {
     "recovery_ahead": _bad("a client asked to recover {channel} from behind its newest publication"),
+    "replay": Kind(
+        "could not send a client the rest of its missed publications in {channel} after offset {offset}: history has"
+        " dropped them, so the client subscribes again; see history_size and history_ttl"
+    ),
     "filter": _bad("left out a tags filter of a client in its connect request: {detail}; see allow_tags_filter"),
     "encoding": _bad(
         "a client could not be sent a publication in {channel}: the data is not JSON, and the client speaks JSON; see"

@@ -106,6 +106,8 @@ UNRECOVERABLE_POSITION = (112, "unrecoverable position", False)
 
 # Disconnects: (code, reason), the arguments of Disconnect.
 CONNECTION_CLOSED = (3000, "connection closed")
+# Not sent to a client: its worker has died.
+WORKER_LOST = (3000, "worker lost")
 # Both pass by themselves, so SDKs must come back: an uplink that stalls before the connect command, and a user's own
 # dead connections, which count until their ping is overdue.
 STALE = (3000, "stale")

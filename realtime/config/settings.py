@@ -372,6 +372,14 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
             " 0: no limit."
         ),
     ] = 300
+    recovery_reply_size: Annotated[
+        Positive,
+        about(
+            "Maximum number of bytes of missed publications in a connect reply, over all its channels, or in a"
+            " subscribe reply. The rest follows as pushes, in pages of this size, as fast as the client's network takes"
+            " them. A client that waits 5 seconds for a reply needs a link of a fifth of this size per second."
+        ),
+    ] = 32_768
     connect_include_server_time: Annotated[bool, about("The connect reply contains the server's time.")] = False
 
 

@@ -76,16 +76,21 @@ class CallDisconnected:
 class CallFailed:
     """The handler raised another exception, or the application could not be loaded.
 
-    place: file and line. text: a traceback, or the reason.
+    place: file and line. text: a traceback, or the reason. kind: the exception's type.
     """
 
     place: tuple[str, int]
     text: str
+    kind: str = "HandlerFailed"
+
+
+INVALIDATE = "invalidate"
+"""The method of a `ServerCall` that carries out a `realtime.cache.Invalidation`, its only argument."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerCall:
-    """The handler calls a method of its App. method: of `realtime.app.Server`, with its arguments."""
+    """The handler calls a method of its App. method: of `realtime.app.Server`, with its arguments; or INVALIDATE."""
 
     method: str
     args: tuple[Any, ...]

@@ -30,11 +30,13 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from realtime import cache
 from realtime.app import Handler, Server
 from realtime.config.settings import AppSettings, LogSettings, WorkersSettings
 from realtime.errors import ClientError, Disconnect, HandlerTimeout, PoolFull
 from realtime.handlers.compute_messages import (
     HEAD,
+    INVALIDATE,
     MAX_REPLY,
     CallDisconnected,
     CallFailed,
@@ -67,12 +69,13 @@ _log = Logger()
 class HandlerFailed(Exception):
     """A handler raised an exception in its process, or the process ended.
 
-    place: the file and line of the exception, ("", 0) if unknown.
+    place: the file and line of the exception, ("", 0) if unknown. kind: its type.
     """
 
-    def __init__(self, message: str, place: tuple[str, int] = ("", 0)) -> None:
+    def __init__(self, message: str, place: tuple[str, int] = ("", 0), kind: str = "HandlerFailed") -> None:
         super().__init__(message)
         self.place = place
+        self.kind = kind
 
 
 class ComputePool:
@@ -123,7 +126,11 @@ class ComputePool:
         gauge("realtime_handler_processes_busy", "Handler processes at work.", lambda: self._busy)
         gauge("realtime_handler_processes_waiting", "Calls that wait for a process.", lambda: self.waiting)
         self._replaced = counter(
-            "realtime_handler_process_replacements", "Handler processes that ended before their time."
+            "realtime_handler_process_replacements",
+            "Handler processes that ended before their time.",
+        )
+        self._not_started = counter(
+            "realtime_handler_process_failed_starts", "Handler processes that ended before they were ready."
         )
         for _ in range(self._size):
             self._launch()
@@ -185,7 +192,8 @@ class ComputePool:
         try:
             if self._server is None:
                 raise RuntimeError("the server does not run")
-            return pack(ServerResult(await getattr(self._server, call.method)(*call.args, **call.options)))
+            method = cache.HOST.invalidate if call.method == INVALIDATE else getattr(self._server, call.method)
+            return pack(ServerResult(await method(*call.args, **call.options)))
         except Exception as error:
             try:
                 return pack(ServerError(error))
@@ -211,6 +219,7 @@ class ComputePool:
             self._launch_later()
 
     def _launch_later(self) -> None:
+        self._not_started.value += 1
         self._reactor.callLater(min(RETRY_AFTER[0] * 2**self._failed_starts, RETRY_AFTER[1]), self._launch)
         self._failed_starts = min(self._failed_starts + 1, 16)
 
@@ -449,4 +458,4 @@ def _result(reply: Reply) -> Any:
             raise ClientError(reply.code, reply.message, reply.temporary)
         case CallDisconnected():
             raise Disconnect(reply.code, reply.reason)
-    raise HandlerFailed(reply.text, reply.place)
+    raise HandlerFailed(reply.text, reply.place, reply.kind)

@@ -11,6 +11,7 @@ stream does.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import pickle
@@ -23,10 +24,12 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from realtime import cache
 from realtime.app import ARGUMENTS, App, Handler, load
 from realtime.errors import LIMIT_EXCEEDED, ClientError, Disconnect, EngineUnavailable, SettingsError
 from realtime.handlers.compute_messages import (
     HEAD,
+    INVALIDATE,
     MAX_REPLY,
     CallDisconnected,
     CallFailed,
@@ -73,6 +76,7 @@ def _serve(stream: socket.socket) -> int:
         return os.EX_CONFIG
     handlers, server = _process_handlers(app), ServerStub(stream)
     app.bind(server, server.perform)
+    _share_caches(server)
     stream.sendall(pack(ProcessReady(os.getpid())))
     while (call := _receive(stream)) is not None:
         with server:
@@ -121,6 +125,15 @@ class ServerStub:
         raise outcome.error if isinstance(outcome, ServerError) else EngineUnavailable("the worker is gone")
 
 
+def _share_caches(server: ServerStub) -> None:
+    """Send the invalidations of caches to the workers, which have the values."""
+
+    async def broadcast(invalidation: cache.Invalidation) -> None:
+        server.perform(ServerCall(INVALIDATE, (invalidation,), {}))
+
+    cache.HOST.perform, cache.HOST.broadcast = asyncio.run, broadcast
+
+
 def _process_handlers(app: App) -> dict[str, Handler]:
     handlers = [handler for kind in ARGUMENTS for handler in app.handlers(kind).values()]
     return {handler.name: handler for handler in handlers if handler.run == "process"}
@@ -144,7 +157,8 @@ def _reply(handler: Handler, args: tuple[Any, ...]) -> bytes:
 def _failure(error: BaseException) -> CallFailed:
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     text = "".join(traceback.format_exception(error))
-    return CallFailed((innermost.filename, innermost.lineno or 0), text[-_MAX_TRACEBACK:])
+    place = innermost.filename, innermost.lineno or 0
+    return CallFailed(place, text[-_MAX_TRACEBACK:], type(error).__name__)
 
 
 def _receive(stream: socket.socket) -> Any:

@@ -70,13 +70,16 @@ class AdmissionPolicy:
         return self._handler.run in ("loop", "auto") and self._handler.pressure != "ignore"
 
     @property
-    def admits_directly(self) -> bool:
-        """Whether a call needs no decision: there is no cache to ask, and no pressure that the policy heeds."""
-        return self.admits_always or (self._handler.cache is None and self._has_room)
+    def may_serve_cached(self) -> bool:
+        """Whether a cached answer may be served without a decision about the call."""
+        return self._handler.pressure in ("stale", "ignore") or not self._pressure.pressed
 
     @property
-    def _has_room(self) -> bool:
-        return not self._pressure.pressed and self.throttle.admits()
+    def admits_directly(self) -> bool:
+        """Whether a call needs no decision: there is no cache to ask, and no pressure that the policy heeds."""
+        if self.admits_always:
+            return True
+        return self._handler.cache is None and not self._pressure.pressed and self.throttle.admits()
 
     def is_under_pressure(self) -> bool:
         """Return whether the worker is under pressure."""
@@ -88,7 +91,7 @@ class AdmissionPolicy:
         Raises Overloaded when the call is refused. A policy function is the application's: it may raise anything, and
         ValueError is raised when it returns no policy.
         """
-        if self._has_room:
+        if not self._pressure.pressed and self.throttle.admits():
             return True
         policy = self._handler.pressure
         if callable(policy):

@@ -311,6 +311,8 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     output.install(tree.log.max_queued_bytes)
     child.metrics.sources.append(output.samples)
     log.begin(child.name, tree.log, sys.stdout)
+    log.count_internal_errors(child.metrics)
+    loop.set_exception_handler(log.log_loop_error)
     _adopt(asyncio_reactor, options.link, child.control)
     asyncio_reactor.callWhenRunning(child.begin, make_service)
     asyncio_reactor.run()

@@ -8,6 +8,7 @@ options choose its destination but not a level. So the supervisor filters at the
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 from typing import Any, TextIO
@@ -15,15 +16,18 @@ from typing import Any, TextIO
 from twisted.logger import (
     FilteringLogObserver,
     ILogFilterPredicate,
+    Logger,
     LogLevel,
     PredicateResult,
     formatEventAsClassicLogText,
     globalLogBeginner,
     globalLogPublisher,
 )
+from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from realtime.config.settings import LogSettings
+from realtime.metrics import Metrics
 from realtime.process import app_log
 
 # Centrifugo's levels. The level "none" is missing here, so no event passes it.
@@ -50,6 +54,7 @@ class _LevelFilter:
 
 _filter = _LevelFilter("trace")
 observer = FilteringLogObserver(globalLogPublisher, [_filter])
+_log = Logger(observer=observer)
 
 
 def is_on(event: str, level: str) -> bool:
@@ -61,6 +66,30 @@ def is_on(event: str, level: str) -> bool:
 def limit(level: str) -> None:
     """Let only events of `level` or above pass `observer` from now on; before, all pass. level: `log.level`."""
     _filter.level = level
+
+
+def count_internal_errors(metrics: Metrics) -> None:
+    """Count each exception that is logged as critical: a bug of this server, or of the application's own callbacks.
+
+    Handlers' exceptions are errors, and have a counter of their own.
+    """
+    counter = metrics.counter("realtime_internal_errors", "Exceptions outside of handlers that reached an event loop.")
+
+    def count(event: dict[str, Any]) -> None:
+        if event.get("log_level") is LogLevel.critical and "log_failure" in event:
+            counter.value += 1
+
+    globalLogPublisher.addObserver(count)  # type: ignore[arg-type]
+
+
+def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what a loop could not pass to anybody; for `set_exception_handler`."""
+    error = context.get("exception")
+    message = context.get("message", "the event loop has met an error")
+    if isinstance(error, Exception):
+        _log.failure("{message}", Failure(error), message=message)
+    else:
+        _log.error("{message}: {context}", message=message, context=context)
 
 
 def begin(name: str, settings: LogSettings, out: TextIO) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -12,10 +11,10 @@ from realtime import errors
 from realtime.auth.tokens import Claims, TokenExpired, TokenInvalid
 from realtime.errors import ClientError, Disconnect, EngineUnavailable, RealtimeError
 from realtime.protocol import messages
-from realtime.protocol.client import encode_content, subscribe_options
+from realtime.protocol.client import encode_content, new_client_id, subscribe_options
 from realtime.protocol.session import Session, detail_of
 from realtime.protocol.session_state import CONNECTED, OPENED
-from realtime.protocol.subscription import JoinResult, Subscription, SubscriptionSource
+from realtime.protocol.subscription import JoinResult, ReplyRoom, Subscription, SubscriptionSource
 from realtime.pubsub.engine import SendOrder
 from realtime.types import ClientInfo, ConnectRequest, Credentials, SubscribeOptions
 
@@ -41,9 +40,13 @@ class _Identity(Struct, frozen=True):
 
 async def connect(session: Session, id: int, request: messages.ConnectRequest) -> None:
     identity = await _authenticate(session, request)
-    session.info = ClientInfo(identity.user, str(uuid.uuid4()), identity.info)
-    with session.services.sessions.connecting(session):
+    session.info = ClientInfo(identity.user, new_client_id(), identity.info)
+    sessions = session.services.sessions
+    sessions.begin_connecting(session)
+    try:
         await _enter(session, id, request, identity)
+    finally:
+        sessions.end_connecting(session)
     personal = session.settings.client.subscribe_to_user_personal_channel
     if personal.single_connection and session.user and session.state is CONNECTED:
         await _supersede(session)
@@ -57,7 +60,7 @@ async def _enter(session: Session, id: int, request: messages.ConnectRequest, id
         return
     await session.admit(session.info)
     try:
-        joined = await _join_all(session, initial)
+        joined = await _join_all(session, initial) if initial else []
         subs = {
             subscription.channel: _with_data(session, outcome.result, identity.subs.get(subscription.channel))
             for subscription, outcome in joined
@@ -70,7 +73,8 @@ async def _enter(session: Session, id: int, request: messages.ConnectRequest, id
         session.cancel_admission()
         return
     session.complete_connect(request.name, request.version, identity.meta)
-    session.set_expiry(identity.expire_at)
+    if identity.expire_at:
+        session.set_expiry(identity.expire_at)
     for subscription, outcome in joined:
         session.activate(subscription, outcome)
 
@@ -188,6 +192,8 @@ def _initial_subscriptions(
     the channel options alone let it subscribe. Raises ClientError 102, Disconnect 3501 and 3505.
     """
     rules, settings = session.services.rules, session.settings.client
+    if not (identity.subs or request.subs or settings.subscribe_to_user_personal_channel.enabled):
+        return []
     requested = request.subs or {}
     subs = {channel: (options, identity.source) for channel, options in identity.subs.items()}
     personal = settings.subscribe_to_user_personal_channel
@@ -245,12 +251,13 @@ async def _join_all(
     Subscriptions that have ended by then are left out. Raises as `Session.join`, after the whole group has finished.
     """
     joined: list[tuple[Subscription, JoinResult]] = []
+    room = ReplyRoom(session.settings.client.recovery_reply_size)
     for first in range(0, len(initial), JOINS_AT_ONCE):
         if session.state is not OPENED:
             break
         group = initial[first : first + JOINS_AT_ONCE]
         outcomes = await session.services.gather(
-            [session.join(subscription, sub_request) for sub_request, subscription in group]
+            [session.join(subscription, sub_request, room) for sub_request, subscription in group]
         )
         joined += [
             (subscription, outcome) for (_, subscription), outcome in zip(group, outcomes, strict=True) if outcome

@@ -32,7 +32,8 @@ class Connection(Protocol):
 
     transport_name: such as "websocket", for the log. secret: identifies the session to clients that send commands over
     other connections (emulation); "" for none. needs_pings: whether the session pings the client by protocol; otherwise
-    the transport checks the connection.
+    the transport checks the connection. is_drained: whether the socket has taken all frames. is_congested: so many
+    bytes are queued that no further command of the client may start.
     """
 
     @property
@@ -50,11 +51,34 @@ class Connection(Protocol):
     @property
     def sink(self) -> Sink: ...
 
-    def send(self, payload: bytes) -> None:
-        """Send one message to this client alone."""
+    @property
+    def is_drained(self) -> bool: ...
+
+    @property
+    def is_congested(self) -> bool: ...
+
+    def send(self, payload: bytes, *, is_push: bool = False) -> None:
+        """Send one message to this client alone. A reply is queued without limit, a push as those of the fan-out."""
+
+    def when_drained(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the socket has taken all frames, in place of an earlier callback."""
+
+    def unsent(self) -> int:
+        """Return the number of bytes that have not reached the client's host."""
+
+    def pace(self, is_paced: bool) -> None:
+        """Keep few bytes in the kernel's buffer, or as many as fit."""
+
+    def hold(self) -> bool:
+        """Send nothing until `release`, which sends everything at once. False if there is nothing to release."""
+
+    def release(self) -> None: ...
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection after the queued frames have left, or at a deadline."""
+
+    def abort(self) -> None:
+        """End the connection at once: its session has raised an exception."""
 
     def pause(self) -> None:
         """Read no more from the client until `resume`. Both may be called any number of times."""
@@ -85,7 +109,7 @@ class Handlers(Protocol):
     def connecting(self) -> Callable[[ConnectRequest], Awaitable[Credentials | None]] | None: ...
 
     @property
-    def disconnected(self) -> Callable[[Any], Awaitable[Any]] | None: ...
+    def disconnected(self) -> Callable[[Any, int, str], Awaitable[Any]] | None: ...
 
     @property
     def message(self) -> CommandHandler | None: ...
@@ -115,13 +139,20 @@ Gather = Callable[[Sequence[Coroutine[Any, Any, Any]]], Awaitable[list[Any]]]
 class SessionCounters:
     """Counts commands and error replies of clients.
 
-    commands: counters of received commands, by name.
+    commands: counters of received commands, by name. replays: counters of recoveries that exceeded the room in their
+    reply: those "begun", "completed" and "lost" to history's limits.
     """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self.commands = {
             name: metrics.counter("realtime_commands", "Commands of clients", command=name) for name in REQUESTS
+        }
+        self.replays = {
+            event: metrics.counter(
+                "realtime_recovery_replays", "Recoveries that exceed client.recovery_reply_size.", event=event
+            )
+            for event in ("begun", "completed", "lost")
         }
 
     def count_error(self, command: str, code: int) -> None:

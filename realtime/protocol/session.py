@@ -8,6 +8,7 @@ its `Connection`. It knows no socket, thread or reactor. The other parts of a se
     session_timers    time limits: opening, pings, expiry
     commands          what each command does
     subscription      one subscription of the session
+    replay            missed publications that follow a reply
 
 A command that waits for nothing is one call on the way from `receive` to `reply`, without queue, coroutine or task.
 
@@ -34,10 +35,11 @@ from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.client import ConnectedClient, release
 from realtime.protocol.command_queue import LONG_MESSAGE, CommandQueue, channel_of
 from realtime.protocol.context import Connection, SessionServices, SessionSettings
-from realtime.protocol.messages import ProtocolError, SubscribeRequest
+from realtime.protocol.messages import ProtocolError, Pub, SubscribeRequest
+from realtime.protocol.replay import Replays
 from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, SessionState
 from realtime.protocol.session_timers import SessionTimers
-from realtime.protocol.subscription import JoinResult, Subscription, SubscriptionSource
+from realtime.protocol.subscription import JoinResult, ReplyRoom, Subscription, SubscriptionSource
 from realtime.pubsub.engine import AddClient, AdmitClient, RemoveClient
 from realtime.types import ClientInfo, Position, SubscribeOptions
 
@@ -77,6 +79,7 @@ class Session(SessionTimers):
         "_connection",
         "_failures",
         "_rate_due",
+        "_replays",
         "busy_channels",
         "encoding",
         "handle",
@@ -112,6 +115,7 @@ class Session(SessionTimers):
         self._connection = connection
         self.encoding = connection.form.encoding
         self.queue: CommandQueue | None = None
+        self._replays: Replays | None = None
         # The time at which the allowed rate would have used up the commands received so far.
         self._rate_due = 0.0
         # The number of failed commands, of refused subscribes beside these, and the time of the first one.
@@ -171,7 +175,13 @@ class Session(SessionTimers):
             queue = self.queue = CommandQueue(self)
         queue.append(self.encoding.decode_commands(message), len(message))
         if not queue.is_starting:
-            queue.start_ready()
+            # All replies to the commands of a message leave together.
+            holds = self._connection.hold()
+            try:
+                queue.start_ready()
+            finally:
+                if holds:
+                    self._connection.release()
         if self.queue is not None:
             queue.limit()
 
@@ -246,6 +256,21 @@ class Session(SessionTimers):
     def is_paused(self) -> bool:
         """Whether the socket is not read, because too many commands wait."""
         return self.queue is not None and self.queue.is_paused
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether the client has to take its replies before its next command starts."""
+        return self._connection.is_congested
+
+    def wait_until_drained(self) -> None:
+        self._connection.when_drained(self.drained)
+
+    def drained(self) -> None:
+        """Go on with commands and replays that waited for the socket to take all frames."""
+        if self.queue is not None and not self.queue.is_starting:
+            self.queue.start_ready()
+        if self._replays is not None:
+            self._replays.resume()
 
     def pause_reading(self) -> None:
         self._connection.pause()
@@ -396,14 +421,20 @@ class Session(SessionTimers):
         )
         return subscription
 
-    async def join(self, subscription: Subscription, request: SubscribeRequest) -> JoinResult | None:
+    def reply_room(self) -> ReplyRoom:
+        """Return the room for missed publications in a reply that is sent now: less behind replies on their way."""
+        return ReplyRoom(self.settings.client.recovery_reply_size - self._connection.unsent())
+
+    async def join(
+        self, subscription: Subscription, request: SubscribeRequest, room: ReplyRoom | None = None
+    ) -> JoinResult | None:
         """Have the subscription join its channel. Returns None if it has ended by then.
 
-        Without a result the subscription leaves nothing behind. Raises as `Subscription.join`.
+        Without a result the subscription leaves nothing behind. room, and what is raised: as for `Subscription.join`.
         """
         self.subscriptions[request.channel] = subscription
         try:
-            joined = await subscription.join(request)
+            joined = await subscription.join(request, room)
         except BaseException:
             self.remove_subscription(subscription)
             raise
@@ -420,9 +451,14 @@ class Session(SessionTimers):
         """Let publications through, after the reply with `joined.result` was sent."""
         if self.state is SessionState.CLOSED:
             self.remove_subscription(subscription)
-        elif not subscription.activate(joined):
+            return
+        if not subscription.activate(joined):
             self.subscription_lost_position(subscription)
-        elif subscription.renewal is not None:
+            return
+        if subscription.replay is not None:
+            self._replays = self._replays or Replays(self, self._connection)
+            self._replays.begin(subscription, subscription.replay)
+        if subscription.renewal is not None:
             options, subscription.renewal = subscription.renewal, None
             self.subscribe(subscription.channel, options, None)
 
@@ -456,7 +492,12 @@ class Session(SessionTimers):
     # -- actions of the server ---------------------------------------------------------------------------------------
 
     def _push(self, channel: str, name: str, body: Struct) -> None:
-        self._connection.send(self.encoding.encode_push(channel, name, body))
+        self._connection.send(self.encoding.encode_push(channel, name, body), is_push=True)
+
+    def push_publications(self, channel: str, publications: Iterable[Pub]) -> None:
+        """Send publications of a channel, without regard to the limit of the outbox: the caller has waited for it."""
+        for publication in publications:
+            self._connection.send(self.encoding.encode_push(channel, "pub", publication))
 
     def send(self, data: Any) -> None:
         """Send a message to this client alone, outside any channel. data: any value that JSON can hold."""
@@ -531,8 +572,7 @@ class Session(SessionTimers):
                 positioned=result.positioned,
             ),
         )
-        for publication in result.publications or ():
-            self._push(channel, "pub", publication)
+        self.push_publications(channel, result.publications or ())
         self.activate(subscription, joined)
         self.schedule_deadline()
 
@@ -570,7 +610,7 @@ class Session(SessionTimers):
         """
         if self.state is not SessionState.CLOSED:
             self.services.client_log.refuse_by(code, kind, "", self.describe, reason=reason, detail=detail)
-            self._end()
+            self._end(code, reason)
             self._connection.close(code, reason)
 
     def closed(self) -> None:
@@ -578,7 +618,7 @@ class Session(SessionTimers):
         if self.state is not SessionState.CLOSED:
             if self.services.client_log.debug:
                 self.services.client_log.went(self.describe, "its connection has ended")
-            self._end()
+            self._end(*errors.CONNECTION_CLOSED)
 
     def describe(self) -> dict[str, object]:
         """Return the facts about this client for the log."""
@@ -598,7 +638,7 @@ class Session(SessionTimers):
             "channel": repr(channel),
         }
 
-    def _end(self) -> None:
+    def _end(self, code: int, reason: str) -> None:
         was_connected = self.state is CONNECTED
         self.state = SessionState.CLOSED
         self.services.deadlines.clear(self)
@@ -612,7 +652,7 @@ class Session(SessionTimers):
             for subscription in [each for each in self.subscriptions.values() if each.is_active]:
                 self.remove_subscription(subscription)
             if self.services.handlers.disconnected is not None:
-                self._run_in_background(self.services.handlers.disconnected(self.handle))
+                self._run_in_background(self.services.handlers.disconnected(self.handle, code, reason))
         if self.handle is not None:
             release(self.handle)
 

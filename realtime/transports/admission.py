@@ -54,6 +54,7 @@ class Admission:
         self.proxies = TrustedProxies(client.trusted_proxies)
         self.client_log = client_log or ClientLog(metrics)
         self._connection_counts: list[Callable[[], int]] = []
+        self._room = 0  # further connections that need no count: connections end, but none begins without `make_room`
         share, spare = _RESERVED_DESCRIPTORS
         limits = (-(-client.connection_limit // workers), max(descriptors - int(descriptors * share) - spare, 0))
         self._limit = min(filter(None, limits), default=0)
@@ -84,8 +85,11 @@ class Admission:
 
     def make_room(self) -> None:
         """Close the longest idle HTTP connection if there are more connections than the limit."""
-        if 0 < self._limit < self.connections + self._count_others():
-            self._drop_idle()
+        self._room -= 1
+        if self._room < 0 < self._limit:
+            self._room = self._limit - self.connections - self._count_others()
+            if self._room < 0:
+                self._drop_idle()
 
     def take_address(self, head: RequestHead, transport: Any) -> tuple[str, Refusal | None]:
         """Count a connection of the client that sent `head`; return its address, or "" and a refusal at the limit.
@@ -117,7 +121,7 @@ class Admission:
         refusal = self._check_load()
         if refusal is not None:
             return refusal
-        if 0 < self._limit <= self.connections:
+        if self._room <= 0 < self._limit <= self.connections:
             return Refusal(503, "too many connections", "connection_limit")
         return None if self._take_token() else Refusal(503, "too many new connections", "connection_rate")
 

@@ -83,6 +83,7 @@ class HTTPFrontend(Protocol):
     _is_reading_paused = False
     _is_refused = False  # the last response is written; further data is discarded
     _is_lost = False
+    _idle_since = -1.0  # loop time, if the deadline is that of an idle connection from then on
     _is_http = False  # the connection has had a request for the site
     _address = ""  # the client's, counted towards the limit of each address
     _peer = ""
@@ -112,13 +113,21 @@ class HTTPFrontend(Protocol):
     def dataReceived(self, data: bytes) -> None:
         if self._is_refused:
             return
-        if not (self._is_scheduled or self._is_congested or self._is_answering):
-            self._serve_next(data, 0)
+        if not (self._is_scheduled or self._is_congested or (self._exchange is not None and self._body is None)):
+            end = self._step(data, 0)
+            if end < len(data) and not self._is_refused and self.transport.protocol is self:
+                self._waiting = data[end:] + self._waiting
+                if not (self._is_answering or self._is_congested):
+                    self._schedule()
             return
         self._waiting += data
         if len(self._waiting) >= MAX_WAITING and not self._is_reading_paused:
             self._is_reading_paused = True
             self.transport.pauseProducing()
+
+    def abort(self) -> None:
+        """End the connection at once, without a response."""
+        self.transport.abortConnection()
 
     def on_deadline(self) -> None:
         """Refuse a request that is not complete in time; close an idle connection; abort a refused one."""
@@ -234,14 +243,6 @@ class HTTPFrontend(Protocol):
         elif self._waiting and self._body is not None:
             self._schedule()
 
-    def _serve_next(self, data: bytes, start: int) -> None:
-        """Serve the request that `data` begins with; the data after it waits."""
-        end = self._step(data, start)
-        if end < len(data) and not self._is_refused and self.transport.protocol is self:
-            self._waiting = data[end:] + self._waiting
-            if not (self._is_answering or self._is_congested):
-                self._schedule()
-
     def _step(self, data: bytes, start: int) -> int:
         """Take a head or a part of a body from `data`; return the place after it."""
         if self._body is not None:
@@ -281,7 +282,7 @@ class HTTPFrontend(Protocol):
             return len(data)
         if not self._is_http:
             self._become_http()
-        exchange = self._exchange = Exchange(self, factory.http, head, factory.closes(head))
+        exchange = self._exchange = Exchange(self, factory.http, head, factory.is_draining or head.is_last)
         if not head.body:
             exchange.serve(b"")
         elif exchange.accepts_body():
@@ -317,14 +318,18 @@ class HTTPFrontend(Protocol):
         self._is_http = True
         self.factory.pending -= 1
         self.factory.serving += 1
-        self.transport.setTcpNoDelay(True)
         self.transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, HTTP_USER_TIMEOUT)
 
     def _await_request(self) -> None:
         """Wait for the next request on a kept-alive connection."""
-        self.factory.set_deadline(self, self.factory.keepalive_timeout)
-        self.factory.idle[self] = None
-        self._resume_reading()
+        factory = self.factory
+        now = factory.deadlines.now
+        if now != self._idle_since:  # loop time advances a few times a second
+            factory.set_deadline(self, factory.keepalive_timeout)
+            self._idle_since = now
+        factory.idle[self] = None
+        if self._is_reading_paused:
+            self._resume_reading()
 
     def _resume_reading(self) -> None:
         if self._is_reading_paused:
@@ -368,12 +373,14 @@ class HTTPFrontend(Protocol):
 class HTTPFrontendFactory(Factory):
     """Makes an `HTTPFrontend` for each accepted connection.
 
-    pending: connections before the end of their first head, or refused and not closed yet. serving: connections with
-    requests for the site. idle: the connections without a current request, the longest idle one first. client_log:
-    counts and logs refusals. proxies: the trusted proxies.
+    protocol: `HTTPFrontend` or a subclass. pending: connections before the end of their first head, or refused and not
+    closed yet. serving: connections with requests for the site. idle: the connections without a current request, the
+    longest idle one first. is_draining: each connection ends with its next response. client_log: counts and logs
+    refusals. proxies: the trusted proxies.
     """
 
     noisy = False
+    protocol: type[HTTPFrontend] = HTTPFrontend  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -404,7 +411,7 @@ class HTTPFrontendFactory(Factory):
         self.charge = charge
         self.pipelines = TimeSlicer(reactor.seconds, PIPELINE_SLICE, lambda run: reactor.callLater(0, run))
         self._admission = admission
-        self._is_draining = False
+        self.is_draining = False
         self.client_log = admission.client_log if admission is not None else ClientLog(metrics)
         self.proxies = admission.proxies if admission is not None else TrustedProxies(())
         metrics.gauge(
@@ -418,7 +425,7 @@ class HTTPFrontendFactory(Factory):
             admission.add_idle(lambda: self.pending + self.serving, self._drop_oldest)
 
     def buildProtocol(self, addr: IAddress | None) -> HTTPFrontend:  # type: ignore[override]
-        frontend = HTTPFrontend()
+        frontend = self.protocol()
         frontend.factory = self
         return frontend
 
@@ -429,19 +436,12 @@ class HTTPFrontendFactory(Factory):
 
     def start_draining(self) -> None:
         """Announce the end of each connection with its next response."""
-        self._is_draining = True
+        self.is_draining = True
 
     def make_room(self) -> None:
         """Close the longest idle connection if a new one makes too many."""
         if self._admission is not None:
             self._admission.make_room()
-
-    def closes(self, head: RequestHead) -> bool:
-        """Return whether the connection ends with the response to this request."""
-        if self._is_draining or head.version == "1.0" or head.body == CHUNKED:
-            return True
-        connection = head.get("connection")
-        return bool(connection) and "close" in connection.lower()
 
     def check_first(self, frontend: HTTPFrontend, head: RequestHead) -> Refusal | None:
         """Check the first request of a connection by the limit of its client's address."""
@@ -463,6 +463,7 @@ class HTTPFrontendFactory(Factory):
     def set_deadline(self, frontend: HTTPFrontend, seconds: float) -> None:
         """Set the deadline of `frontend` to this number of seconds from now, in place of its earlier one."""
         self.deadlines.set(frontend, self.deadlines.now + seconds)
+        frontend._idle_since = -1.0
 
     def _drop_oldest(self) -> bool:
         """Close the connection that has been idle longest; return False if none is."""

@@ -64,6 +64,9 @@ def describe_request(head: RequestHead, peer: str, proxies: TrustedProxies) -> d
     }
 
 
+ResponseMaker = Callable[[Any, BaseException | None], PreparedResponse]
+"""Builds a response from the result or the exception of a call."""
+
 RequestHandler = Callable[["Exchange"], None]
 """Serves a complete request: it calls `respond` or `respond_with`."""
 
@@ -137,7 +140,7 @@ class Exchange:
                 self._handler = partial(Exchange.respond, response=handler)
                 return True
             self._refuse(handler)
-        elif head.get("content-encoding").lower() not in ("", "identity"):
+        elif (coding := head.get("content-encoding")) and coding.lower() != "identity":
             self.refuse_body("body_encoding")
         elif head.body != CHUNKED and 0 < self.max_body_size < head.body:
             self.refuse_body("body_too_large")
@@ -161,26 +164,26 @@ class Exchange:
     def respond_with(
         self,
         coroutine: Coroutine[Any, Any, Any],
-        make_response: Callable[[Any, BaseException | None], PreparedResponse],
+        make_response: ResponseMaker,
         cancels: bool,
     ) -> None:
         """Run `coroutine`, and send the response that `make_response` builds from its result or its exception.
 
         cancels: whether to cancel the coroutine if the peer disconnects.
         """
-
-        def done(result: Any, error: BaseException | None) -> None:
-            self._driver = None
-            try:
-                response = make_response(result, error)
-            except Exception:
-                self.respond_with_error()
-            else:
-                self.respond(response)
-
-        driver = self._site.drive(coroutine, done)
+        driver = self._site.drive(coroutine, partial(self.respond_by, make_response))
         if cancels and not self._is_over:
             self._driver = driver
+
+    def respond_by(self, make_response: ResponseMaker, result: Any, error: BaseException | None) -> None:
+        """Send the response that `make_response` builds from the result or the exception of a call. Never raises."""
+        self._driver = None
+        try:
+            response = make_response(result, error)
+        except Exception:
+            self.respond_with_error()
+        else:
+            self.respond(response)
 
     def respond(self, response: PreparedResponse) -> None:
         """Write the response, unless the peer has disconnected."""
@@ -188,13 +191,16 @@ class Exchange:
             return
         if response.fault:
             self._site.refuse(response.fault, self)
+        closes = self.closes or response.close
         try:
-            data = self._encode(response)
+            data = encode_response(
+                response.status, response.type, response.headers, response.body, closes, self.head.method == "HEAD"
+            )
         except Exception:
             self.respond_with_error()
             return
         self._is_over = True
-        self._connection.answered(data, self.closes or response.close)
+        self._connection.answered(data, closes)
 
     def finish(self) -> None:
         """Go on with the next request: a handler has written the response to the transport itself."""
@@ -231,16 +237,6 @@ class Exchange:
         """Whether reading the body and dropping it is cheaper for the peer than a new connection."""
         head = self.head
         return 0 <= head.body <= MAX_DROPPED_BODY and not head.get("expect") and not self.closes
-
-    def _encode(self, response: PreparedResponse) -> bytes:
-        return encode_response(
-            response.status,
-            response.type,
-            response.headers,
-            response.body,
-            close=self.closes or response.close,
-            without_body=self.head.method == "HEAD",
-        )
 
 
 class HTTPSite:

@@ -87,7 +87,7 @@ UNI_HTTP_STREAM = StreamKind("uni_http_stream", ("POST",), JSON_PUSHES_LINES)
 
 
 class StreamConnection(ClientConnection, Protocol):
-    """The connection of one stream; a session uses `send`, `sink`, `close`, `pause`, `resume`. Loop thread only."""
+    """The connection of one stream, as its session's `Connection`. Loop thread only."""
 
     transport: Any
     factory: StreamContext
@@ -96,7 +96,7 @@ class StreamConnection(ClientConnection, Protocol):
     _last_chunk = LAST_CHUNK  # b"" for HTTP/1.0
     _is_closing = False
     _is_paused = False  # by the session
-    _queued_messages: deque[bytes] | None = None  # received while the session was paused
+    _queued_messages: deque[bytes] | None = None  # received while the session was paused, or the stream congested
 
     def __init__(self, context: StreamContext, kind: StreamKind, head: RequestHead, max_body_size: int) -> None:
         self.factory = context
@@ -130,14 +130,21 @@ class StreamConnection(ClientConnection, Protocol):
     def resume(self) -> None:
         """Pass the queued messages to the session, then further ones as they arrive."""
         self._is_paused = False
-        while self._queued_messages and not self._is_paused:
+        self._receive_queued()
+
+    def resumeProducing(self) -> None:
+        super().resumeProducing()
+        self._receive_queued()
+
+    def _receive_queued(self) -> None:
+        while self._queued_messages and not (self._is_paused or self.is_congested):
             self._receive(self._queued_messages.popleft())
 
     # Incoming messages
 
     def emulate(self, message: bytes) -> None:
         """Handle a message that the client sent on another connection."""
-        if not self._is_paused:
+        if not (self._is_paused or self.is_congested or self._queued_messages):
             self._receive(message)
             return
         if self._queued_messages is None:

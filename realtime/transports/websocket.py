@@ -123,6 +123,10 @@ class _Pinger:
             self.expects_pong = factory.pong_timeout > 0
             self._set_deadline(factory.pong_timeout if self.expects_pong else factory.ping_interval)
 
+    def abort(self) -> None:
+        """See `DeadlineOwner`."""
+        self.connection.abort()
+
     def pong_received(self) -> None:
         """Schedule the next ping, if the pong answers one."""
         if self.expects_pong:
@@ -265,7 +269,6 @@ class WebSocketConnection(ClientConnection, Incoming):
         del self._opening
         self.factory.countConnections += 1
         self.state = self.STATE_OPEN
-        self.transport.setTcpNoDelay(True)
         self.transport.write(response)
         self.factory.connects.value += 1
         self.start_writing()
@@ -284,6 +287,10 @@ class WebSocketConnection(ClientConnection, Incoming):
 
     def resumeProducing(self) -> None:
         super().resumeProducing()
+        self.resume_processing()
+
+    def flush(self) -> None:
+        super().flush()
         self.resume_processing()
 
     def _release_resources(self) -> None:
@@ -310,7 +317,14 @@ class WebSocketConnection(ClientConnection, Incoming):
                 else:
                     self.sendCloseFrame(1007)
                 return
-        self._receive(payload)
+        if self._messages_left is not None or self._session is None:
+            self._receive(payload)
+            return
+        # The short path of `_receive`, without a further call for each message.
+        try:
+            self._session.receive(payload)
+        except Exception:
+            self._fail_session()
 
     def _receive(self, payload: bytes) -> None:
         """Pass a message to the session, unless a unidirectional client has sent its only message already."""
@@ -455,7 +469,7 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
     def make_connection(self, head: RequestHead, transport: Any) -> WebSocketConnection:
         """Make the connection for a request that `check` accepted."""
         subprotocol = select_subprotocol(head, self._wire_formats)
-        request = make_opening_request(head, self._admission.client_address(head, transport.getPeer().host))
+        request = make_opening_request(head, self._admission.client_address(head, transport.client[0]))
         encoding = requested_encoding(subprotocol, request.query)
         encoding = encoding if encoding in self._wire_formats else "json"
         agreement = negotiate(",".join(head.get_all("sec-websocket-extensions"))) if self._compression else None

@@ -42,11 +42,12 @@ from realtime.handlers.dispatch import Dispatcher
 from realtime.http.hosts import HostNames
 from realtime.process import log
 from realtime.process.child import Child
+from realtime.process.reactor import turn_end_caller
 from realtime.process.transport import DirectServer
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
-from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder
+from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder, InvalidateOrder
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
@@ -69,10 +70,17 @@ from realtime.transports.routes import make_site
 from realtime.transports.streams import StreamContext, make_endpoints
 from realtime.transports.websocket import UNIDIRECTIONAL_WIRE_FORMATS, WIRE_FORMATS, WebSocketFactory
 from realtime.worker.engine import BrokerEngine
+from realtime.worker.invalidations import CacheInvalidations
 from realtime.worker.io_uring import IOURing
 from realtime.worker.key_sets import make_verifier
 from realtime.worker.load_shedding import LoadShedding, configure_cache_host
-from realtime.worker.loop_time import ChargedReceiver, NamespaceAccounts, charge_steps, charged_transport
+from realtime.worker.loop_time import (
+    ChargedReceiver,
+    NamespaceAccounts,
+    charge_steps,
+    charged_frontend,
+    charged_transport,
+)
 from realtime.worker.node import NodeIdentitySource
 from realtime.worker.surveys import Surveys
 
@@ -125,7 +133,7 @@ class TransportParts:
     transport: type[DirectServer]
 
 
-def wire_pubsub(process: Child) -> PubSubParts:
+def wire_pubsub(process: Child, app: App) -> PubSubParts:
     """Build the sessions' registry, the hub and the engine."""
     settings, reactor, metrics, ledger = process.settings, process.reactor, process.metrics, process.accounts
     rules = ChannelRules(settings.channel)
@@ -135,7 +143,11 @@ def wire_pubsub(process: Child) -> PubSubParts:
 
     def make_engine(hub: Receiver) -> BrokerEngine:
         receiver = ChargedReceiver(hub, accounts)
-        return BrokerEngine(receiver, settings.engine, metrics, reactor, process.link_lost, ledger)
+        receiver.on_interruption = interrupted
+        follows_ends = bool(app.handlers("on_disconnected"))
+        return BrokerEngine(
+            receiver, settings.engine, metrics, reactor, process.link_lost, ledger, takes_lost_clients=follows_ends
+        )
 
     services = FanoutServices(
         broadcast=_choose_broadcast(settings),
@@ -146,9 +158,16 @@ def wire_pubsub(process: Child) -> PubSubParts:
         ),
         dropped=metrics.counter(*MESSAGES_DROPPED, reason="backlog"),
     )
+
+    def interrupted() -> None:
+        invalidations.on_interruption()
+        hub.on_interruption()
+
     hub = Hub(make_engine, sessions.apply, slices, services)
     engine = hub.engine
     assert isinstance(engine, BrokerEngine)
+    invalidations = CacheInvalidations(cache.HOST, engine, str(process.slot))
+    sessions.add_handler(InvalidateOrder, invalidations.on_order)
     metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(sessions))
     metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: hub.subscriptions)
     metrics.gauge(
@@ -210,7 +229,7 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
         hub=pubsub.hub,
         slices=pubsub.slices,
         sessions=pubsub.sessions,
-        deadlines=Deadlines(reactor.seconds()),
+        deadlines=Deadlines(reactor.seconds(), _report_deadline_error),
         handlers=handlers.dispatcher,
         run=partial(drive, ledger=process.accounts),
         gather=run_all,
@@ -239,9 +258,8 @@ def wire_transports(
     settings, metrics, ledger = process.settings, process.metrics, process.accounts
     protocol_account = ledger.open(LoopWork.PROTOCOL)
     queued = QueuedBytes()
-    turn_end = FlushAtTurnEnd(
-        process.turn_number, lambda flush: _call_next_turn(ledger.charging(protocol_account, flush))
-    )
+    call_at_end = turn_end_caller(process.reactor)
+    turn_end = FlushAtTurnEnd(process.turn_number, lambda flush: call_at_end(ledger.charging(protocol_account, flush)))
     own_names = HostNames((*settings.http_server.host_names, socket.gethostname()))
     admission = _admission(process, handlers, own_names)
 
@@ -286,7 +304,7 @@ def wire_transports(
         client_log=handlers.client_log,
     )
     frontend = _frontend(process, endpoints, site, protocol.deadlines, admission)
-    return TransportParts(admission, queued, frontend, charged_transport(ledger, HTTPFrontend))
+    return TransportParts(admission, queued, frontend, charged_transport(ledger, frontend.protocol))
 
 
 def _admission(process: Child, handlers: HandlerParts, own_names: HostNames) -> Admission:
@@ -310,7 +328,7 @@ def _frontend(
     admission: Admission,
 ) -> HTTPFrontendFactory:
     charge = partial(charge_steps, process.accounts, process.accounts.open(LoopWork.HTTP))
-    return HTTPFrontendFactory(
+    factory = HTTPFrontendFactory(
         process.settings.http_server,
         endpoints,
         site,
@@ -320,6 +338,8 @@ def _frontend(
         admission,
         charge,
     )
+    factory.protocol = charged_frontend(process.accounts, HTTPFrontend)
+    return factory
 
 
 def _enabled_endpoints(
@@ -355,3 +375,8 @@ def _call_next_turn(function: Callable[[], None]) -> None:
 def _report_error(error: BaseException) -> None:
     """Log an exception that is a bug of this server, with its traceback."""
     _log.failure("a session raised an unexpected exception", Failure(error))
+
+
+def _report_deadline_error(error: Exception) -> None:
+    """Log an exception of a connection's time limit, with its traceback."""
+    _log.failure("a time limit of a connection raised an exception; aborting the connection", Failure(error))

@@ -39,7 +39,7 @@ async def test_line_is_logged_once_a_minute_with_the_number_left_out(bench: Benc
 
 def test_code_generated_at_run_time_fills_neither_memory_nor_log() -> None:
     logged: list[dict[str, Any]] = []
-    error_log = HandlerErrorLog(Logger(observer=logged.append), Clock())
+    error_log = HandlerErrorLog(Logger(observer=logged.append), Clock(), Metrics())
     app = App()
     app.rpc("f")(lambda data: data)
     handler = app.handlers("rpc")["f"]
@@ -50,7 +50,7 @@ def test_code_generated_at_run_time_fills_neither_memory_nor_log() -> None:
 
 def test_same_line_of_two_handlers_is_logged_for_each() -> None:
     logged: list[dict[str, Any]] = []
-    error_log = HandlerErrorLog(Logger(observer=logged.append), Clock())
+    error_log = HandlerErrorLog(Logger(observer=logged.append), Clock(), Metrics())
     app = App()
     for name in "fg":
         app.rpc(name)(lambda data: data)

@@ -39,7 +39,7 @@ from realtime.pubsub.engine import AddPresence, GetHistory, Publish, Receiver, S
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from tests.pubsub.memory_engine import MemoryEngine
-from tests.pubsub.sinks import WholeFrames
+from tests.pubsub.sinks import FillableSocket
 
 SECRET = "a secret of thirty-two characters"
 NOW = 1_700_000_000.0
@@ -154,7 +154,7 @@ class App:
         return self.on_message and Handler(self.on_message)
 
 
-class Peer(WholeFrames):
+class Peer(FillableSocket):
     """A client: the connection of its session, and the received messages.
 
     Sent and received messages are in the form of JSON, in every encoding.
@@ -182,15 +182,22 @@ class Peer(WholeFrames):
         server.peers.add(self)
 
     # Called by the session
-    def send(self, payload: bytes) -> None:
+    def send(self, payload: bytes, *, is_push: bool = False) -> None:
+        self.deliver(payload)
+        self.is_drained = self.is_drained and not self.fills
+
+    def deliver(self, payload: bytes) -> None:
         assert self.close_code is None, "sent after the close"
         self.raw.append(payload)
-
-    deliver = send
 
     def close(self, code: int, reason: str) -> None:
         assert self.close_code is None, "closed twice"
         self.close_code = (code, reason)
+
+    def hold(self) -> bool:
+        return False
+
+    def release(self) -> None: ...
 
     def pause(self) -> None:
         self.paused = True
