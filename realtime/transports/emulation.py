@@ -24,6 +24,7 @@ from msgspec import Struct
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from realtime.client_log import ClientLog
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.handlers.results import PreparedResponse, status_response
 from realtime.http.cors import Headers
@@ -131,8 +132,9 @@ class CommandOrder:
 class Emulation:
     """The streams of this worker by their secrets, and the handler of emulation requests."""
 
-    def __init__(self, engine: Engine, node: str, worker: str) -> None:
+    def __init__(self, engine: Engine, node: str, worker: str, client_log: ClientLog | None = None) -> None:
         """node: id of this node; requests for another node get status 404. worker: see `SendOrder`."""
+        self._client_log = client_log or ClientLog()
         self._engine = engine
         self._node = node
         self._worker = worker
@@ -160,6 +162,8 @@ class Emulation:
         session = self._by_secret.get(order.secret)
         if session is not None:
             session.receive(order.data)
+        else:
+            self._client_log.refuse("emulation_session")
 
     def serve(self, cors_headers: Headers, request: Exchange) -> None:
         """Handle one emulation request. cors_headers: added to the response."""

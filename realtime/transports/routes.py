@@ -102,6 +102,8 @@ def _disabled_paths(settings: Settings) -> frozenset[str]:
     paths = {transport.handler_prefix for transport in optional if not transport.enabled}
     if settings.websocket.disabled:
         paths.add(settings.websocket.handler_prefix)
+    if not (settings.sse.enabled or settings.http_stream.enabled):
+        paths.add(settings.emulation.handler_prefix)
     return frozenset(paths)
 
 
@@ -200,7 +202,7 @@ class Router:
             response = status_response(405, ("Allow", ", ".join(allowed)))
             is_preflight = method == "OPTIONS" and head.get("access-control-request-method")
             return msgspec.structs.replace(response, fault="origin") if is_preflight else response
-        return self._resolve_file(method, path)
+        return self._resolve_file(head)
 
     def max_body_size(self, path: str) -> int:
         """Return the largest allowed size of a request's body in bytes; 0 for no limit."""
@@ -253,7 +255,8 @@ class Router:
         # Compares the bytes as sent, in constant time: the time reveals nothing about a correct prefix.
         return bool(self._key) and hmac.compare_digest(key.encode("latin-1", "replace"), self._key)
 
-    def _resolve_file(self, method: str, path: str) -> RequestHandler | PreparedResponse:
+    def _resolve_file(self, head: RequestHead) -> RequestHandler | PreparedResponse:
+        method, path = head.method, head.path
         for static in self._statics:
             if path + "/" == static.prefix:
                 return status_response(308, ("Location", static.prefix))
@@ -268,7 +271,7 @@ class Router:
             return fault_response("transport_disabled")
         if self._settings.disabled and path.startswith(self._prefix):
             return fault_response("api_disabled")
-        return status_response(404)
+        return fault_response("websocket_path" if head.get("upgrade").lower() == "websocket" else "not_found")
 
 
 # -- the server API ---------------------------------------------------------------------------------------------------

@@ -15,13 +15,11 @@ from twisted.internet.protocol import Factory
 from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent
 from zope.interface import implementer
 
+from realtime.repetition import Repetition
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 
 # Connections accepted in one turn of the loop: their handshakes follow together, at half a millisecond each.
 MAX_ACCEPTS = 4
-
-# Seconds between two log entries about refused clients.
-WARN_INTERVAL = 60.0
 
 _log = Logger()
 
@@ -127,12 +125,10 @@ class _DescriptorShortageLog:
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
-        self._silent_until = 0.0
+        self._repetition: Repetition[str] = Repetition()
 
     def __call__(self, event: LogEvent) -> None:
-        now = self._reactor.seconds()
-        if now >= self._silent_until:
-            self._silent_until = now + WARN_INTERVAL
+        if self._repetition.admit("", self._reactor.seconds()) is not None:
             _log.warn(
                 "no descriptor is left for new clients, which are turned away; raise the limit of open files "
                 "(`ulimit -n`): {event}",

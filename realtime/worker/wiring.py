@@ -279,7 +279,7 @@ def wire_transports(
             turn_end=turn_end,
         )
 
-    emulation = Emulation(pubsub.engine, protocol.node, str(process.slot))
+    emulation = Emulation(pubsub.engine, protocol.node, str(process.slot), handlers.client_log)
     pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
     stream_context = StreamContext(
         protocol.open_session, settings, protocol.deadlines, metrics, admission, emulation, queued, turn_end
