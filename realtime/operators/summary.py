@@ -227,7 +227,7 @@ class Summary:
 
     def _condition(self, slot: Slot, now: float) -> str:
         """What is wrong with a slot's process, to follow "is"; "" for nothing."""
-        if slot.in_crash_loop and slot.state is not SlotState.READY:
+        if slot.in_crash_loop:  # also while it is ready: it has not been for long
             return f"crashing: {slot.deaths} deaths in a row; see its errors in the log"
         if slot.state is not SlotState.READY:
             return "dead; it is restarted in a moment" if slot.state is SlotState.WAITING else str(slot.state.value)

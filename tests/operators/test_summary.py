@@ -79,6 +79,8 @@ def test_a_dead_a_restarting_and_a_crashing_broker_are_problems() -> None:
         server.pool.process_exited(BROKER, 1, 31.0 + 100 * death)
         server.pool.tick(100.0 + 100 * death, {})
     assert server.problems() == [("bad", "the broker is crashing: 3 deaths in a row; see its errors in the log")]
+    server.pool.process_ready(BROKER, 201.0)
+    assert server.problems() == [("warn", "the broker is crashing: 3 deaths in a row; see its errors in the log")]
 
 
 def test_many_unhealthy_workers_are_one_problem() -> None:
