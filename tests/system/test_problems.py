@@ -42,12 +42,12 @@ def wait_for_problem(server: Server, pattern: str) -> None:
 
 
 def test_errors_of_handlers_and_handler_processes_that_do_not_start(failing: Server) -> None:
-    wait_for_problem(failing, r"\d+ handler processes did not start in the last minute; see the log")
+    wait_for_problem(failing, r"handler processes that did not start in the last minute: \d+; see the log")
     for _ in range(2):
         with pytest.raises(HTTPError) as refused:
             urlopen(f"{failing.http}/fail", timeout=20)
         refused.value.close()
-    wait_for_problem(failing, r"2 errors of handlers in the last minute; the latest: KeyError in http GET /fail")
+    wait_for_problem(failing, r"errors of handlers in the last minute: 2; the latest: KeyError in http GET /fail")
     errors = failing.health()["handler_errors"]
     assert (errors["count"], errors["handler"], errors["exception"]) == (2, "http GET /fail", "KeyError")
     assert failing.operate("/health")[0] == 200, "the server does its work"
