@@ -7,7 +7,6 @@ it survives the crash of a worker. The other end of a link is `realtime.worker.e
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from realtime.metrics import Metrics
 from realtime.process import child
 from realtime.process.heap import TRIM_INTERVAL, HeapTrimmer, find_malloc_trim
 from realtime.process.link import PEER_ENDED, Link, adopt
+from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
@@ -148,8 +148,8 @@ class Broker:
     def _make_link(self, on_frame: Callable[[int, bytes], None]) -> Link:
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
-        call_soon = asyncio.get_running_loop().call_soon
-        return Link(self._reactor, call_soon, limit, on_frame, self._on_link_end, self._ledger, patience)
+        call_at_end = turn_end_caller(self._reactor)
+        return Link(self._reactor, call_at_end, limit, on_frame, self._on_link_end, self._ledger, patience)
 
     def _on_link_end(self, link: Link, reason: str) -> None:
         """Let the clients of a worker leave, as it has ended or its link was cut."""

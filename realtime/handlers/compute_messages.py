@@ -3,7 +3,7 @@
 The length has 4 bytes, big-endian. Both ends run the same code as the same user.
 
     worker                                  process
-    AppSettings                  ------->
+    ProcessSettings              ------->
                                  <-------   ProcessReady, or CallFailed
     ComputeCall                  ------->
     ServerResult or ServerError  <------>   ServerCall, any number of times, one after another
@@ -17,9 +17,20 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from realtime.config.settings import AppSettings, LogSettings
+
 # The most bytes of one message from a process, with its length. A handler with a longer result ends as CallFailed.
 MAX_REPLY = 1_048_576
 HEAD = struct.Struct("!I")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSettings:
+    """The application to import, and the log. worker: name of the worker, for the log."""
+
+    app: AppSettings
+    log: LogSettings
+    worker: str
 
 
 @dataclass(frozen=True, slots=True)

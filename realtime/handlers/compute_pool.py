@@ -32,7 +32,7 @@ from twisted.logger import Logger
 
 from realtime import cache
 from realtime.app import Handler, Server
-from realtime.config.settings import AppSettings, WorkersSettings
+from realtime.config.settings import AppSettings, LogSettings, WorkersSettings
 from realtime.errors import ClientError, Disconnect, HandlerTimeout, PoolFull
 from realtime.handlers.compute_messages import (
     HEAD,
@@ -44,6 +44,7 @@ from realtime.handlers.compute_messages import (
     CallReturned,
     ComputeCall,
     ProcessReady,
+    ProcessSettings,
     Reply,
     ServerCall,
     ServerError,
@@ -80,11 +81,22 @@ class HandlerFailed(Exception):
 class ComputePool:
     """The handler processes of one worker. Loop thread only."""
 
-    def __init__(self, reactor: Any, workers: WorkersSettings, app: AppSettings, metrics: Metrics) -> None:
-        """reactor: IReactorTime, on the asyncio loop. app: the application that the processes import."""
+    def __init__(
+        self,
+        reactor: Any,
+        workers: WorkersSettings,
+        app: AppSettings,
+        metrics: Metrics,
+        log: LogSettings | None = None,
+        worker: str = "worker",
+    ) -> None:
+        """reactor: IReactorTime, on the asyncio loop. app: the application that the processes import.
+
+        log, worker: see `ProcessSettings`.
+        """
         self._reactor = reactor
         self._size = workers.processes or _default_size(workers.count)
-        self._app = app
+        self._settings = ProcessSettings(app, log or LogSettings(), worker)
         self._metrics = metrics
         self._idle = IdleProcesses(workers.process_queue)
         self._server: Server | None = None
@@ -170,7 +182,7 @@ class ComputePool:
         if self._stopping:
             return
         try:
-            self._alive.add(ComputeProcess(self._app, self._call_server, self._is_ready, self._has_ended))
+            self._alive.add(ComputeProcess(self._settings, self._call_server, self._is_ready, self._has_ended))
         except OSError as error:  # out of descriptors, memory or processes
             _log.error("can't start a handler process, trying again later: {error}", error=error)
             self._launch_later()
@@ -267,7 +279,7 @@ class ComputeProcess(asyncio.Protocol):
 
     def __init__(
         self,
-        app: AppSettings,
+        settings: ProcessSettings,
         call_server: Callable[[ServerCall], Coroutine[Any, Any, bytes]],
         ready: Callable[[ComputeProcess], None],
         ended: Callable[[ComputeProcess, str], None],
@@ -298,7 +310,7 @@ class ComputeProcess(asyncio.Protocol):
             self._pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
         self._loop.add_reader(self._pidfd, self._reap)
-        self._connecting = self._loop.create_task(self._connect(ours, pack(app)))
+        self._connecting = self._loop.create_task(self._connect(ours, pack(settings)))
 
     async def call(self, message: bytes) -> Reply:
         """Send a packed ComputeCall and return the reply; one call at a time.

@@ -3,7 +3,7 @@
     python -m realtime.handlers.compute_process FD
 
 FD is a connected UNIX stream to the worker; `realtime.handlers.compute_messages` describes its messages. The first
-message from the worker is its AppSettings: this process imports the application as the worker did, and answers with
+message from the worker is ProcessSettings: this process imports the application as the worker did, and answers with
 ProcessReady. From then on it carries out one ComputeCall at a time, and answers each with one reply; until the reply,
 the handler may call the App's methods, which go over the same stream to the worker and back. The process ends when the
 stream does.
@@ -42,6 +42,7 @@ from realtime.handlers.compute_messages import (
     pack,
 )
 from realtime.handlers.results import call_plain_function, result_converter
+from realtime.process import app_log, output
 
 _PR_SET_PDEATHSIG = 1
 # The most characters of a traceback that are sent to the worker; its end is kept.
@@ -65,8 +66,10 @@ def _serve(stream: socket.socket) -> int:
     settings = _receive(stream)
     if settings is None:
         return 0
+    output.install(settings.log.max_queued_bytes)
+    app_log.begin(f"{settings.worker} process {os.getpid()}", settings.log, sys.stdout.write)
     try:
-        app = load(settings)
+        app = load(settings.app)
     except SettingsError as error:
         stream.sendall(pack(CallFailed(("", 0), str(error))))
         _receive(stream)  # wait, so that the worker reads the message before it sees the end of the process

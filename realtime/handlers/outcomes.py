@@ -10,11 +10,10 @@ from twisted.python.failure import Failure
 from realtime.app import Handler
 from realtime.handlers.compute_pool import HandlerFailed
 from realtime.metrics import Counter, Metrics
+from realtime.repetition import Repetition
 
-# Seconds between two log entries about the same error at the same line.
-REPEAT_AFTER = 60.0
-# Lines that are remembered: an application that generates code at run time has no end of them.
-_MAX_LINES = 1000
+# Lines in one minute that are logged: an application that generates code at run time has no end of them.
+MAX_LINES = 1000
 # Pairs of handler and exception type that are counted on their own: an application may create types at run time.
 MAX_ERROR_SERIES = 200
 
@@ -31,21 +30,14 @@ class HandlerErrorLog:
         self._clock = clock
         self._metrics = metrics
         self._counters: dict[tuple[str, str], Counter] = {}
-        # By handler, file and line: when it was logged, and the repetitions since.
-        self._logged: dict[tuple[str, str, int], tuple[float, int]] = {}
+        self._repetition: Repetition[tuple[str, str, int]] = Repetition(MAX_LINES)  # by handler, file and line
 
     def report(self, handler: Handler, error: BaseException) -> None:
-        """Count `error`, and log it with its traceback unless the same line was logged within REPEAT_AFTER seconds."""
+        """Count `error`, and log it with its traceback unless the same line was logged within the last minute."""
         self._count(handler.name, error.kind if isinstance(error, HandlerFailed) else type(error).__name__)
-        line = (handler.name, *_raising_line(error))
-        now = self._clock.seconds()
-        logged_at, left_out = self._logged.get(line, (now - REPEAT_AFTER, 0))
-        if now - logged_at < REPEAT_AFTER:
-            self._logged[line] = (logged_at, left_out + 1)
+        left_out = self._repetition.admit((handler.name, *_raising_line(error)), self._clock.seconds())
+        if left_out is None:
             return
-        if len(self._logged) >= _MAX_LINES:
-            self._logged.clear()
-        self._logged[line] = (now, 0)
         self._log.failure(
             "handler {handler} at {place} raised an exception{repeats}",
             Failure(error),

@@ -23,6 +23,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.http import FORBIDDEN, NOT_ALLOWED, NOT_FOUND, OK, SERVICE_UNAVAILABLE
 
+from realtime.client_log import ClientLog
 from realtime.metrics import Sample
 from realtime.operators import page, viewers
 from realtime.operators.exposition import (
@@ -82,6 +83,7 @@ class OperatorPort:
         """Listen. port: 0 for any free one. Raises CannotListen."""
         self._overview = overview
         self._reactor = reactor
+        self._client_log = ClientLog(now=reactor.seconds, info=lambda line: _log.info("{line}", line=line))
         self._samples: dict[int, tuple[ObservedProcess, list[Sample]]] = {}  # by slot, the latest of its process
         self._files = page.load()
         failures = Failures()
@@ -130,6 +132,7 @@ class OperatorPort:
     def answer(self, request: OperatorRequest) -> None:
         """Answer one request, now or later."""
         if len(request.hosts) != 1 or not self._is_own(request.hosts[0]):
+            self._client_log.refuse("operator_host", host=", ".join(request.hosts))
             request.reply(FORBIDDEN, "text/plain", "unknown Host: use localhost, or the address that is bound\n")
         elif request.method not in (b"GET", b"HEAD"):
             request.setHeader("allow", "GET, HEAD")
@@ -156,6 +159,7 @@ class OperatorPort:
 
         def guarded(request: OperatorRequest) -> None:
             if request.is_foreign():
+                self._client_log.refuse("operator_origin", origin=request.getHeader("origin") or "another site")
                 request.reply(FORBIDDEN, "text/plain", "refused: the request comes from a page of another origin\n")
             else:
                 answer(request)

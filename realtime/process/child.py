@@ -310,7 +310,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     )
     output.install(tree.log.max_queued_bytes)
     child.metrics.sources.append(output.samples)
-    log.begin(child.name, tree.log.level, sys.stdout)
+    log.begin(child.name, tree.log, sys.stdout)
     log.count_internal_errors(child.metrics)
     loop.set_exception_handler(log.log_loop_error)
     _adopt(asyncio_reactor, options.link, child.control)

@@ -32,6 +32,7 @@ from twisted.python.failure import Failure
 from realtime import cache
 from realtime._version import __version__
 from realtime.app import App
+from realtime.client_log import ClientLog
 from realtime.config.settings import MessageSettings, Settings
 from realtime.deadlines import Deadlines
 from realtime.handlers.call import HandlerServices
@@ -39,7 +40,9 @@ from realtime.handlers.compute_pool import ComputePool
 from realtime.handlers.coroutines import drive, gather
 from realtime.handlers.dispatch import Dispatcher
 from realtime.http.hosts import HostNames
+from realtime.process import log
 from realtime.process.child import Child
+from realtime.process.reactor import turn_end_caller
 from realtime.process.transport import DirectServer
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
@@ -71,11 +74,18 @@ from realtime.worker.invalidations import CacheInvalidations
 from realtime.worker.io_uring import IOURing
 from realtime.worker.key_sets import make_verifier
 from realtime.worker.load_shedding import LoadShedding, configure_cache_host
-from realtime.worker.loop_time import ChargedReceiver, NamespaceAccounts, charge_steps, charged_transport
+from realtime.worker.loop_time import (
+    ChargedReceiver,
+    NamespaceAccounts,
+    charge_steps,
+    charged_frontend,
+    charged_transport,
+)
 from realtime.worker.node import NodeIdentitySource
 from realtime.worker.surveys import Surveys
 
 _log = Logger()
+_clients = Logger(namespace="realtime.clients")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,7 @@ class PubSubParts:
 class HandlerParts:
     """The application of one worker, with its handlers. shedding: takes the readings of the heartbeat."""
 
+    client_log: ClientLog
     app: App
     dispatcher: Dispatcher
     shedding: LoadShedding
@@ -171,6 +182,7 @@ def wire_handlers(process: Child, app: App) -> HandlerParts:
     """Build the dispatcher of the application's handlers, and give its caches the worker's load."""
     settings, reactor, metrics = process.settings, process.reactor, process.metrics
     pressure = Pressure(settings.loop, reactor.seconds)
+    client_log = _client_log(process)
     services = HandlerServices(
         reactor=reactor,
         settings=settings.workers,
@@ -179,13 +191,27 @@ def wire_handlers(process: Child, app: App) -> HandlerParts:
         ledger=process.accounts,
         marker=process.marker,
         pressure=pressure,
-        compute_pool=ComputePool(reactor, settings.workers, settings.app, metrics),
+        compute_pool=ComputePool(reactor, settings.workers, settings.app, metrics, settings.log, process.name),
         slow_call=settings.loop.lagging,
+        client_log=client_log,
     )
     dispatcher = Dispatcher(app, services)
     configure_cache_host(cache.HOST, pressure, dispatcher.run_coroutine, metrics)
     shedding = LoadShedding(pressure, dispatcher.throttles, process.page, metrics, _log)
-    return HandlerParts(app, dispatcher, shedding)
+    return HandlerParts(client_log, app, dispatcher, shedding)
+
+
+def _client_log(process: Child) -> ClientLog:
+    """Build the log of refusals, with no writer for the levels that are off."""
+    level = process.settings.log.level
+    client_log = ClientLog(
+        process.metrics,
+        process.reactor.seconds,
+        info=(lambda line: _clients.info("{line}", line=line)) if log.is_on("info", level) else None,
+        debug=(lambda line: _clients.debug("{line}", line=line)) if log.is_on("debug", level) else None,
+    )
+    process.heartbeat.tasks.add(1.0, client_log.report_left_out, is_needed=lambda: client_log.has_left_out)
+    return client_log
 
 
 def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -> ProtocolParts:
@@ -210,7 +236,7 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
         wall_clock=time.time,
         report_error=_report_error,
         counters=SessionCounters(metrics),
-        log_debug=lambda line: _log.debug("{line}", line=line),
+        client_log=handlers.client_log,
     )
     surveys = Surveys(pubsub.engine, pubsub.hub, str(process.slot), reactor)
     pubsub.sessions.add_handler(ChannelsOrder, surveys.on_order)
@@ -221,7 +247,7 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
         node=node.uid,
         open_session=partial(Session, session_settings, services, COMMANDS),
         deadlines=services.deadlines,
-        api=HTTPAPI(server_api, run_all, metrics, pubsub.slices),
+        api=HTTPAPI(server_api, run_all, metrics, pubsub.slices, handlers.client_log),
     )
 
 
@@ -232,9 +258,8 @@ def wire_transports(
     settings, metrics, ledger = process.settings, process.metrics, process.accounts
     protocol_account = ledger.open(LoopWork.PROTOCOL)
     queued = QueuedBytes()
-    turn_end = FlushAtTurnEnd(
-        process.turn_number, lambda flush: _call_next_turn(ledger.charging(protocol_account, flush))
-    )
+    call_at_end = turn_end_caller(process.reactor)
+    turn_end = FlushAtTurnEnd(process.turn_number, lambda flush: call_at_end(ledger.charging(protocol_account, flush)))
     own_names = HostNames((*settings.http_server.host_names, socket.gethostname()))
     admission = _admission(process, handlers, own_names)
 
@@ -276,9 +301,10 @@ def wire_transports(
         cors_routes=cors_routes,
         proxies=admission.proxies,
         own_names=own_names,
+        client_log=handlers.client_log,
     )
     frontend = _frontend(process, endpoints, site, protocol.deadlines, admission)
-    return TransportParts(admission, queued, frontend, charged_transport(ledger, HTTPFrontend))
+    return TransportParts(admission, queued, frontend, charged_transport(ledger, frontend.protocol))
 
 
 def _admission(process: Child, handlers: HandlerParts, own_names: HostNames) -> Admission:
@@ -290,6 +316,7 @@ def _admission(process: Child, handlers: HandlerParts, own_names: HostNames) -> 
         process.settings.workers.count,
         resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         own_names,
+        handlers.client_log,
     )
 
 
@@ -301,7 +328,7 @@ def _frontend(
     admission: Admission,
 ) -> HTTPFrontendFactory:
     charge = partial(charge_steps, process.accounts, process.accounts.open(LoopWork.HTTP))
-    return HTTPFrontendFactory(
+    factory = HTTPFrontendFactory(
         process.settings.http_server,
         endpoints,
         site,
@@ -311,6 +338,8 @@ def _frontend(
         admission,
         charge,
     )
+    factory.protocol = charged_frontend(process.accounts, HTTPFrontend)
+    return factory
 
 
 def _enabled_endpoints(
