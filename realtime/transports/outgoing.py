@@ -135,7 +135,13 @@ class Outgoing:
             self._write_to_outbox(Outbox(factory.queue_max_size, factory.queued))
             factory.turn_end.schedule(self)
         self._last_send_turn = turn
-        self.sink.deliver(self.form.frame(payload))
+        frame, sink = self.form.frame(payload), self.sink
+        try:  # `Sink.deliver` written out
+            sent = sink.send(frame)
+        except OSError:
+            sent = 0
+        if sent != len(frame):
+            sink.queue_remainder(frame, sent)
 
     def _queue_frame(self, frame: bytes) -> int:
         """Queue a frame: `sink.send` while an outbox exists, and for transports without a direct send."""
