@@ -80,6 +80,16 @@ class Reactor(asyncioreactor.AsyncioSelectorReactor):
 
         return read
 
+    def _disconnectSelectable(self, selectable: Any, *reason: Any) -> None:
+        """Called by Twisted for a lost connection, and for one whose protocol raised an exception.
+
+        A protocol that raises once more must not end the loop, which the selector's own reads would pass it to.
+        """
+        try:
+            super()._disconnectSelectable(selectable, *reason)
+        except Exception:
+            _log.failure("a protocol raised an exception at the end of its connection")
+
     def addWriter(self, writer: Any) -> None:
         self._add(writer, self._writers, self._asyncioEventloop.add_writer, False, super().addWriter)
 

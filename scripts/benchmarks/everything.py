@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import autobahn
 import blocked
+import interpreter
 import page
 import psutil
 import thrash
@@ -103,7 +104,7 @@ def machine() -> str:
 def own_versions() -> dict[str, Any]:
     return {
         "realtime": realtime.__version__,
-        "Python": platform.python_version(),
+        "Python": interpreter.describe(),
         "Twisted": twisted.__version__,
         "Autobahn": autobahn.__version__,
     }
