@@ -29,7 +29,7 @@ import twisted
 
 CHECKOUT = HERE.parent.parent
 # Benchmarks with all peers. The others are compared only with the floor.
-WITH_PEERS = {"fanout", "rpc", "connect"}
+WITH_PEERS = {"fanout", "room", "rpc", "connect"}
 
 
 class Both(io.StringIO):
