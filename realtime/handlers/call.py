@@ -27,6 +27,7 @@ from twisted.logger import Logger
 
 from realtime.app import ARGUMENTS, Handler
 from realtime.cache import Entry, NothingCached
+from realtime.client_log import ClientLog
 from realtime.config.settings import WorkersSettings
 from realtime.errors import (
     INTERNAL_ERROR,
@@ -67,6 +68,7 @@ class HandlerServices:
     account in it. marker: records the handler that runs, and charges its account in `ledger`; None to charge only.
     pressure: decides, together with each handler's policy, which calls are refused. compute_pool: not started yet, for
     handlers with run="process". slow_call: seconds on the loop that are too long for a handler with run="auto".
+    client_log: of calls that are refused, or not answered in time.
     """
 
     reactor: Any
@@ -78,6 +80,7 @@ class HandlerServices:
     pressure: PressureReading = NO_PRESSURE
     compute_pool: ComputePool | None = None
     slow_call: float = 0.05
+    client_log: ClientLog = field(default_factory=ClientLog)
 
 
 class HandlerCall:
@@ -103,7 +106,8 @@ class HandlerCall:
         # The handler's own limit of concurrent calls, if it has one.
         self._semaphore = BoundedSemaphore(handler.limit, settings.thread_queue) if handler.limit else None
         self.throttle = Throttle(self._account)
-        self._policy = AdmissionPolicy(handler, services.pressure, self.throttle, metrics)
+        self._client_log = services.client_log
+        self._policy = AdmissionPolicy(handler, services.pressure, self.throttle, metrics, self._client_log)
         self._placement: PlacementTracker | None = None
         if handler.run == "auto":
             self._placement = PlacementTracker(handler, services.slow_call, services.reactor, metrics, services.log)
@@ -241,6 +245,7 @@ class HandlerCall:
         for kinds, outcome in _OUTCOMES:
             if isinstance(error, kinds):
                 self._count(outcome)
+                self._log_refusal(error)
                 return
         if isinstance(error, EngineUnavailable):
             self._count("unavailable")
@@ -248,6 +253,34 @@ class HandlerCall:
             self._count("error")
             self._error_log.report(self.handler, error)
         raise ClientError(*INTERNAL_ERROR) from error
+
+    def _log_refusal(self, error: BaseException) -> None:
+        """Name the cause of a refusal for the log: the application, a time limit, or too few threads."""
+        match error:
+            case ClientError():  # the session of the client logs it
+                error.kind = error.kind or "handler"
+                return
+            case Disconnect():
+                error.kind = error.kind or "handler_disconnect"
+                return
+            case HandlerTimeout():
+                kind = "handler_timeout"
+            case PoolFull():
+                kind = "handler_queue"
+            case _:
+                return
+        pool, threads = self._threads, ""
+        if self._place == "thread":
+            threads = f" ({pool.busy} of {pool.size} threads are busy, {pool.overdue} past their time)"
+            if pool.overdue == pool.size:
+                kind = "threads_hang"
+        name, place = self.handler.name, self.handler.place
+        self._client_log.refuse(kind, handler=name, place=place, detail=error, size=pool.size, threads=threads)
+
+    @property
+    def _place(self) -> str:
+        """Where the next call runs: "loop", "thread" or "process"."""
+        return self._placement.place if self._placement else self.handler.run
 
     async def _run_to(self, finished: Deferred[Any], args: tuple[Any, ...]) -> None:
         """Run the handler, in a task, and hand on its outcome at once.
@@ -274,8 +307,8 @@ class HandlerCall:
         """Return a handler's result, until the timeout. A task that ignores its cancellation goes on after that."""
 
         def expire() -> None:
-            finished.errback(HandlerTimeout(f"{self.handler.name} did not finish within {timeout:g} s"))
             task.cancel()
+            finished.errback(HandlerTimeout(f"{self.handler.name} did not finish within {timeout:g} s"))
 
         self._tasks.add(task)  # the loop itself holds only a weak reference to a waiting task
         task.add_done_callback(self._tasks.discard)
@@ -292,7 +325,7 @@ class HandlerCall:
     # Where the handler runs.
 
     def _run(self, args: tuple[Any, ...]) -> Coroutine[Any, Any, Any]:
-        match self._placement.place if self._placement else self.handler.run:
+        match self._place:
             case "loop":
                 return self._run_on_loop(args)
             case "process":

@@ -37,7 +37,7 @@ class Dispatcher:
         self._app = app
         self._services = services
         self.ledger = services.ledger
-        self._error_log = HandlerErrorLog(services.log, services.reactor)
+        self._error_log = HandlerErrorLog(services.log, services.reactor, services.metrics)
         self._calls: list[HandlerCall] = []
         self.threads = HandlerThreads(services.reactor, services.settings.threads, services.settings.thread_queue)
         self.threads.register_metrics(services.metrics)

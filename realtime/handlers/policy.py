@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from realtime.app import POLICIES, Handler
+from realtime.client_log import ClientLog
 from realtime.errors import Overloaded
 from realtime.metrics import Counter, Metrics
 from realtime.supervision.pressure import Throttle
@@ -39,8 +40,17 @@ class AdmissionPolicy:
     `admits_directly` is true at any time.
     """
 
-    def __init__(self, handler: Handler, pressure: PressureReading, throttle: Throttle, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        pressure: PressureReading,
+        throttle: Throttle,
+        metrics: Metrics,
+        client_log: ClientLog | None = None,
+    ) -> None:
+        """client_log: of the refused calls."""
         self.throttle = throttle
+        self._client_log = client_log or ClientLog()
         self._handler = handler
         self._pressure = pressure
         self._metrics = metrics
@@ -99,6 +109,7 @@ class AdmissionPolicy:
         if counter is None:
             counter = self._refusals[reason] = shed_counter(self._metrics, self._handler.kind, reason)
         counter.value += 1
+        self._client_log.refuse("handler_pressure", handler=self._handler.name, reason=reason)
         return Overloaded(f"{self._handler.name} is refused: {reason}")
 
 

@@ -147,15 +147,27 @@ def origin_policy(patterns: Iterable[str], own_names: HostNames | None = None) -
             return False
         if allows_any:
             return True
-        parts = _ORIGIN.fullmatch(origin)
-        if parts is None:
-            return False
         if not globs:
-            scheme, authority = parts.groups()
-            return scheme in _DEFAULT_PORTS and _is_same_host(authority, head.get_all("host")[0].lower(), scheme)
-        return any(match(origin) for match in matches)
+            return _is_same_origin(origin, head)
+        return _ORIGIN.fullmatch(origin) is not None and any(match(origin) for match in matches)
 
     return is_allowed
+
+
+def origin_fault(head: RequestHead) -> str:
+    """Return the kind of a refusal by an `origin_policy`: "null_origin", "host" or "origin"."""
+    origin = head.get("origin").lower()
+    if origin == "null":
+        return "null_origin"
+    return "host" if not origin or _is_same_origin(origin, head) else "origin"
+
+
+def _is_same_origin(origin: str, head: RequestHead) -> bool:
+    parts = _ORIGIN.fullmatch(origin)
+    if parts is None:
+        return False
+    scheme, authority = parts.groups()
+    return scheme in _DEFAULT_PORTS and _is_same_host(authority, head.get("host").lower(), scheme)
 
 
 def _is_same_host(authority: str, host: str, scheme: str) -> bool:

@@ -49,7 +49,6 @@ MAX_KNOWN_HEAD = 1024
 KNOWN_HEADS = 1024
 
 CHUNKED = -1  # `RequestHead.body` of a request with a chunked body
-UNCOUNTED = ""  # `Refusal.kind` of a refusal that is not counted as bad input
 
 
 T = TypeVar("T")
@@ -69,9 +68,8 @@ class _computed_once(Generic[T]):
 class Refusal(Struct, frozen=True, gc=False):
     """The reason for which a request is not served.
 
-    status: HTTP status code. reason: plain text for the response body; it never repeats input of the peer. kind: label
-    of the bad-input counter, or UNCOUNTED if the peer is not at fault. headers: further response headers, as
-    (name, value).
+    status: HTTP status code. reason: plain text for the response body; it never repeats input of the peer. kind: of
+    the refusal, for counters and log (`realtime.client_log`). headers: further response headers, as (name, value).
     """
 
     status: int

@@ -42,8 +42,9 @@ class Reactor(asyncioreactor.AsyncioSelectorReactor):
     def addReader(self, reader: Any) -> None:
         if getattr(reader, "reads_directly", False):
             if reader not in self._readers:
-                fd = self._readers[reader] = reader.fileno()
+                fd = reader.fileno()
                 self._selector.add_direct_reader(fd, self._make_direct_reader(reader))
+                self._readers[reader] = fd
             return
         self._add(reader, self._readers, self._asyncioEventloop.add_reader, True, super().addReader)
 
@@ -78,6 +79,16 @@ class Reactor(asyncioreactor.AsyncioSelectorReactor):
                 self._disconnectSelectable(transport, error, True)
 
         return read
+
+    def _disconnectSelectable(self, selectable: Any, *reason: Any) -> None:
+        """Called by Twisted for a lost connection, and for one whose protocol raised an exception.
+
+        A protocol that raises once more must not end the loop, which the selector's own reads would pass it to.
+        """
+        try:
+            super()._disconnectSelectable(selectable, *reason)
+        except Exception:
+            _log.failure("a protocol raised an exception at the end of its connection")
 
     def addWriter(self, writer: Any) -> None:
         self._add(writer, self._writers, self._asyncioEventloop.add_writer, False, super().addWriter)

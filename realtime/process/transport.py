@@ -46,6 +46,11 @@ class DirectServer(tcp.Server):
         return bool(self._tempDataLen or self.dataBuffer)
 
     @property
+    def buffered(self) -> int:
+        """The number of bytes buffered here."""
+        return self._tempDataLen + len(self.dataBuffer) - self.offset
+
+    @property
     def direct_send(self) -> Callable[[bytes], int] | None:
         """The socket's send(2), for callers that use it only while nothing is buffered here. None under TLS.
 

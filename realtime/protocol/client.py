@@ -148,6 +148,11 @@ new_client_id = _client_ids().__next__
 """Returns a random id for a new client."""
 
 
+def lost_client(info: ClientInfo) -> ConnectedClient:
+    """Return a client whose connection has ended with its worker. info: without its JSON texts."""
+    return ConnectedClient(_EndedSession(info), "", "", {}, "")
+
+
 def release(client: ConnectedClient) -> None:
     """Detach the client from its ended session.
 

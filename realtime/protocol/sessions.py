@@ -17,6 +17,7 @@ from realtime.protocol.orders import (
     ChannelsOrder,
     DisconnectOrder,
     EmulateOrder,
+    InvalidateOrder,
     Order,
     RefreshOrder,
     SubscribeOrder,
@@ -32,7 +33,7 @@ from realtime.types import Position, SubscribeOptions
 SESSIONS_AT_ONCE = 32
 
 # An order that concerns no session of this worker.
-HandledOrder = TypeVar("HandledOrder", ChannelsOrder, ChannelsAnswer, EmulateOrder)
+HandledOrder = TypeVar("HandledOrder", ChannelsOrder, ChannelsAnswer, EmulateOrder, InvalidateOrder)
 
 
 class RegisteredSession(Protocol):
@@ -124,7 +125,7 @@ class Sessions:
         `encode_order` did not make.
         """
         match decode_order(data):
-            case ChannelsOrder() | ChannelsAnswer() | EmulateOrder() as order:
+            case ChannelsOrder() | ChannelsAnswer() | EmulateOrder() | InvalidateOrder() as order:
                 handler = self._handlers.get(type(order))
                 if handler is not None:
                     handler(order)

@@ -35,8 +35,7 @@ from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage,
 PAGE_BYTES = 12 * 1024 * 1024
 """Upper limit in bytes of one page of history, so that a page fits into one frame between broker and worker.
 
-A page always holds at least one publication, so paging on reads everything. A recovery needs one page: a client whose
-missed publications exceed it does not recover.
+A page always holds at least one publication, so paging on reads everything.
 """
 
 MESSAGES_DROPPED = ("realtime_messages_dropped", "Publications, joins and leaves lost on their way to subscribers.")
@@ -199,6 +198,16 @@ class RemoveClient(EngineNotice, tag=13, frozen=True, gc=False):
     """Stop counting a client of this worker. Idempotent."""
 
     client: str
+
+
+class TakeLostClients(EngineRequest[list[ClientInfo]], tag=18, frozen=True, gc=False):
+    """Take over clients that an earlier worker at this address has not removed before its process ended.
+
+    Answer: `limit` of them at most; the engine has forgotten them, and keeps the others until the next request. A
+    worker that will ask says so when it attaches (`Hello.takes_lost_clients`).
+    """
+
+    limit: int
 
 
 class ReportSubscriptions(EngineNotice, tag=14, frozen=True, gc=False):

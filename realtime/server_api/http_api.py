@@ -15,6 +15,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from realtime import errors, json_text
 from realtime.auth.tokens import OVERRIDABLE
+from realtime.client_log import ClientLog
 from realtime.errors import ClientError, EngineUnavailable, RealtimeError
 from realtime.json_text import payload
 from realtime.metrics import Counter, Metrics
@@ -228,8 +229,10 @@ class HTTPAPI:
         gather: Gather = sequentially,
         metrics: Metrics | None = None,
         slices: TimeSlicer | None = None,
+        client_log: ClientLog | None = None,
     ) -> None:
-        """gather: see `ServerAPI`. slices: time slices for long work; None for no limit."""
+        """gather: see `ServerAPI`. slices: time slices for long work; None for no limit. client_log: of the errors."""
+        self._client_log = client_log or ClientLog()
         self._slices = slices or TimeSlicer.unlimited()
         self._operations = operations
         self._gather = gather
@@ -286,11 +289,12 @@ class HTTPAPI:
             published(None, error)
 
     def _refusal(self, method: str, error: BaseException) -> BaseException:
-        """Count a call that failed, and return the error for its caller."""
+        """Count and log a call that failed, and return the error for its caller."""
         if isinstance(error, EngineUnavailable):
             error = ClientError(*errors.INTERNAL_ERROR)
         if isinstance(error, ClientError):
             self._count(method, error.code)
+            self._client_log.refuse("api_error", method=method, code=error.code, reason=error.message)
         return error
 
     def _count(self, method: str, code: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 from typing import Protocol as Interface
@@ -25,14 +26,17 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from realtime.client_log import ClientLog
 from realtime.config import settings
 from realtime.deadlines import Deadlines
 from realtime.http.body import BodyParser
-from realtime.http.request import CHUNKED, UNCOUNTED, Refusal, RequestHead, RequestParser, parse_whole_head
-from realtime.metrics import Counter, Metrics, bad_input_counter
+from realtime.http.forwarded import TrustedProxies
+from realtime.http.handshake import origin_fault
+from realtime.http.request import CHUNKED, Refusal, RequestHead, RequestParser, parse_whole_head
+from realtime.metrics import Metrics
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.transports.admission import Admission, refusal_response
-from realtime.transports.http_server import Exchange, HTTPSite
+from realtime.transports.http_server import Exchange, HTTPSite, describe_request
 
 # Seconds for a refused peer to read the response and close its side; data received meanwhile is discarded.
 LINGER = 2.0
@@ -121,6 +125,10 @@ class HTTPFrontend(Protocol):
             self._is_reading_paused = True
             self.transport.pauseProducing()
 
+    def abort(self) -> None:
+        """End the connection at once, without a response."""
+        self.transport.abortConnection()
+
     def on_deadline(self) -> None:
         """Refuse a request that is not complete in time; close an idle connection; abort a refused one."""
         if self._is_refused:
@@ -133,7 +141,7 @@ class HTTPFrontend(Protocol):
             self._refuse(_TIMED_OUT)
         else:
             if not self._is_http:
-                self.factory.count_bad_input(_TIMED_OUT.kind)
+                self.factory.client_log.refuse(_TIMED_OUT.kind, lambda: {"address": self.peer})
             self.transport.loseConnection()
 
     # Called by the exchange
@@ -265,7 +273,7 @@ class HTTPFrontend(Protocol):
         if not self._is_http:
             refusal = factory.check_first(self, head)
             if refusal is not None:
-                self._refuse(refusal)
+                self._refuse(refusal, head)
                 return len(data)
         # The site answers preflight requests; the browser may send the request itself on the same connection.
         endpoint = factory.endpoints.get(head.path)
@@ -333,7 +341,7 @@ class HTTPFrontend(Protocol):
         factory = self.factory
         refusal = endpoint.check(head)
         if refusal is not None:
-            self._refuse(refusal)
+            self._refuse(refusal, head)
             return
         transport = self.transport
         self._resume_reading()
@@ -352,9 +360,14 @@ class HTTPFrontend(Protocol):
         if data:
             connection.dataReceived(data)
 
-    def _refuse(self, refusal: Refusal) -> None:
-        self.factory.count_bad_input(refusal.kind)
+    def _refuse(self, refusal: Refusal, head: RequestHead | None = None) -> None:
+        """Refuse a request. head: None for one that is not complete, or malformed."""
+        kind = origin_fault(head) if head is not None and refusal.kind == "origin" else refusal.kind
+        self.factory.client_log.refuse(kind, partial(self._describe, head), detail=refusal.reason)
         self.end_with(refusal_response(refusal))
+
+    def _describe(self, head: RequestHead | None) -> dict[str, object]:
+        return {"address": self.peer} if head is None else describe_request(head, self.peer, self.factory.proxies)
 
 
 class HTTPFrontendFactory(Factory):
@@ -362,7 +375,8 @@ class HTTPFrontendFactory(Factory):
 
     protocol: `HTTPFrontend` or a subclass. pending: connections before the end of their first head, or refused and not
     closed yet. serving: connections with requests for the site. idle: the connections without a current request, the
-    longest idle one first. is_draining: each connection ends with its next response.
+    longest idle one first. is_draining: each connection ends with its next response. client_log: counts and logs
+    refusals. proxies: the trusted proxies.
     """
 
     noisy = False
@@ -398,8 +412,8 @@ class HTTPFrontendFactory(Factory):
         self.pipelines = TimeSlicer(reactor.seconds, PIPELINE_SLICE, lambda run: reactor.callLater(0, run))
         self._admission = admission
         self.is_draining = False
-        self._metrics = metrics
-        self._counters: dict[str, Counter] = {}
+        self.client_log = admission.client_log if admission is not None else ClientLog(metrics)
+        self.proxies = admission.proxies if admission is not None else TrustedProxies(())
         metrics.gauge(
             "realtime_pending_connections", "Connections before the end of their first head", lambda: self.pending
         )
@@ -450,15 +464,6 @@ class HTTPFrontendFactory(Factory):
         """Set the deadline of `frontend` to this number of seconds from now, in place of its earlier one."""
         self.deadlines.set(frontend, self.deadlines.now + seconds)
         frontend._idle_since = -1.0
-
-    def count_bad_input(self, kind: str) -> None:
-        """Count one refusal, unless its kind is UNCOUNTED. kind: `Refusal.kind`, from a closed set."""
-        if kind == UNCOUNTED:
-            return
-        counter = self._counters.get(kind)
-        if counter is None:
-            counter = self._counters[kind] = bad_input_counter(self._metrics, kind)
-        counter.value += 1
 
     def _drop_oldest(self) -> bool:
         """Close the connection that has been idle longest; return False if none is."""

@@ -14,20 +14,23 @@ from typing import Any, Protocol
 import msgspec
 from twisted.logger import Logger
 
+from realtime.client_log import ClientLog
 from realtime.config.settings import HTTPAPISettings
 from realtime.handlers.coroutines import CoroutineDriver
 from realtime.handlers.results import PreparedResponse, status_response
 from realtime.http import cors
+from realtime.http.forwarded import TrustedProxies
+from realtime.http.handshake import origin_fault
 from realtime.http.request import CHUNKED, RequestHead
 from realtime.http.response import encode_response
-from realtime.metrics import Metrics, bad_input_counter
+from realtime.metrics import Metrics
 
 _log = Logger()
 
 # The most bytes of the body of a request without permission (401) that are read and dropped, to keep the connection.
 MAX_DROPPED_BODY = 64 * 1024
 
-# Faults of peers, counted as bad input, with the status of the response.
+# Faults of peers, kinds of `realtime.client_log`, with the status of the response.
 FAULTS = {
     "api_key": 401,
     "body_timeout": 408,
@@ -36,13 +39,27 @@ FAULTS = {
     "body_syntax": 400,
     "parameters": 400,
     "emulation": 400,
+    "emulation_node": 404,
+    "transport_disabled": 404,
+    "api_disabled": 404,
     "origin": 403,
+    "api_origin": 403,
 }
 
 
 def fault_response(fault: str) -> PreparedResponse:
     """Build the response for a fault, a key of FAULTS."""
     return msgspec.structs.replace(status_response(FAULTS[fault]), fault=fault)
+
+
+def describe_request(head: RequestHead, peer: str, proxies: TrustedProxies) -> dict[str, object]:
+    """Return the facts about a request for the log. peer: the address of its connection, possibly that of a proxy."""
+    return {
+        "address": proxies.client_address(peer, head.get_all("x-forwarded-for")),
+        "path": head.path,
+        "origin": head.get("origin"),
+        "host": head.get("host"),
+    }
 
 
 ResponseMaker = Callable[[Any, BaseException | None], PreparedResponse]
@@ -171,7 +188,7 @@ class Exchange:
         if self._is_over:
             return
         if response.fault:
-            self._site.count_fault(response.fault)
+            self._site.refuse(response.fault, self)
         closes = self.closes or response.close
         try:
             data = encode_response(
@@ -229,13 +246,21 @@ class HTTPSite:
         settings: HTTPAPISettings,
         metrics: Metrics,
         drive: Callable[..., CoroutineDriver | None],
+        proxies: TrustedProxies | None = None,
+        client_log: ClientLog | None = None,
     ) -> None:
-        """drive: starts a coroutine, as `realtime.handlers.coroutines.drive` does."""
+        """drive: starts a coroutine, as `realtime.handlers.coroutines.drive` does.
+
+        proxies: the trusted proxies. client_log: counts and logs the refusals.
+        """
         self.router = router
         self.settings = settings
         self.drive = drive
-        self._faults = {fault: bad_input_counter(metrics, fault) for fault in FAULTS}
+        self._proxies = proxies or TrustedProxies(())
+        self._client_log = client_log or ClientLog(metrics)
 
-    def count_fault(self, fault: str) -> None:
-        """Count a fault, a key of FAULTS."""
-        self._faults[fault].value += 1
+    def refuse(self, fault: str, exchange: Exchange) -> None:
+        """Count and log a fault, a key of FAULTS, of a request."""
+        head = exchange.head
+        kind = origin_fault(head) if fault == "origin" else fault
+        self._client_log.refuse(kind, partial(describe_request, head, exchange.peer, self._proxies))

@@ -57,6 +57,10 @@ class _PartialMessage:
             self._decoder.decode(data)
         self.data += data
 
+    def abort(self) -> None:
+        """See `DeadlineOwner`."""
+        self.connection.abort()
+
     def on_deadline(self) -> None:
         self.connection.on_message_timeout()
 
@@ -74,6 +78,8 @@ class Incoming(WebSocketServerProtocol):
     is_reading = True
     factory: Any
     transport: Any
+    abort: Callable[[], None]  # of `Outgoing`, as the next two
+    abort_after_error: Callable[[], None]
     _outbox: Outbox | None
     hold: Callable[[], bool]
     release: Callable[[], None]
@@ -121,7 +127,7 @@ class Incoming(WebSocketServerProtocol):
                 slices.start_slice()
                 if not slices.has_time:
                     self._set_reading(False)
-                    slices.add(self.factory.charge_work(steps))
+                    slices.add(self.factory.charge_work(self._abort_on_error(steps)))
                     break
         finally:
             if holds:
@@ -176,6 +182,13 @@ class Incoming(WebSocketServerProtocol):
             pass
         return min(stop, len(data))
 
+    def _abort_on_error(self, steps: Iterator[None]) -> Iterator[None]:
+        """Yield the steps in later turns, where no caller closes the connection after an exception."""
+        try:
+            yield from steps
+        except Exception:
+            self.abort_after_error()
+
     @property
     def _is_blocked(self) -> bool:
         """Whether frames must not be processed: the session has paused us, or the peer does not read its replies."""
@@ -187,7 +200,7 @@ class Incoming(WebSocketServerProtocol):
             return
         if self._receive_state == _BLOCKED:
             self._receive_state = _WORKING
-            self.factory.slices.add(self.factory.charge_work(self._process_frames()))
+            self.factory.slices.add(self.factory.charge_work(self._abort_on_error(self._process_frames())))
         else:
             self._set_reading(True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime.app import App, Request
+from realtime.client_log import ClientLog
 from realtime.config.settings import HTTPAPISettings, Settings
 from realtime.errors import INTERNAL_ERROR, ClientError, Disconnect, HandlerTimeout, Overloaded, PoolFull
 from realtime.handlers.call import HandlerCall
@@ -69,13 +70,16 @@ def make_site(
     cors_routes: Mapping[str, CORSRoute] | None = None,
     proxies: TrustedProxies | None = None,
     own_names: HostNames | None = None,
+    client_log: ClientLog | None = None,
 ) -> HTTPSite:
     """Build the site of one worker.
 
     another_worker_available: whether another worker accepts new
     clients, so that a refused client should reconnect. cors_routes: by path. proxies: the trusted proxies.
-    own_names: names of this server, which pages must use to call an API without key.
+    own_names: names of this server, which pages must use to call an API without key. client_log: counts and logs
+    refusals.
     """
+    proxies = proxies or TrustedProxies(())
     router = Router(
         app,
         dispatcher,
@@ -83,11 +87,22 @@ def make_site(
         settings.http_api,
         cors_routes or {},
         another_worker_available,
-        proxies or TrustedProxies(()),
+        proxies,
         origin_policy(settings.client.allowed_origins) if settings.client.allowed_origins else None,
         origin_policy((), own_names),
+        _disabled_paths(settings),
     )
-    return HTTPSite(router, settings.http_api, metrics, partial(drive, ledger=dispatcher.ledger))
+    run = partial(drive, ledger=dispatcher.ledger)
+    return HTTPSite(router, settings.http_api, metrics, run, proxies, client_log)
+
+
+def _disabled_paths(settings: Settings) -> frozenset[str]:
+    """Return the paths of the transports that are off, where a client is refused and not just lost."""
+    optional = (settings.uni_websocket, settings.sse, settings.http_stream, settings.uni_sse, settings.uni_http_stream)
+    paths = {transport.handler_prefix for transport in optional if not transport.enabled}
+    if settings.websocket.disabled:
+        paths.add(settings.websocket.handler_prefix)
+    return frozenset(paths)
 
 
 class CORSRoute:
@@ -139,11 +154,14 @@ class Router:
         proxies: TrustedProxies,
         origin_allowed: Callable[[RequestHead], bool] | None,
         may_call: Callable[[RequestHead], bool],
+        disabled_paths: Collection[str] = (),
     ) -> None:
         """origin_allowed: whether pages of a request's origin may read the routes; None for no page of another.
 
-        may_call: whether a page that sent a request may call the API without a key.
+        may_call: whether a page that sent a request may call the API without a key. disabled_paths: of transports that
+        are off.
         """
+        self._disabled_paths = disabled_paths
         self._may_call = may_call
         self._origin_allowed = origin_allowed
         self._cors_routes = cors_routes
@@ -180,7 +198,9 @@ class Router:
         if allowed and method == "OPTIONS" and self._is_of_allowed_origin(head):
             return PreparedResponse(204, headers=cors.preflight_headers(head, allowed))
         if allowed:
-            return status_response(405, ("Allow", ", ".join(allowed)))
+            response = status_response(405, ("Allow", ", ".join(allowed)))
+            is_preflight = method == "OPTIONS" and head.get("access-control-request-method")
+            return msgspec.structs.replace(response, fault="origin") if is_preflight else response
         return self._resolve_file(method, path)
 
     def max_body_size(self, path: str) -> int:
@@ -216,7 +236,7 @@ class Router:
             # Without a key, only the browser's headers tell a page of another origin, which can post any plain text.
             site = head.get("sec-fetch-site").lower()
             if site not in ("", "none", "same-origin") or not self._may_call(head):
-                return fault_response("origin")
+                return fault_response("api_origin")
         elif not self._has_key(head):
             return PreparedResponse(401, fault="api_key")  # the API's contract requires an empty body
         return None
@@ -245,6 +265,10 @@ class Router:
                 if method not in ("GET", "HEAD"):
                     return status_response(405, ("Allow", "GET, HEAD"))
                 return partial(serve_file, file)
+        if path in self._disabled_paths:
+            return fault_response("transport_disabled")
+        if self._settings.disabled and path.startswith(self._prefix):
+            return fault_response("api_disabled")
         return status_response(404)
 
 

@@ -104,7 +104,10 @@ class BrokerEngine:
         reactor: Any,
         on_lost: Callable[[], None],
         ledger: LoopTimeLedger | None = None,
+        takes_lost_clients: bool = False,
     ) -> None:
+        """takes_lost_clients: whether `TakeLostClients` will be asked."""
+        self._takes_lost_clients = takes_lost_clients
         self._ledger = ledger
         self._receiver = receiver
         self._settings = settings
@@ -191,7 +194,7 @@ class BrokerEngine:
             self._timer = None
 
     def _introduction(self) -> Iterator[broker_messages.BrokerMessage | EngineNotice]:
-        yield broker_messages.Hello(broker_messages.VERSION, self._instance)
+        yield broker_messages.Hello(broker_messages.VERSION, self._instance, self._takes_lost_clients)
         for channels in _chunks(self._channels, len):
             yield broker_messages.Restore(channels, [], [])
         for presence in _chunks(self._presence.values(), lambda add: len(add.info.conn_info) + len(add.info.chan_info)):

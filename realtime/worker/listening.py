@@ -94,17 +94,19 @@ class ListeningPort(tcp.Port):
         if len(address) == 4 and address[3]:  # a link-local IPv6 address: its text includes the interface
             host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
             address = (host, *address[1:])
+        transport = None
         try:
             protocol = self._factory.buildProtocol(None)
-            if protocol is None:
-                accepted.close()
-                return
             number = self.sessionno
             self.sessionno = number + 1
-            protocol.makeConnection(self.transport(accepted, protocol, address, self, number, self.reactor))
+            transport = self.transport(accepted, protocol, address, self, number, self.reactor)
+            protocol.makeConnection(transport)
         except Exception:
-            _log.failure("serving an accepted connection raised; closing it")
-            accepted.close()
+            _log.failure("making the protocol of an accepted connection raised; closing the connection")
+            if transport is None:
+                accepted.close()
+            else:
+                transport.abortConnection()
 
 
 def adopt(
