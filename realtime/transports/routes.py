@@ -167,8 +167,9 @@ class Router:
         self._may_call = may_call
         self._origin_allowed = origin_allowed
         self._cors_routes = cors_routes
+        cors_headers = self.cors_headers if origin_allowed is not None else _no_headers
         self._routes: dict[str, RequestHandler] = {
-            route: partial(serve_route, call, proxies, another_worker_available, self.cors_headers)
+            route: partial(serve_route, call, proxies, another_worker_available, cors_headers)
             for route, call in dispatcher.routes.items()
         }
         self._dispatcher = dispatcher
@@ -372,7 +373,7 @@ def _route_response(
     result: Any,
     error: BaseException | None,
 ) -> PreparedResponse:
-    response = _result_response(another_worker_available, result, error)
+    response: PreparedResponse = result if error is None else _error_response(another_worker_available, error)
     if not cors_headers:
         return response
     own = {name.lower() for name, _ in response.headers}
@@ -381,13 +382,8 @@ def _route_response(
     return msgspec.structs.replace(response, headers=response.headers + cors_headers)
 
 
-def _result_response(
-    another_worker_available: Callable[[], bool], result: Any, error: BaseException | None
-) -> PreparedResponse:
+def _error_response(another_worker_available: Callable[[], bool], error: BaseException) -> PreparedResponse:
     match error:
-        case None:
-            response: PreparedResponse = result
-            return response
         case Overloaded() if another_worker_available():
             # The connection is closed: another worker serves the client when it reconnects.
             return msgspec.structs.replace(status_response(503, ("Retry-After", "1")), close=True)
@@ -400,6 +396,10 @@ def _result_response(
         case _:
             # The dispatcher logged the exception, or the handler was cancelled and the peer has gone.
             return status_response(500)
+
+
+def _no_headers(head: RequestHead) -> cors.Headers:
+    return ()
 
 
 def _parse_query(query: str) -> dict[str, str] | None:
