@@ -11,7 +11,7 @@ while the session has paused the connection, or while a peer that sends commands
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from autobahn.twisted.websocket import WebSocketServerProtocol
@@ -71,6 +71,7 @@ class Incoming(WebSocketServerProtocol):
 
     first_byte = TEXT
     is_reading = True
+    when_drained: Callable[[Callable[[], None]], None]  # of `Outgoing`
     factory: Any
     transport: Any
     _outbox: Outbox | None
@@ -143,6 +144,9 @@ class Incoming(WebSocketServerProtocol):
             self._set_reading(False)
         elif not (self.is_reading or self._is_blocked):
             self._set_reading(True)
+        if not (self.is_reading or self._is_paused):
+            # Replies of this turn are in the way. They may leave at its end without a pause of the transport.
+            self.when_drained(self.resume_processing)
 
     def _process_frame(self, data: bytes, start: int) -> int:
         """Process the frame at `start`, or the received part of it; return the position after the processed bytes.

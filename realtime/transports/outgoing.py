@@ -111,7 +111,7 @@ class Outgoing:
     _outbox: Outbox | None = None  # None: nothing is queued, frames go straight to the transport
     _is_transport_full = False  # the transport has paused us
     _acknowledged = 0  # bytes that the peer's kernel had acknowledged at the last check
-    _on_drained: Callable[[], None] | None = None  # see `when_drained`
+    _on_drained: tuple[Callable[[], None], ...] = ()  # see `when_drained`
     _last_send_turn = -1  # number of the loop turn of the latest `send`
 
     @property
@@ -163,8 +163,9 @@ class Outgoing:
         return self._outbox is not None and self._outbox.size > self.factory.queue_max_size // 2
 
     def when_drained(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once when the socket has taken all frames, in place of an earlier callback."""
-        self._on_drained = callback
+        """Call `callback` once when the socket has taken all frames, however often this is asked for until then."""
+        if callback not in self._on_drained:
+            self._on_drained += (callback,)
 
     def unsent(self) -> int:
         """Return the number of bytes that the peer's kernel has not acknowledged, queued ones included."""
@@ -229,7 +230,7 @@ class Outgoing:
     def stop_writing(self) -> None:
         """Drop queued and further frames of a lost connection, and clear its deadline."""
         self.factory.deadlines.clear(self)
-        self._on_drained = None
+        self._on_drained = ()
         if self._outbox is not None:
             self._outbox.clear()
         self._write_to_outbox(_DISCARDING)
@@ -262,9 +263,10 @@ class Outgoing:
         else:
             self.factory.deadlines.clear(self)
             self._write_directly()
-            if self._on_drained is not None:
-                on_drained, self._on_drained = self._on_drained, None
-                on_drained()
+            if self._on_drained:
+                callbacks, self._on_drained = self._on_drained, ()
+                for callback in callbacks:
+                    callback()
 
     def _write_to_transport(self, data: bytes) -> None:
         """Write to the transport; if it buffers any of the data, it pauses us until its buffer is empty."""
