@@ -19,7 +19,6 @@ import socket
 import struct
 import termios
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import count
 from typing import Any, Protocol
 
@@ -169,20 +168,20 @@ class Outgoing:
 
     def unsent(self) -> int:
         """Return the number of bytes that the peer's kernel has not acknowledged, queued ones included."""
+        if self._outbox is _DISCARDING:
+            return 0
         queued = self._outbox.size if self._outbox is not None else 0
         if isinstance(self.transport, DirectServer):
             queued += self.transport.buffered
-        with suppress(OSError):
-            (unacknowledged,) = struct.unpack("i", fcntl.ioctl(self._tcp_socket, termios.TIOCOUTQ, b"\0\0\0\0"))
-            queued += unacknowledged
-        return queued
+        (unacknowledged,) = struct.unpack("i", fcntl.ioctl(self._tcp_socket, termios.TIOCOUTQ, b"\0\0\0\0"))
+        return queued + int(unacknowledged)
 
     def pace(self, is_paced: bool) -> None:
         """Have the kernel take only as many bytes as it may send soon, or as many as fit into its buffer.
 
         That buffer holds megabytes. On a slow link they would delay replies and pings behind them by minutes.
         """
-        with suppress(OSError):
+        if self._outbox is not _DISCARDING:
             self._tcp_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _PACED_UNSENT if is_paced else 0)
 
     @property
