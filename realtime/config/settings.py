@@ -86,6 +86,14 @@ class LogSettings(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["none", "trace", "debug", "info", "warn", "error"],
         about("Lowest severity that the server logs. none: the server logs nothing."),
     ] = "info"
+    loggers: Annotated[
+        dict[str, str],
+        restricted('a level for each logger, such as { "sqlalchemy.engine" = "warn" }', checks.are_levels),
+        about(
+            "Lowest severity of the application's own loggers (Python's logging), by their names, where it is not"
+            " log.level; root: of all others."
+        ),
+    ] = field(default_factory=dict)
     max_queued_bytes: Annotated[
         Positive,
         about(

@@ -59,7 +59,9 @@ class CommandRunner(Protocol):
     def start(self, command: Command) -> None:
         """Start one command. Raises ProtocolError for an invalid one."""
 
-    def disconnect(self, code: int, reason: str) -> None: ...
+    def disconnect(self, code: int, reason: str, *, detail: str = "") -> None: ...
+
+    def abort(self) -> None: ...
 
     def pause_reading(self) -> None: ...
 
@@ -124,9 +126,13 @@ class CommandQueue:
         self._all_started()
 
     def _start_others(self) -> Iterator[None]:
-        while self._start_some():
-            yield
-        self._all_started()
+        try:
+            while self._start_some():
+                yield
+            self._all_started()
+        except Exception as error:
+            self._session.services.report_error(error)
+            self._session.abort()
 
     def _start_some(self) -> bool:
         """Decode one command, or start up to COMMANDS_AT_ONCE. Returns whether another might start."""
@@ -147,8 +153,8 @@ class CommandQueue:
                 return self._has_to_decode()
             try:
                 session.start(command)
-            except ProtocolError:
-                session.disconnect(*BAD_PROTOCOL)
+            except ProtocolError as error:
+                session.disconnect(*BAD_PROTOCOL, detail=str(error))
         return session.state in ACCEPTING and bool(commands or self.undecoded)
 
     def _has_to_decode(self) -> bool:

@@ -38,6 +38,9 @@ class ReplayingSession(Protocol):
     def drained(self) -> None:
         """Handle a connection that was waited for with `when_drained`: it calls `resume`."""
 
+    def describe(self) -> dict[str, object]:
+        """Return the facts about the client for the log."""
+
 
 class Replays:
     """The replays of one session, which take turns: each sends a page while the connection is drained."""
@@ -89,7 +92,7 @@ class Replays:
         try:
             page = await subscription.read_page(replay) if subscription.is_active else None
         except Disconnect:
-            services.counters.bad_input["encoding"].value += 1
+            subscription.log_unencodable()
             page = None
         except (ClientError, EngineUnavailable):
             page = None
@@ -97,9 +100,8 @@ class Replays:
             return False
         if page is None:
             services.counters.replays["lost"].value += 1
-            services.log_debug(
-                f"client {subscription.client}: channel {subscription.channel!r:.200} can't be replayed after offset"
-                f" {replay.position.offset}; the client subscribes again"
+            services.client_log.refuse(
+                "replay", self._session.describe, channel=repr(subscription.channel), offset=replay.position.offset
             )
             self._session.subscription_lost_position(subscription)
             return False

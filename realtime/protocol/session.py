@@ -21,13 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct, UnsetType
 
 from realtime import errors
-from realtime.errors import ClientError, Disconnect, EngineUnavailable, KeysUnavailable
+from realtime.errors import ClientError, Disconnect, EngineUnavailable, KeysUnavailable, RealtimeError
 from realtime.http.handshake import OpeningRequest
 from realtime.protocol import messages
 from realtime.protocol.channel_rules import ResolvedChannel
@@ -165,8 +166,8 @@ class Session(SessionTimers):
                 self._pong_received()
             else:
                 self.start(command)
-        except ProtocolError:
-            self.disconnect(*errors.BAD_PROTOCOL)
+        except ProtocolError as error:
+            self.disconnect(*errors.BAD_PROTOCOL, detail=str(error))
 
     def _enqueue(self, message: bytes) -> None:
         queue = self.queue
@@ -174,7 +175,13 @@ class Session(SessionTimers):
             queue = self.queue = CommandQueue(self)
         queue.append(self.encoding.decode_commands(message), len(message))
         if not queue.is_starting:
-            queue.start_ready()
+            # All replies to the commands of a message leave together.
+            holds = self._connection.hold()
+            try:
+                queue.start_ready()
+            finally:
+                if holds:
+                    self._connection.release()
         if self.queue is not None:
             queue.limit()
 
@@ -194,13 +201,12 @@ class Session(SessionTimers):
         counters = self.services.counters
         counters.commands[name].value += 1
         if self.settings.client.commands_per_second and self._exceeds_rate():
-            counters.bad_input["command_rate"].value += 1
-            self._refuse(command.id, name, ClientError(*errors.TOO_MANY_REQUESTS))
+            self._refuse(command.id, name, request, ClientError(*errors.TOO_MANY_REQUESTS, kind="command_rate"))
             return
         try:
             rest = self._commands[name](self, command.id, request)
         except Exception as error:
-            self._answer_failure(command.id, name, error)
+            self._answer_failure(command.id, name, request, error)
             return
         if rest is None:
             return
@@ -226,7 +232,7 @@ class Session(SessionTimers):
         try:
             await rest
         except Exception as error:
-            self._answer_failure(id, name, error)
+            self._answer_failure(id, name, request, error)
         finally:
             if self.busy_channels:
                 self.busy_channels.discard(getattr(request, "channel", ""))
@@ -293,28 +299,37 @@ class Session(SessionTimers):
         if self.state is not SessionState.CLOSED:
             self._connection.send(self.encoding.encode_presence_reply(id, members))
 
-    def _answer_failure(self, id: int, name: str, error: Exception) -> None:
+    def _answer_failure(self, id: int, name: str, request: Any, error: Exception) -> None:
         """Answer a command that raised `error`."""
         match error:
             case Disconnect():
-                self.disconnect(error.code, error.reason)
+                detail = detail_of(error) or f"by its {name} command"
+                self.disconnect(error.code, error.reason, kind=error.kind, detail=detail)
+                return
             case ClientError():
-                self._refuse(id, name, error)
-            case EngineUnavailable() | KeysUnavailable():
-                self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
+                pass
+            case EngineUnavailable():
+                error = ClientError(*errors.INTERNAL_ERROR, kind="engine")
+            case KeysUnavailable():
+                error = ClientError(*errors.INTERNAL_ERROR, kind="keys")
             case _:
                 self.services.report_error(error)
-                self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
+                error = ClientError(*errors.INTERNAL_ERROR)
+        self._refuse(id, name, request, error)
 
-    def _refuse(self, id: int, name: str, error: ClientError) -> None:
+    def _refuse(self, id: int, name: str, request: Any, error: ClientError) -> None:
         if self.state is SessionState.CLOSED:
             return
         self.services.counters.count_error(name, error.code)
+        describe = partial(self._describe_command, name, request)
+        self.services.client_log.refuse_by(
+            error.code, error.kind, name, describe, reason=error.message, detail=detail_of(error)
+        )
         if name == "connect" and self.state is CONNECTED:
             self.disconnect(*errors.SERVER_ERROR)  # a bug in the server, after the reply was sent
             return
         if self.encoding.unidirectional:
-            self.disconnect(*_WITHOUT_REPLIES.get(error.code, errors.SERVER_ERROR))
+            self.disconnect(*_WITHOUT_REPLIES.get(error.code, errors.SERVER_ERROR), kind="refused")
             return
         if id:
             self._connection.send(self.encoding.encode_error(id, error))
@@ -355,8 +370,7 @@ class Session(SessionTimers):
         if not (limit and info.user):
             engine.tell(AddClient(info))
         elif not await engine.ask(AdmitClient(info, limit)):
-            self.services.counters.bad_input["user_connections"].value += 1
-            raise Disconnect(*errors.USER_CONNECTIONS)
+            raise Disconnect(*errors.USER_CONNECTIONS, kind="user_connections")
 
     def cancel_admission(self) -> None:
         """Undo `admit`, and end the subscriptions made since."""
@@ -369,6 +383,8 @@ class Session(SessionTimers):
         self.state = SessionState.CONNECTED
         self.handle = ConnectedClient(self, name, version, self.request.headers, self.request.remote_address, meta)
         self.services.sessions.add(self)
+        if self.services.client_log.debug:
+            self.services.client_log.came(self.describe)
         self._start_pings()
 
     def is_allowed(self, verb: str, channel: str, channel_options: ResolvedChannel) -> bool:
@@ -426,9 +442,9 @@ class Session(SessionTimers):
             self.remove_subscription(subscription)
             return None
         result = joined.result
-        if result.was_recovering and result.recoverable and not result.recovered:
-            is_ahead = request.epoch == result.epoch and request.offset > result.offset
-            self.services.counters.bad_input["recovery_ahead"].value += is_ahead
+        is_unrecovered = result.was_recovering and result.recoverable and not result.recovered
+        if is_unrecovered and request.epoch == result.epoch and request.offset > result.offset:
+            self.services.client_log.refuse("recovery_ahead", self.describe, channel=repr(request.channel))
         return joined
 
     def activate(self, subscription: Subscription, joined: JoinResult) -> None:
@@ -587,19 +603,42 @@ class Session(SessionTimers):
         self.set_expiry(expire_at)
         self._push("", "refresh", messages.RefreshPush(bool(ttl), ttl))
 
-    def disconnect(self, code: int, reason: str) -> None:
-        """Close the connection with this code. The session has ended when this returns."""
+    def disconnect(self, code: int, reason: str, *, kind: str = "", detail: str = "") -> None:
+        """Close the connection with this code. The session has ended when this returns.
+
+        kind, detail: of the cause, for the log; "" where the code tells it.
+        """
         if self.state is not SessionState.CLOSED:
-            self.services.counters.count_disconnect(code)
-            self._end()
+            self.services.client_log.refuse_by(code, kind, "", self.describe, reason=reason, detail=detail)
+            self._end(code, reason)
             self._connection.close(code, reason)
 
     def closed(self) -> None:
         """End the session: its connection is closed."""
         if self.state is not SessionState.CLOSED:
-            self._end()
+            if self.services.client_log.debug:
+                self.services.client_log.went(self.describe, "its connection has ended")
+            self._end(*errors.CONNECTION_CLOSED)
 
-    def _end(self) -> None:
+    def describe(self) -> dict[str, object]:
+        """Return the facts about this client for the log."""
+        return {
+            "client": self.client,
+            "user": repr(self.user) if self.user else "",
+            "address": self.request.remote_address,
+            "transport": self._connection.transport_name,
+        }
+
+    def _describe_command(self, name: str, request: Any) -> dict[str, object]:
+        channel = getattr(request, "channel", "")
+        subject = channel or getattr(request, "method", "")
+        return {
+            **self.describe(),
+            "request": f"{name} {subject!r}" if subject else name,
+            "channel": repr(channel),
+        }
+
+    def _end(self, code: int, reason: str) -> None:
         was_connected = self.state is CONNECTED
         self.state = SessionState.CLOSED
         self.services.deadlines.clear(self)
@@ -613,7 +652,7 @@ class Session(SessionTimers):
             for subscription in [each for each in self.subscriptions.values() if each.is_active]:
                 self.remove_subscription(subscription)
             if self.services.handlers.disconnected is not None:
-                self._run_in_background(self.services.handlers.disconnected(self.handle))
+                self._run_in_background(self.services.handlers.disconnected(self.handle, code, reason))
         if self.handle is not None:
             release(self.handle)
 
@@ -631,6 +670,11 @@ class Session(SessionTimers):
 
 # Carries out a command: (session, id, request). Returns the rest of its work, or None if there is none.
 CommandFunction = Callable[[Session, int, Any], Coroutine[Any, Any, None] | None]
+
+
+def detail_of(error: Exception) -> str:
+    """Return the cause of a refusal in words, for the log; "" for none."""
+    return str(error.__cause__) if isinstance(error.__cause__, RealtimeError) else ""
 
 
 async def _without_refusals(work: Awaitable[Any]) -> None:

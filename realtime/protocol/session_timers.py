@@ -54,7 +54,7 @@ class SessionTimers(ABC):
         """Whether the socket is not read now."""
 
     @abstractmethod
-    def disconnect(self, code: int, reason: str) -> None: ...
+    def disconnect(self, code: int, reason: str, *, kind: str = "") -> None: ...
 
     @abstractmethod
     def unsubscribe(self, channel: str, code: int, reason: str) -> None: ...
@@ -64,6 +64,10 @@ class SessionTimers(ABC):
         due = min(self._stale_by, self._ping_at, self._pong_by, self._expire_by, self._subscription_expiry())
         if due < math.inf and self.state is not SessionState.CLOSED:
             self.services.deadlines.set(self, due)
+
+    def abort(self) -> None:
+        """Abort the connection, after an exception of the session."""
+        self._connection.abort()
 
     def on_deadline(self) -> None:
         """Act on the limits that are due."""
@@ -99,8 +103,7 @@ class SessionTimers(ABC):
             # The client has sent its connect command, which takes long here.
             self.disconnect(*errors.SERVER_ERROR)
         else:
-            self.services.counters.bad_input["stale"].value += 1
-            self.disconnect(*errors.STALE)
+            self.disconnect(*errors.STALE, kind="stale")
 
     def _limit_refused(self) -> None:
         """Give a refused client REFUSED_DELAY seconds to close the connection."""
@@ -167,6 +170,8 @@ class SessionTimers(ABC):
         self.schedule_deadline()
 
     def _subscription_expiry(self) -> float:
+        if not self.subscriptions:
+            return math.inf
         times = [subscription.expire_at for subscription in self.subscriptions.values() if subscription.expire_at]
         return self._loop_time(min(times)) if times else math.inf
 

@@ -14,7 +14,7 @@ import enum
 from collections.abc import Coroutine
 from typing import Any, NamedTuple, Protocol
 
-from realtime.errors import BAD_REQUEST, UNRECOVERABLE_POSITION, ClientError, Disconnect
+from realtime.errors import BAD_REQUEST, UNRECOVERABLE_POSITION, ClientError, Disconnect, RealtimeError
 from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.context import SessionServices, SessionSettings
 from realtime.protocol.messages import Pub, SubscribeRequest, SubscribeResult
@@ -56,6 +56,9 @@ class SubscriptionOwner(Protocol):
 
     def subscription_lost_position(self, subscription: Subscription) -> None:
         """Handle a subscription that the hub has removed: the client may have missed publications."""
+
+    def describe(self) -> dict[str, object]:
+        """Return the facts about the client for the log."""
 
 
 class ReplyRoom:
@@ -184,15 +187,11 @@ class Subscription:
         self.delta = request.delta in options.allowed_delta_types
         if request.tf is not None:
             if not options.allow_tags_filter:
-                raise ClientError(*BAD_REQUEST)
+                raise ClientError(*BAD_REQUEST, kind="filter_refused")
             try:
                 self.filter = filters.compiled(request.tf)
             except ValueError as error:
-                self._owner.services.log_debug(
-                    f"client {self.info.client}: refused its tags filter for channel {self.channel!r:.200}:"
-                    f" {error!s:.200}"
-                )
-                raise ClientError(*BAD_REQUEST) from None
+                raise ClientError(*BAD_REQUEST, kind="filter_refused") from RealtimeError(str(error))
         if options.force_recovery and not kept and request.recover and self._refuses_unrecovered(request):
             raise ClientError(*UNRECOVERABLE_POSITION)
 
@@ -213,7 +212,7 @@ class Subscription:
             pubs = await self._encode(publications)
         except Disconnect:
             # The client's encoding can't carry a missed publication: for this client that is a gap.
-            self._owner.services.counters.bad_input["encoding"].value += 1
+            self.log_unencodable()
             recovered, publications, pubs, end = False, [], [], page.position
         if recovering and not recovered and self._refuses_unrecovered(request):
             raise ClientError(*UNRECOVERABLE_POSITION)
@@ -471,8 +470,12 @@ class Subscription:
 
     def on_unencodable(self) -> None:
         """Handle a publication that the client's encoding can't carry: for this client it is a gap."""
-        self._owner.services.counters.bad_input["encoding"].value += 1
+        self.log_unencodable()
         self._owner.subscription_lost_position(self)
+
+    def log_unencodable(self) -> None:
+        """Count and log a publication that the client's encoding can't carry."""
+        self._owner.services.client_log.refuse("encoding", self._owner.describe, channel=repr(self.channel))
 
 
 def is_recovered(request: SubscribeRequest, page: HistoryPage, limit: int) -> bool:

@@ -23,8 +23,10 @@ from itertools import count
 from typing import Any, Protocol
 
 from twisted.internet.interfaces import IPushProducer
+from twisted.logger import Logger
 from zope.interface import implementer
 
+from realtime.client_log import ClientLog
 from realtime.deadlines import Deadlines
 from realtime.errors import SLOW, WRITE_ERROR
 from realtime.metrics import Counter
@@ -32,6 +34,8 @@ from realtime.process.transport import DirectServer
 from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub.subscriber import Sink
 from realtime.transports.outbox import Outbox, QueuedBytes
+
+_log = Logger()
 
 # Bytes written to a transport with an empty buffer: above its limit, so that it pauses the producer again at once.
 _REFILL_SIZE = 128 * 1024
@@ -58,9 +62,7 @@ class OutgoingContext(Protocol):
     write_timeout: float
     close_timeout: float
     sent: Counter
-
-    def count_bad_input(self, kind: str) -> None:
-        """Count a peer that was "slow" or "stalled"."""
+    client_log: ClientLog
 
 
 class FlushAtTurnEnd:
@@ -88,7 +90,10 @@ class FlushAtTurnEnd:
     def _flush(self) -> None:
         connections, self._scheduled = self._scheduled, []
         for connection in connections:
-            connection.flush()
+            try:
+                connection.flush()
+            except Exception:  # the others must be flushed all the same
+                connection.abort_after_error()
 
 
 @implementer(IPushProducer)
@@ -122,13 +127,16 @@ class Outgoing:
         """Send code and reason after the queued frames, and end the connection within the close timeout."""
         raise NotImplementedError
 
+    def describe(self) -> dict[str, object]:
+        """Return the facts about the client for the log."""
+        raise NotImplementedError
+
     def start_writing(self) -> None:
-        """Allow frames to be written, and read the socket directly if the transport supports it."""
+        """Allow frames to be written."""
         self.sink = Sink(self._queue_frame, self._queue_remainder)
         self.transport.registerProducer(self, True)
         self._write_directly()
         if isinstance(self.transport, DirectServer):
-            self.transport.start_direct_reading()
             # The response to an earlier HTTP request on this connection may still be buffered.
             self.transport.pause_producer_if_buffering()
 
@@ -191,15 +199,32 @@ class Outgoing:
 
     def _queue_frame(self, frame: bytes) -> int:
         """Queue a frame: `sink.send` while an outbox exists, and for transports without a direct send."""
-        if self._outbox is None:
-            self.transport.write(frame)
-        elif not self._outbox.offer(frame):
-            self._drop_peer("slow", *SLOW)
+        try:
+            if self._outbox is None:
+                self.transport.write(frame)
+            elif not self._outbox.offer(frame):
+                self._drop_peer("slow", *SLOW)
+        except Exception:  # fan-out goes on with the other subscribers
+            self.abort_after_error()
         return len(frame)
 
     def _queue_remainder(self, frame: bytes, sent: int) -> None:
         """Let the transport write the rest of a frame that the socket accepted only in part, before anything else."""
-        self._write_to_transport(frame[sent:])
+        try:
+            self._write_to_transport(frame[sent:])
+        except Exception:
+            self.abort_after_error()
+
+    def hold(self) -> bool:
+        """Queue all frames until `release`, which writes them together. Returns False if they are queued already."""
+        if self._outbox is not None:
+            return False
+        self._write_to_outbox(Outbox(self.factory.queue_max_size, self.factory.queued))
+        return True
+
+    def release(self) -> None:
+        """Write the frames queued since `hold`, unless the transport is full."""
+        self.flush()
 
     def flush(self) -> None:
         """Write the messages queued in this loop turn, unless the transport is full."""
@@ -207,13 +232,13 @@ class Outgoing:
             self._write_queued()
 
     def finish_writing(self, last_frame: bytes, drop_queued: bool = False) -> None:
-        """Write `last_frame` after the queued frames, or in place of them, then half-close the connection."""
+        """Write `last_frame` after the queued frames, or in place of those for a full transport, then half-close."""
         self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.close_timeout)
         if self._outbox is None:
             self.transport.write(last_frame)
             self.half_close()
             return
-        if drop_queued:
+        if drop_queued and self._is_transport_full:
             self._outbox.clear()
         self._outbox.finish(last_frame)
 
@@ -236,6 +261,15 @@ class Outgoing:
         if self.sink is not None:
             # Subscribers may keep the sink for a while: it stays callable, without a reference to this connection.
             self.sink.send, self.sink.queue_remainder = len, _discard_remainder
+
+    def abort(self) -> None:
+        """End the connection at once, without a close frame."""
+        self.transport.abortConnection()
+
+    def abort_after_error(self) -> None:
+        """Log the present exception, and end the connection: its state, and the client's, are not certain."""
+        _log.failure("serving a client raised an exception; aborting its connection")
+        self.abort()
 
     def pauseProducing(self) -> None:
         """Queue frames from now on: the transport has buffered data. It may call this at every write."""
@@ -316,7 +350,7 @@ class Outgoing:
 
     def _drop_peer(self, kind: str, code: int, reason: str) -> None:
         """Drop the queued frames of a peer that does not read, and close its connection."""
-        self.factory.count_bad_input(kind)
+        self.factory.client_log.refuse(kind, self.describe)
         if self._outbox is not None:
             self._outbox.clear()
         self.close(code, reason)

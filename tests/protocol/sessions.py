@@ -13,6 +13,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from realtime.auth.tokens import TokenVerifier
+from realtime.client_log import ClientLog
 from realtime.config.settings import (
     ChannelOptions,
     ChannelSettings,
@@ -166,11 +167,13 @@ class Peer(FillableSocket):
         *,
         secret: str = "",
         needs_pings: bool = True,
+        transport_name: str = "websocket",
         headers: dict[str, str] | None = None,
     ) -> None:
         self.form = form
         self.secret = secret
         self.needs_pings = needs_pings
+        self.transport_name = transport_name
         self.raw: list[bytes] = []
         self.close_code: tuple[int, str] | None = None
         self.paused = False
@@ -190,6 +193,11 @@ class Peer(FillableSocket):
     def close(self, code: int, reason: str) -> None:
         assert self.close_code is None, "closed twice"
         self.close_code = (code, reason)
+
+    def hold(self) -> bool:
+        return False
+
+    def release(self) -> None: ...
 
     def pause(self) -> None:
         self.paused = True
@@ -233,6 +241,8 @@ class Server:
         self.now = 0.0
         self.wall = NOW
         self.mistakes: list[BaseException] = []
+        self.info: list[str] = []  # lines of the log
+        self.debug: list[str] = []
         self.app = App()
         self.metrics = Metrics()
         self.sessions = Sessions()
@@ -256,6 +266,7 @@ class Server:
             wall_clock=lambda: self.wall,
             report_error=self.mistakes.append,
             counters=SessionCounters(self.metrics),
+            client_log=ClientLog(self.metrics, lambda: self.now, self.info.append, self.debug.append),
         )
 
     def _make_engine(self, hub: Receiver) -> MemoryEngine:

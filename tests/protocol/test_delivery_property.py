@@ -280,7 +280,10 @@ class SDK(FillableSocket):
 
     def pause(self) -> None: ...
 
-    resume = pause
+    resume = release = pause
+
+    def hold(self) -> bool:
+        return False
 
     # Handling of received messages
 

@@ -13,8 +13,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 
+from realtime.client_log import ClientLog
 from realtime.deadlines import Deadlines
-from realtime.metrics import Counter
+from realtime.metrics import Counter, Metrics, bad_input_counter
 from realtime.process.transport import DirectServer
 from realtime.transports.outbox import QueuedBytes
 from realtime.transports.outgoing import FlushAtTurnEnd, Outgoing
@@ -44,10 +45,11 @@ class Context:
         self.turn = 0
         self.flushes: list[Callable[[], None]] = []
         self.turn_end = FlushAtTurnEnd(lambda: self.turn, lambda flush: self.flushes.append(flush))
-        self.counted: list[str] = []
+        self.metrics = Metrics()
+        self.client_log = ClientLog(self.metrics)
 
-    def count_bad_input(self, kind: str) -> None:
-        self.counted.append(kind)
+    def counted(self, kind: str) -> int:
+        return bad_input_counter(self.metrics, kind).value
 
     def end_turn(self) -> None:
         self.turn += 1
@@ -172,7 +174,7 @@ def test_the_limit_of_a_queue_holds_within_a_turn(context: Context, talk: Talk) 
     context.queue_max_size = 100
     for _ in range(3):
         connection.send(b"x" * 60, is_push=True)
-    assert context.counted == ["slow"]
+    assert context.counted("slow") == 1
     context.end_turn()
     assert b"".join(wire.writes) == b"x" * 60 + b"\nend\n"
     assert context.queued.size == 0
@@ -309,7 +311,7 @@ async def test_replies_make_no_peer_slow_and_pushes_do(context: Context) -> None
     connection.when_drained(lambda: drained.append(connection.is_drained))
     connection.send(b"r" * 999_999)
     connection.send(b"p" * 99_999, is_push=True)
-    assert not connection.is_drained and context.counted == []
+    assert not connection.is_drained and context.counted("slow") == 0
     await read_exactly(peer, sent + 1_000_000 + 100_000)
     await eventually(lambda: drained == [True])
     assert not connection.is_congested
@@ -318,7 +320,7 @@ async def test_replies_make_no_peer_slow_and_pushes_do(context: Context) -> None
         context.end_turn()
     for _ in range(2):
         connection.send(b"p" * 60_000, is_push=True)
-    assert context.counted == ["slow"]
+    assert context.counted("slow") == 1
     connection.transport.abortConnection()
     await eventually(lambda: connection.sink.send is len)
     assert drained == [True]

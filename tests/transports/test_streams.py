@@ -370,7 +370,7 @@ async def test_the_rate_of_new_connections_counts_all_transports() -> None:
 
 async def test_an_overloaded_worker_refuses_streams() -> None:
     async with streaming() as stage:
-        stage.refusal = Refusal(503, "too busy", "")
+        stage.refusal = Refusal(503, "too busy", "pressure")
         refused = await stage.request(post(SSE, HELLO))
         assert refused.status == 503
         assert "retry-after" in fields(refused)
@@ -397,7 +397,7 @@ async def test_a_page_of_another_origin_is_refused(path: str) -> None:
 @pytest.mark.parametrize("status", [400, 405, 413, 503])
 async def test_a_refusal_has_cors_headers_for_an_allowed_origin(status: int) -> None:
     async with streaming(client=ANY_PAGE) as stage:
-        stage.refusal = Refusal(503, "too busy", "") if status == 503 else None
+        stage.refusal = Refusal(503, "too busy", "pressure") if status == 503 else None
         refused = await stage.request(
             {
                 400: post(HTTP_STREAM, b"", PAGE),
