@@ -132,12 +132,11 @@ class StreamConnection(ClientConnection, Protocol):
         self._is_paused = False
         self._receive_queued()
 
-    def resumeProducing(self) -> None:
-        super().resumeProducing()
-        self._receive_queued()
-
     def _receive_queued(self) -> None:
-        while self._queued_messages and not (self._is_paused or self.is_congested):
+        while self._queued_messages and not self._is_paused:
+            if self.is_congested:
+                self.when_drained(self._receive_queued)
+                return
             self._receive(self._queued_messages.popleft())
 
     # Incoming messages
@@ -149,6 +148,8 @@ class StreamConnection(ClientConnection, Protocol):
             return
         if self._queued_messages is None:
             self._queued_messages = deque()
+        if self.is_congested:
+            self.when_drained(self._receive_queued)
         self._queued_messages.append(message)
         if sum(len(queued) + _MESSAGE_SURCHARGE for queued in self._queued_messages) > MAX_QUEUED:
             self._queued_messages.clear()

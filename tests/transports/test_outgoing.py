@@ -392,5 +392,7 @@ async def test_unsent_bytes_are_those_that_the_peer_has_not_acknowledged(context
     assert taken[1] < taken[0]
     connection.transport.abortConnection()
     await eventually(lambda: connection.sink.send is len)
+    connection.pace(False)
+    assert connection.unsent() == 0
     peer.close()
     await port.stopListening()
