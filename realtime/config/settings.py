@@ -63,6 +63,13 @@ class HTTPServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
             " or load balancer in front of the server, often 60 s; otherwise the proxy reports errors (502)."
         ),
     ] = 75.0
+    max_queued_body_bytes: Annotated[
+        Positive,
+        about(
+            "Maximum number of bytes of incomplete request bodies in one worker. Beyond it, a request whose body is"
+            " longer than 64 KiB receives 503."
+        ),
+    ] = 64 * 1024 * 1024
     host_names: Annotated[
         tuple[str, ...],
         restricted('a list of host names in lower case, such as ["chat.example.com"]', checks.are_host_names),
@@ -401,7 +408,9 @@ class RPCSettings(Struct, frozen=True, forbid_unknown_fields=True):
 class MessageSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options that both WebSocket transports have."""
 
-    message_size_limit: Annotated[Positive, about("Maximum size of a client's message, in bytes.")] = 65536
+    message_size_limit: Annotated[
+        Positive, about("Maximum size of one command of a client, in bytes, also after decompression.")
+    ] = 65536
     decompressed_message_size_limit: Annotated[
         NonNegative,
         about(
@@ -434,6 +443,14 @@ class WebSocketSettings(MessageSettings, frozen=True, forbid_unknown_fields=True
 
     disabled: Annotated[bool, about("The server does not serve this transport.")] = False
     handler_prefix: Annotated[URLPath, about("Path at which clients connect.")] = "/connection/websocket"
+    # As many subscriptions as `client.channel_limit`, with tokens of `client.token.max_length`.
+    batch_size_limit: Annotated[
+        NonNegative,
+        about(
+            "Maximum size of a client's message of many commands, in bytes, as sent. Values below message_size_limit"
+            " allow one command of that size."
+        ),
+    ] = 1_310_720
 
 
 class UniWebSocketSettings(MessageSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -478,7 +495,27 @@ class EmulationSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Requests with the commands of [sse] and [http_stream] clients. Served when either transport is enabled."""
 
     handler_prefix: Annotated[URLPath, about("Path to which clients post their commands.")] = "/emulation"
-    max_request_body_size: Annotated[Positive, about("Maximum size of a request body, in bytes.")] = 65536
+    max_request_body_size: Annotated[
+        Positive,
+        about(
+            "Maximum size of a request body, which may hold many commands, in bytes. One command may have"
+            " websocket.message_size_limit."
+        ),
+    ] = 1_310_720
+    hold_time: Annotated[
+        Seconds, about("Time for which commands that overtook earlier ones of the same client wait for these.")
+    ] = 0.1
+    max_held_bytes: Annotated[
+        NonNegative,
+        about("Maximum number of bytes of one client's commands that wait for earlier ones. Beyond it, none waits."),
+    ] = 256 * 1024
+    max_queued_bytes: Annotated[
+        Positive,
+        about(
+            "Maximum number of bytes of commands that wait while their client's session is busy. Beyond it, the server"
+            " closes the stream. A batch of max_request_body_size should fit."
+        ),
+    ] = 1_572_864
 
 
 class InitSettings(Struct, frozen=True, forbid_unknown_fields=True):

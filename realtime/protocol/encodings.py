@@ -15,8 +15,15 @@ from typing import Any, Protocol
 from msgspec import Raw, Struct, UnsetType
 
 from realtime.errors import ClientError
-from realtime.protocol.messages import Command, Info, Pub
+from realtime.protocol.messages import Command, Info, ProtocolError, Pub
 from realtime.types import ClientInfo, Publication
+
+MAX_BATCHED = 16384
+"""Commands in one part of a batch, see `Encoding.end_of_commands`: reading their lengths takes some milliseconds."""
+
+
+class CommandTooLong(ProtocolError):
+    """One command is longer than allowed."""
 
 
 class Encoding(Protocol):
@@ -43,6 +50,13 @@ class Encoding(Protocol):
         """Decode the commands of one message one by one, so that those before an invalid one are carried out.
 
         Raises ProtocolError at the first invalid command.
+        """
+
+    def end_of_commands(self, data: bytes, limit: int) -> int:
+        """Return where the last whole command in the first part of a message ends.
+
+        limit: largest size of one command, in bytes. Raises CommandTooLong, also for a command that is not complete
+        yet, and ProtocolError for more than MAX_BATCHED commands whose lengths must be read one by one.
         """
 
     def command_ids(self, message: bytes) -> Iterator[int]:

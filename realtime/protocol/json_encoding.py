@@ -16,7 +16,7 @@ from msgspec import Raw, Struct, UnsetType, inspect
 from realtime import errors, json_text
 from realtime.errors import ClientError, Disconnect
 from realtime.protocol import messages
-from realtime.protocol.encodings import Encoding
+from realtime.protocol.encodings import CommandTooLong, Encoding
 from realtime.protocol.messages import Command, ConnectRequest, Error, ProtocolError, Pub
 from realtime.pubsub.filters import MAX_DEPTH, MAX_NODES
 from realtime.types import ClientInfo, Publication
@@ -53,10 +53,25 @@ class JSONEncoding:
             yield command
             start = stop + 1
 
+    def end_of_commands(self, data: bytes, limit: int) -> int:
+        end = 0
+        while len(data) - end > limit:
+            # The last line end that a command of the largest size may have.
+            line_end = data.rfind(b"\n", end, end + limit + 1)
+            if line_end < 0:
+                raise CommandTooLong("a command is too long")
+            end = line_end + 1
+        return max(end, data.rfind(b"\n") + 1)
+
     def command_ids(self, message: bytes) -> Iterator[int]:
+        start, end = 0, len(message) - message.endswith(b"\n")
         try:
-            for line in message.removesuffix(b"\n").split(b"\n"):
-                yield _decode_id(line).id
+            while start <= end:
+                stop = message.find(b"\n", start, end)
+                if stop < 0:
+                    stop = end
+                yield _decode_id(message[start:stop]).id
+                start = stop + 1
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise ProtocolError("not a command") from None
 
@@ -130,6 +145,9 @@ class JSONPushEncoding(JSONEncoding):
 
     def decode_commands(self, message: bytes) -> Iterator[Command]:
         yield self.decode_command(message)
+
+    def end_of_commands(self, data: bytes, limit: int) -> int:
+        raise CommandTooLong("the one request is too long")
 
     def encode_reply(self, id: int, name: str, result: Struct) -> bytes:
         return b'{"%s":%b}' % (name.encode(), _encode(result))

@@ -31,7 +31,7 @@ from msgspec import Raw, Struct, UnsetType, inspect
 from realtime import json_text
 from realtime.errors import ClientError
 from realtime.protocol import messages
-from realtime.protocol.encodings import Encoding
+from realtime.protocol.encodings import MAX_BATCHED, CommandTooLong, Encoding
 from realtime.protocol.messages import Command, ProtocolError, Pub
 from realtime.types import ClientInfo, Publication
 
@@ -159,6 +159,24 @@ class Protobuf:
             command: Command = _whole(Command, message, start, position)
             nodes = _FILTER_NODES.left
             yield command
+
+    def end_of_commands(self, data: bytes, limit: int) -> int:
+        position, end = 0, len(data)
+        for _ in range(MAX_BATCHED):
+            if position >= end:
+                return position
+            size, start = data[position], position + 1
+            if size > 0x7F:
+                try:
+                    size, start = _varint(data, position)
+                except IndexError:
+                    return position
+                if size > limit:
+                    raise CommandTooLong("a command is too long")
+            if start + size > end:
+                return position
+            position = start + size
+        raise ProtocolError("too many commands")
 
     def command_ids(self, message: bytes) -> Iterator[int]:
         position, end = 0, len(message)

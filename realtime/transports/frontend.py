@@ -43,6 +43,9 @@ PIPELINE_SLICE = 0.0005
 # Bytes of later requests that wait until the current one is answered. At this size the frontend stops reading.
 MAX_WAITING = 65536
 
+# Bytes of an incomplete body that any request may have, however many others there are.
+SHORT_BODY = 65536
+
 # TCP_USER_TIMEOUT (tcp(7)) of HTTP connections, in milliseconds: the kernel drops a peer that acknowledges nothing of
 # a response. `loseConnection` would wait for it without limit.
 HTTP_USER_TIMEOUT = 30_000
@@ -72,6 +75,7 @@ class HTTPFrontend(Protocol):
     deadline_bucket = 0  # see DeadlineOwner
     _parser: RequestParser | None = None  # of a head that did not arrive in one piece
     _body: BodyParser | None = None  # of the current request, while it arrives
+    _body_bytes = 0  # bytes of it that are kept
     _exchange: Exchange | None = None  # the current request, until it is answered
     _waiting = b""  # data after the current request
     _is_scheduled = False  # waiting for a turn in the slices
@@ -102,6 +106,8 @@ class HTTPFrontend(Protocol):
             factory.pending -= 1
         exchange, self._exchange = self._exchange, None
         self._waiting = b""
+        if self._body_bytes:
+            self._count_body(0)
         if exchange is not None:
             exchange.abandon()
 
@@ -170,6 +176,8 @@ class HTTPFrontend(Protocol):
         """Write the last response of the connection, and close it once the peer has read it."""
         self._is_refused = True
         self._exchange = self._body = self._parser = None
+        if self._body_bytes:
+            self._count_body(0)
         self._waiting = b""
         self.factory.idle.pop(self, None)
         if response:
@@ -304,9 +312,19 @@ class HTTPFrontend(Protocol):
         if isinstance(verdict, Refusal):
             exchange.refuse_body(verdict.kind)
         elif verdict is not None:
+            self._count_body(0)
             self._body = None
             exchange.serve(verdict)
+        elif not self._count_body(body.received):
+            exchange.refuse_body("body_memory")
         return end
+
+    def _count_body(self, size: int) -> bool:
+        """Count `size` bytes of an incomplete body; return whether there is room for them."""
+        factory = self.factory
+        factory.body_bytes += size - self._body_bytes
+        self._body_bytes = size
+        return size <= SHORT_BODY or factory.body_bytes <= factory.max_body_bytes
 
     def _become_http(self) -> None:
         """Count the connection among those of the site, and set it up for responses."""
@@ -360,7 +378,8 @@ class HTTPFrontendFactory(Factory):
     """Makes an `HTTPFrontend` for each accepted connection.
 
     pending: connections before the end of their first head, or refused and not closed yet. serving: connections with
-    requests for the site. idle: the connections without a current request, the longest idle one first.
+    requests for the site. body_bytes: of incomplete bodies. idle: the connections without a current request, the
+    longest idle one first.
     """
 
     noisy = False
@@ -388,6 +407,8 @@ class HTTPFrontendFactory(Factory):
         self.keepalive_timeout = http_server.keepalive_timeout
         self.max_header_bytes = http_server.max_header_bytes
         self.max_headers = http_server.max_headers
+        self.max_body_bytes = http_server.max_queued_body_bytes
+        self.body_bytes = 0
         self.pending = 0
         self.serving = 0
         self.idle: dict[HTTPFrontend, None] = {}
@@ -399,6 +420,9 @@ class HTTPFrontendFactory(Factory):
         self._counters: dict[str, Counter] = {}
         metrics.gauge(
             "realtime_pending_connections", "Connections before the end of their first head", lambda: self.pending
+        )
+        metrics.gauge(
+            "realtime_http_body_bytes", "Bytes of request bodies that are not complete.", lambda: self.body_bytes
         )
         metrics.gauge("realtime_http_connections", "HTTP connections that are open", lambda: self.serving)
         self._dropped = metrics.counter(

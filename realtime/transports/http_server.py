@@ -30,6 +30,7 @@ MAX_DROPPED_BODY = 64 * 1024
 # Faults of peers, counted as bad input, with the status of the response.
 FAULTS = {
     "api_key": 401,
+    "body_memory": 503,
     "body_timeout": 408,
     "body_too_large": 413,
     "body_encoding": 415,

@@ -3,6 +3,9 @@
 A frame that is a whole message, as nearly all frames are, is decoded here. Autobahn parses all other frames by the
 rules of RFC 6455; this module assembles the fragments of a message, within limits of size, number and time.
 
+A message may be a *batch* of many commands, longer than one command may be: an SDK sends all its subscriptions in one
+frame when it comes back. Its commands are passed on as they arrive, so that no more than the largest command is kept.
+
 Frames that exceed the time slice of a loop turn are processed in later turns, one frame of each connection at a time,
 together with all other long work (`realtime.pubsub.time_slices`). Meanwhile the socket is not read. It is also not read
 while the session has paused the connection, or while a peer that sends commands does not read the replies.
@@ -17,7 +20,10 @@ from autobahn.twisted.websocket import WebSocketServerProtocol
 from autobahn.websocket import USES_NVX
 from autobahn.websocket.xormasker import create_xor_masker
 
+from realtime.errors import TOO_MANY_COMMANDS
 from realtime.http.frames import frame_bounds, whole_message
+from realtime.protocol.encodings import CommandTooLong
+from realtime.protocol.messages import ProtocolError
 from realtime.transports.outbox import Outbox
 
 # State of the received bytes:
@@ -30,20 +36,26 @@ _OPEN = WebSocketServerProtocol.STATE_OPEN
 TEXT, BINARY = 0x81, 0x82
 # Payload size in bytes from which on Autobahn's native code unmasks faster than integer arithmetic.
 _NATIVE_FROM = 1000
+# Size in bytes of a message that no client means to send.
+_ABSURD = 1 << 31
 # By number of 32-bit words: an integer with the value 1 in each word.
 _ONES = [int.from_bytes(b"\1\0\0\0" * words, "little") for words in range(_NATIVE_FROM // 4 + 1)]
 
 
 class _PartialMessage:
-    """A message received in part. size: bytes as sent, possibly compressed, of all frames whose header was read."""
+    """A message received in part. size: bytes as sent, possibly compressed, of all frames whose header was read.
 
-    __slots__ = ("connection", "data", "deadline_bucket", "fragments", "is_binary", "size")
+    data: the received bytes that were not passed on. is_batch: its first commands were passed on.
+    """
+
+    __slots__ = ("connection", "data", "deadline_bucket", "fragments", "is_batch", "is_binary", "size")
 
     def __init__(self, connection: Incoming, is_binary: bool) -> None:
         self.connection = connection
         self.is_binary = is_binary
         self.data = bytearray()
         self.size = self.fragments = 0
+        self.is_batch = False
         self.deadline_bucket = 0
 
     def on_deadline(self) -> None:
@@ -191,15 +203,45 @@ class Incoming(WebSocketServerProtocol):
             return
         message.size += length
         message.fragments += 1
-        if self.factory.message_size_limit < message.size:
-            self.sendCloseFrame(1009)
+        if self.factory.batch_size_limit < message.size:
+            self._refuse_size(message.size)
         elif 0 < self.factory.max_fragments < message.fragments:
             self.sendCloseFrame(1008)
 
     def onMessageFrameData(self, payload: bytes) -> None:
-        if self._message is not None:
-            self._message.data += payload
+        message = self._message
+        if message is not None:
+            message.data += payload
             self.factory.queued.size += len(payload)
+            if len(message.data) > self.factory.message_size_limit:
+                self._pass_commands(message)
+
+    def _pass_commands(self, message: _PartialMessage) -> None:
+        """Pass the whole commands of a message on that is longer than one command may be."""
+        data, encoding = bytes(message.data), self.form.encoding
+        try:
+            end = encoding.end_of_commands(data, self.factory.message_size_limit)
+        except CommandTooLong:
+            self.sendCloseFrame(1009)
+            return
+        except ProtocolError:
+            self._refuse_size(len(data))
+            return
+        message.is_batch = True
+        if end:
+            message.data = bytearray(data[end:])
+            self.factory.queued.size -= end
+            # A long batch over a slow link is late only if it stops.
+            self.factory.deadlines.clear(message)
+            self.onMessage(data[:end], message.is_binary)
+
+    def _refuse_size(self, size: int) -> None:
+        """Close the connection for a batch of this size, so that an SDK comes back: its next one may be shorter."""
+        if size >= _ABSURD or self.form.encoding.unidirectional:
+            self.sendCloseFrame(1009)
+            return
+        self.factory.count_bad_input("batch_size")
+        self.close(*TOO_MANY_COMMANDS)
 
     def onMessageFrameEnd(self) -> None: ...
 
@@ -207,7 +249,8 @@ class Incoming(WebSocketServerProtocol):
         message = self._message
         if message is not None:
             self.drop_partial_message()
-            self.onMessage(bytes(message.data), message.is_binary)
+            if message.data or not message.is_batch:
+                self.onMessage(bytes(message.data), message.is_binary)
 
     def _set_message_deadline(self) -> None:
         """Set the deadline for the rest of a partial message, if it has none."""

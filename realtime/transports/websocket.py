@@ -75,7 +75,10 @@ _FAILURES = {
     1009: ("message too big", "frame_size"),
 }
 _NORMAL = 1000
-_BAD_INPUT_KINDS = (*(kind for _, kind in _FAILURES.values()), "inappropriate", "ignored", "pong", "slow", "stalled")
+_BAD_INPUT_KINDS = (
+    *(kind for _, kind in _FAILURES.values()),
+    *("batch_size", "inappropriate", "ignored", "pong", "slow", "stalled"),
+)
 
 _log = Logger(observer=log.observer)
 
@@ -425,6 +428,9 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
                 " Install a wheel of autobahn with NVX."
             )
         self.message_size_limit = websocket.message_size_limit or _NO_LIMIT
+        # A unidirectional client sends one command and no batch.
+        batch_size_limit = websocket.batch_size_limit if isinstance(websocket, settings.WebSocketSettings) else 0
+        self.batch_size_limit = max(batch_size_limit, self.message_size_limit)
         self.decompressed_limit = websocket.decompressed_message_size_limit or 10 * self.message_size_limit
         self.max_fragments = websocket.max_fragments
         self.message_timeout = websocket.message_timeout

@@ -58,7 +58,7 @@ from realtime.server_api.operations import ServerAPI
 from realtime.supervision.loop_time import LoopWork
 from realtime.supervision.pressure import Pressure
 from realtime.transports.admission import Admission
-from realtime.transports.emulation import Emulation
+from realtime.transports.emulation import Emulation, EmulationLimits
 from realtime.transports.frontend import ConnectionEndpoint, HTTPFrontend, HTTPFrontendFactory
 from realtime.transports.http_server import HTTPSite
 from realtime.transports.outbox import QueuedBytes
@@ -242,7 +242,8 @@ def wire_transports(
             turn_end=turn_end,
         )
 
-    emulation = Emulation(pubsub.engine, protocol.node, str(process.slot))
+    limits = EmulationLimits(settings.emulation, settings.websocket.message_size_limit, metrics)
+    emulation = Emulation(pubsub.engine, protocol.node, str(process.slot), limits, pubsub.slices)
     pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
     stream_context = StreamContext(
         protocol.open_session, settings, protocol.deadlines, metrics, admission, emulation, queued, turn_end
