@@ -292,7 +292,9 @@ class BrokerCore(Generic[P]):
 
     @carries_out(GetPresence)
     def get_presence(self, peer: P, now: float, request: GetPresence) -> dict[str, ClientInfo]:
-        return self._presence.list(request.channel)
+        if not request.listing:
+            return self._presence.list(request.channel)
+        return self._presence.page(now, peer, request)
 
     @carries_out(GetPresenceStats)
     def get_presence_stats(self, peer: P, now: float, request: GetPresenceStats) -> tuple[int, int]:

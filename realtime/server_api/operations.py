@@ -29,6 +29,7 @@ from realtime.protocol.orders import (
     encode_order,
 )
 from realtime.pubsub.engine import (
+    PRESENCE_PAGE,
     Engine,
     GetHistory,
     GetPresence,
@@ -37,6 +38,7 @@ from realtime.pubsub.engine import (
     Publish,
     RemoveHistory,
     SendOrder,
+    new_listing,
 )
 from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, PublishOptions, SubscribeOptions
 
@@ -192,7 +194,13 @@ class ServerAPI:
     async def presence(self, channel: str) -> dict[str, ClientInfo]:
         """Return the present clients by client id."""
         self._check_presence(channel)
-        return await self._engine.ask(GetPresence(channel))
+        present: dict[str, ClientInfo] = {}
+        listing = new_listing()
+        while True:
+            page = await self._engine.ask(GetPresence(channel, listing))
+            present.update(page)
+            if len(page) < PRESENCE_PAGE:
+                return present
 
     async def presence_stats(self, channel: str) -> tuple[int, int]:
         """Return the number of present clients and the number of distinct users among them."""

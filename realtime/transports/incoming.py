@@ -24,6 +24,7 @@ from realtime.errors import TOO_MANY_COMMANDS
 from realtime.http.frames import frame_bounds, whole_message
 from realtime.protocol.encodings import CommandTooLong
 from realtime.protocol.messages import ProtocolError
+from realtime.protocol.wire_formats import WireFormat
 from realtime.transports.outbox import Outbox
 
 # State of the received bytes:
@@ -72,6 +73,7 @@ class Incoming(WebSocketServerProtocol):
 
     first_byte = TEXT
     is_reading = True
+    form: WireFormat
     factory: Any
     transport: Any
     _outbox: Outbox | None
@@ -79,6 +81,10 @@ class Incoming(WebSocketServerProtocol):
     _unprocessed = b""  # the start of a frame's header, or all buffered frames
     _receive_state = _IDLE
     _is_paused = False  # by the session
+
+    def close(self, code: int, reason: str) -> None:
+        """See `Outgoing.close`."""
+        raise NotImplementedError
 
     def pause(self) -> None:
         """Stop reading the socket, and process no more buffered frames."""
