@@ -13,6 +13,7 @@ while the session has paused the connection, or while a peer that sends commands
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,13 +44,16 @@ _ABSURD = 1 << 31
 _ONES = [int.from_bytes(b"\1\0\0\0" * words, "little") for words in range(_NATIVE_FROM // 4 + 1)]
 
 
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
+
 class _PartialMessage:
     """A message received in part. size: bytes as sent, possibly compressed, of all frames whose header was read.
 
     data: the received bytes that were not passed on. is_batch: its first commands were passed on.
     """
 
-    __slots__ = ("connection", "data", "deadline_bucket", "fragments", "is_batch", "is_binary", "size")
+    __slots__ = ("_decoder", "connection", "data", "deadline_bucket", "fragments", "is_batch", "is_binary", "size")
 
     def __init__(self, connection: Incoming, is_binary: bool) -> None:
         self.connection = connection
@@ -58,6 +62,13 @@ class _PartialMessage:
         self.size = self.fragments = 0
         self.is_batch = False
         self.deadline_bucket = 0
+        self._decoder = None if is_binary else _Utf8Decoder()
+
+    def append(self, data: bytes) -> None:
+        """Append received bytes. Raises UnicodeDecodeError as soon as a text message can't become valid UTF-8."""
+        if self._decoder is not None:
+            self._decoder.decode(data)
+        self.data += data
 
     def on_deadline(self) -> None:
         self.connection.on_message_timeout()
@@ -216,8 +227,13 @@ class Incoming(WebSocketServerProtocol):
 
     def onMessageFrameData(self, payload: bytes) -> None:
         message = self._message
-        if message is not None:
-            message.data += payload
+        if message is None:
+            return
+        try:
+            message.append(payload)
+        except UnicodeDecodeError:
+            self.sendCloseFrame(1007)  # at once: RFC 6455 section 8.1
+        else:
             self.factory.queued.size += len(payload)
             if len(message.data) > self.factory.message_size_limit:
                 self._pass_commands(message)
