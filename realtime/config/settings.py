@@ -382,6 +382,9 @@ class HTTPAPISettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = ""
     max_body_size: Annotated[Positive, about("Maximum size of a request body, in bytes.")] = 1_048_576
     body_timeout: Annotated[PositiveSeconds, about("Time limit for a request body to arrive completely.")] = 10.0
+    max_batch_commands: Annotated[
+        Positive, about("Maximum number of commands in one batch or pipeline, and of channels in one broadcast.")
+    ] = 50_000
     error_mode: Annotated[
         Literal["", "transport"],
         about("Form of errors. transport: an HTTP status. Empty: an error object in a response with status 200."),

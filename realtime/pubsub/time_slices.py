@@ -96,6 +96,11 @@ class TimeSlicer:
             self.add(_resume(waiter))
             await waiter
 
+    async def exhaust(self, steps: Iterator[None]) -> None:
+        """Run short steps; yields to the loop after each but the last."""
+        for _ in steps:
+            await self.yield_to_loop()
+
     async def map_sliced(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Return `function` of each item; yields to the loop after every YIELD_EVERY items."""
         results: list[R] = []

@@ -40,6 +40,7 @@ from realtime.pubsub.engine import (
     SendOrder,
     new_listing,
 )
+from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, PublishOptions, SubscribeOptions
 
 PAGE_BYTES = 4 * 1024 * 1024
@@ -86,11 +87,13 @@ class ServerAPI:
         survey: Survey,
         gather: Gather = sequentially,
         wall_clock: Callable[[], float] = time.time,
+        slices: TimeSlicer | None = None,
     ) -> None:
         """survey: returns the number of subscribers over all workers for each channel that matches a valid pattern.
 
-        gather: see `realtime.protocol.context.Gather`.
+        gather: see `realtime.protocol.context.Gather`. slices: for the check of long data; None for no limit.
         """
+        self._slices = slices or TimeSlicer.unlimited()
         self._engine = engine
         self._rules = rules
         self._identity = identity
@@ -125,13 +128,31 @@ class ServerAPI:
         clients. The other options: see `PublishOptions`. Raises ClientError 107 also for data that the channel's
         `publication_data_format` does not allow.
         """
+        text = not binary or await self._is_json(data)
+        request = self._publish_request(
+            channel, data, text, tags, skip_history, idempotency_key, delta, version, version_epoch
+        )
+        return await self._engine.ask(request)
+
+    def _publish_request(
+        self,
+        channel: str,
+        data: bytes,
+        text: bool,
+        tags: dict[str, str] | None = None,
+        skip_history: bool = False,
+        idempotency_key: str = "",
+        delta: bool = False,
+        version: int = 0,
+        version_epoch: str = "",
+    ) -> Publish:
+        """text: the data is JSON text. The others: see `publish`."""
         options = self._options(channel)
         msgspec.convert((tags, idempotency_key, delta, version, version_epoch), _OptionTypes)
-        text = not binary or json_text.is_json(data)
         options.check_data(data, text)
         if version >= 2**64 or len(idempotency_key) > MAX_NAME or len(version_epoch) > MAX_NAME:
             raise ClientError(*errors.BAD_REQUEST)
-        request = Publish(
+        return Publish(
             channel,
             (json_text.one_line(data) or data) if text else data,
             HistoryOptions() if skip_history else options.history_options,
@@ -142,7 +163,14 @@ class ServerAPI:
             delta=delta or options.delta_publish,
             binary=not text,
         )
-        return await self._engine.ask(request)
+
+    async def _is_json(self, data: bytes) -> bool:
+        """Check data as `json_text.is_json` does, in slices."""
+        try:
+            await self._slices.exhaust(json_text.json_steps(data))
+        except ClientError:
+            return False
+        return True
 
     async def broadcast(
         self, channels: list[str], data: bytes, **options: Unpack[PublishOptions]
@@ -150,10 +178,13 @@ class ServerAPI:
         """Publish the same data to each channel; return the outcomes in their order. options: see `publish`."""
         if not channels:
             raise ClientError(*errors.BAD_REQUEST)
+        details: dict[str, Any] = dict(options)
+        text = not details.pop("binary", False) or await self._is_json(data)
 
         async def publish(channel: str) -> Position | ClientError:
             try:
-                return await self.publish(channel, data, **options)
+                position: Position = await self._engine.ask(self._publish_request(channel, data, text, **details))
+                return position
             except ClientError as error:
                 return error
             except EngineUnavailable:
@@ -162,6 +193,8 @@ class ServerAPI:
         size = max(1, min(BROADCAST_CHANNELS, BROADCAST_BYTES // max(1, len(data))))
         outcomes: list[Position | ClientError] = []
         for begin in range(0, len(channels), size):
+            if begin:
+                await self._slices.yield_to_loop()  # a channel that is refused never waits
             outcomes += await self._gather([publish(channel) for channel in channels[begin : begin + size]])
         return outcomes
 

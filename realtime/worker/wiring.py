@@ -203,13 +203,13 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
     surveys = Surveys(pubsub.engine, pubsub.hub, str(process.slot), reactor)
     pubsub.sessions.add_handler(ChannelsOrder, surveys.on_order)
     pubsub.sessions.add_handler(ChannelsAnswer, surveys.on_order)
-    server_api = ServerAPI(pubsub.engine, pubsub.rules, node, surveys, run_all)
+    server_api = ServerAPI(pubsub.engine, pubsub.rules, node, surveys, run_all, slices=pubsub.slices)
     handlers.dispatcher.bind(server_api)
     return ProtocolParts(
         node=node.uid,
         open_session=partial(Session, session_settings, services, COMMANDS),
         deadlines=services.deadlines,
-        api=HTTPAPI(server_api, run_all, metrics, pubsub.slices),
+        api=HTTPAPI(server_api, run_all, metrics, pubsub.slices, process.settings.http_api.max_batch_commands),
     )
 
 
