@@ -10,6 +10,7 @@ import costs
 # Modules by their name on the command line.
 SCENES = {
     "http": "http_requests",
+    "attack": "attack",
     "blocked": "blocked",
     "thrash": "thrash",
     "vitals": "vitals",
