@@ -358,6 +358,15 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
         Positive,
         about("Maximum number of queued commands of one connection. Beyond it, the server stops reading its socket."),
     ] = 64
+    # The default recovers 1,000 subscriptions in one connect command; decoding it takes some milliseconds.
+    max_command_fields: Annotated[
+        int,
+        Meta(ge=2048),
+        about(
+            "Maximum number of fields in one command in Protobuf, and half as many objects outside the data in JSON."
+            " A connect command has less: 16 for each subscription of channel_limit, and 2048 at least."
+        ),
+    ] = 8192
     history_max_publication_limit: Annotated[
         NonNegative, about("Maximum number of publications in a history reply. 0: no limit.")
     ] = 300

@@ -17,6 +17,7 @@ from realtime.config.settings import ClientSettings, RPCPingSettings
 from realtime.deadlines import Deadlines
 from realtime.metrics import Metrics, bad_input_counter
 from realtime.protocol.channel_rules import ChannelRules
+from realtime.protocol.encodings import FEWEST_FIELDS
 from realtime.protocol.messages import REQUESTS
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
@@ -38,7 +39,7 @@ _FAULTS = {
 # Bad input that is counted where it is found: a connection without a connect command, a connection over the user's
 # limit, a command over the rate limit, a recovery position ahead of the channel's, a tags
 # filter that is invalid or not allowed, and a publication that the subscriber's encoding can't carry.
-_REFUSED = ("stale", "user_connections", "command_rate", "recovery_ahead", "filter", "encoding")
+_REFUSED = ("stale", "user_connections", "command_rate", "command_fields", "recovery_ahead", "filter", "encoding")
 
 
 class Connection(Protocol):
@@ -147,6 +148,10 @@ class SessionCounters:
         self._metrics.counter("realtime_command_errors", "Commands that failed", command=command, code=label).value += 1
 
 
+FIELDS_OF_A_SUBSCRIPTION = 16
+"""Fields of one subscription in a connect command, as `client.max_command_fields` counts them, and some more."""
+
+
 class SessionSettings(Struct, frozen=True, kw_only=True):
     """Settings of all sessions.
 
@@ -158,13 +163,20 @@ class SessionSettings(Struct, frozen=True, kw_only=True):
     uid: str = ""
     rpc_ping: RPCPingSettings = RPCPingSettings()
 
+    @property
+    def first_fields(self) -> int:
+        """Fields of the commands in a first message: enough to recover all subscriptions that a client may have."""
+        limit, channels = self.client.max_command_fields, self.client.channel_limit
+        return min(limit, max(FEWEST_FIELDS, FIELDS_OF_A_SUBSCRIPTION * channels)) if channels else limit
+
 
 class SessionServices(Struct, frozen=True, kw_only=True):
     """Collaborators of all sessions.
 
-    slices: divides long work. gather: as for `ServerAPI`. wall_clock: returns Unix seconds, for the expiry of tokens.
-    report_error: takes an exception that is a bug of the server or the application, with its traceback. log_debug:
-    takes one line for the log, about a refusal that the client's code alone does not explain.
+    slices: divides long work. strangers: the same for clients that are not connected yet; None for `slices`. gather:
+    as for `ServerAPI`. wall_clock: returns Unix seconds, for the expiry of tokens. report_error: takes an exception
+    that is a bug of the server or the application, with its traceback. log_debug: takes one line for the log, about a
+    refusal that the client's code alone does not explain.
     """
 
     rules: ChannelRules
@@ -181,3 +193,4 @@ class SessionServices(Struct, frozen=True, kw_only=True):
     report_error: Callable[[BaseException], None]
     counters: SessionCounters
     log_debug: Callable[[str], object] = lambda line: None
+    strangers: TimeSlicer | None = None

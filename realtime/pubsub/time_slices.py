@@ -26,6 +26,10 @@ CHUNK = 128
 YIELD_EVERY = 500
 """Small items that a coroutine of the server handles before it yields to the loop."""
 
+STRANGER_SLICE = 0.0005
+"""Seconds in each turn of the loop for peers that are not connected as clients, over all of them: pipelined requests,
+long first messages. An attack needs no credentials there, and may come over any number of connections."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -73,6 +77,11 @@ class TimeSlicer:
     def has_time(self) -> bool:
         """Whether this turn has time for direct work."""
         return not self.is_timed or self._clock() < self._slice_end
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether work waits for its turn."""
+        return any(self._queues)
 
     def start_slice(self) -> None:
         """Start the slice of this turn, after a chunk of direct work."""

@@ -4,7 +4,7 @@ A request to an endpoint, such as a WebSocket handshake, makes a new protocol, w
 transport. All other requests go to the site (`realtime.transports.http_server`), which calls `respond` once for each.
 
 One read may hold thousands of pipelined requests. The first is served at once; the others are served one at a time, in
-slices of `PIPELINE_SLICE` that all connections share, so that other clients wait for one slice. While a request is
+slices of `STRANGER_SLICE` that all connections share, so that other clients wait for one slice. While a request is
 being answered, or the peer does not read its responses, the data after it waits in a buffer of bounded size.
 
 A refused request gets one small, complete response. Then the connection is half-closed, so that no TCP reset destroys
@@ -30,15 +30,12 @@ from realtime.deadlines import Deadlines
 from realtime.http.body import BodyParser
 from realtime.http.request import CHUNKED, UNCOUNTED, Refusal, RequestHead, RequestParser, parse_whole_head
 from realtime.metrics import Counter, Metrics, bad_input_counter
-from realtime.pubsub.time_slices import TimeSlicer
+from realtime.pubsub.time_slices import STRANGER_SLICE, TimeSlicer
 from realtime.transports.admission import Admission, refusal_response
 from realtime.transports.http_server import Exchange, HTTPSite
 
 # Seconds for a refused peer to read the response and close its side; data received meanwhile is discarded.
 LINGER = 2.0
-
-# Seconds of pipelined requests in one turn of the loop, over all connections.
-PIPELINE_SLICE = 0.0005
 
 # Bytes of later requests that wait until the current one is answered. At this size the frontend stops reading.
 MAX_WAITING = 65536
@@ -115,8 +112,11 @@ class HTTPFrontend(Protocol):
         if self._is_refused:
             return
         if not (self._is_scheduled or self._is_congested or self._is_answering):
-            self._serve_next(data, 0)
-            return
+            # A connection's first request goes first: it may be a client's handshake.
+            if not self._is_http or self.factory.pipelines.has_time:
+                self._serve_next(data, 0)
+                return
+            self._schedule()
         self._waiting += data
         if len(self._waiting) >= MAX_WAITING and not self._is_reading_paused:
             self._is_reading_paused = True
@@ -394,11 +394,12 @@ class HTTPFrontendFactory(Factory):
         reactor: Any,
         admission: Admission | None = None,
         charge: Callable[[Iterator[None]], Iterator[None]] = lambda steps: steps,
+        slices: TimeSlicer | None = None,
     ) -> None:
         """endpoints: by path, compared with the request's path as sent, without decoding.
 
         http: serves all other paths. deadlines: the caller sweeps them. admission: its limits; None for none.
-        charge: charges the steps of pipelined requests to an account.
+        charge: charges the steps of pipelined requests to an account. slices: for these.
         """
         self.endpoints = endpoints
         self.http = http
@@ -413,7 +414,7 @@ class HTTPFrontendFactory(Factory):
         self.serving = 0
         self.idle: dict[HTTPFrontend, None] = {}
         self.charge = charge
-        self.pipelines = TimeSlicer(reactor.seconds, PIPELINE_SLICE, lambda run: reactor.callLater(0, run))
+        self.pipelines = slices or TimeSlicer(reactor.seconds, STRANGER_SLICE, lambda run: reactor.callLater(0, run))
         self._admission = admission
         self._is_draining = False
         self._metrics = metrics

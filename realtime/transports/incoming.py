@@ -26,6 +26,7 @@ from realtime.http.frames import frame_bounds, whole_message
 from realtime.protocol.encodings import CommandTooLong
 from realtime.protocol.messages import ProtocolError
 from realtime.protocol.wire_formats import WireFormat
+from realtime.pubsub.time_slices import TimeSlicer
 from realtime.transports.outbox import Outbox
 
 # State of the received bytes:
@@ -36,6 +37,12 @@ _IDLE, _PARTIAL, _WORKING, _BLOCKED = range(4)
 _OPEN = WebSocketServerProtocol.STATE_OPEN
 # First bytes of frames with a whole message (RFC 6455 section 5.2): FIN set, no reserved bit, text or binary.
 TEXT, BINARY = 0x81, 0x82
+# The bit RSV1, which marks compressed messages (RFC 7692 section 6).
+_COMPRESSED = 0x40
+# Received bytes of a compressed message that are inflated in one step.
+_COMPRESSED_STEP = 256
+# Received bytes that are processed at once even after the slice of this turn.
+_SHORT = 2048
 # Payload size in bytes from which on Autobahn's native code unmasks faster than integer arithmetic.
 _NATIVE_FROM = 1000
 # Size in bytes of a message that no client means to send.
@@ -79,11 +86,14 @@ class Incoming(WebSocketServerProtocol):
 
     A subclass gets whole messages by `onMessage`, closes by `sendCloseFrame`, calls `resume_processing` when the peer
     has read queued frames, and `drop_partial_message` at the end. first_byte: first byte of nearly all frames of the
-    peer, TEXT or BINARY. is_reading: whether the socket is read; if not, a silent peer is not at fault.
+    peer, TEXT or BINARY. is_reading: whether the socket is read; if not, a silent peer is not at fault. is_known:
+    whether the peer is connected as a client.
     """
 
     first_byte = TEXT
     is_reading = True
+    is_known = True
+    _isMessageCompressed = False  # Autobahn's
     form: WireFormat
     factory: Any
     transport: Any
@@ -128,14 +138,25 @@ class Incoming(WebSocketServerProtocol):
         if self._receive_state in (_WORKING, _BLOCKED):
             return
         self._receive_state = _WORKING
-        slices = self.factory.slices
+        slices = self._slices
         steps = self._process_frames()
-        for _ in steps:
-            slices.start_slice()
-            if not slices.has_time:
-                self._set_reading(False)
-                slices.add(self.factory.charge_work(steps))
-                break
+        # One step is short, but as many connections may have one in this turn.
+        if len(data) <= _SHORT or slices.has_time:
+            for _ in steps:
+                slices.start_slice()
+                if not slices.has_time:
+                    break
+            else:
+                slices.start_slice()
+                return
+        self._set_reading(False)
+        slices.add(self.factory.charge_work(steps))
+
+    @property
+    def _slices(self) -> TimeSlicer:
+        """The slices for this peer: until it is connected as a client, it shares a small one with all strangers."""
+        slices: TimeSlicer = self.factory.slices if self.is_known else self.factory.strangers
+        return slices
 
     def _process_frames(self) -> Iterator[None]:
         """Process the buffered bytes, one frame for each step, until the connection is blocked or no frame is left."""
@@ -181,10 +202,18 @@ class Incoming(WebSocketServerProtocol):
                 if payload:
                     self.onMessage(_unmask(frame, payload), self.first_byte == BINARY)
                     return stop
+        if self._perMessageCompress is not None and self._is_compressed(data[start]):
+            # A thousand times as many bytes may come out.
+            stop = min(stop, start + _COMPRESSED_STEP)
         self.data = data[start:stop]
         while self.processData() and self.state == self.STATE_OPEN:
             pass
         return min(stop, len(data))
+
+    def _is_compressed(self, first: int) -> bool:
+        """Whether the current frame, or the next one, belongs to a compressed message. first: its first byte."""
+        is_inside = self.current_frame is not None or self.inside_message
+        return bool(self._isMessageCompressed if is_inside else first & _COMPRESSED)
 
     @property
     def _is_blocked(self) -> bool:
@@ -197,7 +226,7 @@ class Incoming(WebSocketServerProtocol):
             return
         if self._receive_state == _BLOCKED:
             self._receive_state = _WORKING
-            self.factory.slices.add(self.factory.charge_work(self._process_frames()))
+            self._slices.add(self.factory.charge_work(self._process_frames()))
         else:
             self._set_reading(True)
 

@@ -250,6 +250,10 @@ class WebSocketConnection(ClientConnection, Incoming):
     # Called by the session
 
     @property
+    def is_known(self) -> bool:  # type: ignore[override]
+        return bool(getattr(self._session, "is_connected", True))
+
+    @property
     def is_closing(self) -> bool:
         return bool(self.state != self.STATE_OPEN)
 
@@ -401,13 +405,15 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
         *,
         wire_formats: Mapping[str, WireFormat] = WIRE_FORMATS,
         slices: TimeSlicer | None = None,
+        strangers: TimeSlicer | None = None,
         charge_work: Callable[[Iterator[None]], Iterator[None]] = lambda work: work,
         queued: QueuedBytes | None = None,
         turn_end: FlushAtTurnEnd | None = None,
     ) -> None:
         """wire_formats: the supported ones, by the name of the encoding; "json" is required.
 
-        slices: processes frames in later turns of the loop. charge_work: wraps such work so that its time is accounted.
+        slices: processes frames in later turns of the loop. strangers: the same for peers that are not connected as
+        clients; None for `slices`. charge_work: wraps such work so that its time is accounted.
         queued, turn_end: see `ConnectionContext`.
         """
         WebSocketServerFactory.__init__(self, server="realtime", reactor=reactor)
@@ -437,6 +443,7 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
         self.ping_interval = client.ping_interval
         self.pong_timeout = client.pong_timeout
         self.slices = slices or TimeSlicer(reactor.seconds, TIME_SLICE, partial(reactor.callLater, 0))
+        self.strangers = strangers or self.slices
         self.charge_work = charge_work
         self._wire_formats = wire_formats
         self._compression = websocket.compression

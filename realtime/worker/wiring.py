@@ -52,7 +52,7 @@ from realtime.pubsub.engine import MESSAGES_DROPPED, Receiver
 from realtime.pubsub.fanout import FanoutServices, broadcast
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.subscriber import Sink
-from realtime.pubsub.time_slices import TimeSlicer
+from realtime.pubsub.time_slices import STRANGER_SLICE, TimeSlicer
 from realtime.server_api.http_api import HTTPAPI
 from realtime.server_api.operations import ServerAPI
 from realtime.supervision.loop_time import LoopWork
@@ -79,9 +79,13 @@ _log = Logger()
 
 @dataclass(frozen=True, slots=True)
 class PubSubParts:
-    """The channels of one worker. slices: divides long work into turns of the loop. rules: the channel options."""
+    """The channels of one worker. slices: divides long work into turns of the loop. rules: the channel options.
+
+    strangers: divides the work for peers that are not connected as clients: they get less of each turn.
+    """
 
     slices: TimeSlicer
+    strangers: TimeSlicer
     rules: ChannelRules
     sessions: Sessions
     engine: BrokerEngine
@@ -127,6 +131,7 @@ def wire_pubsub(process: Child) -> PubSubParts:
     rules = ChannelRules(settings.channel)
     accounts = NamespaceAccounts(ledger, [namespace.name for namespace in settings.channel.namespaces], rules.namespace)
     slices = TimeSlicer(reactor.seconds, settings.loop.slice, _call_next_turn, Deferred)
+    strangers = TimeSlicer(reactor.seconds, STRANGER_SLICE, _call_next_turn, Deferred)
     sessions = Sessions(slices)
 
     def make_engine(hub: Receiver) -> BrokerEngine:
@@ -152,7 +157,7 @@ def wire_pubsub(process: Child) -> PubSubParts:
         "Publications that wait for their turn to be delivered",
         lambda: hub.fanout.queued,
     )
-    return PubSubParts(slices, rules, sessions, engine, hub)
+    return PubSubParts(slices, strangers, rules, sessions, engine, hub)
 
 
 def wire_handlers(process: Child, app: App) -> HandlerParts:
@@ -190,6 +195,7 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
         engine=pubsub.engine,
         hub=pubsub.hub,
         slices=pubsub.slices,
+        strangers=pubsub.strangers,
         sessions=pubsub.sessions,
         deadlines=Deadlines(reactor.seconds()),
         handlers=handlers.dispatcher,
@@ -237,13 +243,14 @@ def wire_transports(
             admission,
             wire_formats=wire_formats,
             slices=pubsub.slices,
+            strangers=pubsub.strangers,
             charge_work=partial(charge_steps, ledger, protocol_account),
             queued=queued,
             turn_end=turn_end,
         )
 
     limits = EmulationLimits(settings.emulation, settings.websocket.message_size_limit, metrics)
-    emulation = Emulation(pubsub.engine, protocol.node, str(process.slot), limits, pubsub.slices)
+    emulation = Emulation(pubsub.engine, protocol.node, str(process.slot), limits, pubsub.strangers)
     pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
     stream_context = StreamContext(
         protocol.open_session, settings, protocol.deadlines, metrics, admission, emulation, queued, turn_end
@@ -266,7 +273,7 @@ def wire_transports(
         proxies=admission.proxies,
         own_names=own_names,
     )
-    frontend = _frontend(process, endpoints, site, protocol.deadlines, admission)
+    frontend = _frontend(process, endpoints, site, protocol.deadlines, admission, pubsub.strangers)
     return TransportParts(admission, queued, frontend, charged_transport(ledger, HTTPFrontend))
 
 
@@ -288,6 +295,7 @@ def _frontend(
     site: HTTPSite,
     deadlines: Deadlines,
     admission: Admission,
+    strangers: TimeSlicer,
 ) -> HTTPFrontendFactory:
     charge = partial(charge_steps, process.accounts, process.accounts.open(LoopWork.HTTP))
     return HTTPFrontendFactory(
@@ -299,6 +307,7 @@ def _frontend(
         process.reactor,
         admission,
         charge,
+        strangers,
     )
 
 

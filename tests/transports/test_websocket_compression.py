@@ -137,7 +137,7 @@ BROKEN_COMPRESSION: dict[str, tuple[bytes, int]] = {
     ),
     "60 MB of zeros after a good message": (zipped(b"hello") + frame(1, deflated(bytes(60 << 20), 9), rsv=4), 1009),
     "one byte over the limit of a command": (zipped(b"x" * 65_537), 1009),
-    "one byte over the limit of a batch": (zipped(b"\n" * 655_361), 1009),
+    "one byte over the limit of a batch, commands before": (zipped(b"\n" * 655_361), 1009),
     "compressed size over the limit": (frame(1, random.Random(1).randbytes(1_310_721), rsv=4), 3013),
     "too many fragments": (
         frame(1, b"", fin=False, rsv=4) + frame(0, b"", fin=False) * 1100,
@@ -155,7 +155,7 @@ async def test_broken_compression(name: str) -> None:
         assert (await client.closed())[0] == code
         await eventually(lambda: client.lost)
         assert stage.websocket.queued.size == 0
-        assert len(stage.sessions[0].received) == ("good" in name or "before" in name)
+        assert bool(stage.sessions[0].received) == ("good" in name or "before" in name)
         assert not stage.failures
         await bystander.echo("unaffected")
         bystander.leave()
