@@ -30,6 +30,9 @@ STRANGER_SLICE = 0.0005
 """Seconds in each turn of the loop for peers that are not connected as clients, over all of them: pipelined requests,
 long first messages. An attack needs no credentials there, and may come over any number of connections."""
 
+STRANGER_PAUSE = 0.001
+"""Seconds between two such slices: an attack leaves most of the loop's time to the clients."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 

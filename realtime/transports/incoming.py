@@ -125,7 +125,7 @@ class Incoming(WebSocketServerProtocol):
                 # and without a time slice.
                 first_byte = self.first_byte
                 payload = whole_message(data, first_byte, self.factory.message_size_limit)
-                if payload:
+                if payload and (len(data) <= _SHORT or self._slices.has_time):
                     self.onMessage(_unmask(data, payload), first_byte == BINARY)
                     if not (self.is_reading or self._is_blocked):
                         self._set_reading(True)
@@ -140,8 +140,8 @@ class Incoming(WebSocketServerProtocol):
         self._receive_state = _WORKING
         slices = self._slices
         steps = self._process_frames()
-        # One step is short, but as many connections may have one in this turn.
-        if len(data) <= _SHORT or slices.has_time:
+        # One step is short, but any number of connections may have one in this turn.
+        if slices.has_time or (self.is_known and len(data) <= _SHORT):
             for _ in steps:
                 slices.start_slice()
                 if not slices.has_time:

@@ -52,7 +52,7 @@ from realtime.pubsub.engine import MESSAGES_DROPPED, Receiver
 from realtime.pubsub.fanout import FanoutServices, broadcast
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.subscriber import Sink
-from realtime.pubsub.time_slices import STRANGER_SLICE, TimeSlicer
+from realtime.pubsub.time_slices import STRANGER_PAUSE, STRANGER_SLICE, TimeSlicer
 from realtime.server_api.http_api import HTTPAPI
 from realtime.server_api.operations import ServerAPI
 from realtime.supervision.loop_time import LoopWork
@@ -131,7 +131,7 @@ def wire_pubsub(process: Child) -> PubSubParts:
     rules = ChannelRules(settings.channel)
     accounts = NamespaceAccounts(ledger, [namespace.name for namespace in settings.channel.namespaces], rules.namespace)
     slices = TimeSlicer(reactor.seconds, settings.loop.slice, _call_next_turn, Deferred)
-    strangers = TimeSlicer(reactor.seconds, STRANGER_SLICE, _call_next_turn, Deferred)
+    strangers = TimeSlicer(reactor.seconds, STRANGER_SLICE, partial(reactor.callLater, STRANGER_PAUSE), Deferred)
     sessions = Sessions(slices)
 
     def make_engine(hub: Receiver) -> BrokerEngine:
