@@ -23,6 +23,7 @@ from msgspec import Struct
 from realtime.errors import LIMIT_EXCEEDED, TOO_MANY_REQUESTS, ClientError
 from realtime.pubsub.engine import PRESENCE_PAGE, AddPresence, GetPresence, RemovePresence
 from realtime.pubsub.history import ExpiryQueue
+from realtime.pubsub.time_slices import CHUNK
 from realtime.types import ClientInfo
 
 RETURN_GRACE = 5.0
@@ -106,12 +107,33 @@ class Presence(Generic[P]):
 
     def detach(self, now: float, peer: P, clients: Iterable[str]) -> None:
         """Remove a peer, whose clients have gone. clients: all of them, with or without presence."""
+        for _ in self.detach_steps(now, peer, clients):
+            pass
+
+    def detach_steps(self, now: float, peer: P, clients: Iterable[str]) -> Iterator[None]:
+        """As `detach`, in steps of CHUNK clients. A client is listed and counted until its leave.
+
+        Those whose place another connection may take are absent after the first step.
+        """
         self._listings = {key: rest for key, rest in self._listings.items() if key[0] != peer}
-        for channel, entries in self._peers.pop(peer).items():
-            for client, entry in entries.items():
+        if self._returning:
+            for client in clients:
+                self.client_gone(now, client)
+        by_channel = self._peers[peer]
+        for channel, entries in by_channel.items():
+            for client in [client for client, entry in entries.items() if entry.grace]:
+                self._end(now, channel, client, entries.pop(client))
+        number = 0
+        while by_channel:
+            channel, entries = next(iter(by_channel.items()))
+            while entries:
+                client, entry = entries.popitem()
                 self._end(now, channel, client, entry)
-        for client in clients:
-            self.client_gone(now, client)
+                number += 1
+                if number % CHUNK == 0:
+                    yield
+            by_channel.pop(channel, None)
+        del self._peers[peer]
 
     def add(self, peer: P, request: AddPresence, *, restored: bool = False, announce: bool = True) -> None:
         """Add a client. Raises ClientError 106 at the limit, unless the client is restored.

@@ -201,12 +201,10 @@ class HistoryPageResult(Struct, frozen=True):
     offset: int
 
 
-class ChannelInfo(Struct, frozen=True):
-    num_clients: int
-
-
 class ChannelsResult(Struct, frozen=True):
-    channels: dict[str, ChannelInfo]
+    """channels: an encoded object with `num_clients` by channel."""
+
+    channels: Raw
 
 
 class InfoResult(Struct, frozen=True):
@@ -428,7 +426,8 @@ class HTTPAPI:
 
     async def _channels(self, request: _Channels) -> ChannelsResult:
         found = await self._operations.channels(request.pattern)
-        return ChannelsResult({channel: ChannelInfo(count) for channel, count in found.items()})
+        entries = await self._slices.map_sliced(_encoded_channel, found.items())
+        return ChannelsResult(Raw(b"{%b}" % b",".join(entries)))
 
     async def _info(self, request: _Nothing) -> InfoResult:
         return InfoResult(await self._operations.info())
@@ -577,6 +576,11 @@ def _target(request: _Target) -> dict[str, str]:
 
 def _position(position: StreamPosition | None) -> Position | None:
     return Position(position.offset, position.epoch) if position is not None else None
+
+
+def _encoded_channel(channel: tuple[str, int]) -> bytes:
+    name, clients = channel
+    return b'%b:{"num_clients":%d}' % (msgspec.json.encode(name), clients)
 
 
 def _encoded_info(client: ClientInfo) -> Raw:
