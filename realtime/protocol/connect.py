@@ -214,7 +214,6 @@ def _initial_subscriptions(
             subscription = session.make_subscription(sub_request, rules.options(channel), options, source)
         except ClientError:
             # A bad filter is left out. An error would refuse the whole connection for good.
-            session.services.counters.bad_input["filter"].value += 1
             sub_request = msgspec.structs.replace(sub_request, tf=None)
             subscription = session.make_subscription(sub_request, rules.options(channel), options, source)
         subscription.expire_at = options.expire_at

@@ -136,11 +136,14 @@ class Subscription:
         self.announced = options.join_leave and (options.force_push_join_leave or (request.join_leave and presence))
         self.delta = request.delta in options.allowed_delta_types
         if request.tf is not None:
+            refused = self._owner.services.counters.bad_input["filter"]
             if not options.allow_tags_filter:
+                refused.value += 1
                 raise ClientError(*BAD_REQUEST)
             try:
-                self.filter = filters.compiled(request.tf)
+                self.filter = filters.compiled(request.tf, self._owner.settings.client.max_filter_nodes)
             except ValueError as error:
+                refused.value += 1
                 self._owner.services.log_debug(
                     f"client {self.info.client}: refused its tags filter for channel {self.channel!r:.200}:"
                     f" {error!s:.200}"

@@ -24,9 +24,6 @@ from realtime.metrics import Metrics, bad_input_counter
 
 _log = Logger()
 
-# The most bytes of the body of a request without permission (401) that are read and dropped, to keep the connection.
-MAX_DROPPED_BODY = 64 * 1024
-
 # Faults of peers, counted as bad input, with the status of the response.
 FAULTS = {
     "api_key": 401,
@@ -212,7 +209,9 @@ class Exchange:
     def _has_short_body(self) -> bool:
         """Whether reading the body and dropping it is cheaper for the peer than a new connection."""
         head = self.head
-        return 0 <= head.body <= MAX_DROPPED_BODY and not head.get("expect") and not self.closes
+        return (
+            0 <= head.body <= self._site.settings.max_refused_body_size and not head.get("expect") and not self.closes
+        )
 
     def _encode(self, response: PreparedResponse) -> bytes:
         return encode_response(

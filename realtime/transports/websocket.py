@@ -62,8 +62,8 @@ TIME_SLICE = 0.005
 # Random bytes in the secret of a connection.
 SECRET_BYTES = 24
 
-CONTROL_FRAMES_PER_SECOND = 20
-CONTROL_FRAMES_BURST = 50
+# Seconds' worth of control frames at the allowed rate that may come at once.
+CONTROL_FRAMES_BURST = 2.5
 
 _NO_LIMIT = 1 << 40  # bytes
 
@@ -381,8 +381,8 @@ class WebSocketConnection(ClientConnection, Incoming):
     def _allow_control_frame(self) -> bool:
         """Count one ping or pong of the peer; return False and close the connection if it exceeds the rate."""
         now = self.factory.reactor.seconds()
-        self._control_due = max(self._control_due, now) + 1 / CONTROL_FRAMES_PER_SECOND
-        if self._control_due - now <= CONTROL_FRAMES_BURST / CONTROL_FRAMES_PER_SECOND:
+        self._control_due = max(self._control_due, now) + 1 / self.factory.control_frames_per_second
+        if self._control_due - now <= CONTROL_FRAMES_BURST:
             return True
         self.sendCloseFrame(1008)
         return False
@@ -439,6 +439,7 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
         self.batch_size_limit = max(batch_size_limit, self.message_size_limit)
         self.decompressed_limit = websocket.decompressed_message_size_limit or 10 * self.message_size_limit
         self.max_fragments = websocket.max_fragments
+        self.control_frames_per_second = websocket.control_frames_per_second
         self.message_timeout = websocket.message_timeout
         self.ping_interval = client.ping_interval
         self.pong_timeout = client.pong_timeout

@@ -218,3 +218,21 @@ async def test_incomplete_bodies_have_bounded_memory_together(small_site: Site) 
         writer.close()
     assert site.faults() == {"body_memory": 1}
     assert site.front.body_bytes == 0
+
+
+@pytest.mark.parametrize(("size", "closes"), [(100, False), (101, True)])
+@on_loop
+async def test_a_connection_stays_open_after_a_wrong_key_with_a_short_body(size: int, closes: bool) -> None:
+    site = Site(max_refused_body_size=100)
+    await site.start()
+    try:
+        call = (
+            b"POST /api/info HTTP/1.1\r\nHost: x\r\nX-API-Key: wrong\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size
+        )
+        last = b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        answers = await site.raw(call + last)
+        assert answers.count(b"HTTP/1.1 401 ") == 1
+        assert answers.count(b"HTTP/1.1 404 ") == (not closes)
+        assert site.faults() == {"api_key": 1}
+    finally:
+        await site.stop()

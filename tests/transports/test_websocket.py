@@ -103,6 +103,16 @@ async def test_a_declared_length_allocates_nothing_and_the_payload_is_not_buffer
         await eventually(lambda: stage.websocket.connections == 0)
 
 
+async def test_the_rate_of_pings_is_a_setting() -> None:
+    async with staged(websocket=settings.WebSocketSettings(control_frames_per_second=2)) as stage:
+        client = await stage.open()
+        client.send(frame(9, b"") * 5)
+        await eventually(lambda: client.frames == [(10, b"")] * 5)
+        client.send(frame(9, b"") * 5)
+        assert (await client.closed())[0] == 1008
+        assert stage.count("frame_rate") == 1
+
+
 async def test_the_largest_message_passes() -> None:
     async with staged() as stage:
         client = await stage.open()
