@@ -11,7 +11,7 @@ from realtime.protocol.session_timers import EXPIRY_SPREAD
 from realtime.pubsub.engine import AddPresence, GetHistory, Subscribe
 from realtime.pubsub.time_slices import TimeSlicer
 from tests.protocol.sessions import BARE, BARE_PROTOBUF, CHANNEL, NOW, Gate, Server, error_of, token
-from tests.protocol.test_step_costs import connect, sized
+from tests.protocol.test_step_costs import sized
 
 LEAVE = {"unsubscribe": {"channel": "a"}}
 
@@ -70,7 +70,7 @@ class TestFields:
             named = ",".join(f'"{"c" * 40}{number}":{{}}' for number in range(subs))
             return f'{{"id":1,"connect":{{"subs":{{{named}}}}}}}'.encode()
         named = [b"\x1a" + sized(b"\x0a" + sized(b"c%d" % each) + b"\x12\x02\x18\x01") for each in range(subs)]
-        return connect(b"".join(named))
+        return sized(b"\x08\x01\x22" + sized(b"".join(named)))
 
     @pytest.mark.parametrize("form", [BARE, BARE_PROTOBUF])
     @pytest.mark.parametrize(("limit", "channel_limit"), [(8192, 100), (2048, 250), (8192, 0)])
