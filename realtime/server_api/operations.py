@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from typing import Annotated, Any, NamedTuple, Unpack
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from realtime import errors, json_text
 from realtime.auth.tokens import OVERRIDABLE
@@ -30,6 +30,7 @@ from realtime.protocol.orders import (
 )
 from realtime.pubsub.engine import (
     PRESENCE_PAGE,
+    AnswerCallback,
     Engine,
     GetHistory,
     GetPresence,
@@ -72,8 +73,17 @@ class NodeIdentity(NamedTuple):
     uptime: float
 
 
-# The application's own code passes these unchecked. A wrong type would make the broker end the worker's stream.
-_OptionTypes = tuple[dict[str, str] | None, str, bool, Annotated[int, Meta(ge=0)], str]
+class _PublishOptions(Struct, array_like=True):
+    """The types of options that the application's own code passes unchecked.
+
+    A wrong type would make the broker end the worker's stream.
+    """
+
+    tags: dict[str, str] | None
+    idempotency_key: str
+    delta: bool
+    version: Annotated[int, Meta(ge=0)]
+    version_epoch: str
 
 
 class ServerAPI:
@@ -128,27 +138,47 @@ class ServerAPI:
         clients. The other options: see `PublishOptions`. Raises ClientError 107 also for data that the channel's
         `publication_data_format` does not allow.
         """
+        options = _checked(tags, skip_history, idempotency_key, delta, version, version_epoch)
         text = not binary or await self._is_json(data)
-        request = self._publish_request(
+        return await self._engine.ask(self._publication(channel, data, text, *options))
+
+    def publish_then(
+        self,
+        done: AnswerCallback,
+        channel: str,
+        data: bytes,
+        binary: bool,
+        tags: dict[str, str] | None,
+        skip_history: bool,
+        idempotency_key: str,
+        delta: bool,
+        version: int,
+        version_epoch: str,
+    ) -> None:
+        """Publish like `publish`, without a coroutine, with arguments of the right types.
+
+        done: see `Engine.ask_then`. Raises the ClientErrors that are not the engine's.
+        """
+        text = not binary or json_text.is_json(data)
+        request = self._publication(
             channel, data, text, tags, skip_history, idempotency_key, delta, version, version_epoch
         )
-        return await self._engine.ask(request)
+        self._engine.ask_then(request, done)
 
-    def _publish_request(
+    def _publication(
         self,
         channel: str,
         data: bytes,
         text: bool,
-        tags: dict[str, str] | None = None,
-        skip_history: bool = False,
-        idempotency_key: str = "",
-        delta: bool = False,
-        version: int = 0,
-        version_epoch: str = "",
+        tags: dict[str, str] | None,
+        skip_history: bool,
+        idempotency_key: str,
+        delta: bool,
+        version: int,
+        version_epoch: str,
     ) -> Publish:
-        """text: the data is JSON text. The others: see `publish`."""
+        """Check the arguments of `publish`, and build the request to the engine. text: the data is JSON text."""
         options = self._options(channel)
-        msgspec.convert((tags, idempotency_key, delta, version, version_epoch), _OptionTypes)
         options.check_data(data, text)
         if version >= 2**64 or len(idempotency_key) > MAX_NAME or len(version_epoch) > MAX_NAME:
             raise ClientError(*errors.BAD_REQUEST)
@@ -180,10 +210,11 @@ class ServerAPI:
             raise ClientError(*errors.BAD_REQUEST)
         details: dict[str, Any] = dict(options)
         text = not details.pop("binary", False) or await self._is_json(data)
+        checked = _checked(**details)
 
         async def publish(channel: str) -> Position | ClientError:
             try:
-                position: Position = await self._engine.ask(self._publish_request(channel, data, text, **details))
+                position: Position = await self._engine.ask(self._publication(channel, data, text, *checked))
                 return position
             except ClientError as error:
                 return error
@@ -340,6 +371,19 @@ class ServerAPI:
 
     async def _send_order(self, order: Order) -> None:
         await self._engine.ask(SendOrder(encode_order(order)))
+
+
+def _checked(
+    tags: dict[str, str] | None = None,
+    skip_history: bool = False,
+    idempotency_key: str = "",
+    delta: bool = False,
+    version: int = 0,
+    version_epoch: str = "",
+) -> tuple[dict[str, str] | None, bool, str, bool, int, str]:
+    """Return the options of a publication. Raises msgspec.ValidationError for a wrong type."""
+    msgspec.convert((tags, idempotency_key, delta, version, version_epoch), _PublishOptions)
+    return tags, skip_history, idempotency_key, delta, version, version_epoch
 
 
 def _content(content: bytes) -> bytes:

@@ -196,7 +196,7 @@ class Emulation:
             request.respond(_with_headers(fault_response("emulation"), cors_headers))
             return
         if emulation.node != self._node:
-            request.respond(_with_headers(status_response(404), cors_headers))
+            request.respond(_with_headers(fault_response("emulation_node"), cors_headers))
             return
         encoding = PROTOBUF if _is_protobuf(request) else JSON_ENCODING
         request.respond_with(self._forward(emulation, encoding), partial(_make_response, cors_headers), cancels=False)

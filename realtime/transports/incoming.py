@@ -14,7 +14,7 @@ while the session has paused the connection, or while a peer that sends commands
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from autobahn.twisted.websocket import WebSocketServerProtocol
@@ -77,6 +77,10 @@ class _PartialMessage:
             self._decoder.decode(data)
         self.data += data
 
+    def abort(self) -> None:
+        """See `DeadlineOwner`."""
+        self.connection.abort()
+
     def on_deadline(self) -> None:
         self.connection.on_message_timeout()
 
@@ -84,10 +88,10 @@ class _PartialMessage:
 class Incoming(WebSocketServerProtocol):
     """Incoming side of a WebSocket connection; a base class beside `Outgoing`. Loop thread only.
 
-    A subclass gets whole messages by `onMessage`, closes by `sendCloseFrame`, calls `resume_processing` when the peer
-    has read queued frames, and `drop_partial_message` at the end. first_byte: first byte of nearly all frames of the
-    peer, TEXT or BINARY. is_reading: whether the socket is read; if not, a silent peer is not at fault. is_known:
-    whether the peer is connected as a client.
+    A subclass gets whole messages by `onMessage`, closes by `sendCloseFrame`, queues outgoing frames between `hold` and
+    `release`, calls `resume_processing` when the peer has read queued frames, and `drop_partial_message` at the end.
+    first_byte: first byte of nearly all frames of the peer, TEXT or BINARY. is_reading: whether the socket is read; if
+    not, a silent peer is not at fault. is_known: whether the peer is connected as a client.
     """
 
     first_byte = TEXT
@@ -97,7 +101,12 @@ class Incoming(WebSocketServerProtocol):
     form: WireFormat
     factory: Any
     transport: Any
+    abort: Callable[[], None]  # of `Outgoing`, as the next three
+    abort_after_error: Callable[[], None]
+    describe: Callable[[], dict[str, object]]
     _outbox: Outbox | None
+    hold: Callable[[], bool]
+    release: Callable[[], None]
     _message: _PartialMessage | None = None
     _unprocessed = b""  # the start of a frame's header, or all buffered frames
     _receive_state = _IDLE
@@ -142,15 +151,20 @@ class Incoming(WebSocketServerProtocol):
         steps = self._process_frames()
         # One step is short, but any number of connections may have one in this turn.
         if slices.has_time or (self.is_known and len(data) <= _SHORT):
-            for _ in steps:
-                slices.start_slice()
-                if not slices.has_time:
-                    break
-            else:
-                slices.start_slice()
-                return
+            holds = self.hold()
+            try:
+                for _ in steps:
+                    slices.start_slice()
+                    if not slices.has_time:
+                        break
+                else:
+                    slices.start_slice()
+                    return
+            finally:
+                if holds:
+                    self.release()
         self._set_reading(False)
-        slices.add(self.factory.charge_work(steps))
+        slices.add(self.factory.charge_work(self._abort_on_error(steps)))
 
     @property
     def _slices(self) -> TimeSlicer:
@@ -215,6 +229,13 @@ class Incoming(WebSocketServerProtocol):
         is_inside = self.current_frame is not None or self.inside_message
         return bool(self._isMessageCompressed if is_inside else first & _COMPRESSED)
 
+    def _abort_on_error(self, steps: Iterator[None]) -> Iterator[None]:
+        """Yield the steps in later turns, where no caller closes the connection after an exception."""
+        try:
+            yield from steps
+        except Exception:
+            self.abort_after_error()
+
     @property
     def _is_blocked(self) -> bool:
         """Whether frames must not be processed: the session has paused us, or the peer does not read its replies."""
@@ -226,7 +247,7 @@ class Incoming(WebSocketServerProtocol):
             return
         if self._receive_state == _BLOCKED:
             self._receive_state = _WORKING
-            self._slices.add(self.factory.charge_work(self._process_frames()))
+            self._slices.add(self.factory.charge_work(self._abort_on_error(self._process_frames())))
         else:
             self._set_reading(True)
 
@@ -291,7 +312,7 @@ class Incoming(WebSocketServerProtocol):
         if size >= _ABSURD or self.form.encoding.unidirectional:
             self.sendCloseFrame(1009)
             return
-        self.factory.count_bad_input("batch_size")
+        self.factory.client_log.refuse("batch_size", self.describe)
         self.close(*TOO_MANY_COMMANDS)
 
     def onMessageFrameEnd(self) -> None: ...
