@@ -48,6 +48,9 @@ from realtime.transports.static_files import locate, serve_file
 # Limit of the number of parameters in one query.
 MAX_PARAMETERS = 100
 
+# Bytes of a publication from which on it is checked in slices.
+LONG_BODY = 65536
+
 # Range in seconds of Retry-After, random so that refused clients do not all come back at the same time.
 RETRY_AFTER = (3, 10)
 
@@ -225,7 +228,7 @@ class Router:
         name, error_mode = path.removeprefix(self._prefix), self._settings.error_mode
         serve: RequestHandler = partial(serve_api, partial(self._api.call, name), error_mode)
         if name == "publish":
-            serve = partial(serve_publish, self._api.publish, error_mode, self._dispatcher.ledger)
+            serve = partial(serve_publish, self._api.publish, error_mode, self._dispatcher.ledger, serve)
         if name in METHODS:
             self._methods[path] = serve
         return serve
@@ -284,9 +287,19 @@ def serve_api(call: APICall, default_error_mode: str, request: Exchange) -> None
 
 
 def serve_publish(
-    publish: Callable[[bytes, DoneCallback], None], default_error_mode: str, ledger: LoopTimeLedger, request: Exchange
+    publish: Callable[[bytes, DoneCallback], None],
+    default_error_mode: str,
+    ledger: LoopTimeLedger,
+    serve_long: RequestHandler,
+    request: Exchange,
 ) -> None:
-    """Call the server API's method `publish`; its answer is charged like the request, and not to the engine."""
+    """Call the server API's method `publish`; its answer is charged like the request, and not to the engine.
+
+    serve_long: serves requests with long data, in slices.
+    """
+    if len(request.body) > LONG_BODY:
+        serve_long(request)
+        return
     account = ledger.current
     make_response = _api_response_maker(request, default_error_mode)
 

@@ -40,7 +40,8 @@ BROKEN: dict[str, tuple[bytes, int]] = {
     "length 2^63+5": (header(0x82, 0xFF, b"\x80" + b"\x00" * 6 + b"\x05"), 1002),
     "length 2^64-1": (header(0x81, 0xFF, b"\xff" * 8), 1002),
     "length 2^40": (header(0x81, 0xFF, (1 << 40).to_bytes(8, "big")), 1009),
-    "one byte over": (header(0x81, 0xFF, (65537).to_bytes(8, "big")), 1009),
+    "one byte over": (frame(1, b"x" * 65537), 1009),
+    "a batch of gigabytes": (header(0x81, 0xFF, (1 << 30).to_bytes(8, "big")), 3013),
     "length 2^62 of binary": (header(0x82, 0xFF, (1 << 62).to_bytes(8, "big")), 1009),
     "126 for 5": (header(0x81, 0xFE, b"\x00\x05") + b"abcde", 1002),
     "127 for 300": (header(0x81, 0xFF, (300).to_bytes(8, "big")) + b"x" * 300, 1002),
@@ -102,6 +103,16 @@ async def test_a_declared_length_allocates_nothing_and_the_payload_is_not_buffer
         await client.closed()
         assert connection._message is None
         await eventually(lambda: stage.websocket.connections == 0)
+
+
+async def test_the_rate_of_pings_is_a_setting() -> None:
+    async with staged(websocket=settings.WebSocketSettings(control_frames_per_second=2)) as stage:
+        client = await stage.open()
+        client.send(frame(9, b"") * 5)
+        await eventually(lambda: client.frames == [(10, b"")] * 5)
+        client.send(frame(9, b"") * 5)
+        assert (await client.closed())[0] == 1008
+        assert stage.count("frame_rate") == 1
 
 
 async def test_the_largest_message_passes() -> None:
