@@ -82,6 +82,10 @@ _HTTP = {
         "refused a request to {path} with a large body: see http_api.max_body_size, and max_request_body_size of"
         " the transports"
     ),
+    "body_memory": _bad(
+        "refused a request to {path} with a long body: the incomplete bodies of this worker have more than"
+        " http_server.max_queued_body_bytes"
+    ),
     "body_syntax": _bad("refused a request to {path} whose body is malformed"),
     "body_encoding": _bad("refused a request to {path} with a compressed body, which the server does not read"),
     "parameters": _bad("refused a request to {path} with too many query parameters"),
@@ -118,6 +122,9 @@ _FRAMES = {
     "frame_size": _bad(
         "disconnected a client for a long message: see websocket.message_size_limit, max_fragments and message_timeout"
     ),
+    "batch_size": _bad(
+        "disconnected a client for a long message of many commands (3013): see websocket.batch_size_limit"
+    ),
     "inappropriate": _bad("disconnected a client for a frame of the wrong type: text to Protobuf, or not UTF-8"),
     "text": _bad("disconnected a client for commands that are not valid UTF-8"),
     "ignored": _bad("ignored a message of a unidirectional client, which can send its connect request alone"),
@@ -143,6 +150,7 @@ _COMMANDS = {
     "command_rate": _bad(
         "answered {request} with 111 too many requests: the client sends more than client.commands_per_second"
     ),
+    "command_fields": _bad("disconnected a client for a command of too many parts: see client.max_command_fields"),
     "handler": Kind("the application's handler refused {request} with {code} {reason}"),
     "filter_refused": Kind(
         "refused {request} with 107: {detail}; a namespace needs allow_tags_filter for filters by tags"
