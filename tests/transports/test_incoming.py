@@ -272,4 +272,4 @@ def test_a_client_comes_back_after_a_batch_that_is_too_long() -> None:
     received, sent, is_open = server.feed(frame(1, BATCH + b"\n" + BATCH)[:14])
     assert (received, is_open) == ([], False)
     assert int.from_bytes(sent[-1][1][:2], "big") == 3013
-    assert server.factory._bad_input["batch_size"].value == 1
+    assert server.factory.client_log._counters["batch_size"].value == 1
