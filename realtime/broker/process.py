@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -30,12 +30,16 @@ from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
 from realtime.pubsub.engine import MESSAGES_DROPPED, Publish, ReportSubscriptions
 from realtime.pubsub.history import make_epoch
+from realtime.pubsub.time_slices import TimeSlicer
 from realtime.supervision.health import broker_beat_interval
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
 
 SWEEP_INTERVAL = 0.25
 """Seconds between two sweeps for expired history and idempotency keys."""
+
+SLICE = 0.005
+"""Seconds of a turn in which clients of an ended worker leave."""
 
 SWEEP_PAUSE = 0.01
 """Seconds until the next sweep if one sweep did not free everything."""
@@ -82,6 +86,9 @@ class Broker:
         self._reactor = reactor
         self.now: Callable[[], float] = reactor.seconds
         self._peers: dict[int, _WorkerPeer] = {}  # by slot
+        self._leaving: dict[int, Iterator[None]] = {}  # by slot, the clients of the last stream that ended
+        self._slices = TimeSlicer(reactor.seconds, SLICE, self._call_next_turn)
+        self._links_account = self._ledger.open(LoopWork.ENGINE)
         self._all_left: Deferred[None] | None = None  # while draining
         publications = metrics.counter("realtime_broker_publications", "Publications received from workers.")
         self.core: BrokerCore[Link] = BrokerCore(_LinkDelivery(metrics), settings.max_channels, publications)
@@ -108,6 +115,9 @@ class Broker:
         previous = self._peers.pop(slot, None)
         if previous is not None:
             previous.replace()
+        # The same clients may come back over the new stream: the leaves come first.
+        for _ in self._leaving.pop(slot, ()):
+            pass
         self._peers[slot] = peer = _WorkerPeer(self, str(slot), self._make_link)
         adopt(self._reactor, fd, peer.link)
 
@@ -145,6 +155,9 @@ class Broker:
         for peer in list(self._peers.values()):
             peer.release()
 
+    def _call_next_turn(self, function: Callable[[], None]) -> None:
+        self._reactor.callLater(0, self._ledger.charging(self._links_account, function))
+
     def _make_link(self, on_frame: Callable[[int, bytes], None]) -> Link:
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
@@ -156,9 +169,12 @@ class Broker:
         if reason != PEER_ENDED:
             self.cuts.value += 1
         self._link_drops.value += link.dropped
-        self.core.detach(link, self.now())
+        steps = self.core.detach_steps(link, self.now())
+        next(steps, None)
+        self._slices.add(steps)
         for slot, peer in self._peers.items():
             if peer.link is link:
+                self._leaving[slot] = steps
                 _log.info("the stream to worker {slot} ended: {reason}; its clients leave", slot=slot, reason=reason)
                 del self._peers[slot]
                 break

@@ -17,8 +17,10 @@ from typing import Protocol
 
 from realtime.errors import BAD_PROTOCOL
 from realtime.protocol.context import SessionServices, SessionSettings
+from realtime.protocol.encodings import TooManyFields
 from realtime.protocol.messages import Command, ProtocolError
 from realtime.protocol.session_state import ACCEPTING, OPENED, SessionState
+from realtime.pubsub.time_slices import TimeSlicer
 
 # Commands of one session started before other work gets a turn: half a millisecond's worth of simple ones.
 COMMANDS_AT_ONCE = 32
@@ -63,6 +65,8 @@ class CommandRunner(Protocol):
 
     def abort(self) -> None: ...
 
+    def describe(self) -> dict[str, object]: ...
+
     def pause_reading(self) -> None: ...
 
     def resume_reading(self) -> None: ...
@@ -94,7 +98,9 @@ class CommandQueue:
         """Decode the next command."""
         try:
             command = next(self.undecoded[0], None)
-        except ProtocolError:
+        except ProtocolError as error:
+            if isinstance(error, TooManyFields):
+                self._session.services.client_log.refuse("command_fields", self._session.describe)
             # The commands before it are still carried out.
             command = _UNREADABLE
             self.undecoded.popleft()
@@ -111,7 +117,7 @@ class CommandQueue:
     def start_ready(self) -> None:
         """Start all commands that may start now; a long run of them is divided over several turns of the loop."""
         self.is_starting = True
-        slices = self._session.services.slices
+        slices = self._slices
         is_long = bool(self.undecoded)
         if is_long and not slices.has_time:
             slices.add(self._start_others())
@@ -125,10 +131,22 @@ class CommandQueue:
             slices.start_slice()
         self._all_started()
 
+    @property
+    def _slices(self) -> TimeSlicer:
+        """The slices for this client: until it is connected, it shares a small one with all other strangers."""
+        services = self._session.services
+        if self._session.state is OPENED and services.strangers is not None:
+            return services.strangers
+        return services.slices
+
     def _start_others(self) -> Iterator[None]:
+        slices = self._slices
         try:
             while self._start_some():
                 yield
+                if self._slices is not slices:
+                    self._slices.add(self._start_others())
+                    return
             self._all_started()
         except Exception as error:
             self._session.services.report_error(error)

@@ -10,7 +10,7 @@ EngineUnavailable (a temporary error). The protocol sets the order of the checks
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -25,8 +25,9 @@ from realtime.protocol.connect import connect, refresh, verified_claims
 from realtime.protocol.session import CommandFunction, Session
 from realtime.protocol.session_state import SessionState
 from realtime.protocol.subscription import SubscriptionSource
-from realtime.pubsub.engine import GetHistory, GetPresence, GetPresenceStats, Publish
-from realtime.types import Position, SubscribeOptions
+from realtime.pubsub.engine import PRESENCE_PAGE, GetHistory, GetPresence, GetPresenceStats, Publish, new_listing
+from realtime.pubsub.time_slices import YIELD_EVERY, TimeSlicer
+from realtime.types import ClientInfo, Position, SubscribeOptions
 
 # Times that a presence reply is begun, if joins and leaves are lost while it is made.
 PRESENCE_ATTEMPTS = 3
@@ -207,23 +208,46 @@ def _check_presence(session: Session, channel: str) -> None:
 
 async def presence(session: Session, id: int, request: messages.PresenceRequest) -> None:
     _check_presence(session, request.channel)
-    engine, hub, channel = session.services.engine, session.services.hub, request.channel
-    encode = session.encoding.encode_member
     for _ in range(PRESENCE_ATTEMPTS):
-        present = await engine.ask(GetPresence(channel))
-        with hub.record_presence(channel) as record:
-            encoded = await session.services.slices.map_sliced(encode, present.values())
-        if record.is_complete or channel not in session.subscriptions:
-            break
-    else:
-        raise ClientError(*errors.INTERNAL_ERROR)
-    members = dict(zip(present, encoded, strict=True))
-    # The pushes of these joins and leaves have overtaken the reply.
-    for client, info in record.changes.items():
+        members = await _members(session, request.channel)
+        if members is not None:
+            session.reply_to_presence(id, members.values())
+            return
+    raise ClientError(*errors.INTERNAL_ERROR)
+
+
+async def _members(session: Session, channel: str) -> dict[str, bytes] | None:
+    """Return the encoded entries of a presence reply that is sent at once; None if joins or leaves were lost."""
+    engine, slices, listing = session.services.engine, session.services.slices, new_listing()
+    encode = session.encoding.encode_member
+    members: dict[str, bytes] = {}
+    page = await engine.ask(GetPresence(channel, listing))
+    with session.services.hub.record_presence(channel) as record:
+        while True:
+            members.update(zip(page, await slices.map_sliced(encode, page.values()), strict=True))
+            if len(page) < PRESENCE_PAGE:
+                break
+            page = await engine.ask(GetPresence(channel, listing))
+        # The pushes of joins and leaves since the first page have overtaken the reply.
+        while len(changes := record.take()) >= YIELD_EVERY:
+            await _apply_changes(members, changes, encode, slices)
+        for client, info in changes.items():
+            members.pop(client, None)
+            if info is not None:
+                members[client] = encode(info)
+    return members if record.is_complete or channel not in session.subscriptions else None
+
+
+async def _apply_changes(
+    members: dict[str, bytes],
+    changes: dict[str, ClientInfo | None],
+    encode: Callable[[ClientInfo], bytes],
+    slices: TimeSlicer,
+) -> None:
+    for client in changes:
         members.pop(client, None)
-        if info is not None:
-            members[client] = encode(info)
-    session.reply_to_presence(id, members.values())
+    joined = {client: info for client, info in changes.items() if info is not None}
+    members.update(zip(joined, await slices.map_sliced(encode, joined.values()), strict=True))
 
 
 async def presence_stats(session: Session, id: int, request: messages.PresenceStatsRequest) -> None:

@@ -17,6 +17,7 @@ from realtime.config.settings import ClientSettings, RPCPingSettings
 from realtime.deadlines import Deadlines
 from realtime.metrics import Metrics
 from realtime.protocol.channel_rules import ChannelRules
+from realtime.protocol.encodings import FEWEST_FIELDS
 from realtime.protocol.messages import REQUESTS
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
@@ -61,7 +62,7 @@ class Connection(Protocol):
         """Send one message to this client alone. A reply is queued without limit, a push as those of the fan-out."""
 
     def when_drained(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once when the socket has taken all frames, in place of an earlier callback."""
+        """Call `callback` once when the socket has taken all frames, however often this is asked for until then."""
 
     def unsent(self) -> int:
         """Return the number of bytes that have not reached the client's host."""
@@ -161,6 +162,10 @@ class SessionCounters:
         self._metrics.counter("realtime_command_errors", "Commands that failed", command=command, code=label).value += 1
 
 
+FIELDS_OF_A_SUBSCRIPTION = 16
+"""Fields of one subscription in a connect command, as `client.max_command_fields` counts them, and some more."""
+
+
 class SessionSettings(Struct, frozen=True, kw_only=True):
     """Settings of all sessions.
 
@@ -172,13 +177,19 @@ class SessionSettings(Struct, frozen=True, kw_only=True):
     uid: str = ""
     rpc_ping: RPCPingSettings = RPCPingSettings()
 
+    @property
+    def first_fields(self) -> int:
+        """Fields of the commands in a first message: enough to recover all subscriptions that a client may have."""
+        limit, channels = self.client.max_command_fields, self.client.channel_limit
+        return min(limit, max(FEWEST_FIELDS, FIELDS_OF_A_SUBSCRIPTION * channels)) if channels else limit
+
 
 class SessionServices(Struct, frozen=True, kw_only=True):
     """Collaborators of all sessions.
 
-    slices: divides long work. gather: as for `ServerAPI`. wall_clock: returns Unix seconds, for the expiry of tokens.
-    report_error: takes an exception that is a bug of the server or the application, with its traceback. client_log:
-    counts and logs refusals.
+    slices: divides long work. strangers: the same for clients that are not connected yet; None for `slices`. gather:
+    as for `ServerAPI`. wall_clock: returns Unix seconds, for the expiry of tokens. report_error: takes an exception
+    that is a bug of the server or the application, with its traceback. client_log: counts and logs refusals.
     """
 
     rules: ChannelRules
@@ -195,3 +206,4 @@ class SessionServices(Struct, frozen=True, kw_only=True):
     report_error: Callable[[BaseException], None]
     counters: SessionCounters
     client_log: ClientLog = field(default_factory=ClientLog)
+    strangers: TimeSlicer | None = None

@@ -141,6 +141,11 @@ class Session(SessionTimers):
         """Return the channels to which the client is subscribed."""
         return [channel for channel, subscription in self.subscriptions.items() if subscription.is_active]
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the client has been admitted."""
+        return self.state is CONNECTED
+
     # -- messages and commands ---------------------------------------------------------------------------------------
 
     def receive(self, message: bytes) -> None:
@@ -173,7 +178,9 @@ class Session(SessionTimers):
         queue = self.queue
         if queue is None:
             queue = self.queue = CommandQueue(self)
-        queue.append(self.encoding.decode_commands(message), len(message))
+        settings = self.settings
+        fields = settings.first_fields if self.state is OPENED else settings.client.max_command_fields
+        queue.append(self.encoding.decode_commands(message, fields), len(message))
         if not queue.is_starting:
             # All replies to the commands of a message leave together.
             holds = self._connection.hold()

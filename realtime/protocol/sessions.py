@@ -29,7 +29,8 @@ from realtime.protocol.orders import (
 from realtime.pubsub.time_slices import HIGH, TimeSlicer
 from realtime.types import Position, SubscribeOptions
 
-# Sessions handled before other work gets a turn: ending one takes some hundredths of a millisecond.
+# Sessions of one order that are handled at once, while the slice of this turn has time. Ending a session takes some
+# hundredths of a millisecond, and as long again for each of its subscriptions.
 SESSIONS_AT_ONCE = 32
 
 # An order that concerns no session of this worker.
@@ -153,21 +154,28 @@ class Sessions:
         return [session for session in sessions if order.session in ("", session.secret)]
 
     def _for_each(self, sessions: list[RegisteredSession], action: Callable[[RegisteredSession], None]) -> None:
-        if self._slices is None or not (self._pending or len(sessions) > SESSIONS_AT_ONCE):
-            for session in sessions:
+        slices = self._slices
+        if not self._pending and (slices is None or len(sessions) <= SESSIONS_AT_ONCE):
+            for count, session in enumerate(sessions, 1):
                 action(session)
-            return
+                if slices is not None and count < len(sessions):
+                    slices.start_slice()
+                    if not slices.has_time:
+                        sessions = sessions[count:]
+                        break
+            else:
+                return
+        assert slices is not None
         self._pending.append((sessions, action))
         if len(self._pending) == 1:
-            self._slices.add(self._apply_pending(), HIGH)
+            slices.add(self._apply_pending(), HIGH)
 
     def _apply_pending(self) -> Iterator[None]:
         while self._pending:
             sessions, action = self._pending[0]
-            for count, session in enumerate(sessions, 1):
+            for session in sessions:
                 action(session)
-                if count % SESSIONS_AT_ONCE == 0:
-                    yield
+                yield
             self._pending.popleft()
 
 

@@ -189,7 +189,7 @@ class Subscription:
             if not options.allow_tags_filter:
                 raise ClientError(*BAD_REQUEST, kind="filter_refused")
             try:
-                self.filter = filters.compiled(request.tf)
+                self.filter = filters.compiled(request.tf, self._owner.settings.client.max_filter_nodes)
             except ValueError as error:
                 raise ClientError(*BAD_REQUEST, kind="filter_refused") from RealtimeError(str(error))
         if options.force_recovery and not kept and request.recover and self._refuses_unrecovered(request):

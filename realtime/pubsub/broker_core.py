@@ -10,7 +10,7 @@ clock that never goes back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -41,6 +41,7 @@ from realtime.pubsub.engine import (
 )
 from realtime.pubsub.history import ChannelStreams, IdempotencyCache
 from realtime.pubsub.presence import Presence
+from realtime.pubsub.time_slices import CHUNK
 from realtime.types import ClientInfo, EngineStats, HistoryPage, Position, Publication
 
 P = TypeVar("P")
@@ -163,19 +164,26 @@ class BrokerCore(Generic[P]):
 
     def detach(self, peer: P, now: float) -> None:
         """Remove a peer: its clients leave, which the others receive, and are disconnected. Idempotent."""
+        for _ in self.detach_steps(peer, now):
+            pass
+
+    def detach_steps(self, peer: P, now: float) -> Iterator[None]:
+        """As `detach`, in short steps: a worker may have many thousands of clients. The first step ends connections."""
         state = self._peers.pop(peer, None)
         if state is None:
             return
         if self._addresses.get(state.address) == peer:
             del self._addresses[state.address]
-        for channel in state.channels:
-            self._unroute(channel, peer)
         for user in state.users.values():
             self._remove_connection(user)
         if state.keeps_lost and state.users:
             lost = self._lost.setdefault(state.address, {})
             lost.update(islice(state.users.items(), self._max_channels - len(lost)))
-        self._presence.detach(now, peer, state.users)
+        for number, channel in enumerate(state.channels, 1):
+            self._unroute(channel, peer)
+            if number % CHUNK == 0:
+                yield
+        yield from self._presence.detach_steps(now, peer, state.users)
 
     def restore(
         self,
@@ -307,7 +315,9 @@ class BrokerCore(Generic[P]):
 
     @carries_out(GetPresence)
     def get_presence(self, peer: P, now: float, request: GetPresence) -> dict[str, ClientInfo]:
-        return self._presence.list(request.channel)
+        if not request.listing:
+            return self._presence.list(request.channel)
+        return self._presence.page(now, peer, request)
 
     @carries_out(GetPresenceStats)
     def get_presence_stats(self, peer: P, now: float, request: GetPresenceStats) -> tuple[int, int]:

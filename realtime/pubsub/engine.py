@@ -26,6 +26,7 @@ tests/pubsub/test_engine.py runs one suite over every engine.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
@@ -37,6 +38,12 @@ PAGE_BYTES = 12 * 1024 * 1024
 
 A page always holds at least one publication, so paging on reads everything.
 """
+
+PRESENCE_PAGE = 500
+"""Clients in one page of `GetPresence`: a millisecond of work for the worker that encodes them."""
+
+new_listing: Callable[[], int] = count(1).__next__
+"""Returns a number for `GetPresence.listing`, unique in this process."""
 
 MESSAGES_DROPPED = ("realtime_messages_dropped", "Publications, joins and leaves lost on their way to subscribers.")
 """Name and help of the counter of lost messages, by `reason`."""
@@ -164,9 +171,16 @@ class RemovePresence(EngineRequest[None], tag=9, frozen=True, gc=False):
 
 
 class GetPresence(EngineRequest[dict[str, ClientInfo]], tag=10, frozen=True, gc=False):
-    """List the clients that are present. Answer: their infos by client id."""
+    """List the clients that are present. Answer: their infos by client id, at most PRESENCE_PAGE.
+
+    listing: `new_listing()`. Further requests with the same number get the following pages; a page with fewer clients
+    is the last one. All pages list the clients that were present at the first request; the joins and leaves since then
+    reach the worker after the first answer. 0: all clients are in one answer, whose length has no limit. Raises
+    ClientError 111 while too many listings have further pages.
+    """
 
     channel: str
+    listing: int = 0
 
 
 class GetPresenceStats(EngineRequest[tuple[int, int]], tag=11, frozen=True, gc=False):

@@ -4,7 +4,7 @@ A request to an endpoint, such as a WebSocket handshake, makes a new protocol, w
 transport. All other requests go to the site (`realtime.transports.http_server`), which calls `respond` once for each.
 
 One read may hold thousands of pipelined requests. The first is served at once; the others are served one at a time, in
-slices of `PIPELINE_SLICE` that all connections share, so that other clients wait for one slice. While a request is
+slices of `STRANGER_SLICE` that all connections share, so that other clients wait for one slice. While a request is
 being answered, or the peer does not read its responses, the data after it waits in a buffer of bounded size.
 
 A refused request gets one small, complete response. Then the connection is half-closed, so that no TCP reset destroys
@@ -34,18 +34,18 @@ from realtime.http.forwarded import TrustedProxies
 from realtime.http.handshake import origin_fault
 from realtime.http.request import CHUNKED, Refusal, RequestHead, RequestParser, parse_whole_head
 from realtime.metrics import Metrics
-from realtime.pubsub.time_slices import TimeSlicer
+from realtime.pubsub.time_slices import STRANGER_SLICE, TimeSlicer
 from realtime.transports.admission import Admission, refusal_response
 from realtime.transports.http_server import Exchange, HTTPSite, describe_request
 
 # Seconds for a refused peer to read the response and close its side; data received meanwhile is discarded.
 LINGER = 2.0
 
-# Seconds of pipelined requests in one turn of the loop, over all connections.
-PIPELINE_SLICE = 0.0005
-
 # Bytes of later requests that wait until the current one is answered. At this size the frontend stops reading.
 MAX_WAITING = 65536
+
+# Bytes of an incomplete body that any request may have, however many others there are.
+SHORT_BODY = 65536
 
 # TCP_USER_TIMEOUT (tcp(7)) of HTTP connections, in milliseconds: the kernel drops a peer that acknowledges nothing of
 # a response. `loseConnection` would wait for it without limit.
@@ -76,6 +76,7 @@ class HTTPFrontend(Protocol):
     deadline_bucket = 0  # see DeadlineOwner
     _parser: RequestParser | None = None  # of a head that did not arrive in one piece
     _body: BodyParser | None = None  # of the current request, while it arrives
+    _body_bytes = 0  # bytes of it that are kept
     _exchange: Exchange | None = None  # the current request, until it is answered
     _waiting = b""  # data after the current request
     _is_scheduled = False  # waiting for a turn in the slices
@@ -107,19 +108,26 @@ class HTTPFrontend(Protocol):
             factory.pending -= 1
         exchange, self._exchange = self._exchange, None
         self._waiting = b""
+        if self._body_bytes:
+            self._count_body(0)
         if exchange is not None:
             exchange.abandon()
 
     def dataReceived(self, data: bytes) -> None:
         if self._is_refused:
             return
-        if not (self._is_scheduled or self._is_congested or (self._exchange is not None and self._body is None)):
+        # A connection's first request goes first: it may be a client's handshake.
+        if not (self._is_scheduled or self._is_congested or (self._exchange is not None and self._body is None)) and (
+            not self._is_http or self.factory.pipelines.has_time
+        ):
             end = self._step(data, 0)
             if end < len(data) and not self._is_refused and self.transport.protocol is self:
                 self._waiting = data[end:] + self._waiting
                 if not (self._is_answering or self._is_congested):
                     self._schedule()
             return
+        if not (self._is_congested or self._is_answering):
+            self._schedule()
         self._waiting += data
         if len(self._waiting) >= MAX_WAITING and not self._is_reading_paused:
             self._is_reading_paused = True
@@ -183,6 +191,8 @@ class HTTPFrontend(Protocol):
         """Write the last response of the connection, and close it once the peer has read it."""
         self._is_refused = True
         self._exchange = self._body = self._parser = None
+        if self._body_bytes:
+            self._count_body(0)
         self._waiting = b""
         self.factory.idle.pop(self, None)
         if response:
@@ -309,9 +319,19 @@ class HTTPFrontend(Protocol):
         if isinstance(verdict, Refusal):
             exchange.refuse_body(verdict.kind)
         elif verdict is not None:
+            self._count_body(0)
             self._body = None
             exchange.serve(verdict)
+        elif not self._count_body(body.received):
+            exchange.refuse_body("body_memory")
         return end
+
+    def _count_body(self, size: int) -> bool:
+        """Count `size` bytes of an incomplete body; return whether there is room for them."""
+        factory = self.factory
+        factory.body_bytes += size - self._body_bytes
+        self._body_bytes = size
+        return size <= SHORT_BODY or factory.body_bytes <= factory.max_body_bytes
 
     def _become_http(self) -> None:
         """Count the connection among those of the site, and set it up for responses."""
@@ -374,9 +394,9 @@ class HTTPFrontendFactory(Factory):
     """Makes an `HTTPFrontend` for each accepted connection.
 
     protocol: `HTTPFrontend` or a subclass. pending: connections before the end of their first head, or refused and not
-    closed yet. serving: connections with requests for the site. idle: the connections without a current request, the
-    longest idle one first. is_draining: each connection ends with its next response. client_log: counts and logs
-    refusals. proxies: the trusted proxies.
+    closed yet. serving: connections with requests for the site. body_bytes: of incomplete bodies. idle: the connections
+    without a current request, the longest idle one first. is_draining: each connection ends with its next response.
+    client_log: counts and logs refusals. proxies: the trusted proxies.
     """
 
     noisy = False
@@ -392,11 +412,12 @@ class HTTPFrontendFactory(Factory):
         reactor: Any,
         admission: Admission | None = None,
         charge: Callable[[Iterator[None]], Iterator[None]] = lambda steps: steps,
+        slices: TimeSlicer | None = None,
     ) -> None:
         """endpoints: by path, compared with the request's path as sent, without decoding.
 
         http: serves all other paths. deadlines: the caller sweeps them. admission: its limits; None for none.
-        charge: charges the steps of pipelined requests to an account.
+        charge: charges the steps of pipelined requests to an account. slices: for these.
         """
         self.endpoints = endpoints
         self.http = http
@@ -405,17 +426,22 @@ class HTTPFrontendFactory(Factory):
         self.keepalive_timeout = http_server.keepalive_timeout
         self.max_header_bytes = http_server.max_header_bytes
         self.max_headers = http_server.max_headers
+        self.max_body_bytes = http_server.max_queued_body_bytes
+        self.body_bytes = 0
         self.pending = 0
         self.serving = 0
         self.idle: dict[HTTPFrontend, None] = {}
         self.charge = charge
-        self.pipelines = TimeSlicer(reactor.seconds, PIPELINE_SLICE, lambda run: reactor.callLater(0, run))
+        self.pipelines = slices or TimeSlicer(reactor.seconds, STRANGER_SLICE, lambda run: reactor.callLater(0, run))
         self._admission = admission
         self.is_draining = False
         self.client_log = admission.client_log if admission is not None else ClientLog(metrics)
         self.proxies = admission.proxies if admission is not None else TrustedProxies(())
         metrics.gauge(
             "realtime_pending_connections", "Connections before the end of their first head", lambda: self.pending
+        )
+        metrics.gauge(
+            "realtime_http_body_bytes", "Bytes of request bodies that are not complete.", lambda: self.body_bytes
         )
         metrics.gauge("realtime_http_connections", "HTTP connections that are open", lambda: self.serving)
         self._dropped = metrics.counter(
@@ -472,5 +498,6 @@ class HTTPFrontendFactory(Factory):
             return False
         del self.idle[frontend]
         self._dropped.value += 1
+        self.client_log.refuse("idle", lambda: {"address": frontend.peer})
         frontend.transport.loseConnection()
         return True

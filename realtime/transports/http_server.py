@@ -27,12 +27,10 @@ from realtime.metrics import Metrics
 
 _log = Logger()
 
-# The most bytes of the body of a request without permission (401) that are read and dropped, to keep the connection.
-MAX_DROPPED_BODY = 64 * 1024
-
 # Faults of peers, kinds of `realtime.client_log`, with the status of the response.
 FAULTS = {
     "api_key": 401,
+    "body_memory": 503,
     "body_timeout": 408,
     "body_too_large": 413,
     "body_encoding": 415,
@@ -41,6 +39,8 @@ FAULTS = {
     "emulation": 400,
     "emulation_node": 404,
     "transport_disabled": 404,
+    "websocket_path": 404,
+    "not_found": 404,
     "api_disabled": 404,
     "origin": 403,
     "api_origin": 403,
@@ -234,7 +234,9 @@ class Exchange:
     def _has_short_body(self) -> bool:
         """Whether reading the body and dropping it is cheaper for the peer than a new connection."""
         head = self.head
-        return 0 <= head.body <= MAX_DROPPED_BODY and not head.get("expect") and not self.closes
+        return (
+            0 <= head.body <= self._site.settings.max_refused_body_size and not head.get("expect") and not self.closes
+        )
 
 
 class HTTPSite:

@@ -48,6 +48,9 @@ from realtime.transports.static_files import locate, serve_file
 # Limit of the number of parameters in one query.
 MAX_PARAMETERS = 100
 
+# Bytes of a publication from which on it is checked in slices.
+LONG_BODY = 65536
+
 # Range in seconds of Retry-After, random so that refused clients do not all come back at the same time.
 RETRY_AFTER = (3, 10)
 
@@ -102,6 +105,8 @@ def _disabled_paths(settings: Settings) -> frozenset[str]:
     paths = {transport.handler_prefix for transport in optional if not transport.enabled}
     if settings.websocket.disabled:
         paths.add(settings.websocket.handler_prefix)
+    if not (settings.sse.enabled or settings.http_stream.enabled):
+        paths.add(settings.emulation.handler_prefix)
     return frozenset(paths)
 
 
@@ -201,7 +206,7 @@ class Router:
             response = status_response(405, ("Allow", ", ".join(allowed)))
             is_preflight = method == "OPTIONS" and head.get("access-control-request-method")
             return msgspec.structs.replace(response, fault="origin") if is_preflight else response
-        return self._resolve_file(method, path)
+        return self._resolve_file(head)
 
     def max_body_size(self, path: str) -> int:
         """Return the largest allowed size of a request's body in bytes; 0 for no limit."""
@@ -223,7 +228,7 @@ class Router:
         name, error_mode = path.removeprefix(self._prefix), self._settings.error_mode
         serve: RequestHandler = partial(serve_api, partial(self._api.call, name), error_mode)
         if name == "publish":
-            serve = partial(serve_publish, self._api.publish, error_mode, self._dispatcher.ledger)
+            serve = partial(serve_publish, self._api.publish, error_mode, self._dispatcher.ledger, serve)
         if name in METHODS:
             self._methods[path] = serve
         return serve
@@ -254,7 +259,8 @@ class Router:
         # Compares the bytes as sent, in constant time: the time reveals nothing about a correct prefix.
         return bool(self._key) and hmac.compare_digest(key.encode("latin-1", "replace"), self._key)
 
-    def _resolve_file(self, method: str, path: str) -> RequestHandler | PreparedResponse:
+    def _resolve_file(self, head: RequestHead) -> RequestHandler | PreparedResponse:
+        method, path = head.method, head.path
         for static in self._statics:
             if path + "/" == static.prefix:
                 return status_response(308, ("Location", static.prefix))
@@ -269,7 +275,7 @@ class Router:
             return fault_response("transport_disabled")
         if self._settings.disabled and path.startswith(self._prefix):
             return fault_response("api_disabled")
-        return status_response(404)
+        return fault_response("websocket_path" if head.get("upgrade").lower() == "websocket" else "not_found")
 
 
 # -- the server API ---------------------------------------------------------------------------------------------------
@@ -281,9 +287,19 @@ def serve_api(call: APICall, default_error_mode: str, request: Exchange) -> None
 
 
 def serve_publish(
-    publish: Callable[[bytes, DoneCallback], None], default_error_mode: str, ledger: LoopTimeLedger, request: Exchange
+    publish: Callable[[bytes, DoneCallback], None],
+    default_error_mode: str,
+    ledger: LoopTimeLedger,
+    serve_long: RequestHandler,
+    request: Exchange,
 ) -> None:
-    """Call the server API's method `publish`; its answer is charged like the request, and not to the engine."""
+    """Call the server API's method `publish`; its answer is charged like the request, and not to the engine.
+
+    serve_long: serves requests with long data, in slices.
+    """
+    if len(request.body) > LONG_BODY:
+        serve_long(request)
+        return
     account = ledger.current
     make_response = _api_response_maker(request, default_error_mode)
 

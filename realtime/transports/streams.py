@@ -50,9 +50,7 @@ from realtime.transports.routes import CORSRoute, serve_init
 
 BINARY = "application/octet-stream"
 
-# Limit for a client's messages while its session is paused: bytes, with a surcharge for each message. The limit admits
-# two messages of the largest size, and a bounded number of the smallest.
-MAX_QUEUED = 128 * 1024
+# Bytes that a queued message counts beside its own.
 _MESSAGE_SURCHARGE = 256
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -97,6 +95,7 @@ class StreamConnection(ClientConnection, Protocol):
     _is_closing = False
     _is_paused = False  # by the session
     _queued_messages: deque[bytes] | None = None  # received while the session was paused, or the stream congested
+    _queued_bytes = 0
 
     def __init__(self, context: StreamContext, kind: StreamKind, head: RequestHead, max_body_size: int) -> None:
         self.factory = context
@@ -124,7 +123,7 @@ class StreamConnection(ClientConnection, Protocol):
         self.finish_writing(self.form.frame(push) + self._last_chunk)
 
     def pause(self) -> None:
-        """Queue the client's messages, up to MAX_QUEUED: they arrive on other connections, which are read on."""
+        """Queue the client's messages, within a limit: they arrive on other connections, which are read on."""
         self._is_paused = True
 
     def resume(self) -> None:
@@ -132,13 +131,14 @@ class StreamConnection(ClientConnection, Protocol):
         self._is_paused = False
         self._receive_queued()
 
-    def resumeProducing(self) -> None:
-        super().resumeProducing()
-        self._receive_queued()
-
     def _receive_queued(self) -> None:
-        while self._queued_messages and not (self._is_paused or self.is_congested):
-            self._receive(self._queued_messages.popleft())
+        while self._queued_messages and not self._is_paused:
+            if self.is_congested:
+                self.when_drained(self._receive_queued)
+                return
+            message = self._queued_messages.popleft()
+            self._count_queued(-len(message) - _MESSAGE_SURCHARGE)
+            self._receive(message)
 
     # Incoming messages
 
@@ -149,11 +149,23 @@ class StreamConnection(ClientConnection, Protocol):
             return
         if self._queued_messages is None:
             self._queued_messages = deque()
+        if self.is_congested:
+            self.when_drained(self._receive_queued)
         self._queued_messages.append(message)
-        if sum(len(queued) + _MESSAGE_SURCHARGE for queued in self._queued_messages) > MAX_QUEUED:
-            self._queued_messages.clear()
+        self._count_queued(len(message) + _MESSAGE_SURCHARGE)
+        if self._queued_bytes > self.factory.max_queued_bytes:
+            self._drop_queued()
             self.factory.client_log.refuse("emulation_flood", self.describe)
             self.close(*TOO_MANY_COMMANDS)
+
+    def _count_queued(self, change: int) -> None:
+        self._queued_bytes += change
+        self.factory.queued.size += change
+
+    def _drop_queued(self) -> None:
+        if self._queued_messages is not None:
+            self._queued_messages.clear()
+        self._count_queued(-self._queued_bytes)
 
     def connectionMade(self) -> None:
         assert self._head is not None
@@ -180,6 +192,7 @@ class StreamConnection(ClientConnection, Protocol):
         self.factory.connections -= 1
         self.release_place()
         self.factory.emulation.unregister(self.secret)
+        self._drop_queued()
         self.stop_writing()
         self.end_session()
 
@@ -317,6 +330,7 @@ class StreamContext(ConnectionContext):
         )
         self.admission = admission
         self.emulation = emulation
+        self.max_queued_bytes = tree.emulation.max_queued_bytes
         self.body_timeout = tree.http_api.body_timeout
         self.connections = 0
         admission.add_transport(lambda: self.connections)

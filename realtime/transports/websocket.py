@@ -62,8 +62,8 @@ TIME_SLICE = 0.005
 # Random bytes in the secret of a connection.
 SECRET_BYTES = 24
 
-CONTROL_FRAMES_PER_SECOND = 20
-CONTROL_FRAMES_BURST = 50
+# Seconds' worth of control frames at the allowed rate that may come at once.
+CONTROL_FRAMES_BURST = 2.5
 
 _NO_LIMIT = 1 << 40  # bytes
 
@@ -250,6 +250,10 @@ class WebSocketConnection(ClientConnection, Incoming):
     # Called by the session
 
     @property
+    def is_known(self) -> bool:  # type: ignore[override]
+        return bool(getattr(self._session, "is_connected", True))
+
+    @property
     def transport_name(self) -> str:
         return "uni_websocket" if self.form.encoding.unidirectional else "websocket"
 
@@ -391,8 +395,8 @@ class WebSocketConnection(ClientConnection, Incoming):
     def _allow_control_frame(self) -> bool:
         """Count one ping or pong of the peer; return False and close the connection if it exceeds the rate."""
         now = self.factory.reactor.seconds()
-        self._control_due = max(self._control_due, now) + 1 / CONTROL_FRAMES_PER_SECOND
-        if self._control_due - now <= CONTROL_FRAMES_BURST / CONTROL_FRAMES_PER_SECOND:
+        self._control_due = max(self._control_due, now) + 1 / self.factory.control_frames_per_second
+        if self._control_due - now <= CONTROL_FRAMES_BURST:
             return True
         self.sendCloseFrame(1008)
         return False
@@ -415,13 +419,15 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
         *,
         wire_formats: Mapping[str, WireFormat] = WIRE_FORMATS,
         slices: TimeSlicer | None = None,
+        strangers: TimeSlicer | None = None,
         charge_work: Callable[[Iterator[None]], Iterator[None]] = lambda work: work,
         queued: QueuedBytes | None = None,
         turn_end: FlushAtTurnEnd | None = None,
     ) -> None:
         """wire_formats: the supported ones, by the name of the encoding; "json" is required.
 
-        slices: processes frames in later turns of the loop. charge_work: wraps such work so that its time is accounted.
+        slices: processes frames in later turns of the loop. strangers: the same for peers that are not connected as
+        clients; None for `slices`. charge_work: wraps such work so that its time is accounted.
         queued, turn_end: see `ConnectionContext`.
         """
         WebSocketServerFactory.__init__(self, server="realtime", reactor=reactor)
@@ -442,12 +448,17 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
                 " Install a wheel of autobahn with NVX."
             )
         self.message_size_limit = websocket.message_size_limit or _NO_LIMIT
+        # A unidirectional client sends one command and no batch.
+        batch_size_limit = websocket.batch_size_limit if isinstance(websocket, settings.WebSocketSettings) else 0
+        self.batch_size_limit = max(batch_size_limit, self.message_size_limit)
         self.decompressed_limit = websocket.decompressed_message_size_limit or 10 * self.message_size_limit
         self.max_fragments = websocket.max_fragments
+        self.control_frames_per_second = websocket.control_frames_per_second
         self.message_timeout = websocket.message_timeout
         self.ping_interval = client.ping_interval
         self.pong_timeout = client.pong_timeout
         self.slices = slices or TimeSlicer(reactor.seconds, TIME_SLICE, partial(reactor.callLater, 0))
+        self.strangers = strangers or self.slices
         self.charge_work = charge_work
         self._wire_formats = wire_formats
         self._compression = websocket.compression

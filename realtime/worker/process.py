@@ -78,8 +78,16 @@ class Worker:
         self._schedule()
         await self._linked
         await dispatcher.start()
+        transports, strangers = self._transports, self._pubsub.strangers
         self._ports = [
-            adopt(self._reactor, fd, self._transports.frontend, self._transports.transport, process.accounts)
+            adopt(
+                self._reactor,
+                fd,
+                transports.frontend,
+                transports.transport,
+                process.accounts,
+                lambda: strangers.is_busy,
+            )
             for fd in process.listen
         ]
         if dispatcher.disconnected is not None:

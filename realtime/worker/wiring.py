@@ -55,13 +55,13 @@ from realtime.pubsub.engine import MESSAGES_DROPPED, Receiver
 from realtime.pubsub.fanout import FanoutServices, broadcast
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.subscriber import Sink
-from realtime.pubsub.time_slices import TimeSlicer
+from realtime.pubsub.time_slices import STRANGER_PAUSE, STRANGER_SLICE, TimeSlicer
 from realtime.server_api.http_api import HTTPAPI
 from realtime.server_api.operations import ServerAPI
 from realtime.supervision.loop_time import LoopWork
 from realtime.supervision.pressure import Pressure
 from realtime.transports.admission import Admission
-from realtime.transports.emulation import Emulation
+from realtime.transports.emulation import Emulation, EmulationLimits
 from realtime.transports.frontend import ConnectionEndpoint, HTTPFrontend, HTTPFrontendFactory
 from realtime.transports.http_server import HTTPSite
 from realtime.transports.outbox import QueuedBytes
@@ -90,9 +90,13 @@ _clients = Logger(namespace="realtime.clients")
 
 @dataclass(frozen=True, slots=True)
 class PubSubParts:
-    """The channels of one worker. slices: divides long work into turns of the loop. rules: the channel options."""
+    """The channels of one worker. slices: divides long work into turns of the loop. rules: the channel options.
+
+    strangers: divides the work for peers that are not connected as clients: they get less of each turn.
+    """
 
     slices: TimeSlicer
+    strangers: TimeSlicer
     rules: ChannelRules
     sessions: Sessions
     engine: BrokerEngine
@@ -139,6 +143,7 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
     rules = ChannelRules(settings.channel)
     accounts = NamespaceAccounts(ledger, [namespace.name for namespace in settings.channel.namespaces], rules.namespace)
     slices = TimeSlicer(reactor.seconds, settings.loop.slice, _call_next_turn, Deferred)
+    strangers = TimeSlicer(reactor.seconds, STRANGER_SLICE, partial(reactor.callLater, STRANGER_PAUSE), Deferred)
     sessions = Sessions(slices)
 
     def make_engine(hub: Receiver) -> BrokerEngine:
@@ -175,7 +180,7 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
         "Publications that wait for their turn to be delivered",
         lambda: hub.fanout.queued,
     )
-    return PubSubParts(slices, rules, sessions, engine, hub)
+    return PubSubParts(slices, strangers, rules, sessions, engine, hub)
 
 
 def wire_handlers(process: Child, app: App) -> HandlerParts:
@@ -228,6 +233,7 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
         engine=pubsub.engine,
         hub=pubsub.hub,
         slices=pubsub.slices,
+        strangers=pubsub.strangers,
         sessions=pubsub.sessions,
         deadlines=Deadlines(reactor.seconds(), _report_deadline_error),
         handlers=handlers.dispatcher,
@@ -241,13 +247,20 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
     surveys = Surveys(pubsub.engine, pubsub.hub, str(process.slot), reactor)
     pubsub.sessions.add_handler(ChannelsOrder, surveys.on_order)
     pubsub.sessions.add_handler(ChannelsAnswer, surveys.on_order)
-    server_api = ServerAPI(pubsub.engine, pubsub.rules, node, surveys, run_all)
+    server_api = ServerAPI(pubsub.engine, pubsub.rules, node, surveys, run_all, slices=pubsub.slices)
     handlers.dispatcher.bind(server_api)
     return ProtocolParts(
         node=node.uid,
         open_session=partial(Session, session_settings, services, COMMANDS),
         deadlines=services.deadlines,
-        api=HTTPAPI(server_api, run_all, metrics, pubsub.slices, handlers.client_log),
+        api=HTTPAPI(
+            server_api,
+            run_all,
+            metrics,
+            pubsub.slices,
+            handlers.client_log,
+            process.settings.http_api.max_batch_commands,
+        ),
     )
 
 
@@ -274,12 +287,16 @@ def wire_transports(
             admission,
             wire_formats=wire_formats,
             slices=pubsub.slices,
+            strangers=pubsub.strangers,
             charge_work=partial(charge_steps, ledger, protocol_account),
             queued=queued,
             turn_end=turn_end,
         )
 
-    emulation = Emulation(pubsub.engine, protocol.node, str(process.slot))
+    limits = EmulationLimits(settings.emulation, settings.websocket.message_size_limit, metrics)
+    emulation = Emulation(
+        pubsub.engine, protocol.node, str(process.slot), limits, pubsub.strangers, handlers.client_log
+    )
     pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
     stream_context = StreamContext(
         protocol.open_session, settings, protocol.deadlines, metrics, admission, emulation, queued, turn_end
@@ -303,7 +320,7 @@ def wire_transports(
         own_names=own_names,
         client_log=handlers.client_log,
     )
-    frontend = _frontend(process, endpoints, site, protocol.deadlines, admission)
+    frontend = _frontend(process, endpoints, site, protocol.deadlines, admission, pubsub.strangers)
     return TransportParts(admission, queued, frontend, charged_transport(ledger, frontend.protocol))
 
 
@@ -326,6 +343,7 @@ def _frontend(
     site: HTTPSite,
     deadlines: Deadlines,
     admission: Admission,
+    strangers: TimeSlicer,
 ) -> HTTPFrontendFactory:
     charge = partial(charge_steps, process.accounts, process.accounts.open(LoopWork.HTTP))
     factory = HTTPFrontendFactory(
@@ -337,6 +355,7 @@ def _frontend(
         process.reactor,
         admission,
         charge,
+        strangers,
     )
     factory.protocol = charged_frontend(process.accounts, HTTPFrontend)
     return factory

@@ -11,6 +11,7 @@ import interpreter
 # Modules by their name on the command line.
 SCENES = {
     "http": "http_requests",
+    "attack": "attack",
     "blocked": "blocked",
     "thrash": "thrash",
     "vitals": "vitals",

@@ -135,9 +135,9 @@ class Site:
 
 
 @contextmanager
-def site_for_test() -> Iterator[Site]:
+def site_for_test(**options: Any) -> Iterator[Site]:
     """Make a site, and stop it at the end if the test has started it: all tests share one reactor."""
-    site = Site()
+    site = Site(**options)
     yield site
     if site._port is not None:
         pytest_twisted.blockon(Deferred.fromCoroutine(site.stop()))

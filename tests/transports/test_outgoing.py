@@ -307,6 +307,29 @@ async def test_the_transport_detects_a_peer_that_has_gone(context: Context) -> N
     await port.stopListening()
 
 
+def test_an_exception_of_one_connection_does_not_keep_the_others_from_being_flushed() -> None:
+    log: list[str] = []
+
+    class Connection(Outgoing):
+        def __init__(self, name: str, *, fails: bool = False) -> None:
+            self.name, self.fails = name, fails
+
+        def flush(self) -> None:
+            if self.fails:
+                raise RuntimeError("a bug")
+            log.append(f"{self.name} flushed")
+
+        def abort(self) -> None:
+            log.append(f"{self.name} aborted")
+
+    ends: list[Callable[[], None]] = []
+    turn_end = FlushAtTurnEnd(call_at_end=ends.append)
+    for connection in (Connection("a"), Connection("b", fails=True), Connection("c")):
+        turn_end.schedule(connection)
+    ends[0]()
+    assert log == ["a flushed", "b aborted", "c flushed"]
+
+
 async def read_exactly(peer: socket.socket, size: int) -> None:
     """Read this many bytes from a peer that has read nothing yet."""
     left = size
@@ -369,5 +392,7 @@ async def test_unsent_bytes_are_those_that_the_peer_has_not_acknowledged(context
     assert taken[1] < taken[0]
     connection.transport.abortConnection()
     await eventually(lambda: connection.sink.send is len)
+    connection.pace(False)
+    assert connection.unsent() == 0
     peer.close()
     await port.stopListening()
