@@ -1,8 +1,8 @@
 """The log of clients: every refusal with its cause and its remedy, and every client's coming and going. Without I/O.
 
-A refusal has a kind, a key of KINDS. At level info the log gets one line for each kind and minute, with the number of
-refusals left out; at level debug it also gets a line for each refusal, and for each client that comes or goes. Below
-these levels a refusal costs a counter at most, and nothing is put into words.
+A refusal has a kind, a key of KINDS. At level info the log gets one line for each kind and minute (of calls, for each
+handler too), with the number of refusals left out. At level debug it also gets a line for each refusal, and for each
+client that comes or goes. Below these levels a refusal costs a counter at most, and nothing is put into words.
 
 `ClientLog.refuse` both counts and logs, so code that refuses something can't do one without the other. `refuse` raises
 KeyError for a kind without a line; tests/test_client_log.py looks for such kinds in the code.
@@ -63,6 +63,12 @@ _HTTP = {
         "refused commands posted to {path}, which are for another server: set node.name to the same value on all"
         " servers behind the load balancer, or keep each client on one server"
     ),
+    "emulation_session": _detail("dropped commands that a client posted for a session that has ended"),
+    "websocket_path": _bad(
+        "refused a WebSocket handshake at {path}, where no transport is: compare the client's URL with"
+        " websocket.handler_prefix"
+    ),
+    "not_found": _detail("answered a request for {path} with 404"),
     "transport_disabled": _bad(
         "refused a client at {path}, the path of a transport that is off: set `enabled` in its section, or remove"
         " websocket.disabled"
@@ -92,6 +98,10 @@ _HTTP = {
     "connection_limit_per_address": _bad(
         "refused a connection: its address has client.connection_limit_per_address others; list your proxies in"
         " client.trusted_proxies"
+    ),
+    "idle": Kind(
+        "closed the longest idle HTTP connection to make room for a new one: see client.connection_limit, and the limit"
+        " of open files (`ulimit -n`)"
     ),
     "pressure": Kind("refused a connection: this worker is under pressure, and no other worker has room; see [loop]"),
     "no_worker": Kind(
@@ -305,8 +315,8 @@ class ClientLog:
         self._now = now
         self._write_info = info
         self._write_debug = debug
-        self._repetition: Repetition[str] = Repetition(len(KINDS))
-        self._latest: dict[str, str] = {}  # by kind: its latest line at level info
+        self._repetition: Repetition[tuple[str, object]] = Repetition()  # by kind and handler
+        self._latest: dict[tuple[str, object], str] = {}  # the latest line of these at level info
         self.debug = debug is not None
 
     def refuse(self, name: str, describe: Describe = dict, **facts: object) -> None:
@@ -319,9 +329,10 @@ class ClientLog:
             self._write_debug(_line(kind, {**describe(), **facts}))
         if self._write_info is None or kind.is_detail:
             return
-        left_out = self._repetition.admit(name, self._now())
+        key = name, facts.get("handler")
+        left_out = self._repetition.admit(key, self._now())
         if left_out is not None:
-            self._latest[name] = line = _line(kind, {**describe(), **facts})
+            self._latest[key] = line = _line(kind, {**describe(), **facts})
             self._write_info(line + _repeats(left_out))
 
     def refuse_by(self, code: int, name: str, command: str, describe: Describe, **facts: object) -> None:
@@ -350,9 +361,9 @@ class ClientLog:
 
     def report_left_out(self) -> None:
         """Log the refusals left out in the minutes that are over; to be called now and then."""
-        for name, left_out in self._repetition.take_left_out(self._now()):
+        for key, left_out in self._repetition.take_left_out(self._now()):
             if self._write_info is not None:
-                self._write_info(self._latest[name] + _repeats(left_out))
+                self._write_info(self._latest[key] + _repeats(left_out))
 
 
 _CAME = Kind("connected")

@@ -59,6 +59,13 @@ def test_a_kind_has_one_line_a_minute_with_the_cause_the_key_and_the_number_left
     assert bench.bad_input() == {"origin": 51, "connection_limit": 1}
 
 
+def test_calls_have_a_line_for_each_handler() -> None:
+    bench = Bench()
+    for handler in ("rpc a", "rpc b", "rpc a"):
+        bench.log.refuse("handler_timeout", handler=handler)
+    assert ["rpc a" in line for line in bench.info] == [True, False]
+
+
 def test_refusals_left_out_are_reported_when_no_more_come() -> None:
     bench = Bench()
     for _ in range(3):

@@ -106,7 +106,10 @@ class LogSettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = "info"
     loggers: Annotated[
         dict[str, str],
-        restricted('a level for each logger, such as { "sqlalchemy.engine" = "warn" }', checks.are_levels),
+        restricted(
+            'a table of loggers with a level (none, trace, debug, info, warn, error), such as { sqlalchemy = "warn" }',
+            checks.are_levels,
+        ),
         about(
             "Lowest severity of the application's own loggers (Python's logging), by their names, where it is not"
             " log.level; root: of all others."

@@ -210,10 +210,9 @@ class HandlerCall:
             if self._never_waits:
                 result = self._run_immediately(args)
             else:
-                task = eager_task(self._run(args))
-                if not task.done():
-                    await self._wait(task, timeout)
-                result = _result(task)
+                finished: Deferred[Any] = Deferred()
+                task = eager_task(self._run_to(finished, args))
+                result = await (finished if task.done() else self._wait(task, finished, timeout))
         except BaseException as error:
             self._count_failure(error)
             raise
@@ -283,16 +282,29 @@ class HandlerCall:
         """Where the next call runs: "loop", "thread" or "process"."""
         return self._placement.place if self._placement else self.handler.run
 
-    async def _wait(self, task: asyncio.Task[Any], timeout: float) -> None:
-        """Wait for a handler's task until the timeout. A task that ignores its cancellation goes on after that."""
-        # A Deferred, since every kind of caller can await one; `drive` and `await_deferreds` resume either.
-        finished: Deferred[None] = Deferred()
+    async def _run_to(self, finished: Deferred[Any], args: tuple[Any, ...]) -> None:
+        """Run the handler, in a task, and hand on its outcome at once.
 
-        def ended(task: asyncio.Task[Any]) -> None:
+        The task itself would tell in the next turn of the loop, after all handlers that go on in this one: an answer
+        would wait for them, and they may block.
+        """
+        try:
+            result = await self._run(args)
+        except (asyncio.CancelledError, GeneratorExit):
             if not finished.called:
-                finished.callback(None)
-            elif not task.cancelled() and (error := task.exception()) is not None:
+                finished.errback(RuntimeError("the handler was cancelled from within"))
+            raise
+        except BaseException as error:
+            if not finished.called:
+                finished.errback(error)
+            else:  # after the timeout
                 self._error_log.report(self.handler, error)
+        else:
+            if not finished.called:
+                finished.callback(result)
+
+    async def _wait(self, task: asyncio.Task[None], finished: Deferred[Any], timeout: float) -> Any:
+        """Return a handler's result, until the timeout. A task that ignores its cancellation goes on after that."""
 
         def expire() -> None:
             task.cancel()
@@ -300,10 +312,9 @@ class HandlerCall:
 
         self._tasks.add(task)  # the loop itself holds only a weak reference to a waiting task
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(ended)
         timer = self._threads.reactor.callLater(timeout, expire) if timeout else None
         try:
-            await finished
+            return await finished
         except (CancelledError, asyncio.CancelledError):
             task.cancel()
             raise asyncio.CancelledError from None
@@ -398,12 +409,6 @@ def never_waits(function: Callable[..., Any]) -> bool:
 
 # The instructions that `await`, `async for`, `async with` and `yield` compile to.
 _WAITING = {"GET_AWAITABLE", "SEND", "YIELD_VALUE", "GET_AITER", "GET_ANEXT", "BEFORE_ASYNC_WITH"}
-
-
-def _result(task: asyncio.Task[Any]) -> Any:
-    if task.cancelled():
-        raise RuntimeError("the handler was cancelled from within")
-    return task.result()
 
 
 async def _await(awaitable: Awaitable[Any]) -> Any:

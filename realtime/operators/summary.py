@@ -35,34 +35,36 @@ Series = tuple[str, tuple[tuple[str, str], ...]]
 
 
 class _Watched(Struct, frozen=True):
-    """A metric that tells of failures. text: its problem, after the number. labels: of the series that count."""
+    """A metric that tells of failures. text: its problem, before the number; remedy: after it. labels: of the series
+    that count."""
 
     text: str
+    remedy: str = ""
     labels: Mapping[str, Collection[str]] = {}
 
 
 _WATCHED = {
-    INTERNAL_ERRORS: _Watched("exceptions in the server's own code in the last minute; see the log"),
+    INTERNAL_ERRORS: _Watched("exceptions in the server's own code in the last minute", "see the log"),
     HANDLER_ERRORS: _Watched("errors of handlers in the last minute"),
     "realtime_handler_calls": _Watched(
-        "calls of handlers ran past their time limit or found every thread or process taken in the last minute",
-        {"outcome": ("timeout", "full")},
+        "calls of handlers that ran past their time limit or found every thread or process taken in the last minute",
+        labels={"outcome": ("timeout", "full")},
     ),
     "realtime_handler_process_failed_starts": _Watched(
-        "handler processes did not start in the last minute; see the log"
+        "handler processes that did not start in the last minute", "see the log"
     ),
     "realtime_handler_process_replacements": _Watched(
-        "handler processes ended before their time in the last minute; see the log"
+        "handler processes that ended before their time in the last minute", "see the log"
     ),
-    "realtime_handler_threads_overdue": _Watched("threads run a handler past its time limit"),
-    "realtime_engine_timeouts": _Watched("requests to the broker had no answer in time in the last minute"),
-    "realtime_messages_dropped": _Watched("publications, joins or leaves were dropped in the last minute"),
+    "realtime_handler_threads_overdue": _Watched("threads that run a handler past its time limit"),
+    "realtime_engine_timeouts": _Watched("requests to the broker without an answer in time in the last minute"),
+    "realtime_messages_dropped": _Watched("publications, joins and leaves dropped in the last minute"),
     "realtime_key_set_fetches": _Watched(
-        "attempts to fetch the keys of tokens failed in the last minute", {"outcome": ("failed",)}
+        "failed attempts to fetch the keys of tokens in the last minute", "see the log", {"outcome": ("failed",)}
     ),
-    "realtime_shed_requests": _Watched("calls were refused under pressure in the last minute"),
-    "realtime_rescue_refusals": _Watched("clients were refused in the last minute, as no worker could take them"),
-    "realtime_log_lines_dropped": _Watched("lines of the log were dropped in the last minute: its reader is slow"),
+    "realtime_shed_requests": _Watched("calls refused under pressure in the last minute"),
+    "realtime_rescue_refusals": _Watched("clients refused in the last minute because no worker could take them"),
+    "realtime_log_lines_dropped": _Watched("lines of the log dropped in the last minute", "its reader is slow"),
 }
 
 WATCHED: Collection[str] = _WATCHED
@@ -227,7 +229,7 @@ class Summary:
 
     def _condition(self, slot: Slot, now: float) -> str:
         """What is wrong with a slot's process, to follow "is"; "" for nothing."""
-        if slot.in_crash_loop and slot.state is not SlotState.READY:
+        if slot.in_crash_loop:  # also while it is ready: it has not been for long
             return f"crashing: {slot.deaths} deaths in a row; see its errors in the log"
         if slot.state is not SlotState.READY:
             return "dead; it is restarted in a moment" if slot.state is SlotState.WAITING else str(slot.state.value)
@@ -243,10 +245,11 @@ class Summary:
         for name, watched in _WATCHED.items():
             if not (count := round(recent.get(name, 0))):
                 continue
-            text = f"{count} {watched.text}"
+            remedy = watched.remedy
             if name == HANDLER_ERRORS:
                 latest = self._failures.handler_errors(now)
-                text += f"; the latest: {latest['exception']} in {latest['handler']}"
+                remedy = f"the latest: {latest['exception']} in {latest['handler']}"
+            text = f"{watched.text}: {count}" + (f"; {remedy}" if remedy else "")
             is_bad = name == INTERNAL_ERRORS and count > MAX_INTERNAL_ERRORS
             yield Problem(text, "bad" if is_bad else "warn")
 

@@ -294,7 +294,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     installReactor(asyncio_reactor)
     from twisted.internet import reactor
 
-    selector.count_queue(getattr(loop, "_ready", ()))  # asyncio has no public access to its queue
+    selector.attach(loop)
     tree = settings.load(_read(options.settings))
     heartbeat = Heartbeat(page, LoopClock(loop), tree.loop, selector, beats_idle=True)
     child = Child(

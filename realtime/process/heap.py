@@ -15,7 +15,7 @@ from realtime.metrics import Metrics
 
 # Seconds between the moment when enough is free and the trim: what a peak leaves is freed in steps.
 TRIM_INTERVAL = 5.0
-# Blocks of Python's allocator that must have been freed since the peak, besides half of the peak's.
+# Blocks of Python's allocator that must have been freed since the peak, besides a third of the peak's.
 MIN_FREED_BLOCKS = 100_000
 
 
@@ -49,7 +49,7 @@ class HeapTrimmer:
             return False
         blocks = self._allocated_blocks()
         self._peak = max(self._peak, blocks)
-        return self._peak - blocks >= max(MIN_FREED_BLOCKS, self._peak // 2)
+        return self._peak - blocks >= max(MIN_FREED_BLOCKS, self._peak // 3)
 
     def trim(self) -> None:
         """Return free memory to the kernel."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from twisted.logger import (
@@ -68,10 +69,10 @@ def limit(level: str) -> None:
     _filter.level = level
 
 
-def count_internal_errors(metrics: Metrics) -> None:
+def count_internal_errors(metrics: Metrics) -> Callable[[], None]:
     """Count each exception that is logged as critical: a bug of this server, or of the application's own callbacks.
 
-    Handlers' exceptions are errors, and have a counter of their own.
+    Handlers' exceptions are errors, and have a counter of their own. Returns a function that ends the counting.
     """
     counter = metrics.counter("realtime_internal_errors", "Exceptions outside of handlers that reached an event loop.")
 
@@ -79,7 +80,9 @@ def count_internal_errors(metrics: Metrics) -> None:
         if event.get("log_level") is LogLevel.critical and "log_failure" in event:
             counter.value += 1
 
-    globalLogPublisher.addObserver(count)  # type: ignore[arg-type]
+    counting: Any = count
+    globalLogPublisher.addObserver(counting)
+    return lambda: globalLogPublisher.removeObserver(counting)
 
 
 def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -42,8 +42,9 @@ class Reactor(asyncioreactor.AsyncioSelectorReactor):
     def addReader(self, reader: Any) -> None:
         if getattr(reader, "reads_directly", False):
             if reader not in self._readers:
-                fd = self._readers[reader] = reader.fileno()
+                fd = reader.fileno()
                 self._selector.add_direct_reader(fd, self._make_direct_reader(reader))
+                self._readers[reader] = fd
             return
         self._add(reader, self._readers, self._asyncioEventloop.add_reader, True, super().addReader)
 

@@ -62,7 +62,7 @@ class Connection(Protocol):
         """Send one message to this client alone. A reply is queued without limit, a push as those of the fan-out."""
 
     def when_drained(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once when the socket has taken all frames, in place of an earlier callback."""
+        """Call `callback` once when the socket has taken all frames, however often this is asked for until then."""
 
     def unsent(self) -> int:
         """Return the number of bytes that have not reached the client's host."""

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
-from msgspec import Raw, Struct, UnsetType, inspect
+from msgspec import Raw, Struct, inspect
 
 from realtime import errors, json_text
 from realtime.errors import ClientError, Disconnect
@@ -30,6 +30,8 @@ class JSONEncoding:
     ping = b"{}"
     embed = staticmethod(messages.embed)
     make_info = staticmethod(messages.make_info)
+    validate_data = staticmethod(json_text.payload)
+    decode_data = staticmethod(json_text.value)
 
     def decode_command(self, message: bytes) -> Command | None:
         return None if _NEWLINE in message else self._decode_command(message, MAX_FIELDS)
@@ -73,12 +75,6 @@ class JSONEncoding:
                 start = stop + 1
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise ProtocolError("not a command") from None
-
-    def validate_data(self, raw: Raw | UnsetType) -> bytes:
-        return json_text.payload(raw)
-
-    def decode_data(self, data: bytes) -> Any:
-        return json_text.value(data)
 
     def encode_data(self, value: Any) -> bytes:
         if value is None:

@@ -221,7 +221,7 @@ class Session(SessionTimers):
         if self.settings.client.concurrency > 1 and (channel := channel_of(command)):
             self.busy_channels = self.busy_channels or set()
             self.busy_channels.add(channel)
-        self.services.run(self._finish(command.id, name, request, rest), self._finished)
+        self.services.run(rest, partial(self._finished, command.id, name, request))
 
     def _exceeds_rate(self) -> bool:
         """Count a command; return whether it exceeds the rate. Disconnects a client that goes far beyond."""
@@ -234,22 +234,20 @@ class Session(SessionTimers):
             self.disconnect(*errors.TOO_MANY_COMMANDS)
         return commands > RATE_BURST * rate
 
-    async def _finish(self, id: int, name: str, request: Any, rest: Coroutine[Any, Any, None]) -> None:
-        """Await the `rest` of a command."""
-        try:
-            await rest
-        except Exception as error:
-            self._answer_failure(id, name, request, error)
-        finally:
-            if self.busy_channels:
-                self.busy_channels.discard(getattr(request, "channel", ""))
-
-    def _finished(self, result: Any, error: BaseException | None) -> None:
-        self.running -= 1
+    def _finished(self, id: int, name: str, request: Any, result: Any, error: BaseException | None) -> None:
+        """Go on after a command that has waited."""
         if error is not None:
-            self.services.report_error(error)
-            self.disconnect(*errors.SERVER_ERROR)
-        elif self.queue is not None and not self.queue.is_starting:
+            try:
+                if not isinstance(error, Exception):
+                    raise error
+                self._answer_failure(id, name, request, error)
+            except BaseException as unexpected:
+                self.services.report_error(unexpected)
+                self.disconnect(*errors.SERVER_ERROR)
+        if self.busy_channels:
+            self.busy_channels.discard(getattr(request, "channel", ""))
+        self.running -= 1
+        if self.queue is not None and not self.queue.is_starting:
             self.queue.start_ready()
 
     def decode_request_data(self, raw: Raw | UnsetType) -> Any:

@@ -41,6 +41,7 @@ _BLAMED_SHARE = 0.5
 
 TURNED = "turned"
 UNKNOWN = "unknown"
+MANY_CALLS = "many short calls"
 OTHER = "other"
 
 
@@ -55,11 +56,11 @@ class Incident(Struct, kw_only=True):
     """One blocked stretch of a loop.
 
     at: its beginning, Unix time. duration: seconds; until the latest update while it `lasts`. place: the code to blame
-    as "file:line", or UNKNOWN. handler, subject: the running handler, "" for none. calls: of the handler in this
-    turn, if several of them together make the block, else 0. thread: whether a thread that holds the interpreter's lock
-    is to blame, instead of the loop itself. ending: TURNED, or a few words on the end of the process. samples: stacks
-    requested. stack: the stack with `place`, innermost call first. stacks: of a process killed as stuck, the stacks of
-    all its threads.
+    as "file:line", UNKNOWN, or MANY_CALLS of a handler. handler, subject: the running handler, "" for none. calls: of
+    the handler in this turn, if several of them together make the block, else 0. thread: whether a thread that holds
+    the interpreter's lock is to blame, instead of the loop itself. ending: TURNED, or a few words on the end of the
+    process. samples: stacks requested. stack: the stack with `place`, innermost call first. stacks: of a process killed
+    as stuck, the stacks of all its threads.
     """
 
     slot: int
@@ -105,7 +106,7 @@ class IncidentLog:
 
     def log_line(self, incident: Incident, now: float) -> str:
         """Return the log line about an incident; "" when its place was logged in the last minute."""
-        cause = incident.place, incident.handler if incident.place == UNKNOWN else ""
+        cause = incident.place, incident.handler if incident.place in (UNKNOWN, MANY_CALLS) else ""
         left_out = self._repetition.admit(cause, now)
         if left_out is None:
             return ""
@@ -119,9 +120,9 @@ def describe(incident: Incident) -> str:
     parts = [f"{subject} {verb} for {incident.duration:.3f} s"]
     if incident.calls:
         parts.append(f"in {incident.calls} calls of {incident.handler}")
-    if incident.place == UNKNOWN and not incident.calls:
+    if incident.place == UNKNOWN:
         parts.append("at an unknown place")
-    elif incident.place != UNKNOWN:
+    elif incident.place != MANY_CALLS:
         parts.append(f"at {incident.place} in {incident.function}")
     if incident.handler and not incident.calls:
         purpose = f" for {incident.subject}" if incident.subject else ""
@@ -310,7 +311,7 @@ class LoopInvestigation:
             if calls.calls > 1 and not incident.thread and seconds >= share and not is_one_call:
                 incident.calls, incident.subject = calls.calls, ""
                 if not (self._blames_application and incident.handler == calls.handler):
-                    incident.place, incident.function = UNKNOWN, ""
+                    incident.place, incident.function = MANY_CALLS, ""
                 incident.handler = calls.handler
 
 

@@ -123,6 +123,7 @@ class Supervisor(Service):
         self._halted = False
         self._has_warned_of_footprint = False
         self._stop_waiters: list[Deferred[None]] = []
+        self._stop_counting_errors: Callable[[], None] | None = None
 
     # The service.
 
@@ -173,6 +174,7 @@ class Supervisor(Service):
         self._settings_fd = _sealed_memfd(configuration.dump(self._settings))
         # A daemon's own output goes nowhere. The log is twistd's, so the children's output must go there too.
         self._capture_output = self._capture_output or _is_discarded(1)
+        self._stop_counting_errors = log.count_internal_errors(self.metrics)
         self._reactor.callWhenRunning(self._start_processes)
 
     def stopService(self) -> Deferred[None]:
@@ -394,6 +396,8 @@ class Supervisor(Service):
     def _halt(self, effect: effects.HaltService) -> None:
         self._halted = True
         self.monitor.stop()
+        if self._stop_counting_errors is not None:
+            self._stop_counting_errors()
         if effect.reason:
             _log.critical("{reason}", reason=effect.reason)
         if self._operators is not None:

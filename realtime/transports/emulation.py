@@ -24,6 +24,7 @@ from msgspec import Struct
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from realtime.client_log import ClientLog
 from realtime.config.settings import EmulationSettings
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.handlers.results import PreparedResponse, status_response
@@ -152,7 +153,13 @@ class Emulation:
     """The streams of this worker by their secrets, and the handler of emulation requests."""
 
     def __init__(
-        self, engine: Engine, node: str, worker: str, limits: EmulationLimits, slices: TimeSlicer | None = None
+        self,
+        engine: Engine,
+        node: str,
+        worker: str,
+        limits: EmulationLimits,
+        slices: TimeSlicer | None = None,
+        client_log: ClientLog | None = None,
     ) -> None:
         """node: id of this node; requests for another node get status 404. worker: see `SendOrder`.
 
@@ -160,6 +167,7 @@ class Emulation:
         """
         self._limits = limits
         self._slices = slices or TimeSlicer.unlimited()
+        self._client_log = client_log or ClientLog()
         self._engine = engine
         self._node = node
         self._worker = worker
@@ -187,6 +195,8 @@ class Emulation:
         session = self._by_secret.get(order.secret)
         if session is not None:
             session.receive(order.data)
+        else:
+            self._client_log.refuse("emulation_session")
 
     def serve(self, cors_headers: Headers, request: Exchange) -> None:
         """Handle one emulation request. cors_headers: added to the response."""

@@ -498,5 +498,6 @@ class HTTPFrontendFactory(Factory):
             return False
         del self.idle[frontend]
         self._dropped.value += 1
+        self.client_log.refuse("idle", lambda: {"address": frontend.peer})
         frontend.transport.loseConnection()
         return True

@@ -39,6 +39,8 @@ FAULTS = {
     "emulation": 400,
     "emulation_node": 404,
     "transport_disabled": 404,
+    "websocket_path": 404,
+    "not_found": 404,
     "api_disabled": 404,
     "origin": 403,
     "api_origin": 403,

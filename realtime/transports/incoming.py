@@ -96,6 +96,7 @@ class Incoming(WebSocketServerProtocol):
 
     first_byte = TEXT
     is_reading = True
+    when_drained: Callable[[Callable[[], None]], None]  # of `Outgoing`
     is_known = True
     _isMessageCompressed = False  # Autobahn's
     form: WireFormat
@@ -196,6 +197,9 @@ class Incoming(WebSocketServerProtocol):
             self._set_reading(False)
         elif not (self.is_reading or self._is_blocked):
             self._set_reading(True)
+        if not (self.is_reading or self._is_paused):
+            # Replies of this turn are in the way. They may leave at its end without a pause of the transport.
+            self.when_drained(self.resume_processing)
 
     def _process_frame(self, data: bytes, start: int) -> int:
         """Process the frame at `start`, or the received part of it; return the position after the processed bytes.

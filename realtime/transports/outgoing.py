@@ -19,7 +19,6 @@ import socket
 import struct
 import termios
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import count
 from typing import Any, Protocol
 
@@ -116,7 +115,7 @@ class Outgoing:
     _outbox: Outbox | None = None  # None: nothing is queued, frames go straight to the transport
     _is_transport_full = False  # the transport has paused us
     _acknowledged = 0  # bytes that the peer's kernel had acknowledged at the last check
-    _on_drained: Callable[[], None] | None = None  # see `when_drained`
+    _on_drained: tuple[Callable[[], None], ...] = ()  # see `when_drained`
     _last_send_turn = -1  # number of the loop turn of the latest `send`
 
     @property
@@ -171,25 +170,26 @@ class Outgoing:
         return self._outbox is not None and self._outbox.size > self.factory.queue_max_size // 2
 
     def when_drained(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once when the socket has taken all frames, in place of an earlier callback."""
-        self._on_drained = callback
+        """Call `callback` once when the socket has taken all frames, however often this is asked for until then."""
+        if callback not in self._on_drained:
+            self._on_drained += (callback,)
 
     def unsent(self) -> int:
         """Return the number of bytes that the peer's kernel has not acknowledged, queued ones included."""
+        if self._outbox is _DISCARDING:
+            return 0
         queued = self._outbox.size if self._outbox is not None else 0
         if isinstance(self.transport, DirectServer):
             queued += self.transport.buffered
-        with suppress(OSError):
-            (unacknowledged,) = struct.unpack("i", fcntl.ioctl(self._tcp_socket, termios.TIOCOUTQ, b"\0\0\0\0"))
-            queued += unacknowledged
-        return queued
+        (unacknowledged,) = struct.unpack("i", fcntl.ioctl(self._tcp_socket, termios.TIOCOUTQ, b"\0\0\0\0"))
+        return queued + int(unacknowledged)
 
     def pace(self, is_paced: bool) -> None:
         """Have the kernel take only as many bytes as it may send soon, or as many as fit into its buffer.
 
         That buffer holds megabytes. On a slow link they would delay replies and pings behind them by minutes.
         """
-        with suppress(OSError):
+        if self._outbox is not _DISCARDING:
             self._tcp_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _PACED_UNSENT if is_paced else 0)
 
     @property
@@ -254,7 +254,7 @@ class Outgoing:
     def stop_writing(self) -> None:
         """Drop queued and further frames of a lost connection, and clear its deadline."""
         self.factory.deadlines.clear(self)
-        self._on_drained = None
+        self._on_drained = ()
         if self._outbox is not None:
             self._outbox.clear()
         self._write_to_outbox(_DISCARDING)
@@ -296,9 +296,10 @@ class Outgoing:
         else:
             self.factory.deadlines.clear(self)
             self._write_directly()
-            if self._on_drained is not None:
-                on_drained, self._on_drained = self._on_drained, None
-                on_drained()
+            if self._on_drained:
+                callbacks, self._on_drained = self._on_drained, ()
+                for callback in callbacks:
+                    callback()
 
     def _write_to_transport(self, data: bytes) -> None:
         """Write to the transport; if it buffers any of the data, it pauses us until its buffer is empty."""

@@ -105,6 +105,8 @@ def _disabled_paths(settings: Settings) -> frozenset[str]:
     paths = {transport.handler_prefix for transport in optional if not transport.enabled}
     if settings.websocket.disabled:
         paths.add(settings.websocket.handler_prefix)
+    if not (settings.sse.enabled or settings.http_stream.enabled):
+        paths.add(settings.emulation.handler_prefix)
     return frozenset(paths)
 
 
@@ -168,8 +170,9 @@ class Router:
         self._may_call = may_call
         self._origin_allowed = origin_allowed
         self._cors_routes = cors_routes
+        cors_headers = self.cors_headers if origin_allowed is not None else _no_headers
         self._routes: dict[str, RequestHandler] = {
-            route: partial(serve_route, call, proxies, another_worker_available, self.cors_headers)
+            route: partial(serve_route, call, proxies, another_worker_available, cors_headers)
             for route, call in dispatcher.routes.items()
         }
         self._dispatcher = dispatcher
@@ -203,7 +206,7 @@ class Router:
             response = status_response(405, ("Allow", ", ".join(allowed)))
             is_preflight = method == "OPTIONS" and head.get("access-control-request-method")
             return msgspec.structs.replace(response, fault="origin") if is_preflight else response
-        return self._resolve_file(method, path)
+        return self._resolve_file(head)
 
     def max_body_size(self, path: str) -> int:
         """Return the largest allowed size of a request's body in bytes; 0 for no limit."""
@@ -256,7 +259,8 @@ class Router:
         # Compares the bytes as sent, in constant time: the time reveals nothing about a correct prefix.
         return bool(self._key) and hmac.compare_digest(key.encode("latin-1", "replace"), self._key)
 
-    def _resolve_file(self, method: str, path: str) -> RequestHandler | PreparedResponse:
+    def _resolve_file(self, head: RequestHead) -> RequestHandler | PreparedResponse:
+        method, path = head.method, head.path
         for static in self._statics:
             if path + "/" == static.prefix:
                 return status_response(308, ("Location", static.prefix))
@@ -271,7 +275,7 @@ class Router:
             return fault_response("transport_disabled")
         if self._settings.disabled and path.startswith(self._prefix):
             return fault_response("api_disabled")
-        return status_response(404)
+        return fault_response("websocket_path" if head.get("upgrade").lower() == "websocket" else "not_found")
 
 
 # -- the server API ---------------------------------------------------------------------------------------------------
@@ -382,7 +386,7 @@ def _route_response(
     result: Any,
     error: BaseException | None,
 ) -> PreparedResponse:
-    response = _result_response(another_worker_available, result, error)
+    response: PreparedResponse = result if error is None else _error_response(another_worker_available, error)
     if not cors_headers:
         return response
     own = {name.lower() for name, _ in response.headers}
@@ -391,13 +395,8 @@ def _route_response(
     return msgspec.structs.replace(response, headers=response.headers + cors_headers)
 
 
-def _result_response(
-    another_worker_available: Callable[[], bool], result: Any, error: BaseException | None
-) -> PreparedResponse:
+def _error_response(another_worker_available: Callable[[], bool], error: BaseException) -> PreparedResponse:
     match error:
-        case None:
-            response: PreparedResponse = result
-            return response
         case Overloaded() if another_worker_available():
             # The connection is closed: another worker serves the client when it reconnects.
             return msgspec.structs.replace(status_response(503, ("Retry-After", "1")), close=True)
@@ -410,6 +409,10 @@ def _result_response(
         case _:
             # The dispatcher logged the exception, or the handler was cancelled and the peer has gone.
             return status_response(500)
+
+
+def _no_headers(head: RequestHead) -> cors.Headers:
+    return ()
 
 
 def _parse_query(query: str) -> dict[str, str] | None:

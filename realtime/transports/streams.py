@@ -131,12 +131,11 @@ class StreamConnection(ClientConnection, Protocol):
         self._is_paused = False
         self._receive_queued()
 
-    def resumeProducing(self) -> None:
-        super().resumeProducing()
-        self._receive_queued()
-
     def _receive_queued(self) -> None:
-        while self._queued_messages and not (self._is_paused or self.is_congested):
+        while self._queued_messages and not self._is_paused:
+            if self.is_congested:
+                self.when_drained(self._receive_queued)
+                return
             message = self._queued_messages.popleft()
             self._count_queued(-len(message) - _MESSAGE_SURCHARGE)
             self._receive(message)
@@ -150,6 +149,8 @@ class StreamConnection(ClientConnection, Protocol):
             return
         if self._queued_messages is None:
             self._queued_messages = deque()
+        if self.is_congested:
+            self.when_drained(self._receive_queued)
         self._queued_messages.append(message)
         self._count_queued(len(message) + _MESSAGE_SURCHARGE)
         if self._queued_bytes > self.factory.max_queued_bytes:

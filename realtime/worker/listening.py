@@ -16,13 +16,11 @@ from twisted.internet.protocol import Factory
 from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent
 from zope.interface import implementer
 
+from realtime.repetition import Repetition
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 
 # Connections accepted in one turn of the loop: their handshakes follow together, at half a millisecond each.
 MAX_ACCEPTS = 4
-
-# Seconds between two log entries about refused clients.
-WARN_INTERVAL = 60.0
 
 _log = Logger()
 
@@ -98,17 +96,19 @@ class ListeningPort(tcp.Port):
         if len(address) == 4 and address[3]:  # a link-local IPv6 address: its text includes the interface
             host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
             address = (host, *address[1:])
+        transport = None
         try:
             protocol = self._factory.buildProtocol(None)
-            if protocol is None:
-                accepted.close()
-                return
             number = self.sessionno
             self.sessionno = number + 1
-            protocol.makeConnection(self.transport(accepted, protocol, address, self, number, self.reactor))
+            transport = self.transport(accepted, protocol, address, self, number, self.reactor)
+            protocol.makeConnection(transport)
         except Exception:
-            _log.failure("serving an accepted connection raised; closing it")
-            accepted.close()
+            _log.failure("making the protocol of an accepted connection raised; closing the connection")
+            if transport is None:
+                accepted.close()
+            else:
+                transport.abortConnection()
 
 
 def adopt(
@@ -132,12 +132,10 @@ class _DescriptorShortageLog:
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
-        self._silent_until = 0.0
+        self._repetition: Repetition[str] = Repetition()
 
     def __call__(self, event: LogEvent) -> None:
-        now = self._reactor.seconds()
-        if now >= self._silent_until:
-            self._silent_until = now + WARN_INTERVAL
+        if self._repetition.admit("", self._reactor.seconds()) is not None:
             _log.warn(
                 "no descriptor is left for new clients, which are turned away; raise the limit of open files "
                 "(`ulimit -n`): {event}",

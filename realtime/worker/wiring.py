@@ -294,7 +294,9 @@ def wire_transports(
         )
 
     limits = EmulationLimits(settings.emulation, settings.websocket.message_size_limit, metrics)
-    emulation = Emulation(pubsub.engine, protocol.node, str(process.slot), limits, pubsub.strangers)
+    emulation = Emulation(
+        pubsub.engine, protocol.node, str(process.slot), limits, pubsub.strangers, handlers.client_log
+    )
     pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
     stream_context = StreamContext(
         protocol.open_session, settings, protocol.deadlines, metrics, admission, emulation, queued, turn_end

@@ -79,6 +79,8 @@ def test_a_dead_a_restarting_and_a_crashing_broker_are_problems() -> None:
         server.pool.process_exited(BROKER, 1, 31.0 + 100 * death)
         server.pool.tick(100.0 + 100 * death, {})
     assert server.problems() == [("bad", "the broker is crashing: 3 deaths in a row; see its errors in the log")]
+    server.pool.process_ready(BROKER, 201.0)
+    assert server.problems() == [("warn", "the broker is crashing: 3 deaths in a row; see its errors in the log")]
 
 
 def test_many_unhealthy_workers_are_one_problem() -> None:
@@ -101,7 +103,7 @@ def test_errors_of_handlers_are_counted_over_workers_and_restarts_and_the_latest
     server.failures.record(1, 102, [counter(name, 1, handler="rpc b", exception="OSError")], 50.0)
     shown = server.summary.read(60.0)["handler_errors"]
     assert (shown["count"], shown["last_minute"]) == (6, 6)
-    assert server.problems(60.0) == [("warn", "6 errors of handlers in the last minute; the latest: OSError in rpc b")]
+    assert server.problems(60.0) == [("warn", "errors of handlers in the last minute: 6; the latest: OSError in rpc b")]
     server.failures.record(0, 100, [counter(name, 4, handler="rpc a", exception="KeyError")], 61.0)
     shown = server.summary.read(10.0 + SPAN)["handler_errors"]
     assert (shown["count"], shown["last_minute"]) == (7, 4)
@@ -113,7 +115,7 @@ def test_exceptions_in_the_servers_own_code_make_it_unhealthy_above_a_number_in_
     server = Server()
     for count, tone in ((MAX_INTERNAL_ERRORS, "warn"), (MAX_INTERNAL_ERRORS + 1, "bad")):
         server.failures.record(0, 100, [counter("realtime_internal_errors", count)], 10.0)
-        expected = f"{count} exceptions in the server's own code in the last minute; see the log"
+        expected = f"exceptions in the server's own code in the last minute: {count}; see the log"
         assert server.problems(10.0) == [(tone, expected)]
 
 
@@ -127,7 +129,7 @@ def test_only_failures_among_outcomes_are_problems(outcome: str, shown: int) -> 
 def test_a_gauge_is_a_problem_while_its_process_lives() -> None:
     server = Server()
     server.failures.record(0, 100, [Sample("realtime_handler_threads_overdue", "gauge", "Threads.", [], 16)], 1.0)
-    assert server.problems(500.0) == [("warn", "16 threads run a handler past its time limit")]
+    assert server.problems(500.0) == [("warn", "threads that run a handler past its time limit: 16")]
     server.failures.forget([1])
     assert server.problems(500.0) == []
 

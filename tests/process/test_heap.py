@@ -43,7 +43,7 @@ def test_a_peak_leaves_no_memory_behind() -> None:
     assert after < before
 
 
-def test_it_trims_only_after_half_of_a_peak_was_freed() -> None:
+def test_it_trims_only_after_a_third_of_a_peak_was_freed() -> None:
     blocks = [MIN_FREED_BLOCKS]
     trims: list[int] = []
 
@@ -54,7 +54,7 @@ def test_it_trims_only_after_half_of_a_peak_was_freed() -> None:
     metrics = Metrics()
     trimmer = HeapTrimmer(metrics, trim, lambda: blocks[-1])
     due = []
-    for size in (1.0, 5.0, 2.6, 2.5, 1.0):
+    for size in (1.0, 6.0, 4.1, 4.0, 1.0):
         blocks.append(round(size * MIN_FREED_BLOCKS))
         due.append(trimmer.is_due())
     assert due == [False, False, False, True, True]

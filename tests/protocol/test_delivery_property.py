@@ -507,7 +507,7 @@ def test_in_cache_mode_the_newest_arrives_and_then_every_other(steps: list[tuple
     play(steps, CACHE)
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(SLOW_STORIES)
 def test_what_a_reply_has_no_room_for_follows_in_order(steps: list[tuple[str, int]]) -> None:
     play(steps, LONG, SMALL_REPLY)

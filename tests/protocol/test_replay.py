@@ -275,6 +275,19 @@ class TestEnds:
         subscription.form = WireFormat(Late(), BARE.frame)  # type: ignore[arg-type]
         assert pushed(peer) == [3, 4, 5]
 
+    def test_a_bug_in_a_replay_ends_the_connection_and_leaves_no_client_waiting(self, server: Server) -> None:
+        publish(server, "c", 5)
+        peer = slow(server)
+        recover(peer, "c")
+
+        async def fail(request: Any) -> None:
+            raise ZeroDivisionError
+
+        server.engine.overrides[GetHistory] = fail
+        peer.drain()
+        assert peer.close_code == (3004, "internal server error")
+        assert [type(mistake) for mistake in server.mistakes] == [ZeroDivisionError]
+
     def test_a_publication_that_the_encoding_cant_carry_is_a_gap_once(self, server: Server) -> None:
         publish(server, "c", 3)
         server.publish("c", b"\xff", binary=True)

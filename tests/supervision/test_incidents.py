@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from realtime.config.settings import LoopSettings
 from realtime.repetition import REPEAT_AFTER
 from realtime.supervision.incidents import (
+    MANY_CALLS,
     MAX_INCIDENTS,
     MAX_PLACES,
     MAX_SAMPLES,
@@ -230,8 +231,8 @@ def test_many_short_calls_are_blamed_and_not_the_servers_line_between_them() -> 
     case = Case()
     incident = many_calls(case, 14, 0.27, SERVER)
     assert case.lines == ["worker 3 was blocked for 0.300 s in 14 calls of rpc cpu"]
-    assert (incident.handler, incident.calls, incident.place) == ("rpc cpu", 14, UNKNOWN)
-    assert ("rpc cpu", UNKNOWN) in case.incidents.blocks
+    assert (incident.handler, incident.calls, incident.place) == ("rpc cpu", 14, MANY_CALLS)
+    assert ("rpc cpu", MANY_CALLS) in case.incidents.blocks
 
 
 def test_many_calls_with_a_stack_of_the_application_have_its_line_too() -> None:

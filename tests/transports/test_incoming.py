@@ -37,10 +37,12 @@ class Wire:
 
     def __init__(self) -> None:
         self.written = bytearray()
+        self.writes = 0
         self.reading = True
 
     def write(self, data: bytes) -> None:
         self.written += data
+        self.writes += 1
 
     def getPeer(self) -> Any:
         return self
@@ -189,6 +191,15 @@ def test_every_length_is_unmasked(size: int, native: bool, monkeypatch: pytest.M
     for mask in (b"\0\0\0\0", b"\x01\x80\xff\x10", b"\xff\xff\xff\xff"):
         received, sent, is_open = Server().feed(frame(1, text, mask=mask))
         assert (received, sent, is_open) == ([text], [(1, text)], True)
+
+
+def test_the_answers_to_all_frames_of_one_read_leave_in_one_write() -> None:
+    server = Server()
+    server.wire.writes = 0
+    received, sent, _ = server.feed(frame(1, b"one") + frame(1, b"two") + frame(9, b"?") + frame(1, b"three"))
+    assert received == [b"one", b"two", b"three"]
+    assert sent == [(1, b"one"), (1, b"two"), (10, b"?"), (1, b"three")]
+    assert server.wire.writes == 1
 
 
 def test_frames_beyond_a_time_slice_are_processed_in_later_turns() -> None:

@@ -127,6 +127,29 @@ def test_all_messages_of_one_turn_leave_in_two_writes(context: Context, talk: Ta
     assert context.queued.size == 0
 
 
+def test_held_messages_leave_in_one_write(context: Context, talk: Talk) -> None:
+    connection, wire = talk
+    assert connection.hold()
+    connection.send(b"a")
+    connection.sink.deliver(b"shared\n")
+    assert not connection.hold()  # the caller is not the one to release
+    connection.send(b"b")
+    assert wire.writes == []
+    connection.release()
+    assert wire.writes == [b"a\nshared\nb\n"]
+    assert context.queued.size == 0
+
+
+def test_a_connection_that_closes_while_it_is_held_sends_everything(context: Context, talk: Talk) -> None:
+    connection, wire = talk
+    connection.hold()
+    connection.send(b"a")
+    connection.close(3000, "bye")
+    connection.release()
+    assert wire.writes[0].startswith(b"a\n") and len(wire.writes) == 1
+    assert wire.shut
+
+
 def test_the_first_message_of_each_turn_is_written_at_once(context: Context, talk: Talk) -> None:
     connection, wire = talk
     for number in range(3):
@@ -284,6 +307,29 @@ async def test_the_transport_detects_a_peer_that_has_gone(context: Context) -> N
     await port.stopListening()
 
 
+def test_an_exception_of_one_connection_does_not_keep_the_others_from_being_flushed() -> None:
+    log: list[str] = []
+
+    class Connection(Outgoing):
+        def __init__(self, name: str, *, fails: bool = False) -> None:
+            self.name, self.fails = name, fails
+
+        def flush(self) -> None:
+            if self.fails:
+                raise RuntimeError("a bug")
+            log.append(f"{self.name} flushed")
+
+        def abort(self) -> None:
+            log.append(f"{self.name} aborted")
+
+    ends: list[Callable[[], None]] = []
+    turn_end = FlushAtTurnEnd(call_at_end=ends.append)
+    for connection in (Connection("a"), Connection("b", fails=True), Connection("c")):
+        turn_end.schedule(connection)
+    ends[0]()
+    assert log == ["a flushed", "b aborted", "c flushed"]
+
+
 async def read_exactly(peer: socket.socket, size: int) -> None:
     """Read this many bytes from a peer that has read nothing yet."""
     left = size
@@ -346,5 +392,7 @@ async def test_unsent_bytes_are_those_that_the_peer_has_not_acknowledged(context
     assert taken[1] < taken[0]
     connection.transport.abortConnection()
     await eventually(lambda: connection.sink.send is len)
+    connection.pace(False)
+    assert connection.unsent() == 0
     peer.close()
     await port.stopListening()

@@ -665,6 +665,7 @@ PREFLIGHT = {"Access-Control-Request-Method": "GET"}
             {},
             "page of https://app.example: add it to client.allowed_origins",
         ),
+        ("GET /websocket", {"Upgrade": "websocket", "Connection": "Upgrade"}, {}, "with websocket.handler_prefix"),
         ("OPTIONS /items", {"Origin": "null", **PREFLIGHT}, {}, "refused a page with the origin null"),
         ("POST /api/info?api_key=k3y-of-the-tests", {}, {"max_body_size": 1}, "http_api.max_body_size"),
     ],

@@ -6,6 +6,7 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from twisted.internet import reactor, task
 from realtime.config import settings
 from realtime.http.frames import text_frame
 from realtime.http.handshake import OpeningRequest
+from realtime.transports.outgoing import FlushAtTurnEnd
 from realtime.transports.websocket import WebSocketConnection
 from tests.transports.stage import Client, Echo, Stage, eventually, frame, frames_in, handshake, staged, text
 
@@ -351,6 +353,17 @@ async def read_all(peer: socket.socket) -> bytes:
         if not chunk:
             return bytes(data)
         data += chunk
+
+
+async def test_commands_behind_long_replies_of_one_turn_go_on_when_these_have_left() -> None:
+    async with staged(client=settings.ClientSettings(queue_max_size=100_000)) as stage:
+        stage.websocket.turn_end = FlushAtTurnEnd(lambda: 0, partial(reactor.callLater, 0))
+        client = await stage.open()
+        stage.sessions[0].connection.dataReceived(b"".join(text(f"{n}{'x' * 20_000}") for n in range(10)))
+        assert len(stage.sessions[0].received) < 10
+        await eventually(lambda: len(client.texts) == 10)
+        assert stage.count("slow") == 0
+        client.leave()
 
 
 async def test_a_client_that_does_not_read_is_closed_as_slow_and_its_queue_is_dropped() -> None:

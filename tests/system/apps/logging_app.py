@@ -40,7 +40,7 @@ def in_process(data):
 
 @app.rpc("hang", timeout=0.2)
 def hang(data):
-    RELEASE.wait(20)
+    RELEASE.wait(6)
 
 
 @app.rpc("slow", timeout=0.2)
