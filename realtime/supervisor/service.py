@@ -291,7 +291,7 @@ class Supervisor(Service):
         self._has_warned_of_footprint = True
         _log.error(
             "loop.max_rss = {limit}: a worker without clients already uses {used} bytes, so the server replaces "
-            "workers without end; set loop.max_rss well above that",
+            "workers without end, at growing intervals; set loop.max_rss well above that",
             limit=limit,
             used=vitals.rss,
         )
