@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     # The shell: Twisted, sockets and processes.
     "process": FREE | {"supervision", "pubsub"},
     "broker": SHELL | {"pubsub"},
-    "handlers": FREE | {"supervision", "app", "cache"},
+    "handlers": SHELL | {"app", "cache"},
     "transports": SHELL | {"deadlines", "http", "pubsub", "protocol", "server_api", "app", "handlers"},
     "worker": SHELL
     | {"deadlines", "http", "auth", "pubsub", "protocol", "server_api", "app", "cache", "handlers", "transports"},

@@ -39,8 +39,10 @@ from realtime.handlers.compute_messages import (
     pack,
 )
 from realtime.handlers.results import call_plain_function, result_converter
+from realtime.process import forks
 
 _PR_SET_PDEATHSIG = 1
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The most characters of a traceback that are sent to the worker; its end is kept.
 _MAX_TRACEBACK = 20_000
 
@@ -50,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
     stream = socket.socket(fileno=int(argv[0]))
     stream.set_inheritable(False)  # the processes that user code starts must not hold it open
     _ignore_signals()
+    forks.release_in_forks(lambda: [stream.fileno()], default_signals=_IGNORED_SIGNALS)
     if not _dies_with_the_worker(stream):
         return 0
     try:
@@ -166,7 +169,7 @@ def _ignore_signals() -> None:
 
     Handlers that do nothing take the place of SIG_IGN, which the processes that user code starts would inherit.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _IGNORED_SIGNALS:
         signal.signal(number, _do_nothing)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 

@@ -101,7 +101,11 @@ class Dispatcher:
             else:
                 result.set_exception(error)
 
-        self._services.reactor.callFromThread(drive, coroutine, done, self.ledger)
+        try:
+            self._services.reactor.callFromThread(drive, coroutine, done, self.ledger)
+        except RuntimeError:  # in a fork of the worker
+            coroutine.close()
+            raise
         return result.result()
 
     async def start(self) -> None:

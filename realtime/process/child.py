@@ -26,13 +26,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from twisted.internet.defer import Deferred, TimeoutError, maybeDeferred
 from twisted.internet.main import installReactor
 from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import Logger
 from twisted.protocols import amp
+from twisted.python import threadable
 from twisted.python.failure import Failure
 
 from realtime import metrics
@@ -40,7 +41,7 @@ from realtime.config import settings
 from realtime.config.settings import Settings
 from realtime.errors import ApplicationFailed, EngineUnavailable, RealtimeError
 from realtime.metrics import Metrics
-from realtime.process import control, log, output, stack_dumps
+from realtime.process import control, forks, log, output, stack_dumps
 from realtime.process.diagnostics import REPORTS
 from realtime.process.gc_tuning import GCTuner
 from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoopClock, MeasuredSelector, loop_time
@@ -170,6 +171,11 @@ class Child:
         self.heartbeat.stop()
         if self.reactor.running:
             self.reactor.stop()
+
+    def end_gc_tuning_in_fork(self) -> None:
+        """Leave collections to Python's defaults in a fork of the process."""
+        if self._gc_tuner is not None:
+            self._gc_tuner.end_in_fork()
 
     def _log_failed_drain(self, failure: Failure, timeout: float) -> None:
         if failure.check(TimeoutError):
@@ -312,9 +318,35 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     child.metrics.sources.append(output.samples)
     log.begin(child.name, tree.log.level, sys.stdout)
     _adopt(asyncio_reactor, options.link, child.control)
+    _release_in_forks(child, loop, selector, (options.vitals, *options.stacks))
     asyncio_reactor.callWhenRunning(child.begin, make_service)
     asyncio_reactor.run()
     return child.status
+
+
+def _release_in_forks(
+    child: Child, loop: asyncio.AbstractEventLoop, selector: MeasuredSelector, descriptors: Sequence[int]
+) -> None:
+    """Have processes that the application forks release the server's part. descriptors: those without an event."""
+
+    def forget() -> None:
+        # No thread of the fork is the loop's, so calls of the App go through `call_soon_threadsafe` in each.
+        threadable.ioThread = None
+        loop.call_soon_threadsafe = _refuse_in_fork  # type: ignore[method-assign]
+        output.forget_threads()
+        child.end_gc_tuning_in_fork()
+
+    forks.release_in_forks(lambda: [*selector.descriptors(), *descriptors], {_port(fd) for fd in child.listen}, forget)
+
+
+def _refuse_in_fork(*_: object, **__: object) -> NoReturn:
+    raise RuntimeError("this process was forked from the server's: only the latter can call the methods of the App")
+
+
+def _port(listening: int) -> int:
+    """Return the port of a listening socket."""
+    with socket.socket(fileno=os.dup(listening)) as copy:
+        return int(copy.getsockname()[1])
 
 
 def _set_signals() -> None:

@@ -75,6 +75,10 @@ class ReadingSelector(selectors.BaseSelector):
         if self._readers.pop(fd, None) is not None:
             self._update_epoll(fd)
 
+    def descriptors(self) -> list[int]:
+        """Return the registered descriptors and that of epoll(7) itself."""
+        return [self._epoll.fileno(), *self._masks]
+
     def dispatch(self, ready: ReadyEvents) -> list[tuple[SelectorKey, int]]:
         """Call the direct readers of ready descriptors; return the other events, for asyncio.
 
