@@ -62,7 +62,7 @@ class ClientError(RealtimeError):
         self.message = message
         self.temporary = temporary
 
-    def __reduce__(self) -> tuple[type[ClientError], tuple[int, str, bool]]:  # handler processes pickle it
+    def __reduce__(self) -> tuple[type[ClientError], tuple[int, str, bool]]:  # a ProcessPoolExecutor pickles it
         return type(self), (self.code, self.message, self.temporary)
 
 

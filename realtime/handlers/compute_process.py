@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pickle
 import select
 import signal
 import socket
@@ -23,7 +22,10 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from realtime.app import ARGUMENTS, App, Handler, load
+from realtime.config.settings import AppSettings
 from realtime.errors import LIMIT_EXCEEDED, ClientError, Disconnect, EngineUnavailable, SettingsError
 from realtime.handlers.compute_messages import (
     HEAD,
@@ -31,12 +33,16 @@ from realtime.handlers.compute_messages import (
     CallDisconnected,
     CallFailed,
     CallRefused,
-    CallReturned,
+    ComputeCall,
     ProcessReady,
     ServerCall,
     ServerError,
-    ServerResult,
+    ServerOutcome,
+    arguments_of,
     pack,
+    returned,
+    unpack_error,
+    unpack_result,
 )
 from realtime.handlers.results import call_plain_function, result_converter
 from realtime.process import forks
@@ -62,21 +68,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _serve(stream: socket.socket) -> int:
-    settings = _receive(stream)
+    settings = _receive(stream, AppSettings)
     if settings is None:
         return 0
     try:
         app = load(settings)
     except SettingsError as error:
         stream.sendall(pack(CallFailed(("", 0), str(error))))
-        _receive(stream)  # wait, so that the worker reads the message before it sees the end of the process
+        _read(stream, 1)  # wait, so that the worker reads the message before it sees the end of the process
         return os.EX_CONFIG
     handlers, server = _process_handlers(app), ServerStub(stream)
     app.bind(server, server.perform)
     stream.sendall(pack(ProcessReady(os.getpid())))
-    while (call := _receive(stream)) is not None:
+    while (call := _receive(stream, ComputeCall)) is not None:
         with server:
-            reply = _reply(handlers[call.handler], call.args)
+            reply = _reply(handlers[call.handler], call)
         stream.sendall(reply)
     return 0
 
@@ -94,7 +100,7 @@ class ServerStub:
         self._is_open = False
 
     def __getattr__(self, method: str) -> Any:
-        return lambda *args, **options: ServerCall(method, args, options)
+        return lambda *args, **options: ServerCall(method, list(args), options)
 
     def __enter__(self) -> None:
         self._is_open = True
@@ -115,10 +121,12 @@ class ServerStub:
             if not self._is_open:
                 raise RuntimeError("a process can call the App's methods while one of its handlers runs, and no longer")
             self._stream.sendall(message)
-            outcome = _receive(self._stream)
-        if isinstance(outcome, ServerResult):
-            return outcome.result
-        raise outcome.error if isinstance(outcome, ServerError) else EngineUnavailable("the worker is gone")
+            outcome = _receive(self._stream, ServerOutcome)
+        if outcome is None:
+            raise EngineUnavailable("the worker is gone")
+        if isinstance(outcome, ServerError):
+            raise unpack_error(outcome)
+        return unpack_result(call.method, outcome.result)
 
 
 def _process_handlers(app: App) -> dict[str, Handler]:
@@ -126,10 +134,11 @@ def _process_handlers(app: App) -> dict[str, Handler]:
     return {handler.name: handler for handler in handlers if handler.run == "process"}
 
 
-def _reply(handler: Handler, args: tuple[Any, ...]) -> bytes:
+def _reply(handler: Handler, call: ComputeCall) -> bytes:
     """Call the handler and return the packed reply; there is one unless the handler ends the process."""
     try:
-        reply = pack(CallReturned(result_converter(handler.kind)(call_plain_function(handler, args))))
+        result = call_plain_function(handler, arguments_of(call))
+        reply = pack(returned(result_converter(handler.kind)(result)))
     except ClientError as error:
         return pack(CallRefused(error.code, error.message, error.temporary))
     except Disconnect as error:
@@ -147,11 +156,11 @@ def _failure(error: BaseException) -> CallFailed:
     return CallFailed((innermost.filename, innermost.lineno or 0), text[-_MAX_TRACEBACK:])
 
 
-def _receive(stream: socket.socket) -> Any:
-    """Return the next message, None when the stream has ended."""
+def _receive(stream: socket.socket, type: Any) -> Any:
+    """Return the next message, which is of this type; None when the stream has ended."""
     head = _read(stream, HEAD.size)
     content = head and _read(stream, *HEAD.unpack(head))
-    return pickle.loads(content) if content else None
+    return msgspec.msgpack.decode(content, type=type) if content else None
 
 
 def _read(stream: socket.socket, size: int) -> bytes:
