@@ -109,12 +109,18 @@ class HandlerCall:
         self._convert = result_converter(handler.kind)
         self._never_waits = handler.run == "loop" and self._semaphore is None and never_waits(handler.function)
         self._is_always_immediate = self._never_waits and self._policy.admits_always
-        self._tasks: set[asyncio.Task[Any]] = set()
+        # The loop itself holds only a weak reference to a waiting task. Values: what ends the wait of its caller.
+        self._tasks: dict[asyncio.Task[Any], Callable[[str], None]] = {}
 
     @property
     def running(self) -> int:
         """The number of calls that have started and wait for something."""
         return len(self._tasks)
+
+    def cancel_all(self) -> None:
+        """Cancel the calls that wait for something, because the worker ends. Their callers get HandlerTimeout."""
+        for expire in list(self._tasks.values()):
+            expire("did not finish before the end of the worker")
 
     @property
     def is_throttled(self) -> bool:
@@ -227,14 +233,16 @@ class HandlerCall:
             elif not task.cancelled() and (error := task.exception()) is not None:
                 self._error_log.report(self.handler, error)
 
-        def expire() -> None:
+        def expire(outcome: str) -> None:
             task.cancel()
-            finished.errback(HandlerTimeout(f"{self.handler.name} did not finish within {timeout:g} s"))
+            if not finished.called:
+                finished.errback(HandlerTimeout(f"{self.handler.name} {outcome}"))
 
-        self._tasks.add(task)  # the loop itself holds only a weak reference to a waiting task
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = expire
+        task.add_done_callback(self._tasks.pop)
         task.add_done_callback(ended)
-        timer = self._threads.reactor.callLater(timeout, expire) if timeout else None
+        late = f"did not finish within {timeout:g} s"
+        timer = self._threads.reactor.callLater(timeout, expire, late) if timeout else None
         try:
             await finished
         except (CancelledError, asyncio.CancelledError):

@@ -127,10 +127,10 @@ class Child:
         heartbeat: Heartbeat | None = None,
         accounts: LoopTimeLedger | None = None,
         turn_number: Callable[[], int] | None = None,
-        tunes_gc: bool = False,
+        owns_process: bool = False,
     ) -> None:
-        """heartbeat, accounts: of the reactor's loop. tunes_gc: whether to tune the garbage collector of the process,
-        which must be this child's alone."""
+        """heartbeat, accounts: of the reactor's loop. owns_process: whether the process is this child's alone, which
+        then tunes the garbage collector, and ends all tasks of the loop in a drain."""
         self.name = "broker" if slot < 0 else f"worker {slot}"
         self.slot = slot
         self.settings = settings
@@ -147,7 +147,8 @@ class Child:
         self.service: ChildService = _NotMade(self.link_lost)
         self.draining = False
         self.status = 0
-        self._gc_tuner = GCTuner(self.metrics) if tunes_gc else None
+        self._owns_process = owns_process
+        self._gc_tuner = GCTuner(self.metrics) if owns_process else None
 
     def link_lost(self) -> None:
         """Ask the supervisor for a fresh stream to the broker. Never fails: without a supervisor the process ends."""
@@ -163,6 +164,30 @@ class Child:
         drained = Deferred.fromCoroutine(self.service.drain(timeout))
         drained.addTimeout(timeout, self.reactor)
         drained.addErrback(self._log_failed_drain, timeout).addBoth(lambda _: self.stop())
+
+    async def cancel_tasks(self, timeout: float) -> None:
+        """Cancel all asyncio tasks, which are the application's, and wait for their end for `timeout` seconds at most.
+
+        Then close the asynchronous generators. As at the end of `asyncio.run`, so that `finally` blocks run.
+        """
+        if not self._owns_process:
+            return
+        loop = asyncio.get_running_loop()
+        tasks = asyncio.all_tasks()
+        for task in tasks:
+            task.cancel()
+        tasks.add(loop.create_task(loop.shutdown_asyncgens()))
+        ended, left = await Deferred.fromFuture(loop.create_task(asyncio.wait(tasks, timeout=timeout)))
+        for task in ended:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                _log.failure("a task of the application raised at the end of {name}", Failure(error), name=self.name)
+        if left:
+            _log.warn(
+                "{count} tasks of the application did not end within {timeout:g} s and are left behind; set "
+                "shutdown.timeout higher if they need longer",
+                count=len(left),
+                timeout=timeout,
+            )
 
     def stop(self, status: int = 0) -> None:
         """Leave the reactor. `main` returns the first status that is not 0."""
@@ -312,7 +337,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
         heartbeat,
         selector.accounts,
         lambda: selector.turns,
-        tunes_gc=True,
+        owns_process=True,
     )
     output.install(tree.log.max_queued_bytes)
     child.metrics.sources.append(output.samples)

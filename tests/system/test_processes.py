@@ -462,11 +462,13 @@ def test_a_stop_waits_for_handlers_and_tells_those_who_come_late(start_server: S
     assert server.process.wait(8) == 0
 
 
-def test_a_handler_that_does_not_end_takes_no_time_from_on_stop(start_server: ServerStarter) -> None:
-    server = start_server(workers={"count": 1}, shutdown={"timeout": "2s"})
+def test_a_stop_runs_finally_blocks_and_on_stop_in_order(start_server: ServerStarter) -> None:
+    server = start_server(workers={"count": 1}, shutdown={"timeout": "4s"})
     with socket.create_connection(("127.0.0.1", server.port)) as asking:
         asking.sendall(b"GET /slowly?seconds=60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         server.wait_for_log("/slowly has begun")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(8) == 0
-    assert "on_stop has run" in server.log
+    # Each `finally` block has run, of calls, then of tasks.
+    found = re.findall(r"/slowly has ended|on_stop has run|the task has ended", server.log)
+    assert found == ["/slowly has ended", "on_stop has run", "the task has ended"]
