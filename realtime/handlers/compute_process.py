@@ -26,7 +26,14 @@ import msgspec
 
 from realtime.app import ARGUMENTS, App, Handler, load
 from realtime.config.settings import AppSettings
-from realtime.errors import LIMIT_EXCEEDED, ClientError, Disconnect, EngineUnavailable, SettingsError
+from realtime.errors import (
+    LIMIT_EXCEEDED,
+    ApplicationFailed,
+    ClientError,
+    Disconnect,
+    EngineUnavailable,
+    SettingsError,
+)
 from realtime.handlers.compute_messages import (
     HEAD,
     MAX_REPLY,
@@ -73,7 +80,7 @@ def _serve(stream: socket.socket) -> int:
         return 0
     try:
         app = load(settings)
-    except SettingsError as error:
+    except (SettingsError, ApplicationFailed) as error:
         stream.sendall(pack(CallFailed(("", 0), str(error))))
         _read(stream, 1)  # wait, so that the worker reads the message before it sees the end of the process
         return os.EX_CONFIG

@@ -46,7 +46,8 @@ class Worker:
     """One worker: `start` serves, `drain` ends."""
 
     def __init__(self, process: child.Child) -> None:
-        """Load the application and build the worker. Raises SettingsError when the application can't be loaded."""
+        """Load the application and build the worker. Raises SettingsError or ApplicationFailed when the
+        application can't be loaded."""
         self._process = process
         self._reactor = process.reactor
         app = application.load(process.settings.app)

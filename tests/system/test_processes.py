@@ -423,6 +423,19 @@ def test_the_whole_server_leaves_nobody_behind_when_its_supervisor_is_killed(sta
     start_server.started.remove(server)
 
 
+@pytest.mark.parametrize(("code", "status"), [("raise OSError('no database')", 75), ("import no_such_module", 78)])
+def test_an_import_that_may_succeed_later_ends_the_first_start_with_a_status_for_a_restart(
+    tmp_path: Path, code: str, status: int
+) -> None:
+    (tmp_path / "chat.py").write_text(code)
+    config = tmp_path / "realtime.toml"
+    config.write_text(
+        "workers.count = 1\nhttp_server.port = 0\nhttp_server.internal_port = 0\napp.module = 'chat:app'\n"
+    )
+    server = Server(config, cwd=tmp_path, environment={"REALTIME_APP_PATH": str(tmp_path)})
+    assert ended(server, 60) == status, server.log
+
+
 @pytest.mark.parametrize("victim", ["worker", "broker"])
 def test_the_whole_server_replaces_what_is_killed(start_server: ServerStarter, victim: str) -> None:
     server = start_server()
