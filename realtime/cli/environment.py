@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from realtime._version import __version__
+from realtime.config import cores
 
 DISTRIBUTION = "twisted-realtime"
 LIBRARIES = ("Twisted", "autobahn", "msgspec", "PyJWT", "cryptography", "psutil", "prometheus-client")
@@ -102,13 +103,19 @@ def describe(environ: Mapping[str, str]) -> dict[str, str]:
         "openssl": ssl.OPENSSL_VERSION,
         "nvx": "in use" if uses_nvx(environ) else "not in use",
         "kernel": f"{kernel.system} {kernel.release} {kernel.machine}",
-        "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable",
+        "cores": _describe_cores(),
         "port sharing": "SO_REUSEPORT" if hasattr(socket, "SO_REUSEPORT") else "none",
         "steering": "SO_ATTACH_REUSEPORT_CBPF" if can_steer() else "none; the kernel spreads connections by hash",
         "shared memory": "memfd" if hasattr(os, "memfd_create") else "none",
         "open files": "limit {}, at most {}".format(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         "accept queue": "limit " + _first_line("/proc/sys/net/core/somaxconn") + " (net.core.somaxconn)",
     }
+
+
+def _describe_cores() -> str:
+    quota = cores.cpu_quota()
+    limit = f", quota of {quota:g} by the control group" if quota < (os.cpu_count() or 1) else ""
+    return f"{cores.count_cores()} usable: {len(os.sched_getaffinity(0))} of {os.cpu_count()} by affinity{limit}"
 
 
 def can_steer() -> bool:

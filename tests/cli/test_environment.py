@@ -83,3 +83,19 @@ def test_nvx_is_detected_as_autobahn_detects_it(environ: dict[str, str]) -> None
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == str(environment.uses_nvx(environ))
     assert len(environment.find_warnings(environ)) == (done.stdout.strip() == "False")
+
+
+@pytest.mark.parametrize(
+    ("quota", "line"),
+    [
+        (1e9, "6 usable: 6 of 8 by affinity"),
+        (1.5, "2 usable: 6 of 8 by affinity, quota of 1.5 by the control group"),
+    ],
+)
+def test_the_description_names_the_limits_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, quota: float, line: str
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("realtime.config.cores.cpu_quota", lambda root=None: quota)
+    assert environment.describe({})["cores"] == line
