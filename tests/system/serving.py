@@ -111,8 +111,9 @@ class Server:
         arguments: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
         cwd: Path = CHECKOUT,
+        prefix: tuple[str, ...] = (),
     ) -> None:
-        command = [str(TWISTD), "--nodaemon", "--pidfile=", "realtime", "--config", str(config), *arguments]
+        command = [*prefix, str(TWISTD), "--nodaemon", "--pidfile=", "realtime", "--config", str(config), *arguments]
         self.process = subprocess.Popen(
             command,
             cwd=cwd,
@@ -256,12 +257,13 @@ class ServerStarter:
         config: Path | None = None,
         environment: dict[str, str] | None = None,
         cwd: Path = CHECKOUT,
+        prefix: tuple[str, ...] = (),
         **sections: Any,
     ) -> Server:
         """A ready server. sections: laid over BASE. config: a file to use instead. arguments: further options. cwd:
-        its working directory."""
+        its working directory. prefix: a command that runs the server."""
         path = config or self._write(merged(BASE, sections))
-        server = Server(path, arguments, environment, cwd)
+        server = Server(path, arguments, environment, cwd, prefix)
         self.started.append(server)
         server.wait_ready()
         return server
