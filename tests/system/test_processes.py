@@ -194,6 +194,22 @@ def test_after_a_pause_of_the_whole_group_nobody_is_killed(start: Start) -> None
     server.stop()
 
 
+def test_with_a_tenth_of_a_core_for_the_whole_group_nobody_is_killed(start: Start) -> None:
+    # Row S7 of the bad inputs: a CPU quota stops all processes for most of each period.
+    server = start(stuck=1.0)
+    pids = sorted(process.pid for process in server.family())
+    for _ in range(12):
+        os.killpg(server.pid, signal.SIGSTOP)
+        threading.Event().wait(0.45)
+        os.killpg(server.pid, signal.SIGCONT)
+        threading.Event().wait(0.05)
+    assert {slot for slot, _ in [server.greeting() for _ in range(20)]} <= {0, 1}
+    wait_until(lambda: all(server.slot(name)["beat_age"] < 0.5 for name in ("worker 0", "worker 1", "broker")), "beats")
+    assert sorted(process.pid for process in server.family()) == pids
+    assert "was killed" not in server.log
+    server.stop()
+
+
 def test_a_worker_that_dies_again_and_again_is_one_line_and_the_others_serve(start: Start) -> None:
     server = start({"only": "worker 1", "crash": 3}, ready=False, workers=WorkersSettings(count=2, restart_delay=0.05))
     loop = server.wait_for_log(r"crash loop: worker 1 exited with status 3, 3 times in a row; next attempt in [\d.]+ s")
