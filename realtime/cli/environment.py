@@ -15,12 +15,15 @@ import re
 import resource
 import socket
 import ssl
+import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 from realtime._version import __version__
 from realtime.config import cores
+from realtime.config.settings import Settings
+from realtime.config.values import escape_unprintable
 
 DISTRIBUTION = "twisted-realtime"
 LIBRARIES = ("Twisted", "autobahn", "msgspec", "PyJWT", "cryptography", "psutil", "prometheus-client")
@@ -91,6 +94,28 @@ def find_warnings(environ: Mapping[str, str]) -> list[str]:
     if uses_nvx(environ):
         return []
     return ["autobahn: runs without NVX, so large messages take 30 times as long; install its binary wheel"]
+
+
+def find_exposure(config: str | None, settings: Settings, drops_root: bool) -> list[str]:
+    """Return one line, with the remedy, for rights that the server or others need not have.
+
+    config: path of the configuration. drops_root: whether the process gives up the rights of root after the start.
+    """
+    lines = []
+    if os.geteuid() == 0 and not drops_root:
+        lines.append(
+            "the server and the application run as root: give twistd a user and a group, as in "
+            "`twistd --uid realtime --gid realtime realtime`, or use the systemd unit"
+        )
+    token, subscription_token = settings.client.token, settings.client.subscription_token
+    secrets = (settings.http_api.key, token.hmac_secret_key, subscription_token.hmac_secret_key)
+    with contextlib.suppress(OSError):
+        if config and any(secrets) and os.stat(config).st_mode & stat.S_IROTH:
+            name = escape_unprintable(config)
+            lines.append(
+                f"{name}: every user of this machine may read its secrets; use chmod 640 and the server's group"
+            )
+    return lines
 
 
 def describe(environ: Mapping[str, str]) -> dict[str, str]:

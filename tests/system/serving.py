@@ -112,8 +112,10 @@ class Server:
         environment: dict[str, str] | None = None,
         cwd: Path = CHECKOUT,
         prefix: tuple[str, ...] = (),
+        twistd: tuple[str, ...] = (),
     ) -> None:
-        command = [*prefix, str(TWISTD), "--nodaemon", "--pidfile=", "realtime", "--config", str(config), *arguments]
+        command = [*prefix, str(TWISTD), "--nodaemon", "--pidfile=", *twistd, "realtime", "--config", str(config)]
+        command += arguments
         self.process = subprocess.Popen(
             command,
             cwd=cwd,
@@ -258,12 +260,13 @@ class ServerStarter:
         environment: dict[str, str] | None = None,
         cwd: Path = CHECKOUT,
         prefix: tuple[str, ...] = (),
+        twistd: tuple[str, ...] = (),
         **sections: Any,
     ) -> Server:
         """A ready server. sections: laid over BASE. config: a file to use instead. arguments: further options. cwd:
-        its working directory. prefix: a command that runs the server."""
+        its working directory. prefix: a command that runs the server. twistd: options of twistd's own."""
         path = config or self._write(merged(BASE, sections))
-        server = Server(path, arguments, environment, cwd, prefix)
+        server = Server(path, arguments, environment, cwd, prefix, twistd)
         self.started.append(server)
         server.wait_ready()
         return server
