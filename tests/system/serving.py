@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -111,9 +112,16 @@ class Server:
         arguments: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
         cwd: Path = CHECKOUT,
+        descriptors: int = 0,
         prefix: tuple[str, ...] = (),
         twistd: tuple[str, ...] = (),
     ) -> None:
+        """descriptors: limit of open files of each process, 0 for that of the tests. prefix: a command that runs the
+        server. twistd: options of twistd's own."""
+
+        def limit_descriptors() -> None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
         command = [*prefix, str(TWISTD), "--nodaemon", "--pidfile=", *twistd, "realtime", "--config", str(config)]
         command += arguments
         self.process = subprocess.Popen(
@@ -126,6 +134,7 @@ class Server:
             text=True,
             errors="backslashreplace",
             start_new_session=True,
+            preexec_fn=limit_descriptors if descriptors else None,
         )
         self.pid = self.process.pid
         self.lines: list[str] = []
@@ -259,14 +268,15 @@ class ServerStarter:
         config: Path | None = None,
         environment: dict[str, str] | None = None,
         cwd: Path = CHECKOUT,
+        descriptors: int = 0,
         prefix: tuple[str, ...] = (),
         twistd: tuple[str, ...] = (),
         **sections: Any,
     ) -> Server:
         """A ready server. sections: laid over BASE. config: a file to use instead. arguments: further options. cwd:
-        its working directory. prefix: a command that runs the server. twistd: options of twistd's own."""
+        its working directory. descriptors, prefix, twistd: see `Server`."""
         path = config or self._write(merged(BASE, sections))
-        server = Server(path, arguments, environment, cwd, prefix, twistd)
+        server = Server(path, arguments, environment, cwd, descriptors, prefix, twistd)
         self.started.append(server)
         server.wait_ready()
         return server
