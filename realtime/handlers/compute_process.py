@@ -65,16 +65,17 @@ def main(argv: Sequence[str]) -> int:
     stream = socket.socket(fileno=int(argv[0]))
     stream.set_inheritable(False)  # the processes that user code starts must not hold it open
     _ignore_signals()
-    forks.release_in_forks(lambda: [stream.fileno()], default_signals=_IGNORED_SIGNALS)
+    server = ServerStub(stream)
+    forks.release_in_forks(lambda: [stream.fileno()], forget=server.close_in_fork, default_signals=_IGNORED_SIGNALS)
     if not _dies_with_the_worker(stream):
         return 0
     try:
-        return _serve(stream)
+        return _serve(stream, server)
     except ConnectionError:  # the worker has died during a message
         return 0
 
 
-def _serve(stream: socket.socket) -> int:
+def _serve(stream: socket.socket, server: ServerStub) -> int:
     settings = _receive(stream, AppSettings)
     if settings is None:
         return 0
@@ -84,7 +85,7 @@ def _serve(stream: socket.socket) -> int:
         stream.sendall(pack(CallFailed(("", 0), str(error))))
         _read(stream, 1)  # wait, so that the worker reads the message before it sees the end of the process
         return os.EX_CONFIG
-    handlers, server = _process_handlers(app), ServerStub(stream)
+    handlers = _process_handlers(app)
     app.bind(server, server.perform)
     stream.sendall(pack(ProcessReady(os.getpid())))
     while (call := _receive(stream, ComputeCall)) is not None:
@@ -115,6 +116,11 @@ class ServerStub:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._is_open = False
+
+    def close_in_fork(self) -> None:
+        """Refuse calls in a fork of this process, which does not have the stream."""
+        self._lock = threading.Lock()
+        self._is_open = False
 
     def perform(self, call: Any) -> Any:
         """Make a call and return its result.

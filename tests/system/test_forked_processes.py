@@ -40,6 +40,7 @@ def test_forked_processes_work_and_can_be_terminated(start_server: ServerStarter
         for method in ("terminate", "terminate in a process"):
             assert result(client, method) == {"status": -signal.SIGTERM}, method
         assert "only the latter can call the methods of the App" in result(client, "publish in a fork")
+        assert "and no longer" in result(client, "publish in a fork of a process")
     server.stop()
 
 

@@ -48,6 +48,11 @@ def publish(data: Any) -> Any:
     return executor.submit(publish_in_fork).result()
 
 
+@app.rpc("publish in a fork of a process", run="process")
+def publish_in_a_process(data: Any) -> Any:
+    return executor.submit(publish_in_fork).result()
+
+
 def terminated() -> dict[str, int]:
     process = FORK.Process(target=time.sleep, args=(600,))
     process.start()
