@@ -7,8 +7,6 @@ it survives the crash of a worker. The other end of a link is `realtime.worker.e
 
 from __future__ import annotations
 
-import asyncio
-import math
 import os
 import sys
 import time
@@ -24,12 +22,15 @@ from realtime.config.settings import EngineSettings
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
 from realtime.metrics import Metrics
 from realtime.process import child
+from realtime.process.heap import TRIM_INTERVAL, HeapTrimmer, find_malloc_trim
 from realtime.process.link import PEER_ENDED, Link, adopt
+from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
 from realtime.pubsub.engine import MESSAGES_DROPPED, Publish, ReportSubscriptions
 from realtime.pubsub.history import make_epoch
+from realtime.supervision.health import broker_beat_interval
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
 
@@ -38,9 +39,6 @@ SWEEP_INTERVAL = 0.25
 
 SWEEP_PAUSE = 0.01
 """Seconds until the next sweep if one sweep did not free everything."""
-
-BEAT_INTERVAL = 1.0
-"""Seconds between two heartbeats. Only our own code runs here, so the supervisor needs no more than a sign of life."""
 
 PATIENCE = 0.25
 """Share of a worker's queue that answers may fill before its further requests wait. The rest is for publications."""
@@ -150,8 +148,8 @@ class Broker:
     def _make_link(self, on_frame: Callable[[int, bytes], None]) -> Link:
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
-        call_soon = asyncio.get_running_loop().call_soon
-        return Link(self._reactor, call_soon, limit, on_frame, self._on_link_end, self._ledger, patience)
+        call_at_end = turn_end_caller(self._reactor)
+        return Link(self._reactor, call_at_end, limit, on_frame, self._on_link_end, self._ledger, patience)
 
     def _on_link_end(self, link: Link, reason: str) -> None:
         """Let the clients of a worker leave, as it has ended or its link was cut."""
@@ -305,6 +303,7 @@ class _WorkerPeer:
         # When its previous stream to this same broker ended, its clients left; now they join again. The subscribers
         # of another broker never received those leaves, so they receive no joins either.
         self._is_returning = message.instance == self._broker.instance
+        self._core.introduce(link, takes_lost=message.takes_lost_clients, is_returning=self._is_returning)
         if message.instance and not self._is_returning:
             self._broker.restore()
         if self._broker.is_restoring:
@@ -335,9 +334,10 @@ class BrokerService:
 
     async def start(self) -> None:
         """Begin the sweeps. Workers are served as soon as their links come."""
-        stuck = self._process.settings.loop.stuck or math.inf
         heartbeat = self._process.heartbeat
-        heartbeat.slow_down(min(BEAT_INTERVAL, stuck / 4))
+        heartbeat.slow_down(broker_beat_interval(self._process.settings.loop))
+        trimmer = HeapTrimmer(self._process.metrics, find_malloc_trim())
+        heartbeat.tasks.add(TRIM_INTERVAL, trimmer.trim, is_needed=trimmer.is_due)
         heartbeat.tasks.add(SWEEP_INTERVAL, self._broker.sweep, is_needed=self._broker.core.has_expirable)
 
     def link(self, slot: int, stream: int) -> None:

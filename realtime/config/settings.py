@@ -86,6 +86,14 @@ class LogSettings(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["none", "trace", "debug", "info", "warn", "error"],
         about("Lowest severity that the server logs. none: the server logs nothing."),
     ] = "info"
+    loggers: Annotated[
+        dict[str, str],
+        restricted('a level for each logger, such as { "sqlalchemy.engine" = "warn" }', checks.are_levels),
+        about(
+            "Lowest severity of the application's own loggers (Python's logging), by their names, where it is not"
+            " log.level; root: of all others."
+        ),
+    ] = field(default_factory=dict)
     max_queued_bytes: Annotated[
         Positive,
         about(
@@ -361,6 +369,14 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
             " 0: no limit."
         ),
     ] = 300
+    recovery_reply_size: Annotated[
+        Positive,
+        about(
+            "Maximum number of bytes of missed publications in a connect reply, over all its channels, or in a"
+            " subscribe reply. The rest follows as pushes, in pages of this size, as fast as the client's network takes"
+            " them. A client that waits 5 seconds for a reply needs a link of a fifth of this size per second."
+        ),
+    ] = 32_768
     connect_include_server_time: Annotated[bool, about("The connect reply contains the server's time.")] = False
 
 

@@ -5,7 +5,7 @@ that writes to the stream can make the worker do nothing else than its calls may
 for them travel as JSON text.
 
     worker                                  process
-    AppSettings                  ------->
+    ProcessSettings              ------->
                                  <-------   ProcessReady, or CallFailed
     ComputeCall                  ------->
     ServerResult or ServerError  <------>   ServerCall, any number of times, one after another
@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from realtime.app import Request, Server
+from realtime.config.settings import AppSettings, LogSettings
 from realtime.errors import ClientError, Disconnect, EngineUnavailable
 from realtime.handlers.results import PreparedResponse
 from realtime.types import ClientInfo, HistoryPage, Position
@@ -31,6 +32,14 @@ HEAD = struct.Struct("!I")
 
 SERVER_METHODS = frozenset(name for name in vars(Server) if not name.startswith("_"))
 """The methods of the server that a handler may call."""
+
+
+class ProcessSettings(Struct, frozen=True):
+    """The application to import, and the log. worker: name of the worker, for the log."""
+
+    app: AppSettings
+    log: LogSettings
+    worker: str
 
 
 class ComputeCall(Struct, frozen=True):
@@ -80,15 +89,20 @@ class CallDisconnected(Struct, frozen=True, tag=True):
 class CallFailed(Struct, frozen=True, tag=True):
     """The handler raised another exception, or the application could not be loaded.
 
-    place: file and line. text: a traceback, or the reason.
+    place: file and line. text: a traceback, or the reason. kind: the exception's type.
     """
 
     place: tuple[str, int]
     text: str
+    kind: str = "HandlerFailed"
+
+
+INVALIDATE = "invalidate"
+"""The method of a `ServerCall` that carries out a `realtime.cache.Invalidation`, its only argument."""
 
 
 class ServerCall(Struct, frozen=True, tag=True):
-    """The handler calls a method of its App. method: of `realtime.app.Server`, with its arguments."""
+    """The handler calls a method of its App. method: of `realtime.app.Server`, with its arguments; or INVALIDATE."""
 
     method: str
     args: list[Any] = []

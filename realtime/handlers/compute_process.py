@@ -3,7 +3,7 @@
     python -m realtime.handlers.compute_process FD
 
 FD is a connected UNIX stream to the worker; `realtime.handlers.compute_messages` describes its messages. The first
-message from the worker is its AppSettings: this process imports the application as the worker did, and answers with
+message from the worker is ProcessSettings: this process imports the application as the worker did, and answers with
 ProcessReady. From then on it carries out one ComputeCall at a time, and answers each with one reply; until the reply,
 the handler may call the App's methods, which go over the same stream to the worker and back. The process ends when the
 stream does.
@@ -11,6 +11,7 @@ stream does.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import select
@@ -24,8 +25,8 @@ from typing import Any
 
 import msgspec
 
+from realtime import cache
 from realtime.app import ARGUMENTS, App, Handler, load
-from realtime.config.settings import AppSettings
 from realtime.errors import (
     LIMIT_EXCEEDED,
     ApplicationFailed,
@@ -36,12 +37,14 @@ from realtime.errors import (
 )
 from realtime.handlers.compute_messages import (
     HEAD,
+    INVALIDATE,
     MAX_REPLY,
     CallDisconnected,
     CallFailed,
     CallRefused,
     ComputeCall,
     ProcessReady,
+    ProcessSettings,
     ServerCall,
     ServerError,
     ServerOutcome,
@@ -52,7 +55,7 @@ from realtime.handlers.compute_messages import (
     unpack_result,
 )
 from realtime.handlers.results import call_plain_function, result_converter
-from realtime.process import forks
+from realtime.process import app_log, forks, output
 
 _PR_SET_PDEATHSIG = 1
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -66,7 +69,12 @@ def main(argv: Sequence[str]) -> int:
     stream.set_inheritable(False)  # the processes that user code starts must not hold it open
     _ignore_signals()
     server = ServerStub(stream)
-    forks.release_in_forks(lambda: [stream.fileno()], forget=server.close_in_fork, default_signals=_IGNORED_SIGNALS)
+
+    def forget() -> None:
+        server.close_in_fork()
+        output.forget_threads()
+
+    forks.release_in_forks(lambda: [stream.fileno()], forget=forget, default_signals=_IGNORED_SIGNALS)
     if not _dies_with_the_worker(stream):
         return 0
     try:
@@ -76,17 +84,20 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _serve(stream: socket.socket, server: ServerStub) -> int:
-    settings = _receive(stream, AppSettings)
+    settings = _receive(stream, ProcessSettings)
     if settings is None:
         return 0
+    output.install(settings.log.max_queued_bytes)
+    app_log.begin(f"{settings.worker} process {os.getpid()}", settings.log, sys.stdout.write)
     try:
-        app = load(settings)
+        app = load(settings.app)
     except (SettingsError, ApplicationFailed) as error:
         stream.sendall(pack(CallFailed(("", 0), str(error))))
         _read(stream, 1)  # wait, so that the worker reads the message before it sees the end of the process
         return os.EX_CONFIG
     handlers = _process_handlers(app)
     app.bind(server, server.perform)
+    _share_caches(server)
     stream.sendall(pack(ProcessReady(os.getpid())))
     while (call := _receive(stream, ComputeCall)) is not None:
         with server:
@@ -142,6 +153,15 @@ class ServerStub:
         return unpack_result(call.method, outcome.result)
 
 
+def _share_caches(server: ServerStub) -> None:
+    """Send the invalidations of caches to the workers, which have the values."""
+
+    async def broadcast(invalidation: cache.Invalidation) -> None:
+        server.perform(ServerCall(INVALIDATE, [invalidation]))
+
+    cache.HOST.perform, cache.HOST.broadcast = asyncio.run, broadcast
+
+
 def _process_handlers(app: App) -> dict[str, Handler]:
     handlers = [handler for kind in ARGUMENTS for handler in app.handlers(kind).values()]
     return {handler.name: handler for handler in handlers if handler.run == "process"}
@@ -166,7 +186,8 @@ def _reply(handler: Handler, call: ComputeCall) -> bytes:
 def _failure(error: BaseException) -> CallFailed:
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     text = "".join(traceback.format_exception(error))
-    return CallFailed((innermost.filename, innermost.lineno or 0), text[-_MAX_TRACEBACK:])
+    place = innermost.filename, innermost.lineno or 0
+    return CallFailed(place, text[-_MAX_TRACEBACK:], type(error).__name__)
 
 
 def _receive(stream: socket.socket, type: Any) -> Any:

@@ -134,7 +134,7 @@ class MeasuredSelector(ReadingSelector):
             self._page.set_busy_since(now)
         else:
             ready, now = self._idle(timeout, now)
-        self._busy_since = now
+        self._busy_since = self.accounts.turn = now
         self.turns += 1
         self.callbacks += len(ready) + len(self._callback_queue)
         if self.idle_beat is not None:
@@ -167,9 +167,9 @@ class MeasuredSelector(ReadingSelector):
 
 
 class HandlerMarker:
-    """Writes the name of the running handler to the page, and charges the handler's account.
+    """Writes the running handler and its calls in this turn to the page, and charges the handler's account.
 
-    A handler may run inside another; the inner one counts.
+    A handler may run inside another; the inner one counts. Each step of a coroutine counts as a call.
     """
 
     def __init__(self, page: VitalsPage, accounts: LoopTimeLedger) -> None:
@@ -179,9 +179,9 @@ class HandlerMarker:
 
     def enter(self, names: HandlerNames, account: LoopAccount) -> tuple[HandlerNames | None, LoopAccount]:
         """A handler, or its next step, begins. Returns the outer handler, for `leave`."""
-        outer = self._running, self._accounts.switch(account)
+        outer = self._running, self._accounts.enter(account)
         self._running = names
-        self._page.mark(*names)
+        self._page.mark(*names, account.turn, account.calls, account.spent - account.spent_before)
         return outer
 
     def leave(self, outer: tuple[HandlerNames | None, LoopAccount]) -> None:
@@ -191,7 +191,7 @@ class HandlerMarker:
         if self._running is None:
             self._page.unmark()
         else:
-            self._page.mark(*self._running)
+            self._page.mark(*self._running, account.turn, account.calls, account.spent - account.spent_before)
 
 
 class Heartbeat:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from realtime import errors
-from realtime.auth.tokens import Claims
+from realtime.auth.tokens import Claims, TokenInvalid
 from realtime.errors import ClientError, Disconnect
 from realtime.protocol import messages
 from realtime.protocol.channel_rules import ResolvedChannel
@@ -51,7 +51,7 @@ async def subscribe(session: Session, id: int, request: messages.SubscribeReques
     try:
         options, grace = await _authorize_subscribe(session, request, channel_options)
         if channel not in subscribing:
-            raise ClientError(*errors.PERMISSION_DENIED)  # the server has ended the subscription meanwhile
+            raise ClientError(*errors.PERMISSION_DENIED, kind="unsubscribed")
     finally:
         subscribing.discard(channel)
         session.subscribing = session.subscribing or ()
@@ -62,7 +62,7 @@ async def subscribe(session: Session, id: int, request: messages.SubscribeReques
     subscription = session.make_subscription(request, channel_options, options, SubscriptionSource.CLIENT)
     joined = await session.join(subscription, request)
     if joined is None:
-        raise ClientError(*errors.PERMISSION_DENIED)
+        raise ClientError(*errors.PERMISSION_DENIED, kind="unsubscribed")
     if ttl:
         subscription.expire_at = options.expire_at + grace
         session.schedule_deadline()
@@ -91,7 +91,7 @@ def _check_room(session: Session, channel: str) -> None:
     if channel in session.subscriptions:
         raise ClientError(*errors.ALREADY_SUBSCRIBED)
     if 0 < limit <= len(session.subscriptions):
-        raise ClientError(*errors.LIMIT_EXCEEDED)
+        raise ClientError(*errors.LIMIT_EXCEEDED, kind="channel_limit")
 
 
 async def _authorize_subscribe(
@@ -103,14 +103,15 @@ async def _authorize_subscribe(
     """
     services, channel = session.services, request.channel
     if request.token:
-        claims = await _subscription_claims(session, request.token, channel, ClientError(*errors.PERMISSION_DENIED))
+        invalid = ClientError(*errors.PERMISSION_DENIED, kind="subscription_token")
+        claims = await _subscription_claims(session, request.token, channel, invalid)
         options = SubscribeOptions(claims.info, claims.data, claims.expire_at, claims.override)
         return options, session.settings.client.expired_sub_close_delay
     if services.rules.is_private(channel):
-        raise ClientError(*errors.PERMISSION_DENIED)
+        raise ClientError(*errors.PERMISSION_DENIED, kind="private_channel")
     users = services.rules.allowed_users(channel, channel_options)
     if users is not None and session.user not in users and not session.settings.client.insecure:
-        raise ClientError(*errors.PERMISSION_DENIED)
+        raise ClientError(*errors.PERMISSION_DENIED, kind="user_channel")
     handler = services.handlers.subscribing(channel)
     if handler is not None:
         grant = await handler(session.handle, channel, session.decode_request_data(request.data))
@@ -125,7 +126,8 @@ async def _authorize_subscribe(
 async def _subscription_claims(session: Session, token: str, channel: str, invalid: Exception) -> Claims:
     claims = await verified_claims(session.services.tokens.subscription, token, invalid)
     if claims.channel != channel or claims.user != session.user or claims.client not in ("", session.client):
-        raise Disconnect(*errors.INVALID_TOKEN)
+        other = TokenInvalid("a subscription token names another channel, user or client")
+        raise Disconnect(*errors.INVALID_TOKEN) from other
     return claims
 
 
@@ -143,7 +145,7 @@ async def sub_refresh(session: Session, id: int, request: messages.SubRefreshReq
         # A final error 109 would end the subscription in the SDKs; after a temporary one they try again.
         raise ClientError(*errors.TOKEN_EXPIRED[:2], temporary=True) from None
     if session.subscriptions.get(request.channel) is not subscription:
-        raise ClientError(*errors.PERMISSION_DENIED)  # the subscription has ended since
+        raise ClientError(*errors.PERMISSION_DENIED, kind="unsubscribed")
     ttl = session.ttl(claims.expire_at)
     subscription.expire_at = claims.expire_at + session.settings.client.expired_sub_close_delay if ttl else 0.0
     session.update_info(subscription, msgspec.structs.replace(subscription.info, chan_info=claims.info))
@@ -257,8 +259,7 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
         publications = await session.services.slices.map_sliced(session.encoding.make_pub, page.publications)
     except Disconnect:
         # The client's encoding can't carry one of them.
-        session.services.counters.bad_input["encoding"].value += 1
-        raise ClientError(*errors.NOT_AVAILABLE) from None
+        raise ClientError(*errors.NOT_AVAILABLE, kind="encoding") from None
     result = messages.HistoryResult(publications, page.position.epoch, page.position.offset)
     session.reply(id, "history", result)
 

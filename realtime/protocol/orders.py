@@ -106,8 +106,17 @@ class EmulateOrder(Struct, frozen=True, array_like=True, tag="emulate"):
     data: bytes
 
 
+class InvalidateOrder(Struct, frozen=True, array_like=True, tag="invalidate"):
+    """Carry out an invalidation of caches, see `realtime.cache.Invalidation`. address: of the sender, which has."""
+
+    address: str
+    cache: str
+    keys: list[bytes] | None
+    tags: list[str] | None
+
+
 AddressedOrder = DisconnectOrder | UnsubscribeOrder | SubscribeOrder | RefreshOrder
-Order = AddressedOrder | SupersedeOrder | ChannelsOrder | ChannelsAnswer | EmulateOrder
+Order = AddressedOrder | SupersedeOrder | ChannelsOrder | ChannelsAnswer | EmulateOrder | InvalidateOrder
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Order)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from realtime.errors import CONNECTION_EXPIRED, CONNECTION_LIMIT
@@ -18,6 +17,7 @@ from realtime.protocol.orders import (
     ChannelsOrder,
     DisconnectOrder,
     EmulateOrder,
+    InvalidateOrder,
     Order,
     RefreshOrder,
     SubscribeOrder,
@@ -33,7 +33,7 @@ from realtime.types import Position, SubscribeOptions
 SESSIONS_AT_ONCE = 32
 
 # An order that concerns no session of this worker.
-HandledOrder = TypeVar("HandledOrder", ChannelsOrder, ChannelsAnswer, EmulateOrder)
+HandledOrder = TypeVar("HandledOrder", ChannelsOrder, ChannelsAnswer, EmulateOrder, InvalidateOrder)
 
 
 class RegisteredSession(Protocol):
@@ -97,17 +97,16 @@ class Sessions:
         if not of_user:
             del self._by_user[session.user]
 
-    @contextmanager
-    def connecting(self, session: RegisteredSession) -> Iterator[None]:
-        """Apply orders that take something away to this session, too, while its connect command is under way."""
-        of_user = self._connecting.setdefault(session.user, set())
-        of_user.add(session)
-        try:
-            yield
-        finally:
-            of_user.discard(session)
-            if not of_user and self._connecting.get(session.user) is of_user:
-                del self._connecting[session.user]
+    def begin_connecting(self, session: RegisteredSession) -> None:
+        """Apply orders that take something away to this session, too, until `end_connecting`."""
+        self._connecting.setdefault(session.user, set()).add(session)
+
+    def end_connecting(self, session: RegisteredSession) -> None:
+        """End `begin_connecting`, when the connect command has ended."""
+        of_user = self._connecting[session.user]
+        of_user.discard(session)
+        if not of_user:
+            del self._connecting[session.user]
 
     def supersede(self, session: RegisteredSession) -> bytes:
         """Return the order that ends the older connections of this session's user; the caller passes it to the engine.
@@ -128,7 +127,7 @@ class Sessions:
         `encode_order` did not make.
         """
         match decode_order(data):
-            case ChannelsOrder() | ChannelsAnswer() | EmulateOrder() as order:
+            case ChannelsOrder() | ChannelsAnswer() | EmulateOrder() | InvalidateOrder() as order:
                 handler = self._handlers.get(type(order))
                 if handler is not None:
                     handler(order)

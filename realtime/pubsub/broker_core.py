@@ -11,6 +11,7 @@ clock that never goes back.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
@@ -35,6 +36,7 @@ from realtime.pubsub.engine import (
     ReportSubscriptions,
     SendOrder,
     Subscribe,
+    TakeLostClients,
     Unsubscribe,
 )
 from realtime.pubsub.history import ChannelStreams, IdempotencyCache
@@ -90,20 +92,21 @@ class PeerDelivery(Protocol[P_contra]):
 class _PeerState:
     """State that belongs to one peer and is dropped with it."""
 
-    __slots__ = ("address", "channels", "subscriptions", "users")
+    __slots__ = ("address", "channels", "keeps_lost", "subscriptions", "users")
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.channels: set[str] = set()
         self.users: dict[str, str] = {}  # client -> user, of the connected clients
         self.subscriptions = 0
+        self.keeps_lost = False  # whether the clients that it leaves behind are kept for its successor
 
 
 class BrokerCore(Generic[P]):
     """Channels, presence and connected clients over all peers.
 
     max_channels: limits the channels with a subscriber, the channels with a history, the channels with presence on one
-    peer, and the idempotency keys. A request beyond a limit raises ClientError 106.
+    peer, the lost clients of one address, and the idempotency keys. A request beyond a limit raises ClientError 106.
     publications: counts the requests to publish. operations: the bound method for each kind of request and notice.
     """
 
@@ -118,6 +121,7 @@ class BrokerCore(Generic[P]):
         self._peers: dict[P, _PeerState] = {}
         self._addresses: dict[str, P] = {}
         self._users: dict[str, int] = {}  # user -> connections
+        self._lost: dict[str, dict[str, str]] = {}  # address -> client -> user, of peers that have ended
         self.operations: dict[type[Struct], Callable[[P, float, Any], Any]] = {
             kind: method.__get__(self) for kind, method in _OPERATIONS.items()
         }
@@ -149,6 +153,14 @@ class BrokerCore(Generic[P]):
         self._presence.attach(peer)
         self._addresses[address] = peer
 
+    def introduce(self, peer: P, *, takes_lost: bool, is_returning: bool) -> None:
+        """Learn about the process of a peer. takes_lost: whether it asks for the clients of earlier peers of its
+        address. is_returning: it had a peer here before, so it has the clients of that peer itself."""
+        state = self._peers[peer]
+        state.keeps_lost = takes_lost
+        if is_returning or not takes_lost:
+            self._lost.pop(state.address, None)
+
     def detach(self, peer: P, now: float) -> None:
         """Remove a peer: its clients leave, which the others receive, and are disconnected. Idempotent."""
         state = self._peers.pop(peer, None)
@@ -160,6 +172,9 @@ class BrokerCore(Generic[P]):
             self._unroute(channel, peer)
         for user in state.users.values():
             self._remove_connection(user)
+        if state.keeps_lost and state.users:
+            lost = self._lost.setdefault(state.address, {})
+            lost.update(islice(state.users.items(), self._max_channels - len(lost)))
         self._presence.detach(now, peer, state.users)
 
     def restore(
@@ -334,6 +349,17 @@ class BrokerCore(Generic[P]):
             self._users[user] = remaining
         else:
             del self._users[user]
+
+    @carries_out(TakeLostClients)
+    def take_lost_clients(self, peer: P, now: float, request: TakeLostClients) -> list[ClientInfo]:
+        address = self._peers[peer].address
+        lost = self._lost.get(address, {})
+        taken = list(islice(lost.items(), request.limit))
+        for client, _ in taken:
+            del lost[client]
+        if not lost:
+            self._lost.pop(address, None)
+        return [ClientInfo(user, client) for client, user in taken]
 
     @takes_note(ReportSubscriptions)
     def report_subscriptions(self, peer: P, now: float, notice: ReportSubscriptions) -> None:

@@ -4,10 +4,10 @@ The core talks to an `Engine` and does not know the implementation. There is one
 (`realtime.broker.process`), which every worker reaches through `realtime.worker.engine`, also when there is one worker
 alone: history and presence then survive a crash or a reload of that worker.
 
-An engine has two methods. `Engine.ask` carries out a request and returns its answer; `Engine.tell` reports a fact and
-has none. Each operation is one Struct below, which the caller builds and which travels whole. A subclass of
-`EngineRequest[Answer]` names the type of its answer. To add an operation, write its Struct here, a method of
-`realtime.pubsub.broker_core.BrokerCore` marked with `carries_out`, and the call; the bytes are derived.
+An engine carries out a request and returns its answer (`Engine.ask`, `Engine.ask_then`), or takes note of a fact and
+returns none (`Engine.tell`). Each operation is one Struct below, which the caller builds and which travels whole. A
+subclass of `EngineRequest[Answer]` names the type of its answer. To add an operation, write its Struct here, a method
+of `realtime.pubsub.broker_core.BrokerCore` marked with `carries_out`, and the call; the bytes are derived.
 
 Order is part of the contract:
 
@@ -25,8 +25,8 @@ tests/pubsub/test_engine.py runs one suite over every engine.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
@@ -35,14 +35,16 @@ from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage,
 PAGE_BYTES = 12 * 1024 * 1024
 """Upper limit in bytes of one page of history, so that a page fits into one frame between broker and worker.
 
-A page always holds at least one publication, so paging on reads everything. A recovery needs one page: a client whose
-missed publications exceed it does not recover.
+A page always holds at least one publication, so paging on reads everything.
 """
 
 MESSAGES_DROPPED = ("realtime_messages_dropped", "Publications, joins and leaves lost on their way to subscribers.")
 """Name and help of the counter of lost messages, by `reason`."""
 
 Answer = TypeVar("Answer")
+
+AnswerCallback = Callable[[Any, BaseException | None], None]
+"""Gets (answer, None) or (None, error). It must not raise."""
 
 
 class EngineRequest(Struct, Generic[Answer], frozen=True, array_like=True, gc=False):
@@ -198,6 +200,16 @@ class RemoveClient(EngineNotice, tag=13, frozen=True, gc=False):
     client: str
 
 
+class TakeLostClients(EngineRequest[list[ClientInfo]], tag=18, frozen=True, gc=False):
+    """Take over clients that an earlier worker at this address has not removed before its process ended.
+
+    Answer: `limit` of them at most; the engine has forgotten them, and keeps the others until the next request. A
+    worker that will ask says so when it attaches (`Hello.takes_lost_clients`).
+    """
+
+    limit: int
+
+
 class ReportSubscriptions(EngineNotice, tag=14, frozen=True, gc=False):
     """Report this worker's current number of subscriptions, for `GetStats`."""
 
@@ -238,6 +250,12 @@ class Engine(Protocol):
 
         Awaiting raises EngineUnavailable when there is no answer; whether the request was carried out is then unknown.
         It raises ClientError 106 when a limit of the engine leaves no room (channels, idempotency keys, message size).
+        """
+
+    def ask_then(self, request: EngineRequest[Answer], done: AnswerCallback) -> None:
+        """Like `ask`, without an awaitable: the short path for frequent requests, in the same order.
+
+        done: called once, perhaps before this returns.
         """
 
     def tell(self, notice: EngineNotice) -> None:

@@ -15,12 +15,14 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from realtime import errors, json_text
 from realtime.auth.tokens import OVERRIDABLE
+from realtime.client_log import ClientLog
 from realtime.errors import ClientError, EngineUnavailable, RealtimeError
 from realtime.json_text import payload
 from realtime.metrics import Counter, Metrics
 from realtime.protocol import messages
 from realtime.protocol.context import Gather
 from realtime.protocol.messages import StreamPosition
+from realtime.pubsub.engine import AnswerCallback
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.server_api.operations import ServerAPI, sequentially
 from realtime.types import Position, Publication
@@ -227,8 +229,10 @@ class HTTPAPI:
         gather: Gather = sequentially,
         metrics: Metrics | None = None,
         slices: TimeSlicer | None = None,
+        client_log: ClientLog | None = None,
     ) -> None:
-        """gather: see `ServerAPI`. slices: time slices for long work; None for no limit."""
+        """gather: see `ServerAPI`. slices: time slices for long work; None for no limit. client_log: of the errors."""
+        self._client_log = client_log or ClientLog()
         self._slices = slices or TimeSlicer.unlimited()
         self._operations = operations
         self._gather = gather
@@ -238,20 +242,60 @@ class HTTPAPI:
     async def call(self, method: str, body: bytes) -> Struct:
         """Return the result of one call. Raises UnknownMethod, BadBody, and ClientError if the method refuses."""
         try:
-            kind, answer = _METHODS[method]
+            kind, answer = METHODS[method]
         except KeyError:
             raise UnknownMethod(method) from None
         request = _decode(body, kind)
         try:
             result = await answer(self, request)
-        except EngineUnavailable:
-            self._count(method, errors.INTERNAL_ERROR[0])
-            raise ClientError(*errors.INTERNAL_ERROR) from None
-        except ClientError as error:
-            self._count(method, error.code)
-            raise
+        except (EngineUnavailable, ClientError) as error:
+            raise self._refusal(method, error) from None
         self._count(method, 0)
         return result
+
+    def publish(self, body: bytes, done: AnswerCallback) -> None:
+        """Publish like `call`, without a coroutine: the short path for the most frequent method.
+
+        done: called once with the result or the error, perhaps before this returns.
+        """
+
+        def published(position: Any, error: BaseException | None) -> None:
+            if error is None:
+                self._count("publish", 0)
+                done(PublishResult(position.offset, position.epoch), None)
+            else:
+                done(None, self._refusal("publish", error))
+
+        try:
+            request: _Publish = _decode(body, _Publish)
+        except BadBody as error:
+            done(None, error)
+            return
+        try:
+            data, binary = _data(request)
+            self._operations.publish_then(
+                published,
+                request.channel,
+                data,
+                binary,
+                request.tags,
+                request.skip_history,
+                request.idempotency_key,
+                request.delta,
+                request.version,
+                request.version_epoch,
+            )
+        except ClientError as error:
+            published(None, error)
+
+    def _refusal(self, method: str, error: BaseException) -> BaseException:
+        """Count and log a call that failed, and return the error for its caller."""
+        if isinstance(error, EngineUnavailable):
+            error = ClientError(*errors.INTERNAL_ERROR)
+        if isinstance(error, ClientError):
+            self._count(method, error.code)
+            self._client_log.refuse("api_error", method=method, code=error.code, reason=error.message)
+        return error
 
     def _count(self, method: str, code: int) -> None:
         counter = self._counters.get((method, code))
@@ -396,7 +440,7 @@ class HTTPAPI:
         try:
             if command is None:
                 raise ClientError(*errors.BAD_REQUEST)
-            method = next((name for name in command if name in _METHODS and name != "batch"), "")
+            method = next((name for name in command if name in METHODS and name != "batch"), "")
             if not method:
                 raise ClientError(*NOT_FOUND)
             return {method: Raw(msgspec.json.encode(await self.call(method, bytes(command[method]))))}
@@ -406,7 +450,7 @@ class HTTPAPI:
             return {"error": ErrorBody.of(error)}
 
 
-_METHODS: Mapping[str, tuple[type[Struct], Callable[[HTTPAPI, Any], Coroutine[Any, Any, Struct]]]] = {
+METHODS: Mapping[str, tuple[type[Struct], Callable[[HTTPAPI, Any], Coroutine[Any, Any, Struct]]]] = {
     "publish": (_Publish, HTTPAPI._publish),
     "broadcast": (_Broadcast, HTTPAPI._broadcast),
     "subscribe": (_Subscribe, HTTPAPI._subscribe),
@@ -424,6 +468,9 @@ _METHODS: Mapping[str, tuple[type[Struct], Callable[[HTTPAPI, Any], Coroutine[An
 }
 
 
+_decoders = {kind: msgspec.json.Decoder(kind).decode for kind in (_Named, *(kind for kind, _ in METHODS.values()))}
+
+
 def _named(line: bytes) -> _Named:
     """Decode one line of a pipeline. Raises BadBody."""
     command: _Named = _decode(line, _Named)
@@ -434,11 +481,11 @@ def _decode(body: bytes, kind: type[Any]) -> Any:
     try:
         body.decode()  # the decoder does not check text that it passes on undecoded
         try:
-            return msgspec.json.decode(body, type=kind)
+            return _decoders[kind](body)
         except msgspec.ValidationError:
             if b"null" not in body:
                 raise
-            return msgspec.json.decode(_without_nulls(body), type=kind)
+            return _decoders[kind](_without_nulls(body))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise BadBody("the body is not valid JSON for the method") from None
 
@@ -471,10 +518,10 @@ def _present(value: Any) -> Any:
 
 def _publication(request: _Publish) -> dict[str, Any]:
     """Return the arguments of publish and broadcast besides the channels. Raises ClientError 107 for invalid data."""
-    data = _decode_base64(request.b64data) if request.b64data else payload(request.data)
+    data, binary = _data(request)
     return {
         "data": data,
-        "binary": bool(request.b64data) or not data,
+        "binary": binary,
         "tags": request.tags,
         "skip_history": request.skip_history,
         "idempotency_key": request.idempotency_key,
@@ -482,6 +529,14 @@ def _publication(request: _Publish) -> dict[str, Any]:
         "version": request.version,
         "version_epoch": request.version_epoch,
     }
+
+
+def _data(request: _Publish) -> tuple[bytes, bool]:
+    """Return the data to publish, and whether it may be any bytes. Raises ClientError 107 for invalid data."""
+    if request.b64data:
+        return _decode_base64(request.b64data), True
+    data = payload(request.data)
+    return data, not data
 
 
 def _content(value: Raw | UnsetType, encoded: str) -> bytes:

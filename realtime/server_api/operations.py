@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from typing import Annotated, Any, NamedTuple, Unpack
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from realtime import errors, json_text
 from realtime.auth.tokens import OVERRIDABLE
@@ -29,6 +29,7 @@ from realtime.protocol.orders import (
     encode_order,
 )
 from realtime.pubsub.engine import (
+    AnswerCallback,
     Engine,
     GetHistory,
     GetPresence,
@@ -69,8 +70,17 @@ class NodeIdentity(NamedTuple):
     uptime: float
 
 
-# The application's own code passes these unchecked. A wrong type would make the broker end the worker's stream.
-_OptionTypes = tuple[dict[str, str] | None, str, bool, Annotated[int, Meta(ge=0)], str]
+class _PublishOptions(Struct, array_like=True):
+    """The types of options that the application's own code passes unchecked.
+
+    A wrong type would make the broker end the worker's stream.
+    """
+
+    tags: dict[str, str] | None
+    idempotency_key: str
+    delta: bool
+    version: Annotated[int, Meta(ge=0)]
+    version_epoch: str
 
 
 class ServerAPI:
@@ -123,13 +133,53 @@ class ServerAPI:
         clients. The other options: see `PublishOptions`. Raises ClientError 107 also for data that the channel's
         `publication_data_format` does not allow.
         """
+        msgspec.convert((tags, idempotency_key, delta, version, version_epoch), _PublishOptions)
+        request = self._publication(
+            channel, data, binary, tags, skip_history, idempotency_key, delta, version, version_epoch
+        )
+        return await self._engine.ask(request)
+
+    def publish_then(
+        self,
+        done: AnswerCallback,
+        channel: str,
+        data: bytes,
+        binary: bool,
+        tags: dict[str, str] | None,
+        skip_history: bool,
+        idempotency_key: str,
+        delta: bool,
+        version: int,
+        version_epoch: str,
+    ) -> None:
+        """Publish like `publish`, without a coroutine, with arguments of the right types.
+
+        done: see `Engine.ask_then`. Raises the ClientErrors that are not the engine's.
+        """
+        request = self._publication(
+            channel, data, binary, tags, skip_history, idempotency_key, delta, version, version_epoch
+        )
+        self._engine.ask_then(request, done)
+
+    def _publication(
+        self,
+        channel: str,
+        data: bytes,
+        binary: bool,
+        tags: dict[str, str] | None,
+        skip_history: bool,
+        idempotency_key: str,
+        delta: bool,
+        version: int,
+        version_epoch: str,
+    ) -> Publish:
+        """Check the arguments of `publish`, and build the request to the engine."""
         options = self._options(channel)
-        msgspec.convert((tags, idempotency_key, delta, version, version_epoch), _OptionTypes)
         text = not binary or json_text.is_json(data)
         options.check_data(data, text)
         if version >= 2**64 or len(idempotency_key) > MAX_NAME or len(version_epoch) > MAX_NAME:
             raise ClientError(*errors.BAD_REQUEST)
-        request = Publish(
+        return Publish(
             channel,
             (json_text.one_line(data) or data) if text else data,
             HistoryOptions() if skip_history else options.history_options,
@@ -140,7 +190,6 @@ class ServerAPI:
             delta=delta or options.delta_publish,
             binary=not text,
         )
-        return await self._engine.ask(request)
 
     async def broadcast(
         self, channels: list[str], data: bytes, **options: Unpack[PublishOptions]

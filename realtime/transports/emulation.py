@@ -169,7 +169,7 @@ class Emulation:
             request.respond(_with_headers(fault_response("emulation"), cors_headers))
             return
         if emulation.node != self._node:
-            request.respond(_with_headers(status_response(404), cors_headers))
+            request.respond(_with_headers(fault_response("emulation_node"), cors_headers))
             return
         request.respond_with(self._forward(emulation), partial(_make_response, cors_headers), cancels=False)
 

@@ -11,7 +11,7 @@ while the session has paused the connection, or while a peer that sends commands
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from autobahn.twisted.websocket import WebSocketServerProtocol
@@ -57,6 +57,10 @@ class _PartialMessage:
             self._decoder.decode(data)
         self.data += data
 
+    def abort(self) -> None:
+        """See `DeadlineOwner`."""
+        self.connection.abort()
+
     def on_deadline(self) -> None:
         self.connection.on_message_timeout()
 
@@ -64,16 +68,21 @@ class _PartialMessage:
 class Incoming(WebSocketServerProtocol):
     """Incoming side of a WebSocket connection; a base class beside `Outgoing`. Loop thread only.
 
-    A subclass gets whole messages by `onMessage`, closes by `sendCloseFrame`, calls `resume_processing` when the peer
-    has read queued frames, and `drop_partial_message` at the end. first_byte: first byte of nearly all frames of the
-    peer, TEXT or BINARY. is_reading: whether the socket is read; if not, a silent peer is not at fault.
+    A subclass gets whole messages by `onMessage`, closes by `sendCloseFrame`, queues outgoing frames between `hold` and
+    `release`, calls `resume_processing` when the peer has read queued frames, and `drop_partial_message` at the end.
+    first_byte: first byte of nearly all frames of the peer, TEXT or BINARY. is_reading: whether the socket is read; if
+    not, a silent peer is not at fault.
     """
 
     first_byte = TEXT
     is_reading = True
     factory: Any
     transport: Any
+    abort: Callable[[], None]  # of `Outgoing`, as the next two
+    abort_after_error: Callable[[], None]
     _outbox: Outbox | None
+    hold: Callable[[], bool]
+    release: Callable[[], None]
     _message: _PartialMessage | None = None
     _unprocessed = b""  # the start of a frame's header, or all buffered frames
     _receive_state = _IDLE
@@ -112,12 +121,17 @@ class Incoming(WebSocketServerProtocol):
         self._receive_state = _WORKING
         slices = self.factory.slices
         steps = self._process_frames()
-        for _ in steps:
-            slices.start_slice()
-            if not slices.has_time:
-                self._set_reading(False)
-                slices.add(self.factory.charge_work(steps))
-                break
+        holds = self.hold()
+        try:
+            for _ in steps:
+                slices.start_slice()
+                if not slices.has_time:
+                    self._set_reading(False)
+                    slices.add(self.factory.charge_work(self._abort_on_error(steps)))
+                    break
+        finally:
+            if holds:
+                self.release()
 
     def _process_frames(self) -> Iterator[None]:
         """Process the buffered bytes, one frame for each step, until the connection is blocked or no frame is left."""
@@ -168,6 +182,13 @@ class Incoming(WebSocketServerProtocol):
             pass
         return min(stop, len(data))
 
+    def _abort_on_error(self, steps: Iterator[None]) -> Iterator[None]:
+        """Yield the steps in later turns, where no caller closes the connection after an exception."""
+        try:
+            yield from steps
+        except Exception:
+            self.abort_after_error()
+
     @property
     def _is_blocked(self) -> bool:
         """Whether frames must not be processed: the session has paused us, or the peer does not read its replies."""
@@ -179,7 +200,7 @@ class Incoming(WebSocketServerProtocol):
             return
         if self._receive_state == _BLOCKED:
             self._receive_state = _WORKING
-            self.factory.slices.add(self.factory.charge_work(self._process_frames()))
+            self.factory.slices.add(self.factory.charge_work(self._abort_on_error(self._process_frames())))
         else:
             self._set_reading(True)
 

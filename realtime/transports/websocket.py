@@ -67,7 +67,7 @@ CONTROL_FRAMES_BURST = 50
 
 _NO_LIMIT = 1 << 40  # bytes
 
-# By close code (RFC 6455 section 7.4.1): the reason sent to the peer, and the kind of bad input that is counted.
+# By close code (RFC 6455 section 7.4.1): the reason sent to the peer, and the kind of the refusal.
 _FAILURES = {
     1002: ("protocol error", "frame"),
     1007: ("invalid data", "frame_data"),
@@ -75,7 +75,6 @@ _FAILURES = {
     1009: ("message too big", "frame_size"),
 }
 _NORMAL = 1000
-_BAD_INPUT_KINDS = (*(kind for _, kind in _FAILURES.values()), "inappropriate", "ignored", "pong", "slow", "stalled")
 
 _log = Logger(observer=log.observer)
 
@@ -123,6 +122,10 @@ class _Pinger:
             self.connection.sink.deliver(ping_frame())
             self.expects_pong = factory.pong_timeout > 0
             self._set_deadline(factory.pong_timeout if self.expects_pong else factory.ping_interval)
+
+    def abort(self) -> None:
+        """See `DeadlineOwner`."""
+        self.connection.abort()
 
     def pong_received(self) -> None:
         """Schedule the next ping, if the pong answers one."""
@@ -247,6 +250,10 @@ class WebSocketConnection(ClientConnection, Incoming):
     # Called by the session
 
     @property
+    def transport_name(self) -> str:
+        return "uni_websocket" if self.form.encoding.unidirectional else "websocket"
+
+    @property
     def is_closing(self) -> bool:
         return bool(self.state != self.STATE_OPEN)
 
@@ -262,7 +269,6 @@ class WebSocketConnection(ClientConnection, Incoming):
         del self._opening
         self.factory.countConnections += 1
         self.state = self.STATE_OPEN
-        self.transport.setTcpNoDelay(True)
         self.transport.write(response)
         self.factory.connects.value += 1
         self.start_writing()
@@ -283,6 +289,10 @@ class WebSocketConnection(ClientConnection, Incoming):
         super().resumeProducing()
         self.resume_processing()
 
+    def flush(self) -> None:
+        super().flush()
+        self.resume_processing()
+
     def _release_resources(self) -> None:
         """Release the state of an open connection (partial message, pinger), but keep the session."""
         self.drop_partial_message()
@@ -293,7 +303,7 @@ class WebSocketConnection(ClientConnection, Incoming):
         self.factory.received.value += 1
         is_json = self.first_byte != BINARY
         if not (isBinary or is_json):
-            self.factory.count_bad_input("inappropriate")
+            self.factory.client_log.refuse("inappropriate", self.describe)
             self.close(*BAD_PROTOCOL)
             return
         # JSON may come in a binary frame, too. ASCII is valid UTF-8: the common case needs no decoded copy.
@@ -302,12 +312,19 @@ class WebSocketConnection(ClientConnection, Incoming):
                 payload.decode()
             except UnicodeDecodeError:
                 if isBinary:
-                    self.factory.count_bad_input("inappropriate")
+                    self.factory.client_log.refuse("inappropriate", self.describe)
                     self.close(*BAD_PROTOCOL)
                 else:
                     self.sendCloseFrame(1007)
                 return
-        self._receive(payload)
+        if self._messages_left is not None or self._session is None:
+            self._receive(payload)
+            return
+        # The short path of `_receive`, without a further call for each message.
+        try:
+            self._session.receive(payload)
+        except Exception:
+            self._fail_session()
 
     def _receive(self, payload: bytes) -> None:
         """Pass a message to the session, unless a unidirectional client has sent its only message already."""
@@ -316,7 +333,7 @@ class WebSocketConnection(ClientConnection, Incoming):
         if self._messages_left is not None:
             if not self._messages_left:
                 # The message is ignored. A client that goes on sending is limited like one that floods pings.
-                self.factory.count_bad_input("ignored")
+                self.factory.client_log.refuse("ignored", self.describe)
                 self._allow_control_frame()
                 return
             self._messages_left -= 1
@@ -333,7 +350,7 @@ class WebSocketConnection(ClientConnection, Incoming):
         if not self._allow_control_frame():
             return
         if self._pinger is None:
-            self.factory.count_bad_input("pong")
+            self.factory.client_log.refuse("pong", self.describe)
         else:
             self._pinger.pong_received()
 
@@ -350,7 +367,7 @@ class WebSocketConnection(ClientConnection, Incoming):
         reason = (reasonUtf8 or b"").decode()
         if code in _FAILURES:
             reason, kind = _FAILURES[code]
-            self.factory.count_bad_input(kind)
+            self.factory.client_log.refuse(kind, self.describe)
         if isReply:
             self._count_disconnect("client", "")
         else:
@@ -415,7 +432,7 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
             client.queue_max_size,
             deadlines,
             metrics,
-            _BAD_INPUT_KINDS,
+            admission.client_log,
             queued,
             turn_end,
         )
@@ -452,7 +469,7 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
     def make_connection(self, head: RequestHead, transport: Any) -> WebSocketConnection:
         """Make the connection for a request that `check` accepted."""
         subprotocol = select_subprotocol(head, self._wire_formats)
-        request = make_opening_request(head, self._admission.client_address(head, transport.getPeer().host))
+        request = make_opening_request(head, self._admission.client_address(head, transport.client[0]))
         encoding = requested_encoding(subprotocol, request.query)
         encoding = encoding if encoding in self._wire_formats else "json"
         agreement = negotiate(",".join(head.get_all("sec-websocket-extensions"))) if self._compression else None

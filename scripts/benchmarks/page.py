@@ -93,6 +93,7 @@ your own machine.
 TITLES = {
     "fanout": "Fan-out",
     "burst": "Fan-out in a burst",
+    "room": "Small rooms",
     "rpc": "Round trips: RPC",
     "echo": "Round trips: messages",
     "connect": "Connections",

@@ -25,9 +25,10 @@ from realtime.pubsub.engine import (
     GetPresenceStats,
     GetStats,
     Publish,
+    RemoveClient,
     Subscribe,
 )
-from realtime.types import ClientInfo, HistoryOptions, Position, Publication
+from realtime.types import ClientInfo, EngineStats, HistoryOptions, Position, Publication
 from tests.broker import workers as fixtures
 from tests.broker.workers import ALICE, KEEP, SETTINGS
 from tests.system.brokers import until
@@ -330,3 +331,19 @@ async def test_deliveries_of_a_cut_link_are_counted(brokers: Any, workers: Any) 
         while not (await broker.series())["realtime_broker_cut_links"]:
             await busy.publish("c", b"x" * 20_000, HistoryOptions())
     assert (await broker.samples("realtime_messages_dropped"))["link"] >= 5
+
+
+async def test_the_memory_of_a_peak_is_given_back(brokers: Any, workers: Any) -> None:
+    broker, worker = await brokers(), workers()
+    await broker.link(0, worker.engine)
+    clients = [ClientInfo("user", f"{'n' * 400}{number}") for number in range(100_000)]
+    for notices in (map(AddClient, clients), (RemoveClient(info.client) for info in clients)):
+        for number, notice in enumerate(notices):
+            worker.engine.tell(notice)
+            if number % 1000 == 999:
+                await worker.engine.ask(GetStats())
+        if await worker.engine.ask(GetStats()) != EngineStats():
+            peak = broker.resident_memory
+    while not (await broker.series())["realtime_heap_trims"]:
+        await deferLater(reactor, 0.1)  # type: ignore[arg-type]
+    assert broker.resident_memory < peak - 20e6

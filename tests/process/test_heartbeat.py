@@ -18,7 +18,7 @@ from realtime.config.settings import LoopSettings
 from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoadGauges, MeasuredSelector, loop_time
 from realtime.process.selector import ReadyEvents
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
-from realtime.supervision.vitals import ProcessState, RunningHandler, Vitals, VitalsPage
+from realtime.supervision.vitals import LatestCalls, ProcessState, RunningHandler, Vitals, VitalsPage
 
 
 class Beating:
@@ -390,6 +390,18 @@ def test_the_inner_handler_is_marked_and_then_the_outer_again(beating: Beating) 
     assert accounts.current is first
     marker.leave(outside)
     assert beating.page.running() is None
+
+
+def test_the_calls_of_a_handler_are_counted_in_each_turn(beating: Beating) -> None:
+    clock = iter(range(0, 10_000, 10))
+    accounts = LoopTimeLedger(lambda: next(clock))
+    account = accounts.open(LoopWork.HANDLER, "rpc a")
+    marker = HandlerMarker(beating.page, accounts)
+    for turn in (1, 2):
+        accounts.turn = turn
+        for _ in range(3):
+            marker.leave(marker.enter((b"rpc a", b"a"), account))
+        assert beating.page.latest_calls() == LatestCalls("rpc a", turn, 3, 20 / 1e9)
 
 
 def test_slowing_down_never_shortens_the_interval(beating: Beating) -> None:

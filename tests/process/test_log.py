@@ -53,8 +53,9 @@ def test_a_child_filters_by_level_names_itself_and_escapes_control_characters() 
     code = """
 import sys
 from twisted.logger import Logger
+from realtime.config.settings import LogSettings
 from realtime.process import log
-log.begin("worker 3", "warn", sys.stdout)
+log.begin("worker 3", LogSettings("warn"), sys.stdout)
 logger = Logger("app")
 logger.info("left out")
 logger.warn("{text}", text="a\\x1b[2Jb")

@@ -32,7 +32,7 @@ class TestRate:
         assert answers(replies) == {0: 399, 111: 400}
         assert all(reply["error"]["temporary"] for reply in replies if "error" in reply)
         assert peer.close_code == (3013, "too many requests")
-        assert server.count("realtime_bad_input", kind="command_rate") == 401
+        assert server.count("realtime_bad_input", kind="command_rate") == 400
         assert server.count("realtime_bad_input", kind="command_flood") == 1
 
     def test_commands_at_the_allowed_rate_are_never_refused(self):

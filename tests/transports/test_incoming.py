@@ -36,7 +36,7 @@ class Wire:
     def getPeer(self) -> Any:
         return self
 
-    host = "192.0.2.1"
+    client = ("192.0.2.1", 4711)
 
     def pauseProducing(self) -> None:
         self.reading = False
