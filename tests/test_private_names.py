@@ -53,7 +53,7 @@ ATTRIBUTES: dict[str, str] = {
     "asyncio.Future": "_asyncio_future_blocking",
     "asyncio.tasks": "_current_tasks",
     "autobahn.websocket.protocol.WebSocketServerProtocol": """
-    STATE_CLOSING STATE_OPEN _closeConnection _perMessageCompress _transport_details applyMask autoFragmentSize
+    STATE_CLOSING STATE_OPEN _closeConnection _isMessageCompressed _perMessageCompress _transport_details applyMask autoFragmentSize
     autoPingPending autoPingPendingCall
     autoPingPendingSent autoPingPendingSeq autoPingRestartOnAnyTraffic autoPingTimeoutCall closeHandshakeTimeout
     closeHandshakeTimeoutCall closedByMe current_frame current_frame_masker data droppedByMe echoCloseCodeReason
