@@ -12,6 +12,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,10 @@ def source(found: Any) -> str:
 
 
 def source_of(found: Any) -> str:
-    """The source of a module, or of a class and its bases outside this package."""
-    classes = found.__mro__ if inspect.isclass(found) else (found,)
-    return "".join(
-        source(each)
-        for each in classes
-        if getattr(each, "__module__", "").split(".")[0] in LIBRARIES or not inspect.isclass(each)
-    )
+    """The source of a module, or of the modules of a class and its bases outside this package."""
+    classes = found.__mro__ if inspect.isclass(found) else ()
+    modules = [sys.modules[each.__module__] for each in classes if each.__module__.split(".")[0] in LIBRARIES]
+    return "".join(map(source, dict.fromkeys(modules or [found])))
 
 
 def uses(name: str, text: str) -> bool:
