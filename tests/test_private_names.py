@@ -33,7 +33,10 @@ FUNCTIONS: dict[str, dict[str, str]] = {
         "_disconnectSelectable": "self selectable why isRead faildict",
         "_readOrWrite": "self selectable read",
     },
-    "twisted.internet.tcp.Server": {"_fromConnectedSocket": "fileDescriptor addressFamily factory reactor"},
+    "twisted.internet.tcp.Server": {
+        "_fromConnectedSocket": "fileDescriptor addressFamily factory reactor",
+        "_getLogPrefix": "self applicationObject",
+    },
     "twisted.internet.unix.Server": {"_fromConnectedSocket": "fileDescriptor factory reactor"},
     "asyncio.tasks": {"_enter_task": "loop task", "_leave_task": "loop task"},
     "sys": {"_current_frames": "", "_getframe": "depth"},
@@ -49,7 +52,8 @@ ATTRIBUTES: dict[str, str] = {
     "twisted.internet.asyncioreactor.AsyncioSelectorReactor": "_asyncioEventloop _readers _writers",
     "twisted.internet.tcp.Server": "_tempDataLen _writeDisconnecting",
     "twisted.internet.tcp.Port": "_preexistingSocket _logger",
-    "asyncio.base_events.BaseEventLoop": "_ready",
+    "asyncio.base_events.BaseEventLoop": "_ready _scheduled _stopping",
+    "socket.socket": "_accept",
     "asyncio.Future": "_asyncio_future_blocking",
     "asyncio.tasks": "_current_tasks",
     "autobahn.websocket.protocol.WebSocketServerProtocol": """
