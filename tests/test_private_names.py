@@ -57,8 +57,8 @@ ATTRIBUTES: dict[str, str] = {
     "asyncio.Future": "_asyncio_future_blocking",
     "asyncio.tasks": "_current_tasks",
     "autobahn.websocket.protocol.WebSocketServerProtocol": """
-    STATE_CLOSING STATE_OPEN _closeConnection _isMessageCompressed _perMessageCompress _transport_details applyMask autoFragmentSize
-    autoPingPending autoPingPendingCall
+    STATE_CLOSING STATE_OPEN _closeConnection _isMessageCompressed _perMessageCompress _transport_details applyMask
+    autoFragmentSize autoPingPending autoPingPendingCall
     autoPingPendingSent autoPingPendingSeq autoPingRestartOnAnyTraffic autoPingTimeoutCall closeHandshakeTimeout
     closeHandshakeTimeoutCall closedByMe current_frame current_frame_masker data droppedByMe echoCloseCodeReason
     failByDrop failedByMe inside_message is_closed localCloseCode localCloseReason log logFrames logOctets
