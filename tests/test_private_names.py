@@ -34,7 +34,10 @@ FUNCTIONS: dict[str, dict[str, str]] = {
         "_disconnectSelectable": "self selectable why isRead faildict",
         "_readOrWrite": "self selectable read",
     },
-    "twisted.internet.tcp.Server": {"_fromConnectedSocket": "fileDescriptor addressFamily factory reactor"},
+    "twisted.internet.tcp.Server": {
+        "_fromConnectedSocket": "fileDescriptor addressFamily factory reactor",
+        "_getLogPrefix": "self applicationObject",
+    },
     "twisted.internet.unix.Server": {"_fromConnectedSocket": "fileDescriptor factory reactor"},
     "asyncio.tasks": {"_enter_task": "loop task", "_leave_task": "loop task"},
     "sys": {"_current_frames": "", "_getframe": "depth"},
@@ -50,13 +53,13 @@ ATTRIBUTES: dict[str, str] = {
     "twisted.internet.asyncioreactor.AsyncioSelectorReactor": "_asyncioEventloop _readers _writers",
     "twisted.internet.tcp.Server": "_tempDataLen _writeDisconnecting",
     "twisted.internet.tcp.Port": "_preexistingSocket _logger",
-    "asyncio.base_events.BaseEventLoop": "_ready",
+    "asyncio.base_events.BaseEventLoop": "_ready _scheduled _stopping",
+    "socket.socket": "_accept",
     "asyncio.Future": "_asyncio_future_blocking",
     "asyncio.tasks": "_current_tasks",
     "autobahn.websocket.protocol.WebSocketServerProtocol": """
-    STATE_CLOSING STATE_OPEN _closeConnection _isMessageCompressed _perMessageCompress _transport_details
-    applyMask autoFragmentSize
-    autoPingPending autoPingPendingCall
+    STATE_CLOSING STATE_OPEN _closeConnection _isMessageCompressed _perMessageCompress _transport_details applyMask
+    autoFragmentSize autoPingPending autoPingPendingCall
     autoPingPendingSent autoPingPendingSeq autoPingRestartOnAnyTraffic autoPingTimeoutCall closeHandshakeTimeout
     closeHandshakeTimeoutCall closedByMe current_frame current_frame_masker data droppedByMe echoCloseCodeReason
     failByDrop failedByMe inside_message is_closed localCloseCode localCloseReason log logFrames logOctets
