@@ -6,6 +6,7 @@ the same way.
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +17,17 @@ from twisted.internet.protocol import Factory
 from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent
 from zope.interface import implementer
 
+from realtime.metrics import Metrics
 from realtime.repetition import Repetition
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 
 # Connections accepted in one turn of the loop: their handshakes follow together, at half a millisecond each.
 MAX_ACCEPTS = 4
+
+# Errors of accept(2) that the whole machine has: no open files, or no memory, are left.
+_SHORTAGES = (errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+# Seconds without an accept after such an error; doubled with each further one, as the queue stays readable.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0
 
 _log = Logger()
 
@@ -39,6 +46,7 @@ class ListeningPort(tcp.Port):
         transport: type[tcp.Server] = tcp.Server,
         ledger: LoopTimeLedger | None = None,
         is_busy: Callable[[], bool] = lambda: False,
+        metrics: Metrics | None = None,
     ) -> None:
         """fd: the inherited socket; it is closed here, as the port makes its own copy. transport: of the connections.
 
@@ -59,6 +67,9 @@ class ListeningPort(tcp.Port):
         self._ledger = ledger or LoopTimeLedger(int)
         self._account = self._ledger.open(LoopWork.HTTP)
         self._logger = Logger(observer=_DescriptorShortageLog(reactor))
+        self._metrics = metrics or Metrics()
+        self._repetition: Repetition[str] = Repetition()
+        self._pause = 0.0  # seconds of the latest pause; 0 since the last accepted connection
 
     def startListening(self) -> None:
         super().startListening()
@@ -69,12 +80,36 @@ class ListeningPort(tcp.Port):
         charged_before = self._ledger.switch(self._account)
         try:
             self._accept_some()
-        except OSError:
+            self._pause = 0.0
+        except OSError as error:
+            if error.errno in _SHORTAGES:
+                self._pause_after(errno.errorcode[error.errno])
+                return
             # While the queue stays full, Twisted accepts more connections in each turn, and the connected clients wait.
             self.numberAccepts = min(self.numberAccepts, MAX_ACCEPTS)
             super().doRead()  # finds the error again, and handles it
         finally:
             self._ledger.switch(charged_before)
+
+    def _pause_after(self, error: str) -> None:
+        """Accept nothing for a while; queued clients wait, or the supervisor passes them to another worker."""
+        reactor: Any = self.reactor
+        pauses = self._metrics.counter("realtime_accept_errors", "Pauses of a port that can't accept.", error=error)
+        pauses.value += 1
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE) or _FIRST_PAUSE
+        self.stopReading()
+        reactor.callLater(self._pause, self._end_pause)
+        if self._repetition.admit(error, reactor.seconds()) is not None:
+            _log.warn(
+                "can't accept clients ({error}), and tries again in {pause:.2f} s: the machine is out of memory or of"
+                " open files (fs.file-max); free some",
+                error=error,
+                pause=self._pause,
+            )
+
+    def _end_pause(self) -> None:
+        if self.connected and not self.disconnecting:
+            self.startReading()
 
     def _accept_some(self) -> None:
         """Accept up to MAX_ACCEPTS connections, as Twisted does but without its searches. Raises OSError."""
@@ -118,10 +153,11 @@ def adopt(
     transport: type[tcp.Server] = tcp.Server,
     ledger: LoopTimeLedger | None = None,
     is_busy: Callable[[], bool] = lambda: False,
+    metrics: Metrics | None = None,
 ) -> ListeningPort:
     """Accept connections from the inherited listening socket `fd`; see `ListeningPort` for the arguments."""
     factory.noisy = False
-    port = ListeningPort(fd, factory, reactor, transport, ledger, is_busy)
+    port = ListeningPort(fd, factory, reactor, transport, ledger, is_busy, metrics)
     port.startListening()
     return port
 

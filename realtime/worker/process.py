@@ -90,6 +90,7 @@ class Worker:
                 transports.transport,
                 process.accounts,
                 lambda: strangers.is_busy,
+                process.metrics,
             )
             for fd in process.listen
         ]

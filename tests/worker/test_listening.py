@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -16,6 +17,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 
+from realtime.metrics import Metrics
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.worker.listening import MAX_ACCEPTS, adopt
 from tests.transports.stage import eventually
@@ -110,6 +112,48 @@ async def test_a_crowd_without_descriptors_is_one_line_in_the_log(listening: soc
             for plug in plugs:
                 os.close(plug)
     assert ["turned away" in formatEvent(event) for event in events] == [True]
+    await port.stopListening()
+
+
+async def test_a_shortage_of_the_machine_pauses_the_port_and_no_client_is_lost(listening: socket.socket) -> None:
+    class Shortage:
+        """The listening socket while the machine has no open files left for some calls of accept(2)."""
+
+        attempts = 0
+
+        def __init__(self, accepting: Any) -> None:
+            self._accepting = accepting
+
+        def _accept(self) -> Any:
+            self.attempts += 1
+            if self.attempts <= 3:
+                raise OSError(errno.ENFILE, "Too many open files in system")
+            return self._accepting._accept()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._accepting, name)
+
+    served: list[Protocol] = []
+
+    class Serve(Protocol):
+        def connectionMade(self) -> None:
+            served.append(self)
+
+    metrics = Metrics()
+    events: list[LogEvent] = []
+    port = adopt(reactor, os.dup(listening.fileno()), Factory.forProtocol(Serve), metrics=metrics)
+    port.socket = shortage = Shortage(port.socket)  # type: ignore[assignment]
+    globalLogPublisher.addObserver(events.append)
+    try:
+        with connect(listening):
+            await eventually(lambda: bool(served))
+            # Each attempt is followed by a pause, although the socket stays readable.
+            assert shortage.attempts <= 3 + MAX_ACCEPTS
+            (counted,) = metrics.snapshot()
+            assert (counted.name, counted.labels, counted.value) == ("realtime_accept_errors", [("error", "ENFILE")], 3)
+            assert ["can't accept clients (ENFILE)" in formatEvent(event) for event in events] == [True]
+    finally:
+        globalLogPublisher.removeObserver(events.append)
     await port.stopListening()
 
 
