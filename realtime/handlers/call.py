@@ -53,7 +53,7 @@ from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.pressure import Throttle
 
 # Seconds for which calls wait at most until the handler's first calls have ended.
-SAMPLE_TIMEOUT = 0.2
+SAMPLE_TIMEOUT = 0.4
 
 
 def _monotonic_ledger() -> LoopTimeLedger:
@@ -241,7 +241,8 @@ class HandlerCall:
         await turn
 
     def _end_sample(self) -> None:
-        self.throttle.is_proven = True
+        if not self.throttle.is_proven:
+            self.throttle.measure()
         waiting, self._waiting = self._waiting, []
         for turn in waiting:
             turn.callback(None)

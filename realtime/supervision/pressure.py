@@ -138,7 +138,7 @@ class Throttle:
     )
 
     # Calls by which the cost of one is measured.
-    SAMPLE = 8
+    SAMPLE = 5
     # Share of `loop.max_lag` from which on a call blocks the loop.
     BLOCKING_SHARE = 1 / 16
 
@@ -188,7 +188,7 @@ class Throttle:
         self.running -= 1
         self._ended += 1
         if self._ended >= self.SAMPLE:
-            self._measure()
+            self.measure()
 
     def observe(self, now: float, lag: float, max_lag: float) -> None:
         """Adapt the limit at a beat of the loop. lag: seconds by which this beat is late."""
@@ -206,10 +206,10 @@ class Throttle:
         if now - self._adjusted_at >= RECOVERY_TIME:
             self._relax(now, self._max_spent < self.TARGET_SHARE * max_lag)
 
-    def _measure(self) -> None:
-        """Learn what a call costs from the current sample, and begin another."""
+    def measure(self) -> None:
+        """Learn what a call costs from the current sample, complete or not, and begin another."""
         spent = self._account.spent
-        cost = (spent - self._sampled) / 1e9 / max(self._started, self._ended)
+        cost = (spent - self._sampled) / 1e9 / max(self._started, self._ended, 1)
         self._cost = cost if cost >= self.BLOCKING_SHARE * self._max_lag else 0.0
         self._started, self._ended, self._sampled = 0, 0, spent
         self.is_proven = True
