@@ -133,6 +133,10 @@ _FRAMES = {
     "slow": _bad(
         "disconnected a slow client: client.queue_max_size bytes waited for it; its SDK comes back and recovers"
     ),
+    "largest_queue": _bad(
+        "disconnected the slow client with the longest queue: all queues of the worker together exceed"
+        " loop.max_queued_bytes; its SDK comes back and recovers"
+    ),
     "stalled": _bad("disconnected a client that acknowledged nothing for websocket.write_timeout"),
 }
 

@@ -553,7 +553,10 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
     # A quarter of a gigabyte of frames is a thousand slow clients with a quarter of client.queue_max_size each.
     max_queued_bytes: Annotated[
         NonNegative,
-        about("A worker that queues this many bytes for its slow clients, together, sheds load. 0: never."),
+        about(
+            "A worker that queues this many bytes for its slow clients, together, sheds load and disconnects those with"
+            " the longest queues. 0: never."
+        ),
     ] = 256 * 1024 * 1024
     # Half of workers.thread_queue: calls at the end of such a queue hardly finish in time, and more would be refused.
     max_threads_waiting: Annotated[

@@ -257,6 +257,7 @@ class Outgoing:
     def stop_writing(self) -> None:
         """Drop queued and further frames of a lost connection, and clear its deadline."""
         self.factory.deadlines.clear(self)
+        self.factory.queued.stuck.discard(self)
         self._on_drained = ()
         if self._outbox is not None:
             self._outbox.clear()
@@ -281,11 +282,13 @@ class Outgoing:
         self._is_transport_full = True
         if self._outbox is None:
             self._write_to_outbox(Outbox(self.factory.queue_max_size, self.factory.queued))
+        self.factory.queued.stuck.add(self)
         self._check_progress_later()
 
     def resumeProducing(self) -> None:
         """Write queued frames: the transport's buffer is empty."""
         self._is_transport_full = False
+        self.factory.queued.stuck.discard(self)
         self._write_queued()
 
     def _write_queued(self) -> None:
@@ -350,6 +353,12 @@ class Outgoing:
         """
         info = self._tcp_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
         return int(struct.unpack_from("=Q", info, 120)[0])
+
+    def queued_bytes(self) -> int:
+        return self._outbox.size if self._outbox is not None else 0
+
+    def drop_as_largest(self) -> None:
+        self._drop_peer("largest_queue", *SLOW)
 
     def _drop_peer(self, kind: str, code: int, reason: str) -> None:
         """Drop the queued frames of a peer that does not read, and close its connection."""

@@ -47,6 +47,8 @@ TASKS_SHARE = 0.25
 _DRAIN_INTERVAL = 0.05
 # Seconds; shorter pauses between two disconnects are skipped.
 _MIN_PAUSE = 0.01
+# Seconds between two disconnects of the slowest clients, while too many bytes are queued.
+_QUEUE_CHECK_INTERVAL = 0.05
 
 
 class Worker:
@@ -78,6 +80,10 @@ class Worker:
             threads_waiting=lambda: dispatcher.threads.waiting,
         )
         process.heartbeat.observe(gauges, self._handlers.shedding.beat)
+        queued, limit = self._transports.queued, process.settings.loop.max_queued_bytes
+        process.heartbeat.tasks.add(
+            _QUEUE_CHECK_INTERVAL, lambda: queued.drop_largest(limit), is_needed=lambda: 0 < limit < queued.size
+        )
         self._schedule()
         await self._linked
         await dispatcher.start()

@@ -203,6 +203,28 @@ def test_the_limit_of_a_queue_holds_within_a_turn(context: Context, talk: Talk) 
     assert context.queued.size == 0
 
 
+def test_the_largest_of_all_queues_go_first(context: Context) -> None:
+    context.write_timeout = 0.0
+    talks = []
+    for size in (300, 100, 200, 400):
+        connection = Connection(context)
+        wire = Wire()
+        connection.makeConnection(wire)  # type: ignore[arg-type]
+        connection.pauseProducing()  # the socket takes no more
+        connection.send(b"x" * size, is_push=True)
+        talks.append((connection, wire))
+    context.queued.drop_largest(2000)
+    assert not any(connection.closing for connection, _ in talks)
+    context.queued.drop_largest(350)
+    assert [connection.closing for connection, _ in talks] == [True, False, False, True]
+    assert context.queued.size <= 350
+    assert context.counted("largest_queue") == 2
+    for connection, _ in talks:
+        connection.resumeProducing()
+    assert [len(b"".join(wire.writes)) for _, wire in talks] == [4, 101, 201, 4]
+    assert not context.queued.stuck
+
+
 async def connected(context: Context, kind: type[Connection] = Connection) -> tuple[Any, socket.socket, Any]:
     """Return a connection on a real socket, its peer, and the port; the peer reads only when the test does."""
     connection = kind(context)
