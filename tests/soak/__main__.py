@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from tests.soak.run import Options, Soak
-from tests.soak.schedule import schedule
+from tests.soak.schedule import KINDS, schedule
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -23,6 +23,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--clients", type=int, default=500)
     parser.add_argument("--faults", type=int, help="one every 15 seconds if absent")
+    parser.add_argument("--only", action="append", default=[], choices=list(KINDS), help="a kind of fault; repeatable")
     parser.add_argument("--publications", type=float, default=20.0, help="a second")
     parser.add_argument("--bad-inputs", type=float, default=40.0, help="a second")
     parser.add_argument("--workers", type=int, default=2)
@@ -36,11 +37,20 @@ def main(arguments: list[str]) -> int:
     seed = random.randrange(1_000_000) if asked.seed is None else asked.seed
     faults = round(asked.seconds / 15) if asked.faults is None else asked.faults
     if asked.schedule:
-        print(*schedule(seed, asked.seconds, faults), sep="\n")
+        print(*schedule(seed, asked.seconds, faults, asked.only), sep="\n")
         return 0
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    options = Options(seed, asked.seconds, asked.clients, faults, asked.publications, asked.bad_inputs, asked.workers)
+    options = Options(
+        seed,
+        asked.seconds,
+        asked.clients,
+        faults,
+        tuple(asked.only),
+        asked.publications,
+        asked.bad_inputs,
+        asked.workers,
+    )
     print(f"scripts/soak --seed {seed}: {options}", flush=True)
     with open(asked.log or "/dev/null", "w", buffering=1) as copy:
         soak = Soak(options, lambda text: print(text, flush=True), copy)

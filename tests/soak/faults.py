@@ -30,14 +30,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Faults:
     """Carries faults out, each in a task of its own. latest: the description of the newest one."""
 
-    def __init__(self, account: Account, service: Service, crowd: Crowd, http: aiohttp.ClientSession) -> None:
+    def __init__(self, account: Account, service: Service, crowd: Crowd) -> None:
         self.latest = ""
         self.done: Counter[str] = Counter()
         self.impossible: Counter[str] = Counter()
         self._account = account
         self._service = service
         self._crowd = crowd
-        self._http = http
         self._tasks: set[asyncio.Task[Any]] = set()
         self._held = 0
 
@@ -151,11 +150,12 @@ class Faults:
     # Handlers.
 
     async def _call(self, path: str, seconds: float) -> None:
-        async with self._http.get(
-            f"http://127.0.0.1:{self._service.port}{path}",
-            timeout=aiohttp.ClientTimeout(total=seconds + 20),
-            headers={"Connection": "close"},
-        ) as answer:
+        # On a connection of its own: aiohttp sends a request once more if a connection that it used before ends.
+        limit = aiohttp.ClientTimeout(total=seconds + 20)
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), timeout=limit) as http,
+            http.get(f"http://127.0.0.1:{self._service.port}{path}") as answer,
+        ):
             await answer.read()
 
     async def _compute(self) -> None:

@@ -44,6 +44,7 @@ class Options:
     seconds: float
     clients: int
     faults: int
+    only: tuple[str, ...]
     publications: float
     bad_inputs: float
     workers: int
@@ -119,7 +120,7 @@ class Soak:
         publishers = [APIPublisher(world, http, numbers, channels) for channels in share_out(world, PUBLISHERS)]
         attack = Attack(self.account)
         attack.port = service.port
-        self._faults = faults = Faults(self.account, service, crowd, http)
+        self._faults = faults = Faults(self.account, service, crowd)
         for publisher in publishers:
             publisher.port = service.port
 
@@ -142,7 +143,7 @@ class Soak:
         load.append(asyncio.create_task(speakers.run(options.publications * SPEAKERS_SHARE, random)))
         load.append(asyncio.create_task(attack.run(options.bad_inputs, options.seed)))
         self._watch(load)
-        planned = schedule(options.seed, options.seconds, options.faults)
+        planned = schedule(options.seed, options.seconds, options.faults, options.only)
         began = self._now()
         await faults.run(planned, began, lambda text: self._tell(f"{self._now():9.3f} s  {text}"))
         await asyncio.sleep(max(0.0, began + options.seconds - self._now()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -49,15 +50,16 @@ class Fault:
         return f"{self.kind} at {self.at:.1f} s{lasts} (target {self.target:.3f})"
 
 
-def schedule(seed: int, seconds: float, number: int) -> list[Fault]:
-    """Return `number` faults within `seconds`, in their order. Each kind occurs once before one is repeated."""
+def schedule(seed: int, seconds: float, number: int, only: Sequence[str] = ()) -> list[Fault]:
+    """Return `number` faults within `seconds`, in their order. Each kind occurs once before one is repeated.
+
+    only: the kinds to choose from, all if empty.
+    """
     random = Random(f"faults of {seed}")
-    kinds: list[str] = []
-    first = list(KINDS)
-    random.shuffle(first)
-    kinds += first
+    kinds = list(only or KINDS)
+    random.shuffle(kinds)
     while len(kinds) < number:
-        deck = [kind for kind, (times, _) in KINDS.items() for _ in range(times)]
+        deck = [kind for kind in only or KINDS for _ in range(KINDS[kind][0])]
         random.shuffle(deck)
         kinds += deck
     step = seconds / number if number else 0.0
