@@ -44,20 +44,27 @@ _number = msgspec.json.Decoder(_Payload).decode
 
 
 class Part:
-    """One channel of a client. due: time of the next attempt to subscribe. list: the members that a watcher knows."""
+    """One channel of a client. due: time of the next attempt to subscribe. list: the members that a watcher knows.
+    lies: the client claims positions that it can't have, and leaves again."""
 
-    __slots__ = ("base", "book", "channel", "delta", "due", "list", "listed_since", "room", "state")
+    __slots__ = ("base", "book", "channel", "delta", "due", "lies", "list", "listed_since", "room", "state")
 
     def __init__(self, channel: str, book: Subscription | PlainSubscription | None, room: Room | None = None) -> None:
         self.channel = channel
         self.book = book
         self.room = room
+        self.lies = False
         self.delta = channel.startswith("delta:")
         self.state = OFF
         self.base = b""
         self.due = 0.0
         self.list: set[str] | None = None
         self.listed_since = 0.0
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the client is subscribed, or will not be for long."""
+        return self.state == ON or self.lies or self.channel.startswith("closed:")
 
 
 class Client:
@@ -93,6 +100,9 @@ class Client:
                 filtered = kind == "tags" and int(place.name.rpartition(" ")[2]) % 3 > 0
                 book = Subscription(account, place.name, channel, cached=kind == "cache", filtered=filtered)
             parts.append(Part(name, book, world.rooms.get(name)))
+        if place.lies_in:
+            parts.append(Part(place.lies_in, None))
+            parts[-1].lies = True
         return parts
 
     # Connecting.
@@ -142,11 +152,20 @@ class Client:
             self._position(part, request)
             if part.book.filtered:
                 request["tf"] = FILTER
+        if part.lies:
+            request.update(recover=True, **self._lie(part))
         if part.delta:
             request["delta"] = "fossil"
         if self.watches:
             request["join_leave"] = True
         return self._command(lambda reply: self._subscribed(part, reply), subscribe=request)
+
+    def _lie(self, part: Part) -> dict[str, Any]:
+        """Return a position from the future, or of an epoch that never was."""
+        epochs = self.crowd.world.channels[part.channel].epochs
+        if not epochs or self.crowd.random.random() < 0.5:
+            return {"epoch": "_", "offset": self.crowd.random.randrange(3)}
+        return {"epoch": epochs[-1].name, "offset": epochs[-1].top + 1_000_000}
 
     def send(self, *commands: dict[str, Any]) -> None:
         if self.connection:
@@ -215,6 +234,10 @@ class Client:
             self.send(self._command(lambda reply: self._listed(part, reply), presence={"channel": part.channel}))
         elif part.room:
             part.room.join(self.id)
+        elif part.lies:
+            text = f"recovered from a position that nothing has: {result!r:.200}"
+            self.crowd.account.require(not result.recovered, "N6", BROKEN, self.name, part.channel, text)
+            self.unsubscribe(part, 30)
 
     def _listed(self, part: Part, reply: Reply | None) -> None:
         if reply and reply.presence and part.state == ON:
@@ -268,14 +291,14 @@ class Client:
 
     # Ends.
 
-    def unsubscribe(self, part: Part) -> None:
-        """Unsubscribe, and subscribe again after the answer."""
+    def unsubscribe(self, part: Part, pause: float = 0.0) -> None:
+        """Unsubscribe, and subscribe again some time after the answer. pause: the shortest time, in seconds."""
         part.state = LEAVING
 
         def left(reply: Reply | None) -> None:
             if reply is not None and part.state == LEAVING:
                 self._ended(part)
-                part.due = self.crowd.now() + self.crowd.random.uniform(0, 5)
+                part.due = self.crowd.now() + pause + self.crowd.random.uniform(0, 5)
 
         self.send(self._command(left, unsubscribe={"channel": part.channel}))
 

@@ -22,7 +22,7 @@ from tests.conformance.messages import write_message
 from tests.soak import world as worlds
 from tests.soak.account import BROKEN, LOST, REORDERED, REPEATED, Account
 from tests.soak.bad_input import Attack
-from tests.soak.clients import OFF, ON, Client, Crowd
+from tests.soak.clients import ON, Client, Crowd
 from tests.soak.faults import Faults
 from tests.soak.publishers import KEY, APIPublisher, Numbers, Speakers, share_out
 from tests.soak.schedule import schedule
@@ -125,11 +125,8 @@ class Soak:
             publisher.port = service.port
 
         background = [
-            asyncio.create_task(part)
-            for part in (
-                service.care(), crowd.run(), self._look(http, service, crowd), self._leave_and_return(crowd, random),
-            )
-        ]  # fmt: skip
+            asyncio.create_task(part) for part in (service.care(), crowd.run(), self._look(http, service, crowd))
+        ]
         self._watch(background)
         await self._until(lambda: len(crowd.connected()) == len(crowd.clients), START_LIMIT)
         self._tell(f"{self._now():9.3f} s  {len(crowd.connected())} clients are connected")
@@ -141,6 +138,7 @@ class Soak:
             for index, one in enumerate(publishers)
         ]
         load.append(asyncio.create_task(speakers.run(options.publications * SPEAKERS_SHARE, random)))
+        load.append(asyncio.create_task(self._leave_and_return(crowd, random)))
         load.append(asyncio.create_task(attack.run(options.bad_inputs, options.seed)))
         self._watch(load)
         planned = schedule(options.seed, options.seconds, options.faults, options.only)
@@ -185,23 +183,17 @@ class Soak:
     async def _settle(self, world: worlds.World, crowd: Crowd, publishers: list[APIPublisher]) -> None:
         """Wait until all clients are back, publish once more everywhere, and wait for that."""
 
-        def all_subscribed() -> bool:
-            return all(
-                part.state == ON
-                or part.channel.startswith("closed:")
-                or (part.state == OFF and part.due > self._now() + 10)
+        def unsettled() -> list[str]:
+            return [
+                f"{client.name} in {part.channel}"
                 for client in crowd.clients
                 for part in client.parts.values()
-            )
+                if not (client.is_connected and part.is_settled)
+            ]
 
-        back = await self._until(all_subscribed, SETTLE_LIMIT)
-        absent = [client.name for client in crowd.clients if not client.is_connected]
-        unsubscribed = [
-            f"{client.name} in {part.channel}" for client in crowd.clients if client.is_connected
-            for part in client.parts.values() if part.state != ON and not part.channel.startswith("closed:")
-        ]  # fmt: skip
-        if not back:
-            self._report("clients", f"not back: {len(absent)} {absent[:3]}; not subscribed: {unsubscribed[:3]}")
+        if not await self._until(lambda: not unsettled(), SETTLE_LIMIT):
+            absent = unsettled()
+            self._report("clients", f"{len(absent)} subscriptions did not come back: {absent[:5]}")
         await asyncio.gather(
             *(one.publish(channel) for one in publishers for channel in one.channels), return_exceptions=True
         )

@@ -257,8 +257,9 @@ def handshake(path: str, subprotocol: str = "") -> bytes:
     ).encode()
 
 
-def request(method: str, path: str, content_type: str = "", body: bytes = b"") -> bytes:
-    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+def request(method: str, path: str, content_type: str = "", body: bytes = b"", more: str = "") -> bytes:
+    """Return an HTTP request. more: further header lines, each with its end."""
+    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{more}"
     if content_type:
         head += f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
     return head.encode() + b"\r\n" + body

@@ -34,6 +34,7 @@ NAMESPACES: dict[str, tuple[dict[str, Any], int]] = {
 # Out of a hundred clients: the namespace of the first subscription, and of the second.
 FIRST = {"stream": 34, "talk": 10, "delta": 12, "tags": 12, "cache": 8, "short": 8, "heavy": 4, "own": 12}
 SECOND = {"plain": 50, "room": 30, "closed": 2, "": 18}
+LIARS = 3  # out of a hundred
 TRANSPORTS = {"websocket": 74, "websocket protobuf": 14, "http_stream": 4, "http_stream protobuf": 2, "sse": 6}
 WATCHERS = 2  # for each room
 HEAVY = 4000  # bytes of a publication in the namespace `heavy`
@@ -75,12 +76,14 @@ def text(channel: str, number: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One client: its name, its transport, and its channels."""
+    """One client: its name, its transport, and its channels. watches: a room. lies_in: a channel in which it claims
+    positions that it can't have."""
 
     name: str
     transport: str
     channels: tuple[str, ...]
     watches: str = ""
+    lies_in: str = ""
 
 
 @dataclass(slots=True)
@@ -119,7 +122,9 @@ def create(account: Account, seed: int, clients: int) -> World:
     for index in range(clients):
         names = [name for name in (pick(FIRST), pick(SECOND)) if name]
         channels = tuple(f"{name}:{random.randrange(numbers[name])}" for name in names)
-        world.places.append(Place(f"client {index}", pick(TRANSPORTS), channels))
+        others = [f"stream:{other}" for other in range(numbers["stream"]) if f"stream:{other}" not in channels]
+        lies_in = random.choice(others) if random.random() < LIARS / 100 else ""
+        world.places.append(Place(f"client {index}", pick(TRANSPORTS), channels, lies_in=lies_in))
     for room in world.rooms:
         for index in range(WATCHERS):
             world.places.append(Place(f"watcher {index} of {room}", "websocket", (), room))
