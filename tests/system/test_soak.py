@@ -24,7 +24,6 @@ KINDS = [
     "take a worker's descriptors",
     "leave the output unread",
     "cut all clients",
-    "forget clients",
     "read nothing",
 ]
 
