@@ -59,3 +59,28 @@ npm_packages() {
     (cd "$directory" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null) || return
     printf '%s\n' "$stamp" >"$directory/node_modules/.stamp"
 }
+
+# autobahn_testsuite - install the Autobahn Testsuite, which runs on Python 2.7 only, in .autobahn-testsuite. Without a
+# Python 2.7 its test is skipped.
+autobahn_testsuite() {
+    local python package=autobahntestsuite==25.10.1 stamp=.autobahn-testsuite/.stamp
+    python=$(python_2_7) || return 0
+    [ "$(cat $stamp 2>/dev/null)" = "$python $package" ] && return
+    say "Installing $package"
+    rm -rf .autobahn-testsuite
+    "$python" -m pip install -qq --disable-pip-version-check --target .autobahn-testsuite "$package" 2>/dev/null || {
+        say "Continuing without $package"
+        return 0
+    }
+    ln -s "$python" .autobahn-testsuite/python
+    printf '%s' "$python $package" >$stamp
+}
+
+# python_2_7 - print the path of a Python 2.7 with pip, installed directly or by pyenv.
+python_2_7() {
+    local python
+    for python in "$(command -v python2.7)" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/2.7*/bin/python; do
+        "$python" -c 'import pip, sys; print(sys.executable)' 2>/dev/null && return
+    done
+    return 1
+}

@@ -11,11 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from twisted.internet.defer import Deferred
 
-TESTS = Path(__file__).parent
-# The rooms whose tests use a reactor, sockets or processes.
-SHELL = {"broker", "handlers", "operators", "process", "supervisor", "system", "transports", "worker"}
-
-from tests.system.serving import Server, ServerStarter  # noqa: E402
+from tests.system.serving import Server, ServerStarter
 
 # Seconds for a coroutine test without a `timeout` mark.
 COROUTINE_LIMIT = 60.0
@@ -29,16 +25,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("realtime")
     group.addoption("--idle-connections", type=int, default=1_000, help="for tests/system/test_idle.py")
     group.addoption("--idle-seconds", type=float, default=5.0, help="for tests/system/test_idle.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with real processes and sockets get a second try, which the summary lists as a rerun.
-
-    A machine that stands still for seconds is not their subject. A rerun is a mistake to be found all the same.
-    """
-    for item in items:
-        if item.path.parent.name in SHELL:
-            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -76,6 +76,8 @@ def _key(field: inspect.Field) -> Key:
     table_type = field_type.item_type if is_list else field_type
     if isinstance(field_type, inspect.LiteralType):
         value_type = values.choice([str(value) for value in field_type.values])
+    elif isinstance(field_type, inspect.VarTupleType) and isinstance(field_type.item_type, inspect.LiteralType):
+        value_type = values.choices([str(value) for value in field_type.item_type.values])
     else:
         value_type = extra.get("value_type") or _VALUE_TYPES.get(type(field_type), values.TABLE)
     is_within_limits, accepts = _limits(field_type), extra.get("accepts")

@@ -150,6 +150,16 @@ def choice(values: Sequence[str]) -> ValueType:
     return _quoted("one of " + ", ".join(map(json.dumps, values)), lambda text: values[values.index(text.lower())])
 
 
+def choices(values: Sequence[str]) -> ValueType:
+    """Return the type of a list of `values`, in upper or lower case."""
+    one = choice(values)
+    return ValueType(
+        "a list of " + ", ".join(map(json.dumps, values)),
+        lambda text: tuple(map(one.from_text, text.split(" "))),
+        lambda value: tuple(map(one.from_file, value if isinstance(value, list) else [value])),
+    )
+
+
 # Values in messages and in a generated file.
 
 

@@ -10,6 +10,7 @@ while the session has paused the connection, or while a peer that sends commands
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,10 +35,13 @@ _NATIVE_FROM = 1000
 _ONES = [int.from_bytes(b"\1\0\0\0" * words, "little") for words in range(_NATIVE_FROM // 4 + 1)]
 
 
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
+
 class _PartialMessage:
     """A message received in part. size: bytes as sent, possibly compressed, of all frames whose header was read."""
 
-    __slots__ = ("connection", "data", "deadline_bucket", "fragments", "is_binary", "size")
+    __slots__ = ("_decoder", "connection", "data", "deadline_bucket", "fragments", "is_binary", "size")
 
     def __init__(self, connection: Incoming, is_binary: bool) -> None:
         self.connection = connection
@@ -45,6 +49,13 @@ class _PartialMessage:
         self.data = bytearray()
         self.size = self.fragments = 0
         self.deadline_bucket = 0
+        self._decoder = None if is_binary else _Utf8Decoder()
+
+    def append(self, data: bytes) -> None:
+        """Append received bytes. Raises UnicodeDecodeError as soon as a text message can't become valid UTF-8."""
+        if self._decoder is not None:
+            self._decoder.decode(data)
+        self.data += data
 
     def on_deadline(self) -> None:
         self.connection.on_message_timeout()
@@ -197,8 +208,13 @@ class Incoming(WebSocketServerProtocol):
             self.sendCloseFrame(1008)
 
     def onMessageFrameData(self, payload: bytes) -> None:
-        if self._message is not None:
-            self._message.data += payload
+        if self._message is None:
+            return
+        try:
+            self._message.append(payload)
+        except UnicodeDecodeError:
+            self.sendCloseFrame(1007)  # at once: RFC 6455 section 8.1
+        else:
             self.factory.queued.size += len(payload)
 
     def onMessageFrameEnd(self) -> None: ...

@@ -40,6 +40,11 @@ from tests.config.parsing import parse_file, problem, value_at
         ("client.token.max_length = 0x10", "client.token.max_length", 16),
         ("[loop]\nmax_utilization = 0.9", "loop.max_utilization", 0.9),
         ("[loop]\nmax_utilization = 1", "loop.max_utilization", 1.0),
+        (
+            "[channel.without_namespace]\nallowed_delta_types = 'Fossil'",
+            "channel.without_namespace.allowed_delta_types",
+            ("fossil",),
+        ),
     ],
 )
 def test_a_file_may_write_a_value_in_several_forms(text: str, key: str, value: object) -> None:
@@ -97,6 +102,11 @@ REFUSED = [
     ("[loop]\nmax_utilization = nan", 2, "expected a number from 0 to 1"),
     ("[loop]\nmax_utilization = true", 2, "expected a number from 0 to 1"),
     ("[loop]\nmax_utilization = '900ms'", 2, "expected a number from 0 to 1"),
+    (
+        "[channel.without_namespace]\nallowed_delta_types = ['fossil', 'xdelta']",
+        2,
+        'expected a list of "fossil", got ["fossil", "xdelta"]; correct it, or',
+    ),
     # durations
     ("[client]\nping_interval = 25", 2, '"25s" or "1h30m") of at least 0, got 25; write "25s" if you mean seconds'),
     ("[client]\nping_interval = 2.5", 2, 'write "2s500ms" if you mean seconds'),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 SCRIPT = """
 import asyncio, socket
@@ -93,3 +97,19 @@ def test_direct_reading_behaves_like_twisteds_reading() -> None:
         "['ConnectionDone', 'RuntimeError']",
         "direct 0",
     ], ran.stderr
+
+
+@pytest.mark.timeout(300)
+def test_it_passes_twisteds_own_tests_of_reactors(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "twisted.trial",
+        "--temp-directory",
+        str(tmp_path / "trial"),
+        "tests.process.reactor_suites",
+    ]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stdout
+    passed = re.search(r"PASSED \(skips=\d+, successes=(\d+)\)", found.stdout)
+    assert passed is not None and int(passed[1]) > 280

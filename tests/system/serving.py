@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -111,7 +112,13 @@ class Server:
         arguments: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
         cwd: Path = CHECKOUT,
+        descriptors: int = 0,
     ) -> None:
+        """descriptors: limit of open files of each process, 0 for that of the tests."""
+
+        def limit_descriptors() -> None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
         command = [str(TWISTD), "--nodaemon", "--pidfile=", "realtime", "--config", str(config), *arguments]
         self.process = subprocess.Popen(
             command,
@@ -123,6 +130,7 @@ class Server:
             text=True,
             errors="backslashreplace",
             start_new_session=True,
+            preexec_fn=limit_descriptors if descriptors else None,
         )
         self.pid = self.process.pid
         self.lines: list[str] = []
@@ -256,12 +264,13 @@ class ServerStarter:
         config: Path | None = None,
         environment: dict[str, str] | None = None,
         cwd: Path = CHECKOUT,
+        descriptors: int = 0,
         **sections: Any,
     ) -> Server:
         """A ready server. sections: laid over BASE. config: a file to use instead. arguments: further options. cwd:
-        its working directory."""
+        its working directory. descriptors: see `Server`."""
         path = config or self._write(merged(BASE, sections))
-        server = Server(path, arguments, environment, cwd)
+        server = Server(path, arguments, environment, cwd, descriptors)
         self.started.append(server)
         server.wait_ready()
         return server

@@ -103,7 +103,7 @@ def test_a_thread_that_holds_the_interpreter_is_named(server: Server) -> None:
     ask(server, "/thread")
     incident = wait_incident(server, "thread")
     assert incident["thread"]
-    assert "a thread of worker 0 has blocked its loop" in server.log
+    wait_until(lambda: "a thread of worker 0 has blocked its loop" in server.log, "log line")
 
 
 def test_a_line_a_minute(server: Server) -> None:

@@ -90,7 +90,8 @@ def settings(options: dict[str, object] | None = None, stuck: float = 10.0, **gi
         http_server=given.get("http_server", HTTPServerSettings(address="127.0.0.1", port=0, internal_port=0)),
         workers=given.get("workers", WorkersSettings(count=2)),
         shutdown=ShutdownSettings(timeout=given.get("timeout", 10.0), spread=0.0),
-        loop=LoopSettings(stuck=stuck),
+        # On a busy machine a loop is late without being blocked.
+        loop=LoopSettings(stuck=stuck, lagging=2.0, max_lag=5.0),
         app=AppSettings(options=options or {}),
     )
 

@@ -151,6 +151,15 @@ def test_short_path_and_autobahn_agree_in_any_segmentation(stream: bytes, places
     assert Server(more=more).feed(*segments(data, places)) == expected
 
 
+def test_invalid_utf8_is_refused_before_the_message_ends() -> None:
+    server = Server()
+    received, sent, is_open = server.feed(frame(1, "κόσμε".encode() + b"\xf4", fin=False), b"")
+    assert is_open and not sent
+    received, sent, is_open = server.feed(frame(0, b"\x90", fin=False))  # no character begins with these two bytes
+    assert not received and not is_open
+    assert [(opcode, payload[:2]) for opcode, payload in sent] == [(8, (1007).to_bytes(2, "big"))]
+
+
 @given(st.lists(st.one_of(good_frames, fragmented), max_size=5).map(b"".join))
 def test_short_path_and_autobahn_agree_byte_by_byte(stream: bytes) -> None:
     data = stream + END

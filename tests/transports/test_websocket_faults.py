@@ -163,7 +163,7 @@ async def test_invalid_frames_fail_the_connection(name: str) -> None:
         await eventually(lambda: client.lost)
         assert b"never received" not in stage.sessions[0].received
         assert sum(opcode == 8 for opcode, _ in client.frames) == 1
-        assert stage.sessions[0].ends == 1
+        await eventually(lambda: stage.sessions[0].ends == 1)
         assert not stage.failures
 
 

@@ -1,0 +1,41 @@
+"""An application whose worker echoes each WebSocket message in place of a session, as the Autobahn Testsuite expects.
+
+All but the session is the server's own: listening, handshake, receiving, decompression, checks, sending. The frames
+leave by the worker's means for fan-out: io_uring, where the kernel has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from realtime import App
+from realtime.http.frames import binary_frame, text_frame
+from realtime.pubsub.fanout import broadcast
+from realtime.transports.websocket import WebSocketConnection
+from realtime.worker import io_uring
+
+app = App()
+
+io_uring.MIN_SINKS = 1  # each echo has one receiver
+try:
+    send = io_uring.IOURing().broadcast
+except OSError:
+    send = broadcast
+
+check_message = WebSocketConnection.onMessage
+
+
+def on_message(self: Any, payload: bytes, isBinary: bool) -> None:
+    self.build_frame = binary_frame if isBinary else text_frame
+    if isBinary:
+        echo(self, payload)
+    else:
+        check_message(self, payload, False)  # it checks the text, and passes it on to `_receive`
+
+
+def echo(self: Any, payload: bytes) -> None:
+    send(self.build_frame(payload), [self.sink])
+
+
+WebSocketConnection.onMessage = on_message  # type: ignore[method-assign]
+WebSocketConnection._receive = echo  # type: ignore[assignment, method-assign]
