@@ -55,7 +55,8 @@ class Channel:
     """A channel as all clients and publishers saw it.
 
     size, ttl: publications and seconds that its history keeps; 0 without history. passes: whether a publication of this
-    number passes the filter of the channel's filtering subscribers.
+    number passes the filter of the channel's filtering subscribers. last: a publication for which every subscriber was
+    there, 0 for none.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Channel:
         self.passes = passes
         self.epochs: list[Epoch] = []
         self.accepted: dict[int, float] = {}
+        self.last = 0
         self._account = account
         self._by_name: dict[str, Epoch] = {}
 
@@ -342,10 +344,16 @@ class PlainSubscription:
     def ended(self) -> None:
         self.is_live = False
 
+    @property
+    def lacks_last(self) -> bool:
+        return self.is_live and self._seen < self.channel.last
+
     def close(self) -> list[tuple[int, float, str]]:
         """Return the accepted publications that this subscriber did not get although its connection stayed, each with
         the time and the fault before it; without those that a broker may have taken with it."""
         accepted = self.channel.accepted
+        if self.lacks_last:
+            self._missing[self.channel.last] = (self._account.now(), self._account.fault())
         return [
             (number, at, fault)
             for number, (at, fault) in self._missing.items()
@@ -442,8 +450,14 @@ class Account:
                     text = f"publication {number} was accepted at {at:.3f} s and has no place"
                     self.report("N2", LOST, "publisher", channel.name, text, at, "")
 
-    def unsettled(self) -> Iterable[Subscription]:
+    def expect_last(self, since: float) -> None:
+        """Every subscriber has been there since this time, and lacks none of the publications accepted after it."""
+        for channel in self.channels.values():
+            channel.last = max((number for number, at in channel.accepted.items() if at >= since), default=0)
+
+    def unsettled(self) -> Iterable[Subscription | PlainSubscription]:
         """Return the subscriptions that are not at the top of their channel."""
+        yield from (one for one in self.plain if one.lacks_last)
         for one in self.subscriptions:
             if one.position and not one.filtered:
                 newest = one.channel.epochs[-1]

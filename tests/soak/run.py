@@ -26,6 +26,7 @@ from tests.soak.clients import ON, Client, Crowd
 from tests.soak.faults import Faults
 from tests.soak.publishers import KEY, APIPublisher, Numbers, Speakers, share_out
 from tests.soak.schedule import schedule
+from tests.soak.sdk import Readers
 from tests.soak.served import Service, free_ports
 
 PUBLISHERS = 8
@@ -128,6 +129,8 @@ class Soak:
             asyncio.create_task(part) for part in (service.care(), crowd.run(), self._look(http, service, crowd))
         ]
         self._watch(background)
+        readers = Readers(world, service.port)
+        await readers.start()
         await self._until(lambda: len(crowd.connected()) == len(crowd.clients), START_LIMIT)
         self._tell(f"{self._now():9.3f} s  {len(crowd.connected())} clients are connected")
         gc.collect()
@@ -153,6 +156,7 @@ class Soak:
         await self._read_histories(world, http, service)
         await self._sample(http, service)
         await self._end_tasks(background)
+        await readers.close()
         await crowd.close()
         self._close(service, crowd, publishers, speakers, attack, faults)
 
@@ -194,9 +198,11 @@ class Soak:
         if not await self._until(lambda: not unsettled(), SETTLE_LIMIT):
             absent = unsettled()
             self._report("clients", f"{len(absent)} subscriptions did not come back: {absent[:5]}")
+        settled = self._now()
         await asyncio.gather(
             *(one.publish(channel) for one in publishers for channel in one.channels), return_exceptions=True
         )
+        self.account.expect_last(settled)
         await self._until(lambda: not any(self.account.unsettled()), SETTLE_LIMIT)
         await asyncio.sleep(1.0)
 

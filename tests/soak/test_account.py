@@ -317,6 +317,14 @@ class TestWithoutHistory:
         account.close()
         assert self.rules(account) == {("N11", LOST)}
 
+    def test_a_loss_at_the_end_is_found(self) -> None:
+        account, one = self.scene()
+        one.publication(2)
+        account.expect_last(since=0.0)
+        assert list(account.unsettled()) == [one]
+        account.close()
+        assert self.rules(account) == {("N11", LOST)}
+
     def test_a_gap_that_the_server_counts_is_none(self) -> None:
         account, one = self.scene()
         one.publication(2)
