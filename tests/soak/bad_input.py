@@ -54,9 +54,7 @@ class Answer:
 
     def is_refusal(self) -> bool:
         """Return whether the server refused the input, by a status, a code, an error or the end of the connection."""
-        if self.status and self.status != 101:
-            return self.status >= 400 or self.is_error
-        return bool(self.close or self.is_error or (self.is_end and not self.is_result))
+        return self.status >= 400 or bool(self.close) or self.is_error or (self.is_end and self.status in (0, 101))
 
 
 # What valid peers send, for mutations.
@@ -448,7 +446,7 @@ class Attack:
         self.answers: Counter[str] = Counter()
         self._account = account
 
-    async def run(self, rate: float, seed: int, attackers: int = 24) -> None:
+    async def run(self, rate: float, seed: int, attackers: int = 64) -> None:
         """Send `rate` inputs a second, from several peers at once, until cancelled."""
         async with asyncio.TaskGroup() as group:
             for index in range(attackers):
@@ -528,7 +526,7 @@ def understood(one: BadInput, read: bytes, is_end: bool = False) -> Answer | Non
         if status == 200 and b"application/json" in head and not rest and not is_end:
             return None
         return Answer(
-            status, is_error=b'"error"' in rest or b'"disconnect"' in rest, is_result=status < 400, is_end=is_end
+            status, is_error=b'"error"' in rest or b'"disconnect"' in rest, is_result=0 < status < 400, is_end=is_end
         )
     if status != 101:
         return Answer(status, is_end=is_end) if blank or is_end else None

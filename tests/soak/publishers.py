@@ -72,6 +72,7 @@ class APIPublisher:
                 break
             await asyncio.sleep(0.2)
             channel_now = self._world.account.now()
+        channel.give_up(number)
         self.counts["without an answer"] += 1
 
     async def _call(self, body: bytes) -> dict | None:

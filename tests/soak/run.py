@@ -35,6 +35,7 @@ START_LIMIT = 120.0
 # Seconds until every client is back and has everything, after the last fault.
 SETTLE_LIMIT = 180.0
 PROGRESS = 30.0
+SHOWN = 8  # findings of each rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +327,9 @@ class Soak:
             tell(f"  {effects[effect]:12,}  {effect}")
         for rule, number in sorted(self.account.rules.items()):
             tell(f"  {number:12,}  findings of {rule}")
-        for finding in self.account.findings[:20]:
-            tell(str(finding))
+        for rule in sorted(self.account.rules):
+            for finding in [one for one in self.account.findings if one.rule == rule][:SHOWN]:
+                tell(str(finding))
         for remark in self.account.remarks[:10] if self.account.effects else ():
             tell(remark)
         tell(f"\n{'FAILED' if self.failed else 'passed'}, seed {self._options.seed}")

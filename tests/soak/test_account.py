@@ -349,6 +349,17 @@ class TestWithoutHistory:
         account.close()
         assert account.findings == []
 
+    def test_a_publication_without_an_answer_has_no_order_but_happens_once(self) -> None:
+        account, one = self.scene()
+        del one.channel.accepted[3]
+        one.channel.give_up(3)
+        for number in (1, 2, 4, 3, 5):
+            one.publication(number)
+        account.close()
+        assert account.findings == []
+        one.publication(3)
+        assert self.rules(account) == {("N11", REPEATED)}
+
     @pytest.mark.parametrize(("numbers", "effect"), [((1, 2, 2), REPEATED), ((1, 3, 2), REORDERED)])
     def test_repeats_and_reorders(self, numbers: tuple[int, ...], effect: str) -> None:
         account, one = self.scene()
