@@ -466,7 +466,7 @@ class Attack:
         while silences < TRIES:
             try:
                 answer = await self.answer(one)
-            except ConnectionRefusedError:
+            except OSError:  # no server at the moment
                 await asyncio.sleep(0.5)
                 continue
             if answer is not None:
@@ -486,7 +486,7 @@ class Attack:
         self._account.require(False, "bad input", BROKEN, "stranger", one.entrance, text)
 
     async def answer(self, one: BadInput) -> Answer | None:
-        """Send an input on a new connection; return its answer, None for silence. ConnectionRefusedError: no server."""
+        """Send an input on a new connection; return its answer, None for silence. OSError: can't connect."""
         try:
             async with asyncio.timeout(AFTER_END):
                 reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
