@@ -382,11 +382,19 @@ class PlainSubscription:
 class Account:
     """All subscriptions and channels of a soak, and the findings about them."""
 
-    def __init__(self, now: Callable[[], float], fault: Callable[[], str] = str, recovery_limit: int = 300) -> None:
-        """fault: describes the latest fault. recovery_limit: publications that a client may recover at once."""
+    def __init__(
+        self,
+        now: Callable[[], float],
+        fault: Callable[[], str] = str,
+        recovery_limit: int = 300,
+        on_finding: Callable[[Finding, int], object] = lambda finding, number: None,
+    ) -> None:
+        """fault: describes the latest fault. recovery_limit: publications that a client may recover at once.
+        on_finding: called with a finding, and how many its rule has by now."""
         self.now = now
         self.fault = fault
         self.recovery_limit = recovery_limit
+        self.on_finding = on_finding
         self.channels: dict[str, Channel] = {}
         self.subscriptions: list[Subscription] = []
         self.plain: list[PlainSubscription] = []
@@ -429,6 +437,7 @@ class Account:
         self.rules[rule] += 1
         if self.rules[rule] <= FINDINGS_KEPT:
             self.findings.append(Finding(rule, effect, client, channel, text, at, fault))
+            self.on_finding(self.findings[-1], self.rules[rule])
 
     def remark(self, client: str, channel: str, text: str) -> None:
         """Keep a gap as seen at its moment; whether it is a loss shows at the end."""

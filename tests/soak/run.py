@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conformance.messages import write_message
 from tests.soak import world as worlds
-from tests.soak.account import BROKEN, LOST, REORDERED, REPEATED, Account
+from tests.soak.account import BROKEN, LOST, REORDERED, REPEATED, Account, Finding
 from tests.soak.bad_input import Attack
 from tests.soak.clients import ON, Client, Crowd
 from tests.soak.faults import Faults
@@ -63,7 +63,9 @@ class Soak:
         self._faults: Faults | None = None
         self._dropped: Counter[tuple[Any, ...]] = Counter()
         self._dropped_before: dict[tuple[Any, ...], float] = {}
-        self.account = Account(self._now, lambda: self._faults.latest if self._faults else "", worlds.RECOVERY_LIMIT)
+        self.account = Account(
+            self._now, lambda: self._faults.latest if self._faults else "", worlds.RECOVERY_LIMIT, self._tell_first
+        )
         self.totals: Counter[str] = Counter()
 
     def _now(self) -> float:
@@ -93,6 +95,11 @@ class Soak:
                     await service.stop(lambda text: self._report("stop", text))
                 finally:
                     service.end()
+
+    def _tell_first(self, finding: Finding, number: int) -> None:
+        """Print the first findings of each rule at once: their cause may need a look at the server now."""
+        if number <= SHOWN:
+            self._tell(f"FINDING {finding}")
 
     def _report(self, place: str, text: str) -> None:
         self.account.require(False, "end", BROKEN, "server", place, text)
@@ -327,9 +334,6 @@ class Soak:
             tell(f"  {effects[effect]:12,}  {effect}")
         for rule, number in sorted(self.account.rules.items()):
             tell(f"  {number:12,}  findings of {rule}")
-        for rule in sorted(self.account.rules):
-            for finding in [one for one in self.account.findings if one.rule == rule][:SHOWN]:
-                tell(str(finding))
         for remark in self.account.remarks[:10] if self.account.effects else ():
             tell(remark)
         tell(f"\n{'FAILED' if self.failed else 'passed'}, seed {self._options.seed}")
