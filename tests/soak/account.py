@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 LOST, REPEATED, REORDERED, BROKEN = "silently lost", "repeated", "reordered", "broken rule"
 FINDINGS_KEPT = 100
@@ -142,7 +143,7 @@ class Subscription:
     """
 
     __slots__ = (
-        "_account", "_asked", "_current_at", "_newest", "_runs", "cached", "channel", "client", "filtered", "is_live",
+        "_account", "_asked", "_newest", "_runs", "cached", "channel", "client", "filtered", "is_live",
         "live", "missing", "position", "recovered", "superseded", "told", "told_times",
     )  # fmt: skip
 
@@ -165,7 +166,6 @@ class Subscription:
         self._asked: tuple[Epoch, int] | None = None
         self._newest = -1
         self._runs: list[tuple[Epoch, int]] = []
-        self._current_at = account.now()
         account.subscriptions.append(self)
 
     def _require(self, holds: bool, rule: str, effect: str, text: str) -> bool:
@@ -200,7 +200,6 @@ class Subscription:
             self._require(not publications, "N5", BROKEN, "publications although not recovered")
             self._require(was_recovering, "N5", BROKEN, "the application was not told that the recovery failed")
             self._note_told(asked, here, offset)
-        self._current_at = self._account.now()
 
     def _subscribed_to_cache(
         self, asked: tuple[Epoch, int] | None, here: Epoch, offset: int, recovered: bool, found: list[tuple[int, int]]
@@ -226,11 +225,17 @@ class Subscription:
         if here is asked[0]:
             limit = min(self._account.recovery_limit, self.channel.size)
             forgotten = offset - asked[1] > limit or offset < asked[1]
-            newest = here.seen.get(offset, self._current_at)
-            expired = self._account.now() - newest >= self.channel.ttl - SLACK
+            expired = self._has_expired(here, asked[1], offset)
             text = f"{here.name}:{asked[1]} not recovered although {offset} is the top, within size and ttl"
             self._require(forgotten or expired, "N8", BROKEN, text)
         self._begin(here, offset)
+
+    def _has_expired(self, epoch: Epoch, last: int, top: int) -> bool:
+        """Return whether history may have dropped a publication after `last`: the ttl has passed without another."""
+        times = [epoch.seen.get(offset) for offset in range(last + 1, top + 1)]
+        known = [time for time in times if time is not None]
+        pauses = [later - earlier for earlier, later in pairwise([*known, self._account.now()])]
+        return len(known) < len(times) or max(pauses, default=0.0) >= self.channel.ttl - SLACK
 
     def _begin(self, epoch: Epoch, offset: int) -> None:
         self._runs.append((epoch, offset))
@@ -269,7 +274,6 @@ class Subscription:
         else:
             self.live += 1
         self.channel.saw(self.client, epoch, offset, number)
-        self._current_at = self._account.now()
 
     def ended(self) -> None:
         """The connection or the subscription ended; the client has its position."""

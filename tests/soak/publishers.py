@@ -42,13 +42,14 @@ class APIPublisher:
         self.counts: Counter[str] = Counter()
         self.channels = channels
         self.port = 0
+        self.is_ending = False
         self._world = world
         self._http = http
         self._numbers = numbers
 
     async def run(self, rate: float, random: Random) -> None:
-        """Publish `rate` times a second, until cancelled."""
-        while True:
+        """Publish `rate` times a second, until `is_ending`."""
+        while not self.is_ending:
             await asyncio.sleep(random.expovariate(rate))
             await self.publish(random.choice(self.channels))
 

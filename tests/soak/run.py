@@ -24,7 +24,7 @@ from tests.soak.account import BROKEN, LOST, REORDERED, REPEATED, Account, Findi
 from tests.soak.bad_input import Attack
 from tests.soak.clients import ON, Client, Crowd
 from tests.soak.faults import Faults
-from tests.soak.publishers import KEY, APIPublisher, Numbers, Speakers, share_out
+from tests.soak.publishers import FAILURES, KEY, APIPublisher, Numbers, Speakers, share_out
 from tests.soak.schedule import schedule
 from tests.soak.sdk import Readers
 from tests.soak.served import Service, free_ports
@@ -157,16 +157,18 @@ class Soak:
         await faults.run(planned, began, lambda text: self._tell(f"{self._now():9.3f} s  {text}"))
         await asyncio.sleep(max(0.0, began + options.seconds - self._now()))
         await faults.finish()
-        # Publishers end their current publication; a last one in each channel shows the end of what came before.
+        for publisher in publishers:
+            publisher.is_ending = True
+        await asyncio.wait(load[: len(publishers)], timeout=SETTLE_LIMIT)  # each ends its current publication
         await self._end_tasks(load)
         self._tell(f"{self._now():9.3f} s  the load has ended; waiting for all clients")
         await self._settle(world, crowd, publishers)
         await self._read_histories(world, http, service)
         await self._sample(http, service)
+        self._close(service, crowd, publishers, speakers, attack, faults)
         await self._end_tasks(background)
         await readers.close()
         await crowd.close()
-        self._close(service, crowd, publishers, speakers, attack, faults)
 
     def _watch(self, tasks: list[asyncio.Task[Any]]) -> None:
         """Report an exception in a part of the soak itself."""
@@ -279,8 +281,12 @@ class Soak:
             if not channel.size or channel.name.startswith("heavy:"):
                 continue
             body = msgspec.json.encode({"channel": channel.name, "limit": -1})
-            async with http.post(url, data=body, headers={"X-API-Key": KEY}) as answer:
-                result = msgspec.json.decode(await answer.read()).get("result", {})
+            try:
+                async with http.post(url, data=body, headers={"X-API-Key": KEY}) as answer:
+                    result = msgspec.json.decode(await answer.read()).get("result", {})
+            except FAILURES as error:
+                self._report("history", f"no history of {channel.name}: {error!r}")
+                continue
             for publication in result.get("publications", ()):
                 epoch = channel.epoch(result["epoch"])
                 channel.saw("history", epoch, publication["offset"], publication["data"]["n"])

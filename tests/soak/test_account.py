@@ -147,6 +147,18 @@ def test_history_that_has_expired_is_a_need() -> None:
     assert scene.account.findings == []
 
 
+def test_history_that_expired_before_the_newest_publication_is_a_need() -> None:
+    scene = Scene(ttl=10.0)
+    scene.subscribe(0)
+    scene.publish(1, 2)
+    scene.push(1)
+    scene.clock.time += 10.0
+    scene.publish(3)
+    scene.subscribe(3)
+    scene.close()
+    assert scene.account.findings == []
+
+
 def test_an_application_that_is_not_told_is_found() -> None:
     scene = Scene(size=2)
     scene.subscribe(0)
