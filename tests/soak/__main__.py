@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import random
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--log", type=Path, help="a file for the server's log")
     parser.add_argument("--schedule", action="store_true", help="print the faults; start nothing")
     return parser.parse_args(arguments)
+
+
+async def until_signal(soak: Soak) -> None:
+    """Run a soak. SIGINT and SIGTERM end it, and its server."""
+    task = asyncio.current_task()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    await soak.run()
 
 
 def main(arguments: list[str]) -> int:
@@ -54,7 +63,7 @@ def main(arguments: list[str]) -> int:
     print(f"scripts/soak --seed {seed}: {options}", flush=True)
     with open(asked.log or "/dev/null", "w", buffering=1) as copy:
         soak = Soak(options, lambda text: print(text, flush=True), copy)
-        asyncio.run(soak.run())
+        asyncio.run(until_signal(soak))
     return 1 if soak.failed else 0
 
 

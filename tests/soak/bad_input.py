@@ -438,10 +438,10 @@ def generate(random: Random) -> BadInput:
 
 
 class Attack:
-    """Sends bad input and judges the answers. sent, silent: by entrance."""
+    """Sends bad input and judges the answers. sent: by entrance. answers: by kind."""
 
-    def __init__(self, account: Account) -> None:
-        self.port = 0
+    def __init__(self, account: Account, port: int) -> None:
+        self._port = port
         self.sent: Counter[str] = Counter()
         self.answers: Counter[str] = Counter()
         self._account = account
@@ -489,7 +489,7 @@ class Attack:
         """Send an input on a new connection; return its answer, None for silence. OSError: can't connect."""
         try:
             async with asyncio.timeout(AFTER_END):
-                reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         except TimeoutError:
             return None
         read = b""

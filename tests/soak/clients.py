@@ -16,6 +16,7 @@ from random import Random
 from typing import Any
 from urllib.parse import quote
 
+import aiohttp
 import msgspec
 from centrifuge.fossil import apply_delta
 
@@ -28,6 +29,7 @@ from tests.soak.world import FILTER, Place, World, text
 # Seconds until a client gives an attempt to connect up, and until it takes a silent connection for dead.
 CONNECT_LIMIT = 20.0
 SILENCE = 25.0 + 10.0
+EMULATION = aiohttp.ClientTimeout(total=20.0)
 # Connections begun in one tick at most, and seconds between two ticks.
 AT_ONCE = 60
 TICK = 0.05
@@ -510,17 +512,16 @@ class Stream(Connection):
 class Crowd:
     """All clients, and their sweep."""
 
-    def __init__(self, world: World, seed: int, emulate: Callable[[Client, bytes], Any]) -> None:
+    def __init__(self, world: World, seed: int, http: aiohttp.ClientSession, port: int) -> None:
         self.world = world
         self.account: Account = world.account
         self.now = world.account.now
         self.random = Random(f"crowd of {seed}")
         self.counts: Counter[str] = Counter()
-        self.port = 0
+        self.port = port
         self.loop = asyncio.get_running_loop()
-        self.emulate = emulate
+        self._http = http
         self.clients = [Client(self, place) for place in world.places]
-        self.is_ending = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._swept = 0
 
@@ -544,6 +545,20 @@ class Crowd:
                 self.clients[index % len(self.clients)].sweep(now)
             self._swept = (self._swept + share) % len(self.clients)
             await asyncio.sleep(TICK)
+
+    async def emulate(self, client: Client, message: bytes) -> None:
+        """Send the commands of a client with a stream; the client reconnects if that fails, as an SDK does."""
+        connection, kind = client.connection, client.encoding.content_type
+        body = client.encoding.emulation(client.session, client.node, message)
+        try:
+            async with self._http.post(
+                f"http://127.0.0.1:{self.port}/emulation", data=body, headers={"Content-Type": kind}, timeout=EMULATION
+            ) as answer:
+                failed = answer.status >= 500 or answer.status == 404
+        except (OSError, aiohttp.ClientError):
+            failed = True
+        if failed and connection is not None and client.connection is connection:
+            connection.cut()
 
     def connected(self) -> list[Client]:
         return [client for client in self.clients if client.is_connected]

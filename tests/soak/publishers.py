@@ -38,10 +38,12 @@ class APIPublisher:
     publication has one attempt.
     """
 
-    def __init__(self, world: World, http: aiohttp.ClientSession, numbers: Numbers, channels: list[Channel]) -> None:
+    def __init__(
+        self, world: World, http: aiohttp.ClientSession, port: int, numbers: Numbers, channels: list[Channel]
+    ) -> None:
         self.counts: Counter[str] = Counter()
         self.channels = channels
-        self.port = 0
+        self._url = f"http://127.0.0.1:{port}/api/publish"
         self.is_ending = False
         self._world = world
         self._http = http
@@ -81,9 +83,7 @@ class APIPublisher:
         limit = aiohttp.ClientTimeout(total=ATTEMPT)
         headers = {"X-API-Key": KEY}
         try:
-            async with self._http.post(
-                f"http://127.0.0.1:{self.port}/api/publish", data=body, headers=headers, timeout=limit
-            ) as answer:
+            async with self._http.post(self._url, data=body, headers=headers, timeout=limit) as answer:
                 said = msgspec.json.decode(await answer.read())
         except FAILURES as error:
             self.counts[type(error).__name__] += 1

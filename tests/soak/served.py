@@ -18,10 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+import aiohttp
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.soak.account import BROKEN, Account
-from tests.system.serving import CHECKOUT, TRACEBACK, TWISTD, _belongs, toml
+from tests.system.serving import CHECKOUT, TWISTD, belongs, toml
 
 ROLES = {
     "realtime.worker.process": "worker",
@@ -84,8 +86,9 @@ class Service:
         self.supervisor = 0
         self.deaths: Counter[str] = Counter()
         self.largest: Counter[str] = Counter()
-        self.workers = int(settings["workers"]["count"])
         self.is_stopping = False
+        self.dropped: Counter[tuple[tuple[str, str], ...]] = Counter()
+        self._dropped_before: dict[tuple[tuple[str, str], ...], float] = {}
         self._account = account
         self._config = config
         self._process: subprocess.Popen[str] | None = None
@@ -138,7 +141,7 @@ class Service:
 
     def family(self) -> list[psutil.Process]:
         """All processes of this server, also those whose parent is gone."""
-        return [process for process in psutil.process_iter() if _belongs(process, self._sessions[-1])]
+        return [process for process in psutil.process_iter() if belongs(process, self._sessions[-1])]
 
     def _count(self) -> None:
         if self._process is None or self._process.poll() is not None:
@@ -180,6 +183,21 @@ class Service:
         if role == "broker":
             self._account.data_lost()
 
+    async def sample(self, http: aiohttp.ClientSession) -> None:
+        """Add up the messages that the server says it dropped, over the lives of its processes."""
+        url, limit = f"http://127.0.0.1:{self.operator_port}/metrics", aiohttp.ClientTimeout(total=5)
+        try:
+            async with http.get(url, timeout=limit) as answer:
+                text = await answer.text()
+        except (OSError, aiohttp.ClientError):
+            return
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples if family.name == "realtime_messages_dropped" else ():
+                key = tuple(sorted(sample.labels.items()))
+                before = self._dropped_before.get(key, 0.0)
+                self.dropped[key] += round(sample.value - before if sample.value >= before else sample.value)
+                self._dropped_before[key] = sample.value
+
     # Faults.
 
     def of(self, role: str) -> list[int]:
@@ -208,8 +226,8 @@ class Service:
 
     # The end.
 
-    async def stop(self, report: Callable[[str], None]) -> None:
-        """Stop the server; report what is not as it should be."""
+    async def stop(self, report: Callable[[str, str], None]) -> None:
+        """Stop the server. report: takes place and text of what is not as it should be."""
         self.is_stopping = True
         assert self._process
         self.kill(self.supervisor, signal.SIGTERM)
@@ -217,9 +235,9 @@ class Service:
         while self._process.poll() is None and time.monotonic() < until:
             await asyncio.sleep(0.1)
         if self._process.returncode != 0:
-            report(f"the server ended with status {self._process.returncode}")
+            report("stop", f"the server ended with status {self._process.returncode}")
         if rest := self.family():
-            report(f"the server left {len(rest)} processes behind")
+            report("stop", f"the server left {len(rest)} processes behind")
         self.end()
 
     def end(self) -> None:
@@ -244,6 +262,3 @@ def _is_alive(process: psutil.Process) -> bool:
 def _role(process: psutil.Process) -> str:
     command = " ".join(process.cmdline())
     return next((role for module, role in ROLES.items() if module in command), "other")
-
-
-__all__ = ["TRACEBACK", "Service", "free_ports"]

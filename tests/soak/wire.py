@@ -12,6 +12,8 @@ import msgspec
 from centrifuge.protocol import client_pb2
 from msgspec import Raw, Struct
 
+from tests.conformance.messages import write_message
+
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
@@ -105,6 +107,11 @@ class JSON:
         return messages, rest
 
     @staticmethod
+    def emulation(session: str, node: str, commands: bytes) -> bytes:
+        """Return the body of an emulation request."""
+        return msgspec.json.encode({"session": session, "node": node, "data": commands.decode()})
+
+    @staticmethod
     def text(pub: Pub, delta: bool) -> bytes:
         """Return the data of a publication. delta: whether the subscription has deltas, which are JSON strings."""
         return msgspec.json.decode(pub.data, type=str).encode() if delta else bytes(pub.data)
@@ -142,6 +149,10 @@ class Protobuf:
         except IndexError:
             pass
         return data[:at], data[at:]
+
+    @staticmethod
+    def emulation(session: str, node: str, commands: bytes) -> bytes:
+        return write_message("EmulationRequest", {"node": node, "session": session, "data": commands})
 
     @staticmethod
     def text(pub: Pub, delta: bool) -> bytes:
