@@ -25,10 +25,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.soak.account import BROKEN, Account
 from tests.system.serving import CHECKOUT, TWISTD, belongs, toml
 
+HANDLER, OTHER = "handler process", "other"
 ROLES = {
     "realtime.worker.process": "worker",
     "realtime.broker.process": "broker",
-    "realtime.handlers.compute_process": "handler process",
+    "realtime.handlers.compute_process": HANDLER,
 }
 CENSUS = 0.5  # seconds between two looks at the processes
 RESTART = 1.0  # RestartSec of scripts/systemd/realtime.service
@@ -161,12 +162,21 @@ class Service:
 
     def _measure(self, process: psutil.Process, role: str = "") -> None:
         try:
-            role = role or self.pids.get(process.pid) or _role(process)
+            role = role or self._role(process)
             if process.pid != self.supervisor:
                 self.pids[process.pid] = role
             self.largest[role] = max(self.largest[role], process.memory_info().rss)
         except psutil.NoSuchProcess:
             pass
+
+    def _role(self, process: psutil.Process) -> str:
+        """Return a process's role. Between fork and exec a child has its parent's command line, but not its parent."""
+        known = self.pids.get(process.pid, OTHER)
+        if known != OTHER:
+            return known
+        command = " ".join(process.cmdline())
+        role = next((role for module, role in ROLES.items() if module in command), OTHER)
+        return role if (role == HANDLER) is (process.ppid() != self.supervisor) else OTHER
 
     def _note_death(self, pid: int, role: str) -> None:
         excuse = self._excused.pop(pid, None)
@@ -257,8 +267,3 @@ def _is_alive(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _role(process: psutil.Process) -> str:
-    command = " ".join(process.cmdline())
-    return next((role for module, role in ROLES.items() if module in command), "other")
