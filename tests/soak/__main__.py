@@ -36,6 +36,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 async def until_signal(soak: Soak) -> None:
     """Run a soak. SIGINT and SIGTERM end it, and its server."""
     task = asyncio.current_task()
+    assert task
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     await soak.run()

@@ -94,7 +94,8 @@ class Client:
             return [Part(place.watches, None, world.rooms[place.watches])]
         parts = []
         for name in place.channels:
-            kind, book = name.partition(":")[0], None
+            kind = name.partition(":")[0]
+            book: Subscription | PlainSubscription | None = None
             if kind == "plain":
                 book = PlainSubscription(account, place.name, world.channels[name])
             elif name in world.channels:
@@ -312,13 +313,10 @@ class Client:
         elif part.room and not self.watches:
             part.room.leave(self.id)
 
-    def publish(self, channel: str, number: int, done: Callable[[Reply | None], None]) -> bool:
-        """Publish to a subscribed channel. done: gets the reply, or None at the connection's end."""
-        if self.parts[channel].state != ON:
-            return False
+    def publish(self, channel: str, number: int, done: Callable[[Reply | None], None]) -> None:
+        """Publish. done: gets the reply, or None at the connection's end."""
         data = msgspec.Raw(text(channel, number))
         self.send(self._command(done, publish={"channel": channel, "data": data}))
-        return True
 
     def closed(self, code: int) -> None:
         """The server closes the connection with `code`."""

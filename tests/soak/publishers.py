@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from random import Random
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -78,7 +79,7 @@ class APIPublisher:
         channel.give_up(number)
         self.counts["without an answer"] += 1
 
-    async def _call(self, body: bytes) -> dict | None:
+    async def _call(self, body: bytes) -> dict[str, Any] | None:
         """Return the result; None if the API refuses the call, or does not answer."""
         limit = aiohttp.ClientTimeout(total=ATTEMPT)
         headers = {"X-API-Key": KEY}
@@ -90,7 +91,9 @@ class APIPublisher:
             return None
         if "result" not in said:
             self.counts[f"status {answer.status}, error {said.get('error', {}).get('code')}"] += 1
-        return said.get("result")
+            return None
+        result: dict[str, Any] = said["result"]
+        return result
 
 
 class Speakers:

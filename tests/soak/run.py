@@ -230,9 +230,7 @@ class Soak:
     def _start(self, part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a part of the soak beside the others; an exception in it is a finding."""
         task = asyncio.create_task(part)
-        task.add_done_callback(
-            lambda ended: ended.cancelled() or not ended.exception() or self._report_own_fault(ended.exception())
-        )
+        task.add_done_callback(lambda ended: self._report_own_fault(None if ended.cancelled() else ended.exception()))
         return task
 
     def _report_own_fault(self, error: BaseException | None) -> None:

@@ -16,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import aiohttp
 import psutil
@@ -78,7 +78,7 @@ class Output:
 class Service:
     """The server's processes. pids: the running ones by pid, with their roles."""
 
-    def __init__(self, account: Account, config: Path, settings: dict, copy: IO[str] | None = None) -> None:
+    def __init__(self, account: Account, config: Path, settings: dict[str, Any], copy: IO[str] | None = None) -> None:
         config.write_text("".join(f"{key} = {toml(value)}\n" for key, value in settings.items()))
         self.port: int = settings["http_server"]["port"]
         self.operator_port: int = settings["http_server"]["internal_port"]
