@@ -27,6 +27,7 @@ class Room:
         self.members: dict[str, Membership] = {}
         self.comparisons = 0
         self._account = account
+        self._wrong: dict[str, dict[str, float]] = {}  # by watcher and client: since when the list is wrong about it
 
     def join(self, client: str) -> None:
         self.members[client] = Membership(self._account.now())
@@ -40,18 +41,24 @@ class Room:
             member.unsure = True
 
     def compare(self, watcher: str, listed: set[str], since: float) -> None:
-        """Compare a watcher's list, which it has kept since `since`, with the members."""
+        """Compare a watcher's list, which it has kept since `since`, with the members.
+
+        A list may be wrong for a while: members of a worker leave and join again where its link to the broker is cut.
+        """
         now = self._account.now()
         self.comparisons += 1
+        before, wrong = self._wrong.get(watcher, {}), {}
         for client, member in self.members.items():
-            if client in listed:
-                gone = member.left is not None and now - max(member.left, since) > EVENTUALLY
-                text = f"{client} left {now - (member.left or now):.0f} s ago and is still listed"
-                self._account.require(not gone, "N12", BROKEN, watcher, self.channel, text)
-            elif member.left is None and not member.unsure:
-                absent = now - max(member.joined, since) > EVENTUALLY
-                text = f"{client} joined {now - member.joined:.0f} s ago and is not listed"
-                self._account.require(not absent, "N12", BROKEN, watcher, self.channel, text)
+            is_member = member.left is None
+            if (client in listed) is is_member or (is_member and member.unsure):
+                continue
+            changed = member.joined if member.left is None else member.left
+            wrong[client] = max(before.get(client, now), changed, since)
+            kind = "not listed" if is_member else "still listed"
+            text = f"{client} is {kind}, {now - changed:.0f} s after its {'join' if is_member else 'leave'}"
+            in_time = now - wrong[client] <= EVENTUALLY
+            self._account.require(in_time, "N12", BROKEN, watcher, self.channel, text)
+        self._wrong[watcher] = wrong
 
     def forget(self) -> None:
         """Drop memberships that ended so long ago that no list can have them without a finding already."""

@@ -389,11 +389,21 @@ class TestMembers:
 
     def test_lists_have_time_to_become_right(self) -> None:
         clock, account, room = self.scene()
-        room.join("new")
+        room.join("here")
         room.join("gone")
         room.leave("gone")
+        clock.time += 1000
+        room.compare("watcher", {"gone"}, since=0.0)
         clock.time += EVENTUALLY
         room.compare("watcher", {"gone"}, since=0.0)
+        assert account.findings == []
+
+    def test_a_list_that_becomes_right_has_time_again(self) -> None:
+        clock, account, room = self.scene()
+        room.join("here")
+        for listed in (set(), {"here"}, set()):
+            clock.time += EVENTUALLY
+            room.compare("watcher", listed, since=0.0)
         assert account.findings == []
 
     @pytest.mark.parametrize("listed", [set(), {"here", "gone"}])
@@ -402,6 +412,7 @@ class TestMembers:
         room.join("here")
         room.join("gone")
         room.leave("gone")
+        room.compare("watcher", listed, since=0.0)
         clock.time += EVENTUALLY + 1
         room.compare("watcher", listed, since=0.0)
         assert [finding.rule for finding in account.findings] == ["N12"]
@@ -410,6 +421,7 @@ class TestMembers:
         clock, account, room = self.scene()
         room.join("deaf")
         room.doubt("deaf")
+        room.compare("watcher", set(), since=0.0)
         clock.time += EVENTUALLY + 1
         room.compare("watcher", set(), since=0.0)
         assert account.findings == []
