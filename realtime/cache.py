@@ -16,8 +16,9 @@ idle worker computes anew when a value is older than ttl + base. An overloaded w
 ttl + stale, and computes nothing while it has one. A failed computation raises its error in the waiting callers and is
 not cached; an existing value goes on serving up to ttl + stale.
 
-A cache reaches its process through a `Host`; in a worker, `realtime.worker.load_shedding` fills it in. Loop thread
-only, except for `invalidate`, `invalidate_tags` and `clear`.
+An `Invalidation` reaches the caches of the same name in all workers. A cache reaches its process, and through it the
+other workers, through a `Host`; in a worker, `realtime.worker.load_shedding` fills it in. Loop thread only, except for
+`invalidate`, `invalidate_tags` and `clear`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ import asyncio
 import functools
 import inspect
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
+
+import msgspec
 
 from realtime.errors import RealtimeError
 from realtime.metrics import Counter
@@ -86,11 +90,15 @@ class MemoryStorage:
     def __len__(self) -> int:
         return len(self._entries)
 
-    async def get(self, key: Hashable) -> Entry | None:
+    def find(self, key: Hashable) -> Entry | None:
+        """Like `get`, which every storage has, for callers that can't wait."""
         entry = self._entries.get(key)
         if entry is not None:
             self._entries.move_to_end(key)
         return entry
+
+    async def get(self, key: Hashable) -> Entry | None:
+        return self.find(key)
 
     async def put(self, key: Hashable, entry: Entry) -> int:
         await self.drop(key)
@@ -140,12 +148,25 @@ def start_task(coroutine: Coroutine[Any, Any, Any], done: Done) -> None:
 _tasks: set[asyncio.Task[Any]] = set()
 
 
+class Invalidation(msgspec.Struct, frozen=True):
+    """The removal of entries from the caches of one name: by key (`encode_key`), by tag, or of all (both None)."""
+
+    cache: str
+    keys: list[bytes] | None = None
+    tags: list[str] | None = None
+
+
+async def _to_nobody(invalidation: Invalidation) -> None:
+    """Send an invalidation from a process without other workers."""
+
+
 @dataclass(slots=True)
 class Host:
-    """The process around a cache.
+    """The process around its caches.
 
     load: 0 when idle, 1 or more when overloaded. start: runs a coroutine on the loop and calls back. perform: runs a
     coroutine for the caller, also from a thread. counter: returns the counter for a cache's name and an outcome.
+    broadcast: sends an invalidation to the other workers. caches: of this process, by name.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -153,6 +174,23 @@ class Host:
     start: Callable[[Coroutine[Any, Any, Any], Done], object] = start_task
     perform: Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]] = asyncio.ensure_future
     counter: Callable[[str, str], Counter] = field(default=lambda name, outcome: Counter())
+    broadcast: Callable[[Invalidation], Awaitable[Any]] = _to_nobody
+    caches: dict[str, weakref.WeakSet[Cache]] = field(default_factory=dict)
+
+    async def invalidate(self, invalidation: Invalidation) -> None:
+        """Carry out an invalidation of a handler process here, and in the other workers. Raises as `broadcast`."""
+        await self.invalidate_here(invalidation)
+        await self.broadcast(invalidation)
+
+    async def invalidate_here(self, invalidation: Invalidation) -> None:
+        """Carry out an invalidation in this process alone."""
+        for each in tuple(self.caches.get(invalidation.cache, ())):
+            await each.carry_out(invalidation)
+
+    async def clear_here(self) -> None:
+        """Clear all caches of this process: invalidations of other workers may have been lost."""
+        for name in tuple(self.caches):
+            await self.invalidate_here(Invalidation(name))
 
 
 # The default host of every cache. A worker fills it in before it accepts clients.
@@ -253,6 +291,29 @@ class Cache:
         if self.name:
             raise TypeError(f"this Cache belongs to {self.name}; {name} needs its own Cache")
         self.name = name
+        self._host.caches.setdefault(name, weakref.WeakSet()).add(self)
+
+    def find(self, args: tuple[Any, ...]) -> Entry | None:
+        """Return the entry whose value `call` would return at once, without starting anything; None if there is none.
+
+        The short path for answers in memory. Raises what the key function raises.
+        """
+        storage = self._storage
+        if not isinstance(storage, MemoryStorage):
+            return None
+        key = self.key(*args)
+        entry = storage.find(key)
+        if entry is None:
+            return None
+        age = self._host.clock() - entry.made
+        if age < self.ttl:
+            self._count("hit")
+            return entry
+        load = self._host.load()
+        if age < self.ttl + self.window(load) and (load >= 1 or key in self._computations):
+            self._count("stale")
+            return entry
+        return None
 
     async def call(
         self,
@@ -303,20 +364,39 @@ class Cache:
         return base + (self.stale - base) * max(0.0, min(load, 1.0))
 
     def invalidate(self, *keys: Hashable) -> Awaitable[None]:
-        """Remove these keys, and do not store results of their running computations.
+        """Remove these keys in all workers, and do not store results of their running computations.
 
-        On the loop this starts at once, and awaiting the return value is optional. In a thread it has finished on
-        return.
+        On the loop this takes effect in this worker at once, and awaiting the return value is optional. Once it has
+        been awaited, and on return in a thread, the broker has sent it to all other workers. Raises EngineUnavailable
+        if the broker does not answer: call it again. Raises TypeError for a key that consists of anything but text,
+        bytes, None, numbers, and tuples and frozensets of them.
         """
-        return self._host.perform(self._invalidate(keys))
+        return self._perform(Invalidation(self.name, keys=[encode_key(key) for key in keys]))
 
     def invalidate_tags(self, *tags: str) -> Awaitable[None]:
         """Remove all entries with any of these tags, as `invalidate` does."""
-        return self._host.perform(self._invalidate_tags(tags))
+        return self._perform(Invalidation(self.name, tags=list(tags)))
 
     def clear(self) -> Awaitable[None]:
         """Remove all entries, as `invalidate` does."""
-        return self._host.perform(self._clear())
+        return self._perform(Invalidation(self.name))
+
+    def _perform(self, invalidation: Invalidation) -> Awaitable[None]:
+        return self._host.perform(self._invalidate_everywhere(invalidation))
+
+    async def _invalidate_everywhere(self, invalidation: Invalidation) -> None:
+        await self.carry_out(invalidation)
+        if self.name:
+            await self._host.broadcast(invalidation)
+
+    async def carry_out(self, invalidation: Invalidation) -> None:
+        """Carry out an invalidation in this process."""
+        if invalidation.keys is not None:
+            await self._invalidate(map(decode_key, invalidation.keys))
+        elif invalidation.tags is not None:
+            await self._invalidate_tags(invalidation.tags)
+        else:
+            await self._clear()
 
     async def _invalidate(self, keys: Iterable[Hashable]) -> None:
         for key in keys:
@@ -396,6 +476,8 @@ def undecorate(function: Any) -> tuple[Any, Cache | None]:
 
 def default_key(*args: Any, **arguments: Any) -> Hashable:
     """Return a key of all arguments by value. Raises TypeError for an argument without a comparable value."""
+    if len(args) == 1 and not arguments and hasattr(args[0], "cache_key"):
+        return type(args[0]), args[0].cache_key()
     return _by_value((args, arguments))
 
 
@@ -417,6 +499,50 @@ def _by_value(value: Any) -> Hashable:
     except TypeError:
         raise TypeError(f"a Cache can't compare {type(value).__name__} objects by value: pass key=") from None
     return cast(Hashable, value)
+
+
+# The types among the keys that `default_key` makes.
+_KEY_TYPES: dict[str, Hashable] = {kind.__name__: kind for kind in (bool, int, float, list, dict)}
+
+
+def encode_key(key: Hashable) -> bytes:
+    """Encode a key for the other workers. Raises TypeError for other keys than `Cache.invalidate` lists."""
+
+    def packed(part: Any) -> Any:
+        match part:
+            case str() | bytes() | None | bool() | int() | float():
+                return part
+            case tuple():
+                return ["tuple", *map(packed, part)]
+            case frozenset():
+                return ["frozenset", *map(packed, part)]
+            case type() if part.__name__ in _KEY_TYPES:
+                return ["type", part.__name__]
+        kind = type(part).__name__
+        raise TypeError(f"a Cache can't send a key of type {kind} to the other workers: invalidate by text, or by tag")
+
+    try:
+        return msgspec.msgpack.encode(packed(key))
+    except OverflowError as error:
+        raise TypeError(f"a Cache can't send this key to the other workers: {error}") from None
+
+
+def decode_key(data: bytes) -> Hashable:
+    """Decode a key from `encode_key`. Raises msgspec.MsgspecError and ValueError for other bytes."""
+
+    def unpacked(part: Any) -> Hashable:
+        match part:
+            case ["tuple", *parts]:
+                return tuple(map(unpacked, parts))
+            case ["frozenset", *parts]:
+                return frozenset(map(unpacked, parts))
+            case ["type", str(name)] if name in _KEY_TYPES:
+                return _KEY_TYPES[name]
+            case list() | dict():
+                raise ValueError("not a key of a cache")
+        return cast(Hashable, part)
+
+    return unpacked(msgspec.msgpack.decode(data))
 
 
 def _report_failure(name: str, error: BaseException) -> None:

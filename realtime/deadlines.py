@@ -11,6 +11,7 @@ the loop itself is blocked, loop time stands still, so no client times out for d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 RESOLUTION = 0.25  # seconds
@@ -25,13 +26,22 @@ class DeadlineOwner(Protocol):
     def on_deadline(self) -> None:
         """Handle the deadline, which is no longer set; the owner may set another one."""
 
+    def abort(self) -> None:
+        """End the connection at once: `on_deadline` has raised an exception."""
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
 
 class Deadlines:
     """The pending deadlines of a process, at most one for each owner. now: loop time, in seconds."""
 
-    def __init__(self, clock_now: float) -> None:
-        """clock_now: current time of the monotonic clock that `sweep` is given."""
+    def __init__(self, clock_now: float, report_error: Callable[[Exception], None] = _raise) -> None:
+        """clock_now: current time of the monotonic clock that `sweep` is given. report_error: takes an exception of
+        `on_deadline`, whose owner is aborted."""
         self.now = 0.0
+        self._report_error = report_error
         self._swept_at = clock_now
         self._last_swept = 0
         self._buckets: dict[int, dict[DeadlineOwner, None]] = {}
@@ -66,7 +76,7 @@ class Deadlines:
     def sweep(self, clock_now: float) -> None:
         """Advance loop time to the monotonic clock, and call `on_deadline` of each owner whose deadline is due.
 
-        An exception from `on_deadline` is raised; the next sweep handles the remaining due owners.
+        If `report_error` raises, so does this; the next sweep handles the remaining due owners.
         """
         elapsed = clock_now - self._swept_at
         self._swept_at = clock_now
@@ -82,8 +92,15 @@ class Deadlines:
                 owner = next(iter(owners))
                 self.clear(owner)
                 try:
-                    owner.on_deadline()
+                    self._act(owner)
                 except BaseException:
                     self._last_swept -= 1
                     raise
         self._was_pending = bool(self._buckets)
+
+    def _act(self, owner: DeadlineOwner) -> None:
+        try:
+            owner.on_deadline()
+        except Exception as error:
+            self._report_error(error)
+            owner.abort()

@@ -52,15 +52,18 @@ class ClientError(RealtimeError):
 
     A handler may raise it with an application code from 400 to 1999; the protocol defines the codes below 400.
     Raises ValueError for an empty message.
+
+    kind: of the refusal, for the log (`realtime.client_log`), where the code alone does not tell it; "" where it does.
     """
 
-    def __init__(self, code: int, message: str, temporary: bool = False) -> None:
+    def __init__(self, code: int, message: str, temporary: bool = False, *, kind: str = "") -> None:
         if not message:
             raise ValueError("an error reply needs a message: SDKs fail on an empty one")
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
         self.temporary = temporary
+        self.kind = kind
 
     def __reduce__(self) -> tuple[type[ClientError], tuple[int, str, bool]]:  # handler processes pickle it
         return type(self), (self.code, self.message, self.temporary)
@@ -72,9 +75,11 @@ class Disconnect(RealtimeError):
     A handler may raise it with an application code: the client reconnects at 4000-4499 and stops at 4500-4999.
     Raises ValueError for a code outside 3000-4999, and for a reason that is empty or exceeds 123 bytes of UTF-8 (RFC
     6455 section 5.5: a control frame carries 125 bytes, and the code takes two of them).
+
+    kind: as for `ClientError`.
     """
 
-    def __init__(self, code: int, reason: str) -> None:
+    def __init__(self, code: int, reason: str, *, kind: str = "") -> None:
         if not 3000 <= code <= 4999:
             raise ValueError(f"a disconnect code must be within 3000-4999, not {code}")
         if not reason or len(reason.encode()) > 123:
@@ -82,6 +87,7 @@ class Disconnect(RealtimeError):
         super().__init__(f"{code}: {reason}")
         self.code = code
         self.reason = reason
+        self.kind = kind
 
 
 # Error replies: (code, message, temporary), the arguments of ClientError.
@@ -100,6 +106,8 @@ UNRECOVERABLE_POSITION = (112, "unrecoverable position", False)
 
 # Disconnects: (code, reason), the arguments of Disconnect.
 CONNECTION_CLOSED = (3000, "connection closed")
+# Not sent to a client: its worker has died.
+WORKER_LOST = (3000, "worker lost")
 # Both pass by themselves, so SDKs must come back: an uplink that stalls before the connect command, and a user's own
 # dead connections, which count until their ping is overdue.
 STALE = (3000, "stale")

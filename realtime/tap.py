@@ -84,14 +84,20 @@ def makeService(options: Mapping[str, Any]) -> IService:
         print(*problems, sep="\n", file=sys.stderr)
         raise SystemExit(os.EX_CONFIG)
     _allow_descriptors()
-    service = make_service(settings, insecure_keys=warnings.insecure_keys(settings))
+    service = make_service(
+        settings, insecure_keys=warnings.insecure_keys(settings), capture_output=_has_another_log(options)
+    )
     for line in [*warnings.find_warnings(settings, os.environ), *environment.find_warnings(os.environ)]:
         _log.warn("{line}", line=line)
     return service
 
 
 def make_service(
-    settings: Settings, worker: str = WORKER_MODULE, broker: str = BROKER_MODULE, insecure_keys: Iterable[str] = ()
+    settings: Settings,
+    worker: str = WORKER_MODULE,
+    broker: str = BROKER_MODULE,
+    insecure_keys: Iterable[str] = (),
+    capture_output: bool = False,
 ) -> Supervisor:
     """Compose the service that `twistd realtime` runs.
 
@@ -99,6 +105,7 @@ def make_service(
     stop, 1 when a port can't be opened, 78 when the application can't be started.
 
     worker, broker: modules to run as children. insecure_keys: keys of insecure settings, for the metrics.
+    capture_output: copy the children's output to our log, because that is not our standard output.
     """
     from twisted.internet import reactor
 
@@ -112,6 +119,7 @@ def make_service(
         broker=broker,
         leave=lambda status: _leave(reactor, status),
         handle_signals=True,
+        capture_output=capture_output,
     )
     supervisor.metrics.sources.append(output.samples)
     for key in insecure_keys:
@@ -122,6 +130,12 @@ def make_service(
 def _becomes_daemon(options: Mapping[str, Any]) -> bool:
     twistd = getattr(options, "parent", None)
     return twistd is not None and not twistd.get("nodaemon") and not twistd.get("debug")
+
+
+def _has_another_log(options: Mapping[str, Any]) -> bool:
+    """Whether twistd's log goes to a file or to syslog, also in the foreground, and not to its standard output."""
+    twistd = getattr(options, "parent", None) or {}
+    return twistd.get("logfile") not in (None, "-") or bool(twistd.get("syslog") or twistd.get("logger"))
 
 
 def _leave(reactor: Any, status: int) -> None:

@@ -13,7 +13,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realtime.cache import RETRY_AFTER, Cache, Host, MemoryStorage, NothingCached, default_key, undecorate
+from realtime.cache import (
+    RETRY_AFTER,
+    Cache,
+    Host,
+    Invalidation,
+    MemoryStorage,
+    NothingCached,
+    decode_key,
+    default_key,
+    encode_key,
+    undecorate,
+)
 from realtime.metrics import Counter
 
 
@@ -515,3 +526,47 @@ def test_memory_forgets_its_tags_with_its_entries() -> None:
         assert not memory._tagged
 
     in_a_loop(test())
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["oslo", b"\xff", None, True, 1, -(2**63), 1.5, (), ("a", (1, frozenset({"b"}))), default_key({"a": [1, True]})],
+)
+def test_a_key_survives_the_way_to_the_other_workers(key: Hashable) -> None:
+    decoded = decode_key(encode_key(key))
+    assert decoded == key
+    assert hash(decoded) == hash(key)
+
+
+@pytest.mark.parametrize("key", [object(), 2**64, ("a", object()), Cache])
+def test_a_key_that_can_not_be_sent_is_refused_before_anything_is_removed(key: Hashable) -> None:
+    cache = World().cache(ttl=1)
+    with pytest.raises(TypeError, match="a Cache can't send"):
+        cache.invalidate(key)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x90", b"\x91\xa4type", b"\x92\xa4type\xa6object", b"\x80"])
+def test_bytes_that_are_no_key_are_refused(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        decode_key(data)
+
+
+def test_a_cache_sends_its_invalidations_under_its_name() -> None:
+    sent: list[Invalidation] = []
+
+    async def scene() -> None:
+        async def broadcast(invalidation: Invalidation) -> None:
+            sent.append(invalidation)
+
+        cache = Cache(ttl=1, host=Host(broadcast=broadcast))
+        cache.attach_to("forecast")
+        await cache.invalidate("oslo")
+        await cache.invalidate_tags("weather")
+        await cache.clear()
+
+    in_a_loop(scene())
+    assert sent == [
+        Invalidation("forecast", keys=[encode_key("oslo")]),
+        Invalidation("forecast", tags=["weather"]),
+        Invalidation("forecast"),
+    ]

@@ -14,6 +14,10 @@ class Owner:
         self.deadline_bucket = 0
         self.deadlines = deadlines
         self.called_at: list[float] = []
+        self.is_aborted = False
+
+    def abort(self) -> None:
+        self.is_aborted = True
 
     def on_deadline(self) -> None:
         self.called_at.append(self.deadlines.now)
@@ -112,7 +116,8 @@ def test_a_deadline_set_after_a_pause_of_the_sweeps_is_not_early():
 
 
 def test_an_exception_of_one_owner_does_not_lose_the_others():
-    deadlines = Deadlines(0.0)
+    reported: list[Exception] = []
+    deadlines = Deadlines(0.0, reported.append)
     owners = [Owner(deadlines) for _ in range(3)]
 
     def fail() -> None:
@@ -121,7 +126,23 @@ def test_an_exception_of_one_owner_does_not_lose_the_others():
     owners[1].on_deadline = fail
     for owner in owners:
         deadlines.set(owner, 0.2)
+    deadlines.sweep(RESOLUTION)
+    assert [len(owner.called_at) for owner in owners] == [1, 0, 1]
+    assert [owner.is_aborted for owner in owners] == [False, True, False]
+    assert [type(error) for error in reported] == [ZeroDivisionError]
+
+
+def test_an_exception_that_is_not_reported_is_raised_and_loses_no_owner():
+    deadlines = Deadlines(0.0)
+    owners = [Owner(deadlines) for _ in range(2)]
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    owners[0].on_deadline = fail
+    for owner in owners:
+        deadlines.set(owner, 0.2)
     with pytest.raises(ZeroDivisionError):
         deadlines.sweep(RESOLUTION)
     deadlines.sweep(2 * RESOLUTION)
-    assert [len(owner.called_at) for owner in owners] == [1, 0, 1]
+    assert len(owners[1].called_at) == 1

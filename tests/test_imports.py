@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "realtime"
 
 # The room of each module below `realtime/`, and the rooms that it may import from, besides itself.
-FREE = {"_version", "errors", "types", "metrics", "config", "json_text"}
+FREE = {"_version", "errors", "types", "metrics", "config", "json_text", "repetition", "client_log"}
 SHELL = {*FREE, "supervision", "process"}
 ROOMS: dict[str, set[str]] = {
     # Ground: everything may stand on it.
@@ -24,6 +24,8 @@ ROOMS: dict[str, set[str]] = {
     "types": {"errors"},
     "metrics": {"errors", "types"},
     "json_text": {"errors"},
+    "repetition": set(),
+    "client_log": {"metrics", "repetition"},
     "config": {"errors", "types"},
     # The core, without I/O.
     "deadlines": set(),
@@ -38,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     # The shell: Twisted, sockets and processes.
     "process": FREE | {"supervision", "pubsub"},
     "broker": SHELL | {"pubsub"},
-    "handlers": FREE | {"supervision", "app", "cache"},
+    "handlers": FREE | {"supervision", "app", "cache", "process"},
     "transports": SHELL | {"deadlines", "http", "pubsub", "protocol", "server_api", "app", "handlers"},
     "worker": SHELL
     | {"deadlines", "http", "auth", "pubsub", "protocol", "server_api", "app", "cache", "handlers", "transports"},

@@ -52,3 +52,21 @@ def test_bad_input_is_one_counter_for_each_kind() -> None:
     bad_input_counter(metrics, "origin").value += 1
     samples = {tuple(sample.labels): sample.value for sample in metrics.snapshot(["realtime_bad_input"])}
     assert samples == {(("kind", "frame"),): 2, (("kind", "origin"),): 1}
+
+
+def test_a_histogram_counts_values_up_to_each_bound() -> None:
+    metrics = Metrics()
+    histogram = metrics.histogram("lag", "Lag", (0.1, 1.0), worker="0")
+    assert metrics.histogram("lag", "Lag", (0.1, 1.0), worker="0") is histogram
+    for value in (0.1, 0.5, 7.0):
+        histogram.observe(value)
+    samples = metrics.snapshot(["lag"])
+    assert [(one.name, dict(one.labels).get("le"), one.value) for one in samples] == [
+        ("lag_bucket", "0.1", 1),
+        ("lag_bucket", "1.0", 2),
+        ("lag_bucket", "+Inf", 3),
+        ("lag_sum", None, 7.6),
+        ("lag_count", None, 3),
+    ]
+    assert {one.kind for one in samples} == {"histogram"}
+    assert load(dump(samples)) == samples

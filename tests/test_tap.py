@@ -28,7 +28,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """Collects the settings of the requested supervisors, and makes none."""
     settings: list[Settings] = []
-    monkeypatch.setattr(tap, "make_service", lambda given, insecure_keys: settings.append(given))
+    monkeypatch.setattr(tap, "make_service", lambda given, **_: settings.append(given))
     return settings
 
 

@@ -39,7 +39,9 @@ _DEFAULTS = HandlerOptions()
 ConnectingFunction = TypeVar(
     "ConnectingFunction", bound=Callable[[ConnectRequest], Awaitable[Credentials | None] | Credentials | None]
 )
-DisconnectedFunction = TypeVar("DisconnectedFunction", bound=Callable[[Client], Any])
+DisconnectedFunction = TypeVar(
+    "DisconnectedFunction", bound=Callable[[Client], Any] | Callable[[Client, int, str], Any]
+)
 _Admission = Awaitable[Grant | bool | None] | Grant | bool | None
 SubscribeFunction = TypeVar(
     "SubscribeFunction", bound=Callable[[Client, str], _Admission] | Callable[[Client, str, Any], _Admission]
@@ -137,7 +139,12 @@ class App:
         return self._declare("on_connecting", "", function)
 
     def on_disconnected(self, function: DisconnectedFunction) -> DisconnectedFunction:
-        """React to the end of a connection; the function takes the client."""
+        """React to the end of a connection; the function takes (client) or (client, code, reason).
+
+        It is called at most once for each client, after the end. code, reason: of the disconnect by the server; 3000
+        "connection closed" where the client ended the connection. For the clients of a worker that died, the worker in
+        its place calls it with 3000 "worker lost": of these clients, it knows only `id` and `user`.
+        """
         return self._declare("on_disconnected", "", function)
 
     def on_subscribe(

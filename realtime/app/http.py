@@ -16,8 +16,7 @@ from realtime.cache import Cache
 from realtime.errors import BAD_REQUEST, ClientError, SettingsError
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """One HTTP request. query: the last value of each name, decoded. headers: names in lower case."""
 
     method: str

@@ -7,13 +7,11 @@ it survives the crash of a worker. The other end of a link is `realtime.worker.e
 
 from __future__ import annotations
 
-import asyncio
-import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -24,23 +22,27 @@ from realtime.config.settings import EngineSettings
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
 from realtime.metrics import Metrics
 from realtime.process import child
+from realtime.process.heap import TRIM_INTERVAL, HeapTrimmer, find_malloc_trim
 from realtime.process.link import PEER_ENDED, Link, adopt
+from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
 from realtime.pubsub.engine import MESSAGES_DROPPED, Publish, ReportSubscriptions
 from realtime.pubsub.history import make_epoch
+from realtime.pubsub.time_slices import TimeSlicer
+from realtime.supervision.health import broker_beat_interval
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
 
 SWEEP_INTERVAL = 0.25
 """Seconds between two sweeps for expired history and idempotency keys."""
 
+SLICE = 0.005
+"""Seconds of a turn in which clients of an ended worker leave."""
+
 SWEEP_PAUSE = 0.01
 """Seconds until the next sweep if one sweep did not free everything."""
-
-BEAT_INTERVAL = 1.0
-"""Seconds between two heartbeats. Only our own code runs here, so the supervisor needs no more than a sign of life."""
 
 PATIENCE = 0.25
 """Share of a worker's queue that answers may fill before its further requests wait. The rest is for publications."""
@@ -84,6 +86,9 @@ class Broker:
         self._reactor = reactor
         self.now: Callable[[], float] = reactor.seconds
         self._peers: dict[int, _WorkerPeer] = {}  # by slot
+        self._leaving: dict[int, Iterator[None]] = {}  # by slot, the clients of the last stream that ended
+        self._slices = TimeSlicer(reactor.seconds, SLICE, self._call_next_turn)
+        self._links_account = self._ledger.open(LoopWork.ENGINE)
         self._all_left: Deferred[None] | None = None  # while draining
         publications = metrics.counter("realtime_broker_publications", "Publications received from workers.")
         self.core: BrokerCore[Link] = BrokerCore(_LinkDelivery(metrics), settings.max_channels, publications)
@@ -110,6 +115,9 @@ class Broker:
         previous = self._peers.pop(slot, None)
         if previous is not None:
             previous.replace()
+        # The same clients may come back over the new stream: the leaves come first.
+        for _ in self._leaving.pop(slot, ()):
+            pass
         self._peers[slot] = peer = _WorkerPeer(self, str(slot), self._make_link)
         adopt(self._reactor, fd, peer.link)
 
@@ -147,20 +155,26 @@ class Broker:
         for peer in list(self._peers.values()):
             peer.release()
 
+    def _call_next_turn(self, function: Callable[[], None]) -> None:
+        self._reactor.callLater(0, self._ledger.charging(self._links_account, function))
+
     def _make_link(self, on_frame: Callable[[int, bytes], None]) -> Link:
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
-        call_soon = asyncio.get_running_loop().call_soon
-        return Link(self._reactor, call_soon, limit, on_frame, self._on_link_end, self._ledger, patience)
+        call_at_end = turn_end_caller(self._reactor)
+        return Link(self._reactor, call_at_end, limit, on_frame, self._on_link_end, self._ledger, patience)
 
     def _on_link_end(self, link: Link, reason: str) -> None:
         """Let the clients of a worker leave, as it has ended or its link was cut."""
         if reason != PEER_ENDED:
             self.cuts.value += 1
         self._link_drops.value += link.dropped
-        self.core.detach(link, self.now())
+        steps = self.core.detach_steps(link, self.now())
+        next(steps, None)
+        self._slices.add(steps)
         for slot, peer in self._peers.items():
             if peer.link is link:
+                self._leaving[slot] = steps
                 _log.info("the stream to worker {slot} ended: {reason}; its clients leave", slot=slot, reason=reason)
                 del self._peers[slot]
                 break
@@ -305,6 +319,7 @@ class _WorkerPeer:
         # When its previous stream to this same broker ended, its clients left; now they join again. The subscribers
         # of another broker never received those leaves, so they receive no joins either.
         self._is_returning = message.instance == self._broker.instance
+        self._core.introduce(link, takes_lost=message.takes_lost_clients, is_returning=self._is_returning)
         if message.instance and not self._is_returning:
             self._broker.restore()
         if self._broker.is_restoring:
@@ -335,9 +350,10 @@ class BrokerService:
 
     async def start(self) -> None:
         """Begin the sweeps. Workers are served as soon as their links come."""
-        stuck = self._process.settings.loop.stuck or math.inf
         heartbeat = self._process.heartbeat
-        heartbeat.slow_down(min(BEAT_INTERVAL, stuck / 4))
+        heartbeat.slow_down(broker_beat_interval(self._process.settings.loop))
+        trimmer = HeapTrimmer(self._process.metrics, find_malloc_trim())
+        heartbeat.tasks.add(TRIM_INTERVAL, trimmer.trim, is_needed=trimmer.is_due)
         heartbeat.tasks.add(SWEEP_INTERVAL, self._broker.sweep, is_needed=self._broker.core.has_expirable)
 
     def link(self, slot: int, stream: int) -> None:

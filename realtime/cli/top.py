@@ -28,6 +28,8 @@ from realtime.config.values import escape_unprintable
 INTERVAL = 1.0
 # Seconds for the server to answer.
 LIMIT = 5.0
+# Problems below the first line, which has the worst.
+MAX_PROBLEMS = 4
 WIDTH, HEIGHT = 120, 40  # of the table that `--once` prints where there is no terminal
 _DEFAULT_SIZE = 80, 24  # of a terminal that reports no size
 
@@ -77,16 +79,19 @@ def render(snapshot: dict[str, Any], width: int, height: int, hint: str = "", tr
     workers = snapshot["workers"]
     loop, places = list(_loop(snapshot["loop"], len(workers))), list(_places(snapshot["places"], width))
     incidents = list(_incidents(snapshot["incidents"], width))
-    head = [_head(snapshot, hint, trouble), _totals(workers), []]
-    if len(head) + 1 + len(workers) + len(loop) + len(places) + len(incidents) > height:
+    further = [[_problem(problem)] for problem in snapshot["problems"][1 : 1 + MAX_PROBLEMS]]
+    head = [_head(snapshot, hint, trouble), *further, _totals(snapshot), []]
+    if len(head) + 2 + len(workers) + len(loop) + len(places) + len(incidents) > height:
         loop, places = loop[:5], places[:4]
     sections = [*loop, *places, *incidents]
     room = max(height - len(head) - 1 - min(len(sections), 12), 3)
-    table = [_titles(width), *(_worker(worker, width) for worker in workers)]
+    broker = [_worker({**snapshot["broker"], "slot": "broker"}, width)] if snapshot["broker"] else []
+    room -= len(broker)
+    table = [_titles(width), *(_worker(worker, width) for worker in workers), *broker]
     if len(workers) > room:
         ordered = sorted(workers, key=lambda worker: (worker["condition"] == "healthy", worker["slot"]))
         left_out: Line = [(f"... and {len(workers) - room + 1} more workers", _DIM)]
-        table = [_titles(width), *(_worker(worker, width) for worker in ordered[: room - 1]), left_out]
+        table = [_titles(width), *(_worker(worker, width) for worker in ordered[: room - 1]), left_out, *broker]
     return [_cut(line, width) for line in (*head, *table, *sections)][:height]
 
 
@@ -94,19 +99,18 @@ def _head(snapshot: dict[str, Any], hint: str, trouble: str) -> Line:
     when = time.strftime("%H:%M:%S", time.localtime(snapshot["at"]))
     if trouble:
         return [(f"realtime  {when}  ", _BOLD), (trouble, _RED)]
-    ill = [worker for worker in snapshot["workers"] if worker["condition"] != "healthy"]
-    if snapshot["stopping"]:
-        state, style = "stopping", _YELLOW
-    elif not ill:
-        state, style = "all workers are healthy", _GREEN
-    elif len(ill) == 1:
-        state, style = f"worker {ill[0]['slot']} is {_condition(ill[0])}", _RED
-    else:
-        state, style = f"{len(ill)} of {len(snapshot['workers'])} workers are not healthy", _RED
-    return [(f"realtime  {when}  ", _BOLD), (state, style), (f"  port {snapshot['port']}  {hint}", _DIM)]
+    problems = snapshot["problems"]
+    state = _problem(problems[0]) if problems else ("all processes are healthy", _GREEN)
+    return [(f"realtime  {when}  ", _BOLD), state, (f"  port {snapshot['port']}  {hint}", _DIM)]
 
 
-def _totals(workers: Sequence[dict[str, Any]]) -> Line:
+def _problem(problem: dict[str, str]) -> tuple[str, str]:
+    return escape_unprintable(problem["text"]), _RED if problem["tone"] == "bad" else _YELLOW
+
+
+def _totals(snapshot: dict[str, Any]) -> Line:
+    workers, errors = snapshot["workers"], snapshot["handler_errors"]["count"]
+
     def total_rate(name: str) -> str:
         return _rate(sum((worker["rates"] or {}).get(name, 0.0) for worker in workers))
 
@@ -114,12 +118,13 @@ def _totals(workers: Sequence[dict[str, Any]]) -> Line:
     return [
         (f"{connections} connections, {total_rate('received')} messages/s in, ", _PLAIN),
         (f"{total_rate('sent')} out, {total_rate('connects')} connects/s", _PLAIN),
+        (f", {errors} errors of handlers" if errors else "", _PLAIN),
     ]
 
 
 # Title, width, and the narrowest terminal that shows the column. The first two are left-aligned.
 _COLUMNS = [
-    ("WORKER", 6, 0), ("CONDITION", 9, 0), ("LAG", 7, 0), ("UTIL", 5, 0), ("CONNS", 7, 0), ("IN/S", 6, 0),
+    ("PROCESS", 7, 0), ("CONDITION", 9, 0), ("LAG", 7, 0), ("UTIL", 5, 0), ("CONNS", 7, 0), ("IN/S", 6, 0),
     ("OUT/S", 7, 0), ("RSS", 7, 0), ("RESTARTS", 8, 80), ("QUEUED", 7, 88), ("WEIGHT", 6, 96), ("ACCEPT", 6, 104),
     ("NEW/S", 6, 112),
 ]  # fmt: skip
@@ -147,7 +152,8 @@ def _worker(worker: dict[str, Any], width: int) -> Line:
         _count(worker.get("accept_queue")), _rate(rates.get("connects")),
     ]  # fmt: skip
     row = _row(cells, width)
-    begin, end = 8, 8 + _COLUMNS[1][1]
+    begin = _COLUMNS[0][1] + 2
+    end = begin + _COLUMNS[1][1]
     style = _COLOURS.get(worker["condition"], _PLAIN)
     line = [(row[:begin], _PLAIN), (row[begin:end], style), (row[end:], _PLAIN)]
     return [*line, (f"  {escape_unprintable(worker['handler'])}", _DIM)] if worker["handler"] else line

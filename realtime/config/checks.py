@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -46,6 +47,11 @@ def are_networks(texts: tuple[str, ...]) -> bool:
         return all(bool(ipaddress.ip_network(text, strict=False)) for text in texts)
     except ValueError:
         return False
+
+
+def are_levels(levels: Mapping[str, object]) -> bool:
+    """Whether every value is a level of the log."""
+    return all(level in ("none", "trace", "debug", "info", "warn", "error") for level in levels.values())
 
 
 def are_host_names(names: tuple[str, ...]) -> bool:

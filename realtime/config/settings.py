@@ -5,7 +5,8 @@ are bytes (int). Other classes receive the branch of the tree that they need, ne
 
 A setting is one field: its annotation has the type, the limits and the help text, which generated files contain too.
 Checks of values are in `realtime.config.checks`, rules between several settings in `realtime.config.rules`, warnings
-about risky values in `realtime.config.warnings`, and the tables below [channel] in `realtime.config.channel_settings`.
+about risky values in `realtime.config.warnings`, the tables below [channel] in `realtime.config.channel_settings`, and
+those of the transports in `realtime.config.transport_settings`.
 `realtime.config.sources` reads a tree.
 """
 
@@ -34,6 +35,16 @@ from realtime.config.annotations import (
 from realtime.config.channel_settings import ChannelOptions as ChannelOptions
 from realtime.config.channel_settings import ChannelSettings as ChannelSettings
 from realtime.config.channel_settings import Namespace as Namespace
+from realtime.config.transport_settings import EmulationSettings as EmulationSettings
+from realtime.config.transport_settings import HTTPStreamSettings as HTTPStreamSettings
+from realtime.config.transport_settings import InitSettings as InitSettings
+from realtime.config.transport_settings import MessageSettings as MessageSettings
+from realtime.config.transport_settings import SSESettings as SSESettings
+from realtime.config.transport_settings import StreamSettings as StreamSettings
+from realtime.config.transport_settings import UniHTTPStreamSettings as UniHTTPStreamSettings
+from realtime.config.transport_settings import UniSSESettings as UniSSESettings
+from realtime.config.transport_settings import UniWebSocketSettings as UniWebSocketSettings
+from realtime.config.transport_settings import WebSocketSettings as WebSocketSettings
 
 
 class HTTPServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,6 +74,13 @@ class HTTPServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
             " or load balancer in front of the server, often 60 s; otherwise the proxy reports errors (502)."
         ),
     ] = 75.0
+    max_queued_body_bytes: Annotated[
+        Positive,
+        about(
+            "Maximum number of bytes of incomplete request bodies in one worker. Beyond it, a request whose body is"
+            " longer than 64 KiB receives 503."
+        ),
+    ] = 64 * 1024 * 1024
     host_names: Annotated[
         tuple[str, ...],
         restricted('a list of host names in lower case, such as ["chat.example.com"]', checks.are_host_names),
@@ -86,6 +104,17 @@ class LogSettings(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["none", "trace", "debug", "info", "warn", "error"],
         about("Lowest severity that the server logs. none: the server logs nothing."),
     ] = "info"
+    loggers: Annotated[
+        dict[str, str],
+        restricted(
+            'a table of loggers with a level (none, trace, debug, info, warn, error), such as { sqlalchemy = "warn" }',
+            checks.are_levels,
+        ),
+        about(
+            "Lowest severity of the application's own loggers (Python's logging), by their names, where it is not"
+            " log.level; root: of all others."
+        ),
+    ] = field(default_factory=dict)
     max_queued_bytes: Annotated[
         Positive,
         about(
@@ -351,6 +380,19 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
         Positive,
         about("Maximum number of queued commands of one connection. Beyond it, the server stops reading its socket."),
     ] = 64
+    # The default recovers 1,000 subscriptions in one connect command; decoding it takes some milliseconds.
+    max_command_fields: Annotated[
+        int,
+        Meta(ge=2048),
+        about(
+            "Maximum number of fields in one command in Protobuf, and half as many objects outside the data in JSON."
+            " A connect command has less: 16 for each subscription of channel_limit, and 2048 at least."
+        ),
+    ] = 8192
+    max_filter_nodes: Annotated[
+        Positive,
+        about("Maximum number of nodes in a tags filter. The server evaluates each filter for each publication."),
+    ] = 256
     history_max_publication_limit: Annotated[
         NonNegative, about("Maximum number of publications in a history reply. 0: no limit.")
     ] = 300
@@ -361,6 +403,14 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
             " 0: no limit."
         ),
     ] = 300
+    recovery_reply_size: Annotated[
+        Positive,
+        about(
+            "Maximum number of bytes of missed publications in a connect reply, over all its channels, or in a"
+            " subscribe reply. The rest follows as pushes, in pages of this size, as fast as the client's network takes"
+            " them. A client that waits 5 seconds for a reply needs a link of a fifth of this size per second."
+        ),
+    ] = 32_768
     connect_include_server_time: Annotated[bool, about("The connect reply contains the server's time.")] = False
 
 
@@ -374,7 +424,17 @@ class HTTPAPISettings(Struct, frozen=True, forbid_unknown_fields=True):
         Secret, about("Key that callers send in the X-API-Key header. Empty: the server refuses every call.")
     ] = ""
     max_body_size: Annotated[Positive, about("Maximum size of a request body, in bytes.")] = 1_048_576
+    max_refused_body_size: Annotated[
+        NonNegative,
+        about(
+            "Maximum size of the body of a call with a wrong key, in bytes. The server closes the connection of a"
+            " longer one, and reads a shorter one, so that the connection stays open."
+        ),
+    ] = 65536
     body_timeout: Annotated[PositiveSeconds, about("Time limit for a request body to arrive completely.")] = 10.0
+    max_batch_commands: Annotated[
+        Positive, about("Maximum number of commands in one batch or pipeline, and of channels in one broadcast.")
+    ] = 50_000
     error_mode: Annotated[
         Literal["", "transport"],
         about("Form of errors. transport: an HTTP status. Empty: an error object in a response with status 200."),
@@ -396,96 +456,6 @@ class RPCSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """RPC methods of the server itself. The application's methods need no configuration."""
 
     ping: RPCPingSettings = field(default_factory=RPCPingSettings)
-
-
-class MessageSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options that both WebSocket transports have."""
-
-    message_size_limit: Annotated[Positive, about("Maximum size of a client's message, in bytes.")] = 65536
-    decompressed_message_size_limit: Annotated[
-        NonNegative,
-        about(
-            "Maximum size of a client's compressed message after decompression, in bytes. 0: ten times"
-            " message_size_limit."
-        ),
-    ] = 0
-    max_fragments: Annotated[NonNegative, about("Maximum number of fragments of a message. 0: no limit.")] = 1024
-    message_timeout: Annotated[Seconds, about("Time limit for all fragments of a message to arrive. 0: no limit.")] = (
-        10.0
-    )
-    write_timeout: Annotated[Seconds, about("Time limit for a socket to accept written data. 0: no limit.")] = 1.0
-    close_timeout: Annotated[
-        PositiveSeconds,
-        about("Time limit for a client's answer to a close frame before the server aborts the connection."),
-    ] = 5.0
-    compression: Annotated[bool, about("The server compresses messages to clients that offer permessage-deflate.")] = (
-        False
-    )
-    compression_min_size: Annotated[
-        NonNegative, about("Minimum size of a message that the server compresses, in bytes.")
-    ] = 0
-    compression_level: Annotated[
-        int, Meta(ge=1, le=9), about("Compression level, from 1 (fastest) to 9 (smallest messages).")
-    ] = 1
-
-
-class WebSocketSettings(MessageSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The WebSocket transport."""
-
-    disabled: Annotated[bool, about("The server does not serve this transport.")] = False
-    handler_prefix: Annotated[URLPath, about("Path at which clients connect.")] = "/connection/websocket"
-
-
-class UniWebSocketSettings(MessageSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The unidirectional WebSocket transport: after its connect command, a client only receives."""
-
-    enabled: Annotated[bool, about("The server serves this transport.")] = False
-    handler_prefix: Annotated[URLPath, about("Path at which clients connect.")] = "/connection/uni_websocket"
-
-
-class StreamSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options that all streaming transports have."""
-
-    enabled: Annotated[bool, about("The server serves this transport.")] = False
-    max_request_body_size: Annotated[Positive, about("Maximum size of a request body, in bytes.")] = 65536
-
-
-class SSESettings(StreamSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Server-sent events, for clients without access to WebSockets. Clients send their commands through [emulation]."""
-
-    handler_prefix: Annotated[URLPath, about("Path at which clients connect.")] = "/connection/sse"
-
-
-class HTTPStreamSettings(StreamSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A streamed HTTP response, for the same clients. They send their commands through [emulation]."""
-
-    handler_prefix: Annotated[URLPath, about("Path at which clients connect.")] = "/connection/http_stream"
-
-
-class UniSSESettings(StreamSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Unidirectional server-sent events, for clients without an SDK. Clients only receive."""
-
-    handler_prefix: Annotated[URLPath, about("Path at which clients connect.")] = "/connection/uni_sse"
-
-
-class UniHTTPStreamSettings(StreamSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A unidirectional streamed HTTP response, for clients without an SDK. Clients only receive."""
-
-    handler_prefix: Annotated[URLPath, about("Path at which clients connect.")] = "/connection/uni_http_stream"
-
-
-class EmulationSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """Requests with the commands of [sse] and [http_stream] clients. Served when either transport is enabled."""
-
-    handler_prefix: Annotated[URLPath, about("Path to which clients post their commands.")] = "/emulation"
-    max_request_body_size: Annotated[Positive, about("Maximum size of a request body, in bytes.")] = 65536
-
-
-class InitSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """A short response with which a load balancer can set its cookie before a client connects."""
-
-    enabled: Annotated[bool, about("The server serves this response.")] = False
-    handler_prefix: Annotated[URLPath, about("Path of the response.")] = "/connection/init"
 
 
 class WorkersSettings(Struct, frozen=True, forbid_unknown_fields=True):

@@ -26,7 +26,8 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 
 from realtime.app import ARGUMENTS, Handler
-from realtime.cache import NothingCached
+from realtime.cache import Entry, NothingCached
+from realtime.client_log import ClientLog
 from realtime.config.settings import WorkersSettings
 from realtime.errors import (
     INTERNAL_ERROR,
@@ -41,7 +42,7 @@ from realtime.errors import (
 )
 from realtime.handlers.compute_pool import ComputePool
 from realtime.handlers.coroutines import await_deferreds, eager_task
-from realtime.handlers.marking import ChargingMarker, MarkedCoroutine, Marker, call_marked, subject_reader
+from realtime.handlers.marking import ChargingMarker, MarkedCoroutine, Marker, call_marked, names_reader
 from realtime.handlers.outcomes import HandlerErrorLog, OutcomeCounters
 from realtime.handlers.placement import PlacementTracker
 from realtime.handlers.policy import NO_PRESSURE, AdmissionPolicy, PressureReading
@@ -50,6 +51,9 @@ from realtime.handlers.threads import BoundedSemaphore, HandlerThreads, ThreadSa
 from realtime.metrics import Metrics
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.pressure import Throttle
+
+# Seconds for which calls wait at most until the handler's first calls have ended.
+SAMPLE_TIMEOUT = 0.2
 
 
 def _monotonic_ledger() -> LoopTimeLedger:
@@ -64,6 +68,7 @@ class HandlerServices:
     account in it. marker: records the handler that runs, and charges its account in `ledger`; None to charge only.
     pressure: decides, together with each handler's policy, which calls are refused. compute_pool: not started yet, for
     handlers with run="process". slow_call: seconds on the loop that are too long for a handler with run="auto".
+    client_log: of calls that are refused, or not answered in time.
     """
 
     reactor: Any
@@ -75,6 +80,7 @@ class HandlerServices:
     pressure: PressureReading = NO_PRESSURE
     compute_pool: ComputePool | None = None
     slow_call: float = 0.05
+    client_log: ClientLog = field(default_factory=ClientLog)
 
 
 class HandlerCall:
@@ -95,13 +101,13 @@ class HandlerCall:
         self._count = OutcomeCounters(metrics, handler.name)
         self._account = ledger.open(LoopWork.HANDLER, handler.name)
         self._marker = services.marker or ChargingMarker(ledger)
-        self._name = handler.name.encode()
-        self._subject = subject_reader(handler)
+        self._names = names_reader(handler)
         self._timeout = settings.handler_timeout if handler.timeout is None else handler.timeout
         # The handler's own limit of concurrent calls, if it has one.
         self._semaphore = BoundedSemaphore(handler.limit, settings.thread_queue) if handler.limit else None
         self.throttle = Throttle(self._account)
-        self._policy = AdmissionPolicy(handler, services.pressure, self.throttle, metrics)
+        self._client_log = services.client_log
+        self._policy = AdmissionPolicy(handler, services.pressure, self.throttle, metrics, self._client_log)
         self._placement: PlacementTracker | None = None
         if handler.run == "auto":
             self._placement = PlacementTracker(handler, services.slow_call, services.reactor, metrics, services.log)
@@ -110,6 +116,7 @@ class HandlerCall:
         self._never_waits = handler.run == "loop" and self._semaphore is None and never_waits(handler.function)
         self._is_always_immediate = self._never_waits and self._policy.admits_always
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._waiting: list[Deferred[None]] = []  # calls until the first ones have ended
 
     @property
     def running(self) -> int:
@@ -142,6 +149,16 @@ class HandlerCall:
         self._count("ok")
         return result
 
+    def find_cached(self, *args: Any) -> Entry | None:
+        """Return the cached answer that `call` would return at once; None if there is none, or a decision is needed."""
+        cache = self.handler.cache
+        if cache is None or not self._policy.may_serve_cached:
+            return None
+        try:
+            return cache.find(args[self.handler.taken])
+        except Exception:  # of the key function: `call` reports it
+            return None
+
     async def __call__(self, *args: Any) -> Any:
         """Call the handler for a client, with all the arguments of its kind. Raises ClientError and Disconnect alone.
 
@@ -165,6 +182,8 @@ class HandlerCall:
             args = (ThreadSafeClient(args[0], self._threads.reactor, self._policy.is_under_pressure), *args[1:])
         args = args[self.handler.taken]
         limit = self._timeout if timeout is None else timeout
+        if not self.throttle.is_proven and self.throttle.running >= Throttle.SAMPLE and self.is_throttled:
+            await self._wait_for_sample()
         if self._policy.admits_directly:
             return await self._compute(args, limit)
         try:
@@ -186,28 +205,47 @@ class HandlerCall:
 
     async def _compute(self, args: tuple[Any, ...], timeout: float) -> Any:
         """Run the handler, and count how that ended."""
-        self._policy.throttle.enter()
+        self.throttle.enter()
         try:
             if self._never_waits:
                 result = self._run_immediately(args)
             else:
-                task = eager_task(self._run(args))
-                if not task.done():
-                    await self._wait(task, timeout)
-                result = _result(task)
+                finished: Deferred[Any] = Deferred()
+                task = eager_task(self._run_to(finished, args))
+                result = await (finished if task.done() else self._wait(task, finished, timeout))
         except BaseException as error:
             self._count_failure(error)
             raise
         finally:
-            self._policy.throttle.leave()
+            self.throttle.leave()
+            if self._waiting and self.throttle.is_proven:
+                self._end_sample()
         self._count("ok")
         return result
+
+    async def _wait_for_sample(self) -> None:
+        """Wait for the end of the first calls: a handler that blocks the loop shall not do so a hundred times at once.
+
+        The wait is short, and ends for good after SAMPLE_TIMEOUT, since calls may take as long as they like.
+        """
+        turn: Deferred[None] = Deferred()
+        self._waiting.append(turn)
+        if len(self._waiting) == 1:
+            self._threads.reactor.callLater(SAMPLE_TIMEOUT, self._end_sample)
+        await turn
+
+    def _end_sample(self) -> None:
+        self.throttle.is_proven = True
+        waiting, self._waiting = self._waiting, []
+        for turn in waiting:
+            turn.callback(None)
 
     def _count_failure(self, error: BaseException) -> None:
         """Count a call that raised `error`. Raises ClientError 100 unless callers may see the error itself."""
         for kinds, outcome in _OUTCOMES:
             if isinstance(error, kinds):
                 self._count(outcome)
+                self._log_refusal(error)
                 return
         if isinstance(error, EngineUnavailable):
             self._count("unavailable")
@@ -216,16 +254,57 @@ class HandlerCall:
             self._error_log.report(self.handler, error)
         raise ClientError(*INTERNAL_ERROR) from error
 
-    async def _wait(self, task: asyncio.Task[Any], timeout: float) -> None:
-        """Wait for a handler's task until the timeout. A task that ignores its cancellation goes on after that."""
-        # A Deferred, since every kind of caller can await one; `drive` and `await_deferreds` resume either.
-        finished: Deferred[None] = Deferred()
+    def _log_refusal(self, error: BaseException) -> None:
+        """Name the cause of a refusal for the log: the application, a time limit, or too few threads."""
+        match error:
+            case ClientError():  # the session of the client logs it
+                error.kind = error.kind or "handler"
+                return
+            case Disconnect():
+                error.kind = error.kind or "handler_disconnect"
+                return
+            case HandlerTimeout():
+                kind = "handler_timeout"
+            case PoolFull():
+                kind = "handler_queue"
+            case _:
+                return
+        pool, threads = self._threads, ""
+        if self._place == "thread":
+            threads = f" ({pool.busy} of {pool.size} threads are busy, {pool.overdue} past their time)"
+            if pool.overdue == pool.size:
+                kind = "threads_hang"
+        name, place = self.handler.name, self.handler.place
+        self._client_log.refuse(kind, handler=name, place=place, detail=error, size=pool.size, threads=threads)
 
-        def ended(task: asyncio.Task[Any]) -> None:
+    @property
+    def _place(self) -> str:
+        """Where the next call runs: "loop", "thread" or "process"."""
+        return self._placement.place if self._placement else self.handler.run
+
+    async def _run_to(self, finished: Deferred[Any], args: tuple[Any, ...]) -> None:
+        """Run the handler, in a task, and hand on its outcome at once.
+
+        The task itself would tell in the next turn of the loop, after all handlers that go on in this one: an answer
+        would wait for them, and they may block.
+        """
+        try:
+            result = await self._run(args)
+        except (asyncio.CancelledError, GeneratorExit):
             if not finished.called:
-                finished.callback(None)
-            elif not task.cancelled() and (error := task.exception()) is not None:
+                finished.errback(RuntimeError("the handler was cancelled from within"))
+            raise
+        except BaseException as error:
+            if not finished.called:
+                finished.errback(error)
+            else:  # after the timeout
                 self._error_log.report(self.handler, error)
+        else:
+            if not finished.called:
+                finished.callback(result)
+
+    async def _wait(self, task: asyncio.Task[None], finished: Deferred[Any], timeout: float) -> Any:
+        """Return a handler's result, until the timeout. A task that ignores its cancellation goes on after that."""
 
         def expire() -> None:
             task.cancel()
@@ -233,10 +312,9 @@ class HandlerCall:
 
         self._tasks.add(task)  # the loop itself holds only a weak reference to a waiting task
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(ended)
         timer = self._threads.reactor.callLater(timeout, expire) if timeout else None
         try:
-            await finished
+            return await finished
         except (CancelledError, asyncio.CancelledError):
             task.cancel()
             raise asyncio.CancelledError from None
@@ -247,7 +325,7 @@ class HandlerCall:
     # Where the handler runs.
 
     def _run(self, args: tuple[Any, ...]) -> Coroutine[Any, Any, Any]:
-        match self._placement.place if self._placement else self.handler.run:
+        match self._place:
             case "loop":
                 return self._run_on_loop(args)
             case "process":
@@ -256,7 +334,7 @@ class HandlerCall:
 
     def _run_immediately(self, args: tuple[Any, ...]) -> Any:
         """Run a coroutine that never waits: its first step is all of it."""
-        outer = self._marker.enter((self._name, self._subject(args)), self._account)
+        outer = self._marker.enter(self._names(args), self._account)
         try:
             self.handler.function(*args).send(None)
         except StopIteration as stop:
@@ -270,7 +348,7 @@ class HandlerCall:
         if self._semaphore is not None:
             await self._semaphore.acquire()
         try:
-            names = self._name, self._subject(args)
+            names = self._names(args)
             outer = self._marker.enter(names, self._account)
             try:
                 if self._placement:
@@ -331,12 +409,6 @@ def never_waits(function: Callable[..., Any]) -> bool:
 
 # The instructions that `await`, `async for`, `async with` and `yield` compile to.
 _WAITING = {"GET_AWAITABLE", "SEND", "YIELD_VALUE", "GET_AITER", "GET_ANEXT", "BEFORE_ASYNC_WITH"}
-
-
-def _result(task: asyncio.Task[Any]) -> Any:
-    if task.cancelled():
-        raise RuntimeError("the handler was cancelled from within")
-    return task.result()
 
 
 async def _await(awaitable: Awaitable[Any]) -> Any:

@@ -3,7 +3,7 @@
 The length has 4 bytes, big-endian. Both ends run the same code as the same user.
 
     worker                                  process
-    AppSettings                  ------->
+    ProcessSettings              ------->
                                  <-------   ProcessReady, or CallFailed
     ComputeCall                  ------->
     ServerResult or ServerError  <------>   ServerCall, any number of times, one after another
@@ -17,9 +17,20 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from realtime.config.settings import AppSettings, LogSettings
+
 # The most bytes of one message from a process, with its length. A handler with a longer result ends as CallFailed.
 MAX_REPLY = 1_048_576
 HEAD = struct.Struct("!I")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSettings:
+    """The application to import, and the log. worker: name of the worker, for the log."""
+
+    app: AppSettings
+    log: LogSettings
+    worker: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +76,21 @@ class CallDisconnected:
 class CallFailed:
     """The handler raised another exception, or the application could not be loaded.
 
-    place: file and line. text: a traceback, or the reason.
+    place: file and line. text: a traceback, or the reason. kind: the exception's type.
     """
 
     place: tuple[str, int]
     text: str
+    kind: str = "HandlerFailed"
+
+
+INVALIDATE = "invalidate"
+"""The method of a `ServerCall` that carries out a `realtime.cache.Invalidation`, its only argument."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerCall:
-    """The handler calls a method of its App. method: of `realtime.app.Server`, with its arguments."""
+    """The handler calls a method of its App. method: of `realtime.app.Server`, with its arguments; or INVALIDATE."""
 
     method: str
     args: tuple[Any, ...]

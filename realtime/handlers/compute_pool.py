@@ -30,11 +30,13 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from realtime import cache
 from realtime.app import Handler, Server
-from realtime.config.settings import AppSettings, WorkersSettings
+from realtime.config.settings import AppSettings, LogSettings, WorkersSettings
 from realtime.errors import ClientError, Disconnect, HandlerTimeout, PoolFull
 from realtime.handlers.compute_messages import (
     HEAD,
+    INVALIDATE,
     MAX_REPLY,
     CallDisconnected,
     CallFailed,
@@ -42,6 +44,7 @@ from realtime.handlers.compute_messages import (
     CallReturned,
     ComputeCall,
     ProcessReady,
+    ProcessSettings,
     Reply,
     ServerCall,
     ServerError,
@@ -66,22 +69,34 @@ _log = Logger()
 class HandlerFailed(Exception):
     """A handler raised an exception in its process, or the process ended.
 
-    place: the file and line of the exception, ("", 0) if unknown.
+    place: the file and line of the exception, ("", 0) if unknown. kind: its type.
     """
 
-    def __init__(self, message: str, place: tuple[str, int] = ("", 0)) -> None:
+    def __init__(self, message: str, place: tuple[str, int] = ("", 0), kind: str = "HandlerFailed") -> None:
         super().__init__(message)
         self.place = place
+        self.kind = kind
 
 
 class ComputePool:
     """The handler processes of one worker. Loop thread only."""
 
-    def __init__(self, reactor: Any, workers: WorkersSettings, app: AppSettings, metrics: Metrics) -> None:
-        """reactor: IReactorTime, on the asyncio loop. app: the application that the processes import."""
+    def __init__(
+        self,
+        reactor: Any,
+        workers: WorkersSettings,
+        app: AppSettings,
+        metrics: Metrics,
+        log: LogSettings | None = None,
+        worker: str = "worker",
+    ) -> None:
+        """reactor: IReactorTime, on the asyncio loop. app: the application that the processes import.
+
+        log, worker: see `ProcessSettings`.
+        """
         self._reactor = reactor
         self._size = workers.processes or _default_size(workers.count)
-        self._app = app
+        self._settings = ProcessSettings(app, log or LogSettings(), worker)
         self._metrics = metrics
         self._idle = IdleProcesses(workers.process_queue)
         self._server: Server | None = None
@@ -111,7 +126,11 @@ class ComputePool:
         gauge("realtime_handler_processes_busy", "Handler processes at work.", lambda: self._busy)
         gauge("realtime_handler_processes_waiting", "Calls that wait for a process.", lambda: self.waiting)
         self._replaced = counter(
-            "realtime_handler_process_replacements", "Handler processes that ended before their time."
+            "realtime_handler_process_replacements",
+            "Handler processes that ended before their time.",
+        )
+        self._not_started = counter(
+            "realtime_handler_process_failed_starts", "Handler processes that ended before they were ready."
         )
         for _ in range(self._size):
             self._launch()
@@ -163,7 +182,7 @@ class ComputePool:
         if self._stopping:
             return
         try:
-            self._alive.add(ComputeProcess(self._app, self._call_server, self._is_ready, self._has_ended))
+            self._alive.add(ComputeProcess(self._settings, self._call_server, self._is_ready, self._has_ended))
         except OSError as error:  # out of descriptors, memory or processes
             _log.error("can't start a handler process, trying again later: {error}", error=error)
             self._launch_later()
@@ -173,7 +192,8 @@ class ComputePool:
         try:
             if self._server is None:
                 raise RuntimeError("the server does not run")
-            return pack(ServerResult(await getattr(self._server, call.method)(*call.args, **call.options)))
+            method = cache.HOST.invalidate if call.method == INVALIDATE else getattr(self._server, call.method)
+            return pack(ServerResult(await method(*call.args, **call.options)))
         except Exception as error:
             try:
                 return pack(ServerError(error))
@@ -199,6 +219,7 @@ class ComputePool:
             self._launch_later()
 
     def _launch_later(self) -> None:
+        self._not_started.value += 1
         self._reactor.callLater(min(RETRY_AFTER[0] * 2**self._failed_starts, RETRY_AFTER[1]), self._launch)
         self._failed_starts = min(self._failed_starts + 1, 16)
 
@@ -258,7 +279,7 @@ class ComputeProcess(asyncio.Protocol):
 
     def __init__(
         self,
-        app: AppSettings,
+        settings: ProcessSettings,
         call_server: Callable[[ServerCall], Coroutine[Any, Any, bytes]],
         ready: Callable[[ComputeProcess], None],
         ended: Callable[[ComputeProcess, str], None],
@@ -289,7 +310,7 @@ class ComputeProcess(asyncio.Protocol):
             self._pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
         self._loop.add_reader(self._pidfd, self._reap)
-        self._connecting = self._loop.create_task(self._connect(ours, pack(app)))
+        self._connecting = self._loop.create_task(self._connect(ours, pack(settings)))
 
     async def call(self, message: bytes) -> Reply:
         """Send a packed ComputeCall and return the reply; one call at a time.
@@ -437,4 +458,4 @@ def _result(reply: Reply) -> Any:
             raise ClientError(reply.code, reply.message, reply.temporary)
         case CallDisconnected():
             raise Disconnect(reply.code, reply.reason)
-    raise HandlerFailed(reply.text, reply.place)
+    raise HandlerFailed(reply.text, reply.place, reply.kind)

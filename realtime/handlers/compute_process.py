@@ -3,7 +3,7 @@
     python -m realtime.handlers.compute_process FD
 
 FD is a connected UNIX stream to the worker; `realtime.handlers.compute_messages` describes its messages. The first
-message from the worker is its AppSettings: this process imports the application as the worker did, and answers with
+message from the worker is ProcessSettings: this process imports the application as the worker did, and answers with
 ProcessReady. From then on it carries out one ComputeCall at a time, and answers each with one reply; until the reply,
 the handler may call the App's methods, which go over the same stream to the worker and back. The process ends when the
 stream does.
@@ -11,6 +11,7 @@ stream does.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import pickle
@@ -23,10 +24,12 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from realtime import cache
 from realtime.app import ARGUMENTS, App, Handler, load
 from realtime.errors import LIMIT_EXCEEDED, ClientError, Disconnect, EngineUnavailable, SettingsError
 from realtime.handlers.compute_messages import (
     HEAD,
+    INVALIDATE,
     MAX_REPLY,
     CallDisconnected,
     CallFailed,
@@ -39,6 +42,7 @@ from realtime.handlers.compute_messages import (
     pack,
 )
 from realtime.handlers.results import call_plain_function, result_converter
+from realtime.process import app_log, output
 
 _PR_SET_PDEATHSIG = 1
 # The most characters of a traceback that are sent to the worker; its end is kept.
@@ -62,14 +66,17 @@ def _serve(stream: socket.socket) -> int:
     settings = _receive(stream)
     if settings is None:
         return 0
+    output.install(settings.log.max_queued_bytes)
+    app_log.begin(f"{settings.worker} process {os.getpid()}", settings.log, sys.stdout.write)
     try:
-        app = load(settings)
+        app = load(settings.app)
     except SettingsError as error:
         stream.sendall(pack(CallFailed(("", 0), str(error))))
         _receive(stream)  # wait, so that the worker reads the message before it sees the end of the process
         return os.EX_CONFIG
     handlers, server = _process_handlers(app), ServerStub(stream)
     app.bind(server, server.perform)
+    _share_caches(server)
     stream.sendall(pack(ProcessReady(os.getpid())))
     while (call := _receive(stream)) is not None:
         with server:
@@ -118,6 +125,15 @@ class ServerStub:
         raise outcome.error if isinstance(outcome, ServerError) else EngineUnavailable("the worker is gone")
 
 
+def _share_caches(server: ServerStub) -> None:
+    """Send the invalidations of caches to the workers, which have the values."""
+
+    async def broadcast(invalidation: cache.Invalidation) -> None:
+        server.perform(ServerCall(INVALIDATE, (invalidation,), {}))
+
+    cache.HOST.perform, cache.HOST.broadcast = asyncio.run, broadcast
+
+
 def _process_handlers(app: App) -> dict[str, Handler]:
     handlers = [handler for kind in ARGUMENTS for handler in app.handlers(kind).values()]
     return {handler.name: handler for handler in handlers if handler.run == "process"}
@@ -141,7 +157,8 @@ def _reply(handler: Handler, args: tuple[Any, ...]) -> bytes:
 def _failure(error: BaseException) -> CallFailed:
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     text = "".join(traceback.format_exception(error))
-    return CallFailed((innermost.filename, innermost.lineno or 0), text[-_MAX_TRACEBACK:])
+    place = innermost.filename, innermost.lineno or 0
+    return CallFailed(place, text[-_MAX_TRACEBACK:], type(error).__name__)
 
 
 def _receive(stream: socket.socket) -> Any:

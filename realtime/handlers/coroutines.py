@@ -40,19 +40,32 @@ class CoroutineLike(Protocol):
 def drive(
     coroutine: Coroutine[Any, Any, Any], done: DoneCallback, ledger: LoopTimeLedger | None = None
 ) -> CoroutineDriver | None:
-    """Start `coroutine` now, in a copy of the caller's context, and call `done` when it has finished.
+    """Start `coroutine` now, and call `done` when it has finished.
 
-    Returns None if the coroutine finished without waiting; `done` has been called by then. Otherwise returns the
+    Its first step runs in the caller's context, and the others in a copy: it must not set context variables before it
+    waits. Returns None if the coroutine finished without waiting; `done` has been called by then. Otherwise returns the
     `CoroutineDriver`, which can cancel it; the coroutine continues as soon as the object that it awaits has a result.
     ledger: of the loop's time. With it, every step is charged to the account that was charged at the start, and not to
     the code that resumes the coroutine. Loop thread only.
     """
-    driver = CoroutineDriver(coroutine, done, ledger)
-    return driver if driver._advance() else None
+    result: Any = None
+    error: BaseException | None = None
+    try:
+        awaited = coroutine.send(None)
+    except StopIteration as stop:
+        result = stop.value
+    except BaseException as raised:
+        error = raised
+    else:
+        driver = CoroutineDriver(coroutine, done, ledger)
+        return driver if driver._wait(awaited) else None
+    # Outside the `except` blocks, so that an exception of `done` is not chained to the coroutine's.
+    done(result, error)
+    return None
 
 
 class CoroutineDriver:
-    """A coroutine that `drive` has started, and its next step."""
+    """A coroutine that `drive` has started and that waits, and its next step."""
 
     __slots__ = ("_account", "_awaited", "_cancelled", "_context", "_coroutine", "_done", "_ledger")
 
@@ -75,7 +88,7 @@ class CoroutineDriver:
         else:
             awaited.cancel()
 
-    def _advance(self, error: BaseException | None = None) -> bool:
+    def _advance(self, error: BaseException | None) -> bool:
         """Run the coroutine until it waits (True) or has finished (False)."""
         self._awaited = None
         result: Any = None
@@ -90,8 +103,7 @@ class CoroutineDriver:
             error = raised
         else:
             return self._wait(awaited)
-        # Outside the `except` blocks, so that an exception of `done` is not chained to the coroutine's.
-        self._done(result, error)
+        self._done(result, error)  # outside the `except` blocks, as in `drive`
         return False
 
     def _wait(self, awaited: Any) -> bool:
@@ -148,10 +160,10 @@ def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None
 def start_future(coroutine: Coroutine[Any, Any, Any], ledger: LoopTimeLedger | None = None) -> asyncio.Future[Any]:
     """Start `coroutine` now and return the future of its result; cancelling the future cancels the coroutine.
 
-    ledger: see `drive`.
+    It runs in a copy of the caller's context. ledger: see `drive`.
     """
     future = asyncio.get_running_loop().create_future()
-    driver = drive(coroutine, partial(settle, future), ledger)
+    driver = copy_context().run(drive, coroutine, partial(settle, future), ledger)
     if driver is not None:
         future.add_done_callback(lambda future: driver.cancel() if future.cancelled() else None)
     return future

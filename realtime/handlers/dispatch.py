@@ -28,15 +28,16 @@ class Dispatcher:
     """The handlers of one App, ready to be called. It implements `realtime.protocol.context.Handlers` for sessions.
 
     Loop thread only, except `run_coroutine`. Construct it before the loop runs or while it does; `start` it on the
-    loop. threads: the pool of handlers with run="thread". ledger: of the loop's time. throttles: of the handlers that
-    may press the loop; the owner of the loop's heartbeat calls their `observe`.
+    loop. threads: the pool of handlers with run="thread". routes: the calls by "METHOD path", see `route`. ledger: of
+    the loop's time. throttles: of the handlers that may press the loop; the owner of the loop's heartbeat calls their
+    `observe`.
     """
 
     def __init__(self, app: App, services: HandlerServices) -> None:
         self._app = app
         self._services = services
         self.ledger = services.ledger
-        self._error_log = HandlerErrorLog(services.log, services.reactor)
+        self._error_log = HandlerErrorLog(services.log, services.reactor, services.metrics)
         self._calls: list[HandlerCall] = []
         self.threads = HandlerThreads(services.reactor, services.settings.threads, services.settings.thread_queue)
         self.threads.register_metrics(services.metrics)
@@ -46,7 +47,7 @@ class Dispatcher:
         self._subscribing = Patterns(self._make_calls("on_subscribe"))
         self._publishing = Patterns(self._make_calls("on_publish"))
         self._procedures = self._make_calls("rpc")
-        self._routes = self._make_calls("http")
+        self.routes = self._make_calls("http")
         self.throttles: list[Throttle] = [call.throttle for call in self._calls if call.is_throttled]
         self.has_procedures = bool(self._procedures)
 
@@ -76,7 +77,7 @@ class Dispatcher:
 
         Use its `call`, with a `realtime.app.Request`; it returns a `PreparedResponse`.
         """
-        return self._routes.get(f"{method} {path}")
+        return self.routes.get(f"{method} {path}")
 
     @property
     def running(self) -> int:

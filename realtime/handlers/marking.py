@@ -61,11 +61,12 @@ class MarkedCoroutine:
         return self._call_marked(self._coroutine.throw, error)
 
 
-def subject_reader(handler: Handler) -> Callable[[tuple[Any, ...]], bytes]:
-    """Return a function from a call's arguments to its subject: the channel, path or method, in UTF-8."""
+def names_reader(handler: Handler) -> Callable[[tuple[Any, ...]], Names]:
+    """Return a function from a call's arguments to its names; the subject is the channel, path or method."""
+    name = handler.name.encode()
     if handler.kind in ("on_subscribe", "on_publish"):
-        return lambda args: str(args[1]).encode("utf-8", "replace")
+        return lambda args: (name, str(args[1]).encode("utf-8", "replace"))
     if handler.kind == "http":
-        return lambda args: str(args[0].path).encode("utf-8", "replace")
-    method = handler.name.partition(" ")[2].encode("utf-8", "replace")
-    return lambda args: method
+        return lambda args: (name, str(args[0].path).encode("utf-8", "replace"))
+    names = name, handler.name.partition(" ")[2].encode("utf-8", "replace")
+    return lambda args: names

@@ -1,50 +1,62 @@
-"""Records how calls of handlers end, for the operator: a counter for each outcome, and errors in the log."""
+"""Records how calls of handlers end, for the operator: counters of outcomes and of errors, and errors in the log."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from twisted.logger import Logger
+from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
 from realtime.app import Handler
 from realtime.handlers.compute_pool import HandlerFailed
 from realtime.metrics import Counter, Metrics
+from realtime.repetition import Repetition
 
-# Seconds between two log entries about the same error at the same line.
-REPEAT_AFTER = 60.0
-# Lines that are remembered: an application that generates code at run time has no end of them.
-_MAX_LINES = 1000
+# Lines in one minute that are logged: an application that generates code at run time has no end of them.
+MAX_LINES = 1000
+# Pairs of handler and exception type that are counted on their own: an application may create types at run time.
+MAX_ERROR_SERIES = 200
 
 
 class HandlerErrorLog:
-    """The log of exceptions that handlers raise: one entry per line of code and minute, with the number left out."""
+    """The log of exceptions that handlers raise: one entry per line of code and minute, with the number left out.
 
-    def __init__(self, log: Logger, clock: Any) -> None:
+    All of them are counted, by handler and type of exception.
+    """
+
+    def __init__(self, log: Logger, clock: Any, metrics: Metrics) -> None:
         """clock: IReactorTime."""
         self._log = log
         self._clock = clock
-        # By handler, file and line: when it was logged, and the repetitions since.
-        self._logged: dict[tuple[str, str, int], tuple[float, int]] = {}
+        self._metrics = metrics
+        self._counters: dict[tuple[str, str], Counter] = {}
+        self._repetition: Repetition[tuple[str, str, int]] = Repetition(MAX_LINES)  # by handler, file and line
 
     def report(self, handler: Handler, error: BaseException) -> None:
-        """Log `error` with its traceback, unless the same line was logged within REPEAT_AFTER seconds."""
-        line = (handler.name, *_raising_line(error))
-        now = self._clock.seconds()
-        logged_at, left_out = self._logged.get(line, (now - REPEAT_AFTER, 0))
-        if now - logged_at < REPEAT_AFTER:
-            self._logged[line] = (logged_at, left_out + 1)
+        """Count `error`, and log it with its traceback unless the same line was logged within the last minute."""
+        self._count(handler.name, error.kind if isinstance(error, HandlerFailed) else type(error).__name__)
+        left_out = self._repetition.admit((handler.name, *_raising_line(error)), self._clock.seconds())
+        if left_out is None:
             return
-        if len(self._logged) >= _MAX_LINES:
-            self._logged.clear()
-        self._logged[line] = (now, 0)
         self._log.failure(
             "handler {handler} at {place} raised an exception{repeats}",
             Failure(error),
+            level=LogLevel.error,
             handler=handler.name,
             place=handler.place,
             repeats=f" (and {left_out} times more since it was last logged)" if left_out else "",
         )
+
+    def _count(self, handler: str, exception: str) -> None:
+        if (handler, exception) not in self._counters and len(self._counters) >= MAX_ERROR_SERIES:
+            exception = "other"
+        counter = self._counters.get((handler, exception))
+        if counter is None:
+            help = "Exceptions that handlers raised by mistake, by type."
+            counter = self._counters[handler, exception] = self._metrics.counter(
+                "realtime_handler_errors", help, handler=handler, exception=exception
+            )
+        counter.value += 1
 
 
 class OutcomeCounters:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from realtime.app import POLICIES, Handler
+from realtime.client_log import ClientLog
 from realtime.errors import Overloaded
 from realtime.metrics import Counter, Metrics
 from realtime.supervision.pressure import Throttle
@@ -39,8 +40,17 @@ class AdmissionPolicy:
     `admits_directly` is true at any time.
     """
 
-    def __init__(self, handler: Handler, pressure: PressureReading, throttle: Throttle, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        pressure: PressureReading,
+        throttle: Throttle,
+        metrics: Metrics,
+        client_log: ClientLog | None = None,
+    ) -> None:
+        """client_log: of the refused calls."""
         self.throttle = throttle
+        self._client_log = client_log or ClientLog()
         self._handler = handler
         self._pressure = pressure
         self._metrics = metrics
@@ -60,13 +70,16 @@ class AdmissionPolicy:
         return self._handler.run in ("loop", "auto") and self._handler.pressure != "ignore"
 
     @property
-    def admits_directly(self) -> bool:
-        """Whether a call needs no decision: there is no cache to ask, and no pressure that the policy heeds."""
-        return self.admits_always or (self._handler.cache is None and self._has_room)
+    def may_serve_cached(self) -> bool:
+        """Whether a cached answer may be served without a decision about the call."""
+        return self._handler.pressure in ("stale", "ignore") or not self._pressure.pressed
 
     @property
-    def _has_room(self) -> bool:
-        return not self._pressure.pressed and self.throttle.admits()
+    def admits_directly(self) -> bool:
+        """Whether a call needs no decision: there is no cache to ask, and no pressure that the policy heeds."""
+        if self.admits_always:
+            return True
+        return self._handler.cache is None and not self._pressure.pressed and self.throttle.admits()
 
     def is_under_pressure(self) -> bool:
         """Return whether the worker is under pressure."""
@@ -78,7 +91,7 @@ class AdmissionPolicy:
         Raises Overloaded when the call is refused. A policy function is the application's: it may raise anything, and
         ValueError is raised when it returns no policy.
         """
-        if self._has_room:
+        if not self._pressure.pressed and self.throttle.admits():
             return True
         policy = self._handler.pressure
         if callable(policy):
@@ -96,6 +109,7 @@ class AdmissionPolicy:
         if counter is None:
             counter = self._refusals[reason] = shed_counter(self._metrics, self._handler.kind, reason)
         counter.value += 1
+        self._client_log.refuse("handler_pressure", handler=self._handler.name, reason=reason)
         return Overloaded(f"{self._handler.name} is refused: {reason}")
 
 

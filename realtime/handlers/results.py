@@ -24,6 +24,8 @@ JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 _BYTES = "application/octet-stream"
 
+_encode = msgspec.json.Encoder().encode
+
 
 class PreparedResponse(msgspec.Struct, frozen=True):
     """An HTTP response, ready to be written.
@@ -46,7 +48,7 @@ def status_response(status: int, *headers: tuple[str, str]) -> PreparedResponse:
 
 def json_response(status: int, value: Any) -> PreparedResponse:
     """Return a response with a JSON body. value: anything that JSON can represent."""
-    return PreparedResponse(status, msgspec.json.encode(value), JSON)
+    return PreparedResponse(status, _encode(value), JSON)
 
 
 def call_plain_function(handler: Handler, args: tuple[Any, ...]) -> Any:
@@ -104,9 +106,6 @@ def _to_data(value: Any) -> msgspec.Raw | bytes | None:
     if len(encoded) > MAX_RESULT:
         raise ClientError(*LIMIT_EXCEEDED)
     return encoded if is_bytes else msgspec.Raw(encoded)
-
-
-_encode = msgspec.json.Encoder().encode
 
 
 def _to_response(value: Any) -> PreparedResponse:

@@ -91,6 +91,7 @@ class HandlerThreads:
     def __init__(self, reactor: Any, size: int, queue: int) -> None:
         """reactor: IReactorTime and IReactorFromThreads. size: threads. queue: calls that may wait for a thread."""
         self.reactor = reactor
+        self.size = size
         self._semaphore = BoundedSemaphore(size, queue)
         self._pool = DaemonPool(0, size, "handlers")
         self._overdue = 0
@@ -99,12 +100,17 @@ class HandlerThreads:
         """Add gauges of the pool's use to `metrics`."""
         metrics.gauge("realtime_handler_threads_busy", "Handler threads at work.", lambda: self.busy)
         metrics.gauge("realtime_handler_threads_waiting", "Calls that wait for a thread.", lambda: self.waiting)
-        metrics.gauge("realtime_handler_threads_overdue", "Threads that run past their time.", lambda: self._overdue)
+        metrics.gauge("realtime_handler_threads_overdue", "Threads that run past their time.", lambda: self.overdue)
 
     @property
     def busy(self) -> int:
         """The number of threads that run a handler."""
         return self._semaphore.held
+
+    @property
+    def overdue(self) -> int:
+        """The number of threads that run a handler past its time."""
+        return self._overdue
 
     @property
     def waiting(self) -> int:

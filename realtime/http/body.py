@@ -77,6 +77,11 @@ class BodyParser:
         self._body = bytearray()
 
     @property
+    def received(self) -> int:
+        """Bytes that are kept of an incomplete body."""
+        return len(self._body) + len(self._buffer)
+
+    @property
     def missing(self) -> int:
         """Bytes missing of a body that is not chunked."""
         return self._missing

@@ -22,6 +22,11 @@ MAX_CLOSE_REASON = 123  # bytes: a control frame carries at most 125, two of the
 
 def text_frame(payload: bytes) -> bytes:
     """Build a frame with a complete text message. payload: UTF-8, not checked here."""
+    length = len(payload)
+    if length < 126:  # as `_frame`, without a further call for each small reply
+        return _SHORT(_TEXT, length) + payload
+    if length < 65536:
+        return _MEDIUM(_TEXT, 126, length) + payload
     return _frame(_TEXT, payload)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from base64 import b64encode
+from binascii import b2a_base64
 from collections.abc import Callable, Collection, Iterable, Mapping
 from hashlib import sha1
 from http import HTTPStatus
@@ -24,7 +24,12 @@ SUBPROTOCOLS = {"centrifuge-json": "json", "centrifuge-protobuf": "protobuf"}
 # Query parameters that select an encoding without a subprotocol (client protocol, section 2.3).
 _ENCODING_PARAMETERS = ("format", "cf_protocol")
 
-_SWITCHING = ("HTTP/1.1 101 Switching Protocols", "Server: realtime", "Upgrade: websocket", "Connection: Upgrade")
+_SWITCHING = (
+    b"HTTP/1.1 101 Switching Protocols\r\nServer: realtime\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Accept: %b\r\n"
+)
+# Values of Connection in nearly all handshakes; Firefox sends the second one.
+_CONNECTION = ("Upgrade", "keep-alive, Upgrade")
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
 
 _MAX_SUBPROTOCOLS = 16  # further names are ignored
@@ -46,6 +51,23 @@ class OpeningRequest(Struct, frozen=True):
 
 def check_handshake(head: RequestHead, origin_allowed: Callable[[RequestHead], bool]) -> Refusal | None:
     """Check a request to the WebSocket path; return None for a valid opening handshake of an allowed origin."""
+    fields = dict(head.fields)
+    is_plain = len(fields) == len(head.fields) and (
+        (head.method, head.version, head.body) == ("GET", "1.1", 0)
+        and fields.get("upgrade") == "websocket"
+        and fields.get("connection") in _CONNECTION
+        and fields.get("sec-websocket-version") == "13"
+        and _KEY.fullmatch(fields.get("sec-websocket-key", "")) is not None
+        and "sec-websocket-protocol" not in fields
+    )
+    refusal = None if is_plain else _check_head(head)
+    if refusal is None and not origin_allowed(head):
+        return Refusal(HTTPStatus.FORBIDDEN, "this origin is not allowed", "origin")
+    return refusal
+
+
+def _check_head(head: RequestHead) -> Refusal | None:
+    """Check everything but the origin."""
     if head.method != "GET":
         allow = (("Allow", "GET"),)
         return Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "a WebSocket is opened by GET", "handshake", allow)
@@ -64,8 +86,6 @@ def check_handshake(head: RequestHead, origin_allowed: Callable[[RequestHead], b
         return _bad("exactly one valid Sec-WebSocket-Key is needed")
     if not all(map(_TOKEN.fullmatch, _list_header(head, "sec-websocket-protocol"))):
         return _bad("malformed Sec-WebSocket-Protocol")
-    if not origin_allowed(head):
-        return Refusal(HTTPStatus.FORBIDDEN, "this origin is not allowed", "origin")
     return None
 
 
@@ -85,8 +105,9 @@ def requested_encoding(subprotocol: str | None, query: Mapping[str, str]) -> str
 
 def make_opening_request(head: RequestHead, remote_address: str) -> OpeningRequest:
     """Build the session's view of an accepted request; of a repeated query parameter the last value counts."""
-    query = dict(parse_qsl(head.query, keep_blank_values=True, errors="replace"))
-    return OpeningRequest(head.headers, query, head.path, remote_address)
+    path, mark, query = head.target.partition("?")
+    parameters = dict(parse_qsl(query, keep_blank_values=True, errors="replace")) if mark else {}
+    return OpeningRequest(head.headers, parameters, path, remote_address)
 
 
 def handshake_response(head: RequestHead, subprotocol: str | None, extensions: str = "") -> bytes:
@@ -94,13 +115,13 @@ def handshake_response(head: RequestHead, subprotocol: str | None, extensions: s
 
     subprotocol, extensions: the negotiated ones; None and "" for none.
     """
-    accept = b64encode(sha1(head.get_all("sec-websocket-key")[0].encode() + _GUID).digest()).decode()
-    lines = [*_SWITCHING, f"Sec-WebSocket-Accept: {accept}"]
+    digest = sha1(head.get("sec-websocket-key").encode() + _GUID).digest()
+    response = _SWITCHING % b2a_base64(digest, newline=False)
     if subprotocol is not None:
-        lines.append(f"Sec-WebSocket-Protocol: {subprotocol}")
+        response += f"Sec-WebSocket-Protocol: {subprotocol}\r\n".encode()
     if extensions:
-        lines.append(f"Sec-WebSocket-Extensions: {extensions}")
-    return "\r\n".join([*lines, "", ""]).encode()
+        response += f"Sec-WebSocket-Extensions: {extensions}\r\n".encode()
+    return response + b"\r\n"
 
 
 def origin_policy(patterns: Iterable[str], own_names: HostNames | None = None) -> Callable[[RequestHead], bool]:
@@ -126,15 +147,27 @@ def origin_policy(patterns: Iterable[str], own_names: HostNames | None = None) -
             return False
         if allows_any:
             return True
-        parts = _ORIGIN.fullmatch(origin)
-        if parts is None:
-            return False
         if not globs:
-            scheme, authority = parts.groups()
-            return scheme in _DEFAULT_PORTS and _is_same_host(authority, head.get_all("host")[0].lower(), scheme)
-        return any(match(origin) for match in matches)
+            return _is_same_origin(origin, head)
+        return _ORIGIN.fullmatch(origin) is not None and any(match(origin) for match in matches)
 
     return is_allowed
+
+
+def origin_fault(head: RequestHead) -> str:
+    """Return the kind of a refusal by an `origin_policy`: "null_origin", "host" or "origin"."""
+    origin = head.get("origin").lower()
+    if origin == "null":
+        return "null_origin"
+    return "host" if not origin or _is_same_origin(origin, head) else "origin"
+
+
+def _is_same_origin(origin: str, head: RequestHead) -> bool:
+    parts = _ORIGIN.fullmatch(origin)
+    if parts is None:
+        return False
+    scheme, authority = parts.groups()
+    return scheme in _DEFAULT_PORTS and _is_same_host(authority, head.get("host").lower(), scheme)
 
 
 def _is_same_host(authority: str, host: str, scheme: str) -> bool:

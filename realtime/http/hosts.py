@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
+from functools import lru_cache
 
 from realtime.http.request import RequestHead
 
@@ -31,6 +32,7 @@ class HostNames:
         return "." not in name and not head.get("origin")
 
 
+@lru_cache(maxsize=256)
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)

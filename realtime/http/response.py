@@ -1,7 +1,7 @@
 """HTTP responses as bytes: every complete response of the clients' port is written by `encode_response`.
 
 Head and body are one byte string, so that a response is one system call and one packet. What is the same in many
-responses is prepared: the status lines, and the Date, which changes once a second.
+responses is prepared: the status lines, the Date, and the start of the head for a second, until the Date changes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _LINE_ENDS = re.compile(r"[\r\n\0]+")
 
 _date_second = 0
 _date_line = b""
+# Heads without further headers up to the length of the body, by status and content type; of this second.
+_starts: dict[tuple[int, str], bytes] = {}
 
 
 def date_line() -> bytes:
@@ -37,11 +39,12 @@ def date_line() -> bytes:
     if now != _date_second:
         _date_line = f"Date: {formatdate(now, usegmt=True)}\r\n".encode()
         _date_second = now
+        _starts.clear()
     return _date_line
 
 
 def encode_response(
-    status: int, content_type: str, headers: Headers, body: bytes, *, close: bool = False, without_body: bool = False
+    status: int, content_type: str, headers: Headers, body: bytes, close: bool = False, without_body: bool = False
 ) -> bytes:
     """Build a complete response.
 
@@ -49,13 +52,21 @@ def encode_response(
     line ends in values become spaces. close: announce the end of the connection. without_body: the response to HEAD.
     Raises ValueError for a header name that is not a token.
     """
+    date = date_line()
+    is_plain = not (headers or close or without_body)
+    if is_plain and (start := _starts.get((status, content_type))):
+        return b"%b%d\r\n\r\n%b" % (start, len(body), body)
     line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
     own = _OURS if not headers else _own_headers(headers)
     if content_type and not (headers and _names(headers) & {"content-type"}):
         own += b"Content-Type: %b\r\n" % content_type.encode("latin-1", "replace")
-    length = b"" if status in _WITHOUT_BODY else b"Content-Length: %d\r\n" % len(body)
-    rest = b"" if without_body or status in _WITHOUT_BODY else body
-    return b"".join((line, own, date_line(), _CLOSE if close else b"", length, b"\r\n", rest))
+    start = b"".join((line, own, date, _CLOSE if close else b""))
+    if status in _WITHOUT_BODY:
+        return start + b"\r\n"
+    start += b"Content-Length: "
+    if is_plain:
+        _starts[status, content_type] = start
+    return b"%b%d\r\n\r\n%b" % (start, len(body), b"" if without_body else body)
 
 
 def encode_head(status: int, headers: Headers, *, close: bool = False) -> bytes:

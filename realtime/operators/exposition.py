@@ -61,9 +61,11 @@ class _Families(Collector):
         # A sample of another version, or a malformed one, must not spoil the page for the others.
         if not _NAME.fullmatch(sample.name) or not all(map(_LABEL.fullmatch, labels)):
             return
-        if sample.kind not in ("counter", "gauge"):
+        if sample.kind not in ("counter", "gauge", "histogram"):
             return
-        family = self._families.setdefault(sample.name, Metric(sample.name, sample.help, sample.kind))
+        # A histogram's series share a family: its buckets, their sum and their number.
+        name = sample.name.rpartition("_")[0] if sample.kind == "histogram" else sample.name
+        family = self._families.setdefault(name, Metric(name, sample.help, sample.kind))
         if family.type == sample.kind:
             name = f"{sample.name}_total" if sample.kind == "counter" else sample.name
             family.add_sample(name, labels, sample.value)
@@ -73,9 +75,11 @@ class _Families(Collector):
 
 
 def supervisor_samples(metrics: Metrics) -> Iterator[LabelledSample]:
-    """The supervisor's own series. A series with a label `worker` is about that worker."""
+    """The supervisor's own series. A series with a label `worker` or `process` is about that process."""
     for sample in metrics.snapshot():
-        yield {"process": "worker"} if "worker" in dict(sample.labels) else SUPERVISOR, sample
+        labels = dict(sample.labels)
+        process = labels.get("process", "worker" if "worker" in labels else "supervisor")
+        yield {"process": process}, sample
 
 
 def pool_samples(pool: Pool, processes: Mapping[int, VitalProcess], now: float) -> Iterator[LabelledSample]:
@@ -86,8 +90,8 @@ def pool_samples(pool: Pool, processes: Mapping[int, VitalProcess], now: float) 
         yield SUPERVISOR, Sample("realtime_workers", "gauge", help, [("state", state.value)], states.count(state))
     for slot in pool.slots.values():
         labels = process_labels(slot.number)
-        up = float(slot.state is SlotState.READY)
-        yield labels, Sample("realtime_process_up", "gauge", "Whether the process is ready: 1 or 0.", [], up)
+        help = "1 while the process is ready and its loop turns, else 0."
+        yield labels, Sample("realtime_process_up", "gauge", help, [], float(pool.is_up(slot)))
         for reason, count in slot.restarts.items():
             help = "Replacements of processes that ended, by reason."
             yield labels, Sample("realtime_process_restarts", "counter", help, [("reason", reason)], count)
@@ -99,8 +103,13 @@ def pool_samples(pool: Pool, processes: Mapping[int, VitalProcess], now: float) 
 
 
 def condition_samples(healths: Iterable[Health]) -> Iterator[LabelledSample]:
-    """The condition of each worker."""
+    """The condition of each worker, and the lag of each process as the conditions read it."""
     for health in healths:
+        if health.vitals is not None:
+            help = "How late the process's loop is now: by its present turn, its overdue beat, or its latest timer."
+            yield process_labels(health.slot), Sample("realtime_loop_lag_seconds", "gauge", help, [], health.lag)
+        if health.slot == BROKER:
+            continue
         for condition in Condition:
             help = "1 for the condition that the worker is in, 0 for each other one."
             value = float(health.condition is condition)
@@ -127,7 +136,6 @@ def _vital_samples(vitals: Vitals, now: float) -> Iterator[Sample]:
     """The figures of one process's vitals page."""
     gauges = {
         "realtime_loop_beat_age_seconds": (beat_age(vitals, now), "Since the process's loop last turned."),
-        "realtime_loop_lag_seconds": (vitals.lag, "How late the latest timer of the process's loop fired."),
         "realtime_loop_utilization": (
             vitals.utilization,
             "Share of the last second that the process's loop did not idle.",

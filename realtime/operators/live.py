@@ -7,6 +7,7 @@ is not asked again; its other figures come from its vitals page, which can be re
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -20,11 +21,13 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from realtime.metrics import NONE, Sample
+from realtime.metrics import NONE, Metrics, Sample
+from realtime.operators.exposition import process_labels
+from realtime.operators.summary import SUPERVISOR, WATCHED, Failures, HealthSource
 from realtime.process import log
 from realtime.process.heartbeat import LOOP_SECONDS
-from realtime.supervision.health import Health
 from realtime.supervision.incidents import Blocks, Incident, IncidentLog
+from realtime.supervision.pool import BROKER
 from realtime.supervision.rates import Rates
 
 # Seconds between two snapshots.
@@ -41,6 +44,9 @@ SHARE_SPAN = 5
 MAX_SHARES = 10
 # Shares below this are left out.
 _MIN_SHARE = 0.0005
+
+# Upper bounds in seconds of the buckets of the processes' largest lags.
+LAG_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 # Counters whose rates are in a snapshot, and the names of the rates.
 _RATES = {
@@ -76,10 +82,9 @@ class MetricsSource(Protocol):
     def collect(self, names: Collection[str] = ()) -> Deferred[list[Sample]]: ...
 
 
-class HealthSource(Protocol):
-    """The health of each worker, by slot. after_check: called after each check of all workers."""
+class CheckedHealth(HealthSource, Protocol):
+    """The health of all processes. after_check: called after each check of them."""
 
-    health: dict[int, Health]
     after_check: list[Callable[[], None]]
 
 
@@ -89,22 +94,33 @@ class IncidentSource(Protocol):
     incidents: IncidentLog
 
 
+class LiveSource(Protocol):
+    """The supervisor's state. processes: by slot, the live dictionary. metrics: the supervisor's own series."""
+
+    @property
+    def processes(self) -> Mapping[int, MetricsSource]: ...
+    @property
+    def monitor(self) -> CheckedHealth: ...
+    @property
+    def sampler(self) -> IncidentSource: ...
+    @property
+    def metrics(self) -> Metrics: ...
+
+
 class LiveFigures:
     """The snapshots, and the chart points of the last KEPT of them."""
 
     def __init__(
-        self,
-        reactor: Any,
-        monitor: HealthSource,
-        sampler: IncidentSource,
-        processes: Mapping[int, MetricsSource],
-        summary: Callable[[], dict[str, Any]],
+        self, reactor: Any, source: LiveSource, failures: Failures, summary: Callable[[float], dict[str, Any]]
     ) -> None:
-        """processes: by slot, the live dictionary. summary: the state of the server, as /health shows it."""
+        """failures: takes the counters of failures of all processes, once each INTERVAL. summary: the state of the
+        server at a time of the reactor, as /health shows it."""
         self._reactor = reactor
-        self._monitor = monitor
-        self._sampler = sampler
-        self._processes = processes
+        self._monitor = source.monitor
+        self._sampler = source.sampler
+        self._processes = source.processes
+        self._metrics = source.metrics
+        self._failures = failures
         self._summary = summary
         self._listeners: list[Callable[[bytes], None]] = []
         self._rates = Rates[str]()
@@ -115,7 +131,7 @@ class LiveFigures:
         self._json = b"null"
         self._timer = LoopingCall(self._update)
         self._timer.clock = reactor
-        monitor.after_check.append(self._note_lags)
+        self._monitor.after_check.append(self._note_lags)
 
     def add_listener(self, listener: Callable[[bytes], None]) -> None:
         """Have `listener` called with the JSON of each new snapshot."""
@@ -143,12 +159,25 @@ class LiveFigures:
         return msgspec.json.encode(list(self._past))
 
     def _note_lags(self) -> None:
-        """Keep each worker's largest lag: the workers are checked many times between two snapshots."""
-        for slot, health in self._monitor.health.items():
-            if health.lag > self._peak_lags.get(slot, 0.0):
-                self._peak_lags[slot] = health.lag
+        """Keep each process's largest lag: the processes are checked many times between two snapshots."""
+        for health in (*self._monitor.health.values(), self._monitor.broker):
+            if health is not None and health.vitals is not None:
+                self._peak_lags[health.slot] = max(health.lag, self._peak_lags.get(health.slot, 0.0))
+
+    def _observe_lags(self) -> None:
+        """Count the largest lag of each process since the latest snapshot: spikes between two scrapes are kept."""
+        for slot, lag in self._peak_lags.items():
+            if lag == math.inf:  # of an unreadable page, which would spoil the sum
+                continue
+            help = "The largest lag of the process's loop in each second."
+            labels = process_labels(slot)
+            self._metrics.histogram("realtime_loop_peak_lag_seconds", help, LAG_BOUNDS, **labels).observe(lag)
 
     def _update(self) -> None:
+        self._observe_lags()
+        now = self._reactor.seconds()
+        self._failures.forget((SUPERVISOR, *self._processes))
+        self._failures.record(SUPERVISOR, None, self._metrics.snapshot(WATCHED), now)
         for slot, process in self._processes.items():
             if self._requests.get(slot) is not process:
                 self._request_counters(slot, process)
@@ -164,6 +193,7 @@ class LiveFigures:
             now = self._reactor.seconds()
             self._rates.record(slot, process.pid, _counter_totals(samples), now)
             self._shares.record(slot, process.pid, _loop_seconds(samples), now)
+            self._failures.record(slot, process.pid, samples, now)
 
         def log_failure(failure: Failure) -> None:
             reason = failure.getErrorMessage()
@@ -174,11 +204,11 @@ class LiveFigures:
                 del self._requests[slot]
 
         self._requests[slot] = process
-        process.collect([*_RATES, LOOP_SECONDS]).addCallback(count).addErrback(log_failure).addBoth(finish)
+        process.collect([*_RATES, LOOP_SECONDS, *WATCHED]).addCallback(count).addErrback(log_failure).addBoth(finish)
 
     def _snapshot(self) -> dict[str, Any]:
         at, now = time.time(), self._reactor.seconds()
-        body = self._summary()
+        body = self._summary(now)
         points = []
         shares = {}
         for worker in body["workers"]:
@@ -190,6 +220,8 @@ class LiveFigures:
             if share is not None:
                 shares[slot] = share
             points.append((worker["peak_lag"], worker["utilization"] or 0.0, worker["connections"] or 0))
+        if body["broker"]:
+            body["broker"] |= {"peak_lag": self._peak_lags.get(BROKER, 0.0), "rates": None, "loop": None}
         self._peak_lags.clear()
         self._past.append((at, points))
         incident_log = self._sampler.incidents

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -23,11 +23,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.http import FORBIDDEN, NOT_ALLOWED, NOT_FOUND, OK, SERVICE_UNAVAILABLE
 
-from realtime.metrics import Metrics, Sample
+from realtime.client_log import ClientLog
+from realtime.metrics import Sample
 from realtime.operators import page, viewers
 from realtime.operators.exposition import (
     LabelledSample,
-    beat_age,
     block_samples,
     condition_samples,
     exposition,
@@ -36,19 +36,19 @@ from realtime.operators.exposition import (
     supervisor_samples,
 )
 from realtime.operators.live import (
-    HealthSource,
-    IncidentSource,
+    CheckedHealth,
     LiveFigures,
+    LiveSource,
     MetricsSource,
     incident_json,
     worst_places,
 )
 from realtime.operators.site import OperatorRequest, OperatorSite
+from realtime.operators.summary import Failures, SummarizedProcess, Summary, SummarySource
 from realtime.operators.viewers import Viewers
 from realtime.process import log, stack_dumps
 from realtime.process.diagnostics import REPORTS
-from realtime.supervision.pool import BROKER, Pool, Slot, SlotState
-from realtime.supervision.vitals import RunningHandler, Vitals
+from realtime.supervision.pool import BROKER
 from realtime.supervisor.listener import CannotListen, explain
 
 # Seconds for a process to send its metrics.
@@ -60,44 +60,20 @@ _JSON = "application/json"
 _log = Logger(observer=log.observer)
 
 
-class ObservedProcess(MetricsSource, Protocol):
-    """A child process. vitals, running: None before the first vital signs, and while no handler runs."""
+class ObservedProcess(MetricsSource, SummarizedProcess, Protocol):
+    """A child process."""
 
-    @property
-    def vitals(self) -> Vitals | None: ...
-    @property
-    def running(self) -> RunningHandler | None: ...
     def report(self, what: str) -> Deferred[str]: ...
     def dump(self, number: int) -> Deferred[str]: ...
 
 
-class AcceptQueues(Protocol):
-    """The distribution of new connections. weights: by slot. accept_queue: a slot's length and limit."""
+class Overview(LiveSource, SummarySource, Protocol):
+    """The supervisor's state."""
 
-    @property
-    def weights(self) -> Sequence[int]: ...
-    def accept_queue(self, slot: int) -> tuple[int, int]: ...
-
-
-class Overview(Protocol):
-    """The supervisor's state. metrics: its own series. steering: None until the clients' port is open."""
-
-    @property
-    def pool(self) -> Pool: ...
     @property
     def processes(self) -> Mapping[int, ObservedProcess]: ...
     @property
-    def monitor(self) -> HealthSource: ...
-    @property
-    def sampler(self) -> IncidentSource: ...
-    @property
-    def metrics(self) -> Metrics: ...
-    @property
-    def steering(self) -> AcceptQueues | None: ...
-    @property
-    def port(self) -> int: ...
-    @property
-    def operator_port(self) -> int: ...
+    def monitor(self) -> CheckedHealth: ...
 
 
 class OperatorPort:
@@ -107,9 +83,12 @@ class OperatorPort:
         """Listen. port: 0 for any free one. Raises CannotListen."""
         self._overview = overview
         self._reactor = reactor
+        self._client_log = ClientLog(now=reactor.seconds, info=lambda line: _log.info("{line}", line=line))
         self._samples: dict[int, tuple[ObservedProcess, list[Sample]]] = {}  # by slot, the latest of its process
         self._files = page.load()
-        self._live = LiveFigures(reactor, overview.monitor, overview.sampler, overview.processes, self._summary)
+        failures = Failures()
+        self._summary = Summary(overview, failures)
+        self._live = LiveFigures(reactor, overview, failures, self._summary.read)
         self._viewers = Viewers(reactor, self._live)
         self._pages: dict[bytes, Callable[[OperatorRequest], None]] = {
             b"/snapshot": lambda request: request.reply(OK, _JSON, self._live.json),
@@ -153,6 +132,7 @@ class OperatorPort:
     def answer(self, request: OperatorRequest) -> None:
         """Answer one request, now or later."""
         if len(request.hosts) != 1 or not self._is_own(request.hosts[0]):
+            self._client_log.refuse("operator_host", host=", ".join(request.hosts))
             request.reply(FORBIDDEN, "text/plain", "unknown Host: use localhost, or the address that is bound\n")
         elif request.method not in (b"GET", b"HEAD"):
             request.setHeader("allow", "GET, HEAD")
@@ -179,6 +159,7 @@ class OperatorPort:
 
         def guarded(request: OperatorRequest) -> None:
             if request.is_foreign():
+                self._client_log.refuse("operator_origin", origin=request.getHeader("origin") or "another site")
                 request.reply(FORBIDDEN, "text/plain", "refused: the request comes from a page of another origin\n")
             else:
                 answer(request)
@@ -188,64 +169,13 @@ class OperatorPort:
     # /health and /ready
 
     def _health(self, request: OperatorRequest) -> None:
-        status = OK if self._is_serving() else SERVICE_UNAVAILABLE
-        request.reply(status, _JSON, msgspec.json.encode(self._summary()))
+        summary = self._summary.read(self._reactor.seconds())
+        is_bad = any(problem.tone == "bad" for problem in summary["problems"])
+        request.reply(SERVICE_UNAVAILABLE if is_bad else OK, _JSON, msgspec.json.encode(summary))
 
     def _ready(self, request: OperatorRequest) -> None:
         ready = self._overview.pool.serving
         request.reply(OK if ready else SERVICE_UNAVAILABLE, _JSON, msgspec.json.encode({"ready": ready}))
-
-    def _is_serving(self) -> bool:
-        return any(slot.state is SlotState.READY for slot in self._overview.pool.workers)
-
-    def _summary(self) -> dict[str, Any]:
-        """The server and each of its processes, as JSON values."""
-        pool, now = self._overview.pool, self._reactor.seconds()
-        broker = pool.slots.get(BROKER)
-        return {
-            "status": "ok" if self._is_serving() else "no worker is ready",
-            "stopping": pool.stopping,
-            "port": self._overview.port,
-            "operator_port": self._overview.operator_port,
-            "workers": [self._describe(slot, now) for slot in pool.workers],
-            "broker": broker and self._describe(broker, now),
-        }
-
-    def _describe(self, slot: Slot, now: float) -> dict[str, object]:
-        """One slot and its process, as JSON values; null for all figures that a missing process does not have."""
-        process = self._overview.processes.get(slot.number)
-        vitals = process.vitals if process else None
-        running = process.running if process else None
-        health = self._overview.monitor.health.get(slot.number)
-        return {
-            "slot": slot.number,
-            "state": slot.state.value,
-            "condition": health and health.condition.value,
-            "since": round(now - slot.since, 3),
-            "pid": process.pid if process else None,
-            "beat_age": vitals and round(beat_age(vitals, now), 3),
-            "lag": vitals and round(vitals.lag, 6),
-            "connections": vitals and vitals.connections,
-            "subscriptions": vitals and vitals.subscriptions,
-            "utilization": vitals and round(vitals.utilization, 4),
-            "queued_bytes": vitals and vitals.queued_bytes,
-            "threads_busy": vitals and vitals.threads_busy,
-            "threads_waiting": vitals and vitals.threads_waiting,
-            "rss": vitals and vitals.rss,
-            "handler": (running and running.handler) or None,
-            "subject": (running and running.subject) or None,
-            "restarts": sum(slot.restarts.values()),
-            "crash_loop": slot.in_crash_loop,
-            **self._describe_queue(slot.number),
-        }
-
-    def _describe_queue(self, slot: int) -> dict[str, object]:
-        """The share of new connections that a worker is given, and its accept queue."""
-        steering = self._overview.steering
-        if steering is None or slot == BROKER:
-            return {}
-        depth, limit = steering.accept_queue(slot)
-        return {"weight": steering.weights[slot], "accept_queue": depth, "accept_queue_limit": limit}
 
     # /incidents
 
@@ -330,7 +260,8 @@ class OperatorPort:
         yield from supervisor_samples(overview.metrics)
         yield from pool_samples(overview.pool, overview.processes, self._reactor.seconds())
         yield from block_samples(overview.sampler.incidents.blocks)
-        yield from condition_samples(overview.monitor.health.values())
+        monitor = overview.monitor
+        yield from condition_samples([*monitor.health.values(), *([monitor.broker] if monitor.broker else [])])
 
 
 def _argument(request: OperatorRequest, name: bytes, default: str) -> str:

@@ -294,7 +294,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     installReactor(asyncio_reactor)
     from twisted.internet import reactor
 
-    selector.count_queue(getattr(loop, "_ready", ()))  # asyncio has no public access to its queue
+    selector.attach(loop)
     tree = settings.load(_read(options.settings))
     heartbeat = Heartbeat(page, LoopClock(loop), tree.loop, selector, beats_idle=True)
     child = Child(
@@ -310,7 +310,9 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     )
     output.install(tree.log.max_queued_bytes)
     child.metrics.sources.append(output.samples)
-    log.begin(child.name, tree.log.level, sys.stdout)
+    log.begin(child.name, tree.log, sys.stdout)
+    log.count_internal_errors(child.metrics)
+    loop.set_exception_handler(log.log_loop_error)
     _adopt(asyncio_reactor, options.link, child.control)
     asyncio_reactor.callWhenRunning(child.begin, make_service)
     asyncio_reactor.run()

@@ -6,7 +6,6 @@ does not keep up is cut off instead of waited for: both ends can start again on 
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections import deque
@@ -49,7 +48,7 @@ def adopt(reactor: Any, fd: int, link: Link) -> None:
 
 class _Stream(DirectServer, unix.Server):
     """Writes immediately: all frames queued in one loop turn leave in a single send(2). The selector is used only when
-    the socket buffer is full."""
+    the socket buffer is full. Reads directly: frames are handled before other work of the turn."""
 
     doRead = tcp.Connection.doRead  # type: ignore[assignment]  # recv(2): this stream carries no file descriptors
 
@@ -58,20 +57,20 @@ class _Stream(DirectServer, unix.Server):
 class Link(Protocol):
     """One stream of frames. It knows their numbers and sizes, but not their content.
 
-    call_soon: schedules a call for the loop's next turn. limit: bytes that may be queued for the peer; beyond it the
-    link cuts itself. on_frame: called with the number and the body of each frame, in order. If it raises BadFrame, the
-    link cuts itself with that reason; any other exception is a bug, is logged, and cuts the link too, as the state of
-    both ends may differ then. on_end: called once with the reason when the stream has ended, at either end's wish.
-    ledger: the loop's, whose ENGINE account is charged. patience: bytes queued for the peer from which on its further
-    frames wait until half of them are sent, so that a peer that reads slower than it asks is slowed down; 0 for no
-    limit. Only one end of a stream may have one, or each could wait for the other. dropped: counts the queued frames
-    without a number that were never sent.
+    call_soon: has its argument called at the end of the loop's turn, or in the next one. limit: bytes that may be
+    queued for the peer; beyond it the link cuts itself. on_frame: called with the number and the body of each
+    frame, in order. If it raises BadFrame, the link cuts itself with that reason; any other exception is a bug, is
+    logged, and cuts the link too, as the state of both ends may differ then. on_end: called once with the reason
+    when the stream has ended, at either end's wish. ledger: the loop's, whose ENGINE account is charged. patience:
+    bytes queued for the peer from which on its further frames wait until half of them are sent, so that a peer that
+    reads slower than it asks is slowed down; 0 for no limit. Only one end of a stream may have one, or each could
+    wait for the other. dropped: counts the queued frames without a number that were never sent.
     """
 
     def __init__(
         self,
         reactor: Any,
-        call_soon: Callable[[Callable[[], None]], asyncio.Handle | IDelayedCall],
+        call_soon: Callable[[Callable[[], None]], object],
         limit: int,
         on_frame: Callable[[int, bytes], None],
         on_end: Callable[[Link, str], None],
@@ -93,7 +92,7 @@ class Link(Protocol):
         self._queued_bytes = 0
         self._bytes_in_transport = 0  # given to the transport when it filled up
         self._is_paused = False
-        self._flush_call: asyncio.Handle | IDelayedCall | None = None
+        self._is_flush_due = False
         self._close_timer: IDelayedCall | None = None
         self.dropped = 0
         self._end_reason = ""  # once nothing is sent or received any more
@@ -120,12 +119,13 @@ class Link(Protocol):
         self._queued_bytes += len(frame)
         if self._queued_bytes + self._bytes_in_transport > self._limit:
             self.cut("the peer is too far behind")
-        elif self._flush_call is None and not self._is_paused:
-            self._flush_call = self._call_soon(self._flush_turn)
+        elif not (self._is_flush_due or self._is_paused):
+            self._is_flush_due = True
+            self._call_soon(self._flush_turn)
 
     def _end_turn(self) -> None:
-        self._flush_call = None
-        self._flush()
+        self._is_flush_due = False
+        self._flush()  # of nothing, if the stream has ended meanwhile
 
     def _flush(self) -> None:
         while self._queue and not self._is_paused:
@@ -226,9 +226,6 @@ class Link(Protocol):
         self._queue.clear()
         self._unread = None
         self._queued_bytes = self._bytes_in_transport = 0
-        if self._flush_call is not None:
-            self._flush_call.cancel()
-            self._flush_call = None
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if self._close_timer is not None:

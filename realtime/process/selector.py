@@ -7,6 +7,7 @@ is ready, before asyncio runs its queue.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import select
 import selectors
@@ -14,6 +15,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from typing import Any
+
+from twisted.logger import Logger
+
+from realtime.process import log
+
+_log = Logger(observer=log.observer)
 
 # Ready descriptors handled in one turn of the loop: more would delay the loop's timers and callbacks.
 MAX_EVENTS = 256
@@ -55,6 +62,8 @@ class ReadingSelector(selectors.BaseSelector):
         self._keys = _Keys()
         self._readers: dict[int, Callable[[], None]] = {}
         self._masks: dict[int, int] = {}  # event masks registered with epoll(7), by descriptor
+        self._is_reading = False
+        self._after_reading: list[Callable[[], None]] = []
 
     # Direct readers
 
@@ -63,6 +72,11 @@ class ReadingSelector(selectors.BaseSelector):
 
         Raises OSError for a descriptor that epoll(7) does not support, such as a file's.
         """
+        if fd not in self._masks:
+            self._epoll.register(fd, select.EPOLLIN)
+            self._masks[fd] = select.EPOLLIN
+            self._readers[fd] = reader
+            return
         self._readers[fd] = reader
         try:
             self._update_epoll(fd)
@@ -75,6 +89,16 @@ class ReadingSelector(selectors.BaseSelector):
         if self._readers.pop(fd, None) is not None:
             self._update_epoll(fd)
 
+    def call_after_reading(self, function: Callable[[], None]) -> None:
+        """Call `function` after the last direct reader of this turn, or in the loop's next turn if none is running.
+
+        So all that several readers have to write to one peer leaves together, and without an asyncio event.
+        """
+        if self._is_reading:
+            self._after_reading.append(function)
+        else:
+            asyncio.get_running_loop().call_soon(function)
+
     def dispatch(self, ready: ReadyEvents) -> list[tuple[SelectorKey, int]]:
         """Call the direct readers of ready descriptors; return the other events, for asyncio.
 
@@ -83,6 +107,7 @@ class ReadingSelector(selectors.BaseSelector):
         """
         readers, keys = self._readers, self._keys
         events = []
+        self._is_reading = True
         for fd, event in ready:
             reader = readers.get(fd)
             if reader is not None and event != select.EPOLLOUT:
@@ -95,7 +120,18 @@ class ReadingSelector(selectors.BaseSelector):
                 # Errors and hang-ups count as readable and writable: recv(2) and send(2) then report them.
                 mask = (EVENT_READ if event & ~select.EPOLLOUT else 0) | (EVENT_WRITE if event & ~select.EPOLLIN else 0)
                 events.append((key, mask & key.events))
+        self._is_reading = False
+        if self._after_reading:
+            self._finish_reading()
         return events
+
+    def _finish_reading(self) -> None:
+        functions, self._after_reading = self._after_reading, []
+        for function in functions:
+            try:
+                function()
+            except Exception:
+                _log.failure("a function raised after reading; the loop goes on")
 
     def poll(self, timeout: float | None) -> ReadyEvents:
         """Wait at most `timeout` seconds, None for no limit, and return the ready descriptors."""

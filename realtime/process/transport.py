@@ -20,10 +20,11 @@ from twisted.internet.protocol import Factory
 class DirectServer(tcp.Server):
     """Server side of a TCP connection. Set it as `Port.transport`.
 
-    reads_directly: whether the selector itself calls the protocol's `dataReceived` (`realtime.process.reactor`).
+    reads_directly: the selector itself calls the protocol's `dataReceived`, if the reactor supports it
+    (`realtime.process.reactor`).
     """
 
-    reads_directly = False
+    reads_directly = True
 
     def write(self, data: bytes) -> None:
         buffered = self._tempDataLen or self.dataBuffer
@@ -45,6 +46,11 @@ class DirectServer(tcp.Server):
         return bool(self._tempDataLen or self.dataBuffer)
 
     @property
+    def buffered(self) -> int:
+        """The number of bytes buffered here."""
+        return self._tempDataLen + len(self.dataBuffer) - self.offset
+
+    @property
     def direct_send(self) -> Callable[[bytes], int] | None:
         """The socket's send(2), for callers that use it only while nothing is buffered here. None under TLS.
 
@@ -52,15 +58,9 @@ class DirectServer(tcp.Server):
         """
         return None if self.TLS else self.socket.send
 
-    def start_direct_reading(self) -> None:
-        """Let the selector call `dataReceived` itself, if the reactor supports it.
-
-        The protocol must not be replaced afterwards. Does nothing under TLS.
-        """
-        if not self.TLS:
-            self.stopReading()
-            self.reads_directly = True
-            self.startReading()
+    def _getLogPrefix(self, applicationObject: object) -> str:
+        # Twisted puts it into a text for its log, for each connection. Its own search for it takes longer.
+        return type(applicationObject).__name__
 
     def pause_producer_if_buffering(self) -> None:
         """Pause the producer if any byte is buffered here; Twisted resumes it when the buffer is empty.

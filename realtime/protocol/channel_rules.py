@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 import msgspec
 
@@ -17,6 +18,9 @@ from realtime.types import HistoryOptions
 
 # Names end up in logs, metrics and keys of other systems: no line ends and no invisible characters.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+# Channels whose options are remembered, a quarter of a megabyte with the longest names.
+_REMEMBERED = 1024
 
 
 class ResolvedChannel(ChannelOptions, frozen=True, kw_only=True):
@@ -67,6 +71,8 @@ class ChannelRules:
         self._settings = settings
         self._without_namespace = self._resolve(settings.without_namespace)
         self._namespaces = {namespace.name: self._resolve(namespace) for namespace in settings.namespaces}
+        # Of the names used last: nearly all commands concern few channels.
+        self.checked_options = lru_cache(maxsize=_REMEMBERED)(self._checked_options)
 
     def _resolve(self, options: ChannelOptions) -> ResolvedChannel:
         values = {name: getattr(options, name) for name in ChannelOptions.__struct_fields__}
@@ -98,7 +104,7 @@ class ChannelRules:
         except KeyError:
             raise ClientError(*UNKNOWN_CHANNEL) from None
 
-    def checked_options(self, channel: str) -> ResolvedChannel:
+    def _checked_options(self, channel: str) -> ResolvedChannel:
         """Return the options of a channel that a client named.
 
         Raises ClientError: 107 for a name that is too long or not allowed, 102 for an unknown namespace.

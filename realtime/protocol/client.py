@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -127,6 +129,28 @@ class ConnectedClient:
     def unsubscribe(self, channel: str) -> None:
         """End the client's subscription to `channel`, if there is one."""
         self._session.unsubscribe(channel, *SERVER_UNSUBSCRIBE)
+
+
+# RFC 9562 section 4.1: two bits of this digit are fixed.
+_VARIANT = dict(zip("0123456789abcdef", 4 * "89ab", strict=True))
+
+
+def _client_ids() -> Iterator[str]:
+    """Yield random UUIDs (RFC 9562 section 5.4). The system is asked for randomness once in 256 of them."""
+    while True:
+        block = os.urandom(256 * 16)
+        for start in range(0, len(block), 16):
+            text = block[start : start + 16].hex()
+            yield f"{text[:8]}-{text[8:12]}-4{text[13:16]}-{_VARIANT[text[16]]}{text[17:20]}-{text[20:]}"
+
+
+new_client_id = _client_ids().__next__
+"""Returns a random id for a new client."""
+
+
+def lost_client(info: ClientInfo) -> ConnectedClient:
+    """Return a client whose connection has ended with its worker. info: without its JSON texts."""
+    return ConnectedClient(_EndedSession(info), "", "", {}, "")
 
 
 def release(client: ConnectedClient) -> None:

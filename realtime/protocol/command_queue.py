@@ -1,8 +1,9 @@
 """Commands of one session that wait for earlier ones: their order, their concurrency, and when to stop reading.
 
 Commands start in order of arrival, one at a time. Where `client.concurrency` allows several at a time, connect still
-runs alone, and the commands of one channel keep their order. While more than `client.command_queue` commands wait, the
-socket is not read. The commands of a long message are decoded one by one, as the queue has room and the loop has time.
+runs alone, and the commands of one channel keep their order. None starts while the client has long replies to take.
+While more than `client.command_queue` commands wait, the socket is not read. The commands of a long message are decoded
+one by one, as the queue has room and the loop has time.
 
 A session has no queue until a command has to wait, and drops the queue when it is empty: most sessions have none most
 of the time, and an empty deque is not small.
@@ -16,8 +17,10 @@ from typing import Protocol
 
 from realtime.errors import BAD_PROTOCOL
 from realtime.protocol.context import SessionServices, SessionSettings
+from realtime.protocol.encodings import TooManyFields
 from realtime.protocol.messages import Command, ProtocolError
 from realtime.protocol.session_state import ACCEPTING, OPENED, SessionState
+from realtime.pubsub.time_slices import TimeSlicer
 
 # Commands of one session started before other work gets a turn: half a millisecond's worth of simple ones.
 COMMANDS_AT_ONCE = 32
@@ -45,13 +48,24 @@ class CommandRunner(Protocol):
     @property
     def busy_channels(self) -> Collection[str]: ...
 
+    @property
+    def is_congested(self) -> bool:
+        """Whether no command may start: the client has to take its replies first."""
+
+    def wait_until_drained(self) -> None:
+        """Call `queue.start_ready` when the client has taken its replies."""
+
     def take_pong(self, command: Command) -> bool:
         """Take a command if it is an expected pong, which never waits."""
 
     def start(self, command: Command) -> None:
         """Start one command. Raises ProtocolError for an invalid one."""
 
-    def disconnect(self, code: int, reason: str) -> None: ...
+    def disconnect(self, code: int, reason: str, *, detail: str = "") -> None: ...
+
+    def abort(self) -> None: ...
+
+    def describe(self) -> dict[str, object]: ...
 
     def pause_reading(self) -> None: ...
 
@@ -84,7 +98,9 @@ class CommandQueue:
         """Decode the next command."""
         try:
             command = next(self.undecoded[0], None)
-        except ProtocolError:
+        except ProtocolError as error:
+            if isinstance(error, TooManyFields):
+                self._session.services.client_log.refuse("command_fields", self._session.describe)
             # The commands before it are still carried out.
             command = _UNREADABLE
             self.undecoded.popleft()
@@ -101,7 +117,7 @@ class CommandQueue:
     def start_ready(self) -> None:
         """Start all commands that may start now; a long run of them is divided over several turns of the loop."""
         self.is_starting = True
-        slices = self._session.services.slices
+        slices = self._slices
         is_long = bool(self.undecoded)
         if is_long and not slices.has_time:
             slices.add(self._start_others())
@@ -115,14 +131,33 @@ class CommandQueue:
             slices.start_slice()
         self._all_started()
 
+    @property
+    def _slices(self) -> TimeSlicer:
+        """The slices for this client: until it is connected, it shares a small one with all other strangers."""
+        services = self._session.services
+        if self._session.state is OPENED and services.strangers is not None:
+            return services.strangers
+        return services.slices
+
     def _start_others(self) -> Iterator[None]:
-        while self._start_some():
-            yield
-        self._all_started()
+        slices = self._slices
+        try:
+            while self._start_some():
+                yield
+                if self._slices is not slices:
+                    self._slices.add(self._start_others())
+                    return
+            self._all_started()
+        except Exception as error:
+            self._session.services.report_error(error)
+            self._session.abort()
 
     def _start_some(self) -> bool:
         """Decode one command, or start up to COMMANDS_AT_ONCE. Returns whether another might start."""
         session, commands = self._session, self.commands
+        if session.is_congested:
+            session.wait_until_drained()
+            return False
         if self._has_to_decode():
             self._decode_one()
             number = 1
@@ -136,8 +171,8 @@ class CommandQueue:
                 return self._has_to_decode()
             try:
                 session.start(command)
-            except ProtocolError:
-                session.disconnect(*BAD_PROTOCOL)
+            except ProtocolError as error:
+                session.disconnect(*BAD_PROTOCOL, detail=str(error))
         return session.state in ACCEPTING and bool(commands or self.undecoded)
 
     def _has_to_decode(self) -> bool:

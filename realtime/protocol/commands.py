@@ -10,13 +10,13 @@ EngineUnavailable (a temporary error). The protocol sets the order of the checks
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
 
 from realtime import errors
-from realtime.auth.tokens import Claims
+from realtime.auth.tokens import Claims, TokenInvalid
 from realtime.errors import ClientError, Disconnect
 from realtime.protocol import messages
 from realtime.protocol.channel_rules import ResolvedChannel
@@ -25,8 +25,9 @@ from realtime.protocol.connect import connect, refresh, verified_claims
 from realtime.protocol.session import CommandFunction, Session
 from realtime.protocol.session_state import SessionState
 from realtime.protocol.subscription import SubscriptionSource
-from realtime.pubsub.engine import GetHistory, GetPresence, GetPresenceStats, Publish
-from realtime.types import Position, SubscribeOptions
+from realtime.pubsub.engine import PRESENCE_PAGE, GetHistory, GetPresence, GetPresenceStats, Publish, new_listing
+from realtime.pubsub.time_slices import YIELD_EVERY, TimeSlicer
+from realtime.types import ClientInfo, Position, SubscribeOptions
 
 # Times that a presence reply is begun, if joins and leaves are lost while it is made.
 PRESENCE_ATTEMPTS = 3
@@ -51,7 +52,7 @@ async def subscribe(session: Session, id: int, request: messages.SubscribeReques
     try:
         options, grace = await _authorize_subscribe(session, request, channel_options)
         if channel not in subscribing:
-            raise ClientError(*errors.PERMISSION_DENIED)  # the server has ended the subscription meanwhile
+            raise ClientError(*errors.PERMISSION_DENIED, kind="unsubscribed")
     finally:
         subscribing.discard(channel)
         session.subscribing = session.subscribing or ()
@@ -62,7 +63,7 @@ async def subscribe(session: Session, id: int, request: messages.SubscribeReques
     subscription = session.make_subscription(request, channel_options, options, SubscriptionSource.CLIENT)
     joined = await session.join(subscription, request)
     if joined is None:
-        raise ClientError(*errors.PERMISSION_DENIED)
+        raise ClientError(*errors.PERMISSION_DENIED, kind="unsubscribed")
     if ttl:
         subscription.expire_at = options.expire_at + grace
         session.schedule_deadline()
@@ -91,7 +92,7 @@ def _check_room(session: Session, channel: str) -> None:
     if channel in session.subscriptions:
         raise ClientError(*errors.ALREADY_SUBSCRIBED)
     if 0 < limit <= len(session.subscriptions):
-        raise ClientError(*errors.LIMIT_EXCEEDED)
+        raise ClientError(*errors.LIMIT_EXCEEDED, kind="channel_limit")
 
 
 async def _authorize_subscribe(
@@ -103,14 +104,15 @@ async def _authorize_subscribe(
     """
     services, channel = session.services, request.channel
     if request.token:
-        claims = await _subscription_claims(session, request.token, channel, ClientError(*errors.PERMISSION_DENIED))
+        invalid = ClientError(*errors.PERMISSION_DENIED, kind="subscription_token")
+        claims = await _subscription_claims(session, request.token, channel, invalid)
         options = SubscribeOptions(claims.info, claims.data, claims.expire_at, claims.override)
         return options, session.settings.client.expired_sub_close_delay
     if services.rules.is_private(channel):
-        raise ClientError(*errors.PERMISSION_DENIED)
+        raise ClientError(*errors.PERMISSION_DENIED, kind="private_channel")
     users = services.rules.allowed_users(channel, channel_options)
     if users is not None and session.user not in users and not session.settings.client.insecure:
-        raise ClientError(*errors.PERMISSION_DENIED)
+        raise ClientError(*errors.PERMISSION_DENIED, kind="user_channel")
     handler = services.handlers.subscribing(channel)
     if handler is not None:
         grant = await handler(session.handle, channel, session.decode_request_data(request.data))
@@ -125,7 +127,8 @@ async def _authorize_subscribe(
 async def _subscription_claims(session: Session, token: str, channel: str, invalid: Exception) -> Claims:
     claims = await verified_claims(session.services.tokens.subscription, token, invalid)
     if claims.channel != channel or claims.user != session.user or claims.client not in ("", session.client):
-        raise Disconnect(*errors.INVALID_TOKEN)
+        other = TokenInvalid("a subscription token names another channel, user or client")
+        raise Disconnect(*errors.INVALID_TOKEN) from other
     return claims
 
 
@@ -143,7 +146,7 @@ async def sub_refresh(session: Session, id: int, request: messages.SubRefreshReq
         # A final error 109 would end the subscription in the SDKs; after a temporary one they try again.
         raise ClientError(*errors.TOKEN_EXPIRED[:2], temporary=True) from None
     if session.subscriptions.get(request.channel) is not subscription:
-        raise ClientError(*errors.PERMISSION_DENIED)  # the subscription has ended since
+        raise ClientError(*errors.PERMISSION_DENIED, kind="unsubscribed")
     ttl = session.ttl(claims.expire_at)
     subscription.expire_at = claims.expire_at + session.settings.client.expired_sub_close_delay if ttl else 0.0
     session.update_info(subscription, msgspec.structs.replace(subscription.info, chan_info=claims.info))
@@ -205,23 +208,46 @@ def _check_presence(session: Session, channel: str) -> None:
 
 async def presence(session: Session, id: int, request: messages.PresenceRequest) -> None:
     _check_presence(session, request.channel)
-    engine, hub, channel = session.services.engine, session.services.hub, request.channel
-    encode = session.encoding.encode_member
     for _ in range(PRESENCE_ATTEMPTS):
-        present = await engine.ask(GetPresence(channel))
-        with hub.record_presence(channel) as record:
-            encoded = await session.services.slices.map_sliced(encode, present.values())
-        if record.is_complete or channel not in session.subscriptions:
-            break
-    else:
-        raise ClientError(*errors.INTERNAL_ERROR)
-    members = dict(zip(present, encoded, strict=True))
-    # The pushes of these joins and leaves have overtaken the reply.
-    for client, info in record.changes.items():
+        members = await _members(session, request.channel)
+        if members is not None:
+            session.reply_to_presence(id, members.values())
+            return
+    raise ClientError(*errors.INTERNAL_ERROR)
+
+
+async def _members(session: Session, channel: str) -> dict[str, bytes] | None:
+    """Return the encoded entries of a presence reply that is sent at once; None if joins or leaves were lost."""
+    engine, slices, listing = session.services.engine, session.services.slices, new_listing()
+    encode = session.encoding.encode_member
+    members: dict[str, bytes] = {}
+    page = await engine.ask(GetPresence(channel, listing))
+    with session.services.hub.record_presence(channel) as record:
+        while True:
+            members.update(zip(page, await slices.map_sliced(encode, page.values()), strict=True))
+            if len(page) < PRESENCE_PAGE:
+                break
+            page = await engine.ask(GetPresence(channel, listing))
+        # The pushes of joins and leaves since the first page have overtaken the reply.
+        while len(changes := record.take()) >= YIELD_EVERY:
+            await _apply_changes(members, changes, encode, slices)
+        for client, info in changes.items():
+            members.pop(client, None)
+            if info is not None:
+                members[client] = encode(info)
+    return members if record.is_complete or channel not in session.subscriptions else None
+
+
+async def _apply_changes(
+    members: dict[str, bytes],
+    changes: dict[str, ClientInfo | None],
+    encode: Callable[[ClientInfo], bytes],
+    slices: TimeSlicer,
+) -> None:
+    for client in changes:
         members.pop(client, None)
-        if info is not None:
-            members[client] = encode(info)
-    session.reply_to_presence(id, members.values())
+    joined = {client: info for client, info in changes.items() if info is not None}
+    members.update(zip(joined, await slices.map_sliced(encode, joined.values()), strict=True))
 
 
 async def presence_stats(session: Session, id: int, request: messages.PresenceStatsRequest) -> None:
@@ -257,8 +283,7 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
         publications = await session.services.slices.map_sliced(session.encoding.make_pub, page.publications)
     except Disconnect:
         # The client's encoding can't carry one of them.
-        session.services.counters.bad_input["encoding"].value += 1
-        raise ClientError(*errors.NOT_AVAILABLE) from None
+        raise ClientError(*errors.NOT_AVAILABLE, kind="encoding") from None
     result = messages.HistoryResult(publications, page.position.epoch, page.position.offset)
     session.reply(id, "history", result)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -10,12 +9,12 @@ from msgspec import Struct
 
 from realtime import errors
 from realtime.auth.tokens import Claims, TokenExpired, TokenInvalid
-from realtime.errors import ClientError, Disconnect, EngineUnavailable
+from realtime.errors import ClientError, Disconnect, EngineUnavailable, RealtimeError
 from realtime.protocol import messages
-from realtime.protocol.client import encode_content, subscribe_options
-from realtime.protocol.session import Session
+from realtime.protocol.client import encode_content, new_client_id, subscribe_options
+from realtime.protocol.session import Session, detail_of
 from realtime.protocol.session_state import CONNECTED, OPENED
-from realtime.protocol.subscription import JoinResult, Subscription, SubscriptionSource
+from realtime.protocol.subscription import JoinResult, ReplyRoom, Subscription, SubscriptionSource
 from realtime.pubsub.engine import SendOrder
 from realtime.types import ClientInfo, ConnectRequest, Credentials, SubscribeOptions
 
@@ -41,9 +40,13 @@ class _Identity(Struct, frozen=True):
 
 async def connect(session: Session, id: int, request: messages.ConnectRequest) -> None:
     identity = await _authenticate(session, request)
-    session.info = ClientInfo(identity.user, str(uuid.uuid4()), identity.info)
-    with session.services.sessions.connecting(session):
+    session.info = ClientInfo(identity.user, new_client_id(), identity.info)
+    sessions = session.services.sessions
+    sessions.begin_connecting(session)
+    try:
         await _enter(session, id, request, identity)
+    finally:
+        sessions.end_connecting(session)
     personal = session.settings.client.subscribe_to_user_personal_channel
     if personal.single_connection and session.user and session.state is CONNECTED:
         await _supersede(session)
@@ -57,7 +60,7 @@ async def _enter(session: Session, id: int, request: messages.ConnectRequest, id
         return
     await session.admit(session.info)
     try:
-        joined = await _join_all(session, initial)
+        joined = await _join_all(session, initial) if initial else []
         subs = {
             subscription.channel: _with_data(session, outcome.result, identity.subs.get(subscription.channel))
             for subscription, outcome in joined
@@ -70,7 +73,8 @@ async def _enter(session: Session, id: int, request: messages.ConnectRequest, id
         session.cancel_admission()
         return
     session.complete_connect(request.name, request.version, identity.meta)
-    session.set_expiry(identity.expire_at)
+    if identity.expire_at:
+        session.set_expiry(identity.expire_at)
     for subscription, outcome in joined:
         session.activate(subscription, outcome)
 
@@ -84,7 +88,7 @@ async def refresh(session: Session, id: int, request: messages.RefreshRequest) -
         # Error 109 would be final. A client that is disconnected comes back, and fetches a new token first.
         raise Disconnect(*errors.CONNECTION_EXPIRED) from None
     if claims.user != session.user:
-        raise Disconnect(*errors.INVALID_TOKEN)
+        raise Disconnect(*errors.INVALID_TOKEN) from TokenInvalid("it names another user than the client's first token")
     named = _token_subs(claims).keys()
     for channel in named:
         session.services.rules.options(channel)  # raises ClientError 102
@@ -109,8 +113,8 @@ async def verified_claims(verify: Callable[[str], Awaitable[Claims]], token: str
         return await verify(token)
     except TokenExpired:
         raise ClientError(*errors.TOKEN_EXPIRED) from None
-    except TokenInvalid:
-        raise invalid from None
+    except TokenInvalid as error:
+        raise invalid from error
 
 
 # -- identity ---------------------------------------------------------------------------------------------------------
@@ -126,7 +130,7 @@ async def _authenticate(session: Session, request: messages.ConnectRequest) -> _
     if request.token:
         claims = await _connection_claims(session, request.token)
         if not claims.user and settings.disallow_anonymous_connection_tokens:
-            raise Disconnect(*errors.DENIED)
+            raise Disconnect(*errors.DENIED, kind="no_user")
         session.is_refreshable = True
         return _Identity(
             claims.user, claims.info, b"", claims.expire_at, _token_subs(claims), SubscriptionSource.TOKEN, claims.meta
@@ -135,7 +139,7 @@ async def _authenticate(session: Session, request: messages.ConnectRequest) -> _
     if header and (user := session.request.headers.get(header)):
         return _Identity(user)
     if not (settings.insecure or settings.allow_anonymous_connect_without_token):
-        raise Disconnect(*errors.BAD_PROTOCOL)
+        raise Disconnect(*errors.BAD_PROTOCOL, kind="no_token")
     return _Identity()
 
 
@@ -188,6 +192,8 @@ def _initial_subscriptions(
     the channel options alone let it subscribe. Raises ClientError 102, Disconnect 3501 and 3505.
     """
     rules, settings = session.services.rules, session.settings.client
+    if not (identity.subs or request.subs or settings.subscribe_to_user_personal_channel.enabled):
+        return []
     requested = request.subs or {}
     subs = {channel: (options, identity.source) for channel, options in identity.subs.items()}
     personal = settings.subscribe_to_user_personal_channel
@@ -196,13 +202,14 @@ def _initial_subscriptions(
         if channel:
             subs.setdefault(channel, (SubscribeOptions(), SubscriptionSource.SERVER))
         else:
-            session.services.log_debug(
-                f"client {session.client}: its user id {session.user!r:.100} gets no personal channel: the id contains"
-                " channel.user_boundary or channel.user_separator, so that other users could subscribe to the channel"
-            )
+            session.services.client_log.refuse("personal_channel", session.describe)
     for channel in requested:
-        if channel not in subs and _is_open_to(session, channel):
+        if channel in subs:
+            continue
+        if _is_open_to(session, channel):
             subs[channel] = (SubscribeOptions(), SubscriptionSource.SERVER)
+        else:
+            session.services.client_log.refuse("connect_subs", session.describe, channel=repr(channel))
     if 0 < settings.channel_limit < len(subs):
         raise Disconnect(*errors.CHANNEL_LIMIT)
     initial = []
@@ -212,9 +219,9 @@ def _initial_subscriptions(
         sub_request = msgspec.structs.replace(requested_sub, channel=channel, flag=0)
         try:
             subscription = session.make_subscription(sub_request, rules.options(channel), options, source)
-        except ClientError:
+        except ClientError as error:
             # A bad filter is left out. An error would refuse the whole connection for good.
-            session.services.counters.bad_input["filter"].value += 1
+            session.services.client_log.refuse("filter", session.describe, detail=detail_of(error))
             sub_request = msgspec.structs.replace(sub_request, tf=None)
             subscription = session.make_subscription(sub_request, rules.options(channel), options, source)
         subscription.expire_at = options.expire_at
@@ -229,7 +236,7 @@ def _is_open_to(session: Session, channel: str) -> bool:
         channel_options = services.rules.checked_options(channel)
     except ClientError as error:
         if error.code == errors.UNKNOWN_CHANNEL[0]:
-            raise Disconnect(*errors.BAD_PROTOCOL) from None
+            raise Disconnect(*errors.BAD_PROTOCOL) from RealtimeError(f"no namespace for {channel!r} of connect.subs")
         return False
     if not channel or services.rules.is_private(channel) or services.handlers.subscribing(channel) is not None:
         return False
@@ -244,12 +251,13 @@ async def _join_all(
     Subscriptions that have ended by then are left out. Raises as `Session.join`, after the whole group has finished.
     """
     joined: list[tuple[Subscription, JoinResult]] = []
+    room = ReplyRoom(session.settings.client.recovery_reply_size)
     for first in range(0, len(initial), JOINS_AT_ONCE):
         if session.state is not OPENED:
             break
         group = initial[first : first + JOINS_AT_ONCE]
         outcomes = await session.services.gather(
-            [session.join(subscription, sub_request) for sub_request, subscription in group]
+            [session.join(subscription, sub_request, room) for sub_request, subscription in group]
         )
         joined += [
             (subscription, outcome) for (_, subscription), outcome in zip(group, outcomes, strict=True) if outcome

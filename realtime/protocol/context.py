@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
-from msgspec import Struct
+from msgspec import Struct, field
 
-from realtime import errors
 from realtime.auth.tokens import TokenVerifier
+from realtime.client_log import ClientLog
 from realtime.config.settings import ClientSettings, RPCPingSettings
 from realtime.deadlines import Deadlines
-from realtime.metrics import Metrics, bad_input_counter
+from realtime.metrics import Metrics
 from realtime.protocol.channel_rules import ChannelRules
+from realtime.protocol.encodings import FEWEST_FIELDS
 from realtime.protocol.messages import REQUESTS
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
@@ -26,30 +27,21 @@ from realtime.pubsub.subscriber import Sink
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import ConnectRequest, Credentials, Grant
 
-# The label under which a disconnect is counted, for the codes that report a fault of the client.
-_FAULTS = {
-    errors.NO_PONG[0]: "no_pong",
-    errors.TOO_MANY_COMMANDS[0]: "command_flood",
-    errors.INVALID_TOKEN[0]: "token",
-    errors.BAD_PROTOCOL[0]: "command",
-    errors.CHANNEL_LIMIT[0]: "channels",
-    errors.TOO_MANY_ERRORS[0]: "command_errors",
-}
-# Bad input that is counted where it is found: a connection without a connect command, a connection over the user's
-# limit, a command over the rate limit, a recovery position ahead of the channel's, a tags
-# filter that is invalid or not allowed, and a publication that the subscriber's encoding can't carry.
-_REFUSED = ("stale", "user_connections", "command_rate", "recovery_ahead", "filter", "encoding")
-
 
 class Connection(Protocol):
     """The transport of one session. form: the wire format of the payloads that it takes.
 
-    secret: identifies the session to clients that send commands over other connections (emulation); "" for none.
-    needs_pings: whether the session pings the client by protocol; otherwise the transport checks the connection.
+    transport_name: such as "websocket", for the log. secret: identifies the session to clients that send commands over
+    other connections (emulation); "" for none. needs_pings: whether the session pings the client by protocol; otherwise
+    the transport checks the connection. is_drained: whether the socket has taken all frames. is_congested: so many
+    bytes are queued that no further command of the client may start.
     """
 
     @property
     def form(self) -> WireFormat: ...
+
+    @property
+    def transport_name(self) -> str: ...
 
     @property
     def secret(self) -> str: ...
@@ -60,11 +52,34 @@ class Connection(Protocol):
     @property
     def sink(self) -> Sink: ...
 
-    def send(self, payload: bytes) -> None:
-        """Send one message to this client alone."""
+    @property
+    def is_drained(self) -> bool: ...
+
+    @property
+    def is_congested(self) -> bool: ...
+
+    def send(self, payload: bytes, *, is_push: bool = False) -> None:
+        """Send one message to this client alone. A reply is queued without limit, a push as those of the fan-out."""
+
+    def when_drained(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the socket has taken all frames, however often this is asked for until then."""
+
+    def unsent(self) -> int:
+        """Return the number of bytes that have not reached the client's host."""
+
+    def pace(self, is_paced: bool) -> None:
+        """Keep few bytes in the kernel's buffer, or as many as fit."""
+
+    def hold(self) -> bool:
+        """Send nothing until `release`, which sends everything at once. False if there is nothing to release."""
+
+    def release(self) -> None: ...
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection after the queued frames have left, or at a deadline."""
+
+    def abort(self) -> None:
+        """End the connection at once: its session has raised an exception."""
 
     def pause(self) -> None:
         """Read no more from the client until `resume`. Both may be called any number of times."""
@@ -95,7 +110,7 @@ class Handlers(Protocol):
     def connecting(self) -> Callable[[ConnectRequest], Awaitable[Credentials | None]] | None: ...
 
     @property
-    def disconnected(self) -> Callable[[Any], Awaitable[Any]] | None: ...
+    def disconnected(self) -> Callable[[Any, int, str], Awaitable[Any]] | None: ...
 
     @property
     def message(self) -> CommandHandler | None: ...
@@ -123,9 +138,10 @@ Gather = Callable[[Sequence[Coroutine[Any, Any, Any]]], Awaitable[list[Any]]]
 
 
 class SessionCounters:
-    """Counts commands, error replies and bad input of clients.
+    """Counts commands and error replies of clients.
 
-    commands: counters of received commands, by name. bad_input: counters of refused input, by kind.
+    commands: counters of received commands, by name. replays: counters of recoveries that exceeded the room in their
+    reply: those "begun", "completed" and "lost" to history's limits.
     """
 
     def __init__(self, metrics: Metrics) -> None:
@@ -133,18 +149,21 @@ class SessionCounters:
         self.commands = {
             name: metrics.counter("realtime_commands", "Commands of clients", command=name) for name in REQUESTS
         }
-        self.bad_input = {kind: bad_input_counter(metrics, kind) for kind in (*_FAULTS.values(), *_REFUSED)}
-
-    def count_disconnect(self, code: int) -> None:
-        """Count a disconnect, if its code reports a fault of the client."""
-        kind = _FAULTS.get(code)
-        if kind is not None:
-            self.bad_input[kind].value += 1
+        self.replays = {
+            event: metrics.counter(
+                "realtime_recovery_replays", "Recoveries that exceed client.recovery_reply_size.", event=event
+            )
+            for event in ("begun", "completed", "lost")
+        }
 
     def count_error(self, command: str, code: int) -> None:
         """Count an error reply. All codes of the application share one label."""
         label = str(code) if code < 400 else "application"
         self._metrics.counter("realtime_command_errors", "Commands that failed", command=command, code=label).value += 1
+
+
+FIELDS_OF_A_SUBSCRIPTION = 16
+"""Fields of one subscription in a connect command, as `client.max_command_fields` counts them, and some more."""
 
 
 class SessionSettings(Struct, frozen=True, kw_only=True):
@@ -158,13 +177,19 @@ class SessionSettings(Struct, frozen=True, kw_only=True):
     uid: str = ""
     rpc_ping: RPCPingSettings = RPCPingSettings()
 
+    @property
+    def first_fields(self) -> int:
+        """Fields of the commands in a first message: enough to recover all subscriptions that a client may have."""
+        limit, channels = self.client.max_command_fields, self.client.channel_limit
+        return min(limit, max(FEWEST_FIELDS, FIELDS_OF_A_SUBSCRIPTION * channels)) if channels else limit
+
 
 class SessionServices(Struct, frozen=True, kw_only=True):
     """Collaborators of all sessions.
 
-    slices: divides long work. gather: as for `ServerAPI`. wall_clock: returns Unix seconds, for the expiry of tokens.
-    report_error: takes an exception that is a bug of the server or the application, with its traceback. log_debug:
-    takes one line for the log, about a refusal that the client's code alone does not explain.
+    slices: divides long work. strangers: the same for clients that are not connected yet; None for `slices`. gather:
+    as for `ServerAPI`. wall_clock: returns Unix seconds, for the expiry of tokens. report_error: takes an exception
+    that is a bug of the server or the application, with its traceback. client_log: counts and logs refusals.
     """
 
     rules: ChannelRules
@@ -180,4 +205,5 @@ class SessionServices(Struct, frozen=True, kw_only=True):
     wall_clock: Callable[[], float]
     report_error: Callable[[BaseException], None]
     counters: SessionCounters
-    log_debug: Callable[[str], object] = lambda line: None
+    client_log: ClientLog = field(default_factory=ClientLog)
+    strangers: TimeSlicer | None = None

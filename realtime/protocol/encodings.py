@@ -15,8 +15,26 @@ from typing import Any, Protocol
 from msgspec import Raw, Struct, UnsetType
 
 from realtime.errors import ClientError
-from realtime.protocol.messages import Command, Info, Pub
+from realtime.protocol.messages import Command, Info, ProtocolError, Pub
 from realtime.types import ClientInfo, Publication
+
+MAX_BATCHED = 16384
+"""Commands in one part of a batch, see `Encoding.end_of_commands`: reading their lengths takes some milliseconds."""
+
+
+MAX_FIELDS = 8192
+"""Default of `client.max_command_fields`. A connect command that recovers 1,000 subscriptions has as many."""
+
+FEWEST_FIELDS = 2048
+"""The least value of that setting: a command of fewer bytes needs no count."""
+
+
+class CommandTooLong(ProtocolError):
+    """One command is longer than allowed."""
+
+
+class TooManyFields(ProtocolError):
+    """One command has more fields or objects than allowed."""
 
 
 class Encoding(Protocol):
@@ -39,10 +57,19 @@ class Encoding(Protocol):
         Raises ProtocolError for an invalid message.
         """
 
-    def decode_commands(self, message: bytes) -> Iterator[Command]:
+    def decode_commands(self, message: bytes, fields: int = MAX_FIELDS) -> Iterator[Command]:
         """Decode the commands of one message one by one, so that those before an invalid one are carried out.
 
-        Raises ProtocolError at the first invalid command.
+        fields: the most fields of one command, nested ones included, of which a nested message or object counts twice.
+        In JSON only the objects outside the application's data are counted. Raises ProtocolError at the first invalid
+        command, and TooManyFields.
+        """
+
+    def end_of_commands(self, data: bytes, limit: int) -> int:
+        """Return where the last whole command in the first part of a message ends.
+
+        limit: largest size of one command, in bytes. Raises CommandTooLong, also for a command that is not complete
+        yet, and ProtocolError for more than MAX_BATCHED commands whose lengths must be read one by one.
         """
 
     def command_ids(self, message: bytes) -> Iterator[int]:

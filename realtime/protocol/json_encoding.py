@@ -11,12 +11,12 @@ from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
-from msgspec import Raw, Struct, UnsetType, inspect
+from msgspec import Raw, Struct, inspect
 
 from realtime import errors, json_text
 from realtime.errors import ClientError, Disconnect
 from realtime.protocol import messages
-from realtime.protocol.encodings import Encoding
+from realtime.protocol.encodings import FEWEST_FIELDS, MAX_FIELDS, CommandTooLong, Encoding, TooManyFields
 from realtime.protocol.messages import Command, ConnectRequest, Error, ProtocolError, Pub
 from realtime.pubsub.filters import MAX_DEPTH, MAX_NODES
 from realtime.types import ClientInfo, Publication
@@ -30,41 +30,51 @@ class JSONEncoding:
     ping = b"{}"
     embed = staticmethod(messages.embed)
     make_info = staticmethod(messages.make_info)
+    validate_data = staticmethod(json_text.payload)
+    decode_data = staticmethod(json_text.value)
 
     def decode_command(self, message: bytes) -> Command | None:
-        if _NEWLINE in message:
-            return None
+        return None if _NEWLINE in message else self._decode_command(message, MAX_FIELDS)
+
+    def _decode_command(self, message: bytes, fields: int) -> Command:
         try:
-            if len(message) > _SHORT:
-                _check_objects(message, _decode_outline)
+            if len(message) > FEWEST_FIELDS:
+                _check_objects(message, _decode_outline, fields // 2)
             return _decode_command(message)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return _decode_without_nulls(message, Command)
 
-    def decode_commands(self, message: bytes) -> Iterator[Command]:
+    def decode_commands(self, message: bytes, fields: int = MAX_FIELDS) -> Iterator[Command]:
         # A newline at the end of the message is allowed.
         start, end = 0, len(message) - message.endswith(b"\n")
         while start <= end:
             stop = message.find(b"\n", start, end)
             if stop < 0:
                 stop = end
-            command = self.decode_command(message[start:stop])
-            assert command is not None
-            yield command
+            yield self._decode_command(message[start:stop], fields)
             start = stop + 1
 
+    def end_of_commands(self, data: bytes, limit: int) -> int:
+        end = 0
+        while len(data) - end > limit:
+            # The last line end that a command of the largest size may have.
+            line_end = data.rfind(b"\n", end, end + limit + 1)
+            if line_end < 0:
+                raise CommandTooLong("a command is too long")
+            end = line_end + 1
+        return max(end, data.rfind(b"\n") + 1)
+
     def command_ids(self, message: bytes) -> Iterator[int]:
+        start, end = 0, len(message) - message.endswith(b"\n")
         try:
-            for line in message.removesuffix(b"\n").split(b"\n"):
-                yield _decode_id(line).id
+            while start <= end:
+                stop = message.find(b"\n", start, end)
+                if stop < 0:
+                    stop = end
+                yield _decode_id(message[start:stop]).id
+                start = stop + 1
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise ProtocolError("not a command") from None
-
-    def validate_data(self, raw: Raw | UnsetType) -> bytes:
-        return json_text.payload(raw)
-
-    def decode_data(self, data: bytes) -> Any:
-        return json_text.value(data)
 
     def encode_data(self, value: Any) -> bytes:
         if value is None:
@@ -122,14 +132,17 @@ class JSONPushEncoding(JSONEncoding):
 
     def decode_command(self, message: bytes) -> Command:
         try:
-            if len(message) > _SHORT:
-                _check_objects(message, _decode_push_outline)
+            if len(message) > FEWEST_FIELDS:
+                _check_objects(message, _decode_push_outline, MAX_OBJECTS)
             return Command(id=1, connect=_decode_connect(message or b"{}"))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return Command(id=1, connect=_decode_without_nulls(message, ConnectRequest))
 
-    def decode_commands(self, message: bytes) -> Iterator[Command]:
+    def decode_commands(self, message: bytes, fields: int = MAX_FIELDS) -> Iterator[Command]:
         yield self.decode_command(message)
+
+    def end_of_commands(self, data: bytes, limit: int) -> int:
+        raise CommandTooLong("the one request is too long")
 
     def encode_reply(self, id: int, name: str, result: Struct) -> bytes:
         return b'{"%s":%b}' % (name.encode(), _encode(result))
@@ -140,11 +153,8 @@ class JSONPushEncoding(JSONEncoding):
 
 _NEWLINE = 10
 
-MAX_OBJECTS = 4096
+MAX_OBJECTS = MAX_FIELDS // 2
 """JSON objects in one command, outside the application's data: subscriptions of a connect, or nodes of a filter."""
-
-# Bytes of a command that holds few objects in any case.
-_SHORT = MAX_OBJECTS
 
 
 class _NumberedCommand(Struct):
@@ -165,18 +175,21 @@ class _Outline(Struct):
     subscribe: _DataOutline | None = None
 
 
-def _check_objects(message: bytes, decode_outline: Callable[[bytes], Any]) -> None:
-    """Refuse a command whose decoding takes long, before it is decoded. Raises ProtocolError, and as a decoder."""
+def _check_objects(message: bytes, decode_outline: Callable[[bytes], Any], limit: int) -> None:
+    """Refuse a command whose decoding takes long, before it is decoded.
+
+    limit: objects outside the application's data. Raises TooManyFields, and ProtocolError for invalid JSON.
+    """
     objects = message.count(b"{")
-    if objects <= MAX_OBJECTS:
+    if objects <= limit:
         return
     try:
         outline = decode_outline(message)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise ProtocolError("not a command") from None
     parts = msgspec.structs.astuple(outline) if isinstance(outline, _Outline) else (outline,)
-    if objects - sum(bytes(part.data).count(b"{") for part in parts if part is not None) > MAX_OBJECTS:
-        raise ProtocolError("too many objects")
+    if objects - sum(bytes(part.data).count(b"{") for part in parts if part is not None) > limit:
+        raise TooManyFields("too many objects")
 
 
 def _bare_push(channel: str, name: str, body: Struct) -> bytes:

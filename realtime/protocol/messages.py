@@ -159,8 +159,10 @@ class Command(Struct, frozen=True):
         Raises ProtocolError for an id without a request, for more than one request, and for the unused `ping`.
         """
         absent = msgspec.structs.astuple(self).count(None)
+        if self.rpc is not None and absent == _OTHERS and self.ping is UNSET:  # the short path
+            return "rpc", self.rpc
         ping = self.ping is not UNSET and bytes(self.ping) != b"null"
-        if ping or absent < len(REQUESTS) - 1 or (self.id and absent == len(REQUESTS)):
+        if ping or absent < _OTHERS or (self.id and absent == len(REQUESTS)):
             raise ProtocolError("a command has exactly one request, and never `ping`")
         for name in REQUESTS:
             value = getattr(self, name)
@@ -171,6 +173,7 @@ class Command(Struct, frozen=True):
 
 # The names of all requests.
 REQUESTS = [name for name in Command.__struct_fields__ if name not in ("id", "ping")]
+_OTHERS = len(REQUESTS) - 1  # the absent requests of a command with one
 
 
 # -- results -------------------------------------------------------------------------------------------------------

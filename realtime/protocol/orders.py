@@ -93,10 +93,14 @@ class ChannelsOrder(Struct, frozen=True, array_like=True, tag="channels"):
 
 
 class ChannelsAnswer(Struct, frozen=True, array_like=True, tag="channels_answer"):
-    """The answer to the ChannelsOrder of this id: numbers of subscribers by channel, None for too many channels."""
+    """A part of the answer to the ChannelsOrder of this id: numbers of subscribers by channel.
+
+    found: None for too many channels. has_more: further parts follow from the same worker.
+    """
 
     id: int
     found: dict[str, int] | None
+    has_more: bool = False
 
 
 class EmulateOrder(Struct, frozen=True, array_like=True, tag="emulate"):
@@ -110,8 +114,17 @@ class EmulateOrder(Struct, frozen=True, array_like=True, tag="emulate"):
     number: int = 0
 
 
+class InvalidateOrder(Struct, frozen=True, array_like=True, tag="invalidate"):
+    """Carry out an invalidation of caches, see `realtime.cache.Invalidation`. address: of the sender, which has."""
+
+    address: str
+    cache: str
+    keys: list[bytes] | None
+    tags: list[str] | None
+
+
 AddressedOrder = DisconnectOrder | UnsubscribeOrder | SubscribeOrder | RefreshOrder
-Order = AddressedOrder | SupersedeOrder | ChannelsOrder | ChannelsAnswer | EmulateOrder
+Order = AddressedOrder | SupersedeOrder | ChannelsOrder | ChannelsAnswer | EmulateOrder | InvalidateOrder
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Order)

@@ -31,7 +31,7 @@ from msgspec import Raw, Struct, UnsetType, inspect
 from realtime import json_text
 from realtime.errors import ClientError
 from realtime.protocol import messages
-from realtime.protocol.encodings import Encoding
+from realtime.protocol.encodings import MAX_BATCHED, MAX_FIELDS, CommandTooLong, Encoding, TooManyFields
 from realtime.protocol.messages import Command, ProtocolError, Pub
 from realtime.types import ClientInfo, Publication
 
@@ -107,10 +107,6 @@ _EMPTY_COMMAND = Command()
 MAX_FILTER_NODES = 2048
 """Nodes of all filters in one message: two bytes are enough for one, and reading it takes some microseconds."""
 
-MAX_FIELDS = 8192
-"""Fields in one command, nested ones included; each nested message counts once more. Reading one takes half a
-microsecond. A connect command that recovers 1,000 subscriptions has as many."""
-
 # Wire types. The two of groups have no name here.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -138,7 +134,7 @@ class Protobuf:
         command: Command = _whole(Command, message, start, start + size)
         return command
 
-    def decode_commands(self, message: bytes) -> Iterator[Command]:
+    def decode_commands(self, message: bytes, fields: int = MAX_FIELDS) -> Iterator[Command]:
         position, end = 0, len(message)
         nodes = MAX_FILTER_NODES
         if not end:
@@ -156,9 +152,27 @@ class Protobuf:
                 yield _EMPTY_COMMAND
                 continue
             _FILTER_NODES.left = nodes
-            command: Command = _whole(Command, message, start, position)
+            command: Command = _whole(Command, message, start, position, fields)
             nodes = _FILTER_NODES.left
             yield command
+
+    def end_of_commands(self, data: bytes, limit: int) -> int:
+        position, end = 0, len(data)
+        for _ in range(MAX_BATCHED):
+            if position >= end:
+                return position
+            size, start = data[position], position + 1
+            if size > 0x7F:
+                try:
+                    size, start = _varint(data, position)
+                except IndexError:
+                    return position
+                if size > limit:
+                    raise CommandTooLong("a command is too long")
+            if start + size > end:
+                return position
+            position = start + size
+        raise ProtocolError("too many commands")
 
     def command_ids(self, message: bytes) -> Iterator[int]:
         position, end = 0, len(message)
@@ -247,10 +261,13 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
     raise ProtocolError("a varint of more than 64 bits")
 
 
-def _whole(struct: type[Struct], data: bytes, position: int, end: int) -> Any:
-    """A message that lies in a part of `data` and in no other message. Raises ProtocolError."""
+def _whole(struct: type[Struct], data: bytes, position: int, end: int, fields: int = MAX_FIELDS) -> Any:
+    """A message that lies in a part of `data` and in no other message. Raises ProtocolError.
+
+    fields: see `Encoding.decode_commands`. Reading one takes half a microsecond.
+    """
     # A field takes a byte or more, so that a short message can't have too many.
-    _BUDGET.fields = _UNLIMITED if end - position <= MAX_FIELDS else repeat(None, MAX_FIELDS)
+    _BUDGET.fields = _UNLIMITED if end - position <= fields else repeat(None, fields)
     try:
         return _READERS[struct].read(data, position, end)
     except (IndexError, UnicodeDecodeError, RecursionError):
@@ -331,7 +348,7 @@ class _Reader:
             else:
                 raise ProtocolError("a group, or no wire type at all")
         else:
-            raise ProtocolError("too many fields")
+            raise TooManyFields("too many fields")
         if position != end:
             raise ProtocolError("a field ends behind its message")
         return self._make(**values)
@@ -373,7 +390,7 @@ class _CountedReader(_Reader):
     def read(self, data: bytes, position: int, end: int) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise ProtocolError("too many of one kind")
+            raise TooManyFields("too many of one kind")
         return super().read(data, position, end)
 
 

@@ -8,6 +8,7 @@ its `Connection`. It knows no socket, thread or reactor. The other parts of a se
     session_timers    time limits: opening, pings, expiry
     commands          what each command does
     subscription      one subscription of the session
+    replay            missed publications that follow a reply
 
 A command that waits for nothing is one call on the way from `receive` to `reply`, without queue, coroutine or task.
 
@@ -20,23 +21,25 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct, UnsetType
 
 from realtime import errors
-from realtime.errors import ClientError, Disconnect, EngineUnavailable, KeysUnavailable
+from realtime.errors import ClientError, Disconnect, EngineUnavailable, KeysUnavailable, RealtimeError
 from realtime.http.handshake import OpeningRequest
 from realtime.protocol import messages
 from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.client import ConnectedClient, release
 from realtime.protocol.command_queue import LONG_MESSAGE, CommandQueue, channel_of
 from realtime.protocol.context import Connection, SessionServices, SessionSettings
-from realtime.protocol.messages import ProtocolError, SubscribeRequest
+from realtime.protocol.messages import ProtocolError, Pub, SubscribeRequest
+from realtime.protocol.replay import Replays
 from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, SessionState
 from realtime.protocol.session_timers import SessionTimers
-from realtime.protocol.subscription import JoinResult, Subscription, SubscriptionSource
+from realtime.protocol.subscription import JoinResult, ReplyRoom, Subscription, SubscriptionSource
 from realtime.pubsub.engine import AddClient, AdmitClient, RemoveClient
 from realtime.types import ClientInfo, Position, SubscribeOptions
 
@@ -76,6 +79,7 @@ class Session(SessionTimers):
         "_connection",
         "_failures",
         "_rate_due",
+        "_replays",
         "busy_channels",
         "encoding",
         "handle",
@@ -111,6 +115,7 @@ class Session(SessionTimers):
         self._connection = connection
         self.encoding = connection.form.encoding
         self.queue: CommandQueue | None = None
+        self._replays: Replays | None = None
         # The time at which the allowed rate would have used up the commands received so far.
         self._rate_due = 0.0
         # The number of failed commands, of refused subscribes beside these, and the time of the first one.
@@ -135,6 +140,11 @@ class Session(SessionTimers):
     def channels(self) -> list[str]:
         """Return the channels to which the client is subscribed."""
         return [channel for channel, subscription in self.subscriptions.items() if subscription.is_active]
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the client has been admitted."""
+        return self.state is CONNECTED
 
     # -- messages and commands ---------------------------------------------------------------------------------------
 
@@ -161,16 +171,24 @@ class Session(SessionTimers):
                 self._pong_received()
             else:
                 self.start(command)
-        except ProtocolError:
-            self.disconnect(*errors.BAD_PROTOCOL)
+        except ProtocolError as error:
+            self.disconnect(*errors.BAD_PROTOCOL, detail=str(error))
 
     def _enqueue(self, message: bytes) -> None:
         queue = self.queue
         if queue is None:
             queue = self.queue = CommandQueue(self)
-        queue.append(self.encoding.decode_commands(message), len(message))
+        settings = self.settings
+        fields = settings.first_fields if self.state is OPENED else settings.client.max_command_fields
+        queue.append(self.encoding.decode_commands(message, fields), len(message))
         if not queue.is_starting:
-            queue.start_ready()
+            # All replies to the commands of a message leave together.
+            holds = self._connection.hold()
+            try:
+                queue.start_ready()
+            finally:
+                if holds:
+                    self._connection.release()
         if self.queue is not None:
             queue.limit()
 
@@ -190,13 +208,12 @@ class Session(SessionTimers):
         counters = self.services.counters
         counters.commands[name].value += 1
         if self.settings.client.commands_per_second and self._exceeds_rate():
-            counters.bad_input["command_rate"].value += 1
-            self._refuse(command.id, name, ClientError(*errors.TOO_MANY_REQUESTS))
+            self._refuse(command.id, name, request, ClientError(*errors.TOO_MANY_REQUESTS, kind="command_rate"))
             return
         try:
             rest = self._commands[name](self, command.id, request)
         except Exception as error:
-            self._answer_failure(command.id, name, error)
+            self._answer_failure(command.id, name, request, error)
             return
         if rest is None:
             return
@@ -204,7 +221,7 @@ class Session(SessionTimers):
         if self.settings.client.concurrency > 1 and (channel := channel_of(command)):
             self.busy_channels = self.busy_channels or set()
             self.busy_channels.add(channel)
-        self.services.run(self._finish(command.id, name, request, rest), self._finished)
+        self.services.run(rest, partial(self._finished, command.id, name, request))
 
     def _exceeds_rate(self) -> bool:
         """Count a command; return whether it exceeds the rate. Disconnects a client that goes far beyond."""
@@ -217,22 +234,20 @@ class Session(SessionTimers):
             self.disconnect(*errors.TOO_MANY_COMMANDS)
         return commands > RATE_BURST * rate
 
-    async def _finish(self, id: int, name: str, request: Any, rest: Coroutine[Any, Any, None]) -> None:
-        """Await the `rest` of a command."""
-        try:
-            await rest
-        except Exception as error:
-            self._answer_failure(id, name, error)
-        finally:
-            if self.busy_channels:
-                self.busy_channels.discard(getattr(request, "channel", ""))
-
-    def _finished(self, result: Any, error: BaseException | None) -> None:
-        self.running -= 1
+    def _finished(self, id: int, name: str, request: Any, result: Any, error: BaseException | None) -> None:
+        """Go on after a command that has waited."""
         if error is not None:
-            self.services.report_error(error)
-            self.disconnect(*errors.SERVER_ERROR)
-        elif self.queue is not None and not self.queue.is_starting:
+            try:
+                if not isinstance(error, Exception):
+                    raise error
+                self._answer_failure(id, name, request, error)
+            except BaseException as unexpected:
+                self.services.report_error(unexpected)
+                self.disconnect(*errors.SERVER_ERROR)
+        if self.busy_channels:
+            self.busy_channels.discard(getattr(request, "channel", ""))
+        self.running -= 1
+        if self.queue is not None and not self.queue.is_starting:
             self.queue.start_ready()
 
     def decode_request_data(self, raw: Raw | UnsetType) -> Any:
@@ -246,6 +261,21 @@ class Session(SessionTimers):
     def is_paused(self) -> bool:
         """Whether the socket is not read, because too many commands wait."""
         return self.queue is not None and self.queue.is_paused
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether the client has to take its replies before its next command starts."""
+        return self._connection.is_congested
+
+    def wait_until_drained(self) -> None:
+        self._connection.when_drained(self.drained)
+
+    def drained(self) -> None:
+        """Go on with commands and replays that waited for the socket to take all frames."""
+        if self.queue is not None and not self.queue.is_starting:
+            self.queue.start_ready()
+        if self._replays is not None:
+            self._replays.resume()
 
     def pause_reading(self) -> None:
         self._connection.pause()
@@ -274,28 +304,37 @@ class Session(SessionTimers):
         if self.state is not SessionState.CLOSED:
             self._connection.send(self.encoding.encode_presence_reply(id, members))
 
-    def _answer_failure(self, id: int, name: str, error: Exception) -> None:
+    def _answer_failure(self, id: int, name: str, request: Any, error: Exception) -> None:
         """Answer a command that raised `error`."""
         match error:
             case Disconnect():
-                self.disconnect(error.code, error.reason)
+                detail = detail_of(error) or f"by its {name} command"
+                self.disconnect(error.code, error.reason, kind=error.kind, detail=detail)
+                return
             case ClientError():
-                self._refuse(id, name, error)
-            case EngineUnavailable() | KeysUnavailable():
-                self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
+                pass
+            case EngineUnavailable():
+                error = ClientError(*errors.INTERNAL_ERROR, kind="engine")
+            case KeysUnavailable():
+                error = ClientError(*errors.INTERNAL_ERROR, kind="keys")
             case _:
                 self.services.report_error(error)
-                self._refuse(id, name, ClientError(*errors.INTERNAL_ERROR))
+                error = ClientError(*errors.INTERNAL_ERROR)
+        self._refuse(id, name, request, error)
 
-    def _refuse(self, id: int, name: str, error: ClientError) -> None:
+    def _refuse(self, id: int, name: str, request: Any, error: ClientError) -> None:
         if self.state is SessionState.CLOSED:
             return
         self.services.counters.count_error(name, error.code)
+        describe = partial(self._describe_command, name, request)
+        self.services.client_log.refuse_by(
+            error.code, error.kind, name, describe, reason=error.message, detail=detail_of(error)
+        )
         if name == "connect" and self.state is CONNECTED:
             self.disconnect(*errors.SERVER_ERROR)  # a bug in the server, after the reply was sent
             return
         if self.encoding.unidirectional:
-            self.disconnect(*_WITHOUT_REPLIES.get(error.code, errors.SERVER_ERROR))
+            self.disconnect(*_WITHOUT_REPLIES.get(error.code, errors.SERVER_ERROR), kind="refused")
             return
         if id:
             self._connection.send(self.encoding.encode_error(id, error))
@@ -336,8 +375,7 @@ class Session(SessionTimers):
         if not (limit and info.user):
             engine.tell(AddClient(info))
         elif not await engine.ask(AdmitClient(info, limit)):
-            self.services.counters.bad_input["user_connections"].value += 1
-            raise Disconnect(*errors.USER_CONNECTIONS)
+            raise Disconnect(*errors.USER_CONNECTIONS, kind="user_connections")
 
     def cancel_admission(self) -> None:
         """Undo `admit`, and end the subscriptions made since."""
@@ -350,6 +388,8 @@ class Session(SessionTimers):
         self.state = SessionState.CONNECTED
         self.handle = ConnectedClient(self, name, version, self.request.headers, self.request.remote_address, meta)
         self.services.sessions.add(self)
+        if self.services.client_log.debug:
+            self.services.client_log.came(self.describe)
         self._start_pings()
 
     def is_allowed(self, verb: str, channel: str, channel_options: ResolvedChannel) -> bool:
@@ -386,14 +426,20 @@ class Session(SessionTimers):
         )
         return subscription
 
-    async def join(self, subscription: Subscription, request: SubscribeRequest) -> JoinResult | None:
+    def reply_room(self) -> ReplyRoom:
+        """Return the room for missed publications in a reply that is sent now: less behind replies on their way."""
+        return ReplyRoom(self.settings.client.recovery_reply_size - self._connection.unsent())
+
+    async def join(
+        self, subscription: Subscription, request: SubscribeRequest, room: ReplyRoom | None = None
+    ) -> JoinResult | None:
         """Have the subscription join its channel. Returns None if it has ended by then.
 
-        Without a result the subscription leaves nothing behind. Raises as `Subscription.join`.
+        Without a result the subscription leaves nothing behind. room, and what is raised: as for `Subscription.join`.
         """
         self.subscriptions[request.channel] = subscription
         try:
-            joined = await subscription.join(request)
+            joined = await subscription.join(request, room)
         except BaseException:
             self.remove_subscription(subscription)
             raise
@@ -401,18 +447,23 @@ class Session(SessionTimers):
             self.remove_subscription(subscription)
             return None
         result = joined.result
-        if result.was_recovering and result.recoverable and not result.recovered:
-            is_ahead = request.epoch == result.epoch and request.offset > result.offset
-            self.services.counters.bad_input["recovery_ahead"].value += is_ahead
+        is_unrecovered = result.was_recovering and result.recoverable and not result.recovered
+        if is_unrecovered and request.epoch == result.epoch and request.offset > result.offset:
+            self.services.client_log.refuse("recovery_ahead", self.describe, channel=repr(request.channel))
         return joined
 
     def activate(self, subscription: Subscription, joined: JoinResult) -> None:
         """Let publications through, after the reply with `joined.result` was sent."""
         if self.state is SessionState.CLOSED:
             self.remove_subscription(subscription)
-        elif not subscription.activate(joined):
+            return
+        if not subscription.activate(joined):
             self.subscription_lost_position(subscription)
-        elif subscription.renewal is not None:
+            return
+        if subscription.replay is not None:
+            self._replays = self._replays or Replays(self, self._connection)
+            self._replays.begin(subscription, subscription.replay)
+        if subscription.renewal is not None:
             options, subscription.renewal = subscription.renewal, None
             self.subscribe(subscription.channel, options, None)
 
@@ -446,7 +497,12 @@ class Session(SessionTimers):
     # -- actions of the server ---------------------------------------------------------------------------------------
 
     def _push(self, channel: str, name: str, body: Struct) -> None:
-        self._connection.send(self.encoding.encode_push(channel, name, body))
+        self._connection.send(self.encoding.encode_push(channel, name, body), is_push=True)
+
+    def push_publications(self, channel: str, publications: Iterable[Pub]) -> None:
+        """Send publications of a channel, without regard to the limit of the outbox: the caller has waited for it."""
+        for publication in publications:
+            self._connection.send(self.encoding.encode_push(channel, "pub", publication))
 
     def send(self, data: Any) -> None:
         """Send a message to this client alone, outside any channel. data: any value that JSON can hold."""
@@ -521,8 +577,7 @@ class Session(SessionTimers):
                 positioned=result.positioned,
             ),
         )
-        for publication in result.publications or ():
-            self._push(channel, "pub", publication)
+        self.push_publications(channel, result.publications or ())
         self.activate(subscription, joined)
         self.schedule_deadline()
 
@@ -553,19 +608,42 @@ class Session(SessionTimers):
         self.set_expiry(expire_at)
         self._push("", "refresh", messages.RefreshPush(bool(ttl), ttl))
 
-    def disconnect(self, code: int, reason: str) -> None:
-        """Close the connection with this code. The session has ended when this returns."""
+    def disconnect(self, code: int, reason: str, *, kind: str = "", detail: str = "") -> None:
+        """Close the connection with this code. The session has ended when this returns.
+
+        kind, detail: of the cause, for the log; "" where the code tells it.
+        """
         if self.state is not SessionState.CLOSED:
-            self.services.counters.count_disconnect(code)
-            self._end()
+            self.services.client_log.refuse_by(code, kind, "", self.describe, reason=reason, detail=detail)
+            self._end(code, reason)
             self._connection.close(code, reason)
 
     def closed(self) -> None:
         """End the session: its connection is closed."""
         if self.state is not SessionState.CLOSED:
-            self._end()
+            if self.services.client_log.debug:
+                self.services.client_log.went(self.describe, "its connection has ended")
+            self._end(*errors.CONNECTION_CLOSED)
 
-    def _end(self) -> None:
+    def describe(self) -> dict[str, object]:
+        """Return the facts about this client for the log."""
+        return {
+            "client": self.client,
+            "user": repr(self.user) if self.user else "",
+            "address": self.request.remote_address,
+            "transport": self._connection.transport_name,
+        }
+
+    def _describe_command(self, name: str, request: Any) -> dict[str, object]:
+        channel = getattr(request, "channel", "")
+        subject = channel or getattr(request, "method", "")
+        return {
+            **self.describe(),
+            "request": f"{name} {subject!r}" if subject else name,
+            "channel": repr(channel),
+        }
+
+    def _end(self, code: int, reason: str) -> None:
         was_connected = self.state is CONNECTED
         self.state = SessionState.CLOSED
         self.services.deadlines.clear(self)
@@ -579,7 +657,7 @@ class Session(SessionTimers):
             for subscription in [each for each in self.subscriptions.values() if each.is_active]:
                 self.remove_subscription(subscription)
             if self.services.handlers.disconnected is not None:
-                self._run_in_background(self.services.handlers.disconnected(self.handle))
+                self._run_in_background(self.services.handlers.disconnected(self.handle, code, reason))
         if self.handle is not None:
             release(self.handle)
 
@@ -597,6 +675,11 @@ class Session(SessionTimers):
 
 # Carries out a command: (session, id, request). Returns the rest of its work, or None if there is none.
 CommandFunction = Callable[[Session, int, Any], Coroutine[Any, Any, None] | None]
+
+
+def detail_of(error: Exception) -> str:
+    """Return the cause of a refusal in words, for the log; "" for none."""
+    return str(error.__cause__) if isinstance(error.__cause__, RealtimeError) else ""
 
 
 async def _without_refusals(work: Awaitable[Any]) -> None:

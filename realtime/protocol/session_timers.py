@@ -54,7 +54,7 @@ class SessionTimers(ABC):
         """Whether the socket is not read now."""
 
     @abstractmethod
-    def disconnect(self, code: int, reason: str) -> None: ...
+    def disconnect(self, code: int, reason: str, *, kind: str = "") -> None: ...
 
     @abstractmethod
     def unsubscribe(self, channel: str, code: int, reason: str) -> None: ...
@@ -65,16 +65,23 @@ class SessionTimers(ABC):
         if due < math.inf and self.state is not SessionState.CLOSED:
             self.services.deadlines.set(self, due)
 
+    def abort(self) -> None:
+        """Abort the connection, after an exception of the session."""
+        self._connection.abort()
+
     def on_deadline(self) -> None:
         """Act on the limits that are due."""
         now = self.services.deadlines.now
         if self._stale_by <= now:
             self._stale()
-        elif self._pong_by <= now and not self.is_paused:
+        elif self._pong_by <= now and self._connection.is_drained and not self.is_paused:
             self.disconnect(*errors.NO_PONG)
         elif self._expire_by <= now:
             self.disconnect(*errors.CONNECTION_EXPIRED)
         else:
+            if self._pong_by <= now and not self._connection.is_drained:
+                # The ping may be behind a long reply. Meanwhile `websocket.write_timeout` finds a client that is gone.
+                self._pong_by = self._after(self.settings.client.pong_timeout)
             self._expire_subscriptions(now)
             if self._ping_at <= now and self.state is CONNECTED:
                 self._ping(now)
@@ -96,8 +103,7 @@ class SessionTimers(ABC):
             # The client has sent its connect command, which takes long here.
             self.disconnect(*errors.SERVER_ERROR)
         else:
-            self.services.counters.bad_input["stale"].value += 1
-            self.disconnect(*errors.STALE)
+            self.disconnect(*errors.STALE, kind="stale")
 
     def _limit_refused(self) -> None:
         """Give a refused client REFUSED_DELAY seconds to close the connection."""
@@ -133,7 +139,7 @@ class SessionTimers(ABC):
             return  # the client is not read now, and would answer a second ping by one pong too many
         if self._wants_pongs:
             self._pong_by = now + self.settings.client.pong_timeout
-        self._connection.send(self.encoding.ping)
+        self._connection.send(self.encoding.ping, is_push=True)
 
     def _pong_received(self) -> None:
         # A pong is taken before the queued commands: their duration is not the client's fault. The deadline stays set
@@ -164,6 +170,8 @@ class SessionTimers(ABC):
         self.schedule_deadline()
 
     def _subscription_expiry(self) -> float:
+        if not self.subscriptions:
+            return math.inf
         times = [subscription.expire_at for subscription in self.subscriptions.values() if subscription.expire_at]
         return self._loop_time(min(times)) if times else math.inf
 

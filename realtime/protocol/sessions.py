@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from realtime.errors import CONNECTION_EXPIRED, CONNECTION_LIMIT
@@ -18,6 +17,7 @@ from realtime.protocol.orders import (
     ChannelsOrder,
     DisconnectOrder,
     EmulateOrder,
+    InvalidateOrder,
     Order,
     RefreshOrder,
     SubscribeOrder,
@@ -29,11 +29,12 @@ from realtime.protocol.orders import (
 from realtime.pubsub.time_slices import HIGH, TimeSlicer
 from realtime.types import Position, SubscribeOptions
 
-# Sessions handled before other work gets a turn: ending one takes some hundredths of a millisecond.
+# Sessions of one order that are handled at once, while the slice of this turn has time. Ending a session takes some
+# hundredths of a millisecond, and as long again for each of its subscriptions.
 SESSIONS_AT_ONCE = 32
 
 # An order that concerns no session of this worker.
-HandledOrder = TypeVar("HandledOrder", ChannelsOrder, ChannelsAnswer, EmulateOrder)
+HandledOrder = TypeVar("HandledOrder", ChannelsOrder, ChannelsAnswer, EmulateOrder, InvalidateOrder)
 
 
 class RegisteredSession(Protocol):
@@ -95,17 +96,16 @@ class Sessions:
         if not of_user:
             del self._by_user[session.user]
 
-    @contextmanager
-    def connecting(self, session: RegisteredSession) -> Iterator[None]:
-        """Apply orders that take something away to this session, too, while its connect command is under way."""
-        of_user = self._connecting.setdefault(session.user, set())
-        of_user.add(session)
-        try:
-            yield
-        finally:
-            of_user.discard(session)
-            if not of_user and self._connecting.get(session.user) is of_user:
-                del self._connecting[session.user]
+    def begin_connecting(self, session: RegisteredSession) -> None:
+        """Apply orders that take something away to this session, too, until `end_connecting`."""
+        self._connecting.setdefault(session.user, set()).add(session)
+
+    def end_connecting(self, session: RegisteredSession) -> None:
+        """End `begin_connecting`, when the connect command has ended."""
+        of_user = self._connecting[session.user]
+        of_user.discard(session)
+        if not of_user:
+            del self._connecting[session.user]
 
     def supersede(self, session: RegisteredSession) -> bytes:
         """Return the order that ends the older connections of this session's user; the caller passes it to the engine.
@@ -126,7 +126,7 @@ class Sessions:
         `encode_order` did not make.
         """
         match decode_order(data):
-            case ChannelsOrder() | ChannelsAnswer() | EmulateOrder() as order:
+            case ChannelsOrder() | ChannelsAnswer() | EmulateOrder() | InvalidateOrder() as order:
                 handler = self._handlers.get(type(order))
                 if handler is not None:
                     handler(order)
@@ -154,21 +154,28 @@ class Sessions:
         return [session for session in sessions if order.session in ("", session.secret)]
 
     def _for_each(self, sessions: list[RegisteredSession], action: Callable[[RegisteredSession], None]) -> None:
-        if self._slices is None or not (self._pending or len(sessions) > SESSIONS_AT_ONCE):
-            for session in sessions:
+        slices = self._slices
+        if not self._pending and (slices is None or len(sessions) <= SESSIONS_AT_ONCE):
+            for count, session in enumerate(sessions, 1):
                 action(session)
-            return
+                if slices is not None and count < len(sessions):
+                    slices.start_slice()
+                    if not slices.has_time:
+                        sessions = sessions[count:]
+                        break
+            else:
+                return
+        assert slices is not None
         self._pending.append((sessions, action))
         if len(self._pending) == 1:
-            self._slices.add(self._apply_pending(), HIGH)
+            slices.add(self._apply_pending(), HIGH)
 
     def _apply_pending(self) -> Iterator[None]:
         while self._pending:
             sessions, action = self._pending[0]
-            for count, session in enumerate(sessions, 1):
+            for session in sessions:
                 action(session)
-                if count % SESSIONS_AT_ONCE == 0:
-                    yield
+                yield
             self._pending.popleft()
 
 

@@ -4,6 +4,8 @@ The order of joining makes it lossless. First the subscription is added to the h
 arriving publications for it. Then history is read, the client is entered into presence, and the reply is written. Last,
 the hub is given the position of the reply: it delivers the held back publications above that position, and every later
 one as it arrives. All requests to the engine are sent at once: the engine keeps their order.
+
+Missed publications that exceed the room in the reply follow as pushes (`realtime.protocol.replay`).
 """
 
 from __future__ import annotations
@@ -12,20 +14,22 @@ import enum
 from collections.abc import Coroutine
 from typing import Any, NamedTuple, Protocol
 
-from realtime.errors import BAD_REQUEST, UNRECOVERABLE_POSITION, ClientError, Disconnect
+from realtime.errors import BAD_REQUEST, UNRECOVERABLE_POSITION, ClientError, Disconnect, RealtimeError
 from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.context import SessionServices, SessionSettings
 from realtime.protocol.messages import Pub, SubscribeRequest, SubscribeResult
 from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub import filters, fossil_delta
 from realtime.pubsub.engine import AddPresence, GetHistory, RemovePresence
+from realtime.pubsub.fanout import PATCH_LIMIT
+from realtime.pubsub.history import approximate_size
 from realtime.pubsub.subscriber import Sink
 from realtime.types import ClientInfo, HistoryPage, Position, Publication, SubscribeOptions
 
 # Bit 2 of a subscribe request's `flag`: an unrecovered subscription is refused with error 112, except in cache mode.
 REJECT_UNRECOVERED = 2
-# The share of a client's outbox that recovered publications may fill, so that a reply alone never overflows it.
-RECOVERED_SHARE = 0.5
+# The share of a client's outbox that the publications may fill among which cache mode looks for the newest one.
+CACHE_SHARE = 0.5
 # Deltas computed before other work gets a turn: a long one takes most of a millisecond.
 DELTAS_AT_ONCE = 5
 
@@ -47,20 +51,63 @@ class SubscriptionOwner(Protocol):
     settings: SessionSettings
     services: SessionServices
 
+    def reply_room(self) -> ReplyRoom:
+        """Return the room for missed publications in a reply that is sent now."""
+
     def subscription_lost_position(self, subscription: Subscription) -> None:
         """Handle a subscription that the hub has removed: the client may have missed publications."""
+
+    def describe(self) -> dict[str, object]:
+        """Return the facts about the client for the log."""
+
+
+class ReplyRoom:
+    """The room for missed publications in one reply, over all its channels. left: bytes."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def take(self, publications: list[Publication]) -> list[Publication]:
+        """Return the first of these publications, as many as fit."""
+        for number, publication in enumerate(publications):
+            size = approximate_size(publication)
+            if size > self.left:
+                return publications[:number]
+            self.left -= size
+        return publications
 
 
 class JoinResult(NamedTuple):
     """The outcome of joining. result: for the client's reply. The other fields are for `Subscription.activate`.
 
     position: where the subscription continues, None for one without a position. delta_base: the last publication in
-    the result, if deltas were agreed: the next publication may be sent as a difference from it.
+    the result, if deltas were agreed: the next publication may be sent as a difference from it. is_behind: further
+    missed publications follow after `position`.
     """
 
     result: SubscribeResult
     position: Position | None
     delta_base: Publication | None
+    is_behind: bool = False
+
+
+class Replay:
+    """The progress of a replay: the position of the last publication sent, and the base of the next delta."""
+
+    __slots__ = ("delta_base", "position")
+
+    def __init__(self, position: Position, delta_base: Publication | None) -> None:
+        self.position = position
+        self.delta_base = delta_base
+
+
+class ReplayPage(NamedTuple):
+    """One page of a replay. is_last: it reaches the top of the stream."""
+
+    pubs: list[Pub]
+    is_last: bool
 
 
 class Subscription:
@@ -69,6 +116,7 @@ class Subscription:
     positioned, recoverable, announced (join and leave pushes), delta, filter: features granted to the client; see
     `grant` and `subscriber.Subscriber`. expire_at: Unix seconds, 0.0 for never. is_active: true from the reply or push
     that reports the subscription to the client until the end. renewal: terms that the server gave it before that.
+    replay: of missed publications, None without one.
     """
 
     __slots__ = (
@@ -87,6 +135,7 @@ class Subscription:
         "positioned",
         "recoverable",
         "renewal",
+        "replay",
         "sink",
         "source",
     )
@@ -115,6 +164,7 @@ class Subscription:
         self.expire_at = 0.0
         self.is_active = False
         self.renewal: SubscribeOptions | None = None
+        self.replay: Replay | None = None
 
     def grant(self, request: SubscribeRequest, *, history: bool, presence: bool) -> None:
         """Grant the features that the namespace forces, and the requested ones that the client may have.
@@ -137,15 +187,11 @@ class Subscription:
         self.delta = request.delta in options.allowed_delta_types
         if request.tf is not None:
             if not options.allow_tags_filter:
-                raise ClientError(*BAD_REQUEST)
+                raise ClientError(*BAD_REQUEST, kind="filter_refused")
             try:
-                self.filter = filters.compiled(request.tf)
+                self.filter = filters.compiled(request.tf, self._owner.settings.client.max_filter_nodes)
             except ValueError as error:
-                self._owner.services.log_debug(
-                    f"client {self.info.client}: refused its tags filter for channel {self.channel!r:.200}:"
-                    f" {error!s:.200}"
-                )
-                raise ClientError(*BAD_REQUEST) from None
+                raise ClientError(*BAD_REQUEST, kind="filter_refused") from RealtimeError(str(error))
         if options.force_recovery and not kept and request.recover and self._refuses_unrecovered(request):
             raise ClientError(*UNRECOVERABLE_POSITION)
 
@@ -153,20 +199,21 @@ class Subscription:
         """Return whether the client refuses a subscription without recovery. In cache mode there is always a state."""
         return bool(request.flag & REJECT_UNRECOVERED) and self.channel_options.force_recovery_mode != "cache"
 
-    async def join(self, request: SubscribeRequest) -> JoinResult:
+    async def join(self, request: SubscribeRequest, room: ReplyRoom | None = None) -> JoinResult:
         """Enter the channel. The caller sends the result to the client, and passes the outcome to `activate`.
 
+        room: for the missed publications of several channels in one reply; None for a reply of its own.
         Raises ClientError 112 when the client refuses an unrecovered subscription, and EngineUnavailable. Then, and
         when the coroutine is closed, the caller calls `leave`.
         """
-        page, recovering, recovered = await self._enter_and_read(request)
-        publications = self._filtered(page.publications) if recovered else []
+        page, recovering, recovered = await self._enter_and_read(request, room)
         try:
+            publications, end = self._fitting(page, room) if recovered else ([], page.position)
             pubs = await self._encode(publications)
         except Disconnect:
             # The client's encoding can't carry a missed publication: for this client that is a gap.
-            self._owner.services.counters.bad_input["encoding"].value += 1
-            recovered, publications, pubs = False, [], []
+            self.log_unencodable()
+            recovered, publications, pubs, end = False, [], [], page.position
         if recovering and not recovered and self._refuses_unrecovered(request):
             raise ClientError(*UNRECOVERABLE_POSITION)
         # After `leave` there may be a new subscription of the same client already, and its presence must stay.
@@ -184,9 +231,27 @@ class Subscription:
             delta=self.delta,
         )
         delta_base = publications[-1] if self.delta and publications else None
-        return JoinResult(result, page.position if self.positioned else None, delta_base)
+        return JoinResult(result, end if self.positioned else None, delta_base, end != page.position)
 
-    async def _enter_and_read(self, request: SubscribeRequest) -> tuple[HistoryPage, bool, bool]:
+    def _fitting(self, page: HistoryPage, room: ReplyRoom | None) -> tuple[list[Publication], Position]:
+        """Select the publications of a recovery for its reply. Returns them, and the position that the reply covers.
+
+        Raises Disconnect if the client's encoding can't carry the first one, although the reply has no room for it:
+        otherwise the client would recover again and again.
+        """
+        publications, top = self._filtered(page.publications), page.position
+        if self.channel_options.force_recovery_mode == "cache":
+            return publications, top
+        fitting = (room or self._owner.reply_room()).take(publications) if publications else []
+        if len(fitting) < len(publications):
+            if not fitting:
+                self._encodable(publications[:1])
+            return fitting, Position(publications[len(fitting)].offset - 1, top.epoch)
+        return fitting, Position(page.publications[-1].offset, top.epoch) if page.publications else top
+
+    async def _enter_and_read(
+        self, request: SubscribeRequest, room: ReplyRoom | None
+    ) -> tuple[HistoryPage, bool, bool]:
         """Subscribe in the hub, enter presence, and return the result of `_read`: one round trip to the engine.
 
         A client that may yet refuse the subscription (REJECT_UNRECOVERED) does not enter presence here.
@@ -195,17 +260,17 @@ class Subscription:
         added = services.hub.subscribe(self.channel, self)
         if not (self.positioned or self._is_visible):
             await added
-            return await self._read(request)
-        steps: list[Coroutine[Any, Any, Any]] = [added, self._read(request)]
+            return await self._read(request, room)
+        steps: list[Coroutine[Any, Any, Any]] = [added, self._read(request, room)]
         if self._is_visible and not self._refuses_unrecovered(request):
             steps.append(self._enter_presence())
         _, (page, recovering, recovered), *_ = await services.gather(steps)
         return page, recovering, recovered
 
-    async def _read(self, request: SubscribeRequest) -> tuple[HistoryPage, bool, bool]:
-        """Read the channel's position and the missed publications.
+    async def _read(self, request: SubscribeRequest, room: ReplyRoom | None) -> tuple[HistoryPage, bool, bool]:
+        """Read the channel's position and the first missed publications.
 
-        Returns the page, whether the client is recovering, and whether the page holds all that the client missed.
+        Returns the page, whether the client is recovering, and whether history has all that the client missed.
         """
         if not self.positioned:
             return HistoryPage([], Position()), False, False
@@ -213,8 +278,9 @@ class Subscription:
         engine, history_options = self._owner.services.engine, options.history_options
         if not (self.recoverable and (request.recover or options.auto_cache_recover)):
             return await engine.ask(GetHistory(self.channel, history_options)), False, False
-        limit, max_bytes = settings.recovery_max_publication_limit or -1, int(settings.queue_max_size * RECOVERED_SHARE)
+        limit = settings.recovery_max_publication_limit or -1
         if options.force_recovery_mode == "cache":
+            max_bytes = int(settings.queue_max_size * CACHE_SHARE)
             # With a filter the newest publication that passes is the state, wherever it is.
             limit = 1 if self.filter is None else limit
             newest = GetHistory(self.channel, history_options, limit=limit, reverse=True, max_bytes=max_bytes)
@@ -228,24 +294,46 @@ class Subscription:
             history_options,
             since=Position(request.offset, request.epoch),
             limit=limit,
-            max_bytes=max_bytes,
+            max_bytes=room.left if room is not None else settings.recovery_reply_size,
         )
         page = await engine.ask(missed)
-        return page, True, is_recovered(request, page)
+        return page, True, is_recovered(request, page, limit)
+
+    def _encodable(self, publications: list[Publication]) -> list[Publication]:
+        """Return those before one that the client's encoding can't carry. Raises Disconnect if that is the first."""
+        for number, publication in enumerate(publications):
+            try:
+                if publication.binary:
+                    self.form.encoding.make_pub(publication)
+            except Disconnect:
+                if not number:
+                    raise
+                return publications[:number]
+        return publications
 
     def _filtered(self, publications: list[Publication]) -> list[Publication]:
         passes = self.filter
         return publications if passes is None else [each for each in publications if passes(each.tags)]
 
-    async def _encode(self, publications: list[Publication]) -> list[Pub]:
-        """Encode publications for a reply; with deltas, the first is in full and the others may be differences."""
+    async def _encode(
+        self, publications: list[Publication], base: Publication | None = None, epoch: str = ""
+    ) -> list[Pub]:
+        """Encode publications for a reply or a page; with deltas, each may be a difference from the one before.
+
+        base: the publication before the first, None for none: the first is in full then. epoch: for a page, as the
+        first publication of a stream carries it in a push.
+        """
         encoding, slices = self.form.encoding, self._owner.services.slices
+        make = encoding.make_full_pub if self.delta else encoding.make_pub
+
+        def whole(publication: Publication) -> Pub:
+            return make(publication, epoch if publication.offset == 1 else "")
+
         if not self.delta:
-            return await slices.map_sliced(encoding.make_pub, publications)
+            return await slices.map_sliced(whole, publications)
         pubs: list[Pub] = []
-        base = None
         for count, publication in enumerate(publications, 1):
-            pubs.append((base and self._delta_pub(base, publication)) or encoding.make_full_pub(publication))
+            pubs.append((base and self._delta_pub(base, publication)) or whole(publication))
             base = publication
             if count % DELTAS_AT_ONCE == 0:
                 await slices.yield_to_loop()
@@ -253,7 +341,7 @@ class Subscription:
 
     def _delta_pub(self, base: Publication, target: Publication) -> Pub | None:
         """Encode `target` as its difference from `base`; None if that is not allowed, possible or shorter."""
-        if not target.delta:
+        if not target.delta or len(target.data) > PATCH_LIMIT:
             return None
         delta = fossil_delta.delta(base.data, target.data)
         return self.form.encoding.make_delta_pub(target, delta) if len(delta) < len(target.data) else None
@@ -261,7 +349,45 @@ class Subscription:
     def activate(self, joined: JoinResult) -> bool:
         """Let publications through. Returns False after a gap: the hub has then removed the subscription."""
         self.is_active = True
-        return self._owner.services.hub.activate(self.channel, self, joined.position, joined.delta_base)
+        hub = self._owner.services.hub
+        if joined.is_behind:
+            assert joined.position is not None
+            self.replay = Replay(joined.position, joined.delta_base)
+            return hub.begin_replay(self.channel, self)
+        return hub.activate(self.channel, self, joined.position, joined.delta_base)
+
+    async def read_page(self, replay: Replay) -> ReplayPage | None:
+        """Read and encode the publications after `replay.position`, which moves on. None: history has lost the next.
+
+        The caller sends them, and calls `end_replay` after the last page. Raises EngineUnavailable, ClientError, and
+        Disconnect for a publication that the client's encoding can't carry.
+        """
+        services, before = self._owner.services, replay.position
+        size, history_options = self._owner.settings.client.recovery_reply_size, self.channel_options.history_options
+        query = GetHistory(self.channel, history_options, since=before, limit=-1, max_bytes=size)
+        page = await services.engine.ask(query)
+        top, stored = page.position, page.publications
+        if top.epoch != before.epoch or before.offset + 1 != (stored[0].offset if stored else top.offset + 1):
+            return None
+        end = Position(stored[-1].offset, top.epoch) if stored else top
+        passing = self._filtered(stored)
+        publications = self._encodable(passing)
+        if len(publications) < len(passing):
+            end = Position(publications[-1].offset, top.epoch)
+        if end == top:
+            services.hub.end_replay(self.channel, self)
+        pubs = await self._encode(publications, replay.delta_base, top.epoch)
+        replay.position = end
+        if self.delta and publications:
+            replay.delta_base = publications[-1]
+        return ReplayPage(pubs, end == top)
+
+    def end_replay(self) -> bool:
+        """Let new publications through behind the last page. Returns False after a gap, as `activate`."""
+        replay, self.replay = self.replay, None
+        assert replay is not None
+        position = replay.position if self.positioned else None
+        return self._owner.services.hub.activate(self.channel, self, position, replay.delta_base)
 
     @property
     def _is_visible(self) -> bool:
@@ -306,7 +432,7 @@ class Subscription:
         if not self.positioned:
             return Position()
         page = await services.engine.ask(GetHistory(self.channel, channel_options.history_options))
-        return page.position
+        return page.position if self.replay is None else self.replay.position
 
     async def update_info(self, info: ClientInfo) -> None:
         """Show the client as `info` from now on. Raises EngineUnavailable; presence then still has the old info."""
@@ -344,20 +470,26 @@ class Subscription:
 
     def on_unencodable(self) -> None:
         """Handle a publication that the client's encoding can't carry: for this client it is a gap."""
-        self._owner.services.counters.bad_input["encoding"].value += 1
+        self.log_unencodable()
         self._owner.subscription_lost_position(self)
 
+    def log_unencodable(self) -> None:
+        """Count and log a publication that the client's encoding can't carry."""
+        self._owner.services.client_log.refuse("encoding", self._owner.describe, channel=repr(self.channel))
 
-def is_recovered(request: SubscribeRequest, page: HistoryPage) -> bool:
-    """Return whether `page`, read after the request's position, holds exactly the publications the client missed.
 
-    An empty epoch in the request matches any (client protocol, recovery in stream mode).
+def is_recovered(request: SubscribeRequest, page: HistoryPage, limit: int) -> bool:
+    """Return whether `page`, read after the request's position, begins with the first publication the client missed.
+
+    limit: of all that it missed, -1 for none. An empty epoch in the request matches any (client protocol, recovery in
+    stream mode).
     """
     if request.epoch and request.epoch != page.position.epoch:
         return False
     if not page.publications:
         return page.position.offset == request.offset
-    return page.publications[0].offset == request.offset + 1 and page.publications[-1].offset == page.position.offset
+    missed = page.position.offset - request.offset
+    return page.publications[0].offset == request.offset + 1 and (limit < 0 or missed <= limit)
 
 
 def _is_at(request: SubscribeRequest, page: HistoryPage) -> bool:

@@ -49,17 +49,23 @@ class DeltaBase(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """A subscriber that is active, but first receives its held events. base: its delta base, if it has one."""
+    """A subscriber that first receives its held events. base: its delta base, if it has one.
+
+    is_behind: from then on it receives joins and leaves alone (`realtime.pubsub.fanout`). is_late: it receives nothing
+    else until then; false for a subscriber that was behind.
+    """
 
     subscriber: Subscriber
     events: list[Event]
     base: DeltaBase | None
+    is_behind: bool = False
+    is_late: bool = True
 
 
 class Backlog:
     """The deliveries of one channel that are still to be made, in order.
 
-    events: the number of jobs that are events. size: the bytes of their publications. late: the subscribers whose
+    events: the number of jobs that are events. size: the bytes of their publications. late: the new subscribers whose
     activation is queued or in progress; they do not receive events yet.
     """
 
@@ -74,11 +80,11 @@ class Backlog:
     def append(self, job: Event | Activation) -> None:
         """Queue a job."""
         self.jobs.append(job)
-        if isinstance(job, Activation):
-            self.late.add(job.subscriber)
-        else:
+        if isinstance(job, Event):
             self.events += 1
             self.size += job.size
+        elif job.is_late:
+            self.late.add(job.subscriber)
 
     def popleft(self) -> Event | Activation:
         """Remove the oldest job and return it. An activation's subscriber stays in `late`."""

@@ -10,7 +10,8 @@ clock that never goes back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
@@ -35,10 +36,12 @@ from realtime.pubsub.engine import (
     ReportSubscriptions,
     SendOrder,
     Subscribe,
+    TakeLostClients,
     Unsubscribe,
 )
 from realtime.pubsub.history import ChannelStreams, IdempotencyCache
 from realtime.pubsub.presence import Presence
+from realtime.pubsub.time_slices import CHUNK
 from realtime.types import ClientInfo, EngineStats, HistoryPage, Position, Publication
 
 P = TypeVar("P")
@@ -90,20 +93,21 @@ class PeerDelivery(Protocol[P_contra]):
 class _PeerState:
     """State that belongs to one peer and is dropped with it."""
 
-    __slots__ = ("address", "channels", "subscriptions", "users")
+    __slots__ = ("address", "channels", "keeps_lost", "subscriptions", "users")
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.channels: set[str] = set()
         self.users: dict[str, str] = {}  # client -> user, of the connected clients
         self.subscriptions = 0
+        self.keeps_lost = False  # whether the clients that it leaves behind are kept for its successor
 
 
 class BrokerCore(Generic[P]):
     """Channels, presence and connected clients over all peers.
 
     max_channels: limits the channels with a subscriber, the channels with a history, the channels with presence on one
-    peer, and the idempotency keys. A request beyond a limit raises ClientError 106.
+    peer, the lost clients of one address, and the idempotency keys. A request beyond a limit raises ClientError 106.
     publications: counts the requests to publish. operations: the bound method for each kind of request and notice.
     """
 
@@ -118,6 +122,7 @@ class BrokerCore(Generic[P]):
         self._peers: dict[P, _PeerState] = {}
         self._addresses: dict[str, P] = {}
         self._users: dict[str, int] = {}  # user -> connections
+        self._lost: dict[str, dict[str, str]] = {}  # address -> client -> user, of peers that have ended
         self.operations: dict[type[Struct], Callable[[P, float, Any], Any]] = {
             kind: method.__get__(self) for kind, method in _OPERATIONS.items()
         }
@@ -149,18 +154,36 @@ class BrokerCore(Generic[P]):
         self._presence.attach(peer)
         self._addresses[address] = peer
 
+    def introduce(self, peer: P, *, takes_lost: bool, is_returning: bool) -> None:
+        """Learn about the process of a peer. takes_lost: whether it asks for the clients of earlier peers of its
+        address. is_returning: it had a peer here before, so it has the clients of that peer itself."""
+        state = self._peers[peer]
+        state.keeps_lost = takes_lost
+        if is_returning or not takes_lost:
+            self._lost.pop(state.address, None)
+
     def detach(self, peer: P, now: float) -> None:
         """Remove a peer: its clients leave, which the others receive, and are disconnected. Idempotent."""
+        for _ in self.detach_steps(peer, now):
+            pass
+
+    def detach_steps(self, peer: P, now: float) -> Iterator[None]:
+        """As `detach`, in short steps: a worker may have many thousands of clients. The first step ends connections."""
         state = self._peers.pop(peer, None)
         if state is None:
             return
         if self._addresses.get(state.address) == peer:
             del self._addresses[state.address]
-        for channel in state.channels:
-            self._unroute(channel, peer)
         for user in state.users.values():
             self._remove_connection(user)
-        self._presence.detach(now, peer, state.users)
+        if state.keeps_lost and state.users:
+            lost = self._lost.setdefault(state.address, {})
+            lost.update(islice(state.users.items(), self._max_channels - len(lost)))
+        for number, channel in enumerate(state.channels, 1):
+            self._unroute(channel, peer)
+            if number % CHUNK == 0:
+                yield
+        yield from self._presence.detach_steps(now, peer, state.users)
 
     def restore(
         self,
@@ -292,7 +315,9 @@ class BrokerCore(Generic[P]):
 
     @carries_out(GetPresence)
     def get_presence(self, peer: P, now: float, request: GetPresence) -> dict[str, ClientInfo]:
-        return self._presence.list(request.channel)
+        if not request.listing:
+            return self._presence.list(request.channel)
+        return self._presence.page(now, peer, request)
 
     @carries_out(GetPresenceStats)
     def get_presence_stats(self, peer: P, now: float, request: GetPresenceStats) -> tuple[int, int]:
@@ -334,6 +359,17 @@ class BrokerCore(Generic[P]):
             self._users[user] = remaining
         else:
             del self._users[user]
+
+    @carries_out(TakeLostClients)
+    def take_lost_clients(self, peer: P, now: float, request: TakeLostClients) -> list[ClientInfo]:
+        address = self._peers[peer].address
+        lost = self._lost.get(address, {})
+        taken = list(islice(lost.items(), request.limit))
+        for client, _ in taken:
+            del lost[client]
+        if not lost:
+            self._lost.pop(address, None)
+        return [ClientInfo(user, client) for client, user in taken]
 
     @takes_note(ReportSubscriptions)
     def report_subscriptions(self, peer: P, now: float, notice: ReportSubscriptions) -> None:

@@ -34,7 +34,7 @@ from realtime.errors import RealtimeError
 from realtime.pubsub.engine import AddPresence, Answer, EngineNotice, EngineRequest
 from realtime.types import ClientInfo, Publication
 
-VERSION = 4
+VERSION = 5
 
 FRAME_LIMIT = 16 * 1024 * 1024
 """Upper limit in bytes of a frame's body."""
@@ -54,10 +54,14 @@ class BrokerMessage(Struct, array_like=True, frozen=True, gc=False):
 
 
 class Hello(BrokerMessage, tag=1, frozen=True, gc=False):
-    """The worker's first message. instance: as in the Welcome of its previous stream, "" without one."""
+    """The worker's first message. instance: as in the Welcome of its previous stream, "" without one.
+
+    takes_lost_clients: whether the worker will ask for the clients of its predecessor (`engine.TakeLostClients`).
+    """
 
     version: int
     instance: str
+    takes_lost_clients: bool = False
 
 
 class Restore(BrokerMessage, tag=2, frozen=True, gc=False):

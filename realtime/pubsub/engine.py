@@ -4,10 +4,10 @@ The core talks to an `Engine` and does not know the implementation. There is one
 (`realtime.broker.process`), which every worker reaches through `realtime.worker.engine`, also when there is one worker
 alone: history and presence then survive a crash or a reload of that worker.
 
-An engine has two methods. `Engine.ask` carries out a request and returns its answer; `Engine.tell` reports a fact and
-has none. Each operation is one Struct below, which the caller builds and which travels whole. A subclass of
-`EngineRequest[Answer]` names the type of its answer. To add an operation, write its Struct here, a method of
-`realtime.pubsub.broker_core.BrokerCore` marked with `carries_out`, and the call; the bytes are derived.
+An engine carries out a request and returns its answer (`Engine.ask`, `Engine.ask_then`), or takes note of a fact and
+returns none (`Engine.tell`). Each operation is one Struct below, which the caller builds and which travels whole. A
+subclass of `EngineRequest[Answer]` names the type of its answer. To add an operation, write its Struct here, a method
+of `realtime.pubsub.broker_core.BrokerCore` marked with `carries_out`, and the call; the bytes are derived.
 
 Order is part of the contract:
 
@@ -25,8 +25,9 @@ tests/pubsub/test_engine.py runs one suite over every engine.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from itertools import count
+from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
@@ -35,14 +36,22 @@ from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage,
 PAGE_BYTES = 12 * 1024 * 1024
 """Upper limit in bytes of one page of history, so that a page fits into one frame between broker and worker.
 
-A page always holds at least one publication, so paging on reads everything. A recovery needs one page: a client whose
-missed publications exceed it does not recover.
+A page always holds at least one publication, so paging on reads everything.
 """
+
+PRESENCE_PAGE = 500
+"""Clients in one page of `GetPresence`: a millisecond of work for the worker that encodes them."""
+
+new_listing: Callable[[], int] = count(1).__next__
+"""Returns a number for `GetPresence.listing`, unique in this process."""
 
 MESSAGES_DROPPED = ("realtime_messages_dropped", "Publications, joins and leaves lost on their way to subscribers.")
 """Name and help of the counter of lost messages, by `reason`."""
 
 Answer = TypeVar("Answer")
+
+AnswerCallback = Callable[[Any, BaseException | None], None]
+"""Gets (answer, None) or (None, error). It must not raise."""
 
 
 class EngineRequest(Struct, Generic[Answer], frozen=True, array_like=True, gc=False):
@@ -162,9 +171,16 @@ class RemovePresence(EngineRequest[None], tag=9, frozen=True, gc=False):
 
 
 class GetPresence(EngineRequest[dict[str, ClientInfo]], tag=10, frozen=True, gc=False):
-    """List the clients that are present. Answer: their infos by client id."""
+    """List the clients that are present. Answer: their infos by client id, at most PRESENCE_PAGE.
+
+    listing: `new_listing()`. Further requests with the same number get the following pages; a page with fewer clients
+    is the last one. All pages list the clients that were present at the first request; the joins and leaves since then
+    reach the worker after the first answer. 0: all clients are in one answer, whose length has no limit. Raises
+    ClientError 111 while too many listings have further pages.
+    """
 
     channel: str
+    listing: int = 0
 
 
 class GetPresenceStats(EngineRequest[tuple[int, int]], tag=11, frozen=True, gc=False):
@@ -196,6 +212,16 @@ class RemoveClient(EngineNotice, tag=13, frozen=True, gc=False):
     """Stop counting a client of this worker. Idempotent."""
 
     client: str
+
+
+class TakeLostClients(EngineRequest[list[ClientInfo]], tag=18, frozen=True, gc=False):
+    """Take over clients that an earlier worker at this address has not removed before its process ended.
+
+    Answer: `limit` of them at most; the engine has forgotten them, and keeps the others until the next request. A
+    worker that will ask says so when it attaches (`Hello.takes_lost_clients`).
+    """
+
+    limit: int
 
 
 class ReportSubscriptions(EngineNotice, tag=14, frozen=True, gc=False):
@@ -238,6 +264,12 @@ class Engine(Protocol):
 
         Awaiting raises EngineUnavailable when there is no answer; whether the request was carried out is then unknown.
         It raises ClientError 106 when a limit of the engine leaves no room (channels, idempotency keys, message size).
+        """
+
+    def ask_then(self, request: EngineRequest[Answer], done: AnswerCallback) -> None:
+        """Like `ask`, without an awaitable: the short path for frequent requests, in the same order.
+
+        done: called once, perhaps before this returns.
         """
 
     def tell(self, notice: EngineNotice) -> None:

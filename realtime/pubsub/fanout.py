@@ -6,7 +6,8 @@ other delivery in progress and the turn has time. Otherwise it joins the channel
 backlog, subscribers receive several publications in one write.
 
 The hub (`realtime.pubsub.hub`) has decided before that an event is complete and who subscribes. A subscriber that
-leaves receives nothing of the backlog; one that becomes active while there is a backlog starts behind it.
+leaves receives nothing of the backlog; one that becomes active while there is a backlog starts behind it. A subscriber
+that is *behind* receives joins and leaves alone, as its session sends it earlier publications from history.
 """
 
 from __future__ import annotations
@@ -164,6 +165,7 @@ class ChannelFanout:
 
     __slots__ = (
         "_backlog",
+        "_behind",
         "_busy",
         "_channel",
         "_context",
@@ -195,24 +197,42 @@ class ChannelFanout:
         # The same as `_groups`, if all subscribers together are few and receive plain publications.
         self._plain_groups: list[_Group] | None = None
         self._filters = 0  # subscribers with a filter
+        self._behind: set[Subscriber] | None = None
 
     # Subscribers
 
-    def activate(self, subscriber: Subscriber, events: list[Event], base: DeltaBase | None) -> None:
-        """Deliver the held events to a new subscriber, and all later events of the channel.
+    def activate(
+        self, subscriber: Subscriber, events: list[Event], base: DeltaBase | None, *, is_behind: bool = False
+    ) -> None:
+        """Deliver the held events to a subscriber that is new or was behind, and all later events of the channel.
 
-        base: the last publication that the subscriber has already, if any.
+        base: the last publication that the subscriber has already, if any. is_behind: only joins and leaves, until the
+        next call.
         """
-        self.subscribers[subscriber] = None
-        self._filters += subscriber.filter is not None
+        is_new = subscriber not in self.subscribers
+        if is_new:
+            self.subscribers[subscriber] = None
+            self._filters += subscriber.filter is not None
         if events or self._busy:
-            self._submit(Activation(subscriber, events, base))
+            self._submit(Activation(subscriber, events, base, is_behind, is_late=is_new))
         else:
-            self._start_delivery(subscriber, base)
+            self._start_delivery(subscriber, base, is_behind)
 
-    def _start_delivery(self, subscriber: Subscriber, base: DeltaBase | None) -> None:
+    def _start_delivery(self, subscriber: Subscriber, base: DeltaBase | None, is_behind: bool) -> None:
         if self._backlog is not None:
             self._backlog.late.discard(subscriber)
+        if is_behind:
+            self._behind = self._behind or set()
+            self._behind.add(subscriber)
+        else:
+            self._catch_up(subscriber, base)
+        self.invalidate_groups()
+
+    def _catch_up(self, subscriber: Subscriber, base: DeltaBase | None) -> None:
+        """Let a subscriber receive publications."""
+        if self._behind is not None:
+            self._behind.discard(subscriber)
+            self._behind = self._behind or None
         if subscriber.delta:
             deltas = self._deltas = self._deltas or _DeltaState()
             deltas.subscribers += 1
@@ -220,7 +240,6 @@ class ChannelFanout:
                 deltas.base = base
             elif base is None or deltas.base is None or not base.is_same(deltas.base):
                 deltas.fresh.add(subscriber)
-        self.invalidate_groups()
 
     def discard(self, subscriber: Subscriber) -> bool:
         """Remove a subscriber, which receives nothing more. Returns whether it was active."""
@@ -230,6 +249,8 @@ class ChannelFanout:
         self._filters -= subscriber.filter is not None
         if self._backlog is not None and subscriber in self._backlog.late:
             self._backlog.late.discard(subscriber)
+        elif self._behind is not None and subscriber in self._behind:
+            self._behind.discard(subscriber)
         elif subscriber.delta and self._deltas is not None:
             self._deltas.fresh.discard(subscriber)
             self._deltas.subscribers -= 1
@@ -244,9 +265,16 @@ class ChannelFanout:
         self._groups = self._join_leave_groups = self._plain_groups = None
 
     def _recipients(self) -> Iterable[Subscriber]:
+        """Return the subscribers that receive joins and leaves now."""
         if self._backlog is None or not self._backlog.late:
             return self.subscribers
         return [subscriber for subscriber in self.subscribers if subscriber not in self._backlog.late]
+
+    def _readers(self) -> Iterable[Subscriber]:
+        """Return the subscribers that receive publications now."""
+        if not self._behind:
+            return self._recipients()
+        return [subscriber for subscriber in self._recipients() if subscriber not in self._behind]
 
     # Events
 
@@ -416,7 +444,7 @@ class ChannelFanout:
                 self._context.spend(CHUNK)
                 yield
         if subscriber in self.subscribers:
-            self._start_delivery(subscriber, base)
+            self._start_delivery(subscriber, base, activation.is_behind)
         yield
 
     # Encoding
@@ -431,7 +459,7 @@ class ChannelFanout:
         groups = self._groups
         if groups is None:
             fresh = self._deltas.fresh if self._deltas is not None else ()
-            groups = self._groups = _grouped(self._recipients(), fresh)
+            groups = self._groups = _grouped(self._readers(), fresh)
             if len(self.subscribers) <= CHUNK and all(group.variant == _PLAIN for group in groups):
                 self._plain_groups = groups
         patch = None

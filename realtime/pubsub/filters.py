@@ -37,23 +37,23 @@ class FilterCondition(Protocol):
     def nodes(self) -> Sequence[FilterCondition]: ...
 
 
-def compiled(node: FilterCondition) -> Filter:
+def compiled(node: FilterCondition, max_nodes: int = MAX_NODES) -> Filter:
     """Compile a filter: a function from a publication's tags (None for no tags) to whether it passes.
 
-    Raises ValueError for an invalid tree, and for a tree of more than MAX_NODES nodes or MAX_DEPTH levels.
+    Raises ValueError for an invalid tree, and for a tree of more than `max_nodes` nodes or MAX_DEPTH levels.
     """
-    _check_size(node)
+    _check_size(node, max_nodes)
     test = _compiled(node)
     return lambda tags: test(tags or {})
 
 
-def _check_size(node: FilterCondition) -> None:
+def _check_size(node: FilterCondition, max_nodes: int) -> None:
     level: Sequence[FilterCondition] = [node]
     nodes = depth = 0
     while level:
         nodes, depth = nodes + len(level), depth + 1
-        if nodes > MAX_NODES or depth > MAX_DEPTH:
-            raise ValueError(f"the filter has more than {MAX_NODES} nodes or {MAX_DEPTH} levels")
+        if nodes > max_nodes or depth > MAX_DEPTH:
+            raise ValueError(f"the filter has more than {max_nodes} nodes or {MAX_DEPTH} levels")
         level = [child for parent in level for child in parent.nodes]
 
 

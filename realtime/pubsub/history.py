@@ -81,7 +81,7 @@ class Epochs:
         return int.from_bytes(blake2b(name, digest_size=4, key=self._secret).digest()) % self.GENERATIONS
 
 
-def _approximate_size(publication: Publication) -> int:
+def approximate_size(publication: Publication) -> int:
     """Return the approximate bytes of a publication on the wire."""
     info, tags = publication.info, publication.tags
     size = len(publication.data) + 64
@@ -206,7 +206,7 @@ class ChannelStream(Struct, eq=False, gc=False):
             publication = self._stored[offset + shift]
             if len(found) == limit or publication is None:
                 break
-            room -= _approximate_size(publication)
+            room -= approximate_size(publication)
             if room < 0 and found:
                 break
             found.append(publication)

@@ -11,6 +11,10 @@ or leaves may be missing, this applies to the subscribers that receive those: a 
 A subscription takes two steps, so that its subscribe reply precedes everything else on its channel: `subscribe` holds
 the channel's events back; the session then asks for the position, replies, and calls `activate` with the position of
 that reply.
+
+If the reply does not reach the top, the session calls `begin_replay` in place of `activate`: the subscriber receives
+joins and leaves from then on, while the session sends it the publications behind the reply from history. At the last of
+these the session calls `end_replay`, which holds the channel's publications back again, and then `activate`.
 """
 
 from __future__ import annotations
@@ -56,16 +60,24 @@ class _Channel:
         self.held: list[Event] = []
 
     def __len__(self) -> int:
-        return len(self.fanout.subscribers) + len(self.pending)
+        return len(self.fanout.subscribers) + sum(each not in self.fanout.subscribers for each in self.pending)
+
+    def __bool__(self) -> bool:
+        return bool(self.fanout.subscribers or self.pending)
 
     def discard(self, subscriber: Subscriber) -> bool:
         """Remove a subscriber, active or pending. Returns whether it was here."""
-        if subscriber in self.pending:
-            del self.pending[subscriber]
-            if not self.pending:
-                self.held = []
-            return True
-        return self.fanout.discard(subscriber)
+        was_pending = self.release(subscriber)
+        return self.fanout.discard(subscriber) or was_pending
+
+    def release(self, subscriber: Subscriber) -> bool:
+        """Hold no events for this subscriber any more. Returns whether they were held."""
+        if subscriber not in self.pending:
+            return False
+        del self.pending[subscriber]
+        if not self.pending:
+            self.held = []
+        return True
 
     def hold(self, event: Event) -> None:
         """Hold an event for the pending subscribers, if there are any."""
@@ -158,7 +170,8 @@ class Hub:
         position: of the last publication that the subscribe reply covers, which is the top of the page that
         `GetHistory` returned; None for a subscriber without a position, which receives all held events.
         base: the last publication in the reply itself, if any: the next delta may start from it.
-        Publications come first, in order; then the joins and leaves.
+        Publications come first, in order; then the joins and leaves, unless the subscriber has received those already
+        since `begin_replay`.
         Returns False, and has removed the subscriber, if publications are missing after `position` or belong to another
         epoch. Returns False too if the subscriber is not here (removed meanwhile, or never added).
         """
@@ -167,6 +180,8 @@ class Hub:
             return False
         if self._broken.pop(channel, None) is not None:
             self._remove_relying(channel, state)
+        if subscriber not in state.pending:
+            return False  # it was behind, and relied on what is missing
         events = state.held[state.pending[subscriber] :]
         if (position is not None and not self._continues(channel, state, position, events)) or (
             subscriber.announced and _GAP in events
@@ -175,14 +190,43 @@ class Hub:
             return False
         if subscriber not in state.pending:
             return False  # `on_gap` of another subscriber has just unsubscribed this one
-        state.discard(subscriber)
+        state.release(subscriber)
         after = position.offset if position is not None else 0
         state.fanout.activate(
             subscriber,
-            _events_after(after, events, subscriber),
+            _publications_after(after, events)
+            + ([] if subscriber in state.fanout.subscribers else _joins_and_leaves(events, subscriber)),
             DeltaBase(base, position.epoch) if base is not None and position is not None else None,
         )
         return True
+
+    def begin_replay(self, channel: str, subscriber: Subscriber) -> bool:
+        """Deliver the joins and leaves held for the subscriber, and all later ones, but no publications.
+
+        Returns False, and has removed the subscriber, if joins or leaves are missing that it relies on; False too if
+        the subscriber is not here.
+        """
+        state = self._channels.get(channel)
+        if state is None or subscriber not in state.pending:
+            return False
+        if self._broken.pop(channel, None) is not None:
+            self._remove_relying(channel, state)
+        events = state.held[state.pending[subscriber] :]
+        if subscriber.announced and _GAP in events:
+            self.unsubscribe(channel, subscriber)
+            return False
+        state.release(subscriber)
+        state.fanout.activate(subscriber, _joins_and_leaves(events, subscriber), None, is_behind=True)
+        return True
+
+    def end_replay(self, channel: str, subscriber: Subscriber) -> None:
+        """Hold the channel's publications from now on for a subscriber that is behind, until `activate`.
+
+        Call it at the engine's answer with the last page of its replay, without a wait.
+        """
+        state = self._channels.get(channel)
+        if state is not None and subscriber in state.fanout.subscribers:
+            state.pending[subscriber] = len(state.held)
 
     def _continues(self, channel: str, state: _Channel, position: Position, events: list[Event]) -> bool:
         """Whether the held events follow `position` without a gap, up to the latest publication."""
@@ -376,13 +420,17 @@ class Hub:
             self._break(channel, state)
 
 
-def _events_after(offset: int, events: list[Event], subscriber: Subscriber) -> list[Event]:
-    """Select the held events for a subscriber whose reply covered the publications up to `offset`."""
-    newer = [event for event in events if event.publication is not None and not 0 < event.publication.offset <= offset]
+def _publications_after(offset: int, events: list[Event]) -> list[Event]:
+    """Select the held publications for a subscriber whose reply covered those up to `offset`."""
+    return [event for event in events if event.publication is not None and not 0 < event.publication.offset <= offset]
+
+
+def _joins_and_leaves(events: list[Event], subscriber: Subscriber) -> list[Event]:
+    """Select the held joins and leaves for a new subscriber."""
     if not subscriber.announced:
-        return newer
+        return []
     # The client's own leave is of an earlier subscription, which it has ended itself.
-    return newer + [
+    return [
         event
         for event in events
         if event.info is not None and (event.kind is EventKind.JOINED or event.info.client != subscriber.client)

@@ -13,7 +13,7 @@ from realtime.types import ClientInfo
 
 
 class PresenceRecord:
-    """The joins and leaves of one channel since an answer to `GetPresence`.
+    """The joins and leaves of one channel since the first answer to `GetPresence`.
 
     changes: the latest of each client: its info after a join, None after a leave. is_complete: no join or leave is
     missing.
@@ -24,6 +24,11 @@ class PresenceRecord:
     def __init__(self, is_complete: bool) -> None:
         self.changes: dict[str, ClientInfo | None] = {}
         self.is_complete = is_complete
+
+    def take(self) -> dict[str, ClientInfo | None]:
+        """Remove and return the changes so far."""
+        changes, self.changes = self.changes, {}
+        return changes
 
 
 class PresenceRecords:

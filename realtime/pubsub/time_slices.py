@@ -26,6 +26,13 @@ CHUNK = 128
 YIELD_EVERY = 500
 """Small items that a coroutine of the server handles before it yields to the loop."""
 
+STRANGER_SLICE = 0.0005
+"""Seconds in each turn of the loop for peers that are not connected as clients, over all of them: pipelined requests,
+long first messages. An attack needs no credentials there, and may come over any number of connections."""
+
+STRANGER_PAUSE = 0.001
+"""Seconds between two such slices: an attack leaves most of the loop's time to the clients."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -74,6 +81,11 @@ class TimeSlicer:
         """Whether this turn has time for direct work."""
         return not self.is_timed or self._clock() < self._slice_end
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether work waits for its turn."""
+        return any(self._queues)
+
     def start_slice(self) -> None:
         """Start the slice of this turn, after a chunk of direct work."""
         if not self.is_timed:
@@ -95,6 +107,11 @@ class TimeSlicer:
             waiter = self._waiter()
             self.add(_resume(waiter))
             await waiter
+
+    async def exhaust(self, steps: Iterator[None]) -> None:
+        """Run short steps; yields to the loop after each but the last."""
+        for _ in steps:
+            await self.yield_to_loop()
 
     async def map_sliced(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Return `function` of each item; yields to the loop after every YIELD_EVERY items."""

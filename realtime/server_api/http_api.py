@@ -7,7 +7,9 @@ ignores unknown keys. A field of the wrong type makes the whole body invalid (`B
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Coroutine, Mapping
+from functools import cache
 from typing import Annotated, Any
 
 import msgspec
@@ -15,15 +17,17 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from realtime import errors, json_text
 from realtime.auth.tokens import OVERRIDABLE
+from realtime.client_log import ClientLog
+from realtime.config.settings import HTTPAPISettings
 from realtime.errors import ClientError, EngineUnavailable, RealtimeError
-from realtime.json_text import payload
 from realtime.metrics import Counter, Metrics
 from realtime.protocol import messages
 from realtime.protocol.context import Gather
 from realtime.protocol.messages import StreamPosition
+from realtime.pubsub.engine import AnswerCallback
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.server_api.operations import ServerAPI, sequentially
-from realtime.types import Position, Publication
+from realtime.types import ClientInfo, Position, Publication
 
 NOT_FOUND = (104, "not found", False)
 
@@ -35,6 +39,10 @@ BATCH_BYTES = 16 * 1024 * 1024
 
 COMMANDS_PER_TURN = 100
 """Commands of one batch or pipeline that run before the loop gets another turn: a command that fails never waits."""
+
+
+# A line that is not empty.
+_LINE = re.compile(rb"[^\s][^\n]*")
 
 
 class BadBody(RealtimeError):
@@ -136,7 +144,7 @@ class _Nothing(Struct, frozen=True):
 
 
 class _Batch(Struct, frozen=True):
-    commands: list[dict[str, Raw] | None] = []
+    commands: list[Raw] = []  # each is decoded on its own
     parallel: bool = False
 
 
@@ -174,7 +182,9 @@ class APIResponse(Struct, frozen=True, omit_defaults=True):
 
 
 class BroadcastResult(Struct, frozen=True):
-    responses: list[APIResponse]
+    """responses: each an encoded `APIResponse`."""
+
+    responses: list[Raw]
 
 
 class BinaryPub(Struct, frozen=True, omit_defaults=True):
@@ -193,12 +203,10 @@ class HistoryPageResult(Struct, frozen=True):
     offset: int
 
 
-class ChannelInfo(Struct, frozen=True):
-    num_clients: int
-
-
 class ChannelsResult(Struct, frozen=True):
-    channels: dict[str, ChannelInfo]
+    """channels: an encoded object with `num_clients` by channel."""
+
+    channels: Raw
 
 
 class InfoResult(Struct, frozen=True):
@@ -206,7 +214,9 @@ class InfoResult(Struct, frozen=True):
 
 
 class BatchResult(Struct, frozen=True):
-    replies: list[dict[str, Any]]
+    """replies: each encoded, an object with the name of the method and its result, or with an error."""
+
+    replies: list[Raw]
 
 
 class PipelineResult(Struct, frozen=True):
@@ -227,31 +237,78 @@ class HTTPAPI:
         gather: Gather = sequentially,
         metrics: Metrics | None = None,
         slices: TimeSlicer | None = None,
+        client_log: ClientLog | None = None,
+        max_batch: int = HTTPAPISettings().max_batch_commands,
     ) -> None:
-        """gather: see `ServerAPI`. slices: time slices for long work; None for no limit."""
+        """gather: see `ServerAPI`. slices: time slices for long work; None for no limit. client_log: of the errors.
+
+        max_batch: see `http_api.max_batch_commands`.
+        """
+        self._client_log = client_log or ClientLog()
         self._slices = slices or TimeSlicer.unlimited()
         self._operations = operations
         self._gather = gather
         self._metrics = metrics or Metrics()
+        self._max_batch = max_batch
         self._counters: dict[tuple[str, int], Counter] = {}
 
     async def call(self, method: str, body: bytes) -> Struct:
         """Return the result of one call. Raises UnknownMethod, BadBody, and ClientError if the method refuses."""
         try:
-            kind, answer = _METHODS[method]
+            kind, answer = METHODS[method]
         except KeyError:
             raise UnknownMethod(method) from None
         request = _decode(body, kind)
         try:
             result = await answer(self, request)
-        except EngineUnavailable:
-            self._count(method, errors.INTERNAL_ERROR[0])
-            raise ClientError(*errors.INTERNAL_ERROR) from None
-        except ClientError as error:
-            self._count(method, error.code)
-            raise
+        except (EngineUnavailable, ClientError) as error:
+            raise self._refusal(method, error) from None
         self._count(method, 0)
         return result
+
+    def publish(self, body: bytes, done: AnswerCallback) -> None:
+        """Publish like `call`, without a coroutine: the short path for the most frequent method.
+
+        done: called once with the result or the error, perhaps before this returns.
+        """
+
+        def published(position: Any, error: BaseException | None) -> None:
+            if error is None:
+                self._count("publish", 0)
+                done(PublishResult(position.offset, position.epoch), None)
+            else:
+                done(None, self._refusal("publish", error))
+
+        try:
+            request: _Publish = _decode(body, _Publish)
+        except BadBody as error:
+            done(None, error)
+            return
+        try:
+            data, binary = _data(request)
+            self._operations.publish_then(
+                published,
+                request.channel,
+                data,
+                binary,
+                request.tags,
+                request.skip_history,
+                request.idempotency_key,
+                request.delta,
+                request.version,
+                request.version_epoch,
+            )
+        except ClientError as error:
+            published(None, error)
+
+    def _refusal(self, method: str, error: BaseException) -> BaseException:
+        """Count and log a call that failed, and return the error for its caller."""
+        if isinstance(error, EngineUnavailable):
+            error = ClientError(*errors.INTERNAL_ERROR)
+        if isinstance(error, ClientError):
+            self._count(method, error.code)
+            self._client_log.refuse("api_error", method=method, code=error.code, reason=error.message)
+        return error
 
     def _count(self, method: str, code: int) -> None:
         counter = self._counters.get((method, code))
@@ -276,7 +333,12 @@ class HTTPAPI:
                 raise
         else:
             return await self._call_named(named)
-        lines = [line for line in body.split(b"\n") if line.strip()]
+        lines = _LINE.findall(body)
+        try:
+            self._check_number(len(lines))
+        except ClientError as error:
+            self._count("pipeline", error.code)
+            raise
         return PipelineResult(await self._pipeline(await self._slices.map_sliced(_named, lines)))
 
     async def _call_named(self, named: _Named) -> Struct:
@@ -307,20 +369,57 @@ class HTTPAPI:
         return lines
 
     async def _publish(self, request: _Publish) -> PublishResult:
-        position = await self._operations.publish(request.channel, **_publication(request))
+        position = await self._operations.publish(request.channel, **await self._publication(request))
         return PublishResult(position.offset, position.epoch)
 
+    async def _publication(self, request: _Publish) -> dict[str, Any]:
+        """Return the arguments of publish and broadcast besides the channels. Raises ClientError 107 for invalid data.
+
+        Long data is checked in slices.
+        """
+        if request.b64data:
+            data = _decode_base64(request.b64data)
+        else:
+            data = await self._content(request.data, "")
+        return {
+            "data": data,
+            "binary": bool(request.b64data) or not data,
+            "tags": request.tags,
+            "skip_history": request.skip_history,
+            "idempotency_key": request.idempotency_key,
+            "delta": request.delta,
+            "version": request.version,
+            "version_epoch": request.version_epoch,
+        }
+
+    async def _content(self, value: Raw | UnsetType, encoded: str) -> bytes:
+        """Return the JSON text of a field, or the bytes of its base64 form, which wins; see `json_text.text_or_bytes`.
+
+        Long content is checked in slices. Raises ClientError 107.
+        """
+        if not encoded:
+            text = json_text.one_line(bytes(value)) if isinstance(value, Raw) else b""
+            await self._slices.exhaust(json_text.check_steps(text))
+            return text
+        content = _decode_base64(encoded)
+        try:
+            await self._slices.exhaust(json_text.json_steps(content))
+        except ClientError:
+            return json_text.BINARY + content
+        return json_text.one_line(content)
+
     async def _broadcast(self, request: _Broadcast) -> BroadcastResult:
-        outcomes = await self._operations.broadcast(request.channels, **_publication(request))
-        return BroadcastResult([_response(outcome) for outcome in outcomes])
+        self._check_number(len(request.channels))
+        outcomes = await self._operations.broadcast(request.channels, **await self._publication(request))
+        return BroadcastResult(await self._slices.map_sliced(_encoded_response, outcomes))
 
     async def _subscribe(self, request: _Subscribe) -> messages.Empty:
         override: dict[str, _Bool | None] = msgspec.structs.asdict(request.override or _Override())
         await self._operations.subscribe(
             **_target(request),
             channel=request.channel,
-            info=_content(request.info, request.b64info),
-            data=_content(request.data, request.b64data),
+            info=await self._content(request.info, request.b64info),
+            data=await self._content(request.data, request.b64data),
             recover_since=_position(request.recover_since),
             override={name: option.value for name, option in override.items() if option is not None},
             expire_at=request.expire_at,
@@ -342,14 +441,18 @@ class HTTPAPI:
 
     async def _refresh(self, request: _Refresh) -> messages.Empty:
         await self._operations.refresh(
-            **_target(request), expired=request.expired, expire_at=request.expire_at, info=payload(request.info)
+            **_target(request),
+            expired=request.expired,
+            expire_at=request.expire_at,
+            info=await self._content(request.info, ""),
         )
         return messages.EMPTY
 
     async def _presence(self, request: _Channel) -> messages.PresenceResult:
         present = await self._operations.presence(request.channel)
-        infos = await self._slices.map_sliced(messages.make_info, present.values())
-        return messages.PresenceResult(dict(zip(present, infos, strict=True)))
+        infos = await self._slices.map_sliced(_encoded_info, present.values())
+        encoded: dict[str, Any] = dict(zip(present, infos, strict=True))
+        return messages.PresenceResult(encoded)
 
     async def _presence_stats(self, request: _Channel) -> messages.PresenceStatsResult:
         return messages.PresenceStatsResult(*await self._operations.presence_stats(request.channel))
@@ -367,7 +470,8 @@ class HTTPAPI:
 
     async def _channels(self, request: _Channels) -> ChannelsResult:
         found = await self._operations.channels(request.pattern)
-        return ChannelsResult({channel: ChannelInfo(count) for channel, count in found.items()})
+        entries = await self._slices.map_sliced(_encoded_channel, found.items())
+        return ChannelsResult(Raw(b"{%b}" % b",".join(entries)))
 
     async def _info(self, request: _Nothing) -> InfoResult:
         return InfoResult(await self._operations.info())
@@ -376,37 +480,44 @@ class HTTPAPI:
         # The API defines no RPC methods of its own.
         raise ClientError(*(NOT_FOUND if request.method else errors.BAD_REQUEST))
 
+    def _check_number(self, number: int) -> None:
+        """Raises ClientError 106 for too many commands or channels, whose results would be encoded in one step."""
+        if number > self._max_batch:
+            raise ClientError(*errors.LIMIT_EXCEEDED)
+
     async def _batch(self, request: _Batch) -> BatchResult:
+        self._check_number(len(request.commands))
         run, size = (self._gather, BATCH_AT_A_TIME) if request.parallel else (sequentially, 1)
-        replies: list[dict[str, Any]] = []
+        replies: list[Raw] = []
         room = BATCH_BYTES
         for begin in range(0, len(request.commands), size):
             if begin and begin % COMMANDS_PER_TURN < size:
                 await self._slices.yield_to_loop()
             if room < 0:
-                refused = ErrorBody.of(ClientError(*errors.LIMIT_EXCEEDED))
-                replies += [{"error": refused}] * (len(request.commands) - begin)
+                replies += [_error_reply(ClientError(*errors.LIMIT_EXCEEDED))] * (len(request.commands) - begin)
                 break
             for reply in await run([self._reply(command) for command in request.commands[begin : begin + size]]):
                 replies.append(reply)
-                room -= sum(len(result) for result in reply.values() if isinstance(result, Raw))
+                room -= len(bytes(reply))
         return BatchResult(replies)
 
-    async def _reply(self, command: dict[str, Raw] | None) -> dict[str, Any]:
+    async def _reply(self, encoded: Raw) -> Raw:
         try:
-            if command is None:
+            if bytes(encoded) == b"null":
                 raise ClientError(*errors.BAD_REQUEST)
-            method = next((name for name in command if name in _METHODS and name != "batch"), "")
-            if not method:
+            command = _method_of(bytes(encoded))
+            if command is None:
                 raise ClientError(*NOT_FOUND)
-            return {method: Raw(msgspec.json.encode(await self.call(method, bytes(command[method]))))}
+            method, body = command
+            result = await self.call(method, body)
+            return Raw(b'{"%b":%b}' % (method.encode(), msgspec.json.encode(result)))
         except BadBody:
-            return {"error": ErrorBody.of(ClientError(*errors.BAD_REQUEST))}
+            return _error_reply(ClientError(*errors.BAD_REQUEST))
         except ClientError as error:
-            return {"error": ErrorBody.of(error)}
+            return _error_reply(error)
 
 
-_METHODS: Mapping[str, tuple[type[Struct], Callable[[HTTPAPI, Any], Coroutine[Any, Any, Struct]]]] = {
+METHODS: Mapping[str, tuple[type[Struct], Callable[[HTTPAPI, Any], Coroutine[Any, Any, Struct]]]] = {
     "publish": (_Publish, HTTPAPI._publish),
     "broadcast": (_Broadcast, HTTPAPI._broadcast),
     "subscribe": (_Subscribe, HTTPAPI._subscribe),
@@ -424,40 +535,70 @@ _METHODS: Mapping[str, tuple[type[Struct], Callable[[HTTPAPI, Any], Coroutine[An
 }
 
 
+_decoders = {kind: msgspec.json.Decoder(kind).decode for kind in (_Named, *(kind for kind, _ in METHODS.values()))}
+
+
 def _named(line: bytes) -> _Named:
     """Decode one line of a pipeline. Raises BadBody."""
     command: _Named = _decode(line, _Named)
     return command
 
 
-def _decode(body: bytes, kind: type[Any]) -> Any:
+def _method_of(command: bytes) -> tuple[str, bytes] | None:
+    """Return the method of a command in a batch, and its body; None if it names none. Raises BadBody."""
+    try:
+        command.decode()
+        fields = msgspec.json.decode(command, type=_fields_of(tuple(METHODS)))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise BadBody("the command is not valid JSON") from None
+    bodies = ((name, bytes(getattr(fields, name))) for name in METHODS if name != "batch")
+    return next(((name, body) for name, body in bodies if body), None)
+
+
+def _decode(body: bytes, kind: type[Struct]) -> Any:
     try:
         body.decode()  # the decoder does not check text that it passes on undecoded
         try:
-            return msgspec.json.decode(body, type=kind)
+            return _decoders[kind](body)
         except msgspec.ValidationError:
             if b"null" not in body:
                 raise
-            return msgspec.json.decode(_without_nulls(body), type=kind)
+            return _decoders[kind](_without_nulls(body, kind))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise BadBody("the body is not valid JSON for the method") from None
 
 
 # Fields whose JSON text stays as it is: content, in which null is a value, and commands, which are decoded one by one.
 _CONTENT = ("data", "info")
-_UNREAD = (*_CONTENT, "commands")
+_UNREAD = (*_CONTENT, "commands", "params")
+# Bytes of a field in which nulls are looked for.
+_LONG_FIELD = 65536
 
 
-def _without_nulls(body: bytes) -> bytes:
-    """Return a body without the fields that are null: null means absent."""
-    fields = msgspec.json.decode(body, type=dict[str, Raw])
-    return msgspec.json.encode(
-        {
-            name: value if name in _UNREAD or bytes(value)[:1] not in b"{[" else _present(msgspec.json.decode(value))
-            for name, value in fields.items()
-            if name in _CONTENT or bytes(value) != b"null"
-        }
-    )
+def _without_nulls(body: bytes, kind: type[Struct]) -> bytes:
+    """Return a body without the fields that are unknown or null: null means absent."""
+    fields = _decode_fields(body, kind)
+    return msgspec.json.encode({name: _without_inner_nulls(name, value) for name, value in fields.items()})
+
+
+def _decode_fields(body: bytes, kind: type[Struct]) -> dict[str, Raw]:
+    """Return the known fields of a body as JSON text, without those that are null. Unknown ones cost little."""
+    decoded = msgspec.json.decode(body, type=_fields_of(kind.__struct_fields__))
+    fields: dict[str, Raw] = {name: value for name, value in msgspec.structs.asdict(decoded).items() if value}
+    return {name: value for name, value in fields.items() if name in _CONTENT or bytes(value) != b"null"}
+
+
+@cache
+def _fields_of(names: tuple[str, ...]) -> type[Struct]:
+    return msgspec.defstruct("_Fields", [(name, Raw, Raw(b"")) for name in names])
+
+
+def _without_inner_nulls(name: str, value: Raw) -> Any:
+    text = bytes(value)
+    # Nulls in a long list or object are refused: removing them takes long.
+    if name in _UNREAD or text[:1] not in b"{[" or len(text) > _LONG_FIELD:
+        return value
+    return _present(msgspec.json.decode(value))
 
 
 def _present(value: Any) -> Any:
@@ -469,24 +610,12 @@ def _present(value: Any) -> Any:
     return value
 
 
-def _publication(request: _Publish) -> dict[str, Any]:
-    """Return the arguments of publish and broadcast besides the channels. Raises ClientError 107 for invalid data."""
-    data = _decode_base64(request.b64data) if request.b64data else payload(request.data)
-    return {
-        "data": data,
-        "binary": bool(request.b64data) or not data,
-        "tags": request.tags,
-        "skip_history": request.skip_history,
-        "idempotency_key": request.idempotency_key,
-        "delta": request.delta,
-        "version": request.version,
-        "version_epoch": request.version_epoch,
-    }
-
-
-def _content(value: Raw | UnsetType, encoded: str) -> bytes:
-    """Return the JSON text of a field, or the bytes of its base64 form, which wins; see `json_text.text_or_bytes`."""
-    return json_text.text_or_bytes(_decode_base64(encoded)) if encoded else payload(value)
+def _data(request: _Publish) -> tuple[bytes, bool]:
+    """Return the data to publish, and whether it may be any bytes. Raises ClientError 107 for invalid data."""
+    if request.b64data:
+        return _decode_base64(request.b64data), True
+    data = json_text.payload(request.data)
+    return data, not data
 
 
 def _decode_base64(text: str) -> bytes:
@@ -504,11 +633,30 @@ def _position(position: StreamPosition | None) -> Position | None:
     return Position(position.offset, position.epoch) if position is not None else None
 
 
+def _encoded_channel(channel: tuple[str, int]) -> bytes:
+    name, clients = channel
+    return b'%b:{"num_clients":%d}' % (msgspec.json.encode(name), clients)
+
+
+def _encoded_info(client: ClientInfo) -> Raw:
+    """Encode a client, so that a result with thousands of them is encoded in a short step."""
+    return Raw(msgspec.json.encode(messages.make_info(client)))
+
+
 def _pub(publication: Publication) -> messages.Pub | BinaryPub:
     plain = messages.make_pub(publication, json_text.one_line(publication.data))
     if not publication.binary and publication.data.strip(b"\r\n"):
         return plain
     return BinaryPub(base64.b64encode(publication.data).decode(), None, plain.info, plain.offset, plain.tags)
+
+
+def _error_reply(error: ClientError) -> Raw:
+    return Raw(msgspec.json.encode({"error": ErrorBody.of(error)}))
+
+
+def _encoded_response(outcome: Position | ClientError) -> Raw:
+    """Encode the outcome for one channel, so that a result with thousands of them is encoded in a short step."""
+    return Raw(msgspec.json.encode(_response(outcome)))
 
 
 def _response(outcome: Position | ClientError) -> APIResponse:

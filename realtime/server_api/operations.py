@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from typing import Annotated, Any, NamedTuple, Unpack
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from realtime import errors, json_text
 from realtime.auth.tokens import OVERRIDABLE
@@ -29,6 +29,8 @@ from realtime.protocol.orders import (
     encode_order,
 )
 from realtime.pubsub.engine import (
+    PRESENCE_PAGE,
+    AnswerCallback,
     Engine,
     GetHistory,
     GetPresence,
@@ -37,7 +39,9 @@ from realtime.pubsub.engine import (
     Publish,
     RemoveHistory,
     SendOrder,
+    new_listing,
 )
+from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, PublishOptions, SubscribeOptions
 
 PAGE_BYTES = 4 * 1024 * 1024
@@ -69,8 +73,17 @@ class NodeIdentity(NamedTuple):
     uptime: float
 
 
-# The application's own code passes these unchecked. A wrong type would make the broker end the worker's stream.
-_OptionTypes = tuple[dict[str, str] | None, str, bool, Annotated[int, Meta(ge=0)], str]
+class _PublishOptions(Struct, array_like=True):
+    """The types of options that the application's own code passes unchecked.
+
+    A wrong type would make the broker end the worker's stream.
+    """
+
+    tags: dict[str, str] | None
+    idempotency_key: str
+    delta: bool
+    version: Annotated[int, Meta(ge=0)]
+    version_epoch: str
 
 
 class ServerAPI:
@@ -84,11 +97,13 @@ class ServerAPI:
         survey: Survey,
         gather: Gather = sequentially,
         wall_clock: Callable[[], float] = time.time,
+        slices: TimeSlicer | None = None,
     ) -> None:
         """survey: returns the number of subscribers over all workers for each channel that matches a valid pattern.
 
-        gather: see `realtime.protocol.context.Gather`.
+        gather: see `realtime.protocol.context.Gather`. slices: for the check of long data; None for no limit.
         """
+        self._slices = slices or TimeSlicer.unlimited()
         self._engine = engine
         self._rules = rules
         self._identity = identity
@@ -123,13 +138,51 @@ class ServerAPI:
         clients. The other options: see `PublishOptions`. Raises ClientError 107 also for data that the channel's
         `publication_data_format` does not allow.
         """
-        options = self._options(channel)
-        msgspec.convert((tags, idempotency_key, delta, version, version_epoch), _OptionTypes)
+        options = _checked(tags, skip_history, idempotency_key, delta, version, version_epoch)
+        text = not binary or await self._is_json(data)
+        return await self._engine.ask(self._publication(channel, data, text, *options))
+
+    def publish_then(
+        self,
+        done: AnswerCallback,
+        channel: str,
+        data: bytes,
+        binary: bool,
+        tags: dict[str, str] | None,
+        skip_history: bool,
+        idempotency_key: str,
+        delta: bool,
+        version: int,
+        version_epoch: str,
+    ) -> None:
+        """Publish like `publish`, without a coroutine, with arguments of the right types.
+
+        done: see `Engine.ask_then`. Raises the ClientErrors that are not the engine's.
+        """
         text = not binary or json_text.is_json(data)
+        request = self._publication(
+            channel, data, text, tags, skip_history, idempotency_key, delta, version, version_epoch
+        )
+        self._engine.ask_then(request, done)
+
+    def _publication(
+        self,
+        channel: str,
+        data: bytes,
+        text: bool,
+        tags: dict[str, str] | None,
+        skip_history: bool,
+        idempotency_key: str,
+        delta: bool,
+        version: int,
+        version_epoch: str,
+    ) -> Publish:
+        """Check the arguments of `publish`, and build the request to the engine. text: the data is JSON text."""
+        options = self._options(channel)
         options.check_data(data, text)
         if version >= 2**64 or len(idempotency_key) > MAX_NAME or len(version_epoch) > MAX_NAME:
             raise ClientError(*errors.BAD_REQUEST)
-        request = Publish(
+        return Publish(
             channel,
             (json_text.one_line(data) or data) if text else data,
             HistoryOptions() if skip_history else options.history_options,
@@ -140,7 +193,14 @@ class ServerAPI:
             delta=delta or options.delta_publish,
             binary=not text,
         )
-        return await self._engine.ask(request)
+
+    async def _is_json(self, data: bytes) -> bool:
+        """Check data as `json_text.is_json` does, in slices."""
+        try:
+            await self._slices.exhaust(json_text.json_steps(data))
+        except ClientError:
+            return False
+        return True
 
     async def broadcast(
         self, channels: list[str], data: bytes, **options: Unpack[PublishOptions]
@@ -148,10 +208,14 @@ class ServerAPI:
         """Publish the same data to each channel; return the outcomes in their order. options: see `publish`."""
         if not channels:
             raise ClientError(*errors.BAD_REQUEST)
+        details: dict[str, Any] = dict(options)
+        text = not details.pop("binary", False) or await self._is_json(data)
+        checked = _checked(**details)
 
         async def publish(channel: str) -> Position | ClientError:
             try:
-                return await self.publish(channel, data, **options)
+                position: Position = await self._engine.ask(self._publication(channel, data, text, *checked))
+                return position
             except ClientError as error:
                 return error
             except EngineUnavailable:
@@ -160,6 +224,8 @@ class ServerAPI:
         size = max(1, min(BROADCAST_CHANNELS, BROADCAST_BYTES // max(1, len(data))))
         outcomes: list[Position | ClientError] = []
         for begin in range(0, len(channels), size):
+            if begin:
+                await self._slices.yield_to_loop()  # a channel that is refused never waits
             outcomes += await self._gather([publish(channel) for channel in channels[begin : begin + size]])
         return outcomes
 
@@ -192,7 +258,13 @@ class ServerAPI:
     async def presence(self, channel: str) -> dict[str, ClientInfo]:
         """Return the present clients by client id."""
         self._check_presence(channel)
-        return await self._engine.ask(GetPresence(channel))
+        present: dict[str, ClientInfo] = {}
+        listing = new_listing()
+        while True:
+            page = await self._engine.ask(GetPresence(channel, listing))
+            present.update(page)
+            if len(page) < PRESENCE_PAGE:
+                return present
 
     async def presence_stats(self, channel: str) -> tuple[int, int]:
         """Return the number of present clients and the number of distinct users among them."""
@@ -299,6 +371,19 @@ class ServerAPI:
 
     async def _send_order(self, order: Order) -> None:
         await self._engine.ask(SendOrder(encode_order(order)))
+
+
+def _checked(
+    tags: dict[str, str] | None = None,
+    skip_history: bool = False,
+    idempotency_key: str = "",
+    delta: bool = False,
+    version: int = 0,
+    version_epoch: str = "",
+) -> tuple[dict[str, str] | None, bool, str, bool, int, str]:
+    """Return the options of a publication. Raises msgspec.ValidationError for a wrong type."""
+    msgspec.convert((tags, idempotency_key, delta, version, version_epoch), _PublishOptions)
+    return tags, skip_history, idempotency_key, delta, version, version_epoch
 
 
 def _content(content: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Vital signs -> the condition of each worker. Without I/O: the clock is an argument.
+"""Vital signs -> the condition of each process. Without I/O: the clock is an argument.
 
 A worker's *lag* says how late its loop is at this moment. It is the largest of three: the age of an overdue beat, the
 length of the present turn of the loop, and the lateness of its latest timer. A worker enters a worse condition at once
@@ -34,8 +34,13 @@ _LATE = 0.048
 _FUTURE = 1.0
 
 
+def broker_beat_interval(loop: LoopSettings) -> float:
+    """Seconds between two beats of the broker: no application blocks it, so it needs no more than a sign of life."""
+    return max(loop.interval, min(1.0, (loop.stuck or math.inf) / 4))
+
+
 class Condition(Enum):
-    """Condition of a worker. ABSENT: its slot has no ready process."""
+    """Condition of a worker or of the broker. ABSENT: its slot has no ready process."""
 
     ABSENT = "absent"
     HEALTHY = "healthy"
@@ -45,11 +50,11 @@ class Condition(Enum):
 
 
 class Health(Struct, frozen=True):
-    """Health of a worker at the latest check.
+    """Health of a worker, or of the broker, at the latest check.
 
-    since: when the worker entered this condition, CLOCK_MONOTONIC seconds. lag: seconds, see the module. utilization,
+    since: when the process entered this condition, CLOCK_MONOTONIC seconds. lag: seconds, see the module. utilization,
     connections, subscriptions, queued_bytes: from its page, see `Vitals`. blocked: seconds for which the loop has not
-    turned, 0 for a loop that turns. vitals: the reading behind all this; None for an absent worker. due: when to check
+    turned, 0 for a loop that turns. vitals: the reading behind all this; None for an absent process. due: when to check
     again.
     """
 
@@ -69,10 +74,11 @@ class Health(Struct, frozen=True):
 class HealthTracker:
     """Assesses the health of slots, and keeps per slot the state that hysteresis needs."""
 
-    def __init__(self, loop: LoopSettings) -> None:
+    def __init__(self, loop: LoopSettings, interval: float = 0.0) -> None:
+        """interval: seconds between two beats of the processes in these slots; 0.0 for `loop.interval`."""
         self._lagging = loop.lagging or math.inf
         self._pressed = loop.max_lag or math.inf
-        self._interval = loop.interval
+        self._interval = interval or loop.interval
         self._records: dict[int, _SlotRecord] = {}
 
     def assess(self, slot: int, vitals: Vitals | None, now: float, leaving: bool = False) -> Health:

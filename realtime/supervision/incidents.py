@@ -19,8 +19,9 @@ from enum import Enum
 from msgspec import Struct, field
 
 from realtime.config.settings import LoopSettings
+from realtime.repetition import Repetition
 from realtime.supervision.stacks import CodeOrigin, Stack, StackFrame
-from realtime.supervision.vitals import RunningHandler, Vitals
+from realtime.supervision.vitals import LatestCalls, RunningHandler, Vitals
 
 # Stacks sampled per incident, and seconds between two samples.
 MAX_SAMPLES = 3
@@ -29,17 +30,18 @@ SAMPLE_INTERVAL = 1.0
 MAX_INCIDENTS = 1000
 # Pairs of handler and place with counts of their own; all further ones share one count.
 MAX_PLACES = 200
-# Seconds between two log lines about one place.
-REPEAT_AFTER = 60.0
 # A block still in progress is logged once it has lasted this many seconds.
 _LONG_BLOCK = 1.0
 # Seconds for a process to write its stack.
 _ANSWER_TIMEOUT = 0.5
 # Characters kept of the final stacks of a stuck process.
 _MAX_STACKS_CHARS = 65_536
+# The share of a block that the calls of one handler take, from which on they are to blame for it.
+_BLAMED_SHARE = 0.5
 
 TURNED = "turned"
 UNKNOWN = "unknown"
+MANY_CALLS = "many short calls"
 OTHER = "other"
 
 
@@ -54,7 +56,8 @@ class Incident(Struct, kw_only=True):
     """One blocked stretch of a loop.
 
     at: its beginning, Unix time. duration: seconds; until the latest update while it `lasts`. place: the code to blame
-    as "file:line", or UNKNOWN. handler, subject: the running handler, "" for none. thread: whether a thread that holds
+    as "file:line", UNKNOWN, or MANY_CALLS of a handler. handler, subject: the running handler, "" for none. calls: of
+    the handler in this turn, if several of them together make the block, else 0. thread: whether a thread that holds
     the interpreter's lock is to blame, instead of the loop itself. ending: TURNED, or a few words on the end of the
     process. samples: stacks requested. stack: the stack with `place`, innermost call first. stacks: of a process killed
     as stuck, the stacks of all its threads.
@@ -69,6 +72,7 @@ class Incident(Struct, kw_only=True):
     function: str = ""
     handler: str = ""
     subject: str = ""
+    calls: int = 0
     thread: bool = False
     ending: str = TURNED
     samples: int = 0
@@ -89,7 +93,7 @@ class IncidentLog:
     def __init__(self) -> None:
         self.recent: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
         self.blocks: dict[tuple[str, str], Blocks] = {}  # by handler and place
-        self._logged: dict[str, _LogThrottle] = {}  # by place
+        self._repetition: Repetition[tuple[str, str]] = Repetition(MAX_PLACES)  # by place, and the handler if unknown
 
     def count(self, incident: Incident) -> None:
         """Count an incident that has ended."""
@@ -101,27 +105,12 @@ class IncidentLog:
         blocks.seconds += incident.duration
 
     def log_line(self, incident: Incident, now: float) -> str:
-        """Return the log line about an incident; "" when its place was logged in the last REPEAT_AFTER seconds."""
-        previous = self._logged.get(incident.place)
-        if previous is not None and now - previous.at < REPEAT_AFTER:
-            previous.suppressed += 1
+        """Return the log line about an incident; "" when its place was logged in the last minute."""
+        cause = incident.place, incident.handler if incident.place in (UNKNOWN, MANY_CALLS) else ""
+        left_out = self._repetition.admit(cause, now)
+        if left_out is None:
             return ""
-        if len(self._logged) >= MAX_PLACES:
-            self._logged = {place: line for place, line in self._logged.items() if now - line.at < REPEAT_AFTER}
-            if len(self._logged) >= MAX_PLACES:
-                return ""
-        self._logged[incident.place] = _LogThrottle(now)
-        repeated = (
-            f"; {previous.suppressed} more times since the last such line" if previous and previous.suppressed else ""
-        )
-        return describe(incident) + repeated
-
-
-class _LogThrottle(Struct):
-    """When a place was last logged, and the number of suppressed lines since."""
-
-    at: float
-    suppressed: int = 0
+        return describe(incident) + (f"; {left_out} more times since the last such line" if left_out else "")
 
 
 def describe(incident: Incident) -> str:
@@ -129,11 +118,13 @@ def describe(incident: Incident) -> str:
     subject = f"a thread of worker {incident.slot}" if incident.thread else f"worker {incident.slot}"
     verb = "has blocked its loop" if incident.thread else "has been blocked" if incident.lasts else "was blocked"
     parts = [f"{subject} {verb} for {incident.duration:.3f} s"]
+    if incident.calls:
+        parts.append(f"in {incident.calls} calls of {incident.handler}")
     if incident.place == UNKNOWN:
         parts.append("at an unknown place")
-    else:
+    elif incident.place != MANY_CALLS:
         parts.append(f"at {incident.place} in {incident.function}")
-    if incident.handler:
+    if incident.handler and not incident.calls:
         purpose = f" for {incident.subject}" if incident.subject else ""
         parts.append(f"({incident.handler}{purpose})")
     return " ".join(parts)
@@ -155,23 +146,36 @@ class LoopInvestigation:
         self._answered = True
         self._updates_until_threads = 0  # updates until the request for all threads; 0: none is planned
         self._places: Counter[str] = Counter()
+        self._blames_application = False
+        self._calls: dict[str, LatestCalls] = {}  # of the blocked turn, by handler
+        self._gaps: dict[str, float] = {}  # the most seconds outside of these calls, or in one of them
         self._is_logged = False
 
     def update(
-        self, vitals: Vitals, blocked: float, running: RunningHandler | None, now: float, wall: float
+        self,
+        vitals: Vitals,
+        blocked: float,
+        running: RunningHandler | None,
+        now: float,
+        wall: float,
+        calls: LatestCalls | None = None,
     ) -> tuple[StackRequest | None, str]:
         """Take in the state of the worker. Returns a request to send to it, and a line for the log, "" for none.
 
         blocked: seconds for which its loop has not turned, see `Health`. running: its handler. now: seconds of a
-        monotonic clock. wall: Unix time.
+        monotonic clock. wall: Unix time. calls: of its latest handler.
         """
         line = ""
+        if self.incident is not None:
+            self._take_calls(calls)
         if self.incident is not None and not self._lasts(vitals):
             line = self._end_turn(vitals, now)
         if self.incident is None:
             if not 0 < self._limit <= blocked < math.inf:  # infinite: the page is invalid
                 return None, line
             self._open(vitals, blocked, now, wall)
+            self._take_calls(calls)
+        self._take_gap(calls, now)
         return self._next_request(running, now), line or self._log_long_block(now)
 
     def record_stacks(self, stacks: list[Stack], vitals: Vitals, running: RunningHandler | None) -> None:
@@ -217,7 +221,9 @@ class LoopInvestigation:
         self._requested_at, self._answered = 0.0, True
         self._updates_until_threads = 0
         self._places.clear()
-        self._is_logged = False
+        self._calls.clear()
+        self._gaps.clear()
+        self._blames_application = self._is_logged = False
         self.incident = Incident(slot=self._slot, pid=self._pid, at=wall - blocked, duration=blocked)
         self._log.recent.append(self.incident)
 
@@ -252,6 +258,7 @@ class LoopInvestigation:
             self._places[frame.place] += 1
             if self._places[frame.place] > self._places[incident.place]:
                 incident.place, incident.function, incident.thread = frame.place, frame.function, thread
+                self._blames_application = self._origin.is_application_code(frame.file)
                 incident.stack = [_describe_frame(frame) for frame in stack.frames]
                 if not thread:
                     incident.handler = running.handler if running else ""
@@ -263,6 +270,7 @@ class LoopInvestigation:
         if incident is None or self._is_logged or incident.duration < _LONG_BLOCK:
             return ""
         self._is_logged = True
+        self._blame_calls(incident)
         return self._log.log_line(incident, now)
 
     def _end_turn(self, vitals: Vitals, now: float) -> str:
@@ -277,8 +285,34 @@ class LoopInvestigation:
         incident, self.incident = self.incident, None
         assert incident is not None
         incident.lasts = False
+        self._blame_calls(incident)
         self._log.count(incident)
         return "" if self._is_logged else self._log.log_line(incident, now)
+
+    def _take_calls(self, calls: LatestCalls | None) -> None:
+        if calls is not None and calls.turn == self._turn:
+            self._calls[calls.handler] = calls
+
+    def _take_gap(self, calls: LatestCalls | None, now: float) -> None:
+        if calls is not None and calls.turn == self._turn:
+            gap = now - self._began - calls.seconds
+            self._gaps[calls.handler] = max(gap, self._gaps.get(calls.handler, 0.0))
+
+    def _blame_calls(self, incident: Incident) -> None:
+        """Blame the calls of one handler, if several of them take most of the block.
+
+        A stack shows one moment. Between two short calls it has a line of the server, which is not to blame.
+        """
+        share = _BLAMED_SHARE * incident.duration
+        for calls in self._calls.values():
+            # The latest call may still run. It counts as long as the others.
+            seconds = calls.seconds * calls.calls / max(calls.calls - 1, 1)
+            is_one_call = self._gaps.get(calls.handler, 0.0) >= share
+            if calls.calls > 1 and not incident.thread and seconds >= share and not is_one_call:
+                incident.calls, incident.subject = calls.calls, ""
+                if not (self._blames_application and incident.handler == calls.handler):
+                    incident.place, incident.function = MANY_CALLS, ""
+                incident.handler = calls.handler
 
 
 def _is_idle(stack: Stack) -> bool:

@@ -220,8 +220,12 @@ class Pool:
     @property
     def serving(self) -> bool:
         """Whether the pool is ready, and the loops of the broker and of at least one worker turn."""
-        turning = {number for number, slot in self.slots.items() if self._now - slot.alive_at < _UNRESPONSIVE}
+        turning = {number for number, slot in self.slots.items() if self.is_up(slot)}
         return self.ready and (BROKER in turning or BROKER not in self.slots) and bool(turning - {BROKER})
+
+    def is_up(self, slot: Slot) -> bool:
+        """Whether the slot's process is ready, and its loop has turned in the last seconds."""
+        return slot.state is SlotState.READY and self._now - slot.alive_at < _UNRESPONSIVE
 
     # Events.
 

@@ -59,6 +59,7 @@ class Pressure:
         self._last_beat = clock()
         self._max_recent_lag = 0.0
         self._active: frozenset[str] = frozenset()  # limits reached in the last RECOVERY_TIME seconds
+        self._is_limit_reached = False  # one of them is more than a warning
 
     def observe(self, vitals: Vitals) -> None:
         """Take the reading of a beat. Call it at every beat of the loop."""
@@ -69,6 +70,7 @@ class Pressure:
             if getattr(vitals, name) >= limit:
                 self._reached[name] = now
         self._active = frozenset(name for name, at in self._reached.items() if now - at < RECOVERY_TIME)
+        self._is_limit_reached = bool(self._active - _WARNING_ONLY)
         self._last_beat = now
 
     @property
@@ -80,12 +82,14 @@ class Pressure:
     def load(self) -> float:
         """The lag as a share of its limit; 1 or more whenever any limit is reached."""
         load = self.lag / self.max_lag
-        return max(load, 1.0) if self._active - _WARNING_ONLY else load
+        return max(load, 1.0) if self._is_limit_reached else load
 
     @property
     def pressed(self) -> bool:
         """Whether the worker is under pressure: any limit is reached."""
-        return self.load >= 1
+        if self._is_limit_reached or self._max_recent_lag >= self.max_lag:
+            return True
+        return self._clock() - self._last_beat - self._interval >= self.max_lag
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -114,12 +118,22 @@ class Throttle:
 
     The lag that the calls cause grows with their number, so the throttle cuts their number in proportion. It raises the
     limit by one every RECOVERY_TIME seconds, as long as the calls take less of the loop than TARGET_SHARE allows, and
-    removes it after LIFT_AFTER seconds in which it kept no call out.
+    removes it after LIFT_AFTER seconds in which it kept no call out. Calls that are known to block the loop are limited
+    before they do it for too long together.
 
-    limit: most calls at a time; None for no limit. running: calls in progress.
+    limit: most calls at a time; None for no limit. running: calls in progress. is_proven: whether SAMPLE calls have
+    ended, so that the throttle knows what one costs; until then the caller starts no more than SAMPLE at a time.
     """
 
-    __slots__ = ("_account", "_adjusted_at", "_max_spent", "_needed_at", "_peak", "_spent", "limit", "running")
+    __slots__ = (
+        *("_account", "_adjusted_at", "_cost", "_ended", "_max_lag", "_max_spent", "_needed_at", "_peak", "_sampled"),
+        *("_spent", "_started", "is_proven", "limit", "running"),
+    )
+
+    # Calls by which the cost of one is measured.
+    SAMPLE = 8
+    # Share of `loop.max_lag` from which on a call blocks the loop.
+    BLOCKING_SHARE = 1 / 16
 
     # Share of an excessive lag that a handler must have caused to be throttled.
     MIN_CAUSED_SHARE = 0.5
@@ -133,6 +147,11 @@ class Throttle:
         self.limit: int | None = None
         self.running = 0
         self._account = account
+        self.is_proven = False
+        self._max_lag = math.inf  # of the last beat
+        self._cost = 0.0  # seconds for which a call blocked the loop lately; 0 for less than BLOCKING_SHARE
+        self._started = self._ended = 0  # calls in the current sample
+        self._sampled = account.spent  # at its start
         self._spent = account.spent  # at the last beat
         self._peak = 0  # most calls at a time since the last beat
         self._adjusted_at = 0.0  # when the limit was last reconsidered
@@ -141,6 +160,10 @@ class Throttle:
 
     def admits(self) -> bool:
         """Return whether one more call may run. A False counts as a call that the limit kept out."""
+        if self.limit is None and self._cost:
+            most = max(1, int(self.TARGET_SHARE * self._max_lag / self._cost))
+            if self.running >= most:
+                self.limit = most
         if self.limit is None or self.running < self.limit:
             return True
         self._needed_at = math.inf
@@ -149,14 +172,20 @@ class Throttle:
     def enter(self) -> None:
         """Count a call that begins. Call `leave` at its end."""
         self.running += 1
-        self._peak = max(self._peak, self.running)
+        self._started += 1
+        if self.running > self._peak:
+            self._peak = self.running
 
     def leave(self) -> None:
         """Count a call that has ended."""
         self.running -= 1
+        self._ended += 1
+        if self._ended >= self.SAMPLE:
+            self._measure()
 
     def observe(self, now: float, lag: float, max_lag: float) -> None:
         """Adapt the limit at a beat of the loop. lag: seconds by which this beat is late."""
+        self._max_lag = max_lag
         spent, peak = (self._account.spent - self._spent) / 1e9, self._peak
         self._spent, self._peak = self._account.spent, self.running
         if lag >= max_lag and spent >= lag * self.MIN_CAUSED_SHARE:
@@ -169,6 +198,14 @@ class Throttle:
         self._max_spent = max(self._max_spent, spent)
         if now - self._adjusted_at >= RECOVERY_TIME:
             self._relax(now, self._max_spent < self.TARGET_SHARE * max_lag)
+
+    def _measure(self) -> None:
+        """Learn what a call costs from the current sample, and begin another."""
+        spent = self._account.spent
+        cost = (spent - self._sampled) / 1e9 / max(self._started, self._ended)
+        self._cost = cost if cost >= self.BLOCKING_SHARE * self._max_lag else 0.0
+        self._started, self._ended, self._sampled = 0, 0, spent
+        self.is_proven = True
 
     def _relax(self, now: float, has_room: bool) -> None:
         assert self.limit is not None

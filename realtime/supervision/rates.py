@@ -1,4 +1,4 @@
-"""Counters of processes -> changes per second, without I/O: the clock is an argument."""
+"""Counters of processes -> changes per second and growth, without I/O: the clock is an argument."""
 
 from __future__ import annotations
 
@@ -47,3 +47,43 @@ class Rates(Generic[Name]):
         if elapsed <= 0:
             return None
         return {name: (total - first.counts.get(name, 0)) / elapsed for name, total in last.counts.items()}
+
+
+class Growth(Generic[Name]):
+    """How much counters have grown over all processes, in total and in the last `span` seconds.
+
+    The growth of a process still counts after the process has ended.
+    """
+
+    def __init__(self, span: float = 60.0) -> None:
+        self._span = span
+        self._last: dict[int, tuple[Hashable, Mapping[Name, float]]] = {}
+        self._totals: dict[Name, float] = {}  # those that grew last at the end
+        self._steps: deque[tuple[float, Name, float]] = deque()
+        self._recent: dict[Name, float] = {}
+
+    def record(self, slot: int, owner: Hashable, counts: Mapping[Name, float], now: float) -> None:
+        """Add the growth since the previous reading. owner: the process; a new one in the slot starts again at 0."""
+        previous, before = self._last.get(slot, (owner, {}))
+        if previous != owner:
+            before = {}
+        for name, count in counts.items():
+            grown = count - before.get(name, 0.0)
+            if grown > 0:
+                self._totals[name] = self._totals.pop(name, 0.0) + grown
+                self._recent[name] = self._recent.get(name, 0.0) + grown
+                self._steps.append((now, name, grown))
+        self._last[slot] = owner, dict(counts)
+
+    def totals(self) -> dict[Name, float]:
+        """The growth of each counter that has grown, in the order of the latest growth: the latest at the end."""
+        return dict(self._totals)
+
+    def recent(self, now: float) -> dict[Name, float]:
+        """The growth of each counter in the last `span` seconds, without those that have not grown."""
+        while self._steps and self._steps[0][0] <= now - self._span:
+            _, name, grown = self._steps.popleft()
+            self._recent[name] -= grown
+            if self._recent[name] <= 0:
+                del self._recent[name]
+        return dict(self._recent)

@@ -13,8 +13,9 @@ Both ends run on one machine, so the byte order is native. Each part has its own
     264  the latest long turn, after it has ended: its beginning and its end. The beginning is 0 during the write.
     280  the latest idle beat, of a loop that idles and has nothing new to report: one word.
     320  relief, the only part that the supervisor writes: one word.
-    384  the running handler: a serial number, two names, the serial number again (0 after the handler has returned).
-         Written upwards and read downwards, so a reader sees two different numbers if it met a write.
+    384  the latest call of a handler: a serial number, two names, its turn, the calls of the handler in this turn with
+         the time of those before, the serial number again; then whether it still runs. Written upwards and read
+         downwards, so a reader sees two different numbers if it met a write.
 
 Parts with different writers, or with different rates of writing, have cache lines of their own.
 """
@@ -41,10 +42,11 @@ _BEAT, _LAG = 1, 2  # the first two words of the body
 _RELIEF = 320 // _WORD
 _NAME_BYTES = 64
 _MARK_AT = 384
-_MARK = struct.Struct(f"=q{_NAME_BYTES}s{_NAME_BYTES}sq")
-_NAMES = struct.Struct(f"={_NAME_BYTES}s{_NAME_BYTES}s")
+_MARK = struct.Struct(f"=q{_NAME_BYTES}s{_NAME_BYTES}sqqqqq")
+_CALL = struct.Struct(f"={_NAME_BYTES}s{_NAME_BYTES}sqqq")
 _MARK_OPEN = _MARK_AT // _WORD
-_MARK_CLOSE = (_MARK_AT + _WORD + _NAMES.size) // _WORD
+_MARK_CLOSE = (_MARK_AT + _WORD + _CALL.size) // _WORD
+_MARK_RUNS = _MARK_CLOSE + 1
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 NEGLIGIBLE_LAG = 0.002
@@ -98,6 +100,18 @@ class RunningHandler(Struct, frozen=True):
 
     handler: str
     subject: str
+
+
+class LatestCalls(Struct, frozen=True):
+    """The handler that was called last on the loop, and its calls in that turn.
+
+    turn: `Vitals.busy_since` of the turn. calls: the last one counts. seconds: of the calls before the last one.
+    """
+
+    handler: str
+    turn: int
+    calls: int
+    seconds: float
 
 
 class VitalsPage:
@@ -173,14 +187,17 @@ class VitalsPage:
         self._words[_BLOCK_UNTIL] = until
         self._words[_BLOCK_SINCE] = since
 
-    def mark(self, handler: bytes, subject: bytes) -> None:
-        """Publish the handler that begins to run on the loop. Names are UTF-8; the page keeps their first 64 bytes."""
-        self._serial += 1
-        _MARK.pack_into(self._memory, _MARK_AT, self._serial, handler, subject, self._serial)
+    def mark(self, handler: bytes, subject: bytes, turn: int = 0, calls: int = 1, spent: int = 0) -> None:
+        """Publish the handler that begins to run on the loop. Names are UTF-8; the page keeps their first 64 bytes.
+
+        turn, calls: see `LatestCalls`. spent: nanoseconds of its earlier calls in this turn.
+        """
+        self._serial = serial = self._serial + 1
+        _MARK.pack_into(self._memory, _MARK_AT, serial, handler, subject, turn, calls, spent, serial, 1)
 
     def unmark(self) -> None:
         """Note that no handler runs."""
-        self._words[_MARK_CLOSE] = 0
+        self._words[_MARK_RUNS] = 0
 
     def has_relief(self) -> bool:
         """Return whether another worker can take new clients in place of this one."""
@@ -210,11 +227,23 @@ class VitalsPage:
 
     def running(self) -> RunningHandler | None:
         """Return the handler that runs on the loop now; None without one, and while the process changes it."""
-        serial = self._words[_MARK_CLOSE]
-        handler, subject = _NAMES.unpack_from(self._memory, _MARK_AT + _WORD)
-        if serial == 0 or self._words[_MARK_OPEN] != serial:
+        if not self._words[_MARK_RUNS]:
             return None
-        return RunningHandler(_text(handler), _text(subject))
+        call = self._call()
+        return RunningHandler(_text(call[0]), _text(call[1])) if call else None
+
+    def latest_calls(self) -> LatestCalls | None:
+        """Return the calls of the handler that ran last; None before the first, and while the process changes them."""
+        call = self._call()
+        if call is None:
+            return None
+        handler, _, turn, calls, spent = call
+        return LatestCalls(_text(handler), turn, calls, spent / 1e9)
+
+    def _call(self) -> tuple[bytes, bytes, int, int, int] | None:
+        serial = self._words[_MARK_CLOSE]
+        call: tuple[bytes, bytes, int, int, int] = _CALL.unpack_from(self._memory, _MARK_AT + _WORD)
+        return call if serial and self._words[_MARK_OPEN] == serial else None
 
     def set_relief(self, available: bool) -> None:
         """Publish whether another worker can take new clients in place of this one."""

@@ -6,6 +6,7 @@ A `ChildProcess` reports its events to its owner. `realtime.process.child` is th
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.protocol import Factory, ProcessProtocol, connectionDone
-from twisted.logger import Logger
+from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
 from realtime import metrics
@@ -23,12 +24,16 @@ from realtime.config.schema import PREFIX
 from realtime.metrics import Sample
 from realtime.process import control, log
 from realtime.process.stack_dumps import IN_C_AFTER, STACK, STACK_IN_C, StackReader
-from realtime.supervision.vitals import RunningHandler, Vitals, VitalsPage
+from realtime.supervision.vitals import LatestCalls, RunningHandler, Vitals, VitalsPage
 from realtime.supervisor import systemd
 
 # Descriptor numbers in the child; the slot's listening sockets follow.
 _LINK, _SETTINGS, _VITALS, _LISTEN = 3, 4, 5, 6
 _MAX_LINE = 16384
+# A line of a child's log: `realtime.process.log`, `realtime.process.app_log`.
+_LOG_LINE = re.compile(
+    r"\d{4}-\d\d-\d\dT\S+ \[(?P<system>(?:worker|broker)[^]]*#(?P<level>debug|info|warn|error|critical))\] (?P<text>.*)"
+)
 
 _log = Logger(observer=log.observer)
 _output_log = Logger()  # for the children's output: they have already applied `log.level` to it
@@ -113,6 +118,11 @@ class ChildProcess(ProcessProtocol):
     def running(self) -> RunningHandler | None:
         """The handler that runs on its loop now, if any."""
         return self._page.running() if self._page is not None else None
+
+    @property
+    def latest_calls(self) -> LatestCalls | None:
+        """The calls of the handler that ran last on its loop, if any."""
+        return self._page.latest_calls() if self._page is not None else None
 
     def set_relief(self, available: bool) -> None:
         """Publish on its page whether another worker can take new clients in its place."""
@@ -224,7 +234,7 @@ class _Link(control.Peer):
 
 
 class _Output:
-    """Copies a child's output to our log. Its lines already begin with the time and the child's name."""
+    """Copies a child's output to our log, where the lines of its log keep their process, logger and level."""
 
     def __init__(self) -> None:
         self._partial = b""
@@ -233,9 +243,17 @@ class _Output:
         """Log the lines that `data` completes. A line longer than _MAX_LINE is logged in parts."""
         *lines, self._partial = (self._partial + data).split(b"\n")
         for line in lines:
-            _output_log.info("{line}", line=line.decode("utf-8", "backslashreplace"))
+            self._log(line.decode("utf-8", "backslashreplace"))
         if len(self._partial) > _MAX_LINE:
             self.flush()
+
+    def _log(self, line: str) -> None:
+        found = _LOG_LINE.match(line)
+        if found is None:
+            _output_log.info("{line}", line=line)
+        else:
+            level = LogLevel.lookupByName(found["level"])
+            _output_log.emit(level, "{line}", line=found["text"], log_system=found["system"])
 
     def flush(self) -> None:
         """Log an incomplete line."""

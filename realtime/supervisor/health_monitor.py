@@ -1,9 +1,9 @@
-"""Health monitor: polls each worker's shared page and notifies listeners when its condition changes."""
+"""Health monitor: polls the shared page of each process, and notifies listeners when a worker's condition changes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from twisted.internet.interfaces import IDelayedCall
@@ -12,8 +12,14 @@ from twisted.logger import Logger
 from realtime.config.settings import LoopSettings
 from realtime.process import log
 from realtime.process.periodic import PeriodicTasks
-from realtime.supervision.health import CHECK_INTERVAL, Condition, Health, HealthTracker
-from realtime.supervision.pool import Pool, Slot, SlotState
+from realtime.supervision.health import (
+    CHECK_INTERVAL,
+    Condition,
+    Health,
+    HealthTracker,
+    broker_beat_interval,
+)
+from realtime.supervision.pool import BROKER, Pool, Slot, SlotState
 from realtime.supervision.vitals import Vitals
 
 Listener = Callable[[int, Health], None]
@@ -33,12 +39,13 @@ class MonitoredProcess(Protocol):
 
 
 class HealthMonitor:
-    """Checks the health of every worker's slot.
+    """Checks the health of every slot.
 
     It checks at each moment when a loop could be found lagging, and every CHECK_INTERVAL seconds while one is.
 
-    health: health of all slots by number, from the first full check on. listeners: called with (slot, health) after
-    each change of condition, when `health` is already up to date. after_check: called after each full check, a few
+    health: health of the workers' slots by number, from the first full check on. broker: the broker's, likewise; None
+    without one. listeners: called with (slot, health) after each change of a worker's condition, when `health` is
+    already up to date. after_check: called after each full check, a few
     times a second while all workers are healthy. tasks: periodic tasks, run after a full check. Append to the last
     three.
     """
@@ -46,11 +53,13 @@ class HealthMonitor:
     def __init__(self, reactor: Any, loop: LoopSettings, pool: Pool, processes: Mapping[int, MonitoredProcess]) -> None:
         """reactor: its `seconds` must be CLOCK_MONOTONIC's. processes: the running ones by slot, a live dictionary."""
         self.health: dict[int, Health] = {}
+        self.broker: Health | None = None
         self.listeners: list[Listener] = []
         self.after_check: list[Callable[[], None]] = []
         self.tasks = PeriodicTasks(_log)
         self._reactor = reactor
         self._tracker = HealthTracker(loop)
+        self._broker_tracker = HealthTracker(loop, broker_beat_interval(loop))
         self._pool = pool
         self._processes = processes
         self._running = False
@@ -67,7 +76,7 @@ class HealthMonitor:
             if not due:
                 self.check()
                 self.tasks.run_due(now)
-                due = min(health.due for health in self.health.values())
+                due = min(health.due for health in self._all())
         finally:
             # Also after an exception: a mistake in one check must not end the monitoring.
             if self._running:
@@ -84,12 +93,23 @@ class HealthMonitor:
         if now - self._checked_at >= FULL_CHECK_INTERVAL or not self._pool.ready:
             return 0.0
         due = math.inf
-        for slot, health in self.health.items():
-            process = self._processes.get(slot)
+        for health in self._all():
+            process = self._processes.get(health.slot)
             if process is None or health.condition is not Condition.HEALTHY:
                 return 0.0
-            due = min(due, self._tracker.quick_check(slot, *process.peek(), now))
+            beat, lag, busy_since = process.peek()
+            if health.slot == BROKER:
+                # Its page shows the lag of its latest beat for a second, which the full checks notice early enough.
+                due = min(due, self._broker_tracker.quick_check(BROKER, beat, 0.0, busy_since, now))
+            else:
+                due = min(due, self._tracker.quick_check(health.slot, beat, lag, busy_since, now))
         return due
+
+    def _all(self) -> Iterator[Health]:
+        """The latest health of every process."""
+        yield from self.health.values()
+        if self.broker is not None:
+            yield self.broker
 
     def check(self) -> None:
         """Assess every slot now, and notify the listeners."""
@@ -101,6 +121,9 @@ class HealthMonitor:
             self.health[slot.number] = health
             if before is None or before.condition is not health.condition:
                 changed.append(health)
+        if (broker := self._pool.slots.get(BROKER)) is not None:
+            leaving = broker.state is SlotState.LEAVING
+            self.broker = self._broker_tracker.assess(BROKER, self._vitals(broker), now, leaving)
         for health in changed:
             self._notify(health)
         for function in self.after_check:

@@ -174,6 +174,8 @@ def _open(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
         # SO_REUSEADDR allows to bind while connections of a predecessor are in TIME_WAIT.
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Accepted connections inherit it: no reply waits until the client has acknowledged the one before.
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
         opened.bind((host, port))

@@ -22,6 +22,7 @@ from twisted.internet.interfaces import IAddress
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from realtime.client_log import ClientLog
 from realtime.config.settings import LoopSettings
 from realtime.metrics import Metrics
 from realtime.process import fd_passing, log
@@ -102,6 +103,7 @@ class Rescue:
             slot: metrics.counter("realtime_rescued_connections", help, worker=str(slot))
             for slot in range(len(self._sockets))
         }
+        self._client_log = ClientLog(now=reactor.seconds, info=lambda line: _log.info("{line}", line=line))
         self._refused = metrics.counter("realtime_rescue_refusals", "Clients that the supervisor refused with a 503.")
         help = "Failures of a worker to take a connection from the supervisor, which then tried another worker."
         self._failed = metrics.counter("realtime_rescue_failures", help)
@@ -110,6 +112,7 @@ class Rescue:
         """Rescue the connections of all workers that can't accept them."""
         if not self._active:
             return
+        self._client_log.report_left_out()
         self._update_routes()
         self._place_held()
         for slot in range(len(self._sockets)):
@@ -235,6 +238,7 @@ class Rescue:
 
     def _refuse(self, connection: socket.socket) -> None:
         self._refused.value += 1
+        self._client_log.refuse("no_worker")
         with connection, suppress(OSError):  # the client may have disconnected
             self._reactor.adoptStreamConnection(connection.fileno(), connection.family, self._refusals)
 

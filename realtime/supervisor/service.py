@@ -89,10 +89,11 @@ class Supervisor(Service):
         broker: str = BROKER_MODULE,
         leave: Callable[[int], None] | None = None,
         handle_signals: bool = False,
+        capture_output: bool = False,
     ) -> None:
         """worker, broker: modules to run as children, see `realtime.process.child`. leave: called with the exit status
         after the last process has exited; `stopService` works without it. handle_signals: whether to take SIGTERM and
-        SIGINT over from Twisted."""
+        SIGINT over from Twisted. capture_output: whether to copy the children's output to the log in any case."""
         # The children get the numbers in their settings instead of counting the cores themselves.
         cores = count_cores()
         count = settings.workers.count or cores
@@ -116,12 +117,13 @@ class Supervisor(Service):
         self._rescue: Rescue | None = None
         self._notifier = SystemdNotifier({})
         self._settings_fd = -1
-        self._capture_output = False
+        self._capture_output = capture_output
         self._pending: deque[Effect] = deque()
         self._is_carrying_out = False
         self._halted = False
         self._has_warned_of_footprint = False
         self._stop_waiters: list[Deferred[None]] = []
+        self._stop_counting_errors: Callable[[], None] | None = None
 
     # The service.
 
@@ -171,7 +173,8 @@ class Supervisor(Service):
         self._notifier = SystemdNotifier(os.environ)
         self._settings_fd = _sealed_memfd(configuration.dump(self._settings))
         # A daemon's own output goes nowhere. The log is twistd's, so the children's output must go there too.
-        self._capture_output = _is_discarded(1)
+        self._capture_output = self._capture_output or _is_discarded(1)
+        self._stop_counting_errors = log.count_internal_errors(self.metrics)
         self._reactor.callWhenRunning(self._start_processes)
 
     def stopService(self) -> Deferred[None]:
@@ -393,6 +396,8 @@ class Supervisor(Service):
     def _halt(self, effect: effects.HaltService) -> None:
         self._halted = True
         self.monitor.stop()
+        if self._stop_counting_errors is not None:
+            self._stop_counting_errors()
         if effect.reason:
             _log.critical("{reason}", reason=effect.reason)
         if self._operators is not None:

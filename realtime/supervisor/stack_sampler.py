@@ -63,7 +63,12 @@ class StackSampler:
             if investigation.incident is None and health.blocked < self._loop.lagging:
                 continue
             request, line = investigation.update(
-                health.vitals, health.blocked, process.running, self._reactor.seconds(), time.time()
+                health.vitals,
+                health.blocked,
+                process.running,
+                self._reactor.seconds(),
+                time.time(),
+                process.latest_calls,
             )
             self._warn(line)
             if request is not None:

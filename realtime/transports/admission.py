@@ -7,6 +7,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+from realtime.client_log import ClientLog
 from realtime.config import settings
 from realtime.http.forwarded import TrustedProxies
 from realtime.http.handshake import origin_policy
@@ -26,7 +27,8 @@ _ONE_TOKEN = 1 - 1e-6
 class Admission:
     """The connection limits of a worker, shared by all its transports.
 
-    origin_allowed: whether a request's origin may open connections. proxies: the trusted proxies.
+    origin_allowed: whether a request's origin may open connections. proxies: the trusted proxies. client_log: counts
+    and logs the refusals.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Admission:
         workers: int = 1,
         descriptors: int = 0,
         own_names: HostNames | None = None,
+        client_log: ClientLog | None = None,
     ) -> None:
         """clock: monotonic, in seconds. check_load: returns a refusal while the worker accepts no connection.
 
@@ -49,7 +52,9 @@ class Admission:
         is_open = client.insecure or client.allow_anonymous_connect_without_token
         self.origin_allowed = origin_policy(client.allowed_origins, own_names if is_open else None)
         self.proxies = TrustedProxies(client.trusted_proxies)
+        self.client_log = client_log or ClientLog(metrics)
         self._connection_counts: list[Callable[[], int]] = []
+        self._room = 0  # further connections that need no count: connections end, but none begins without `make_room`
         share, spare = _RESERVED_DESCRIPTORS
         limits = (-(-client.connection_limit // workers), max(descriptors - int(descriptors * share) - spare, 0))
         self._limit = min(filter(None, limits), default=0)
@@ -80,8 +85,11 @@ class Admission:
 
     def make_room(self) -> None:
         """Close the longest idle HTTP connection if there are more connections than the limit."""
-        if 0 < self._limit < self.connections + self._count_others():
-            self._drop_idle()
+        self._room -= 1
+        if self._room < 0 < self._limit:
+            self._room = self._limit - self.connections - self._count_others()
+            if self._room < 0:
+                self._drop_idle()
 
     def take_address(self, head: RequestHead, transport: Any) -> tuple[str, Refusal | None]:
         """Count a connection of the client that sent `head`; return its address, or "" and a refusal at the limit.
@@ -113,7 +121,7 @@ class Admission:
         refusal = self._check_load()
         if refusal is not None:
             return refusal
-        if 0 < self._limit <= self.connections:
+        if self._room <= 0 < self._limit <= self.connections:
             return Refusal(503, "too many connections", "connection_limit")
         return None if self._take_token() else Refusal(503, "too many new connections", "connection_rate")
 

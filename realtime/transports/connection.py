@@ -6,16 +6,17 @@ that all connections of one transport share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from twisted.logger import Logger
 
+from realtime.client_log import ClientLog
 from realtime.config.settings import MessageSettings
 from realtime.deadlines import Deadlines
 from realtime.errors import SERVER_ERROR
 from realtime.http.handshake import OpeningRequest
-from realtime.metrics import Metrics, bad_input_counter
+from realtime.metrics import Metrics
 from realtime.process import log
 from realtime.transports.outbox import QueuedBytes
 from realtime.transports.outgoing import FlushAtTurnEnd, Outgoing
@@ -32,6 +33,9 @@ class TransportSession(Protocol):
     def closed(self) -> None:
         """Handle the loss of the connection. Called once."""
 
+    def describe(self) -> dict[str, object]:
+        """Return the facts about the client for the log."""
+
 
 class ConnectionContext:
     """State shared by all connections of one transport; it implements `OutgoingContext`.
@@ -47,11 +51,11 @@ class ConnectionContext:
         queue_max_size: int,
         deadlines: Deadlines,
         metrics: Metrics,
-        bad_input_kinds: Iterable[str],
+        client_log: ClientLog,
         queued: QueuedBytes | None = None,
         turn_end: FlushAtTurnEnd | None = None,
     ) -> None:
-        """websocket: has the write and close timeouts. bad_input_kinds: allowed arguments of `count_bad_input`.
+        """websocket: has the write and close timeouts. client_log: counts and logs refusals.
 
         queued: bytes queued over all transports. turn_end: the end of the loop's turns; None flushes at once.
         """
@@ -66,11 +70,7 @@ class ConnectionContext:
         self.received = metrics.counter("realtime_messages_received", "Messages from clients.")
         self.sent = metrics.counter("realtime_messages_sent", "Messages to clients.")
         self._metrics = metrics
-        self._bad_input = {kind: bad_input_counter(metrics, kind) for kind in bad_input_kinds}
-
-    def count_bad_input(self, kind: str) -> None:
-        """Count one bad input, or one client that was too slow."""
-        self._bad_input[kind].value += 1
+        self.client_log = client_log
 
     def count_disconnect(self, initiator: str, code: str) -> None:
         """Count the end of a connection.
@@ -110,6 +110,16 @@ class ClientConnection(Outgoing):
             session.closed()
         except Exception:
             _log.failure("a session raised an exception at the end of its connection")
+
+    @property
+    def transport_name(self) -> str:
+        """The name of the transport, as the configuration spells it."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, object]:
+        if self._session is not None:
+            return self._session.describe()
+        return {"address": getattr(self.transport.getPeer(), "host", ""), "transport": self.transport_name}
 
     def release_place(self) -> None:
         """Count one connection less of the client's address. Idempotent."""

@@ -24,26 +24,29 @@ from msgspec import Struct
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from realtime.client_log import ClientLog
+from realtime.config.settings import EmulationSettings
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.handlers.results import PreparedResponse, status_response
 from realtime.http.cors import Headers
-from realtime.protocol.encodings import Encoding
+from realtime.metrics import Metrics
+from realtime.protocol.encodings import CommandTooLong, Encoding
+from realtime.protocol.json_encoding import JSON_ENCODING
 from realtime.protocol.messages import ProtocolError
 from realtime.protocol.orders import EmulateOrder, encode_order
-from realtime.protocol.protobuf import EmulationRequest, emulation_request
+from realtime.protocol.protobuf import PROTOBUF, EmulationRequest, emulation_request
 from realtime.pubsub.engine import Engine, SendOrder
+from realtime.pubsub.time_slices import TimeSlicer
 from realtime.transports.http_server import Exchange, fault_response
 
 # Random bytes in a secret.
 _SECRET_BYTES = 24
 
-HOLD_TIME = 0.1
-"""Seconds for which commands wait for commands with lower ids."""
-
-HELD_LIMIT = 256 * 1024
-"""Bytes of one session's messages that may wait, with a surcharge for each message."""
-
+# Bytes that a waiting message counts beside its own.
 _SURCHARGE = 256
+
+# Bytes before or after a command: its length as a varint, or a line end.
+_LONGEST_HEAD = 10
 
 IDS_READ = 128
 """Commands of one message whose ids are read."""
@@ -62,15 +65,32 @@ class _JSONRequest(Struct, frozen=True):
 _decode = msgspec.json.Decoder(_JSONRequest).decode
 
 
+class EmulationLimits:
+    """The settings of `[emulation]` and their counter. command_size: largest size of one command, in bytes."""
+
+    __slots__ = ("command_size", "held_bytes", "hold_time", "overtaken")
+
+    def __init__(self, emulation: EmulationSettings, command_size: int, metrics: Metrics) -> None:
+        self.command_size = command_size
+        self.hold_time = emulation.hold_time
+        self.held_bytes = emulation.max_held_bytes
+        self.overtaken = metrics.counter(
+            "realtime_emulation_overtaken", "Requests with commands that were handled before earlier commands came."
+        )
+
+
 class CommandOrder:
     """Brings the messages of one session into the order of their commands' ids.
 
-    A message whose first id is not the next one waits for those before it, up to HOLD_TIME: an id may never come. A
-    message without ids, such as a pong, never waits.
+    A message whose first id is not the next one waits for those before it, up to `emulation.hold_time`: an id may never
+    come. A message without ids, such as a pong, never waits.
     """
 
-    def __init__(self, emulate: Callable[[bytes], None], encoding: Encoding, first: bytes) -> None:
+    def __init__(
+        self, emulate: Callable[[bytes], None], encoding: Encoding, first: bytes, limits: EmulationLimits
+    ) -> None:
         """emulate: takes the messages in order. first: the message that opened the session."""
+        self._limits = limits
         self._emulate = emulate
         self._encoding = encoding
         last = self._ids(first)[1]
@@ -91,10 +111,10 @@ class CommandOrder:
         self._arrivals += 1
         heappush(self._held, (first, self._arrivals, last, message))
         self._held_bytes += len(message) + _SURCHARGE
-        if self._held_bytes > HELD_LIMIT:
+        if self._held_bytes > self._limits.held_bytes:
             self._stop_waiting()
         elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(HOLD_TIME, self._stop_waiting)
+            self._timer = asyncio.get_running_loop().call_later(self._limits.hold_time, self._stop_waiting)
 
     def close(self) -> None:
         """Drop the held messages."""
@@ -112,6 +132,7 @@ class CommandOrder:
             self._cancel()
 
     def _stop_waiting(self) -> None:
+        self._limits.overtaken.value += len(self._held)
         self._release(all=True)
 
     def _cancel(self) -> None:
@@ -131,8 +152,22 @@ class CommandOrder:
 class Emulation:
     """The streams of this worker by their secrets, and the handler of emulation requests."""
 
-    def __init__(self, engine: Engine, node: str, worker: str) -> None:
-        """node: id of this node; requests for another node get status 404. worker: see `SendOrder`."""
+    def __init__(
+        self,
+        engine: Engine,
+        node: str,
+        worker: str,
+        limits: EmulationLimits,
+        slices: TimeSlicer | None = None,
+        client_log: ClientLog | None = None,
+    ) -> None:
+        """node: id of this node; requests for another node get status 404. worker: see `SendOrder`.
+
+        slices: reads long requests in later turns of the loop.
+        """
+        self._limits = limits
+        self._slices = slices or TimeSlicer.unlimited()
+        self._client_log = client_log or ClientLog()
         self._engine = engine
         self._node = node
         self._worker = worker
@@ -149,7 +184,7 @@ class Emulation:
         """
         secret = f"{self._worker}.{secrets.token_urlsafe(_SECRET_BYTES)}"
         if not encoding.unidirectional:
-            self._by_secret[secret] = CommandOrder(emulate, encoding, first)
+            self._by_secret[secret] = CommandOrder(emulate, encoding, first, self._limits)
         return secret
 
     def unregister(self, secret: str) -> None:
@@ -173,6 +208,8 @@ class Emulation:
         session = self._by_secret.get(order.secret)
         if session is not None:
             session.receive(order.data)
+        else:
+            self._client_log.refuse("emulation_session")
 
     def serve(self, cors_headers: Headers, request: Exchange) -> None:
         """Handle one emulation request. cors_headers: added to the response."""
@@ -182,15 +219,30 @@ class Emulation:
             request.respond(_with_headers(fault_response("emulation"), cors_headers))
             return
         if emulation.node != self._node:
-            request.respond(_with_headers(status_response(404), cors_headers))
+            request.respond(_with_headers(fault_response("emulation_node"), cors_headers))
             return
-        request.respond_with(self._forward(emulation), partial(_make_response, cors_headers), cancels=False)
+        encoding = PROTOBUF if _is_protobuf(request) else JSON_ENCODING
+        request.respond_with(self._forward(emulation, encoding), partial(_make_response, cors_headers), cancels=False)
 
-    async def _forward(self, emulation: EmulationRequest) -> None:
+    async def _check_sizes(self, data: bytes, encoding: Encoding) -> None:
+        """Raises CommandTooLong for a command over the limit, and ProtocolError for commands that can't be read."""
+        start, limit = 0, self._limits.command_size
+        while len(data) - start > limit:
+            # A part holds a whole command and a line end, unless the command is too long.
+            part = encoding.end_of_commands(data[start : start + limit + _LONGEST_HEAD], limit)
+            if not part:
+                raise ProtocolError("a command is cut off")
+            start += part
+            await self._slices.yield_to_loop()
+
+    async def _forward(self, emulation: EmulationRequest, encoding: Encoding) -> None:
         """Send the commands to the worker of the session; do nothing for a malformed secret.
 
-        Raises EngineUnavailable, and ClientError 106 for commands above the engine's limit for one message.
+        Raises EngineUnavailable, ProtocolError as `_check_sizes`, and ClientError 106 for commands above the engine's
+        limit for one message.
         """
+        if len(emulation.data) > self._limits.command_size:
+            await self._check_sizes(emulation.data, encoding)
         worker, _, random_part = emulation.session.partition(".")
         if not worker or not random_part:
             return
@@ -210,9 +262,12 @@ class Emulation:
                 self._pass_on(order)
 
 
+def _is_protobuf(request: Exchange) -> bool:
+    return request.head.get("content-type").partition(";")[0].strip().lower() == "application/octet-stream"
+
+
 def _parse(request: Exchange) -> EmulationRequest:
-    content_type = (request.head.get("content-type")).partition(";")[0].strip().lower()
-    if content_type == "application/octet-stream":
+    if _is_protobuf(request):
         return emulation_request(request.body)
     emulation = _decode(request.body)
     return EmulationRequest(emulation.node, emulation.session, emulation.data.encode())
@@ -222,8 +277,10 @@ def _make_response(cors_headers: Headers, result: None, error: BaseException | N
     match error:
         case None:
             return _with_headers(PreparedResponse(204), cors_headers)
-        case ClientError():
+        case ClientError() | CommandTooLong():
             return _with_headers(fault_response("body_too_large"), cors_headers)
+        case ProtocolError():
+            return _with_headers(fault_response("emulation"), cors_headers)
         case EngineUnavailable():
             return _with_headers(status_response(500), cors_headers)
     _log.failure("forwarding commands to a client's worker raised an exception; responding with 500", Failure(error))

@@ -4,7 +4,7 @@ A request to an endpoint, such as a WebSocket handshake, makes a new protocol, w
 transport. All other requests go to the site (`realtime.transports.http_server`), which calls `respond` once for each.
 
 One read may hold thousands of pipelined requests. The first is served at once; the others are served one at a time, in
-slices of `PIPELINE_SLICE` that all connections share, so that other clients wait for one slice. While a request is
+slices of `STRANGER_SLICE` that all connections share, so that other clients wait for one slice. While a request is
 being answered, or the peer does not read its responses, the data after it waits in a buffer of bounded size.
 
 A refused request gets one small, complete response. Then the connection is half-closed, so that no TCP reset destroys
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 from typing import Protocol as Interface
@@ -25,23 +26,26 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from realtime.client_log import ClientLog
 from realtime.config import settings
 from realtime.deadlines import Deadlines
 from realtime.http.body import BodyParser
-from realtime.http.request import CHUNKED, UNCOUNTED, Refusal, RequestHead, RequestParser, parse_whole_head
-from realtime.metrics import Counter, Metrics, bad_input_counter
-from realtime.pubsub.time_slices import TimeSlicer
+from realtime.http.forwarded import TrustedProxies
+from realtime.http.handshake import origin_fault
+from realtime.http.request import CHUNKED, Refusal, RequestHead, RequestParser, parse_whole_head
+from realtime.metrics import Metrics
+from realtime.pubsub.time_slices import STRANGER_SLICE, TimeSlicer
 from realtime.transports.admission import Admission, refusal_response
-from realtime.transports.http_server import Exchange, HTTPSite
+from realtime.transports.http_server import Exchange, HTTPSite, describe_request
 
 # Seconds for a refused peer to read the response and close its side; data received meanwhile is discarded.
 LINGER = 2.0
 
-# Seconds of pipelined requests in one turn of the loop, over all connections.
-PIPELINE_SLICE = 0.0005
-
 # Bytes of later requests that wait until the current one is answered. At this size the frontend stops reading.
 MAX_WAITING = 65536
+
+# Bytes of an incomplete body that any request may have, however many others there are.
+SHORT_BODY = 65536
 
 # TCP_USER_TIMEOUT (tcp(7)) of HTTP connections, in milliseconds: the kernel drops a peer that acknowledges nothing of
 # a response. `loseConnection` would wait for it without limit.
@@ -72,6 +76,7 @@ class HTTPFrontend(Protocol):
     deadline_bucket = 0  # see DeadlineOwner
     _parser: RequestParser | None = None  # of a head that did not arrive in one piece
     _body: BodyParser | None = None  # of the current request, while it arrives
+    _body_bytes = 0  # bytes of it that are kept
     _exchange: Exchange | None = None  # the current request, until it is answered
     _waiting = b""  # data after the current request
     _is_scheduled = False  # waiting for a turn in the slices
@@ -79,6 +84,7 @@ class HTTPFrontend(Protocol):
     _is_reading_paused = False
     _is_refused = False  # the last response is written; further data is discarded
     _is_lost = False
+    _idle_since = -1.0  # loop time, if the deadline is that of an idle connection from then on
     _is_http = False  # the connection has had a request for the site
     _address = ""  # the client's, counted towards the limit of each address
     _peer = ""
@@ -102,19 +108,34 @@ class HTTPFrontend(Protocol):
             factory.pending -= 1
         exchange, self._exchange = self._exchange, None
         self._waiting = b""
+        if self._body_bytes:
+            self._count_body(0)
         if exchange is not None:
             exchange.abandon()
 
     def dataReceived(self, data: bytes) -> None:
         if self._is_refused:
             return
-        if not (self._is_scheduled or self._is_congested or self._is_answering):
-            self._serve_next(data, 0)
+        # A connection's first request goes first: it may be a client's handshake.
+        if not (self._is_scheduled or self._is_congested or (self._exchange is not None and self._body is None)) and (
+            not self._is_http or self.factory.pipelines.has_time
+        ):
+            end = self._step(data, 0)
+            if end < len(data) and not self._is_refused and self.transport.protocol is self:
+                self._waiting = data[end:] + self._waiting
+                if not (self._is_answering or self._is_congested):
+                    self._schedule()
             return
+        if not (self._is_congested or self._is_answering):
+            self._schedule()
         self._waiting += data
         if len(self._waiting) >= MAX_WAITING and not self._is_reading_paused:
             self._is_reading_paused = True
             self.transport.pauseProducing()
+
+    def abort(self) -> None:
+        """End the connection at once, without a response."""
+        self.transport.abortConnection()
 
     def on_deadline(self) -> None:
         """Refuse a request that is not complete in time; close an idle connection; abort a refused one."""
@@ -128,7 +149,7 @@ class HTTPFrontend(Protocol):
             self._refuse(_TIMED_OUT)
         else:
             if not self._is_http:
-                self.factory.count_bad_input(_TIMED_OUT.kind)
+                self.factory.client_log.refuse(_TIMED_OUT.kind, lambda: {"address": self.peer})
             self.transport.loseConnection()
 
     # Called by the exchange
@@ -170,6 +191,8 @@ class HTTPFrontend(Protocol):
         """Write the last response of the connection, and close it once the peer has read it."""
         self._is_refused = True
         self._exchange = self._body = self._parser = None
+        if self._body_bytes:
+            self._count_body(0)
         self._waiting = b""
         self.factory.idle.pop(self, None)
         if response:
@@ -230,14 +253,6 @@ class HTTPFrontend(Protocol):
         elif self._waiting and self._body is not None:
             self._schedule()
 
-    def _serve_next(self, data: bytes, start: int) -> None:
-        """Serve the request that `data` begins with; the data after it waits."""
-        end = self._step(data, start)
-        if end < len(data) and not self._is_refused and self.transport.protocol is self:
-            self._waiting = data[end:] + self._waiting
-            if not (self._is_answering or self._is_congested):
-                self._schedule()
-
     def _step(self, data: bytes, start: int) -> int:
         """Take a head or a part of a body from `data`; return the place after it."""
         if self._body is not None:
@@ -268,7 +283,7 @@ class HTTPFrontend(Protocol):
         if not self._is_http:
             refusal = factory.check_first(self, head)
             if refusal is not None:
-                self._refuse(refusal)
+                self._refuse(refusal, head)
                 return len(data)
         # The site answers preflight requests; the browser may send the request itself on the same connection.
         endpoint = factory.endpoints.get(head.path)
@@ -277,7 +292,7 @@ class HTTPFrontend(Protocol):
             return len(data)
         if not self._is_http:
             self._become_http()
-        exchange = self._exchange = Exchange(self, factory.http, head, factory.closes(head))
+        exchange = self._exchange = Exchange(self, factory.http, head, factory.is_draining or head.is_last)
         if not head.body:
             exchange.serve(b"")
         elif exchange.accepts_body():
@@ -304,23 +319,37 @@ class HTTPFrontend(Protocol):
         if isinstance(verdict, Refusal):
             exchange.refuse_body(verdict.kind)
         elif verdict is not None:
+            self._count_body(0)
             self._body = None
             exchange.serve(verdict)
+        elif not self._count_body(body.received):
+            exchange.refuse_body("body_memory")
         return end
+
+    def _count_body(self, size: int) -> bool:
+        """Count `size` bytes of an incomplete body; return whether there is room for them."""
+        factory = self.factory
+        factory.body_bytes += size - self._body_bytes
+        self._body_bytes = size
+        return size <= SHORT_BODY or factory.body_bytes <= factory.max_body_bytes
 
     def _become_http(self) -> None:
         """Count the connection among those of the site, and set it up for responses."""
         self._is_http = True
         self.factory.pending -= 1
         self.factory.serving += 1
-        self.transport.setTcpNoDelay(True)
         self.transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, HTTP_USER_TIMEOUT)
 
     def _await_request(self) -> None:
         """Wait for the next request on a kept-alive connection."""
-        self.factory.set_deadline(self, self.factory.keepalive_timeout)
-        self.factory.idle[self] = None
-        self._resume_reading()
+        factory = self.factory
+        now = factory.deadlines.now
+        if now != self._idle_since:  # loop time advances a few times a second
+            factory.set_deadline(self, factory.keepalive_timeout)
+            self._idle_since = now
+        factory.idle[self] = None
+        if self._is_reading_paused:
+            self._resume_reading()
 
     def _resume_reading(self) -> None:
         if self._is_reading_paused:
@@ -332,7 +361,7 @@ class HTTPFrontend(Protocol):
         factory = self.factory
         refusal = endpoint.check(head)
         if refusal is not None:
-            self._refuse(refusal)
+            self._refuse(refusal, head)
             return
         transport = self.transport
         self._resume_reading()
@@ -351,19 +380,27 @@ class HTTPFrontend(Protocol):
         if data:
             connection.dataReceived(data)
 
-    def _refuse(self, refusal: Refusal) -> None:
-        self.factory.count_bad_input(refusal.kind)
+    def _refuse(self, refusal: Refusal, head: RequestHead | None = None) -> None:
+        """Refuse a request. head: None for one that is not complete, or malformed."""
+        kind = origin_fault(head) if head is not None and refusal.kind == "origin" else refusal.kind
+        self.factory.client_log.refuse(kind, partial(self._describe, head), detail=refusal.reason)
         self.end_with(refusal_response(refusal))
+
+    def _describe(self, head: RequestHead | None) -> dict[str, object]:
+        return {"address": self.peer} if head is None else describe_request(head, self.peer, self.factory.proxies)
 
 
 class HTTPFrontendFactory(Factory):
     """Makes an `HTTPFrontend` for each accepted connection.
 
-    pending: connections before the end of their first head, or refused and not closed yet. serving: connections with
-    requests for the site. idle: the connections without a current request, the longest idle one first.
+    protocol: `HTTPFrontend` or a subclass. pending: connections before the end of their first head, or refused and not
+    closed yet. serving: connections with requests for the site. body_bytes: of incomplete bodies. idle: the connections
+    without a current request, the longest idle one first. is_draining: each connection ends with its next response.
+    client_log: counts and logs refusals. proxies: the trusted proxies.
     """
 
     noisy = False
+    protocol: type[HTTPFrontend] = HTTPFrontend  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -375,11 +412,12 @@ class HTTPFrontendFactory(Factory):
         reactor: Any,
         admission: Admission | None = None,
         charge: Callable[[Iterator[None]], Iterator[None]] = lambda steps: steps,
+        slices: TimeSlicer | None = None,
     ) -> None:
         """endpoints: by path, compared with the request's path as sent, without decoding.
 
         http: serves all other paths. deadlines: the caller sweeps them. admission: its limits; None for none.
-        charge: charges the steps of pipelined requests to an account.
+        charge: charges the steps of pipelined requests to an account. slices: for these.
         """
         self.endpoints = endpoints
         self.http = http
@@ -388,17 +426,22 @@ class HTTPFrontendFactory(Factory):
         self.keepalive_timeout = http_server.keepalive_timeout
         self.max_header_bytes = http_server.max_header_bytes
         self.max_headers = http_server.max_headers
+        self.max_body_bytes = http_server.max_queued_body_bytes
+        self.body_bytes = 0
         self.pending = 0
         self.serving = 0
         self.idle: dict[HTTPFrontend, None] = {}
         self.charge = charge
-        self.pipelines = TimeSlicer(reactor.seconds, PIPELINE_SLICE, lambda run: reactor.callLater(0, run))
+        self.pipelines = slices or TimeSlicer(reactor.seconds, STRANGER_SLICE, lambda run: reactor.callLater(0, run))
         self._admission = admission
-        self._is_draining = False
-        self._metrics = metrics
-        self._counters: dict[str, Counter] = {}
+        self.is_draining = False
+        self.client_log = admission.client_log if admission is not None else ClientLog(metrics)
+        self.proxies = admission.proxies if admission is not None else TrustedProxies(())
         metrics.gauge(
             "realtime_pending_connections", "Connections before the end of their first head", lambda: self.pending
+        )
+        metrics.gauge(
+            "realtime_http_body_bytes", "Bytes of request bodies that are not complete.", lambda: self.body_bytes
         )
         metrics.gauge("realtime_http_connections", "HTTP connections that are open", lambda: self.serving)
         self._dropped = metrics.counter(
@@ -408,7 +451,7 @@ class HTTPFrontendFactory(Factory):
             admission.add_idle(lambda: self.pending + self.serving, self._drop_oldest)
 
     def buildProtocol(self, addr: IAddress | None) -> HTTPFrontend:  # type: ignore[override]
-        frontend = HTTPFrontend()
+        frontend = self.protocol()
         frontend.factory = self
         return frontend
 
@@ -419,19 +462,12 @@ class HTTPFrontendFactory(Factory):
 
     def start_draining(self) -> None:
         """Announce the end of each connection with its next response."""
-        self._is_draining = True
+        self.is_draining = True
 
     def make_room(self) -> None:
         """Close the longest idle connection if a new one makes too many."""
         if self._admission is not None:
             self._admission.make_room()
-
-    def closes(self, head: RequestHead) -> bool:
-        """Return whether the connection ends with the response to this request."""
-        if self._is_draining or head.version == "1.0" or head.body == CHUNKED:
-            return True
-        connection = head.get("connection")
-        return bool(connection) and "close" in connection.lower()
 
     def check_first(self, frontend: HTTPFrontend, head: RequestHead) -> Refusal | None:
         """Check the first request of a connection by the limit of its client's address."""
@@ -453,15 +489,7 @@ class HTTPFrontendFactory(Factory):
     def set_deadline(self, frontend: HTTPFrontend, seconds: float) -> None:
         """Set the deadline of `frontend` to this number of seconds from now, in place of its earlier one."""
         self.deadlines.set(frontend, self.deadlines.now + seconds)
-
-    def count_bad_input(self, kind: str) -> None:
-        """Count one refusal, unless its kind is UNCOUNTED. kind: `Refusal.kind`, from a closed set."""
-        if kind == UNCOUNTED:
-            return
-        counter = self._counters.get(kind)
-        if counter is None:
-            counter = self._counters[kind] = bad_input_counter(self._metrics, kind)
-        counter.value += 1
+        frontend._idle_since = -1.0
 
     def _drop_oldest(self) -> bool:
         """Close the connection that has been idle longest; return False if none is."""
@@ -470,5 +498,6 @@ class HTTPFrontendFactory(Factory):
             return False
         del self.idle[frontend]
         self._dropped.value += 1
+        self.client_log.refuse("idle", lambda: {"address": frontend.peer})
         frontend.transport.loseConnection()
         return True

@@ -14,29 +14,36 @@ from typing import Any, Protocol
 import msgspec
 from twisted.logger import Logger
 
+from realtime.client_log import ClientLog
 from realtime.config.settings import HTTPAPISettings
 from realtime.handlers.coroutines import CoroutineDriver
 from realtime.handlers.results import PreparedResponse, status_response
 from realtime.http import cors
+from realtime.http.forwarded import TrustedProxies
+from realtime.http.handshake import origin_fault
 from realtime.http.request import CHUNKED, RequestHead
 from realtime.http.response import encode_response
-from realtime.metrics import Metrics, bad_input_counter
+from realtime.metrics import Metrics
 
 _log = Logger()
 
-# The most bytes of the body of a request without permission (401) that are read and dropped, to keep the connection.
-MAX_DROPPED_BODY = 64 * 1024
-
-# Faults of peers, counted as bad input, with the status of the response.
+# Faults of peers, kinds of `realtime.client_log`, with the status of the response.
 FAULTS = {
     "api_key": 401,
+    "body_memory": 503,
     "body_timeout": 408,
     "body_too_large": 413,
     "body_encoding": 415,
     "body_syntax": 400,
     "parameters": 400,
     "emulation": 400,
+    "emulation_node": 404,
+    "transport_disabled": 404,
+    "websocket_path": 404,
+    "not_found": 404,
+    "api_disabled": 404,
     "origin": 403,
+    "api_origin": 403,
 }
 
 
@@ -44,6 +51,19 @@ def fault_response(fault: str) -> PreparedResponse:
     """Build the response for a fault, a key of FAULTS."""
     return msgspec.structs.replace(status_response(FAULTS[fault]), fault=fault)
 
+
+def describe_request(head: RequestHead, peer: str, proxies: TrustedProxies) -> dict[str, object]:
+    """Return the facts about a request for the log. peer: the address of its connection, possibly that of a proxy."""
+    return {
+        "address": proxies.client_address(peer, head.get_all("x-forwarded-for")),
+        "path": head.path,
+        "origin": head.get("origin"),
+        "host": head.get("host"),
+    }
+
+
+ResponseMaker = Callable[[Any, BaseException | None], PreparedResponse]
+"""Builds a response from the result or the exception of a call."""
 
 RequestHandler = Callable[["Exchange"], None]
 """Serves a complete request: it calls `respond` or `respond_with`."""
@@ -118,7 +138,7 @@ class Exchange:
                 self._handler = partial(Exchange.respond, response=handler)
                 return True
             self._refuse(handler)
-        elif head.get("content-encoding").lower() not in ("", "identity"):
+        elif (coding := head.get("content-encoding")) and coding.lower() != "identity":
             self.refuse_body("body_encoding")
         elif head.body != CHUNKED and 0 < self.max_body_size < head.body:
             self.refuse_body("body_too_large")
@@ -142,40 +162,43 @@ class Exchange:
     def respond_with(
         self,
         coroutine: Coroutine[Any, Any, Any],
-        make_response: Callable[[Any, BaseException | None], PreparedResponse],
+        make_response: ResponseMaker,
         cancels: bool,
     ) -> None:
         """Run `coroutine`, and send the response that `make_response` builds from its result or its exception.
 
         cancels: whether to cancel the coroutine if the peer disconnects.
         """
-
-        def done(result: Any, error: BaseException | None) -> None:
-            self._driver = None
-            try:
-                response = make_response(result, error)
-            except Exception:
-                self.respond_with_error()
-            else:
-                self.respond(response)
-
-        driver = self._site.drive(coroutine, done)
+        driver = self._site.drive(coroutine, partial(self.respond_by, make_response))
         if cancels and not self._is_over:
             self._driver = driver
+
+    def respond_by(self, make_response: ResponseMaker, result: Any, error: BaseException | None) -> None:
+        """Send the response that `make_response` builds from the result or the exception of a call. Never raises."""
+        self._driver = None
+        try:
+            response = make_response(result, error)
+        except Exception:
+            self.respond_with_error()
+        else:
+            self.respond(response)
 
     def respond(self, response: PreparedResponse) -> None:
         """Write the response, unless the peer has disconnected."""
         if self._is_over:
             return
         if response.fault:
-            self._site.count_fault(response.fault)
+            self._site.refuse(response.fault, self)
+        closes = self.closes or response.close
         try:
-            data = self._encode(response)
+            data = encode_response(
+                response.status, response.type, response.headers, response.body, closes, self.head.method == "HEAD"
+            )
         except Exception:
             self.respond_with_error()
             return
         self._is_over = True
-        self._connection.answered(data, self.closes or response.close)
+        self._connection.answered(data, closes)
 
     def finish(self) -> None:
         """Go on with the next request: a handler has written the response to the transport itself."""
@@ -211,16 +234,8 @@ class Exchange:
     def _has_short_body(self) -> bool:
         """Whether reading the body and dropping it is cheaper for the peer than a new connection."""
         head = self.head
-        return 0 <= head.body <= MAX_DROPPED_BODY and not head.get("expect") and not self.closes
-
-    def _encode(self, response: PreparedResponse) -> bytes:
-        return encode_response(
-            response.status,
-            response.type,
-            response.headers,
-            response.body,
-            close=self.closes or response.close,
-            without_body=self.head.method == "HEAD",
+        return (
+            0 <= head.body <= self._site.settings.max_refused_body_size and not head.get("expect") and not self.closes
         )
 
 
@@ -233,13 +248,21 @@ class HTTPSite:
         settings: HTTPAPISettings,
         metrics: Metrics,
         drive: Callable[..., CoroutineDriver | None],
+        proxies: TrustedProxies | None = None,
+        client_log: ClientLog | None = None,
     ) -> None:
-        """drive: starts a coroutine, as `realtime.handlers.coroutines.drive` does."""
+        """drive: starts a coroutine, as `realtime.handlers.coroutines.drive` does.
+
+        proxies: the trusted proxies. client_log: counts and logs the refusals.
+        """
         self.router = router
         self.settings = settings
         self.drive = drive
-        self._faults = {fault: bad_input_counter(metrics, fault) for fault in FAULTS}
+        self._proxies = proxies or TrustedProxies(())
+        self._client_log = client_log or ClientLog(metrics)
 
-    def count_fault(self, fault: str) -> None:
-        """Count a fault, a key of FAULTS."""
-        self._faults[fault].value += 1
+    def refuse(self, fault: str, exchange: Exchange) -> None:
+        """Count and log a fault, a key of FAULTS, of a request."""
+        head = exchange.head
+        kind = origin_fault(head) if fault == "origin" else fault
+        self._client_log.refuse(kind, partial(describe_request, head, exchange.peer, self._proxies))

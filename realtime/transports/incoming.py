@@ -3,6 +3,9 @@
 A frame that is a whole message, as nearly all frames are, is decoded here. Autobahn parses all other frames by the
 rules of RFC 6455; this module assembles the fragments of a message, within limits of size, number and time.
 
+A message may be a *batch* of many commands, longer than one command may be: an SDK sends all its subscriptions in one
+frame when it comes back. Its commands are passed on as they arrive, so that no more than the largest command is kept.
+
 Frames that exceed the time slice of a loop turn are processed in later turns, one frame of each connection at a time,
 together with all other long work (`realtime.pubsub.time_slices`). Meanwhile the socket is not read. It is also not read
 while the session has paused the connection, or while a peer that sends commands does not read the replies.
@@ -11,14 +14,19 @@ while the session has paused the connection, or while a peer that sends commands
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from autobahn.twisted.websocket import WebSocketServerProtocol
 from autobahn.websocket import USES_NVX
 from autobahn.websocket.xormasker import create_xor_masker
 
+from realtime.errors import TOO_MANY_COMMANDS
 from realtime.http.frames import frame_bounds, whole_message
+from realtime.protocol.encodings import CommandTooLong
+from realtime.protocol.messages import ProtocolError
+from realtime.protocol.wire_formats import WireFormat
+from realtime.pubsub.time_slices import TimeSlicer
 from realtime.transports.outbox import Outbox
 
 # State of the received bytes:
@@ -29,8 +37,16 @@ _IDLE, _PARTIAL, _WORKING, _BLOCKED = range(4)
 _OPEN = WebSocketServerProtocol.STATE_OPEN
 # First bytes of frames with a whole message (RFC 6455 section 5.2): FIN set, no reserved bit, text or binary.
 TEXT, BINARY = 0x81, 0x82
+# The bit RSV1, which marks compressed messages (RFC 7692 section 6).
+_COMPRESSED = 0x40
+# Received bytes of a compressed message that are inflated in one step.
+_COMPRESSED_STEP = 256
+# Received bytes that are processed at once even after the slice of this turn.
+_SHORT = 2048
 # Payload size in bytes from which on Autobahn's native code unmasks faster than integer arithmetic.
 _NATIVE_FROM = 1000
+# Size in bytes of a message that no client means to send.
+_ABSURD = 1 << 31
 # By number of 32-bit words: an integer with the value 1 in each word.
 _ONES = [int.from_bytes(b"\1\0\0\0" * words, "little") for words in range(_NATIVE_FROM // 4 + 1)]
 
@@ -39,15 +55,19 @@ _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class _PartialMessage:
-    """A message received in part. size: bytes as sent, possibly compressed, of all frames whose header was read."""
+    """A message received in part. size: bytes as sent, possibly compressed, of all frames whose header was read.
 
-    __slots__ = ("_decoder", "connection", "data", "deadline_bucket", "fragments", "is_binary", "size")
+    data: the received bytes that were not passed on. is_batch: its first commands were passed on.
+    """
+
+    __slots__ = ("_decoder", "connection", "data", "deadline_bucket", "fragments", "is_batch", "is_binary", "size")
 
     def __init__(self, connection: Incoming, is_binary: bool) -> None:
         self.connection = connection
         self.is_binary = is_binary
         self.data = bytearray()
         self.size = self.fragments = 0
+        self.is_batch = False
         self.deadline_bucket = 0
         self._decoder = None if is_binary else _Utf8Decoder()
 
@@ -57,6 +77,10 @@ class _PartialMessage:
             self._decoder.decode(data)
         self.data += data
 
+    def abort(self) -> None:
+        """See `DeadlineOwner`."""
+        self.connection.abort()
+
     def on_deadline(self) -> None:
         self.connection.on_message_timeout()
 
@@ -64,20 +88,34 @@ class _PartialMessage:
 class Incoming(WebSocketServerProtocol):
     """Incoming side of a WebSocket connection; a base class beside `Outgoing`. Loop thread only.
 
-    A subclass gets whole messages by `onMessage`, closes by `sendCloseFrame`, calls `resume_processing` when the peer
-    has read queued frames, and `drop_partial_message` at the end. first_byte: first byte of nearly all frames of the
-    peer, TEXT or BINARY. is_reading: whether the socket is read; if not, a silent peer is not at fault.
+    A subclass gets whole messages by `onMessage`, closes by `sendCloseFrame`, queues outgoing frames between `hold` and
+    `release`, calls `resume_processing` when the peer has read queued frames, and `drop_partial_message` at the end.
+    first_byte: first byte of nearly all frames of the peer, TEXT or BINARY. is_reading: whether the socket is read; if
+    not, a silent peer is not at fault. is_known: whether the peer is connected as a client.
     """
 
     first_byte = TEXT
     is_reading = True
+    when_drained: Callable[[Callable[[], None]], None]  # of `Outgoing`
+    is_known = True
+    _isMessageCompressed = False  # Autobahn's
+    form: WireFormat
     factory: Any
     transport: Any
+    abort: Callable[[], None]  # of `Outgoing`, as the next three
+    abort_after_error: Callable[[], None]
+    describe: Callable[[], dict[str, object]]
     _outbox: Outbox | None
+    hold: Callable[[], bool]
+    release: Callable[[], None]
     _message: _PartialMessage | None = None
     _unprocessed = b""  # the start of a frame's header, or all buffered frames
     _receive_state = _IDLE
     _is_paused = False  # by the session
+
+    def close(self, code: int, reason: str) -> None:
+        """See `Outgoing.close`."""
+        raise NotImplementedError
 
     def pause(self) -> None:
         """Stop reading the socket, and process no more buffered frames."""
@@ -97,7 +135,7 @@ class Incoming(WebSocketServerProtocol):
                 # and without a time slice.
                 first_byte = self.first_byte
                 payload = whole_message(data, first_byte, self.factory.message_size_limit)
-                if payload:
+                if payload and (len(data) <= _SHORT or self._slices.has_time):
                     self.onMessage(_unmask(data, payload), first_byte == BINARY)
                     if not (self.is_reading or self._is_blocked):
                         self._set_reading(True)
@@ -110,14 +148,30 @@ class Incoming(WebSocketServerProtocol):
         if self._receive_state in (_WORKING, _BLOCKED):
             return
         self._receive_state = _WORKING
-        slices = self.factory.slices
+        slices = self._slices
         steps = self._process_frames()
-        for _ in steps:
-            slices.start_slice()
-            if not slices.has_time:
-                self._set_reading(False)
-                slices.add(self.factory.charge_work(steps))
-                break
+        # One step is short, but any number of connections may have one in this turn.
+        if slices.has_time or (self.is_known and len(data) <= _SHORT):
+            holds = self.hold()
+            try:
+                for _ in steps:
+                    slices.start_slice()
+                    if not slices.has_time:
+                        break
+                else:
+                    slices.start_slice()
+                    return
+            finally:
+                if holds:
+                    self.release()
+        self._set_reading(False)
+        slices.add(self.factory.charge_work(self._abort_on_error(steps)))
+
+    @property
+    def _slices(self) -> TimeSlicer:
+        """The slices for this peer: until it is connected as a client, it shares a small one with all strangers."""
+        slices: TimeSlicer = self.factory.slices if self.is_known else self.factory.strangers
+        return slices
 
     def _process_frames(self) -> Iterator[None]:
         """Process the buffered bytes, one frame for each step, until the connection is blocked or no frame is left."""
@@ -143,6 +197,9 @@ class Incoming(WebSocketServerProtocol):
             self._set_reading(False)
         elif not (self.is_reading or self._is_blocked):
             self._set_reading(True)
+        if not (self.is_reading or self._is_paused):
+            # Replies of this turn are in the way. They may leave at its end without a pause of the transport.
+            self.when_drained(self.resume_processing)
 
     def _process_frame(self, data: bytes, start: int) -> int:
         """Process the frame at `start`, or the received part of it; return the position after the processed bytes.
@@ -163,10 +220,25 @@ class Incoming(WebSocketServerProtocol):
                 if payload:
                     self.onMessage(_unmask(frame, payload), self.first_byte == BINARY)
                     return stop
+        if self._perMessageCompress is not None and self._is_compressed(data[start]):
+            # A thousand times as many bytes may come out.
+            stop = min(stop, start + _COMPRESSED_STEP)
         self.data = data[start:stop]
         while self.processData() and self.state == self.STATE_OPEN:
             pass
         return min(stop, len(data))
+
+    def _is_compressed(self, first: int) -> bool:
+        """Whether the current frame, or the next one, belongs to a compressed message. first: its first byte."""
+        is_inside = self.current_frame is not None or self.inside_message
+        return bool(self._isMessageCompressed if is_inside else first & _COMPRESSED)
+
+    def _abort_on_error(self, steps: Iterator[None]) -> Iterator[None]:
+        """Yield the steps in later turns, where no caller closes the connection after an exception."""
+        try:
+            yield from steps
+        except Exception:
+            self.abort_after_error()
 
     @property
     def _is_blocked(self) -> bool:
@@ -179,7 +251,7 @@ class Incoming(WebSocketServerProtocol):
             return
         if self._receive_state == _BLOCKED:
             self._receive_state = _WORKING
-            self.factory.slices.add(self.factory.charge_work(self._process_frames()))
+            self._slices.add(self.factory.charge_work(self._abort_on_error(self._process_frames())))
         else:
             self._set_reading(True)
 
@@ -202,20 +274,50 @@ class Incoming(WebSocketServerProtocol):
             return
         message.size += length
         message.fragments += 1
-        if self.factory.message_size_limit < message.size:
-            self.sendCloseFrame(1009)
+        if self.factory.batch_size_limit < message.size:
+            self._refuse_size(message.size)
         elif 0 < self.factory.max_fragments < message.fragments:
             self.sendCloseFrame(1008)
 
     def onMessageFrameData(self, payload: bytes) -> None:
-        if self._message is None:
+        message = self._message
+        if message is None:
             return
         try:
-            self._message.append(payload)
+            message.append(payload)
         except UnicodeDecodeError:
             self.sendCloseFrame(1007)  # at once: RFC 6455 section 8.1
         else:
             self.factory.queued.size += len(payload)
+            if len(message.data) > self.factory.message_size_limit:
+                self._pass_commands(message)
+
+    def _pass_commands(self, message: _PartialMessage) -> None:
+        """Pass the whole commands of a message on that is longer than one command may be."""
+        data, encoding = bytes(message.data), self.form.encoding
+        try:
+            end = encoding.end_of_commands(data, self.factory.message_size_limit)
+        except CommandTooLong:
+            self.sendCloseFrame(1009)
+            return
+        except ProtocolError:
+            self._refuse_size(len(data))
+            return
+        message.is_batch = True
+        if end:
+            message.data = bytearray(data[end:])
+            self.factory.queued.size -= end
+            # A long batch over a slow link is late only if it stops.
+            self.factory.deadlines.clear(message)
+            self.onMessage(data[:end], message.is_binary)
+
+    def _refuse_size(self, size: int) -> None:
+        """Close the connection for a batch of this size, so that an SDK comes back: its next one may be shorter."""
+        if size >= _ABSURD or self.form.encoding.unidirectional:
+            self.sendCloseFrame(1009)
+            return
+        self.factory.client_log.refuse("batch_size", self.describe)
+        self.close(*TOO_MANY_COMMANDS)
 
     def onMessageFrameEnd(self) -> None: ...
 
@@ -223,7 +325,8 @@ class Incoming(WebSocketServerProtocol):
         message = self._message
         if message is not None:
             self.drop_partial_message()
-            self.onMessage(bytes(message.data), message.is_binary)
+            if message.data or not message.is_batch:
+                self.onMessage(bytes(message.data), message.is_binary)
 
     def _set_message_deadline(self) -> None:
         """Set the deadline for the rest of a partial message, if it has none."""

@@ -1,7 +1,8 @@
 """Queue of frames for a connection whose socket buffer is full, limited in bytes.
 
 A connection has an outbox only while its socket refuses data: as long as the peer keeps up, frames go straight to the
-transport and none is queued.
+transport and none is queued. The limit applies to pushes, which come at the server's pace. A reply is always queued:
+the client has asked for it, and its next commands wait.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ class Outbox:
     size: queued bytes. is_finished: the last frame has been queued; frames offered afterwards are dropped.
     """
 
-    __slots__ = ("_frames", "_limit", "_total", "is_finished", "size")
+    __slots__ = ("_frames", "_limit", "_replies_end", "_taken", "_total", "is_finished", "size")
 
     def __init__(self, limit: int, total: QueuedBytes) -> None:
-        """limit: largest size of the queue in bytes; 0 for no limit.
+        """limit: most bytes queued by `offer` behind the last reply; 0 for no limit.
 
         total: includes the size of this outbox. Call `clear` before discarding the outbox.
         """
         self._total = total
+        # Places in the sequence of all bytes ever queued: of the first one still here, and of the last reply's end.
+        self._taken = self._replies_end = 0
         self._frames: deque[bytes] = deque()
         self._limit = limit
         self.size = 0
@@ -46,12 +49,21 @@ class Outbox:
         if self.is_finished:
             return True
         size = self.size + len(frame)
-        if 0 < self._limit < size:
+        if 0 < self._limit < size and self._limit < size - max(self._replies_end - self._taken, 0):
             return False
         self._frames.append(frame)
         self.size = size
         self._total.size += len(frame)
         return True
+
+    def add_reply(self, frame: bytes) -> None:
+        """Queue `frame`, even above the limit, which applies to the frames behind it."""
+        if self.is_finished:
+            return
+        self._frames.append(frame)
+        self.size += len(frame)
+        self._total.size += len(frame)
+        self._replies_end = self._taken + self.size
 
     def finish(self, frame: bytes) -> None:
         """Queue `frame` as the last one, even above the limit."""
@@ -73,6 +85,7 @@ class Outbox:
             taken.append(frame)
             size += len(frame)
         self.size -= size
+        self._taken += size
         self._total.size -= size
         return b"".join(taken)
 
@@ -80,4 +93,4 @@ class Outbox:
         """Drop all queued frames."""
         self._frames.clear()
         self._total.size -= self.size
-        self.size = 0
+        self.size = self._taken = self._replies_end = 0

@@ -5,23 +5,28 @@ each receiver and no Python frame. As soon as a frame is queued, it is a method 
 first message for one client in a loop turn at once, and queues further ones until the end of the turn: they leave
 together in one write.
 
-A peer that does not keep up is disconnected as *slow* when its outbox is full, and as *stalled* when its kernel
-acknowledges no byte for `write_timeout`. The end of a connection has a deadline: queued frames and a last frame are
-written, the socket is half-closed, and the connection ends when the peer closes its side. At the deadline it is
-aborted.
+A peer that does not keep up with its pushes is disconnected as *slow* when its outbox is full, and as *stalled* when
+its kernel acknowledges no byte for `write_timeout`. Replies are always queued, but the session starts no command while
+the connection is congested, and sends missed publications only while it is drained. The end of a connection has a
+deadline: queued frames and a last frame are written, the socket is half-closed, and the connection ends when the peer
+closes its side. At the deadline it is aborted.
 """
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
+import termios
 from collections.abc import Callable
 from itertools import count
 from typing import Any, Protocol
 
 from twisted.internet.interfaces import IPushProducer
+from twisted.logger import Logger
 from zope.interface import implementer
 
+from realtime.client_log import ClientLog
 from realtime.deadlines import Deadlines
 from realtime.errors import SLOW, WRITE_ERROR
 from realtime.metrics import Counter
@@ -30,8 +35,13 @@ from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub.subscriber import Sink
 from realtime.transports.outbox import Outbox, QueuedBytes
 
+_log = Logger()
+
 # Bytes written to a transport with an empty buffer: above its limit, so that it pauses the producer again at once.
 _REFILL_SIZE = 128 * 1024
+
+# Bytes that the kernel takes from a paced connection beyond those it may send at once: 0.3 s of a link of 50 KB/s.
+_PACED_UNSENT = 16 * 1024
 
 # Stands for the outbox after the last frame was passed to the transport: it drops all further frames.
 _DISCARDING = Outbox(0, QueuedBytes())
@@ -52,9 +62,7 @@ class OutgoingContext(Protocol):
     write_timeout: float
     close_timeout: float
     sent: Counter
-
-    def count_bad_input(self, kind: str) -> None:
-        """Count a peer that was "slow" or "stalled"."""
+    client_log: ClientLog
 
 
 class FlushAtTurnEnd:
@@ -82,7 +90,10 @@ class FlushAtTurnEnd:
     def _flush(self) -> None:
         connections, self._scheduled = self._scheduled, []
         for connection in connections:
-            connection.flush()
+            try:
+                connection.flush()
+            except Exception:  # the others must be flushed all the same
+                connection.abort_after_error()
 
 
 @implementer(IPushProducer)
@@ -104,6 +115,7 @@ class Outgoing:
     _outbox: Outbox | None = None  # None: nothing is queued, frames go straight to the transport
     _is_transport_full = False  # the transport has paused us
     _acknowledged = 0  # bytes that the peer's kernel had acknowledged at the last check
+    _on_drained: tuple[Callable[[], None], ...] = ()  # see `when_drained`
     _last_send_turn = -1  # number of the loop turn of the latest `send`
 
     @property
@@ -115,18 +127,24 @@ class Outgoing:
         """Send code and reason after the queued frames, and end the connection within the close timeout."""
         raise NotImplementedError
 
+    def describe(self) -> dict[str, object]:
+        """Return the facts about the client for the log."""
+        raise NotImplementedError
+
     def start_writing(self) -> None:
-        """Allow frames to be written, and read the socket directly if the transport supports it."""
+        """Allow frames to be written."""
         self.sink = Sink(self._queue_frame, self._queue_remainder)
         self.transport.registerProducer(self, True)
         self._write_directly()
         if isinstance(self.transport, DirectServer):
-            self.transport.start_direct_reading()
             # The response to an earlier HTTP request on this connection may still be buffered.
             self.transport.pause_producer_if_buffering()
 
-    def send(self, payload: bytes) -> None:
-        """Send one message, encoded as `form` requires, after all queued frames."""
+    def send(self, payload: bytes, *, is_push: bool = False) -> None:
+        """Send one message, encoded as `form` requires, after all queued frames.
+
+        is_push: the message is no reply, so the peer is slow if its outbox has no room for it.
+        """
         factory = self.factory
         factory.sent.value += 1
         turn = factory.turn_end.current_turn()
@@ -136,19 +154,77 @@ class Outgoing:
             self._write_to_outbox(Outbox(factory.queue_max_size, factory.queued))
             factory.turn_end.schedule(self)
         self._last_send_turn = turn
-        self.sink.deliver(self.form.frame(payload))
+        if self._outbox is None or is_push:
+            self.sink.deliver(self.form.frame(payload))
+        else:
+            self._outbox.add_reply(self.form.frame(payload))
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether the socket has taken all frames."""
+        return self._outbox is None
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether so many bytes are queued that no further command of the client may start."""
+        return self._outbox is not None and self._outbox.size > self.factory.queue_max_size // 2
+
+    def when_drained(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the socket has taken all frames, however often this is asked for until then."""
+        if callback not in self._on_drained:
+            self._on_drained += (callback,)
+
+    def unsent(self) -> int:
+        """Return the number of bytes that the peer's kernel has not acknowledged, queued ones included."""
+        if self._outbox is _DISCARDING:
+            return 0
+        queued = self._outbox.size if self._outbox is not None else 0
+        if isinstance(self.transport, DirectServer):
+            queued += self.transport.buffered
+        (unacknowledged,) = struct.unpack("i", fcntl.ioctl(self._tcp_socket, termios.TIOCOUTQ, b"\0\0\0\0"))
+        return queued + int(unacknowledged)
+
+    def pace(self, is_paced: bool) -> None:
+        """Have the kernel take only as many bytes as it may send soon, or as many as fit into its buffer.
+
+        That buffer holds megabytes. On a slow link they would delay replies and pings behind them by minutes.
+        """
+        if self._outbox is not _DISCARDING:
+            self._tcp_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _PACED_UNSENT if is_paced else 0)
+
+    @property
+    def _tcp_socket(self) -> Any:
+        tcp = getattr(self.transport, "transport", self.transport)  # a TLS transport wraps the TCP transport
+        return tcp.getHandle()
 
     def _queue_frame(self, frame: bytes) -> int:
         """Queue a frame: `sink.send` while an outbox exists, and for transports without a direct send."""
-        if self._outbox is None:
-            self.transport.write(frame)
-        elif not self._outbox.offer(frame):
-            self._drop_peer("slow", *SLOW)
+        try:
+            if self._outbox is None:
+                self.transport.write(frame)
+            elif not self._outbox.offer(frame):
+                self._drop_peer("slow", *SLOW)
+        except Exception:  # fan-out goes on with the other subscribers
+            self.abort_after_error()
         return len(frame)
 
     def _queue_remainder(self, frame: bytes, sent: int) -> None:
         """Let the transport write the rest of a frame that the socket accepted only in part, before anything else."""
-        self._write_to_transport(frame[sent:])
+        try:
+            self._write_to_transport(frame[sent:])
+        except Exception:
+            self.abort_after_error()
+
+    def hold(self) -> bool:
+        """Queue all frames until `release`, which writes them together. Returns False if they are queued already."""
+        if self._outbox is not None:
+            return False
+        self._write_to_outbox(Outbox(self.factory.queue_max_size, self.factory.queued))
+        return True
+
+    def release(self) -> None:
+        """Write the frames queued since `hold`, unless the transport is full."""
+        self.flush()
 
     def flush(self) -> None:
         """Write the messages queued in this loop turn, unless the transport is full."""
@@ -156,13 +232,13 @@ class Outgoing:
             self._write_queued()
 
     def finish_writing(self, last_frame: bytes, drop_queued: bool = False) -> None:
-        """Write `last_frame` after the queued frames, or in place of them, then half-close the connection."""
+        """Write `last_frame` after the queued frames, or in place of those for a full transport, then half-close."""
         self.factory.deadlines.set(self, self.factory.deadlines.now + self.factory.close_timeout)
         if self._outbox is None:
             self.transport.write(last_frame)
             self.half_close()
             return
-        if drop_queued:
+        if drop_queued and self._is_transport_full:
             self._outbox.clear()
         self._outbox.finish(last_frame)
 
@@ -178,12 +254,22 @@ class Outgoing:
     def stop_writing(self) -> None:
         """Drop queued and further frames of a lost connection, and clear its deadline."""
         self.factory.deadlines.clear(self)
+        self._on_drained = ()
         if self._outbox is not None:
             self._outbox.clear()
         self._write_to_outbox(_DISCARDING)
         if self.sink is not None:
             # Subscribers may keep the sink for a while: it stays callable, without a reference to this connection.
             self.sink.send, self.sink.queue_remainder = len, _discard_remainder
+
+    def abort(self) -> None:
+        """End the connection at once, without a close frame."""
+        self.transport.abortConnection()
+
+    def abort_after_error(self) -> None:
+        """Log the present exception, and end the connection: its state, and the client's, are not certain."""
+        _log.failure("serving a client raised an exception; aborting its connection")
+        self.abort()
 
     def pauseProducing(self) -> None:
         """Queue frames from now on: the transport has buffered data. It may call this at every write."""
@@ -210,6 +296,10 @@ class Outgoing:
         else:
             self.factory.deadlines.clear(self)
             self._write_directly()
+            if self._on_drained:
+                callbacks, self._on_drained = self._on_drained, ()
+                for callback in callbacks:
+                    callback()
 
     def _write_to_transport(self, data: bytes) -> None:
         """Write to the transport; if it buffers any of the data, it pauses us until its buffer is empty."""
@@ -255,13 +345,12 @@ class Outgoing:
         It is tcpi_bytes_acked of linux/tcp.h, a 64-bit number at offset 120. Bytes accepted by the local kernel show no
         progress of the peer: its buffer holds megabytes, and it accepts more in large steps.
         """
-        tcp = getattr(self.transport, "transport", self.transport)  # a TLS transport wraps the TCP transport
-        info = tcp.getHandle().getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        info = self._tcp_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
         return int(struct.unpack_from("=Q", info, 120)[0])
 
     def _drop_peer(self, kind: str, code: int, reason: str) -> None:
         """Drop the queued frames of a peer that does not read, and close its connection."""
-        self.factory.count_bad_input(kind)
+        self.factory.client_log.refuse(kind, self.describe)
         if self._outbox is not None:
             self._outbox.clear()
         self.close(code, reason)

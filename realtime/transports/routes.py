@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
@@ -18,10 +18,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime.app import App, Request
+from realtime.client_log import ClientLog
 from realtime.config.settings import HTTPAPISettings, Settings
 from realtime.errors import INTERNAL_ERROR, ClientError, Disconnect, HandlerTimeout, Overloaded, PoolFull
 from realtime.handlers.call import HandlerCall
-from realtime.handlers.coroutines import drive
+from realtime.handlers.coroutines import DoneCallback, drive
 from realtime.handlers.dispatch import Dispatcher
 from realtime.handlers.results import JSON, PreparedResponse, json_response, status_response
 from realtime.http import cors
@@ -32,6 +33,7 @@ from realtime.http.request import RequestHead
 from realtime.metrics import Metrics
 from realtime.server_api.http_api import (
     HTTPAPI,
+    METHODS,
     APIResponse,
     BadBody,
     BatchResult,
@@ -39,11 +41,15 @@ from realtime.server_api.http_api import (
     PipelineResult,
     UnknownMethod,
 )
-from realtime.transports.http_server import Exchange, HTTPSite, RequestHandler, fault_response
+from realtime.supervision.loop_time import LoopTimeLedger
+from realtime.transports.http_server import Exchange, HTTPSite, RequestHandler, ResponseMaker, fault_response
 from realtime.transports.static_files import locate, serve_file
 
 # Limit of the number of parameters in one query.
 MAX_PARAMETERS = 100
+
+# Bytes of a publication from which on it is checked in slices.
+LONG_BODY = 65536
 
 # Range in seconds of Retry-After, random so that refused clients do not all come back at the same time.
 RETRY_AFTER = (3, 10)
@@ -67,13 +73,16 @@ def make_site(
     cors_routes: Mapping[str, CORSRoute] | None = None,
     proxies: TrustedProxies | None = None,
     own_names: HostNames | None = None,
+    client_log: ClientLog | None = None,
 ) -> HTTPSite:
     """Build the site of one worker.
 
     another_worker_available: whether another worker accepts new
     clients, so that a refused client should reconnect. cors_routes: by path. proxies: the trusted proxies.
-    own_names: names of this server, which pages must use to call an API without key.
+    own_names: names of this server, which pages must use to call an API without key. client_log: counts and logs
+    refusals.
     """
+    proxies = proxies or TrustedProxies(())
     router = Router(
         app,
         dispatcher,
@@ -81,11 +90,24 @@ def make_site(
         settings.http_api,
         cors_routes or {},
         another_worker_available,
-        proxies or TrustedProxies(()),
+        proxies,
         origin_policy(settings.client.allowed_origins) if settings.client.allowed_origins else None,
         origin_policy((), own_names),
+        _disabled_paths(settings),
     )
-    return HTTPSite(router, settings.http_api, metrics, partial(drive, ledger=dispatcher.ledger))
+    run = partial(drive, ledger=dispatcher.ledger)
+    return HTTPSite(router, settings.http_api, metrics, run, proxies, client_log)
+
+
+def _disabled_paths(settings: Settings) -> frozenset[str]:
+    """Return the paths of the transports that are off, where a client is refused and not just lost."""
+    optional = (settings.uni_websocket, settings.sse, settings.http_stream, settings.uni_sse, settings.uni_http_stream)
+    paths = {transport.handler_prefix for transport in optional if not transport.enabled}
+    if settings.websocket.disabled:
+        paths.add(settings.websocket.handler_prefix)
+    if not (settings.sse.enabled or settings.http_stream.enabled):
+        paths.add(settings.emulation.handler_prefix)
+    return frozenset(paths)
 
 
 class CORSRoute:
@@ -137,43 +159,54 @@ class Router:
         proxies: TrustedProxies,
         origin_allowed: Callable[[RequestHead], bool] | None,
         may_call: Callable[[RequestHead], bool],
+        disabled_paths: Collection[str] = (),
     ) -> None:
         """origin_allowed: whether pages of a request's origin may read the routes; None for no page of another.
 
-        may_call: whether a page that sent a request may call the API without a key.
+        may_call: whether a page that sent a request may call the API without a key. disabled_paths: of transports that
+        are off.
         """
+        self._disabled_paths = disabled_paths
         self._may_call = may_call
         self._origin_allowed = origin_allowed
         self._cors_routes = cors_routes
+        cors_headers = self.cors_headers if origin_allowed is not None else _no_headers
+        self._routes: dict[str, RequestHandler] = {
+            route: partial(serve_route, call, proxies, another_worker_available, cors_headers)
+            for route, call in dispatcher.routes.items()
+        }
         self._dispatcher = dispatcher
         self._api = api
         self._settings = settings
-        self._another_worker_available = another_worker_available
-        self._proxies = proxies
         self._prefix = settings.handler_prefix.rstrip("/") + "/"
+        self._methods: dict[str, RequestHandler] = {}  # of the server API, by path, once they were called
         self._key = settings.key.encode()
         self._statics = sorted(app.http.statics, key=lambda static: len(static.prefix), reverse=True)
 
     def resolve(self, head: RequestHead) -> RequestHandler | PreparedResponse:
         """Return the handler of a request, judged by its head, or the response if there is none."""
         method, path = head.method, head.path
+        api_method = self._methods.get(path)
+        if api_method is not None:
+            return self._refuse_call(head) or api_method
         cors_route = self._cors_routes.get(path)
         if cors_route is not None:
             return cors_route.resolve(head)
         if path.startswith(self._prefix) and not self._settings.disabled:
-            return self._resolve_api(head, partial(self._api.call, path.removeprefix(self._prefix)))
+            return self._refuse_call(head) or self._api_method(path)
         if method == "POST" and path + "/" == self._prefix and not self._settings.disabled:
-            return self._resolve_api(head, self._api.call_named)
-        route = self._dispatcher.route("GET" if method == "HEAD" else method, path)
+            return self._refuse_call(head) or partial(serve_api, self._api.call_named, self._settings.error_mode)
+        route = self._routes.get(f"{'GET' if method == 'HEAD' else method} {path}")
         if route is not None:
-            cors_headers = self.cors_headers(head) if self._origin_allowed is not None else ()
-            return partial(serve_route, route, self._proxies, self._another_worker_available, cors_headers)
-        allowed = [verb for verb in ("GET", "POST") if self._dispatcher.route(verb, path) is not None]
+            return route
+        allowed = [verb for verb in ("GET", "POST") if f"{verb} {path}" in self._routes]
         if allowed and method == "OPTIONS" and self._is_of_allowed_origin(head):
             return PreparedResponse(204, headers=cors.preflight_headers(head, allowed))
         if allowed:
-            return status_response(405, ("Allow", ", ".join(allowed)))
-        return self._resolve_file(method, path)
+            response = status_response(405, ("Allow", ", ".join(allowed)))
+            is_preflight = method == "OPTIONS" and head.get("access-control-request-method")
+            return msgspec.structs.replace(response, fault="origin") if is_preflight else response
+        return self._resolve_file(head)
 
     def max_body_size(self, path: str) -> int:
         """Return the largest allowed size of a request's body in bytes; 0 for no limit."""
@@ -190,17 +223,28 @@ class Router:
         """Return whether a page of another origin, which the settings allow, has sent the request."""
         return self._origin_allowed is not None and bool(head.get("origin")) and self._origin_allowed(head)
 
-    def _resolve_api(self, head: RequestHead, call: APICall) -> RequestHandler | PreparedResponse:
+    def _api_method(self, path: str) -> RequestHandler:
+        """Make the handler of a method of the server API, also of one that does not exist."""
+        name, error_mode = path.removeprefix(self._prefix), self._settings.error_mode
+        serve: RequestHandler = partial(serve_api, partial(self._api.call, name), error_mode)
+        if name == "publish":
+            serve = partial(serve_publish, self._api.publish, error_mode, self._dispatcher.ledger, serve)
+        if name in METHODS:
+            self._methods[path] = serve
+        return serve
+
+    def _refuse_call(self, head: RequestHead) -> PreparedResponse | None:
+        """Return the response to a call of the server API that is not allowed."""
         if head.method != "POST":
             return status_response(405, ("Allow", "POST"))
         if self._settings.insecure:
             # Without a key, only the browser's headers tell a page of another origin, which can post any plain text.
             site = head.get("sec-fetch-site").lower()
             if site not in ("", "none", "same-origin") or not self._may_call(head):
-                return fault_response("origin")
+                return fault_response("api_origin")
         elif not self._has_key(head):
             return PreparedResponse(401, fault="api_key")  # the API's contract requires an empty body
-        return partial(serve_api, call, self._settings.error_mode)
+        return None
 
     def _has_key(self, head: RequestHead) -> bool:
         """Return whether the request has the configured API key; always False if none is configured."""
@@ -215,7 +259,8 @@ class Router:
         # Compares the bytes as sent, in constant time: the time reveals nothing about a correct prefix.
         return bool(self._key) and hmac.compare_digest(key.encode("latin-1", "replace"), self._key)
 
-    def _resolve_file(self, method: str, path: str) -> RequestHandler | PreparedResponse:
+    def _resolve_file(self, head: RequestHead) -> RequestHandler | PreparedResponse:
+        method, path = head.method, head.path
         for static in self._statics:
             if path + "/" == static.prefix:
                 return status_response(308, ("Location", static.prefix))
@@ -226,7 +271,11 @@ class Router:
                 if method not in ("GET", "HEAD"):
                     return status_response(405, ("Allow", "GET, HEAD"))
                 return partial(serve_file, file)
-        return status_response(404)
+        if path in self._disabled_paths:
+            return fault_response("transport_disabled")
+        if self._settings.disabled and path.startswith(self._prefix):
+            return fault_response("api_disabled")
+        return fault_response("websocket_path" if head.get("upgrade").lower() == "websocket" else "not_found")
 
 
 # -- the server API ---------------------------------------------------------------------------------------------------
@@ -234,9 +283,37 @@ class Router:
 
 def serve_api(call: APICall, default_error_mode: str, request: Exchange) -> None:
     """Call a method of the server API. The call is not cancelled if the peer disconnects: its effects are complete."""
+    request.respond_with(call(request.body), _api_response_maker(request, default_error_mode), cancels=False)
+
+
+def serve_publish(
+    publish: Callable[[bytes, DoneCallback], None],
+    default_error_mode: str,
+    ledger: LoopTimeLedger,
+    serve_long: RequestHandler,
+    request: Exchange,
+) -> None:
+    """Call the server API's method `publish`; its answer is charged like the request, and not to the engine.
+
+    serve_long: serves requests with long data, in slices.
+    """
+    if len(request.body) > LONG_BODY:
+        serve_long(request)
+        return
+    account = ledger.current
+    make_response = _api_response_maker(request, default_error_mode)
+
+    def done(result: Any, error: BaseException | None) -> None:
+        charged_before = ledger.switch(account)
+        request.respond_by(make_response, result, error)
+        ledger.switch(charged_before)
+
+    publish(request.body, done)
+
+
+def _api_response_maker(request: Exchange, default_error_mode: str) -> ResponseMaker:
     error_mode = request.head.get("x-centrifugo-error-mode") or default_error_mode
-    uses_status = error_mode == "transport"
-    request.respond_with(call(request.body), partial(_api_response, uses_status), cancels=False)
+    return partial(_api_response, error_mode == "transport")
 
 
 def _api_response(uses_status: bool, result: Any, error: BaseException | None) -> PreparedResponse:
@@ -269,26 +346,38 @@ def serve_route(
     route: HandlerCall,
     proxies: TrustedProxies,
     another_worker_available: Callable[[], bool],
-    cors_headers: cors.Headers,
+    cors_headers: Callable[[RequestHead], cors.Headers],
     request: Exchange,
 ) -> None:
-    """Call the application's handler; it is cancelled if the peer disconnects."""
+    """Call the application's handler; it is cancelled if the peer disconnects.
+
+    cors_headers: those of the response to a request.
+    """
     head = request.head
-    path, _, query = head.target.partition("?")
-    parameters = _parse_query(query) if query else {}
+    parameters = _parse_query(head.query) if head.query else {}
     if parameters is None:
         request.respond(fault_response("parameters"))
         return
     app_request = Request(
         method=head.method,
-        path=path,
+        path=head.path,
         query=parameters,
         headers=head.headers,
         body=request.body,
         remote_address=proxies.client_address(request.peer, head.get_all("x-forwarded-for")),
     )
-    make_response = partial(_route_response, another_worker_available, cors_headers)
-    request.respond_with(route.call(app_request), make_response, cancels=True)
+    make_response = partial(_route_response, another_worker_available, cors_headers(head))
+    if route.is_immediate:
+        result = error = None
+        try:
+            result = route.call_now(app_request)
+        except Exception as raised:
+            error = raised
+        request.respond(make_response(result, error))
+    elif (cached := route.find_cached(app_request)) is not None:
+        request.respond(make_response(cached.value, None))
+    else:
+        request.respond_with(route.call(app_request), make_response, cancels=True)
 
 
 def _route_response(
@@ -297,7 +386,7 @@ def _route_response(
     result: Any,
     error: BaseException | None,
 ) -> PreparedResponse:
-    response = _result_response(another_worker_available, result, error)
+    response: PreparedResponse = result if error is None else _error_response(another_worker_available, error)
     if not cors_headers:
         return response
     own = {name.lower() for name, _ in response.headers}
@@ -306,13 +395,8 @@ def _route_response(
     return msgspec.structs.replace(response, headers=response.headers + cors_headers)
 
 
-def _result_response(
-    another_worker_available: Callable[[], bool], result: Any, error: BaseException | None
-) -> PreparedResponse:
+def _error_response(another_worker_available: Callable[[], bool], error: BaseException) -> PreparedResponse:
     match error:
-        case None:
-            response: PreparedResponse = result
-            return response
         case Overloaded() if another_worker_available():
             # The connection is closed: another worker serves the client when it reconnects.
             return msgspec.structs.replace(status_response(503, ("Retry-After", "1")), close=True)
@@ -325,6 +409,10 @@ def _result_response(
         case _:
             # The dispatcher logged the exception, or the handler was cancelled and the peer has gone.
             return status_response(500)
+
+
+def _no_headers(head: RequestHead) -> cors.Headers:
+    return ()
 
 
 def _parse_query(query: str) -> dict[str, str] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from email.utils import formatdate
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -42,35 +43,31 @@ from realtime.protocol.wire_formats import (
 from realtime.transports.admission import Admission, refusal_response
 from realtime.transports.connection import ClientConnection, ConnectionContext, TransportSession, close_code_label
 from realtime.transports.emulation import Emulation
+from realtime.transports.http_server import describe_request
 from realtime.transports.outbox import QueuedBytes
 from realtime.transports.outgoing import FlushAtTurnEnd
 from realtime.transports.routes import CORSRoute, serve_init
 
 BINARY = "application/octet-stream"
 
-# Limit for a client's messages while its session is paused: bytes, with a surcharge for each message. The limit admits
-# two messages of the largest size, and a bounded number of the smallest.
-MAX_QUEUED = 128 * 1024
+# Bytes that a queued message counts beside its own.
 _MESSAGE_SURCHARGE = 256
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _TIMED_OUT = Refusal(HTTPStatus.REQUEST_TIMEOUT, "the request took too long", "body_timeout")
 _EMPTY = Refusal(HTTPStatus.BAD_REQUEST, "the request holds no command", "stream")
 _UNREADABLE = Refusal(HTTPStatus.BAD_REQUEST, "the request is not a connect request", "stream")
-_BAD_INPUT_KINDS = (
-    *("body_timeout", "body_too_large", "body_syntax", "body_encoding", "stream", "origin"),
-    *("slow", "stalled", "text", "emulation_flood"),
-)
 
 
 class StreamKind(Struct, frozen=True):
     """One kind of stream.
 
-    methods: allowed methods of its request. A GET request has the client's message in the query, others in the body.
-    wire_format: of the response. protobuf: wire format for requests with a Protobuf body; None if not supported.
-    content_type: of the response. preamble: first bytes of the response's body.
+    name: of its section in the configuration. methods: allowed methods of its request. A GET request has the client's
+    message in the query, others in the body. wire_format: of the response. protobuf: wire format for requests with a
+    Protobuf body; None if not supported. content_type: of the response. preamble: first bytes of the response's body.
     """
 
+    name: str
     methods: tuple[str, ...]
     wire_format: WireFormat
     protobuf: WireFormat | None = None
@@ -81,14 +78,14 @@ class StreamKind(Struct, frozen=True):
 # The preamble is an empty line, which ends no event: some proxies forward a response's head with its first body bytes.
 _EVENTS = ("text/event-stream; charset=utf-8", b"\r\n")
 
-SSE = StreamKind(("GET", "POST"), JSON_EVENTS, None, *_EVENTS)
-HTTP_STREAM = StreamKind(("POST",), JSON_LINES, PROTOBUF_CHUNKS)
-UNI_SSE = StreamKind(("GET", "POST"), JSON_PUSHES_EVENTS, None, *_EVENTS)
-UNI_HTTP_STREAM = StreamKind(("POST",), JSON_PUSHES_LINES)
+SSE = StreamKind("sse", ("GET", "POST"), JSON_EVENTS, None, *_EVENTS)
+HTTP_STREAM = StreamKind("http_stream", ("POST",), JSON_LINES, PROTOBUF_CHUNKS)
+UNI_SSE = StreamKind("uni_sse", ("GET", "POST"), JSON_PUSHES_EVENTS, None, *_EVENTS)
+UNI_HTTP_STREAM = StreamKind("uni_http_stream", ("POST",), JSON_PUSHES_LINES)
 
 
 class StreamConnection(ClientConnection, Protocol):
-    """The connection of one stream; a session uses `send`, `sink`, `close`, `pause`, `resume`. Loop thread only."""
+    """The connection of one stream, as its session's `Connection`. Loop thread only."""
 
     transport: Any
     factory: StreamContext
@@ -97,7 +94,8 @@ class StreamConnection(ClientConnection, Protocol):
     _last_chunk = LAST_CHUNK  # b"" for HTTP/1.0
     _is_closing = False
     _is_paused = False  # by the session
-    _queued_messages: deque[bytes] | None = None  # received while the session was paused
+    _queued_messages: deque[bytes] | None = None  # received while the session was paused, or the stream congested
+    _queued_bytes = 0
 
     def __init__(self, context: StreamContext, kind: StreamKind, head: RequestHead, max_body_size: int) -> None:
         self.factory = context
@@ -106,6 +104,10 @@ class StreamConnection(ClientConnection, Protocol):
         self._body = BodyParser(head.body, max_body_size) if head.method != "GET" and head.body else None
 
     # Called by the session
+
+    @property
+    def transport_name(self) -> str:
+        return self._kind.name
 
     @property
     def is_closing(self) -> bool:
@@ -121,29 +123,49 @@ class StreamConnection(ClientConnection, Protocol):
         self.finish_writing(self.form.frame(push) + self._last_chunk)
 
     def pause(self) -> None:
-        """Queue the client's messages, up to MAX_QUEUED: they arrive on other connections, which are read on."""
+        """Queue the client's messages, within a limit: they arrive on other connections, which are read on."""
         self._is_paused = True
 
     def resume(self) -> None:
         """Pass the queued messages to the session, then further ones as they arrive."""
         self._is_paused = False
+        self._receive_queued()
+
+    def _receive_queued(self) -> None:
         while self._queued_messages and not self._is_paused:
-            self._receive(self._queued_messages.popleft())
+            if self.is_congested:
+                self.when_drained(self._receive_queued)
+                return
+            message = self._queued_messages.popleft()
+            self._count_queued(-len(message) - _MESSAGE_SURCHARGE)
+            self._receive(message)
 
     # Incoming messages
 
     def emulate(self, message: bytes) -> None:
         """Handle a message that the client sent on another connection."""
-        if not self._is_paused:
+        if not (self._is_paused or self.is_congested or self._queued_messages):
             self._receive(message)
             return
         if self._queued_messages is None:
             self._queued_messages = deque()
+        if self.is_congested:
+            self.when_drained(self._receive_queued)
         self._queued_messages.append(message)
-        if sum(len(queued) + _MESSAGE_SURCHARGE for queued in self._queued_messages) > MAX_QUEUED:
-            self._queued_messages.clear()
-            self.factory.count_bad_input("emulation_flood")
+        self._count_queued(len(message) + _MESSAGE_SURCHARGE)
+        if self._queued_bytes > self.factory.max_queued_bytes:
+            self._drop_queued()
+            self.factory.client_log.refuse("emulation_flood", self.describe)
             self.close(*TOO_MANY_COMMANDS)
+
+    def _count_queued(self, change: int) -> None:
+        self._queued_bytes += change
+        self.factory.queued.size += change
+
+    def _drop_queued(self) -> None:
+        if self._queued_messages is not None:
+            self._queued_messages.clear()
+        self._count_queued(-self._queued_bytes)
 
     def connectionMade(self) -> None:
         assert self._head is not None
@@ -170,6 +192,7 @@ class StreamConnection(ClientConnection, Protocol):
         self.factory.connections -= 1
         self.release_place()
         self.factory.emulation.unregister(self.secret)
+        self._drop_queued()
         self.stop_writing()
         self.end_session()
 
@@ -228,7 +251,7 @@ class StreamConnection(ClientConnection, Protocol):
             try:
                 message.decode()
             except UnicodeDecodeError:
-                self.factory.count_bad_input("text")
+                self.factory.client_log.refuse("text", self.describe)
                 self.close(*BAD_PROTOCOL)
                 return
         try:
@@ -240,7 +263,8 @@ class StreamConnection(ClientConnection, Protocol):
         """Send a refusal in place of the stream."""
         assert self._head is not None
         self._is_closing = True
-        self.factory.count_bad_input(refusal.kind)
+        describe = partial(describe_request, self._head, self.transport.getPeer().host, self.factory.admission.proxies)
+        self.factory.client_log.refuse(refusal.kind, describe, detail=refusal.reason)
         self.finish_writing(refusal_response(with_cors_headers(refusal, self._head)))
 
 
@@ -300,12 +324,13 @@ class StreamContext(ConnectionContext):
             tree.client.queue_max_size,
             deadlines,
             metrics,
-            _BAD_INPUT_KINDS,
+            admission.client_log,
             queued,
             turn_end,
         )
         self.admission = admission
         self.emulation = emulation
+        self.max_queued_bytes = tree.emulation.max_queued_bytes
         self.body_timeout = tree.http_api.body_timeout
         self.connections = 0
         admission.add_transport(lambda: self.connections)

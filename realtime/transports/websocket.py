@@ -62,12 +62,12 @@ TIME_SLICE = 0.005
 # Random bytes in the secret of a connection.
 SECRET_BYTES = 24
 
-CONTROL_FRAMES_PER_SECOND = 20
-CONTROL_FRAMES_BURST = 50
+# Seconds' worth of control frames at the allowed rate that may come at once.
+CONTROL_FRAMES_BURST = 2.5
 
 _NO_LIMIT = 1 << 40  # bytes
 
-# By close code (RFC 6455 section 7.4.1): the reason sent to the peer, and the kind of bad input that is counted.
+# By close code (RFC 6455 section 7.4.1): the reason sent to the peer, and the kind of the refusal.
 _FAILURES = {
     1002: ("protocol error", "frame"),
     1007: ("invalid data", "frame_data"),
@@ -75,7 +75,6 @@ _FAILURES = {
     1009: ("message too big", "frame_size"),
 }
 _NORMAL = 1000
-_BAD_INPUT_KINDS = (*(kind for _, kind in _FAILURES.values()), "inappropriate", "ignored", "pong", "slow", "stalled")
 
 _log = Logger(observer=log.observer)
 
@@ -123,6 +122,10 @@ class _Pinger:
             self.connection.sink.deliver(ping_frame())
             self.expects_pong = factory.pong_timeout > 0
             self._set_deadline(factory.pong_timeout if self.expects_pong else factory.ping_interval)
+
+    def abort(self) -> None:
+        """See `DeadlineOwner`."""
+        self.connection.abort()
 
     def pong_received(self) -> None:
         """Schedule the next ping, if the pong answers one."""
@@ -247,6 +250,14 @@ class WebSocketConnection(ClientConnection, Incoming):
     # Called by the session
 
     @property
+    def is_known(self) -> bool:  # type: ignore[override]
+        return bool(getattr(self._session, "is_connected", True))
+
+    @property
+    def transport_name(self) -> str:
+        return "uni_websocket" if self.form.encoding.unidirectional else "websocket"
+
+    @property
     def is_closing(self) -> bool:
         return bool(self.state != self.STATE_OPEN)
 
@@ -262,7 +273,6 @@ class WebSocketConnection(ClientConnection, Incoming):
         del self._opening
         self.factory.countConnections += 1
         self.state = self.STATE_OPEN
-        self.transport.setTcpNoDelay(True)
         self.transport.write(response)
         self.factory.connects.value += 1
         self.start_writing()
@@ -283,6 +293,10 @@ class WebSocketConnection(ClientConnection, Incoming):
         super().resumeProducing()
         self.resume_processing()
 
+    def flush(self) -> None:
+        super().flush()
+        self.resume_processing()
+
     def _release_resources(self) -> None:
         """Release the state of an open connection (partial message, pinger), but keep the session."""
         self.drop_partial_message()
@@ -293,7 +307,7 @@ class WebSocketConnection(ClientConnection, Incoming):
         self.factory.received.value += 1
         is_json = self.first_byte != BINARY
         if not (isBinary or is_json):
-            self.factory.count_bad_input("inappropriate")
+            self.factory.client_log.refuse("inappropriate", self.describe)
             self.close(*BAD_PROTOCOL)
             return
         # JSON may come in a binary frame, too. ASCII is valid UTF-8: the common case needs no decoded copy.
@@ -302,12 +316,19 @@ class WebSocketConnection(ClientConnection, Incoming):
                 payload.decode()
             except UnicodeDecodeError:
                 if isBinary:
-                    self.factory.count_bad_input("inappropriate")
+                    self.factory.client_log.refuse("inappropriate", self.describe)
                     self.close(*BAD_PROTOCOL)
                 else:
                     self.sendCloseFrame(1007)
                 return
-        self._receive(payload)
+        if self._messages_left is not None or self._session is None:
+            self._receive(payload)
+            return
+        # The short path of `_receive`, without a further call for each message.
+        try:
+            self._session.receive(payload)
+        except Exception:
+            self._fail_session()
 
     def _receive(self, payload: bytes) -> None:
         """Pass a message to the session, unless a unidirectional client has sent its only message already."""
@@ -316,7 +337,7 @@ class WebSocketConnection(ClientConnection, Incoming):
         if self._messages_left is not None:
             if not self._messages_left:
                 # The message is ignored. A client that goes on sending is limited like one that floods pings.
-                self.factory.count_bad_input("ignored")
+                self.factory.client_log.refuse("ignored", self.describe)
                 self._allow_control_frame()
                 return
             self._messages_left -= 1
@@ -333,7 +354,7 @@ class WebSocketConnection(ClientConnection, Incoming):
         if not self._allow_control_frame():
             return
         if self._pinger is None:
-            self.factory.count_bad_input("pong")
+            self.factory.client_log.refuse("pong", self.describe)
         else:
             self._pinger.pong_received()
 
@@ -350,7 +371,7 @@ class WebSocketConnection(ClientConnection, Incoming):
         reason = (reasonUtf8 or b"").decode()
         if code in _FAILURES:
             reason, kind = _FAILURES[code]
-            self.factory.count_bad_input(kind)
+            self.factory.client_log.refuse(kind, self.describe)
         if isReply:
             self._count_disconnect("client", "")
         else:
@@ -374,8 +395,8 @@ class WebSocketConnection(ClientConnection, Incoming):
     def _allow_control_frame(self) -> bool:
         """Count one ping or pong of the peer; return False and close the connection if it exceeds the rate."""
         now = self.factory.reactor.seconds()
-        self._control_due = max(self._control_due, now) + 1 / CONTROL_FRAMES_PER_SECOND
-        if self._control_due - now <= CONTROL_FRAMES_BURST / CONTROL_FRAMES_PER_SECOND:
+        self._control_due = max(self._control_due, now) + 1 / self.factory.control_frames_per_second
+        if self._control_due - now <= CONTROL_FRAMES_BURST:
             return True
         self.sendCloseFrame(1008)
         return False
@@ -398,13 +419,15 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
         *,
         wire_formats: Mapping[str, WireFormat] = WIRE_FORMATS,
         slices: TimeSlicer | None = None,
+        strangers: TimeSlicer | None = None,
         charge_work: Callable[[Iterator[None]], Iterator[None]] = lambda work: work,
         queued: QueuedBytes | None = None,
         turn_end: FlushAtTurnEnd | None = None,
     ) -> None:
         """wire_formats: the supported ones, by the name of the encoding; "json" is required.
 
-        slices: processes frames in later turns of the loop. charge_work: wraps such work so that its time is accounted.
+        slices: processes frames in later turns of the loop. strangers: the same for peers that are not connected as
+        clients; None for `slices`. charge_work: wraps such work so that its time is accounted.
         queued, turn_end: see `ConnectionContext`.
         """
         WebSocketServerFactory.__init__(self, server="realtime", reactor=reactor)
@@ -415,7 +438,7 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
             client.queue_max_size,
             deadlines,
             metrics,
-            _BAD_INPUT_KINDS,
+            admission.client_log,
             queued,
             turn_end,
         )
@@ -425,12 +448,17 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
                 " Install a wheel of autobahn with NVX."
             )
         self.message_size_limit = websocket.message_size_limit or _NO_LIMIT
+        # A unidirectional client sends one command and no batch.
+        batch_size_limit = websocket.batch_size_limit if isinstance(websocket, settings.WebSocketSettings) else 0
+        self.batch_size_limit = max(batch_size_limit, self.message_size_limit)
         self.decompressed_limit = websocket.decompressed_message_size_limit or 10 * self.message_size_limit
         self.max_fragments = websocket.max_fragments
+        self.control_frames_per_second = websocket.control_frames_per_second
         self.message_timeout = websocket.message_timeout
         self.ping_interval = client.ping_interval
         self.pong_timeout = client.pong_timeout
         self.slices = slices or TimeSlicer(reactor.seconds, TIME_SLICE, partial(reactor.callLater, 0))
+        self.strangers = strangers or self.slices
         self.charge_work = charge_work
         self._wire_formats = wire_formats
         self._compression = websocket.compression
@@ -452,7 +480,7 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
     def make_connection(self, head: RequestHead, transport: Any) -> WebSocketConnection:
         """Make the connection for a request that `check` accepted."""
         subprotocol = select_subprotocol(head, self._wire_formats)
-        request = make_opening_request(head, self._admission.client_address(head, transport.getPeer().host))
+        request = make_opening_request(head, self._admission.client_address(head, transport.client[0]))
         encoding = requested_encoding(subprotocol, request.query)
         encoding = encoding if encoding in self._wire_formats else "json"
         agreement = negotiate(",".join(head.get_all("sec-websocket-extensions"))) if self._compression else None

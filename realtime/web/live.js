@@ -185,6 +185,8 @@ function showLoop(card, accounts) {
   write($("p", box), accounts.slice(0, NAMED).map((account) => `${account.account} ${share(account.share)}`).join(" · "));
 }
 
+const processOf = ({ pid, state, since }) => (pid ? `pid ${pid} · ${state} for ${age(since)}` : `no process for ${age(since)}`);
+
 function addWorker(slot) {
   const card = copy("worker");
   const charts = CHARTS.map((description, position) => new Chart(description, slot, position));
@@ -204,7 +206,7 @@ function showWorker(worker) {
   const condition = $(".condition", card);
   write(condition, conditionOf(worker));
   condition.dataset.tone = tone;
-  write($(".process", card), worker.pid ? `pid ${worker.pid} · ${worker.state} for ${age(worker.since)}` : `no process for ${age(worker.since)}`);
+  write($(".process", card), processOf(worker));
   write($(".running", card), worker.handler ? handlerOf(worker) : "");
   showLoop(card, worker.loop);
   const { rates } = worker;
@@ -226,14 +228,19 @@ function showHead() {
   const all = snapshot.workers;
   const sum = (read) => all.reduce((total, worker) => total + (read(worker) ?? 0), 0);
   const ready = all.filter((worker) => worker.state === "ready").length;
-  const ill = all.filter((worker) => toneOf(worker) !== "fine");
-  const worst = ill.some((worker) => toneOf(worker) === "bad") ? "bad" : "warn";
-  const trouble = ill.length === 1 ? `worker ${ill[0].slot} is ${conditionOf(ill[0])}` : `${ill.length} of ${all.length} workers are not healthy`;
-  const message = snapshot.stopping ? "the server is stopping" : ill.length ? trouble : "all workers are healthy";
+  const [worst, ...further] = snapshot.problems;
   const status = $("#status");
-  write(status, message);
-  status.dataset.tone = snapshot.stopping ? "warn" : ill.length ? worst : "fine";
-  document.title = ill.length || snapshot.stopping ? `⚠ ${message} · realtime` : "realtime";
+  write(status, worst?.text ?? "all processes are healthy");
+  status.dataset.tone = worst?.tone ?? "fine";
+  document.title = worst ? `⚠ ${worst.text} · realtime` : "realtime";
+  const list = $("#problems");
+  list.hidden = further.length === 0;
+  fill(list, further.length, () => make("li"));
+  further.forEach((problem, index) => {
+    write(list.children[index], problem.text);
+    list.children[index].dataset.tone = problem.tone;
+  });
+  const errors = snapshot.handler_errors;
   showFigures($("#totals"), [
     ["workers ready", `${ready} of ${all.length}`],
     ["connections", count(sum((worker) => worker.connections))],
@@ -241,6 +248,24 @@ function showHead() {
     ["messages out", rate(sum((worker) => worker.rates?.sent))],
     ["connects", rate(sum((worker) => worker.rates?.connects))],
     ["worst lag", seconds(Math.max(0, ...all.map((worker) => worker.peak_lag ?? 0)))],
+    ["errors of handlers", count(errors.count), errors.last_minute ? "warn" : ""],
+  ]);
+}
+
+function showBroker() {
+  const { broker } = snapshot;
+  const card = $("#broker");
+  const tone = toneOf(broker);
+  card.dataset.tone = tone;
+  const condition = $(".condition", card);
+  write(condition, conditionOf(broker));
+  condition.dataset.tone = tone;
+  write($(".process", card), processOf(broker));
+  showFigures($(".figures", card), [
+    ["lag", seconds(broker.peak_lag)],
+    ["utilization", percent(broker.utilization)],
+    ["memory", bytes(broker.rss)],
+    ["restarts", count(broker.restarts) + (broker.crash_loop ? ", crash loop" : ""), broker.crash_loop ? "bad" : ""],
   ]);
 }
 
@@ -392,6 +417,7 @@ function take(message) {
   heard = performance.now();
   document.body.dataset.state = "live";
   showHead();
+  if (snapshot.broker) showBroker();
   snapshot.workers.forEach(showWorker);
   showLoops();
   showPlaces();

@@ -7,20 +7,21 @@ broker's view wrong only until the next stream connects.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from twisted.internet.defer import Deferred, fail
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime.config.settings import EngineSettings
 from realtime.errors import LIMIT_EXCEEDED, ClientError, EngineUnavailable
+from realtime.handlers.coroutines import DoneCallback
 from realtime.metrics import Metrics
 from realtime.process.link import Link, adopt
+from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_messages import BadFrame
 from realtime.pubsub.engine import (
@@ -56,16 +57,29 @@ _answer_decoders: dict[type, Callable[[bytes], Any]] = {
 }
 
 
-class _Call(Generic[Answer]):
-    """A request without an answer yet. unsent: its length in bytes while it waits for a stream, then 0."""
+class _Call:
+    """A request without an answer yet.
 
-    __slots__ = ("answer", "deadline", "request", "unsent")
+    unsent: its length in bytes while it waits for a stream, then 0. done: gets its answer or error.
+    """
 
-    def __init__(self, request: EngineRequest[Answer], deadline: float, unsent: int) -> None:
+    __slots__ = ("deadline", "done", "request", "unsent")
+
+    def __init__(self, request: EngineRequest[Any], deadline: float, unsent: int, done: DoneCallback) -> None:
         self.request = request
         self.deadline = deadline
         self.unsent = unsent
-        self.answer: Deferred[Answer] = Deferred()
+        self.done = done
+
+
+class _Outcome(Deferred[T]):
+    """The outcome of a request, for a caller that awaits it."""
+
+    def settle(self, answer: T, error: BaseException | None) -> None:
+        if error is None:
+            self.callback(answer)
+        else:
+            self.errback(Failure(error))
 
 
 class BrokerEngine:
@@ -90,7 +104,10 @@ class BrokerEngine:
         reactor: Any,
         on_lost: Callable[[], None],
         ledger: LoopTimeLedger | None = None,
+        takes_lost_clients: bool = False,
     ) -> None:
+        """takes_lost_clients: whether `TakeLostClients` will be asked."""
+        self._takes_lost_clients = takes_lost_clients
         self._ledger = ledger
         self._receiver = receiver
         self._settings = settings
@@ -100,7 +117,7 @@ class BrokerEngine:
         self._instance = ""  # of the broker at the other end of the latest stream
         self._had_stream = False
         self._closed = False
-        self._calls: dict[int, _Call[Any]] = {}  # by number, which is also the order of their deadlines
+        self._calls: dict[int, _Call] = {}  # by number, which is also the order of their deadlines
         self._last_number = 0
         self._unsent = 0  # bytes of the calls that wait for a stream
         self._timer: IDelayedCall | None = None
@@ -156,8 +173,8 @@ class BrokerEngine:
         frames = [*map(broker_messages.pack, self._introduction()), *self._take_unsent()]
         # This worker holds as many bytes anyway; the limit applies to further frames.
         limit = self._settings.queue_max_size + sum(map(len, frames))
-        call_soon = asyncio.get_running_loop().call_soon
-        self._link = link = Link(self._reactor, call_soon, limit, self._receive, self._on_link_end, self._ledger)
+        call_at_end = turn_end_caller(self._reactor)
+        self._link = link = Link(self._reactor, call_at_end, limit, self._receive, self._on_link_end, self._ledger)
         adopt(self._reactor, fd, link)
         for frame in frames:
             link.send(frame)
@@ -177,7 +194,7 @@ class BrokerEngine:
             self._timer = None
 
     def _introduction(self) -> Iterator[broker_messages.BrokerMessage | EngineNotice]:
-        yield broker_messages.Hello(broker_messages.VERSION, self._instance)
+        yield broker_messages.Hello(broker_messages.VERSION, self._instance, self._takes_lost_clients)
         for channels in _chunks(self._channels, len):
             yield broker_messages.Restore(channels, [], [])
         for presence in _chunks(self._presence.values(), lambda add: len(add.info.conn_info) + len(add.info.chan_info)):
@@ -214,7 +231,7 @@ class BrokerEngine:
         for call in calls:
             self._unsent -= call.unsent
         for call in calls:
-            call.answer.errback(EngineUnavailable(reason))
+            call.done(None, EngineUnavailable(reason))
 
     # Requests and notices
 
@@ -223,36 +240,48 @@ class BrokerEngine:
         stateful = self._stateful.get(type(request))
         return self._send(request) if stateful is None else stateful(request)
 
+    def ask_then(self, request: EngineRequest[Answer], done: DoneCallback) -> None:
+        """See `Engine.ask_then`. For requests that do not change the state of this worker."""
+        if type(request) in self._stateful:
+            raise TypeError(f"{type(request).__name__} needs ask()")
+        self._call(request, done)
+
     def tell(self, notice: EngineNotice) -> None:
         """See `Engine.tell`."""
         self._notices[type(notice)](notice)
 
     def _send(self, request: EngineRequest[Answer]) -> Deferred[Answer]:
+        outcome: _Outcome[Answer] = _Outcome()
+        self._call(request, outcome.settle)
+        return outcome
+
+    def _call(self, request: EngineRequest[Any], done: DoneCallback) -> None:
         if self._closed:
-            return fail(EngineUnavailable("this worker is leaving"))
+            done(None, EngineUnavailable("this worker is leaving"))
+            return
         self._requests.value += 1
         self._last_number = number = self._last_number + 1
         try:
             frame = broker_messages.pack(request, number)
         except BadFrame:
-            return fail(ClientError(*LIMIT_EXCEEDED))
-        if len(frame) > REQUEST_LIMIT:
-            return fail(ClientError(*LIMIT_EXCEEDED))
+            frame = b""
+        if not 0 < len(frame) <= REQUEST_LIMIT:
+            done(None, ClientError(*LIMIT_EXCEEDED))
+            return
         unsent = 0
         if self._link is not None:
             self._link.send(frame)
         else:
             unsent = len(frame)
             if self._unsent + unsent > self._settings.queue_max_size:
-                return fail(
-                    EngineUnavailable("there is no stream to the broker, and the queue for the next one is full")
-                )
+                reason = "there is no stream to the broker, and the queue for the next one is full"
+                done(None, EngineUnavailable(reason))
+                return
             self._unsent += unsent
         timeout = self._settings.publish_timeout
-        self._calls[number] = call = _Call(request, self._reactor.seconds() + timeout, unsent)
+        self._calls[number] = _Call(request, self._reactor.seconds() + timeout, unsent, done)
         if self._timer is None:
             self._timer = self._reactor.callLater(timeout, self._expire)
-        return call.answer
 
     def _expire(self) -> None:
         """Fail the calls past their deadline; run again at the next deadline."""
@@ -345,7 +374,7 @@ class BrokerEngine:
             # msgspec's own errors and UnicodeDecodeError are ValueErrors.
             raise BadFrame(f"not a message: {error}") from error
         if number:
-            self._calls.pop(number).answer.callback(message)
+            self._calls.pop(number).done(message, None)
         else:
             self._deliveries[type(message)](message)
 
@@ -364,7 +393,7 @@ class BrokerEngine:
     def _on_failed(self, message: broker_messages.RequestFailed) -> None:
         call = self._calls.pop(message.request, None)
         if call is not None:
-            call.answer.errback(ClientError(message.code, message.message, message.temporary))
+            call.done(None, ClientError(message.code, message.message, message.temporary))
 
     def _on_welcome(self, message: broker_messages.Welcome) -> None:
         if message.version != broker_messages.VERSION:

@@ -5,7 +5,6 @@ The heartbeat feeds every reading to `LoadShedding.beat`. Handlers are refused b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -14,13 +13,12 @@ from twisted.logger import Logger
 from realtime import cache
 from realtime.handlers.coroutines import await_deferreds
 from realtime.handlers.policy import shed_counter
-from realtime.http.request import UNCOUNTED, Refusal
+from realtime.http.request import Refusal
 from realtime.metrics import Counter, Metrics
+from realtime.repetition import Repetition
 from realtime.supervision.pressure import Pressure, Throttle
 from realtime.supervision.vitals import Vitals, VitalsPage
 
-# Seconds between two log entries about pressure, or about a busy loop.
-REPEAT_AFTER = 60.0
 _REASONS = {"lag", "rss", "queued_bytes", "threads_waiting"}
 
 
@@ -37,7 +35,7 @@ class LoadShedding:
         self._log = log
         self._metrics = metrics
         self._pressed_since: float | None = None
-        self._logged: dict[str, float] = {}  # subject -> when it was last logged
+        self._repetition: Repetition[str] = Repetition()
         self._refusals: dict[str, Counter] = {}
         for reason in sorted(_REASONS):
             metrics.gauge(
@@ -82,15 +80,14 @@ class LoadShedding:
         if counter is None:
             counter = self._refusals[reason] = shed_counter(self._metrics, "handshake", reason)
         counter.value += 1
-        return Refusal(503, "too busy", UNCOUNTED)
+        return Refusal(503, "too busy", "pressure")
 
     def _is_reason(self, reason: str) -> Callable[[], float]:
         return lambda: float(reason in self._pressure.reasons)
 
     def _warn(self, subject: str, now: float, text: str, **fields: Any) -> None:
-        """Log a warning unless the subject was logged within REPEAT_AFTER seconds; the metrics have every change."""
-        if now - self._logged.get(subject, -math.inf) >= REPEAT_AFTER:
-            self._logged[subject] = now
+        """Log a warning unless the subject was logged within the last minute; the metrics have every change."""
+        if self._repetition.admit(subject, now) is not None:
             self._log.warn(text, **fields)
 
 

@@ -7,18 +7,42 @@ here are added from outside, by the wiring: the charged objects do not know of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from twisted.internet.protocol import Protocol
 
 from realtime.process.transport import DirectServer
 from realtime.pubsub.engine import Receiver
 from realtime.supervision.loop_time import LoopAccount, LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
 
+# Channels whose account is remembered.
+_REMEMBERED = 1024
+
+HTTPProtocol = TypeVar("HTTPProtocol", bound=Protocol)
+
+
+def charged_frontend(ledger: LoopTimeLedger, http_protocol: type[HTTPProtocol]) -> type[HTTPProtocol]:
+    """Return a subclass of a protocol whose received data is charged to HTTP."""
+    account, data_received = ledger.open(LoopWork.HTTP), http_protocol.dataReceived
+
+    class ChargedFrontend(http_protocol):  # type: ignore[valid-type, misc]
+        def dataReceived(self, data: bytes) -> None:
+            charged_before = ledger.switch(account)
+            try:
+                data_received(self, data)
+            finally:
+                ledger.switch(charged_before)
+
+    return ChargedFrontend
+
 
 def charged_transport(ledger: LoopTimeLedger, http_protocol: type) -> type[DirectServer]:
     """Return a transport class for clients whose work is charged to the client protocol.
 
-    While the protocol of a connection is an instance of exactly `http_protocol`, it is charged to HTTP.
+    While the protocol of a connection is an instance of exactly `http_protocol`, it is charged to HTTP. The selector
+    reads and charges to the client protocol; see `charged_frontend`.
     """
     http_account, protocol_account = ledger.open(LoopWork.HTTP), ledger.open(LoopWork.PROTOCOL)
 
@@ -64,8 +88,9 @@ class NamespaceAccounts:
         self._namespace_of = namespace_of
         self._default = ledger.open(LoopWork.FANOUT)  # channels without a namespace
         self._by_name: dict[str | None, LoopAccount] = {name: ledger.open(LoopWork.FANOUT, name) for name in namespaces}
+        self.account = lru_cache(maxsize=_REMEMBERED)(self._account)
 
-    def account(self, channel: str) -> LoopAccount:
+    def _account(self, channel: str) -> LoopAccount:
         """Return the account of a channel's namespace."""
         return self._by_name.get(self._namespace_of(channel), self._default)
 

@@ -10,20 +10,27 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from functools import partial
 
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import LoopingCall, deferLater
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from realtime import app as application
 from realtime.deadlines import RESOLUTION
 from realtime.errors import SHUTDOWN, EngineUnavailable
+from realtime.handlers.coroutines import drive, gather
 from realtime.process import child, transport
 from realtime.process.fd_passing import FdReceiver
 from realtime.process.heartbeat import LoadGauges
 from realtime.pubsub.engine import ReportSubscriptions
 from realtime.supervision.loop_time import LoopWork
 from realtime.worker.listening import ListeningPort, adopt
+from realtime.worker.lost_clients import report_lost_clients
 from realtime.worker.wiring import wire_handlers, wire_protocol, wire_pubsub, wire_transports
+
+_log = Logger()
 
 # Seconds between two reports of the number of subscriptions to the engine.
 REPORT_INTERVAL = 1.0
@@ -48,7 +55,7 @@ class Worker:
         self._process = process
         self._reactor = process.reactor
         app = application.load(process.settings.app)
-        self._pubsub = wire_pubsub(process)
+        self._pubsub = wire_pubsub(process, app)
         self._handlers = wire_handlers(process, app)
         self._protocol = wire_protocol(process, self._pubsub, self._handlers)
         self._transports = wire_transports(process, self._pubsub, self._handlers, self._protocol)
@@ -71,10 +78,22 @@ class Worker:
         self._schedule()
         await self._linked
         await dispatcher.start()
+        transports, strangers = self._transports, self._pubsub.strangers
         self._ports = [
-            adopt(self._reactor, fd, self._transports.frontend, self._transports.transport, process.accounts)
+            adopt(
+                self._reactor,
+                fd,
+                transports.frontend,
+                transports.transport,
+                process.accounts,
+                lambda: strangers.is_busy,
+            )
             for fd in process.listen
         ]
+        if dispatcher.disconnected is not None:
+            run_all = partial(gather, ledger=process.accounts)
+            reported = report_lost_clients(self._pubsub.engine, dispatcher.disconnected, run_all)
+            drive(reported, _log_failed_report, process.accounts)
 
     def _schedule(self) -> None:
         """Schedule the periodic work of the worker."""
@@ -166,6 +185,11 @@ class Worker:
             if pause > _MIN_PAUSE:
                 await deferLater(self._reactor, pause)
             session.disconnect(*SHUTDOWN)
+
+
+def _log_failed_report(result: object, error: BaseException | None) -> None:
+    if error is not None:
+        _log.failure("calling on_disconnected for the clients of a dead worker raised", Failure(error))
 
 
 if __name__ == "__main__":

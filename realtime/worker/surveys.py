@@ -1,7 +1,8 @@
 """Surveys of the channels of all workers: each worker lists its own, and the answers are added up.
 
 The questions and the answers are orders that pass through the broker. A worker may hold a million channels, so it
-searches them in slices, between which its loop does other work; and the size of an answer is limited.
+searches them in slices, between which its loop does other work, and sends a part of its answer after each. The size of
+an answer is limited.
 """
 
 from __future__ import annotations
@@ -74,19 +75,18 @@ class Surveys:
         if isinstance(order, ChannelsOrder):
             drive(self._answer(order), _answered)
         elif order.id in self._running:
-            self._running[order.id].add(order.found)
+            self._running[order.id].add(order.found, order.has_more)
 
     async def _answer(self, order: ChannelsOrder) -> None:
-        answer = encode_order(ChannelsAnswer(order.id, await self._find(order.pattern)))
-        await self._engine.ask(SendOrder(answer, order.address))
-
-    async def _find(self, pattern: str) -> dict[str, int] | None:
-        """Return the numbers of subscribers of matching channels; None if they exceed MAX_ANSWER_BYTES."""
-        matches = channel_patterns.compile_pattern(pattern)
-        found: dict[str, int] = {}
+        """Send the numbers of subscribers of matching channels, a part in each turn; None beyond MAX_ANSWER_BYTES."""
+        matches = channel_patterns.compile_pattern(order.pattern)
         room = MAX_ANSWER_BYTES
+        found: dict[str, int] = {}
         names = self._hub.channels()
         for start in range(0, len(names), CHANNELS_PER_TURN):
+            if found:
+                await self._send(order, ChannelsAnswer(order.id, found, has_more=True))
+                found = {}
             if start:
                 await deferLater(self._reactor, 0)
             for name in names[start : start + CHANNELS_PER_TURN]:
@@ -95,8 +95,12 @@ class Surveys:
                     found[name] = subscribers
                     room -= _size(name)
             if room < 0:
-                return None
-        return found
+                await self._send(order, ChannelsAnswer(order.id, None))
+                return
+        await self._send(order, ChannelsAnswer(order.id, found))
+
+    async def _send(self, order: ChannelsOrder, answer: ChannelsAnswer) -> None:
+        await self._engine.ask(SendOrder(encode_order(answer), order.address))
 
 
 class _SurveyResult:
@@ -108,15 +112,17 @@ class _SurveyResult:
         self._room = MAX_ANSWER_BYTES
         # Answers that are missing. Below zero while answers have arrived and their total is not known yet.
         self._missing = 0
+        self._is_total_known = False
 
     def expect(self, answers: int) -> None:
         """Set the total number of answers."""
         self._missing += answers
+        self._is_total_known = True
         self._check_complete()
 
-    def add(self, found: dict[str, int] | None) -> None:
-        """Add the answer of one worker."""
-        self._missing -= 1
+    def add(self, found: dict[str, int] | None, has_more: bool = False) -> None:
+        """Add the answer of one worker, or a part of it."""
+        self._missing -= not has_more
         names = found or {}
         self._room -= sum(_size(name) for name in names if name not in self._found)
         if found is None or self._room < 0:
@@ -130,7 +136,7 @@ class _SurveyResult:
             self.complete.errback(error)
 
     def _check_complete(self) -> None:
-        if self._missing == 0 and not self.complete.called:
+        if self._is_total_known and not (self._missing or self.complete.called):
             self.complete.callback(dict(self._found))
 
 

@@ -32,6 +32,7 @@ from twisted.python.failure import Failure
 from realtime import cache
 from realtime._version import __version__
 from realtime.app import App
+from realtime.client_log import ClientLog
 from realtime.config.settings import MessageSettings, Settings
 from realtime.deadlines import Deadlines
 from realtime.handlers.call import HandlerServices
@@ -39,12 +40,14 @@ from realtime.handlers.compute_pool import ComputePool
 from realtime.handlers.coroutines import drive, gather
 from realtime.handlers.dispatch import Dispatcher
 from realtime.http.hosts import HostNames
+from realtime.process import log
 from realtime.process.child import Child
+from realtime.process.reactor import turn_end_caller
 from realtime.process.transport import DirectServer
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
-from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder
+from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder, InvalidateOrder
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
@@ -52,13 +55,13 @@ from realtime.pubsub.engine import MESSAGES_DROPPED, Receiver
 from realtime.pubsub.fanout import FanoutServices, broadcast
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.subscriber import Sink
-from realtime.pubsub.time_slices import TimeSlicer
+from realtime.pubsub.time_slices import STRANGER_PAUSE, STRANGER_SLICE, TimeSlicer
 from realtime.server_api.http_api import HTTPAPI
 from realtime.server_api.operations import ServerAPI
 from realtime.supervision.loop_time import LoopWork
 from realtime.supervision.pressure import Pressure
 from realtime.transports.admission import Admission
-from realtime.transports.emulation import Emulation
+from realtime.transports.emulation import Emulation, EmulationLimits
 from realtime.transports.frontend import ConnectionEndpoint, HTTPFrontend, HTTPFrontendFactory
 from realtime.transports.http_server import HTTPSite
 from realtime.transports.outbox import QueuedBytes
@@ -67,21 +70,33 @@ from realtime.transports.routes import make_site
 from realtime.transports.streams import StreamContext, make_endpoints
 from realtime.transports.websocket import UNIDIRECTIONAL_WIRE_FORMATS, WIRE_FORMATS, WebSocketFactory
 from realtime.worker.engine import BrokerEngine
+from realtime.worker.invalidations import CacheInvalidations
 from realtime.worker.io_uring import IOURing
 from realtime.worker.key_sets import make_verifier
 from realtime.worker.load_shedding import LoadShedding, configure_cache_host
-from realtime.worker.loop_time import ChargedReceiver, NamespaceAccounts, charge_steps, charged_transport
+from realtime.worker.loop_time import (
+    ChargedReceiver,
+    NamespaceAccounts,
+    charge_steps,
+    charged_frontend,
+    charged_transport,
+)
 from realtime.worker.node import NodeIdentitySource
 from realtime.worker.surveys import Surveys
 
 _log = Logger()
+_clients = Logger(namespace="realtime.clients")
 
 
 @dataclass(frozen=True, slots=True)
 class PubSubParts:
-    """The channels of one worker. slices: divides long work into turns of the loop. rules: the channel options."""
+    """The channels of one worker. slices: divides long work into turns of the loop. rules: the channel options.
+
+    strangers: divides the work for peers that are not connected as clients: they get less of each turn.
+    """
 
     slices: TimeSlicer
+    strangers: TimeSlicer
     rules: ChannelRules
     sessions: Sessions
     engine: BrokerEngine
@@ -92,6 +107,7 @@ class PubSubParts:
 class HandlerParts:
     """The application of one worker, with its handlers. shedding: takes the readings of the heartbeat."""
 
+    client_log: ClientLog
     app: App
     dispatcher: Dispatcher
     shedding: LoadShedding
@@ -121,17 +137,22 @@ class TransportParts:
     transport: type[DirectServer]
 
 
-def wire_pubsub(process: Child) -> PubSubParts:
+def wire_pubsub(process: Child, app: App) -> PubSubParts:
     """Build the sessions' registry, the hub and the engine."""
     settings, reactor, metrics, ledger = process.settings, process.reactor, process.metrics, process.accounts
     rules = ChannelRules(settings.channel)
     accounts = NamespaceAccounts(ledger, [namespace.name for namespace in settings.channel.namespaces], rules.namespace)
     slices = TimeSlicer(reactor.seconds, settings.loop.slice, _call_next_turn, Deferred)
+    strangers = TimeSlicer(reactor.seconds, STRANGER_SLICE, partial(reactor.callLater, STRANGER_PAUSE), Deferred)
     sessions = Sessions(slices)
 
     def make_engine(hub: Receiver) -> BrokerEngine:
         receiver = ChargedReceiver(hub, accounts)
-        return BrokerEngine(receiver, settings.engine, metrics, reactor, process.link_lost, ledger)
+        receiver.on_interruption = interrupted
+        follows_ends = bool(app.handlers("on_disconnected"))
+        return BrokerEngine(
+            receiver, settings.engine, metrics, reactor, process.link_lost, ledger, takes_lost_clients=follows_ends
+        )
 
     services = FanoutServices(
         broadcast=_choose_broadcast(settings),
@@ -142,9 +163,16 @@ def wire_pubsub(process: Child) -> PubSubParts:
         ),
         dropped=metrics.counter(*MESSAGES_DROPPED, reason="backlog"),
     )
+
+    def interrupted() -> None:
+        invalidations.on_interruption()
+        hub.on_interruption()
+
     hub = Hub(make_engine, sessions.apply, slices, services)
     engine = hub.engine
     assert isinstance(engine, BrokerEngine)
+    invalidations = CacheInvalidations(cache.HOST, engine, str(process.slot))
+    sessions.add_handler(InvalidateOrder, invalidations.on_order)
     metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(sessions))
     metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: hub.subscriptions)
     metrics.gauge(
@@ -152,13 +180,14 @@ def wire_pubsub(process: Child) -> PubSubParts:
         "Publications that wait for their turn to be delivered",
         lambda: hub.fanout.queued,
     )
-    return PubSubParts(slices, rules, sessions, engine, hub)
+    return PubSubParts(slices, strangers, rules, sessions, engine, hub)
 
 
 def wire_handlers(process: Child, app: App) -> HandlerParts:
     """Build the dispatcher of the application's handlers, and give its caches the worker's load."""
     settings, reactor, metrics = process.settings, process.reactor, process.metrics
     pressure = Pressure(settings.loop, reactor.seconds)
+    client_log = _client_log(process)
     services = HandlerServices(
         reactor=reactor,
         settings=settings.workers,
@@ -167,13 +196,27 @@ def wire_handlers(process: Child, app: App) -> HandlerParts:
         ledger=process.accounts,
         marker=process.marker,
         pressure=pressure,
-        compute_pool=ComputePool(reactor, settings.workers, settings.app, metrics),
+        compute_pool=ComputePool(reactor, settings.workers, settings.app, metrics, settings.log, process.name),
         slow_call=settings.loop.lagging,
+        client_log=client_log,
     )
     dispatcher = Dispatcher(app, services)
     configure_cache_host(cache.HOST, pressure, dispatcher.run_coroutine, metrics)
     shedding = LoadShedding(pressure, dispatcher.throttles, process.page, metrics, _log)
-    return HandlerParts(app, dispatcher, shedding)
+    return HandlerParts(client_log, app, dispatcher, shedding)
+
+
+def _client_log(process: Child) -> ClientLog:
+    """Build the log of refusals, with no writer for the levels that are off."""
+    level = process.settings.log.level
+    client_log = ClientLog(
+        process.metrics,
+        process.reactor.seconds,
+        info=(lambda line: _clients.info("{line}", line=line)) if log.is_on("info", level) else None,
+        debug=(lambda line: _clients.debug("{line}", line=line)) if log.is_on("debug", level) else None,
+    )
+    process.heartbeat.tasks.add(1.0, client_log.report_left_out, is_needed=lambda: client_log.has_left_out)
+    return client_log
 
 
 def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -> ProtocolParts:
@@ -190,26 +233,34 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
         engine=pubsub.engine,
         hub=pubsub.hub,
         slices=pubsub.slices,
+        strangers=pubsub.strangers,
         sessions=pubsub.sessions,
-        deadlines=Deadlines(reactor.seconds()),
+        deadlines=Deadlines(reactor.seconds(), _report_deadline_error),
         handlers=handlers.dispatcher,
         run=partial(drive, ledger=process.accounts),
         gather=run_all,
         wall_clock=time.time,
         report_error=_report_error,
         counters=SessionCounters(metrics),
-        log_debug=lambda line: _log.debug("{line}", line=line),
+        client_log=handlers.client_log,
     )
     surveys = Surveys(pubsub.engine, pubsub.hub, str(process.slot), reactor)
     pubsub.sessions.add_handler(ChannelsOrder, surveys.on_order)
     pubsub.sessions.add_handler(ChannelsAnswer, surveys.on_order)
-    server_api = ServerAPI(pubsub.engine, pubsub.rules, node, surveys, run_all)
+    server_api = ServerAPI(pubsub.engine, pubsub.rules, node, surveys, run_all, slices=pubsub.slices)
     handlers.dispatcher.bind(server_api)
     return ProtocolParts(
         node=node.uid,
         open_session=partial(Session, session_settings, services, COMMANDS),
         deadlines=services.deadlines,
-        api=HTTPAPI(server_api, run_all, metrics, pubsub.slices),
+        api=HTTPAPI(
+            server_api,
+            run_all,
+            metrics,
+            pubsub.slices,
+            handlers.client_log,
+            process.settings.http_api.max_batch_commands,
+        ),
     )
 
 
@@ -220,9 +271,8 @@ def wire_transports(
     settings, metrics, ledger = process.settings, process.metrics, process.accounts
     protocol_account = ledger.open(LoopWork.PROTOCOL)
     queued = QueuedBytes()
-    turn_end = FlushAtTurnEnd(
-        process.turn_number, lambda flush: _call_next_turn(ledger.charging(protocol_account, flush))
-    )
+    call_at_end = turn_end_caller(process.reactor)
+    turn_end = FlushAtTurnEnd(process.turn_number, lambda flush: call_at_end(ledger.charging(protocol_account, flush)))
     own_names = HostNames((*settings.http_server.host_names, socket.gethostname()))
     admission = _admission(process, handlers, own_names)
 
@@ -237,12 +287,16 @@ def wire_transports(
             admission,
             wire_formats=wire_formats,
             slices=pubsub.slices,
+            strangers=pubsub.strangers,
             charge_work=partial(charge_steps, ledger, protocol_account),
             queued=queued,
             turn_end=turn_end,
         )
 
-    emulation = Emulation(pubsub.engine, protocol.node, str(process.slot))
+    limits = EmulationLimits(settings.emulation, settings.websocket.message_size_limit, metrics)
+    emulation = Emulation(
+        pubsub.engine, protocol.node, str(process.slot), limits, pubsub.strangers, handlers.client_log
+    )
     pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
     stream_context = StreamContext(
         protocol.open_session, settings, protocol.deadlines, metrics, admission, emulation, queued, turn_end
@@ -264,9 +318,10 @@ def wire_transports(
         cors_routes=cors_routes,
         proxies=admission.proxies,
         own_names=own_names,
+        client_log=handlers.client_log,
     )
-    frontend = _frontend(process, endpoints, site, protocol.deadlines, admission)
-    return TransportParts(admission, queued, frontend, charged_transport(ledger, HTTPFrontend))
+    frontend = _frontend(process, endpoints, site, protocol.deadlines, admission, pubsub.strangers)
+    return TransportParts(admission, queued, frontend, charged_transport(ledger, frontend.protocol))
 
 
 def _admission(process: Child, handlers: HandlerParts, own_names: HostNames) -> Admission:
@@ -278,6 +333,7 @@ def _admission(process: Child, handlers: HandlerParts, own_names: HostNames) -> 
         process.settings.workers.count,
         resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         own_names,
+        handlers.client_log,
     )
 
 
@@ -287,9 +343,10 @@ def _frontend(
     site: HTTPSite,
     deadlines: Deadlines,
     admission: Admission,
+    strangers: TimeSlicer,
 ) -> HTTPFrontendFactory:
     charge = partial(charge_steps, process.accounts, process.accounts.open(LoopWork.HTTP))
-    return HTTPFrontendFactory(
+    factory = HTTPFrontendFactory(
         process.settings.http_server,
         endpoints,
         site,
@@ -298,7 +355,10 @@ def _frontend(
         process.reactor,
         admission,
         charge,
+        strangers,
     )
+    factory.protocol = charged_frontend(process.accounts, HTTPFrontend)
+    return factory
 
 
 def _enabled_endpoints(
@@ -334,3 +394,8 @@ def _call_next_turn(function: Callable[[], None]) -> None:
 def _report_error(error: BaseException) -> None:
     """Log an exception that is a bug of this server, with its traceback."""
     _log.failure("a session raised an unexpected exception", Failure(error))
+
+
+def _report_deadline_error(error: Exception) -> None:
+    """Log an exception of a connection's time limit, with its traceback."""
+    _log.failure("a time limit of a connection raised an exception; aborting the connection", Failure(error))

@@ -6,10 +6,12 @@ import importlib
 import sys
 
 import costs
+import interpreter
 
 # Modules by their name on the command line.
 SCENES = {
     "http": "http_requests",
+    "attack": "attack",
     "blocked": "blocked",
     "thrash": "thrash",
     "vitals": "vitals",
@@ -20,6 +22,8 @@ SCENES = {
 
 def main(arguments: list[str]) -> int:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name in costs.COSTS or name in SCENES:
+        print(interpreter.describe())
     if name in costs.COSTS:
         return costs.main(name, rest)
     if name in SCENES:

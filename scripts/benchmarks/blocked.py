@@ -333,9 +333,9 @@ def _compare(chosen: argparse.Namespace, helped: bool) -> list[Verdict]:
             scene.measure(blocked, chosen.newcomers, blocked=True)
         log_lines = [line for line in server.lines if "blocked_app.py" in line]
     means = "with steering and rescue" if helped else "no steering, no rescue"
-    _show(f"{means}: idle", idle)
-    _show(f"{means}: new clients", busy)
-    _show(f"{means}: one blocked", blocked)
+    show(f"{means}: idle", idle)
+    show(f"{means}: new clients", busy)
+    show(f"{means}: one blocked", blocked)
     if log_lines:
         print("    " + log_lines[0].strip())
     return [_existing(idle, blocked), *_new(blocked, chosen.newcomers * chosen.rounds)]
@@ -357,7 +357,8 @@ def _new(blocked: Measured, asked: int) -> list[Verdict]:
     ]
 
 
-def _show(name: str, measured: Measured) -> None:
+def show(name: str, measured: Measured) -> None:
+    """Print one line of figures."""
     existing, new = measured.existing, measured.new
     print(f"{name:42}{existing.quantile(0.5):8.2f}{existing.quantile(0.99):8.2f}", end="")
     if new.seconds or new.failed:

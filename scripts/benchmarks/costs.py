@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
+import system_calls
 from subjects import API_KEY, NAMES, NO_ECHO, Run, Subject, lack, ours, resident, started
 from tables import OURS, Row, Table
 
@@ -22,6 +23,10 @@ CHANNEL = "bench"
 SIZE = 128
 # Deliveries a second at every size of the fan-out, so that the idle share stays the same.
 PACE = 20_000
+# Publications a second to a room of two. While strace counts system calls, the server is slower: publications must not
+# queue, or one turn of the loop would serve several.
+ROOM_RATE = 2000
+TRACED, TRACED_RATE = 600, 200.0
 # Interval between two pings in the idle benchmark, in seconds.
 PING = 5
 # Up to this ratio, the cost counts as equal to a peer's.
@@ -94,6 +99,23 @@ def burst(chosen: argparse.Namespace) -> Table:
     title = f"fan-out to {chosen.subscribers:,} subscribers; once a second, 50 of them publish at the same moment"
     table = deliveries(chosen, Table("burst", title, "a delivery"), 50, 1.0)
     table.judge_ratio("floor", 0.5)
+    return table
+
+
+def room(chosen: argparse.Namespace) -> Table:
+    """Publications of one client to a room of two, at a steady pace, on an otherwise idle server."""
+    table = Table("room", f"a room of two, {ROOM_RATE:,} publications a second", "a publication")
+    times = max(int(chosen.seconds * ROOM_RATE), 3)
+    for row in by_turns(chosen, table, subjects(table, chosen)):
+        with started(row.name) as subject:
+            asked: dict[str, Any] = {"subscribers": 2, "burst": 1, "size": SIZE, "channel": channel(subject)}
+            row.add(Run(subject, "fanout", warm=ROOM_RATE // 2, times=times, rate=float(ROOM_RATE), **asked), times)
+            if not row.more:
+                calls = system_calls.count(subject, "fanout", times=TRACED, rate=TRACED_RATE, **asked)
+                turns = sum(number for name, number in calls.items() if name.startswith("epoll_") and "wait" in name)
+                more = {"system calls": sum(calls.values()), "of these waits for events": turns}
+                row.more = {name: [number / TRACED] for name, number in more.items() if calls}
+    table.judge("publication to a room of two", table.rows[0].cost, 80.0, " µs")
     return table
 
 
@@ -246,7 +268,7 @@ def lag(chosen: argparse.Namespace) -> Table:
 
 
 COSTS: dict[str, Callable[[argparse.Namespace], Table]] = {
-    one.__name__: one for one in (fanout, burst, echo, rpc, connect, idle, lag, growth, publish)
+    one.__name__: one for one in (fanout, burst, room, echo, rpc, connect, idle, lag, growth, publish)
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import autobahn
 import blocked
+import interpreter
 import page
 import psutil
 import thrash
@@ -28,7 +29,7 @@ import twisted
 
 CHECKOUT = HERE.parent.parent
 # Benchmarks with all peers. The others are compared only with the floor.
-WITH_PEERS = {"fanout", "rpc", "connect"}
+WITH_PEERS = {"fanout", "room", "rpc", "connect"}
 
 
 class Both(io.StringIO):
@@ -103,7 +104,7 @@ def machine() -> str:
 def own_versions() -> dict[str, Any]:
     return {
         "realtime": realtime.__version__,
-        "Python": platform.python_version(),
+        "Python": interpreter.describe(),
         "Twisted": twisted.__version__,
         "Autobahn": autobahn.__version__,
     }

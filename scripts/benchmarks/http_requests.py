@@ -1,31 +1,37 @@
 """Measure the cost of one HTTP request: an API publish and a GET of a coroutine handler, beside bare HTTP servers.
 
-Each connection sends its next request as soon as it has the answer to the last one. CPU time is that of all processes
-of the server, the broker included. uvicorn (httptools, uvloop), Node and twisted.web answer the same requests with a
-constant, and do nothing else; the ratios are to uvicorn.
+Each connection sends its next request as soon as it has the answer to the last one. The publications differ in content
+and length. CPU time is that of all processes of the server, the broker included. uvicorn (httptools, uvloop), Node and
+twisted.web answer the same requests with a constant, and do nothing else; the ratios are to uvicorn. All servers run
+at the same time and are measured in turns, so that other work on the machine disturbs them alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import select
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import cycle
 from statistics import median
 
-from subjects import API_KEY, Program, Subject, cpu, ours
+from subjects import API_KEY, LOAD_CORE, Program, Subject, cpu, ours
 
-BODY = b'{"channel":"bench","data":{"text":"hello, world"}}'
+BODIES = [b'{"channel":"bench","data":{"text":"hello, world%b"}}' % (b"!" * (number % 50)) for number in range(97)]
 PUBLISH = (
     b"POST /api/publish HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\nAccept: */*\r\nX-API-Key: %b\r\n"
-    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (API_KEY.encode(), len(BODY), BODY)
+    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
 )
 GET = b"GET /hello HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n"
-REQUESTS = {"API publish": PUBLISH, "GET of a coroutine": GET}
+REQUESTS = {
+    "API publish": [PUBLISH % (API_KEY.encode(), len(body), body) for body in BODIES],
+    "GET of a coroutine": [GET],
+}
 BASE = "uvicorn"
 
 
@@ -46,16 +52,17 @@ SUBJECTS: dict[str, Callable[[], AbstractContextManager[Subject]]] = {
 }
 
 
-def load(port: int, request: bytes, connections: int, count: int) -> None:
+def load(port: int, requests: Sequence[bytes], connections: int, count: int) -> None:
     """Send `count` requests over some kept-alive connections. Raises SystemExit for an answer other than 200."""
     poller = select.epoll()
+    following = cycle(requests)
     peers = {}
     for _ in range(connections):
         peer = socket.create_connection(("127.0.0.1", port))
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peers[peer.fileno()] = peer
         poller.register(peer.fileno(), select.EPOLLIN)
-        peer.sendall(request)
+        peer.sendall(next(following))
     sent, done = connections, 0
     received = dict.fromkeys(peers, b"")
     while done < count:
@@ -68,7 +75,7 @@ def load(port: int, request: bytes, connections: int, count: int) -> None:
                 done += 1
                 if sent < count:
                     sent += 1
-                    peers[fd].sendall(request)
+                    peers[fd].sendall(next(following))
     for peer in peers.values():
         peer.close()
 
@@ -83,11 +90,11 @@ def _is_complete(data: bytes) -> bool:
     return len(body) >= int(lower.partition(b"content-length:")[2].split(b"\r\n")[0])
 
 
-def measure(subject: Subject, request: bytes, connections: int, count: int) -> float:
+def measure(subject: Subject, requests: Sequence[bytes], connections: int, count: int) -> float:
     """Return the CPU time of one request, in microseconds."""
-    load(subject.port, request, connections, max(count // 5, connections))
+    load(subject.port, requests, connections, max(count // 5, connections))
     before = cpu(subject)
-    load(subject.port, request, connections, count)
+    load(subject.port, requests, connections, count)
     after = cpu(subject)
     return sum(after[pid] - before.get(pid, 0.0) for pid in after) / count * 1e6
 
@@ -115,15 +122,17 @@ def main(arguments: list[str]) -> int:
         else:
             names.append(name)
     times: dict[tuple[str, str], list[float]] = {}
-    for _ in range(chosen.runs):
-        for name in names:
-            with SUBJECTS[name]() as subject:
-                for title, request in REQUESTS.items():
-                    cost = measure(subject, request, chosen.connections, chosen.requests)
+    with ExitStack() as running:
+        subjects = {name: running.enter_context(SUBJECTS[name]()) for name in names}
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[LOAD_CORE]})
+        for _ in range(chosen.runs):
+            for title, requests in REQUESTS.items():
+                for name, subject in subjects.items():
+                    cost = measure(subject, requests, chosen.connections, chosen.requests)
                     times.setdefault((title, name), []).append(cost)
-    print(f"{'request':20} {'server':12} {'µs CPU':>8} {'min':>8} {'max':>8} {'ratio':>7}")
+    print(f"{'request':20} {'server':12} {'µs CPU':>8} {'min':>8} {'max':>8} {'ratio':>7} {'of min':>7}")
     for (title, name), costs in times.items():
         base = times.get((title, BASE))
-        ratio = f"{median(costs) / median(base):7.2f}" if base else "      -"
-        print(f"{title:20} {name:12} {median(costs):8.1f} {min(costs):8.1f} {max(costs):8.1f} {ratio}")
+        ratios = f"{median(costs) / median(base):7.2f} {min(costs) / min(base):7.2f}" if base else f"{'-':>7} {'-':>7}"
+        print(f"{title:20} {name:12} {median(costs):8.1f} {min(costs):8.1f} {max(costs):8.1f} {ratios}")
     return 0

@@ -20,6 +20,7 @@ import socket
 import struct
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -49,7 +50,7 @@ def frame(payload: bytes) -> bytes:
 def handshake(path: str) -> bytes:
     return (
         f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {b64encode(os.urandom(16)).decode()}\r\n\r\n"
     ).encode()
 
 

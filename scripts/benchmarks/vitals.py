@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from realtime.config.settings import ChannelSettings, LoopSettings, Namespace
 from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoopClock, MeasuredSelector
 from realtime.protocol.channel_rules import ChannelRules
-from realtime.pubsub.engine import Answer, EngineNotice, EngineRequest
+from realtime.pubsub.engine import Answer, AnswerCallback, EngineNotice, EngineRequest
 from realtime.pubsub.hub import Hub
 from realtime.supervision.health import CHECK_INTERVAL, HealthTracker
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
@@ -75,6 +75,9 @@ class NoEngine:
     """An engine without subscribed channels, which is never asked."""
 
     def ask(self, request: EngineRequest[Answer]) -> Awaitable[Answer]:
+        raise NotImplementedError
+
+    def ask_then(self, request: EngineRequest[Answer], done: AnswerCallback) -> None:
         raise NotImplementedError
 
     def tell(self, notice: EngineNotice) -> None: ...

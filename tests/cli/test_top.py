@@ -13,6 +13,7 @@ WORKER = {
     "connections": 1200, "rss": 87_700_000, "restarts": 2, "queued_bytes": 0, "weight": 16, "accept_queue": 3,
     "handler": None, "rates": {"received": 12.0, "sent": 340.0, "connects": 1.5},
 }  # fmt: skip
+BROKER = {**WORKER, "slot": -1, "connections": 0, "weight": None, "accept_queue": None, "rates": None}
 INCIDENT = {"at": 0.0, "duration": 2.5, "slot": 1, "lasts": False, "place": "/srv/chat.py:7", "handler": "rpc report"}
 
 
@@ -21,6 +22,9 @@ def snapshot(workers: int = 2, incidents: int = 1, **changes: Any) -> dict[str, 
         "at": 0.0,
         "port": 8000,
         "stopping": False,
+        "problems": [],
+        "handler_errors": {"count": 0, "last_minute": 0, "handler": None, "exception": None, "at": None},
+        "broker": BROKER,
         "workers": [{**WORKER, "slot": number} for number in range(workers)],
         "loop": [
             {"kind": "handler", "account": "rpc report", "share": 0.42, "most": 0.8, "slot": 1},
@@ -42,7 +46,7 @@ def text(lines: list[Line]) -> str:
 
 def test_every_figure_is_drawn() -> None:
     shown = text(render(snapshot(), 120, 24))
-    assert "all workers are healthy" in shown
+    assert "all processes are healthy" in shown
     assert "2400 connections, 24 messages/s in, 680 out, 3.0 connects/s" in shown
     (row,) = (line for line in shown.splitlines() if line.startswith("1 "))
     assert row.split() == ["1", "healthy", "1.2ms", "25%", "1200", "12", "340", "87.7MB", "2", "0B", "16", "3", "1.5"]
@@ -71,8 +75,26 @@ def test_an_unhealthy_worker_is_named_and_never_left_out() -> None:
     unhealthy = snapshot(64)
     unhealthy["workers"][63] |= {"condition": "pressed", "peak_lag": 3.0}
     shown = text(render(unhealthy, 80, 24))
-    assert "worker 63 is pressed" in shown
-    assert "\n63      pressed" in shown
+    assert "\n63       pressed" in shown
+
+
+def test_the_worst_problem_is_first_and_further_ones_follow() -> None:
+    problems = [
+        {"text": "the broker is not turning its loop for 4 s: stopped or blocked", "tone": "bad"},
+        {"text": "errors of handlers in the last minute: 3; the latest: KeyError in rpc \x1b[2J", "tone": "warn"},
+    ]
+    errors = {"count": 7, "last_minute": 3, "handler": "rpc f", "exception": "KeyError", "at": 0.0}
+    lines = render(snapshot(problems=problems, handler_errors=errors), 120, 24)
+    shown = text(lines).splitlines()
+    assert "the broker is not turning its loop for 4 s" in shown[0]
+    assert shown[1].startswith("errors of handlers") and shown[1].isprintable()
+    assert shown[2].endswith("7 errors of handlers")
+
+
+def test_the_broker_has_a_row() -> None:
+    down = {**BROKER, "state": "waiting", "condition": "absent", "rss": None, "utilization": None, "connections": None}
+    (row,) = (line for line in text(render(snapshot(broker=down), 120, 24)).splitlines() if line.startswith("broker"))
+    assert row.split()[:2] == ["broker", "waiting"]
 
 
 def test_a_missing_process_has_no_figures() -> None:
@@ -89,7 +111,7 @@ def test_one_worker_has_no_column_for_the_highest_share() -> None:
 
 def test_empty_sections_are_left_out() -> None:
     shown = text(render(snapshot(loop=[], places=[], incidents=0), 120, 40))
-    assert shown.splitlines()[-1].startswith("1 ")
+    assert shown.splitlines()[-1].startswith("broker ")
 
 
 def test_names_do_not_control_the_terminal() -> None:

@@ -16,6 +16,11 @@ EC = ec.generate_private_key(ec.SECP256R1())
 
 REFUSED = [
     ("[log]\nlevel = 'loud'", 2, 'one of "debug", "error", "info", "none", "trace", "warn", got "loud"'),
+    (
+        "[log]\nloggers = { chat = 'loud' }",
+        2,
+        "log.loggers: expected a table of loggers with a level (none, trace, debug",
+    ),
     ("[engine]\ntype = 'redis'", 2, 'engine.type: expected one of "memory", got "redis"'),
     ("[http_server]\naddress = 'example.com'", 2, "expected an IP address"),
     ("[http_server]\ninternal_address = '0.0.0.0'", 2, "expected a loopback address"),

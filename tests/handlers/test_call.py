@@ -17,7 +17,7 @@ from twisted.internet.threads import deferToThread
 from realtime.app import App, Request
 from realtime.errors import ClientError, Disconnect, EngineUnavailable, HandlerTimeout
 from realtime.handlers.call import never_waits
-from realtime.handlers.coroutines import start_future
+from realtime.handlers.coroutines import drive, start_future
 from tests.driving import on_loop
 from tests.handlers.bench import Bench, FakeClient, refusal, until
 
@@ -330,6 +330,26 @@ async def test_call_raises_a_timeout_as_such(bench: Bench) -> None:
     bench.clock.advance(2)
     with pytest.raises(HandlerTimeout, match="GET /slow"):
         await call
+
+
+@on_loop
+async def test_an_answer_does_not_wait_for_handlers_that_go_on_in_the_same_turn(bench: Bench) -> None:
+    gate = asyncio.Event()
+    order: list[str] = []
+
+    @bench.app.rpc("f")
+    async def f(data: Any) -> Any:
+        await gate.wait()
+        order.append(f"{data} ran")
+
+    await bench.start()
+    procedure = bench.dispatcher.procedure("f")  # type: ignore[union-attr]
+    assert procedure is not None
+    for name in ("one", "two"):
+        drive(procedure(FakeClient(), name), lambda result, error, name=name: order.append(f"{name} answered"))
+    gate.set()
+    await until(lambda: len(order) == 4)
+    assert order == ["one ran", "one answered", "two ran", "two answered"]
 
 
 # Coroutines that never wait.

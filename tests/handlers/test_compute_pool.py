@@ -439,7 +439,8 @@ async def test_an_application_that_cannot_be_loaded_is_tried_again_later_and_cal
         assert echo is not None
         with pytest.raises(HandlerTimeout):
             await echo.call(None, None, timeout=1.0)
-        assert 1 <= bench.value("process_replacements") <= 3
+        assert bench.value("process_replacements") <= 3
+        await until(lambda: bench.value("process_replacements") >= 1)
 
 
 @on_loop

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from realtime.config.settings import AppSettings
+from realtime.config.settings import AppSettings, LogSettings
 from realtime.errors import LIMIT_EXCEEDED, ClientError, EngineUnavailable
 from realtime.handlers.compute_messages import (
     HEAD,
@@ -27,6 +27,7 @@ from realtime.handlers.compute_messages import (
     CallReturned,
     ComputeCall,
     ProcessReady,
+    ProcessSettings,
     ServerCall,
     ServerError,
     ServerResult,
@@ -50,7 +51,8 @@ class Worker:
                 pass_fds=[theirs.fileno()],
                 process_group=0,
             )
-        self.send(AppSettings(module=module, path=str(HERE), options={"colour": "blue"}))
+        app = AppSettings(module=module, path=str(HERE), options={"colour": "blue"})
+        self.send(ProcessSettings(app, LogSettings(), "worker 0"))
 
     def send(self, message: Any) -> None:
         self.stream.sendall(pack(message))

@@ -143,7 +143,7 @@ async def test_cancel_reaches_the_awaited_object(awaits: str) -> None:
 
 
 @on_loop
-async def test_context_is_a_copy_that_is_kept_between_steps() -> None:
+async def test_the_context_of_a_future_is_a_copy_that_is_kept_between_steps() -> None:
     setting: ContextVar[str] = ContextVar("setting", default="outer")
     deferred: Deferred[None] = Deferred()
 
@@ -152,11 +152,10 @@ async def test_context_is_a_copy_that_is_kept_between_steps() -> None:
         await deferred
         return setting.get()
 
-    outcome = Outcome()
-    drive(work(), outcome)
+    future = start_future(work())
     assert setting.get() == "outer"
     deferred.callback(None)
-    assert outcome.result == "inner"
+    assert await future == "inner"
 
 
 @on_loop

@@ -10,7 +10,7 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.task import deferLater
 
 from realtime.app import App, Request
-from realtime.handlers.marking import ChargingMarker, call_marked, subject_reader
+from realtime.handlers.marking import ChargingMarker, call_marked, names_reader
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from tests.driving import on_loop
 from tests.handlers.bench import Bench, RecordingMarker, refusal
@@ -95,4 +95,4 @@ def test_subject_is_the_channel_the_method_or_the_path(kind: str, key: str, args
     declare = app.http.get if kind == "http" else getattr(app, kind)
     declare(key)(lambda *args: None)
     [handler] = app.handlers(kind).values()
-    assert subject_reader(handler)(args) == subject
+    assert names_reader(handler)(args) == (handler.name.encode(), subject)

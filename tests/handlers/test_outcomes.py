@@ -9,7 +9,7 @@ from twisted.logger import Logger
 
 from realtime.app import App
 from realtime.handlers.compute_pool import HandlerFailed
-from realtime.handlers.outcomes import HandlerErrorLog, OutcomeCounters
+from realtime.handlers.outcomes import MAX_ERROR_SERIES, MAX_LINES, HandlerErrorLog, OutcomeCounters
 from realtime.metrics import Metrics
 from tests.driving import on_loop
 from tests.handlers.bench import Bench, refusal
@@ -37,21 +37,20 @@ async def test_line_is_logged_once_a_minute_with_the_number_left_out(bench: Benc
     assert bench.logged[3]["repeats"] == ""
 
 
-def test_code_generated_at_run_time_does_not_fill_the_memory() -> None:
+def test_code_generated_at_run_time_fills_neither_memory_nor_log() -> None:
     logged: list[dict[str, Any]] = []
-    error_log = HandlerErrorLog(Logger(observer=logged.append), Clock())
+    error_log = HandlerErrorLog(Logger(observer=logged.append), Clock(), Metrics())
     app = App()
     app.rpc("f")(lambda data: data)
     handler = app.handlers("rpc")["f"]
     for number in range(2500):
         error_log.report(handler, HandlerFailed("no", (f"generated {number}", 1)))
-    assert len(logged) == 2500
-    assert len(error_log._logged) <= 1000
+    assert len(logged) == len(error_log._repetition) == MAX_LINES
 
 
 def test_same_line_of_two_handlers_is_logged_for_each() -> None:
     logged: list[dict[str, Any]] = []
-    error_log = HandlerErrorLog(Logger(observer=logged.append), Clock())
+    error_log = HandlerErrorLog(Logger(observer=logged.append), Clock(), Metrics())
     app = App()
     for name in "fg":
         app.rpc(name)(lambda data: data)
@@ -66,3 +65,20 @@ def test_outcomes_are_counted_by_handler() -> None:
     for outcome in ("ok", "ok", "timeout"):
         count(outcome)
     assert {dict(sample.labels)["outcome"]: sample.value for sample in metrics.snapshot()} == {"ok": 2, "timeout": 1}
+
+
+def test_errors_are_counted_by_type_within_a_bound() -> None:
+    metrics = Metrics()
+    error_log = HandlerErrorLog(Logger(observer=lambda event: None), Clock(), metrics)
+    app = App()
+    app.rpc("a")(lambda client, data: None)
+    handler = app.handlers("rpc")["a"]
+    error_log.report(handler, KeyError("x"))
+    error_log.report(handler, KeyError("y"))
+    error_log.report(handler, HandlerFailed("in its process", ("a.py", 1), "ValueError"))
+    for number in range(MAX_ERROR_SERIES + 10):
+        error_log.report(handler, type(f"Made{number}", (Exception,), {})())
+    counted = {dict(sample.labels)["exception"]: sample.value for sample in metrics.snapshot()}
+    assert (counted["KeyError"], counted["ValueError"], counted["Made0"]) == (2, 1, 1)
+    assert counted["other"] == 12
+    assert len(counted) == MAX_ERROR_SERIES + 1

@@ -23,6 +23,7 @@ from realtime.handlers.coroutines import start_future
 from realtime.handlers.dispatch import Dispatcher
 from realtime.metrics import Metrics
 from realtime.supervision.loop_time import LoopTimeLedger
+from realtime.supervision.pressure import Throttle
 from tests.driving import on_loop
 
 
@@ -119,6 +120,54 @@ async def test_a_route_is_refused_under_pressure_and_a_procedure_is_not(bench: B
     assert bench.shed() == {("http", "lag"): 1}
     bench.pressure.reasons = ()
     assert await bench.get() == "3"
+
+
+@on_loop
+async def test_a_burst_waits_until_the_first_calls_show_what_they_cost(bench: Bench) -> None:
+    gate: asyncio.Event = asyncio.Event()
+    running = 0
+
+    @bench.app.http.get("/f")
+    async def f(request: Any) -> Any:
+        nonlocal running
+        running += 1
+        await gate.wait()
+
+    await bench.start()
+    route = bench.dispatcher.route("GET", "/f")
+    assert route is not None
+    burst = [start_future(route.call(Request("GET", "/f", {}, {}, b""))) for _ in range(20)]
+    assert running == Throttle.SAMPLE
+    burst.pop().cancel()  # a peer that leaves while it waits
+    gate.set()
+    await asyncio.gather(*burst)
+    assert running == 19
+    # From now on, calls start at once.
+    gate.clear()
+    burst = [start_future(route.call(Request("GET", "/f", {}, {}, b""))) for _ in range(20)]
+    assert running == 39
+    gate.set()
+    await asyncio.gather(*burst)
+
+
+@on_loop
+async def test_a_burst_does_not_wait_for_first_calls_that_take_long(bench: Bench) -> None:
+    gate: asyncio.Event = asyncio.Event()
+    running: list[int] = []
+
+    @bench.app.http.get("/f")
+    async def f(request: Any) -> Any:
+        running.append(1)
+        await gate.wait()
+
+    await bench.start()
+    route = bench.dispatcher.route("GET", "/f")
+    assert route is not None
+    burst = [start_future(route.call(Request("GET", "/f", {}, {}, b""))) for _ in range(20)]
+    while len(running) < 20:
+        await asyncio.sleep(0.005)
+    gate.set()
+    await asyncio.gather(*burst)
 
 
 @on_loop

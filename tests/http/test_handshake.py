@@ -10,6 +10,7 @@ from realtime.http.handshake import (
     check_handshake,
     handshake_response,
     make_opening_request,
+    origin_fault,
     origin_policy,
     requested_encoding,
     select_subprotocol,
@@ -265,3 +266,17 @@ def test_the_handshake_response_names_the_negotiated_subprotocol_and_extensions(
     lines = response.decode().split("\r\n")
     assert "Sec-WebSocket-Protocol: centrifuge-json" in lines
     assert "Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover" in lines
+
+
+@pytest.mark.parametrize(
+    ("headers", "fault"),
+    [
+        ((("host", "a.example"), ("origin", "http://b.example")), "origin"),
+        ((("host", "a.example"), ("origin", "nonsense")), "origin"),
+        ((("host", "evil.example"), ("origin", "http://evil.example")), "host"),
+        ((("host", "evil.example"),), "host"),
+        ((("host", "a.example"), ("origin", "null")), "null_origin"),
+    ],
+)
+def test_a_refused_origin_has_a_cause(headers: tuple[tuple[str, str], ...], fault: str) -> None:
+    assert origin_fault(RequestHead("GET", "/", "1.1", headers, 0)) == fault

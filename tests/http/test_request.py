@@ -414,6 +414,17 @@ def test_the_short_path_takes_valid_framings(lines: list[bytes]) -> None:
     assert parse_whole_head(data, 0, MAX_BYTES, MAX_HEADERS) == (accepted(data), len(data))
 
 
+def test_a_head_that_came_before_is_judged_by_the_limits_of_now() -> None:
+    data = request(b"Accept: a", b"Accept: b")
+    for _ in range(2):
+        assert parse_whole_head(data, 0, MAX_BYTES, MAX_HEADERS) == (accepted(data), len(data))
+        assert parse_whole_head(data, 0, MAX_BYTES, 2) is None
+        assert parse_whole_head(data, 0, len(data) - 1, MAX_HEADERS) is None
+    head, _ = parse_whole_head(data, 0, MAX_BYTES, MAX_HEADERS) or pytest.fail()
+    head.headers.clear()
+    assert head.headers["accept"] == "a, b"
+
+
 @pytest.mark.parametrize("lines", SMUGGLING)
 def test_the_short_path_takes_no_ambiguous_framing(lines: list[bytes]) -> None:
     found = parse_whole_head(request(*lines, first=b"POST / HTTP/1.1"), 0, MAX_BYTES, MAX_HEADERS)

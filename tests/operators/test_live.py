@@ -9,10 +9,15 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from realtime.metrics import Sample
+from realtime.metrics import Metrics, Sample
+from realtime.operators.exposition import exposition, supervisor_samples
 from realtime.operators.live import KEPT, MAX_INCIDENTS, MAX_PLACES, MAX_SHARES, LiveFigures
+from realtime.operators.summary import Failures
 from realtime.supervision.health import Condition, Health
 from realtime.supervision.incidents import Incident, IncidentLog
+from realtime.supervision.vitals import ProcessState, Vitals
+
+VITALS = Vitals(int(1e9), 0.0, 0, 0, ProcessState.READY)
 
 
 class Child:
@@ -43,10 +48,11 @@ class Watched:
     def __init__(self) -> None:
         self.after_check: list[Any] = []
         self.health: dict[int, Health] = {}
+        self.broker: Health | None = None
         self.incidents = IncidentLog()
 
     def check(self, lag: float) -> None:
-        self.health[0] = Health(0, Condition.HEALTHY, 0.0, lag)
+        self.health[0] = Health(0, Condition.HEALTHY, 0.0, lag, vitals=VITALS)
         for listener in self.after_check:
             listener()
 
@@ -59,12 +65,16 @@ class Stage:
         self.child = Child(100)
         self.processes = {0: self.child}
         self.watched: Any = Watched()
-        self.live = LiveFigures(self.clock, self.watched, self.watched, self.processes, self.summary)
+        self.metrics = Metrics()
+        self.failures = Failures()
+        self.monitor = self.sampler = self.watched
+        self.live = LiveFigures(self.clock, self, self.failures, self.summary)
         self.live.start()
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, now: float) -> dict[str, Any]:
         figures = {"utilization": 0.5, "connections": 7}
-        return {"workers": [{"slot": slot, "pid": child.pid, **figures} for slot, child in self.processes.items()]}
+        workers = [{"slot": slot, "pid": child.pid, **figures} for slot, child in self.processes.items()]
+        return {"workers": workers, "broker": None}
 
     @property
     def snapshot(self) -> dict[str, Any]:
@@ -163,6 +173,21 @@ def test_the_peak_lag_of_each_second_is_in_one_snapshot() -> None:
     stage.watched.check(0.03)
     stage.clock.advance(1)
     assert stage.worker["peak_lag"] == 0.03
+
+
+def test_spikes_of_lag_are_kept_for_the_next_scrape() -> None:
+    stage = Stage()
+    for lag in (0.002, 1.5, 0.3):
+        stage.watched.check(lag)
+        stage.watched.check(0.001)
+        stage.clock.advance(1)
+    lines = exposition(supervisor_samples(stage.metrics)).decode().splitlines()
+    name, labels = "realtime_loop_peak_lag_seconds", 'process="worker",worker="0"'
+    assert f"# TYPE {name} histogram" in lines
+    assert f'{name}_bucket{{le="0.005",{labels}}} 1.0' in lines
+    assert f'{name}_bucket{{le="1.0",{labels}}} 2.0' in lines
+    assert f'{name}_bucket{{le="2.5",{labels}}} 3.0' in lines
+    assert f"{name}_count{{{labels}}} 3.0" in lines
 
 
 def test_chart_points_are_bounded_and_end_with_the_latest() -> None:

@@ -10,9 +10,10 @@ from twisted.internet import tcp
 from twisted.internet.test.reactormixins import ReactorBuilder
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
+from realtime.process.heartbeat import MeasuredSelector
 from realtime.process.reactor import Reactor
-from realtime.process.selector import ReadingSelector
 from realtime.process.transport import DirectServer
+from realtime.supervision.vitals import VitalsPage
 
 MODULES = ("core", "fdset", "newtls", "process", "socket", "stdio", "tcp", "threads", "time", "tls", "udp", "unix")
 # Twisted makes a class for each of its reactors from each builder of tests; the one for its asyncio reactor:
@@ -20,8 +21,11 @@ SUFFIX = "_AsyncioSelectorReactorTests"
 
 
 def make_reactor(case: Any) -> Reactor:
-    selector = ReadingSelector()
+    page = VitalsPage.create()
+    selector = MeasuredSelector(page)
     loop = asyncio.SelectorEventLoop(selector)
+    selector.attach(loop)
+    case.addCleanup(page.close)
     asyncio.set_event_loop(loop)
     case.addCleanup(asyncio.set_event_loop, asyncio.new_event_loop())
     case.addCleanup(loop.close)
@@ -30,10 +34,6 @@ def make_reactor(case: Any) -> Reactor:
 
 class Server(DirectServer):
     """Writes and reads as the connections of the server do, but begins TLS as Twisted's."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.reads_directly = True
-        super().__init__(*arguments)
 
     def startTLS(self, *arguments: Any) -> None:
         self.stopReading()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import selectors
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from realtime.config.settings import LoopSettings
 from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoadGauges, MeasuredSelector, loop_time
 from realtime.process.selector import ReadyEvents
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
-from realtime.supervision.vitals import ProcessState, RunningHandler, Vitals, VitalsPage
+from realtime.supervision.vitals import LatestCalls, ProcessState, RunningHandler, Vitals, VitalsPage
 
 
 class Beating:
@@ -219,7 +220,7 @@ def test_a_beat_is_charged_to_the_timers(beating: Beating) -> None:
 def test_callbacks_are_events_and_queued_callbacks(beating: Beating) -> None:
     reader, writer = os.pipe()
     beating.selector.register(reader, selectors.EVENT_READ)
-    beating.selector.count_queue([1, 2, 3])
+    beating.selector.attach(SimpleNamespace(_ready=[1, 2, 3]))
     os.write(writer, b"x")
     beating.selector.select(1)
     assert beating.selector.callbacks == 4
@@ -245,6 +246,58 @@ def test_an_asyncio_loop_runs_on_the_selector(beating: Beating) -> None:
     assert busy[0] > 0
     assert selector.turns >= 1
     assert selector.idle > 500_000
+
+
+def test_direct_readers_need_no_turns_of_asyncio_and_delay_nothing_else(beating: Beating) -> None:
+    selector, seen, turns = MeasuredSelector(beating.page), list[str](), list[int]()
+    ours, peer = socket.socketpair()
+
+    def read() -> None:
+        message = ours.recv(100).decode()
+        seen.append(message)
+        match message:
+            case "call":
+                loop.call_soon(say, "called")
+            case "timer":
+                loop.call_later(0.001, say, "timed")
+            case "thread":
+                loop.call_soon_threadsafe(say, "woken")
+            case "stop":
+                loop.stop()
+            case number:
+                turns.append(selector.turns)
+                peer.send(str(int(number) + 1).encode() if int(number) < 20 else b"call")
+
+    def say(word: str) -> None:
+        seen.append(word)
+        peer.send({"called": b"timer", "timed": b"thread", "woken": b"stop"}[word])
+
+    def run() -> None:
+        loop.call_later(0.0, ticks.append, "a timer that was due before")
+        selector.add_direct_reader(ours.fileno(), read)
+        peer.send(b"1")
+        loop.run_forever()
+        loop.close()
+
+    class CountingLoop(asyncio.SelectorEventLoop):
+        asyncio_turns = 0
+
+        def _run_once(self) -> None:
+            self.asyncio_turns += 1
+            super()._run_once()  # type: ignore[misc]
+
+    ticks: list[str] = []
+    loop = CountingLoop(selector)
+    selector.attach(loop)
+    thread = threading.Thread(target=run)  # this one has a loop already
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert seen == [*map(str, range(1, 21)), "call", "called", "timer", "timed", "thread", "woken", "stop"]
+    assert ticks and len(set(turns)) == 20  # the selector has waited for each message
+    assert loop.asyncio_turns < 15
+    ours.close()
+    peer.close()
 
 
 # Idle beats
@@ -390,6 +443,18 @@ def test_the_inner_handler_is_marked_and_then_the_outer_again(beating: Beating) 
     assert accounts.current is first
     marker.leave(outside)
     assert beating.page.running() is None
+
+
+def test_the_calls_of_a_handler_are_counted_in_each_turn(beating: Beating) -> None:
+    clock = iter(range(0, 10_000, 10))
+    accounts = LoopTimeLedger(lambda: next(clock))
+    account = accounts.open(LoopWork.HANDLER, "rpc a")
+    marker = HandlerMarker(beating.page, accounts)
+    for turn in (1, 2):
+        accounts.turn = turn
+        for _ in range(3):
+            marker.leave(marker.enter((b"rpc a", b"a"), account))
+        assert beating.page.latest_calls() == LatestCalls("rpc a", turn, 3, 20 / 1e9)
 
 
 def test_slowing_down_never_shortens_the_interval(beating: Beating) -> None:

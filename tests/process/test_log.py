@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 from twisted.logger import Logger, LogLevel, capturedLogs
+from twisted.python.failure import Failure
 
+from realtime.metrics import Metrics
 from realtime.process import log
 
 LEVELS = ["debug", "info", "warn", "error", "critical"]
@@ -53,8 +56,9 @@ def test_a_child_filters_by_level_names_itself_and_escapes_control_characters() 
     code = """
 import sys
 from twisted.logger import Logger
+from realtime.config.settings import LogSettings
 from realtime.process import log
-log.begin("worker 3", "warn", sys.stdout)
+log.begin("worker 3", LogSettings("warn"), sys.stdout)
 logger = Logger("app")
 logger.info("left out")
 logger.warn("{text}", text="a\\x1b[2Jb")
@@ -62,3 +66,26 @@ logger.warn("{text}", text="a\\x1b[2Jb")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     (line,) = done.stdout.splitlines()
     assert line.endswith("[worker 3 app#warn] a\\x1b[2Jb")
+
+
+def test_exceptions_outside_of_handlers_are_counted() -> None:
+    metrics = Metrics()
+    stop = log.count_internal_errors(metrics)
+
+    def count() -> float:
+        return metrics.snapshot(["realtime_internal_errors"])[0].value
+
+    loop = asyncio.new_event_loop()
+    loop.close()
+    try:
+        log.log_loop_error(loop, {"message": "a callback raised", "exception": ZeroDivisionError()})
+        assert count() == 1
+        logger = Logger()
+        logger.failure("a handler raised", Failure(ZeroDivisionError()), level=LogLevel.error)
+        logger.critical("can't start")
+        log.log_loop_error(loop, {"message": "a transport is still open"})
+        assert count() == 1
+    finally:
+        stop()
+    logger.failure("after the end", Failure(ZeroDivisionError()))
+    assert count() == 1

@@ -26,9 +26,6 @@ from realtime.process.transport import DirectServer
 ends = []
 
 class Echo(Protocol):
-    def connectionMade(self):
-        self.transport.start_direct_reading()
-
     def dataReceived(self, data):
         if data == b"fail":
             raise RuntimeError("a bug")

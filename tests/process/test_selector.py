@@ -89,6 +89,25 @@ def test_a_direct_reader_removed_by_another_is_not_called(selector: ReadingSelec
             end.close()
 
 
+def test_writing_follows_all_reading_of_the_turn(selector: ReadingSelector) -> None:
+    pairs = [socket.socketpair() for _ in range(2)]
+    done: list[object] = []
+
+    def read(number: int) -> None:
+        pairs[number][0].recv(100)
+        done.append(number)
+        selector.call_after_reading(lambda: done.append("written"))
+
+    for number, (ours, theirs) in enumerate(pairs):
+        theirs.send(b"x")
+        selector.add_direct_reader(ours.fileno(), lambda number=number: read(number))
+    selector.select(1)
+    assert sorted(map(str, done[:2])) == ["0", "1"] and done[2:] == ["written", "written"]
+    for pair in pairs:
+        for end in pair:
+            end.close()
+
+
 def test_the_selector_interface(selector: ReadingSelector, pair: Pair) -> None:
     ours, theirs = pair
     fd = ours.fileno()

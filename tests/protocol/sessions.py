@@ -13,6 +13,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from realtime.auth.tokens import TokenVerifier
+from realtime.client_log import ClientLog
 from realtime.config.settings import (
     ChannelOptions,
     ChannelSettings,
@@ -38,7 +39,7 @@ from realtime.pubsub.engine import AddPresence, GetHistory, Publish, Receiver, S
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from tests.pubsub.memory_engine import MemoryEngine
-from tests.pubsub.sinks import WholeFrames
+from tests.pubsub.sinks import FillableSocket
 
 SECRET = "a secret of thirty-two characters"
 NOW = 1_700_000_000.0
@@ -153,7 +154,7 @@ class App:
         return self.on_message and Handler(self.on_message)
 
 
-class Peer(WholeFrames):
+class Peer(FillableSocket):
     """A client: the connection of its session, and the received messages.
 
     Sent and received messages are in the form of JSON, in every encoding.
@@ -166,11 +167,13 @@ class Peer(WholeFrames):
         *,
         secret: str = "",
         needs_pings: bool = True,
+        transport_name: str = "websocket",
         headers: dict[str, str] | None = None,
     ) -> None:
         self.form = form
         self.secret = secret
         self.needs_pings = needs_pings
+        self.transport_name = transport_name
         self.raw: list[bytes] = []
         self.close_code: tuple[int, str] | None = None
         self.paused = False
@@ -179,15 +182,22 @@ class Peer(WholeFrames):
         server.peers.add(self)
 
     # Called by the session
-    def send(self, payload: bytes) -> None:
+    def send(self, payload: bytes, *, is_push: bool = False) -> None:
+        self.deliver(payload)
+        self.is_drained = self.is_drained and not self.fills
+
+    def deliver(self, payload: bytes) -> None:
         assert self.close_code is None, "sent after the close"
         self.raw.append(payload)
-
-    deliver = send
 
     def close(self, code: int, reason: str) -> None:
         assert self.close_code is None, "closed twice"
         self.close_code = (code, reason)
+
+    def hold(self) -> bool:
+        return False
+
+    def release(self) -> None: ...
 
     def pause(self) -> None:
         self.paused = True
@@ -231,6 +241,8 @@ class Server:
         self.now = 0.0
         self.wall = NOW
         self.mistakes: list[BaseException] = []
+        self.info: list[str] = []  # lines of the log
+        self.debug: list[str] = []
         self.app = App()
         self.metrics = Metrics()
         self.sessions = Sessions()
@@ -254,6 +266,7 @@ class Server:
             wall_clock=lambda: self.wall,
             report_error=self.mistakes.append,
             counters=SessionCounters(self.metrics),
+            client_log=ClientLog(self.metrics, lambda: self.now, self.info.append, self.debug.append),
         )
 
     def _make_engine(self, hub: Receiver) -> MemoryEngine:

@@ -110,6 +110,15 @@ class TestOrder:
         assert not peer.paused
         assert len(peer.heard()) == 6
 
+    def test_no_command_starts_while_the_client_has_long_replies_to_take(self, server):
+        peer = server.client()
+        peer.is_drained, peer.is_congested = False, True
+        assert peer.say(*({"id": n, "unsubscribe": {"channel": "a"}} for n in range(2, 12))) == []
+        assert peer.say({"id": 12, "unsubscribe": {"channel": "a"}}) == []
+        peer.drain()
+        assert [reply["id"] for reply in peer.heard()] == list(range(2, 13))
+        assert peer.session.queue is None
+
     def test_thousands_of_immediate_commands_do_not_deepen_the_stack(self):
         peer = Server(allow_anonymous_connect_without_token=True, commands_per_second=0).client()
         assert len(peer.say(*({"id": n, "unsubscribe": {"channel": "a"}} for n in range(2, 5002)))) == 5000

@@ -3,7 +3,7 @@
 A link carries requests and answers in order, and stands still until a step of the story moves it by one message. So a
 client may leave, and the engine may be replaced, between any two messages. The clients behave as the SDKs: they keep
 the position of the last publication, and reconnect with it. Some subscribe by a command, some when they connect, and
-half of them use deltas.
+half of them use deltas. A client's socket may be full for a while; what a reply has no room for is replayed then.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import ClientInfo, HistoryOptions, Publication
 from tests.protocol.sessions import BARE, App, Gate, gather, run
-from tests.pubsub.sinks import WholeFrames
+from tests.pubsub.sinks import FillableSocket
 
 NAME = "news"
 SETTINGS = SessionSettings(
@@ -64,9 +64,14 @@ OPTIONS = ChannelOptions(
     allow_subscribe_for_anonymous=True,
 )
 CACHE = msgspec.structs.replace(OPTIONS, force_recovery_mode="cache", auto_cache_recover=True)
+# One publication in a reply and in a page of a replay, and twenty in history.
+SMALL_REPLY = msgspec.structs.replace(
+    SETTINGS,
+    client=msgspec.structs.replace(SETTINGS.client, recovery_max_publication_limit=15, recovery_reply_size=200),
+)
+LONG = msgspec.structs.replace(OPTIONS, history_size=20)
 # Common to all publications, so that a delta is shorter than the full data.
 PADDING = "as in most publications much of it is always the same "
-RETENTION = HistoryOptions(OPTIONS.history_size, OPTIONS.history_ttl)
 
 
 class Deliveries:
@@ -178,7 +183,7 @@ class Link:
             self.requests.append((lambda: self.world.core.take_note(self, self.world.now, notice), None))
 
 
-class SDK(WholeFrames):
+class SDK(FillableSocket):
     """A client that behaves as the official SDKs, subscribed or not.
 
     by_server: the subscription comes with the connect reply, and lasts as long as the connection.
@@ -202,7 +207,8 @@ class SDK(WholeFrames):
     def connect(self) -> None:
         if self.session is None:
             worker = self.world.workers[self.link]
-            self.session = Session(SETTINGS, worker, COMMANDS, self, OpeningRequest({}, {}, "/", "10.0.0.1"))
+            self.is_drained = True
+            self.session = Session(self.world.settings, worker, COMMANDS, self, OpeningRequest({}, {}, "/", "10.0.0.1"))
             if self.by_server:
                 self.pending_id = self.last_id + 1
                 self.command(connect={"subs": {NAME: self.request()}})
@@ -219,6 +225,10 @@ class SDK(WholeFrames):
     def reconnect(self) -> None:
         self.vanish()
         self.connect()
+
+    def stall(self) -> None:
+        """Fill the socket: it takes no further frames for now."""
+        self.is_drained = False
 
     def forget(self) -> None:
         """Drop the connection."""
@@ -258,7 +268,7 @@ class SDK(WholeFrames):
 
     form, secret, needs_pings = BARE, "", True
 
-    def send(self, payload: bytes) -> None:
+    def send(self, payload: bytes, *, is_push: bool = False) -> None:
         if self.session is not None:
             self.received.append(msgspec.json.decode(payload))
 
@@ -270,7 +280,10 @@ class SDK(WholeFrames):
 
     def pause(self) -> None: ...
 
-    resume = pause
+    resume = release = pause
+
+    def hold(self) -> bool:
+        return False
 
     # Handling of received messages
 
@@ -342,8 +355,10 @@ class SDK(WholeFrames):
 
 
 class World:
-    def __init__(self, options: ChannelOptions = OPTIONS) -> None:
+    def __init__(self, options: ChannelOptions = OPTIONS, settings: SessionSettings = SETTINGS) -> None:
         self.options = options
+        self.settings = settings
+        self.retention = HistoryOptions(options.history_size, options.history_ttl)
         self.now = 0.0
         self.count = 0
         self.published: dict[tuple[str, int], str] = {}
@@ -413,7 +428,7 @@ class World:
     def publish(self) -> None:
         self.count += 1
         content = f"{PADDING}{self.count}"
-        request = Publish(NAME, msgspec.json.encode(content), RETENTION, delta=self.count % 5 > 0)
+        request = Publish(NAME, msgspec.json.encode(content), self.retention, delta=self.count % 5 > 0)
         position = self.core.carry_out(self.links[0], self.now, request)
         self.published[position.epoch, position.offset] = content
 
@@ -421,10 +436,13 @@ class World:
         return self.core.carry_out(self.links[0], self.now, GetPresence(NAME))
 
     def settle(self) -> None:
-        """Move messages until there are none."""
+        """Move messages, and drain the sockets, until there is nothing left to move."""
         moving = True
         while moving:
             moving = False
+            for client in self.clients:
+                moving |= not client.is_drained
+                client.drain()
             for link in self.links:
                 moving |= link.flow()
             for client in self.clients:
@@ -436,13 +454,25 @@ FREQUENT = ["publish", "ask", "answer", "listen", "flow"]
 OCCASIONAL = ["connect", "vanish", "reconnect", "subscribe", "unsubscribe", "settle"]
 RARE = ["trim", "expire", "cut", "replace", "crash", "drop", "drop", "repeat"]
 STEPS = st.tuples(st.sampled_from(3 * FREQUENT + 2 * OCCASIONAL + RARE), st.integers(0, 3))
-
-
 STORIES = st.lists(STEPS, min_size=20, max_size=100)
+# A client is away while much is published, and its socket is full when it comes back, and at times later.
+SLOW_STEPS = st.tuples(
+    st.sampled_from(3 * [*FREQUENT, "stall", "drain"] + 2 * ["reconnect", "trim"] + OCCASIONAL[:-1] + RARE),
+    st.integers(0, 3),
+)
+ABSENCES = st.tuples(st.integers(0, 3), st.integers(1, 15)).map(
+    lambda absence: [
+        *[("vanish", absence[0]), *(("publish", 0),) * absence[1]],
+        *[(name, absence[0]) for name in ("connect", "stall", "flow", "listen", "flow", "listen", "drain", "stall")],
+    ]
+)
+SLOW_STORIES = st.lists(st.one_of(st.lists(SLOW_STEPS, min_size=1, max_size=8), ABSENCES), min_size=4, max_size=12).map(
+    lambda parts: [("settle", 0), *(step for part in parts for step in part)]
+)
 
 
-def play(steps: list[tuple[str, int]], options: ChannelOptions) -> None:
-    world = World(options)
+def play(steps: list[tuple[str, int]], options: ChannelOptions, settings: SessionSettings = SETTINGS) -> World:
+    world = World(options, settings)
     for client in world.clients:
         client.connect()
         client.subscribe()
@@ -450,7 +480,7 @@ def play(steps: list[tuple[str, int]], options: ChannelOptions) -> None:
         world.act(step)
     world.publish()  # the next publication after a dropped one reveals the loss
     world.settle()
-    top = world.core.carry_out(world.links[0], world.now, GetHistory(NAME, RETENTION)).position
+    top = world.core.carry_out(world.links[0], world.now, GetHistory(NAME, world.retention)).position
     listening = [client for client in world.clients if client.session is not None and client.wanted]
     for client in listening:
         assert client.subscribed and client.position == (top.offset, top.epoch)
@@ -462,6 +492,7 @@ def play(steps: list[tuple[str, int]], options: ChannelOptions) -> None:
     assert world.core.channels == 0 and not world.present()
     for link, worker in zip(world.links, world.workers, strict=True):
         assert (link.hub.subscriptions, len(worker.sessions), worker.deadlines._buckets) == (0, 0, {})
+    return world
 
 
 @settings(max_examples=800, deadline=None)
@@ -474,3 +505,9 @@ def test_every_publication_arrives_once_and_in_order_or_its_loss_is_reported(ste
 @given(STORIES)
 def test_in_cache_mode_the_newest_arrives_and_then_every_other(steps: list[tuple[str, int]]) -> None:
     play(steps, CACHE)
+
+
+@settings(max_examples=400, deadline=None)
+@given(SLOW_STORIES)
+def test_what_a_reply_has_no_room_for_follows_in_order(steps: list[tuple[str, int]]) -> None:
+    play(steps, LONG, SMALL_REPLY)

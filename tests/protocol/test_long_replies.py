@@ -64,7 +64,7 @@ class Turns:
 
 @pytest.fixture
 def turns() -> Turns:
-    return Turns(history_max_publication_limit=0, recovery_max_publication_limit=0)
+    return Turns(history_max_publication_limit=0, recovery_max_publication_limit=0, recovery_reply_size=1_000_000)
 
 
 def test_presence_of_many(turns: Turns) -> None:

@@ -47,7 +47,7 @@ class TestLeaving:
     def test_an_engine_that_does_not_answer_keeps_no_subscription(self, server, leaves):
         gone = []
 
-        async def disconnected(client):
+        async def disconnected(client, code, reason):
             gone.append(client.user)
 
         server.app.disconnected = disconnected
@@ -126,15 +126,16 @@ class TestOrders:
         ]
         assert server.hub.subscriptions == 0
 
-    def test_the_disconnect_handler_is_called_once(self, server):
+    def test_the_disconnect_handler_is_called_once_with_the_reason(self, server):
         gone = []
 
-        async def disconnected(client):
-            gone.append(client.user)
+        async def disconnected(client, code, reason):
+            gone.append((client.user, code, reason))
 
         server.app.disconnected = disconnected
+        server.client("eve").session.closed()
         peer = server.client("ann")
         peer.session.handle.disconnect()
         peer.session.closed()
-        assert gone == ["ann"]
+        assert gone == [("eve", 3000, "connection closed"), ("ann", 3503, "force disconnect")]
         assert peer.close_code == (3503, "force disconnect")

@@ -10,7 +10,8 @@ from realtime.errors import ClientError
 from realtime.protocol.session_timers import EXPIRY_SPREAD
 from realtime.pubsub.engine import AddPresence, GetHistory, Subscribe
 from realtime.pubsub.time_slices import TimeSlicer
-from tests.protocol.sessions import CHANNEL, NOW, Gate, Server, error_of, token
+from tests.protocol.sessions import BARE, BARE_PROTOBUF, CHANNEL, NOW, Gate, Server, error_of, token
+from tests.protocol.test_step_costs import sized
 
 LEAVE = {"unsubscribe": {"channel": "a"}}
 
@@ -32,7 +33,7 @@ class TestRate:
         assert answers(replies) == {0: 399, 111: 400}
         assert all(reply["error"]["temporary"] for reply in replies if "error" in reply)
         assert peer.close_code == (3013, "too many requests")
-        assert server.count("realtime_bad_input", kind="command_rate") == 401
+        assert server.count("realtime_bad_input", kind="command_rate") == 400
         assert server.count("realtime_bad_input", kind="command_flood") == 1
 
     def test_commands_at_the_allowed_rate_are_never_refused(self):
@@ -59,6 +60,36 @@ class TestRate:
     def test_no_limit(self):
         peer = make(commands_per_second=0).client()
         assert answers(peer.say(*({"id": n, **LEAVE} for n in range(2, 5000)))) == {0: 4998}
+
+
+class TestFields:
+    """The items of one command, by `client.max_command_fields`."""
+
+    def connect(self, form, subs):
+        if form is BARE:
+            named = ",".join(f'"{"c" * 40}{number}":{{}}' for number in range(subs))
+            return f'{{"id":1,"connect":{{"subs":{{{named}}}}}}}'.encode()
+        named = [b"\x1a" + sized(b"\x0a" + sized(b"c%d" % each) + b"\x12\x02\x18\x01") for each in range(subs)]
+        return sized(b"\x08\x01\x22" + sized(b"".join(named)))
+
+    @pytest.mark.parametrize("form", [BARE, BARE_PROTOBUF])
+    @pytest.mark.parametrize(("limit", "channel_limit"), [(8192, 100), (2048, 250), (8192, 0)])
+    def test_a_first_message_may_recover_as_many_subscriptions_as_a_client_has(self, form, limit, channel_limit):
+        for subs, refused in ((channel_limit or 800, False), (5000, True)):
+            server = make(max_command_fields=limit, channel_limit=channel_limit)
+            peer = server.peer(form)
+            peer.session.receive(self.connect(form, subs))
+            assert (peer.close_code is not None) is refused
+            assert server.count("realtime_bad_input", kind="command_fields") == refused
+
+    def test_later_commands_have_their_own_limit(self):
+        server = make(channel_limit=100)
+        peer = server.client()
+        long = '{"id":2,"unsubscribe":{"channel":"a","x":[' + ",".join(["{}"] * 4000) + "]}}"
+        peer.session.receive(long.encode())
+        assert peer.close_code is None
+        peer.session.receive(long.replace("[{}", "[{},{},{},{},{}" + ",{}" * 200).encode())
+        assert peer.close_code[0] == 3501
 
 
 class TestErrors:

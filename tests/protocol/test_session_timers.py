@@ -97,6 +97,17 @@ class TestTime:
         server.advance(9)
         assert peer.close_code == (3012, "no pong")
 
+    def test_the_pong_limit_starts_when_the_socket_has_taken_the_ping(self, server):
+        """A ping may be behind a long reply; `websocket.write_timeout` finds a client that is gone."""
+        peer = server.client()
+        server.ping(peer)
+        peer.is_drained = False
+        server.advance(40)
+        assert peer.close_code is None
+        peer.drain()
+        server.advance(17)
+        assert peer.close_code == (3012, "no pong")
+
     def test_a_connect_that_the_server_delays_too_long_closes_with_a_temporary_code(self, server):
         async def connecting(request):
             await Gate()

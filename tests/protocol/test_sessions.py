@@ -141,3 +141,11 @@ def test_sessions_may_be_removed_while_they_are_visited(worker: Worker) -> None:
     for session in worker.sessions:
         session.disconnect(3000, "")
     assert len(worker.sessions) == 0 and list(worker.sessions) == []
+
+
+def test_few_sessions_with_many_subscriptions_are_divided_too(worker: Worker) -> None:
+    worker.add(SESSIONS_AT_ONCE)
+    worker.order(DisconnectOrder(""))
+    assert SESSIONS_AT_ONCE / 2 < len(worker.sessions) < SESSIONS_AT_ONCE
+    worker.finish()
+    assert len(worker.sessions) == 0

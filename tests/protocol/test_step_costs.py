@@ -11,9 +11,10 @@ import pytest
 
 from realtime.config.settings import LoopSettings
 from realtime.errors import ClientError
+from realtime.protocol.encodings import MAX_FIELDS
 from realtime.protocol.json_encoding import JSON_ENCODING, MAX_OBJECTS
 from realtime.protocol.messages import FilterNode, ProtocolError
-from realtime.protocol.protobuf import MAX_FIELDS, PROTOBUF
+from realtime.protocol.protobuf import PROTOBUF
 from realtime.pubsub import filters, fossil_delta
 from realtime.pubsub.engine import AddPresence
 from realtime.pubsub.fanout import PATCH_LIMIT
@@ -58,7 +59,11 @@ class Loop:
 
 
 def shortest(measure: Callable[[], float]) -> float:
-    return min(measure() for _ in range(3))
+    """Return the least of some measurements, or the first below BOUND."""
+    for _ in range(4):
+        if (seconds := measure()) < BOUND:
+            return seconds
+    return seconds
 
 
 def varint(number: int) -> bytes:

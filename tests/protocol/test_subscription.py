@@ -165,15 +165,23 @@ class TestGrants:
         assert peer.subscribe(**request) == {"was_recovering": True}
 
     def test_a_refused_filter_is_logged(self, server):
-        lines: list[str] = []
-        server.services = msgspec.structs.replace(server.services, log_debug=lines.append)
         channels = ChannelSettings(
             without_namespace=ChannelOptions(allow_subscribe_for_client=True, allow_tags_filter=True)
         )
         server.services = msgspec.structs.replace(server.services, rules=ChannelRules(channels))
         filter = {"op": "and", "nodes": [{"key": "k", "cmp": "ex"}] * 256}
         assert error_of(server.client("ann").say({"id": 2, "subscribe": {"channel": "a", "tf": filter}})) == 107
-        assert "channel 'a'" in lines[0] and "256 nodes or 32 levels" in lines[0]
+        assert "'a'" in server.info[0] and "256 nodes or 32 levels" in server.info[0]
+
+    def test_the_nodes_of_a_filter_are_limited_by_the_configuration(self):
+        options = ChannelOptions(allow_subscribe_for_client=True, allow_tags_filter=True)
+        server = Server(ChannelSettings(without_namespace=options), max_filter_nodes=3)
+        peer = server.client("ann")
+        for number, refused in ((2, False), (3, True)):
+            filter = {"op": "and", "nodes": [{"key": "k", "cmp": "ex"}] * number}
+            reply = peer.say({"id": number, "subscribe": {"channel": f"a{number}", "tf": filter}})
+            assert ("error" in reply[0]) is refused
+        assert server.count("realtime_command_errors", command="subscribe", code="107") == 1
 
 
 def test_a_client_that_comes_back_in_the_same_message_does_not_hear_its_own_leave(server):

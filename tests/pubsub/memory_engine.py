@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from realtime.config.settings import EngineSettings
+from realtime.handlers.coroutines import DoneCallback, drive
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.engine import Answer, EngineNotice, EngineRequest, Receiver
 from realtime.types import ClientInfo, Publication
@@ -33,6 +34,9 @@ class MemoryEngine:
     def ask(self, request: EngineRequest[Answer]) -> Awaitable[Answer]:
         override = self.overrides.get(type(request))
         return self.carry_out(request) if override is None else override(request)
+
+    def ask_then(self, request: EngineRequest[Answer], done: DoneCallback) -> None:
+        drive(self.ask(request), done)  # type: ignore[arg-type]
 
     def tell(self, notice: EngineNotice) -> None:
         self.core.take_note(self._receiver, self._clock(), notice)

@@ -36,6 +36,12 @@ def test_an_activated_subscriber_is_late_until_it_is_discarded() -> None:
     assert backlog.late == {SUBSCRIBER}
 
 
+def test_a_subscriber_that_was_behind_is_not_late() -> None:
+    backlog = Backlog()
+    backlog.append(ACTIVATION._replace(is_late=False))
+    assert backlog.late == set()
+
+
 def test_dropping_removes_the_named_kinds_and_keeps_activations() -> None:
     backlog = Backlog()
     for job in (JOIN, published(b"12"), ACTIVATION, LEAVE):

@@ -21,11 +21,13 @@ from realtime.pubsub.engine import (
     GetPresence,
     GetStats,
     Publish,
+    RemoveClient,
     RemoveHistory,
     RemovePresence,
     ReportSubscriptions,
     SendOrder,
     Subscribe,
+    TakeLostClients,
 )
 from realtime.types import ClientInfo, EngineStats, HistoryOptions, Publication
 
@@ -164,3 +166,62 @@ def test_a_refused_publication_leaves_no_key_behind(bench: Bench) -> None:
     bench.core.sweep(bench.now)
     assert bench.core.streams == 0
     assert bench.ask(Publish("c", b"1", keep, idempotency_key="key")).offset == 1
+
+
+class TestLostClients:
+    """The clients of a worker that has died, for the worker in its place."""
+
+    CLIENTS = (ClientInfo("alice", "client-a"), ClientInfo("bob", "client-b"), ClientInfo("", "client-c"))
+
+    def start(self, peer: str, core: BrokerCore[str], *, takes_lost: bool = True, is_returning: bool = False) -> None:
+        core.attach(peer, "0")
+        core.introduce(peer, takes_lost=takes_lost, is_returning=is_returning)
+
+    def run(self, *, takes_lost: bool = True, max_channels: int = 10) -> BrokerCore[str]:
+        """A core whose worker had three clients, of whom one has left, and then died."""
+        core = BrokerCore[str](Deliveries(), max_channels)
+        self.start("first", core, takes_lost=takes_lost)
+        for info in self.CLIENTS:
+            core.take_note("first", 0.0, AddClient(info))
+        core.take_note("first", 0.0, RemoveClient("client-b"))
+        core.detach("first", 0.0)
+        return core
+
+    def taken(self, core: BrokerCore[str], peer: str, limit: int = 100) -> list[ClientInfo]:
+        return core.carry_out(peer, 0.0, TakeLostClients(limit))
+
+    def test_the_next_worker_gets_each_of_them_once(self) -> None:
+        core = self.run()
+        self.start("second", core)
+        assert self.taken(core, "second", 1) == [self.CLIENTS[0]]
+        assert self.taken(core, "second") == [self.CLIENTS[2]]
+        assert self.taken(core, "second") == []
+
+    def test_those_that_it_has_not_taken_are_the_next_ones(self) -> None:
+        core = self.run()
+        self.start("second", core)
+        assert self.taken(core, "second", 1) == [self.CLIENTS[0]]
+        core.detach("second", 1.0)
+        self.start("third", core)
+        assert self.taken(core, "third") == [self.CLIENTS[2]]
+
+    def test_a_worker_that_returns_has_them_itself(self) -> None:
+        core = self.run()
+        self.start("again", core, is_returning=True)
+        assert self.taken(core, "again") == []
+
+    def test_another_workers_clients_are_not_given_out(self) -> None:
+        core = self.run()
+        core.attach("other", "1")
+        core.introduce("other", takes_lost=True, is_returning=False)
+        assert self.taken(core, "other") == []
+
+    def test_nothing_is_kept_for_an_application_that_does_not_ask(self) -> None:
+        core = self.run(takes_lost=False)
+        self.start("second", core)
+        assert self.taken(core, "second") == []
+
+    def test_their_number_is_limited(self) -> None:
+        core = self.run(max_channels=1)
+        self.start("second", core)
+        assert self.taken(core, "second") == [self.CLIENTS[0]]

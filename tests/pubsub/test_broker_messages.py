@@ -38,6 +38,7 @@ from realtime.pubsub.engine import (
     ReportSubscriptions,
     SendOrder,
     Subscribe,
+    TakeLostClients,
     Unsubscribe,
 )
 from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
@@ -65,6 +66,7 @@ FROM_WORKER: list[Any] = [
     GetStats(),
     SendOrder(b"\x00\xff", "3"),
     AdmitClient(CLIENT, 5),
+    TakeLostClients(100),
 ]
 FROM_BROKER: list[Any] = [
     broker_messages.Welcome(VERSION, "abcdefgh"),
@@ -86,6 +88,7 @@ ANSWERS: list[tuple[type[EngineRequest[Any]], Any]] = [
     (GetPresence, {"client-1": CLIENT}),
     (GetPresenceStats, (2, 1)),
     (AdmitClient, True),
+    (TakeLostClients, [CLIENT]),
     (GetStats, EngineStats(1, 2, 3, 4)),
 ]
 

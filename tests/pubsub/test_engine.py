@@ -15,6 +15,7 @@ from twisted.internet.task import deferLater
 from realtime.config.settings import EngineSettings
 from realtime.errors import ClientError
 from realtime.pubsub.engine import (
+    PRESENCE_PAGE,
     AddClient,
     AddPresence,
     AdmitClient,
@@ -31,6 +32,7 @@ from realtime.pubsub.engine import (
     SendOrder,
     Subscribe,
     Unsubscribe,
+    new_listing,
 )
 from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
 from realtime.worker.engine import BrokerEngine
@@ -382,6 +384,17 @@ async def test_presence_delivers_joins_and_leaves(bench: Bench, channel: str) ->
     assert await bench.engine.ask(GetPresenceStats(channel)) == (0, 0)
     log = await bench.settled()
     assert log.entries == [(what, channel, info) for what in ("joined", "left") for info in (ALICE, BOB)]
+
+
+async def test_presence_comes_in_pages(bench: Bench, channel: str) -> None:
+    infos = {f"client-{number}": ClientInfo("42", f"client-{number}") for number in range(2 * PRESENCE_PAGE + 1)}
+    for info in infos.values():
+        await bench.engine.ask(AddPresence(channel, info, present=True, announce=False))
+    pages, listing = [], new_listing()
+    while not pages or len(pages[-1]) == PRESENCE_PAGE:
+        pages.append(await bench.engine.ask(GetPresence(channel, listing)))
+    assert [len(page) for page in pages] == [PRESENCE_PAGE, PRESENCE_PAGE, 1]
+    assert pages[0] | pages[1] | pages[2] == infos
 
 
 async def test_removing_an_absent_client_delivers_no_leave(bench: Bench, channel: str) -> None:

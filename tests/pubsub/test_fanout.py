@@ -274,6 +274,36 @@ def test_a_long_replay_yields_to_other_work(worker: Worker) -> None:
     assert offsets(member) == list(range(1, 3002))
 
 
+def test_a_subscriber_that_catches_up_receives_the_joins_queued_before_it(worker: Worker) -> None:
+    for _ in range(2000):
+        worker.member()
+    member = Listener(announced=True)
+    add(worker.hub, member)
+    assert worker.hub.begin_replay("c", member)
+    worker.publish()
+    worker.hub.on_join("c", CLIENT)
+    worker.hub.end_replay("c", member)
+    worker.publish()
+    assert worker.hub.activate("c", member, at(1))
+    worker.publish()
+    assert member.frames == []
+    worker.until_idle()
+    assert member.frames == [b"join client-1", b"p 2 abcdefgh", b"p 3 abcdefgh"]
+
+
+def test_a_subscriber_that_leaves_while_it_is_behind_takes_no_delta_base_along(worker: Worker) -> None:
+    texts = [b"the quick brown fox jumps over the lazy dog, number %d" % n for n in range(3)]
+    member, behind = worker.member(delta=True), Listener(delta=True)
+    worker.publish(data=texts[0], delta=True)
+    add(worker.hub, behind)
+    assert worker.hub.begin_replay("c", behind)
+    worker.publish(data=texts[1], delta=True)
+    worker.hub.unsubscribe("c", behind)
+    worker.publish(data=texts[2], delta=True)
+    assert [frame.split(b" ")[0] for frame in member.frames] == [b"whole", b"patch", b"patch"]
+    assert behind.frames == []
+
+
 def test_gaps_are_reported_in_slices_and_before_newer_publications(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for member in members:

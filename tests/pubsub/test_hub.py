@@ -395,6 +395,49 @@ def test_joins_follow_the_publications(hub: Hub) -> None:
     assert member.frames == [b"p 1 abcdefgh", b"join client-1", b"leave client-1"]
 
 
+def test_a_subscriber_that_is_behind_receives_joins_and_leaves_alone(hub: Hub) -> None:
+    member = Listener(announced=True)
+    add(hub, member)
+    publish(hub, 1)
+    hub.on_join("c", CLIENT)
+    assert hub.begin_replay("c", member)
+    publish(hub, 2)
+    hub.on_leave("c", CLIENT)
+    assert member.frames == [b"join client-1", b"leave client-1"]
+    assert (hub.subscribers("c"), hub.subscriptions) == (1, 1)
+    hub.end_replay("c", member)
+    publish(hub, 3)
+    hub.on_join("c", CLIENT)
+    assert hub.activate("c", member, at(2))
+    publish(hub, 4)
+    assert member.frames[2:] == [b"join client-1", b"p 3 abcdefgh", b"p 4 abcdefgh"]
+    assert (hub.subscribers("c"), hub.subscriptions) == (1, 1)
+
+
+def test_a_replay_that_does_not_reach_the_top_ends_in_a_gap(hub: Hub) -> None:
+    member = Listener()
+    add(hub, member)
+    assert hub.begin_replay("c", member)
+    publish(hub, 1)
+    hub.end_replay("c", member)
+    publish(hub, 2)
+    assert not hub.activate("c", member, at(0))
+    assert (hub.subscribers("c"), hub.subscriptions) == (0, 0)
+
+
+def test_missing_joins_end_a_replay_that_relies_on_them(hub: Hub, engine: SlowEngine) -> None:
+    member, other = Listener(announced=True), Listener(announced=True)
+    for subscriber in (member, other):
+        add(hub, subscriber)
+    assert hub.begin_replay("c", member)
+    hub.on_interruption()
+    assert member.losses == 1
+    assert not hub.begin_replay("c", other)
+    assert not hub.activate("c", member, at(0))
+    hub.end_replay("c", member)
+    assert hub.subscriptions == 0 and engine.log == ["subscribe c", "unsubscribe c"]
+
+
 def test_the_leave_of_an_earlier_subscription_of_the_client_is_not_delivered(hub: Hub) -> None:
     member, other = Listener(announced=True), Listener(announced=True)
     member.client = CLIENT.client
@@ -668,6 +711,7 @@ KINDS = st.fixed_dictionaries(
         "filter": st.sampled_from([None, None, lambda tags: int(tags["n"]) % 2 == 0]),
     }
 )
+MEANWHILE = st.lists(st.sampled_from(["next", "joined", "joined", "turn"]), max_size=4)
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("next"), st.integers(0, 3)),  # 0: a repeat, 1: the next one, more: a gap
@@ -684,7 +728,11 @@ STEPS = st.lists(
         st.tuples(st.just("open"), st.integers(0, 5), st.integers(-2, 2)),
         st.tuples(st.just("open"), st.integers(0, 5), st.just(0)),
         st.tuples(st.just("open"), st.integers(0, 5), st.just(0)),
+        st.tuples(st.just("replay"), st.integers(0, 5)),
+        st.tuples(st.just("caught up"), st.integers(0, 5)),
+        st.tuples(st.just("recover"), KINDS, st.tuples(MEANWHILE, MEANWHILE, MEANWHILE)),
         st.tuples(st.just("remove"), st.integers(0, 5)),
+        st.tuples(st.just("remove behind"), st.integers(0, 5)),
     ),
     max_size=60,
 )
@@ -701,7 +749,11 @@ class Story:
         self.offset, self.epoch = 0, "e0"
         self.plains = 0
         self.top = Position()  # of the latest publication
+        self.joins = 0
+        self.joins_before: dict[int, int] = {}
         self.pending: list[Listener] = []
+        self.behind: list[Listener] = []
+        self.replayed: set[int] = set()
         self.open: list[tuple[Listener, Position | None]] = []
         self.honest: set[int] = set()  # subscribers whose reply had the true position
         self.refused: list[Listener] = []
@@ -726,6 +778,7 @@ class Story:
         self.publish(0, "")
 
     def joined(self) -> None:
+        self.joins += 1
         self.hub.on_join("c", CLIENT)
 
     def start_again(self) -> None:
@@ -741,12 +794,49 @@ class Story:
         member = Listener(**kind)
         member.deliver = lambda frame: self.take(member, frame)
         member.on_gap = lambda: self.lose(member)  # type: ignore[method-assign]
+        self.joins_before[id(member)] = self.joins
         add(self.hub, member)
         self.pending.append(member)
 
+    def replay(self, index: int) -> None:
+        able = [member for member in self.pending if member.positioned and id(member) not in self.replayed]
+        if able:
+            member = able[index % len(able)]
+            self.pending.remove(member)
+            self.replayed.add(id(member))
+            if self.hub.begin_replay("c", member):
+                self.behind.append(member)
+            else:
+                assert member.announced
+                self.refused.append(member)
+
+    def caught_up(self, index: int) -> None:
+        """Hold publications for a member that is behind, from the true top on; a later step opens it."""
+        if self.behind:
+            member = self.behind.pop(index % len(self.behind))
+            self.hub.end_replay("c", member)
+            self.pending.append(member)
+
+    def recover(self, kind: dict[str, Any], meanwhile: tuple[list[str], list[str], list[str]]) -> None:
+        """Take a member through a whole replay."""
+        self.add({**kind, "positioned": True})
+        self.go(meanwhile[0])
+        member = self.pending[-1]
+        self.pending.insert(0, self.pending.pop())
+        self.replay(0)
+        self.go(meanwhile[1])
+        if member in self.behind:
+            self.caught_up(self.behind.index(member))
+            self.go(meanwhile[2])
+            self.open_one(self.pending.index(member), 0)
+
+    def go(self, steps: list[str]) -> None:
+        for step in steps:
+            {"next": lambda: self.next(1), "joined": self.joined, "turn": self.turn}[step]()
+
     def take(self, member: Listener, frame: bytes) -> None:
         self.now += 1
-        member.frames.append(frame)
+        Listener.deliver(member, frame)
 
     def lose(self, member: Listener) -> None:
         self.now += 1
@@ -762,6 +852,8 @@ class Story:
             self.open.append((member, position))
             if not skew:
                 self.honest.add(id(member))
+        elif id(member) in self.replayed:
+            self.ended.append((member, len(member.frames)))
         else:
             assert member.positioned or member.announced
             self.refused.append(member)
@@ -769,6 +861,12 @@ class Story:
     def remove(self, index: int) -> None:
         if self.open:
             member, _ = self.open[index % len(self.open)]
+            self.hub.unsubscribe("c", member)
+            self.ended.append((member, len(member.frames)))
+
+    def remove_behind(self, index: int) -> None:
+        if self.behind:
+            member = self.behind.pop(index % len(self.behind))
             self.hub.unsubscribe("c", member)
             self.ended.append((member, len(member.frames)))
 
@@ -782,6 +880,8 @@ class Story:
                 assert member.losses <= 1
         for member in self.refused:
             assert (member.frames, member.losses) == ([], 0)
+        for member in self.behind:
+            assert heard(member) == []
         for member, frames in self.ended:
             assert len(member.frames) == frames
         assert self.hub.subscriptions == self.hub.subscribers("c")
@@ -796,7 +896,14 @@ class Story:
         for member, position in alive:
             if position is not None and position.epoch == self.top.epoch and id(member) in self.honest:
                 assert heard(member) == wanted(member, position, self.top.offset)
-        assert self.hub.subscriptions == len(alive) + len(self.pending)
+        waiting = [member for member in [*self.pending, *self.behind] if not member.losses]
+        assert self.hub.subscriptions == len(alive) + len(waiting)
+        for member in [member for member, _ in alive] + [member for member in self.behind if not member.losses]:
+            if member.announced:
+                assert (
+                    sum(frame.startswith(b"join") for frame in member.frames)
+                    == self.joins - self.joins_before[id(member)]
+                )
         assert self.hub.fanout.queued == 0
 
 
@@ -842,6 +949,10 @@ def test_no_fault_of_the_link_shows_a_positioned_subscriber_a_gap(steps: list[tu
             "turn": story.turn,
             "add": story.add,
             "open": story.open_one,
+            "replay": story.replay,
+            "caught up": story.caught_up,
+            "recover": story.recover,
+            "remove behind": story.remove_behind,
             "remove": story.remove,
         }
         for name, *arguments in steps:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from realtime.errors import ClientError
-from realtime.pubsub.engine import AddPresence, RemovePresence
-from realtime.pubsub.presence import RETURN_GRACE, Presence
+from realtime.pubsub.engine import PRESENCE_PAGE, AddPresence, GetPresence, RemovePresence
+from realtime.pubsub.presence import COUNT_FROM, LISTING_TIME, MAX_LISTINGS, RETURN_GRACE, Presence
 from realtime.types import ClientInfo
 
 GRACE = 2.0
@@ -209,3 +210,58 @@ def test_counting_takes_the_same_time_for_any_number_of_members(desk: Desk) -> N
     for _ in range(1_000):
         desk.presence.count("a")
     assert time.thread_time() - start < 0.2  # one count of all takes 4 ms
+
+
+class TestPages:
+    """Lists of clients, page by page."""
+
+    def pages(self, desk: Desk, listing: int, peer: str = "one") -> Iterator[dict[str, ClientInfo]]:
+        page = dict.fromkeys(range(PRESENCE_PAGE))
+        while len(page) == PRESENCE_PAGE:
+            page = desk.presence.page(desk.now, peer, GetPresence("a", listing))
+            assert len(page) <= PRESENCE_PAGE
+            yield page
+
+    @pytest.mark.parametrize("members", [0, 1, PRESENCE_PAGE, PRESENCE_PAGE + 1, 3 * PRESENCE_PAGE])
+    def test_all_pages_have_the_clients_of_the_first_request(self, desk: Desk, members: int) -> None:
+        for number in range(members):
+            desk.add(f"c{number}", peer="one" if number % 2 else "two")
+        desk.presence.add("one", AddPresence("a", ClientInfo("ann", "unlisted"), False, True))
+        expected, listed = desk.presence.list("a"), {}
+        for number, page in enumerate(self.pages(desk, 7)):
+            listed.update(page)
+            desk.add(f"later {number}")
+            desk.remove(f"c{members - number - 1}", peer="one" if members - number - 1 & 1 else "two")
+        assert listed == expected
+        assert not desk.presence._listings
+
+    def test_listings_are_independent(self, desk: Desk) -> None:
+        for number in range(2 * PRESENCE_PAGE):
+            desk.add(f"c{number}")
+        found = [{}, {}, {}]
+        listings = [self.pages(desk, 1), self.pages(desk, 2), self.pages(desk, 1, "two")]
+        for pages in zip(*listings, strict=True):
+            for members, page in zip(found, pages, strict=True):
+                members.update(page)
+        assert all(members == desk.presence.list("a") for members in found)
+
+    def test_abandoned_ones_make_room_and_others_are_refused(self, desk: Desk) -> None:
+        for number in range(PRESENCE_PAGE):
+            desk.add(f"c{number}")
+        for number in range(1, MAX_LISTINGS + 1):
+            next(self.pages(desk, number))
+        with pytest.raises(ClientError) as refused:
+            next(self.pages(desk, MAX_LISTINGS + 1))
+        assert refused.value.code == 111
+        desk.now += LISTING_TIME
+        next(self.pages(desk, MAX_LISTINGS + 1))
+        assert len(desk.presence._listings) == 1
+        desk.presence.detach(desk.now, "one", ())
+        assert not desk.presence._listings
+
+
+def test_large_channels_are_counted_before_anybody_asks(desk: Desk) -> None:
+    for number in range(COUNT_FROM + 10):
+        desk.add(f"c{number}", f"user {number % 7}")
+    assert desk.presence._counts["a"].clients == COUNT_FROM + 10
+    assert desk.presence.count("a") == (COUNT_FROM + 10, 7)

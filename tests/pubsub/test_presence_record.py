@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realtime.config.settings import ChannelOptions, ChannelSettings
-from realtime.pubsub import time_slices
+from realtime.protocol import commands
+from realtime.pubsub import presence, time_slices
 from realtime.pubsub.engine import AddPresence, GetPresence, RemovePresence
 from realtime.pubsub.presence_record import PresenceRecords
 from realtime.pubsub.time_slices import TimeSlicer
@@ -33,6 +35,17 @@ ANN = ClientInfo("42", "ann")
 class Turn(Gate):
     def callback(self, result: None) -> None:
         self.open()
+
+
+@contextmanager
+def in_short_steps() -> Iterator[None]:
+    with (
+        mock.patch.object(time_slices, "YIELD_EVERY", 2),
+        mock.patch.object(commands, "YIELD_EVERY", 2),
+        mock.patch.object(commands, "PRESENCE_PAGE", 3),
+        mock.patch.object(presence, "PRESENCE_PAGE", 3),
+    ):
+        yield
 
 
 class Room:
@@ -120,7 +133,7 @@ STEPS = st.one_of(
 @settings(deadline=None)
 @given(st.lists(STEPS, max_size=40), st.sampled_from([BARE, BARE_PROTOBUF]))
 def test_no_interleaving_leaves_a_ghost(steps, form):
-    with mock.patch.object(time_slices, "YIELD_EVERY", 2):
+    with in_short_steps():
         room = Room(form)
         for number in range(5):
             room.join(number)
@@ -131,7 +144,7 @@ def test_no_interleaving_leaves_a_ghost(steps, form):
 
 
 def test_a_leave_overtakes_no_reply():
-    with mock.patch.object(time_slices, "YIELD_EVERY", 2):
+    with in_short_steps():
         room = Room()
         for number in range(10):
             room.join(number)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,6 +19,7 @@ from realtime.pubsub.time_slices import TimeSlicer
 from realtime.server_api import http_api
 from realtime.server_api.http_api import BadBody, UnknownMethod
 from realtime.types import Position, SubscribeOptions
+from tests.protocol.sessions import Gate, run
 from tests.server_api.bench import Bench, finish
 
 # -- the form of a call -----------------------------------------------------------------------------------------------
@@ -375,3 +378,38 @@ def test_a_number_of_any_size_has_an_answer(bench: Bench, method: str, fields: d
     assert "error" not in json.dumps(result) or '"code": 107' in json.dumps(result)
     for order in bench.receiver.orders:
         assert msgspec.msgpack.encode(order)
+
+
+def test_the_commands_of_a_batch_and_the_channels_of_a_broadcast_are_limited(bench: Bench) -> None:
+    bench.api._max_batch = 3
+    publish = {"publish": {"channel": "plain", "data": 1}}
+    assert len(bench.call("batch", {"commands": [publish] * 3})["replies"]) == 3
+    assert bench.refusal("batch", {"commands": [publish] * 4}) == 106
+    assert bench.refusal("broadcast", {"channels": ["plain"] * 4, "data": 1}) == 106
+    line = b'{"method":"info"}\n\n  \n'
+    assert len(finish(bench.api.call_named(line * 3)).lines) == 3
+    with pytest.raises(ClientError) as refused:
+        finish(bench.api.call_named(line * 4))
+    assert refused.value.code == 106
+
+
+class Turn(Gate):
+    def callback(self, result: None) -> None:
+        self.open()
+
+
+@pytest.mark.parametrize("name", ["brackets", "surrogates"])
+def test_long_data_is_checked_in_slices(bench: Bench, name: str) -> None:
+    data = b"[" + b",".join([b"[]" if name == "brackets" else b'"\\ud83d\\ude00"'] * 10_000) + b"]"
+    turns: list[Callable[[], None]] = []
+    slices = TimeSlicer(lambda: 0.0, 1.0, turns.append, Turn)
+    operations = bench.operations
+    operations._slices = slices
+    api = http_api.HTTPAPI(operations, slices=slices)
+    for encoding in (b'"data":%b' % data, b'"b64data":"%b"' % base64.b64encode(data)):
+        outcomes: list[object] = []
+        run(api.call("publish", b'{"channel":"plain",%b}' % encoding), lambda *outcome, to=outcomes: to.append(outcome))
+        assert not outcomes
+        while turns:
+            turns.pop()()
+        assert outcomes[0][1] is None

@@ -5,12 +5,13 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from realtime.config.settings import LoopSettings
+from realtime.repetition import REPEAT_AFTER
 from realtime.supervision.incidents import (
+    MANY_CALLS,
     MAX_INCIDENTS,
     MAX_PLACES,
     MAX_SAMPLES,
     OTHER,
-    REPEAT_AFTER,
     SAMPLE_INTERVAL,
     UNKNOWN,
     Incident,
@@ -19,7 +20,7 @@ from realtime.supervision.incidents import (
     StackRequest,
 )
 from realtime.supervision.stacks import CodeOrigin, Stack, StackFrame
-from realtime.supervision.vitals import ProcessState, RunningHandler, Vitals
+from realtime.supervision.vitals import LatestCalls, ProcessState, RunningHandler, Vitals
 
 WALL = 1_700_000_000.0
 RUNNING = RunningHandler("rpc report", "report")
@@ -41,6 +42,7 @@ class Case:
         self.vitals = Vitals(int(99.9e9), 0.0, 0, 0, ProcessState.READY)
         self.began = 0.0
         self.lines: list[str] = []
+        self.calls: LatestCalls | None = None
 
     def turn(self) -> None:
         """A turn begins now."""
@@ -60,7 +62,7 @@ class Case:
         self.now += seconds
         lasts = self.vitals.busy_since or not self.vitals.block_since
         blocked = self.now - self.began if lasts else 0.0
-        request, line = self.investigation.update(self.vitals, blocked, running, self.now, WALL + self.now)
+        request, line = self.investigation.update(self.vitals, blocked, running, self.now, WALL + self.now, self.calls)
         if line:
             self.lines.append(line)
         return request
@@ -208,6 +210,74 @@ def test_a_place_is_logged_once_a_minute_with_the_number_of_suppressed_lines() -
     case.now += REPEAT_AFTER
     case.block(0.2, stack())
     assert case.lines[2].endswith("; 4 more times since the last such line")
+
+
+SERVER = Stack(True, (StackFrame("/srv/realtime/protocol/session.py", 3, "start"),))
+
+
+def many_calls(case: Case, calls: int, seconds: float, *stacks: Stack, handler: str = "rpc cpu") -> Incident:
+    """Run a block of 0.3 s with these calls, of which all but the last took `seconds`."""
+    case.turn()
+    case.calls = LatestCalls(handler, case.vitals.busy_since, calls, seconds)
+    case.update(0.06, running=None)
+    case.answer(*stacks, running=None)
+    case.now = case.began + 0.3
+    case.end_turn()
+    case.update(running=None)
+    return case.incidents.recent[-1]
+
+
+def test_many_short_calls_are_blamed_and_not_the_servers_line_between_them() -> None:
+    case = Case()
+    incident = many_calls(case, 14, 0.27, SERVER)
+    assert case.lines == ["worker 3 was blocked for 0.300 s in 14 calls of rpc cpu"]
+    assert (incident.handler, incident.calls, incident.place) == ("rpc cpu", 14, MANY_CALLS)
+    assert ("rpc cpu", MANY_CALLS) in case.incidents.blocks
+
+
+def test_many_calls_with_a_stack_of_the_application_have_its_line_too() -> None:
+    case = Case()
+    case.turn()
+    case.calls = LatestCalls(RUNNING.handler, case.vitals.busy_since, 14, 0.27)
+    case.update(0.06)
+    case.answer(stack())
+    case.now = case.began + 0.3
+    case.end_turn()
+    case.update()
+    assert case.lines == ["worker 3 was blocked for 0.300 s in 14 calls of rpc report at /app/chat.py:7 in report"]
+
+
+def test_calls_that_took_little_of_the_block_are_not_blamed() -> None:
+    case = Case()
+    incident = many_calls(case, 14, 0.05, SERVER)
+    assert incident.calls == 0
+    assert "session.py:3" in case.lines[0]
+
+
+def test_one_long_call_among_short_ones_is_no_matter_of_many() -> None:
+    case = Case()
+    case.turn()
+    since = case.vitals.busy_since
+    case.calls = LatestCalls(RUNNING.handler, since, 2, 0.001)
+    for _ in range(25):
+        case.update(0.01)
+    case.answer(stack())
+    case.calls = LatestCalls(RUNNING.handler, since, 20, 0.29)
+    case.now = case.began + 0.3
+    case.end_turn()
+    case.update()
+    assert case.lines == ["worker 3 was blocked for 0.300 s at /app/chat.py:7 in report (rpc report for report)"]
+
+
+def test_the_calls_of_another_turn_are_not_blamed() -> None:
+    case = Case()
+    case.turn()
+    case.calls = LatestCalls("rpc cpu", case.vitals.busy_since - 1, 14, 0.27)
+    case.update(0.06, running=None)
+    case.now = case.began + 0.3
+    case.end_turn()
+    case.update(running=None)
+    assert "rpc cpu" not in case.lines[0]
 
 
 def test_a_process_that_ends_closes_its_incident() -> None:

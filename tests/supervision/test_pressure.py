@@ -200,6 +200,21 @@ def test_after_a_burst_the_limit_keeps_the_lag_low() -> None:
     assert handler.burst(100, 0.02) == 5
 
 
+def test_calls_that_are_known_to_block_are_limited_before_they_cause_lag() -> None:
+    handler = Handler()
+    handler.pass_calmly(0.02)
+    for _ in range(Throttle.SAMPLE):
+        handler.burst(1, 0.02)
+    assert handler.burst(100, 0.02) == 5
+
+
+def test_calls_that_take_little_are_not_limited_by_their_number() -> None:
+    handler = Handler()
+    for _ in range(3):
+        assert handler.burst(Throttle.SAMPLE, 0.01) == Throttle.SAMPLE
+    assert handler.begin(1000) == 1000
+
+
 def test_the_number_of_calls_settles_where_the_lag_is_half_its_limit() -> None:
     handler = Handler()
     handler.burst(100, 0.02)

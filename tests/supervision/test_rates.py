@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from realtime.supervision.rates import MAX_AGE, Rates
+from realtime.supervision.rates import MAX_AGE, Growth, Rates
 
 
 def test_a_rate_needs_two_readings_of_one_process() -> None:
@@ -49,3 +49,17 @@ def test_a_longer_span_is_smoother_and_forgets() -> None:
         if second == 3:
             assert rates.of(0, 100, second) == {"sent": 3.0}
     assert rates.of(0, 100, 4) == {"sent": 0.0}
+
+
+def test_growth_is_summed_over_processes_and_outlives_them() -> None:
+    growth = Growth[str](span=60.0)
+    growth.record(0, "first", {"a": 3, "b": 0}, 0.0)
+    growth.record(0, "second", {"a": 1}, 30.0)
+    growth.record(1, "other", {"a": 2, "c": 5}, 40.0)
+    growth.record(1, "other", {"a": 2, "c": 5}, 50.0)
+    assert growth.totals() == {"a": 6, "c": 5}
+    assert growth.recent(50.0) == {"a": 6, "c": 5}
+    assert growth.recent(60.0) == {"a": 3, "c": 5}
+    assert growth.recent(100.0) == {}
+    growth.record(0, "second", {"a": 2}, 101.0)
+    assert list(growth.totals()) == ["c", "a"], "the latest growth is at the end"

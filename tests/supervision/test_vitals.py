@@ -19,7 +19,7 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from realtime.supervision.vitals import ProcessState, RunningHandler, Vitals, VitalsPage
+from realtime.supervision.vitals import LatestCalls, ProcessState, RunningHandler, Vitals, VitalsPage
 
 READING = Vitals(
     beat=123_456_789,
@@ -92,6 +92,14 @@ def test_the_running_handler_is_on_the_page(page: VitalsPage) -> None:
     assert reader.running() == RunningHandler("rpc report", "")
     page.unmark()
     assert reader.running() is None
+
+
+def test_the_calls_of_a_turn_stay_on_the_page_after_the_last_one(page: VitalsPage) -> None:
+    reader = another_mapping(page)
+    assert reader.latest_calls() is None
+    page.mark(b"rpc cpu", b"cpu", 7_000, 14, 250_000_000)
+    page.unmark()
+    assert reader.latest_calls() == LatestCalls("rpc cpu", 7_000, 14, 0.25)
 
 
 def test_a_long_name_is_cut(page: VitalsPage) -> None:

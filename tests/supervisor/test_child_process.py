@@ -12,7 +12,7 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.internet.task import Clock
-from twisted.logger import LogEvent, capturedLogs
+from twisted.logger import LogEvent, LogLevel, capturedLogs, formatEventAsClassicLogText
 from twisted.python.failure import Failure
 
 from realtime.process import stack_dumps
@@ -248,6 +248,18 @@ def test_output_is_logged_line_by_line_and_an_incomplete_line_at_the_exit() -> N
         assert output(events) == ["first", "error", "second"]
         scene.exit(1)
     assert output(events) == ["first", "error", "second", "{braces} \\xff"]
+    scene.reactor.close()
+
+
+def test_a_line_of_the_childs_log_keeps_its_process_logger_and_level() -> None:
+    scene = Scene(capture=True)
+    scene.start()
+    with capturedLogs() as events:
+        scene.child.childDataReceived(1, b"2026-11-30T03:12:45+0000 [worker 0 shop.orders#warn] {no} items\n")
+        scene.exit(1)
+    [event] = [one for one in events if one.get("log_system", "").startswith("worker")]
+    assert formatEventAsClassicLogText(event).endswith(" [worker 0 shop.orders#warn] {no} items\n")
+    assert event["log_level"] is LogLevel.warn
     scene.reactor.close()
 
 

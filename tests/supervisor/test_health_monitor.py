@@ -10,7 +10,7 @@ from twisted.internet.task import Clock
 
 from realtime.config.settings import LoopSettings, WorkersSettings
 from realtime.supervision.health import CHECK_INTERVAL, RECOVERY_TIME, Condition, Health
-from realtime.supervision.pool import Pool
+from realtime.supervision.pool import BROKER, Pool
 from realtime.supervision.vitals import ProcessState, Vitals
 from realtime.supervisor.health_monitor import FULL_CHECK_INTERVAL, HealthMonitor
 
@@ -183,3 +183,32 @@ def test_stop_ends_all_checks_and_may_be_repeated(scene: Scene) -> None:
     scene.monitor.stop()
     scene.monitor.stop()
     assert scene.clock.getDelayedCalls() == []
+
+
+def test_the_broker_is_checked_by_its_own_slower_beat() -> None:
+    clock = Clock()
+    clock.advance(100)
+    pool = Pool(1, WorkersSettings(), LoopSettings(), 30.0)
+    pool.start(100.0)
+    processes: dict[int, Any] = {0: Worker(clock), BROKER: Worker(clock)}
+    monitor = HealthMonitor(clock, LoopSettings(), pool, processes)
+    changes: list[int] = []
+    monitor.listeners.append(lambda slot, health: changes.append(slot))
+    monitor.start()
+    for slot in pool.slots:
+        pool.process_ready(slot, 100.0)
+
+    def condition_after(seconds: float) -> Condition:
+        for _ in range(round(seconds / CHECK_INTERVAL)):
+            clock.advance(CHECK_INTERVAL)
+        assert monitor.broker is not None
+        return monitor.broker.condition
+
+    assert condition_after(1.0) is Condition.HEALTHY
+    processes[BROKER].blocked_at = clock.seconds()
+    assert condition_after(0.9) is Condition.HEALTHY
+    assert condition_after(0.5) is Condition.PRESSED
+    assert set(changes) == {0}, "listeners steer clients, which the broker does not have"
+    processes[BROKER].blocked_at = 0.0
+    assert condition_after(RECOVERY_TIME + 0.1) is Condition.HEALTHY
+    monitor.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -48,6 +49,14 @@ def test_all_slots_share_one_port(shared: SharedPort) -> None:
         queues = [accept_any([listening]) for listening in shared.sockets]
     assert sum(queues) == 60
     assert all(queues), "the kernel spreads clients over all queues"
+
+
+def test_no_reply_to_a_client_waits_for_its_acknowledgements(shared: SharedPort) -> None:
+    with connect(shared.port):
+        (queue,) = select.select(shared.sockets, (), (), 60)[0]
+        accepted, _ = queue.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_backlog_reaches_the_kernel() -> None:

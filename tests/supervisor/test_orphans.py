@@ -16,7 +16,11 @@ import ctypes, os, subprocess, sys, time
 from realtime.supervisor import orphans
 
 assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
-shell = subprocess.run(["sh", "-c", "sh -c 'exit 3' & echo $!"], capture_output=True, text=True)
+# It ends after its parent, the shell, which would remove it: as soon as this pipe is closed.
+until, end = os.pipe()
+script = f"(exec cat <&{until} >/dev/null 2>&1) & echo $!"
+shell = subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, text=True, pass_fds=[until])
+os.close(end)
 orphan = int(shell.stdout)
 zombie = lambda pid: open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] == "Z"
 while not zombie(orphan):

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, fail, succeed
+from twisted.logger import capturedLogs, formatEvent
 
+from realtime.client_log import KINDS
 from realtime.config.settings import LoopSettings
 from realtime.metrics import Metrics
 from realtime.process.fd_passing import ANSWER_TIMEOUT, MAX_IN_FLIGHT, FdReceiver
@@ -297,8 +299,12 @@ async def test_clients_wait_for_the_successor_of_a_worker_that_has_just_died() -
         scene.rescue.check()
         assert not received(clients)
         scene.clock.now += RESTART_ALLOWANCE
-        await scene.check_until(lambda: received(clients).total() == 5)
+        with capturedLogs() as events:
+            await scene.check_until(lambda: received(clients).total() == 5)
         assert scene.count("rescue_refusals") == 5
+        assert [formatEvent(event) for event in events if "503" in str(formatEvent(event))] == [
+            KINDS["no_worker"].line  # one line for all of them
+        ]
 
 
 async def test_when_every_loop_is_blocked_for_long_clients_get_a_503() -> None:

@@ -19,7 +19,7 @@ from realtime.config.settings import AppSettings, LoopSettings
 from realtime.process import stack_dumps
 from realtime.supervision.health import Condition, Health
 from realtime.supervision.stacks import CodeOrigin
-from realtime.supervision.vitals import ProcessState, RunningHandler, Vitals
+from realtime.supervision.vitals import LatestCalls, ProcessState, RunningHandler, Vitals
 from realtime.supervisor.stack_sampler import DUMP_TIMEOUT, StackSampler, _application_paths, _foreign_paths
 
 
@@ -70,6 +70,7 @@ class Process:
     def __init__(self) -> None:
         self.vitals = Vitals(1, 0.0, 0, 0, ProcessState.READY)
         self.running: RunningHandler | None = RunningHandler("rpc report", "report")
+        self.latest_calls: LatestCalls | None = None
         self.dumps: list[tuple[int, Deferred[str]]] = []
 
     def dump(self, number: int) -> Deferred[str]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory
@@ -98,6 +99,11 @@ class BrokerProcess:
         answer: dict[str, Any] = await self._control.callRemote(control.Collect, names=[])
         samples: list[Sample] = load(answer["metrics"])
         return {value: s.value for s in samples if s.name == name for _, value in s.labels}
+
+    @property
+    def resident_memory(self) -> int:
+        """The memory of the process, in bytes."""
+        return int(psutil.Process(self._process.pid).memory_info().rss)
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)

@@ -57,6 +57,18 @@ def test_calls_are_measured_and_a_peer_that_is_not_there_is_left_out(tmp_path: P
     assert set(found["left_out"]) == {"floor", "ws"}
 
 
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+def test_the_system_calls_of_a_publication_are_counted(tmp_path: Path) -> None:
+    small = ("--runs", "1", "--seconds", "0.2", "--against", "")
+
+    bench("room", *small, "--json", str(tmp_path / "rows.json"))
+
+    (own,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    if own["more"]:  # else tracing is not allowed here
+        # The least: the publication and its answer are read, passed on twice, and sent to two clients.
+        assert own["more"]["system calls"][0] >= 7
+
+
 def row(
     name: str, *costs: float, size: int = 0, load: float = 0.1, more: dict[str, float] | None = None
 ) -> dict[str, Any]:

@@ -89,6 +89,12 @@ def test_tokens_let_in_refuse_and_renew(server: Server) -> None:
     assert seen["renewals"] == 1 and seen["kept"]
 
 
+def test_a_client_with_many_subscriptions_by_token_comes_back(server: Server) -> None:
+    tokens = {f"${number}": token(sub="42", channel=f"${number}", info="x" * 450) for number in range(120)}
+    assert sum(map(len, tokens.values())) > 65536
+    assert run_node("many.mjs", server.endpoint, server.port, token(sub="42"), tokens) == {"final": "", "again": 120}
+
+
 @pytest.mark.parametrize("missed", [0, 1, 250])
 def test_a_client_that_was_cut_off_recovers_exactly_what_it_missed(server: Server, missed: int) -> None:
     seen = run_node("recovery.mjs", server.endpoint, server.port, 5, missed, 5)

@@ -91,3 +91,29 @@ def test_more_series_than_a_message_can_hold_are_all_there(start_server: ServerS
     server = start_server(workers={"count": 1}, channel={"namespaces": namespaces})
     names = {name for kind, name in charged(server) if kind == "fanout"}
     assert names == {"none"} | {namespace["name"] for namespace in namespaces}
+
+
+LAG = re.compile(r'realtime_loop_lag_seconds\{process="worker",worker="0"\} (\S+)')
+PEAKS = re.compile(r'realtime_loop_peak_lag_seconds_(bucket\{le="0.5"|count\{)[^}]*worker="0"\} (\S+)')
+
+
+def test_metrics_show_the_lag_of_a_loop_while_it_is_blocked_and_keep_the_spike(start_server: ServerStarter) -> None:
+    server = start_server(workers={"count": 1}, app={"module": "spinning:app", "path": str(HERE / "apps")})
+
+    def lag() -> float:
+        found = LAG.search(server.operate("/metrics")[1])
+        return float(found[1]) if found else 0.0
+
+    with connect(server.endpoint) as client:
+        ask(client, connect={})
+        client.send(json.dumps({"id": 2, "rpc": {"method": "spin", "data": {"seconds": 3.0}}}))
+        wait_until(lambda: lag() >= 1.0, "a lag of a second while the loop is blocked")
+        while json.loads(client.recv(timeout=30)).get("id") != 2:
+            pass
+    wait_until(lambda: lag() < 0.5, "the end of the lag")
+
+    def is_kept() -> bool:
+        peaks = {name: float(count) for name, count in PEAKS.findall(server.operate("/metrics")[1])}
+        return peaks["count{"] > peaks['bucket{le="0.5"']
+
+    wait_until(is_kept, "the spike in the histogram")

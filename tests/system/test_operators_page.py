@@ -19,11 +19,16 @@ def test_workers_incidents_and_stacks_show_and_no_name_is_executed(start_server:
     ARTIFACTS.mkdir(exist_ok=True)
     route = MARKUP.replace(" ", "")
     page = f"http://localhost:{server.operator_port}/"
-    seen = run_node("operators.mjs", page, server.port, f"/{route}", str(ARTIFACTS))
+    server.expect_traceback()
+    broker = server.broker()
+    seen = run_node("operators.mjs", page, server.port, f"/{route}", "/fail", broker, str(ARTIFACTS))
 
     assert seen["trouble"] == []
     assert len(seen["conditions"]) == 2
     assert {int(text.split()[1]) for text in seen["running"]} == set(server.workers())
+    assert int(seen["broker"][0].split()[1]) == broker
+    assert seen["problem"].endswith(f"; the latest: {MARKUP} in http GET /fail")
+    assert seen["stopped"] == {"card": "pressed", "tone": "bad"}
     assert seen["incident"]["place"] == f"/srv/{MARKUP}.py:5 in block"
     assert route in seen["incident"]["handler"]
     assert f"/srv/{MARKUP}.py:5 in block" in seen["incident"]["stack"].splitlines()

@@ -80,11 +80,11 @@ def running(server: Server) -> Iterator[Terminal]:
 
 def test_one_table(server: Server) -> None:
     url = f"http://127.0.0.1:{server.operator_port}/"
-    healthy = "all workers are healthy"
+    healthy = "all processes are healthy"
     shown = wait_until(lambda: found.stdout if healthy in (found := once(url)).stdout else "", "figures", 20.0)
     lines = shown.splitlines()
-    workers = lines.index(next(line for line in lines if line.split()[:1] == ["WORKER"]))
-    assert [line.split()[:2] for line in lines[workers + 1 : workers + 3]] == [["0", "healthy"], ["1", "healthy"]]
+    table = lines[lines.index("") + 2 :]
+    assert [line.split()[:2] for line in table[:3]] == [["0", "healthy"], ["1", "healthy"], ["broker", "healthy"]]
     assert f"port {server.port}" in lines[0]
     assert "\x1b" not in shown
 

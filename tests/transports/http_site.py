@@ -17,6 +17,7 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import Logger
 
 from realtime.app import App
+from realtime.client_log import ClientLog
 from realtime.config.settings import (
     ChannelSettings,
     ClientSettings,
@@ -69,6 +70,7 @@ class Site:
         self.app = App()
         self.orders: list[bytes] = []
         self.logged: list[dict[str, Any]] = []
+        self.lines: list[str] = []  # of refusals
         self.metrics = Metrics()
         self.workers = workers or WorkersSettings(threads=2)
         self.reasons: tuple[str, ...] = ()  # reasons for which the worker is overloaded
@@ -95,6 +97,7 @@ class Site:
             self.metrics,
             another_worker_available=lambda: self.has_available_peer,
             own_names=HostNames([]),
+            client_log=ClientLog(self.metrics, info=self.lines.append),
         )
         deadlines = Deadlines(time.monotonic())
         self._sweeping = LoopingCall(lambda: deadlines.sweep(time.monotonic()))
@@ -132,9 +135,9 @@ class Site:
 
 
 @contextmanager
-def site_for_test() -> Iterator[Site]:
+def site_for_test(**options: Any) -> Iterator[Site]:
     """Make a site, and stop it at the end if the test has started it: all tests share one reactor."""
-    site = Site()
+    site = Site(**options)
     yield site
     if site._port is not None:
         pytest_twisted.blockon(Deferred.fromCoroutine(site.stop()))

@@ -256,6 +256,7 @@ class Stage:
         self.front.buildProtocol = build_and_keep  # type: ignore[method-assign]
         self._port = reactor.listenTCP(0, self.front, interface="127.0.0.1")
         self._port.transport = DirectServer
+        self._port.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as the supervisor does
         self.port = self._port.getHost().port
 
     def _open_session(self, connection: WebSocketConnection, request: OpeningRequest) -> Any:

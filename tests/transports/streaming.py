@@ -21,7 +21,7 @@ from realtime.http.request import CHUNKED
 from realtime.protocol.orders import EmulateOrder
 from realtime.protocol.sessions import Sessions
 from realtime.pubsub.hub import Hub
-from realtime.transports.emulation import Emulation
+from realtime.transports.emulation import Emulation, EmulationLimits
 from realtime.transports.routes import make_site
 from realtime.transports.streams import StreamContext, make_endpoints
 from tests.pubsub.memory_engine import MemoryEngine
@@ -108,7 +108,12 @@ class StreamStage(Stage):
         hub = Hub(lambda hub: MemoryEngine(hub, values.engine, time.monotonic, WORKER), registry.apply)
         self.engine = hub.engine
         dispatcher = Dispatcher(app, HandlerServices(reactor, values.workers, self.metrics, Logger()))
-        self.emulation = Emulation(self.engine, NODE, WORKER)
+        self.emulation = Emulation(
+            self.engine,
+            NODE,
+            WORKER,
+            EmulationLimits(values.emulation, values.websocket.message_size_limit, self.metrics),
+        )
         registry.add_handler(EmulateOrder, self.emulation.receive)
         self.streams = StreamContext(
             self._open_session,

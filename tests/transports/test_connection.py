@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from twisted.logger import LogEvent, globalLogPublisher
 
+from realtime.client_log import ClientLog
 from realtime.config import settings
 from realtime.deadlines import Deadlines
 from realtime.errors import SERVER_ERROR
@@ -25,6 +26,9 @@ class Session:
         self.ends = 0
 
     def receive(self, payload: bytes) -> None: ...
+
+    def describe(self) -> dict[str, object]:
+        return {}
 
     def closed(self) -> None:
         self.ends += 1
@@ -71,7 +75,7 @@ def sessions() -> Sessions:
 @pytest.fixture
 def connection(metrics: Metrics, sessions: Sessions) -> Connection:
     websocket = settings.WebSocketSettings()
-    return Connection(ConnectionContext(sessions.open, websocket, 1000, Deadlines(0.0), metrics, ["slow", "frame"]))
+    return Connection(ConnectionContext(sessions.open, websocket, 1000, Deadlines(0.0), metrics, ClientLog(metrics)))
 
 
 def values(metrics: Metrics, name: str) -> dict[tuple[str, ...], float]:
@@ -117,14 +121,6 @@ def test_an_exception_at_the_end_of_a_session_is_logged(connection: Connection, 
     finally:
         globalLogPublisher.removeObserver(events.append)
     assert [event["log_failure"].type for event in events] == [RuntimeError]
-
-
-def test_bad_input_is_counted_by_kind(connection: Connection, metrics: Metrics) -> None:
-    for kind in ("slow", "frame", "slow"):
-        connection.factory.count_bad_input(kind)
-    assert values(metrics, "realtime_bad_input") == {("slow",): 2, ("frame",): 1}
-    with pytest.raises(KeyError):
-        connection.factory.count_bad_input("undeclared")
 
 
 @pytest.mark.parametrize(

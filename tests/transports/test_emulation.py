@@ -12,12 +12,13 @@ from twisted.internet.task import deferLater
 
 from realtime.config import settings
 from realtime.errors import ClientError, EngineUnavailable
+from realtime.metrics import Metrics
 from realtime.protocol.encodings import Encoding
 from realtime.protocol.json_encoding import JSON_ENCODING
 from realtime.protocol.orders import EmulateOrder, encode_order
 from realtime.protocol.protobuf import PROTOBUF, emulation_request
 from realtime.pubsub.engine import SendOrder
-from realtime.transports.emulation import HELD_LIMIT, HOLD_TIME, CommandOrder
+from realtime.transports.emulation import CommandOrder, EmulationLimits
 from tests.transports.stage import Client, eventually
 from tests.transports.streaming import (
     BODY_LIMIT,
@@ -183,6 +184,54 @@ async def test_a_body_over_the_limit() -> None:
         found.leave()
 
 
+LONG = settings.EmulationSettings()
+
+
+@pytest.mark.parametrize("path", [HTTP_STREAM, SSE])
+async def test_a_body_may_hold_many_commands_that_are_longer_together_than_one_may_be(path: str) -> None:
+    commands = "\n".join(f'{{"id":{n},"subscribe":{{"token":"{"t" * 900}"}}}}' for n in range(2, 122))
+    async with streaming(emulation=LONG) as stage:
+        client, secret = await opened(stage, path)
+        assert len(commands) > 65536
+        assert await stage.status(json_request(secret, commands)) == 204
+        assert stage.sessions[0].received[1:] == [commands.encode()]
+        client.leave()
+
+
+async def test_one_command_of_a_body_that_is_too_long() -> None:
+    async with streaming(emulation=LONG) as stage:
+        client, secret = await opened(stage)
+        for before in ("", '{"id":2}\n' * 10_000):
+            assert await stage.status(json_request(secret, before + "x" * 65537)) == 413
+            assert await stage.status(json_request(secret, before + "x" * 65537 + "\n{}")) == 413
+        assert stage.count("body_too_large") == 4
+        assert stage.sessions[0].received == [b"{}"]
+        assert await stage.status(json_request(secret, '{"id":2}\n' + "x" * 65536)) == 204
+        client.leave()
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"\x81\x80\x04" + bytes(65537), 413),
+        ((b"\x80\x08" + bytes(1024)) * 100 + b"\x81\x80\x04" + bytes(65537), 413),
+        ((b"\x80\x08" + bytes(1024)) * 63 + b"\x80\x80\x04" + bytes(65535), 400),
+        ((b"\x80\x08" + bytes(1024)) * 100, 204),
+        (bytes(100_000), 400),
+    ],
+    ids=["too long", "too long behind others", "cut off", "many", "very many"],
+)
+async def test_long_bodies_in_protobuf(data: bytes, status: int) -> None:
+    async with streaming(emulation=LONG) as stage:
+        body = b"\x0a\x08the-node\x12\x033.x\x1a" + varint(len(data)) + data
+        assert emulation_request(body).data == data
+        assert await stage.status(post(EMULATION, body, BINARY)) == status
+
+
+def varint(number: int) -> bytes:
+    return bytes((number & 0x7F | 0x80, number >> 7 & 0x7F | 0x80, number >> 14))
+
+
 async def test_a_page_of_another_origin() -> None:
     async with streaming() as stage:
         client, secret = await opened(stage)
@@ -340,7 +389,7 @@ async def test_commands_are_queued_while_the_session_is_paused() -> None:
 
 @pytest.mark.parametrize(("size", "most"), [(60_000, 2), (2, 508)])
 async def test_a_flood_of_commands_ends_the_stream(size: int, most: int) -> None:
-    async with streaming(emulation=settings.EmulationSettings()) as stage:
+    async with streaming(emulation=settings.EmulationSettings(max_queued_bytes=128 * 1024)) as stage:
         client, secret = await opened(stage)
         bystander, _ = await opened(stage, SSE)
         stage.sessions[0].connection.pause()
@@ -362,7 +411,8 @@ class TestCommandOrder:
 
     def order(self, encoding: Encoding = JSON_ENCODING, first: bytes = b'{"id":1,"connect":{}}') -> Any:
         self.seen: list[bytes] = []
-        return CommandOrder(self.seen.append, encoding, first)
+        self.limits = EmulationLimits(settings.EmulationSettings(), 65536, Metrics())
+        return CommandOrder(self.seen.append, encoding, first, self.limits)
 
     async def test_commands_are_handled_in_the_order_of_their_ids(self) -> None:
         order = self.order()
@@ -407,7 +457,7 @@ class TestCommandOrder:
     async def test_few_messages_wait(self) -> None:
         order = self.order()
         for number in range(3, 8):
-            order.receive(b'{"id":%d,"x":"%b"}' % (number, b"x" * (HELD_LIMIT // 4)))
+            order.receive(b'{"id":%d,"x":"%b"}' % (number, b"x" * (order._limits.held_bytes // 4)))
         assert len(self.seen) >= 4
         assert [message[6:7] for message in self.seen] == [b"3", b"4", b"5", b"6", b"7"][: len(self.seen)]
         order.close()
@@ -416,7 +466,7 @@ class TestCommandOrder:
         order = self.order()
         order.receive(b'{"id":5}')
         order.close()
-        await deferLater(reactor, 2 * HOLD_TIME)
+        await deferLater(reactor, 2 * order._limits.hold_time)
         assert self.seen == []
 
 

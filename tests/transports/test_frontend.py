@@ -12,7 +12,7 @@ from twisted.internet import reactor, task
 
 from realtime.config import settings
 from realtime.handlers.results import PreparedResponse
-from realtime.http.request import UNCOUNTED, Refusal
+from realtime.http.request import Refusal
 from realtime.transports import frontend
 from tests.transports.stage import ACCEPT, PATH, Stage, eventually, handshake, staged, text
 
@@ -303,7 +303,7 @@ async def test_a_peer_that_goes_on_sending_after_a_refusal_is_aborted() -> None:
 
 async def test_an_overloaded_worker_refuses_websockets_without_counting_bad_input() -> None:
     async with staged() as stage:
-        stage.refusal = Refusal(503, "too busy", UNCOUNTED)
+        stage.refusal = Refusal(503, "too busy", "pressure")
         refused = await stage.request(handshake())
         assert refused.status == 503
         assert re.search(rb"Retry-After: (\d+)", refused.response)

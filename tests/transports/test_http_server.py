@@ -185,3 +185,54 @@ async def test_an_idle_timeout_is_not_logged() -> None:
         await site.stop()
     assert status_of(answer) == 404
     assert not events
+
+
+@pytest.fixture
+def small_site() -> Iterator[Site]:
+    server = HTTPServerSettings(max_queued_body_bytes=200_000)
+    with site_for_test(http_server=server, max_body_size=1_000_000) as site:
+        yield site
+
+
+@on_loop
+async def test_incomplete_bodies_have_bounded_memory_together(small_site: Site) -> None:
+    site = small_site
+
+    @site.app.http.post("/take")
+    async def take(request: Any) -> Any:
+        return len(request.body)
+
+    await site.start()
+    waiting = [await asyncio.open_connection("127.0.0.1", site.port) for _ in range(2)]
+    for _, writer in waiting:
+        writer.write(post("/take", b"x" * 140_000, b"Content-Length: 150000"))
+        await writer.drain()
+    answers = [asyncio.ensure_future(reader.read(12)) for reader, _ in waiting]
+    done, pending = await asyncio.wait(answers, return_when="FIRST_COMPLETED")
+    assert [task.result() for task in done] == [b"HTTP/1.1 503"]
+    assert status_of(await site.raw(post("/take", b"y" * 60_000, b"Content-Length: 60000"))) == 200
+    for _, writer in waiting:
+        writer.write(b"x" * 10_000)
+    assert [await task for task in pending] == [b"HTTP/1.1 200"]
+    for _, writer in waiting:
+        writer.close()
+    assert site.faults() == {"body_memory": 1}
+    assert site.front.body_bytes == 0
+
+
+@pytest.mark.parametrize(("size", "closes"), [(100, False), (101, True)])
+@on_loop
+async def test_a_connection_stays_open_after_a_wrong_key_with_a_short_body(size: int, closes: bool) -> None:
+    site = Site(max_refused_body_size=100)
+    await site.start()
+    try:
+        call = (
+            b"POST /api/info HTTP/1.1\r\nHost: x\r\nX-API-Key: wrong\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size
+        )
+        last = b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        answers = await site.raw(call + last)
+        assert answers.count(b"HTTP/1.1 401 ") == 1
+        assert answers.count(b"HTTP/1.1 404 ") == (not closes)
+        assert site.faults() == {"api_key": 1}
+    finally:
+        await site.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from typing import Any
 
 import pytest
@@ -20,7 +21,15 @@ from realtime.transports.admission import Admission
 from realtime.transports.websocket import WebSocketConnection, WebSocketFactory
 from tests.transports.stage import Echo, frame, frames_in, handshake
 
-SETTINGS = settings.WebSocketSettings(message_size_limit=2000, max_fragments=5, compression=True)
+# Without batches: where one is divided depends on the segments.
+SETTINGS = settings.WebSocketSettings(message_size_limit=2000, batch_size_limit=0, max_fragments=5, compression=True)
+BATCHES = settings.WebSocketSettings(
+    message_size_limit=2000,
+    batch_size_limit=50_000,
+    decompressed_message_size_limit=50_000,
+    max_fragments=5,
+    compression=True,
+)
 
 
 class Wire:
@@ -28,15 +37,17 @@ class Wire:
 
     def __init__(self) -> None:
         self.written = bytearray()
+        self.writes = 0
         self.reading = True
 
     def write(self, data: bytes) -> None:
         self.written += data
+        self.writes += 1
 
     def getPeer(self) -> Any:
         return self
 
-    host = "192.0.2.1"
+    client = ("192.0.2.1", 4711)
 
     def pauseProducing(self) -> None:
         self.reading = False
@@ -62,14 +73,19 @@ class ByAutobahn(WebSocketConnection):
 class Server:
     """One connection, its session, and the written data."""
 
-    def __init__(self, protocol: type[WebSocketConnection] = WebSocketConnection, more: str = "") -> None:
+    def __init__(
+        self,
+        protocol: type[WebSocketConnection] = WebSocketConnection,
+        more: str = "",
+        websocket: settings.WebSocketSettings = SETTINGS,
+    ) -> None:
         self.clock = Clock()
         self.sessions: list[Echo] = []
         self.wire = Wire()
         metrics, client = Metrics(), settings.ClientSettings()
         self.factory = WebSocketFactory(
             self.make_session,
-            SETTINGS,
+            websocket,
             client,
             Deadlines(0.0),
             metrics,
@@ -176,6 +192,15 @@ def test_every_length_is_unmasked(size: int, native: bool, monkeypatch: pytest.M
         assert (received, sent, is_open) == ([text], [(1, text)], True)
 
 
+def test_the_answers_to_all_frames_of_one_read_leave_in_one_write() -> None:
+    server = Server()
+    server.wire.writes = 0
+    received, sent, _ = server.feed(frame(1, b"one") + frame(1, b"two") + frame(9, b"?") + frame(1, b"three"))
+    assert received == [b"one", b"two", b"three"]
+    assert sent == [(1, b"one"), (1, b"two"), (10, b"?"), (1, b"three")]
+    assert server.wire.writes == 1
+
+
 def test_frames_beyond_a_time_slice_are_processed_in_later_turns() -> None:
     server = Server()
     clock, session = server.clock, server.sessions[0]
@@ -196,3 +221,55 @@ def test_frames_beyond_a_time_slice_are_processed_in_later_turns() -> None:
     assert all(2 <= later - earlier <= 4 for earlier, later in itertools.pairwise([0, *received[:-1]]))
     server.connection.dataReceived(frame(1, b"cut")[3:])
     assert session.received[-1] == b"cut"
+
+
+COMMANDS = [b'{"id":%d,"subscribe":{"channel":"c%d","token":"%b"}}' % (n, n, b"t" * 700) for n in range(1, 51)]
+BATCH = b"\n".join(COMMANDS)
+DEFLATE = "Sec-WebSocket-Extensions: permessage-deflate"
+
+
+def compressed(payload: bytes) -> bytes:
+    deflater = zlib.compressobj(wbits=-15)
+    data = deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH)
+    return frame(1, data.removesuffix(b"\0\0\xff\xff"), rsv=4)
+
+
+@pytest.mark.parametrize("batch", [BATCH, BATCH + b"\n"])
+@pytest.mark.parametrize("size", [1, 997, 4096, 100_000])
+def test_a_batch_may_be_longer_than_a_command_and_is_passed_on_as_it_arrives(batch: bytes, size: int) -> None:
+    server = Server(websocket=BATCHES)
+    data = frame(1, batch)
+    for start in range(0, len(data), size):
+        server.connection.dataReceived(data[start : start + size])
+        assert server.factory.queued.size <= 2000
+    received = server.sessions[0].received
+    assert not server.connection.is_closing
+    assert [line for part in received for line in part.removesuffix(b"\n").split(b"\n")] == COMMANDS
+    assert size == 100_000 or len(received) > 5
+    assert server.factory.queued.size == 0
+    assert server.feed(frame(1, b"after it"))[0][-1] == b"after it"
+
+
+def test_a_batch_in_fragments_and_a_compressed_one() -> None:
+    cut = len(BATCH) // 2
+    for data in (frame(1, BATCH[:cut], fin=False) + frame(0, BATCH[cut:]), compressed(BATCH)):
+        received, _, is_open = Server(more=DEFLATE, websocket=BATCHES).feed(data)
+        assert is_open
+        assert b"".join(received).count(b"subscribe") == 50
+
+
+@pytest.mark.parametrize("before", [b"", COMMANDS[0] + b"\n", BATCH + b"\n"])
+@pytest.mark.parametrize("make", [lambda payload: frame(1, payload), compressed])
+def test_each_command_of_a_batch_is_held_to_the_limit_of_commands(before: bytes, make: Any) -> None:
+    for payload, code in ((b"x" * 2000, None), (b"x" * 2001, 1009), (b"x" * 2001 + b"\n{}", 1009)):
+        _, sent, is_open = Server(more=DEFLATE, websocket=BATCHES).feed(make(before + payload))
+        assert is_open == (code is None)
+        assert [int.from_bytes(body[:2], "big") for opcode, body in sent if opcode == 8] == [code] * (not is_open)
+
+
+def test_a_client_comes_back_after_a_batch_that_is_too_long() -> None:
+    server = Server(websocket=BATCHES)
+    received, sent, is_open = server.feed(frame(1, BATCH + b"\n" + BATCH)[:14])
+    assert (received, is_open) == ([], False)
+    assert int.from_bytes(sent[-1][1][:2], "big") == 3013
+    assert server.factory._bad_input["batch_size"].value == 1

@@ -50,6 +50,24 @@ def test_clear_drops_queued_frames() -> None:
     assert outbox.offer(b"y" * 10)
 
 
+def test_a_reply_is_queued_above_the_limit_which_counts_anew_behind_it() -> None:
+    outbox = Outbox(10, QueuedBytes())
+    assert outbox.offer(b"p" * 10)
+    outbox.add_reply(b"r" * 100)
+    assert outbox.offer(b"q" * 10)
+    assert not outbox.offer(b"q")
+    outbox.take(1)
+    assert not outbox.offer(b"q")  # the reply is still here
+    outbox.take(100)
+    assert outbox.size == 10
+    assert not outbox.offer(b"q")
+    outbox.take(1)
+    assert outbox.offer(b"q" * 10)
+    outbox.finish(b"end")
+    outbox.add_reply(b"dropped")
+    assert outbox.take(100) == b"q" * 10 + b"end"
+
+
 @given(
     st.lists(st.one_of(st.binary(min_size=1, max_size=20), st.integers(1, 40)), max_size=60),
     st.integers(1, 100),

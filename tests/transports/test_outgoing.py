@@ -13,8 +13,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 
+from realtime.client_log import ClientLog
 from realtime.deadlines import Deadlines
-from realtime.metrics import Counter
+from realtime.metrics import Counter, Metrics, bad_input_counter
 from realtime.process.transport import DirectServer
 from realtime.transports.outbox import QueuedBytes
 from realtime.transports.outgoing import FlushAtTurnEnd, Outgoing
@@ -44,10 +45,11 @@ class Context:
         self.turn = 0
         self.flushes: list[Callable[[], None]] = []
         self.turn_end = FlushAtTurnEnd(lambda: self.turn, lambda flush: self.flushes.append(flush))
-        self.counted: list[str] = []
+        self.metrics = Metrics()
+        self.client_log = ClientLog(self.metrics)
 
-    def count_bad_input(self, kind: str) -> None:
-        self.counted.append(kind)
+    def counted(self, kind: str) -> int:
+        return bad_input_counter(self.metrics, kind).value
 
     def end_turn(self) -> None:
         self.turn += 1
@@ -125,6 +127,29 @@ def test_all_messages_of_one_turn_leave_in_two_writes(context: Context, talk: Ta
     assert context.queued.size == 0
 
 
+def test_held_messages_leave_in_one_write(context: Context, talk: Talk) -> None:
+    connection, wire = talk
+    assert connection.hold()
+    connection.send(b"a")
+    connection.sink.deliver(b"shared\n")
+    assert not connection.hold()  # the caller is not the one to release
+    connection.send(b"b")
+    assert wire.writes == []
+    connection.release()
+    assert wire.writes == [b"a\nshared\nb\n"]
+    assert context.queued.size == 0
+
+
+def test_a_connection_that_closes_while_it_is_held_sends_everything(context: Context, talk: Talk) -> None:
+    connection, wire = talk
+    connection.hold()
+    connection.send(b"a")
+    connection.close(3000, "bye")
+    connection.release()
+    assert wire.writes[0].startswith(b"a\n") and len(wire.writes) == 1
+    assert wire.shut
+
+
 def test_the_first_message_of_each_turn_is_written_at_once(context: Context, talk: Talk) -> None:
     connection, wire = talk
     for number in range(3):
@@ -171,8 +196,8 @@ def test_the_limit_of_a_queue_holds_within_a_turn(context: Context, talk: Talk) 
     connection, wire = talk
     context.queue_max_size = 100
     for _ in range(3):
-        connection.send(b"x" * 60)
-    assert context.counted == ["slow"]
+        connection.send(b"x" * 60, is_push=True)
+    assert context.counted("slow") == 1
     context.end_turn()
     assert b"".join(wire.writes) == b"x" * 60 + b"\nend\n"
     assert context.queued.size == 0
@@ -279,4 +304,95 @@ async def test_the_transport_detects_a_peer_that_has_gone(context: Context) -> N
     for _ in range(3):
         connection.sink.deliver(b"hello?\n")
     await eventually(lambda: connection.sink.send is len)
+    await port.stopListening()
+
+
+def test_an_exception_of_one_connection_does_not_keep_the_others_from_being_flushed() -> None:
+    log: list[str] = []
+
+    class Connection(Outgoing):
+        def __init__(self, name: str, *, fails: bool = False) -> None:
+            self.name, self.fails = name, fails
+
+        def flush(self) -> None:
+            if self.fails:
+                raise RuntimeError("a bug")
+            log.append(f"{self.name} flushed")
+
+        def abort(self) -> None:
+            log.append(f"{self.name} aborted")
+
+    ends: list[Callable[[], None]] = []
+    turn_end = FlushAtTurnEnd(call_at_end=ends.append)
+    for connection in (Connection("a"), Connection("b", fails=True), Connection("c")):
+        turn_end.schedule(connection)
+    ends[0]()
+    assert log == ["a flushed", "b aborted", "c flushed"]
+
+
+async def read_exactly(peer: socket.socket, size: int) -> None:
+    """Read this many bytes from a peer that has read nothing yet."""
+    left = size
+
+    def read() -> bool:
+        nonlocal left
+        with suppress(BlockingIOError):
+            left -= len(peer.recv(1 << 20))
+        return left <= 0
+
+    await eventually(read)
+    assert left == 0
+
+
+async def test_replies_make_no_peer_slow_and_pushes_do(context: Context) -> None:
+    context.queue_max_size = 100_000
+    connection, peer, port = await connected(context)
+    assert connection.is_drained
+    drained: list[bool] = []
+    sent = 0
+    while not connection.is_congested:
+        connection.send(b"r" * 999_999)
+        sent += 1_000_000
+        context.end_turn()
+    connection.when_drained(lambda: drained.append(connection.is_drained))
+    connection.send(b"r" * 999_999)
+    connection.send(b"p" * 99_999, is_push=True)
+    assert not connection.is_drained and context.counted("slow") == 0
+    await read_exactly(peer, sent + 1_000_000 + 100_000)
+    await eventually(lambda: drained == [True])
+    assert not connection.is_congested
+    while not connection.is_congested:
+        connection.send(b"r" * 999_999)
+        context.end_turn()
+    for _ in range(2):
+        connection.send(b"p" * 60_000, is_push=True)
+    assert context.counted("slow") == 1
+    connection.transport.abortConnection()
+    await eventually(lambda: connection.sink.send is len)
+    assert drained == [True]
+    peer.close()
+    await port.stopListening()
+
+
+async def test_unsent_bytes_are_those_that_the_peer_has_not_acknowledged(context: Context) -> None:
+    connection, peer, port = await connected(context)
+    taken = []
+    for is_paced in (False, True):
+        connection.pace(is_paced)
+        size = 0
+        while connection.is_drained:
+            connection.send(b"x" * 9_999)
+            size += 10_000
+            context.end_turn()
+        taken.append(size)
+        assert 0 < connection.unsent() <= size
+        await read_exactly(peer, size)
+        await eventually(lambda: connection.is_drained and connection.unsent() == 0)
+    # The kernel takes less from a paced connection, apart from what the peer's buffer has room for.
+    assert taken[1] < taken[0]
+    connection.transport.abortConnection()
+    await eventually(lambda: connection.sink.send is len)
+    connection.pace(False)
+    assert connection.unsent() == 0
+    peer.close()
     await port.stopListening()

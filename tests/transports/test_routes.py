@@ -642,3 +642,47 @@ async def test_no_foreign_page_publishes_by_an_insecure_api() -> None:
         assert site.faults() == {"origin": 2}
     finally:
         await site.stop()
+
+
+PREFLIGHT = {"Access-Control-Request-Method": "GET"}
+
+
+@pytest.mark.parametrize(
+    ("request_line", "headers", "options", "line"),
+    [
+        (
+            "POST /api/info",
+            {"X-API-Key": "wrong"},
+            {},
+            "at /api/info without the right key: compare it with http_api.key",
+        ),
+        ("POST /api/info", {}, {"disabled": True}, "refused a call of the API at /api/info: http_api.disabled is set"),
+        ("POST /api/info", ORIGIN, {"insecure": True}, "refused a page of https://app.example at /api/info: http_api."),
+        ("GET /connection/sse", {}, {}, "/connection/sse, the path of a transport that is off: set `enabled`"),
+        (
+            "OPTIONS /items",
+            {**ORIGIN, **PREFLIGHT},
+            {},
+            "page of https://app.example: add it to client.allowed_origins",
+        ),
+        ("GET /websocket", {"Upgrade": "websocket", "Connection": "Upgrade"}, {}, "with websocket.handler_prefix"),
+        ("OPTIONS /items", {"Origin": "null", **PREFLIGHT}, {}, "refused a page with the origin null"),
+        ("POST /api/info?api_key=k3y-of-the-tests", {}, {"max_body_size": 1}, "http_api.max_body_size"),
+    ],
+)
+@on_loop
+async def test_a_refusal_has_a_line_with_cause_key_and_address(
+    request_line: str, headers: dict[str, str], options: dict[str, Any], line: str
+) -> None:
+    site = Site(**options)
+    site.app.http.get("/items")(lambda request: "x")
+    url = await site.start()
+    method, path = request_line.split(" ")
+    try:
+        await fetch(method, url + path, headers=headers, data=b"{}" if method == "POST" else None)
+    finally:
+        await site.stop()
+    [logged] = site.lines
+    assert line in logged
+    assert logged.endswith("(at 127.0.0.1)")
+    assert "k3y" not in logged

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -369,7 +370,7 @@ async def test_the_rate_of_new_connections_counts_all_transports() -> None:
 
 async def test_an_overloaded_worker_refuses_streams() -> None:
     async with streaming() as stage:
-        stage.refusal = Refusal(503, "too busy", "")
+        stage.refusal = Refusal(503, "too busy", "pressure")
         refused = await stage.request(post(SSE, HELLO))
         assert refused.status == 503
         assert "retry-after" in fields(refused)
@@ -396,7 +397,7 @@ async def test_a_page_of_another_origin_is_refused(path: str) -> None:
 @pytest.mark.parametrize("status", [400, 405, 413, 503])
 async def test_a_refusal_has_cors_headers_for_an_allowed_origin(status: int) -> None:
     async with streaming(client=ANY_PAGE) as stage:
-        stage.refusal = Refusal(503, "too busy", "") if status == 503 else None
+        stage.refusal = Refusal(503, "too busy", "pressure") if status == 503 else None
         refused = await stage.request(
             {
                 400: post(HTTP_STREAM, b"", PAGE),
@@ -540,7 +541,7 @@ async def test_a_slow_reader_is_disconnected(path: str) -> None:
         await eventually(lambda: len(stage.sessions) == 2)
         slow = next(session.connection for session in stage.sessions if session.request.path == path)
         for _ in range(10_000):
-            slow.send(b"x" * 10_000)
+            slow.send(b"x" * 10_000, is_push=True)
             if stage.count("slow"):
                 break
         assert stage.count("slow") == 1
@@ -549,6 +550,28 @@ async def test_a_slow_reader_is_disconnected(path: str) -> None:
         await eventually(lambda: stage.streams.connections == 1)
         peer.close()
         bystander.leave()
+
+
+async def test_commands_wait_while_a_reader_has_long_replies_to_take() -> None:
+    async with streaming(client=settings.ClientSettings(queue_max_size=100_000)) as stage:
+        peer = stage.open_socket(4096, post(HTTP_STREAM, HELLO))
+        await eventually(lambda: len(stage.sessions) == 1)
+        session = stage.sessions[0]
+        while not session.connection.is_congested:
+            session.connection.send(b"x" * 200_000)
+        session.connection.emulate(b'{"id":2}')
+        session.connection.emulate(b'{"id":3}')
+        assert session.received == [HELLO]
+
+        def read() -> bool:
+            with suppress(BlockingIOError):
+                peer.recv(1 << 20)
+            return len(session.received) == 3
+
+        await eventually(read)
+        assert session.received[1:] == [b'{"id":2}', b'{"id":3}']
+        assert stage.count("slow") == 0
+        peer.close()
 
 
 async def test_a_reader_that_acknowledges_nothing_is_stalled() -> None:

@@ -6,6 +6,7 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from twisted.internet import reactor, task
 from realtime.config import settings
 from realtime.http.frames import text_frame
 from realtime.http.handshake import OpeningRequest
+from realtime.transports.outgoing import FlushAtTurnEnd
 from realtime.transports.websocket import WebSocketConnection
 from tests.transports.stage import Client, Echo, Stage, eventually, frame, frames_in, handshake, staged, text
 
@@ -38,7 +40,8 @@ BROKEN: dict[str, tuple[bytes, int]] = {
     "length 2^63+5": (header(0x82, 0xFF, b"\x80" + b"\x00" * 6 + b"\x05"), 1002),
     "length 2^64-1": (header(0x81, 0xFF, b"\xff" * 8), 1002),
     "length 2^40": (header(0x81, 0xFF, (1 << 40).to_bytes(8, "big")), 1009),
-    "one byte over": (header(0x81, 0xFF, (65537).to_bytes(8, "big")), 1009),
+    "one byte over": (frame(1, b"x" * 65537), 1009),
+    "a batch of gigabytes": (header(0x81, 0xFF, (1 << 30).to_bytes(8, "big")), 3013),
     "length 2^62 of binary": (header(0x82, 0xFF, (1 << 62).to_bytes(8, "big")), 1009),
     "126 for 5": (header(0x81, 0xFE, b"\x00\x05") + b"abcde", 1002),
     "127 for 300": (header(0x81, 0xFF, (300).to_bytes(8, "big")) + b"x" * 300, 1002),
@@ -100,6 +103,16 @@ async def test_a_declared_length_allocates_nothing_and_the_payload_is_not_buffer
         await client.closed()
         assert connection._message is None
         await eventually(lambda: stage.websocket.connections == 0)
+
+
+async def test_the_rate_of_pings_is_a_setting() -> None:
+    async with staged(websocket=settings.WebSocketSettings(control_frames_per_second=2)) as stage:
+        client = await stage.open()
+        client.send(frame(9, b"") * 5)
+        await eventually(lambda: client.frames == [(10, b"")] * 5)
+        client.send(frame(9, b"") * 5)
+        assert (await client.closed())[0] == 1008
+        assert stage.count("frame_rate") == 1
 
 
 async def test_the_largest_message_passes() -> None:
@@ -340,6 +353,17 @@ async def read_all(peer: socket.socket) -> bytes:
         if not chunk:
             return bytes(data)
         data += chunk
+
+
+async def test_commands_behind_long_replies_of_one_turn_go_on_when_these_have_left() -> None:
+    async with staged(client=settings.ClientSettings(queue_max_size=100_000)) as stage:
+        stage.websocket.turn_end = FlushAtTurnEnd(lambda: 0, partial(reactor.callLater, 0))
+        client = await stage.open()
+        stage.sessions[0].connection.dataReceived(b"".join(text(f"{n}{'x' * 20_000}") for n in range(10)))
+        assert len(stage.sessions[0].received) < 10
+        await eventually(lambda: len(client.texts) == 10)
+        assert stage.count("slow") == 0
+        client.leave()
 
 
 async def test_a_client_that_does_not_read_is_closed_as_slow_and_its_queue_is_dropped() -> None:

@@ -330,7 +330,7 @@ async def test_a_request_longer_than_a_frame_is_refused(brokers: Any, workers: A
 
 
 async def test_the_state_of_a_worker_is_restored_at_any_size(brokers: Any, workers: Any) -> None:
-    settings = EngineSettings()
+    settings = EngineSettings(publish_timeout=50.0)  # 10,000 requests at once, on a busy machine
     worker, first = workers(0, settings), await brokers(settings)
     await first.link(0, worker.engine)
     names = [f"channel{number}" for number in range(10_000)]

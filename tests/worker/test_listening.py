@@ -18,6 +18,7 @@ from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.worker.listening import MAX_ACCEPTS, adopt
+from tests.transports.stage import eventually
 
 
 @pytest.fixture
@@ -134,6 +135,37 @@ async def test_connections_get_the_transport_and_their_acceptance_is_charged_to_
         assert ledger.current is ledger.open(LoopWork.OTHER)
         made[0].transport.abortConnection()  # type: ignore[union-attr]
     await port.stopListening()
+
+
+async def test_a_failed_connection_is_closed_and_the_next_one_is_served(listening: socket.socket) -> None:
+    class Fails(Protocol):
+        def connectionMade(self) -> None:
+            if len(made) == 1:
+                raise RuntimeError("a bug")
+            self.transport.loseConnection()  # type: ignore[union-attr]
+
+    class Failing(Factory):
+        def buildProtocol(self, address: Any) -> Protocol:
+            made.append(Fails())
+            return made[-1]
+
+    made: list[Protocol] = []
+    port = adopt(reactor, os.dup(listening.fileno()), Failing())
+    for _ in range(2):
+        with connect(listening) as client:
+            client.setblocking(False)
+            await eventually(lambda client=client: is_closed(client))  # type: ignore[misc]
+    assert len(made) == 2
+    await port.stopListening()
+
+
+def is_closed(client: socket.socket) -> bool:
+    try:
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
 
 
 async def test_a_port_on_an_ipv6_socket(listening: socket.socket) -> None:

@@ -17,7 +17,6 @@ from realtime.cache import Cache
 from realtime.config.settings import LoopSettings, WorkersSettings
 from realtime.handlers.call import HandlerServices
 from realtime.handlers.dispatch import Dispatcher
-from realtime.http.request import UNCOUNTED
 from realtime.metrics import Metrics
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.pressure import RECOVERY_TIME, Pressure, Throttle
@@ -67,7 +66,7 @@ def test_handshakes_are_refused_only_when_no_other_worker_can_take_them(bench: B
     bench.beat(lag=0.3)
     refusal = bench.shedding.refuse_handshake()
     assert refusal is not None
-    assert (refusal.status, refusal.kind) == (503, UNCOUNTED)
+    assert (refusal.status, refusal.kind) == (503, "pressure")
     bench.page.set_relief(True)
     assert bench.shedding.refuse_handshake() is None
     bench.page.set_relief(False)

@@ -14,7 +14,7 @@ from realtime.process.link import Link
 from realtime.process.transport import DirectServer
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo, Publication
-from realtime.worker.loop_time import ChargedReceiver, NamespaceAccounts, charged_transport
+from realtime.worker.loop_time import ChargedReceiver, NamespaceAccounts, charged_frontend, charged_transport
 from tests.driving import on_loop
 
 
@@ -126,6 +126,17 @@ def test_a_connection_is_charged_to_http_until_it_has_another_protocol(
     client.protocol = Protocol()
     assert client.doRead() == client.doRead() == "lost"
     assert bill.charged() == {(LoopWork.HTTP, ""): 7, (LoopWork.PROTOCOL, ""): 14}
+
+
+def test_data_that_the_selector_reads_is_charged_to_http_while_the_frontend_receives_it(bill: Bill) -> None:
+    class Front(Protocol):
+        def dataReceived(self, data: bytes) -> None:
+            bill.work(len(data))
+
+    bill.ledger.switch(bill.ledger.open(LoopWork.PROTOCOL))  # as the selector does
+    charged_frontend(bill.ledger, Front)().dataReceived(b"1234567")
+    Front().dataReceived(b"12345")
+    assert bill.charged() == {(LoopWork.HTTP, ""): 7, (LoopWork.PROTOCOL, ""): 5}
 
 
 def test_messages_of_the_link_are_charged_to_the_engine(bill: Bill) -> None:

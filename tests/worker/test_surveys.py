@@ -150,3 +150,13 @@ async def test_the_number_of_surveys_is_limited() -> None:
             await result
     there.ignores_orders = False
     assert await here.survey() == {"a": 1}
+
+
+@on_loop
+async def test_an_answer_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surveys, "CHANNELS_PER_TURN", 2)
+    asking, other = workers({"a": 1, "b": 2, "c": 3, "x": 0}, {"c": 4, "d": 5})
+    assert await asking.survey() == {"a": 1, "b": 2, "c": 7, "d": 5}
+    answers = [order for order in (*asking.passed, *other.passed) if isinstance(order, ChannelsAnswer)]
+    assert sorted(len(answer.found or ()) for answer in answers) == [1, 2, 2]
+    assert [answer.has_more for answer in answers].count(False) == 2

@@ -53,7 +53,7 @@ class Parts:
     def __init__(self, settings: Settings = SETTINGS, app: App | None = None) -> None:
         self.child = WorkerChild(settings)
         self.app = app or App()
-        self.pubsub = wire_pubsub(self.child)
+        self.pubsub = wire_pubsub(self.child, self.app)
         self.handlers = wire_handlers(self.child, self.app)
         self.protocol = wire_protocol(self.child, self.pubsub, self.handlers)
         self.transports = wire_transports(self.child, self.pubsub, self.handlers, self.protocol)

@@ -34,6 +34,14 @@ async def say_goodbye(client: Client) -> None:
     assert_type(position, Position)
 
 
+with_reason = App()
+
+
+@with_reason.on_disconnected
+def note_reason(client: Client, code: int, reason: str) -> None:
+    assert_type(client.id, str)
+
+
 @app.on_subscribe("chat:*")
 async def may_join(client: Client, channel: str) -> Grant | None:
     members = await app.presence(channel)

@@ -17,5 +17,12 @@ async def block(request):
 
 names = {}
 exec(compile(SOURCE, f"/srv/{MARKUP}.py", "exec"), names)
+
+
+@app.http.get("/fail")
+async def fail(request):
+    raise type(MARKUP, (Exception,), {})("on purpose")
+
+
 app.http.get("/block")(names["block"])
 app.http.get(f"/{MARKUP.replace(' ', '')}")(names["block"])

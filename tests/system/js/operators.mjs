@@ -1,5 +1,5 @@
-// The operators' page in headless Chromium. Arguments: its URL, port and path of a route that blocks, directory for
-// screenshots.
+// The operators' page in headless Chromium. Arguments: its URL, port and path of a route that blocks, path of a route
+// that raises, pid of the broker, directory for screenshots.
 
 import { mkdtempSync, rmSync } from "node:fs";
 import http from "node:http";
@@ -8,7 +8,7 @@ import { join } from "node:path";
 import { chromium } from "playwright-core";
 import { finish, given } from "./peer.mjs";
 
-const [url, port, path, artifacts] = given;
+const [url, port, path, failing, broker, artifacts] = given;
 const LIMIT = 20_000;
 const FLAGS = [
   "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -61,8 +61,8 @@ function look(page) {
 try {
   const page = await open(DESKTOP, "light");
   // The start of the browser makes workers late.
-  await page.locator("#status", { hasText: "all workers are healthy" }).waitFor();
-  const result = { conditions: await texts(page, ".condition"), running: await texts(page, ".process") };
+  await page.locator("#status", { hasText: "all processes are healthy" }).waitFor();
+  const result = { conditions: await texts(page, "#workers .condition"), running: await texts(page, "#workers .process"), broker: await texts(page, "#broker .process") };
   // A worker that is late because the browser starts may refuse it. Node sends the path unquoted; fetch would quote it.
   const place = page.locator("#incidents details", { hasText: ".py" }).first();
   for (let attempt = 0; attempt < 10 && !(await place.count()); attempt++) {
@@ -96,6 +96,18 @@ try {
   const box = await plot.boundingBox();
   await page.mouse.move(box.x + box.width * 0.9, box.y + 10);
   result.cursor = await page.locator(".chart.lag .cursor").first().getAttribute("d");
+  // An error of a handler, and a broker that is stopped.
+  const problem = page.locator("#status, #problems li", { hasText: "errors of handlers in the last minute" });
+  for (let attempt = 0; attempt < 10 && !(await problem.count()); attempt++) {
+    http.get({ host: "127.0.0.1", port, path: failing, agent: false }).on("response", (response) => response.resume()).on("error", () => {});
+    await problem.waitFor({ timeout: 3_000 }).catch(() => {});
+  }
+  result.problem = await problem.textContent();
+  process.kill(broker, "SIGSTOP");
+  await page.locator("#status", { hasText: "the broker is not turning its loop" }).waitFor();
+  result.stopped = { card: await page.locator("#broker .condition").textContent(), tone: await page.locator("#status").getAttribute("data-tone") };
+  process.kill(broker, "SIGCONT");
+  await page.locator("#broker .condition", { hasText: "healthy" }).waitFor();
   result.trouble = [...trouble];
   // A page that is refused says so, and is live as soon as there is room.
   const viewers = Array.from({ length: 20 }, () => http.get(new URL("live", url), { agent: false }).on("error", () => {}));
