@@ -321,7 +321,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
 
 def _set_signals() -> None:
     """Set the dispositions that a child needs, for it inherits any: the supervisor acts on SIGINT and SIGHUP."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, stack_dumps.STACK, stack_dumps.STACK_IN_C):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     dumps = {stack_dumps.STACK, stack_dumps.STACK_IN_C, stack_dumps.STACKS}

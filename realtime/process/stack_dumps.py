@@ -30,10 +30,10 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.interfaces import IDelayedCall
 
-# The signals. They do nothing to a process that has not called `register`: each of our processes ignores SIGUSR1, and
-# the others are ignored by default. A terminal that changes its size sends SIGWINCH too; those dumps are dropped.
-STACK = signal.SIGWINCH
-STACK_IN_C = signal.SIGUSR1
+# The signals. They do nothing to a process that has not called `register`: each of our processes ignores the first two,
+# and SIGURG is ignored by default.
+STACK = signal.SIGUSR1
+STACK_IN_C = signal.SIGRTMIN + 5
 STACKS = signal.SIGURG
 
 IN_C_AFTER = 0.3
