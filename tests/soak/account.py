@@ -143,7 +143,7 @@ class Subscription:
     """
 
     __slots__ = (
-        "_account", "_asked", "_newest", "_runs", "cached", "channel", "client", "filtered", "is_live",
+        "_account", "_asked", "_newest", "_start", "cached", "channel", "client", "filtered", "is_live",
         "live", "missing", "position", "recovered", "superseded", "told", "told_times",
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ class Subscription:
         self._account = account
         self._asked: tuple[Epoch, int] | None = None
         self._newest = -1
-        self._runs: list[tuple[Epoch, int]] = []
+        self._start: tuple[Epoch, int] | None = None
         account.subscriptions.append(self)
 
     def _require(self, holds: bool, rule: str, effect: str, text: str) -> bool:
@@ -238,8 +238,8 @@ class Subscription:
         return len(known) < len(times) or max(pauses, default=0.0) >= self.channel.ttl - SLACK
 
     def _begin(self, epoch: Epoch, offset: int) -> None:
-        self._runs.append((epoch, offset))
         self.position = (epoch, offset)
+        self._start = self._start or self.position
         epoch.top = max(epoch.top, offset)
 
     def publication(self, offset: int, number: int, epoch: str = "") -> None:
@@ -262,8 +262,6 @@ class Subscription:
                 return
         else:
             if offset > last + 1:
-                if not self.filtered:
-                    self._account.remark(self.client, self.channel.name, f"{epoch.name}: {last} -> {offset}")
                 noted = (self._account.now(), self._account.fault())
                 self.missing.update(((epoch, skipped), noted) for skipped in range(last + 1, offset))
             self.position = (epoch, offset)
@@ -281,10 +279,10 @@ class Subscription:
 
     def close(self, totals: Counter[str]) -> None:
         """Balance this subscription (N14), and find what it lost. Adds to `totals`."""
-        if self.position is None:
+        if self.position is None or self._start is None:
             return
         final = (self.channel.epochs[-1], self.channel.epochs[-1].top)
-        promised = self.channel.span(self._runs[0], final)
+        promised = self.channel.span(self._start, final)
         told = sum(self.channel.span(*gap) for gap in self.told)
         superseded = sum(self.channel.span(*gap) for gap in self.superseded)
         waiting = self.channel.span(self.position, final)
@@ -405,7 +403,6 @@ class Account:
         self.findings: list[Finding] = []
         self.effects: Counter[str] = Counter()
         self.rules: Counter[str] = Counter()
-        self.remarks: list[str] = []
         self._losses: list[float] = []
 
     def add_channel(
@@ -442,11 +439,6 @@ class Account:
         if self.rules[rule] <= FINDINGS_KEPT:
             self.findings.append(Finding(rule, effect, client, channel, text, at, fault))
             self.on_finding(self.findings[-1], self.rules[rule])
-
-    def remark(self, client: str, channel: str, text: str) -> None:
-        """Keep a gap as seen at its moment; whether it is a loss shows at the end."""
-        if len(self.remarks) < FINDINGS_KEPT:
-            self.remarks.append(f"{self.now():9.3f} s  gap: {client} in {channel}: {text}  [{self.fault()}]")
 
     # The end.
 
