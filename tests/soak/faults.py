@@ -8,11 +8,14 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from random import Random
 from typing import Any
+
+import psutil
 
 from tests.soak.account import Account
 from tests.soak.clients import Connection, Crowd
@@ -22,6 +25,7 @@ from tests.soak.wire import request
 
 PIDFD_GETFD = 438  # the system call; Python has no name for it
 SILENT = 200  # connections that say nothing
+STARTING = 30.0  # seconds
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,7 +65,7 @@ class Faults:
     async def _watched(self, action: Coroutine[Any, Any, None]) -> None:
         try:
             await action
-        except OSError as error:
+        except (OSError, psutil.NoSuchProcess) as error:
             self.impossible[type(error).__name__] += 1
 
     # Processes.
@@ -184,6 +188,9 @@ class Faults:
 
     async def take_descriptors(self, fault: Fault) -> None:
         if (pid := self._one_of("worker", fault)) is None:
+            return
+        if time.time() - psutil.Process(pid).create_time() < STARTING:
+            self.impossible["the worker is starting, and may fail without descriptors"] += 1
             return
         with suppress(ProcessLookupError):
             before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
