@@ -65,7 +65,7 @@ class ClientError(RealtimeError):
         self.temporary = temporary
         self.kind = kind
 
-    def __reduce__(self) -> tuple[type[ClientError], tuple[int, str, bool]]:  # handler processes pickle it
+    def __reduce__(self) -> tuple[type[ClientError], tuple[int, str, bool]]:  # a ProcessPoolExecutor pickles it
         return type(self), (self.code, self.message, self.temporary)
 
 

@@ -87,7 +87,11 @@ def makeService(options: Mapping[str, Any]) -> IService:
     service = make_service(
         settings, insecure_keys=warnings.insecure_keys(settings), capture_output=_has_another_log(options)
     )
-    for line in [*warnings.find_warnings(settings, os.environ), *environment.find_warnings(os.environ)]:
+    for line in [
+        *warnings.find_warnings(settings, os.environ),
+        *environment.find_warnings(os.environ),
+        *environment.find_exposure(options["config"], settings, _drops_root(options)),
+    ]:
         _log.warn("{line}", line=line)
     return service
 
@@ -125,6 +129,11 @@ def make_service(
     for key in insecure_keys:
         supervisor.metrics.gauge("realtime_insecure_settings", "Insecure settings in use.", lambda: 1.0, key=key)
     return supervisor
+
+
+def _drops_root(options: Mapping[str, Any]) -> bool:
+    twistd = getattr(options, "parent", None)
+    return twistd is not None and bool(twistd.get("uid"))
 
 
 def _becomes_daemon(options: Mapping[str, Any]) -> bool:

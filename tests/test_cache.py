@@ -100,6 +100,30 @@ def test_a_fresh_value_is_served_without_computing() -> None:
     in_a_loop(test())
 
 
+def test_find_returns_what_a_call_would_return_at_once() -> None:
+    async def test() -> None:
+        world = World()
+        cache = world.cache(ttl=10, stale=30)
+        assert cache.find(("k",)) is None
+        await world.kept(cache, "one")
+        assert (entry := cache.find(("k",))) is not None and entry.value == "one"
+        world.now += 11
+        assert cache.find(("k",)) is None  # a call starts a refresh
+        world.load = 1.0
+        assert (entry := cache.find(("k",))) is not None and entry.value == "one"
+        world.load = 0.0
+        assert await world.ask(cache) == "one"
+        assert cache.find(("k",)) is not None  # the refresh is under way
+        assert world.counts() == {"miss": 1, "hit": 1, "stale": 3}
+        assert await world.ask(cache) == "one"
+        world.now += 30
+        world.load = 1.0
+        assert cache.find(("k",)) is None  # too old
+        assert len(world.runs) == 2
+
+    in_a_loop(test())
+
+
 def test_callers_at_the_same_time_share_one_computation() -> None:
     async def test() -> None:
         world = World()

@@ -91,10 +91,12 @@ def test_warnings_are_logged_and_the_server_starts(made: list[Settings], monkeyp
     monkeypatch.setenv("REALTIME_CLIENT_INSECURE", "true")
     monkeypatch.setenv("REALTIME_{BRACES}", "1")
     monkeypatch.setenv("AUTOBAHN_USE_NVX", "0")
+    monkeypatch.setattr("os.geteuid", lambda: 0)
     with capturedLogs() as logged:
         start()
     assert all(event["log_level"] is LogLevel.warn for event in logged)
-    assert [event["line"].split(":")[0] for event in logged] == ["client.insecure", "REALTIME_{BRACES}", "autobahn"]
+    subjects = ["client.insecure", "REALTIME_{BRACES}", "autobahn", "the server and the application run as root"]
+    assert [event["line"].split(":")[0] for event in logged] == subjects
     assert len(made) == 1
 
 

@@ -3,7 +3,8 @@
     python -P -m realtime.app.check < settings
 
 The settings come as bytes of `realtime.config.settings.dump`. The exit status is 0, or 78 with one line for each
-problem on standard output. What the application prints goes to standard error.
+problem on standard output, or 75 with the line of a problem that may pass. What the application prints goes to standard
+error.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 
 from realtime.app.loader import load
 from realtime.config import settings
-from realtime.errors import SettingsError
+from realtime.errors import ApplicationFailed, SettingsError
 
 
 def main() -> int:
@@ -26,6 +27,9 @@ def main() -> int:
     except SettingsError as error:
         print(*error.problems, sep="\n", file=problems, flush=True)
         return os.EX_CONFIG
+    except ApplicationFailed as error:
+        print(error, file=problems, flush=True)
+        return os.EX_TEMPFAIL
     return 0
 
 

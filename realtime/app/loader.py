@@ -8,13 +8,15 @@ import traceback
 
 from realtime.app.application import App
 from realtime.config.settings import AppSettings
-from realtime.errors import SettingsError
+from realtime.errors import ApplicationFailed, SettingsError
 
 
 def load(settings: AppSettings) -> App:
     """Import and return the configured application; without a configured module, return an App without handlers.
 
-    Puts `settings.path` first on `sys.path`. Raises SettingsError with one line that names the file and line at fault.
+    Puts `settings.path` first on `sys.path`. Raises SettingsError for a mistake in the code, such as a missing module
+    or a syntax error, and ApplicationFailed for any other exception, such as that of a database that is not up yet.
+    Both have one line that names the file and line at fault.
     """
     if not settings.module:
         return App()
@@ -26,8 +28,10 @@ def load(settings: AppSettings) -> App:
         module = importlib.import_module(module_name)
     except SettingsError:
         raise
-    except (Exception, SystemExit) as error:
+    except (ImportError, SyntaxError) as error:
         raise SettingsError([f"{key}: {_import_problem(error, module_name, settings.path)}"]) from error
+    except (Exception, SystemExit) as error:
+        raise ApplicationFailed(f"{key}: {_import_problem(error, module_name, settings.path)}") from error
     found = getattr(module, attribute or "app", None)
     if not isinstance(found, App):
         problem = "is missing" if found is None else f"is of type {type(found).__name__}"

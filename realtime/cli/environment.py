@@ -15,11 +15,15 @@ import re
 import resource
 import socket
 import ssl
+import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 from realtime._version import __version__
+from realtime.config import cores
+from realtime.config.settings import Settings
+from realtime.config.values import escape_unprintable
 
 DISTRIBUTION = "twisted-realtime"
 LIBRARIES = ("Twisted", "autobahn", "msgspec", "PyJWT", "cryptography", "psutil", "prometheus-client")
@@ -92,6 +96,28 @@ def find_warnings(environ: Mapping[str, str]) -> list[str]:
     return ["autobahn: runs without NVX, so large messages take 30 times as long; install its binary wheel"]
 
 
+def find_exposure(config: str | None, settings: Settings, drops_root: bool) -> list[str]:
+    """Return one line, with the remedy, for rights that the server or others need not have.
+
+    config: path of the configuration. drops_root: whether the process gives up the rights of root after the start.
+    """
+    lines = []
+    if os.geteuid() == 0 and not drops_root:
+        lines.append(
+            "the server and the application run as root: give twistd a user and a group, as in "
+            "`twistd --uid realtime --gid realtime realtime`, or use the systemd unit"
+        )
+    token, subscription_token = settings.client.token, settings.client.subscription_token
+    secrets = (settings.http_api.key, token.hmac_secret_key, subscription_token.hmac_secret_key)
+    with contextlib.suppress(OSError):
+        if config and any(secrets) and os.stat(config).st_mode & stat.S_IROTH:
+            name = escape_unprintable(config)
+            lines.append(
+                f"{name}: every user of this machine may read its secrets; use chmod 640 and the server's group"
+            )
+    return lines
+
+
 def describe(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the versions and kernel features that a bug report should include, by name."""
     kernel = platform.uname()
@@ -102,13 +128,19 @@ def describe(environ: Mapping[str, str]) -> dict[str, str]:
         "openssl": ssl.OPENSSL_VERSION,
         "nvx": "in use" if uses_nvx(environ) else "not in use",
         "kernel": f"{kernel.system} {kernel.release} {kernel.machine}",
-        "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable",
+        "cores": _describe_cores(),
         "port sharing": "SO_REUSEPORT" if hasattr(socket, "SO_REUSEPORT") else "none",
         "steering": "SO_ATTACH_REUSEPORT_CBPF" if can_steer() else "none; the kernel spreads connections by hash",
         "shared memory": "memfd" if hasattr(os, "memfd_create") else "none",
         "open files": "limit {}, at most {}".format(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         "accept queue": "limit " + _first_line("/proc/sys/net/core/somaxconn") + " (net.core.somaxconn)",
     }
+
+
+def _describe_cores() -> str:
+    quota = cores.cpu_quota()
+    limit = f", quota of {quota:g} by the control group" if quota < (os.cpu_count() or 1) else ""
+    return f"{cores.count_cores()} usable: {len(os.sched_getaffinity(0))} of {os.cpu_count()} by affinity{limit}"
 
 
 def can_steer() -> bool:

@@ -115,13 +115,19 @@ class HandlerCall:
         self._convert = result_converter(handler.kind)
         self._never_waits = handler.run == "loop" and self._semaphore is None and never_waits(handler.function)
         self._is_always_immediate = self._never_waits and self._policy.admits_always
-        self._tasks: set[asyncio.Task[Any]] = set()
+        # The loop itself holds only a weak reference to a waiting task. Values: what ends the wait of its caller.
+        self._tasks: dict[asyncio.Task[Any], Callable[[str], None]] = {}
         self._waiting: list[Deferred[None]] = []  # calls until the first ones have ended
 
     @property
     def running(self) -> int:
         """The number of calls that have started and wait for something."""
         return len(self._tasks)
+
+    def cancel_all(self) -> None:
+        """Cancel the calls that wait for something, because the worker ends. Their callers get HandlerTimeout."""
+        for expire in list(self._tasks.values()):
+            expire("did not finish before the end of the worker")
 
     @property
     def is_throttled(self) -> bool:
@@ -306,13 +312,15 @@ class HandlerCall:
     async def _wait(self, task: asyncio.Task[None], finished: Deferred[Any], timeout: float) -> Any:
         """Return a handler's result, until the timeout. A task that ignores its cancellation goes on after that."""
 
-        def expire() -> None:
+        def expire(outcome: str) -> None:
             task.cancel()
-            finished.errback(HandlerTimeout(f"{self.handler.name} did not finish within {timeout:g} s"))
+            if not finished.called:
+                finished.errback(HandlerTimeout(f"{self.handler.name} {outcome}"))
 
-        self._tasks.add(task)  # the loop itself holds only a weak reference to a waiting task
-        task.add_done_callback(self._tasks.discard)
-        timer = self._threads.reactor.callLater(timeout, expire) if timeout else None
+        self._tasks[task] = expire  # the loop itself holds only a weak reference to a waiting task
+        task.add_done_callback(self._tasks.pop)
+        late = f"did not finish within {timeout:g} s"
+        timer = self._threads.reactor.callLater(timeout, expire, late) if timeout else None
         try:
             return await finished
         except (CancelledError, asyncio.CancelledError):

@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -27,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
@@ -38,18 +38,22 @@ from realtime.handlers.compute_messages import (
     HEAD,
     INVALIDATE,
     MAX_REPLY,
+    SERVER_METHODS,
     CallDisconnected,
     CallFailed,
     CallRefused,
     CallReturned,
-    ComputeCall,
+    FromProcess,
     ProcessReady,
     ProcessSettings,
     Reply,
     ServerCall,
-    ServerError,
-    ServerResult,
+    call_of,
+    options_of,
     pack,
+    pack_error,
+    pack_result,
+    result_of,
 )
 from realtime.handlers.coroutines import start_future
 from realtime.handlers.threads import BoundedSemaphore
@@ -158,7 +162,7 @@ class ComputePool:
         HandlerFailed for any other exception of the handler, with its traceback, and for a process that ended.
         """
         try:
-            message = pack(ComputeCall(handler.name, args))
+            message = pack(call_of(handler.name, args))
             process = await self._idle.take()
             self._busy += 1
             try:
@@ -192,13 +196,14 @@ class ComputePool:
         try:
             if self._server is None:
                 raise RuntimeError("the server does not run")
-            method = cache.HOST.invalidate if call.method == INVALIDATE else getattr(self._server, call.method)
-            return pack(ServerResult(await method(*call.args, **call.options)))
+            if call.method == INVALIDATE:
+                await cache.HOST.invalidate(msgspec.convert(call.args[0], cache.Invalidation))
+                return pack_result(None)
+            if call.method not in SERVER_METHODS:
+                raise TypeError(f"the server has no method {call.method!r}")
+            return pack_result(await getattr(self._server, call.method)(*call.args, **options_of(call)))
         except Exception as error:
-            try:
-                return pack(ServerError(error))
-            except Exception:  # it can't be pickled
-                return pack(ServerError(RuntimeError(repr(error))))
+            return pack_error(error)
 
     def _is_ready(self, process: ComputeProcess) -> None:
         self._failed_starts = 0
@@ -377,9 +382,10 @@ class ComputeProcess(asyncio.Protocol):
             self._loop.call_later(CLOSED_GRACE, self.kill, "it closed its stream")
 
     def _take_message(self, content: bytes) -> None:
+        message: FromProcess | None
         try:
-            message = pickle.loads(content)
-        except Exception:  # unpickling arbitrary bytes may raise anything
+            message = _decode(content)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             message = None
         is_called = self._reply is not None and not self._reply.done()
         if isinstance(message, CallReturned | CallRefused | CallDisconnected | CallFailed) and is_called:
@@ -426,6 +432,7 @@ class ComputeProcess(asyncio.Protocol):
 
 
 _NO_REPLY = "it wrote bytes that are no message"
+_decode = msgspec.msgpack.Decoder(FromProcess).decode
 
 
 def _default_size(workers: int) -> int:
@@ -453,7 +460,7 @@ def _describe_exit(status: int) -> str:
 def _result(reply: Reply) -> Any:
     match reply:
         case CallReturned():
-            return reply.result
+            return result_of(reply)
         case CallRefused():
             raise ClientError(reply.code, reply.message, reply.temporary)
         case CallDisconnected():

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
-import pickle
 import select
 import signal
 import socket
@@ -24,9 +23,18 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from realtime import cache
 from realtime.app import ARGUMENTS, App, Handler, load
-from realtime.errors import LIMIT_EXCEEDED, ClientError, Disconnect, EngineUnavailable, SettingsError
+from realtime.errors import (
+    LIMIT_EXCEEDED,
+    ApplicationFailed,
+    ClientError,
+    Disconnect,
+    EngineUnavailable,
+    SettingsError,
+)
 from realtime.handlers.compute_messages import (
     HEAD,
     INVALIDATE,
@@ -34,17 +42,23 @@ from realtime.handlers.compute_messages import (
     CallDisconnected,
     CallFailed,
     CallRefused,
-    CallReturned,
+    ComputeCall,
     ProcessReady,
+    ProcessSettings,
     ServerCall,
     ServerError,
-    ServerResult,
+    ServerOutcome,
+    arguments_of,
     pack,
+    returned,
+    unpack_error,
+    unpack_result,
 )
 from realtime.handlers.results import call_plain_function, result_converter
-from realtime.process import app_log, output
+from realtime.process import app_log, forks, output
 
 _PR_SET_PDEATHSIG = 1
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The most characters of a traceback that are sent to the worker; its end is kept.
 _MAX_TRACEBACK = 20_000
 
@@ -54,33 +68,40 @@ def main(argv: Sequence[str]) -> int:
     stream = socket.socket(fileno=int(argv[0]))
     stream.set_inheritable(False)  # the processes that user code starts must not hold it open
     _ignore_signals()
+    server = ServerStub(stream)
+
+    def forget() -> None:
+        server.close_in_fork()
+        output.forget_threads()
+
+    forks.release_in_forks(lambda: [stream.fileno()], forget=forget, default_signals=_IGNORED_SIGNALS)
     if not _dies_with_the_worker(stream):
         return 0
     try:
-        return _serve(stream)
+        return _serve(stream, server)
     except ConnectionError:  # the worker has died during a message
         return 0
 
 
-def _serve(stream: socket.socket) -> int:
-    settings = _receive(stream)
+def _serve(stream: socket.socket, server: ServerStub) -> int:
+    settings = _receive(stream, ProcessSettings)
     if settings is None:
         return 0
     output.install(settings.log.max_queued_bytes)
     app_log.begin(f"{settings.worker} process {os.getpid()}", settings.log, sys.stdout.write)
     try:
         app = load(settings.app)
-    except SettingsError as error:
+    except (SettingsError, ApplicationFailed) as error:
         stream.sendall(pack(CallFailed(("", 0), str(error))))
-        _receive(stream)  # wait, so that the worker reads the message before it sees the end of the process
+        _read(stream, 1)  # wait, so that the worker reads the message before it sees the end of the process
         return os.EX_CONFIG
-    handlers, server = _process_handlers(app), ServerStub(stream)
+    handlers = _process_handlers(app)
     app.bind(server, server.perform)
     _share_caches(server)
     stream.sendall(pack(ProcessReady(os.getpid())))
-    while (call := _receive(stream)) is not None:
+    while (call := _receive(stream, ComputeCall)) is not None:
         with server:
-            reply = _reply(handlers[call.handler], call.args)
+            reply = _reply(handlers[call.handler], call)
         stream.sendall(reply)
     return 0
 
@@ -98,7 +119,7 @@ class ServerStub:
         self._is_open = False
 
     def __getattr__(self, method: str) -> Any:
-        return lambda *args, **options: ServerCall(method, args, options)
+        return lambda *args, **options: ServerCall(method, list(args), options)
 
     def __enter__(self) -> None:
         self._is_open = True
@@ -106,6 +127,11 @@ class ServerStub:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._is_open = False
+
+    def close_in_fork(self) -> None:
+        """Refuse calls in a fork of this process, which does not have the stream."""
+        self._lock = threading.Lock()
+        self._is_open = False
 
     def perform(self, call: Any) -> Any:
         """Make a call and return its result.
@@ -119,17 +145,19 @@ class ServerStub:
             if not self._is_open:
                 raise RuntimeError("a process can call the App's methods while one of its handlers runs, and no longer")
             self._stream.sendall(message)
-            outcome = _receive(self._stream)
-        if isinstance(outcome, ServerResult):
-            return outcome.result
-        raise outcome.error if isinstance(outcome, ServerError) else EngineUnavailable("the worker is gone")
+            outcome = _receive(self._stream, ServerOutcome)
+        if outcome is None:
+            raise EngineUnavailable("the worker is gone")
+        if isinstance(outcome, ServerError):
+            raise unpack_error(outcome)
+        return unpack_result(call.method, outcome.result)
 
 
 def _share_caches(server: ServerStub) -> None:
     """Send the invalidations of caches to the workers, which have the values."""
 
     async def broadcast(invalidation: cache.Invalidation) -> None:
-        server.perform(ServerCall(INVALIDATE, (invalidation,), {}))
+        server.perform(ServerCall(INVALIDATE, [invalidation]))
 
     cache.HOST.perform, cache.HOST.broadcast = asyncio.run, broadcast
 
@@ -139,10 +167,11 @@ def _process_handlers(app: App) -> dict[str, Handler]:
     return {handler.name: handler for handler in handlers if handler.run == "process"}
 
 
-def _reply(handler: Handler, args: tuple[Any, ...]) -> bytes:
+def _reply(handler: Handler, call: ComputeCall) -> bytes:
     """Call the handler and return the packed reply; there is one unless the handler ends the process."""
     try:
-        reply = pack(CallReturned(result_converter(handler.kind)(call_plain_function(handler, args))))
+        result = call_plain_function(handler, arguments_of(call))
+        reply = pack(returned(result_converter(handler.kind)(result)))
     except ClientError as error:
         return pack(CallRefused(error.code, error.message, error.temporary))
     except Disconnect as error:
@@ -161,11 +190,11 @@ def _failure(error: BaseException) -> CallFailed:
     return CallFailed(place, text[-_MAX_TRACEBACK:], type(error).__name__)
 
 
-def _receive(stream: socket.socket) -> Any:
-    """Return the next message, None when the stream has ended."""
+def _receive(stream: socket.socket, type: Any) -> Any:
+    """Return the next message, which is of this type; None when the stream has ended."""
     head = _read(stream, HEAD.size)
     content = head and _read(stream, *HEAD.unpack(head))
-    return pickle.loads(content) if content else None
+    return msgspec.msgpack.decode(content, type=type) if content else None
 
 
 def _read(stream: socket.socket, size: int) -> bytes:
@@ -183,7 +212,7 @@ def _ignore_signals() -> None:
 
     Handlers that do nothing take the place of SIG_IGN, which the processes that user code starts would inherit.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _IGNORED_SIGNALS:
         signal.signal(number, _do_nothing)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Coroutine
 from typing import Any
 
+from twisted.internet.task import deferLater
 from twisted.python.threadable import isInIOThread
 
 from realtime.app import App, Patterns, Server
@@ -22,6 +23,11 @@ from realtime.handlers.coroutines import drive, start_future
 from realtime.handlers.outcomes import HandlerErrorLog
 from realtime.handlers.threads import HandlerThreads
 from realtime.supervision.pressure import Throttle
+
+# The share of a stop's time for the `finally` blocks of cancelled calls, before the `on_stop` handlers.
+CANCEL_SHARE = 0.25
+# Seconds between two looks at the cancelled calls.
+POLL_INTERVAL = 0.02
 
 
 class Dispatcher:
@@ -102,7 +108,11 @@ class Dispatcher:
             else:
                 result.set_exception(error)
 
-        self._services.reactor.callFromThread(drive, coroutine, done, self.ledger)
+        try:
+            self._services.reactor.callFromThread(drive, coroutine, done, self.ledger)
+        except RuntimeError:  # in a fork of the worker
+            coroutine.close()
+            raise
         return result.result()
 
     async def start(self) -> None:
@@ -122,19 +132,28 @@ class Dispatcher:
                     f"{call.handler.place}: {call.handler.name} failed: {_first_line(error)}"
                 ) from None
 
+    async def stop_handlers(self, grace: float) -> None:
+        """Cancel the calls that still run, and run the `on_stop` handlers, within about `grace` seconds."""
+        reactor = self._services.reactor
+        began = reactor.seconds()
+        for call in self._calls:
+            call.cancel_all()
+        while self.running and reactor.seconds() < began + grace * CANCEL_SHARE:
+            await deferLater(reactor, POLL_INTERVAL)
+        for call in reversed(self._make_calls("on_stop").values()):
+            seconds_left = began + grace - reactor.seconds()
+            if seconds_left > 0:
+                # The failure of one handler, which is logged and counted, must not keep the next from running.
+                with contextlib.suppress(ClientError, Disconnect, HandlerTimeout, PoolFull):
+                    await call.call(timeout=seconds_left)
+
     async def stop(self, grace: float) -> None:
-        """Run the `on_stop` handlers and close the pools within about `grace` seconds.
+        """Close the pools within about `grace` seconds; `stop_handlers` comes first.
 
         A thread that has not returned by then is left behind; it ends with the process.
         """
         reactor, compute_pool = self._services.reactor, self._services.compute_pool
         deadline = reactor.seconds() + grace
-        for call in reversed(self._make_calls("on_stop").values()):
-            seconds_left = deadline - reactor.seconds()
-            if seconds_left > 0:
-                # The failure of one handler, which is logged and counted, must not keep the next from running.
-                with contextlib.suppress(ClientError, Disconnect, HandlerTimeout, PoolFull):
-                    await call.call(timeout=seconds_left)
         if compute_pool is not None:
             await compute_pool.stop(max(deadline - reactor.seconds(), 0.0))
         await self.threads.stop(max(deadline - reactor.seconds(), 0.0))

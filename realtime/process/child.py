@@ -26,13 +26,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from twisted.internet.defer import Deferred, TimeoutError, maybeDeferred
 from twisted.internet.main import installReactor
 from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import Logger
 from twisted.protocols import amp
+from twisted.python import threadable
 from twisted.python.failure import Failure
 
 from realtime import metrics
@@ -40,7 +41,7 @@ from realtime.config import settings
 from realtime.config.settings import Settings
 from realtime.errors import ApplicationFailed, EngineUnavailable, RealtimeError
 from realtime.metrics import Metrics
-from realtime.process import control, log, output, stack_dumps
+from realtime.process import control, forks, log, output, stack_dumps
 from realtime.process.diagnostics import REPORTS
 from realtime.process.gc_tuning import GCTuner
 from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoopClock, MeasuredSelector, loop_time
@@ -126,10 +127,10 @@ class Child:
         heartbeat: Heartbeat | None = None,
         accounts: LoopTimeLedger | None = None,
         turn_number: Callable[[], int] | None = None,
-        tunes_gc: bool = False,
+        owns_process: bool = False,
     ) -> None:
-        """heartbeat, accounts: of the reactor's loop. tunes_gc: whether to tune the garbage collector of the process,
-        which must be this child's alone."""
+        """heartbeat, accounts: of the reactor's loop. owns_process: whether the process is this child's alone, which
+        then tunes the garbage collector, and ends all tasks of the loop in a drain."""
         self.name = "broker" if slot < 0 else f"worker {slot}"
         self.slot = slot
         self.settings = settings
@@ -146,7 +147,8 @@ class Child:
         self.service: ChildService = _NotMade(self.link_lost)
         self.draining = False
         self.status = 0
-        self._gc_tuner = GCTuner(self.metrics) if tunes_gc else None
+        self._owns_process = owns_process
+        self._gc_tuner = GCTuner(self.metrics) if owns_process else None
 
     def link_lost(self) -> None:
         """Ask the supervisor for a fresh stream to the broker. Never fails: without a supervisor the process ends."""
@@ -163,6 +165,30 @@ class Child:
         drained.addTimeout(timeout, self.reactor)
         drained.addErrback(self._log_failed_drain, timeout).addBoth(lambda _: self.stop())
 
+    async def cancel_tasks(self, timeout: float) -> None:
+        """Cancel all asyncio tasks, which are the application's, and wait for their end for `timeout` seconds at most.
+
+        Then close the asynchronous generators. As at the end of `asyncio.run`, so that `finally` blocks run.
+        """
+        if not self._owns_process:
+            return
+        loop = asyncio.get_running_loop()
+        tasks = asyncio.all_tasks()
+        for task in tasks:
+            task.cancel()
+        tasks.add(loop.create_task(loop.shutdown_asyncgens()))
+        ended, left = await Deferred.fromFuture(loop.create_task(asyncio.wait(tasks, timeout=timeout)))
+        for task in ended:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                _log.failure("a task of the application raised at the end of {name}", Failure(error), name=self.name)
+        if left:
+            _log.warn(
+                "{count} tasks of the application did not end within {timeout:g} s and are left behind; set "
+                "shutdown.timeout higher if they need longer",
+                count=len(left),
+                timeout=timeout,
+            )
+
     def stop(self, status: int = 0) -> None:
         """Leave the reactor. `main` returns the first status that is not 0."""
         self.draining = True  # no end of the control link is a surprise from now on
@@ -170,6 +196,11 @@ class Child:
         self.heartbeat.stop()
         if self.reactor.running:
             self.reactor.stop()
+
+    def end_gc_tuning_in_fork(self) -> None:
+        """Leave collections to Python's defaults in a fork of the process."""
+        if self._gc_tuner is not None:
+            self._gc_tuner.end_in_fork()
 
     def _log_failed_drain(self, failure: Failure, timeout: float) -> None:
         if failure.check(TimeoutError):
@@ -306,7 +337,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
         heartbeat,
         selector.accounts,
         lambda: selector.turns,
-        tunes_gc=True,
+        owns_process=True,
     )
     output.install(tree.log.max_queued_bytes)
     child.metrics.sources.append(output.samples)
@@ -314,9 +345,35 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     log.count_internal_errors(child.metrics)
     loop.set_exception_handler(log.log_loop_error)
     _adopt(asyncio_reactor, options.link, child.control)
+    _release_in_forks(child, loop, selector, (options.vitals, *options.stacks))
     asyncio_reactor.callWhenRunning(child.begin, make_service)
     asyncio_reactor.run()
     return child.status
+
+
+def _release_in_forks(
+    child: Child, loop: asyncio.AbstractEventLoop, selector: MeasuredSelector, descriptors: Sequence[int]
+) -> None:
+    """Have processes that the application forks release the server's part. descriptors: those without an event."""
+
+    def forget() -> None:
+        # No thread of the fork is the loop's, so calls of the App go through `call_soon_threadsafe` in each.
+        threadable.ioThread = None
+        loop.call_soon_threadsafe = _refuse_in_fork  # type: ignore[method-assign]
+        output.forget_threads()
+        child.end_gc_tuning_in_fork()
+
+    forks.release_in_forks(lambda: [*selector.descriptors(), *descriptors], {_port(fd) for fd in child.listen}, forget)
+
+
+def _refuse_in_fork(*_: object, **__: object) -> NoReturn:
+    raise RuntimeError("this process was forked from the server's: only the latter can call the methods of the App")
+
+
+def _port(listening: int) -> int:
+    """Return the port of a listening socket."""
+    with socket.socket(fileno=os.dup(listening)) as copy:
+        return int(copy.getsockname()[1])
 
 
 def _set_signals() -> None:

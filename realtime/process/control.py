@@ -11,8 +11,16 @@ from typing import Any
 
 from twisted.internet.interfaces import ITransport
 from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
 from twisted.protocols import amp
 from twisted.python.failure import Failure
+
+from realtime.process import log
+
+# The most of an invalid message that is logged.
+_LOGGED_BYTES = 200
+
+_log = Logger(observer=log.observer)
 
 
 class Peer(amp.AMP):
@@ -27,6 +35,26 @@ class Peer(amp.AMP):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         amp.BinaryBoxProtocol.connectionLost(self, reason)
         self.transport = None
+
+    # A peer that sends anything but our commands is broken: the link ends, and with it the child.
+
+    def dataReceived(self, data: bytes) -> None:
+        try:
+            super().dataReceived(data)
+        except (amp.AmpError, KeyError, ValueError) as error:  # no command, no text, or an answer to no request
+            self._end_link(repr(error))
+
+    def locateResponder(self, name: bytes) -> Any:
+        responder = None if name == amp.StartTLS.commandName else super().locateResponder(name)
+        if responder is None:
+            self._end_link(f"unknown command {name[:_LOGGED_BYTES]!r}")
+        return responder
+
+    def _end_link(self, reason: str) -> None:
+        _log.error("a control link ends: the peer sent an invalid message ({reason})", reason=reason[:_LOGGED_BYTES])
+        transport: Any = self.transport
+        if transport is not None:
+            transport.abortConnection()
 
 
 class Long(amp.Argument):

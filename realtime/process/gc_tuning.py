@@ -55,6 +55,7 @@ class GCTuner:
         self._frozen_limit = WHOLE
         self._delay_factor = 1
         self._is_collecting_all = False
+        self._default_thresholds = gc.get_threshold()
         help = "Collections, by the oldest generation traversed; all: frozen objects were traversed too."
         self._collections: dict[str, Counter] = {
             name: metrics.counter("realtime_gc_collections", help, generation=name) for name in ("0", "1", "2", "all")
@@ -66,6 +67,7 @@ class GCTuner:
 
     def begin(self) -> None:
         """Collect and freeze all present objects, and tune and measure the collector from now on."""
+        self._default_thresholds = gc.get_threshold()
         gc.set_threshold(*THRESHOLDS)
         gc.collect()
         _freeze()
@@ -73,8 +75,14 @@ class GCTuner:
 
     def end(self) -> None:
         """Stop measuring, and unfreeze all objects."""
-        gc.callbacks.remove(self._on_collection)
+        self.end_in_fork()
         gc.unfreeze()
+
+    def end_in_fork(self) -> None:
+        """Leave collections to Python's defaults. Frozen objects stay frozen, so a fork shares their memory."""
+        if self._on_collection in gc.callbacks:
+            gc.callbacks.remove(self._on_collection)
+            gc.set_threshold(*self._default_thresholds)
 
     def is_due(self) -> bool:
         """Whether all objects should be collected."""

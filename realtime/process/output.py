@@ -88,6 +88,13 @@ class Output(io.RawIOBase):
             time.sleep(0.01)
         return not self._queue
 
+    def forget_threads(self) -> None:
+        """Go on in a fork: the thread and the queue are the parent's."""
+        self._lock = threading.RLock()
+        self._writer = None
+        self._queue.clear()
+        self._queued_bytes = 0
+
     def _send_now(self, data: bytes) -> bytes:
         """Send what the kernel accepts without a wait. Returns the rest; b"" once the reader is gone."""
         try:
@@ -143,6 +150,12 @@ def install(max_queued_bytes: int) -> None:
                 getattr(sys, name).flush()
             setattr(sys, name, stream)
     atexit.register(drain)
+
+
+def forget_threads() -> None:
+    """Let a fork of this process write to the installed outputs."""
+    for output in _outputs:
+        output.forget_threads()
 
 
 def drain() -> None:

@@ -89,6 +89,10 @@ class ReadingSelector(selectors.BaseSelector):
         if self._readers.pop(fd, None) is not None:
             self._update_epoll(fd)
 
+    def descriptors(self) -> list[int]:
+        """Return the registered descriptors and that of epoll(7) itself."""
+        return [self._epoll.fileno(), *self._masks]
+
     def call_after_reading(self, function: Callable[[], None]) -> None:
         """Call `function` after the last direct reader of this turn, or in the loop's next turn if none is running.
 

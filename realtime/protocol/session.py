@@ -19,6 +19,7 @@ There are no replies and no pongs, so a refusal is a disconnect.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -247,7 +248,9 @@ class Session(SessionTimers):
         if self.busy_channels:
             self.busy_channels.discard(getattr(request, "channel", ""))
         self.running -= 1
-        if self.queue is not None and not self.queue.is_starting:
+        if self._commands is _DRAINING and not self.running:
+            self.disconnect(*errors.SHUTDOWN)
+        elif self.queue is not None and not self.queue.is_starting:
             self.queue.start_ready()
 
     def decode_request_data(self, raw: Raw | UnsetType) -> Any:
@@ -618,6 +621,16 @@ class Session(SessionTimers):
             self._end(code, reason)
             self._connection.close(code, reason)
 
+    def drain(self) -> None:
+        """Disconnect the client because the worker stops, after the answers to the commands that are under way.
+
+        Commands that would begin meanwhile are refused: the client's next worker carries them out.
+        """
+        if self.running:
+            self._commands = _DRAINING
+        else:
+            self.disconnect(*errors.SHUTDOWN)
+
     def closed(self) -> None:
         """End the session: its connection is closed."""
         if self.state is not SessionState.CLOSED:
@@ -675,6 +688,14 @@ class Session(SessionTimers):
 
 # Carries out a command: (session, id, request). Returns the rest of its work, or None if there is none.
 CommandFunction = Callable[[Session, int, Any], Coroutine[Any, Any, None] | None]
+
+
+def _refuse_command(session: Session, id: int, request: Any) -> None:
+    raise ClientError(*errors.INTERNAL_ERROR)
+
+
+# The commands of a session that drains.
+_DRAINING: Mapping[str, CommandFunction] = defaultdict(lambda: _refuse_command)
 
 
 def detail_of(error: Exception) -> str:

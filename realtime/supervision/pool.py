@@ -42,6 +42,10 @@ _EXIT_TIMEOUT = 5.0
 _DUMP_TIME = 0.3
 # Seconds without a beat after which a process serves nothing. The broker beats once a second.
 _UNRESPONSIVE = 3.0
+# Seconds that a worker serves at least before it is replaced for its memory, if its predecessor was replaced for that
+# too. They double with each replacement in a row: a limit that no worker can keep must not end the service.
+_MEMORY_PAUSE = 2.0
+_MEMORY_PAUSE_MAX = 300.0
 # Seconds from SIGKILL until a stopping pool gives up on a process (uninterruptible sleep).
 _REAP_TIMEOUT = 2.0
 
@@ -149,7 +153,8 @@ class Slot:
     showed that its loop turns; stalls of the supervisor move it forward. connected: whether the worker has a stream to
     the broker, or is about to get one. deaths: deaths in a row. reason: why its process exits, as a label for the
     metrics; "" while unknown. explanation: the same for the log. failed_with: the exit status that its process
-    announced when it could not start. restarts: number of restarts by reason.
+    announced when it could not start. bloated: replacements for too much memory in a row. restarts: number of restarts
+    by reason.
     """
 
     number: int
@@ -162,6 +167,7 @@ class Slot:
     reason: str = ""
     explanation: str = ""
     failed_with: int = EX_CONFIG
+    bloated: int = 0
     restarts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -260,11 +266,16 @@ class Pool:
     def memory_exceeded(self, number: int, size: int, now: float) -> list[Effect]:
         """The slot's worker uses `size` bytes of memory, more than it may: drain and replace it.
 
-        Only one worker at a time: without effect unless all slots are ready.
+        Only one worker at a time: without effect unless all slots are ready. Without effect too on a worker that has
+        just replaced another one for this reason: the intervals between such replacements grow.
         """
         slot = self.slots[number]
-        if not self.ready:
+        pause = min(_MEMORY_PAUSE * 2.0 ** min(slot.bloated - 1, 30), _MEMORY_PAUSE_MAX) if slot.bloated else 0.0
+        ready_for = now - slot.since
+        if not self.ready or ready_for < pause:
             return []
+        # Past twice the pause its memory was below the limit at the end of the pause, so it has grown slowly.
+        slot.bloated = 1 if ready_for >= max(2 * pause, self._settings.restart_reset) else slot.bloated + 1
         slot.reason = "bloated"
         slot.explanation = f"used {size / 2**20:.0f} MiB of memory (loop.max_rss) and was drained"
         return self._event(number, PoolEvent.MEMORY_EXCEEDED, now)
@@ -390,9 +401,11 @@ class Pool:
         if self.stopping:
             self._retire(slot)
             return
-        slot.deaths += 1
         slot.restarts[slot.reason] += 1
-        delay = min(self._settings.restart_delay * 2.0 ** min(slot.deaths - 1, 30), self._settings.restart_delay_max)
+        delay = self._settings.restart_delay
+        if slot.reason != "bloated":  # the replacement of a worker that was drained need not wait
+            slot.deaths += 1
+            delay = min(delay * 2.0 ** min(slot.deaths - 1, 30), self._settings.restart_delay_max)
         if not slot.in_crash_loop:
             # A process that was asked to end by SIGTERM, and has ended in order, is no error.
             self._log(f"{slot.name} {slot.explanation}; restarting it in {delay:g} s", is_error=slot.reason != "exit")

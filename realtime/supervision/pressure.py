@@ -53,6 +53,7 @@ class Pressure:
         self.max_lag = loop.max_lag or math.inf
         self._interval = loop.interval
         self._clock = clock
+        self._has_served = False
         self._reached: dict[str, float] = {}  # when each limit was last reached
         self._lags: deque[tuple[float, float]] = deque()  # (time, lag) with falling lags: the maximum comes first
         # The state at the last beat. Each value is replaced as a whole, so other threads may read it.
@@ -66,6 +67,12 @@ class Pressure:
         now = vitals.beat / 1e9
         # A starting loop is late because it loads the application, and has no clients yet that could notice.
         self._record_lag(now, 0.0 if vitals.state is ProcessState.STARTING else vitals.lag)
+        if not self._has_served and vitals.state is not ProcessState.STARTING:
+            self._has_served = True
+            if vitals.rss >= self._limits.get("rss", math.inf):
+                # No worker can stay below this limit. Refusing all clients for it would help none.
+                del self._limits["rss"]
+                self._reached.pop("rss", None)
         for name, limit in self._limits.items():
             if getattr(vitals, name) >= limit:
                 self._reached[name] = now

@@ -21,6 +21,7 @@ from twisted.python.failure import Failure
 
 from realtime import metrics
 from realtime.config.schema import PREFIX
+from realtime.config.values import escape_unprintable
 from realtime.metrics import Sample
 from realtime.process import control, log
 from realtime.process.stack_dumps import IN_C_AFTER, STACK, STACK_IN_C, StackReader
@@ -30,6 +31,8 @@ from realtime.supervisor import systemd
 # Descriptor numbers in the child; the slot's listening sockets follow.
 _LINK, _SETTINGS, _VITALS, _LISTEN = 3, 4, 5, 6
 _MAX_LINE = 16384
+_MAX_REASON = 2000
+_FAILED_STATUSES = {os.EX_CONFIG, os.EX_TEMPFAIL}
 # A line of a child's log: `realtime.process.log`, `realtime.process.app_log`.
 _LOG_LINE = re.compile(
     r"\d{4}-\d\d-\d\dT\S+ \[(?P<system>(?:worker|broker)[^]]*#(?P<level>debug|info|warn|error|critical))\] (?P<text>.*)"
@@ -214,7 +217,9 @@ class _Link(control.Peer):
 
     @control.Failed.responder
     def _failed(self, reason: str, status: int) -> dict[str, object]:
-        self._owner.start_failed(self._process, reason, status)
+        # The status becomes that of the server, and the reason a line of the log.
+        status = status if status in _FAILED_STATUSES else os.EX_CONFIG
+        self._owner.start_failed(self._process, escape_unprintable(reason[:_MAX_REASON]), status)
         return {}
 
     @control.LinkLost.responder

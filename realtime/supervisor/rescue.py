@@ -4,7 +4,8 @@ The kernel completes TCP handshakes while a worker's loop is blocked, or while a
 the slot's socket. In that time the supervisor accepts from its own copy of the socket, and passes the connections to a
 healthy worker (`realtime.process.fd_passing`). It reads nothing from them. While no worker can take a connection it
 stays queued, because its own worker may recover. Once no loop has turned for long, no worker has come back for long, or
-the server stops, clients get a 503 and a Retry-After.
+the server stops, clients get a 503 and a Retry-After; so do the clients of a dead worker beside workers that stay under
+pressure.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ RETURN_ALLOWANCE = 5.0
 """Seconds within which one of the workers is expected back, while all are dead: they may load a large application."""
 
 MAX_HOLD = 5.0
-"""Seconds for which the supervisor holds a connection that no worker took, before it refuses the client."""
+"""Seconds for which a client waits while no worker takes it and its own worker is gone, before it is refused."""
 
 LINGER = 1.0
 """Seconds for a refused client to read the response and close."""
@@ -94,6 +95,7 @@ class Rescue:
         self.stopping = False
         self._active = loop.rescue
         self._max_lag = loop.lagging or loop.max_lag
+        self._able_at = reactor.seconds()  # when a worker could last accept connections
         self._routes: dict[int, _RouteToWorker] = {}
         self._held: deque[_RescuedConnection] = deque()  # accepted, but not taken by any worker yet
         self._refusals = _RefusalFactory(reactor)
@@ -112,6 +114,8 @@ class Rescue:
         """Rescue the connections of all workers that can't accept them."""
         if not self._active:
             return
+        if any(map(self._can_accept, self._health.values())):
+            self._able_at = self._reactor.seconds()
         self._client_log.report_left_out()
         self._update_routes()
         self._place_held()
@@ -169,12 +173,16 @@ class Rescue:
         health = self._health[route.slot]
         return health.condition is Condition.LAGGING, route.in_flight, health.connections
 
-    def _is_hopeless(self) -> bool:
-        """Return whether no worker will accept soon: each has been blocked, draining or dead for long, or the server
+    def _is_hopeless(self, slot: int) -> bool:
+        """Return whether no worker will accept the slot's clients soon: each worker has been blocked, draining or dead
+        for long; or the slot's own is dead or draining, and the others have long been under pressure; or the server
         stops."""
         if self.stopping:
             return True
         now = self._reactor.seconds()
+        is_gone = self._health[slot].condition in (Condition.ABSENT, Condition.DRAINING)
+        if is_gone and now - self._able_at >= MAX_HOLD:
+            return True
         slots = [self._health.get(slot) for slot in range(len(self._sockets))]
         all_dead = all(health is not None and health.condition is Condition.ABSENT for health in slots)
         allowance = {
@@ -193,7 +201,7 @@ class Rescue:
 
     def _rescue_queued(self, slot: int) -> None:
         """Accept the connections queued at the slot, one batch per turn, while they can be passed on or refused."""
-        is_hopeless = self._is_hopeless()
+        is_hopeless = self._is_hopeless(slot)
         for _ in range(BATCH):
             if self._held or not (self._helpers() or (is_hopeless and self._refusals.has_room)):
                 return
@@ -212,7 +220,7 @@ class Rescue:
         """Pass the connection to a worker, hold it until one can take it, or refuse the client."""
         if any(self._send(route, rescued) for route in self._helpers()):
             return
-        if self._is_hopeless() or self._reactor.seconds() - rescued.since >= MAX_HOLD:
+        if self._is_hopeless(rescued.slot) or self._reactor.seconds() - rescued.since >= MAX_HOLD:
             self._refuse(rescued.connection)
         else:
             self._held.append(rescued)

@@ -26,6 +26,7 @@ from twisted.internet.defer import Deferred, DeferredList
 from twisted.logger import Logger
 
 from realtime.config import settings as configuration
+from realtime.config.cores import count_cores
 from realtime.config.settings import Settings
 from realtime.metrics import Metrics
 from realtime.process import log
@@ -34,7 +35,6 @@ from realtime.supervision.pool import BROKER, TICK, Effect, Pool, SlotState
 from realtime.supervision.vitals import Vitals
 from realtime.supervisor import orphans
 from realtime.supervisor.child_process import ChildProcess
-from realtime.supervisor.cores import count_cores
 from realtime.supervisor.health_monitor import HealthMonitor
 from realtime.supervisor.listener import CannotListen, SharedPort
 from realtime.supervisor.relief import Relief
@@ -294,7 +294,7 @@ class Supervisor(Service):
         self._has_warned_of_footprint = True
         _log.error(
             "loop.max_rss = {limit}: a worker without clients already uses {used} bytes, so the server replaces "
-            "workers without end; set loop.max_rss well above that",
+            "workers without end, at growing intervals; set loop.max_rss well above that",
             limit=limit,
             used=vitals.rss,
         )

@@ -224,7 +224,10 @@ class Outgoing:
 
     def release(self) -> None:
         """Write the frames queued since `hold`, unless the transport is full."""
-        self.flush()
+        try:
+            self.flush()
+        except Exception:  # a close frame would wait behind the frames that could not be written
+            self.abort_after_error()
 
     def flush(self) -> None:
         """Write the messages queued in this loop turn, unless the transport is full."""

@@ -39,8 +39,10 @@ DISCONNECT_SHARE = 0.5
 # Seconds in which kept-alive HTTP connections may send one more request, whose response announces their end. A proxy
 # answers 502 if its connection ends with a request on the way.
 HTTP_DRAIN = 1.0
-# The share of a drain's time for the application's `on_stop` handlers, at its end.
+# The share of a drain's time, at its end, for the `finally` blocks of calls that take too long, for the `on_stop`
+# handlers and for the end of the application's tasks; and the share of that for the tasks.
 STOP_SHARE = 0.2
+TASKS_SHARE = 0.25
 # Seconds between two looks at what a drain waits for.
 _DRAIN_INTERVAL = 0.05
 # Seconds; shorter pauses between two disconnects are skipped.
@@ -51,7 +53,8 @@ class Worker:
     """One worker: `start` serves, `drain` ends."""
 
     def __init__(self, process: child.Child) -> None:
-        """Load the application and build the worker. Raises SettingsError when the application can't be loaded."""
+        """Load the application and build the worker. Raises SettingsError or ApplicationFailed when the
+        application can't be loaded."""
         self._process = process
         self._reactor = process.reactor
         app = application.load(process.settings.app)
@@ -173,18 +176,24 @@ class Worker:
         ):
             await deferLater(self._reactor, _DRAIN_INTERVAL)
             await self._disconnect_all(0.0)  # the clients whose handshake ended meanwhile
+        for session in list(self._pubsub.sessions):
+            session.disconnect(*SHUTDOWN)  # their commands take too long
+        await dispatcher.stop_handlers((1 - TASKS_SHARE) * max(deadline - self._reactor.seconds(), 0.0))
+        # After the `on_stop` handlers, which may end tasks in an order of their own; before the engine is closed, since
+        # a `finally` block may publish.
+        await self._process.cancel_tasks(TASKS_SHARE * timeout * STOP_SHARE)
         await dispatcher.stop(max(deadline - self._reactor.seconds(), 0.0))
         self._pubsub.engine.close()
 
     async def _disconnect_all(self, spread: float) -> None:
-        """Disconnect every client with 3001, the last one after `spread` seconds."""
+        """Disconnect every client with 3001, the last one after `spread` seconds, once its commands are answered."""
         sessions = list(self._pubsub.sessions)
         started = self._reactor.seconds()
         for index, session in enumerate(sessions):
             pause = started + spread * index / len(sessions) - self._reactor.seconds()
             if pause > _MIN_PAUSE:
                 await deferLater(self._reactor, pause)
-            session.disconnect(*SHUTDOWN)
+            session.drain()
 
 
 def _log_failed_report(result: object, error: BaseException | None) -> None:

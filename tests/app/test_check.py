@@ -25,11 +25,16 @@ def test_an_application_that_loads_is_no_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"), [("app = (", "chat.py:1: SyntaxError"), ("", "'app' is missing"), ("1 / 0", "chat.py:1: Zero")]
+    ("text", "problem", "status"),
+    [
+        ("app = (", "chat.py:1: SyntaxError", 78),
+        ("", "'app' is missing", 78),
+        ("1 / 0", "chat.py:1: Zero", 75),
+    ],
 )
-def test_a_problem_is_a_line_on_standard_output(tmp_path: Path, text: str, problem: str) -> None:
+def test_a_problem_is_a_line_on_standard_output(tmp_path: Path, text: str, problem: str, status: int) -> None:
     (tmp_path / "chat.py").write_text(text)
     done = check(tmp_path, "chat:app")
-    assert done.returncode == 78
+    assert done.returncode == status
     (line,) = done.stdout.decode().splitlines()
     assert line.startswith('app.module = "chat:app": ') and problem in line

@@ -12,6 +12,7 @@ import pytest
 
 from realtime.app import Handler, load
 from realtime.config.settings import AppSettings
+from realtime.errors import ApplicationFailed
 from tests.app.declaring import problem
 
 
@@ -52,14 +53,9 @@ def test_no_module_is_an_app_without_handlers() -> None:
 @pytest.mark.parametrize(
     ("source", "place", "says"),
     [
-        ("import realtime\n\nlimit = 1 / 0\n", "its_app.py:3", "ZeroDivisionError: division by zero"),
         ("app = (\n", "its_app.py:1", "SyntaxError"),
         ("import nothing_of_that_name\n", "its_app.py:1", "No module named 'nothing_of_that_name'"),
-        ("import json\n\njson.loads('{')\n", "its_app.py:3", "JSONDecodeError"),
-        ("import sys\nsys.exit(3)\n", "its_app.py:2", "SystemExit: 3"),
-        ("import below\n", "below.py:2", "ValueError: from below"),
-        ("raise ValueError('one\\ntwo')\n", "its_app.py:1", "ValueError: one"),
-        ("raise ValueError\n", "its_app.py:1", "ValueError"),
+        ("from realtime import nothing\n", "its_app.py:1", "ImportError: cannot import name 'nothing'"),
         (
             "from realtime.app import App\napp = App()\n@app.rpc('f')\ndef f(): ...\n",
             "its_app.py:3",
@@ -70,8 +66,29 @@ def test_no_module_is_an_app_without_handlers() -> None:
     ],
 )
 def test_mistake_in_the_users_code_is_one_line_with_its_place(write: Any, source: str, place: str, says: str) -> None:
-    settings = write(source, below="\nraise ValueError('from below')\n")
+    settings = write(source)
     line = problem(lambda: load(settings))
+    assert f"{settings.path}/{place}" in line
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("source", "place", "says"),
+    [
+        ("import realtime\n\nlimit = 1 / 0\n", "its_app.py:3", "ZeroDivisionError: division by zero"),
+        ("import json\n\njson.loads('{')\n", "its_app.py:3", "JSONDecodeError"),
+        ("import sys\nsys.exit(3)\n", "its_app.py:2", "SystemExit: 3"),
+        ("import below\n", "below.py:2", "ConnectionRefusedError: no database"),
+        ("raise ValueError('one\\ntwo')\n", "its_app.py:1", "ValueError: one"),
+        ("raise ValueError\n", "its_app.py:1", "ValueError"),
+    ],
+)
+def test_an_exception_that_may_pass_is_one_line_with_its_place(write: Any, source: str, place: str, says: str) -> None:
+    settings = write(source, below="\nraise ConnectionRefusedError('no database')\n")
+    with pytest.raises(ApplicationFailed) as caught:
+        load(settings)
+    line = str(caught.value)
+    assert line.startswith('app.module = "its_app:app": ') and "\n" not in line
     assert f"{settings.path}/{place}" in line
     assert says in line
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from realtime.cli import environment
+from realtime.config.settings import HTTPAPISettings, Settings
 
 
 def install(folder: Path, name: str, version: str, *lines: str, package: str | None = None) -> None:
@@ -83,3 +84,41 @@ def test_nvx_is_detected_as_autobahn_detects_it(environ: dict[str, str]) -> None
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == str(environment.uses_nvx(environ))
     assert len(environment.find_warnings(environ)) == (done.stdout.strip() == "False")
+
+
+@pytest.mark.parametrize(
+    ("quota", "line"),
+    [
+        (1e9, "6 usable: 6 of 8 by affinity"),
+        (1.5, "2 usable: 6 of 8 by affinity, quota of 1.5 by the control group"),
+    ],
+)
+def test_the_description_names_the_limits_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, quota: float, line: str
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("realtime.config.cores.cpu_quota", lambda root=None: quota)
+    assert environment.describe({})["cores"] == line
+
+
+@pytest.mark.parametrize(("uid", "drops_root", "count"), [(0, False, 1), (0, True, 0), (1000, False, 0)])
+def test_a_server_that_stays_root_is_an_exposure(
+    monkeypatch: pytest.MonkeyPatch, uid: int, drops_root: bool, count: int
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: uid)
+    lines = environment.find_exposure(None, Settings(), drops_root)
+    assert len(lines) == count
+    assert all("run as root" in line and "--uid" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "count"), [(0o644, "k" * 32, 1), (0o640, "k" * 32, 0), (0o600, "k" * 32, 0), (0o644, "", 0)]
+)
+def test_secrets_that_every_user_may_read_are_an_exposure(tmp_path: Path, mode: int, key: str, count: int) -> None:
+    file = tmp_path / "realtime.toml"
+    file.touch(mode)
+    file.chmod(mode)
+    lines = environment.find_exposure(str(file), Settings(http_api=HTTPAPISettings(key=key)), drops_root=True)
+    assert len(lines) == count
+    assert all(line.startswith(f"{file}: ") and "chmod 640" in line and key not in line for line in lines)

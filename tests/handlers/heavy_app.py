@@ -93,8 +93,8 @@ def never_answered(data: str) -> Any:
     return app.publish("never", data)
 
 
-@declare("unpicklable")
-def unpicklable(data: Any) -> Any:
+@declare("unsendable")
+def unsendable(data: Any) -> Any:
     return app.publish("news", 1, tags=lambda: None)  # type: ignore[arg-type]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -144,7 +145,7 @@ async def test_refusals_arrive_as_they_were_raised() -> None:
     [
         ("fail", "SystemExit: the handler's own mistake"),
         ("unencodable", "TypeError"),
-        ("unpicklable", "pickle"),
+        ("unsendable", "function"),
     ],
 )
 @on_loop
@@ -191,7 +192,7 @@ class Server:
             case "gone":
                 raise EngineUnavailable("the broker was lost")
             case "odd":
-                raise ValueError(lambda: "this can't be pickled")
+                raise LookupError("no such thing")
         await asyncio.sleep(0)
         return Position(len(self.publications), "epoch")
 
@@ -216,7 +217,7 @@ class Server:
         ("publish", ["gone", 1], repr(EngineUnavailable("the broker was lost"))),
         ("publish", ["odd", 1], "RuntimeError"),
         ("publish", ["news", "x" * 1_100_000], repr(ClientError(106, "limit exceeded"))),
-        ("refresh", ["ada"], "AttributeError"),
+        ("refresh", ["ada"], "RuntimeError"),
     ],
 )
 @on_loop
@@ -348,6 +349,20 @@ async def test_a_process_that_writes_junk_fails_its_call_and_is_replaced(junk: s
         assert (await refusal(bench.call("junk", junk))).code == 100
         await bench.echo()
         assert bench.value("process_replacements") == 1
+
+
+@on_loop
+async def test_a_pickle_that_a_process_writes_runs_no_code_in_the_worker(tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "touched",)
+
+    content = pickle.dumps(Touch(), protocol=2)
+    async with serving() as bench:
+        junk = (len(content).to_bytes(4, "big") + content).decode("latin-1")
+        assert (await refusal(bench.call("junk", junk))).code == 100
+        await bench.echo()
+    assert not (tmp_path / "touched").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

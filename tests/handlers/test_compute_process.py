@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -25,13 +24,14 @@ from realtime.handlers.compute_messages import (
     CallFailed,
     CallRefused,
     CallReturned,
-    ComputeCall,
+    FromProcess,
     ProcessReady,
     ProcessSettings,
     ServerCall,
-    ServerError,
-    ServerResult,
+    call_of,
     pack,
+    pack_error,
+    pack_result,
 )
 from realtime.handlers.compute_process import ServerStub
 from realtime.types import Position
@@ -68,7 +68,9 @@ class Worker:
 
 def receive(stream: socket.socket) -> Any:
     head = stream.recv(HEAD.size, socket.MSG_WAITALL)
-    return pickle.loads(stream.recv(*HEAD.unpack(head), socket.MSG_WAITALL)) if head else None
+    if not head:
+        return None
+    return msgspec.msgpack.decode(stream.recv(*HEAD.unpack(head), socket.MSG_WAITALL), type=FromProcess)
 
 
 @pytest.fixture
@@ -81,11 +83,11 @@ def worker() -> Iterator[Worker]:
 
 def test_it_announces_itself_carries_out_calls_and_ends_with_the_stream(worker: Worker) -> None:
     assert worker.receive() == ProcessReady(worker.process.pid)
-    worker.send(ComputeCall("rpc limited", (1,)))
-    assert worker.receive() == CallReturned(msgspec.Raw(b"1"))
-    worker.send(ComputeCall("rpc refuse", (None,)))
+    worker.send(call_of("rpc limited", (1,)))
+    assert worker.receive() == CallReturned(b"1")
+    worker.send(call_of("rpc refuse", (None,)))
     assert worker.receive() == CallRefused(444, "no such report", True)
-    worker.send(ComputeCall("rpc fail", (None,)))
+    worker.send(call_of("rpc fail", (None,)))
     failure = worker.receive()
     assert isinstance(failure, CallFailed)
     assert failure.place[0].endswith("heavy_app.py")
@@ -116,16 +118,16 @@ def test_a_worker_that_dies_before_the_settings_leaves_no_process() -> None:
 def test_signals_to_the_whole_group_do_not_end_it(worker: Worker, number: int) -> None:
     worker.receive()
     os.killpg(worker.process.pid, number)
-    worker.send(ComputeCall("rpc limited", (2,)))
-    assert worker.receive() == CallReturned(msgspec.Raw(b"2"))
+    worker.send(call_of("rpc limited", (2,)))
+    assert worker.receive() == CallReturned(b"2")
 
 
 def test_calls_of_the_server_pass_over_the_stream(worker: Worker) -> None:
     worker.receive()
-    worker.send(ComputeCall("rpc voice", (["publish", ["news", 1]],)))
-    assert worker.receive() == ServerCall("publish", ("news", b"1"), {})
-    worker.send(ServerResult(Position(7, "epoch")))
-    assert b"offset=7" in bytes(worker.receive().result)
+    worker.send(call_of("rpc voice", (["publish", ["news", 1]],)))
+    assert worker.receive() == ServerCall("publish", ["news", b"1"], {})
+    worker.stream.sendall(pack_result(Position(7, "epoch")))
+    assert b"offset=7" in worker.receive().data
 
 
 # The stub of the server.
@@ -135,13 +137,13 @@ def test_the_stub_returns_results_and_raises_errors() -> None:
     ours, theirs = socket.socketpair()
     server = ServerStub(ours)
     with ours, theirs:
-        theirs.sendall(pack(ServerResult(3)) + pack(ServerError(ClientError(102, "unknown channel"))))
+        theirs.sendall(pack_result({}) + pack_error(ClientError(102, "unknown channel")))
         with server:
-            assert server.perform(server.presence("news")) == 3
+            assert server.perform(server.presence("news")) == {}
             with pytest.raises(ClientError, match="unknown channel"):
                 server.perform(server.publish("news", b"1", delta=True))
-        assert receive(theirs) == ServerCall("presence", ("news",), {})
-        assert receive(theirs) == ServerCall("publish", ("news", b"1"), {"delta": True})
+        assert receive(theirs) == ServerCall("presence", ["news"], {})
+        assert receive(theirs) == ServerCall("publish", ["news", b"1"], {"delta": True})
 
 
 def test_the_stub_refuses_calls_that_are_too_long_or_outside_a_handler() -> None:
@@ -163,15 +165,16 @@ def test_threads_take_turns_on_the_stub() -> None:
     server, results = ServerStub(ours), []
     with ours, theirs, server:
         threads = [
-            threading.Thread(target=lambda: results.append(server.perform(server.presence("news")))) for _ in range(3)
+            threading.Thread(target=lambda: results.append(server.perform(server.presence_stats("news"))))
+            for _ in range(3)
         ]
         for thread in threads:
             thread.start()
         for number in range(3):
-            assert receive(theirs) == ServerCall("presence", ("news",), {})
+            assert receive(theirs) == ServerCall("presence_stats", ["news"], {})
             time.sleep(0.01)
             assert len(results) == number  # the next call is not sent before this one has its result
-            theirs.sendall(pack(ServerResult(number)))
+            theirs.sendall(pack_result((number, number)))
         for thread in threads:
             thread.join()
-    assert results == [0, 1, 2]
+    assert results == [(0, 0), (1, 1), (2, 2)]

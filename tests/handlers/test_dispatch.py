@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from realtime.errors import ApplicationFailed, ClientError
 from realtime.handlers.coroutines import start_future
+from realtime.handlers.dispatch import POLL_INTERVAL
 from tests.driving import on_loop
 from tests.handlers.bench import Bench, refusal, until
 
@@ -103,9 +105,66 @@ async def test_start_and_stop_handlers_run_in_order(bench: Bench) -> None:
 
     dispatcher = await bench.start()
     assert seen == ["first", "second"]
+    await start_future(dispatcher.stop_handlers(5))
     await dispatcher.stop(5)
     assert seen == ["first", "second", "failing", "closing"]
     assert len(bench.logged) == 1
+
+
+@on_loop
+async def test_a_stop_cancels_calls_whose_finally_blocks_run_before_on_stop(bench: Bench) -> None:
+    seen: list[str] = []
+
+    @bench.app.rpc("f")
+    async def f(data: Any) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await asyncio.sleep(0)
+            seen.append("finally")
+
+    @bench.app.on_stop
+    async def closing() -> None:
+        seen.append("closing")
+
+    dispatcher = await bench.start()
+    call = bench.begin("f")
+    assert dispatcher.running == 1
+    stopping = start_future(dispatcher.stop_handlers(5))
+    with pytest.raises(ClientError) as caught:
+        await call
+    assert caught.value.code == 100
+    await until(lambda: dispatcher.running == 0)
+    bench.clock.advance(POLL_INTERVAL)
+    await stopping
+    assert seen == ["finally", "closing"]
+    assert bench.logged == []
+
+
+@on_loop
+async def test_a_call_that_ignores_its_cancellation_takes_no_time_from_on_stop(bench: Bench) -> None:
+    seen: list[str] = []
+    release = asyncio.Event()
+
+    @bench.app.rpc("f")
+    async def f(data: Any) -> None:
+        while not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
+
+    @bench.app.on_stop
+    async def closing() -> None:
+        seen.append("closing")
+
+    dispatcher = await bench.start()
+    bench.begin("f")
+    stopping = start_future(dispatcher.stop_handlers(8))
+    for _ in range(3):
+        bench.clock.advance(1)
+        await asyncio.sleep(0)
+    await stopping
+    assert seen == ["closing"]
+    release.set()
 
 
 @on_loop

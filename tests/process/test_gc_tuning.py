@@ -110,6 +110,15 @@ def test_a_collection_of_all_objects_is_due_later_when_the_last_found_nothing(co
     assert freeze_until_due(collector) <= 2 * first
 
 
+def test_a_fork_gets_the_thresholds_of_python_and_keeps_objects_frozen(collector: Collector) -> None:
+    collector.tuner.end_in_fork()
+    assert gc.get_threshold() != gc_tuning.THRESHOLDS
+    assert gc.get_freeze_count() > 0
+    frozen = gc.get_freeze_count()
+    gc.collect()
+    assert gc.get_freeze_count() <= frozen
+
+
 def test_the_longest_pause_is_kept_for_a_minute_or_two(collector: Collector) -> None:
     collector.call(0.003)
     collector.call(0.001)

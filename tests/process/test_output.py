@@ -8,6 +8,7 @@ import pty
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,6 +148,21 @@ sys.exit(0 if sample.value > 1000 else 1)
 """
     process = run(code, stdout=writing, stderr=writing)
     assert process.wait(20) == 0
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_fork_writes_without_the_queue_and_the_threads_of_its_parent() -> None:
+    reading, writing = pipe()
+    to = Output(writing, LIMIT)
+    holder = threading.Thread(target=to._lock.acquire)  # at the moment of the fork, which does not have this thread
+    holder.start()
+    holder.join()
+    to._queue.append(LINE)
+    to.forget_threads()
+    to.write(b"from the fork\n")
+    assert os.read(reading, 65536) == b"from the fork\n"
+    to.close()
     os.close(reading)
     os.close(writing)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 import pytest
+from msgspec import Raw
 
 from realtime.errors import EngineUnavailable
 from realtime.protocol.orders import DisconnectOrder, UnsubscribeOrder, encode_order
@@ -102,6 +103,52 @@ class TestLeaving:
         assert server.engine.core.channels == 0
         assert server.services.deadlines._buckets == {}
         assert not server.mistakes
+
+
+class TestDrain:
+    """The end of a worker: commands under way are answered before the disconnect."""
+
+    def test_an_idle_client_is_disconnected_at_once(self, server):
+        peer = server.client("ann")
+        peer.session.drain()
+        assert peer.close_code == (3001, "shutdown")
+
+    def test_a_command_under_way_is_answered_first_and_others_are_refused(self, server):
+        gate = Gate()
+
+        async def slow(client, data):
+            return await gate
+
+        async def quick(client, data):
+            return 1
+
+        server.app.procedures.update(slow=slow, quick=quick)
+        server.change(concurrency=2)
+        peer = server.client("ann")
+        assert peer.say({"id": 2, "rpc": {"method": "slow"}}) == []
+        peer.session.drain()
+        assert peer.close_code is None
+        assert error_of(peer.say({"id": 3, "rpc": {"method": "quick"}})) == 100
+        assert error_of(peer.say({"id": 4, "publish": {"channel": "a", "data": {}}})) == 100
+        gate.open(Raw(b'"done"'))
+        assert peer.heard() == [{"id": 2, "rpc": {"data": "done"}}]
+        assert peer.close_code == (3001, "shutdown")
+        assert not server.mistakes
+
+    def test_a_command_that_waits_behind_another_one_does_not_begin(self, server):
+        gate, began = Gate(), []
+
+        async def slow(client, data):
+            began.append(data)
+            return await gate
+
+        server.app.procedures["slow"] = slow
+        peer = server.client("ann")
+        peer.say({"id": 2, "rpc": {"method": "slow", "data": 1}}, {"id": 3, "rpc": {"method": "slow", "data": 2}})
+        peer.session.drain()
+        gate.open(Raw(b"1"))
+        assert peer.heard() == [{"id": 2, "rpc": {"data": 1}}]
+        assert (peer.close_code, began) == ((3001, "shutdown"), [1])
 
 
 class TestOrders:

@@ -35,6 +35,8 @@ class RecordedSession:
         self.done.append(call)
         self.worker.now += 0.001
 
+    def drain(self) -> None: ...
+
     def disconnect(self, code: int, reason: str) -> None:
         self._record("disconnect", code)
         self.worker.sessions.remove(self)

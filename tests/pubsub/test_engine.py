@@ -160,6 +160,22 @@ async def test_publications_are_numbered_from_one_in_one_epoch(bench: Bench, cha
     assert first.epoch == second.epoch != ""
 
 
+async def test_ask_then_keeps_the_order_of_all_requests(bench: Bench, channel: str) -> None:
+    offsets: list[int] = []
+
+    def done(position: Any, error: BaseException | None) -> None:
+        assert error is None
+        offsets.append(position.offset)
+
+    await bench.engine.ask(Subscribe(channel))
+    bench.engine.ask_then(Publish(channel, b"1", KEEP), done)
+    second = Deferred.fromCoroutine(bench.publish(channel, b"2"))
+    bench.engine.ask_then(Publish(channel, b"3", KEEP), done)
+    assert (await second).offset == 2
+    assert [entry[2] for entry in (await bench.settled()).entries] == [b"1", b"2", b"3"]
+    assert offsets == [1, 3]
+
+
 async def test_subscribed_channels_are_delivered(bench: Bench, channel: str) -> None:
     await bench.publish(channel, b"before")
     await bench.engine.ask(Subscribe(channel))

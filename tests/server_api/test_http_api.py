@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.protocol.orders import SubscribeOrder
+from realtime.pubsub.engine import AnswerCallback
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.server_api import http_api
 from realtime.server_api.http_api import BadBody, UnknownMethod
@@ -262,6 +263,9 @@ def test_engine_outage_is_error_100(bench: Bench, method: str) -> None:
     class Gone:
         async def ask(self, request: Any) -> Any:
             raise EngineUnavailable(type(request).__name__)
+
+        def ask_then(self, request: Any, done: AnswerCallback) -> None:
+            done(None, EngineUnavailable(type(request).__name__))
 
     bench.use(Gone())  # type: ignore[arg-type]
     body = {"channel": "chat:1", "channels": ["chat:1"], "data": 1, "user": "u", "commands": [{"info": {}}]}

@@ -413,6 +413,35 @@ def test_workers_that_use_too_much_memory_are_replaced_one_at_a_time() -> None:
     assert of(DrainProcess, world.pool.memory_exceeded(1, 1, world.now)) != []
 
 
+def replace_for_memory(world: World) -> float:
+    """Let worker 0 use too much memory all the time. Returns the seconds until it is drained; replaces it then."""
+    began = world.now
+    while not of(DrainProcess, world.do(world.pool.memory_exceeded(0, 1, world.now))):
+        world.tick()
+        assert world.now - began < 1000
+    drained = world.now
+    assert world.die(0, 0) < 1  # the slot does not stay empty
+    world.do(world.pool.process_ready(0, world.now))
+    return drained - began
+
+
+def test_a_memory_limit_that_no_worker_keeps_replaces_workers_at_growing_intervals() -> None:
+    world = World().up()
+    intervals = [replace_for_memory(world) for _ in range(12)]
+    assert [round(interval) for interval in intervals[:5]] == [0, 2, 4, 8, 16]
+    assert intervals[-1] == pytest.approx(300, abs=1)
+    assert not of(LogLine, [effect for effect in world.effects if "crash loop" in getattr(effect, "line", "")])
+
+
+def test_a_worker_whose_memory_grows_slowly_is_replaced_when_it_reaches_the_limit() -> None:
+    world = World().up()
+    for _ in range(5):
+        replace_for_memory(world)
+    world.wait(2 * 32 + 1)
+    assert replace_for_memory(world) == 0.0
+    assert replace_for_memory(world) == pytest.approx(2, abs=0.2)
+
+
 def test_a_worker_that_uses_too_much_memory_and_does_not_exit_is_killed() -> None:
     world = World().up()
     world.pool.memory_exceeded(1, 1, world.now)

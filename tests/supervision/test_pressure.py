@@ -37,6 +37,16 @@ class Worker:
             self.beat()
 
 
+def test_a_memory_limit_below_the_memory_of_a_worker_without_clients_refuses_no_work() -> None:
+    worker = Worker()
+    worker.beat(state=ProcessState.STARTING, rss=1500)
+    worker.beat(rss=1500)
+    worker.beat(rss=2000)
+    assert not worker.pressure.pressed
+    worker.beat(rss=2000, queued_bytes=500)
+    assert worker.pressure.reasons == ("queued_bytes",)
+
+
 def test_without_a_limit_reached_there_is_no_pressure() -> None:
     worker = Worker()
     assert worker.pressure.reasons == ()
@@ -49,6 +59,7 @@ def test_without_a_limit_reached_there_is_no_pressure() -> None:
 )
 def test_pressure_lasts_from_reaching_a_limit_until_the_recovery_time_has_passed(name: str, value: float) -> None:
     worker = Worker()
+    worker.beat()
     worker.beat(**{name: value})
     assert worker.pressure.reasons == (name,)
     assert worker.pressure.pressed

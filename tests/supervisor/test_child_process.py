@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
 from twisted.logger import LogEvent, LogLevel, capturedLogs, formatEventAsClassicLogText
+from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from realtime.process import stack_dumps
@@ -270,3 +274,83 @@ def test_a_long_line_is_logged_in_parts(scene: Scene) -> None:
         scene.child.childDataReceived(1, b"\n")
     assert "".join(output(events)) == "x" * 50_000
     assert max(map(len, output(events))) <= 20_000
+
+
+# Control messages of a child that is broken, or of another version.
+
+
+class Pipe(StringTransport):
+    """The transport of a control link. ended: whether our side has ended it."""
+
+    ended = False
+
+    def loseConnection(self) -> None:
+        self.ended = True
+
+    abortConnection = loseConnection
+
+
+def box(**fields: bytes) -> bytes:
+    return bytes(amp.Box({name.encode(): value for name, value in fields.items()}).serialize())
+
+
+def received(scene: Scene, data: bytes) -> Pipe:
+    """Deliver data of the child; no exception may leave the link."""
+    pipe = Pipe()
+    scene.child._link.makeConnection(pipe)
+    with capturedLogs():
+        scene.child._link.dataReceived(data)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff" * 300,
+        b"\0\0",
+        box(no=b"command"),
+        box(_ask=b"1", _command=b"CommandOfALaterVersion"),
+        box(_ask=b"1", _command=b"StartTLS"),
+        box(_ask=b"1", _command=b"Failed"),
+        box(_ask=b"1", _command=b"Failed", reason=b"x", status=b"many"),
+        box(_ask=b"1", _command=b"Failed", reason=b"\xff", status=b"78"),
+        box(_answer=b"77"),
+        box(_error=b"77", _error_code=b"x", _error_description=b"y"),
+    ],
+)
+def test_an_invalid_control_message_ends_the_link_of_that_child(scene: Scene, data: bytes) -> None:
+    assert received(scene, data).ended
+    assert scene.owner.events == []
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [(b"75", 75), (b"78", 78), (b"0", 78), (b"-9", 78), (b"1" + b"0" * 30, 78)]
+)
+def test_a_failed_start_has_a_status_and_a_line_that_can_be_passed_on(
+    scene: Scene, status: bytes, expected: int
+) -> None:
+    received(scene, box(_ask=b"1", _command=b"Failed", reason=b"a\n\x1b[2J" * 2000, status=status))
+    ((event, slot, reason, passed),) = scene.owner.events
+    assert (event, slot, passed) == ("failed", 3, expected)
+    assert reason.startswith("a\\n\\x1b[2J") and len(reason) < 10_000
+
+
+FIELDS = st.dictionaries(
+    st.sampled_from([b"_ask", b"_answer", b"_error", b"_command", b"reason", b"status", b"slot"])
+    | st.binary(min_size=1, max_size=20),
+    st.sampled_from([b"1", b"Ready", b"Failed", b"LinkLost", b"AttachStream"]) | st.binary(max_size=50),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(st.lists(FIELDS.map(lambda fields: amp.Box(fields).serialize()) | st.binary(max_size=100), max_size=4))
+def test_arbitrary_control_messages_raise_nothing_and_call_only_our_commands(messages: list[bytes]) -> None:
+    scene = Scene()
+    scene.start()
+    try:
+        received(scene, b"".join(messages))
+        assert {event for event, *_ in scene.owner.events} <= {"ready", "failed", "broker link lost"}
+    finally:
+        scene.exit(0)
+        scene.reactor.close()

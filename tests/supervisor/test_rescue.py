@@ -348,6 +348,22 @@ async def test_when_no_worker_comes_back_clients_get_a_503(conditions: list[Cond
         await eventually(lambda: sum(said.startswith(b"HTTP/1.1 503") for said in received(clients).elements()) == 10)
 
 
+async def test_clients_of_a_dead_worker_are_refused_beside_workers_that_stay_under_pressure() -> None:
+    async with rescuing() as scene:
+        scene.assess(0, Condition.ABSENT)
+        scene.assess(1, Condition.PRESSED, lag=REFUSE_AFTER / 2)
+        clients = scene.connect(20)
+        await scene.check_until(lambda: True, step=MAX_HOLD - 0.1)
+        assert scene.count("rescue_refusals") == 0
+        await scene.check_until(lambda: scene.count("rescue_refusals") > 0, step=0.2)
+        # The worker under pressure turns its loop, and answers its own clients itself.
+        assert scene.count("rescue_refusals") + scene.queued(1) == 20
+        refused = scene.count("rescue_refusals")
+        await eventually(
+            lambda: sum(said.startswith(b"HTTP/1.1 503") for said in received(clients).elements()) == refused
+        )
+
+
 async def test_while_the_server_stops_clients_get_a_503_at_once() -> None:
     async with rescuing() as scene:
         scene.assess(0, Condition.DRAINING)

@@ -18,13 +18,13 @@ from twisted.logger import LogLevel, capturedLogs, formatEvent
 from twisted.python.failure import Failure
 
 from realtime.config import settings as configuration
+from realtime.config.cores import count_cores
 from realtime.config.settings import HTTPServerSettings, LoopSettings, Settings, ShutdownSettings, WorkersSettings
 from realtime.process import control
 from realtime.process.child import _adopt
 from realtime.supervision.pool import BROKER, TICK, SlotState
 from realtime.supervision.vitals import ProcessState, Vitals, VitalsPage
 from realtime.supervisor import orphans
-from realtime.supervisor.cores import count_cores
 from realtime.supervisor.service import Supervisor
 
 

@@ -113,13 +113,17 @@ class Server:
         environment: dict[str, str] | None = None,
         cwd: Path = CHECKOUT,
         descriptors: int = 0,
+        prefix: tuple[str, ...] = (),
+        twistd: tuple[str, ...] = (),
     ) -> None:
-        """descriptors: limit of open files of each process, 0 for that of the tests."""
+        """descriptors: limit of open files of each process, 0 for that of the tests. prefix: a command that runs the
+        server. twistd: options of twistd's own."""
 
         def limit_descriptors() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
-        command = [str(TWISTD), "--nodaemon", "--pidfile=", "realtime", "--config", str(config), *arguments]
+        command = [*prefix, str(TWISTD), "--nodaemon", "--pidfile=", *twistd, "realtime", "--config", str(config)]
+        command += arguments
         self.process = subprocess.Popen(
             command,
             cwd=cwd,
@@ -266,12 +270,14 @@ class ServerStarter:
         environment: dict[str, str] | None = None,
         cwd: Path = CHECKOUT,
         descriptors: int = 0,
+        prefix: tuple[str, ...] = (),
+        twistd: tuple[str, ...] = (),
         **sections: Any,
     ) -> Server:
         """A ready server. sections: laid over BASE. config: a file to use instead. arguments: further options. cwd:
-        its working directory. descriptors: see `Server`."""
+        its working directory. descriptors, prefix, twistd: see `Server`."""
         path = config or self._write(merged(BASE, sections))
-        server = Server(path, arguments, environment, cwd, descriptors)
+        server = Server(path, arguments, environment, cwd, descriptors, prefix, twistd)
         self.started.append(server)
         server.wait_ready()
         return server

@@ -195,6 +195,22 @@ def test_after_a_pause_of_the_whole_group_nobody_is_killed(start: Start) -> None
     server.stop()
 
 
+def test_with_a_tenth_of_a_core_for_the_whole_group_nobody_is_killed(start: Start) -> None:
+    # Row S7 of the bad inputs: a CPU quota stops all processes for most of each period.
+    server = start(stuck=1.0)
+    pids = sorted(process.pid for process in server.family())
+    for _ in range(12):
+        os.killpg(server.pid, signal.SIGSTOP)
+        threading.Event().wait(0.45)
+        os.killpg(server.pid, signal.SIGCONT)
+        threading.Event().wait(0.05)
+    assert {slot for slot, _ in [server.greeting() for _ in range(20)]} <= {0, 1}
+    wait_until(lambda: all(server.slot(name)["beat_age"] < 0.5 for name in ("worker 0", "worker 1", "broker")), "beats")
+    assert sorted(process.pid for process in server.family()) == pids
+    assert "was killed" not in server.log
+    server.stop()
+
+
 def test_a_worker_that_dies_again_and_again_is_one_line_and_the_others_serve(start: Start) -> None:
     server = start({"only": "worker 1", "crash": 3}, ready=False, workers=WorkersSettings(count=2, restart_delay=0.05))
     loop = server.wait_for_log(r"crash loop: worker 1 exited with status 3, 3 times in a row; next attempt in [\d.]+ s")
@@ -424,6 +440,19 @@ def test_the_whole_server_leaves_nobody_behind_when_its_supervisor_is_killed(sta
     start_server.started.remove(server)
 
 
+@pytest.mark.parametrize(("code", "status"), [("raise OSError('no database')", 75), ("import no_such_module", 78)])
+def test_an_import_that_may_succeed_later_ends_the_first_start_with_a_status_for_a_restart(
+    tmp_path: Path, code: str, status: int
+) -> None:
+    (tmp_path / "chat.py").write_text(code)
+    config = tmp_path / "realtime.toml"
+    config.write_text(
+        "workers.count = 1\nhttp_server.port = 0\nhttp_server.internal_port = 0\napp.module = 'chat:app'\n"
+    )
+    server = Server(config, cwd=tmp_path, environment={"REALTIME_APP_PATH": str(tmp_path)})
+    assert ended(server, 60) == status, server.log
+
+
 @pytest.mark.parametrize("victim", ["worker", "broker"])
 def test_the_whole_server_replaces_what_is_killed(start_server: ServerStarter, victim: str) -> None:
     server = start_server()
@@ -463,11 +492,13 @@ def test_a_stop_waits_for_handlers_and_tells_those_who_come_late(start_server: S
     assert server.process.wait(8) == 0
 
 
-def test_a_handler_that_does_not_end_takes_no_time_from_on_stop(start_server: ServerStarter) -> None:
-    server = start_server(workers={"count": 1}, shutdown={"timeout": "2s"})
+def test_a_stop_runs_finally_blocks_and_on_stop_in_order(start_server: ServerStarter) -> None:
+    server = start_server(workers={"count": 1}, shutdown={"timeout": "4s"})
     with socket.create_connection(("127.0.0.1", server.port)) as asking:
         asking.sendall(b"GET /slowly?seconds=60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         server.wait_for_log("/slowly has begun")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(8) == 0
-    assert "on_stop has run" in server.log
+    # Each `finally` block has run, of calls, then of tasks.
+    found = re.findall(r"/slowly has ended|on_stop has run|the task has ended", server.log)
+    assert found == ["/slowly has ended", "on_stop has run", "the task has ended"]

@@ -211,6 +211,16 @@ def test_when_all_workers_are_stopped_clients_are_told_to_come_back(start_server
     server.stop()
 
 
+def test_while_every_worker_is_dead_each_client_has_an_answer(start_server: ServerStarter) -> None:
+    # Deaths in a row delay the restarts, here for longer than any client waits.
+    server = start_server(workers={"count": 4, "restart_delay": "300s", "restart_delay_max": "300s"})
+    for pid in server.workers():
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: all(worker(server, slot)["condition"] == "absent" for slot in range(4)), "dead workers")
+    assert {client.answer()[0] for client in [Client(server) for _ in range(400)]} == {503}
+    server.stop()
+
+
 def test_without_either_clients_wait_for_their_worker(start_server: ServerStarter) -> None:
     server = start_server(loop={**NEVER_STUCK, "steering": False, "rescue": False})
     lame = pid_of(server, 0)

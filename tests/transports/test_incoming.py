@@ -82,7 +82,8 @@ class Server:
         self.clock = Clock()
         self.sessions: list[Echo] = []
         self.wire = Wire()
-        metrics, client = Metrics(), settings.ClientSettings()
+        self.metrics = metrics = Metrics()
+        client = settings.ClientSettings()
         self.factory = WebSocketFactory(
             self.make_session,
             websocket,
@@ -272,4 +273,5 @@ def test_a_client_comes_back_after_a_batch_that_is_too_long() -> None:
     received, sent, is_open = server.feed(frame(1, BATCH + b"\n" + BATCH)[:14])
     assert (received, is_open) == ([], False)
     assert int.from_bytes(sent[-1][1][:2], "big") == 3013
-    assert server.factory._bad_input["batch_size"].value == 1
+    bad_input = [one for one in server.metrics.snapshot() if one.name == "realtime_bad_input" and one.value]
+    assert [dict(one.labels)["kind"] for one in bad_input] == ["batch_size"]

@@ -357,11 +357,20 @@ async def test_a_closed_engine_refuses_requests_and_streams(brokers: Any, worker
     worker.engine.close()
     assert "leaving" in await failure_of(waiting)
     assert "leaving" in await failure_of(Deferred.fromCoroutine(worker.publish()))
+    outcomes: list[Any] = []
+    worker.engine.ask_then(Publish("c", b"1", KEEP), lambda answer, error: outcomes.append((answer, error)))
+    assert [(answer, type(error)) for answer, error in outcomes] == [(None, EngineUnavailable)]
     stream = await broker.stream(0)
     worker.engine.attach(stream)
     with pytest.raises(OSError):
         os.fstat(stream)
     assert worker.lost_links == 0
+
+
+def test_requests_that_change_the_state_of_the_worker_take_no_short_path() -> None:
+    engine = BrokerEngine(Worker(), SETTINGS, Metrics(), Clock(), lambda: None)
+    with pytest.raises(TypeError, match=r"needs ask\(\)"):
+        engine.ask_then(Subscribe("c"), lambda answer, error: None)
 
 
 def test_notices_need_no_stream() -> None:

@@ -71,8 +71,27 @@ async def pid(request):
 @app.http.get("/slowly")
 async def slowly_over_http(request):
     print("/slowly has begun", flush=True)
-    await asyncio.sleep(float(request.query.get("seconds", 1)))
+    try:
+        await asyncio.sleep(float(request.query.get("seconds", 1)))
+    finally:
+        await asyncio.sleep(0)
+        print("/slowly has ended", flush=True)
     return "done"
+
+
+@app.on_start
+async def begin():
+    app.options["task"] = asyncio.create_task(periodic())
+
+
+async def periodic():
+    """A task of the application that publishes once more at its end."""
+    try:
+        while True:
+            await asyncio.sleep(3600)
+    finally:
+        await app.publish("last", "words")
+        print("the task has ended", flush=True)
 
 
 @app.on_stop

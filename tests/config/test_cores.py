@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from realtime.supervisor import cores
-from realtime.supervisor.cores import count_cores
+from realtime.config import cores
+from realtime.config.cores import count_cores
 
 
 @pytest.fixture(autouse=True)

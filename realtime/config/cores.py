@@ -16,8 +16,12 @@ def count_cores(root: Path = _ROOT) -> int:
 
     `docker run --cpus=1` and a container's CPU limit in Kubernetes are quotas: the affinity still has all cores.
     """
-    quotas = (math.ceil(quota) for quota in _quotas(root))
-    return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
+    return max(1, min(len(os.sched_getaffinity(0)), math.ceil(cpu_quota(root))))
+
+
+def cpu_quota(root: Path = _ROOT) -> float:
+    """Return the quota in cores of our control group, 10^9 for none."""
+    return min(_quotas(root), default=1e9)
 
 
 def _quotas(root: Path) -> Iterator[float]:
