@@ -378,12 +378,11 @@ def _port(listening: int) -> int:
 
 def _set_signals() -> None:
     """Set the dispositions that a child needs, for it inherits any: the supervisor acts on SIGINT and SIGHUP."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, stack_dumps.STACK, stack_dumps.STACK_IN_C):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(
-        signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGALRM, signal.SIGUSR2, stack_dumps.STACK, stack_dumps.STACKS}
-    )
+    dumps = {stack_dumps.STACK, stack_dumps.STACK_IN_C, stack_dumps.STACKS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGALRM, signal.SIGUSR2, *dumps})
 
 
 def _arguments() -> argparse.ArgumentParser:

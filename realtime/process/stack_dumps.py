@@ -1,13 +1,18 @@
 """Stacks of a process on request by a signal: both ends of the pipe that carries them.
 
-faulthandler writes them from its C signal handler, so the process need not turn its loop, nor hold the interpreter's
-lock, nor run any Python. Interrupted system calls are resumed: by the kernel (its handler is set with SA_RESTART), or
-by Python for those that the kernel never resumes, such as sleeping (PEP 475).
+Python writes the stack of the loop's thread from a signal handler of its own, which runs between two instructions of
+the program. A thread that waits in C code runs no such handler: if no answer came within IN_C_AFTER, faulthandler
+writes the stack, from its C signal handler. The process need not turn its loop then, nor hold the interpreter's lock,
+nor run any Python. faulthandler comes second because it walks the stack wherever the signal finds the thread: in the
+middle of a call from C code into Python the newest frame is not linked yet (CPython 3.11), and reading it can crash the
+process. A thread that has run no Python for so long is in no such place.
 
-From a process that is to live on, the supervisor requests only the stack of the loop's own thread, which is in the
-handler meanwhile and so stands still. Other threads may be running, and walking the stack of a running thread can crash
-the process. Their stacks are requested only when none of them can run Python, or when the process is about to be
-killed.
+Interrupted system calls are resumed: by the kernel (all handlers are set with SA_RESTART), or by Python for those that
+the kernel never resumes, such as sleeping (PEP 475).
+
+From a process that is to live on, the supervisor requests only the stack of the loop's own thread. Other threads may be
+running, and walking the stack of a running thread can crash the process. Their stacks are requested only when none of
+them can run Python, or when the process is about to be killed.
 """
 
 from __future__ import annotations
@@ -19,15 +24,23 @@ import re
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.interfaces import IDelayedCall
 
-# The signals. They do nothing to a process that has not called `register`: each of our processes ignores SIGUSR1, and
-# SIGURG is ignored by default.
+# The signals. They do nothing to a process that has not called `register`: each of our processes ignores the first two,
+# and SIGURG is ignored by default.
 STACK = signal.SIGUSR1
+STACK_IN_C = signal.SIGRTMIN + 5
 STACKS = signal.SIGURG
+
+IN_C_AFTER = 0.3
+"""Seconds without an answer to STACK after which STACK_IN_C asks for the same."""
+
+# As many as faulthandler writes.
+_MAX_FRAMES = 100
 
 _PIPE_BYTES = 262_144
 _MAX_BYTES = 1_048_576
@@ -39,12 +52,34 @@ _WHOLE_ALL = re.compile(rb"in _run_module_as_main\n\Z")
 
 
 def register(fd: int) -> None:
-    """Have this process write its stacks to `fd`, the write end of a pipe, on each of the signals."""
+    """Have this process write its stacks to `fd`, the write end of a pipe, on each of the signals.
+
+    Call it in the thread of the loop, the main thread.
+    """
     os.set_blocking(fd, False)  # a full pipe cuts the dump, and must not block the process
     with suppress(OSError):  # the user's limit for pipes is reached: dumps of many threads may be cut
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-    faulthandler.register(STACK, file=fd, all_threads=False, chain=False)
+
+    def write_stack(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):
+            os.write(fd, _describe(frame))
+
+    signal.signal(STACK, write_stack)
+    signal.siginterrupt(STACK, False)
+    faulthandler.register(STACK_IN_C, file=fd, all_threads=False, chain=False)
     faulthandler.register(STACKS, file=fd, all_threads=True, chain=False)
+
+
+def _describe(frame: FrameType | None) -> bytes:
+    """Return a stack, innermost frame first, in faulthandler's form."""
+    lines = ["Stack (most recent call first):"]
+    while frame is not None and len(lines) <= _MAX_FRAMES:
+        code = frame.f_code
+        lines.append(f'  File "{code.co_filename}", line {frame.f_lineno or "???"} in {code.co_name}')
+        frame = frame.f_back
+    if frame is not None:
+        lines.append("  ...")
+    return ("\n".join(lines) + "\n").encode("ascii", "backslashreplace")
 
 
 class StackReader:

@@ -104,10 +104,14 @@ class ChannelsAnswer(Struct, frozen=True, array_like=True, tag="channels_answer"
 
 
 class EmulateOrder(Struct, frozen=True, array_like=True, tag="emulate"):
-    """Pass `data` to the session of this secret, as a message of its client that another worker received."""
+    """Pass `data` to the session of this secret, as a message of its client that a worker received.
+
+    number: of the order, counted up by the worker with the session if that worker received the message itself, else 0.
+    """
 
     secret: str
     data: bytes
+    number: int = 0
 
 
 class InvalidateOrder(Struct, frozen=True, array_like=True, tag="invalidate"):

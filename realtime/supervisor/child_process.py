@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessExitedAlready
+from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.protocol import Factory, ProcessProtocol, connectionDone
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
@@ -23,7 +24,7 @@ from realtime.config.schema import PREFIX
 from realtime.config.values import escape_unprintable
 from realtime.metrics import Sample
 from realtime.process import control, log
-from realtime.process.stack_dumps import StackReader
+from realtime.process.stack_dumps import IN_C_AFTER, STACK, STACK_IN_C, StackReader
 from realtime.supervision.vitals import LatestCalls, RunningHandler, Vitals, VitalsPage
 from realtime.supervisor import systemd
 
@@ -63,6 +64,7 @@ class ChildProcess(ProcessProtocol):
         self._page: VitalsPage | None = None
         self._vitals: Vitals | None = None
         self._outputs = {1: _Output(), 2: _Output()}
+        self._call_later: Callable[..., IDelayedCall]
         self._dumps: StackReader | None = None
 
     def start(
@@ -73,6 +75,7 @@ class ChildProcess(ProcessProtocol):
         capture: write its standard output and error to our log, instead of letting it inherit both. Raises OSError.
         """
         self._page = VitalsPage.create()
+        self._call_later = reactor.callLater
         self._dumps = StackReader(reactor.callLater)
         try:
             self._spawn(reactor, command, settings, listening, capture)
@@ -143,6 +146,9 @@ class ChildProcess(ProcessProtocol):
         assert self._dumps is not None
         answer = self._dumps.next(number)
         self.signal(number)
+        if number == STACK:
+            again = self._call_later(IN_C_AFTER, self.signal, STACK_IN_C)
+            answer.addBoth(_cancelling, again)
         return answer
 
     def drain(self, timeout: float) -> None:
@@ -271,6 +277,13 @@ def _environment(inherited: Mapping[str, str]) -> dict[str, str]:
         for name, value in inherited.items()
         if name not in systemd.VARIABLES and not name.startswith(PREFIX)
     }
+
+
+def _cancelling(result: Any, call: IDelayedCall) -> Any:
+    """Pass a result on; the call is no longer needed."""
+    if call.active():
+        call.cancel()
+    return result
 
 
 def _ignore(_: Failure) -> None:

@@ -172,6 +172,9 @@ class Emulation:
         self._node = node
         self._worker = worker
         self._by_secret: dict[str, CommandOrder] = {}
+        # Numbers of the orders that this worker sends to itself. They come back in their order, or never.
+        self._last_number = self._last_received = 0
+        self._carried_out: set[int] = set()  # those that this worker no longer waits for
 
     def register(self, emulate: Callable[[bytes], None], encoding: Encoding, first: bytes) -> str:
         """Make the secret of a new session.
@@ -192,6 +195,16 @@ class Emulation:
 
     def receive(self, order: EmulateOrder) -> None:
         """Pass commands to their session; drop them if it has ended, which the client learns from its stream."""
+        if order.number:
+            self._last_received = order.number
+            if self._carried_out:
+                was_carried_out = order.number in self._carried_out
+                self._carried_out = {number for number in self._carried_out if number > order.number}
+                if was_carried_out:
+                    return
+        self._pass_on(order)
+
+    def _pass_on(self, order: EmulateOrder) -> None:
         session = self._by_secret.get(order.secret)
         if session is not None:
             session.receive(order.data)
@@ -233,15 +246,20 @@ class Emulation:
         worker, _, random_part = emulation.session.partition(".")
         if not worker or not random_part:
             return
-        order = EmulateOrder(emulation.session, emulation.data)
+        number = 0
+        if emulation.session in self._by_secret:
+            self._last_number = number = self._last_number + 1
+        order = EmulateOrder(emulation.session, emulation.data, number)
         try:
             await self._engine.ask(SendOrder(encode_order(order), worker))
         except EngineUnavailable:
             # Without an engine, a session of this worker gets its commands directly: a lost pong would cost the client
-            # its connection. No other command is on its way through the engine, so the order is kept.
-            if emulation.session not in self._by_secret:
+            # its connection. The engine may still send the order, or has sent it: each is carried out once.
+            if not number:
                 raise
-            self.receive(order)
+            if number > self._last_received:
+                self._carried_out.add(number)
+                self._pass_on(order)
 
 
 def _is_protobuf(request: Exchange) -> bool:

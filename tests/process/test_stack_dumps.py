@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import pytest
 from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.task import Clock
 
 from realtime.process import stack_dumps
-from realtime.process.stack_dumps import STACK, STACKS, StackReader
+from realtime.process.stack_dumps import STACK, STACK_IN_C, STACKS, StackReader
 from realtime.supervision.stacks import parse
+from tests.system.serving import wait_until
 
 ONE = b'Stack (most recent call first):\n  File "<frozen runpy>", line 198 in _run_module_as_main\n'
 ALL = (
@@ -110,7 +112,7 @@ print(time.monotonic() - began >= 0.5, heard.decode(), flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [STACK, STACKS])
+@pytest.mark.parametrize("number", [STACK, STACK_IN_C, STACKS])
 def test_a_process_writes_its_stacks_and_goes_on_undisturbed(number: int) -> None:
     reader, writer = os.pipe()
     process = subprocess.Popen(
@@ -135,6 +137,59 @@ def test_a_process_writes_its_stacks_and_goes_on_undisturbed(number: int) -> Non
     assert found
     assert all(stack.is_main for stack in found)
     assert {stack.frames[0].file for stack in found} == {"<string>"}
+
+
+IN_C = """
+import ctypes, sys
+from realtime.process import stack_dumps as dumps
+dumps.register(int(sys.argv[1]))
+def wait():
+    ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(1), 1)
+print("ready", flush=True)
+wait()
+print("went on", flush=True)
+sys.stdin.buffer.read()
+"""
+
+
+def _is_waiting(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "S"
+
+
+def _read_dump(dumps: IO[bytes]) -> str:
+    text = b""
+    while not text.endswith(b"in <module>\n"):
+        text += dumps.read(4096)
+    return text.decode()
+
+
+def test_the_stack_of_a_thread_that_runs_no_python_is_written_in_c_alone() -> None:
+    """Python's own handler waits for a place where the stack can be walked: faulthandler may crash a busy thread."""
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_C, str(writer)],
+        pass_fds=[writer],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    with process, open(reader, "rb", buffering=0) as dumps:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        wait_until(lambda: _is_waiting(process.pid), "the call of read")
+        process.send_signal(STACK)
+        process.send_signal(STACK_IN_C)
+        text = _read_dump(dumps)
+        assert [frame.function for frame in parse(text)[0].frames] == ["wait", "<module>"]
+        process.stdin.write("x")
+        process.stdin.flush()
+        assert process.stdout.readline() == "went on\n"
+        assert parse(_read_dump(dumps))[0].is_main
+        process.stdin.close()
+        assert dumps.read() == b""  # one dump for each signal, the first one in C
+    assert process.returncode == 0
 
 
 def test_a_full_pipe_does_not_block_the_process() -> None:
@@ -163,5 +218,8 @@ def test_a_full_pipe_does_not_block_the_process() -> None:
 
 
 def test_the_signals_do_nothing_to_a_process_without_registration() -> None:
-    assert stack_dumps.STACK == signal.SIGUSR1  # ignored at the beginning of realtime.process.child.main
+    assert (
+        stack_dumps.STACK == signal.SIGUSR1
+    )  # as the next one ignored at the beginning of realtime.process.child.main
+    assert stack_dumps.STACK_IN_C > signal.SIGRTMIN  # signals that no terminal and no shell sends
     assert stack_dumps.STACKS == signal.SIGURG  # ignored by default, signal(7)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
+from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.logger import LogEvent, LogLevel, capturedLogs, formatEventAsClassicLogText
 from twisted.protocols import amp
@@ -60,6 +61,7 @@ class Reactor:
         self.signals: list[int] = []
         self.error: OSError | None = None
         self.has_exited = False
+        self.clock = Clock()
 
     def spawnProcess(self, protocol: Any, executable: str, args: list[str], env: Any, childFDs: Any) -> Reactor:
         if self.error:
@@ -72,8 +74,8 @@ class Reactor:
     def adoptStreamConnection(self, fd: int, family: socket.AddressFamily, factory: Any) -> None:
         pass
 
-    def callLater(self, delay: float, function: Any) -> None:
-        pass
+    def callLater(self, delay: float, function: Any, *arguments: Any) -> Any:
+        return self.clock.callLater(delay, function, *arguments)
 
     def signalProcess(self, number: int) -> None:
         if self.has_exited:
@@ -222,6 +224,14 @@ def test_a_dump_is_requested_by_signal_and_comes_over_its_pipe(scene: Scene) -> 
     text = 'Stack (most recent call first):\n  File "<frozen runpy>", line 198 in _run_module_as_main\n'
     scene.child.childDataReceived(int(scene.argument("--stacks")), text.encode())
     assert texts == [text]
+    scene.reactor.clock.advance(stack_dumps.IN_C_AFTER)
+    assert scene.reactor.signals == [stack_dumps.STACK]
+
+
+def test_a_process_that_runs_no_python_is_asked_for_its_stack_in_c(scene: Scene) -> None:
+    scene.child.dump(stack_dumps.STACK).addErrback(lambda _: None)
+    scene.reactor.clock.advance(stack_dumps.IN_C_AFTER)
+    assert scene.reactor.signals == [stack_dumps.STACK, stack_dumps.STACK_IN_C]
 
 
 def test_a_dump_in_progress_fails_at_the_exit(scene: Scene) -> None:

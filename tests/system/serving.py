@@ -194,7 +194,7 @@ class Server:
 
     def family(self) -> list[psutil.Process]:
         """All live processes of this server, the supervisor included, also those whose parent is gone."""
-        return [process for process in psutil.process_iter() if _belongs(process, self.pid)]
+        return [process for process in psutil.process_iter() if belongs(process, self.pid)]
 
     def processes(self, module: str) -> list[int]:
         """The pids of the children that run `module`, such as realtime.worker.process."""
@@ -241,7 +241,8 @@ class Server:
         return names
 
 
-def _belongs(process: psutil.Process, session: int) -> bool:
+def belongs(process: psutil.Process, session: int) -> bool:
+    """Return whether a live process is in this session."""
     try:
         return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, psutil.NoSuchProcess):

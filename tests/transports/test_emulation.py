@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import pytest
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
@@ -268,7 +269,30 @@ class Engine:
         return 1
 
 
-def substituted(stage: StreamStage, engine: Engine) -> Engine:
+class LateEngine(Engine):
+    """An engine whose answers are lost. when: the order itself arrives before the error, after it, or never."""
+
+    def __init__(self, stage: StreamStage, when: str) -> None:
+        super().__init__()
+        self._stage = stage
+        self._when = when
+
+    async def ask(self, request: SendOrder) -> int:
+        await super().ask(request)
+        if self._when == "before the error":
+            self.send()
+        raise EngineUnavailable("no answer in time")
+
+    def send(self) -> None:
+        orders, self.orders = self.orders, []
+        for order, _ in orders if self._when != "never" else ():
+            self._stage.emulation.receive(msgspec.msgpack.decode(order, type=EmulateOrder))
+
+
+SomeEngine = TypeVar("SomeEngine")
+
+
+def substituted(stage: StreamStage, engine: SomeEngine) -> SomeEngine:
     stage.emulation._engine = engine  # type: ignore[assignment]
     return engine
 
@@ -310,6 +334,21 @@ async def test_a_stream_of_this_worker_gets_commands_while_the_engine_is_unavail
         substituted(stage, Engine(EngineUnavailable("away")))
         assert await stage.status(json_request(secret, '{"id":2}')) == 204
         assert stage.sessions[0].received[1:] == [b'{"id":2}']
+        client.leave()
+
+
+@pytest.mark.parametrize("when", ["before the error", "after the error", "never"])
+async def test_commands_are_carried_out_once_whether_or_not_the_engine_sends_them_late(when: str) -> None:
+    async with streaming() as stage:
+        client, secret = await opened(stage)
+        engine = substituted(stage, LateEngine(stage, when))
+        for id in (2, 3):
+            assert await stage.status(json_request(secret, f'{{"id":{id}}}')) == 204
+        engine.send()
+        assert stage.sessions[0].received[1:] == [b'{"id":2}', b'{"id":3}']
+        substituted(stage, stage.engine)
+        assert await stage.status(json_request(secret, '{"id":4}')) == 204
+        assert stage.sessions[0].received[-1] == b'{"id":4}'
         client.leave()
 
 

@@ -1,0 +1,78 @@
+"""Prints what a soak did, and its account."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tests.soak.account import BROKEN, LOST, REORDERED, REPEATED, Account
+from tests.soak.bad_input import Attack
+from tests.soak.clients import Crowd
+from tests.soak.faults import Faults
+from tests.soak.publishers import APIPublisher, Speakers
+from tests.soak.served import Service
+
+LINES = (
+    "accepted",
+    "happened",
+    "promised",
+    "delivered",
+    "recovered",
+    "filtered",
+    "superseded",
+    "told lost",
+    "still in history",
+    "times told",
+    "plain delivered",
+    "plain dropped and counted",
+)
+MOST = 30  # lines of one table
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """totals: of `Account.close`."""
+
+    account: Account
+    totals: Mapping[str, int]
+    crowd: Crowd
+    service: Service
+    faults: Faults
+    publishers: list[APIPublisher]
+    speakers: Speakers
+    attack: Attack
+
+    def tell(self, tell: Callable[[str], None]) -> None:
+        tell("")
+        for title, counts in self._tables().items():
+            tell(f"{title}: {sum(counts.values())}")
+            for kind, number in counts.most_common(MOST):
+                tell(f"  {number:9,}  {kind}")
+        tell("\nTHE ACCOUNT, publications summed over all subscriptions")
+        for name in LINES:
+            tell(f"  {self.totals[name]:12,}  {name}")
+        tell(f"  {self.totals['silently lost']:12,}  {LOST}")
+        for effect in (REPEATED, REORDERED, BROKEN):
+            tell(f"  {self.account.effects[effect]:12,}  {effect}")
+        for rule, number in sorted(self.account.rules.items()):
+            tell(f"  {number:12,}  findings of {rule}")
+
+    def _tables(self) -> dict[str, Counter[str]]:
+        service = self.service
+        return {
+            "clients": Counter({"all": len(self.crowd.clients)}),
+            "faults carried out": self.faults.done,
+            "faults without effect": self.faults.impossible,
+            "ends of processes": service.deaths,
+            "publishers by the API": sum((one.counts for one in self.publishers), Counter[str]()),
+            "publishers by connection": self.speakers.counts,
+            "connections": self.crowd.counts,
+            "bad input": self.attack.sent,
+            "answers to bad input": self.attack.answers,
+            "comparisons of members": Counter(
+                {"all": sum(room.comparisons for room in self.crowd.world.rooms.values())}
+            ),
+            "dropped, as the server says": Counter({str(dict(key)): int(n) for key, n in service.dropped.items() if n}),
+            "largest process, MiB": Counter({role: size >> 20 for role, size in service.largest.items()}),
+        }

@@ -1,0 +1,257 @@
+"""One soak: a server, its clients and publishers, faults and bad input at once, and the account at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import IO, Any
+
+import aiohttp
+import msgspec
+
+from tests.soak import world as worlds
+from tests.soak.account import BROKEN, Account, Finding
+from tests.soak.bad_input import Attack
+from tests.soak.clients import ON, Crowd
+from tests.soak.faults import Faults
+from tests.soak.publishers import FAILURES, APIPublisher, Numbers, Speakers, share_out
+from tests.soak.report import Report
+from tests.soak.schedule import schedule
+from tests.soak.sdk import Readers
+from tests.soak.served import Service, free_ports
+
+PUBLISHERS = 8
+SPEAKERS_SHARE = 0.15  # of the publications
+START_LIMIT = 120.0
+# Seconds until every client is back and has everything, after the last fault.
+SETTLE_LIMIT = 180.0
+PROGRESS = 30.0
+SHOWN = 8  # findings of each rule
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """seconds: of load and faults. only: kinds of faults, all if empty. publications, bad_inputs: a second."""
+
+    seed: int
+    seconds: float
+    clients: int
+    faults: int
+    only: tuple[str, ...]
+    publications: float
+    bad_inputs: float
+    workers: int
+
+
+class Soak:
+    """One run. failed: whether its account has a finding."""
+
+    def __init__(self, options: Options, tell: Callable[[str], None] = print, copy: IO[str] | None = None) -> None:
+        """tell: takes the lines of progress and of the account. copy: gets the server's log."""
+        self._options = options
+        self._tell = tell
+        self._copy = copy
+        self._began = time.monotonic()
+        self._faults: Faults | None = None
+        self.account = Account(self._now, self._latest_fault, worlds.RECOVERY_LIMIT, self._tell_first)
+
+    def _now(self) -> float:
+        return time.monotonic() - self._began
+
+    def _latest_fault(self) -> str:
+        return self._faults.latest if self._faults else ""
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.account.effects)
+
+    async def run(self) -> None:
+        """Run the soak; the server has ended afterwards, also if this is cancelled."""
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, context: self._report_own_fault(context.get("exception"))
+        )
+        port, operator_port = free_ports()
+        with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+            settings = worlds.settings(port, operator_port, self._options.workers)
+            service = Service(self.account, Path(folder, "realtime.toml"), settings, self._copy)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+            async with aiohttp.ClientSession(connector=connector) as http:
+                try:
+                    service.start()
+                    await self._wait_ready(http, service)
+                    await self._soak(service, http)
+                finally:
+                    service.end()
+
+    async def _wait_ready(self, http: aiohttp.ClientSession, service: Service) -> None:
+        until = self._now() + START_LIMIT
+        while self._now() < until:
+            with suppress(OSError):
+                async with http.get(f"http://127.0.0.1:{service.operator_port}/ready") as answer:
+                    if answer.status == 200:
+                        return
+            await asyncio.sleep(0.1)
+        raise SystemExit("the server did not start:\n" + "".join(service.output.lines))
+
+    async def _soak(self, service: Service, http: aiohttp.ClientSession) -> None:
+        options = self._options
+        world = worlds.create(self.account, options.seed, options.clients)
+        crowd = Crowd(world, options.seed, http, service.port)
+        readers = Readers(world, service.port)
+        numbers = Numbers()
+        publishers = [
+            APIPublisher(world, http, service.port, numbers, channels) for channels in share_out(world, PUBLISHERS)
+        ]
+        speakers = Speakers(crowd, numbers)
+        attack = Attack(self.account, service.port)
+        self._faults = faults = Faults(self.account, service, crowd)
+
+        background = [self._start(part) for part in (service.care(), crowd.run(), self._look(http, service, crowd))]
+        await readers.start()
+        await self._until(lambda: len(crowd.connected()) == len(crowd.clients), START_LIMIT)
+        self._say(f"{len(crowd.connected())} clients are connected")
+        gc.collect()
+        gc.freeze()  # so that no collection walks all clients
+        await self._strain(crowd, publishers, speakers, attack, faults)
+        self._say("the load has ended; waiting for all clients")
+        await self._settle(crowd, publishers)
+        await self._read_histories(world, http, service)
+        await service.sample(http)
+        totals = self._close(service)
+        for task in background:
+            task.cancel()
+        await readers.close()
+        await crowd.close()
+        await service.stop(self._report)
+        report = Report(self.account, totals, crowd, service, faults, publishers, speakers, attack)
+        report.tell(self._tell)
+        self._tell(f"\n{'FAILED' if self.failed else 'passed'}, seed {options.seed}")
+
+    async def _strain(
+        self, crowd: Crowd, publishers: list[APIPublisher], speakers: Speakers, attack: Attack, faults: Faults
+    ) -> None:
+        """Put load, bad input and faults on the server."""
+        options, began = self._options, self._now()
+        rate = options.publications * (1 - SPEAKERS_SHARE) / len(publishers)
+        publishing = [
+            self._start(one.run(rate, Random(f"publisher {index} of {options.seed}")))
+            for index, one in enumerate(publishers)
+        ]
+        others = [
+            self._start(speakers.run(options.publications * SPEAKERS_SHARE, Random(f"speakers of {options.seed}"))),
+            self._start(self._leave_and_return(crowd, Random(f"leavers of {options.seed}"))),
+            self._start(attack.run(options.bad_inputs, options.seed)),
+        ]
+        planned = schedule(options.seed, options.seconds, options.faults, options.only)
+        await faults.run(planned, began, self._say)
+        await asyncio.sleep(max(0.0, began + options.seconds - self._now()))
+        await faults.finish()
+        for publisher in publishers:
+            publisher.is_ending = True
+        await asyncio.wait(publishing, timeout=SETTLE_LIMIT)  # each ends its current publication
+        for task in [*publishing, *others]:
+            task.cancel()
+
+    async def _leave_and_return(self, crowd: Crowd, random: Random) -> None:
+        """Let a client unsubscribe and subscribe again, now and then."""
+        while True:
+            await asyncio.sleep(random.expovariate(len(crowd.clients) / 1000))
+            client = random.choice(crowd.clients)
+            for part in client.parts.values():
+                if client.is_connected and part.state == ON and not part.channel.startswith("own:"):
+                    client.unsubscribe(part)
+
+    async def _settle(self, crowd: Crowd, publishers: list[APIPublisher]) -> None:
+        """Wait until all clients are back, publish once more everywhere, and wait for that."""
+
+        def absent() -> list[str]:
+            return [
+                f"{client.name} in {part.channel}"
+                for client in crowd.clients
+                for part in client.parts.values()
+                if not (client.is_connected and part.is_settled)
+            ]
+
+        if not await self._until(lambda: not absent(), SETTLE_LIMIT):
+            self._report("clients", f"{len(absent())} subscriptions did not come back: {absent()[:5]}")
+        settled = self._now()
+        await asyncio.gather(
+            *(one.publish(channel) for one in publishers for channel in one.channels), return_exceptions=True
+        )
+        self.account.expect_last(settled)
+        await self._until(lambda: not any(self.account.unsettled()), SETTLE_LIMIT)
+        await asyncio.sleep(1.0)  # for repeats
+
+    async def _read_histories(self, world: worlds.World, http: aiohttp.ClientSession, service: Service) -> None:
+        """Compare the histories at the end with what was seen (N1)."""
+        url = f"http://127.0.0.1:{service.port}/api/history"
+        for channel in world.channels.values():
+            if not channel.size:
+                continue
+            body = msgspec.json.encode({"channel": channel.name, "limit": -1})
+            try:
+                async with http.post(url, data=body, headers={"X-API-Key": worlds.KEY}) as answer:
+                    result = msgspec.json.decode(await answer.read()).get("result", {})
+            except FAILURES as error:
+                self._report("history", f"no history of {channel.name}: {error!r}")
+                continue
+            for publication in result.get("publications", ()):
+                epoch = channel.epoch(result["epoch"])
+                channel.saw("history", epoch, publication["offset"], publication["data"]["n"])
+
+    async def _look(self, http: aiohttp.ClientSession, service: Service, crowd: Crowd) -> None:
+        """Compare rooms, read the server's counters, and tell the progress."""
+        told = self._now()
+        while True:
+            await asyncio.sleep(5.0)
+            crowd.compare_rooms()
+            await service.sample(http)
+            if self._now() - told >= PROGRESS:
+                told = self._now()
+                received = sum(one.live + one.recovered for one in self.account.subscriptions)
+                found = sum(self.account.effects.values())
+                self._say(f"{len(crowd.connected())} connected, {received} received, {found} findings")
+
+    def _close(self, service: Service) -> dict[str, int]:
+        for text in service.output.tracebacks:
+            self._report("log", "an exception in the log:\n" + text)
+        return self.account.close(sum(service.dropped.values()))
+
+    # Small parts.
+
+    def _start(self, part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a part of the soak beside the others; an exception in it is a finding."""
+        task = asyncio.create_task(part)
+        task.add_done_callback(lambda ended: self._report_own_fault(None if ended.cancelled() else ended.exception()))
+        return task
+
+    def _report_own_fault(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._report("soak", "a part of the soak failed: " + "".join(traceback.format_exception(error)))
+
+    def _report(self, place: str, text: str) -> None:
+        self.account.require(False, "end", BROKEN, "server", place, text)
+
+    def _tell_first(self, finding: Finding, number: int) -> None:
+        """Print the first findings of each rule at once: their cause may need a look at the server now."""
+        if number <= SHOWN:
+            self._tell(f"FINDING {finding}")
+
+    def _say(self, text: str) -> None:
+        self._tell(f"{self._now():9.3f} s  {text}")
+
+    async def _until(self, condition: Callable[[], bool], limit: float) -> bool:
+        until = self._now() + limit
+        while not condition():
+            if self._now() > until:
+                return False
+            await asyncio.sleep(0.1)
+        return True
