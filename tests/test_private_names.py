@@ -12,6 +12,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ FUNCTIONS: dict[str, dict[str, str]] = {
         "_disconnectSelectable": "self selectable why isRead faildict",
         "_readOrWrite": "self selectable read",
     },
-    "twisted.internet.tcp.Server": {"_fromConnectedSocket": "fileDescriptor addressFamily factory reactor"},
+    "twisted.internet.tcp.Server": {
+        "_fromConnectedSocket": "fileDescriptor addressFamily factory reactor",
+        "_getLogPrefix": "self applicationObject",
+    },
     "twisted.internet.unix.Server": {"_fromConnectedSocket": "fileDescriptor factory reactor"},
     "asyncio.tasks": {"_enter_task": "loop task", "_leave_task": "loop task"},
     "sys": {"_current_frames": "", "_getframe": "depth"},
@@ -49,12 +53,13 @@ ATTRIBUTES: dict[str, str] = {
     "twisted.internet.asyncioreactor.AsyncioSelectorReactor": "_asyncioEventloop _readers _writers",
     "twisted.internet.tcp.Server": "_tempDataLen _writeDisconnecting",
     "twisted.internet.tcp.Port": "_preexistingSocket _logger",
-    "asyncio.base_events.BaseEventLoop": "_ready",
+    "asyncio.base_events.BaseEventLoop": "_ready _scheduled _stopping",
+    "socket.socket": "_accept",
     "asyncio.Future": "_asyncio_future_blocking",
     "asyncio.tasks": "_current_tasks",
     "autobahn.websocket.protocol.WebSocketServerProtocol": """
-    STATE_CLOSING STATE_OPEN _closeConnection _isMessageCompressed _perMessageCompress _transport_details applyMask autoFragmentSize
-    autoPingPending autoPingPendingCall
+    STATE_CLOSING STATE_OPEN _closeConnection _isMessageCompressed _perMessageCompress _transport_details applyMask
+    autoFragmentSize autoPingPending autoPingPendingCall
     autoPingPendingSent autoPingPendingSeq autoPingRestartOnAnyTraffic autoPingTimeoutCall closeHandshakeTimeout
     closeHandshakeTimeoutCall closedByMe current_frame current_frame_masker data droppedByMe echoCloseCodeReason
     failByDrop failedByMe inside_message is_closed localCloseCode localCloseReason log logFrames logOctets
@@ -84,7 +89,12 @@ def owner(path: str) -> Any:
 
 @functools.cache
 def source(found: Any) -> str:
-    return inspect.getsource(found)
+    if not inspect.isclass(found):
+        return inspect.getsource(found)
+    # inspect parses the module for a class, and CPython 3.11 refuses that once in a while (cpython issue 106905).
+    lines, _ = inspect.findsource(sys.modules[found.__module__])
+    start = next(number for number, line in enumerate(lines) if re.match(rf"\s*class {found.__name__}\b", line))
+    return "".join(inspect.getblock(lines[start:]))
 
 
 def source_of(found: Any) -> str:
@@ -144,7 +154,7 @@ def test_every_internal_name_of_autobahn_is_listed() -> None:
     interfaces = [each for each in vars(autobahn.websocket.interfaces).values() if inspect.isclass(each)]
     public = {name for each in interfaces for name in dir(each)}
     ours = [each for each in WebSocketConnection.__mro__ if each.__module__.startswith("realtime")]
-    text = "".join(map(inspect.getsource, ours))
+    text = "".join(map(source, ours))
     names = set(re.findall(r"\b(?:self|super\(\))\.(\w+)", text))
     names |= {name for each in ours for name in vars(each) if not name.startswith("__")}
     theirs = source_of(WebSocketServerProtocol)

@@ -255,7 +255,7 @@ def test_the_sweep_frees_expired_history() -> None:
 def test_much_expired_history_is_freed_in_slices() -> None:
     clock = Clock()
     broker = Broker(SETTINGS, Metrics(), clock)
-    for number in range(35_000):
+    for number in range(25_000):
         broker.core.carry_out(PEER, broker.now(), Publish(str(number), b"1", HistoryOptions(1, 1.0, meta_ttl=10.0)))
     clock.advance(1000.0)
     left = [broker.core.streams]
@@ -335,7 +335,7 @@ async def test_deliveries_of_a_cut_link_are_counted(brokers: Any, workers: Any) 
 async def test_the_memory_of_a_peak_is_given_back(brokers: Any, workers: Any) -> None:
     broker, worker = await brokers(), workers()
     await broker.link(0, worker.engine)
-    for number in range(25_000):
+    for number in range(40_000):
         info = ClientInfo("user", f"client-{number}", bytes(600))
         added = worker.engine.ask(AddPresence(f"channel-{number % 100}", info, present=True, announce=False))
         if number % 500 == 499:

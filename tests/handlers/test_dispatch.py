@@ -105,7 +105,8 @@ async def test_start_and_stop_handlers_run_in_order(bench: Bench) -> None:
 
     dispatcher = await bench.start()
     assert seen == ["first", "second"]
-    await start_future(dispatcher.stop_handlers(5))
+    await until(lambda: not dispatcher.running)
+    await dispatcher.stop_handlers(5)
     await dispatcher.stop(5)
     assert seen == ["first", "second", "failing", "closing"]
     assert len(bench.logged) == 1
