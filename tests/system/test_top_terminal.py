@@ -66,6 +66,7 @@ class Terminal:
 
 
 def _take_terminal() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it in background jobs, and so would the program
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

@@ -25,17 +25,29 @@ except OSError:
 check_message = WebSocketConnection.onMessage
 
 
+class Echo:
+    """A session that sends each message back."""
+
+    def __init__(self, connection: Any, session: Any) -> None:
+        self._connection = connection
+        self._session = session
+        self.build_frame = text_frame
+
+    def receive(self, payload: bytes) -> None:
+        send(self.build_frame(payload), [self._connection.sink])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+
 def on_message(self: Any, payload: bytes, isBinary: bool) -> None:
-    self.build_frame = binary_frame if isBinary else text_frame
+    if not isinstance(self._session, Echo):
+        self._session = Echo(self, self._session)
+    self._session.build_frame = binary_frame if isBinary else text_frame
     if isBinary:
-        echo(self, payload)
+        self._session.receive(payload)  # the server itself takes binary messages for JSON
     else:
-        check_message(self, payload, False)  # it checks the text, and passes it on to `_receive`
-
-
-def echo(self: Any, payload: bytes) -> None:
-    send(self.build_frame(payload), [self.sink])
+        check_message(self, payload, False)
 
 
 WebSocketConnection.onMessage = on_message  # type: ignore[method-assign]
-WebSocketConnection._receive = echo  # type: ignore[assignment, method-assign]
