@@ -156,7 +156,7 @@ class Invalidation(msgspec.Struct, frozen=True):
     tags: list[str] | None = None
 
 
-async def _to_nobody(invalidation: Invalidation) -> None:
+async def _to_no_worker(invalidation: Invalidation) -> None:
     """Send an invalidation from a process without other workers."""
 
 
@@ -174,7 +174,7 @@ class Host:
     start: Callable[[Coroutine[Any, Any, Any], Done], object] = start_task
     perform: Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]] = asyncio.ensure_future
     counter: Callable[[str, str], Counter] = field(default=lambda name, outcome: Counter())
-    broadcast: Callable[[Invalidation], Awaitable[Any]] = _to_nobody
+    broadcast: Callable[[Invalidation], Awaitable[Any]] = _to_no_worker
     caches: dict[str, weakref.WeakSet[Cache]] = field(default_factory=dict)
 
     async def invalidate(self, invalidation: Invalidation) -> None:

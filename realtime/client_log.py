@@ -394,7 +394,7 @@ def _repeats(left_out: int) -> str:
 
 
 class _Shown(dict[str, str]):
-    """Values of a line, "" for one that is not known."""
+    """Values of a line; an unknown one is ""."""
 
     def __missing__(self, name: str) -> str:
         return ""

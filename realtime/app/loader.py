@@ -15,7 +15,7 @@ def load(settings: AppSettings) -> App:
     """Import and return the configured application; without a configured module, return an App without handlers.
 
     Puts `settings.path` first on `sys.path`. Raises SettingsError for a mistake in the code, such as a missing module
-    or a syntax error, and ApplicationFailed for any other exception, such as that of a database that is not up yet.
+    or a syntax error, and ApplicationFailed for any other exception, such as that a database is not up yet.
     Both have one line that names the file and line at fault.
     """
     if not settings.module:

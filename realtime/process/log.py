@@ -86,7 +86,7 @@ def count_internal_errors(metrics: Metrics) -> Callable[[], None]:
 
 
 def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what a loop could not pass to anybody; for `set_exception_handler`."""
+    """Log an error that the loop has no caller for; for `set_exception_handler`."""
     error = context.get("exception")
     message = context.get("message", "the event loop has met an error")
     if isinstance(error, Exception):

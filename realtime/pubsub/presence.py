@@ -92,7 +92,7 @@ class Presence(Generic[P]):
         self._leave = leave
         self._peers: dict[P, dict[str, dict[str, PresenceEntry]]] = {}  # by channel and client
         self._absent: dict[str, dict[str, _Absence]] = {}  # by channel and client
-        self._gone: dict[tuple[str, str], dict[str, _Absence]] = {}  # those that are gone, by channel and user
+        self._gone: dict[tuple[str, str], dict[str, _Absence]] = {}  # the absent ones, by channel and user
         self._returning: dict[str, set[str]] = {}  # the channels of the others, by client
         self._expiring: ExpiryQueue[_Absence] = ExpiryQueue(0.25)
         # Channels are counted from the first question on: most are never asked about.

@@ -28,7 +28,7 @@ _WARNING_ONLY = {"utilization"}
 
 
 def find_exceeded(loop: LoopSettings, vitals: Vitals) -> list[str]:
-    """Return the limits that this reading reaches, apart from the lag, among those that refuse work."""
+    """Return the limits that this reading reaches and that refuse work. Lag is judged by `Pressure`."""
     limits = _limits(loop)
     return [name for name in limits.keys() - _WARNING_ONLY if getattr(vitals, name) >= limits[name]]
 

@@ -174,7 +174,7 @@ class Emulation:
         self._by_secret: dict[str, CommandOrder] = {}
         # Numbers of the orders that this worker sends to itself. They come back in their order, or never.
         self._last_number = self._last_received = 0
-        self._carried_out: set[int] = set()  # those that this worker no longer waits for
+        self._carried_out: set[int] = set()  # orders carried out before they came back
 
     def register(self, emulate: Callable[[bytes], None], encoding: Encoding, first: bytes) -> str:
         """Make the secret of a new session.

@@ -260,7 +260,7 @@ class TestPages:
         assert not desk.presence._listings
 
 
-def test_large_channels_are_counted_before_anybody_asks(desk: Desk) -> None:
+def test_large_channels_are_counted_before_the_first_question(desk: Desk) -> None:
     for number in range(COUNT_FROM + 10):
         desk.add(f"c{number}", f"user {number % 7}")
     assert desk.presence._counts["a"].clients == COUNT_FROM + 10

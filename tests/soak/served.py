@@ -47,7 +47,7 @@ def free_ports() -> tuple[int, int]:
 
 
 class Output:
-    """Reads the server's output in a thread. is_held: nobody reads it now."""
+    """Reads the server's output in a thread. is_held: it is not read now."""
 
     def __init__(self, copy: IO[str] | None) -> None:
         self.lines: deque[str] = deque(maxlen=4000)
