@@ -539,18 +539,23 @@ class Session(SessionTimers):
         subscription.expire_at = self._expiry_of(options)
         self.schedule_deadline()
         position = await subscription.renew(channel_options, info)
-        if not subscription.is_active:
-            return
-        self._push_subscribe(
-            channel,
-            options,
-            messages.SubscribePush(
-                recoverable=subscription.recoverable,
-                epoch=position.epoch,
-                offset=position.offset,
-                positioned=subscription.positioned,
-            ),
-        )
+
+        def push() -> None:
+            if subscription.is_active:
+                renewed = messages.SubscribePush(
+                    recoverable=subscription.recoverable,
+                    epoch=position.epoch,
+                    offset=position.offset,
+                    positioned=subscription.positioned,
+                )
+                self._push_subscribe(channel, options, renewed)
+
+        # The push states a position, so the publications up to there leave first.
+        if subscription.replay is None:
+            self.services.hub.when_delivered(channel, push)
+        else:
+            position = subscription.replay.position
+            push()
 
     def _push_subscribe(self, channel: str, options: SubscribeOptions, push: messages.SubscribePush) -> None:
         self._push(channel, "subscribe", msgspec.structs.replace(push, data=self.encoding.embed(options.data)))

@@ -432,7 +432,7 @@ class Subscription:
         if not self.positioned:
             return Position()
         page = await services.engine.ask(GetHistory(self.channel, channel_options.history_options))
-        return page.position if self.replay is None else self.replay.position
+        return page.position
 
     async def update_info(self, info: ClientInfo) -> None:
         """Show the client as `info` from now on. Raises EngineUnavailable; presence then still has the old info."""

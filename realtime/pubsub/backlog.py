@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -62,6 +63,15 @@ class Activation(NamedTuple):
     is_late: bool = True
 
 
+class Mark(NamedTuple):
+    """A place between two events. reached: called when all earlier events have been delivered."""
+
+    reached: Callable[[], None]
+
+
+Job = Event | Activation | Mark
+
+
 class Backlog:
     """The deliveries of one channel that are still to be made, in order.
 
@@ -72,21 +82,21 @@ class Backlog:
     __slots__ = ("events", "jobs", "late", "size")
 
     def __init__(self) -> None:
-        self.jobs: deque[Event | Activation] = deque()
+        self.jobs: deque[Job] = deque()
         self.events = 0
         self.size = 0
         self.late: set[Subscriber] = set()
 
-    def append(self, job: Event | Activation) -> None:
+    def append(self, job: Job) -> None:
         """Queue a job."""
         self.jobs.append(job)
         if isinstance(job, Event):
             self.events += 1
             self.size += job.size
-        elif job.is_late:
+        elif isinstance(job, Activation) and job.is_late:
             self.late.add(job.subscriber)
 
-    def popleft(self) -> Event | Activation:
+    def popleft(self) -> Job:
         """Remove the oldest job and return it. An activation's subscriber stays in `late`."""
         job = self.jobs.popleft()
         if isinstance(job, Event):
@@ -95,9 +105,9 @@ class Backlog:
         return job
 
     def drop(self, *kinds: EventKind) -> None:
-        """Drop the events of these kinds; activations stay."""
+        """Drop the events of these kinds; other jobs stay."""
         jobs, self.jobs = self.jobs, deque()
         self.events = self.size = 0
         for job in jobs:
-            if isinstance(job, Activation) or job.kind not in kinds:
+            if not (isinstance(job, Event) and job.kind in kinds):
                 self.append(job)

@@ -18,7 +18,7 @@ from typing import TypeGuard
 
 from realtime.errors import Disconnect
 from realtime.metrics import Counter
-from realtime.pubsub.backlog import Activation, Backlog, DeltaBase, Event, EventKind
+from realtime.pubsub.backlog import Activation, Backlog, DeltaBase, Event, EventKind, Job, Mark
 from realtime.pubsub.fossil_delta import delta
 from realtime.pubsub.subscriber import FrameEncoder, Sink, Subscriber
 from realtime.pubsub.time_slices import CHUNK, TimeSlicer
@@ -301,12 +301,19 @@ class ChannelFanout:
         """Deliver a join or leave to the subscribers with `announced`."""
         self._submit(Event(kind, info=info))
 
+    def when_delivered(self, reached: Callable[[], None]) -> None:
+        """Call `reached` when the present backlog has been delivered: at once if there is none."""
+        if self._busy:
+            self._queue(Mark(reached))
+        else:
+            reached()
+
     def clear(self) -> None:
         """Drop the events of the backlog."""
         if self._backlog is not None:
             self._drop(self._backlog, *EventKind)
 
-    def _submit(self, job: Event | Activation) -> None:
+    def _submit(self, job: Job) -> None:
         """Deliver a job after all earlier ones: at once, if there is no backlog and the turn has time."""
         # Small enough to run in one piece, without a look at the clock in between.
         is_short = len(self.subscribers) <= CHUNK and self._filters <= _SMALL_CHUNK
@@ -325,7 +332,7 @@ class ChannelFanout:
         if self._backlog is not None:  # the delivery itself caused further events
             self._start(self._backlog)
 
-    def _queue(self, job: Event | Activation) -> None:
+    def _queue(self, job: Job) -> None:
         context, backlog = self._context, self._backlog
         if backlog is None:
             backlog = self._backlog = context.backlogs[self] = Backlog()
@@ -349,6 +356,8 @@ class ChannelFanout:
                 job = backlog.popleft()
                 if isinstance(job, Activation):
                     yield from self._replay(job)
+                elif isinstance(job, Mark):
+                    job.reached()
                 else:
                     self._context.queued -= job.size
                     yield from self._fan_out(job, backlog)
@@ -525,12 +534,12 @@ class ChannelFanout:
         self._context.queued += backlog.size
 
 
-def _is_light(job: Event | Activation) -> TypeGuard[Event]:
+def _is_light(job: Job) -> TypeGuard[Event]:
     """Whether a job takes no longer than its deliveries; binary data may remove subscribers instead."""
     return isinstance(job, Event) and (job.publication is None or not job.publication.binary)
 
 
-def _is_text(job: Event | Activation) -> TypeGuard[Event]:
+def _is_text(job: Job) -> TypeGuard[Event]:
     """Whether a job is a publication that every format can carry."""
     return isinstance(job, Event) and job.publication is not None and not job.publication.binary
 

@@ -228,6 +228,14 @@ class Hub:
         if state is not None and subscriber in state.fanout.subscribers:
             state.pending[subscriber] = len(state.held)
 
+    def when_delivered(self, channel: str, reached: Callable[[], None]) -> None:
+        """Call `reached` when the subscribers have received all publications that have arrived so far."""
+        state = self._channels.get(channel)
+        if state is None:
+            reached()
+        else:
+            state.fanout.when_delivered(reached)
+
     def _continues(self, channel: str, state: _Channel, position: Position, events: list[Event]) -> bool:
         """Whether the held events follow `position` without a gap, up to the latest publication."""
         if _GAP in events:

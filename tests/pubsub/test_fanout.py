@@ -102,6 +102,27 @@ def test_a_backlog_reaches_each_subscriber_in_one_write(worker: Worker) -> None:
     assert worker.hub.fanout.sent.value == 40_000
 
 
+def test_a_mark_is_reached_between_two_publications(worker: Worker) -> None:
+    members = [worker.member() for _ in range(2000)]
+    reached: list[list[int]] = []
+
+    def look() -> None:
+        (found,) = {tuple(offsets(member)) for member in members}
+        reached.append(list(found))
+
+    worker.hub.when_delivered("c", look)
+    worker.hub.when_delivered("a channel without subscribers", lambda: reached.append([-1]))
+    assert reached == [[], [-1]]
+    for _ in range(3):
+        worker.publish()
+    worker.hub.when_delivered("c", look)
+    for _ in range(2):
+        worker.publish()
+    worker.until_idle()
+    assert reached == [[], [-1], [1, 2, 3]]
+    assert all(offsets(member) == [1, 2, 3, 4, 5] for member in members)
+
+
 def test_a_batch_has_a_limit(worker: Worker) -> None:
     members = [worker.member() for _ in range(2000)]
     for _ in range(5):
