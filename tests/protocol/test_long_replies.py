@@ -8,6 +8,7 @@ import pytest
 
 from realtime.config.settings import ChannelOptions, ChannelSettings
 from realtime.protocol.messages import PresenceResult
+from realtime.protocol.orders import SubscribeOrder
 from realtime.pubsub.engine import AddPresence
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.server_api.http_api import HTTPAPI
@@ -102,6 +103,18 @@ def test_recovery_of_many_and_what_comes_meanwhile(turns: Turns) -> None:
     reply, *pushes = client.heard()
     assert [one["data"] for one in reply["subscribe"]["publications"]] == list(range(MANY))
     assert [push["push"]["pub"]["data"] for push in pushes] == ["meanwhile"]
+
+
+def test_a_renewed_subscription_states_its_position_after_the_publications_up_to_there(turns: Turns) -> None:
+    client = turns.server.client()
+    client.subscribe("a", recoverable=True)
+    turns.server.publish("a", "one", "two")
+    turns.server.order(SubscribeOrder("", "a"))
+    turns.server.publish("a", "three")
+    turns.until_idle()
+    pushes = [push["push"] for push in client.heard()]
+    assert [push["pub"]["offset"] if "pub" in push else push["subscribe"]["offset"] for push in pushes] == [1, 2, 2, 3]
+    assert "subscribe" in pushes[2]
 
 
 def test_a_client_that_leaves_during_its_connect_leaves_nothing_behind(turns: Turns) -> None:
