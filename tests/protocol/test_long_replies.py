@@ -108,6 +108,7 @@ def test_recovery_of_many_and_what_comes_meanwhile(turns: Turns) -> None:
 def test_a_renewed_subscription_states_its_position_after_the_publications_up_to_there(turns: Turns) -> None:
     client = turns.server.client()
     client.subscribe("a", recoverable=True)
+    turns.server.services.slices.start_slice()  # the turn has no time left, so these publications wait for the next one
     turns.server.publish("a", "one", "two")
     turns.server.order(SubscribeOrder("", "a"))
     turns.server.publish("a", "three")
