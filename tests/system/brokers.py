@@ -105,6 +105,12 @@ class BrokerProcess:
         """The memory of the process, in bytes."""
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
+    @property
+    def last_beat(self) -> float:
+        """The time of its latest heartbeat, in seconds of the monotonic clock."""
+        vitals = self._page.read()
+        return vitals.beat / 1e9 if vitals is not None else 0.0
+
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
