@@ -94,8 +94,8 @@ def test_every_command_does_what_the_sdk_expects(server: Server) -> None:
         assert context.client and context.version and set(context.data) == {"pid"}
 
         here, seen = await subscribe(ada, "stream:python")
+        subscribed = await soon(seen.subscribed.get())  # before the other joins
         there, elsewhere = await subscribe(bob, "stream:python")
-        subscribed = await soon(seen.subscribed.get())
         assert subscribed.recoverable and subscribed.positioned and subscribed.stream_position.epoch
         assert {await soon(seen.joined.get()), await soon(seen.joined.get())} == {"ada", "bob"}
 
