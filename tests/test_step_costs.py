@@ -386,7 +386,7 @@ def test_a_survey_of_very_many_channels() -> None:
 
 
 class Unheard:
-    """Deliveries to nobody."""
+    """Drops all deliveries."""
 
     def deliver_publication(self, *_: object) -> None: ...
 

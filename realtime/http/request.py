@@ -151,7 +151,7 @@ def parse_whole_head(data: bytes, start: int, max_bytes: int, max_headers: int) 
 
 
 def _parse(whole: bytes) -> RequestHead | None:
-    """Parse a whole head; None for one that is unusual or faulty."""
+    """Parse a whole head. Returns None for an unusual or faulty head."""
     match = _HEAD.fullmatch(whole)
     if match is None:
         return None

@@ -7,8 +7,8 @@ nor run any Python. faulthandler comes second because it walks the stack whereve
 middle of a call from C code into Python the newest frame is not linked yet (CPython 3.11), and reading it can crash the
 process. A thread that has run no Python for so long is in no such place.
 
-Interrupted system calls are resumed: by the kernel (all handlers are set with SA_RESTART), or by Python for those that
-the kernel never resumes, such as sleeping (PEP 475).
+Interrupted system calls are resumed: by the kernel (all handlers are set with SA_RESTART), or by Python if the
+kernel never resumes them, such as sleeping (PEP 475).
 
 From a process that is to live on, the supervisor requests only the stack of the loop's own thread. Other threads may be
 running, and walking the stack of a running thread can crash the process. Their stacks are requested only when none of

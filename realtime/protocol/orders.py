@@ -47,7 +47,7 @@ class UnsubscribeOrder(_Order, frozen=True, array_like=True, tag="unsubscribe"):
 
 
 class SubscribeOrder(_Order, frozen=True, array_like=True, tag="subscribe"):
-    """Subscribe the connections of `user` to `channel`; those that are subscribed already get these options.
+    """Subscribe the connections of `user` to `channel`; subscribed connections get these options.
 
     The sender has checked that the channel's namespace exists. since: a position known to the client, which receives
     the publications after it as far as history still has them; None for future publications only. client, session: as

@@ -58,7 +58,7 @@ class Growth(Generic[Name]):
     def __init__(self, span: float = 60.0) -> None:
         self._span = span
         self._last: dict[int, tuple[Hashable, Mapping[Name, float]]] = {}
-        self._totals: dict[Name, float] = {}  # those that grew last at the end
+        self._totals: dict[Name, float] = {}  # the latest to grow at the end
         self._steps: deque[tuple[float, Name, float]] = deque()
         self._recent: dict[Name, float] = {}
 

@@ -381,7 +381,7 @@ class HTTPFrontend(Protocol):
             connection.dataReceived(data)
 
     def _refuse(self, refusal: Refusal, head: RequestHead | None = None) -> None:
-        """Refuse a request. head: None for one that is not complete, or malformed."""
+        """Refuse a request. head: None if it is incomplete or malformed."""
         kind = origin_fault(head) if head is not None and refusal.kind == "origin" else refusal.kind
         self.factory.client_log.refuse(kind, partial(self._describe, head), detail=refusal.reason)
         self.end_with(refusal_response(refusal))

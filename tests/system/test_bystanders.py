@@ -273,7 +273,7 @@ def test_whatever_others_do_who_listens_hears_everything_in_order(server: Server
     assert server.workers() == workers
     for pid in workers:
         assert psutil.Process(pid).memory_info().rss - before[pid] < 100 * 1024 * 1024
-    # Nobody whom the world can reach fills a disk: each worker has a line for each kind and minute.
+    # Attackers do not fill a disk: each worker writes one line for each kind and minute.
     assert len(said(server)) < 60 + 2 * len(workers) * len(KINDS), server.log
 
 
