@@ -24,7 +24,7 @@ import re
 import signal
 from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType
+from types import CodeType, FrameType
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessExitedAlready
@@ -62,7 +62,7 @@ def register(fd: int) -> None:
 
     def write_stack(number: int, frame: FrameType | None) -> None:
         with suppress(OSError):
-            os.write(fd, _describe(frame))
+            os.write(fd, _describe(frame, write_stack.__code__))
 
     signal.signal(STACK, write_stack)
     signal.siginterrupt(STACK, False)
@@ -70,11 +70,18 @@ def register(fd: int) -> None:
     faulthandler.register(STACKS, file=fd, all_threads=True, chain=False)
 
 
-def _describe(frame: FrameType | None) -> bytes:
-    """Return a stack, innermost frame first, in faulthandler's form."""
-    lines = ["Stack (most recent call first):"]
+def _describe(frame: FrameType | None, handler: CodeType) -> bytes:
+    """Return a stack, innermost frame first, in faulthandler's form.
+
+    handler: of the signal; a second signal may interrupt it, and the program's own frames are those outside it.
+    """
+    head = "Stack (most recent call first):"
+    lines = [head]
     while frame is not None and len(lines) <= _MAX_FRAMES:
         code = frame.f_code
+        if code is handler:
+            lines, frame = [head], frame.f_back
+            continue
         lines.append(f'  File "{code.co_filename}", line {frame.f_lineno or "???"} in {code.co_name}')
         frame = frame.f_back
     if frame is not None:
