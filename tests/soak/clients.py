@@ -285,6 +285,7 @@ class Client:
                 part.book.publication(push.pub.offset, number, push.pub.epoch)
             elif part.book:
                 part.book.publication(number)
+            self.crowd.on_delivery(push.channel, number)
         elif push.unsubscribe:
             self.crowd.counts[f"unsubscribed with {push.unsubscribe.code}"] += 1
             self._ended(part)
@@ -293,8 +294,10 @@ class Client:
             else:
                 self.send(self._subscribe(part))
         elif part.list is not None and push.join:
+            self.crowd.counts["joins seen"] += 1
             part.list.add(push.join.info.client)
         elif part.list is not None and push.leave:
+            self.crowd.counts["leaves seen"] += 1
             part.list.discard(push.leave.info.client)
 
     # Ends.
@@ -333,6 +336,7 @@ class Client:
         """The connection is no more. pause: seconds to wait before the next attempt, beside the usual ones."""
         if connection is not self.connection:
             return
+        self.crowd.counts["connections lost"] += 1
         self.connection = None
         self.is_connected = False
         pending, self._pending = self._pending, {}
@@ -531,9 +535,10 @@ CONNECTIONS: dict[str, type[Connection]] = {
 
 
 class Crowd:
-    """All clients, and their sweep."""
+    """All clients, and their sweep. on_delivery: called with channel and number of each pushed publication."""
 
     def __init__(self, world: World, seed: int, http: aiohttp.ClientSession, port: int) -> None:
+        self.on_delivery: Callable[[str, int], object] = lambda channel, number: None
         self.world = world
         self.account: Account = world.account
         self.now = world.account.now
