@@ -251,7 +251,7 @@ class Emulation:
             self._last_number = number = self._last_number + 1
         order = EmulateOrder(emulation.session, emulation.data, number)
         try:
-            await self._engine.ask(SendOrder(encode_order(order), worker))
+            await self._engine.ask(SendOrder(encode_order(order), worker, emulation.session))
         except EngineUnavailable:
             # Without an engine, a session of this worker gets its commands directly: a lost pong would cost the client
             # its connection. The engine may still send the order, or has sent it: each is carried out once.
