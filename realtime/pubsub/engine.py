@@ -42,6 +42,12 @@ A page always holds at least one publication, so paging on reads everything.
 PRESENCE_PAGE = 500
 """Clients in one page of `GetPresence`: a millisecond of work for the worker that encodes them."""
 
+
+def worker_address(slot: int, generation: int) -> str:
+    """Return the address of a worker's process, see `SendOrder`. It contains no dot."""
+    return f"{slot}-{generation}"
+
+
 new_listing: Callable[[], int] = count(1).__next__
 """Returns a number for `GetPresence.listing`, unique in this process."""
 
@@ -133,11 +139,14 @@ class Unsubscribe(EngineNotice, tag=5, frozen=True, gc=False):
 class SendOrder(EngineRequest[int], tag=16, frozen=True, gc=False):
     """Deliver an order to every worker, this one included. Answer: the number of workers it was sent to.
 
-    order: opaque to the engine (`realtime.protocol.orders`). worker: the address of the only recipient, "" for all.
+    order: opaque to the engine (`realtime.protocol.orders`). worker: the address of the only recipient, "" for all. An
+    address names one process, `worker_address` makes it. session: the secret of a client's session; the order goes to the
+    worker that has it now, if a `Cut` has moved it from `worker`.
     """
 
     order: bytes
     worker: str = ""
+    session: str = ""
 
 
 # Presence
@@ -224,6 +233,21 @@ class TakeLostClients(EngineRequest[list[ClientInfo]], tag=18, frozen=True, gc=F
     limit: int
 
 
+class Cut(EngineRequest[None], tag=19, frozen=True, gc=False):
+    """Move clients of this worker to another one, with their presence, at one point of the deliveries to both.
+
+    The other worker's receiver is called with `on_cut` at that point, and this worker has its answer there. Neither joins
+    nor leaves are delivered, and `AdmitClient` counts the clients as before. batch: identifies the move. worker: the
+    other one's address. clients: ids. sessions: their secrets, in the same order, "" for none (see `SendOrder.session`).
+    Raises ClientError 100 when there is no such worker; nothing has moved then.
+    """
+
+    batch: str
+    worker: str
+    clients: list[str]
+    sessions: list[str]
+
+
 class ReportSubscriptions(EngineNotice, tag=14, frozen=True, gc=False):
     """Report this worker's current number of subscriptions, for `GetStats`."""
 
@@ -248,6 +272,9 @@ class Receiver(Protocol):
 
     def on_order(self, order: bytes) -> None:
         """Carry out an order to this worker (see `SendOrder`)."""
+
+    def on_cut(self, batch: str, clients: list[ClientInfo], sessions: list[str]) -> None:
+        """Handle a `Cut` towards this worker: it has these clients from now on. sessions: see `Cut`."""
 
     def on_interruption(self) -> None:
         """Handle a restored connection: publications may be missing in every channel.
