@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet import tcp
-from twisted.internet.protocol import Factory
+from twisted.internet.protocol import Factory, Protocol
 
 
 class DirectServer(tcp.Server):
@@ -72,7 +72,8 @@ class DirectServer(tcp.Server):
         self.stopReading()
         self.stopWriting()
         self.connected, self.disconnected = 0, 1
-        self.producer = self.protocol = None
+        self.producer = None
+        self.protocol = Protocol()  # the connection's own would be kept alive by it, and the other way round
         self.dataBuffer, self.offset, self._tempDataBuffer, self._tempDataLen = b"", 0, [], 0
         return self.socket.detach(), unsent
 
@@ -106,7 +107,9 @@ def take_over(
     peer: the address of the peer, as accept(2) returns it; the peer may have gone since. The transport does not read
     before `resumeProducing`, and knows `protocol`, which the caller connects. Raises OSError.
     """
-    transport = server(socket.SocketType(fileno=fd), protocol, peer, None, 0, reactor)
+    connection: Any = socket.SocketType(fileno=fd)  # as for an accepted connection
+    no_port: Any = None
+    transport = server(connection, protocol, peer, no_port, 0, reactor)
     transport.pauseProducing()
     transport.repstr = f"<{type(protocol).__name__} taken over>"
     return transport

@@ -95,7 +95,7 @@ class HandedConnection(Struct, frozen=True, array_like=True):
 
     transport: str
     encoding: str
-    peer: tuple[str, int] | tuple[str, int, int, int]
+    peer: tuple[str | int, ...]
     address: str
     output: HandedOutput
     state: Raw
@@ -113,7 +113,13 @@ class Unsupported(RealtimeError):
 
 
 class ClientConnection(Outgoing):
-    """A connection with a session: `send`, `sink`, `close` serve the session. Loop thread only."""
+    """A connection with a session: `send`, `sink`, `close` serve the session. Loop thread only.
+
+    stop_receiving: has no further message passed to the session until `start_receiving`, for a hand-over.
+    """
+
+    stop_receiving: Callable[[], None]
+    start_receiving: Callable[[], None]
 
     factory: Any  # a ConnectionContext
     _session: TransportSession | None = None
@@ -159,14 +165,6 @@ class ClientConnection(Outgoing):
             release()
 
     # Hand-over to another process
-
-    def stop_receiving(self) -> None:
-        """Pass no further message to the session until `start_receiving`."""
-        raise NotImplementedError
-
-    def start_receiving(self) -> None:
-        """Undo `stop_receiving`."""
-        raise NotImplementedError
 
     @property
     def is_movable(self) -> bool:

@@ -93,20 +93,18 @@ class CommandOrder:
     come. A message without ids, such as a pong, never waits.
     """
 
-    def __init__(self, emulate: Callable[[bytes], None], encoding: Encoding, limits: EmulationLimits) -> None:
-        """emulate: takes the messages in order."""
+    def __init__(
+        self, emulate: Callable[[bytes], None], encoding: Encoding, first: bytes, limits: EmulationLimits
+    ) -> None:
+        """emulate: takes the messages in order. first: the message that opened the session."""
         self._limits = limits
         self._emulate = emulate
         self._encoding = encoding
-        self._next = 0  # 0 for unknown
+        last = self._ids(first)[1]
+        self._next = last + 1 if last else 0  # 0 for unknown
         self._held: list[tuple[int, int, int, bytes]] = []  # a heap: first id, number of arrival, last id, message
         self._arrivals = self._held_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
-
-    def begin(self, first: bytes) -> None:
-        """Begin behind the message that opened the session."""
-        last = self._ids(first)[1]
-        self._next = last + 1 if last else 0
 
     def hand_over(self) -> HandedOrder:
         """Return the state for another process, and end here."""
@@ -206,8 +204,7 @@ class Emulation:
         """
         secret = f"{self._worker}.{secrets.token_urlsafe(_SECRET_BYTES)}"
         if not encoding.unidirectional:
-            order = self._by_secret[secret] = CommandOrder(emulate, encoding, self._limits)
-            order.begin(first)
+            self._by_secret[secret] = CommandOrder(emulate, encoding, first, self._limits)
         return secret
 
     def hand_over(self, secret: str) -> HandedOrder | None:
@@ -221,7 +218,7 @@ class Emulation:
 
     def take_over(self, secret: str, emulate: Callable[[bytes], None], encoding: Encoding, handed: HandedOrder) -> None:
         """Continue with a session from another process. encoding: of the session. emulate: as for `register`."""
-        order = self._by_secret[secret] = CommandOrder(emulate, encoding, self._limits)
+        order = self._by_secret[secret] = CommandOrder(emulate, encoding, b"", self._limits)
         order.take_over(handed)
         for expected in self._expected.values():
             for message in expected.pop(secret, ()):

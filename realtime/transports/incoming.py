@@ -182,7 +182,8 @@ class Incoming(WebSocketServerProtocol):
 
         What came of the message before stands in a frame of its own, unmasked.
         """
-        message, frame, started = self._message, self.current_frame, b""
+        message, started = self._message, b""
+        frame: Any = self.current_frame
         if message is not None:
             opcode = (BINARY if message.is_binary else TEXT) & _OPCODE
             started = masked_frame(opcode, _NO_MASK, bytes(message.data), len(message.data))

@@ -157,10 +157,12 @@ class _InflateExtension:
     """The negotiated decompression, with the interface of Autobahn's extensions."""
 
     EXTENSION_NAME = EXTENSION
-    __slots__ = ("_inflater", "_limit")
+    __slots__ = ("_inflater", "_limit", "window")
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, window: int) -> None:
+        """limit: largest size of an inflated message, in bytes. window: that of outgoing messages."""
         self._limit = limit
+        self.window = window
         self._inflater: Inflater | None = None  # None between messages
 
     def start_decompress_message(self) -> None:
@@ -252,7 +254,6 @@ class WebSocketConnection(ClientConnection, Incoming):
     transport: Any
     _messages_left: int | None = None  # number of messages that a unidirectional client may still send
     _pinger: _Pinger | None = None
-    _window = 0
     _control_due = 0.0  # time at which the control frames received so far conform to the allowed rate
 
     def __init__(self, factory: WebSocketFactory, form: WireFormat, window: int) -> None:
@@ -261,8 +262,7 @@ class WebSocketConnection(ClientConnection, Incoming):
         self.factory = factory
         self.form = form
         if window:
-            self._window = window
-            self._perMessageCompress = _InflateExtension(factory.decompressed_limit)
+            self._perMessageCompress = _InflateExtension(factory.decompressed_limit, window)
         if form.encoding.name == "protobuf":
             self.first_byte = BINARY
 
@@ -340,8 +340,9 @@ class WebSocketConnection(ClientConnection, Incoming):
 
     def _take_state(self) -> HandedWebSocket:
         expects_pong = self._pinger is not None and self._pinger.expects_pong
+        window = self._perMessageCompress.window if self._perMessageCompress is not None else 0
         state = HandedWebSocket(
-            self.take_input(), self._window, self.needs_pings, expects_pong, self.secret, self._messages_left
+            self.take_input(), window, self.needs_pings, expects_pong, self.secret, self._messages_left
         )
         self._release_resources()
         self.state = self.STATE_CLOSED
