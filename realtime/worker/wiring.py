@@ -321,7 +321,7 @@ def wire_transports(
         protocol.api,
         settings,
         metrics,
-        another_worker_available=process.page.has_relief,
+        another_worker_available=process.page.has_substitute,
         cors_routes=cors_routes,
         proxies=admission.proxies,
         own_names=own_names,
