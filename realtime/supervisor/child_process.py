@@ -56,8 +56,11 @@ class ChildProcess(ProcessProtocol):
     """A running child. Its pid is not reused before the owner's `process_exited`: the kernel keeps the exit status
     until then."""
 
-    def __init__(self, owner: ChildProcessOwner, slot: int) -> None:
+    def __init__(self, owner: ChildProcessOwner, slot: int, generation: int = 0) -> None:
+        """generation: its serial number among all processes of the server."""
         self.slot = slot
+        self.generation = generation
+        self.has_exited = False
         self.pid = 0
         self._owner = owner
         self._link = _Link(self, owner)
@@ -90,7 +93,7 @@ class ChildProcess(ProcessProtocol):
         sockets = {_LISTEN + index: fd for index, fd in enumerate(listening)}
         stacks = _LISTEN + len(listening)
         arguments = [
-            *("--slot", str(self.slot)),
+            *("--slot", str(self.slot), "--generation", str(self.generation)),
             *("--link", str(_LINK), "--settings", str(_SETTINGS), "--vitals", str(_VITALS)),
             *("--stacks", str(stacks)),
             *(("--listen", ",".join(map(str, sockets))) if sockets else ()),
@@ -187,6 +190,7 @@ class ChildProcess(ProcessProtocol):
 
     def processExited(self, reason: Failure) -> None:
         ended: Any = reason.value
+        self.has_exited = True
         self._vitals = self.vitals
         self._close_page()
         self._link.end()
