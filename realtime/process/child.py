@@ -27,6 +27,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, Protocol
 
 from twisted.internet.defer import Deferred, TimeoutError, maybeDeferred
@@ -63,6 +64,13 @@ _CANCEL_ALARM_INTERVAL = 3.0
 # Seconds between two checks whether a whole garbage collection is due.
 _GC_INTERVAL = 1.0
 _REASON_CHARS = 2000
+# Descriptors that a start takes, besides those of the application. A start that ran out of them halfway would write
+# tracebacks from several places.
+_START_DESCRIPTORS = 24
+_TOO_FEW_DESCRIPTORS = (
+    f"a process of the server can't start: it has fewer than {_START_DESCRIPTORS} descriptors left; raise the limit of"
+    " open files (`ulimit -n`, LimitNOFILE of the unit). The supervisor tries again"
+)
 _PR_SET_PDEATHSIG = 1
 
 _log = Logger()
@@ -314,12 +322,17 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     options = _arguments().parse_args(argv)
     for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
         os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
+    with suppress(PermissionError):  # it leads a session already
+        os.setpgid(0, 0)  # the supervisor ends the group with this process: programs that handlers have started
     _set_signals()
     faulthandler.enable()
     for fd in options.stacks:
         stack_dumps.register(fd)
     _die_with_the_supervisor()
     if _has_hung_up(options.link):
+        return EX_TEMPFAIL
+    if not _has_descriptors(options.link):
+        sys.stderr.write(f"{_TOO_FEW_DESCRIPTORS}\n")
         return EX_TEMPFAIL
     page = VitalsPage.open(options.vitals)
     selector = MeasuredSelector(page)
@@ -383,7 +396,8 @@ def _port(listening: int) -> int:
 
 def _set_signals() -> None:
     """Set the dispositions that a child needs, for it inherits any: the supervisor acts on SIGINT and SIGHUP."""
-    for number in (signal.SIGINT, signal.SIGHUP, stack_dumps.STACK, stack_dumps.STACK_IN_C):
+    # SIGTTOU: a terminal stops a process in the background that writes to it, if it is set so.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTOU, stack_dumps.STACK, stack_dumps.STACK_IN_C):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     dumps = {stack_dumps.STACK, stack_dumps.STACK_IN_C, stack_dumps.STACKS}
@@ -449,6 +463,19 @@ def _die_with_the_supervisor() -> None:
     libc.signal.restype = ctypes.c_void_p
     libc.signal(signal.SIGUSR2, ctypes.cast(libc.alarm, ctypes.c_void_p))
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2, 0, 0, 0)
+
+
+def _has_descriptors(fd: int) -> bool:
+    """Return whether this process can open as many descriptors as its start takes. fd: any open one."""
+    copies: list[int] = []
+    try:
+        copies.extend(os.dup(fd) for _ in range(_START_DESCRIPTORS))
+    except OSError:
+        return False
+    finally:
+        for copy in copies:
+            os.close(copy)
+    return True
 
 
 def _has_hung_up(link: int) -> bool:

@@ -14,7 +14,6 @@ import fcntl
 import os
 import signal
 import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -38,13 +37,14 @@ from realtime.supervisor import orphans
 from realtime.supervisor.child_process import ChildProcess
 from realtime.supervisor.health_monitor import HealthMonitor
 from realtime.supervisor.listener import CannotListen, SharedPort
-from realtime.supervisor.relief import Relief
 from realtime.supervisor.reloads import Reloads
 from realtime.supervisor.rescue import Rescue
 from realtime.supervisor.stack_sampler import StackSampler
 from realtime.supervisor.steering import Steering
+from realtime.supervisor.substitutes import Substitutes
 from realtime.supervisor.systemd import SystemdNotifier
 from realtime.supervisor.trial import Trial
+from realtime.supervisor.zygote import Zygote
 
 WORKER_MODULE = "realtime.worker.process"
 BROKER_MODULE = "realtime.broker.process"
@@ -76,9 +76,9 @@ OpenOperatorEndpoint = Callable[["Supervisor", Any, str, int], OperatorEndpoint]
 class Supervisor(Service):
     """The parent of all processes, as a service.
 
-    pool, processes, children, monitor, sampler, metrics, steering: its parts, for the operators' port. processes: those
-    that serve their slots, by slot. children: all processes, by generation. steering: None before the clients' port is
-    open.
+    pool, processes, children, monitor, sampler, metrics, steering, zygote: its parts, for the operators' port.
+    processes: those that serve their slots, by slot. children: all processes, by generation. steering: None before the
+    clients' port is open. zygote: None before the start.
     """
 
     name = "realtime"
@@ -107,6 +107,7 @@ class Supervisor(Service):
         self.monitor = HealthMonitor(reactor, settings.loop, self.pool, self.processes)
         self.metrics = Metrics()
         self.steering: Steering | None = None
+        self.zygote: Zygote | None = None
         self.sampler = StackSampler(reactor, self.monitor, settings.loop, settings.app, self.processes)
         self._reactor = reactor
         self._settings = settings
@@ -155,12 +156,11 @@ class Supervisor(Service):
         self._rescue = Rescue(
             self._reactor, self._port, self.monitor.health, self.processes, self._settings.loop, self.metrics
         )
-        relief = Relief(self._settings.loop, self.monitor.health, self.processes)
-        self.monitor.listeners += [self.steering.condition_changed, relief.condition_changed]
-        self.monitor.after_check += [self.steering.update, relief.update, self._rescue.check]
+        substitutes = Substitutes(self._settings.loop, self.monitor.health, self.processes)
+        self.monitor.listeners += [self.steering.condition_changed, substitutes.condition_changed]
+        self.monitor.after_check += [self.steering.update, substitutes.update, self._rescue.check]
         self.monitor.tasks.add(TICK, self._tick)
-        if orphans.is_needed():
-            self.monitor.tasks.add(orphans.INTERVAL, self._reap_orphans)
+        self.monitor.tasks.add(orphans.INTERVAL, self._reap_orphans)
 
     def startService(self) -> None:
         """Start all processes."""
@@ -179,6 +179,8 @@ class Supervisor(Service):
         self._revisions[self.pool.revision] = _Revision(self._settings)
         # A daemon's own output goes nowhere. The log is twistd's, so the children's output must go there too.
         self._capture_output = self._capture_output or _is_discarded(1)
+        modules = [self._worker, *self._modules.values()]
+        self.zygote = Zygote(self._reactor, modules, capture=self._capture_output)
         self._stop_counting_errors = log.count_internal_errors(self.metrics)
         self._reactor.callWhenRunning(self._start_processes)
 
@@ -342,7 +344,9 @@ class Supervisor(Service):
         return all(now - slot.process.alive_at < self._notifier.watchdog for slot in serving)
 
     def _reap_orphans(self) -> None:
-        orphans.reap(lambda: [process.pid for process in self.children.values()])
+        if self.zygote is not None and not self.zygote.is_forking:  # else a child may have no known pid yet
+            own = self.zygote.pids
+            orphans.reap(lambda: [*own, *(process.pid for process in self.children.values())])
 
     # Effects.
 
@@ -374,12 +378,11 @@ class Supervisor(Service):
         process = ChildProcess(self, effect.slot, effect.generation)
         listening = [] if effect.slot == BROKER else [self._port.sockets[effect.slot].fileno()]
         module = self._modules.get(effect.slot, self._worker)
-        # -P: files of the working directory, such as a queue.py, must not stand in for modules of Python or of ours.
-        command = [sys.executable, "-P", "-m", module]
         settings = self._revisions[effect.revision].fd
         self.children[effect.generation] = process
+        assert self.zygote is not None
         try:
-            process.start(self._reactor, command, settings, listening, self._capture_output)
+            process.start(self._reactor, self.zygote, module, settings, listening, self._capture_output)
         except OSError as error:
             del self.children[effect.generation]
             _log.error(
@@ -457,6 +460,8 @@ class Supervisor(Service):
             self._rescue.close()
         if self._port is not None:
             self._port.close()
+        if self.zygote is not None:
+            self.zygote.close()
         for revision in self._revisions.values():
             revision.close()
         self._fire_stop_waiters()
