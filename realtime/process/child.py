@@ -1,7 +1,6 @@
 """The common start and end of every process that the supervisor starts: `main`.
 
-    python -m MODULE --link FD --settings FD --vitals FD [--stacks FD] [--slot N] [--generation N]
-        [--listen FD,FD]
+    python -m MODULE --link FD --settings FD --vitals FD [--stacks FD] [--slot N] [--generation N] [--listen FD,FD]
 
 All descriptors are inherited. `link` is one end of a socketpair that speaks AMP (`realtime.process.control`);
 `settings` a sealed memfd with `realtime.config.settings.dump`; `vitals` this process's page; `stacks` a pipe for its
@@ -119,10 +118,10 @@ class _NotMade:
 class Child:
     """This process, as its service uses it.
 
-    name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: its serial number
-    among all processes of the server. listen: descriptors of listening sockets, owned
-    by the service (see `realtime.worker.listening.adopt`). page: its vital signs. reactor: asyncio's, with monotonic
-    seconds. metrics: the process's series. heartbeat: give it the process's load by `observe`, and periodic tasks.
+    name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: its serial number among all
+    processes of the server. listen: descriptors of listening sockets, owned by the service (see
+    `realtime.worker.listening.adopt`). page: its vital signs. reactor: asyncio's, with monotonic seconds. metrics: the
+    process's series. heartbeat: give it the process's load by `observe`, and periodic tasks.
     accounts: of the loop's time. marker: to be called around each handler on the loop. turn_number: returns the number
     of the loop's current turn; None where turns are not counted.
     """
