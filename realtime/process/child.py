@@ -118,9 +118,10 @@ class _NotMade:
 class Child:
     """This process, as its service uses it.
 
-    name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: tells the processes of one slot
-    apart. listen: descriptors of listening sockets, owned by the service (see `realtime.worker.listening.adopt`). page:
-    its vital signs. reactor: asyncio's, with monotonic seconds. metrics: the process's series. heartbeat: give it the process's load by `observe`, and periodic tasks.
+    name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: its serial number among all
+    processes of the server. listen: descriptors of listening sockets, owned by the service (see
+    `realtime.worker.listening.adopt`). page: its vital signs. reactor: asyncio's, with monotonic seconds. metrics: the
+    process's series. heartbeat: give it the process's load by `observe`, and periodic tasks.
     accounts: of the loop's time. marker: to be called around each handler on the loop. turn_number: returns the number
     of the loop's current turn; None where turns are not counted.
     """
