@@ -19,6 +19,7 @@ import psutil
 
 from tests.soak.account import Account
 from tests.soak.clients import Connection, Crowd
+from tests.soak.holders import sockets
 from tests.soak.schedule import Fault
 from tests.soak.served import Service
 from tests.soak.wire import request
@@ -181,8 +182,8 @@ class Faults:
         worker, broker = self._one_of("worker", fault), self._one_of("broker", fault)
         if worker is None or broker is None:
             return
-        inodes = set(_sockets(worker).values())
-        pairs = [fd for fd, inode in _sockets(broker).items() if {inode - 1, inode + 1} & inodes]
+        inodes = set(sockets(worker).values())
+        pairs = [fd for fd, inode in sockets(broker).items() if {inode - 1, inode + 1} & inodes]
         if not pairs or not all(_shut(broker, fd) for fd in pairs):
             self.impossible["no link could be cut"] += 1
 
@@ -259,17 +260,6 @@ class Faults:
         await asyncio.sleep(fault.lasts)
         for one in sockets:
             one.close()
-
-
-def _sockets(pid: int) -> dict[int, int]:
-    """Return the inodes of a process's sockets, by descriptor."""
-    found = {}
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with suppress(OSError):
-            target = os.readlink(f"/proc/{pid}/fd/{name}")
-            if target.startswith("socket:["):
-                found[int(name)] = int(target[8:-1])
-    return found
 
 
 def _shut(pid: int, fd: int) -> bool:

@@ -76,7 +76,9 @@ class Output:
 
 
 class Service:
-    """The server's processes. pids: the running ones by pid, with their roles."""
+    """The server's processes. pids: the running ones by pid, with their roles. is_restarting: the server has ended, and
+    is about to start again.
+    """
 
     def __init__(self, account: Account, config: Path, settings: dict[str, Any], copy: IO[str] | None = None) -> None:
         config.write_text("".join(f"{key} = {toml(value)}\n" for key, value in settings.items()))
@@ -88,6 +90,7 @@ class Service:
         self.deaths: Counter[str] = Counter()
         self.largest: Counter[str] = Counter()
         self.is_stopping = False
+        self.is_restarting = False
         self.dropped: Counter[tuple[tuple[str, str], ...]] = Counter()
         self._dropped_before: dict[tuple[tuple[str, str], ...], float] = {}
         self._account = account
@@ -122,6 +125,7 @@ class Service:
             await asyncio.sleep(CENSUS)
 
     async def _restart(self, status: int) -> None:
+        self.is_restarting = True
         excuse = self._excused.pop(self.supervisor, None)
         self.deaths[f"supervisor: {excuse or 'unexpected'}"] += 1
         text = f"the supervisor ended with status {status}"
@@ -139,6 +143,7 @@ class Service:
         await asyncio.sleep(RESTART)
         self._account.data_lost()
         self.start()
+        self.is_restarting = False
 
     def family(self) -> list[psutil.Process]:
         """All processes of this server, also those whose parent is gone."""
@@ -208,6 +213,10 @@ class Service:
                 before = self._dropped_before.get(key, 0.0)
                 self.dropped[key] += round(sample.value - before if sample.value >= before else sample.value)
                 self._dropped_before[key] = sample.value
+
+    def everyone(self) -> list[int]:
+        """Return all processes, the supervisor included."""
+        return [self.supervisor, *self.pids]
 
     # Faults.
 
