@@ -48,8 +48,11 @@ class ChildProcess:
     """A running child. Its pid, 0 until it is forked, is not reused before the owner's `process_exited`: the kernel
     keeps the exit status until then."""
 
-    def __init__(self, owner: ChildProcessOwner, slot: int) -> None:
+    def __init__(self, owner: ChildProcessOwner, slot: int, generation: int = 0) -> None:
+        """generation: its serial number among all processes of the server."""
         self.slot = slot
+        self.generation = generation
+        self.has_exited = False
         self._owner = owner
         self._link = _Link(self, owner)
         self._page: VitalsPage | None = None
@@ -84,7 +87,7 @@ class ChildProcess:
         sockets = {_LISTEN + index: fd for index, fd in enumerate(listening)}
         stacks = _LISTEN + len(listening)
         arguments = (
-            *("--slot", str(self.slot)),
+            *("--slot", str(self.slot), "--generation", str(self.generation)),
             *("--link", str(_LINK), "--settings", str(_SETTINGS), "--vitals", str(_VITALS)),
             *("--stacks", str(stacks)),
             *(("--listen", ",".join(map(str, sockets))) if sockets else ()),
@@ -188,6 +191,7 @@ class ChildProcess:
         return answer.addCallback(lambda box: metrics.load(box["metrics"]))
 
     def _exited(self, status: int) -> None:
+        self.has_exited = True
         self._vitals = self.vitals
         self._close_page()
         self._link.end()
