@@ -68,6 +68,9 @@ _HTTP = {
         "refused a WebSocket handshake at {path}, where no transport is: compare the client's URL with"
         " websocket.handler_prefix"
     ),
+    "method": _bad(
+        "answered a {method} request for {path} with 405: the path takes other methods, which the response lists"
+    ),
     "not_found": _detail("answered a request for {path} with 404"),
     "transport_disabled": _bad(
         "refused a client at {path}, the path of a transport that is off: set `enabled` in its section, or remove"
@@ -224,6 +227,17 @@ _DISCONNECTS = {
     "handler_disconnect": Kind("the application's handler disconnected a client with {code} {reason}"),
     "ordered": Kind("disconnected a client with {code} {reason} by order of the application or the server API"),
     "refused": _detail("disconnected a client with {code} {reason}; the line before has the cause"),
+    "2000": Kind(
+        "ended the subscription of a client to {channel} with 2000 by order of the application or the server API"
+    ),
+    "2500": Kind(
+        "ended the subscription of a client to {channel} with 2500: it may have missed publications; it subscribes"
+        " again, and recovers if it can"
+    ),
+    "2501": Kind(
+        "ended the subscription of a client to {channel} with 2501: it was not refreshed within"
+        " client.expired_sub_close_delay"
+    ),
     "3000": _detail("disconnected a client with 3000 {reason}"),
     "3001": _detail("disconnected a client with 3001 shutdown: this worker ends, and the client goes to another one"),
     "3004": Kind("disconnected a client with 3004 internal server error; its cause has a line of its own"),

@@ -71,23 +71,32 @@ class Options(usage.Options):
 
 
 def makeService(options: Mapping[str, Any]) -> IService:
-    """Make the supervisor for these options. With mistakes in them it prints all of them and raises SystemExit(78)."""
+    """Make the supervisor for these options. With mistakes in them it prints all of them and raises SystemExit(78).
+
+    An exception at the import of the application is no such mistake: as in the foreground, the workers try again.
+    """
     given = {key: options[name] for name, key in _KEYS.items() if options[name] is not None}
-    problems = environment.find_problems()
+    problems, passing = environment.find_problems(), []
     try:
         settings = read(options["config"], given, os.environ)
         if _becomes_daemon(options):  # its log is the only place for a later failure, and twistd has returned 0 by then
-            problems += application.find_problems(settings)
+            found = application.find_problems(settings)
+            problems += [problem.line for problem in found if not problem.may_pass]
+            passing = [f"{problem.line}; the workers will try again" for problem in found if problem.may_pass]
     except SettingsError as error:
         problems += error.problems
     if problems:
         print(*problems, sep="\n", file=sys.stderr)
         raise SystemExit(os.EX_CONFIG)
     _allow_descriptors()
-    service = make_service(
-        settings, insecure_keys=warnings.insecure_keys(settings), capture_output=_has_another_log(options)
-    )
+    insecure_keys = warnings.insecure_keys(settings)
+    if environment.stays_root(_drops_root(options)):
+        insecure_keys.append("root")
+    service = make_service(settings, insecure_keys=insecure_keys, capture_output=_has_another_log(options))
+    if passing:
+        print(*passing, sep="\n", file=sys.stderr)
     for line in [
+        *passing,
         *warnings.find_warnings(settings, os.environ),
         *environment.find_warnings(os.environ),
         *environment.find_exposure(options["config"], settings, _drops_root(options)),
@@ -108,7 +117,7 @@ def make_service(
     The service stops the reactor after its last process has exited, and sets twistd's exit status: 0 after an orderly
     stop, 1 when a port can't be opened, 78 when the application can't be started.
 
-    worker, broker: modules to run as children. insecure_keys: keys of insecure settings, for the metrics.
+    worker, broker: modules to run as children. insecure_keys: keys of insecure settings, and `root`, for the metrics.
     capture_output: copy the children's output to our log, because that is not our standard output.
     """
     from twisted.internet import reactor

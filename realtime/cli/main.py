@@ -41,7 +41,7 @@ def check_config(arguments: argparse.Namespace) -> int:
     try:
         settings = read(arguments.config, {}, os.environ)
         if not arguments.without_app:
-            problems += application.find_problems(settings)
+            problems += [problem.line for problem in application.find_problems(settings)]
     except SettingsError as error:
         problems += error.problems
     if problems:

@@ -62,6 +62,13 @@ _CANCEL_ALARM_INTERVAL = 3.0
 # Seconds between two checks whether a whole garbage collection is due.
 _GC_INTERVAL = 1.0
 _REASON_CHARS = 2000
+# Descriptors that a start takes, besides those of the application. A start that ran out of them halfway would write
+# tracebacks from several places.
+_START_DESCRIPTORS = 24
+_TOO_FEW_DESCRIPTORS = (
+    f"a process of the server can't start: it has fewer than {_START_DESCRIPTORS} descriptors left; raise the limit of"
+    " open files (`ulimit -n`, LimitNOFILE of the unit). The supervisor tries again"
+)
 _PR_SET_PDEATHSIG = 1
 
 _log = Logger()
@@ -317,6 +324,9 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     _die_with_the_supervisor()
     if _has_hung_up(options.link):
         return EX_TEMPFAIL
+    if not _has_descriptors(options.link):
+        sys.stderr.write(f"{_TOO_FEW_DESCRIPTORS}\n")
+        return EX_TEMPFAIL
     page = VitalsPage.open(options.vitals)
     selector = MeasuredSelector(page)
     loop = asyncio.SelectorEventLoop(selector)
@@ -443,6 +453,19 @@ def _die_with_the_supervisor() -> None:
     libc.signal.restype = ctypes.c_void_p
     libc.signal(signal.SIGUSR2, ctypes.cast(libc.alarm, ctypes.c_void_p))
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2, 0, 0, 0)
+
+
+def _has_descriptors(fd: int) -> bool:
+    """Return whether this process can open as many descriptors as its start takes. fd: any open one."""
+    copies: list[int] = []
+    try:
+        copies.extend(os.dup(fd) for _ in range(_START_DESCRIPTORS))
+    except OSError:
+        return False
+    finally:
+        for copy in copies:
+            os.close(copy)
+    return True
 
 
 def _has_hung_up(link: int) -> bool:

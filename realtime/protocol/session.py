@@ -599,6 +599,7 @@ class Session(SessionTimers):
         was_active = subscription.is_active
         self.remove_subscription(subscription, is_returning=was_active and code >= errors.LOST_POSITION[0])
         if was_active:  # otherwise its subscribe command gets an error reply
+            self.services.client_log.refuse_by(code, "", "", self.describe, channel=repr(channel), reason=reason)
             self._push(channel, "unsubscribe", messages.UnsubscribePush(code, reason))
 
     def refresh(self, expire_at: float, info: bytes) -> None:

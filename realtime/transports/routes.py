@@ -136,7 +136,7 @@ class CORSRoute:
         if head.method == "OPTIONS":
             return PreparedResponse(204, headers=cors.preflight_headers(head, self._methods))
         if head.method not in self._methods:
-            return status_response(405, ("Allow", ", ".join((*self._methods, "OPTIONS"))))
+            return fault_response("method", ("Allow", ", ".join((*self._methods, "OPTIONS"))))
         return partial(self._serve, cors.response_headers(head)) if self._serve else status_response(404)
 
 
@@ -203,7 +203,7 @@ class Router:
         if allowed and method == "OPTIONS" and self._is_of_allowed_origin(head):
             return PreparedResponse(204, headers=cors.preflight_headers(head, allowed))
         if allowed:
-            response = status_response(405, ("Allow", ", ".join(allowed)))
+            response = fault_response("method", ("Allow", ", ".join(allowed)))
             is_preflight = method == "OPTIONS" and head.get("access-control-request-method")
             return msgspec.structs.replace(response, fault="origin") if is_preflight else response
         return self._resolve_file(head)
@@ -236,7 +236,7 @@ class Router:
     def _refuse_call(self, head: RequestHead) -> PreparedResponse | None:
         """Return the response to a call of the server API that is not allowed."""
         if head.method != "POST":
-            return status_response(405, ("Allow", "POST"))
+            return fault_response("method", ("Allow", "POST"))
         if self._settings.insecure:
             # Without a key, only the browser's headers tell a page of another origin, which can post any plain text.
             site = head.get("sec-fetch-site").lower()
@@ -269,7 +269,7 @@ class Router:
                 if file is None:
                     break
                 if method not in ("GET", "HEAD"):
-                    return status_response(405, ("Allow", "GET, HEAD"))
+                    return fault_response("method", ("Allow", "GET, HEAD"))
                 return partial(serve_file, file)
         if path in self._disabled_paths:
             return fault_response("transport_disabled")

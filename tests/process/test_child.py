@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -345,6 +347,24 @@ def test_a_link_without_a_supervisor_has_hung_up() -> None:
     ours.close()
     assert children._has_hung_up(theirs.fileno())
     theirs.close()
+
+
+def test_a_start_without_descriptors_says_so_in_one_line() -> None:
+    ours, theirs = socket.socketpair()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ours, theirs:
+        assert children._has_descriptors(theirs.fileno())
+        inherited = [f"--{name}={theirs.fileno()}" for name in ("link", "settings", "vitals")]
+        process = subprocess.run(
+            [sys.executable, "-m", "realtime.broker.process", *inherited],
+            pass_fds=[theirs.fileno()],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (12, hard)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert process.returncode == children.EX_TEMPFAIL
+    [line] = process.stderr.splitlines()
+    assert "raise the limit of open files" in line
 
 
 async def test_the_service_gets_a_stream_of_rescued_connections(family: Family) -> None:

@@ -23,7 +23,7 @@ from centrifuge.fossil import apply_delta
 from tests.soak import wire
 from tests.soak.account import BROKEN, Account, PlainSubscription, Subscription
 from tests.soak.members import Room
-from tests.soak.wire import JSON, Encoding, Protobuf, Reply
+from tests.soak.wire import JSON, Encoding, Protobuf, Reply, Unidirectional
 from tests.soak.world import FILTER, Place, World, text
 
 # Seconds until a client gives an attempt to connect up, and until it takes a silent connection for dead.
@@ -76,7 +76,8 @@ class Client:
         self.name = place.name
         self.crowd = crowd
         self.transport, _, encoding = place.transport.partition(" ")
-        self.encoding: Encoding = Protobuf if encoding else JSON
+        self.is_unidirectional = self.transport.startswith("uni_")
+        self.encoding: Encoding = Unidirectional if self.is_unidirectional else Protobuf if encoding else JSON
         self.parts = {part.channel: part for part in self._parts(crowd, place)}
         self.watches = bool(place.watches)
         self.id = self.session = self.node = ""
@@ -115,8 +116,7 @@ class Client:
         self.heard = self.crowd.now()
         self._last_id = 0
         self._pending.clear()
-        kind = WebSocket if self.transport == "websocket" else Stream
-        self.connection = kind(self)
+        self.connection = CONNECTIONS[self.transport](self)
         self.crowd.spawn(self._open(self.connection))
 
     async def _open(self, connection: Connection) -> None:
@@ -134,6 +134,8 @@ class Client:
             data["subs"] = [part.channel for part in own]
             command["subs"] = {part.channel: self._position(part, {}) for part in own}
         commands = [self._command(self._connected, connect=command)]
+        if self.is_unidirectional:
+            return msgspec.json.encode(command)
         commands += [self._subscribe(part) for part in self.parts.values() if part not in own]
         return self.encoding.encode(commands)
 
@@ -283,13 +285,19 @@ class Client:
                 part.book.publication(push.pub.offset, number, push.pub.epoch)
             elif part.book:
                 part.book.publication(number)
+            self.crowd.on_delivery(push.channel, number)
         elif push.unsubscribe:
             self.crowd.counts[f"unsubscribed with {push.unsubscribe.code}"] += 1
             self._ended(part)
-            self.send(self._subscribe(part))
+            if self.is_unidirectional and self.connection:
+                self.connection.cut()  # its next connect request subscribes it again
+            else:
+                self.send(self._subscribe(part))
         elif part.list is not None and push.join:
+            self.crowd.counts["joins seen"] += 1
             part.list.add(push.join.info.client)
         elif part.list is not None and push.leave:
+            self.crowd.counts["leaves seen"] += 1
             part.list.discard(push.leave.info.client)
 
     # Ends.
@@ -328,6 +336,7 @@ class Client:
         """The connection is no more. pause: seconds to wait before the next attempt, beside the usual ones."""
         if connection is not self.connection:
             return
+        self.crowd.counts["connections lost"] += 1
         self.connection = None
         self.is_connected = False
         pending, self._pending = self._pending, {}
@@ -449,7 +458,7 @@ class Connection(asyncio.Protocol):
 
 class WebSocket(Connection):
     def first(self) -> bytes:
-        return wire.handshake("/connection/websocket", self.client.encoding.subprotocol)
+        return wire.handshake(f"/connection/{self.client.transport}", self.client.encoding.subprotocol)
 
     def opened(self) -> None:
         self.send(self.client.hello())
@@ -484,16 +493,17 @@ class Stream(Connection):
         self._line = b""
 
     def first(self) -> bytes:
-        if self.client.transport == "sse":
-            return wire.request("GET", "/connection/sse?cf_connect=" + quote(self.client.hello()))
-        return wire.request("POST", "/connection/http_stream", self.client.encoding.content_type, self.client.hello())
+        path = f"/connection/{self.client.transport}"
+        if self.client.transport.endswith("sse"):
+            return wire.request("GET", f"{path}?cf_connect={quote(self.client.hello())}")
+        return wire.request("POST", path, self.client.encoding.content_type, self.client.hello())
 
     def send(self, message: bytes) -> None:
         self.client.crowd.spawn(self.client.crowd.emulate(self.client, message))
 
     def feed(self, data: bytes) -> bytes:
         content, rest = wire.chunks(data)
-        if self.client.transport == "sse":
+        if self.client.transport.endswith("sse"):
             *events, self._line = (self._line + content).replace(b"\r\n", b"").split(b"\n\n")
             for event in events:
                 self._take(event.removeprefix(b"data: "))
@@ -507,10 +517,28 @@ class Stream(Connection):
             self.client.received(message)
 
 
+class UnidirectionalStream(Stream):
+    """A stream to a client that sends no commands."""
+
+    def send(self, message: bytes) -> None:
+        pass
+
+
+CONNECTIONS: dict[str, type[Connection]] = {
+    "websocket": WebSocket,
+    "http_stream": Stream,
+    "sse": Stream,
+    "uni_websocket": WebSocket,
+    "uni_http_stream": UnidirectionalStream,
+    "uni_sse": UnidirectionalStream,
+}
+
+
 class Crowd:
-    """All clients, and their sweep."""
+    """All clients, and their sweep. on_delivery: called with channel and number of each pushed publication."""
 
     def __init__(self, world: World, seed: int, http: aiohttp.ClientSession, port: int) -> None:
+        self.on_delivery: Callable[[str, int], object] = lambda channel, number: None
         self.world = world
         self.account: Account = world.account
         self.now = world.account.now
