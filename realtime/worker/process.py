@@ -69,7 +69,7 @@ class Worker:
         self._protocol = wire_protocol(process, self._pubsub, self._handlers)
         self._transports = wire_transports(process, self._pubsub, self._handlers, self._protocol)
         self._ports: list[ListeningPort] = []
-        self._handover = wire_handover(process, self._handlers, self._protocol, self._transports)
+        self._handover = wire_handover(process, self._pubsub, self._handlers, self._protocol, self._transports)
         self._receivers: list[FdReceiver] = []
         self._takeovers: list[HandOverTarget] = []
         self._is_handing_over = False

@@ -345,12 +345,12 @@ def wire_transports(
 
 
 def wire_handover(
-    process: Child, handlers: HandlerParts, protocol: ProtocolParts, transports: TransportParts
+    process: Child, pubsub: PubSubParts, handlers: HandlerParts, protocol: ProtocolParts, transports: TransportParts
 ) -> HandOverParts:
     """Collect the parts that move connections from and to other processes."""
     return HandOverParts(
         reactor=process.reactor,
-        address=str(process.slot),
+        address=pubsub.address,
         services=protocol.services,
         restore=protocol.restore_session,
         endpoints=transports.hand_over_endpoints,
