@@ -52,7 +52,7 @@ from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
-from realtime.pubsub.engine import MESSAGES_DROPPED, Receiver
+from realtime.pubsub.engine import MESSAGES_DROPPED, Receiver, worker_address
 from realtime.pubsub.fanout import FanoutServices, broadcast
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.subscriber import Sink
@@ -93,11 +93,12 @@ _clients = Logger(namespace="realtime.clients")
 
 @dataclass(frozen=True, slots=True)
 class PubSubParts:
-    """The channels of one worker. slices: divides long work into turns of the loop. rules: the channel options.
+    """The channels of one worker. address: of its process, see `SendOrder`. rules: the channel options.
 
-    strangers: divides the work for peers that are not connected as clients: they get less of each turn.
+    slices: divides long work into turns of the loop. strangers: divides the work for peers that are not connected as clients: they get less of each turn.
     """
 
+    address: str
     slices: TimeSlicer
     strangers: TimeSlicer
     rules: ChannelRules
@@ -150,7 +151,7 @@ class TransportParts:
 def wire_pubsub(process: Child, app: App) -> PubSubParts:
     """Build the sessions' registry, the hub and the engine."""
     settings, reactor, metrics, ledger = process.settings, process.reactor, process.metrics, process.accounts
-    rules = ChannelRules(settings.channel)
+    rules, address = ChannelRules(settings.channel), worker_address(process.slot, process.generation)
     accounts = NamespaceAccounts(ledger, [namespace.name for namespace in settings.channel.namespaces], rules.namespace)
     slices = TimeSlicer(reactor.seconds, settings.loop.slice, _call_next_turn, Deferred)
     strangers = TimeSlicer(reactor.seconds, STRANGER_SLICE, partial(reactor.callLater, STRANGER_PAUSE), Deferred)
@@ -188,7 +189,7 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
     hub = Hub(make_engine, sessions.apply, slices, services)
     engine = hub.engine
     assert isinstance(engine, BrokerEngine)
-    invalidations = CacheInvalidations(cache.HOST, engine, process.address)
+    invalidations = CacheInvalidations(cache.HOST, engine, address)
     sessions.add_handler(InvalidateOrder, invalidations.on_order)
     metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(sessions))
     metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: hub.subscriptions)
@@ -197,7 +198,7 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
         "Publications that wait for their turn to be delivered",
         lambda: hub.fanout.queued,
     )
-    return PubSubParts(slices, strangers, rules, sessions, engine, hub)
+    return PubSubParts(address, slices, strangers, rules, sessions, engine, hub)
 
 
 def wire_handlers(process: Child, app: App) -> HandlerParts:
@@ -261,7 +262,7 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
         counters=SessionCounters(metrics),
         client_log=handlers.client_log,
     )
-    surveys = Surveys(pubsub.engine, pubsub.hub, process.address, reactor)
+    surveys = Surveys(pubsub.engine, pubsub.hub, pubsub.address, reactor)
     pubsub.sessions.add_handler(ChannelsOrder, surveys.on_order)
     pubsub.sessions.add_handler(ChannelsAnswer, surveys.on_order)
     server_api = ServerAPI(pubsub.engine, pubsub.rules, node, surveys, run_all, slices=pubsub.slices)
@@ -313,7 +314,7 @@ def wire_transports(
         )
 
     limits = EmulationLimits(settings.emulation, settings.websocket.message_size_limit, metrics)
-    emulation = Emulation(pubsub.engine, protocol.node, process.address, limits, pubsub.strangers, handlers.client_log)
+    emulation = Emulation(pubsub.engine, protocol.node, pubsub.address, limits, pubsub.strangers, handlers.client_log)
     pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
     stream_context = StreamContext(
         protocol.open_session, settings, protocol.deadlines, metrics, admission, emulation, queued, turn_end
