@@ -109,6 +109,11 @@ class Faults:
     async def drain_worker(self, fault: Fault) -> None:
         await self._kill(fault, "worker", signal.SIGTERM)
 
+    async def reload(self, fault: Fault) -> None:
+        status, said = await self._service.reload()
+        if status:
+            self.impossible[f"reload: {said.splitlines()[-1] if said else status}"] += 1
+
     async def kill_broker(self, fault: Fault) -> None:
         await self._kill(fault, "broker")
 
@@ -281,6 +286,7 @@ ACTIONS: dict[str, Callable[[Faults, Fault], Coroutine[Any, Any, None]]] = {
     "stop a worker": Faults.stop_worker,
     "stop a worker for good": Faults.stop_worker_for_good,
     "drain a worker": Faults.drain_worker,
+    "reload": Faults.reload,
     "kill the broker": Faults.kill_broker,
     "stop the broker": Faults.stop_broker,
     "kill the supervisor": Faults.kill_supervisor,

@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.soak.account import BROKEN, Account
 from tests.system.serving import CHECKOUT, TWISTD, belongs, toml
 
+REALTIME = TWISTD.with_name("realtime")
 HANDLER, OTHER = "handler process", "other"
 ROLES = {
     "realtime.worker.process": "worker",
@@ -249,11 +250,12 @@ class Service:
         self.census()
         for pid in self.of("worker"):
             self.excuse(pid, "reload")
-        for pid in self.of("worker"):
-            self.kill(pid, signal.SIGTERM)
-            while pid in self.pids or len(self.of("worker")) < 2:
-                await asyncio.sleep(0.1)
-        return 0, ""
+        command = [str(REALTIME), "reload", "--config", str(self._config)]
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        said, _ = await process.communicate()
+        return process.returncode or 0, said.decode()
 
     # The end.
 
