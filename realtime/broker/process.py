@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -393,10 +393,23 @@ class BrokerService:
         """Refuse: the broker has no clients."""
         os.close(stream)
 
+    def take_over(self, stream: int) -> None:
+        """Refuse: the broker has no clients."""
+        os.close(stream)
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        """Refuse: the broker has no clients."""
+        return child.hand_nothing_over(stream, "the broker has no clients")
+
     async def drain(self, timeout: float) -> None:
         """Wait until every worker has left."""
         await self._broker.drain(timeout)
 
 
+def main(argv: Sequence[str]) -> int:
+    """See `realtime.process.child.main`."""
+    return child.main(argv, BrokerService)
+
+
 if __name__ == "__main__":
-    sys.exit(child.main(sys.argv[1:], BrokerService))
+    sys.exit(main(sys.argv[1:]))
