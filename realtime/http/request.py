@@ -142,8 +142,8 @@ def parse_whole_head(data: bytes, start: int, max_bytes: int, max_headers: int) 
     if end < 4 or size > max_bytes or size > MAX_LINE:
         return None
     whole = data[start:end]
-    # A handshake has a key of its own, so it never comes again.
-    is_remembered = size <= MAX_KNOWN_HEAD and b"Sec-WebSocket-Key" not in whole
+    # A handshake, which is a GET, has a key of its own, so it never comes again.
+    is_remembered = size <= MAX_KNOWN_HEAD and (data[start] != _G or b"Sec-WebSocket-Key" not in whole)
     head = _known_head(whole) if is_remembered else _parse(whole)
     if head is None or len(head.fields) > max_headers:
         return None
@@ -184,6 +184,7 @@ def _parse(whole: bytes) -> RequestHead | None:
 
 
 # The result depends on the bytes alone, and nothing changes it.
+_G = ord("G")
 _known_head = lru_cache(KNOWN_HEADS)(_parse)
 
 

@@ -118,7 +118,7 @@ class HTTPFrontend(Protocol):
             return
         # A connection's first request goes first: it may be a client's handshake.
         if not (self._is_scheduled or self._is_congested or (self._exchange is not None and self._body is None)) and (
-            not self._is_http or self.factory.pipelines.has_time
+            not self._is_http or not (pipelines := self.factory.pipelines).is_timed or pipelines.has_time
         ):
             end = self._step(data, 0)
             if end < len(data) and not self._is_refused and self.transport.protocol is self:

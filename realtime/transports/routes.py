@@ -299,11 +299,13 @@ def serve_publish(
         serve_long(request)
         return
     account = ledger.current
-    make_response = _api_response_maker(request, default_error_mode)
 
     def done(result: Any, error: BaseException | None) -> None:
         charged_before = ledger.switch(account)
-        request.respond_by(make_response, result, error)
+        if error is None:
+            request.respond(json_response(200, APIResponse(result=result)))
+        else:
+            request.respond_by(_api_response_maker(request, default_error_mode), result, error)
         ledger.switch(charged_before)
 
     publish(request.body, done)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import Struct
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
@@ -59,19 +60,16 @@ _answer_decoders: dict[type, Callable[[bytes], Any]] = {
 }
 
 
-class _Call:
+class _Call(Struct, gc=False):
     """A request without an answer yet.
 
     unsent: its length in bytes while it waits for a stream, then 0. done: gets its answer or error.
     """
 
-    __slots__ = ("deadline", "done", "request", "unsent")
-
-    def __init__(self, request: EngineRequest[Any], deadline: float, unsent: int, done: DoneCallback) -> None:
-        self.request = request
-        self.deadline = deadline
-        self.unsent = unsent
-        self.done = done
+    request: EngineRequest[Any]
+    deadline: float
+    unsent: int
+    done: DoneCallback
 
 
 class _Arrivals:
