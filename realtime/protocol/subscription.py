@@ -189,7 +189,8 @@ class Subscription:
             if not options.allow_tags_filter:
                 raise ClientError(*BAD_REQUEST, kind="filter_refused")
             try:
-                self.filter = filters.compiled(request.tf, self._owner.settings.client.max_filter_nodes)
+                client = self._owner.settings.client
+                self.filter = filters.compiled(request.tf, client.max_filter_nodes, client.max_filter_depth)
             except ValueError as error:
                 raise ClientError(*BAD_REQUEST, kind="filter_refused") from RealtimeError(str(error))
         if options.force_recovery and not kept and request.recover and self._refuses_unrecovered(request):
