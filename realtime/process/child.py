@@ -26,6 +26,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, Protocol
 
 from twisted.internet.defer import Deferred, TimeoutError, maybeDeferred
@@ -317,6 +318,8 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     options = _arguments().parse_args(argv)
     for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
         os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
+    with suppress(PermissionError):  # it leads a session already
+        os.setpgid(0, 0)  # the supervisor ends the group with this process: programs that handlers have started
     _set_signals()
     faulthandler.enable()
     for fd in options.stacks:
@@ -388,7 +391,8 @@ def _port(listening: int) -> int:
 
 def _set_signals() -> None:
     """Set the dispositions that a child needs, for it inherits any: the supervisor acts on SIGINT and SIGHUP."""
-    for number in (signal.SIGINT, signal.SIGHUP, stack_dumps.STACK, stack_dumps.STACK_IN_C):
+    # SIGTTOU: a terminal stops a process in the background that writes to it, if it is set so.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTOU, stack_dumps.STACK, stack_dumps.STACK_IN_C):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     dumps = {stack_dumps.STACK, stack_dumps.STACK_IN_C, stack_dumps.STACKS}

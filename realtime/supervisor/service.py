@@ -14,7 +14,6 @@ import fcntl
 import os
 import signal
 import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -37,11 +36,12 @@ from realtime.supervisor import orphans
 from realtime.supervisor.child_process import ChildProcess
 from realtime.supervisor.health_monitor import HealthMonitor
 from realtime.supervisor.listener import CannotListen, SharedPort
-from realtime.supervisor.relief import Relief
 from realtime.supervisor.rescue import Rescue
 from realtime.supervisor.stack_sampler import StackSampler
 from realtime.supervisor.steering import Steering
+from realtime.supervisor.substitutes import Substitutes
 from realtime.supervisor.systemd import SystemdNotifier
+from realtime.supervisor.zygote import Zygote
 
 WORKER_MODULE = "realtime.worker.process"
 BROKER_MODULE = "realtime.broker.process"
@@ -73,8 +73,8 @@ OpenOperatorEndpoint = Callable[["Supervisor", Any, str, int], OperatorEndpoint]
 class Supervisor(Service):
     """The parent of all processes, as a service.
 
-    pool, processes, monitor, sampler, metrics, steering: its parts, for the operators' port. processes: the running
-    ones, by slot. steering: None before the clients' port is open.
+    pool, processes, monitor, sampler, metrics, steering, zygote: its parts, for the operators' port. processes: the
+    running ones, by slot. steering: None before the clients' port is open. zygote: None before the start.
     """
 
     name = "realtime"
@@ -104,6 +104,7 @@ class Supervisor(Service):
         self.monitor = HealthMonitor(reactor, settings.loop, self.pool, self.processes)
         self.metrics = Metrics()
         self.steering: Steering | None = None
+        self.zygote: Zygote | None = None
         self.sampler = StackSampler(reactor, self.monitor, settings.loop, settings.app, self.processes)
         self._reactor = reactor
         self._settings = settings
@@ -151,12 +152,11 @@ class Supervisor(Service):
         self._rescue = Rescue(
             self._reactor, self._port, self.monitor.health, self.processes, self._settings.loop, self.metrics
         )
-        relief = Relief(self._settings.loop, self.monitor.health, self.processes)
-        self.monitor.listeners += [self.steering.condition_changed, relief.condition_changed]
-        self.monitor.after_check += [self.steering.update, relief.update, self._rescue.check]
+        substitutes = Substitutes(self._settings.loop, self.monitor.health, self.processes)
+        self.monitor.listeners += [self.steering.condition_changed, substitutes.condition_changed]
+        self.monitor.after_check += [self.steering.update, substitutes.update, self._rescue.check]
         self.monitor.tasks.add(TICK, self._tick)
-        if orphans.is_needed():
-            self.monitor.tasks.add(orphans.INTERVAL, self._reap_orphans)
+        self.monitor.tasks.add(orphans.INTERVAL, self._reap_orphans)
 
     def startService(self) -> None:
         """Start all processes."""
@@ -174,6 +174,8 @@ class Supervisor(Service):
         self._settings_fd = _sealed_memfd(configuration.dump(self._settings))
         # A daemon's own output goes nowhere. The log is twistd's, so the children's output must go there too.
         self._capture_output = self._capture_output or _is_discarded(1)
+        modules = [self._worker, *self._modules.values()]
+        self.zygote = Zygote(self._reactor, modules, capture=self._capture_output)
         self._stop_counting_errors = log.count_internal_errors(self.metrics)
         self._reactor.callWhenRunning(self._start_processes)
 
@@ -309,7 +311,9 @@ class Supervisor(Service):
         return all(now - slot.alive_at < self._notifier.watchdog for slot in serving)
 
     def _reap_orphans(self) -> None:
-        orphans.reap(lambda: [process.pid for process in self.processes.values()])
+        if self.zygote is not None and not self.zygote.is_forking:  # else a child may have no known pid yet
+            own = self.zygote.pids
+            orphans.reap(lambda: [*own, *(process.pid for process in self.processes.values())])
 
     # Effects.
 
@@ -331,11 +335,10 @@ class Supervisor(Service):
         process = ChildProcess(self, effect.slot)
         listening = [] if effect.slot == BROKER else [self._port.sockets[effect.slot].fileno()]
         module = self._modules.get(effect.slot, self._worker)
-        # -P: files of the working directory, such as a queue.py, must not stand in for modules of Python or of ours.
-        command = [sys.executable, "-P", "-m", module]
         self.processes[effect.slot] = process
         try:
-            process.start(self._reactor, command, self._settings_fd, listening, self._capture_output)
+            assert self.zygote is not None
+            process.start(self._reactor, self.zygote, module, self._settings_fd, listening, self._capture_output)
         except OSError as error:
             del self.processes[effect.slot]
             _log.error(
@@ -406,6 +409,8 @@ class Supervisor(Service):
             self._rescue.close()
         if self._port is not None:
             self._port.close()
+        if self.zygote is not None:
+            self.zygote.close()
         if self._settings_fd >= 0:
             os.close(self._settings_fd)
         self._fire_stop_waiters()

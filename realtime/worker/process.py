@@ -9,6 +9,7 @@ and the application has started; `Worker.drain` moves the clients to other worke
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -208,5 +209,10 @@ def _log_failed_report(result: object, error: BaseException | None) -> None:
         _log.failure("calling on_disconnected for the clients of a dead worker raised", Failure(error))
 
 
+def main(argv: Sequence[str]) -> int:
+    """See `realtime.process.child.main`."""
+    return child.main(argv, Worker)
+
+
 if __name__ == "__main__":
-    sys.exit(child.main(sys.argv[1:], Worker))
+    sys.exit(main(sys.argv[1:]))
