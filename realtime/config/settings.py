@@ -143,6 +143,13 @@ class ShutdownSettings(Struct, frozen=True, forbid_unknown_fields=True):
             "Period over which the server spreads its requests to reconnect, so that clients do not return all at once."
         ),
     ] = 1.0
+    reconnect_rate: Annotated[
+        NonNegative,
+        about(
+            "Maximum number of clients per second that a worker requests to reconnect when it stops. With many clients"
+            " the period is longer than shutdown.spread, but at most half of shutdown.timeout. 0: no limit."
+        ),
+    ] = 2000
 
 
 class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True):
