@@ -234,6 +234,8 @@ class Session(SessionTimers):
             self.busy_channels.discard(getattr(request, "channel", ""))
         self.running -= 1
         if self._commands is _DRAINING and not self.running:
+            if self.queue is not None and not self.queue.is_starting:
+                self.queue.start_ready()  # refuses the queued commands
             self.disconnect(*errors.SHUTDOWN)
         elif self.queue is not None and not self.queue.is_starting:
             self.queue.start_ready()
@@ -614,7 +616,8 @@ class Session(SessionTimers):
     def drain(self) -> None:
         """Disconnect the client because the worker stops, after the answers to the commands that are under way.
 
-        Commands that would begin meanwhile are refused: the client's next worker carries them out.
+        Commands that would begin meanwhile, and queued ones, are refused with error 100, which tells the client that
+        they have had no effect. The client's next worker carries them out.
         """
         if self.running:
             self._commands = _DRAINING

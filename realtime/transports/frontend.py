@@ -264,7 +264,7 @@ class HTTPFrontend(Protocol):
             if found is not None:
                 head, end = found
                 return self._route(head, data, end)
-            self._parser = RequestParser(factory.max_header_bytes, factory.max_headers)
+            self._parser = RequestParser(factory.max_header_bytes, factory.max_headers, factory.max_query_parameters)
             factory.set_deadline(self, factory.header_timeout)
         verdict = self._parser.feed(data[start:])
         if verdict is None:
@@ -426,6 +426,7 @@ class HTTPFrontendFactory(Factory):
         self.keepalive_timeout = http_server.keepalive_timeout
         self.max_header_bytes = http_server.max_header_bytes
         self.max_headers = http_server.max_headers
+        self.max_query_parameters = http_server.max_query_parameters
         self.max_body_bytes = http_server.max_queued_body_bytes
         self.body_bytes = 0
         self.pending = 0
