@@ -41,7 +41,7 @@ from realtime.protocol.replay import Replays
 from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, SessionState
 from realtime.protocol.session_timers import SessionTimers
 from realtime.protocol.subscription import JoinResult, ReplyRoom, Subscription, SubscriptionSource
-from realtime.pubsub.engine import AddClient, AdmitClient, RemoveClient
+from realtime.pubsub.engine import AddClient, AdmitClient, Publish, RemoveClient
 from realtime.types import ClientInfo, Position, SubscribeOptions
 
 # Seconds' worth of commands at the allowed rate that may arrive at once. As many more are refused, then the client is
@@ -227,7 +227,10 @@ class Session(SessionTimers):
         if self.settings.client.concurrency > 1 and (channel := channel_of(command)):
             self.busy_channels = self.busy_channels or set()
             self.busy_channels.add(channel)
-        self.services.run(rest, partial(self._finished, command.id, name, request))
+        if type(rest) is Publish:
+            self.services.engine.ask_then(rest, partial(self._published, command.id, name, request))
+        else:
+            self.services.run(rest, partial(self._finished, command.id, name, request))  # type: ignore[arg-type]
 
     def _exceeds_rate(self) -> bool:
         """Count a command; return whether it exceeds the rate. Disconnects a client that goes far beyond."""
@@ -239,6 +242,15 @@ class Session(SessionTimers):
         if commands > 2 * RATE_BURST * rate:
             self.disconnect(*errors.TOO_MANY_COMMANDS)
         return commands > RATE_BURST * rate
+
+    def _published(self, id: int, name: str, request: Any, position: Any, error: BaseException | None) -> None:
+        """Answer a publish command, and go on."""
+        if error is None:
+            try:
+                self.reply(id, name, messages.EMPTY)
+            except Exception as failure:
+                error = failure
+        self._finished(id, name, request, None, error)
 
     def _finished(self, id: int, name: str, request: Any, result: Any, error: BaseException | None) -> None:
         """Go on after a command that has waited."""
@@ -697,8 +709,9 @@ class Session(SessionTimers):
             self.services.report_error(error)
 
 
-# Carries out a command: (session, id, request). Returns the rest of its work, or None if there is none.
-CommandFunction = Callable[[Session, int, Any], Coroutine[Any, Any, None] | None]
+# Carries out a command: (session, id, request). Returns the rest of its work, or None if there is none. The rest may be
+# a publication, to be answered without a result when the engine has accepted it.
+CommandFunction = Callable[[Session, int, Any], Coroutine[Any, Any, None] | Publish | None]
 
 
 def _refuse_command(session: Session, id: int, request: Any) -> None:
