@@ -99,7 +99,7 @@ class Supervisor(Service):
         """worker, broker: modules to run as children, see `realtime.process.child`. leave: called with the exit status
         after the last process has exited; `stopService` works without it. handle_signals: whether to take SIGTERM and
         SIGINT over from Twisted. capture_output: whether to copy the children's output to the log in any case.
-        sources: where `settings` come from, and those of a reload."""
+        sources: where `settings` come from, and those of a reload; None for a server that can't reload."""
         settings = _with_counts(settings)
         self.pool = Pool(settings.workers.count, settings.workers, settings.loop, settings.shutdown.timeout)
         self.processes: dict[int, ChildProcess] = {}
@@ -121,7 +121,7 @@ class Supervisor(Service):
         self._rescue: Rescue | None = None
         self._notifier = SystemdNotifier({})
         self._revisions: dict[int, _Revision] = {}
-        self._reloads = Reloads(Trial(reactor, sources or Sources()), self._reload, lambda: self._settings)
+        self._reloads = Reloads(Trial(reactor, sources), self._reload, lambda: self._settings)
         self._capture_output = capture_output
         self._pending: deque[Effect] = deque()
         self._is_carrying_out = False
@@ -438,6 +438,7 @@ class Supervisor(Service):
             self._notifier.ready()
         else:
             self._notifier.stopping()
+            self._reloads.stop()
             if self._rescue is not None:
                 self._rescue.stopping = True
 
