@@ -91,6 +91,12 @@ class ChildService(Protocol):
     def adopt(self, stream: int) -> None:
         """Adopt connections that another worker could not take from a stream. Owns the descriptor `stream`."""
 
+    def take_over(self, stream: int) -> None:
+        """Take over connections of another process from a stream. Owns the descriptor `stream`."""
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        """Hand connections over to another process. Owns the descriptor `stream`. See `control.HandOver`."""
+
     async def drain(self, timeout: float) -> None:
         """Take no more work, tell the clients, and finish within `timeout` seconds. Called once at most."""
 
@@ -111,8 +117,20 @@ class _NotMade:
     def adopt(self, stream: int) -> None:
         os.close(stream)
 
+    def take_over(self, stream: int) -> None:
+        os.close(stream)
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        return hand_nothing_over(stream, "the process has not started yet")
+
     async def drain(self, timeout: float) -> None:
         return None
+
+
+def hand_nothing_over(stream: int, reason: str) -> dict[str, object]:
+    """Close the stream of a hand-over, and return its result: nothing was moved."""
+    os.close(stream)
+    return {"moved": 0, "closed": 0, "left": 0, "reason": reason}
 
 
 class Child:
@@ -286,6 +304,15 @@ class Control(control.Peer):
     def _adopt(self, stream: int) -> dict[str, object]:
         self._child.service.adopt(stream)
         return {}
+
+    @control.TakeOver.responder
+    def _take_over(self, stream: int) -> dict[str, object]:
+        self._child.service.take_over(stream)
+        return {}
+
+    @control.HandOver.responder
+    def _hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, object]]:
+        return Deferred.fromCoroutine(self._child.service.hand_over(stream, connections, timeout))
 
     @control.Collect.responder
     def _collect(self, names: list[str]) -> dict[str, object]:

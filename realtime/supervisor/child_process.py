@@ -180,6 +180,19 @@ class ChildProcess:
         answer: Deferred[object] = self._link.callRemote(control.Adopt, stream=stream)
         return answer
 
+    def take_over(self, stream: int) -> Deferred[object]:
+        """Send the target's end of a hand-over, see `realtime.worker.handover`. Keep `stream` open until the answer."""
+        answer: Deferred[object] = self._link.callRemote(control.TakeOver, stream=stream)
+        return answer
+
+    def hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, Any]]:
+        """Send the source's end of a hand-over, see `control.HandOver`; the answer comes at its end, and fails if the
+        process ends before. Keep `stream` open until then."""
+        answer: Deferred[dict[str, Any]] = self._link.callRemote(
+            control.HandOver, stream=stream, connections=connections, timeout=timeout
+        )
+        return answer
+
     def report(self, what: str) -> Deferred[str]:
         """Request a report on its state, see `realtime.process.diagnostics`. Works only while its loop turns."""
         answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Report, what=what)
