@@ -66,8 +66,11 @@ class Deployed:
         command = [str(REALTIME), "reload", "--config", str(self.config), "--port", str(self.server.operator_port)]
         return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=100)
 
+    def workers(self) -> list[int]:
+        return [worker["pid"] for worker in self.server.health()["workers"]]
+
     def replaced(self, before: list[int]) -> bool:
-        now = self.server.workers()
+        now = self.workers()
         return len(now) == len(before) and not set(now) & set(before)
 
 
@@ -90,22 +93,24 @@ def test_new_code_and_a_new_option_reach_the_clients_that_stay(deployed: Deploye
         deployed.change(deployed.config, "for_subscriber = false", "for_subscriber = true")
         done = await asyncio.get_running_loop().run_in_executor(None, deployed.reload)
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.splitlines()[-3:] == [
-            "worker 0 has been replaced",
-            "worker 1 has been replaced",
-            "done",
+        lines = done.stdout.splitlines()
+        assert [line for line in lines if line.endswith("replaced")] == [
+            f"worker {n} has been replaced" for n in (0, 1)
         ]
+        assert sum(int(found[1]) for found in re.finditer(r"handed over (\d+) connections", done.stdout)) == 1
+        assert lines[-1] == "done"
         assert (await soon(client.rpc("version", None))).data == 2
         assert (await soon(news.presence_stats())).num_clients == 1
         await soon(news.publish("after"))
         assert (await soon(seen.publications.get())).pub.data == "after"
+        assert events.connected.empty(), "the client did not reconnect"
         await leave(client)
 
     in_own_loop(scenario())
 
 
 def test_bad_code_and_a_bad_configuration_change_nothing(deployed: Deployed) -> None:
-    server, before = deployed.server, sorted(deployed.server.workers())
+    server, before = deployed.server, sorted(deployed.workers())
     server.expect_traceback()
     deployed.change(deployed.application, "app = App()", "app = App(")
     done = deployed.reload()
@@ -118,17 +123,17 @@ def test_bad_code_and_a_bad_configuration_change_nothing(deployed: Deployed) -> 
     done = deployed.reload()
     assert done.returncode == 1
     assert "worker 0 goes on as it is: its successor can't start" in done.stderr
-    wait_until(lambda: sorted(server.workers()) == before, "the end of the successor")
+    wait_until(lambda: sorted(deployed.workers()) == before, "the end of the successor")
     assert server.operate("/ready")[0] == 200
 
     deployed.config.write_text(deployed.config.read_text() + "\n[workers2]\n")
     deployed.server.process.send_signal(signal.SIGHUP)
     server.wait_for_log(r"the reload failed: .*realtime-0.toml:\d+: workers2: unknown")
-    assert sorted(server.workers()) == before
+    assert sorted(deployed.workers()) == before
 
 
 def test_sighup_reloads(deployed: Deployed) -> None:
-    before = deployed.server.workers()
+    before = deployed.workers()
     os.kill(deployed.server.pid, signal.SIGHUP)
     deployed.server.wait_for_log("SIGHUP: reloading")
     deployed.server.wait_for_log("reloaded within")
