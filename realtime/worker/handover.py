@@ -262,10 +262,10 @@ class HandOverSource:
         except Exception:
             _log.failure("handing connections over raised; the others stay here")
             reason = "an unexpected exception"
-        left = self._resume_all()
         self._stream.close()
+        left = self._resume_all()
         if connections < 0:
-            left = sum(1 for _ in sessions())
+            left = sum(map(_is_alive, sessions()))
         return HandOverCounts(self._moved, self._closed, left, reason)
 
     # The batches
