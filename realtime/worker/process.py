@@ -156,12 +156,11 @@ class Worker:
 
     def _sessions(self) -> list[Any]:
         """Return all sessions, also those that have not sent their connect command."""
-        sessions: dict[Any, None] = dict.fromkeys(self._pubsub.sessions)
-        for reader in self._reactor.getReaders():
-            connection = getattr(reader, "protocol", None)
-            if isinstance(connection, ClientConnection) and connection.session is not None:
-                sessions[connection.session] = None
-        return list(sessions)
+        connections = (getattr(reader, "protocol", None) for reader in self._reactor.getReaders())
+        sessions = (connection.session for connection in connections if isinstance(connection, ClientConnection))
+        services = self._protocol.services
+        others = {session: None for session in sessions if session is not None and session.services is services}
+        return list(dict.fromkeys(self._pubsub.sessions) | others)
 
     def _adopt_connection(self, fd: int) -> None:
         """Serve a connection that the supervisor has accepted. Raises OSError."""

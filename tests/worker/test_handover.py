@@ -45,6 +45,7 @@ OPTIONS = replace(
     join_leave=True,
     force_push_join_leave=True,
     allow_presence_for_subscriber=True,
+    allow_presence_for_anonymous=True,
 )
 HANDOVER = replace(
     SETTINGS,
@@ -243,7 +244,7 @@ async def test_clients_of_every_transport_move_while_others_publish() -> None:
         moving = [await arrive(stage.source, kind) for kind in (*BIDIRECTIONAL, *UNIDIRECTIONAL)]
         await publish(witness, stage.target, *range(10))
         handed: list[Any] = []
-        Deferred.fromCoroutine(stage.move()).addCallback(handed.append)
+        Deferred.fromCoroutine(stage.move(7)).addCallback(handed.append)
         number = 10
         while not handed:
             await publish(witness, stage.target, number)
@@ -262,10 +263,10 @@ async def test_clients_of_every_transport_move_while_others_publish() -> None:
         assert len(witness.pushes("leave")) == 0
         for client in (witness, *moving):
             client.leave()
-        await eventually(lambda: len(witness_of_ends(stage)) == 8)
+        await eventually(lambda: len(ends(stage)) == 8)
 
 
-def witness_of_ends(stage: Scene) -> list[tuple[str, int]]:
+def ends(stage: Scene) -> list[tuple[str, int]]:
     return [*stage.source_app.ended, *stage.target_app.ended]
 
 
