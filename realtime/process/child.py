@@ -137,9 +137,9 @@ class Child:
 
     name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: tells the processes of one slot
     apart. listen: descriptors of listening sockets, owned by the service (see `realtime.worker.listening.adopt`). page:
-    its vital signs. reactor: asyncio's, with monotonic seconds. metrics: the process's series. heartbeat: give it the process's load by `observe`, and periodic tasks.
-    accounts: of the loop's time. marker: to be called around each handler on the loop. turn_number: returns the number
-    of the loop's current turn; None where turns are not counted.
+    its vital signs. reactor: asyncio's, with monotonic seconds. metrics: the process's series. heartbeat: give it the
+    process's load by `observe`, and periodic tasks. accounts: of the loop's time. marker: to be called around each
+    handler on the loop. turn_number: returns the number of the loop's current turn; None where turns are not counted.
     """
 
     def __init__(

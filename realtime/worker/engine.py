@@ -425,7 +425,7 @@ class BrokerEngine:
         self._arrivals[message.batch] = _Arrivals(message)
         self._clients.update((info.client, info) for info in message.clients)
         self._sessions.update(_of(message.sessions, message.clients))
-        self._receiver.on_cut(message.batch, message.sessions.values())
+        self._receiver.on_cut(message.batch)
 
     def claim(self, batch: str, info: ClientInfo, secret: str, presence: list[AddPresence]) -> None:
         """See `Engine.claim`. Without the `Cut`, or after another stream, the broker has to learn of the client."""
