@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -406,5 +406,10 @@ class BrokerService:
         await self._broker.drain(timeout)
 
 
+def main(argv: Sequence[str]) -> int:
+    """See `realtime.process.child.main`."""
+    return child.main(argv, BrokerService)
+
+
 if __name__ == "__main__":
-    sys.exit(child.main(sys.argv[1:], BrokerService))
+    sys.exit(main(sys.argv[1:]))

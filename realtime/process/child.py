@@ -26,6 +26,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, Protocol
 
 from twisted.internet.defer import Deferred, TimeoutError, maybeDeferred
@@ -94,7 +95,7 @@ class ChildService(Protocol):
         """Take over connections of another process from a stream. Owns the descriptor `stream`."""
 
     async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
-        """Hand connections over to another process. Owns the descriptor `stream`. See `control.HandOver`."""
+        """Hand connections over to another process. Owns the descriptor `stream`. See `control.HandConnectionsOver`."""
 
     async def drain(self, timeout: float) -> None:
         """Take no more work, tell the clients, and finish within `timeout` seconds. Called once at most."""
@@ -135,11 +136,12 @@ def hand_nothing_over(stream: int, reason: str) -> dict[str, object]:
 class Child:
     """This process, as its service uses it.
 
-    name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: tells the processes of one slot
-    apart. listen: descriptors of listening sockets, owned by the service (see `realtime.worker.listening.adopt`). page:
-    its vital signs. reactor: asyncio's, with monotonic seconds. metrics: the process's series. heartbeat: give it the
-    process's load by `observe`, and periodic tasks. accounts: of the loop's time. marker: to be called around each
-    handler on the loop. turn_number: returns the number of the loop's current turn; None where turns are not counted.
+    name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: its serial number among all
+    processes of the server. listen: descriptors of listening sockets, owned by the service (see
+    `realtime.worker.listening.adopt`). page: its vital signs. reactor: asyncio's, with monotonic seconds. metrics: the
+    process's series. heartbeat: give it the process's load by `observe`, and periodic tasks.
+    accounts: of the loop's time. marker: to be called around each handler on the loop. turn_number: returns the number
+    of the loop's current turn; None where turns are not counted.
     """
 
     def __init__(
@@ -303,12 +305,12 @@ class Control(control.Peer):
         self._child.service.adopt(stream)
         return {}
 
-    @control.TakeOver.responder
+    @control.TakeConnectionsOver.responder
     def _take_over(self, stream: int) -> dict[str, object]:
         self._child.service.take_over(stream)
         return {}
 
-    @control.HandOver.responder
+    @control.HandConnectionsOver.responder
     def _hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, object]]:
         return Deferred.fromCoroutine(self._child.service.hand_over(stream, connections, timeout))
 
@@ -346,6 +348,8 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     options = _arguments().parse_args(argv)
     for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
         os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
+    with suppress(PermissionError):  # it leads a session already
+        os.setpgid(0, 0)  # the supervisor ends the group with this process: programs that handlers have started
     _set_signals()
     faulthandler.enable()
     for fd in options.stacks:
@@ -418,7 +422,8 @@ def _port(listening: int) -> int:
 
 def _set_signals() -> None:
     """Set the dispositions that a child needs, for it inherits any: the supervisor acts on SIGINT and SIGHUP."""
-    for number in (signal.SIGINT, signal.SIGHUP, stack_dumps.STACK, stack_dumps.STACK_IN_C):
+    # SIGTTOU: a terminal stops a process in the background that writes to it, if it is set so.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTOU, stack_dumps.STACK, stack_dumps.STACK_IN_C):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     dumps = {stack_dumps.STACK, stack_dumps.STACK_IN_C, stack_dumps.STACKS}

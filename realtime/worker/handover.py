@@ -4,8 +4,8 @@ The supervisor gives each of the two processes one end of a stream (`realtime.pr
 connections in batches; `realtime.protocol.handover` moves their sessions:
 
     source                                             target
-    Hello                            ─────────────▶
-                                     ◀─────────────    Welcome, or Refused
+    Offered                            ─────────────▶
+                                     ◀─────────────    Accepted, or Refused
     suspends some connections
     Announced (channels of a batch)  ─────────────▶    expects their events
                                      ◀─────────────    Expected
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Union
@@ -83,7 +83,7 @@ _log = Logger()
 class _Message(Struct, frozen=True, array_like=True): ...
 
 
-class Hello(_Message, frozen=True, tag=1):
+class Offered(_Message, frozen=True, tag=1):
     """Source: the first message, the same in every version. address: of the source, see `engine.worker_address`."""
 
     version: int
@@ -117,8 +117,8 @@ class Sent(_Message, frozen=True, tag=4):
     batch: str
 
 
-class Welcome(_Message, frozen=True, tag=5):
-    """Target: address as in `Hello`."""
+class Accepted(_Message, frozen=True, tag=5):
+    """Target: address as in `Offered`."""
 
     version: int
     address: str
@@ -144,8 +144,8 @@ class Taken(_Message, frozen=True, tag=8):
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_at_source = msgspec.msgpack.Decoder(Union[Welcome, Refused, Expected, Taken]).decode  # noqa: UP007
-_decode_at_target = msgspec.msgpack.Decoder(Union[Hello, Announced, Moved, Sent]).decode  # noqa: UP007
+_decode_at_source = msgspec.msgpack.Decoder(Union[Accepted, Refused, Expected, Taken]).decode  # noqa: UP007
+_decode_at_target = msgspec.msgpack.Decoder(Union[Offered, Announced, Moved, Sent]).decode  # noqa: UP007
 
 
 class HandOverCounts(Struct, frozen=True):
@@ -271,13 +271,13 @@ class HandOverSource:
     # The batches
 
     async def _greet(self) -> None:
-        self._send(Hello(VERSION, self._parts.address))
-        welcome = await self._answer()
-        if not isinstance(welcome, Welcome):
-            raise _Stopped("the target sent no welcome")
-        if welcome.version != VERSION:
-            raise _Stopped(f"the target speaks version {welcome.version} of the hand-over, this worker {VERSION}")
-        self._target = welcome.address
+        self._send(Offered(VERSION, self._parts.address))
+        acceptance = await self._answer()
+        if not isinstance(acceptance, Accepted):
+            raise _Stopped("the target sent no acceptance")
+        if acceptance.version != VERSION:
+            raise _Stopped(f"the target speaks version {acceptance.version} of the hand-over, this worker {VERSION}")
+        self._target = acceptance.address
 
     async def _move_all(self, sessions: Callable[[], Iterable[Session]], connections: int, deadline: float) -> None:
         tried: set[Session] = set()
@@ -566,12 +566,12 @@ class HandOverTarget:
         finally:
             self._is_working = False
 
-    async def _handle(self, message: Hello | Announced | Sent) -> None:
+    async def _handle(self, message: Offered | Announced | Sent) -> None:
         match message:
-            case Hello(version=version) if version != VERSION:
+            case Offered(version=version) if version != VERSION:
                 self._refuse(f"the source speaks version {version} of the hand-over, this worker {VERSION}")
-            case Hello():
-                self._send(Welcome(VERSION, self._parts.address))
+            case Offered():
+                self._send(Accepted(VERSION, self._parts.address))
             case Announced():
                 await self._expect(message)
             case Sent(batch=batch):

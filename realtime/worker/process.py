@@ -9,6 +9,7 @@ and the application has started; `Worker.drain` moves the clients to other worke
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -140,7 +141,7 @@ class Worker:
         self._takeovers.append(HandOverTarget(self._handover, stream))
 
     async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
-        """Hand connections over to another process; see `control.HandOver`."""
+        """Hand connections over to another process; see `control.HandConnectionsOver`."""
         if self._is_handing_over:
             return child.hand_nothing_over(stream, "another hand-over is under way")
         self._is_handing_over = True
@@ -244,5 +245,10 @@ def _log_failed_report(result: object, error: BaseException | None) -> None:
         _log.failure("calling on_disconnected for the clients of a dead worker raised", Failure(error))
 
 
+def main(argv: Sequence[str]) -> int:
+    """See `realtime.process.child.main`."""
+    return child.main(argv, Worker)
+
+
 if __name__ == "__main__":
-    sys.exit(child.main(sys.argv[1:], Worker))
+    sys.exit(main(sys.argv[1:]))

@@ -30,7 +30,7 @@ from realtime.config.settings import (
 )
 from realtime.process.fd_stream import FdStream, stream_pair
 from realtime.worker import handover
-from realtime.worker.handover import VERSION, Expected, Hello, Refused, Taken, Welcome
+from realtime.worker.handover import VERSION, Accepted, Expected, Offered, Refused, Taken
 from tests.driving import on_loop
 from tests.protocol.sessions import from_protobuf, in_protobuf
 from tests.system.brokers import BrokerProcess
@@ -365,15 +365,15 @@ async def hand_over_to(stage: Scene, target: Target, timeout: float = 10.0) -> d
 @pytest.mark.parametrize(
     ("answers", "reason"),
     [
-        ({"hello": Welcome(VERSION + 1, "0-1")}, "version"),
-        ({"hello": Refused("it is drained")}, "it is drained"),
-        ({"hello": Taken([])}, "no welcome"),
-        ({"hello": "close"}, "has ended"),
-        ({"hello": Welcome(VERSION, "0-1"), "announced": "close"}, "has ended"),
-        ({"hello": Welcome(VERSION, "0-1"), "announced": Refused("no descriptors")}, "no descriptors"),
-        ({"hello": Welcome(VERSION, "9-9"), "announced": Expected("")}, "the broker did not move"),
+        ({"offered": Accepted(VERSION + 1, "0-1")}, "version"),
+        ({"offered": Refused("it is drained")}, "it is drained"),
+        ({"offered": Taken([])}, "no acceptance"),
+        ({"offered": "close"}, "has ended"),
+        ({"offered": Accepted(VERSION, "0-1"), "announced": "close"}, "has ended"),
+        ({"offered": Accepted(VERSION, "0-1"), "announced": Refused("no descriptors")}, "no descriptors"),
+        ({"offered": Accepted(VERSION, "9-9"), "announced": Expected("")}, "the broker did not move"),
     ],
-    ids=["version", "refused", "no welcome", "ends", "ends later", "refused later", "no such target"],
+    ids=["version", "refused", "no acceptance", "ends", "ends later", "refused later", "no such target"],
 )
 async def test_a_failure_before_the_cut_leaves_the_clients_at_their_worker(
     answers: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
@@ -397,7 +397,7 @@ async def test_clients_that_the_target_does_not_claim_are_closed_with_3001(
     monkeypatch.setattr(handover, "ANSWER_TIMEOUT", 0.2)
     async with scene() as stage:
         client, stream = await arrive(stage.source), await arrive(stage.source, "http_stream")
-        target = Target(hello=Welcome(VERSION, "0-1"), announced=Expected(""), moved=answer)
+        target = Target(offered=Accepted(VERSION, "0-1"), announced=Expected(""), moved=answer)
         result = await hand_over_to(stage, target)
         assert (result["moved"], result["closed"], result["left"]) == (0, 2, 0)
         assert await client.client.closed() == (3001, "shutdown")
@@ -412,7 +412,7 @@ async def test_clients_that_the_target_does_not_claim_are_closed_with_3001(
 async def test_clients_that_the_target_has_claimed_before_its_end_are_closed_without_a_frame() -> None:
     async with scene() as stage:
         client = await arrive(stage.source)
-        target = Target(hello=Welcome(VERSION, "0-1"), announced=Expected(""))
+        target = Target(offered=Accepted(VERSION, "0-1"), announced=Expected(""))
         handed: list[Any] = []
         Deferred.fromCoroutine(stage.source.worker.hand_over(target.theirs.detach(), -1, 10.0)).addCallback(
             handed.append
@@ -492,7 +492,7 @@ async def test_a_target_refuses_another_version() -> None:
             lambda body, descriptors: received.append(handover._decode_at_source(body)),
             lambda: None,
         )
-        stream.send(msgspec.msgpack.encode(Hello(VERSION + 1, "0-9")))
+        stream.send(msgspec.msgpack.encode(Offered(VERSION + 1, "0-9")))
         await eventually(lambda: bool(received))
         assert isinstance(received[0], Refused)
         stream.close()
