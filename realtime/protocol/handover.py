@@ -37,7 +37,7 @@ from realtime.auth.tokens import OVERRIDABLE
 from realtime.errors import ClientError
 from realtime.http.handshake import OpeningRequest
 from realtime.protocol.channel_rules import ResolvedChannel
-from realtime.protocol.client import ConnectedClient, meta_of
+from realtime.protocol.client import ConnectedClient, meta_of, release
 from realtime.protocol.command_queue import CommandQueue
 from realtime.protocol.context import Connection, SessionServices, SessionSettings
 from realtime.protocol.messages import FilterNode
@@ -229,7 +229,10 @@ def export(session: Session) -> HandedSession:
         commands=[encode_command(command) for command in queue.take_all()],
         orders=departure.orders,
     )
-    session.vanish()
+    session.state, session.queue = SessionState.CLOSED, None
+    session.services.deadlines.clear(session)
+    if handle is not None:
+        release(handle)
     return handed
 
 

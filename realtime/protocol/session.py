@@ -18,11 +18,11 @@ There are no replies and no pongs, so a refusal is a disconnect.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import Any
 
 import msgspec
@@ -37,7 +37,7 @@ from realtime.protocol.client import ConnectedClient, release
 from realtime.protocol.command_queue import LONG_MESSAGE, CommandQueue, channel_of
 from realtime.protocol.context import Connection, SessionServices, SessionSettings
 from realtime.protocol.messages import ProtocolError, Pub, SubscribeRequest
-from realtime.protocol.orders import AddressedOrder, RefreshOrder, SubscribeOrder, UnsubscribeOrder, encode_order
+from realtime.protocol.orders import RefreshOrder, SubscribeOrder, UnsubscribeOrder
 from realtime.protocol.replay import Replays
 from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, Departure, SessionState
 from realtime.protocol.session_timers import SessionTimers
@@ -53,7 +53,6 @@ _WITHOUT_REPLIES = {
     errors.PERMISSION_DENIED[0]: errors.DENIED,
 }
 
-_NEVER = math.inf
 _PONG = messages.Command()
 _UNKNOWN_CLIENT = ClientInfo("", "")
 
@@ -152,7 +151,7 @@ class Session(SessionTimers):
             return
         encoding = self.encoding
         # The commonest message on an idle connection needs no decoding.
-        if self._pong_by < _NEVER and message == encoding.ping:
+        if self._pong_by < inf and message == encoding.ping:
             self._pong_received()
             return
         if encoding.unidirectional and (self.running or self.state is CONNECTED):
@@ -165,7 +164,7 @@ class Session(SessionTimers):
             command = encoding.decode_command(message)
             if command is None:
                 self._enqueue(message)
-            elif self._pong_by < _NEVER and command == _PONG:
+            elif self._pong_by < inf and command == _PONG:
                 self._pong_received()
             else:
                 self.start(command)
@@ -191,10 +190,10 @@ class Session(SessionTimers):
             queue.limit()
 
     def take_pong(self, command: messages.Command) -> bool:
-        if self._pong_by < _NEVER and command == _PONG:
+        is_pong = self._pong_by < inf and command == _PONG
+        if is_pong:
             self._pong_received()
-            return True
-        return False
+        return is_pong
 
     def start(self, command: messages.Command) -> None:
         """Start one command. Raises ProtocolError for one that is invalid, or not allowed now."""
@@ -235,6 +234,8 @@ class Session(SessionTimers):
             self.busy_channels.discard(getattr(request, "channel", ""))
         self.running -= 1
         if self._commands is _DRAINING and not self.running:
+            if self.queue is not None and not self.queue.is_starting:
+                self.queue.start_ready()  # refuses the queued commands
             self.disconnect(*errors.SHUTDOWN)
         elif self.queue is not None and not self.queue.is_starting:
             self.queue.start_ready()
@@ -492,7 +493,7 @@ class Session(SessionTimers):
         """
         if self.state is not CONNECTED or (options.expire_at and options.expire_at <= self.services.wall_clock()):
             return
-        if self.departure is not None and self._put_off(
+        if self.departure is not None and self.departure.put_off(
             SubscribeOrder(self.user, channel, options, self.client, since=since)
         ):
             return
@@ -568,7 +569,7 @@ class Session(SessionTimers):
 
     def unsubscribe(self, channel: str, code: int, reason: str) -> None:
         """End the client's subscription to `channel`, if any; with a code from 2500 on the client subscribes again."""
-        if self.departure is not None and self._put_off(
+        if self.departure is not None and self.departure.put_off(
             UnsubscribeOrder(self.user, channel, self.client, code=code, reason=reason)
         ):
             return
@@ -588,7 +589,7 @@ class Session(SessionTimers):
 
         info: see `update_conn_info`; b"" leaves it.
         """
-        if self.departure is not None and self._put_off(
+        if self.departure is not None and self.departure.put_off(
             RefreshOrder(self.user, expire_at, info=info, client=self.client)
         ):
             return
@@ -615,7 +616,8 @@ class Session(SessionTimers):
     def drain(self) -> None:
         """Disconnect the client because the worker stops, after the answers to the commands that are under way.
 
-        Commands that would begin meanwhile are refused: the client's next worker carries them out.
+        Commands that would begin meanwhile, and queued ones, are refused with error 100, which tells the client that
+        they have had no effect. The client's next worker carries them out.
         """
         if self.running:
             self._commands = _DRAINING
@@ -694,21 +696,6 @@ class Session(SessionTimers):
         if departure is not None and not departure.is_ready and self.is_settled:
             departure.is_ready = True
             departure.ready()
-
-    def _put_off(self, order: AddressedOrder) -> bool:
-        """Leave an order to the session's next worker. Returns False if the session is not about to move at once."""
-        assert self.departure is not None
-        if self.departure.is_frozen:
-            self.departure.orders.append(encode_order(order))
-        return self.departure.is_frozen
-
-    def vanish(self) -> None:
-        """End the session here without a trace: it goes on in another worker."""
-        self.state = SessionState.CLOSED
-        self.services.deadlines.clear(self)
-        self.queue = None
-        if self.handle is not None:
-            release(self.handle)
 
 
 # Carries out a command: (session, id, request). Returns the rest of its work, or None if there is none.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 
+from realtime.protocol.orders import AddressedOrder, encode_order
 from realtime.pubsub.hub import Place
 
 
@@ -42,3 +43,9 @@ class Departure:
         self.orders: list[bytes] = []
         self.lost: set[str] = set()
         self.places: dict[str, Place | None] = {}
+
+    def put_off(self, order: AddressedOrder) -> bool:
+        """Leave an order to the session's next worker. Returns False if the session is not about to move at once."""
+        if self.is_frozen:
+            self.orders.append(encode_order(order))
+        return self.is_frozen
