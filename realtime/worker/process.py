@@ -31,7 +31,8 @@ from realtime.process.heartbeat import LoadGauges
 from realtime.pubsub.engine import ReportSubscriptions
 from realtime.supervision.loop_time import LoopWork
 from realtime.transports.connection import ClientConnection
-from realtime.worker.handover import HandOverSource, HandOverTarget
+from realtime.worker.handover_source import HandOverSource
+from realtime.worker.handover_target import HandOverTarget
 from realtime.worker.listening import ListeningPort, adopt
 from realtime.worker.lost_clients import report_lost_clients
 from realtime.worker.wiring import wire_handlers, wire_handover, wire_protocol, wire_pubsub, wire_transports
