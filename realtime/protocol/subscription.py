@@ -200,7 +200,8 @@ class Subscription:
 
     def set_filter(self, tf: FilterNode) -> None:
         """Filter publications by their tags. Raises ValueError."""
-        self.filter = filters.compiled(tf, self._owner.settings.client.max_filter_nodes)
+        client = self._owner.settings.client
+        self.filter = filters.compiled(tf, client.max_filter_nodes, client.max_filter_depth)
         self.tf = tf
 
     def _refuses_unrecovered(self, request: SubscribeRequest) -> bool:

@@ -42,12 +42,8 @@ from realtime.server_api.http_api import (
     PipelineResult,
     UnknownMethod,
 )
-from realtime.supervision.loop_time import LoopTimeLedger
 from realtime.transports.http_server import Exchange, HTTPSite, RequestHandler, ResponseMaker, fault_response
 from realtime.transports.static_files import locate, serve_file
-
-# Limit of the number of parameters in one query.
-MAX_PARAMETERS = 100
 
 # Range in seconds of Retry-After, random so that refused clients do not all come back at the same time.
 RETRY_AFTER = (3, 10)
@@ -226,7 +222,7 @@ class Router:
         name, error_mode = path.removeprefix(self._prefix), self._settings.error_mode
         serve: RequestHandler = partial(serve_api, partial(self._api.call, name), error_mode)
         if name == "publish":
-            serve = partial(serve_publish, self._api.publish, error_mode, self._dispatcher.ledger, serve)
+            serve = partial(serve_publish, self._api.publish, error_mode, serve)
         if name in METHODS:
             self._methods[path] = serve
         return serve
@@ -253,7 +249,7 @@ class Router:
                 scheme, _, key = authorization[0].partition(" ")
                 key = key.strip() if scheme.lower() == "apikey" else ""
             else:
-                key = (_parse_query(head.query) or {}).get("api_key", "")
+                key = _parse_query(head.query).get("api_key", "")
         # Compares the bytes as sent, in constant time: the time reveals nothing about a correct prefix.
         return bool(self._key) and hmac.compare_digest(key.encode("latin-1", "replace"), self._key)
 
@@ -287,24 +283,22 @@ def serve_api(call: APICall, default_error_mode: str, request: Exchange) -> None
 def serve_publish(
     publish: Callable[[bytes, DoneCallback], None],
     default_error_mode: str,
-    ledger: LoopTimeLedger,
     serve_long: RequestHandler,
     request: Exchange,
 ) -> None:
-    """Call the server API's method `publish`; its answer is charged like the request, and not to the engine.
+    """Call the server API's method `publish`.
 
     serve_long: serves requests with long data, in slices.
     """
     if len(request.body) > LONG_BODY:
         serve_long(request)
         return
-    account = ledger.current
-    make_response = _api_response_maker(request, default_error_mode)
 
     def done(result: Any, error: BaseException | None) -> None:
-        charged_before = ledger.switch(account)
-        request.respond_by(make_response, result, error)
-        ledger.switch(charged_before)
+        if error is None:
+            request.respond(json_response(200, APIResponse(result=result)))
+        else:
+            request.respond_by(_api_response_maker(request, default_error_mode), result, error)
 
     publish(request.body, done)
 
@@ -353,9 +347,6 @@ def serve_route(
     """
     head = request.head
     parameters = _parse_query(head.query) if head.query else {}
-    if parameters is None:
-        request.respond(fault_response("parameters"))
-        return
     app_request = Request(
         method=head.method,
         path=head.path,
@@ -413,9 +404,6 @@ def _no_headers(head: RequestHead) -> cors.Headers:
     return ()
 
 
-def _parse_query(query: str) -> dict[str, str] | None:
-    """Return the last value of each parameter; None if there are more than MAX_PARAMETERS."""
-    try:
-        return dict(parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_PARAMETERS))
-    except ValueError:
-        return None
+def _parse_query(query: str) -> dict[str, str]:
+    """Return the last value of each parameter. The parser of the request's head limits their number."""
+    return dict(parse_qsl(query, keep_blank_values=True))
