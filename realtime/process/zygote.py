@@ -1,6 +1,6 @@
 """The process that all children are forked from: it has imported everything that they need but the application.
 
-    python -m realtime.process.zygote --link FD MODULE …
+    python -m realtime.process.zygote --link FD MODULE,MODULE
 
 The supervisor starts it. `link` is a socket of the type SOCK_SEQPACKET. Each packet from the supervisor is a `Fork`
 with descriptors (SCM_RIGHTS), and each packet to it is one of `FromZygote`. A forked child calls the function `main` of
@@ -186,7 +186,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Forks the processes of a realtime server; its supervisor starts it.")
     parser.add_argument("--link", type=int, required=True, metavar="FD")
     parser.add_argument("--room", help="unused text, over which the command line of a child is written")
-    parser.add_argument("modules", nargs="+", metavar="MODULE")
+    parser.add_argument("modules", type=lambda text: text.split(","), metavar="MODULE,MODULE")
     return parser
 
 

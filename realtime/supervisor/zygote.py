@@ -196,7 +196,7 @@ class _ZygoteProcess(ProcessProtocol):
     def start(self, modules: Sequence[str]) -> None:
         """Start it. Raises OSError."""
         # -P: files of the working directory, such as a queue.py, must not stand in for modules of Python or of ours.
-        command = [sys.executable, "-P", "-m", zygote.__name__, "--link", str(_LINK), *modules, *zygote.ROOM]
+        command = [sys.executable, "-P", "-m", zygote.__name__, "--link", str(_LINK), ",".join(modules), *zygote.ROOM]
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(os.devnull, "rb") as null:
             streams: dict[int, int | str] = {1: "r", 2: "r"} if self._outputs else {1: 1, 2: 2}
