@@ -35,8 +35,9 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LINE_ENDS = b"\r\n"
 _CHANGE = {bracket: 1 if bracket in b"[{" else -1 for bracket in b"[]{}"}
 _OTHER_BYTES = bytes(set(range(256)) - set(_CHANGE))
+_NO_MARKS = bytes(set(_OTHER_BYTES) - set(b","))
 # As numbers: `number in bytes` is several times as fast as a search for a bytes object of one byte.
-_LF, _CR, _LIST, _OBJECT, _ESCAPE = b"\n\r[{\\"
+_LF, _CR, _LIST, _OBJECT, _ESCAPE, _COMMA = b"\n\r[{\\,"
 
 
 def payload(text: Raw | UnsetType) -> bytes:
@@ -72,6 +73,20 @@ def check_steps(data: bytes) -> Iterator[None]:
             if max(levels) > MAX_DEPTH:
                 raise ClientError(*BAD_REQUEST)
         yield
+
+
+def comma_steps(text: bytes) -> Iterator[int]:
+    """Yield the number of commas between the items of a valid JSON list or object so far, in steps as `check_steps`."""
+    start = depth = commas = 0
+    while start < len(text):
+        segment = _match(_SEGMENT, text, start, start + _STEP) or _match(_STRING, text, start, len(text))
+        start += len(segment)
+        for mark in _STRING.sub(b"", segment).translate(None, _NO_MARKS):
+            if mark != _COMMA:
+                depth += _CHANGE[mark]
+            elif depth == 1:
+                commas += 1
+        yield commas
 
 
 def one_line(text: bytes) -> bytes:

@@ -433,7 +433,11 @@ class HTTPAPISettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 65536
     body_timeout: Annotated[PositiveSeconds, about("Time limit for a request body to arrive completely.")] = 10.0
     max_batch_commands: Annotated[
-        Positive, about("Maximum number of commands in one batch or pipeline, and of channels in one broadcast.")
+        Positive,
+        about(
+            "Maximum number of commands in one batch or pipeline, of channels in one broadcast, and of clients in a"
+            " whitelist. A publication may have half as many tags."
+        ),
     ] = 50_000
     error_mode: Annotated[
         Literal["", "transport"],

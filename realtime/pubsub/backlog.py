@@ -53,7 +53,7 @@ class Activation(NamedTuple):
     """A subscriber that first receives its held events. base: its delta base, if it has one.
 
     is_behind: from then on it receives joins and leaves alone (`realtime.pubsub.fanout`). is_late: it receives nothing
-    else until then; false for a subscriber that was behind.
+    else until then; false for a subscriber that was behind. continues: the held events may be deltas from `base`.
     """
 
     subscriber: Subscriber
@@ -61,6 +61,7 @@ class Activation(NamedTuple):
     base: DeltaBase | None
     is_behind: bool = False
     is_late: bool = True
+    continues: bool = False
 
 
 class Mark(NamedTuple):

@@ -25,7 +25,7 @@ tests/pubsub/test_engine.py runs one suite over every engine.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -42,17 +42,20 @@ A page always holds at least one publication, so paging on reads everything.
 PRESENCE_PAGE = 500
 """Clients in one page of `GetPresence`: a millisecond of work for the worker that encodes them."""
 
-
-def worker_address(slot: int, generation: int) -> str:
-    """Return the address of a worker's process, see `SendOrder`. It contains no dot."""
-    return f"{slot}-{generation}"
-
-
 new_listing: Callable[[], int] = count(1).__next__
 """Returns a number for `GetPresence.listing`, unique in this process."""
 
 MESSAGES_DROPPED = ("realtime_messages_dropped", "Publications, joins and leaves lost on their way to subscribers.")
 """Name and help of the counter of lost messages, by `reason`."""
+
+
+def worker_address(slot: int, generation: int) -> str:
+    """Return the address of a worker's process, as in `SendOrder.worker`. It contains no dot.
+
+    generation: tells the processes of one slot apart; two of them are there during a hand-over.
+    """
+    return f"{slot}-{generation}"
+
 
 Answer = TypeVar("Answer")
 
@@ -139,9 +142,9 @@ class Unsubscribe(EngineNotice, tag=5, frozen=True, gc=False):
 class SendOrder(EngineRequest[int], tag=16, frozen=True, gc=False):
     """Deliver an order to every worker, this one included. Answer: the number of workers it was sent to.
 
-    order: opaque to the engine (`realtime.protocol.orders`). worker: the address of the only recipient, "" for all. An
-    address names one process, `worker_address` makes it. session: the secret of a client's session; the order goes to the
-    worker that has it now, if a `Cut` has moved it from `worker`.
+    order: opaque to the engine (`realtime.protocol.orders`). worker: the address of the only recipient, "" for all
+    (`worker_address`). session: the secret of a client's session; if a `Cut` has moved that session, the recipient is
+    the worker that has it now.
     """
 
     order: bytes
@@ -224,7 +227,7 @@ class RemoveClient(EngineNotice, tag=13, frozen=True, gc=False):
 
 
 class TakeLostClients(EngineRequest[list[ClientInfo]], tag=18, frozen=True, gc=False):
-    """Take over clients that an earlier worker at this address has not removed before its process ended.
+    """Take over clients that an earlier worker of this slot has not removed before its process ended.
 
     Answer: `limit` of them at most; the engine has forgotten them, and keeps the others until the next request. A
     worker that will ask says so when it attaches (`Hello.takes_lost_clients`).
@@ -236,16 +239,19 @@ class TakeLostClients(EngineRequest[list[ClientInfo]], tag=18, frozen=True, gc=F
 class Cut(EngineRequest[None], tag=19, frozen=True, gc=False):
     """Move clients of this worker to another one, with their presence, at one point of the deliveries to both.
 
-    The other worker's receiver is called with `on_cut` at that point, and this worker has its answer there. Neither joins
-    nor leaves are delivered, and `AdmitClient` counts the clients as before. batch: identifies the move. worker: the
-    other one's address. clients: ids. sessions: their secrets, in the same order, "" for none (see `SendOrder.session`).
-    Raises ClientError 100 when there is no such worker; nothing has moved then.
+    The receiver of the other worker is called with `on_cut` at that point, and the answer comes at that point.
+    There are no joins and no leaves, and `AdmitClient` counts the clients as before. batch: identifies the move.
+    worker: the address of the other one. clients: their ids. sessions: the secrets of their sessions by client, of
+    those that have one (see `SendOrder.session`). presence: the clients that are present, by channel. Raises
+    ClientError 100 when there is no such worker; then, and when the request fails otherwise, this worker still has
+    the clients.
     """
 
     batch: str
     worker: str
     clients: list[str]
-    sessions: list[str]
+    sessions: dict[str, str]
+    presence: dict[str, list[str]]
 
 
 class ReportSubscriptions(EngineNotice, tag=14, frozen=True, gc=False):
@@ -273,8 +279,8 @@ class Receiver(Protocol):
     def on_order(self, order: bytes) -> None:
         """Carry out an order to this worker (see `SendOrder`)."""
 
-    def on_cut(self, batch: str, clients: list[ClientInfo], sessions: list[str]) -> None:
-        """Handle a `Cut` towards this worker: it has these clients from now on. sessions: see `Cut`."""
+    def on_cut(self, batch: str, sessions: Collection[str]) -> None:
+        """Handle a `Cut` towards this worker: it has the clients of the batch from now on, with these secrets."""
 
     def on_interruption(self) -> None:
         """Handle a restored connection: publications may be missing in every channel.
@@ -301,3 +307,12 @@ class Engine(Protocol):
 
     def tell(self, notice: EngineNotice) -> None:
         """Report a fact. Never fails: an engine that is away learns it when it is back."""
+
+    def claim(self, batch: str, info: ClientInfo, secret: str, presence: list[AddPresence]) -> None:
+        """Note that a client has arrived from another worker, by the `Cut` of this batch, if it reached this one.
+
+        secret: of its session, "" without one. presence: as at the cut. Never fails.
+        """
+
+    def forget_arrivals(self, batch: str) -> list[ClientInfo]:
+        """Remove the clients of a batch that have not been claimed, with their presence; return them. Idempotent."""

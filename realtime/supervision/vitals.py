@@ -12,7 +12,7 @@ Both ends run on one machine, so the byte order is native. Each part has its own
     256  busy_since, at every turn of the loop: one aligned machine word, which can't be torn.
     264  the latest long turn, after it has ended: its beginning and its end. The beginning is 0 during the write.
     280  the latest idle beat, of a loop that idles and has nothing new to report: one word.
-    320  relief, the only part that the supervisor writes: one word.
+    320  substitute, the only part that the supervisor writes: one word.
     384  the latest call of a handler: a serial number, two names, its turn, the calls of the handler in this turn with
          the time of those before, the serial number again; then whether it still runs. Written upwards and read
          downwards, so a reader sees two different numbers if it met a write.
@@ -39,7 +39,7 @@ _BUSY_SINCE = 256 // _WORD
 _BLOCK_SINCE, _BLOCK_UNTIL = _BUSY_SINCE + 1, _BUSY_SINCE + 2
 _IDLE_BEAT = _BUSY_SINCE + 3
 _BEAT, _LAG = 1, 2  # the first two words of the body
-_RELIEF = 320 // _WORD
+_SUBSTITUTE = 320 // _WORD
 _NAME_BYTES = 64
 _MARK_AT = 384
 _MARK = struct.Struct(f"=q{_NAME_BYTES}s{_NAME_BYTES}sqqqqq")
@@ -115,8 +115,7 @@ class LatestCalls(Struct, frozen=True):
 
 
 class VitalsPage:
-    """The page of one process. Exactly one process writes it (except for `set_relief`); any number of processes read
-    it."""
+    """The page of one process, which alone writes it but for `set_substitute`; any number of processes read it."""
 
     def __init__(self, fd: int) -> None:
         """Map the memfd `fd`. The caller keeps the descriptor if this raises ValueError or OSError: `fd` is no page."""
@@ -199,9 +198,9 @@ class VitalsPage:
         """Note that no handler runs."""
         self._words[_MARK_RUNS] = 0
 
-    def has_relief(self) -> bool:
+    def has_substitute(self) -> bool:
         """Return whether another worker can take new clients in place of this one."""
-        return self._words[_RELIEF] != 0
+        return self._words[_SUBSTITUTE] != 0
 
     # The supervisor's side.
 
@@ -245,9 +244,9 @@ class VitalsPage:
         call: tuple[bytes, bytes, int, int, int] = _CALL.unpack_from(self._memory, _MARK_AT + _WORD)
         return call if serial and self._words[_MARK_OPEN] == serial else None
 
-    def set_relief(self, available: bool) -> None:
+    def set_substitute(self, available: bool) -> None:
         """Publish whether another worker can take new clients in place of this one."""
-        self._words[_RELIEF] = int(available)
+        self._words[_SUBSTITUTE] = int(available)
 
     def close(self) -> None:
         """Unmap the page and close its descriptor. The other process's mapping stays."""

@@ -139,10 +139,10 @@ class ChildProcess:
         """The calls of the handler that ran last on its loop, if any."""
         return self._page.latest_calls() if self._page is not None else None
 
-    def set_relief(self, available: bool) -> None:
+    def set_substitute(self, available: bool) -> None:
         """Publish on its page whether another worker can take new clients in its place."""
         if self._page is not None:
-            self._page.set_relief(available)
+            self._page.set_substitute(available)
 
     def signal(self, number: int) -> None:
         """Send a signal. Without effect after the process has exited."""

@@ -36,10 +36,10 @@ from realtime.supervisor import orphans
 from realtime.supervisor.child_process import ChildProcess
 from realtime.supervisor.health_monitor import HealthMonitor
 from realtime.supervisor.listener import CannotListen, SharedPort
-from realtime.supervisor.relief import Relief
 from realtime.supervisor.rescue import Rescue
 from realtime.supervisor.stack_sampler import StackSampler
 from realtime.supervisor.steering import Steering
+from realtime.supervisor.substitutes import Substitutes
 from realtime.supervisor.systemd import SystemdNotifier
 from realtime.supervisor.zygote import Zygote
 
@@ -152,9 +152,9 @@ class Supervisor(Service):
         self._rescue = Rescue(
             self._reactor, self._port, self.monitor.health, self.processes, self._settings.loop, self.metrics
         )
-        relief = Relief(self._settings.loop, self.monitor.health, self.processes)
-        self.monitor.listeners += [self.steering.condition_changed, relief.condition_changed]
-        self.monitor.after_check += [self.steering.update, relief.update, self._rescue.check]
+        substitutes = Substitutes(self._settings.loop, self.monitor.health, self.processes)
+        self.monitor.listeners += [self.steering.condition_changed, substitutes.condition_changed]
+        self.monitor.after_check += [self.steering.update, substitutes.update, self._rescue.check]
         self.monitor.tasks.add(TICK, self._tick)
         self.monitor.tasks.add(orphans.INTERVAL, self._reap_orphans)
 

@@ -33,6 +33,7 @@ from realtime.http.request import RequestHead
 from realtime.metrics import Metrics
 from realtime.server_api.http_api import (
     HTTPAPI,
+    LONG_BODY,
     METHODS,
     APIResponse,
     BadBody,
@@ -47,9 +48,6 @@ from realtime.transports.static_files import locate, serve_file
 
 # Limit of the number of parameters in one query.
 MAX_PARAMETERS = 100
-
-# Bytes of a publication from which on it is checked in slices.
-LONG_BODY = 65536
 
 # Range in seconds of Retry-After, random so that refused clients do not all come back at the same time.
 RETRY_AFTER = (3, 10)

@@ -73,7 +73,7 @@ class LoadShedding:
 
     def refuse_handshake(self) -> Refusal | None:
         """Return a refusal while the worker is under pressure and no other worker can take the client, else None."""
-        if not self._pressure.pressed or self._page.has_relief():
+        if not self._pressure.pressed or self._page.has_substitute():
             return None
         reason = next(iter(self._pressure.reasons), "lag")
         counter = self._refusals.get(reason)

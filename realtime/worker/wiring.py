@@ -151,7 +151,14 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
         receiver.on_interruption = interrupted
         follows_ends = bool(app.handlers("on_disconnected"))
         return BrokerEngine(
-            receiver, settings.engine, metrics, reactor, process.link_lost, ledger, takes_lost_clients=follows_ends
+            receiver,
+            settings.engine,
+            metrics,
+            reactor,
+            process.link_lost,
+            ledger,
+            takes_lost_clients=follows_ends,
+            generation=process.generation,
         )
 
     services = FanoutServices(
@@ -171,7 +178,7 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
     hub = Hub(make_engine, sessions.apply, slices, services)
     engine = hub.engine
     assert isinstance(engine, BrokerEngine)
-    invalidations = CacheInvalidations(cache.HOST, engine, str(process.slot))
+    invalidations = CacheInvalidations(cache.HOST, engine, process.address)
     sessions.add_handler(InvalidateOrder, invalidations.on_order)
     metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(sessions))
     metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: hub.subscriptions)
@@ -244,7 +251,7 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
         counters=SessionCounters(metrics),
         client_log=handlers.client_log,
     )
-    surveys = Surveys(pubsub.engine, pubsub.hub, str(process.slot), reactor)
+    surveys = Surveys(pubsub.engine, pubsub.hub, process.address, reactor)
     pubsub.sessions.add_handler(ChannelsOrder, surveys.on_order)
     pubsub.sessions.add_handler(ChannelsAnswer, surveys.on_order)
     server_api = ServerAPI(pubsub.engine, pubsub.rules, node, surveys, run_all, slices=pubsub.slices)
@@ -295,7 +302,7 @@ def wire_transports(
 
     limits = EmulationLimits(settings.emulation, settings.websocket.message_size_limit, metrics)
     emulation = Emulation(
-        pubsub.engine, protocol.node, str(process.slot), limits, pubsub.strangers, handlers.client_log
+        pubsub.engine, protocol.node, process.address, limits, pubsub.strangers, handlers.client_log
     )
     pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
     stream_context = StreamContext(
@@ -314,7 +321,7 @@ def wire_transports(
         protocol.api,
         settings,
         metrics,
-        another_worker_available=process.page.has_relief,
+        another_worker_available=process.page.has_substitute,
         cors_routes=cors_routes,
         proxies=admission.proxies,
         own_names=own_names,

@@ -16,6 +16,7 @@ from realtime.pubsub.engine import (
     AddPresence,
     AdmitClient,
     Answer,
+    Cut,
     EngineNotice,
     EngineRequest,
     GetPresence,
@@ -52,6 +53,9 @@ class Deliveries:
 
     def deliver_order(self, peers: Collection[str], order: bytes) -> None:
         self.made.append((sorted(peers), order))
+
+    def deliver_cut(self, peer: str, request: Cut, clients: list[ClientInfo]) -> None:
+        self.made.append(([peer], "cut", request.batch, clients))
 
 
 class Bench:
@@ -117,7 +121,7 @@ def test_a_detached_peer_takes_its_state_along(bench: Bench) -> None:
     for peer in ("one", "two"):
         bench.ask(Subscribe("c"), peer)
     bench.ask(Subscribe("own"), "one")
-    bench.core.restore("one", (), [present("c", ALICE, announce=True)], (), announce=False)
+    bench.core.restore("one", (), [present("c", ALICE, announce=True)], (), {}, announce=False)
     bench.ask(present("c", BOB), "one")
     bench.tell(AddClient(ALICE), "one")
     bench.tell(AddClient(ClientInfo("alice", "client-c")), "two")
@@ -139,7 +143,7 @@ def test_restored_state_may_exceed_the_limit(bench: Bench) -> None:
         bench.ask(Subscribe("c"))
     with pytest.raises(ClientError):
         bench.ask(present("c", ALICE))
-    bench.core.restore("one", ["c"], [present("c", ALICE)], (), announce=True)
+    bench.core.restore("one", ["c"], [present("c", ALICE)], (), {}, announce=True)
     assert (bench.core.channels, bench.ask(GetPresence("c"))) == (3, {"client-a": ALICE})
 
 

@@ -114,8 +114,10 @@ class Run:
                 try:
                     service.start()
                     await self._wait_ready(http, service)
+                    caring = self._start(service.care())
                     await self._prepare(service)
                     await self._load(service, http)
+                    caring.cancel()
                 finally:
                     service.end()
 
@@ -139,7 +141,7 @@ class Run:
         ]
         load = Load(service, crowd, publishers, Speakers(crowd, numbers))
 
-        background = [self._start(part) for part in (service.care(), crowd.run(), self._look(http, service, crowd))]
+        background = [self._start(part) for part in (crowd.run(), self._look(http, service, crowd))]
         await readers.start()
         await self._until(lambda: len(crowd.connected()) == len(crowd.clients), START_LIMIT)
         self._say(f"{len(crowd.connected())} clients are connected")

@@ -118,7 +118,7 @@ class Service:
             assert self._process
             if self._process.poll() is not None and not self.is_stopping:
                 await self._restart(self._process.returncode)
-            self._count()
+            self.census()
             await asyncio.sleep(CENSUS)
 
     async def _restart(self, status: int) -> None:
@@ -144,7 +144,8 @@ class Service:
         """All processes of this server, also those whose parent is gone."""
         return [process for process in psutil.process_iter() if belongs(process, self._sessions[-1])]
 
-    def _count(self) -> None:
+    def census(self) -> None:
+        """Look at the processes: `pids`, and the ends since the last census."""
         if self._process is None or self._process.poll() is not None:
             return
         try:
@@ -233,6 +234,17 @@ class Service:
     def fill_disk(self, full: bool) -> None:
         """From its next start on, the server's output is a full disk, or a pipe again."""
         self._full_disk = full
+
+    async def reload(self) -> tuple[int, str]:
+        """Replace every worker; returns the exit status of the command, and its output."""
+        self.census()
+        for pid in self.of("worker"):
+            self.excuse(pid, "reload")
+        for pid in self.of("worker"):
+            self.kill(pid, signal.SIGTERM)
+            while pid in self.pids or len(self.of("worker")) < 2:
+                await asyncio.sleep(0.1)
+        return 0, ""
 
     # The end.
 

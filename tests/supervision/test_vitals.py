@@ -115,14 +115,14 @@ def test_a_half_written_handler_is_not_read(page: VitalsPage) -> None:
     memory.close()
 
 
-def test_the_supervisor_publishes_relief_to_the_worker(page: VitalsPage) -> None:
+def test_the_supervisor_publishes_a_substitute_to_the_worker(page: VitalsPage) -> None:
     worker = another_mapping(page)
-    assert not worker.has_relief()
-    page.set_relief(True)
+    assert not worker.has_substitute()
+    page.set_substitute(True)
     worker.write(READING)
-    assert worker.has_relief()
-    page.set_relief(False)
-    assert not worker.has_relief()
+    assert worker.has_substitute()
+    page.set_substitute(False)
+    assert not worker.has_substitute()
 
 
 @given(
@@ -178,7 +178,7 @@ def test_arbitrary_bytes_never_raise(page: VitalsPage, content: bytes) -> None:
     reading = page.read()
     assert reading is None or reading.beat > 0
     page.running()
-    page.has_relief()
+    page.has_substitute()
 
 
 def test_a_torn_page_is_no_reading_until_the_next_write(page: VitalsPage) -> None:

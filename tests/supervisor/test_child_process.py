@@ -200,13 +200,13 @@ def test_vitals_come_from_the_childs_page_and_the_last_ones_outlive_it(scene: Sc
     assert (scene.child.vitals, scene.child.running) == (READING, None)
 
 
-def test_relief_reaches_the_childs_page(scene: Scene) -> None:
+def test_a_substitute_reaches_the_childs_page(scene: Scene) -> None:
     page = scene.page()
-    scene.child.set_relief(True)
-    assert page.has_relief()
+    scene.child.set_substitute(True)
+    assert page.has_substitute()
     page.close()
     scene.exit(0)
-    scene.child.set_relief(False)  # without a page: no error
+    scene.child.set_substitute(False)  # without a page: no error
 
 
 def test_a_signal_after_the_exit_is_no_error(scene: Scene) -> None:

@@ -67,9 +67,9 @@ def test_handshakes_are_refused_only_when_no_other_worker_can_take_them(bench: B
     refusal = bench.shedding.refuse_handshake()
     assert refusal is not None
     assert (refusal.status, refusal.kind) == (503, "pressure")
-    bench.page.set_relief(True)
+    bench.page.set_substitute(True)
     assert bench.shedding.refuse_handshake() is None
-    bench.page.set_relief(False)
+    bench.page.set_substitute(False)
     assert bench.shedding.refuse_handshake() is not None
     assert bench.series("realtime_shed_requests") == {("handshake", "lag"): 2}
 

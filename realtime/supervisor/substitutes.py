@@ -1,4 +1,4 @@
-"""Publishes to each worker whether another worker can take new clients in its place.
+"""Publishes to each worker whether it has a substitute: another worker that can take new clients in its place.
 
 A worker under pressure refuses a handshake only while no other worker can accept the client. It can't see the others;
 the supervisor writes the answer to the worker's vitals page.
@@ -14,17 +14,17 @@ from realtime.supervision.health import Condition, Health
 from realtime.supervision.pressure import find_exceeded
 
 
-class RelievedProcess(Protocol):
+class ReplaceableProcess(Protocol):
     """A worker process."""
 
-    def set_relief(self, available: bool) -> None: ...
+    def set_substitute(self, available: bool) -> None: ...
 
 
-class Relief:
-    """The relief of all workers of one shared port. Call `update` after each health check."""
+class Substitutes:
+    """The substitutes of all workers of one shared port. Call `update` after each health check."""
 
     def __init__(
-        self, loop: LoopSettings, health: Mapping[int, Health], processes: Mapping[int, RelievedProcess]
+        self, loop: LoopSettings, health: Mapping[int, Health], processes: Mapping[int, ReplaceableProcess]
     ) -> None:
         """health, processes: by slot, live mappings."""
         self._loop = loop
@@ -37,10 +37,10 @@ class Relief:
         for slot in self._health:
             process = self._processes.get(slot)
             if process is not None:
-                process.set_relief(bool(able - {slot}))
+                process.set_substitute(bool(able - {slot}))
 
     def condition_changed(self, slot: int, health: Health) -> None:
-        """Publish at once: a worker that was just blocked is no relief."""
+        """Publish at once: a worker that was just blocked is no substitute."""
         self.update()
 
     def _can_accept(self, health: Health) -> bool:
