@@ -25,8 +25,9 @@ from twisted.python import usage
 from realtime._version import __version__
 from realtime.cli import application, environment
 from realtime.config import warnings
+from realtime.config.schema import PREFIX
 from realtime.config.settings import Settings
-from realtime.config.sources import read
+from realtime.config.sources import Sources, read
 from realtime.errors import SettingsError
 from realtime.operators.port import OperatorPort
 from realtime.process import log, output
@@ -92,7 +93,12 @@ def makeService(options: Mapping[str, Any]) -> IService:
     insecure_keys = warnings.insecure_keys(settings)
     if environment.stays_root(_drops_root(options)):
         insecure_keys.append("root")
-    service = make_service(settings, insecure_keys=insecure_keys, capture_output=_has_another_log(options))
+    service = make_service(
+        settings,
+        insecure_keys=insecure_keys,
+        capture_output=_has_another_log(options),
+        sources=_sources(options["config"], given),
+    )
     if passing:
         print(*passing, sep="\n", file=sys.stderr)
     for line in [
@@ -111,6 +117,7 @@ def make_service(
     broker: str = BROKER_MODULE,
     insecure_keys: Iterable[str] = (),
     capture_output: bool = False,
+    sources: Sources | None = None,
 ) -> Supervisor:
     """Compose the service that `twistd realtime` runs.
 
@@ -118,7 +125,8 @@ def make_service(
     stop, 1 when a port can't be opened, 78 when the application can't be started.
 
     worker, broker: modules to run as children. insecure_keys: keys of insecure settings, and `root`, for the metrics.
-    capture_output: copy the children's output to our log, because that is not our standard output.
+    capture_output: copy the children's output to our log, because that is not our standard output. sources: of the
+    settings, for reloads.
     """
     from twisted.internet import reactor
 
@@ -133,11 +141,18 @@ def make_service(
         leave=lambda status: _leave(reactor, status),
         handle_signals=True,
         capture_output=capture_output,
+        sources=sources,
     )
     supervisor.metrics.sources.append(output.samples)
     for key in insecure_keys:
         supervisor.metrics.gauge("realtime_insecure_settings", "Insecure settings in use.", lambda: 1.0, key=key)
     return supervisor
+
+
+def _sources(config: str | None, arguments: dict[str, str]) -> Sources:
+    # A daemon changes its working directory, so the path must be absolute.
+    environ = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
+    return Sources(config and os.path.abspath(config), arguments, environ)
 
 
 def _drops_root(options: Mapping[str, Any]) -> bool:

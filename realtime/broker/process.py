@@ -393,6 +393,14 @@ class BrokerService:
         """Refuse: the broker has no clients."""
         os.close(stream)
 
+    def take_over(self, stream: int) -> None:
+        """Refuse: the broker has no clients."""
+        os.close(stream)
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        """Refuse: the broker has no clients."""
+        return child.hand_nothing_over(stream, "the broker has no clients")
+
     async def drain(self, timeout: float) -> None:
         """Wait until every worker has left."""
         await self._broker.drain(timeout)

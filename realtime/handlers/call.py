@@ -98,7 +98,7 @@ class HandlerCall:
         self._threads = threads
         self._compute_pool = services.compute_pool
         self._error_log = error_log
-        self._count = OutcomeCounters(metrics, handler.name)
+        self._ended = OutcomeCounters(metrics, handler.name)
         self._account = ledger.open(LoopWork.HANDLER, handler.name)
         self._marker = services.marker or ChargingMarker(ledger)
         self._names = names_reader(handler)
@@ -152,7 +152,7 @@ class HandlerCall:
         except BaseException as error:
             self._count_failure(error)
             raise
-        self._count("ok")
+        self._ended["ok"].value += 1
         return result
 
     def find_cached(self, *args: Any) -> Entry | None:
@@ -205,7 +205,7 @@ class HandlerCall:
         except (RealtimeError, asyncio.CancelledError, GeneratorExit):
             raise
         except BaseException as error:  # of the policy function, or of the cache's key or tags
-            self._count("error")
+            self._ended["error"].value += 1
             self._error_log.report(self.handler, error)
             raise ClientError(*INTERNAL_ERROR) from error
 
@@ -226,7 +226,7 @@ class HandlerCall:
             self.throttle.leave()
             if self._waiting and self.throttle.is_proven:
                 self._end_sample()
-        self._count("ok")
+        self._ended["ok"].value += 1
         return result
 
     async def _wait_for_sample(self) -> None:
@@ -251,13 +251,13 @@ class HandlerCall:
         """Count a call that raised `error`. Raises ClientError 100 unless callers may see the error itself."""
         for kinds, outcome in _OUTCOMES:
             if isinstance(error, kinds):
-                self._count(outcome)
+                self._ended[outcome].value += 1
                 self._log_refusal(error)
                 return
         if isinstance(error, EngineUnavailable):
-            self._count("unavailable")
+            self._ended["unavailable"].value += 1
         else:
-            self._count("error")
+            self._ended["error"].value += 1
             self._error_log.report(self.handler, error)
         raise ClientError(*INTERNAL_ERROR) from error
 

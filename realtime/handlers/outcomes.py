@@ -59,24 +59,19 @@ class HandlerErrorLog:
         counter.value += 1
 
 
-class OutcomeCounters:
-    """Counters of how the calls of one handler end, by outcome; calling it counts one."""
+class OutcomeCounters(dict[str, Counter]):
+    """Counters of how the calls of one handler end, by outcome. Each begins with the first call that ended so."""
 
     def __init__(self, metrics: Metrics, handler: str) -> None:
+        super().__init__()
         self._metrics = metrics
         self._handler = handler
-        self._counters: dict[str, Counter] = {}
 
-    def __call__(self, outcome: str) -> None:
-        counter = self._counters.get(outcome)
-        if counter is None:
-            counter = self._counters[outcome] = self._metrics.counter(
-                "realtime_handler_calls",
-                "Calls of handlers, by how they ended.",
-                handler=self._handler,
-                outcome=outcome,
-            )
-        counter.value += 1
+    def __missing__(self, outcome: str) -> Counter:
+        help = "Calls of handlers, by how they ended."
+        counter = self._metrics.counter("realtime_handler_calls", help, handler=self._handler, outcome=outcome)
+        self[outcome] = counter
+        return counter
 
 
 def _raising_line(error: BaseException) -> tuple[str, int]:

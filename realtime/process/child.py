@@ -1,6 +1,6 @@
 """The common start and end of every process that the supervisor starts: `main`.
 
-    python -m MODULE --link FD --settings FD --vitals FD [--stacks FD] [--slot N] [--listen FD,FD]
+    python -m MODULE --link FD --settings FD --vitals FD [--stacks FD] [--slot N] [--generation N] [--listen FD,FD]
 
 All descriptors are inherited. `link` is one end of a socketpair that speaks AMP (`realtime.process.control`);
 `settings` a sealed memfd with `realtime.config.settings.dump`; `vitals` this process's page; `stacks` a pipe for its
@@ -91,6 +91,12 @@ class ChildService(Protocol):
     def adopt(self, stream: int) -> None:
         """Adopt connections that another worker could not take from a stream. Owns the descriptor `stream`."""
 
+    def take_over(self, stream: int) -> None:
+        """Take over connections of another process from a stream. Owns the descriptor `stream`."""
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        """Hand connections over to another process. Owns the descriptor `stream`. See `control.HandOver`."""
+
     async def drain(self, timeout: float) -> None:
         """Take no more work, tell the clients, and finish within `timeout` seconds. Called once at most."""
 
@@ -111,16 +117,29 @@ class _NotMade:
     def adopt(self, stream: int) -> None:
         os.close(stream)
 
+    def take_over(self, stream: int) -> None:
+        os.close(stream)
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        return hand_nothing_over(stream, "the process has not started yet")
+
     async def drain(self, timeout: float) -> None:
         return None
+
+
+def hand_nothing_over(stream: int, reason: str) -> dict[str, object]:
+    """Close the stream of a hand-over, and return its result: nothing was moved."""
+    os.close(stream)
+    return {"moved": 0, "closed": 0, "left": 0, "reason": reason}
 
 
 class Child:
     """This process, as its service uses it.
 
-    name: "worker 0" or "broker", for the log. slot: -1 for the broker. listen: descriptors of listening sockets, owned
-    by the service (see `realtime.worker.listening.adopt`). page: its vital signs. reactor: asyncio's, with monotonic
-    seconds. metrics: the process's series. heartbeat: give it the process's load by `observe`, and periodic tasks.
+    name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: its serial number among all
+    processes of the server. listen: descriptors of listening sockets, owned by the service (see
+    `realtime.worker.listening.adopt`). page: its vital signs. reactor: asyncio's, with monotonic seconds. metrics: the
+    process's series. heartbeat: give it the process's load by `observe`, and periodic tasks.
     accounts: of the loop's time. marker: to be called around each handler on the loop. turn_number: returns the number
     of the loop's current turn; None where turns are not counted.
     """
@@ -136,11 +155,13 @@ class Child:
         accounts: LoopTimeLedger | None = None,
         turn_number: Callable[[], int] | None = None,
         owns_process: bool = False,
+        generation: int = 0,
     ) -> None:
         """heartbeat, accounts: of the reactor's loop. owns_process: whether the process is this child's alone, which
         then tunes the garbage collector, and ends all tasks of the loop in a drain."""
         self.name = "broker" if slot < 0 else f"worker {slot}"
         self.slot = slot
+        self.generation = generation
         self.settings = settings
         self.listen = listen
         self.page = page
@@ -284,6 +305,15 @@ class Control(control.Peer):
         self._child.service.adopt(stream)
         return {}
 
+    @control.TakeOver.responder
+    def _take_over(self, stream: int) -> dict[str, object]:
+        self._child.service.take_over(stream)
+        return {}
+
+    @control.HandOver.responder
+    def _hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, object]]:
+        return Deferred.fromCoroutine(self._child.service.hand_over(stream, connections, timeout))
+
     @control.Collect.responder
     def _collect(self, names: list[str]) -> dict[str, object]:
         return {"metrics": metrics.dump(self._child.metrics.snapshot(names))}
@@ -351,6 +381,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
         selector.accounts,
         lambda: selector.turns,
         owns_process=True,
+        generation=options.generation,
     )
     output.install(tree.log.max_queued_bytes)
     child.metrics.sources.append(output.samples)
@@ -402,6 +433,7 @@ def _set_signals() -> None:
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="A process of a realtime server; its supervisor starts it.")
     parser.add_argument("--slot", type=int, default=-1)
+    parser.add_argument("--generation", type=int, default=0)
     for name in ("--link", "--settings", "--vitals"):
         parser.add_argument(name, type=int, required=True, metavar="FD")
     parser.add_argument("--stacks", type=_descriptors, default=(), metavar="FD")

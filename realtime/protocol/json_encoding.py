@@ -34,7 +34,14 @@ class JSONEncoding:
     decode_data = staticmethod(json_text.value)
 
     def decode_command(self, message: bytes) -> Command | None:
-        return None if _NEWLINE in message else self._decode_command(message, MAX_FIELDS)
+        if _NEWLINE in message:
+            return None
+        if len(message) > FEWEST_FIELDS:
+            return self._decode_command(message, MAX_FIELDS)
+        try:
+            return _decode_command(message)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return _decode_without_nulls(message, Command)
 
     def _decode_command(self, message: bytes, fields: int) -> Command:
         try:
@@ -88,7 +95,13 @@ class JSONEncoding:
         return b'{"id":%d,"%s":%b}' % (id, name.encode(), _encode(result))
 
     def encode_rpc_reply(self, id: int, value: Any) -> bytes:
-        return b'{"id":%d,"rpc":{"data":%b}}' % (id, self.encode_data(value) or b"null")
+        if type(value) is Raw:  # as `encode_data`, for the usual result of a handler
+            data = bytes(value)
+            if _NEWLINE in data or _RETURN in data:
+                data = json_text.one_line(data)
+        else:
+            data = self.encode_data(value)
+        return b'{"id":%d,"rpc":{"data":%b}}' % (id, data or b"null")
 
     def encode_error(self, id: int, error: ClientError) -> bytes:
         return b'{"id":%d,"error":%b}' % (id, _encode(Error(error.code, error.message, error.temporary)))
@@ -151,7 +164,7 @@ class JSONPushEncoding(JSONEncoding):
         return _bare_push(channel, name, body)
 
 
-_NEWLINE = 10
+_NEWLINE, _RETURN = b"\n\r"
 
 MAX_OBJECTS = MAX_FIELDS // 2
 """JSON objects in one command, outside the application's data: subscriptions of a connect, or nodes of a filter."""

@@ -134,6 +134,11 @@ class Session(SessionTimers):
         return self.info.user
 
     @property
+    def connection(self) -> Connection:
+        """The connection of this session."""
+        return self._connection
+
+    @property
     def secret(self) -> str:
         """See `Connection.secret`."""
         return self._connection.secret

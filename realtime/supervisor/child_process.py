@@ -48,8 +48,11 @@ class ChildProcess:
     """A running child. Its pid, 0 until it is forked, is not reused before the owner's `process_exited`: the kernel
     keeps the exit status until then."""
 
-    def __init__(self, owner: ChildProcessOwner, slot: int) -> None:
+    def __init__(self, owner: ChildProcessOwner, slot: int, generation: int = 0) -> None:
+        """generation: its serial number among all processes of the server."""
         self.slot = slot
+        self.generation = generation
+        self.has_exited = False
         self._owner = owner
         self._link = _Link(self, owner)
         self._page: VitalsPage | None = None
@@ -84,7 +87,7 @@ class ChildProcess:
         sockets = {_LISTEN + index: fd for index, fd in enumerate(listening)}
         stacks = _LISTEN + len(listening)
         arguments = (
-            *("--slot", str(self.slot)),
+            *("--slot", str(self.slot), "--generation", str(self.generation)),
             *("--link", str(_LINK), "--settings", str(_SETTINGS), "--vitals", str(_VITALS)),
             *("--stacks", str(stacks)),
             *(("--listen", ",".join(map(str, sockets))) if sockets else ()),
@@ -177,6 +180,19 @@ class ChildProcess:
         answer: Deferred[object] = self._link.callRemote(control.Adopt, stream=stream)
         return answer
 
+    def take_over(self, stream: int) -> Deferred[object]:
+        """Send the target's end of a hand-over, see `realtime.worker.handover`. Keep `stream` open until the answer."""
+        answer: Deferred[object] = self._link.callRemote(control.TakeOver, stream=stream)
+        return answer
+
+    def hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, Any]]:
+        """Send the source's end of a hand-over, see `control.HandOver`; the answer comes at its end, and fails if the
+        process ends before. Keep `stream` open until then."""
+        answer: Deferred[dict[str, Any]] = self._link.callRemote(
+            control.HandOver, stream=stream, connections=connections, timeout=timeout
+        )
+        return answer
+
     def report(self, what: str) -> Deferred[str]:
         """Request a report on its state, see `realtime.process.diagnostics`. Works only while its loop turns."""
         answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Report, what=what)
@@ -188,6 +204,7 @@ class ChildProcess:
         return answer.addCallback(lambda box: metrics.load(box["metrics"]))
 
     def _exited(self, status: int) -> None:
+        self.has_exited = True
         self._vitals = self.vitals
         self._close_page()
         self._link.end()

@@ -89,14 +89,12 @@ class HandedConnection(Struct, frozen=True, array_like=True):
     """A connection for another process, without its socket and its session.
 
     transport: see `ClientConnection.transport_name`. encoding: the name of the encoding. peer: the address of the peer,
-    as accept(2) returns it. address: the client's, if connections of each address are counted, else "". state: of the
-    transport, a Struct of it as MessagePack.
+    as accept(2) returns it. state: of the transport, a Struct of it as MessagePack.
     """
 
     transport: str
     encoding: str
     peer: tuple[str | int, ...]
-    address: str
     output: HandedOutput
     state: Raw
 
@@ -171,10 +169,10 @@ class ClientConnection(Outgoing):
         """Whether `hand_over` is possible now, after `stop_receiving`."""
         raise NotImplementedError
 
-    def hand_over(self, address: str) -> tuple[int, HandedConnection]:
+    def hand_over(self) -> tuple[int, HandedConnection]:
         """End here, without an end for the peer; return the descriptor of the socket, and what another process needs.
 
-        The session has been exported before. address: see `HandedConnection`.
+        The session has been exported before.
         """
         peer = self.transport.client
         self.release_place()
@@ -183,7 +181,7 @@ class ClientConnection(Outgoing):
         state = self._take_state()
         descriptor, output = self.take_connection()
         name, encoding = self.transport_name, self.form.encoding.name
-        return descriptor, HandedConnection(name, encoding, peer, address, output, Raw(_encode(state)))
+        return descriptor, HandedConnection(name, encoding, peer, output, Raw(_encode(state)))
 
     def _take_state(self) -> Struct:
         """Return the state of the transport, and count one connection less."""
@@ -198,6 +196,11 @@ class ClientConnection(Outgoing):
     def _restore_state(self) -> None:
         """Continue with `handed_state`, and count one connection more."""
         raise NotImplementedError
+
+    @property
+    def session(self) -> Any:
+        """The session, None before it is open and after its end."""
+        return self._session
 
     def adopt_session(self, session: TransportSession) -> None:
         """Have the session that was restored for this connection receive its messages."""

@@ -57,6 +57,7 @@ _FIN, _OPCODE = 0x80, 0x0F
 _CONTROL_OPCODES = range(8, 16)
 _NO_MASK = bytes(4)
 
+_from_bytes = int.from_bytes
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
@@ -434,12 +435,12 @@ class Incoming(WebSocketServerProtocol):
 
 def _unmask(frame: bytes, start: int) -> bytes:
     """Return the unmasked payload of a frame (RFC 6455 section 5.3). start: offset of the payload, after the mask."""
-    payload, mask = frame[start:], frame[start - 4 : start]
-    size = len(payload)
+    size = len(frame) - start
     if size >= _NATIVE_FROM and USES_NVX:
-        return bytes(create_xor_masker(mask, size).process(payload))
-    words = (size + 3) >> 2
+        return bytes(create_xor_masker(frame[start - 4 : start], size).process(frame[start:]))
+    words = (size + 7) >> 2  # of mask and payload
     ones = _ONES[words] if words < len(_ONES) else int.from_bytes(b"\1\0\0\0" * words, "little")
-    # XOR of two large integers: multiplied by the ones, the mask stands in each 32-bit word of the key.
-    key = int.from_bytes(mask, "little") * ones
-    return (int.from_bytes(payload, "little") ^ key).to_bytes(4 * words, "little")[:size]
+    # XOR of two large integers: multiplied by the ones, the mask stands in each 32-bit word of the key. In the first
+    # word it meets itself.
+    masked = _from_bytes(frame[start - 4 :], "little")
+    return (masked ^ (masked & 0xFFFFFFFF) * ones).to_bytes(4 * words, "little")[4 : size + 4]

@@ -165,10 +165,17 @@ class Outgoing:
             self._write_to_outbox(Outbox(factory.queue_max_size, factory.queued))
             factory.turn_end.schedule(self)
         self._last_send_turn = turn
-        if self._outbox is None or is_push:
-            self.sink.deliver(self.form.frame(payload))
-        else:
-            self._outbox.add_reply(self.form.frame(payload))
+        frame = self.form.frame(payload)
+        if self._outbox is not None and not is_push:
+            self._outbox.add_reply(frame)
+            return
+        sink = self.sink
+        try:  # as `Sink.deliver`, without a further call for each message
+            sent = sink.send(frame)
+        except OSError:
+            sent = 0
+        if sent != len(frame):
+            sink.queue_remainder(frame, sent)
 
     @property
     def is_drained(self) -> bool:

@@ -347,6 +347,7 @@ class StreamEndpoint:
         self._context = context
         self._kind = kind
         self._max_body_size = max_body_size
+        self.transport_name = kind.name
 
     def check(self, head: RequestHead) -> Refusal | None:
         """Check a request's origin, head and body size, and the limits of admission; return None to accept it."""

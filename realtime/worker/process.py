@@ -12,7 +12,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
+from msgspec.structs import asdict
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
@@ -27,9 +29,11 @@ from realtime.process.fd_passing import FdReceiver
 from realtime.process.heartbeat import LoadGauges
 from realtime.pubsub.engine import ReportSubscriptions
 from realtime.supervision.loop_time import LoopWork
+from realtime.transports.connection import ClientConnection
+from realtime.worker.handover import HandOverSource, HandOverTarget
 from realtime.worker.listening import ListeningPort, adopt
 from realtime.worker.lost_clients import report_lost_clients
-from realtime.worker.wiring import wire_handlers, wire_protocol, wire_pubsub, wire_transports
+from realtime.worker.wiring import wire_handlers, wire_handover, wire_protocol, wire_pubsub, wire_transports
 
 _log = Logger()
 
@@ -66,7 +70,10 @@ class Worker:
         self._protocol = wire_protocol(process, self._pubsub, self._handlers)
         self._transports = wire_transports(process, self._pubsub, self._handlers, self._protocol)
         self._ports: list[ListeningPort] = []
+        self._handover = wire_handover(process, self._pubsub, self._handlers, self._protocol, self._transports)
         self._receivers: list[FdReceiver] = []
+        self._takeovers: list[HandOverTarget] = []
+        self._is_handing_over = False
         self._linked: Deferred[None] = Deferred()
         self._reported_subscriptions = 0
 
@@ -129,6 +136,34 @@ class Worker:
         """Serve the connections that arrive over a stream from the supervisor."""
         self._receivers.append(FdReceiver(self._reactor, stream, self._adopt_connection))
 
+    def take_over(self, stream: int) -> None:
+        """Take over connections of another process from a stream."""
+        self._takeovers.append(HandOverTarget(self._handover, stream))
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        """Hand connections over to another process; see `control.HandOver`."""
+        if self._is_handing_over:
+            return child.hand_nothing_over(stream, "another hand-over is under way")
+        self._is_handing_over = True
+        source = HandOverSource(self._handover, stream)
+        try:
+            if connections < 0:
+                for port in self._ports:
+                    await maybeDeferred(port.stopListening)
+                self._transports.frontend.start_draining()
+            return asdict(await source.run(self._sessions, connections, timeout))
+        finally:
+            self._is_handing_over = False
+
+    def _sessions(self) -> list[Any]:
+        """Return all sessions, also those that have not sent their connect command."""
+        sessions: dict[Any, None] = dict.fromkeys(self._pubsub.sessions)
+        for reader in self._reactor.getReaders():
+            connection = getattr(reader, "protocol", None)
+            if isinstance(connection, ClientConnection) and connection.session is not None:
+                sessions[connection.session] = None
+        return list(sessions)
+
     def _adopt_connection(self, fd: int) -> None:
         """Serve a connection that the supervisor has accepted. Raises OSError."""
         family = self._ports[0].addressFamily
@@ -169,6 +204,8 @@ class Worker:
         admission, dispatcher = self._transports.admission, self._handlers.dispatcher
         for receiver in self._receivers:
             receiver.close()
+        for takeover in self._takeovers:
+            takeover.close()
         for port in self._ports:
             await maybeDeferred(port.stopListening)
         frontend = self._transports.frontend

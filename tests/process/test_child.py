@@ -82,6 +82,13 @@ class Service:
     def adopt(self, stream: int) -> None:
         self.adopted.callback(stream)
 
+    def take_over(self, stream: int) -> None:
+        self.adopted.callback(stream)
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        os.close(stream)
+        return {"moved": connections, "closed": 1, "left": 2, "reason": f"{timeout:g} s have passed"}
+
     async def drain(self, timeout: float) -> None:
         if self.on_drain is not None:
             await self.on_drain(timeout)
@@ -381,6 +388,21 @@ async def test_the_service_gets_a_stream_of_rescued_connections(family: Family) 
     for end in (ours, theirs, again):
         end.close()
     os.close(stream)
+
+
+async def test_a_hand_over_reaches_the_service_and_its_result_the_supervisor(family: Family) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        early = await family.supervisor.callRemote(control.HandOver, stream=ours.fileno(), connections=-1, timeout=1.0)
+        assert early["reason"] == "the process has not started yet"
+        family.begin()
+        answer = await family.supervisor.callRemote(control.HandOver, stream=ours.fileno(), connections=5, timeout=1.5)
+        assert answer == {"moved": 5, "closed": 1, "left": 2, "reason": "1.5 s have passed"}
+        await family.supervisor.callRemote(control.TakeOver, stream=theirs.fileno())
+        stream = await family.service.adopted
+        os.write(stream, b"hello")
+        assert ours.recv(10) == b"hello"
+        os.close(stream)
 
 
 async def test_a_service_that_can_not_be_made_fails_the_start(family: Family) -> None:

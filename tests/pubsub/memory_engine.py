@@ -18,9 +18,9 @@ from realtime.types import ClientInfo, Publication
 class MemoryEngine:
     """An `Engine` that carries out each request at once: its publications have reached the receiver by then.
 
-    clock: seconds of a clock that never goes back. address: of the worker, see `SendOrder`. core: shared with the engine
-    of another worker; None for one of its own.
-    overrides: coroutine functions that tests put in place of `carry_out`, by kind of request.
+    clock: seconds of a clock that never goes back. address: of the worker, see `SendOrder`. core: shared with the
+    engine of another worker; None for one of its own. overrides: coroutine functions that tests put in place of
+    `carry_out`, by kind of request.
     """
 
     def __init__(

@@ -154,7 +154,7 @@ def test_a_frame_is_complete_with_its_last_byte() -> None:
 
 
 def test_a_frame_of_the_largest_size_passes() -> None:
-    message = SendOrder(b"x" * (FRAME_LIMIT - 8), "")
+    message = SendOrder(b"x" * (FRAME_LIMIT - 9), "")
     packed = pack(message)
     assert len(packed) == FRAME_LIMIT + 12
     assert decode(TO_BROKER, packed) == [message]

@@ -574,7 +574,7 @@ async def test_orders_reach_every_worker(workers: list[Bench]) -> None:
 
 
 async def test_an_order_may_address_one_worker(workers: list[Bench]) -> None:
-    assert await workers[1].engine.ask(SendOrder(b"order", worker="2")) == 1
+    assert await workers[1].engine.ask(SendOrder(b"order", worker=worker_address(2, 0))) == 1
     assert await workers[1].engine.ask(SendOrder(b"order", worker="7")) == 0
     assert [(await bench.settled()).entries for bench in workers] == [[], [], [("order", b"order")]]
 

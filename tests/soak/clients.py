@@ -12,6 +12,7 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 from urllib.parse import quote
@@ -108,6 +109,13 @@ class Client:
             parts.append(Part(place.lies_in, None))
             parts[-1].lies = True
         return parts
+
+    @property
+    def local_port(self) -> int:
+        """The client's port, 0 without a connection."""
+        transport = self.connection and self.connection.transport
+        name = transport.get_extra_info("sockname") if transport else None
+        return name[1] if name else 0
 
     # Connecting.
 
@@ -325,6 +333,10 @@ class Client:
         """Publish. done: gets the reply, or None at the connection's end."""
         data = msgspec.Raw(text(channel, number))
         self.send(self._command(done, publish={"channel": channel, "data": data}))
+
+    def call(self, done: Callable[[Reply | None], None]) -> None:
+        """Call the application. done: gets the reply, or None at the connection's end."""
+        self.send(self._command(done, rpc={"method": "wait", "data": 1}))
 
     def closed(self, code: int) -> None:
         """The server closes the connection with `code`."""
@@ -593,15 +605,31 @@ class Crowd:
         found = self.connected()
         return random.sample(found, min(len(found), max(1, round(share * len(self.clients)))))
 
-    def compare_rooms(self) -> None:
-        """Compare the lists of all watchers with the members."""
+    def compare_rooms(self) -> bool:
+        """Compare the lists of all watchers with the members. Returns whether all are right."""
+        are_right = True
         for client in self.clients:
             if client.watches and client.is_connected and client.connection and not client.connection.is_deaf:
                 for part in client.parts.values():
                     if part.list is not None and part.room:
-                        part.room.compare(client.name, part.list, part.listed_since)
+                        are_right &= part.room.compare(client.name, part.list, part.listed_since)
         for room in self.world.rooms.values():
             room.forget()
+        return are_right
+
+    async def find_silent(self, limit: float) -> list[Client]:
+        """Call the server on every connection; return the clients that have no answer after `limit` seconds although
+        their connections are as they were. Those of a unidirectional transport have none."""
+        asked = {client: client.connection for client in self.connected() if not client.is_unidirectional}
+        answered = set()
+        for client in asked:
+            client.call(partial(lambda client, reply: answered.add(client), client))
+        until = self.now() + limit
+        while self.now() < until and len(answered) < len(asked):
+            await asyncio.sleep(0.05)
+        return [
+            client for client, connection in asked.items() if client not in answered and client.connection is connection
+        ]
 
     async def close(self) -> None:
         for client in self.clients:

@@ -22,6 +22,7 @@ from tests.soak.account import BROKEN, Account, Finding
 from tests.soak.bad_input import Attack
 from tests.soak.clients import ON, Crowd
 from tests.soak.faults import Faults
+from tests.soak.members import EVENTUALLY
 from tests.soak.publishers import FAILURES, APIPublisher, Numbers, Speakers, share_out
 from tests.soak.report import Report
 from tests.soak.schedule import schedule
@@ -76,6 +77,10 @@ class Run:
         self._began = time.monotonic()
         self.account = Account(self._now, self._latest_fault, worlds.RECOVERY_LIMIT, self._tell_first)
 
+    def _settings(self, port: int, operator_port: int) -> dict[str, Any]:
+        """Return the server's configuration."""
+        return worlds.settings(port, operator_port, self._workers)
+
     def _create_world(self) -> worlds.World:
         raise NotImplementedError
 
@@ -107,7 +112,7 @@ class Run:
         )
         port, operator_port = free_ports()
         with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-            settings = worlds.settings(port, operator_port, self._workers)
+            settings = self._settings(port, operator_port)
             service = Service(self.account, Path(folder, "realtime.toml"), settings, self._copy)
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
             async with aiohttp.ClientSession(connector=connector) as http:
@@ -179,8 +184,8 @@ class Run:
         for task in programs:
             task.cancel()
 
-    async def _settle(self, crowd: Crowd, publishers: list[APIPublisher]) -> None:
-        """Wait until all clients are back, publish once more everywhere, and wait for that."""
+    async def _wait_back(self, crowd: Crowd) -> None:
+        """Wait until all clients are connected and in their channels."""
 
         def absent() -> list[str]:
             return [
@@ -192,12 +197,18 @@ class Run:
 
         if not await self._until(lambda: not absent(), SETTLE_LIMIT):
             self._report("clients", f"{len(absent())} subscriptions did not come back: {absent()[:5]}")
+
+    async def _settle(self, crowd: Crowd, publishers: list[APIPublisher]) -> None:
+        """Wait until all clients are back, publish once more everywhere, and wait for that."""
+
+        await self._wait_back(crowd)
         settled = self._now()
         await asyncio.gather(
             *(one.publish(channel) for one in publishers for channel in one.channels), return_exceptions=True
         )
         self.account.expect_last(settled)
         await self._until(lambda: not any(self.account.unsettled()), SETTLE_LIMIT)
+        await self._until(crowd.compare_rooms, EVENTUALLY)
         await asyncio.sleep(1.0)  # for repeats
 
     async def _read_histories(self, world: worlds.World, http: aiohttp.ClientSession, service: Service) -> None:

@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.soak.account import BROKEN, Account
 from tests.system.serving import CHECKOUT, TWISTD, belongs, toml
 
+REALTIME = TWISTD.with_name("realtime")
 HANDLER, OTHER = "handler process", "other"
 ROLES = {
     "realtime.worker.process": "worker",
@@ -76,7 +77,9 @@ class Output:
 
 
 class Service:
-    """The server's processes. pids: the running ones by pid, with their roles."""
+    """The server's processes. pids: the running ones by pid, with their roles. is_restarting: the server has ended, and
+    is about to start again.
+    """
 
     def __init__(self, account: Account, config: Path, settings: dict[str, Any], copy: IO[str] | None = None) -> None:
         config.write_text("".join(f"{key} = {toml(value)}\n" for key, value in settings.items()))
@@ -88,6 +91,7 @@ class Service:
         self.deaths: Counter[str] = Counter()
         self.largest: Counter[str] = Counter()
         self.is_stopping = False
+        self.is_restarting = False
         self.dropped: Counter[tuple[tuple[str, str], ...]] = Counter()
         self._dropped_before: dict[tuple[tuple[str, str], ...], float] = {}
         self._account = account
@@ -122,6 +126,7 @@ class Service:
             await asyncio.sleep(CENSUS)
 
     async def _restart(self, status: int) -> None:
+        self.is_restarting = True
         excuse = self._excused.pop(self.supervisor, None)
         self.deaths[f"supervisor: {excuse or 'unexpected'}"] += 1
         text = f"the supervisor ended with status {status}"
@@ -139,6 +144,7 @@ class Service:
         await asyncio.sleep(RESTART)
         self._account.data_lost()
         self.start()
+        self.is_restarting = False
 
     def family(self) -> list[psutil.Process]:
         """All processes of this server, also those whose parent is gone."""
@@ -209,6 +215,10 @@ class Service:
                 self.dropped[key] += round(sample.value - before if sample.value >= before else sample.value)
                 self._dropped_before[key] = sample.value
 
+    def everyone(self) -> list[int]:
+        """Return all processes, the supervisor included."""
+        return [self.supervisor, *self.pids]
+
     # Faults.
 
     def of(self, role: str) -> list[int]:
@@ -240,11 +250,12 @@ class Service:
         self.census()
         for pid in self.of("worker"):
             self.excuse(pid, "reload")
-        for pid in self.of("worker"):
-            self.kill(pid, signal.SIGTERM)
-            while pid in self.pids or len(self.of("worker")) < 2:
-                await asyncio.sleep(0.1)
-        return 0, ""
+        command = [str(REALTIME), "reload", "--config", str(self._config)]
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        said, _ = await process.communicate()
+        return process.returncode or 0, said.decode()
 
     # The end.
 

@@ -11,7 +11,7 @@ from typing import Any
 from tests.soak.account import Account, Channel
 from tests.soak.members import Room
 
-HERE = Path(__file__).parent
+CHECKOUT = Path(__file__).parents[2]
 KEY = "the key of the soak"
 SECRET = "a secret of the soak, of 32 bytes"
 RECOVERY_LIMIT = 300
@@ -68,7 +68,7 @@ def settings(port: int, operator_port: int, workers: int) -> dict[str, Any]:
         "http_server": {"address": "127.0.0.1", "port": port, "internal_port": operator_port},
         "workers": {"count": workers, "restart_delay_max": "2s"},
         "shutdown": {"timeout": "10s", "spread": "1s"},
-        "app": {"module": "app:app", "path": str(HERE)},
+        "app": {"module": "tests.soak.app:app", "path": str(CHECKOUT)},
         "client": {"token": {"hmac_secret_key": SECRET}},
         "http_api": {"key": KEY},
         "http_stream": {"enabled": True},

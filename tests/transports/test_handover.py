@@ -44,7 +44,7 @@ async def suspend(connection: Any) -> None:
 def move(connection: Any, target: Stage, endpoint: Any = None) -> Any:
     """Move a suspended connection; return its session at the target."""
     connection._session.ends += 1  # as its export does
-    descriptor, handed = connection.hand_over("")
+    descriptor, handed = connection.hand_over()
     handed = _decode(encode(handed))
     moved = (endpoint or target.websocket).restore_connection(handed)
     moved.take_over(transport.take_over(reactor, descriptor, handed.peer, moved), handed)
@@ -216,7 +216,7 @@ async def test_a_ping_frame_goes_along_unanswered() -> None:
 async def test_another_configuration_refuses_a_connection() -> None:
     async with staged(websocket=settings.UniWebSocketSettings(enabled=True)) as target:
         state = HandedWebSocket(HandedInput(b"", b""), 0, True, False, "", None)
-        handed = HandedConnection("websocket", "protobuf", ("", 0), "", HandedOutput(), msgspec.Raw(encode(state)))
+        handed = HandedConnection("websocket", "protobuf", ("", 0), HandedOutput(), msgspec.Raw(encode(state)))
         with pytest.raises(Unsupported):
             target.websocket.restore_connection(handed)
 
