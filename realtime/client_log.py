@@ -91,7 +91,7 @@ _HTTP = {
     ),
     "body_syntax": _bad("refused a request to {path} whose body is malformed"),
     "body_encoding": _bad("refused a request to {path} with a compressed body, which the server does not read"),
-    "parameters": _bad("refused a request to {path} with too many query parameters"),
+    "parameters": _bad("refused a request with more query parameters than http_server.max_query_parameters"),
     "api_key": _bad("refused a call of the API at {path} without the right key: compare it with http_api.key"),
     "connection_limit": _bad(
         "refused a connection: the server has as many as client.connection_limit, or the limit of open files"

@@ -52,9 +52,6 @@ from realtime.metrics import Metrics
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.pressure import Throttle
 
-# Seconds for which calls wait at most until the handler's first calls have ended.
-SAMPLE_TIMEOUT = 0.4
-
 
 def _monotonic_ledger() -> LoopTimeLedger:
     return LoopTimeLedger(time.monotonic_ns)
@@ -105,7 +102,13 @@ class HandlerCall:
         self._timeout = settings.handler_timeout if handler.timeout is None else handler.timeout
         # The handler's own limit of concurrent calls, if it has one.
         self._semaphore = BoundedSemaphore(handler.limit, settings.thread_queue) if handler.limit else None
-        self.throttle = Throttle(self._account)
+        self.throttle = Throttle(self._account, settings.sample_calls)
+        self._sample_timeout = settings.sample_timeout
+        self._sample_waits = metrics.counter(
+            "realtime_handler_sample_waits",
+            "Calls that waited for the end of the handler's first calls in this worker.",
+            handler=handler.name,
+        )
         self._client_log = services.client_log
         self._policy = AdmissionPolicy(handler, services.pressure, self.throttle, metrics, self._client_log)
         self._placement: PlacementTracker | None = None
@@ -188,7 +191,7 @@ class HandlerCall:
             args = (ThreadSafeClient(args[0], self._threads.reactor, self._policy.is_under_pressure), *args[1:])
         args = args[self.handler.taken]
         limit = self._timeout if timeout is None else timeout
-        if not self.throttle.is_proven and self.throttle.running >= Throttle.SAMPLE and self.is_throttled:
+        if not self.throttle.is_proven and self.throttle.running >= self.throttle.sample and self.is_throttled:
             await self._wait_for_sample()
         if self._policy.admits_directly:
             return await self._compute(args, limit)
@@ -232,12 +235,13 @@ class HandlerCall:
     async def _wait_for_sample(self) -> None:
         """Wait for the end of the first calls: a handler that blocks the loop shall not do so a hundred times at once.
 
-        The wait is short, and ends for good after SAMPLE_TIMEOUT, since calls may take as long as they like.
+        The wait is short, and ends for good after `workers.sample_timeout`, since calls may take as long as they like.
         """
         turn: Deferred[None] = Deferred()
+        self._sample_waits.value += 1
         self._waiting.append(turn)
         if len(self._waiting) == 1:
-            self._threads.reactor.callLater(SAMPLE_TIMEOUT, self._end_sample)
+            self._threads.reactor.callLater(self._sample_timeout, self._end_sample)
         await turn
 
     def _end_sample(self) -> None:

@@ -44,7 +44,9 @@ class Dispatcher:
         self._app = app
         self._services = services
         self.ledger = services.ledger
-        self._error_log = HandlerErrorLog(services.log, services.reactor, services.metrics)
+        self._error_log = HandlerErrorLog(
+            services.log, services.reactor, services.metrics, services.settings.max_error_series
+        )
         self._calls: list[HandlerCall] = []
         self.threads = HandlerThreads(services.reactor, services.settings.threads, services.settings.thread_queue)
         self.threads.register_metrics(services.metrics)

@@ -8,14 +8,13 @@ from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
 from realtime.app import Handler
+from realtime.config.settings import WorkersSettings
 from realtime.handlers.compute_pool import HandlerFailed
 from realtime.metrics import Counter, Metrics
 from realtime.repetition import Repetition
 
 # Lines in one minute that are logged: an application that generates code at run time has no end of them.
 MAX_LINES = 1000
-# Pairs of handler and exception type that are counted on their own: an application may create types at run time.
-MAX_ERROR_SERIES = 200
 
 
 class HandlerErrorLog:
@@ -24,11 +23,18 @@ class HandlerErrorLog:
     All of them are counted, by handler and type of exception.
     """
 
-    def __init__(self, log: Logger, clock: Any, metrics: Metrics) -> None:
-        """clock: IReactorTime."""
+    def __init__(
+        self,
+        log: Logger,
+        clock: Any,
+        metrics: Metrics,
+        max_series: int = WorkersSettings().max_error_series,
+    ) -> None:
+        """clock: IReactorTime. max_series: see `workers.max_error_series`."""
         self._log = log
         self._clock = clock
         self._metrics = metrics
+        self._max_series = max_series
         self._counters: dict[tuple[str, str], Counter] = {}
         self._repetition: Repetition[tuple[str, str, int]] = Repetition(MAX_LINES)  # by handler, file and line
 
@@ -48,7 +54,7 @@ class HandlerErrorLog:
         )
 
     def _count(self, handler: str, exception: str) -> None:
-        if (handler, exception) not in self._counters and len(self._counters) >= MAX_ERROR_SERIES:
+        if (handler, exception) not in self._counters and len(self._counters) >= self._max_series:
             exception = "other"
         counter = self._counters.get((handler, exception))
         if counter is None:

@@ -91,6 +91,9 @@ class JSONEncoding:
     def is_json(self, data: bytes) -> bool:
         return True  # otherwise the command would not have been decoded
 
+    def encode_command(self, command: Command) -> bytes:
+        return _encode(command)
+
     def encode_reply(self, id: int, name: str, result: Struct) -> bytes:
         return b'{"id":%d,"%s":%b}' % (id, name.encode(), _encode(result))
 
@@ -156,6 +159,9 @@ class JSONPushEncoding(JSONEncoding):
 
     def end_of_commands(self, data: bytes, limit: int) -> int:
         raise CommandTooLong("the one request is too long")
+
+    def encode_command(self, command: Command) -> bytes:
+        return _encode(command.connect)
 
     def encode_reply(self, id: int, name: str, result: Struct) -> bytes:
         return b'{"%s":%b}' % (name.encode(), _encode(result))

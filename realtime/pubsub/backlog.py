@@ -44,9 +44,9 @@ class DeltaBase(NamedTuple):
     epoch: str
 
     def is_same(self, other: DeltaBase) -> bool:
-        """Whether both are one publication: the same object, or the same place in the history."""
+        """Whether a delta from one is a delta from the other."""
         mine, its = self.publication, other.publication
-        return mine is its or (0 < mine.offset == its.offset and self.epoch == other.epoch)
+        return mine is its or mine.data == its.data
 
 
 class Activation(NamedTuple):

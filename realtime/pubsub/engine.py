@@ -25,7 +25,7 @@ tests/pubsub/test_engine.py runs one suite over every engine.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -279,8 +279,8 @@ class Receiver(Protocol):
     def on_order(self, order: bytes) -> None:
         """Carry out an order to this worker (see `SendOrder`)."""
 
-    def on_cut(self, batch: str, sessions: Collection[str]) -> None:
-        """Handle a `Cut` towards this worker: it has the clients of the batch from now on, with these secrets."""
+    def on_cut(self, batch: str) -> None:
+        """Handle a `Cut` towards this worker: it has the clients of the batch from now on."""
 
     def on_interruption(self) -> None:
         """Handle a restored connection: publications may be missing in every channel.

@@ -23,7 +23,7 @@ behind the events that have arrived at the cut (`hand_out`). The target subscrib
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from typing import NamedTuple
 
@@ -140,12 +140,12 @@ class Hub:
         apply_order: Callable[[bytes], None],
         slices: TimeSlicer | None = None,
         services: FanoutServices | None = None,
-        begin_arrivals: Callable[[str, Collection[str]], None] | None = None,
+        begin_arrivals: Callable[[str], None] | None = None,
     ) -> None:
         """make_engine: makes the engine that delivers to this hub, as hub and engine need each other.
 
         apply_order: carries out an order (see `SendOrder`). slices: for long work; None for no limit. begin_arrivals:
-        called at the cut of an expected batch, with the secrets of its sessions.
+        called at the cut of an expected batch.
         """
         self._apply_order = apply_order
         self._begin_arrivals = begin_arrivals
@@ -241,13 +241,13 @@ class Hub:
             return False  # `on_gap` of another subscriber has just unsubscribed this one
         state.release(subscriber)
         after = position.offset if position is not None else 0
-        state.fanout.activate(
-            subscriber,
-            _publications_after(after, events)
-            + ([] if subscriber in state.fanout.subscribers else _joins_and_leaves(events, subscriber)),
-            base,
-            continues=continues,
-        )
+        if continues:
+            missed = _in_order(after, events, announced=subscriber.announced)
+        else:
+            missed = _publications_after(after, events)
+            if subscriber not in state.fanout.subscribers:
+                missed += _joins_and_leaves(events, subscriber)
+        state.fanout.activate(subscriber, missed, base, continues=continues)
         return True
 
     def begin_replay(self, channel: str, subscriber: Subscriber) -> bool:
@@ -355,12 +355,18 @@ class Hub:
 
         state.fanout.when_delivered(reached)
 
+    def open_batch(self, batch: str) -> None:
+        """Begin to expect subscribers, before `expect` for each of their channels."""
+        self._batches[batch] = _Batch()
+
     async def expect(self, batch: str, channel: str, priority: str) -> None:
         """Hold a channel's events from the cut of this batch on, until `release`, for subscribers that will arrive.
 
         Raises what the engine raises for `Subscribe`.
         """
-        expected = self._batches.setdefault(batch, _Batch())
+        expected = self._batches.get(batch)
+        if expected is None:
+            return  # it was released meanwhile
         state = self._channels.get(channel) or self._open(channel, priority)
         expected.channels.add(channel)
         state.pending[expected] = len(state.held)
@@ -368,7 +374,7 @@ class Hub:
             await self.engine.ask(Subscribe(channel))
             state.is_subscribed = True
 
-    def on_cut(self, batch: str, sessions: Collection[str]) -> None:
+    def on_cut(self, batch: str) -> None:
         """Hold the events behind this point for the subscribers of an expected batch."""
         expected = self._batches.get(batch)
         if expected is None:
@@ -376,15 +382,15 @@ class Hub:
             return
         self._hold_from_now(expected)
         if self._begin_arrivals is not None:
-            self._begin_arrivals(batch, sessions)
+            self._begin_arrivals(batch)
 
     async def arrived(self, batch: str) -> None:
         """Wait for the cut of an expected batch that the engine has made.
 
         Its notice is lost if the stream to the engine was interrupted: the subscribers then have a gap.
         """
-        expected = self._batches.setdefault(batch, _Batch())
-        if expected.is_cut:
+        expected = self._batches.get(batch)
+        if expected is None or expected.is_cut:
             return
         with suppress(EngineUnavailable):
             await self.engine.ask(GetStats())  # the answer comes behind the cut
@@ -579,6 +585,16 @@ class Hub:
 def _publications_after(offset: int, events: list[Event]) -> list[Event]:
     """Select the held publications for a subscriber whose reply covered those up to `offset`."""
     return [event for event in events if event.publication is not None and not 0 < event.publication.offset <= offset]
+
+
+def _in_order(offset: int, events: list[Event], *, announced: bool) -> list[Event]:
+    """Select the held events for a subscriber that has received those before, publications up to `offset` included."""
+    return [
+        event
+        for event in events
+        if (event.info is not None and announced)
+        or (event.publication is not None and not 0 < event.publication.offset <= offset)
+    ]
 
 
 def _joins_and_leaves(events: list[Event], subscriber: Subscriber) -> list[Event]:

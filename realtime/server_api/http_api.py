@@ -608,7 +608,8 @@ def _decode(body: bytes, kind: type[Struct]) -> Any:
 
 def _decode_strictly(body: bytes, kind: type[Struct]) -> Any:
     try:
-        body.decode()  # the decoder does not check text that it passes on undecoded
+        if not body.isascii():
+            body.decode()  # the decoder does not check text that it passes on undecoded
         return _decoders[kind](body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         may_be_null = isinstance(error, msgspec.ValidationError) and b"null" in body

@@ -36,7 +36,6 @@ FAULTS = {
     "body_encoding": 415,
     "body_syntax": 400,
     "method": 405,
-    "parameters": 400,
     "emulation": 400,
     "emulation_node": 404,
     "transport_disabled": 404,

@@ -46,9 +46,6 @@ from realtime.supervision.loop_time import LoopTimeLedger
 from realtime.transports.http_server import Exchange, HTTPSite, RequestHandler, ResponseMaker, fault_response
 from realtime.transports.static_files import locate, serve_file
 
-# Limit of the number of parameters in one query.
-MAX_PARAMETERS = 100
-
 # Range in seconds of Retry-After, random so that refused clients do not all come back at the same time.
 RETRY_AFTER = (3, 10)
 
@@ -253,7 +250,7 @@ class Router:
                 scheme, _, key = authorization[0].partition(" ")
                 key = key.strip() if scheme.lower() == "apikey" else ""
             else:
-                key = (_parse_query(head.query) or {}).get("api_key", "")
+                key = _parse_query(head.query).get("api_key", "")
         # Compares the bytes as sent, in constant time: the time reveals nothing about a correct prefix.
         return bool(self._key) and hmac.compare_digest(key.encode("latin-1", "replace"), self._key)
 
@@ -299,11 +296,13 @@ def serve_publish(
         serve_long(request)
         return
     account = ledger.current
-    make_response = _api_response_maker(request, default_error_mode)
 
     def done(result: Any, error: BaseException | None) -> None:
         charged_before = ledger.switch(account)
-        request.respond_by(make_response, result, error)
+        if error is None:
+            request.respond(json_response(200, APIResponse(result=result)))
+        else:
+            request.respond_by(_api_response_maker(request, default_error_mode), result, error)
         ledger.switch(charged_before)
 
     publish(request.body, done)
@@ -353,9 +352,6 @@ def serve_route(
     """
     head = request.head
     parameters = _parse_query(head.query) if head.query else {}
-    if parameters is None:
-        request.respond(fault_response("parameters"))
-        return
     app_request = Request(
         method=head.method,
         path=head.path,
@@ -413,9 +409,6 @@ def _no_headers(head: RequestHead) -> cors.Headers:
     return ()
 
 
-def _parse_query(query: str) -> dict[str, str] | None:
-    """Return the last value of each parameter; None if there are more than MAX_PARAMETERS."""
-    try:
-        return dict(parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_PARAMETERS))
-    except ValueError:
-        return None
+def _parse_query(query: str) -> dict[str, str]:
+    """Return the last value of each parameter. The parser of the request's head limits their number."""
+    return dict(parse_qsl(query, keep_blank_values=True))

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import msgspec
+from msgspec import Struct
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
@@ -58,19 +60,16 @@ _answer_decoders: dict[type, Callable[[bytes], Any]] = {
 }
 
 
-class _Call:
+class _Call(Struct, gc=False):
     """A request without an answer yet.
 
     unsent: its length in bytes while it waits for a stream, then 0. done: gets its answer or error.
     """
 
-    __slots__ = ("deadline", "done", "request", "unsent")
-
-    def __init__(self, request: EngineRequest[Any], deadline: float, unsent: int, done: DoneCallback) -> None:
-        self.request = request
-        self.deadline = deadline
-        self.unsent = unsent
-        self.done = done
+    request: EngineRequest[Any]
+    deadline: float
+    unsent: int
+    done: DoneCallback
 
 
 class _Arrivals:
@@ -127,15 +126,13 @@ class BrokerEngine:
         generation: int = 0,
     ) -> None:
         """takes_lost_clients: whether `TakeLostClients` will be asked. generation: see `engine.worker_address`."""
-        self._takes_lost_clients = takes_lost_clients
-        self._generation = generation
+        self._hello = broker_messages.Hello(broker_messages.VERSION, "", takes_lost_clients, generation)
         self._ledger = ledger
         self._receiver = receiver
         self._settings = settings
         self._reactor = reactor
         self._on_lost = on_lost
         self._link: Link | None = None
-        self._instance = ""  # of the broker at the other end of the latest stream
         self._had_stream = False
         self._closed = False
         self._calls: dict[int, _Call] = {}  # by number, which is also the order of their deadlines
@@ -175,11 +172,8 @@ class BrokerEngine:
         self._requests = metrics.counter("realtime_engine_requests", "Requests to the engine.")
         self._timeouts = metrics.counter("realtime_engine_timeouts", "Requests to the engine not answered in time.")
         self._lost_links = metrics.counter("realtime_engine_lost_links", "Streams to the engine that ended.")
-        metrics.gauge(
-            "realtime_engine_pending_requests",
-            "Requests to the engine without an answer yet.",
-            lambda: len(self._calls),
-        )
+        help = "Requests to the engine without an answer yet."
+        metrics.gauge("realtime_engine_pending_requests", help, lambda: len(self._calls))
 
     # The stream
 
@@ -221,7 +215,7 @@ class BrokerEngine:
             self._timer = None
 
     def _introduction(self) -> Iterator[broker_messages.BrokerMessage | EngineNotice]:
-        yield broker_messages.Hello(broker_messages.VERSION, self._instance, self._takes_lost_clients, self._generation)
+        yield self._hello
         for channels in _chunks(self._channels, len):
             yield broker_messages.Restore(channels, [], [])
         yield from self._state_of(self._presence.values(), self._clients.values())
@@ -425,7 +419,7 @@ class BrokerEngine:
         self._arrivals[message.batch] = _Arrivals(message)
         self._clients.update((info.client, info) for info in message.clients)
         self._sessions.update(_of(message.sessions, message.clients))
-        self._receiver.on_cut(message.batch, message.sessions.values())
+        self._receiver.on_cut(message.batch)
 
     def claim(self, batch: str, info: ClientInfo, secret: str, presence: list[AddPresence]) -> None:
         """See `Engine.claim`. Without the `Cut`, or after another stream, the broker has to learn of the client."""
@@ -487,7 +481,7 @@ class BrokerEngine:
     def _on_welcome(self, message: broker_messages.Welcome) -> None:
         if message.version != broker_messages.VERSION:
             raise BadFrame(f"the broker speaks version {message.version}, this worker {broker_messages.VERSION}")
-        self._instance = message.instance
+        self._hello = msgspec.structs.replace(self._hello, instance=message.instance)
 
 
 def _identity(info: ClientInfo) -> ClientInfo:

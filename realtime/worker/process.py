@@ -8,6 +8,7 @@ and the application has started; `Worker.drain` moves the clients to other worke
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -211,7 +212,7 @@ class Worker:
         frontend = self._transports.frontend
         frontend.start_draining()
         http_until = self._reactor.seconds() + min(HTTP_DRAIN, timeout * DISCONNECT_SHARE)
-        await self._disconnect_all(min(self._process.settings.shutdown.spread, timeout * DISCONNECT_SHARE))
+        await self._disconnect_all(min(self._spread(), timeout * DISCONNECT_SHARE))
         stop_at = deadline - timeout * STOP_SHARE
         while self._reactor.seconds() < stop_at and (
             admission.connections
@@ -229,6 +230,15 @@ class Worker:
         await self._process.cancel_tasks(TASKS_SHARE * timeout * STOP_SHARE)
         await dispatcher.stop(max(deadline - self._reactor.seconds(), 0.0))
         self._pubsub.engine.close()
+
+    def _spread(self) -> float:
+        """Return over how many seconds to disconnect the clients, without regard to the time of the drain.
+
+        An SDK comes back half a second to a second after its first disconnect, so that it adds half a second of spread.
+        """
+        settings = self._process.settings.shutdown
+        rate = settings.reconnect_rate or math.inf
+        return max(settings.spread, len(self._pubsub.sessions) / rate)
 
     async def _disconnect_all(self, spread: float) -> None:
         """Disconnect every client with 3001, the last one after `spread` seconds, once its commands are answered."""

@@ -95,7 +95,8 @@ _clients = Logger(namespace="realtime.clients")
 class PubSubParts:
     """The channels of one worker. address: of its process, see `SendOrder`. rules: the channel options.
 
-    slices: divides long work into turns of the loop. strangers: divides the work for peers that are not connected as clients: they get less of each turn.
+    slices: divides long work into turns of the loop. strangers: divides the work for peers that are not connected as
+    clients: they get less of each turn.
     """
 
     address: str
@@ -186,7 +187,7 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
         invalidations.on_interruption()
         hub.on_interruption()
 
-    hub = Hub(make_engine, sessions.apply, slices, services)
+    hub = Hub(make_engine, sessions.apply, slices, services, sessions.begin_arrivals)
     engine = hub.engine
     assert isinstance(engine, BrokerEngine)
     invalidations = CacheInvalidations(cache.HOST, engine, address)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -49,8 +49,8 @@ class Worker:
     def on_order(self, order: bytes) -> None:
         self.entries.append(("order", order))
 
-    def on_cut(self, batch: str, sessions: Collection[str]) -> None:
-        self.entries.append(("cut", batch, sorted(sessions)))
+    def on_cut(self, batch: str) -> None:
+        self.entries.append(("cut", batch))
 
     def on_interruption(self) -> None:
         self.entries.append(("interrupted",))

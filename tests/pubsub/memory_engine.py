@@ -86,4 +86,4 @@ class _DirectDelivery:
             peer.on_order(order)
 
     def deliver_cut(self, peer: Receiver, request: Cut, clients: list[ClientInfo]) -> None:
-        peer.on_cut(request.batch, request.sessions.values())
+        peer.on_cut(request.batch)

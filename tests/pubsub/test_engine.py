@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -67,7 +67,7 @@ class Log:
     def on_order(self, order: bytes) -> None:
         self.entries.append(("order", order))
 
-    def on_cut(self, batch: str, sessions: Collection[str]) -> None:
+    def on_cut(self, batch: str) -> None:
         self.entries.append(("cut", batch))
 
     def on_interruption(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
@@ -51,7 +51,7 @@ class Receiver:
     def on_order(self, order: bytes) -> None:
         self.orders.append(msgspec.msgpack.decode(order, type=Order))
 
-    def on_cut(self, batch: str, sessions: Collection[str]) -> None: ...
+    def on_cut(self, batch: str) -> None: ...
 
     def on_interruption(self) -> None: ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -62,7 +62,7 @@ class Hub:
     def on_order(self, order: bytes) -> None:
         self._take(1, order)
 
-    def on_cut(self, batch: str, sessions: Collection[str]) -> None: ...
+    def on_cut(self, batch: str) -> None: ...
 
     def on_interruption(self) -> None:
         raise ValueError("a mistake")
