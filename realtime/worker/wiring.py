@@ -43,8 +43,8 @@ from realtime.process import log
 from realtime.process.child import Child
 from realtime.process.reactor import turn_end_caller
 from realtime.process.transport import DirectServer
-from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol import handover
+from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
 from realtime.protocol.handover import HandedSession

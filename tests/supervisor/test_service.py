@@ -22,7 +22,8 @@ from realtime.config.cores import count_cores
 from realtime.config.settings import HTTPServerSettings, LoopSettings, Settings, ShutdownSettings, WorkersSettings
 from realtime.process import control
 from realtime.process.child import _adopt
-from realtime.supervision.pool import BROKER, TICK, SlotState
+from realtime.supervision.pool import TICK
+from realtime.supervision.slots import BROKER, SlotState
 from realtime.supervision.vitals import ProcessState, Vitals, VitalsPage
 from realtime.supervisor import orphans
 from realtime.supervisor.service import Supervisor
