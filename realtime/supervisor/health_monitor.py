@@ -28,6 +28,8 @@ Listener = Callable[[int, Health], None]
 # Seconds between two full checks while every process is ready and every worker healthy. Quick checks run in between.
 FULL_CHECK_INTERVAL = 0.25
 
+_LEAVING = (SlotState.LEAVING, SlotState.HANDING_OVER)
+
 _log = Logger(observer=log.observer)
 
 
@@ -123,7 +125,7 @@ class HealthMonitor:
             if self._assessed.get(slot.number) is not process:
                 self._assessed[slot.number] = process
                 self._tracker.forget(slot.number)
-            health = self._tracker.assess(slot.number, self._vitals(slot), now, slot.state is SlotState.LEAVING)
+            health = self._tracker.assess(slot.number, self._vitals(slot), now, slot.state in _LEAVING)
             self.health[slot.number] = health
             if before is None or before.condition is not health.condition:
                 changed.append(health)
@@ -141,7 +143,7 @@ class HealthMonitor:
     def _vitals(self, slot: Slot) -> Vitals | None:
         """Read the vital signs of a process that serves or drains."""
         process = self._processes.get(slot.number)
-        return process.vitals if process is not None and slot.state in (SlotState.READY, SlotState.LEAVING) else None
+        return process.vitals if process is not None and slot.state in (SlotState.READY, *_LEAVING) else None
 
     def _notify(self, health: Health) -> None:
         for listener in self.listeners:
