@@ -62,6 +62,8 @@ _MEMORY_PAUSE = 2.0
 _MEMORY_PAUSE_MAX = 300.0
 # Seconds from SIGKILL until a stopping pool gives up on a process (uninterruptible sleep).
 _REAP_TIMEOUT = 2.0
+# Seconds before a worker is to be replaced for its age or memory again, after its successor has failed.
+_RECYCLE_PAUSE = 60.0
 # The label of a replacement by a reload.
 _RELOAD = "reload"
 # States in which a worker has a stream to the broker.
@@ -171,8 +173,8 @@ class Pool:
             self._give_up(process, EX_CONFIG)
         return self._event(generation, PoolEvent.EXITED, now)
 
-    def memory_exceeded(self, number: int, size: int, now: float) -> list[Effect]:
-        """The slot's worker uses `size` bytes of memory, more than it may: replace it.
+    def memory_exceeded(self, number: int, size: int, now: float, key: str = "loop.max_rss") -> list[Effect]:
+        """The slot's worker uses `size` bytes of memory, more than the setting `key` allows: replace it.
 
         Only one worker at a time: without effect unless all slots are ready. Without effect too on a worker that has
         just replaced another one for this reason: the intervals between such replacements grow.
@@ -180,12 +182,12 @@ class Pool:
         slot = self.slots[number]
         pause = min(_MEMORY_PAUSE * 2.0 ** min(slot.bloated - 1, 30), _MEMORY_PAUSE_MAX) if slot.bloated else 0.0
         ready_for = now - slot.since
-        if not self._is_settled or ready_for < pause:
+        if not self._is_settled or ready_for < pause or now < slot.recycle_after:
             return []
         # Past twice the pause its memory was below the limit at the end of the pause, so it has grown slowly.
         slot.bloated = 1 if ready_for >= max(2 * pause, self._settings.restart_reset) else slot.bloated + 1
         self._now = now
-        self._log(f"{slot.name} uses {size / 2**20:.0f} MiB of memory (loop.max_rss); replacing it")
+        self._log(f"{slot.name} uses {size / 2**20:.0f} MiB of memory ({key}); replacing it")
         slot.replacement = "bloated"
         return self._take_effects()
 
@@ -234,6 +236,7 @@ class Pool:
                     self._fire(process, PoolEvent.NO_BEAT)
                 self._connect_to_broker(process)
             self._forgive_deaths(slot)
+        self._replace_old()
         if now >= self._stop_deadline:
             self._fire_all(PoolEvent.KILL)
         self._log_crash_loops()
@@ -419,7 +422,8 @@ class Pool:
         if self.reloading and successor.revision == self.target:
             self._end_reload(failure)
         else:
-            self._log(failure, is_error=True)
+            successor.slot.recycle_after = self._now + _RECYCLE_PAUSE
+            self._log(f"{failure}; trying again in {_RECYCLE_PAUSE:g} s", is_error=True)
 
     def _explain(self, process: SlotProcess, reason: str, explanation: str) -> None:
         """Note why a process ends, unless a reason is known."""
@@ -477,6 +481,19 @@ class Pool:
         self.scaling = False
         self._remove(slot for slot in self.workers if slot.is_new)
         self._effects.append(ScaleEnded(failure))
+
+    def _replace_old(self) -> None:
+        """Replace a worker that has reached its age: `workers.max_age` for the first slot, down to half of it for the
+        last one, so that workers that were started together are not replaced together."""
+        limit, workers = self._settings.max_age, self.workers
+        if not limit or not self._is_settled:
+            return
+        for slot in workers:
+            age = self._now - slot.since
+            if age >= limit * (1 - slot.number / (2 * len(workers))) and self._now >= slot.recycle_after:
+                self._log(f"{slot.name} has served for {age:.0f} s (workers.max_age); replacing it")
+                slot.replacement = "age"
+                return
 
     def _use_revision(self, process: SlotProcess) -> None:
         if process.revision > self.revision:

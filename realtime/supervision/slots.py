@@ -94,7 +94,8 @@ class Slot:
     replacement: why the process is to be replaced, as a
     label for the metrics; "" for no reason. is_new: whether it was added to a running pool and has not been ready
     yet. is_removed: whether the slot is to be empty for good. deaths: deaths in a
-    row. bloated: replacements for too much memory in a row. restarts: number of replaced processes by reason.
+    row. bloated: replacements for too much memory in a row. recycle_after: time before which it is not replaced
+    for its age or memory again, since the latest attempt has failed. restarts: number of replaced processes by reason.
     """
 
     number: int
@@ -106,6 +107,7 @@ class Slot:
     is_removed: bool = False
     deaths: int = 0
     bloated: int = 0
+    recycle_after: float = 0.0
     restarts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:

@@ -70,6 +70,11 @@ class HealthMonitor:
         self._checked_at = 0.0
         self._call: IDelayedCall | None = None
 
+    def configure(self, loop: LoopSettings) -> None:
+        """Use other limits of lag from now on."""
+        self._tracker.configure(loop)
+        self._broker_tracker.configure(loop)
+
     def start(self) -> None:
         """Check now, and keep checking."""
         self._running = True

@@ -95,8 +95,7 @@ class Rescue:
         self._health = health
         self._processes = processes
         self.stopping = False
-        self._active = loop.rescue
-        self._max_lag = loop.lagging or loop.max_lag
+        self.configure(loop)
         self._able_at = reactor.seconds()  # when a worker could last accept connections
         self._routes: dict[int, _RouteToWorker] = {}
         self._held: deque[_RescuedConnection] = deque()  # accepted, but not taken by any worker yet
@@ -110,6 +109,11 @@ class Rescue:
         self._refused = metrics.counter("realtime_rescue_refusals", "Clients that the supervisor refused with a 503.")
         help = "Failures of a worker to take a connection from the supervisor, which then tried another worker."
         self._failed = metrics.counter("realtime_rescue_failures", help)
+
+    def configure(self, loop: LoopSettings) -> None:
+        """Use other limits of lag from now on, or begin or end the rescue."""
+        self._active = loop.rescue
+        self._max_lag = loop.lagging or loop.max_lag
 
     def check(self) -> None:
         """Rescue the connections of all workers that can't accept them."""

@@ -130,6 +130,7 @@ class Supervisor(Service):
         self._port: SharedPort | None = None
         self._operators: OperatorEndpoint | None = None
         self._rescue: Rescue | None = None
+        self._substitutes: Substitutes | None = None
         self._notifier = SystemdNotifier({})
         self._revisions: dict[int, _Revision] = {}
         self._changes = Changes(Trial(reactor, sources), self._reload, lambda: self._settings)
@@ -169,7 +170,7 @@ class Supervisor(Service):
         self._rescue = Rescue(
             self._reactor, self._port, self.monitor.health, self.processes, self._settings.loop, self.metrics
         )
-        substitutes = Substitutes(self._settings.loop, self.monitor.health, self.processes)
+        substitutes = self._substitutes = Substitutes(self._settings.loop, self.monitor.health, self.processes)
         self.monitor.listeners += [self.steering.condition_changed, substitutes.condition_changed]
         self.monitor.after_check += [self.steering.update, substitutes.update, self._rescue.check]
         self.monitor.tasks.add(TICK, self._tick)
@@ -315,7 +316,14 @@ class Supervisor(Service):
             self._revisions.pop(number).close()
         self._settings = settings = self._revisions[effect.revision].settings
         log.limit(settings.log.level)
+        if (broker := self.processes.get(BROKER)) is not None:
+            broker.limit_log(settings.log.level)
         self.pool.configure(settings.workers, settings.loop, settings.shutdown.timeout)
+        self.monitor.configure(settings.loop)
+        self.sampler.configure(settings.loop, settings.app)
+        assert self._rescue is not None and self._substitutes is not None
+        self._rescue.configure(settings.loop)
+        self._substitutes.configure(settings.loop)
 
     def _end_reload(self, effect: effects.ReloadEnded) -> None:
         for number in [number for number in self._revisions if number > self.pool.revision]:
@@ -396,11 +404,13 @@ class Supervisor(Service):
             self._notifier.feed_watchdog(now)
 
     def _check_memory(self, vitals: Mapping[int, Vitals | None], now: float) -> None:
-        limit = self._settings.loop.max_rss
+        settings = self._settings
+        limits = {"loop.max_rss": settings.loop.max_rss, "workers.max_rss": settings.workers.max_rss}
         for slot in self.pool.workers:
             reading = vitals.get(slot.process.generation)
-            if reading is not None and slot.state is SlotState.READY and 0 < limit < reading.rss:
-                self._carry_out(self.pool.memory_exceeded(slot.number, reading.rss, now))
+            for key, limit in limits.items():
+                if reading is not None and slot.state is SlotState.READY and 0 < limit < reading.rss:
+                    self._carry_out(self.pool.memory_exceeded(slot.number, reading.rss, now, key))
 
     def _check_footprint(self, process: ChildProcess) -> None:
         """Log once that a worker without clients already needs more memory than `loop.max_rss` allows."""

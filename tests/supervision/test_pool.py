@@ -483,6 +483,45 @@ def test_a_worker_whose_memory_grows_slowly_is_replaced_when_it_reaches_the_limi
     assert replace_for_memory(world) == pytest.approx(2, abs=0.2)
 
 
+def test_a_replacement_for_memory_that_fails_is_tried_again_after_a_pause() -> None:
+    world = World().up()
+    world.do(world.pool.memory_exceeded(1, 1, world.now, "workers.max_rss"))
+    world.ended(world.successor(1), 1)
+    goes_on = "worker 1 goes on as it is: its successor exited with status 1; trying again in 60 s"
+    assert world.lines() == ["worker 1 uses 0 MiB of memory (workers.max_rss); replacing it", goes_on]
+    world.wait(59)
+    assert world.pool.memory_exceeded(1, 1, world.now) == []
+    world.wait(2)
+    assert slots(SpawnProcess, world.pool.memory_exceeded(1, 1, world.now)) == [1]
+
+
+# Age.
+
+
+def test_old_workers_are_replaced_at_different_times_and_none_is_older_than_the_limit() -> None:
+    world = World(workers=4)
+    world.pool.configure(WorkersSettings(max_age=100.0), LoopSettings(), STOP)
+    world.up()
+    born = dict.fromkeys(range(4), world.now)
+    replaced: list[tuple[int, float]] = []
+    while world.now < 600.0:
+        for number in slots(SpawnProcess, world.tick()):
+            replaced.append((number, world.now))
+            assert world.now - born[number] <= 100.2
+            born[number] = world.now
+            world.hand_over(number)
+    assert {number for number, _ in replaced} == {0, 1, 2, 3}
+    assert [number for number, _ in replaced[:4]] == [3, 2, 1, 0]
+    assert all(later - sooner > 5 for (_, sooner), (_, later) in pairwise(replaced[:4]))
+    assert world.pool.slots[0].restarts.keys() == {"age"}
+    assert "worker 3 has served for 63 s (workers.max_age); replacing it" in world.lines()
+
+
+def test_without_a_limit_no_worker_is_too_old() -> None:
+    world = World().up()
+    assert world.wait(1000) == []
+
+
 # Replacing by reload.
 
 
