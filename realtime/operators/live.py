@@ -77,7 +77,8 @@ Shares = Mapping[Account, float]
 class MetricsSource(Protocol):
     """A process with counters."""
 
-    pid: int
+    @property
+    def pid(self) -> int: ...
 
     def collect(self, names: Collection[str] = ()) -> Deferred[list[Sample]]: ...
 
