@@ -181,14 +181,16 @@ class ChildProcess:
 
     def take_over(self, stream: int) -> Deferred[object]:
         """Send the target's end of a hand-over, see `realtime.worker.handover`. Keep `stream` open until the answer."""
-        answer: Deferred[object] = self._link.callRemote(control.TakeOver, stream=stream)
+        answer: Deferred[object] = self._link.callRemote(control.TakeConnectionsOver, stream=stream)
         return answer
 
     def hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, Any]]:
-        """Send the source's end of a hand-over, see `control.HandOver`; the answer comes at its end, and fails if the
-        process ends before. Keep `stream` open until then."""
+        """Send the source's end of a hand-over, see `control.HandConnectionsOver`. Keep `stream` open until the answer.
+
+        It comes at the end of the hand-over, and fails if the process ends before.
+        """
         answer: Deferred[dict[str, Any]] = self._link.callRemote(
-            control.HandOver, stream=stream, connections=connections, timeout=timeout
+            control.HandConnectionsOver, stream=stream, connections=connections, timeout=timeout
         )
         return answer
 

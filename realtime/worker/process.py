@@ -31,7 +31,8 @@ from realtime.process.heartbeat import LoadGauges
 from realtime.pubsub.engine import ReportSubscriptions
 from realtime.supervision.loop_time import LoopWork
 from realtime.transports.connection import ClientConnection
-from realtime.worker.handover import HandOverSource, HandOverTarget
+from realtime.worker.handover_source import HandOverSource
+from realtime.worker.handover_target import HandOverTarget
 from realtime.worker.listening import ListeningPort, adopt
 from realtime.worker.lost_clients import report_lost_clients
 from realtime.worker.wiring import wire_handlers, wire_handover, wire_protocol, wire_pubsub, wire_transports
@@ -142,7 +143,7 @@ class Worker:
         self._takeovers.append(HandOverTarget(self._handover, stream))
 
     async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
-        """Hand connections over to another process; see `control.HandOver`."""
+        """Hand connections over to another process; see `control.HandConnectionsOver`."""
         if self._is_handing_over:
             return child.hand_nothing_over(stream, "another hand-over is under way")
         self._is_handing_over = True
@@ -158,12 +159,11 @@ class Worker:
 
     def _sessions(self) -> list[Any]:
         """Return all sessions, also those that have not sent their connect command."""
-        sessions: dict[Any, None] = dict.fromkeys(self._pubsub.sessions)
-        for reader in self._reactor.getReaders():
-            connection = getattr(reader, "protocol", None)
-            if isinstance(connection, ClientConnection) and connection.session is not None:
-                sessions[connection.session] = None
-        return list(sessions)
+        connections = (getattr(reader, "protocol", None) for reader in self._reactor.getReaders())
+        sessions = (connection.session for connection in connections if isinstance(connection, ClientConnection))
+        services = self._protocol.services
+        others = {session: None for session in sessions if session is not None and session.services is services}
+        return list(dict.fromkeys(self._pubsub.sessions) | others)
 
     def _adopt_connection(self, fd: int) -> None:
         """Serve a connection that the supervisor has accepted. Raises OSError."""

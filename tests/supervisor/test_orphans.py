@@ -8,7 +8,15 @@ import sys
 # A process that adopts orphans, with an orphan and a child of its own that have exited.
 PARENT = """
 import os, subprocess, sys, time
+from twisted.internet import protocol, reactor
 from realtime.supervisor import orphans
+
+class Process(protocol.ProcessProtocol):
+    def __init__(self, ended):
+        self.ended = ended
+    def processEnded(self, reason):
+        self.ended.append(reason.value.exitCode or 0)
+        reactor.stop()
 
 orphans.adopt_all()
 # It ends after its parent, the shell, which would remove it: as soon as this pipe is closed.
@@ -29,6 +37,14 @@ while not zombie(own.pid):
     time.sleep(0.01)
 assert orphans.reap(lambda: [own.pid]) == 0
 assert own.wait() == 0
+ended = []
+process = Process(ended)
+reactor.spawnProcess(process, "true", ["true"], env={})
+while not zombie(process.transport.pid):
+    time.sleep(0.01)
+assert orphans.reap(lambda: []) == 0
+reactor.run()
+assert ended == [0], ended
 """
 
 

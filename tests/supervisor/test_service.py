@@ -21,7 +21,8 @@ from realtime.config.settings import HTTPServerSettings, LoopSettings, Settings,
 from realtime.process import control
 from realtime.process.child import _adopt
 from realtime.process.zygote import Fork
-from realtime.supervision.pool import BROKER, TICK, SlotState
+from realtime.supervision.pool import TICK
+from realtime.supervision.slots import BROKER, SlotState
 from realtime.supervision.vitals import ProcessState, Vitals, VitalsPage
 from realtime.supervisor import orphans, service
 from realtime.supervisor.service import Supervisor
