@@ -50,7 +50,7 @@ from realtime.operators.summary import Failures, SummarizedProcess, Summary, Sum
 from realtime.operators.viewers import Viewers
 from realtime.process import log, stack_dumps
 from realtime.process.diagnostics import REPORTS
-from realtime.supervision.pool import BROKER
+from realtime.supervision.slots import BROKER
 from realtime.supervisor.listener import CannotListen, explain
 
 # Seconds for a process to send its metrics.

@@ -24,23 +24,29 @@ from __future__ import annotations
 
 import math
 import signal as signals
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
-
-from msgspec import Struct
 
 from realtime.config.settings import LoopSettings, WorkersSettings
-
-BROKER = -1
-EX_CONFIG = 78
+from realtime.supervision.effects import (
+    ConnectToBroker,
+    DrainProcess,
+    DumpProcessStacks,
+    Effect,
+    HaltService,
+    HandOver,
+    LogLine,
+    NotifySystemd,
+    ReloadEnded,
+    SignalProcess,
+    SpawnProcess,
+    UseRevision,
+)
+from realtime.supervision.slots import BROKER, EX_CONFIG, PoolEvent, Slot, SlotProcess, SlotState
 
 # Seconds between two ticks. A tick that is _LATE seconds late or more excuses all processes for the time until then.
 TICK = 0.1
 _LATE = 0.3
-# Deaths in a row that make a crash loop, and seconds between two log lines about it.
-_CRASH_LOOP_DEATHS = 3
+# Seconds between two log lines about a crash loop.
 _CRASH_LOOP_INTERVAL = 60.0
 # Seconds for a process to exit after it announced its exit, or after its control link ended.
 _EXIT_TIMEOUT = 5.0
@@ -56,240 +62,8 @@ _MEMORY_PAUSE_MAX = 300.0
 _REAP_TIMEOUT = 2.0
 # The label of a replacement by a reload.
 _RELOAD = "reload"
-
-
-class SlotState(Enum):
-    """State of a process of a slot. WAITING: for the next start. PREPARING: it starts beside the serving process.
-    HANDING_OVER: it serves its connections until others have taken them. LEAVING: it is expected to exit. GONE: the
-    slot is empty for good, since the pool stops or has shrunk."""
-
-    WAITING = "waiting"
-    STARTING = "starting"
-    PREPARING = "preparing"
-    READY = "ready"
-    HANDING_OVER = "handing over"
-    LEAVING = "leaving"
-    KILLED = "killed"
-    GONE = "gone"
-
-
-class PoolEvent(Enum):
-    """Events of a process. DEADLINE: its deadline has passed. NO_BEAT: its loop has not turned for `loop.stuck`
-    seconds. HANDED_OVER: it has handed over what it can. STOP: exit in order. KILL: exit at once."""
-
-    READY = "ready"
-    START_FAILED = "start failed"
-    BROKER_LINK_LOST = "broker link lost"
-    CONTROL_LINK_LOST = "control link lost"
-    HANDED_OVER = "handed over"
-    EXITED = "exited"
-    DEADLINE = "deadline"
-    NO_BEAT = "no beat"
-    STOP = "stop"
-    KILL = "kill"
-
-
 # States in which a worker has a stream to the broker.
 _LINKED = (SlotState.STARTING, SlotState.PREPARING, SlotState.READY, SlotState.HANDING_OVER)
-
-
-# Effects.
-
-
-class SpawnProcess(Struct, frozen=True):
-    """Start a process of the slot with the settings of a revision. On failure, call `process_exited`."""
-
-    slot: int
-    generation: int
-    revision: int = 0
-
-
-class HandOver(Struct, frozen=True):
-    """Move the connections of a process within `timeout` seconds, to the process that serves its slot now; from a
-    slot that is being removed, to all others. Then call `handed_over`."""
-
-    slot: int
-    generation: int
-    timeout: float
-
-
-class DrainProcess(Struct, frozen=True):
-    """Order the process to finish its work within `timeout` seconds and exit."""
-
-    slot: int
-    generation: int
-    timeout: float
-
-
-class SignalProcess(Struct, frozen=True):
-    """Send the process a signal."""
-
-    slot: int
-    generation: int
-    number: int
-
-
-class DumpProcessStacks(Struct, frozen=True):
-    """Log the stacks of all threads of the process. Its loop is blocked, and the pool kills it in a moment."""
-
-    slot: int
-    generation: int
-
-
-class ConnectToBroker(Struct, frozen=True):
-    """Give the worker and the broker a new stream to each other. On failure, call `broker_link_lost`."""
-
-    slot: int
-    generation: int
-
-
-class UseRevision(Struct, frozen=True):
-    """A process serves with the settings of this revision: they are the ones in force from now on."""
-
-    revision: int
-
-
-class ReloadEnded(Struct, frozen=True):
-    """A reload has ended. failure: why, in one line; "" if every worker has been replaced."""
-
-    failure: str = ""
-
-
-class RemoveSlot(Struct, frozen=True):
-    """The slot is empty, and no longer part of the pool."""
-
-    slot: int
-
-
-class NotifySystemd(Struct, frozen=True):
-    """Notify the service manager of a state: "ready" or "stopping". Each occurs once at most."""
-
-    state: str
-
-
-class LogLine(Struct, frozen=True):
-    """Write a line to the log."""
-
-    line: str
-    is_error: bool = False
-
-
-class HaltService(Struct, frozen=True):
-    """Exit with `status`: no process is left. reason: one line, "" for status 0. The last effect of all."""
-
-    status: int
-    reason: str = ""
-
-
-Effect = (
-    SpawnProcess
-    | HandOver
-    | DrainProcess
-    | SignalProcess
-    | DumpProcessStacks
-    | ConnectToBroker
-    | UseRevision
-    | ReloadEnded
-    | RemoveSlot
-    | NotifySystemd
-    | LogLine
-    | HaltService
-)
-
-
-@dataclass(slots=True, eq=False)
-class SlotProcess:
-    """A process of a slot, or the room for its next one. Only the pool changes it.
-
-    since: when it entered its state. deadline: when DEADLINE occurs, in any state. alive_at: when the process last
-    showed that its loop turns; stalls of the supervisor move it forward. connected: whether the worker has a stream to
-    the broker, or is about to get one. reason: why the process exits, as a label for the metrics; "" while unknown.
-    explanation: the same for the log. failed_with: the exit status that it announced when it could not start.
-    purpose: of a successor, the `replacement` of its slot.
-    """
-
-    slot: Slot
-    generation: int = 0
-    revision: int = 0
-    state: SlotState = SlotState.WAITING
-    since: float = 0.0
-    deadline: float = math.inf
-    alive_at: float = 0.0
-    connected: bool = False
-    reason: str = ""
-    explanation: str = ""
-    failed_with: int = EX_CONFIG
-    purpose: str = ""
-
-    @property
-    def name(self) -> str:
-        """The process's name in the log."""
-        role = {self.slot.successor: "the successor of ", self.slot.predecessor: "the predecessor of "}
-        return role.get(self, "") + self.slot.name
-
-    @property
-    def exists(self) -> bool:
-        """Whether there is a process."""
-        return self.state not in (SlotState.WAITING, SlotState.GONE)
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One place for a process. Only its pool changes it.
-
-    process: the one that serves, or the room for it. successor, predecessor: of a worker that is being replaced.
-    replacement: why the process is to be replaced, as a
-    label for the metrics; "" for no reason. is_removed: whether the slot is to be empty for good. deaths: deaths in a
-    row. bloated: replacements for too much memory in a row. restarts: number of replaced processes by reason.
-    """
-
-    number: int
-    process: SlotProcess = field(init=False)
-    successor: SlotProcess | None = None
-    predecessor: SlotProcess | None = None
-    replacement: str = ""
-    is_removed: bool = False
-    deaths: int = 0
-    bloated: int = 0
-    restarts: Counter[str] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
-        self.process = SlotProcess(self)
-
-    @property
-    def name(self) -> str:
-        """The slot's name in the log."""
-        return "broker" if self.number == BROKER else f"worker {self.number}"
-
-    @property
-    def state(self) -> SlotState:
-        """The state of its process."""
-        return self.process.state
-
-    @property
-    def since(self) -> float:
-        """When its process entered its state."""
-        return self.process.since
-
-    @property
-    def processes(self) -> list[SlotProcess]:
-        """All its processes."""
-        return [process for process in self.places if process.exists]
-
-    @property
-    def places(self) -> list[SlotProcess]:
-        """All its processes, and the room for the next one."""
-        return [place for place in (self.process, self.successor, self.predecessor) if place is not None]
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether its process serves alone."""
-        return self.state is SlotState.READY and self.successor is None and self.predecessor is None
-
-    @property
-    def in_crash_loop(self) -> bool:
-        """Whether the process has died too often in a row."""
-        return self.deaths >= _CRASH_LOOP_DEATHS
 
 
 class Pool:
@@ -507,7 +281,7 @@ class Pool:
 
     def _hand_over(self, process: SlotProcess) -> None:
         self._enter(process, SlotState.HANDING_OVER, self._now + self._stop_timeout)
-        self._effects.append(HandOver(process.slot.number, process.generation, self._stop_timeout))
+        self._effects.append(HandOver(process.slot.number, process.generation, 0.9 * self._stop_timeout))
 
     def _await_failed_exit(self, process: SlotProcess) -> None:
         self._enter(process, SlotState.LEAVING, self._now + _EXIT_TIMEOUT)

@@ -19,7 +19,8 @@ from realtime.supervision.health import (
     HealthTracker,
     broker_beat_interval,
 )
-from realtime.supervision.pool import BROKER, Pool, Slot, SlotState
+from realtime.supervision.pool import Pool
+from realtime.supervision.slots import BROKER, Slot, SlotState
 from realtime.supervision.vitals import Vitals
 
 Listener = Callable[[int, Health], None]

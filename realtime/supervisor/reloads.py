@@ -21,19 +21,21 @@ from realtime.supervisor.trial import Trial, TrialResult
 Tell = Callable[[str], None]
 """Called with a line of progress."""
 
+_STOPPING = "the server is stopping"
+
 _log = Logger(observer=log.observer)
 
 
 class Reloads:
     """Carries out the requests to reload.
 
-    notifier: of the service manager. stopping: set it when the server stops: requests fail from then on.
+    notifier: of the service manager.
     """
 
     def __init__(self, trial: Trial, begin: Callable[[Settings], None], running: Callable[[], Settings]) -> None:
         """begin: replaces the workers; `ended` is called at the end. running: returns the settings in force."""
         self.notifier = SystemdNotifier({})
-        self.stopping = False
+        self._stopping = False
         self._trial = trial
         self._begin = begin
         self._running = running
@@ -44,8 +46,8 @@ class Reloads:
     def request(self, tell: Tell) -> Deferred[str]:
         """Reload now, or after the present reload. See `Supervisor.reload`."""
         ended: Deferred[str] = Deferred()
-        if self.stopping:
-            ended.callback("the server is stopping")
+        if self._stopping:
+            ended.callback(_STOPPING)
         elif self._present:
             self._next.append((tell, ended))
             tell("a reload is under way; another one follows")
@@ -58,6 +60,13 @@ class Reloads:
         for tell, _ in self._present:
             tell(line)
 
+    def stop(self) -> None:
+        """The server stops: all requests fail."""
+        self._stopping = True
+        requests, self._present, self._next = [*self._present, *self._next], [], []
+        for _, ended in requests:
+            ended.callback(_STOPPING)
+
     def _start(self, requests: list[tuple[Tell, Deferred[str]]]) -> None:
         self._present = requests
         self._began_at = time.monotonic()
@@ -65,11 +74,12 @@ class Reloads:
         self._trial.run(self._running().workers.start_timeout).addCallback(self._tried)
 
     def _tried(self, result: TrialResult) -> None:
-        if self.stopping:
-            self.ended("the server is stopping")
-        elif result.settings is None:
+        if self._stopping:
+            return
+        if result.settings is None:
             self.ended("; ".join(result.problems))
         else:
+            self.tell("the configuration and the application are good; replacing the workers, one after the other")
             settings, fixed = keep_fixed(self._running(), result.settings)
             for line in (*fixed, *result.warnings):
                 _log.warn("{line}", line=line)
@@ -78,13 +88,14 @@ class Reloads:
 
     def ended(self, failure: str) -> None:
         """The present reload has ended. failure: why, in one line; "" after success."""
+        if self._stopping:
+            return
         requests, self._present = self._present, []
         if failure:
             _log.error("the reload failed: {failure}", failure=failure)
         else:
             _log.info("reloaded within {seconds:.1f} s", seconds=time.monotonic() - self._began_at)
-        if not self.stopping:
-            self.notifier.ready()
+        self.notifier.ready()
         following, self._next = self._next, []
         if following:
             self._start(following)

@@ -30,11 +30,14 @@ from realtime.config.settings import Settings
 from realtime.config.sources import Sources
 from realtime.metrics import Metrics
 from realtime.process import log
-from realtime.supervision import pool as effects
-from realtime.supervision.pool import BROKER, TICK, Effect, Pool, SlotState
+from realtime.supervision import effects
+from realtime.supervision.effects import Effect
+from realtime.supervision.pool import TICK, Pool
+from realtime.supervision.slots import BROKER, SlotState
 from realtime.supervision.vitals import Vitals
 from realtime.supervisor import orphans
 from realtime.supervisor.child_process import ChildProcess
+from realtime.supervisor.handover import ALL, HandOverResult, hand_over
 from realtime.supervisor.health_monitor import HealthMonitor
 from realtime.supervisor.listener import CannotListen, SharedPort
 from realtime.supervisor.reloads import Reloads
@@ -99,13 +102,16 @@ class Supervisor(Service):
         """worker, broker: modules to run as children, see `realtime.process.child`. leave: called with the exit status
         after the last process has exited; `stopService` works without it. handle_signals: whether to take SIGTERM and
         SIGINT over from Twisted. capture_output: whether to copy the children's output to the log in any case.
-        sources: where `settings` come from, and those of a reload."""
+        sources: where `settings` come from, and those of a reload; None for a server that can't reload."""
         settings = _with_counts(settings)
         self.pool = Pool(settings.workers.count, settings.workers, settings.loop, settings.shutdown.timeout)
         self.processes: dict[int, ChildProcess] = {}
         self.children: dict[int, ChildProcess] = {}
         self.monitor = HealthMonitor(reactor, settings.loop, self.pool, self.processes)
         self.metrics = Metrics()
+        self._moved = self.metrics.counter("realtime_handed_over_connections", "Connections moved to another worker.")
+        help = "Connections of replaced workers that could not move, so that their clients reconnect."
+        self._not_moved = self.metrics.counter("realtime_handover_failures", help)
         self.steering: Steering | None = None
         self.zygote: Zygote | None = None
         self.sampler = StackSampler(reactor, self.monitor, settings.loop, settings.app, self.processes)
@@ -121,7 +127,7 @@ class Supervisor(Service):
         self._rescue: Rescue | None = None
         self._notifier = SystemdNotifier({})
         self._revisions: dict[int, _Revision] = {}
-        self._reloads = Reloads(Trial(reactor, sources or Sources()), self._reload, lambda: self._settings)
+        self._reloads = Reloads(Trial(reactor, sources), self._reload, lambda: self._settings)
         self._capture_output = capture_output
         self._pending: deque[Effect] = deque()
         self._is_carrying_out = False
@@ -393,8 +399,27 @@ class Supervisor(Service):
             self._carry_out(self.pool.process_exited(effect.generation, _EX_OSERR, self._now()))
 
     def _hand_over(self, effect: effects.HandOver) -> None:
-        # Until connections can move, its clients reconnect: the drain that follows asks them to.
-        self._carry_out(self.pool.handed_over(effect.generation, self._now()))
+        """Hand the connections of a process over to the one that serves its slot now."""
+        source = self.children[effect.generation]
+        target = self.children.get(self.pool.slots[effect.slot].process.generation)
+        if target is None:  # it has just died; the clients of the source reconnect
+            self._carry_out(self.pool.handed_over(effect.generation, self._now()))
+            return
+        began = self._now()
+
+        def ended(result: HandOverResult) -> None:
+            self._moved.value += result.moved
+            self._not_moved.value += result.closed + result.left
+            seconds = self._now() - began
+            line = f"worker {effect.slot} has handed over {result.moved} connections within {seconds:.1f} s"
+            if result.closed or result.left:
+                line += f"; {result.closed + result.left} could not move, and their clients reconnect"
+            if result.reason:
+                line += f" ({result.reason})"
+            self._write_log(effects.LogLine(line))
+            self._carry_out(self.pool.handed_over(effect.generation, self._now()))
+
+        hand_over(source, target, ALL, effect.timeout).addCallback(ended)
 
     def _drain(self, effect: effects.DrainProcess) -> None:
         self.children[effect.generation].drain(effect.timeout)
@@ -438,6 +463,7 @@ class Supervisor(Service):
             self._notifier.ready()
         else:
             self._notifier.stopping()
+            self._reloads.stop()
             if self._rescue is not None:
                 self._rescue.stopping = True
 

@@ -21,7 +21,7 @@ from realtime.config.settings import AppSettings, LoopSettings
 from realtime.process import log, stack_dumps
 from realtime.supervision import stacks
 from realtime.supervision.incidents import IncidentLog, LoopInvestigation, StackRequest
-from realtime.supervision.pool import BROKER
+from realtime.supervision.slots import BROKER
 from realtime.supervision.stacks import CodeOrigin
 from realtime.supervisor.child_process import ChildProcess
 from realtime.supervisor.health_monitor import HealthMonitor

@@ -13,10 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from realtime.config.settings import LoopSettings, WorkersSettings
-from realtime.supervision.pool import (
-    BROKER,
-    TICK,
-    TRANSITIONS,
+from realtime.supervision.effects import (
     ConnectToBroker,
     DrainProcess,
     DumpProcessStacks,
@@ -25,14 +22,13 @@ from realtime.supervision.pool import (
     HandOver,
     LogLine,
     NotifySystemd,
-    Pool,
-    PoolEvent,
     ReloadEnded,
     SignalProcess,
-    SlotState,
     SpawnProcess,
     UseRevision,
 )
+from realtime.supervision.pool import TICK, TRANSITIONS, Pool
+from realtime.supervision.slots import BROKER, PoolEvent, SlotState
 
 WORKERS = WorkersSettings(restart_delay=0.1, restart_delay_max=3.0, restart_reset=60.0, start_timeout=30.0)
 STOP = 20.0
