@@ -51,17 +51,18 @@ FUNCTIONS: dict[str, dict[str, str]] = {
 # The attributes likewise.
 ATTRIBUTES: dict[str, str] = {
     "twisted.internet.asyncioreactor.AsyncioSelectorReactor": "_asyncioEventloop _readers _writers",
-    "twisted.internet.tcp.Server": "_tempDataLen _writeDisconnecting",
+    "twisted.internet.tcp.Server": "_tempDataBuffer _tempDataLen _writeDisconnecting",
     "twisted.internet.tcp.Port": "_preexistingSocket _logger",
     "asyncio.base_events.BaseEventLoop": "_ready _scheduled _stopping",
     "socket.socket": "_accept",
     "asyncio.Future": "_asyncio_future_blocking",
     "asyncio.tasks": "_current_tasks",
     "autobahn.websocket.protocol.WebSocketServerProtocol": """
-    STATE_CLOSING STATE_OPEN _closeConnection _isMessageCompressed _perMessageCompress _transport_details applyMask
-    autoFragmentSize autoPingPending autoPingPendingCall
+    STATE_CLOSED STATE_CLOSING STATE_OPEN _closeConnection _isMessageCompressed _perMessageCompress _transport_details
+    applyMask autoFragmentSize autoPingPending autoPingPendingCall
     autoPingPendingSent autoPingPendingSeq autoPingRestartOnAnyTraffic autoPingTimeoutCall closeHandshakeTimeout
-    closeHandshakeTimeoutCall closedByMe current_frame current_frame_masker data droppedByMe echoCloseCodeReason
+    closeHandshakeTimeoutCall closedByMe control_frame_data current_frame current_frame_masker data droppedByMe
+    echoCloseCodeReason
     failByDrop failedByMe inside_message is_closed localCloseCode localCloseReason log logFrames logOctets
     maskServerFrames maxFramePayloadSize maxMessagePayloadSize message_data_total_length openHandshakeTimeoutCall
     remoteCloseCode remoteCloseReason requireMaskedClientFrames send_queue send_state state trackedTimings trafficStats

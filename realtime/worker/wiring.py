@@ -123,7 +123,8 @@ class ProtocolParts:
     """The client protocol and the server API of one worker.
 
     node: the id of this node. open_session: makes the session of a connection from the connection and its opening
-    request. restore_session: makes one that comes from another process, see `handover.restore`. deadlines: of sessions and connections; swept by the worker.
+    request. restore_session: makes one that comes from another process, see `handover.restore`. deadlines: of sessions
+    and connections; swept by the worker.
     """
 
     node: str
@@ -356,6 +357,7 @@ def wire_handover(
         services=protocol.services,
         restore=protocol.restore_session,
         endpoints=transports.hand_over_endpoints,
+        frontend=transports.frontend,
         transport=transports.transport,
         emulation=transports.emulation,
         admission=transports.admission,
