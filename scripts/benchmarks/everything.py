@@ -37,7 +37,7 @@ CHECKOUT = HERE.parent.parent
 
 
 class Scene(NamedTuple):
-    """A benchmark with text output. measure: runs it, and returns verdicts or an exit status. quick: short arguments."""
+    """A benchmark with text output. measure: runs it; returns verdicts or an exit status. quick: short arguments."""
 
     title: str
     module: ModuleType
