@@ -394,16 +394,20 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     log.count_internal_errors(child.metrics)
     loop.set_exception_handler(log.log_loop_error)
     _adopt(asyncio_reactor, options.link, child.control)
-    _release_in_forks(child, loop, selector, (options.vitals, *options.stacks))
+    kill_forks = _release_in_forks(child, loop, selector, (options.vitals, *options.stacks))
     asyncio_reactor.callWhenRunning(child.begin, make_service)
     asyncio_reactor.run()
+    kill_forks()
     return child.status
 
 
 def _release_in_forks(
     child: Child, loop: asyncio.AbstractEventLoop, selector: MeasuredSelector, descriptors: Sequence[int]
-) -> None:
-    """Have processes that the application forks release the server's part. descriptors: those without an event."""
+) -> Callable[[], None]:
+    """Have processes that the application forks release the server's part. Returns a function that kills them.
+
+    descriptors: those without an event.
+    """
 
     def forget() -> None:
         # No thread of the fork is the loop's, so calls of the App go through `call_soon_threadsafe` in each.
@@ -412,7 +416,9 @@ def _release_in_forks(
         output.forget_threads()
         child.end_gc_tuning_in_fork()
 
-    forks.release_in_forks(lambda: [*selector.descriptors(), *descriptors], {_port(fd) for fd in child.listen}, forget)
+    return forks.release_in_forks(
+        lambda: [*selector.descriptors(), *descriptors], {_port(fd) for fd in child.listen}, forget
+    )
 
 
 def _refuse_in_fork(*_: object, **__: object) -> NoReturn:
