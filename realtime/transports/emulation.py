@@ -68,12 +68,13 @@ _decode = msgspec.json.Decoder(_JSONRequest).decode
 class EmulationLimits:
     """The settings of `[emulation]` and their counter. command_size: largest size of one command, in bytes."""
 
-    __slots__ = ("command_size", "held_bytes", "hold_time", "overtaken")
+    __slots__ = ("command_size", "held_bytes", "hold_time", "overtaken", "queued_bytes")
 
     def __init__(self, emulation: EmulationSettings, command_size: int, metrics: Metrics) -> None:
         self.command_size = command_size
         self.hold_time = emulation.hold_time
         self.held_bytes = emulation.max_held_bytes
+        self.queued_bytes = emulation.max_queued_bytes
         self.overtaken = metrics.counter(
             "realtime_emulation_overtaken", "Requests with commands that were handled before earlier commands came."
         )
@@ -253,8 +254,11 @@ class Emulation:
             session.receive(order.data)
             return
         for expected in self._expected.values():
-            if order.secret in expected:
-                expected[order.secret].append(order.data)
+            messages = expected.get(order.secret)
+            if messages is not None:
+                # With more than it may queue, the session ends when it arrives.
+                if sum(map(len, messages)) + _SURCHARGE * len(messages) <= self._limits.queued_bytes:
+                    messages.append(order.data)
                 return
         self._client_log.refuse("emulation_session")
 
