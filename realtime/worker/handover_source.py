@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+from msgspec import Raw
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
@@ -38,11 +39,12 @@ from realtime.worker.handover import (
     Sent,
     Taken,
     decode_at_source,
+    effort_for,
     encode,
 )
 
 BATCH = 64
-"""Connections that move together."""
+"""The most connections that move together, or the effort for them (`effort_for`)."""
 
 ANSWER_TIMEOUT = 5.0
 """Seconds for the target to answer, also while its loop is blocked."""
@@ -191,8 +193,9 @@ class HandOverSource:
         for session in [session for session in self._suspended if not _is_alive(session)]:
             del self._suspended[session]
         batch: list[Session] = []
+        effort = 0.0
         for _ in range(len(self._ready)):
-            if len(batch) == number:
+            if len(batch) == number or effort >= BATCH:
                 break
             session = self._ready.popleft()
             if session not in self._suspended:
@@ -200,6 +203,7 @@ class HandOverSource:
             connection: Any = session.connection
             if connection.is_movable:
                 batch.append(session)
+                effort += effort_for(len(session.subscriptions))
             elif self._suspended[session] < _PATIENCE:
                 self._suspended[session] += 1
                 self._ready.append(session)
@@ -256,25 +260,23 @@ class HandOverSource:
         """Export the sessions of a batch that was cut, send them, and wait for the answers."""
         shipments: deque[_Shipment] = deque()
         exported: list[tuple[int, MovedConnection]] = []
-        size = 0
-
-        def dispatch() -> None:
-            nonlocal size
-            if exported:
-                self._dispatch(Moved(batch, [moved for _, moved in exported]), list(exported), shipments)
-                exported.clear()
-                size = 0
-
-        for number, session in enumerate(sessions, 1):
+        packed: list[Any] = []
+        effort, size = 0.0, 0
+        for session in sessions:
+            effort += effort_for(len(session.subscriptions))
             moved = self._export(session)
             if moved is not None:
                 exported.append(moved)
-                size += len(moved[1].connection.output.data) + len(bytes(moved[1].connection.state))
+                packed.append(Raw(encode(moved[1])))
+                size += len(packed[-1])
             if size > _MESSAGE_BYTES:
-                dispatch()
-            if number % AT_ONCE == 0:
+                self._dispatch(Moved(batch, packed), exported, shipments)
+                exported, packed, size = [], [], 0
+            if effort >= AT_ONCE:
+                effort = 0.0
                 await self._sleep(0)
-        dispatch()
+        if exported:
+            self._dispatch(Moved(batch, packed), exported, shipments)
         await self._await_answers(shipments)
 
     async def _await_answers(self, shipments: deque[_Shipment]) -> None:
