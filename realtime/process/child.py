@@ -314,6 +314,11 @@ class Control(control.Peer):
     def _hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, object]]:
         return Deferred.fromCoroutine(self._child.service.hand_over(stream, connections, timeout))
 
+    @control.LimitLog.responder
+    def _limit_log(self, level: str) -> dict[str, object]:
+        log.limit(level)
+        return {}
+
     @control.Collect.responder
     def _collect(self, names: list[str]) -> dict[str, object]:
         return {"metrics": metrics.dump(self._child.metrics.snapshot(names))}
