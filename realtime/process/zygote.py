@@ -84,8 +84,9 @@ _decode_fork = msgspec.msgpack.Decoder(Fork).decode
 def main(argv: Sequence[str]) -> int:
     """Fork children until the supervisor closes the link. Returns in the zygote and in each child: the exit status."""
     options = _arguments().parse_args(argv)
-    for number in (signal.SIGINT, signal.SIGHUP, stack_dumps.STACK, stack_dumps.STACK_IN_C):
-        signal.signal(number, signal.SIG_IGN)  # Ctrl-C is the supervisor's; a new child can't write its stack yet
+    # Ctrl-C is the supervisor's; a new child can't write its stack yet; and no stranger's signal ends a process.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, stack_dumps.STACK, stack_dumps.STACK_IN_C):
+        signal.signal(number, signal.SIG_IGN)
     modules = {name: importlib.import_module(name) for name in options.modules}
     _set_name("zygote")
     gc.collect()

@@ -266,13 +266,14 @@ async def test_it_reaps_orphans_but_not_its_processes(monkeypatch: pytest.Monkey
 
 
 async def test_late_events_of_a_dead_process_do_not_affect_its_successor(running: Running) -> None:
-    old, process = running.process(0), running.supervisor.processes[0]
+    old = running.process(0)
+    (late,) = (process for process in running.supervisor.children.values() if process.slot == 0)
     old.exit(-signal.SIGKILL)
     while running.process(0) is old:
         running.tick()
-    running.supervisor.process_ready(process)
-    running.supervisor.control_link_lost(process)
-    running.supervisor.process_exited(process, 0)
+    running.supervisor.process_ready(late)
+    running.supervisor.control_link_lost(late)
+    running.supervisor.process_exited(late, 0)
     assert running.supervisor.pool.slots[0].state is SlotState.STARTING
 
 
