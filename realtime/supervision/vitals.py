@@ -12,6 +12,7 @@ Both ends run on one machine, so the byte order is native. Each part has its own
     256  busy_since, at every turn of the loop: one aligned machine word, which can't be torn.
     264  the latest long turn, after it has ended: its beginning and its end. The beginning is 0 during the write.
     280  the latest idle beat, of a loop that idles and has nothing new to report: one word.
+    288  when the latest relief began (`realtime.process.relief`): one word.
     320  substitute, the only part that the supervisor writes: one word.
     384  the latest call of a handler: a serial number, two names, its turn, the calls of the handler in this turn with
          the time of those before, the serial number again; then whether it still runs. Written upwards and read
@@ -38,6 +39,7 @@ _WORD = 8
 _BUSY_SINCE = 256 // _WORD
 _BLOCK_SINCE, _BLOCK_UNTIL = _BUSY_SINCE + 1, _BUSY_SINCE + 2
 _IDLE_BEAT = _BUSY_SINCE + 3
+_RELIEF_SINCE = _BUSY_SINCE + 4
 _BEAT, _LAG = 1, 2  # the first two words of the body
 _SUBSTITUTE = 320 // _WORD
 _NAME_BYTES = 64
@@ -194,6 +196,19 @@ class VitalsPage:
         self._serial = serial = self._serial + 1
         _MARK.pack_into(self._memory, _MARK_AT, serial, handler, subject, turn, calls, spent, serial, 1)
 
+    @property
+    def calls(self) -> int:
+        """The number of steps of handlers that this process has marked."""
+        return self._serial
+
+    def busy_since(self) -> int:
+        """Return when the loop began its turn, 0 while it idles."""
+        return self._words[_BUSY_SINCE]
+
+    def note_relief(self, since: int) -> None:
+        """Publish that a relief has begun. In the relief thread."""
+        self._words[_RELIEF_SINCE] = since
+
     def unmark(self) -> None:
         """Note that no handler runs."""
         self._words[_MARK_RUNS] = 0
@@ -203,6 +218,10 @@ class VitalsPage:
         return self._words[_SUBSTITUTE] != 0
 
     # The supervisor's side.
+
+    def relief_since(self) -> int:
+        """Return when the latest relief began, 0 before the first."""
+        return self._words[_RELIEF_SINCE]
 
     def read(self) -> Vitals | None:
         """Return the latest reading; None before the first, when every try was torn, and for impossible values."""

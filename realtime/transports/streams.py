@@ -94,7 +94,8 @@ class StreamConnection(ClientConnection, Protocol):
     _last_chunk = LAST_CHUNK  # b"" for HTTP/1.0
     _is_closing = False
     _is_paused = False  # by the session
-    _queued_messages: deque[bytes] | None = None  # received while the session was paused, or the stream congested
+    _is_receiving = False  # a message is being handled, which code of the application may block
+    _queued_messages: deque[bytes] | None = None  # received meanwhile, while the session was paused, or congested
     _queued_bytes = 0
 
     def __init__(self, context: StreamContext, kind: StreamKind, head: RequestHead, max_body_size: int) -> None:
@@ -132,20 +133,25 @@ class StreamConnection(ClientConnection, Protocol):
         self._receive_queued()
 
     def _receive_queued(self) -> None:
-        while self._queued_messages and not self._is_paused:
+        while self._queued_messages and not (self._is_paused or self._is_receiving):
             if self.is_congested:
                 self.when_drained(self._receive_queued)
                 return
             message = self._queued_messages.popleft()
             self._count_queued(-len(message) - _MESSAGE_SURCHARGE)
+            self._is_receiving = True
             self._receive(message)
+            self._is_receiving = False
 
     # Incoming messages
 
     def emulate(self, message: bytes) -> None:
         """Handle a message that the client sent on another connection."""
-        if not (self._is_paused or self.is_congested or self._queued_messages):
+        if not (self._is_paused or self.is_congested or self._queued_messages or self._is_receiving):
+            self._is_receiving = True
             self._receive(message)
+            self._is_receiving = False
+            self._receive_queued()
             return
         if self._queued_messages is None:
             self._queued_messages = deque()
