@@ -68,6 +68,9 @@ _HTTP = {
         "refused a WebSocket handshake at {path}, where no transport is: compare the client's URL with"
         " websocket.handler_prefix"
     ),
+    "method": _bad(
+        "answered a {method} request for {path} with 405: the path takes other methods, which the response lists"
+    ),
     "not_found": _detail("answered a request for {path} with 404"),
     "transport_disabled": _bad(
         "refused a client at {path}, the path of a transport that is off: set `enabled` in its section, or remove"
@@ -88,7 +91,7 @@ _HTTP = {
     ),
     "body_syntax": _bad("refused a request to {path} whose body is malformed"),
     "body_encoding": _bad("refused a request to {path} with a compressed body, which the server does not read"),
-    "parameters": _bad("refused a request to {path} with too many query parameters"),
+    "parameters": _bad("refused a request with more query parameters than http_server.max_query_parameters"),
     "api_key": _bad("refused a call of the API at {path} without the right key: compare it with http_api.key"),
     "connection_limit": _bad(
         "refused a connection: the server has as many as client.connection_limit, or the limit of open files"
@@ -224,6 +227,17 @@ _DISCONNECTS = {
     "handler_disconnect": Kind("the application's handler disconnected a client with {code} {reason}"),
     "ordered": Kind("disconnected a client with {code} {reason} by order of the application or the server API"),
     "refused": _detail("disconnected a client with {code} {reason}; the line before has the cause"),
+    "2000": Kind(
+        "ended the subscription of a client to {channel} with 2000 by order of the application or the server API"
+    ),
+    "2500": Kind(
+        "ended the subscription of a client to {channel} with 2500: it may have missed publications; it subscribes"
+        " again, and recovers if it can"
+    ),
+    "2501": Kind(
+        "ended the subscription of a client to {channel} with 2501: it was not refreshed within"
+        " client.expired_sub_close_delay"
+    ),
     "3000": _detail("disconnected a client with 3000 {reason}"),
     "3001": _detail("disconnected a client with 3001 shutdown: this worker ends, and the client goes to another one"),
     "3004": Kind("disconnected a client with 3004 internal server error; its cause has a line of its own"),

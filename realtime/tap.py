@@ -25,8 +25,9 @@ from twisted.python import usage
 from realtime._version import __version__
 from realtime.cli import application, environment
 from realtime.config import warnings
+from realtime.config.schema import PREFIX
 from realtime.config.settings import Settings
-from realtime.config.sources import read
+from realtime.config.sources import Sources, read
 from realtime.errors import SettingsError
 from realtime.operators.port import OperatorPort
 from realtime.process import log, output
@@ -71,23 +72,37 @@ class Options(usage.Options):
 
 
 def makeService(options: Mapping[str, Any]) -> IService:
-    """Make the supervisor for these options. With mistakes in them it prints all of them and raises SystemExit(78)."""
+    """Make the supervisor for these options. With mistakes in them it prints all of them and raises SystemExit(78).
+
+    An exception at the import of the application is no such mistake: as in the foreground, the workers try again.
+    """
     given = {key: options[name] for name, key in _KEYS.items() if options[name] is not None}
-    problems = environment.find_problems()
+    problems, passing = environment.find_problems(), []
     try:
         settings = read(options["config"], given, os.environ)
         if _becomes_daemon(options):  # its log is the only place for a later failure, and twistd has returned 0 by then
-            problems += application.find_problems(settings)
+            found = application.find_problems(settings)
+            problems += [problem.line for problem in found if not problem.may_pass]
+            passing = [f"{problem.line}; the workers will try again" for problem in found if problem.may_pass]
     except SettingsError as error:
         problems += error.problems
     if problems:
         print(*problems, sep="\n", file=sys.stderr)
         raise SystemExit(os.EX_CONFIG)
     _allow_descriptors()
+    insecure_keys = warnings.insecure_keys(settings)
+    if environment.stays_root(_drops_root(options)):
+        insecure_keys.append("root")
     service = make_service(
-        settings, insecure_keys=warnings.insecure_keys(settings), capture_output=_has_another_log(options)
+        settings,
+        insecure_keys=insecure_keys,
+        capture_output=_has_another_log(options),
+        sources=_sources(options["config"], given),
     )
+    if passing:
+        print(*passing, sep="\n", file=sys.stderr)
     for line in [
+        *passing,
         *warnings.find_warnings(settings, os.environ),
         *environment.find_warnings(os.environ),
         *environment.find_exposure(options["config"], settings, _drops_root(options)),
@@ -102,14 +117,16 @@ def make_service(
     broker: str = BROKER_MODULE,
     insecure_keys: Iterable[str] = (),
     capture_output: bool = False,
+    sources: Sources | None = None,
 ) -> Supervisor:
     """Compose the service that `twistd realtime` runs.
 
     The service stops the reactor after its last process has exited, and sets twistd's exit status: 0 after an orderly
     stop, 1 when a port can't be opened, 78 when the application can't be started.
 
-    worker, broker: modules to run as children. insecure_keys: keys of insecure settings, for the metrics.
-    capture_output: copy the children's output to our log, because that is not our standard output.
+    worker, broker: modules to run as children. insecure_keys: keys of insecure settings, and `root`, for the metrics.
+    capture_output: copy the children's output to our log, because that is not our standard output. sources: of the
+    settings, for reloads.
     """
     from twisted.internet import reactor
 
@@ -124,11 +141,18 @@ def make_service(
         leave=lambda status: _leave(reactor, status),
         handle_signals=True,
         capture_output=capture_output,
+        sources=sources,
     )
     supervisor.metrics.sources.append(output.samples)
     for key in insecure_keys:
         supervisor.metrics.gauge("realtime_insecure_settings", "Insecure settings in use.", lambda: 1.0, key=key)
     return supervisor
+
+
+def _sources(config: str | None, arguments: dict[str, str]) -> Sources:
+    # A daemon changes its working directory, so the path must be absolute.
+    environ = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
+    return Sources(config and os.path.abspath(config), arguments, environ)
 
 
 def _drops_root(options: Mapping[str, Any]) -> bool:

@@ -37,9 +37,11 @@ from realtime.pubsub.engine import (
     PRESENCE_PAGE,
     AddClient,
     AddPresence,
+    GetHistory,
     GetPresence,
     GetPresenceStats,
     GetStats,
+    Publish,
     SendOrder,
     Subscribe,
     new_listing,
@@ -47,7 +49,7 @@ from realtime.pubsub.engine import (
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.server_api.http_api import HTTPAPI
 from realtime.transports.emulation import Emulation, EmulationLimits
-from realtime.types import ClientInfo
+from realtime.types import ClientInfo, HistoryOptions
 from realtime.worker.surveys import Surveys
 from tests.protocol.sessions import run
 from tests.protocol.test_step_costs import BOUND, MESSAGE, SLICE, Turn, shortest
@@ -250,6 +252,10 @@ CALLS = {
     "channels": ("broadcast", filled(b'{"data":1,"channels":[', b'"a%20long%20name"', b"]}")),
     "whitelist": ("disconnect", filled(b'{"user":"1","whitelist":[', b"null", b"]}")),
     "commands": ("batch", filled(b'{"commands":[', b'{"publish":{"x":0}}', b"]}")),
+    "empty commands": ("batch", filled(b'{"commands":[', b"{}", b"]}")),
+    "numbers as commands": ("batch", filled(b'{"commands":[', b"1", b"]}")),
+    "short channels": ("broadcast", filled(b'{"data":1,"channels":[', b'"a"', b"]}")),
+    "tags": ("publish", b'{"data":1,"tags":{%b}}' % b",".join(b'"%x":""' % number for number in range(95_000))),
     "lines": ("", b'{"method":"info"}\n' * 2 + b"\n" * (BODY - 40)),
     "calls": ("", b'{"method":"nothing"}\n' * (BODY // 21)),
 }
@@ -269,6 +275,36 @@ def test_calls_of_the_http_api(name: str) -> None:
         steps.step(run, call, lambda result, error: done.append(error or result))
         steps.run()
         assert done
+        return steps.longest
+
+    assert shortest(measure) < BOUND
+
+
+def test_the_history_of_a_very_long_stream() -> None:
+    core: BrokerCore[str] = BrokerCore(Unheard(), 1000)
+    core.attach("peer")
+    options = HistoryOptions(100_000, 300.0, 300.0)
+    for each in range(50_000):
+        core.carry_out("peer", 0.0, Publish("chat:a", b"%d" % each, options))
+    decode = broker_messages.answer_decoder(GetHistory)
+
+    def measure() -> float:
+        steps = Steps()
+
+        class Engine:
+            async def ask(self, request: GetHistory) -> Any:
+                frame = steps.step(lambda: broker_messages.pack(core.carry_out("peer", 0.0, request), 1))
+                await steps.slices.yield_to_loop()
+                return steps.step(decode, frame[12:])
+
+        bench = Bench()
+        bench.operations._engine = Engine()  # type: ignore[assignment]
+        done: list[Any] = []
+        call = HTTPAPI(bench.operations, slices=steps.slices).call("history", b'{"channel":"chat:a","limit":-1}')
+        steps.step(run, call, lambda result, error: done.append(error or result))
+        steps.run()
+        assert len(done[0].publications) == 50_000
+        steps.step(msgspec.json.encode, done[0])
         return steps.longest
 
     assert shortest(measure) < BOUND

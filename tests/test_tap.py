@@ -10,7 +10,7 @@ import pytest
 from twisted.application.service import IServiceMaker
 from twisted.logger import LogLevel, capturedLogs
 from twisted.plugin import getPlugins
-from twisted.python.usage import UsageError
+from twisted.python.usage import Options, UsageError
 
 from realtime import tap
 from realtime.cli import environment
@@ -87,6 +87,24 @@ def test_with_mistakes_all_are_printed_and_no_supervisor_is_made(
     assert made == []
 
 
+def test_a_daemon_starts_although_the_import_of_its_application_raises(
+    made: list[Settings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in the foreground: a database may come up a little later."""
+    (tmp_path / "chat.py").write_text("raise OSError('no database')")
+    (tmp_path / "realtime.toml").write_text('[app]\nmodule = "chat:app"')
+    twistd = Options()
+    options = tap.Options()
+    options.parent = twistd
+    options.parseOptions(["--config", str(tmp_path / "realtime.toml")])
+    with capturedLogs() as logged:
+        tap.makeService(options)
+    assert len(made) == 1
+    expected = "chat.py:1: OSError: no database; the workers will try again"
+    assert expected in capsys.readouterr().err
+    assert any(expected in event["line"] for event in logged)
+
+
 def test_warnings_are_logged_and_the_server_starts(made: list[Settings], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALTIME_CLIENT_INSECURE", "true")
     monkeypatch.setenv("REALTIME_{BRACES}", "1")
@@ -114,8 +132,9 @@ def test_the_plugin_names_these_options_and_this_service() -> None:
 def test_each_insecure_setting_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALTIME_CLIENT_INSECURE", "true")
     monkeypatch.setenv("REALTIME_CLIENT_TOKEN_HMAC_SECRET_KEY", "secret")
+    monkeypatch.setattr("os.geteuid", lambda: 0)
     options = tap.Options()
     options.parseOptions([])
     metrics = tap.makeService(options).metrics  # type: ignore[attr-defined]
     found = [sample.labels for sample in metrics.snapshot() if sample.name == "realtime_insecure_settings"]
-    assert found == [[("key", "client.insecure")], [("key", "client.token.hmac_secret_key")]]
+    assert found == [[("key", key)] for key in ("client.insecure", "client.token.hmac_secret_key", "root")]

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -28,7 +28,7 @@ from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
-from realtime.pubsub.engine import MESSAGES_DROPPED, Publish, ReportSubscriptions
+from realtime.pubsub.engine import MESSAGES_DROPPED, Cut, Publish, ReportSubscriptions, worker_address
 from realtime.pubsub.history import make_epoch
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.supervision.health import broker_beat_interval
@@ -85,8 +85,8 @@ class Broker:
         self._settings = settings
         self._reactor = reactor
         self.now: Callable[[], float] = reactor.seconds
-        self._peers: dict[int, _WorkerPeer] = {}  # by slot
-        self._leaving: dict[int, Iterator[None]] = {}  # by slot, the clients of the last stream that ended
+        self._peers: dict[Link, _WorkerPeer] = {}
+        self._leaving: dict[str, Iterator[None]] = {}  # by address, the clients of the last stream that ended
         self._slices = TimeSlicer(reactor.seconds, SLICE, self._call_next_turn)
         self._links_account = self._ledger.open(LoopWork.ENGINE)
         self._all_left: Deferred[None] | None = None  # while draining
@@ -111,15 +111,23 @@ class Broker:
             await self._all_left
 
     def attach(self, slot: int, fd: int) -> None:
-        """Connect to the worker of this slot over `fd`, and own it from now on. Any earlier stream of the slot ends."""
-        previous = self._peers.pop(slot, None)
-        if previous is not None:
-            previous.replace()
-        # The same clients may come back over the new stream: the leaves come first.
-        for _ in self._leaving.pop(slot, ()):
-            pass
-        self._peers[slot] = peer = _WorkerPeer(self, str(slot), self._make_link)
+        """Connect to a worker of this slot over `fd`, and own it from now on."""
+        peer = _WorkerPeer(self, slot, self._make_link)
+        self._peers[peer.link] = peer
         adopt(self._reactor, fd, peer.link)
+
+    def replace(self, slot: int, address: str) -> None:
+        """End the earlier streams of a worker that has introduced itself over a new one, and of dead ones of its slot.
+
+        Its request for the clients of the dead must not come before their end is noticed.
+        """
+        for link, peer in list(self._peers.items()):
+            if peer.address == address or (peer.slot == slot and peer.address and link.is_hung_up):
+                del self._peers[link]
+                peer.replace()
+        # The same clients may come back over the new stream: the leaves come first.
+        for _ in self._leaving.pop(address, ()):
+            pass
 
     def restore(self) -> None:
         """Handle the first worker of an earlier broker: hold all requests until every worker has restored its state.
@@ -132,10 +140,15 @@ class Broker:
 
     def note_restored(self) -> None:
         """Carry out the held requests, if every worker has restored its state."""
-        if self.is_restoring and sum(peer.has_restored for peer in self._peers.values()) >= self._workers:
+        if self.is_restoring and len(self._restored_slots()) >= self._workers:
             assert self._restore_timer is not None
             self._restore_timer.cancel()
             self._release()
+
+    def _restored_slots(self) -> set[int]:
+        """Return the slots all of whose workers have restored their state: two during a hand-over."""
+        peers = self._peers.values()
+        return {peer.slot for peer in peers} - {peer.slot for peer in peers if not peer.has_restored}
 
     def _stop_waiting(self) -> None:
         """Carry out the held requests, as a worker takes too long. Publications without history may be lost to it."""
@@ -143,7 +156,7 @@ class Broker:
         _log.warn(
             "{present} of {workers} workers have restored their subscriptions within {seconds} s;"
             " publications without history do not reach the others",
-            present=sum(peer.has_restored for peer in self._peers.values()),
+            present=len(self._restored_slots()),
             workers=self._workers,
             seconds=RESTORE_TIMEOUT,
         )
@@ -169,17 +182,18 @@ class Broker:
         if reason != PEER_ENDED:
             self.cuts.value += 1
         self._link_drops.value += link.dropped
-        steps = self.core.detach_steps(link, self.now())
-        next(steps, None)
-        self._slices.add(steps)
-        for slot, peer in self._peers.items():
-            if peer.link is link:
-                self._leaving[slot] = steps
-                _log.info("the stream to worker {slot} ended: {reason}; its clients leave", slot=slot, reason=reason)
-                del self._peers[slot]
-                break
+        peer = self._peers.pop(link, None)
+        if peer is not None:
+            self._leaving[peer.address] = steps = self._leave(peer)
+            next(steps, None)
+            self._slices.add(steps)
+            _log.info("the stream to worker {slot} ended: {reason}; its clients leave", slot=peer.slot, reason=reason)
         if not self._peers and self._all_left is not None and not self._all_left.called:
             self._all_left.callback(None)
+
+    def _leave(self, peer: _WorkerPeer) -> Iterator[None]:
+        yield from self.core.detach_steps(peer.link, self.now())
+        self._leaving.pop(peer.address, None)
 
     def sweep(self) -> None:
         """Free expired entries for a short time, and continue after SWEEP_PAUSE. Call it every SWEEP_INTERVAL."""
@@ -218,6 +232,9 @@ class _LinkDelivery:
     def deliver_order(self, peers: Collection[Link], order: bytes) -> None:
         _send(peers, broker_messages.OrderSent(order))
 
+    def deliver_cut(self, peer: Link, request: Cut, clients: list[ClientInfo]) -> None:
+        _send((peer,), broker_messages.CutReached(request.batch, clients, request.sessions, request.presence))
+
 
 def _send(peers: Collection[Link], message: broker_messages.BrokerMessage) -> None:
     frame = broker_messages.pack(message)
@@ -228,16 +245,17 @@ def _send(peers: Collection[Link], message: broker_messages.BrokerMessage) -> No
 class _WorkerPeer:
     """Carries out the requests of one worker, for as long as one stream to it lasts.
 
-    address: of the worker, see `SendOrder`. make_link: makes the link, which calls its argument with each frame.
-    has_restored: the worker's state is complete. unstored: publications without history among the held requests.
+    make_link: makes the link, which calls its argument with each frame. address: of the worker, see `SendOrder`; ""
+    before its Hello. has_restored: the worker's state is complete. unstored: publications without history among the
+    held requests.
     """
 
-    def __init__(self, broker: Broker, address: str, make_link: Callable[[Callable[[int, bytes], None]], Link]) -> None:
-        self._address = address
+    def __init__(self, broker: Broker, slot: int, make_link: Callable[[Callable[[int, bytes], None]], Link]) -> None:
+        self.slot = slot
+        self.address = ""
         self._broker = broker
         self._core = broker.core
         self.link = make_link(self.receive)
-        self._core.attach(self.link, address)
         self._now = broker.now
         self._is_returning = False
         self.has_restored = False
@@ -309,13 +327,17 @@ class _WorkerPeer:
             _log.failure(
                 "carrying out a {kind} request of worker {worker} raised; the worker gets an internal error",
                 kind=type(request).__name__,
-                worker=self._address,
+                worker=self.address,
             )
             return _failed(number, *INTERNAL_ERROR)
 
     def _hello(self, link: Link, now: float, message: broker_messages.Hello) -> None:
         if message.version != broker_messages.VERSION:
             raise BadFrame(f"the worker speaks version {message.version}, this broker {broker_messages.VERSION}")
+        address = worker_address(self.slot, message.generation)
+        self._broker.replace(self.slot, address)
+        self.address = address
+        self._core.attach(link, address, str(self.slot))
         # When its previous stream to this same broker ended, its clients left; now they join again. The subscribers
         # of another broker never received those leaves, so they receive no joins either.
         self._is_returning = message.instance == self._broker.instance
@@ -331,7 +353,14 @@ class _WorkerPeer:
         link.send(broker_messages.pack(broker_messages.Welcome(broker_messages.VERSION, self._broker.instance)))
 
     def _restore(self, link: Link, now: float, message: broker_messages.Restore) -> None:
-        self._core.restore(link, message.channels, message.presence, message.clients, announce=self._is_returning)
+        self._core.restore(
+            link,
+            message.channels,
+            message.presence,
+            message.clients,
+            message.sessions,
+            announce=self._is_returning,
+        )
 
 
 def _failed(number: int, code: int, message: str, temporary: bool) -> bytes:
@@ -364,10 +393,23 @@ class BrokerService:
         """Refuse: the broker has no clients."""
         os.close(stream)
 
+    def take_over(self, stream: int) -> None:
+        """Refuse: the broker has no clients."""
+        os.close(stream)
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        """Refuse: the broker has no clients."""
+        return child.hand_nothing_over(stream, "the broker has no clients")
+
     async def drain(self, timeout: float) -> None:
         """Wait until every worker has left."""
         await self._broker.drain(timeout)
 
 
+def main(argv: Sequence[str]) -> int:
+    """See `realtime.process.child.main`."""
+    return child.main(argv, BrokerService)
+
+
 if __name__ == "__main__":
-    sys.exit(child.main(sys.argv[1:], BrokerService))
+    sys.exit(main(sys.argv[1:]))

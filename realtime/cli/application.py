@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 from realtime.config import settings as configuration
 from realtime.config.settings import Settings
 
 
-def find_problems(settings: Settings) -> list[str]:
-    """Return one line for each problem that keeps the application from loading; none without an application.
+class LoadProblem(NamedTuple):
+    """What keeps the application from loading, in one line. may_pass: whether a later attempt may succeed."""
 
-    Takes as long as the import, at most `workers.start_timeout`.
+    line: str
+    may_pass: bool = False
+
+
+def find_problems(settings: Settings) -> list[LoadProblem]:
+    """Return each problem that keeps the application from loading; none without an application.
+
+    A missing module or a syntax error stays; an exception, such as that a database is not up yet, may pass. Takes as
+    long as the import, at most `workers.start_timeout`.
     """
     if not settings.app.module:
         return []
@@ -23,11 +33,12 @@ def find_problems(settings: Settings) -> list[str]:
             command, input=configuration.dump(settings), stdout=subprocess.PIPE, timeout=timeout, check=False
         )
     except subprocess.TimeoutExpired:
-        return [f"{key}: the import takes more than {timeout:g} s (workers.start_timeout); find the line that hangs"]
+        line = f"{key}: the import takes more than {timeout:g} s (workers.start_timeout); find the line that hangs"
+        return [LoadProblem(line, may_pass=True)]
     except OSError as error:
-        return [f"{key}: no process can be started to check it: {error.strerror}"]
+        return [LoadProblem(f"{key}: no process can be started to check it: {error.strerror}", may_pass=True)]
     if done.returncode == 0:
         return []
-    return done.stdout.decode("utf-8", "replace").splitlines() or [
-        f"{key}: the import ended the process with status {done.returncode}"
-    ]
+    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    lines = lines or [f"{key}: the import ended the process with status {done.returncode}"]
+    return [LoadProblem(line, may_pass=done.returncode != os.EX_CONFIG) for line in lines]

@@ -96,13 +96,18 @@ def find_warnings(environ: Mapping[str, str]) -> list[str]:
     return ["autobahn: runs without NVX, so large messages take 30 times as long; install its binary wheel"]
 
 
+def stays_root(drops_root: bool) -> bool:
+    """Whether the server and the application serve as root. drops_root: see `find_exposure`."""
+    return os.geteuid() == 0 and not drops_root
+
+
 def find_exposure(config: str | None, settings: Settings, drops_root: bool) -> list[str]:
     """Return one line, with the remedy, for rights that the server or others need not have.
 
     config: path of the configuration. drops_root: whether the process gives up the rights of root after the start.
     """
     lines = []
-    if os.geteuid() == 0 and not drops_root:
+    if stays_root(drops_root):
         lines.append(
             "the server and the application run as root: give twistd a user and a group, as in "
             "`twistd --uid realtime --gid realtime realtime`, or use the systemd unit"

@@ -10,13 +10,11 @@ import json
 import os
 import secrets
 import sys
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable
 
 from realtime._version import __version__
-from realtime.cli import application, environment, tokens, top
+from realtime.cli import application, environment, running, tokens, top
 from realtime.config import warnings
 from realtime.config.conversion import convert_json
 from realtime.config.settings import Settings
@@ -28,8 +26,6 @@ from realtime.errors import KeysUnavailable, SettingsError
 # Lifetimes of tokens, in seconds: the default, and the longest.
 _WEEK = 604_800
 _LONGEST = 10**10
-# Time limit for a running server to answer `realtime dump`, in seconds.
-_DUMP_LIMIT = 10.0
 
 Run = Callable[[argparse.Namespace], int]
 """A subcommand: takes the parsed arguments and returns the exit status. May raise SettingsError."""
@@ -41,7 +37,7 @@ def check_config(arguments: argparse.Namespace) -> int:
     try:
         settings = read(arguments.config, {}, os.environ)
         if not arguments.without_app:
-            problems += application.find_problems(settings)
+            problems += [problem.line for problem in application.find_problems(settings)]
     except SettingsError as error:
         problems += error.problems
     if problems:
@@ -164,22 +160,19 @@ def info(arguments: argparse.Namespace) -> int:
 
 def dump(arguments: argparse.Namespace) -> int:
     """Print the stacks, tasks or memory of one process of the running server."""
-    server = read(arguments.config, {}, os.environ).http_server
-    host = f"[{server.internal_address}]" if ":" in server.internal_address else server.internal_address
     query = urllib.parse.urlencode({"worker": arguments.worker, "what": arguments.what})
-    url = f"http://{host}:{arguments.port or server.internal_port}/dump?{query}"
-    # A proxy of the environment can't reach this machine's loopback address.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=_DUMP_LIMIT) as response:
+        with running.send(running.url(arguments, f"/dump?{query}")) as response:
             sys.stdout.write(response.read().decode("utf-8", "replace"))
-    except urllib.error.HTTPError as error:
-        print(f"{url}: {error.read().decode('utf-8', 'replace').strip()}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{url}: no answer: {error}; is the server running?", file=sys.stderr)
+    except running.Unanswered as error:
+        print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def reload(arguments: argparse.Namespace) -> int:
+    """Have the running server read its configuration again and replace its workers. Its clients stay connected."""
+    return running.command(running.url(arguments, "/reload"))
 
 
 def show_top(arguments: argparse.Namespace) -> int:
@@ -237,9 +230,17 @@ def _add_inspection_commands(commands: _Commands) -> None:
     show = commands.add("dump", dump, "show the stacks, tasks or memory of a running worker")
     show.add_argument("what", choices=["stacks", "tasks", "memory"])
     show.add_argument("-w", "--worker", default="0", metavar="N", help='number of the worker, or "broker"; default: 0')
-    show.add_argument("-c", "--config", metavar="FILE", help="TOML file of the running server")
-    show.add_argument("-p", "--port", type=int, default=0, help="operators' port; default: http_server.internal_port")
+    _add_server(show)
+    _add_server(commands.add("reload", reload, "replace the workers: new configuration, new code of the application"))
     commands.add("info", info, "print versions and kernel features")
+
+
+def _add_server(command: argparse.ArgumentParser) -> None:
+    """Add the options that name the running server, see `running.url`."""
+    command.add_argument("-c", "--config", metavar="FILE", help="TOML file of the running server")
+    command.add_argument(
+        "-p", "--port", type=int, default=0, help="operators' port; default: http_server.internal_port"
+    )
 
 
 def _add_token_commands(commands: _Commands) -> None:

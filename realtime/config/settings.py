@@ -66,6 +66,9 @@ class HTTPServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
     internal_port: Annotated[Port, about("TCP port for operators. 0: the system chooses a free port.")] = 8001
     max_header_bytes: Annotated[int, Meta(ge=1024), about("Maximum size of a request head, in bytes.")] = 16384
     max_headers: Annotated[Positive, about("Maximum number of header lines in a request.")] = 100
+    max_query_parameters: Annotated[
+        int, Meta(ge=100), about("Maximum number of parameters in the query of a request's target.")
+    ] = 100
     header_timeout: Annotated[PositiveSeconds, about("Time limit for a request head to arrive completely.")] = 5.0
     keepalive_timeout: Annotated[
         PositiveSeconds,
@@ -140,6 +143,13 @@ class ShutdownSettings(Struct, frozen=True, forbid_unknown_fields=True):
             "Period over which the server spreads its requests to reconnect, so that clients do not return all at once."
         ),
     ] = 1.0
+    reconnect_rate: Annotated[
+        NonNegative,
+        about(
+            "Maximum number of clients per second that a worker requests to reconnect when it stops. With many clients"
+            " the period is longer than shutdown.spread, but at most half of shutdown.timeout. 0: no limit."
+        ),
+    ] = 2000
 
 
 class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -393,6 +403,9 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
         Positive,
         about("Maximum number of nodes in a tags filter. The server evaluates each filter for each publication."),
     ] = 256
+    max_filter_depth: Annotated[
+        int, Meta(ge=1, le=64), about("Maximum number of levels of conditions in a tags filter.")
+    ] = 32
     history_max_publication_limit: Annotated[
         NonNegative, about("Maximum number of publications in a history reply. 0: no limit.")
     ] = 300
@@ -433,7 +446,11 @@ class HTTPAPISettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 65536
     body_timeout: Annotated[PositiveSeconds, about("Time limit for a request body to arrive completely.")] = 10.0
     max_batch_commands: Annotated[
-        Positive, about("Maximum number of commands in one batch or pipeline, and of channels in one broadcast.")
+        Positive,
+        about(
+            "Maximum number of commands in one batch or pipeline, of channels in one broadcast, and of clients in a"
+            " whitelist. A publication may have half as many tags."
+        ),
     ] = 50_000
     error_mode: Annotated[
         Literal["", "transport"],
@@ -485,6 +502,22 @@ class WorkersSettings(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = True
     handler_timeout: Annotated[Seconds, about("Time limit of a handler's call. 0: no limit.")] = 10.0
+    max_error_series: Annotated[
+        Positive,
+        about(
+            "Maximum number of pairs of a handler and a type of exception that each worker counts on their own in"
+            ' realtime_handler_errors_total. Further types count as exception="other".'
+        ),
+    ] = 200
+    sample_calls: Annotated[
+        Positive,
+        about(
+            "Number of first calls of a handler that may run on a worker's loop together, before the worker knows how"
+            " long one blocks the loop. Further calls wait for the end of these. Handlers that never shed load do not"
+            " wait."
+        ),
+    ] = 5
+    sample_timeout: Annotated[Seconds, about("Time limit of this wait, which each handler has once in a worker.")] = 0.4
     restart_delay: Annotated[
         Seconds,
         about("Delay before the supervisor replaces a dead worker. It doubles with each death."),

@@ -21,6 +21,19 @@ from realtime.errors import SettingsError
 MAX_FILE_BYTES = 1024 * 1024
 
 
+class Sources(msgspec.Struct, frozen=True):
+    """Where the settings of a server come from. config: the absolute path of its file; None without one. arguments,
+    environ: as for `read`."""
+
+    config: str | None = None
+    arguments: dict[str, str] = {}
+    environ: dict[str, str] = {}
+
+    def read(self) -> Settings:
+        """Return the settings as they are there now. Raises SettingsError with every problem, one line each."""
+        return read(self.config, self.arguments, self.environ)
+
+
 def parse(arguments: Mapping[str, str], file: tuple[str, str] | None, environ: Mapping[str, str]) -> Settings:
     """Return the settings of three sources. No I/O.
 

@@ -53,9 +53,6 @@ from realtime.process.server_lock import ServerLock
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.pressure import Throttle
 
-# Seconds for which calls wait at most until the handler's first calls have ended.
-SAMPLE_TIMEOUT = 0.4
-
 
 def _monotonic_ledger() -> LoopTimeLedger:
     return LoopTimeLedger(time.monotonic_ns)
@@ -103,7 +100,7 @@ class HandlerCall:
         self._threads = threads
         self._compute_pool = services.compute_pool
         self._error_log = error_log
-        self._count = OutcomeCounters(metrics, handler.name)
+        self._ended = OutcomeCounters(metrics, handler.name)
         self._account = ledger.open(LoopWork.HANDLER, handler.name)
         self._marker = services.marker or ChargingMarker(ledger)
         self._lock = services.lock
@@ -113,7 +110,13 @@ class HandlerCall:
         self._timeout = settings.handler_timeout if handler.timeout is None else handler.timeout
         # The handler's own limit of concurrent calls, if it has one.
         self._semaphore = BoundedSemaphore(handler.limit, settings.thread_queue) if handler.limit else None
-        self.throttle = Throttle(self._account)
+        self.throttle = Throttle(self._account, settings.sample_calls)
+        self._sample_timeout = settings.sample_timeout
+        self._sample_waits = metrics.counter(
+            "realtime_handler_sample_waits",
+            "Calls that waited for the end of the handler's first calls in this worker.",
+            handler=handler.name,
+        )
         self._client_log = services.client_log
         self._policy = AdmissionPolicy(handler, services.pressure, self.throttle, metrics, self._client_log)
         self._placement: PlacementTracker | None = None
@@ -162,7 +165,7 @@ class HandlerCall:
         except BaseException as error:
             self._count_failure(error)
             raise
-        self._count("ok")
+        self._ended["ok"].value += 1
         return result
 
     def find_cached(self, *args: Any) -> Entry | None:
@@ -200,7 +203,7 @@ class HandlerCall:
             args = (ThreadSafeClient(args[0], self._threads.call_server, self._policy.is_under_pressure), *args[1:])
         args = args[self.handler.taken]
         limit = self._timeout if timeout is None else timeout
-        if not self.throttle.is_proven and self.throttle.running >= Throttle.SAMPLE and self.is_throttled:
+        if not self.throttle.is_proven and self.throttle.running >= self.throttle.sample and self.is_throttled:
             await self._wait_for_sample()
         if self._policy.admits_directly:
             return await self._compute(args, limit)
@@ -217,7 +220,7 @@ class HandlerCall:
         except (RealtimeError, asyncio.CancelledError, GeneratorExit):
             raise
         except BaseException as error:  # of the policy function, or of the cache's key or tags
-            self._count("error")
+            self._ended["error"].value += 1
             self._error_log.report(self.handler, error)
             raise ClientError(*INTERNAL_ERROR) from error
 
@@ -238,18 +241,19 @@ class HandlerCall:
             self.throttle.leave()
             if self._waiting and self.throttle.is_proven:
                 self._end_sample()
-        self._count("ok")
+        self._ended["ok"].value += 1
         return result
 
     async def _wait_for_sample(self) -> None:
         """Wait for the end of the first calls: a handler that blocks the loop shall not do so a hundred times at once.
 
-        The wait is short, and ends for good after SAMPLE_TIMEOUT, since calls may take as long as they like.
+        The wait is short, and ends for good after `workers.sample_timeout`, since calls may take as long as they like.
         """
         turn: Deferred[None] = Deferred()
+        self._sample_waits.value += 1
         self._waiting.append(turn)
         if len(self._waiting) == 1:
-            self._threads.reactor.callLater(SAMPLE_TIMEOUT, self._end_sample)
+            self._threads.reactor.callLater(self._sample_timeout, self._end_sample)
         await turn
 
     def _end_sample(self) -> None:
@@ -263,13 +267,13 @@ class HandlerCall:
         """Count a call that raised `error`. Raises ClientError 100 unless callers may see the error itself."""
         for kinds, outcome in _OUTCOMES:
             if isinstance(error, kinds):
-                self._count(outcome)
+                self._ended[outcome].value += 1
                 self._log_refusal(error)
                 return
         if isinstance(error, EngineUnavailable):
-            self._count("unavailable")
+            self._ended["unavailable"].value += 1
         else:
-            self._count("error")
+            self._ended["error"].value += 1
             self._error_log.report(self.handler, error)
         raise ClientError(*INTERNAL_ERROR) from error
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from twisted.internet.task import deferLater
@@ -34,16 +34,19 @@ class Dispatcher:
     """The handlers of one App, ready to be called. It implements `realtime.protocol.context.Handlers` for sessions.
 
     Loop thread only, except `run_coroutine`. Construct it before the loop runs or while it does; `start` it on the
-    loop. threads: the pool of handlers with run="thread". routes: the calls by "METHOD path", see `route`. ledger: of
-    the loop's time. throttles: of the handlers that may press the loop; the owner of the loop's heartbeat calls their
-    `observe`.
+    loop. threads: the pool of handlers with run="thread". procedure: returns the handler that answers calls of a
+    method; call it with (client, data), for encoded JSON, bytes or None. routes: the calls by "METHOD path", see
+    `route`. ledger: of the loop's time. throttles: of the handlers that may press the loop; the owner of the loop's
+    heartbeat calls their `observe`.
     """
 
     def __init__(self, app: App, services: HandlerServices) -> None:
         self._app = app
         self._services = services
         self.ledger = services.ledger
-        self._error_log = HandlerErrorLog(services.log, services.reactor, services.metrics)
+        self._error_log = HandlerErrorLog(
+            services.log, services.reactor, services.metrics, services.settings.max_error_series
+        )
         self._calls: list[HandlerCall] = []
         self.threads = HandlerThreads(
             services.reactor, services.settings.threads, services.settings.thread_queue, services.lock
@@ -54,10 +57,11 @@ class Dispatcher:
         self.message = self._single_call("on_message")
         self._subscribing = Patterns(self._make_calls("on_subscribe"))
         self._publishing = Patterns(self._make_calls("on_publish"))
-        self._procedures = self._make_calls("rpc")
+        procedures = self._make_calls("rpc")
+        self.procedure: Callable[[str], HandlerCall | None] = procedures.get
         self.routes = self._make_calls("http")
         self.throttles: list[Throttle] = [call.throttle for call in self._calls if call.is_throttled]
-        self.has_procedures = bool(self._procedures)
+        self.has_procedures = bool(procedures)
 
     def subscribing(self, channel: str) -> HandlerCall | None:
         """Return the handler that decides on subscriptions to `channel`.
@@ -72,13 +76,6 @@ class Dispatcher:
         Call it with (client, channel, data); it returns the data to publish in place of the client's, or None.
         """
         return self._publishing.find(channel)
-
-    def procedure(self, method: str) -> HandlerCall | None:
-        """Return the handler that answers calls of `method`.
-
-        Call it with (client, data); it returns encoded JSON, bytes or None.
-        """
-        return self._procedures.get(method)
 
     def route(self, method: str, path: str) -> HandlerCall | None:
         """Return the handler that answers requests for exactly this path.

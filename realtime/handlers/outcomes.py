@@ -8,14 +8,13 @@ from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
 from realtime.app import Handler
+from realtime.config.settings import WorkersSettings
 from realtime.handlers.compute_pool import HandlerFailed
 from realtime.metrics import Counter, Metrics
 from realtime.repetition import Repetition
 
 # Lines in one minute that are logged: an application that generates code at run time has no end of them.
 MAX_LINES = 1000
-# Pairs of handler and exception type that are counted on their own: an application may create types at run time.
-MAX_ERROR_SERIES = 200
 
 
 class HandlerErrorLog:
@@ -24,11 +23,18 @@ class HandlerErrorLog:
     All of them are counted, by handler and type of exception.
     """
 
-    def __init__(self, log: Logger, clock: Any, metrics: Metrics) -> None:
-        """clock: IReactorTime."""
+    def __init__(
+        self,
+        log: Logger,
+        clock: Any,
+        metrics: Metrics,
+        max_series: int = WorkersSettings().max_error_series,
+    ) -> None:
+        """clock: IReactorTime. max_series: see `workers.max_error_series`."""
         self._log = log
         self._clock = clock
         self._metrics = metrics
+        self._max_series = max_series
         self._counters: dict[tuple[str, str], Counter] = {}
         self._repetition: Repetition[tuple[str, str, int]] = Repetition(MAX_LINES)  # by handler, file and line
 
@@ -48,7 +54,7 @@ class HandlerErrorLog:
         )
 
     def _count(self, handler: str, exception: str) -> None:
-        if (handler, exception) not in self._counters and len(self._counters) >= MAX_ERROR_SERIES:
+        if (handler, exception) not in self._counters and len(self._counters) >= self._max_series:
             exception = "other"
         counter = self._counters.get((handler, exception))
         if counter is None:
@@ -59,24 +65,19 @@ class HandlerErrorLog:
         counter.value += 1
 
 
-class OutcomeCounters:
-    """Counters of how the calls of one handler end, by outcome; calling it counts one."""
+class OutcomeCounters(dict[str, Counter]):
+    """Counters of how the calls of one handler end, by outcome. Each begins with the first call that ended so."""
 
     def __init__(self, metrics: Metrics, handler: str) -> None:
+        super().__init__()
         self._metrics = metrics
         self._handler = handler
-        self._counters: dict[str, Counter] = {}
 
-    def __call__(self, outcome: str) -> None:
-        counter = self._counters.get(outcome)
-        if counter is None:
-            counter = self._counters[outcome] = self._metrics.counter(
-                "realtime_handler_calls",
-                "Calls of handlers, by how they ended.",
-                handler=self._handler,
-                outcome=outcome,
-            )
-        counter.value += 1
+    def __missing__(self, outcome: str) -> Counter:
+        help = "Calls of handlers, by how they ended."
+        counter = self._metrics.counter("realtime_handler_calls", help, handler=self._handler, outcome=outcome)
+        self[outcome] = counter
+        return counter
 
 
 def _raising_line(error: BaseException) -> tuple[str, int]:

@@ -58,6 +58,15 @@ def close_frame(code: int, reason: str) -> bytes:
     return _frame(_CLOSE, code.to_bytes(2, "big") + text)
 
 
+def masked_frame(first_byte: int, mask: bytes, payload: bytes, length: int) -> bytes:
+    """Build a client's frame, or its beginning: `payload` is masked already, and may be shorter than `length`."""
+    if length < 126:
+        return _SHORT(first_byte, 0x80 | length) + mask + payload
+    if length < 65536:
+        return _MEDIUM(first_byte, 0x80 | 126, length) + mask + payload
+    return _LONG(first_byte, 0x80 | 127, length) + mask + payload
+
+
 def frame_bounds(data: bytes, start: int) -> tuple[int, int] | None:
     """Return (payload start, frame end) of the frame that begins at `start`; None while its header is incomplete.
 

@@ -24,7 +24,7 @@ from msgspec import Struct
 # greater limit of the head is the limit of a line too.
 MAX_LINE = 8192
 _DEFAULT_MAX_HEAD = 2 * MAX_LINE
-MAX_PARAMETERS = 100  # in the query
+MAX_PARAMETERS = 100  # in the query, by default
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/(\d\.\d)")
@@ -136,14 +136,15 @@ def parse_whole_head(data: bytes, start: int, max_bytes: int, max_headers: int) 
     """Parse the head that begins at `start` of `data`; return it and the place of its end.
 
     Returns None for a head that is incomplete, unusual or faulty: then `RequestParser` judges it. Limits: as there.
+    More than MAX_PARAMETERS query parameters are unusual.
     """
     end = data.find(b"\r\n\r\n", start) + 4
     size = end - start
     if end < 4 or size > max_bytes or size > MAX_LINE:
         return None
     whole = data[start:end]
-    # A handshake has a key of its own, so it never comes again.
-    is_remembered = size <= MAX_KNOWN_HEAD and b"Sec-WebSocket-Key" not in whole
+    # A handshake, which is a GET, has a key of its own, so it never comes again.
+    is_remembered = size <= MAX_KNOWN_HEAD and (data[start] != _G or b"Sec-WebSocket-Key" not in whole)
     head = _known_head(whole) if is_remembered else _parse(whole)
     if head is None or len(head.fields) > max_headers:
         return None
@@ -184,6 +185,7 @@ def _parse(whole: bytes) -> RequestHead | None:
 
 
 # The result depends on the bytes alone, and nothing changes it.
+_G = ord("G")
 _known_head = lru_cache(KNOWN_HEADS)(_parse)
 
 
@@ -195,14 +197,18 @@ class RequestParser:
 
     __slots__ = (
         *("_authority", "_buffer", "_consumed", "_fields", "_max_bytes", "_max_headers", "_max_line"),
-        *("_request_line", "_scanned"),
+        *("_max_parameters", "_request_line", "_scanned"),
         "trailing_data",
     )
 
-    def __init__(self, max_bytes: int, max_headers: int) -> None:
-        """max_bytes: limit of the whole head. max_headers: limit of the number of header lines."""
+    def __init__(self, max_bytes: int, max_headers: int, max_parameters: int = MAX_PARAMETERS) -> None:
+        """max_bytes: limit of the whole head. max_headers: limit of the number of header lines.
+
+        max_parameters: limit of the number of parameters in the query, MAX_PARAMETERS or more.
+        """
         self._max_bytes = max_bytes
         self._max_headers = max_headers
+        self._max_parameters = max_parameters
         self._max_line = max_bytes if max_bytes > _DEFAULT_MAX_HEAD else MAX_LINE
         self._buffer = bytearray()  # unparsed bytes: at most one incomplete line between two calls
         self._scanned = 0  # length of the buffer's start that holds no line feed
@@ -287,8 +293,8 @@ class RequestParser:
             target = rest if rest.startswith("/") else "/" + rest
         if not target.startswith("/") or "#" in target:
             return _malformed("the request target must be a path")
-        if target.partition("?")[2].count("&") >= MAX_PARAMETERS:
-            return _malformed("too many query parameters")
+        if target.partition("?")[2].count("&") >= self._max_parameters:
+            return Refusal(HTTPStatus.BAD_REQUEST, "too many query parameters", "parameters")
         self._request_line = (method, target, version)
         return None
 

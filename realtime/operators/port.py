@@ -1,11 +1,12 @@
-"""The operators' port: the live page, /snapshot, /health, /ready, /metrics, /incidents and /dump.
+"""The operators' port: the live page, /snapshot, /health, /ready, /metrics, /incidents, /dump and /reload.
 
 The supervisor serves it, so it answers while every worker is blocked. Each process has a time limit to send its metrics
 or a report; of a process that exceeds the limit for metrics, /metrics shows the previous ones.
 
 No web page of another origin gets anything from this port: the Host header must be one of the port's own names, which
-stops DNS rebinding, and no request changes state. /dump and /live, which cost a process time or the port a place,
-refuse requests of other pages as such.
+stops DNS rebinding. /dump and /live, which cost a process time or the port a place, refuse requests of other pages as
+such. So do the commands (`realtime.operators.commands`), which are POST requests with a header that a page of another
+origin can't send.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from twisted.web.http import FORBIDDEN, NOT_ALLOWED, NOT_FOUND, OK, SERVICE_UNAV
 from realtime.client_log import ClientLog
 from realtime.metrics import Sample
 from realtime.operators import page, viewers
+from realtime.operators.commands import Commands
 from realtime.operators.exposition import (
     LabelledSample,
     block_samples,
@@ -74,6 +76,7 @@ class Overview(LiveSource, SummarySource, Protocol):
     def processes(self) -> Mapping[int, ObservedProcess]: ...
     @property
     def monitor(self) -> CheckedHealth: ...
+    def reload(self, tell: Callable[[str], None]) -> Deferred[str]: ...
 
 
 class OperatorPort:
@@ -90,6 +93,7 @@ class OperatorPort:
         self._summary = Summary(overview, failures)
         self._live = LiveFigures(reactor, overview, failures, self._summary.read)
         self._viewers = Viewers(reactor, self._live)
+        self._commands = Commands(reactor, {b"/reload": lambda request, tell: overview.reload(tell)})
         self._pages: dict[bytes, Callable[[OperatorRequest], None]] = {
             b"/snapshot": lambda request: request.reply(OK, _JSON, self._live.json),
             b"/health": self._health,
@@ -134,6 +138,8 @@ class OperatorPort:
         if len(request.hosts) != 1 or not self._is_own(request.hosts[0]):
             self._client_log.refuse("operator_host", host=", ".join(request.hosts))
             request.reply(FORBIDDEN, "text/plain", "unknown Host: use localhost, or the address that is bound\n")
+        elif request.path in self._commands.paths:
+            self._unless_foreign(self._commands.carry_out)(request)
         elif request.method not in (b"GET", b"HEAD"):
             request.setHeader("allow", "GET, HEAD")
             request.reply(NOT_ALLOWED, "text/plain", "only GET and HEAD\n")
@@ -145,7 +151,7 @@ class OperatorPort:
         elif request.path in self._pages:
             self._pages[request.path](request)
         else:
-            paths = "/, /live, /snapshot, /health, /ready, /metrics, /incidents and /dump"
+            paths = "/, /live, /snapshot, /health, /ready, /metrics, /incidents, /dump and /reload"
             request.reply(NOT_FOUND, "text/plain", f"no such page; this port has {paths}\n")
 
     def _is_own(self, host: str) -> bool:

@@ -139,8 +139,8 @@ class Failures:
 class SummarizedProcess(VitalProcess, Protocol):
     """A child process. running: None while no handler runs."""
 
-    pid: int
-
+    @property
+    def pid(self) -> int: ...
     @property
     def running(self) -> RunningHandler | None: ...
 

@@ -1,6 +1,6 @@
 """The common start and end of every process that the supervisor starts: `main`.
 
-    python -m MODULE --link FD --settings FD --vitals FD [--stacks FD] [--slot N] [--listen FD,FD]
+    python -m MODULE --link FD --settings FD --vitals FD [--stacks FD] [--slot N] [--generation N] [--listen FD,FD]
 
 All descriptors are inherited. `link` is one end of a socketpair that speaks AMP (`realtime.process.control`);
 `settings` a sealed memfd with `realtime.config.settings.dump`; `vitals` this process's page; `stacks` a pipe for its
@@ -26,6 +26,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, Protocol
 
 from twisted.internet import unix
@@ -65,6 +66,13 @@ _CANCEL_ALARM_INTERVAL = 3.0
 # Seconds between two checks whether a whole garbage collection is due.
 _GC_INTERVAL = 1.0
 _REASON_CHARS = 2000
+# Descriptors that a start takes, besides those of the application. A start that ran out of them halfway would write
+# tracebacks from several places.
+_START_DESCRIPTORS = 24
+_TOO_FEW_DESCRIPTORS = (
+    f"a process of the server can't start: it has fewer than {_START_DESCRIPTORS} descriptors left; raise the limit of"
+    " open files (`ulimit -n`, LimitNOFILE of the unit). The supervisor tries again"
+)
 _PR_SET_PDEATHSIG = 1
 
 _log = Logger()
@@ -86,6 +94,12 @@ class ChildService(Protocol):
     def adopt(self, stream: int) -> None:
         """Adopt connections that another worker could not take from a stream. Owns the descriptor `stream`."""
 
+    def take_over(self, stream: int) -> None:
+        """Take over connections of another process from a stream. Owns the descriptor `stream`."""
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        """Hand connections over to another process. Owns the descriptor `stream`. See `control.HandOver`."""
+
     async def drain(self, timeout: float) -> None:
         """Take no more work, tell the clients, and finish within `timeout` seconds. Called once at most."""
 
@@ -106,17 +120,30 @@ class _NotMade:
     def adopt(self, stream: int) -> None:
         os.close(stream)
 
+    def take_over(self, stream: int) -> None:
+        os.close(stream)
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        return hand_nothing_over(stream, "the process has not started yet")
+
     async def drain(self, timeout: float) -> None:
         return None
+
+
+def hand_nothing_over(stream: int, reason: str) -> dict[str, object]:
+    """Close the stream of a hand-over, and return its result: nothing was moved."""
+    os.close(stream)
+    return {"moved": 0, "closed": 0, "left": 0, "reason": reason}
 
 
 class Child:
     """This process, as its service uses it.
 
-    name: "worker 0" or "broker", for the log. slot: -1 for the broker. listen: descriptors of listening sockets, owned
-    by the service (see `realtime.worker.listening.adopt`). page: its vital signs. reactor: for the server's own code.
-    metrics: the process's series. heartbeat: give it the process's load by `observe`, and periodic tasks.
-    loop_reactor: the application's, for libraries that need one; it runs on the loop's own thread alone.
+    name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: its serial number among all
+    processes of the server. listen: descriptors of listening sockets, owned by the service (see
+    `realtime.worker.listening.adopt`). page: its vital signs. reactor: for the server's own code. loop_reactor: the
+    application's, for libraries that need one; it runs on the loop's own thread alone. metrics: the process's series.
+    heartbeat: give it the process's load by `observe`, and periodic tasks.
     accounts: of the loop's time. marker: to be called around each handler on the loop. turn_number: returns the number
     of the loop's current turn; None where turns are not counted. lock: see `realtime.process.server_lock`.
     """
@@ -134,12 +161,14 @@ class Child:
         owns_process: bool = False,
         lock: ServerLock | None = None,
         loop_reactor: Any = None,
+        generation: int = 0,
     ) -> None:
         """heartbeat, accounts: of the reactor's loop. owns_process: whether the process is this child's alone, which
         then tunes the garbage collector, and ends all tasks of the loop in a drain. lock: if handlers release it.
         loop_reactor: see the class; None for `reactor`."""
         self.name = "broker" if slot < 0 else f"worker {slot}"
         self.slot = slot
+        self.generation = generation
         self.settings = settings
         self.listen = listen
         self.page = page
@@ -298,6 +327,15 @@ class Control(control.Peer):
         self._child.service.adopt(stream)
         return {}
 
+    @control.TakeOver.responder
+    def _take_over(self, stream: int) -> dict[str, object]:
+        self._child.service.take_over(stream)
+        return {}
+
+    @control.HandOver.responder
+    def _hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, object]]:
+        return Deferred.fromCoroutine(self._child.service.hand_over(stream, connections, timeout))
+
     @control.Collect.responder
     def _collect(self, names: list[str]) -> dict[str, object]:
         return {"metrics": metrics.dump(self._child.metrics.snapshot(names))}
@@ -333,12 +371,17 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     options = _arguments().parse_args(argv)
     for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
         os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
+    with suppress(PermissionError):  # it leads a session already
+        os.setpgid(0, 0)  # the supervisor ends the group with this process: programs that handlers have started
     _set_signals()
     faulthandler.enable()
     for fd in options.stacks:
         stack_dumps.register(fd)
     _die_with_the_supervisor()
     if _has_hung_up(options.link):
+        return EX_TEMPFAIL
+    if not _has_descriptors(options.link):
+        sys.stderr.write(f"{_TOO_FEW_DESCRIPTORS}\n")
         return EX_TEMPFAIL
     page = VitalsPage.open(options.vitals)
     selector = MeasuredSelector(page)
@@ -361,6 +404,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
         owns_process=True,
         lock=ServerLock() if tree.loop.relief and options.slot >= 0 else None,
         loop_reactor=asyncio_reactor,
+        generation=options.generation,
     )
     if isinstance(child.marker, ReleasingMarker):
         child.relief = Relief(
@@ -417,7 +461,8 @@ def _port(listening: int) -> int:
 
 def _set_signals() -> None:
     """Set the dispositions that a child needs, for it inherits any: the supervisor acts on SIGINT and SIGHUP."""
-    for number in (signal.SIGINT, signal.SIGHUP, stack_dumps.STACK, stack_dumps.STACK_IN_C):
+    # SIGTTOU: a terminal stops a process in the background that writes to it, if it is set so.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTOU, stack_dumps.STACK, stack_dumps.STACK_IN_C):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     dumps = {stack_dumps.STACK, stack_dumps.STACK_IN_C, stack_dumps.STACKS}
@@ -427,6 +472,7 @@ def _set_signals() -> None:
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="A process of a realtime server; its supervisor starts it.")
     parser.add_argument("--slot", type=int, default=-1)
+    parser.add_argument("--generation", type=int, default=0)
     for name in ("--link", "--settings", "--vitals"):
         parser.add_argument(name, type=int, required=True, metavar="FD")
     parser.add_argument("--stacks", type=_descriptors, default=(), metavar="FD")
@@ -486,6 +532,19 @@ def _die_with_the_supervisor() -> None:
     libc.signal.restype = ctypes.c_void_p
     libc.signal(signal.SIGUSR2, ctypes.cast(libc.alarm, ctypes.c_void_p))
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2, 0, 0, 0)
+
+
+def _has_descriptors(fd: int) -> bool:
+    """Return whether this process can open as many descriptors as its start takes. fd: any open one."""
+    copies: list[int] = []
+    try:
+        copies.extend(os.dup(fd) for _ in range(_START_DESCRIPTORS))
+    except OSError:
+        return False
+    finally:
+        for copy in copies:
+            os.close(copy)
+    return True
 
 
 def _has_hung_up(link: int) -> bool:

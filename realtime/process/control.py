@@ -109,6 +109,28 @@ class Adopt(amp.Command):
     arguments = [(b"stream", amp.Descriptor())]
 
 
+class TakeOver(amp.Command):
+    """Supervisor -> worker: take over the connections that arrive over this stream, see `realtime.worker.handover`."""
+
+    arguments = [(b"stream", amp.Descriptor())]
+
+
+class HandOver(amp.Command):
+    """Supervisor -> worker: hand connections over to another process, over this stream, within `timeout` seconds.
+
+    connections: their number; -1 for all, and then the worker accepts no further ones. moved, closed, left: what became
+    of them. reason: why the hand-over ended early, "" if it did not.
+    """
+
+    arguments = [(b"stream", amp.Descriptor()), (b"connections", amp.Integer()), (b"timeout", amp.Float())]
+    response = [
+        (b"moved", amp.Integer()),
+        (b"closed", amp.Integer()),
+        (b"left", amp.Integer()),
+        (b"reason", amp.Unicode()),
+    ]
+
+
 class Collect(amp.Command):
     """Supervisor -> process: send the metrics. names: only these; empty for all. metrics: `realtime.metrics.dump`'s."""
 

@@ -150,7 +150,7 @@ class FdSender(_End):
             if transfer.deadline > now:
                 break
             # If the worker has the claim, it is about to answer, or to end.
-            if _take_claim(transfer.claim):
+            if take_claim(transfer.claim):
                 del self._transfers[number]
                 transfer.settle(False)
 
@@ -189,7 +189,7 @@ class FdSender(_End):
         super().close()
         transfers, self._transfers = self._transfers, {}
         for transfer in transfers.values():
-            transfer.settle(not (_take_claim(transfer.claim) or worker_ended))
+            transfer.settle(not (take_claim(transfer.claim) or worker_ended))
 
 
 class FdReceiver(_End):
@@ -239,7 +239,7 @@ class FdReceiver(_End):
         """Return whether the connection was adopted; None if the sender has taken it back meanwhile."""
         try:
             try:
-                is_claimed = _take_claim(claim)
+                is_claimed = take_claim(claim)
             finally:
                 os.close(claim)  # before adopting, which needs a free descriptor
             if not is_claimed:
@@ -262,7 +262,7 @@ class FdReceiver(_End):
             os.close(connection)
 
 
-def _take_claim(claim: int) -> bool:
+def take_claim(claim: int) -> bool:
     """Read the eventfd's 1, at which only one process succeeds."""
     with suppress(BlockingIOError):
         return os.eventfd_read(claim) == 1

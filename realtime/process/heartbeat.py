@@ -223,7 +223,8 @@ class HandlerMarker:
         """A handler, or its next step, begins. Returns the outer handler, for `leave`."""
         outer = self._running, self._accounts.enter(account)
         self._running = names
-        self._page.mark(*names, account.turn, account.calls, account.spent - account.spent_before)
+        handler, subject = names
+        self._page.mark(handler, subject, account.turn, account.calls, account.spent - account.spent_before)
         return outer
 
     def leave(self, outer: tuple[HandlerNames | None, LoopAccount]) -> None:

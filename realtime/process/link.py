@@ -7,6 +7,7 @@ does not keep up is cut off instead of waited for: both ends can start again on 
 from __future__ import annotations
 
 import os
+import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -105,6 +106,13 @@ class Link(Protocol):
     def backlog(self) -> int:
         """Bytes queued for the peer, without those in the kernel."""
         return self._queued_bytes + self._bytes_in_transport
+
+    @property
+    def is_hung_up(self) -> bool:
+        """Whether the peer has ended the stream, which is noticed here only after its last frames."""
+        poll = select.poll()
+        poll.register(self._transport.fileno(), 0)  # a hang-up is always reported
+        return bool(poll.poll(0))
 
     def connectionMade(self) -> None:
         self._transport.registerProducer(self, True)

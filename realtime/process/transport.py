@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet import tcp
-from twisted.internet.protocol import Factory
+from twisted.internet.protocol import Factory, Protocol
 
 
 class DirectServer(tcp.Server):
@@ -70,6 +70,21 @@ class DirectServer(tcp.Server):
         # Twisted puts it into a text for its log, for each connection. Its own search for it takes longer.
         return type(applicationObject).__name__
 
+    def detach(self) -> tuple[int, bytes]:
+        """Give up the connection: return its descriptor and the bytes that the kernel has not taken.
+
+        The reactor serves it no more, and the protocol is not told of an end. The caller owns the descriptor. Closing
+        it leaves the connection to other holders of the socket, as there is no shutdown(2).
+        """
+        unsent = self.dataBuffer[self.offset :] + b"".join(self._tempDataBuffer)
+        self.stopReading()
+        self.stopWriting()
+        self.connected, self.disconnected = 0, 1
+        self.producer = None
+        self.protocol = Protocol()  # the connection's own would be kept alive by it, and the other way round
+        self.dataBuffer, self.offset, self._tempDataBuffer, self._tempDataLen = b"", 0, [], 0
+        return self.socket.detach(), unsent
+
     def pause_producer_if_buffering(self) -> None:
         """Pause the producer if any byte is buffered here; Twisted resumes it when the buffer is empty.
 
@@ -90,3 +105,19 @@ def adopt(
     or if no descriptor is left for the reactor's duplicate.
     """
     server._fromConnectedSocket(fd, family, factory, reactor)
+
+
+def take_over(
+    reactor: Any, fd: int, peer: tuple[Any, ...], protocol: Any, server: type[DirectServer] = DirectServer
+) -> DirectServer:
+    """Make the transport of a connection that another process has served before. Takes ownership of `fd`.
+
+    peer: the address of the peer, as accept(2) returns it; the peer may have gone since. The transport does not read
+    before `resumeProducing`, and knows `protocol`, which the caller connects. Raises OSError.
+    """
+    connection: Any = socket.SocketType(fileno=fd)  # as for an accepted connection
+    no_port: Any = None
+    transport = server(connection, protocol, peer, no_port, 0, reactor)
+    transport.pauseProducing()
+    transport.repstr = f"<{type(protocol).__name__} taken over>"
+    return transport

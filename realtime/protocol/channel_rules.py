@@ -52,6 +52,8 @@ class ResolvedChannel(ChannelOptions, frozen=True, kw_only=True):
         is_json: whether `data` is JSON text, see `Encoding.is_json`.
         """
         match self.publication_data_format:
+            case "" if data:  # the short path
+                return
             case "binary":
                 return
             case "json_object":
@@ -73,6 +75,7 @@ class ChannelRules:
         self._namespaces = {namespace.name: self._resolve(namespace) for namespace in settings.namespaces}
         # Of the names used last: nearly all commands concern few channels.
         self.checked_options = lru_cache(maxsize=_REMEMBERED)(self._checked_options)
+        self.options = lru_cache(maxsize=_REMEMBERED)(self._options)
 
     def _resolve(self, options: ChannelOptions) -> ResolvedChannel:
         values = {name: getattr(options, name) for name in ChannelOptions.__struct_fields__}
@@ -94,7 +97,7 @@ class ChannelRules:
         namespace, boundary, _ = name.partition(self._settings.namespace_boundary)
         return namespace if boundary and namespace else None
 
-    def options(self, channel: str) -> ResolvedChannel:
+    def _options(self, channel: str) -> ResolvedChannel:
         """Return the options of `channel`. Raises ClientError 102 when its namespace is not configured."""
         namespace = self.namespace(channel)
         if namespace is None:

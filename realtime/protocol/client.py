@@ -161,6 +161,11 @@ def release(client: ConnectedClient) -> None:
     client._session = _EndedSession(client._session.info)
 
 
+def meta_of(client: ConnectedClient) -> bytes:
+    """Return the `meta` claim as JSON text, b"" for none."""
+    return client._meta
+
+
 def encode_content(content: Any) -> bytes:
     """Encode a handler's value as JSON text; b"" for None. Raises as msgspec for a value that JSON can't hold."""
     return b"" if content is None else one_line(msgspec.json.encode(content))

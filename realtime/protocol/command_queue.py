@@ -19,7 +19,7 @@ from realtime.errors import BAD_PROTOCOL
 from realtime.protocol.context import SessionServices, SessionSettings
 from realtime.protocol.encodings import TooManyFields
 from realtime.protocol.messages import Command, ProtocolError
-from realtime.protocol.session_state import ACCEPTING, OPENED, SessionState
+from realtime.protocol.session_state import ACCEPTING, OPENED, Departure, SessionState
 from realtime.pubsub.time_slices import TimeSlicer
 
 # Commands of one session started before other work gets a turn: half a millisecond's worth of simple ones.
@@ -36,7 +36,8 @@ class CommandRunner(Protocol):
     """The session, as its queue sees it.
 
     running: number of commands that wait for the engine or a handler. busy_channels: their channels, where several may
-    run. queue: this queue, None for an empty one.
+    run. queue: this queue, None for an empty one. departure: set while no command may start, as the session is about to
+    move to another worker.
     """
 
     settings: SessionSettings
@@ -44,6 +45,7 @@ class CommandRunner(Protocol):
     state: SessionState
     running: int
     queue: CommandQueue | None
+    departure: Departure | None
 
     @property
     def busy_channels(self) -> Collection[str]: ...
@@ -57,6 +59,9 @@ class CommandRunner(Protocol):
 
     def take_pong(self, command: Command) -> bool:
         """Take a command if it is an expected pong, which never waits."""
+
+    def settle(self) -> None:
+        """Note that no command is being started, during a departure."""
 
     def start(self, command: Command) -> None:
         """Start one command. Raises ProtocolError for an invalid one."""
@@ -109,6 +114,14 @@ class CommandQueue:
         elif not self._session.take_pong(command):
             self.commands.append(command)
 
+    def take_all(self) -> Iterator[Command]:
+        """Remove and yield all commands, also those of undecoded messages."""
+        while self.commands or self.undecoded:
+            if self.commands:
+                yield self.commands.popleft()
+            else:
+                self._decode_one()
+
     def clear(self) -> None:
         """Drop all commands."""
         self.commands.clear()
@@ -116,6 +129,9 @@ class CommandQueue:
 
     def start_ready(self) -> None:
         """Start all commands that may start now; a long run of them is divided over several turns of the loop."""
+        if self._session.departure is not None:
+            self._session.settle()
+            return
         self.is_starting = True
         slices = self._slices
         is_long = bool(self.undecoded)
@@ -155,6 +171,8 @@ class CommandQueue:
     def _start_some(self) -> bool:
         """Decode one command, or start up to COMMANDS_AT_ONCE. Returns whether another might start."""
         session, commands = self._session, self.commands
+        if session.departure is not None:
+            return False
         if session.is_congested:
             session.wait_until_drained()
             return False
@@ -196,6 +214,9 @@ class CommandQueue:
 
     def _all_started(self) -> None:
         self.is_starting = False
+        if self._session.departure is not None:
+            self._session.settle()
+            return
         if not (self.commands or self.undecoded):
             self._session.queue = None
         limit = self._session.settings.client.command_queue // 2

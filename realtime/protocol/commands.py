@@ -300,7 +300,8 @@ def rpc(session: Session, id: int, request: messages.RPCRequest) -> Coroutine[An
             return None
         exists = handlers.has_procedures or ping.enabled
         raise ClientError(*(errors.METHOD_NOT_FOUND if exists else errors.NOT_AVAILABLE))
-    data = session.decode_request_data(request.data)
+    encoding = session.encoding
+    data = encoding.decode_data(encoding.validate_data(request.data))
     if not procedure.is_immediate:
         return _reply_later(session, id, procedure(session.handle, data))
     session.reply_to_rpc(id, procedure.call_now(session.handle, data))

@@ -87,6 +87,9 @@ class Encoding(Protocol):
     def is_json(self, data: bytes) -> bool:
         """Return whether every encoding can carry this validated data; otherwise it is published as `binary`."""
 
+    def encode_command(self, command: Command) -> bytes:
+        """Encode a command as a message of its own, for the worker that a session moves to."""
+
     # Sent messages
 
     def embed(self, data: bytes) -> Raw | UnsetType:

@@ -34,7 +34,14 @@ class JSONEncoding:
     decode_data = staticmethod(json_text.value)
 
     def decode_command(self, message: bytes) -> Command | None:
-        return None if _NEWLINE in message else self._decode_command(message, MAX_FIELDS)
+        if _NEWLINE in message:
+            return None
+        if len(message) > FEWEST_FIELDS:
+            return self._decode_command(message, MAX_FIELDS)
+        try:
+            return _decode_command(message)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return _decode_without_nulls(message, Command)
 
     def _decode_command(self, message: bytes, fields: int) -> Command:
         try:
@@ -84,11 +91,20 @@ class JSONEncoding:
     def is_json(self, data: bytes) -> bool:
         return True  # otherwise the command would not have been decoded
 
+    def encode_command(self, command: Command) -> bytes:
+        return _encode(command)
+
     def encode_reply(self, id: int, name: str, result: Struct) -> bytes:
         return b'{"id":%d,"%s":%b}' % (id, name.encode(), _encode(result))
 
     def encode_rpc_reply(self, id: int, value: Any) -> bytes:
-        return b'{"id":%d,"rpc":{"data":%b}}' % (id, self.encode_data(value) or b"null")
+        if type(value) is Raw:  # as `encode_data`, for the usual result of a handler
+            data = bytes(value)
+            if _NEWLINE in data or _RETURN in data:
+                data = json_text.one_line(data)
+        else:
+            data = self.encode_data(value)
+        return b'{"id":%d,"rpc":{"data":%b}}' % (id, data or b"null")
 
     def encode_error(self, id: int, error: ClientError) -> bytes:
         return b'{"id":%d,"error":%b}' % (id, _encode(Error(error.code, error.message, error.temporary)))
@@ -144,6 +160,9 @@ class JSONPushEncoding(JSONEncoding):
     def end_of_commands(self, data: bytes, limit: int) -> int:
         raise CommandTooLong("the one request is too long")
 
+    def encode_command(self, command: Command) -> bytes:
+        return _encode(command.connect)
+
     def encode_reply(self, id: int, name: str, result: Struct) -> bytes:
         return b'{"%s":%b}' % (name.encode(), _encode(result))
 
@@ -151,7 +170,7 @@ class JSONPushEncoding(JSONEncoding):
         return _bare_push(channel, name, body)
 
 
-_NEWLINE = 10
+_NEWLINE, _RETURN = b"\n\r"
 
 MAX_OBJECTS = MAX_FIELDS // 2
 """JSON objects in one command, outside the application's data: subscriptions of a connect, or nodes of a filter."""

@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec.structs import astuple
 
 from realtime.errors import RealtimeError
 from realtime.types import ClientInfo, Publication
@@ -46,7 +46,7 @@ def _check_offset(offset: int) -> None:
 # -- requests ---------------------------------------------------------------------------------------------------------
 
 
-class StreamPosition(Struct, frozen=True):
+class StreamPosition(Struct, frozen=True, gc=False):
     offset: _Offset = 0
     epoch: str = ""
 
@@ -54,7 +54,7 @@ class StreamPosition(Struct, frozen=True):
         _check_offset(self.offset)
 
 
-class FilterNode(Struct, frozen=True):
+class FilterNode(Struct, frozen=True, gc=False):
     """A condition on the tags of publications: a leaf, or "and", "or", "not" over `nodes`."""
 
     op: str = ""
@@ -65,7 +65,7 @@ class FilterNode(Struct, frozen=True):
     nodes: list[FilterNode] = []
 
 
-class SubscribeRequest(Struct, frozen=True):
+class SubscribeRequest(Struct, frozen=True, gc=False):
     channel: str = ""
     token: str = ""
     recover: bool = False
@@ -84,7 +84,7 @@ class SubscribeRequest(Struct, frozen=True):
         _check_offset(self.offset)
 
 
-class ConnectRequest(Struct, frozen=True):
+class ConnectRequest(Struct, frozen=True, gc=False):
     token: str = ""
     data: Raw | UnsetType = UNSET
     subs: dict[str, SubscribeRequest] | None = None
@@ -93,50 +93,50 @@ class ConnectRequest(Struct, frozen=True):
     headers: dict[str, str] | None = None
 
 
-class UnsubscribeRequest(Struct, frozen=True):
+class UnsubscribeRequest(Struct, frozen=True, gc=False):
     channel: str = ""
 
 
-class PublishRequest(Struct, frozen=True):
+class PublishRequest(Struct, frozen=True, gc=False):
     channel: str = ""
     data: Raw | UnsetType = UNSET
     type: _Int32 = 0
 
 
-class PresenceRequest(Struct, frozen=True):
+class PresenceRequest(Struct, frozen=True, gc=False):
     channel: str = ""
 
 
-class PresenceStatsRequest(Struct, frozen=True):
+class PresenceStatsRequest(Struct, frozen=True, gc=False):
     channel: str = ""
 
 
-class HistoryRequest(Struct, frozen=True):
+class HistoryRequest(Struct, frozen=True, gc=False):
     channel: str = ""
     limit: _Int32 = 0
     since: StreamPosition | None = None
     reverse: bool = False
 
 
-class SendRequest(Struct, frozen=True):
+class SendRequest(Struct, frozen=True, gc=False):
     data: Raw | UnsetType = UNSET
 
 
-class RPCRequest(Struct, frozen=True):
+class RPCRequest(Struct, frozen=True, gc=False):
     data: Raw | UnsetType = UNSET
     method: str = ""
 
 
-class RefreshRequest(Struct, frozen=True):
+class RefreshRequest(Struct, frozen=True, gc=False):
     token: str = ""
 
 
-class SubRefreshRequest(Struct, frozen=True):
+class SubRefreshRequest(Struct, frozen=True, gc=False):
     channel: str = ""
     token: str = ""
 
 
-class Command(Struct, frozen=True):
+class Command(Struct, frozen=True, gc=False):
     """One command, as on the wire. `request` finds the one field that is set; the most frequent fields come first."""
 
     id: _UInt32 = 0
@@ -158,9 +158,12 @@ class Command(Struct, frozen=True):
 
         Raises ProtocolError for an id without a request, for more than one request, and for the unused `ping`.
         """
-        absent = msgspec.structs.astuple(self).count(None)
-        if self.rpc is not None and absent == _OTHERS and self.ping is UNSET:  # the short path
-            return "rpc", self.rpc
+        absent = astuple(self).count(None)
+        if absent == _OTHERS and self.ping is UNSET:  # the short paths
+            if self.rpc is not None:
+                return "rpc", self.rpc
+            if self.publish is not None:
+                return "publish", self.publish
         ping = self.ping is not UNSET and bytes(self.ping) != b"null"
         if ping or absent < _OTHERS or (self.id and absent == len(REQUESTS)):
             raise ProtocolError("a command has exactly one request, and never `ping`")
@@ -179,20 +182,20 @@ _OTHERS = len(REQUESTS) - 1  # the absent requests of a command with one
 # -- results -------------------------------------------------------------------------------------------------------
 
 
-class Error(Struct, frozen=True, omit_defaults=True):
+class Error(Struct, frozen=True, gc=False, omit_defaults=True):
     code: int
     message: str
     temporary: bool = False
 
 
-class Info(Struct, frozen=True, omit_defaults=True):
+class Info(Struct, frozen=True, gc=False, omit_defaults=True):
     user: str
     client: str
     conn_info: Raw | UnsetType = UNSET
     chan_info: Raw | UnsetType = UNSET
 
 
-class Pub(Struct, frozen=True, omit_defaults=True):
+class Pub(Struct, frozen=True, gc=False, omit_defaults=True):
     """data: absent for an empty publication."""
 
     data: Raw | UnsetType = UNSET
@@ -203,7 +206,7 @@ class Pub(Struct, frozen=True, omit_defaults=True):
     delta: bool = False
 
 
-class SubscribeResult(Struct, frozen=True, omit_defaults=True):
+class SubscribeResult(Struct, frozen=True, gc=False, omit_defaults=True):
     expires: bool = False
     ttl: int = 0
     recoverable: bool = False
@@ -217,7 +220,7 @@ class SubscribeResult(Struct, frozen=True, omit_defaults=True):
     delta: bool = False
 
 
-class ConnectResult(Struct, frozen=True, omit_defaults=True):
+class ConnectResult(Struct, frozen=True, gc=False, omit_defaults=True):
     client: str
     version: str
     expires: bool = False
@@ -231,37 +234,37 @@ class ConnectResult(Struct, frozen=True, omit_defaults=True):
     time: int = 0
 
 
-class Empty(Struct, frozen=True):
+class Empty(Struct, frozen=True, gc=False):
     """A result without fields, which is sent as an empty object."""
 
 
-class PresenceResult(Struct, frozen=True):
+class PresenceResult(Struct, frozen=True, gc=False):
     presence: dict[str, Info]
 
 
-class PresenceStatsResult(Struct, frozen=True):
+class PresenceStatsResult(Struct, frozen=True, gc=False):
     num_clients: int
     num_users: int
 
 
-class HistoryResult(Struct, frozen=True):
+class HistoryResult(Struct, frozen=True, gc=False):
     publications: list[Pub]
     epoch: str
     offset: int
 
 
-class RPCResult(Struct, frozen=True, omit_defaults=True):
+class RPCResult(Struct, frozen=True, gc=False, omit_defaults=True):
     data: Raw | UnsetType = UNSET
 
 
-class RefreshResult(Struct, frozen=True, omit_defaults=True):
+class RefreshResult(Struct, frozen=True, gc=False, omit_defaults=True):
     client: str = ""
     version: str = ""
     expires: bool = False
     ttl: int = 0
 
 
-class SubRefreshResult(Struct, frozen=True, omit_defaults=True):
+class SubRefreshResult(Struct, frozen=True, gc=False, omit_defaults=True):
     expires: bool = False
     ttl: int = 0
 
@@ -271,20 +274,20 @@ EMPTY = Empty()
 # -- pushes, apart from Pub --------------------------------------------------------------------------------------------
 
 
-class JoinPush(Struct, frozen=True):
+class JoinPush(Struct, frozen=True, gc=False):
     """The body of join and leave."""
 
     info: Info
 
 
-class UnsubscribePush(Struct, frozen=True):
+class UnsubscribePush(Struct, frozen=True, gc=False):
     """The server ended a subscription; with a code from 2500 on the client subscribes again."""
 
     code: int
     reason: str
 
 
-class SubscribePush(Struct, frozen=True, omit_defaults=True):
+class SubscribePush(Struct, frozen=True, gc=False, omit_defaults=True):
     """The server subscribed the client."""
 
     recoverable: bool = False
@@ -294,20 +297,20 @@ class SubscribePush(Struct, frozen=True, omit_defaults=True):
     data: Raw | UnsetType = UNSET
 
 
-class MessagePush(Struct, frozen=True):
+class MessagePush(Struct, frozen=True, gc=False):
     """A message from the application to one client, outside any channel."""
 
     data: Raw
 
 
-class DisconnectPush(Struct, frozen=True):
+class DisconnectPush(Struct, frozen=True, gc=False):
     """The server closes the connection, on transports without a close frame."""
 
     code: int
     reason: str
 
 
-class RefreshPush(Struct, frozen=True, omit_defaults=True):
+class RefreshPush(Struct, frozen=True, gc=False, omit_defaults=True):
     """The server changed the expiry of the connection."""
 
     expires: bool = False

@@ -107,11 +107,13 @@ class EmulateOrder(Struct, frozen=True, array_like=True, tag="emulate"):
     """Pass `data` to the session of this secret, as a message of its client that a worker received.
 
     number: of the order, counted up by the worker with the session if that worker received the message itself, else 0.
+    worker: the address of that worker: the session may have moved to another one meanwhile.
     """
 
     secret: str
     data: bytes
     number: int = 0
+    worker: str = ""
 
 
 class InvalidateOrder(Struct, frozen=True, array_like=True, tag="invalidate"):

@@ -68,7 +68,7 @@ _READ: dict[type[Struct], str] = {
     EmulationRequest: "1 node, 2 session, 3 data",
 }
 
-# A type stands behind those that are part of it.
+# A type stands behind those that are part of it, unlike above.
 _WRITTEN: dict[type[Struct], str] = {
     messages.Error: "1 code, 2 message, 3 temporary",
     messages.Info: "1 user, 2 client, 3 conn_info, 4 chan_info",
@@ -203,6 +203,9 @@ class Protobuf:
 
     def is_json(self, data: bytes) -> bool:
         return json_text.is_json(data)
+
+    def encode_command(self, command: Command) -> bytes:
+        return _sized(b"", _WRITERS[Command](command))
 
     def encode_reply(self, id: int, name: str, result: Struct) -> bytes:
         return _reply(id, name, _WRITERS[type(result)](result))
@@ -517,10 +520,10 @@ def _field_writer(number: int, type: inspect.Type) -> _Write:
             return lambda value: tag + _varint_of(value)
         case inspect.StrType():
             return _part_writer(number, str.encode)
-        case inspect.RawType():
+        case inspect.RawType() | inspect.BytesType():
             return _part_writer(number, bytes)
         case inspect.StructType(cls=cls):
-            return _part_writer(number, _WRITERS[cls])
+            return _part_writer(number, _WRITERS.get(cls) or (lambda part: _WRITERS[cls](part)))  # a tree has itself
         case inspect.ListType(item_type=item):
             write_item = _field_writer(number, item)
             return lambda items: b"".join(map(write_item, items))
@@ -576,7 +579,7 @@ for _struct, _text in _READ.items():
         _READERS[_struct].add(_number, _name, _type)
 
 _WRITERS: dict[type[Struct], _Write] = {}
-for _struct, _text in _WRITTEN.items():
+for _struct, _text in (*_WRITTEN.items(), *reversed(_READ.items())):
     _WRITERS[_struct] = _message_writer(_struct, _text)
 
 _ID_TAG = _tag(_numbers(_REPLY)["id"], _VARINT)

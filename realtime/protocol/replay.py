@@ -19,15 +19,16 @@ from typing import Protocol
 from realtime.errors import SERVER_ERROR, ClientError, Disconnect, EngineUnavailable
 from realtime.protocol.context import Connection, SessionServices
 from realtime.protocol.messages import Pub
-from realtime.protocol.session_state import CONNECTED, SessionState
+from realtime.protocol.session_state import CONNECTED, Departure, SessionState
 from realtime.protocol.subscription import Replay, Subscription
 
 
 class ReplayingSession(Protocol):
-    """The session, as its replays see it."""
+    """The session, as its replays see it. departure: set while no page may be sent, as the session moves."""
 
     services: SessionServices
     state: SessionState
+    departure: Departure | None
 
     def push_publications(self, channel: str, publications: Iterable[Pub]) -> None:
         """Send publications of a channel to the client, without regard to the limit of its outbox."""
@@ -37,6 +38,9 @@ class ReplayingSession(Protocol):
     def subscription_lost_position(self, subscription: Subscription) -> None:
         """Have the client subscribe again."""
 
+    def settle(self) -> None:
+        """Note that no page is being sent, during a departure."""
+
     def drained(self) -> None:
         """Handle a connection that was waited for with `when_drained`: it calls `resume`."""
 
@@ -45,34 +49,47 @@ class ReplayingSession(Protocol):
 
 
 class Replays:
-    """The replays of one session, which take turns: each sends a page while the connection is drained."""
+    """The replays of one session, which take turns: each sends a page while the connection is drained.
 
-    __slots__ = ("_connection", "_is_sending", "_session", "_waiting")
+    is_sending: a page is being read or sent.
+    """
+
+    __slots__ = ("_connection", "_session", "_waiting", "is_sending")
 
     def __init__(self, session: ReplayingSession, connection: Connection) -> None:
         self._session = session
         self._connection = connection
         self._waiting: deque[tuple[Subscription, Replay]] = deque()
-        self._is_sending = False
+        self.is_sending = False
 
     def begin(self, subscription: Subscription, replay: Replay) -> None:
         """Begin to send the publications behind `replay.position`."""
         self._session.services.counters.replays["begun"].value += 1
-        if not (self._waiting or self._is_sending):
+        self.add(subscription, replay)
+        self.resume()
+
+    def add(self, subscription: Subscription, replay: Replay) -> None:
+        """Add a replay that has begun, perhaps in another worker. Call `resume` afterwards."""
+        if not (self._waiting or self.is_sending):
             self._connection.pace(True)
         self._waiting.append((subscription, replay))
-        self.resume()
+
+    def channels(self) -> list[str]:
+        """Return the channels of the replays in the order of their turns, while no page is being sent."""
+        return [subscription.channel for subscription, _ in self._waiting if subscription.is_active]
 
     def resume(self) -> None:
         """Send pages as long as the connection is drained."""
-        if self._waiting and not self._is_sending:
-            self._is_sending = True
+        if self._waiting and not self.is_sending and self._session.departure is None:
+            self.is_sending = True
             self._session.services.run(self._send_pages(), self._sent)
 
     async def _send_pages(self) -> None:
         while self._waiting:
             if self._session.state is not CONNECTED:
                 self._waiting.clear()
+                return
+            if self._session.departure is not None:
                 return
             if not self._connection.is_drained:
                 self._connection.when_drained(self._session.drained)
@@ -84,7 +101,8 @@ class Replays:
             self._connection.pace(False)
 
     def _sent(self, result: None, error: BaseException | None) -> None:
-        self._is_sending = False
+        self.is_sending = False
+        self._session.settle()
         if error is not None:
             # A bug. The client recovers over another connection; on this one it would wait for the rest in vain.
             self._session.services.report_error(error)

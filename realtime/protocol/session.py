@@ -18,11 +18,11 @@ There are no replies and no pongs, so a refusal is a disconnect.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import Any
 
 import msgspec
@@ -37,18 +37,13 @@ from realtime.protocol.client import ConnectedClient, release
 from realtime.protocol.command_queue import LONG_MESSAGE, CommandQueue, channel_of
 from realtime.protocol.context import Connection, SessionServices, SessionSettings
 from realtime.protocol.messages import ProtocolError, Pub, SubscribeRequest
+from realtime.protocol.orders import RefreshOrder, SubscribeOrder, UnsubscribeOrder
 from realtime.protocol.replay import Replays
-from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, SessionState
+from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, Departure, SessionState
 from realtime.protocol.session_timers import SessionTimers
 from realtime.protocol.subscription import JoinResult, ReplyRoom, Subscription, SubscriptionSource
 from realtime.pubsub.engine import AddClient, AdmitClient, RemoveClient
 from realtime.types import ClientInfo, Position, SubscribeOptions
-
-# Seconds' worth of commands at the allowed rate that may arrive at once. As many more are refused, then the client is
-# disconnected.
-RATE_BURST = 2.0
-# The window, in seconds, in which failed commands count towards `client.error_limit`.
-ERROR_WINDOW = 5.0
 
 # How an error ends a connection without replies, by code (client protocol, section 2.9); others end it with 3004.
 _WITHOUT_REPLIES = {
@@ -58,9 +53,7 @@ _WITHOUT_REPLIES = {
     errors.PERMISSION_DENIED[0]: errors.DENIED,
 }
 
-_NEVER = math.inf
 _PONG = messages.Command()
-_NO_FAILURES = (0, 0, -math.inf)
 _UNKNOWN_CLIENT = ClientInfo("", "")
 
 
@@ -72,21 +65,22 @@ class Session(SessionTimers):
     that are still joining. subscribing: channels of subscribe commands whose permission is being decided.
 
     running: number of commands that wait for the engine or a handler. busy_channels: the channels of those, where
-    several may run. queue: commands that wait for these, None for an empty queue.
+    several may run. queue: commands that wait for these, None for an empty queue. background: number of actions of the
+    server that wait for the engine. departure: set while the session is about to move to another worker.
     """
 
     __slots__ = (
         "_commands",
         "_connection",
-        "_failures",
-        "_rate_due",
-        "_replays",
+        "background",
         "busy_channels",
+        "departure",
         "encoding",
         "handle",
         "info",
         "is_refreshable",
         "queue",
+        "replays",
         "request",
         "running",
         "state",
@@ -110,17 +104,14 @@ class Session(SessionTimers):
         self.is_refreshable = False
         self.subscriptions: dict[str, Subscription] = {}
         self.subscribing: set[str] | tuple[()] = ()
-        self.running = 0
+        self.running = self.background = 0
+        self.departure: Departure | None = None
         self.busy_channels: set[str] | tuple[()] = ()
         self._commands = commands
         self._connection = connection
         self.encoding = connection.form.encoding
         self.queue: CommandQueue | None = None
-        self._replays: Replays | None = None
-        # The time at which the allowed rate would have used up the commands received so far.
-        self._rate_due = 0.0
-        # The number of failed commands, of refused subscribes beside these, and the time of the first one.
-        self._failures = _NO_FAILURES
+        self.replays: Replays | None = None
         self.schedule_deadline()
 
     @property
@@ -132,6 +123,11 @@ class Session(SessionTimers):
     def user(self) -> str:
         """The application's user id."""
         return self.info.user
+
+    @property
+    def connection(self) -> Connection:
+        """The connection of this session."""
+        return self._connection
 
     @property
     def secret(self) -> str:
@@ -155,7 +151,7 @@ class Session(SessionTimers):
             return
         encoding = self.encoding
         # The commonest message on an idle connection needs no decoding.
-        if self._pong_by < _NEVER and message == encoding.ping:
+        if self._pong_by < inf and message == encoding.ping:
             self._pong_received()
             return
         if encoding.unidirectional and (self.running or self.state is CONNECTED):
@@ -168,7 +164,7 @@ class Session(SessionTimers):
             command = encoding.decode_command(message)
             if command is None:
                 self._enqueue(message)
-            elif self._pong_by < _NEVER and command == _PONG:
+            elif self._pong_by < inf and command == _PONG:
                 self._pong_received()
             else:
                 self.start(command)
@@ -194,10 +190,10 @@ class Session(SessionTimers):
             queue.limit()
 
     def take_pong(self, command: messages.Command) -> bool:
-        if self._pong_by < _NEVER and command == _PONG:
+        is_pong = self._pong_by < inf and command == _PONG
+        if is_pong:
             self._pong_received()
-            return True
-        return False
+        return is_pong
 
     def start(self, command: messages.Command) -> None:
         """Start one command. Raises ProtocolError for one that is invalid, or not allowed now."""
@@ -224,17 +220,6 @@ class Session(SessionTimers):
             self.busy_channels.add(channel)
         self.services.run(rest, partial(self._finished, command.id, name, request))
 
-    def _exceeds_rate(self) -> bool:
-        """Count a command; return whether it exceeds the rate. Disconnects a client that goes far beyond."""
-        rate = self.settings.client.commands_per_second
-        now = self.services.deadlines.now
-        self._rate_due = max(self._rate_due, now) + 1 / rate
-        # Half a command is more than the sum of all rounding errors of these additions.
-        commands = (self._rate_due - now) * rate - 0.5
-        if commands > 2 * RATE_BURST * rate:
-            self.disconnect(*errors.TOO_MANY_COMMANDS)
-        return commands > RATE_BURST * rate
-
     def _finished(self, id: int, name: str, request: Any, result: Any, error: BaseException | None) -> None:
         """Go on after a command that has waited."""
         if error is not None:
@@ -249,6 +234,8 @@ class Session(SessionTimers):
             self.busy_channels.discard(getattr(request, "channel", ""))
         self.running -= 1
         if self._commands is _DRAINING and not self.running:
+            if self.queue is not None and not self.queue.is_starting:
+                self.queue.start_ready()  # refuses the queued commands
             self.disconnect(*errors.SHUTDOWN)
         elif self.queue is not None and not self.queue.is_starting:
             self.queue.start_ready()
@@ -262,8 +249,8 @@ class Session(SessionTimers):
 
     @property
     def is_paused(self) -> bool:
-        """Whether the socket is not read, because too many commands wait."""
-        return self.queue is not None and self.queue.is_paused
+        """Whether the socket is not read, because too many commands wait, or the session is about to move."""
+        return self.queue is not None and (self.queue.is_paused or self.departure is not None)
 
     @property
     def is_congested(self) -> bool:
@@ -277,8 +264,8 @@ class Session(SessionTimers):
         """Go on with commands and replays that waited for the socket to take all frames."""
         if self.queue is not None and not self.queue.is_starting:
             self.queue.start_ready()
-        if self._replays is not None:
-            self._replays.resume()
+        if self.replays is not None:
+            self.replays.resume()
 
     def pause_reading(self) -> None:
         self._connection.pause()
@@ -349,21 +336,6 @@ class Session(SessionTimers):
             self._limit_refused()
         elif not error.temporary and error.code != errors.TOKEN_EXPIRED[0]:
             self._count_failure(name)
-
-    def _count_failure(self, name: str) -> None:
-        """Disconnect the client when too many of its commands failed by its own fault.
-
-        An SDK that reconnects sends all its subscriptions at once, so refused ones do not count up to `channel_limit`.
-        """
-        settings, now = self.settings.client, self.services.deadlines.now
-        failed, subscribes, since = self._failures if now - self._failures[2] <= ERROR_WINDOW else (0, 0, now)
-        if name == "subscribe" and subscribes < settings.channel_limit:
-            subscribes += 1
-        else:
-            failed += 1
-        self._failures = failed, subscribes, since
-        if 0 < settings.error_limit < failed:
-            self.disconnect(*errors.TOO_MANY_ERRORS)
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
@@ -464,8 +436,8 @@ class Session(SessionTimers):
             self.subscription_lost_position(subscription)
             return
         if subscription.replay is not None:
-            self._replays = self._replays or Replays(self, self._connection)
-            self._replays.begin(subscription, subscription.replay)
+            self.replays = self.replays or Replays(self, self._connection)
+            self.replays.begin(subscription, subscription.replay)
         if subscription.renewal is not None:
             options, subscription.renewal = subscription.renewal, None
             self.subscribe(subscription.channel, options, None)
@@ -481,7 +453,9 @@ class Session(SessionTimers):
 
     def subscription_lost_position(self, subscription: Subscription) -> None:
         """Have the client subscribe again: it may have missed publications, and then recovers or learns of the gap."""
-        if subscription.source is SubscriptionSource.CLIENT:
+        if self.departure is not None and self.departure.is_frozen:
+            self.departure.lost.add(subscription.channel)
+        elif subscription.source is SubscriptionSource.CLIENT:
             self.unsubscribe(subscription.channel, *errors.LOST_POSITION)
         else:
             self.disconnect(*errors.INSUFFICIENT_STATE)
@@ -518,6 +492,10 @@ class Session(SessionTimers):
         since: the client's position in the channel, if any; without meaning for a subscribed client.
         """
         if self.state is not CONNECTED or (options.expire_at and options.expire_at <= self.services.wall_clock()):
+            return
+        if self.departure is not None and self.departure.put_off(
+            SubscribeOrder(self.user, channel, options, self.client, since=since)
+        ):
             return
         subscription = self.subscriptions.get(channel)
         if subscription is None:
@@ -591,6 +569,10 @@ class Session(SessionTimers):
 
     def unsubscribe(self, channel: str, code: int, reason: str) -> None:
         """End the client's subscription to `channel`, if any; with a code from 2500 on the client subscribes again."""
+        if self.departure is not None and self.departure.put_off(
+            UnsubscribeOrder(self.user, channel, self.client, code=code, reason=reason)
+        ):
+            return
         if self.subscribing:
             self.subscribing.discard(channel)
         subscription = self.subscriptions.get(channel)
@@ -599,6 +581,7 @@ class Session(SessionTimers):
         was_active = subscription.is_active
         self.remove_subscription(subscription, is_returning=was_active and code >= errors.LOST_POSITION[0])
         if was_active:  # otherwise its subscribe command gets an error reply
+            self.services.client_log.refuse_by(code, "", "", self.describe, channel=repr(channel), reason=reason)
             self._push(channel, "unsubscribe", messages.UnsubscribePush(code, reason))
 
     def refresh(self, expire_at: float, info: bytes) -> None:
@@ -606,6 +589,10 @@ class Session(SessionTimers):
 
         info: see `update_conn_info`; b"" leaves it.
         """
+        if self.departure is not None and self.departure.put_off(
+            RefreshOrder(self.user, expire_at, info=info, client=self.client)
+        ):
+            return
         try:
             ttl = self.ttl(expire_at)
         except ClientError:
@@ -629,7 +616,8 @@ class Session(SessionTimers):
     def drain(self) -> None:
         """Disconnect the client because the worker stops, after the answers to the commands that are under way.
 
-        Commands that would begin meanwhile are refused: the client's next worker carries them out.
+        Commands that would begin meanwhile, and queued ones, are refused with error 100, which tells the client that
+        they have had no effect. The client's next worker carries them out.
         """
         if self.running:
             self._commands = _DRAINING
@@ -684,11 +672,30 @@ class Session(SessionTimers):
 
         Refusals and an engine that is away are ignored: this worker's own state has changed already.
         """
-        self.services.run(_without_refusals(work), self._report_error)
+        self.background += 1
+        self.services.run(_without_refusals(work), self._end_background)
 
-    def _report_error(self, result: Any, error: BaseException | None) -> None:
+    def _end_background(self, result: Any, error: BaseException | None) -> None:
+        self.background -= 1
         if error is not None:
             self.services.report_error(error)
+        self.settle()
+
+    # -- hand-over ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is under way that a move to another worker would interrupt."""
+        is_starting = self.queue is not None and self.queue.is_starting
+        is_sending = self.replays is not None and self.replays.is_sending
+        return not (self.running or self.background or is_starting or is_sending or self.state is SessionState.CLOSED)
+
+    def settle(self) -> None:
+        """Report a session that is about to move as ready, if nothing is under way any more."""
+        departure = self.departure
+        if departure is not None and not departure.is_ready and self.is_settled:
+            departure.is_ready = True
+            departure.ready()
 
 
 # Carries out a command: (session, id, request). Returns the rest of its work, or None if there is none.

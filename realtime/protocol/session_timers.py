@@ -1,4 +1,5 @@
-"""The time limits of one session: the opening, pings and pongs, and the expiry of the connection and its subscriptions.
+"""The time limits of one session: the opening, pings and pongs, and the expiry of the connection and its subscriptions;
+the rates of its commands and of its errors.
 
 A session has one deadline at a time (`realtime.deadlines`), the earliest of its limits; `on_deadline` acts on the due
 limits. Limits are in loop time, math.inf for none. Tokens and grants expire at Unix seconds, 0.0 for never.
@@ -10,6 +11,8 @@ import math
 import random
 from abc import ABC, abstractmethod
 
+from msgspec import Struct
+
 from realtime import errors
 from realtime.errors import ClientError
 from realtime.protocol.context import Connection, SessionServices, SessionSettings
@@ -19,10 +22,35 @@ from realtime.protocol.subscription import Subscription, SubscriptionSource
 
 # Seconds after which a client that was refused is disconnected. It is expected to close the connection itself.
 REFUSED_DELAY = 5.0
+# Seconds' worth of commands at the allowed rate that may arrive at once. As many more are refused, then the client is
+# disconnected.
+RATE_BURST = 2.0
+# The window, in seconds, in which failed commands count towards `client.error_limit`.
+ERROR_WINDOW = 5.0
 # The longest ttl in seconds that fits the SDKs' integers: 68 years.
 LONGEST_TTL = 2**31 - 1
 # An expired connection closes later by up to this share of its grace, so that many do not close at the same moment.
 EXPIRY_SPREAD = 0.1
+
+
+_NO_FAILURES = (0, 0, -math.inf)
+
+
+class HandedLimits(Struct, frozen=True, array_like=True):
+    """The limits of a session that moves to another worker. Times in seconds from now on, None for no limit.
+
+    awaits_pong: a ping has no pong yet. rate_in: until the allowed rate of commands has used up those received.
+    failed, subscribes, failures_ago: as in `SessionTimers._failures`; None without failures.
+    """
+
+    stale_in: float | None
+    ping_in: float | None
+    awaits_pong: bool
+    expire_in: float | None
+    rate_in: float
+    failed: int
+    subscribes: int
+    failures_ago: float | None
 
 
 class SessionTimers(ABC):
@@ -31,7 +59,17 @@ class SessionTimers(ABC):
     A base class rather than an object of its own, which would cost memory in every session.
     """
 
-    __slots__ = ("_expire_by", "_ping_at", "_pong_by", "_stale_by", "deadline_bucket", "services", "settings")
+    __slots__ = (
+        "_expire_by",
+        "_failures",
+        "_ping_at",
+        "_pong_by",
+        "_rate_due",
+        "_stale_by",
+        "deadline_bucket",
+        "services",
+        "settings",
+    )
 
     # Set by the session:
     state: SessionState
@@ -47,6 +85,10 @@ class SessionTimers(ABC):
         self._ping_at = self._pong_by = self._expire_by = math.inf
         self._stale_by = self._after(settings.client.stale_close_delay or math.inf)
         self.deadline_bucket = 0
+        # The time at which the allowed rate would have used up the commands received so far.
+        self._rate_due = 0.0
+        # The number of failed commands, of refused subscribes beside these, and the time of the first one.
+        self._failures = _NO_FAILURES
 
     @property
     @abstractmethod
@@ -99,6 +141,73 @@ class SessionTimers(ABC):
     def _loop_time(self, expire_at: float, grace: float = 0.0) -> float:
         """Convert a time of expiry to loop time, `grace` seconds later; math.inf for 0.0."""
         return self._after(expire_at - self.services.wall_clock() + grace) if expire_at else math.inf
+
+    # -- hand-over ---------------------------------------------------------------------------------------------------
+
+    @property
+    def handed_limits(self) -> HandedLimits:
+        """The limits, for another worker."""
+        failed, subscribes, since = self._failures
+        return HandedLimits(
+            self._left(self._stale_by),
+            self._left(self._ping_at),
+            self._pong_by < math.inf,
+            self._left(self._expire_by),
+            max(self._rate_due - self.services.deadlines.now, 0.0),
+            failed,
+            subscribes,
+            -self._left(since) if since > -math.inf else None,  # type: ignore[operator]
+        )
+
+    def restore_limits(self, handed: HandedLimits) -> None:
+        """Continue with the limits of another worker. The time for a pong begins anew: the socket was not read."""
+
+        def after(delay: float | None) -> float:
+            return math.inf if delay is None else self._after(delay)
+
+        self._stale_by, self._ping_at = after(handed.stale_in), after(handed.ping_in)
+        self._expire_by = after(handed.expire_in)
+        self._pong_by = self._after(self.settings.client.pong_timeout) if handed.awaits_pong else math.inf
+        self._rate_due = self._after(handed.rate_in)
+        if handed.failures_ago is not None:
+            self._failures = handed.failed, handed.subscribes, self._after(-handed.failures_ago)
+        self.schedule_deadline()
+
+    def resume_limits(self) -> None:
+        """Watch the limits again, after the socket was not read for a while."""
+        self._restart_pong_limit()
+        self.schedule_deadline()
+
+    def _left(self, time: float) -> float | None:
+        return time - self.services.deadlines.now if time < math.inf else None
+
+    # -- rates -------------------------------------------------------------------------------------------------------
+
+    def _exceeds_rate(self) -> bool:
+        """Count a command; return whether it exceeds the rate. Disconnects a client that goes far beyond."""
+        rate = self.settings.client.commands_per_second
+        now = self.services.deadlines.now
+        self._rate_due = max(self._rate_due, now) + 1 / rate
+        # Half a command is more than the sum of all rounding errors of these additions.
+        commands = (self._rate_due - now) * rate - 0.5
+        if commands > 2 * RATE_BURST * rate:
+            self.disconnect(*errors.TOO_MANY_COMMANDS)
+        return commands > RATE_BURST * rate
+
+    def _count_failure(self, name: str) -> None:
+        """Disconnect the client when too many of its commands failed by its own fault.
+
+        An SDK that reconnects sends all its subscriptions at once, so refused ones do not count up to `channel_limit`.
+        """
+        settings, now = self.settings.client, self.services.deadlines.now
+        failed, subscribes, since = self._failures if now - self._failures[2] <= ERROR_WINDOW else (0, 0, now)
+        if name == "subscribe" and subscribes < settings.channel_limit:
+            subscribes += 1
+        else:
+            failed += 1
+        self._failures = failed, subscribes, since
+        if 0 < settings.error_limit < failed:
+            self.disconnect(*errors.TOO_MANY_ERRORS)
 
     # -- opening -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ them: the engine passes every order to every worker (`engine.SendOrder`), and ea
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
 from realtime.errors import CONNECTION_EXPIRED, CONNECTION_LIMIT
@@ -67,7 +67,9 @@ class Sessions:
         """slices: divides orders that concern many sessions; None to carry out each order at once."""
         self._slices = slices
         # The rest of a divided order, and all orders behind it.
-        self._pending: deque[tuple[list[RegisteredSession], Callable[[RegisteredSession], None]]] = deque()
+        self._pending: deque[tuple[deque[RegisteredSession], Callable[[RegisteredSession], None]]] = deque()
+        # Orders since the cut of each batch of sessions that arrive from another worker (`protocol.handover`).
+        self._arriving: dict[str, list[AddressedOrder | SupersedeOrder]] = {}
         self._handlers: dict[type[Order], Callable[[Any], None]] = {}
         self._by_client: dict[str, RegisteredSession] = {}
         self._by_user: dict[str, dict[str, RegisteredSession]] = {}
@@ -133,6 +135,7 @@ class Sessions:
                 if handler is not None:
                     handler(order)
             case SupersedeOrder() as newest:
+                self._remember(newest)
                 self._superseding.discard(newest.client)
                 older = [
                     session
@@ -141,7 +144,51 @@ class Sessions:
                 ]
                 self._for_each(older, lambda session: session.disconnect(*CONNECTION_LIMIT))
             case order:
+                self._remember(order)
                 self._for_each(self._addressed(order), _action(order))
+
+    def _remember(self, order: AddressedOrder | SupersedeOrder) -> None:
+        for orders in self._arriving.values():
+            orders.append(order)
+
+    # Sessions that move
+
+    def finish_orders(self, session: RegisteredSession) -> None:
+        """Carry out the divided orders that concern this session now."""
+        for waiting, action in self._pending:
+            if session in waiting:
+                waiting.remove(session)
+                action(session)
+
+    def begin_arrivals(self, batch: str) -> None:
+        """Keep the orders from now on for the sessions of a batch, until `end_arrivals`."""
+        self._arriving[batch] = []
+
+    def adopt(self, batch: str, session: RegisteredSession, earlier: Iterable[bytes]) -> None:
+        """Add a session that has arrived, and carry out the orders since the cut, after `earlier` ones to it alone."""
+        self.add(session)
+        for data in earlier:
+            self.carry_out(data, session)
+        for order in list(self._arriving.get(batch, ())):
+            if isinstance(order, SupersedeOrder):
+                if order.user == session.user and order.client != session.client:
+                    session.disconnect(*CONNECTION_LIMIT)
+            elif (
+                order.user == session.user
+                and order.client in ("", session.client)
+                and order.session in ("", session.secret)
+            ):
+                _action(order)(session)
+
+    def carry_out(self, data: bytes, session: RegisteredSession) -> None:
+        """Carry out an encoded order on one session."""
+        order = decode_order(data)
+        assert isinstance(order, AddressedOrder)
+        _action(order)(session)
+
+    def end_arrivals(self, batch: str) -> None:
+        """Keep no more orders for a batch. Idempotent."""
+        self._arriving.pop(batch, None)
 
     def _addressed(self, order: AddressedOrder) -> list[RegisteredSession]:
         of_user = self._by_user.get(order.user, {})
@@ -168,15 +215,15 @@ class Sessions:
             else:
                 return
         assert slices is not None
-        self._pending.append((sessions, action))
+        self._pending.append((deque(sessions), action))
         if len(self._pending) == 1:
             slices.add(self._apply_pending(), HIGH)
 
     def _apply_pending(self) -> Iterator[None]:
         while self._pending:
             sessions, action = self._pending[0]
-            for session in sessions:
-                action(session)
+            while sessions:
+                action(sessions.popleft())
                 yield
             self._pending.popleft()
 

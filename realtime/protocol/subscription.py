@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from realtime.errors import BAD_REQUEST, UNRECOVERABLE_POSITION, ClientError, Disconnect, RealtimeError
 from realtime.protocol.channel_rules import ResolvedChannel
 from realtime.protocol.context import SessionServices, SessionSettings
-from realtime.protocol.messages import Pub, SubscribeRequest, SubscribeResult
+from realtime.protocol.messages import FilterNode, Pub, SubscribeRequest, SubscribeResult
 from realtime.protocol.wire_formats import WireFormat
 from realtime.pubsub import filters, fossil_delta
 from realtime.pubsub.engine import AddPresence, GetHistory, RemovePresence
@@ -114,13 +114,13 @@ class Subscription:
     """A subscriber of the hub.
 
     positioned, recoverable, announced (join and leave pushes), delta, filter: features granted to the client; see
-    `grant` and `subscriber.Subscriber`. expire_at: Unix seconds, 0.0 for never. is_active: true from the reply or push
+    `grant` and `subscriber.Subscriber`. tf: the filter as the client has sent it. is_entered: the subscription has
+    entered presence. expire_at: Unix seconds, 0.0 for never. is_active: true from the reply or push
     that reports the subscription to the client until the end. renewal: terms that the server gave it before that.
     replay: of missed publications, None without one.
     """
 
     __slots__ = (
-        "_entered",
         "_left",
         "_owner",
         "announced",
@@ -132,12 +132,14 @@ class Subscription:
         "form",
         "info",
         "is_active",
+        "is_entered",
         "positioned",
         "recoverable",
         "renewal",
         "replay",
         "sink",
         "source",
+        "tf",
     )
 
     def __init__(
@@ -152,7 +154,7 @@ class Subscription:
     ) -> None:
         """sink: takes the client's frames, in this form. info: the client, as others in the channel see it."""
         self._owner = owner
-        self._entered = self._left = False
+        self.is_entered = self._left = False
         self.sink = sink
         self.form = form
         self.channel = channel
@@ -161,6 +163,7 @@ class Subscription:
         self.source = source
         self.positioned = self.recoverable = self.announced = self.delta = False
         self.filter: filters.Filter | None = None
+        self.tf: FilterNode | None = None
         self.expire_at = 0.0
         self.is_active = False
         self.renewal: SubscribeOptions | None = None
@@ -189,11 +192,17 @@ class Subscription:
             if not options.allow_tags_filter:
                 raise ClientError(*BAD_REQUEST, kind="filter_refused")
             try:
-                self.filter = filters.compiled(request.tf, self._owner.settings.client.max_filter_nodes)
+                self.set_filter(request.tf)
             except ValueError as error:
                 raise ClientError(*BAD_REQUEST, kind="filter_refused") from RealtimeError(str(error))
         if options.force_recovery and not kept and request.recover and self._refuses_unrecovered(request):
             raise ClientError(*UNRECOVERABLE_POSITION)
+
+    def set_filter(self, tf: FilterNode) -> None:
+        """Filter publications by their tags. Raises ValueError."""
+        client = self._owner.settings.client
+        self.filter = filters.compiled(tf, client.max_filter_nodes, client.max_filter_depth)
+        self.tf = tf
 
     def _refuses_unrecovered(self, request: SubscribeRequest) -> bool:
         """Return whether the client refuses a subscription without recovery. In cache mode there is always a state."""
@@ -217,7 +226,7 @@ class Subscription:
         if recovering and not recovered and self._refuses_unrecovered(request):
             raise ClientError(*UNRECOVERABLE_POSITION)
         # After `leave` there may be a new subscription of the same client already, and its presence must stay.
-        if self._is_visible and not self._entered and not self._left:
+        if self._is_visible and not self.is_entered and not self._left:
             await self._enter_presence()
         result = SubscribeResult(
             recoverable=self.recoverable,
@@ -394,18 +403,21 @@ class Subscription:
         """Whether other clients can see this one in the channel."""
         return self.channel_options.presence or self.channel_options.join_leave
 
-    async def _enter_presence(self) -> None:
-        self._entered = True
+    @property
+    def presence(self) -> AddPresence:
+        """The request that shows the client to others in the channel."""
         options = self.channel_options
-        await self._owner.services.engine.ask(
-            AddPresence(
-                self.channel,
-                self.info,
-                present=options.presence,
-                announce=options.join_leave,
-                grace=options.presence_grace,
-            )
+        return AddPresence(
+            self.channel,
+            self.info,
+            present=options.presence,
+            announce=options.join_leave,
+            grace=options.presence_grace,
         )
+
+    async def _enter_presence(self) -> None:
+        self.is_entered = True
+        await self._owner.services.engine.ask(self.presence)
 
     async def renew(self, channel_options: ResolvedChannel, info: ClientInfo) -> Position:
         """Give the active subscription new options and info; return the channel's position, if it has one now.
@@ -426,8 +438,8 @@ class Subscription:
             services.hub.regroup(self.channel)
         if self._is_visible:
             await self._enter_presence()
-        elif self._entered:
-            self._entered = False
+        elif self.is_entered:
+            self.is_entered = False
             await services.engine.ask(RemovePresence(self.channel, info.client))
         if not self.positioned:
             return Position()
@@ -437,7 +449,7 @@ class Subscription:
     async def update_info(self, info: ClientInfo) -> None:
         """Show the client as `info` from now on. Raises EngineUnavailable; presence then still has the old info."""
         self.info = info
-        if self._entered:
+        if self.is_entered:
             await self._enter_presence()
 
     async def leave(self, *, is_returning: bool = False) -> None:
@@ -448,8 +460,8 @@ class Subscription:
         self.is_active = False
         self._left = True
         self._owner.services.hub.unsubscribe(self.channel, self)
-        if self._entered:
-            self._entered = False
+        if self.is_entered:
+            self.is_entered = False
             await self._owner.services.engine.ask(RemovePresence(self.channel, self.info.client, is_returning))
 
     # Called by the hub

@@ -44,16 +44,16 @@ class DeltaBase(NamedTuple):
     epoch: str
 
     def is_same(self, other: DeltaBase) -> bool:
-        """Whether both are one publication: the same object, or the same place in the history."""
+        """Whether a delta from one is a delta from the other."""
         mine, its = self.publication, other.publication
-        return mine is its or (0 < mine.offset == its.offset and self.epoch == other.epoch)
+        return mine is its or mine.data == its.data
 
 
 class Activation(NamedTuple):
     """A subscriber that first receives its held events. base: its delta base, if it has one.
 
     is_behind: from then on it receives joins and leaves alone (`realtime.pubsub.fanout`). is_late: it receives nothing
-    else until then; false for a subscriber that was behind.
+    else until then; false for a subscriber that was behind. continues: the held events may be deltas from `base`.
     """
 
     subscriber: Subscriber
@@ -61,6 +61,7 @@ class Activation(NamedTuple):
     base: DeltaBase | None
     is_behind: bool = False
     is_late: bool = True
+    continues: bool = False
 
 
 class Mark(NamedTuple):

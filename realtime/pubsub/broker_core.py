@@ -10,19 +10,20 @@ clock that never goes back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
-from realtime.errors import LIMIT_EXCEEDED, ClientError
+from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
 from realtime.metrics import Counter
 from realtime.pubsub.engine import (
     AddClient,
     AddPresence,
     AdmitClient,
     Answer,
+    Cut,
     EngineNotice,
     EngineRequest,
     GetHistory,
@@ -89,16 +90,20 @@ class PeerDelivery(Protocol[P_contra]):
 
     def deliver_order(self, peers: Collection[P_contra], order: bytes) -> None: ...
 
+    def deliver_cut(self, peer: P_contra, request: Cut, clients: list[ClientInfo]) -> None: ...
+
 
 class _PeerState:
     """State that belongs to one peer and is dropped with it."""
 
-    __slots__ = ("address", "channels", "keeps_lost", "subscriptions", "users")
+    __slots__ = ("address", "channels", "keeps_lost", "sessions", "slot", "subscriptions", "users")
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, slot: str) -> None:
         self.address = address
+        self.slot = slot
         self.channels: set[str] = set()
         self.users: dict[str, str] = {}  # client -> user, of the connected clients
+        self.sessions: dict[str, str] = {}  # client -> secret, of those that came from another peer
         self.subscriptions = 0
         self.keeps_lost = False  # whether the clients that it leaves behind are kept for its successor
 
@@ -107,7 +112,7 @@ class BrokerCore(Generic[P]):
     """Channels, presence and connected clients over all peers.
 
     max_channels: limits the channels with a subscriber, the channels with a history, the channels with presence on one
-    peer, the lost clients of one address, and the idempotency keys. A request beyond a limit raises ClientError 106.
+    peer, the lost clients of one slot, and the idempotency keys. A request beyond a limit raises ClientError 106.
     publications: counts the requests to publish. operations: the bound method for each kind of request and notice.
     """
 
@@ -121,8 +126,10 @@ class BrokerCore(Generic[P]):
         self._routes: dict[str, list[P]] = {}
         self._peers: dict[P, _PeerState] = {}
         self._addresses: dict[str, P] = {}
+        self._sessions: dict[str, P] = {}  # by secret, of clients that came from another peer
         self._users: dict[str, int] = {}  # user -> connections
-        self._lost: dict[str, dict[str, str]] = {}  # address -> client -> user, of peers that have ended
+        # Of peers that have ended: slot -> client -> user and the address of the peer.
+        self._lost: dict[str, dict[str, tuple[str, str]]] = {}
         self.operations: dict[type[Struct], Callable[[P, float, Any], Any]] = {
             kind: method.__get__(self) for kind, method in _OPERATIONS.items()
         }
@@ -148,19 +155,27 @@ class BrokerCore(Generic[P]):
 
     # Peers
 
-    def attach(self, peer: P, address: str = "") -> None:
-        """Add a peer without any state. address: for orders to it alone; the latest peer with an address has it."""
-        self._peers[peer] = _PeerState(address)
+    def attach(self, peer: P, address: str = "", slot: str = "") -> None:
+        """Add a peer without any state. address: for orders to it alone; the latest peer with an address has it.
+
+        slot: its successor in this slot gets its lost clients.
+        """
+        self._peers[peer] = _PeerState(address, slot)
         self._presence.attach(peer)
         self._addresses[address] = peer
 
     def introduce(self, peer: P, *, takes_lost: bool, is_returning: bool) -> None:
         """Learn about the process of a peer. takes_lost: whether it asks for the clients of earlier peers of its
-        address. is_returning: it had a peer here before, so it has the clients of that peer itself."""
+        slot. is_returning: it had a peer here before, so it has the clients of that peer itself."""
         state = self._peers[peer]
         state.keeps_lost = takes_lost
-        if is_returning or not takes_lost:
-            self._lost.pop(state.address, None)
+        if not takes_lost:
+            self._lost.pop(state.slot, None)
+        elif is_returning and state.slot in self._lost:
+            lost = self._lost.pop(state.slot)
+            others = {client: entry for client, entry in lost.items() if entry[1] != state.address}
+            if others:
+                self._lost[state.slot] = others
 
     def detach(self, peer: P, now: float) -> None:
         """Remove a peer: its clients leave, which the others receive, and are disconnected. Idempotent."""
@@ -176,9 +191,12 @@ class BrokerCore(Generic[P]):
             del self._addresses[state.address]
         for user in state.users.values():
             self._remove_connection(user)
+        for secret in state.sessions.values():
+            self._forget_session(secret, peer)
         if state.keeps_lost and state.users:
-            lost = self._lost.setdefault(state.address, {})
-            lost.update(islice(state.users.items(), self._max_channels - len(lost)))
+            lost = self._lost.setdefault(state.slot, {})
+            for client, user in islice(state.users.items(), self._max_channels - len(lost)):
+                lost[client] = user, state.address
         for number, channel in enumerate(state.channels, 1):
             self._unroute(channel, peer)
             if number % CHUNK == 0:
@@ -191,19 +209,26 @@ class BrokerCore(Generic[P]):
         channels: Iterable[str],
         presence: Iterable[AddPresence],
         clients: Iterable[ClientInfo],
+        sessions: Mapping[str, str],
         *,
         announce: bool,
     ) -> None:
         """Take over state that an earlier stream or broker had granted to this peer, so no limit applies.
 
-        announce: deliver the joins. Their leaves are delivered in any case.
+        A client of another peer moves, as with `Cut`: the other one has not got it, or has lost it. announce: deliver
+        the joins. Their leaves are delivered in any case.
         """
         for channel in channels:
             self._route(channel, peer)
         for request in presence:
-            self._presence.add(peer, request, restored=True, announce=announce)
+            self._presence.restore(peer, request, announce=announce)
         for info in clients:
+            for other in self._peers:
+                if other != peer:
+                    self._remove_client(other, info.client)
             self._add_client(peer, info)
+        for client, secret in sessions.items():
+            self._add_session(peer, client, secret)
 
     # Publications
 
@@ -288,7 +313,8 @@ class BrokerCore(Generic[P]):
     def send_order(self, peer: P, now: float, request: SendOrder) -> int:
         recipients: Collection[P] = self._peers.keys()
         if request.worker:
-            recipients = [self._addresses[request.worker]] if request.worker in self._addresses else []
+            recipient = self._sessions.get(request.session) or self._addresses.get(request.worker)
+            recipients = [recipient] if recipient is not None else []
         if recipients:
             self._delivery.deliver_order(recipients, request.order)
         return len(recipients)
@@ -349,9 +375,36 @@ class BrokerCore(Generic[P]):
             self._presence.client_gone(now, notice.client)
 
     def _remove_client(self, peer: P, client: str) -> None:
-        user = self._peers[peer].users.pop(client, None)
+        state = self._peers[peer]
+        user = state.users.pop(client, None)
         if user is not None:
             self._remove_connection(user)
+        if state.sessions and (secret := state.sessions.pop(client, None)) is not None:
+            self._forget_session(secret, peer)
+
+    def _add_session(self, peer: P, client: str, secret: str) -> None:
+        self._peers[peer].sessions[client] = secret
+        self._sessions[secret] = peer
+
+    def _forget_session(self, secret: str, peer: P) -> None:
+        if self._sessions.get(secret) == peer:
+            del self._sessions[secret]
+
+    @carries_out(Cut)
+    def cut(self, peer: P, now: float, request: Cut) -> None:
+        target = self._addresses.get(request.worker)
+        if target is None or target == peer:
+            raise ClientError(*INTERNAL_ERROR)
+        users = self._peers[peer].users
+        clients = [ClientInfo(users[client], client) for client in request.clients if client in users]
+        for info in clients:
+            self._remove_client(peer, info.client)
+            self._add_client(target, info)
+            if info.client in request.sessions:
+                self._add_session(target, info.client, request.sessions[info.client])
+        for channel, present in request.presence.items():
+            self._presence.move(peer, target, channel, present)
+        self._delivery.deliver_cut(target, request, clients)
 
     def _remove_connection(self, user: str) -> None:
         remaining = self._users[user] - 1
@@ -362,14 +415,14 @@ class BrokerCore(Generic[P]):
 
     @carries_out(TakeLostClients)
     def take_lost_clients(self, peer: P, now: float, request: TakeLostClients) -> list[ClientInfo]:
-        address = self._peers[peer].address
-        lost = self._lost.get(address, {})
-        taken = list(islice(lost.items(), request.limit))
-        for client, _ in taken:
-            del lost[client]
+        slot = self._peers[peer].slot
+        lost = self._lost.get(slot, {})
+        taken = [ClientInfo(user, client) for client, (user, _) in islice(lost.items(), request.limit)]
+        for info in taken:
+            del lost[info.client]
         if not lost:
-            self._lost.pop(address, None)
-        return [ClientInfo(user, client) for client, user in taken]
+            self._lost.pop(slot, None)
+        return taken
 
     @takes_note(ReportSubscriptions)
     def report_subscriptions(self, peer: P, now: float, notice: ReportSubscriptions) -> None:

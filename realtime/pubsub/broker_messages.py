@@ -10,7 +10,7 @@ big-endian), then a body of that length in MessagePack. Number 0 means that no a
                                              <-------   its answer (the same number), or RequestFailed
     an EngineNotice, or a request without    ------->
     a number
-                                             <-------   Published, Joined, Left, OrderSent
+                                             <-------   Published, Joined, Left, OrderSent, CutReached
 
 The body of a message is an array: the number of its kind, then its fields. The body of an answer is the bare value,
 whose type follows from the request (`answer_decoder`). Kinds and types are derived from the Structs of
@@ -34,7 +34,7 @@ from realtime.errors import RealtimeError
 from realtime.pubsub.engine import AddPresence, Answer, EngineNotice, EngineRequest
 from realtime.types import ClientInfo, Publication
 
-VERSION = 5
+VERSION = 6
 
 FRAME_LIMIT = 16 * 1024 * 1024
 """Upper limit in bytes of a frame's body."""
@@ -57,19 +57,24 @@ class Hello(BrokerMessage, tag=1, frozen=True, gc=False):
     """The worker's first message. instance: as in the Welcome of its previous stream, "" without one.
 
     takes_lost_clients: whether the worker will ask for the clients of its predecessor (`engine.TakeLostClients`).
+    generation: of the worker's process, see `engine.worker_address`.
     """
 
     version: int
     instance: str
     takes_lost_clients: bool = False
+    generation: int = 0
 
 
 class Restore(BrokerMessage, tag=2, frozen=True, gc=False):
-    """A part of the worker's state, in one or more messages after Hello. clients: those connected."""
+    """A part of the worker's state, in one or more messages after Hello; later the state of clients that it has again,
+    or that it has and another worker had. clients: those connected. sessions: see `engine.Cut`.
+    """
 
     channels: list[str]
     presence: list[AddPresence]
     clients: list[ClientInfo]
+    sessions: dict[str, str] = {}
 
 
 class Welcome(BrokerMessage, tag=1, frozen=True, gc=False):
@@ -107,6 +112,15 @@ class OrderSent(BrokerMessage, tag=5, frozen=True, gc=False):
     order: bytes
 
 
+class CutReached(BrokerMessage, tag=6, frozen=True, gc=False):
+    """Carries `Receiver.on_cut`. The fields are those of `engine.Cut`."""
+
+    batch: str
+    clients: list[ClientInfo]
+    sessions: dict[str, str]
+    presence: dict[str, list[str]]
+
+
 class RequestFailed(BrokerMessage, tag=12, frozen=True, gc=False):
     """The request of this number failed with an `errors.ClientError` of these fields."""
 
@@ -119,7 +133,7 @@ class RequestFailed(BrokerMessage, tag=12, frozen=True, gc=False):
 REQUESTS: tuple[type[EngineRequest[Any]], ...] = tuple(EngineRequest.__subclasses__())
 NOTICES: tuple[type[EngineNotice], ...] = tuple(EngineNotice.__subclasses__())
 TO_BROKER: tuple[type[Struct], ...] = (Hello, Restore, *REQUESTS, *NOTICES)
-TO_WORKER: tuple[type[Struct], ...] = (Welcome, Published, Joined, Left, OrderSent, RequestFailed)
+TO_WORKER: tuple[type[Struct], ...] = (Welcome, Published, Joined, Left, OrderSent, CutReached, RequestFailed)
 
 _encode = msgspec.msgpack.Encoder().encode
 

@@ -48,6 +48,15 @@ new_listing: Callable[[], int] = count(1).__next__
 MESSAGES_DROPPED = ("realtime_messages_dropped", "Publications, joins and leaves lost on their way to subscribers.")
 """Name and help of the counter of lost messages, by `reason`."""
 
+
+def worker_address(slot: int, generation: int) -> str:
+    """Return the address of a worker's process, as in `SendOrder.worker`. It contains no dot.
+
+    generation: tells the processes of one slot apart; two of them are there during a hand-over.
+    """
+    return f"{slot}-{generation}"
+
+
 Answer = TypeVar("Answer")
 
 AnswerCallback = Callable[[Any, BaseException | None], None]
@@ -133,11 +142,14 @@ class Unsubscribe(EngineNotice, tag=5, frozen=True, gc=False):
 class SendOrder(EngineRequest[int], tag=16, frozen=True, gc=False):
     """Deliver an order to every worker, this one included. Answer: the number of workers it was sent to.
 
-    order: opaque to the engine (`realtime.protocol.orders`). worker: the address of the only recipient, "" for all.
+    order: opaque to the engine (`realtime.protocol.orders`). worker: the address of the only recipient, "" for all
+    (`worker_address`). session: the secret of a client's session; if a `Cut` has moved that session, the recipient is
+    the worker that has it now.
     """
 
     order: bytes
     worker: str = ""
+    session: str = ""
 
 
 # Presence
@@ -215,13 +227,31 @@ class RemoveClient(EngineNotice, tag=13, frozen=True, gc=False):
 
 
 class TakeLostClients(EngineRequest[list[ClientInfo]], tag=18, frozen=True, gc=False):
-    """Take over clients that an earlier worker at this address has not removed before its process ended.
+    """Take over clients that an earlier worker of this slot has not removed before its process ended.
 
     Answer: `limit` of them at most; the engine has forgotten them, and keeps the others until the next request. A
     worker that will ask says so when it attaches (`Hello.takes_lost_clients`).
     """
 
     limit: int
+
+
+class Cut(EngineRequest[None], tag=19, frozen=True, gc=False):
+    """Move clients of this worker to another one, with their presence, at one point of the deliveries to both.
+
+    The receiver of the other worker is called with `on_cut` at that point, and the answer comes at that point.
+    There are no joins and no leaves, and `AdmitClient` counts the clients as before. batch: identifies the move.
+    worker: the address of the other one. clients: their ids. sessions: the secrets of their sessions by client, of
+    those that have one (see `SendOrder.session`). presence: the clients that are present, by channel. Raises
+    ClientError 100 when there is no such worker; then, and when the request fails otherwise, this worker still has
+    the clients.
+    """
+
+    batch: str
+    worker: str
+    clients: list[str]
+    sessions: dict[str, str]
+    presence: dict[str, list[str]]
 
 
 class ReportSubscriptions(EngineNotice, tag=14, frozen=True, gc=False):
@@ -249,6 +279,9 @@ class Receiver(Protocol):
     def on_order(self, order: bytes) -> None:
         """Carry out an order to this worker (see `SendOrder`)."""
 
+    def on_cut(self, batch: str) -> None:
+        """Handle a `Cut` towards this worker: it has the clients of the batch from now on."""
+
     def on_interruption(self) -> None:
         """Handle a restored connection: publications may be missing in every channel.
 
@@ -274,3 +307,12 @@ class Engine(Protocol):
 
     def tell(self, notice: EngineNotice) -> None:
         """Report a fact. Never fails: an engine that is away learns it when it is back."""
+
+    def claim(self, batch: str, info: ClientInfo, secret: str, presence: list[AddPresence]) -> None:
+        """Note that a client has arrived from another worker, by the `Cut` of this batch, if it reached this one.
+
+        secret: of its session, "" without one. presence: as at the cut. Never fails.
+        """
+
+    def forget_arrivals(self, batch: str) -> list[ClientInfo]:
+        """Remove the clients of a batch that have not been claimed, with their presence; return them. Idempotent."""

@@ -71,11 +71,16 @@ class _DeltaState:
         self.subscribers = 0
 
     def patch(self, publication: Publication) -> bytes | None:
-        """Return the delta of a publication; None if it was not published with `delta`, or the delta is not shorter."""
-        if self.base is None or not publication.delta or len(publication.data) > PATCH_LIMIT:
-            return None
-        patch = delta(self.base.publication.data, publication.data)
-        return patch if len(patch) < len(publication.data) else None
+        """Return the delta of a publication for the subscribers that are not fresh, if it has one."""
+        return _patch_from(self.base, publication)
+
+
+def _patch_from(base: DeltaBase | None, publication: Publication | None) -> bytes | None:
+    """Return the delta of a publication; None if it was not published with `delta`, or the delta is not shorter."""
+    if base is None or publication is None or not publication.delta or len(publication.data) > PATCH_LIMIT:
+        return None
+    patch = delta(base.publication.data, publication.data)
+    return patch if len(patch) < len(publication.data) else None
 
 
 def broadcast(frame: bytes, sinks: Sequence[Sink]) -> None:
@@ -202,19 +207,25 @@ class ChannelFanout:
     # Subscribers
 
     def activate(
-        self, subscriber: Subscriber, events: list[Event], base: DeltaBase | None, *, is_behind: bool = False
+        self,
+        subscriber: Subscriber,
+        events: list[Event],
+        base: DeltaBase | None,
+        *,
+        is_behind: bool = False,
+        continues: bool = False,
     ) -> None:
         """Deliver the held events to a subscriber that is new or was behind, and all later events of the channel.
 
         base: the last publication that the subscriber has already, if any. is_behind: only joins and leaves, until the
-        next call.
+        next call. continues: the held publications may be deltas, as for a subscriber that has been active.
         """
         is_new = subscriber not in self.subscribers
         if is_new:
             self.subscribers[subscriber] = None
             self._filters += subscriber.filter is not None
         if events or self._busy:
-            self._submit(Activation(subscriber, events, base, is_behind, is_late=is_new))
+            self._submit(Activation(subscriber, events, base, is_behind, is_late=is_new, continues=continues))
         else:
             self._start_delivery(subscriber, base, is_behind)
 
@@ -258,6 +269,17 @@ class ChannelFanout:
                 self._deltas = None
         self.invalidate_groups()
         return True
+
+    def delta_base(self, subscriber: Subscriber) -> DeltaBase | None:
+        """Return the publication from which the next delta for an active subscriber would start, if it has one."""
+        deltas = self._deltas
+        if deltas is None or not subscriber.delta or subscriber in deltas.fresh:
+            return None
+        return deltas.base if self._behind is None or subscriber not in self._behind else None
+
+    def count_dropped(self, events: int) -> None:
+        """Count events that were held for new subscribers, and dropped."""
+        self._context.dropped.value += events
 
     def invalidate_groups(self) -> None:
         """Group the subscribers anew before the next event: they or their features have changed."""
@@ -442,11 +464,14 @@ class ChannelFanout:
         """Deliver the held events to one subscriber; from then on it receives the channel's events."""
         subscriber, base = activation.subscriber, activation.base
         variant = _WHOLE if subscriber.delta else _PLAIN
+        is_patched = activation.continues and subscriber.delta and subscriber.filter is None
         for number, event in enumerate(activation.events, 1):
             if subscriber not in self.subscribers:
                 return
             if _passes_filter(subscriber, event):
-                self._deliver(subscriber, self._frame({}, subscriber.form, variant, event, None), event)
+                patch = _patch_from(base, event.publication) if is_patched else None
+                frame = self._frame({}, subscriber.form, _PATCHED if patch is not None else variant, event, patch)
+                self._deliver(subscriber, frame, event)
                 if event.publication is not None:
                     base = DeltaBase(event.publication, event.epoch)
             if number % CHUNK == 0:

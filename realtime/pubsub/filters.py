@@ -37,23 +37,26 @@ class FilterCondition(Protocol):
     def nodes(self) -> Sequence[FilterCondition]: ...
 
 
-def compiled(node: FilterCondition, max_nodes: int = MAX_NODES) -> Filter:
+def compiled(node: FilterCondition, max_nodes: int = MAX_NODES, max_depth: int = MAX_DEPTH) -> Filter:
     """Compile a filter: a function from a publication's tags (None for no tags) to whether it passes.
 
-    Raises ValueError for an invalid tree, and for a tree of more than `max_nodes` nodes or MAX_DEPTH levels.
+    Raises ValueError for an invalid tree, and for a tree of more than `max_nodes` nodes or `max_depth` levels.
     """
-    _check_size(node, max_nodes)
+    _check_size(node, max_nodes, max_depth)
     test = _compiled(node)
     return lambda tags: test(tags or {})
 
 
-def _check_size(node: FilterCondition, max_nodes: int) -> None:
+def _check_size(node: FilterCondition, max_nodes: int, max_depth: int) -> None:
     level: Sequence[FilterCondition] = [node]
     nodes = depth = 0
     while level:
         nodes, depth = nodes + len(level), depth + 1
-        if nodes > max_nodes or depth > MAX_DEPTH:
-            raise ValueError(f"the filter has more than {max_nodes} nodes or {MAX_DEPTH} levels")
+        if nodes > max_nodes or depth > max_depth:
+            raise ValueError(
+                f"the filter has more than {max_nodes} nodes (client.max_filter_nodes) or {max_depth} levels"
+                " (client.max_filter_depth)"
+            )
         level = [child for parent in level for child in parent.nodes]
 
 

@@ -15,16 +15,21 @@ that reply.
 If the reply does not reach the top, the session calls `begin_replay` in place of `activate`: the subscriber receives
 joins and leaves from then on, while the session sends it the publications behind the reply from history. At the last of
 these the session calls `end_replay`, which holds the channel's publications back again, and then `activate`.
+
+Subscribers move to the hub of another worker in batches (`realtime.protocol.handover`). The source removes each one
+behind the events that have arrived at the cut (`hand_out`). The target subscribes to their channels before the cut
+(`expect`), holds the events behind it, and begins with these (`adopt`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from typing import NamedTuple
 
-from realtime.errors import ClientError
+from realtime.errors import ClientError, EngineUnavailable
 from realtime.pubsub.backlog import DeltaBase, Event, EventKind
-from realtime.pubsub.engine import Engine, GetHistory, Receiver, Subscribe, Unsubscribe
+from realtime.pubsub.engine import Engine, GetHistory, GetStats, Receiver, Subscribe, Unsubscribe
 from realtime.pubsub.fanout import ChannelFanout, FanoutContext, FanoutServices
 from realtime.pubsub.presence_record import PresenceRecord, PresenceRecords
 from realtime.pubsub.subscriber import Subscriber
@@ -42,6 +47,29 @@ _PRIORITIES = {"high": HIGH, "normal": NORMAL, "low": LOW}
 _GAP = Event(EventKind.BROKEN)
 
 
+class Place(NamedTuple):
+    """The place of a subscriber in its channel at a cut.
+
+    position: of the last publication before it, None if unknown. base: of the subscriber's next delta, None without.
+    """
+
+    position: Position | None
+    base: DeltaBase | None
+
+
+class _Batch:
+    """Subscribers that will arrive together. It takes their place among the pending ones of each channel.
+
+    channels: in which events are held. is_cut: the cut has reached this hub.
+    """
+
+    __slots__ = ("channels", "is_cut")
+
+    def __init__(self) -> None:
+        self.channels: set[str] = set()
+        self.is_cut = False
+
+
 class _Channel:
     """One channel: its active subscribers (`fanout`), its pending ones, and the events held for those.
 
@@ -56,11 +84,12 @@ class _Channel:
         self.is_subscribed = self.is_quiet = False
         self.last: Position | None = None
         # The index of the first held event after each `subscribe`, the oldest subscriber first.
-        self.pending: dict[Subscriber, int] = {}
+        self.pending: dict[Subscriber | _Batch, int] = {}
         self.held: list[Event] = []
 
     def __len__(self) -> int:
-        return len(self.fanout.subscribers) + sum(each not in self.fanout.subscribers for each in self.pending)
+        waiting = (each for each in self.pending if not isinstance(each, _Batch))
+        return len(self.fanout.subscribers) + sum(each not in self.fanout.subscribers for each in waiting)
 
     def __bool__(self) -> bool:
         return bool(self.fanout.subscribers or self.pending)
@@ -70,7 +99,7 @@ class _Channel:
         was_pending = self.release(subscriber)
         return self.fanout.discard(subscriber) or was_pending
 
-    def release(self, subscriber: Subscriber) -> bool:
+    def release(self, subscriber: Subscriber | _Batch) -> bool:
         """Hold no events for this subscriber any more. Returns whether they were held."""
         if subscriber not in self.pending:
             return False
@@ -94,6 +123,7 @@ class _Channel:
             del self.held[:unneeded]
             self.pending = {subscriber: first - unneeded for subscriber, first in self.pending.items()}
         else:
+            self.fanout.count_dropped(len(self.held))
             self.held = [_GAP]
             self.pending = dict.fromkeys(self.pending, 0)
 
@@ -110,12 +140,16 @@ class Hub:
         apply_order: Callable[[bytes], None],
         slices: TimeSlicer | None = None,
         services: FanoutServices | None = None,
+        begin_arrivals: Callable[[str], None] | None = None,
     ) -> None:
         """make_engine: makes the engine that delivers to this hub, as hub and engine need each other.
 
-        apply_order: carries out an order (see `SendOrder`). slices: for long work; None for no limit.
+        apply_order: carries out an order (see `SendOrder`). slices: for long work; None for no limit. begin_arrivals:
+        called at the cut of an expected batch.
         """
         self._apply_order = apply_order
+        self._begin_arrivals = begin_arrivals
+        self._batches: dict[str, _Batch] = {}
         self._slices = slices or TimeSlicer.unlimited()
         self.fanout = FanoutContext(self._slices, self._on_dropped, self._on_unencodable, services or FanoutServices())
         self._channels: dict[str, _Channel] = {}
@@ -145,10 +179,7 @@ class Hub:
         Raises what the engine raises for `Subscribe`; the subscriber is not added then. Waits only while the channel is
         new to this worker. A subscriber that is removed meanwhile stays removed, and `activate` returns False.
         """
-        state = self._channels.get(channel)
-        if state is None:
-            fanout = ChannelFanout(channel, _PRIORITIES[subscriber.priority], self.fanout)
-            state = self._channels[channel] = _Channel(fanout)
+        state = self._channels.get(channel) or self._open(channel, subscriber.priority)
         state.pending[subscriber] = len(state.held)
         self.subscriptions += 1
         if state.is_subscribed:
@@ -161,6 +192,11 @@ class Hub:
             self.unsubscribe(channel, subscriber)
             raise
         state.is_subscribed = True
+
+    def _open(self, channel: str, priority: str) -> _Channel:
+        fanout = ChannelFanout(channel, _PRIORITIES[priority], self.fanout)
+        state = self._channels[channel] = _Channel(fanout)
+        return state
 
     def activate(
         self, channel: str, subscriber: Subscriber, position: Position | None, base: Publication | None = None
@@ -175,6 +211,19 @@ class Hub:
         Returns False, and has removed the subscriber, if publications are missing after `position` or belong to another
         epoch. Returns False too if the subscriber is not here (removed meanwhile, or never added).
         """
+        delta_base = DeltaBase(base, position.epoch) if base is not None and position is not None else None
+        return self._activate(channel, subscriber, position, delta_base)
+
+    def _activate(
+        self,
+        channel: str,
+        subscriber: Subscriber,
+        position: Position | None,
+        base: DeltaBase | None,
+        *,
+        continues: bool = False,
+    ) -> bool:
+        """continues: the subscriber was active elsewhere, so that the next publication may be a delta from `base`."""
         state = self._channels.get(channel)
         if state is None or subscriber not in state.pending:
             return False
@@ -192,12 +241,13 @@ class Hub:
             return False  # `on_gap` of another subscriber has just unsubscribed this one
         state.release(subscriber)
         after = position.offset if position is not None else 0
-        state.fanout.activate(
-            subscriber,
-            _publications_after(after, events)
-            + ([] if subscriber in state.fanout.subscribers else _joins_and_leaves(events, subscriber)),
-            DeltaBase(base, position.epoch) if base is not None and position is not None else None,
-        )
+        if continues:
+            missed = _in_order(after, events, announced=subscriber.announced)
+        else:
+            missed = _publications_after(after, events)
+            if subscriber not in state.fanout.subscribers:
+                missed += _joins_and_leaves(events, subscriber)
+        state.fanout.activate(subscriber, missed, base, continues=continues)
         return True
 
     def begin_replay(self, channel: str, subscriber: Subscriber) -> bool:
@@ -277,6 +327,110 @@ class Hub:
         state = self._channels.get(channel)
         if state is not None:
             state.fanout.invalidate_groups()
+
+    # Subscribers that move
+
+    def hand_out(self, channel: str, subscriber: Subscriber, handed: Callable[[Place | None], None]) -> None:
+        """Remove a subscriber behind the events that have arrived so far, then call `handed` with its place.
+
+        With None if the subscriber is not here, or had a gap meanwhile, which calls no `on_gap` any more.
+        """
+        state = self._channels.get(channel)
+        if state is None:
+            self._uninformed.pop(subscriber, None)
+            handed(None)
+            return
+        if self._broken.pop(channel, None) is not None:
+            self._remove_relying(channel, state)
+        position = state.last
+
+        def reached() -> None:
+            if subscriber in state.fanout.subscribers:
+                base = state.fanout.delta_base(subscriber)
+                self.unsubscribe(channel, subscriber)
+                handed(Place(position, base))
+            else:
+                self._uninformed.pop(subscriber, None)
+                handed(None)
+
+        state.fanout.when_delivered(reached)
+
+    def open_batch(self, batch: str) -> None:
+        """Begin to expect subscribers, before `expect` for each of their channels."""
+        self._batches[batch] = _Batch()
+
+    async def expect(self, batch: str, channel: str, priority: str) -> None:
+        """Hold a channel's events from the cut of this batch on, until `release`, for subscribers that will arrive.
+
+        Raises what the engine raises for `Subscribe`.
+        """
+        expected = self._batches.get(batch)
+        if expected is None:
+            return  # it was released meanwhile
+        state = self._channels.get(channel) or self._open(channel, priority)
+        expected.channels.add(channel)
+        state.pending[expected] = len(state.held)
+        if not state.is_subscribed:
+            await self.engine.ask(Subscribe(channel))
+            state.is_subscribed = True
+
+    def on_cut(self, batch: str) -> None:
+        """Hold the events behind this point for the subscribers of an expected batch."""
+        expected = self._batches.get(batch)
+        if expected is None:
+            self.engine.forget_arrivals(batch)
+            return
+        self._hold_from_now(expected)
+        if self._begin_arrivals is not None:
+            self._begin_arrivals(batch)
+
+    async def arrived(self, batch: str) -> None:
+        """Wait for the cut of an expected batch that the engine has made.
+
+        Its notice is lost if the stream to the engine was interrupted: the subscribers then have a gap.
+        """
+        expected = self._batches.get(batch)
+        if expected is None or expected.is_cut:
+            return
+        with suppress(EngineUnavailable):
+            await self.engine.ask(GetStats())  # the answer comes behind the cut
+        if not expected.is_cut and self._batches.get(batch) is expected:
+            self._hold_from_now(expected)
+            for channel in expected.channels:
+                self._channels[channel].hold(_GAP)
+
+    def _hold_from_now(self, expected: _Batch) -> None:
+        expected.is_cut = True
+        for channel in expected.channels:
+            state = self._channels[channel]
+            state.release(expected)
+            state.pending[expected] = len(state.held)
+
+    def adopt(self, batch: str, channel: str, subscriber: Subscriber, place: Place, *, is_behind: bool = False) -> bool:
+        """Deliver the channel's events behind the cut to a subscriber that has arrived.
+
+        is_behind: joins and leaves alone, as after `begin_replay`. Returns False, and has not added the subscriber, if
+        events that it relies on are missing.
+        """
+        expected, state = self._batches.get(batch), self._channels.get(channel)
+        if expected is None or state is None or expected not in state.pending:
+            return False
+        state.pending[subscriber] = state.pending[expected]
+        self.subscriptions += 1
+        if is_behind:
+            return self.begin_replay(channel, subscriber)
+        position = place.position if subscriber.positioned else None
+        return self._activate(channel, subscriber, position, place.base, continues=True)
+
+    def release(self, batch: str) -> None:
+        """Hold no more events for a batch. Idempotent."""
+        expected = self._batches.pop(batch, None)
+        if expected is None:
+            return
+        for channel in expected.channels:
+            state = self._channels[channel]
+            state.release(expected)
+            self._account_removal(channel, state, 0)
 
     # Gaps
 
@@ -431,6 +585,16 @@ class Hub:
 def _publications_after(offset: int, events: list[Event]) -> list[Event]:
     """Select the held publications for a subscriber whose reply covered those up to `offset`."""
     return [event for event in events if event.publication is not None and not 0 < event.publication.offset <= offset]
+
+
+def _in_order(offset: int, events: list[Event], *, announced: bool) -> list[Event]:
+    """Select the held events for a subscriber that has received those before, publications up to `offset` included."""
+    return [
+        event
+        for event in events
+        if (event.info is not None and announced)
+        or (event.publication is not None and not 0 < event.publication.offset <= offset)
+    ]
 
 
 def _joins_and_leaves(events: list[Event], subscriber: Subscriber) -> list[Event]:

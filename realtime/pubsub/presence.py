@@ -135,19 +135,38 @@ class Presence(Generic[P]):
             by_channel.pop(channel, None)
         del self._peers[peer]
 
-    def add(self, peer: P, request: AddPresence, *, restored: bool = False, announce: bool = True) -> None:
-        """Add a client. Raises ClientError 106 at the limit, unless the client is restored.
+    def add(self, peer: P, request: AddPresence) -> None:
+        """Add a client. Raises ClientError 106 at the limit."""
+        by_channel = self._peers[peer]
+        if len(by_channel) >= self._limit and request.channel not in by_channel:
+            if request.present or request.announce:
+                raise ClientError(*LIMIT_EXCEEDED)
+            return
+        self._add(peer, request, announce=True)
 
-        announce: deliver the join, if there is one.
-        """
+    def restore(self, peer: P, request: AddPresence, *, announce: bool) -> None:
+        """Add a client whatever the limit, and remove it from any other peer. announce: deliver the join, if any."""
+        for other in self._peers:
+            if other != peer:
+                self.move(other, peer, request.channel, (request.info.client,))
+        self._add(peer, request, announce=announce)
+
+    def move(self, source: P, target: P, channel: str, clients: Iterable[str]) -> None:
+        """Move clients of a channel from one peer to another: nothing is delivered, and the counts stay."""
+        entries = self._peers[source].get(channel)
+        if entries is None:
+            return
+        moved = {client: entries.pop(client) for client in clients if client in entries}
+        if not entries:
+            del self._peers[source][channel]
+        if moved:
+            self._peers[target].setdefault(channel, {}).update(moved)
+
+    def _add(self, peer: P, request: AddPresence, *, announce: bool) -> None:
         if not (request.present or request.announce):
             return
-        by_channel, channel, info = self._peers[peer], request.channel, request.info
-        entries = by_channel.get(channel)
-        if entries is None:
-            if len(by_channel) >= self._limit and not restored:
-                raise ClientError(*LIMIT_EXCEEDED)
-            entries = by_channel[channel] = {}
+        channel, info = request.channel, request.info
+        entries = self._peers[peer].setdefault(channel, {})
         previous = entries.get(info.client) or self._take_absent(channel, info, request.grace)
         if previous is not None:
             self._count(channel, previous, -1)

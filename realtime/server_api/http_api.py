@@ -40,6 +40,11 @@ BATCH_BYTES = 16 * 1024 * 1024
 COMMANDS_PER_TURN = 100
 """Commands of one batch or pipeline that run before the loop gets another turn: a command that fails never waits."""
 
+FEW_ITEMS = 2000
+"""Items of a field of a long body that are not counted before it is decoded."""
+
+LONG_BODY = 65536
+"""Bytes of a body from which on it is decoded, and its content checked, in several steps."""
 
 # A line that is not empty.
 _LINE = re.compile(rb"[^\s][^\n]*")
@@ -47,6 +52,10 @@ _LINE = re.compile(rb"[^\s][^\n]*")
 
 class BadBody(RealtimeError):
     """The body of a call is not valid JSON for its method: HTTP status 400."""
+
+
+class _HasNulls(BadBody):
+    """The body may be valid without its nulls."""
 
 
 class UnknownMethod(RealtimeError):
@@ -198,7 +207,9 @@ class BinaryPub(Struct, frozen=True, omit_defaults=True):
 
 
 class HistoryPageResult(Struct, frozen=True):
-    publications: list[messages.Pub | BinaryPub]
+    """publications: each an encoded `Pub` or `BinaryPub`."""
+
+    publications: list[Raw]
     epoch: str
     offset: int
 
@@ -258,8 +269,8 @@ class HTTPAPI:
             kind, answer = METHODS[method]
         except KeyError:
             raise UnknownMethod(method) from None
-        request = _decode(body, kind)
         try:
+            request = _decode(body, kind) if len(body) <= LONG_BODY else await self._decode_long(body, kind)
             result = await answer(self, request)
         except (EngineUnavailable, ClientError) as error:
             raise self._refusal(method, error) from None
@@ -300,6 +311,38 @@ class HTTPAPI:
             )
         except ClientError as error:
             published(None, error)
+
+    async def _decode_long(self, body: bytes, kind: type[Struct]) -> Any:
+        """Decode as `_decode`, in several steps. Raises ClientError 106 for too many items, see `_check_items`."""
+        await self._check_items(body, kind)
+        await self._slices.yield_to_loop()
+        try:
+            return _decode_strictly(body, kind)
+        except _HasNulls:
+            await self._slices.yield_to_loop()
+        body = _without_nulls(body, kind)
+        await self._slices.yield_to_loop()
+        return _decode_strictly(body, kind)
+
+    async def _check_items(self, body: bytes, kind: type[Struct]) -> None:
+        """Raises ClientError 106 if a field has more items than `http_api.max_batch_commands` and FEW_ITEMS.
+
+        They are decoded in one step. A tag counts as two items.
+        """
+        limits = {
+            name: max(self._max_batch, FEW_ITEMS) // _LISTS[name] for name in kind.__struct_fields__ if name in _LISTS
+        }
+        if not limits or body.count(b",") < min(limits.values()):
+            return
+        for name, text in _decode_fields(body, kind).items():
+            value, limit = bytes(text), limits.get(name, len(body))
+            if value.count(b",") < limit:
+                continue
+            await self._slices.yield_to_loop()
+            for commas in json_text.comma_steps(value):
+                if commas >= limit:
+                    raise ClientError(*errors.LIMIT_EXCEEDED)
+                await self._slices.yield_to_loop()
 
     def _refusal(self, method: str, error: BaseException) -> BaseException:
         """Count and log a call that failed, and return the error for its caller."""
@@ -461,7 +504,7 @@ class HTTPAPI:
         page = await self._operations.history(
             request.channel, limit=request.limit, since=_position(request.since), reverse=request.reverse
         )
-        publications = await self._slices.map_sliced(_pub, page.publications)
+        publications = await self._slices.map_sliced(_encoded_pub, page.publications)
         return HistoryPageResult(publications, page.position.epoch, page.position.offset)
 
     async def _history_remove(self, request: _Channel) -> messages.Empty:
@@ -556,23 +599,28 @@ def _method_of(command: bytes) -> tuple[str, bytes] | None:
 
 
 def _decode(body: bytes, kind: type[Struct]) -> Any:
+    """Decode a body; a field that is null is absent. Raises BadBody."""
     try:
-        body.decode()  # the decoder does not check text that it passes on undecoded
-        try:
-            return _decoders[kind](body)
-        except msgspec.ValidationError:
-            if b"null" not in body:
-                raise
-            return _decoders[kind](_without_nulls(body, kind))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        raise BadBody("the body is not valid JSON for the method") from None
+        return _decode_strictly(body, kind)
+    except _HasNulls:
+        return _decode_strictly(_without_nulls(body, kind), kind)
+
+
+def _decode_strictly(body: bytes, kind: type[Struct]) -> Any:
+    try:
+        if not body.isascii():
+            body.decode()  # the decoder does not check text that it passes on undecoded
+        return _decoders[kind](body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        may_be_null = isinstance(error, msgspec.ValidationError) and b"null" in body
+        raise (_HasNulls if may_be_null else BadBody)("the body is not valid JSON for the method") from None
 
 
 # Fields whose JSON text stays as it is: content, in which null is a value, and commands, which are decoded one by one.
 _CONTENT = ("data", "info")
 _UNREAD = (*_CONTENT, "commands", "params")
-# Bytes of a field in which nulls are looked for.
-_LONG_FIELD = 65536
+# Fields with many items, which are decoded one by one, and the items that each counts for.
+_LISTS = {"commands": 1, "channels": 1, "whitelist": 1, "tags": 2}
 
 
 def _without_nulls(body: bytes, kind: type[Struct]) -> bytes:
@@ -582,8 +630,14 @@ def _without_nulls(body: bytes, kind: type[Struct]) -> bytes:
 
 
 def _decode_fields(body: bytes, kind: type[Struct]) -> dict[str, Raw]:
-    """Return the known fields of a body as JSON text, without those that are null. Unknown ones cost little."""
-    decoded = msgspec.json.decode(body, type=_fields_of(kind.__struct_fields__))
+    """Return the known fields of a body as JSON text, without those that are null. Unknown ones cost little.
+
+    Raises BadBody.
+    """
+    try:
+        decoded = msgspec.json.decode(body, type=_fields_of(kind.__struct_fields__))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise BadBody("the body is not valid JSON for the method") from None
     fields: dict[str, Raw] = {name: value for name, value in msgspec.structs.asdict(decoded).items() if value}
     return {name: value for name, value in fields.items() if name in _CONTENT or bytes(value) != b"null"}
 
@@ -596,7 +650,7 @@ def _fields_of(names: tuple[str, ...]) -> type[Struct]:
 def _without_inner_nulls(name: str, value: Raw) -> Any:
     text = bytes(value)
     # Nulls in a long list or object are refused: removing them takes long.
-    if name in _UNREAD or text[:1] not in b"{[" or len(text) > _LONG_FIELD:
+    if name in _UNREAD or text[:1] not in b"{[" or len(text) > LONG_BODY:
         return value
     return _present(msgspec.json.decode(value))
 
@@ -643,11 +697,13 @@ def _encoded_info(client: ClientInfo) -> Raw:
     return Raw(msgspec.json.encode(messages.make_info(client)))
 
 
-def _pub(publication: Publication) -> messages.Pub | BinaryPub:
+def _encoded_pub(publication: Publication) -> Raw:
+    """Encode a publication, so that a result with thousands of them is encoded in a short step."""
     plain = messages.make_pub(publication, json_text.one_line(publication.data))
     if not publication.binary and publication.data.strip(b"\r\n"):
-        return plain
-    return BinaryPub(base64.b64encode(publication.data).decode(), None, plain.info, plain.offset, plain.tags)
+        return Raw(msgspec.json.encode(plain))
+    data = base64.b64encode(publication.data).decode()
+    return Raw(msgspec.json.encode(BinaryPub(data, None, plain.info, plain.offset, plain.tags)))
 
 
 def _error_reply(error: ClientError) -> Raw:

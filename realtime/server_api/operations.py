@@ -41,11 +41,23 @@ from realtime.pubsub.engine import (
     SendOrder,
     new_listing,
 )
+from realtime.pubsub.history import approximate_size
 from realtime.pubsub.time_slices import TimeSlicer
-from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, PublishOptions, SubscribeOptions
+from realtime.types import (
+    ClientInfo,
+    HistoryOptions,
+    HistoryPage,
+    Position,
+    Publication,
+    PublishOptions,
+    SubscribeOptions,
+)
 
 PAGE_BYTES = 4 * 1024 * 1024
 """The most bytes of publications in one page of `history`; a caller continues after the last publication."""
+
+HISTORY_PART = 2000
+"""Publications that one request reads of the page: a long stream of short ones takes many short steps."""
 
 BROADCAST_BYTES = 4 * 1024 * 1024
 """The most bytes of one broadcast's data in flight to the engine, if it has several channels."""
@@ -242,10 +254,36 @@ class ServerAPI:
         _check_position(since)
         if not -1 <= limit < 2**63 or (reverse and since is not None and not since.offset):
             raise ClientError(*errors.BAD_REQUEST)
-        page = await self._engine.ask(GetHistory(channel, options.history_options, since, limit, reverse, PAGE_BYTES))
+        query = GetHistory(channel, options.history_options, since, limit, reverse, PAGE_BYTES)
+        page = await self._read_history(query)
         if since is not None and since.epoch and since.epoch != page.position.epoch:
             raise ClientError(*errors.UNRECOVERABLE_POSITION)
         return page
+
+    async def _read_history(self, query: GetHistory) -> HistoryPage:
+        """Read a page in several requests, which are short steps for the broker and this worker.
+
+        The page ends early if the stream has lost the next publication meanwhile.
+        """
+        publications: list[Publication] = []
+        top, since, left, room = None, query.since, query.limit, query.max_bytes
+        while True:
+            limit = HISTORY_PART if left < 0 else min(left, HISTORY_PART)
+            part = await self._engine.ask(msgspec.structs.replace(query, since=since, limit=limit, max_bytes=room))
+            found = part.publications
+            top = top or part.position
+            if publications:
+                next_offset = publications[-1].offset + (-1 if query.reverse else 1)
+                if not found or found[0].offset != next_offset or part.position.epoch != top.epoch:
+                    break
+                found = [publication for publication in found if publication.offset <= top.offset]
+            publications += found
+            left -= len(found)
+            room -= sum(map(approximate_size, found))
+            if len(part.publications) < limit or not left or room <= 0:
+                break
+            since = Position(publications[-1].offset, top.epoch)
+        return HistoryPage(publications, top)
 
     async def history_remove(self, channel: str) -> None:
         """Remove the stored publications; the numbering continues."""

@@ -121,6 +121,10 @@ class HealthTracker:
             self._due(vitals.beat, vitals.busy_since, now) if condition is Condition.HEALTHY else now + CHECK_INTERVAL,
         )
 
+    def forget(self, slot: int) -> None:
+        """Forget what the slot's process did, because the slot has another one."""
+        self._records.pop(slot, None)
+
     def quick_check(self, slot: int, beat: int, lag: float, busy_since: int, now: float) -> float:
         """Return when to check again a slot that was healthy at the latest check; 0.0: now, and fully, with `assess`.
 

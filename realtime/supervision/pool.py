@@ -1,17 +1,23 @@
 """The pool of processes as a state machine: events in, effects out. It touches no process, socket, signal or clock.
 
-A *slot* is a place for one process: 0 to N-1 for the workers, BROKER for the broker. Each public method of `Pool` is an
-event. It returns the effects, which the caller carries out at once and in order. Times are CLOCK_MONOTONIC seconds.
-`TRANSITIONS` maps the state of a slot and an event to an action. A pair that is not in the table has no consequence
-(the message of a process that is being killed, for example).
+A *slot* is a place for a process: 0 to N-1 for the workers, BROKER for the broker. While a worker is replaced, its slot
+has two: a *successor* that starts beside the serving process, or, once it has taken over, a *predecessor* that hands
+its connections over. A *generation* is the serial number of a process, a *revision* that of the settings it was started
+with. Each public method of `Pool` is an event. It returns the effects, which the caller carries out at once and in
+order. Times are CLOCK_MONOTONIC seconds. `TRANSITIONS` maps the state of a process and an event to an action. A pair
+that is not in the table has no consequence (the message of a process that is being killed, for example).
 
     WAITING ──deadline──▶ STARTING ──ready──▶ READY ──stop, lost control link──▶ LEAVING ──deadline──▶ KILLED
-       ▲                      │ any              │ no beat, memory ─▶ LEAVING       │                     │
-       └──────────────────────┴──── exited ──────┴──────────────────────────────────┴─────────────────────┘
-                                (GONE instead of WAITING once the pool stops)
+       ▲                      │ any             │ no beat ─▶ LEAVING               ▲  │                   │
+       └──────────────────────┴──── exited ─────┴─────────────────────────────────┼──┴───────────────────┘
+                                (GONE instead of WAITING once the pool stops)      │
+    replacing a worker:    PREPARING ──ready──▶ READY, and the process before: HANDING_OVER ──handed over──▶ LEAVING
 
 The pool answers a death with a new process, after a delay that doubles with each death in a row. The third death in a
 row makes a crash loop: from then on the pool reports all such slots in one log line, once a minute while it lasts.
+
+It replaces one worker at a time, and never ends a serving process before its successor is ready. If a successor does
+not become ready, the serving process stays.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from __future__ import annotations
 import math
 import signal as signals
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -48,67 +54,109 @@ _MEMORY_PAUSE = 2.0
 _MEMORY_PAUSE_MAX = 300.0
 # Seconds from SIGKILL until a stopping pool gives up on a process (uninterruptible sleep).
 _REAP_TIMEOUT = 2.0
+# The label of a replacement by a reload.
+_RELOAD = "reload"
 
 
 class SlotState(Enum):
-    """State of a slot. WAITING: for the next start. LEAVING: its process is expected to exit. GONE: empty for good,
-    since the pool stops."""
+    """State of a process of a slot. WAITING: for the next start. PREPARING: it starts beside the serving process.
+    HANDING_OVER: it serves its connections until others have taken them. LEAVING: it is expected to exit. GONE: the
+    slot is empty for good, since the pool stops or has shrunk."""
 
     WAITING = "waiting"
     STARTING = "starting"
+    PREPARING = "preparing"
     READY = "ready"
+    HANDING_OVER = "handing over"
     LEAVING = "leaving"
     KILLED = "killed"
     GONE = "gone"
 
 
 class PoolEvent(Enum):
-    """Events of a slot. DEADLINE: its deadline has passed. NO_BEAT: its process's loop has not turned for `loop.stuck`
-    seconds. MEMORY_EXCEEDED: its process uses more than `loop.max_rss`. STOP: exit in order. KILL: exit at once."""
+    """Events of a process. DEADLINE: its deadline has passed. NO_BEAT: its loop has not turned for `loop.stuck`
+    seconds. HANDED_OVER: it has handed over what it can. STOP: exit in order. KILL: exit at once."""
 
     READY = "ready"
     START_FAILED = "start failed"
     BROKER_LINK_LOST = "broker link lost"
     CONTROL_LINK_LOST = "control link lost"
+    HANDED_OVER = "handed over"
     EXITED = "exited"
     DEADLINE = "deadline"
     NO_BEAT = "no beat"
-    MEMORY_EXCEEDED = "memory exceeded"
     STOP = "stop"
     KILL = "kill"
+
+
+# States in which a worker has a stream to the broker.
+_LINKED = (SlotState.STARTING, SlotState.PREPARING, SlotState.READY, SlotState.HANDING_OVER)
 
 
 # Effects.
 
 
 class SpawnProcess(Struct, frozen=True):
-    """Start the slot's process. On failure, call `process_exited`."""
+    """Start a process of the slot with the settings of a revision. On failure, call `process_exited`."""
 
     slot: int
+    generation: int
+    revision: int = 0
+
+
+class HandOver(Struct, frozen=True):
+    """Move the connections of a process within `timeout` seconds, to the process that serves its slot now; from a
+    slot that is being removed, to all others. Then call `handed_over`."""
+
+    slot: int
+    generation: int
+    timeout: float
 
 
 class DrainProcess(Struct, frozen=True):
-    """Order the slot's process to finish its work within `timeout` seconds and exit."""
+    """Order the process to finish its work within `timeout` seconds and exit."""
 
     slot: int
+    generation: int
     timeout: float
 
 
 class SignalProcess(Struct, frozen=True):
-    """Send the slot's process a signal."""
+    """Send the process a signal."""
 
     slot: int
+    generation: int
     number: int
 
 
 class DumpProcessStacks(Struct, frozen=True):
-    """Log the stacks of all threads of the slot's process. Its loop is blocked, and the pool kills it in a moment."""
+    """Log the stacks of all threads of the process. Its loop is blocked, and the pool kills it in a moment."""
 
     slot: int
+    generation: int
 
 
 class ConnectToBroker(Struct, frozen=True):
-    """Give the slot's worker and the broker a new stream to each other. On failure, call `broker_link_lost`."""
+    """Give the worker and the broker a new stream to each other. On failure, call `broker_link_lost`."""
+
+    slot: int
+    generation: int
+
+
+class UseRevision(Struct, frozen=True):
+    """A process serves with the settings of this revision: they are the ones in force from now on."""
+
+    revision: int
+
+
+class ReloadEnded(Struct, frozen=True):
+    """A reload has ended. failure: why, in one line; "" if every worker has been replaced."""
+
+    failure: str = ""
+
+
+class RemoveSlot(Struct, frozen=True):
+    """The slot is empty, and no longer part of the pool."""
 
     slot: int
 
@@ -135,40 +183,78 @@ class HaltService(Struct, frozen=True):
 
 Effect = (
     SpawnProcess
+    | HandOver
     | DrainProcess
     | SignalProcess
     | DumpProcessStacks
     | ConnectToBroker
+    | UseRevision
+    | ReloadEnded
+    | RemoveSlot
     | NotifySystemd
     | LogLine
     | HaltService
 )
 
 
-@dataclass(slots=True)
-class Slot:
-    """One place for a process. Only its pool changes it.
+@dataclass(slots=True, eq=False)
+class SlotProcess:
+    """A process of a slot, or the room for its next one. Only the pool changes it.
 
-    since: when it entered its state. deadline: when DEADLINE occurs, in any state. alive_at: when its process last
+    since: when it entered its state. deadline: when DEADLINE occurs, in any state. alive_at: when the process last
     showed that its loop turns; stalls of the supervisor move it forward. connected: whether the worker has a stream to
-    the broker, or is about to get one. deaths: deaths in a row. reason: why its process exits, as a label for the
-    metrics; "" while unknown. explanation: the same for the log. failed_with: the exit status that its process
-    announced when it could not start. bloated: replacements for too much memory in a row. restarts: number of restarts
-    by reason.
+    the broker, or is about to get one. reason: why the process exits, as a label for the metrics; "" while unknown.
+    explanation: the same for the log. failed_with: the exit status that it announced when it could not start.
+    purpose: of a successor, the `replacement` of its slot.
     """
 
-    number: int
+    slot: Slot
+    generation: int = 0
+    revision: int = 0
     state: SlotState = SlotState.WAITING
     since: float = 0.0
     deadline: float = math.inf
     alive_at: float = 0.0
     connected: bool = False
-    deaths: int = 0
     reason: str = ""
     explanation: str = ""
     failed_with: int = EX_CONFIG
+    purpose: str = ""
+
+    @property
+    def name(self) -> str:
+        """The process's name in the log."""
+        role = {self.slot.successor: "the successor of ", self.slot.predecessor: "the predecessor of "}
+        return role.get(self, "") + self.slot.name
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a process."""
+        return self.state not in (SlotState.WAITING, SlotState.GONE)
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One place for a process. Only its pool changes it.
+
+    process: the one that serves, or the room for it. successor, predecessor: of a worker that is being replaced.
+    replacement: why the process is to be replaced, as a
+    label for the metrics; "" for no reason. is_removed: whether the slot is to be empty for good. deaths: deaths in a
+    row. bloated: replacements for too much memory in a row. restarts: number of replaced processes by reason.
+    """
+
+    number: int
+    process: SlotProcess = field(init=False)
+    successor: SlotProcess | None = None
+    predecessor: SlotProcess | None = None
+    replacement: str = ""
+    is_removed: bool = False
+    deaths: int = 0
     bloated: int = 0
     restarts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.process = SlotProcess(self)
 
     @property
     def name(self) -> str:
@@ -176,20 +262,41 @@ class Slot:
         return "broker" if self.number == BROKER else f"worker {self.number}"
 
     @property
+    def state(self) -> SlotState:
+        """The state of its process."""
+        return self.process.state
+
+    @property
+    def since(self) -> float:
+        """When its process entered its state."""
+        return self.process.since
+
+    @property
+    def processes(self) -> list[SlotProcess]:
+        """All its processes."""
+        return [process for process in self.places if process.exists]
+
+    @property
+    def places(self) -> list[SlotProcess]:
+        """All its processes, and the room for the next one."""
+        return [place for place in (self.process, self.successor, self.predecessor) if place is not None]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether its process serves alone."""
+        return self.state is SlotState.READY and self.successor is None and self.predecessor is None
+
+    @property
     def in_crash_loop(self) -> bool:
         """Whether the process has died too often in a row."""
         return self.deaths >= _CRASH_LOOP_DEATHS
-
-    @property
-    def has_process(self) -> bool:
-        """Whether the slot has a process."""
-        return self.state not in (SlotState.WAITING, SlotState.GONE)
 
 
 class Pool:
     """Keeps one process running in each slot. Its public methods are the events, to be called in the order of time.
 
-    stopping: whether the pool is shutting down.
+    stopping: whether the pool is shutting down. revision: of the settings in force. reloading: whether a reload is
+    under way. target: the revision of the latest reload.
     """
 
     def __init__(
@@ -200,9 +307,12 @@ class Pool:
         order = [BROKER, *range(workers)] if broker else list(range(workers))
         self.slots = {number: Slot(number) for number in order}
         self.stopping = False
-        self._settings = settings
-        self._stuck = loop.stuck
-        self._stop_timeout = stop_timeout
+        self.revision = 0
+        self.reloading = False
+        self.configure(settings, loop, stop_timeout)
+        self.target = 0
+        self._generation = 0
+        self._processes: dict[int, SlotProcess] = {}  # those that exist, by generation
         self._stop_deadline = math.inf
         self._was_ready = False  # all slots have been ready together: from then on, a failed start does not halt
         self._halted = False
@@ -212,6 +322,12 @@ class Pool:
         self._crash_loop_logged = -math.inf
         self._now = 0.0
         self._effects: list[Effect] = []
+
+    def configure(self, settings: WorkersSettings, loop: LoopSettings, stop_timeout: float) -> None:
+        """Use other settings from now on."""
+        self._settings = settings
+        self._stuck = loop.stuck
+        self._stop_timeout = stop_timeout
 
     @property
     def workers(self) -> list[Slot]:
@@ -231,7 +347,7 @@ class Pool:
 
     def is_up(self, slot: Slot) -> bool:
         """Whether the slot's process is ready, and its loop has turned in the last seconds."""
-        return slot.state is SlotState.READY and self._now - slot.alive_at < _UNRESPONSIVE
+        return slot.state is SlotState.READY and self._now - slot.process.alive_at < _UNRESPONSIVE
 
     # Events.
 
@@ -239,32 +355,46 @@ class Pool:
         """Start all processes. The first event, and once only."""
         self._now = self._ticked = now
         for slot in self.slots.values():
-            slot.deadline = now
-            self._fire(slot, PoolEvent.DEADLINE)
+            slot.process.deadline = now
+            self._fire(slot.process, PoolEvent.DEADLINE)
         return self._take_effects()
 
-    def process_ready(self, number: int, now: float) -> list[Effect]:
-        """The slot's process reports that it is ready."""
-        return self._event(number, PoolEvent.READY, now)
+    def process_ready(self, generation: int, now: float) -> list[Effect]:
+        """The process reports that it is ready."""
+        return self._event(generation, PoolEvent.READY, now)
 
-    def start_failed(self, number: int, reason: str, status: int, now: float) -> list[Effect]:
-        """The slot's process reports that it can't start, for `reason` (one line). It will exit with `status`."""
-        slot = self.slots[number]
-        if slot.state is SlotState.STARTING:
-            slot.reason, slot.explanation = _exit_reason(status), f"can't start: {reason}"
-            slot.failed_with = status
-        return self._event(number, PoolEvent.START_FAILED, now)
+    def start_failed(self, generation: int, reason: str, status: int, now: float) -> list[Effect]:
+        """The process reports that it can't start, for `reason` (one line). It will exit with `status`."""
+        process = self._processes.get(generation)
+        if process is not None and process.state in (SlotState.STARTING, SlotState.PREPARING):
+            process.reason, process.explanation = _exit_reason(status), f"can't start: {reason}"
+            process.failed_with = status
+        return self._event(generation, PoolEvent.START_FAILED, now)
 
-    def broker_link_lost(self, number: int, now: float) -> list[Effect]:
-        """The slot's worker has lost its stream to the broker. A tick at which both run replaces it."""
-        return self._event(number, PoolEvent.BROKER_LINK_LOST, now)
+    def broker_link_lost(self, generation: int, now: float) -> list[Effect]:
+        """The worker has lost its stream to the broker. A tick at which both run replaces it."""
+        return self._event(generation, PoolEvent.BROKER_LINK_LOST, now)
 
-    def control_link_lost(self, number: int, now: float) -> list[Effect]:
-        """The control link to the slot's process ended. The process is exiting, or broken and must exit."""
-        return self._event(number, PoolEvent.CONTROL_LINK_LOST, now)
+    def control_link_lost(self, generation: int, now: float) -> list[Effect]:
+        """The control link to the process ended. The process is exiting, or broken and must exit."""
+        return self._event(generation, PoolEvent.CONTROL_LINK_LOST, now)
+
+    def handed_over(self, generation: int, now: float) -> list[Effect]:
+        """The process has handed over what it can. It drains what is left, and ends."""
+        return self._event(generation, PoolEvent.HANDED_OVER, now)
+
+    def process_exited(self, generation: int, status: int, now: float) -> list[Effect]:
+        """The process has exited. status: its exit status, or minus the signal that killed it."""
+        process = self._processes[generation]
+        process.reason = process.reason or _exit_reason(status)
+        process.explanation = process.explanation or _describe_exit(status)
+        self._now = now
+        if status == EX_CONFIG and process.state is SlotState.STARTING:
+            self._give_up(process, EX_CONFIG)
+        return self._event(generation, PoolEvent.EXITED, now)
 
     def memory_exceeded(self, number: int, size: int, now: float) -> list[Effect]:
-        """The slot's worker uses `size` bytes of memory, more than it may: drain and replace it.
+        """The slot's worker uses `size` bytes of memory, more than it may: replace it.
 
         Only one worker at a time: without effect unless all slots are ready. Without effect too on a worker that has
         just replaced another one for this reason: the intervals between such replacements grow.
@@ -272,40 +402,47 @@ class Pool:
         slot = self.slots[number]
         pause = min(_MEMORY_PAUSE * 2.0 ** min(slot.bloated - 1, 30), _MEMORY_PAUSE_MAX) if slot.bloated else 0.0
         ready_for = now - slot.since
-        if not self.ready or ready_for < pause:
+        if not self._is_settled or ready_for < pause:
             return []
         # Past twice the pause its memory was below the limit at the end of the pause, so it has grown slowly.
         slot.bloated = 1 if ready_for >= max(2 * pause, self._settings.restart_reset) else slot.bloated + 1
-        slot.reason = "bloated"
-        slot.explanation = f"used {size / 2**20:.0f} MiB of memory (loop.max_rss) and was drained"
-        return self._event(number, PoolEvent.MEMORY_EXCEEDED, now)
-
-    def process_exited(self, number: int, status: int, now: float) -> list[Effect]:
-        """The slot's process has exited. status: its exit status, or minus the signal that killed it."""
-        slot = self.slots[number]
-        slot.reason, slot.explanation = slot.reason or _exit_reason(status), slot.explanation or _describe_exit(status)
         self._now = now
-        if status == EX_CONFIG and slot.state is SlotState.STARTING:
-            self._give_up(slot, EX_CONFIG)
-        return self._event(number, PoolEvent.EXITED, now)
+        self._log(f"{slot.name} uses {size / 2**20:.0f} MiB of memory (loop.max_rss); replacing it")
+        slot.replacement = "bloated"
+        return self._take_effects()
+
+    def reload(self, now: float) -> list[Effect]:
+        """Replace every worker by one with the settings of the next revision. Ends with ReloadEnded.
+
+        `reloading` must be False.
+        """
+        self._now = now
+        if self.stopping or not self._was_ready:
+            return [ReloadEnded("the server is stopping" if self.stopping else "the server is still starting")]
+        self.target += 1
+        self.reloading = True
+        for slot in self.workers:
+            slot.replacement = _RELOAD
+        return self._take_effects()
 
     def tick(self, now: float, beats: Mapping[int, float]) -> list[Effect]:
-        """Time has passed, every TICK seconds. beats: by slot, when its process's loop last turned, where known."""
+        """Time has passed, every TICK seconds. beats: by generation, when a process's loop last turned, where known."""
         self._now = now
         stall = now - self._ticked - TICK
         self._ticked = now
         if stall > _LATE:
             self._excuse(stall)
-        for slot in self.slots.values():
-            self._note_beat(slot, beats.get(slot.number, 0.0))
-            if now >= slot.deadline:
-                self._fire(slot, PoolEvent.DEADLINE)
-            elif 0 < self._stuck < now - slot.alive_at:
-                self._fire(slot, PoolEvent.NO_BEAT)
+        for slot in list(self.slots.values()):
+            for process in slot.places:
+                self._note_beat(process, beats.get(process.generation, 0.0))
+                if now >= process.deadline:
+                    self._fire(process, PoolEvent.DEADLINE)
+                elif 0 < self._stuck < now - process.alive_at:
+                    self._fire(process, PoolEvent.NO_BEAT)
+                self._connect_to_broker(process)
             self._forgive_deaths(slot)
-            self._connect_to_broker(slot)
         if now >= self._stop_deadline:
-            self._fire_all(self.slots.values(), PoolEvent.KILL)
+            self._fire_all(PoolEvent.KILL)
         self._log_crash_loops()
         return self._take_effects()
 
@@ -314,140 +451,276 @@ class Pool:
         self._now = now
         if self.stopping:
             self._stop_deadline = min(self._stop_deadline, now)
-            self._fire_all(self.slots.values(), PoolEvent.KILL)
+            self._fire_all(PoolEvent.KILL)
             return self._take_effects()
         self._begin_stop(self._stop_timeout)
-        self._fire_all(self.workers, PoolEvent.STOP)
+        for slot in self.workers:
+            for process in slot.processes:
+                self._fire(process, PoolEvent.STOP)
         return self._take_effects()
 
     # The actions of TRANSITIONS.
 
-    def _spawn(self, slot: Slot) -> None:
-        slot.reason = slot.explanation = ""
-        slot.connected = False
-        self._enter(slot, SlotState.STARTING, self._now + self._settings.start_timeout)
-        self._effects.append(SpawnProcess(slot.number))
-        self._connect_to_broker(slot)
+    def _spawn(self, process: SlotProcess) -> None:
+        slot = process.slot
+        revision = self.revision
+        if slot.replacement:  # the reload begins with the slot's next process
+            revision, slot.replacement = self._wanted_revision(slot), ""
+        self._begin(process, SlotState.STARTING, revision)
 
-    def _become_ready(self, slot: Slot) -> None:
-        self._enter(slot, SlotState.READY)
+    def _begin(self, process: SlotProcess, state: SlotState, revision: int) -> None:
+        """Spawn a process into `state`."""
+        self._generation += 1
+        process.generation, process.revision = self._generation, revision
+        process.reason = process.explanation = ""
+        process.connected = False
+        self._processes[process.generation] = process
+        self._enter(process, state, self._now + self._settings.start_timeout)
+        self._effects.append(SpawnProcess(process.slot.number, process.generation, revision))
+        self._connect_to_broker(process)
+
+    def _become_ready(self, process: SlotProcess) -> None:
+        slot = process.slot
+        self._enter(process, SlotState.READY)
+        self._use_revision(process)
         if not slot.in_crash_loop:
             self._log(f"{slot.name} is ready")
         if slot.number == BROKER:
             for worker in self.workers:
-                worker.connected = False
-                self._connect_to_broker(worker)
+                for linked in worker.processes:
+                    linked.connected = False
+                    self._connect_to_broker(linked)
         if self.ready and not self._was_ready:
             self._was_ready = True
             self._effects.append(NotifySystemd("ready"))
 
-    def _await_failed_exit(self, slot: Slot) -> None:
-        self._enter(slot, SlotState.LEAVING, self._now + _EXIT_TIMEOUT)
-        self._give_up(slot, slot.failed_with)
+    def _take_over(self, process: SlotProcess) -> None:
+        slot, predecessor = process.slot, process.slot.process
+        slot.process, slot.successor = process, None
+        self._enter(process, SlotState.READY)
+        self._use_revision(process)
+        slot.restarts[process.purpose] += 1
+        if predecessor.exists:
+            slot.predecessor = predecessor
+            if predecessor.state is SlotState.READY:
+                self._hand_over(predecessor)
 
-    def _disconnect(self, slot: Slot) -> None:
-        slot.connected = False
+    def _hand_over(self, process: SlotProcess) -> None:
+        self._enter(process, SlotState.HANDING_OVER, self._now + self._stop_timeout)
+        self._effects.append(HandOver(process.slot.number, process.generation, self._stop_timeout))
 
-    def _await_exit(self, slot: Slot) -> None:
-        self._enter(slot, SlotState.LEAVING, self._now + _EXIT_TIMEOUT)
+    def _await_failed_exit(self, process: SlotProcess) -> None:
+        self._enter(process, SlotState.LEAVING, self._now + _EXIT_TIMEOUT)
+        self._give_up(process, process.failed_with)
 
-    def _drain(self, slot: Slot) -> None:
-        self._enter(slot, SlotState.LEAVING, self._leave_deadline(slot))
+    def _disconnect(self, process: SlotProcess) -> None:
+        process.connected = False
+
+    def _await_exit(self, process: SlotProcess) -> None:
+        self._enter(process, SlotState.LEAVING, self._now + _EXIT_TIMEOUT)
+
+    def _drain(self, process: SlotProcess) -> None:
+        self._enter(process, SlotState.LEAVING, self._leave_deadline(process))
         # Less time than until SIGKILL, so that the process can exit by itself.
-        self._effects.append(DrainProcess(slot.number, 0.9 * (slot.deadline - self._now)))
+        self._effects.append(
+            DrainProcess(process.slot.number, process.generation, 0.9 * (process.deadline - self._now))
+        )
 
-    def _terminate(self, slot: Slot) -> None:
+    def _terminate(self, process: SlotProcess) -> None:
         # A starting process may not read its control link yet, and has no clients to drain.
-        self._enter(slot, SlotState.LEAVING, self._leave_deadline(slot))
-        self._effects.append(SignalProcess(slot.number, signals.SIGTERM))
+        self._enter(process, SlotState.LEAVING, self._leave_deadline(process))
+        self._signal(process, signals.SIGTERM)
 
-    def _shorten_deadline(self, slot: Slot) -> None:
-        slot.deadline = min(slot.deadline, self._leave_deadline(slot))
+    def _shorten_deadline(self, process: SlotProcess) -> None:
+        process.deadline = min(process.deadline, self._leave_deadline(process))
 
-    def _kill(self, slot: Slot) -> None:
-        self._enter(slot, SlotState.KILLED)
-        self._effects.append(SignalProcess(slot.number, signals.SIGKILL))
+    def _kill(self, process: SlotProcess) -> None:
+        self._enter(process, SlotState.KILLED)
+        self._signal(process, signals.SIGKILL)
 
-    def _kill_late_start(self, slot: Slot) -> None:
+    def _kill_late_start(self, process: SlotProcess) -> None:
         timeout = self._settings.start_timeout
-        slot.reason = slot.reason or "start_timeout"
-        slot.explanation = (
-            slot.explanation or f"was not ready within {timeout:g} s and was killed (workers.start_timeout)"
+        self._explain(
+            process, "start_timeout", f"was not ready within {timeout:g} s and was killed (workers.start_timeout)"
         )
         # The stacks name the line of the application that hangs.
-        self._enter(slot, SlotState.LEAVING, self._now + _DUMP_TIME)
-        self._effects.append(DumpProcessStacks(slot.number))
+        self._dump_and_kill(process)
 
-    def _kill_overdue(self, slot: Slot) -> None:
-        slot.reason = slot.reason or "link"
-        slot.explanation = (
-            slot.explanation or f"closed its control link, did not exit within {_EXIT_TIMEOUT:g} s and was killed"
+    def _kill_overdue(self, process: SlotProcess) -> None:
+        self._explain(
+            process, "link", f"closed its control link, did not exit within {_EXIT_TIMEOUT:g} s and was killed"
         )
         if self.stopping:
-            self._log(f"{slot.name} did not finish in time and was killed (shutdown.timeout)", is_error=True)
-        self._kill(slot)
+            self._log(f"{process.name} did not finish in time and was killed (shutdown.timeout)", is_error=True)
+        self._kill(process)
 
-    def _dump_stacks(self, slot: Slot) -> None:
-        slot.reason = "stuck"
-        slot.explanation = f"did not turn its loop for {self._stuck:g} s and was killed (loop.stuck)"
-        self._enter(slot, SlotState.LEAVING, self._now + _DUMP_TIME)
-        self._effects.append(DumpProcessStacks(slot.number))
+    def _kill_stuck(self, process: SlotProcess) -> None:
+        process.reason = "stuck"
+        process.explanation = f"did not turn its loop for {self._stuck:g} s and was killed (loop.stuck)"
+        self._dump_and_kill(process)
 
-    def _drain_and_replace(self, slot: Slot) -> None:
-        self._enter(slot, SlotState.LEAVING, self._now + self._stop_timeout)
-        self._effects.append(DrainProcess(slot.number, 0.9 * self._stop_timeout))
+    def _drain_rest(self, process: SlotProcess) -> None:
+        """Drain a process whose connections have been handed over."""
+        self._enter(process, SlotState.LEAVING, self._now + self._stop_timeout)
+        self._effects.append(DrainProcess(process.slot.number, process.generation, 0.9 * self._stop_timeout))
 
-    def _schedule_restart(self, slot: Slot) -> None:
-        if self.stopping:
-            self._retire(slot)
-            return
-        slot.restarts[slot.reason] += 1
-        delay = self._settings.restart_delay
-        if slot.reason != "bloated":  # the replacement of a worker that was drained need not wait
-            slot.deaths += 1
-            delay = min(delay * 2.0 ** min(slot.deaths - 1, 30), self._settings.restart_delay_max)
+    def _exited(self, process: SlotProcess) -> None:
+        del self._processes[process.generation]
+        slot = process.slot
+        if process is slot.predecessor:
+            slot.predecessor = None
+            self._log_end(process)
+        elif process is slot.successor:
+            slot.successor = None
+            self._keep_old(process)
+        elif self.stopping or slot.is_removed:
+            self._retire(process)
+        elif slot.successor is not None and slot.successor.state is SlotState.PREPARING:
+            self._inherit(process, slot.successor)
+        else:
+            self._schedule_restart(process)
+
+    def _retire(self, process: SlotProcess) -> None:
+        self._enter(process, SlotState.GONE)
+
+    # Steps of the actions.
+
+    def _schedule_restart(self, process: SlotProcess) -> None:
+        slot = process.slot
+        slot.restarts[process.reason] += 1
+        slot.deaths += 1
+        delay = min(self._settings.restart_delay * 2.0 ** min(slot.deaths - 1, 30), self._settings.restart_delay_max)
+        if process.revision > self.revision:
+            self._end_reload(f"{slot.name} {process.explanation}")
         if not slot.in_crash_loop:
             # A process that was asked to end by SIGTERM, and has ended in order, is no error.
-            self._log(f"{slot.name} {slot.explanation}; restarting it in {delay:g} s", is_error=slot.reason != "exit")
-        self._enter(slot, SlotState.WAITING, self._now + delay)
+            is_error = process.reason != "exit"
+            self._log(f"{slot.name} {process.explanation}; restarting it in {delay:g} s", is_error)
+        self._enter(process, SlotState.WAITING, self._now + delay)
 
-    def _retire(self, slot: Slot) -> None:
-        self._enter(slot, SlotState.GONE)
+    def _inherit(self, dead: SlotProcess, successor: SlotProcess) -> None:
+        """Let a successor take the place of a process that died before it was ready."""
+        slot = dead.slot
+        slot.restarts[dead.reason] += 1
+        slot.deaths += 1
+        self._log(f"{slot.name} {dead.explanation}; its successor starts already", is_error=dead.reason != "exit")
+        slot.process, slot.successor = successor, None
+        successor.state = SlotState.STARTING
+
+    def _log_end(self, predecessor: SlotProcess) -> None:
+        name = predecessor.slot.name
+        if predecessor.reason == "exit":
+            self._log(f"{name} has been replaced")
+        elif not self.stopping:
+            self._log(f"{name} has been replaced; the process before {predecessor.explanation}", is_error=True)
+
+    def _keep_old(self, successor: SlotProcess) -> None:
+        """Go on with the serving process, because its successor has failed."""
+        if self.stopping:
+            return
+        failure = f"{successor.slot.name} goes on as it is: its successor {successor.explanation}"
+        if self.reloading and successor.revision == self.target:
+            self._end_reload(failure)
+        else:
+            self._log(failure, is_error=True)
+
+    def _explain(self, process: SlotProcess, reason: str, explanation: str) -> None:
+        """Note why a process ends, unless a reason is known."""
+        process.reason = process.reason or reason
+        process.explanation = process.explanation or explanation
+
+    def _dump_and_kill(self, process: SlotProcess) -> None:
+        self._enter(process, SlotState.LEAVING, self._now + _DUMP_TIME)
+        self._effects.append(DumpProcessStacks(process.slot.number, process.generation))
+
+    # Replacing workers.
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether every slot is ready, and no worker is being replaced."""
+        return self.ready and all(slot.is_settled and not slot.replacement for slot in self.slots.values())
+
+    def _wanted_revision(self, slot: Slot) -> int:
+        return self.target if slot.replacement == _RELOAD else self.revision
+
+    def _replace_next(self) -> None:
+        """Begin to replace the next worker, if none is being replaced. A slot without a process starts one at once."""
+        workers = self.workers
+        if any(slot.successor or slot.predecessor for slot in workers):
+            return
+        for slot in workers:
+            if slot.replacement == _RELOAD and slot.state is SlotState.WAITING:
+                self._fire(slot.process, PoolEvent.DEADLINE)
+        unready = any(slot.state is SlotState.STARTING for slot in workers)
+        ready = [slot for slot in workers if slot.replacement and slot.state is SlotState.READY]
+        if ready and not unready:
+            slot = ready[0]
+            slot.successor = SlotProcess(slot, purpose=slot.replacement)
+            revision, slot.replacement = self._wanted_revision(slot), ""
+            self._begin(slot.successor, SlotState.PREPARING, revision)
+
+    def _use_revision(self, process: SlotProcess) -> None:
+        if process.revision > self.revision:
+            self.revision = process.revision
+            self._effects.append(UseRevision(self.revision))
+
+    def _end_reload(self, failure: str = "") -> None:
+        """End the reload. Workers that have not been replaced yet go on as they are."""
+        if not self.reloading:
+            return
+        self.reloading = False
+        for slot in self.workers:
+            if slot.replacement == _RELOAD:
+                slot.replacement = ""
+        for process in list(self._processes.values()):
+            if process.revision > self.revision:  # no worker serves with these settings, and none will
+                process.explanation = process.explanation or "ended with the reload"
+                self._fire(process, PoolEvent.KILL)
+        self._effects.append(ReloadEnded(failure))
 
     # Shared by events and actions.
 
-    def _event(self, number: int, event: PoolEvent, now: float) -> list[Effect]:
+    def _event(self, generation: int, event: PoolEvent, now: float) -> list[Effect]:
         self._now = now
-        self._fire(self.slots[number], event)
+        process = self._processes.get(generation)
+        if process is not None:
+            self._fire(process, event)
         return self._take_effects()
 
-    def _fire(self, slot: Slot, event: PoolEvent) -> None:
-        action = TRANSITIONS.get((slot.state, event))
+    def _fire(self, process: SlotProcess, event: PoolEvent) -> None:
+        action = TRANSITIONS.get((process.state, event))
         if action is not None:
-            action(self, slot)
+            action(self, process)
 
-    def _fire_all(self, slots: Iterable[Slot], event: PoolEvent) -> None:
-        for slot in slots:
-            self._fire(slot, event)
+    def _fire_all(self, event: PoolEvent) -> None:
+        for slot in self.slots.values():
+            for process in slot.places:
+                self._fire(process, event)
 
-    def _enter(self, slot: Slot, state: SlotState, deadline: float = math.inf) -> None:
-        slot.state, slot.since, slot.alive_at, slot.deadline = state, self._now, self._now, deadline
+    def _enter(self, process: SlotProcess, state: SlotState, deadline: float = math.inf) -> None:
+        process.state, process.since, process.alive_at, process.deadline = state, self._now, self._now, deadline
+
+    def _signal(self, process: SlotProcess, number: int) -> None:
+        self._effects.append(SignalProcess(process.slot.number, process.generation, number))
 
     def _log(self, line: str, is_error: bool = False) -> None:
         self._effects.append(LogLine(line, is_error))
 
-    def _leave_deadline(self, slot: Slot) -> float:
+    def _leave_deadline(self, process: SlotProcess) -> float:
         # The broker serves until the last worker has exited, so the last tenth of the time is reserved for the broker.
-        share = 1.0 if slot.number == BROKER else 0.9
+        share = 1.0 if process.slot.number == BROKER else 0.9
         return self._stop_deadline - (1.0 - share) * self._stop_timeout
 
     def _begin_stop(self, timeout: float) -> None:
         self.stopping = True
         self._stop_deadline = self._now + timeout
         self._effects.append(NotifySystemd("stopping"))
-        self._fire_all([slot for slot in self.slots.values() if slot.state is SlotState.WAITING], PoolEvent.STOP)
+        self._end_reload("the server is stopping")
+        for slot in self.slots.values():
+            if slot.state is SlotState.WAITING:
+                self._fire(slot.process, PoolEvent.STOP)
 
-    def _give_up(self, slot: Slot, status: int) -> None:
+    def _give_up(self, process: SlotProcess, status: int) -> None:
         """Stop the pool with `status`, because its first start failed for a reason that the process has reported.
 
         The service manager restarts the server unless the status is EX_CONFIG. Without effect once all slots have been
@@ -455,44 +728,56 @@ class Pool:
         """
         if self.stopping or self._was_ready:
             return
-        self._status, self._reason = status, f"{slot.name} {slot.explanation}"
+        self._status, self._reason = status, f"{process.slot.name} {process.explanation}"
         self._begin_stop(_EXIT_TIMEOUT)
-        self._fire_all([other for other in self.slots.values() if other is not slot], PoolEvent.KILL)
+        for slot in self.slots.values():
+            if slot is not process.slot:
+                self._fire(slot.process, PoolEvent.KILL)
 
     def _take_effects(self) -> list[Effect]:
-        """Return the effects of an event, including those of the next step of a stop."""
-        if self.stopping and not self._halted:
+        """Return the effects of an event, including those of the next step of a reload or of a stop."""
+        if not self.stopping:
+            self._replace_next()
+            if self.reloading and self._has_reloaded:
+                self._end_reload()
+        elif not self._halted:
             broker = self.slots.get(BROKER)
-            if broker and all(worker.state is SlotState.GONE for worker in self.workers):
-                self._fire(broker, PoolEvent.STOP)
+            if broker and not any(worker.processes for worker in self.workers):
+                self._fire(broker.process, PoolEvent.STOP)
             self._halt_if_empty()
         effects, self._effects = self._effects, []
         return effects
 
+    @property
+    def _has_reloaded(self) -> bool:
+        return all(
+            slot.is_settled and not slot.replacement and slot.process.revision == self.target for slot in self.workers
+        )
+
     def _halt_if_empty(self) -> None:
         """Halt once every process has exited, or has survived SIGKILL for _REAP_TIMEOUT seconds."""
-        remaining = [slot for slot in self.slots.values() if slot.state is not SlotState.GONE]
-        if any(slot.state is not SlotState.KILLED or self._now - slot.since < _REAP_TIMEOUT for slot in remaining):
+        remaining = list(self._processes.values())
+        if any(one.state is not SlotState.KILLED or self._now - one.since < _REAP_TIMEOUT for one in remaining):
             return
         self._halted = True
-        for slot in remaining:
+        for process in remaining:
             remedy = "uninterruptible sleep; check disks and network mounts"
-            self._log(f"{slot.name} survived SIGKILL and is left behind ({remedy})", is_error=True)
-            self._retire(slot)
+            self._log(f"{process.name} survived SIGKILL and is left behind ({remedy})", is_error=True)
+            self._retire(process)
         self._effects.append(HaltService(self._status, self._reason))
 
     # Steps of a tick.
 
     def _excuse(self, stall: float) -> None:
         """Excuse all processes for `stall` seconds in which the supervisor was stopped, starved or asleep."""
-        for slot in self.slots.values():
-            slot.alive_at += stall
-            if slot.state is SlotState.STARTING:
-                slot.deadline += stall
+        for process in self._processes.values():
+            process.alive_at += stall
+            if process.state in (SlotState.STARTING, SlotState.PREPARING):
+                process.deadline += stall
 
-    def _note_beat(self, slot: Slot, beat: float) -> None:
-        if slot.alive_at < beat <= self._now:
-            slot.alive_at = beat
+    def _note_beat(self, process: SlotProcess, beat: float) -> None:
+        if process.alive_at < beat <= self._now:
+            process.alive_at = beat
 
     def _forgive_deaths(self, slot: Slot) -> None:
         ready_for = self._now - slot.since
@@ -501,15 +786,15 @@ class Pool:
                 self._log(f"{slot.name} has recovered: ready for {ready_for:.0f} s")
             slot.deaths = 0
 
-    def _connect_to_broker(self, slot: Slot) -> None:
+    def _connect_to_broker(self, process: SlotProcess) -> None:
         """Connect a worker that has no stream to the broker, as soon as the broker is ready."""
         broker = self.slots.get(BROKER)
-        if broker is None or broker.state is not SlotState.READY or slot is broker:
+        if broker is None or broker.state is not SlotState.READY or process.slot is broker:
             return
         # Starting workers too: a worker is ready only after it has reached the broker.
-        if slot.state in (SlotState.STARTING, SlotState.READY) and not slot.connected:
-            slot.connected = True
-            self._effects.append(ConnectToBroker(slot.number))
+        if process.state in _LINKED and not process.connected:
+            process.connected = True
+            self._effects.append(ConnectToBroker(process.slot.number, process.generation))
 
     def _log_crash_loops(self) -> None:
         """Log all slots in a crash loop in one line, once every _CRASH_LOOP_INTERVAL seconds."""
@@ -517,8 +802,8 @@ class Pool:
         if self.stopping or not looping or self._now - self._crash_loop_logged < _CRASH_LOOP_INTERVAL:
             return
         self._crash_loop_logged = self._now
-        slots = "; ".join(f"{slot.name} {slot.explanation}, {slot.deaths} times in a row" for slot in looping)
-        pause = min(slot.deadline for slot in looping) - self._now
+        slots = "; ".join(f"{one.name} {one.process.explanation}, {one.deaths} times in a row" for one in looping)
+        pause = min(slot.process.deadline for slot in looping) - self._now
         advice = f"up to {self._settings.restart_delay_max:g} s apart (workers.restart_delay_max); see its errors above"
         self._log(f"crash loop: {slots}; next attempt in {pause:.1f} s, {advice}", is_error=True)
 
@@ -541,7 +826,7 @@ def _describe_exit(status: int) -> str:
         return f"was killed by signal {-status}"
 
 
-TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, Slot], None]] = {
+TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, SlotProcess], None]] = {
     (SlotState.WAITING, PoolEvent.DEADLINE): Pool._spawn,
     (SlotState.WAITING, PoolEvent.STOP): Pool._retire,
     (SlotState.WAITING, PoolEvent.KILL): Pool._retire,
@@ -552,17 +837,32 @@ TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, Slot], None]] = {
     (SlotState.STARTING, PoolEvent.STOP): Pool._terminate,
     (SlotState.STARTING, PoolEvent.KILL): Pool._kill,
     (SlotState.STARTING, PoolEvent.BROKER_LINK_LOST): Pool._disconnect,
-    (SlotState.STARTING, PoolEvent.EXITED): Pool._schedule_restart,
+    (SlotState.STARTING, PoolEvent.EXITED): Pool._exited,
+    (SlotState.PREPARING, PoolEvent.READY): Pool._take_over,
+    (SlotState.PREPARING, PoolEvent.START_FAILED): Pool._await_exit,
+    (SlotState.PREPARING, PoolEvent.CONTROL_LINK_LOST): Pool._await_exit,
+    (SlotState.PREPARING, PoolEvent.DEADLINE): Pool._kill_late_start,
+    (SlotState.PREPARING, PoolEvent.STOP): Pool._terminate,
+    (SlotState.PREPARING, PoolEvent.KILL): Pool._kill,
+    (SlotState.PREPARING, PoolEvent.BROKER_LINK_LOST): Pool._disconnect,
+    (SlotState.PREPARING, PoolEvent.EXITED): Pool._exited,
     (SlotState.READY, PoolEvent.BROKER_LINK_LOST): Pool._disconnect,
     (SlotState.READY, PoolEvent.CONTROL_LINK_LOST): Pool._await_exit,
-    (SlotState.READY, PoolEvent.NO_BEAT): Pool._dump_stacks,
-    (SlotState.READY, PoolEvent.MEMORY_EXCEEDED): Pool._drain_and_replace,
+    (SlotState.READY, PoolEvent.NO_BEAT): Pool._kill_stuck,
     (SlotState.READY, PoolEvent.STOP): Pool._drain,
     (SlotState.READY, PoolEvent.KILL): Pool._kill,
-    (SlotState.READY, PoolEvent.EXITED): Pool._schedule_restart,
+    (SlotState.READY, PoolEvent.EXITED): Pool._exited,
+    (SlotState.HANDING_OVER, PoolEvent.HANDED_OVER): Pool._drain_rest,
+    (SlotState.HANDING_OVER, PoolEvent.DEADLINE): Pool._drain_rest,
+    (SlotState.HANDING_OVER, PoolEvent.BROKER_LINK_LOST): Pool._disconnect,
+    (SlotState.HANDING_OVER, PoolEvent.CONTROL_LINK_LOST): Pool._await_exit,
+    (SlotState.HANDING_OVER, PoolEvent.NO_BEAT): Pool._kill_stuck,
+    (SlotState.HANDING_OVER, PoolEvent.STOP): Pool._drain,
+    (SlotState.HANDING_OVER, PoolEvent.KILL): Pool._kill,
+    (SlotState.HANDING_OVER, PoolEvent.EXITED): Pool._exited,
     (SlotState.LEAVING, PoolEvent.DEADLINE): Pool._kill_overdue,
     (SlotState.LEAVING, PoolEvent.STOP): Pool._shorten_deadline,
     (SlotState.LEAVING, PoolEvent.KILL): Pool._kill,
-    (SlotState.LEAVING, PoolEvent.EXITED): Pool._schedule_restart,
-    (SlotState.KILLED, PoolEvent.EXITED): Pool._schedule_restart,
+    (SlotState.LEAVING, PoolEvent.EXITED): Pool._exited,
+    (SlotState.KILLED, PoolEvent.EXITED): Pool._exited,
 }

@@ -128,17 +128,15 @@ class Throttle:
     removes it after LIFT_AFTER seconds in which it kept no call out. Calls that are known to block the loop are limited
     before they do it for too long together.
 
-    limit: most calls at a time; None for no limit. running: calls in progress. is_proven: whether SAMPLE calls have
-    ended, so that the throttle knows what one costs; until then the caller starts no more than SAMPLE at a time.
+    limit: most calls at a time; None for no limit. running: calls in progress. sample: number of calls by which the
+    cost of one is measured. is_proven: whether so many have ended; until then the caller starts no more at a time.
     """
 
     __slots__ = (
         *("_account", "_adjusted_at", "_cost", "_ended", "_max_lag", "_max_spent", "_needed_at", "_peak", "_sampled"),
-        *("_spent", "_started", "is_proven", "limit", "running"),
+        *("_spent", "_started", "is_proven", "limit", "running", "sample"),
     )
 
-    # Calls by which the cost of one is measured.
-    SAMPLE = 5
     # Share of `loop.max_lag` from which on a call blocks the loop.
     BLOCKING_SHARE = 1 / 16
 
@@ -149,8 +147,9 @@ class Throttle:
     # Seconds.
     LIFT_AFTER = 10.0
 
-    def __init__(self, account: LoopAccount) -> None:
-        """account: charged with the handler's time on the loop."""
+    def __init__(self, account: LoopAccount, sample: int = 5) -> None:
+        """account: charged with the handler's time on the loop. sample: see `workers.sample_calls`."""
+        self.sample = sample
         self.limit: int | None = None
         self.running = 0
         self._account = account
@@ -187,7 +186,7 @@ class Throttle:
         """Count a call that has ended."""
         self.running -= 1
         self._ended += 1
-        if self._ended >= self.SAMPLE:
+        if self._ended >= self.sample:
             self.measure()
 
     def observe(self, now: float, lag: float, max_lag: float) -> None:

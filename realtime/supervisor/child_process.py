@@ -6,40 +6,32 @@ A `ChildProcess` reports its events to its owner. `realtime.process.child` is th
 from __future__ import annotations
 
 import os
-import re
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
+from twisted.internet import fdesc
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.interfaces import IDelayedCall
-from twisted.internet.protocol import Factory, ProcessProtocol, connectionDone
-from twisted.logger import Logger, LogLevel
+from twisted.internet.protocol import Factory, connectionDone
 from twisted.python.failure import Failure
 
 from realtime import metrics
-from realtime.config.schema import PREFIX
 from realtime.config.values import escape_unprintable
 from realtime.metrics import Sample
-from realtime.process import control, log
+from realtime.process import control
 from realtime.process.stack_dumps import IN_C_AFTER, STACK, STACK_IN_C, StackReader
+from realtime.process.zygote import Fork
 from realtime.supervision.vitals import LatestCalls, RunningHandler, Vitals, VitalsPage
-from realtime.supervisor import systemd
+from realtime.supervisor.child_output import ChildOutput
+from realtime.supervisor.readable import Readable
+from realtime.supervisor.zygote import ForkedChild, Zygote
 
 # Descriptor numbers in the child; the slot's listening sockets follow.
 _LINK, _SETTINGS, _VITALS, _LISTEN = 3, 4, 5, 6
-_MAX_LINE = 16384
 _MAX_REASON = 2000
 _FAILED_STATUSES = {os.EX_CONFIG, os.EX_TEMPFAIL}
-# A line of a child's log: `realtime.process.log`, `realtime.process.app_log`.
-_LOG_LINE = re.compile(
-    r"\d{4}-\d\d-\d\dT\S+ \[(?P<system>(?:worker|broker)[^]]*#(?P<level>debug|info|warn|error|critical))\] (?P<text>.*)"
-)
-
-_log = Logger(observer=log.observer)
-_output_log = Logger()  # for the children's output: they have already applied `log.level` to it
 
 
 class ChildProcessOwner(Protocol):
@@ -52,59 +44,82 @@ class ChildProcessOwner(Protocol):
     def process_exited(self, process: ChildProcess, status: int) -> None: ...
 
 
-class ChildProcess(ProcessProtocol):
-    """A running child. Its pid is not reused before the owner's `process_exited`: the kernel keeps the exit status
-    until then."""
+class ChildProcess:
+    """A running child. Its pid, 0 until it is forked, is not reused before the owner's `process_exited`: the kernel
+    keeps the exit status until then."""
 
-    def __init__(self, owner: ChildProcessOwner, slot: int) -> None:
+    def __init__(self, owner: ChildProcessOwner, slot: int, generation: int = 0) -> None:
+        """generation: its serial number among all processes of the server."""
         self.slot = slot
-        self.pid = 0
+        self.generation = generation
+        self.has_exited = False
         self._owner = owner
         self._link = _Link(self, owner)
         self._page: VitalsPage | None = None
         self._vitals: Vitals | None = None
-        self._outputs = {1: _Output(), 2: _Output()}
+        self._outputs: list[ChildOutput] = []
+        self._stacks: Readable | None = None
+        self._child: ForkedChild | None = None
         self._call_later: Callable[..., IDelayedCall]
         self._dumps: StackReader | None = None
 
     def start(
-        self, reactor: Any, command: Sequence[str], settings: int, listening: Sequence[int], capture: bool
+        self, reactor: Any, zygote: Zygote, module: str, settings: int, listening: Sequence[int], capture: bool
     ) -> None:
-        """Spawn `command` with copies of two kinds of descriptors: the settings, and the listening sockets.
+        """Have it forked with copies of two kinds of descriptors: the settings, and the listening sockets.
 
-        capture: write its standard output and error to our log, instead of letting it inherit both. Raises OSError.
+        module: to run in it. capture: write its standard output and error to our log, instead of letting it inherit
+        both. Raises OSError.
         """
         self._page = VitalsPage.create()
         self._call_later = reactor.callLater
         self._dumps = StackReader(reactor.callLater)
         try:
-            self._spawn(reactor, command, settings, listening, capture)
+            self._fork(reactor, zygote, module, settings, listening, capture)
         except OSError:
             self._close_page()
             raise
 
-    def _spawn(
-        self, reactor: Any, command: Sequence[str], settings: int, listening: Sequence[int], capture: bool
+    def _fork(
+        self, reactor: Any, zygote: Zygote, module: str, settings: int, listening: Sequence[int], capture: bool
     ) -> None:
         assert self._page is not None
         sockets = {_LISTEN + index: fd for index, fd in enumerate(listening)}
         stacks = _LISTEN + len(listening)
-        arguments = [
-            *("--slot", str(self.slot)),
+        arguments = (
+            *("--slot", str(self.slot), "--generation", str(self.generation)),
             *("--link", str(_LINK), "--settings", str(_SETTINGS), "--vitals", str(_VITALS)),
             *("--stacks", str(stacks)),
             *(("--listen", ",".join(map(str, sockets))) if sockets else ()),
-        ]
-        streams: dict[int, int | str] = {**({1: "r", 2: "r"} if capture else {1: 1, 2: 2}), stacks: "r"}
-        ours, theirs = socket.socketpair()
-        with ours, theirs, open(os.devnull, "rb") as null:
-            fds = {0: null.fileno(), _LINK: theirs.fileno(), _SETTINGS: settings, _VITALS: self._page.fd, **sockets}
-            transport = reactor.spawnProcess(
-                self, command[0], [*command, *arguments], env=_environment(os.environ), childFDs={**streams, **fds}
-            )
-            self.pid = transport.pid
-            ours.setblocking(False)
-            reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, Factory.forProtocol(lambda: self._link))
+        )
+        name = "broker" if self.slot < 0 else f"worker {self.slot}"
+        with ExitStack() as theirs, ExitStack() as unused:
+            ours: dict[int, int] = {}
+            given: dict[int, int] = {_SETTINGS: settings, _VITALS: self._page.fd, **sockets}
+            for number in (stacks, 1, 2) if capture else (stacks,):
+                ours[number], given[number] = os.pipe()
+                theirs.callback(os.close, given[number])
+                unused.callback(os.close, ours[number])
+            link, end = socket.socketpair()
+            theirs.enter_context(end)
+            unused.enter_context(link)
+            given[_LINK] = end.fileno()
+            fork = Fork(name, module, arguments, tuple(given))
+            self._child = zygote.fork(fork, tuple(given.values()), self._exited)
+            unused.pop_all()
+        link.setblocking(False)
+        with link:
+            reactor.adoptStreamConnection(link.fileno(), socket.AF_UNIX, Factory.forProtocol(lambda: self._link))
+        assert self._dumps is not None
+        self._stacks = _read_pipe(reactor, ours.pop(stacks), self._dumps.feed)
+        for fd in ours.values():
+            self._outputs.append(ChildOutput())
+            _read_pipe(reactor, fd, self._outputs[-1].feed)
+
+    @property
+    def pid(self) -> int:
+        """Its pid; 0 until it is forked."""
+        return self._child.pid if self._child is not None else 0
 
     @property
     def vitals(self) -> Vitals | None:
@@ -134,9 +149,8 @@ class ChildProcess(ProcessProtocol):
 
     def signal(self, number: int) -> None:
         """Send a signal. Without effect after the process has exited."""
-        if self.transport is not None:
-            with suppress(ProcessExitedAlready):
-                self.transport.signalProcess(number)
+        if self._child is not None:
+            self._child.signal(number)
 
     def dump(self, number: int) -> Deferred[str]:
         """Request the stack of its loop's thread (STACK) or of all its threads (STACKS), as faulthandler writes it.
@@ -166,6 +180,19 @@ class ChildProcess(ProcessProtocol):
         answer: Deferred[object] = self._link.callRemote(control.Adopt, stream=stream)
         return answer
 
+    def take_over(self, stream: int) -> Deferred[object]:
+        """Send the target's end of a hand-over, see `realtime.worker.handover`. Keep `stream` open until the answer."""
+        answer: Deferred[object] = self._link.callRemote(control.TakeOver, stream=stream)
+        return answer
+
+    def hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, Any]]:
+        """Send the source's end of a hand-over, see `control.HandOver`; the answer comes at its end, and fails if the
+        process ends before. Keep `stream` open until then."""
+        answer: Deferred[dict[str, Any]] = self._link.callRemote(
+            control.HandOver, stream=stream, connections=connections, timeout=timeout
+        )
+        return answer
+
     def report(self, what: str) -> Deferred[str]:
         """Request a report on its state, see `realtime.process.diagnostics`. Works only while its loop turns."""
         answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Report, what=what)
@@ -176,25 +203,18 @@ class ChildProcess(ProcessProtocol):
         answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Collect, names=list(names))
         return answer.addCallback(lambda box: metrics.load(box["metrics"]))
 
-    # Called by Twisted.
-
-    def childDataReceived(self, childFD: int, data: bytes) -> None:
-        output = self._outputs.get(childFD)
-        if output is not None:
-            output.feed(data)
-        elif self._dumps is not None:
-            self._dumps.feed(data)
-
-    def processExited(self, reason: Failure) -> None:
-        ended: Any = reason.value
+    def _exited(self, status: int) -> None:
+        self.has_exited = True
         self._vitals = self.vitals
         self._close_page()
         self._link.end()
+        if self._stacks is not None:
+            self._stacks.close()
         if self._dumps is not None:
             self._dumps.end()
-        for output in self._outputs.values():
+        for output in self._outputs:
             output.flush()
-        self._owner.process_exited(self, -ended.signal if ended.signal else ended.exitCode)
+        self._owner.process_exited(self, status)
 
     def _close_page(self) -> None:
         if self._page is not None:
@@ -238,45 +258,16 @@ class _Link(control.Peer):
             transport.abortConnection()
 
 
-class _Output:
-    """Copies a child's output to our log, where the lines of its log keep their process, logger and level."""
+def _read_pipe(reactor: Any, fd: int, received: Callable[[bytes], None]) -> Readable:
+    """Read a pipe until its end, and close it then. Owns the descriptor."""
+    os.set_blocking(fd, False)
 
-    def __init__(self) -> None:
-        self._partial = b""
+    def read() -> None:
+        if fdesc.readFromFD(fd, received) is not None:
+            pipe.close()
 
-    def feed(self, data: bytes) -> None:
-        """Log the lines that `data` completes. A line longer than _MAX_LINE is logged in parts."""
-        *lines, self._partial = (self._partial + data).split(b"\n")
-        for line in lines:
-            self._log(line.decode("utf-8", "backslashreplace"))
-        if len(self._partial) > _MAX_LINE:
-            self.flush()
-
-    def _log(self, line: str) -> None:
-        found = _LOG_LINE.match(line)
-        if found is None:
-            _output_log.info("{line}", line=line)
-        else:
-            level = LogLevel.lookupByName(found["level"])
-            _output_log.emit(level, "{line}", line=found["text"], log_system=found["system"])
-
-    def flush(self) -> None:
-        """Log an incomplete line."""
-        if self._partial:
-            self.feed(b"\n")
-
-
-def _environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return our environment without the service manager's variables for this process alone, and without settings.
-
-    The children get the settings through a descriptor. In the environment their secrets would reach every program that
-    a handler starts.
-    """
-    return {
-        name: value
-        for name, value in inherited.items()
-        if name not in systemd.VARIABLES and not name.startswith(PREFIX)
-    }
+    pipe = Readable(reactor, fd, read)
+    return pipe
 
 
 def _cancelling(result: Any, call: IDelayedCall) -> Any:

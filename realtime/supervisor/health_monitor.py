@@ -62,6 +62,7 @@ class HealthMonitor:
         self._broker_tracker = HealthTracker(loop, broker_beat_interval(loop))
         self._pool = pool
         self._processes = processes
+        self._assessed: dict[int, MonitoredProcess | None] = {}  # by slot, at the latest check
         self._running = False
         self._checked_at = 0.0
         self._call: IDelayedCall | None = None
@@ -117,6 +118,10 @@ class HealthMonitor:
         changed = []
         for slot in self._pool.workers:
             before = self.health.get(slot.number)
+            process = self._processes.get(slot.number)
+            if self._assessed.get(slot.number) is not process:
+                self._assessed[slot.number] = process
+                self._tracker.forget(slot.number)
             health = self._tracker.assess(slot.number, self._vitals(slot), now, slot.state is SlotState.LEAVING)
             self.health[slot.number] = health
             if before is None or before.condition is not health.condition:

@@ -1,11 +1,13 @@
-"""Reaps orphans where this process is PID 1, as in a container without an init process.
+"""Orphans: processes whose parent has exited. This process adopts those of its descendants, and reaps them.
 
-The kernel makes PID 1 the parent of every process whose own parent has exited, such as the programs that a handler of a
-killed worker had started. Until PID 1 asks for their exit status, they stay in the process table.
+The kernel makes the nearest ancestor that asks for it the parent of an orphan (prctl(2), PR_SET_CHILD_SUBREAPER): of
+each child that the zygote forks (`realtime.process.zygote`), and of the programs that a handler of a killed worker had
+started. Until this process asks for their exit status, they stay in the process table.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Collection
 
@@ -13,24 +15,27 @@ INTERVAL = 1.0
 """Seconds between two calls of `reap`."""
 
 _BATCH = 100
+_PR_SET_CHILD_SUBREAPER = 36
 
 
-def is_needed() -> bool:
-    """Return whether orphans become children of this process."""
-    return os.getpid() == 1
+def adopt_all() -> None:
+    """Become the parent of all future orphans among the descendants of this process. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
 def reap(own: Callable[[], Collection[int]]) -> int:
     """Reap the exited children that are not our own, and return their number.
 
-    own: returns the pids of the processes that Twisted waits for.
+    own: returns the pids of the processes that other code waits for.
     """
     for count in range(_BATCH):
         try:
             found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return count
-        # The kernel shows one exited child at a time. One of ours hides the others until Twisted has reaped it.
+        # The kernel shows one exited child at a time. One of ours hides the others until it has been reaped.
         if found is None or found.si_pid in own():
             return count
         os.waitpid(found.si_pid, os.WNOHANG)

@@ -68,6 +68,8 @@ _log = Logger(observer=log.observer)
 class RescueWorker(Protocol):
     """A worker process."""
 
+    has_exited: bool
+
     def adopt_from(self, stream: int) -> Deferred[object]:
         """Order it to adopt the connections sent over `stream`. Keep `stream` open until the answer."""
 
@@ -150,11 +152,11 @@ class Rescue:
         return in_time and health.condition in (Condition.HEALTHY, Condition.LAGGING)
 
     def _update_routes(self) -> None:
-        """Open routes to new healthy processes, end the routes to exited ones, and reclaim overdue connections."""
+        """Open routes to new healthy processes, end the routes to replaced ones, and reclaim overdue connections."""
         for slot, route in list(self._routes.items()):
             if self._processes.get(slot) is not route.process:
                 del self._routes[slot]
-                route.process_ended()
+                route.end()
         for slot, process in self._processes.items():
             health = self._health.get(slot)
             if slot not in self._routes and health is not None and self._can_accept(health):
@@ -316,7 +318,11 @@ class _RouteToWorker:
         if self._sender is not None:
             self._sender.close()
 
-    def process_ended(self) -> None:
+    def end(self) -> None:
+        """End the route to a process that has exited, or that no longer serves its slot."""
+        if not self.process.has_exited:
+            self.close()
+            return
         self._closed = True
         if self._sender is not None:
             self._sender.worker_ended()

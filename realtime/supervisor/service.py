@@ -14,7 +14,6 @@ import fcntl
 import os
 import signal
 import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from twisted.logger import Logger
 from realtime.config import settings as configuration
 from realtime.config.cores import count_cores
 from realtime.config.settings import Settings
+from realtime.config.sources import Sources
 from realtime.metrics import Metrics
 from realtime.process import log
 from realtime.supervision import pool as effects
@@ -37,11 +37,14 @@ from realtime.supervisor import orphans
 from realtime.supervisor.child_process import ChildProcess
 from realtime.supervisor.health_monitor import HealthMonitor
 from realtime.supervisor.listener import CannotListen, SharedPort
+from realtime.supervisor.reloads import Reloads
 from realtime.supervisor.rescue import Rescue
 from realtime.supervisor.stack_sampler import StackSampler
 from realtime.supervisor.steering import Steering
 from realtime.supervisor.substitutes import Substitutes
 from realtime.supervisor.systemd import SystemdNotifier
+from realtime.supervisor.trial import Trial
+from realtime.supervisor.zygote import Zygote
 
 WORKER_MODULE = "realtime.worker.process"
 BROKER_MODULE = "realtime.broker.process"
@@ -73,8 +76,9 @@ OpenOperatorEndpoint = Callable[["Supervisor", Any, str, int], OperatorEndpoint]
 class Supervisor(Service):
     """The parent of all processes, as a service.
 
-    pool, processes, monitor, sampler, metrics, steering: its parts, for the operators' port. processes: the running
-    ones, by slot. steering: None before the clients' port is open.
+    pool, processes, children, monitor, sampler, metrics, steering, zygote: its parts, for the operators' port.
+    processes: those that serve their slots, by slot. children: all processes, by generation. steering: None before the
+    clients' port is open. zygote: None before the start.
     """
 
     name = "realtime"
@@ -90,20 +94,20 @@ class Supervisor(Service):
         leave: Callable[[int], None] | None = None,
         handle_signals: bool = False,
         capture_output: bool = False,
+        sources: Sources | None = None,
     ) -> None:
         """worker, broker: modules to run as children, see `realtime.process.child`. leave: called with the exit status
         after the last process has exited; `stopService` works without it. handle_signals: whether to take SIGTERM and
-        SIGINT over from Twisted. capture_output: whether to copy the children's output to the log in any case."""
-        # The children get the numbers in their settings instead of counting the cores themselves.
-        cores = count_cores()
-        count = settings.workers.count or cores
-        processes = settings.workers.processes or max(1, cores // count)
-        settings = replace(settings, workers=replace(settings.workers, count=count, processes=processes))
-        self.pool = Pool(count, settings.workers, settings.loop, settings.shutdown.timeout)
+        SIGINT over from Twisted. capture_output: whether to copy the children's output to the log in any case.
+        sources: where `settings` come from, and those of a reload."""
+        settings = _with_counts(settings)
+        self.pool = Pool(settings.workers.count, settings.workers, settings.loop, settings.shutdown.timeout)
         self.processes: dict[int, ChildProcess] = {}
+        self.children: dict[int, ChildProcess] = {}
         self.monitor = HealthMonitor(reactor, settings.loop, self.pool, self.processes)
         self.metrics = Metrics()
         self.steering: Steering | None = None
+        self.zygote: Zygote | None = None
         self.sampler = StackSampler(reactor, self.monitor, settings.loop, settings.app, self.processes)
         self._reactor = reactor
         self._settings = settings
@@ -116,7 +120,8 @@ class Supervisor(Service):
         self._operators: OperatorEndpoint | None = None
         self._rescue: Rescue | None = None
         self._notifier = SystemdNotifier({})
-        self._settings_fd = -1
+        self._revisions: dict[int, _Revision] = {}
+        self._reloads = Reloads(Trial(reactor, sources or Sources()), self._reload, lambda: self._settings)
         self._capture_output = capture_output
         self._pending: deque[Effect] = deque()
         self._is_carrying_out = False
@@ -155,8 +160,7 @@ class Supervisor(Service):
         self.monitor.listeners += [self.steering.condition_changed, substitutes.condition_changed]
         self.monitor.after_check += [self.steering.update, substitutes.update, self._rescue.check]
         self.monitor.tasks.add(TICK, self._tick)
-        if orphans.is_needed():
-            self.monitor.tasks.add(orphans.INTERVAL, self._reap_orphans)
+        self.monitor.tasks.add(orphans.INTERVAL, self._reap_orphans)
 
     def startService(self) -> None:
         """Start all processes."""
@@ -171,9 +175,12 @@ class Supervisor(Service):
         )
         # Only now, after the fork: WATCHDOG_PID tells whether the variables are for this process or for its parent.
         self._notifier = SystemdNotifier(os.environ)
-        self._settings_fd = _sealed_memfd(configuration.dump(self._settings))
+        self._reloads.notifier = self._notifier
+        self._revisions[self.pool.revision] = _Revision(self._settings)
         # A daemon's own output goes nowhere. The log is twistd's, so the children's output must go there too.
         self._capture_output = self._capture_output or _is_discarded(1)
+        modules = [self._worker, *self._modules.values()]
+        self.zygote = Zygote(self._reactor, modules, capture=self._capture_output)
         self._stop_counting_errors = log.count_internal_errors(self.metrics)
         self._reactor.callWhenRunning(self._start_processes)
 
@@ -227,9 +234,11 @@ class Supervisor(Service):
         self._reactor.callFromThread(self._stop_by_signal, number)
 
     def _on_reload_signal(self, number: int, frame: object) -> None:
-        self._reactor.callFromThread(
-            _log.warn, "SIGHUP: this server can't reload its configuration yet; restart it to apply changes"
-        )
+        self._reactor.callFromThread(self._reload_by_signal)
+
+    def _reload_by_signal(self) -> None:
+        _log.info("SIGHUP: reloading")
+        self.reload()
 
     def _stop_by_signal(self, number: int) -> None:
         name, timeout = signal.Signals(number).name, self._settings.shutdown.timeout
@@ -243,29 +252,54 @@ class Supervisor(Service):
     # Reports of the processes (realtime.supervisor.child_process.ChildProcessOwner).
 
     def process_ready(self, process: ChildProcess) -> None:
-        if self._is_current(process):
-            self._check_footprint(process)
-            self._carry_out(self.pool.process_ready(process.slot, self._now()))
+        self._check_footprint(process)
+        self._carry_out(self.pool.process_ready(process.generation, self._now()))
 
     def start_failed(self, process: ChildProcess, reason: str, status: int) -> None:
-        if self._is_current(process):
-            self._carry_out(self.pool.start_failed(process.slot, reason, status, self._now()))
+        self._carry_out(self.pool.start_failed(process.generation, reason, status, self._now()))
 
     def broker_link_lost(self, process: ChildProcess) -> None:
-        if self._is_current(process):
-            self._carry_out(self.pool.broker_link_lost(process.slot, self._now()))
+        self._carry_out(self.pool.broker_link_lost(process.generation, self._now()))
 
     def control_link_lost(self, process: ChildProcess) -> None:
-        if self._is_current(process):
-            self._carry_out(self.pool.control_link_lost(process.slot, self._now()))
+        self._carry_out(self.pool.control_link_lost(process.generation, self._now()))
 
     def process_exited(self, process: ChildProcess, status: int) -> None:
-        if self._is_current(process):
-            del self.processes[process.slot]
-            self._carry_out(self.pool.process_exited(process.slot, status, self._now()))
+        if self.children.pop(process.generation, None) is not None:
+            self._carry_out(self.pool.process_exited(process.generation, status, self._now()))
 
-    def _is_current(self, process: ChildProcess) -> bool:
-        return self.processes.get(process.slot) is process
+    # Reloads.
+
+    def reload(self, tell: Callable[[str], None] = lambda line: None) -> Deferred[str]:
+        """Replace all workers, with the configuration and the application as they are now. Clients keep their places.
+
+        A reload at a time: all requests that come meanwhile share the next one. tell: called with each line of its
+        progress. The Deferred fires with the reason why the reload failed, in one line; "" after success.
+        """
+        return self._reloads.request(tell)
+
+    def _reload(self, settings: Settings) -> None:
+        """Begin to replace the workers by others with these settings."""
+        try:
+            revision = _Revision(_with_counts(settings))
+        except OSError as error:
+            self._reloads.ended(f"no descriptor is left for the settings: {error}; check `ulimit -n`")
+            return
+        new = self.pool.reload(self._now())
+        self._revisions[self.pool.target] = revision
+        self._carry_out(new)
+
+    def _use_revision(self, effect: effects.UseRevision) -> None:
+        for number in [number for number in self._revisions if number < effect.revision]:
+            self._revisions.pop(number).close()
+        self._settings = settings = self._revisions[effect.revision].settings
+        log.limit(settings.log.level)
+        self.pool.configure(settings.workers, settings.loop, settings.shutdown.timeout)
+
+    def _end_reload(self, effect: effects.ReloadEnded) -> None:
+        for number in [number for number in self._revisions if number > self.pool.revision]:
+            self._revisions.pop(number).close()
+        self._reloads.ended(effect.failure)
 
     # Time.
 
@@ -273,8 +307,9 @@ class Supervisor(Service):
         if self._halted:
             return
         now = self._now()
-        vitals = {slot: process.vitals for slot, process in self.processes.items()}
-        self._carry_out(self.pool.tick(now, {slot: reading.beat / 1e9 for slot, reading in vitals.items() if reading}))
+        vitals = {generation: process.vitals for generation, process in self.children.items()}
+        beats = {generation: reading.beat / 1e9 for generation, reading in vitals.items() if reading}
+        self._carry_out(self.pool.tick(now, beats))
         self._check_memory(vitals, now)
         if self._is_healthy(now):
             self._notifier.feed_watchdog(now)
@@ -282,7 +317,7 @@ class Supervisor(Service):
     def _check_memory(self, vitals: Mapping[int, Vitals | None], now: float) -> None:
         limit = self._settings.loop.max_rss
         for slot in self.pool.workers:
-            reading = vitals.get(slot.number)
+            reading = vitals.get(slot.process.generation)
             if reading is not None and slot.state is SlotState.READY and 0 < limit < reading.rss:
                 self._carry_out(self.pool.memory_exceeded(slot.number, reading.rss, now))
 
@@ -306,10 +341,12 @@ class Supervisor(Service):
         that fails: it waits for one more interval.
         """
         serving = [slot for slot in self.pool.slots.values() if slot.state is SlotState.READY]
-        return all(now - slot.alive_at < self._notifier.watchdog for slot in serving)
+        return all(now - slot.process.alive_at < self._notifier.watchdog for slot in serving)
 
     def _reap_orphans(self) -> None:
-        orphans.reap(lambda: [process.pid for process in self.processes.values()])
+        if self.zygote is not None and not self.zygote.is_forking:  # else a child may have no known pid yet
+            own = self.zygote.pids
+            orphans.reap(lambda: [*own, *(process.pid for process in self.children.values())])
 
     # Effects.
 
@@ -325,38 +362,54 @@ class Supervisor(Service):
                 _ACTIONS[type(effect)](self, effect)
         finally:
             self._is_carrying_out = False
+            self._note_serving()
+
+    def _note_serving(self) -> None:
+        """Bring `processes` up to date."""
+        for number, slot in self.pool.slots.items():
+            process = self.children.get(slot.process.generation)
+            if process is not None:
+                self.processes[number] = process
+            else:
+                self.processes.pop(number, None)
 
     def _spawn(self, effect: effects.SpawnProcess) -> None:
         assert self._port is not None
-        process = ChildProcess(self, effect.slot)
+        process = ChildProcess(self, effect.slot, effect.generation)
         listening = [] if effect.slot == BROKER else [self._port.sockets[effect.slot].fileno()]
         module = self._modules.get(effect.slot, self._worker)
-        # -P: files of the working directory, such as a queue.py, must not stand in for modules of Python or of ours.
-        command = [sys.executable, "-P", "-m", module]
-        self.processes[effect.slot] = process
+        settings = self._revisions[effect.revision].fd
+        self.children[effect.generation] = process
+        assert self.zygote is not None
         try:
-            process.start(self._reactor, command, self._settings_fd, listening, self._capture_output)
+            process.start(self._reactor, self.zygote, module, settings, listening, self._capture_output)
         except OSError as error:
-            del self.processes[effect.slot]
+            del self.children[effect.generation]
             _log.error(
                 "can't spawn the process of {name}: {error}; check `ulimit -u` and free memory",
                 name=self.pool.slots[effect.slot].name,
                 error=error,
             )
-            self._carry_out(self.pool.process_exited(effect.slot, _EX_OSERR, self._now()))
+            self._carry_out(self.pool.process_exited(effect.generation, _EX_OSERR, self._now()))
+
+    def _hand_over(self, effect: effects.HandOver) -> None:
+        # Until connections can move, its clients reconnect: the drain that follows asks them to.
+        self._carry_out(self.pool.handed_over(effect.generation, self._now()))
 
     def _drain(self, effect: effects.DrainProcess) -> None:
-        self.processes[effect.slot].drain(effect.timeout)
+        self.children[effect.generation].drain(effect.timeout)
 
     def _signal(self, effect: effects.SignalProcess) -> None:
-        self.processes[effect.slot].signal(effect.number)
+        self.children[effect.generation].signal(effect.number)
 
     def _dump_stacks(self, effect: effects.DumpProcessStacks) -> None:
-        self.sampler.log_all_stacks(effect.slot)
+        self.sampler.log_all_stacks(self.children[effect.generation])
 
     def _connect_to_broker(self, effect: effects.ConnectToBroker) -> None:
         """Create a stream and send one end to each process. Our copies stay open until both have answered."""
-        if effect.slot not in self.processes:
+        broker = self.children.get(self.pool.slots[BROKER].process.generation)
+        worker = self.children.get(effect.generation)
+        if worker is None or broker is None:
             return  # spawning it has just failed, which the pool already knows
         try:
             ends = socket.socketpair()
@@ -366,16 +419,16 @@ class Supervisor(Service):
                 slot=effect.slot,
                 error=error,
             )
-            self.broker_link_lost(self.processes[effect.slot])
+            self.broker_link_lost(worker)
             return
-        processes = [self.processes[effect.slot], self.processes[BROKER]]
-        sent = [process.send_link(effect.slot, end.fileno()) for process, end in zip(processes, ends, strict=True)]
+        pairs = zip((worker, broker), ends, strict=True)
+        sent = [process.send_link(effect.slot, end.fileno()) for process, end in pairs]
 
         def answered(results: list[tuple[bool, object]]) -> None:
             for end in ends:
                 end.close()
             if not all(succeeded for succeeded, _ in results):
-                self.broker_link_lost(processes[0])
+                self.broker_link_lost(worker)
 
         DeferredList(sent, consumeErrors=True).addCallback(answered)
 
@@ -390,6 +443,7 @@ class Supervisor(Service):
 
     def _write_log(self, effect: effects.LogLine) -> None:
         (_log.error if effect.is_error else _log.info)("{line}", line=effect.line)
+        self._reloads.tell(effect.line)
         ready = sum(slot.state is SlotState.READY for slot in self.pool.workers)
         self._notifier.status(f"{ready} of {len(self.pool.workers)} workers ready")
 
@@ -406,8 +460,10 @@ class Supervisor(Service):
             self._rescue.close()
         if self._port is not None:
             self._port.close()
-        if self._settings_fd >= 0:
-            os.close(self._settings_fd)
+        if self.zygote is not None:
+            self.zygote.close()
+        for revision in self._revisions.values():
+            revision.close()
         self._fire_stop_waiters()
         if self._leave is not None:
             self._leave(effect.status)
@@ -420,10 +476,13 @@ class Supervisor(Service):
 
 _ACTIONS: dict[type[Effect], Callable[[Supervisor, Any], None]] = {
     effects.SpawnProcess: Supervisor._spawn,
+    effects.HandOver: Supervisor._hand_over,
     effects.DrainProcess: Supervisor._drain,
     effects.SignalProcess: Supervisor._signal,
     effects.DumpProcessStacks: Supervisor._dump_stacks,
     effects.ConnectToBroker: Supervisor._connect_to_broker,
+    effects.UseRevision: Supervisor._use_revision,
+    effects.ReloadEnded: Supervisor._end_reload,
     effects.NotifySystemd: Supervisor._notify,
     effects.LogLine: Supervisor._write_log,
     effects.HaltService: Supervisor._halt,
@@ -436,6 +495,26 @@ def _is_discarded(fd: int) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(os.devnull))
     except OSError:
         return True
+
+
+class _Revision:
+    """The settings of one revision, for our use and, as `fd`, for children."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises OSError without a free descriptor."""
+        self.settings = settings
+        self.fd = _sealed_memfd(configuration.dump(settings))
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _with_counts(settings: Settings) -> Settings:
+    """Set the numbers of processes that the settings leave open: children do not count the cores themselves."""
+    cores = count_cores()
+    count = settings.workers.count or cores
+    processes = settings.workers.processes or max(1, cores // count)
+    return replace(settings, workers=replace(settings.workers, count=count, processes=processes))
 
 
 def _sealed_memfd(data: bytes) -> int:

@@ -74,12 +74,12 @@ class StackSampler:
             if request is not None:
                 self._request_stack(process, investigation, request)
 
-    def log_all_stacks(self, slot: int) -> None:
-        """Log the stacks of all threads of the slot's process, which is stuck and about to be killed."""
-        process, investigation = self._current(slot)
-        if process is None:
-            return
-        name = "the broker" if slot == BROKER else f"worker {slot}"
+    def log_all_stacks(self, process: ChildProcess) -> None:
+        """Log the stacks of all threads of a process that is stuck and about to be killed."""
+        current, investigation = self._current(process.slot)
+        if current is not process:  # it does not serve its slot yet, or no longer
+            investigation = None
+        name = "the broker" if process.slot == BROKER else f"worker {process.slot}"
 
         def answered(text: str) -> None:
             _log.error("{name} is stuck; all its threads:\n{text}", name=name, text=text.rstrip())

@@ -37,6 +37,10 @@ class SystemdNotifier:
         """Notify that the service is ready."""
         self._send("READY=1")
 
+    def reloading(self, now: float) -> None:
+        """Notify that the service begins to reload, at `now` (monotonic seconds). `ready` ends it."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={now * 1e6:.0f}")
+
     def stopping(self) -> None:
         """Notify that the service begins to stop."""
         self._send("STOPPING=1")

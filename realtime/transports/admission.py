@@ -58,6 +58,7 @@ class Admission:
         share, spare = _RESERVED_DESCRIPTORS
         limits = (-(-client.connection_limit // workers), max(descriptors - int(descriptors * share) - spare, 0))
         self._limit = min(filter(None, limits), default=0)
+        self._descriptors = limits[1]
         self._count_others: Callable[[], int] = lambda: 0
         self._drop_idle: Callable[[], bool] = lambda: False
         self._address_limit = client.connection_limit_per_address
@@ -104,6 +105,21 @@ class Admission:
             return "", Refusal(503, "too many connections of this address", "connection_limit_per_address")
         self._addresses[address] = count + 1
         return address, None
+
+    def has_descriptors_for(self, connections: int) -> bool:
+        """Whether the process has descriptors for so many further connections, which it takes over from another one."""
+        return not self._descriptors or self.connections + self._count_others() + connections <= self._descriptors
+
+    def take_over(self, address: str) -> Callable[[], None] | None:
+        """Count a connection of this client, taken over from another process, which has admitted it.
+
+        Returns the function that counts one less, if connections of each address are counted.
+        """
+        self._room = 0
+        if not self._address_limit:
+            return None
+        self._addresses[address] = self._addresses.get(address, 0) + 1
+        return lambda: self.release_address(address)
 
     def release_address(self, address: str) -> None:
         """Count one connection less of a client's address."""

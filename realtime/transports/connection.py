@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import msgspec
+from msgspec import Raw, Struct
 from twisted.logger import Logger
 
 from realtime.client_log import ClientLog
 from realtime.config.settings import MessageSettings
 from realtime.deadlines import Deadlines
-from realtime.errors import SERVER_ERROR
+from realtime.errors import SERVER_ERROR, RealtimeError
 from realtime.http.handshake import OpeningRequest
 from realtime.metrics import Metrics
 from realtime.process import log
 from realtime.transports.outbox import QueuedBytes
-from realtime.transports.outgoing import FlushAtTurnEnd, Outgoing
+from realtime.transports.outgoing import FlushAtTurnEnd, HandedOutput, Outgoing
 
 _log = Logger(observer=log.observer)
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class TransportSession(Protocol):
@@ -82,13 +85,45 @@ class ConnectionContext:
         ).value += 1
 
 
+class HandedConnection(Struct, frozen=True, array_like=True):
+    """A connection for another process, without its socket and its session.
+
+    transport: see `ClientConnection.transport_name`. encoding: the name of the encoding. peer: the address of the peer,
+    as accept(2) returns it. state: of the transport, a Struct of it as MessagePack.
+    """
+
+    transport: str
+    encoding: str
+    peer: tuple[str | int, ...]
+    output: HandedOutput
+    state: Raw
+
+
+class HandOverEndpoint(Protocol):
+    """A transport whose connections can be handed over."""
+
+    def restore_connection(self, handed: HandedConnection) -> ClientConnection:
+        """Make the connection of another process, without a socket. Raises msgspec.MsgspecError and Unsupported."""
+
+
+class Unsupported(RealtimeError):
+    """This process has no transport for a handed connection: its configuration differs."""
+
+
 class ClientConnection(Outgoing):
-    """A connection with a session: `send`, `sink`, `close` serve the session. Loop thread only."""
+    """A connection with a session: `send`, `sink`, `close` serve the session. Loop thread only.
+
+    stop_receiving: has no further message passed to the session until `start_receiving`, for a hand-over.
+    """
+
+    stop_receiving: Callable[[], None]
+    start_receiving: Callable[[], None]
 
     factory: Any  # a ConnectionContext
     _session: TransportSession | None = None
     _is_disconnect_counted = False
     release_address: Callable[[], None] | None = None  # set if the client's address has a limit of connections
+    handed_state: Any = None  # what `restore` continues with, between `restore_connection` and `restore`
 
     def open_session(self, request: OpeningRequest) -> bool:
         """Open the session, or close the connection if that raises; return whether the session is open."""
@@ -126,6 +161,50 @@ class ClientConnection(Outgoing):
         release, self.release_address = self.release_address, None
         if release is not None:
             release()
+
+    # Hand-over to another process
+
+    @property
+    def is_movable(self) -> bool:
+        """Whether `hand_over` is possible now, after `stop_receiving`."""
+        raise NotImplementedError
+
+    def hand_over(self) -> tuple[int, HandedConnection]:
+        """End here, without an end for the peer; return the descriptor of the socket, and what another process needs.
+
+        The session has been exported before.
+        """
+        peer = self.transport.client
+        self.release_place()
+        self._session = None
+        self._is_disconnect_counted = True
+        state = self._take_state()
+        descriptor, output = self.take_connection()
+        name, encoding = self.transport_name, self.form.encoding.name
+        return descriptor, HandedConnection(name, encoding, peer, output, Raw(_encode(state)))
+
+    def _take_state(self) -> Struct:
+        """Return the state of the transport, and count one connection less."""
+        raise NotImplementedError
+
+    def take_over(self, transport: Any, handed: HandedConnection) -> None:
+        """Continue with the connection of another process. Nothing is received before `start_receiving`."""
+        self.transport = transport
+        self.restore_output(handed.output)
+        self._restore_state()
+
+    def _restore_state(self) -> None:
+        """Continue with `handed_state`, and count one connection more."""
+        raise NotImplementedError
+
+    @property
+    def session(self) -> Any:
+        """The session, None before it is open and after its end."""
+        return self._session
+
+    def adopt_session(self, session: TransportSession) -> None:
+        """Have the session that was restored for this connection receive its messages."""
+        self._session = session
 
     def _fail_session(self) -> None:
         """Log the exception that the session raised for a message, and close the connection."""

@@ -13,7 +13,7 @@ up, so the worker of the stream holds commands that come too early until those b
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from heapq import heappop, heappush
 from itertools import islice
@@ -85,6 +85,13 @@ class EmulationLimits:
         )
 
 
+class HandedOrder(Struct, frozen=True, array_like=True):
+    """A `CommandOrder` for another process: the next id, 0 for unknown, and the messages that came too early."""
+
+    next: int
+    held: list[bytes]
+
+
 class CommandOrder:
     """Brings the messages of one session into the order of their commands' ids.
 
@@ -104,6 +111,18 @@ class CommandOrder:
         self._held: list[tuple[int, int, int, bytes]] = []  # a heap: first id, number of arrival, last id, message
         self._arrivals = self._held_bytes = 0
         self._timer: Any = None
+
+    def hand_over(self) -> HandedOrder:
+        """Return the state for another process, and end here."""
+        handed = HandedOrder(self._next, [message for _, _, _, message in sorted(self._held)])
+        self.close()
+        return handed
+
+    def take_over(self, handed: HandedOrder) -> None:
+        """Continue where another process has stopped."""
+        self._next = handed.next
+        for message in handed.held:
+            self.receive(message)
 
     def receive(self, message: bytes) -> None:
         """Pass a message on, now or later."""
@@ -181,6 +200,7 @@ class Emulation:
         # Numbers of the orders that this worker sends to itself. They come back in their order, or never.
         self._last_number = self._last_received = 0
         self._carried_out: set[int] = set()  # orders carried out before they came back
+        self._expected: dict[str, dict[str, list[bytes]]] = {}  # messages by batch and secret, see `expect`
 
     def register(self, emulate: Callable[[bytes], None], encoding: Encoding, first: bytes) -> str:
         """Make the secret of a new session.
@@ -193,6 +213,29 @@ class Emulation:
             self._by_secret[secret] = CommandOrder(emulate, encoding, first, self._limits)
         return secret
 
+    def hand_over(self, secret: str) -> HandedOrder | None:
+        """End the session of this secret here; return its state, None for a session without further messages."""
+        order = self._by_secret.pop(secret, None)
+        return order.hand_over() if order is not None else None
+
+    def expect(self, batch: str, secrets: Iterable[str]) -> None:
+        """Keep messages to these sessions, which are on their way from another process, until `end_batch`."""
+        self._expected[batch] = {secret: [] for secret in secrets}
+
+    def take_over(self, secret: str, emulate: Callable[[bytes], None], encoding: Encoding, handed: HandedOrder) -> None:
+        """Continue with a session from another process. encoding: of the session. emulate: as for `register`."""
+        order = self._by_secret[secret] = CommandOrder(emulate, encoding, b"", self._limits)
+        order.take_over(handed)
+        for expected in self._expected.values():
+            for message in expected.pop(secret, ()):
+                order.receive(message)
+
+    def end_batch(self, batch: str) -> None:
+        """Drop messages to sessions that were expected and did not arrive. Idempotent."""
+        for messages in self._expected.pop(batch, {}).values():
+            for _ in messages:
+                self._client_log.refuse("emulation_session")
+
     def unregister(self, secret: str) -> None:
         """Remove the session with this secret, if there is one."""
         session = self._by_secret.pop(secret, None)
@@ -201,7 +244,7 @@ class Emulation:
 
     def receive(self, order: EmulateOrder) -> None:
         """Pass commands to their session; drop them if it has ended, which the client learns from its stream."""
-        if order.number:
+        if order.number and order.worker == self._worker:
             self._last_received = order.number
             if self._carried_out:
                 was_carried_out = order.number in self._carried_out
@@ -214,8 +257,12 @@ class Emulation:
         session = self._by_secret.get(order.secret)
         if session is not None:
             session.receive(order.data)
-        else:
-            self._client_log.refuse("emulation_session")
+            return
+        for expected in self._expected.values():
+            if order.secret in expected:
+                expected[order.secret].append(order.data)
+                return
+        self._client_log.refuse("emulation_session")
 
     def serve(self, cors_headers: Headers, request: Exchange) -> None:
         """Handle one emulation request. cors_headers: added to the response."""
@@ -255,9 +302,9 @@ class Emulation:
         number = 0
         if emulation.session in self._by_secret:
             self._last_number = number = self._last_number + 1
-        order = EmulateOrder(emulation.session, emulation.data, number)
+        order = EmulateOrder(emulation.session, emulation.data, number, self._worker if number else "")
         try:
-            await self._engine.ask(SendOrder(encode_order(order), worker))
+            await self._engine.ask(SendOrder(encode_order(order), worker, emulation.session))
         except EngineUnavailable:
             # Without an engine, a session of this worker gets its commands directly: a lost pong would cost the client
             # its connection. The engine may still send the order, or has sent it: each is carried out once.

@@ -118,7 +118,7 @@ class HTTPFrontend(Protocol):
             return
         # A connection's first request goes first: it may be a client's handshake.
         if not (self._is_scheduled or self._is_congested or (self._exchange is not None and self._body is None)) and (
-            not self._is_http or self.factory.pipelines.has_time
+            not self._is_http or not (pipelines := self.factory.pipelines).is_timed or pipelines.has_time
         ):
             end = self._step(data, 0)
             if end < len(data) and not self._is_refused and self.transport.protocol is self:
@@ -264,7 +264,7 @@ class HTTPFrontend(Protocol):
             if found is not None:
                 head, end = found
                 return self._route(head, data, end)
-            self._parser = RequestParser(factory.max_header_bytes, factory.max_headers)
+            self._parser = RequestParser(factory.max_header_bytes, factory.max_headers, factory.max_query_parameters)
             factory.set_deadline(self, factory.header_timeout)
         verdict = self._parser.feed(data[start:])
         if verdict is None:
@@ -426,6 +426,7 @@ class HTTPFrontendFactory(Factory):
         self.keepalive_timeout = http_server.keepalive_timeout
         self.max_header_bytes = http_server.max_header_bytes
         self.max_headers = http_server.max_headers
+        self.max_query_parameters = http_server.max_query_parameters
         self.max_body_bytes = http_server.max_queued_body_bytes
         self.body_bytes = 0
         self.pending = 0

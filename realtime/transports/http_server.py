@@ -35,7 +35,7 @@ FAULTS = {
     "body_too_large": 413,
     "body_encoding": 415,
     "body_syntax": 400,
-    "parameters": 400,
+    "method": 405,
     "emulation": 400,
     "emulation_node": 404,
     "transport_disabled": 404,
@@ -47,15 +47,16 @@ FAULTS = {
 }
 
 
-def fault_response(fault: str) -> PreparedResponse:
+def fault_response(fault: str, *headers: tuple[str, str]) -> PreparedResponse:
     """Build the response for a fault, a key of FAULTS."""
-    return msgspec.structs.replace(status_response(FAULTS[fault]), fault=fault)
+    return msgspec.structs.replace(status_response(FAULTS[fault], *headers), fault=fault)
 
 
 def describe_request(head: RequestHead, peer: str, proxies: TrustedProxies) -> dict[str, object]:
     """Return the facts about a request for the log. peer: the address of its connection, possibly that of a proxy."""
     return {
         "address": proxies.client_address(peer, head.get_all("x-forwarded-for")),
+        "method": head.method,
         "path": head.path,
         "origin": head.get("origin"),
         "host": head.get("host"),

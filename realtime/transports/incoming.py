@@ -20,9 +20,10 @@ from typing import Any
 from autobahn.twisted.websocket import WebSocketServerProtocol
 from autobahn.websocket import USES_NVX
 from autobahn.websocket.xormasker import create_xor_masker
+from msgspec import Struct
 
 from realtime.errors import TOO_MANY_COMMANDS
-from realtime.http.frames import frame_bounds, whole_message
+from realtime.http.frames import frame_bounds, masked_frame, whole_message
 from realtime.protocol.encodings import CommandTooLong
 from realtime.protocol.messages import ProtocolError
 from realtime.protocol.wire_formats import WireFormat
@@ -51,6 +52,12 @@ _ABSURD = 1 << 31
 _ONES = [int.from_bytes(b"\1\0\0\0" * words, "little") for words in range(_NATIVE_FROM // 4 + 1)]
 
 
+# Of the first byte of a frame (RFC 6455 section 5.2).
+_FIN, _OPCODE = 0x80, 0x0F
+_CONTROL_OPCODES = range(8, 16)
+_NO_MASK = bytes(4)
+
+_from_bytes = int.from_bytes
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
@@ -85,6 +92,20 @@ class _PartialMessage:
         self.connection.on_message_timeout()
 
 
+class HandedInput(Struct, frozen=True, array_like=True):
+    """The incoming side of a WebSocket for another process, see `Incoming.take_input`.
+
+    started: frames as of a client, with the received part of an incomplete message, and of an incomplete frame, whose
+    rest may be missing. unprocessed: further received bytes. size, fragments, is_batch: of the incomplete message.
+    """
+
+    started: bytes
+    unprocessed: bytes
+    size: int = 0
+    fragments: int = 0
+    is_batch: bool = False
+
+
 class Incoming(WebSocketServerProtocol):
     """Incoming side of a WebSocket connection; a base class beside `Outgoing`. Loop thread only.
 
@@ -98,6 +119,7 @@ class Incoming(WebSocketServerProtocol):
     is_reading = True
     when_drained: Callable[[Callable[[], None]], None]  # of `Outgoing`
     is_known = True
+    _is_suspended = False  # for a hand-over
     _isMessageCompressed = False  # Autobahn's
     form: WireFormat
     factory: Any
@@ -111,7 +133,8 @@ class Incoming(WebSocketServerProtocol):
     _message: _PartialMessage | None = None
     _unprocessed = b""  # the start of a frame's header, or all buffered frames
     _receive_state = _IDLE
-    _is_paused = False  # by the session
+    _is_paused_by_session = False
+    _is_paused = False  # by the session, or for a hand-over
 
     def close(self, code: int, reason: str) -> None:
         """See `Outgoing.close`."""
@@ -119,13 +142,74 @@ class Incoming(WebSocketServerProtocol):
 
     def pause(self) -> None:
         """Stop reading the socket, and process no more buffered frames."""
-        self._is_paused = True
+        self._is_paused = self._is_paused_by_session = True
         self._set_reading(False)
 
     def resume(self) -> None:
         """Read again; buffered frames are processed in a later turn of the loop."""
-        self._is_paused = False
+        self._is_paused_by_session = False
+        self._is_paused = self._is_suspended
         self.resume_processing()
+
+    def stop_receiving(self) -> None:
+        """As `pause`, for a hand-over: at the end of the present step nothing is received until `start_receiving`."""
+        self._is_paused = self._is_suspended = True
+        self._set_reading(False)
+
+    def start_receiving(self) -> None:
+        """Undo `stop_receiving`; the session may have paused the connection meanwhile."""
+        self._is_suspended = False
+        self._is_paused = self._is_paused_by_session
+        self.resume_processing()
+
+    @property
+    def has_stopped_receiving(self) -> bool:
+        """Whether no received frame is being processed, and none is kept that can't be handed over."""
+        is_inflating = self.inside_message and self._isMessageCompressed
+        return self._is_suspended and self._receive_state != _WORKING and not is_inflating
+
+    def take_input(self) -> HandedInput:
+        """Return everything received that was not passed on, and forget it."""
+        message, unprocessed = self._message, self._unprocessed
+        started = self._started_frames()
+        self._unprocessed = b""
+        self.drop_partial_message()
+        if message is None:
+            return HandedInput(started, unprocessed)
+        return HandedInput(started, unprocessed, message.size, message.fragments, message.is_batch)
+
+    def _started_frames(self) -> bytes:
+        """Return frames that bring another process to the same state of an incomplete message and an incomplete frame.
+
+        What came of the message before stands in a frame of its own, unmasked.
+        """
+        message, started = self._message, b""
+        frame: Any = self.current_frame
+        if message is not None:
+            opcode = (BINARY if message.is_binary else TEXT) & _OPCODE
+            started = masked_frame(opcode, _NO_MASK, bytes(message.data), len(message.data))
+        if frame is None:
+            return started
+        if frame.opcode in _CONTROL_OPCODES:
+            payload = create_xor_masker(frame.mask, frame.length).process(b"".join(self.control_frame_data))
+            return started + masked_frame(_FIN | frame.opcode, frame.mask, payload, frame.length)
+        done = self.current_frame_masker.pointer()
+        mask = (2 * frame.mask)[done % 4 :][:4]
+        return started + masked_frame(_FIN if frame.fin else 0, mask, b"", frame.length - done)
+
+    def restore_input(self, handed: HandedInput) -> None:
+        """Continue with what another process has received; until `start_receiving`, nothing more is."""
+        self.is_reading = False  # as `realtime.process.transport.take_over` leaves the transport
+        self._is_paused = self._is_suspended = True
+        started, start = handed.started, 0
+        while start < len(started) and self.state == _OPEN:
+            start = self._process_frame(started, start)
+        if self._message is not None:
+            self._message.size, self._message.fragments = handed.size, handed.fragments
+            self._message.is_batch = handed.is_batch
+            self._set_message_deadline()
+        self._unprocessed = handed.unprocessed
+        self._receive_state = _BLOCKED if handed.unprocessed else _PARTIAL if started else _IDLE
 
     def dataReceived(self, data: bytes) -> None:
         # Data that arrives after our close frame is ignored.
@@ -351,12 +435,12 @@ class Incoming(WebSocketServerProtocol):
 
 def _unmask(frame: bytes, start: int) -> bytes:
     """Return the unmasked payload of a frame (RFC 6455 section 5.3). start: offset of the payload, after the mask."""
-    payload, mask = frame[start:], frame[start - 4 : start]
-    size = len(payload)
+    size = len(frame) - start
     if size >= _NATIVE_FROM and USES_NVX:
-        return bytes(create_xor_masker(mask, size).process(payload))
-    words = (size + 3) >> 2
+        return bytes(create_xor_masker(frame[start - 4 : start], size).process(frame[start:]))
+    words = (size + 7) >> 2  # of mask and payload
     ones = _ONES[words] if words < len(_ONES) else int.from_bytes(b"\1\0\0\0" * words, "little")
-    # XOR of two large integers: multiplied by the ones, the mask stands in each 32-bit word of the key.
-    key = int.from_bytes(mask, "little") * ones
-    return (int.from_bytes(payload, "little") ^ key).to_bytes(4 * words, "little")[:size]
+    # XOR of two large integers: multiplied by the ones, the mask stands in each 32-bit word of the key. In the first
+    # word it meets itself.
+    masked = _from_bytes(frame[start - 4 :], "little")
+    return (masked ^ (masked & 0xFFFFFFFF) * ones).to_bytes(4 * words, "little")[4 : size + 4]

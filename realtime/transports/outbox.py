@@ -14,6 +14,9 @@ from typing import Protocol
 # Connections closed by one call of `drop_largest`: each takes about 50 µs.
 _DROPPED_AT_ONCE = 50
 
+# Size of the pieces of restored bytes.
+_PIECE = 65536
+
 
 class StuckConnection(Protocol):
     """A connection whose socket takes no data at present."""
@@ -75,7 +78,7 @@ class Outbox:
         if self.is_finished:
             return True
         size = self.size + len(frame)
-        if 0 < self._limit < size and self._limit < size - max(self._replies_end - self._taken, 0):
+        if 0 < self._limit < size and self._limit < size - self.replies:
             return False
         self._frames.append(frame)
         self.size = size
@@ -97,6 +100,21 @@ class Outbox:
         self.size += len(frame)
         self._total.size += len(frame)
         self.is_finished = True
+
+    def restore(self, data: bytes, replies: int) -> None:
+        """Queue bytes that another outbox held, even above the limit. replies: their number up to the last reply's end.
+
+        They need not begin or end with a frame.
+        """
+        self._frames.extend(data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
+        self.size += len(data)
+        self._total.size += len(data)
+        self._replies_end = self._taken + replies
+
+    @property
+    def replies(self) -> int:
+        """The number of queued bytes up to the last reply's end."""
+        return max(self._replies_end - self._taken, 0)
 
     def take(self, min_size: int) -> bytes:
         """Remove the first frames and return them joined: as many whole frames as reach `min_size` bytes.

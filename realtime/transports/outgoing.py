@@ -23,6 +23,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any, Protocol
 
+from msgspec import Struct
 from twisted.internet.interfaces import IPushProducer
 from twisted.logger import Logger
 from zope.interface import implementer
@@ -47,6 +48,16 @@ _PACED_UNSENT = 16 * 1024
 # Stands for the outbox after the last frame was passed to the transport: it drops all further frames.
 _DISCARDING = Outbox(0, QueuedBytes())
 _DISCARDING.is_finished = True
+
+
+class HandedOutput(Struct, frozen=True, array_like=True):
+    """The outgoing side of a connection for another process.
+
+    data: queued bytes, which may begin within a frame. replies: their number up to the end of the last reply.
+    """
+
+    data: bytes = b""
+    replies: int = 0
 
 
 class OutgoingContext(Protocol):
@@ -163,10 +174,17 @@ class Outgoing:
             self._write_to_outbox(Outbox(factory.queue_max_size, factory.queued))
             factory.turn_end.schedule(self)
         self._last_send_turn = turn
-        if self._outbox is None or is_push:
-            self.sink.deliver(self.form.frame(payload))
-        else:
-            self._outbox.add_reply(self.form.frame(payload))
+        frame = self.form.frame(payload)
+        if self._outbox is not None and not is_push:
+            self._outbox.add_reply(frame)
+            return
+        sink = self.sink
+        try:  # as `Sink.deliver`, without a further call for each message
+            sent = sink.send(frame)
+        except OSError:
+            sent = 0
+        if sent != len(frame):
+            sink.queue_remainder(frame, sent)
 
     @property
     def is_held(self) -> bool:
@@ -279,6 +297,25 @@ class Outgoing:
         if self.sink is not None:
             # Subscribers may keep the sink for a while: it stays callable, without a reference to this connection.
             self.sink.send, self.sink.queue_remainder = len, _discard_remainder
+
+    def take_connection(self) -> tuple[int, HandedOutput]:
+        """Give up the socket without an end for the peer: return its descriptor, and what it has not taken."""
+        descriptor, data = self.transport.detach()
+        replies = 0
+        if self._outbox:
+            replies = self._outbox.replies and len(data) + self._outbox.replies
+            data += self._outbox.take(self._outbox.size)
+        self.stop_writing()
+        return descriptor, HandedOutput(data, replies)
+
+    def restore_output(self, handed: HandedOutput) -> None:
+        """Begin to write, with the bytes that another process has queued."""
+        self.start_writing()
+        if handed.data:
+            outbox = Outbox(self.factory.queue_max_size, self.factory.queued)
+            outbox.restore(handed.data, handed.replies)
+            self._write_to_outbox(outbox)
+            self.flush()
 
     def abort(self) -> None:
         """End the connection at once, without a close frame."""

@@ -33,6 +33,7 @@ from realtime.http.request import RequestHead
 from realtime.metrics import Metrics
 from realtime.server_api.http_api import (
     HTTPAPI,
+    LONG_BODY,
     METHODS,
     APIResponse,
     BadBody,
@@ -44,12 +45,6 @@ from realtime.server_api.http_api import (
 from realtime.supervision.loop_time import LoopTimeLedger
 from realtime.transports.http_server import Exchange, HTTPSite, RequestHandler, ResponseMaker, fault_response
 from realtime.transports.static_files import locate, serve_file
-
-# Limit of the number of parameters in one query.
-MAX_PARAMETERS = 100
-
-# Bytes of a publication from which on it is checked in slices.
-LONG_BODY = 65536
 
 # Range in seconds of Retry-After, random so that refused clients do not all come back at the same time.
 RETRY_AFTER = (3, 10)
@@ -136,7 +131,7 @@ class CORSRoute:
         if head.method == "OPTIONS":
             return PreparedResponse(204, headers=cors.preflight_headers(head, self._methods))
         if head.method not in self._methods:
-            return status_response(405, ("Allow", ", ".join((*self._methods, "OPTIONS"))))
+            return fault_response("method", ("Allow", ", ".join((*self._methods, "OPTIONS"))))
         return partial(self._serve, cors.response_headers(head)) if self._serve else status_response(404)
 
 
@@ -203,7 +198,7 @@ class Router:
         if allowed and method == "OPTIONS" and self._is_of_allowed_origin(head):
             return PreparedResponse(204, headers=cors.preflight_headers(head, allowed))
         if allowed:
-            response = status_response(405, ("Allow", ", ".join(allowed)))
+            response = fault_response("method", ("Allow", ", ".join(allowed)))
             is_preflight = method == "OPTIONS" and head.get("access-control-request-method")
             return msgspec.structs.replace(response, fault="origin") if is_preflight else response
         return self._resolve_file(head)
@@ -236,7 +231,7 @@ class Router:
     def _refuse_call(self, head: RequestHead) -> PreparedResponse | None:
         """Return the response to a call of the server API that is not allowed."""
         if head.method != "POST":
-            return status_response(405, ("Allow", "POST"))
+            return fault_response("method", ("Allow", "POST"))
         if self._settings.insecure:
             # Without a key, only the browser's headers tell a page of another origin, which can post any plain text.
             site = head.get("sec-fetch-site").lower()
@@ -255,7 +250,7 @@ class Router:
                 scheme, _, key = authorization[0].partition(" ")
                 key = key.strip() if scheme.lower() == "apikey" else ""
             else:
-                key = (_parse_query(head.query) or {}).get("api_key", "")
+                key = _parse_query(head.query).get("api_key", "")
         # Compares the bytes as sent, in constant time: the time reveals nothing about a correct prefix.
         return bool(self._key) and hmac.compare_digest(key.encode("latin-1", "replace"), self._key)
 
@@ -269,7 +264,7 @@ class Router:
                 if file is None:
                     break
                 if method not in ("GET", "HEAD"):
-                    return status_response(405, ("Allow", "GET, HEAD"))
+                    return fault_response("method", ("Allow", "GET, HEAD"))
                 return partial(serve_file, file)
         if path in self._disabled_paths:
             return fault_response("transport_disabled")
@@ -301,11 +296,13 @@ def serve_publish(
         serve_long(request)
         return
     account = ledger.current
-    make_response = _api_response_maker(request, default_error_mode)
 
     def done(result: Any, error: BaseException | None) -> None:
         charged_before = ledger.switch(account)
-        request.respond_by(make_response, result, error)
+        if error is None:
+            request.respond(json_response(200, APIResponse(result=result)))
+        else:
+            request.respond_by(_api_response_maker(request, default_error_mode), result, error)
         ledger.switch(charged_before)
 
     publish(request.body, done)
@@ -355,9 +352,6 @@ def serve_route(
     """
     head = request.head
     parameters = _parse_query(head.query) if head.query else {}
-    if parameters is None:
-        request.respond(fault_response("parameters"))
-        return
     app_request = Request(
         method=head.method,
         path=head.path,
@@ -415,9 +409,6 @@ def _no_headers(head: RequestHead) -> cors.Headers:
     return ()
 
 
-def _parse_query(query: str) -> dict[str, str] | None:
-    """Return the last value of each parameter; None if there are more than MAX_PARAMETERS."""
-    try:
-        return dict(parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_PARAMETERS))
-    except ValueError:
-        return None
+def _parse_query(query: str) -> dict[str, str]:
+    """Return the last value of each parameter. The parser of the request's head limits their number."""
+    return dict(parse_qsl(query, keep_blank_values=True))

@@ -41,8 +41,15 @@ from realtime.protocol.wire_formats import (
     WireFormat,
 )
 from realtime.transports.admission import Admission, refusal_response
-from realtime.transports.connection import ClientConnection, ConnectionContext, TransportSession, close_code_label
-from realtime.transports.emulation import Emulation
+from realtime.transports.connection import (
+    ClientConnection,
+    ConnectionContext,
+    HandedConnection,
+    TransportSession,
+    Unsupported,
+    close_code_label,
+)
+from realtime.transports.emulation import Emulation, HandedOrder
 from realtime.transports.http_server import describe_request
 from realtime.transports.outbox import QueuedBytes
 from realtime.transports.outgoing import FlushAtTurnEnd
@@ -84,6 +91,18 @@ UNI_SSE = StreamKind("uni_sse", ("GET", "POST"), JSON_PUSHES_EVENTS, None, *_EVE
 UNI_HTTP_STREAM = StreamKind("uni_http_stream", ("POST",), JSON_PUSHES_LINES)
 
 
+class HandedStream(Struct, frozen=True, array_like=True):
+    """The state of a stream for another process. is_chunked: whether its response has chunks (HTTP/1.1).
+
+    messages: received and not passed on. order: of further ones, None for a unidirectional stream.
+    """
+
+    secret: str
+    is_chunked: bool
+    messages: list[bytes]
+    order: HandedOrder | None
+
+
 class StreamConnection(ClientConnection, Protocol):
     """The connection of one stream, as its session's `Connection`. Loop thread only."""
 
@@ -94,15 +113,24 @@ class StreamConnection(ClientConnection, Protocol):
     _last_chunk = LAST_CHUNK  # b"" for HTTP/1.0
     _is_closing = False
     _is_paused = False  # by the session
+    _is_suspended = False  # for a hand-over
     _is_receiving = False  # a message is being handled, which code of the application may block
-    _queued_messages: deque[bytes] | None = None  # received meanwhile, while the session was paused, or congested
+    # Received meanwhile, and while the session was paused, or the stream congested.
+    _queued_messages: deque[bytes] | None = None
     _queued_bytes = 0
 
-    def __init__(self, context: StreamContext, kind: StreamKind, head: RequestHead, max_body_size: int) -> None:
+    _head: RequestHead | None = None  # None from the beginning of the response on
+    _body: BodyParser | None = None
+
+    def __init__(self, context: StreamContext, kind: StreamKind) -> None:
         self.factory = context
         self._kind = kind
-        self._head: RequestHead | None = head  # None from the beginning of the response on
-        self._body = BodyParser(head.body, max_body_size) if head.method != "GET" and head.body else None
+
+    def set_opening(self, head: RequestHead, max_body_size: int) -> None:
+        """Set the head of the request of a new connection."""
+        self._head = head
+        if head.method != "GET" and head.body:
+            self._body = BodyParser(head.body, max_body_size)
 
     # Called by the session
 
@@ -133,7 +161,7 @@ class StreamConnection(ClientConnection, Protocol):
         self._receive_queued()
 
     def _receive_queued(self) -> None:
-        while self._queued_messages and not (self._is_paused or self._is_receiving):
+        while self._queued_messages and not (self._is_paused or self._is_suspended or self._is_receiving):
             if self.is_congested:
                 self.when_drained(self._receive_queued)
                 return
@@ -147,22 +175,26 @@ class StreamConnection(ClientConnection, Protocol):
 
     def emulate(self, message: bytes) -> None:
         """Handle a message that the client sent on another connection."""
-        if not (self._is_paused or self.is_congested or self._queued_messages or self._is_receiving):
+        is_blocked = self._is_paused or self._is_suspended or self.is_congested or self._is_receiving
+        if not (is_blocked or self._queued_messages):
             self._is_receiving = True
             self._receive(message)
             self._is_receiving = False
             self._receive_queued()
             return
-        if self._queued_messages is None:
-            self._queued_messages = deque()
         if self.is_congested:
             self.when_drained(self._receive_queued)
-        self._queued_messages.append(message)
-        self._count_queued(len(message) + _MESSAGE_SURCHARGE)
+        self._queue(message)
         if self._queued_bytes > self.factory.max_queued_bytes:
             self._drop_queued()
             self.factory.client_log.refuse("emulation_flood", self.describe)
             self.close(*TOO_MANY_COMMANDS)
+
+    def _queue(self, message: bytes) -> None:
+        if self._queued_messages is None:
+            self._queued_messages = deque()
+        self._queued_messages.append(message)
+        self._count_queued(len(message) + _MESSAGE_SURCHARGE)
 
     def _count_queued(self, change: int) -> None:
         self._queued_bytes += change
@@ -172,6 +204,45 @@ class StreamConnection(ClientConnection, Protocol):
         if self._queued_messages is not None:
             self._queued_messages.clear()
         self._count_queued(-self._queued_bytes)
+
+    # Hand-over
+
+    def stop_receiving(self) -> None:
+        self._is_suspended = True
+
+    def start_receiving(self) -> None:
+        self._is_suspended = False
+        self._receive_queued()
+
+    @property
+    def is_movable(self) -> bool:
+        return self._is_suspended and self._head is None and not (self._is_closing or self._is_receiving)
+
+    def restore_form(self, form: WireFormat, state: HandedStream) -> None:
+        """Set the wire format of a handed connection and its state, before it has a transport."""
+        self.form, self.handed_state, self.secret = form, state, state.secret
+        if not state.is_chunked:
+            self._last_chunk = b""
+
+    def _take_state(self) -> HandedStream:
+        order = self.factory.emulation.hand_over(self.secret)
+        state = HandedStream(self.secret, bool(self._last_chunk), list(self._queued_messages or ()), order)
+        self._is_closing = True
+        self._drop_queued()
+        self.factory.connections -= 1
+        return state
+
+    def _restore_state(self) -> None:
+        state, self.handed_state = self.handed_state, None
+        self.factory.connections += 1
+        self._is_suspended = True
+        for message in state.messages:
+            self._queue(message)
+        if state.order is not None:
+            self.factory.emulation.take_over(self.secret, self.emulate, self.form.encoding, state.order)
+        self.transport.resumeProducing()  # to notice the end of the connection
+
+    # The request
 
     def connectionMade(self) -> None:
         assert self._head is not None
@@ -274,6 +345,9 @@ class StreamConnection(ClientConnection, Protocol):
         self.finish_writing(refusal_response(with_cors_headers(refusal, self._head)))
 
 
+_decode_handed = msgspec.msgpack.Decoder(HandedStream).decode
+
+
 class StreamEndpoint:
     """A path with streams of one kind: a `ConnectionEndpoint` of the frontend."""
 
@@ -281,6 +355,7 @@ class StreamEndpoint:
         self._context = context
         self._kind = kind
         self._max_body_size = max_body_size
+        self.transport_name = kind.name
 
     def check(self, head: RequestHead) -> Refusal | None:
         """Check a request's origin, head and body size, and the limits of admission; return None to accept it."""
@@ -291,7 +366,20 @@ class StreamEndpoint:
 
     def make_connection(self, head: RequestHead, transport: Any) -> StreamConnection:
         """Make the connection for a request that `check` accepted."""
-        return StreamConnection(self._context, self._kind, head, self._max_body_size)
+        connection = StreamConnection(self._context, self._kind)
+        connection.set_opening(head, self._max_body_size)
+        return connection
+
+    def restore_connection(self, handed: HandedConnection) -> StreamConnection:
+        """See `HandOverEndpoint`."""
+        state = _decode_handed(handed.state)
+        kind = self._kind
+        form = kind.wire_format if handed.encoding == kind.wire_format.encoding.name else kind.protobuf
+        if form is None:
+            raise Unsupported(f"no {kind.name} stream here carries {handed.encoding}")
+        connection = StreamConnection(self._context, kind)
+        connection.restore_form(form if state.is_chunked else UNCHUNKED[form], state)
+        return connection
 
     def _check_head(self, head: RequestHead) -> Refusal | None:
         if head.method not in self._kind.methods:

@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import msgspec
 from autobahn.exception import PayloadCorruptError, PayloadExceededError
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from autobahn.websocket import USES_NVX
 from autobahn.websocket.protocol import TrafficStats
+from msgspec import Struct
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -47,8 +49,15 @@ from realtime.protocol.messages import DisconnectPush
 from realtime.protocol.wire_formats import JSON_PUSHES_TEXT, JSON_TEXT, PROTOBUF_BINARY, WireFormat
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.transports.admission import Admission
-from realtime.transports.connection import ClientConnection, ConnectionContext, TransportSession, close_code_label
-from realtime.transports.incoming import BINARY, Incoming
+from realtime.transports.connection import (
+    ClientConnection,
+    ConnectionContext,
+    HandedConnection,
+    TransportSession,
+    Unsupported,
+    close_code_label,
+)
+from realtime.transports.incoming import BINARY, HandedInput, Incoming
 from realtime.transports.outbox import QueuedBytes
 from realtime.transports.outgoing import FlushAtTurnEnd
 
@@ -104,10 +113,13 @@ class _Pinger:
 
     __slots__ = ("connection", "deadline_bucket", "expects_pong")
 
-    def __init__(self, connection: WebSocketConnection) -> None:
+    def __init__(self, connection: WebSocketConnection, expects_pong: bool = False) -> None:
         self.connection = connection
-        self.expects_pong = False
+        self.expects_pong = expects_pong
         self.deadline_bucket = 0
+        if expects_pong:
+            self._set_deadline(connection.factory.pong_timeout)
+            return
         # Random, so that clients that connected at the same time are not pinged at the same time.
         self._set_deadline(connection.factory.ping_interval * random.uniform(0.5, 1.0))
 
@@ -145,10 +157,12 @@ class _InflateExtension:
     """The negotiated decompression, with the interface of Autobahn's extensions."""
 
     EXTENSION_NAME = EXTENSION
-    __slots__ = ("_inflater", "_limit")
+    __slots__ = ("_inflater", "_limit", "window")
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, window: int) -> None:
+        """limit: largest size of an inflated message, in bytes. window: that of outgoing messages."""
         self._limit = limit
+        self.window = window
         self._inflater: Inflater | None = None  # None between messages
 
     def start_decompress_message(self) -> None:
@@ -170,6 +184,20 @@ class _InflateExtension:
             inflater.finish()
         except CorruptMessage as error:
             raise PayloadCorruptError(str(error)) from None
+
+
+class HandedWebSocket(Struct, frozen=True, array_like=True):
+    """The state of a WebSocket for another process. window: that of compressed messages, 0 without compression.
+
+    needs_pings, secret, messages_left: of the connection. expects_pong: whether a ping frame has not been answered.
+    """
+
+    input: HandedInput
+    window: int
+    needs_pings: bool
+    expects_pong: bool
+    secret: str
+    messages_left: int | None
 
 
 class WebSocketConnection(ClientConnection, Incoming):
@@ -228,21 +256,22 @@ class WebSocketConnection(ClientConnection, Incoming):
     _pinger: _Pinger | None = None
     _control_due = 0.0  # time at which the control frames received so far conform to the allowed rate
 
-    def __init__(
-        self, factory: WebSocketFactory, request: OpeningRequest, form: WireFormat, response: bytes, inflates: bool
-    ) -> None:
-        """response: to the handshake. inflates: whether the client may send compressed messages."""
+    def __init__(self, factory: WebSocketFactory, form: WireFormat, window: int) -> None:
+        """window: that of compressed messages, 0 if the client must not send such."""
         # Autobahn's initializer is not called: it only sets the attributes that are class attributes here.
         self.factory = factory
-        self._opening = request, response
         self.form = form
-        if inflates:
-            self._perMessageCompress = _InflateExtension(factory.decompressed_limit)
+        if window:
+            self._perMessageCompress = _InflateExtension(factory.decompressed_limit, window)
         if form.encoding.name == "protobuf":
             self.first_byte = BINARY
+
+    def set_opening(self, request: OpeningRequest, response: bytes) -> None:
+        """Set the opening request of a new connection, and the response to it."""
+        self._opening = request, response
         if request.query.get("cf_ws_frame_ping_pong") == "true":
             self.needs_pings = False
-        if form.encoding.unidirectional:
+        if self.form.encoding.unidirectional:
             self._messages_left = 1
             # A unidirectional client cannot send commands. Calls of the server API may name its session by this secret.
             self.secret = secrets.token_urlsafe(SECRET_BYTES)
@@ -302,6 +331,32 @@ class WebSocketConnection(ClientConnection, Incoming):
         self.drop_partial_message()
         if self._pinger is not None:
             self._pinger.stop()
+
+    # Hand-over
+
+    @property
+    def is_movable(self) -> bool:
+        return self.state == self.STATE_OPEN and self.has_stopped_receiving
+
+    def _take_state(self) -> HandedWebSocket:
+        expects_pong = self._pinger is not None and self._pinger.expects_pong
+        window = self._perMessageCompress.window if self._perMessageCompress is not None else 0
+        state = HandedWebSocket(
+            self.take_input(), window, self.needs_pings, expects_pong, self.secret, self._messages_left
+        )
+        self._release_resources()
+        self.state = self.STATE_CLOSED
+        self.factory.countConnections -= 1
+        return state
+
+    def _restore_state(self) -> None:
+        state, self.handed_state = self.handed_state, None
+        self.factory.countConnections += 1
+        if state.messages_left is not None:
+            self._messages_left = state.messages_left
+        if not self.needs_pings and self.factory.ping_interval > 0:
+            self._pinger = _Pinger(self, state.expects_pong)
+        self.restore_input(state.input)
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         self.factory.received.value += 1
@@ -402,6 +457,9 @@ class WebSocketConnection(ClientConnection, Incoming):
         return False
 
 
+_decode_handed = msgspec.msgpack.Decoder(HandedWebSocket).decode
+
+
 class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
     """Checks handshakes and makes connections, as a `ConnectionEndpoint` of the frontend."""
 
@@ -484,12 +542,27 @@ class WebSocketFactory(WebSocketServerFactory, ConnectionContext):
         encoding = requested_encoding(subprotocol, request.query)
         encoding = encoding if encoding in self._wire_formats else "json"
         agreement = negotiate(",".join(head.get_all("sec-websocket-extensions"))) if self._compression else None
+        connection: WebSocketConnection
         if agreement is None:
+            connection = self.protocol(self, self._wire_formats[encoding], 0)
             response = handshake_response(head, subprotocol)
-            return self.protocol(self, request, self._wire_formats[encoding], response, False)
-        wire_format = self._compressed_format(encoding, agreement.window)
-        response = handshake_response(head, subprotocol, agreement.response)
-        return self.protocol(self, request, wire_format, response, True)
+        else:
+            connection = self.protocol(self, self._compressed_format(encoding, agreement.window), agreement.window)
+            response = handshake_response(head, subprotocol, agreement.response)
+        connection.set_opening(request, response)
+        return connection
+
+    def restore_connection(self, handed: HandedConnection) -> WebSocketConnection:
+        """See `HandOverEndpoint`."""
+        state = _decode_handed(handed.state)
+        if handed.encoding not in self._wire_formats:
+            raise Unsupported(f"no WebSocket here carries {handed.encoding}")
+        window = state.window
+        form = self._compressed_format(handed.encoding, window) if window else self._wire_formats[handed.encoding]
+        connection: WebSocketConnection = self.protocol(self, form, window)
+        connection.handed_state, connection.state = state, connection.STATE_OPEN
+        connection.needs_pings, connection.secret = state.needs_pings, state.secret
+        return connection
 
     def _compressed_format(self, encoding: str, window: int) -> WireFormat:
         """Return the wire format shared by all connections with this window, so a broadcast is compressed once."""

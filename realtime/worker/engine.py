@@ -8,9 +8,11 @@ broker's view wrong only until the next stream connects.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import msgspec
+from msgspec import Struct
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
@@ -29,6 +31,7 @@ from realtime.pubsub.engine import (
     AddPresence,
     AdmitClient,
     Answer,
+    Cut,
     EngineNotice,
     EngineRequest,
     Receiver,
@@ -57,19 +60,34 @@ _answer_decoders: dict[type, Callable[[bytes], Any]] = {
 }
 
 
-class _Call:
+class _Call(Struct, gc=False):
     """A request without an answer yet.
 
     unsent: its length in bytes while it waits for a stream, then 0. done: gets its answer or error.
     """
 
-    __slots__ = ("deadline", "done", "request", "unsent")
+    request: EngineRequest[Any]
+    deadline: float
+    unsent: int
+    done: DoneCallback
 
-    def __init__(self, request: EngineRequest[Any], deadline: float, unsent: int, done: DoneCallback) -> None:
-        self.request = request
-        self.deadline = deadline
-        self.unsent = unsent
-        self.done = done
+
+class _Arrivals:
+    """The clients of one batch that the broker has moved here, and that have not been claimed.
+
+    clients: their users, by client. presence: their channels, by client. has_presence: their presence is at the broker;
+    a fresh stream does not begin with it, as it is not known here yet.
+    """
+
+    __slots__ = ("clients", "has_presence", "presence")
+
+    def __init__(self, cut: broker_messages.CutReached) -> None:
+        self.clients = {info.client: info for info in cut.clients}
+        self.presence: dict[str, list[str]] = {}
+        for channel, clients in cut.presence.items():
+            for client in clients:
+                self.presence.setdefault(client, []).append(channel)
+        self.has_presence = True
 
 
 class _Outcome(Deferred[T]):
@@ -105,16 +123,16 @@ class BrokerEngine:
         on_lost: Callable[[], None],
         ledger: LoopTimeLedger | None = None,
         takes_lost_clients: bool = False,
+        generation: int = 0,
     ) -> None:
-        """takes_lost_clients: whether `TakeLostClients` will be asked."""
-        self._takes_lost_clients = takes_lost_clients
+        """takes_lost_clients: whether `TakeLostClients` will be asked. generation: see `engine.worker_address`."""
+        self._hello = broker_messages.Hello(broker_messages.VERSION, "", takes_lost_clients, generation)
         self._ledger = ledger
         self._receiver = receiver
         self._settings = settings
         self._reactor = reactor
         self._on_lost = on_lost
         self._link: Link | None = None
-        self._instance = ""  # of the broker at the other end of the latest stream
         self._had_stream = False
         self._closed = False
         self._calls: dict[int, _Call] = {}  # by number, which is also the order of their deadlines
@@ -125,13 +143,16 @@ class BrokerEngine:
         self._channels: set[str] = set()
         self._presence: dict[tuple[str, str], AddPresence] = {}  # by channel and client
         self._clients: dict[str, ClientInfo] = {}
+        self._sessions: dict[str, str] = {}  # secrets by client, see `Cut`
         self._subscriptions = 0
+        self._arrivals: dict[str, _Arrivals] = {}  # by batch
         # Requests and notices that change that state, and messages that are no answers, by kind.
         self._stateful: dict[type, Callable[[Any], Deferred[Any]]] = {
             Subscribe: self._subscribe,
             AddPresence: self._add_presence,
             RemovePresence: self._remove_presence,
             AdmitClient: self._admit_client,
+            Cut: self._cut,
         }
         self._notices: dict[type, Callable[[Any], None]] = {
             Unsubscribe: self._unsubscribe,
@@ -144,17 +165,15 @@ class BrokerEngine:
             broker_messages.Joined: self._on_joined,
             broker_messages.Left: self._on_left,
             broker_messages.OrderSent: self._on_order,
+            broker_messages.CutReached: self._on_cut,
             broker_messages.RequestFailed: self._on_failed,
             broker_messages.Welcome: self._on_welcome,
         }
         self._requests = metrics.counter("realtime_engine_requests", "Requests to the engine.")
         self._timeouts = metrics.counter("realtime_engine_timeouts", "Requests to the engine not answered in time.")
         self._lost_links = metrics.counter("realtime_engine_lost_links", "Streams to the engine that ended.")
-        metrics.gauge(
-            "realtime_engine_pending_requests",
-            "Requests to the engine without an answer yet.",
-            lambda: len(self._calls),
-        )
+        help = "Requests to the engine without an answer yet."
+        metrics.gauge("realtime_engine_pending_requests", help, lambda: len(self._calls))
 
     # The stream
 
@@ -178,6 +197,8 @@ class BrokerEngine:
         adopt(self._reactor, fd, link)
         for frame in frames:
             link.send(frame)
+        for arrivals in self._arrivals.values():
+            arrivals.has_presence = False
         had_stream, self._had_stream = self._had_stream, True
         if had_stream:
             self._receiver.on_interruption()
@@ -194,14 +215,19 @@ class BrokerEngine:
             self._timer = None
 
     def _introduction(self) -> Iterator[broker_messages.BrokerMessage | EngineNotice]:
-        yield broker_messages.Hello(broker_messages.VERSION, self._instance, self._takes_lost_clients)
+        yield self._hello
         for channels in _chunks(self._channels, len):
             yield broker_messages.Restore(channels, [], [])
-        for presence in _chunks(self._presence.values(), lambda add: len(add.info.conn_info) + len(add.info.chan_info)):
-            yield broker_messages.Restore([], presence, [])
-        for clients in _chunks(self._clients.values(), lambda info: len(info.user)):
-            yield broker_messages.Restore([], [], clients)
+        yield from self._state_of(self._presence.values(), self._clients.values())
         yield ReportSubscriptions(self._subscriptions)
+
+    def _state_of(
+        self, presence: Iterable[AddPresence], clients: Iterable[ClientInfo]
+    ) -> Iterator[broker_messages.Restore]:
+        for some in _chunks(presence, lambda add: len(add.info.conn_info) + len(add.info.chan_info)):
+            yield broker_messages.Restore([], some, [])
+        for few in _chunks(clients, lambda info: len(info.user)):
+            yield broker_messages.Restore([], [], few, _of(self._sessions, few))
 
     def _take_unsent(self) -> Iterator[bytes]:
         for number, call in self._calls.items():
@@ -353,12 +379,69 @@ class BrokerEngine:
         return failure
 
     def _remove_client(self, notice: RemoveClient) -> None:
+        self._sessions.pop(notice.client, None)
         if self._clients.pop(notice.client, None) is not None:
             self._send_unanswered(notice)
 
     def _report_subscriptions(self, notice: ReportSubscriptions) -> None:
         self._subscriptions = notice.subscriptions
         self._send_unanswered(notice)
+
+    # Clients that move
+
+    def _cut(self, request: Cut) -> Deferred[None]:
+        return self._send(request).addCallbacks(
+            self._on_moved, self._on_not_moved, callbackArgs=(request,), errbackArgs=(request,)
+        )
+
+    def _on_moved(self, answer: None, request: Cut) -> None:
+        for client in request.clients:
+            self._clients.pop(client, None)
+            self._sessions.pop(client, None)
+        for channel, clients in request.presence.items():
+            for client in clients:
+                self._presence.pop((channel, client), None)
+
+    def _on_not_moved(self, failure: Failure, request: Cut) -> Failure:
+        # The broker may have moved the clients all the same, or may do so when it gets to the request.
+        clients = [self._clients[client] for client in request.clients if client in self._clients]
+        keys = [(channel, client) for channel, clients in request.presence.items() for client in clients]
+        self._restore([self._presence[key] for key in keys if key in self._presence], clients)
+        return failure
+
+    def _restore(self, presence: list[AddPresence], clients: list[ClientInfo]) -> None:
+        """Tell the broker again that it has these clients from this worker. A fresh stream begins with them anyway."""
+        if self._link is not None:
+            for message in self._state_of(presence, clients):
+                self._link.send(broker_messages.pack(message))
+
+    def _on_cut(self, message: broker_messages.CutReached) -> None:
+        self._arrivals[message.batch] = _Arrivals(message)
+        self._clients.update((info.client, info) for info in message.clients)
+        self._sessions.update(_of(message.sessions, message.clients))
+        self._receiver.on_cut(message.batch)
+
+    def claim(self, batch: str, info: ClientInfo, secret: str, presence: list[AddPresence]) -> None:
+        """See `Engine.claim`. Without the `Cut`, or after another stream, the broker has to learn of the client."""
+        arrivals = self._arrivals.get(batch)
+        is_known = arrivals is not None and arrivals.clients.pop(info.client, None) is not None
+        identity = self._clients[info.client] = _identity(info)
+        if secret:
+            self._sessions[info.client] = secret
+        self._presence.update(((request.channel, info.client), request) for request in presence)
+        if not (is_known and arrivals is not None and arrivals.has_presence):
+            self._restore(presence, [identity])
+
+    def forget_arrivals(self, batch: str) -> list[ClientInfo]:
+        """See `Engine.forget_arrivals`."""
+        arrivals = self._arrivals.pop(batch, None)
+        if arrivals is None:
+            return []
+        for client in arrivals.clients:
+            self._remove_client(RemoveClient(client))
+            for channel in arrivals.presence.get(client, ()):
+                self._send_unanswered(RemovePresence(channel, client))
+        return list(arrivals.clients.values())
 
     # Frames from the broker
 
@@ -398,12 +481,17 @@ class BrokerEngine:
     def _on_welcome(self, message: broker_messages.Welcome) -> None:
         if message.version != broker_messages.VERSION:
             raise BadFrame(f"the broker speaks version {message.version}, this worker {broker_messages.VERSION}")
-        self._instance = message.instance
+        self._hello = msgspec.structs.replace(self._hello, instance=message.instance)
 
 
 def _identity(info: ClientInfo) -> ClientInfo:
     """The fields that count connections, without the JSON texts."""
     return ClientInfo(info.user, info.client)
+
+
+def _of(sessions: Mapping[str, str], clients: Iterable[ClientInfo]) -> dict[str, str]:
+    """Return the secrets of these clients."""
+    return {info.client: sessions[info.client] for info in clients if info.client in sessions} if sessions else {}
 
 
 def _chunks(entries: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:

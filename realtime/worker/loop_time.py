@@ -107,6 +107,7 @@ class ChargedReceiver:
         self._accounts = accounts
         self._ledger = accounts.ledger
         self.on_order = receiver.on_order
+        self.on_cut = receiver.on_cut
         self.on_interruption = receiver.on_interruption
 
     def on_publication(self, channel: str, publication: Publication, epoch: str) -> None:

@@ -6,7 +6,7 @@ the worker in its place. Nothing of this costs a connection anything: the broker
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -27,9 +27,17 @@ async def report_lost_clients(engine: Engine, disconnected: DisconnectedHandler,
     """Call `disconnected` for each client that an earlier worker in this place has left behind."""
     with suppress(EngineUnavailable):
         while lost := await engine.ask(TakeLostClients(AT_ONCE)):
-            await gather([_report(info, disconnected) for info in lost])
+            await report_ends(lost, disconnected, gather, *WORKER_LOST)
 
 
-async def _report(info: ClientInfo, disconnected: DisconnectedHandler) -> None:
+async def report_ends(
+    clients: Sequence[ClientInfo], disconnected: DisconnectedHandler, gather: Gather, code: int, reason: str
+) -> None:
+    """Call `disconnected` for clients without a session here."""
+    for start in range(0, len(clients), AT_ONCE):
+        await gather([_report(info, disconnected, code, reason) for info in clients[start : start + AT_ONCE]])
+
+
+async def _report(info: ClientInfo, disconnected: DisconnectedHandler, code: int, reason: str) -> None:
     with suppress(ClientError, Disconnect):  # as at the end of any connection
-        await disconnected(lost_client(info), *WORKER_LOST)
+        await disconnected(lost_client(info), code, reason)

@@ -8,10 +8,14 @@ and the application has started; `Worker.drain` moves the clients to other worke
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
+from msgspec.structs import asdict
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
@@ -26,9 +30,11 @@ from realtime.process.fd_passing import FdReceiver
 from realtime.process.heartbeat import LoadGauges
 from realtime.pubsub.engine import ReportSubscriptions
 from realtime.supervision.loop_time import LoopWork
+from realtime.transports.connection import ClientConnection
+from realtime.worker.handover import HandOverSource, HandOverTarget
 from realtime.worker.listening import ListeningPort, adopt
 from realtime.worker.lost_clients import report_lost_clients
-from realtime.worker.wiring import wire_handlers, wire_protocol, wire_pubsub, wire_transports
+from realtime.worker.wiring import wire_handlers, wire_handover, wire_protocol, wire_pubsub, wire_transports
 
 _log = Logger()
 
@@ -65,7 +71,10 @@ class Worker:
         self._protocol = wire_protocol(process, self._pubsub, self._handlers)
         self._transports = wire_transports(process, self._pubsub, self._handlers, self._protocol)
         self._ports: list[ListeningPort] = []
+        self._handover = wire_handover(process, self._pubsub, self._handlers, self._protocol, self._transports)
         self._receivers: list[FdReceiver] = []
+        self._takeovers: list[HandOverTarget] = []
+        self._is_handing_over = False
         self._linked: Deferred[None] = Deferred()
         self._reported_subscriptions = 0
 
@@ -128,6 +137,34 @@ class Worker:
         """Serve the connections that arrive over a stream from the supervisor."""
         self._receivers.append(FdReceiver(self._reactor, stream, self._adopt_connection))
 
+    def take_over(self, stream: int) -> None:
+        """Take over connections of another process from a stream."""
+        self._takeovers.append(HandOverTarget(self._handover, stream))
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        """Hand connections over to another process; see `control.HandOver`."""
+        if self._is_handing_over:
+            return child.hand_nothing_over(stream, "another hand-over is under way")
+        self._is_handing_over = True
+        source = HandOverSource(self._handover, stream)
+        try:
+            if connections < 0:
+                for port in self._ports:
+                    await maybeDeferred(port.stopListening)
+                self._transports.frontend.start_draining()
+            return asdict(await source.run(self._sessions, connections, timeout))
+        finally:
+            self._is_handing_over = False
+
+    def _sessions(self) -> list[Any]:
+        """Return all sessions, also those that have not sent their connect command."""
+        sessions: dict[Any, None] = dict.fromkeys(self._pubsub.sessions)
+        for reader in self._reactor.getReaders():
+            connection = getattr(reader, "protocol", None)
+            if isinstance(connection, ClientConnection) and connection.session is not None:
+                sessions[connection.session] = None
+        return list(sessions)
+
     def _adopt_connection(self, fd: int) -> None:
         """Serve a connection that the supervisor has accepted. Raises OSError."""
         family = self._ports[0].addressFamily
@@ -168,12 +205,14 @@ class Worker:
         admission, dispatcher = self._transports.admission, self._handlers.dispatcher
         for receiver in self._receivers:
             receiver.close()
+        for takeover in self._takeovers:
+            takeover.close()
         for port in self._ports:
             await maybeDeferred(port.stopListening)
         frontend = self._transports.frontend
         frontend.start_draining()
         http_until = self._reactor.seconds() + min(HTTP_DRAIN, timeout * DISCONNECT_SHARE)
-        await self._disconnect_all(min(self._process.settings.shutdown.spread, timeout * DISCONNECT_SHARE))
+        await self._disconnect_all(min(self._spread(), timeout * DISCONNECT_SHARE))
         stop_at = deadline - timeout * STOP_SHARE
         while self._reactor.seconds() < stop_at and (
             admission.connections
@@ -194,6 +233,15 @@ class Worker:
         await dispatcher.stop(max(deadline - self._reactor.seconds(), 0.0))
         self._pubsub.engine.close()
 
+    def _spread(self) -> float:
+        """Return over how many seconds to disconnect the clients, without regard to the time of the drain.
+
+        An SDK comes back half a second to a second after its first disconnect, so that it adds half a second of spread.
+        """
+        settings = self._process.settings.shutdown
+        rate = settings.reconnect_rate or math.inf
+        return max(settings.spread, len(self._pubsub.sessions) / rate)
+
     async def _disconnect_all(self, spread: float) -> None:
         """Disconnect every client with 3001, the last one after `spread` seconds, once its commands are answered."""
         sessions = list(self._pubsub.sessions)
@@ -210,5 +258,10 @@ def _log_failed_report(result: object, error: BaseException | None) -> None:
         _log.failure("calling on_disconnected for the clients of a dead worker raised", Failure(error))
 
 
+def main(argv: Sequence[str]) -> int:
+    """See `realtime.process.child.main`."""
+    return child.main(argv, Worker)
+
+
 if __name__ == "__main__":
-    sys.exit(child.main(sys.argv[1:], Worker))
+    sys.exit(main(sys.argv[1:]))

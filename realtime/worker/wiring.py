@@ -9,8 +9,7 @@ Every object gets its collaborators as constructor arguments, and looks up none 
 other, one takes a function that makes the other (`Hub` and its engine), or a method joins them (`App.bind`,
 `Sessions.add_handler`).
 
-Handing sessions over to another process would begin with `PubSubParts.sessions`, which holds all of them, and
-`ProtocolParts.open_session`, which would also restore them. A TLS listener differs in `TransportParts.transport` and in
+A TLS listener differs in `TransportParts.transport` and in
 the port (`realtime.worker.listening`); the frontend stays the same.
 """
 
@@ -43,14 +42,16 @@ from realtime.process import log
 from realtime.process.child import Child
 from realtime.process.reactor import next_turn_caller, turn_end_caller
 from realtime.process.transport import DirectServer
+from realtime.protocol import handover
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
+from realtime.protocol.handover import HandedSession
 from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder, InvalidateOrder
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
-from realtime.pubsub.engine import MESSAGES_DROPPED, Receiver
+from realtime.pubsub.engine import MESSAGES_DROPPED, Receiver, worker_address
 from realtime.pubsub.fanout import FanoutServices, broadcast
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.subscriber import Sink
@@ -60,6 +61,7 @@ from realtime.server_api.operations import ServerAPI
 from realtime.supervision.loop_time import LoopAccount, LoopWork
 from realtime.supervision.pressure import Pressure
 from realtime.transports.admission import Admission
+from realtime.transports.connection import HandOverEndpoint
 from realtime.transports.emulation import Emulation, EmulationLimits
 from realtime.transports.frontend import ConnectionEndpoint, HTTPFrontend, HTTPFrontendFactory
 from realtime.transports.http_server import HTTPSite
@@ -69,6 +71,7 @@ from realtime.transports.routes import make_site
 from realtime.transports.streams import StreamContext, make_endpoints
 from realtime.transports.websocket import UNIDIRECTIONAL_WIRE_FORMATS, WIRE_FORMATS, WebSocketFactory
 from realtime.worker.engine import BrokerEngine
+from realtime.worker.handover import HandOverParts
 from realtime.worker.invalidations import CacheInvalidations
 from realtime.worker.io_uring import IOURing
 from realtime.worker.key_sets import make_verifier
@@ -89,11 +92,13 @@ _clients = Logger(namespace="realtime.clients")
 
 @dataclass(frozen=True, slots=True)
 class PubSubParts:
-    """The channels of one worker. slices: divides long work into turns of the loop. rules: the channel options.
+    """The channels of one worker. address: of its process, see `SendOrder`. rules: the channel options.
 
-    strangers: divides the work for peers that are not connected as clients: they get less of each turn.
+    slices: divides long work into turns of the loop. strangers: divides the work for peers that are not connected as
+    clients: they get less of each turn.
     """
 
+    address: str
     slices: TimeSlicer
     strangers: TimeSlicer
     rules: ChannelRules
@@ -117,29 +122,37 @@ class ProtocolParts:
     """The client protocol and the server API of one worker.
 
     node: the id of this node. open_session: makes the session of a connection from the connection and its opening
-    request. deadlines: of sessions and connections; swept by the worker.
+    request. restore_session: makes one that comes from another process, see `handover.restore`. deadlines: of sessions
+    and connections; swept by the worker.
     """
 
     node: str
     open_session: Callable[[Any, Any], Session]
+    restore_session: Callable[[str, Any, HandedSession], Session]
+    services: SessionServices
     deadlines: Deadlines
     api: HTTPAPI
 
 
 @dataclass(frozen=True, slots=True)
 class TransportParts:
-    """The clients' port of one worker. queued: bytes in all outboxes. transport: the class of TCP connections."""
+    """The clients' port of one worker. queued: bytes in all outboxes. transport: the class of TCP connections.
+
+    hand_over_endpoints: by the names of their transports.
+    """
 
     admission: Admission
     queued: QueuedBytes
     frontend: HTTPFrontendFactory
     transport: type[DirectServer]
+    emulation: Emulation
+    hand_over_endpoints: Mapping[str, HandOverEndpoint]
 
 
 def wire_pubsub(process: Child, app: App) -> PubSubParts:
     """Build the sessions' registry, the hub and the engine."""
     settings, reactor, metrics, ledger = process.settings, process.reactor, process.metrics, process.accounts
-    rules = ChannelRules(settings.channel)
+    rules, address = ChannelRules(settings.channel), worker_address(process.slot, process.generation)
     accounts = NamespaceAccounts(ledger, [namespace.name for namespace in settings.channel.namespaces], rules.namespace)
     slices = TimeSlicer(reactor.seconds, settings.loop.slice, next_turn_caller(reactor), Deferred)
     strangers = TimeSlicer(reactor.seconds, STRANGER_SLICE, partial(reactor.callLater, STRANGER_PAUSE), Deferred)
@@ -150,7 +163,14 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
         receiver.on_interruption = interrupted
         follows_ends = bool(app.handlers("on_disconnected"))
         return BrokerEngine(
-            receiver, settings.engine, metrics, reactor, process.link_lost, ledger, takes_lost_clients=follows_ends
+            receiver,
+            settings.engine,
+            metrics,
+            reactor,
+            process.link_lost,
+            ledger,
+            takes_lost_clients=follows_ends,
+            generation=process.generation,
         )
 
     services = FanoutServices(
@@ -167,10 +187,10 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
         invalidations.on_interruption()
         hub.on_interruption()
 
-    hub = Hub(make_engine, sessions.apply, slices, services)
+    hub = Hub(make_engine, sessions.apply, slices, services, sessions.begin_arrivals)
     engine = hub.engine
     assert isinstance(engine, BrokerEngine)
-    invalidations = CacheInvalidations(cache.HOST, engine, str(process.slot))
+    invalidations = CacheInvalidations(cache.HOST, engine, address)
     sessions.add_handler(InvalidateOrder, invalidations.on_order)
     metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(sessions))
     metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: hub.subscriptions)
@@ -179,7 +199,7 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
         "Publications that wait for their turn to be delivered",
         lambda: hub.fanout.queued,
     )
-    return PubSubParts(slices, strangers, rules, sessions, engine, hub)
+    return PubSubParts(address, slices, strangers, rules, sessions, engine, hub)
 
 
 def wire_handlers(process: Child, app: App) -> HandlerParts:
@@ -246,7 +266,7 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
         counters=SessionCounters(metrics),
         client_log=handlers.client_log,
     )
-    surveys = Surveys(pubsub.engine, pubsub.hub, str(process.slot), reactor)
+    surveys = Surveys(pubsub.engine, pubsub.hub, pubsub.address, reactor)
     pubsub.sessions.add_handler(ChannelsOrder, surveys.on_order)
     pubsub.sessions.add_handler(ChannelsAnswer, surveys.on_order)
     server_api = ServerAPI(pubsub.engine, pubsub.rules, node, surveys, run_all, slices=pubsub.slices)
@@ -254,6 +274,8 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
     return ProtocolParts(
         node=node.uid,
         open_session=partial(Session, session_settings, services, COMMANDS),
+        restore_session=partial(handover.restore, session_settings, services, COMMANDS),
+        services=services,
         deadlines=services.deadlines,
         api=HTTPAPI(
             server_api,
@@ -297,20 +319,20 @@ def wire_transports(
     limits = EmulationLimits(
         settings.emulation, settings.websocket.message_size_limit, metrics, process.reactor.callLater
     )
-    emulation = Emulation(
-        pubsub.engine, protocol.node, str(process.slot), limits, pubsub.strangers, handlers.client_log
-    )
+    emulation = Emulation(pubsub.engine, protocol.node, pubsub.address, limits, pubsub.strangers, handlers.client_log)
     pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
     stream_context = StreamContext(
         protocol.open_session, settings, protocol.deadlines, metrics, admission, emulation, queued, turn_end
     )
     stream_endpoints, cors_routes = make_endpoints(settings, stream_context)
-    endpoints = _enabled_endpoints(
-        settings,
-        websocket(settings.websocket, WIRE_FORMATS),
-        websocket(settings.uni_websocket, UNIDIRECTIONAL_WIRE_FORMATS),
-        stream_endpoints,
-    )
+    bidirectional = websocket(settings.websocket, WIRE_FORMATS)
+    unidirectional = websocket(settings.uni_websocket, UNIDIRECTIONAL_WIRE_FORMATS)
+    endpoints = _enabled_endpoints(settings, bidirectional, unidirectional, stream_endpoints)
+    hand_over_endpoints: dict[str, HandOverEndpoint] = {one.transport_name: one for one in stream_endpoints.values()}
+    if not settings.websocket.disabled:
+        hand_over_endpoints["websocket"] = bidirectional
+    if settings.uni_websocket.enabled:
+        hand_over_endpoints["uni_websocket"] = unidirectional
     site = make_site(
         handlers.app,
         handlers.dispatcher,
@@ -324,7 +346,26 @@ def wire_transports(
         client_log=handlers.client_log,
     )
     frontend = _frontend(process, endpoints, site, protocol.deadlines, admission, pubsub.strangers)
-    return TransportParts(admission, queued, frontend, charged_transport(ledger, frontend.protocol))
+    transport = charged_transport(ledger, frontend.protocol)
+    return TransportParts(admission, queued, frontend, transport, emulation, hand_over_endpoints)
+
+
+def wire_handover(
+    process: Child, pubsub: PubSubParts, handlers: HandlerParts, protocol: ProtocolParts, transports: TransportParts
+) -> HandOverParts:
+    """Collect the parts that move connections from and to other processes."""
+    return HandOverParts(
+        reactor=process.reactor,
+        address=pubsub.address,
+        services=protocol.services,
+        restore=protocol.restore_session,
+        endpoints=transports.hand_over_endpoints,
+        transport=transports.transport,
+        emulation=transports.emulation,
+        admission=transports.admission,
+        metrics=process.metrics,
+        disconnected=handlers.dispatcher.disconnected,
+    )
 
 
 def _turn_end(process: Child, pubsub: PubSubParts, account: LoopAccount) -> FlushAtTurnEnd:

@@ -27,12 +27,12 @@ BOB = ClientInfo("bob", "client-b")
 class Worker:
     """A receiver and its engine. The receiver logs its deliveries in `entries`."""
 
-    def __init__(self, slot: int = 0, settings: EngineSettings = SETTINGS) -> None:
+    def __init__(self, slot: int = 0, settings: EngineSettings = SETTINGS, generation: int = 0) -> None:
         self.slot = slot
         self.entries: list[tuple[Any, ...]] = []
         self.lost_links = 0
         self.metrics = Metrics()
-        self.engine = broker_engine(self, settings, self._lost, self.metrics)
+        self.engine = broker_engine(self, settings, self._lost, self.metrics, generation)
 
     def _lost(self) -> None:
         self.lost_links += 1
@@ -48,6 +48,9 @@ class Worker:
 
     def on_order(self, order: bytes) -> None:
         self.entries.append(("order", order))
+
+    def on_cut(self, batch: str) -> None:
+        self.entries.append(("cut", batch))
 
     def on_interruption(self) -> None:
         self.entries.append(("interrupted",))
@@ -77,11 +80,11 @@ async def brokers() -> AsyncIterator[Callable[..., Any]]:
 
 @pytest.fixture
 def workers() -> Any:
-    """`workers(slot)` makes a worker, whose engine is closed after the test."""
+    """`workers(slot, …)` makes a worker, whose engine is closed after the test."""
     made: list[Worker] = []
 
-    def make(slot: int = 0, settings: EngineSettings = SETTINGS) -> Worker:
-        made.append(Worker(slot, settings))
+    def make(slot: int = 0, settings: EngineSettings = SETTINGS, generation: int = 0) -> Worker:
+        made.append(Worker(slot, settings, generation))
         return made[-1]
 
     yield make

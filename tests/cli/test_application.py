@@ -21,21 +21,24 @@ def test_no_application_and_a_good_one_are_no_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "module", "problem"),
+    ("text", "module", "line", "may_pass"),
     [
-        ("app = (", "chat:app", "chat.py:1: SyntaxError: '(' was never closed"),
-        ("", "nosuch:app", "there is no module 'nosuch'"),
-        ("import os\nos._exit(3)", "chat:app", "the import ended the process with status 3"),
+        ("app = (", "chat:app", "chat.py:1: SyntaxError: '(' was never closed", False),
+        ("", "nosuch:app", "there is no module 'nosuch'", False),
+        ("raise OSError('no database')", "chat:app", "chat.py:1: OSError: no database", True),
+        ("import os\nos._exit(3)", "chat:app", "the import ended the process with status 3", True),
     ],
 )
-def test_each_problem_is_one_line(tmp_path: Path, text: str, module: str, problem: str) -> None:
-    (line,) = find_problems(settings(tmp_path, text, module))
-    assert line.startswith(f'app.module = "{module}": ')
-    assert problem in line
+def test_each_problem_is_one_line(tmp_path: Path, text: str, module: str, line: str, may_pass: bool) -> None:
+    (problem,) = find_problems(settings(tmp_path, text, module))
+    assert problem.line.startswith(f'app.module = "{module}": ')
+    assert line in problem.line
+    assert problem.may_pass is may_pass
 
 
 def test_an_import_that_hangs_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "chat.py").write_text("import time\ntime.sleep(60)")
     given = Settings(app=AppSettings(module="chat:app", path=str(tmp_path)), workers=WorkersSettings(start_timeout=0.5))
-    (line,) = find_problems(given)
+    ((line, may_pass),) = find_problems(given)
+    assert may_pass
     assert "takes more than 0.5 s (workers.start_timeout)" in line

@@ -264,9 +264,8 @@ def test_a_dump_refuses_a_wrong_configuration(tmp_path: Path) -> None:
 # The application, and what twistd writes.
 
 
-@pytest.mark.parametrize("text", ["app = (", "raise RuntimeError('no')"])
-def test_check_config_and_a_daemon_report_an_application_that_does_not_load(tmp_path: Path, text: str) -> None:
-    (tmp_path / "chat.py").write_text(text)
+def test_check_config_and_a_daemon_report_an_application_that_does_not_load(tmp_path: Path) -> None:
+    (tmp_path / "chat.py").write_text("app = (")
     (tmp_path / "realtime.toml").write_text('[app]\nmodule = "chat:app"')
     checked = realtime(tmp_path, "check-config", "-c", "realtime.toml")
     started = run([*TWISTD, "realtime", "-c", "realtime.toml"], tmp_path)

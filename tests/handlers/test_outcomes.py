@@ -9,7 +9,7 @@ from twisted.logger import Logger
 
 from realtime.app import App
 from realtime.handlers.compute_pool import HandlerFailed
-from realtime.handlers.outcomes import MAX_ERROR_SERIES, MAX_LINES, HandlerErrorLog, OutcomeCounters
+from realtime.handlers.outcomes import MAX_LINES, HandlerErrorLog, OutcomeCounters
 from realtime.metrics import Metrics
 from tests.driving import on_loop
 from tests.handlers.bench import Bench, refusal
@@ -61,24 +61,24 @@ def test_same_line_of_two_handlers_is_logged_for_each() -> None:
 
 def test_outcomes_are_counted_by_handler() -> None:
     metrics = Metrics()
-    count = OutcomeCounters(metrics, "rpc f")
+    counters = OutcomeCounters(metrics, "rpc f")
     for outcome in ("ok", "ok", "timeout"):
-        count(outcome)
+        counters[outcome].value += 1
     assert {dict(sample.labels)["outcome"]: sample.value for sample in metrics.snapshot()} == {"ok": 2, "timeout": 1}
 
 
 def test_errors_are_counted_by_type_within_a_bound() -> None:
     metrics = Metrics()
-    error_log = HandlerErrorLog(Logger(observer=lambda event: None), Clock(), metrics)
+    error_log = HandlerErrorLog(Logger(observer=lambda event: None), Clock(), metrics, max_series=20)
     app = App()
     app.rpc("a")(lambda client, data: None)
     handler = app.handlers("rpc")["a"]
     error_log.report(handler, KeyError("x"))
     error_log.report(handler, KeyError("y"))
     error_log.report(handler, HandlerFailed("in its process", ("a.py", 1), "ValueError"))
-    for number in range(MAX_ERROR_SERIES + 10):
+    for number in range(20 + 10):
         error_log.report(handler, type(f"Made{number}", (Exception,), {})())
     counted = {dict(sample.labels)["exception"]: sample.value for sample in metrics.snapshot()}
     assert (counted["KeyError"], counted["ValueError"], counted["Made0"]) == (2, 1, 1)
     assert counted["other"] == 12
-    assert len(counted) == MAX_ERROR_SERIES + 1
+    assert len(counted) == 20 + 1

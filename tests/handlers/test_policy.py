@@ -23,7 +23,6 @@ from realtime.handlers.coroutines import start_future
 from realtime.handlers.dispatch import Dispatcher
 from realtime.metrics import Metrics
 from realtime.supervision.loop_time import LoopTimeLedger
-from realtime.supervision.pressure import Throttle
 from tests.driving import on_loop
 
 
@@ -53,6 +52,7 @@ class Bench:
         self.now = 0.0
         self.logged: list[dict[str, Any]] = []
         self.calls = 0
+        self.settings = WorkersSettings()
 
     def cache(self, ttl: float = 10, stale: float = 30, **options: Any) -> Cache:
         host = Host(clock=lambda: self.now, load=lambda: float(self.pressure.pressed))
@@ -67,7 +67,7 @@ class Bench:
         log = Logger(observer=self.logged.append)
         self.ledger = LoopTimeLedger(time.monotonic_ns)
         services = HandlerServices(
-            reactor, WorkersSettings(), self.metrics, log, ledger=self.ledger, pressure=self.pressure
+            reactor, self.settings, self.metrics, log, ledger=self.ledger, pressure=self.pressure
         )
         self.dispatcher = Dispatcher(self.app, services)
         await self.dispatcher.start()
@@ -122,8 +122,10 @@ async def test_a_route_is_refused_under_pressure_and_a_procedure_is_not(bench: B
     assert await bench.get() == "3"
 
 
+@pytest.mark.parametrize("sample", [5, 2])
 @on_loop
-async def test_a_burst_waits_until_the_first_calls_show_what_they_cost(bench: Bench) -> None:
+async def test_a_burst_waits_until_the_first_calls_show_what_they_cost(bench: Bench, sample: int) -> None:
+    bench.settings = WorkersSettings(sample_calls=sample, sample_timeout=60.0)
     gate: asyncio.Event = asyncio.Event()
     running = 0
 
@@ -137,7 +139,8 @@ async def test_a_burst_waits_until_the_first_calls_show_what_they_cost(bench: Be
     route = bench.dispatcher.route("GET", "/f")
     assert route is not None
     burst = [start_future(route.call(Request("GET", "/f", {}, {}, b""))) for _ in range(20)]
-    assert running == Throttle.SAMPLE
+    assert running == sample
+    assert bench.metrics.counter("realtime_handler_sample_waits", "", handler=route.handler.name).value == 20 - sample
     burst.pop().cancel()  # a peer that leaves while it waits
     gate.set()
     await asyncio.gather(*burst)

@@ -291,7 +291,9 @@ def test_the_limits() -> None:
 def test_the_query_has_a_limit_of_parameters() -> None:
     query = b"&".join([b"a=1"] * MAX_PARAMETERS)
     assert status(request(first=b"GET /?" + query + b" HTTP/1.1")) == 0
-    assert status(request(first=b"GET /?" + query + b"& HTTP/1.1")) == 400
+    longer = request(first=b"GET /?" + query + b"& HTTP/1.1")
+    assert status(longer) == 400
+    assert isinstance(RequestParser(MAX_BYTES, MAX_HEADERS, MAX_PARAMETERS + 1).feed(longer), RequestHead)
 
 
 def test_an_endless_head_is_refused_at_the_limit_and_not_buffered() -> None:

@@ -41,8 +41,8 @@ def test_a_series_of_the_supervisor_about_a_worker_has_that_workers_labels() -> 
 def test_slots_and_conditions_have_the_labels_of_their_process() -> None:
     pool = Pool(1, WorkersSettings(), LoopSettings(), 30.0)
     pool.start(0.0)
-    pool.process_ready(0, 0.0)
-    pool.process_exited(BROKER, -9, 1.0)
+    pool.process_ready(pool.slots[0].process.generation, 0.0)
+    pool.process_exited(pool.slots[BROKER].process.generation, -9, 1.0)
     health = Health(0, Condition.LAGGING, 0.0, 0.1)
     lines = exposition([*pool_samples(pool, {}, 2.0), *condition_samples([health])]).decode().splitlines()
     assert 'realtime_workers{process="supervisor",state="ready"} 1.0' in lines

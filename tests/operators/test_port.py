@@ -69,7 +69,7 @@ class Server:
         self.pool.start(0.0)
         self.processes: dict[int, Any] = {}
         for number in self.pool.slots:
-            self.pool.process_ready(number, 0.0)
+            self.pool.process_ready(self.pool.slots[number].process.generation, 0.0)
             sample = Sample("realtime_connections", "gauge", "Open connections.", [], 40 + number)
             self.processes[number] = Child(1000 + number, [sample])
         self.monitor = HealthMonitor(reactor, LoopSettings(), self.pool, self.processes)
@@ -215,11 +215,11 @@ async def test_health_and_metrics_show_the_lag_that_the_conditions_read(server: 
 
 async def test_health_and_readiness_while_a_worker_is_missing(server: Server) -> None:
     assert (await server.get("/ready")) == (200, '{"ready":true}')
-    server.pool.process_exited(0, 1, 1.0)
+    server.pool.process_exited(server.pool.slots[0].process.generation, 1, 1.0)
     del server.processes[0]
     assert (await server.get("/health"))[0] == 200
     assert (await server.get("/ready")) == (503, '{"ready":false}')
-    server.pool.process_exited(1, 1, 1.0)
+    server.pool.process_exited(server.pool.slots[1].process.generation, 1, 1.0)
     status, body = await server.get("/health")
     assert status == 503
     assert json.loads(body)["status"] == "no worker is ready"
@@ -243,7 +243,7 @@ async def test_not_ready_while_stopping(server: Server) -> None:
 
 
 async def test_metrics_of_every_process_with_its_labels(server: Server) -> None:
-    server.pool.process_exited(1, -9, 1.0)
+    server.pool.process_exited(server.pool.slots[1].process.generation, -9, 1.0)
     status, body = await server.get("/metrics")
     assert status == 200
     assert "content-type: text/plain; version=" in server.head

@@ -28,7 +28,7 @@ class Server:
         self.pool.start(0.0)
         self.processes: dict[int, Any] = {}
         for number in self.pool.slots:
-            self.pool.process_ready(number, 0.0)
+            self.pool.process_ready(self.pool.slots[number].process.generation, 0.0)
         self.monitor: Any = self
         self.health = {slot.number: Health(slot.number, Condition.HEALTHY, 0.0) for slot in self.pool.workers}
         self.broker = Health(BROKER, Condition.HEALTHY, 0.0)
@@ -39,7 +39,9 @@ class Server:
         """Let 4 seconds pass in which these slots' loops do not turn."""
         for tick in range(41):
             now = tick / 10
-            self.pool.tick(now, {slot: now for slot in self.pool.slots if slot not in slots})
+            self.pool.tick(
+                now, {slot.process.generation: now for slot in self.pool.slots.values() if slot.number not in slots}
+            )
 
     def problems(self, now: float = 4.0) -> list[tuple[str, str]]:
         return [(problem.tone, problem.text) for problem in self.summary.read(now)["problems"]]
@@ -71,15 +73,15 @@ def test_a_broker_that_is_late_is_a_warning() -> None:
 
 def test_a_dead_a_restarting_and_a_crashing_broker_are_problems() -> None:
     server = Server()
-    server.pool.process_exited(BROKER, -9, 1.0)
+    server.pool.process_exited(server.pool.slots[BROKER].process.generation, -9, 1.0)
     assert server.problems() == [("bad", "the broker is dead; it is restarted in a moment")]
     server.pool.tick(30.0, {})
     assert server.problems() == [("bad", "the broker is starting")]
     for death in range(2):
-        server.pool.process_exited(BROKER, 1, 31.0 + 100 * death)
+        server.pool.process_exited(server.pool.slots[BROKER].process.generation, 1, 31.0 + 100 * death)
         server.pool.tick(100.0 + 100 * death, {})
     assert server.problems() == [("bad", "the broker is crashing: 3 deaths in a row; see its errors in the log")]
-    server.pool.process_ready(BROKER, 201.0)
+    server.pool.process_ready(server.pool.slots[BROKER].process.generation, 201.0)
     assert server.problems() == [("warn", "the broker is crashing: 3 deaths in a row; see its errors in the log")]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -79,6 +81,13 @@ class Service:
 
     def adopt(self, stream: int) -> None:
         self.adopted.callback(stream)
+
+    def take_over(self, stream: int) -> None:
+        self.adopted.callback(stream)
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        os.close(stream)
+        return {"moved": connections, "closed": 1, "left": 2, "reason": f"{timeout:g} s have passed"}
 
     async def drain(self, timeout: float) -> None:
         if self.on_drain is not None:
@@ -348,6 +357,24 @@ def test_a_link_without_a_supervisor_has_hung_up() -> None:
     theirs.close()
 
 
+def test_a_start_without_descriptors_says_so_in_one_line() -> None:
+    ours, theirs = socket.socketpair()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ours, theirs:
+        assert children._has_descriptors(theirs.fileno())
+        inherited = [f"--{name}={theirs.fileno()}" for name in ("link", "settings", "vitals")]
+        process = subprocess.run(
+            [sys.executable, "-m", "realtime.broker.process", *inherited],
+            pass_fds=[theirs.fileno()],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (12, hard)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert process.returncode == children.EX_TEMPFAIL
+    [line] = process.stderr.splitlines()
+    assert "raise the limit of open files" in line
+
+
 async def test_the_service_gets_a_stream_of_rescued_connections(family: Family) -> None:
     ours, theirs = socket.socketpair()
     await family.supervisor.callRemote(control.Adopt, stream=theirs.fileno())
@@ -362,6 +389,21 @@ async def test_the_service_gets_a_stream_of_rescued_connections(family: Family) 
     for end in (ours, theirs, again):
         end.close()
     os.close(stream)
+
+
+async def test_a_hand_over_reaches_the_service_and_its_result_the_supervisor(family: Family) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        early = await family.supervisor.callRemote(control.HandOver, stream=ours.fileno(), connections=-1, timeout=1.0)
+        assert early["reason"] == "the process has not started yet"
+        family.begin()
+        answer = await family.supervisor.callRemote(control.HandOver, stream=ours.fileno(), connections=5, timeout=1.5)
+        assert answer == {"moved": 5, "closed": 1, "left": 2, "reason": "1.5 s have passed"}
+        await family.supervisor.callRemote(control.TakeOver, stream=theirs.fileno())
+        stream = await family.service.adopted
+        os.write(stream, b"hello")
+        assert ours.recv(10) == b"hello"
+        os.close(stream)
 
 
 async def test_a_service_that_can_not_be_made_fails_the_start(family: Family) -> None:

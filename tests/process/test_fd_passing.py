@@ -175,7 +175,7 @@ def test_unanswered_connections_of_a_dead_worker_return_to_the_sender(scene: Sce
 def test_a_connection_claimed_by_a_dying_worker_returns_to_the_sender(scene: Scene) -> None:
     scene.send()
     claim = next(iter(scene.sender._transfers.values())).claim
-    assert fd_passing._take_claim(claim)
+    assert fd_passing.take_claim(claim)
     scene.receiver.close()
     scene.sender.worker_ended()
     assert scene.settled == [False]

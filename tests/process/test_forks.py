@@ -48,7 +48,7 @@ def fork(depth):
             "application": is_null(application), "wakeup": signal.set_wakeup_fd(-1),
             "default": signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "forgotten": forgotten, "pid": os.getpid(),
         }
-        print(json.dumps(found), flush=True)
+        os.write(1, (json.dumps(found) + "\\n").encode())  # one write: two forks print at once
     time.sleep(600)
 
 

@@ -35,7 +35,7 @@ from realtime.protocol.protobuf import PROTOBUF
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
-from realtime.pubsub.engine import AddPresence, GetHistory, Publish, Receiver, Subscribe
+from realtime.pubsub.engine import AddPresence, GetHistory, Publish, Receiver, Subscribe, worker_address
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from tests.pubsub.memory_engine import MemoryEngine
@@ -237,7 +237,14 @@ class Peer(FillableSocket):
 class Server:
     """The core of a worker, without sockets."""
 
-    def __init__(self, channel: ChannelSettings | None = None, slices: TimeSlicer | None = None, **client: Any) -> None:
+    def __init__(
+        self,
+        channel: ChannelSettings | None = None,
+        slices: TimeSlicer | None = None,
+        beside: Server | None = None,
+        **client: Any,
+    ) -> None:
+        """beside: another worker, with the same broker core."""
         self.now = 0.0
         self.wall = NOW
         self.mistakes: list[BaseException] = []
@@ -247,7 +254,9 @@ class Server:
         self.metrics = Metrics()
         self.sessions = Sessions()
         self.peers: WeakSet[Peer] = WeakSet()
-        self.hub = Hub(self._make_engine, self.sessions.apply)
+        self._core = beside.engine.core if beside is not None else None
+        begin_arrivals = self.sessions.begin_arrivals
+        self.hub = Hub(self._make_engine, self.sessions.apply, begin_arrivals=begin_arrivals)
         settings = ClientSettings(**{"token": TokenSettings(hmac_secret_key=SECRET), **client})
         self.settings = SessionSettings(
             client=settings, version="test", uid="node", rpc_ping=RPCPingSettings(enabled=True)
@@ -270,7 +279,8 @@ class Server:
         )
 
     def _make_engine(self, hub: Receiver) -> MemoryEngine:
-        self.engine = MemoryEngine(hub, EngineSettings(), lambda: self.now)
+        address = worker_address(0, 0) if self._core is None else worker_address(1, 0)
+        self.engine = MemoryEngine(hub, EngineSettings(), lambda: self.now, address, self._core)
         return self.engine
 
     def change(self, **client: Any) -> None:

@@ -161,7 +161,7 @@ class Link:
         for answer in list(self.waiting):
             self.answer(answer, EngineUnavailable("cut"))
         core.attach(self)
-        core.restore(self, self.channels, self.present.values(), (), announce=True)
+        core.restore(self, self.channels, self.present.values(), (), {}, announce=True)
         self.hub.on_interruption()
 
     async def ask(self, request: EngineRequest[Any]) -> Any:

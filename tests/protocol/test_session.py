@@ -135,7 +135,9 @@ class TestDrain:
         assert peer.close_code == (3001, "shutdown")
         assert not server.mistakes
 
-    def test_a_command_that_waits_behind_another_one_does_not_begin(self, server):
+    @pytest.mark.parametrize("concurrency", [0, 1, 2])
+    def test_a_command_that_waits_behind_another_one_is_refused(self, server, concurrency):
+        server.change(concurrency=concurrency)
         gate, began = Gate(), []
 
         async def slow(client, data):
@@ -144,11 +146,16 @@ class TestDrain:
 
         server.app.procedures["slow"] = slow
         peer = server.client("ann")
-        peer.say({"id": 2, "rpc": {"method": "slow", "data": 1}}, {"id": 3, "rpc": {"method": "slow", "data": 2}})
+        number = max(concurrency, 1)
+        ids = range(2, number + 4)
+        peer.say(*({"id": id, "rpc": {"method": "slow", "data": 1}} for id in ids))
         peer.session.drain()
         gate.open(Raw(b"1"))
-        assert peer.heard() == [{"id": 2, "rpc": {"data": 1}}]
-        assert (peer.close_code, began) == ((3001, "shutdown"), [1])
+        replies = sorted(peer.heard(), key=lambda reply: reply["id"])
+        assert [reply["id"] for reply in replies] == list(ids)
+        assert ["rpc" in reply for reply in replies] == [True] * number + [False, False]
+        assert all(error_of([reply]) == 100 for reply in replies[number:])
+        assert (peer.close_code, began) == ((3001, "shutdown"), [1] * number)
 
 
 class TestOrders:

@@ -106,3 +106,15 @@ def test_a_client_comes_and_goes() -> None:
         "disconnected a client with 3001 shutdown: this worker ends, and the client goes to another one",
     ]
     assert server.info == []
+
+
+def test_the_end_of_a_subscription_by_the_server_has_a_line() -> None:
+    server = Server()
+    peer = server.client("ann")
+    for code, reason in ((2000, "server unsubscribe"), (2500, "insufficient state"), (2501, "subscription expired")):
+        peer.say({"id": 2, "subscribe": {"channel": "a"}})
+        server.info.clear()
+        peer.session.unsubscribe("a", code, reason)
+        [line] = server.info
+        assert line.startswith(f"ended the subscription of a client to 'a' with {code}")
+        assert line.endswith(f"(client {peer.session.client} user 'ann' at 10.0.0.1 by websocket)")

@@ -171,7 +171,17 @@ class TestGrants:
         server.services = msgspec.structs.replace(server.services, rules=ChannelRules(channels))
         filter = {"op": "and", "nodes": [{"key": "k", "cmp": "ex"}] * 256}
         assert error_of(server.client("ann").say({"id": 2, "subscribe": {"channel": "a", "tf": filter}})) == 107
-        assert "'a'" in server.info[0] and "256 nodes or 32 levels" in server.info[0]
+        assert "'a'" in server.info[0]
+        assert "256 nodes (client.max_filter_nodes) or 32 levels (client.max_filter_depth)" in server.info[0]
+
+    def test_the_levels_of_a_filter_are_limited_by_the_configuration(self):
+        options = ChannelOptions(allow_subscribe_for_client=True, allow_tags_filter=True)
+        server = Server(ChannelSettings(without_namespace=options), max_filter_depth=2)
+        peer, leaf = server.client("ann"), {"key": "k", "cmp": "ex"}
+        [reply] = peer.say({"id": 2, "subscribe": {"channel": "a", "tf": {"op": "not", "nodes": [leaf]}}})
+        assert "error" not in reply
+        deeper = {"op": "not", "nodes": [{"op": "not", "nodes": [leaf]}]}
+        assert error_of(peer.say({"id": 3, "subscribe": {"channel": "b", "tf": deeper}})) == 107
 
     def test_the_nodes_of_a_filter_are_limited_by_the_configuration(self):
         options = ChannelOptions(allow_subscribe_for_client=True, allow_tags_filter=True)

@@ -11,23 +11,30 @@ from typing import Any
 from realtime.config.settings import EngineSettings
 from realtime.handlers.coroutines import DoneCallback, drive
 from realtime.pubsub.broker_core import BrokerCore
-from realtime.pubsub.engine import Answer, EngineNotice, EngineRequest, Receiver
+from realtime.pubsub.engine import AddPresence, Answer, Cut, EngineNotice, EngineRequest, Receiver
 from realtime.types import ClientInfo, Publication
 
 
 class MemoryEngine:
     """An `Engine` that carries out each request at once: its publications have reached the receiver by then.
 
-    clock: seconds of a clock that never goes back. address: of the worker, see `SendOrder`.
-    overrides: coroutine functions that tests put in place of `carry_out`, by kind of request.
+    clock: seconds of a clock that never goes back. address: of the worker, see `SendOrder`. core: shared with the
+    engine of another worker; None for one of its own. overrides: coroutine functions that tests put in place of
+    `carry_out`, by kind of request.
     """
 
     def __init__(
-        self, receiver: Receiver, settings: EngineSettings, clock: Callable[[], float], address: str = "0"
+        self,
+        receiver: Receiver,
+        settings: EngineSettings,
+        clock: Callable[[], float],
+        address: str = "0-0",
+        core: BrokerCore[Receiver] | None = None,
     ) -> None:
         self._receiver = receiver
         self._clock = clock
-        self.core: BrokerCore[Receiver] = BrokerCore(_DirectDelivery(), settings.max_channels)
+        self.address = address
+        self.core: BrokerCore[Receiver] = core or BrokerCore(_DirectDelivery(), settings.max_channels)
         self.core.attach(receiver, address)
         self.overrides: dict[type, Callable[[Any], Awaitable[Any]]] = {}
 
@@ -48,6 +55,13 @@ class MemoryEngine:
     def execute(self, request: EngineRequest[Answer]) -> Answer:
         """The same for a caller that is not a coroutine."""
         return self.core.carry_out(self._receiver, self._clock(), request)
+
+    def claim(self, batch: str, info: ClientInfo, secret: str, presence: list[AddPresence]) -> None:
+        """See `Engine.claim`: this engine loses no cut, and knows the rest."""
+
+    def forget_arrivals(self, batch: str) -> list[ClientInfo]:
+        """See `Engine.forget_arrivals`: in these tests all clients arrive."""
+        return []
 
 
 class _DirectDelivery:
@@ -70,3 +84,6 @@ class _DirectDelivery:
     def deliver_order(self, peers: Collection[Receiver], order: bytes) -> None:
         for peer in peers:
             peer.on_order(order)
+
+    def deliver_cut(self, peer: Receiver, request: Cut, clients: list[ClientInfo]) -> None:
+        peer.on_cut(request.batch)

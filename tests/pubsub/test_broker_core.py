@@ -16,6 +16,7 @@ from realtime.pubsub.engine import (
     AddPresence,
     AdmitClient,
     Answer,
+    Cut,
     EngineNotice,
     EngineRequest,
     GetPresence,
@@ -52,6 +53,9 @@ class Deliveries:
 
     def deliver_order(self, peers: Collection[str], order: bytes) -> None:
         self.made.append((sorted(peers), order))
+
+    def deliver_cut(self, peer: str, request: Cut, clients: list[ClientInfo]) -> None:
+        self.made.append(([peer], "cut", request.batch, clients))
 
 
 class Bench:
@@ -117,7 +121,7 @@ def test_a_detached_peer_takes_its_state_along(bench: Bench) -> None:
     for peer in ("one", "two"):
         bench.ask(Subscribe("c"), peer)
     bench.ask(Subscribe("own"), "one")
-    bench.core.restore("one", (), [present("c", ALICE, announce=True)], (), announce=False)
+    bench.core.restore("one", (), [present("c", ALICE, announce=True)], (), {}, announce=False)
     bench.ask(present("c", BOB), "one")
     bench.tell(AddClient(ALICE), "one")
     bench.tell(AddClient(ClientInfo("alice", "client-c")), "two")
@@ -139,7 +143,7 @@ def test_restored_state_may_exceed_the_limit(bench: Bench) -> None:
         bench.ask(Subscribe("c"))
     with pytest.raises(ClientError):
         bench.ask(present("c", ALICE))
-    bench.core.restore("one", ["c"], [present("c", ALICE)], (), announce=True)
+    bench.core.restore("one", ["c"], [present("c", ALICE)], (), {}, announce=True)
     assert (bench.core.channels, bench.ask(GetPresence("c"))) == (3, {"client-a": ALICE})
 
 
@@ -174,7 +178,7 @@ class TestLostClients:
     CLIENTS = (ClientInfo("alice", "client-a"), ClientInfo("bob", "client-b"), ClientInfo("", "client-c"))
 
     def start(self, peer: str, core: BrokerCore[str], *, takes_lost: bool = True, is_returning: bool = False) -> None:
-        core.attach(peer, "0")
+        core.attach(peer, f"0-{peer}", "0")
         core.introduce(peer, takes_lost=takes_lost, is_returning=is_returning)
 
     def run(self, *, takes_lost: bool = True, max_channels: int = 10) -> BrokerCore[str]:
@@ -207,12 +211,13 @@ class TestLostClients:
 
     def test_a_worker_that_returns_has_them_itself(self) -> None:
         core = self.run()
-        self.start("again", core, is_returning=True)
+        core.attach("again", "0-first", "0")
+        core.introduce("again", takes_lost=True, is_returning=True)
         assert self.taken(core, "again") == []
 
     def test_another_workers_clients_are_not_given_out(self) -> None:
         core = self.run()
-        core.attach("other", "1")
+        core.attach("other", "1-0", "1")
         core.introduce("other", takes_lost=True, is_returning=False)
         assert self.taken(core, "other") == []
 
@@ -225,3 +230,95 @@ class TestLostClients:
         core = self.run(max_channels=1)
         self.start("second", core)
         assert self.taken(core, "second") == [self.CLIENTS[0]]
+
+
+class TestCut:
+    """Clients that move from one worker to another."""
+
+    def bench(self) -> Bench:
+        """Two workers subscribed to a channel, in which Alice is present; she is a client of the first worker."""
+        bench = Bench()
+        for peer in ("one", "two"):
+            bench.ask(Subscribe("c"), peer)
+        bench.tell(AddClient(ALICE))
+        bench.ask(present("c", ALICE, announce=True))
+        bench.deliveries.made.clear()
+        return bench
+
+    def cut(self, bench: Bench, worker: str = "at two") -> None:
+        bench.ask(Cut("batch", worker, ["client-a"], {"client-a": "secret"}, {"c": ["client-a"]}))
+
+    def test_the_clients_and_their_presence_move_without_a_leave_and_a_join(self) -> None:
+        bench = self.bench()
+        self.cut(bench)
+        assert bench.deliveries.made == [(["two"], "cut", "batch", [ClientInfo("alice", "client-a")])]
+        assert bench.ask(GetPresence("c")) == {"client-a": ALICE}
+        assert bench.ask(GetStats()).clients == 1
+        bench.core.detach("one", 1.0)
+        assert bench.ask(GetPresence("c"), "two") == {"client-a": ALICE}
+        bench.core.detach("two", 1.0)
+        assert bench.ask(GetStats(), "three") == EngineStats()
+
+    def test_the_limit_of_a_user_counts_moved_clients_once(self) -> None:
+        bench = self.bench()
+        self.cut(bench)
+        another = ClientInfo("alice", "client-c")
+        assert not bench.ask(AdmitClient(another, 1))
+        assert bench.ask(AdmitClient(another, 2))
+
+    def test_only_the_worker_that_has_a_client_removes_it(self) -> None:
+        bench = self.bench()
+        self.cut(bench)
+        bench.deliveries.made.clear()
+        bench.ask(RemovePresence("c", "client-a"), "one")
+        bench.tell(RemoveClient("client-a"), "one")
+        assert (bench.deliveries.made, bench.ask(GetStats()).clients) == ([], 1)
+        bench.ask(RemovePresence("c", "client-a"), "two")
+        bench.tell(RemoveClient("client-a"), "two")
+        assert bench.deliveries.made == [(["one", "two"], "left", "c", ALICE)]
+        assert bench.ask(GetStats()).clients == 0
+
+    def test_orders_to_a_session_follow_it(self) -> None:
+        bench = self.bench()
+        order = SendOrder(b"command", "at one", "secret")
+        bench.ask(order, "three")
+        self.cut(bench)
+        bench.ask(order, "three")
+        bench.core.detach("one", 1.0)
+        bench.ask(order, "three")
+        assert [made[0] for made in bench.deliveries.made if made[1] == b"command"] == [["one"], ["two"], ["two"]]
+        bench.tell(RemoveClient("client-a"), "two")
+        assert bench.ask(order, "three") == 0
+
+    def test_a_cut_to_an_unknown_worker_moves_nothing(self) -> None:
+        bench = self.bench()
+        for nobody in ("at four", "at one"):
+            with pytest.raises(ClientError):
+                self.cut(bench, nobody)
+        bench.core.detach("one", 1.0)
+        assert bench.ask(GetStats(), "two").clients == 0
+
+    def test_a_worker_that_restores_a_moved_client_has_it_again(self) -> None:
+        """It did not get the answer to its request, and goes on with the client."""
+        bench = self.bench()
+        self.cut(bench)
+        bench.deliveries.made.clear()
+        bench.core.restore("one", (), [present("c", ALICE, announce=True)], [ALICE], {}, announce=True)
+        bench.ask(RemovePresence("c", "client-a"), "two")
+        bench.tell(RemoveClient("client-a"), "two")
+        assert bench.deliveries.made == []
+        assert (bench.ask(GetPresence("c")), bench.ask(GetStats()).clients) == ({"client-a": ALICE}, 1)
+
+    def test_a_moved_client_is_lost_with_its_new_worker(self) -> None:
+        core = BrokerCore[str](Deliveries(), 10)
+        for peer, slot in (("old", "0"), ("new", "1")):
+            core.attach(peer, f"{slot}-0", slot)
+            core.introduce(peer, takes_lost=True, is_returning=False)
+        core.take_note("old", 0.0, AddClient(ALICE))
+        core.carry_out("old", 0.0, Cut("batch", "1-0", ["client-a"], {}, {}))
+        core.detach("old", 1.0)
+        core.detach("new", 1.0)
+        for peer, slot, lost in (("old again", "0", []), ("new again", "1", [ALICE])):
+            core.attach(peer, f"{slot}-1", slot)
+            core.introduce(peer, takes_lost=True, is_returning=False)
+            assert core.carry_out(peer, 2.0, TakeLostClients(10)) == lost

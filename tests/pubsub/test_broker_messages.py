@@ -26,6 +26,7 @@ from realtime.pubsub.engine import (
     AddClient,
     AddPresence,
     AdmitClient,
+    Cut,
     EngineRequest,
     GetHistory,
     GetPresence,
@@ -67,6 +68,7 @@ FROM_WORKER: list[Any] = [
     SendOrder(b"\x00\xff", "3"),
     AdmitClient(CLIENT, 5),
     TakeLostClients(100),
+    Cut("batch", "1-2", ["client-1"], {"client-1": "secret"}, {"chat": ["client-1"]}),
 ]
 FROM_BROKER: list[Any] = [
     broker_messages.Welcome(VERSION, "abcdefgh"),
@@ -74,6 +76,7 @@ FROM_BROKER: list[Any] = [
     broker_messages.Joined("chat", CLIENT),
     broker_messages.Left("chat", CLIENT),
     broker_messages.OrderSent(b"order"),
+    broker_messages.CutReached("batch", [CLIENT], {"client-1": "secret"}, {"chat": ["client-1"]}),
     broker_messages.RequestFailed(7, 106, "limit exceeded", False),
 ]
 DIRECTIONS = [(TO_BROKER, FROM_WORKER), (TO_WORKER, FROM_BROKER)]
@@ -88,6 +91,7 @@ ANSWERS: list[tuple[type[EngineRequest[Any]], Any]] = [
     (GetPresence, {"client-1": CLIENT}),
     (GetPresenceStats, (2, 1)),
     (AdmitClient, True),
+    (Cut, None),
     (TakeLostClients, [CLIENT]),
     (GetStats, EngineStats(1, 2, 3, 4)),
 ]
@@ -150,7 +154,7 @@ def test_a_frame_is_complete_with_its_last_byte() -> None:
 
 
 def test_a_frame_of_the_largest_size_passes() -> None:
-    message = SendOrder(b"x" * (FRAME_LIMIT - 8), "")
+    message = SendOrder(b"x" * (FRAME_LIMIT - 9), "")
     packed = pack(message)
     assert len(packed) == FRAME_LIMIT + 12
     assert decode(TO_BROKER, packed) == [message]

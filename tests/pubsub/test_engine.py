@@ -33,6 +33,7 @@ from realtime.pubsub.engine import (
     Subscribe,
     Unsubscribe,
     new_listing,
+    worker_address,
 )
 from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
 from realtime.worker.engine import BrokerEngine
@@ -65,6 +66,9 @@ class Log:
 
     def on_order(self, order: bytes) -> None:
         self.entries.append(("order", order))
+
+    def on_cut(self, batch: str) -> None:
+        self.entries.append(("cut", batch))
 
     def on_interruption(self) -> None:
         self.entries.append(("interrupted",))
@@ -483,8 +487,8 @@ async def test_connections_of_the_anonymous_user_are_unlimited(bench: Bench) -> 
 
 async def test_an_order_reaches_its_own_sender(bench: Bench) -> None:
     assert await bench.engine.ask(SendOrder(b"\x00order")) == 1
-    assert await bench.engine.ask(SendOrder(b"to me", worker="0")) == 1
-    assert await bench.engine.ask(SendOrder(b"to nobody", worker="1")) == 0
+    assert await bench.engine.ask(SendOrder(b"to me", worker=worker_address(0, 0))) == 1
+    assert await bench.engine.ask(SendOrder(b"to nobody", worker=worker_address(0, 1))) == 0
     assert (await bench.settled()).entries == [("order", b"\x00order"), ("order", b"to me")]
 
 
@@ -570,7 +574,7 @@ async def test_orders_reach_every_worker(workers: list[Bench]) -> None:
 
 
 async def test_an_order_may_address_one_worker(workers: list[Bench]) -> None:
-    assert await workers[1].engine.ask(SendOrder(b"order", worker="2")) == 1
+    assert await workers[1].engine.ask(SendOrder(b"order", worker=worker_address(2, 0))) == 1
     assert await workers[1].engine.ask(SendOrder(b"order", worker="7")) == 0
     assert [(await bench.settled()).entries for bench in workers] == [[], [], [("order", b"order")]]
 

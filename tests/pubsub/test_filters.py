@@ -122,6 +122,9 @@ def test_the_size_of_a_tree_is_limited() -> None:
     for large in (nested(MAX_DEPTH + 1), nested(5_000), Node("or", nodes=[CHEAP] * MAX_NODES)):
         with pytest.raises(ValueError):
             compiled(large)
+    compiled(nested(3), max_depth=3)
+    with pytest.raises(ValueError, match=r"client\.max_filter_depth"):
+        compiled(nested(4), max_depth=3)
 
 
 TEXTS = st.sampled_from(["", "a", "ab", "1", "2.5", "eq", "in", "gt", "ex"])

@@ -51,6 +51,8 @@ class Receiver:
     def on_order(self, order: bytes) -> None:
         self.orders.append(msgspec.msgpack.decode(order, type=Order))
 
+    def on_cut(self, batch: str) -> None: ...
+
     def on_interruption(self) -> None: ...
 
 

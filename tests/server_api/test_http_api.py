@@ -397,6 +397,29 @@ def test_the_commands_of_a_batch_and_the_channels_of_a_broadcast_are_limited(ben
     assert refused.value.code == 106
 
 
+@pytest.mark.parametrize(
+    ("method", "field"), [("batch", "commands"), ("broadcast", "channels"), ("disconnect", "whitelist")]
+)
+def test_the_items_of_a_long_body_are_counted_before_they_are_decoded(bench: Bench, method: str, field: str) -> None:
+    # Commas within an item, or in text, do not count.
+    item = {"publish": {"channel": "no,no", "data": [1, "],", {"a": [2, 3]}]}} if field == "commands" else "a,b]"
+    bench.api._max_batch = 3000
+    body = {field: [item] * 3000, "user": "ada", "data": "x" * 70_000}
+    assert bench.call(method, body) is not None
+    body[field] = [item] * 3001
+    assert bench.refusal(method, body) == 106
+
+
+def test_the_tags_of_a_long_body_are_counted(bench: Bench) -> None:
+    bench.api._max_batch = 3000
+    body = {"channel": "chat:1", "data": "x" * 70_000, "delta": None}
+    bodies = [json.dumps({**body, "tags": {f"tag {each}": "a,b" for each in range(n)}}).encode() for n in (1500, 1501)]
+    finish(bench.api.call("publish", bodies[0]))
+    with pytest.raises(ClientError) as refused:
+        finish(bench.api.call("publish", bodies[1]))
+    assert refused.value.code == 106
+
+
 class Turn(Gate):
     def callback(self, result: None) -> None:
         self.open()

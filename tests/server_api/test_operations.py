@@ -300,6 +300,46 @@ def test_a_page_of_history_has_a_size(bench: Bench, monkeypatch: pytest.MonkeyPa
     assert ([one["offset"] for one in answer["publications"]], answer["offset"]) == ([1, 2], 5)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("limit", [-1, 3, 4, 5, 0])
+def test_a_page_of_history_is_read_in_parts(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, limit: int, reverse: bool
+) -> None:
+    for number in range(5):
+        bench.call("publish", {"channel": "chat:1", "data": number})
+    query = {"channel": "chat:1", "limit": limit, "reverse": reverse}
+    whole = bench.call("history", query)
+    assert len(whole["publications"]) == (5 if limit < 0 else limit)
+    monkeypatch.setattr(operations, "HISTORY_PART", 2)
+    assert bench.call("history", query) == whole
+
+
+@pytest.mark.parametrize("happens", ["publish", "expire", "remove"])
+def test_a_page_of_history_has_no_gap_though_the_stream_changes_meanwhile(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, happens: str
+) -> None:
+    for number in range(5):
+        bench.call("publish", {"channel": "chat:1", "data": number})
+    monkeypatch.setattr(operations, "HISTORY_PART", 2)
+    ask, requests = bench.engine.ask, []
+
+    async def ask_slowly(request: Any) -> Any:
+        requests.append(request)
+        if len(requests) == 2:
+            monkeypatch.setattr(bench.engine, "ask", ask)
+            if happens == "remove":
+                bench.call("history_remove", {"channel": "chat:1"})
+            for number in range({"publish": 1, "expire": 4, "remove": 1}[happens]):
+                bench.call("publish", {"channel": "chat:1", "data": 5 + number})
+        return await ask(request)
+
+    monkeypatch.setattr(bench.engine, "ask", ask_slowly)
+    answer = bench.call("history", {"channel": "chat:1", "limit": -1})
+    expected = [1, 2, 3, 4, 5] if happens == "publish" else [1, 2]
+    assert [one["offset"] for one in answer["publications"]] == expected
+    assert answer["offset"] == 5
+
+
 def test_history_of_an_unused_channel_has_its_epoch(bench: Bench) -> None:
     answer = bench.call("history", {"channel": "chat:new"})
     assert (answer["publications"], answer["offset"]) == ([], 0)

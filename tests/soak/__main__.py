@@ -12,9 +12,11 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
-from tests.soak.run import Options, Soak
+from tests.soak.hand_over import HandOverFaults, cases
+from tests.soak.run import Options, Run, Soak
 from tests.soak.schedule import KINDS, schedule
 
 
@@ -29,17 +31,23 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--bad-inputs", type=float, default=40.0, help="a second")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--log", type=Path, help="a file for the server's log")
+    parser.add_argument(
+        "--hand-over",
+        type=int,
+        metavar="CASES",
+        help="in place of the faults, kill a process at so many steps of hand-overs, 0 for all",
+    )
     parser.add_argument("--schedule", action="store_true", help="print the faults; start nothing")
     return parser.parse_args(arguments)
 
 
-async def until_signal(soak: Soak) -> None:
-    """Run a soak. SIGINT and SIGTERM end it, and its server."""
+async def until_signal(run: Run) -> None:
+    """Carry out a run. SIGINT and SIGTERM end it, and its server."""
     task = asyncio.current_task()
     assert task
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    await soak.run()
+    await run.run()
 
 
 def main(arguments: list[str]) -> int:
@@ -51,7 +59,19 @@ def main(arguments: list[str]) -> int:
         return 0
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    options = Options(
+    print(f"scripts/soak --seed {seed}: {asked}", flush=True)
+    with open(asked.log or "/dev/null", "w", buffering=1) as copy, tempfile.TemporaryDirectory() as folder:
+        if asked.hand_over is None:
+            run: Run = Soak(options(asked, seed, faults), tell, copy)
+        else:
+            chosen = cases(seed, asked.hand_over or None)
+            run = HandOverFaults(seed, asked.clients, asked.workers, chosen, Path(folder), tell, copy)
+        asyncio.run(until_signal(run))
+    return 1 if run.failed else 0
+
+
+def options(asked: argparse.Namespace, seed: int, faults: int) -> Options:
+    return Options(
         seed,
         asked.seconds,
         asked.clients,
@@ -61,11 +81,10 @@ def main(arguments: list[str]) -> int:
         asked.bad_inputs,
         asked.workers,
     )
-    print(f"scripts/soak --seed {seed}: {options}", flush=True)
-    with open(asked.log or "/dev/null", "w", buffering=1) as copy:
-        soak = Soak(options, lambda text: print(text, flush=True), copy)
-        asyncio.run(until_signal(soak))
-    return 1 if soak.failed else 0
+
+
+def tell(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

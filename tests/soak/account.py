@@ -61,8 +61,8 @@ class Channel:
     """A channel as all clients and publishers saw it.
 
     size, ttl: publications and seconds that its history keeps; 0 without history. passes: whether a publication of this
-    number passes the filter of the channel's filtering subscribers. last: a publication for which every subscriber was
-    there, 0 for none.
+    number passes the filter of the channel's filtering subscribers. asked: the time of the first request for each
+    number. last: a publication for which every subscriber was there, 0 for none.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Channel:
         self.ttl = ttl
         self.passes = passes
         self.epochs: list[Epoch] = []
+        self.asked: dict[int, float] = {}
         self.accepted: dict[int, float] = {}
         self.unanswered: set[int] = set()
         self.last = 0
@@ -108,6 +109,10 @@ class Channel:
         elif known != number:
             text = f"offset {offset} of {epoch.name} is publication {known}, and here {number}"
             self._account.require(False, "N1", BROKEN, who, self.name, text)
+
+    def ask(self, number: int) -> None:
+        """Note that a publisher is about to ask for this publication."""
+        self.asked[number] = self._account.now()
 
     def accept(self, number: int, place: tuple[str, int] | None, newest: int) -> None:
         """Note the answer to a publisher. place: epoch and offset, if it names them. newest: index of the newest epoch

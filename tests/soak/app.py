@@ -9,8 +9,15 @@ import time
 from typing import Any
 
 from realtime import App, ClientError, Credentials, Grant, Request
+from tests.soak import steps
 
 app = App()
+
+
+@app.on_start
+async def watch_steps() -> None:
+    if folder := app.options.get("steps"):
+        steps.watch(str(folder))
 
 
 @app.on_connecting

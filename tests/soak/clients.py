@@ -12,6 +12,7 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 from urllib.parse import quote
@@ -23,7 +24,7 @@ from centrifuge.fossil import apply_delta
 from tests.soak import wire
 from tests.soak.account import BROKEN, Account, PlainSubscription, Subscription
 from tests.soak.members import Room
-from tests.soak.wire import JSON, Encoding, Protobuf, Reply
+from tests.soak.wire import JSON, Encoding, Protobuf, Reply, Unidirectional
 from tests.soak.world import FILTER, Place, World, text
 
 # Seconds until a client gives an attempt to connect up, and until it takes a silent connection for dead.
@@ -76,7 +77,8 @@ class Client:
         self.name = place.name
         self.crowd = crowd
         self.transport, _, encoding = place.transport.partition(" ")
-        self.encoding: Encoding = Protobuf if encoding else JSON
+        self.is_unidirectional = self.transport.startswith("uni_")
+        self.encoding: Encoding = Unidirectional if self.is_unidirectional else Protobuf if encoding else JSON
         self.parts = {part.channel: part for part in self._parts(crowd, place)}
         self.watches = bool(place.watches)
         self.id = self.session = self.node = ""
@@ -108,6 +110,13 @@ class Client:
             parts[-1].lies = True
         return parts
 
+    @property
+    def local_port(self) -> int:
+        """The client's port, 0 without a connection."""
+        transport = self.connection and self.connection.transport
+        name = transport.get_extra_info("sockname") if transport else None
+        return name[1] if name else 0
+
     # Connecting.
 
     def connect(self) -> None:
@@ -115,8 +124,7 @@ class Client:
         self.heard = self.crowd.now()
         self._last_id = 0
         self._pending.clear()
-        kind = WebSocket if self.transport == "websocket" else Stream
-        self.connection = kind(self)
+        self.connection = CONNECTIONS[self.transport](self)
         self.crowd.spawn(self._open(self.connection))
 
     async def _open(self, connection: Connection) -> None:
@@ -134,6 +142,8 @@ class Client:
             data["subs"] = [part.channel for part in own]
             command["subs"] = {part.channel: self._position(part, {}) for part in own}
         commands = [self._command(self._connected, connect=command)]
+        if self.is_unidirectional:
+            return msgspec.json.encode(command)
         commands += [self._subscribe(part) for part in self.parts.values() if part not in own]
         return self.encoding.encode(commands)
 
@@ -283,13 +293,19 @@ class Client:
                 part.book.publication(push.pub.offset, number, push.pub.epoch)
             elif part.book:
                 part.book.publication(number)
+            self.crowd.on_delivery(push.channel, number)
         elif push.unsubscribe:
             self.crowd.counts[f"unsubscribed with {push.unsubscribe.code}"] += 1
             self._ended(part)
-            self.send(self._subscribe(part))
+            if self.is_unidirectional and self.connection:
+                self.connection.cut()  # its next connect request subscribes it again
+            else:
+                self.send(self._subscribe(part))
         elif part.list is not None and push.join:
+            self.crowd.counts["joins seen"] += 1
             part.list.add(push.join.info.client)
         elif part.list is not None and push.leave:
+            self.crowd.counts["leaves seen"] += 1
             part.list.discard(push.leave.info.client)
 
     # Ends.
@@ -318,6 +334,10 @@ class Client:
         data = msgspec.Raw(text(channel, number))
         self.send(self._command(done, publish={"channel": channel, "data": data}))
 
+    def call(self, done: Callable[[Reply | None], None]) -> None:
+        """Call the application. done: gets the reply, or None at the connection's end."""
+        self.send(self._command(done, rpc={"method": "wait", "data": 1}))
+
     def closed(self, code: int) -> None:
         """The server closes the connection with `code`."""
         self.crowd.counts[f"closed with {code}"] += 1
@@ -328,6 +348,7 @@ class Client:
         """The connection is no more. pause: seconds to wait before the next attempt, beside the usual ones."""
         if connection is not self.connection:
             return
+        self.crowd.counts["connections lost"] += 1
         self.connection = None
         self.is_connected = False
         pending, self._pending = self._pending, {}
@@ -449,7 +470,7 @@ class Connection(asyncio.Protocol):
 
 class WebSocket(Connection):
     def first(self) -> bytes:
-        return wire.handshake("/connection/websocket", self.client.encoding.subprotocol)
+        return wire.handshake(f"/connection/{self.client.transport}", self.client.encoding.subprotocol)
 
     def opened(self) -> None:
         self.send(self.client.hello())
@@ -484,16 +505,17 @@ class Stream(Connection):
         self._line = b""
 
     def first(self) -> bytes:
-        if self.client.transport == "sse":
-            return wire.request("GET", "/connection/sse?cf_connect=" + quote(self.client.hello()))
-        return wire.request("POST", "/connection/http_stream", self.client.encoding.content_type, self.client.hello())
+        path = f"/connection/{self.client.transport}"
+        if self.client.transport.endswith("sse"):
+            return wire.request("GET", f"{path}?cf_connect={quote(self.client.hello())}")
+        return wire.request("POST", path, self.client.encoding.content_type, self.client.hello())
 
     def send(self, message: bytes) -> None:
         self.client.crowd.spawn(self.client.crowd.emulate(self.client, message))
 
     def feed(self, data: bytes) -> bytes:
         content, rest = wire.chunks(data)
-        if self.client.transport == "sse":
+        if self.client.transport.endswith("sse"):
             *events, self._line = (self._line + content).replace(b"\r\n", b"").split(b"\n\n")
             for event in events:
                 self._take(event.removeprefix(b"data: "))
@@ -507,10 +529,28 @@ class Stream(Connection):
             self.client.received(message)
 
 
+class UnidirectionalStream(Stream):
+    """A stream to a client that sends no commands."""
+
+    def send(self, message: bytes) -> None:
+        pass
+
+
+CONNECTIONS: dict[str, type[Connection]] = {
+    "websocket": WebSocket,
+    "http_stream": Stream,
+    "sse": Stream,
+    "uni_websocket": WebSocket,
+    "uni_http_stream": UnidirectionalStream,
+    "uni_sse": UnidirectionalStream,
+}
+
+
 class Crowd:
-    """All clients, and their sweep."""
+    """All clients, and their sweep. on_delivery: called with channel and number of each pushed publication."""
 
     def __init__(self, world: World, seed: int, http: aiohttp.ClientSession, port: int) -> None:
+        self.on_delivery: Callable[[str, int], object] = lambda channel, number: None
         self.world = world
         self.account: Account = world.account
         self.now = world.account.now
@@ -565,15 +605,31 @@ class Crowd:
         found = self.connected()
         return random.sample(found, min(len(found), max(1, round(share * len(self.clients)))))
 
-    def compare_rooms(self) -> None:
-        """Compare the lists of all watchers with the members."""
+    def compare_rooms(self) -> bool:
+        """Compare the lists of all watchers with the members. Returns whether all are right."""
+        are_right = True
         for client in self.clients:
             if client.watches and client.is_connected and client.connection and not client.connection.is_deaf:
                 for part in client.parts.values():
                     if part.list is not None and part.room:
-                        part.room.compare(client.name, part.list, part.listed_since)
+                        are_right &= part.room.compare(client.name, part.list, part.listed_since)
         for room in self.world.rooms.values():
             room.forget()
+        return are_right
+
+    async def find_silent(self, limit: float) -> list[Client]:
+        """Call the server on every connection; return the clients that have no answer after `limit` seconds although
+        their connections are as they were. Those of a unidirectional transport have none."""
+        asked = {client: client.connection for client in self.connected() if not client.is_unidirectional}
+        answered = set()
+        for client in asked:
+            client.call(partial(lambda client, reply: answered.add(client), client))
+        until = self.now() + limit
+        while self.now() < until and len(answered) < len(asked):
+            await asyncio.sleep(0.05)
+        return [
+            client for client, connection in asked.items() if client not in answered and client.connection is connection
+        ]
 
     async def close(self) -> None:
         for client in self.clients:

@@ -19,6 +19,7 @@ import psutil
 
 from tests.soak.account import Account
 from tests.soak.clients import Connection, Crowd
+from tests.soak.holders import sockets
 from tests.soak.schedule import Fault
 from tests.soak.served import Service
 from tests.soak.wire import request
@@ -108,6 +109,11 @@ class Faults:
     async def drain_worker(self, fault: Fault) -> None:
         await self._kill(fault, "worker", signal.SIGTERM)
 
+    async def reload(self, fault: Fault) -> None:
+        status, said = await self._service.reload()
+        if status:
+            self.impossible[f"reload: {said.splitlines()[-1] if said else status}"] += 1
+
     async def kill_broker(self, fault: Fault) -> None:
         await self._kill(fault, "broker")
 
@@ -181,8 +187,8 @@ class Faults:
         worker, broker = self._one_of("worker", fault), self._one_of("broker", fault)
         if worker is None or broker is None:
             return
-        inodes = set(_sockets(worker).values())
-        pairs = [fd for fd, inode in _sockets(broker).items() if {inode - 1, inode + 1} & inodes]
+        inodes = set(sockets(worker).values())
+        pairs = [fd for fd, inode in sockets(broker).items() if {inode - 1, inode + 1} & inodes]
         if not pairs or not all(_shut(broker, fd) for fd in pairs):
             self.impossible["no link could be cut"] += 1
 
@@ -261,17 +267,6 @@ class Faults:
             one.close()
 
 
-def _sockets(pid: int) -> dict[int, int]:
-    """Return the inodes of a process's sockets, by descriptor."""
-    found = {}
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with suppress(OSError):
-            target = os.readlink(f"/proc/{pid}/fd/{name}")
-            if target.startswith("socket:["):
-                found[int(name)] = int(target[8:-1])
-    return found
-
-
 def _shut(pid: int, fd: int) -> bool:
     """Shut a socket of another process down."""
     pidfd = os.pidfd_open(pid)
@@ -291,6 +286,7 @@ ACTIONS: dict[str, Callable[[Faults, Fault], Coroutine[Any, Any, None]]] = {
     "stop a worker": Faults.stop_worker,
     "stop a worker for good": Faults.stop_worker_for_good,
     "drain a worker": Faults.drain_worker,
+    "reload": Faults.reload,
     "kill the broker": Faults.kill_broker,
     "stop the broker": Faults.stop_broker,
     "kill the supervisor": Faults.kill_supervisor,

@@ -40,8 +40,8 @@ class Room:
         if member := self.members.get(client):
             member.unsure = True
 
-    def compare(self, watcher: str, listed: set[str], since: float) -> None:
-        """Compare a watcher's list, which it has kept since `since`, with the members.
+    def compare(self, watcher: str, listed: set[str], since: float) -> bool:
+        """Compare a watcher's list, which it has kept since `since`, with the members. Returns whether it is right.
 
         A list may be wrong for a while: members of a worker leave and join again where its link to the broker is cut.
         """
@@ -59,6 +59,7 @@ class Room:
             in_time = now - wrong[client] <= EVENTUALLY
             self._account.require(in_time, "N12", BROKEN, watcher, self.channel, text)
         self._wrong[watcher] = wrong
+        return not wrong
 
     def forget(self) -> None:
         """Drop memberships that ended so long ago that no list can have them without a finding already."""

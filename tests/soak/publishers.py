@@ -64,6 +64,7 @@ class APIPublisher:
         if channel.name.startswith("tags:"):
             body["tags"] = tags(number)
         began = channel_now = self._world.account.now()
+        channel.ask(number)
         newest = channel.newest()
         while channel_now - began < PATIENCE:
             self.counts["attempts"] += 1
@@ -130,6 +131,7 @@ class Speakers:
             else:
                 channel.accept(number, None, -1)
 
+        channel.ask(number)
         client.publish(name, number, done)
 
 

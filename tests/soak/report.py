@@ -30,6 +30,17 @@ LINES = (
 MOST = 30  # lines of one table
 
 
+def tell_account(account: Account, totals: Mapping[str, int], tell: Callable[[str], None]) -> None:
+    tell("\nTHE ACCOUNT, publications summed over all subscriptions")
+    for name in LINES:
+        tell(f"  {totals[name]:12,}  {name}")
+    tell(f"  {totals['silently lost']:12,}  {LOST}")
+    for effect in (REPEATED, REORDERED, BROKEN):
+        tell(f"  {account.effects[effect]:12,}  {effect}")
+    for rule, number in sorted(account.rules.items()):
+        tell(f"  {number:12,}  findings of {rule}")
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """totals: of `Account.close`."""
@@ -49,14 +60,7 @@ class Report:
             tell(f"{title}: {sum(counts.values())}")
             for kind, number in counts.most_common(MOST):
                 tell(f"  {number:9,}  {kind}")
-        tell("\nTHE ACCOUNT, publications summed over all subscriptions")
-        for name in LINES:
-            tell(f"  {self.totals[name]:12,}  {name}")
-        tell(f"  {self.totals['silently lost']:12,}  {LOST}")
-        for effect in (REPEATED, REORDERED, BROKEN):
-            tell(f"  {self.account.effects[effect]:12,}  {effect}")
-        for rule, number in sorted(self.account.rules.items()):
-            tell(f"  {number:12,}  findings of {rule}")
+        tell_account(self.account, self.totals, tell)
 
     def _tables(self) -> dict[str, Counter[str]]:
         service = self.service

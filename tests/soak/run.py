@@ -1,4 +1,4 @@
-"""One soak: a server, its clients and publishers, faults and bad input at once, and the account at the end."""
+"""A server, its clients and publishers, and the account at the end; with faults and bad input, a soak."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,13 @@ from tests.soak.account import BROKEN, Account, Finding
 from tests.soak.bad_input import Attack
 from tests.soak.clients import ON, Crowd
 from tests.soak.faults import Faults
+from tests.soak.members import EVENTUALLY
 from tests.soak.publishers import FAILURES, APIPublisher, Numbers, Speakers, share_out
 from tests.soak.report import Report
 from tests.soak.schedule import schedule
 from tests.soak.sdk import Readers
 from tests.soak.served import Service, free_ports
 
-PUBLISHERS = 8
 SPEAKERS_SHARE = 0.15  # of the publications
 START_LIMIT = 120.0
 # Seconds until every client is back and has everything, after the last fault.
@@ -51,43 +51,78 @@ class Options:
     workers: int
 
 
-class Soak:
-    """One run. failed: whether its account has a finding."""
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The server of a run, and its load."""
 
-    def __init__(self, options: Options, tell: Callable[[str], None] = print, copy: IO[str] | None = None) -> None:
+    service: Service
+    crowd: Crowd
+    publishers: list[APIPublisher]
+    speakers: Speakers
+
+
+class Run:
+    """A server under load, from its start to the account. failed: whether the account has a finding."""
+
+    publishers = 8  # programs that call the HTTP API
+
+    def __init__(
+        self, seed: int, workers: int, tell: Callable[[str], None] = print, copy: IO[str] | None = None
+    ) -> None:
         """tell: takes the lines of progress and of the account. copy: gets the server's log."""
-        self._options = options
+        self._seed = seed
+        self._workers = workers
         self._tell = tell
         self._copy = copy
         self._began = time.monotonic()
-        self._faults: Faults | None = None
         self.account = Account(self._now, self._latest_fault, worlds.RECOVERY_LIMIT, self._tell_first)
+
+    def _settings(self, port: int, operator_port: int) -> dict[str, Any]:
+        """Return the server's configuration."""
+        return worlds.settings(port, operator_port, self._workers)
+
+    def _create_world(self) -> worlds.World:
+        raise NotImplementedError
+
+    async def _prepare(self, service: Service) -> None:
+        """Called when the server is ready, before any client connects."""
+
+    async def _strain(self, load: Load) -> None:
+        """Put load on the server until it is enough."""
+        raise NotImplementedError
+
+    def _report_all(self, load: Load, totals: Mapping[str, int]) -> None:
+        """Tell the result. totals: of `Account.close`."""
+        raise NotImplementedError
 
     def _now(self) -> float:
         return time.monotonic() - self._began
 
     def _latest_fault(self) -> str:
-        return self._faults.latest if self._faults else ""
+        return ""
 
     @property
     def failed(self) -> bool:
         return bool(self.account.effects)
 
     async def run(self) -> None:
-        """Run the soak; the server has ended afterwards, also if this is cancelled."""
+        """Run all of it; the server has ended afterwards, also if this is cancelled."""
         asyncio.get_running_loop().set_exception_handler(
             lambda loop, context: self._report_own_fault(context.get("exception"))
         )
         port, operator_port = free_ports()
         with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-            settings = worlds.settings(port, operator_port, self._options.workers)
+            settings = self._settings(port, operator_port)
             service = Service(self.account, Path(folder, "realtime.toml"), settings, self._copy)
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
             async with aiohttp.ClientSession(connector=connector) as http:
                 try:
                     service.start()
                     await self._wait_ready(http, service)
-                    await self._soak(service, http)
+                    caring = self._start(service.care())
+                    await self._prepare(service)
+                    await self._load(service, http)
+                    caring.cancel()
                 finally:
                     service.end()
 
@@ -101,26 +136,23 @@ class Soak:
             await asyncio.sleep(0.1)
         raise SystemExit("the server did not start:\n" + "".join(service.output.lines))
 
-    async def _soak(self, service: Service, http: aiohttp.ClientSession) -> None:
-        options = self._options
-        world = worlds.create(self.account, options.seed, options.clients)
-        crowd = Crowd(world, options.seed, http, service.port)
+    async def _load(self, service: Service, http: aiohttp.ClientSession) -> None:
+        world = self._create_world()
+        crowd = Crowd(world, self._seed, http, service.port)
         readers = Readers(world, service.port)
         numbers = Numbers()
         publishers = [
-            APIPublisher(world, http, service.port, numbers, channels) for channels in share_out(world, PUBLISHERS)
+            APIPublisher(world, http, service.port, numbers, channels) for channels in share_out(world, self.publishers)
         ]
-        speakers = Speakers(crowd, numbers)
-        attack = Attack(self.account, service.port)
-        self._faults = faults = Faults(self.account, service, crowd)
+        load = Load(service, crowd, publishers, Speakers(crowd, numbers))
 
-        background = [self._start(part) for part in (service.care(), crowd.run(), self._look(http, service, crowd))]
+        background = [self._start(part) for part in (crowd.run(), self._look(http, service, crowd))]
         await readers.start()
         await self._until(lambda: len(crowd.connected()) == len(crowd.clients), START_LIMIT)
         self._say(f"{len(crowd.connected())} clients are connected")
         gc.collect()
         gc.freeze()  # so that no collection walks all clients
-        await self._strain(crowd, publishers, speakers, attack, faults)
+        await self._strain(load)
         self._say("the load has ended; waiting for all clients")
         await self._settle(crowd, publishers)
         await self._read_histories(world, http, service)
@@ -131,46 +163,29 @@ class Soak:
         await readers.close()
         await crowd.close()
         await service.stop(self._report)
-        report = Report(self.account, totals, crowd, service, faults, publishers, speakers, attack)
-        report.tell(self._tell)
-        self._tell(f"\n{'FAILED' if self.failed else 'passed'}, seed {options.seed}")
+        self._report_all(load, totals)
 
-    async def _strain(
-        self, crowd: Crowd, publishers: list[APIPublisher], speakers: Speakers, attack: Attack, faults: Faults
-    ) -> None:
-        """Put load, bad input and faults on the server."""
-        options, began = self._options, self._now()
-        rate = options.publications * (1 - SPEAKERS_SHARE) / len(publishers)
+    def _publish(self, load: Load, rate: float) -> list[asyncio.Task[None]]:
+        """Start to publish `rate` times a second."""
+        each = rate * (1 - SPEAKERS_SHARE) / len(load.publishers)
         publishing = [
-            self._start(one.run(rate, Random(f"publisher {index} of {options.seed}")))
-            for index, one in enumerate(publishers)
+            self._start(one.run(each, Random(f"publisher {index} of {self._seed}")))
+            for index, one in enumerate(load.publishers)
         ]
-        others = [
-            self._start(speakers.run(options.publications * SPEAKERS_SHARE, Random(f"speakers of {options.seed}"))),
-            self._start(self._leave_and_return(crowd, Random(f"leavers of {options.seed}"))),
-            self._start(attack.run(options.bad_inputs, options.seed)),
-        ]
-        planned = schedule(options.seed, options.seconds, options.faults, options.only)
-        await faults.run(planned, began, self._say)
-        await asyncio.sleep(max(0.0, began + options.seconds - self._now()))
-        await faults.finish()
-        for publisher in publishers:
+        speaking = load.speakers.run(rate * SPEAKERS_SHARE, Random(f"speakers of {self._seed}"))
+        return [*publishing, self._start(speaking)]
+
+    async def _stop_publishing(self, load: Load, publishing: list[asyncio.Task[None]]) -> None:
+        *programs, speaking = publishing
+        speaking.cancel()
+        for publisher in load.publishers:
             publisher.is_ending = True
-        await asyncio.wait(publishing, timeout=SETTLE_LIMIT)  # each ends its current publication
-        for task in [*publishing, *others]:
+        await asyncio.wait(programs, timeout=SETTLE_LIMIT)  # each ends its current publication
+        for task in programs:
             task.cancel()
 
-    async def _leave_and_return(self, crowd: Crowd, random: Random) -> None:
-        """Let a client unsubscribe and subscribe again, now and then."""
-        while True:
-            await asyncio.sleep(random.expovariate(len(crowd.clients) / 1000))
-            client = random.choice(crowd.clients)
-            for part in client.parts.values():
-                if client.is_connected and part.state == ON and not part.channel.startswith("own:"):
-                    client.unsubscribe(part)
-
-    async def _settle(self, crowd: Crowd, publishers: list[APIPublisher]) -> None:
-        """Wait until all clients are back, publish once more everywhere, and wait for that."""
+    async def _wait_back(self, crowd: Crowd) -> None:
+        """Wait until all clients are connected and in their channels."""
 
         def absent() -> list[str]:
             return [
@@ -182,12 +197,18 @@ class Soak:
 
         if not await self._until(lambda: not absent(), SETTLE_LIMIT):
             self._report("clients", f"{len(absent())} subscriptions did not come back: {absent()[:5]}")
+
+    async def _settle(self, crowd: Crowd, publishers: list[APIPublisher]) -> None:
+        """Wait until all clients are back, publish once more everywhere, and wait for that."""
+
+        await self._wait_back(crowd)
         settled = self._now()
         await asyncio.gather(
             *(one.publish(channel) for one in publishers for channel in one.channels), return_exceptions=True
         )
         self.account.expect_last(settled)
         await self._until(lambda: not any(self.account.unsettled()), SETTLE_LIMIT)
+        await self._until(crowd.compare_rooms, EVENTUALLY)
         await asyncio.sleep(1.0)  # for repeats
 
     async def _read_histories(self, world: worlds.World, http: aiohttp.ClientSession, service: Service) -> None:
@@ -255,3 +276,54 @@ class Soak:
                 return False
             await asyncio.sleep(0.1)
         return True
+
+
+class Soak(Run):
+    """Load, faults and bad input at once."""
+
+    def __init__(self, options: Options, tell: Callable[[str], None] = print, copy: IO[str] | None = None) -> None:
+        super().__init__(options.seed, options.workers, tell, copy)
+        self._options = options
+        self._faults: Faults | None = None
+        self._attack: Attack | None = None
+
+    def _create_world(self) -> worlds.World:
+        return worlds.create(self.account, self._seed, self._options.clients)
+
+    def _latest_fault(self) -> str:
+        return self._faults.latest if self._faults else ""
+
+    async def _strain(self, load: Load) -> None:
+        """Put load, bad input and faults on the server."""
+        options, began = self._options, self._now()
+        self._attack = attack = Attack(self.account, load.service.port)
+        self._faults = faults = Faults(self.account, load.service, load.crowd)
+        publishing = self._publish(load, options.publications)
+        others = [
+            self._start(self._leave_and_return(load.crowd, Random(f"leavers of {options.seed}"))),
+            self._start(attack.run(options.bad_inputs, options.seed)),
+        ]
+        planned = schedule(options.seed, options.seconds, options.faults, options.only)
+        await faults.run(planned, began, self._say)
+        await asyncio.sleep(max(0.0, began + options.seconds - self._now()))
+        await faults.finish()
+        await self._stop_publishing(load, publishing)
+        for task in others:
+            task.cancel()
+
+    async def _leave_and_return(self, crowd: Crowd, random: Random) -> None:
+        """Let a client unsubscribe and subscribe again, now and then."""
+        while True:
+            await asyncio.sleep(random.expovariate(len(crowd.clients) / 1000))
+            client = random.choice(crowd.clients)
+            for part in client.parts.values():
+                if client.is_connected and part.state == ON and not part.channel.startswith("own:"):
+                    client.unsubscribe(part)
+
+    def _report_all(self, load: Load, totals: Mapping[str, int]) -> None:
+        assert self._faults and self._attack
+        report = Report(
+            self.account, totals, load.crowd, load.service, self._faults, load.publishers, load.speakers, self._attack
+        )
+        report.tell(self._tell)
+        self._tell(f"\n{'FAILED' if self.failed else 'passed'}, seed {self._seed}")

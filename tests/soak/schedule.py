@@ -12,6 +12,7 @@ KINDS: dict[str, tuple[int, tuple[float, ...]]] = {
     "stop a worker": (3, (0.5, 2.0, 5.0)),
     "stop a worker for good": (1, (12.0,)),
     "drain a worker": (2, (0.0,)),
+    "reload": (3, (0.0,)),
     "kill the broker": (2, (0.0,)),
     "stop the broker": (2, (1.0, 4.0, 8.0)),
     "kill the supervisor": (1, (0.0,)),

@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.soak.account import BROKEN, Account
 from tests.system.serving import CHECKOUT, TWISTD, belongs, toml
 
+REALTIME = TWISTD.with_name("realtime")
 HANDLER, OTHER = "handler process", "other"
 ROLES = {
     "realtime.worker.process": "worker",
@@ -76,7 +77,9 @@ class Output:
 
 
 class Service:
-    """The server's processes. pids: the running ones by pid, with their roles."""
+    """The server's processes. pids: the running ones by pid, with their roles. is_restarting: the server has ended, and
+    is about to start again.
+    """
 
     def __init__(self, account: Account, config: Path, settings: dict[str, Any], copy: IO[str] | None = None) -> None:
         config.write_text("".join(f"{key} = {toml(value)}\n" for key, value in settings.items()))
@@ -88,6 +91,7 @@ class Service:
         self.deaths: Counter[str] = Counter()
         self.largest: Counter[str] = Counter()
         self.is_stopping = False
+        self.is_restarting = False
         self.dropped: Counter[tuple[tuple[str, str], ...]] = Counter()
         self._dropped_before: dict[tuple[tuple[str, str], ...], float] = {}
         self._account = account
@@ -118,10 +122,11 @@ class Service:
             assert self._process
             if self._process.poll() is not None and not self.is_stopping:
                 await self._restart(self._process.returncode)
-            self._count()
+            self.census()
             await asyncio.sleep(CENSUS)
 
     async def _restart(self, status: int) -> None:
+        self.is_restarting = True
         excuse = self._excused.pop(self.supervisor, None)
         self.deaths[f"supervisor: {excuse or 'unexpected'}"] += 1
         text = f"the supervisor ended with status {status}"
@@ -139,12 +144,14 @@ class Service:
         await asyncio.sleep(RESTART)
         self._account.data_lost()
         self.start()
+        self.is_restarting = False
 
     def family(self) -> list[psutil.Process]:
         """All processes of this server, also those whose parent is gone."""
         return [process for process in psutil.process_iter() if belongs(process, self._sessions[-1])]
 
-    def _count(self) -> None:
+    def census(self) -> None:
+        """Look at the processes: `pids`, and the ends since the last census."""
         if self._process is None or self._process.poll() is not None:
             return
         try:
@@ -208,6 +215,10 @@ class Service:
                 self.dropped[key] += round(sample.value - before if sample.value >= before else sample.value)
                 self._dropped_before[key] = sample.value
 
+    def everyone(self) -> list[int]:
+        """Return all processes, the supervisor included."""
+        return [self.supervisor, *self.pids]
+
     # Faults.
 
     def of(self, role: str) -> list[int]:
@@ -233,6 +244,18 @@ class Service:
     def fill_disk(self, full: bool) -> None:
         """From its next start on, the server's output is a full disk, or a pipe again."""
         self._full_disk = full
+
+    async def reload(self) -> tuple[int, str]:
+        """Replace every worker; returns the exit status of the command, and its output."""
+        self.census()
+        for pid in self.of("worker"):
+            self.excuse(pid, "reload")
+        command = [str(REALTIME), "reload", "--config", str(self._config)]
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        said, _ = await process.communicate()
+        return process.returncode or 0, said.decode()
 
     # The end.
 

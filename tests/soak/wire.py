@@ -64,7 +64,10 @@ class Presence(Struct):
 
 
 class Push(Struct):
+    """connect: to unidirectional clients, in place of a reply."""
+
     channel: str = ""
+    connect: Connected | None = None
     pub: Pub | None = None
     join: Member | None = None
     leave: Member | None = None
@@ -115,6 +118,21 @@ class JSON:
     def text(pub: Pub, delta: bool) -> bytes:
         """Return the data of a publication. delta: whether the subscription has deltas, which are JSON strings."""
         return msgspec.json.decode(pub.data, type=str).encode() if delta else bytes(pub.data)
+
+
+class Unidirectional(JSON):
+    """Lines of JSON that are pushes."""
+
+    _push = msgspec.json.Decoder(Push).decode
+
+    @classmethod
+    def replies(cls, message: bytes) -> Iterator[Reply]:
+        for line in message.split(b"\n"):
+            push = cls._push(line)
+            if push.connect:
+                yield Reply(1, connect=push.connect)
+            elif push.channel or push.disconnect:
+                yield Reply(push=push)
 
 
 class Protobuf:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -10,7 +11,7 @@ from typing import Any
 from tests.soak.account import Account, Channel
 from tests.soak.members import Room
 
-HERE = Path(__file__).parent
+CHECKOUT = Path(__file__).parents[2]
 KEY = "the key of the soak"
 SECRET = "a secret of the soak, of 32 bytes"
 RECOVERY_LIMIT = 300
@@ -31,13 +32,34 @@ NAMESPACES: dict[str, tuple[dict[str, Any], int]] = {
     "room": ({**_OPEN, "presence": True, "join_leave": True, "allow_presence_for_subscriber": True}, 40),
     "closed": ({}, 50),
 }
-# Out of a hundred clients: the namespace of the first subscription, and of the second.
-FIRST = {"stream": 34, "talk": 10, "delta": 12, "tags": 12, "cache": 8, "short": 8, "heavy": 4, "own": 12}
-SECOND = {"plain": 50, "room": 30, "closed": 2, "": 18}
-LIARS = 3  # out of a hundred
-TRANSPORTS = {"websocket": 74, "websocket protobuf": 14, "http_stream": 4, "http_stream protobuf": 2, "sse": 6}
 WATCHERS = 2  # for each room
 HEAVY = 4000  # bytes of a publication in the namespace `heavy`
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What the clients are, out of a hundred: the namespace of the first subscription, and of the second; transports;
+    liars, which claim impossible positions. members: the number of clients for each channel, that of `NAMESPACES` if 0.
+
+    Clients of a unidirectional transport have a channel of the namespace `own` alone.
+    """
+
+    first: Mapping[str, int]
+    second: Mapping[str, int]
+    transports: Mapping[str, int]
+    liars: int = 0
+    members: int = 0
+
+
+SOAK = Mix(
+    {"stream": 34, "talk": 10, "delta": 12, "tags": 12, "cache": 8, "short": 8, "heavy": 4, "own": 12},
+    {"plain": 50, "room": 30, "closed": 2, "": 18},
+    {
+        "websocket": 71, "websocket protobuf": 14, "http_stream": 4, "http_stream protobuf": 2, "sse": 6,
+        "uni_websocket": 1, "uni_http_stream": 1, "uni_sse": 1,
+    },
+    liars=3,
+)  # fmt: skip
 
 
 def settings(port: int, operator_port: int, workers: int) -> dict[str, Any]:
@@ -46,11 +68,13 @@ def settings(port: int, operator_port: int, workers: int) -> dict[str, Any]:
         "http_server": {"address": "127.0.0.1", "port": port, "internal_port": operator_port},
         "workers": {"count": workers, "restart_delay_max": "2s"},
         "shutdown": {"timeout": "10s", "spread": "1s"},
-        "app": {"module": "app:app", "path": str(HERE)},
+        "app": {"module": "tests.soak.app:app", "path": str(CHECKOUT)},
         "client": {"token": {"hmac_secret_key": SECRET}},
         "http_api": {"key": KEY},
         "http_stream": {"enabled": True},
         "sse": {"enabled": True},
+        "uni_websocket": {"enabled": True},
+        "uni_http_stream": {"enabled": True},
         "uni_sse": {"enabled": True},
         "channel": {"namespaces": [{"name": name, **options} for name, (options, _) in NAMESPACES.items()]},
     }
@@ -96,36 +120,42 @@ class World:
     places: list[Place] = field(default_factory=list)
 
 
-def create(account: Account, seed: int, clients: int) -> World:
+def create(account: Account, seed: int, clients: int, mix: Mix = SOAK) -> World:
     """Distribute `clients` over transports and channels, by the seed."""
     world, random = World(account), Random(f"clients of {seed}")
     numbers = {
-        name: max(2, round(clients * (FIRST.get(name, 0) + SECOND.get(name, 0)) / 100 / size))
+        name: max(2, round(clients * share / 100 / (mix.members or size)))
         for name, (_, size) in NAMESPACES.items()
+        if (share := mix.first.get(name, 0) + mix.second.get(name, 0))
     }
     for name, number in numbers.items():
-        options = NAMESPACES[name][0]
-        ttl = float(options.get("history_ttl", "0s").removesuffix("s"))
         for index in range(number):
-            channel = f"{name}:{index}"
-            if name == "room":
-                world.rooms[channel] = Room(account, channel)
-            elif name != "closed":
-                channel_passes = passes if name == "tags" else bool
-                world.channels[channel] = account.add_channel(
-                    channel, options.get("history_size", 0), ttl, channel_passes
-                )
+            _add_channel(world, name, f"{name}:{index}")
 
-    def pick(shares: dict[str, int]) -> str:
+    def pick(shares: Mapping[str, int]) -> str:
         return random.choices(list(shares), list(shares.values()))[0]
 
     for index in range(clients):
-        names = [name for name in (pick(FIRST), pick(SECOND)) if name]
+        transport = pick(mix.transports)
+        is_unidirectional = transport.startswith("uni_")
+        names = [name for name in (pick(mix.first), pick(mix.second)) if name]
+        if is_unidirectional:
+            names = ["own"]
         channels = tuple(f"{name}:{random.randrange(numbers[name])}" for name in names)
         others = [f"stream:{other}" for other in range(numbers["stream"]) if f"stream:{other}" not in channels]
-        lies_in = random.choice(others) if random.random() < LIARS / 100 else ""
-        world.places.append(Place(f"client {index}", pick(TRANSPORTS), channels, lies_in=lies_in))
+        lies_in = random.choice(others) if random.random() < mix.liars / 100 and not is_unidirectional else ""
+        world.places.append(Place(f"client {index}", transport, channels, lies_in=lies_in))
     for room in world.rooms:
         for index in range(WATCHERS):
             world.places.append(Place(f"watcher {index} of {room}", "websocket", (), room))
     return world
+
+
+def _add_channel(world: World, namespace: str, channel: str) -> None:
+    options = NAMESPACES[namespace][0]
+    if namespace == "room":
+        world.rooms[channel] = Room(world.account, channel)
+    elif namespace != "closed":
+        size, ttl = options.get("history_size", 0), float(options.get("history_ttl", "0s").removesuffix("s"))
+        channel_passes = passes if namespace == "tags" else bool
+        world.channels[channel] = world.account.add_channel(channel, size, ttl, channel_passes)

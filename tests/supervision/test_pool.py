@@ -22,13 +22,16 @@ from realtime.supervision.pool import (
     DumpProcessStacks,
     Effect,
     HaltService,
+    HandOver,
     LogLine,
     NotifySystemd,
     Pool,
     PoolEvent,
+    ReloadEnded,
     SignalProcess,
     SlotState,
     SpawnProcess,
+    UseRevision,
 )
 
 WORKERS = WorkersSettings(restart_delay=0.1, restart_delay_max=3.0, restart_reset=60.0, start_timeout=30.0)
@@ -51,12 +54,39 @@ class World:
     def up(self) -> World:
         self.do(self.pool.start(self.now))
         for number in self.pool.slots:
-            self.do(self.pool.process_ready(number, self.now))
+            self.ready(number)
         self.effects.clear()
         return self
 
+    def serving(self, number: int) -> int:
+        """The generation of the process that serves the slot."""
+        return self.pool.slots[number].process.generation
+
+    def successor(self, number: int) -> int:
+        successor = self.pool.slots[number].successor
+        assert successor is not None
+        return successor.generation
+
+    def predecessor(self, number: int) -> int:
+        predecessor = self.pool.slots[number].predecessor
+        assert predecessor is not None
+        return predecessor.generation
+
+    def ready(self, number: int) -> list[Effect]:
+        return self.do(self.pool.process_ready(self.serving(number), self.now))
+
+    def fail(self, number: int, reason: str, status: int) -> list[Effect]:
+        return self.do(self.pool.start_failed(self.serving(number), reason, status, self.now))
+
+    def broker_link_lost(self, number: int) -> list[Effect]:
+        return self.do(self.pool.broker_link_lost(self.serving(number), self.now))
+
+    def control_link_lost(self, number: int) -> list[Effect]:
+        return self.do(self.pool.control_link_lost(self.serving(number), self.now))
+
     def beats(self) -> dict[int, float]:
-        return {number: self.now for number in self.pool.slots if number not in self.silent}
+        slots = self.pool.slots.values()
+        return {one.generation: self.now for slot in slots for one in slot.processes if slot.number not in self.silent}
 
     def tick(self) -> list[Effect]:
         self.now += TICK
@@ -67,19 +97,41 @@ class World:
         return [effect for _ in range(round(seconds / TICK)) for effect in self.tick()]
 
     def exit(self, number: int, status: int) -> list[Effect]:
-        return self.do(self.pool.process_exited(number, status, self.now))
+        return self.ended(self.serving(number), status)
+
+    def ended(self, generation: int, status: int) -> list[Effect]:
+        return self.do(self.pool.process_exited(generation, status, self.now))
 
     def die(self, number: int, status: int = 1) -> float:
         """Let the slot's process die. Returns the seconds until the start of the next one."""
         self.exit(number, status)
         died = self.now
-        while SpawnProcess(number) not in self.tick():
+        while slots(SpawnProcess, self.tick()) != [number]:
             assert self.now - died < 100
         return self.now - died
+
+    def hand_over(self, number: int) -> list[Effect]:
+        """Let the slot's successor become ready, and its predecessor hand over, drain and end."""
+        effects = self.do(self.pool.process_ready(self.successor(number), self.now))
+        assert slots(HandOver, effects) == [number]
+        assert slots(DrainProcess, self.do(self.pool.handed_over(self.predecessor(number), self.now))) == [number]
+        return self.ended(self.predecessor(number), 0)
+
+    def lines(self) -> list[str]:
+        return [report.line for report in of(LogLine, self.effects)]
 
 
 def of(kind: type, effects: Sequence[Effect]) -> list[Any]:
     return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def slots(kind: type, effects: Sequence[Effect]) -> list[int]:
+    """The slots of the effects of a kind."""
+    return [effect.slot for effect in of(kind, effects)]
+
+
+def signals(effects: Sequence[Effect]) -> list[tuple[int, int]]:
+    return [(effect.slot, effect.number) for effect in of(SignalProcess, effects)]
 
 
 # Starting.
@@ -87,26 +139,28 @@ def of(kind: type, effects: Sequence[Effect]) -> list[Any]:
 
 def test_start_spawns_the_broker_and_every_worker() -> None:
     world = World(workers=3)
-    assert world.pool.start(0.0) == [SpawnProcess(BROKER), SpawnProcess(0), SpawnProcess(1), SpawnProcess(2)]
+    effects = world.pool.start(0.0)
+    assert slots(SpawnProcess, effects) == [BROKER, 0, 1, 2]
+    assert len({effect.generation for effect in of(SpawnProcess, effects)}) == 4
 
 
 def test_a_pool_without_broker() -> None:
     world = World(workers=1, broker=False)
-    assert world.pool.start(0.0) == [SpawnProcess(0)]
-    assert NotifySystemd("ready") in world.pool.process_ready(0, 0.0)
+    assert slots(SpawnProcess, world.pool.start(0.0)) == [0]
+    assert NotifySystemd("ready") in world.ready(0)
     assert of(ConnectToBroker, world.wait(1)) == []
 
 
 def test_systemd_is_notified_once_when_the_last_slot_is_ready() -> None:
     world = World()
     world.pool.start(world.now)
-    assert of(NotifySystemd, world.pool.process_ready(0, world.now) + world.pool.process_ready(BROKER, world.now)) == []
+    assert of(NotifySystemd, world.ready(0) + world.ready(BROKER)) == []
     assert not world.pool.ready
-    assert of(NotifySystemd, world.pool.process_ready(1, world.now)) == [NotifySystemd("ready")]
+    assert of(NotifySystemd, world.ready(1)) == [NotifySystemd("ready")]
     assert world.pool.ready
     world.die(0)
     assert not world.pool.ready
-    assert of(NotifySystemd, world.pool.process_ready(0, world.now)) == []
+    assert of(NotifySystemd, world.ready(0)) == []
     assert world.pool.ready
 
 
@@ -114,7 +168,7 @@ def test_systemd_is_notified_once_when_the_last_slot_is_ready() -> None:
 def test_each_worker_is_connected_once_as_soon_as_the_broker_is_ready(order: tuple[int, ...]) -> None:
     world = World()
     world.pool.start(world.now)
-    effects = [effect for number in order for effect in world.pool.process_ready(number, world.now)]
+    effects = [effect for number in order for effect in world.ready(number)]
     assert sorted(effect.slot for effect in of(ConnectToBroker, effects)) == [0, 1]
     assert of(ConnectToBroker, world.wait(1)) == []
 
@@ -122,14 +176,14 @@ def test_each_worker_is_connected_once_as_soon_as_the_broker_is_ready(order: tup
 def test_a_worker_that_is_not_ready_in_time_is_killed_and_replaced() -> None:
     world = World()
     world.pool.start(world.now)
-    world.pool.process_ready(BROKER, world.now)
-    world.pool.process_ready(0, world.now)
+    world.ready(BROKER)
+    world.ready(0)
     assert world.wait(29.8) == []
-    assert of(DumpProcessStacks, world.wait(0.3)) == [DumpProcessStacks(1)], "the line that hangs is logged"
-    assert of(SignalProcess, world.wait(0.4)) == [SignalProcess(1, signal.SIGKILL)]
+    assert slots(DumpProcessStacks, world.wait(0.3)) == [1], "the line that hangs is logged"
+    assert signals(world.wait(0.4)) == [(1, signal.SIGKILL)]
     world.exit(1, -signal.SIGKILL)
     assert world.pool.slots[1].restarts == {"start_timeout": 1}
-    assert of(SpawnProcess, world.wait(0.2)) == [SpawnProcess(1)]
+    assert slots(SpawnProcess, world.wait(0.2)) == [1]
 
 
 # Dying.
@@ -138,21 +192,16 @@ def test_a_worker_that_is_not_ready_in_time_is_killed_and_replaced() -> None:
 def test_a_dead_worker_is_replaced_and_connected_again() -> None:
     world = World().up()
     assert world.die(0, -signal.SIGSEGV) < 0.3
-    assert ConnectToBroker(0) in world.effects
-    world.pool.process_ready(0, world.now)
-    assert [report.line for report in of(LogLine, world.effects)] == [
-        "worker 0 was killed by SIGSEGV; restarting it in 0.1 s"
-    ]
+    assert 0 in slots(ConnectToBroker, world.effects)
+    assert world.lines() == ["worker 0 was killed by SIGSEGV; restarting it in 0.1 s"]
+    world.ready(0)
     assert world.pool.slots[0].restarts == {"signal": 1}
 
 
 def test_a_dead_broker_is_replaced_and_all_workers_connected_again() -> None:
     world = World().up()
     world.die(BROKER, -signal.SIGKILL)
-    assert of(ConnectToBroker, world.pool.process_ready(BROKER, world.now)) == [
-        ConnectToBroker(0),
-        ConnectToBroker(1),
-    ]
+    assert slots(ConnectToBroker, world.ready(BROKER)) == [0, 1]
 
 
 def test_the_delay_doubles_up_to_its_limit() -> None:
@@ -165,7 +214,7 @@ def test_the_delay_is_reset_after_restart_reset_seconds() -> None:
     world = World().up()
     for _ in range(4):
         world.die(0)
-    world.pool.process_ready(0, world.now)
+    world.ready(0)
     world.wait(60.1)
     assert world.die(0) < 0.3
 
@@ -174,7 +223,7 @@ def test_the_delay_is_not_reset_before_restart_reset_seconds() -> None:
     world = World().up()
     for _ in range(4):
         world.die(0)
-    world.pool.process_ready(0, world.now)
+    world.ready(0)
     world.wait(59)
     assert world.die(0) > 1.5
 
@@ -199,7 +248,7 @@ def test_a_crash_loop_is_logged_in_one_line_once_a_minute() -> None:
     while world.now - began < 200:
         for number in (0, 1):
             if world.pool.slots[number].state is SlotState.STARTING:
-                world.pool.start_failed(number, "no such module", 78, world.now)
+                world.fail(number, "no such module", 78)
                 world.exit(number, 78)
             elif world.pool.slots[number].state is SlotState.READY:
                 world.exit(number, 1)
@@ -216,7 +265,7 @@ def test_recovery_from_a_crash_loop_is_logged() -> None:
     world = World().up()
     for _ in range(5):
         world.die(0)
-    assert of(LogLine, world.pool.process_ready(0, world.now)) == []
+    assert of(LogLine, world.ready(0)) == []
     assert [report.line for report in of(LogLine, world.wait(61))] == ["worker 0 has recovered: ready for 60 s"]
 
 
@@ -243,13 +292,10 @@ def test_it_serves_while_the_broker_and_a_worker_turn(silent: set[int], serving:
 def test_a_failure_at_the_first_start_halts_with_the_reason() -> None:
     world = World()
     world.do(world.pool.start(world.now))
-    world.do(world.pool.process_ready(0, world.now))
-    effects = world.pool.start_failed(1, "app.module: no module named chat", 78, world.now)
-    assert effects == [
-        NotifySystemd("stopping"),
-        SignalProcess(BROKER, signal.SIGKILL),
-        SignalProcess(0, signal.SIGKILL),
-    ]
+    world.ready(0)
+    effects = world.fail(1, "app.module: no module named chat", 78)
+    assert effects[0] == NotifySystemd("stopping")
+    assert signals(effects) == [(BROKER, signal.SIGKILL), (0, signal.SIGKILL)]
     world.exit(BROKER, -9)
     world.exit(0, -9)
     assert world.exit(1, 78) == [HaltService(78, "worker 1 can't start: app.module: no module named chat")]
@@ -258,7 +304,7 @@ def test_a_failure_at_the_first_start_halts_with_the_reason() -> None:
 def test_a_failure_that_may_pass_halts_with_the_status_of_the_process() -> None:
     world = World(workers=1)
     world.pool.start(world.now)
-    world.pool.start_failed(0, "chat.py:3: on_start failed: no database", 75, world.now)
+    world.fail(0, "chat.py:3: on_start failed: no database", 75)
     world.exit(BROKER, -9)
     assert world.exit(0, 75) == [HaltService(75, "worker 0 can't start: chat.py:3: on_start failed: no database")]
 
@@ -284,7 +330,7 @@ def test_exit_status_78_halts_without_a_reason_before() -> None:
 def test_a_failed_start_after_the_first_is_retried_after_a_delay() -> None:
     world = World().up()
     world.die(0)
-    assert world.pool.start_failed(0, "syntax error", 78, world.now) == []
+    assert world.fail(0, "syntax error", 78) == []
     effects = world.exit(0, 78)
     assert of(HaltService, effects) == []
     assert [report.line for report in of(LogLine, effects)] == [
@@ -296,14 +342,14 @@ def test_a_crash_at_the_first_start_is_retried() -> None:
     world = World(workers=1)
     world.pool.start(world.now)
     world.exit(0, 1)
-    assert of(SpawnProcess, world.wait(0.3)) == [SpawnProcess(0)]
+    assert slots(SpawnProcess, world.wait(0.3)) == [0]
 
 
 def test_a_process_that_failed_to_start_and_does_not_exit_is_killed() -> None:
     world = World().up()
     world.die(0)
-    world.pool.start_failed(0, "syntax error", 78, world.now)
-    assert of(SignalProcess, world.wait(6)) == [SignalProcess(0, signal.SIGKILL)]
+    world.fail(0, "syntax error", 78)
+    assert signals(world.wait(6)) == [(0, signal.SIGKILL)]
 
 
 # Stuck.
@@ -314,8 +360,8 @@ def test_a_worker_without_a_beat_writes_its_stacks_and_is_killed_and_replaced() 
     world.silent.add(1)
     assert of(SignalProcess, world.wait(1.9)) == []
     effects = world.wait(0.3)
-    assert (of(DumpProcessStacks, effects), of(SignalProcess, effects)) == ([DumpProcessStacks(1)], [])
-    assert of(SignalProcess, world.wait(0.3)) == [SignalProcess(1, signal.SIGKILL)]
+    assert (slots(DumpProcessStacks, effects), of(SignalProcess, effects)) == ([1], [])
+    assert signals(world.wait(0.3)) == [(1, signal.SIGKILL)]
     world.exit(1, -signal.SIGKILL)
     assert world.pool.slots[1].restarts == {"stuck": 1}
     assert "worker 1 did not turn its loop for 2 s and was killed" in of(LogLine, world.effects)[-1].line
@@ -324,7 +370,7 @@ def test_a_worker_without_a_beat_writes_its_stacks_and_is_killed_and_replaced() 
 def test_a_broker_without_a_beat_is_killed() -> None:
     world = World(stuck=2.0).up()
     world.silent.add(BROKER)
-    assert of(SignalProcess, world.wait(3)) == [SignalProcess(BROKER, signal.SIGKILL)]
+    assert signals(world.wait(3)) == [(BROKER, signal.SIGKILL)]
 
 
 def test_with_zero_a_process_without_a_beat_is_not_killed() -> None:
@@ -347,10 +393,10 @@ def test_beats_from_the_future_do_not_count() -> None:
     world = World(stuck=2.0).up()
     for _ in range(30):
         world.now += TICK
-        world.do(world.pool.tick(world.now, {0: world.now + 1000, 1: world.now, BROKER: world.now}))
-    assert of(DumpProcessStacks, world.effects) == [DumpProcessStacks(0)]
+        world.do(world.pool.tick(world.now, {**world.beats(), world.serving(0): world.now + 1000}))
+    assert slots(DumpProcessStacks, world.effects) == [0]
     world.wait(0.4)
-    assert of(SignalProcess, world.effects) == [SignalProcess(0, signal.SIGKILL)]
+    assert signals(world.effects) == [(0, signal.SIGKILL)]
 
 
 @pytest.mark.parametrize("pause", [0.5, 15.0, 36_000.0])
@@ -373,7 +419,7 @@ def test_a_process_that_stays_silent_after_a_pause_is_killed() -> None:
         world.now += 1.0
         world.do(world.pool.tick(world.now, world.beats()))
         world.wait(0.4)
-    assert of(SignalProcess, world.effects) == [SignalProcess(0, signal.SIGKILL)]
+    assert signals(world.effects) == [(0, signal.SIGKILL)]
 
 
 def test_a_late_tick_extends_the_deadline_of_a_start() -> None:
@@ -388,41 +434,38 @@ def test_a_late_tick_extends_the_deadline_of_a_start() -> None:
 # Memory.
 
 
-def test_a_worker_that_uses_too_much_memory_drains_and_is_replaced() -> None:
+def test_a_worker_that_uses_too_much_memory_is_replaced_by_a_hand_over() -> None:
     world = World().up()
-    assert world.pool.memory_exceeded(1, 512 << 20, world.now) == [DrainProcess(1, pytest.approx(0.9 * STOP))]
-    assert not world.pool.ready
-    world.wait(1)
-    world.exit(1, 0)
-    assert (
-        "worker 1 used 512 MiB of memory (loop.max_rss) and was drained; restarting it in 0.1 s"
-        in of(LogLine, world.effects)[-1].line
-    )
-    assert SpawnProcess(1) in world.wait(0.3)
+    effects = world.do(world.pool.memory_exceeded(1, 512 << 20, world.now))
+    assert slots(SpawnProcess, effects) == [1]
+    assert "worker 1 uses 512 MiB of memory (loop.max_rss); replacing it" in world.lines()
+    assert world.pool.ready, "the old one serves until the new one is ready"
+    world.hand_over(1)
+    assert "worker 1 has been replaced" in world.lines()
     assert world.pool.slots[1].restarts == {"bloated": 1}
+    assert not any(report.is_error for report in of(LogLine, world.effects))
 
 
 def test_workers_that_use_too_much_memory_are_replaced_one_at_a_time() -> None:
     world = World().up()
-    assert of(DrainProcess, world.pool.memory_exceeded(0, 1, world.now)) != []
+    assert slots(SpawnProcess, world.pool.memory_exceeded(0, 1, world.now)) == [0]
     assert world.pool.memory_exceeded(0, 1, world.now) == []
     assert world.pool.memory_exceeded(1, 1, world.now) == []
-    world.die(0, 0)
+    world.pool.process_ready(world.successor(0), world.now)
     assert world.pool.memory_exceeded(1, 1, world.now) == []
-    world.pool.process_ready(0, world.now)
-    assert of(DrainProcess, world.pool.memory_exceeded(1, 1, world.now)) != []
+    world.ended(world.predecessor(0), 0)
+    assert slots(SpawnProcess, world.pool.memory_exceeded(1, 1, world.now)) == [1]
 
 
 def replace_for_memory(world: World) -> float:
-    """Let worker 0 use too much memory all the time. Returns the seconds until it is drained; replaces it then."""
+    """Let worker 0 use too much memory all the time. Returns the seconds until it is replaced."""
     began = world.now
-    while not of(DrainProcess, world.do(world.pool.memory_exceeded(0, 1, world.now))):
+    while not of(SpawnProcess, world.do(world.pool.memory_exceeded(0, 1, world.now))):
         world.tick()
         assert world.now - began < 1000
-    drained = world.now
-    assert world.die(0, 0) < 1  # the slot does not stay empty
-    world.do(world.pool.process_ready(0, world.now))
-    return drained - began
+    replaced = world.now
+    world.hand_over(0)
+    return replaced - began
 
 
 def test_a_memory_limit_that_no_worker_keeps_replaces_workers_at_growing_intervals() -> None:
@@ -442,12 +485,179 @@ def test_a_worker_whose_memory_grows_slowly_is_replaced_when_it_reaches_the_limi
     assert replace_for_memory(world) == pytest.approx(2, abs=0.2)
 
 
-def test_a_worker_that_uses_too_much_memory_and_does_not_exit_is_killed() -> None:
+# Replacing by reload.
+
+
+def test_a_reload_replaces_one_worker_at_a_time_and_then_ends() -> None:
     world = World().up()
-    world.pool.memory_exceeded(1, 1, world.now)
-    assert of(SignalProcess, world.wait(STOP + 0.2)) == [SignalProcess(1, signal.SIGKILL)]
-    world.exit(1, -signal.SIGKILL)
-    assert world.pool.slots[1].restarts == {"bloated": 1}
+    effects = world.do(world.pool.reload(world.now))
+    assert [(effect.slot, effect.revision) for effect in of(SpawnProcess, effects)] == [(0, 1)]
+    assert slots(ConnectToBroker, effects) == [0], "beside the stream of the serving process"
+    assert world.wait(5) == []
+    assert slots(SpawnProcess, world.hand_over(0)) == [1]
+    assert world.pool.reloading
+    assert world.hand_over(1)[-1] == ReloadEnded()
+    assert (world.pool.revision, world.pool.reloading, world.pool.ready) == (1, False, True)
+    assert of(UseRevision, world.effects) == [UseRevision(1)]
+    assert [slot.restarts for slot in world.pool.workers] == [{"reload": 1}] * 2
+    assert slots(SpawnProcess, world.effects) == [0, 1], "the broker stays"
+
+
+def test_the_old_process_serves_until_the_new_one_is_ready() -> None:
+    world = World(workers=1).up()
+    old = world.serving(0)
+    world.do(world.pool.reload(world.now))
+    world.wait(10)
+    assert (world.serving(0), world.pool.slots[0].state) == (old, SlotState.READY)
+    new = world.successor(0)
+    effects = world.do(world.pool.process_ready(new, world.now))
+    assert (world.serving(0), world.pool.slots[0].state) == (new, SlotState.READY)
+    assert [(effect.slot, effect.generation) for effect in of(HandOver, effects)] == [(0, old)]
+
+
+def test_a_process_that_does_not_hand_over_or_end_in_time_is_drained_and_killed() -> None:
+    world = World(workers=1).up()
+    world.do(world.pool.reload(world.now))
+    world.do(world.pool.process_ready(world.successor(0), world.now))
+    assert slots(DrainProcess, world.wait(STOP + 0.2)) == [0]
+    assert signals(world.wait(STOP + 0.2)) == [(0, signal.SIGKILL)]
+    assert of(ReloadEnded, world.ended(world.predecessor(0), -9)) == [ReloadEnded()]
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "expected"),
+    [
+        (78, "chat.py:3: SyntaxError", "can't start: chat.py:3: SyntaxError"),
+        (75, "chat.py:9: no database", "can't start: chat.py:9: no database"),
+        (1, "", "exited with status 1"),
+        (-9, "", "was killed by SIGKILL"),
+    ],
+)
+def test_a_successor_that_does_not_start_leaves_the_old_process_and_ends_the_reload(
+    status: int, said: str, expected: str
+) -> None:
+    world = World().up()
+    old = world.serving(0)
+    world.do(world.pool.reload(world.now))
+    failed = world.successor(0)
+    if said:
+        world.do(world.pool.start_failed(failed, said, status, world.now))
+    effects = world.ended(failed, status)
+    assert effects == [ReloadEnded(f"worker 0 goes on as it is: its successor {expected}")]
+    assert (world.serving(0), world.pool.slots[0].state, world.pool.revision) == (old, SlotState.READY, 0)
+    assert world.wait(100) == []
+    assert world.pool.slots[0].restarts == {}
+    world.effects.clear()
+    world.do(world.pool.reload(world.now))
+    assert [effect.revision for effect in of(SpawnProcess, world.effects)] == [2]
+
+
+def test_a_successor_that_hangs_is_killed_with_its_stacks_in_the_log() -> None:
+    world = World(workers=1).up()
+    world.do(world.pool.reload(world.now))
+    effects = world.wait(31)
+    assert slots(DumpProcessStacks, effects) == [0]
+    assert signals(effects) == [(0, signal.SIGKILL)]
+    (ended,) = of(ReloadEnded, world.ended(world.successor(0), -9))
+    assert "was not ready within 30 s and was killed (workers.start_timeout)" in ended.failure
+    assert world.pool.ready
+
+
+def test_a_failure_after_the_first_replacement_keeps_the_new_settings_in_force() -> None:
+    world = World().up()
+    world.do(world.pool.reload(world.now))
+    world.hand_over(0)
+    (ended,) = of(ReloadEnded, world.ended(world.successor(1), 1))
+    assert ended.failure.startswith("worker 1 goes on as it is")
+    assert (world.pool.revision, [slot.process.revision for slot in world.pool.workers]) == (1, [1, 0])
+    world.effects.clear()
+    world.die(1)
+    assert [effect.revision for effect in of(SpawnProcess, world.effects)] == [1]
+
+
+def test_a_successor_takes_the_place_of_a_process_that_dies_before_it_is_ready() -> None:
+    world = World(workers=1).up()
+    world.do(world.pool.reload(world.now))
+    successor = world.successor(0)
+    assert slots(SpawnProcess, world.exit(0, -11)) == []
+    assert (world.serving(0), world.pool.slots[0].state) == (successor, SlotState.STARTING)
+    assert of(ReloadEnded, world.ready(0)) == [ReloadEnded()]
+    assert world.pool.slots[0].restarts == {"signal": 1}
+
+
+def test_a_process_that_dies_during_its_hand_over_does_not_fail_the_reload() -> None:
+    world = World(workers=1).up()
+    world.do(world.pool.reload(world.now))
+    world.do(world.pool.process_ready(world.successor(0), world.now))
+    assert of(ReloadEnded, world.ended(world.predecessor(0), -11)) == [ReloadEnded()]
+    assert "worker 0 has been replaced; the process before was killed by SIGSEGV" in world.lines()
+
+
+def test_a_new_process_that_dies_during_the_hand_over_is_restarted() -> None:
+    world = World(workers=1).up()
+    world.do(world.pool.reload(world.now))
+    world.do(world.pool.process_ready(world.successor(0), world.now))
+    world.effects.clear()
+    assert world.die(0, -11) < 0.3
+    assert [effect.revision for effect in of(SpawnProcess, world.effects)] == [1]
+    world.ended(world.predecessor(0), 0)
+    assert of(ReloadEnded, world.ready(0)) == [ReloadEnded()]
+
+
+def test_a_server_that_is_starting_or_stopping_does_not_reload() -> None:
+    world = World()
+    world.do(world.pool.start(world.now))
+    assert world.pool.reload(world.now) == [ReloadEnded("the server is still starting")]
+    world = World().up()
+    world.pool.stop(world.now)
+    assert world.pool.reload(world.now) == [ReloadEnded("the server is stopping")]
+
+
+def test_a_reload_starts_a_worker_in_a_crash_loop_at_once() -> None:
+    world = World().up()
+    for _ in range(8):
+        world.die(0)
+    world.exit(0, 1)
+    effects = world.do(world.pool.reload(world.now))
+    assert [(effect.slot, effect.revision) for effect in of(SpawnProcess, effects)] == [(0, 1)]
+    assert slots(SpawnProcess, world.ready(0)) == [1]
+
+
+def test_a_reload_whose_first_process_is_a_restart_that_fails_keeps_the_old_settings() -> None:
+    world = World().up()
+    world.exit(0, 1)
+    world.do(world.pool.reload(world.now))
+    (ended,) = of(ReloadEnded, world.exit(0, 78))
+    assert ended.failure == "worker 0 exited with status 78"
+    world.effects.clear()
+    world.wait(1)
+    assert [effect.revision for effect in of(SpawnProcess, world.effects)] == [0]
+
+
+def test_a_stop_ends_a_reload_and_all_three_kinds_of_process() -> None:
+    world = World().up()
+    world.do(world.pool.reload(world.now))
+    world.do(world.pool.process_ready(world.successor(0), world.now))
+    effects = world.do(world.pool.stop(world.now))
+    assert of(ReloadEnded, effects) == [ReloadEnded("the server is stopping")]
+    assert [(effect.slot, effect.generation) for effect in of(DrainProcess, effects)] == [
+        (0, world.serving(0)),
+        (0, world.predecessor(0)),
+        (1, world.serving(1)),
+    ]
+    world.exit(0, 0)
+    assert slots(DrainProcess, world.exit(1, 0)) == []
+    assert slots(DrainProcess, world.ended(world.predecessor(0), 0)) == [BROKER]
+    assert world.exit(BROKER, 0) == [HaltService(0)]
+
+
+def test_a_replacement_for_memory_does_not_delay_a_reload_for_ever() -> None:
+    world = World(workers=1).up()
+    world.do(world.pool.memory_exceeded(0, 1, world.now))
+    world.do(world.pool.reload(world.now))
+    effects = world.hand_over(0)
+    assert [(effect.slot, effect.revision) for effect in of(SpawnProcess, effects)] == [(0, 1)]
+    assert of(ReloadEnded, world.hand_over(0)) == [ReloadEnded()]
 
 
 # Links.
@@ -455,33 +665,30 @@ def test_a_worker_that_uses_too_much_memory_and_does_not_exit_is_killed() -> Non
 
 def test_a_worker_that_lost_its_stream_is_connected_at_the_next_tick() -> None:
     world = World().up()
-    assert world.pool.broker_link_lost(1, world.now) == []
-    assert of(ConnectToBroker, world.wait(1)) == [ConnectToBroker(1)]
+    assert world.broker_link_lost(1) == []
+    assert slots(ConnectToBroker, world.wait(1)) == [1]
 
 
 def test_workers_are_connected_again_only_to_the_next_broker() -> None:
     world = World().up()
     world.exit(BROKER, -9)
-    world.pool.broker_link_lost(0, world.now)
+    world.broker_link_lost(0)
     assert of(ConnectToBroker, world.wait(2)) == []
-    assert of(ConnectToBroker, world.pool.process_ready(BROKER, world.now)) == [
-        ConnectToBroker(0),
-        ConnectToBroker(1),
-    ]
+    assert slots(ConnectToBroker, world.ready(BROKER)) == [0, 1]
 
 
 def test_a_process_whose_control_link_ended_is_killed_after_a_while() -> None:
     world = World().up()
-    world.pool.control_link_lost(0, world.now)
+    world.control_link_lost(0)
     assert not world.pool.ready
-    assert of(SignalProcess, world.wait(5.2)) == [SignalProcess(0, signal.SIGKILL)]
+    assert signals(world.wait(5.2)) == [(0, signal.SIGKILL)]
     world.exit(0, -signal.SIGKILL)
     assert world.pool.slots[0].restarts == {"link": 1}
 
 
 def test_a_control_link_that_ends_with_its_process_is_not_the_reason_of_the_restart() -> None:
     world = World().up()
-    world.pool.control_link_lost(0, world.now)
+    world.control_link_lost(0)
     world.exit(0, -signal.SIGKILL)
     assert world.pool.slots[0].restarts == {"signal": 1}
 
@@ -536,7 +743,7 @@ def test_stop_terminates_starting_processes_and_retires_waiting_slots() -> None:
     world.die(0)
     world.exit(1, 1)
     effects = world.pool.stop(world.now)
-    assert of(SignalProcess, effects) == [SignalProcess(0, signal.SIGTERM)]
+    assert signals(effects) == [(0, signal.SIGTERM)]
     assert world.pool.slots[1].state is SlotState.GONE
     assert [drain.slot for drain in of(DrainProcess, world.exit(0, -signal.SIGTERM))] == [BROKER]
 
@@ -552,16 +759,16 @@ def test_stop_before_start_halts() -> None:
 @pytest.mark.parametrize("event", PoolEvent)
 def test_a_pair_that_is_not_in_the_table_has_no_consequence(state: SlotState, event: PoolEvent) -> None:
     world = World().up()
-    slot = world.pool.slots[0]
-    slot.state = state
-    world.pool._fire(slot, event)
+    process = world.pool.slots[0].process
+    process.state = state
+    world.pool._fire(process, event)
     if (state, event) not in TRANSITIONS:
-        assert slot.state is state
+        assert process.state is state
         assert world.pool._effects == []
 
 
 def test_every_state_with_a_process_handles_exit_and_kill() -> None:
-    for state in (SlotState.STARTING, SlotState.READY, SlotState.LEAVING, SlotState.KILLED):
+    for state in set(SlotState) - {SlotState.WAITING, SlotState.GONE}:
         assert (state, PoolEvent.EXITED) in TRANSITIONS
         assert (state, PoolEvent.KILL) in TRANSITIONS or state is SlotState.KILLED
 
@@ -575,24 +782,30 @@ class Invariants(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.alive: set[int] = set()
+        self.alive: dict[int, int] = {}  # generation -> slot
         self.killed: set[int] = set()
+        self.leaving: set[int] = set()  # generations that hand over, drain or are killed
+        self.reloads = 0
         self.halts = 0
         self.stopped_at = float("inf")  # time of the first stop
 
     def carry(self, effects: list[Effect]) -> None:
         for effect in effects:
-            assert not self.halts, "an effect after HaltService"
+            assert not self.halts or isinstance(effect, ReloadEnded), "an effect after HaltService"
             if isinstance(effect, SpawnProcess):
-                assert effect.slot not in self.alive, "two processes in one slot"
+                assert effect.generation not in self.alive
                 assert self.now < self.stopped_at, "a process was started after stop"
-                self.alive.add(effect.slot)
-            elif isinstance(effect, SignalProcess | DrainProcess):
-                assert effect.slot in self.alive, "an effect on a process that does not exist"
+                self.alive[effect.generation] = effect.slot
+            elif isinstance(effect, SignalProcess | DrainProcess | HandOver | DumpProcessStacks):
+                assert self.alive[effect.generation] == effect.slot, "an effect on a process that does not exist"
+                self.leaving.add(effect.generation)
                 if isinstance(effect, SignalProcess) and effect.number == signal.SIGKILL:
-                    self.killed.add(effect.slot)
+                    self.killed.add(effect.generation)
             elif isinstance(effect, ConnectToBroker):
-                assert {effect.slot, BROKER} <= self.alive
+                assert self.alive[effect.generation] == effect.slot
+                assert BROKER in self.alive.values()
+            elif isinstance(effect, ReloadEnded):
+                self.reloads -= 1
             elif isinstance(effect, HaltService):
                 self.halts += 1
 
@@ -604,44 +817,57 @@ class Invariants(RuleBasedStateMachine):
         )
         self.carry(self.pool.start(self.now))
 
-    @rule(seconds=st.sampled_from([TICK, TICK, TICK, 0.5, 30.0]), beating=st.booleans())
-    def tick(self, seconds: float, beating: bool) -> None:
+    def beat(self, seconds: float, beating: bool) -> None:
         self.now += seconds
         self.carry(self.pool.tick(self.now, dict.fromkeys(self.alive, self.now) if beating else {}))
 
+    @rule(seconds=st.sampled_from([TICK, TICK, TICK, 0.5, 30.0]), beating=st.booleans())
+    def tick(self, seconds: float, beating: bool) -> None:
+        self.beat(seconds, beating)
+
+    def draw(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(self.alive)))
+
+    def exit(self, generation: int, status: int) -> None:
+        del self.alive[generation]
+        self.killed.discard(generation)
+        self.carry(self.pool.process_exited(generation, status, self.now))
+
+    @precondition(lambda self: self.alive)
     @rule(data=st.data(), status=st.sampled_from([0, 1, 78, -9, -15]))
     def exited(self, data: st.DataObject, status: int) -> None:
-        if self.alive:
-            number = data.draw(st.sampled_from(sorted(self.alive)))
-            self.alive.remove(number)
-            self.killed.discard(number)
-            self.carry(self.pool.process_exited(number, status, self.now))
+        self.exit(self.draw(data), status)
 
+    @precondition(lambda self: self.alive)
     @rule(
         data=st.data(),
-        name=st.sampled_from(["process_ready", "process_ready", "broker_link_lost", "control_link_lost"]),
+        name=st.sampled_from(
+            ["process_ready", "process_ready", "handed_over", "broker_link_lost", "control_link_lost"]
+        ),
     )
     def event(self, data: st.DataObject, name: str) -> None:
-        if self.alive:
-            number = data.draw(st.sampled_from(sorted(self.alive)))
-            self.carry(getattr(self.pool, name)(number, self.now))
+        self.carry(getattr(self.pool, name)(self.draw(data), self.now))
+
+    @rule()
+    def all_ready(self) -> None:
+        for generation in sorted(self.alive):
+            self.carry(self.pool.process_ready(generation, self.now))
 
     @rule(data=st.data())
     def memory_exceeded(self, data: st.DataObject) -> None:
-        if self.alive:
-            self.carry(self.pool.memory_exceeded(data.draw(st.sampled_from(sorted(self.alive))), 1, self.now))
+        number = data.draw(st.sampled_from([slot.number for slot in self.pool.workers]))
+        self.carry(self.pool.memory_exceeded(number, 1, self.now))
 
-    @rule(data=st.data())
-    def failed(self, data: st.DataObject) -> None:
-        if self.alive:
-            self.carry(
-                self.pool.start_failed(
-                    data.draw(st.sampled_from(sorted(self.alive))),
-                    "because",
-                    data.draw(st.sampled_from([75, 78])),
-                    self.now,
-                )
-            )
+    @precondition(lambda self: not self.pool.reloading)
+    @rule()
+    def reload(self) -> None:
+        self.reloads += 1
+        self.carry(self.pool.reload(self.now))
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data(), status=st.sampled_from([75, 78]))
+    def failed(self, data: st.DataObject, status: int) -> None:
+        self.carry(self.pool.start_failed(self.draw(data), "because", status, self.now))
 
     @precondition(lambda self: self.now > 2)
     @rule()
@@ -652,26 +878,51 @@ class Invariants(RuleBasedStateMachine):
     @invariant()
     def the_pool_knows_where_processes_are(self) -> None:
         if hasattr(self, "pool") and not self.halts:
-            assert {slot.number for slot in self.pool.slots.values() if slot.has_process} == self.alive
+            known = {one.generation: slot.number for slot in self.pool.slots.values() for one in slot.processes}
+            assert known == self.alive
             if self.pool.stopping:
                 self.stopped_at = min(self.stopped_at, self.now)
+            assert self.reloads == int(self.pool.reloading), "a reload ends once"
+
+    @invariant()
+    def no_slot_has_two_processes_that_accept(self) -> None:
+        if hasattr(self, "pool") and not self.halts:
+            for slot in self.pool.slots.values():
+                assert sum(one.state is SlotState.READY for one in slot.processes) <= 1
+                if slot.predecessor is not None:
+                    assert slot.predecessor.state in (SlotState.HANDING_OVER, SlotState.LEAVING, SlotState.KILLED)
+
+    def settle(self) -> None:
+        """Let every process do as it should for a while: no slot stays without a process, and a reload ends."""
+        for _ in range(1000):
+            self.beat(TICK, True)
+            for generation in sorted(self.alive):
+                if generation in self.leaving:
+                    self.carry(self.pool.handed_over(generation, self.now))
+                    self.exit(generation, -9 if generation in self.killed else 0)
+                else:
+                    self.carry(self.pool.process_ready(generation, self.now))
+            if self.pool.ready and not self.reloads:
+                break
+        assert self.pool.ready
+        assert self.reloads == 0
 
     def teardown(self) -> None:
         """Every stop ends in one HaltService within the deadline, if killed processes exit."""
         if not hasattr(self, "pool"):
             return
+        if not self.pool.stopping:
+            self.settle()
         self.stop()
         deadline = self.now + max(self.stop_timeout, 5.0) + 5.0
         while not self.halts:
             assert self.now < deadline
-            for number in sorted(self.killed):
-                self.alive.remove(number)
-                self.carry(self.pool.process_exited(number, -9, self.now))
-            self.killed.clear()
+            for generation in sorted(self.killed):
+                self.exit(generation, -9)
             if not self.halts:
-                self.tick(TICK, True)
+                self.beat(TICK, True)
         assert self.halts == 1
-        assert self.alive <= self.killed
+        assert set(self.alive) <= self.killed
 
 
 TestInvariants = Invariants.TestCase

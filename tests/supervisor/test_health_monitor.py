@@ -62,8 +62,8 @@ def scene() -> Scene:
 
 def test_listeners_are_called_for_changes_only(scene: Scene) -> None:
     assert scene.take_changes() == [(0, Condition.ABSENT), (1, Condition.ABSENT)]
-    scene.pool.process_ready(0, scene.clock.seconds())
-    scene.pool.process_ready(1, scene.clock.seconds())
+    scene.pool.process_ready(scene.pool.slots[0].process.generation, scene.clock.seconds())
+    scene.pool.process_ready(scene.pool.slots[1].process.generation, scene.clock.seconds())
     scene.pass_time(1)
     assert scene.take_changes() == [(0, Condition.HEALTHY), (1, Condition.HEALTHY)]
     scene.processes[1].blocked_at = scene.clock.seconds()
@@ -75,14 +75,14 @@ def test_listeners_are_called_for_changes_only(scene: Scene) -> None:
 
 
 def test_a_process_that_exits_is_draining_and_then_absent(scene: Scene) -> None:
-    scene.pool.process_ready(0, scene.clock.seconds())
+    scene.pool.process_ready(scene.pool.slots[0].process.generation, scene.clock.seconds())
     scene.pass_time(0.1)
     scene.take_changes()
-    scene.pool.control_link_lost(0, scene.clock.seconds())
+    scene.pool.control_link_lost(scene.pool.slots[0].process.generation, scene.clock.seconds())
     scene.pass_time(0.1)
     assert scene.take_changes() == [(0, Condition.DRAINING)]
     del scene.processes[0]
-    scene.pool.process_exited(0, 0, scene.clock.seconds())
+    scene.pool.process_exited(scene.pool.slots[0].process.generation, 0, scene.clock.seconds())
     scene.pass_time(0.1)
     assert scene.take_changes() == [(0, Condition.ABSENT)]
 
@@ -93,7 +93,7 @@ def test_health_is_up_to_date_when_a_listener_is_called(scene: Scene) -> None:
         lambda *_: seen.append([health.condition for health in scene.monitor.health.values()])
     )
     for slot in (0, 1):
-        scene.pool.process_ready(slot, scene.clock.seconds())
+        scene.pool.process_ready(scene.pool.slots[slot].process.generation, scene.clock.seconds())
     scene.pass_time(CHECK_INTERVAL)
     assert seen == [[Condition.HEALTHY, Condition.HEALTHY]] * 2
 
@@ -103,14 +103,14 @@ async def test_a_listener_that_raises_does_not_end_the_monitoring(scene: Scene) 
         raise ValueError("a mistake")
 
     scene.monitor.listeners.insert(0, fail)
-    scene.pool.process_ready(0, scene.clock.seconds())
+    scene.pool.process_ready(scene.pool.slots[0].process.generation, scene.clock.seconds())
     scene.pass_time(0.1)
     assert (0, Condition.HEALTHY) in scene.changes
 
 
 def all_ready(scene: Scene) -> None:
     for slot in (0, 1):
-        scene.pool.process_ready(slot, scene.clock.seconds())
+        scene.pool.process_ready(scene.pool.slots[slot].process.generation, scene.clock.seconds())
     scene.pass_time(2 * CHECK_INTERVAL)
 
 
@@ -196,7 +196,7 @@ def test_the_broker_is_checked_by_its_own_slower_beat() -> None:
     monitor.listeners.append(lambda slot, health: changes.append(slot))
     monitor.start()
     for slot in pool.slots:
-        pool.process_ready(slot, 100.0)
+        pool.process_ready(pool.slots[slot].process.generation, 100.0)
 
     def condition_after(seconds: float) -> Condition:
         for _ in range(round(seconds / CHECK_INTERVAL)):

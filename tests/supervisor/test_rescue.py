@@ -51,6 +51,8 @@ class Clock:
 class Worker:
     """A process that sends its slot over each adopted connection. blocked: it does not read. full: adopting fails."""
 
+    has_exited = False
+
     def __init__(self, slot: int) -> None:
         self.slot = slot
         self.blocked = self.full = False

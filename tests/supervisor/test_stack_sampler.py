@@ -66,6 +66,7 @@ class Process:
     """A worker process whose dumps the test writes."""
 
     pid = 4321
+    slot = 0
 
     def __init__(self) -> None:
         self.vitals = Vitals(1, 0.0, 0, 0, ProcessState.READY)
@@ -146,7 +147,7 @@ def test_all_stacks_of_a_stuck_process_are_logged_and_kept() -> None:
     scene = Scene()
     scene.block()
     with capturedLogs() as events:
-        scene.sampler.log_all_stacks(0)
+        scene.sampler.log_all_stacks(scene.process)  # type: ignore[arg-type]
         number, answer = scene.process.dumps[-1]
         answer.callback("Thread 1\n")
     assert number == stack_dumps.STACKS
@@ -157,7 +158,6 @@ def test_all_stacks_of_a_stuck_process_are_logged_and_kept() -> None:
 def test_a_stopped_process_writes_no_stacks_and_the_log_says_so() -> None:
     scene = Scene()
     with capturedLogs() as events:
-        scene.sampler.log_all_stacks(0)
+        scene.sampler.log_all_stacks(scene.process)  # type: ignore[arg-type]
         scene.clock.advance(DUMP_TIMEOUT)
     assert lines(events) == ["worker 0 is stuck and wrote no stacks: it is stopped, or deep in the kernel"]
-    scene.sampler.log_all_stacks(1)  # a slot without a process: no error

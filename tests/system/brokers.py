@@ -134,7 +134,11 @@ class BrokerProcess:
 
 
 def broker_engine(
-    receiver: Any, settings: EngineSettings, on_lost: Callable[[], None] = lambda: None, metrics: Metrics | None = None
+    receiver: Any,
+    settings: EngineSettings,
+    on_lost: Callable[[], None] = lambda: None,
+    metrics: Metrics | None = None,
+    generation: int = 0,
 ) -> BrokerEngine:
     """An engine in this process that is not attached yet."""
-    return BrokerEngine(receiver, settings, metrics or Metrics(), reactor, on_lost)
+    return BrokerEngine(receiver, settings, metrics or Metrics(), reactor, on_lost, generation=generation)

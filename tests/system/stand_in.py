@@ -19,7 +19,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 
 from realtime.errors import ApplicationFailed, SettingsError
-from realtime.process.child import Child, main
+from realtime.process.child import Child, hand_nothing_over, main
 from realtime.worker.listening import adopt
 
 
@@ -58,6 +58,14 @@ class StandIn:
     def adopt(self, stream: int) -> None:
         """Close the stream."""
         os.close(stream)
+
+    def take_over(self, stream: int) -> None:
+        """Close the stream."""
+        os.close(stream)
+
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        """Hand nothing over."""
+        return hand_nothing_over(stream, "a stand-in has no clients")
 
     async def drain(self, timeout: float) -> None:
         """Finish at once, or never."""

@@ -15,6 +15,7 @@ KINDS = [
     "kill a worker",
     "stop a worker",
     "drain a worker",
+    "reload",
     "kill the broker",
     "stop the broker",
     "kill the supervisor",

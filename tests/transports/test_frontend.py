@@ -168,6 +168,13 @@ REFUSED: dict[str, tuple[bytes, int]] = {
 }
 
 
+async def test_a_query_of_too_many_parameters_is_counted_as_such() -> None:
+    async with staged() as stage:
+        client = await stage.request(REFUSED["1,000 parameters"][0])
+        assert client.status == 400
+        assert stage.count("parameters") == 1
+
+
 @pytest.mark.parametrize("name", REFUSED)
 async def test_a_refusal_is_one_complete_response_and_closes_the_connection(name: str) -> None:
     data, status = REFUSED[name]

@@ -514,6 +514,10 @@ async def test_the_api_requires_post(site: Site) -> None:
     url = await site.start()
     answer = await fetch("GET", f"{url}/api/info", headers={"X-API-Key": KEY})
     assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
+    assert site.lines == [
+        "answered a GET request for /api/info with 405: the path takes other methods, which the response lists"
+        " (at 127.0.0.1)"
+    ]
 
 
 @pytest.mark.parametrize(

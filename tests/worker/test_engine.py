@@ -8,8 +8,9 @@ import socket
 from typing import Any
 
 import pytest
+from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
-from twisted.internet.task import Clock
+from twisted.internet.task import Clock, deferLater
 
 from realtime.config.settings import EngineSettings
 from realtime.errors import ClientError, EngineUnavailable
@@ -19,6 +20,7 @@ from realtime.pubsub.engine import (
     AddClient,
     AddPresence,
     AdmitClient,
+    Cut,
     GetHistory,
     GetPresence,
     GetPresenceStats,
@@ -27,8 +29,10 @@ from realtime.pubsub.engine import (
     RemoveClient,
     RemovePresence,
     ReportSubscriptions,
+    SendOrder,
     Subscribe,
     Unsubscribe,
+    worker_address,
 )
 from realtime.pubsub.hub import Hub
 from realtime.types import ClientInfo, EngineStats, Position, Publication
@@ -377,3 +381,128 @@ def test_notices_need_no_stream() -> None:
     engine = BrokerEngine(Worker(), SETTINGS, Metrics(), Clock(), lambda: None)
     for notice in (AddClient(ALICE), RemoveClient(ALICE.client), Unsubscribe("c"), ReportSubscriptions(3)):
         engine.tell(notice)
+
+
+# Clients that move to another worker
+
+CUT = Cut("batch", worker_address(0, 1), [ALICE.client], {ALICE.client: "secret"}, {"c": [ALICE.client]})
+PRESENCE = AddPresence("c", ALICE, present=True, announce=True)
+
+
+async def start_move(broker: Any, workers: Any) -> tuple[Worker, Worker, Worker]:
+    """Two processes of one slot, the older one with a client, and another worker that sees it come and go."""
+    old, new, witness = workers(0), workers(0, generation=1), workers(1)
+    for worker in (old, new, witness):
+        await broker.link(worker.slot, worker.engine)
+        await worker.engine.ask(Subscribe("c"))
+    old.engine.tell(AddClient(ALICE))
+    await old.engine.ask(PRESENCE)
+    for worker in (new, witness):
+        await worker.engine.ask(GetStats())
+        worker.entries.clear()
+    return old, new, witness
+
+
+async def test_a_cut_is_at_one_point_of_the_deliveries_to_both_workers(brokers: Any, workers: Any) -> None:
+    broker = await brokers()
+    old, new, witness = await start_move(broker, workers)
+    old.entries.clear()
+    publications = [Deferred.fromCoroutine(witness.publish("c", b"%d" % number)) for number in range(50)]
+    cut = old.engine.ask(CUT).addCallback(lambda answer: old.entries.append(("cut", "batch")))
+    publications += [Deferred.fromCoroutine(witness.publish("c", b"%d" % number)) for number in range(50, 100)]
+    for waiting in (cut, *publications):
+        await waiting
+    for worker in (old, new):
+        await worker.engine.ask(GetStats())
+    assert old.entries == new.entries
+    assert len(new.entries) == 101
+
+
+async def test_a_moved_client_stays_with_its_new_worker(brokers: Any, workers: Any) -> None:
+    broker = await brokers()
+    old, new, witness = await start_move(broker, workers)
+    await old.engine.ask(CUT)
+    new.engine.claim("batch", ALICE, "secret", [PRESENCE])
+    old.engine.close()
+    order = SendOrder(b"order", worker_address(0, 0), "secret")
+    assert await witness.engine.ask(order) == 1
+    assert await witness.engine.ask(GetPresence("c")) == {"client-a": ALICE}
+    assert new.engine.forget_arrivals("batch") == []
+    assert witness.entries == []
+
+    await broker.kill()
+    second = await brokers()
+    for worker in (new, witness):
+        await until(lambda worker=worker: worker.lost_links == 1)
+        await second.link(worker.slot, worker.engine)
+    assert await witness.engine.ask(order) == 1
+    assert await witness.engine.ask(GetPresence("c")) == {"client-a": ALICE}
+    assert (await witness.engine.ask(GetStats())).clients == 1
+    await new.engine.ask(GetStats())
+    assert new.entries.count(("order", b"order")) == 2
+
+
+async def test_the_broker_forgets_a_client_that_does_not_arrive(brokers: Any, workers: Any) -> None:
+    broker = await brokers()
+    old, new, witness = await start_move(broker, workers)
+    await old.engine.ask(CUT)
+    await new.engine.ask(GetStats())
+    assert new.engine.forget_arrivals("batch") == [ClientInfo("alice", "client-a")]
+    await new.engine.ask(GetStats())
+    assert await witness.engine.ask(GetPresence("c")) == {}
+    assert (await witness.engine.ask(GetStats())).clients == 0
+    assert witness.entries == [("left", "c", ALICE)]
+
+
+async def test_the_new_worker_announces_a_client_after_a_broken_stream(brokers: Any, workers: Any) -> None:
+    """Its new stream begins between the cut and the arrival."""
+    broker = await brokers()
+    old, new, witness = await start_move(broker, workers)
+    await old.engine.ask(CUT)
+    await new.engine.ask(GetStats())
+    await broker.link(new.slot, new.engine)
+    new.engine.claim("batch", ALICE, "", [PRESENCE])
+    await new.engine.ask(GetStats())
+    assert await witness.engine.ask(GetPresence("c")) == {"client-a": ALICE}
+    assert (await witness.engine.ask(GetStats())).clients == 1
+    assert [entry[0] for entry in witness.entries] == ["left", "joined"]
+
+
+async def test_the_old_worker_keeps_its_clients_without_an_answer(brokers: Any, workers: Any) -> None:
+    """A new stream begins before the answer comes; the broker may have made the cut or not."""
+    broker = await brokers()
+    old, new, witness = await start_move(broker, workers)
+    stream = await broker.stream(old.slot)
+    broker.signal(signal.SIGSTOP)
+    cut = old.engine.ask(CUT)
+    await deferLater(reactor, 0.01)
+    old.engine.attach(stream)
+    assert await failure_of(cut) == "the broker was lost"
+    broker.signal(signal.SIGCONT)
+    for worker in (old, new):
+        await worker.engine.ask(GetStats())
+    new.engine.forget_arrivals("batch")
+    for worker in (old, new):
+        await worker.engine.ask(GetStats())
+    assert await witness.engine.ask(GetPresence("c")) == {"client-a": ALICE}
+    assert (await witness.engine.ask(GetStats())).clients == 1
+    assert witness.entries[-1:] in ([], [("joined", "c", ALICE)])
+
+
+async def test_a_cut_that_is_not_answered_in_time_is_undone(brokers: Any, workers: Any) -> None:
+    broker = await brokers()
+    old, new, witness = workers(0, EngineSettings(publish_timeout=0.2)), workers(0, generation=1), workers(1)
+    for worker in (old, new, witness):
+        await broker.link(worker.slot, worker.engine)
+    await witness.engine.ask(Subscribe("c"))
+    old.engine.tell(AddClient(ALICE))
+    await old.engine.ask(PRESENCE)
+    broker.signal(signal.SIGSTOP)
+    assert await failure_of(old.engine.ask(CUT)) == "the broker did not answer in time"
+    broker.signal(signal.SIGCONT)
+    await until(lambda: ("cut", "batch") in new.entries)
+    new.engine.forget_arrivals("batch")
+    await new.engine.ask(GetStats())
+    assert await witness.engine.ask(GetPresence("c")) == {"client-a": ALICE}
+    assert (await witness.engine.ask(GetStats())).clients == 1
+    assert witness.entries == [("joined", "c", ALICE)]

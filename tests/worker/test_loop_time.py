@@ -62,6 +62,8 @@ class Hub:
     def on_order(self, order: bytes) -> None:
         self._take(1, order)
 
+    def on_cut(self, batch: str) -> None: ...
+
     def on_interruption(self) -> None:
         raise ValueError("a mistake")
 

@@ -169,9 +169,10 @@ async def test_a_drain_disconnects_the_clients_stops_the_application_and_leaves_
             assert is_acceptable(served.listening)
 
 
+@pytest.mark.parametrize("shutdown", [ShutdownSettings(spread=0.3), ShutdownSettings(spread=0.0, reconnect_rate=10)])
 @on_loop
-async def test_a_drain_spreads_the_disconnects() -> None:
-    settings = replace(SETTINGS, shutdown=ShutdownSettings(spread=0.3))
+async def test_a_drain_spreads_the_disconnects(shutdown: ShutdownSettings) -> None:
+    settings = replace(SETTINGS, shutdown=shutdown)
     async with serving(settings) as served:
         clients = [await served.connect() for _ in range(3)]
         draining = Deferred.fromCoroutine(served.drain(5.0))

@@ -1,0 +1,194 @@
+"""The process that all children are forked from: it has imported everything that they need but the application.
+
+    python -m realtime.process.zygote --link FD MODULE …
+
+The supervisor starts it. `link` is a socket of the type SOCK_SEQPACKET. Each packet from the supervisor is a `Fork`
+with descriptors (SCM_RIGHTS), and each packet to it is one of `FromZygote`. A forked child calls the function `main` of
+one of the modules with its arguments, as `python -m MODULE` would. It begins within milliseconds, and its memory is
+that of the zygote until it writes to it.
+
+A child is forked twice. Its parent exits at once, so the kernel makes the supervisor its parent, as the nearest process
+that adopts orphans (`realtime.supervisor.orphans`): the supervisor waits for the child itself, the kernel kills the
+child when the supervisor dies, and an end of the zygote concerns no child.
+
+The zygote runs no thread, no reactor and no code of the application. What must differ between processes is made after
+the fork: Python and OpenSSL seed their random generators anew in each fork. The key of hash() is shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import gc
+import importlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from realtime.process import stack_dumps
+from realtime.process.heap import find_malloc_trim
+
+MAX_DESCRIPTORS = 64
+"""Descriptors that one child can get."""
+
+ROOM = ("--room", " " * 300)
+"""The zygote's last arguments: they leave room for the command line of a child."""
+
+_MAX_PACKET = 65_536
+_PR_SET_NAME = 15
+# Seconds between two looks for the new parent, which has changed at the first one in nearly all cases.
+_ADOPTION_INTERVAL = 0.0005
+
+
+class Fork(msgspec.Struct, frozen=True, array_like=True):
+    """Fork a child. name: for ps(1) and top(1), 15 characters at most. module: to call `main` of, with `arguments`.
+    descriptors: their numbers in the child, in the order in which they are sent."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    descriptors: tuple[int, ...]
+
+
+class ZygoteStarted(msgspec.Struct, frozen=True, tag=True):
+    """Everything is imported. The first packet to the supervisor."""
+
+
+class Forked(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a `Fork`: the child's pid."""
+
+    pid: int
+
+
+class NotForked(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a `Fork` that has failed. error: of errno(3)."""
+
+    error: int
+
+
+FromZygote = ZygoteStarted | Forked | NotForked
+
+decode = msgspec.msgpack.Decoder(FromZygote).decode
+encode = msgspec.msgpack.encode
+_decode_fork = msgspec.msgpack.Decoder(Fork).decode
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fork children until the supervisor closes the link. Returns in the zygote and in each child: the exit status."""
+    options = _arguments().parse_args(argv)
+    for number in (signal.SIGINT, signal.SIGHUP, stack_dumps.STACK, stack_dumps.STACK_IN_C):
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C is the supervisor's; a new child can't write its stack yet
+    modules = {name: importlib.import_module(name) for name in options.modules}
+    _set_name("zygote")
+    gc.collect()
+    gc.freeze()  # a collection in a child would write to each object, and so copy it
+    if trim := find_malloc_trim():
+        trim(0)
+    with socket.socket(fileno=options.link) as link:
+        os.set_inheritable(options.link, False)
+        fork = _serve(link)
+    if fork is None:
+        return 0
+    module = modules[fork.module]
+    sys.argv = [str(module.__file__), *fork.arguments]
+    # Out here, so that the stack of a child begins with few frames of the zygote.
+    return int(module.main(fork.arguments))
+
+
+def _serve(link: socket.socket) -> Fork | None:
+    """Carry out the requests. Returns in each child, with its request, and in the zygote at the end, with None."""
+    supervisor = os.getppid()
+    link.send(encode(ZygoteStarted()))
+    while True:
+        try:
+            packet, descriptors, _, _ = socket.recv_fds(link, _MAX_PACKET, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:
+            return None
+        if not packet:
+            return None
+        fork = _decode_fork(packet)
+        error = 0
+        if len(descriptors) < len(fork.descriptors):  # without a free descriptor the kernel drops them
+            error = 24
+        else:
+            try:
+                intermediate = os.fork()
+            except OSError as failed:
+                error = failed.errno or 1
+            else:
+                if not intermediate:
+                    _fork_again(link, supervisor)
+                    link.close()
+                    _place(descriptors, fork.descriptors)
+                    _set_name(fork.name, [sys.executable, "-P", "-m", fork.module, *fork.arguments])
+                    return fork
+                error = os.waitstatus_to_exitcode(os.waitpid(intermediate, 0)[1])
+        for fd in descriptors:
+            os.close(fd)
+        if error:
+            link.send(encode(NotForked(abs(error))))
+
+
+def _fork_again(link: socket.socket, supervisor: int) -> None:
+    """Fork the child, report its pid, and exit. Returns in the child, once the supervisor is its parent."""
+    intermediate, status = os.getpid(), 1
+    try:
+        pid = os.fork()
+    except OSError as error:
+        os._exit(error.errno or 1)
+    if pid:
+        try:
+            link.send(encode(Forked(pid)))
+            status = 0
+        finally:
+            os._exit(status)
+    while os.getppid() == intermediate:
+        time.sleep(_ADOPTION_INTERVAL)
+    if os.getppid() != supervisor:
+        os._exit(0)  # it has died meanwhile
+
+
+def _place(descriptors: Sequence[int], numbers: Sequence[int]) -> None:
+    """Move open descriptors to these numbers."""
+    above = max(numbers, default=0) + 1
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in descriptors]
+    for fd in descriptors:
+        os.close(fd)
+    for fd, number in zip(moved, numbers, strict=True):
+        os.dup2(fd, number, inheritable=number <= 2)
+        os.close(fd)
+
+
+def _set_name(name: str, command: Sequence[str] = ()) -> None:
+    """Show a name in top(1), and a command line in ps(1). The latter goes where this process's own is, if it fits."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+    begin, end = _command_line()
+    text = b"\0".join(map(os.fsencode, command)) + b"\0"
+    if command and len(text) <= end - begin:
+        ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
+
+
+def _command_line() -> tuple[int, int]:
+    """Return the addresses of the begin and the end of this process's command line, as the kernel reads it."""
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    return int(fields[45]), int(fields[46])  # arg_start and arg_end of proc(5), 0 for unknown
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Forks the processes of a realtime server; its supervisor starts it.")
+    parser.add_argument("--link", type=int, required=True, metavar="FD")
+    parser.add_argument("--room", help="unused text, over which the command line of a child is written")
+    parser.add_argument("modules", nargs="+", metavar="MODULE")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""The supervisor's part in a hand-over: it connects the two processes, and waits for the result.
+
+`realtime.worker.handover` has both ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from msgspec import Struct
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+from realtime.process.fd_stream import stream_pair
+
+
+class HandOverProcess(Protocol):
+    """A process at one end of a hand-over: a `ChildProcess`."""
+
+    def take_over(self, stream: int) -> Deferred[object]: ...
+    def hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, Any]]: ...
+
+
+class HandOverResult(Struct, frozen=True):
+    """What became of the connections of the source. left: they are still there, and served.
+
+    reason: why the hand-over ended early, "" if it did not. If the source has ended, the numbers are 0.
+    """
+
+    moved: int = 0
+    closed: int = 0
+    left: int = 0
+    reason: str = ""
+
+
+def hand_over(
+    source: HandOverProcess, target: HandOverProcess, connections: int, timeout: float
+) -> Deferred[HandOverResult]:
+    """Have `source` hand connections over to `target`, which serves already. The Deferred never fails.
+
+    connections: their number; -1 for all, and then the source accepts no further ones. timeout: seconds after which the
+    source starts to move no more. Connections whose commands take longer stay there.
+    """
+    outcome: Deferred[HandOverResult] = Deferred()
+    try:
+        ours, theirs = stream_pair()
+    except OSError as error:
+        outcome.callback(HandOverResult(reason=f"no socket pair: {error}; check `ulimit -n`"))
+        return outcome
+
+    def taking(_: object) -> Deferred[dict[str, Any]]:
+        theirs.close()
+        return source.hand_over(ours.fileno(), connections, timeout)
+
+    def ended(result: dict[str, Any] | Failure) -> None:
+        ours.close()
+        theirs.close()
+        if isinstance(result, Failure):
+            reason = f"a process ended, or its control link: {result.getErrorMessage()}"
+            outcome.callback(HandOverResult(reason=reason))
+        else:
+            outcome.callback(HandOverResult(**result))
+
+    target.take_over(theirs.fileno()).addCallback(taking).addBoth(ended)
+    return outcome

@@ -1,0 +1,117 @@
+"""The trial of a new configuration: reads it and imports the application, in a process of its own.
+
+So a mistake in either, or a hang, does not touch the running server. `realtime.app.trial` is the other side.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import msgspec
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessExitedAlready
+from twisted.internet.protocol import ProcessProtocol
+from twisted.python.failure import Failure
+
+from realtime._version import __version__
+from realtime.config.schema import PREFIX
+from realtime.config.settings import Settings
+from realtime.config.sources import Sources
+from realtime.supervisor import systemd
+
+MODULE = "realtime.app.trial"
+# The descriptor of the result, in the process.
+_RESULT = 3
+
+
+class TrialResult(msgspec.Struct, frozen=True):
+    """settings: the new ones; None if there is a problem. problems, warnings: one line each. version: of the package
+    that the process has loaded."""
+
+    settings: Settings | None = None
+    problems: list[str] = []
+    warnings: list[str] = []
+    version: str = __version__
+
+
+class Trial:
+    """Tries out the configuration that the sources have at the time."""
+
+    def __init__(self, reactor: Any, sources: Sources) -> None:
+        self._reactor = reactor
+        self._sources = sources
+
+    def run(self, timeout: float) -> Deferred[TrialResult]:
+        """Try it out within `timeout` seconds. The Deferred never fails."""
+        process = _Process(self._reactor, timeout)
+        # -P: as for the children, see `realtime.supervisor.service`.
+        command = [sys.executable, "-P", "-m", MODULE]
+        hidden = (*systemd.VARIABLES,)
+        environment = {
+            name: value for name, value in os.environ.items() if name not in hidden and not name.startswith(PREFIX)
+        }
+        try:
+            self._reactor.spawnProcess(
+                process, command[0], command, env=environment, childFDs={0: "w", 1: 1, 2: 2, _RESULT: "r"}
+            )
+        except OSError as error:
+            process.end([f"no process can be started to try out the configuration: {error.strerror}"])
+        else:
+            transport: Any = process.transport
+            transport.write(msgspec.msgpack.encode(self._sources))
+            transport.closeStdin()
+        return process.result
+
+
+class _Process(ProcessProtocol):
+    """The process. result: fires once."""
+
+    def __init__(self, reactor: Any, timeout: float) -> None:
+        self.result: Deferred[TrialResult] = Deferred()
+        self._timeout = timeout
+        self._received = b""
+        self._timer = reactor.callLater(timeout, self._kill)
+
+    def _kill(self) -> None:
+        transport: Any = self.transport
+        try:
+            transport.signalProcess("KILL")
+        except ProcessExitedAlready:
+            return
+        advice = "find the line that hangs"
+        self.end(
+            [f"the import of the application takes more than {self._timeout:g} s (workers.start_timeout); {advice}"]
+        )
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        """Called by Twisted."""
+        self._received += data
+
+    def processEnded(self, reason: Failure) -> None:
+        """Called by Twisted."""
+        try:
+            result = msgspec.msgpack.decode(self._received, type=TrialResult)
+        except msgspec.MsgspecError:
+            ended: Any = reason.value
+            how = f"signal {ended.signal}" if ended.signal else f"status {ended.exitCode}"
+            self.end([f"the import of the application ended its process with {how}"])
+        else:
+            self._finish(result if result.version == __version__ else _refuse_version(result.version))
+
+    def end(self, problems: list[str]) -> None:
+        """Finish with problems."""
+        self._finish(TrialResult(problems=problems))
+
+    def _finish(self, result: TrialResult) -> None:
+        if self._timer.active():
+            self._timer.cancel()
+        if not self.result.called:
+            self.result.callback(result)
+
+
+def _refuse_version(version: str) -> TrialResult:
+    """Workers of another version would not understand this version's broker."""
+    problem = f"version {version} of the package is installed now, and this server runs version {__version__}"
+    return TrialResult(problems=[f"{problem}; restart the server to use the other version"])

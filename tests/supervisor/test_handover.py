@@ -1,0 +1,83 @@
+"""The supervisor connects the two processes of a hand-over with a real socket pair, and passes their result on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.error import ConnectionLost
+
+from realtime.supervisor import handover
+from realtime.supervisor.handover import HandOverResult, hand_over
+
+
+class Process:
+    """One end. end: its copy of the stream."""
+
+    def __init__(self, answer: Any = None) -> None:
+        self.answer: Deferred[Any] = Deferred()
+        if answer is not None:
+            self.answer = answer
+        self.calls: list[tuple[int, float]] = []
+        self.end: socket.socket | None = None
+
+    def _keep(self, stream: int) -> None:
+        self.end = socket.socket(fileno=os.dup(stream))
+
+    def take_over(self, stream: int) -> Deferred[object]:
+        self._keep(stream)
+        return self.answer
+
+    def hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, Any]]:
+        self._keep(stream)
+        self.calls.append((connections, timeout))
+        return self.answer
+
+    def close(self) -> None:
+        if self.end is not None:
+            self.end.close()
+
+
+def test_both_ends_are_connected_and_the_result_is_that_of_the_source() -> None:
+    source, target = Process(), Process(succeed(None))
+    results: list[HandOverResult] = []
+    hand_over(source, target, -1, 7.5).addCallback(results.append)
+    assert source.calls == [(-1, 7.5)]
+    assert source.end is not None and target.end is not None
+    source.end.send(b"hello")
+    assert target.end.recv(10) == b"hello"
+    source.answer.callback({"moved": 3, "closed": 1, "left": 2, "reason": ""})
+    assert results == [HandOverResult(3, 1, 2)]
+    source.close()
+    assert target.end.recv(10) == b""  # the supervisor has no copy any more
+    target.close()
+
+
+def test_a_process_that_ends_ends_the_hand_over() -> None:
+    results: list[HandOverResult] = []
+    source, target = Process(), Process(fail(ConnectionLost()))
+    hand_over(source, target, 5, 1.0).addCallback(results.append)
+    assert source.calls == []
+    target.close()
+
+    source, target = Process(), Process(succeed(None))
+    hand_over(source, target, 5, 1.0).addCallback(results.append)
+    source.close()
+    source.answer.errback(ConnectionLost())
+    assert target.end is not None
+    assert target.end.recv(10) == b""
+    target.close()
+    assert [(result.moved, "ended" in result.reason) for result in results] == [(0, True), (0, True)]
+
+
+def test_a_supervisor_without_descriptors_hands_nothing_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(handover, "stream_pair", refuse)
+    results: list[HandOverResult] = []
+    hand_over(Process(), Process(), 5, 1.0).addCallback(results.append)
+    assert "ulimit -n" in results[0].reason
