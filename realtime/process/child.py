@@ -346,6 +346,8 @@ class Control(control.Peer):
             text = REPORTS[what]()
         except Exception as error:  # AMP would end the link, and with it this process
             text = f"the report of {what} raised {error!r}\n"
+        if self._child.lock.is_relieving:
+            text = f"The loop does not turn; the relief thread, which reports, serves its clients:\n{text}"
         return {"text": text.encode("utf-8", "replace")}
 
     @control.Drain.responder

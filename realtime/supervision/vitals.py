@@ -78,6 +78,7 @@ class Vitals(Struct, frozen=True):
 
     busy_since: when the loop's selector last returned, 0 while the loop idles in it; never torn, and never late.
     block_since, block_until: the latest long turn, from its `busy_since` to its end; 0 before the first.
+    relief_since: when the latest relief began; 0 before the first.
     """
 
     beat: int
@@ -95,6 +96,7 @@ class Vitals(Struct, frozen=True):
     busy_since: int = 0
     block_since: int = 0
     block_until: int = 0
+    relief_since: int = 0
 
 
 class RunningHandler(Struct, frozen=True):
@@ -148,7 +150,7 @@ class VitalsPage:
     # The process's side, for its loop thread only.
 
     def write(self, vitals: Vitals) -> None:
-        """Publish a reading, except for its last three fields. Takes about three microseconds."""
+        """Publish a reading, except for its last four fields. Takes about three microseconds."""
         # A predecessor that was killed during a write left an odd number: the next odd number begins a write anyway.
         odd = (self._sequence + 1) | 1
         _SEQUENCE.pack_into(self._memory, 0, odd)
@@ -219,10 +221,6 @@ class VitalsPage:
 
     # The supervisor's side.
 
-    def relief_since(self) -> int:
-        """Return when the latest relief began, 0 before the first."""
-        return self._words[_RELIEF_SINCE]
-
     def read(self) -> Vitals | None:
         """Return the latest reading; None before the first, when every try was torn, and for impossible values."""
         for _ in range(_TRIES):
@@ -231,13 +229,17 @@ class VitalsPage:
             if before % 2 == 0 and _SEQUENCE.unpack_from(self._memory)[0] == before:
                 beat, *rest = body
                 beat = max(beat, self._words[_IDLE_BEAT])
-                return _validated(beat, *rest, self._words[_BUSY_SINCE], *self._block()) if before else None
+                return _validated(beat, *rest, *self._turns()) if before else None
         return None
 
     def peek(self) -> tuple[int, float, int]:
         """Return the latest `beat`, `lag` and `busy_since`, each read on its own and unchecked. Cheaper than `read`."""
         words = self._words
         return max(words[_BEAT], words[_IDLE_BEAT]), self._numbers[_LAG], words[_BUSY_SINCE]
+
+    def _turns(self) -> tuple[int, ...]:
+        """Return `busy_since` and the fields after it."""
+        return self._words[_BUSY_SINCE], *self._block(), max(self._words[_RELIEF_SINCE], 0)
 
     def _block(self) -> tuple[int, int]:
         since, until = self._words[_BLOCK_SINCE], self._words[_BLOCK_UNTIL]
