@@ -52,7 +52,7 @@ def payload(text: Raw | UnsetType) -> bytes:
     if _LF in data or _CR in data:
         data = data.translate(None, _LINE_ENDS)
     # Ordinary text passes without a generator.
-    if _ESCAPE in data or (len(data) > MAX_DEPTH and _may_be_deep(data)):
+    if _ESCAPE in data or (len(data) > MAX_DEPTH and (_LIST in data or _OBJECT in data) and _may_be_deep(data)):
         for _ in check_steps(data):
             pass
     return data
@@ -61,7 +61,7 @@ def payload(text: Raw | UnsetType) -> bytes:
 def check_steps(data: bytes) -> Iterator[None]:
     """Check valid JSON text as `payload` does, in steps of about a millisecond. Raises ClientError 107."""
     # A search for one byte is cheap and settles nearly every case; only suspicious text gets the thorough checks.
-    may_be_deep = _may_be_deep(data)
+    may_be_deep = (_LIST in data or _OBJECT in data) and _may_be_deep(data)
     may_have_half_pairs = _ESCAPE in data and _SURROGATE.search(data) is not None
     start = depth = 0
     while start < len(data) and (may_be_deep or may_have_half_pairs):
@@ -94,7 +94,7 @@ def comma_steps(text: bytes) -> Iterator[int]:
 
 
 def _may_be_deep(data: bytes) -> bool:
-    return (_LIST in data or _OBJECT in data) and data.count(_LIST) + data.count(_OBJECT) > MAX_DEPTH
+    return data.count(_LIST) + data.count(_OBJECT) > MAX_DEPTH
 
 
 def one_line(text: bytes) -> bytes:

@@ -60,10 +60,11 @@ ATTRIBUTES: dict[str, str] = {
     "asyncio": "_set_running_loop",
     "asyncio.tasks": "_current_tasks",
     "autobahn.websocket.protocol.WebSocketServerProtocol": """
-    STATE_CLOSING STATE_OPEN _closeConnection _isMessageCompressed _perMessageCompress _transport_details applyMask
-    autoFragmentSize autoPingPending autoPingPendingCall
+    STATE_CLOSED STATE_CLOSING STATE_OPEN _closeConnection _isMessageCompressed _perMessageCompress _transport_details
+    applyMask autoFragmentSize autoPingPending autoPingPendingCall
     autoPingPendingSent autoPingPendingSeq autoPingRestartOnAnyTraffic autoPingTimeoutCall closeHandshakeTimeout
-    closeHandshakeTimeoutCall closedByMe current_frame current_frame_masker data droppedByMe echoCloseCodeReason
+    closeHandshakeTimeoutCall closedByMe control_frame_data current_frame current_frame_masker data droppedByMe
+    echoCloseCodeReason
     failByDrop failedByMe inside_message is_closed localCloseCode localCloseReason log logFrames logOctets
     maskServerFrames maxFramePayloadSize maxMessagePayloadSize message_data_total_length openHandshakeTimeoutCall
     remoteCloseCode remoteCloseReason requireMaskedClientFrames send_queue send_state state trackedTimings trafficStats

@@ -50,6 +50,10 @@ PATIENCE = 0.25
 RESTORE_TIMEOUT = 1.0
 """Seconds for which a restarted broker holds requests until all workers have restored their subscriptions."""
 
+HOLD = 1.0
+"""Seconds for which the clients of a worker whose stream has ended stay listed: a fresh stream takes some milliseconds,
+and then others see neither a leave nor a join. A successor of the worker ends this time."""
+
 _log = Logger()
 _decode = broker_messages.message_decoder(broker_messages.TO_BROKER)
 
@@ -86,7 +90,9 @@ class Broker:
         self._reactor = reactor
         self.now: Callable[[], float] = reactor.seconds
         self._peers: dict[Link, _WorkerPeer] = {}
-        self._leaving: dict[str, Iterator[None]] = {}  # by address, the clients of the last stream that ended
+        # Of streams that have ended: the peers whose clients may return, and the leaves of the others.
+        self._held: dict[_WorkerPeer, Any] = {}
+        self._leaving: dict[_WorkerPeer, Iterator[None]] = {}
         self._slices = TimeSlicer(reactor.seconds, SLICE, self._call_next_turn)
         self._links_account = self._ledger.open(LoopWork.ENGINE)
         self._all_left: Deferred[None] | None = None  # while draining
@@ -116,18 +122,33 @@ class Broker:
         self._peers[peer.link] = peer
         adopt(self._reactor, fd, peer.link)
 
-    def replace(self, slot: int, address: str) -> None:
+    def replace(self, slot: int, address: str, *, is_returning: bool) -> None:
         """End the earlier streams of a worker that has introduced itself over a new one, and of dead ones of its slot.
 
-        Its request for the clients of the dead must not come before their end is noticed.
+        Its request for the clients of the dead must not come before their end is noticed. is_returning: the worker had
+        a stream to this broker, so its clients stay listed until it has restored its state.
         """
         for link, peer in list(self._peers.items()):
             if peer.address == address or (peer.slot == slot and peer.address and link.is_hung_up):
                 del self._peers[link]
-                peer.replace()
-        # The same clients may come back over the new stream: the leaves come first.
-        for _ in self._leaving.pop(address, ()):
-            pass
+                link.cut("another stream took its place")
+                self._hold(peer)
+        for peer in list(self._held):
+            if peer.slot == slot and not (is_returning and peer.address == address):
+                self._let_leave(peer)
+        # Where the same clients come back over the new stream, the leaves come first.
+        for peer in [peer for peer in self._leaving if peer.slot == slot]:
+            for _ in self._leaving.pop(peer, ()):
+                pass
+
+    def has_held(self, address: str) -> bool:
+        """Whether clients of an earlier stream of this worker are still listed."""
+        return any(peer.address == address for peer in self._held)
+
+    def let_held_leave(self, address: str) -> None:
+        """Let the clients leave that a returning worker, which has restored its state, has lost meanwhile."""
+        for peer in [peer for peer in self._held if peer.address == address]:
+            self._let_leave(peer)
 
     def restore(self) -> None:
         """Handle the first worker of an earlier broker: hold all requests until every worker has restored its state.
@@ -184,16 +205,34 @@ class Broker:
         self._link_drops.value += link.dropped
         peer = self._peers.pop(link, None)
         if peer is not None:
-            self._leaving[peer.address] = steps = self._leave(peer)
-            next(steps, None)
-            self._slices.add(steps)
-            _log.info("the stream to worker {slot} ended: {reason}; its clients leave", slot=peer.slot, reason=reason)
+            self._hold(peer)
+            _log.info(
+                "the stream to worker {slot} ended: {reason}; its clients leave, unless it returns within {hold:g} s",
+                slot=peer.slot,
+                reason=reason,
+                hold=HOLD,
+            )
         if not self._peers and self._all_left is not None and not self._all_left.called:
             self._all_left.callback(None)
 
+    def _hold(self, peer: _WorkerPeer) -> None:
+        """End the connections of a worker; keep its clients listed for a while, as its process may live on."""
+        steps = self.core.unlink_steps(peer.link, self.now())
+        next(steps, None)
+        self._slices.add(steps)
+        self._held[peer] = self._reactor.callLater(HOLD, self._let_leave, peer)
+
+    def _let_leave(self, peer: _WorkerPeer) -> None:
+        timer = self._held.pop(peer)
+        if timer.active():
+            timer.cancel()
+        self._leaving[peer] = steps = self._leave(peer)
+        next(steps, None)
+        self._slices.add(steps)
+
     def _leave(self, peer: _WorkerPeer) -> Iterator[None]:
-        yield from self.core.detach_steps(peer.link, self.now())
-        self._leaving.pop(peer.address, None)
+        yield from self.core.leave_steps(peer.link, self.now())
+        self._leaving.pop(peer, None)
 
     def sweep(self) -> None:
         """Free expired entries for a short time, and continue after SWEEP_PAUSE. Call it every SWEEP_INTERVAL."""
@@ -266,11 +305,6 @@ class _WorkerPeer:
         self._requests: dict[type, Callable[[Link, float, Any], Any]] = {}
         self._others: dict[type, Callable[[Link, float, Any], None]] = {broker_messages.Hello: self._hello}
 
-    def replace(self) -> None:
-        """Drop the state of this stream at once, not only when its end is noticed: its slot has a new stream."""
-        self.link.cut("another stream took its place")
-        self._core.detach(self.link, self._now())
-
     def receive(self, number: int, body: bytes) -> None:
         """Carry out one message. Raises BadFrame, and nothing else, if it is invalid or out of place."""
         try:
@@ -335,12 +369,12 @@ class _WorkerPeer:
         if message.version != broker_messages.VERSION:
             raise BadFrame(f"the worker speaks version {message.version}, this broker {broker_messages.VERSION}")
         address = worker_address(self.slot, message.generation)
-        self._broker.replace(self.slot, address)
+        self._is_returning = message.instance == self._broker.instance
+        self._broker.replace(self.slot, address, is_returning=self._is_returning)
         self.address = address
         self._core.attach(link, address, str(self.slot))
-        # When its previous stream to this same broker ended, its clients left; now they join again. The subscribers
-        # of another broker never received those leaves, so they receive no joins either.
-        self._is_returning = message.instance == self._broker.instance
+        # When its previous stream to this same broker ended long ago, its clients left; now they join again. The
+        # subscribers of another broker never received those leaves, so they receive no joins either.
         self._core.introduce(link, takes_lost=message.takes_lost_clients, is_returning=self._is_returning)
         if message.instance and not self._is_returning:
             self._broker.restore()
@@ -350,7 +384,15 @@ class _WorkerPeer:
         self._requests = {kind: operations[kind] for kind in broker_messages.REQUESTS}
         self._others = {kind: operations[kind] for kind in broker_messages.NOTICES}
         self._others[broker_messages.Restore] = self._restore
+        if self._broker.has_held(address):
+            self._others[ReportSubscriptions] = self._returned
         link.send(broker_messages.pack(broker_messages.Welcome(broker_messages.VERSION, self._broker.instance)))
+
+    def _returned(self, link: Link, now: float, message: ReportSubscriptions) -> None:
+        """Take note of the first report of subscriptions, the end of the worker's state."""
+        self._others[ReportSubscriptions] = self._core.operations[ReportSubscriptions]
+        self._core.take_note(link, now, message)
+        self._broker.let_held_leave(self.address)
 
     def _restore(self, link: Link, now: float, message: broker_messages.Restore) -> None:
         self._core.restore(

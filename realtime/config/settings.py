@@ -530,6 +530,19 @@ class WorkersSettings(Struct, frozen=True, forbid_unknown_fields=True):
     start_timeout: Annotated[
         PositiveSeconds, about("Time limit for a worker to load the application and become ready.")
     ] = 30.0
+    max_age: Annotated[
+        Seconds,
+        about(
+            "Age at which a new process takes the place of a worker, and its clients. The workers are replaced at"
+            " different times, from half of this age on. 0: never."
+        ),
+    ] = 0.0
+    max_rss: Annotated[
+        NonNegative,
+        about(
+            "Resident memory of a worker, in bytes, at which a new process takes its place, and its clients. 0: never."
+        ),
+    ] = 0
 
 
 class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -588,8 +601,8 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_rss: Annotated[
         NonNegative,
         about(
-            "A worker with this much resident memory, in bytes, sheds load; the supervisor drains and replaces it."
-            " 0: never."
+            "A worker with this much resident memory, in bytes, sheds load, and a new process takes its place, and its"
+            " clients. 0: never."
         ),
     ] = 0
     # A quarter of a gigabyte of frames is a thousand slow clients with a quarter of client.queue_max_size each.

@@ -18,7 +18,8 @@ from prometheus_client.registry import Collector
 from realtime.metrics import NONE, Metrics, Sample
 from realtime.supervision.health import Condition, Health
 from realtime.supervision.incidents import Blocks
-from realtime.supervision.pool import BROKER, Pool, SlotState
+from realtime.supervision.pool import Pool
+from realtime.supervision.slots import BROKER, SlotState
 from realtime.supervision.vitals import Vitals
 
 _NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")

@@ -27,8 +27,8 @@ from realtime.operators.summary import SUPERVISOR, WATCHED, Failures, HealthSour
 from realtime.process import log
 from realtime.process.heartbeat import LOOP_SECONDS
 from realtime.supervision.incidents import Blocks, Incident, IncidentLog
-from realtime.supervision.pool import BROKER
 from realtime.supervision.rates import Rates
+from realtime.supervision.slots import BROKER
 
 # Seconds between two snapshots.
 INTERVAL = 1.0
@@ -77,7 +77,8 @@ Shares = Mapping[Account, float]
 class MetricsSource(Protocol):
     """A process with counters."""
 
-    pid: int
+    @property
+    def pid(self) -> int: ...
 
     def collect(self, names: Collection[str] = ()) -> Deferred[list[Sample]]: ...
 

@@ -15,8 +15,9 @@ from msgspec import Struct
 from realtime.metrics import Sample
 from realtime.operators.exposition import VitalProcess, beat_age
 from realtime.supervision.health import Condition, Health
-from realtime.supervision.pool import BROKER, Pool, Slot, SlotState
+from realtime.supervision.pool import Pool
 from realtime.supervision.rates import Growth
+from realtime.supervision.slots import BROKER, Slot, SlotState
 from realtime.supervision.vitals import RunningHandler
 
 # Seconds for which a failure stays a problem, and over which failures are counted.

@@ -98,7 +98,7 @@ class ChildService(Protocol):
         """Take over connections of another process from a stream. Owns the descriptor `stream`."""
 
     async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
-        """Hand connections over to another process. Owns the descriptor `stream`. See `control.HandOver`."""
+        """Hand connections over to another process. Owns the descriptor `stream`. See `control.HandConnectionsOver`."""
 
     async def drain(self, timeout: float) -> None:
         """Take no more work, tell the clients, and finish within `timeout` seconds. Called once at most."""
@@ -327,14 +327,19 @@ class Control(control.Peer):
         self._child.service.adopt(stream)
         return {}
 
-    @control.TakeOver.responder
+    @control.TakeConnectionsOver.responder
     def _take_over(self, stream: int) -> dict[str, object]:
         self._child.service.take_over(stream)
         return {}
 
-    @control.HandOver.responder
+    @control.HandConnectionsOver.responder
     def _hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, object]]:
         return Deferred.fromCoroutine(self._child.service.hand_over(stream, connections, timeout))
+
+    @control.LimitLog.responder
+    def _limit_log(self, level: str) -> dict[str, object]:
+        log.limit(level)
+        return {}
 
     @control.Collect.responder
     def _collect(self, names: list[str]) -> dict[str, object]:

@@ -109,13 +109,13 @@ class Adopt(amp.Command):
     arguments = [(b"stream", amp.Descriptor())]
 
 
-class TakeOver(amp.Command):
+class TakeConnectionsOver(amp.Command):
     """Supervisor -> worker: take over the connections that arrive over this stream, see `realtime.worker.handover`."""
 
     arguments = [(b"stream", amp.Descriptor())]
 
 
-class HandOver(amp.Command):
+class HandConnectionsOver(amp.Command):
     """Supervisor -> worker: hand connections over to another process, over this stream, within `timeout` seconds.
 
     connections: their number; -1 for all, and then the worker accepts no further ones. moved, closed, left: what became
@@ -129,6 +129,12 @@ class HandOver(amp.Command):
         (b"left", amp.Integer()),
         (b"reason", amp.Unicode()),
     ]
+
+
+class LimitLog(amp.Command):
+    """Supervisor -> process: log events of this level or above from now on. level: as `log.level`."""
+
+    arguments = [(b"level", amp.Unicode())]
 
 
 class Collect(amp.Command):

@@ -73,8 +73,8 @@ class DirectServer(tcp.Server):
     def detach(self) -> tuple[int, bytes]:
         """Give up the connection: return its descriptor and the bytes that the kernel has not taken.
 
-        The reactor serves it no more, and the protocol is not told of an end. The caller owns the descriptor. Closing
-        it leaves the connection to other holders of the socket, as there is no shutdown(2).
+        The reactor serves it no more, and the protocol sees no end. The caller owns the descriptor. To close it leaves
+        the connection to other holders of the socket, as there is no shutdown(2).
         """
         unsent = self.dataBuffer[self.offset :] + b"".join(self._tempDataBuffer)
         self.stopReading()

@@ -167,35 +167,43 @@ def unsubscribe(session: Session, id: int, request: messages.UnsubscribeRequest)
 # -- publish, presence, history ---------------------------------------------------------------------------------------
 
 
-async def publish(session: Session, id: int, request: messages.PublishRequest) -> None:
-    services, channel = session.services, request.channel
+def publish(session: Session, id: int, request: messages.PublishRequest) -> Publish | Coroutine[Any, Any, None]:
+    channel, encoding = request.channel, session.encoding
     channel_options = _checked_options(session, channel)
-    data = session.encoding.validate_data(request.data)
-    is_json = session.encoding.is_json(data)
+    data = encoding.validate_data(request.data)
+    is_json = encoding.is_json(data)
     channel_options.check_client_data(data, is_json)
     if request.type:
         raise ClientError(*errors.BAD_REQUEST)
-    handler = services.handlers.publishing(channel)
+    handler = session.services.handlers.publishing(channel)
     if handler is not None:
-        replacement = await handler(session.handle, channel, session.encoding.decode_data(data))
-        if replacement is not None:
-            data = session.encoding.encode_data(replacement)
-            is_json = session.encoding.is_json(data)
-    elif not session.is_allowed("publish", channel, channel_options):
+        decision = handler(session.handle, channel, encoding.decode_data(data))
+        return _publish_if_allowed(session, id, channel, channel_options, data, decision)
+    if not session.is_allowed("publish", channel, channel_options):
         raise ClientError(*errors.PERMISSION_DENIED)
-    subscription = session.subscriptions.get(channel)
-    info = subscription.info if subscription is not None else session.info
-    await services.engine.ask(
-        Publish(
-            channel,
-            data,
-            channel_options.history_options,
-            info,
-            delta=channel_options.delta_publish,
-            binary=not is_json,
-        )
-    )
+    return _publication(session, channel, channel_options, data, is_json)
+
+
+async def _publish_if_allowed(
+    session: Session, id: int, channel: str, channel_options: ResolvedChannel, data: bytes, decision: Awaitable[Any]
+) -> None:
+    """Publish after the handler's decision, with its data if it returns any."""
+    replacement = await decision
+    if replacement is not None:
+        data = session.encoding.encode_data(replacement)
+    publication = _publication(session, channel, channel_options, data, session.encoding.is_json(data))
+    await session.services.engine.ask(publication)
     session.reply(id, "publish", messages.EMPTY)
+
+
+def _publication(
+    session: Session, channel: str, channel_options: ResolvedChannel, data: bytes, is_json: bool
+) -> Publish:
+    subscription = session.subscriptions.get(channel)
+    info = session.info if subscription is None else subscription.info
+    return Publish(
+        channel, data, channel_options.history_options, info, delta=channel_options.delta_publish, binary=not is_json
+    )
 
 
 def _check_presence(session: Session, channel: str) -> None:

@@ -116,6 +116,8 @@ class JSONEncoding:
         return b'{"id":%d,"presence":{"presence":{%b}}}' % (id, b",".join(members))
 
     def encode_push(self, channel: str, name: str, body: Struct) -> bytes:
+        if channel:  # as `_bare_push`, without a further call for each publication
+            return b'{"push":{"channel":%b,"%b":%b}}' % (_encode(channel), name.encode(), _encode(body))
         return b'{"push":%b}' % _bare_push(channel, name, body)
 
     def make_pub(self, publication: Publication, epoch: str = "") -> Pub:
@@ -123,7 +125,9 @@ class JSONEncoding:
             raise Disconnect(*errors.INAPPROPRIATE_PROTOCOL)
         # Text that arrived in another encoding still has its line ends, or consists of them.
         data = publication.data
-        return messages.make_pub(publication, data and (json_text.one_line(data) or b"null"), epoch)
+        if _NEWLINE in data or _RETURN in data:
+            data = json_text.one_line(data) or b"null"
+        return messages.make_pub(publication, data, epoch)
 
     def make_full_pub(self, publication: Publication, epoch: str = "") -> Pub:
         # With deltas the data is always a string: JSON text, or a delta between two JSON texts.

@@ -319,7 +319,13 @@ class RefreshPush(Struct, frozen=True, gc=False, omit_defaults=True):
 
 def make_info(client: ClientInfo) -> Info:
     """Make the message for a client, as other clients see it in JSON."""
-    return Info(client.user, client.client, embed(client.conn_info), embed(client.chan_info))
+    conn_info, chan_info = client.conn_info, client.chan_info
+    return Info(
+        client.user,
+        client.client,
+        embed(conn_info) if conn_info else UNSET,
+        embed(chan_info) if chan_info else UNSET,
+    )
 
 
 def make_binary_info(client: ClientInfo) -> Info:

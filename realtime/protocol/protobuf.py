@@ -314,27 +314,35 @@ class _Reader:
         RecursionError.
         """
         values: dict[str, Any] = {}
+        skipped = -1  # the tag of the last unknown field
         for _ in _BUDGET.fields:
             if position >= end:
                 break
-            # Most varints have one byte: calls for these would take a third of the time.
+            # Most varints have one byte, and most others two: calls for these would take half of the time.
             tag = data[position]
             position += 1
             if tag > 0x7F:
-                tag, position = _varint(data, position - 1)
+                if (high := data[position]) < 0x80:
+                    tag, position = tag & 0x7F | high << 7, position + 1
+                else:
+                    tag, position = _varint(data, position - 1)
             wire_type = tag & 7
             if wire_type == _BYTES:
                 size = data[position]
                 position += 1
                 if size > 0x7F:
-                    size, position = _varint(data, position - 1)
+                    if (high := data[position]) < 0x80:
+                        size, position = size & 0x7F | high << 7, position + 1
+                    else:
+                        size, position = _varint(data, position - 1)
                 stop = position + size
                 if stop > end:
                     raise ProtocolError("a field ends behind its message")
                 if (take := self._parts.get(tag)) is not None:
                     take(values, data, position, stop)
-                else:
+                elif tag != skipped:
                     self._check_unknown(tag)
+                    skipped = tag
                 position = stop
             elif wire_type == _VARINT:
                 value = data[position]
@@ -343,8 +351,9 @@ class _Reader:
                     value, position = _varint(data, position - 1)
                 if (keep := self._numbers.get(tag)) is not None:
                     keep(values, value)
-                else:
+                elif tag != skipped:
                     self._check_unknown(tag)
+                    skipped = tag
             elif wire_type in (_FIXED32, _FIXED64):
                 self._check_unknown(tag)
                 position += 4 if wire_type == _FIXED32 else 8

@@ -42,7 +42,7 @@ from realtime.protocol.replay import Replays
 from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, Departure, SessionState
 from realtime.protocol.session_timers import SessionTimers
 from realtime.protocol.subscription import JoinResult, ReplyRoom, Subscription, SubscriptionSource
-from realtime.pubsub.engine import AddClient, AdmitClient, RemoveClient
+from realtime.pubsub.engine import AddClient, AdmitClient, Publish, RemoveClient
 from realtime.types import ClientInfo, Position, SubscribeOptions
 
 # How an error ends a connection without replies, by code (client protocol, section 2.9); others end it with 3004.
@@ -218,7 +218,19 @@ class Session(SessionTimers):
         if self.settings.client.concurrency > 1 and (channel := channel_of(command)):
             self.busy_channels = self.busy_channels or set()
             self.busy_channels.add(channel)
-        self.services.run(rest, partial(self._finished, command.id, name, request))
+        if type(rest) is Publish:
+            self.services.engine.ask_then(rest, partial(self._published, command.id, name, request))
+        else:
+            self.services.run(rest, partial(self._finished, command.id, name, request))  # type: ignore[arg-type]
+
+    def _published(self, id: int, name: str, request: Any, position: Any, error: BaseException | None) -> None:
+        """Answer a publish command, and go on."""
+        if error is None:
+            try:
+                self.reply(id, name, messages.EMPTY)
+            except Exception as failure:
+                error = failure
+        self._finished(id, name, request, None, error)
 
     def _finished(self, id: int, name: str, request: Any, result: Any, error: BaseException | None) -> None:
         """Go on after a command that has waited."""
@@ -616,8 +628,7 @@ class Session(SessionTimers):
     def drain(self) -> None:
         """Disconnect the client because the worker stops, after the answers to the commands that are under way.
 
-        Commands that would begin meanwhile, and queued ones, are refused with error 100, which tells the client that
-        they have had no effect. The client's next worker carries them out.
+        Queued commands, and those that would begin meanwhile, are refused: the client's next worker carries them out.
         """
         if self.running:
             self._commands = _DRAINING
@@ -668,10 +679,7 @@ class Session(SessionTimers):
             release(self.handle)
 
     def _run_in_background(self, work: Awaitable[Any]) -> None:
-        """Start work without waiting for its result.
-
-        Refusals and an engine that is away are ignored: this worker's own state has changed already.
-        """
+        """Start work, and ignore refusals and an engine that is away: this worker's own state has changed already."""
         self.background += 1
         self.services.run(_without_refusals(work), self._end_background)
 
@@ -698,8 +706,9 @@ class Session(SessionTimers):
             departure.ready()
 
 
-# Carries out a command: (session, id, request). Returns the rest of its work, or None if there is none.
-CommandFunction = Callable[[Session, int, Any], Coroutine[Any, Any, None] | None]
+# Carries out a command: (session, id, request). Returns the rest of its work, or None if there is none. The rest may be
+# a publication, to be answered without a result when the engine has accepted it.
+CommandFunction = Callable[[Session, int, Any], Coroutine[Any, Any, None] | Publish | None]
 
 
 def _refuse_command(session: Session, id: int, request: Any) -> None:

@@ -35,8 +35,9 @@ class WireFormat:
 
         The first publication of a stream carries the epoch.
         """
-        pub = self.encoding.make_pub(publication, epoch if publication.offset == 1 else "")
-        return self._push(channel, "pub", pub)
+        encoding = self.encoding
+        pub = encoding.make_pub(publication, epoch if publication.offset == 1 else "")
+        return self.frame(encoding.encode_push(channel, "pub", pub))
 
     def full_publication(self, channel: str, publication: Publication, epoch: str) -> bytes:
         """Encode a publication in full for subscribers with deltas. Raises as `publication`."""

@@ -128,6 +128,7 @@ class BrokerCore(Generic[P]):
         self._addresses: dict[str, P] = {}
         self._sessions: dict[str, P] = {}  # by secret, of clients that came from another peer
         self._users: dict[str, int] = {}  # user -> connections
+        self._unlinked: dict[P, Iterable[str]] = {}  # the clients of peers whose presence is still listed
         # Of peers that have ended: slot -> client -> user and the address of the peer.
         self._lost: dict[str, dict[str, tuple[str, str]]] = {}
         self.operations: dict[type[Struct], Callable[[P, float, Any], Any]] = {
@@ -184,6 +185,14 @@ class BrokerCore(Generic[P]):
 
     def detach_steps(self, peer: P, now: float) -> Iterator[None]:
         """As `detach`, in short steps: a worker may have many thousands of clients. The first step ends connections."""
+        yield from self.unlink_steps(peer, now)
+        yield from self.leave_steps(peer, now)
+
+    def unlink_steps(self, peer: P, now: float) -> Iterator[None]:
+        """Remove a peer but for its presence: `leave_steps` follows. Another peer may take its clients over before.
+
+        In short steps, of which the first one ends connections. Idempotent.
+        """
         state = self._peers.pop(peer, None)
         if state is None:
             return
@@ -197,11 +206,19 @@ class BrokerCore(Generic[P]):
             lost = self._lost.setdefault(state.slot, {})
             for client, user in islice(state.users.items(), self._max_channels - len(lost)):
                 lost[client] = user, state.address
+        self._unlinked[peer] = state.users
+        self._presence.end_graced(now, peer)
         for number, channel in enumerate(state.channels, 1):
             self._unroute(channel, peer)
             if number % CHUNK == 0:
                 yield
-        yield from self._presence.detach_steps(now, peer, state.users)
+
+    def leave_steps(self, peer: P, now: float) -> Iterator[None]:
+        """Let the clients of an unlinked peer leave that no other peer has taken over, in short steps. Idempotent."""
+        users = self._unlinked.pop(peer, None)
+        if users is not None:
+            gone = [client for client in users if not any(client in state.users for state in self._peers.values())]
+            yield from self._presence.detach_steps(now, peer, gone)
 
     def restore(
         self,

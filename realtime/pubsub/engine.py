@@ -302,7 +302,7 @@ class Engine(Protocol):
     def ask_then(self, request: EngineRequest[Answer], done: AnswerCallback) -> None:
         """Like `ask`, without an awaitable: the short path for frequent requests, in the same order.
 
-        done: called once, perhaps before this returns.
+        done: called once, perhaps before this returns. Its time is charged like that of the caller.
         """
 
     def tell(self, notice: EngineNotice) -> None:

@@ -110,6 +110,12 @@ class Presence(Generic[P]):
         for _ in self.detach_steps(now, peer, clients):
             pass
 
+    def end_graced(self, now: float, peer: P) -> None:
+        """Note the end of the connections of a peer whose place another connection may take: they are absent now."""
+        for channel, entries in self._peers[peer].items():
+            for client in [client for client, entry in entries.items() if entry.grace]:
+                self._end(now, channel, client, entries.pop(client))
+
     def detach_steps(self, now: float, peer: P, clients: Iterable[str]) -> Iterator[None]:
         """As `detach`, in steps of CHUNK clients. A client is listed and counted until its leave.
 
@@ -119,10 +125,8 @@ class Presence(Generic[P]):
         if self._returning:
             for client in clients:
                 self.client_gone(now, client)
+        self.end_graced(now, peer)
         by_channel = self._peers[peer]
-        for channel, entries in by_channel.items():
-            for client in [client for client, entry in entries.items() if entry.grace]:
-                self._end(now, channel, client, entries.pop(client))
         number = 0
         while by_channel:
             channel, entries = next(iter(by_channel.items()))

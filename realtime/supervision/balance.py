@@ -52,6 +52,10 @@ class Balance:
     def __init__(self, slots: int) -> None:
         self.weights = (0,) * slots
 
+    def resize(self, slots: int) -> None:
+        """Have another number of slots: the last ones come or go."""
+        self.weights = (*self.weights, *(0,) * slots)[:slots]
+
     def weigh(self, health: Mapping[int, Health]) -> tuple[int, ...]:
         """Return the weights of all slots, by number. All are 0 when no slot can take connections, or none is known."""
         shares = _shares([health.get(slot) for slot in range(len(self.weights))])

@@ -24,23 +24,31 @@ from __future__ import annotations
 
 import math
 import signal as signals
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
-
-from msgspec import Struct
+from collections.abc import Callable, Iterable, Mapping
 
 from realtime.config.settings import LoopSettings, WorkersSettings
-
-BROKER = -1
-EX_CONFIG = 78
+from realtime.supervision.effects import (
+    ConnectToBroker,
+    DrainProcess,
+    DumpProcessStacks,
+    Effect,
+    HaltService,
+    LogLine,
+    MoveConnections,
+    NotifySystemd,
+    ReloadEnded,
+    RemoveSlot,
+    ScaleEnded,
+    SignalProcess,
+    SpawnProcess,
+    UseRevision,
+)
+from realtime.supervision.slots import BROKER, EX_CONFIG, PoolEvent, Slot, SlotProcess, SlotState
 
 # Seconds between two ticks. A tick that is _LATE seconds late or more excuses all processes for the time until then.
 TICK = 0.1
 _LATE = 0.3
-# Deaths in a row that make a crash loop, and seconds between two log lines about it.
-_CRASH_LOOP_DEATHS = 3
+# Seconds between two log lines about a crash loop.
 _CRASH_LOOP_INTERVAL = 60.0
 # Seconds for a process to exit after it announced its exit, or after its control link ended.
 _EXIT_TIMEOUT = 5.0
@@ -54,249 +62,19 @@ _MEMORY_PAUSE = 2.0
 _MEMORY_PAUSE_MAX = 300.0
 # Seconds from SIGKILL until a stopping pool gives up on a process (uninterruptible sleep).
 _REAP_TIMEOUT = 2.0
+# Seconds before a worker is to be replaced for its age or memory again, after its successor has failed.
+_RECYCLE_PAUSE = 60.0
 # The label of a replacement by a reload.
 _RELOAD = "reload"
-
-
-class SlotState(Enum):
-    """State of a process of a slot. WAITING: for the next start. PREPARING: it starts beside the serving process.
-    HANDING_OVER: it serves its connections until others have taken them. LEAVING: it is expected to exit. GONE: the
-    slot is empty for good, since the pool stops or has shrunk."""
-
-    WAITING = "waiting"
-    STARTING = "starting"
-    PREPARING = "preparing"
-    READY = "ready"
-    HANDING_OVER = "handing over"
-    LEAVING = "leaving"
-    KILLED = "killed"
-    GONE = "gone"
-
-
-class PoolEvent(Enum):
-    """Events of a process. DEADLINE: its deadline has passed. NO_BEAT: its loop has not turned for `loop.stuck`
-    seconds. HANDED_OVER: it has handed over what it can. STOP: exit in order. KILL: exit at once."""
-
-    READY = "ready"
-    START_FAILED = "start failed"
-    BROKER_LINK_LOST = "broker link lost"
-    CONTROL_LINK_LOST = "control link lost"
-    HANDED_OVER = "handed over"
-    EXITED = "exited"
-    DEADLINE = "deadline"
-    NO_BEAT = "no beat"
-    STOP = "stop"
-    KILL = "kill"
-
-
 # States in which a worker has a stream to the broker.
 _LINKED = (SlotState.STARTING, SlotState.PREPARING, SlotState.READY, SlotState.HANDING_OVER)
-
-
-# Effects.
-
-
-class SpawnProcess(Struct, frozen=True):
-    """Start a process of the slot with the settings of a revision. On failure, call `process_exited`."""
-
-    slot: int
-    generation: int
-    revision: int = 0
-
-
-class HandOver(Struct, frozen=True):
-    """Move the connections of a process within `timeout` seconds, to the process that serves its slot now; from a
-    slot that is being removed, to all others. Then call `handed_over`."""
-
-    slot: int
-    generation: int
-    timeout: float
-
-
-class DrainProcess(Struct, frozen=True):
-    """Order the process to finish its work within `timeout` seconds and exit."""
-
-    slot: int
-    generation: int
-    timeout: float
-
-
-class SignalProcess(Struct, frozen=True):
-    """Send the process a signal."""
-
-    slot: int
-    generation: int
-    number: int
-
-
-class DumpProcessStacks(Struct, frozen=True):
-    """Log the stacks of all threads of the process. Its loop is blocked, and the pool kills it in a moment."""
-
-    slot: int
-    generation: int
-
-
-class ConnectToBroker(Struct, frozen=True):
-    """Give the worker and the broker a new stream to each other. On failure, call `broker_link_lost`."""
-
-    slot: int
-    generation: int
-
-
-class UseRevision(Struct, frozen=True):
-    """A process serves with the settings of this revision: they are the ones in force from now on."""
-
-    revision: int
-
-
-class ReloadEnded(Struct, frozen=True):
-    """A reload has ended. failure: why, in one line; "" if every worker has been replaced."""
-
-    failure: str = ""
-
-
-class RemoveSlot(Struct, frozen=True):
-    """The slot is empty, and no longer part of the pool."""
-
-    slot: int
-
-
-class NotifySystemd(Struct, frozen=True):
-    """Notify the service manager of a state: "ready" or "stopping". Each occurs once at most."""
-
-    state: str
-
-
-class LogLine(Struct, frozen=True):
-    """Write a line to the log."""
-
-    line: str
-    is_error: bool = False
-
-
-class HaltService(Struct, frozen=True):
-    """Exit with `status`: no process is left. reason: one line, "" for status 0. The last effect of all."""
-
-    status: int
-    reason: str = ""
-
-
-Effect = (
-    SpawnProcess
-    | HandOver
-    | DrainProcess
-    | SignalProcess
-    | DumpProcessStacks
-    | ConnectToBroker
-    | UseRevision
-    | ReloadEnded
-    | RemoveSlot
-    | NotifySystemd
-    | LogLine
-    | HaltService
-)
-
-
-@dataclass(slots=True, eq=False)
-class SlotProcess:
-    """A process of a slot, or the room for its next one. Only the pool changes it.
-
-    since: when it entered its state. deadline: when DEADLINE occurs, in any state. alive_at: when the process last
-    showed that its loop turns; stalls of the supervisor move it forward. connected: whether the worker has a stream to
-    the broker, or is about to get one. reason: why the process exits, as a label for the metrics; "" while unknown.
-    explanation: the same for the log. failed_with: the exit status that it announced when it could not start.
-    purpose: of a successor, the `replacement` of its slot.
-    """
-
-    slot: Slot
-    generation: int = 0
-    revision: int = 0
-    state: SlotState = SlotState.WAITING
-    since: float = 0.0
-    deadline: float = math.inf
-    alive_at: float = 0.0
-    connected: bool = False
-    reason: str = ""
-    explanation: str = ""
-    failed_with: int = EX_CONFIG
-    purpose: str = ""
-
-    @property
-    def name(self) -> str:
-        """The process's name in the log."""
-        role = {self.slot.successor: "the successor of ", self.slot.predecessor: "the predecessor of "}
-        return role.get(self, "") + self.slot.name
-
-    @property
-    def exists(self) -> bool:
-        """Whether there is a process."""
-        return self.state not in (SlotState.WAITING, SlotState.GONE)
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One place for a process. Only its pool changes it.
-
-    process: the one that serves, or the room for it. successor, predecessor: of a worker that is being replaced.
-    replacement: why the process is to be replaced, as a
-    label for the metrics; "" for no reason. is_removed: whether the slot is to be empty for good. deaths: deaths in a
-    row. bloated: replacements for too much memory in a row. restarts: number of replaced processes by reason.
-    """
-
-    number: int
-    process: SlotProcess = field(init=False)
-    successor: SlotProcess | None = None
-    predecessor: SlotProcess | None = None
-    replacement: str = ""
-    is_removed: bool = False
-    deaths: int = 0
-    bloated: int = 0
-    restarts: Counter[str] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
-        self.process = SlotProcess(self)
-
-    @property
-    def name(self) -> str:
-        """The slot's name in the log."""
-        return "broker" if self.number == BROKER else f"worker {self.number}"
-
-    @property
-    def state(self) -> SlotState:
-        """The state of its process."""
-        return self.process.state
-
-    @property
-    def since(self) -> float:
-        """When its process entered its state."""
-        return self.process.since
-
-    @property
-    def processes(self) -> list[SlotProcess]:
-        """All its processes."""
-        return [process for process in self.places if process.exists]
-
-    @property
-    def places(self) -> list[SlotProcess]:
-        """All its processes, and the room for the next one."""
-        return [place for place in (self.process, self.successor, self.predecessor) if place is not None]
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether its process serves alone."""
-        return self.state is SlotState.READY and self.successor is None and self.predecessor is None
-
-    @property
-    def in_crash_loop(self) -> bool:
-        """Whether the process has died too often in a row."""
-        return self.deaths >= _CRASH_LOOP_DEATHS
 
 
 class Pool:
     """Keeps one process running in each slot. Its public methods are the events, to be called in the order of time.
 
     stopping: whether the pool is shutting down. revision: of the settings in force. reloading: whether a reload is
-    under way. target: the revision of the latest reload.
+    under way. target: the revision of the latest reload. scaling: whether workers are being added or removed.
     """
 
     def __init__(
@@ -309,6 +87,7 @@ class Pool:
         self.stopping = False
         self.revision = 0
         self.reloading = False
+        self.scaling = False
         self.configure(settings, loop, stop_timeout)
         self.target = 0
         self._generation = 0
@@ -336,8 +115,9 @@ class Pool:
 
     @property
     def ready(self) -> bool:
-        """Whether every slot is ready and the pool is not stopping."""
-        return not self.stopping and all(slot.state is SlotState.READY for slot in self.slots.values())
+        """Whether every slot is ready, but for those being added or removed, and the pool is not stopping."""
+        lasting = [slot for slot in self.slots.values() if not (slot.is_new or slot.is_removed)]
+        return not self.stopping and all(slot.state is SlotState.READY for slot in lasting)
 
     @property
     def serving(self) -> bool:
@@ -393,8 +173,8 @@ class Pool:
             self._give_up(process, EX_CONFIG)
         return self._event(generation, PoolEvent.EXITED, now)
 
-    def memory_exceeded(self, number: int, size: int, now: float) -> list[Effect]:
-        """The slot's worker uses `size` bytes of memory, more than it may: replace it.
+    def memory_exceeded(self, number: int, size: int, now: float, key: str = "loop.max_rss") -> list[Effect]:
+        """The slot's worker uses `size` bytes of memory, more than the setting `key` allows: replace it.
 
         Only one worker at a time: without effect unless all slots are ready. Without effect too on a worker that has
         just replaced another one for this reason: the intervals between such replacements grow.
@@ -402,12 +182,12 @@ class Pool:
         slot = self.slots[number]
         pause = min(_MEMORY_PAUSE * 2.0 ** min(slot.bloated - 1, 30), _MEMORY_PAUSE_MAX) if slot.bloated else 0.0
         ready_for = now - slot.since
-        if not self._is_settled or ready_for < pause:
+        if not self._is_settled or ready_for < pause or now < slot.recycle_after:
             return []
         # Past twice the pause its memory was below the limit at the end of the pause, so it has grown slowly.
         slot.bloated = 1 if ready_for >= max(2 * pause, self._settings.restart_reset) else slot.bloated + 1
         self._now = now
-        self._log(f"{slot.name} uses {size / 2**20:.0f} MiB of memory (loop.max_rss); replacing it")
+        self._log(f"{slot.name} uses {size / 2**20:.0f} MiB of memory ({key}); replacing it")
         slot.replacement = "bloated"
         return self._take_effects()
 
@@ -423,6 +203,21 @@ class Pool:
         self.reloading = True
         for slot in self.workers:
             slot.replacement = _RELOAD
+        return self._take_effects()
+
+    def scale(self, count: int, now: float) -> list[Effect]:
+        """Add workers, or remove those with the highest numbers, so that there are `count`. Ends with ScaleEnded.
+
+        If a new worker does not become ready, all new ones are removed again. `reloading` and `scaling` must be False.
+        """
+        self._now = now
+        if self.stopping or not self._was_ready:
+            return [ScaleEnded("the server is stopping" if self.stopping else "the server is still starting")]
+        self.scaling = True
+        for number in range(len(self.workers), count):
+            slot = self.slots[number] = Slot(number, is_new=True)
+            self._fire(slot.process, PoolEvent.DEADLINE)
+        self._remove(slot for slot in self.workers if slot.number >= count)
         return self._take_effects()
 
     def tick(self, now: float, beats: Mapping[int, float]) -> list[Effect]:
@@ -441,6 +236,7 @@ class Pool:
                     self._fire(process, PoolEvent.NO_BEAT)
                 self._connect_to_broker(process)
             self._forgive_deaths(slot)
+        self._replace_old()
         if now >= self._stop_deadline:
             self._fire_all(PoolEvent.KILL)
         self._log_crash_loops()
@@ -481,6 +277,7 @@ class Pool:
 
     def _become_ready(self, process: SlotProcess) -> None:
         slot = process.slot
+        slot.is_new = False
         self._enter(process, SlotState.READY)
         self._use_revision(process)
         if not slot.in_crash_loop:
@@ -507,7 +304,7 @@ class Pool:
 
     def _hand_over(self, process: SlotProcess) -> None:
         self._enter(process, SlotState.HANDING_OVER, self._now + self._stop_timeout)
-        self._effects.append(HandOver(process.slot.number, process.generation, self._stop_timeout))
+        self._effects.append(MoveConnections(process.slot.number, process.generation, 0.9 * self._stop_timeout))
 
     def _await_failed_exit(self, process: SlotProcess) -> None:
         self._enter(process, SlotState.LEAVING, self._now + _EXIT_TIMEOUT)
@@ -575,6 +372,9 @@ class Pool:
             self._keep_old(process)
         elif self.stopping or slot.is_removed:
             self._retire(process)
+        elif slot.is_new:
+            self._retire(process)
+            self._end_scale(f"{slot.name} {process.explanation}")
         elif slot.successor is not None and slot.successor.state is SlotState.PREPARING:
             self._inherit(process, slot.successor)
         else:
@@ -616,13 +416,14 @@ class Pool:
 
     def _keep_old(self, successor: SlotProcess) -> None:
         """Go on with the serving process, because its successor has failed."""
-        if self.stopping:
+        if self.stopping or successor.slot.is_removed:
             return
         failure = f"{successor.slot.name} goes on as it is: its successor {successor.explanation}"
         if self.reloading and successor.revision == self.target:
             self._end_reload(failure)
         else:
-            self._log(failure, is_error=True)
+            successor.slot.recycle_after = self._now + _RECYCLE_PAUSE
+            self._log(f"{failure}; trying again in {_RECYCLE_PAUSE:g} s", is_error=True)
 
     def _explain(self, process: SlotProcess, reason: str, explanation: str) -> None:
         """Note why a process ends, unless a reason is known."""
@@ -645,7 +446,7 @@ class Pool:
 
     def _replace_next(self) -> None:
         """Begin to replace the next worker, if none is being replaced. A slot without a process starts one at once."""
-        workers = self.workers
+        workers = [slot for slot in self.workers if not slot.is_removed]
         if any(slot.successor or slot.predecessor for slot in workers):
             return
         for slot in workers:
@@ -658,6 +459,41 @@ class Pool:
             slot.successor = SlotProcess(slot, purpose=slot.replacement)
             revision, slot.replacement = self._wanted_revision(slot), ""
             self._begin(slot.successor, SlotState.PREPARING, revision)
+
+    def _remove(self, slots: Iterable[Slot]) -> None:
+        for slot in list(slots):
+            slot.is_removed, slot.replacement = True, ""
+            for process in slot.places:
+                self._fire(process, PoolEvent.REMOVE)
+
+    def _forget_removed(self) -> None:
+        """Remove the slots that are empty, the last one first: the kernel numbers their sockets in order."""
+        for slot in reversed(self.workers):
+            if not slot.is_removed or slot.processes:
+                return
+            del self.slots[slot.number]
+            self._effects.append(RemoveSlot(slot.number))
+
+    def _end_scale(self, failure: str = "") -> None:
+        """End the change of the number of workers. After a failure the new ones are removed."""
+        if not self.scaling:
+            return
+        self.scaling = False
+        self._remove(slot for slot in self.workers if slot.is_new)
+        self._effects.append(ScaleEnded(failure))
+
+    def _replace_old(self) -> None:
+        """Replace a worker that has reached its age: `workers.max_age` for the first slot, down to half of it for the
+        last one, so that workers that were started together are not replaced together."""
+        limit, workers = self._settings.max_age, self.workers
+        if not limit or not self._is_settled:
+            return
+        for slot in workers:
+            age = self._now - slot.since
+            if age >= limit * (1 - slot.number / (2 * len(workers))) and self._now >= slot.recycle_after:
+                self._log(f"{slot.name} has served for {age:.0f} s (workers.max_age); replacing it")
+                slot.replacement = "age"
+                return
 
     def _use_revision(self, process: SlotProcess) -> None:
         if process.revision > self.revision:
@@ -709,13 +545,14 @@ class Pool:
     def _leave_deadline(self, process: SlotProcess) -> float:
         # The broker serves until the last worker has exited, so the last tenth of the time is reserved for the broker.
         share = 1.0 if process.slot.number == BROKER else 0.9
-        return self._stop_deadline - (1.0 - share) * self._stop_timeout
+        return min(self._stop_deadline - (1.0 - share) * self._stop_timeout, self._now + self._stop_timeout)
 
     def _begin_stop(self, timeout: float) -> None:
         self.stopping = True
         self._stop_deadline = self._now + timeout
         self._effects.append(NotifySystemd("stopping"))
         self._end_reload("the server is stopping")
+        self._end_scale("the server is stopping")
         for slot in self.slots.values():
             if slot.state is SlotState.WAITING:
                 self._fire(slot.process, PoolEvent.STOP)
@@ -737,7 +574,10 @@ class Pool:
     def _take_effects(self) -> list[Effect]:
         """Return the effects of an event, including those of the next step of a reload or of a stop."""
         if not self.stopping:
+            self._forget_removed()
             self._replace_next()
+            if self.scaling and not any(slot.is_new or slot.is_removed for slot in self.workers):
+                self._end_scale()
             if self.reloading and self._has_reloaded:
                 self._end_reload()
         elif not self._halted:
@@ -828,12 +668,14 @@ def _describe_exit(status: int) -> str:
 
 TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, SlotProcess], None]] = {
     (SlotState.WAITING, PoolEvent.DEADLINE): Pool._spawn,
+    (SlotState.WAITING, PoolEvent.REMOVE): Pool._retire,
     (SlotState.WAITING, PoolEvent.STOP): Pool._retire,
     (SlotState.WAITING, PoolEvent.KILL): Pool._retire,
     (SlotState.STARTING, PoolEvent.READY): Pool._become_ready,
     (SlotState.STARTING, PoolEvent.START_FAILED): Pool._await_failed_exit,
     (SlotState.STARTING, PoolEvent.CONTROL_LINK_LOST): Pool._await_exit,
     (SlotState.STARTING, PoolEvent.DEADLINE): Pool._kill_late_start,
+    (SlotState.STARTING, PoolEvent.REMOVE): Pool._terminate,
     (SlotState.STARTING, PoolEvent.STOP): Pool._terminate,
     (SlotState.STARTING, PoolEvent.KILL): Pool._kill,
     (SlotState.STARTING, PoolEvent.BROKER_LINK_LOST): Pool._disconnect,
@@ -842,6 +684,7 @@ TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, SlotProcess], Non
     (SlotState.PREPARING, PoolEvent.START_FAILED): Pool._await_exit,
     (SlotState.PREPARING, PoolEvent.CONTROL_LINK_LOST): Pool._await_exit,
     (SlotState.PREPARING, PoolEvent.DEADLINE): Pool._kill_late_start,
+    (SlotState.PREPARING, PoolEvent.REMOVE): Pool._terminate,
     (SlotState.PREPARING, PoolEvent.STOP): Pool._terminate,
     (SlotState.PREPARING, PoolEvent.KILL): Pool._kill,
     (SlotState.PREPARING, PoolEvent.BROKER_LINK_LOST): Pool._disconnect,
@@ -849,6 +692,7 @@ TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, SlotProcess], Non
     (SlotState.READY, PoolEvent.BROKER_LINK_LOST): Pool._disconnect,
     (SlotState.READY, PoolEvent.CONTROL_LINK_LOST): Pool._await_exit,
     (SlotState.READY, PoolEvent.NO_BEAT): Pool._kill_stuck,
+    (SlotState.READY, PoolEvent.REMOVE): Pool._hand_over,
     (SlotState.READY, PoolEvent.STOP): Pool._drain,
     (SlotState.READY, PoolEvent.KILL): Pool._kill,
     (SlotState.READY, PoolEvent.EXITED): Pool._exited,

@@ -13,6 +13,9 @@ from twisted.python.failure import Failure
 
 from realtime.process.fd_stream import stream_pair
 
+ALL = -1
+"""The number of connections to hand over: all of them."""
+
 
 class HandOverProcess(Protocol):
     """A process at one end of a hand-over: a `ChildProcess`."""
@@ -38,8 +41,8 @@ def hand_over(
 ) -> Deferred[HandOverResult]:
     """Have `source` hand connections over to `target`, which serves already. The Deferred never fails.
 
-    connections: their number; -1 for all, and then the source accepts no further ones. timeout: seconds after which the
-    source starts to move no more. Connections whose commands take longer stay there.
+    connections: their number; ALL for all, and then the source accepts no further ones. timeout: seconds after which
+    the source starts to move no more. Connections whose commands take longer stay there.
     """
     outcome: Deferred[HandOverResult] = Deferred()
     try:

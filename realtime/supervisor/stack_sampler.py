@@ -21,7 +21,7 @@ from realtime.config.settings import AppSettings, LoopSettings
 from realtime.process import log, stack_dumps
 from realtime.supervision import stacks
 from realtime.supervision.incidents import IncidentLog, LoopInvestigation, StackRequest
-from realtime.supervision.pool import BROKER
+from realtime.supervision.slots import BROKER
 from realtime.supervision.stacks import CodeOrigin
 from realtime.supervisor.child_process import ChildProcess
 from realtime.supervisor.health_monitor import HealthMonitor
@@ -48,11 +48,15 @@ class StackSampler:
         self.incidents = IncidentLog()
         self._reactor = reactor
         self._monitor = monitor
-        self._loop = loop
-        self._origin = CodeOrigin(_application_paths(app), _foreign_paths())
+        self.configure(loop, app)
         self._processes = processes
         self._investigations: dict[int, tuple[ChildProcess, LoopInvestigation]] = {}
         monitor.after_check.append(self.check)
+
+    def configure(self, loop: LoopSettings, app: AppSettings) -> None:
+        """Use other limits, and another application, for processes that start from now on."""
+        self._loop = loop
+        self._origin = CodeOrigin(_application_paths(app), _foreign_paths())
 
     def check(self) -> None:
         """Update the investigation of every worker. Cheap while all loops turn."""

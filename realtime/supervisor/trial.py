@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import msgspec
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
@@ -39,18 +39,22 @@ class TrialResult(msgspec.Struct, frozen=True):
 class Trial:
     """Tries out the configuration that the sources have at the time."""
 
-    def __init__(self, reactor: Any, sources: Sources) -> None:
+    def __init__(self, reactor: Any, sources: Sources | None) -> None:
+        """sources: None for a server whose settings come from elsewhere; there is nothing to try out then."""
         self._reactor = reactor
         self._sources = sources
 
     def run(self, timeout: float) -> Deferred[TrialResult]:
         """Try it out within `timeout` seconds. The Deferred never fails."""
+        if self._sources is None:
+            return succeed(TrialResult(problems=["this server was started without a configuration to read again"]))
         process = _Process(self._reactor, timeout)
         # -P: as for the children, see `realtime.supervisor.service`.
         command = [sys.executable, "-P", "-m", MODULE]
-        hidden = (*systemd.VARIABLES,)
         environment = {
-            name: value for name, value in os.environ.items() if name not in hidden and not name.startswith(PREFIX)
+            name: value
+            for name, value in os.environ.items()
+            if name not in systemd.VARIABLES and not name.startswith(PREFIX)
         }
         try:
             self._reactor.spawnProcess(

@@ -133,6 +133,17 @@ class HTTPFrontend(Protocol):
             self._is_reading_paused = True
             self.transport.pauseProducing()
 
+    @property
+    def is_movable(self) -> bool:
+        """Whether nothing of a request has been received that is not answered."""
+        return not (self._parser or self._waiting or self._exchange or self._is_scheduled or self._is_lost)
+
+    def hand_over(self) -> int:
+        """End here, without an end for the peer; return the descriptor of the socket."""
+        descriptor: int = self.transport.detach()[0]  # nothing is unsent: that would keep the frontend from being idle
+        self.connectionLost()
+        return descriptor
+
     def abort(self) -> None:
         """End the connection at once, without a response."""
         self.transport.abortConnection()
@@ -464,6 +475,14 @@ class HTTPFrontendFactory(Factory):
     def start_draining(self) -> None:
         """Announce the end of each connection with its next response."""
         self.is_draining = True
+
+    def take_idle(self, limit: int) -> list[int]:
+        """Give up idle connections to another process, which serves them from their next request on.
+
+        Returns the descriptors of `limit` of them at most.
+        """
+        movable = [frontend for frontend in self.idle if frontend.is_movable][:limit]
+        return [frontend.hand_over() for frontend in movable]
 
     def make_room(self) -> None:
         """Close the longest idle connection if a new one makes too many."""

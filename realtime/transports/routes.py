@@ -42,7 +42,6 @@ from realtime.server_api.http_api import (
     PipelineResult,
     UnknownMethod,
 )
-from realtime.supervision.loop_time import LoopTimeLedger
 from realtime.transports.http_server import Exchange, HTTPSite, RequestHandler, ResponseMaker, fault_response
 from realtime.transports.static_files import locate, serve_file
 
@@ -223,7 +222,7 @@ class Router:
         name, error_mode = path.removeprefix(self._prefix), self._settings.error_mode
         serve: RequestHandler = partial(serve_api, partial(self._api.call, name), error_mode)
         if name == "publish":
-            serve = partial(serve_publish, self._api.publish, error_mode, self._dispatcher.ledger, serve)
+            serve = partial(serve_publish, self._api.publish, error_mode, serve)
         if name in METHODS:
             self._methods[path] = serve
         return serve
@@ -284,26 +283,22 @@ def serve_api(call: APICall, default_error_mode: str, request: Exchange) -> None
 def serve_publish(
     publish: Callable[[bytes, DoneCallback], None],
     default_error_mode: str,
-    ledger: LoopTimeLedger,
     serve_long: RequestHandler,
     request: Exchange,
 ) -> None:
-    """Call the server API's method `publish`; its answer is charged like the request, and not to the engine.
+    """Call the server API's method `publish`.
 
     serve_long: serves requests with long data, in slices.
     """
     if len(request.body) > LONG_BODY:
         serve_long(request)
         return
-    account = ledger.current
 
     def done(result: Any, error: BaseException | None) -> None:
-        charged_before = ledger.switch(account)
         if error is None:
             request.respond(json_response(200, APIResponse(result=result)))
         else:
             request.respond_by(_api_response_maker(request, default_error_mode), result, error)
-        ledger.switch(charged_before)
 
     publish(request.body, done)
 

@@ -8,6 +8,7 @@ broker's view wrong only until the next stream connects.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from realtime.metrics import Metrics
 from realtime.process.link import Link, adopt
 from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
-from realtime.pubsub.broker_messages import BadFrame
+from realtime.pubsub.broker_messages import BadFrame, Published
 from realtime.pubsub.engine import (
     AddClient,
     AddPresence,
@@ -41,7 +42,7 @@ from realtime.pubsub.engine import (
     Subscribe,
     Unsubscribe,
 )
-from realtime.supervision.loop_time import LoopTimeLedger
+from realtime.supervision.loop_time import LoopAccount, LoopTimeLedger, LoopWork
 from realtime.types import ClientInfo
 
 REQUEST_LIMIT = broker_messages.FRAME_LIMIT - 1024
@@ -63,23 +64,25 @@ _answer_decoders: dict[type, Callable[[bytes], Any]] = {
 class _Call(Struct, gc=False):
     """A request without an answer yet.
 
-    unsent: its length in bytes while it waits for a stream, then 0. done: gets its answer or error.
+    unsent: its length in bytes while it waits for a stream, then 0. done: gets its answer or error. account: charged
+    for `done`.
     """
 
     request: EngineRequest[Any]
     deadline: float
     unsent: int
     done: DoneCallback
+    account: LoopAccount
 
 
 class _Arrivals:
     """The clients of one batch that the broker has moved here, and that have not been claimed.
 
-    clients: their users, by client. presence: their channels, by client. has_presence: their presence is at the broker;
-    a fresh stream does not begin with it, as it is not known here yet.
+    A fresh stream does not begin with them: if they do not arrive, another worker may have them still. is_current: the
+    stream is the one that they came over, so the broker has them here. presence: their channels, by client.
     """
 
-    __slots__ = ("clients", "has_presence", "presence")
+    __slots__ = ("clients", "is_current", "presence")
 
     def __init__(self, cut: broker_messages.CutReached) -> None:
         self.clients = {info.client: info for info in cut.clients}
@@ -87,17 +90,7 @@ class _Arrivals:
         for channel, clients in cut.presence.items():
             for client in clients:
                 self.presence.setdefault(client, []).append(channel)
-        self.has_presence = True
-
-
-class _Outcome(Deferred[T]):
-    """The outcome of a request, for a caller that awaits it."""
-
-    def settle(self, answer: T, error: BaseException | None) -> None:
-        if error is None:
-            self.callback(answer)
-        else:
-            self.errback(Failure(error))
+        self.is_current = True
 
 
 class BrokerEngine:
@@ -127,7 +120,8 @@ class BrokerEngine:
     ) -> None:
         """takes_lost_clients: whether `TakeLostClients` will be asked. generation: see `engine.worker_address`."""
         self._hello = broker_messages.Hello(broker_messages.VERSION, "", takes_lost_clients, generation)
-        self._ledger = ledger
+        self._ledger = ledger or LoopTimeLedger(time.monotonic_ns)
+        self._account = self._ledger.open(LoopWork.ENGINE)
         self._receiver = receiver
         self._settings = settings
         self._reactor = reactor
@@ -161,7 +155,6 @@ class BrokerEngine:
             ReportSubscriptions: self._report_subscriptions,
         }
         self._deliveries: dict[type, Callable[[Any], None]] = {
-            broker_messages.Published: self._on_published,
             broker_messages.Joined: self._on_joined,
             broker_messages.Left: self._on_left,
             broker_messages.OrderSent: self._on_order,
@@ -198,7 +191,7 @@ class BrokerEngine:
         for frame in frames:
             link.send(frame)
         for arrivals in self._arrivals.values():
-            arrivals.has_presence = False
+            arrivals.is_current = False
         had_stream, self._had_stream = self._had_stream, True
         if had_stream:
             self._receiver.on_interruption()
@@ -277,8 +270,16 @@ class BrokerEngine:
         self._notices[type(notice)](notice)
 
     def _send(self, request: EngineRequest[Answer]) -> Deferred[Answer]:
-        outcome: _Outcome[Answer] = _Outcome()
-        self._call(request, outcome.settle)
+        # Not of a subclass, which drivers of coroutines would have to look up among Deferred's.
+        outcome: Deferred[Answer] = Deferred()
+
+        def settle(answer: Answer, error: BaseException | None) -> None:
+            if error is None:
+                outcome.callback(answer)
+            else:
+                outcome.errback(Failure(error))
+
+        self._call(request, settle)
         return outcome
 
     def _call(self, request: EngineRequest[Any], done: DoneCallback) -> None:
@@ -305,7 +306,7 @@ class BrokerEngine:
                 return
             self._unsent += unsent
         timeout = self._settings.publish_timeout
-        self._calls[number] = _Call(request, self._reactor.seconds() + timeout, unsent, done)
+        self._calls[number] = _Call(request, self._reactor.seconds() + timeout, unsent, done, self._ledger.current)
         if self._timer is None:
             self._timer = self._reactor.callLater(timeout, self._expire)
 
@@ -417,8 +418,6 @@ class BrokerEngine:
 
     def _on_cut(self, message: broker_messages.CutReached) -> None:
         self._arrivals[message.batch] = _Arrivals(message)
-        self._clients.update((info.client, info) for info in message.clients)
-        self._sessions.update(_of(message.sessions, message.clients))
         self._receiver.on_cut(message.batch)
 
     def claim(self, batch: str, info: ClientInfo, secret: str, presence: list[AddPresence]) -> None:
@@ -429,7 +428,7 @@ class BrokerEngine:
         if secret:
             self._sessions[info.client] = secret
         self._presence.update(((request.channel, info.client), request) for request in presence)
-        if not (is_known and arrivals is not None and arrivals.has_presence):
+        if not (is_known and arrivals is not None and arrivals.is_current):
             self._restore(presence, [identity])
 
     def forget_arrivals(self, batch: str) -> list[ClientInfo]:
@@ -437,8 +436,8 @@ class BrokerEngine:
         arrivals = self._arrivals.pop(batch, None)
         if arrivals is None:
             return []
-        for client in arrivals.clients:
-            self._remove_client(RemoveClient(client))
+        for client in arrivals.clients if arrivals.is_current else ():
+            self._send_unanswered(RemoveClient(client))
             for channel in arrivals.presence.get(client, ()):
                 self._send_unanswered(RemovePresence(channel, client))
         return list(arrivals.clients.values())
@@ -446,23 +445,25 @@ class BrokerEngine:
     # Frames from the broker
 
     def _receive(self, number: int, body: bytes) -> None:
+        call = self._calls.get(number) if number else None
+        if number and call is None:
+            return  # answered after its deadline
         try:
-            if not number:
-                message = _decode(body)
-            elif (call := self._calls.get(number)) is None:
-                return  # answered after its deadline
-            else:
-                message = _answer_decoders[type(call.request)](body)
+            message = _decode(body) if call is None else _answer_decoders[type(call.request)](body)
         except (ValueError, RecursionError) as error:
             # msgspec's own errors and UnicodeDecodeError are ValueErrors.
             raise BadFrame(f"not a message: {error}") from error
-        if number:
-            self._calls.pop(number).done(message, None)
+        # The next frame is often charged to the same account, so that is not switched back; the link does it at last.
+        account = self._account if call is None else call.account
+        if self._ledger.current is not account:
+            self._ledger.switch(account)
+        if call is not None:
+            del self._calls[number]
+            call.done(message, None)
+        elif type(message) is Published:  # the short path
+            self._receiver.on_publication(message.channel, message.publication, message.epoch)
         else:
             self._deliveries[type(message)](message)
-
-    def _on_published(self, message: broker_messages.Published) -> None:
-        self._receiver.on_publication(message.channel, message.publication, message.epoch)
 
     def _on_joined(self, message: broker_messages.Joined) -> None:
         self._receiver.on_join(message.channel, message.info)

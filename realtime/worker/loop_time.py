@@ -106,12 +106,18 @@ class ChargedReceiver:
         self._receiver = receiver
         self._accounts = accounts
         self._ledger = accounts.ledger
+        self._on_publication = receiver.on_publication
         self.on_order = receiver.on_order
         self.on_cut = receiver.on_cut
         self.on_interruption = receiver.on_interruption
 
     def on_publication(self, channel: str, publication: Publication, epoch: str) -> None:
-        self._charge(channel, self._receiver.on_publication, publication, epoch)
+        # As `_charge`, without a further call for each publication.
+        charged_before = self._ledger.switch(self._accounts.account(channel))
+        try:
+            self._on_publication(channel, publication, epoch)
+        finally:
+            self._ledger.switch(charged_before)
 
     def on_join(self, channel: str, info: ClientInfo) -> None:
         self._charge(channel, self._receiver.on_join, info)

@@ -31,7 +31,8 @@ from realtime.process.heartbeat import LoadGauges
 from realtime.pubsub.engine import ReportSubscriptions
 from realtime.supervision.loop_time import LoopWork
 from realtime.transports.connection import ClientConnection
-from realtime.worker.handover import HandOverSource, HandOverTarget
+from realtime.worker.handover_source import HandOverSource
+from realtime.worker.handover_target import HandOverTarget
 from realtime.worker.listening import ListeningPort, adopt
 from realtime.worker.lost_clients import report_lost_clients
 from realtime.worker.wiring import wire_handlers, wire_handover, wire_protocol, wire_pubsub, wire_transports
@@ -139,31 +140,36 @@ class Worker:
 
     def take_over(self, stream: int) -> None:
         """Take over connections of another process from a stream."""
+        self._takeovers = [takeover for takeover in self._takeovers if takeover.is_open]
         self._takeovers.append(HandOverTarget(self._handover, stream))
 
     async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
-        """Hand connections over to another process; see `control.HandOver`."""
+        """Hand connections over to another process; see `control.HandConnectionsOver`."""
         if self._is_handing_over:
             return child.hand_nothing_over(stream, "another hand-over is under way")
         self._is_handing_over = True
         source = HandOverSource(self._handover, stream)
         try:
             if connections < 0:
-                for port in self._ports:
-                    await maybeDeferred(port.stopListening)
-                self._transports.frontend.start_draining()
+                await self._stop_accepting()
             return asdict(await source.run(self._sessions, connections, timeout))
         finally:
             self._is_handing_over = False
 
+    async def _stop_accepting(self) -> None:
+        for receiver in self._receivers:
+            receiver.close()
+        for port in self._ports:
+            await maybeDeferred(port.stopListening)
+        self._transports.frontend.start_draining()
+
     def _sessions(self) -> list[Any]:
         """Return all sessions, also those that have not sent their connect command."""
-        sessions: dict[Any, None] = dict.fromkeys(self._pubsub.sessions)
-        for reader in self._reactor.getReaders():
-            connection = getattr(reader, "protocol", None)
-            if isinstance(connection, ClientConnection) and connection.session is not None:
-                sessions[connection.session] = None
-        return list(sessions)
+        connections = (getattr(reader, "protocol", None) for reader in self._reactor.getReaders())
+        sessions = (connection.session for connection in connections if isinstance(connection, ClientConnection))
+        services = self._protocol.services
+        others = {session: None for session in sessions if session is not None and session.services is services}
+        return list(dict.fromkeys(self._pubsub.sessions) | others)
 
     def _adopt_connection(self, fd: int) -> None:
         """Serve a connection that the supervisor has accepted. Raises OSError."""
@@ -203,14 +209,10 @@ class Worker:
         """
         process, deadline = self._process, self._reactor.seconds() + timeout
         admission, dispatcher = self._transports.admission, self._handlers.dispatcher
-        for receiver in self._receivers:
-            receiver.close()
         for takeover in self._takeovers:
             takeover.close()
-        for port in self._ports:
-            await maybeDeferred(port.stopListening)
+        await self._stop_accepting()
         frontend = self._transports.frontend
-        frontend.start_draining()
         http_until = self._reactor.seconds() + min(HTTP_DRAIN, timeout * DISCONNECT_SHARE)
         await self._disconnect_all(min(self._spread(), timeout * DISCONNECT_SHARE))
         stop_at = deadline - timeout * STOP_SHARE

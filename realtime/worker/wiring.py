@@ -360,6 +360,7 @@ def wire_handover(
         services=protocol.services,
         restore=protocol.restore_session,
         endpoints=transports.hand_over_endpoints,
+        frontend=transports.frontend,
         transport=transports.transport,
         emulation=transports.emulation,
         admission=transports.admission,

@@ -26,6 +26,7 @@ from realtime.pubsub.engine import (
     GetPresenceStats,
     GetStats,
     Publish,
+    RemovePresence,
     Subscribe,
 )
 from realtime.types import ClientInfo, HistoryOptions, Position, Publication
@@ -35,6 +36,7 @@ from tests.system.brokers import until
 
 brokers, workers = fixtures.brokers, fixtures.workers
 
+BOB = ClientInfo("bob", "client-b")
 PEER: Any = None  # publishing ignores the peer
 
 
@@ -54,18 +56,23 @@ async def test_the_clients_of_an_ended_stream_leave(brokers: Any, workers: Any) 
     assert (await stays.engine.ask(GetStats())).clients == 0
 
 
-async def test_clients_that_return_to_the_same_broker_join_again(brokers: Any, workers: Any) -> None:
+async def test_the_clients_of_a_cut_stream_that_return_neither_leave_nor_join(brokers: Any, workers: Any) -> None:
     broker, returning, witness = await brokers(), workers(0), workers(1)
     for worker in (returning, witness):
         await broker.link(worker.slot, worker.engine)
     await witness.engine.ask(Subscribe("c"))
     await returning.engine.ask(Subscribe("c"))
     await returning.engine.ask(AddPresence("c", ALICE, present=True, announce=True))
+    returning.engine.tell(AddClient(ALICE))
     await broker.link(returning.slot, returning.engine)
     assert returning.entries[-1] == ("interrupted",)
+    assert await returning.engine.ask(GetPresence("c")) == {"client-a": ALICE}
+    await returning.engine.ask(AddPresence("c", BOB, present=True, announce=True))
+    await returning.engine.ask(RemovePresence("c", "client-a"))
     await until(lambda: len(witness.entries) == 3)
-    assert [entry[0] for entry in witness.entries] == ["joined", "left", "joined"]
-    assert await witness.engine.ask(GetPresence("c")) == {"client-a": ALICE}
+    assert witness.entries == [("joined", "c", ALICE), ("joined", "c", BOB), ("left", "c", ALICE)]
+    assert await witness.engine.ask(GetPresence("c")) == {"client-b": BOB}
+    assert (await witness.engine.ask(GetStats())).clients == 1
     position = await witness.publish("c", b"1")
     await returning.engine.ask(GetStats())
     assert returning.entries[-1] == ("published", "c", b"1", position.offset)

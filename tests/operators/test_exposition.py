@@ -19,7 +19,8 @@ from realtime.operators.exposition import (
 )
 from realtime.supervision.health import Condition, Health
 from realtime.supervision.incidents import Blocks
-from realtime.supervision.pool import BROKER, Pool
+from realtime.supervision.pool import Pool
+from realtime.supervision.slots import BROKER
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
@@ -75,6 +75,7 @@ class Server:
         self.monitor = HealthMonitor(reactor, LoopSettings(), self.pool, self.processes)
         self.metrics = Metrics()
         self.steering: Any = None
+        self.reloads: list[str] = []  # lines of progress; not empty once a reload was requested
         self.sampler = StackSampler(reactor, self.monitor, LoopSettings(), AppSettings(), self.processes)
         self.admin = OperatorPort(self, reactor, "127.0.0.1", 0)
         self.reactor = reactor
@@ -98,6 +99,15 @@ class Server:
 
         endpoint = TCP4ClientEndpoint(self.reactor, "127.0.0.1", self.admin.port)
         return connectProtocol(endpoint, Client()).addCallback(lambda _: answered)
+
+    def reload(self, tell: Callable[[str], None]) -> Deferred[str]:
+        """Tell the lines of `reloads`, and fail."""
+        for line in self.reloads or ["nothing"]:
+            tell(line)
+        self.reloads = self.reloads or ["nothing"]
+        answer: Deferred[str] = Deferred()
+        answer.callback("no more")
+        return answer
 
     async def get(self, path: str, host: str = "localhost", method: str = "GET", headers: str = "") -> tuple[int, str]:
         """Status and body of the answer."""

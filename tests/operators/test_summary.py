@@ -10,7 +10,8 @@ from realtime.config.settings import LoopSettings, WorkersSettings
 from realtime.metrics import Sample
 from realtime.operators.summary import MAX_INTERNAL_ERRORS, SPAN, WATCHED, Failures, Summary
 from realtime.supervision.health import Condition, Health
-from realtime.supervision.pool import BROKER, Pool
+from realtime.supervision.pool import Pool
+from realtime.supervision.slots import BROKER
 from tests.operators.test_exposition import ROOT
 
 

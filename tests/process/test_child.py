@@ -119,6 +119,11 @@ class Family:
         self.service.on_start = start
         self.child.begin(lambda child: self.service)
 
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, Any]:
+        arguments = {"stream": stream, "connections": connections, "timeout": timeout}
+        answer: dict[str, Any] = await self.supervisor.callRemote(control.HandConnectionsOver, **arguments)
+        return answer
+
     async def round_trip(self) -> None:
         """Wait until the supervisor has received all earlier commands of the child."""
         await self.child.control.callRemote(control.LinkLost)
@@ -394,12 +399,12 @@ async def test_the_service_gets_a_stream_of_rescued_connections(family: Family) 
 async def test_a_hand_over_reaches_the_service_and_its_result_the_supervisor(family: Family) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        early = await family.supervisor.callRemote(control.HandOver, stream=ours.fileno(), connections=-1, timeout=1.0)
+        early = await family.hand_over(ours.fileno(), -1, 1.0)
         assert early["reason"] == "the process has not started yet"
         family.begin()
-        answer = await family.supervisor.callRemote(control.HandOver, stream=ours.fileno(), connections=5, timeout=1.5)
+        answer = await family.hand_over(ours.fileno(), 5, 1.5)
         assert answer == {"moved": 5, "closed": 1, "left": 2, "reason": "1.5 s have passed"}
-        await family.supervisor.callRemote(control.TakeOver, stream=theirs.fileno())
+        await family.supervisor.callRemote(control.TakeConnectionsOver, stream=theirs.fileno())
         stream = await family.service.adopted
         os.write(stream, b"hello")
         assert ours.recv(10) == b"hello"

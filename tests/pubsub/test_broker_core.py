@@ -117,6 +117,27 @@ def test_a_detached_peer_makes_room_for_its_users(bench: Bench) -> None:
     assert bench.ask(AdmitClient(ClientInfo("alice", "client-c"), 1), "two")
 
 
+def test_the_clients_of_an_unlinked_peer_stay_listed_until_it_returns_or_they_leave(bench: Bench) -> None:
+    core = bench.core
+    bench.ask(Subscribe("c"), "two")
+    for info in (ALICE, BOB):
+        bench.tell(AddClient(info), "one")
+        bench.ask(present("c", info, announce=True), "one")
+    bench.deliveries.made.clear()
+    for _ in core.unlink_steps("one", 1.0):
+        pass
+    assert bench.ask(GetPresence("c")).keys() == {ALICE.client, BOB.client}
+    assert bench.ask(AdmitClient(ClientInfo(ALICE.user, "client-c"), 1), "two")  # the connection itself does not count
+    core.attach("one again", "at one")
+    core.restore("one again", ["c"], [present("c", ALICE, announce=True)], [ALICE], {}, announce=True)
+    assert bench.deliveries.made == []
+    for _ in range(2):
+        for _ in core.leave_steps("one", 2.0):
+            pass
+    assert bench.deliveries.made == [(["one again", "two"], "left", "c", BOB)]
+    assert bench.ask(GetPresence("c")) == {ALICE.client: ALICE}
+
+
 def test_a_detached_peer_takes_its_state_along(bench: Bench) -> None:
     for peer in ("one", "two"):
         bench.ask(Subscribe("c"), peer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import select
 import socket
 import struct
 from collections import Counter
@@ -365,7 +366,7 @@ class Client:
         if self.connection is None:
             return
         limit = SILENCE if self.is_connected else CONNECT_LIMIT
-        if now - self.heard > limit and not self.connection.is_deaf:
+        if now - self.heard > limit and not self.connection.is_deaf and not self.connection.has_unread():
             kind = "silent connections given up" if self.is_connected else "connects without an answer"
             self.crowd.counts[kind] += 1
             self.connection.cut()
@@ -410,6 +411,15 @@ class Connection(asyncio.Protocol):
             transport.abort()
             return
         transport.write(self.first())
+
+    def has_unread(self) -> bool:
+        """Whether the server's answer has arrived, and this process was too late to read it."""
+        opened = self.transport.get_extra_info("socket") if self.transport else None
+        if opened is None or opened.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(opened.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     def first(self) -> bytes:
         raise NotImplementedError

@@ -10,7 +10,8 @@ from twisted.internet.task import Clock
 
 from realtime.config.settings import LoopSettings, WorkersSettings
 from realtime.supervision.health import CHECK_INTERVAL, RECOVERY_TIME, Condition, Health
-from realtime.supervision.pool import BROKER, Pool
+from realtime.supervision.pool import Pool
+from realtime.supervision.slots import BROKER
 from realtime.supervision.vitals import ProcessState, Vitals
 from realtime.supervisor.health_monitor import FULL_CHECK_INTERVAL, HealthMonitor
 

@@ -36,12 +36,14 @@ def manager(tmp_path: Path) -> Iterator[ServiceManager]:
     manager.socket.close()
 
 
-def test_each_state_is_one_datagram_of_one_line(manager: ServiceManager) -> None:
+def test_each_state_is_one_datagram(manager: ServiceManager) -> None:
     notifier = SystemdNotifier(manager.environ, PID)
     notifier.ready()
     notifier.status("two\nlines")
+    notifier.reloading(12.3456789)
     notifier.stopping()
-    assert manager.received() == ["READY=1", "STATUS=two lines", "STOPPING=1"]
+    states = ["READY=1", "STATUS=two lines", "RELOADING=1\nMONOTONIC_USEC=12345679", "STOPPING=1"]
+    assert manager.received() == states
 
 
 def test_the_watchdog_is_fed_at_half_its_interval(manager: ServiceManager) -> None:

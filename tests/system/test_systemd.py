@@ -34,7 +34,7 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
 @systemd
 def test_the_unit_is_valid(tmp_path: Path) -> None:
     # The paths of the installed server are stood in for, since verify wants them to exist.
-    unit = UNIT.read_text().replace("/opt/realtime/venv/bin/twistd", sys.executable)
+    unit = re.sub(r"/opt/realtime/venv/bin/\w+", sys.executable, UNIT.read_text())
     copy = tmp_path / UNIT.name
     copy.write_text(unit.replace("/opt/realtime/app", str(tmp_path)))
     verified = analyze("verify", str(copy))
@@ -47,6 +47,11 @@ def test_the_unit_exposes_little() -> None:
     found = re.search(r"Overall exposure level for \S+: ([\d.]+)", judged.stdout)
     assert found, judged.stdout + judged.stderr
     assert float(found[1]) <= MAX_EXPOSURE
+
+
+def test_the_unit_reloads_the_configuration_that_it_starts_with() -> None:
+    found = re.findall(r"^Exec(?:Start|Reload)=.* --config (\S+)$", UNIT.read_text(), re.MULTILINE)
+    assert found == ["/etc/realtime/realtime.toml"] * 2
 
 
 def test_the_unit_waits_longer_than_the_default_stop_takes() -> None:

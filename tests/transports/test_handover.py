@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from realtime.transports.connection import HandedConnection, Unsupported
 from realtime.transports.incoming import HandedInput
 from realtime.transports.outgoing import HandedOutput
 from realtime.transports.websocket import HandedWebSocket
-from tests.transports.stage import Client, Stage, eventually, frame, frames_in, staged, text
+from tests.transports.stage import PATH, Client, Stage, eventually, frame, frames_in, handshake, staged, text
 from tests.transports.streaming import (
     HTTP_STREAM,
     SSE,
@@ -181,10 +182,8 @@ async def test_queued_frames_go_along_and_a_slow_client_is_still_slow() -> None:
         received = bytearray()
 
         def read() -> bool:
-            try:
+            with suppress(BlockingIOError):
                 received.extend(peer.recv(1 << 20))
-            except BlockingIOError:
-                pass
             return received.endswith(b"behind")
 
         await eventually(read)
@@ -201,12 +200,13 @@ async def test_queued_frames_go_along_and_a_slow_client_is_still_slow() -> None:
 async def test_a_ping_frame_goes_along_unanswered() -> None:
     client_settings = settings.ClientSettings(ping_interval=10, pong_timeout=4)
     async with staged(client=client_settings) as source, staged(client=client_settings) as target:
-        client = await source.request(
-            b"GET /connection/websocket?cf_ws_frame_ping_pong=true HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
-            b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
-        source.advance(10.5)
-        await eventually(lambda: (9, b"") in client.frames)
+        client = await source.request(handshake(path=f"{PATH}?cf_ws_frame_ping_pong=true"))
+
+        def pinged() -> bool:
+            source.advance(0.25)
+            return bool(source.sessions[0].connection._pinger.expects_pong)
+
+        await eventually(pinged)
         await suspend(source.sessions[0].connection)
         move(source.sessions[0].connection, target)
         target.advance(4.5)

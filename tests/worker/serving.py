@@ -49,9 +49,11 @@ SETTINGS = replace(
 class WorkerChild(Child):
     """The child of a supervisor that only counts the requests for another stream to the broker."""
 
-    def __init__(self, settings: Settings, listening: socket.socket | None = None) -> None:
+    def __init__(
+        self, settings: Settings, listening: socket.socket | None = None, slot: int = 0, generation: int = 0
+    ) -> None:
         listen = () if listening is None else (listening.dup().detach(),)
-        super().__init__(0, settings, listen, VitalsPage.create(), reactor)
+        super().__init__(slot, settings, listen, VitalsPage.create(), reactor, generation=generation)
         self.lost_links = 0
 
     def link_lost(self) -> None:
@@ -82,16 +84,28 @@ class Peer(Client):
 class ServedWorker:
     """A worker that serves."""
 
-    def __init__(self, settings: Settings, listening: socket.socket, broker: BrokerProcess) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        listening: socket.socket,
+        broker: BrokerProcess,
+        slot: int = 0,
+        generation: int = 0,
+    ) -> None:
         self.listening = listening
         self.broker = broker
-        self.child = WorkerChild(settings, listening)
+        self.child = WorkerChild(settings, listening, slot, generation)
         self.worker = Worker(self.child)
         self._is_drained = False
 
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.listening.getsockname()
+        return host, port
+
     async def start(self) -> None:
         starting = Deferred.fromCoroutine(self.worker.start())
-        self.worker.link(0, await self.broker.stream(0))
+        self.worker.link(self.child.slot, await self.broker.stream(self.child.slot))
         await starting
         self.child.heartbeat.start()
 

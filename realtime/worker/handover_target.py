@@ -1,0 +1,204 @@
+"""The end of a hand-over that takes connections over. `realtime.worker.handover` has the whole of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import deque
+
+import msgspec
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from realtime.errors import SERVER_ERROR, WORKER_LOST, ClientError, EngineUnavailable
+from realtime.handlers.coroutines import drive
+from realtime.process.fd_passing import take_claim
+from realtime.process.fd_stream import FdStream, close_all
+from realtime.protocol import handover
+from realtime.transports.connection import Unsupported
+from realtime.types import ClientInfo
+from realtime.worker.handover import (
+    AT_ONCE,
+    VERSION,
+    Accepted,
+    Announced,
+    Expected,
+    HandOverMessage,
+    HandOverParts,
+    Moved,
+    MovedConnection,
+    MovedHTTP,
+    Offered,
+    Refused,
+    Sent,
+    Taken,
+    decode_at_target,
+    effort_for,
+    encode,
+    log_unexpected,
+)
+
+_log = Logger()
+
+
+class HandOverTarget:
+    """Takes connections of another process over, as they come."""
+
+    def __init__(self, parts: HandOverParts, stream: int) -> None:
+        """stream: the descriptor of this end, owned by this object."""
+        self._parts = parts
+        self._frames: deque[tuple[bytes, list[int]]] = deque()
+        self._is_working = False
+        self._batches: dict[str, None] = {}  # those that have not ended
+        self._stream = FdStream(parts.reactor, stream, self._on_frame, self._work)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more may arrive, or what has arrived is not served yet."""
+        return self._stream.open or self._is_working
+
+    def close(self) -> None:
+        """Take nothing more over; the source keeps or closes what it has."""
+        self._stream.close()
+        self._work()
+
+    def _on_frame(self, body: bytes, descriptors: list[int]) -> None:
+        self._frames.append((body, descriptors))
+        self._work()
+
+    def _work(self) -> None:
+        if not self._is_working:
+            self._is_working = True
+            drive(self._handle_all(), self._on_handled)
+
+    def _on_handled(self, result: object, error: BaseException | None) -> None:
+        self._is_working = False
+        if error is not None:
+            log_unexpected(result, error)
+            self._stream.close()
+
+    async def _handle_all(self) -> None:
+        """Handle the received messages one after the other. After the end of the stream, its batches end."""
+        while self._frames:
+            body, descriptors = self._frames.popleft()
+            try:
+                message = decode_at_target(body)
+            except msgspec.MsgspecError as error:
+                close_all(descriptors)
+                self._refuse(f"the source sent an unknown message ({error})")
+                continue
+            if isinstance(message, Moved):
+                await self._take(message, descriptors)
+            elif isinstance(message, MovedHTTP):
+                self._take_http(message, descriptors)
+            else:
+                close_all(descriptors)
+                await self._handle(message)
+        if not self._stream.open:
+            for batch in list(self._batches):
+                self._parts.report_ends(self._finish(batch), *WORKER_LOST)
+
+    async def _handle(self, message: Offered | Announced | Sent) -> None:
+        match message:
+            case Offered(version=version) if version != VERSION:
+                self._refuse(f"the source speaks version {version} of the hand-over, this worker {VERSION}")
+            case Offered():
+                self._send(Accepted(VERSION, self._parts.address))
+            case Announced():
+                await self._expect(message)
+            case Sent(batch=batch):
+                self._finish(batch)
+
+    async def _expect(self, message: Announced) -> None:
+        if not self._parts.admission.has_descriptors_for(message.connections):
+            self._parts.count_failure("descriptors", message.connections)
+            self._refuse("it has too few descriptors for further connections; raise the limit of open files")
+            return
+        self._batches[message.batch] = None
+        self._parts.emulation.expect(message.batch, message.secrets)
+        try:
+            await handover.expect(self._parts.services, message.batch, message.channels)
+        except (EngineUnavailable, ClientError) as error:
+            self._finish(message.batch)
+            self._send(Expected(message.batch, f"the target can't subscribe: {error}"))
+        else:
+            self._send(Expected(message.batch))
+
+    async def _take(self, message: Moved, descriptors: list[int]) -> None:
+        """Continue with connections, unless the source has taken them back, or their descriptors were lost."""
+        if not self._has_all(descriptors, len(message.connections)):
+            return
+        await handover.arrived(self._parts.services, message.batch)
+        sockets = self._claim(descriptors)
+        taken: list[bool] = []
+        effort = 0.0
+        for descriptor, moved in zip(sockets, message.connections, strict=bool(sockets)):
+            taken.append(self._adopt(message.batch, descriptor, moved))
+            effort += effort_for(len(moved.session.subscriptions))
+            if effort >= AT_ONCE:
+                effort = 0.0
+                await deferLater(self._parts.reactor, 0)
+        self._send(Taken(taken))
+
+    def _take_http(self, message: MovedHTTP, descriptors: list[int]) -> None:
+        """Serve HTTP connections."""
+        if not self._has_all(descriptors, message.connections):
+            return
+        taken: list[bool] = []
+        for descriptor in self._claim(descriptors):
+            try:
+                self._parts.adopt_http(descriptor)
+            except OSError as error:
+                taken.append(error.errno == errno.ENOTCONN)  # its client has gone
+            else:
+                taken.append(True)
+        self._send(Taken(taken))
+
+    def _has_all(self, descriptors: list[int], connections: int) -> bool:
+        """Return whether the claim and all connections have arrived; if not, the source keeps them."""
+        if len(descriptors) == connections + 1:
+            return True
+        self._parts.count_failure("descriptors", connections)
+        self._send(Taken([False] * connections))
+        return False
+
+    def _claim(self, descriptors: list[int]) -> list[int]:
+        """Return the connections of a message, if they are ours; none if the source has taken them back."""
+        claim, *sockets = descriptors
+        is_ours = take_claim(claim)
+        os.close(claim)
+        if not is_ours:
+            close_all(sockets)
+        return sockets if is_ours else []
+
+    def _adopt(self, batch: str, descriptor: int, moved: MovedConnection) -> bool:
+        """Continue with one connection. Returns False if the source has to close it."""
+        parts, handed = self._parts, moved.session
+        try:
+            connection = parts.open_connection(descriptor, moved.connection)
+        except (Unsupported, msgspec.MsgspecError, OSError) as error:
+            _log.info("a connection can't be taken over, and its client comes back: {error}", error=error)
+            parts.count_failure("unsupported")
+            return False
+        try:
+            connection.release_address = parts.admission.take_over(handed.request.remote_address)
+            connection.adopt_session(parts.restore(batch, connection, handed))
+            connection.start_receiving()
+        except Exception:
+            _log.failure("restoring a session raised; its connection is closed")
+            parts.count_failure("error")
+            connection.close(*SERVER_ERROR)
+            return True
+        parts.count("in").value += 1
+        return True
+
+    def _finish(self, batch: str) -> list[ClientInfo]:
+        self._batches.pop(batch, None)
+        self._parts.emulation.end_batch(batch)
+        return handover.finish(self._parts.services, batch)
+
+    def _refuse(self, reason: str) -> None:
+        self._send(Refused(reason))
+
+    def _send(self, message: HandOverMessage) -> None:
+        self._stream.send(encode(message))

@@ -1,0 +1,91 @@
+"""The target of a hand-over takes over what arrives whole, and refuses what it can't serve."""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import Any
+
+import msgspec
+from twisted.internet import reactor
+
+from realtime.process.fd_stream import FdStream, stream_pair
+from realtime.worker import handover
+from realtime.worker.handover import VERSION, Offered, Refused
+from tests.driving import on_loop
+from tests.transports.stage import eventually
+from tests.worker.moving import arrive, scene
+
+
+@on_loop
+async def test_a_target_without_free_descriptors_takes_nothing_and_the_clients_come_back() -> None:
+    async with scene() as stage:
+        clients = [await arrive(stage.source) for _ in range(3)]
+        ours, theirs = stream_pair()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        send = FdStream.send
+
+        def send_and_limit(self: FdStream, body: bytes, descriptors: Any = ()) -> None:
+            send(self, body, descriptors)
+            if descriptors:
+                free = os.dup(0)
+                os.close(free)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (free + 2, limits[1]))  # room for the claim and one other
+
+        stage.target.worker.take_over(theirs.detach())
+        FdStream.send = send_and_limit  # type: ignore[method-assign]
+        try:
+            result = await stage.source.worker.hand_over(ours.detach(), -1, 10.0)
+        finally:
+            FdStream.send = send  # type: ignore[method-assign]
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert (result["moved"], result["closed"]) == (0, 3)
+        for client in clients:
+            assert (await client.client.closed())[0] == 3001
+            client.leave()
+        assert stage.target.metric("realtime_handover_failures", reason="descriptors") == 3
+
+
+@on_loop
+async def test_a_source_that_ends_after_the_cut_leaves_no_client_behind() -> None:
+    async with scene() as stage:
+        witness = await arrive(stage.target)
+        client = await arrive(stage.source)
+        ours, theirs = stream_pair()
+        stage.target.worker.take_over(theirs.detach())
+        send = FdStream.send
+
+        def die_instead(self: FdStream, body: bytes, descriptors: Any = ()) -> None:
+            if descriptors:
+                self.close()
+            else:
+                send(self, body)
+
+        FdStream.send = die_instead  # type: ignore[method-assign]
+        try:
+            result = await stage.source.worker.hand_over(ours.detach(), -1, 10.0)
+        finally:
+            FdStream.send = send  # type: ignore[method-assign]
+        assert (result["moved"], result["closed"]) == (0, 1)
+        await eventually(lambda: len(witness.pushes("leave")) == 1)
+        assert (await client.client.closed())[0] == 3001
+        client.leave()
+        witness.leave()
+
+
+@on_loop
+async def test_a_target_refuses_another_version() -> None:
+    async with scene() as stage:
+        ours, theirs = stream_pair()
+        stage.target.worker.take_over(theirs.detach())
+        received: list[Any] = []
+        stream = FdStream(
+            reactor,
+            ours.detach(),
+            lambda body, descriptors: received.append(handover.decode_at_source(body)),
+            lambda: None,
+        )
+        stream.send(msgspec.msgpack.encode(Offered(VERSION + 1, "0-9")))
+        await eventually(lambda: bool(received))
+        assert isinstance(received[0], Refused)
+        stream.close()
