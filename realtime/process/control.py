@@ -131,6 +131,12 @@ class HandConnectionsOver(amp.Command):
     ]
 
 
+class LimitLog(amp.Command):
+    """Supervisor -> process: log events of this level or above from now on. level: as `log.level`."""
+
+    arguments = [(b"level", amp.Unicode())]
+
+
 class Collect(amp.Command):
     """Supervisor -> process: send the metrics. names: only these; empty for all. metrics: `realtime.metrics.dump`'s."""
 

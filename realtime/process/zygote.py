@@ -1,6 +1,6 @@
 """The process that all children are forked from: it has imported everything that they need but the application.
 
-    python -m realtime.process.zygote --link FD MODULE …
+    python -m realtime.process.zygote --link FD MODULE,MODULE
 
 The supervisor starts it. `link` is a socket of the type SOCK_SEQPACKET. Each packet from the supervisor is a `Fork`
 with descriptors (SCM_RIGHTS), and each packet to it is one of `FromZygote`. A forked child calls the function `main` of
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import fcntl
 import gc
 import importlib
@@ -41,6 +42,7 @@ ROOM = ("--room", " " * 300)
 """The zygote's last arguments: they leave room for the command line of a child."""
 
 _MAX_PACKET = 65_536
+_MAX_PID_DIGITS = 20
 _PR_SET_NAME = 15
 # Seconds between two looks for the new parent, which has changed at the first one in nearly all cases.
 _ADOPTION_INTERVAL = 0.0005
@@ -82,8 +84,10 @@ _decode_fork = msgspec.msgpack.Decoder(Fork).decode
 def main(argv: Sequence[str]) -> int:
     """Fork children until the supervisor closes the link. Returns in the zygote and in each child: the exit status."""
     options = _arguments().parse_args(argv)
-    for number in (signal.SIGINT, signal.SIGHUP, stack_dumps.STACK, stack_dumps.STACK_IN_C):
-        signal.signal(number, signal.SIG_IGN)  # Ctrl-C is the supervisor's; a new child can't write its stack yet
+    # Signals to all processes are the supervisor's. A child that is not set up yet can't write its stack.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, stack_dumps.STACK, stack_dumps.STACK_IN_C):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     modules = {name: importlib.import_module(name) for name in options.modules}
     _set_name("zygote")
     gc.collect()
@@ -103,7 +107,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _serve(link: socket.socket) -> Fork | None:
     """Carry out the requests. Returns in each child, with its request, and in the zygote at the end, with None."""
-    supervisor = os.getppid()
     link.send(encode(ZygoteStarted()))
     while True:
         try:
@@ -113,45 +116,52 @@ def _serve(link: socket.socket) -> Fork | None:
         if not packet:
             return None
         fork = _decode_fork(packet)
-        error = 0
-        if len(descriptors) < len(fork.descriptors):  # without a free descriptor the kernel drops them
-            error = 24
+        try:
+            if len(descriptors) < len(fork.descriptors):
+                raise OSError(errno.EMFILE, "the kernel has dropped descriptors")
+            pid = _fork_twice()
+        except OSError as error:
+            link.send(encode(NotForked(error.errno or 1)))
         else:
-            try:
-                intermediate = os.fork()
-            except OSError as failed:
-                error = failed.errno or 1
-            else:
-                if not intermediate:
-                    _fork_again(link, supervisor)
-                    link.close()
-                    _place(descriptors, fork.descriptors)
-                    _set_name(fork.name, [sys.executable, "-P", "-m", fork.module, *fork.arguments])
-                    return fork
-                error = os.waitstatus_to_exitcode(os.waitpid(intermediate, 0)[1])
+            if not pid:
+                link.close()
+                _place(descriptors, fork.descriptors)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+                _set_name(fork.name, [sys.executable, "-P", "-m", fork.module, *fork.arguments])
+                return fork
+            link.send(encode(Forked(pid)))
         for fd in descriptors:
             os.close(fd)
-        if error:
-            link.send(encode(NotForked(abs(error))))
 
 
-def _fork_again(link: socket.socket, supervisor: int) -> None:
-    """Fork the child, report its pid, and exit. Returns in the child, once the supervisor is its parent."""
-    intermediate, status = os.getpid(), 1
+def _fork_twice() -> int:
+    """Fork a child of the supervisor. Returns its pid here, and 0 in the child. Raises OSError."""
+    supervisor = os.getppid()
+    read_end, write_end = os.pipe()
+    intermediate = os.fork()
+    if intermediate:
+        os.close(write_end)
+        status = os.waitstatus_to_exitcode(os.waitpid(intermediate, 0)[1])
+        with open(read_end, "rb") as pipe:
+            pid = int(pipe.read(_MAX_PID_DIGITS) or 0)
+        if not pid:
+            raise OSError(max(status, 1), "the second fork failed")
+        return pid
+    intermediate = os.getpid()
     try:
         pid = os.fork()
     except OSError as error:
         os._exit(error.errno or 1)
     if pid:
-        try:
-            link.send(encode(Forked(pid)))
-            status = 0
-        finally:
-            os._exit(status)
+        os.write(write_end, str(pid).encode())
+        os._exit(0)
+    os.close(read_end)
+    os.close(write_end)
     while os.getppid() == intermediate:
         time.sleep(_ADOPTION_INTERVAL)
     if os.getppid() != supervisor:
         os._exit(0)  # it has died meanwhile
+    return 0
 
 
 def _place(descriptors: Sequence[int], numbers: Sequence[int]) -> None:
@@ -186,7 +196,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Forks the processes of a realtime server; its supervisor starts it.")
     parser.add_argument("--link", type=int, required=True, metavar="FD")
     parser.add_argument("--room", help="unused text, over which the command line of a child is written")
-    parser.add_argument("modules", nargs="+", metavar="MODULE")
+    parser.add_argument("modules", type=lambda text: text.split(","), metavar="MODULE,MODULE")
     return parser
 
 

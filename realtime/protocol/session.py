@@ -628,8 +628,7 @@ class Session(SessionTimers):
     def drain(self) -> None:
         """Disconnect the client because the worker stops, after the answers to the commands that are under way.
 
-        Commands that would begin meanwhile, and queued ones, are refused with error 100, which tells the client that
-        they have had no effect. The client's next worker carries them out.
+        Queued commands, and those that would begin meanwhile, are refused: the client's next worker carries them out.
         """
         if self.running:
             self._commands = _DRAINING
@@ -680,10 +679,7 @@ class Session(SessionTimers):
             release(self.handle)
 
     def _run_in_background(self, work: Awaitable[Any]) -> None:
-        """Start work without waiting for its result.
-
-        Refusals and an engine that is away are ignored: this worker's own state has changed already.
-        """
+        """Start work, and ignore refusals and an engine that is away: this worker's own state has changed already."""
         self.background += 1
         self.services.run(_without_refusals(work), self._end_background)
 

@@ -284,16 +284,16 @@ class Subscription:
         if not self.positioned:
             return HistoryPage([], Position()), False, False
         options, settings = self.channel_options, self._owner.settings.client
-        engine, history_options = self._owner.services.engine, options.history_options
+        read, history_options = self._owner.services.hub.read_history, options.history_options
         if not (self.recoverable and (request.recover or options.auto_cache_recover)):
-            return await engine.ask(GetHistory(self.channel, history_options)), False, False
+            return await read(GetHistory(self.channel, history_options)), False, False
         limit = settings.recovery_max_publication_limit or -1
         if options.force_recovery_mode == "cache":
             max_bytes = int(settings.queue_max_size * CACHE_SHARE)
             # With a filter the newest publication that passes is the state, wherever it is.
             limit = 1 if self.filter is None else limit
             newest = GetHistory(self.channel, history_options, limit=limit, reverse=True, max_bytes=max_bytes)
-            page = await engine.ask(newest)
+            page = await read(newest)
             if _is_at(request, page):
                 return HistoryPage([], page.position), True, True
             is_kept = bool(page.publications) and page.publications[0].offset == page.position.offset
@@ -305,7 +305,7 @@ class Subscription:
             limit=limit,
             max_bytes=room.left if room is not None else settings.recovery_reply_size,
         )
-        page = await engine.ask(missed)
+        page = await read(missed)
         return page, True, is_recovered(request, page, limit)
 
     def _encodable(self, publications: list[Publication]) -> list[Publication]:

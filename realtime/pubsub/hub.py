@@ -33,8 +33,8 @@ from realtime.pubsub.engine import Engine, GetHistory, GetStats, Receiver, Subsc
 from realtime.pubsub.fanout import ChannelFanout, FanoutContext, FanoutServices
 from realtime.pubsub.presence_record import PresenceRecord, PresenceRecords
 from realtime.pubsub.subscriber import Subscriber
-from realtime.pubsub.time_slices import HIGH, LOW, NORMAL, YIELD_EVERY, TimeSlicer
-from realtime.types import ClientInfo, HistoryOptions, Position, Publication
+from realtime.pubsub.time_slices import HIGH, LOW, NORMAL, YIELD_EVERY, TimeSlicer, Waiter
+from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, Publication
 
 HELD_LIMIT = 4096
 """Upper limit of held events on one channel, while a subscriber is between `subscribe` and `activate`. Beyond it they
@@ -70,14 +70,31 @@ class _Batch:
         self.is_cut = False
 
 
+class _SharedRead:
+    """A read of history for several subscribers. page: None until the answer. waiters: of all but the first of them."""
+
+    __slots__ = ("page", "waiters")
+
+    def __init__(self) -> None:
+        self.page: HistoryPage | None = None
+        self.waiters: list[Waiter] = []
+
+    def resume(self) -> Iterator[None]:
+        """Resume the waiting subscribers, one in each step."""
+        for waiter in self.waiters:
+            waiter.callback(None)
+            yield
+
+
 class _Channel:
     """One channel: its active subscribers (`fanout`), its pending ones, and the events held for those.
 
     last: the position of the latest publication; None if unknown. is_quiet: no publication has arrived since the last
-    `Hub.check_positions`. is_subscribed: the engine has answered `Subscribe`.
+    `Hub.check_positions`. is_subscribed: the engine has answered `Subscribe`. reads: those under way that subscribers
+    share, by their query; None before the first.
     """
 
-    __slots__ = ("fanout", "held", "is_quiet", "is_subscribed", "last", "pending")
+    __slots__ = ("fanout", "held", "is_quiet", "is_subscribed", "last", "pending", "reads")
 
     def __init__(self, fanout: ChannelFanout) -> None:
         self.fanout = fanout
@@ -86,6 +103,7 @@ class _Channel:
         # The index of the first held event after each `subscribe`, the oldest subscriber first.
         self.pending: dict[Subscriber | _Batch, int] = {}
         self.held: list[Event] = []
+        self.reads: dict[GetHistory, _SharedRead] | None = None
 
     def __len__(self) -> int:
         waiting = (each for each in self.pending if not isinstance(each, _Batch))
@@ -192,6 +210,32 @@ class Hub:
             self.unsubscribe(channel, subscriber)
             raise
         state.is_subscribed = True
+
+    async def read_history(self, query: GetHistory) -> HistoryPage:
+        """Read history for a subscriber between `subscribe` and `activate`. Raises what the engine raises.
+
+        Subscribers that ask for the same page while one of them waits for it share its answer: thousands may come back
+        at once. The answer covers every publication up to its position, and later ones arrive after it, so a subscriber
+        that came after the request misses none. The sharing ends with the channel's last subscriber here.
+        """
+        state, waiter = self._channels.get(query.channel), self._slices.make_waiter()
+        if state is None or waiter is None:
+            return await self.engine.ask(query)
+        reads = state.reads = state.reads if state.reads is not None else {}
+        shared = reads.get(query)
+        if shared is not None:
+            shared.waiters.append(waiter)
+            await waiter
+            # Without a page the request has failed, or its subscriber has gone.
+            return shared.page if shared.page is not None else await self.read_history(query)
+        shared = reads[query] = _SharedRead()
+        try:
+            shared.page = await self.engine.ask(query)
+        finally:
+            del reads[query]
+            if shared.waiters:
+                self._slices.add(shared.resume())
+        return shared.page
 
     def _open(self, channel: str, priority: str) -> _Channel:
         fanout = ChannelFanout(channel, _PRIORITIES[priority], self.fanout)

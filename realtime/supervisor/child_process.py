@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
-from twisted.internet import fdesc
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.protocol import Factory, connectionDone
@@ -25,7 +24,7 @@ from realtime.process.stack_dumps import IN_C_AFTER, STACK, STACK_IN_C, StackRea
 from realtime.process.zygote import Fork
 from realtime.supervision.vitals import LatestCalls, RunningHandler, Vitals, VitalsPage
 from realtime.supervisor.child_output import ChildOutput
-from realtime.supervisor.readable import Readable
+from realtime.supervisor.readable import Readable, read_pipe
 from realtime.supervisor.zygote import ForkedChild, Zygote
 
 # Descriptor numbers in the child; the slot's listening sockets follow.
@@ -111,10 +110,10 @@ class ChildProcess:
         with link:
             reactor.adoptStreamConnection(link.fileno(), socket.AF_UNIX, Factory.forProtocol(lambda: self._link))
         assert self._dumps is not None
-        self._stacks = _read_pipe(reactor, ours.pop(stacks), self._dumps.feed)
+        self._stacks = read_pipe(reactor, ours.pop(stacks), self._dumps.feed)
         for fd in ours.values():
             self._outputs.append(ChildOutput())
-            _read_pipe(reactor, fd, self._outputs[-1].feed)
+            read_pipe(reactor, fd, self._outputs[-1].feed)
 
     @property
     def pid(self) -> int:
@@ -195,6 +194,10 @@ class ChildProcess:
         )
         return answer
 
+    def limit_log(self, level: str) -> None:
+        """Have it log events of `level` or above from now on. level: as `log.level`."""
+        self._link.callRemote(control.LimitLog, level=level).addErrback(_ignore)
+
     def report(self, what: str) -> Deferred[str]:
         """Request a report on its state, see `realtime.process.diagnostics`. Works only while its loop turns."""
         answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Report, what=what)
@@ -258,18 +261,6 @@ class _Link(control.Peer):
         transport: Any = self.transport
         if transport is not None:
             transport.abortConnection()
-
-
-def _read_pipe(reactor: Any, fd: int, received: Callable[[bytes], None]) -> Readable:
-    """Read a pipe until its end, and close it then. Owns the descriptor."""
-    os.set_blocking(fd, False)
-
-    def read() -> None:
-        if fdesc.readFromFD(fd, received) is not None:
-            pipe.close()
-
-    pipe = Readable(reactor, fd, read)
-    return pipe
 
 
 def _cancelling(result: Any, call: IDelayedCall) -> Any:

@@ -41,8 +41,8 @@ def hand_over(
 ) -> Deferred[HandOverResult]:
     """Have `source` hand connections over to `target`, which serves already. The Deferred never fails.
 
-    connections: their number; ALL for all, and then the source accepts no further ones. timeout: seconds after which the
-    source starts to move no more. Connections whose commands take longer stay there.
+    connections: their number; ALL for all, and then the source accepts no further ones. timeout: seconds after which
+    the source starts to move no more. Connections whose commands take longer stay there.
     """
     outcome: Deferred[HandOverResult] = Deferred()
     try:

@@ -11,6 +11,8 @@ import ctypes
 import os
 from collections.abc import Callable, Collection
 
+from twisted.internet.process import reapProcessHandlers
+
 INTERVAL = 1.0
 """Seconds between two calls of `reap`."""
 
@@ -28,7 +30,8 @@ def adopt_all() -> None:
 def reap(own: Callable[[], Collection[int]]) -> int:
     """Reap the exited children that are not our own, and return their number.
 
-    own: returns the pids of the processes that other code waits for.
+    own: returns the pids of the processes that other code waits for, besides those of Twisted's `spawnProcess`, which
+    never learns of the end of a process that was reaped here.
     """
     for count in range(_BATCH):
         try:
@@ -36,7 +39,7 @@ def reap(own: Callable[[], Collection[int]]) -> int:
         except ChildProcessError:
             return count
         # The kernel shows one exited child at a time. One of ours hides the others until it has been reaped.
-        if found is None or found.si_pid in own():
+        if found is None or found.si_pid in reapProcessHandlers or found.si_pid in own():
             return count
         os.waitpid(found.si_pid, os.WNOHANG)
     return _BATCH

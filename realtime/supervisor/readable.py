@@ -1,4 +1,4 @@
-"""A descriptor that the reactor watches."""
+"""Descriptors that the reactor watches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from twisted.internet import fdesc
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -41,3 +42,15 @@ class Readable:
 
     def connectionLost(self, reason: Failure) -> None:
         self.close()
+
+
+def read_pipe(reactor: Any, fd: int, received: Callable[[bytes], None]) -> Readable:
+    """Read a pipe until its end, and close it then. Owns the descriptor."""
+    os.set_blocking(fd, False)
+
+    def read() -> None:
+        if fdesc.readFromFD(fd, received) is not None:
+            pipe.close()
+
+    pipe = Readable(reactor, fd, read)
+    return pipe

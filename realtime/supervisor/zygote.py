@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,21 +17,16 @@ from contextlib import suppress
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ProcessExitedAlready
-from twisted.internet.interfaces import IDelayedCall
-from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
 from realtime.config.schema import PREFIX
 from realtime.process import log, zygote
 from realtime.process.zygote import Fork, Forked, NotForked
 from realtime.supervisor import orphans, systemd
 from realtime.supervisor.child_output import ChildOutput
-from realtime.supervisor.readable import Readable
+from realtime.supervisor.readable import Readable, read_pipe
 
 EX_OSERR = 71
-_LINK = 3
 _MAX_PACKET = 4096
 # Seconds between two looks for the exit of a child where the kernel has no pidfd_open(2), before Linux 5.3.
 _EXIT_INTERVAL = 0.05
@@ -56,8 +52,6 @@ class ForkedChild:
         self._exited = exited
         self._abort = abort
         self._early: list[int] = []
-        self._watch: Readable | None = None
-        self._check: IDelayedCall | None = None
         self._has_exited = False
 
     def signal(self, number: int) -> None:
@@ -65,9 +59,9 @@ class ForkedChild:
         if self._has_exited:
             return
         if self.pid:
-            os.kill(self.pid, number)  # after an exit the pid stays taken until we wait for it
+            os.kill(self.pid, number)
         elif number == signal.SIGKILL:
-            self._abort()
+            self._abort()  # which hangs, as a fork takes milliseconds
         else:
             self._early.append(number)
 
@@ -76,36 +70,45 @@ class ForkedChild:
         self.pid = pid
         for number in self._early:
             os.kill(pid, number)
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError:
-            self._look()
-        else:
-            self._watch = Readable(self._reactor, pidfd, self._reap)
+        _ExitWatch(self._reactor, pid, self._reap)
 
     def failed(self, reason: str) -> None:
         """It was not forked."""
         _log.error("can't fork a process: {reason}", reason=reason)
         self._end(EX_OSERR)
 
-    def _look(self) -> None:
-        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            self._reap()
-        else:
-            self._check = self._reactor.callLater(_EXIT_INTERVAL, self._look)
-
     def _reap(self) -> None:
-        # Processes of its group, which the application has started, end with it. Before its own pid can be reused.
-        with suppress(OSError):
+        with suppress(OSError):  # programs that the application has started end with it; before its pid can be reused
             os.killpg(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
-        if self._watch is not None:
-            self._watch.close()
         self._end(os.waitstatus_to_exitcode(status))
 
     def _end(self, status: int) -> None:
         self._has_exited = True
         self._exited(status)
+
+
+class _ExitWatch:
+    """Calls a function once a child of this process has exited, before it is reaped."""
+
+    def __init__(self, reactor: Any, pid: int, exited: Callable[[], None]) -> None:
+        self._reactor = reactor
+        self._pid = pid
+        self._exited = exited
+        try:
+            self._pidfd = Readable(reactor, os.pidfd_open(pid), self._ready)
+        except OSError:  # before Linux 5.3, or in a sandbox
+            self._look()
+
+    def _ready(self) -> None:
+        self._pidfd.close()
+        self._exited()
+
+    def _look(self) -> None:
+        if os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            self._reactor.callLater(_EXIT_INTERVAL, self._look)
+        else:
+            self._exited()
 
 
 class Zygote:
@@ -157,8 +160,7 @@ class Zygote:
 
     def _start(self) -> _ZygoteProcess:
         orphans.adopt_all()
-        process = _ZygoteProcess(self._reactor, self._ended, self._capture)
-        process.start(self._modules)
+        process = _ZygoteProcess(self._reactor, self._modules, self._ended, self._capture)
         self._processes.add(process)
         return process
 
@@ -180,38 +182,41 @@ class Zygote:
                 self._current = self._start()
 
 
-class _ZygoteProcess(ProcessProtocol):
-    """One process that forks. pending: children whose forks it has not answered, in order."""
+class _ZygoteProcess:
+    """One process that forks. pending: children whose forks it has not answered, in order. Raises OSError."""
 
-    def __init__(self, reactor: Any, ended: Callable[[_ZygoteProcess, str], None], capture: bool) -> None:
-        self.pid = 0
+    def __init__(
+        self, reactor: Any, modules: Sequence[str], ended: Callable[[_ZygoteProcess, str], None], capture: bool
+    ) -> None:
         self.pending: deque[ForkedChild] = deque()
         self.has_started = False
         self.is_ending = False
         self._reactor = reactor
         self._ended = ended
-        self._outputs = {1: ChildOutput(), 2: ChildOutput()} if capture else {}
         self._start_waiters: list[Deferred[None]] = []
-
-    def start(self, modules: Sequence[str]) -> None:
-        """Start it. Raises OSError."""
-        # -P: files of the working directory, such as a queue.py, must not stand in for modules of Python or of ours.
-        command = [sys.executable, "-P", "-m", zygote.__name__, "--link", str(_LINK), *modules, *zygote.ROOM]
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, open(os.devnull, "rb") as null:
-            streams: dict[int, int | str] = {1: "r", 2: "r"} if self._outputs else {1: 1, 2: 2}
-            fds = {0: null.fileno(), **streams, _LINK: theirs.fileno()}
+        self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            # -P: files of the working directory, such as a queue.py, must not stand in for modules of Python or ours.
+            command = [sys.executable, "-P", "-m", zygote.__name__, "--link", str(theirs.fileno()), ",".join(modules)]
             try:
-                transport = self._reactor.spawnProcess(
-                    self, command[0], command, env=_environment(os.environ), childFDs=fds
+                self._process = subprocess.Popen(
+                    [*command, *zygote.ROOM],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE if capture else None,
+                    stderr=subprocess.STDOUT if capture else None,
+                    pass_fds=[theirs.fileno()],
+                    env=_environment(os.environ),
                 )
             except OSError:
-                ours.close()
+                self._link.close()
                 raise
-        self.pid = transport.pid
-        ours.setblocking(False)
-        self._link = ours
-        self._reader = Readable(self._reactor, os.dup(ours.fileno()), self._read)
+        self.pid = self._process.pid
+        self._link.setblocking(False)
+        self._reader = Readable(reactor, os.dup(self._link.fileno()), self._read)
+        if self._process.stdout is not None:
+            with self._process.stdout as pipe:
+                read_pipe(reactor, os.dup(pipe.fileno()), ChildOutput().feed)
+        _ExitWatch(reactor, self.pid, self._exited)
 
     def fork(self, fork: Fork, descriptors: Sequence[int], exited: Callable[[int], None]) -> ForkedChild:
         """See `Zygote.fork`."""
@@ -234,9 +239,7 @@ class _ZygoteProcess(ProcessProtocol):
 
     def kill(self) -> None:
         """Kill it: its pending forks fail."""
-        if self.transport is not None:
-            with suppress(ProcessExitedAlready):
-                self.transport.signalProcess(signal.SIGKILL)
+        self._process.kill()
 
     def _read(self) -> None:
         try:
@@ -268,16 +271,9 @@ class _ZygoteProcess(ProcessProtocol):
         for waiter in waiters:
             waiter.callback(None) if result is None else waiter.errback(result)
 
-    # Called by Twisted.
-
-    def childDataReceived(self, childFD: int, data: bytes) -> None:
-        self._outputs[childFD].feed(data)
-
-    def processExited(self, reason: Failure) -> None:
-        for output in self._outputs.values():
-            output.flush()
-        ended: Any = reason.value
-        how = f"was killed by signal {ended.signal}" if ended.signal else f"exited with status {ended.exitCode}"
+    def _exited(self) -> None:
+        status = self._process.wait()
+        how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         self._close()
         self._ended(self, how)
         while self.pending:

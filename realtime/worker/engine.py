@@ -89,11 +89,11 @@ class _Call(Struct, gc=False):
 class _Arrivals:
     """The clients of one batch that the broker has moved here, and that have not been claimed.
 
-    clients: their users, by client. presence: their channels, by client. has_presence: their presence is at the broker;
-    a fresh stream does not begin with it, as it is not known here yet.
+    A fresh stream does not begin with them: if they do not arrive, another worker may have them still. is_current: the
+    stream is the one that they came over, so the broker has them here. presence: their channels, by client.
     """
 
-    __slots__ = ("clients", "has_presence", "presence")
+    __slots__ = ("clients", "is_current", "presence")
 
     def __init__(self, cut: broker_messages.CutReached) -> None:
         self.clients = {info.client: info for info in cut.clients}
@@ -101,7 +101,7 @@ class _Arrivals:
         for channel, clients in cut.presence.items():
             for client in clients:
                 self.presence.setdefault(client, []).append(channel)
-        self.has_presence = True
+        self.is_current = True
 
 
 class BrokerEngine:
@@ -202,7 +202,7 @@ class BrokerEngine:
         for frame in frames:
             link.send(frame)
         for arrivals in self._arrivals.values():
-            arrivals.has_presence = False
+            arrivals.is_current = False
         had_stream, self._had_stream = self._had_stream, True
         if had_stream:
             self._receiver.on_interruption()
@@ -429,8 +429,6 @@ class BrokerEngine:
 
     def _on_cut(self, message: broker_messages.CutReached) -> None:
         self._arrivals[message.batch] = _Arrivals(message)
-        self._clients.update((info.client, info) for info in message.clients)
-        self._sessions.update(_of(message.sessions, message.clients))
         self._receiver.on_cut(message.batch)
 
     def claim(self, batch: str, info: ClientInfo, secret: str, presence: list[AddPresence]) -> None:
@@ -441,7 +439,7 @@ class BrokerEngine:
         if secret:
             self._sessions[info.client] = secret
         self._presence.update(((request.channel, info.client), request) for request in presence)
-        if not (is_known and arrivals is not None and arrivals.has_presence):
+        if not (is_known and arrivals is not None and arrivals.is_current):
             self._restore(presence, [identity])
 
     def forget_arrivals(self, batch: str) -> list[ClientInfo]:
@@ -449,8 +447,8 @@ class BrokerEngine:
         arrivals = self._arrivals.pop(batch, None)
         if arrivals is None:
             return []
-        for client in arrivals.clients:
-            self._remove_client(RemoveClient(client))
+        for client in arrivals.clients if arrivals.is_current else ():
+            self._send_unanswered(RemoveClient(client))
             for channel in arrivals.presence.get(client, ()):
                 self._send_unanswered(RemovePresence(channel, client))
         return list(arrivals.clients.values())

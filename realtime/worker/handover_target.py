@@ -33,6 +33,7 @@ from realtime.worker.handover import (
     Sent,
     Taken,
     decode_at_target,
+    effort_for,
     encode,
     log_unexpected,
 )
@@ -50,6 +51,11 @@ class HandOverTarget:
         self._is_working = False
         self._batches: dict[str, None] = {}  # those that have not ended
         self._stream = FdStream(parts.reactor, stream, self._on_frame, self._work)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more may arrive, or what has arrived is not served yet."""
+        return self._stream.open or self._is_working
 
     def close(self) -> None:
         """Take nothing more over; the source keeps or closes what it has."""
@@ -125,9 +131,12 @@ class HandOverTarget:
         await handover.arrived(self._parts.services, message.batch)
         sockets = self._claim(descriptors)
         taken: list[bool] = []
+        effort = 0.0
         for descriptor, moved in zip(sockets, message.connections, strict=bool(sockets)):
             taken.append(self._adopt(message.batch, descriptor, moved))
-            if len(taken) % AT_ONCE == 0:
+            effort += effort_for(len(moved.session.subscriptions))
+            if effort >= AT_ONCE:
+                effort = 0.0
                 await deferLater(self._parts.reactor, 0)
         self._send(Taken(taken))
 

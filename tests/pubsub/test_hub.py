@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 from unittest import mock
 
+import msgspec
 import pytest
 from centrifuge.fossil import apply_delta
 from hypothesis import given
@@ -21,6 +22,7 @@ from realtime.pubsub.filters import Filter
 from realtime.pubsub.hub import Hub
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import ClientInfo, HistoryOptions, HistoryPage, Position, Publication
+from tests.protocol.sessions import Gate, run
 from tests.pubsub.memory_engine import MemoryEngine
 from tests.pubsub.sinks import WholeFrames
 
@@ -998,3 +1000,77 @@ def test_a_reliable_engine_never_causes_a_gap(steps: list[str], random: Any) -> 
     for member, position in members:
         assert member.losses == 0
         assert [offset for offset, _ in member.seen] == list(range(position.offset + 1, top.offset + 1))
+
+
+# Reads of history
+
+
+class Reads:
+    """Reads of history by subscribers of "c" over an engine that answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, Gate]] = []
+        self.turns: list[Callable[[], None]] = []
+        slices = TimeSlicer(lambda: 0.0, 1.0, self.turns.append, Waiting)
+        self.hub = Hub(lambda hub: self, lambda order: None, slices)  # type: ignore[arg-type, return-value]
+        self.done: list[Any] = []
+
+    async def ask(self, request: Any) -> Any:
+        if isinstance(request, Subscribe):
+            return None
+        self.asked.append((request, gate := Gate()))
+        answer = await gate
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def tell(self, notice: Unsubscribe) -> None: ...
+
+    def read(self, **changes: Any) -> None:
+        query = msgspec.structs.replace(GetHistory("c", KEEP, at(1), 300), **changes)
+        run(self.hub.read_history(query), lambda result, error: self.done.append(error or result))
+
+    def answer(self, index: int, answer: Any) -> None:
+        self.asked[index][1].open(answer)
+        while self.turns:
+            self.turns.pop(0)()
+
+
+class Waiting(Gate):
+    def callback(self, result: None) -> None:
+        self.open()
+
+
+def test_subscribers_that_ask_for_the_same_page_at_once_share_one_read() -> None:
+    reads, page = Reads(), HistoryPage([], at(3))
+    add(reads.hub, Listener())
+    for _ in range(3):
+        reads.read()
+    reads.read(limit=5)
+    assert [request.limit for request, _ in reads.asked] == [300, 5]
+    reads.answer(0, page)
+    assert reads.done == [page] * 3
+    reads.read()
+    assert len(reads.asked) == 3  # what was read may be old by now
+
+
+def test_a_failed_read_is_made_again_for_those_that_waited_for_it() -> None:
+    reads, page = Reads(), HistoryPage([], at(3))
+    add(reads.hub, Listener())
+    for _ in range(3):
+        reads.read()
+    reads.answer(0, failure := EngineUnavailable("gone"))
+    assert (reads.done, len(reads.asked)) == ([failure], 2)
+    reads.answer(1, page)
+    assert reads.done == [failure, page, page]
+
+
+def test_a_read_is_not_shared_beyond_the_subscription_of_the_channel() -> None:
+    """Publications between the end of the channel here and its next subscriber do not arrive."""
+    reads, listener = Reads(), Listener()
+    add(reads.hub, listener)
+    reads.read()
+    reads.hub.unsubscribe("c", listener)
+    add(reads.hub, listener)
+    reads.read()
+    assert len(reads.asked) == 2

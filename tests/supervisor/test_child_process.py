@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
-from twisted.logger import LogEvent, LogLevel, capturedLogs, formatEventAsClassicLogText
+from twisted.logger import LogEvent, capturedLogs
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from realtime.process import stack_dumps
+from realtime.process.zygote import Fork
 from realtime.supervision.vitals import ProcessState, RunningHandler, Vitals, VitalsPage
-from realtime.supervisor import child_process
+from realtime.supervisor import child_output
 from realtime.supervisor.child_process import ChildProcess
 
 READING = Vitals(123, 0.25, 7, 9, ProcessState.READY)
@@ -49,50 +49,61 @@ class Owner:
         self.events.append(("exited", process.slot, status))
 
 
-class Reactor:
-    """Spawns nothing: keeps the command, the environment and duplicates of the child's descriptors."""
+class Zygote:
+    """Forks nothing: keeps the request, and duplicates of the child's descriptors."""
 
     pid = 4321
 
     def __init__(self) -> None:
-        self.command: list[str] = []
-        self.environment: dict[str, str] = {}
-        self.fds: dict[int, Any] = {}
+        self.fork_request = Fork("", "", (), ())
+        self.fds: dict[int, int] = {}
         self.signals: list[int] = []
         self.error: OSError | None = None
-        self.has_exited = False
-        self.clock = Clock()
+        self.exited: Callable[[int], None] | None = None
 
-    def spawnProcess(self, protocol: Any, executable: str, args: list[str], env: Any, childFDs: Any) -> Reactor:
+    def fork(self, fork: Fork, descriptors: Sequence[int], exited: Callable[[int], None]) -> Zygote:
         if self.error:
             raise self.error
-        self.command, self.environment = args, env
-        self.fds = {number: os.dup(fd) if isinstance(fd, int) else fd for number, fd in childFDs.items()}
-        protocol.transport = self
+        self.fork_request, self.exited = fork, exited
+        self.fds = {number: os.dup(fd) for number, fd in zip(fork.descriptors, descriptors, strict=True)}
         return self
+
+    def signal(self, number: int) -> None:
+        self.signals.append(number)
+
+    def close(self) -> None:
+        while self.fds:
+            os.close(self.fds.popitem()[1])
+
+
+class Reactor:
+    """A reactor with the test's clock, whose readable descriptors the test reads."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.callLater = self.clock.callLater
+        self.readers: dict[int, Any] = {}
 
     def adoptStreamConnection(self, fd: int, family: socket.AddressFamily, factory: Any) -> None:
         pass
 
-    def callLater(self, delay: float, function: Any, *arguments: Any) -> Any:
-        return self.clock.callLater(delay, function, *arguments)
+    def addReader(self, reader: Any) -> None:
+        self.readers[reader.fileno()] = reader
 
-    def signalProcess(self, number: int) -> None:
-        if self.has_exited:
-            raise ProcessExitedAlready
-        self.signals.append(number)
+    def removeReader(self, reader: Any) -> None:
+        del self.readers[reader.fileno()]
 
-    def close(self) -> None:
-        for fd in self.fds.values():
-            if isinstance(fd, int):
-                os.close(fd)
+    def read(self) -> None:
+        for reader in list(self.readers.values()):
+            reader.doRead()
 
 
 class Scene:
-    """A child in slot 3, spawned with two listening sockets."""
+    """A child in slot 3, forked with two listening sockets."""
 
     def __init__(self, capture: bool = False) -> None:
         self.reactor = Reactor()
+        self.zygote = Zygote()
         self.owner = Owner()
         self.child = ChildProcess(self.owner, 3)
         self.capture = capture
@@ -100,20 +111,29 @@ class Scene:
     def start(self) -> None:
         with open(os.devnull) as null:
             fd = null.fileno()
-            self.child.start(self.reactor, ["python", "-m", "some.worker"], fd, [fd, fd], self.capture)
+            zygote: Any = self.zygote
+            self.child.start(self.reactor, zygote, "some.worker", fd, [fd, fd], self.capture)
 
     def page(self) -> VitalsPage:
         """The child's mapping of its page."""
-        return VitalsPage.open(os.dup(self.reactor.fds[int(self.argument("--vitals"))]))
+        return VitalsPage.open(os.dup(self.zygote.fds[int(self.argument("--vitals"))]))
 
     def argument(self, name: str) -> str:
-        return self.reactor.command[self.reactor.command.index(name) + 1]
+        arguments = self.zygote.fork_request.arguments
+        return arguments[arguments.index(name) + 1]
+
+    def write(self, number: int, data: bytes) -> None:
+        """Write to a descriptor of the child, and let the supervisor read it."""
+        os.write(self.zygote.fds[number], data)
+        self.reactor.read()
 
     def exit(self, status: int) -> None:
         """status: an exit status, or minus a signal."""
-        ended = ProcessDone(0) if status == 0 else ProcessTerminated(max(status, 0) or None, max(-status, 0) or None)
-        self.reactor.has_exited = True
-        self.child.processExited(Failure(ended))
+        self.zygote.close()
+        assert self.zygote.exited is not None
+        self.zygote.exited(status)
+        self.zygote.exited = None
+        self.reactor.read()
 
 
 @pytest.fixture
@@ -121,49 +141,28 @@ def scene() -> Iterator[Scene]:
     scene = Scene()
     scene.start()
     yield scene
-    if not scene.reactor.has_exited:
+    if scene.zygote.exited is not None:
         scene.exit(0)
-    scene.reactor.close()
 
 
 def output(events: list[LogEvent]) -> list[str]:
-    return [event["line"] for event in events if event["log_namespace"] == child_process.__name__]
+    return [event["line"] for event in events if event["log_namespace"] == child_output.__name__]
 
 
-def test_the_command_line_names_the_descriptors_of_the_child(scene: Scene) -> None:
-    assert scene.reactor.command[:3] == ["python", "-m", "some.worker"]
+def test_the_arguments_name_the_descriptors_of_the_child(scene: Scene) -> None:
+    request = scene.zygote.fork_request
+    assert (request.name, request.module) == ("worker 3", "some.worker")
     assert (scene.argument("--slot"), scene.argument("--listen")) == ("3", "6,7")
     assert int(scene.argument("--stacks")) == 8
-    given = {int(scene.argument(name)) for name in ("--link", "--settings", "--vitals")} | {6, 7, 8, 0, 1, 2}
-    assert set(scene.reactor.fds) == given
-    assert scene.child.pid == Reactor.pid
+    given = {int(scene.argument(name)) for name in ("--link", "--settings", "--vitals")} | {6, 7, 8}
+    assert set(scene.zygote.fds) == given
+    assert scene.child.pid == Zygote.pid
 
 
-def test_a_child_does_not_inherit_the_service_managers_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "TEST_VARIABLE"):
-        monkeypatch.setenv(name, "1")
-    scene = Scene()
-    scene.start()
-    assert "TEST_VARIABLE" in scene.reactor.environment
-    assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & scene.reactor.environment.keys()
-    scene.exit(0)
-    scene.reactor.close()
-
-
-def test_a_child_does_not_inherit_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("REALTIME_CLIENT_TOKEN_HMAC_SECRET_KEY", "REALTIME_HTTP_API_KEYS_OLD", "MY_REALTIME_NAME"):
-        monkeypatch.setenv(name, "secret")
-    scene = Scene()
-    scene.start()
-    assert [name for name in scene.reactor.environment if "REALTIME" in name] == ["MY_REALTIME_NAME"]
-    scene.exit(0)
-    scene.reactor.close()
-
-
-def test_a_failure_to_spawn_leaves_no_descriptor_open() -> None:
+def test_a_failure_to_fork_leaves_no_descriptor_open() -> None:
     before = os.listdir("/proc/self/fd")
     scene = Scene()
-    scene.reactor.error = OSError(11, "Resource temporarily unavailable")
+    scene.zygote.error = OSError(11, "Resource temporarily unavailable")
     with pytest.raises(OSError):
         scene.start()
     assert os.listdir("/proc/self/fd") == before
@@ -182,7 +181,6 @@ def test_no_descriptor_stays_open_after_the_exit() -> None:
         scene = Scene()
         scene.start()
         scene.exit(0)
-        scene.reactor.close()
         counts.append(len(os.listdir("/proc/self/fd")))
     assert counts[1] == counts[2]
 
@@ -209,29 +207,22 @@ def test_a_substitute_reaches_the_childs_page(scene: Scene) -> None:
     scene.child.set_substitute(False)  # without a page: no error
 
 
-def test_a_signal_after_the_exit_is_no_error(scene: Scene) -> None:
-    scene.child.signal(signal.SIGTERM)
-    scene.exit(0)
-    scene.child.signal(signal.SIGKILL)
-    assert scene.reactor.signals == [signal.SIGTERM]
-
-
 def test_a_dump_is_requested_by_signal_and_comes_over_its_pipe(scene: Scene) -> None:
     texts: list[str] = []
     answer: Deferred[str] = scene.child.dump(stack_dumps.STACK)
     answer.addCallback(texts.append)
-    assert scene.reactor.signals == [stack_dumps.STACK]
+    assert scene.zygote.signals == [stack_dumps.STACK]
     text = 'Stack (most recent call first):\n  File "<frozen runpy>", line 198 in _run_module_as_main\n'
-    scene.child.childDataReceived(int(scene.argument("--stacks")), text.encode())
+    scene.write(int(scene.argument("--stacks")), text.encode())
     assert texts == [text]
     scene.reactor.clock.advance(stack_dumps.IN_C_AFTER)
-    assert scene.reactor.signals == [stack_dumps.STACK]
+    assert scene.zygote.signals == [stack_dumps.STACK]
 
 
 def test_a_process_that_runs_no_python_is_asked_for_its_stack_in_c(scene: Scene) -> None:
     scene.child.dump(stack_dumps.STACK).addErrback(lambda _: None)
     scene.reactor.clock.advance(stack_dumps.IN_C_AFTER)
-    assert scene.reactor.signals == [stack_dumps.STACK, stack_dumps.STACK_IN_C]
+    assert scene.zygote.signals == [stack_dumps.STACK, stack_dumps.STACK_IN_C]
 
 
 def test_a_dump_in_progress_fails_at_the_exit(scene: Scene) -> None:
@@ -244,36 +235,13 @@ def test_a_dump_in_progress_fails_at_the_exit(scene: Scene) -> None:
 def test_output_is_logged_line_by_line_and_an_incomplete_line_at_the_exit() -> None:
     scene = Scene(capture=True)
     scene.start()
-    assert (scene.reactor.fds[1], scene.reactor.fds[2]) == ("r", "r")
     with capturedLogs() as events:
-        scene.child.childDataReceived(1, b"first\nsec")
-        scene.child.childDataReceived(2, b"error\n")
-        scene.child.childDataReceived(1, b"ond\n{braces} \xff")
+        scene.write(1, b"first\nsec")
+        scene.write(2, b"error\n")
+        scene.write(1, b"ond\n{braces} \xff")
         assert output(events) == ["first", "error", "second"]
         scene.exit(1)
     assert output(events) == ["first", "error", "second", "{braces} \\xff"]
-    scene.reactor.close()
-
-
-def test_a_line_of_the_childs_log_keeps_its_process_logger_and_level() -> None:
-    scene = Scene(capture=True)
-    scene.start()
-    with capturedLogs() as events:
-        scene.child.childDataReceived(1, b"2026-11-30T03:12:45+0000 [worker 0 shop.orders#warn] {no} items\n")
-        scene.exit(1)
-    [event] = [one for one in events if one.get("log_system", "").startswith("worker")]
-    assert formatEventAsClassicLogText(event).endswith(" [worker 0 shop.orders#warn] {no} items\n")
-    assert event["log_level"] is LogLevel.warn
-    scene.reactor.close()
-
-
-def test_a_long_line_is_logged_in_parts(scene: Scene) -> None:
-    with capturedLogs() as events:
-        for _ in range(5):
-            scene.child.childDataReceived(1, b"x" * 10_000)
-        scene.child.childDataReceived(1, b"\n")
-    assert "".join(output(events)) == "x" * 50_000
-    assert max(map(len, output(events))) <= 20_000
 
 
 # Control messages of a child that is broken, or of another version.
@@ -353,4 +321,3 @@ def test_arbitrary_control_messages_raise_nothing_and_call_only_our_commands(mes
         assert {event for event, *_ in scene.owner.events} <= {"ready", "failed", "broker link lost"}
     finally:
         scene.exit(0)
-        scene.reactor.close()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
-import pytest
-
-from realtime.supervisor import orphans
-
-# A process that becomes the parent of orphans as PID 1 does, with an orphan and a child of its own that have exited.
+# A process that adopts orphans, with an orphan and a child of its own that have exited.
 PARENT = """
-import ctypes, os, subprocess, sys, time
+import os, subprocess, sys, time
+from twisted.internet import protocol, reactor
 from realtime.supervisor import orphans
 
-assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
+class Process(protocol.ProcessProtocol):
+    def __init__(self, ended):
+        self.ended = ended
+    def processEnded(self, reason):
+        self.ended.append(reason.value.exitCode or 0)
+        reactor.stop()
+
+orphans.adopt_all()
 # It ends after its parent, the shell, which would remove it: as soon as this pipe is closed.
 until, end = os.pipe()
 script = f"(exec cat <&{until} >/dev/null 2>&1) & echo $!"
@@ -34,15 +37,17 @@ while not zombie(own.pid):
     time.sleep(0.01)
 assert orphans.reap(lambda: [own.pid]) == 0
 assert own.wait() == 0
+ended = []
+process = Process(ended)
+reactor.spawnProcess(process, "true", ["true"], env={})
+while not zombie(process.transport.pid):
+    time.sleep(0.01)
+assert orphans.reap(lambda: []) == 0
+reactor.run()
+assert ended == [0], ended
 """
 
 
 def test_orphans_are_reaped_and_own_children_are_left_to_their_owner() -> None:
     done = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(("pid", "needed"), [(1, True), (4321, False)])
-def test_only_pid_1_gets_orphans(pid: int, needed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "getpid", lambda: pid)
-    assert orphans.is_needed() is needed

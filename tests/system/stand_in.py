@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import threading
+from collections.abc import Sequence
 
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 
 from realtime.errors import ApplicationFailed, SettingsError
-from realtime.process.child import Child, hand_nothing_over, main
+from realtime.process.child import Child, hand_nothing_over
+from realtime.process.child import main as run_child
 from realtime.worker.listening import adopt
 
 
@@ -96,5 +97,6 @@ class Greeter(Protocol):
         self.transport.loseConnection()
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], StandIn))
+def main(argv: Sequence[str]) -> int:
+    """Run the child, as `realtime.process.zygote` asks."""
+    return run_child(argv, StandIn)

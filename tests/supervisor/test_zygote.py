@@ -1,0 +1,174 @@
+"""The zygote with real processes: what a child gets, and what remains of it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytest_twisted
+from twisted.logger import capturedLogs
+
+from realtime.process.zygote import Fork
+from realtime.supervisor.zygote import EX_OSERR, ForkedChild, Zygote, ZygoteEnded
+from tests.transports.stage import eventually
+
+HERE = Path(__file__).parent
+
+
+class Children:
+    """A zygote, and the children that it has forked."""
+
+    def __init__(self, *modules: str) -> None:
+        from twisted.internet import reactor
+
+        self.zygote = Zygote(reactor, modules or ("forked",))
+        self.statuses: list[int] = []
+
+    def fork(self, *arguments: str, module: str = "forked", output: int = 2) -> ForkedChild:
+        return self.zygote.fork(Fork("worker 7", module, arguments, (5,)), [output], self.statuses.append)
+
+    async def ask(self, *arguments: str, module: str = "forked") -> tuple[ForkedChild, Any]:
+        """Fork a child, and wait for what it writes as JSON."""
+        read_end, write_end = os.pipe2(os.O_NONBLOCK)
+        written = bytearray()
+
+        def read() -> bool:
+            try:
+                written.extend(os.read(read_end, 65_536))
+            except BlockingIOError:
+                return False
+            return True
+
+        try:
+            child = self.fork(*arguments, module=module, output=write_end)
+            await eventually(read)
+            return child, json.loads(written)
+        finally:
+            os.close(read_end)
+            os.close(write_end)
+
+    async def exits(self, *statuses: int) -> None:
+        await eventually(lambda: tuple(self.statuses) == statuses)
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+
+
+@pytest_twisted.async_yield_fixture
+async def children() -> AsyncIterator[Children]:
+    children = Children()
+    yield children
+    children.zygote.close()
+    await eventually(lambda: not children.zygote.pids)
+
+
+async def test_a_child_is_ours_and_gets_its_arguments_descriptors_and_name(
+    children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
+    monkeypatch.setenv("REALTIME_HTTP_API_KEY", "secret")
+    monkeypatch.setenv("MY_REALTIME_NAME", "kept")
+    _, facts = await children.ask("describe")
+    assert facts["parent"] == os.getpid()
+    assert facts["argv"] == ["describe"]
+    assert facts["descriptors"] == [0, 1, 2, 5]
+    assert facts["command"] == [sys.executable, "-P", "-m", "forked", "describe"]
+    assert facts["name"] == "worker 7"
+    assert facts["collects"] is True
+    assert "MY_REALTIME_NAME" in facts["environment"]
+    assert not {"NOTIFY_SOCKET", "REALTIME_HTTP_API_KEY"} & set(facts["environment"])
+    await children.exits(0)
+
+
+async def test_exit_statuses_and_signals_are_reported(children: Children) -> None:
+    children.fork("exit", "0")
+    children.fork("exit", "78")
+    await eventually(lambda: len(children.statuses) == 2)
+    assert sorted(children.statuses) == [0, 78]
+    child, _ = await children.ask("wait")
+    child.signal(signal.SIGTERM)
+    await eventually(lambda: len(children.statuses) == 3)
+    assert children.statuses[-1] == -signal.SIGTERM
+    child.signal(signal.SIGTERM)  # after its exit: without effect
+
+
+async def test_exits_are_noticed_without_pidfds(children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    children.fork("exit", "3")
+    await children.exits(3)
+
+
+async def test_the_programs_of_a_child_end_with_it(children: Children) -> None:
+    child, other = await children.ask("wait")
+    program = psutil.Process(other)
+    os.kill(child.pid, signal.SIGKILL)
+    await children.exits(-signal.SIGKILL)
+    assert program.wait(30) is None or not program.is_running()
+
+
+async def test_a_child_outlives_the_zygote_and_is_still_ours(children: Children) -> None:
+    child, _ = await children.ask("wait")
+    (first,) = children.zygote.pids
+    os.kill(first, signal.SIGKILL)
+    with capturedLogs() as events:
+        await eventually(lambda: bool(children.zygote.pids) and children.zygote.pids != [first])
+    assert [event["status"] for event in events if "status" in event] == ["was killed by signal 9"]
+    _, facts = await children.ask("describe")
+    assert facts["parent"] == os.getpid()
+    await children.exits(0)
+    child.signal(signal.SIGKILL)
+    await children.exits(0, -signal.SIGKILL)
+
+
+async def test_a_signal_to_a_child_that_is_not_forked_yet_reaches_it(children: Children) -> None:
+    children.fork("wait").signal(signal.SIGTERM)
+    await children.exits(-signal.SIGTERM)
+    (hanging,) = children.zygote.pids
+    os.kill(hanging, signal.SIGSTOP)
+    with capturedLogs():
+        children.fork("wait").signal(signal.SIGKILL)
+        await children.exits(-signal.SIGTERM, EX_OSERR)
+
+
+async def test_modules_that_cannot_be_imported_fail_the_fork_alone(children: Children) -> None:
+    broken = Children("not_a_module")
+    with capturedLogs():
+        broken.fork("exit", "0", module="not_a_module")
+        await broken.exits(EX_OSERR)
+    assert broken.zygote.pids == []
+
+
+async def test_a_renewed_zygote_has_imported_the_modules_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "changing.py"
+    source = (HERE / "forked.py").read_text()
+    module.write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    children = Children("changing")
+    assert (await children.ask("describe", module="changing"))[1]["version"] == 1
+    module.write_text(source.replace("VERSION = 1", "VERSION = 2"))
+    assert (await children.ask("describe", module="changing"))[1]["version"] == 1
+    renewed = children.zygote.renew()
+    await renewed
+    assert (await children.ask("describe", module="changing"))[1]["version"] == 2
+    await eventually(lambda: len(children.zygote.pids) == 1)
+    module.write_text("VERSION = ")
+    with capturedLogs(), pytest.raises(ZygoteEnded):
+        await children.zygote.renew()
+    assert (await children.ask("describe", module="changing"))[1]["version"] == 2
+    await eventually(lambda: len(children.statuses) == 4)
+    children.zygote.close()
+    await eventually(lambda: not children.zygote.pids)
