@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
@@ -99,10 +100,13 @@ class _Process(ProcessProtocol):
             result = msgspec.msgpack.decode(self._received, type=TrialResult)
         except msgspec.MsgspecError:
             ended: Any = reason.value
+            if ended.exitCode == 0:
+                self.end(["another version of the package is installed, with other settings; restart the server"])
+                return
             how = f"signal {ended.signal}" if ended.signal else f"status {ended.exitCode}"
             self.end([f"the import of the application ended its process with {how}"])
         else:
-            self._finish(result if result.version == __version__ else _refuse_version(result.version))
+            self._finish(_with_version(result))
 
     def end(self, problems: list[str]) -> None:
         """Finish with problems."""
@@ -115,7 +119,13 @@ class _Process(ProcessProtocol):
             self.result.callback(result)
 
 
-def _refuse_version(version: str) -> TrialResult:
-    """Workers of another version would not understand this version's broker."""
-    problem = f"version {version} of the package is installed now, and this server runs version {__version__}"
-    return TrialResult(problems=[f"{problem}; restart the server to use the other version"])
+def _with_version(result: TrialResult) -> TrialResult:
+    """Add a warning about another version of the package. Whether workers of it understand the running broker shows in
+    the zygote."""
+    if result.version == __version__:
+        return result
+    line = (
+        f"version {result.version} of the package is installed: new workers run it; the supervisor and the broker go on "
+        f"with version {__version__} until a restart"
+    )
+    return replace(result, warnings=[*result.warnings, line])
