@@ -125,7 +125,7 @@ def _with_version(result: TrialResult) -> TrialResult:
     if result.version == __version__:
         return result
     line = (
-        f"version {result.version} of the package is installed: new workers run it; the supervisor and the broker go on "
-        f"with version {__version__} until a restart"
+        f"version {result.version} of the package is installed: new workers run it; the supervisor and the broker go "
+        f"on with version {__version__} until a restart"
     )
     return replace(result, warnings=[*result.warnings, line])
