@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
@@ -103,7 +104,7 @@ class _Process(ProcessProtocol):
         # The end of the stream may never come: processes that the application has forked may have it open.
         with suppress(msgspec.MsgspecError):
             result = msgspec.msgpack.decode(self._received, type=TrialResult)
-            self._finish(result if result.version == __version__ else _refuse_version(result.version))
+            self._finish(_with_version(result))
 
     def processExited(self, reason: Failure) -> None:
         """Called by Twisted."""
@@ -112,6 +113,9 @@ class _Process(ProcessProtocol):
     def processEnded(self, reason: Failure) -> None:
         """Called by Twisted."""
         ended: Any = reason.value
+        if ended.exitCode == 0:
+            self.end(["another version of the package is installed, with other settings; restart the server"])
+            return
         how = f"signal {ended.signal}" if ended.signal else f"status {ended.exitCode}"
         self.end([f"the import of the application ended its process with {how}"])
 
@@ -126,7 +130,13 @@ class _Process(ProcessProtocol):
             self.result.callback(result)
 
 
-def _refuse_version(version: str) -> TrialResult:
-    """Workers of another version would not understand this version's broker."""
-    problem = f"version {version} of the package is installed now, and this server runs version {__version__}"
-    return TrialResult(problems=[f"{problem}; restart the server to use the other version"])
+def _with_version(result: TrialResult) -> TrialResult:
+    """Add a warning about another version of the package. Whether workers of it understand the running broker shows in
+    the zygote."""
+    if result.version == __version__:
+        return result
+    line = (
+        f"version {result.version} of the package is installed: new workers run it; the supervisor and the broker go "
+        f"on with version {__version__} until a restart"
+    )
+    return replace(result, warnings=[*result.warnings, line])
