@@ -17,6 +17,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any, Protocol
 
 from msgspec.structs import replace
@@ -43,6 +44,8 @@ from realtime.supervisor.child_process import ChildProcess
 from realtime.supervisor.handover import ALL, HandOverCounters, hand_over
 from realtime.supervisor.health_monitor import HealthMonitor
 from realtime.supervisor.listener import CannotListen, SharedPort
+from realtime.supervisor.rebalancer import INTERVAL as REBALANCING_INTERVAL
+from realtime.supervisor.rebalancer import Rebalancer
 from realtime.supervisor.rescue import Rescue
 from realtime.supervisor.slot_sockets import LINGER, SlotSockets
 from realtime.supervisor.stack_sampler import StackSampler
@@ -129,6 +132,7 @@ class Supervisor(Service):
         self._operators: OperatorEndpoint | None = None
         self._rescue: Rescue | None = None
         self._substitutes: Substitutes | None = None
+        self._rebalancer: Rebalancer | None = None
         self._notifier = SystemdNotifier({})
         self._revisions: dict[int, _Revision] = {}
         self._changes = Changes(Trial(reactor, sources), self._reload, lambda: self._settings)
@@ -165,6 +169,15 @@ class Supervisor(Service):
         )
         self.sockets = SlotSockets(self._port, self.steering, self.monitor.health, self._now)
         self.monitor.tasks.add(TICK, self.sockets.close_due)
+        self._rebalancer = Rebalancer(
+            self.monitor.health,
+            self.processes,
+            self._settings.loop,
+            self.metrics,
+            self._now,
+            lambda: self.pool.is_settled and not self.pool.scaling,
+        )
+        self.monitor.tasks.add(REBALANCING_INTERVAL, self._rebalancer.check)
         self._rescue = Rescue(
             self._reactor, self._port, self.monitor.health, self.processes, self._settings.loop, self.metrics
         )
@@ -291,7 +304,21 @@ class Supervisor(Service):
         return self._changes.request(tell)
 
     def _reload(self, settings: Settings) -> None:
-        """Begin to replace the workers by others with these settings."""
+        """Begin to replace the workers by others with these settings, and with the modules of now."""
+        assert self.zygote is not None
+        try:
+            renewed = self.zygote.renew()
+        except OSError as error:
+            self._changes.ended(f"can't start a process: {error}; check `ulimit -u` and free memory")
+            return
+        renewed.addCallbacks(
+            lambda _: self._replace_workers(settings),
+            lambda failure: self._changes.ended(f"the modules can't be imported: {failure.getErrorMessage()}"),
+        )
+
+    def _replace_workers(self, settings: Settings) -> None:
+        if self.pool.stopping:
+            return
         settings = _with_counts(settings)
         if settings.workers.count == self._configured_count:  # so the number that `scale` has set stays
             settings = _with_workers(settings, len(self.pool.workers))
@@ -319,9 +346,9 @@ class Supervisor(Service):
         self.pool.configure(settings.workers, settings.loop, settings.shutdown.timeout)
         self.monitor.configure(settings.loop)
         self.sampler.configure(settings.loop, settings.app)
-        assert self._rescue is not None and self._substitutes is not None
-        self._rescue.configure(settings.loop)
-        self._substitutes.configure(settings.loop)
+        assert self._rescue and self._substitutes and self._rebalancer
+        for part in (self._rescue, self._substitutes, self._rebalancer):
+            part.configure(settings.loop)
 
     def _end_reload(self, effect: effects.ReloadEnded) -> None:
         for number in [number for number in self._revisions if number > self.pool.revision]:
@@ -411,14 +438,17 @@ class Supervisor(Service):
                     self._carry_out(self.pool.memory_exceeded(slot.number, reading.rss, now, key))
 
     def _check_footprint(self, process: ChildProcess) -> None:
-        """Log once that a worker without clients already needs more memory than `loop.max_rss` allows."""
-        limit, vitals = self._settings.loop.max_rss, process.vitals
+        """Log once that a worker without clients already needs more memory than the limits allow."""
+        limits = {"loop.max_rss": self._settings.loop.max_rss, "workers.max_rss": self._settings.workers.max_rss}
+        key, limit = min(((key, limit) for key, limit in limits.items() if limit), key=itemgetter(1), default=("", 0))
+        vitals = process.vitals
         if process.slot == BROKER or self._has_warned_of_footprint or vitals is None or not 0 < limit < vitals.rss:
             return
         self._has_warned_of_footprint = True
         _log.error(
-            "loop.max_rss = {limit}: a worker without clients already uses {used} bytes, so the server replaces "
-            "workers without end, at growing intervals; set loop.max_rss well above that",
+            "{key} = {limit}: a worker without clients already uses {used} bytes, so the server replaces "
+            "workers without end, at growing intervals; set {key} well above that",
+            key=key,
             limit=limit,
             used=vitals.rss,
         )

@@ -216,7 +216,7 @@ class HandOverSource:
             if session not in self._suspended or not _is_alive(session):
                 continue
             connection: Any = session.connection
-            if connection.is_movable:
+            if connection.is_movable and not connection.is_held:
                 batch.append(session)
                 effort += effort_for(len(session.subscriptions))
             elif self._suspended[session] < _PATIENCE:
