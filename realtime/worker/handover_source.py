@@ -96,7 +96,6 @@ class HandOverSource:
         self._ready: deque[Session] = deque()
         self._postponed: list[Session] = []
         self._moved = self._closed = 0
-        self._bytes = parts.metrics.counter("realtime_handover_bytes", "Bytes of state sent with connections.")
 
     async def run(self, sessions: Callable[[], Iterable[Session]], connections: int, timeout: float) -> HandOverCounts:
         """Move connections until `timeout` seconds have passed. Never raises.
@@ -315,7 +314,6 @@ class HandOverSource:
             self._close_with_shutdown(exported, "descriptors")
             return
         body = encode(message)
-        self._bytes.value += len(body)
         self._stream.send(body, [claim, *(descriptor for descriptor, _ in exported)])
         shipments.append(_Shipment(claim, exported))
 

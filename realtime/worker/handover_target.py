@@ -50,6 +50,9 @@ class HandOverTarget:
         self._frames: deque[tuple[bytes, list[int]]] = deque()
         self._is_working = False
         self._batches: dict[str, None] = {}  # those that have not ended
+        # The source has no counter of them: it usually ends soon.
+        help = "Bytes of state that came with connections of another process."
+        self._bytes = parts.metrics.counter("realtime_handover_bytes", help)
         self._stream = FdStream(parts.reactor, stream, self._on_frame, self._work)
 
     @property
@@ -88,6 +91,7 @@ class HandOverTarget:
                 self._refuse(f"the source sent an unknown message ({error})")
                 continue
             if isinstance(message, Moved):
+                self._bytes.value += len(body)
                 await self._take(message, descriptors)
             elif isinstance(message, MovedHTTP):
                 self._take_http(message, descriptors)

@@ -21,6 +21,7 @@ from typing import IO, Any
 import aiohttp
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from tests.soak.account import BROKEN, Account
 from tests.system.serving import CHECKOUT, TWISTD, belongs, toml
@@ -200,20 +201,31 @@ class Service:
         if role == "broker":
             self._account.data_lost()
 
-    async def sample(self, http: aiohttp.ClientSession) -> None:
+    async def sample(self) -> None:
         """Add up the messages that the server says it dropped, over the lives of its processes."""
+        for sample in await self._read_samples("realtime_messages_dropped"):
+            key = tuple(sorted(sample.labels.items()))
+            before = self._dropped_before.get(key, 0.0)
+            self.dropped[key] += round(sample.value - before if sample.value >= before else sample.value)
+            self._dropped_before[key] = sample.value
+
+    async def read_metrics(self, *names: str) -> Counter[str]:
+        """Return the sum of each of these metrics over the running workers, without `direction="out"`."""
+        found: Counter[str] = Counter()
+        for sample in await self._read_samples(*names):
+            if sample.labels.get("direction", "in") == "in" and "worker" in sample.labels:
+                found[sample.name.removesuffix("_total")] += round(sample.value)
+        return found
+
+    async def _read_samples(self, *names: str) -> list[Sample]:
         url, limit = f"http://127.0.0.1:{self.operator_port}/metrics", aiohttp.ClientTimeout(total=5)
         try:
-            async with http.get(url, timeout=limit) as answer:
+            async with aiohttp.ClientSession(timeout=limit) as http, http.get(url) as answer:
                 text = await answer.text()
         except (OSError, aiohttp.ClientError):
-            return
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples if family.name == "realtime_messages_dropped" else ():
-                key = tuple(sorted(sample.labels.items()))
-                before = self._dropped_before.get(key, 0.0)
-                self.dropped[key] += round(sample.value - before if sample.value >= before else sample.value)
-                self._dropped_before[key] = sample.value
+            return []
+        families = text_string_to_metric_families(text)
+        return [sample for family in families if family.name in names for sample in family.samples]
 
     def everyone(self) -> list[int]:
         """Return all processes, the supervisor included."""

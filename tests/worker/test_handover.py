@@ -35,6 +35,7 @@ async def test_clients_move_and_notice_nothing(slot: int) -> None:
         assert stage.source_app.ended == stage.target_app.ended == []
         assert stage.source.metric("realtime_handovers", direction="out") == 70
         assert stage.target.metric("realtime_handovers", direction="in") == 70
+        assert 70 * 100 < stage.target.metric("realtime_handover_bytes") < 70 * 2000
         await moving[0].say(stage.target, id=9, unsubscribe={"channel": "news"})
         await moving[0].reply(9)
         await eventually(lambda: len(witness.pushes("leave")) == 1)
