@@ -100,6 +100,7 @@ class Service:
         self._process: subprocess.Popen[str] | None = None
         self._full_disk = False
         self._excused: dict[int, str] = {}
+        self._commands: Counter[str] = Counter()  # that are under way
         self._wild: list[tuple[float, str]] = []
         self._sessions: list[int] = []
 
@@ -192,6 +193,8 @@ class Service:
         self._wild = [(until, text) for until, text in self._wild if until > now]
         if excuse is None and role == "worker" and self._wild:
             excuse = self._wild.pop(0)[1]
+        if excuse is None and role == "worker":
+            excuse = next(iter(+self._commands), None)
         excuse = excuse or self._excused.get(self.supervisor)
         if role in ("worker", "broker"):
             self.deaths[f"{role}: {excuse or 'unexpected'}"] += 1
@@ -259,14 +262,24 @@ class Service:
 
     async def reload(self) -> tuple[int, str]:
         """Replace every worker; returns the exit status of the command, and its output."""
-        self.census()
-        for pid in self.of("worker"):
-            self.excuse(pid, "reload")
-        command = [str(REALTIME), "reload", "--config", str(self._config)]
-        process = await asyncio.create_subprocess_exec(
-            *command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        said, _ = await process.communicate()
+        return await self._command("reload")
+
+    async def scale(self, workers: int) -> tuple[int, str]:
+        """Change the number of workers; returns the exit status of the command, and its output."""
+        return await self._command("scale", str(workers))
+
+    async def _command(self, name: str, *arguments: str) -> tuple[int, str]:
+        """Run a command that ends workers, and also those that start meanwhile because of another fault."""
+        command = [str(REALTIME), name, "--config", str(self._config), *arguments]
+        self._commands[name] += 1
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            said, _ = await process.communicate()
+        finally:
+            self._commands[name] -= 1
+            self._wild.extend((self._account.now() + 2 * CENSUS, name) for _ in self.of("worker"))
         return process.returncode or 0, said.decode()
 
     # The end.
