@@ -184,10 +184,11 @@ def _places(places: Sequence[dict[str, Any]], width: int) -> Iterator[Line]:
     if not places:
         return
     yield []
-    yield [(f"{'BLOCKED':>8}  {'TIMES':>6}  BY", _DIM)]
+    yield [(f"{'BLOCKED':>8}  {'RELIEF':>8}  {'TIMES':>6}  BY", _DIM)]
     for place in places[:5]:
-        where = _place(place["place"], place["handler"], width - 18)
-        yield [(f"{_seconds(place['seconds']):>8}  {_count(place['count']):>6}  ", _PLAIN), *where]
+        where = _place(place["place"], place["handler"], width - 28)
+        figures = f"{_seconds(place['seconds']):>8}  {_seconds(place['relieved']):>8}  {_count(place['count']):>6}  "
+        yield [(figures, _PLAIN), *where]
 
 
 def _incidents(incidents: Sequence[dict[str, Any]], width: int) -> Iterator[Line]:

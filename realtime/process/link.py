@@ -49,9 +49,12 @@ def adopt(reactor: Any, fd: int, link: Link) -> None:
 
 class _Stream(DirectServer, unix.Server):
     """Writes immediately: all frames queued in one loop turn leave in a single send(2). The selector is used only when
-    the socket buffer is full. Reads directly: frames are handled before other work of the turn."""
+    the socket buffer is full. Reads directly: frames are handled before other work of the turn.
+
+    is_shared: while application code blocks the handling of a frame, the relief thread handles the next ones."""
 
     doRead = tcp.Connection.doRead  # type: ignore[assignment]  # recv(2): this stream carries no file descriptors
+    is_shared = True
 
 
 @implementer(IPushProducer)
@@ -89,6 +92,7 @@ class Link(Protocol):
         self._on_end = on_end
         self._patience = patience
         self._unread: Iterator[tuple[int, bytes]] | None = None  # received frames that wait for the peer to read
+        self._frames: Iterator[tuple[int, bytes]] = iter(())  # of the latest read
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._bytes_in_transport = 0  # given to the transport when it filled up
@@ -182,7 +186,10 @@ class Link(Protocol):
     def dataReceived(self, data: bytes) -> None:
         before = self._ledger.switch(self._account)
         try:
-            self._handle(self._reader.feed(data))
+            # None is left of the read before, unless application code blocks the loop's thread within one of them.
+            self._handle(self._frames)
+            self._frames = frames = self._reader.feed(data)
+            self._handle(frames)
         finally:
             self._ledger.switch(before)
 

@@ -84,9 +84,10 @@ _decode_fork = msgspec.msgpack.Decoder(Fork).decode
 def main(argv: Sequence[str]) -> int:
     """Fork children until the supervisor closes the link. Returns in the zygote and in each child: the exit status."""
     options = _arguments().parse_args(argv)
-    # Ctrl-C is the supervisor's; a new child can't write its stack yet; and no stranger's signal ends a process.
+    # Signals to all processes are the supervisor's. A child that is not set up yet can't write its stack.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, stack_dumps.STACK, stack_dumps.STACK_IN_C):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     modules = {name: importlib.import_module(name) for name in options.modules}
     _set_name("zygote")
     gc.collect()
@@ -125,6 +126,7 @@ def _serve(link: socket.socket) -> Fork | None:
             if not pid:
                 link.close()
                 _place(descriptors, fork.descriptors)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
                 _set_name(fork.name, [sys.executable, "-P", "-m", fork.module, *fork.arguments])
                 return fork
             link.send(encode(Forked(pid)))

@@ -309,7 +309,21 @@ class Supervisor(Service):
         return self._changes.request(tell)
 
     def _reload(self, settings: Settings) -> None:
-        """Begin to replace the workers by others with these settings."""
+        """Begin to replace the workers by others with these settings, and with the modules of now."""
+        assert self.zygote is not None
+        try:
+            renewed = self.zygote.renew()
+        except OSError as error:
+            self._changes.ended(f"can't start a process: {error}; check `ulimit -u` and free memory")
+            return
+        renewed.addCallbacks(
+            lambda _: self._replace_workers(settings),
+            lambda failure: self._changes.ended(f"the modules can't be imported: {failure.getErrorMessage()}"),
+        )
+
+    def _replace_workers(self, settings: Settings) -> None:
+        if self.pool.stopping:
+            return
         settings = with_counts(settings)
         if settings.workers.count == self._configured_count:  # so the number that `scale` has set stays
             settings = with_workers(settings, len(self.pool.workers))

@@ -180,7 +180,13 @@ async def test_incidents_are_shown_and_counted(server: Server) -> None:
     ):
         found = json.loads((await server.get(f"/incidents?at={at}"))[1])
         assert [incident["place"] for incident in found["incidents"]] == places
-    assert shown["places"][0] == {"handler": "rpc f", "place": "/app/chat.py:9", "count": 1, "seconds": 2.0}
+    assert shown["places"][0] == {
+        "handler": "rpc f",
+        "place": "/app/chat.py:9",
+        "count": 1,
+        "seconds": 2.0,
+        "relieved": 0.0,
+    }
     text = (await server.get("/metrics"))[1]
     labels = 'handler="rpc f",place="/app/chat.py:9",process="supervisor"'
     assert f"realtime_loop_blocks_total{{{labels}}} 1.0" in text

@@ -321,7 +321,8 @@ async def test_a_drain_that_raises_ends_the_process(family: Family) -> None:
 async def test_sigterm_drains(family: Family) -> None:
     family.begin()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert (family.child.draining, family.reactor.running) == (True, False)
+    await eventually(lambda: not family.reactor.running)
+    assert family.child.draining
 
 
 async def test_the_end_of_the_link_drains(family: Family) -> None:

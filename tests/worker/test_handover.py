@@ -33,6 +33,11 @@ async def test_clients_move_and_notice_nothing(slot: int) -> None:
         assert len((await witness.reply(7))["presence"]["presence"]) == 71
         assert (len(witness.pushes("join")), len(witness.pushes("leave"))) == (71, 0)
         assert stage.source_app.ended == stage.target_app.ended == []
+        assert stage.source.metric("realtime_connects") + stage.target.metric("realtime_connects") == 71
+        disconnects = [
+            sample.name for worker in (stage.source, stage.target) for sample in worker.child.metrics.snapshot()
+        ]
+        assert "realtime_disconnects" not in disconnects
         assert stage.source.metric("realtime_handovers", direction="out") == 70
         assert stage.target.metric("realtime_handovers", direction="in") == 70
         await moving[0].say(stage.target, id=9, unsubscribe={"channel": "news"})
