@@ -133,7 +133,7 @@ class _NotMade:
 def hand_nothing_over(stream: int, reason: str) -> dict[str, object]:
     """Close the stream of a hand-over, and return its result: nothing was moved."""
     os.close(stream)
-    return {"moved": 0, "closed": 0, "left": 0, "reason": reason}
+    return {"moved": 0, "closed": 0, "left": 0, "reason": reason, "bytes": 0, "failures": []}
 
 
 class Child:
@@ -376,19 +376,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     argv: without the program's name. make_service: called in the running loop; raises as `ChildService.start` does.
     """
     options = _arguments().parse_args(argv)
-    for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
-        os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
-    with suppress(PermissionError):  # it leads a session already
-        os.setpgid(0, 0)  # the supervisor ends the group with this process: programs that handlers have started
-    _set_signals()
-    faulthandler.enable()
-    for fd in options.stacks:
-        stack_dumps.register(fd)
-    _die_with_the_supervisor()
-    if _has_hung_up(options.link):
-        return EX_TEMPFAIL
-    if not _has_descriptors(options.link):
-        sys.stderr.write(f"{_TOO_FEW_DESCRIPTORS}\n")
+    if not _detach(options):
         return EX_TEMPFAIL
     page = VitalsPage.open(options.vitals)
     selector = MeasuredSelector(page)
@@ -435,6 +423,25 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     asyncio_reactor.run()
     kill_forks()
     return child.status
+
+
+def _detach(options: argparse.Namespace) -> bool:
+    """Give this process its own group, signals, stacks and end. Returns whether it can start."""
+    for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
+        os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
+    with suppress(PermissionError):  # it leads a session already
+        os.setpgid(0, 0)  # the supervisor ends the group with this process: programs that handlers have started
+    _set_signals()
+    faulthandler.enable()
+    for fd in options.stacks:
+        stack_dumps.register(fd)
+    _die_with_the_supervisor()
+    if _has_hung_up(options.link):
+        return False
+    if not _has_descriptors(options.link):
+        sys.stderr.write(f"{_TOO_FEW_DESCRIPTORS}\n")
+        return False
+    return True
 
 
 def _release_in_forks(
