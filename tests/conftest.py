@@ -18,6 +18,8 @@ COROUTINE_LIMIT = 60.0
 
 # Shared cores make single examples slow at random, which says nothing about the code.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Many times the examples: `scripts/test --hypothesis-profile=thorough`, before a release.
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=500)
 settings.load_profile("default")
 
 
@@ -25,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("realtime")
     group.addoption("--idle-connections", type=int, default=1_000, help="for tests/system/test_idle.py")
     group.addoption("--idle-seconds", type=float, default=5.0, help="for tests/system/test_idle.py")
+    group.addoption("--relief-seconds", type=float, default=4.0, help="for tests/system/test_relief.py")
     group.addoption("--reloads", type=int, default=4, help="for tests/system/test_reloads_sdk.py")
 
 

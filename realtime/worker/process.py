@@ -31,6 +31,7 @@ from realtime.process.heartbeat import LoadGauges
 from realtime.pubsub.engine import ReportSubscriptions
 from realtime.supervision.loop_time import LoopWork
 from realtime.transports.connection import ClientConnection
+from realtime.worker.formats import formats
 from realtime.worker.handover_source import HandOverSource
 from realtime.worker.handover_target import HandOverTarget
 from realtime.worker.listening import ListeningPort, adopt
@@ -38,6 +39,9 @@ from realtime.worker.lost_clients import report_lost_clients
 from realtime.worker.wiring import wire_handlers, wire_handover, wire_protocol, wire_pubsub, wire_transports
 
 _log = Logger()
+
+FORMATS = formats()
+"""See `realtime.worker.formats`."""
 
 # Seconds between two reports of the number of subscriptions to the engine.
 REPORT_INTERVAL = 1.0
@@ -207,7 +211,7 @@ class Worker:
 
         timeout: seconds until the process ends anyway.
         """
-        deadline = self._reactor.seconds() + timeout
+        process, deadline = self._process, self._reactor.seconds() + timeout
         admission, dispatcher = self._transports.admission, self._handlers.dispatcher
         for takeover in self._takeovers:
             takeover.close()
@@ -226,10 +230,12 @@ class Worker:
             await self._disconnect_all(0.0)  # the clients whose handshake ended meanwhile
         for session in list(self._pubsub.sessions):
             session.disconnect(*SHUTDOWN)  # their commands take too long
+        # The rest is the application's, so it needs the loop's own thread.
+        await process.end_relief()
         await dispatcher.stop_handlers((1 - TASKS_SHARE) * max(deadline - self._reactor.seconds(), 0.0))
         # After the `on_stop` handlers, which may end tasks in an order of their own; before the engine is closed, since
         # a `finally` block may publish.
-        await self._process.cancel_tasks(TASKS_SHARE * timeout * STOP_SHARE)
+        await process.cancel_tasks(TASKS_SHARE * timeout * STOP_SHARE)
         await dispatcher.stop(max(deadline - self._reactor.seconds(), 0.0))
         self._pubsub.engine.close()
 
