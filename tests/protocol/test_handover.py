@@ -489,3 +489,13 @@ def test_a_session_that_can_not_be_restored_leaves_nothing_behind(old: Server, n
     move.finish()
     assert new.clean() and old.clean()
     assert old.engine.execute(GetPresence("room:1")) == {}
+
+
+def test_a_client_gets_the_pings_that_it_was_promised(old: Server, new: Server) -> None:
+    old.change(ping_interval=10.0, pong_timeout=5.0)
+    peer = old.client("alice")
+    hand_over(old, new, peer)
+    for _ in range(5):
+        new.ping(peer)
+        peer.say({})
+    assert peer.close_code is None and new.now < 60
