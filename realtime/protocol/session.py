@@ -612,7 +612,7 @@ class Session(SessionTimers):
         Queued commands, and those that would begin meanwhile, are refused: the client's next worker carries them out.
         """
         if self.running:
-            self._commands = _DRAINING
+            self._commands, self.departure = _DRAINING, None
         else:
             self.disconnect(*errors.SHUTDOWN)
 

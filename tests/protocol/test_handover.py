@@ -499,3 +499,23 @@ def test_a_client_gets_the_pings_that_it_was_promised(old: Server, new: Server) 
         new.ping(peer)
         peer.say({})
     assert peer.close_code is None and new.now < 60
+
+
+def test_a_suspended_client_drains_like_any_other(old: Server, new: Server) -> None:
+    """Its command takes longer than the hand-over may."""
+    gate = Gate()
+
+    async def slow(client: Any, data: Any) -> Any:
+        await gate
+        return "slow"
+
+    old.app.procedures["slow"] = slow
+    peer = old.client("alice")
+    peer.say({"id": 2, "rpc": {"method": "slow"}}, {"id": 3, "rpc": {"method": "ping"}})
+    move = Move(old, new, [peer])
+    move.suspend()
+    peer.session.drain()
+    gate.open()
+    first, second = peer.heard()
+    assert (first["rpc"]["data"], second["error"]["code"]) == ("slow", 100)
+    assert (peer.close_code, move.ready) == ((3001, "shutdown"), [])
