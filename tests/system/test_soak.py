@@ -33,7 +33,7 @@ KINDS = [
 def test_every_publication_is_accounted_for_under_faults_and_bad_input() -> None:
     options = [f"--faults={len(KINDS)}", *(f"--only={kind}" for kind in KINDS)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.soak", "--seed=11", "--seconds=60", "--clients=80", "--bad-inputs=20", *options],
+        [sys.executable, "-m", "tests.soak", "--seed=11", "--seconds=40", "--clients=80", "--bad-inputs=20", *options],
         cwd=CHECKOUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
