@@ -27,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("realtime")
     group.addoption("--idle-connections", type=int, default=1_000, help="for tests/system/test_idle.py")
     group.addoption("--idle-seconds", type=float, default=5.0, help="for tests/system/test_idle.py")
+    group.addoption("--relief-seconds", type=float, default=4.0, help="for tests/system/test_relief.py")
+    group.addoption("--reloads", type=int, default=4, help="for tests/system/test_reloads_sdk.py")
 
 
 @pytest.hookimpl(tryfirst=True)

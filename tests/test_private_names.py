@@ -51,11 +51,13 @@ FUNCTIONS: dict[str, dict[str, str]] = {
 # The attributes likewise.
 ATTRIBUTES: dict[str, str] = {
     "twisted.internet.asyncioreactor.AsyncioSelectorReactor": "_asyncioEventloop _readers _writers",
-    "twisted.internet.tcp.Server": "_tempDataBuffer _tempDataLen _writeDisconnecting",
+    "twisted.internet.posixbase": "_NO_FILEDESC _DisconnectSelectableMixin",
+    "twisted.internet.tcp.Server": "_tempDataLen _writeDisconnecting",
     "twisted.internet.tcp.Port": "_preexistingSocket _logger",
     "asyncio.base_events.BaseEventLoop": "_ready _scheduled _stopping",
     "socket.socket": "_accept",
     "asyncio.Future": "_asyncio_future_blocking",
+    "asyncio": "_set_running_loop",
     "asyncio.tasks": "_current_tasks",
     "autobahn.websocket.protocol.WebSocketServerProtocol": """
     STATE_CLOSED STATE_CLOSING STATE_OPEN _closeConnection _isMessageCompressed _perMessageCompress _transport_details

@@ -320,7 +320,7 @@ def test_bodies_of_emulation(encoding: Any) -> None:
 
     def measure() -> float:
         steps = Steps()
-        limits = EmulationLimits(settings.EmulationSettings(), MESSAGE, Metrics())
+        limits = EmulationLimits(settings.EmulationSettings(), MESSAGE, Metrics(), Clock().callLater)
         emulation = Emulation(None, "n", "1", limits, steps.slices)  # type: ignore[arg-type]
         request = EmulationRequest("n", "unknown", data)
         steps.step(run, emulation._forward(request, encoding), lambda result, error: None)

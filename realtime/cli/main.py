@@ -175,6 +175,11 @@ def reload(arguments: argparse.Namespace) -> int:
     return running.command(running.url(arguments, "/reload"))
 
 
+def scale(arguments: argparse.Namespace) -> int:
+    """Change the number of workers of the running server. Its clients stay connected."""
+    return running.command(running.url(arguments, f"/scale?workers={arguments.workers}"))
+
+
 def show_top(arguments: argparse.Namespace) -> int:
     """Show the workers of the running server: conditions, lag, rates, and blocking code. Press q to quit."""
     return top.once(arguments.url) if arguments.once else top.live(arguments.url)
@@ -189,6 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = _Commands(parser)
     _add_config_commands(commands)
     _add_inspection_commands(commands)
+    _add_change_commands(commands)
     _add_token_commands(commands)
     return parser
 
@@ -231,8 +237,14 @@ def _add_inspection_commands(commands: _Commands) -> None:
     show.add_argument("what", choices=["stacks", "tasks", "memory"])
     show.add_argument("-w", "--worker", default="0", metavar="N", help='number of the worker, or "broker"; default: 0')
     _add_server(show)
-    _add_server(commands.add("reload", reload, "replace the workers: new configuration, new code of the application"))
     commands.add("info", info, "print versions and kernel features")
+
+
+def _add_change_commands(commands: _Commands) -> None:
+    _add_server(commands.add("reload", reload, "replace the workers: new configuration, new code of the application"))
+    change = commands.add("scale", scale, "change the number of workers")
+    change.add_argument("workers", type=int, metavar="N", help="number of workers")
+    _add_server(change)
 
 
 def _add_server(command: argparse.ArgumentParser) -> None:

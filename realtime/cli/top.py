@@ -156,6 +156,8 @@ def _worker(worker: dict[str, Any], width: int) -> Line:
     end = begin + _COLUMNS[1][1]
     style = _COLOURS.get(worker["condition"], _PLAIN)
     line = [(row[:begin], _PLAIN), (row[begin:end], style), (row[end:], _PLAIN)]
+    if second := worker.get("replacement"):
+        line.append((f"  {second['role']} {second['state']}, {_count(second['connections'])} connections", _YELLOW))
     return [*line, (f"  {escape_unprintable(worker['handler'])}", _DIM)] if worker["handler"] else line
 
 
@@ -182,10 +184,11 @@ def _places(places: Sequence[dict[str, Any]], width: int) -> Iterator[Line]:
     if not places:
         return
     yield []
-    yield [(f"{'BLOCKED':>8}  {'TIMES':>6}  BY", _DIM)]
+    yield [(f"{'BLOCKED':>8}  {'RELIEF':>8}  {'TIMES':>6}  BY", _DIM)]
     for place in places[:5]:
-        where = _place(place["place"], place["handler"], width - 18)
-        yield [(f"{_seconds(place['seconds']):>8}  {_count(place['count']):>6}  ", _PLAIN), *where]
+        where = _place(place["place"], place["handler"], width - 28)
+        figures = f"{_seconds(place['seconds']):>8}  {_seconds(place['relieved']):>8}  {_count(place['count']):>6}  "
+        yield [(figures, _PLAIN), *where]
 
 
 def _incidents(incidents: Sequence[dict[str, Any]], width: int) -> Iterator[Line]:

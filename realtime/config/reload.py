@@ -25,6 +25,8 @@ FIXED = (
     ("engine", "max_channels"),
     ("loop", "interval"),
     ("loop", "stuck"),
+    # The kernel has its program.
+    ("loop", "steering"),
     # All processes write with it.
     ("log", "max_queued_bytes"),
 )

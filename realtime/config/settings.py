@@ -530,6 +530,19 @@ class WorkersSettings(Struct, frozen=True, forbid_unknown_fields=True):
     start_timeout: Annotated[
         PositiveSeconds, about("Time limit for a worker to load the application and become ready.")
     ] = 30.0
+    max_age: Annotated[
+        Seconds,
+        about(
+            "Age at which a new process takes the place of a worker, and its clients. The workers are replaced at"
+            " different times, from half of this age on. 0: never."
+        ),
+    ] = 0.0
+    max_rss: Annotated[
+        NonNegative,
+        about(
+            "Resident memory of a worker, in bytes, at which a new process takes its place, and its clients. 0: never."
+        ),
+    ] = 0
 
 
 class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -553,6 +566,30 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
         bool,
         about("The supervisor hands new clients that wait for an unavailable worker to another worker."),
     ] = True
+    rebalance: Annotated[
+        bool,
+        about(
+            "The supervisor moves clients from a worker that is much busier than another one for long, a few at a time."
+        ),
+    ] = True
+    rebalance_difference: Annotated[
+        float,
+        Meta(ge=0.05, le=1.0),
+        about("Difference between the busy shares of two loops, from 0 to 1, from which clients move."),
+    ] = 0.4
+    rebalance_delay: Annotated[
+        PositiveSeconds,
+        about("Time for which a worker must be so much busier before clients move, and before more of them move."),
+    ] = 30.0
+    relief: Annotated[
+        bool,
+        about("While a handler blocks a worker's loop, a second thread of the worker serves its other clients."),
+    ] = True
+    relief_after: Annotated[
+        float,
+        Meta(ge=0.005),
+        about("A turn of a worker's loop that takes this long begins to be relieved."),
+    ] = 0.03
     slice: Annotated[
         float,
         Meta(ge=0.0005),
@@ -579,8 +616,8 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_rss: Annotated[
         NonNegative,
         about(
-            "A worker with this much resident memory, in bytes, sheds load; the supervisor drains and replaces it."
-            " 0: never."
+            "A worker with this much resident memory, in bytes, sheds load, and a new process takes its place, and its"
+            " clients. 0: never."
         ),
     ] = 0
     # A quarter of a gigabyte of frames is a thousand slow clients with a quarter of client.queue_max_size each.

@@ -41,7 +41,7 @@ from realtime.errors import (
     RealtimeError,
 )
 from realtime.handlers.compute_pool import ComputePool
-from realtime.handlers.coroutines import await_deferreds, eager_task
+from realtime.handlers.coroutines import CoroutineDriver, await_deferreds, drive, eager_task
 from realtime.handlers.marking import ChargingMarker, MarkedCoroutine, Marker, call_marked, names_reader
 from realtime.handlers.outcomes import HandlerErrorLog, OutcomeCounters
 from realtime.handlers.placement import PlacementTracker
@@ -49,6 +49,7 @@ from realtime.handlers.policy import NO_PRESSURE, AdmissionPolicy, PressureReadi
 from realtime.handlers.results import call_plain_function, result_converter
 from realtime.handlers.threads import BoundedSemaphore, HandlerThreads, ThreadSafeClient
 from realtime.metrics import Metrics
+from realtime.process.server_lock import ServerLock
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.pressure import Throttle
 
@@ -65,7 +66,7 @@ class HandlerServices:
     account in it. marker: records the handler that runs, and charges its account in `ledger`; None to charge only.
     pressure: decides, together with each handler's policy, which calls are refused. compute_pool: not started yet, for
     handlers with run="process". slow_call: seconds on the loop that are too long for a handler with run="auto".
-    client_log: of calls that are refused, or not answered in time.
+    client_log: of calls that are refused, or not answered in time. lock: see `realtime.process.server_lock`.
     """
 
     reactor: Any
@@ -78,10 +79,14 @@ class HandlerServices:
     compute_pool: ComputePool | None = None
     slow_call: float = 0.05
     client_log: ClientLog = field(default_factory=ClientLog)
+    lock: ServerLock = field(default_factory=ServerLock)
 
 
 class HandlerCall:
-    """One handler, ready to be called for clients (call the object) and for other callers (`call`). Loop thread only.
+    """One handler, ready to be called for clients (call the object) and for other callers (`call`).
+
+    For the holder of the server lock. In the relief thread, a call that needs application code on the loop waits for
+    the loop's own thread.
 
     throttle: limits the handler's concurrent calls after it has pressed the loop; it needs the loop's beats if
     `is_throttled`.
@@ -98,6 +103,9 @@ class HandlerCall:
         self._ended = OutcomeCounters(metrics, handler.name)
         self._account = ledger.open(LoopWork.HANDLER, handler.name)
         self._marker = services.marker or ChargingMarker(ledger)
+        self._lock = services.lock
+        # Whether a call needs no application code in the loop's thread, so that it goes on while that is blocked.
+        self._leaves_loop = handler.run == "thread" and handler.cache is None and not callable(handler.pressure)
         self._names = names_reader(handler)
         self._timeout = settings.handler_timeout if handler.timeout is None else handler.timeout
         # The handler's own limit of concurrent calls, if it has one.
@@ -119,7 +127,7 @@ class HandlerCall:
         self._never_waits = handler.run == "loop" and self._semaphore is None and never_waits(handler.function)
         self._is_always_immediate = self._never_waits and self._policy.admits_always
         # The loop itself holds only a weak reference to a waiting task. Values: what ends the wait of its caller.
-        self._tasks: dict[asyncio.Task[Any], Callable[[str], None]] = {}
+        self._tasks: dict[asyncio.Task[Any] | CoroutineDriver, Callable[[str], None]] = {}
         self._waiting: list[Deferred[None]] = []  # calls until the first ones have ended
 
     @property
@@ -140,7 +148,9 @@ class HandlerCall:
     @property
     def is_immediate(self) -> bool:
         """Whether `call_now` may be used: the handler never waits, and its policy admits the call directly."""
-        return self._is_always_immediate or (self._never_waits and self._policy.admits_directly)
+        return (
+            self._is_always_immediate or (self._never_waits and self._policy.admits_directly)
+        ) and not self._lock.is_relieving
 
     def call_now(self, *args: Any) -> Any:
         """Call a handler that `is_immediate` for a client, without a coroutine, and return its result.
@@ -148,7 +158,7 @@ class HandlerCall:
         Raises the exceptions that awaiting the call would raise. The handler runs in a context of its own.
         """
         if self._takes_client:
-            args = (ThreadSafeClient(args[0], self._threads.reactor, self._policy.is_under_pressure), *args[1:])
+            args = (ThreadSafeClient(args[0], self._threads.call_server, self._policy.is_under_pressure), *args[1:])
         try:
             # Without the throttle: only one call runs at a time of a handler that never waits.
             result = copy_context().run(self._run_immediately, args[self.handler.taken])
@@ -161,7 +171,7 @@ class HandlerCall:
     def find_cached(self, *args: Any) -> Entry | None:
         """Return the cached answer that `call` would return at once; None if there is none, or a decision is needed."""
         cache = self.handler.cache
-        if cache is None or not self._policy.may_serve_cached:
+        if cache is None or not self._policy.may_serve_cached or self._lock.is_relieving:
             return None
         try:
             return cache.find(args[self.handler.taken])
@@ -187,8 +197,10 @@ class HandlerCall:
         Cancelling the caller cancels the handler, unless a cache keeps its result. timeout: seconds, 0 for none, in
         place of the declared one.
         """
+        if self._lock.is_relieving and not self._leaves_loop:
+            await self._lock.back_on_loop()
         if self._takes_client:
-            args = (ThreadSafeClient(args[0], self._threads.reactor, self._policy.is_under_pressure), *args[1:])
+            args = (ThreadSafeClient(args[0], self._threads.call_server, self._policy.is_under_pressure), *args[1:])
         args = args[self.handler.taken]
         limit = self._timeout if timeout is None else timeout
         if not self.throttle.is_proven and self.throttle.running >= self.throttle.sample and self.is_throttled:
@@ -220,8 +232,8 @@ class HandlerCall:
                 result = self._run_immediately(args)
             else:
                 finished: Deferred[Any] = Deferred()
-                task = eager_task(self._run_to(finished, args))
-                result = await (finished if task.done() else self._wait(task, finished, timeout))
+                running = self._start(finished, args)
+                result = await (finished if running is None else self._wait(running, finished, timeout))
         except BaseException as error:
             self._count_failure(error)
             raise
@@ -293,15 +305,26 @@ class HandlerCall:
         """Where the next call runs: "loop", "thread" or "process"."""
         return self._placement.place if self._placement else self.handler.run
 
-    async def _run_to(self, finished: Deferred[Any], args: tuple[Any, ...]) -> None:
-        """Run the handler, in a task, and hand on its outcome at once.
+    def _start(self, finished: Deferred[Any], args: tuple[Any, ...]) -> asyncio.Task[None] | CoroutineDriver | None:
+        """Start the handler; return what runs it, None if it has ended.
 
-        The task itself would tell in the next turn of the loop, after all handlers that go on in this one: an answer
+        On the loop a task runs it, as asyncio's libraries need one. A thread needs none: while application code blocks
+        the loop, no task would go on.
+        """
+        if self._place == "thread":
+            return drive(self._run_to(finished, args), _ignore)
+        task = eager_task(self._run_to(finished, args))
+        return None if task.done() else task
+
+    async def _run_to(self, finished: Deferred[Any], args: tuple[Any, ...]) -> None:
+        """Run the handler, and hand on its outcome at once.
+
+        A task itself would tell in the next turn of the loop, after all handlers that go on in this one: an answer
         would wait for them, and they may block.
         """
         try:
             result = await self._run(args)
-        except (asyncio.CancelledError, GeneratorExit):
+        except (CancelledError, asyncio.CancelledError, GeneratorExit):
             if not finished.called:
                 finished.errback(RuntimeError("the handler was cancelled from within"))
             raise
@@ -314,26 +337,31 @@ class HandlerCall:
             if not finished.called:
                 finished.callback(result)
 
-    async def _wait(self, task: asyncio.Task[None], finished: Deferred[Any], timeout: float) -> Any:
+    async def _wait(
+        self, running: asyncio.Task[None] | CoroutineDriver, finished: Deferred[Any], timeout: float
+    ) -> Any:
         """Return a handler's result, until the timeout. A task that ignores its cancellation goes on after that."""
 
         def expire(outcome: str) -> None:
-            task.cancel()
             if not finished.called:
                 finished.errback(HandlerTimeout(f"{self.handler.name} {outcome}"))
+            self._lock.call_on_loop(running.cancel)
 
-        self._tasks[task] = expire  # the loop itself holds only a weak reference to a waiting task
-        task.add_done_callback(self._tasks.pop)
+        self._tasks[running] = expire  # the loop itself holds only a weak reference to a waiting task
+        if isinstance(running, asyncio.Task):
+            running.add_done_callback(self._tasks.pop)
         late = f"did not finish within {timeout:g} s"
         timer = self._threads.reactor.callLater(timeout, expire, late) if timeout else None
         try:
             return await finished
         except (CancelledError, asyncio.CancelledError):
-            task.cancel()
+            self._lock.call_on_loop(running.cancel)
             raise asyncio.CancelledError from None
         finally:
             if timer is not None and timer.active():
                 timer.cancel()
+            if isinstance(running, CoroutineDriver):
+                del self._tasks[running]
 
     # Where the handler runs.
 
@@ -359,7 +387,7 @@ class HandlerCall:
 
     async def _run_on_loop(self, args: tuple[Any, ...]) -> Any:
         if self._semaphore is not None:
-            await self._semaphore.acquire()
+            await await_deferreds(self._semaphore.acquire())
         try:
             names = self._names(args)
             outer = self._marker.enter(names, self._account)
@@ -400,7 +428,7 @@ class HandlerCall:
     async def _run_in_process(self, args: tuple[Any, ...]) -> Any:
         assert self._compute_pool is not None, "a worker without a compute pool"
         if self._semaphore is not None:
-            await self._semaphore.acquire()
+            await await_deferreds(self._semaphore.acquire())
         return await self._compute_pool.call(self.handler, args, self._semaphore)
 
 
@@ -426,3 +454,7 @@ _WAITING = {"GET_AWAITABLE", "SEND", "YIELD_VALUE", "GET_AITER", "GET_ANEXT", "B
 
 async def _await(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
+
+
+def _ignore(result: Any, error: BaseException | None) -> None:
+    """Take the end of `HandlerCall._run_to`, which has handed on its outcome."""

@@ -157,13 +157,22 @@ def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None
         future.set_exception(error)
 
 
-def start_future(coroutine: Coroutine[Any, Any, Any], ledger: LoopTimeLedger | None = None) -> asyncio.Future[Any]:
+def _call(function: Callable[..., object], *args: Any) -> None:
+    function(*args)
+
+
+def start_future(
+    coroutine: Coroutine[Any, Any, Any],
+    ledger: LoopTimeLedger | None = None,
+    call_on_loop: Callable[..., None] = _call,
+) -> asyncio.Future[Any]:
     """Start `coroutine` now and return the future of its result; cancelling the future cancels the coroutine.
 
-    It runs in a copy of the caller's context. ledger: see `drive`.
+    It runs in a copy of the caller's context. ledger: see `drive`. call_on_loop: calls a function with its arguments in
+    the loop's thread, to which the future belongs.
     """
     future = asyncio.get_running_loop().create_future()
-    driver = copy_context().run(drive, coroutine, partial(settle, future), ledger)
+    driver = copy_context().run(drive, coroutine, partial(call_on_loop, settle, future), ledger)
     if driver is not None:
         future.add_done_callback(lambda future: driver.cancel() if future.cancelled() else None)
     return future

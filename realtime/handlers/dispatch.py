@@ -48,7 +48,9 @@ class Dispatcher:
             services.log, services.reactor, services.metrics, services.settings.max_error_series
         )
         self._calls: list[HandlerCall] = []
-        self.threads = HandlerThreads(services.reactor, services.settings.threads, services.settings.thread_queue)
+        self.threads = HandlerThreads(
+            services.reactor, services.settings.threads, services.settings.thread_queue, services.lock
+        )
         self.threads.register_metrics(services.metrics)
         self.connecting = self._single_call("on_connecting")
         self.disconnected = self._single_call("on_disconnected")
@@ -96,7 +98,7 @@ class Dispatcher:
     def run_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine of the server on the loop: return its future there, or wait for its result in a thread."""
         if isInIOThread():
-            return start_future(coroutine, self.ledger)
+            return self._services.lock.call(start_future, coroutine, self.ledger, self._services.lock.call_on_loop)
         result: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def done(value: Any, error: BaseException | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
@@ -16,20 +15,24 @@ from twisted.python.threadpool import ThreadPool
 
 from realtime.app import Client
 from realtime.errors import FORCE_DISCONNECT, Disconnect, PoolFull
-from realtime.handlers.coroutines import settle
 from realtime.metrics import Metrics
+from realtime.process.server_lock import ServerLock
 from realtime.types import Grant
 
 Result = TypeVar("Result")
 
 
 class BoundedSemaphore:
-    """A semaphore with a bounded queue: `permits` holders at a time, and `queue` waiters in order of arrival."""
+    """A semaphore with a bounded queue: `permits` holders at a time, and `queue` waiters in order of arrival.
+
+    A waiter goes on at once, on the stack of the caller that releases: no turn of the loop is needed, which application
+    code may block.
+    """
 
     def __init__(self, permits: int, queue: int) -> None:
         self._permits = permits
         self._queue = queue
-        self._waiters: dict[asyncio.Future[None], None] = {}
+        self._waiters: dict[Deferred[None], None] = {}
         self.held = 0
 
     @property
@@ -47,12 +50,12 @@ class BoundedSemaphore:
             return
         if len(self._waiters) >= self._queue:
             raise PoolFull("every place is taken, and so is every place in the queue")
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter: Deferred[None] = Deferred()
         self._waiters[waiter] = None
         try:
             await waiter
         except BaseException:
-            if waiter.done() and not waiter.cancelled():
+            if waiter not in self._waiters:
                 self.release()  # the permit was granted in the moment of cancellation
             raise
         finally:
@@ -61,11 +64,11 @@ class BoundedSemaphore:
     def release(self) -> None:
         """Give a permit back; the longest waiter gets it."""
         self.held -= 1
-        for waiter in self._waiters:
-            if not waiter.done():
-                self.held += 1
-                waiter.set_result(None)
-                return
+        if self._waiters:
+            waiter = next(iter(self._waiters))
+            del self._waiters[waiter]
+            self.held += 1
+            waiter.callback(None)
 
 
 class DaemonPool(ThreadPool):
@@ -88,9 +91,10 @@ class HandlerThreads:
     until the handler returns.
     """
 
-    def __init__(self, reactor: Any, size: int, queue: int) -> None:
+    def __init__(self, reactor: Any, size: int, queue: int, lock: ServerLock | None = None) -> None:
         """reactor: IReactorTime and IReactorFromThreads. size: threads. queue: calls that may wait for a thread."""
         self.reactor = reactor
+        self._lock = lock or ServerLock()
         self.size = size
         self._semaphore = BoundedSemaphore(size, queue)
         self._pool = DaemonPool(0, size, "handlers")
@@ -133,6 +137,12 @@ class HandlerThreads:
         with contextlib.suppress(TimeoutError):
             await closed.addTimeout(grace, self.reactor)
 
+    def call_server(self, function: Callable[[], Result]) -> Result:
+        """Call a function of the server for application code, which may run in any thread, and return its result."""
+        if isInIOThread():
+            return self._lock.call(function)
+        return blockingCallFromThread(self.reactor, function)
+
     async def call(
         self, function: Callable[..., Result], args: tuple[Any, ...], held: BoundedSemaphore | None = None
     ) -> Result:
@@ -146,15 +156,22 @@ class HandlerThreads:
             if held is not None:
                 held.release()
             raise
-        outcome: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        outcome: Deferred[Result] = Deferred()
+        has_returned = False
 
         def returned(result: tuple[Any, BaseException | None]) -> None:
+            nonlocal has_returned
+            has_returned = True
             self._semaphore.release()
             if held is not None:
                 held.release()
-            if outcome.cancelled():
+            value, error = result
+            if outcome.called:
                 self._overdue -= 1
-            settle(outcome, *result)
+            elif error is None:
+                outcome.callback(value)
+            else:
+                outcome.errback(error)
 
         try:
             thread_call = deferToThreadPool(self.reactor, self._pool, copy_context().run, _capture, function, args)
@@ -167,21 +184,24 @@ class HandlerThreads:
         thread_call.addCallback(returned)
         try:
             return await outcome
-        except asyncio.CancelledError:
-            if outcome.cancelled():
+        finally:
+            if not has_returned:  # the call was cancelled
                 self._overdue += 1
-            raise
 
 
 class ThreadSafeClient:
     """A `realtime.app.Client` for handlers in any thread: calls that concern the session run on the loop."""
 
-    __slots__ = ("_client", "_is_under_pressure", "_reactor")
+    __slots__ = ("_call_server", "_client", "_is_under_pressure")
 
-    def __init__(self, client: Client, reactor: Any, is_under_pressure: Callable[[], bool]) -> None:
-        """is_under_pressure: whether this worker is under pressure; may be called in any thread."""
+    def __init__(
+        self, client: Client, call_server: Callable[[Callable[[], Any]], Any], is_under_pressure: Callable[[], bool]
+    ) -> None:
+        """call_server: see `HandlerThreads.call_server`.
+
+        is_under_pressure: whether this worker is under pressure; may be called in any thread."""
         self._client = client
-        self._reactor = reactor
+        self._call_server = call_server
         self._is_under_pressure = is_under_pressure
 
     def __eq__(self, other: object) -> bool:
@@ -206,26 +226,24 @@ class ThreadSafeClient:
 
     @property
     def channels(self) -> frozenset[str]:
-        return self._call_on_loop(lambda: frozenset(self._client.channels))
+        channels: frozenset[str] = self._call_server(lambda: frozenset(self._client.channels))
+        return channels
 
     def send(self, data: Any) -> None:
-        self._call_on_loop(lambda: self._client.send(data))
+        self._call_server(lambda: self._client.send(data))
 
     def subscribe(self, channel: str, grant: Grant | None = None) -> None:
-        self._call_on_loop(lambda: self._client.subscribe(channel, grant))
+        self._call_server(lambda: self._client.subscribe(channel, grant))
 
     def refresh(self, expire_at: int | None = None, info: Any = None) -> None:
-        self._call_on_loop(lambda: self._client.refresh(expire_at, info))
+        self._call_server(lambda: self._client.refresh(expire_at, info))
 
     def unsubscribe(self, channel: str) -> None:
-        self._call_on_loop(lambda: self._client.unsubscribe(channel))
+        self._call_server(lambda: self._client.unsubscribe(channel))
 
     def disconnect(self, code: int = FORCE_DISCONNECT[0], reason: str = FORCE_DISCONNECT[1]) -> None:
         Disconnect(code, reason)  # raises ValueError here, in the handler, for a code that can't be sent
-        self._call_on_loop(lambda: self._client.disconnect(code, reason))
-
-    def _call_on_loop(self, function: Callable[[], Result]) -> Result:
-        return function() if isInIOThread() else blockingCallFromThread(self._reactor, function)
+        self._call_server(lambda: self._client.disconnect(code, reason))
 
 
 def _capture(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, BaseException | None]:

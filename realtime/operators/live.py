@@ -239,7 +239,13 @@ class LiveFigures:
 def worst_places(blocks: Mapping[tuple[str, str], Blocks]) -> list[dict[str, Any]]:
     """Blocks of the loops by handler and place, as JSON values; largest total time first."""
     places = [
-        {"handler": handler or None, "place": place, "count": block.count, "seconds": round(block.seconds, 6)}
+        {
+            "handler": handler or None,
+            "place": place,
+            "count": block.count,
+            "seconds": round(block.seconds, 6),
+            "relieved": round(block.relieved, 6),
+        }
         for (handler, place), block in blocks.items()
     ]
     places.sort(key=itemgetter("seconds"), reverse=True)

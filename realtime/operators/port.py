@@ -1,4 +1,4 @@
-"""The operators' port: the live page, /snapshot, /health, /ready, /metrics, /incidents, /dump and /reload.
+"""The operators' port: the live page, /snapshot, /health, /ready, /metrics, /incidents, /dump, /reload and /scale.
 
 The supervisor serves it, so it answers while every worker is blocked. Each process has a time limit to send its metrics
 or a report; of a process that exceeds the limit for metrics, /metrics shows the previous ones.
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import msgspec
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import Deferred, DeferredList, succeed
 from twisted.internet.error import CannotListenError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -27,7 +27,7 @@ from twisted.web.http import FORBIDDEN, NOT_ALLOWED, NOT_FOUND, OK, SERVICE_UNAV
 from realtime.client_log import ClientLog
 from realtime.metrics import Sample
 from realtime.operators import page, viewers
-from realtime.operators.commands import Commands
+from realtime.operators.commands import Commands, Tell
 from realtime.operators.exposition import (
     LabelledSample,
     block_samples,
@@ -58,6 +58,7 @@ COLLECT_LIMIT = 0.25
 # Seconds for a process to send a report of itself.
 REPORT_LIMIT = 2.0
 _JSON = "application/json"
+_MAX_DIGITS = 6
 
 _log = Logger(observer=log.observer)
 
@@ -75,8 +76,11 @@ class Overview(LiveSource, SummarySource, Protocol):
     @property
     def processes(self) -> Mapping[int, ObservedProcess]: ...
     @property
+    def children(self) -> Mapping[int, ObservedProcess]: ...
+    @property
     def monitor(self) -> CheckedHealth: ...
-    def reload(self, tell: Callable[[str], None]) -> Deferred[str]: ...
+    def reload(self, tell: Tell) -> Deferred[str]: ...
+    def scale(self, count: int, tell: Tell) -> Deferred[str]: ...
 
 
 class OperatorPort:
@@ -93,7 +97,7 @@ class OperatorPort:
         self._summary = Summary(overview, failures)
         self._live = LiveFigures(reactor, overview, failures, self._summary.read)
         self._viewers = Viewers(reactor, self._live)
-        self._commands = Commands(reactor, {b"/reload": lambda request, tell: overview.reload(tell)})
+        self._commands = Commands(reactor, {b"/reload": self._reload, b"/scale": self._scale})
         self._pages: dict[bytes, Callable[[OperatorRequest], None]] = {
             b"/snapshot": lambda request: request.reply(OK, _JSON, self._live.json),
             b"/health": self._health,
@@ -151,7 +155,7 @@ class OperatorPort:
         elif request.path in self._pages:
             self._pages[request.path](request)
         else:
-            paths = "/, /live, /snapshot, /health, /ready, /metrics, /incidents, /dump and /reload"
+            paths = "/, /live, /snapshot, /health, /ready, /metrics, /incidents, /dump, /reload and /scale"
             request.reply(NOT_FOUND, "text/plain", f"no such page; this port has {paths}\n")
 
     def _is_own(self, host: str) -> bool:
@@ -171,6 +175,18 @@ class OperatorPort:
                 answer(request)
 
         return guarded
+
+    # Commands
+
+    def _reload(self, request: OperatorRequest, tell: Tell) -> Deferred[str]:
+        return self._overview.reload(tell)
+
+    def _scale(self, request: OperatorRequest, tell: Tell) -> Deferred[str]:
+        """Have another number of workers: ?workers=N."""
+        number = _argument(request, b"workers", "")
+        if not (number.isascii() and number.isdigit() and len(number) <= _MAX_DIGITS):
+            return succeed("no number of workers; use realtime scale N")
+        return self._overview.scale(int(number), tell)
 
     # /health and /ready
 
@@ -264,7 +280,7 @@ class OperatorPort:
         """All series that the supervisor itself keeps."""
         overview = self._overview
         yield from supervisor_samples(overview.metrics)
-        yield from pool_samples(overview.pool, overview.processes, self._reactor.seconds())
+        yield from pool_samples(overview.pool, overview.children, self._reactor.seconds())
         yield from block_samples(overview.sampler.incidents.blocks)
         monitor = overview.monitor
         yield from condition_samples([*monitor.health.values(), *([monitor.broker] if monitor.broker else [])])

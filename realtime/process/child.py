@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, Protocol
 
+from twisted.internet import unix
 from twisted.internet.defer import Deferred, TimeoutError, maybeDeferred
 from twisted.internet.main import installReactor
 from twisted.internet.protocol import Factory, connectionDone
@@ -46,7 +47,9 @@ from realtime.process import control, forks, log, output, stack_dumps
 from realtime.process.diagnostics import REPORTS
 from realtime.process.gc_tuning import GCTuner
 from realtime.process.heartbeat import HandlerMarker, Heartbeat, LoopClock, MeasuredSelector, loop_time
-from realtime.process.reactor import Reactor
+from realtime.process.reactor import Reactor, ServerReactor
+from realtime.process.relief import Relief
+from realtime.process.server_lock import ReleasingMarker, ServerLock
 from realtime.supervision.loop_time import LoopTimeLedger
 from realtime.supervision.vitals import ProcessState, VitalsPage
 
@@ -130,7 +133,7 @@ class _NotMade:
 def hand_nothing_over(stream: int, reason: str) -> dict[str, object]:
     """Close the stream of a hand-over, and return its result: nothing was moved."""
     os.close(stream)
-    return {"moved": 0, "closed": 0, "left": 0, "reason": reason}
+    return {"moved": 0, "closed": 0, "left": 0, "reason": reason, "bytes": 0, "failures": []}
 
 
 class Child:
@@ -138,10 +141,11 @@ class Child:
 
     name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: its serial number among all
     processes of the server. listen: descriptors of listening sockets, owned by the service (see
-    `realtime.worker.listening.adopt`). page: its vital signs. reactor: asyncio's, with monotonic seconds. metrics: the
-    process's series. heartbeat: give it the process's load by `observe`, and periodic tasks.
+    `realtime.worker.listening.adopt`). page: its vital signs. reactor: for the server's own code. loop_reactor: the
+    application's, for libraries that need one; it runs on the loop's own thread alone. metrics: the process's series.
+    heartbeat: give it the process's load by `observe`, and periodic tasks.
     accounts: of the loop's time. marker: to be called around each handler on the loop. turn_number: returns the number
-    of the loop's current turn; None where turns are not counted.
+    of the loop's current turn; None where turns are not counted. lock: see `realtime.process.server_lock`.
     """
 
     def __init__(
@@ -155,10 +159,13 @@ class Child:
         accounts: LoopTimeLedger | None = None,
         turn_number: Callable[[], int] | None = None,
         owns_process: bool = False,
+        lock: ServerLock | None = None,
+        loop_reactor: Any = None,
         generation: int = 0,
     ) -> None:
         """heartbeat, accounts: of the reactor's loop. owns_process: whether the process is this child's alone, which
-        then tunes the garbage collector, and ends all tasks of the loop in a drain."""
+        then tunes the garbage collector, and ends all tasks of the loop in a drain. lock: if handlers release it.
+        loop_reactor: see the class; None for `reactor`."""
         self.name = "broker" if slot < 0 else f"worker {slot}"
         self.slot = slot
         self.generation = generation
@@ -166,10 +173,13 @@ class Child:
         self.listen = listen
         self.page = page
         self.reactor = reactor
+        self.loop_reactor = loop_reactor or reactor
         self.metrics = Metrics()
         self.heartbeat = heartbeat or Heartbeat(page, reactor, settings.loop)
         self.accounts = accounts or LoopTimeLedger(time.monotonic_ns)
-        self.marker = HandlerMarker(page, self.accounts)
+        self.lock = lock or ServerLock()
+        self.marker = HandlerMarker(page, self.accounts) if lock is None else ReleasingMarker(page, self.accounts, lock)
+        self.relief: Relief | None = None  # started once the process is ready
         self.turn_number = turn_number
         self.metrics.sources.append(lambda: loop_time(self.accounts))
         self.control = Control(self)
@@ -192,7 +202,14 @@ class Child:
         self.heartbeat.enter(ProcessState.DRAINING)
         drained = Deferred.fromCoroutine(self.service.drain(timeout))
         drained.addTimeout(timeout, self.reactor)
-        drained.addErrback(self._log_failed_drain, timeout).addBoth(lambda _: self.stop())
+        drained.addErrback(self._log_failed_drain, timeout).addBoth(lambda _: self.lock.call_on_loop(self.stop))
+
+    async def end_relief(self) -> None:
+        """Go on in the loop's own thread, and have no relief from now on."""
+        if self.lock.is_relieving:
+            await self.lock.back_on_loop()
+        if self.relief is not None:
+            self.relief.stop()
 
     async def cancel_tasks(self, timeout: float) -> None:
         """Cancel all asyncio tasks, which are the application's, and wait for their end for `timeout` seconds at most.
@@ -221,6 +238,8 @@ class Child:
     def stop(self, status: int = 0) -> None:
         """Leave the reactor. `main` returns the first status that is not 0."""
         self.draining = True  # no end of the control link is a surprise from now on
+        if self.relief is not None:
+            self.relief.stop()
         self.status = self.status or status
         self.heartbeat.stop()
         if self.reactor.running:
@@ -257,7 +276,8 @@ class Child:
         return Deferred.fromCoroutine(self.service.start())
 
     def _on_sigterm(self, number: int, frame: object) -> None:
-        self.reactor.callFromThread(self.drain, self.settings.shutdown.timeout)
+        # In the loop's thread: a drain ends with the application's own code.
+        asyncio.get_running_loop().call_soon_threadsafe(self.drain, self.settings.shutdown.timeout)
 
     def _cancel_stray_alarm(self) -> None:
         """Cancel the alarm of a SIGUSR2 from another process: were the supervisor dead, this process would drain."""
@@ -271,6 +291,8 @@ class Child:
             self._gc_tuner.begin()
             self.heartbeat.tasks.add(_GC_INTERVAL, self._gc_tuner.collect_all, is_needed=self._gc_tuner.is_due)
         self.heartbeat.enter(ProcessState.READY)
+        if self.relief is not None:
+            self.relief.start()
         self.control.callRemote(control.Ready).addErrback(_ignore)
 
     def _on_failed(self, failure: Failure) -> None:
@@ -314,6 +336,11 @@ class Control(control.Peer):
     def _hand_over(self, stream: int, connections: int, timeout: float) -> Deferred[dict[str, object]]:
         return Deferred.fromCoroutine(self._child.service.hand_over(stream, connections, timeout))
 
+    @control.LimitLog.responder
+    def _limit_log(self, level: str) -> dict[str, object]:
+        log.limit(level)
+        return {}
+
     @control.Collect.responder
     def _collect(self, names: list[str]) -> dict[str, object]:
         return {"metrics": metrics.dump(self._child.metrics.snapshot(names))}
@@ -324,12 +351,14 @@ class Control(control.Peer):
             text = REPORTS[what]()
         except Exception as error:  # AMP would end the link, and with it this process
             text = f"the report of {what} raised {error!r}\n"
+        if self._child.lock.is_relieving:
+            text = f"The loop does not turn; the relief thread, which reports, serves its clients:\n{text}"
         return {"text": text.encode("utf-8", "replace")}
 
     @control.Drain.responder
     def _drain(self, timeout: float) -> dict[str, object]:
         # After the answer has been written: a drain with nothing to do stops the reactor at once.
-        self._child.reactor.callLater(0, self._child.drain, timeout)
+        self._child.reactor.callLater(0, self._child.lock.call_on_loop, self._child.drain, timeout)
         return {}
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -337,7 +366,8 @@ class Control(control.Peer):
         super().connectionLost(reason)
         if not self._child.draining:
             _log.warn("the supervisor has ended; {name} drains and exits", name=self._child.name)
-        self._child.drain(min(ORPHAN_DRAIN, self._child.settings.shutdown.timeout))
+        timeout = min(ORPHAN_DRAIN, self._child.settings.shutdown.timeout)
+        self._child.lock.call_on_loop(self._child.drain, timeout)
 
 
 def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> int:
@@ -346,6 +376,57 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     argv: without the program's name. make_service: called in the running loop; raises as `ChildService.start` does.
     """
     options = _arguments().parse_args(argv)
+    if not _detach(options):
+        return EX_TEMPFAIL
+    page = VitalsPage.open(options.vitals)
+    selector = MeasuredSelector(page)
+    loop = asyncio.SelectorEventLoop(selector)
+    asyncio_reactor = Reactor(loop, selector)
+    # Modules of Twisted that import the reactor are imported after this line.
+    installReactor(asyncio_reactor)
+    selector.attach(loop)
+    tree = settings.load(_read(options.settings))
+    heartbeat = Heartbeat(page, LoopClock(loop), tree.loop, selector, beats_idle=True)
+    child = Child(
+        options.slot,
+        tree,
+        options.listen,
+        page,
+        asyncio_reactor.server,
+        heartbeat,
+        selector.accounts,
+        lambda: selector.turns,
+        owns_process=True,
+        lock=ServerLock() if tree.loop.relief and options.slot >= 0 else None,
+        loop_reactor=asyncio_reactor,
+        generation=options.generation,
+    )
+    if isinstance(child.marker, ReleasingMarker):
+        child.relief = Relief(
+            child.lock,
+            tree.loop.relief_after,
+            selector,
+            asyncio_reactor.server,
+            child.marker,
+            heartbeat.tasks,
+            page,
+            child.metrics,
+        )
+    output.install(tree.log.max_queued_bytes)
+    child.metrics.sources.append(output.samples)
+    log.begin(child.name, tree.log, sys.stdout)
+    log.count_internal_errors(child.metrics)
+    loop.set_exception_handler(log.log_loop_error)
+    _adopt(asyncio_reactor.server, options.link, child.control)
+    kill_forks = _release_in_forks(child, asyncio_reactor.server, loop, selector, (options.vitals, *options.stacks))
+    asyncio_reactor.callWhenRunning(child.begin, make_service)
+    asyncio_reactor.run()
+    kill_forks()
+    return child.status
+
+
+def _detach(options: argparse.Namespace) -> bool:
+    """Give this process its own group, signals, stacks and end. Returns whether it can start."""
     for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
         os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
     with suppress(PermissionError):  # it leads a session already
@@ -356,48 +437,19 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
         stack_dumps.register(fd)
     _die_with_the_supervisor()
     if _has_hung_up(options.link):
-        return EX_TEMPFAIL
+        return False
     if not _has_descriptors(options.link):
         sys.stderr.write(f"{_TOO_FEW_DESCRIPTORS}\n")
-        return EX_TEMPFAIL
-    page = VitalsPage.open(options.vitals)
-    selector = MeasuredSelector(page)
-    loop = asyncio.SelectorEventLoop(selector)
-    asyncio_reactor = Reactor(loop, selector)
-    # Modules of Twisted that import the reactor are imported after this line.
-    installReactor(asyncio_reactor)
-    from twisted.internet import reactor
-
-    selector.attach(loop)
-    tree = settings.load(_read(options.settings))
-    heartbeat = Heartbeat(page, LoopClock(loop), tree.loop, selector, beats_idle=True)
-    child = Child(
-        options.slot,
-        tree,
-        options.listen,
-        page,
-        reactor,
-        heartbeat,
-        selector.accounts,
-        lambda: selector.turns,
-        owns_process=True,
-        generation=options.generation,
-    )
-    output.install(tree.log.max_queued_bytes)
-    child.metrics.sources.append(output.samples)
-    log.begin(child.name, tree.log, sys.stdout)
-    log.count_internal_errors(child.metrics)
-    loop.set_exception_handler(log.log_loop_error)
-    _adopt(asyncio_reactor, options.link, child.control)
-    kill_forks = _release_in_forks(child, loop, selector, (options.vitals, *options.stacks))
-    asyncio_reactor.callWhenRunning(child.begin, make_service)
-    asyncio_reactor.run()
-    kill_forks()
-    return child.status
+        return False
+    return True
 
 
 def _release_in_forks(
-    child: Child, loop: asyncio.AbstractEventLoop, selector: MeasuredSelector, descriptors: Sequence[int]
+    child: Child,
+    reactor: ServerReactor,
+    loop: asyncio.AbstractEventLoop,
+    selector: MeasuredSelector,
+    descriptors: Sequence[int],
 ) -> Callable[[], None]:
     """Have processes that the application forks release the server's part. Returns a function that kills them.
 
@@ -405,9 +457,10 @@ def _release_in_forks(
     """
 
     def forget() -> None:
-        # No thread of the fork is the loop's, so calls of the App go through `call_soon_threadsafe` in each.
+        # No thread of the fork is the loop's, so calls of the App go through `callFromThread` in each.
         threadable.ioThread = None
         loop.call_soon_threadsafe = _refuse_in_fork  # type: ignore[method-assign]
+        reactor.callFromThread = _refuse_in_fork  # type: ignore[method-assign]
         output.forget_threads()
         child.end_gc_tuning_in_fork()
 
@@ -460,8 +513,12 @@ def _read(fd: int) -> bytes:
 def _adopt(reactor: Any, fd: int, protocol: amp.AMP) -> None:
     """Serve `protocol` over the connected UNIX socket `fd`. Closes `fd`: the reactor keeps its own copy."""
     os.set_blocking(fd, False)
-    reactor.adoptStreamConnection(fd, socket.AF_UNIX, Factory.forProtocol(lambda: protocol))
+    _ControlStream._fromConnectedSocket(fd, Factory.forProtocol(lambda: protocol), reactor)
     os.close(fd)
+
+
+class _ControlStream(unix.Server):
+    """The link to the supervisor; the relief thread serves it too."""
 
 
 def _ignore(_: Failure) -> None:

@@ -111,6 +111,7 @@ class MeasuredSelector(ReadingSelector):
         super().__init__()
         self.accounts = LoopTimeLedger(now)
         self._reading = self.accounts.open(LoopWork.PROTOCOL)
+        self._timing = self.accounts.open(LoopWork.TIMERS)
         self.idle = 0
         self.turns = 0
         self.callbacks = 0
@@ -135,30 +136,42 @@ class MeasuredSelector(ReadingSelector):
         """As any selector's. Takes about a microsecond more.
 
         While all ready descriptors have direct readers, and these leave nothing to do for asyncio, it goes on without a
-        turn of asyncio, which would take longer than a small message does.
+        turn of asyncio, which would take longer than a small message does. The server's own calls and timers need none
+        either.
         """
+        if self._after_reading:
+            self._finish_reading()
         now = self._now()
         until = math.inf if timeout is None else now + timeout * 1e9
-        next_timer = self._next_timer()
+        next_timer, timers = self._next_timer(), self.timers
         while True:
             if now - self._busy_since > _LONG_TURN:
                 self._page.record_block(self._busy_since, now)
-            if timeout is not None and timeout <= 0:  # the loop has work queued and polls for more: no idling
-                ready = self.poll(timeout)
+            number = len(self._next_turn)
+            wake_at = now if number else min(until, timers.next_due * 1e9)
+            if wake_at <= now:  # work is queued, and the loop polls for more: no idling
+                ready = self.poll(0)
                 self._page.set_busy_since(now)
             else:
-                ready, now = self._idle(timeout, now)
+                ready, now = self._idle(wake_at, now)
             self._busy_since = self.accounts.turn = now
             self.turns += 1
             self.callbacks += len(ready) + len(self._callback_queue)
             if self.idle_beat is not None:
                 self.idle_beat.end_idle()
-            if not ready:
+            has_calls = number or timers.next_due * 1e9 <= now
+            if not (ready or has_calls):
                 return []
-            before = self.accounts.switch(self._reading)
-            try:
-                events = self.dispatch(ready)
-            finally:
+            events = []
+            if ready:
+                before = self.accounts.switch(self._reading)
+                try:
+                    events = self.dispatch(ready)
+                finally:
+                    self.accounts.switch(before)
+            if has_calls:
+                before = self.accounts.switch(self._timing)
+                self.run_calls(number)
                 self.accounts.switch(before)
             loop = self._loop
             if events or loop is None or loop._ready or loop._stopping or self._next_timer() is not next_timer:
@@ -166,20 +179,19 @@ class MeasuredSelector(ReadingSelector):
             now = self._now()
             if now >= until:
                 return events
-            timeout = None if timeout is None else (until - now) / 1e9
 
     def _next_timer(self) -> object:
         """Return the loop's earliest timer, None without one."""
         timers = self._loop._scheduled if self._loop is not None else ()
         return timers[0] if timers else None
 
-    def _idle(self, timeout: float | None, now: int) -> tuple[ReadyEvents, int]:
-        """Wait from `now` on, with idle beats meanwhile. Returns the ready descriptors and the time."""
+    def _idle(self, until: float, now: int) -> tuple[ReadyEvents, int]:
+        """Wait from `now` to `until`, with idle beats meanwhile. Returns the ready descriptors and the time."""
         idle_beat = self.idle_beat
-        if idle_beat is not None:
-            turn_due = idle_beat.turn_due if timeout is None else min(idle_beat.turn_due, now + timeout * 1e9)
-            timeout = max(0.0, min(idle_beat.beat_due, turn_due) - now) / 1e9
+        turn_due = until if idle_beat is None else min(until, idle_beat.turn_due)
         while True:
+            wake_at = turn_due if idle_beat is None else min(idle_beat.beat_due, turn_due)
+            timeout = None if wake_at == math.inf else max(0.0, wake_at - now) / 1e9
             self._page.set_busy_since(0)
             self.accounts.idle(now)
             began, ready = now, self.poll(timeout)
@@ -189,7 +201,6 @@ class MeasuredSelector(ReadingSelector):
             self._page.set_busy_since(now)
             if idle_beat is None or ready or now >= turn_due or not idle_beat.beat_idle(now):
                 return ready, now
-            timeout = (min(idle_beat.beat_due, turn_due) - now) / 1e9
 
 
 class HandlerMarker:
@@ -202,6 +213,11 @@ class HandlerMarker:
         self._page = page
         self._accounts = accounts
         self._running: HandlerNames | None = None
+
+    @property
+    def running(self) -> HandlerNames | None:
+        """The names of the handler that runs, None without one."""
+        return self._running
 
     def enter(self, names: HandlerNames, account: LoopAccount) -> tuple[HandlerNames | None, LoopAccount]:
         """A handler, or its next step, begins. Returns the outer handler, for `leave`."""

@@ -53,7 +53,8 @@ class _LevelFilter:
         return PredicateResult.no if lowest is None or level is None or level < lowest else PredicateResult.maybe
 
 
-_filter = _LevelFilter("trace")
+_filter = _LevelFilter("trace")  # of `observer`
+_own_filter = _LevelFilter("trace")  # of the log that `begin` has begun
 observer = FilteringLogObserver(globalLogPublisher, [_filter])
 _log = Logger(observer=observer)
 
@@ -65,8 +66,11 @@ def is_on(event: str, level: str) -> bool:
 
 
 def limit(level: str) -> None:
-    """Let only events of `level` or above pass `observer` from now on; before, all pass. level: `log.level`."""
-    _filter.level = level
+    """Log only events of `level` or above from now on. level: `log.level`.
+
+    In the supervisor: those of `observer`; before, all pass. In a child: all but those of Python's `logging`.
+    """
+    _filter.level = _own_filter.level = level
 
 
 def count_internal_errors(metrics: Metrics) -> Callable[[], None]:
@@ -113,6 +117,7 @@ def begin(name: str, settings: LogSettings, out: TextIO) -> None:
         if text:
             write_text(app_log.escape(text))
 
-    filtered: Any = FilteringLogObserver(write, [_LevelFilter(settings.level)])  # type: ignore[arg-type]
+    _own_filter.level = settings.level
+    filtered: Any = FilteringLogObserver(write, [_own_filter])  # type: ignore[arg-type]
     globalLogBeginner.beginLoggingTo([filtered], redirectStandardIO=False)
     app_log.begin(name, settings, write_text)  # after Twisted, which takes warnings too

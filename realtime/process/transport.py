@@ -21,10 +21,18 @@ class DirectServer(tcp.Server):
     """Server side of a TCP connection. Set it as `Port.transport`.
 
     reads_directly: the selector itself calls the protocol's `dataReceived`, if the reactor supports it
-    (`realtime.process.reactor`).
+    (`realtime.process.reactor`): "stream" to read the socket there, "reader" to call `doRead`.
     """
 
-    reads_directly = True
+    reads_directly: str = "stream"
+
+    def connectionLost(self, reason: Any) -> None:
+        reactor: Any = self.reactor
+        if getattr(reactor, "held", None) is self:
+            # The loop's thread is in the midst of this connection, and application code blocks it.
+            reactor.lose_later(lambda: self.connectionLost(reason))
+            return
+        super().connectionLost(reason)
 
     def write(self, data: bytes) -> None:
         buffered = self._tempDataLen or self.dataBuffer

@@ -33,7 +33,8 @@ class Connection(Protocol):
 
     transport_name: such as "websocket", for the log. secret: identifies the session to clients that send commands over
     other connections (emulation); "" for none. needs_pings: whether the session pings the client by protocol; otherwise
-    the transport checks the connection. is_drained: whether the socket has taken all frames. is_congested: so many
+    the transport checks the connection. is_held: the socket is not read, because code of the application blocks the
+    handling of what was read before. is_drained: whether the socket has taken all frames. is_congested: so many
     bytes are queued that no further command of the client may start.
     """
 
@@ -51,6 +52,9 @@ class Connection(Protocol):
 
     @property
     def sink(self) -> Sink: ...
+
+    @property
+    def is_held(self) -> bool: ...
 
     @property
     def is_drained(self) -> bool: ...

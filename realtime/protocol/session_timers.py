@@ -116,18 +116,24 @@ class SessionTimers(ABC):
         now = self.services.deadlines.now
         if self._stale_by <= now:
             self._stale()
-        elif self._pong_by <= now and self._connection.is_drained and not self.is_paused:
+        elif self._pong_by <= now and not self.is_paused and self._is_read:
             self.disconnect(*errors.NO_PONG)
         elif self._expire_by <= now:
             self.disconnect(*errors.CONNECTION_EXPIRED)
         else:
-            if self._pong_by <= now and not self._connection.is_drained:
-                # The ping may be behind a long reply. Meanwhile `websocket.write_timeout` finds a client that is gone.
+            if self._pong_by <= now and not self._is_read:
+                # The pong may be unread, or the ping behind a long reply. Meanwhile `websocket.write_timeout` finds a
+                # client that is gone.
                 self._pong_by = self._after(self.settings.client.pong_timeout)
             self._expire_subscriptions(now)
             if self._ping_at <= now and self.state is CONNECTED:
                 self._ping(now)
             self.schedule_deadline()
+
+    @property
+    def _is_read(self) -> bool:
+        """Whether the client has got its ping, and a pong would have been read."""
+        return self._connection.is_drained and not self._connection.is_held
 
     def _after(self, delay: float) -> float:
         return self.services.deadlines.now + delay

@@ -101,6 +101,11 @@ class TimeSlicer:
         self._queues[priority].append(work)
         self._ask_for_turn()
 
+    def go_on(self) -> None:
+        """Ask for a turn if work waits: the thread that would do so is in the midst of a step, and blocked."""
+        if self.is_busy:
+            self._ask_for_turn()
+
     def make_waiter(self) -> Waiter | None:
         """Make an awaitable; None without a loop to wait for."""
         return self._waiter() if self._waiter is not None else None

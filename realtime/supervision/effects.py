@@ -13,7 +13,7 @@ class SpawnProcess(Struct, frozen=True):
     revision: int = 0
 
 
-class HandOver(Struct, frozen=True):
+class MoveConnections(Struct, frozen=True):
     """Move the connections of a process within `timeout` seconds, to the process that serves its slot now; from a
     slot that is being removed, to all others. Then call `handed_over`."""
 
@@ -64,6 +64,19 @@ class ReloadEnded(Struct, frozen=True):
     failure: str = ""
 
 
+class RemoveSlot(Struct, frozen=True):
+    """The slot is empty, and no longer part of the pool."""
+
+    slot: int
+
+
+class ScaleEnded(Struct, frozen=True):
+    """The pool has the wanted number of workers, or, after a failure, the number it had before. failure: why, in one
+    line; "" for none."""
+
+    failure: str = ""
+
+
 class NotifySystemd(Struct, frozen=True):
     """Notify the service manager of a state: "ready" or "stopping". Each occurs once at most."""
 
@@ -86,13 +99,15 @@ class HaltService(Struct, frozen=True):
 
 Effect = (
     SpawnProcess
-    | HandOver
+    | MoveConnections
     | DrainProcess
     | SignalProcess
     | DumpProcessStacks
     | ConnectToBroker
     | UseRevision
     | ReloadEnded
+    | RemoveSlot
+    | ScaleEnded
     | NotifySystemd
     | LogLine
     | HaltService

@@ -76,10 +76,14 @@ class HealthTracker:
 
     def __init__(self, loop: LoopSettings, interval: float = 0.0) -> None:
         """interval: seconds between two beats of the processes in these slots; 0.0 for `loop.interval`."""
-        self._lagging = loop.lagging or math.inf
-        self._pressed = loop.max_lag or math.inf
+        self.configure(loop)
         self._interval = interval or loop.interval
         self._records: dict[int, _SlotRecord] = {}
+
+    def configure(self, loop: LoopSettings) -> None:
+        """Use other limits of lag from now on."""
+        self._lagging = loop.lagging or math.inf
+        self._pressed = loop.max_lag or math.inf
 
     def assess(self, slot: int, vitals: Vitals | None, now: float, leaving: bool = False) -> Health:
         """Return the health of a slot. Call it for every slot as soon as one of them is `due`.

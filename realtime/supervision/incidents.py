@@ -59,8 +59,9 @@ class Incident(Struct, kw_only=True):
     as "file:line", UNKNOWN, or MANY_CALLS of a handler. handler, subject: the running handler, "" for none. calls: of
     the handler in this turn, if several of them together make the block, else 0. thread: whether a thread that holds
     the interpreter's lock is to blame, instead of the loop itself. ending: TURNED, or a few words on the end of the
-    process. samples: stacks requested. stack: the stack with `place`, innermost call first. stacks: of a process killed
-    as stuck, the stacks of all its threads.
+    process. relieved: seconds for which the worker's relief thread served its other clients. samples: stacks requested.
+    stack: the stack with `place`, innermost call first. stacks: of a process killed as stuck, the stacks of all its
+    threads.
     """
 
     slot: int
@@ -75,16 +76,18 @@ class Incident(Struct, kw_only=True):
     calls: int = 0
     thread: bool = False
     ending: str = TURNED
+    relieved: float = 0.0
     samples: int = 0
     stack: list[str] = field(default_factory=list)
     stacks: str = ""
 
 
 class Blocks(Struct):
-    """Number and total seconds of one handler's blocks at one place."""
+    """Number and total seconds of one handler's blocks at one place, and the part of these that relief served."""
 
     count: int = 0
     seconds: float = 0.0
+    relieved: float = 0.0
 
 
 class IncidentLog:
@@ -103,6 +106,7 @@ class IncidentLog:
         blocks = self.blocks.setdefault(key, Blocks())
         blocks.count += 1
         blocks.seconds += incident.duration
+        blocks.relieved += incident.relieved
 
     def log_line(self, incident: Incident, now: float) -> str:
         """Return the log line about an incident; "" when its place was logged in the last minute."""
@@ -127,6 +131,8 @@ def describe(incident: Incident) -> str:
     if incident.handler and not incident.calls:
         purpose = f" for {incident.subject}" if incident.subject else ""
         parts.append(f"({incident.handler}{purpose})")
+    if incident.relieved:
+        parts.append("while relief serves its other clients" if incident.lasts else "while relief served its clients")
     return " ".join(parts)
 
 
@@ -150,6 +156,7 @@ class LoopInvestigation:
         self._calls: dict[str, LatestCalls] = {}  # of the blocked turn, by handler
         self._gaps: dict[str, float] = {}  # the most seconds outside of these calls, or in one of them
         self._is_logged = False
+        self._relieved_since = 0.0  # when relief began in this turn; 0 without one
 
     def update(
         self,
@@ -168,6 +175,7 @@ class LoopInvestigation:
         line = ""
         if self.incident is not None:
             self._take_calls(calls)
+            self._take_relief(vitals)
         if self.incident is not None and not self._lasts(vitals):
             line = self._end_turn(vitals, now)
         if self.incident is None:
@@ -175,6 +183,7 @@ class LoopInvestigation:
                 return None, line
             self._open(vitals, blocked, now, wall)
             self._take_calls(calls)
+            self._take_relief(vitals)
         self._take_gap(calls, now)
         return self._next_request(running, now), line or self._log_long_block(now)
 
@@ -209,7 +218,7 @@ class LoopInvestigation:
             return ""
         if self.incident.ending == TURNED:
             self.incident.ending = ending
-        self.incident.duration = now - self._began
+        self._measure(now - self._began)
         return self._finish(now)
 
     def _lasts(self, vitals: Vitals) -> bool:
@@ -224,13 +233,14 @@ class LoopInvestigation:
         self._calls.clear()
         self._gaps.clear()
         self._blames_application = self._is_logged = False
+        self._relieved_since = 0.0
         self.incident = Incident(slot=self._slot, pid=self._pid, at=wall - blocked, duration=blocked)
         self._log.recent.append(self.incident)
 
     def _next_request(self, running: RunningHandler | None, now: float) -> StackRequest | None:
         incident = self.incident
         assert incident is not None
-        incident.duration = now - self._began
+        self._measure(now - self._began)
         if running is not None and not incident.handler and self._turn > 0:
             incident.handler, incident.subject = running.handler, running.subject
         if not self._answered and now - self._requested_at < _ANSWER_TIMEOUT:
@@ -275,10 +285,9 @@ class LoopInvestigation:
 
     def _end_turn(self, vitals: Vitals, now: float) -> str:
         assert self.incident is not None
-        self.incident.duration = now - self._began
-        if vitals.block_since == self._turn:
-            # The exact end, from the page. The beginning still leaves out excused time.
-            self.incident.duration = vitals.block_until / 1e9 - self._began
+        # The exact end, from the page, if it has that. The beginning still leaves out excused time.
+        end = vitals.block_until / 1e9 if vitals.block_since == self._turn else now
+        self._measure(end - self._began)
         return self._finish(now)
 
     def _finish(self, now: float) -> str:
@@ -288,6 +297,17 @@ class LoopInvestigation:
         self._blame_calls(incident)
         self._log.count(incident)
         return "" if self._is_logged else self._log.log_line(incident, now)
+
+    def _measure(self, duration: float) -> None:
+        incident = self.incident
+        assert incident is not None
+        incident.duration = duration
+        if self._relieved_since:
+            incident.relieved = min(max(self._began + duration - self._relieved_since, 0.0), duration)
+
+    def _take_relief(self, vitals: Vitals) -> None:
+        if not self._relieved_since and 0 < self._turn <= vitals.relief_since and self._lasts(vitals):
+            self._relieved_since = vitals.relief_since / 1e9
 
     def _take_calls(self, calls: LatestCalls | None) -> None:
         if calls is not None and calls.turn == self._turn:

@@ -47,7 +47,7 @@ class LoopAccount:
 
 
 class LoopTimeLedger:
-    """The accounts of one loop, for its thread only. Iterating yields them.
+    """The accounts of one loop, for the holder of the server's state. Iterating yields them.
 
     current: the account charged now. turn: the beginning of the loop's current turn, in nanoseconds.
     """
@@ -92,6 +92,20 @@ class LoopTimeLedger:
         self._since = now
         self.current = account
         return before
+
+    def interrupt(self, account: LoopAccount) -> tuple[LoopAccount, int]:
+        """Charge `account` for work of another thread than the loop's, beside the account of the loop's own work.
+
+        Returns the state to `resume`.
+        """
+        interrupted = self.current, self._since
+        self.current, self._since = account, self._now()
+        return interrupted
+
+    def resume(self, interrupted: tuple[LoopAccount, int]) -> None:
+        """End the work of another thread; the loop's own is charged as if it had not been interrupted."""
+        self.current.spent += self._now() - self._since
+        self.current, self._since = interrupted
 
     def charging(self, account: LoopAccount, function: Callable[P, T]) -> Callable[P, T]:
         """Wrap `function` so that its time is charged to `account`."""

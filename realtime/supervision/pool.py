@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import signal as signals
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from realtime.config.settings import LoopSettings, WorkersSettings
 from realtime.supervision.effects import (
@@ -33,10 +33,12 @@ from realtime.supervision.effects import (
     DumpProcessStacks,
     Effect,
     HaltService,
-    HandOver,
     LogLine,
+    MoveConnections,
     NotifySystemd,
     ReloadEnded,
+    RemoveSlot,
+    ScaleEnded,
     SignalProcess,
     SpawnProcess,
     UseRevision,
@@ -60,6 +62,8 @@ _MEMORY_PAUSE = 2.0
 _MEMORY_PAUSE_MAX = 300.0
 # Seconds from SIGKILL until a stopping pool gives up on a process (uninterruptible sleep).
 _REAP_TIMEOUT = 2.0
+# Seconds before a worker is to be replaced for its age or memory again, after its successor has failed.
+_RECYCLE_PAUSE = 60.0
 # The label of a replacement by a reload.
 _RELOAD = "reload"
 # States in which a worker has a stream to the broker.
@@ -70,7 +74,7 @@ class Pool:
     """Keeps one process running in each slot. Its public methods are the events, to be called in the order of time.
 
     stopping: whether the pool is shutting down. revision: of the settings in force. reloading: whether a reload is
-    under way. target: the revision of the latest reload.
+    under way. target: the revision of the latest reload. scaling: whether workers are being added or removed.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Pool:
         self.stopping = False
         self.revision = 0
         self.reloading = False
+        self.scaling = False
         self.configure(settings, loop, stop_timeout)
         self.target = 0
         self._generation = 0
@@ -110,8 +115,9 @@ class Pool:
 
     @property
     def ready(self) -> bool:
-        """Whether every slot is ready and the pool is not stopping."""
-        return not self.stopping and all(slot.state is SlotState.READY for slot in self.slots.values())
+        """Whether every slot is ready, but for those being added or removed, and the pool is not stopping."""
+        lasting = [slot for slot in self.slots.values() if not (slot.is_new or slot.is_removed)]
+        return not self.stopping and all(slot.state is SlotState.READY for slot in lasting)
 
     @property
     def serving(self) -> bool:
@@ -167,8 +173,8 @@ class Pool:
             self._give_up(process, EX_CONFIG)
         return self._event(generation, PoolEvent.EXITED, now)
 
-    def memory_exceeded(self, number: int, size: int, now: float) -> list[Effect]:
-        """The slot's worker uses `size` bytes of memory, more than it may: replace it.
+    def memory_exceeded(self, number: int, size: int, now: float, key: str = "loop.max_rss") -> list[Effect]:
+        """The slot's worker uses `size` bytes of memory, more than the setting `key` allows: replace it.
 
         Only one worker at a time: without effect unless all slots are ready. Without effect too on a worker that has
         just replaced another one for this reason: the intervals between such replacements grow.
@@ -176,12 +182,12 @@ class Pool:
         slot = self.slots[number]
         pause = min(_MEMORY_PAUSE * 2.0 ** min(slot.bloated - 1, 30), _MEMORY_PAUSE_MAX) if slot.bloated else 0.0
         ready_for = now - slot.since
-        if not self._is_settled or ready_for < pause:
+        if not self.is_settled or ready_for < pause or now < slot.recycle_after:
             return []
         # Past twice the pause its memory was below the limit at the end of the pause, so it has grown slowly.
         slot.bloated = 1 if ready_for >= max(2 * pause, self._settings.restart_reset) else slot.bloated + 1
         self._now = now
-        self._log(f"{slot.name} uses {size / 2**20:.0f} MiB of memory (loop.max_rss); replacing it")
+        self._log(f"{slot.name} uses {size / 2**20:.0f} MiB of memory ({key}); replacing it")
         slot.replacement = "bloated"
         return self._take_effects()
 
@@ -197,6 +203,21 @@ class Pool:
         self.reloading = True
         for slot in self.workers:
             slot.replacement = _RELOAD
+        return self._take_effects()
+
+    def scale(self, count: int, now: float) -> list[Effect]:
+        """Add workers, or remove those with the highest numbers, so that there are `count`. Ends with ScaleEnded.
+
+        If a new worker does not become ready, all new ones are removed again. `reloading` and `scaling` must be False.
+        """
+        self._now = now
+        if self.stopping or not self._was_ready:
+            return [ScaleEnded("the server is stopping" if self.stopping else "the server is still starting")]
+        self.scaling = True
+        for number in range(len(self.workers), count):
+            slot = self.slots[number] = Slot(number, is_new=True)
+            self._fire(slot.process, PoolEvent.DEADLINE)
+        self._remove(slot for slot in self.workers if slot.number >= count)
         return self._take_effects()
 
     def tick(self, now: float, beats: Mapping[int, float]) -> list[Effect]:
@@ -215,6 +236,7 @@ class Pool:
                     self._fire(process, PoolEvent.NO_BEAT)
                 self._connect_to_broker(process)
             self._forgive_deaths(slot)
+        self._replace_old()
         if now >= self._stop_deadline:
             self._fire_all(PoolEvent.KILL)
         self._log_crash_loops()
@@ -255,6 +277,7 @@ class Pool:
 
     def _become_ready(self, process: SlotProcess) -> None:
         slot = process.slot
+        slot.is_new = False
         self._enter(process, SlotState.READY)
         self._use_revision(process)
         if not slot.in_crash_loop:
@@ -281,7 +304,7 @@ class Pool:
 
     def _hand_over(self, process: SlotProcess) -> None:
         self._enter(process, SlotState.HANDING_OVER, self._now + self._stop_timeout)
-        self._effects.append(HandOver(process.slot.number, process.generation, 0.9 * self._stop_timeout))
+        self._effects.append(MoveConnections(process.slot.number, process.generation, 0.9 * self._stop_timeout))
 
     def _await_failed_exit(self, process: SlotProcess) -> None:
         self._enter(process, SlotState.LEAVING, self._now + _EXIT_TIMEOUT)
@@ -349,6 +372,9 @@ class Pool:
             self._keep_old(process)
         elif self.stopping or slot.is_removed:
             self._retire(process)
+        elif slot.is_new:
+            self._retire(process)
+            self._end_scale(f"{slot.name} {process.explanation}")
         elif slot.successor is not None and slot.successor.state is SlotState.PREPARING:
             self._inherit(process, slot.successor)
         else:
@@ -390,13 +416,14 @@ class Pool:
 
     def _keep_old(self, successor: SlotProcess) -> None:
         """Go on with the serving process, because its successor has failed."""
-        if self.stopping:
+        if self.stopping or successor.slot.is_removed:
             return
         failure = f"{successor.slot.name} goes on as it is: its successor {successor.explanation}"
         if self.reloading and successor.revision == self.target:
             self._end_reload(failure)
         else:
-            self._log(failure, is_error=True)
+            successor.slot.recycle_after = self._now + _RECYCLE_PAUSE
+            self._log(f"{failure}; trying again in {_RECYCLE_PAUSE:g} s", is_error=True)
 
     def _explain(self, process: SlotProcess, reason: str, explanation: str) -> None:
         """Note why a process ends, unless a reason is known."""
@@ -410,7 +437,7 @@ class Pool:
     # Replacing workers.
 
     @property
-    def _is_settled(self) -> bool:
+    def is_settled(self) -> bool:
         """Whether every slot is ready, and no worker is being replaced."""
         return self.ready and all(slot.is_settled and not slot.replacement for slot in self.slots.values())
 
@@ -419,7 +446,7 @@ class Pool:
 
     def _replace_next(self) -> None:
         """Begin to replace the next worker, if none is being replaced. A slot without a process starts one at once."""
-        workers = self.workers
+        workers = [slot for slot in self.workers if not slot.is_removed]
         if any(slot.successor or slot.predecessor for slot in workers):
             return
         for slot in workers:
@@ -432,6 +459,41 @@ class Pool:
             slot.successor = SlotProcess(slot, purpose=slot.replacement)
             revision, slot.replacement = self._wanted_revision(slot), ""
             self._begin(slot.successor, SlotState.PREPARING, revision)
+
+    def _remove(self, slots: Iterable[Slot]) -> None:
+        for slot in list(slots):
+            slot.is_removed, slot.replacement = True, ""
+            for process in slot.places:
+                self._fire(process, PoolEvent.REMOVE)
+
+    def _forget_removed(self) -> None:
+        """Remove the slots that are empty, the last one first: the kernel numbers their sockets in order."""
+        for slot in reversed(self.workers):
+            if not slot.is_removed or slot.processes:
+                return
+            del self.slots[slot.number]
+            self._effects.append(RemoveSlot(slot.number))
+
+    def _end_scale(self, failure: str = "") -> None:
+        """End the change of the number of workers. After a failure the new ones are removed."""
+        if not self.scaling:
+            return
+        self.scaling = False
+        self._remove(slot for slot in self.workers if slot.is_new)
+        self._effects.append(ScaleEnded(failure))
+
+    def _replace_old(self) -> None:
+        """Replace a worker that has reached its age: `workers.max_age` for the first slot, down to half of it for the
+        last one, so that workers that were started together are not replaced together."""
+        limit, workers = self._settings.max_age, self.workers
+        if not limit or not self.is_settled:
+            return
+        for slot in workers:
+            age = self._now - slot.since
+            if age >= limit * (1 - slot.number / (2 * len(workers))) and self._now >= slot.recycle_after:
+                self._log(f"{slot.name} has served for {age:.0f} s (workers.max_age); replacing it")
+                slot.replacement = "age"
+                return
 
     def _use_revision(self, process: SlotProcess) -> None:
         if process.revision > self.revision:
@@ -483,13 +545,14 @@ class Pool:
     def _leave_deadline(self, process: SlotProcess) -> float:
         # The broker serves until the last worker has exited, so the last tenth of the time is reserved for the broker.
         share = 1.0 if process.slot.number == BROKER else 0.9
-        return self._stop_deadline - (1.0 - share) * self._stop_timeout
+        return min(self._stop_deadline - (1.0 - share) * self._stop_timeout, self._now + self._stop_timeout)
 
     def _begin_stop(self, timeout: float) -> None:
         self.stopping = True
         self._stop_deadline = self._now + timeout
         self._effects.append(NotifySystemd("stopping"))
         self._end_reload("the server is stopping")
+        self._end_scale("the server is stopping")
         for slot in self.slots.values():
             if slot.state is SlotState.WAITING:
                 self._fire(slot.process, PoolEvent.STOP)
@@ -511,7 +574,10 @@ class Pool:
     def _take_effects(self) -> list[Effect]:
         """Return the effects of an event, including those of the next step of a reload or of a stop."""
         if not self.stopping:
+            self._forget_removed()
             self._replace_next()
+            if self.scaling and not any(slot.is_new or slot.is_removed for slot in self.workers):
+                self._end_scale()
             if self.reloading and self._has_reloaded:
                 self._end_reload()
         elif not self._halted:
@@ -602,12 +668,14 @@ def _describe_exit(status: int) -> str:
 
 TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, SlotProcess], None]] = {
     (SlotState.WAITING, PoolEvent.DEADLINE): Pool._spawn,
+    (SlotState.WAITING, PoolEvent.REMOVE): Pool._retire,
     (SlotState.WAITING, PoolEvent.STOP): Pool._retire,
     (SlotState.WAITING, PoolEvent.KILL): Pool._retire,
     (SlotState.STARTING, PoolEvent.READY): Pool._become_ready,
     (SlotState.STARTING, PoolEvent.START_FAILED): Pool._await_failed_exit,
     (SlotState.STARTING, PoolEvent.CONTROL_LINK_LOST): Pool._await_exit,
     (SlotState.STARTING, PoolEvent.DEADLINE): Pool._kill_late_start,
+    (SlotState.STARTING, PoolEvent.REMOVE): Pool._terminate,
     (SlotState.STARTING, PoolEvent.STOP): Pool._terminate,
     (SlotState.STARTING, PoolEvent.KILL): Pool._kill,
     (SlotState.STARTING, PoolEvent.BROKER_LINK_LOST): Pool._disconnect,
@@ -616,6 +684,7 @@ TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, SlotProcess], Non
     (SlotState.PREPARING, PoolEvent.START_FAILED): Pool._await_exit,
     (SlotState.PREPARING, PoolEvent.CONTROL_LINK_LOST): Pool._await_exit,
     (SlotState.PREPARING, PoolEvent.DEADLINE): Pool._kill_late_start,
+    (SlotState.PREPARING, PoolEvent.REMOVE): Pool._terminate,
     (SlotState.PREPARING, PoolEvent.STOP): Pool._terminate,
     (SlotState.PREPARING, PoolEvent.KILL): Pool._kill,
     (SlotState.PREPARING, PoolEvent.BROKER_LINK_LOST): Pool._disconnect,
@@ -623,6 +692,7 @@ TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, SlotProcess], Non
     (SlotState.READY, PoolEvent.BROKER_LINK_LOST): Pool._disconnect,
     (SlotState.READY, PoolEvent.CONTROL_LINK_LOST): Pool._await_exit,
     (SlotState.READY, PoolEvent.NO_BEAT): Pool._kill_stuck,
+    (SlotState.READY, PoolEvent.REMOVE): Pool._hand_over,
     (SlotState.READY, PoolEvent.STOP): Pool._drain,
     (SlotState.READY, PoolEvent.KILL): Pool._kill,
     (SlotState.READY, PoolEvent.EXITED): Pool._exited,

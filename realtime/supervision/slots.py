@@ -34,7 +34,8 @@ class SlotState(Enum):
 
 class PoolEvent(Enum):
     """Events of a process. DEADLINE: its deadline has passed. NO_BEAT: its loop has not turned for `loop.stuck`
-    seconds. HANDED_OVER: it has handed over what it can. STOP: exit in order. KILL: exit at once."""
+    seconds. HANDED_OVER: it has handed over what it can. REMOVE: its slot is to be empty for good. STOP: exit in order.
+    KILL: exit at once."""
 
     READY = "ready"
     START_FAILED = "start failed"
@@ -44,6 +45,7 @@ class PoolEvent(Enum):
     EXITED = "exited"
     DEADLINE = "deadline"
     NO_BEAT = "no beat"
+    REMOVE = "remove"
     STOP = "stop"
     KILL = "kill"
 
@@ -90,8 +92,10 @@ class Slot:
 
     process: the one that serves, or the room for it. successor, predecessor: of a worker that is being replaced.
     replacement: why the process is to be replaced, as a
-    label for the metrics; "" for no reason. is_removed: whether the slot is to be empty for good. deaths: deaths in a
-    row. bloated: replacements for too much memory in a row. restarts: number of replaced processes by reason.
+    label for the metrics; "" for no reason. is_new: whether it was added to a running pool and has not been ready
+    yet. is_removed: whether the slot is to be empty for good. deaths: deaths in a
+    row. bloated: replacements for too much memory in a row. recycle_after: time before which it is not replaced
+    for its age or memory again, since the latest attempt has failed. restarts: number of replaced processes by reason.
     """
 
     number: int
@@ -99,9 +103,11 @@ class Slot:
     successor: SlotProcess | None = None
     predecessor: SlotProcess | None = None
     replacement: str = ""
+    is_new: bool = False
     is_removed: bool = False
     deaths: int = 0
     bloated: int = 0
+    recycle_after: float = 0.0
     restarts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:

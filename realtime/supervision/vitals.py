@@ -12,6 +12,7 @@ Both ends run on one machine, so the byte order is native. Each part has its own
     256  busy_since, at every turn of the loop: one aligned machine word, which can't be torn.
     264  the latest long turn, after it has ended: its beginning and its end. The beginning is 0 during the write.
     280  the latest idle beat, of a loop that idles and has nothing new to report: one word.
+    288  when the latest relief began (`realtime.process.relief`): one word.
     320  substitute, the only part that the supervisor writes: one word.
     384  the latest call of a handler: a serial number, two names, its turn, the calls of the handler in this turn with
          the time of those before, the serial number again; then whether it still runs. Written upwards and read
@@ -38,6 +39,7 @@ _WORD = 8
 _BUSY_SINCE = 256 // _WORD
 _BLOCK_SINCE, _BLOCK_UNTIL = _BUSY_SINCE + 1, _BUSY_SINCE + 2
 _IDLE_BEAT = _BUSY_SINCE + 3
+_RELIEF_SINCE = _BUSY_SINCE + 4
 _BEAT, _LAG = 1, 2  # the first two words of the body
 _SUBSTITUTE = 320 // _WORD
 _NAME_BYTES = 64
@@ -76,6 +78,7 @@ class Vitals(Struct, frozen=True):
 
     busy_since: when the loop's selector last returned, 0 while the loop idles in it; never torn, and never late.
     block_since, block_until: the latest long turn, from its `busy_since` to its end; 0 before the first.
+    relief_since: when the latest relief began; 0 before the first.
     """
 
     beat: int
@@ -93,6 +96,11 @@ class Vitals(Struct, frozen=True):
     busy_since: int = 0
     block_since: int = 0
     block_until: int = 0
+    relief_since: int = 0
+
+
+LAYOUT = f"{_BODY.format} {_MARK_AT} {_MARK.format} {_CALL.format} {Vitals.__struct_fields__}"
+"""Of the page: processes of two versions share pages if it is the same in both."""
 
 
 class RunningHandler(Struct, frozen=True):
@@ -146,7 +154,7 @@ class VitalsPage:
     # The process's side, for its loop thread only.
 
     def write(self, vitals: Vitals) -> None:
-        """Publish a reading, except for its last three fields. Takes about three microseconds."""
+        """Publish a reading, except for its last four fields. Takes about three microseconds."""
         # A predecessor that was killed during a write left an odd number: the next odd number begins a write anyway.
         odd = (self._sequence + 1) | 1
         _SEQUENCE.pack_into(self._memory, 0, odd)
@@ -194,6 +202,19 @@ class VitalsPage:
         self._serial = serial = self._serial + 1
         _MARK.pack_into(self._memory, _MARK_AT, serial, handler, subject, turn, calls, spent, serial, 1)
 
+    @property
+    def calls(self) -> int:
+        """The number of steps of handlers that this process has marked."""
+        return self._serial
+
+    def busy_since(self) -> int:
+        """Return when the loop began its turn, 0 while it idles."""
+        return self._words[_BUSY_SINCE]
+
+    def note_relief(self, since: int) -> None:
+        """Publish that a relief has begun. In the relief thread."""
+        self._words[_RELIEF_SINCE] = since
+
     def unmark(self) -> None:
         """Note that no handler runs."""
         self._words[_MARK_RUNS] = 0
@@ -212,13 +233,17 @@ class VitalsPage:
             if before % 2 == 0 and _SEQUENCE.unpack_from(self._memory)[0] == before:
                 beat, *rest = body
                 beat = max(beat, self._words[_IDLE_BEAT])
-                return _validated(beat, *rest, self._words[_BUSY_SINCE], *self._block()) if before else None
+                return _validated(beat, *rest, *self._turns()) if before else None
         return None
 
     def peek(self) -> tuple[int, float, int]:
         """Return the latest `beat`, `lag` and `busy_since`, each read on its own and unchecked. Cheaper than `read`."""
         words = self._words
         return max(words[_BEAT], words[_IDLE_BEAT]), self._numbers[_LAG], words[_BUSY_SINCE]
+
+    def _turns(self) -> tuple[int, ...]:
+        """Return `busy_since` and the fields after it."""
+        return self._words[_BUSY_SINCE], *self._block(), max(self._words[_RELIEF_SINCE], 0)
 
     def _block(self) -> tuple[int, int]:
         since, until = self._words[_BLOCK_SINCE], self._words[_BLOCK_UNTIL]

@@ -194,6 +194,10 @@ class ChildProcess:
         )
         return answer
 
+    def limit_log(self, level: str) -> None:
+        """Have it log events of `level` or above from now on. level: as `log.level`."""
+        self._link.callRemote(control.LimitLog, level=level).addErrback(_ignore)
+
     def report(self, what: str) -> Deferred[str]:
         """Request a report on its state, see `realtime.process.diagnostics`. Works only while its loop turns."""
         answer: Deferred[dict[str, bytes]] = self._link.callRemote(control.Report, what=what)

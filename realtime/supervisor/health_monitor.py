@@ -28,6 +28,8 @@ Listener = Callable[[int, Health], None]
 # Seconds between two full checks while every process is ready and every worker healthy. Quick checks run in between.
 FULL_CHECK_INTERVAL = 0.25
 
+_LEAVING = (SlotState.LEAVING, SlotState.HANDING_OVER)
+
 _log = Logger(observer=log.observer)
 
 
@@ -67,6 +69,11 @@ class HealthMonitor:
         self._running = False
         self._checked_at = 0.0
         self._call: IDelayedCall | None = None
+
+    def configure(self, loop: LoopSettings) -> None:
+        """Use other limits of lag from now on."""
+        self._tracker.configure(loop)
+        self._broker_tracker.configure(loop)
 
     def start(self) -> None:
         """Check now, and keep checking."""
@@ -123,7 +130,7 @@ class HealthMonitor:
             if self._assessed.get(slot.number) is not process:
                 self._assessed[slot.number] = process
                 self._tracker.forget(slot.number)
-            health = self._tracker.assess(slot.number, self._vitals(slot), now, slot.state is SlotState.LEAVING)
+            health = self._tracker.assess(slot.number, self._vitals(slot), now, slot.state in _LEAVING)
             self.health[slot.number] = health
             if before is None or before.condition is not health.condition:
                 changed.append(health)
@@ -141,7 +148,7 @@ class HealthMonitor:
     def _vitals(self, slot: Slot) -> Vitals | None:
         """Read the vital signs of a process that serves or drains."""
         process = self._processes.get(slot.number)
-        return process.vitals if process is not None and slot.state in (SlotState.READY, SlotState.LEAVING) else None
+        return process.vitals if process is not None and slot.state in (SlotState.READY, *_LEAVING) else None
 
     def _notify(self, health: Health) -> None:
         for listener in self.listeners:

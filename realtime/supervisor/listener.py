@@ -51,8 +51,9 @@ class SharedPort:
         """
         self.sockets: list[socket.socket] = []
         self._lock: socket.socket | None = None
+        self._backlog = backlog
         try:
-            family, host = _resolve(address, port)
+            family, host = self._family, self._host = _resolve(address, port)
             self.has_other_listeners = _is_taken(family, host, port)
             self._bind(family, host, port, slots)
             self._take_lock(family, host, slots)
@@ -87,6 +88,20 @@ class SharedPort:
                 "this user from sharing the port; find the program with `ss -xlp` or in /proc/net/unix",
                 port=port,
             )
+
+    def add(self) -> None:
+        """Open a socket for another slot: the last one in the kernel's order. Raises OSError."""
+        added = _open(self._family, self._host, self.port)
+        try:
+            added.listen(self._backlog)
+        except OSError:
+            added.close()
+            raise
+        self.sockets.append(added)
+
+    def remove_last(self) -> None:
+        """Close our copy of the last slot's socket. The kernel resets the connections in its queue."""
+        self.sockets.pop().close()
 
     @property
     def port(self) -> int:

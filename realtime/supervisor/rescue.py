@@ -95,22 +95,25 @@ class Rescue:
         self._health = health
         self._processes = processes
         self.stopping = False
-        self._active = loop.rescue
-        self._max_lag = loop.lagging or loop.max_lag
+        self.configure(loop)
         self._able_at = reactor.seconds()  # when a worker could last accept connections
         self._routes: dict[int, _RouteToWorker] = {}
         self._held: deque[_RescuedConnection] = deque()  # accepted, but not taken by any worker yet
         self._refusals = _RefusalFactory(reactor)
         self._unlogged: Counter[int] = Counter()  # connections rescued since the slot's worker became unable, by slot
         help = "Connections queued for this worker that another worker took."
-        self._rescued = {
-            slot: metrics.counter("realtime_rescued_connections", help, worker=str(slot))
-            for slot in range(len(self._sockets))
-        }
+        self._rescued = lambda slot: metrics.counter("realtime_rescued_connections", help, worker=str(slot))
+        for slot in range(len(self._sockets)):
+            self._rescued(slot)
         self._client_log = ClientLog(now=reactor.seconds, info=lambda line: _log.info("{line}", line=line))
         self._refused = metrics.counter("realtime_rescue_refusals", "Clients that the supervisor refused with a 503.")
         help = "Failures of a worker to take a connection from the supervisor, which then tried another worker."
         self._failed = metrics.counter("realtime_rescue_failures", help)
+
+    def configure(self, loop: LoopSettings) -> None:
+        """Use other limits of lag from now on, or begin or end the rescue."""
+        self._active = loop.rescue
+        self._max_lag = loop.lagging or loop.max_lag
 
     def check(self) -> None:
         """Rescue the connections of all workers that can't accept them."""
@@ -230,7 +233,7 @@ class Rescue:
     def _send(self, route: _RouteToWorker, rescued: _RescuedConnection) -> bool:
         def settled(is_taken: bool) -> None:
             if is_taken:
-                self._rescued[rescued.slot].value += 1
+                self._rescued(rescued.slot).value += 1
                 self._unlogged[rescued.slot] += 1
                 return
             self._failed.value += 1

@@ -10,38 +10,42 @@ twistd forks between making the service and starting it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from operator import itemgetter
 from typing import Any, Protocol
 
-from msgspec.structs import replace
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import Deferred, DeferredList, succeed
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
-from realtime.config import settings as configuration
-from realtime.config.cores import count_cores
 from realtime.config.settings import Settings
 from realtime.config.sources import Sources
 from realtime.metrics import Metrics
 from realtime.process import log
 from realtime.supervision import effects
+from realtime.supervision.balance import MAX_SLOTS
 from realtime.supervision.effects import Effect
 from realtime.supervision.pool import TICK, Pool
 from realtime.supervision.slots import BROKER, SlotState
 from realtime.supervision.vitals import Vitals
 from realtime.supervisor import orphans
+from realtime.supervisor.changes import Changes
 from realtime.supervisor.child_process import ChildProcess
-from realtime.supervisor.handover import ALL, HandOverResult, hand_over
+from realtime.supervisor.handover import ALL, HandOverCounters, hand_over
 from realtime.supervisor.health_monitor import HealthMonitor
 from realtime.supervisor.listener import CannotListen, SharedPort
-from realtime.supervisor.reloads import Reloads
+from realtime.supervisor.rebalancer import INTERVAL as REBALANCING_INTERVAL
+from realtime.supervisor.rebalancer import Rebalancer
 from realtime.supervisor.rescue import Rescue
+from realtime.supervisor.revisions import Revisions, with_counts, with_workers
+from realtime.supervisor.slot_sockets import LINGER, SlotSockets
 from realtime.supervisor.stack_sampler import StackSampler
 from realtime.supervisor.steering import Steering
 from realtime.supervisor.substitutes import Substitutes
@@ -53,7 +57,6 @@ WORKER_MODULE = "realtime.worker.process"
 BROKER_MODULE = "realtime.broker.process"
 
 _EX_OSERR = 71
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 _log = Logger(observer=log.observer)
 
@@ -103,20 +106,21 @@ class Supervisor(Service):
         after the last process has exited; `stopService` works without it. handle_signals: whether to take SIGTERM and
         SIGINT over from Twisted. capture_output: whether to copy the children's output to the log in any case.
         sources: where `settings` come from, and those of a reload; None for a server that can't reload."""
-        settings = _with_counts(settings)
+        settings = with_counts(settings)
         self.pool = Pool(settings.workers.count, settings.workers, settings.loop, settings.shutdown.timeout)
         self.processes: dict[int, ChildProcess] = {}
         self.children: dict[int, ChildProcess] = {}
         self.monitor = HealthMonitor(reactor, settings.loop, self.pool, self.processes)
         self.metrics = Metrics()
-        self._moved = self.metrics.counter("realtime_handed_over_connections", "Connections moved to another worker.")
-        help = "Connections of replaced workers that could not move, so that their clients reconnect."
-        self._not_moved = self.metrics.counter("realtime_handover_failures", help)
+        self._handovers = HandOverCounters(self.metrics)
         self.steering: Steering | None = None
+        self.sockets: SlotSockets | None = None
+        self._configured_count = settings.workers.count
+        self._knows_count = True
         self.zygote: Zygote | None = None
         self.sampler = StackSampler(reactor, self.monitor, settings.loop, settings.app, self.processes)
         self._reactor = reactor
-        self._settings = settings
+        self._revisions = Revisions(settings)
         self._open_operator_endpoint = open_operator_endpoint
         self._modules = {BROKER: broker}
         self._worker = worker
@@ -125,9 +129,11 @@ class Supervisor(Service):
         self._port: SharedPort | None = None
         self._operators: OperatorEndpoint | None = None
         self._rescue: Rescue | None = None
+        self._substitutes: Substitutes | None = None
+        self._rebalancer: Rebalancer | None = None
         self._notifier = SystemdNotifier({})
-        self._revisions: dict[int, _Revision] = {}
-        self._reloads = Reloads(Trial(reactor, sources), self._reload, lambda: self._settings)
+        self._trial = Trial(reactor, sources)
+        self._changes = Changes(self._trial, self._reload, lambda: self._settings)
         self._capture_output = capture_output
         self._pending: deque[Effect] = deque()
         self._is_carrying_out = False
@@ -135,6 +141,11 @@ class Supervisor(Service):
         self._has_warned_of_footprint = False
         self._stop_waiters: list[Deferred[None]] = []
         self._stop_counting_errors: Callable[[], None] | None = None
+
+    @property
+    def _settings(self) -> Settings:
+        """The settings in force."""
+        return self._revisions.settings
 
     # The service.
 
@@ -159,10 +170,21 @@ class Supervisor(Service):
         self.steering = Steering(
             self._port, self.monitor.health, self._now, self.metrics, enabled=self._settings.loop.steering
         )
+        self.sockets = SlotSockets(self._port, self.steering, self.monitor.health, self._now)
+        self.monitor.tasks.add(TICK, self.sockets.close_due)
+        self._rebalancer = Rebalancer(
+            self.monitor.health,
+            self.processes,
+            self._settings.loop,
+            self.metrics,
+            self._now,
+            lambda: self.pool.is_settled and not self.pool.scaling,
+        )
+        self.monitor.tasks.add(REBALANCING_INTERVAL, self._rebalancer.check)
         self._rescue = Rescue(
             self._reactor, self._port, self.monitor.health, self.processes, self._settings.loop, self.metrics
         )
-        substitutes = Substitutes(self._settings.loop, self.monitor.health, self.processes)
+        substitutes = self._substitutes = Substitutes(self._settings.loop, self.monitor.health, self.processes)
         self.monitor.listeners += [self.steering.condition_changed, substitutes.condition_changed]
         self.monitor.after_check += [self.steering.update, substitutes.update, self._rescue.check]
         self.monitor.tasks.add(TICK, self._tick)
@@ -181,8 +203,8 @@ class Supervisor(Service):
         )
         # Only now, after the fork: WATCHDOG_PID tells whether the variables are for this process or for its parent.
         self._notifier = SystemdNotifier(os.environ)
-        self._reloads.notifier = self._notifier
-        self._revisions[self.pool.revision] = _Revision(self._settings)
+        self._changes.notifier = self._notifier
+        self._revisions.publish()
         # A daemon's own output goes nowhere. The log is twistd's, so the children's output must go there too.
         self._capture_output = self._capture_output or _is_discarded(1)
         modules = [self._worker, *self._modules.values()]
@@ -274,7 +296,7 @@ class Supervisor(Service):
         if self.children.pop(process.generation, None) is not None:
             self._carry_out(self.pool.process_exited(process.generation, status, self._now()))
 
-    # Reloads.
+    # Changes.
 
     def reload(self, tell: Callable[[str], None] = lambda line: None) -> Deferred[str]:
         """Replace all workers, with the configuration and the application as they are now. Clients keep their places.
@@ -282,30 +304,109 @@ class Supervisor(Service):
         A reload at a time: all requests that come meanwhile share the next one. tell: called with each line of its
         progress. The Deferred fires with the reason why the reload failed, in one line; "" after success.
         """
-        return self._reloads.request(tell)
+        return self._changes.request(tell)
 
     def _reload(self, settings: Settings) -> None:
-        """Begin to replace the workers by others with these settings."""
+        """Begin to replace the workers by others with these settings, and with the modules of now."""
+        assert self.zygote is not None
         try:
-            revision = _Revision(_with_counts(settings))
+            renewed = self.zygote.renew()
         except OSError as error:
-            self._reloads.ended(f"no descriptor is left for the settings: {error}; check `ulimit -n`")
+            self._changes.ended(f"can't start a process: {error}; check `ulimit -u` and free memory")
             return
-        new = self.pool.reload(self._now())
-        self._revisions[self.pool.target] = revision
-        self._carry_out(new)
+        renewed.addCallbacks(
+            lambda _: self._replace_workers(settings),
+            lambda failure: self._changes.ended(f"the modules can't be imported: {failure.getErrorMessage()}"),
+        )
+
+    def _replace_workers(self, settings: Settings) -> None:
+        if self.pool.stopping:
+            return
+        settings = with_counts(settings)
+        if settings.workers.count == self._configured_count:  # so the number that `scale` has set stays
+            settings = with_workers(settings, len(self.pool.workers))
+        else:
+            self._configured_count = settings.workers.count
+        self._replace_all(settings)
+
+    def _replace_all(self, settings: Settings) -> None:
+        try:
+            self._revisions.add(self.pool.target + 1, settings)
+        except OSError as error:
+            self._changes.ended(f"no descriptor is left for the settings: {error}; check `ulimit -n`")
+        else:
+            self._carry_out(self.pool.reload(self._now()))
 
     def _use_revision(self, effect: effects.UseRevision) -> None:
-        for number in [number for number in self._revisions if number < effect.revision]:
-            self._revisions.pop(number).close()
-        self._settings = settings = self._revisions[effect.revision].settings
+        self._revisions.use(effect.revision)
+        settings = self._settings
         log.limit(settings.log.level)
+        if (broker := self.processes.get(BROKER)) is not None:
+            broker.limit_log(settings.log.level)
         self.pool.configure(settings.workers, settings.loop, settings.shutdown.timeout)
+        self.monitor.configure(settings.loop)
+        self.sampler.configure(settings.loop, settings.app)
+        assert self._rescue and self._substitutes and self._rebalancer
+        for part in (self._rescue, self._substitutes, self._rebalancer):
+            part.configure(settings.loop)
 
     def _end_reload(self, effect: effects.ReloadEnded) -> None:
-        for number in [number for number in self._revisions if number > self.pool.revision]:
-            self._revisions.pop(number).close()
-        self._reloads.ended(effect.failure)
+        self._revisions.drop_others()
+        if effect.failure:
+            self._changes.ended(effect.failure)
+        else:
+            self._scale(self._settings.workers.count, is_known=True)
+
+    def scale(self, count: int, tell: Callable[[str], None] = lambda line: None) -> Deferred[str]:
+        """Have `count` workers from now on, until a restart or another number in the configuration.
+
+        Clients of removed workers move to the others. tell, result: as for `reload`.
+        """
+        if not 1 <= count <= MAX_SLOTS:
+            return succeed(f"{count} is no number of workers; choose one from 1 to {MAX_SLOTS}")
+        return self._changes.scale(tell, lambda: self._scale(count, is_known=False))
+
+    def _scale(self, count: int, is_known: bool) -> None:
+        """Begin to have `count` workers. is_known: whether the present workers were started with this number."""
+        self._knows_count = is_known
+        assert self.sockets is not None
+        present = len(self.pool.workers)
+        if count == present:
+            self._changes.ended("")
+            return
+        try:
+            self.sockets.open(count)
+            self._revisions.use_workers(count)
+        except OSError as error:
+            self._changes.ended(f"can't open a socket: {error}; check `ulimit -n`")
+            return
+        if count > present:
+            self._carry_out(self.pool.scale(count, self._now()))
+        else:
+            # The workers that are to end accept the connections on their way to them; new ones avoid them.
+            self.sockets.avoid(count)
+            removed = f"worker {count}" if count == present - 1 else f"workers {count} to {present - 1}"
+            self._write_log(effects.LogLine(f"no new connections to {removed}; removing in {LINGER:g} s"))
+            self._reactor.callLater(LINGER, lambda: self._carry_out(self.pool.scale(count, self._now())))
+
+    def _end_scale(self, effect: effects.ScaleEnded) -> None:
+        assert self.sockets is not None
+        count = sum(not slot.is_removed for slot in self.pool.workers)
+        client = self._settings.client
+        if effect.failure and not self.pool.stopping:
+            with suppress(OSError):
+                self._revisions.use_workers(count)
+            self.sockets.avoid(count)
+            self.sockets.close_from(max(self.pool.slots) + 1)
+        elif not (effect.failure or self._knows_count) and (client.connection_limit or client.connection_rate_limit):
+            self._replace_all(self._settings)  # each worker has a share of these limits
+            return
+        self._changes.ended(effect.failure)
+
+    def _remove_slot(self, effect: effects.RemoveSlot) -> None:
+        assert self.sockets is not None
+        self.processes.pop(effect.slot, None)
+        self.sockets.close_from(effect.slot)
 
     # Time.
 
@@ -321,21 +422,26 @@ class Supervisor(Service):
             self._notifier.feed_watchdog(now)
 
     def _check_memory(self, vitals: Mapping[int, Vitals | None], now: float) -> None:
-        limit = self._settings.loop.max_rss
+        settings = self._settings
+        limits = {"loop.max_rss": settings.loop.max_rss, "workers.max_rss": settings.workers.max_rss}
         for slot in self.pool.workers:
             reading = vitals.get(slot.process.generation)
-            if reading is not None and slot.state is SlotState.READY and 0 < limit < reading.rss:
-                self._carry_out(self.pool.memory_exceeded(slot.number, reading.rss, now))
+            for key, limit in limits.items():
+                if reading is not None and slot.state is SlotState.READY and 0 < limit < reading.rss:
+                    self._carry_out(self.pool.memory_exceeded(slot.number, reading.rss, now, key))
 
     def _check_footprint(self, process: ChildProcess) -> None:
-        """Log once that a worker without clients already needs more memory than `loop.max_rss` allows."""
-        limit, vitals = self._settings.loop.max_rss, process.vitals
+        """Log once that a worker without clients already needs more memory than the limits allow."""
+        limits = {"loop.max_rss": self._settings.loop.max_rss, "workers.max_rss": self._settings.workers.max_rss}
+        key, limit = min(((key, limit) for key, limit in limits.items() if limit), key=itemgetter(1), default=("", 0))
+        vitals = process.vitals
         if process.slot == BROKER or self._has_warned_of_footprint or vitals is None or not 0 < limit < vitals.rss:
             return
         self._has_warned_of_footprint = True
         _log.error(
-            "loop.max_rss = {limit}: a worker without clients already uses {used} bytes, so the server replaces "
-            "workers without end, at growing intervals; set loop.max_rss well above that",
+            "{key} = {limit}: a worker without clients already uses {used} bytes, so the server replaces "
+            "workers without end, at growing intervals; set {key} well above that",
+            key=key,
             limit=limit,
             used=vitals.rss,
         )
@@ -352,7 +458,7 @@ class Supervisor(Service):
     def _reap_orphans(self) -> None:
         if self.zygote is not None and not self.zygote.is_forking:  # else a child may have no known pid yet
             own = self.zygote.pids
-            orphans.reap(lambda: [*own, *(process.pid for process in self.children.values())])
+            orphans.reap(lambda: [*own, *self._trial.pids, *(process.pid for process in self.children.values())])
 
     # Effects.
 
@@ -384,7 +490,7 @@ class Supervisor(Service):
         process = ChildProcess(self, effect.slot, effect.generation)
         listening = [] if effect.slot == BROKER else [self._port.sockets[effect.slot].fileno()]
         module = self._modules.get(effect.slot, self._worker)
-        settings = self._revisions[effect.revision].fd
+        settings = self._revisions.fd(effect.revision)
         self.children[effect.generation] = process
         assert self.zygote is not None
         try:
@@ -398,28 +504,38 @@ class Supervisor(Service):
             )
             self._carry_out(self.pool.process_exited(effect.generation, _EX_OSERR, self._now()))
 
-    def _hand_over(self, effect: effects.HandOver) -> None:
-        """Hand the connections of a process over to the one that serves its slot now."""
-        source = self.children[effect.generation]
-        target = self.children.get(self.pool.slots[effect.slot].process.generation)
-        if target is None:  # it has just died; the clients of the source reconnect
-            self._carry_out(self.pool.handed_over(effect.generation, self._now()))
-            return
-        began = self._now()
+    def _hand_over(self, effect: effects.MoveConnections) -> None:
+        moves = self._move(self.children[effect.generation], effect)
+        Deferred.fromCoroutine(moves).addErrback(self._log_failed_move).addBoth(
+            lambda _: self._carry_out(self.pool.handed_over(effect.generation, self._now()))
+        )
 
-        def ended(result: HandOverResult) -> None:
-            self._moved.value += result.moved
-            self._not_moved.value += result.closed + result.left
-            seconds = self._now() - began
-            line = f"worker {effect.slot} has handed over {result.moved} connections within {seconds:.1f} s"
-            if result.closed or result.left:
-                line += f"; {result.closed + result.left} could not move, and their clients reconnect"
-            if result.reason:
-                line += f" ({result.reason})"
-            self._write_log(effects.LogLine(line))
-            self._carry_out(self.pool.handed_over(effect.generation, self._now()))
+    async def _move(self, source: ChildProcess, effect: effects.MoveConnections) -> None:
+        """Move the connections of a process to the one that serves its slot now, or to all other slots."""
+        began, moved, failed = self._now(), 0, 0
+        reason = "no other worker is ready"
+        targets = self._targets(effect)
+        while targets and not source.has_exited:
+            target = targets.pop()
+            count = ALL
+            if targets:  # this one gets its share of the rest
+                count = (source.vitals.connections if source.vitals else 0) // (len(targets) + 1)
+            if count:
+                result = await hand_over(source, target, count, max(effect.timeout - (self._now() - began), 0.0))
+                self._handovers.count(result)
+                moved, failed, reason = moved + result.moved, failed + result.closed + result.left, result.reason
+        line = f"worker {effect.slot} has handed over {moved} connections within {self._now() - began:.1f} s"
+        line += f"; {failed} could not move, and their clients reconnect" if failed else ""
+        self._write_log(effects.LogLine(line + (f" ({reason})" if reason else "")))
 
-        hand_over(source, target, ALL, effect.timeout).addCallback(ended)
+    def _targets(self, effect: effects.MoveConnections) -> list[ChildProcess]:
+        slot = self.pool.slots[effect.slot]
+        slots = [slot] if slot.process.generation != effect.generation else self.pool.workers
+        serving = [one.process.generation for one in slots if one.state is SlotState.READY and not one.is_removed]
+        return [self.children[generation] for generation in serving]
+
+    def _log_failed_move(self, failure: Failure) -> None:
+        _log.failure("moving connections raised; their clients reconnect", failure)
 
     def _drain(self, effect: effects.DrainProcess) -> None:
         self.children[effect.generation].drain(effect.timeout)
@@ -463,13 +579,13 @@ class Supervisor(Service):
             self._notifier.ready()
         else:
             self._notifier.stopping()
-            self._reloads.stop()
+            self._changes.stop()
             if self._rescue is not None:
                 self._rescue.stopping = True
 
     def _write_log(self, effect: effects.LogLine) -> None:
         (_log.error if effect.is_error else _log.info)("{line}", line=effect.line)
-        self._reloads.tell(effect.line)
+        self._changes.tell(effect.line)
         ready = sum(slot.state is SlotState.READY for slot in self.pool.workers)
         self._notifier.status(f"{ready} of {len(self.pool.workers)} workers ready")
 
@@ -488,8 +604,7 @@ class Supervisor(Service):
             self._port.close()
         if self.zygote is not None:
             self.zygote.close()
-        for revision in self._revisions.values():
-            revision.close()
+        self._revisions.close()
         self._fire_stop_waiters()
         if self._leave is not None:
             self._leave(effect.status)
@@ -502,13 +617,15 @@ class Supervisor(Service):
 
 _ACTIONS: dict[type[Effect], Callable[[Supervisor, Any], None]] = {
     effects.SpawnProcess: Supervisor._spawn,
-    effects.HandOver: Supervisor._hand_over,
+    effects.MoveConnections: Supervisor._hand_over,
     effects.DrainProcess: Supervisor._drain,
     effects.SignalProcess: Supervisor._signal,
     effects.DumpProcessStacks: Supervisor._dump_stacks,
     effects.ConnectToBroker: Supervisor._connect_to_broker,
     effects.UseRevision: Supervisor._use_revision,
     effects.ReloadEnded: Supervisor._end_reload,
+    effects.ScaleEnded: Supervisor._end_scale,
+    effects.RemoveSlot: Supervisor._remove_slot,
     effects.NotifySystemd: Supervisor._notify,
     effects.LogLine: Supervisor._write_log,
     effects.HaltService: Supervisor._halt,
@@ -521,35 +638,6 @@ def _is_discarded(fd: int) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(os.devnull))
     except OSError:
         return True
-
-
-class _Revision:
-    """The settings of one revision, for our use and, as `fd`, for children."""
-
-    def __init__(self, settings: Settings) -> None:
-        """Raises OSError without a free descriptor."""
-        self.settings = settings
-        self.fd = _sealed_memfd(configuration.dump(settings))
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-
-def _with_counts(settings: Settings) -> Settings:
-    """Set the numbers of processes that the settings leave open: children do not count the cores themselves."""
-    cores = count_cores()
-    count = settings.workers.count or cores
-    processes = settings.workers.processes or max(1, cores // count)
-    return replace(settings, workers=replace(settings.workers, count=count, processes=processes))
-
-
-def _sealed_memfd(data: bytes) -> int:
-    """Create a memfd that holds `data` and can no longer be changed. Returns its descriptor."""
-    fd = os.memfd_create("realtime-settings", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(fd, "wb", closefd=False) as file:
-        file.write(data)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    return fd
 
 
 def _endpoint(address: str, port: int) -> str:

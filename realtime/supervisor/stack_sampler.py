@@ -48,11 +48,15 @@ class StackSampler:
         self.incidents = IncidentLog()
         self._reactor = reactor
         self._monitor = monitor
-        self._loop = loop
-        self._origin = CodeOrigin(_application_paths(app), _foreign_paths())
+        self.configure(loop, app)
         self._processes = processes
         self._investigations: dict[int, tuple[ChildProcess, LoopInvestigation]] = {}
         monitor.after_check.append(self.check)
+
+    def configure(self, loop: LoopSettings, app: AppSettings) -> None:
+        """Use other limits, and another application, for processes that start from now on."""
+        self._loop = loop
+        self._origin = CodeOrigin(_application_paths(app), _foreign_paths())
 
     def check(self) -> None:
         """Update the investigation of every worker. Cheap while all loops turn."""

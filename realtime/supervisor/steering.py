@@ -10,11 +10,11 @@ import ctypes
 import math
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from twisted.logger import Logger
 
-from realtime.metrics import Metrics
+from realtime.metrics import Metrics, Sample
 from realtime.process import log
 from realtime.supervision.balance import INSTRUCTION_BYTES, Balance, program
 from realtime.supervision.health import Health
@@ -54,13 +54,15 @@ class Steering:
         self._seconds = seconds
         self._balance = Balance(len(port.sockets))
         self._updated_at = -math.inf
-        self._is_active = enabled and len(port.sockets) > 1
-        if self._is_active and port.has_other_listeners:
+        self._is_enabled = enabled
+        self._is_permitted = True  # by the kernel
+        self._has_program = False
+        self._closing = 0  # the number of sockets that are about to be closed, the last ones
+        if enabled and len(port.sockets) > 1 and port.has_other_listeners:
             self._give_up(
                 "workers of a killed server still listen on this port; restart this server once they are gone"
             )
-        for slot in range(len(port.sockets)):
-            self._add_gauges(metrics, slot)
+        metrics.sources.append(lambda: list(self._samples()))
 
     def update(self) -> None:
         """Adapt the kernel's program to the load, at most once per MIN_UPDATE_INTERVAL."""
@@ -71,15 +73,24 @@ class Steering:
         """Adapt the kernel's program at once."""
         self._replace_program()
 
+    def resize(self, closing: int = 0) -> None:
+        """The port has another number of sockets, or the last `closing` of them are about to be closed.
+
+        New connections avoid those from now on, also while steering is disabled: the kernel would reset them.
+        """
+        slots = len(self._port.sockets)
+        self._closing = closing
+        self._balance.resize(slots)
+        self.weights = (*self.weights, *(0,) * slots)[:slots]
+        self._replace_program()
+
     def accept_queue(self, slot: int) -> tuple[int, int]:
         """Return the length and the limit of the slot's accept queue."""
         return accept_queue(self._port.sockets[slot])
 
     def _replace_program(self) -> None:
         self._updated_at = self._seconds()
-        if not self._is_active:
-            return
-        weights = self._balance.weigh(self._health)
+        weights = self._wanted_weights()
         if weights == self.weights:
             return
         try:
@@ -88,19 +99,32 @@ class Steering:
             advice = "allow SO_ATTACH_REUSEPORT_CBPF, or set loop.steering = false"
             self._give_up(f"the kernel refuses its program: {error.strerror}; {advice}")
         else:
-            self.weights = weights
+            self.weights, self._has_program = weights, True
+
+    def _wanted_weights(self) -> tuple[int, ...]:
+        """Return the weights that the program should have now; those it has, if it should not change."""
+        slots = len(self._port.sockets)
+        if not self._is_permitted or slots == 1 or not (self._is_enabled or self._closing or self._has_program):
+            return self.weights
+        weights = (self._balance.weigh(self._health) if self._is_enabled else (1,) * slots)[: slots - self._closing]
+        if self._closing and not any(weights):
+            weights = (1,) * len(weights)  # the kernel's own choice would be among all sockets
+        return (*weights, *(0,) * self._closing)
 
     def _give_up(self, reason: str) -> None:
-        self._is_active = False
+        self._is_permitted = False
         _log.warn("steering is off, the kernel spreads new connections by its hash: {reason}", reason=reason)
 
-    def _add_gauges(self, metrics: Metrics, slot: int) -> None:
-        help = "Weight of the worker in the spread of new connections; all 0: the kernel spreads them by its hash."
-        metrics.gauge("realtime_slot_weight", help, lambda: self.weights[slot], worker=str(slot))
-        help = "Connections in the worker's accept queue."
-        metrics.gauge("realtime_accept_queue_depth", help, lambda: self.accept_queue(slot)[0], worker=str(slot))
-        help = "Limit of the worker's accept queue."
-        metrics.gauge("realtime_accept_queue_limit", help, lambda: self.accept_queue(slot)[1], worker=str(slot))
+    def _samples(self) -> Iterator[Sample]:
+        for slot, weight in enumerate(self.weights):
+            labels = [("worker", str(slot))]
+            help = "Weight of the worker in the spread of new connections; all 0: the kernel spreads them by its hash."
+            yield Sample("realtime_slot_weight", "gauge", help, labels, weight)
+            depth, limit = self.accept_queue(slot)
+            help = "Connections in the worker's accept queue."
+            yield Sample("realtime_accept_queue_depth", "gauge", help, labels, depth)
+            help = "Limit of the worker's accept queue."
+            yield Sample("realtime_accept_queue_limit", "gauge", help, labels, limit)
 
 
 def _attach(member: socket.socket, code: bytes) -> None:

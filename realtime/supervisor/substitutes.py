@@ -31,6 +31,10 @@ class Substitutes:
         self._health = health
         self._processes = processes
 
+    def configure(self, loop: LoopSettings) -> None:
+        """Use other limits of load from now on."""
+        self._loop = loop
+
     def update(self) -> None:
         """Publish the present answer to every worker."""
         able = {slot for slot, health in self._health.items() if self._can_accept(health)}

@@ -12,12 +12,12 @@ up, so the worker of the stream holds commands that come too early until those b
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Callable, Iterable
 from functools import partial
 from heapq import heappop, heappush
 from itertools import islice
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -66,14 +66,21 @@ _decode = msgspec.json.Decoder(_JSONRequest).decode
 
 
 class EmulationLimits:
-    """The settings of `[emulation]` and their counter. command_size: largest size of one command, in bytes."""
+    """The settings of `[emulation]` and their counter. command_size: largest size of one command, in bytes.
 
-    __slots__ = ("command_size", "held_bytes", "hold_time", "overtaken")
+    call_later: calls a function after some seconds, as `IReactorTime.callLater`.
+    """
 
-    def __init__(self, emulation: EmulationSettings, command_size: int, metrics: Metrics) -> None:
+    __slots__ = ("call_later", "command_size", "held_bytes", "hold_time", "overtaken", "queued_bytes")
+
+    def __init__(
+        self, emulation: EmulationSettings, command_size: int, metrics: Metrics, call_later: Callable[..., Any]
+    ) -> None:
+        self.call_later = call_later
         self.command_size = command_size
         self.hold_time = emulation.hold_time
         self.held_bytes = emulation.max_held_bytes
+        self.queued_bytes = emulation.max_queued_bytes
         self.overtaken = metrics.counter(
             "realtime_emulation_overtaken", "Requests with commands that were handled before earlier commands came."
         )
@@ -104,7 +111,7 @@ class CommandOrder:
         self._next = last + 1 if last else 0  # 0 for unknown
         self._held: list[tuple[int, int, int, bytes]] = []  # a heap: first id, number of arrival, last id, message
         self._arrivals = self._held_bytes = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Any = None
 
     def hand_over(self) -> HandedOrder:
         """Return the state for another process, and end here."""
@@ -133,7 +140,7 @@ class CommandOrder:
         if self._held_bytes > self._limits.held_bytes:
             self._stop_waiting()
         elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._limits.hold_time, self._stop_waiting)
+            self._timer = self._limits.call_later(self._limits.hold_time, self._stop_waiting)
 
     def close(self) -> None:
         """Drop the held messages."""
@@ -155,9 +162,9 @@ class CommandOrder:
         self._release(all=True)
 
     def _cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        timer, self._timer = self._timer, None
+        if timer is not None and timer.active():
+            timer.cancel()
 
     def _ids(self, message: bytes) -> tuple[int, int]:
         """Return the lowest and the highest id in a message; zeros if it has none, or can't be read."""
@@ -253,8 +260,11 @@ class Emulation:
             session.receive(order.data)
             return
         for expected in self._expected.values():
-            if order.secret in expected:
-                expected[order.secret].append(order.data)
+            messages = expected.get(order.secret)
+            if messages is not None:
+                # With more than it may queue, the session ends when it arrives.
+                if sum(map(len, messages)) + _SURCHARGE * len(messages) <= self._limits.queued_bytes:
+                    messages.append(order.data)
                 return
         self._client_log.refuse("emulation_session")
 

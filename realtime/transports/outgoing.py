@@ -18,6 +18,7 @@ import fcntl
 import socket
 import struct
 import termios
+from collections import deque
 from collections.abc import Callable
 from itertools import count
 from typing import Any, Protocol
@@ -91,16 +92,24 @@ class FlushAtTurnEnd:
         self.current_turn = current_turn or count().__next__
         self._call_at_end = call_at_end
         self._scheduled: list[Outgoing] = []
+        self._due: deque[Outgoing] = deque()
 
     def schedule(self, connection: Outgoing) -> None:
         """Call `connection.flush` at the end of this turn."""
         self._scheduled.append(connection)
         if len(self._scheduled) == 1:
-            self._call_at_end(self._flush)
+            self._call_at_end(self.flush)
 
-    def _flush(self) -> None:
-        connections, self._scheduled = self._scheduled, []
-        for connection in connections:
+    def flush(self) -> None:
+        """Flush the scheduled connections.
+
+        A flush may start a handler that blocks: the relief thread flushes the other connections meanwhile.
+        """
+        due = self._due
+        due.extend(self._scheduled)
+        self._scheduled.clear()
+        while due:
+            connection = due.popleft()
             try:
                 connection.flush()
             except Exception:  # the others must be flushed all the same
@@ -176,6 +185,11 @@ class Outgoing:
             sent = 0
         if sent != len(frame):
             sink.queue_remainder(frame, sent)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the relief thread leaves the connection to the loop's thread (`realtime.process.relief`)."""
+        return getattr(getattr(self.transport, "reactor", None), "held", None) is self.transport
 
     @property
     def is_drained(self) -> bool:

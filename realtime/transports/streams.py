@@ -114,7 +114,9 @@ class StreamConnection(ClientConnection, Protocol):
     _is_closing = False
     _is_paused = False  # by the session
     _is_suspended = False  # for a hand-over
-    _queued_messages: deque[bytes] | None = None  # received while the session was paused, or the stream congested
+    _is_receiving = False  # a message is being handled, which code of the application may block
+    # Received meanwhile, and while the session was paused, or the stream congested.
+    _queued_messages: deque[bytes] | None = None
     _queued_bytes = 0
 
     _head: RequestHead | None = None  # None from the beginning of the response on
@@ -159,20 +161,26 @@ class StreamConnection(ClientConnection, Protocol):
         self._receive_queued()
 
     def _receive_queued(self) -> None:
-        while self._queued_messages and not (self._is_paused or self._is_suspended):
+        while self._queued_messages and not (self._is_paused or self._is_suspended or self._is_receiving):
             if self.is_congested:
                 self.when_drained(self._receive_queued)
                 return
             message = self._queued_messages.popleft()
             self._count_queued(-len(message) - _MESSAGE_SURCHARGE)
+            self._is_receiving = True
             self._receive(message)
+            self._is_receiving = False
 
     # Incoming messages
 
     def emulate(self, message: bytes) -> None:
         """Handle a message that the client sent on another connection."""
-        if not (self._is_paused or self._is_suspended or self.is_congested or self._queued_messages):
+        is_blocked = self._is_paused or self._is_suspended or self.is_congested or self._is_receiving
+        if not (is_blocked or self._queued_messages):
+            self._is_receiving = True
             self._receive(message)
+            self._is_receiving = False
+            self._receive_queued()
             return
         if self.is_congested:
             self.when_drained(self._receive_queued)
@@ -208,7 +216,7 @@ class StreamConnection(ClientConnection, Protocol):
 
     @property
     def is_movable(self) -> bool:
-        return self._is_suspended and self._head is None and not self._is_closing
+        return self._is_suspended and self._head is None and not (self._is_closing or self._is_receiving)
 
     def restore_form(self, form: WireFormat, state: HandedStream) -> None:
         """Set the wire format of a handed connection and its state, before it has a transport."""

@@ -126,7 +126,7 @@ class _Pinger:
     def on_deadline(self) -> None:
         """Send a ping, or close the connection if the pong is missing."""
         factory = self.connection.factory
-        if self.expects_pong and self.connection.is_reading:
+        if self.expects_pong and self.connection.is_reading and not self.connection.is_held:
             self.connection.close(*NO_PONG)
         elif self.expects_pong:
             self._set_deadline(factory.pong_timeout)

@@ -185,7 +185,9 @@ function showLoop(card, accounts) {
   write($("p", box), accounts.slice(0, NAMED).map((account) => `${account.account} ${share(account.share)}`).join(" · "));
 }
 
-const processOf = ({ pid, state, since }) => (pid ? `pid ${pid} · ${state} for ${age(since)}` : `no process for ${age(since)}`);
+const processOf = ({ pid, state, since, replacement }) =>
+  (pid ? `pid ${pid} · ${state} for ${age(since)}` : `no process for ${age(since)}`) +
+  (replacement ? ` · ${replacement.role} ${replacement.state}, ${count(replacement.connections)} connections` : "");
 
 function addWorker(slot) {
   const card = copy("worker");
@@ -307,7 +309,8 @@ function showPlaces() {
     share.append(bar);
     row.append(
       make("td", place.place), make("td", place.handler || NONE), make("td", count(place.count), { className: "number" }),
-      make("td", seconds(place.seconds), { className: "number" }), share,
+      make("td", seconds(place.seconds), { className: "number" }),
+      make("td", place.relieved ? seconds(place.relieved) : NONE, { className: "number" }), share,
     );
     return row;
   }));
@@ -349,7 +352,8 @@ function showIncident(list, incident) {
   const duration = $(".duration", element);
   write(duration, seconds(incident.duration));
   duration.dataset.tone = incident.lasts ? "bad" : incident.duration >= 1 ? "warn" : "";
-  duration.title = incident.lasts ? "still blocked" : "";
+  const relief = incident.relieved ? `relief served the worker's clients for ${seconds(incident.relieved)}` : "";
+  duration.title = [incident.lasts ? "still blocked" : "", relief].filter(Boolean).join("; ");
   write($(".place", element), incident.function ? `${incident.place} in ${incident.function}` : incident.place);
   write($(".handler", element), handlerOf(incident));
 }

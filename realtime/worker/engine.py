@@ -26,7 +26,7 @@ from realtime.metrics import Metrics
 from realtime.process.link import Link, adopt
 from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
-from realtime.pubsub.broker_messages import BadFrame, Published
+from realtime.pubsub.broker_messages import ANSWERS, BadFrame, Published
 from realtime.pubsub.engine import (
     AddClient,
     AddPresence,
@@ -43,7 +43,7 @@ from realtime.pubsub.engine import (
     Unsubscribe,
 )
 from realtime.supervision.loop_time import LoopAccount, LoopTimeLedger, LoopWork
-from realtime.types import ClientInfo
+from realtime.types import ClientInfo, Position
 
 REQUEST_LIMIT = broker_messages.FRAME_LIMIT - 1024
 """Upper limit in bytes of a request's frame: the publication made from it is a little longer, and has to fit too."""
@@ -56,6 +56,17 @@ _log = Logger()
 T = TypeVar("T")
 
 _decode = broker_messages.message_decoder(broker_messages.TO_WORKER)
+
+
+def _decoded(decode: Callable[[bytes], Any], body: bytes) -> Any:
+    """Decode a frame's body. Raises BadFrame."""
+    try:
+        return decode(body)
+    except (ValueError, RecursionError) as error:
+        # msgspec's own errors and UnicodeDecodeError are ValueErrors.
+        raise BadFrame(f"not a message: {error}") from error
+
+
 _answer_decoders: dict[type, Callable[[bytes], Any]] = {
     kind: broker_messages.answer_decoder(kind) for kind in broker_messages.REQUESTS
 }
@@ -78,11 +89,11 @@ class _Call(Struct, gc=False):
 class _Arrivals:
     """The clients of one batch that the broker has moved here, and that have not been claimed.
 
-    clients: their users, by client. presence: their channels, by client. has_presence: their presence is at the broker;
-    a fresh stream does not begin with it, as it is not known here yet.
+    A fresh stream does not begin with them: if they do not arrive, another worker may have them still. is_current: the
+    stream is the one that they came over, so the broker has them here. presence: their channels, by client.
     """
 
-    __slots__ = ("clients", "has_presence", "presence")
+    __slots__ = ("clients", "is_current", "presence")
 
     def __init__(self, cut: broker_messages.CutReached) -> None:
         self.clients = {info.client: info for info in cut.clients}
@@ -90,7 +101,7 @@ class _Arrivals:
         for channel, clients in cut.presence.items():
             for client in clients:
                 self.presence.setdefault(client, []).append(channel)
-        self.has_presence = True
+        self.is_current = True
 
 
 class BrokerEngine:
@@ -191,7 +202,7 @@ class BrokerEngine:
         for frame in frames:
             link.send(frame)
         for arrivals in self._arrivals.values():
-            arrivals.has_presence = False
+            arrivals.is_current = False
         had_stream, self._had_stream = self._had_stream, True
         if had_stream:
             self._receiver.on_interruption()
@@ -418,8 +429,6 @@ class BrokerEngine:
 
     def _on_cut(self, message: broker_messages.CutReached) -> None:
         self._arrivals[message.batch] = _Arrivals(message)
-        self._clients.update((info.client, info) for info in message.clients)
-        self._sessions.update(_of(message.sessions, message.clients))
         self._receiver.on_cut(message.batch)
 
     def claim(self, batch: str, info: ClientInfo, secret: str, presence: list[AddPresence]) -> None:
@@ -430,7 +439,7 @@ class BrokerEngine:
         if secret:
             self._sessions[info.client] = secret
         self._presence.update(((request.channel, info.client), request) for request in presence)
-        if not (is_known and arrivals is not None and arrivals.has_presence):
+        if not (is_known and arrivals is not None and arrivals.is_current):
             self._restore(presence, [identity])
 
     def forget_arrivals(self, batch: str) -> list[ClientInfo]:
@@ -438,8 +447,8 @@ class BrokerEngine:
         arrivals = self._arrivals.pop(batch, None)
         if arrivals is None:
             return []
-        for client in arrivals.clients:
-            self._remove_client(RemoveClient(client))
+        for client in arrivals.clients if arrivals.is_current else ():
+            self._send_unanswered(RemoveClient(client))
             for channel in arrivals.presence.get(client, ()):
                 self._send_unanswered(RemovePresence(channel, client))
         return list(arrivals.clients.values())
@@ -447,14 +456,13 @@ class BrokerEngine:
     # Frames from the broker
 
     def _receive(self, number: int, body: bytes) -> None:
+        if number > ANSWERS:
+            self._receive_own(number - ANSWERS, body)
+            return
         call = self._calls.get(number) if number else None
         if number and call is None:
             return  # answered after its deadline
-        try:
-            message = _decode(body) if call is None else _answer_decoders[type(call.request)](body)
-        except (ValueError, RecursionError) as error:
-            # msgspec's own errors and UnicodeDecodeError are ValueErrors.
-            raise BadFrame(f"not a message: {error}") from error
+        message = _decoded(_decode if call is None else _answer_decoders[type(call.request)], body)
         # The next frame is often charged to the same account, so that is not switched back; the link does it at last.
         account = self._account if call is None else call.account
         if self._ledger.current is not account:
@@ -466,6 +474,17 @@ class BrokerEngine:
             self._receiver.on_publication(message.channel, message.publication, message.epoch)
         else:
             self._deliveries[type(message)](message)
+
+    def _receive_own(self, number: int, body: bytes) -> None:
+        """Deliver a publication, which answers the request of this number, too."""
+        message = _decoded(_decode, body)
+        if self._ledger.current is not self._account:
+            self._ledger.switch(self._account)
+        self._receiver.on_publication(message.channel, message.publication, message.epoch)
+        call = self._calls.pop(number, None)
+        if call is not None:
+            self._ledger.switch(call.account)
+            call.done(Position(message.publication.offset, message.epoch), None)
 
     def _on_joined(self, message: broker_messages.Joined) -> None:
         self._receiver.on_join(message.channel, message.info)

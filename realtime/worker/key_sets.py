@@ -36,6 +36,7 @@ from realtime.config.settings import ClientSettings, TokenSettings
 from realtime.errors import KeysUnavailable
 from realtime.handlers.coroutines import start_future
 from realtime.metrics import Metrics
+from realtime.process.server_lock import ServerLock
 
 # Seconds for one attempt, from the name to the last byte, and the number of attempts.
 TIMEOUT = 1.0
@@ -55,14 +56,27 @@ _log = Logger()
 
 
 def make_verifier(
-    settings: ClientSettings, reactor: Any, metrics: Metrics, wall_clock: Callable[[], float]
+    settings: ClientSettings,
+    reactor: Any,
+    metrics: Metrics,
+    wall_clock: Callable[[], float],
+    lock: ServerLock | None = None,
 ) -> TokenVerifier:
-    """Make the verifier of clients' tokens, from one token table of the configuration or from two."""
+    """Make the verifier of clients' tokens, from one token table of the configuration or from two.
+
+    reactor: the application's, on the loop's own thread. lock: the server's.
+    """
 
     def verifier(table: TokenSettings, subscriptions: TokenVerifier | None = None) -> TokenVerifier:
-        fetch = KeySetFetcher(
+        fetcher = KeySetFetcher(
             reactor, metrics, allow_insecure=table.jwks_allow_insecure, allowed_hosts=table.jwks_allowed_hosts
         )
+
+        async def fetch(endpoint: str) -> Mapping[str, VerificationKey]:
+            if lock is not None and lock.is_relieving:
+                await lock.back_on_loop()
+            return await fetcher(endpoint)
+
         return TokenVerifier(table, wall_clock, KeySets(fetch, start_future, reactor.seconds), subscriptions, metrics)
 
     own = settings.subscription_token

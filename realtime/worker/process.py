@@ -31,6 +31,7 @@ from realtime.process.heartbeat import LoadGauges
 from realtime.pubsub.engine import ReportSubscriptions
 from realtime.supervision.loop_time import LoopWork
 from realtime.transports.connection import ClientConnection
+from realtime.worker.formats import formats
 from realtime.worker.handover_source import HandOverSource
 from realtime.worker.handover_target import HandOverTarget
 from realtime.worker.listening import ListeningPort, adopt
@@ -38,6 +39,9 @@ from realtime.worker.lost_clients import report_lost_clients
 from realtime.worker.wiring import wire_handlers, wire_handover, wire_protocol, wire_pubsub, wire_transports
 
 _log = Logger()
+
+FORMATS = formats()
+"""See `realtime.worker.formats`."""
 
 # Seconds between two reports of the number of subscriptions to the engine.
 REPORT_INTERVAL = 1.0
@@ -140,6 +144,7 @@ class Worker:
 
     def take_over(self, stream: int) -> None:
         """Take over connections of another process from a stream."""
+        self._takeovers = [takeover for takeover in self._takeovers if takeover.is_open]
         self._takeovers.append(HandOverTarget(self._handover, stream))
 
     async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
@@ -150,12 +155,17 @@ class Worker:
         source = HandOverSource(self._handover, stream)
         try:
             if connections < 0:
-                for port in self._ports:
-                    await maybeDeferred(port.stopListening)
-                self._transports.frontend.start_draining()
+                await self._stop_accepting()
             return asdict(await source.run(self._sessions, connections, timeout))
         finally:
             self._is_handing_over = False
+
+    async def _stop_accepting(self) -> None:
+        for receiver in self._receivers:
+            receiver.close()
+        for port in self._ports:
+            await maybeDeferred(port.stopListening)
+        self._transports.frontend.start_draining()
 
     def _sessions(self) -> list[Any]:
         """Return all sessions, also those that have not sent their connect command."""
@@ -201,16 +211,12 @@ class Worker:
 
         timeout: seconds until the process ends anyway.
         """
-        deadline = self._reactor.seconds() + timeout
+        process, deadline = self._process, self._reactor.seconds() + timeout
         admission, dispatcher = self._transports.admission, self._handlers.dispatcher
-        for receiver in self._receivers:
-            receiver.close()
         for takeover in self._takeovers:
             takeover.close()
-        for port in self._ports:
-            await maybeDeferred(port.stopListening)
+        await self._stop_accepting()
         frontend = self._transports.frontend
-        frontend.start_draining()
         http_until = self._reactor.seconds() + min(HTTP_DRAIN, timeout * DISCONNECT_SHARE)
         await self._disconnect_all(min(self._spread(), timeout * DISCONNECT_SHARE))
         stop_at = deadline - timeout * STOP_SHARE
@@ -224,10 +230,12 @@ class Worker:
             await self._disconnect_all(0.0)  # the clients whose handshake ended meanwhile
         for session in list(self._pubsub.sessions):
             session.disconnect(*SHUTDOWN)  # their commands take too long
+        # The rest is the application's, so it needs the loop's own thread.
+        await process.end_relief()
         await dispatcher.stop_handlers((1 - TASKS_SHARE) * max(deadline - self._reactor.seconds(), 0.0))
         # After the `on_stop` handlers, which may end tasks in an order of their own; before the engine is closed, since
         # a `finally` block may publish.
-        await self._process.cancel_tasks(TASKS_SHARE * timeout * STOP_SHARE)
+        await process.cancel_tasks(TASKS_SHARE * timeout * STOP_SHARE)
         await dispatcher.stop(max(deadline - self._reactor.seconds(), 0.0))
         self._pubsub.engine.close()
 

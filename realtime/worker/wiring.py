@@ -15,7 +15,6 @@ the port (`realtime.worker.listening`); the frontend stays the same.
 
 from __future__ import annotations
 
-import asyncio
 import resource
 import socket
 import time
@@ -41,7 +40,7 @@ from realtime.handlers.dispatch import Dispatcher
 from realtime.http.hosts import HostNames
 from realtime.process import log
 from realtime.process.child import Child
-from realtime.process.reactor import turn_end_caller
+from realtime.process.reactor import next_turn_caller, turn_end_caller
 from realtime.process.transport import DirectServer
 from realtime.protocol import handover
 from realtime.protocol.channel_rules import ChannelRules
@@ -59,7 +58,7 @@ from realtime.pubsub.subscriber import Sink
 from realtime.pubsub.time_slices import STRANGER_PAUSE, STRANGER_SLICE, TimeSlicer
 from realtime.server_api.http_api import HTTPAPI
 from realtime.server_api.operations import ServerAPI
-from realtime.supervision.loop_time import LoopWork
+from realtime.supervision.loop_time import LoopAccount, LoopWork
 from realtime.supervision.pressure import Pressure
 from realtime.transports.admission import Admission
 from realtime.transports.connection import HandOverEndpoint
@@ -155,7 +154,7 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
     settings, reactor, metrics, ledger = process.settings, process.reactor, process.metrics, process.accounts
     rules, address = ChannelRules(settings.channel), worker_address(process.slot, process.generation)
     accounts = NamespaceAccounts(ledger, [namespace.name for namespace in settings.channel.namespaces], rules.namespace)
-    slices = TimeSlicer(reactor.seconds, settings.loop.slice, _call_next_turn, Deferred)
+    slices = TimeSlicer(reactor.seconds, settings.loop.slice, next_turn_caller(reactor), Deferred)
     strangers = TimeSlicer(reactor.seconds, STRANGER_SLICE, partial(reactor.callLater, STRANGER_PAUSE), Deferred)
     sessions = Sessions(slices)
 
@@ -216,9 +215,12 @@ def wire_handlers(process: Child, app: App) -> HandlerParts:
         ledger=process.accounts,
         marker=process.marker,
         pressure=pressure,
-        compute_pool=ComputePool(reactor, settings.workers, settings.app, metrics, settings.log, process.name),
+        compute_pool=ComputePool(
+            process.loop_reactor, settings.workers, settings.app, metrics, settings.log, process.name
+        ),
         slow_call=settings.loop.lagging,
         client_log=client_log,
+        lock=process.lock,
     )
     dispatcher = Dispatcher(app, services)
     configure_cache_host(cache.HOST, pressure, dispatcher.run_coroutine, metrics)
@@ -249,7 +251,7 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
     )
     services = SessionServices(
         rules=pubsub.rules,
-        tokens=make_verifier(settings.client, reactor, metrics, time.time),
+        tokens=make_verifier(settings.client, process.loop_reactor, metrics, time.time, process.lock),
         engine=pubsub.engine,
         hub=pubsub.hub,
         slices=pubsub.slices,
@@ -293,8 +295,7 @@ def wire_transports(
     settings, metrics, ledger = process.settings, process.metrics, process.accounts
     protocol_account = ledger.open(LoopWork.PROTOCOL)
     queued = QueuedBytes()
-    call_at_end = turn_end_caller(process.reactor)
-    turn_end = FlushAtTurnEnd(process.turn_number, lambda flush: call_at_end(ledger.charging(protocol_account, flush)))
+    turn_end = _turn_end(process, pubsub, protocol_account)
     own_names = HostNames((*settings.http_server.host_names, socket.gethostname()))
     admission = _admission(process, handlers, own_names)
 
@@ -315,7 +316,9 @@ def wire_transports(
             turn_end=turn_end,
         )
 
-    limits = EmulationLimits(settings.emulation, settings.websocket.message_size_limit, metrics)
+    limits = EmulationLimits(
+        settings.emulation, settings.websocket.message_size_limit, metrics, process.reactor.callLater
+    )
     emulation = Emulation(pubsub.engine, protocol.node, pubsub.address, limits, pubsub.strangers, handlers.client_log)
     pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
     stream_context = StreamContext(
@@ -361,9 +364,17 @@ def wire_handover(
         transport=transports.transport,
         emulation=transports.emulation,
         admission=transports.admission,
-        metrics=process.metrics,
         disconnected=handlers.dispatcher.disconnected,
     )
+
+
+def _turn_end(process: Child, pubsub: PubSubParts, account: LoopAccount) -> FlushAtTurnEnd:
+    """Make the end of the loop's turns, and have relief go on with work that a blocked handler keeps from it."""
+    call_at_end = turn_end_caller(process.reactor)
+    turn_end = FlushAtTurnEnd(process.turn_number, lambda flush: call_at_end(process.accounts.charging(account, flush)))
+    if process.relief is not None:
+        process.relief.at_begin += [pubsub.slices.go_on, pubsub.strangers.go_on, turn_end.flush]
+    return turn_end
 
 
 def _admission(process: Child, handlers: HandlerParts, own_names: HostNames) -> Admission:
@@ -426,11 +437,6 @@ def _choose_broadcast(settings: Settings) -> Callable[[bytes, Sequence[Sink]], N
         except (OSError, AttributeError) as error:  # the kernel, or the C library, has no such call
             _log.info("no io_uring ({error}): fan-out makes one system call for each message", error=error)
     return broadcast
-
-
-def _call_next_turn(function: Callable[[], None]) -> None:
-    """Call a function in the loop's next turn. Twisted's `callLater` takes ten times as long for this."""
-    asyncio.get_running_loop().call_soon(function)
 
 
 def _report_error(error: BaseException) -> None:

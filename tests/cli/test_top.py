@@ -34,7 +34,7 @@ def snapshot(workers: int = 2, incidents: int = 1, **changes: Any) -> dict[str, 
                 for n in range(8)
             ),
         ],
-        "places": [{"place": "/srv/chat.py:7", "handler": "rpc report", "count": 4, "seconds": 9.5}],
+        "places": [{"place": "/srv/chat.py:7", "handler": "rpc report", "count": 4, "seconds": 9.5, "relieved": 9.4}],
         "incidents": [INCIDENT] * incidents,
         **changes,
     }
@@ -52,14 +52,22 @@ def test_every_figure_is_drawn() -> None:
     assert row.split() == ["1", "healthy", "1.2ms", "25%", "1200", "12", "340", "87.7MB", "2", "0B", "16", "3", "1.5"]
     assert "     42%    80% of 1  rpc report" in shown
     assert "    0.2%   0.3% of 0  timers" in shown
-    assert "   9.50s       4  /srv/chat.py:7  rpc report" in shown
+    assert "   9.50s     9.40s       4  /srv/chat.py:7  rpc report" in shown
     assert "2.50s  1       /srv/chat.py:7  rpc report" in shown
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 10), (200, 60), (20, 3), (1, 1)])
 @pytest.mark.parametrize("workers", [1, 8, 64])
 def test_it_fits_the_terminal(width: int, height: int, workers: int) -> None:
-    places = [{"place": "/srv/" + "long/" * 50 + "chat.py:7", "handler": "rpc " + "x" * 60, "count": 4, "seconds": 9.5}]
+    places = [
+        {
+            "place": "/srv/" + "long/" * 50 + "chat.py:7",
+            "handler": "rpc " + "x" * 60,
+            "count": 4,
+            "seconds": 9.5,
+            "relieved": 9.4,
+        }
+    ]
     lines = render(snapshot(workers, 40, places=places), width, height, trouble="cannot connect " * 10)
     assert len(lines) <= height
     assert max(sum(len(piece) for piece, _ in line) for line in lines) <= width
@@ -67,7 +75,17 @@ def test_it_fits_the_terminal(width: int, height: int, workers: int) -> None:
 
 def test_80_by_24_has_room_for_every_section() -> None:
     shown = text(render(snapshot(16, 30), 80, 24))
-    for words in ("CONDITION", "LAG", "RESTARTS", "... and", "rpc report", "BLOCKED", "INCIDENT", "/srv/chat.py:7"):
+    for words in (
+        "CONDITION",
+        "LAG",
+        "RESTARTS",
+        "... and",
+        "rpc report",
+        "BLOCKED",
+        "RELIEF",
+        "INCIDENT",
+        "/srv/chat.py:7",
+    ):
         assert words in shown
 
 
@@ -136,6 +154,6 @@ def test_an_unreachable_server_is_one_line(url: str) -> None:
 
 
 def test_a_place_without_a_handler_is_drawn_alone() -> None:
-    places = [{"place": "/srv/chat.py:7", "handler": None, "count": 4, "seconds": 9.5}]
+    places = [{"place": "/srv/chat.py:7", "handler": None, "count": 4, "seconds": 9.5, "relieved": 9.4}]
     shown = text(render(snapshot(places=places, incidents=0), 120, 40))
-    assert shown.endswith("   9.50s       4  /srv/chat.py:7")
+    assert shown.endswith("   9.50s     9.40s       4  /srv/chat.py:7")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from realtime.errors import PoolFull
-from realtime.handlers.coroutines import start_future
+from realtime.handlers.coroutines import await_deferreds, start_future
 from realtime.handlers.threads import BoundedSemaphore, DaemonPool, ThreadSafeClient
 from realtime.types import Grant
 from tests.driving import on_loop
@@ -197,7 +197,11 @@ async def test_permits_go_to_the_waiters_in_order_of_arrival() -> None:
 async def test_permit_granted_in_the_moment_of_cancellation_goes_to_the_next_waiter() -> None:
     semaphore = BoundedSemaphore(permits=1, queue=2)
     await semaphore.acquire()
-    first, second = asyncio.ensure_future(semaphore.acquire()), asyncio.ensure_future(semaphore.acquire())
+
+    async def acquire() -> None:
+        await await_deferreds(semaphore.acquire())
+
+    first, second = asyncio.ensure_future(acquire()), asyncio.ensure_future(acquire())
     await until(lambda: semaphore.waiting == 2)
     semaphore.release()
     first.cancel()

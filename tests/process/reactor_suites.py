@@ -37,7 +37,7 @@ class Server(DirectServer):
 
     def startTLS(self, *arguments: Any) -> None:
         self.stopReading()
-        self.reads_directly = False
+        self.reads_directly = ""
         self.startReading()
         super().startTLS(*arguments)
 

@@ -49,7 +49,7 @@ assert "realtime.supervisor.service._log" in loggers
 print(*[name for name, logger in loggers.items() if logger.observer is not log.observer])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.stdout.split(), done.stderr) == (["realtime.supervisor.child_process._output_log"], "")
+    assert (done.stdout.split(), done.stderr) == (["realtime.supervisor.child_output._output_log"], "")
 
 
 def test_a_child_filters_by_level_names_itself_and_escapes_control_characters() -> None:

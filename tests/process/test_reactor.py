@@ -55,7 +55,7 @@ async def main():
         peers.append(peer)
     for peer in peers:
         print(await said(peer, b"hello"))
-    print("direct", len(selector._readers))
+    print("direct", len(reactor.server.getReaders()))
     print(await said(peers[0], b"wait"))
     print(await said(peers[0], b"again"))
     peers[1].close()                      # the peer closes
@@ -69,7 +69,7 @@ async def main():
             server.abortConnection()
     while len(ends) < 4:
         await deferLater(reactor, 0.001)
-    print("direct", len(selector._readers))
+    print("direct", len(reactor.server.getReaders()))
     await port.stopListening()
     reactor.stop()
 

@@ -33,6 +33,7 @@ class FillableSocket(WholeFrames):
 
     fills = False
     is_drained = True
+    is_held = False
     is_congested = False
     is_paced = False
     unsent_bytes = 0

@@ -18,6 +18,7 @@ from realtime.supervision.incidents import (
     IncidentLog,
     LoopInvestigation,
     StackRequest,
+    describe,
 )
 from realtime.supervision.stacks import CodeOrigin, Stack, StackFrame
 from realtime.supervision.vitals import LatestCalls, ProcessState, RunningHandler, Vitals
@@ -103,6 +104,27 @@ def test_a_block_is_attributed_measured_counted_and_logged() -> None:
     [blocks] = case.incidents.blocks.values()
     assert (blocks.count, round(blocks.seconds, 4)) == (1, 0.3125)
     assert case.lines == ["worker 3 was blocked for 0.312 s at /app/chat.py:7 in report (rpc report for report)"]
+
+
+def test_the_time_that_relief_served_is_kept_and_logged() -> None:
+    case = Case()
+    case.vitals = replace(case.vitals, relief_since=int(99e9))  # in an earlier turn
+    assert case.block(0.25, stack()).relieved == 0
+    case.turn()
+    case.update(0.06)
+    case.answer(stack())
+    case.vitals = replace(case.vitals, relief_since=int((case.began + 0.03) * 1e9))
+    case.update()
+    case.vitals = replace(case.vitals, relief_since=int((case.began + 0.3) * 1e9))  # after a pause
+    case.now = case.began + 2.03
+    case.update(0)
+    line = describe(case.incidents.recent[-1])
+    assert line.endswith("in report (rpc report for report) while relief serves its other clients")
+    case.end_turn()
+    case.update()
+    assert round(case.incidents.recent[-1].relieved, 3) == 2.0
+    [blocks] = case.incidents.blocks.values()
+    assert round(blocks.relieved, 3) == 2.0
 
 
 def test_a_stack_is_requested_each_second_and_never_twice_at_a_time() -> None:

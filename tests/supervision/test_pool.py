@@ -19,10 +19,12 @@ from realtime.supervision.effects import (
     DumpProcessStacks,
     Effect,
     HaltService,
-    HandOver,
     LogLine,
+    MoveConnections,
     NotifySystemd,
     ReloadEnded,
+    RemoveSlot,
+    ScaleEnded,
     SignalProcess,
     SpawnProcess,
     UseRevision,
@@ -109,7 +111,7 @@ class World:
     def hand_over(self, number: int) -> list[Effect]:
         """Let the slot's successor become ready, and its predecessor hand over, drain and end."""
         effects = self.do(self.pool.process_ready(self.successor(number), self.now))
-        assert slots(HandOver, effects) == [number]
+        assert slots(MoveConnections, effects) == [number]
         assert slots(DrainProcess, self.do(self.pool.handed_over(self.predecessor(number), self.now))) == [number]
         return self.ended(self.predecessor(number), 0)
 
@@ -481,6 +483,45 @@ def test_a_worker_whose_memory_grows_slowly_is_replaced_when_it_reaches_the_limi
     assert replace_for_memory(world) == pytest.approx(2, abs=0.2)
 
 
+def test_a_replacement_for_memory_that_fails_is_tried_again_after_a_pause() -> None:
+    world = World().up()
+    world.do(world.pool.memory_exceeded(1, 1, world.now, "workers.max_rss"))
+    world.ended(world.successor(1), 1)
+    goes_on = "worker 1 goes on as it is: its successor exited with status 1; trying again in 60 s"
+    assert world.lines() == ["worker 1 uses 0 MiB of memory (workers.max_rss); replacing it", goes_on]
+    world.wait(59)
+    assert world.pool.memory_exceeded(1, 1, world.now) == []
+    world.wait(2)
+    assert slots(SpawnProcess, world.pool.memory_exceeded(1, 1, world.now)) == [1]
+
+
+# Age.
+
+
+def test_old_workers_are_replaced_at_different_times_and_none_is_older_than_the_limit() -> None:
+    world = World(workers=4)
+    world.pool.configure(WorkersSettings(max_age=100.0), LoopSettings(), STOP)
+    world.up()
+    born = dict.fromkeys(range(4), world.now)
+    replaced: list[tuple[int, float]] = []
+    while world.now < 600.0:
+        for number in slots(SpawnProcess, world.tick()):
+            replaced.append((number, world.now))
+            assert world.now - born[number] <= 100.2
+            born[number] = world.now
+            world.hand_over(number)
+    assert {number for number, _ in replaced} == {0, 1, 2, 3}
+    assert [number for number, _ in replaced[:4]] == [3, 2, 1, 0]
+    assert all(later - sooner > 5 for (_, sooner), (_, later) in pairwise(replaced[:4]))
+    assert world.pool.slots[0].restarts.keys() == {"age"}
+    assert "worker 3 has served for 63 s (workers.max_age); replacing it" in world.lines()
+
+
+def test_without_a_limit_no_worker_is_too_old() -> None:
+    world = World().up()
+    assert world.wait(1000) == []
+
+
 # Replacing by reload.
 
 
@@ -508,7 +549,7 @@ def test_the_old_process_serves_until_the_new_one_is_ready() -> None:
     new = world.successor(0)
     effects = world.do(world.pool.process_ready(new, world.now))
     assert (world.serving(0), world.pool.slots[0].state) == (new, SlotState.READY)
-    assert [(effect.slot, effect.generation) for effect in of(HandOver, effects)] == [(0, old)]
+    assert [(effect.slot, effect.generation) for effect in of(MoveConnections, effects)] == [(0, old)]
 
 
 def test_a_process_that_does_not_hand_over_or_end_in_time_is_drained_and_killed() -> None:
@@ -656,6 +697,70 @@ def test_a_replacement_for_memory_does_not_delay_a_reload_for_ever() -> None:
     assert of(ReloadEnded, world.hand_over(0)) == [ReloadEnded()]
 
 
+# Another number of workers.
+
+
+def test_more_workers_start_beside_the_others() -> None:
+    world = World().up()
+    assert slots(SpawnProcess, world.do(world.pool.scale(4, world.now))) == [2, 3]
+    assert world.pool.ready, "the server is ready while the new ones start"
+    assert of(ScaleEnded, world.ready(2)) == []
+    assert of(ScaleEnded, world.ready(3)) == [ScaleEnded()]
+    assert [slot.number for slot in world.pool.workers] == [0, 1, 2, 3]
+
+
+def test_the_last_workers_hand_over_and_end() -> None:
+    world = World(workers=3).up()
+    assert slots(MoveConnections, world.do(world.pool.scale(1, world.now))) == [1, 2]
+    assert world.pool.ready
+    for number in (1, 2):
+        assert slots(DrainProcess, world.do(world.pool.handed_over(world.serving(number), world.now))) == [number]
+    assert world.exit(1, 0) == [], "the kernel numbers the sockets in order: the last one goes first"
+    assert world.exit(2, 0) == [RemoveSlot(2), RemoveSlot(1), ScaleEnded()]
+    assert [slot.number for slot in world.pool.workers] == [0]
+    assert world.wait(100) == []
+
+
+def test_a_new_worker_that_does_not_start_takes_the_other_new_ones_with_it() -> None:
+    world = World(workers=1).up()
+    world.do(world.pool.scale(3, world.now))
+    world.fail(1, "app.py:3: no database", 75)
+    effects = world.exit(1, 75)
+    assert of(ScaleEnded, effects) == [ScaleEnded("worker 1 can't start: app.py:3: no database")]
+    assert signals(effects) == [(2, signal.SIGTERM)]
+    assert world.pool.ready
+    assert world.exit(2, -15) == [RemoveSlot(2), RemoveSlot(1)]
+
+
+def test_a_worker_without_a_process_is_removed_at_once() -> None:
+    world = World().up()
+    world.exit(1, 1)
+    assert world.do(world.pool.scale(1, world.now)) == [RemoveSlot(1), ScaleEnded()]
+
+
+def test_a_worker_that_dies_while_it_is_removed_is_not_replaced() -> None:
+    world = World().up()
+    world.do(world.pool.scale(1, world.now))
+    assert world.exit(1, -11) == [RemoveSlot(1), ScaleEnded()]
+    assert world.wait(100) == []
+
+
+def test_a_worker_that_is_being_replaced_can_be_removed() -> None:
+    world = World().up()
+    world.do(world.pool.memory_exceeded(1, 1, world.now))
+    effects = world.do(world.pool.scale(1, world.now))
+    assert (slots(MoveConnections, effects), signals(effects)) == ([1], [(1, signal.SIGTERM)])
+    world.ended(world.successor(1), -15)
+    assert world.exit(1, 0) == [RemoveSlot(1), ScaleEnded()]
+
+
+def test_a_stop_ends_a_change_of_the_number() -> None:
+    world = World().up()
+    world.do(world.pool.scale(3, world.now))
+    assert of(ScaleEnded, world.do(world.pool.stop(world.now))) == [ScaleEnded("the server is stopping")]
+    assert world.pool.scale(5, world.now) == [ScaleEnded("the server is stopping")]
+
+
 # Links.
 
 
@@ -781,18 +886,18 @@ class Invariants(RuleBasedStateMachine):
         self.alive: dict[int, int] = {}  # generation -> slot
         self.killed: set[int] = set()
         self.leaving: set[int] = set()  # generations that hand over, drain or are killed
-        self.reloads = 0
+        self.reloads = self.scales = 0
         self.halts = 0
         self.stopped_at = float("inf")  # time of the first stop
 
     def carry(self, effects: list[Effect]) -> None:
         for effect in effects:
-            assert not self.halts or isinstance(effect, ReloadEnded), "an effect after HaltService"
+            assert not self.halts or isinstance(effect, ReloadEnded | ScaleEnded), "an effect after HaltService"
             if isinstance(effect, SpawnProcess):
                 assert effect.generation not in self.alive
                 assert self.now < self.stopped_at, "a process was started after stop"
                 self.alive[effect.generation] = effect.slot
-            elif isinstance(effect, SignalProcess | DrainProcess | HandOver | DumpProcessStacks):
+            elif isinstance(effect, SignalProcess | DrainProcess | MoveConnections | DumpProcessStacks):
                 assert self.alive[effect.generation] == effect.slot, "an effect on a process that does not exist"
                 self.leaving.add(effect.generation)
                 if isinstance(effect, SignalProcess) and effect.number == signal.SIGKILL:
@@ -802,6 +907,8 @@ class Invariants(RuleBasedStateMachine):
                 assert BROKER in self.alive.values()
             elif isinstance(effect, ReloadEnded):
                 self.reloads -= 1
+            elif isinstance(effect, ScaleEnded):
+                self.scales -= 1
             elif isinstance(effect, HaltService):
                 self.halts += 1
 
@@ -854,7 +961,13 @@ class Invariants(RuleBasedStateMachine):
         number = data.draw(st.sampled_from([slot.number for slot in self.pool.workers]))
         self.carry(self.pool.memory_exceeded(number, 1, self.now))
 
-    @precondition(lambda self: not self.pool.reloading)
+    @precondition(lambda self: not self.pool.reloading and not self.pool.scaling)
+    @rule(count=st.integers(1, 4))
+    def scale(self, count: int) -> None:
+        self.scales += 1
+        self.carry(self.pool.scale(count, self.now))
+
+    @precondition(lambda self: not self.pool.reloading and not self.pool.scaling)
     @rule()
     def reload(self) -> None:
         self.reloads += 1
@@ -879,6 +992,10 @@ class Invariants(RuleBasedStateMachine):
             if self.pool.stopping:
                 self.stopped_at = min(self.stopped_at, self.now)
             assert self.reloads == int(self.pool.reloading), "a reload ends once"
+            assert self.scales == int(self.pool.scaling), "a change of the number ends once"
+            numbers = [slot.number for slot in self.pool.workers]
+            assert numbers == list(range(len(numbers)))
+            assert not numbers[0:1] or not self.pool.slots[0].is_removed
 
     @invariant()
     def no_slot_has_two_processes_that_accept(self) -> None:
@@ -898,10 +1015,10 @@ class Invariants(RuleBasedStateMachine):
                     self.exit(generation, -9 if generation in self.killed else 0)
                 else:
                     self.carry(self.pool.process_ready(generation, self.now))
-            if self.pool.ready and not self.reloads:
+            if self.pool.ready and not (self.reloads or self.scales):
                 break
         assert self.pool.ready
-        assert self.reloads == 0
+        assert (self.reloads, self.scales) == (0, 0)
 
     def teardown(self) -> None:
         """Every stop ends in one HaltService within the deadline, if killed processes exit."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.logger import LogLevel, capturedLogs, formatEvent
 
 from realtime.config import settings as configuration
@@ -104,6 +104,8 @@ class Forks:
     def __init__(self, reactor: Reactor, modules: Sequence[str], *, capture: bool) -> None:
         self.reactor = reactor
         self.is_closed = False
+        self.renewals = 0
+        self.renewed: Deferred[None] = succeed(None)
 
     def fork(self, fork: Fork, descriptors: Sequence[int], exited: Callable[[int], None]) -> Spawned:
         if self.reactor.refuse:
@@ -112,6 +114,10 @@ class Forks:
         self.reactor.spawned.append(spawned)
         _adopt(self.reactor, spawned.link, spawned.peer)
         return spawned
+
+    def renew(self) -> Deferred[None]:
+        self.renewals += 1
+        return self.renewed
 
     def close(self) -> None:
         self.is_closed = True
@@ -267,12 +273,13 @@ async def test_it_reaps_orphans_but_not_its_processes(monkeypatch: pytest.Monkey
 
 async def test_late_events_of_a_dead_process_do_not_affect_its_successor(running: Running) -> None:
     old = running.process(0)
+    (late,) = (process for process in running.supervisor.children.values() if process.slot == 0)
     old.exit(-signal.SIGKILL)
     while running.process(0) is old:
         running.tick()
-    running.supervisor.process_ready(old.protocol)
-    running.supervisor.control_link_lost(old.protocol)
-    running.supervisor.process_exited(old.protocol, 0)
+    running.supervisor.process_ready(late)
+    running.supervisor.control_link_lost(late)
+    running.supervisor.process_exited(late, 0)
     assert running.supervisor.pool.slots[0].state is SlotState.STARTING
 
 

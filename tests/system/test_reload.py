@@ -63,7 +63,11 @@ class Deployed:
         file.write_text(text.replace(before, after))
 
     def reload(self) -> subprocess.CompletedProcess[str]:
-        command = [str(REALTIME), "reload", "--config", str(self.config), "--port", str(self.server.operator_port)]
+        return self.run("reload")
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a `realtime` command."""
+        command = [str(REALTIME), *arguments, "--config", str(self.config), "--port", str(self.server.operator_port)]
         return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=100)
 
     def workers(self) -> list[int]:
@@ -89,6 +93,7 @@ def test_new_code_and_a_new_option_reach_the_clients_that_stay(deployed: Deploye
             await news.presence_stats()
         assert (await client.rpc("version", None)).data == 1
 
+        zygotes = deployed.server.processes("realtime.process.zygote")
         deployed.change(deployed.application, "VERSION = 1", "VERSION = 2")
         deployed.change(deployed.config, "for_subscriber = false", "for_subscriber = true")
         done = await asyncio.get_running_loop().run_in_executor(None, deployed.reload)
@@ -99,6 +104,8 @@ def test_new_code_and_a_new_option_reach_the_clients_that_stay(deployed: Deploye
         ]
         assert sum(int(found[1]) for found in re.finditer(r"handed over (\d+) connections", done.stdout)) == 1
         assert lines[-1] == "done"
+        wait_until(lambda: len(deployed.server.processes("realtime.process.zygote")) == 1, "one zygote")
+        assert zygotes != deployed.server.processes("realtime.process.zygote")
         assert (await soon(client.rpc("version", None))).data == 2
         assert (await soon(news.presence_stats())).num_clients == 1
         await soon(news.publish("after"))
@@ -136,5 +143,27 @@ def test_sighup_reloads(deployed: Deployed) -> None:
     before = deployed.workers()
     os.kill(deployed.server.pid, signal.SIGHUP)
     deployed.server.wait_for_log("SIGHUP: reloading")
-    deployed.server.wait_for_log("reloaded within")
+    deployed.server.wait_for_log("the reload took")
     assert deployed.replaced(before)
+
+
+def test_clients_stay_while_workers_are_added_and_removed(deployed: Deployed) -> None:
+    async def scenario() -> None:
+        clients = [await connect(deployed.server.endpoint) for _ in range(8)]
+        for _, events in clients:
+            await soon(events.connected.get())
+        run = asyncio.get_running_loop().run_in_executor
+        done = await run(None, deployed.run, "scale", "3")
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "done")
+        assert len(deployed.workers()) == 3
+        done = await run(None, deployed.run, "scale", "1")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(deployed.workers()) == 1
+        late = await connect(deployed.server.endpoint)
+        await soon(late[1].connected.get())
+        for client, events in (*clients, late):
+            assert (await soon(client.rpc("version", None))).data == 1
+            assert events.connected.empty(), "the client did not reconnect"
+            await leave(client)
+
+    in_own_loop(scenario())

@@ -112,7 +112,12 @@ class StreamStage(Stage):
             self.engine,
             NODE,
             WORKER,
-            EmulationLimits(values.emulation, values.websocket.message_size_limit, self.metrics),
+            EmulationLimits(
+                values.emulation,
+                values.websocket.message_size_limit,
+                self.metrics,
+                reactor.callLater,  # type: ignore[attr-defined]
+            ),
         )
         registry.add_handler(EmulateOrder, self.emulation.receive)
         self.streams = StreamContext(

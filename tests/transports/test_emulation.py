@@ -411,7 +411,7 @@ class TestCommandOrder:
 
     def order(self, encoding: Encoding = JSON_ENCODING, first: bytes = b'{"id":1,"connect":{}}') -> Any:
         self.seen: list[bytes] = []
-        self.limits = EmulationLimits(settings.EmulationSettings(), 65536, Metrics())
+        self.limits = EmulationLimits(settings.EmulationSettings(), 65536, Metrics(), reactor.callLater)  # type: ignore[attr-defined]
         return CommandOrder(self.seen.append, encoding, first, self.limits)
 
     async def test_commands_are_handled_in_the_order_of_their_ids(self) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from msgspec.structs import replace
 from twisted.internet import reactor
@@ -97,6 +97,13 @@ async def scene(slot: int = 0) -> AsyncIterator[Scene]:
         await broker.stop()
 
 
+class Served(Protocol):
+    """Something that clients can connect to."""
+
+    @property
+    def address(self) -> tuple[str, int]: ...
+
+
 class Moving:
     """A client of one transport, with the interface that the tests need. channel "news" from the beginning on."""
 
@@ -142,7 +149,7 @@ class Moving:
             return frame(2, in_protobuf(command))
         return text(json.dumps(command))
 
-    async def say(self, via: ServedWorker, **command: Any) -> None:
+    async def say(self, via: Served, **command: Any) -> None:
         """Send a command. via: the worker that a stream's client posts it to."""
         if "websocket" in self.kind:
             self.client.send(self.command(**command))
@@ -162,14 +169,14 @@ UNIDIRECTIONAL = ["uni_websocket", "uni_sse", "uni_http_stream"]
 BIDIRECTIONAL = ["websocket json", "websocket protobuf", "sse", "http_stream"]
 
 
-async def connect(served: ServedWorker) -> Client:
-    endpoint = TCP4ClientEndpoint(reactor, *served.listening.getsockname())
+async def connect(served: Served) -> Client:
+    endpoint = TCP4ClientEndpoint(reactor, *served.address)
     client: Client = await connectProtocol(endpoint, Client())
     return client
 
 
 async def arrive(
-    served: ServedWorker, kind: str = "websocket json", client: Client | None = None, **subscribe: Any
+    served: Served, kind: str = "websocket json", client: Client | None = None, **subscribe: Any
 ) -> Moving:
     """Connect a client to a worker, and subscribe it to "news". client: connected already; None for a new one."""
     moving = Moving(kind, client or await connect(served))
@@ -193,7 +200,7 @@ async def arrive(
     return moving
 
 
-async def publish(moving: Moving, via: ServedWorker, *numbers: int) -> None:
+async def publish(moving: Moving, via: Served, *numbers: int) -> None:
     """Publish these numbers, one after the other."""
     for number in numbers:
         await moving.say(via, id=1000 + number, publish={"channel": "news", "data": {"n": number}})

@@ -98,6 +98,11 @@ class ServedWorker:
         self.worker = Worker(self.child)
         self._is_drained = False
 
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.listening.getsockname()
+        return host, port
+
     async def start(self) -> None:
         starting = Deferred.fromCoroutine(self.worker.start())
         self.worker.link(self.child.slot, await self.broker.stream(self.child.slot))

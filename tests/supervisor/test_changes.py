@@ -1,4 +1,4 @@
-"""Reloads: one at a time, what their requests receive, and what the service manager hears."""
+"""Changes: one at a time, what their requests receive, and what the service manager hears."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from twisted.internet.defer import Deferred
 from twisted.logger import capturedLogs, formatEvent
 
 from realtime.config.settings import HTTPServerSettings, Settings
-from realtime.supervisor.reloads import Reloads
+from realtime.supervisor.changes import Changes
 from realtime.supervisor.trial import TrialResult
 
 
 class Scene:
-    """Reloads whose trials and replacements the test ends; it is their service manager too."""
+    """Changes whose trials and replacements the test ends; it is their service manager too."""
 
     def __init__(self) -> None:
         self.trials: list[Deferred[TrialResult]] = []
         self.begun: list[Settings] = []
         self.heard: list[str] = []
         trial: Any = self
-        self.reloads = Reloads(trial, self.begun.append, Settings)
+        self.reloads = Changes(trial, self.begun.append, Settings)
         notifier: Any = self
         self.reloads.notifier = notifier
         self.told: list[str] = []
@@ -78,12 +78,30 @@ def test_a_setting_that_needs_a_restart_is_named() -> None:
 def test_requests_during_a_reload_share_the_next_one() -> None:
     scene = Scene()
     first, second, third = scene.request(), scene.request(), scene.request()
-    assert scene.told == ["a reload is under way; another one follows"] * 2
+    assert scene.told == ["a reload is under way; the reload follows"] * 2
     scene.trials[0].callback(TrialResult(Settings()))
     scene.reloads.ended("")
     assert (first, second, third, len(scene.trials)) == ([""], [], [], 2)
     scene.trials[1].callback(TrialResult(problems=["bad"]))
     assert (second, third, len(scene.trials)) == (["bad"], ["bad"], 2)
+
+
+def test_a_change_of_the_number_of_workers_runs_alone() -> None:
+    scene = Scene()
+    begun: list[str] = []
+
+    def scale(name: str) -> list[str]:
+        outcome: list[str] = []
+        scene.reloads.scale(scene.told.append, lambda: begun.append(name)).addCallback(outcome.append)
+        return outcome
+
+    first, second = scale("first"), scale("second")
+    assert second == ["a change of the number of workers is under way; try again when it has ended"]
+    reload = scene.request()
+    scene.reloads.ended("")
+    assert (begun, first, reload, len(scene.trials)) == (["first"], [""], [], 1)
+    assert scale("third") == ["a reload is under way; try again when it has ended"]
+    assert scene.heard == ["reloading"], "a change of the number is no reload for the service manager"
 
 
 def test_a_server_that_stops_refuses_requests_and_ends_a_trial_without_a_replacement() -> None:

@@ -1,7 +1,8 @@
-"""Reloads: a trial of the new configuration and application, then the replacement of all workers.
+"""Changes of the running server at its operators' request: reloads, and other numbers of workers.
 
-One reload runs at a time. Requests that come meanwhile share the next one, since the present one may have read the
-configuration before the latest change.
+A reload begins with a trial of the new configuration and application; then all workers are replaced. One change runs at
+a time. Requests to reload that come meanwhile share the next reload, since a present one may have read the
+configuration before it was last changed.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ Tell = Callable[[str], None]
 """Called with a line of progress."""
 
 _STOPPING = "the server is stopping"
+_RELOAD = "reload"
 
 _log = Logger(observer=log.observer)
 
 
-class Reloads:
-    """Carries out the requests to reload.
+class Changes:
+    """Carries out the requests to reload and to scale.
 
     notifier: of the service manager.
     """
@@ -42,6 +44,20 @@ class Reloads:
         self._present: list[tuple[Tell, Deferred[str]]] = []
         self._next: list[tuple[Tell, Deferred[str]]] = []
         self._began_at = 0.0
+        self._name = ""  # of the present change
+
+    def scale(self, tell: Tell, begin: Callable[[], None]) -> Deferred[str]:
+        """Change the number of workers now. begin: begins it; `ended` is called at the end. See `Supervisor.scale`."""
+        ended: Deferred[str] = Deferred()
+        if self._stopping:
+            ended.callback(_STOPPING)
+        elif self._present:
+            ended.callback(f"a {self._name} is under way; try again when it has ended")
+        else:
+            self._present, self._name = [(tell, ended)], "change of the number of workers"
+            self._began_at = time.monotonic()
+            begin()
+        return ended
 
     def request(self, tell: Tell) -> Deferred[str]:
         """Reload now, or after the present reload. See `Supervisor.reload`."""
@@ -50,13 +66,13 @@ class Reloads:
             ended.callback(_STOPPING)
         elif self._present:
             self._next.append((tell, ended))
-            tell("a reload is under way; another one follows")
+            tell(f"a {self._name} is under way; the reload follows")
         else:
             self._start([(tell, ended)])
         return ended
 
     def tell(self, line: str) -> None:
-        """Pass a line of the log on to those who wait for the present reload."""
+        """Pass a line of the log on to the requests of the present change."""
         for tell, _ in self._present:
             tell(line)
 
@@ -68,7 +84,7 @@ class Reloads:
             ended.callback(_STOPPING)
 
     def _start(self, requests: list[tuple[Tell, Deferred[str]]]) -> None:
-        self._present = requests
+        self._present, self._name = requests, _RELOAD
         self._began_at = time.monotonic()
         self.notifier.reloading(self._began_at)
         self._trial.run(self._running().workers.start_timeout).addCallback(self._tried)
@@ -87,15 +103,17 @@ class Reloads:
             self._begin(settings)
 
     def ended(self, failure: str) -> None:
-        """The present reload has ended. failure: why, in one line; "" after success."""
+        """The present change has ended. failure: why, in one line; "" after success."""
         if self._stopping:
             return
         requests, self._present = self._present, []
         if failure:
-            _log.error("the reload failed: {failure}", failure=failure)
+            _log.error("the {change} failed: {failure}", change=self._name, failure=failure)
         else:
-            _log.info("reloaded within {seconds:.1f} s", seconds=time.monotonic() - self._began_at)
-        self.notifier.ready()
+            seconds = time.monotonic() - self._began_at
+            _log.info("the {change} took {seconds:.1f} s", change=self._name, seconds=seconds)
+        if self._name == _RELOAD:
+            self.notifier.ready()
         following, self._next = self._next, []
         if following:
             self._start(following)
