@@ -133,7 +133,7 @@ class _NotMade:
 def hand_nothing_over(stream: int, reason: str) -> dict[str, object]:
     """Close the stream of a hand-over, and return its result: nothing was moved."""
     os.close(stream)
-    return {"moved": 0, "closed": 0, "left": 0, "reason": reason}
+    return {"moved": 0, "closed": 0, "left": 0, "reason": reason, "bytes": 0, "failures": []}
 
 
 class Child:

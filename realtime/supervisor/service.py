@@ -38,7 +38,7 @@ from realtime.supervision.vitals import Vitals
 from realtime.supervisor import orphans
 from realtime.supervisor.changes import Changes
 from realtime.supervisor.child_process import ChildProcess
-from realtime.supervisor.handover import ALL, hand_over
+from realtime.supervisor.handover import ALL, HandOverCounters, hand_over
 from realtime.supervisor.health_monitor import HealthMonitor
 from realtime.supervisor.listener import CannotListen, SharedPort
 from realtime.supervisor.rebalancer import INTERVAL as REBALANCING_INTERVAL
@@ -112,9 +112,7 @@ class Supervisor(Service):
         self.children: dict[int, ChildProcess] = {}
         self.monitor = HealthMonitor(reactor, settings.loop, self.pool, self.processes)
         self.metrics = Metrics()
-        self._moved = self.metrics.counter("realtime_handed_over_connections", "Connections moved to another worker.")
-        help = "Connections of replaced workers that could not move, so that their clients reconnect."
-        self._not_moved = self.metrics.counter("realtime_handover_failures", help)
+        self._handovers = HandOverCounters(self.metrics)
         self.steering: Steering | None = None
         self.sockets: SlotSockets | None = None
         self._configured_count = settings.workers.count
@@ -524,9 +522,8 @@ class Supervisor(Service):
                 count = (source.vitals.connections if source.vitals else 0) // (len(targets) + 1)
             if count:
                 result = await hand_over(source, target, count, max(effect.timeout - (self._now() - began), 0.0))
-                moved, failed, reason = moved + result.moved, result.closed + result.left, result.reason
-        self._moved.value += moved
-        self._not_moved.value += failed
+                self._handovers.count(result)
+                moved, failed, reason = moved + result.moved, failed + result.closed + result.left, result.reason
         line = f"worker {effect.slot} has handed over {moved} connections within {self._now() - began:.1f} s"
         line += f"; {failed} could not move, and their clients reconnect" if failed else ""
         self._write_log(effects.LogLine(line + (f" ({reason})" if reason else "")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -99,6 +99,11 @@ class HandOverSource:
         self._ready: deque[Session] = deque()
         self._postponed: list[Session] = []
         self._moved = self._closed = 0
+<<<<<<< HEAD
+=======
+        self._bytes = 0
+        self._not_moved: Counter[str] = Counter()  # by reason
+>>>>>>> wire
 
     async def run(self, sessions: Callable[[], Iterable[Session]], connections: int, timeout: float) -> HandOverCounts:
         """Move connections until `timeout` seconds have passed. Never raises.
@@ -123,7 +128,8 @@ class HandOverSource:
         left = self._resume_all()
         if connections < 0:
             left = sum(map(_is_alive, sessions()))
-        return HandOverCounts(self._moved, self._closed, left, reason)
+        failures = [{"reason": failure, "count": count} for failure, count in self._not_moved.items() if count]
+        return HandOverCounts(self._moved, self._closed, left, reason, self._bytes, failures)
 
     # The batches
 
@@ -234,7 +240,7 @@ class HandOverSource:
     def _resume_all(self) -> int:
         """Have all suspended sessions go on here; return their number."""
         left = sum(map(_is_alive, self._suspended))
-        self._parts.count_failure("busy", left)
+        self._not_moved["busy"] += left
         for session in list(self._suspended):
             self._resume(session)
         return left
@@ -296,9 +302,9 @@ class HandOverSource:
         try:
             while shipments:
                 answer = await self._answer()
-                if not isinstance(answer, Taken) or len(answer.taken) != len(shipments[0].connections):
+                if not isinstance(answer, Taken) or len(answer.failures) != len(shipments[0].connections):
                     raise _Stopped("the target sent a wrong answer")
-                self._settle(shipments.popleft(), answer.taken)
+                self._settle(shipments.popleft(), answer.failures)
         finally:
             self._recover(shipments)
 
@@ -313,7 +319,7 @@ class HandOverSource:
             descriptor, state = connection.hand_over()
         except Exception:
             _log.failure("exporting a session raised; its connection is closed")
-            self._parts.count_failure("error")
+            self._not_moved["error"] += 1
             self._closed += 1
             connection.close(*SERVER_ERROR)
             return None
@@ -327,26 +333,27 @@ class HandOverSource:
             self._close_with_shutdown(exported, "descriptors")
             return
         body = encode(message)
+<<<<<<< HEAD
+=======
+        self._bytes += len(body)
+>>>>>>> wire
         self._stream.send(body, [claim, *(descriptor for descriptor, _ in exported)])
         shipments.append(_Shipment(claim, exported))
 
-    def _settle(self, shipment: _Shipment, taken: Sequence[bool]) -> None:
+    def _settle(self, shipment: _Shipment, failures: Sequence[str]) -> None:
         """Close our copies of the connections that the target has, and the connections that it refused."""
         os.close(shipment.claim)
-        refused = []
-        for is_taken, (descriptor, moved) in zip(taken, shipment.connections, strict=True):
-            if is_taken:
-                self._give_up(descriptor, moved)
+        for failure, (descriptor, moved) in zip(failures, shipment.connections, strict=True):
+            if failure:
+                self._close_with_shutdown([(descriptor, moved)], failure)
             else:
-                refused.append((descriptor, moved))
-        self._close_with_shutdown(refused, "refused")
+                self._give_up(descriptor, moved)
 
     def _give_up(self, descriptor: int, moved: MovedConnection | None) -> None:
         """Close our copy of a connection that the target has."""
         os.close(descriptor)
         if moved is not None:
             self._moved += 1
-            self._parts.count("out").value += 1
 
     def _recover(self, shipments: Iterable[_Shipment]) -> None:
         """Take back what the target has not claimed."""
@@ -366,7 +373,7 @@ class HandOverSource:
             if moved is None:
                 os.close(descriptor)
                 continue
-            self._parts.count_failure(reason)
+            self._not_moved[reason] += 1
             self._closed += 1
             if moved.session.state == SessionState.CONNECTED.name:
                 ended.append(moved.session.info)

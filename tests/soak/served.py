@@ -212,13 +212,9 @@ class Service:
             self.dropped[key] += round(sample.value - before if sample.value >= before else sample.value)
             self._dropped_before[key] = sample.value
 
-    async def read_metrics(self, *names: str) -> Counter[str]:
-        """Return the sum of each of these metrics over the running workers, without `direction="out"`."""
-        found: Counter[str] = Counter()
-        for sample in await self._read_samples(*names):
-            if sample.labels.get("direction", "in") == "in" and "worker" in sample.labels:
-                found[sample.name.removesuffix("_total")] += round(sample.value)
-        return found
+    async def read_metrics(self, *names: str) -> dict[str, float]:
+        """Return the values of these metrics of the supervisor, without `_total`."""
+        return {sample.name.removesuffix("_total"): sample.value for sample in await self._read_samples(*names)}
 
     async def _read_samples(self, *names: str) -> list[Sample]:
         url, limit = f"http://127.0.0.1:{self.operator_port}/metrics", aiohttp.ClientTimeout(total=5)
