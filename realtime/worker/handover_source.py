@@ -99,11 +99,8 @@ class HandOverSource:
         self._ready: deque[Session] = deque()
         self._postponed: list[Session] = []
         self._moved = self._closed = 0
-<<<<<<< HEAD
-=======
         self._bytes = 0
         self._not_moved: Counter[str] = Counter()  # by reason
->>>>>>> wire
 
     async def run(self, sessions: Callable[[], Iterable[Session]], connections: int, timeout: float) -> HandOverCounts:
         """Move connections until `timeout` seconds have passed. Never raises.
@@ -333,10 +330,7 @@ class HandOverSource:
             self._close_with_shutdown(exported, "descriptors")
             return
         body = encode(message)
-<<<<<<< HEAD
-=======
         self._bytes += len(body)
->>>>>>> wire
         self._stream.send(body, [claim, *(descriptor for descriptor, _ in exported)])
         shipments.append(_Shipment(claim, exported))
 
