@@ -23,6 +23,7 @@ from realtime.config.annotations import (
     Port,
     Positive,
     PositiveSeconds,
+    PositiveShare,
     Seconds,
     Secret,
     Share,
@@ -573,8 +574,7 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = True
     rebalance_difference: Annotated[
-        float,
-        Meta(ge=0.05, le=1.0),
+        PositiveShare,
         about("Difference between the busy shares of two loops, from 0 to 1, from which clients move."),
     ] = 0.4
     rebalance_delay: Annotated[
