@@ -156,6 +156,8 @@ def _worker(worker: dict[str, Any], width: int) -> Line:
     end = begin + _COLUMNS[1][1]
     style = _COLOURS.get(worker["condition"], _PLAIN)
     line = [(row[:begin], _PLAIN), (row[begin:end], style), (row[end:], _PLAIN)]
+    if second := worker.get("replacement"):
+        line.append((f"  {second['role']} {second['state']}, {_count(second['connections'])} connections", _YELLOW))
     return [*line, (f"  {escape_unprintable(worker['handler'])}", _DIM)] if worker["handler"] else line
 
 

@@ -566,6 +566,21 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
         bool,
         about("The supervisor hands new clients that wait for an unavailable worker to another worker."),
     ] = True
+    rebalance: Annotated[
+        bool,
+        about(
+            "The supervisor moves clients from a worker that is much busier than another one for long, a few at a time."
+        ),
+    ] = True
+    rebalance_difference: Annotated[
+        float,
+        Meta(ge=0.05, le=1.0),
+        about("Difference between the busy shares of two loops, from 0 to 1, from which clients move."),
+    ] = 0.4
+    rebalance_delay: Annotated[
+        PositiveSeconds,
+        about("Time for which a worker must be so much busier before clients move, and before more of them move."),
+    ] = 30.0
     relief: Annotated[
         bool, about("While a handler blocks a worker's loop, a second thread of the worker serves its other clients.")
     ] = True

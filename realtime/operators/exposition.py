@@ -83,11 +83,12 @@ def supervisor_samples(metrics: Metrics) -> Iterator[LabelledSample]:
         yield {"process": process}, sample
 
 
-def pool_samples(pool: Pool, processes: Mapping[int, VitalProcess], now: float) -> Iterator[LabelledSample]:
-    """Slots by state, and each slot's restarts and vital signs. now: seconds of a monotonic clock."""
-    states = [slot.state for slot in pool.workers]
+def pool_samples(pool: Pool, children: Mapping[int, VitalProcess], now: float) -> Iterator[LabelledSample]:
+    """Workers by state, and each slot's restarts and vital signs. children: all processes by generation. now: seconds
+    of a monotonic clock."""
+    states = [process.state for slot in pool.workers for process in slot.places]
     for state in SlotState:
-        help = "Worker slots by state."
+        help = "Workers by state. While one is replaced, its slot has two."
         yield SUPERVISOR, Sample("realtime_workers", "gauge", help, [("state", state.value)], states.count(state))
     for slot in pool.slots.values():
         labels = process_labels(slot.number)
@@ -96,7 +97,11 @@ def pool_samples(pool: Pool, processes: Mapping[int, VitalProcess], now: float) 
         for reason, count in slot.restarts.items():
             help = "Replacements of processes that ended, by reason."
             yield labels, Sample("realtime_process_restarts", "counter", help, [("reason", reason)], count)
-        process = processes.get(slot.number)
+        second = slot.predecessor and children.get(slot.predecessor.generation)
+        if second and second.vitals:
+            help = "Connections that the process before still has to hand over, while a worker is replaced."
+            yield labels, Sample("realtime_predecessor_connections", "gauge", help, [], second.vitals.connections)
+        process = children.get(slot.process.generation)
         vitals = process.vitals if process else None
         if vitals:
             for sample in _vital_samples(vitals, now):

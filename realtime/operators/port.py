@@ -76,6 +76,8 @@ class Overview(LiveSource, SummarySource, Protocol):
     @property
     def processes(self) -> Mapping[int, ObservedProcess]: ...
     @property
+    def children(self) -> Mapping[int, ObservedProcess]: ...
+    @property
     def monitor(self) -> CheckedHealth: ...
     def reload(self, tell: Tell) -> Deferred[str]: ...
     def scale(self, count: int, tell: Tell) -> Deferred[str]: ...
@@ -278,7 +280,7 @@ class OperatorPort:
         """All series that the supervisor itself keeps."""
         overview = self._overview
         yield from supervisor_samples(overview.metrics)
-        yield from pool_samples(overview.pool, overview.processes, self._reactor.seconds())
+        yield from pool_samples(overview.pool, overview.children, self._reactor.seconds())
         yield from block_samples(overview.sampler.incidents.blocks)
         monitor = overview.monitor
         yield from condition_samples([*monitor.health.values(), *([monitor.broker] if monitor.broker else [])])

@@ -164,12 +164,15 @@ class HealthSource(Protocol):
 
 
 class SummarySource(Protocol):
-    """The supervisor's state. steering: None until the clients' port is open."""
+    """The supervisor's state. processes: those that serve, by slot. children: all, by generation. steering: None until
+    the clients' port is open."""
 
     @property
     def pool(self) -> Pool: ...
     @property
     def processes(self) -> Mapping[int, SummarizedProcess]: ...
+    @property
+    def children(self) -> Mapping[int, SummarizedProcess]: ...
     @property
     def monitor(self) -> HealthSource: ...
     @property
@@ -285,7 +288,22 @@ class Summary:
             "subject": (running and running.subject) or None,
             "restarts": sum(slot.restarts.values()),
             "crash_loop": slot.in_crash_loop,
+            "replacement": self._describe_replacement(slot),
             **self._describe_queue(slot.number),
+        }
+
+    def _describe_replacement(self, slot: Slot) -> dict[str, object] | None:
+        """The second process of a slot whose worker is being replaced: its role, state, pid and connections."""
+        second = slot.successor or slot.predecessor
+        if second is None:
+            return None
+        process = self._source.children.get(second.generation)
+        vitals = process.vitals if process else None
+        return {
+            "role": "successor" if second is slot.successor else "predecessor",
+            "state": second.state.value,
+            "pid": process.pid if process else None,
+            "connections": vitals and vitals.connections,
         }
 
     def _describe_queue(self, slot: int) -> dict[str, object]:

@@ -133,7 +133,7 @@ class _NotMade:
 def hand_nothing_over(stream: int, reason: str) -> dict[str, object]:
     """Close the stream of a hand-over, and return its result: nothing was moved."""
     os.close(stream)
-    return {"moved": 0, "closed": 0, "left": 0, "reason": reason}
+    return {"moved": 0, "closed": 0, "left": 0, "reason": reason, "bytes": 0, "failures": []}
 
 
 class Child:
@@ -376,19 +376,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     argv: without the program's name. make_service: called in the running loop; raises as `ChildService.start` does.
     """
     options = _arguments().parse_args(argv)
-    for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
-        os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
-    with suppress(PermissionError):  # it leads a session already
-        os.setpgid(0, 0)  # the supervisor ends the group with this process: programs that handlers have started
-    _set_signals()
-    faulthandler.enable()
-    for fd in options.stacks:
-        stack_dumps.register(fd)
-    _die_with_the_supervisor()
-    if _has_hung_up(options.link):
-        return EX_TEMPFAIL
-    if not _has_descriptors(options.link):
-        sys.stderr.write(f"{_TOO_FEW_DESCRIPTORS}\n")
+    if not _detach(options):
         return EX_TEMPFAIL
     page = VitalsPage.open(options.vitals)
     selector = MeasuredSelector(page)
@@ -420,9 +408,10 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     log.count_internal_errors(child.metrics)
     loop.set_exception_handler(log.log_loop_error)
     _adopt(asyncio_reactor.server, options.link, child.control)
-    _release_in_forks(child, asyncio_reactor.server, loop, selector, (options.vitals, *options.stacks))
+    kill_forks = _release_in_forks(child, asyncio_reactor.server, loop, selector, (options.vitals, *options.stacks))
     asyncio_reactor.callWhenRunning(child.begin, make_service)
     asyncio_reactor.run()
+    kill_forks()
     return child.status
 
 
@@ -435,14 +424,36 @@ def _make_relief(child: Child, selector: MeasuredSelector, reactor: ServerReacto
     return Relief(child.lock, after, selector, reactor, child.marker, tasks, page, child.metrics)
 
 
+def _detach(options: argparse.Namespace) -> bool:
+    """Give this process its own group, signals, stacks and end. Returns whether it can start."""
+    for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
+        os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
+    with suppress(PermissionError):  # it leads a session already
+        os.setpgid(0, 0)  # the supervisor ends the group with this process: programs that handlers have started
+    _set_signals()
+    faulthandler.enable()
+    for fd in options.stacks:
+        stack_dumps.register(fd)
+    _die_with_the_supervisor()
+    if _has_hung_up(options.link):
+        return False
+    if not _has_descriptors(options.link):
+        sys.stderr.write(f"{_TOO_FEW_DESCRIPTORS}\n")
+        return False
+    return True
+
+
 def _release_in_forks(
     child: Child,
     reactor: ServerReactor,
     loop: asyncio.AbstractEventLoop,
     selector: MeasuredSelector,
     descriptors: Sequence[int],
-) -> None:
-    """Have processes that the application forks release the server's part. descriptors: those without an event."""
+) -> Callable[[], None]:
+    """Have processes that the application forks release the server's part. Returns a function that kills them.
+
+    descriptors: those without an event.
+    """
 
     def forget() -> None:
         # No thread of the fork is the loop's, so calls of the App go through `callFromThread` in each.
@@ -452,7 +463,9 @@ def _release_in_forks(
         output.forget_threads()
         child.end_gc_tuning_in_fork()
 
-    forks.release_in_forks(lambda: [*selector.descriptors(), *descriptors], {_port(fd) for fd in child.listen}, forget)
+    return forks.release_in_forks(
+        lambda: [*selector.descriptors(), *descriptors], {_port(fd) for fd in child.listen}, forget
+    )
 
 
 def _refuse_in_fork(*_: object, **__: object) -> NoReturn:

@@ -119,7 +119,8 @@ class HandConnectionsOver(amp.Command):
     """Supervisor -> worker: hand connections over to another process, over this stream, within `timeout` seconds.
 
     connections: their number; -1 for all, and then the worker accepts no further ones. moved, closed, left: what became
-    of them. reason: why the hand-over ended early, "" if it did not.
+    of them. reason: why the hand-over ended early, "" if it did not. bytes: of state sent. failures: numbers of
+    connections that could not move, by reason; see docs/transports.md.
     """
 
     arguments = [(b"stream", amp.Descriptor()), (b"connections", amp.Integer()), (b"timeout", amp.Float())]
@@ -128,6 +129,8 @@ class HandConnectionsOver(amp.Command):
         (b"closed", amp.Integer()),
         (b"left", amp.Integer()),
         (b"reason", amp.Unicode()),
+        (b"bytes", amp.Integer()),
+        (b"failures", amp.AmpList([(b"reason", amp.Unicode()), (b"count", amp.Integer())])),
     ]
 
 

@@ -31,11 +31,13 @@ def release_in_forks(
     ports: Collection[int] = (),
     forget: Callable[[], None] = lambda: None,
     default_signals: Iterable[int] = _DEFAULT_SIGNALS,
-) -> None:
+) -> Callable[[], None]:
     """Have each future fork of this process release what belongs to the server. To be called once, never undone.
 
-    descriptors: returns those of the server, called in the fork. ports: local TCP ports whose sockets are the server's
-    too. forget: called in the fork, after that. default_signals: signals that get their default action.
+    Returns a function that kills all forks, for the end of the process: Python waits there for the calls that a
+    ProcessPoolExecutor has under way. descriptors: returns those of the server, called in the fork. ports: local TCP
+    ports whose sockets are the server's too. forget: called in the fork, after that. default_signals: signals that get
+    their default action.
     """
     # The fork reads from the pipe. Its write end closes with this process, however that ends.
     read_end, write_end = os.pipe()
@@ -64,6 +66,7 @@ def release_in_forks(
         unblock_signals()
 
     os.register_at_fork(before=block_signals, after_in_parent=unblock_signals, after_in_child=release)
+    return lambda: os.close(write_end)
 
 
 def _replace_by_null(descriptors: Iterable[int]) -> None:

@@ -59,7 +59,9 @@ class Fork(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ZygoteStarted(msgspec.Struct, frozen=True, tag=True):
-    """Everything is imported. The first packet to the supervisor."""
+    """Everything is imported. The first packet to the supervisor. formats: the constants FORMATS of the modules."""
+
+    formats: str
 
 
 class Forked(msgspec.Struct, frozen=True, tag=True):
@@ -84,9 +86,10 @@ _decode_fork = msgspec.msgpack.Decoder(Fork).decode
 def main(argv: Sequence[str]) -> int:
     """Fork children until the supervisor closes the link. Returns in the zygote and in each child: the exit status."""
     options = _arguments().parse_args(argv)
-    # Ctrl-C is the supervisor's; a new child can't write its stack yet; and no stranger's signal ends a process.
+    # Signals to all processes are the supervisor's. A child that is not set up yet can't write its stack.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, stack_dumps.STACK, stack_dumps.STACK_IN_C):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     modules = {name: importlib.import_module(name) for name in options.modules}
     _set_name("zygote")
     gc.collect()
@@ -95,6 +98,7 @@ def main(argv: Sequence[str]) -> int:
         trim(0)
     with socket.socket(fileno=options.link) as link:
         os.set_inheritable(options.link, False)
+        link.send(encode(ZygoteStarted(" ".join(getattr(module, "FORMATS", "") for module in modules.values()))))
         fork = _serve(link)
     if fork is None:
         return 0
@@ -106,7 +110,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _serve(link: socket.socket) -> Fork | None:
     """Carry out the requests. Returns in each child, with its request, and in the zygote at the end, with None."""
-    link.send(encode(ZygoteStarted()))
     while True:
         try:
             packet, descriptors, _, _ = socket.recv_fds(link, _MAX_PACKET, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
@@ -125,6 +128,7 @@ def _serve(link: socket.socket) -> Fork | None:
             if not pid:
                 link.close()
                 _place(descriptors, fork.descriptors)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
                 _set_name(fork.name, [sys.executable, "-P", "-m", fork.module, *fork.arguments])
                 return fork
             link.send(encode(Forked(pid)))

@@ -1,4 +1,5 @@
-"""Health and load of the workers -> each slot's share of new connections, as a program for the kernel. Without I/O.
+"""Health and load of the workers -> each slot's share of new connections, as a program for the kernel, and the moves of
+established ones. Without I/O.
 
 By default the kernel spreads the connections of a shared port over the slots' listening sockets by a hash of the
 client's address. A classic BPF program attached to the group of sockets replaces the hash (SO_ATTACH_REUSEPORT_CBPF,
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+
+from msgspec import Struct
 
 from realtime.supervision.health import Condition, Health
 
@@ -31,6 +34,15 @@ _MAX_CATCH_UP = 4.0
 _SMOOTHING = 32
 # Difference from which a weight changes: more than half a step, so that it does not flap between two steps.
 _TOLERANCE = 0.75
+
+MAX_MOVED = 100
+"""Connections that move at a time."""
+
+# Portion of the connections that would make two workers equal, if all cost the same, that move at a time.
+_MOVED_PART = 0.5
+# Delays for which a worker that has received connections gives none.
+_REST = 10.0
+_PRESENT = (Condition.HEALTHY, Condition.LAGGING, Condition.PRESSED)
 
 # linux/filter.h: struct sock_filter {__u16 code; __u8 jt; __u8 jf; __u32 k;}
 _INSTRUCTION = struct.Struct("=HBBI")
@@ -66,6 +78,66 @@ class Balance:
         else:
             self.weights = (0,) * len(self.weights)
         return self.weights
+
+
+class Move(Struct, frozen=True):
+    """Some connections of one slot's worker that should move to another. lasting: seconds for which the source has been
+    busier."""
+
+    source: int
+    target: int
+    connections: int
+    lasting: float
+
+
+class Rebalancing:
+    """Finds moves from a hot worker to the idlest one, by the busy shares of their loops (`Health.utilization`).
+
+    A worker is hot while its share exceeds the lowest by the difference, until it is below half of the difference. When
+    it has been hot for the delay, a part of its connections moves; then it must be hot for the delay again. A worker
+    that has received connections gives none for _REST delays: a client that makes every worker hot does not wander.
+    """
+
+    def __init__(self, difference: float, delay: float) -> None:
+        self.configure(difference, delay)
+        self._hot_since: dict[int, float] = {}
+        self._rests_until: dict[int, float] = {}
+
+    def configure(self, difference: float, delay: float) -> None:
+        """Use another difference and delay (seconds) from now on."""
+        self._difference = difference
+        self._delay = delay
+
+    def find_move(self, health: Mapping[int, Health], now: float) -> Move | None:
+        """Return the move that is due at `now` (monotonic seconds), if any. Call it about once a second."""
+        present = {slot: one for slot, one in health.items() if one.condition in _PRESENT}
+        targets = [one for one in present.values() if one.condition is Condition.HEALTHY]
+        if not targets:
+            return None
+        target = min(targets, key=lambda one: (one.utilization, one.connections, one.slot))
+        for slot in health:
+            excess = present[slot].utilization - target.utilization if slot in present else 0.0
+            if excess >= self._difference:
+                self._hot_since.setdefault(slot, now)
+            elif excess < self._difference / 2:
+                self._hot_since.pop(slot, None)
+        due = [
+            present[slot]
+            for slot, since in self._hot_since.items()
+            if slot in present and now - since >= self._delay and now >= self._rests_until.get(slot, now)
+        ]
+        source = max(due, key=lambda one: one.utilization, default=None)
+        if source is None or source.connections < 2:
+            return None
+        excess = source.utilization - target.utilization
+        if excess < self._difference:
+            return None
+        # Half of the excess would make both equal. A part of that, as connections differ in what they cost.
+        part = _MOVED_PART * excess / 2 / source.utilization
+        count = max(1, min(round(source.connections * part), MAX_MOVED, source.connections - 1))
+        lasting = now - self._hot_since.pop(source.slot)
+        self._rests_until[target.slot] = now + _REST * self._delay
+        return Move(source.slot, target.slot, count, lasting)
 
 
 def _shares(slots: Sequence[Health | None]) -> list[float]:

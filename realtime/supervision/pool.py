@@ -182,7 +182,7 @@ class Pool:
         slot = self.slots[number]
         pause = min(_MEMORY_PAUSE * 2.0 ** min(slot.bloated - 1, 30), _MEMORY_PAUSE_MAX) if slot.bloated else 0.0
         ready_for = now - slot.since
-        if not self._is_settled or ready_for < pause or now < slot.recycle_after:
+        if not self.is_settled or ready_for < pause or now < slot.recycle_after:
             return []
         # Past twice the pause its memory was below the limit at the end of the pause, so it has grown slowly.
         slot.bloated = 1 if ready_for >= max(2 * pause, self._settings.restart_reset) else slot.bloated + 1
@@ -437,7 +437,7 @@ class Pool:
     # Replacing workers.
 
     @property
-    def _is_settled(self) -> bool:
+    def is_settled(self) -> bool:
         """Whether every slot is ready, and no worker is being replaced."""
         return self.ready and all(slot.is_settled and not slot.replacement for slot in self.slots.values())
 
@@ -486,7 +486,7 @@ class Pool:
         """Replace a worker that has reached its age: `workers.max_age` for the first slot, down to half of it for the
         last one, so that workers that were started together are not replaced together."""
         limit, workers = self._settings.max_age, self.workers
-        if not limit or not self._is_settled:
+        if not limit or not self.is_settled:
             return
         for slot in workers:
             age = self._now - slot.since

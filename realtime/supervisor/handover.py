@@ -11,6 +11,7 @@ from msgspec import Struct
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
+from realtime.metrics import Metrics
 from realtime.process.fd_stream import stream_pair
 
 ALL = -1
@@ -27,13 +28,35 @@ class HandOverProcess(Protocol):
 class HandOverResult(Struct, frozen=True):
     """What became of the connections of the source. left: they are still there, and served.
 
-    reason: why the hand-over ended early, "" if it did not. If the source has ended, the numbers are 0.
+    reason: why the hand-over ended early, "" if it did not. If the source has ended, the numbers are 0. bytes: of state
+    sent. failures: numbers of connections that could not move, by reason.
     """
 
     moved: int = 0
     closed: int = 0
     left: int = 0
     reason: str = ""
+    bytes: int = 0
+    failures: dict[str, int] = {}
+
+
+class HandOverCounters:
+    """Counts the connections that moved, and those that could not. The workers' own counters end with them."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._moved = metrics.counter(
+            "realtime_handed_over_connections", "Connections that moved to another process, without an end."
+        )
+        self._bytes = metrics.counter("realtime_handed_over_bytes", "State of connections that moved.")
+
+    def count(self, result: HandOverResult) -> None:
+        """Count the connections of one hand-over."""
+        self._moved.value += result.moved
+        self._bytes.value += result.bytes
+        help = "Connections that could not move to another process, by reason."
+        for reason, count in result.failures.items():
+            self._metrics.counter("realtime_handover_failures", help, reason=reason).value += count
 
 
 def hand_over(
@@ -62,7 +85,8 @@ def hand_over(
             reason = f"a process ended, or its control link: {result.getErrorMessage()}"
             outcome.callback(HandOverResult(reason=reason))
         else:
-            outcome.callback(HandOverResult(**result))
+            failures = {failure["reason"]: failure["count"] for failure in result.pop("failures")}
+            outcome.callback(HandOverResult(**result, failures=failures))
 
     target.take_over(theirs.fileno()).addCallback(taking).addBoth(ended)
     return outcome

@@ -71,7 +71,7 @@ class EmulationLimits:
     call_later: calls a function after some seconds, as `IReactorTime.callLater`.
     """
 
-    __slots__ = ("call_later", "command_size", "held_bytes", "hold_time", "overtaken")
+    __slots__ = ("call_later", "command_size", "held_bytes", "hold_time", "overtaken", "queued_bytes")
 
     def __init__(
         self, emulation: EmulationSettings, command_size: int, metrics: Metrics, call_later: Callable[..., Any]
@@ -80,6 +80,7 @@ class EmulationLimits:
         self.command_size = command_size
         self.hold_time = emulation.hold_time
         self.held_bytes = emulation.max_held_bytes
+        self.queued_bytes = emulation.max_queued_bytes
         self.overtaken = metrics.counter(
             "realtime_emulation_overtaken", "Requests with commands that were handled before earlier commands came."
         )
@@ -259,8 +260,11 @@ class Emulation:
             session.receive(order.data)
             return
         for expected in self._expected.values():
-            if order.secret in expected:
-                expected[order.secret].append(order.data)
+            messages = expected.get(order.secret)
+            if messages is not None:
+                # With more than it may queue, the session ends when it arrives.
+                if sum(map(len, messages)) + _SURCHARGE * len(messages) <= self._limits.queued_bytes:
+                    messages.append(order.data)
                 return
         self._client_log.refuse("emulation_session")
 

@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from http import HTTPStatus
+from itertools import islice
 from typing import Any
 from typing import Protocol as Interface
 
@@ -481,7 +482,7 @@ class HTTPFrontendFactory(Factory):
 
         Returns the descriptors of `limit` of them at most.
         """
-        movable = [frontend for frontend in self.idle if frontend.is_movable][:limit]
+        movable = list(islice((frontend for frontend in self.idle if frontend.is_movable), limit))
         return [frontend.hand_over() for frontend in movable]
 
     def make_room(self) -> None:

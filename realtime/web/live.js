@@ -185,7 +185,9 @@ function showLoop(card, accounts) {
   write($("p", box), accounts.slice(0, NAMED).map((account) => `${account.account} ${share(account.share)}`).join(" · "));
 }
 
-const processOf = ({ pid, state, since }) => (pid ? `pid ${pid} · ${state} for ${age(since)}` : `no process for ${age(since)}`);
+const processOf = ({ pid, state, since, replacement }) =>
+  (pid ? `pid ${pid} · ${state} for ${age(since)}` : `no process for ${age(since)}`) +
+  (replacement ? ` · ${replacement.role} ${replacement.state}, ${count(replacement.connections)} connections` : "");
 
 function addWorker(slot) {
   const card = copy("worker");

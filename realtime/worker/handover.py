@@ -39,7 +39,6 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime.handlers.coroutines import drive
-from realtime.metrics import Counter, Metrics
 from realtime.process import transport
 from realtime.process.transport import DirectServer
 from realtime.protocol.context import SessionServices
@@ -131,9 +130,10 @@ class Expected(HandOverMessage, frozen=True, tag=7):
 
 
 class Taken(HandOverMessage, frozen=True, tag=8):
-    """Target: which connections of a Moved message it has; the others are the source's."""
+    """Target: the answer to a message with connections. failures: "" for each connection that the target has, for each
+    other one the reason why it is the source's again."""
 
-    taken: list[bool]
+    failures: list[str]
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -147,12 +147,14 @@ decode_at_target = msgspec.msgpack.Decoder(Union[Offered, Announced, Moved, Move
 
 
 class HandOverCounts(Struct, frozen=True):
-    """What became of the connections of the source. reason: why the hand-over ended early, "" if it did not."""
+    """The result of a hand-over, see `control.HandConnectionsOver`."""
 
-    moved: int = 0
-    closed: int = 0
-    left: int = 0
-    reason: str = ""
+    moved: int
+    closed: int
+    left: int
+    reason: str
+    bytes: int
+    failures: list[dict[str, Any]]
 
 
 class HandOverParts(Struct, frozen=True):
@@ -172,18 +174,7 @@ class HandOverParts(Struct, frozen=True):
     transport: type[DirectServer]
     emulation: Emulation
     admission: Admission
-    metrics: Metrics
     disconnected: DisconnectedHandler | None
-
-    def count(self, direction: str) -> Counter:
-        """Return the counter of connections that went "out" to another process, or came "in"."""
-        help = "Connections handed over from one process to another, without an end for the client."
-        return self.metrics.counter("realtime_handovers", help, direction=direction)
-
-    def count_failure(self, reason: str, connections: int = 1) -> None:
-        """Count connections that could not be handed over."""
-        help = "Connections that could not be handed over; those that were cut already are closed."
-        self.metrics.counter("realtime_handover_failures", help, reason=reason).value += connections
 
     def open_connection(self, descriptor: int, handed: HandedConnection) -> Any:
         """Continue with a connection, still without a session. Owns the descriptor.

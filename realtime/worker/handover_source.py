@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -53,6 +54,8 @@ ANSWER_TIMEOUT = 5.0
 _MESSAGE_BYTES = 1 << 20
 # Seconds between two batches, and between two looks at what is not ready.
 _PAUSE, _POLL = 0.002, 0.005
+# Connections suspended in one turn of the loop, and seconds between two looks for further ones.
+_SUSPENDED_AT_ONCE, _LOOK_INTERVAL = 200, 0.1
 # Looks at a connection that can't move, before it goes on here for a while.
 _PATIENCE = 20
 # Attempts that may fail one after the other, with the broker away for example, and seconds between them.
@@ -96,7 +99,8 @@ class HandOverSource:
         self._ready: deque[Session] = deque()
         self._postponed: list[Session] = []
         self._moved = self._closed = 0
-        self._bytes = parts.metrics.counter("realtime_handover_bytes", "Bytes of state sent with connections.")
+        self._bytes = 0
+        self._not_moved: Counter[str] = Counter()  # by reason
 
     async def run(self, sessions: Callable[[], Iterable[Session]], connections: int, timeout: float) -> HandOverCounts:
         """Move connections until `timeout` seconds have passed. Never raises.
@@ -121,7 +125,8 @@ class HandOverSource:
         left = self._resume_all()
         if connections < 0:
             left = sum(map(_is_alive, sessions()))
-        return HandOverCounts(self._moved, self._closed, left, reason)
+        failures = [{"reason": failure, "count": count} for failure, count in self._not_moved.items() if count]
+        return HandOverCounts(self._moved, self._closed, left, reason, self._bytes, failures)
 
     # The batches
 
@@ -154,51 +159,61 @@ class HandOverSource:
         self, sessions: Callable[[], Iterable[Session]], connections: int, deadline: float
     ) -> None:
         candidates: Iterator[Session] = iter(())
-        while self._reactor.seconds() < deadline:
-            wanted = connections - self._moved - self._closed if connections >= 0 else BATCH
+        look_at = 0.0
+        while (now := self._reactor.seconds()) < deadline:
+            wanted = connections - self._moved - self._closed if connections >= 0 else math.inf
             if wanted <= 0:
                 return
-            if not self._suspend_some(candidates, min(wanted, BATCH), connections):
-                fresh = [session for session in sessions() if session not in self._tried and _is_alive(session)]
-                fresh += [session for session in self._postponed if _is_alive(session)]
-                self._postponed.clear()
-                self._tried.update(fresh)
+            if not self._suspend_some(candidates, wanted) and (not self._suspended or look_at <= now):
+                look_at = now + _LOOK_INTERVAL
+                fresh = self._candidates(sessions)
                 candidates = iter(fresh)
                 if not (fresh or self._suspended):
                     return
-            batch = self._take_ready(min(wanted, BATCH))
+            batch = self._take_ready(wanted)
             if batch:
                 await self._move(batch)
                 await self._sleep(_PAUSE)
             elif self._suspended:
                 await self._sleep(_POLL)
 
-    def _suspend_some(self, candidates: Iterator[Session], number: int, limit: int) -> bool:
-        """Suspend connections until `number` of them are ready. Returns False if there are not so many candidates.
+    def _candidates(self, sessions: Callable[[], Iterable[Session]]) -> list[Session]:
+        """Forget suspended sessions that have ended; return those that were not tried, and those to be tried again."""
+        for session in [session for session in self._suspended if not _is_alive(session)]:
+            del self._suspended[session]
+        fresh = [session for session in sessions() if session not in self._tried and _is_alive(session)]
+        self._tried.update(fresh)
+        fresh += filter(_is_alive, self._postponed)
+        self._postponed.clear()
+        return fresh
 
-        limit: of the suspended ones; -1 for none.
+    def _suspend_some(self, candidates: Iterator[Session], wanted: float) -> bool:
+        """Suspend connections for a batch. Returns False if there is no further candidate.
+
+        wanted: the most connections that may be suspended.
         """
-        while len(self._ready) < number and not 0 <= limit <= len(self._suspended):
+        for _ in range(_SUSPENDED_AT_ONCE):
+            if len(self._ready) >= BATCH or len(self._suspended) >= wanted:
+                return True
             session = next(candidates, None)
             if session is None:
                 return False
             if _is_alive(session):
+                connection: Any = session.connection
                 self._suspended[session] = 0
-                session.connection.stop_receiving()  # type: ignore[attr-defined]
+                connection.stop_receiving()
                 handover.suspend(session, partial(self._ready.append, session))
         return True
 
-    def _take_ready(self, number: int) -> list[Session]:
-        """Return suspended sessions that can move now."""
-        for session in [session for session in self._suspended if not _is_alive(session)]:
-            del self._suspended[session]
+    def _take_ready(self, wanted: float) -> list[Session]:
+        """Return suspended sessions that can move now: a batch, and not more than `wanted`."""
         batch: list[Session] = []
         effort = 0.0
         for _ in range(len(self._ready)):
-            if len(batch) == number or effort >= BATCH:
+            if len(batch) >= wanted or effort >= BATCH:
                 break
             session = self._ready.popleft()
-            if session not in self._suspended:
+            if session not in self._suspended or not _is_alive(session):
                 continue
             connection: Any = session.connection
             if connection.is_movable and not connection.is_held:
@@ -222,7 +237,7 @@ class HandOverSource:
     def _resume_all(self) -> int:
         """Have all suspended sessions go on here; return their number."""
         left = sum(map(_is_alive, self._suspended))
-        self._parts.count_failure("busy", left)
+        self._not_moved["busy"] += left
         for session in list(self._suspended):
             self._resume(session)
         return left
@@ -284,9 +299,9 @@ class HandOverSource:
         try:
             while shipments:
                 answer = await self._answer()
-                if not isinstance(answer, Taken) or len(answer.taken) != len(shipments[0].connections):
+                if not isinstance(answer, Taken) or len(answer.failures) != len(shipments[0].connections):
                     raise _Stopped("the target sent a wrong answer")
-                self._settle(shipments.popleft(), answer.taken)
+                self._settle(shipments.popleft(), answer.failures)
         finally:
             self._recover(shipments)
 
@@ -301,7 +316,7 @@ class HandOverSource:
             descriptor, state = connection.hand_over()
         except Exception:
             _log.failure("exporting a session raised; its connection is closed")
-            self._parts.count_failure("error")
+            self._not_moved["error"] += 1
             self._closed += 1
             connection.close(*SERVER_ERROR)
             return None
@@ -315,27 +330,24 @@ class HandOverSource:
             self._close_with_shutdown(exported, "descriptors")
             return
         body = encode(message)
-        self._bytes.value += len(body)
+        self._bytes += len(body)
         self._stream.send(body, [claim, *(descriptor for descriptor, _ in exported)])
         shipments.append(_Shipment(claim, exported))
 
-    def _settle(self, shipment: _Shipment, taken: Sequence[bool]) -> None:
+    def _settle(self, shipment: _Shipment, failures: Sequence[str]) -> None:
         """Close our copies of the connections that the target has, and the connections that it refused."""
         os.close(shipment.claim)
-        refused = []
-        for is_taken, (descriptor, moved) in zip(taken, shipment.connections, strict=True):
-            if is_taken:
-                self._give_up(descriptor, moved)
+        for failure, (descriptor, moved) in zip(failures, shipment.connections, strict=True):
+            if failure:
+                self._close_with_shutdown([(descriptor, moved)], failure)
             else:
-                refused.append((descriptor, moved))
-        self._close_with_shutdown(refused, "refused")
+                self._give_up(descriptor, moved)
 
     def _give_up(self, descriptor: int, moved: MovedConnection | None) -> None:
         """Close our copy of a connection that the target has."""
         os.close(descriptor)
         if moved is not None:
             self._moved += 1
-            self._parts.count("out").value += 1
 
     def _recover(self, shipments: Iterable[_Shipment]) -> None:
         """Take back what the target has not claimed."""
@@ -355,7 +367,7 @@ class HandOverSource:
             if moved is None:
                 os.close(descriptor)
                 continue
-            self._parts.count_failure(reason)
+            self._not_moved[reason] += 1
             self._closed += 1
             if moved.session.state == SessionState.CONNECTED.name:
                 ended.append(moved.session.info)

@@ -111,7 +111,6 @@ class HandOverTarget:
 
     async def _expect(self, message: Announced) -> None:
         if not self._parts.admission.has_descriptors_for(message.connections):
-            self._parts.count_failure("descriptors", message.connections)
             self._refuse("it has too few descriptors for further connections; raise the limit of open files")
             return
         self._batches[message.batch] = None
@@ -130,36 +129,35 @@ class HandOverTarget:
             return
         await handover.arrived(self._parts.services, message.batch)
         sockets = self._claim(descriptors)
-        taken: list[bool] = []
+        failures: list[str] = []
         effort = 0.0
         for descriptor, moved in zip(sockets, message.connections, strict=bool(sockets)):
-            taken.append(self._adopt(message.batch, descriptor, moved))
+            failures.append(self._adopt(message.batch, descriptor, moved))
             effort += effort_for(len(moved.session.subscriptions))
             if effort >= AT_ONCE:
                 effort = 0.0
                 await deferLater(self._parts.reactor, 0)
-        self._send(Taken(taken))
+        self._send(Taken(failures))
 
     def _take_http(self, message: MovedHTTP, descriptors: list[int]) -> None:
         """Serve HTTP connections."""
         if not self._has_all(descriptors, message.connections):
             return
-        taken: list[bool] = []
+        failures: list[str] = []
         for descriptor in self._claim(descriptors):
             try:
                 self._parts.adopt_http(descriptor)
             except OSError as error:
-                taken.append(error.errno == errno.ENOTCONN)  # its client has gone
+                failures.append("" if error.errno == errno.ENOTCONN else "descriptors")  # "": its client has gone
             else:
-                taken.append(True)
-        self._send(Taken(taken))
+                failures.append("")
+        self._send(Taken(failures))
 
     def _has_all(self, descriptors: list[int], connections: int) -> bool:
         """Return whether the claim and all connections have arrived; if not, the source keeps them."""
         if len(descriptors) == connections + 1:
             return True
-        self._parts.count_failure("descriptors", connections)
-        self._send(Taken([False] * connections))
+        self._send(Taken(["descriptors"] * connections))
         return False
 
     def _claim(self, descriptors: list[int]) -> list[int]:
@@ -171,26 +169,22 @@ class HandOverTarget:
             close_all(sockets)
         return sockets if is_ours else []
 
-    def _adopt(self, batch: str, descriptor: int, moved: MovedConnection) -> bool:
-        """Continue with one connection. Returns False if the source has to close it."""
+    def _adopt(self, batch: str, descriptor: int, moved: MovedConnection) -> str:
+        """Continue with one connection. Returns the reason if the source has to close it, else ""."""
         parts, handed = self._parts, moved.session
         try:
             connection = parts.open_connection(descriptor, moved.connection)
         except (Unsupported, msgspec.MsgspecError, OSError) as error:
             _log.info("a connection can't be taken over, and its client comes back: {error}", error=error)
-            parts.count_failure("unsupported")
-            return False
+            return "unsupported"
         try:
             connection.release_address = parts.admission.take_over(handed.request.remote_address)
             connection.adopt_session(parts.restore(batch, connection, handed))
             connection.start_receiving()
         except Exception:
             _log.failure("restoring a session raised; its connection is closed")
-            parts.count_failure("error")
             connection.close(*SERVER_ERROR)
-            return True
-        parts.count("in").value += 1
-        return True
+        return ""
 
     def _finish(self, batch: str) -> list[ClientInfo]:
         self._batches.pop(batch, None)

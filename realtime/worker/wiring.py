@@ -364,7 +364,6 @@ def wire_handover(
         transport=transports.transport,
         emulation=transports.emulation,
         admission=transports.admission,
-        metrics=process.metrics,
         disconnected=handlers.dispatcher.disconnected,
     )
 

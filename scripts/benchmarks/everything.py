@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import os
 import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from types import ModuleType
+from typing import Any, NamedTuple, TextIO
 
+import attack
 import autobahn
 import blocked
+import http_requests
 import interpreter
 import page
 import psutil
+import reload
 import thrash
 from costs import COSTS, add_options, parsed
 from served import HERE
@@ -28,6 +34,25 @@ import realtime
 import twisted
 
 CHECKOUT = HERE.parent.parent
+
+
+class Scene(NamedTuple):
+    """A benchmark with text output. measure: runs it; returns verdicts or an exit status. quick: short arguments."""
+
+    title: str
+    module: ModuleType
+    measure: Callable[[list[str]], Any]
+    arguments: str = ""
+    quick: str = ""
+
+
+SCENES = (
+    Scene("HTTP requests", http_requests, http_requests.main, "--runs 5", "--runs 1 --requests 2000"),
+    Scene("Attacks", attack, attack.measure, "--seconds 5", "--seconds 1"),
+    Scene("A blocked worker", blocked, blocked.measure, "--rounds 2", "--rounds 1"),
+    Scene("Pressure: a route that blocks", thrash, thrash.main, "--seconds 4", "--seconds 2"),
+    Scene("Reloads under load", reload, reload.measure, "", "--clients 500 --reloads 3 --idle 5"),
+)
 # Benchmarks with all peers. The others are compared only with the floor.
 WITH_PEERS = {"fanout", "room", "rpc", "connect"}
 
@@ -80,16 +105,17 @@ def main(arguments: list[str]) -> int:
 
 def scenery(quick: bool) -> tuple[list[dict[str, str]], list[Verdict]]:
     """Run the benchmarks with text output; return their texts and their verdicts."""
-    title, second = "A blocked worker", "Pressure: a route that blocks"
-    print(f"\n{title}")
-    with contextlib.redirect_stdout(Both(sys.stdout)) as blocking:
-        verdicts = blocked.measure(["--rounds", "1" if quick else "2"])
+    scenes, verdicts = [], []
+    for scene in SCENES:
+        print(f"\n{scene.title}")
+        with contextlib.redirect_stdout(Both(sys.stdout)) as said:
+            found = scene.measure((scene.quick if quick else scene.arguments).split())
+        verdicts += found if isinstance(found, list) else []
+        about = inspect.getdoc(scene.module) or ""
+        text = said.getvalue().replace(f"{CHECKOUT}/", "")
+        scenes.append({"title": scene.title, "about": about, "text": text})
     print_verdicts(verdicts)
-    print(f"\n{second}")
-    with contextlib.redirect_stdout(Both(sys.stdout)) as thrashing:
-        thrash.main(["--seconds", "2" if quick else "4"])
-    said = {title: blocking.getvalue(), second: thrashing.getvalue()}
-    return [{"title": one, "text": text.replace(f"{CHECKOUT}/", "")} for one, text in said.items()], verdicts
+    return scenes, verdicts
 
 
 def machine() -> str:

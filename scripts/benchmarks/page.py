@@ -121,7 +121,8 @@ def write(found: dict[str, Any], target: Path) -> None:
             (folder / f"{name}.svg").write_text(graph)
             parts.append(f"![{table.title}]({folder.name}/{name}.svg)\n")
     for scene in found["scenes"]:
-        parts.append(f"## {scene['title']}\n\n```\n{scene['text'].strip()}\n```\n")
+        about = f"{scene['about']}\n\n" if scene.get("about") else ""
+        parts.append(f"## {scene['title']}\n\n{about}```\n{scene['text'].strip()}\n```\n")
     if {"fanout", "burst", "rpc", "connect", "idle", "publish"} <= set(tables):
         parts.append(_capacity(tables))
     target.write_text("\n".join(parts))

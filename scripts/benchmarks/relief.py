@@ -205,7 +205,9 @@ def measure_price(seconds: float, rounds: int) -> list[Verdict]:
         row = f"{what:42}{statistics.median(without):10.2f}{statistics.median(relieved):10.2f}"
         print(f"{row}{ratio:9.3f}{spread:9.3f}", flush=True)
         verdicts.append(
-            Verdict(f"price of relief, {what.partition(':')[0]}", "≤ 1.02 × without", f"{ratio:.3f}", ratio <= 1.02)
+            Verdict(
+                f"price of relief, {what.partition(':')[0]}", "at most 1.02 of without", f"{ratio:.3f}", ratio <= 1.02
+            )
         )
     return verdicts
 

@@ -22,7 +22,7 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tables import Verdict, print_verdicts
 
@@ -43,7 +43,8 @@ MIX = worlds.Mix(
 # Reloads without clients, which show the CPU time for the start of the processes.
 BARE = 3
 WARM = 3.0  # seconds of load before it is measured
-HANDED_OVER = {"connections": "realtime_handed_over_connections", "bytes": "realtime_handed_over_bytes"}
+# Metrics of the processes that take connections over, which are new ones after each reload.
+CONNECTIONS, BYTES = "realtime_handed_over_connections", "realtime_handed_over_bytes"
 
 
 class Phase:
@@ -88,8 +89,13 @@ class Reloads(Run):
         self.calm, self.busy = Phase(), Phase()
         self.bare = self._own_share = 0.0
         self.reloads: list[float] = []  # seconds of each
-        self.handed_over: dict[str, float] = {}
+        self.handed_over: Counter[str] = Counter()
         self.verdicts: list[Verdict] = []
+
+    def _settings(self, port: int, operator_port: int) -> dict[str, Any]:
+        settings = super()._settings(port, operator_port)
+        del settings["shutdown"]  # the default time
+        return settings
 
     def _create_world(self) -> worlds.World:
         return worlds.create(self.account, self._seed, self._asked.clients, MIX)
@@ -110,6 +116,7 @@ class Reloads(Run):
         publishing = self._publish(load, self._asked.rate)
         await asyncio.sleep(WARM)
         await self._measure(load, self.calm, asyncio.sleep(self._asked.idle))
+        self.handed_over.subtract(await load.service.read_metrics(CONNECTIONS, BYTES))
         for number in range(self._asked.reloads):
             at = self._now()
             await self._measure(load, self.busy, self._reload(load.service))
@@ -118,6 +125,7 @@ class Reloads(Run):
                 f"reload {number + 1}: {self.reloads[-1]:.2f} s, {self.busy.counts['connections lost']} disconnects"
             )
             await self._measure(load, self.calm, asyncio.sleep(self._asked.pause))
+        self.handed_over.update(await load.service.read_metrics(CONNECTIONS, BYTES))
         self._own_share = (time.process_time() - began[0]) / (self._now() - began[1])
         await self._stop_publishing(load, publishing)
 
@@ -167,12 +175,11 @@ class Reloads(Run):
         seconds = sum(self.reloads) / reloads
         took = f"a reload took {seconds:.2f} s (longest {max(self.reloads):.2f} s)"
         print(f"    {took}; one without clients used {self.bare:.2f} s of CPU")
-        connections = self.handed_over.get("connections", 0)
-        moved = f"{connections / reloads:,.0f} connections handed over by each reload"
-        print(f"    {moved}, {1e6 * spent / (reloads * self._asked.clients):.0f} CPU µs a client", end="")
-        if connections:
-            print(f", {self.handed_over['bytes'] / connections:,.0f} bytes a connection", end="")
-        print(flush=True)
+        connections = max(self.handed_over[CONNECTIONS], 1)
+        print(f"    {connections / reloads:,.0f} connections handed over by each reload, each for ", end="")
+        print(
+            f"{1e6 * spent / connections:.0f} CPU µs and {self.handed_over[BYTES] / connections:,.0f} bytes", flush=True
+        )
 
 
 def main(arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ import itertools
 import select
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -145,6 +146,29 @@ async def test_a_slow_worker_within_the_limit_gets_everything(brokers: Any, work
                 continue
             offsets += [each.publication.offset for each in received if isinstance(each, broker_messages.Published)]
     assert offsets == list(range(1, 201))
+
+
+async def test_a_worker_receives_its_own_publication_and_the_answer_in_one_frame(brokers: Any, workers: Any) -> None:
+    broker, other = await brokers(), workers(1)
+    await broker.link(1, other.engine)
+    await other.engine.ask(Subscribe("c"))
+    with socket.socket(fileno=await broker.stream(0)) as stream:
+        requests = [Subscribe("c"), Publish("c", b"1", KEEP), Publish("d", b"2", KEEP)]
+        stream.sendall(
+            broker_messages.pack(broker_messages.Hello(broker_messages.VERSION, ""))
+            + b"".join(broker_messages.pack(request, number) for number, request in enumerate(requests, 1))
+        )
+        reader, frames = broker_messages.FrameReader(), list[tuple[int, bytes]]()
+        stream.settimeout(0)
+        while not frames or frames[-1][0] != 3:
+            await other.engine.ask(GetStats())
+            with suppress(BlockingIOError):
+                frames += reader.feed(stream.recv(65536))
+    welcome, subscribed, (number, body), answer = frames
+    assert (welcome[0], subscribed[0], number, answer[0]) == (0, 1, 2 | broker_messages.ANSWERS, 3)
+    published = broker_messages.message_decoder(broker_messages.TO_WORKER)(body)
+    assert (published.channel, published.publication.offset) == ("c", 1)
+    assert other.entries == [("published", "c", b"1", 1)]
 
 
 @pytest.mark.parametrize(

@@ -44,3 +44,12 @@ async def test_what_a_page_of_another_origin_can_send_is_no_command(
 async def test_a_command_needs_a_host_of_this_port(server: Server) -> None:
     status, _ = await server.get("/reload", host="evil.example", method="POST", headers=COMMAND)
     assert (status, server.reloads) == (403, [])
+
+
+async def test_another_number_of_workers(server: Server) -> None:
+    server.reloads.append("done")
+    _, body = await server.get("/scale?workers=3", method="POST", headers=COMMAND)
+    assert '{"line":"3: done"}' in body
+    for wrong in ("", "?workers=", "?workers=-1", "?workers=x", "?workers=99999999"):
+        _, body = await server.get(f"/scale{wrong}", method="POST", headers=COMMAND)
+        assert '{"failure":"no number of workers; use realtime scale N"}' in body

@@ -21,6 +21,7 @@ from realtime.supervision.health import Condition, Health
 from realtime.supervision.incidents import Blocks
 from realtime.supervision.pool import Pool
 from realtime.supervision.slots import BROKER
+from realtime.supervision.vitals import ProcessState, Vitals
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,3 +90,21 @@ def test_the_documents_name_only_metrics_that_exist() -> None:
     for document in [*ROOT.glob("docs/*.md"), ROOT / "README.md"]:
         for name in re.findall(r"\brealtime_[a-z0-9_]+\b", document.read_text()):
             assert re.sub("_(total|bucket|sum|count)$", "", name) in emitted, f"{document.name}: {name}"
+
+
+def test_a_replaced_worker_counts_until_it_has_ended() -> None:
+    class Old:
+        vitals = Vitals(1, 0.0, 40, 0, ProcessState.READY)
+
+    pool = Pool(1, WorkersSettings(), LoopSettings(), 30.0, broker=False)
+    pool.start(0.0)
+    old = pool.slots[0].process.generation
+    pool.process_ready(old, 0.0)
+    pool.reload(1.0)
+    assert pool.slots[0].successor is not None
+    pool.process_ready(pool.slots[0].successor.generation, 2.0)
+    lines = exposition(pool_samples(pool, {old: Old()}, 2.0)).decode().splitlines()
+    assert 'realtime_workers{process="supervisor",state="ready"} 1.0' in lines
+    assert 'realtime_workers{process="supervisor",state="handing over"} 1.0' in lines
+    assert 'realtime_predecessor_connections{process="worker",worker="0"} 40.0' in lines
+    assert 'realtime_process_restarts_total{process="worker",reason="reload",worker="0"} 1.0' in lines

@@ -68,10 +68,12 @@ class Server:
         self.pool = Pool(2, WorkersSettings(), LoopSettings(), 30.0)
         self.pool.start(0.0)
         self.processes: dict[int, Any] = {}
+        self.children: dict[int, Any] = {}
         for number in self.pool.slots:
             self.pool.process_ready(self.pool.slots[number].process.generation, 0.0)
             sample = Sample("realtime_connections", "gauge", "Open connections.", [], 40 + number)
-            self.processes[number] = Child(1000 + number, [sample])
+            child = self.processes[number] = Child(1000 + number, [sample])
+            self.children[self.pool.slots[number].process.generation] = child
         self.monitor = HealthMonitor(reactor, LoopSettings(), self.pool, self.processes)
         self.metrics = Metrics()
         self.steering: Any = None
@@ -99,6 +101,9 @@ class Server:
 
         endpoint = TCP4ClientEndpoint(self.reactor, "127.0.0.1", self.admin.port)
         return connectProtocol(endpoint, Client()).addCallback(lambda _: answered)
+
+    def scale(self, count: int, tell: Callable[[str], None]) -> Deferred[str]:
+        return self.reload(lambda line: tell(f"{count}: {line}"))
 
     def reload(self, tell: Callable[[str], None]) -> Deferred[str]:
         """Tell the lines of `reloads`, and fail."""

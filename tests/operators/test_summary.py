@@ -12,6 +12,7 @@ from realtime.operators.summary import MAX_INTERNAL_ERRORS, SPAN, WATCHED, Failu
 from realtime.supervision.health import Condition, Health
 from realtime.supervision.pool import Pool
 from realtime.supervision.slots import BROKER
+from realtime.supervision.vitals import ProcessState, Vitals
 from tests.operators.test_exposition import ROOT
 
 
@@ -28,6 +29,7 @@ class Server:
         self.pool = Pool(workers, WorkersSettings(), LoopSettings(), 30.0)
         self.pool.start(0.0)
         self.processes: dict[int, Any] = {}
+        self.children: dict[int, Any] = {}
         for number in self.pool.slots:
             self.pool.process_ready(self.pool.slots[number].process.generation, 0.0)
         self.monitor: Any = self
@@ -140,3 +142,26 @@ def test_a_gauge_is_a_problem_while_its_process_lives() -> None:
 def test_every_watched_metric_exists() -> None:
     code = "".join(path.read_text() for path in ROOT.glob("realtime/**/*.py") if path.name != "summary.py")
     assert [name for name in WATCHED if f'"{name}"' not in code] == []
+
+
+def test_a_worker_that_is_being_replaced_shows_both_processes() -> None:
+    server = Server()
+    server.pool.reload(1.0)
+    slot = server.pool.slots[0]
+    assert slot.successor is not None
+    assert server.problems() == [], "a replacement is no problem"
+    [worker, other] = server.summary.read(2.0)["workers"]
+    starting = {"role": "successor", "state": "preparing", "pid": None, "connections": None}
+    assert (worker["state"], worker["replacement"], other["replacement"]) == ("ready", starting, None)
+    server.children[slot.process.generation] = Old()
+    server.pool.process_ready(slot.successor.generation, 2.0)
+    handing = {"role": "predecessor", "state": "handing over", "pid": 4321, "connections": 40}
+    assert server.summary.read(3.0)["workers"][0]["replacement"] == handing
+
+
+class Old:
+    """A process that hands over."""
+
+    pid = 4321
+    running = None
+    vitals = Vitals(1, 0.0, 40, 0, ProcessState.READY)

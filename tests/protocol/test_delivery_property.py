@@ -32,6 +32,7 @@ from realtime.protocol.sessions import Sessions
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.engine import (
     AddPresence,
+    Cut,
     EngineNotice,
     EngineRequest,
     GetHistory,
@@ -93,6 +94,9 @@ class Deliveries:
     def deliver_order(self, links: Collection[Link], order: bytes) -> None:
         raise AssertionError("there are no orders in these stories")
 
+    def deliver_cut(self, link: Link, request: Cut, clients: list[ClientInfo]) -> None:
+        link.inbox.append(partial(link.on_cut, request))
+
 
 class Answer:
     """The answer to a request, for the coroutine that awaits it."""
@@ -110,9 +114,14 @@ class Answer:
 class Link:
     """An engine: one worker's link to the broker core, with the same guarantees as the real one over a stream."""
 
+    serial = 0
+
     def __init__(self, world: World) -> None:
+        Link.serial += 1
+        self.address = f"worker {Link.serial}"
         self.world = world
         self.hub: Hub
+        self.arrivals: dict[str, Cut] = {}  # of this stream, by batch
         self.requests: deque[tuple[Callable[[], Any], Answer | None]] = deque()
         self.inbox: deque[Callable[[], None]] = deque()
         self.waiting: dict[Answer, None] = {}
@@ -156,11 +165,12 @@ class Link:
         """End the stream with all messages on their way; a new one takes its place and restores the state."""
         core = self.world.core
         core.detach(self, self.world.now)
+        self.arrivals.clear()
         self.requests.clear()
         self.inbox.clear()
         for answer in list(self.waiting):
             self.answer(answer, EngineUnavailable("cut"))
-        core.attach(self)
+        core.attach(self, self.address)
         core.restore(self, self.channels, self.present.values(), (), {}, announce=True)
         self.hub.on_interruption()
 
@@ -175,7 +185,46 @@ class Link:
         answer = Answer()
         self.waiting[answer] = None
         self.requests.append((lambda: self.world.core.carry_out(self, self.world.now, request), answer))
-        return await answer.wait()
+        if not isinstance(request, Cut):
+            return await answer.wait()
+        keys = {(channel, client) for channel, clients in request.presence.items() for client in clients}
+        try:
+            await answer.wait()
+        except (EngineUnavailable, ClientError):
+            self.restore([self.present[key] for key in keys if key in self.present])
+            raise
+        for key in keys:
+            self.present.pop(key, None)
+        return None
+
+    def restore(self, presence: list[AddPresence]) -> None:
+        """Tell the broker core again who is present."""
+
+        def restore() -> None:
+            self.world.core.restore(self, (), presence, (), {}, announce=True)
+
+        self.requests.append((restore, None))
+
+    def on_cut(self, request: Cut) -> None:
+        self.arrivals[request.batch] = request
+        self.hub.on_cut(request.batch)
+
+    def claim(self, batch: str, info: ClientInfo, secret: str, presence: list[AddPresence]) -> None:
+        self.present.update(((one.channel, info.client), one) for one in presence)
+        cut = self.arrivals.get(batch)
+        if cut is None or info.client not in cut.clients:
+            self.restore(presence)
+        else:
+            cut.clients.remove(info.client)
+
+    def forget_arrivals(self, batch: str) -> list[ClientInfo]:
+        cut = self.arrivals.pop(batch, None)
+        for client in cut.clients if cut is not None else ():
+            for channel, clients in cut.presence.items() if cut is not None else ():
+                if client in clients:
+                    request = RemovePresence(channel, client)
+                    self.requests.append((partial(self.world.core.carry_out, self, self.world.now, request), None))
+        return []
 
     def tell(self, notice: EngineNotice) -> None:
         if isinstance(notice, Unsubscribe):
@@ -369,9 +418,13 @@ class World:
         self.clients = [SDK(self, n % 2, by_server=n >= 2, delta=n in (1, 2)) for n in range(4)]
 
     def worker(self, link: Link) -> SessionServices:
-        self.core.attach(link)
+        self.core.attach(link, link.address)
         sessions = Sessions()
-        hub = link.hub = Hub(lambda hub: link, sessions.apply)  # type: ignore[arg-type, return-value]
+        hub = link.hub = Hub(
+            lambda hub: link,  # type: ignore[arg-type, return-value]
+            sessions.apply,
+            begin_arrivals=sessions.begin_arrivals,
+        )
         return SessionServices(
             rules=ChannelRules(ChannelSettings(without_namespace=self.options)),
             tokens=TokenVerifier(TokenSettings(), lambda: 0.0),
@@ -454,6 +507,8 @@ FREQUENT = ["publish", "ask", "answer", "listen", "flow"]
 OCCASIONAL = ["connect", "vanish", "reconnect", "subscribe", "unsubscribe", "settle"]
 RARE = ["trim", "expire", "cut", "replace", "crash", "drop", "drop", "repeat"]
 STEPS = st.tuples(st.sampled_from(3 * FREQUENT + 2 * OCCASIONAL + RARE), st.integers(0, 3))
+# Of each property; five times as many with the profile `thorough`, see tests/conftest.py.
+EXAMPLES = settings.default.max_examples  # type: ignore[union-attr]
 STORIES = st.lists(STEPS, min_size=20, max_size=100)
 # A client is away while much is published, and its socket is full when it comes back, and at times later.
 SLOW_STEPS = st.tuples(
@@ -471,8 +526,13 @@ SLOW_STORIES = st.lists(st.one_of(st.lists(SLOW_STEPS, min_size=1, max_size=8), 
 )
 
 
-def play(steps: list[tuple[str, int]], options: ChannelOptions, settings: SessionSettings = SETTINGS) -> World:
-    world = World(options, settings)
+def play(
+    steps: list[tuple[str, int]],
+    options: ChannelOptions,
+    settings: SessionSettings = SETTINGS,
+    make: type[World] = World,
+) -> World:
+    world = make(options, settings)
     for client in world.clients:
         client.connect()
         client.subscribe()
@@ -495,19 +555,19 @@ def play(steps: list[tuple[str, int]], options: ChannelOptions, settings: Sessio
     return world
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=2 * EXAMPLES)
 @given(STORIES)
 def test_every_publication_arrives_once_and_in_order_or_its_loss_is_reported(steps: list[tuple[str, int]]) -> None:
     play(steps, OPTIONS)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(STORIES)
 def test_in_cache_mode_the_newest_arrives_and_then_every_other(steps: list[tuple[str, int]]) -> None:
     play(steps, CACHE)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(SLOW_STORIES)
 def test_what_a_reply_has_no_room_for_follows_in_order(steps: list[tuple[str, int]]) -> None:
     play(steps, LONG, SMALL_REPLY)

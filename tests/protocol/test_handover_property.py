@@ -234,6 +234,12 @@ class World:
         while not condition():
             assert self.turns[worker].take(), "it would never come true"
 
+    def whole(self) -> None:
+        """Make all steps of a move, or the rest of them."""
+        self.move()
+        while self.step:
+            self.move()
+
     # The outcome
 
     def finish(self) -> dict[str, list[bytes]]:
@@ -242,6 +248,7 @@ class World:
             self.move()
         for channel in CHANNELS:
             self.publish(channel, 1, True)
+        self.wait(120.0)  # long enough for pings, and for the ends of subscriptions and of the connection
         while self.turns[0].take() or self.turns[1].take():
             pass
         assert not (self.old.mistakes or self.new.mistakes)
@@ -284,7 +291,9 @@ settled = st.one_of(
     st.tuples(st.just("order"), st.sampled_from(("subscribe", "unsubscribe", "refresh")), channels),
     st.tuples(st.just("wait"), st.sampled_from((1.0, 12.0, 30.0))),
 )
-story = st.lists(st.one_of(anytime, anytime, settled, st.just(("move",))), min_size=10, max_size=60)
+story = st.lists(
+    st.one_of(anytime, anytime, settled, st.just(("move",)), st.just(("whole",))), min_size=10, max_size=60
+)
 
 
 def live(form: WireFormat, steps: list[tuple[Any, ...]], *, moves: bool, sliced: bool) -> dict[str, list[bytes]]:
@@ -300,19 +309,19 @@ def check(form: WireFormat, steps: list[tuple[Any, ...]], *, sliced: bool = Fals
     assert live(form, steps, moves=True, sliced=sliced) == live(form, steps, moves=False, sliced=sliced)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(story)
 def test_a_moved_client_receives_the_same_json(steps: list[tuple[Any, ...]]) -> None:
     check(BARE, steps)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(story)
 def test_a_moved_client_receives_the_same_protobuf(steps: list[tuple[Any, ...]]) -> None:
     check(BARE_PROTOBUF, steps)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(story)
 def test_a_moved_client_receives_the_same_from_a_backlog(steps: list[tuple[Any, ...]]) -> None:
     """The workers have little time in each turn of their loops."""

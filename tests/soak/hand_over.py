@@ -24,11 +24,9 @@ from tests.soak.holders import holders
 from tests.soak.report import tell_account
 from tests.soak.run import Load, Run
 from tests.soak.served import Service
-from tests.soak.steps import SOURCE, STEPS, Steps
+from tests.soak.steps import EACH, SOME, SOURCE, STEPS, Steps
 
 VICTIMS = ("old", "new", "broker", "supervisor")
-# A step is met at its first time in a process, or within a batch.
-TIMES = (1, 1, 1, 30)
 RATE = 40.0  # publications a second
 REACH = 20.0  # seconds until a step is reached
 ANSWER = 15.0  # seconds for an answer to each client
@@ -48,11 +46,19 @@ class Case:
 
 
 def cases(seed: int, number: int | None = None) -> list[Case]:
-    """Return every step with every victim, in an order by the seed; only the first `number`."""
+    """Return every step with every victim, the victims by turns, in an order by the seed; only the first `number`."""
     random = Random(f"hand-over of {seed}")
-    found = [Case(step, victim, random.choice(TIMES)) for step in STEPS for victim in VICTIMS]
-    random.shuffle(found)
-    return found[:number]
+    columns = []
+    for victim in VICTIMS:
+        steps = random.sample(STEPS, len(STEPS))
+        columns.append([Case(step, victim, _pick_time(step, random)) for step in steps])
+    return [case for row in zip(*columns, strict=True) for case in row][:number]
+
+
+def _pick_time(step: str, random: Random) -> int:
+    """Return how often the step is met before it counts: within a batch, or in its first messages."""
+    function = step.partition(" ")[2]
+    return random.randint(1, 30 if function in EACH else 4 if function in SOME else 1)
 
 
 class HandOverFaults(Run):

@@ -21,6 +21,7 @@ from typing import IO, Any
 import aiohttp
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from tests.soak.account import BROKEN, Account
 from tests.system.serving import CHECKOUT, TWISTD, belongs, toml
@@ -99,6 +100,7 @@ class Service:
         self._process: subprocess.Popen[str] | None = None
         self._full_disk = False
         self._excused: dict[int, str] = {}
+        self._commands: Counter[str] = Counter()  # that are under way
         self._wild: list[tuple[float, str]] = []
         self._sessions: list[int] = []
 
@@ -191,6 +193,8 @@ class Service:
         self._wild = [(until, text) for until, text in self._wild if until > now]
         if excuse is None and role == "worker" and self._wild:
             excuse = self._wild.pop(0)[1]
+        if excuse is None and role == "worker":
+            excuse = next(iter(+self._commands), None)
         excuse = excuse or self._excused.get(self.supervisor)
         if role in ("worker", "broker"):
             self.deaths[f"{role}: {excuse or 'unexpected'}"] += 1
@@ -200,20 +204,31 @@ class Service:
         if role == "broker":
             self._account.data_lost()
 
-    async def sample(self, http: aiohttp.ClientSession) -> None:
+    async def sample(self) -> None:
         """Add up the messages that the server says it dropped, over the lives of its processes."""
+        for sample in await self._read_samples("realtime_messages_dropped"):
+            key = tuple(sorted(sample.labels.items()))
+            before = self._dropped_before.get(key, 0.0)
+            self.dropped[key] += round(sample.value - before if sample.value >= before else sample.value)
+            self._dropped_before[key] = sample.value
+
+    async def read_metrics(self, *names: str) -> Counter[str]:
+        """Return the sum of each of these metrics over the running workers, without `direction="out"`."""
+        found: Counter[str] = Counter()
+        for sample in await self._read_samples(*names):
+            if sample.labels.get("direction", "in") == "in" and "worker" in sample.labels:
+                found[sample.name.removesuffix("_total")] += round(sample.value)
+        return found
+
+    async def _read_samples(self, *names: str) -> list[Sample]:
         url, limit = f"http://127.0.0.1:{self.operator_port}/metrics", aiohttp.ClientTimeout(total=5)
         try:
-            async with http.get(url, timeout=limit) as answer:
+            async with aiohttp.ClientSession(timeout=limit) as http, http.get(url) as answer:
                 text = await answer.text()
         except (OSError, aiohttp.ClientError):
-            return
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples if family.name == "realtime_messages_dropped" else ():
-                key = tuple(sorted(sample.labels.items()))
-                before = self._dropped_before.get(key, 0.0)
-                self.dropped[key] += round(sample.value - before if sample.value >= before else sample.value)
-                self._dropped_before[key] = sample.value
+            return []
+        families = text_string_to_metric_families(text)
+        return [sample for family in families if family.name in names for sample in family.samples]
 
     def everyone(self) -> list[int]:
         """Return all processes, the supervisor included."""
@@ -247,14 +262,24 @@ class Service:
 
     async def reload(self) -> tuple[int, str]:
         """Replace every worker; returns the exit status of the command, and its output."""
-        self.census()
-        for pid in self.of("worker"):
-            self.excuse(pid, "reload")
-        command = [str(REALTIME), "reload", "--config", str(self._config)]
-        process = await asyncio.create_subprocess_exec(
-            *command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        said, _ = await process.communicate()
+        return await self._command("reload")
+
+    async def scale(self, workers: int) -> tuple[int, str]:
+        """Change the number of workers; returns the exit status of the command, and its output."""
+        return await self._command("scale", str(workers))
+
+    async def _command(self, name: str, *arguments: str) -> tuple[int, str]:
+        """Run a command that ends workers, and also those that start meanwhile because of another fault."""
+        command = [str(REALTIME), name, "--config", str(self._config), *arguments]
+        self._commands[name] += 1
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            said, _ = await process.communicate()
+        finally:
+            self._commands[name] -= 1
+            self._wild.extend((self._account.now() + 2 * CENSUS, name) for _ in self.of("worker"))
         return process.returncode or 0, said.decode()
 
     # The end.

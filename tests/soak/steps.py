@@ -12,14 +12,31 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 # The functions of a hand-over, by the end that calls them. A step is the moment before or after a call of one.
-SOURCE = ("suspend", "channels_of", "cut", "export")
-TARGET = ("expect", "arrived", "restore", "finish")
+SOURCE = {
+    "suspend": "realtime.protocol.handover suspend",
+    "channels_of": "realtime.protocol.handover channels_of",
+    "cut": "realtime.protocol.handover cut",
+    "export": "realtime.protocol.handover export",
+    "send": "realtime.worker.handover_source HandOverSource._send",
+    "dispatch": "realtime.worker.handover_source HandOverSource._dispatch",
+    "settle": "realtime.worker.handover_source HandOverSource._settle",
+}
+TARGET = {
+    "expect": "realtime.protocol.handover expect",
+    "arrived": "realtime.protocol.handover arrived",
+    "claim": "realtime.worker.handover_target HandOverTarget._claim",
+    "adopt": "realtime.worker.handover_target HandOverTarget._adopt",
+    "answer": "realtime.worker.handover_target HandOverTarget._send",
+    "finish": "realtime.protocol.handover finish",
+}
+# Those that are called for each connection, and those for several messages of a batch.
+EACH, SOME = ("suspend", "export", "adopt"), ("send", "answer")
 STEPS = tuple(f"{when} {function}" for function in (*SOURCE, *TARGET) for when in ("before", "after"))
-MODULE = "realtime.protocol.handover"
 
 _ARMED, _STOPPED = "armed", "stopped"
 
@@ -50,9 +67,11 @@ class Steps:
 
 def watch(folder: str) -> None:
     """Make this process stop at the steps that are armed in the folder."""
-    module = importlib.import_module(MODULE)
-    for name in (*SOURCE, *TARGET):
-        setattr(module, name, _watched(Path(folder), name, getattr(module, name)))
+    for name, place in (SOURCE | TARGET).items():
+        module, _, path = place.partition(" ")
+        *owners, function = path.split(".")
+        owner = reduce(getattr, owners, importlib.import_module(module))
+        setattr(owner, function, _watched(Path(folder), name, getattr(owner, function)))
 
 
 def _watched(folder: Path, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import random as randomness
 import struct
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realtime.supervision.balance import FULL, INSTRUCTION_BYTES, MAX_SLOTS, Balance, program
+from realtime.supervision.balance import (
+    FULL,
+    INSTRUCTION_BYTES,
+    MAX_MOVED,
+    MAX_SLOTS,
+    Balance,
+    Move,
+    Rebalancing,
+    program,
+)
 from realtime.supervision.health import Condition, Health
 
 KERNELS_CHOICE = 0xFFFFFFFF
@@ -148,3 +158,102 @@ def test_after_any_history_weights_are_in_range_and_only_accepting_slots_have_on
         assert {slot for slot, weight in enumerate(weights) if weight} == taking
         assert all(0 <= weight <= FULL for weight in weights)
         assert not taking or max(weights) >= FULL - 1
+
+
+# Moves of established connections.
+
+DIFFERENCE, DELAY = 0.4, 30.0
+
+
+class Room:
+    """Workers with clients, each of which takes a share of a loop's time. Moves take the clients at random."""
+
+    def __init__(self, *workers: list[float], seed: int = 0) -> None:
+        self.workers = [list(clients) for clients in workers]
+        self.condition = [Condition.HEALTHY] * len(workers)
+        self.rebalancing = Rebalancing(DIFFERENCE, DELAY)
+        self.random = randomness.Random(seed)
+        self.now = 1000.0
+        self.moves: list[tuple[float, Move]] = []
+
+    def busy(self) -> list[float]:
+        return [min(sum(clients), 1.0) for clients in self.workers]
+
+    def wait(self, seconds: int) -> list[Move]:
+        """Let seconds pass. Returns the moves in them."""
+        before = len(self.moves)
+        for _ in range(seconds):
+            self.now += 1.0
+            healths = {
+                slot: Health(slot, self.condition[slot], 0.0, utilization=busy, connections=len(self.workers[slot]))
+                for slot, busy in enumerate(self.busy())
+            }
+            move = self.rebalancing.find_move(healths, self.now)
+            if move is not None:
+                self.moves.append((self.now, move))
+                source, target = self.workers[move.source], self.workers[move.target]
+                assert 1 <= move.connections < len(source), "a worker keeps a connection"
+                for _ in range(move.connections):
+                    target.append(source.pop(self.random.randrange(len(source))))
+        return [move for _, move in self.moves[before:]]
+
+
+def test_clients_of_a_hot_worker_move_slowly_until_the_difference_is_small() -> None:
+    room = Room([0.0009] * 1000, [0.0001] * 1000)
+    assert room.wait(30) == []
+    (first,) = room.wait(2)
+    assert (first.source, first.target, first.lasting) == (0, 1, DELAY)
+    assert 1 <= first.connections <= MAX_MOVED
+    room.wait(2000)
+    hot, idle = room.busy()
+    assert 0 < hot - idle < DIFFERENCE
+    assert room.wait(2000) == []
+    assert all(later - sooner >= DELAY for (sooner, _), (later, _) in zip(room.moves, room.moves[1:], strict=False))
+
+
+def test_a_difference_that_does_not_last_moves_nothing() -> None:
+    room = Room([0.0009] * 1000, [0.0001] * 1000)
+    calm, hot = room.workers[0][:100], room.workers[0]
+    for _ in range(20):
+        room.workers[0] = hot
+        assert room.wait(25) == []
+        room.workers[0] = calm
+        assert room.wait(5) == []
+
+
+def test_a_small_difference_moves_nothing() -> None:
+    assert Room([0.0009] * 1000, [0.0006] * 1000).wait(1000) == []
+
+
+def test_one_client_that_makes_every_worker_hot_does_not_wander() -> None:
+    room = Room([0.9, 0.0001], [0.0001] * 2)
+    room.wait(10_000)
+    sooner = [at for at, move in room.moves if move.source == 0]
+    later = [at for at, move in room.moves if move.source == 1]
+    for one in sooner:
+        assert all(other - one >= 10 * DELAY for other in later if other > one)
+
+
+def test_no_clients_move_to_or_from_a_worker_that_can_not_take_them() -> None:
+    room = Room([0.0009] * 1000, [0.0001] * 1000, [0.0001] * 1000)
+    room.condition[1] = Condition.DRAINING
+    assert {move.target for move in room.wait(500)} == {2}
+    room = Room([0.0009] * 1000, [0.0001] * 1000)
+    room.condition[1] = Condition.PRESSED
+    assert room.wait(500) == []
+    room.condition = [Condition.ABSENT] * 2
+    assert room.wait(500) == []
+
+
+@given(st.lists(st.lists(st.floats(0.0, 0.02), min_size=0, max_size=80), min_size=1, max_size=5), st.integers(0, 2**32))
+def test_whatever_the_load_is_moves_end_and_no_worker_gives_what_it_has_just_received(
+    workers: list[list[float]], seed: int
+) -> None:
+    room = Room(*workers, seed=seed)
+    room.wait(3000)
+    assert room.wait(1000) == []
+    received: dict[int, float] = {}
+    for at, move in room.moves:
+        assert move.source != move.target
+        assert at - received.get(move.source, 0.0) >= 10 * DELAY
+        received[move.target] = at

@@ -10,8 +10,9 @@ import pytest
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import ConnectionLost
 
+from realtime.metrics import Metrics
 from realtime.supervisor import handover
-from realtime.supervisor.handover import HandOverResult, hand_over
+from realtime.supervisor.handover import HandOverCounters, HandOverResult, hand_over
 
 
 class Process:
@@ -49,8 +50,20 @@ def test_both_ends_are_connected_and_the_result_is_that_of_the_source() -> None:
     assert source.end is not None and target.end is not None
     source.end.send(b"hello")
     assert target.end.recv(10) == b"hello"
-    source.answer.callback({"moved": 3, "closed": 1, "left": 2, "reason": ""})
-    assert results == [HandOverResult(3, 1, 2)]
+    failures = [{"reason": "busy", "count": 2}, {"reason": "refused", "count": 1}]
+    source.answer.callback({"moved": 3, "closed": 1, "left": 2, "reason": "", "bytes": 900, "failures": failures})
+    assert results == [HandOverResult(3, 1, 2, bytes=900, failures={"busy": 2, "refused": 1})]
+    metrics = Metrics()
+    counters = HandOverCounters(metrics)
+    counters.count(results[0])
+    counters.count(results[0])
+    counted = {(sample.name, *dict(sample.labels).values()): sample.value for sample in metrics.snapshot()}
+    assert counted == {
+        ("realtime_handed_over_connections",): 6,
+        ("realtime_handed_over_bytes",): 1800,
+        ("realtime_handover_failures", "busy"): 4,
+        ("realtime_handover_failures", "refused"): 2,
+    }
     source.close()
     assert target.end.recv(10) == b""  # the supervisor has no copy any more
     target.close()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.logger import LogLevel, capturedLogs, formatEvent
 
 from realtime.config import settings as configuration
@@ -104,6 +104,8 @@ class Forks:
     def __init__(self, reactor: Reactor, modules: Sequence[str], *, capture: bool) -> None:
         self.reactor = reactor
         self.is_closed = False
+        self.renewals = 0
+        self.renewed: Deferred[None] = succeed(None)
 
     def fork(self, fork: Fork, descriptors: Sequence[int], exited: Callable[[int], None]) -> Spawned:
         if self.reactor.refuse:
@@ -112,6 +114,10 @@ class Forks:
         self.reactor.spawned.append(spawned)
         _adopt(self.reactor, spawned.link, spawned.peer)
         return spawned
+
+    def renew(self) -> Deferred[None]:
+        self.renewals += 1
+        return self.renewed
 
     def close(self) -> None:
         self.is_closed = True

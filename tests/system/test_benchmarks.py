@@ -112,7 +112,7 @@ def test_the_page_is_made_from_figures(tmp_path: Path) -> None:
         "versions": {"realtime": "1.2.3"},
         "commands": ["scripts/bench all"],
         "tables": {one["name"]: one for one in tables},
-        "scenes": [{"title": "A scene", "text": "what it printed"}],
+        "scenes": [{"title": "A scene", "about": "Do something.", "text": "what it printed"}],
         "verdicts": [{**verdict, "what": "a scene", "met": True}],
     }
     (tmp_path / "found.json").write_text(json.dumps(found))
@@ -127,7 +127,7 @@ def test_the_page_is_made_from_figures(tmp_path: Path) -> None:
     assert "| floor | 3.50 | ± 14% | 0.00 | 2.00 |" in page  # ours costs twice as much
     assert "ws is left out: no Node.js." in page
     assert "90% !" in page  # the generator was too busy
-    assert "what it printed" in page
+    assert "## A scene\n\nDo something.\n\n```\nwhat it printed\n```" in page
     # One core at 70 %, the median of 50 µs; seven of them, at 7 + 50/10 + 25/25 µs for a client and second.
     assert "| RPC round trips | 50.00 | 14,000 a second |" in page
     assert "7 cores * 700,000 µs / 13.00 µs = 376,923 clients" in page

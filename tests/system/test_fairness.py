@@ -7,6 +7,7 @@ import re
 import socket
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ LIMIT = 60.0
 class Client:
     """A raw client on a socket of its own: small commands out, whatever comes in."""
 
-    def __init__(self, server: Server) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT)
+    def __init__(self, server: Server, opened: ExitStack) -> None:
+        """opened: closes the socket."""
+        self.socket = opened.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT))
         self.received = b""
         self.socket.sendall(HANDSHAKE)
         self.read_to(b"\r\n\r\n")
@@ -45,8 +47,8 @@ class Client:
         return [int(number) for number in re.findall(rb'"n":(\d+)', self.received)]
 
 
-def subscribed(server: Server, channel: str) -> Client:
-    client = Client(server)
+def subscribed(server: Server, channel: str, opened: ExitStack) -> Client:
+    client = Client(server, opened)
     client.send(2, "subscribe", {"channel": channel})
     client.read_to(b'"subscribe"')
     return client
@@ -73,9 +75,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     start.finish()
 
 
-def test_a_burst_on_a_large_channel_costs_nobody_a_publication(server: Server) -> None:
-    crowd = [subscribed(server, "crowd") for _ in range(CROWD)]
-    quiet = subscribed(server, "quiet")
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    """Closes the sockets of a test's clients."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_a_burst_on_a_large_channel_costs_nobody_a_publication(server: Server, opened: ExitStack) -> None:
+    crowd = [subscribed(server, "crowd", opened) for _ in range(CROWD)]
+    quiet = subscribed(server, "quiet", opened)
     burst = [("crowd", number) for number in range(BURST)]
     for number in range(QUIET):
         burst.insert((number + 1) * (BURST // QUIET + 1) - 1, ("quiet", number))
@@ -89,10 +98,10 @@ def test_a_burst_on_a_large_channel_costs_nobody_a_publication(server: Server) -
         assert client.numbers() == list(range(BURST))
 
 
-def test_a_handler_that_never_ends_starves_nobody(server: Server) -> None:
+def test_a_handler_that_never_ends_starves_nobody(server: Server, opened: ExitStack) -> None:
     for _ in range(10):
-        Client(server).send(2, "rpc", {"method": "spin"})
-    client = subscribed(server, "news")
+        Client(server, opened).send(2, "rpc", {"method": "spin"})
+    client = subscribed(server, "news", opened)
 
     for number in range(100):
         client.send(number + 3, "rpc", {"method": "echo", "data": number})

@@ -41,7 +41,9 @@ def test_forked_processes_work_and_can_be_terminated(start_server: ServerStarter
             assert result(client, method) == {"status": -signal.SIGTERM}, method
         assert "only the latter can call the methods of the App" in result(client, "publish in a fork")
         assert "and no longer" in result(client, "publish in a fork of a process")
+        assert result(client, "keep busy") is None
     server.stop()
+    assert "did not finish in time" not in server.log
 
 
 @pytest.mark.parametrize("method", ["squares", "squares in a thread", "squares in a process"])

@@ -116,6 +116,12 @@ def start() -> Iterator[Start]:
         server.kill()
 
 
+def signal_all(server: Server, number: int) -> None:
+    """Send a signal to all processes. The group of the supervisor does not contain its children."""
+    for process in server.family():
+        process.send_signal(number)
+
+
 def ended(server: Server, limit: float = 20.0) -> int:
     """The status with which the supervisor ended; AssertionError when a process is left."""
     status = server.process.wait(limit)
@@ -186,25 +192,23 @@ def test_a_stopped_worker_is_killed_and_replaced(start: Start) -> None:
 def test_after_a_pause_of_all_processes_nobody_is_killed(start: Start) -> None:
     server = start(stuck=1.0)
     pids = [process.pid for process in server.family()]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    signal_all(server, signal.SIGSTOP)
     # What is tested is a stretch of real time in which nothing runs.
     threading.Event().wait(2.5)
-    for pid in pids:
-        os.kill(pid, signal.SIGCONT)
+    signal_all(server, signal.SIGCONT)
     wait_until(lambda: all(server.slot(name)["beat_age"] < 0.5 for name in ("worker 0", "worker 1", "broker")), "beats")
     assert sorted(process.pid for process in server.family()) == sorted(pids)
     server.stop()
 
 
-def test_with_a_tenth_of_a_core_for_the_whole_group_nobody_is_killed(start: Start) -> None:
+def test_with_a_tenth_of_a_core_for_all_processes_nobody_is_killed(start: Start) -> None:
     # Row S7 of the bad inputs: a CPU quota stops all processes for most of each period.
     server = start(stuck=1.0)
     pids = sorted(process.pid for process in server.family())
     for _ in range(12):
-        os.killpg(server.pid, signal.SIGSTOP)
+        signal_all(server, signal.SIGSTOP)
         threading.Event().wait(0.45)
-        os.killpg(server.pid, signal.SIGCONT)
+        signal_all(server, signal.SIGCONT)
         threading.Event().wait(0.05)
     assert {slot for slot, _ in [server.greeting() for _ in range(20)]} <= {0, 1}
     wait_until(lambda: all(server.slot(name)["beat_age"] < 0.5 for name in ("worker 0", "worker 1", "broker")), "beats")
@@ -302,9 +306,9 @@ def test_a_signal_stops_all_with_status_0(start: Start, number: int) -> None:
     assert ended(server) == 0
 
 
-def test_ctrl_c_reaches_the_whole_group_and_is_orderly(start: Start) -> None:
+def test_sigint_to_all_processes_is_orderly(start: Start) -> None:
     server = start()
-    os.killpg(server.pid, signal.SIGINT)
+    signal_all(server, signal.SIGINT)
     assert ended(server) == 0
     assert "was killed by" not in server.log
 
@@ -360,7 +364,7 @@ def test_signals_of_strangers_are_harmless(start: Start) -> None:
     server = start()
     pids = sorted(process.pid for process in server.family())
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE):
-        os.killpg(server.pid, number)
+        signal_all(server, number)
     for pid in pids:
         if pid != server.pid:
             os.kill(pid, signal.SIGINT)
@@ -465,9 +469,9 @@ def test_the_whole_server_replaces_what_is_killed(start_server: ServerStarter, v
     assert pid not in [process.pid for process in server.family()]
 
 
-def test_a_signal_to_the_whole_group_takes_no_engine_from_under_the_workers(start_server: ServerStarter) -> None:
+def test_a_signal_to_all_processes_takes_no_engine_from_under_the_workers(start_server: ServerStarter) -> None:
     server = start_server()
-    os.killpg(server.pid, signal.SIGTERM)
+    signal_all(server, signal.SIGTERM)
     assert server.process.wait(20) == 0
     assert "the stream to worker 0 ended" in server.log
     assert "the stream to the broker ended" not in server.log

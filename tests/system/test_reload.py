@@ -93,6 +93,7 @@ def test_new_code_and_a_new_option_reach_the_clients_that_stay(deployed: Deploye
             await news.presence_stats()
         assert (await client.rpc("version", None)).data == 1
 
+        zygotes = deployed.server.processes("realtime.process.zygote")
         deployed.change(deployed.application, "VERSION = 1", "VERSION = 2")
         deployed.change(deployed.config, "for_subscriber = false", "for_subscriber = true")
         done = await asyncio.get_running_loop().run_in_executor(None, deployed.reload)
@@ -103,6 +104,8 @@ def test_new_code_and_a_new_option_reach_the_clients_that_stay(deployed: Deploye
         ]
         assert sum(int(found[1]) for found in re.finditer(r"handed over (\d+) connections", done.stdout)) == 1
         assert lines[-1] == "done"
+        wait_until(lambda: len(deployed.server.processes("realtime.process.zygote")) == 1, "one zygote")
+        assert zygotes != deployed.server.processes("realtime.process.zygote")
         assert (await soon(client.rpc("version", None))).data == 2
         assert (await soon(news.presence_stats())).num_clients == 1
         await soon(news.publish("after"))

@@ -32,15 +32,26 @@ KINDS = [
 @pytest.mark.timeout(600)
 def test_every_publication_is_accounted_for_under_faults_and_bad_input() -> None:
     options = [f"--faults={len(KINDS)}", *(f"--only={kind}" for kind in KINDS)]
+    said = run_soak("--seed=11", "--seconds=60", "--clients=80", "--bad-inputs=20", *options, limit=LIMIT)
+
+    account = read_account(said)
+    assert account["delivered"] > 500
+    assert account["recovered"] > 0 and account["told lost"] > 0
+    assert account["silently lost"] == account["repeated"] == account["reordered"] == account["broken rule"] == 0
+    assert f"faults carried out: {len(KINDS)}" in said
+
+
+def run_soak(*options: str, limit: float) -> str:
+    """Run a soak, which must pass within `limit` seconds; return its output."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.soak", "--seed=11", "--seconds=60", "--clients=80", "--bad-inputs=20", *options],
+        [sys.executable, "-m", "tests.soak", *options],
         cwd=CHECKOUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     try:
-        said, _ = process.communicate(timeout=LIMIT)
+        said, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)  # it ends its server
         said, _ = process.communicate(timeout=30)
@@ -48,11 +59,12 @@ def test_every_publication_is_accounted_for_under_faults_and_bad_input() -> None
     finally:
         process.kill()
     assert process.returncode == 0, said
-    account = {name: int(number.replace(",", "")) for number, _, name in map(_columns, said.splitlines()) if number}
-    assert account["delivered"] > 500
-    assert account["recovered"] > 0 and account["told lost"] > 0
-    assert account["silently lost"] == account["repeated"] == account["reordered"] == account["broken rule"] == 0
-    assert f"faults carried out: {len(KINDS)}" in said
+    return said
+
+
+def read_account(said: str) -> dict[str, int]:
+    """Return the numbers of the account at the end of the output, by name."""
+    return {name: int(number.replace(",", "")) for number, _, name in map(_columns, said.splitlines()) if number}
 
 
 def _columns(line: str) -> tuple[str, str, str]:

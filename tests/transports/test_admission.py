@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from realtime.config import settings
-from realtime.http.request import Refusal
+from realtime.http.request import Refusal, parse_whole_head
 from realtime.metrics import Metrics
 from realtime.transports.admission import Admission, refusal_response
 
@@ -53,6 +55,26 @@ def test_some_descriptors_are_reserved(limit: int, descriptors: int, most: int) 
     refusal = limits.check()
     assert refusal is not None
     assert (refusal.status, refusal.kind) == (503, "connection_limit")
+
+
+def test_connections_of_another_process_are_counted_and_not_refused() -> None:
+    settings_of_one = settings.ClientSettings(connection_limit=1, connection_limit_per_address=1)
+    limits = Admission(settings_of_one, Metrics(), Clock(), descriptors=100)
+    connections = 0
+    limits.add_transport(lambda: connections)
+    assert limits.has_descriptors_for(58)
+    assert not limits.has_descriptors_for(59)
+    releases = [limits.take_over("10.0.0.1") for _ in range(3)]
+    connections = 3
+    assert not limits.has_descriptors_for(56)
+    head, _ = parse_whole_head(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 0, 1000, 10)  # type: ignore[misc]
+    peer = SimpleNamespace(getPeer=lambda: SimpleNamespace(host="10.0.0.1"))
+    for release in releases:
+        assert limits.take_address(head, peer)[1] is not None
+        assert release is not None
+        release()
+    assert limits.take_address(head, peer) == ("10.0.0.1", None)
+    assert make_admission().take_over("10.0.0.1") is None
 
 
 @pytest.mark.parametrize(("rate", "workers"), [(100, 1), (100, 4), (7, 2), (1, 1), (3, 4), (1, 10)])

@@ -277,3 +277,18 @@ async def test_commands_to_a_session_that_does_not_arrive_are_dropped() -> None:
         await suspend(connection)
         assert move(connection, target, target.front.endpoints[HTTP_STREAM]).received == []
         client.leave()
+
+
+async def test_too_many_commands_to_a_session_on_its_way_end_it() -> None:
+    emulation = settings.EmulationSettings(max_queued_bytes=2000)
+    async with streaming(emulation=emulation) as source, streaming(emulation=emulation) as target:
+        client = await opened(source, HTTP_STREAM)
+        connection = source.sessions[0].connection
+        target.emulation.expect("batch", [connection.secret])
+        for number in range(2, 1000):
+            target.emulation.receive(EmulateOrder(connection.secret, b'{"id":%d}' % number))
+        await suspend(connection)
+        session = move(connection, target, target.front.endpoints[HTTP_STREAM])
+        assert len(session.received) < 20
+        await eventually(lambda: client.lost)
+        assert b'"code":3013' in chunks(client)[0]

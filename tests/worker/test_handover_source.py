@@ -85,7 +85,7 @@ async def test_a_failure_before_the_cut_leaves_the_clients_at_their_worker(
 
 
 @on_loop
-@pytest.mark.parametrize("answer", ["close", None, Taken([False, False])], ids=["ends", "silent", "refuses"])
+@pytest.mark.parametrize("answer", ["close", None, Taken(["unsupported"] * 2)], ids=["ends", "silent", "refuses"])
 async def test_clients_that_the_target_does_not_claim_are_closed_with_3001(
     answer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

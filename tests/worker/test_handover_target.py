@@ -11,7 +11,7 @@ from twisted.internet import reactor
 
 from realtime.process.fd_stream import FdStream, stream_pair
 from realtime.worker import handover
-from realtime.worker.handover import VERSION, Offered, Refused
+from realtime.worker.handover import VERSION, Accepted, Offered, Refused
 from tests.driving import on_loop
 from tests.transports.stage import eventually
 from tests.worker.moving import arrive, scene
@@ -43,7 +43,7 @@ async def test_a_target_without_free_descriptors_takes_nothing_and_the_clients_c
         for client in clients:
             assert (await client.client.closed())[0] == 3001
             client.leave()
-        assert stage.target.metric("realtime_handover_failures", reason="descriptors") == 3
+        assert result["failures"] == [{"reason": "descriptors", "count": 3}]
 
 
 @on_loop
@@ -88,4 +88,24 @@ async def test_a_target_refuses_another_version() -> None:
         stream.send(msgspec.msgpack.encode(Offered(VERSION + 1, "0-9")))
         await eventually(lambda: bool(received))
         assert isinstance(received[0], Refused)
+        stream.close()
+
+
+@on_loop
+async def test_a_target_refuses_more_connections_than_it_has_descriptors_for() -> None:
+    async with scene() as stage:
+        ours, theirs = stream_pair()
+        stage.target.worker.take_over(theirs.detach())
+        received: list[Any] = []
+        stream = FdStream(
+            reactor,
+            ours.detach(),
+            lambda body, descriptors: received.append(handover.decode_at_source(body)),
+            lambda: None,
+        )
+        stream.send(handover.encode(Offered(VERSION, "0-9")))
+        stream.send(handover.encode(handover.Announced("0-9/1", 10_000_000, ["news"], [])))
+        await eventually(lambda: len(received) == 2)
+        assert received[0] == Accepted(VERSION, "0-1")
+        assert "limit of open files" in received[1].reason
         stream.close()

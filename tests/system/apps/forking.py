@@ -43,6 +43,12 @@ def squares_in_a_process(data: Any) -> Any:
     return list(executor.map(square, data))
 
 
+@app.rpc("keep busy")
+async def keep_busy(data: Any) -> Any:
+    for _ in range(4):
+        executor.submit(time.sleep, 600)
+
+
 @app.rpc("publish in a fork")
 def publish(data: Any) -> Any:
     return executor.submit(publish_in_fork).result()
