@@ -159,7 +159,7 @@ def test_the_command_shows_where_a_blocked_loop_is(server: Server) -> None:
         text = dump(server, "stacks")
         assert "The loop does not turn" in text
         [place] = places("long")
-        assert f'File "{SOURCE}", line {place.rpartition(":")[2]} in long' in text
+        assert f'File "{SOURCE}", line {place.rpartition(":")[2]}, in long' in text
         assert client.makefile("rb").read().endswith(b"true")
 
 
