@@ -18,6 +18,8 @@ COROUTINE_LIMIT = 60.0
 
 # Shared cores make single examples slow at random, which says nothing about the code.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Many times the examples: `scripts/test --hypothesis-profile=thorough`, before a release.
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=500)
 settings.load_profile("default")
 
 

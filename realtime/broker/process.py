@@ -97,7 +97,8 @@ class Broker:
         self._links_account = self._ledger.open(LoopWork.ENGINE)
         self._all_left: Deferred[None] | None = None  # while draining
         publications = metrics.counter("realtime_broker_publications", "Publications received from workers.")
-        self.core: BrokerCore[Link] = BrokerCore(_LinkDelivery(metrics), settings.max_channels, publications)
+        self.delivery = _LinkDelivery(metrics)
+        self.core: BrokerCore[Link] = BrokerCore(self.delivery, settings.max_channels, publications)
         metrics.gauge("realtime_broker_channels", "Channels with a subscriber.", lambda: self.core.channels)
         metrics.gauge("realtime_broker_streams", "Channels with a history.", lambda: self.core.streams)
         metrics.gauge("realtime_broker_backlog_bytes", "Bytes queued for workers.", self._backlog)
@@ -251,16 +252,30 @@ class Broker:
 
 
 class _LinkDelivery:
-    """Delivers to workers: one frame, shared by all links it goes to."""
+    """Delivers to workers: one frame, shared by all links it goes to.
+
+    asker, number: of the request that is carried out. A publication that goes to the asker is the answer, too, and sets
+    `number` to 0.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
+        self.asker: Link | None = None
+        self.number = 0
         self._routed = metrics.counter(
             "realtime_broker_deliveries", "Publications sent to workers, counted once for each worker."
         )
 
     def deliver_publication(self, peers: Collection[Link], channel: str, publication: Publication, epoch: str) -> None:
         self._routed.value += len(peers)
-        _send(peers, broker_messages.Published(channel, publication, epoch))
+        message = broker_messages.Published(channel, publication, epoch)
+        number, asker = self.number, self.asker
+        if number and asker is not None and asker in peers:
+            asker.send(broker_messages.pack(message, number | broker_messages.ANSWERS))
+            self.number = 0
+            if len(peers) == 1:
+                return
+            peers = [peer for peer in peers if peer is not asker]
+        _send(peers, message)
 
     def deliver_join(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
         _send(peers, broker_messages.Joined(channel, info))
@@ -318,9 +333,17 @@ class _WorkerPeer:
             return
         if operation := self._requests.get(kind):
             self._broker.requests.value += 1
-            answer = self._answer(operation, message, number)
+            delivery = self._broker.delivery
+            delivery.asker, delivery.number = self.link, number
+            try:
+                answer = operation(self.link, self._now(), message)
+                if number and not delivery.number:
+                    return  # a delivery was the answer
+                frame = broker_messages.pack(answer, number)
+            except Exception as error:
+                frame = self._failure(message, number, error)
             if number:
-                self.link.send(answer)
+                self.link.send(frame)
         elif note := self._others.get(kind):
             note(self.link, self._now(), message)
         else:
@@ -349,21 +372,19 @@ class _WorkerPeer:
         except BadFrame as error:
             self.link.cut(str(error))
 
-    def _answer(self, operation: Callable[[Link, float, Any], Any], request: Any, number: int) -> bytes:
-        """Carry out a request and return the frame of its answer."""
-        try:
-            return broker_messages.pack(operation(self.link, self._now(), request), number)
-        except ClientError as error:
-            return _failed(number, error.code, error.message, error.temporary)
-        except BadFrame:
-            return _failed(number, *LIMIT_EXCEEDED)
-        except Exception:
-            _log.failure(
-                "carrying out a {kind} request of worker {worker} raised; the worker gets an internal error",
-                kind=type(request).__name__,
-                worker=self.address,
-            )
-            return _failed(number, *INTERNAL_ERROR)
+    def _failure(self, request: Any, number: int, error: Exception) -> bytes:
+        """Return the frame of the answer to a request that raised `error`, the current exception."""
+        match error:
+            case ClientError():
+                return _failed(number, error.code, error.message, error.temporary)
+            case BadFrame():
+                return _failed(number, *LIMIT_EXCEEDED)
+        _log.failure(
+            "carrying out a {kind} request of worker {worker} raised; the worker gets an internal error",
+            kind=type(request).__name__,
+            worker=self.address,
+        )
+        return _failed(number, *INTERNAL_ERROR)
 
     def _hello(self, link: Link, now: float, message: broker_messages.Hello) -> None:
         if message.version != broker_messages.VERSION:

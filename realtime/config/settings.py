@@ -23,6 +23,7 @@ from realtime.config.annotations import (
     Port,
     Positive,
     PositiveSeconds,
+    PositiveShare,
     Seconds,
     Secret,
     Share,
@@ -573,8 +574,7 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = True
     rebalance_difference: Annotated[
-        float,
-        Meta(ge=0.05, le=1.0),
+        PositiveShare,
         about("Difference between the busy shares of two loops, from 0 to 1, from which clients move."),
     ] = 0.4
     rebalance_delay: Annotated[
@@ -582,13 +582,10 @@ class LoopSettings(Struct, frozen=True, forbid_unknown_fields=True):
         about("Time for which a worker must be so much busier before clients move, and before more of them move."),
     ] = 30.0
     relief: Annotated[
-        bool,
-        about("While a handler blocks a worker's loop, a second thread of the worker serves its other clients."),
+        bool, about("While a handler blocks a worker's loop, a second thread of the worker serves its other clients.")
     ] = True
     relief_after: Annotated[
-        float,
-        Meta(ge=0.005),
-        about("A turn of a worker's loop that takes this long begins to be relieved."),
+        float, Meta(ge=0.005), about("Relief begins when a turn of a worker's loop has taken this long.")
     ] = 0.03
     slice: Annotated[
         float,

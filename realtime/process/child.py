@@ -376,19 +376,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     argv: without the program's name. make_service: called in the running loop; raises as `ChildService.start` does.
     """
     options = _arguments().parse_args(argv)
-    for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
-        os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
-    with suppress(PermissionError):  # it leads a session already
-        os.setpgid(0, 0)  # the supervisor ends the group with this process: programs that handlers have started
-    _set_signals()
-    faulthandler.enable()
-    for fd in options.stacks:
-        stack_dumps.register(fd)
-    _die_with_the_supervisor()
-    if _has_hung_up(options.link):
-        return EX_TEMPFAIL
-    if not _has_descriptors(options.link):
-        sys.stderr.write(f"{_TOO_FEW_DESCRIPTORS}\n")
+    if not _detach(options):
         return EX_TEMPFAIL
     page = VitalsPage.open(options.vitals)
     selector = MeasuredSelector(page)
@@ -413,17 +401,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
         loop_reactor=asyncio_reactor,
         generation=options.generation,
     )
-    if isinstance(child.marker, ReleasingMarker):
-        child.relief = Relief(
-            child.lock,
-            tree.loop.relief_after,
-            selector,
-            asyncio_reactor.server,
-            child.marker,
-            heartbeat.tasks,
-            page,
-            child.metrics,
-        )
+    child.relief = _make_relief(child, selector, asyncio_reactor.server)
     output.install(tree.log.max_queued_bytes)
     child.metrics.sources.append(output.samples)
     log.begin(child.name, tree.log, sys.stdout)
@@ -435,6 +413,34 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     asyncio_reactor.run()
     kill_forks()
     return child.status
+
+
+def _make_relief(child: Child, selector: MeasuredSelector, reactor: ServerReactor) -> Relief | None:
+    """Make the relief thread of a process whose handlers release the server lock."""
+    if not isinstance(child.marker, ReleasingMarker):
+        return None
+    after = child.settings.loop.relief_after
+    tasks, page = child.heartbeat.tasks, child.page
+    return Relief(child.lock, after, selector, reactor, child.marker, tasks, page, child.metrics)
+
+
+def _detach(options: argparse.Namespace) -> bool:
+    """Give this process its own group, signals, stacks and end. Returns whether it can start."""
+    for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
+        os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
+    with suppress(PermissionError):  # it leads a session already
+        os.setpgid(0, 0)  # the supervisor ends the group with this process: programs that handlers have started
+    _set_signals()
+    faulthandler.enable()
+    for fd in options.stacks:
+        stack_dumps.register(fd)
+    _die_with_the_supervisor()
+    if _has_hung_up(options.link):
+        return False
+    if not _has_descriptors(options.link):
+        sys.stderr.write(f"{_TOO_FEW_DESCRIPTORS}\n")
+        return False
+    return True
 
 
 def _release_in_forks(

@@ -21,7 +21,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from realtime.process.transport import DirectServer
-from realtime.pubsub.broker_messages import BadFrame, FrameReader
+from realtime.pubsub.broker_messages import ANSWERS, BadFrame, FrameReader
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 
 BATCH = 1024 * 1024
@@ -34,12 +34,17 @@ PEER_ENDED = "the peer ended the stream"
 
 # The request number in the head of frames that are no answers.
 _UNNUMBERED = bytes(8)
+# The least first byte of the number of a publication that is an answer, too.
+_ANSWERING = bytes([ANSWERS >> 56])
 
 _log = Logger()
 
 
-def adopt(reactor: Any, fd: int, link: Link) -> None:
-    """Connect a link to a connected stream socket. Takes ownership of `fd`."""
+def adopt(reactor: Any, fd: int, link: Protocol) -> None:
+    """Connect a link, or another protocol, to a connected Unix stream socket. Takes ownership of `fd`.
+
+    The relief thread may call its `dataReceived` while application code blocks another call of it.
+    """
     try:
         os.set_blocking(fd, False)
         _Stream._fromConnectedSocket(fd, Factory.forProtocol(lambda: link), reactor)
@@ -83,7 +88,6 @@ class Link(Protocol):
     ) -> None:
         self._ledger = ledger or LoopTimeLedger(time.monotonic_ns)
         self._account = self._ledger.open(LoopWork.ENGINE)
-        self._flush_turn = self._ledger.charging(self._account, self._end_turn)
         self._reactor = reactor
         self._call_soon = call_soon
         self._reader = FrameReader()
@@ -133,18 +137,24 @@ class Link(Protocol):
             self.cut("the peer is too far behind")
         elif not (self._is_flush_due or self._is_paused):
             self._is_flush_due = True
-            self._call_soon(self._flush_turn)
+            self._call_soon(self._end_turn)
 
     def _end_turn(self) -> None:
         self._is_flush_due = False
-        self._flush()  # of nothing, if the stream has ended meanwhile
+        before = self._ledger.switch(self._account)
+        try:
+            self._flush()  # of nothing, if the stream has ended meanwhile
+        finally:
+            self._ledger.switch(before)
 
     def _flush(self) -> None:
-        while self._queue and not self._is_paused:
-            batch = self._take_batch()
+        queue = self._queue
+        while queue and not self._is_paused:
+            batch = queue.popleft() if len(queue) == 1 else self._take_batch()
             self._queued_bytes -= len(batch)
             self._bytes_in_transport = len(batch)
-            self._transport.write(batch)  # calls pauseProducing if the socket did not take all of it
+            # Calls pauseProducing if the socket did not take all of it.
+            self.transport.write(batch)  # type: ignore[union-attr]
             if not self._is_paused:
                 self._bytes_in_transport = 0
         if self._unread is not None and self.backlog <= self._patience // 2:
@@ -237,7 +247,7 @@ class Link(Protocol):
         self._transport.abortConnection()
 
     def _drop(self) -> None:
-        self.dropped += sum(frame[4:12] == _UNNUMBERED for frame in self._queue)
+        self.dropped += sum(frame[4:12] == _UNNUMBERED or frame[4:5] >= _ANSWERING for frame in self._queue)
         self._queue.clear()
         self._unread = None
         self._queued_bytes = self._bytes_in_transport = 0

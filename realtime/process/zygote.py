@@ -59,7 +59,9 @@ class Fork(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ZygoteStarted(msgspec.Struct, frozen=True, tag=True):
-    """Everything is imported. The first packet to the supervisor."""
+    """Everything is imported. The first packet to the supervisor. formats: the constants FORMATS of the modules."""
+
+    formats: str
 
 
 class Forked(msgspec.Struct, frozen=True, tag=True):
@@ -96,6 +98,7 @@ def main(argv: Sequence[str]) -> int:
         trim(0)
     with socket.socket(fileno=options.link) as link:
         os.set_inheritable(options.link, False)
+        link.send(encode(ZygoteStarted(" ".join(getattr(module, "FORMATS", "") for module in modules.values()))))
         fork = _serve(link)
     if fork is None:
         return 0
@@ -107,7 +110,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _serve(link: socket.socket) -> Fork | None:
     """Carry out the requests. Returns in each child, with its request, and in the zygote at the end, with None."""
-    link.send(encode(ZygoteStarted()))
     while True:
         try:
             packet, descriptors, _, _ = socket.recv_fds(link, _MAX_PACKET, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from operator import attrgetter
 
 import msgspec
 
@@ -22,6 +23,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Channels whose options are remembered, a quarter of a megabyte with the longest names.
 _REMEMBERED = 1024
 
+# By verb: returns whether it is granted to clients, to subscribers, and to the anonymous among them.
+_GRANTS = {
+    verb: attrgetter(*(f"allow_{verb}_for_{whom}" for whom in ("client", "subscriber", "anonymous")))
+    for verb in ("publish", "presence", "history")
+}
+
 
 class ResolvedChannel(ChannelOptions, frozen=True, kw_only=True):
     """The options of one namespace, with values derived from them."""
@@ -31,10 +38,8 @@ class ResolvedChannel(ChannelOptions, frozen=True, kw_only=True):
 
     def allows(self, verb: str, user: str, subscribed: bool) -> bool:
         """Return whether `user` ("" for anonymous) is allowed to do `verb`: "publish", "presence" or "history"."""
-        granted = getattr(self, f"allow_{verb}_for_client") or (
-            subscribed and getattr(self, f"allow_{verb}_for_subscriber")
-        )
-        return bool(granted and (user or getattr(self, f"allow_{verb}_for_anonymous")))
+        to_clients, to_subscribers, to_anonymous = _GRANTS[verb](self)
+        return bool((to_clients or (subscribed and to_subscribers)) and (user or to_anonymous))
 
     def with_override(self, override: Mapping[str, bool]) -> ResolvedChannel:
         """Return these options with other values for some of them, by name."""

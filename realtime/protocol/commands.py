@@ -300,9 +300,10 @@ async def history(session: Session, id: int, request: messages.HistoryRequest) -
 
 
 def rpc(session: Session, id: int, request: messages.RPCRequest) -> Coroutine[Any, Any, None] | None:
-    handlers, ping = session.services.handlers, session.settings.rpc_ping
+    handlers = session.services.handlers
     procedure = handlers.procedure(request.method)
     if procedure is None:
+        ping = session.settings.rpc_ping
         if ping.enabled and request.method == ping.method:
             session.reply(id, "rpc", messages.RPCResult())
             return None

@@ -42,7 +42,7 @@ from realtime.protocol.replay import Replays
 from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, Departure, SessionState
 from realtime.protocol.session_timers import SessionTimers
 from realtime.protocol.subscription import JoinResult, ReplyRoom, Subscription, SubscriptionSource
-from realtime.pubsub.engine import AddClient, AdmitClient, Publish, RemoveClient
+from realtime.pubsub.engine import Publish, RemoveClient
 from realtime.types import ClientInfo, Position, SubscribeOptions
 
 # How an error ends a connection without replies, by code (client protocol, section 2.9); others end it with 3004.
@@ -218,30 +218,24 @@ class Session(SessionTimers):
         if self.settings.client.concurrency > 1 and (channel := channel_of(command)):
             self.busy_channels = self.busy_channels or set()
             self.busy_channels.add(channel)
-        if type(rest) is Publish:
-            self.services.engine.ask_then(rest, partial(self._published, command.id, name, request))
+        finished = partial(self._finished, command.id, name, request)
+        if isinstance(rest, Publish):
+            self.services.engine.ask_then(rest, finished)
         else:
-            self.services.run(rest, partial(self._finished, command.id, name, request))  # type: ignore[arg-type]
-
-    def _published(self, id: int, name: str, request: Any, position: Any, error: BaseException | None) -> None:
-        """Answer a publish command, and go on."""
-        if error is None:
-            try:
-                self.reply(id, name, messages.EMPTY)
-            except Exception as failure:
-                error = failure
-        self._finished(id, name, request, None, error)
+            self.services.run(rest, finished)
 
     def _finished(self, id: int, name: str, request: Any, result: Any, error: BaseException | None) -> None:
-        """Go on after a command that has waited."""
-        if error is not None:
-            try:
-                if not isinstance(error, Exception):
-                    raise error
+        """Go on after a command that has waited. result: of a publication, which is answered now; else None."""
+        try:
+            if result is not None:
+                self.reply(id, name, messages.EMPTY)
+            elif isinstance(error, Exception):
                 self._answer_failure(id, name, request, error)
-            except BaseException as unexpected:
-                self.services.report_error(unexpected)
-                self.disconnect(*errors.SERVER_ERROR)
+            elif error is not None:
+                raise error
+        except BaseException as unexpected:
+            self.services.report_error(unexpected)
+            self.disconnect(*errors.SERVER_ERROR)
         if self.busy_channels:
             self.busy_channels.discard(getattr(request, "channel", ""))
         self.running -= 1
@@ -350,25 +344,6 @@ class Session(SessionTimers):
             self._count_failure(name)
 
     # -- admission ---------------------------------------------------------------------------------------------------
-
-    async def admit(self, info: ClientInfo) -> None:
-        """Make `info` the client's identity and count it as connected.
-
-        The caller then calls `complete_connect`, or `cancel_admission` in every other case. Raises Disconnect when the
-        user has reached its limit of connections, and EngineUnavailable.
-        """
-        engine, limit = self.services.engine, self.settings.client.user_connection_limit
-        self.info = info
-        if not (limit and info.user):
-            engine.tell(AddClient(info))
-        elif not await engine.ask(AdmitClient(info, limit)):
-            raise Disconnect(*errors.USER_CONNECTIONS, kind="user_connections")
-
-    def cancel_admission(self) -> None:
-        """Undo `admit`, and end the subscriptions made since."""
-        self.services.engine.tell(RemoveClient(self.client))
-        for subscription in list(self.subscriptions.values()):
-            self.remove_subscription(subscription)
 
     def complete_connect(self, name: str, version: str, meta: bytes) -> None:
         """Make the admitted client a connected one. name, version, meta: see `ConnectedClient`."""
@@ -532,12 +507,8 @@ class Session(SessionTimers):
 
         def push() -> None:
             if subscription.is_active:
-                renewed = messages.SubscribePush(
-                    recoverable=subscription.recoverable,
-                    epoch=position.epoch,
-                    offset=position.offset,
-                    positioned=subscription.positioned,
-                )
+                recoverable, positioned = subscription.recoverable, subscription.positioned
+                renewed = messages.SubscribePush(recoverable, position.epoch, position.offset, positioned)
                 self._push_subscribe(channel, options, renewed)
 
         # The push states a position, so the publications up to there leave first.
@@ -565,16 +536,8 @@ class Session(SessionTimers):
             return
         result = joined.result
         subscription.expire_at = self._expiry_of(options)
-        self._push_subscribe(
-            channel,
-            options,
-            messages.SubscribePush(
-                recoverable=result.recoverable,
-                epoch=result.epoch,
-                offset=result.offset,
-                positioned=result.positioned,
-            ),
-        )
+        granted = messages.SubscribePush(result.recoverable, result.epoch, result.offset, result.positioned)
+        self._push_subscribe(channel, options, granted)
         self.push_publications(channel, result.publications or ())
         self.activate(subscription, joined)
         self.schedule_deadline()
@@ -631,7 +594,7 @@ class Session(SessionTimers):
         Queued commands, and those that would begin meanwhile, are refused: the client's next worker carries them out.
         """
         if self.running:
-            self._commands = _DRAINING
+            self._commands, self.departure = _DRAINING, None
         else:
             self.disconnect(*errors.SHUTDOWN)
 

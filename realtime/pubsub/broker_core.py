@@ -50,6 +50,8 @@ P_contra = TypeVar("P_contra", contravariant=True)
 Core = TypeVar("Core")
 Kind = TypeVar("Kind")
 
+_UNNUMBERED = Position()  # of publications in channels without history
+
 _OPERATIONS: dict[type[Struct], Callable[..., Any]] = {}
 
 
@@ -260,7 +262,7 @@ class BrokerCore(Generic[P]):
         publication: Publication | None
         if not request.history_options.enabled:
             publication = Publication(request.data, 0, request.info, request.tags, request.delta, request.binary)
-            position = Position()
+            position = _UNNUMBERED
         elif version and not (stream := self._streams.open_to_publish(now, channel, request.history_options)).advance(
             version, request.version_epoch
         ):

@@ -8,6 +8,9 @@ big-endian), then a body of that length in MessagePack. Number 0 means that no a
                                              <-------   Welcome
     an EngineRequest, with a number          ------->
                                              <-------   its answer (the same number), or RequestFailed
+    Publish, with a number, by a subscribed  ------->
+    worker
+                                             <-------   Published, with that number and ANSWERS
     an EngineNotice, or a request without    ------->
     a number
                                              <-------   Published, Joined, Left, OrderSent, CutReached
@@ -43,6 +46,10 @@ _HEAD = struct.Struct(">IQ")  # the number counts up for the life of a worker, s
 _HEAD_SIZE = _HEAD.size
 _pack_head = _HEAD.pack
 _head_at = _HEAD.unpack_from
+
+
+ANSWERS = 1 << 63
+"""Added to the number of a request in the frame of a Published that answers it: one frame is cheaper than two."""
 
 
 class BadFrame(RealtimeError):

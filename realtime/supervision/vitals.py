@@ -99,6 +99,10 @@ class Vitals(Struct, frozen=True):
     relief_since: int = 0
 
 
+LAYOUT = f"{_BODY.format} {_MARK_AT} {_MARK.format} {_CALL.format} {Vitals.__struct_fields__}"
+"""Of the page: processes of two versions share pages if it is the same in both."""
+
+
 class RunningHandler(Struct, frozen=True):
     """The handler that runs on the loop. subject: the channel or method of the call."""
 

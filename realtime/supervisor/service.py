@@ -10,24 +10,21 @@ twistd forks between making the service and starting it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from operator import itemgetter
 from typing import Any, Protocol
 
-from msgspec.structs import replace
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredList, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from realtime.config import settings as configuration
-from realtime.config.cores import count_cores
 from realtime.config.settings import Settings
 from realtime.config.sources import Sources
 from realtime.metrics import Metrics
@@ -47,6 +44,7 @@ from realtime.supervisor.listener import CannotListen, SharedPort
 from realtime.supervisor.rebalancer import INTERVAL as REBALANCING_INTERVAL
 from realtime.supervisor.rebalancer import Rebalancer
 from realtime.supervisor.rescue import Rescue
+from realtime.supervisor.revisions import Revisions, with_counts, with_workers
 from realtime.supervisor.slot_sockets import LINGER, SlotSockets
 from realtime.supervisor.stack_sampler import StackSampler
 from realtime.supervisor.steering import Steering
@@ -59,7 +57,6 @@ WORKER_MODULE = "realtime.worker.process"
 BROKER_MODULE = "realtime.broker.process"
 
 _EX_OSERR = 71
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 _log = Logger(observer=log.observer)
 
@@ -109,7 +106,7 @@ class Supervisor(Service):
         after the last process has exited; `stopService` works without it. handle_signals: whether to take SIGTERM and
         SIGINT over from Twisted. capture_output: whether to copy the children's output to the log in any case.
         sources: where `settings` come from, and those of a reload; None for a server that can't reload."""
-        settings = _with_counts(settings)
+        settings = with_counts(settings)
         self.pool = Pool(settings.workers.count, settings.workers, settings.loop, settings.shutdown.timeout)
         self.processes: dict[int, ChildProcess] = {}
         self.children: dict[int, ChildProcess] = {}
@@ -119,10 +116,11 @@ class Supervisor(Service):
         self.steering: Steering | None = None
         self.sockets: SlotSockets | None = None
         self._configured_count = settings.workers.count
+        self._knows_count = True
         self.zygote: Zygote | None = None
         self.sampler = StackSampler(reactor, self.monitor, settings.loop, settings.app, self.processes)
         self._reactor = reactor
-        self._settings = settings
+        self._revisions = Revisions(settings)
         self._open_operator_endpoint = open_operator_endpoint
         self._modules = {BROKER: broker}
         self._worker = worker
@@ -134,8 +132,8 @@ class Supervisor(Service):
         self._substitutes: Substitutes | None = None
         self._rebalancer: Rebalancer | None = None
         self._notifier = SystemdNotifier({})
-        self._revisions: dict[int, _Revision] = {}
-        self._changes = Changes(Trial(reactor, sources), self._reload, lambda: self._settings)
+        self._trial = Trial(reactor, sources)
+        self._changes = Changes(self._trial, self._reload, lambda: self._settings)
         self._capture_output = capture_output
         self._pending: deque[Effect] = deque()
         self._is_carrying_out = False
@@ -143,6 +141,11 @@ class Supervisor(Service):
         self._has_warned_of_footprint = False
         self._stop_waiters: list[Deferred[None]] = []
         self._stop_counting_errors: Callable[[], None] | None = None
+
+    @property
+    def _settings(self) -> Settings:
+        """The settings in force."""
+        return self._revisions.settings
 
     # The service.
 
@@ -201,7 +204,7 @@ class Supervisor(Service):
         # Only now, after the fork: WATCHDOG_PID tells whether the variables are for this process or for its parent.
         self._notifier = SystemdNotifier(os.environ)
         self._changes.notifier = self._notifier
-        self._revisions[self.pool.revision] = _Revision(self._settings)
+        self._revisions.publish()
         # A daemon's own output goes nowhere. The log is twistd's, so the children's output must go there too.
         self._capture_output = self._capture_output or _is_discarded(1)
         modules = [self._worker, *self._modules.values()]
@@ -319,27 +322,24 @@ class Supervisor(Service):
     def _replace_workers(self, settings: Settings) -> None:
         if self.pool.stopping:
             return
-        settings = _with_counts(settings)
+        settings = with_counts(settings)
         if settings.workers.count == self._configured_count:  # so the number that `scale` has set stays
-            settings = _with_workers(settings, len(self.pool.workers))
+            settings = with_workers(settings, len(self.pool.workers))
         else:
             self._configured_count = settings.workers.count
+        self._replace_all(settings)
+
+    def _replace_all(self, settings: Settings) -> None:
         try:
-            revision = _Revision(settings)
+            self._revisions.add(self.pool.target + 1, settings)
         except OSError as error:
             self._changes.ended(f"no descriptor is left for the settings: {error}; check `ulimit -n`")
-            return
-        new = self.pool.reload(self._now())
-        if self.pool.reloading:
-            self._revisions[self.pool.target] = revision
         else:
-            revision.close()
-        self._carry_out(new)
+            self._carry_out(self.pool.reload(self._now()))
 
     def _use_revision(self, effect: effects.UseRevision) -> None:
-        for number in [number for number in self._revisions if number < effect.revision]:
-            self._revisions.pop(number).close()
-        self._settings = settings = self._revisions[effect.revision].settings
+        self._revisions.use(effect.revision)
+        settings = self._settings
         log.limit(settings.log.level)
         if (broker := self.processes.get(BROKER)) is not None:
             broker.limit_log(settings.log.level)
@@ -351,12 +351,11 @@ class Supervisor(Service):
             part.configure(settings.loop)
 
     def _end_reload(self, effect: effects.ReloadEnded) -> None:
-        for number in [number for number in self._revisions if number > self.pool.revision]:
-            self._revisions.pop(number).close()
+        self._revisions.drop_others()
         if effect.failure:
             self._changes.ended(effect.failure)
         else:
-            self._scale(self._settings.workers.count)
+            self._scale(self._settings.workers.count, is_known=True)
 
     def scale(self, count: int, tell: Callable[[str], None] = lambda line: None) -> Deferred[str]:
         """Have `count` workers from now on, until a restart or another number in the configuration.
@@ -365,20 +364,20 @@ class Supervisor(Service):
         """
         if not 1 <= count <= MAX_SLOTS:
             return succeed(f"{count} is no number of workers; choose one from 1 to {MAX_SLOTS}")
-        return self._changes.scale(tell, lambda: self._scale(count))
+        return self._changes.scale(tell, lambda: self._scale(count, is_known=False))
 
-    def _scale(self, count: int) -> None:
-        """Begin to have `count` workers."""
+    def _scale(self, count: int, is_known: bool) -> None:
+        """Begin to have `count` workers. is_known: whether the present workers were started with this number."""
+        self._knows_count = is_known
         assert self.sockets is not None
         present = len(self.pool.workers)
         if count == present:
             self._changes.ended("")
             return
         try:
-            self._use_count(count)
             self.sockets.open(count)
+            self._revisions.use_workers(count)
         except OSError as error:
-            self._use_count(present)
             self._changes.ended(f"can't open a socket: {error}; check `ulimit -n`")
             return
         if count > present:
@@ -390,23 +389,17 @@ class Supervisor(Service):
             self._write_log(effects.LogLine(f"no new connections to {removed}; removing in {LINGER:g} s"))
             self._reactor.callLater(LINGER, lambda: self._carry_out(self.pool.scale(count, self._now())))
 
-    def _use_count(self, count: int) -> None:
-        """Have processes that start from now on know the number of workers. Raises OSError."""
-        revision = _Revision(_with_workers(self._settings, count))
-        self._revisions[self.pool.revision].close()
-        self._revisions[self.pool.revision] = revision
-        self._settings = revision.settings
-
     def _end_scale(self, effect: effects.ScaleEnded) -> None:
         assert self.sockets is not None
         count = sum(not slot.is_removed for slot in self.pool.workers)
         client = self._settings.client
         if effect.failure and not self.pool.stopping:
-            self._use_count(count)
+            with suppress(OSError):
+                self._revisions.use_workers(count)
             self.sockets.avoid(count)
             self.sockets.close_from(max(self.pool.slots) + 1)
-        elif not effect.failure and (client.connection_limit or client.connection_rate_limit):
-            self._reload(self._settings)  # each worker has a share of these limits
+        elif not (effect.failure or self._knows_count) and (client.connection_limit or client.connection_rate_limit):
+            self._replace_all(self._settings)  # each worker has a share of these limits
             return
         self._changes.ended(effect.failure)
 
@@ -465,7 +458,7 @@ class Supervisor(Service):
     def _reap_orphans(self) -> None:
         if self.zygote is not None and not self.zygote.is_forking:  # else a child may have no known pid yet
             own = self.zygote.pids
-            orphans.reap(lambda: [*own, *(process.pid for process in self.children.values())])
+            orphans.reap(lambda: [*own, *self._trial.pids, *(process.pid for process in self.children.values())])
 
     # Effects.
 
@@ -497,7 +490,7 @@ class Supervisor(Service):
         process = ChildProcess(self, effect.slot, effect.generation)
         listening = [] if effect.slot == BROKER else [self._port.sockets[effect.slot].fileno()]
         module = self._modules.get(effect.slot, self._worker)
-        settings = self._revisions[effect.revision].fd
+        settings = self._revisions.fd(effect.revision)
         self.children[effect.generation] = process
         assert self.zygote is not None
         try:
@@ -611,8 +604,7 @@ class Supervisor(Service):
             self._port.close()
         if self.zygote is not None:
             self.zygote.close()
-        for revision in self._revisions.values():
-            revision.close()
+        self._revisions.close()
         self._fire_stop_waiters()
         if self._leave is not None:
             self._leave(effect.status)
@@ -646,39 +638,6 @@ def _is_discarded(fd: int) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(os.devnull))
     except OSError:
         return True
-
-
-class _Revision:
-    """The settings of one revision, for our use and, as `fd`, for children."""
-
-    def __init__(self, settings: Settings) -> None:
-        """Raises OSError without a free descriptor."""
-        self.settings = settings
-        self.fd = _sealed_memfd(configuration.dump(settings))
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-
-def _with_counts(settings: Settings) -> Settings:
-    """Set the numbers of processes that the settings leave open: children do not count the cores themselves."""
-    cores = count_cores()
-    count = settings.workers.count or cores
-    processes = settings.workers.processes or max(1, cores // count)
-    return replace(settings, workers=replace(settings.workers, count=count, processes=processes))
-
-
-def _with_workers(settings: Settings, count: int) -> Settings:
-    return replace(settings, workers=replace(settings.workers, count=count))
-
-
-def _sealed_memfd(data: bytes) -> int:
-    """Create a memfd that holds `data` and can no longer be changed. Returns its descriptor."""
-    fd = os.memfd_create("realtime-settings", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(fd, "wb", closefd=False) as file:
-        file.write(data)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    return fd
 
 
 def _endpoint(address: str, port: int) -> str:

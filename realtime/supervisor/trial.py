@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
@@ -37,10 +39,14 @@ class TrialResult(msgspec.Struct, frozen=True):
 
 
 class Trial:
-    """Tries out the configuration that the sources have at the time."""
+    """Tries out the configuration that the sources have at the time.
+
+    pids: of the processes that run, which no one else may wait for.
+    """
 
     def __init__(self, reactor: Any, sources: Sources | None) -> None:
         """sources: None for a server whose settings come from elsewhere; there is nothing to try out then."""
+        self.pids: set[int] = set()
         self._reactor = reactor
         self._sources = sources
 
@@ -48,7 +54,7 @@ class Trial:
         """Try it out within `timeout` seconds. The Deferred never fails."""
         if self._sources is None:
             return succeed(TrialResult(problems=["this server was started without a configuration to read again"]))
-        process = _Process(self._reactor, timeout)
+        process = _Process(self._reactor, timeout, self.pids)
         # -P: as for the children, see `realtime.supervisor.service`.
         command = [sys.executable, "-P", "-m", MODULE]
         environment = {
@@ -57,22 +63,25 @@ class Trial:
             if name not in systemd.VARIABLES and not name.startswith(PREFIX)
         }
         try:
-            self._reactor.spawnProcess(
+            started = self._reactor.spawnProcess(
                 process, command[0], command, env=environment, childFDs={0: "w", 1: 1, 2: 2, _RESULT: "r"}
             )
         except OSError as error:
             process.end([f"no process can be started to try out the configuration: {error.strerror}"])
         else:
-            transport: Any = process.transport
-            transport.write(msgspec.msgpack.encode(self._sources))
-            transport.closeStdin()
+            process.pid = started.pid
+            self.pids.add(started.pid)
+            started.write(msgspec.msgpack.encode(self._sources))
+            started.closeStdin()
         return process.result
 
 
 class _Process(ProcessProtocol):
     """The process. result: fires once."""
 
-    def __init__(self, reactor: Any, timeout: float) -> None:
+    def __init__(self, reactor: Any, timeout: float, pids: set[int]) -> None:
+        self.pids = pids
+        self.pid = 0
         self.result: Deferred[TrialResult] = Deferred()
         self._timeout = timeout
         self._received = b""
@@ -92,17 +101,23 @@ class _Process(ProcessProtocol):
     def childDataReceived(self, childFD: int, data: bytes) -> None:
         """Called by Twisted."""
         self._received += data
+        # The end of the stream may never come: processes that the application has forked may have it open.
+        with suppress(msgspec.MsgspecError):
+            result = msgspec.msgpack.decode(self._received, type=TrialResult)
+            self._finish(_with_version(result))
+
+    def processExited(self, reason: Failure) -> None:
+        """Called by Twisted."""
+        self.pids.discard(self.pid)
 
     def processEnded(self, reason: Failure) -> None:
         """Called by Twisted."""
-        try:
-            result = msgspec.msgpack.decode(self._received, type=TrialResult)
-        except msgspec.MsgspecError:
-            ended: Any = reason.value
-            how = f"signal {ended.signal}" if ended.signal else f"status {ended.exitCode}"
-            self.end([f"the import of the application ended its process with {how}"])
-        else:
-            self._finish(result if result.version == __version__ else _refuse_version(result.version))
+        ended: Any = reason.value
+        if ended.exitCode == 0:
+            self.end(["another version of the package is installed, with other settings; restart the server"])
+            return
+        how = f"signal {ended.signal}" if ended.signal else f"status {ended.exitCode}"
+        self.end([f"the import of the application ended its process with {how}"])
 
     def end(self, problems: list[str]) -> None:
         """Finish with problems."""
@@ -115,7 +130,13 @@ class _Process(ProcessProtocol):
             self.result.callback(result)
 
 
-def _refuse_version(version: str) -> TrialResult:
-    """Workers of another version would not understand this version's broker."""
-    problem = f"version {version} of the package is installed now, and this server runs version {__version__}"
-    return TrialResult(problems=[f"{problem}; restart the server to use the other version"])
+def _with_version(result: TrialResult) -> TrialResult:
+    """Add a warning about another version of the package. Whether workers of it understand the running broker shows in
+    the zygote."""
+    if result.version == __version__:
+        return result
+    line = (
+        f"version {result.version} of the package is installed: new workers run it; the supervisor and the broker go "
+        f"on with version {__version__} until a restart"
+    )
+    return replace(result, warnings=[*result.warnings, line])

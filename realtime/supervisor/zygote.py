@@ -18,10 +18,11 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from realtime.config.schema import PREFIX
 from realtime.process import log, zygote
-from realtime.process.zygote import Fork, Forked, NotForked
+from realtime.process.zygote import Fork, Forked, NotForked, ZygoteStarted
 from realtime.supervisor import orphans, systemd
 from realtime.supervisor.child_output import ChildOutput
 from realtime.supervisor.readable import Readable, read_pipe
@@ -31,11 +32,15 @@ _MAX_PACKET = 4096
 # Seconds between two looks for the exit of a child where the kernel has no pidfd_open(2), before Linux 5.3.
 _EXIT_INTERVAL = 0.05
 
+_OTHER_VERSION = (
+    "the installed version of the package has other messages than the running processes; restart the server to use it"
+)
+
 _log = Logger(observer=log.observer)
 
 
-class ZygoteEnded(Exception):
-    """A zygote has ended before it could serve."""
+class ZygoteUnusable(Exception):
+    """A zygote can't serve. The text is the reason, for a line of the log."""
 
 
 class ForkedChild:
@@ -123,6 +128,7 @@ class Zygote:
         self._current: _ZygoteProcess | None = None
         self._processes: set[_ZygoteProcess] = set()
         self._is_closed = False
+        self._formats: str | None = None
 
     @property
     def pids(self) -> list[int]:
@@ -141,16 +147,18 @@ class Zygote:
         """
         if self._current is None:
             self._current = self._start()
+            self._current.when_started().addCallbacks(self._note_formats, _ignore)
         return self._current.fork(fork, descriptors, exited)
 
     def renew(self) -> Deferred[None]:
         """Have another process fork from now on, which imports all modules anew: their files may have changed.
 
-        The Deferred fires when it has imported them. It fails with ZygoteEnded where they can't be imported; the
-        present process goes on then. Raises OSError.
+        The Deferred fires when it has imported them. It fails with ZygoteUnusable where they can't be imported, or are
+        of a version whose messages the running processes do not understand; the present process goes on then. Raises
+        OSError.
         """
         process = self._start()
-        return process.when_started().addCallback(self._replace_by, process)
+        return process.when_started().addCallback(self._check_formats, process).addCallback(self._replace_by, process)
 
     def close(self) -> None:
         """Kill the processes that fork. Children live on."""
@@ -163,6 +171,17 @@ class Zygote:
         process = _ZygoteProcess(self._reactor, self._modules, self._ended, self._capture)
         self._processes.add(process)
         return process
+
+    def _note_formats(self, formats: str) -> None:
+        self._formats = self._formats or formats
+        if formats != self._formats:
+            _log.error("{reason}", reason=_OTHER_VERSION)
+
+    def _check_formats(self, formats: str, process: _ZygoteProcess) -> None:
+        if formats != self._formats:
+            process.is_ending = True
+            process.kill()
+            raise ZygoteUnusable(_OTHER_VERSION)
 
     def _replace_by(self, _: object, process: _ZygoteProcess) -> None:
         old, self._current = self._current, process
@@ -180,6 +199,7 @@ class Zygote:
         if is_current and process.has_started:  # another one is tried at the next fork: the pool has its delays
             with suppress(OSError):
                 self._current = self._start()
+                self._current.when_started().addCallbacks(self._note_formats, _ignore)
 
 
 class _ZygoteProcess:
@@ -193,7 +213,7 @@ class _ZygoteProcess:
         self.is_ending = False
         self._reactor = reactor
         self._ended = ended
-        self._start_waiters: list[Deferred[None]] = []
+        self._start_waiters: list[Deferred[str]] = []
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             # -P: files of the working directory, such as a queue.py, must not stand in for modules of Python or ours.
@@ -206,6 +226,7 @@ class _ZygoteProcess:
                     stderr=subprocess.STDOUT if capture else None,
                     pass_fds=[theirs.fileno()],
                     env=_environment(os.environ),
+                    process_group=0,  # see `orphans.reap`
                 )
             except OSError:
                 self._link.close()
@@ -225,9 +246,9 @@ class _ZygoteProcess:
         self.pending.append(child)
         return child
 
-    def when_started(self) -> Deferred[None]:
-        """Wait until it has imported its modules. Fails with ZygoteEnded."""
-        waiter: Deferred[None] = Deferred()
+    def when_started(self) -> Deferred[str]:
+        """Wait until it has imported its modules, and return their formats. Fails with ZygoteUnusable."""
+        waiter: Deferred[str] = Deferred()
         self._start_waiters.append(waiter)
         return waiter
 
@@ -256,9 +277,9 @@ class _ZygoteProcess:
                 self.pending.popleft().forked(pid)
             case NotForked(error):
                 self.pending.popleft().failed(f"{os.strerror(error)}; check `ulimit -u`, `ulimit -n` and free memory")
-            case _:
+            case ZygoteStarted(formats):
                 self.has_started = True
-                self._call_waiters(None)
+                self._call_waiters(formats)
         if self.is_ending and not self.pending:
             self._close()
 
@@ -266,10 +287,10 @@ class _ZygoteProcess:
         self._reader.close()
         self._link.close()
 
-    def _call_waiters(self, result: ZygoteEnded | None) -> None:
+    def _call_waiters(self, result: ZygoteUnusable | str) -> None:
         waiters, self._start_waiters = self._start_waiters, []
         for waiter in waiters:
-            waiter.callback(None) if result is None else waiter.errback(result)
+            waiter.callback(result) if isinstance(result, str) else waiter.errback(result)
 
     def _exited(self) -> None:
         status = self._process.wait()
@@ -278,7 +299,11 @@ class _ZygoteProcess:
         self._ended(self, how)
         while self.pending:
             self.pending.popleft().failed(f"the zygote {how}")
-        self._call_waiters(ZygoteEnded(f"the zygote {how}"))
+        self._call_waiters(ZygoteUnusable(f"the zygote {how}"))
+
+
+def _ignore(_: Failure) -> None:
+    return None
 
 
 def _environment(inherited: Mapping[str, str]) -> dict[str, str]:

@@ -355,17 +355,18 @@ def serve_route(
         body=request.body,
         remote_address=proxies.client_address(request.peer, head.get_all("x-forwarded-for")),
     )
-    make_response = partial(_route_response, another_worker_available, cors_headers(head))
+    own_headers = cors_headers(head)
     if route.is_immediate:
         result = error = None
         try:
             result = route.call_now(app_request)
         except Exception as raised:
             error = raised
-        request.respond(make_response(result, error))
+        request.respond(_route_response(another_worker_available, own_headers, result, error))
     elif (cached := route.find_cached(app_request)) is not None:
-        request.respond(make_response(cached.value, None))
+        request.respond(_route_response(another_worker_available, own_headers, cached.value, None))
     else:
+        make_response = partial(_route_response, another_worker_available, own_headers)
         request.respond_with(route.call(app_request), make_response, cancels=True)
 
 

@@ -26,7 +26,7 @@ from realtime.metrics import Metrics
 from realtime.process.link import Link, adopt
 from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
-from realtime.pubsub.broker_messages import BadFrame, Published
+from realtime.pubsub.broker_messages import ANSWERS, BadFrame, Published
 from realtime.pubsub.engine import (
     AddClient,
     AddPresence,
@@ -43,7 +43,7 @@ from realtime.pubsub.engine import (
     Unsubscribe,
 )
 from realtime.supervision.loop_time import LoopAccount, LoopTimeLedger, LoopWork
-from realtime.types import ClientInfo
+from realtime.types import ClientInfo, Position
 
 REQUEST_LIMIT = broker_messages.FRAME_LIMIT - 1024
 """Upper limit in bytes of a request's frame: the publication made from it is a little longer, and has to fit too."""
@@ -56,6 +56,17 @@ _log = Logger()
 T = TypeVar("T")
 
 _decode = broker_messages.message_decoder(broker_messages.TO_WORKER)
+
+
+def _decoded(decode: Callable[[bytes], Any], body: bytes) -> Any:
+    """Decode a frame's body. Raises BadFrame."""
+    try:
+        return decode(body)
+    except (ValueError, RecursionError) as error:
+        # msgspec's own errors and UnicodeDecodeError are ValueErrors.
+        raise BadFrame(f"not a message: {error}") from error
+
+
 _answer_decoders: dict[type, Callable[[bytes], Any]] = {
     kind: broker_messages.answer_decoder(kind) for kind in broker_messages.REQUESTS
 }
@@ -445,14 +456,13 @@ class BrokerEngine:
     # Frames from the broker
 
     def _receive(self, number: int, body: bytes) -> None:
+        if number > ANSWERS:
+            self._receive_own(number - ANSWERS, body)
+            return
         call = self._calls.get(number) if number else None
         if number and call is None:
             return  # answered after its deadline
-        try:
-            message = _decode(body) if call is None else _answer_decoders[type(call.request)](body)
-        except (ValueError, RecursionError) as error:
-            # msgspec's own errors and UnicodeDecodeError are ValueErrors.
-            raise BadFrame(f"not a message: {error}") from error
+        message = _decoded(_decode if call is None else _answer_decoders[type(call.request)], body)
         # The next frame is often charged to the same account, so that is not switched back; the link does it at last.
         account = self._account if call is None else call.account
         if self._ledger.current is not account:
@@ -464,6 +474,17 @@ class BrokerEngine:
             self._receiver.on_publication(message.channel, message.publication, message.epoch)
         else:
             self._deliveries[type(message)](message)
+
+    def _receive_own(self, number: int, body: bytes) -> None:
+        """Deliver a publication, which answers the request of this number, too."""
+        message = _decoded(_decode, body)
+        if self._ledger.current is not self._account:
+            self._ledger.switch(self._account)
+        self._receiver.on_publication(message.channel, message.publication, message.epoch)
+        call = self._calls.pop(number, None)
+        if call is not None:
+            self._ledger.switch(call.account)
+            call.done(Position(message.publication.offset, message.epoch), None)
 
     def _on_joined(self, message: broker_messages.Joined) -> None:
         self._receiver.on_join(message.channel, message.info)

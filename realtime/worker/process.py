@@ -31,6 +31,7 @@ from realtime.process.heartbeat import LoadGauges
 from realtime.pubsub.engine import ReportSubscriptions
 from realtime.supervision.loop_time import LoopWork
 from realtime.transports.connection import ClientConnection
+from realtime.worker.formats import formats
 from realtime.worker.handover_source import HandOverSource
 from realtime.worker.handover_target import HandOverTarget
 from realtime.worker.listening import ListeningPort, adopt
@@ -38,6 +39,9 @@ from realtime.worker.lost_clients import report_lost_clients
 from realtime.worker.wiring import wire_handlers, wire_handover, wire_protocol, wire_pubsub, wire_transports
 
 _log = Logger()
+
+FORMATS = formats()
+"""See `realtime.worker.formats`."""
 
 # Seconds between two reports of the number of subscriptions to the engine.
 REPORT_INTERVAL = 1.0

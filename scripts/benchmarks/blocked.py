@@ -3,8 +3,8 @@
 The benchmark measures round trips (an RPC echo over WebSocket) on connections of the other worker, and 1,000 new
 connections during the block, each from its SYN to the reply to its connect command. It measures idle workers first and
 then the blocked worker; with steering and rescue, and without both. Then it measures the blocked worker's own clients,
-with and without relief, and the price of relief while nothing blocks (`relief`). The load comes from this process, over bare sockets
-and epoll, on the same machine, so every figure includes the delay of this process.
+with and without relief, and the price of relief while nothing blocks (`relief`). The load comes from this process, over
+bare sockets and epoll, on the same machine, so every figure includes the delay of this process.
 """
 
 from __future__ import annotations

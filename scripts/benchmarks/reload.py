@@ -22,7 +22,7 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tables import Verdict, print_verdicts
 
@@ -43,7 +43,7 @@ MIX = worlds.Mix(
 # Reloads without clients, which show the CPU time for the start of the processes.
 BARE = 3
 WARM = 3.0  # seconds of load before it is measured
-HANDED_OVER = {"connections": "realtime_handed_over_connections", "bytes": "realtime_handed_over_bytes"}
+CONNECTIONS, BYTES = "realtime_handed_over_connections", "realtime_handed_over_bytes"
 
 
 class Phase:
@@ -91,6 +91,11 @@ class Reloads(Run):
         self.handed_over: dict[str, float] = {}
         self.verdicts: list[Verdict] = []
 
+    def _settings(self, port: int, operator_port: int) -> dict[str, Any]:
+        settings = super()._settings(port, operator_port)
+        del settings["shutdown"]  # the default time
+        return settings
+
     def _create_world(self) -> worlds.World:
         return worlds.create(self.account, self._seed, self._asked.clients, MIX)
 
@@ -119,6 +124,7 @@ class Reloads(Run):
             )
             await self._measure(load, self.calm, asyncio.sleep(self._asked.pause))
         self._own_share = (time.process_time() - began[0]) / (self._now() - began[1])
+        self.handed_over = await load.service.read_metrics(CONNECTIONS, BYTES)
         await self._stop_publishing(load, publishing)
 
     async def _measure(self, load: Load, phase: Phase, part: object) -> None:
@@ -167,12 +173,11 @@ class Reloads(Run):
         seconds = sum(self.reloads) / reloads
         took = f"a reload took {seconds:.2f} s (longest {max(self.reloads):.2f} s)"
         print(f"    {took}; one without clients used {self.bare:.2f} s of CPU")
-        connections = self.handed_over.get("connections", 0)
-        moved = f"{connections / reloads:,.0f} connections handed over by each reload"
-        print(f"    {moved}, {1e6 * spent / (reloads * self._asked.clients):.0f} CPU µs a client", end="")
-        if connections:
-            print(f", {self.handed_over['bytes'] / connections:,.0f} bytes a connection", end="")
-        print(flush=True)
+        connections = max(self.handed_over[CONNECTIONS], 1)
+        print(f"    {connections / reloads:,.0f} connections handed over by each reload, each for ", end="")
+        print(
+            f"{1e6 * spent / connections:.0f} CPU µs and {self.handed_over[BYTES] / connections:,.0f} bytes", flush=True
+        )
 
 
 def main(arguments: list[str]) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import select
+import signal
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from realtime.pubsub.engine import (
     Publish,
     RemovePresence,
     Subscribe,
+    TakeLostClients,
 )
 from realtime.types import ClientInfo, HistoryOptions, Position, Publication
 from tests.broker import workers as fixtures
@@ -97,6 +100,25 @@ async def test_a_second_stream_of_a_slot_ends_the_first(brokers: Any, workers: A
     await worker.publish()
 
 
+async def test_the_clients_of_a_dead_worker_are_there_for_the_next_one_at_once(brokers: Any) -> None:
+    """The end of its stream and the request of the next worker are on their way at the same time."""
+    broker = await brokers()
+    before, following = socket.socket(fileno=await broker.stream(0)), socket.socket(fileno=await broker.stream(0))
+    for message in (broker_messages.Hello(broker_messages.VERSION, "", True), AddClient(ALICE)):
+        before.sendall(broker_messages.pack(message))
+    await until(lambda: _readable(before))
+    welcome = before.recv(65536)
+    broker.signal(signal.SIGSTOP)
+    hello = broker_messages.pack(broker_messages.Hello(broker_messages.VERSION, "", True, 1))
+    following.sendall(hello + broker_messages.pack(TakeLostClients(10), 1))
+    before.close()
+    broker.signal(signal.SIGCONT)
+    answer = broker_messages.pack([ClientInfo(ALICE.user, ALICE.client)], 1)
+    with following:
+        await until(lambda: _readable(following))
+        assert following.recv(len(welcome + answer), socket.MSG_WAITALL) == welcome + answer
+
+
 def _readable(stream: socket.socket) -> bool:
     return bool(select.select([stream], [], [], 0)[0])
 
@@ -145,6 +167,29 @@ async def test_a_slow_worker_within_the_limit_gets_everything(brokers: Any, work
                 continue
             offsets += [each.publication.offset for each in received if isinstance(each, broker_messages.Published)]
     assert offsets == list(range(1, 201))
+
+
+async def test_a_worker_receives_its_own_publication_and_the_answer_in_one_frame(brokers: Any, workers: Any) -> None:
+    broker, other = await brokers(), workers(1)
+    await broker.link(1, other.engine)
+    await other.engine.ask(Subscribe("c"))
+    with socket.socket(fileno=await broker.stream(0)) as stream:
+        requests = [Subscribe("c"), Publish("c", b"1", KEEP), Publish("d", b"2", KEEP)]
+        stream.sendall(
+            broker_messages.pack(broker_messages.Hello(broker_messages.VERSION, ""))
+            + b"".join(broker_messages.pack(request, number) for number, request in enumerate(requests, 1))
+        )
+        reader, frames = broker_messages.FrameReader(), list[tuple[int, bytes]]()
+        stream.settimeout(0)
+        while not frames or frames[-1][0] != 3:
+            await other.engine.ask(GetStats())
+            with suppress(BlockingIOError):
+                frames += reader.feed(stream.recv(65536))
+    welcome, subscribed, (number, body), answer = frames
+    assert (welcome[0], subscribed[0], number, answer[0]) == (0, 1, 2 | broker_messages.ANSWERS, 3)
+    published = broker_messages.message_decoder(broker_messages.TO_WORKER)(body)
+    assert (published.channel, published.publication.offset) == ("c", 1)
+    assert other.entries == [("published", "c", b"1", 1)]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class Zygote:
 def started() -> Iterator[Zygote]:
     orphans.adopt_all()
     started = Zygote()
-    assert started.receive() == ZygoteStarted()
+    assert started.receive() == ZygoteStarted("")
     yield started
     started.close()
 
@@ -73,7 +73,7 @@ def test_a_child_runs_the_function_main_of_its_module(started: Zygote) -> None:
 def test_descriptors_that_did_not_arrive_fail_the_fork() -> None:
     few = Zygote(descriptors=12)
     try:
-        assert few.receive() == ZygoteStarted()
+        assert few.receive() == ZygoteStarted("")
         assert few.fork("exit", "0", numbers=tuple(range(20, 40))) == NotForked(errno.EMFILE)
         assert isinstance(few.fork("exit", "0"), Forked)
     finally:

@@ -507,6 +507,8 @@ FREQUENT = ["publish", "ask", "answer", "listen", "flow"]
 OCCASIONAL = ["connect", "vanish", "reconnect", "subscribe", "unsubscribe", "settle"]
 RARE = ["trim", "expire", "cut", "replace", "crash", "drop", "drop", "repeat"]
 STEPS = st.tuples(st.sampled_from(3 * FREQUENT + 2 * OCCASIONAL + RARE), st.integers(0, 3))
+# Of each property; five times as many with the profile `thorough`, see tests/conftest.py.
+EXAMPLES = settings.default.max_examples  # type: ignore[union-attr]
 STORIES = st.lists(STEPS, min_size=20, max_size=100)
 # A client is away while much is published, and its socket is full when it comes back, and at times later.
 SLOW_STEPS = st.tuples(
@@ -553,19 +555,19 @@ def play(
     return world
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=2 * EXAMPLES)
 @given(STORIES)
 def test_every_publication_arrives_once_and_in_order_or_its_loss_is_reported(steps: list[tuple[str, int]]) -> None:
     play(steps, OPTIONS)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(STORIES)
 def test_in_cache_mode_the_newest_arrives_and_then_every_other(steps: list[tuple[str, int]]) -> None:
     play(steps, CACHE)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(SLOW_STORIES)
 def test_what_a_reply_has_no_room_for_follows_in_order(steps: list[tuple[str, int]]) -> None:
     play(steps, LONG, SMALL_REPLY)

@@ -146,7 +146,7 @@ class Run:
         ]
         load = Load(service, crowd, publishers, Speakers(crowd, numbers))
 
-        background = [self._start(part) for part in (crowd.run(), self._look(http, service, crowd))]
+        background = [self._start(part) for part in (crowd.run(), self._look(service, crowd))]
         await readers.start()
         await self._until(lambda: len(crowd.connected()) == len(crowd.clients), START_LIMIT)
         self._say(f"{len(crowd.connected())} clients are connected")
@@ -156,7 +156,7 @@ class Run:
         self._say("the load has ended; waiting for all clients")
         await self._settle(crowd, publishers)
         await self._read_histories(world, http, service)
-        await service.sample(http)
+        await service.sample()
         totals = self._close(service)
         for task in background:
             task.cancel()
@@ -228,13 +228,13 @@ class Run:
                 epoch = channel.epoch(result["epoch"])
                 channel.saw("history", epoch, publication["offset"], publication["data"]["n"])
 
-    async def _look(self, http: aiohttp.ClientSession, service: Service, crowd: Crowd) -> None:
+    async def _look(self, service: Service, crowd: Crowd) -> None:
         """Compare rooms, read the server's counters, and tell the progress."""
         told = self._now()
         while True:
             await asyncio.sleep(5.0)
             crowd.compare_rooms()
-            await service.sample(http)
+            await service.sample()
             if self._now() - told >= PROGRESS:
                 told = self._now()
                 received = sum(one.live + one.recovered for one in self.account.subscriptions)

@@ -14,16 +14,18 @@ import subprocess
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import aiohttp
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from tests.soak.account import BROKEN, Account
-from tests.system.serving import CHECKOUT, TWISTD, belongs, toml
+from tests.system.serving import CHECKOUT, TWISTD, belongs, merged, toml
 
 REALTIME = TWISTD.with_name("realtime")
 HANDLER, OTHER = "handler process", "other"
@@ -45,6 +47,10 @@ def free_ports() -> tuple[int, int]:
         one.bind(("127.0.0.1", 0))
         other.bind(("127.0.0.1", 0))
         return one.getsockname()[1], other.getsockname()[1]
+
+
+def write_settings(config: Path, settings: Mapping[str, Any]) -> None:
+    config.write_text("".join(f"{key} = {toml(value)}\n" for key, value in settings.items()))
 
 
 class Output:
@@ -82,7 +88,8 @@ class Service:
     """
 
     def __init__(self, account: Account, config: Path, settings: dict[str, Any], copy: IO[str] | None = None) -> None:
-        config.write_text("".join(f"{key} = {toml(value)}\n" for key, value in settings.items()))
+        write_settings(config, settings)
+        self._settings = settings
         self.port: int = settings["http_server"]["port"]
         self.operator_port: int = settings["http_server"]["internal_port"]
         self.output = Output(copy)
@@ -99,6 +106,7 @@ class Service:
         self._process: subprocess.Popen[str] | None = None
         self._full_disk = False
         self._excused: dict[int, str] = {}
+        self._replacing: Counter[str] = Counter()  # reasons
         self._wild: list[tuple[float, str]] = []
         self._sessions: list[int] = []
 
@@ -191,6 +199,8 @@ class Service:
         self._wild = [(until, text) for until, text in self._wild if until > now]
         if excuse is None and role == "worker" and self._wild:
             excuse = self._wild.pop(0)[1]
+        if excuse is None and role == "worker":
+            excuse = next(iter(+self._replacing), None)
         excuse = excuse or self._excused.get(self.supervisor)
         if role in ("worker", "broker"):
             self.deaths[f"{role}: {excuse or 'unexpected'}"] += 1
@@ -200,20 +210,27 @@ class Service:
         if role == "broker":
             self._account.data_lost()
 
-    async def sample(self, http: aiohttp.ClientSession) -> None:
+    async def sample(self) -> None:
         """Add up the messages that the server says it dropped, over the lives of its processes."""
+        for sample in await self._read_samples("realtime_messages_dropped"):
+            key = tuple(sorted(sample.labels.items()))
+            before = self._dropped_before.get(key, 0.0)
+            self.dropped[key] += round(sample.value - before if sample.value >= before else sample.value)
+            self._dropped_before[key] = sample.value
+
+    async def read_metrics(self, *names: str) -> dict[str, float]:
+        """Return the values of these metrics of the supervisor, without `_total`."""
+        return {sample.name.removesuffix("_total"): sample.value for sample in await self._read_samples(*names)}
+
+    async def _read_samples(self, *names: str) -> list[Sample]:
         url, limit = f"http://127.0.0.1:{self.operator_port}/metrics", aiohttp.ClientTimeout(total=5)
         try:
-            async with http.get(url, timeout=limit) as answer:
+            async with aiohttp.ClientSession(timeout=limit) as http, http.get(url) as answer:
                 text = await answer.text()
         except (OSError, aiohttp.ClientError):
-            return
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples if family.name == "realtime_messages_dropped" else ():
-                key = tuple(sorted(sample.labels.items()))
-                before = self._dropped_before.get(key, 0.0)
-                self.dropped[key] += round(sample.value - before if sample.value >= before else sample.value)
-                self._dropped_before[key] = sample.value
+            return []
+        families = text_string_to_metric_families(text)
+        return [sample for family in families if family.name in names for sample in family.samples]
 
     def everyone(self) -> list[int]:
         """Return all processes, the supervisor included."""
@@ -245,17 +262,36 @@ class Service:
         """From its next start on, the server's output is a full disk, or a pipe again."""
         self._full_disk = full
 
-    async def reload(self) -> tuple[int, str]:
-        """Replace every worker; returns the exit status of the command, and its output."""
-        self.census()
-        for pid in self.of("worker"):
-            self.excuse(pid, "reload")
-        command = [str(REALTIME), "reload", "--config", str(self._config)]
-        process = await asyncio.create_subprocess_exec(
-            *command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        said, _ = await process.communicate()
+    # Replacing workers.
+
+    async def reload(self, changes: Mapping[str, Any] | None = None) -> tuple[int, str]:
+        """Replace every worker; returns the exit status of the command, and its output. changes: to the configuration
+        of the start."""
+        write_settings(self._config, merged(self._settings, dict(changes or {})))
+        return await self._command("reload")
+
+    async def scale(self, workers: int) -> tuple[int, str]:
+        """Change the number of workers; returns the exit status of the command, and its output."""
+        return await self._command("scale", str(workers))
+
+    async def _command(self, name: str, *arguments: str) -> tuple[int, str]:
+        command = [str(REALTIME), name, "--config", str(self._config), *arguments]
+        with self.replacing(name):
+            process = await asyncio.create_subprocess_exec(
+                *command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            said, _ = await process.communicate()
         return process.returncode or 0, said.decode()
+
+    @contextmanager
+    def replacing(self, reason: str) -> Iterator[None]:
+        """Workers may end for this reason meanwhile, also those that start because of another fault."""
+        self._replacing[reason] += 1
+        try:
+            yield
+        finally:
+            self._replacing[reason] -= 1
+            self._wild.extend((self._account.now() + 2 * CENSUS, reason) for _ in self.of("worker"))
 
     # The end.
 

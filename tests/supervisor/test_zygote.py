@@ -17,7 +17,7 @@ import pytest_twisted
 from twisted.logger import capturedLogs
 
 from realtime.process.zygote import Fork
-from realtime.supervisor.zygote import EX_OSERR, ForkedChild, Zygote, ZygoteEnded
+from realtime.supervisor.zygote import EX_OSERR, ForkedChild, Zygote, ZygoteUnusable
 from tests.transports.stage import eventually
 
 HERE = Path(__file__).parent
@@ -153,7 +153,7 @@ async def test_modules_that_cannot_be_imported_fail_the_fork_alone(children: Chi
 
 async def test_a_renewed_zygote_has_imported_the_modules_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tmp_path / "changing.py"
-    source = (HERE / "forked.py").read_text()
+    source = (HERE / "forked.py").read_text() + 'FORMATS = "FORMATS = 1"\n'
     module.write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
@@ -166,7 +166,10 @@ async def test_a_renewed_zygote_has_imported_the_modules_anew(tmp_path: Path, mo
     assert (await children.ask("describe", module="changing"))[1]["version"] == 2
     await eventually(lambda: len(children.zygote.pids) == 1)
     module.write_text("VERSION = ")
-    with capturedLogs(), pytest.raises(ZygoteEnded):
+    with capturedLogs(), pytest.raises(ZygoteUnusable, match="exited with status 1"):
+        await children.zygote.renew()
+    module.write_text(source.replace("FORMATS = 1", "FORMATS = 2"))
+    with pytest.raises(ZygoteUnusable, match="has other messages than the running processes"):
         await children.zygote.renew()
     assert (await children.ask("describe", module="changing"))[1]["version"] == 2
     await eventually(lambda: len(children.statuses) == 4)

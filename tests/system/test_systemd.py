@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def managed(address: str, stuck: float = 0.0) -> StandIns:
     return StandIns(settings(stuck=stuck), environment={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "600000"})
 
 
-def test_ready_comes_after_the_workers_and_stopping_before_the_end(address: str, manager: Manager) -> None:
+def test_ready_comes_after_the_workers_and_a_reload_and_stopping_before_the_end(address: str, manager: Manager) -> None:
     server = managed(address)
     try:
         wait_until(lambda: manager.count("READY=1"), "READY=1")
@@ -112,9 +113,14 @@ def test_ready_comes_after_the_workers_and_stopping_before_the_end(address: str,
         assert "ready: 2 workers" in server.log
         assert manager.count("STOPPING=1") == 0
         assert "STATUS=2 of 2 workers ready" in manager.heard()
+        server.process.send_signal(signal.SIGHUP)  # this server has nothing to reload, so it is ready again at once
+        wait_until(lambda: manager.count("READY=1") == 2, "READY=1 after the reload")
+        (reloading,) = [message for message in manager.heard() if message.startswith("RELOADING=1\nMONOTONIC_USEC=")]
+        assert manager.heard().index(reloading) > manager.heard().index("READY=1")
+        assert 0 < int(reloading.partition("USEC=")[2]) / 1e6 <= time.monotonic()
         server.stop()
         assert manager.count("STOPPING=1") == 1
-        assert manager.count("READY=1") == 1
+        assert manager.count("READY=1") == 2
     finally:
         server.kill()
 
