@@ -52,7 +52,7 @@ FUNCTIONS: dict[str, dict[str, str]] = {
 ATTRIBUTES: dict[str, str] = {
     "twisted.internet.asyncioreactor.AsyncioSelectorReactor": "_asyncioEventloop _readers _writers",
     "twisted.internet.posixbase": "_NO_FILEDESC _DisconnectSelectableMixin",
-    "twisted.internet.tcp.Server": "_tempDataLen _writeDisconnecting",
+    "twisted.internet.tcp.Server": "_tempDataBuffer _tempDataLen _writeDisconnecting",
     "twisted.internet.tcp.Port": "_preexistingSocket _logger",
     "asyncio.base_events.BaseEventLoop": "_ready _scheduled _stopping",
     "socket.socket": "_accept",

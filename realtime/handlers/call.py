@@ -105,7 +105,8 @@ class HandlerCall:
         self._marker = services.marker or ChargingMarker(ledger)
         self._lock = services.lock
         # Whether a call needs no application code in the loop's thread, so that it goes on while that is blocked.
-        self._leaves_loop = handler.run == "thread" and handler.cache is None and not callable(handler.pressure)
+        leaves_loop = handler.run in ("thread", "process")
+        self._leaves_loop = leaves_loop and handler.cache is None and not callable(handler.pressure)
         self._names = names_reader(handler)
         self._timeout = settings.handler_timeout if handler.timeout is None else handler.timeout
         # The handler's own limit of concurrent calls, if it has one.
@@ -308,10 +309,10 @@ class HandlerCall:
     def _start(self, finished: Deferred[Any], args: tuple[Any, ...]) -> asyncio.Task[None] | CoroutineDriver | None:
         """Start the handler; return what runs it, None if it has ended.
 
-        On the loop a task runs it, as asyncio's libraries need one. A thread needs none: while application code blocks
-        the loop, no task would go on.
+        On the loop a task runs it, as asyncio's libraries need one. Threads and processes need none: while application
+        code blocks the loop, no task would go on.
         """
-        if self._place == "thread":
+        if self._place != "loop":
             return drive(self._run_to(finished, args), _ignore)
         task = eager_task(self._run_to(finished, args))
         return None if task.done() else task
@@ -428,7 +429,7 @@ class HandlerCall:
     async def _run_in_process(self, args: tuple[Any, ...]) -> Any:
         assert self._compute_pool is not None, "a worker without a compute pool"
         if self._semaphore is not None:
-            await await_deferreds(self._semaphore.acquire())
+            await self._semaphore.acquire()
         return await self._compute_pool.call(self.handler, args, self._semaphore)
 
 

@@ -5,8 +5,9 @@
 A process runs one call at a time and has a stream of its own, so that its faults concern one call alone: when the
 process dies, or writes anything but a reply, or is still at work when its caller stops waiting, that call has failed
 and no other. The process is killed with all that it has started, and replaced. The calls of the App's methods that its
-handler makes meanwhile arrive over the same stream, and are carried out here. All of this happens on the loop, without
-threads: the kernel reports the end of a process through a descriptor (pidfd_open(2)).
+handler makes meanwhile arrive over the same stream, and are carried out here. All of this happens without threads: the
+kernel reports the end of a process through a descriptor (pidfd_open(2)). While application code blocks the loop, the
+relief thread goes on with it; only a new process waits for the loop's own thread, whose signals it inherits.
 
 Each process is a fresh interpreter (`realtime.handlers.compute_process`) and not a fork of this one, which has threads
 and a loop. The pool starts with the worker and not with the first call. A start costs the worker less than a
@@ -27,8 +28,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from realtime import cache
 from realtime.app import Handler, Server
@@ -55,9 +58,11 @@ from realtime.handlers.compute_messages import (
     pack_result,
     result_of,
 )
-from realtime.handlers.coroutines import start_future
+from realtime.handlers.coroutines import CoroutineDriver, drive
 from realtime.handlers.threads import BoundedSemaphore
 from realtime.metrics import Metrics
+from realtime.process.link import adopt
+from realtime.process.server_lock import ServerLock
 
 # Seconds until a process that never became ready is replaced; the delay doubles from the first to the second number.
 RETRY_AFTER = (0.5, 30.0)
@@ -83,7 +88,7 @@ class HandlerFailed(Exception):
 
 
 class ComputePool:
-    """The handler processes of one worker. Loop thread only."""
+    """The handler processes of one worker. For the holder of the server lock."""
 
     def __init__(
         self,
@@ -93,12 +98,14 @@ class ComputePool:
         metrics: Metrics,
         log: LogSettings | None = None,
         worker: str = "worker",
+        lock: ServerLock | None = None,
     ) -> None:
-        """reactor: IReactorTime, on the asyncio loop. app: the application that the processes import.
+        """reactor: IReactorTime and IReactorFDSet. app: the application that the processes import.
 
-        log, worker: see `ProcessSettings`.
+        log, worker: see `ProcessSettings`. lock: see `realtime.process.server_lock`.
         """
         self._reactor = reactor
+        self._lock = lock or ServerLock()
         self._size = workers.processes or _default_size(workers.count)
         self._settings = ProcessSettings(app, log or LogSettings(), worker)
         self._metrics = metrics
@@ -167,7 +174,7 @@ class ComputePool:
             self._busy += 1
             try:
                 reply = await process.call(message)
-            except asyncio.CancelledError:
+            except (CancelledError, asyncio.CancelledError):
                 process.kill("its caller gave up")
                 raise
             finally:
@@ -186,7 +193,8 @@ class ComputePool:
         if self._stopping:
             return
         try:
-            self._alive.add(ComputeProcess(self._settings, self._call_server, self._is_ready, self._has_ended))
+            process = ComputeProcess(self._reactor, self._settings, self._call_server, self._is_ready, self._has_ended)
+            self._alive.add(process)
         except OSError as error:  # out of descriptors, memory or processes
             _log.error("can't start a handler process, trying again later: {error}", error=error)
             self._launch_later()
@@ -197,6 +205,8 @@ class ComputePool:
             if self._server is None:
                 raise RuntimeError("the server does not run")
             if call.method == INVALIDATE:
+                if self._lock.is_relieving:  # application code may be using the caches
+                    await self._lock.back_on_loop()
                 await cache.HOST.invalidate(msgspec.convert(call.args[0], cache.Invalidation))
                 return pack_result(None)
             if call.method not in SERVER_METHODS:
@@ -219,13 +229,14 @@ class ComputePool:
         self._replaced.value += 1
         _log.warn("handler process {pid} has ended and is replaced: {reason}", pid=process.pid, reason=reason)
         if process.was_ready:
-            self._launch()
+            self._lock.call_on_loop(self._launch)
         else:
             self._launch_later()
 
     def _launch_later(self) -> None:
         self._not_started.value += 1
-        self._reactor.callLater(min(RETRY_AFTER[0] * 2**self._failed_starts, RETRY_AFTER[1]), self._launch)
+        delay = min(RETRY_AFTER[0] * 2**self._failed_starts, RETRY_AFTER[1])
+        self._reactor.callLater(delay, self._lock.call_on_loop, self._launch)
         self._failed_starts = min(self._failed_starts + 1, 16)
 
 
@@ -236,7 +247,7 @@ class IdleProcesses:
         """queue: the most callers that may wait."""
         self._queue = queue
         self._idle: deque[ComputeProcess] = deque()
-        self._waiters: dict[asyncio.Future[ComputeProcess], None] = {}
+        self._waiters: dict[Deferred[ComputeProcess], None] = {}
 
     @property
     def waiting(self) -> int:
@@ -247,11 +258,12 @@ class IdleProcesses:
         """Give a process to the longest waiter, or keep it; a dead process is ignored."""
         if not process.alive:
             return
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(process)
-                return
-        self._idle.append(process)
+        if self._waiters:
+            waiter = next(iter(self._waiters))
+            del self._waiters[waiter]
+            waiter.callback(process)
+        else:
+            self._idle.append(process)
 
     def withdraw(self, process: ComputeProcess) -> None:
         """Remove a process that has ended. Harmless if it is not here."""
@@ -264,19 +276,45 @@ class IdleProcesses:
             return self._idle.popleft()
         if len(self._waiters) >= self._queue:
             raise PoolFull("every process is at work, and every place in the queue is taken")
-        waiter: asyncio.Future[ComputeProcess] = asyncio.get_running_loop().create_future()
+        waiter: Deferred[ComputeProcess] = Deferred()
         self._waiters[waiter] = None
         try:
             return await waiter
         except BaseException:
-            if waiter.done() and not waiter.cancelled():
-                self.offer(waiter.result())  # the process was assigned in the moment of cancellation
+            if waiter not in self._waiters:
+                self.offer(waiter.result)  # type: ignore[arg-type]  # assigned in the moment of cancellation
             raise
         finally:
             self._waiters.pop(waiter, None)
 
 
-class ComputeProcess(asyncio.Protocol):
+class _EndOfProcess:
+    """The descriptor by which the kernel reports the end of a process, as a reader in a reactor."""
+
+    def __init__(self, reactor: Any, pid: int, on_end: Callable[[], None]) -> None:
+        """on_end: called once. Raises OSError."""
+        self._reactor = reactor
+        self._on_end = on_end
+        self._fd = os.pidfd_open(pid)
+        reactor.addReader(self)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def logPrefix(self) -> str:
+        return type(self).__name__
+
+    def doRead(self) -> None:
+        self._reactor.removeReader(self)
+        os.close(self._fd)
+        self._fd = -1
+        self._on_end()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Never called: the descriptor is removed with its only event."""
+
+
+class ComputeProcess(Protocol):
     """One process, from its start until the kernel has reported its end.
 
     alive: whether it may be called. was_ready: whether it has loaded the application.
@@ -284,6 +322,7 @@ class ComputeProcess(asyncio.Protocol):
 
     def __init__(
         self,
+        reactor: Any,
         settings: ProcessSettings,
         call_server: Callable[[ServerCall], Coroutine[Any, Any, bytes]],
         ready: Callable[[ComputeProcess], None],
@@ -299,12 +338,12 @@ class ComputeProcess(asyncio.Protocol):
         self._call_server = call_server
         self._ready = ready
         self._ended = ended
-        self._loop = asyncio.get_running_loop()
+        self._reactor = reactor
         self._reason = ""  # of its end, once that is certain
         self._received = bytearray()
-        self._reply: asyncio.Future[Reply] | None = None
-        self._server_call: asyncio.Future[bytes] | None = None  # the one that its handler waits for
-        self._transport: asyncio.WriteTransport | None = None
+        self._reply: Deferred[Reply] | None = None
+        self._is_calling_server = False
+        self._server_call: CoroutineDriver | None = None  # the one that its handler waits for
         ours, theirs = socket.socketpair()
         theirs.setblocking(True)  # whatever default timeout the application has set
         with theirs, contextlib.ExitStack() as undo:
@@ -312,19 +351,23 @@ class ComputeProcess(asyncio.Protocol):
             self._process = _start_interpreter(theirs.fileno())
             self.pid = self._process.pid
             undo.callback(self.kill, "")
-            self._pidfd = os.pidfd_open(self.pid)
+            _EndOfProcess(reactor, self.pid, self._reap)
             undo.pop_all()
-        self._loop.add_reader(self._pidfd, self._reap)
-        self._connecting = self._loop.create_task(self._connect(ours, pack(settings)))
+        adopt(reactor, ours.detach(), self)
+        self._transport.write(pack(settings))
+
+    @property
+    def _transport(self) -> Any:
+        return self.transport
 
     async def call(self, message: bytes) -> Reply:
         """Send a packed ComputeCall and return the reply; one call at a time.
 
         Raises HandlerFailed when the process ends first, and HandlerTimeout after `shut_down`.
         """
-        if not self.alive or self._transport is None:
+        if not self.alive:
             raise HandlerFailed(self._end_message())
-        self._reply = self._loop.create_future()
+        self._reply = Deferred()
         self._transport.write(message)
         try:
             return await self._reply
@@ -333,11 +376,11 @@ class ComputeProcess(asyncio.Protocol):
 
     def shut_down(self) -> None:
         """Let an idle process end by itself; kill a busy one."""
-        if self._reply is not None or self._transport is None:
+        if self._reply is not None:
             self.kill(_STOPPING)
         else:
             self._reason = _STOPPING
-            self._transport.close()
+            self._transport.loseConnection()
 
     def kill(self, reason: str) -> None:
         """Kill the process, with all that it has started. Harmless when it has ended."""
@@ -354,17 +397,7 @@ class ComputeProcess(asyncio.Protocol):
 
     # The stream.
 
-    async def _connect(self, ours: socket.socket, first_message: bytes) -> None:
-        ours.setblocking(False)
-        await self._loop.create_connection(lambda: self, sock=ours)
-        assert self._transport is not None
-        self._transport.write(first_message)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
+    def dataReceived(self, data: bytes) -> None:
         self._received += data
         if len(self._received) < HEAD.size:
             return
@@ -376,10 +409,10 @@ class ComputeProcess(asyncio.Protocol):
             content, self._received = bytes(self._received[HEAD.size :]), bytearray()
             self._take_message(content)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.alive = False
         if not self._reason:  # as a rule it is about to exit, and its exit status says more
-            self._loop.call_later(CLOSED_GRACE, self.kill, "it closed its stream")
+            self._reactor.callLater(CLOSED_GRACE, self.kill, "it closed its stream")
 
     def _take_message(self, content: bytes) -> None:
         message: FromProcess | None
@@ -387,13 +420,14 @@ class ComputeProcess(asyncio.Protocol):
             message = _decode(content)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             message = None
-        is_called = self._reply is not None and not self._reply.done()
+        is_called = self._reply is not None and not self._reply.called
         if isinstance(message, CallReturned | CallRefused | CallDisconnected | CallFailed) and is_called:
             assert self._reply is not None
-            self._reply.set_result(message)
-        elif isinstance(message, ServerCall) and is_called and not self._server_call:
-            self._server_call = start_future(self._call_server(message))
-            self._server_call.add_done_callback(self._send_server_outcome)
+            self._reply.callback(message)
+        elif isinstance(message, ServerCall) and is_called and not self._is_calling_server:
+            self._is_calling_server = True
+            driver = drive(self._call_server(message), self._send_server_outcome)
+            self._server_call = driver if self._is_calling_server else None
         elif isinstance(message, ProcessReady) and not self.was_ready:
             self.was_ready = True
             self._ready(self)
@@ -402,10 +436,11 @@ class ComputeProcess(asyncio.Protocol):
         else:
             self.kill(_NO_REPLY)
 
-    def _send_server_outcome(self, outcome: asyncio.Future[bytes]) -> None:
-        self._server_call = None
-        if not outcome.cancelled() and self._transport is not None:
-            self._transport.write(outcome.result())
+    def _send_server_outcome(self, outcome: bytes, error: BaseException | None) -> None:
+        """Send the message with the outcome of a server call. error: only if the call was cancelled."""
+        self._is_calling_server, self._server_call = False, None
+        if error is None:
+            self._transport.write(outcome)
 
     # The end.
 
@@ -414,17 +449,13 @@ class ComputeProcess(asyncio.Protocol):
         status = self._process.wait()
         self.alive = False
         self._reason = self._reason or _describe_exit(status)
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        self._connecting.cancel()
         if self._server_call is not None:
             self._server_call.cancel()
-        if self._transport is not None:
-            self._transport.abort()
-        if self._reply is not None and not self._reply.done():
+        self._transport.abortConnection()
+        if self._reply is not None and not self._reply.called:
             # At the end of a drain the handler has run out of time, and made no error.
             error = HandlerTimeout if self._reason == _STOPPING else HandlerFailed
-            self._reply.set_exception(error(self._end_message()))
+            self._reply.errback(error(self._end_message()))
         self._ended(self, self._reason)
 
     def _end_message(self) -> str:

@@ -401,17 +401,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
         loop_reactor=asyncio_reactor,
         generation=options.generation,
     )
-    if isinstance(child.marker, ReleasingMarker):
-        child.relief = Relief(
-            child.lock,
-            tree.loop.relief_after,
-            selector,
-            asyncio_reactor.server,
-            child.marker,
-            heartbeat.tasks,
-            page,
-            child.metrics,
-        )
+    child.relief = _make_relief(child, selector, asyncio_reactor.server)
     output.install(tree.log.max_queued_bytes)
     child.metrics.sources.append(output.samples)
     log.begin(child.name, tree.log, sys.stdout)
@@ -419,10 +409,19 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     loop.set_exception_handler(log.log_loop_error)
     _adopt(asyncio_reactor.server, options.link, child.control)
     kill_forks = _release_in_forks(child, asyncio_reactor.server, loop, selector, (options.vitals, *options.stacks))
-    asyncio_reactor.callWhenRunning(child.begin, make_service)
+    loop.call_soon(child.begin, make_service)  # in the running loop, after Twisted has started
     asyncio_reactor.run()
     kill_forks()
     return child.status
+
+
+def _make_relief(child: Child, selector: MeasuredSelector, reactor: ServerReactor) -> Relief | None:
+    """Make the relief thread of a process whose handlers release the server lock."""
+    if not isinstance(child.marker, ReleasingMarker):
+        return None
+    after = child.settings.loop.relief_after
+    tasks, page = child.heartbeat.tasks, child.page
+    return Relief(child.lock, after, selector, reactor, child.marker, tasks, page, child.metrics)
 
 
 def _detach(options: argparse.Namespace) -> bool:

@@ -40,8 +40,11 @@ _ANSWERING = bytes([ANSWERS >> 56])
 _log = Logger()
 
 
-def adopt(reactor: Any, fd: int, link: Link) -> None:
-    """Connect a link to a connected stream socket. Takes ownership of `fd`."""
+def adopt(reactor: Any, fd: int, link: Protocol) -> None:
+    """Connect a link, or another protocol, to a connected Unix stream socket. Takes ownership of `fd`.
+
+    The relief thread may call its `dataReceived` while application code blocks another call of it.
+    """
     try:
         os.set_blocking(fd, False)
         _Stream._fromConnectedSocket(fd, Factory.forProtocol(lambda: link), reactor)

@@ -15,7 +15,7 @@ from realtime.protocol.client import encode_content, new_client_id, subscribe_op
 from realtime.protocol.session import Session, detail_of
 from realtime.protocol.session_state import CONNECTED, OPENED
 from realtime.protocol.subscription import JoinResult, ReplyRoom, Subscription, SubscriptionSource
-from realtime.pubsub.engine import SendOrder
+from realtime.pubsub.engine import AddClient, AdmitClient, RemoveClient, SendOrder
 from realtime.types import ClientInfo, ConnectRequest, Credentials, SubscribeOptions
 
 # Subscriptions of one connect that join side by side: more would fill the engine's queue when all clients reconnect.
@@ -58,7 +58,7 @@ async def _enter(session: Session, id: int, request: messages.ConnectRequest, id
     ttl = session.ttl(identity.expire_at)
     if session.state is not OPENED:
         return
-    await session.admit(session.info)
+    await _admit(session)
     try:
         joined = await _join_all(session, initial) if initial else []
         subs = {
@@ -67,16 +67,36 @@ async def _enter(session: Session, id: int, request: messages.ConnectRequest, id
         }
         session.reply(id, "connect", _connect_result(session, identity, ttl, subs))
     except BaseException:
-        session.cancel_admission()
+        _cancel_admission(session)
         raise
     if session.state is not OPENED:
-        session.cancel_admission()
+        _cancel_admission(session)
         return
     session.complete_connect(request.name, request.version, identity.meta)
     if identity.expire_at:
         session.set_expiry(identity.expire_at)
     for subscription, outcome in joined:
         session.activate(subscription, outcome)
+
+
+async def _admit(session: Session) -> None:
+    """Count the client as connected.
+
+    The caller then calls `complete_connect`, or `_cancel_admission` in every other case. Raises Disconnect when the
+    user has reached its limit of connections, and EngineUnavailable.
+    """
+    engine, limit = session.services.engine, session.settings.client.user_connection_limit
+    if not (limit and session.user):
+        engine.tell(AddClient(session.info))
+    elif not await engine.ask(AdmitClient(session.info, limit)):
+        raise Disconnect(*errors.USER_CONNECTIONS, kind="user_connections")
+
+
+def _cancel_admission(session: Session) -> None:
+    """Undo `_admit`, and end the subscriptions made since."""
+    session.services.engine.tell(RemoveClient(session.client))
+    for subscription in list(session.subscriptions.values()):
+        session.remove_subscription(subscription)
 
 
 async def refresh(session: Session, id: int, request: messages.RefreshRequest) -> None:

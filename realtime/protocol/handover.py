@@ -28,8 +28,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 
+import msgspec
 from msgspec import Struct
 
 from realtime import errors
@@ -310,10 +311,12 @@ def restore(
     was queued at the source, and it may close the connection at once, for example when it has expired meanwhile. An
     exception ends the session, as the end of its connection would.
     """
+    limits = handed.limits
+    settings = _as_agreed(settings, limits.ping_interval, limits.pong_timeout)
     session = Session(settings, services, commands, connection, handed.request)
     session.info, session.is_refreshable = handed.info, handed.is_refreshable
     session.state = SessionState[handed.state]
-    session.restore_limits(handed.limits)
+    session.restore_limits(limits)
     try:
         if session.state is CONNECTED:
             _restore_client(session, batch, handed)
@@ -323,6 +326,16 @@ def restore(
         session.closed()
         raise
     return session
+
+
+@lru_cache(maxsize=4)
+def _as_agreed(settings: SessionSettings, ping_interval: float, pong_timeout: float) -> SessionSettings:
+    """Return the settings with the pings that the client expects, if the configuration of this worker has others."""
+    client = settings.client
+    if (client.ping_interval, client.pong_timeout) == (ping_interval, pong_timeout):
+        return settings
+    client = msgspec.structs.replace(client, ping_interval=ping_interval, pong_timeout=pong_timeout)
+    return msgspec.structs.replace(settings, client=client)
 
 
 def _restore_client(session: Session, batch: str, handed: HandedSession) -> None:

@@ -42,7 +42,7 @@ from realtime.protocol.replay import Replays
 from realtime.protocol.session_state import ACCEPTING, CONNECTED, OPENED, Departure, SessionState
 from realtime.protocol.session_timers import SessionTimers
 from realtime.protocol.subscription import JoinResult, ReplyRoom, Subscription, SubscriptionSource
-from realtime.pubsub.engine import AddClient, AdmitClient, Publish, RemoveClient
+from realtime.pubsub.engine import Publish, RemoveClient
 from realtime.types import ClientInfo, Position, SubscribeOptions
 
 # How an error ends a connection without replies, by code (client protocol, section 2.9); others end it with 3004.
@@ -345,25 +345,6 @@ class Session(SessionTimers):
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
-    async def admit(self, info: ClientInfo) -> None:
-        """Make `info` the client's identity and count it as connected.
-
-        The caller then calls `complete_connect`, or `cancel_admission` in every other case. Raises Disconnect when the
-        user has reached its limit of connections, and EngineUnavailable.
-        """
-        engine, limit = self.services.engine, self.settings.client.user_connection_limit
-        self.info = info
-        if not (limit and info.user):
-            engine.tell(AddClient(info))
-        elif not await engine.ask(AdmitClient(info, limit)):
-            raise Disconnect(*errors.USER_CONNECTIONS, kind="user_connections")
-
-    def cancel_admission(self) -> None:
-        """Undo `admit`, and end the subscriptions made since."""
-        self.services.engine.tell(RemoveClient(self.client))
-        for subscription in list(self.subscriptions.values()):
-            self.remove_subscription(subscription)
-
     def complete_connect(self, name: str, version: str, meta: bytes) -> None:
         """Make the admitted client a connected one. name, version, meta: see `ConnectedClient`."""
         self.state = SessionState.CONNECTED
@@ -613,7 +594,7 @@ class Session(SessionTimers):
         Queued commands, and those that would begin meanwhile, are refused: the client's next worker carries them out.
         """
         if self.running:
-            self._commands = _DRAINING
+            self._commands, self.departure = _DRAINING, None
         else:
             self.disconnect(*errors.SHUTDOWN)
 

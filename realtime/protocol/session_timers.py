@@ -39,7 +39,8 @@ _NO_FAILURES = (0, 0, -math.inf)
 class HandedLimits(Struct, frozen=True, array_like=True):
     """The limits of a session that moves to another worker. Times in seconds from now on, None for no limit.
 
-    awaits_pong: a ping has no pong yet. rate_in: until the allowed rate of commands has used up those received.
+    awaits_pong: a ping has no pong yet. ping_interval, pong_timeout: in seconds, as at the source: the client was given
+    its parameters when it connected. rate_in: until the allowed rate of commands has used up those received.
     failed, subscribes, failures_ago: as in `SessionTimers._failures`; None without failures.
     """
 
@@ -51,6 +52,8 @@ class HandedLimits(Struct, frozen=True, array_like=True):
     failed: int
     subscribes: int
     failures_ago: float | None
+    ping_interval: float
+    pong_timeout: float
 
 
 class SessionTimers(ABC):
@@ -156,7 +159,9 @@ class SessionTimers(ABC):
             max(self._rate_due - self.services.deadlines.now, 0.0),
             failed,
             subscribes,
-            -self._left(since) if since > -math.inf else None,  # type: ignore[operator]
+            self.services.deadlines.now - since if since > -math.inf else None,
+            self.settings.client.ping_interval,
+            self.settings.client.pong_timeout,
         )
 
     def restore_limits(self, handed: HandedLimits) -> None:

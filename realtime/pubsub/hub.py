@@ -197,7 +197,9 @@ class Hub:
         Raises what the engine raises for `Subscribe`; the subscriber is not added then. Waits only while the channel is
         new to this worker. A subscriber that is removed meanwhile stays removed, and `activate` returns False.
         """
-        state = self._channels.get(channel) or self._open(channel, subscriber.priority)
+        state = self._channels.get(channel)
+        if state is None:
+            state = self._open(channel, subscriber.priority)
         state.pending[subscriber] = len(state.held)
         self.subscriptions += 1
         if state.is_subscribed:
@@ -411,7 +413,9 @@ class Hub:
         expected = self._batches.get(batch)
         if expected is None:
             return  # it was released meanwhile
-        state = self._channels.get(channel) or self._open(channel, priority)
+        state = self._channels.get(channel)
+        if state is None:
+            state = self._open(channel, priority)
         expected.channels.add(channel)
         state.pending[expected] = len(state.held)
         if not state.is_subscribed:

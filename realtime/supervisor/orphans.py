@@ -11,8 +11,6 @@ import ctypes
 import os
 from collections.abc import Callable, Collection
 
-from twisted.internet.process import reapProcessHandlers
-
 INTERVAL = 1.0
 """Seconds between two calls of `reap`."""
 
@@ -30,8 +28,8 @@ def adopt_all() -> None:
 def reap(own: Callable[[], Collection[int]]) -> int:
     """Reap the exited children that are not our own, and return their number.
 
-    own: returns the pids of the processes that other code waits for, besides those of Twisted's `spawnProcess`, which
-    never learns of the end of a process that was reaped here.
+    own: returns the pids of the processes that other code waits for. The children in the process group of this process
+    are other code's too: Twisted and `subprocess` start them so, and wait for them. Orphans are in groups of workers.
     """
     for count in range(_BATCH):
         try:
@@ -39,7 +37,7 @@ def reap(own: Callable[[], Collection[int]]) -> int:
         except ChildProcessError:
             return count
         # The kernel shows one exited child at a time. One of ours hides the others until it has been reaped.
-        if found is None or found.si_pid in reapProcessHandlers or found.si_pid in own():
+        if found is None or found.si_pid in own() or os.getpgid(found.si_pid) == os.getpgrp():
             return count
         os.waitpid(found.si_pid, os.WNOHANG)
     return _BATCH

@@ -226,6 +226,7 @@ class _ZygoteProcess:
                     stderr=subprocess.STDOUT if capture else None,
                     pass_fds=[theirs.fileno()],
                     env=_environment(os.environ),
+                    process_group=0,  # see `orphans.reap`
                 )
             except OSError:
                 self._link.close()

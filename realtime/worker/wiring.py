@@ -216,7 +216,7 @@ def wire_handlers(process: Child, app: App) -> HandlerParts:
         marker=process.marker,
         pressure=pressure,
         compute_pool=ComputePool(
-            process.loop_reactor, settings.workers, settings.app, metrics, settings.log, process.name
+            reactor, settings.workers, settings.app, metrics, settings.log, process.name, process.lock
         ),
         slow_call=settings.loop.lagging,
         client_log=client_log,

@@ -43,7 +43,6 @@ MIX = worlds.Mix(
 # Reloads without clients, which show the CPU time for the start of the processes.
 BARE = 3
 WARM = 3.0  # seconds of load before it is measured
-# Metrics of the processes that take connections over, which are new ones after each reload.
 CONNECTIONS, BYTES = "realtime_handed_over_connections", "realtime_handed_over_bytes"
 
 
@@ -89,7 +88,7 @@ class Reloads(Run):
         self.calm, self.busy = Phase(), Phase()
         self.bare = self._own_share = 0.0
         self.reloads: list[float] = []  # seconds of each
-        self.handed_over: Counter[str] = Counter()
+        self.handed_over: dict[str, float] = {}
         self.verdicts: list[Verdict] = []
 
     def _settings(self, port: int, operator_port: int) -> dict[str, Any]:
@@ -116,7 +115,6 @@ class Reloads(Run):
         publishing = self._publish(load, self._asked.rate)
         await asyncio.sleep(WARM)
         await self._measure(load, self.calm, asyncio.sleep(self._asked.idle))
-        self.handed_over.subtract(await load.service.read_metrics(CONNECTIONS, BYTES))
         for number in range(self._asked.reloads):
             at = self._now()
             await self._measure(load, self.busy, self._reload(load.service))
@@ -125,8 +123,8 @@ class Reloads(Run):
                 f"reload {number + 1}: {self.reloads[-1]:.2f} s, {self.busy.counts['connections lost']} disconnects"
             )
             await self._measure(load, self.calm, asyncio.sleep(self._asked.pause))
-        self.handed_over.update(await load.service.read_metrics(CONNECTIONS, BYTES))
         self._own_share = (time.process_time() - began[0]) / (self._now() - began[1])
+        self.handed_over = await load.service.read_metrics(CONNECTIONS, BYTES)
         await self._stop_publishing(load, publishing)
 
     async def _measure(self, load: Load, phase: Phase, part: object) -> None:

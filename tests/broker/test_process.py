@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import select
+import signal
 import socket
 import time
 from contextlib import suppress
@@ -29,6 +30,7 @@ from realtime.pubsub.engine import (
     Publish,
     RemovePresence,
     Subscribe,
+    TakeLostClients,
 )
 from realtime.types import ClientInfo, HistoryOptions, Position, Publication
 from tests.broker import workers as fixtures
@@ -96,6 +98,25 @@ async def test_a_second_stream_of_a_slot_ends_the_first(brokers: Any, workers: A
         await until(lambda: _readable(before))
         assert before.recv(1) == b""
     await worker.publish()
+
+
+async def test_the_clients_of_a_dead_worker_are_there_for_the_next_one_at_once(brokers: Any) -> None:
+    """The end of its stream and the request of the next worker are on their way at the same time."""
+    broker = await brokers()
+    before, following = socket.socket(fileno=await broker.stream(0)), socket.socket(fileno=await broker.stream(0))
+    for message in (broker_messages.Hello(broker_messages.VERSION, "", True), AddClient(ALICE)):
+        before.sendall(broker_messages.pack(message))
+    await until(lambda: _readable(before))
+    welcome = before.recv(65536)
+    broker.signal(signal.SIGSTOP)
+    hello = broker_messages.pack(broker_messages.Hello(broker_messages.VERSION, "", True, 1))
+    following.sendall(hello + broker_messages.pack(TakeLostClients(10), 1))
+    before.close()
+    broker.signal(signal.SIGCONT)
+    answer = broker_messages.pack([ClientInfo(ALICE.user, ALICE.client)], 1)
+    with following:
+        await until(lambda: _readable(following))
+        assert following.recv(len(welcome + answer), socket.MSG_WAITALL) == welcome + answer
 
 
 def _readable(stream: socket.socket) -> bool:

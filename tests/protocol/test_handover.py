@@ -8,13 +8,22 @@ from typing import Any
 import msgspec
 import pytest
 
-from realtime.errors import ClientError
+from realtime.config.settings import ChannelOptions, ChannelSettings
+from realtime.errors import TOO_MANY_ERRORS, ClientError
 from realtime.protocol import handover
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.handover import HandedSession
+from realtime.protocol.orders import (
+    DisconnectOrder,
+    Order,
+    RefreshOrder,
+    SubscribeOrder,
+    SupersedeOrder,
+    UnsubscribeOrder,
+)
 from realtime.protocol.session import Session
 from realtime.pubsub.engine import GetPresence, GetStats
-from tests.protocol.sessions import BARE, BARE_PROTOBUF, BARE_PUSHES, Gate, Peer, Server, run, token
+from tests.protocol.sessions import ALL, BARE, BARE_PROTOBUF, BARE_PUSHES, NOW, Gate, Peer, Server, run, token
 
 
 def result_of(coroutine: Any) -> Any:
@@ -95,12 +104,12 @@ def hand_over(source: Server, target: Server, *peers: Peer) -> None:
 
 @pytest.fixture
 def old() -> Server:
-    return Server()
+    return Server(ping_interval=0.0)
 
 
 @pytest.fixture
 def new(old: Server) -> Server:
-    return Server(beside=old)
+    return Server(beside=old, ping_interval=0.0)
 
 
 def test_a_client_goes_on_where_it_was(old: Server, new: Server) -> None:
@@ -293,3 +302,220 @@ def test_a_subscription_of_the_server_is_finished_first(old: Server, new: Server
     for step in Move.STEPS[1:]:
         step(move)
     assert peer.session.channels() == ["room:1"]
+
+
+# Orders and actions of the server
+
+
+def orders_everywhere(order: Order, *servers: Server) -> None:
+    for server in servers:
+        server.order(order)
+
+
+@pytest.mark.parametrize("step", range(len(Move.STEPS) + 1))
+def test_an_order_at_any_step_is_carried_out_once(old: Server, new: Server, step: int) -> None:
+    """Both workers receive an order to all connections of a user, at the same place in their deliveries."""
+    peer = old.client("alice")
+    enter(peer, "free")
+    move = Move(old, new, [peer])
+    for number in range(len(Move.STEPS) + 1):
+        if number == step:
+            orders_everywhere(SubscribeOrder("alice", "kept:1"), old, new)
+            orders_everywhere(UnsubscribeOrder("alice", "free"), old, new)
+            orders_everywhere(RefreshOrder("alice", NOW + 60), old, new)
+        if number < len(Move.STEPS):
+            Move.STEPS[number](move)
+    pushes = [message["push"] for message in peer.heard()]
+    assert [next(iter(push.keys() - {"channel"})) for push in pushes] == ["subscribe", "unsubscribe", "refresh"]
+    assert peer.session.channels() == ["kept:1"]
+    new.advance(100)
+    assert peer.close_code is not None and peer.close_code[0] == 3005
+
+
+@pytest.mark.parametrize("step", range(len(Move.STEPS) + 1))
+def test_a_disconnect_at_any_step_reaches_the_client(old: Server, new: Server, step: int) -> None:
+    peer, witness = old.client("alice"), new.client("bob")
+    enter(witness, "room:1")
+    enter(peer, "room:1")
+    witness.heard()
+    move = Move(old, new, [peer])
+    for number in range(len(Move.STEPS) + 1):
+        if number == step:
+            orders_everywhere(DisconnectOrder("alice", code=4001, reason="gone"), old, new)
+        if number < len(Move.STEPS):
+            Move.STEPS[number](move)
+    assert peer.close_code == (4001, "gone")
+    assert [next(iter(message["push"].keys() - {"channel"})) for message in witness.heard()] == ["leave"]
+    assert old.engine.execute(GetStats()).clients == 1
+    assert (len(old.sessions), len(new.sessions)) == (0, 1)
+
+
+def test_actions_of_the_application_wait_for_the_new_worker(old: Server, new: Server) -> None:
+    peer = old.client("alice")
+    enter(peer, "free")
+    move = Move(old, new, [peer])
+    move.suspend()
+    move.prepare()
+    handle = peer.session.handle
+    assert handle is not None
+    handle.send(1)
+    handle.subscribe("kept:1")
+    handle.unsubscribe("free")
+    for step in Move.STEPS[2:]:
+        step(move)
+    pushes = [message["push"] for message in peer.heard()]
+    assert [next(iter(push.keys() - {"channel"})) for push in pushes] == ["message", "subscribe", "unsubscribe"]
+    assert peer.session.channels() == ["kept:1"]
+
+
+def test_actions_of_the_application_are_made_up_for_after_a_refusal(old: Server, new: Server) -> None:
+    peer = old.client("alice")
+    enter(peer, "free")
+    move = Move(old, new, [peer])
+    move.suspend()
+    move.prepare()
+    assert peer.session.handle is not None
+    peer.session.handle.subscribe("kept:1")
+    peer.session.handle.unsubscribe("free")
+    move.finish()
+    handover.resume(peer.session)
+    assert peer.session.channels() == ["kept:1"]
+
+
+def test_a_newer_connection_of_a_user_ends_one_that_is_on_its_way(old: Server, new: Server) -> None:
+    peer = old.client("alice")
+    move = Move(old, new, [peer])
+    for step in Move.STEPS[:4]:
+        step(move)
+    new.order(SupersedeOrder("alice", "a newer client"))
+    move.restore()
+    assert peer.close_code is not None and peer.close_code[0] == 3504
+
+
+# Gaps, limits, and other configurations
+
+
+def test_a_client_with_a_gap_subscribes_again(old: Server, new: Server) -> None:
+    """The stream of the new worker is interrupted after the cut."""
+    peer = old.client("alice")
+    enter(peer, "room:1", "free")
+    peer.heard()
+    move = Move(old, new, [peer])
+    for step in Move.STEPS[:4]:
+        step(move)
+    new.hub.on_interruption()
+    move.restore()
+    move.finish()
+    (push,) = peer.heard()
+    assert push["push"]["channel"] == "room:1" and push["push"]["unsubscribe"]["code"] == 2500
+    assert peer.session.channels() == ["free"]
+
+
+def test_a_gap_before_the_cut_is_reported_after_it(old: Server, new: Server) -> None:
+    peer = old.client("alice")
+    enter(peer, "room:1")
+    peer.heard()
+    move = Move(old, new, [peer])
+    move.suspend()
+    move.prepare()
+    old.hub.on_interruption()
+    assert peer.heard() == []
+    for step in Move.STEPS[2:]:
+        step(move)
+    (push,) = peer.heard()
+    assert push["push"]["unsubscribe"]["code"] == 2500
+
+
+def test_a_channel_without_a_namespace_at_the_new_worker_ends(old: Server) -> None:
+    new = Server(ChannelSettings(without_namespace=ChannelOptions(**ALL)), beside=old)
+    peer, witness = old.client("alice"), old.client("bob")
+    for client in (peer, witness):
+        enter(client, "free", "room:1")
+    witness.heard()
+    peer.heard()
+    hand_over(old, new, peer)
+    (push,) = peer.heard()
+    assert push["push"] == {"channel": "room:1", "unsubscribe": {"code": 2000, "reason": "server unsubscribe"}}
+    assert peer.session.channels() == ["free"]
+    assert [next(iter(message["push"].keys() - {"channel"})) for message in witness.heard()] == ["leave"]
+
+
+def test_a_client_that_has_expired_meanwhile_is_disconnected(old: Server, new: Server) -> None:
+    peer = old.peer()
+    peer.connect(token=token(sub="alice", exp=int(NOW) + 10))
+    move = Move(old, new, [peer])
+    for step in Move.STEPS[:4]:
+        step(move)
+    move.restore()
+    new.advance(60)
+    assert peer.close_code is not None and peer.close_code[0] == 3005
+
+
+def test_errors_before_the_move_count_after_it(old: Server, new: Server) -> None:
+    for server in (old, new):
+        server.change(error_limit=3)
+    peer = old.client("alice")
+    failing = {"id": 9, "rpc": {"method": "unknown"}}
+    peer.say(failing, failing)
+    hand_over(old, new, peer)
+    peer.say(failing)
+    assert peer.close_code is None
+    peer.say(failing)
+    assert peer.close_code is not None
+    assert peer.close_code[0] == TOO_MANY_ERRORS[0]
+
+
+def test_commands_before_the_move_count_towards_the_rate_after_it(old: Server, new: Server) -> None:
+    for server in (old, new):
+        server.change(commands_per_second=1.0)
+    peer = old.client("alice")
+    ping = {"id": 9, "rpc": {"method": "ping"}}
+    peer.say(ping)
+    hand_over(old, new, peer)
+    (reply,) = peer.say(ping)
+    assert reply["error"]["code"] == 111
+
+
+def test_a_session_that_can_not_be_restored_leaves_nothing_behind(old: Server, new: Server) -> None:
+    peer = old.client("alice")
+    enter(peer, "room:1")
+    move = Move(old, new, [peer])
+    for step in Move.STEPS[:4]:
+        step(move)
+    handed = msgspec.msgpack.decode(move.handed[0][1], type=HandedSession)
+    move.handed[0] = peer, msgspec.msgpack.encode(msgspec.structs.replace(handed, replays=["room:1"], orders=[b"?"]))
+    with pytest.raises(msgspec.MsgspecError):
+        move.restore()
+    move.finish()
+    assert new.clean() and old.clean()
+    assert old.engine.execute(GetPresence("room:1")) == {}
+
+
+def test_a_client_gets_the_pings_that_it_was_promised(old: Server, new: Server) -> None:
+    old.change(ping_interval=10.0, pong_timeout=5.0)
+    peer = old.client("alice")
+    hand_over(old, new, peer)
+    for _ in range(5):
+        new.ping(peer)
+        peer.say({})
+    assert peer.close_code is None and new.now < 60
+
+
+def test_a_suspended_client_drains_like_any_other(old: Server, new: Server) -> None:
+    """Its command takes longer than the hand-over may."""
+    gate = Gate()
+
+    async def slow(client: Any, data: Any) -> Any:
+        await gate
+        return "slow"
+
+    old.app.procedures["slow"] = slow
+    peer = old.client("alice")
+    peer.say({"id": 2, "rpc": {"method": "slow"}}, {"id": 3, "rpc": {"method": "ping"}})
+    move = Move(old, new, [peer])
+    move.suspend()
+    peer.session.drain()
+    gate.open()
+    first, second = peer.heard()
+    assert (first["rpc"]["data"], second["error"]["code"]) == ("slow", 100)
+    assert (peer.close_code, move.ready) == ((3001, "shutdown"), [])

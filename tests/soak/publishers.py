@@ -136,6 +136,7 @@ class Speakers:
 
 
 def share_out(world: World, publishers: int) -> list[list[Channel]]:
-    """Return the channels of each publisher of the API. Each channel has one publisher."""
+    """Return the channels of each publisher of the API, which are fewer than `publishers` if there are fewer channels.
+    Each channel has one publisher."""
     channels = [channel for channel in world.channels.values() if not channel.name.startswith("talk:")]
-    return [channels[index::publishers] for index in range(publishers)]
+    return [channels[index::publishers] for index in range(min(publishers, len(channels)))]

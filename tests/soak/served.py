@@ -14,7 +14,8 @@ import subprocess
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from tests.soak.account import BROKEN, Account
-from tests.system.serving import CHECKOUT, TWISTD, belongs, toml
+from tests.system.serving import CHECKOUT, TWISTD, belongs, merged, toml
 
 REALTIME = TWISTD.with_name("realtime")
 HANDLER, OTHER = "handler process", "other"
@@ -46,6 +47,10 @@ def free_ports() -> tuple[int, int]:
         one.bind(("127.0.0.1", 0))
         other.bind(("127.0.0.1", 0))
         return one.getsockname()[1], other.getsockname()[1]
+
+
+def write_settings(config: Path, settings: Mapping[str, Any]) -> None:
+    config.write_text("".join(f"{key} = {toml(value)}\n" for key, value in settings.items()))
 
 
 class Output:
@@ -83,7 +88,8 @@ class Service:
     """
 
     def __init__(self, account: Account, config: Path, settings: dict[str, Any], copy: IO[str] | None = None) -> None:
-        config.write_text("".join(f"{key} = {toml(value)}\n" for key, value in settings.items()))
+        write_settings(config, settings)
+        self._settings = settings
         self.port: int = settings["http_server"]["port"]
         self.operator_port: int = settings["http_server"]["internal_port"]
         self.output = Output(copy)
@@ -100,7 +106,7 @@ class Service:
         self._process: subprocess.Popen[str] | None = None
         self._full_disk = False
         self._excused: dict[int, str] = {}
-        self._commands: Counter[str] = Counter()  # that are under way
+        self._replacing: Counter[str] = Counter()  # reasons
         self._wild: list[tuple[float, str]] = []
         self._sessions: list[int] = []
 
@@ -194,7 +200,7 @@ class Service:
         if excuse is None and role == "worker" and self._wild:
             excuse = self._wild.pop(0)[1]
         if excuse is None and role == "worker":
-            excuse = next(iter(+self._commands), None)
+            excuse = next(iter(+self._replacing), None)
         excuse = excuse or self._excused.get(self.supervisor)
         if role in ("worker", "broker"):
             self.deaths[f"{role}: {excuse or 'unexpected'}"] += 1
@@ -212,13 +218,9 @@ class Service:
             self.dropped[key] += round(sample.value - before if sample.value >= before else sample.value)
             self._dropped_before[key] = sample.value
 
-    async def read_metrics(self, *names: str) -> Counter[str]:
-        """Return the sum of each of these metrics over the running workers, without `direction="out"`."""
-        found: Counter[str] = Counter()
-        for sample in await self._read_samples(*names):
-            if sample.labels.get("direction", "in") == "in" and "worker" in sample.labels:
-                found[sample.name.removesuffix("_total")] += round(sample.value)
-        return found
+    async def read_metrics(self, *names: str) -> dict[str, float]:
+        """Return the values of these metrics of the supervisor, without `_total`."""
+        return {sample.name.removesuffix("_total"): sample.value for sample in await self._read_samples(*names)}
 
     async def _read_samples(self, *names: str) -> list[Sample]:
         url, limit = f"http://127.0.0.1:{self.operator_port}/metrics", aiohttp.ClientTimeout(total=5)
@@ -260,8 +262,12 @@ class Service:
         """From its next start on, the server's output is a full disk, or a pipe again."""
         self._full_disk = full
 
-    async def reload(self) -> tuple[int, str]:
-        """Replace every worker; returns the exit status of the command, and its output."""
+    # Replacing workers.
+
+    async def reload(self, changes: Mapping[str, Any] | None = None) -> tuple[int, str]:
+        """Replace every worker; returns the exit status of the command, and its output. changes: to the configuration
+        of the start."""
+        write_settings(self._config, merged(self._settings, dict(changes or {})))
         return await self._command("reload")
 
     async def scale(self, workers: int) -> tuple[int, str]:
@@ -269,18 +275,23 @@ class Service:
         return await self._command("scale", str(workers))
 
     async def _command(self, name: str, *arguments: str) -> tuple[int, str]:
-        """Run a command that ends workers, and also those that start meanwhile because of another fault."""
         command = [str(REALTIME), name, "--config", str(self._config), *arguments]
-        self._commands[name] += 1
-        try:
+        with self.replacing(name):
             process = await asyncio.create_subprocess_exec(
                 *command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
             said, _ = await process.communicate()
-        finally:
-            self._commands[name] -= 1
-            self._wild.extend((self._account.now() + 2 * CENSUS, name) for _ in self.of("worker"))
         return process.returncode or 0, said.decode()
+
+    @contextmanager
+    def replacing(self, reason: str) -> Iterator[None]:
+        """Workers may end for this reason meanwhile, also those that start because of another fault."""
+        self._replacing[reason] += 1
+        try:
+            yield
+        finally:
+            self._replacing[reason] -= 1
+            self._wild.extend((self._account.now() + 2 * CENSUS, reason) for _ in self.of("worker"))
 
     # The end.
 

@@ -22,7 +22,7 @@ orphans.adopt_all()
 # It ends after its parent, the shell, which would remove it: as soon as this pipe is closed.
 until, end = os.pipe()
 script = f"(exec cat <&{until} >/dev/null 2>&1) & echo $!"
-shell = subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, text=True, pass_fds=[until])
+shell = subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, text=True, pass_fds=[until], process_group=0)
 os.close(end)
 orphan = int(shell.stdout)
 zombie = lambda pid: open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] == "Z"
@@ -32,11 +32,13 @@ reaped = orphans.reap(lambda: [])
 assert reaped == 1, reaped
 assert not os.path.exists(f"/proc/{orphan}")
 assert orphans.reap(lambda: []) == 0
-own = subprocess.Popen(["true"])
-while not zombie(own.pid):
+known, other = subprocess.Popen(["true"], process_group=0), subprocess.Popen(["true"])
+while not (zombie(known.pid) and zombie(other.pid)):
     time.sleep(0.01)
-assert orphans.reap(lambda: [own.pid]) == 0
-assert own.wait() == 0
+assert orphans.reap(lambda: [known.pid]) == 0
+assert known.wait() == 0
+assert orphans.reap(lambda: []) == 0
+assert other.wait() == 0
 ended = []
 process = Process(ended)
 reactor.spawnProcess(process, "true", ["true"], env={})

@@ -136,7 +136,7 @@ def test_a_stopped_supervisor_blames_nobody(server: Server) -> None:
     os.kill(server.pid, signal.SIGSTOP)
     threading.Event().wait(1.0)  # what is tested is a stretch of real time
     os.kill(server.pid, signal.SIGCONT)
-    assert server.health()["workers"][0]["condition"] == "healthy"
+    wait_healthy(server)
     assert server.workers() == [pid]
     assert [incident for incident in incidents(server) if incident["at"] > began] == []
 
@@ -159,7 +159,7 @@ def test_the_command_shows_where_a_blocked_loop_is(server: Server) -> None:
         text = dump(server, "stacks")
         assert "The loop does not turn" in text
         [place] = places("long")
-        assert f'File "{SOURCE}", line {place.rpartition(":")[2]} in long' in text
+        assert f'File "{SOURCE}", line {place.rpartition(":")[2]}, in long' in text
         assert client.makefile("rb").read().endswith(b"true")
 
 

@@ -27,8 +27,15 @@ LIMIT = 20.0
 
 
 def in_own_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    async def limited() -> Any:
+        try:
+            return await asyncio.wait_for(coroutine, 60)
+        finally:
+            for _ in range(5):  # transports that were closed or aborted close their sockets in the next turns
+                await asyncio.sleep(0)
+
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, asyncio.wait_for(coroutine, 60)).result()
+        return thread.submit(asyncio.run, limited()).result()
 
 
 class ClientEvents(ClientEventHandler):

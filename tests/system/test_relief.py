@@ -36,7 +36,7 @@ READERS = 6
 @pytest.fixture(scope="module")
 def relieved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     starter = ServerStarter(tmp_path_factory.mktemp("relief"))
-    yield starter(app=APP, workers={"count": 1}, channel=CHANNEL, loop={"max_lag": "0s"})
+    yield starter(app=APP, workers={"count": 1, "processes": 1}, channel=CHANNEL, loop={"max_lag": "0s"})
     starter.finish()
 
 
@@ -98,6 +98,9 @@ def test_everything_but_handlers_on_the_loop_goes_on(relieved: Server, method: s
         assert hear(other)["push"]["pub"]["data"] == 2
         assert "result" in api(relieved, "publish", {"channel": "room", "data": 3})
         assert hear(other)["push"]["pub"]["data"] == 3
+        # A handler in a process, which publishes.
+        say(third, {"id": 8, "rpc": {"method": "process", "data": 4}})
+        assert hear(third)["rpc"]["data"] > 0 and hear(other)["push"]["pub"]["data"] == 4
         # New connections, up to the handler that decides on them, and the metrics.
         with connect(relieved.endpoint) as late:
             say(late, {"id": 1, "connect": {}})

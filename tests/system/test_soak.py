@@ -32,7 +32,7 @@ KINDS = [
 @pytest.mark.timeout(600)
 def test_every_publication_is_accounted_for_under_faults_and_bad_input() -> None:
     options = [f"--faults={len(KINDS)}", *(f"--only={kind}" for kind in KINDS)]
-    said = run_soak("--seed=11", "--seconds=60", "--clients=80", "--bad-inputs=20", *options, limit=LIMIT)
+    said = run_soak("--seed=11", "--seconds=40", "--clients=80", "--bad-inputs=20", *options, limit=LIMIT)
 
     account = read_account(said)
     assert account["delivered"] > 500

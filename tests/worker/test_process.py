@@ -175,13 +175,10 @@ async def test_a_drain_spreads_the_disconnects(shutdown: ShutdownSettings) -> No
     settings = replace(SETTINGS, shutdown=shutdown)
     async with serving(settings) as served:
         clients = [await served.connect() for _ in range(3)]
-        draining = Deferred.fromCoroutine(served.drain(5.0))
-        await eventually(lambda: clients[0].close is not None)
-        assert clients[2].close is None
         began = reactor.seconds()  # type: ignore[attr-defined]
-        await draining
+        await served.drain(5.0)
         assert [client.close for client in clients] == [(3001, "shutdown")] * 3
-        assert reactor.seconds() - began >= 0.15  # type: ignore[attr-defined]
+        assert reactor.seconds() - began >= 0.2  # type: ignore[attr-defined]
 
 
 @on_loop

@@ -13,4 +13,4 @@ programs: list[subprocess.Popen[bytes]] = []
 
 @app.http.get("/orphan")
 async def leave_one(request: Any) -> None:
-    programs.append(subprocess.Popen(["sleep", "600"]))
+    programs.append(subprocess.Popen(["sleep", "600"], start_new_session=True))  # else it ends with the worker

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import socket
 import tempfile
@@ -56,6 +57,12 @@ def release(client: Client, data: Any) -> None:
 def publish_in_thread(client: Client, data: Any) -> int:
     client.send({"from": "a thread"})
     return app.publish("room", data).offset
+
+
+@app.rpc("process", run="process")
+def process(data: Any) -> int:
+    app.publish("room", data)
+    return os.getpid()
 
 
 @app.rpc("echo")
