@@ -23,7 +23,7 @@ from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
 from realtime.metrics import Metrics
 from realtime.process import child
 from realtime.process.heap import TRIM_INTERVAL, HeapTrimmer, find_malloc_trim
-from realtime.process.link import PEER_ENDED, Link, adopt
+from realtime.process.link import PEER_ENDED, REPLACED, Link, adopt
 from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
@@ -51,8 +51,8 @@ RESTORE_TIMEOUT = 1.0
 """Seconds for which a restarted broker holds requests until all workers have restored their subscriptions."""
 
 HOLD = 1.0
-"""Seconds for which the clients of a worker whose stream has ended stay listed: a fresh stream takes some milliseconds,
-and then others see neither a leave nor a join. A successor of the worker ends this time."""
+"""Seconds for which the clients of a worker whose stream has ended stay listed, and deliveries to it are queued: within
+some milliseconds a fresh stream continues the ended one. A successor of the worker ends this time."""
 
 _log = Logger()
 _decode = broker_messages.message_decoder(broker_messages.TO_BROKER)
@@ -132,11 +132,12 @@ class Broker:
         for link, peer in list(self._peers.items()):
             if peer.address == address or (peer.slot == slot and peer.address and link.is_hung_up):
                 del self._peers[link]
-                link.cut("another stream took its place")
+                link.cut(REPLACED)
                 self._hold(peer)
         for peer in list(self._held):
             if peer.slot == slot and not (is_returning and peer.address == address):
-                self._let_leave(peer)
+                # The subscribers of a dead worker are disconnected, so they lose nothing.
+                self._let_leave(peer, is_alive=peer.address == address)
         # Where the same clients come back over the new stream, the leaves come first.
         for peer in [peer for peer in self._leaving if peer.slot == slot]:
             for _ in self._leaving.pop(peer, ()):
@@ -150,6 +151,19 @@ class Broker:
         """Let the clients leave that a returning worker, which has restored its state, has lost meanwhile."""
         for peer in [peer for peer in self._held if peer.address == address]:
             self._let_leave(peer)
+
+    def continue_stream(self, link: Link, address: str, hello: broker_messages.Hello) -> list[bytes] | None:
+        """Route to a returning worker what is routed to its earlier streams.
+
+        Return the frames that it has not handled, None if some are lost; these are counted.
+        """
+        earlier = sorted((peer for peer in self._held if peer.address == address), key=lambda peer: peer.stream)
+        rest = None
+        for peer in earlier:
+            self.core.inherit(link, peer.link)
+            rest = peer.link.take_rest(hello.handled_of(peer.stream))
+            self._count_drops(peer.link)
+        return rest
 
     def restore(self) -> None:
         """Handle the first worker of an earlier broker: hold all requests until every worker has restored its state.
@@ -197,13 +211,13 @@ class Broker:
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
         call_at_end = turn_end_caller(self._reactor)
-        return Link(self._reactor, call_at_end, limit, on_frame, self._on_link_end, self._ledger, patience)
+        return Link(self._reactor, call_at_end, limit, on_frame, self._on_link_end, self._ledger, patience, keeps=True)
 
     def _on_link_end(self, link: Link, reason: str) -> None:
         """Let the clients of a worker leave, as it has ended or its link was cut."""
         if reason != PEER_ENDED:
             self.cuts.value += 1
-        self._link_drops.value += link.dropped
+        self._count_drops(link)
         peer = self._peers.pop(link, None)
         if peer is not None:
             self._hold(peer)
@@ -216,17 +230,25 @@ class Broker:
         if not self._peers and self._all_left is not None and not self._all_left.called:
             self._all_left.callback(None)
 
+    def _count_drops(self, link: Link) -> None:
+        self._link_drops.value += link.dropped
+        link.dropped = 0
+
     def _hold(self, peer: _WorkerPeer) -> None:
-        """End the connections of a worker; keep its clients listed for a while, as its process may live on."""
+        """End the connections of a worker; keep it routed and its clients listed, as its process may live on."""
         steps = self.core.unlink_steps(peer.link, self.now())
         next(steps, None)
         self._slices.add(steps)
         self._held[peer] = self._reactor.callLater(HOLD, self._let_leave, peer)
 
-    def _let_leave(self, peer: _WorkerPeer) -> None:
+    def _let_leave(self, peer: _WorkerPeer, *, is_alive: bool = True) -> None:
+        """is_alive: whether the worker may be, so that all frames count as lost that it may not have handled."""
         timer = self._held.pop(peer)
         if timer.active():
             timer.cancel()
+        if is_alive and self.core.is_routed(peer.link):
+            peer.link.take_rest(None)
+        self._count_drops(peer.link)
         self._leaving[peer] = steps = self._leave(peer)
         next(steps, None)
         self._slices.add(steps)
@@ -248,7 +270,7 @@ class Broker:
             _log.failure("freeing expired history and idempotency keys raised; the next sweep tries again")
 
     def _backlog(self) -> int:
-        return sum(peer.link.backlog for peer in self._peers.values())
+        return sum(peer.link.backlog for peer in (*self._peers.values(), *self._held))
 
 
 class _LinkDelivery:
@@ -300,13 +322,14 @@ class _WorkerPeer:
     """Carries out the requests of one worker, for as long as one stream to it lasts.
 
     make_link: makes the link, which calls its argument with each frame. address: of the worker, see `SendOrder`; ""
-    before its Hello. has_restored: the worker's state is complete. unstored: publications without history among the
-    held requests.
+    before its Hello. stream: as in its Hello. has_restored: the worker's state is complete. unstored: publications
+    without history among the held requests.
     """
 
     def __init__(self, broker: Broker, slot: int, make_link: Callable[[Callable[[int, bytes], None]], Link]) -> None:
         self.slot = slot
         self.address = ""
+        self.stream = 0
         self._broker = broker
         self._core = broker.core
         self.link = make_link(self.receive)
@@ -392,7 +415,7 @@ class _WorkerPeer:
         address = worker_address(self.slot, message.generation)
         self._is_returning = message.instance == self._broker.instance
         self._broker.replace(self.slot, address, is_returning=self._is_returning)
-        self.address = address
+        self.address, self.stream = address, message.stream
         self._core.attach(link, address, str(self.slot))
         # When its previous stream to this same broker ended long ago, its clients left; now they join again. The
         # subscribers of another broker never received those leaves, so they receive no joins either.
@@ -407,7 +430,12 @@ class _WorkerPeer:
         self._others[broker_messages.Restore] = self._restore
         if self._broker.has_held(address):
             self._others[ReportSubscriptions] = self._returned
-        link.send(broker_messages.pack(broker_messages.Welcome(broker_messages.VERSION, self._broker.instance)))
+        rest = self._broker.continue_stream(link, address, message)
+        welcome = broker_messages.Welcome(broker_messages.VERSION, self._broker.instance, rest is not None)
+        link.send(broker_messages.pack(welcome))
+        if rest is not None:
+            link.continue_with(rest)
+            link.send(broker_messages.pack(broker_messages.CaughtUp(message.stream)))
 
     def _returned(self, link: Link, now: float, message: ReportSubscriptions) -> None:
         """Take note of the first report of subscriptions, the end of the worker's state."""

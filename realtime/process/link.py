@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from twisted.internet import tcp, unix
@@ -21,7 +22,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from realtime.process.transport import DirectServer
-from realtime.pubsub.broker_messages import ANSWERS, BadFrame, FrameReader
+from realtime.pubsub.broker_messages import ANSWERS, HEAD_SIZE, BadFrame, FrameReader, frames_in
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 
 BATCH = 1024 * 1024
@@ -31,6 +32,11 @@ CLOSE_TIMEOUT = 2.0
 """Seconds that `close` gives the queued frames to go out."""
 
 PEER_ENDED = "the peer ended the stream"
+
+REPLACED = "another stream took its place"
+
+READ_SIZE = 64 * 1024
+"""Bytes that the peer may have read and not handled, besides one partial frame."""
 
 # The request number in the head of frames that are no answers.
 _UNNUMBERED = bytes(8)
@@ -73,7 +79,9 @@ class Link(Protocol):
     when the stream has ended, at either end's wish. ledger: the loop's, whose ENGINE account is charged. patience:
     bytes queued for the peer from which on its further frames wait until half of them are sent, so that a peer that
     reads slower than it asks is slowed down; 0 for no limit. Only one end of a stream may have one, or each could
-    wait for the other. dropped: counts the queued deliveries that were never sent.
+    wait for the other. keeps: whether a fresh stream may continue this one: the last written frames are kept, and
+    when the stream has ended for no fault of a frame, further ones are queued until `take_rest`. dropped: counts the
+    deliveries that are lost for certain.
     """
 
     def __init__(
@@ -85,13 +93,15 @@ class Link(Protocol):
         on_end: Callable[[Link, str], None],
         ledger: LoopTimeLedger | None = None,
         patience: int = 0,
+        *,
+        keeps: bool = False,
     ) -> None:
         self._ledger = ledger or LoopTimeLedger(time.monotonic_ns)
         self._account = self._ledger.open(LoopWork.ENGINE)
         self._reactor = reactor
         self._call_soon = call_soon
         self._reader = FrameReader()
-        self._limit = limit
+        self._limit = self._hold_limit = limit
         self._on_frame = on_frame
         self._on_end = on_end
         self._patience = patience
@@ -103,6 +113,11 @@ class Link(Protocol):
         self._is_paused = False
         self._is_flush_due = False
         self._close_timer: IDelayedCall | None = None
+        # The last written batches, which the peer may not have handled, and those before that it has read for certain.
+        self._kept: deque[bytes] | None = deque() if keeps else None
+        self._kept_bytes = self._forgotten_bytes = self._window = 0
+        self._received_bytes = 0
+        self._is_holding = False  # the stream has ended, and another may continue it
         self.dropped = 0
         self._end_reason = ""  # once nothing is sent or received any more
 
@@ -120,6 +135,9 @@ class Link(Protocol):
 
     def connectionMade(self) -> None:
         self._transport.registerProducer(self, True)
+        if self._kept is not None:
+            # The kernel takes at most one more write of half of it when it is full.
+            self._window = 2 * self._transport.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) + READ_SIZE
 
     @property
     def _transport(self) -> Any:
@@ -128,8 +146,10 @@ class Link(Protocol):
     # Out
 
     def send(self, frame: bytes) -> None:
-        """Queue one frame, as `broker_messages.pack` returns it; links may share it. No effect once the link is cut."""
+        """Queue one frame, as `broker_messages.pack` returns it; links may share it. Once the link is cut, it is
+        queued for `take_rest`, or lost and counted."""
         if self._end_reason:
+            self._hold(frame)
             return
         self._queue.append(frame)
         self._queued_bytes += len(frame)
@@ -153,6 +173,8 @@ class Link(Protocol):
             batch = queue.popleft() if len(queue) == 1 else self._take_batch()
             self._queued_bytes -= len(batch)
             self._bytes_in_transport = len(batch)
+            if self._kept is not None:
+                self._keep(self._kept, batch)
             # Calls pauseProducing if the socket did not take all of it.
             self.transport.write(batch)  # type: ignore[union-attr]
             if not self._is_paused:
@@ -161,6 +183,17 @@ class Link(Protocol):
             frames, self._unread = self._unread, None
             self._transport.resumeProducing()
             self._handle(frames)
+
+    def _keep(self, kept: deque[bytes], batch: bytes) -> None:
+        """Keep a batch, and forget those that the peer has read for certain: the kernel does not hold so much."""
+        kept.append(batch)
+        self._kept_bytes += len(batch)
+        spare = self._kept_bytes - len(batch) - self._window
+        while spare >= len(kept[0]):
+            forgotten = len(kept.popleft())
+            spare -= forgotten
+            self._kept_bytes -= forgotten
+            self._forgotten_bytes += forgotten
 
     def _take_batch(self) -> bytes:
         """Join the next frames, at least one, up to BATCH bytes."""
@@ -196,6 +229,7 @@ class Link(Protocol):
     def dataReceived(self, data: bytes) -> None:
         before = self._ledger.switch(self._account)
         try:
+            self._received_bytes += len(data)
             # None is left of the read before, unless application code blocks the loop's thread within one of them.
             self._handle(self._frames)
             self._frames = frames = self._reader.feed(data)
@@ -222,11 +256,13 @@ class Link(Protocol):
     # The end
 
     def cut(self, reason: str) -> None:
-        """End the stream at once and drop queued frames. `on_end` is called later, from the loop. Idempotent."""
+        """End the stream at once and drop queued frames, unless another stream may continue this one.
+
+        `on_end` is called later, from the loop. Idempotent.
+        """
         if self._end_reason:
             return
-        self._end_reason = reason
-        self._drop()
+        self._end(reason)
         if self.transport is not None:
             self._transport.abortConnection()
 
@@ -246,16 +282,85 @@ class Link(Protocol):
         self._close_timer = None
         self._transport.abortConnection()
 
+    def _end(self, reason: str) -> None:
+        self._end_reason = reason
+        if self._kept is not None and self.is_continuable:
+            self._is_holding = True
+            self._unread = None
+            self._bytes_in_transport = 0
+            if self._queued_bytes > self._hold_limit:
+                self._drop()
+        else:
+            self._drop()
+
     def _drop(self) -> None:
-        self.dropped += sum(frame[4:12] == _UNNUMBERED or frame[4:5] >= _ANSWERING for frame in self._queue)
+        self._is_holding = False
+        self.dropped += _deliveries(self._queue)
         self._queue.clear()
         self._unread = None
         self._queued_bytes = self._bytes_in_transport = 0
+
+    # A stream that continues another
+
+    @property
+    def is_continuable(self) -> bool:
+        """Whether the stream ended for no fault of a frame, nor of the peer's pace."""
+        return self._end_reason in (PEER_ENDED, REPLACED)
+
+    def count_handled(self) -> int:
+        """Return the bytes of the whole frames that this end has handled, or has begun to. For an ended stream.
+
+        Frames that were received and not handled, as application code blocks an earlier one, will not be. Raises
+        BadFrame behind the last of them.
+        """
+        left = sum(HEAD_SIZE + len(body) for _, body in self._frames)
+        return self._received_bytes - left - self._reader.rest
+
+    def _hold(self, frame: bytes) -> None:
+        if not self._is_holding:
+            self.dropped += _deliveries((frame,))
+            return
+        self._queue.append(frame)
+        self._queued_bytes += len(frame)
+        if self._queued_bytes > self._hold_limit:
+            self._drop()
+
+    def take_rest(self, handled: int | None) -> list[bytes] | None:
+        """Return the frames of an ended stream that another has to begin with. Later frames are lost.
+
+        None if they are not complete: those known are counted as dropped. handled: bytes that the peer has handled,
+        see `count_handled`; None if unknown.
+        """
+        kept = b"".join(self._kept or ())
+        start = 0 if handled is None else handled - self._forgotten_bytes
+        rest = frames_in(kept[max(0, start) :])
+        if self._kept is not None:
+            self._kept.clear()
+        self._forgotten_bytes += self._kept_bytes
+        self._kept_bytes = 0
+        if self._is_holding and handled is not None and 0 <= start <= len(kept):
+            rest += self._queue
+            self._queue.clear()
+            self._drop()
+            return rest
+        self.dropped += _deliveries(rest)
+        self._drop()
+        return None
+
+    def continue_with(self, frames: list[bytes]) -> None:
+        """Send the rest of another stream, whatever the limit."""
+        self._limit += sum(map(len, frames))
+        for frame in frames:
+            self.send(frame)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if self._close_timer is not None:
             self._close_timer.cancel()
             self._close_timer = None
-        self._end_reason = self._end_reason or PEER_ENDED
-        self._drop()
+        if not self._end_reason:
+            self._end(PEER_ENDED)
         self._on_end(self, self._end_reason)
+
+
+def _deliveries(frames: Iterable[bytes]) -> int:
+    return sum(frame[4:12] == _UNNUMBERED or frame[4:5] >= _ANSWERING for frame in frames)

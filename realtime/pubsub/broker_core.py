@@ -98,15 +98,27 @@ class PeerDelivery(Protocol[P_contra]):
 class _PeerState:
     """State that belongs to one peer and is dropped with it."""
 
-    __slots__ = ("address", "channels", "keeps_lost", "sessions", "slot", "subscriptions", "users")
+    __slots__ = (
+        "address",
+        "channels",
+        "inherited",
+        "is_followed",
+        "keeps_lost",
+        "sessions",
+        "slot",
+        "subscriptions",
+        "users",
+    )
 
     def __init__(self, address: str, slot: str) -> None:
         self.address = address
         self.slot = slot
         self.channels: set[str] = set()
+        self.inherited: set[str] = set()  # those of an earlier peer that this one has not restored yet
         self.users: dict[str, str] = {}  # client -> user, of the connected clients
         self.sessions: dict[str, str] = {}  # client -> secret, of those that came from another peer
         self.subscriptions = 0
+        self.is_followed = False  # another peer gets the deliveries
         self.keeps_lost = False  # whether the clients that it leaves behind are kept for its successor
 
 
@@ -130,7 +142,7 @@ class BrokerCore(Generic[P]):
         self._addresses: dict[str, P] = {}
         self._sessions: dict[str, P] = {}  # by secret, of clients that came from another peer
         self._users: dict[str, int] = {}  # user -> connections
-        self._unlinked: dict[P, Iterable[str]] = {}  # the clients of peers whose presence is still listed
+        self._unlinked: dict[P, _PeerState] = {}  # of peers that are still routed, and whose presence is still listed
         # Of peers that have ended: slot -> client -> user and the address of the peer.
         self._lost: dict[str, dict[str, tuple[str, str]]] = {}
         self.operations: dict[type[Struct], Callable[[P, float, Any], Any]] = {
@@ -191,9 +203,10 @@ class BrokerCore(Generic[P]):
         yield from self.leave_steps(peer, now)
 
     def unlink_steps(self, peer: P, now: float) -> Iterator[None]:
-        """Remove a peer but for its presence: `leave_steps` follows. Another peer may take its clients over before.
+        """Remove a peer but for its routes and presence: `leave_steps` follows. Another peer may take its routes and
+        clients over before.
 
-        In short steps, of which the first one ends connections. Idempotent.
+        The only step ends connections. Idempotent.
         """
         state = self._peers.pop(peer, None)
         if state is None:
@@ -208,19 +221,44 @@ class BrokerCore(Generic[P]):
             lost = self._lost.setdefault(state.slot, {})
             for client, user in islice(state.users.items(), self._max_channels - len(lost)):
                 lost[client] = user, state.address
-        self._unlinked[peer] = state.users
+        self._unlinked[peer] = state
         self._presence.end_graced(now, peer)
-        for number, channel in enumerate(state.channels, 1):
+        yield
+
+    def leave_steps(self, peer: P, now: float) -> Iterator[None]:
+        """Unroute an unlinked peer, and let its clients leave that no other peer has taken over, in short steps.
+
+        Idempotent.
+        """
+        unlinked = self._unlinked.pop(peer, None)
+        if unlinked is None:
+            return
+        for number, channel in enumerate(unlinked.channels, 1):
             self._unroute(channel, peer)
             if number % CHUNK == 0:
                 yield
+        clients = unlinked.users
+        gone = [client for client in clients if not any(client in state.users for state in self._peers.values())]
+        yield from self._presence.detach_steps(now, peer, gone)
 
-    def leave_steps(self, peer: P, now: float) -> Iterator[None]:
-        """Let the clients of an unlinked peer leave that no other peer has taken over, in short steps. Idempotent."""
-        users = self._unlinked.pop(peer, None)
-        if users is not None:
-            gone = [client for client in users if not any(client in state.users for state in self._peers.values())]
-            yield from self._presence.detach_steps(now, peer, gone)
+    def is_routed(self, peer: P) -> bool:
+        """Whether an unlinked peer still gets publications."""
+        return peer in self._unlinked and bool(self._unlinked[peer].channels)
+
+    def inherit(self, peer: P, earlier: P) -> None:
+        """Route to this peer what went to an unlinked one; its first report of subscriptions drops the channels that
+        it has not restored by then."""
+        state, unlinked = self._peers[peer], self._unlinked.get(earlier)
+        if unlinked is None:
+            return
+        for channel in unlinked.channels - state.channels:
+            peers = self._routes[channel]
+            peers[peers.index(earlier)] = peer
+        for channel in unlinked.channels & state.channels:
+            self._unroute(channel, earlier)
+        state.inherited |= unlinked.channels - state.channels
+        state.channels |= unlinked.channels
+        unlinked.channels, unlinked.is_followed = set(), True
 
     def restore(
         self,
@@ -239,6 +277,7 @@ class BrokerCore(Generic[P]):
         """
         for channel in channels:
             self._route(channel, peer)
+        self._peers[peer].inherited.difference_update(channels)
         for request in presence:
             self._presence.restore(peer, request, announce=announce)
         for info in clients:
@@ -314,6 +353,7 @@ class BrokerCore(Generic[P]):
         channels = self._peers[peer].channels
         if notice.channel in channels:
             channels.discard(notice.channel)
+            self._peers[peer].inherited.discard(notice.channel)
             self._unroute(notice.channel, peer)
 
     def _route(self, channel: str, peer: P) -> None:
@@ -334,9 +374,13 @@ class BrokerCore(Generic[P]):
         if request.worker:
             recipient = self._sessions.get(request.session) or self._addresses.get(request.worker)
             recipients = [recipient] if recipient is not None else []
-        if recipients:
-            self._delivery.deliver_order(recipients, request.order)
-        return len(recipients)
+            returning = []
+        else:
+            # Peers that may return get it, too. The sender waits for those with subscribers: the others have ended.
+            returning = [peer for peer, state in self._unlinked.items() if not state.is_followed]
+        if recipients or returning:
+            self._delivery.deliver_order([*recipients, *returning], request.order)
+        return len(recipients) + sum(map(self.is_routed, returning))
 
     # Presence
 
@@ -445,7 +489,12 @@ class BrokerCore(Generic[P]):
 
     @takes_note(ReportSubscriptions)
     def report_subscriptions(self, peer: P, now: float, notice: ReportSubscriptions) -> None:
-        self._peers[peer].subscriptions = notice.subscriptions
+        state = self._peers[peer]
+        state.subscriptions = notice.subscriptions
+        while state.inherited:
+            channel = state.inherited.pop()
+            state.channels.discard(channel)
+            self._unroute(channel, peer)
 
     @carries_out(GetStats)
     def get_stats(self, peer: P, now: float, request: GetStats) -> EngineStats:

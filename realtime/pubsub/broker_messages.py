@@ -5,7 +5,7 @@ big-endian), then a body of that length in MessagePack. Number 0 means that no a
 
     worker                                              broker
     Hello, Restore ..., ReportSubscriptions  ------->
-                                             <-------   Welcome
+                                             <-------   Welcome; the rest of the stream before, CaughtUp
     an EngineRequest, with a number          ------->
                                              <-------   its answer (the same number), or RequestFailed
     Publish, with a number, by a subscribed  ------->
@@ -37,13 +37,13 @@ from realtime.errors import RealtimeError
 from realtime.pubsub.engine import AddPresence, Answer, EngineNotice, EngineRequest
 from realtime.types import ClientInfo, Publication
 
-VERSION = 7
+VERSION = 8
 
 FRAME_LIMIT = 16 * 1024 * 1024
 """Upper limit in bytes of a frame's body."""
 
 _HEAD = struct.Struct(">IQ")  # the number counts up for the life of a worker, so 32 bits would not last
-_HEAD_SIZE = _HEAD.size
+HEAD_SIZE = _HEAD.size
 _pack_head = _HEAD.pack
 _head_at = _HEAD.unpack_from
 
@@ -64,13 +64,24 @@ class Hello(BrokerMessage, tag=1, frozen=True, gc=False):
     """The worker's first message. instance: as in the Welcome of its previous stream, "" without one.
 
     takes_lost_clients: whether the worker will ask for the clients of its predecessor (`engine.TakeLostClients`).
-    generation: of the worker's process, see `engine.worker_address`.
+    generation: of the worker's process, see `engine.worker_address`. stream: counts the streams of the process from 1.
+    previous: the latest stream whose Welcome it received, and 0 if it cannot be continued. handled: bytes of the whole
+    frames of that stream that it has handled; of later ones it has handled none.
     """
 
     version: int
     instance: str
     takes_lost_clients: bool = False
     generation: int = 0
+    stream: int = 0
+    previous: int = 0
+    handled: int = 0
+
+    def handled_of(self, stream: int) -> int | None:
+        """Return the bytes that the worker has handled of an earlier stream, None if unknown."""
+        if not self.previous or stream < self.previous:
+            return None
+        return self.handled if stream == self.previous else 0
 
 
 class Restore(BrokerMessage, tag=2, frozen=True, gc=False):
@@ -85,10 +96,15 @@ class Restore(BrokerMessage, tag=2, frozen=True, gc=False):
 
 
 class Welcome(BrokerMessage, tag=1, frozen=True, gc=False):
-    """The broker's answer to Hello. instance: identifies this run of the broker."""
+    """The broker's answer to Hello. instance: identifies this run of the broker.
+
+    continues: whether this stream continues the previous one without a gap: the frames that the worker did not handle
+    follow, up to `CaughtUp`.
+    """
 
     version: int
     instance: str
+    continues: bool = False
 
 
 class Published(BrokerMessage, tag=2, frozen=True, gc=False):
@@ -128,6 +144,12 @@ class CutReached(BrokerMessage, tag=6, frozen=True, gc=False):
     presence: dict[str, list[str]]
 
 
+class CaughtUp(BrokerMessage, tag=7, frozen=True, gc=False):
+    """The end of the frames that earlier streams did not deliver. stream: as in the Hello of this one."""
+
+    stream: int
+
+
 class RequestFailed(BrokerMessage, tag=12, frozen=True, gc=False):
     """The request of this number failed with an `errors.ClientError` of these fields."""
 
@@ -140,7 +162,7 @@ class RequestFailed(BrokerMessage, tag=12, frozen=True, gc=False):
 REQUESTS: tuple[type[EngineRequest[Any]], ...] = tuple(EngineRequest.__subclasses__())
 NOTICES: tuple[type[EngineNotice], ...] = tuple(EngineNotice.__subclasses__())
 TO_BROKER: tuple[type[Struct], ...] = (Hello, Restore, *REQUESTS, *NOTICES)
-TO_WORKER: tuple[type[Struct], ...] = (Welcome, Published, Joined, Left, OrderSent, CutReached, RequestFailed)
+TO_WORKER: tuple[type[Struct], ...] = (Welcome, Published, Joined, Left, OrderSent, CutReached, CaughtUp, RequestFailed)
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -176,11 +198,26 @@ def answer_type(kind: type[EngineRequest[Any]]) -> Any:
     return get_args(base)[0]
 
 
+def frames_in(data: bytes) -> list[bytes]:
+    """Split whole frames."""
+    frames, at = [], 0
+    while at < len(data):
+        end = at + HEAD_SIZE + _head_at(data, at)[0]
+        frames.append(data[at:end])
+        at = end
+    return frames
+
+
 class FrameReader:
     """Splits a byte stream, cut anywhere, into frames. Linear in the bytes, however they are cut."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
+
+    @property
+    def rest(self) -> int:
+        """Bytes of the frame that is not complete yet."""
+        return len(self._rest)
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Yield the number and the body of each complete frame. Exhaust the iterator before feeding more.
@@ -190,15 +227,15 @@ class FrameReader:
         rest = self._rest
         if rest:
             rest += data
-            if len(rest) < _HEAD_SIZE or len(rest) - _HEAD_SIZE < _head_at(rest)[0] <= FRAME_LIMIT:
+            if len(rest) < HEAD_SIZE or len(rest) - HEAD_SIZE < _head_at(rest)[0] <= FRAME_LIMIT:
                 return
             data, self._rest = bytes(rest), bytearray()
-        at, last = 0, len(data) - _HEAD_SIZE
+        at, last = 0, len(data) - HEAD_SIZE
         while at <= last:
             length, number = _head_at(data, at)
             if length > FRAME_LIMIT:
                 raise BadFrame(f"a frame of {length} bytes is longer than {FRAME_LIMIT}")
-            start = at + _HEAD_SIZE
+            start = at + HEAD_SIZE
             end = start + length
             if end > len(data):
                 break

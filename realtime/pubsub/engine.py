@@ -283,7 +283,8 @@ class Receiver(Protocol):
         """Handle a `Cut` towards this worker: it has the clients of the batch from now on."""
 
     def on_interruption(self) -> None:
-        """Handle a restored connection: publications may be missing in every channel.
+        """Handle a restored connection that does not continue the one before: publications may be missing in every
+        channel.
 
         The engine has restored this worker's subscriptions, presence and clients before it calls this.
         """

@@ -23,7 +23,7 @@ from realtime.config.settings import EngineSettings
 from realtime.errors import LIMIT_EXCEEDED, ClientError, EngineUnavailable
 from realtime.handlers.coroutines import DoneCallback
 from realtime.metrics import Metrics
-from realtime.process.link import Link, adopt
+from realtime.process.link import REPLACED, Link, adopt
 from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_messages import ANSWERS, BadFrame, Published
@@ -138,7 +138,8 @@ class BrokerEngine:
         self._reactor = reactor
         self._on_lost = on_lost
         self._link: Link | None = None
-        self._had_stream = False
+        self._is_welcome = False  # over this stream
+        self._is_catching_up = False  # with deliveries that earlier streams of this worker did not bring
         self._closed = False
         self._calls: dict[int, _Call] = {}  # by number, which is also the order of their deadlines
         self._last_number = 0
@@ -170,6 +171,7 @@ class BrokerEngine:
             broker_messages.Left: self._on_left,
             broker_messages.OrderSent: self._on_order,
             broker_messages.CutReached: self._on_cut,
+            broker_messages.CaughtUp: self._on_caught_up,
             broker_messages.RequestFailed: self._on_failed,
             broker_messages.Welcome: self._on_welcome,
         }
@@ -184,15 +186,18 @@ class BrokerEngine:
     def attach(self, fd: int) -> None:
         """Continue over this stream, in place of the previous one, if any. Takes ownership of `fd`.
 
-        Sends all state of this worker and the waiting requests, then calls `Receiver.on_interruption`, unless this is
-        the first stream.
+        Sends all state of this worker and the waiting requests. `Receiver.on_interruption` is called when the broker
+        answers, unless this is the first stream, or continues the previous one without a gap.
         """
         if self._closed:
             os.close(fd)
             return
         if self._link is not None:
-            self._link.cut("another stream took its place")
+            self._link.cut(REPLACED)
+            self._note_end(self._link)
             self._fail(list(self._calls), "the broker was lost")
+        self._hello = msgspec.structs.replace(self._hello, stream=self._hello.stream + 1)
+        self._is_welcome = self._is_catching_up = False
         frames = [*map(broker_messages.pack, self._introduction()), *self._take_unsent()]
         # This worker holds as many bytes anyway; the limit applies to further frames.
         limit = self._settings.queue_max_size + sum(map(len, frames))
@@ -203,9 +208,6 @@ class BrokerEngine:
             link.send(frame)
         for arrivals in self._arrivals.values():
             arrivals.is_current = False
-        had_stream, self._had_stream = self._had_stream, True
-        if had_stream:
-            self._receiver.on_interruption()
 
     def close(self) -> None:
         """Leave the broker for good: queued frames go out; waiting and later requests fail. `on_lost` is not called."""
@@ -253,8 +255,21 @@ class BrokerEngine:
             "the stream to the broker ended: {reason}; waiting for the supervisor to provide another", reason=reason
         )
         self._link = None
+        self._note_end(link)
         self._fail(list(self._calls), "the broker was lost")
         self._on_lost()
+
+    def _note_end(self, link: Link) -> None:
+        """Remember the point from which the next stream has to continue this one."""
+        previous, handled = self._hello.previous, self._hello.handled
+        try:
+            if not link.is_continuable:
+                previous = handled = 0
+            elif self._is_welcome:
+                previous, handled = self._hello.stream, link.count_handled()
+        except BadFrame:
+            previous = handled = 0
+        self._hello = msgspec.structs.replace(self._hello, previous=previous, handled=handled)
 
     def _fail(self, numbers: list[int], reason: str) -> None:
         calls = [self._calls.pop(number) for number in numbers]
@@ -428,7 +443,9 @@ class BrokerEngine:
                 self._link.send(broker_messages.pack(message))
 
     def _on_cut(self, message: broker_messages.CutReached) -> None:
-        self._arrivals[message.batch] = _Arrivals(message)
+        self._arrivals[message.batch] = arrivals = _Arrivals(message)
+        # The state that this stream began with did not have these clients.
+        arrivals.is_current = not self._is_catching_up
         self._receiver.on_cut(message.batch)
 
     def claim(self, batch: str, info: ClientInfo, secret: str, presence: list[AddPresence]) -> None:
@@ -504,6 +521,15 @@ class BrokerEngine:
         if message.version != broker_messages.VERSION:
             raise BadFrame(f"the broker speaks version {message.version}, this worker {broker_messages.VERSION}")
         self._hello = msgspec.structs.replace(self._hello, instance=message.instance)
+        self._is_welcome = True
+        if message.continues:
+            self._is_catching_up = True
+        elif self._hello.stream > 1:
+            self._receiver.on_interruption()
+
+    def _on_caught_up(self, message: broker_messages.CaughtUp) -> None:
+        if message.stream == self._hello.stream:
+            self._is_catching_up = False
 
 
 def _identity(info: ClientInfo) -> ClientInfo:
