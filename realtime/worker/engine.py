@@ -138,9 +138,7 @@ class BrokerEngine:
         self._reactor = reactor
         self._on_lost = on_lost
         self._link: Link | None = None
-        self._is_welcome = False  # over this stream
-        self._is_catching_up = False  # with deliveries that earlier streams of this worker did not bring
-        self._closed = False
+        self._closed = self._is_welcome = self._is_catching_up = False
         self._calls: dict[int, _Call] = {}  # by number, which is also the order of their deadlines
         self._last_number = 0
         self._unsent = 0  # bytes of the calls that wait for a stream
@@ -197,6 +195,7 @@ class BrokerEngine:
             self._note_end(self._link)
             self._fail(list(self._calls), "the broker was lost")
         self._hello = msgspec.structs.replace(self._hello, stream=self._hello.stream + 1)
+        # Whether the broker has answered, and whether it is sending what earlier streams did not deliver.
         self._is_welcome = self._is_catching_up = False
         frames = [*map(broker_messages.pack, self._introduction()), *self._take_unsent()]
         # This worker holds as many bytes anyway; the limit applies to further frames.

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from twisted.internet import reactor
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
@@ -14,8 +15,9 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.python.failure import Failure
 
 from realtime.process import link as link_module
-from realtime.process.link import PEER_ENDED, Link, adopt
+from realtime.process.link import PEER_ENDED, REPLACED, Link, adopt
 from realtime.pubsub.broker_messages import pack
+from tests.system.brokers import until
 
 LIMIT = 10_000
 
@@ -209,6 +211,33 @@ def test_a_peer_that_asks_for_more_than_it_reads_waits() -> None:
     assert bench.pipe.producerState == "producing"
     bench.link.dataReceived(asked(7)[5:])
     assert [number for number, _ in bench.frames] == [1, 2, 3, 4, 5, 6, 7]
+
+
+async def test_a_link_keeps_what_its_peer_may_not_have_handled() -> None:
+    endings: list[str] = []
+    reader, writer = (
+        Link(
+            reactor,
+            partial(reactor.callLater, 0),
+            2**24,
+            lambda number, body: None,
+            lambda link, reason: endings.append(reason),
+            keeps=True,
+        )
+        for _ in range(2)
+    )
+    for end, link in zip(socket.socketpair(), (reader, writer), strict=True):
+        adopt(reactor, end.detach(), link)
+    frame = pack(b"x" * 100_000)
+    for number in range(1, 101):
+        writer.send(frame)
+        await until(lambda sent=number: reader.count_handled() == sent * len(frame))
+    reader.cut(REPLACED)
+    await until(lambda: len(endings) == 2)
+    writer.send(b"later")
+    assert len(frame) < sum(map(len, writer._kept or ())) < 12 * len(frame)
+    assert writer.take_rest(99 * len(frame)) == [frame, b"later"]
+    assert (sorted(endings), writer.dropped) == (sorted([PEER_ENDED, REPLACED]), 0)
 
 
 def test_unread_frames_of_a_cut_link_are_dropped() -> None:

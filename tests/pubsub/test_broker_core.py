@@ -138,6 +138,34 @@ def test_the_clients_of_an_unlinked_peer_stay_listed_until_it_returns_or_they_le
     assert bench.ask(GetPresence("c")) == {ALICE.client: ALICE}
 
 
+def test_a_peer_inherits_the_routes_of_an_unlinked_one(bench: Bench) -> None:
+    for channel in ("left", "kept"):
+        bench.ask(Subscribe(channel), "one")
+    bench.ask(Subscribe("kept"), "two")
+    for _ in bench.core.unlink_steps("one", bench.now):
+        pass
+    bench.ask(Publish("kept", b"1", HistoryOptions()), "two")
+    assert bench.ask(SendOrder(b"order"), "two") == 3
+    bench.core.attach("fresh")
+    bench.core.inherit("fresh", "one")
+    bench.ask(Publish("kept", b"2", HistoryOptions()), "two")
+    assert bench.ask(SendOrder(b"order"), "two") == 3
+    bench.core.restore("fresh", ["kept"], [], [], {}, announce=False)
+    bench.tell(ReportSubscriptions(1), "fresh")
+    for channel in ("left", "kept"):
+        bench.ask(Publish(channel, b"3", HistoryOptions()), "two")
+    assert bench.deliveries.made == [
+        (["one", "two"], "kept", b"1"),
+        (["one", "three", "two"], b"order"),
+        (["fresh", "two"], "kept", b"2"),
+        (["fresh", "three", "two"], b"order"),
+        (["fresh", "two"], "kept", b"3"),
+    ]
+    for _ in bench.core.leave_steps("one", bench.now):
+        pass
+    assert bench.core.channels == 1
+
+
 def test_a_detached_peer_takes_its_state_along(bench: Bench) -> None:
     for peer in ("one", "two"):
         bench.ask(Subscribe("c"), peer)
