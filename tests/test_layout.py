@@ -21,7 +21,6 @@ MODULE_LINES = 600
 WITHOUT_TEST = {
     Path("__main__.py"): "tests/cli/test_main.py",
     Path("_version.py"): "tests/test_packaging.py",
-    Path("config/token_settings.py"): "tests/config/test_settings.py",
     Path("supervision/effects.py"): "tests/supervision/test_pool.py",
     Path("supervision/slots.py"): "tests/supervision/test_pool.py",
     Path("app/client.py"): "tests/app/test_typing.py",
