@@ -6,8 +6,8 @@ are bytes (int). Other classes receive the branch of the tree that they need, ne
 A setting is one field: its annotation has the type, the limits and the help text, which generated files contain too.
 Checks of values are in `realtime.config.checks`, rules between several settings in `realtime.config.rules`, warnings
 about risky values in `realtime.config.warnings`, the tables below [channel] in `realtime.config.channel_settings`,
-[workers] and [loop] in `realtime.config.process_settings`, and those of the transports in
-`realtime.config.transport_settings`. `realtime.config.sources` reads a tree.
+those of the APIs in `realtime.config.api_settings`, of workers and loops in `realtime.config.process_settings`, and of
+the transports in `realtime.config.transport_settings`. `realtime.config.sources` reads a tree.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from realtime.config.annotations import (
     PositiveSeconds,
     Seconds,
     Secret,
-    URLPath,
     about,
     restricted,
 )
 
 # `as` re-exports a name, so that every Struct of the tree can be imported from this module.
+from realtime.config.api_settings import HTTPAPISettings as HTTPAPISettings
+from realtime.config.api_settings import RPCPingSettings as RPCPingSettings
+from realtime.config.api_settings import RPCSettings as RPCSettings
 from realtime.config.channel_settings import ChannelOptions as ChannelOptions
 from realtime.config.channel_settings import ChannelSettings as ChannelSettings
 from realtime.config.channel_settings import Namespace as Namespace
@@ -426,54 +428,6 @@ class ClientSettings(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = 32_768
     connect_include_server_time: Annotated[bool, about("The connect reply contains the server's time.")] = False
-
-
-class HTTPAPISettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """The HTTP API for other programs."""
-
-    disabled: Annotated[bool, about("The server does not serve the HTTP API.")] = False
-    insecure: Annotated[bool, about("Callers need no key. For development only.")] = False
-    handler_prefix: Annotated[URLPath, about("Prefix of the paths of the HTTP API.")] = "/api"
-    key: Annotated[
-        Secret, about("Key that callers send in the X-API-Key header. Empty: the server refuses every call.")
-    ] = ""
-    max_body_size: Annotated[Positive, about("Maximum size of a request body, in bytes.")] = 1_048_576
-    max_refused_body_size: Annotated[
-        NonNegative,
-        about(
-            "Maximum size of the body of a call with a wrong key, in bytes. The server closes the connection of a"
-            " longer one, and reads a shorter one, so that the connection stays open."
-        ),
-    ] = 65536
-    body_timeout: Annotated[PositiveSeconds, about("Time limit for a request body to arrive completely.")] = 10.0
-    max_batch_commands: Annotated[
-        Positive,
-        about(
-            "Maximum number of commands in one batch or pipeline, of channels in one broadcast, and of clients in a"
-            " whitelist. A publication may have half as many tags."
-        ),
-    ] = 50_000
-    error_mode: Annotated[
-        Literal["", "transport"],
-        about("Form of errors. transport: an HTTP status. Empty: an error object in a response with status 200."),
-    ] = ""
-
-    def __repr__(self) -> str:
-        """Return no values: the key must not get into logs."""
-        return f"{type(self).__name__}(...)"
-
-
-class RPCPingSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """An RPC method that does nothing, by which clients measure the round-trip time."""
-
-    enabled: Annotated[bool, about("The server answers this method.")] = False
-    method: Annotated[str, Meta(min_length=1), about("Name of the method.")] = "ping"
-
-
-class RPCSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """RPC methods of the server itself. The application's methods need no configuration."""
-
-    ping: RPCPingSettings = field(default_factory=RPCPingSettings)
 
 
 class AppSettings(Struct, frozen=True, forbid_unknown_fields=True):

@@ -54,15 +54,10 @@ from realtime.worker.lost_clients import DisconnectedHandler, report_ends
 VERSION = 1
 """Of the messages below. Processes of different versions move nothing between each other."""
 
-AT_ONCE = 8
-"""The effort of one turn of the loop, in connections with one subscription, which take about 0.1 ms."""
+SLICE = 0.002
+"""Seconds in which connections are exported or restored in one turn of the loop, at about 0.1 ms each."""
 
 _log = Logger()
-
-
-def effort_for(subscriptions: int) -> float:
-    """Return the effort to export or restore a connection, in those of connections with one subscription."""
-    return 0.75 + subscriptions / 4
 
 
 class HandOverMessage(Struct, frozen=True, array_like=True):

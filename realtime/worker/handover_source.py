@@ -24,7 +24,7 @@ from realtime.protocol.session import Session
 from realtime.protocol.session_state import SessionState
 from realtime.types import ClientInfo
 from realtime.worker.handover import (
-    AT_ONCE,
+    SLICE,
     VERSION,
     Accepted,
     Announced,
@@ -40,12 +40,11 @@ from realtime.worker.handover import (
     Sent,
     Taken,
     decode_at_source,
-    effort_for,
     encode,
 )
 
 BATCH = 64
-"""The most connections that move together, or the effort for them (`effort_for`)."""
+"""The most connections with one subscription that move together; fewer with more."""
 
 ANSWER_TIMEOUT = 5.0
 """Seconds for the target to answer, also while its loop is blocked."""
@@ -208,7 +207,7 @@ class HandOverSource:
     def _take_ready(self, wanted: float) -> list[Session]:
         """Return suspended sessions that can move now: a batch, and not more than `wanted`."""
         batch: list[Session] = []
-        effort = 0.0
+        effort = 0.0  # in connections with one subscription
         for _ in range(len(self._ready)):
             if len(batch) >= wanted or effort >= BATCH:
                 break
@@ -218,7 +217,7 @@ class HandOverSource:
             connection: Any = session.connection
             if connection.is_movable and not connection.is_held:
                 batch.append(session)
-                effort += effort_for(len(session.subscriptions))
+                effort += 0.75 + len(session.subscriptions) / 4
             elif self._suspended[session] < _PATIENCE:
                 self._suspended[session] += 1
                 self._ready.append(session)
@@ -276,9 +275,9 @@ class HandOverSource:
         shipments: deque[_Shipment] = deque()
         exported: list[tuple[int, MovedConnection]] = []
         packed: list[Any] = []
-        effort, size = 0.0, 0
+        size = 0
+        end = self._reactor.seconds() + SLICE
         for session in sessions:
-            effort += effort_for(len(session.subscriptions))
             moved = self._export(session)
             if moved is not None:
                 exported.append(moved)
@@ -287,9 +286,9 @@ class HandOverSource:
             if size > _MESSAGE_BYTES:
                 self._dispatch(Moved(batch, packed), exported, shipments)
                 exported, packed, size = [], [], 0
-            if effort >= AT_ONCE:
-                effort = 0.0
+            if self._reactor.seconds() >= end:
                 await self._sleep(0)
+                end = self._reactor.seconds() + SLICE
         if exported:
             self._dispatch(Moved(batch, packed), exported, shipments)
         await self._await_answers(shipments)

@@ -18,7 +18,7 @@ from realtime.protocol import handover
 from realtime.transports.connection import Unsupported
 from realtime.types import ClientInfo
 from realtime.worker.handover import (
-    AT_ONCE,
+    SLICE,
     VERSION,
     Accepted,
     Announced,
@@ -33,7 +33,6 @@ from realtime.worker.handover import (
     Sent,
     Taken,
     decode_at_target,
-    effort_for,
     encode,
     log_unexpected,
 )
@@ -130,13 +129,13 @@ class HandOverTarget:
         await handover.arrived(self._parts.services, message.batch)
         sockets = self._claim(descriptors)
         failures: list[str] = []
-        effort = 0.0
+        now = self._parts.reactor.seconds
+        end = now() + SLICE
         for descriptor, moved in zip(sockets, message.connections, strict=bool(sockets)):
             failures.append(self._adopt(message.batch, descriptor, moved))
-            effort += effort_for(len(moved.session.subscriptions))
-            if effort >= AT_ONCE:
-                effort = 0.0
+            if now() >= end:
                 await deferLater(self._parts.reactor, 0)
+                end = now() + SLICE
         self._send(Taken(failures))
 
     def _take_http(self, message: MovedHTTP, descriptors: list[int]) -> None:
