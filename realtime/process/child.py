@@ -409,7 +409,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
     loop.set_exception_handler(log.log_loop_error)
     _adopt(asyncio_reactor.server, options.link, child.control)
     kill_forks = _release_in_forks(child, asyncio_reactor.server, loop, selector, (options.vitals, *options.stacks))
-    asyncio_reactor.callWhenRunning(child.begin, make_service)
+    loop.call_soon(child.begin, make_service)  # in the running loop, after Twisted has started
     asyncio_reactor.run()
     kill_forks()
     return child.status

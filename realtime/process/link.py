@@ -73,7 +73,7 @@ class Link(Protocol):
     when the stream has ended, at either end's wish. ledger: the loop's, whose ENGINE account is charged. patience:
     bytes queued for the peer from which on its further frames wait until half of them are sent, so that a peer that
     reads slower than it asks is slowed down; 0 for no limit. Only one end of a stream may have one, or each could
-    wait for the other. dropped: counts the queued frames without a number that were never sent.
+    wait for the other. dropped: counts the queued deliveries that were never sent.
     """
 
     def __init__(

@@ -90,6 +90,8 @@ class Pool:
         self.scaling = False
         self.configure(settings, loop, stop_timeout)
         self.target = 0
+        self._count_before = 0  # the number of workers before the latest change of it
+        self._scale_failure = ""
         self._generation = 0
         self._processes: dict[int, SlotProcess] = {}  # those that exist, by generation
         self._stop_deadline = math.inf
@@ -213,7 +215,7 @@ class Pool:
         self._now = now
         if self.stopping or not self._was_ready:
             return [ScaleEnded("the server is stopping" if self.stopping else "the server is still starting")]
-        self.scaling = True
+        self.scaling, self._count_before, self._scale_failure = True, len(self.workers), ""
         for number in range(len(self.workers), count):
             slot = self.slots[number] = Slot(number, is_new=True)
             self._fire(slot.process, PoolEvent.DEADLINE)
@@ -374,7 +376,8 @@ class Pool:
             self._retire(process)
         elif slot.is_new:
             self._retire(process)
-            self._end_scale(f"{slot.name} {process.explanation}")
+            self._scale_failure = f"{slot.name} {process.explanation}"
+            self._remove(slot for slot in self.workers if slot.number >= self._count_before)
         elif slot.successor is not None and slot.successor.state is SlotState.PREPARING:
             self._inherit(process, slot.successor)
         else:
@@ -474,13 +477,10 @@ class Pool:
             del self.slots[slot.number]
             self._effects.append(RemoveSlot(slot.number))
 
-    def _end_scale(self, failure: str = "") -> None:
-        """End the change of the number of workers. After a failure the new ones are removed."""
-        if not self.scaling:
-            return
-        self.scaling = False
-        self._remove(slot for slot in self.workers if slot.is_new)
-        self._effects.append(ScaleEnded(failure))
+    def _end_scale(self, failure: str) -> None:
+        if self.scaling:
+            self.scaling = False
+            self._effects.append(ScaleEnded(failure))
 
     def _replace_old(self) -> None:
         """Replace a worker that has reached its age: `workers.max_age` for the first slot, down to half of it for the
@@ -577,7 +577,7 @@ class Pool:
             self._forget_removed()
             self._replace_next()
             if self.scaling and not any(slot.is_new or slot.is_removed for slot in self.workers):
-                self._end_scale()
+                self._end_scale(self._scale_failure)
             if self.reloading and self._has_reloaded:
                 self._end_reload()
         elif not self._halted:

@@ -391,13 +391,13 @@ class Supervisor(Service):
 
     def _end_scale(self, effect: effects.ScaleEnded) -> None:
         assert self.sockets is not None
-        count = sum(not slot.is_removed for slot in self.pool.workers)
+        count = len(self.pool.workers)
         client = self._settings.client
         if effect.failure and not self.pool.stopping:
             with suppress(OSError):
                 self._revisions.use_workers(count)
             self.sockets.avoid(count)
-            self.sockets.close_from(max(self.pool.slots) + 1)
+            self.sockets.close_from(count)
         elif not (effect.failure or self._knows_count) and (client.connection_limit or client.connection_rate_limit):
             self._replace_all(self._settings)  # each worker has a share of these limits
             return

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import system_calls
-from subjects import API_KEY, NAMES, NO_ECHO, Run, Subject, lack, ours, resident, started
+from subjects import API_KEY, NAMES, NO_ECHO, Run, Subject, lack, occupied, ours, resident, started
 from tables import OURS, Row, Table
 
 CHANNEL = "bench"
@@ -174,12 +174,12 @@ def idle(chosen: argparse.Namespace) -> Table:
     for name, connections in named("connections", chosen, 0, 1_000, 5_000, 15_000).items():
         row = table.row(name, connections)
         with ours(f'ping_interval = "{PING}s"\npong_timeout = "3s"') as server:
-            held = resident(server)
+            held, empty = resident(server), occupied(server)
             run = Run(server, "idle", connections=connections, warm=seconds, times=seconds, channel=CHANNEL)
             cost, grown = run.server / seconds, resident(server) - held
             base = cost if not connections else base
             # Without connections: the memory of the processes at the beginning.
-            more = {"MB": (grown if connections else held) / 1024**2}
+            more = {"MB": (grown if connections else empty) / 1024**2}
             if connections:
                 more["µs a ping"] = max(0.0, 1e6 * (cost - base) * PING / connections)
             row.add(run, seconds, **more)

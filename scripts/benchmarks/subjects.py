@@ -102,6 +102,11 @@ def resident(subject: Subject) -> int:
     return sum(process.memory_info().rss for process in subject.processes())
 
 
+def occupied(subject: Subject) -> int:
+    """Return the memory that the subject's processes occupy together in bytes; a shared page counts once (PSS)."""
+    return sum(process.memory_full_info().pss for process in subject.processes())
+
+
 @contextmanager
 def ours(client: str = 'ping_interval = "0s"', channel: str = "") -> Iterator[Served]:
     """Run this server with one worker. client, channel: additional lines of TOML for these sections.

@@ -27,6 +27,7 @@ from tests.soak.wire import request
 PIDFD_GETFD = 438  # the system call; Python has no name for it
 SILENT = 200  # connections that say nothing
 STARTING = 30.0  # seconds
+ORDERS = 8  # attempts
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -111,18 +112,22 @@ class Faults:
 
     # Replacements of workers, which no client notices.
 
-    async def _order(self, order: Coroutine[Any, Any, tuple[int, str]]) -> None:
-        status, said = await order
-        if status:  # because of another fault
+    async def _order(self, order: Callable[[], Coroutine[Any, Any, tuple[int, str]]]) -> None:
+        """Give an order to the server, several times if another fault comes in between."""
+        for _ in range(ORDERS):
+            status, said = await order()
+            if not status:
+                return
             self.impossible[f"{said.splitlines()[-1] if said else status}"] += 1
+            await asyncio.sleep(3.0)
 
     async def reload(self, fault: Fault) -> None:
-        await self._order(self._service.reload())
+        await self._order(self._service.reload)
 
     async def scale(self, fault: Fault) -> None:
-        await self._order(self._service.scale(1 + int(4 * fault.target)))
+        await self._order(lambda: self._service.scale(1 + int(4 * fault.target)))
         await asyncio.sleep(fault.lasts)
-        await self._order(self._service.scale(2))
+        await self._order(lambda: self._service.scale(2))
 
     async def recycle(self, fault: Fault) -> None:
         await self._reconfigure(fault, {"workers": {"max_age": "5s"}})
@@ -132,9 +137,9 @@ class Faults:
 
     async def _reconfigure(self, fault: Fault, changes: dict[str, Any]) -> None:
         with self._service.replacing(fault.kind):
-            await self._order(self._service.reload(changes))
+            await self._order(lambda: self._service.reload(changes))
             await asyncio.sleep(fault.lasts)
-            await self._order(self._service.reload())
+            await self._order(self._service.reload)
 
     async def kill_broker(self, fault: Fault) -> None:
         await self._kill(fault, "broker")

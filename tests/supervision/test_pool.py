@@ -725,11 +725,18 @@ def test_a_new_worker_that_does_not_start_takes_the_other_new_ones_with_it() -> 
     world = World(workers=1).up()
     world.do(world.pool.scale(3, world.now))
     world.fail(1, "app.py:3: no database", 75)
-    effects = world.exit(1, 75)
-    assert of(ScaleEnded, effects) == [ScaleEnded("worker 1 can't start: app.py:3: no database")]
-    assert signals(effects) == [(2, signal.SIGTERM)]
+    assert signals(world.exit(1, 75)) == [(2, signal.SIGTERM)]
     assert world.pool.ready
-    assert world.exit(2, -15) == [RemoveSlot(2), RemoveSlot(1)]
+    failure = "worker 1 can't start: app.py:3: no database"
+    assert world.exit(2, -15) == [RemoveSlot(2), RemoveSlot(1), ScaleEnded(failure)]
+
+
+def test_a_new_worker_that_is_ready_ends_too_when_another_new_one_fails() -> None:
+    world = World(workers=1).up()
+    world.do(world.pool.scale(3, world.now))
+    world.ready(2)
+    assert slots(MoveConnections, world.exit(1, 1)) == [2]
+    assert world.exit(2, 0) == [RemoveSlot(2), RemoveSlot(1), ScaleEnded("worker 1 exited with status 1")]
 
 
 def test_a_worker_without_a_process_is_removed_at_once() -> None:

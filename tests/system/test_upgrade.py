@@ -1,4 +1,4 @@
-"""Another version of the package, installed under a running server: a reload brings it to the workers, or is refused."""
+"""Another version of the package, installed under a running server: a reload takes it over, or is refused."""
 
 from __future__ import annotations
 
