@@ -106,7 +106,7 @@ def test_metrics_show_the_lag_of_a_loop_while_it_is_blocked_and_keep_the_spike(s
 
     with connect(server.endpoint) as client:
         ask(client, connect={})
-        client.send(json.dumps({"id": 2, "rpc": {"method": "spin", "data": {"seconds": 3.0}}}))
+        client.send(json.dumps({"id": 2, "rpc": {"method": "spin", "data": {"seconds": 2.0}}}))
         wait_until(lambda: lag() >= 1.0, "a lag of a second while the loop is blocked")
         while json.loads(client.recv(timeout=30)).get("id") != 2:
             pass
