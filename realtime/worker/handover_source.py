@@ -124,6 +124,7 @@ class HandOverSource:
             reason = "an unexpected exception"
         self._stream.close()
         left = self._resume_all()
+        self._not_moved["stopped" if reason else "busy"] += left
         if connections < 0:
             left = sum(map(_is_alive, sessions()))
         failures = [{"reason": failure, "count": number} for failure, number in self._not_moved.items() if number]
@@ -239,7 +240,6 @@ class HandOverSource:
     def _resume_all(self) -> int:
         """Have all suspended sessions go on here; return their number."""
         left = sum(map(_is_alive, self._suspended))
-        self._not_moved["busy"] += left
         for session in list(self._suspended):
             self._resume(session)
         return left

@@ -548,3 +548,15 @@ def test_the_options_of_a_single_subscription_move_along(old: Server, new: Serve
     orders_everywhere(RefreshOrder("alice", info=b'{"name":"A"}'), new)
     (info,) = old.engine.execute(GetPresence("free")).values()
     assert info.conn_info == b'{"name":"A"}'
+
+
+def test_a_filter_moves_along_whatever_the_new_limits() -> None:
+    channel = ChannelSettings(without_namespace=ChannelOptions(**ALL, allow_tags_filter=True))
+    old = Server(channel)
+    new = Server(channel, beside=old, max_filter_nodes=1)
+    peer = old.client("alice")
+    enter(peer, "free", tf={"op": "not", "nodes": [{"key": "a", "cmp": "ex"}]})
+    hand_over(old, new, peer)
+    new.publish("free", 1, tags={"a": "1"})
+    new.publish("free", 2)
+    assert peer.publications() == [2]
