@@ -39,7 +39,7 @@ RELIEFS, RELIEF_SECONDS = "realtime_reliefs", "realtime_relief_seconds"
 # Seconds for which the relief thread keeps the lock.
 SLICE = 0.001
 # Seconds after which a thread that computes has to let the others run, while relief serves; Python's default is 5 ms.
-_SWITCH_INTERVAL = 0.0002
+_SWITCH_INTERVAL = 0.0001
 # Seconds between two looks whether the loop's thread has got the lock.
 _YIELD = 0.0002
 # Seconds for which the relief thread waits for the lock.
