@@ -198,14 +198,15 @@ class HandlerCall:
         Cancelling the caller cancels the handler, unless a cache keeps its result. timeout: seconds, 0 for none, in
         place of the declared one.
         """
-        if self._lock.is_relieving and not self._leaves_loop:
-            await self._lock.back_on_loop()
         if self._takes_client:
             args = (ThreadSafeClient(args[0], self._threads.call_server, self._policy.is_under_pressure), *args[1:])
         args = args[self.handler.taken]
         limit = self._timeout if timeout is None else timeout
         if not self.throttle.is_proven and self.throttle.running >= self.throttle.sample and self.is_throttled:
             await self._wait_for_sample()
+        # From here on nothing waits before the first line of the application's code.
+        if self._lock.is_relieving and not self._leaves_loop:
+            await self._lock.back_on_loop()
         if self._policy.admits_directly:
             return await self._compute(args, limit)
         try:
@@ -222,7 +223,7 @@ class HandlerCall:
             raise
         except BaseException as error:  # of the policy function, or of the cache's key or tags
             self._ended["error"].value += 1
-            self._error_log.report(self.handler, error)
+            self._report(error)
             raise ClientError(*INTERNAL_ERROR) from error
 
     async def _compute(self, args: tuple[Any, ...], timeout: float) -> Any:
@@ -275,8 +276,12 @@ class HandlerCall:
             self._ended["unavailable"].value += 1
         else:
             self._ended["error"].value += 1
-            self._error_log.report(self.handler, error)
+            self._report(error)
         raise ClientError(*INTERNAL_ERROR) from error
+
+    def _report(self, error: BaseException) -> None:
+        """Log an exception of the handler, whose text is the application's."""
+        self._lock.call_on_loop(self._error_log.report, self.handler, error)
 
     def _log_refusal(self, error: BaseException) -> None:
         """Name the cause of a refusal for the log: the application, a time limit, or too few threads."""
@@ -333,7 +338,7 @@ class HandlerCall:
             if not finished.called:
                 finished.errback(error)
             else:  # after the timeout
-                self._error_log.report(self.handler, error)
+                self._report(error)
         else:
             if not finished.called:
                 finished.callback(result)

@@ -128,7 +128,9 @@ class Link(Protocol):
 
     @property
     def is_hung_up(self) -> bool:
-        """Whether the peer has ended the stream, which is noticed here only after its last frames."""
+        """Whether the stream has ended, which is noticed here only after the last frames of the peer."""
+        if self._end_reason or self.transport is None:
+            return True
         poll = select.poll()
         poll.register(self._transport.fileno(), 0)  # a hang-up is always reported
         return bool(poll.poll(0))

@@ -39,7 +39,7 @@ RELIEFS, RELIEF_SECONDS = "realtime_reliefs", "realtime_relief_seconds"
 # Seconds for which the relief thread keeps the lock.
 SLICE = 0.001
 # Seconds after which a thread that computes has to let the others run, while relief serves; Python's default is 5 ms.
-_SWITCH_INTERVAL = 0.0002
+_SWITCH_INTERVAL = 0.0001
 # Seconds between two looks whether the loop's thread has got the lock.
 _YIELD = 0.0002
 # Seconds for which the relief thread waits for the lock.
@@ -145,7 +145,12 @@ class Relief:
         if self._page.busy_since() != since or not lock.is_released:
             lock.release()
             return
-        self._begin()
+        try:
+            self._begin()
+        except Exception:
+            self._end()
+            lock.release()
+            raise
         while True:
             wait = self._serve()
             lock.release()
@@ -176,12 +181,12 @@ class Relief:
         self._page.note_relief(self._began)
         self._switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_INTERVAL)
+        self._lock.on_step_end = self._end
         fd = self._selector.hold()
         if fd >= 0:
             self._reactor.hold(fd)
         for function in self.at_begin:
             self._selector.call_after_reading(function)
-        self._lock.on_step_end = self._end
 
     def _end(self) -> None:
         """End the relief, in the thread that holds the lock. Idempotent."""
@@ -219,7 +224,7 @@ class Relief:
                 return 0.0
             due = min(selector.timers.next_due, self._tasks.next_due())
             return min(max(due - time.monotonic(), 0.0), _LONGEST_WAIT)
-        except Exception:
+        except BaseException:  # the lock must be given back in any case
             _log.failure("relief raised while it served; it goes on")
             return _LONGEST_WAIT
         finally:

@@ -258,7 +258,8 @@ class ReadingSelector(selectors.BaseSelector):
         self._epoll.modify(self._others_fd, select.EPOLLIN)
         fd, self._held = self._held, -1
         if fd >= 0:
-            self._update_direct(fd)
+            with suppress(OSError):  # the descriptor may be closed already
+                self._update_direct(fd)
 
     def poll(self, timeout: float | None) -> ReadyEvents:
         """Wait at most `timeout` seconds, None for no limit, and return the ready descriptors."""

@@ -86,10 +86,6 @@ class ServerLock:
         return back
 
 
-# For each step of a handler, `super()` would take as long as all that `ReleasingMarker` adds.
-_enter, _leave = HandlerMarker.enter, HandlerMarker.leave
-
-
 class ReleasingMarker(HandlerMarker):
     """A marker that also releases the server lock for each step of a handler."""
 
@@ -99,21 +95,30 @@ class ReleasingMarker(HandlerMarker):
         self._acquire, self._release = lock.acquire, lock.release
 
     def enter(self, names: HandlerNames, account: LoopAccount) -> tuple[HandlerNames | None, LoopAccount]:
-        outer = _enter(self, names, account)
+        # As in `HandlerMarker`: one call less for each step of a handler.
+        outer = self._running, self._accounts.enter(account)
+        self._running = names
+        self._page.mark(*names, account.turn, account.calls, account.spent - account.spent_before)
         lock = self._lock
         on_step = lock.on_step
         if on_step is not None:
             on_step()
         lock.is_released = True
-        self._release()
+        release = self._release  # a plain call: the attribute is no method
+        release()
         return outer
 
     def leave(self, outer: tuple[HandlerNames | None, LoopAccount]) -> None:
-        lock = self._lock
-        if self._acquire(False):
+        lock, acquire = self._lock, self._acquire
+        if acquire(False):
             lock.is_released = False
         else:
             lock.take_back()
         if lock.on_step_end is not None:
             lock.on_step_end()
-        _leave(self, outer)
+        self._running, account = outer
+        self._accounts.switch(account)
+        if self._running is None:
+            self._page.unmark()
+        else:
+            self._page.mark(*self._running, account.turn, account.calls, account.spent - account.spent_before)

@@ -98,8 +98,11 @@ def main(argv: Sequence[str]) -> int:
         trim(0)
     with socket.socket(fileno=options.link) as link:
         os.set_inheritable(options.link, False)
-        link.send(encode(ZygoteStarted(" ".join(getattr(module, "FORMATS", "") for module in modules.values()))))
-        fork = _serve(link)
+        try:
+            link.send(encode(ZygoteStarted(" ".join(getattr(module, "FORMATS", "") for module in modules.values()))))
+            fork = _serve(link)
+        except (BrokenPipeError, ConnectionResetError):
+            fork = None  # the supervisor has died
     if fork is None:
         return 0
     module = modules[fork.module]
@@ -111,10 +114,7 @@ def main(argv: Sequence[str]) -> int:
 def _serve(link: socket.socket) -> Fork | None:
     """Carry out the requests. Returns in each child, with its request, and in the zygote at the end, with None."""
     while True:
-        try:
-            packet, descriptors, _, _ = socket.recv_fds(link, _MAX_PACKET, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
-        except ConnectionResetError:
-            return None
+        packet, descriptors, _, _ = socket.recv_fds(link, _MAX_PACKET, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         if not packet:
             return None
         fork = _decode_fork(packet)

@@ -26,6 +26,7 @@ target calls `finish` in any case, also when the source has died: the engine for
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -47,6 +48,7 @@ from realtime.protocol.session import CommandFunction, Session
 from realtime.protocol.session_state import CONNECTED, Departure, SessionState
 from realtime.protocol.session_timers import HandedLimits
 from realtime.protocol.subscription import Replay, Subscription, SubscriptionSource
+from realtime.pubsub import filters
 from realtime.pubsub.backlog import DeltaBase
 from realtime.pubsub.engine import Cut
 from realtime.pubsub.hub import Place
@@ -272,7 +274,7 @@ async def expect(services: SessionServices, batch: str, channels: Sequence[str])
     """Subscribe this worker to the channels, and hold their events from the cut on.
 
     Channels whose namespace this worker does not know are left out. Raises EngineUnavailable or ClientError; then
-    nothing is held, and the source is informed not to cut.
+    nothing is held, and the batch must not be cut.
     """
     expected: list[tuple[str, str]] = []
     for channel in channels:
@@ -358,7 +360,7 @@ def _restore_client(session: Session, batch: str, handed: HandedSession) -> None
     for one in handed.subscriptions:
         subscription = session.subscriptions.get(one.channel)
         if subscription is None:
-            break  # the connection has been closed
+            continue  # the connection has been closed
         if one.channel in unknown:
             session.unsubscribe(one.channel, *errors.SERVER_UNSUBSCRIBE)
         elif one.is_lost or not services.hub.adopt(
@@ -386,8 +388,8 @@ def _restored(session: Session, handed: HandedSubscription, options: ResolvedCha
     subscription.positioned, subscription.recoverable = handed.positioned, handed.recoverable
     subscription.announced, subscription.delta = handed.announced, handed.delta
     subscription.expire_at, subscription.is_entered = handed.expire_at, handed.is_entered
-    if handed.tf is not None:
-        subscription.set_filter(handed.tf)
+    if handed.tf is not None:  # it was granted, whatever the limits of this worker's configuration
+        subscription.filter, subscription.tf = filters.compiled(handed.tf, sys.maxsize, sys.maxsize), handed.tf
     if handed.is_behind and handed.position is not None:
         subscription.replay = Replay(handed.position, handed.base)
     subscription.is_active = True

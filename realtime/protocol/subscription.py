@@ -191,18 +191,14 @@ class Subscription:
         if request.tf is not None:
             if not options.allow_tags_filter:
                 raise ClientError(*BAD_REQUEST, kind="filter_refused")
+            client = self._owner.settings.client
             try:
-                self.set_filter(request.tf)
+                self.filter = filters.compiled(request.tf, client.max_filter_nodes, client.max_filter_depth)
             except ValueError as error:
                 raise ClientError(*BAD_REQUEST, kind="filter_refused") from RealtimeError(str(error))
+            self.tf = request.tf
         if options.force_recovery and not kept and request.recover and self._refuses_unrecovered(request):
             raise ClientError(*UNRECOVERABLE_POSITION)
-
-    def set_filter(self, tf: FilterNode) -> None:
-        """Filter publications by their tags. Raises ValueError."""
-        client = self._owner.settings.client
-        self.filter = filters.compiled(tf, client.max_filter_nodes, client.max_filter_depth)
-        self.tf = tf
 
     def _refuses_unrecovered(self, request: SubscribeRequest) -> bool:
         """Return whether the client refuses a subscription without recovery. In cache mode there is always a state."""

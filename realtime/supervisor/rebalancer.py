@@ -71,13 +71,13 @@ class Rebalancer:
         help = "Connections that moved from a hot worker to an idle one."
         self._metrics.counter("realtime_rebalanced_connections", help, worker=str(move.source)).value += result.moved
         _log.info(
-            "moved {moved} clients from worker {source} to worker {target} (loop.rebalance), since its loop has been"
-            " busier for {lasting:.0f} s: {hot:.0%} of the time against {idle:.0%}{reason}",
+            "worker {source} has been busier than worker {target} for {lasting:.0f} s ({hot:.0%} of the time against"
+            " {idle:.0%}); clients that have moved: {moved} (loop.rebalance){reason}",
             moved=result.moved,
             source=move.source,
             target=move.target,
             lasting=move.lasting,
             hot=shares[0],
             idle=shares[1],
-            reason=f" ({result.reason})" if result.reason else "",
+            reason=f"; {result.reason}" if result.reason else "",
         )

@@ -89,10 +89,9 @@ class _Process(ProcessProtocol):
 
     def _kill(self) -> None:
         transport: Any = self.transport
-        try:
+        # Even if it has exited: processes that the application has forked may keep its pipe open.
+        with suppress(ProcessExitedAlready):
             transport.signalProcess("KILL")
-        except ProcessExitedAlready:
-            return
         advice = "find the line that hangs"
         self.end(
             [f"the import of the application takes more than {self._timeout:g} s (workers.start_timeout); {advice}"]

@@ -215,6 +215,10 @@ class StreamConnection(ClientConnection, Protocol):
         self._receive_queued()
 
     @property
+    def is_held(self) -> bool:
+        return self._is_receiving or super().is_held
+
+    @property
     def is_movable(self) -> bool:
         return self._is_suspended and self._head is None and not (self._is_closing or self._is_receiving)
 

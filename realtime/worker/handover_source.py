@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from typing import Any
 
 import msgspec
@@ -60,6 +61,8 @@ _PATIENCE = 20
 # Attempts that may fail one after the other, with the broker away for example, and seconds between them.
 _MAX_FAILURES, _FAILURE_PAUSE = 10, 0.2
 
+_new_batch = count(1).__next__
+
 _Exported = Sequence[tuple[int, MovedConnection | None]]
 
 _log = Logger()
@@ -91,11 +94,10 @@ class HandOverSource:
         self._answers: deque[Any] = deque()
         self._waiter: Deferred[None] | None = None
         self._target = ""
-        self._batches = 0
         self._failures = 0
         self._tried: set[Session] = set()
         self._suspended: dict[Session, int] = {}  # with the number of looks at a connection that can't move
-        self._ready: deque[Session] = deque()
+        self._ready: dict[Session, None] = {}
         self._postponed: list[Session] = []
         self._moved = self._closed = 0
         self._bytes = 0
@@ -122,9 +124,10 @@ class HandOverSource:
             reason = "an unexpected exception"
         self._stream.close()
         left = self._resume_all()
+        self._not_moved["stopped" if reason else "busy"] += left
         if connections < 0:
             left = sum(map(_is_alive, sessions()))
-        failures = [{"reason": failure, "count": count} for failure, count in self._not_moved.items() if count]
+        failures = [{"reason": failure, "count": number} for failure, number in self._not_moved.items() if number]
         return HandOverCounts(self._moved, self._closed, left, reason, self._bytes, failures)
 
     # The batches
@@ -201,33 +204,34 @@ class HandOverSource:
                 connection: Any = session.connection
                 self._suspended[session] = 0
                 connection.stop_receiving()
-                handover.suspend(session, partial(self._ready.append, session))
+                handover.suspend(session, partial(self._ready.setdefault, session))
         return True
 
     def _take_ready(self, wanted: float) -> list[Session]:
         """Return suspended sessions that can move now: a batch, and not more than `wanted`."""
         batch: list[Session] = []
         effort = 0.0  # in connections with one subscription
-        for _ in range(len(self._ready)):
+        for session in list(self._ready):
             if len(batch) >= wanted or effort >= BATCH:
                 break
-            session = self._ready.popleft()
             if session not in self._suspended or not _is_alive(session):
+                del self._ready[session]
                 continue
             connection: Any = session.connection
             if connection.is_movable and not connection.is_held:
+                del self._ready[session]
                 batch.append(session)
                 effort += 0.75 + len(session.subscriptions) / 4
             elif self._suspended[session] < _PATIENCE:
                 self._suspended[session] += 1
-                self._ready.append(session)
             else:
                 self._resume(session)  # it is in the middle of a compressed message, for example
                 self._postponed.append(session)
         return batch
 
     def _resume(self, session: Session) -> None:
-        del self._suspended[session]
+        self._suspended.pop(session, None)
+        self._ready.pop(session, None)
         if _is_alive(session):
             connection: Any = session.connection
             handover.resume(session)
@@ -236,15 +240,13 @@ class HandOverSource:
     def _resume_all(self) -> int:
         """Have all suspended sessions go on here; return their number."""
         left = sum(map(_is_alive, self._suspended))
-        self._not_moved["busy"] += left
         for session in list(self._suspended):
             self._resume(session)
         return left
 
     async def _move(self, sessions: list[Session]) -> None:
         """Move one batch. Its sessions go on here after a failure before the cut."""
-        self._batches += 1
-        batch = f"{self._parts.address}/{self._batches}"
+        batch = f"{self._parts.address}/{_new_batch()}"
         secrets = [session.secret for session in sessions if session.secret]
         self._send(Announced(batch, len(sessions), handover.channels_of(sessions), secrets))
         expected = await self._answer()
@@ -261,13 +263,18 @@ class HandOverSource:
             self._failures += 1
             if self._failures == _MAX_FAILURES:
                 raise _Stopped(failure)
-            self._ready.extendleft(reversed(sessions))
+            for session in sessions:
+                self._resume(session)
+            self._postponed += sessions
             await self._sleep(_FAILURE_PAUSE)
             return
         self._failures = 0
         try:
             await self._ship(batch, sessions)
         finally:
+            for session in sessions:
+                if self._suspended.pop(session, None) is not None:  # after an unexpected exception
+                    session.disconnect(*SERVER_ERROR)
             self._send(Sent(batch))
 
     async def _ship(self, batch: str, sessions: list[Session]) -> None:

@@ -75,6 +75,9 @@ class HandOverTarget:
         if error is not None:
             log_unexpected(result, error)
             self._stream.close()
+            while self._frames:
+                close_all(self._frames.popleft()[1])
+            self._end_batches()
 
     async def _handle_all(self) -> None:
         """Handle the received messages one after the other. After the end of the stream, its batches end."""
@@ -94,8 +97,12 @@ class HandOverTarget:
                 close_all(descriptors)
                 await self._handle(message)
         if not self._stream.open:
-            for batch in list(self._batches):
-                self._parts.report_ends(self._finish(batch), *WORKER_LOST)
+            self._end_batches()
+
+    def _end_batches(self) -> None:
+        """Handle the loss of the clients that have not arrived."""
+        for batch in list(self._batches):
+            self._parts.report_ends(self._finish(batch), *WORKER_LOST)
 
     async def _handle(self, message: Offered | Announced | Sent) -> None:
         match message:

@@ -20,7 +20,8 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 
-from blocked import HANDSHAKE, PACE, Clients, Echoes, Measured, Newcomers, Peer, Sample, show
+from blocked import PACE, Echoes, Measured, Newcomers, show
+from crowd import HANDSHAKE, Clients, Peer, Sample
 from served import HERE, Served
 from tables import Verdict, print_verdicts
 

@@ -49,7 +49,9 @@ class Scene(NamedTuple):
 SCENES = (
     Scene("HTTP requests", http_requests, http_requests.main, "--runs 5", "--runs 1 --requests 2000"),
     Scene("Attacks", attack, attack.measure, "--seconds 5", "--seconds 1"),
-    Scene("A blocked worker", blocked, blocked.measure, "--rounds 2", "--rounds 1"),
+    Scene(
+        "A blocked worker", blocked, blocked.measure, "--rounds 2", "--rounds 1 --price-rounds 3 --price-seconds 0.5"
+    ),
     Scene("Pressure: a route that blocks", thrash, thrash.main, "--seconds 4", "--seconds 2"),
     Scene("Reloads under load", reload, reload.measure, "", "--clients 500 --reloads 3 --idle 5"),
 )

@@ -154,6 +154,30 @@ async def test_a_burst_waits_until_the_first_calls_show_what_they_cost(bench: Be
 
 
 @on_loop
+async def test_the_end_of_that_wait_starts_no_call_in_the_relief_thread(bench: Bench) -> None:
+    bench.settings = WorkersSettings(sample_calls=2, sample_timeout=0.01)
+    gate: asyncio.Event = asyncio.Event()
+    running: list[int] = []
+
+    @bench.app.http.get("/f")
+    async def f(request: Any) -> Any:
+        running.append(1)
+        await gate.wait()
+
+    await bench.start()
+    route, lock = bench.dispatcher.route("GET", "/f"), bench.dispatcher._services.lock
+    assert route is not None
+    burst = [start_future(route.call(Request("GET", "/f", {}, {}, b""))) for _ in range(4)]
+    lock.is_relieving = True
+    route._end_sample()
+    assert len(running) == 2
+    lock.is_relieving = False  # the loop's own thread is back, with the next turn
+    gate.set()
+    await asyncio.gather(*burst)
+    assert len(running) == 4
+
+
+@on_loop
 async def test_a_burst_does_not_wait_for_first_calls_that_take_long(bench: Bench) -> None:
     gate: asyncio.Event = asyncio.Event()
     running: list[int] = []

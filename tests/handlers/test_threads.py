@@ -222,3 +222,28 @@ def test_client_is_equal_and_cached_by_its_connection_and_user() -> None:
     assert one != other
     assert one.cache_key() == other.cache_key() == "ada"
     assert repr(one) == "<Client c1 of user 'ada'>"
+
+
+@on_loop
+async def test_in_the_relief_thread_only_handlers_of_the_loop_wait_for_its_own_thread(bench: Bench) -> None:
+    ran: list[str] = []
+
+    @bench.app.rpc("loop")
+    async def loop(data: Any) -> None:
+        ran.append("loop")
+
+    @bench.app.rpc("thread")
+    def thread(data: Any) -> None:
+        ran.append("thread")
+
+    dispatcher = await bench.start()
+    procedure, lock = dispatcher.procedure("loop"), dispatcher._services.lock
+    assert procedure is not None and procedure.is_immediate
+    lock.is_relieving = True
+    on_loop_call, thread_call = bench.begin("loop"), bench.begin("thread")
+    assert not procedure.is_immediate
+    assert "loop" not in ran
+    lock.is_relieving = False
+    await thread_call
+    await on_loop_call
+    assert sorted(ran) == ["loop", "thread"]

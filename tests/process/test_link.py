@@ -303,3 +303,15 @@ def test_frames_leave_without_the_selector_while_the_peer_keeps_up() -> None:
         assert received == b"x" * 2**22 + b"last"
         assert link.backlog == 0
         link.cut("enough")
+
+
+def test_a_hang_up_is_known_before_the_last_frames_are_read(bench: Bench) -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        bench.pipe.fileno = ours.fileno  # type: ignore[attr-defined]
+        theirs.sendall(b"its last frames")
+        assert not bench.link.is_hung_up
+        theirs.close()
+        assert bench.link.is_hung_up
+    bench.link.cut("for a test")
+    assert bench.link.is_hung_up

@@ -57,6 +57,12 @@ def started() -> Iterator[Zygote]:
     started.close()
 
 
+def test_it_ends_in_order_when_its_supervisor_has_ended_meanwhile() -> None:
+    zygote = Zygote()
+    zygote.link.close()  # before it has imported its modules
+    assert zygote.process.wait(60) == 0
+
+
 def test_it_ends_in_order_when_its_supervisor_has_ended(started: Zygote) -> None:
     started.link.close()
     assert started.process.wait(60) == 0

@@ -23,6 +23,7 @@ from realtime.protocol.orders import (
 )
 from realtime.protocol.session import Session
 from realtime.pubsub.engine import GetPresence, GetStats
+from realtime.types import SubscribeOptions
 from tests.protocol.sessions import ALL, BARE, BARE_PROTOBUF, BARE_PUSHES, NOW, Gate, Peer, Server, run, token
 
 
@@ -519,3 +520,43 @@ def test_a_suspended_client_drains_like_any_other(old: Server, new: Server) -> N
     first, second = peer.heard()
     assert (first["rpc"]["data"], second["error"]["code"]) == ("slow", 100)
     assert (peer.close_code, move.ready) == ((3001, "shutdown"), [])
+
+
+def test_a_publication_that_is_lost_behind_the_cut_is_a_gap(old: Server, new: Server) -> None:
+    peer = old.client("alice")
+    enter(peer, "room:1", "free")
+    old.publish("room:1", 1)
+    peer.heard()
+    move = Move(old, new, [peer])
+    for step in Move.STEPS[:4]:
+        step(move)
+    deliver, new.hub.on_publication = new.hub.on_publication, lambda *lost: None  # type: ignore[method-assign]
+    old.publish("room:1", 2)
+    new.hub.on_publication = deliver  # type: ignore[method-assign]
+    old.publish("room:1", 3)
+    move.restore()
+    move.finish()
+    (push,) = peer.heard()
+    assert push["push"]["unsubscribe"]["code"] == 2500
+    assert peer.session.channels() == ["free"]
+
+
+def test_the_options_of_a_single_subscription_move_along(old: Server, new: Server) -> None:
+    peer = old.client("alice")
+    orders_everywhere(SubscribeOrder("alice", "free", SubscribeOptions(override={"presence": True})), old)
+    hand_over(old, new, peer)
+    orders_everywhere(RefreshOrder("alice", info=b'{"name":"A"}'), new)
+    (info,) = old.engine.execute(GetPresence("free")).values()
+    assert info.conn_info == b'{"name":"A"}'
+
+
+def test_a_filter_moves_along_whatever_the_new_limits() -> None:
+    channel = ChannelSettings(without_namespace=ChannelOptions(**ALL, allow_tags_filter=True))
+    old = Server(channel)
+    new = Server(channel, beside=old, max_filter_nodes=1)
+    peer = old.client("alice")
+    enter(peer, "free", tf={"op": "not", "nodes": [{"key": "a", "cmp": "ex"}]})
+    hand_over(old, new, peer)
+    new.publish("free", 1, tags={"a": "1"})
+    new.publish("free", 2)
+    assert peer.publications() == [2]

@@ -371,3 +371,20 @@ class TestCut:
             core.attach(peer, f"{slot}-1", slot)
             core.introduce(peer, takes_lost=True, is_returning=False)
             assert core.carry_out(peer, 2.0, TakeLostClients(10)) == lost
+
+    def test_a_moved_client_stays_listed_for_its_grace(self) -> None:
+        """After the end of its connection another one of the user takes its place, without a leave and a join."""
+        bench = Bench()
+        bench.ask(Subscribe("c"))
+        bench.tell(AddClient(ALICE))
+        graced = AddPresence("c", ALICE, present=True, announce=True, grace=5.0)
+        bench.ask(graced)
+        self.cut(bench)
+        bench.deliveries.made.clear()
+        bench.tell(RemoveClient("client-a"), "two")
+        bench.ask(RemovePresence("c", "client-a"), "two")
+        assert bench.ask(GetPresence("c")) == {"client-a": ALICE}
+        again = ClientInfo("alice", "client-c")
+        bench.ask(AddPresence("c", again, present=True, announce=True, grace=5.0), "three")
+        assert bench.ask(GetPresence("c")) == {"client-a": ClientInfo("alice", "client-a")}
+        assert bench.deliveries.made == []

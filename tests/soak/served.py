@@ -185,12 +185,12 @@ class Service:
             pass
 
     def _role(self, process: psutil.Process) -> str:
-        """Return a process's role. Between fork and exec a child has its parent's command line, but not its parent."""
+        """Return a process's role. A child has the command line of the process that forked it for a moment."""
         known = self.pids.get(process.pid, OTHER)
         if known != OTHER:
             return known
-        command = " ".join(process.cmdline())
-        role = next((role for module, role in ROLES.items() if module in command), OTHER)
+        _, _, module = " ".join(process.cmdline()).partition(" -m ")
+        role = ROLES.get(module.partition(" ")[0], OTHER)
         return role if (role == HANDLER) is (process.ppid() != self.supervisor) else OTHER
 
     def _note_death(self, pid: int, role: str) -> None:

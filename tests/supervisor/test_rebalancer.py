@@ -57,8 +57,8 @@ def test_a_move_is_counted_and_logged_and_the_next_one_waits_for_its_end(scene: 
     with capturedLogs() as events:
         scene.ended[0].callback(HandOverResult(moved=21, left=1))
     assert [formatEvent(event) for event in events] == [
-        "moved 21 clients from worker 0 to worker 1 (loop.rebalance), since its loop has been busier for 30 s:"
-        " 90% of the time against 10%"
+        "worker 0 has been busier than worker 1 for 30 s (90% of the time against 10%); clients that have moved: 21"
+        " (loop.rebalance)"
     ]
     (sample,) = [one for one in scene.metrics.snapshot() if one.name == "realtime_rebalanced_connections"]
     assert (sample.value, dict(sample.labels)) == (21, {"worker": "0"})

@@ -112,7 +112,7 @@ class Forks:
             raise self.reactor.refuse
         spawned = Spawned(1000 + len(self.reactor.spawned), fork, descriptors, exited)
         self.reactor.spawned.append(spawned)
-        _adopt(self.reactor, spawned.link, spawned.peer)
+        _adopt(self.reactor._reactor, spawned.link, spawned.peer)
         return spawned
 
     def renew(self) -> Deferred[None]:

@@ -191,7 +191,7 @@ def test_a_bloated_worker_is_replaced(start_server: ServerStarter) -> None:
     pids = server.workers()
     answered = ask(server, "/bloat")
     assert answered in pids
-    server.wait_for_log(r"used \d+ MiB of memory \(loop.max_rss\) and was drained")
+    server.wait_for_log(r"uses \d+ MiB of memory \(loop.max_rss\); replacing it")
     wait_until(lambda: server.operate("/ready")[0] == 200 and answered not in server.workers(), "another worker")
     assert len(set(pids) & set(server.workers())) == 1
     assert re.search(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import jwt
@@ -73,9 +74,14 @@ def quote(n: int) -> dict[str, Any]:
     return {"n": n, "text": "what all quotes have in common is said once, and then only what is new: äöü"}
 
 
-def test_what_the_server_subscribes(server: Server) -> None:
-    api = API(f"{server.http}/api", "test-key")
+@pytest.fixture
+def api(server: Server) -> Iterator[API]:
+    client = API(f"{server.http}/api", "test-key")
+    yield client
+    client.close()
 
+
+def test_what_the_server_subscribes(server: Server, api: API) -> None:
     async def tell(request: Any) -> None:
         method = {PublishRequest: api.publish, SubscribeRequest: api.subscribe}.get(type(request))
         method = method or {UnsubscribeRequest: api.unsubscribe, RefreshRequest: api.refresh}[type(request)]
@@ -119,9 +125,7 @@ def test_what_the_server_subscribes(server: Server) -> None:
     in_own_loop(scenario())
 
 
-def test_deltas_and_filters(server: Server) -> None:
-    api = API(f"{server.http}/api", "test-key")
-
+def test_deltas_and_filters(server: Server, api: API) -> None:
     async def tell(channel: str, data: Any, tags: dict[str, str] | None = None) -> None:
         request = PublishRequest(channel=channel, data=data, tags=tags)
         await asyncio.get_running_loop().run_in_executor(None, api.publish, request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import closing
 from typing import Any
 
 import jwt
@@ -117,14 +118,16 @@ async def recover_over(port: int, api: API, channel: str, *, use_protobuf: bool)
 
 
 def test_the_python_sdk_recovers_over_50_kilobytes_a_second(server: Server) -> None:
-    api = API(f"{server.http}/api", "test-key")
-
-    async def scenario(port: int, other: int) -> None:
+    async def scenario(api: API, port: int, other: int) -> None:
         await asyncio.gather(
             recover_over(port, api, "bulk:json", use_protobuf=False),
             recover_over(other, api, "bulk:protobuf", use_protobuf=True),
         )
 
-    with SlowLink(server.port, 50e3) as link, SlowLink(server.port, 50e3) as other:
-        in_own_loop(scenario(link.port, other.port))
+    with (
+        closing(API(f"{server.http}/api", "test-key")) as api,
+        SlowLink(server.port, 50e3) as link,
+        SlowLink(server.port, 50e3) as other,
+    ):
+        in_own_loop(scenario(api, link.port, other.port))
     assert replays(server, "begun") >= 4

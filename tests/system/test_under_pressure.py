@@ -1,4 +1,7 @@
-"""A worker whose loop is blocked, as clients see it: what can be refused is, and what is kept is served."""
+"""A worker whose loop is blocked, as clients see it: what can be refused is, and what is kept is served.
+
+Relief would open the WebSockets meanwhile (tests/system/test_relief.py), so it is off where one is to be refused.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ HANDSHAKE = {
 
 
 def test_a_blocked_worker_refuses_and_serves_stale_until_it_is_calm(start_server: ServerStarter) -> None:
-    server = start_server(workers={"count": 1}, app={"module": "pressed:app"})
+    server = start_server(workers={"count": 1}, app={"module": "pressed:app"}, loop={"relief": False})
     connections = [HTTPConnection("127.0.0.1", server.port, timeout=20) for _ in range(4)]
     blocking, plain, kept, opening = connections
 
@@ -61,7 +64,7 @@ def test_a_start_that_blocks_the_loop_refuses_no_client(start_server: ServerStar
 
 
 def test_a_pressed_worker_opens_websockets_while_another_worker_accepts_clients(start_server: ServerStarter) -> None:
-    server = start_server(workers={"count": 2}, app={"module": "pressed:app"}, loop={"stuck": "60s"})
+    server = start_server(workers={"count": 2}, app={"module": "pressed:app"}, loop={"stuck": "60s", "relief": False})
     blocking, opening, other = together = connections_to_two_workers(server)
 
     def opened_under_pressure(*blocked: HTTPConnection) -> int:

@@ -79,6 +79,7 @@ async def test_a_failure_before_the_cut_leaves_the_clients_at_their_worker(
         result = await hand_over_to(stage, Target(**answers))
         assert (result["moved"], result["closed"], result["left"]) == (0, 0, 1)
         assert reason in result["reason"]
+        assert "busy" not in [failure["reason"] for failure in result["failures"]]
         await publish(client, stage.source, 1)
         await eventually(lambda: client.numbers == [1])
         client.leave()

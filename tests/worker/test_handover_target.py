@@ -7,9 +7,12 @@ import resource
 from typing import Any
 
 import msgspec
+import pytest
 from twisted.internet import reactor
+from twisted.logger import capturedLogs
 
 from realtime.process.fd_stream import FdStream, stream_pair
+from realtime.protocol import handover as protocol_handover
 from realtime.worker import handover
 from realtime.worker.handover import VERSION, Accepted, Offered, Refused
 from tests.driving import on_loop
@@ -109,3 +112,24 @@ async def test_a_target_refuses_more_connections_than_it_has_descriptors_for() -
         assert received[0] == Accepted(VERSION, "0-1")
         assert "limit of open files" in received[1].reason
         stream.close()
+
+
+@on_loop
+async def test_an_error_at_the_target_leaves_no_client_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def raise_error(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    async with scene() as stage:
+        witness = await arrive(stage.target)
+        client = await arrive(stage.source)
+        ours, theirs = stream_pair()
+        stage.target.worker.take_over(theirs.detach())
+        monkeypatch.setattr(protocol_handover, "arrived", raise_error)
+        with capturedLogs() as events:
+            result = await stage.source.worker.hand_over(ours.detach(), -1, 10.0)
+        assert (result["moved"], result["closed"]) == (0, 1)
+        await eventually(lambda: len(witness.pushes("leave")) == 1)
+        assert (await client.client.closed())[0] == 3001
+        assert [event["log_failure"].getErrorMessage() for event in events if "log_failure" in event] == ["a bug"]
+        client.leave()
+        witness.leave()
