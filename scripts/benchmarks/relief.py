@@ -28,6 +28,8 @@ port = 0
 internal_port = 0
 [workers]
 count = {workers}
+[client]
+commands_per_second = 0
 [channel.without_namespace]
 allow_subscribe_for_client = true
 allow_publish_for_client = true
