@@ -385,8 +385,9 @@ class Supervisor(Service):
         else:
             # The workers that are to end accept the connections on their way to them; new ones avoid them.
             self.sockets.avoid(count)
-            removed = f"worker {count}" if count == present - 1 else f"workers {count} to {present - 1}"
-            self._write_log(effects.LogLine(f"no new connections to {removed}; removing in {LINGER:g} s"))
+            last = present - 1
+            removed = f"worker {count} gets" if count == last else f"workers {count} to {last} get"
+            self._write_log(effects.LogLine(f"{removed} no new connections, and will be removed in {LINGER:g} s"))
             self._reactor.callLater(LINGER, lambda: self._carry_out(self.pool.scale(count, self._now())))
 
     def _end_scale(self, effect: effects.ScaleEnded) -> None:
