@@ -26,7 +26,7 @@ class HandOverProcess(Protocol):
 
 
 class HandOverResult(Struct, frozen=True):
-    """What became of the connections of the source. left: they are still there, and served.
+    """The number of connections by their outcome. left: still at the source, and served.
 
     reason: why the hand-over ended early, "" if it did not. If the source has ended, the numbers are 0. bytes: of state
     sent. failures: numbers of connections that could not move, by reason.

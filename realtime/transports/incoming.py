@@ -181,7 +181,7 @@ class Incoming(WebSocketServerProtocol):
     def _started_frames(self) -> bytes:
         """Return frames that bring another process to the same state of an incomplete message and an incomplete frame.
 
-        What came of the message before stands in a frame of its own, unmasked.
+        The part of the message that has arrived stands in a frame of its own, unmasked.
         """
         message, started = self._message, b""
         frame: Any = self.current_frame
