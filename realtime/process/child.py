@@ -504,9 +504,13 @@ def _descriptors(text: str) -> tuple[int, ...]:
 
 
 def _read(fd: int) -> bytes:
-    with open(fd, "rb") as file:
-        file.seek(0)  # all children share the file's offset
-        return file.read()
+    """Return the whole file, and close `fd`. All children share the file's offset, and may read at the same time."""
+    parts, size = [], 0
+    while part := os.pread(fd, 1 << 20, size):
+        parts.append(part)
+        size += len(part)
+    os.close(fd)
+    return b"".join(parts)
 
 
 def _adopt(reactor: Any, fd: int, protocol: amp.AMP) -> None:

@@ -422,3 +422,14 @@ async def test_a_service_that_can_not_be_made_fails_the_start(family: Family) ->
     await family.round_trip()
     assert family.supervisor.received == ["app.module: no module named chat", 78]
     assert (family.reactor.running, family.child.status) == (False, 78)
+
+
+def test_children_read_the_same_settings_at_the_same_time() -> None:
+    """They share the offset of the file, which another child may move at any moment."""
+    shared = os.memfd_create("settings")
+    os.write(shared, b"x" * 3_000_000)
+    own = os.dup(shared)
+    os.lseek(shared, 2_000_000, os.SEEK_SET)
+    assert children._read(own) == b"x" * 3_000_000
+    assert os.lseek(shared, 0, os.SEEK_CUR) == 2_000_000
+    os.close(shared)
