@@ -390,7 +390,7 @@ def test_nobody_survives_a_killed_supervisor(start: Start) -> None:
 def test_nobody_survives_a_supervisor_killed_while_they_start(start: Start) -> None:
     server = start({"slow_start": 300}, ready=False)
     server.wait_for_log("serving clients on")
-    wait_until(lambda: len(server.family()) >= 5, "children")
+    wait_until(lambda: len(server.family()) == 5, "children")
     os.kill(server.pid, signal.SIGKILL)
     wait_gone(server)
 
