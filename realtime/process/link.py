@@ -187,7 +187,7 @@ class Link(Protocol):
             self._handle(frames)
 
     def _keep(self, kept: deque[bytes], batch: bytes) -> None:
-        """Keep a batch, and forget those that the peer has read for certain: the kernel does not hold so much."""
+        """Keep a batch, and forget the oldest: the peer has read them, as the kernel does not hold so much."""
         kept.append(batch)
         self._kept_bytes += len(batch)
         spare = self._kept_bytes - len(batch) - self._window

@@ -41,7 +41,7 @@ class HandOverResult(Struct, frozen=True):
 
 
 class HandOverCounters:
-    """Counts the connections that moved, and those that could not. The workers' own counters end with them."""
+    """Counts moved connections and failed moves. The workers' own counters end with them."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

@@ -72,7 +72,7 @@ class Offered(HandOverMessage, frozen=True, tag=1):
 
 
 class Announced(HandOverMessage, frozen=True, tag=2):
-    """Source: the channels of a batch of connections, and the secrets of those that receive commands by emulation."""
+    """Source: the channels of a batch of connections, and the secrets of its emulated clients."""
 
     batch: str
     connections: int

@@ -34,7 +34,7 @@ TARGET = {
     "answer": "realtime.worker.handover_target HandOverTarget._send",
     "finish": "realtime.protocol.handover finish",
 }
-# Those that are called for each connection, and those for several messages of a batch.
+# Functions called for each connection, and functions called for several messages of a batch.
 EACH, SOME = ("suspend", "export", "adopt"), ("send", "answer")
 STEPS = tuple(f"{when} {function}" for function in (*SOURCE, *TARGET) for when in ("before", "after"))
 
