@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from twisted.internet.defer import Deferred
 
-from tests.redis.servers import PROGRAMS, RedisProcess, RedisStarter
+from tests.redis.deployments import PROGRAMS, RedisProcess, RedisStarter
 from tests.system.serving import Server, ServerStarter
 
 # Seconds for a coroutine test without a `timeout` mark.
