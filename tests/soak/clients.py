@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
 from typing import Any
@@ -74,8 +74,9 @@ class Part:
 class Client:
     """One client over all its connections. due: time of its next attempt to connect, None while it has a connection."""
 
-    def __init__(self, crowd: Crowd, place: Place) -> None:
+    def __init__(self, crowd: Crowd, place: Place, port: int) -> None:
         self.name = place.name
+        self.port = port
         self.crowd = crowd
         self.transport, _, encoding = place.transport.partition(" ")
         self.is_unidirectional = self.transport.startswith("uni_")
@@ -130,7 +131,7 @@ class Client:
 
     async def _open(self, connection: Connection) -> None:
         try:
-            await self.crowd.loop.create_connection(lambda: connection, "127.0.0.1", self.crowd.port)
+            await self.crowd.loop.create_connection(lambda: connection, "127.0.0.1", self.port)
         except OSError:
             self.lost(connection, 0)
 
@@ -559,17 +560,18 @@ CONNECTIONS: dict[str, type[Connection]] = {
 class Crowd:
     """All clients, and their sweep. on_delivery: called with channel and number of each pushed publication."""
 
-    def __init__(self, world: World, seed: int, http: aiohttp.ClientSession, port: int) -> None:
+    def __init__(self, world: World, seed: int, http: aiohttp.ClientSession, ports: Sequence[int]) -> None:
+        """ports: of the nodes, over which the clients are distributed."""
         self.on_delivery: Callable[[str, int], object] = lambda channel, number: None
         self.world = world
         self.account: Account = world.account
         self.now = world.account.now
         self.random = Random(f"crowd of {seed}")
         self.counts: Counter[str] = Counter()
-        self.port = port
+        self.ports = ports
         self.loop = asyncio.get_running_loop()
         self._http = http
-        self.clients = [Client(self, place) for place in world.places]
+        self.clients = [Client(self, place, ports[index % len(ports)]) for index, place in enumerate(world.places)]
         self._tasks: set[asyncio.Task[None]] = set()
         self._swept = 0
 
@@ -600,7 +602,10 @@ class Crowd:
         body = client.encoding.emulation(client.session, client.node, message)
         try:
             async with self._http.post(
-                f"http://127.0.0.1:{self.port}/emulation", data=body, headers={"Content-Type": kind}, timeout=EMULATION
+                f"http://127.0.0.1:{self.random.choice(self.ports)}/emulation",
+                data=body,
+                headers={"Content-Type": kind},
+                timeout=EMULATION,
             ) as answer:
                 failed = answer.status >= 500 or answer.status == 404
         except (OSError, aiohttp.ClientError):
