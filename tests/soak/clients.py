@@ -74,9 +74,8 @@ class Part:
 class Client:
     """One client over all its connections. due: time of its next attempt to connect, None while it has a connection."""
 
-    def __init__(self, crowd: Crowd, place: Place, port: int) -> None:
+    def __init__(self, crowd: Crowd, place: Place) -> None:
         self.name = place.name
-        self.port = port
         self.crowd = crowd
         self.transport, _, encoding = place.transport.partition(" ")
         self.is_unidirectional = self.transport.startswith("uni_")
@@ -130,8 +129,9 @@ class Client:
         self.crowd.spawn(self._open(self.connection))
 
     async def _open(self, connection: Connection) -> None:
+        port = self.crowd.random.choice(self.crowd.ports)  # as a load balancer does
         try:
-            await self.crowd.loop.create_connection(lambda: connection, "127.0.0.1", self.port)
+            await self.crowd.loop.create_connection(lambda: connection, "127.0.0.1", port)
         except OSError:
             self.lost(connection, 0)
 
@@ -561,7 +561,7 @@ class Crowd:
     """All clients, and their sweep. on_delivery: called with channel and number of each pushed publication."""
 
     def __init__(self, world: World, seed: int, http: aiohttp.ClientSession, ports: Sequence[int]) -> None:
-        """ports: of the nodes, over which the clients are distributed."""
+        """ports: of the nodes. Each connection goes to one of them by chance."""
         self.on_delivery: Callable[[str, int], object] = lambda channel, number: None
         self.world = world
         self.account: Account = world.account
@@ -571,7 +571,7 @@ class Crowd:
         self.ports = ports
         self.loop = asyncio.get_running_loop()
         self._http = http
-        self.clients = [Client(self, place, ports[index % len(ports)]) for index, place in enumerate(world.places)]
+        self.clients = [Client(self, place) for place in world.places]
         self._tasks: set[asyncio.Task[None]] = set()
         self._swept = 0
 
