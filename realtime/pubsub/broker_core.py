@@ -10,7 +10,7 @@ clock that never goes back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
 from realtime.metrics import Counter
+from realtime.pubsub.broker_state import StatePart, chunks
 from realtime.pubsub.engine import (
     AddClient,
     AddPresence,
@@ -43,8 +44,8 @@ from realtime.pubsub.engine import (
     Unsubscribe,
     split_address,
 )
-from realtime.pubsub.history import ChannelStreams, IdempotencyCache
-from realtime.pubsub.presence import Presence
+from realtime.pubsub.history import ChannelStreams, EpochsState, IdempotencyCache, KeysState, StreamsState
+from realtime.pubsub.presence import AbsentState, Presence, PresentState
 from realtime.pubsub.time_slices import CHUNK
 from realtime.types import ClientInfo, EngineStats, HistoryPage, NodeInfo, Position, Publication
 
@@ -96,6 +97,41 @@ class PeerDelivery(Protocol[P_contra]):
     def deliver_order(self, peers: Collection[P_contra], order: bytes) -> None: ...
 
     def deliver_cut(self, peer: P_contra, request: Cut, clients: list[ClientInfo]) -> None: ...
+
+
+class PeerHead(StatePart, tag=21, frozen=True, gc=False):
+    """A peer, which gets the next number, from 0 on. The fields are those of `_PeerState`."""
+
+    address: str
+    slot: str
+    subscriptions: int
+    keeps_lost: bool
+
+
+class PeerChannels(StatePart, tag=22, frozen=True, gc=False):
+    """Some channels of a peer. inherited: see `_PeerState`."""
+
+    peer: int
+    channels: list[str]
+    inherited: list[str]
+
+
+class PeerClients(StatePart, tag=23, frozen=True, gc=False):
+    """Some clients of a peer: client, user and secret, which is "" for most."""
+
+    peer: int
+    clients: list[tuple[str, str, str]]
+
+
+class LostClients(StatePart, tag=24, frozen=True, gc=False):
+    """Some clients that ended peers of a slot have left behind: client, user, and address of the peer."""
+
+    slot: str
+    clients: list[tuple[str, str, str]]
+
+
+STATE_PARTS: tuple[type[StatePart], ...] = tuple(StatePart.__subclasses__())
+"""All kinds of parts, see `BrokerCore.export`."""
 
 
 class _PeerState:
@@ -299,6 +335,69 @@ class BrokerCore(Generic[P]):
             self._add_client(peer, info)
         for client, secret in sessions.items():
             self._add_session(peer, client, secret)
+
+    # The state
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the state can be exported: no unlinked peer may come back."""
+        return not self._unlinked
+
+    def export(self, peers: Sequence[P]) -> Iterator[StatePart]:
+        """Yield the state in parts. Nothing may change meanwhile.
+
+        peers: all of them, in any order, which the importing core gets them in.
+        """
+        for peer in peers:
+            state = self._peers[peer]
+            yield PeerHead(state.address, state.slot, state.subscriptions, state.keeps_lost)
+        yield from self._streams.export()
+        yield from self._idempotency.export()
+        for number, peer in enumerate(peers):
+            state = self._peers[peer]
+            for channels in chunks(state.channels, len):
+                yield PeerChannels(number, channels, [one for one in channels if one in state.inherited])
+            clients = ((client, user, state.sessions.get(client, "")) for client, user in state.users.items())
+            for some in chunks(clients, lambda one: len(one[1])):
+                yield PeerClients(number, some)
+        yield from self._presence.export(peers)
+        for slot, of_slot in self._lost.items():
+            lost = ((client, user, address) for client, (user, address) in of_slot.items())
+            for few in chunks(lost, lambda one: len(one[1])):
+                yield LostClients(slot, few)
+
+    def import_part(self, part: StatePart, peers: Sequence[P]) -> None:
+        """Add a part of the state of another core, whatever the limits. Nothing is delivered.
+
+        peers: those of the other core, or what stands for them here, in the same order.
+        """
+        match part:
+            case PeerHead(address, slot, subscriptions, keeps_lost):
+                peer = peers[len(self._peers)]
+                self.attach(peer, address, slot)
+                self._peers[peer].subscriptions, self._peers[peer].keeps_lost = subscriptions, keeps_lost
+            case EpochsState():
+                self._streams.import_epochs(part)
+            case StreamsState():
+                self._streams.import_streams(part)
+            case KeysState():
+                self._idempotency.import_keys(part)
+            case PeerChannels(number, channels, inherited):
+                for channel in channels:
+                    self._route(channel, peers[number])
+                self._peers[peers[number]].inherited.update(inherited)
+            case PeerClients(number, clients):
+                for client, user, secret in clients:
+                    self._add_client(peers[number], ClientInfo(user, client))
+                    if secret:
+                        self._add_session(peers[number], client, secret)
+            case PresentState():
+                self._presence.import_present(peers[part.peer], part)
+            case AbsentState():
+                self._presence.import_absent(part)
+            case LostClients(slot, clients):
+                lost = self._lost.setdefault(slot, {})
+                lost.update((client, (user, address)) for client, user, address in clients)
 
     # Publications
 

@@ -14,13 +14,14 @@ Without I/O, and without timers: time is an argument, and `sweep` ends the absen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from realtime.errors import LIMIT_EXCEEDED, TOO_MANY_REQUESTS, ClientError
+from realtime.pubsub.broker_state import StatePart, chunks
 from realtime.pubsub.engine import PRESENCE_PAGE, AddPresence, GetPresence, RemovePresence
 from realtime.pubsub.history import ExpiryQueue
 from realtime.pubsub.time_slices import CHUNK
@@ -54,13 +55,28 @@ class PresenceEntry(Struct, frozen=True, array_like=True, gc=False):
     grace: float
 
 
-class _Absence(Struct, eq=False):
-    """An absent client. client: its own id. is_gone: its connection has ended, so that another may take its place."""
+class Absence(Struct, array_like=True, eq=False):
+    """An absent client. client: its own id. is_gone: its connection has ended, so that another may take its place.
+    until: when it leaves."""
 
     channel: str
     client: str
     entry: PresenceEntry
     is_gone: bool
+    until: float
+
+
+class PresentState(StatePart, tag=11, frozen=True, gc=False):
+    """Some clients of one peer, by its number: channel, client and entry of each."""
+
+    peer: int
+    clients: list[tuple[str, str, PresenceEntry]]
+
+
+class AbsentState(StatePart, tag=12, frozen=True, gc=False):
+    """Some absent clients."""
+
+    absences: list[Absence]
 
 
 class _Count:
@@ -91,10 +107,10 @@ class Presence(Generic[P]):
         self._join = join
         self._leave = leave
         self._peers: dict[P, dict[str, dict[str, PresenceEntry]]] = {}  # by channel and client
-        self._absent: dict[str, dict[str, _Absence]] = {}  # by channel and client
-        self._gone: dict[tuple[str, str], dict[str, _Absence]] = {}  # the absent ones, by channel and user
+        self._absent: dict[str, dict[str, Absence]] = {}  # by channel and client
+        self._gone: dict[tuple[str, str], dict[str, Absence]] = {}  # the absent ones, by channel and user
         self._returning: dict[str, set[str]] = {}  # the channels of the others, by client
-        self._expiring: ExpiryQueue[_Absence] = ExpiryQueue(0.25)
+        self._expiring: ExpiryQueue[Absence] = ExpiryQueue(0.25)
         # Channels are counted from the first question on: most are never asked about.
         self._counts: dict[str, _Count] = {}
         self.absent = 0
@@ -196,7 +212,7 @@ class Presence(Generic[P]):
         if not is_connected:
             self._end(now, channel, request.client, entry)
         elif request.is_returning and self.absent < self._limit:
-            self._keep(now + max(RETURN_GRACE, entry.grace), _Absence(channel, request.client, entry, is_gone=False))
+            self._keep(Absence(channel, request.client, entry, False, now + max(RETURN_GRACE, entry.grace)))
         else:
             self._announce_leave(channel, entry)
 
@@ -215,6 +231,37 @@ class Presence(Generic[P]):
                 self._forget(absence)
                 self._announce_leave(absence.channel, absence.entry)
         return len(due) == limit
+
+    # The state
+
+    def export(self, peers: Sequence[P]) -> Iterator[StatePart]:
+        """Yield the state in parts. Nothing may change meanwhile. peers: all of them, by number.
+
+        Lists of clients under way are no part of it: they begin again with the request of the next page.
+        """
+        for number, peer in enumerate(peers):
+            by_channel = self._peers[peer].items()
+            clients = ((channel, client, entry) for channel, of in by_channel for client, entry in of.items())
+            for some in chunks(clients, lambda one: len(one[0]) + _size_of(one[2])):
+                yield PresentState(number, some)
+        absences = (absence for by_client in self._absent.values() for absence in by_client.values())
+        yield from map(AbsentState, chunks(absences, lambda absence: len(absence.channel) + _size_of(absence.entry)))
+
+    def import_present(self, peer: P, part: PresentState) -> None:
+        """Add clients of another object, whatever the limit. Nothing is announced."""
+        by_channel = self._peers[peer]
+        for channel, client, entry in part.clients:
+            entries = by_channel.setdefault(channel, {})
+            entries[client] = entry
+            self._count(channel, entry, 1)
+            if len(entries) == COUNT_FROM:
+                self.count(channel)
+
+    def import_absent(self, part: AbsentState) -> None:
+        """Add absent clients of another object, whatever the limit."""
+        for absence in part.absences:
+            self._keep(absence)
+            self._count(absence.channel, absence.entry, 1)
 
     # Questions
 
@@ -284,18 +331,18 @@ class Presence(Generic[P]):
     def _end(self, now: float, channel: str, client: str, entry: PresenceEntry) -> None:
         """Handle the end of a client's connection."""
         if entry.grace and entry.info.user and self.absent < self._limit:
-            self._keep(now + entry.grace, _Absence(channel, client, entry, is_gone=True))
+            self._keep(Absence(channel, client, entry, True, now + entry.grace))
         else:
             self._announce_leave(channel, entry)
 
-    def _keep(self, until: float, absence: _Absence) -> None:
+    def _keep(self, absence: Absence) -> None:
         channel, client = absence.channel, absence.client
         self._absent.setdefault(channel, {})[client] = absence
         if absence.is_gone:
             self._gone.setdefault((channel, absence.entry.info.user), {})[client] = absence
         else:
             self._returning.setdefault(client, set()).add(channel)
-        self._expiring.add(until, absence)
+        self._expiring.add(absence.until, absence)
         self.absent += 1
 
     def _take_absent(self, channel: str, info: ClientInfo, grace: float) -> PresenceEntry | None:
@@ -310,7 +357,7 @@ class Presence(Generic[P]):
         self._forget(absence)
         return absence.entry
 
-    def _forget(self, absence: _Absence) -> None:
+    def _forget(self, absence: Absence) -> None:
         channel, client = absence.channel, absence.client
         _discard(self._absent, channel, client)
         if absence.is_gone:
@@ -331,8 +378,12 @@ class Presence(Generic[P]):
 Key = TypeVar("Key")
 
 
-def _discard(absences: dict[Key, dict[str, _Absence]], key: Key, client: str) -> None:
+def _discard(absences: dict[Key, dict[str, Absence]], key: Key, client: str) -> None:
     of_key = absences[key]
     del of_key[client]
     if not of_key:
         del absences[key]
+
+
+def _size_of(entry: PresenceEntry) -> int:
+    return len(entry.info.conn_info) + len(entry.info.chan_info)
