@@ -31,7 +31,7 @@ from realtime.config.sources import Sources, read
 from realtime.errors import SettingsError
 from realtime.operators.port import OperatorPort
 from realtime.process import log, output
-from realtime.supervisor.service import BROKER_MODULE, WORKER_MODULE, Supervisor
+from realtime.supervisor.service import WORKER_MODULE, Supervisor
 
 _log = Logger(observer=log.observer)
 
@@ -114,7 +114,7 @@ def makeService(options: Mapping[str, Any]) -> IService:
 def make_service(
     settings: Settings,
     worker: str = WORKER_MODULE,
-    broker: str = BROKER_MODULE,
+    broker: str | None = None,
     insecure_keys: Iterable[str] = (),
     capture_output: bool = False,
     sources: Sources | None = None,

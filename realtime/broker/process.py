@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,9 +19,10 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
+from realtime.broker.delivery import LinkDelivery, failed
 from realtime.config.settings import EngineSettings
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
-from realtime.metrics import Metrics
+from realtime.metrics import Counter, Metrics
 from realtime.process import child
 from realtime.process.heap import TRIM_INTERVAL, HeapTrimmer, find_malloc_trim
 from realtime.process.link import PEER_ENDED, REPLACED, Link, adopt
@@ -30,12 +31,12 @@ from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
-from realtime.pubsub.engine import MESSAGES_DROPPED, Cut, Publish, ReportSubscriptions, worker_address
+from realtime.pubsub.engine import MESSAGES_DROPPED, Publish, ReportSubscriptions, worker_address
 from realtime.pubsub.history import make_epoch
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.supervision.health import broker_beat_interval
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
-from realtime.types import ClientInfo, NodeInfo, Publication
+from realtime.types import NodeInfo
 
 SWEEP_INTERVAL = 0.25
 """Seconds between two sweeps for expired history and idempotency keys."""
@@ -55,6 +56,9 @@ RESTORE_TIMEOUT = 1.0
 HOLD = 1.0
 """Seconds for which the clients of a worker whose stream has ended stay listed, and deliveries to it are queued: within
 some milliseconds a fresh stream continues the ended one. The successor of a dead worker ends this time."""
+
+CoreMaker = Callable[[LinkDelivery, int, Counter, Callable[[], NodeInfo]], BrokerCore[Link]]
+"""Makes the core from the arguments of `BrokerCore`."""
 
 _log = Logger()
 _decode = broker_messages.message_decoder(broker_messages.TO_BROKER)
@@ -77,6 +81,7 @@ class Broker:
         ledger: LoopTimeLedger | None = None,
         workers: int = 0,
         describe_node: Callable[[], NodeInfo] = NodeInfo,
+        make_core: CoreMaker = BrokerCore,
     ) -> None:
         self._workers = workers
         self.is_restoring = False
@@ -100,8 +105,8 @@ class Broker:
         self._links_account = self._ledger.open(LoopWork.ENGINE)
         self._all_left: Deferred[None] | None = None  # while draining
         publications = metrics.counter("realtime_broker_publications", "Publications received from workers.")
-        self.delivery = _LinkDelivery(metrics)
-        self.core: BrokerCore[Link] = BrokerCore(self.delivery, settings.max_channels, publications, describe_node)
+        self.delivery = LinkDelivery(metrics)
+        self.core = make_core(self.delivery, settings.max_channels, publications, describe_node)
         metrics.gauge("realtime_broker_channels", "Channels with a subscriber.", lambda: self.core.channels)
         metrics.gauge("realtime_broker_streams", "Channels with a history.", lambda: self.core.streams)
         metrics.gauge("realtime_broker_backlog_bytes", "Bytes queued for workers.", self._backlog)
@@ -276,51 +281,6 @@ class Broker:
         return sum(peer.link.backlog for peer in (*self._peers.values(), *self._held))
 
 
-class _LinkDelivery:
-    """Delivers to workers: one frame, shared by all links it goes to.
-
-    asker, number: of the request that is carried out. A publication that goes to the asker is the answer, too, and sets
-    `number` to 0.
-    """
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.asker: Link | None = None
-        self.number = 0
-        self._routed = metrics.counter(
-            "realtime_broker_deliveries", "Publications sent to workers, counted once for each worker."
-        )
-
-    def deliver_publication(self, peers: Collection[Link], channel: str, publication: Publication, epoch: str) -> None:
-        self._routed.value += len(peers)
-        message = broker_messages.Published(channel, publication, epoch)
-        number, asker = self.number, self.asker
-        if number and asker is not None and asker in peers:
-            asker.send(broker_messages.pack(message, number | broker_messages.ANSWERS))
-            self.number = 0
-            if len(peers) == 1:
-                return
-            peers = [peer for peer in peers if peer is not asker]
-        _send(peers, message)
-
-    def deliver_join(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
-        _send(peers, broker_messages.Joined(channel, info))
-
-    def deliver_leave(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
-        _send(peers, broker_messages.Left(channel, info))
-
-    def deliver_order(self, peers: Collection[Link], order: bytes) -> None:
-        _send(peers, broker_messages.OrderSent(order))
-
-    def deliver_cut(self, peer: Link, request: Cut, clients: list[ClientInfo]) -> None:
-        _send((peer,), broker_messages.CutReached(request.batch, clients, request.sessions, request.presence))
-
-
-def _send(peers: Collection[Link], message: broker_messages.BrokerMessage) -> None:
-    frame = broker_messages.pack(message)
-    for peer in peers:
-        peer.send(frame)
-
-
 class _WorkerPeer:
     """Carries out the requests of one worker, for as long as one stream to it lasts.
 
@@ -413,15 +373,15 @@ class _WorkerPeer:
         """Return the frame of the answer to a request that raised `error`, the current exception."""
         match error:
             case ClientError():
-                return _failed(number, error.code, error.message, error.temporary)
+                return failed(number, error.code, error.message, error.temporary)
             case BadFrame():
-                return _failed(number, *LIMIT_EXCEEDED)
+                return failed(number, *LIMIT_EXCEEDED)
         _log.failure(
             "carrying out a {kind} request of worker {worker} raised; the worker gets an internal error",
             kind=type(request).__name__,
             worker=self.address,
         )
-        return _failed(number, *INTERNAL_ERROR)
+        return failed(number, *INTERNAL_ERROR)
 
     def _hello(self, link: Link, now: float, message: broker_messages.Hello) -> None:
         if message.version != broker_messages.VERSION:
@@ -468,15 +428,11 @@ class _WorkerPeer:
         )
 
 
-def _failed(number: int, code: int, message: str, temporary: bool) -> bytes:
-    return broker_messages.pack(broker_messages.RequestFailed(number, code, message, temporary))
-
-
 class BrokerService:
     """The broker as the work of a child process."""
 
     def __init__(self, process: child.Child) -> None:
-        self._process = process
+        self.process = process
         settings = process.settings
         self._broker = Broker(
             settings.engine,
@@ -485,13 +441,20 @@ class BrokerService:
             process.accounts,
             settings.workers.count,
             NodeIdentity(settings).describe,
+            self.make_core,
         )
+
+    def make_core(
+        self, delivery: LinkDelivery, max_channels: int, publications: Counter, describe_node: Callable[[], NodeInfo]
+    ) -> BrokerCore[Link]:
+        """Make the core, which is this machine's memory."""
+        return BrokerCore(delivery, max_channels, publications, describe_node)
 
     async def start(self) -> None:
         """Begin the sweeps. Workers are served as soon as their links come."""
-        heartbeat = self._process.heartbeat
-        heartbeat.slow_down(broker_beat_interval(self._process.settings.loop))
-        trimmer = HeapTrimmer(self._process.metrics, find_malloc_trim())
+        heartbeat = self.process.heartbeat
+        heartbeat.slow_down(broker_beat_interval(self.process.settings.loop))
+        trimmer = HeapTrimmer(self.process.metrics, find_malloc_trim())
         heartbeat.tasks.add(TRIM_INTERVAL, trimmer.trim, is_needed=trimmer.is_due)
         heartbeat.tasks.add(SWEEP_INTERVAL, self._broker.sweep, is_needed=self._broker.core.has_expirable)
 

@@ -54,7 +54,7 @@ from realtime.supervisor.trial import Trial
 from realtime.supervisor.zygote import Zygote
 
 WORKER_MODULE = "realtime.worker.process"
-BROKER_MODULE = "realtime.broker.process"
+BROKER_MODULES = {"memory": "realtime.broker.process", "redis": "realtime.broker.redis_process"}
 
 _EX_OSERR = 71
 
@@ -96,16 +96,17 @@ class Supervisor(Service):
         open_operator_endpoint: OpenOperatorEndpoint,
         *,
         worker: str = WORKER_MODULE,
-        broker: str = BROKER_MODULE,
+        broker: str | None = None,
         leave: Callable[[int], None] | None = None,
         handle_signals: bool = False,
         capture_output: bool = False,
         sources: Sources | None = None,
     ) -> None:
-        """worker, broker: modules to run as children, see `realtime.process.child`. leave: called with the exit status
-        after the last process has exited; `stopService` works without it. handle_signals: whether to take SIGTERM and
-        SIGINT over from Twisted. capture_output: whether to copy the children's output to the log in any case.
-        sources: where `settings` come from, and those of a reload; None for a server that can't reload."""
+        """worker, broker: modules to run as children, see `realtime.process.child`; None for the broker of the engine.
+        leave: called with the exit status after the last process has exited; `stopService` works without it.
+        handle_signals: whether to take SIGTERM and SIGINT over from Twisted. capture_output: whether to copy the
+        children's output to the log in any case. sources: where `settings` come from, and those of a reload; None for a
+        server that can't reload."""
         settings = with_counts(settings)
         self.pool = Pool(settings.workers.count, settings.workers, settings.loop, settings.shutdown.timeout)
         self.processes: dict[int, ChildProcess] = {}
@@ -122,7 +123,7 @@ class Supervisor(Service):
         self._reactor = reactor
         self._revisions = Revisions(settings)
         self._open_operator_endpoint = open_operator_endpoint
-        self._modules = {BROKER: broker}
+        self._modules = {BROKER: broker or BROKER_MODULES[settings.engine.type]}
         self._worker = worker
         self._leave = leave
         self._handle_signals = handle_signals
