@@ -25,6 +25,7 @@ from realtime.metrics import Metrics
 from realtime.process import child
 from realtime.process.heap import TRIM_INTERVAL, HeapTrimmer, find_malloc_trim
 from realtime.process.link import PEER_ENDED, REPLACED, Link, LinkState, adopt
+from realtime.process.node import NodeIdentity
 from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
@@ -35,7 +36,7 @@ from realtime.pubsub.history import make_epoch
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.supervision.health import broker_beat_interval
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
-from realtime.types import ClientInfo, Publication
+from realtime.types import ClientInfo, NodeInfo, Publication
 
 SWEEP_INTERVAL = 0.25
 """Seconds between two sweeps for expired history and idempotency keys."""
@@ -75,8 +76,8 @@ class Broker:
     reactor: twisted's, with monotonic `seconds`. ledger: the loop's, which is charged for the links and the sweeps.
     instance: identifies this run of the broker, which may go on in another process. is_frozen: between `freeze` and
     `thaw`, or for ever.
-    workers: their number; 0 for unknown. is_restoring: see `restore`. held_limit: bytes of one worker's requests that
-    are held meanwhile.
+    workers: their number; 0 for unknown. describe_node: see `BrokerCore`. is_restoring: see `restore`. held_limit:
+    bytes of one worker's requests that are held meanwhile.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Broker:
         reactor: Any,
         ledger: LoopTimeLedger | None = None,
         workers: int = 0,
+        describe_node: Callable[[], NodeInfo] = NodeInfo,
     ) -> None:
         self._workers = workers
         self.is_restoring = False
@@ -111,7 +113,7 @@ class Broker:
         self._all_left: Deferred[None] | None = None  # while draining
         publications = metrics.counter("realtime_broker_publications", "Publications received from workers.")
         self.delivery = _LinkDelivery(metrics)
-        self.core: BrokerCore[Link] = BrokerCore(self.delivery, settings.max_channels, publications)
+        self.core: BrokerCore[Link] = BrokerCore(self.delivery, settings.max_channels, publications, describe_node)
         metrics.gauge("realtime_broker_channels", "Channels with a subscriber.", lambda: self.core.channels)
         metrics.gauge("realtime_broker_streams", "Channels with a history.", lambda: self.core.streams)
         metrics.gauge("realtime_broker_backlog_bytes", "Bytes queued for workers.", self._backlog)
@@ -569,7 +571,12 @@ class BrokerService:
         self._source: StateSource | None = None
         settings = process.settings
         self._broker = Broker(
-            settings.engine, process.metrics, process.reactor, process.accounts, settings.workers.count
+            settings.engine,
+            process.metrics,
+            process.reactor,
+            process.accounts,
+            settings.workers.count,
+            NodeIdentity(settings).describe,
         )
 
     async def start(self) -> None:

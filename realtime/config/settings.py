@@ -38,6 +38,7 @@ from realtime.config.channel_settings import ChannelSettings as ChannelSettings
 from realtime.config.channel_settings import Namespace as Namespace
 from realtime.config.process_settings import LoopSettings as LoopSettings
 from realtime.config.process_settings import WorkersSettings as WorkersSettings
+from realtime.config.redis_settings import RedisSettings as RedisSettings
 from realtime.config.transport_settings import EmulationSettings as EmulationSettings
 from realtime.config.transport_settings import HTTPStreamSettings as HTTPStreamSettings
 from realtime.config.transport_settings import InitSettings as InitSettings

@@ -37,7 +37,7 @@ from realtime.errors import RealtimeError
 from realtime.pubsub.engine import AddPresence, Answer, EngineNotice, EngineRequest
 from realtime.types import ClientInfo, Publication
 
-VERSION = 8
+VERSION = 9
 
 FRAME_LIMIT = 16 * 1024 * 1024
 """Upper limit in bytes of a frame's body."""
