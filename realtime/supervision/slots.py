@@ -90,7 +90,7 @@ class SlotProcess:
 class Slot:
     """One place for a process. Only its pool changes it.
 
-    process: the one that serves, or the room for it. successor, predecessor: of a worker that is being replaced.
+    process: the one that serves, or the room for it. successor, predecessor: of a process that is being replaced.
     replacement: why the process is to be replaced, as a
     label for the metrics; "" for no reason. is_new: whether it was added to a running pool and has not been ready
     yet. is_removed: whether the slot is to be empty for good. deaths: deaths in a
