@@ -34,8 +34,8 @@ python_environment() {
     need python3:python3
     [ -x .venv/bin/python ] || create_virtual_environment
     stamp=$(.venv/bin/python --version; hash_of "${inputs[@]}")
-    grep -qsxF "$stamp" ".venv/.stamp-$kind" && return
-    [ "$kind" != bench ] && grep -qsxF "$stamp" .venv/.stamp-dev && return
+    [ "$(cat ".venv/.stamp-$kind" 2>/dev/null)" = "$stamp" ] && return
+    [ "$kind" != bench ] && [ "$(cat .venv/.stamp-dev 2>/dev/null)" = "$stamp" ] && return
     [ "$kind" = runtime ] || target=".[$kind]"
     say "Installing $target into .venv"
     .venv/bin/python -m pip install -qq --disable-pip-version-check --editable "$target" || return

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from twisted.internet.defer import Deferred
 
+from tests.redis.deployments import PROGRAMS, RedisProcess, RedisStarter
 from tests.system.serving import Server, ServerStarter
 
 # Seconds for a coroutine test without a `timeout` mark.
@@ -99,3 +100,26 @@ def start_server(tmp_path: Path) -> Iterator[ServerStarter]:
 def server(start_server: ServerStarter) -> Server:
     """A ready server with two workers and the application of tests/system/apps."""
     return start_server()
+
+
+@pytest.fixture(params=PROGRAMS)
+def redis_starter(request: pytest.FixtureRequest) -> Iterator[RedisStarter]:
+    """Start Redis servers of a test's own, of each program of this machine; all are ended afterwards."""
+    starter = RedisStarter(program=request.param)
+    yield starter
+    starter.finish()
+
+
+@pytest.fixture(scope="session", params=PROGRAMS)
+def shared_redis_server(request: pytest.FixtureRequest) -> Iterator[RedisProcess]:
+    starter = RedisStarter(program=request.param)
+    yield starter.standalone(acl=True)
+    starter.finish()
+
+
+@pytest.fixture
+def redis_server(shared_redis_server: RedisProcess) -> RedisProcess:
+    """An empty server, with the user of docs/redis.md. Tests share it: they neither stop nor configure it."""
+    shared_redis_server.command("FLUSHALL")
+    shared_redis_server.command("SCRIPT", "FLUSH")
+    return shared_redis_server

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -61,7 +62,7 @@ LEAVE_TIMEOUT = 2.0
 
 HOLD = 1.0
 """Seconds for which the clients of a worker whose stream has ended stay listed, and deliveries to it are queued: within
-some milliseconds a fresh stream continues the ended one. A successor of the worker ends this time."""
+some milliseconds a fresh stream continues the ended one. The successor of a dead worker ends this time."""
 
 _log = Logger()
 _decode = broker_messages.message_decoder(broker_messages.TO_BROKER)
@@ -153,9 +154,9 @@ class Broker:
                 link.cut(REPLACED)
                 self._hold(peer)
         for peer in list(self._held):
-            if peer.slot == slot and not (is_returning and peer.address == address):
-                # The subscribers of a dead worker are disconnected, so they lose nothing.
-                self._let_leave(peer, is_alive=peer.address == address)
+            # A living worker of the slot hands over to the one that introduces itself, and will return.
+            if peer.slot == slot and not (is_returning if peer.address == address else peer.is_alive):
+                self._let_leave(peer)
         # Where the same clients come back over the new stream, the leaves come first.
         for peer in [peer for peer in self._leaving if peer.slot == slot]:
             for _ in self._leaving.pop(peer, ()):
@@ -330,12 +331,12 @@ class Broker:
         self._slices.add(steps)
         self._held[peer] = self._reactor.callLater(HOLD, self._let_leave, peer)
 
-    def _let_leave(self, peer: _WorkerPeer, *, is_alive: bool = True) -> None:
-        """is_alive: whether the worker may be, so that all frames count as lost that it may not have handled."""
+    def _let_leave(self, peer: _WorkerPeer) -> None:
         timer = self._held.pop(peer)
         if timer.active():
             timer.cancel()
-        if is_alive and self.core.is_routed(peer.link):
+        # The subscribers of a dead worker are disconnected, so they lose nothing.
+        if peer.is_alive and self.core.is_routed(peer.link):
             peer.link.take_rest(None)
         self._count_drops(peer.link)
         self._leaving[peer] = steps = self._leave(peer)
@@ -421,6 +422,7 @@ class _WorkerPeer:
         self.slot = slot
         self.address = ""
         self.stream = 0
+        self._pid = 0
         self._broker = broker
         self._core = broker.core
         self.link = make_link(self.receive)
@@ -433,6 +435,16 @@ class _WorkerPeer:
         # By kind. Before Hello, anything else is out of place.
         self._requests: dict[type, Callable[[Link, float, Any], Any]] = {}
         self._others: dict[type, Callable[[Link, float, Any], None]] = {broker_messages.Hello: self._hello}
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the worker's process is there. The supervisor reaps an ended one before it starts another."""
+        with suppress(PermissionError):  # it runs as another user
+            try:
+                os.kill(self._pid, 0)
+            except ProcessLookupError:
+                return False
+        return True
 
     def receive(self, number: int, body: bytes) -> None:
         """Carry out one message. Raises BadFrame, and nothing else, if it is invalid or out of place."""
@@ -506,7 +518,7 @@ class _WorkerPeer:
         address = worker_address(self.slot, message.generation)
         self._is_returning = message.instance == self._broker.instance
         self._broker.replace(self.slot, address, is_returning=self._is_returning)
-        self.address, self.stream = address, message.stream
+        self.address, self.stream, self._pid = address, message.stream, message.pid
         self._core.attach(link, address, str(self.slot))
         # When its previous stream to this same broker ended long ago, its clients left; now they join again. The
         # subscribers of another broker never received those leaves, so they receive no joins either.

@@ -596,7 +596,10 @@ class BrokerCore(Generic[P]):
     def take_lost_clients(self, peer: P, now: float, request: TakeLostClients) -> list[ClientInfo]:
         slot = self._peers[peer].slot
         lost = self._lost.get(slot, {})
-        taken = [ClientInfo(user, client) for client, (user, _) in islice(lost.items(), request.limit)]
+        # A worker that may return still has its clients.
+        returning = {state.address for state in self._unlinked.values() if not state.is_followed}
+        clients = (ClientInfo(user, client) for client, (user, address) in lost.items() if address not in returning)
+        taken = list(islice(clients, request.limit))
         for info in taken:
             del lost[info.client]
         if not lost:

@@ -45,7 +45,16 @@ from realtime.supervision.effects import (
     SpawnProcess,
     UseRevision,
 )
-from realtime.supervision.slots import BROKER, EX_CONFIG, PoolEvent, Slot, SlotProcess, SlotState
+from realtime.supervision.slots import (
+    BROKER,
+    EX_CONFIG,
+    PoolEvent,
+    Slot,
+    SlotProcess,
+    SlotState,
+    describe_exit,
+    exit_reason,
+)
 
 # Seconds between two ticks. A tick that is _LATE seconds late or more excuses all processes for the time until then.
 TICK = 0.1
@@ -151,7 +160,7 @@ class Pool:
         """The process reports that it can't start, for `reason` (one line). It will exit with `status`."""
         process = self._processes.get(generation)
         if process is not None and process.state in (SlotState.STARTING, SlotState.PREPARING):
-            process.reason, process.explanation = _exit_reason(status), f"can't start: {reason}"
+            process.reason, process.explanation = exit_reason(status), f"can't start: {reason}"
             process.failed_with = status
         return self._event(generation, PoolEvent.START_FAILED, now)
 
@@ -170,8 +179,8 @@ class Pool:
     def process_exited(self, generation: int, status: int, now: float) -> list[Effect]:
         """The process has exited. status: its exit status, or minus the signal that killed it."""
         process = self._processes[generation]
-        process.reason = process.reason or _exit_reason(status)
-        process.explanation = process.explanation or _describe_exit(status)
+        process.reason = process.reason or exit_reason(status)
+        process.explanation = process.explanation or describe_exit(status)
         self._now = now
         if status == EX_CONFIG and process.state is SlotState.STARTING:
             self._give_up(process, EX_CONFIG)
@@ -654,24 +663,6 @@ class Pool:
         pause = min(slot.process.deadline for slot in looping) - self._now
         advice = f"up to {self._settings.restart_delay_max:g} s apart (workers.restart_delay_max); see its errors above"
         self._log(f"crash loop: {slots}; next attempt in {pause:.1f} s, {advice}", is_error=True)
-
-
-def _exit_reason(status: int) -> str:
-    """Return the metrics' label for an exit status, one of a closed set."""
-    if status < 0:
-        return "signal"
-    return {0: "exit", EX_CONFIG: "config"}.get(status, "error")
-
-
-def _describe_exit(status: int) -> str:
-    if status == 0:
-        return "has drained and exited, though the supervisor did not ask for it (SIGTERM from another process?)"
-    if status > 0:
-        return f"exited with status {status}"
-    try:
-        return f"was killed by {signals.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"
 
 
 TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, SlotProcess], None]] = {

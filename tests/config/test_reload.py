@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from realtime.config.reload import FIXED, OF_BROKER, keep_fixed
+from realtime.config.schema import value_keys
 from realtime.config.settings import (
     ChannelSettings,
     EngineSettings,
@@ -14,11 +15,12 @@ from realtime.config.settings import (
     Namespace,
     Settings,
 )
+from tests.config.parsing import parse_options
 
 
-@pytest.mark.parametrize(("table", "key"), (*FIXED, *(("engine", key) for key in OF_BROKER)))
-def test_each_fixed_setting_exists(table: str, key: str) -> None:
-    assert hasattr(getattr(Settings(), table), key)
+@pytest.mark.parametrize("path", (*FIXED, *(("engine", key) for key in OF_BROKER)), ids=".".join)
+def test_each_fixed_setting_exists(path: tuple[str, ...]) -> None:
+    assert path in dict(value_keys(Settings))
 
 
 def test_what_needs_a_restart_stays_and_is_named_in_one_line() -> None:
@@ -38,6 +40,19 @@ def test_what_needs_a_restart_stays_and_is_named_in_one_line() -> None:
     assert lines == [
         "http_server.port = 9000: needs a restart of the server; until then 8000 stays",
         "loop.stuck = 5.0: needs a restart of the server; until then 10.0 stays",
+    ]
+
+
+def test_the_lines_show_no_credentials_of_redis() -> None:
+    running = parse_options("engine.redis", address="redis://:secret1@a:1", password="secret2", db="1")
+    wanted = parse_options("engine.redis", address="redis://:secret3@a:1", password="secret4", cluster_address="a:1")
+    settings, lines = keep_fixed(running, wanted)
+    assert settings == running
+    assert lines == [
+        "engine.redis.address has another value: needs a restart of the server; until then the value before stays",
+        'engine.redis.cluster_address = ["a:1"]: needs a restart of the server; until then [] stays',
+        "engine.redis.password has another value: needs a restart of the server; until then the value before stays",
+        "engine.redis.db = 0: needs a restart of the server; until then 1 stays",
     ]
 
 

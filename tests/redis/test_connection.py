@@ -15,8 +15,8 @@ from realtime.redis.scripts import Script
 from tests.redis.servers import RedisProcess
 from tests.redis.users import User
 
-ECHO = Script("return ARGV[1]")
-COUNT = Script("redis.call('PUBLISH', KEYS[1], ARGV[1]) return redis.call('INCR', 'count')")
+ECHO = Script("return ARGV[2]")
+COUNT = Script("redis.call('PUBLISH', KEYS[1], ARGV[2]) return redis.call('INCR', 'count')")
 
 
 @pytest_twisted.async_yield_fixture(scope="module")
