@@ -140,9 +140,10 @@ class Child:
     """This process, as its service uses it.
 
     name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: its serial number among all
-    processes of the server. listen: descriptors of listening sockets, owned by the service (see
-    `realtime.worker.listening.adopt`). page: its vital signs. reactor: for the server's own code. loop_reactor: the
-    application's, for libraries that need one; it runs on the loop's own thread alone. metrics: the process's series.
+    processes of the server. supervisor: its process id. listen: descriptors of listening sockets, owned by the service
+    (see `realtime.worker.listening.adopt`). page: its vital signs. reactor: for the server's own code. loop_reactor:
+    the application's, for libraries that need one; it runs on the loop's own thread alone. metrics: the process's
+    series.
     heartbeat: give it the process's load by `observe`, and periodic tasks.
     accounts: of the loop's time. marker: to be called around each handler on the loop. turn_number: returns the number
     of the loop's current turn; None where turns are not counted. lock: see `realtime.process.server_lock`.
@@ -169,6 +170,7 @@ class Child:
         self.name = "broker" if slot < 0 else f"worker {slot}"
         self.slot = slot
         self.generation = generation
+        self.supervisor = os.getppid()
         self.settings = settings
         self.listen = listen
         self.page = page
