@@ -148,9 +148,9 @@ class Child:
     """This process, as its service uses it.
 
     name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: its serial number among all
-    processes of the server. listen: descriptors of listening sockets, owned by the service (see
-    `realtime.worker.listening.adopt`). predecessor: a stream to the process whose place this one takes, owned by the
-    service; None for none. page: its vital signs. reactor: for the server's own code. loop_reactor: the
+    processes of the server. supervisor: its process id. listen: descriptors of listening sockets, owned by the service
+    (see `realtime.worker.listening.adopt`). predecessor: a stream to the process whose place this one takes, owned by
+    the service; None for none. page: its vital signs. reactor: for the server's own code. loop_reactor: the
     application's, for libraries that need one; it runs on the loop's own thread alone. metrics: the process's series.
     heartbeat: give it the process's load by `observe`, and periodic tasks.
     accounts: of the loop's time. marker: to be called around each handler on the loop. turn_number: returns the number
@@ -179,6 +179,7 @@ class Child:
         self.name = "broker" if slot < 0 else f"worker {slot}"
         self.slot = slot
         self.generation = generation
+        self.supervisor = os.getppid()
         self.settings = settings
         self.listen = listen
         self.predecessor = predecessor
