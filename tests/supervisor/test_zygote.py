@@ -24,7 +24,7 @@ from tests.transports.stage import eventually
 HERE = Path(__file__).parent
 
 
-# A program that has its first zygote forked from itself. It writes what a child gets, and the exit status of the zygote.
+# A program that has its first zygote forked from itself. It writes what a child gets, and how the zygote has ended.
 EARLY = """
 import json, os, socket
 from realtime.process import zygote
