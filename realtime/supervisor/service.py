@@ -53,7 +53,7 @@ from realtime.supervisor.steering import Steering
 from realtime.supervisor.substitutes import Substitutes
 from realtime.supervisor.systemd import SystemdNotifier
 from realtime.supervisor.trial import Trial
-from realtime.supervisor.zygote import Zygote
+from realtime.supervisor.zygote import EarlyZygote, Zygote
 
 WORKER_MODULE = "realtime.worker.process"
 BROKER_MODULES = {"memory": "realtime.broker.process", "redis": "realtime.broker.redis_process"}
@@ -103,12 +103,13 @@ class Supervisor(Service):
         handle_signals: bool = False,
         capture_output: bool = False,
         sources: Sources | None = None,
+        early_zygote: EarlyZygote | None = None,
     ) -> None:
         """worker, broker: modules to run as children, see `realtime.process.child`; None for the broker of the engine.
         leave: called with the exit status after the last process has exited; `stopService` works without it.
         handle_signals: whether to take SIGTERM and SIGINT over from Twisted. capture_output: whether to copy the
         children's output to the log in any case. sources: where `settings` come from, and those of a reload; None for a
-        server that can't reload."""
+        server that can't reload. early_zygote: the first one, if it was forked from this process."""
         settings = with_counts(settings)
         self.pool = Pool(settings.workers.count, settings.workers, settings.loop, settings.shutdown.timeout)
         self.processes: dict[int, ChildProcess] = {}
@@ -121,6 +122,7 @@ class Supervisor(Service):
         self._configured_count = settings.workers.count
         self._knows_count = True
         self.zygote: Zygote | None = None
+        self._early_zygote = early_zygote
         self.sampler = StackSampler(reactor, self.monitor, settings.loop, settings.app, self.processes)
         self._reactor = reactor
         self._revisions = Revisions(settings)
@@ -211,7 +213,7 @@ class Supervisor(Service):
         # A daemon's own output goes nowhere. The log is twistd's, so the children's output must go there too.
         self._capture_output = self._capture_output or _is_discarded(1)
         modules = [self._worker, *self._modules.values()]
-        self.zygote = Zygote(self._reactor, modules, capture=self._capture_output)
+        self.zygote = Zygote(self._reactor, modules, early=self._early_zygote, capture=self._capture_output)
         self._stop_counting_errors = log.count_internal_errors(self.metrics)
         self._reactor.callWhenRunning(self._start_processes)
 
