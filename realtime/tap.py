@@ -91,7 +91,8 @@ def makeService(options: Mapping[str, Any]) -> IService:
         print(*problems, sep="\n", file=sys.stderr)
         raise SystemExit(os.EX_CONFIG)
     _allow_descriptors()
-    early_zygote = fork_early([WORKER_MODULE, BROKER_MODULES[settings.engine.type]]) if _stays_the_same(options) else None
+    modules = [WORKER_MODULE, BROKER_MODULES[settings.engine.type]]
+    early_zygote = fork_early(modules) if _stays_the_same(options) else None
     insecure_keys = warnings.insecure_keys(settings)
     if environment.stays_root(_drops_root(options)):
         insecure_keys.append("root")
