@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,38 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
         return Deferred.fromCoroutine(function(**arguments)).addTimeout(limit, reactor)
 
     pyfuncitem.obj = limited
+
+
+class _Reports(logging.Handler):
+    """Keeps what asyncio reports of forgotten objects, without the text of their tracebacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_forgotten() -> Iterator[None]:
+    """Fail the module whose tests leave sockets open, or failed futures unread, to the garbage collector.
+
+    It would find them in any test, later, and fail that: asyncio's report of a future formats a traceback, which parses
+    source, and CPython 3.11 can't do that within `ast.parse`.
+    """
+    yield
+    reports, logger = _Reports(), logging.getLogger("asyncio")
+    logger.addHandler(reports)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ResourceWarning)
+            gc.collect()
+    finally:
+        logger.removeHandler(reports)
+        gc.freeze()  # what is left is not looked at again, which makes this quick
+    found = reports.lines + [str(warning.message) for warning in caught if warning.category is ResourceWarning]
+    assert not found, "\n".join(found)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from realtime.errors import RealtimeError
 from realtime.pubsub.engine import AddPresence, Answer, EngineNotice, EngineRequest
 from realtime.types import ClientInfo, Publication
 
-VERSION = 8
+VERSION = 9
 
 FRAME_LIMIT = 16 * 1024 * 1024
 """Upper limit in bytes of a frame's body."""
@@ -66,7 +66,7 @@ class Hello(BrokerMessage, tag=1, frozen=True, gc=False):
     takes_lost_clients: whether the worker will ask for the clients of its predecessor (`engine.TakeLostClients`).
     generation: of the worker's process, see `engine.worker_address`. stream: counts the streams of the process from 1.
     previous: the latest stream whose Welcome it received, and 0 if it cannot be continued. handled: bytes of the whole
-    frames of that stream that it has handled; of later ones it has handled none.
+    frames of that stream that it has handled; of later ones it has handled none. pid: of the worker.
     """
 
     version: int
@@ -76,6 +76,7 @@ class Hello(BrokerMessage, tag=1, frozen=True, gc=False):
     stream: int = 0
     previous: int = 0
     handled: int = 0
+    pid: int = 0
 
     def handled_of(self, stream: int) -> int | None:
         """Return the bytes that the worker has handled of an earlier stream, None if unknown."""
@@ -179,6 +180,11 @@ def pack(message: object, number: int = 0) -> bytes:
     return _pack_head(length, number) + body
 
 
+def frame_of(number: int, body: bytes) -> bytes:
+    """Return the frame that `FrameReader` has split into these two."""
+    return _pack_head(len(body), number) + body
+
+
 def message_decoder(kinds: tuple[type[Struct], ...]) -> Callable[[bytes], Any]:
     """Return a function from the body of a frame to a message. kinds: `TO_BROKER` or `TO_WORKER`.
 
@@ -218,6 +224,11 @@ class FrameReader:
     def rest(self) -> int:
         """Bytes of the frame that is not complete yet."""
         return len(self._rest)
+
+    def take_rest(self) -> bytes:
+        """Remove and return the bytes of the frame that is not complete yet."""
+        rest, self._rest = bytes(self._rest), bytearray()
+        return rest
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Yield the number and the body of each complete frame. Exhaust the iterator before feeding more.

@@ -214,15 +214,11 @@ class ClusterNode(RedisServer):
         send(self, self._following(done, send))
 
     def run(self, done: ReplyCallback, script: Script, keys: Sequence[Argument], arguments: Sequence[Argument]) -> None:
-        """See `RedisServer`. An argument that is this server's generation is that of the server which runs it."""
+        """See `RedisServer`."""
 
         def send(server: RedisServer, done: ReplyCallback) -> None:
-            given = arguments
-            if server is not self and self.generation:
-                given = [server.generation if each == generation else each for each in arguments]
-            RedisServer.run(server, done, script, keys, given)
+            RedisServer.run(server, done, script, keys, arguments)
 
-        generation = self.generation
         send(self, self._following(done, send))
 
     def _following(self, done: ReplyCallback, send: Send) -> ReplyCallback:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -27,6 +27,7 @@ from realtime.process.link import REPLACED, Link, adopt
 from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_messages import ANSWERS, BadFrame, Published
+from realtime.pubsub.broker_state import chunks
 from realtime.pubsub.engine import (
     AddClient,
     AddPresence,
@@ -52,8 +53,6 @@ RESTORE_BYTES = 1024 * 1024
 """Approximate limit in bytes of one Restore; a single longer entry still fits into one."""
 
 _log = Logger()
-
-T = TypeVar("T")
 
 _decode = broker_messages.message_decoder(broker_messages.TO_WORKER)
 
@@ -130,7 +129,9 @@ class BrokerEngine:
         generation: int = 0,
     ) -> None:
         """takes_lost_clients: whether `TakeLostClients` will be asked. generation: see `engine.worker_address`."""
-        self._hello = broker_messages.Hello(broker_messages.VERSION, "", takes_lost_clients, generation)
+        self._hello = broker_messages.Hello(
+            broker_messages.VERSION, "", takes_lost_clients, generation, pid=os.getpid()
+        )
         self._ledger = ledger or LoopTimeLedger(time.monotonic_ns)
         self._account = self._ledger.open(LoopWork.ENGINE)
         self._receiver = receiver
@@ -221,7 +222,7 @@ class BrokerEngine:
 
     def _introduction(self) -> Iterator[broker_messages.BrokerMessage | EngineNotice]:
         yield self._hello
-        for channels in _chunks(self._channels, len):
+        for channels in chunks(self._channels, len, RESTORE_BYTES):
             yield broker_messages.Restore(channels, [], [])
         yield from self._state_of(self._presence.values(), self._clients.values())
         yield ReportSubscriptions(self._subscriptions)
@@ -229,9 +230,9 @@ class BrokerEngine:
     def _state_of(
         self, presence: Iterable[AddPresence], clients: Iterable[ClientInfo]
     ) -> Iterator[broker_messages.Restore]:
-        for some in _chunks(presence, lambda add: len(add.info.conn_info) + len(add.info.chan_info)):
+        for some in chunks(presence, lambda add: len(add.info.conn_info) + len(add.info.chan_info), RESTORE_BYTES):
             yield broker_messages.Restore([], some, [])
-        for few in _chunks(clients, lambda info: len(info.user)):
+        for few in chunks(clients, lambda info: len(info.user), RESTORE_BYTES):
             yield broker_messages.Restore([], [], few, _of(self._sessions, few))
 
     def _take_unsent(self) -> Iterator[bytes]:
@@ -539,17 +540,3 @@ def _identity(info: ClientInfo) -> ClientInfo:
 def _of(sessions: Mapping[str, str], clients: Iterable[ClientInfo]) -> dict[str, str]:
     """Return the secrets of these clients."""
     return {info.client: sessions[info.client] for info in clients if info.client in sessions} if sessions else {}
-
-
-def _chunks(entries: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Split entries into lists of about RESTORE_BYTES, counting `size` and 256 bytes more for each entry."""
-    chunk: list[T] = []
-    room = RESTORE_BYTES
-    for entry in entries:
-        room -= size(entry) + 256
-        if room < 0 and chunk:
-            yield chunk
-            chunk, room = [], RESTORE_BYTES - size(entry)
-        chunk.append(entry)
-    if chunk:
-        yield chunk

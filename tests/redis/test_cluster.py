@@ -51,7 +51,7 @@ def other_master(cluster: RedisCluster, owner: RedisProcess) -> RedisProcess:
 
 async def publish(user: User, name: str, payload: str) -> bytes:
     keys = [value(name), channel(name)]
-    return await user.run(PUBLISH, keys, [user.servers.of(name).generation, payload], of=name)
+    return await user.run(PUBLISH, keys, [payload], of=name)
 
 
 @pytest_twisted.ensureDeferred
