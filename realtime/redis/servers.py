@@ -76,7 +76,7 @@ class RedisServer:
         metrics.gauge(
             "realtime_redis_lag_seconds", "Time of Redis' latest answer to a check.", lambda: self._lag, server=name
         )
-        metrics.gauge("realtime_redis_ready", "1 while this server answers.", lambda: self.is_ready, server=name)
+        metrics.gauge("realtime_redis_ready", "1 while this server answers.", lambda: float(self.is_ready), server=name)
 
     @property
     def is_ready(self) -> bool:
