@@ -45,7 +45,7 @@ from realtime.pubsub.engine import (
     split_address,
 )
 from realtime.pubsub.history import ChannelStreams, EpochsState, IdempotencyCache, KeysState, StreamsState
-from realtime.pubsub.presence import AbsentState, Presence, PresentState
+from realtime.pubsub.presence import AbsentState, Presence, PresenceEntry, PresentState
 from realtime.pubsub.time_slices import CHUNK
 from realtime.types import ClientInfo, EngineStats, HistoryPage, NodeInfo, Position, Publication
 
@@ -184,7 +184,7 @@ class BrokerCore(Generic[P]):
         self._max_channels = max_channels
         self._streams = ChannelStreams(max_channels)
         self._idempotency = IdempotencyCache(max_channels)
-        self._presence: Presence[P] = Presence(max_channels, self._announce_join, self._announce_leave)
+        self._presence: Presence[P] = Presence(max_channels, self)
         self._routes: dict[str, list[P]] = {}
         self._peers: dict[P, _PeerState] = {}
         self._addresses: dict[str, P] = {}
@@ -508,15 +508,15 @@ class BrokerCore(Generic[P]):
     def remove_presence(self, peer: P, now: float, request: RemovePresence) -> None:
         self._presence.remove(now, peer, request, is_connected=request.client in self._peers[peer].users)
 
-    def _announce_join(self, channel: str, info: ClientInfo) -> None:
-        peers = self._routes.get(channel)
-        if peers:
-            self._delivery.deliver_join(peers, channel, info)
+    def on_present(self, channel: str, entry: PresenceEntry, *, is_new: bool, announce: bool) -> None:
+        """Deliver a join, see `PresenceListener`."""
+        if is_new and announce and entry.announce and (peers := self._routes.get(channel)):
+            self._delivery.deliver_join(peers, channel, entry.info)
 
-    def _announce_leave(self, channel: str, info: ClientInfo) -> None:
-        peers = self._routes.get(channel)
-        if peers:
-            self._delivery.deliver_leave(peers, channel, info)
+    def on_absent(self, channel: str, entry: PresenceEntry) -> None:
+        """Deliver a leave, see `PresenceListener`."""
+        if entry.announce and (peers := self._routes.get(channel)):
+            self._delivery.deliver_leave(peers, channel, entry.info)
 
     @carries_out(GetPresence)
     def get_presence(self, peer: P, now: float, request: GetPresence) -> dict[str, ClientInfo]:
