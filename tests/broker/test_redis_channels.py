@@ -6,7 +6,9 @@ never see.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 import pytest
 import pytest_twisted
@@ -17,7 +19,7 @@ from twisted.internet.task import deferLater
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.pubsub.engine import Subscribe
 from realtime.types import HistoryOptions, Position
-from tests.broker.redis_nodes import nodes
+from tests.broker.redis_nodes import Node, nodes
 from tests.pubsub.benches import Bench
 from tests.redis.deployments import RedisProcess, RedisStarter
 from tests.system.brokers import POLL, until
@@ -66,6 +68,11 @@ class Reader:
         assert self.seen.setdefault((epoch, offset), data) == data
         self.position = Position(offset, epoch)
 
+    def has_all(self, publisher: Publisher) -> None:
+        """Check that every accepted publication was seen at its position."""
+        for data, position in publisher.accepted.items():
+            assert self.seen[position.epoch, position.offset] == data
+
 
 class Publisher:
     """Publishes numbers. accepted: positions by number."""
@@ -76,6 +83,11 @@ class Publisher:
         self.next = start
         self.accepted: dict[bytes, Position] = {}
         self.refused = 0
+
+    @property
+    def has_positions_of_its_own(self) -> bool:
+        """Whether no two accepted publications share a position."""
+        return len({(position.epoch, position.offset) for position in self.accepted.values()}) == len(self.accepted)
 
     async def publish(self) -> None:
         data = b"%d" % self.next
@@ -109,16 +121,32 @@ async def caught_up(reader: Reader, position: Position) -> None:
     await until(has)
 
 
+class Stage(NamedTuple):
+    """A server that keeps everything, workers of two nodes, and the only worker of one without a strict epoch."""
+
+    redis: RedisProcess
+    here: Bench
+    there: Bench
+    lax: Bench
+    node: Node
+
+
+@pytest_twisted.async_yield_fixture(scope="module")
+async def stage() -> AsyncIterator[Stage]:
+    starter = RedisStarter()
+    redis = starter.standalone(aof=True)
+    async with (
+        nodes(redis.address, 2, io_timeout=0.6) as (here, there),
+        nodes(redis.address, prefix="lax", strict_epoch=False) as (lax,),
+    ):
+        yield Stage(redis, here.workers[0], there.workers[0], lax.workers[0], there)
+    starter.finish()
+
+
 @pytest.fixture
-def redis(redis_starter: RedisStarter) -> RedisProcess:
-    return redis_starter.standalone(aof=True)
-
-
-@pytest_twisted.async_yield_fixture
-async def pair(redis: RedisProcess) -> AsyncIterator[tuple[Bench, Bench]]:
-    """Workers of two nodes."""
-    async with nodes(redis.address, 2, io_timeout=0.6) as (here, there):
-        yield here.workers[0], there.workers[0]
+def channel(request: pytest.FixtureRequest) -> str:
+    """A channel name that no other test uses."""
+    return request.node.name.replace("[", "-").rstrip("]")
 
 
 def kill_one_connection(redis: RedisProcess) -> None:
@@ -129,16 +157,14 @@ def kill_one_connection(redis: RedisProcess) -> None:
             return
 
 
-async def test_publications_missed_during_a_lost_connection_are_delivered_and_nobody_notices(
-    redis: RedisProcess, pair: tuple[Bench, Bench]
-) -> None:
-    readers = [Reader(bench, "news") for bench in pair]
+async def test_publications_missed_during_a_lost_connection_are_delivered_unnoticed(stage: Stage, channel: str) -> None:
+    readers = [Reader(bench, channel) for bench in (stage.here, stage.there)]
     for reader in readers:
         await reader.subscribe()
-    publishers = [Publisher(bench, "news", 1000 * number) for number, bench in enumerate(pair)]
+    publishers = [Publisher(bench, channel, 1000 * number) for number, bench in enumerate((stage.here, stage.there))]
     for _ in range(10):
         busy = [Deferred.fromCoroutine(publisher.burst(50)) for publisher in publishers]
-        kill_one_connection(redis)
+        kill_one_connection(stage.redis)
         await DeferredList(busy)
     tops = [await publisher.until_accepted() for publisher in publishers]
     for reader in readers:
@@ -146,203 +172,159 @@ async def test_publications_missed_during_a_lost_connection_are_delivered_and_no
             await caught_up(reader, top)
         assert reader.told == 0
         for publisher in publishers:
-            for data, position in publisher.accepted.items():
-                assert reader.seen[position.epoch, position.offset] == data
+            reader.has_all(publisher)
     assert sum(publisher.refused for publisher in publishers) > 0
     assert readers[0].seen == readers[1].seen
 
 
-@pytest.mark.parametrize("command", [["FLUSHALL"], ["DEL", "realtime.meta.{.news}"]])
-async def test_lost_metadata_begin_an_epoch_that_never_was(
-    redis: RedisProcess, pair: tuple[Bench, Bench], command: list[str]
-) -> None:
-    here, there = pair
-    reader, publisher = Reader(there, "news"), Publisher(here, "news")
+async def under_load(stage: Stage, channel: str, *commands: tuple[str, ...]) -> tuple[Reader, Publisher]:
+    """Carry out commands on Redis while one node publishes and the other one reads."""
+    reader, publisher = Reader(stage.there, channel), Publisher(stage.here, channel)
     await reader.subscribe()
-    for _ in range(5):
+    for command in commands:
         busy = Deferred.fromCoroutine(publisher.burst(50))
-        redis.command(*command)
+        stage.redis.command(*command)
         await busy
     await caught_up(reader, await publisher.until_accepted())
-    epochs = {position.epoch for position in publisher.accepted.values()}
-    positions = [(position.epoch, position.offset) for position in publisher.accepted.values()]
-    assert len(set(positions)) == len(positions)
-    assert len(epochs) > 1
     assert publisher.refused == 0
-    for data, position in publisher.accepted.items():
-        assert reader.seen[position.epoch, position.offset] == data
+    return reader, publisher
 
 
-async def test_a_lost_history_leaves_no_gap_for_subscribers(redis: RedisProcess, pair: tuple[Bench, Bench]) -> None:
-    here, there = pair
-    reader, publisher = Reader(there, "news"), Publisher(here, "news")
-    await reader.subscribe()
-    for _ in range(5):
-        busy = Deferred.fromCoroutine(publisher.burst(50))
-        redis.command("DEL", "realtime.history.{.news}")
-        await busy
-    await caught_up(reader, await publisher.until_accepted())
-    assert (reader.told, publisher.refused) == (0, 0)
+@pytest.mark.parametrize("command", ["FLUSHALL", "DEL"])
+async def test_lost_metadata_begin_an_epoch_that_never_was(stage: Stage, channel: str, command: str) -> None:
+    words = (command, f"realtime.meta.{{.{channel}}}") if command == "DEL" else (command,)
+    reader, publisher = await under_load(stage, channel, *[words] * 5)
+    assert publisher.has_positions_of_its_own
+    assert len({position.epoch for position in publisher.accepted.values()}) > 1
+    reader.has_all(publisher)
 
 
-async def test_forgotten_scripts_are_sent_again_unnoticed(redis: RedisProcess, pair: tuple[Bench, Bench]) -> None:
-    reader, publisher = Reader(pair[1], "news"), Publisher(pair[0], "news")
-    await reader.subscribe()
-    for _ in range(5):
-        busy = Deferred.fromCoroutine(publisher.burst(50))
-        redis.command("SCRIPT", "FLUSH")
-        await busy
-    await caught_up(reader, await publisher.until_accepted())
-    assert (reader.told, publisher.refused) == (0, 0)
+async def test_a_lost_history_leaves_no_gap_for_subscribers(stage: Stage, channel: str) -> None:
+    reader, publisher = await under_load(stage, channel, *[("DEL", f"realtime.history.{{.{channel}}}")] * 5)
+    assert reader.told == 0
+    reader.has_all(publisher)
+
+
+async def test_forgotten_scripts_are_sent_again_unnoticed(stage: Stage, channel: str) -> None:
+    reader, publisher = await under_load(stage, channel, *[("SCRIPT", "FLUSH")] * 5)
+    assert reader.told == 0
     assert list(publisher.accepted) == [b"%d" % number for number in range(publisher.next)]
+    assert [position.offset for position in publisher.accepted.values()] == list(range(1, publisher.next + 1))
 
 
-async def outage(redis: RedisProcess, publisher: Publisher) -> None:
-    """Publish until publications are refused, and then no more of them wait."""
-    while not publisher.refused:
-        await publisher.publish()
-
-
-@pytest.mark.parametrize("strict_epoch", [True, False])
-async def test_a_restart_with_all_data_is_noticed_only_where_the_epoch_is_strict(
-    redis: RedisProcess, strict_epoch: bool
-) -> None:
-    async with nodes(redis.address, strict_epoch=strict_epoch) as (node,):
-        (bench,) = node.workers
-        reader, publisher = Reader(bench, "news"), Publisher(bench, "news")
+async def test_a_restart_with_all_data_is_noticed_only_where_the_epoch_is_strict(stage: Stage, channel: str) -> None:
+    readers = [Reader(bench, channel) for bench in (stage.here, stage.lax)]
+    publishers = [Publisher(bench, channel) for bench in (stage.here, stage.lax)]
+    for reader, publisher in zip(readers, publishers, strict=True):
         await reader.subscribe()
         await publisher.burst(20)
-        before = await publisher.until_accepted()
-        redis.kill()
-        await outage(redis, publisher)
-        redis.start()
-        after = await publisher.until_accepted()
-        await caught_up(reader, after)
-        if strict_epoch:
-            assert after.epoch != before.epoch
-            assert reader.told == 1
-        else:
-            assert (after.epoch, after.offset > before.offset, reader.told) == (before.epoch, True, 0)
+    strict, lax = [await publisher.until_accepted() for publisher in publishers]
+    stage.redis.kill()
+    for publisher in publishers:
+        while not publisher.refused:
+            await publisher.publish()
+    stage.redis.start()
+    strict_after, lax_after = [await publisher.until_accepted() for publisher in publishers]
+    await caught_up(readers[0], strict_after)
+    await caught_up(readers[1], lax_after)
+    assert (strict_after.epoch != strict.epoch, readers[0].told) == (True, 1)
+    assert (lax_after.epoch, lax_after.offset > lax.offset, readers[1].told) == (lax.epoch, True, 0)
+    readers[1].has_all(publishers[1])
 
 
-@pytest.mark.parametrize("strict_epoch", [True, False])
-async def test_after_a_restart_without_data_every_subscriber_starts_anew(
-    redis_starter: RedisStarter, strict_epoch: bool
+@pytest.mark.parametrize("data", ["none", "old"])
+async def test_after_a_restart_with_other_data_every_subscriber_starts_anew(
+    stage: Stage, channel: str, data: str
 ) -> None:
-    redis = redis_starter.standalone()
-    async with nodes(redis.address, strict_epoch=strict_epoch) as (node,):
-        (bench,) = node.workers
-        reader, idle = Reader(bench, "news"), Reader(bench, "idle")
-        publishers = [Publisher(bench, "news"), Publisher(bench, "idle")]
-        for each in (reader, idle):
-            await each.subscribe()
-        before = [await publisher.until_accepted() for publisher in publishers]
-        redis.kill()
-        redis.start()
+    reader, idle = Reader(stage.here, channel), Reader(stage.there, channel + "!")
+    publisher = Publisher(stage.here, channel)
+    await reader.subscribe()
+    await idle.subscribe()
+    await publisher.burst(20)
+    copy, files = stage.redis.folder / "copy", stage.redis.folder / "appendonlydir"
+    shutil.copytree(files, copy)
+    await publisher.burst(20)
+    stage.redis.kill()
+    shutil.rmtree(files)
+    if data == "old":
+        shutil.move(copy, files)
+    else:
+        shutil.rmtree(copy)
+    stage.redis.start()
 
-        def is_told() -> bool:
-            idle.follow()
-            return idle.told == 1
+    def is_told() -> bool:
+        idle.follow()
+        return idle.told == 1
 
-        await until(is_told)  # without a publication
-        after = await publishers[0].until_accepted()
-        await caught_up(reader, after)
-        assert (after.epoch != before[0].epoch, reader.told) == (True, 1)
-
-
-async def test_after_a_restart_with_an_old_snapshot_no_position_is_used_twice(redis_starter: RedisStarter) -> None:
-    redis = redis_starter.standalone()
-    async with nodes(redis.address) as (node,):
-        (bench,) = node.workers
-        reader, publisher = Reader(bench, "news"), Publisher(bench, "news")
-        await reader.subscribe()
-        await publisher.burst(10)
-        redis.command("SAVE")
-        await publisher.burst(10)
-        await publisher.until_accepted()
-        redis.restart()
-        await caught_up(reader, await publisher.until_accepted())
-        positions = {(position.epoch, position.offset) for position in publisher.accepted.values()}
-        assert len(positions) == len(publisher.accepted)
-        assert reader.told == 1
+    await until(is_told)  # though no publication follows
+    await caught_up(reader, await publisher.until_accepted())
+    assert reader.told == 1
+    assert publisher.has_positions_of_its_own
 
 
-async def test_a_server_that_stops_refuses_publications_in_time_and_continues(
-    redis: RedisProcess, pair: tuple[Bench, Bench]
-) -> None:
-    reader, publisher = Reader(pair[1], "news"), Publisher(pair[0], "news")
+async def test_a_server_that_stops_refuses_publications_in_time_and_continues(stage: Stage, channel: str) -> None:
+    reader, publisher = Reader(stage.there, channel), Publisher(stage.here, channel)
     await reader.subscribe()
     await publisher.burst(10)
-    redis.pause()
+    stage.redis.pause()
     await publisher.burst(10)  # refused after the time limit
     assert publisher.refused == 10
     await publisher.burst(10)  # refused at once
     assert publisher.refused == 20
-    redis.resume()
+    stage.redis.resume()
     await caught_up(reader, await publisher.until_accepted())
     assert reader.told == 0
-    for data, position in publisher.accepted.items():
-        assert reader.seen[position.epoch, position.offset] == data
+    reader.has_all(publisher)
 
 
-async def test_an_idempotency_key_makes_the_retry_of_an_unknown_publication_safe(
-    redis: RedisProcess, pair: tuple[Bench, Bench]
-) -> None:
-    here, there = pair
-    redis.pause()
+async def test_an_idempotency_key_makes_the_retry_of_an_unknown_publication_safe(stage: Stage, channel: str) -> None:
+    stage.redis.pause()
     with pytest.raises(ClientError):
-        await here.publish("news", b"once", KEEP, idempotency_key="k")
-    redis.resume()  # and carries out what it has received
+        await stage.here.publish(channel, b"once", KEEP, idempotency_key="k")
+    stage.redis.resume()  # and carries out what it has received
 
     async def retry(bench: Bench) -> Position:
         while True:
             try:
-                return await bench.publish("news", b"once", KEEP, idempotency_key="k")
+                return await bench.publish(channel, b"once", KEEP, idempotency_key="k")
             except ClientError:
                 await deferLater(reactor, POLL)
 
-    assert await retry(here) == await retry(there)
-    assert [one.data for one in (await there.history("news", KEEP)).publications] == [b"once"]
+    assert await retry(stage.here) == await retry(stage.there)
+    assert [one.data for one in (await stage.there.history(channel, KEEP)).publications] == [b"once"]
 
 
-SETTINGS: list[tuple[dict[str, str], dict[str, str]]] = [
-    ({"maxmemory": "1", "maxmemory-policy": "noeviction"}, {"maxmemory": "0"}),
-    ({"min-replicas-to-write": "1"}, {"min-replicas-to-write": "0"}),
-]
+FAULTS = {"OOM": ("maxmemory", "1", "0"), "NOREPLICAS": ("min-replicas-to-write", "1", "0")}
 
 
-@pytest.mark.parametrize(("fault", "remedy"), SETTINGS, ids=["OOM", "NOREPLICAS"])
-async def test_what_redis_refuses_to_write_is_never_accepted(
-    redis: RedisProcess, pair: tuple[Bench, Bench], fault: dict[str, str], remedy: dict[str, str]
-) -> None:
-    reader, publisher = Reader(pair[1], "news"), Publisher(pair[0], "news")
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_what_redis_refuses_to_write_is_never_accepted(stage: Stage, channel: str, fault: str) -> None:
+    reader, publisher = Reader(stage.there, channel), Publisher(stage.here, channel)
     await reader.subscribe()
     before = await publisher.until_accepted()
-    for name, value in fault.items():
-        redis.command("CONFIG", "SET", name, value)
+    name, wrong, right = FAULTS[fault]
+    stage.redis.command("CONFIG", "SET", name, wrong)
+    refused = publisher.refused
     await publisher.burst(10)
-    assert publisher.refused == 10
-    for name, value in remedy.items():
-        redis.command("CONFIG", "SET", name, value)
+    assert publisher.refused == refused + 10
+    stage.redis.command("CONFIG", "SET", name, right)
     after = await publisher.until_accepted()
     assert after == Position(before.offset + 1, before.epoch)
     await caught_up(reader, after)
     assert reader.told == 0
 
 
-async def test_messages_of_strangers_are_dropped_and_counted(redis: RedisProcess) -> None:
-    async with nodes(redis.address) as (node,):
-        (bench,) = node.workers
-        reader, publisher = Reader(bench, "news"), Publisher(bench, "news")
-        await reader.subscribe()
-        pipeline = redis.client.pipeline(transaction=False)
-        for number in range(1000):
-            pipeline.publish("realtime.channel.{.news}", number.to_bytes(2) * (number % 50))
-        pipeline.execute()
-        await caught_up(reader, await publisher.until_accepted())
-        assert len(reader.seen) == 1
-        assert (await node.broker.samples("realtime_bad_input"))["redis_message"] == 1000
-        redis.command("RPUSH", "realtime.history.{.news}", "no publication")
-        with pytest.raises(ClientError) as caught:
-            await bench.history("news", KEEP)
-        assert caught.value.code == 100
+async def test_messages_of_strangers_are_dropped_and_counted(stage: Stage, channel: str) -> None:
+    reader, publisher = Reader(stage.there, channel), Publisher(stage.there, channel)
+    await reader.subscribe()
+    pipeline = stage.redis.client.pipeline(transaction=False)
+    for number in range(1000):
+        pipeline.publish(f"realtime.channel.{{.{channel}}}", number.to_bytes(2) * (number % 50))
+    pipeline.execute()
+    await caught_up(reader, await publisher.until_accepted())
+    assert len(reader.seen) == 1
+    assert (await stage.node.broker.samples("realtime_bad_input"))["redis_message"] == 1000
+    stage.redis.command("RPUSH", f"realtime.history.{{.{channel}}}", "no publication")
+    with pytest.raises(ClientError) as caught:
+        await stage.there.history(channel, KEEP)
+    assert caught.value.code == 100
