@@ -56,7 +56,7 @@ Kind = TypeVar("Kind")
 
 _UNNUMBERED = Position()  # of publications in channels without history
 
-_OPERATIONS: dict[type[Struct], Callable[..., Any]] = {}
+_OPERATIONS: dict[type[Struct], str] = {}  # the names of the methods, which a subclass may override
 
 
 def carries_out(
@@ -65,7 +65,7 @@ def carries_out(
     """Mark the method that carries out requests of this kind and returns their answer."""
 
     def register(method: Callable[[Core, P, float, Kind], Answer]) -> Callable[[Core, P, float, Kind], Answer]:
-        _OPERATIONS[kind] = method
+        _OPERATIONS[kind] = method.__name__
         return method
 
     return register
@@ -77,7 +77,7 @@ def takes_note(
     """Mark the method that takes note of notices of this kind."""
 
     def register(method: Callable[[Core, P, float, Kind], None]) -> Callable[[Core, P, float, Kind], None]:
-        _OPERATIONS[kind] = method
+        _OPERATIONS[kind] = method.__name__
         return method
 
     return register
@@ -194,7 +194,7 @@ class BrokerCore(Generic[P]):
         # Of peers that have ended: slot -> client -> user and the address of the peer.
         self._lost: dict[str, dict[str, tuple[str, str]]] = {}
         self.operations: dict[type[Struct], Callable[[P, float, Any], Any]] = {
-            kind: method.__get__(self) for kind, method in _OPERATIONS.items()
+            kind: getattr(self, name) for kind, name in _OPERATIONS.items()
         }
 
     def carry_out(self, peer: P, now: float, request: EngineRequest[Answer]) -> Answer:
