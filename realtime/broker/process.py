@@ -255,6 +255,9 @@ class Broker:
         self._leaving[peer] = steps = self._leave(peer)
         next(steps, None)
         self._slices.add(steps)
+        if self.core.has_lost_clients(str(peer.slot)):
+            others = [link for link, other in self._peers.items() if other.slot == peer.slot and other.takes_lost]
+            _send(others, broker_messages.ClientsLost())
 
     def _leave(self, peer: _WorkerPeer) -> Iterator[None]:
         yield from self.core.leave_steps(peer.link, self.now())
@@ -325,14 +328,15 @@ class _WorkerPeer:
     """Carries out the requests of one worker, for as long as one stream to it lasts.
 
     make_link: makes the link, which calls its argument with each frame. address: of the worker, see `SendOrder`; ""
-    before its Hello. stream: as in its Hello. has_restored: the worker's state is complete. unstored: publications
-    without history among the held requests.
+    before its Hello. stream, takes_lost: as in its Hello. has_restored: the worker's state is complete. unstored:
+    publications without history among the held requests.
     """
 
     def __init__(self, broker: Broker, slot: int, make_link: Callable[[Callable[[int, bytes], None]], Link]) -> None:
         self.slot = slot
         self.address = ""
         self.stream = 0
+        self.takes_lost = False
         self._pid = 0
         self._broker = broker
         self._core = broker.core
@@ -434,6 +438,7 @@ class _WorkerPeer:
         # When its previous stream to this same broker ended long ago, its clients left; now they join again. The
         # subscribers of another broker never received those leaves, so they receive no joins either.
         self._core.introduce(link, takes_lost=message.takes_lost_clients, is_returning=self._is_returning)
+        self.takes_lost = message.takes_lost_clients
         if message.instance and not self._is_returning:
             self._broker.restore()
         if self._broker.is_restoring:
@@ -484,7 +489,7 @@ class BrokerService:
             process.reactor,
             process.accounts,
             settings.workers.count,
-            NodeIdentity(settings).describe,
+            NodeIdentity(settings, process.supervisor).describe,
         )
 
     async def start(self) -> None:

@@ -151,6 +151,10 @@ class CaughtUp(BrokerMessage, tag=7, frozen=True, gc=False):
     stream: int
 
 
+class ClientsLost(BrokerMessage, tag=8, frozen=True, gc=False):
+    """Another worker of the slot has ended: ask for its clients (`engine.TakeLostClients`)."""
+
+
 class RequestFailed(BrokerMessage, tag=12, frozen=True, gc=False):
     """The request of this number failed with an `errors.ClientError` of these fields."""
 
@@ -163,7 +167,9 @@ class RequestFailed(BrokerMessage, tag=12, frozen=True, gc=False):
 REQUESTS: tuple[type[EngineRequest[Any]], ...] = tuple(EngineRequest.__subclasses__())
 NOTICES: tuple[type[EngineNotice], ...] = tuple(EngineNotice.__subclasses__())
 TO_BROKER: tuple[type[Struct], ...] = (Hello, Restore, *REQUESTS, *NOTICES)
-TO_WORKER: tuple[type[Struct], ...] = (Welcome, Published, Joined, Left, OrderSent, CutReached, CaughtUp, RequestFailed)
+TO_WORKER: tuple[type[Struct], ...] = (
+    *(Welcome, Published, Joined, Left, OrderSent, CutReached, CaughtUp, ClientsLost, RequestFailed),
+)
 
 _encode = msgspec.msgpack.Encoder().encode
 

@@ -114,7 +114,7 @@ class BrokerEngine:
     A subscribed channel is part of every fresh stream until `Unsubscribe`, even if `Subscribe` failed.
 
     reactor: twisted's. on_lost: called when the stream has ended, to have the supervisor provide another. ledger: the
-    loop's, which is charged for the stream.
+    loop's, which is charged for the stream. on_clients_lost: called when there are clients for `TakeLostClients`.
     """
 
     def __init__(
@@ -138,6 +138,7 @@ class BrokerEngine:
         self._settings = settings
         self._reactor = reactor
         self._on_lost = on_lost
+        self.on_clients_lost: Callable[[], None] = lambda: None
         self._link: Link | None = None
         self._closed = self._is_welcome = self._is_catching_up = False
         self._calls: dict[int, _Call] = {}  # by number, which is also the order of their deadlines
@@ -171,6 +172,7 @@ class BrokerEngine:
             broker_messages.OrderSent: self._on_order,
             broker_messages.CutReached: self._on_cut,
             broker_messages.CaughtUp: self._on_caught_up,
+            broker_messages.ClientsLost: lambda message: self.on_clients_lost(),
             broker_messages.RequestFailed: self._on_failed,
             broker_messages.Welcome: self._on_welcome,
         }
