@@ -26,6 +26,7 @@ that precede it in the broker, and before all that follow it.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any, Union, get_args
@@ -76,7 +77,7 @@ class Hello(BrokerMessage, tag=1, frozen=True, gc=False):
     stream: int = 0
     previous: int = 0
     handled: int = 0
-    pid: int = 0
+    pid: int = msgspec.field(default_factory=os.getpid)
 
     def handled_of(self, stream: int) -> int | None:
         """Return the bytes that the worker has handled of an earlier stream, None if unknown."""
