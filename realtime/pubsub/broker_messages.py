@@ -26,6 +26,7 @@ that precede it in the broker, and before all that follow it.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any, Union, get_args
@@ -76,7 +77,7 @@ class Hello(BrokerMessage, tag=1, frozen=True, gc=False):
     stream: int = 0
     previous: int = 0
     handled: int = 0
-    pid: int = 0
+    pid: int = msgspec.field(default_factory=os.getpid)
 
     def handled_of(self, stream: int) -> int | None:
         """Return the bytes that the worker has handled of an earlier stream, None if unknown."""
@@ -158,6 +159,10 @@ class Missed(BrokerMessage, tag=8, frozen=True, gc=False):
     publications: bool
 
 
+class ClientsLost(BrokerMessage, tag=9, frozen=True, gc=False):
+    """Another worker of the slot has ended: ask for its clients (`engine.TakeLostClients`)."""
+
+
 class RequestFailed(BrokerMessage, tag=12, frozen=True, gc=False):
     """The request of this number failed with an `errors.ClientError` of these fields."""
 
@@ -171,7 +176,7 @@ REQUESTS: tuple[type[EngineRequest[Any]], ...] = tuple(EngineRequest.__subclasse
 NOTICES: tuple[type[EngineNotice], ...] = tuple(EngineNotice.__subclasses__())
 TO_BROKER: tuple[type[Struct], ...] = (Hello, Restore, *REQUESTS, *NOTICES)
 TO_WORKER: tuple[type[Struct], ...] = (
-    *(Welcome, Published, Joined, Left, OrderSent, CutReached, CaughtUp, Missed, RequestFailed),
+    *(Welcome, Published, Joined, Left, OrderSent, CutReached, CaughtUp, Missed, ClientsLost, RequestFailed),
 )
 
 _encode = msgspec.msgpack.Encoder().encode
