@@ -31,7 +31,7 @@ from realtime.config.sources import Sources, read
 from realtime.errors import SettingsError
 from realtime.operators.port import OperatorPort
 from realtime.process import log, output
-from realtime.supervisor.service import BROKER_MODULE, WORKER_MODULE, Supervisor
+from realtime.supervisor.service import BROKER_MODULES, WORKER_MODULE, Supervisor
 from realtime.supervisor.zygote import EarlyZygote, fork_early
 
 _log = Logger(observer=log.observer)
@@ -97,6 +97,7 @@ def makeService(options: Mapping[str, Any]) -> IService:
         *environment.find_warnings(os.environ),
         *environment.find_exposure(options["config"], settings, _drops_root(options)),
     ]
+    modules = [WORKER_MODULE, BROKER_MODULES[settings.engine.type]]
     insecure_keys = warnings.insecure_keys(settings)
     if environment.stays_root(_drops_root(options)):
         insecure_keys.append("root")
@@ -105,7 +106,7 @@ def makeService(options: Mapping[str, Any]) -> IService:
         insecure_keys=insecure_keys,
         capture_output=_has_another_log(options),
         sources=_sources(options["config"], given),
-        early_zygote=fork_early([WORKER_MODULE, BROKER_MODULE]) if _stays_the_same(options) else None,
+        early_zygote=fork_early(modules) if _stays_the_same(options) else None,
     )
     if passing:
         print(*passing, sep="\n", file=sys.stderr)
@@ -117,7 +118,7 @@ def makeService(options: Mapping[str, Any]) -> IService:
 def make_service(
     settings: Settings,
     worker: str = WORKER_MODULE,
-    broker: str = BROKER_MODULE,
+    broker: str | None = None,
     insecure_keys: Iterable[str] = (),
     capture_output: bool = False,
     sources: Sources | None = None,

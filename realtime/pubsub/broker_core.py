@@ -10,14 +10,16 @@ clock that never goes back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
+import msgspec
 from msgspec import Struct
 
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
 from realtime.metrics import Counter
+from realtime.pubsub.broker_state import StatePart, chunks
 from realtime.pubsub.engine import (
     AddClient,
     AddPresence,
@@ -27,6 +29,7 @@ from realtime.pubsub.engine import (
     EngineNotice,
     EngineRequest,
     GetHistory,
+    GetNodes,
     GetPresence,
     GetPresenceStats,
     GetStats,
@@ -39,11 +42,12 @@ from realtime.pubsub.engine import (
     Subscribe,
     TakeLostClients,
     Unsubscribe,
+    split_address,
 )
-from realtime.pubsub.history import ChannelStreams, IdempotencyCache
-from realtime.pubsub.presence import Presence
+from realtime.pubsub.history import ChannelStreams, EpochsState, IdempotencyCache, KeysState, StreamsState
+from realtime.pubsub.presence import AbsentState, Presence, PresenceEntry, PresentState
 from realtime.pubsub.time_slices import CHUNK
-from realtime.types import ClientInfo, EngineStats, HistoryPage, Position, Publication
+from realtime.types import ClientInfo, EngineStats, HistoryPage, NodeInfo, Position, Publication
 
 P = TypeVar("P")
 P_contra = TypeVar("P_contra", contravariant=True)
@@ -52,7 +56,7 @@ Kind = TypeVar("Kind")
 
 _UNNUMBERED = Position()  # of publications in channels without history
 
-_OPERATIONS: dict[type[Struct], Callable[..., Any]] = {}
+_OPERATIONS: dict[type[Struct], str] = {}  # the names of the methods, which a subclass may override
 
 
 def carries_out(
@@ -61,7 +65,7 @@ def carries_out(
     """Mark the method that carries out requests of this kind and returns their answer."""
 
     def register(method: Callable[[Core, P, float, Kind], Answer]) -> Callable[[Core, P, float, Kind], Answer]:
-        _OPERATIONS[kind] = method
+        _OPERATIONS[kind] = method.__name__
         return method
 
     return register
@@ -73,7 +77,7 @@ def takes_note(
     """Mark the method that takes note of notices of this kind."""
 
     def register(method: Callable[[Core, P, float, Kind], None]) -> Callable[[Core, P, float, Kind], None]:
-        _OPERATIONS[kind] = method
+        _OPERATIONS[kind] = method.__name__
         return method
 
     return register
@@ -93,6 +97,41 @@ class PeerDelivery(Protocol[P_contra]):
     def deliver_order(self, peers: Collection[P_contra], order: bytes) -> None: ...
 
     def deliver_cut(self, peer: P_contra, request: Cut, clients: list[ClientInfo]) -> None: ...
+
+
+class PeerHead(StatePart, tag=21, frozen=True, gc=False):
+    """A peer, which gets the next number, from 0 on. The fields are those of `_PeerState`."""
+
+    address: str
+    slot: str
+    subscriptions: int
+    keeps_lost: bool
+
+
+class PeerChannels(StatePart, tag=22, frozen=True, gc=False):
+    """Some channels of a peer. inherited: see `_PeerState`."""
+
+    peer: int
+    channels: list[str]
+    inherited: list[str]
+
+
+class PeerClients(StatePart, tag=23, frozen=True, gc=False):
+    """Some clients of a peer: client, user and secret, which is "" for most."""
+
+    peer: int
+    clients: list[tuple[str, str, str]]
+
+
+class LostClients(StatePart, tag=24, frozen=True, gc=False):
+    """Some clients that ended peers of a slot have left behind: client, user, and address of the peer."""
+
+    slot: str
+    clients: list[tuple[str, str, str]]
+
+
+STATE_PARTS: tuple[type[StatePart], ...] = tuple(StatePart.__subclasses__())
+"""All kinds of parts, see `BrokerCore.export`."""
 
 
 class _PeerState:
@@ -127,16 +166,25 @@ class BrokerCore(Generic[P]):
 
     max_channels: limits the channels with a subscriber, the channels with a history, the channels with presence on one
     peer, the lost clients of one slot, and the idempotency keys. A request beyond a limit raises ClientError 106.
-    publications: counts the requests to publish. operations: the bound method for each kind of request and notice.
+    publications: counts the requests to publish. describe_node: returns this node, without its numbers. operations: the
+    bound method for each kind of request and notice.
     """
 
-    def __init__(self, delivery: PeerDelivery[P], max_channels: int, publications: Counter | None = None) -> None:
+    def __init__(
+        self,
+        delivery: PeerDelivery[P],
+        max_channels: int,
+        publications: Counter | None = None,
+        describe_node: Callable[[], NodeInfo] = NodeInfo,
+    ) -> None:
         self._delivery = delivery
+        self._describe_node = describe_node
+        self._node = describe_node().uid
         self._publications = publications or Counter()
         self._max_channels = max_channels
         self._streams = ChannelStreams(max_channels)
         self._idempotency = IdempotencyCache(max_channels)
-        self._presence: Presence[P] = Presence(max_channels, self._announce_join, self._announce_leave)
+        self._presence: Presence[P] = Presence(max_channels, self)
         self._routes: dict[str, list[P]] = {}
         self._peers: dict[P, _PeerState] = {}
         self._addresses: dict[str, P] = {}
@@ -146,7 +194,7 @@ class BrokerCore(Generic[P]):
         # Of peers that have ended: slot -> client -> user and the address of the peer.
         self._lost: dict[str, dict[str, tuple[str, str]]] = {}
         self.operations: dict[type[Struct], Callable[[P, float, Any], Any]] = {
-            kind: method.__get__(self) for kind, method in _OPERATIONS.items()
+            kind: getattr(self, name) for kind, name in _OPERATIONS.items()
         }
 
     def carry_out(self, peer: P, now: float, request: EngineRequest[Answer]) -> Answer:
@@ -288,6 +336,69 @@ class BrokerCore(Generic[P]):
         for client, secret in sessions.items():
             self._add_session(peer, client, secret)
 
+    # The state
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the state can be exported: no unlinked peer may come back."""
+        return not self._unlinked
+
+    def export(self, peers: Sequence[P]) -> Iterator[StatePart]:
+        """Yield the state in parts. Nothing may change meanwhile.
+
+        peers: all of them, in any order, which the importing core gets them in.
+        """
+        for peer in peers:
+            state = self._peers[peer]
+            yield PeerHead(state.address, state.slot, state.subscriptions, state.keeps_lost)
+        yield from self._streams.export()
+        yield from self._idempotency.export()
+        for number, peer in enumerate(peers):
+            state = self._peers[peer]
+            for channels in chunks(state.channels, len):
+                yield PeerChannels(number, channels, [one for one in channels if one in state.inherited])
+            clients = ((client, user, state.sessions.get(client, "")) for client, user in state.users.items())
+            for some in chunks(clients, lambda one: len(one[1])):
+                yield PeerClients(number, some)
+        yield from self._presence.export(peers)
+        for slot, of_slot in self._lost.items():
+            lost = ((client, user, address) for client, (user, address) in of_slot.items())
+            for few in chunks(lost, lambda one: len(one[1])):
+                yield LostClients(slot, few)
+
+    def import_part(self, part: StatePart, peers: Sequence[P]) -> None:
+        """Add a part of the state of another core, whatever the limits. Nothing is delivered.
+
+        peers: those of the other core, or what stands for them here, in the same order.
+        """
+        match part:
+            case PeerHead(address, slot, subscriptions, keeps_lost):
+                peer = peers[len(self._peers)]
+                self.attach(peer, address, slot)
+                self._peers[peer].subscriptions, self._peers[peer].keeps_lost = subscriptions, keeps_lost
+            case EpochsState():
+                self._streams.import_epochs(part)
+            case StreamsState():
+                self._streams.import_streams(part)
+            case KeysState():
+                self._idempotency.import_keys(part)
+            case PeerChannels(number, channels, inherited):
+                for channel in channels:
+                    self._route(channel, peers[number])
+                self._peers[peers[number]].inherited.update(inherited)
+            case PeerClients(number, clients):
+                for client, user, secret in clients:
+                    self._add_client(peers[number], ClientInfo(user, client))
+                    if secret:
+                        self._add_session(peers[number], client, secret)
+            case PresentState():
+                self._presence.import_present(peers[part.peer], part)
+            case AbsentState():
+                self._presence.import_absent(part)
+            case LostClients(slot, clients):
+                lost = self._lost.setdefault(slot, {})
+                lost.update((client, (user, address)) for client, user, address in clients)
+
     # Publications
 
     @carries_out(Publish)
@@ -372,7 +483,7 @@ class BrokerCore(Generic[P]):
     def send_order(self, peer: P, now: float, request: SendOrder) -> int:
         recipients: Collection[P] = self._peers.keys()
         if request.worker:
-            recipient = self._sessions.get(request.session) or self._addresses.get(request.worker)
+            recipient = self._sessions.get(request.session) or self._peer_at(request.worker)
             recipients = [recipient] if recipient is not None else []
             returning = []
         else:
@@ -381,6 +492,11 @@ class BrokerCore(Generic[P]):
         if recipients or returning:
             self._delivery.deliver_order([*recipients, *returning], request.order)
         return len(recipients) + sum(map(self.is_routed, returning))
+
+    def _peer_at(self, address: str) -> P | None:
+        """Return the peer with this address, None for a worker of another node."""
+        node, local = split_address(address)
+        return self._addresses.get(local) if node in ("", self._node) else None
 
     # Presence
 
@@ -392,15 +508,15 @@ class BrokerCore(Generic[P]):
     def remove_presence(self, peer: P, now: float, request: RemovePresence) -> None:
         self._presence.remove(now, peer, request, is_connected=request.client in self._peers[peer].users)
 
-    def _announce_join(self, channel: str, info: ClientInfo) -> None:
-        peers = self._routes.get(channel)
-        if peers:
-            self._delivery.deliver_join(peers, channel, info)
+    def on_present(self, channel: str, entry: PresenceEntry, *, is_new: bool, announce: bool) -> None:
+        """Deliver a join, see `PresenceListener`."""
+        if is_new and announce and entry.announce and (peers := self._routes.get(channel)):
+            self._delivery.deliver_join(peers, channel, entry.info)
 
-    def _announce_leave(self, channel: str, info: ClientInfo) -> None:
-        peers = self._routes.get(channel)
-        if peers:
-            self._delivery.deliver_leave(peers, channel, info)
+    def on_absent(self, channel: str, entry: PresenceEntry) -> None:
+        """Deliver a leave, see `PresenceListener`."""
+        if entry.announce and (peers := self._routes.get(channel)):
+            self._delivery.deliver_leave(peers, channel, entry.info)
 
     @carries_out(GetPresence)
     def get_presence(self, peer: P, now: float, request: GetPresence) -> dict[str, ClientInfo]:
@@ -455,7 +571,7 @@ class BrokerCore(Generic[P]):
 
     @carries_out(Cut)
     def cut(self, peer: P, now: float, request: Cut) -> None:
-        target = self._addresses.get(request.worker)
+        target = self._peer_at(request.worker)
         if target is None or target == peer:
             raise ClientError(*INTERNAL_ERROR)
         users = self._peers[peer].users
@@ -480,12 +596,19 @@ class BrokerCore(Generic[P]):
     def take_lost_clients(self, peer: P, now: float, request: TakeLostClients) -> list[ClientInfo]:
         slot = self._peers[peer].slot
         lost = self._lost.get(slot, {})
-        taken = [ClientInfo(user, client) for client, (user, _) in islice(lost.items(), request.limit)]
+        # A worker that may return still has its clients.
+        returning = {state.address for state in self._unlinked.values() if not state.is_followed}
+        clients = (ClientInfo(user, client) for client, (user, address) in lost.items() if address not in returning)
+        taken = list(islice(clients, request.limit))
         for info in taken:
             del lost[info.client]
         if not lost:
             self._lost.pop(slot, None)
         return taken
+
+    def has_lost_clients(self, slot: str) -> bool:
+        """Whether ended peers of this slot have left clients for another one."""
+        return slot in self._lost
 
     @takes_note(ReportSubscriptions)
     def report_subscriptions(self, peer: P, now: float, notice: ReportSubscriptions) -> None:
@@ -498,7 +621,19 @@ class BrokerCore(Generic[P]):
 
     @carries_out(GetStats)
     def get_stats(self, peer: P, now: float, request: GetStats) -> EngineStats:
+        return self.stats()
+
+    def stats(self) -> EngineStats:
+        """Return the numbers over all peers."""
         states = self._peers.values()
         clients = sum(len(state.users) for state in states)
         subscriptions = sum(state.subscriptions for state in states)
         return EngineStats(clients, len(self._users), len(self._routes), subscriptions)
+
+    @carries_out(GetNodes)
+    def get_nodes(self, peer: P, now: float, request: GetNodes) -> list[NodeInfo]:
+        return [self.describe_node()]
+
+    def describe_node(self) -> NodeInfo:
+        """Return this node with its numbers."""
+        return msgspec.structs.replace(self._describe_node(), stats=self.stats(), workers=len(self._peers))

@@ -17,20 +17,25 @@ from __future__ import annotations
 import random
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from heapq import heappop, heappush
+from itertools import islice
 from string import ascii_letters
 from typing import Generic, TypeVar
 
 from msgspec import Struct
 
 from realtime.errors import LIMIT_EXCEEDED, ClientError
+from realtime.pubsub.broker_state import StatePart, chunks
 from realtime.pubsub.engine import PAGE_BYTES, GetHistory, Publish
 from realtime.types import HistoryOptions, HistoryPage, Position, Publication
 
 IDEMPOTENCY_TTL = 300.0
 """Seconds for which an idempotency key is remembered (client protocol, section 7.1)."""
+
+EXPORTED = 256
+"""Publications of one stream in one part of the state."""
 
 SHORT = 128
 """Up to this length a list moves up when its oldest publication is dropped; a longer one leaves the place empty."""
@@ -77,6 +82,14 @@ class Epochs:
         group = self._group(channel.encode())
         self._generations[group] = self._generations.get(group, 0) + 1
 
+    def export(self) -> EpochsState:
+        """Return the whole state."""
+        return EpochsState(self._secret, self._generations)
+
+    def import_part(self, part: EpochsState) -> None:
+        """Go on with the state of other epochs."""
+        self._secret, self._generations = part.secret, dict(part.generations)
+
     def _group(self, name: bytes) -> int:
         return int.from_bytes(blake2b(name, digest_size=4, key=self._secret).digest()) % self.GENERATIONS
 
@@ -88,6 +101,47 @@ def approximate_size(publication: Publication) -> int:
     if info is not None:
         size += len(info.conn_info) + len(info.chan_info) + 128
     return size + sum(len(name) + len(value) + 8 for name, value in tags.items()) if tags else size
+
+
+class EpochsState(StatePart, tag=1, frozen=True, gc=False):
+    """`Epochs`. secret, generations: as there."""
+
+    secret: bytes
+    generations: dict[int, int]
+
+
+class StreamState(Struct, array_like=True, frozen=True, gc=False):
+    """A stream, with its first or next publications."""
+
+    channel: str
+    epoch: str
+    idle_until: float
+    top: int
+    expires: float
+    version: int
+    version_epoch: str
+    publications: list[Publication]
+
+
+class StreamsState(StatePart, tag=2, frozen=True, gc=False):
+    """Some streams."""
+
+    streams: list[StreamState]
+
+
+class KeyState(Struct, array_like=True, frozen=True, gc=False):
+    """An idempotency key. ends: when it is forgotten."""
+
+    channel: str
+    key: str
+    ends: float
+    position: Position
+
+
+class KeysState(StatePart, tag=3, frozen=True, gc=False):
+    """Some idempotency keys, those that end first before the others."""
+
+    keys: list[KeyState]
 
 
 class ChannelStream(Struct, eq=False, gc=False):
@@ -179,6 +233,19 @@ class ChannelStream(Struct, eq=False, gc=False):
             return False
         self._version = (version, epoch)
         return True
+
+    def export(self) -> Iterator[StreamState]:
+        """Yield the state, in parts of EXPORTED publications."""
+        stored = [publication for publication in islice(self._stored, self._head, None) if publication is not None]
+        for start in range(0, len(stored) or 1, EXPORTED):
+            some = stored[start : start + EXPORTED]
+            yield StreamState(self.channel, self.epoch, self.idle_until, self.top, self.expires, *self._version, some)
+
+    def import_part(self, part: StreamState) -> None:
+        """Go on with the state of another stream, of which this is the next part."""
+        self.idle_until, self.top, self.expires = part.idle_until, part.top, part.expires
+        self._version = (part.version, part.version_epoch)
+        self._stored = [*self._stored, *part.publications]
 
     def page(self, query: GetHistory) -> HistoryPage:
         """Return a page of the stored publications, and the position of the top. See `GetHistory`.
@@ -305,6 +372,29 @@ class ChannelStreams:
         if stream is not None:
             stream.clear()
 
+    def export(self) -> Iterator[StatePart]:
+        """Yield the state in parts. Nothing may change meanwhile."""
+        yield self._epochs.export()
+        states = (state for stream in self._streams.values() for state in stream.export())
+        yield from map(StreamsState, chunks(states, _size_of))
+
+    def import_streams(self, part: StreamsState) -> None:
+        """Add streams of another object, or further publications of them, whatever the limit."""
+        for state in part.streams:
+            stream = self._streams.get(state.channel)
+            if stream is None:
+                stream = ChannelStream(state.channel, state.epoch, state.idle_until)
+                self._streams[state.channel] = stream
+                self._idle.add(max(state.idle_until, state.expires), stream)
+            stream.import_part(state)
+            if stream and not stream.is_queued:
+                stream.is_queued = True
+                self._expiring.add(stream.expires, stream)
+
+    def import_epochs(self, part: EpochsState) -> None:
+        """Go on with the epochs of another object."""
+        self._epochs.import_part(part)
+
     def sweep(self, now: float, limit: int) -> bool:
         """Free expired publications and streams, at most `limit` of each. Returns True if there may be more."""
         expiring, idle = self._expiring.take(now, limit), self._idle.take(now, limit)
@@ -349,6 +439,15 @@ class IdempotencyCache:
         self._positions.pop((channel, key), None)
         self._positions[channel, key] = (now + IDEMPOTENCY_TTL, position)
 
+    def export(self) -> Iterator[StatePart]:
+        """Yield the state in parts. Nothing may change meanwhile."""
+        keys = (KeyState(*name, *kept) for name, kept in self._positions.items())
+        yield from map(KeysState, chunks(keys, lambda state: len(state.channel) + len(state.key)))
+
+    def import_keys(self, part: KeysState) -> None:
+        """Add keys of another object, whatever the limit."""
+        self._positions.update(((state.channel, state.key), (state.ends, state.position)) for state in part.keys)
+
     def sweep(self, now: float, limit: int) -> bool:
         """Free at most `limit` expired keys. Returns True if there are more."""
         while self._positions and next(iter(self._positions.values()))[0] <= now:
@@ -357,3 +456,7 @@ class IdempotencyCache:
             self._positions.popitem(last=False)
             limit -= 1
         return False
+
+
+def _size_of(state: StreamState) -> int:
+    return len(state.channel) + sum(map(approximate_size, state.publications))

@@ -14,13 +14,14 @@ Without I/O, and without timers: time is an argument, and `sweep` ends the absen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from realtime.errors import LIMIT_EXCEEDED, TOO_MANY_REQUESTS, ClientError
+from realtime.pubsub.broker_state import StatePart, chunks
 from realtime.pubsub.engine import PRESENCE_PAGE, AddPresence, GetPresence, RemovePresence
 from realtime.pubsub.history import ExpiryQueue
 from realtime.pubsub.time_slices import CHUNK
@@ -54,13 +55,28 @@ class PresenceEntry(Struct, frozen=True, array_like=True, gc=False):
     grace: float
 
 
-class _Absence(Struct, eq=False):
-    """An absent client. client: its own id. is_gone: its connection has ended, so that another may take its place."""
+class Absence(Struct, array_like=True, eq=False):
+    """An absent client. client: its own id. is_gone: its connection has ended, so that another may take its place.
+    until: when it leaves."""
 
     channel: str
     client: str
     entry: PresenceEntry
     is_gone: bool
+    until: float
+
+
+class PresentState(StatePart, tag=11, frozen=True, gc=False):
+    """Some clients of one peer, by its number: channel, client and entry of each."""
+
+    peer: int
+    clients: list[tuple[str, str, PresenceEntry]]
+
+
+class AbsentState(StatePart, tag=12, frozen=True, gc=False):
+    """Some absent clients."""
+
+    absences: list[Absence]
 
 
 class _Count:
@@ -80,26 +96,65 @@ class _Count:
             del self.users[user]
 
 
+class Listings(Generic[P]):
+    """Lists of clients whose further pages have not been requested yet, see `GetPresence.listing`."""
+
+    def __init__(self) -> None:
+        # The rest of each list, and the time until which the request of its next page is awaited.
+        self._rests: dict[tuple[P, int], tuple[float, Iterator[ClientInfo]]] = {}
+
+    def has(self, peer: P, listing: int) -> bool:
+        """Whether a list has a further page."""
+        return (peer, listing) in self._rests
+
+    def page(self, now: float, peer: P, listing: int, clients: Iterable[ClientInfo] = ()) -> dict[str, ClientInfo]:
+        """Return the next page of a list, by client id. clients: of a new list. Raises ClientError 111."""
+        _, rest = self._rests.pop((peer, listing), (0.0, iter(clients)))
+        page: dict[str, ClientInfo] = {}
+        for info in rest:
+            page[info.client] = info
+            if len(page) == PRESENCE_PAGE:
+                self._keep(now, (peer, listing), rest)
+                break
+        return page
+
+    def drop(self, peer: P) -> None:
+        """Forget the lists of a peer."""
+        self._rests = {key: rest for key, rest in self._rests.items() if key[0] != peer}
+
+    def _keep(self, now: float, key: tuple[P, int], rest: Iterator[ClientInfo]) -> None:
+        if len(self._rests) >= MAX_LISTINGS:
+            self._rests = {key: rest for key, rest in self._rests.items() if rest[0] > now}
+            if len(self._rests) >= MAX_LISTINGS:
+                raise ClientError(*TOO_MANY_REQUESTS)
+        self._rests[key] = now + LISTING_TIME, rest
+
+
+class PresenceListener(Protocol):
+    """Learns of the clients that are in a channel, also of those that are not listed."""
+
+    def on_present(self, channel: str, entry: PresenceEntry, *, is_new: bool, announce: bool) -> None:
+        """Handle a client that has come (is_new), or has another entry. announce: the others have to learn of it."""
+
+    def on_absent(self, channel: str, entry: PresenceEntry) -> None:
+        """Handle a client that has left."""
+
+
 class Presence(Generic[P]):
     """See the module. limit: of the channels with presence of one peer, and of the absent clients."""
 
-    def __init__(
-        self, limit: int, join: Callable[[str, ClientInfo], None], leave: Callable[[str, ClientInfo], None]
-    ) -> None:
-        """join, leave: announce a client in a channel."""
+    def __init__(self, limit: int, listener: PresenceListener) -> None:
         self._limit = limit
-        self._join = join
-        self._leave = leave
+        self._listener = listener
         self._peers: dict[P, dict[str, dict[str, PresenceEntry]]] = {}  # by channel and client
-        self._absent: dict[str, dict[str, _Absence]] = {}  # by channel and client
-        self._gone: dict[tuple[str, str], dict[str, _Absence]] = {}  # the absent ones, by channel and user
+        self._absent: dict[str, dict[str, Absence]] = {}  # by channel and client
+        self._gone: dict[tuple[str, str], dict[str, Absence]] = {}  # the absent ones, by channel and user
         self._returning: dict[str, set[str]] = {}  # the channels of the others, by client
-        self._expiring: ExpiryQueue[_Absence] = ExpiryQueue(0.25)
+        self._expiring: ExpiryQueue[Absence] = ExpiryQueue(0.25)
         # Channels are counted from the first question on: most are never asked about.
         self._counts: dict[str, _Count] = {}
         self.absent = 0
-        # The rest of each list of clients, and the time until which the request of the next page is awaited.
-        self._listings: dict[tuple[P, int], tuple[float, Iterator[PresenceEntry]]] = {}
+        self._listings: Listings[P] = Listings()
 
     def attach(self, peer: P) -> None:
         """Add a peer without any presence."""
@@ -121,7 +176,7 @@ class Presence(Generic[P]):
 
         Those whose place another connection may take are absent after the first step.
         """
-        self._listings = {key: rest for key, rest in self._listings.items() if key[0] != peer}
+        self._listings.drop(peer)
         if self._returning:
             for client in clients:
                 self.client_gone(now, client)
@@ -181,8 +236,7 @@ class Presence(Generic[P]):
         self._count(channel, entry, 1)
         if len(entries) == COUNT_FROM:
             self.count(channel)
-        if announce and request.announce and previous is None:
-            self._join(channel, info)
+        self._listener.on_present(channel, entry, is_new=previous is None, announce=announce)
 
     def remove(self, now: float, peer: P, request: RemovePresence, *, is_connected: bool) -> None:
         """Remove a client. Idempotent."""
@@ -196,7 +250,7 @@ class Presence(Generic[P]):
         if not is_connected:
             self._end(now, channel, request.client, entry)
         elif request.is_returning and self.absent < self._limit:
-            self._keep(now + max(RETURN_GRACE, entry.grace), _Absence(channel, request.client, entry, is_gone=False))
+            self._keep(Absence(channel, request.client, entry, False, now + max(RETURN_GRACE, entry.grace)))
         else:
             self._announce_leave(channel, entry)
 
@@ -216,31 +270,49 @@ class Presence(Generic[P]):
                 self._announce_leave(absence.channel, absence.entry)
         return len(due) == limit
 
+    # The state
+
+    def export(self, peers: Sequence[P]) -> Iterator[StatePart]:
+        """Yield the state in parts. Nothing may change meanwhile. peers: all of them, by number.
+
+        Lists of clients under way are no part of it: they begin again with the request of the next page.
+        """
+        for number, peer in enumerate(peers):
+            by_channel = self._peers[peer].items()
+            clients = ((channel, client, entry) for channel, of in by_channel for client, entry in of.items())
+            for some in chunks(clients, lambda one: len(one[0]) + _size_of(one[2])):
+                yield PresentState(number, some)
+        absences = (absence for by_client in self._absent.values() for absence in by_client.values())
+        yield from map(AbsentState, chunks(absences, lambda absence: len(absence.channel) + _size_of(absence.entry)))
+
+    def import_present(self, peer: P, part: PresentState) -> None:
+        """Add clients of another object, whatever the limit. Nothing is announced."""
+        by_channel = self._peers[peer]
+        for channel, client, entry in part.clients:
+            entries = by_channel.setdefault(channel, {})
+            entries[client] = entry
+            self._count(channel, entry, 1)
+            if len(entries) == COUNT_FROM:
+                self.count(channel)
+            self._listener.on_present(channel, entry, is_new=True, announce=False)
+
+    def import_absent(self, part: AbsentState) -> None:
+        """Add absent clients of another object, whatever the limit."""
+        for absence in part.absences:
+            self._keep(absence)
+            self._count(absence.channel, absence.entry, 1)
+            self._listener.on_present(absence.channel, absence.entry, is_new=True, announce=False)
+
     # Questions
 
     def page(self, now: float, peer: P, request: GetPresence) -> dict[str, ClientInfo]:
         """Return the next page of a list of clients, see `GetPresence`. Raises ClientError 111."""
-        key = peer, request.listing
-        _, rest = self._listings.pop(key, (0.0, None))
-        if rest is None:
-            rest = iter(self._copy(request.channel))
-        page: dict[str, ClientInfo] = {}
-        for entry in rest:
-            if entry.present:
-                page[entry.info.client] = entry.info
-                if len(page) == PRESENCE_PAGE:
-                    self._keep_listing(now, key, rest)
-                    break
-        return page
+        if self._listings.has(peer, request.listing):
+            return self._listings.page(now, peer, request.listing)
+        clients = (entry.info for entry in self.entries(request.channel) if entry.present)
+        return self._listings.page(now, peer, request.listing, clients)
 
-    def _keep_listing(self, now: float, key: tuple[P, int], rest: Iterator[PresenceEntry]) -> None:
-        if len(self._listings) >= MAX_LISTINGS:
-            self._listings = {key: listing for key, listing in self._listings.items() if listing[0] > now}
-            if len(self._listings) >= MAX_LISTINGS:
-                raise ClientError(*TOO_MANY_REQUESTS)
-        self._listings[key] = now + LISTING_TIME, rest
-
-    def _copy(self, channel: str) -> list[PresenceEntry]:
+    def entries(self, channel: str) -> list[PresenceEntry]:
         """Return the entries of a channel, copied in C: a hundred thousand take a millisecond."""
         entries: list[PresenceEntry] = []
         for by_channel in self._peers.values():
@@ -284,18 +356,18 @@ class Presence(Generic[P]):
     def _end(self, now: float, channel: str, client: str, entry: PresenceEntry) -> None:
         """Handle the end of a client's connection."""
         if entry.grace and entry.info.user and self.absent < self._limit:
-            self._keep(now + entry.grace, _Absence(channel, client, entry, is_gone=True))
+            self._keep(Absence(channel, client, entry, True, now + entry.grace))
         else:
             self._announce_leave(channel, entry)
 
-    def _keep(self, until: float, absence: _Absence) -> None:
+    def _keep(self, absence: Absence) -> None:
         channel, client = absence.channel, absence.client
         self._absent.setdefault(channel, {})[client] = absence
         if absence.is_gone:
             self._gone.setdefault((channel, absence.entry.info.user), {})[client] = absence
         else:
             self._returning.setdefault(client, set()).add(channel)
-        self._expiring.add(until, absence)
+        self._expiring.add(absence.until, absence)
         self.absent += 1
 
     def _take_absent(self, channel: str, info: ClientInfo, grace: float) -> PresenceEntry | None:
@@ -310,7 +382,7 @@ class Presence(Generic[P]):
         self._forget(absence)
         return absence.entry
 
-    def _forget(self, absence: _Absence) -> None:
+    def _forget(self, absence: Absence) -> None:
         channel, client = absence.channel, absence.client
         _discard(self._absent, channel, client)
         if absence.is_gone:
@@ -324,15 +396,18 @@ class Presence(Generic[P]):
 
     def _announce_leave(self, channel: str, entry: PresenceEntry) -> None:
         self._count(channel, entry, -1)
-        if entry.announce:
-            self._leave(channel, entry.info)
+        self._listener.on_absent(channel, entry)
 
 
 Key = TypeVar("Key")
 
 
-def _discard(absences: dict[Key, dict[str, _Absence]], key: Key, client: str) -> None:
+def _discard(absences: dict[Key, dict[str, Absence]], key: Key, client: str) -> None:
     of_key = absences[key]
     del of_key[client]
     if not of_key:
         del absences[key]
+
+
+def _size_of(entry: PresenceEntry) -> int:
+    return len(entry.info.conn_info) + len(entry.info.chan_info)

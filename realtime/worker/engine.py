@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -27,6 +27,7 @@ from realtime.process.link import REPLACED, Link, adopt
 from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_messages import ANSWERS, BadFrame, Published
+from realtime.pubsub.broker_state import chunks
 from realtime.pubsub.engine import (
     AddClient,
     AddPresence,
@@ -52,8 +53,6 @@ RESTORE_BYTES = 1024 * 1024
 """Approximate limit in bytes of one Restore; a single longer entry still fits into one."""
 
 _log = Logger()
-
-T = TypeVar("T")
 
 _decode = broker_messages.message_decoder(broker_messages.TO_WORKER)
 
@@ -115,7 +114,7 @@ class BrokerEngine:
     A subscribed channel is part of every fresh stream until `Unsubscribe`, even if `Subscribe` failed.
 
     reactor: twisted's. on_lost: called when the stream has ended, to have the supervisor provide another. ledger: the
-    loop's, which is charged for the stream.
+    loop's, which is charged for the stream. on_clients_lost: called when there are clients for `TakeLostClients`.
     """
 
     def __init__(
@@ -133,10 +132,8 @@ class BrokerEngine:
         self._hello = broker_messages.Hello(broker_messages.VERSION, "", takes_lost_clients, generation)
         self._ledger = ledger or LoopTimeLedger(time.monotonic_ns)
         self._account = self._ledger.open(LoopWork.ENGINE)
-        self._receiver = receiver
-        self._settings = settings
-        self._reactor = reactor
-        self._on_lost = on_lost
+        self._receiver, self._settings, self._reactor = receiver, settings, reactor
+        self._on_lost, self.on_clients_lost = on_lost, _do_nothing
         self._link: Link | None = None
         self._closed = self._is_welcome = self._is_catching_up = False
         self._calls: dict[int, _Call] = {}  # by number, which is also the order of their deadlines
@@ -170,6 +167,8 @@ class BrokerEngine:
             broker_messages.OrderSent: self._on_order,
             broker_messages.CutReached: self._on_cut,
             broker_messages.CaughtUp: self._on_caught_up,
+            broker_messages.Missed: self._on_missed,
+            broker_messages.ClientsLost: lambda message: self.on_clients_lost(),
             broker_messages.RequestFailed: self._on_failed,
             broker_messages.Welcome: self._on_welcome,
         }
@@ -221,7 +220,7 @@ class BrokerEngine:
 
     def _introduction(self) -> Iterator[broker_messages.BrokerMessage | EngineNotice]:
         yield self._hello
-        for channels in _chunks(self._channels, len):
+        for channels in chunks(self._channels, len, RESTORE_BYTES):
             yield broker_messages.Restore(channels, [], [])
         yield from self._state_of(self._presence.values(), self._clients.values())
         yield ReportSubscriptions(self._subscriptions)
@@ -229,9 +228,9 @@ class BrokerEngine:
     def _state_of(
         self, presence: Iterable[AddPresence], clients: Iterable[ClientInfo]
     ) -> Iterator[broker_messages.Restore]:
-        for some in _chunks(presence, lambda add: len(add.info.conn_info) + len(add.info.chan_info)):
+        for some in chunks(presence, lambda add: len(add.info.conn_info) + len(add.info.chan_info), RESTORE_BYTES):
             yield broker_messages.Restore([], some, [])
-        for few in _chunks(clients, lambda info: len(info.user)):
+        for few in chunks(clients, lambda info: len(info.user), RESTORE_BYTES):
             yield broker_messages.Restore([], [], few, _of(self._sessions, few))
 
     def _take_unsent(self) -> Iterator[bytes]:
@@ -508,6 +507,9 @@ class BrokerEngine:
     def _on_left(self, message: broker_messages.Left) -> None:
         self._receiver.on_leave(message.channel, message.info)
 
+    def _on_missed(self, message: broker_messages.Missed) -> None:
+        self._receiver.on_missed(message.channel, message.publications)
+
     def _on_order(self, message: broker_messages.OrderSent) -> None:
         self._receiver.on_order(message.order)
 
@@ -531,6 +533,10 @@ class BrokerEngine:
             self._is_catching_up = False
 
 
+def _do_nothing() -> None:
+    return None
+
+
 def _identity(info: ClientInfo) -> ClientInfo:
     """The fields that count connections, without the JSON texts."""
     return ClientInfo(info.user, info.client)
@@ -539,17 +545,3 @@ def _identity(info: ClientInfo) -> ClientInfo:
 def _of(sessions: Mapping[str, str], clients: Iterable[ClientInfo]) -> dict[str, str]:
     """Return the secrets of these clients."""
     return {info.client: sessions[info.client] for info in clients if info.client in sessions} if sessions else {}
-
-
-def _chunks(entries: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Split entries into lists of about RESTORE_BYTES, counting `size` and 256 bytes more for each entry."""
-    chunk: list[T] = []
-    room = RESTORE_BYTES
-    for entry in entries:
-        room -= size(entry) + 256
-        if room < 0 and chunk:
-            yield chunk
-            chunk, room = [], RESTORE_BYTES - size(entry)
-        chunk.append(entry)
-    if chunk:
-        yield chunk

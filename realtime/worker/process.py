@@ -35,7 +35,7 @@ from realtime.worker.formats import formats
 from realtime.worker.handover_source import HandOverSource
 from realtime.worker.handover_target import HandOverTarget
 from realtime.worker.listening import ListeningPort, adopt
-from realtime.worker.lost_clients import report_lost_clients
+from realtime.worker.lost_clients import DisconnectedHandler, report_lost_clients
 from realtime.worker.wiring import wire_handlers, wire_handover, wire_protocol, wire_pubsub, wire_transports
 
 _log = Logger()
@@ -47,8 +47,8 @@ FORMATS = formats()
 REPORT_INTERVAL = 1.0
 # The share of a drain's time in which clients are disconnected; the rest is for the answers that they still wait for.
 DISCONNECT_SHARE = 0.5
-# Seconds in which kept-alive HTTP connections may send one more request, whose response announces their end. A proxy
-# answers 502 if its connection ends with a request on the way.
+# Seconds in which a connection without a request may send one more, or its first, whose response announces its end. A
+# proxy answers 502 if its connection ends with a request on the way.
 HTTP_DRAIN = 1.0
 # The share of a drain's time, at its end, for the `finally` blocks of calls that take too long, for the `on_stop`
 # handlers and for the end of the application's tasks; and the share of that for the tasks.
@@ -115,9 +115,13 @@ class Worker:
             for fd in process.listen
         ]
         if dispatcher.disconnected is not None:
-            run_all = partial(gather, ledger=process.accounts)
-            reported = report_lost_clients(self._pubsub.engine, dispatcher.disconnected, run_all)
-            drive(reported, _log_failed_report, process.accounts)
+            self._pubsub.engine.on_clients_lost = partial(self._report_lost_clients, dispatcher.disconnected)
+            self._report_lost_clients(dispatcher.disconnected)
+
+    def _report_lost_clients(self, disconnected: DisconnectedHandler) -> None:
+        run_all = partial(gather, ledger=self._process.accounts)
+        reported = report_lost_clients(self._pubsub.engine, disconnected, run_all)
+        drive(reported, _log_failed_report, self._process.accounts)
 
     def _schedule(self) -> None:
         """Schedule the periodic work of the worker."""
@@ -224,7 +228,7 @@ class Worker:
             admission.connections
             or dispatcher.running
             or frontend.is_busy
-            or (frontend.serving and self._reactor.seconds() < http_until)
+            or ((frontend.serving or frontend.pending) and self._reactor.seconds() < http_until)
         ):
             await deferLater(self._reactor, _DRAIN_INTERVAL)
             await self._disconnect_all(0.0)  # the clients whose handshake ended meanwhile

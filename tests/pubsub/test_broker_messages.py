@@ -29,6 +29,7 @@ from realtime.pubsub.engine import (
     Cut,
     EngineRequest,
     GetHistory,
+    GetNodes,
     GetPresence,
     GetPresenceStats,
     GetStats,
@@ -42,7 +43,7 @@ from realtime.pubsub.engine import (
     TakeLostClients,
     Unsubscribe,
 )
-from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
+from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, NodeInfo, Position, Publication
 
 CLIENT = ClientInfo("42", "client-1", b'{"name":"A"}', b"")
 AT = Position(7, "abcdefgh")
@@ -65,6 +66,7 @@ FROM_WORKER: list[Any] = [
     RemoveClient("client-1"),
     ReportSubscriptions(1000),
     GetStats(),
+    GetNodes(),
     SendOrder(b"\x00\xff", "3"),
     AdmitClient(CLIENT, 5),
     TakeLostClients(100),
@@ -78,6 +80,7 @@ FROM_BROKER: list[Any] = [
     broker_messages.OrderSent(b"order"),
     broker_messages.CutReached("batch", [CLIENT], {"client-1": "secret"}, {"chat": ["client-1"]}),
     broker_messages.CaughtUp(2),
+    broker_messages.ClientsLost(),
     broker_messages.RequestFailed(7, 106, "limit exceeded", False),
 ]
 DIRECTIONS = [(TO_BROKER, FROM_WORKER), (TO_WORKER, FROM_BROKER)]
@@ -95,6 +98,7 @@ ANSWERS: list[tuple[type[EngineRequest[Any]], Any]] = [
     (Cut, None),
     (TakeLostClients, [CLIENT]),
     (GetStats, EngineStats(1, 2, 3, 4)),
+    (GetNodes, [NodeInfo("uid", "name", "1.0", 60.5, EngineStats(1, 2, 3, 4), 2)]),
 ]
 
 

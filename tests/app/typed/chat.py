@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, assert_type
 
+from msgspec import Struct
+
 from realtime import (
     App,
     Cache,
@@ -54,6 +56,16 @@ def may_read(client: Client, channel: str, data: dict[str, Any]) -> bool:
     return bool(client.user)
 
 
+class Order(Struct):
+    article: str
+
+
+@app.rpc("order")
+async def take_order(client: Client, data: Order) -> Order:
+    assert_type(data.article, str)
+    return data
+
+
 @app.on_publish("chat:*", run="thread")
 def moderate(client: Client, channel: str, data: dict[str, Any]) -> dict[str, Any] | None:
     if "text" not in data:
@@ -90,7 +102,7 @@ async def latest(request: Request) -> Response:
 
 @app.on_start
 async def warm_up() -> None:
-    assert_type(await app.channels("chat:*"), dict[str, int])
+    assert_type((await app.channels("chat:*"))["chat:1"], int)
     assert_type(await app.presence_stats("chat:1"), tuple[int, int])
 
 
