@@ -347,6 +347,10 @@ class Broker:
         self._leaving[peer] = steps = self._leave(peer)
         next(steps, None)
         self._slices.add(steps)
+        if self.core.has_lost_clients(str(peer.slot)):
+            frame = broker_messages.pack(broker_messages.ClientsLost())
+            for link in [link for link, other in self._peers.items() if other.slot == peer.slot and other.takes_lost]:
+                link.send(frame)
 
     def _leave(self, peer: _WorkerPeer) -> Iterator[None]:
         yield from self.core.leave_steps(peer.link, self.now())
@@ -374,14 +378,15 @@ class _WorkerPeer:
     """Carries out the requests of one worker, for as long as one stream to it lasts.
 
     make_link: makes the link, which calls its argument with each frame. address: of the worker, see `SendOrder`; ""
-    before its Hello. stream: as in its Hello. has_restored: the worker's state is complete. unstored: publications
-    without history among the held requests.
+    before its Hello. stream, takes_lost: as in its Hello. has_restored: the worker's state is complete. unstored:
+    publications without history among the held requests.
     """
 
     def __init__(self, broker: Broker, slot: int, make_link: Callable[[Callable[[int, bytes], None]], Link]) -> None:
         self.slot = slot
         self.address = ""
         self.stream = 0
+        self.takes_lost = False
         self._pid = 0
         self._broker = broker
         self._core = broker.core
@@ -478,7 +483,8 @@ class _WorkerPeer:
         address = worker_address(self.slot, message.generation)
         self._is_returning = message.instance == self._broker.instance
         self._broker.replace(self.slot, address, is_returning=self._is_returning)
-        self.address, self.stream, self._pid = address, message.stream, message.pid
+        self.address, self.stream = address, message.stream
+        self._pid, self.takes_lost = message.pid, message.takes_lost_clients
         self._core.attach(link, address, str(self.slot))
         # When its previous stream to this same broker ended long ago, its clients left; now they join again. The
         # subscribers of another broker never received those leaves, so they receive no joins either.
@@ -506,11 +512,12 @@ class _WorkerPeer:
 
     def export(self) -> PeerState:
         """Return the state for another process."""
-        return PeerState(self.slot, self.address, self.stream, self._is_returning)
+        return PeerState(self.slot, self.address, self.stream, self._is_returning, self._pid, self.takes_lost)
 
     def go_on_from(self, state: PeerState) -> None:
         """Go on from the state of another process."""
         self.address, self.stream, self._is_returning = state.address, state.stream, state.is_returning
+        self._pid, self.takes_lost = state.pid, state.takes_lost
         if self.address:
             self._serve()
 
@@ -544,7 +551,7 @@ class BrokerService:
             process.reactor,
             process.accounts,
             settings.workers.count,
-            NodeIdentity(settings).describe,
+            NodeIdentity(settings, process.supervisor).describe,
             self.make_core,
         )
 

@@ -15,7 +15,8 @@ that is not in the table has no consequence (the message of a process that is be
     replacing the broker:  PREPARING ──ready──▶ READY, and the process before: LEAVING
 
 The pool answers a death with a new process, after a delay that doubles with each death in a row. The third death in a
-row makes a crash loop: from then on the pool reports all such slots in one log line, once a minute while it lasts.
+row makes a crash loop: from then on the pool reports all such slots in one log line, once a minute while it lasts. A
+process that was never forked, because the zygote has ended, is no death.
 
 It replaces one process at a time, and never ends a serving process before its successor is ready. If a successor does
 not become ready, the serving process stays. A worker hands its connections over to its successor that is ready, and the
@@ -48,6 +49,7 @@ from realtime.supervision.effects import (
 from realtime.supervision.slots import (
     BROKER,
     EX_CONFIG,
+    NOT_FORKED,
     PoolEvent,
     Slot,
     SlotProcess,
@@ -405,9 +407,9 @@ class Pool:
 
     def _schedule_restart(self, process: SlotProcess) -> None:
         slot = process.slot
-        slot.restarts[process.reason] += 1
-        slot.deaths += 1
-        delay = min(self._settings.restart_delay * 2.0 ** min(slot.deaths - 1, 30), self._settings.restart_delay_max)
+        self._count_death(slot, process)
+        doublings = min(max(slot.deaths - 1, 0), 30)
+        delay = min(self._settings.restart_delay * 2.0**doublings, self._settings.restart_delay_max)
         if process.revision > self.revision:
             self._end_reload(f"{slot.name} {process.explanation}")
         if not slot.in_crash_loop:
@@ -416,11 +418,14 @@ class Pool:
             self._log(f"{slot.name} {process.explanation}; restarting it in {delay:g} s", is_error)
         self._enter(process, SlotState.WAITING, self._now + delay)
 
+    def _count_death(self, slot: Slot, process: SlotProcess) -> None:
+        slot.restarts[process.reason] += 1
+        slot.deaths += process.reason != exit_reason(NOT_FORKED)
+
     def _inherit(self, dead: SlotProcess, successor: SlotProcess) -> None:
         """Let a successor take the place of a process that died before it was ready."""
         slot = dead.slot
-        slot.restarts[dead.reason] += 1
-        slot.deaths += 1
+        self._count_death(slot, dead)
         self._log(f"{slot.name} {dead.explanation}; its successor starts already", is_error=dead.reason != "exit")
         slot.process, slot.successor = successor, None
         successor.state = SlotState.STARTING

@@ -13,6 +13,8 @@ from enum import Enum
 
 BROKER = -1
 EX_CONFIG = 78
+NOT_FORKED = 256
+"""In place of the exit status of a process: the zygote has ended, for no fault of its own, before it could fork it."""
 
 # Deaths in a row that make a crash loop.
 _CRASH_LOOP_DEATHS = 3
@@ -154,13 +156,15 @@ def exit_reason(status: int) -> str:
     """Return the metrics' label for an exit status, one of a closed set."""
     if status < 0:
         return "signal"
-    return {0: "exit", EX_CONFIG: "config"}.get(status, "error")
+    return {0: "exit", EX_CONFIG: "config", NOT_FORKED: "zygote"}.get(status, "error")
 
 
 def describe_exit(status: int) -> str:
     """Describe an exit status for the log."""
     if status == 0:
         return "has drained and exited, though the supervisor did not ask for it (SIGTERM from another process?)"
+    if status == NOT_FORKED:
+        return "was not started, as the zygote has ended"
     if status > 0:
         return f"exited with status {status}"
     try:

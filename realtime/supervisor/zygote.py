@@ -23,6 +23,7 @@ from twisted.python.failure import Failure
 from realtime.config.schema import PREFIX
 from realtime.process import log, zygote
 from realtime.process.zygote import Fork, Forked, NotForked, ZygoteStarted
+from realtime.supervision.slots import NOT_FORKED
 from realtime.supervisor import orphans, systemd
 from realtime.supervisor.child_output import ChildOutput
 from realtime.supervisor.readable import Readable, read_pipe
@@ -50,8 +51,8 @@ class ForkedChild:
     """
 
     def __init__(self, reactor: Any, exited: Callable[[int], None], abort: Callable[[], None]) -> None:
-        """exited: called with the exit status, or minus the signal that has killed it; with EX_OSERR if it was not
-        forked. abort: ends the zygote that forks it."""
+        """exited: called with the exit status, or minus the signal that has killed it; with EX_OSERR or NOT_FORKED if
+        it was not forked. abort: ends the zygote that forks it."""
         self.pid = 0
         self._reactor = reactor
         self._exited = exited
@@ -77,10 +78,10 @@ class ForkedChild:
             os.kill(pid, number)
         _ExitWatch(self._reactor, pid, self._reap)
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: str, status: int = EX_OSERR) -> None:
         """It was not forked."""
         _log.error("can't fork a process: {reason}", reason=reason)
-        self._end(EX_OSERR)
+        self._end(status)
 
     def _reap(self) -> None:
         with suppress(OSError):  # programs that the application has started end with it; before its pid can be reused
@@ -350,7 +351,7 @@ class _ZygoteProcess:
         self._close()
         self._ended(self, how)
         while self.pending:
-            self.pending.popleft().failed(f"the zygote {how}")
+            self.pending.popleft().failed(f"the zygote {how}", NOT_FORKED if self.has_started else EX_OSERR)
         self._call_waiters(ZygoteUnusable(f"the zygote {how}"))
 
 
