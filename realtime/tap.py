@@ -91,8 +91,13 @@ def makeService(options: Mapping[str, Any]) -> IService:
         print(*problems, sep="\n", file=sys.stderr)
         raise SystemExit(os.EX_CONFIG)
     _allow_descriptors()
+    lines = [
+        *passing,
+        *warnings.find_warnings(settings, os.environ),
+        *environment.find_warnings(os.environ),
+        *environment.find_exposure(options["config"], settings, _drops_root(options)),
+    ]
     modules = [WORKER_MODULE, BROKER_MODULES[settings.engine.type]]
-    early_zygote = fork_early(modules) if _stays_the_same(options) else None
     insecure_keys = warnings.insecure_keys(settings)
     if environment.stays_root(_drops_root(options)):
         insecure_keys.append("root")
@@ -101,16 +106,11 @@ def makeService(options: Mapping[str, Any]) -> IService:
         insecure_keys=insecure_keys,
         capture_output=_has_another_log(options),
         sources=_sources(options["config"], given),
-        early_zygote=early_zygote,
+        early_zygote=fork_early(modules) if _stays_the_same(options) else None,
     )
     if passing:
         print(*passing, sep="\n", file=sys.stderr)
-    for line in [
-        *passing,
-        *warnings.find_warnings(settings, os.environ),
-        *environment.find_warnings(os.environ),
-        *environment.find_exposure(options["config"], settings, _drops_root(options)),
-    ]:
+    for line in lines:
         _log.warn("{line}", line=line)
     return service
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+from twisted.logger import Logger
 
 from realtime.metrics import Metrics
 from realtime.redis.scripts import Script
@@ -85,18 +86,25 @@ class NodeChanged(Struct, array_like=True, frozen=True, tag=3):
 
 NodeMessage = NodeOrder | NodeEnded | NodeChanged
 
+_log = Logger()
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(NodeMessage).decode
 _decode_info = msgspec.msgpack.Decoder(NodeInfo).decode
 
 
 class _Run(Struct):
-    """Another run of a broker. seen: the time of its latest announcement by this process's clock."""
+    """Another run of a broker.
+
+    seen: the time of its latest announcement, by this process's clock. has_left: it has said so. superseded: the time
+    when a later run of the same node was first seen. is_reported: its end has been passed on.
+    """
 
     info: NodeInfo
     seen: float
-    has_ended: bool = False
+    has_left: bool = False
     superseded: float = math.inf
+    is_reported: bool = False
 
 
 class Nodes:
@@ -104,7 +112,8 @@ class Nodes:
 
     run: the name of this run. describe: returns this node with its numbers. server: has the keys of the registry.
     key: of the registry in Redis. topics: the names of the channel of all nodes, and of the beginning of those of one
-    node. deliver: hands an order to workers of this node. now: this process's clock.
+    node. deliver: hands an order to workers of this node. ended: called once for each run that has ended. dead_after:
+    see the module. now: this process's clock.
     """
 
     def __init__(
@@ -115,6 +124,7 @@ class Nodes:
         key: bytes,
         topics: tuple[bytes, bytes],
         deliver: Callable[[NodeOrder], object],
+        ended: Callable[[str], object],
         dead_after: float,
         now: Callable[[], float],
         metrics: Metrics,
@@ -126,6 +136,7 @@ class Nodes:
         self._key = key
         self._all, self._one = topics
         self._deliver = deliver
+        self._ended = ended
         self._dead_after = dead_after
         self._interval = min(ANNOUNCE_INTERVAL, dead_after / 6)
         self._listed = min(LISTED, dead_after)
@@ -167,11 +178,16 @@ class Nodes:
         self._announced_at = self._now()
         if not server.is_ready:
             return
-        if info.workers != self._workers:
-            self._workers = info.workers
-            self._publish(self._all, NodeChanged(1, self._uid, self._run, info), _ignore)
+        has_changed, self._workers = info.workers != self._workers, info.workers
+
+        def announced(reply: Any, error: Exception | None) -> None:
+            # A node that subscribes too late for the message finds the announcement.
+            if has_changed and error is None:
+                self._publish(self._all, NodeChanged(1, self._uid, self._run, info), _ignore)
+            self._on_announced(reply, error)
+
         lifetime = math.ceil(3000 * self._dead_after)
-        server.run(self._on_announced, ANNOUNCE, (self._key,), (self._run, _encode(info), lifetime))
+        server.run(announced, ANNOUNCE, (self._key,), (self._run, _encode(info), lifetime))
 
     def leave(self, done: Callable[[Any, Exception | None], None]) -> None:
         """End this run for the others; done: called when Redis knows, or can't be reached."""
@@ -197,31 +213,55 @@ class Nodes:
                 self._dropped.value += 1
         known = now - 3 * self._dead_after
         self._runs = {run: other for run, other in self._runs.items() if other.seen > known}
+        self._supersede_silent()
+        self._report_ends()
 
     def _see(self, run: str, info: NodeInfo, seen: float) -> None:
         if run == self._run:
             return
         other = self._runs.get(run)
         if other is None:
-            other = self._runs[run] = _Run(info, seen)
-            self._supersede(info.uid, run)
+            self._runs[run] = _Run(info, seen)
         elif seen > other.seen:
+            if other.is_reported and not (other.has_left or other.superseded < math.inf):
+                other.is_reported = False
+                _log.info("node {name} ({uid}) is back", name=info.name, uid=info.uid)
             other.info, other.seen = info, seen
 
-    def _supersede(self, uid: str, run: str) -> None:
-        """Note a run that was not known. The latest run of its node ends the others."""
-        of_node = {name: other for name, other in self._runs.items() if other.info.uid == uid}
-        latest = self._run if uid == self._uid else max(of_node, key=lambda name: of_node[name].seen)
-        for name, other in of_node.items():
-            if name != latest:
+    def _report_ends(self) -> None:
+        for run, other in self._runs.items():
+            if not other.is_reported and self.is_dead(run):
+                other.is_reported = True
+                _log.info(
+                    "node {name} ({uid}) {how}; its clients leave",
+                    name=other.info.name,
+                    uid=other.info.uid,
+                    how="has left" if other.has_left else f"has been silent for {self._now() - other.seen:.0f} s",
+                )
+                self._ended(run)
+
+    def _supersede(self, uid: str, latest: str) -> None:
+        """End the other runs of a node."""
+        for run, other in self._runs.items():
+            if other.info.uid == uid and run != latest:
                 other.superseded = min(other.superseded, self._now())
+
+    def _supersede_silent(self) -> None:
+        """End runs that are silent while another run of the same node is not."""
+        latest: dict[str, tuple[float, str]] = {self._uid: (math.inf, self._run)}
+        for run, other in self._runs.items():
+            latest[other.info.uid] = max(latest.get(other.info.uid, (-math.inf, "")), (other.seen, run))
+        for other in self._runs.values():
+            seen, run = latest[other.info.uid]
+            if other.seen < seen - self._interval:
+                self._supersede(other.info.uid, run)
 
     def is_dead(self, run: str) -> bool:
         """Whether the clients of a run have to leave."""
         if run == self._run:
             return False
         now, other = self._now(), self._runs.get(run)
-        if other is not None and (other.has_ended or now - other.superseded > SUPERSEDED):
+        if other is not None and (other.has_left or now - other.superseded > SUPERSEDED):
             return True
         seen = other.seen if other is not None else -math.inf
         return now - max(seen, self._watching_since) > self._dead_after
@@ -233,7 +273,7 @@ class Nodes:
     def _others(self) -> Iterator[NodeInfo]:
         now = self._now()
         for other in self._runs.values():
-            if now - other.seen <= self._listed and not other.has_ended and other.superseded == math.inf:
+            if now - other.seen <= self._listed and not other.has_left and other.superseded == math.inf:
                 yield other.info
 
     # Messages
@@ -256,8 +296,11 @@ class Nodes:
                     self._deliver(message)
             case NodeEnded(run=run):
                 if run in self._runs:
-                    self._runs[run].has_ended = True
+                    self._runs[run].has_left = True
+                    self._report_ends()
             case NodeChanged(run=run, info=info):
+                if run not in self._runs and run != self._run:
+                    self._supersede(info.uid, run)
                 self._see(run, info, self._now())
 
     def send_to_all(self, order: bytes, done: Callable[[int, Exception | None], None]) -> None:

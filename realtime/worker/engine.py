@@ -167,6 +167,7 @@ class BrokerEngine:
             broker_messages.OrderSent: self._on_order,
             broker_messages.CutReached: self._on_cut,
             broker_messages.CaughtUp: self._on_caught_up,
+            broker_messages.Missed: self._on_missed,
             broker_messages.ClientsLost: lambda message: self.on_clients_lost(),
             broker_messages.RequestFailed: self._on_failed,
             broker_messages.Welcome: self._on_welcome,
@@ -505,6 +506,9 @@ class BrokerEngine:
 
     def _on_left(self, message: broker_messages.Left) -> None:
         self._receiver.on_leave(message.channel, message.info)
+
+    def _on_missed(self, message: broker_messages.Missed) -> None:
+        self._receiver.on_missed(message.channel, message.publications)
 
     def _on_order(self, message: broker_messages.OrderSent) -> None:
         self._receiver.on_order(message.order)
