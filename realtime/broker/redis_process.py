@@ -44,8 +44,10 @@ class RedisBrokerService(BrokerService):
         await self._core.start()
 
     async def drain(self, timeout: float) -> None:
-        """See `BrokerService`."""
+        """See `BrokerService`. Other nodes learn of the leaves, and that this node has ended."""
         await super().drain(timeout)
+        self._broker.let_all_leave()
+        await self._core.leave()
         self._core.close()
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+
 from realtime.broker.delivery import LinkDelivery
 from realtime.broker.nodes import ALL, NodeOrder, Nodes
 from realtime.broker.redis_core import RedisCore
@@ -36,6 +39,11 @@ from realtime.pubsub.presence import Listings, PresenceEntry
 from realtime.redis.servers import RedisServer
 from realtime.supervision.loop_time import LoopTimeLedger
 from realtime.types import ClientInfo, NodeInfo
+
+LEAVE_TIMEOUT = 2.0
+"""Seconds for Redis to learn of the end of the last clients. Otherwise other nodes remove them."""
+
+LEAVE_POLL = 0.01
 
 _NO_ONE = ClientInfo("", "")
 
@@ -110,6 +118,15 @@ class SharedCore(RedisCore):
 
     def _on_ended(self, run: str) -> None:
         self.shared.renew_all()
+
+    async def leave(self) -> None:
+        """Write to Redis what it has not got yet, and end this run for the others; both within LEAVE_TIMEOUT."""
+        ended: Deferred[None] = Deferred()
+        deadline = self._reactor.seconds() + LEAVE_TIMEOUT
+        while not self.shared.is_stored and self._reactor.seconds() < deadline:
+            await deferLater(self._reactor, LEAVE_POLL)
+        self.nodes.leave(lambda reply, error: ended.callback(None))
+        await ended
 
     def sweep(self, now: float, limit: int = 1000) -> bool:
         """See `BrokerCore.sweep`; also announce this node, and renew what it has in Redis."""

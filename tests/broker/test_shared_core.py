@@ -23,7 +23,7 @@ from realtime.pubsub.engine import (
     worker_address,
 )
 from realtime.types import ClientInfo
-from tests.broker.redis_nodes import Node, nodes
+from tests.broker.redis_nodes import nodes
 from tests.pubsub.benches import Bench
 from tests.redis.deployments import RedisProcess
 from tests.system.brokers import POLL, until
