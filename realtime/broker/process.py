@@ -20,17 +20,19 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
 from realtime.broker.delivery import LinkDelivery, failed
+from realtime.broker.handover import PeerState, StateSource, StateTarget, formats
 from realtime.config.settings import EngineSettings
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
 from realtime.metrics import Counter, Metrics
 from realtime.process import child
 from realtime.process.heap import TRIM_INTERVAL, HeapTrimmer, find_malloc_trim
-from realtime.process.link import PEER_ENDED, REPLACED, Link, adopt
+from realtime.process.link import PEER_ENDED, REPLACED, Link, LinkState, adopt
 from realtime.process.node import NodeIdentity
 from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
+from realtime.pubsub.broker_state import StatePart
 from realtime.pubsub.engine import MESSAGES_DROPPED, Publish, ReportSubscriptions, worker_address
 from realtime.pubsub.history import make_epoch
 from realtime.pubsub.time_slices import TimeSlicer
@@ -53,6 +55,12 @@ PATIENCE = 0.25
 RESTORE_TIMEOUT = 1.0
 """Seconds for which a restarted broker holds requests until all workers have restored their subscriptions."""
 
+PAUSE_SHARE = 0.5
+"""Share of the time that workers wait for an answer in which the state may go to another process."""
+
+LEAVE_TIMEOUT = 2.0
+"""Seconds after which a broker ends that another process has taken the place of, if the supervisor does not end it."""
+
 HOLD = 1.0
 """Seconds for which the clients of a worker whose stream has ended stay listed, and deliveries to it are queued: within
 some milliseconds a fresh stream continues the ended one. The successor of a dead worker ends this time."""
@@ -63,12 +71,16 @@ CoreMaker = Callable[[LinkDelivery, int, Counter, Callable[[], NodeInfo]], Broke
 _log = Logger()
 _decode = broker_messages.message_decoder(broker_messages.TO_BROKER)
 
+FORMATS = formats()
+"""See `realtime.worker.formats`."""
+
 
 class Broker:
     """The core behind links to the workers.
 
     reactor: twisted's, with monotonic `seconds`. ledger: the loop's, which is charged for the links and the sweeps.
-    instance: identifies this run of the broker.
+    instance: identifies this run of the broker, which may go on in another process. is_frozen: between `freeze` and
+    `thaw`, or for ever.
     workers: their number; 0 for unknown. describe_node: see `BrokerCore`. is_restoring: see `restore`. held_limit:
     bytes of one worker's requests that are held meanwhile.
     """
@@ -85,6 +97,7 @@ class Broker:
     ) -> None:
         self._workers = workers
         self.is_restoring = False
+        self.is_frozen = False
         self._has_restored = False
         self._restore_timer: IDelayedCall | None = None
         self.held_limit = settings.queue_max_size
@@ -127,6 +140,9 @@ class Broker:
 
     def attach(self, slot: int, fd: int) -> None:
         """Connect to a worker of this slot over `fd`, and own it from now on."""
+        if self.is_frozen:
+            os.close(fd)  # the supervisor provides another
+            return
         peer = _WorkerPeer(self, slot, self._make_link)
         self._peers[peer.link] = peer
         adopt(self._reactor, fd, peer.link)
@@ -212,6 +228,74 @@ class Broker:
         for peer in list(self._peers.values()):
             peer.release()
 
+    # Another process that takes the place of this one: `realtime.broker.handover`
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the state can go to another process: all streams are whole, and all workers have restored theirs."""
+        is_whole = all(link.is_open for link in self._peers) and not (self._held or self._leaving)
+        return is_whole and self.core.is_settled and not self.is_restoring
+
+    def freeze(self) -> list[tuple[PeerState, int, LinkState]] | None:
+        """Read, write and change nothing from now on. Return the workers' streams, with a descriptor of each.
+
+        None, and everything goes on, if the state is not settled. Call it from a timer, when no stream is in the midst
+        of a read.
+        """
+        if self.is_settled:
+            for link in self._peers:
+                link.suspend()
+            if self.is_settled:  # else a worker has sent something invalid
+                self.is_frozen = True
+                # Those in the core come first.
+                self._peers = dict(sorted(self._peers.items(), key=lambda item: not item[1].address))
+                return [(peer.export(), link.fileno(), link.freeze()) for link, peer in self._peers.items()]
+            self._read_again()
+        return None
+
+    def export(self) -> Iterator[StatePart]:
+        """Yield the parts of the core's state."""
+        return self.core.export([link for link, peer in self._peers.items() if peer.address])
+
+    def thaw(self) -> None:
+        """Go on after `freeze`, as no other process does."""
+        self.is_frozen = False
+        for link in self._peers:
+            link.thaw()
+        self._read_again()
+
+    def _read_again(self) -> None:
+        for link in [link for link in self._peers if link.is_open]:
+            link.read_again()
+
+    def release(self) -> None:
+        """Another process goes on after `freeze`: close our copies of the streams."""
+        for link in self._peers:
+            os.close(link.release())
+        self._peers.clear()
+        self._note_left()
+
+    def expect(self, instance: str, peers: Sequence[PeerState]) -> None:
+        """Take the place of a frozen broker. Parts of its core's state follow, and then `go_on`."""
+        self.instance, self._has_restored = instance, True
+        for state in peers:
+            peer = _WorkerPeer(self, state.slot, self._make_link)
+            self._peers[peer.link] = peer
+            peer.go_on_from(state)
+
+    def import_part(self, part: StatePart) -> None:
+        """Take over a part of the core's state."""
+        self.core.import_part(part, list(self._peers))
+
+    def go_on(self, streams: Sequence[tuple[int, LinkState]]) -> None:
+        """Serve these streams, in the order of `expect`. Owns the descriptors. Raises OSError."""
+        links = list(self._peers)
+        for link, (fd, state) in zip(links, streams, strict=True):
+            adopt(self._reactor, fd, link)
+            link.go_on_from(state)
+        for link, (_, state) in zip(links, streams, strict=True):
+            link.read_again(state.received)
+
     def _call_next_turn(self, function: Callable[[], None]) -> None:
         self._reactor.callLater(0, self._ledger.charging(self._links_account, function))
 
@@ -235,6 +319,9 @@ class Broker:
                 reason=reason,
                 hold=HOLD,
             )
+        self._note_left()
+
+    def _note_left(self) -> None:
         if not self._peers and self._all_left is not None and not self._all_left.called:
             self._all_left.callback(None)
 
@@ -260,6 +347,10 @@ class Broker:
         self._leaving[peer] = steps = self._leave(peer)
         next(steps, None)
         self._slices.add(steps)
+        if self.core.has_lost_clients(str(peer.slot)):
+            frame = broker_messages.pack(broker_messages.ClientsLost())
+            for link in [link for link, other in self._peers.items() if other.slot == peer.slot and other.takes_lost]:
+                link.send(frame)
 
     def _leave(self, peer: _WorkerPeer) -> Iterator[None]:
         yield from self.core.leave_steps(peer.link, self.now())
@@ -267,6 +358,8 @@ class Broker:
 
     def sweep(self) -> None:
         """Free expired entries for a short time, and continue after SWEEP_PAUSE. Call it every SWEEP_INTERVAL."""
+        if self.is_frozen:
+            return
         if self.core.sweep(self.now()) and self._sweep_timer is None:
             self._sweep_timer = self._reactor.callLater(SWEEP_PAUSE, self._charged_sweep)
 
@@ -285,14 +378,15 @@ class _WorkerPeer:
     """Carries out the requests of one worker, for as long as one stream to it lasts.
 
     make_link: makes the link, which calls its argument with each frame. address: of the worker, see `SendOrder`; ""
-    before its Hello. stream: as in its Hello. has_restored: the worker's state is complete. unstored: publications
-    without history among the held requests.
+    before its Hello. stream, takes_lost: as in its Hello. has_restored: the worker's state is complete. unstored:
+    publications without history among the held requests.
     """
 
     def __init__(self, broker: Broker, slot: int, make_link: Callable[[Callable[[int, bytes], None]], Link]) -> None:
         self.slot = slot
         self.address = ""
         self.stream = 0
+        self.takes_lost = False
         self._pid = 0
         self._broker = broker
         self._core = broker.core
@@ -389,7 +483,8 @@ class _WorkerPeer:
         address = worker_address(self.slot, message.generation)
         self._is_returning = message.instance == self._broker.instance
         self._broker.replace(self.slot, address, is_returning=self._is_returning)
-        self.address, self.stream, self._pid = address, message.stream, message.pid
+        self.address, self.stream = address, message.stream
+        self._pid, self.takes_lost = message.pid, message.takes_lost_clients
         self._core.attach(link, address, str(self.slot))
         # When its previous stream to this same broker ended long ago, its clients left; now they join again. The
         # subscribers of another broker never received those leaves, so they receive no joins either.
@@ -398,10 +493,7 @@ class _WorkerPeer:
             self._broker.restore()
         if self._broker.is_restoring:
             self._held = deque()
-        operations = self._core.operations
-        self._requests = {kind: operations[kind] for kind in broker_messages.REQUESTS}
-        self._others = {kind: operations[kind] for kind in broker_messages.NOTICES}
-        self._others[broker_messages.Restore] = self._restore
+        self._serve()
         if self._broker.has_held(address):
             self._others[ReportSubscriptions] = self._returned
         rest = self._broker.continue_stream(link, address, message)
@@ -410,6 +502,24 @@ class _WorkerPeer:
         if rest is not None:
             link.continue_with(rest)
             link.send(broker_messages.pack(broker_messages.CaughtUp(message.stream)))
+
+    def _serve(self) -> None:
+        """Carry out requests from now on."""
+        operations = self._core.operations
+        self._requests = {kind: operations[kind] for kind in broker_messages.REQUESTS}
+        self._others = {kind: operations[kind] for kind in broker_messages.NOTICES}
+        self._others[broker_messages.Restore] = self._restore
+
+    def export(self) -> PeerState:
+        """Return the state for another process."""
+        return PeerState(self.slot, self.address, self.stream, self._is_returning, self._pid, self.takes_lost)
+
+    def go_on_from(self, state: PeerState) -> None:
+        """Go on from the state of another process."""
+        self.address, self.stream, self._is_returning = state.address, state.stream, state.is_returning
+        self._pid, self.takes_lost = state.pid, state.takes_lost
+        if self.address:
+            self._serve()
 
     def _returned(self, link: Link, now: float, message: ReportSubscriptions) -> None:
         """Take note of the first report of subscriptions, the end of the worker's state."""
@@ -433,6 +543,7 @@ class BrokerService:
 
     def __init__(self, process: child.Child) -> None:
         self.process = process
+        self._source: StateSource | None = None
         settings = process.settings
         self._broker = Broker(
             settings.engine,
@@ -440,7 +551,7 @@ class BrokerService:
             process.reactor,
             process.accounts,
             settings.workers.count,
-            NodeIdentity(settings).describe,
+            NodeIdentity(settings, process.supervisor).describe,
             self.make_core,
         )
 
@@ -451,12 +562,15 @@ class BrokerService:
         return BrokerCore(delivery, max_channels, publications, describe_node)
 
     async def start(self) -> None:
-        """Begin the sweeps. Workers are served as soon as their links come."""
-        heartbeat = self.process.heartbeat
-        heartbeat.slow_down(broker_beat_interval(self.process.settings.loop))
-        trimmer = HeapTrimmer(self.process.metrics, find_malloc_trim())
+        """Begin the sweeps, and take the place of a predecessor. Workers are served as soon as their links come."""
+        process, heartbeat = self.process, self.process.heartbeat
+        heartbeat.slow_down(broker_beat_interval(process.settings.loop))
+        trimmer = HeapTrimmer(process.metrics, find_malloc_trim())
         heartbeat.tasks.add(TRIM_INTERVAL, trimmer.trim, is_needed=trimmer.is_due)
         heartbeat.tasks.add(SWEEP_INTERVAL, self._broker.sweep, is_needed=self._broker.core.has_expirable)
+
+        if process.predecessor is not None:
+            await StateTarget(process.reactor, process.predecessor, self._broker).taken
 
     def link(self, slot: int, stream: int) -> None:
         """Serve a worker over a fresh stream."""
@@ -471,8 +585,15 @@ class BrokerService:
         os.close(stream)
 
     async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
-        """Refuse: the broker has no clients."""
-        return child.hand_nothing_over(stream, "the broker has no clients")
+        """Hand the state and the streams over to a process that takes the place of this one."""
+        if self._source is not None and self._source.is_open:
+            return child.hand_nothing_over(stream, "another hand-over is under way")
+        pause = self.process.settings.engine.publish_timeout * PAUSE_SHARE
+        self._source = StateSource(self.process.reactor, stream, self._broker, timeout, pause)
+        reason = await self._source.ended
+        if self._broker.is_frozen:
+            self.process.reactor.callLater(LEAVE_TIMEOUT, self.process.stop, child.EX_TEMPFAIL)
+        return child.handed_over(self._source.moved, reason)
 
     async def drain(self, timeout: float) -> None:
         """Wait until every worker has left."""

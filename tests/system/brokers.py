@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import psutil
@@ -18,7 +19,7 @@ from twisted.internet.task import deferLater
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 
-from realtime.config.settings import EngineSettings, Settings, WorkersSettings, dump
+from realtime.config.settings import EngineSettings, HTTPServerSettings, Settings, WorkersSettings, dump
 from realtime.metrics import Metrics, Sample, load
 from realtime.process import control
 from realtime.supervision.vitals import VitalsPage
@@ -33,6 +34,9 @@ async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that the broker does in its own time; the test's own time limit ends it."""
     while not condition():
         await deferLater(reactor, POLL)
+
+
+_ports = count(1)
 
 
 class _Control(amp.AMP):
@@ -54,19 +58,33 @@ class _Control(amp.AMP):
 
 
 class BrokerProcess:
-    """One broker. Await `start`, and `stop` at the end."""
+    """One broker. Await `start`, and `stop` at the end. port: that of its node; None for a node of its own."""
 
-    def __init__(self, settings: EngineSettings, workers: int = 0) -> None:
-        self._settings = Settings(engine=settings, workers=WorkersSettings(count=workers))
+    def __init__(self, settings: EngineSettings, workers: int = 0, port: int | None = None) -> None:
+        # The port tells nodes with the same parent apart; a broker does not listen.
+        self.port = next(_ports) if port is None else port
+        server = HTTPServerSettings(port=self.port)
+        self._settings = Settings(engine=settings, workers=WorkersSettings(count=workers), http_server=server)
         self._page = VitalsPage.create()
         self._control = _Control()
 
     async def start(self) -> None:
         """Returns when it serves. Raises AssertionError when it ends instead, TimeoutError when it does neither."""
+        self.spawn()
+        await self.ready()
+
+    async def ready(self) -> None:
+        """As `start`, after `spawn`."""
+        await self._control.ready.addTimeout(LIMIT, reactor)
+
+    def spawn(self, predecessor: int | None = None) -> None:
+        """Start the process. predecessor: of the stream over which it takes the state of another broker."""
         ours, theirs = socket.socketpair()
         tree = os.memfd_create("settings")
         os.write(tree, dump(self._settings))
         passed = {"--link": theirs.fileno(), "--settings": tree, "--vitals": self._page.fd}
+        if predecessor is not None:
+            passed["--predecessor"] = predecessor
         arguments = [text for name, fd in passed.items() for text in (name, str(fd))]
         self._process = subprocess.Popen(
             [sys.executable, "-m", BROKER_MODULES[self._settings.engine.type], *arguments],
@@ -77,7 +95,13 @@ class BrokerProcess:
         ours.setblocking(False)
         reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, Factory.forProtocol(lambda: self._control))
         ours.close()
-        await self._control.ready.addTimeout(LIMIT, reactor)
+
+    async def hand_over(self, stream: int, timeout: float = 30.0) -> dict[str, Any]:
+        """Hand its state over. stream: the other end is the new process's."""
+        answer: dict[str, Any] = await self._control.callRemote(
+            control.HandConnectionsOver, stream=stream, connections=-1, timeout=timeout
+        )
+        return answer
 
     async def link(self, slot: int, engine: BrokerEngine) -> None:
         """Introduce an engine to the broker, as the worker of this slot."""
