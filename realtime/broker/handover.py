@@ -51,11 +51,12 @@ _log = Logger()
 
 
 class PeerState(Struct, array_like=True, frozen=True, gc=False):
-    """The stream of a worker. slot: the worker's. address, stream, is_returning: from its Hello; "" before."""
+    """The stream of a worker. slot: the worker's. pid and the others: from its Hello; address is "" before."""
 
     slot: int
     address: str
     stream: int
+    pid: int
     is_returning: bool
 
 

@@ -546,11 +546,12 @@ class _WorkerPeer:
 
     def export(self) -> PeerState:
         """Return the state for another process."""
-        return PeerState(self.slot, self.address, self.stream, self._is_returning)
+        return PeerState(self.slot, self.address, self.stream, self._pid, self._is_returning)
 
     def go_on_from(self, state: PeerState) -> None:
         """Go on from the state of another process."""
-        self.address, self.stream, self._is_returning = state.address, state.stream, state.is_returning
+        self.address, self.stream, self._pid = state.address, state.stream, state.pid
+        self._is_returning = state.is_returning
         if self.address:
             self._serve()
 

@@ -54,6 +54,19 @@ def keep_fixed(running: Settings, wanted: Settings) -> tuple[Settings, list[str]
     return wanted, lines
 
 
+def fixed_values(settings: Settings) -> dict[str, Any]:
+    """Return the fixed settings by their keys, for `with_fixed` of another version of this package."""
+    return {".".join(path): _value(settings, path) for path in FIXED}
+
+
+def with_fixed(settings: Settings, values: dict[str, Any]) -> Settings:
+    """Put fixed settings of a running server into others. Settings that are not fixed in this version stay."""
+    for path in FIXED:
+        value = values.get(".".join(path), _value(settings, path))
+        settings = _replace(settings, path, tuple(value) if isinstance(value, list) else value)
+    return settings
+
+
 def _quote(value: Any) -> str:
     return quote(list(value)) if isinstance(value, tuple) else quote(value)
 

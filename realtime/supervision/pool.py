@@ -17,9 +17,8 @@ that is not in the table has no consequence (the message of a process that is be
 The pool answers a death with a new process, after a delay that doubles with each death in a row. The third death in a
 row makes a crash loop: from then on the pool reports all such slots in one log line, once a minute while it lasts.
 
-It replaces one process at a time, and never ends a serving process before its successor is ready. If a successor does
-not become ready, the serving process stays. A worker hands its connections over to its successor that is ready, and the
-broker its state to one that becomes ready by it.
+It replaces one process at a time, and never ends a serving process before its successor is ready; that of the broker is
+ready once it has the state. If a successor does not become ready, the serving process stays.
 """
 
 from __future__ import annotations
@@ -51,7 +50,9 @@ from realtime.supervision.slots import (
     PoolEvent,
     Slot,
     SlotProcess,
+    SlotRecord,
     SlotState,
+    describe_crash_loop,
     describe_exit,
     exit_reason,
 )
@@ -86,6 +87,7 @@ class Pool:
 
     stopping: whether the pool is shutting down. revision: of the settings in force. reloading: whether a reload is
     under way. target: the revision of the latest reload. scaling: whether workers are being added or removed.
+    generation: the latest one.
     """
 
     def __init__(
@@ -93,8 +95,7 @@ class Pool:
     ) -> None:
         """workers: number of worker slots, at least 1. stop_timeout: seconds from `stop` to SIGKILL. broker: False for
         a pool without a broker."""
-        order = [BROKER, *range(workers)] if broker else list(range(workers))
-        self.slots = {number: Slot(number) for number in order}
+        self.slots = {number: Slot(number) for number in ([BROKER] * broker + [*range(workers)])}
         self.stopping = False
         self.revision = 0
         self.reloading = False
@@ -103,7 +104,7 @@ class Pool:
         self.target = 0
         self._count_before = 0  # the number of workers before the latest change of it
         self._scale_failure = ""
-        self._generation = 0
+        self.generation = 0
         self._processes: dict[int, SlotProcess] = {}  # those that exist, by generation
         self._stop_deadline = math.inf
         self._was_ready = False  # all slots have been ready together: from then on, a failed start does not halt
@@ -151,6 +152,13 @@ class Pool:
             slot.process.deadline = now
             self._fire(slot.process, PoolEvent.DEADLINE)
         return self._take_effects()
+
+    def resume(self, records: Iterable[SlotRecord], generation: int, now: float) -> None:
+        """Go on with processes that serve, in place of `start`. generation: the latest one."""
+        self._now = self._ticked = now
+        self.generation, self._was_ready = generation, True
+        self.slots = {record.number: Slot.resume(record, now) for record in records}
+        self._processes = {slot.process.generation: slot.process for slot in self.slots.values()}
 
     def process_ready(self, generation: int, now: float) -> list[Effect]:
         """The process reports that it is ready."""
@@ -280,8 +288,8 @@ class Pool:
 
     def _begin(self, process: SlotProcess, state: SlotState, revision: int, predecessor: int = 0) -> None:
         """Spawn a process into `state`. predecessor: see `SpawnProcess`."""
-        self._generation += 1
-        process.generation, process.revision = self._generation, revision
+        self.generation += 1
+        process.generation, process.revision = self.generation, revision
         process.reason = process.explanation = ""
         process.connected = False
         self._processes[process.generation] = process
@@ -659,10 +667,7 @@ class Pool:
         if self.stopping or not looping or self._now - self._crash_loop_logged < _CRASH_LOOP_INTERVAL:
             return
         self._crash_loop_logged = self._now
-        slots = "; ".join(f"{one.name} {one.process.explanation}, {one.deaths} times in a row" for one in looping)
-        pause = min(slot.process.deadline for slot in looping) - self._now
-        advice = f"up to {self._settings.restart_delay_max:g} s apart (workers.restart_delay_max); see its errors above"
-        self._log(f"crash loop: {slots}; next attempt in {pause:.1f} s, {advice}", is_error=True)
+        self._log(describe_crash_loop(looping, self._now, self._settings.restart_delay_max), is_error=True)
 
 
 TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, SlotProcess], None]] = {

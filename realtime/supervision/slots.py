@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 import signal as signals
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
+
+from msgspec import Struct
 
 BROKER = -1
 EX_CONFIG = 78
@@ -87,6 +90,18 @@ class SlotProcess:
         return self.state not in (SlotState.WAITING, SlotState.GONE)
 
 
+class SlotRecord(Struct, frozen=True):
+    """A settled slot, for another supervisor. The fields are those of `Slot` and of its process."""
+
+    number: int
+    generation: int
+    since: float
+    deaths: int
+    bloated: int
+    recycle_after: float
+    restarts: dict[str, int]
+
+
 @dataclass(slots=True, eq=False)
 class Slot:
     """One place for a process. Only its pool changes it.
@@ -113,6 +128,28 @@ class Slot:
 
     def __post_init__(self) -> None:
         self.process = SlotProcess(self)
+
+    def record(self) -> SlotRecord:
+        """Return the state of a settled slot."""
+        return SlotRecord(
+            self.number,
+            self.process.generation,
+            self.since,
+            self.deaths,
+            self.bloated,
+            self.recycle_after,
+            dict(self.restarts),
+        )
+
+    @classmethod
+    def resume(cls, record: SlotRecord, now: float) -> Slot:
+        """Make a slot whose process serves already."""
+        slot = cls(record.number, deaths=record.deaths, bloated=record.bloated, recycle_after=record.recycle_after)
+        slot.restarts.update(record.restarts)
+        process = slot.process
+        process.generation, process.state = record.generation, SlotState.READY
+        process.since, process.alive_at, process.connected = record.since, now, True
+        return slot
 
     @property
     def name(self) -> str:
@@ -167,3 +204,11 @@ def describe_exit(status: int) -> str:
         return f"was killed by {signals.Signals(-status).name}"
     except ValueError:
         return f"was killed by signal {-status}"
+
+
+def describe_crash_loop(slots: Collection[Slot], now: float, restart_delay_max: float) -> str:
+    """Describe slots in a crash loop, which wait for their next start, in one line of the log."""
+    each = "; ".join(f"{slot.name} {slot.process.explanation}, {slot.deaths} times in a row" for slot in slots)
+    pause = min(slot.process.deadline for slot in slots) - now
+    advice = f"up to {restart_delay_max:g} s apart (workers.restart_delay_max); see its errors above"
+    return f"crash loop: {each}; next attempt in {pause:.1f} s, {advice}"

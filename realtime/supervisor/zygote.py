@@ -117,18 +117,21 @@ class _ExitWatch:
 
 
 class Zygote:
-    """Has all children forked, by a process that it starts when needed, and replaces when that has ended."""
+    """Has all children forked, by a process that it starts when needed, and replaces when that has ended.
 
-    def __init__(self, reactor: Any, modules: Sequence[str], *, capture: bool = False) -> None:
+    formats: of the messages of the children, as their modules say; "" before the first one.
+    """
+
+    def __init__(self, reactor: Any, modules: Sequence[str], *, capture: bool = False, formats: str = "") -> None:
         """modules: those that children may run. capture: write its output to our log, instead of letting it inherit
-        ours."""
+        ours. formats: of children that run already; "" without any."""
         self._reactor = reactor
         self._modules = modules
         self._capture = capture
         self._current: _ZygoteProcess | None = None
         self._processes: set[_ZygoteProcess] = set()
         self._is_closed = False
-        self._formats: str | None = None
+        self.formats = formats
 
     @property
     def pids(self) -> list[int]:
@@ -160,6 +163,11 @@ class Zygote:
         process = self._start()
         return process.when_started().addCallback(self._check_formats, process).addCallback(self._replace_by, process)
 
+    def check(self) -> Deferred[None]:
+        """Have a process import all modules anew, and end it. Fails and raises as `renew`."""
+        process = self._start()
+        return process.when_started().addCallback(self._check_formats, process).addCallback(lambda _: process.end())
+
     def close(self) -> None:
         """Kill the processes that fork. Children live on."""
         self._is_closed = True
@@ -173,12 +181,12 @@ class Zygote:
         return process
 
     def _note_formats(self, formats: str) -> None:
-        self._formats = self._formats or formats
-        if formats != self._formats:
+        self.formats = self.formats or formats
+        if formats != self.formats:
             _log.error("{reason}", reason=_OTHER_VERSION)
 
     def _check_formats(self, formats: str, process: _ZygoteProcess) -> None:
-        if formats != self._formats:
+        if formats != self.formats:
             process.is_ending = True
             process.kill()
             raise ZygoteUnusable(_OTHER_VERSION)
