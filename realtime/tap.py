@@ -37,8 +37,9 @@ from realtime.operators.port import OperatorPort
 from realtime.process import log, output
 from realtime.supervisor import inheritance
 from realtime.supervisor.inheritance import Inheritance
-from realtime.supervisor.service import BROKER_MODULE, WORKER_MODULE, Supervisor
+from realtime.supervisor.service import BROKER_MODULES, WORKER_MODULE, Supervisor
 from realtime.supervisor.upgrade import Launch
+from realtime.supervisor.zygote import EarlyZygote, fork_early
 
 _log = Logger(observer=log.observer)
 
@@ -103,23 +104,30 @@ def makeService(options: Mapping[str, Any]) -> IService:
         print(*problems, sep="\n", file=sys.stderr)
         raise SystemExit(os.EX_CONFIG)
     _allow_descriptors()
+    lines = [
+        *passing,
+        *warnings.find_warnings(settings, os.environ),
+        *environment.find_warnings(os.environ),
+        *environment.find_exposure(options["config"], settings, _drops_root(options)),
+    ]
     service = make_service(
         settings,
         insecure_keys=_insecure_keys(settings, options),
         capture_output=_has_another_log(options),
         sources=_sources(options["config"], given),
         launch=_launch(options, given),
+        early_zygote=_fork_early(settings, options),
     )
     if passing:
         print(*passing, sep="\n", file=sys.stderr)
-    for line in [
-        *passing,
-        *warnings.find_warnings(settings, os.environ),
-        *environment.find_warnings(os.environ),
-        *environment.find_exposure(options["config"], settings, _drops_root(options)),
-    ]:
+    for line in lines:
         _log.warn("{line}", line=line)
     return service
+
+
+def _fork_early(settings: Settings, options: Mapping[str, Any]) -> EarlyZygote | None:
+    modules = [WORKER_MODULE, BROKER_MODULES[settings.engine.type]]
+    return fork_early(modules) if _stays_the_same(options) else None
 
 
 def _insecure_keys(settings: Settings, options: Mapping[str, Any]) -> list[str]:
@@ -144,6 +152,7 @@ def _resume(options: Mapping[str, Any], given: dict[str, str]) -> IService:
         insecure_keys=_insecure_keys(settings, options),
         capture_output=_has_another_log(options),
         sources=_sources(options["config"], given),
+        early_zygote=_fork_early(settings, options),
         launch=launch and replace(launch, pidfile=inherited.pidfile),
         inherited=inheritance.take(options["resume"]),
     )
@@ -194,10 +203,11 @@ def _launch(options: Mapping[str, Any], given: Mapping[str, str]) -> Launch | No
 def make_service(
     settings: Settings,
     worker: str = WORKER_MODULE,
-    broker: str = BROKER_MODULE,
+    broker: str | None = None,
     insecure_keys: Iterable[str] = (),
     capture_output: bool = False,
     sources: Sources | None = None,
+    early_zygote: EarlyZygote | None = None,
     launch: Launch | None = None,
     inherited: Inheritance | None = None,
 ) -> Supervisor:
@@ -208,7 +218,8 @@ def make_service(
 
     worker, broker: modules to run as children. insecure_keys: keys of insecure settings, and `root`, for the metrics.
     capture_output: copy the children's output to our log, because that is not our standard output. sources: of the
-    settings, for reloads. launch, inherited: see `Supervisor`.
+    settings, for reloads. early_zygote: see `realtime.supervisor.zygote.fork_early`. launch, inherited: see
+    `Supervisor`.
     """
     from twisted.internet import reactor
 
@@ -224,6 +235,7 @@ def make_service(
         handle_signals=True,
         capture_output=capture_output,
         sources=sources,
+        early_zygote=early_zygote,
         launch=launch,
         inherited=inherited,
     )
@@ -247,6 +259,13 @@ def _drops_root(options: Mapping[str, Any]) -> bool:
 def _becomes_daemon(options: Mapping[str, Any]) -> bool:
     twistd = getattr(options, "parent", None)
     return twistd is not None and not twistd.get("nodaemon") and not twistd.get("debug")
+
+
+def _stays_the_same(options: Mapping[str, Any]) -> bool:
+    """Whether twistd leaves this process its parent, user, directories and umask, so that its forks have the same."""
+    twistd = getattr(options, "parent", None) or {}
+    changed = any(twistd.get(option) is not None for option in ("uid", "gid", "chroot", "umask"))
+    return bool(twistd.get("nodaemon")) and twistd.get("rundir") == "." and not changed
 
 
 def _has_another_log(options: Mapping[str, Any]) -> bool:

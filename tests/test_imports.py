@@ -61,6 +61,7 @@ OUTSIDE = {
     "realtime.auth.keys": {"cryptography", "jwt"},
     "realtime.tap": {"twisted"},
     "realtime.redis.connection": {"hiredis"},
+    "realtime.redis.endpoints": {"OpenSSL"},
 }
 
 

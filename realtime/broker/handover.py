@@ -51,13 +51,14 @@ _log = Logger()
 
 
 class PeerState(Struct, array_like=True, frozen=True, gc=False):
-    """The stream of a worker. slot: the worker's. pid and the others: from its Hello; address is "" before."""
+    """The stream of a worker. slot: the worker's. address and all others: from its Hello; "" before."""
 
     slot: int
     address: str
     stream: int
-    pid: int
     is_returning: bool
+    pid: int
+    takes_lost: bool
 
 
 class StateMessage(Struct, array_like=True, frozen=True, gc=False):

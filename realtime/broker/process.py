@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,10 +19,11 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
+from realtime.broker.delivery import LinkDelivery, failed
 from realtime.broker.handover import PeerState, StateSource, StateTarget, formats
 from realtime.config.settings import EngineSettings
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
-from realtime.metrics import Metrics
+from realtime.metrics import Counter, Metrics
 from realtime.process import child
 from realtime.process.heap import TRIM_INTERVAL, HeapTrimmer, find_malloc_trim
 from realtime.process.link import PEER_ENDED, REPLACED, Link, LinkState, adopt
@@ -32,12 +33,12 @@ from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
 from realtime.pubsub.broker_state import StatePart
-from realtime.pubsub.engine import MESSAGES_DROPPED, Cut, Publish, ReportSubscriptions, worker_address
+from realtime.pubsub.engine import MESSAGES_DROPPED, Publish, ReportSubscriptions, worker_address
 from realtime.pubsub.history import make_epoch
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.supervision.health import broker_beat_interval
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
-from realtime.types import ClientInfo, NodeInfo, Publication
+from realtime.types import NodeInfo
 
 SWEEP_INTERVAL = 0.25
 """Seconds between two sweeps for expired history and idempotency keys."""
@@ -64,6 +65,9 @@ HOLD = 1.0
 """Seconds for which the clients of a worker whose stream has ended stay listed, and deliveries to it are queued: within
 some milliseconds a fresh stream continues the ended one. The successor of a dead worker ends this time."""
 
+CoreMaker = Callable[[LinkDelivery, int, Counter, Callable[[], NodeInfo]], BrokerCore[Link]]
+"""Makes the core from the arguments of `BrokerCore`."""
+
 _log = Logger()
 _decode = broker_messages.message_decoder(broker_messages.TO_BROKER)
 
@@ -89,6 +93,7 @@ class Broker:
         ledger: LoopTimeLedger | None = None,
         workers: int = 0,
         describe_node: Callable[[], NodeInfo] = NodeInfo,
+        make_core: CoreMaker = BrokerCore,
     ) -> None:
         self._workers = workers
         self.is_restoring = False
@@ -113,8 +118,8 @@ class Broker:
         self._links_account = self._ledger.open(LoopWork.ENGINE)
         self._all_left: Deferred[None] | None = None  # while draining
         publications = metrics.counter("realtime_broker_publications", "Publications received from workers.")
-        self.delivery = _LinkDelivery(metrics)
-        self.core: BrokerCore[Link] = BrokerCore(self.delivery, settings.max_channels, publications, describe_node)
+        self.delivery = LinkDelivery(metrics)
+        self.core = make_core(self.delivery, settings.max_channels, publications, describe_node)
         metrics.gauge("realtime_broker_channels", "Channels with a subscriber.", lambda: self.core.channels)
         metrics.gauge("realtime_broker_streams", "Channels with a history.", lambda: self.core.streams)
         metrics.gauge("realtime_broker_backlog_bytes", "Bytes queued for workers.", self._backlog)
@@ -342,6 +347,10 @@ class Broker:
         self._leaving[peer] = steps = self._leave(peer)
         next(steps, None)
         self._slices.add(steps)
+        if self.core.has_lost_clients(str(peer.slot)):
+            frame = broker_messages.pack(broker_messages.ClientsLost())
+            for link in [link for link, other in self._peers.items() if other.slot == peer.slot and other.takes_lost]:
+                link.send(frame)
 
     def _leave(self, peer: _WorkerPeer) -> Iterator[None]:
         yield from self.core.leave_steps(peer.link, self.now())
@@ -365,63 +374,19 @@ class Broker:
         return sum(peer.link.backlog for peer in (*self._peers.values(), *self._held))
 
 
-class _LinkDelivery:
-    """Delivers to workers: one frame, shared by all links it goes to.
-
-    asker, number: of the request that is carried out. A publication that goes to the asker is the answer, too, and sets
-    `number` to 0.
-    """
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.asker: Link | None = None
-        self.number = 0
-        self._routed = metrics.counter(
-            "realtime_broker_deliveries", "Publications sent to workers, counted once for each worker."
-        )
-
-    def deliver_publication(self, peers: Collection[Link], channel: str, publication: Publication, epoch: str) -> None:
-        self._routed.value += len(peers)
-        message = broker_messages.Published(channel, publication, epoch)
-        number, asker = self.number, self.asker
-        if number and asker is not None and asker in peers:
-            asker.send(broker_messages.pack(message, number | broker_messages.ANSWERS))
-            self.number = 0
-            if len(peers) == 1:
-                return
-            peers = [peer for peer in peers if peer is not asker]
-        _send(peers, message)
-
-    def deliver_join(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
-        _send(peers, broker_messages.Joined(channel, info))
-
-    def deliver_leave(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
-        _send(peers, broker_messages.Left(channel, info))
-
-    def deliver_order(self, peers: Collection[Link], order: bytes) -> None:
-        _send(peers, broker_messages.OrderSent(order))
-
-    def deliver_cut(self, peer: Link, request: Cut, clients: list[ClientInfo]) -> None:
-        _send((peer,), broker_messages.CutReached(request.batch, clients, request.sessions, request.presence))
-
-
-def _send(peers: Collection[Link], message: broker_messages.BrokerMessage) -> None:
-    frame = broker_messages.pack(message)
-    for peer in peers:
-        peer.send(frame)
-
-
 class _WorkerPeer:
     """Carries out the requests of one worker, for as long as one stream to it lasts.
 
     make_link: makes the link, which calls its argument with each frame. address: of the worker, see `SendOrder`; ""
-    before its Hello. stream: as in its Hello. has_restored: the worker's state is complete. unstored: publications
-    without history among the held requests.
+    before its Hello. stream, takes_lost: as in its Hello. has_restored: the worker's state is complete. unstored:
+    publications without history among the held requests.
     """
 
     def __init__(self, broker: Broker, slot: int, make_link: Callable[[Callable[[int, bytes], None]], Link]) -> None:
         self.slot = slot
         self.address = ""
         self.stream = 0
+        self.takes_lost = False
         self._pid = 0
         self._broker = broker
         self._core = broker.core
@@ -502,15 +467,15 @@ class _WorkerPeer:
         """Return the frame of the answer to a request that raised `error`, the current exception."""
         match error:
             case ClientError():
-                return _failed(number, error.code, error.message, error.temporary)
+                return failed(number, error.code, error.message, error.temporary)
             case BadFrame():
-                return _failed(number, *LIMIT_EXCEEDED)
+                return failed(number, *LIMIT_EXCEEDED)
         _log.failure(
             "carrying out a {kind} request of worker {worker} raised; the worker gets an internal error",
             kind=type(request).__name__,
             worker=self.address,
         )
-        return _failed(number, *INTERNAL_ERROR)
+        return failed(number, *INTERNAL_ERROR)
 
     def _hello(self, link: Link, now: float, message: broker_messages.Hello) -> None:
         if message.version != broker_messages.VERSION:
@@ -518,7 +483,8 @@ class _WorkerPeer:
         address = worker_address(self.slot, message.generation)
         self._is_returning = message.instance == self._broker.instance
         self._broker.replace(self.slot, address, is_returning=self._is_returning)
-        self.address, self.stream, self._pid = address, message.stream, message.pid
+        self.address, self.stream = address, message.stream
+        self._pid, self.takes_lost = message.pid, message.takes_lost_clients
         self._core.attach(link, address, str(self.slot))
         # When its previous stream to this same broker ended long ago, its clients left; now they join again. The
         # subscribers of another broker never received those leaves, so they receive no joins either.
@@ -546,12 +512,12 @@ class _WorkerPeer:
 
     def export(self) -> PeerState:
         """Return the state for another process."""
-        return PeerState(self.slot, self.address, self.stream, self._pid, self._is_returning)
+        return PeerState(self.slot, self.address, self.stream, self._is_returning, self._pid, self.takes_lost)
 
     def go_on_from(self, state: PeerState) -> None:
         """Go on from the state of another process."""
-        self.address, self.stream, self._pid = state.address, state.stream, state.pid
-        self._is_returning = state.is_returning
+        self.address, self.stream, self._is_returning = state.address, state.stream, state.is_returning
+        self._pid, self.takes_lost = state.pid, state.takes_lost
         if self.address:
             self._serve()
 
@@ -572,15 +538,11 @@ class _WorkerPeer:
         )
 
 
-def _failed(number: int, code: int, message: str, temporary: bool) -> bytes:
-    return broker_messages.pack(broker_messages.RequestFailed(number, code, message, temporary))
-
-
 class BrokerService:
     """The broker as the work of a child process."""
 
     def __init__(self, process: child.Child) -> None:
-        self._process = process
+        self.process = process
         self._source: StateSource | None = None
         settings = process.settings
         self._broker = Broker(
@@ -589,17 +551,23 @@ class BrokerService:
             process.reactor,
             process.accounts,
             settings.workers.count,
-            NodeIdentity(settings).describe,
+            NodeIdentity(settings, process.supervisor).describe,
+            self.make_core,
         )
+
+    def make_core(
+        self, delivery: LinkDelivery, max_channels: int, publications: Counter, describe_node: Callable[[], NodeInfo]
+    ) -> BrokerCore[Link]:
+        """Make the core, which is this machine's memory."""
+        return BrokerCore(delivery, max_channels, publications, describe_node)
 
     async def start(self) -> None:
         """Begin the sweeps, and take the place of a predecessor. Workers are served as soon as their links come."""
-        process, heartbeat = self._process, self._process.heartbeat
+        process, heartbeat = self.process, self.process.heartbeat
         heartbeat.slow_down(broker_beat_interval(process.settings.loop))
         trimmer = HeapTrimmer(process.metrics, find_malloc_trim())
         heartbeat.tasks.add(TRIM_INTERVAL, trimmer.trim, is_needed=trimmer.is_due)
         heartbeat.tasks.add(SWEEP_INTERVAL, self._broker.sweep, is_needed=self._broker.core.has_expirable)
-
         if process.predecessor is not None:
             await StateTarget(process.reactor, process.predecessor, self._broker).taken
 
@@ -619,11 +587,11 @@ class BrokerService:
         """Hand the state and the streams over to a process that takes the place of this one."""
         if self._source is not None and self._source.is_open:
             return child.hand_nothing_over(stream, "another hand-over is under way")
-        pause = self._process.settings.engine.publish_timeout * PAUSE_SHARE
-        self._source = StateSource(self._process.reactor, stream, self._broker, timeout, pause)
+        pause = self.process.settings.engine.publish_timeout * PAUSE_SHARE
+        self._source = StateSource(self.process.reactor, stream, self._broker, timeout, pause)
         reason = await self._source.ended
         if self._broker.is_frozen:
-            self._process.reactor.callLater(LEAVE_TIMEOUT, self._process.stop, child.EX_TEMPFAIL)
+            self.process.reactor.callLater(LEAVE_TIMEOUT, self.process.stop, child.EX_TEMPFAIL)
         return child.handed_over(self._source.moved, reason)
 
     async def drain(self, timeout: float) -> None:

@@ -38,7 +38,7 @@ FIXED: tuple[tuple[str, ...], ...] = (
 _KEYS = dict(value_keys(Settings))
 
 OF_BROKER = ("queue_max_size", "max_channels")
-"""The settings of the engine that the broker runs with: a change replaces the broker too."""
+"""The settings of the engine that the broker runs with: a change replaces the broker too, if it can be."""
 
 
 def keep_fixed(running: Settings, wanted: Settings) -> tuple[Settings, list[str]]:
@@ -52,6 +52,11 @@ def keep_fixed(running: Settings, wanted: Settings) -> tuple[Settings, list[str]
             lines.append(f"{'.'.join(path)}{change}: needs a restart of the server; until then {stays} stays")
             wanted = _replace(wanted, path, kept)
     return wanted, lines
+
+
+def replaces_broker(running: Settings, wanted: Settings) -> bool:
+    """Whether the broker that runs has other settings than those wanted."""
+    return any(getattr(running.engine, key) != getattr(wanted.engine, key) for key in OF_BROKER)
 
 
 def fixed_values(settings: Settings) -> dict[str, Any]:

@@ -16,7 +16,6 @@ Ctrl-C reaches the whole process group, and the supervisor decides. Exit statuse
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import ctypes
 import faulthandler
@@ -29,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from twisted.internet import unix
 from twisted.internet.defer import Deferred, TimeoutError, maybeDeferred
@@ -148,9 +147,9 @@ class Child:
     """This process, as its service uses it.
 
     name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: its serial number among all
-    processes of the server. listen: descriptors of listening sockets, owned by the service (see
-    `realtime.worker.listening.adopt`). predecessor: a stream to the process whose place this one takes, owned by the
-    service; None for none. page: its vital signs. reactor: for the server's own code. loop_reactor: the
+    processes of the server. supervisor: its process id. listen: descriptors of listening sockets, owned by the service
+    (see `realtime.worker.listening.adopt`). predecessor: a stream to the process whose place this one takes, owned by
+    the service; None for none. page: its vital signs. reactor: for the server's own code. loop_reactor: the
     application's, for libraries that need one; it runs on the loop's own thread alone. metrics: the process's series.
     heartbeat: give it the process's load by `observe`, and periodic tasks.
     accounts: of the loop's time. marker: to be called around each handler on the loop. turn_number: returns the number
@@ -179,6 +178,7 @@ class Child:
         self.name = "broker" if slot < 0 else f"worker {slot}"
         self.slot = slot
         self.generation = generation
+        self.supervisor = os.getppid()
         self.settings = settings
         self.listen = listen
         self.predecessor = predecessor
@@ -386,7 +386,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
 
     argv: without the program's name. make_service: called in the running loop; raises as `ChildService.start` does.
     """
-    options = _arguments().parse_args(argv)
+    options = _parse(argv)
     if not _detach(options):
         return EX_TEMPFAIL
     page = VitalsPage.open(options.vitals)
@@ -436,7 +436,7 @@ def _make_relief(child: Child, selector: MeasuredSelector, reactor: ServerReacto
     return Relief(child.lock, after, selector, reactor, child.marker, tasks, page, child.metrics)
 
 
-def _detach(options: argparse.Namespace) -> bool:
+def _detach(options: _Options) -> bool:
     """Give this process its own group, signals, stacks and end. Returns whether it can start."""
     given = (options.link, options.settings, options.vitals, *options.stacks, *options.listen, options.predecessor)
     for fd in filter(None, given):
@@ -501,20 +501,26 @@ def _set_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGALRM, signal.SIGUSR2, *dumps})
 
 
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="A process of a realtime server; its supervisor starts it.")
-    parser.add_argument("--slot", type=int, default=-1)
-    parser.add_argument("--generation", type=int, default=0)
-    for name in ("--link", "--settings", "--vitals"):
-        parser.add_argument(name, type=int, required=True, metavar="FD")
-    parser.add_argument("--stacks", type=_descriptors, default=(), metavar="FD")
-    parser.add_argument("--predecessor", type=int, metavar="FD")
-    parser.add_argument("--listen", type=_descriptors, default=(), metavar="FD[,FD]")
-    return parser
+class _Options(NamedTuple):
+    """The command line. All but slot and generation are descriptors."""
+
+    link: int
+    settings: int
+    vitals: int
+    slot: int = -1
+    generation: int = 0
+    predecessor: int | None = None
+    stacks: tuple[int, ...] = ()
+    listen: tuple[int, ...] = ()
 
 
-def _descriptors(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+def _parse(argv: Sequence[str]) -> _Options:
+    """Parse the command line. Not by argparse, which would write to a megabyte of the memory that children share."""
+    options: dict[str, Any] = {}
+    for name, value in zip(argv[::2], argv[1::2], strict=True):
+        numbers = tuple(map(int, value.split(",")))
+        options[name.removeprefix("--")] = numbers if name in ("--stacks", "--listen") else numbers[0]
+    return _Options(**options)
 
 
 def _read(fd: int) -> bytes:

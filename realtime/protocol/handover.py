@@ -367,6 +367,8 @@ def _restore_client(session: Session, batch: str, handed: HandedSession) -> None
             batch, one.channel, subscription, one.place, is_behind=one.is_behind
         ):
             session.subscription_lost_position(subscription)
+        elif not one.is_entered:
+            session.run_in_background(subscription.show())  # this worker's configuration may say so
     if session.state is CONNECTED:
         services.sessions.adopt(batch, session, handed.orders)
         _restore_replays(session, handed.replays)

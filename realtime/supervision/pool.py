@@ -15,7 +15,8 @@ that is not in the table has no consequence (the message of a process that is be
     replacing the broker:  PREPARING ──ready──▶ READY, and the process before: LEAVING
 
 The pool answers a death with a new process, after a delay that doubles with each death in a row. The third death in a
-row makes a crash loop: from then on the pool reports all such slots in one log line, once a minute while it lasts.
+row makes a crash loop: from then on the pool reports all such slots in one log line, once a minute while it lasts. A
+process that was never forked, because the zygote has ended, is no death.
 
 It replaces one process at a time, and never ends a serving process before its successor is ready; that of the broker is
 ready once it has the state. If a successor does not become ready, the serving process stays.
@@ -44,18 +45,7 @@ from realtime.supervision.effects import (
     SpawnProcess,
     UseRevision,
 )
-from realtime.supervision.slots import (
-    BROKER,
-    EX_CONFIG,
-    PoolEvent,
-    Slot,
-    SlotProcess,
-    SlotRecord,
-    SlotState,
-    describe_crash_loop,
-    describe_exit,
-    exit_reason,
-)
+from realtime.supervision.slots import BROKER, EX_CONFIG, PoolEvent, Slot, SlotProcess, SlotRecord, SlotState
 
 # Seconds between two ticks. A tick that is _LATE seconds late or more excuses all processes for the time until then.
 TICK = 0.1
@@ -168,8 +158,7 @@ class Pool:
         """The process reports that it can't start, for `reason` (one line). It will exit with `status`."""
         process = self._processes.get(generation)
         if process is not None and process.state in (SlotState.STARTING, SlotState.PREPARING):
-            process.reason, process.explanation = exit_reason(status), f"can't start: {reason}"
-            process.failed_with = status
+            process.note_failed_start(reason, status)
         return self._event(generation, PoolEvent.START_FAILED, now)
 
     def broker_link_lost(self, generation: int, now: float) -> list[Effect]:
@@ -187,8 +176,7 @@ class Pool:
     def process_exited(self, generation: int, status: int, now: float) -> list[Effect]:
         """The process has exited. status: its exit status, or minus the signal that killed it."""
         process = self._processes[generation]
-        process.reason = process.reason or exit_reason(status)
-        process.explanation = process.explanation or describe_exit(status)
+        process.note_exit(status)
         self._now = now
         if status == EX_CONFIG and process.state is SlotState.STARTING:
             self._give_up(process, EX_CONFIG)
@@ -413,9 +401,9 @@ class Pool:
 
     def _schedule_restart(self, process: SlotProcess) -> None:
         slot = process.slot
-        slot.restarts[process.reason] += 1
-        slot.deaths += 1
-        delay = min(self._settings.restart_delay * 2.0 ** min(slot.deaths - 1, 30), self._settings.restart_delay_max)
+        slot.count_death(process)
+        doublings = min(max(slot.deaths - 1, 0), 30)
+        delay = min(self._settings.restart_delay * 2.0**doublings, self._settings.restart_delay_max)
         if process.revision > self.revision:
             self._end_reload(f"{slot.name} {process.explanation}")
         if not slot.in_crash_loop:
@@ -427,8 +415,7 @@ class Pool:
     def _inherit(self, dead: SlotProcess, successor: SlotProcess) -> None:
         """Let a successor take the place of a process that died before it was ready."""
         slot = dead.slot
-        slot.restarts[dead.reason] += 1
-        slot.deaths += 1
+        slot.count_death(dead)
         self._log(f"{slot.name} {dead.explanation}; its successor starts already", is_error=dead.reason != "exit")
         slot.process, slot.successor = successor, None
         successor.state = SlotState.STARTING
@@ -667,7 +654,7 @@ class Pool:
         if self.stopping or not looping or self._now - self._crash_loop_logged < _CRASH_LOOP_INTERVAL:
             return
         self._crash_loop_logged = self._now
-        self._log(describe_crash_loop(looping, self._now, self._settings.restart_delay_max), is_error=True)
+        self._log(Slot.describe_crash_loop(looping, self._now, self._settings.restart_delay_max), is_error=True)
 
 
 TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, SlotProcess], None]] = {

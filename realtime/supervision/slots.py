@@ -16,6 +16,8 @@ from msgspec import Struct
 
 BROKER = -1
 EX_CONFIG = 78
+NOT_FORKED = 256
+"""In place of the exit status of a process: the zygote has ended, for no fault of its own, before it could fork it."""
 
 # Deaths in a row that make a crash loop.
 _CRASH_LOOP_DEATHS = 3
@@ -84,6 +86,15 @@ class SlotProcess:
         role = {self.slot.successor: "the successor of ", self.slot.predecessor: "the predecessor of "}
         return role.get(self, "") + self.slot.name
 
+    def note_failed_start(self, reason: str, status: int) -> None:
+        """Note that it can't start, for `reason`, and will exit with `status`."""
+        self.reason, self.explanation, self.failed_with = _exit_reason(status), f"can't start: {reason}", status
+
+    def note_exit(self, status: int) -> None:
+        """Note an exit, unless a reason is known."""
+        self.reason = self.reason or _exit_reason(status)
+        self.explanation = self.explanation or _describe_exit(status)
+
     @property
     def exists(self) -> bool:
         """Whether there is a process."""
@@ -151,6 +162,19 @@ class Slot:
         process.since, process.alive_at, process.connected = record.since, now, True
         return slot
 
+    def count_death(self, process: SlotProcess) -> None:
+        """Count the death of a process that was not asked to end."""
+        self.restarts[process.reason] += 1
+        self.deaths += process.reason != _exit_reason(NOT_FORKED)
+
+    @staticmethod
+    def describe_crash_loop(slots: Collection[Slot], now: float, restart_delay_max: float) -> str:
+        """Describe slots in a crash loop, which wait for their next start, in one line of the log."""
+        each = "; ".join(f"{slot.name} {slot.process.explanation}, {slot.deaths} times in a row" for slot in slots)
+        pause = min(slot.process.deadline for slot in slots) - now
+        advice = f"up to {restart_delay_max:g} s apart (workers.restart_delay_max); see its errors above"
+        return f"crash loop: {each}; next attempt in {pause:.1f} s, {advice}"
+
     @property
     def name(self) -> str:
         """The slot's name in the log."""
@@ -187,28 +211,22 @@ class Slot:
         return self.deaths >= _CRASH_LOOP_DEATHS
 
 
-def exit_reason(status: int) -> str:
+def _exit_reason(status: int) -> str:
     """Return the metrics' label for an exit status, one of a closed set."""
     if status < 0:
         return "signal"
-    return {0: "exit", EX_CONFIG: "config"}.get(status, "error")
+    return {0: "exit", EX_CONFIG: "config", NOT_FORKED: "zygote"}.get(status, "error")
 
 
-def describe_exit(status: int) -> str:
+def _describe_exit(status: int) -> str:
     """Describe an exit status for the log."""
     if status == 0:
         return "has drained and exited, though the supervisor did not ask for it (SIGTERM from another process?)"
+    if status == NOT_FORKED:
+        return "was not started, as the zygote has ended"
     if status > 0:
         return f"exited with status {status}"
     try:
         return f"was killed by {signals.Signals(-status).name}"
     except ValueError:
         return f"was killed by signal {-status}"
-
-
-def describe_crash_loop(slots: Collection[Slot], now: float, restart_delay_max: float) -> str:
-    """Describe slots in a crash loop, which wait for their next start, in one line of the log."""
-    each = "; ".join(f"{slot.name} {slot.process.explanation}, {slot.deaths} times in a row" for slot in slots)
-    pause = min(slot.process.deadline for slot in slots) - now
-    advice = f"up to {restart_delay_max:g} s apart (workers.restart_delay_max); see its errors above"
-    return f"crash loop: {each}; next attempt in {pause:.1f} s, {advice}"

@@ -7,6 +7,7 @@ inheritable. The rest goes through a memfd. `realtime.supervisor.upgrade` execut
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,9 @@ import msgspec
 from msgspec import Struct
 
 from realtime.supervision.slots import SlotRecord
+
+HELD_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
+"""Signals that wait until the new program handles them: by default they would end it."""
 
 
 class InheritedProcess(Struct, frozen=True):

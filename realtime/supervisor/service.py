@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
@@ -25,12 +25,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime._version import __version__
-from realtime.config.reload import OF_BROKER
+from realtime.config.reload import replaces_broker
 from realtime.config.settings import Settings
 from realtime.config.sources import Sources
 from realtime.metrics import Metrics
 from realtime.process import log
-from realtime.process.fd_stream import stream_pair
 from realtime.supervision import effects
 from realtime.supervision.balance import MAX_SLOTS
 from realtime.supervision.effects import Effect
@@ -39,9 +38,9 @@ from realtime.supervision.slots import BROKER, SlotState
 from realtime.supervisor import orphans
 from realtime.supervisor.changes import Changes
 from realtime.supervisor.child_process import ChildProcess
-from realtime.supervisor.handover import ALL, HandOverCounters, hand_over
+from realtime.supervisor.handover import ALL, HandOverCounters, hand_over, hand_state_over
 from realtime.supervisor.health_monitor import HealthMonitor
-from realtime.supervisor.inheritance import Inheritance
+from realtime.supervisor.inheritance import HELD_SIGNALS, Inheritance
 from realtime.supervisor.listener import CannotListen, SharedPort
 from realtime.supervisor.memory_limits import MemoryLimits
 from realtime.supervisor.rebalancer import INTERVAL as REBALANCING_INTERVAL
@@ -54,11 +53,11 @@ from realtime.supervisor.steering import Steering
 from realtime.supervisor.substitutes import Substitutes
 from realtime.supervisor.systemd import SystemdNotifier
 from realtime.supervisor.trial import Trial
-from realtime.supervisor.upgrade import HELD_SIGNALS, CannotUpgrade, Estate, Launch, Upgrade
-from realtime.supervisor.zygote import Zygote
+from realtime.supervisor.upgrade import CannotUpgrade, Estate, Launch, Upgrade
+from realtime.supervisor.zygote import EarlyZygote, Zygote
 
 WORKER_MODULE = "realtime.worker.process"
-BROKER_MODULE = "realtime.broker.process"
+BROKER_MODULES = {"memory": "realtime.broker.process", "redis": "realtime.broker.redis_process"}
 
 _EX_OSERR = 71
 
@@ -102,18 +101,20 @@ class Supervisor(Service):
         open_operator_endpoint: OpenOperatorEndpoint,
         *,
         worker: str = WORKER_MODULE,
-        broker: str = BROKER_MODULE,
+        broker: str | None = None,
         leave: Callable[[int], None] | None = None,
         handle_signals: bool = False,
         capture_output: bool = False,
         sources: Sources | None = None,
+        early_zygote: EarlyZygote | None = None,
         launch: Launch | None = None,
         inherited: Inheritance | None = None,
     ) -> None:
-        """worker, broker: modules to run as children, see `realtime.process.child`. leave: called with the exit status
-        after the last process has exited; `stopService` works without it. handle_signals: whether to take SIGTERM and
-        SIGINT over from Twisted. capture_output: whether to copy the children's output to the log in any case.
-        sources: where `settings` come from, and those of a reload; None for a server that can't reload. launch: how to
+        """worker, broker: modules to run as children, see `realtime.process.child`; None for the broker of the engine.
+        leave: called with the exit status after the last process has exited; `stopService` works without it.
+        handle_signals: whether to take SIGTERM and SIGINT over from Twisted. capture_output: whether to copy the
+        children's output to the log in any case. sources: where `settings` come from, and those of a reload; None for a
+        server that can't reload. early_zygote: the first one, if it was forked from this process. launch: how to
         execute another version, see `upgrade`. inherited: what another version has left, whose place this one takes."""
         settings = wanted = with_counts(settings)
         if inherited is not None:  # its workers go on; the number that is configured comes with the upgrade's end
@@ -132,11 +133,12 @@ class Supervisor(Service):
         self._inherited = inherited
         self._wanted = wanted
         self.zygote: Zygote | None = None
+        self._early_zygote = early_zygote
         self.sampler = StackSampler(reactor, self.monitor, settings.loop, settings.app, self.processes)
         self._reactor = reactor
         self._revisions = Revisions(settings)
         self._open_operator_endpoint = open_operator_endpoint
-        self._modules = {BROKER: broker}
+        self._modules = {BROKER: broker or BROKER_MODULES[settings.engine.type]}
         self._worker = worker
         self._leave = leave
         self._handle_signals = handle_signals
@@ -224,7 +226,9 @@ class Supervisor(Service):
         self._capture_output = self._capture_output or _is_discarded(1)
         modules = [self._worker, *self._modules.values()]
         formats = self._inherited.formats if self._inherited else ""
-        self.zygote = Zygote(self._reactor, modules, capture=self._capture_output, formats=formats)
+        self.zygote = Zygote(
+            self._reactor, modules, early=self._early_zygote, capture=self._capture_output, formats=formats
+        )
         self._stop_counting_errors = log.count_internal_errors(self.metrics)
         self._reactor.callWhenRunning(self._start_processes)
 
@@ -360,9 +364,14 @@ class Supervisor(Service):
             settings = with_workers(settings, len(self.pool.workers))
         else:
             self._configured_count = settings.workers.count
-        engine, present = settings.engine, self._settings.engine
-        is_other = any(getattr(engine, key) != getattr(present, key) for key in OF_BROKER)
-        self._replace_all(settings, with_broker=with_broker or is_other)
+        if (
+            with_broker := with_broker or replaces_broker(self._settings, settings)
+        ) and settings.engine.type == "redis":
+            with_broker = False
+            self._write_log(
+                effects.LogLine("a broker with Redis can't be replaced: it goes on as it is until a restart")
+            )
+        self._replace_all(settings, with_broker=with_broker)
 
     def _replace_all(self, settings: Settings, *, with_broker: bool = False) -> None:
         try:
@@ -534,7 +543,9 @@ class Supervisor(Service):
         assert self.zygote is not None
         try:
             with ExitStack() as sent:
-                stream = self._hand_state_over(effect.predecessor, sent) if effect.predecessor else None
+                stream = None
+                if (before := self.children.get(effect.predecessor)) is not None:
+                    stream = hand_state_over(before, self._settings.workers.start_timeout, sent, self._write_log)
                 process.start(self._reactor, self.zygote, module, settings, listening, self._capture_output, stream)
         except OSError as error:
             del self.children[effect.generation]
@@ -544,25 +555,6 @@ class Supervisor(Service):
                 error=error,
             )
             self._carry_out(self.pool.process_exited(effect.generation, _EX_OSERR, self._now()))
-
-    def _hand_state_over(self, source: int, sent: ExitStack) -> int:
-        """Have a process hand its state over to the next one of its slot, and return the latter's end of the stream.
-
-        sent: closes it. Raises OSError.
-        """
-        ours, theirs = stream_pair()
-        sent.enter_context(theirs)
-        handed = self.children[source].hand_over(ours.fileno(), ALL, self._settings.workers.start_timeout)
-        handed.addCallbacks(self._log_moved_state, lambda failure: None)  # its end is reported otherwise
-        handed.addBoth(lambda _: ours.close())
-        return theirs.fileno()
-
-    def _log_moved_state(self, result: Mapping[str, Any]) -> None:
-        if result["reason"]:
-            line = f"the broker goes on with its state: {result['reason']}"
-        else:
-            line = f"the broker has handed its state over, and the streams of {result['moved']} workers"
-        self._write_log(effects.LogLine(line, is_error=bool(result["reason"])))
 
     def _hand_over(self, effect: effects.MoveConnections) -> None:
         moves = self._move(self.children[effect.generation], effect)

@@ -30,7 +30,7 @@ from realtime.errors import RealtimeError
 from realtime.process import log, output
 from realtime.supervision.pool import Pool
 from realtime.supervisor.child_process import ChildProcess
-from realtime.supervisor.inheritance import Inheritance
+from realtime.supervisor.inheritance import HELD_SIGNALS, Inheritance
 from realtime.supervisor.listener import SharedPort
 from realtime.supervisor.rescue import Rescue
 from realtime.supervisor.trial import ProgramResult, Trial
@@ -40,9 +40,6 @@ QUIET_TIMEOUT = 10.0
 """Seconds within which no message must be under way, at one moment."""
 
 _QUIET_INTERVAL = 0.02
-
-HELD_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
-"""Signals that wait until the new program handles them: by default they would end it."""
 
 _log = Logger(observer=log.observer)
 

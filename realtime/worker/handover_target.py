@@ -37,6 +37,9 @@ from realtime.worker.handover import (
     log_unexpected,
 )
 
+LATE_CUT = 1.0
+"""Seconds after the death of a source for the broker to read its last `Cut`, which moves clients that never arrive."""
+
 _log = Logger()
 
 
@@ -47,7 +50,7 @@ class HandOverTarget:
         """stream: the descriptor of this end, owned by this object."""
         self._parts = parts
         self._frames: deque[tuple[bytes, list[int]]] = deque()
-        self._is_working = False
+        self._is_working = self._is_closed = False
         self._batches: dict[str, None] = {}  # those that have not ended
         self._stream = FdStream(parts.reactor, stream, self._on_frame, self._work)
 
@@ -58,6 +61,7 @@ class HandOverTarget:
 
     def close(self) -> None:
         """Take nothing more over; the source keeps or closes what it has."""
+        self._is_closed = True
         self._stream.close()
         self._work()
 
@@ -97,6 +101,8 @@ class HandOverTarget:
                 close_all(descriptors)
                 await self._handle(message)
         if not self._stream.open:
+            if self._batches and not self._is_closed:
+                await deferLater(self._parts.reactor, LATE_CUT)
             self._end_batches()
 
     def _end_batches(self) -> None:

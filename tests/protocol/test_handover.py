@@ -172,6 +172,18 @@ def test_presence_does_not_flicker(old: Server, new: Server) -> None:
     assert len(ended) == 1
 
 
+def test_presence_that_the_new_configuration_switches_on_has_the_clients_that_move() -> None:
+    old = Server(ChannelSettings(without_namespace=ChannelOptions(allow_subscribe_for_client=True)))
+    new = Server(ChannelSettings(without_namespace=ChannelOptions(presence=True)), beside=old)
+    peer = old.client("alice")
+    enter(peer, "free")
+    hand_over(old, new, peer)
+    assert [info.user for info in new.engine.execute(GetPresence("free")).values()] == ["alice"]
+    assert peer.session.is_settled
+    peer.session.closed()
+    assert new.engine.execute(GetPresence("free")) == {}
+
+
 def test_the_client_object_of_the_old_worker_does_nothing_any_more(old: Server, new: Server) -> None:
     peer = old.client("alice")
     before = peer.session.handle

@@ -32,7 +32,7 @@ PROGRAMS = [program for program in ("redis-server", "valkey-server") if shutil.w
 USER, PASSWORD = "realtime", "secret-of-realtime"
 ACL_RULES = (
     f"user {USER} on >{PASSWORD} ~realtime.* &realtime.* -@all +@read +@write +@pubsub +@scripting +@connection"
-    " -@admin -@dangerous +info +role +time +cluster|slots +cluster|shards"
+    " -@admin -@dangerous +info +role +time +cluster|slots +cluster|info"
 )
 
 # A replica has its data at once, and is listed once its master has pinged it.
@@ -338,7 +338,9 @@ class RedisStarter:
         server.start()
         return server
 
-    def sentinels(self, replicas: int = 2, sentinels: int = 3, *, tls: bool = False, **options: str) -> SentinelSet:
+    def sentinels(
+        self, replicas: int = 2, sentinels: int = 3, *, tls: bool = False, sentinel_password: str = "", **options: str
+    ) -> SentinelSet:
         """Start a master, its replicas, and Sentinels that replace a silent master within a second.
 
         options: of the servers' redis.conf, with _ for each -.
@@ -358,7 +360,7 @@ class RedisStarter:
         for server in found.servers[1:]:
             wait_for(lambda server=server: server.info("replication")["master_link_status"] == "up", "replica")
         for _ in range(sentinels):
-            found.sentinels.append(self._sentinel(found, files, password))
+            found.sentinels.append(self._sentinel(found, files, password, sentinel_password))
         for sentinel in found.sentinels:
             wait_for(lambda sentinel=sentinel: _knows(sentinel, found.name, replicas, sentinels - 1), "agreement")
         return found
@@ -405,8 +407,10 @@ class RedisStarter:
         self.processes.append(process)
         return process
 
-    def _sentinel(self, watched: SentinelSet, tls: TLSFiles | None, password: str | None) -> RedisProcess:
-        sentinel = self._prepare({"#": "sentinel"}, tls)
+    def _sentinel(
+        self, watched: SentinelSet, tls: TLSFiles | None, password: str | None, own_password: str
+    ) -> RedisProcess:
+        sentinel = self._prepare({"#": "sentinel"} | ({"requirepass": own_password} if own_password else {}), tls)
         lines = [
             f"port {0 if tls else sentinel.port}",
             f"bind {HOST}",
@@ -417,6 +421,8 @@ class RedisStarter:
             f"sentinel failover-timeout {watched.name} 5000",
             f"sentinel parallel-syncs {watched.name} 2",
         ]
+        if own_password:
+            lines += [f"requirepass {own_password}", f"sentinel sentinel-pass {own_password}"]
         if password:
             lines.append(f"sentinel auth-pass {watched.name} {password}")
         if tls:

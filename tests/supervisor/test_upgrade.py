@@ -16,9 +16,9 @@ from twisted.internet.defer import Deferred, fail, succeed
 
 from realtime.process import control
 from realtime.supervision.slots import BROKER
-from realtime.supervisor.inheritance import Inheritance, InheritedPort
+from realtime.supervisor.inheritance import HELD_SIGNALS, Inheritance, InheritedPort
 from realtime.supervisor.trial import ProgramResult
-from realtime.supervisor.upgrade import HELD_SIGNALS, CannotUpgrade, Estate, Launch, Upgrade, execute
+from realtime.supervisor.upgrade import CannotUpgrade, Estate, Launch, Upgrade, execute
 from realtime.supervisor.zygote import ZygoteUnusable
 from tests.supervisor import test_service
 from tests.supervisor.test_service import Running
@@ -131,7 +131,7 @@ def test_a_program_that_can_not_be_executed_leaves_no_trace() -> None:
 
 EXECUTING = """
 import os, signal, sys
-from realtime.supervisor.inheritance import Inheritance, InheritedPort
+from realtime.supervisor.inheritance import HELD_SIGNALS, Inheritance, InheritedPort
 from realtime.supervisor.upgrade import Launch, execute
 
 kept, _ = os.pipe()

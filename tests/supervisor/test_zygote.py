@@ -14,13 +14,35 @@ from typing import Any
 import psutil
 import pytest
 import pytest_twisted
+from twisted.internet.utils import getProcessOutput
 from twisted.logger import capturedLogs
 
 from realtime.process.zygote import Fork
+from realtime.supervision.slots import NOT_FORKED
 from realtime.supervisor.zygote import EX_OSERR, ForkedChild, Zygote, ZygoteUnusable
 from tests.transports.stage import eventually
 
 HERE = Path(__file__).parent
+
+
+# A program that has its first zygote forked from itself. It writes what a child gets, and how the zygote has ended.
+EARLY = """
+import json, os, socket
+from realtime.process import zygote
+from realtime.supervisor import orphans
+from realtime.supervisor.zygote import fork_early
+
+kept = os.open(os.devnull, os.O_RDONLY)
+orphans.adopt_all()
+early = fork_early(["forked"])
+read_end, write_end = os.pipe()
+socket.send_fds(early.link, [zygote.encode(zygote.Fork("worker 7", "forked", ("describe",), (5,)))], [write_end])
+packets = [zygote.decode(early.link.recv(4096)) for _ in range(2)]
+facts = json.loads(os.read(read_end, 65_536))
+assert facts.pop("parent") == os.getpid() and os.waitpid(packets[1].pid, 0)[1] == 0
+early.link.close()
+print(json.dumps([facts, early.wait()]))
+"""
 
 
 class Children:
@@ -90,6 +112,19 @@ async def test_a_child_is_ours_and_gets_its_arguments_descriptors_and_name(
     await children.exits(0)
 
 
+async def test_a_child_of_a_zygote_that_was_forked_early_is_the_same(
+    children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
+    monkeypatch.setenv("REALTIME_HTTP_API_KEY", "secret")
+    _, facts = await children.ask("describe")
+    output = await getProcessOutput(sys.executable, ["-c", EARLY], env=os.environ, errortoo=True)
+    early, status = json.loads(output)
+    assert {**early, "parent": os.getpid()} == facts
+    assert status == 0
+    await children.exits(0)
+
+
 async def test_exit_statuses_and_signals_are_reported(children: Children) -> None:
     children.fork("exit", "0")
     children.fork("exit", "78")
@@ -140,7 +175,7 @@ async def test_a_signal_to_a_child_that_is_not_forked_yet_reaches_it(children: C
     os.kill(hanging, signal.SIGSTOP)
     with capturedLogs():
         children.fork("wait").signal(signal.SIGKILL)
-        await children.exits(-signal.SIGTERM, EX_OSERR)
+        await children.exits(-signal.SIGTERM, NOT_FORKED)
 
 
 async def test_modules_that_cannot_be_imported_fail_the_fork_alone(children: Children) -> None:

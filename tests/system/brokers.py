@@ -22,6 +22,7 @@ from realtime.config.settings import EngineSettings, Settings, WorkersSettings, 
 from realtime.metrics import Metrics, Sample, load
 from realtime.process import control
 from realtime.supervision.vitals import VitalsPage
+from realtime.supervisor.service import BROKER_MODULES
 from realtime.worker.engine import BrokerEngine
 
 POLL = 0.01  # seconds between two looks at something that can't notify us
@@ -79,7 +80,8 @@ class BrokerProcess:
             passed["--predecessor"] = predecessor
         arguments = [text for name, fd in passed.items() for text in (name, str(fd))]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "realtime.broker.process", *arguments], pass_fds=list(passed.values())
+            [sys.executable, "-m", BROKER_MODULES[self._settings.engine.type], *arguments],
+            pass_fds=list(passed.values()),
         )
         os.close(tree)
         theirs.close()
