@@ -576,7 +576,6 @@ class BrokerService:
         trimmer = HeapTrimmer(process.metrics, find_malloc_trim())
         heartbeat.tasks.add(TRIM_INTERVAL, trimmer.trim, is_needed=trimmer.is_due)
         heartbeat.tasks.add(SWEEP_INTERVAL, self._broker.sweep, is_needed=self._broker.core.has_expirable)
-
         if process.predecessor is not None:
             await StateTarget(process.reactor, process.predecessor, self._broker).taken
 

@@ -26,6 +26,7 @@ from realtime.process.zygote import Fork, Forked, NotForked, ZygoteStarted
 from realtime.supervision.slots import NOT_FORKED
 from realtime.supervisor import orphans, systemd
 from realtime.supervisor.child_output import ChildOutput
+from realtime.supervisor.inheritance import HELD_SIGNALS
 from realtime.supervisor.readable import Readable, read_pipe
 
 EX_OSERR = 71
@@ -176,6 +177,7 @@ def _versions(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
 
 def _leave_the_supervisor(link: int) -> None:
     """Make a fork of this process what an executed zygote is. link: the only descriptor to keep, besides the output."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
     zygote.ignore_signals()
     os.setpgid(0, 0)  # see `orphans.reap`
     null = os.open(os.devnull, os.O_RDONLY)
@@ -196,13 +198,23 @@ def _unsafe_paths() -> set[str]:
 
 
 class Zygote:
-    """Has all children forked, by a process that it starts when needed, and replaces when that has ended."""
+    """Has all children forked, by a process that it starts when needed, and replaces when that has ended.
+
+    formats: of the messages of the children, as their modules say; "" before the first one.
+    """
 
     def __init__(
-        self, reactor: Any, modules: Sequence[str], *, early: EarlyZygote | None = None, capture: bool = False
+        self,
+        reactor: Any,
+        modules: Sequence[str],
+        *,
+        early: EarlyZygote | None = None,
+        capture: bool = False,
+        formats: str = "",
     ) -> None:
         """modules: those that children may run. early: the first process that forks them, if it was forked early.
-        capture: write the output of the others to our log, instead of letting them inherit ours."""
+        capture: write the output of the others to our log, instead of letting them inherit ours. formats: of children
+        that run already; "" without any."""
         self._reactor = reactor
         self._modules = modules
         self._early = early
@@ -210,7 +222,7 @@ class Zygote:
         self._current: _ZygoteProcess | None = None
         self._processes: set[_ZygoteProcess] = set()
         self._is_closed = False
-        self._formats: str | None = None
+        self.formats = formats
 
     @property
     def pids(self) -> list[int]:
@@ -244,6 +256,11 @@ class Zygote:
         process = self._start()
         return process.when_started().addCallback(self._check_formats, process).addCallback(self._replace_by, process)
 
+    def check(self) -> Deferred[None]:
+        """Have a process import all modules anew, and end it. Fails and raises as `renew`."""
+        process = self._start()
+        return process.when_started().addCallback(self._check_formats, process).addCallback(lambda _: process.end())
+
     def close(self) -> None:
         """Kill the processes that fork. Children live on."""
         self._is_closed = True
@@ -259,12 +276,12 @@ class Zygote:
         return process
 
     def _note_formats(self, formats: str) -> None:
-        self._formats = self._formats or formats
-        if formats != self._formats:
+        self.formats = self.formats or formats
+        if formats != self.formats:
             _log.error("{reason}", reason=_OTHER_VERSION)
 
     def _check_formats(self, formats: str, process: _ZygoteProcess) -> None:
-        if formats != self._formats:
+        if formats != self.formats:
             process.is_ending = True
             process.kill()
             raise ZygoteUnusable(_OTHER_VERSION)
