@@ -18,6 +18,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
+from realtime.broker.persistence import Persistence
+from realtime.broker.stored_first import StoredFirstLink, UnstoredFrames
 from realtime.config.settings import EngineSettings
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
 from realtime.metrics import Metrics
@@ -96,9 +98,17 @@ class Broker:
         self._slices = TimeSlicer(reactor.seconds, SLICE, self._call_next_turn)
         self._links_account = self._ledger.open(LoopWork.ENGINE)
         self._all_left: Deferred[None] | None = None  # while draining
+        self._early: list[tuple[int, int]] | None = None  # streams that came while stored channels are read
         publications = metrics.counter("realtime_broker_publications", "Publications received from workers.")
         self.delivery = _LinkDelivery(metrics)
-        self.core: BrokerCore[Link] = BrokerCore(self.delivery, settings.max_channels, publications)
+        self.persistence, streams, keys = None, None, None
+        self._unstored: UnstoredFrames | None = None
+        if settings.memory.path:
+            self.persistence = Persistence(settings.memory, settings.max_channels, metrics, reactor, self)
+            streams, keys = self.persistence.streams, self.persistence.keys
+            if settings.memory.fsync == "always":
+                self._unstored = UnstoredFrames(self.persistence)
+        self.core: BrokerCore[Link] = BrokerCore(self.delivery, settings.max_channels, publications, streams, keys)
         metrics.gauge("realtime_broker_channels", "Channels with a subscriber.", lambda: self.core.channels)
         metrics.gauge("realtime_broker_streams", "Channels with a history.", lambda: self.core.streams)
         metrics.gauge("realtime_broker_backlog_bytes", "Bytes queued for workers.", self._backlog)
@@ -116,9 +126,29 @@ class Broker:
         self._all_left = Deferred()
         if self._peers:
             await self._all_left
+        if self.persistence is not None:
+            await self.persistence.close()
+
+    async def load(self) -> None:
+        """Read the channels of an earlier broker, if they are stored. Raises RealtimeError with a line for the
+        operator."""
+        if self.persistence is not None:
+            self._early = []
+            await self.persistence.load(lambda part: self.core.import_part(part, ()))
+            early, self._early = self._early, None
+            for stream in early:
+                self.attach(*stream)
+
+    def hold_back(self, is_held: bool) -> None:
+        """Stop or continue reading the requests of all workers."""
+        for link in self._peers:
+            link.hold_back(is_held)
 
     def attach(self, slot: int, fd: int) -> None:
         """Connect to a worker of this slot over `fd`, and own it from now on."""
+        if self._early is not None:
+            self._early.append((slot, fd))
+            return
         peer = _WorkerPeer(self, slot, self._make_link)
         self._peers[peer.link] = peer
         adopt(self._reactor, fd, peer.link)
@@ -211,7 +241,10 @@ class Broker:
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
         call_at_end = turn_end_caller(self._reactor)
-        return Link(self._reactor, call_at_end, limit, on_frame, self._on_link_end, self._ledger, patience, keeps=True)
+        parts = self._reactor, call_at_end, limit, on_frame, self._on_link_end, self._ledger, patience
+        if self._unstored is not None:
+            return StoredFirstLink(*parts, keeps=True, unstored=self._unstored)
+        return Link(*parts, keeps=True)
 
     def _on_link_end(self, link: Link, reason: str) -> None:
         """Let the clients of a worker leave, as it has ended or its link was cut."""
@@ -469,7 +502,8 @@ class BrokerService:
         )
 
     async def start(self) -> None:
-        """Begin the sweeps. Workers are served as soon as their links come."""
+        """Read stored channels, and begin the sweeps. Workers are served as soon as their links come."""
+        await self._broker.load()
         heartbeat = self._process.heartbeat
         heartbeat.slow_down(broker_beat_interval(self._process.settings.loop))
         trimmer = HeapTrimmer(self._process.metrics, find_malloc_trim())

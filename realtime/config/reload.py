@@ -23,6 +23,11 @@ FIXED = (
     ("engine", "type"),
     ("engine", "queue_max_size"),
     ("engine", "max_channels"),
+    ("engine.memory", "path"),
+    ("engine.memory", "fsync"),
+    ("engine.memory", "fsync_interval"),
+    ("engine.memory", "queue_size"),
+    ("engine.memory", "max_file_size"),
     ("loop", "interval"),
     ("loop", "stuck"),
     # The kernel has its program.
@@ -42,9 +47,18 @@ def keep_fixed(running: Settings, wanted: Settings) -> tuple[Settings, list[str]
             lines.append(
                 f"{table}.{key} = {quote(other)}: needs a restart of the server; until then {quote(kept)} stays"
             )
-            wanted = replace(wanted, **{table: replace(getattr(wanted, table), **{key: kept})})
+            wanted = _with(wanted, [*table.split("."), key], kept)
     return wanted, lines
 
 
 def _value(settings: Settings, table: str, key: str) -> Any:
-    return getattr(getattr(settings, table), key)
+    value: Any = settings
+    for name in (*table.split("."), key):
+        value = getattr(value, name)
+    return value
+
+
+def _with(tree: Any, path: list[str], value: Any) -> Any:
+    """Return a tree with another value of one key."""
+    name, *rest = path
+    return replace(tree, **{name: _with(getattr(tree, name), rest, value) if rest else value})

@@ -163,15 +163,23 @@ class BrokerCore(Generic[P]):
 
     max_channels: limits the channels with a subscriber, the channels with a history, the channels with presence on one
     peer, the lost clients of one slot, and the idempotency keys. A request beyond a limit raises ClientError 106.
-    publications: counts the requests to publish. operations: the bound method for each kind of request and notice.
+    publications: counts the requests to publish. streams, keys: empty ones with a journal (`realtime.pubsub.journal`);
+    by default, without one. operations: the bound method for each kind of request and notice.
     """
 
-    def __init__(self, delivery: PeerDelivery[P], max_channels: int, publications: Counter | None = None) -> None:
+    def __init__(
+        self,
+        delivery: PeerDelivery[P],
+        max_channels: int,
+        publications: Counter | None = None,
+        streams: ChannelStreams | None = None,
+        keys: IdempotencyCache | None = None,
+    ) -> None:
         self._delivery = delivery
         self._publications = publications or Counter()
         self._max_channels = max_channels
-        self._streams = ChannelStreams(max_channels)
-        self._idempotency = IdempotencyCache(max_channels)
+        self._streams = ChannelStreams(max_channels) if streams is None else streams
+        self._idempotency = IdempotencyCache(max_channels) if keys is None else keys
         self._presence: Presence[P] = Presence(max_channels, self._announce_join, self._announce_leave)
         self._routes: dict[str, list[P]] = {}
         self._peers: dict[P, _PeerState] = {}
