@@ -96,19 +96,19 @@ class JournalFile:
         do = self._database.execute
         do(f"PRAGMA page_size={PAGE_SIZE}")
         do("PRAGMA locking_mode=EXCLUSIVE")
+        is_ours = self._value("PRAGMA application_id") == APPLICATION
+        if not is_ours and self._value("SELECT count(*) FROM sqlite_master"):
+            raise ForeignDatabase
         do("PRAGMA journal_mode=WAL")
         do(f"PRAGMA journal_size_limit={16 * 1024 * 1024}")
         do("PRAGMA synchronous=FULL")
         self._transaction()
-        application, version = self._value("PRAGMA application_id"), self._value("PRAGMA user_version")
-        if not application and not self._value("SELECT count(*) FROM sqlite_master"):
+        if not is_ours:
             for statement in _TABLES.strip().split(";"):
                 do(statement)
             do(f"PRAGMA application_id={APPLICATION}")
             do(f"PRAGMA user_version={FORMAT}")
-        elif application != APPLICATION:
-            raise ForeignDatabase
-        elif version != FORMAT:
+        elif (version := self._value("PRAGMA user_version")) != FORMAT:
             raise BadJournal(f"its format is {version}, this server's is {FORMAT}")
         do("COMMIT")
         do(f"PRAGMA max_page_count={max(max_bytes // PAGE_SIZE, 16)}")

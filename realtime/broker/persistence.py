@@ -65,7 +65,7 @@ SNAPSHOT_PAUSE = 0.01
 SNAPSHOT_MIN = 16 * 1024 * 1024
 """Bytes that a journal grows by before a snapshot, at least: a snapshot then drops more than it writes."""
 
-RETRY_MIN, RETRY_MAX = 10.0, 600.0
+RETRY_MIN, RETRY_MAX = 1.0, 600.0
 """Seconds from a suspension to the next attempt; each failure doubles them."""
 
 IMPORTED = 500
@@ -338,7 +338,7 @@ class Persistence:
             return
         changes = self._queue
         if not changes.append(frame(record)):
-            self._suspend(f"the disk is too slow: {changes.used} bytes of changes wait (engine.memory.queue_size)")
+            self._suspend("the disk is too slow, and engine.memory.queue_size has no room for more changes")
         elif self._timer is None and not self._is_committing:
             self._timer = self._reactor.callLater(0 if self.waits else COMMIT_INTERVAL, self._commit)
         elif changes.used > changes.capacity // 4 and not self._is_committing:

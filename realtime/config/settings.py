@@ -179,7 +179,7 @@ class MemorySettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 1.0
     queue_size: Annotated[
         int,
-        Meta(ge=65536),
+        Meta(ge=1024 * 1024),
         about(
             "Bytes of shared memory for changes on their way to the file. A publication with history must not be longer"
             " than a quarter of it."
