@@ -60,8 +60,8 @@ _HTTP = {
     "stream": _bad("refused a stream at {path}: {detail}"),
     "emulation": _bad("refused commands posted to {path}: the body is not a request of an SDK"),
     "emulation_node": _bad(
-        "refused commands posted to {path}, which are for another server: set node.name to the same value on all"
-        " servers behind the load balancer, or keep each client on one server"
+        "refused commands posted to {path}, which are for a server that has ended or shares no Redis with this one:"
+        ' set engine.type to "redis" on all servers behind the load balancer, or keep each client on one server'
     ),
     "emulation_session": _detail("dropped commands that a client posted for a session that has ended"),
     "websocket_path": _bad(

@@ -7,6 +7,7 @@ The types from `ConnectRequest` on belong to the application's API; their `data`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from msgspec import Struct, field
@@ -97,6 +98,28 @@ class EngineStats(Struct, frozen=True, array_like=True, gc=False):
     users: int = 0
     channels: int = 0
     subscriptions: int = 0
+
+
+class NodeInfo(Struct, frozen=True, array_like=True, gc=False):
+    """A node: one server with its workers. uid: unique. uptime: seconds since the node started.
+
+    stats: over its workers. workers: their number.
+    """
+
+    uid: str = ""
+    name: str = ""
+    version: str = ""
+    uptime: float = 0.0
+    stats: EngineStats = EngineStats()
+    workers: int = 0
+
+
+class ChannelCounts(dict[str, int]):
+    """Numbers of subscribers by channel. silent_workers: workers that did not answer, so that their channels lack."""
+
+    def __init__(self, counts: Mapping[str, int], silent_workers: int = 0) -> None:
+        super().__init__(counts)
+        self.silent_workers = silent_workers
 
 
 class ConnectRequest(Struct, frozen=True, kw_only=True):

@@ -27,14 +27,15 @@ install_debian() {
 }
 
 # python_environment KIND - create the virtual environment .venv and install this checkout in it, editable.
-# KIND: runtime; dev, with the tools for the tests (includes runtime); or bench, with the peers of the benchmarks.
+# KIND: runtime; redis, with the engine on Redis; dev, with the tools for the tests (includes both); or bench, with the
+# peers of the benchmarks.
 python_environment() {
     local kind=$1 stamp inputs=(setup.cfg pyproject.toml) target=.
     need python3:python3
     [ -x .venv/bin/python ] || create_virtual_environment
     stamp=$(.venv/bin/python --version; hash_of "${inputs[@]}")
-    grep -qsxF "$stamp" ".venv/.stamp-$kind" && return
-    [ "$kind" = runtime ] && grep -qsxF "$stamp" .venv/.stamp-dev && return
+    [ "$(cat ".venv/.stamp-$kind" 2>/dev/null)" = "$stamp" ] && return
+    [ "$kind" != bench ] && [ "$(cat .venv/.stamp-dev 2>/dev/null)" = "$stamp" ] && return
     [ "$kind" = runtime ] || target=".[$kind]"
     say "Installing $target into .venv"
     .venv/bin/python -m pip install -qq --disable-pip-version-check --editable "$target" || return

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from twisted.internet.defer import Deferred
 
+from tests.redis.deployments import PROGRAMS, RedisProcess, RedisStarter
 from tests.system.serving import Server, ServerStarter
 
 # Seconds for a coroutine test without a `timeout` mark.
@@ -52,6 +56,38 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     pyfuncitem.obj = limited
 
 
+class _Reports(logging.Handler):
+    """Keeps what asyncio reports of forgotten objects, without the text of their tracebacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_forgotten() -> Iterator[None]:
+    """Fail the module whose tests leave sockets open, or failed futures unread, to the garbage collector.
+
+    It would find them in any test, later, and fail that: asyncio's report of a future formats a traceback, which parses
+    source, and CPython 3.11 can't do that within `ast.parse`.
+    """
+    yield
+    reports, logger = _Reports(), logging.getLogger("asyncio")
+    logger.addHandler(reports)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ResourceWarning)
+            gc.collect()
+    finally:
+        logger.removeHandler(reports)
+        gc.freeze()  # what is left is not looked at again, which makes this quick
+    found = reports.lines + [str(warning.message) for warning in caught if warning.category is ResourceWarning]
+    assert not found, "\n".join(found)
+
+
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[ServerStarter]:
     """Start real servers: `start_server(**sections)` gives a `Server` that is ready; all are ended afterwards."""
@@ -64,3 +100,26 @@ def start_server(tmp_path: Path) -> Iterator[ServerStarter]:
 def server(start_server: ServerStarter) -> Server:
     """A ready server with two workers and the application of tests/system/apps."""
     return start_server()
+
+
+@pytest.fixture(params=PROGRAMS)
+def redis_starter(request: pytest.FixtureRequest) -> Iterator[RedisStarter]:
+    """Start Redis servers of a test's own, of each program of this machine; all are ended afterwards."""
+    starter = RedisStarter(program=request.param)
+    yield starter
+    starter.finish()
+
+
+@pytest.fixture(scope="session", params=PROGRAMS)
+def shared_redis_server(request: pytest.FixtureRequest) -> Iterator[RedisProcess]:
+    starter = RedisStarter(program=request.param)
+    yield starter.standalone(acl=True)
+    starter.finish()
+
+
+@pytest.fixture
+def redis_server(shared_redis_server: RedisProcess) -> RedisProcess:
+    """An empty server, with the user of docs/redis.md. Tests share it: they neither stop nor configure it."""
+    shared_redis_server.command("FLUSHALL")
+    shared_redis_server.command("SCRIPT", "FLUSH")
+    return shared_redis_server

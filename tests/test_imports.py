@@ -39,7 +39,8 @@ ROOMS: dict[str, set[str]] = {
     "app": FREE | {"cache"},
     # The shell: Twisted, sockets and processes.
     "process": FREE | {"supervision", "pubsub"},
-    "broker": SHELL | {"pubsub"},
+    "redis": SHELL,
+    "broker": SHELL | {"pubsub", "redis"},
     "handlers": SHELL | {"app", "cache"},
     "transports": SHELL | {"deadlines", "http", "pubsub", "protocol", "server_api", "app", "handlers"},
     "worker": SHELL
@@ -53,12 +54,13 @@ ROOMS: dict[str, set[str]] = {
     "__init__": FREE | {"app", "cache"},
 }
 # Rooms that import Twisted and its like. All others use the standard library and msgspec, but for a few modules.
-SHELL_ROOMS = {"process", "broker", "handlers", "transports", "worker", "operators", "supervisor"}
+SHELL_ROOMS = {"process", "redis", "broker", "handlers", "transports", "worker", "operators", "supervisor"}
 SHELL_OUTSIDE = {"twisted", "autobahn", "zope", "psutil", "prometheus_client"}
 OUTSIDE = {
     "realtime.config.checks": {"cryptography"},
     "realtime.auth.keys": {"cryptography", "jwt"},
     "realtime.tap": {"twisted"},
+    "realtime.redis.connection": {"hiredis"},
 }
 
 

@@ -22,6 +22,7 @@ from realtime.app.http import HTTP, AnyFunction
 from realtime.cache import Cache
 from realtime.errors import FORCE_DISCONNECT, ClientError, SettingsError
 from realtime.types import (
+    ChannelCounts,
     ClientInfo,
     ConnectRequest,
     Credentials,
@@ -73,7 +74,7 @@ class Server(Protocol):
 
     def presence_stats(self, channel: str) -> Coroutine[Any, Any, tuple[int, int]]: ...
 
-    def channels(self, pattern: str) -> Coroutine[Any, Any, dict[str, int]]: ...
+    def channels(self, pattern: str) -> Coroutine[Any, Any, ChannelCounts]: ...
 
     def info(self) -> Coroutine[Any, Any, list[dict[str, Any]]]: ...
 
@@ -313,9 +314,10 @@ class App:
         """Return the number of clients subscribed to a channel and the number of distinct users among them."""
         return self._perform(self._bound.presence_stats(channel))
 
-    def channels(self, pattern: str = "") -> Awaitable[dict[str, int]]:
-        """Return the number of subscribers of each channel that has any, over all workers.
+    def channels(self, pattern: str = "") -> Awaitable[ChannelCounts]:
+        """Return the number of subscribers of each channel that has any, over all workers of all nodes.
 
+        Workers that do not answer within 5 s are left out; the result counts them in its `silent_workers`.
         pattern: selects channels by `*`, `?`, `[a-z]` and `{this,that}`; "" for all. Raises ClientError 107 for an
         invalid pattern, and 106 if the names exceed 4 MiB.
         """

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -26,6 +27,7 @@ from realtime.metrics import Metrics
 from realtime.process import child
 from realtime.process.heap import TRIM_INTERVAL, HeapTrimmer, find_malloc_trim
 from realtime.process.link import PEER_ENDED, REPLACED, Link, adopt
+from realtime.process.node import NodeIdentity
 from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
@@ -35,7 +37,7 @@ from realtime.pubsub.history import make_epoch
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.supervision.health import broker_beat_interval
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
-from realtime.types import ClientInfo, Publication
+from realtime.types import ClientInfo, NodeInfo, Publication
 
 SWEEP_INTERVAL = 0.25
 """Seconds between two sweeps for expired history and idempotency keys."""
@@ -54,7 +56,7 @@ RESTORE_TIMEOUT = 1.0
 
 HOLD = 1.0
 """Seconds for which the clients of a worker whose stream has ended stay listed, and deliveries to it are queued: within
-some milliseconds a fresh stream continues the ended one. A successor of the worker ends this time."""
+some milliseconds a fresh stream continues the ended one. The successor of a dead worker ends this time."""
 
 _log = Logger()
 _decode = broker_messages.message_decoder(broker_messages.TO_BROKER)
@@ -65,8 +67,8 @@ class Broker:
 
     reactor: twisted's, with monotonic `seconds`. ledger: the loop's, which is charged for the links and the sweeps.
     instance: identifies this run of the broker.
-    workers: their number; 0 for unknown. is_restoring: see `restore`. held_limit: bytes of one worker's requests that
-    are held meanwhile.
+    workers: their number; 0 for unknown. describe_node: see `BrokerCore`. is_restoring: see `restore`. held_limit:
+    bytes of one worker's requests that are held meanwhile.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Broker:
         reactor: Any,
         ledger: LoopTimeLedger | None = None,
         workers: int = 0,
+        describe_node: Callable[[], NodeInfo] = NodeInfo,
     ) -> None:
         self._workers = workers
         self.is_restoring = False
@@ -108,7 +111,9 @@ class Broker:
             streams, keys = self.persistence.streams, self.persistence.keys
             if settings.memory.fsync == "always":
                 self._unstored = UnstoredFrames(self.persistence)
-        self.core: BrokerCore[Link] = BrokerCore(self.delivery, settings.max_channels, publications, streams, keys)
+        self.core: BrokerCore[Link] = BrokerCore(
+            self.delivery, settings.max_channels, publications, describe_node, streams, keys
+        )
         metrics.gauge("realtime_broker_channels", "Channels with a subscriber.", lambda: self.core.channels)
         metrics.gauge("realtime_broker_streams", "Channels with a history.", lambda: self.core.streams)
         metrics.gauge("realtime_broker_backlog_bytes", "Bytes queued for workers.", self._backlog)
@@ -165,9 +170,9 @@ class Broker:
                 link.cut(REPLACED)
                 self._hold(peer)
         for peer in list(self._held):
-            if peer.slot == slot and not (is_returning and peer.address == address):
-                # The subscribers of a dead worker are disconnected, so they lose nothing.
-                self._let_leave(peer, is_alive=peer.address == address)
+            # A living worker of the slot hands over to the one that introduces itself, and will return.
+            if peer.slot == slot and not (is_returning if peer.address == address else peer.is_alive):
+                self._let_leave(peer)
         # Where the same clients come back over the new stream, the leaves come first.
         for peer in [peer for peer in self._leaving if peer.slot == slot]:
             for _ in self._leaving.pop(peer, ()):
@@ -274,12 +279,12 @@ class Broker:
         self._slices.add(steps)
         self._held[peer] = self._reactor.callLater(HOLD, self._let_leave, peer)
 
-    def _let_leave(self, peer: _WorkerPeer, *, is_alive: bool = True) -> None:
-        """is_alive: whether the worker may be, so that all frames count as lost that it may not have handled."""
+    def _let_leave(self, peer: _WorkerPeer) -> None:
         timer = self._held.pop(peer)
         if timer.active():
             timer.cancel()
-        if is_alive and self.core.is_routed(peer.link):
+        # The subscribers of a dead worker are disconnected, so they lose nothing.
+        if peer.is_alive and self.core.is_routed(peer.link):
             peer.link.take_rest(None)
         self._count_drops(peer.link)
         self._leaving[peer] = steps = self._leave(peer)
@@ -363,6 +368,7 @@ class _WorkerPeer:
         self.slot = slot
         self.address = ""
         self.stream = 0
+        self._pid = 0
         self._broker = broker
         self._core = broker.core
         self.link = make_link(self.receive)
@@ -375,6 +381,16 @@ class _WorkerPeer:
         # By kind. Before Hello, anything else is out of place.
         self._requests: dict[type, Callable[[Link, float, Any], Any]] = {}
         self._others: dict[type, Callable[[Link, float, Any], None]] = {broker_messages.Hello: self._hello}
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the worker's process is there. The supervisor reaps an ended one before it starts another."""
+        with suppress(PermissionError):  # it runs as another user
+            try:
+                os.kill(self._pid, 0)
+            except ProcessLookupError:
+                return False
+        return True
 
     def receive(self, number: int, body: bytes) -> None:
         """Carry out one message. Raises BadFrame, and nothing else, if it is invalid or out of place."""
@@ -448,7 +464,7 @@ class _WorkerPeer:
         address = worker_address(self.slot, message.generation)
         self._is_returning = message.instance == self._broker.instance
         self._broker.replace(self.slot, address, is_returning=self._is_returning)
-        self.address, self.stream = address, message.stream
+        self.address, self.stream, self._pid = address, message.stream, message.pid
         self._core.attach(link, address, str(self.slot))
         # When its previous stream to this same broker ended long ago, its clients left; now they join again. The
         # subscribers of another broker never received those leaves, so they receive no joins either.
@@ -498,7 +514,12 @@ class BrokerService:
         self._process = process
         settings = process.settings
         self._broker = Broker(
-            settings.engine, process.metrics, process.reactor, process.accounts, settings.workers.count
+            settings.engine,
+            process.metrics,
+            process.reactor,
+            process.accounts,
+            settings.workers.count,
+            NodeIdentity(settings).describe,
         )
 
     async def start(self) -> None:

@@ -14,7 +14,9 @@ _PLANNED = {
     "http_server": "h2c_external http3 internal_tls tls tls_autocert tls_external",
     "log": "file",
     "node": "info_metrics_aggregate_interval",
-    "engine": "redis",
+    "engine.redis": ("force_resp2 history_use_lists presence_hash_field_ttl presence_user_mapping replica_client"),
+    "engine.redis.tls": "insecure_skip_verify",
+    "engine.redis.sentinel_tls": "insecure_skip_verify",
     "client": (
         "channel_position_max_time_lag connect_code_to_unidirectional_disconnect insecure_skip_token_signature_verify"
         " presence_update_interval"
@@ -47,6 +49,9 @@ _UNSUPPORTED = {
         " write_delay write_with_timer"
     ),
     "channel": "patterns proxy",
+    "engine.redis": "sharded_pub_sub_partitions",
+    "engine.redis.tls": "client_ca_pem",  # of servers
+    "engine.redis.sentinel_tls": "client_ca_pem",
     "http_api": "jwks",
     "websocket": "compression_prepared_message_cache_size",
 } | dict.fromkeys(

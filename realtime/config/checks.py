@@ -121,3 +121,13 @@ def is_regular_expression(pattern: str) -> bool:
         return bool(re.compile(pattern))
     except (re.error, RecursionError, OverflowError):
         return False
+
+
+def is_key_prefix(text: str) -> bool:
+    """Whether a text can begin a key in Redis, without characters that have a meaning in patterns and hash tags."""
+    return re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", text) is not None
+
+
+def is_without_spaces(text: str) -> bool:
+    """Whether a text consists of visible ASCII characters, as CLIENT SETNAME requires, or is empty."""
+    return re.fullmatch(r"[!-~]*", text) is not None

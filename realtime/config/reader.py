@@ -25,7 +25,7 @@ from realtime.config.schema import (
     value_keys,
     variable_name,
 )
-from realtime.config.values import DURATION, format_duration, quote, quote_setting
+from realtime.config.values import DURATION, ValueRefused, format_duration, quote, quote_setting
 
 _COMMAND_LINE = "command line"
 
@@ -171,6 +171,9 @@ class Reader(Generic[Tree]):
     ) -> None:
         try:
             result = read(value)
+        except ValueRefused as refused:
+            self._report(path, locate(), str(refused))
+            return
         except (ValueError, TypeError, OverflowError, RecursionError):
             pass
         else:

@@ -5,29 +5,28 @@ All others are those of the workers, which a reload replaces, or of the supervis
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from msgspec.structs import replace
 
-from realtime.config.settings import Settings
+from realtime.config.schema import value_keys
+from realtime.config.settings import MemorySettings, RedisSettings, Settings
 from realtime.config.values import quote
 
-FIXED = (
+FIXED: tuple[tuple[str, ...], ...] = (
     # The listening sockets are open.
     ("http_server", "address"),
     ("http_server", "port"),
     ("http_server", "backlog"),
     ("http_server", "internal_address"),
     ("http_server", "internal_port"),
-    # The broker runs with them, and keeps the channels' history.
+    # The broker runs with them, and keeps the channels' history, or the connections to Redis.
     ("engine", "type"),
     ("engine", "queue_max_size"),
     ("engine", "max_channels"),
-    ("engine.memory", "path"),
-    ("engine.memory", "fsync"),
-    ("engine.memory", "fsync_interval"),
-    ("engine.memory", "queue_size"),
-    ("engine.memory", "max_file_size"),
+    *(tuple(map(str, path)) for path, _ in value_keys(MemorySettings, ("engine", "memory"))),
+    *(tuple(map(str, path)) for path, _ in value_keys(RedisSettings, ("engine", "redis"))),
     ("loop", "interval"),
     ("loop", "stuck"),
     # The kernel has its program.
@@ -35,30 +34,33 @@ FIXED = (
     # All processes write with it.
     ("log", "max_queued_bytes"),
 )
-"""Table and key of each such setting."""
+"""The path of each such setting."""
+
+_KEYS = dict(value_keys(Settings))
 
 
 def keep_fixed(running: Settings, wanted: Settings) -> tuple[Settings, list[str]]:
     """Return the wanted settings with the fixed ones of the running server, and a line for each that differs."""
     lines = []
-    for table, key in FIXED:
-        kept, other = _value(running, table, key), _value(wanted, table, key)
+    for path in FIXED:
+        kept, other = _value(running, path), _value(wanted, path)
         if kept != other:
-            lines.append(
-                f"{table}.{key} = {quote(other)}: needs a restart of the server; until then {quote(kept)} stays"
-            )
-            wanted = _with(wanted, [*table.split("."), key], kept)
+            change = " has another value" if _KEYS[path].is_secret else f" = {_quote(other)}"
+            stays = "the value before" if _KEYS[path].is_secret else _quote(kept)
+            lines.append(f"{'.'.join(path)}{change}: needs a restart of the server; until then {stays} stays")
+            wanted = _replace(wanted, path, kept)
     return wanted, lines
 
 
-def _value(settings: Settings, table: str, key: str) -> Any:
-    value: Any = settings
-    for name in (*table.split("."), key):
-        value = getattr(value, name)
-    return value
+def _quote(value: Any) -> str:
+    return quote(list(value)) if isinstance(value, tuple) else quote(value)
 
 
-def _with(tree: Any, path: list[str], value: Any) -> Any:
-    """Return a tree with another value of one key."""
-    name, *rest = path
-    return replace(tree, **{name: _with(getattr(tree, name), rest, value) if rest else value})
+def _value(settings: Settings, path: tuple[str, ...]) -> Any:
+    return functools.reduce(getattr, path, settings)
+
+
+def _replace(table: Any, path: tuple[str, ...], value: Any) -> Any:
+    """Return a tree with another value at `path`."""
+    name, *below = path
+    return replace(table, **{name: _replace(getattr(table, name), tuple(below), value) if below else value})

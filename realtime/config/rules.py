@@ -7,17 +7,22 @@ are allowed but risky are in `realtime.config.warnings`.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 from urllib.parse import urlsplit
 
 from realtime.config.checks import PLACEHOLDER, listed_groups
 from realtime.config.reader import Rule, Rules
+from realtime.config.redis_settings import addresses_in_use
 from realtime.config.settings import (
     ChannelOptions,
     ChannelSettings,
     ClientSettings,
+    EngineSettings,
     HTTPServerSettings,
     LoopSettings,
+    RedisSettings,
+    RedisTLSSettings,
     Settings,
     TokenSettings,
     WorkersSettings,
@@ -176,6 +181,44 @@ _LOOP: tuple[Rule[LoopSettings], ...] = (
     ),
 )
 
+_ENGINE: tuple[Rule[EngineSettings], ...] = (
+    Rule(
+        ("type",),
+        lambda engine: engine.type != "redis" or importlib.util.find_spec("hiredis") is not None,
+        "{0} needs the library hiredis; install it with: pip install 'twisted-realtime[redis]'",
+    ),
+)
+
+
+def _name_masters(redis: RedisSettings) -> bool:
+    return all(
+        address.sentinel_master_name or redis.sentinel_master_name
+        for address in addresses_in_use(redis)
+        if address.topology == "sentinel"
+    )
+
+
+_REDIS: tuple[Rule[RedisSettings], ...] = (
+    Rule(
+        ("sentinel_master_name", "address", "sentinel_address", "cluster_address"),
+        _name_masters,
+        "Sentinels need the name of the server that they watch; set it as in their `sentinel monitor NAME ...`",
+    ),
+    Rule(
+        ("db", "address", "sentinel_address", "cluster_address"),
+        lambda redis: redis.db == 0 or all(address.topology != "cluster" for address in addresses_in_use(redis)),
+        "a Cluster has the database 0 only; remove this key, and choose another prefix instead",
+    ),
+)
+
+_REDIS_TLS: tuple[Rule[RedisTLSSettings], ...] = (
+    Rule(
+        ("cert_pem", "key_pem"),
+        lambda tls: bool(tls.cert_pem) == bool(tls.key_pem),
+        "cert_pem and key_pem belong together; set both, or remove both",
+    ),
+)
+
 # The tables with a path of their own, below the one port for clients.
 TABLES_WITH_PATHS = (
     *("http_api", "websocket", "sse", "http_stream", "emulation"),
@@ -234,5 +277,8 @@ RULES: Rules = {
     ChannelSettings: _CHANNEL,
     WorkersSettings: _WORKERS,
     LoopSettings: _LOOP,
+    EngineSettings: _ENGINE,
+    RedisSettings: _REDIS,
+    RedisTLSSettings: _REDIS_TLS,
     Settings: _ROOT,
 }

@@ -38,6 +38,8 @@ from realtime.config.channel_settings import ChannelSettings as ChannelSettings
 from realtime.config.channel_settings import Namespace as Namespace
 from realtime.config.process_settings import LoopSettings as LoopSettings
 from realtime.config.process_settings import WorkersSettings as WorkersSettings
+from realtime.config.redis_settings import RedisSettings as RedisSettings
+from realtime.config.redis_settings import RedisTLSSettings as RedisTLSSettings
 from realtime.config.transport_settings import EmulationSettings as EmulationSettings
 from realtime.config.transport_settings import HTTPStreamSettings as HTTPStreamSettings
 from realtime.config.transport_settings import InitSettings as InitSettings
@@ -199,7 +201,11 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """The engine, which numbers, stores and routes publications."""
 
     type: Annotated[
-        Literal["memory"], about("Storage of channels. memory: the memory of this server's broker process.")
+        Literal["memory", "redis"],
+        about(
+            "Storage of channels. memory: the memory of this server's broker process. redis: Redis or Valkey, for"
+            " several servers with the same channels."
+        ),
     ] = "memory"
     publish_timeout: Annotated[PositiveSeconds, about("Time limit for the engine's answer before a request fails.")] = (
         5.0
@@ -215,6 +221,7 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True):
         Positive, about("Maximum number of channels that have history or presence at the same time.")
     ] = 1_000_000
     memory: MemorySettings = field(default_factory=MemorySettings)
+    redis: RedisSettings = field(default_factory=RedisSettings)
 
 
 class TokenSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

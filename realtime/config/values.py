@@ -24,12 +24,16 @@ _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 _INTEGER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F_]+|0[oO][0-7_]+|0[bB][01_]+|0|[1-9][0-9_]*)")
 
 
+class ValueRefused(ValueError):
+    """A value with a problem of its own. The message names problem and remedy, and shows no secret."""
+
+
 @dataclass(frozen=True, slots=True)
 class ValueType:
     """A type of values, named `expected` in messages.
 
-    from_text, from_file: read a value of this type; they raise ValueError or TypeError for other values. to_file: the
-    value as a file has it.
+    from_text, from_file: read a value of this type; they raise ValueError or TypeError for other values, ValueRefused
+    to say more than that another value is expected. to_file: the value as a file has it.
     """
 
     expected: str

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
+import msgspec
 from msgspec import Struct
 
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
@@ -28,6 +29,7 @@ from realtime.pubsub.engine import (
     EngineNotice,
     EngineRequest,
     GetHistory,
+    GetNodes,
     GetPresence,
     GetPresenceStats,
     GetStats,
@@ -40,11 +42,12 @@ from realtime.pubsub.engine import (
     Subscribe,
     TakeLostClients,
     Unsubscribe,
+    split_address,
 )
 from realtime.pubsub.history import ChannelStreams, EpochsState, IdempotencyCache, KeysState, StreamsState
 from realtime.pubsub.presence import AbsentState, Presence, PresentState
 from realtime.pubsub.time_slices import CHUNK
-from realtime.types import ClientInfo, EngineStats, HistoryPage, Position, Publication
+from realtime.types import ClientInfo, EngineStats, HistoryPage, NodeInfo, Position, Publication
 
 P = TypeVar("P")
 P_contra = TypeVar("P_contra", contravariant=True)
@@ -163,8 +166,9 @@ class BrokerCore(Generic[P]):
 
     max_channels: limits the channels with a subscriber, the channels with a history, the channels with presence on one
     peer, the lost clients of one slot, and the idempotency keys. A request beyond a limit raises ClientError 106.
-    publications: counts the requests to publish. streams, keys: empty ones with a journal (`realtime.pubsub.journal`);
-    by default, without one. operations: the bound method for each kind of request and notice.
+    publications: counts the requests to publish. describe_node: returns this node, without its numbers. streams, keys:
+    empty ones with a journal (`realtime.pubsub.journal`); by default, without one. operations: the bound method for
+    each kind of request and notice.
     """
 
     def __init__(
@@ -172,10 +176,13 @@ class BrokerCore(Generic[P]):
         delivery: PeerDelivery[P],
         max_channels: int,
         publications: Counter | None = None,
+        describe_node: Callable[[], NodeInfo] = NodeInfo,
         streams: ChannelStreams | None = None,
         keys: IdempotencyCache | None = None,
     ) -> None:
         self._delivery = delivery
+        self._describe_node = describe_node
+        self._node = describe_node().uid
         self._publications = publications or Counter()
         self._max_channels = max_channels
         self._streams = ChannelStreams(max_channels) if streams is None else streams
@@ -479,7 +486,7 @@ class BrokerCore(Generic[P]):
     def send_order(self, peer: P, now: float, request: SendOrder) -> int:
         recipients: Collection[P] = self._peers.keys()
         if request.worker:
-            recipient = self._sessions.get(request.session) or self._addresses.get(request.worker)
+            recipient = self._sessions.get(request.session) or self._peer_at(request.worker)
             recipients = [recipient] if recipient is not None else []
             returning = []
         else:
@@ -488,6 +495,11 @@ class BrokerCore(Generic[P]):
         if recipients or returning:
             self._delivery.deliver_order([*recipients, *returning], request.order)
         return len(recipients) + sum(map(self.is_routed, returning))
+
+    def _peer_at(self, address: str) -> P | None:
+        """Return the peer with this address, None for a worker of another node."""
+        node, local = split_address(address)
+        return self._addresses.get(local) if node in ("", self._node) else None
 
     # Presence
 
@@ -562,7 +574,7 @@ class BrokerCore(Generic[P]):
 
     @carries_out(Cut)
     def cut(self, peer: P, now: float, request: Cut) -> None:
-        target = self._addresses.get(request.worker)
+        target = self._peer_at(request.worker)
         if target is None or target == peer:
             raise ClientError(*INTERNAL_ERROR)
         users = self._peers[peer].users
@@ -587,7 +599,10 @@ class BrokerCore(Generic[P]):
     def take_lost_clients(self, peer: P, now: float, request: TakeLostClients) -> list[ClientInfo]:
         slot = self._peers[peer].slot
         lost = self._lost.get(slot, {})
-        taken = [ClientInfo(user, client) for client, (user, _) in islice(lost.items(), request.limit)]
+        # A worker that may return still has its clients.
+        returning = {state.address for state in self._unlinked.values() if not state.is_followed}
+        clients = (ClientInfo(user, client) for client, (user, address) in lost.items() if address not in returning)
+        taken = list(islice(clients, request.limit))
         for info in taken:
             del lost[info.client]
         if not lost:
@@ -605,7 +620,19 @@ class BrokerCore(Generic[P]):
 
     @carries_out(GetStats)
     def get_stats(self, peer: P, now: float, request: GetStats) -> EngineStats:
+        return self.stats()
+
+    def stats(self) -> EngineStats:
+        """Return the numbers over all peers."""
         states = self._peers.values()
         clients = sum(len(state.users) for state in states)
         subscriptions = sum(state.subscriptions for state in states)
         return EngineStats(clients, len(self._users), len(self._routes), subscriptions)
+
+    @carries_out(GetNodes)
+    def get_nodes(self, peer: P, now: float, request: GetNodes) -> list[NodeInfo]:
+        return [self.describe_node()]
+
+    def describe_node(self) -> NodeInfo:
+        """Return this node with its numbers."""
+        return msgspec.structs.replace(self._describe_node(), stats=self.stats(), workers=len(self._peers))

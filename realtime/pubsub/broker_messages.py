@@ -37,7 +37,7 @@ from realtime.errors import RealtimeError
 from realtime.pubsub.engine import AddPresence, Answer, EngineNotice, EngineRequest
 from realtime.types import ClientInfo, Publication
 
-VERSION = 8
+VERSION = 9
 
 FRAME_LIMIT = 16 * 1024 * 1024
 """Upper limit in bytes of a frame's body."""
@@ -66,7 +66,7 @@ class Hello(BrokerMessage, tag=1, frozen=True, gc=False):
     takes_lost_clients: whether the worker will ask for the clients of its predecessor (`engine.TakeLostClients`).
     generation: of the worker's process, see `engine.worker_address`. stream: counts the streams of the process from 1.
     previous: the latest stream whose Welcome it received, and 0 if it cannot be continued. handled: bytes of the whole
-    frames of that stream that it has handled; of later ones it has handled none.
+    frames of that stream that it has handled; of later ones it has handled none. pid: of the worker.
     """
 
     version: int
@@ -76,6 +76,7 @@ class Hello(BrokerMessage, tag=1, frozen=True, gc=False):
     stream: int = 0
     previous: int = 0
     handled: int = 0
+    pid: int = 0
 
     def handled_of(self, stream: int) -> int | None:
         """Return the bytes that the worker has handled of an earlier stream, None if unknown."""

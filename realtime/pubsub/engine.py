@@ -31,7 +31,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
-from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
+from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, NodeInfo, Position, Publication
 
 PAGE_BYTES = 12 * 1024 * 1024
 """Upper limit in bytes of one page of history, so that a page fits into one frame between broker and worker.
@@ -49,12 +49,19 @@ MESSAGES_DROPPED = ("realtime_messages_dropped", "Publications, joins and leaves
 """Name and help of the counter of lost messages, by `reason`."""
 
 
-def worker_address(slot: int, generation: int) -> str:
+def worker_address(slot: int, generation: int, node: str = "") -> str:
     """Return the address of a worker's process, as in `SendOrder.worker`. It contains no dot.
 
-    generation: tells the processes of one slot apart; two of them are there during a hand-over.
+    generation: tells the processes of one slot apart; two of them are there during a hand-over. node: the id of its
+    node; "" for the node of the engine that gets the address.
     """
-    return f"{slot}-{generation}"
+    return f"{node}/{slot}-{generation}" if node else f"{slot}-{generation}"
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """Return the id of the node in a worker's address, and the address on that node."""
+    node, _, local = address.rpartition("/")
+    return node, local
 
 
 Answer = TypeVar("Answer")
@@ -140,11 +147,11 @@ class Unsubscribe(EngineNotice, tag=5, frozen=True, gc=False):
 
 
 class SendOrder(EngineRequest[int], tag=16, frozen=True, gc=False):
-    """Deliver an order to every worker, this one included. Answer: the number of workers it was sent to.
+    """Deliver an order to every worker of all nodes, this one included. Answer: the number of workers it was sent to.
 
     order: opaque to the engine (`realtime.protocol.orders`). worker: the address of the only recipient, "" for all
-    (`worker_address`). session: the secret of a client's session; if a `Cut` has moved that session, the recipient is
-    the worker that has it now.
+    (`worker_address`); the answer is 0 for an unknown one. session: the secret of a client's session; if a `Cut` has
+    moved that session, the recipient is the worker of the same node that has it now.
     """
 
     order: bytes
@@ -261,7 +268,11 @@ class ReportSubscriptions(EngineNotice, tag=14, frozen=True, gc=False):
 
 
 class GetStats(EngineRequest[EngineStats], tag=15, frozen=True, gc=False):
-    """Count clients, users, channels and subscriptions over all workers."""
+    """Count clients, users, channels and subscriptions over the workers of this node."""
+
+
+class GetNodes(EngineRequest[list[NodeInfo]], tag=30, frozen=True, gc=False):
+    """List the nodes that share this engine's channels, this one first. The numbers of others are seconds old."""
 
 
 class Receiver(Protocol):

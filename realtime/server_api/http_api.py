@@ -215,9 +215,10 @@ class HistoryPageResult(Struct, frozen=True):
 
 
 class ChannelsResult(Struct, frozen=True):
-    """channels: an encoded object with `num_clients` by channel."""
+    """channels: an encoded object with `num_clients` by channel. silent_workers: see `ChannelCounts`."""
 
     channels: Raw
+    silent_workers: int | UnsetType = UNSET
 
 
 class InfoResult(Struct, frozen=True):
@@ -514,7 +515,7 @@ class HTTPAPI:
     async def _channels(self, request: _Channels) -> ChannelsResult:
         found = await self._operations.channels(request.pattern)
         entries = await self._slices.map_sliced(_encoded_channel, found.items())
-        return ChannelsResult(Raw(b"{%b}" % b",".join(entries)))
+        return ChannelsResult(Raw(b"{%b}" % b",".join(entries)), found.silent_workers or UNSET)
 
     async def _info(self, request: _Nothing) -> InfoResult:
         return InfoResult(await self._operations.info())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, Unpack
+from typing import Annotated, Any, Unpack
 
 import msgspec
 from msgspec import Meta, Struct
@@ -33,9 +33,9 @@ from realtime.pubsub.engine import (
     AnswerCallback,
     Engine,
     GetHistory,
+    GetNodes,
     GetPresence,
     GetPresenceStats,
-    GetStats,
     Publish,
     RemoveHistory,
     SendOrder,
@@ -44,6 +44,7 @@ from realtime.pubsub.engine import (
 from realtime.pubsub.history import approximate_size
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.types import (
+    ChannelCounts,
     ClientInfo,
     HistoryOptions,
     HistoryPage,
@@ -68,21 +69,12 @@ BROADCAST_CHANNELS = 100
 MAX_NAME = 4096
 """The most characters of a channel name, an idempotency key or a version epoch. The engine stores each of them."""
 
-Survey = Callable[[str], Awaitable[dict[str, int]]]
+Survey = Callable[[str], Awaitable[ChannelCounts]]
 
 
 async def sequentially(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     """Run coroutines one after the other, and return their results in that order."""
     return [await coroutine for coroutine in coroutines]
-
-
-class NodeIdentity(NamedTuple):
-    """The identity of a node. uid: the same in all its workers. uptime: seconds since the node started."""
-
-    uid: str
-    name: str
-    version: str
-    uptime: float
 
 
 class _PublishOptions(Struct, array_like=True):
@@ -105,20 +97,18 @@ class ServerAPI:
         self,
         engine: Engine,
         rules: ChannelRules,
-        identity: Callable[[], NodeIdentity],
         survey: Survey,
         gather: Gather = sequentially,
         wall_clock: Callable[[], float] = time.time,
         slices: TimeSlicer | None = None,
     ) -> None:
-        """survey: returns the number of subscribers over all workers for each channel that matches a valid pattern.
+        """survey: counts the subscribers of each channel that matches a valid pattern, over all workers of all nodes.
 
         gather: see `realtime.protocol.context.Gather`. slices: for the check of long data; None for no limit.
         """
         self._slices = slices or TimeSlicer.unlimited()
         self._engine = engine
         self._rules = rules
-        self._identity = identity
         self._survey = survey
         self._gather = gather
         self._wall_clock = wall_clock
@@ -313,7 +303,7 @@ class ServerAPI:
         if not self._options(channel).presence:
             raise ClientError(*errors.NOT_AVAILABLE)
 
-    async def channels(self, pattern: str = "") -> dict[str, int]:
+    async def channels(self, pattern: str = "") -> ChannelCounts:
         """Return the number of subscribers of each channel that has any. pattern: see `protocol.channel_patterns`.
 
         Raises ClientError 107 for an invalid pattern, and 106 if there are more channels than one answer holds.
@@ -326,18 +316,18 @@ class ServerAPI:
 
     async def info(self) -> list[dict[str, Any]]:
         """Return one dict for each node: its identity, and the counts over its workers."""
-        identity, stats = self._identity(), await self._engine.ask(GetStats())
         return [
             {
-                "uid": identity.uid,
-                "name": identity.name,
-                "version": identity.version,
-                "num_clients": stats.clients,
-                "num_users": stats.users,
-                "num_channels": stats.channels,
-                "num_subs": stats.subscriptions,
-                "uptime": int(identity.uptime),
+                "uid": node.uid,
+                "name": node.name,
+                "version": node.version,
+                "num_clients": node.stats.clients,
+                "num_users": node.stats.users,
+                "num_channels": node.stats.channels,
+                "num_subs": node.stats.subscriptions,
+                "uptime": int(node.uptime),
             }
+            for node in await self._engine.ask(GetNodes())
         ]
 
     # -- orders to all workers, about the connections of a user; "" is the anonymous user

@@ -1,7 +1,7 @@
 """Emulation: commands of clients with a stream, which carries data from the server to the client only.
 
-Each command is a separate HTTP request, on any connection and to any worker. It names its session by the secret from
-the client's connect result; a secret begins with the address of the worker that has the stream.
+Each command is a separate HTTP request, on any connection and to any worker of any node. It names its session by the
+secret from the client's connect result; a secret begins with the address of the worker that has the stream.
 
     POST /emulation ─▶ any worker ─▶ EmulateOrder, through the engine ─▶ stream's worker ─▶ StreamConnection.emulate
 
@@ -26,7 +26,7 @@ from twisted.python.failure import Failure
 
 from realtime.client_log import ClientLog
 from realtime.config.settings import EmulationSettings
-from realtime.errors import ClientError, EngineUnavailable
+from realtime.errors import ClientError, EngineUnavailable, RealtimeError
 from realtime.handlers.results import PreparedResponse, status_response
 from realtime.http.cors import Headers
 from realtime.metrics import Metrics
@@ -35,7 +35,7 @@ from realtime.protocol.json_encoding import JSON_ENCODING
 from realtime.protocol.messages import ProtocolError
 from realtime.protocol.orders import EmulateOrder, encode_order
 from realtime.protocol.protobuf import PROTOBUF, EmulationRequest, emulation_request
-from realtime.pubsub.engine import Engine, SendOrder
+from realtime.pubsub.engine import Engine, SendOrder, split_address
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.transports.http_server import Exchange, fault_response
 
@@ -187,7 +187,7 @@ class Emulation:
         slices: TimeSlicer | None = None,
         client_log: ClientLog | None = None,
     ) -> None:
-        """node: id of this node; requests for another node get status 404. worker: see `SendOrder`.
+        """node: id of this node; requests for an unknown node get status 404. worker: see `SendOrder`.
 
         slices: reads long requests in later turns of the loop.
         """
@@ -275,9 +275,6 @@ class Emulation:
         except (ProtocolError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             request.respond(_with_headers(fault_response("emulation"), cors_headers))
             return
-        if emulation.node != self._node:
-            request.respond(_with_headers(fault_response("emulation_node"), cors_headers))
-            return
         encoding = PROTOBUF if _is_protobuf(request) else JSON_ENCODING
         request.respond_with(self._forward(emulation, encoding), partial(_make_response, cors_headers), cancels=False)
 
@@ -293,14 +290,17 @@ class Emulation:
             await self._slices.yield_to_loop()
 
     async def _forward(self, emulation: EmulationRequest, encoding: Encoding) -> None:
-        """Send the commands to the worker of the session; do nothing for a malformed secret.
+        """Send the commands to the worker of the session; do nothing for a malformed secret, or an ended session.
 
-        Raises EngineUnavailable, ProtocolError as `_check_sizes`, and ClientError 106 for commands above the engine's
-        limit for one message.
+        Raises UnknownNode, EngineUnavailable, ProtocolError as `_check_sizes`, and ClientError 106 for commands above
+        the engine's limit for one message.
         """
+        is_elsewhere = emulation.node != self._node
         if len(emulation.data) > self._limits.command_size:
             await self._check_sizes(emulation.data, encoding)
         worker, _, random_part = emulation.session.partition(".")
+        if is_elsewhere and not (emulation.node and emulation.node == split_address(worker)[0]):
+            raise UnknownNode
         if not worker or not random_part:
             return
         number = 0
@@ -308,7 +308,9 @@ class Emulation:
             self._last_number = number = self._last_number + 1
         order = EmulateOrder(emulation.session, emulation.data, number, self._worker if number else "")
         try:
-            await self._engine.ask(SendOrder(encode_order(order), worker, emulation.session))
+            recipients = await self._engine.ask(SendOrder(encode_order(order), worker, emulation.session))
+            if is_elsewhere and not recipients:
+                raise UnknownNode
         except EngineUnavailable:
             # Without an engine, a session of this worker gets its commands directly: a lost pong would cost the client
             # its connection. The engine may still send the order, or has sent it: each is carried out once.
@@ -317,6 +319,10 @@ class Emulation:
             if number > self._last_received:
                 self._carried_out.add(number)
                 self._pass_on(order)
+
+
+class UnknownNode(RealtimeError):
+    """The node with the session is not there, or has never been."""
 
 
 def _is_protobuf(request: Exchange) -> bool:
@@ -334,6 +340,8 @@ def _make_response(cors_headers: Headers, result: None, error: BaseException | N
     match error:
         case None:
             return _with_headers(PreparedResponse(204), cors_headers)
+        case UnknownNode():
+            return _with_headers(fault_response("emulation_node"), cors_headers)
         case ClientError() | CommandTooLong():
             return _with_headers(fault_response("body_too_large"), cors_headers)
         case ProtocolError():

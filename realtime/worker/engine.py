@@ -129,7 +129,9 @@ class BrokerEngine:
         generation: int = 0,
     ) -> None:
         """takes_lost_clients: whether `TakeLostClients` will be asked. generation: see `engine.worker_address`."""
-        self._hello = broker_messages.Hello(broker_messages.VERSION, "", takes_lost_clients, generation)
+        self._hello = broker_messages.Hello(
+            broker_messages.VERSION, "", takes_lost_clients, generation, pid=os.getpid()
+        )
         self._ledger = ledger or LoopTimeLedger(time.monotonic_ns)
         self._account = self._ledger.open(LoopWork.ENGINE)
         self._receiver = receiver

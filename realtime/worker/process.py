@@ -47,8 +47,8 @@ FORMATS = formats()
 REPORT_INTERVAL = 1.0
 # The share of a drain's time in which clients are disconnected; the rest is for the answers that they still wait for.
 DISCONNECT_SHARE = 0.5
-# Seconds in which kept-alive HTTP connections may send one more request, whose response announces their end. A proxy
-# answers 502 if its connection ends with a request on the way.
+# Seconds in which a connection without a request may send one more, or its first, whose response announces its end. A
+# proxy answers 502 if its connection ends with a request on the way.
 HTTP_DRAIN = 1.0
 # The share of a drain's time, at its end, for the `finally` blocks of calls that take too long, for the `on_stop`
 # handlers and for the end of the application's tasks; and the share of that for the tasks.
@@ -224,7 +224,7 @@ class Worker:
             admission.connections
             or dispatcher.running
             or frontend.is_busy
-            or (frontend.serving and self._reactor.seconds() < http_until)
+            or ((frontend.serving or frontend.pending) and self._reactor.seconds() < http_until)
         ):
             await deferLater(self._reactor, _DRAIN_INTERVAL)
             await self._disconnect_all(0.0)  # the clients whose handshake ended meanwhile

@@ -1,8 +1,8 @@
-"""Surveys of the channels of all workers: each worker lists its own, and the answers are added up.
+"""Surveys of the channels of all workers of all nodes: each worker lists its own, and the answers are added up.
 
 The questions and the answers are orders that pass through the broker. A worker may hold a million channels, so it
 searches them in slices, between which its loop does other work, and sends a part of its answer after each. The size of
-an answer is limited.
+an answer is limited. A result without the answers of all workers says so.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from realtime.protocol import channel_patterns
 from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, encode_order
 from realtime.pubsub.engine import Engine, SendOrder
 from realtime.pubsub.hub import Hub
+from realtime.types import ChannelCounts
 
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 """The most bytes of channel names, plus the few for each number, in one worker's answer and in a whole result."""
@@ -28,7 +29,7 @@ CHANNELS_PER_TURN = 2000
 """Channels that are searched in one turn of the loop."""
 
 TIMEOUT = 5.0
-"""Seconds for all workers to answer."""
+"""Seconds for all workers to answer. The result lacks the channels of slower ones."""
 
 MAX_SURVEYS = 16
 """The most surveys of one worker at a time."""
@@ -48,18 +49,18 @@ class Surveys:
         self._last_id = 0
         self._running: dict[int, _SurveyResult] = {}
 
-    async def __call__(self, pattern: str) -> dict[str, int]:
-        """Return the numbers of subscribers by channel, for channels that match (see `protocol.channel_patterns`).
+    async def __call__(self, pattern: str) -> ChannelCounts:
+        """Count the subscribers of each channel that matches (see `protocol.channel_patterns`).
 
         Raises ClientError 106 when the channels exceed MAX_ANSWER_BYTES, 111 beyond MAX_SURVEYS surveys at a time, and
-        EngineUnavailable when a worker does not answer in time.
+        EngineUnavailable when no worker answers in time.
         """
         if len(self._running) >= MAX_SURVEYS:
             raise ClientError(*TOO_MANY_REQUESTS)
         self._last_id += 1
         id = self._last_id
         result = self._running[id] = _SurveyResult()
-        timer = self._reactor.callLater(TIMEOUT, result.fail, EngineUnavailable("a worker did not answer in time"))
+        timer = self._reactor.callLater(TIMEOUT, result.stop_waiting)
         try:
             question = encode_order(ChannelsOrder(id, self._address, pattern))
             result.expect(await self._engine.ask(SendOrder(question)))
@@ -104,14 +105,14 @@ class Surveys:
 
 
 class _SurveyResult:
-    """The answers to one survey so far. complete: fires when all workers have answered, or fails."""
+    """The answers to one survey so far. complete: fires when all workers have answered or had time to, or fails."""
 
     def __init__(self) -> None:
-        self.complete: Deferred[dict[str, int]] = Deferred()
+        self.complete: Deferred[ChannelCounts] = Deferred()
         self._found: Counter[str] = Counter()
         self._room = MAX_ANSWER_BYTES
         # Answers that are missing. Below zero while answers have arrived and their total is not known yet.
-        self._missing = 0
+        self._missing = self._answered = 0
         self._is_total_known = False
 
     def expect(self, answers: int) -> None:
@@ -123,6 +124,7 @@ class _SurveyResult:
     def add(self, found: dict[str, int] | None, has_more: bool = False) -> None:
         """Add the answer of one worker, or a part of it."""
         self._missing -= not has_more
+        self._answered += not has_more
         names = found or {}
         self._room -= sum(_size(name) for name in names if name not in self._found)
         if found is None or self._room < 0:
@@ -131,13 +133,30 @@ class _SurveyResult:
         self._found.update(names)
         self._check_complete()
 
+    def stop_waiting(self) -> None:
+        """Complete the result without the answers that are missing."""
+        if self.complete.called:
+            return
+        if not self._answered:
+            self.fail(EngineUnavailable("no worker answered in time"))
+            return
+        silent = max(1, self._missing)
+        _log.warn(
+            "{silent} of {total} workers did not answer a survey of channels within {timeout:g} s, and its result lacks"
+            " their channels; look for blocked workers, and for nodes that have lost their network",
+            silent=silent,
+            total=self._answered + silent,
+            timeout=TIMEOUT,
+        )
+        self.complete.callback(ChannelCounts(dict(self._found), silent))
+
     def fail(self, error: Exception) -> None:
         if not self.complete.called:
             self.complete.errback(error)
 
     def _check_complete(self) -> None:
-        if self._is_total_known and not (self._missing or self.complete.called):
-            self.complete.callback(dict(self._found))
+        if self._is_total_known and self._missing <= 0 and not self.complete.called:
+            self.complete.callback(ChannelCounts(dict(self._found)))
 
 
 def _size(name: str) -> int:

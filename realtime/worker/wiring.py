@@ -40,6 +40,7 @@ from realtime.handlers.dispatch import Dispatcher
 from realtime.http.hosts import HostNames
 from realtime.process import log
 from realtime.process.child import Child
+from realtime.process.node import NodeIdentity
 from realtime.process.reactor import next_turn_caller, turn_end_caller
 from realtime.process.transport import DirectServer
 from realtime.protocol import handover
@@ -83,7 +84,6 @@ from realtime.worker.loop_time import (
     charged_frontend,
     charged_transport,
 )
-from realtime.worker.node import NodeIdentitySource
 from realtime.worker.surveys import Surveys
 
 _log = Logger()
@@ -92,12 +92,14 @@ _clients = Logger(namespace="realtime.clients")
 
 @dataclass(frozen=True, slots=True)
 class PubSubParts:
-    """The channels of one worker. address: of its process, see `SendOrder`. rules: the channel options.
+    """The channels of one worker. node: the id of its node. address: of its process, see `SendOrder`. rules: the
+    channel options.
 
     slices: divides long work into turns of the loop. strangers: divides the work for peers that are not connected as
     clients: they get less of each turn.
     """
 
+    node: str
     address: str
     slices: TimeSlicer
     strangers: TimeSlicer
@@ -121,12 +123,11 @@ class HandlerParts:
 class ProtocolParts:
     """The client protocol and the server API of one worker.
 
-    node: the id of this node. open_session: makes the session of a connection from the connection and its opening
-    request. restore_session: makes one that comes from another process, see `handover.restore`. deadlines: of sessions
-    and connections; swept by the worker.
+    open_session: makes the session of a connection from the connection and its opening request. restore_session: makes
+    one that comes from another process, see `handover.restore`. deadlines: of sessions and connections; swept by the
+    worker.
     """
 
-    node: str
     open_session: Callable[[Any, Any], Session]
     restore_session: Callable[[str, Any, HandedSession], Session]
     services: SessionServices
@@ -152,7 +153,8 @@ class TransportParts:
 def wire_pubsub(process: Child, app: App) -> PubSubParts:
     """Build the sessions' registry, the hub and the engine."""
     settings, reactor, metrics, ledger = process.settings, process.reactor, process.metrics, process.accounts
-    rules, address = ChannelRules(settings.channel), worker_address(process.slot, process.generation)
+    rules, node = ChannelRules(settings.channel), NodeIdentity(settings).uid
+    address = worker_address(process.slot, process.generation, node)
     accounts = NamespaceAccounts(ledger, [namespace.name for namespace in settings.channel.namespaces], rules.namespace)
     slices = TimeSlicer(reactor.seconds, settings.loop.slice, next_turn_caller(reactor), Deferred)
     strangers = TimeSlicer(reactor.seconds, STRANGER_SLICE, partial(reactor.callLater, STRANGER_PAUSE), Deferred)
@@ -199,7 +201,7 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
         "Publications that wait for their turn to be delivered",
         lambda: hub.fanout.queued,
     )
-    return PubSubParts(address, slices, strangers, rules, sessions, engine, hub)
+    return PubSubParts(node, address, slices, strangers, rules, sessions, engine, hub)
 
 
 def wire_handlers(process: Child, app: App) -> HandlerParts:
@@ -245,9 +247,8 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
     """Build the sessions' collaborators and the server API, and bind the application to it."""
     settings, reactor, metrics = process.settings, process.reactor, process.metrics
     run_all = partial(gather, ledger=process.accounts)
-    node = NodeIdentitySource(settings)
     session_settings = SessionSettings(
-        client=settings.client, version=f"realtime {__version__}", uid=node.uid, rpc_ping=settings.rpc.ping
+        client=settings.client, version=f"realtime {__version__}", uid=pubsub.node, rpc_ping=settings.rpc.ping
     )
     services = SessionServices(
         rules=pubsub.rules,
@@ -269,10 +270,9 @@ def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -
     surveys = Surveys(pubsub.engine, pubsub.hub, pubsub.address, reactor)
     pubsub.sessions.add_handler(ChannelsOrder, surveys.on_order)
     pubsub.sessions.add_handler(ChannelsAnswer, surveys.on_order)
-    server_api = ServerAPI(pubsub.engine, pubsub.rules, node, surveys, run_all, slices=pubsub.slices)
+    server_api = ServerAPI(pubsub.engine, pubsub.rules, surveys, run_all, slices=pubsub.slices)
     handlers.dispatcher.bind(server_api)
     return ProtocolParts(
-        node=node.uid,
         open_session=partial(Session, session_settings, services, COMMANDS),
         restore_session=partial(handover.restore, session_settings, services, COMMANDS),
         services=services,
@@ -319,7 +319,7 @@ def wire_transports(
     limits = EmulationLimits(
         settings.emulation, settings.websocket.message_size_limit, metrics, process.reactor.callLater
     )
-    emulation = Emulation(pubsub.engine, protocol.node, pubsub.address, limits, pubsub.strangers, handlers.client_log)
+    emulation = Emulation(pubsub.engine, pubsub.node, pubsub.address, limits, pubsub.strangers, handlers.client_log)
     pubsub.sessions.add_handler(EmulateOrder, emulation.receive)
     stream_context = StreamContext(
         protocol.open_session, settings, protocol.deadlines, metrics, admission, emulation, queued, turn_end

@@ -19,6 +19,7 @@ SCENES = {
     "attack": "attack",
     "blocked": "blocked",
     "reload": "reload",
+    "redis": "redis_engine",
     "thrash": "thrash",
     "vitals": "vitals",
     "all": "everything",

@@ -1,6 +1,6 @@
 """The load generator: many WebSocket clients in one process, over bare sockets and epoll(7).
 
-    python load.py '{"port": 8000, "dialect": "realtime", "act": "fanout", "warm": 10, "times": 100, ...}'
+    python load.py '{"ports": [8000], "dialect": "realtime", "act": "fanout", "warm": 10, "times": 100, ...}'
 
 It prints "ready" when its clients are connected and the warm-up is complete, begins when it reads a line, prints
 "done" at the end, and then prints its results as one line of JSON. Nothing else runs between "ready" and "done", so
@@ -157,7 +157,7 @@ class Client:
         self._waits = load.dialect.welcomes
         self.began = time.monotonic()
         self.socket = socket.socket()
-        self.socket.connect(("127.0.0.1", load.port))
+        self.socket.connect(("127.0.0.1", load.ports[len(load.clients) % len(load.ports)]))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
         load.listen(self, self._gather)
@@ -210,10 +210,11 @@ class Client:
 
 
 class Load:
-    """The clients and their loop. arrivals: seconds from the SYN of each client to its complete connection."""
+    """The clients and their loop. ports: of the nodes, which get the clients in turn. arrivals: seconds from the SYN of
+    each client to its complete connection."""
 
-    def __init__(self, port: int, dialect: Any) -> None:
-        self.port = port
+    def __init__(self, ports: list[int], dialect: Any) -> None:
+        self.ports = ports
         self.dialect = dialect
         self.clients: list[Client] = []
         self.arrivals: list[float] = []
@@ -436,7 +437,7 @@ def main(asked: dict[str, Any]) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     gc.disable()  # keeps collections of this process out of the figures
-    act = ACTS[asked["act"]](Load(asked["port"], DIALECTS[asked["dialect"]](asked.get("channel", ""))), asked)
+    act = ACTS[asked["act"]](Load(asked["ports"], DIALECTS[asked["dialect"]](asked.get("channel", ""))), asked)
     if asked["warm"]:
         act(asked["warm"])
     print("ready", flush=True)

@@ -43,6 +43,8 @@ commands_per_second = 0
 [channel.without_namespace]
 allow_publish_for_client = true
 {channel}
+[engine]
+{engine}
 [http_api]
 key = "{key}"
 max_body_size = 16777216
@@ -80,7 +82,8 @@ websocket {{ listen: "127.0.0.1:{port}", no_tls: true, compression: false }}
 
 
 class Subject(Protocol):
-    """A running server. dialect: the protocol of its clients, see `load`. port: for its clients."""
+    """A running server. dialect: the protocol of its clients, see `load`. port: for its clients; those of several nodes
+    are in `ports`."""
 
     dialect: str
     port: int
@@ -108,12 +111,12 @@ def occupied(subject: Subject) -> int:
 
 
 @contextmanager
-def ours(client: str = 'ping_interval = "0s"', channel: str = "") -> Iterator[Served]:
-    """Run this server with one worker. client, channel: additional lines of TOML for these sections.
+def ours(client: str = 'ping_interval = "0s"', channel: str = "", engine: str = "") -> Iterator[Served]:
+    """Run this server with one worker. client, channel, engine: additional lines of TOML for these sections.
 
     By default the server sends no pings, like the peers.
     """
-    config = CONFIG.format(client=client, channel=channel, folder=HERE, key=API_KEY)
+    config = CONFIG.format(client=client, channel=channel, engine=engine, folder=HERE, key=API_KEY)
     with Served(config, core=SERVER_CORE) as server:
         yield server
 
@@ -294,7 +297,8 @@ class Generator:
 
     def __init__(self, subject: Subject, act: str, **asked: Any) -> None:
         core = sorted(os.sched_getaffinity(0))[LOAD_CORE]
-        order = {"port": subject.port, "dialect": subject.dialect, "act": act, "core": core, "warm": 0, **asked}
+        ports = getattr(subject, "ports", [subject.port])
+        order = {"ports": ports, "dialect": subject.dialect, "act": act, "core": core, "warm": 0, **asked}
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "load.py"), json.dumps(order)],
             stdin=subprocess.PIPE,

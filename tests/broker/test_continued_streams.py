@@ -24,6 +24,7 @@ from realtime.pubsub.engine import (
     RemovePresence,
     SendOrder,
     Subscribe,
+    TakeLostClients,
     Unsubscribe,
     worker_address,
 )
@@ -217,6 +218,26 @@ async def test_deliveries_to_a_worker_that_does_not_return_are_counted(brokers: 
     await witness.publish("c", b"after", PLAIN)
     await worker.engine.ask(GetStats())
     assert worker.entries[-1] == ("published", "c", b"after", 0)
+
+
+async def test_a_worker_whose_successor_comes_first_returns_all_the_same(brokers: Any, workers: Any) -> None:
+    """The successor of a living worker, to which that one hands over."""
+    broker, old, new, witness = await brokers(), workers(0), workers(0, generation=1), workers(1)
+    for each in (old, witness):
+        await broker.link(each.slot, each.engine)
+        await each.engine.ask(Subscribe("c"))
+    await old.engine.ask(AddPresence("c", ALICE, True, True))
+    old.engine.tell(AddClient(ALICE))
+    Wire(await broker.stream(0), old).cut()
+    await until(lambda: old.lost_links == 1)
+    await broker.link(0, new.engine)
+    assert await new.engine.ask(TakeLostClients(10)) == []
+    await witness.publish("c", b"1", PLAIN)
+    await broker.link(0, old.engine)
+    await old.engine.ask(GetStats())
+    assert [entry[0] for entry in old.entries if entry[0] != "joined"] == ["published"]
+    assert ("left", "c", ALICE) not in witness.entries
+    assert (await broker.samples("realtime_messages_dropped"))["link"] == 0
 
 
 async def test_deliveries_beyond_the_limit_of_a_cut_stream_are_counted(brokers: Any, workers: Any) -> None:

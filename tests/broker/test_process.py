@@ -6,6 +6,7 @@ import itertools
 import select
 import signal
 import socket
+import subprocess
 import time
 from contextlib import suppress
 from typing import Any
@@ -105,7 +106,9 @@ async def test_the_clients_of_a_dead_worker_are_there_for_the_next_one_at_once(b
     """The end of its stream and the request of the next worker are on their way at the same time."""
     broker = await brokers()
     before, following = socket.socket(fileno=await broker.stream(0)), socket.socket(fileno=await broker.stream(0))
-    for message in (broker_messages.Hello(broker_messages.VERSION, "", True), AddClient(ALICE)):
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    for message in (broker_messages.Hello(broker_messages.VERSION, "", True, pid=dead.pid), AddClient(ALICE)):
         before.sendall(broker_messages.pack(message))
     await until(lambda: _readable(before))
     welcome = before.recv(65536)

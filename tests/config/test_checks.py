@@ -21,7 +21,7 @@ REFUSED = [
         2,
         "log.loggers: expected a table of loggers with a level (none, trace, debug",
     ),
-    ("[engine]\ntype = 'redis'", 2, 'engine.type: expected one of "memory", got "redis"'),
+    ("[engine]\ntype = 'nats'", 2, 'engine.type: expected one of "memory", "redis", got "nats"'),
     ("[http_server]\naddress = 'example.com'", 2, "expected an IP address"),
     ("[http_server]\ninternal_address = '0.0.0.0'", 2, "expected a loopback address"),
     ("[http_server]\ninternal_address = ''", 2, "expected a loopback address"),

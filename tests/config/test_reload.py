@@ -6,12 +6,14 @@ import pytest
 from msgspec.structs import replace
 
 from realtime.config.reload import FIXED, keep_fixed
+from realtime.config.schema import value_keys
 from realtime.config.settings import ChannelSettings, EngineSettings, HTTPServerSettings, Namespace, Settings
+from tests.config.parsing import parse_options
 
 
-@pytest.mark.parametrize(("table", "key"), FIXED)
-def test_each_fixed_setting_exists(table: str, key: str) -> None:
-    assert hasattr(getattr(Settings(), table), key)
+@pytest.mark.parametrize("path", FIXED, ids=".".join)
+def test_each_fixed_setting_exists(path: tuple[str, ...]) -> None:
+    assert path in dict(value_keys(Settings))
 
 
 def test_what_needs_a_restart_stays_and_is_named_in_one_line() -> None:
@@ -29,6 +31,19 @@ def test_what_needs_a_restart_stays_and_is_named_in_one_line() -> None:
     assert lines == [
         "http_server.port = 9000: needs a restart of the server; until then 8000 stays",
         "engine.max_channels = 5: needs a restart of the server; until then 1000000 stays",
+    ]
+
+
+def test_the_lines_show_no_credentials_of_redis() -> None:
+    running = parse_options("engine.redis", address="redis://:secret1@a:1", password="secret2", db="1")
+    wanted = parse_options("engine.redis", address="redis://:secret3@a:1", password="secret4", cluster_address="a:1")
+    settings, lines = keep_fixed(running, wanted)
+    assert settings == running
+    assert lines == [
+        "engine.redis.address has another value: needs a restart of the server; until then the value before stays",
+        'engine.redis.cluster_address = ["a:1"]: needs a restart of the server; until then [] stays',
+        "engine.redis.password has another value: needs a restart of the server; until then the value before stays",
+        "engine.redis.db = 0: needs a restart of the server; until then 1 stays",
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from realtime.config import channel_settings, settings
+from realtime.config import channel_settings, redis_settings, settings
 from realtime.config.schema import format_path, keys_of, value_keys
 from realtime.config.settings import Namespace, Settings, dump, load
 from realtime.config.values import NUMBER
@@ -60,8 +60,9 @@ def attributes_in(tree: ast.AST) -> set[str]:
 
 
 def test_the_server_reads_every_key() -> None:
-    """The config room itself does not count, but for `history_options`: it checks, explains and writes keys."""
+    """The config room itself does not count, but for two functions: it checks, explains and writes keys."""
     read = attributes_in(ast.parse(inspect.getsource(channel_settings.history_options)))
+    read |= attributes_in(ast.parse(inspect.getsource(redis_settings.addresses_in_use)))
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name != "config":
             read |= attributes_in(ast.parse(path.read_text()))

@@ -22,7 +22,7 @@ API_LIMIT = 30.0  # seconds for a call of the API
 CONVERSATION_LIMIT = 300.0
 ENOUGH = 100  # differences: more of them need no confirmation
 
-IDENTITY = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")
+IDENTITY = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}(?!/)")  # and not the node at the beginning of a session's secret
 
 
 @dataclass(frozen=True)

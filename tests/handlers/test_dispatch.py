@@ -158,13 +158,14 @@ async def test_a_call_that_ignores_its_cancellation_takes_no_time_from_on_stop(b
         seen.append("closing")
 
     dispatcher = await bench.start()
-    bench.begin("f")
+    call = bench.begin("f")
     stopping = start_future(dispatcher.stop_handlers(8))
     for _ in range(3):
         bench.clock.advance(1)
         await asyncio.sleep(0)
     await stopping
     assert seen == ["closing"]
+    assert (await refusal(call)).code == 100
     release.set()
 
 

@@ -303,6 +303,8 @@ def test_frames_leave_without_the_selector_while_the_peer_keeps_up() -> None:
         assert received == b"x" * 2**22 + b"last"
         assert link.backlog == 0
         link.cut("enough")
+        selector.advance(0)
+        assert theirs.recv(100) == b""
 
 
 def test_a_hang_up_is_known_before_the_last_frames_are_read(bench: Bench) -> None:

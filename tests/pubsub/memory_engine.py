@@ -34,7 +34,7 @@ class MemoryEngine:
         self._receiver = receiver
         self._clock = clock
         self.address = address
-        self.core: BrokerCore[Receiver] = core or BrokerCore(_DirectDelivery(), settings.max_channels)
+        self.core: BrokerCore[Receiver] = core or BrokerCore(DirectDelivery(), settings.max_channels)
         self.core.attach(receiver, address)
         self.overrides: dict[type, Callable[[Any], Awaitable[Any]]] = {}
 
@@ -64,7 +64,7 @@ class MemoryEngine:
         return []
 
 
-class _DirectDelivery:
+class DirectDelivery:
     """Delivers to receivers in this process."""
 
     def deliver_publication(

@@ -29,6 +29,7 @@ from realtime.pubsub.engine import (
     Cut,
     EngineRequest,
     GetHistory,
+    GetNodes,
     GetPresence,
     GetPresenceStats,
     GetStats,
@@ -42,7 +43,7 @@ from realtime.pubsub.engine import (
     TakeLostClients,
     Unsubscribe,
 )
-from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
+from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, NodeInfo, Position, Publication
 
 CLIENT = ClientInfo("42", "client-1", b'{"name":"A"}', b"")
 AT = Position(7, "abcdefgh")
@@ -65,6 +66,7 @@ FROM_WORKER: list[Any] = [
     RemoveClient("client-1"),
     ReportSubscriptions(1000),
     GetStats(),
+    GetNodes(),
     SendOrder(b"\x00\xff", "3"),
     AdmitClient(CLIENT, 5),
     TakeLostClients(100),
@@ -95,6 +97,7 @@ ANSWERS: list[tuple[type[EngineRequest[Any]], Any]] = [
     (Cut, None),
     (TakeLostClients, [CLIENT]),
     (GetStats, EngineStats(1, 2, 3, 4)),
+    (GetNodes, [NodeInfo("uid", "name", "1.0", 60.5, EngineStats(1, 2, 3, 4), 2)]),
 ]
 
 

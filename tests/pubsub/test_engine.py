@@ -21,6 +21,7 @@ from realtime.pubsub.engine import (
     AdmitClient,
     Engine,
     GetHistory,
+    GetNodes,
     GetPresence,
     GetPresenceStats,
     GetStats,
@@ -489,6 +490,7 @@ async def test_an_order_reaches_its_own_sender(bench: Bench) -> None:
     assert await bench.engine.ask(SendOrder(b"\x00order")) == 1
     assert await bench.engine.ask(SendOrder(b"to me", worker=worker_address(0, 0))) == 1
     assert await bench.engine.ask(SendOrder(b"to nobody", worker=worker_address(0, 1))) == 0
+    assert await bench.engine.ask(SendOrder(b"to no node", worker=worker_address(0, 0, "unknown"))) == 0
     assert (await bench.settled()).entries == [("order", b"\x00order"), ("order", b"to me")]
 
 
@@ -577,6 +579,14 @@ async def test_an_order_may_address_one_worker(workers: list[Bench]) -> None:
     assert await workers[1].engine.ask(SendOrder(b"order", worker=worker_address(2, 0))) == 1
     assert await workers[1].engine.ask(SendOrder(b"order", worker="7")) == 0
     assert [(await bench.settled()).entries for bench in workers] == [[], [], [("order", b"order")]]
+
+
+async def test_an_address_names_the_node(workers: list[Bench]) -> None:
+    (node,) = await workers[0].engine.ask(GetNodes())
+    address = worker_address(2, 0, node.uid)
+    assert (node.workers, address != worker_address(2, 0)) == (3, True)
+    assert await workers[1].engine.ask(SendOrder(b"order", worker=address)) == 1
+    assert (await workers[2].settled()).entries == [("order", b"order")]
 
 
 async def test_connections_of_a_user_are_limited_over_all_workers(workers: list[Bench]) -> None:

@@ -50,7 +50,7 @@ class Store:
         self.written: list[tuple[bytes, float]] = []
         self.streams = JournaledStreams(1000, self._write, 1000)
         self.keys = JournaledKeys(1000, self._write)
-        self.core: BrokerCore[str] = BrokerCore(Nowhere(), 1000, None, self.streams, self.keys)
+        self.core: BrokerCore[str] = BrokerCore(Nowhere(), 1000, streams=self.streams, keys=self.keys)
         self.core.attach(PEER)
         self._write(self.streams.epochs.export())
 

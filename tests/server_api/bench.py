@@ -15,11 +15,12 @@ from realtime.metrics import Metrics
 from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.context import Gather
 from realtime.protocol.orders import Order
+from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.engine import Engine, GetStats, Subscribe
 from realtime.server_api.http_api import HTTPAPI
-from realtime.server_api.operations import NodeIdentity, ServerAPI, sequentially
-from realtime.types import ClientInfo, Publication
-from tests.pubsub.memory_engine import MemoryEngine
+from realtime.server_api.operations import ServerAPI, sequentially
+from realtime.types import ChannelCounts, ClientInfo, NodeInfo, Publication
+from tests.pubsub.memory_engine import DirectDelivery, MemoryEngine
 
 SETTINGS = ChannelSettings(
     without_namespace=ChannelOptions(),
@@ -69,21 +70,25 @@ class Bench:
     def __init__(self) -> None:
         self.now = 0.0
         self.receiver = Receiver()
-        self.engine = MemoryEngine(self.receiver, EngineSettings(), lambda: self.now)
-        self.surveyed = {"chat:1": 2, "chat:2": 1}
+        settings = EngineSettings()
+        core: BrokerCore[Any] = BrokerCore(
+            DirectDelivery(), settings.max_channels, describe_node=lambda: NodeInfo("u1", "here", "1.2", 61.9)
+        )
+        self.engine = MemoryEngine(self.receiver, settings, lambda: self.now, core=core)
+        self.surveyed, self.silent_workers = {"chat:1": 2, "chat:2": 1}, 0
         self.use(self.engine)
         for channel in ("chat:1", "bare:1", "plain", "json:1", "object:1", "bytes:1", "deltas:1"):
             self.engine.execute(Subscribe(channel))
 
     def use(self, engine: Engine, together: Gather = sequentially) -> None:
-        facts = NodeIdentity("u1", "here", "1.2", 61.9)
-        self.operations = ServerAPI(engine, ChannelRules(SETTINGS), lambda: facts, self._survey, together)
+        self.operations = ServerAPI(engine, ChannelRules(SETTINGS), self._survey, together)
         self.metrics = Metrics()
         self.api = HTTPAPI(self.operations, together, self.metrics)
 
-    async def _survey(self, pattern: str) -> dict[str, int]:
+    async def _survey(self, pattern: str) -> ChannelCounts:
         await self.operations._engine.ask(GetStats())  # which fails when the engine does
-        return {name: count for name, count in self.surveyed.items() if name.startswith(pattern.rstrip("*"))}
+        counts = {name: count for name, count in self.surveyed.items() if name.startswith(pattern.rstrip("*"))}
+        return ChannelCounts(counts, self.silent_workers)
 
     def call(self, method: str, body: Any = None) -> Any:
         """The JSON of a result, decoded. body: bytes as they are, all else as JSON.

@@ -480,6 +480,8 @@ def test_channels_are_those_with_subscribers(bench: Bench) -> None:
     assert bench.call("channels", {"pattern": "chat:1*"}) == {"channels": {"chat:1": {"num_clients": 2}}}
     bench.surveyed = {}
     assert bench.call("channels", {}) == {"channels": {}}
+    bench.silent_workers = 2
+    assert bench.call("channels", {}) == {"channels": {}, "silent_workers": 2}
 
 
 @pytest.mark.parametrize("pattern", ["{", "{a,b", "x" * 2000, "{a,b}" * 20])

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 from tests.soak.hand_over import HandOverFaults, cases
-from tests.soak.run import Options, Run, Soak
-from tests.soak.schedule import KINDS, schedule
+from tests.soak.run import ENGINES, Options, Run, Soak
+from tests.soak.schedule import KINDS, REDIS_KINDS, schedule
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -26,10 +26,13 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--clients", type=int, default=500)
     parser.add_argument("--faults", type=int, help="one every 15 seconds if absent")
-    parser.add_argument("--only", action="append", default=[], choices=list(KINDS), help="a kind of fault; repeatable")
+    parser.add_argument(
+        "--only", action="append", default=[], choices=[*KINDS, *REDIS_KINDS], help="a kind of fault; repeatable"
+    )
     parser.add_argument("--publications", type=float, default=20.0, help="a second")
     parser.add_argument("--bad-inputs", type=float, default=40.0, help="a second")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="of each node")
+    parser.add_argument("--engine", choices=list(ENGINES), default="memory", help="redis: two nodes and a Redis server")
     parser.add_argument("--log", type=Path, help="a file for the server's log")
     parser.add_argument(
         "--hand-over",
@@ -55,7 +58,8 @@ def main(arguments: list[str]) -> int:
     seed = random.randrange(1_000_000) if asked.seed is None else asked.seed
     faults = round(asked.seconds / 15) if asked.faults is None else asked.faults
     if asked.schedule:
-        print(*schedule(seed, asked.seconds, faults, asked.only), sep="\n")
+        kinds = KINDS if asked.engine == "memory" else KINDS | REDIS_KINDS
+        print(*schedule(seed, asked.seconds, faults, asked.only, kinds), sep="\n")
         return 0
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -80,6 +84,7 @@ def options(asked: argparse.Namespace, seed: int, faults: int) -> Options:
         asked.publications,
         asked.bad_inputs,
         asked.workers,
+        asked.engine,
     )
 
 

@@ -382,7 +382,7 @@ class PlainSubscription:
         return [
             (number, at, fault)
             for number, (at, fault) in self._missing.items()
-            if number in accepted and not self._account.has_lost_data_around(accepted[number], at)
+            if number in accepted and not self._account.was_interrupted(accepted[number], at)
         ]
 
 
@@ -395,9 +395,11 @@ class Account:
         fault: Callable[[], str] = str,
         recovery_limit: int = 300,
         on_finding: Callable[[Finding, int], object] = lambda finding, number: None,
+        *,
+        keeps_data: bool = False,
     ) -> None:
         """fault: describes the latest fault. recovery_limit: publications that a client may recover at once.
-        on_finding: called with a finding, and how many its rule has by now."""
+        on_finding: called with a finding, and how many its rule has by now. keeps_data: the data outlives a broker."""
         self.now = now
         self.fault = fault
         self.recovery_limit = recovery_limit
@@ -408,7 +410,9 @@ class Account:
         self.findings: list[Finding] = []
         self.effects: Counter[str] = Counter()
         self.rules: Counter[str] = Counter()
-        self._losses: list[float] = []
+        self._keeps_data = keeps_data
+        self._losses: list[float] = []  # the times at which data may have been lost
+        self._interruptions: list[float] = []  # and publications without history
 
     def add_channel(
         self, name: str, size: int = 0, ttl: float = 0.0, passes: Callable[[int], bool] = lambda number: True
@@ -416,19 +420,31 @@ class Account:
         channel = self.channels[name] = Channel(self, name, size, ttl, passes)
         return channel
 
-    # The broker's data.
+    # What faults may lose.
+
+    def broker_lost(self) -> None:
+        """A fault is about to end a broker, or its link to the store: publications without history may be lost, and
+        with the embedded store all data, so that new epochs may follow."""
+        self._interruptions.append(self.now())
+        if not self._keeps_data:
+            self._losses.append(self.now())
 
     def data_lost(self) -> None:
-        """A fault is about to end the broker: new epochs may follow."""
+        """A fault is about to take the data of the store, or to let it seem so: new epochs may follow."""
+        self._interruptions.append(self.now())
         self._losses.append(self.now())
 
     def has_lost_data_since(self, time: float) -> bool:
-        """Return whether a broker was lost after `time`, or so shortly before that answers were on their way."""
+        """Return whether data was lost after `time`, or so shortly before that answers were on their way."""
         return bool(self._losses) and self._losses[-1] >= time - BROKER_GONE
 
-    def has_lost_data_around(self, first: float, last: float) -> bool:
-        index = bisect_right(self._losses, first - BROKER_GONE)
-        return index < len(self._losses) and self._losses[index] <= last + BROKER_GONE
+    def has_lost_data_after(self, time: float) -> bool:
+        """Return whether data may have been lost that was accepted at `time`."""
+        return _is_any_between(self._losses, time - BROKER_GONE, self.now())
+
+    def was_interrupted(self, first: float, last: float) -> bool:
+        """Return whether a publication without history may be lost, accepted at `first` and missed at `last`."""
+        return _is_any_between(self._interruptions, first - BROKER_GONE, last + BROKER_GONE)
 
     # Findings.
 
@@ -474,7 +490,7 @@ class Account:
             totals["happened"] += sum(epoch.top for epoch in channel.epochs)
             for number in channel.accepted.keys() - placed:
                 at = channel.accepted[number]
-                if not self.has_lost_data_around(at, self.now()):
+                if not self.has_lost_data_after(at):
                     text = f"publication {number} was accepted at {at:.3f} s and has no place"
                     self.report("N2", LOST, "publisher", channel.name, text, at, "")
 
@@ -491,3 +507,9 @@ class Account:
                 newest = one.channel.epochs[-1]
                 if not one.is_live or one.position != (newest, newest.top):
                     yield one
+
+
+def _is_any_between(times: list[float], first: float, last: float) -> bool:
+    """Whether any of the ordered times is after `first` and not after `last`."""
+    index = bisect_right(times, first)
+    return index < len(times) and times[index] <= last

@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
 from typing import Any
@@ -129,8 +129,9 @@ class Client:
         self.crowd.spawn(self._open(self.connection))
 
     async def _open(self, connection: Connection) -> None:
+        port = self.crowd.random.choice(self.crowd.ports)  # as a load balancer does
         try:
-            await self.crowd.loop.create_connection(lambda: connection, "127.0.0.1", self.crowd.port)
+            await self.crowd.loop.create_connection(lambda: connection, "127.0.0.1", port)
         except OSError:
             self.lost(connection, 0)
 
@@ -559,14 +560,15 @@ CONNECTIONS: dict[str, type[Connection]] = {
 class Crowd:
     """All clients, and their sweep. on_delivery: called with channel and number of each pushed publication."""
 
-    def __init__(self, world: World, seed: int, http: aiohttp.ClientSession, port: int) -> None:
+    def __init__(self, world: World, seed: int, http: aiohttp.ClientSession, ports: Sequence[int]) -> None:
+        """ports: of the nodes. Each connection goes to one of them by chance."""
         self.on_delivery: Callable[[str, int], object] = lambda channel, number: None
         self.world = world
         self.account: Account = world.account
         self.now = world.account.now
         self.random = Random(f"crowd of {seed}")
         self.counts: Counter[str] = Counter()
-        self.port = port
+        self.ports = ports
         self.loop = asyncio.get_running_loop()
         self._http = http
         self.clients = [Client(self, place) for place in world.places]
@@ -600,7 +602,10 @@ class Crowd:
         body = client.encoding.emulation(client.session, client.node, message)
         try:
             async with self._http.post(
-                f"http://127.0.0.1:{self.port}/emulation", data=body, headers={"Content-Type": kind}, timeout=EMULATION
+                f"http://127.0.0.1:{self.random.choice(self.ports)}/emulation",
+                data=body,
+                headers={"Content-Type": kind},
+                timeout=EMULATION,
             ) as answer:
                 failed = answer.status >= 500 or answer.status == 404
         except (OSError, aiohttp.ClientError):

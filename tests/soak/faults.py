@@ -20,6 +20,7 @@ import psutil
 from tests.soak.account import Account
 from tests.soak.clients import Connection, Crowd
 from tests.soak.holders import sockets
+from tests.soak.redis import Redis
 from tests.soak.schedule import Fault
 from tests.soak.served import Service
 from tests.soak.wire import request
@@ -35,15 +36,17 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Faults:
     """Carries faults out, each in a task of its own. latest: the description of the newest one."""
 
-    def __init__(self, account: Account, service: Service, crowd: Crowd) -> None:
+    def __init__(self, account: Account, services: list[Service], crowd: Crowd, redis: Redis | None = None) -> None:
         self.latest = ""
         self.done: Counter[str] = Counter()
         self.impossible: Counter[str] = Counter()
         self._account = account
-        self._service = service
+        self._services = services
+        self._redis = redis
         self._crowd = crowd
+        self._striking = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._held = 0
+        self._held: Counter[int] = Counter()  # by port
 
     async def run(self, faults: list[Fault], began: float, tell: Callable[[str], None]) -> None:
         """Carry the faults out at their times after `began`."""
@@ -72,8 +75,15 @@ class Faults:
 
     # Processes.
 
+    def _node(self, fault: Fault) -> int:
+        """Return the number of the node that a fault concerns."""
+        return int(1000 * fault.target) % len(self._services)
+
+    def _of(self, fault: Fault) -> Service:
+        return self._services[self._node(fault)]
+
     def _one_of(self, role: str, fault: Fault) -> int | None:
-        found = self._service.of(role)
+        found = self._of(fault).of(role)
         if not found:
             self.impossible[f"no {role} at the moment"] += 1
             return None
@@ -81,22 +91,22 @@ class Faults:
 
     async def _kill(self, fault: Fault, role: str, number: int = signal.SIGKILL) -> None:
         if (pid := self._one_of(role, fault)) is not None:
-            self._service.excuse(pid, fault.kind)
-            self._service.kill(pid, number)
+            self._of(fault).excuse(pid, fault.kind)
+            self._of(fault).kill(pid, number)
 
     async def _stop(self, fault: Fault, role: str, excused: bool = False) -> None:
         if (pid := self._one_of(role, fault)) is not None:
             if excused:
-                self._service.excuse(pid, fault.kind)
-            await self._pause([pid], fault.lasts)
+                self._of(fault).excuse(pid, fault.kind)
+            await self._pause(self._of(fault), [pid], fault.lasts)
 
-    async def _pause(self, pids: list[int], seconds: float) -> None:
-        stopped = [pid for pid in pids if self._service.kill(pid, signal.SIGSTOP)]
+    async def _pause(self, service: Service, pids: list[int], seconds: float) -> None:
+        stopped = [pid for pid in pids if service.kill(pid, signal.SIGSTOP)]
         try:
             await asyncio.sleep(seconds)
         finally:
             for pid in stopped:
-                self._service.kill(pid, signal.SIGCONT)
+                service.kill(pid, signal.SIGCONT)
 
     async def kill_worker(self, fault: Fault) -> None:
         await self._kill(fault, "worker")
@@ -122,12 +132,13 @@ class Faults:
             await asyncio.sleep(3.0)
 
     async def reload(self, fault: Fault) -> None:
-        await self._order(self._service.reload)
+        await self._order(self._of(fault).reload)
 
     async def scale(self, fault: Fault) -> None:
-        await self._order(lambda: self._service.scale(1 + int(4 * fault.target)))
+        service = self._of(fault)
+        await self._order(lambda: service.scale(1 + int(4 * fault.target)))
         await asyncio.sleep(fault.lasts)
-        await self._order(lambda: self._service.scale(2))
+        await self._order(lambda: service.scale(2))
 
     async def recycle(self, fault: Fault) -> None:
         await self._reconfigure(fault, {"workers": {"max_age": "5s"}})
@@ -136,10 +147,11 @@ class Faults:
         await self._reconfigure(fault, {"loop": {"rebalance_difference": 0.01, "rebalance_delay": "1s"}})
 
     async def _reconfigure(self, fault: Fault, changes: dict[str, Any]) -> None:
-        with self._service.replacing(fault.kind):
-            await self._order(lambda: self._service.reload(changes))
+        service = self._of(fault)
+        with service.replacing(fault.kind):
+            await self._order(lambda: service.reload(changes))
             await asyncio.sleep(fault.lasts)
-            await self._order(self._service.reload)
+            await self._order(service.reload)
 
     async def kill_broker(self, fault: Fault) -> None:
         await self._kill(fault, "broker")
@@ -148,65 +160,72 @@ class Faults:
         await self._stop(fault, "broker")
 
     async def kill_supervisor(self, fault: Fault) -> None:
-        self._service.excuse(self._service.supervisor, fault.kind)
-        self._service.kill(self._service.supervisor, signal.SIGKILL)
+        service = self._of(fault)
+        service.excuse(service.supervisor, fault.kind)
+        service.kill(service.supervisor, signal.SIGKILL)
 
     async def stop_supervisor(self, fault: Fault) -> None:
-        await self._pause([self._service.supervisor], fault.lasts)
+        service = self._of(fault)
+        await self._pause(service, [service.supervisor], fault.lasts)
 
     async def stop_all(self, fault: Fault) -> None:
-        await self._pause([self._service.supervisor, *self._service.pids], fault.lasts)
+        service = self._of(fault)
+        if self._redis is not None:
+            self._account.broker_lost()  # Redis may cut its link
+        await self._pause(service, service.everyone(), fault.lasts)
 
     async def restart(self, fault: Fault) -> None:
-        self._service.excuse(self._service.supervisor, fault.kind)
-        self._service.kill(self._service.supervisor, signal.SIGTERM)
+        service = self._of(fault)
+        service.excuse(service.supervisor, fault.kind)
+        service.kill(service.supervisor, signal.SIGTERM)
 
     async def fill_disk(self, fault: Fault) -> None:
         for full in (True, False):
-            self._service.fill_disk(full)
+            self._of(fault).fill_disk(full)
             await self.restart(fault)
             await asyncio.sleep(fault.lasts)
 
     async def hold_output(self, fault: Fault) -> None:
-        self._held += 1
-        self._service.output.may_read.clear()
+        service = self._of(fault)
+        self._held[service.port] += 1
+        service.output.may_read.clear()
         await asyncio.sleep(fault.lasts)
-        self._held -= 1
-        if not self._held:
-            self._service.output.may_read.set()
+        self._held[service.port] -= 1
+        if not self._held[service.port]:
+            service.output.may_read.set()
 
     async def kill_handler(self, fault: Fault) -> None:
-        await self._compute()
+        await self._compute(fault)
         await self._kill(fault, "handler process")
 
     async def stop_handler(self, fault: Fault) -> None:
         await self._stop(fault, "handler process")
-        await self._compute()
+        await self._compute(fault)
 
     # Handlers.
 
-    async def _call(self, path: str, seconds: float) -> None:
+    async def _call(self, fault: Fault, path: str, seconds: float) -> None:
         """Call a handler that takes `seconds`, once: HTTP libraries repeat a GET whose connection ends."""
         async with asyncio.timeout(seconds + 20):
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._service.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._of(fault).port)
             try:
                 writer.write(request("GET", path, more="Connection: close\r\n"))
                 await reader.read()
             finally:
                 writer.transport.abort()
 
-    async def _compute(self) -> None:
-        await asyncio.gather(*(self._call("/compute", 0) for _ in range(4)), return_exceptions=True)
+    async def _compute(self, fault: Fault) -> None:
+        await asyncio.gather(*(self._call(fault, "/compute", 0) for _ in range(4)), return_exceptions=True)
 
     async def block_loop(self, fault: Fault) -> None:
-        await self._call(f"/block?seconds={fault.lasts}", fault.lasts)
+        await self._call(fault, f"/block?seconds={fault.lasts}", fault.lasts)
 
     async def block_loop_for_good(self, fault: Fault) -> None:
-        self._service.excuse_one_worker(fault.kind)
+        self._of(fault).excuse_one_worker(fault.kind)
         await self.block_loop(fault)
 
     async def hold_interpreter(self, fault: Fault) -> None:
-        await self._call(f"/hold?seconds={fault.lasts}", fault.lasts)
+        await self._call(fault, f"/hold?seconds={fault.lasts}", fault.lasts)
 
     # Links and descriptors.
 
@@ -281,6 +300,38 @@ class Faults:
         for connection in connections:
             connection.resume()
 
+    # Redis.
+
+    async def _strike(self, fault: Fault, strike: Callable[[Redis, Account, float], Coroutine[Any, Any, None]]) -> None:
+        assert self._redis is not None
+        async with self._striking:  # the next begins when Redis is back
+            await strike(self._redis, self._account, fault.lasts)
+
+    async def kill_redis(self, fault: Fault) -> None:
+        await self._strike(fault, Redis.kill)
+
+    async def stop_redis(self, fault: Fault) -> None:
+        await self._strike(fault, Redis.stop)
+
+    async def cut_links_to_redis(self, fault: Fault) -> None:
+        await self._strike(fault, Redis.cut_links)
+
+    async def forget_scripts(self, fault: Fault) -> None:
+        await self._strike(fault, Redis.forget_scripts)
+
+    async def empty_redis(self, fault: Fault) -> None:
+        await self._strike(fault, Redis.empty)
+
+    async def start_redis_empty(self, fault: Fault) -> None:
+        await self._strike(fault, Redis.start_empty)
+
+    async def start_redis_old(self, fault: Fault) -> None:
+        await self._strike(fault, Redis.start_old)
+
+    async def cut_node(self, fault: Fault) -> None:
+        assert self._redis is not None
+        await self._redis.cut_node(self._account, self._node(fault), fault.lasts)
+
     async def say_nothing(self, fault: Fault) -> None:
         sockets = []
         for _ in range(SILENT):
@@ -288,7 +339,7 @@ class Faults:
             one.setblocking(False)
             sockets.append(one)
             with suppress(OSError):
-                await asyncio.wait_for(self._crowd.loop.sock_connect(one, ("127.0.0.1", self._service.port)), 5)
+                await asyncio.wait_for(self._crowd.loop.sock_connect(one, ("127.0.0.1", self._of(fault).port)), 5)
         await asyncio.sleep(fault.lasts)
         for one in sockets:
             one.close()
@@ -338,4 +389,12 @@ ACTIONS: dict[str, Callable[[Faults, Fault], Coroutine[Any, Any, None]]] = {
     "read nothing": Faults.read_nothing,
     "read slowly": Faults.read_slowly,
     "open clients and say nothing": Faults.say_nothing,
+    "kill Redis": Faults.kill_redis,
+    "stop Redis": Faults.stop_redis,
+    "cut the links to Redis": Faults.cut_links_to_redis,
+    "forget Redis' scripts": Faults.forget_scripts,
+    "empty Redis": Faults.empty_redis,
+    "start Redis without its data": Faults.start_redis_empty,
+    "start Redis from an old snapshot": Faults.start_redis_old,
+    "cut a node from Redis": Faults.cut_node,
 }

@@ -48,7 +48,7 @@ class Report:
     account: Account
     totals: Mapping[str, int]
     crowd: Crowd
-    service: Service
+    services: list[Service]
     faults: Faults
     publishers: list[APIPublisher]
     speakers: Speakers
@@ -63,12 +63,13 @@ class Report:
         tell_account(self.account, self.totals, tell)
 
     def _tables(self) -> dict[str, Counter[str]]:
-        service = self.service
+        services = self.services
+        dropped = sum((service.dropped for service in services), Counter[tuple[tuple[str, str], ...]]())
         return {
             "clients": Counter({"all": len(self.crowd.clients)}),
             "faults carried out": self.faults.done,
             "faults without effect": self.faults.impossible,
-            "ends of processes": service.deaths,
+            "ends of processes": sum((service.deaths for service in services), Counter[str]()),
             "publishers by the API": sum((one.counts for one in self.publishers), Counter[str]()),
             "publishers by connection": self.speakers.counts,
             "connections": self.crowd.counts,
@@ -77,6 +78,12 @@ class Report:
             "comparisons of members": Counter(
                 {"all": sum(room.comparisons for room in self.crowd.world.rooms.values())}
             ),
-            "dropped, as the server says": Counter({str(dict(key)): int(n) for key, n in service.dropped.items() if n}),
-            "largest process, MiB": Counter({role: size >> 20 for role, size in service.largest.items()}),
+            "dropped, as the server says": Counter({str(dict(key)): int(n) for key, n in dropped.items() if n}),
+            "largest process, MiB": Counter(
+                {
+                    role: max(service.largest[role] for service in services) >> 20
+                    for service in services
+                    for role in service.largest
+                }
+            ),
         }

@@ -8,7 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -24,8 +24,9 @@ from tests.soak.clients import ON, Crowd
 from tests.soak.faults import Faults
 from tests.soak.members import EVENTUALLY
 from tests.soak.publishers import FAILURES, APIPublisher, Numbers, Speakers, share_out
+from tests.soak.redis import Redis
 from tests.soak.report import Report
-from tests.soak.schedule import schedule
+from tests.soak.schedule import KINDS, REDIS_KINDS, schedule
 from tests.soak.sdk import Readers
 from tests.soak.served import Service, free_ports
 
@@ -35,11 +36,14 @@ START_LIMIT = 120.0
 SETTLE_LIMIT = 180.0
 PROGRESS = 30.0
 SHOWN = 8  # findings of each rule
+NODES = 2  # with an engine that several nodes share
+ENGINES: dict[str, Callable[[], Redis | None]] = {"memory": lambda: None, "redis": Redis}
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """seconds: of load and faults. only: kinds of faults, all if empty. publications, bad_inputs: a second."""
+    """seconds: of load and faults. only: kinds of faults, all if empty. publications, bad_inputs: a second. workers: of
+    each node. engine: of `ENGINES`."""
 
     seed: int
     seconds: float
@@ -49,16 +53,21 @@ class Options:
     publications: float
     bad_inputs: float
     workers: int
+    engine: str = "memory"
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The server of a run, and its load."""
+    """The nodes of a run, and their load. service: the first node."""
 
-    service: Service
+    services: list[Service]
     crowd: Crowd
     publishers: list[APIPublisher]
     speakers: Speakers
+
+    @property
+    def service(self) -> Service:
+        return self.services[0]
 
 
 class Run:
@@ -67,15 +76,25 @@ class Run:
     publishers = 8  # programs that call the HTTP API
 
     def __init__(
-        self, seed: int, workers: int, tell: Callable[[str], None] = print, copy: IO[str] | None = None
+        self,
+        seed: int,
+        workers: int,
+        tell: Callable[[str], None] = print,
+        copy: IO[str] | None = None,
+        redis: Redis | None = None,
     ) -> None:
-        """tell: takes the lines of progress and of the account. copy: gets the server's log."""
+        """tell: takes the lines of progress and of the account. copy: gets the server's log. redis: the engine of two
+        nodes; None for one node with the embedded engine."""
         self._seed = seed
         self._workers = workers
         self._tell = tell
         self._copy = copy
+        self._redis = redis
+        self._nodes = 1 if redis is None else NODES
         self._began = time.monotonic()
-        self.account = Account(self._now, self._latest_fault, worlds.RECOVERY_LIMIT, self._tell_first)
+        self.account = Account(
+            self._now, self._latest_fault, worlds.RECOVERY_LIMIT, self._tell_first, keeps_data=redis is not None
+        )
 
     def _settings(self, port: int, operator_port: int) -> dict[str, Any]:
         """Return the server's configuration."""
@@ -110,21 +129,30 @@ class Run:
         asyncio.get_running_loop().set_exception_handler(
             lambda loop, context: self._report_own_fault(context.get("exception"))
         )
-        port, operator_port = free_ports()
-        with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-            settings = self._settings(port, operator_port)
-            service = Service(self.account, Path(folder, "realtime.toml"), settings, self._copy)
+        with tempfile.TemporaryDirectory(prefix="soak-") as folder, ExitStack() as ends:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
             async with aiohttp.ClientSession(connector=connector) as http:
-                try:
+                if self._redis is not None:
+                    ends.callback(self._redis.end)
+                    await self._redis.start(Path(folder), self._nodes)
+                services = [self._create_service(Path(folder), node) for node in range(self._nodes)]
+                for service in services:
+                    ends.callback(service.end)
                     service.start()
                     await self._wait_ready(http, service)
-                    caring = self._start(service.care())
-                    await self._prepare(service)
-                    await self._load(service, http)
-                    caring.cancel()
-                finally:
-                    service.end()
+                caring = [self._start(service.care()) for service in services]
+                await self._prepare(services[0])
+                await self._load(services, http)
+                for task in caring:
+                    task.cancel()
+
+    def _create_service(self, folder: Path, node: int) -> Service:
+        config = folder / f"node {node}.toml"
+        settings = self._settings(*free_ports())
+        if self._redis is None:
+            return Service(self.account, config, settings, self._copy)
+        settings["engine"] = self._redis.settings(node)
+        return Service(self.account, config, settings, self._copy, f"node {node}")
 
     async def _wait_ready(self, http: aiohttp.ClientSession, service: Service) -> None:
         until = self._now() + START_LIMIT
@@ -136,17 +164,19 @@ class Run:
             await asyncio.sleep(0.1)
         raise SystemExit("the server did not start:\n" + "".join(service.output.lines))
 
-    async def _load(self, service: Service, http: aiohttp.ClientSession) -> None:
+    async def _load(self, services: list[Service], http: aiohttp.ClientSession) -> None:
         world = self._create_world()
-        crowd = Crowd(world, self._seed, http, service.port)
-        readers = Readers(world, service.port)
+        ports = [service.port for service in services]
+        crowd = Crowd(world, self._seed, http, ports)
+        readers = Readers(world, ports)
         numbers = Numbers()
         publishers = [
-            APIPublisher(world, http, service.port, numbers, channels) for channels in share_out(world, self.publishers)
+            APIPublisher(world, http, ports[index % len(ports)], numbers, channels)
+            for index, channels in enumerate(share_out(world, self.publishers))
         ]
-        load = Load(service, crowd, publishers, Speakers(crowd, numbers))
+        load = Load(services, crowd, publishers, Speakers(crowd, numbers))
 
-        background = [self._start(part) for part in (crowd.run(), self._look(service, crowd))]
+        background = [self._start(part) for part in (crowd.run(), self._look(services, crowd))]
         await readers.start()
         await self._until(lambda: len(crowd.connected()) == len(crowd.clients), START_LIMIT)
         self._say(f"{len(crowd.connected())} clients are connected")
@@ -155,14 +185,14 @@ class Run:
         await self._strain(load)
         self._say("the load has ended; waiting for all clients")
         await self._settle(crowd, publishers)
-        await self._read_histories(world, http, service)
-        await service.sample()
-        totals = self._close(service)
+        await self._read_histories(world, http, load.service)
+        totals = await self._close(services)
         for task in background:
             task.cancel()
         await readers.close()
         await crowd.close()
-        await service.stop(self._report)
+        for service in services:
+            await service.stop(self._report)
         self._report_all(load, totals)
 
     def _publish(self, load: Load, rate: float) -> list[asyncio.Task[None]]:
@@ -228,23 +258,28 @@ class Run:
                 epoch = channel.epoch(result["epoch"])
                 channel.saw("history", epoch, publication["offset"], publication["data"]["n"])
 
-    async def _look(self, service: Service, crowd: Crowd) -> None:
-        """Compare rooms, read the server's counters, and tell the progress."""
+    async def _look(self, services: list[Service], crowd: Crowd) -> None:
+        """Compare rooms, read the servers' counters, and tell the progress."""
         told = self._now()
         while True:
             await asyncio.sleep(5.0)
             crowd.compare_rooms()
-            await service.sample()
+            for service in services:
+                await service.sample()
             if self._now() - told >= PROGRESS:
                 told = self._now()
                 received = sum(one.live + one.recovered for one in self.account.subscriptions)
                 found = sum(self.account.effects.values())
                 self._say(f"{len(crowd.connected())} connected, {received} received, {found} findings")
 
-    def _close(self, service: Service) -> dict[str, int]:
-        for text in service.output.tracebacks:
-            self._report("log", "an exception in the log:\n" + text)
-        return self.account.close(sum(service.dropped.values()))
+    async def _close(self, services: list[Service]) -> dict[str, int]:
+        dropped = 0
+        for service in services:
+            await service.sample()
+            dropped += sum(service.dropped.values())
+            for text in service.output.tracebacks:
+                self._report("log", "an exception in the log:\n" + text)
+        return self.account.close(dropped)
 
     # Small parts.
 
@@ -282,7 +317,7 @@ class Soak(Run):
     """Load, faults and bad input at once."""
 
     def __init__(self, options: Options, tell: Callable[[str], None] = print, copy: IO[str] | None = None) -> None:
-        super().__init__(options.seed, options.workers, tell, copy)
+        super().__init__(options.seed, options.workers, tell, copy, ENGINES[options.engine]())
         self._options = options
         self._faults: Faults | None = None
         self._attack: Attack | None = None
@@ -297,13 +332,14 @@ class Soak(Run):
         """Put load, bad input and faults on the server."""
         options, began = self._options, self._now()
         self._attack = attack = Attack(self.account, load.service.port)
-        self._faults = faults = Faults(self.account, load.service, load.crowd)
+        self._faults = faults = Faults(self.account, load.services, load.crowd, self._redis)
         publishing = self._publish(load, options.publications)
         others = [
             self._start(self._leave_and_return(load.crowd, Random(f"leavers of {options.seed}"))),
             self._start(attack.run(options.bad_inputs, options.seed)),
         ]
-        planned = schedule(options.seed, options.seconds, options.faults, options.only)
+        kinds = KINDS if self._redis is None else KINDS | REDIS_KINDS
+        planned = schedule(options.seed, options.seconds, options.faults, options.only, kinds)
         await faults.run(planned, began, self._say)
         await asyncio.sleep(max(0.0, began + options.seconds - self._now()))
         await faults.finish()
@@ -323,7 +359,7 @@ class Soak(Run):
     def _report_all(self, load: Load, totals: Mapping[str, int]) -> None:
         assert self._faults and self._attack
         report = Report(
-            self.account, totals, load.crowd, load.service, self._faults, load.publishers, load.speakers, self._attack
+            self.account, totals, load.crowd, load.services, self._faults, load.publishers, load.speakers, self._attack
         )
         report.tell(self._tell)
         self._tell(f"\n{'FAILED' if self.failed else 'passed'}, seed {self._seed}")

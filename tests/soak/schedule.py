@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
 # Each kind of fault: how often it occurs in a round, and the seconds that it may last, one of them by chance.
-KINDS: dict[str, tuple[int, tuple[float, ...]]] = {
+Kind = tuple[int, tuple[float, ...]]
+KINDS: dict[str, Kind] = {
     "kill a worker": (3, (0.0,)),
     "stop a worker": (3, (0.5, 2.0, 5.0)),
     "stop a worker for good": (1, (12.0,)),
@@ -38,6 +39,17 @@ KINDS: dict[str, tuple[int, tuple[float, ...]]] = {
     "read slowly": (2, (15.0, 30.0)),
     "open clients and say nothing": (1, (8.0,)),
 }
+# Those of a run with Redis, beside the others.
+REDIS_KINDS: dict[str, Kind] = {
+    "kill Redis": (2, (1.0, 6.0)),
+    "stop Redis": (3, (0.5, 3.0, 9.0)),
+    "cut the links to Redis": (3, (0.0,)),
+    "forget Redis' scripts": (1, (0.0,)),
+    "empty Redis": (1, (0.0,)),
+    "start Redis without its data": (1, (1.0,)),
+    "start Redis from an old snapshot": (1, (1.0,)),
+    "cut a node from Redis": (2, (3.0, 12.0)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +66,18 @@ class Fault:
         return f"{self.kind} at {self.at:.1f} s{lasts} (target {self.target:.3f})"
 
 
-def schedule(seed: int, seconds: float, number: int, only: Sequence[str] = ()) -> list[Fault]:
+def schedule(
+    seed: int, seconds: float, number: int, only: Sequence[str] = (), all_kinds: Mapping[str, Kind] = KINDS
+) -> list[Fault]:
     """Return `number` faults within `seconds`, in their order. Each kind occurs once before one is repeated.
 
     only: the kinds to choose from, all if empty.
     """
     random = Random(f"faults of {seed}")
-    kinds = list(only or KINDS)
+    kinds = list(only or all_kinds)
     random.shuffle(kinds)
     while len(kinds) < number:
-        deck = [kind for kind in only or KINDS for _ in range(KINDS[kind][0])]
+        deck = [kind for kind in only or all_kinds for _ in range(all_kinds[kind][0])]
         random.shuffle(deck)
         kinds += deck
     step = seconds / number if number else 0.0
@@ -72,7 +86,7 @@ def schedule(seed: int, seconds: float, number: int, only: Sequence[str] = ()) -
             round((index + 0.5 + random.uniform(-0.4, 0.4)) * step, 3),
             kind,
             random.random(),
-            random.choice(KINDS[kind][1]),
+            random.choice(all_kinds[kind][1]),
         )
         for index, kind in enumerate(kinds[:number])
     ]

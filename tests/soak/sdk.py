@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -54,14 +55,14 @@ class _Reader(SubscriptionEventHandler):
 class Readers:
     """The SDK's clients, half of them with Protobuf."""
 
-    def __init__(self, world: World, port: int) -> None:
+    def __init__(self, world: World, ports: Sequence[int]) -> None:
         logging.getLogger("centrifuge").setLevel(logging.CRITICAL)
         streams = [channel for name, channel in world.channels.items() if name.startswith("stream:")]
         self._clients = []
         for index in range(NUMBER):
             name, channel = f"SDK {index}", streams[index % len(streams)]
             client = Client(
-                f"ws://127.0.0.1:{port}/connection/websocket",
+                f"ws://127.0.0.1:{ports[index % len(ports)]}/connection/websocket",
                 events=_Connection(world.account, name),
                 use_protobuf=index % 2 > 0,
                 data=b'{"user":"SDK"}' if index % 2 else {"user": "SDK"},

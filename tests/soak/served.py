@@ -87,7 +87,16 @@ class Service:
     is about to start again.
     """
 
-    def __init__(self, account: Account, config: Path, settings: dict[str, Any], copy: IO[str] | None = None) -> None:
+    def __init__(
+        self,
+        account: Account,
+        config: Path,
+        settings: dict[str, Any],
+        copy: IO[str] | None = None,
+        name: str = "server",
+    ) -> None:
+        """name: in findings."""
+        self._name = name
         write_settings(config, settings)
         self._settings = settings
         self.port: int = settings["http_server"]["port"]
@@ -138,19 +147,19 @@ class Service:
         excuse = self._excused.pop(self.supervisor, None)
         self.deaths[f"supervisor: {excuse or 'unexpected'}"] += 1
         text = f"the supervisor ended with status {status}"
-        self._account.require(excuse is not None, "death", BROKEN, "server", "supervisor", text)
-        self._account.data_lost()
+        self._account.require(excuse is not None, "death", BROKEN, self._name, "supervisor", text)
+        self._account.broker_lost()
         until = time.monotonic() + STOP_LIMIT
         while (rest := self.family()) and time.monotonic() < until:
             await asyncio.sleep(0.2)
         names = [" ".join(process.cmdline()[-1:]) for process in rest if process.is_running()]
-        self._account.require(not rest, "death", BROKEN, "server", "supervisor", f"left processes behind: {names}")
+        self._account.require(not rest, "death", BROKEN, self._name, "supervisor", f"left processes behind: {names}")
         for process in rest:
             process.kill()
         self.pids.clear()
         self._excused.clear()
         await asyncio.sleep(RESTART)
-        self._account.data_lost()
+        self._account.broker_lost()
         self.start()
         self.is_restarting = False
 
@@ -206,9 +215,9 @@ class Service:
             self.deaths[f"{role}: {excuse or 'unexpected'}"] += 1
             if not self.is_stopping and self.supervisor not in self._excused:
                 text = f"{role} {pid} ended without a fault that ends it:\n" + "".join(list(self.output.lines)[-12:])
-                self._account.require(excuse is not None, "death", BROKEN, "server", role, text)
+                self._account.require(excuse is not None, "death", BROKEN, self._name, role, text)
         if role == "broker":
-            self._account.data_lost()
+            self._account.broker_lost()
 
     async def sample(self) -> None:
         """Add up the messages that the server says it dropped, over the lives of its processes."""
@@ -245,7 +254,7 @@ class Service:
         """The end of this process is a fault of the soak."""
         self._excused[pid] = fault
         if self.pids.get(pid) == "broker" or pid == self.supervisor:
-            self._account.data_lost()
+            self._account.broker_lost()
 
     def excuse_one_worker(self, fault: str) -> None:
         self._wild.append((self._account.now() + EXCUSE, fault))

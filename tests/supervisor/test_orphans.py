@@ -41,7 +41,10 @@ assert orphans.reap(lambda: []) == 0
 assert other.wait() == 0
 ended = []
 process = Process(ended)
-reactor.spawnProcess(process, "true", ["true"], env={})
+# It ends as this pipe is closed: an earlier end might be reaped by Twisted within `spawnProcess`.
+until, end = os.pipe()
+reactor.spawnProcess(process, "cat", ["cat"], env={}, childFDs={0: until, 1: 1, 2: 2})
+os.close(end)
 while not zombie(process.transport.pid):
     time.sleep(0.01)
 assert orphans.reap(lambda: []) == 0

@@ -13,6 +13,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
@@ -92,9 +93,10 @@ class Greeter(Protocol):
         self._child = child
 
     def connectionMade(self) -> None:
-        assert self.transport is not None
-        self.transport.write(f"{self._child.slot} {os.getpid()}\n".encode())
-        self.transport.loseConnection()
+        transport: Any = self.transport
+        # Not by `write`, which sends in a later turn: the process may end in this one.
+        transport.getHandle().send(f"{self._child.slot} {os.getpid()}\n".encode())
+        transport.loseConnection()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from realtime.protocol.encodings import Encoding
 from realtime.protocol.json_encoding import JSON_ENCODING
 from realtime.protocol.orders import EmulateOrder, encode_order
 from realtime.protocol.protobuf import PROTOBUF, emulation_request
-from realtime.pubsub.engine import SendOrder
+from realtime.pubsub.engine import SendOrder, worker_address
 from realtime.transports.emulation import CommandOrder, EmulationLimits
 from tests.transports.stage import Client, eventually
 from tests.transports.streaming import (
@@ -260,13 +260,14 @@ class Engine:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
+        self.recipients = 1
         self.orders: list[tuple[bytes, str]] = []
 
     async def ask(self, request: SendOrder) -> int:
         if self.error is not None:
             raise self.error
         self.orders.append((request.order, request.worker))
-        return 1
+        return self.recipients
 
 
 class LateEngine(Engine):
@@ -302,6 +303,17 @@ async def test_commands_go_to_the_worker_that_the_secret_names() -> None:
         engine = substituted(stage, Engine())
         assert await stage.status(json_request("12.secret", '{"id":2}')) == 204
         assert engine.orders == [(encode_order(EmulateOrder("12.secret", b'{"id":2}')), "12")]
+
+
+async def test_commands_go_to_the_node_that_the_secret_names() -> None:
+    async with streaming() as stage:
+        engine = substituted(stage, Engine())
+        secret = f"{worker_address(1, 2, 'another')}.secret"
+        assert await stage.status(json_request(secret, '{"id":2}', "another")) == 204
+        assert engine.orders == [(encode_order(EmulateOrder(secret, b'{"id":2}')), "another/1-2")]
+        assert await stage.status(json_request(secret, "{}", "a third")) == 404
+        engine.recipients = 0  # the node has ended
+        assert await stage.status(json_request(secret, "{}", "another")) == 404
 
 
 async def test_a_secret_without_worker_is_not_forwarded() -> None:

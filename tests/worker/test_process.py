@@ -214,6 +214,22 @@ async def test_a_drain_announces_the_end_of_kept_alive_connections() -> None:
 
 
 @on_loop
+async def test_a_drain_answers_the_first_request_of_a_connection_that_was_accepted_before() -> None:
+    async with serving() as served:
+        endpoint = TCP4ClientEndpoint(reactor, *served.listening.getsockname())
+        peer = await connectProtocol(endpoint, Peer())
+        await eventually(lambda: served.metric("realtime_pending_connections") == 1)
+        drain = Deferred.fromCoroutine(served.drain(5.0))
+        await deferLater(reactor, 0.1)  # type: ignore[arg-type]
+        assert not drain.called
+        peer.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await eventually(lambda: peer.lost)
+        assert peer.received.count(b"HTTP/1.1 404") == 1
+        assert peer.received.count(b"Connection: close") == 1
+        await drain
+
+
+@on_loop
 async def test_a_drain_ends_at_its_deadline_whatever_runs() -> None:
     async with serving() as served:
         client = await served.connect()

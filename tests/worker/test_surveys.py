@@ -9,11 +9,13 @@ import msgspec
 import pytest
 from twisted.internet import reactor
 from twisted.internet.task import Clock
+from twisted.logger import capturedLogs, formatEvent
 
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.handlers.coroutines import start_future
 from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, Order
 from realtime.pubsub.engine import SendOrder
+from realtime.types import ChannelCounts
 from realtime.worker import surveys
 from realtime.worker.surveys import Surveys
 from tests.driving import on_loop
@@ -46,7 +48,7 @@ class Worker:
                 other.surveys.on_order(decoded)
         return len(to)
 
-    def survey(self, pattern: str = "") -> asyncio.Future[dict[str, int]]:
+    def survey(self, pattern: str = "") -> asyncio.Future[ChannelCounts]:
         return start_future(self.surveys(pattern))
 
 
@@ -108,20 +110,34 @@ async def test_more_names_than_an_answer_holds_are_an_error(monkeypatch: pytest.
 
 
 @on_loop
-async def test_a_worker_that_does_not_answer_makes_the_survey_fail() -> None:
+async def test_a_result_without_a_silent_worker_says_so() -> None:
     clock = Clock()
-    here, there = workers({"a": 1}, {"a": 1}, clock=clock)
+    here, there = workers({"a": 1}, {"a": 1, "b": 1}, clock=clock)
     there.ignores_orders = True
     waiting = here.survey()
     clock.advance(surveys.TIMEOUT - 0.01)
     assert not waiting.done()
-    clock.advance(0.01)
-    with pytest.raises(EngineUnavailable):
-        await waiting
+    with capturedLogs() as lines:
+        clock.advance(0.01)
+    counts = await waiting
+    assert (counts, counts.silent_workers) == ({"a": 1}, 1)
+    assert str(formatEvent(lines[0])).startswith("1 of 2 workers did not answer a survey of channels")
     assert clock.getDelayedCalls() == []
     here.surveys.on_order(ChannelsAnswer(1, {"a": 1}))  # too late, and harmless
     there.ignores_orders = False
-    assert await here.survey() == {"a": 2}
+    counts = await here.survey()
+    assert (counts, counts.silent_workers) == ({"a": 2, "b": 1}, 0)
+
+
+@on_loop
+async def test_a_survey_without_any_answer_fails() -> None:
+    clock = Clock()
+    (here,) = workers({"a": 1}, clock=clock)
+    here.ignores_orders = True
+    waiting = here.survey()
+    clock.advance(surveys.TIMEOUT)
+    with pytest.raises(EngineUnavailable):
+        await waiting
 
 
 @on_loop
@@ -141,14 +157,14 @@ async def test_an_engine_that_is_gone_ends_a_survey(monkeypatch: pytest.MonkeyPa
 @on_loop
 async def test_the_number_of_surveys_is_limited() -> None:
     here, there = workers({"a": 1}, {}, clock=(clock := Clock()))
-    there.ignores_orders = True
+    here.ignores_orders = there.ignores_orders = True
     waiting = [here.survey() for _ in range(surveys.MAX_SURVEYS)]
     assert await refusal(here.survey()) == 111
     clock.advance(surveys.TIMEOUT)
     for result in waiting:
         with pytest.raises(EngineUnavailable):
             await result
-    there.ignores_orders = False
+    here.ignores_orders = there.ignores_orders = False
     assert await here.survey() == {"a": 1}
 
 

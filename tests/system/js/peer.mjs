@@ -57,12 +57,14 @@ export async function connect(endpoint, options = {}) {
   return { client, context: await connected };
 }
 
-/** Clients on different workers, one for each entry of `users`: {client, pid}. The kernel deals out connections by hash. */
+/** Clients on different workers, one for each entry of `users`: {client, pid}. The kernel deals out connections by hash.
+ * endpoint: of a node; or the endpoints of several nodes, which get the clients in turn. */
 export async function connectApart(endpoint, users) {
+  const nodes = [endpoint].flat();
   const found = [];
   for (let attempt = 0; found.length < users.length; attempt++) {
     check(attempt < 200, "all connections went to one worker");
-    const { client, context } = await connect(endpoint, { data: { user: users[found.length] } });
+    const { client, context } = await connect(nodes[found.length % nodes.length], { data: { user: users[found.length] } });
     if (found.some((other) => other.pid === context.data.pid)) client.disconnect();
     else found.push({ client, pid: context.data.pid });
   }
@@ -94,13 +96,14 @@ export async function failure(promise) {
   throw new Error("the call succeeded");
 }
 
-/** A TCP relay on loopback, before a server's port: `cut` breaks all connections and refuses new ones until `mend`. */
+/** A TCP relay on loopback, before a server's port: `cut` breaks all connections and refuses new ones until `mend`.
+ * `to` sends new connections to another port, as a load balancer does. */
 export async function relay(port) {
   const pairs = new Set();
-  let open = true;
+  let open = true, target = port;
   const server = net.createServer((near) => {
     if (!open) return near.resetAndDestroy();
-    const far = net.connect(port, "127.0.0.1");
+    const far = net.connect(target, "127.0.0.1");
     const pair = [near, far];
     pairs.add(pair);
     for (const [one, other] of [[near, far], [far, near]]) {
@@ -114,6 +117,7 @@ export async function relay(port) {
     endpoint: `ws://127.0.0.1:${server.address().port}/connection/websocket`,
     cut() { open = false; for (const [near] of pairs) near.resetAndDestroy(); },
     mend() { open = true; },
+    to(other) { target = other; },
   };
 }
 

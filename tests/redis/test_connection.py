@@ -1,0 +1,89 @@
+"""A connection to a real Redis server: pipelining, order, scripts that Redis has lost, late replies."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_twisted
+
+from realtime.config.settings import RedisSettings
+from realtime.errors import EngineUnavailable
+from realtime.redis.connection import RedisError
+from realtime.redis.scripts import Script
+from tests.redis.servers import RedisProcess
+from tests.redis.users import User
+
+ECHO = Script("return ARGV[2]")
+COUNT = Script("redis.call('PUBLISH', KEYS[1], ARGV[2]) return redis.call('INCR', 'count')")
+
+
+@pytest_twisted.async_yield_fixture(scope="module")
+async def redis() -> AsyncIterator[RedisProcess]:
+    process = RedisProcess()
+    await process.start()
+    yield process
+    await process.stop()
+
+
+@pytest_twisted.async_yield_fixture
+async def user(redis: RedisProcess) -> AsyncIterator[User]:
+    redis.ask("FLUSHALL")
+    user = User(RedisSettings(address=(redis.address,), io_timeout=0.4))
+    await user.ready()
+    yield user
+    await user.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_replies_come_in_the_order_of_the_commands(user: User) -> None:
+    answers = [user.call("SET", "a", "1"), user.call("INCR", "a"), user.call("GET", b"a"), user.call("GET", "none")]
+    assert [await answer for answer in answers] == [b"OK", 2, b"2", None]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_refused_command_fails_alone_with_the_code_of_redis(user: User) -> None:
+    await user.call("SET", "a", "1")
+    refused, later = user.call("LPUSH", "a", "1"), user.call("GET", "a")
+    with pytest.raises(RedisError) as caught:
+        await refused
+    assert caught.value.code == "WRONGTYPE"
+    assert await later == b"1"
+
+
+@pytest_twisted.ensureDeferred
+async def test_messages_come_between_subscription_and_its_end(user: User) -> None:
+    await user.call("PUBLISH", "news", "0")
+    await user.subscribe(b"news")
+    await user.call("PUBLISH", "news", "1")
+    await user.call("PUBLISH", "other", "1")
+    await user.unsubscribe(b"news")
+    await user.call("PUBLISH", "news", "2")
+    await user.call("PING")
+    assert user.messages == [(b"news", b"1")]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_script_that_redis_has_lost_runs_in_the_order_of_the_calls(user: User, redis: RedisProcess) -> None:
+    assert await user.run(COUNT, ["news"], ["0"]) == 1
+    await user.subscribe(b"news")
+    redis.ask("SCRIPT", "FLUSH")
+    answers = [user.run(COUNT, ["news"], [number]) for number in range(1, 6)]
+    answers.append(user.run(ECHO, [], ["last"]))
+    assert [await answer for answer in answers] == [2, 3, 4, 5, 6, b"last"]
+    assert user.messages == [(b"news", b"%d" % number) for number in range(1, 6)]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_server_that_does_not_answer_is_away_until_it_does(user: User, redis: RedisProcess) -> None:
+    redis.signal(signal.SIGSTOP)
+    with pytest.raises(EngineUnavailable):
+        await user.call("PING")
+    assert not user.server.is_ready
+    with pytest.raises(EngineUnavailable):
+        await user.call("PING")  # at once
+    redis.signal(signal.SIGCONT)
+    await user.ready()
+    assert await user.call("PING") == b"PONG"
+    assert len(user.losses) == 1

@@ -1,0 +1,76 @@
+"""A user of Redis servers, with awaitable calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+
+from realtime.config.settings import RedisSettings
+from realtime.metrics import Metrics
+from realtime.redis.scripts import Script
+from realtime.redis.servers import RedisServer, RedisServers
+from realtime.supervision.loop_time import LoopTimeLedger
+from tests.system.brokers import until
+
+
+class User:
+    """A `RedisListener` that logs. messages: received so far. losses: reasons of lost connections."""
+
+    def __init__(self, settings: RedisSettings) -> None:
+        self.messages: list[tuple[bytes, bytes]] = []
+        self.losses: list[str] = []
+        self.metrics = Metrics()
+        ledger = LoopTimeLedger(time.monotonic_ns)
+        self.servers = RedisServers(settings, reactor, self, self.metrics, ledger)
+        self.server = self.servers.servers[0]
+        self.servers.start()
+
+    async def ready(self) -> None:
+        """Returns when the first server is ready."""
+        await until(lambda: self.server.is_ready)
+
+    async def close(self) -> None:
+        """End the connections."""
+        self.servers.close()
+        await until(lambda: not self.server.is_ready)
+
+    def on_message(self, server: RedisServer, channel: bytes, payload: bytes) -> None:
+        self.messages.append((channel, payload))
+
+    def on_ready(self, server: RedisServer) -> None:
+        pass
+
+    def on_lost(self, server: RedisServer, reason: str) -> None:
+        self.losses.append(reason)
+
+    def on_moved(self) -> None:
+        pass
+
+    def call(self, *command: bytes | str | int) -> Deferred[Any]:
+        return _answer(lambda done: self.server.call(done, *command))
+
+    def run(self, script: Script, keys: list[Any], arguments: list[Any]) -> Deferred[Any]:
+        return _answer(lambda done: self.server.run(done, script, keys, arguments))
+
+    def subscribe(self, channel: bytes) -> Deferred[Any]:
+        return _answer(lambda done: self.server.subscribe(channel, done))
+
+    def unsubscribe(self, channel: bytes) -> Deferred[Any]:
+        return _answer(lambda done: self.server.unsubscribe(channel, done))
+
+
+def _answer(ask: Callable[[Callable[[Any, Exception | None], None]], None]) -> Deferred[Any]:
+    answer: Deferred[Any] = Deferred()
+
+    def done(reply: Any, error: Exception | None) -> None:
+        if error is None:
+            answer.callback(reply)
+        else:
+            answer.errback(error)
+
+    ask(done)
+    return answer
