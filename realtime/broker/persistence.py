@@ -46,8 +46,8 @@ from realtime.pubsub.journal import (
     BadJournal,
     JournaledKeys,
     JournaledStreams,
+    JournalReplay,
     Renewed,
-    Replay,
     frame,
     records_in,
 )
@@ -82,7 +82,7 @@ class Persistable(Protocol):
 
 
 class _Loaded(Struct):
-    """An opened file, and what it has. parts: see `Replay.state`. failure: why it can't be written to, or ""."""
+    """An opened file, and what it has. parts: see `JournalReplay.state`. failure: why it can't be written to, or ""."""
 
     file: JournalFile
     queue: JournalQueue
@@ -135,7 +135,7 @@ class _Loader:
 
     def _read(self, file: JournalFile) -> _Loaded:
         shift = wall_shift()
-        replay, run = Replay(), file.run()
+        replay, run = JournalReplay(), file.run()
         for batch in file.batches():
             for record in records_in(batch.records):
                 replay.apply(record, batch.shift)
@@ -166,7 +166,7 @@ class _Loader:
         return self._begin(file, replay, left, added, position)
 
     def _begin(
-        self, file: JournalFile, replay: Replay, left: JournalQueue | None, added: list[Batch], position: int
+        self, file: JournalFile, replay: JournalReplay, left: JournalQueue | None, added: list[Batch], position: int
     ) -> _Loaded:
         shift, settings = wall_shift(), self._settings
         fresh = JournalQueue.create(settings.queue_size, secrets.token_bytes(16), position, shift)

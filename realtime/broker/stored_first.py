@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from realtime.broker.persistence import Persistence
 from realtime.process.link import Link
+
+
+class Storage(Protocol):
+    """The file, as far as frames wait for it. See `realtime.broker.persistence.Persistence`."""
+
+    on_stored: Callable[[int], None]
+
+    @property
+    def is_behind(self) -> bool: ...
+
+    @property
+    def position(self) -> int: ...
 
 
 class UnstoredFrames:
@@ -15,16 +27,16 @@ class UnstoredFrames:
     Any frame may tell of an unstored change, so all frames behind one wait, too.
     """
 
-    def __init__(self, persistence: Persistence) -> None:
-        self._persistence = persistence
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
         self._waiting: deque[tuple[int, StoredFirstLink, bytes]] = deque()
-        persistence.on_stored = self._release
+        storage.on_stored = self._release
 
     def hold(self, link: StoredFirstLink, frame: bytes) -> bool:
         """Hold a frame if it has to wait; returns whether it has to."""
-        if not self._waiting and not self._persistence.is_behind:
+        if not self._waiting and not self._storage.is_behind:
             return False
-        self._waiting.append((self._persistence.position, link, frame))
+        self._waiting.append((self._storage.position, link, frame))
         return True
 
     def take(self, link: StoredFirstLink) -> list[bytes]:

@@ -2,7 +2,7 @@
 
     JournaledStreams, JournaledKeys    histories and idempotency keys that write a record of each change
     snapshot                           the whole state as records: all records before its beginning can be dropped
-    Replay                             reads records, and returns the state in parts (`realtime.pubsub.broker_state`)
+    JournalReplay                      reads records, and returns the state in parts (`realtime.pubsub.broker_state`)
 
 A record is a Struct in MessagePack, behind its length (`frame`, `records_in`). Times in records are those of the
 monotonic clock of the process that wrote them; a *shift* beside the records makes them Unix times.
@@ -201,7 +201,7 @@ class _ReplayedStream(Struct, eq=False):
         return found[::-1]
 
 
-class Replay:
+class JournalReplay:
     """The state that records describe; `apply` each in order."""
 
     def __init__(self) -> None:

@@ -19,8 +19,8 @@ from realtime.pubsub.journal import (
     BadJournal,
     JournaledKeys,
     JournaledStreams,
+    JournalReplay,
     Renewed,
-    Replay,
     frame,
     records_in,
 )
@@ -85,7 +85,7 @@ class Store:
         """A store of another process, with another clock, that goes on from these records after a pause."""
         clock = float(random.Random(len(written)).randrange(5000))
         other = Store(clock, self.now + self.shift + pause - clock)
-        replay = Replay()
+        replay = JournalReplay()
         for data, shift in written:
             for record in records_in(data):
                 replay.apply(record, shift)
