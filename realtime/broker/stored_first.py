@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from realtime.process.link import Link
 
 
-class Storage(Protocol):
+class ChannelStorage(Protocol):
     """The file, as far as frames wait for it. See `realtime.broker.persistence.Persistence`."""
 
     on_stored: Callable[[int], None]
@@ -27,7 +27,7 @@ class UnstoredFrames:
     Any frame may tell of an unstored change, so all frames behind one wait, too.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: ChannelStorage) -> None:
         self._storage = storage
         self._waiting: deque[tuple[int, StoredFirstLink, bytes]] = deque()
         storage.on_stored = self._release
