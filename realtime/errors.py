@@ -31,6 +31,10 @@ class EngineUnavailable(RealtimeError):
     """The engine did not answer. It may have carried out the request; an idempotency key makes a retry safe."""
 
 
+class TakeoverFailed(RealtimeError):
+    """A process could not take the place of another one, which goes on."""
+
+
 class KeysUnavailable(RealtimeError):
     """The keys of an identity provider are unavailable at the moment. No token was judged; the caller may retry."""
 

@@ -31,7 +31,8 @@ from realtime.config.sources import Sources, read
 from realtime.errors import SettingsError
 from realtime.operators.port import OperatorPort
 from realtime.process import log, output
-from realtime.supervisor.service import BROKER_MODULE, WORKER_MODULE, Supervisor
+from realtime.supervisor.service import BROKER_MODULES, WORKER_MODULE, Supervisor
+from realtime.supervisor.zygote import EarlyZygote, fork_early
 
 _log = Logger(observer=log.observer)
 
@@ -90,6 +91,8 @@ def makeService(options: Mapping[str, Any]) -> IService:
         print(*problems, sep="\n", file=sys.stderr)
         raise SystemExit(os.EX_CONFIG)
     _allow_descriptors()
+    modules = [WORKER_MODULE, BROKER_MODULES[settings.engine.type]]
+    early_zygote = fork_early(modules) if _stays_the_same(options) else None
     insecure_keys = warnings.insecure_keys(settings)
     if environment.stays_root(_drops_root(options)):
         insecure_keys.append("root")
@@ -98,6 +101,7 @@ def makeService(options: Mapping[str, Any]) -> IService:
         insecure_keys=insecure_keys,
         capture_output=_has_another_log(options),
         sources=_sources(options["config"], given),
+        early_zygote=early_zygote,
     )
     if passing:
         print(*passing, sep="\n", file=sys.stderr)
@@ -114,10 +118,11 @@ def makeService(options: Mapping[str, Any]) -> IService:
 def make_service(
     settings: Settings,
     worker: str = WORKER_MODULE,
-    broker: str = BROKER_MODULE,
+    broker: str | None = None,
     insecure_keys: Iterable[str] = (),
     capture_output: bool = False,
     sources: Sources | None = None,
+    early_zygote: EarlyZygote | None = None,
 ) -> Supervisor:
     """Compose the service that `twistd realtime` runs.
 
@@ -126,7 +131,7 @@ def make_service(
 
     worker, broker: modules to run as children. insecure_keys: keys of insecure settings, and `root`, for the metrics.
     capture_output: copy the children's output to our log, because that is not our standard output. sources: of the
-    settings, for reloads.
+    settings, for reloads. early_zygote: see `realtime.supervisor.zygote.fork_early`.
     """
     from twisted.internet import reactor
 
@@ -142,6 +147,7 @@ def make_service(
         handle_signals=True,
         capture_output=capture_output,
         sources=sources,
+        early_zygote=early_zygote,
     )
     supervisor.metrics.sources.append(output.samples)
     for key in insecure_keys:
@@ -163,6 +169,13 @@ def _drops_root(options: Mapping[str, Any]) -> bool:
 def _becomes_daemon(options: Mapping[str, Any]) -> bool:
     twistd = getattr(options, "parent", None)
     return twistd is not None and not twistd.get("nodaemon") and not twistd.get("debug")
+
+
+def _stays_the_same(options: Mapping[str, Any]) -> bool:
+    """Whether twistd leaves this process its parent, user, directories and umask, so that its forks have the same."""
+    twistd = getattr(options, "parent", None) or {}
+    changed = any(twistd.get(option) is not None for option in ("uid", "gid", "chroot", "umask"))
+    return bool(twistd.get("nodaemon")) and twistd.get("rundir") == "." and not changed
 
 
 def _has_another_log(options: Mapping[str, Any]) -> bool:

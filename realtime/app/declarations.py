@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
 
+from realtime.app.data_types import data_converter
 from realtime.cache import Cache, undecorate
 from realtime.errors import SettingsError
 
@@ -53,7 +54,8 @@ class Handler:
     kind: its purpose, a key of `ARGUMENTS`. name: for logs and metrics, unique in its App. run: one of `PLACES`.
     timeout: seconds; None for the configured default, 0 for no limit. limit: concurrent calls; None for no limit.
     place: "file:line" of the function. taken: the slice of its kind's arguments that the function takes. pressure: a
-    policy, or a function of the same arguments that chooses one. cache: keeps its answers, if there is one.
+    policy, or a function of the same arguments that chooses one. cache: keeps its answers, if there is one. convert:
+    makes `data` what its annotation says; None without one.
     """
 
     function: Callable[..., Any]
@@ -66,6 +68,16 @@ class Handler:
     taken: slice
     pressure: Policy = "ignore"
     cache: Cache | None = None
+    convert: Callable[[Any], Any] | None = None
+
+    def take(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the function's arguments, out of all of its kind. Raises ClientError 400 for data of another type."""
+        taken = args[self.taken]
+        return taken if self.convert is None else self.convert_data(taken)
+
+    def convert_data(self, taken: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments with `data`, the last one, converted."""
+        return taken if self.convert is None else (*taken[:-1], self.convert(taken[-1]))
 
 
 ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[slice, ...]]] = {
@@ -93,6 +105,9 @@ def make_handler(kind: str, key: str, function: Callable[..., Any], options: Han
     subject = f"{place}: {name}"
     called, cache = _cache_of(function, kind, name, options.cache, subject)
     run = _run_of(called, options.run, subject)
+    taken = _arguments_of(called, kind, run, subject)
+    names = ARGUMENTS[kind][0][taken]
+    takes_data = names[-1:] == ("data",)
     return Handler(
         called,
         kind,
@@ -101,9 +116,10 @@ def make_handler(kind: str, key: str, function: Callable[..., Any], options: Han
         options.timeout,
         options.limit,
         place,
-        _arguments_of(called, kind, run, subject),
+        taken,
         _policy_of(options.pressure, kind, cache, subject),
         cache,
+        data_converter(called, len(names) - 1, subject) if takes_data else None,
     )
 
 

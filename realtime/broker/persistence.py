@@ -58,6 +58,9 @@ COMMIT_INTERVAL = 0.05
 BACK_PRESSURE = 2.0
 """Seconds for which requests wait while the queue is more than half full, before persistence is suspended."""
 
+FREEZE_TIMEOUT = 0.5
+"""Seconds for which the loop waits for the disk before a process takes its place, where answers wait for it anyway."""
+
 SNAPSHOT_SLICE = 0.002
 SNAPSHOT_PAUSE = 0.01
 """Seconds of work on a snapshot in one turn of the loop, and between two such turns."""
@@ -258,8 +261,10 @@ class Persistence:
         self.on_stored: Callable[[int], None] = lambda position: None
         self._stored = 0
         self._is_open = False  # whether changes go to the queue
+        self._is_over = False  # the file is another process's
         self._is_incomplete = False  # the file lacks changes, until the next snapshot is complete
         self._is_removing = False  # it is to be removed for that
+        self._remove: Callable[[], None] = lambda: self._file.discard()
         self._is_relied_on = False  # whether the file may be all that is left after a loss of power
         self._is_committing = False
         self._timer: IDelayedCall | None = None
@@ -292,6 +297,11 @@ class Persistence:
     def is_behind(self) -> bool:
         """Whether the file lacks changes that a client must not know of before it has them."""
         return self._is_removing or (self._is_relied_on and self._queue.tail > self._stored)
+
+    @property
+    def is_holding_back(self) -> bool:
+        """Whether requests wait for the file."""
+        return self._held_since is not None
 
     @property
     def position(self) -> int:
@@ -387,7 +397,7 @@ class Persistence:
         self._commits.value += 1
         self._bytes.value += end - start
         self._file_bytes = size
-        self._stored = end
+        self._stored = max(self._stored, end)
         if self._queue.used <= self._queue.capacity // 4:
             self._relieve()
         if self._snapshot_end and end >= self._snapshot_end:
@@ -486,22 +496,25 @@ class Persistence:
         self._discard()
 
     def _discard(self) -> None:
-        self._thread.run(self._file.discard, self._discarded)
+        self._thread.run(self._remove, self._discarded)
 
     def _discarded(self, result: None, error: BaseException | None) -> None:
         if error is not None:
             # Answers that wait go on waiting: after a loss of power the file would continue an earlier state.
             _log.error("{path} can't be removed: {error}; remove it", path=self._settings.path, error=error)
-            self._reactor.callLater(1.0, self._discard)
+            self._reactor.callLater(RETRY_MIN, self._discard)
             return
         self._is_removing = self._is_relied_on = False
         self._stored = self._queue.tail
         self.on_stored(self._queue.tail)
         self._reactor.callLater(self._retry_delay, self._resume)
-        self._retry_delay = min(2 * self._retry_delay, RETRY_MAX)
+        self._remove = lambda: self._file.discard()
+        self._retry_delay = min(max(2 * self._retry_delay, RETRY_MIN), RETRY_MAX)
 
     def _resume(self) -> None:
         """Start a fresh file with a snapshot."""
+        if self._is_over:
+            return
         position, changes, settings = self._queue.tail, self._queue, self._settings
 
         def create() -> JournalFile:
@@ -526,12 +539,70 @@ class Persistence:
                 delay=self._retry_delay,
             )
             self._reactor.callLater(self._retry_delay, self._resume)
-            self._retry_delay = min(2 * self._retry_delay, RETRY_MAX)
+            self._retry_delay = min(max(2 * self._retry_delay, RETRY_MIN), RETRY_MAX)
             return
         self._file = file
         self._queue.free(self._queue.tail, wall_shift())
         self._is_open = True
         self._begin_snapshot()
+
+    # Another process that takes the place of this one: `realtime.broker.handover`
+
+    def freeze(self) -> bool:
+        """Stop before another process goes on with all channels, which changes them in a file of its own.
+
+        False if answers wait for a disk that is slow. Blocks for FREEZE_TIMEOUT at most.
+        """
+        if self._is_removing or (self.waits and self.is_behind and not self._store_now()):
+            return False
+        self._queue.mark(True)
+        return True
+
+    def _store_now(self) -> bool:
+        file, changes, end, stored = self._file, self._queue, self._queue.tail, threading.Event()
+
+        def store() -> None:
+            if end > changes.head:
+                file.add(Batch(changes.head, end, wall_shift(), changes.read(changes.head, end)))
+                changes.free(end, wall_shift())
+            stored.set()
+
+        self._thread.run(store, lambda result, error: None)  # an error comes again with the next batch
+        if not stored.wait(FREEZE_TIMEOUT):
+            return False
+        self._stored = end
+        self.on_stored(end)
+        return True
+
+    def thaw(self) -> None:
+        """Go on, as no other process does."""
+        self._queue.mark(self._is_incomplete)
+
+    def release(self) -> None:
+        """Close the file: another process goes on."""
+        is_open, self._is_open, self._is_over, changes = self._is_open, False, True, self._queue
+        if is_open:
+            self._thread.run(self._file.close, lambda result, error: None)
+        changes.remove()
+
+    def take_over(self) -> None:
+        """Go on with the channels of another process, and store them in a fresh file in place of its own."""
+        path, max_bytes, settings = Path(self._settings.path), self._settings.max_file_size, self._settings
+
+        def discard() -> None:
+            try:
+                JournalFile(path, max_bytes).discard()  # waits for the other process to close it
+            except (BadJournal, sqlite3.DatabaseError) as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                set_aside(path)
+
+        self._queue = JournalQueue.create(settings.queue_size, secrets.token_bytes(16), 1, wall_shift())
+        self._queue.mark(True)
+        self._is_incomplete = self._is_removing = True
+        self._retry_delay = 0.0
+        self._remove = discard
+        self._thread.run(discard, self._discarded)
 
     # The end
 

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,25 +19,28 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
+from realtime.broker.delivery import LinkDelivery, failed
+from realtime.broker.handover import PeerState, StateSource, StateTarget, formats
 from realtime.broker.persistence import Persistence
 from realtime.broker.stored_first import StoredFirstLink, UnstoredFrames
 from realtime.config.settings import EngineSettings
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
-from realtime.metrics import Metrics
+from realtime.metrics import Counter, Metrics
 from realtime.process import child
 from realtime.process.heap import TRIM_INTERVAL, HeapTrimmer, find_malloc_trim
-from realtime.process.link import PEER_ENDED, REPLACED, Link, adopt
+from realtime.process.link import PEER_ENDED, REPLACED, Link, LinkState, adopt
 from realtime.process.node import NodeIdentity
 from realtime.process.reactor import turn_end_caller
 from realtime.pubsub import broker_messages
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
-from realtime.pubsub.engine import MESSAGES_DROPPED, Cut, Publish, ReportSubscriptions, worker_address
+from realtime.pubsub.broker_state import StatePart
+from realtime.pubsub.engine import MESSAGES_DROPPED, Publish, ReportSubscriptions, worker_address
 from realtime.pubsub.history import make_epoch
 from realtime.pubsub.time_slices import TimeSlicer
 from realtime.supervision.health import broker_beat_interval
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
-from realtime.types import ClientInfo, NodeInfo, Publication
+from realtime.types import NodeInfo
 
 SWEEP_INTERVAL = 0.25
 """Seconds between two sweeps for expired history and idempotency keys."""
@@ -54,19 +57,32 @@ PATIENCE = 0.25
 RESTORE_TIMEOUT = 1.0
 """Seconds for which a restarted broker holds requests until all workers have restored their subscriptions."""
 
+PAUSE_SHARE = 0.5
+"""Share of the time that workers wait for an answer in which the state may go to another process."""
+
+LEAVE_TIMEOUT = 2.0
+"""Seconds after which a broker ends that another process has taken the place of, if the supervisor does not end it."""
+
 HOLD = 1.0
 """Seconds for which the clients of a worker whose stream has ended stay listed, and deliveries to it are queued: within
 some milliseconds a fresh stream continues the ended one. The successor of a dead worker ends this time."""
 
+CoreMaker = Callable[[LinkDelivery, int, Counter, Callable[[], NodeInfo]], BrokerCore[Link]]
+"""Makes the core from the arguments of `BrokerCore`."""
+
 _log = Logger()
 _decode = broker_messages.message_decoder(broker_messages.TO_BROKER)
+
+FORMATS = formats()
+"""See `realtime.worker.formats`."""
 
 
 class Broker:
     """The core behind links to the workers.
 
     reactor: twisted's, with monotonic `seconds`. ledger: the loop's, which is charged for the links and the sweeps.
-    instance: identifies this run of the broker.
+    instance: identifies this run of the broker, which may go on in another process. is_frozen: between `freeze` and
+    `thaw`, or for ever.
     workers: their number; 0 for unknown. describe_node: see `BrokerCore`. is_restoring: see `restore`. held_limit:
     bytes of one worker's requests that are held meanwhile.
     """
@@ -79,9 +95,11 @@ class Broker:
         ledger: LoopTimeLedger | None = None,
         workers: int = 0,
         describe_node: Callable[[], NodeInfo] = NodeInfo,
+        make_core: CoreMaker = BrokerCore,
     ) -> None:
         self._workers = workers
         self.is_restoring = False
+        self.is_frozen = False
         self._has_restored = False
         self._restore_timer: IDelayedCall | None = None
         self.held_limit = settings.queue_max_size
@@ -103,17 +121,16 @@ class Broker:
         self._all_left: Deferred[None] | None = None  # while draining
         self._early: list[tuple[int, int]] | None = None  # streams that came while stored channels are read
         publications = metrics.counter("realtime_broker_publications", "Publications received from workers.")
-        self.delivery = _LinkDelivery(metrics)
-        self.persistence, streams, keys = None, None, None
+        self.delivery = LinkDelivery(metrics)
+        parts = self.delivery, settings.max_channels, publications, describe_node
+        self.persistence: Persistence | None = None
         self._unstored: UnstoredFrames | None = None
-        if settings.memory.path:
-            self.persistence = Persistence(settings.memory, settings.max_channels, metrics, reactor, self)
-            streams, keys = self.persistence.streams, self.persistence.keys
-            if settings.memory.fsync == "always":
-                self._unstored = UnstoredFrames(self.persistence)
-        self.core: BrokerCore[Link] = BrokerCore(
-            self.delivery, settings.max_channels, publications, describe_node, streams, keys
-        )
+        if settings.type == "memory" and settings.memory.path:
+            self.persistence = kept = Persistence(settings.memory, settings.max_channels, metrics, reactor, self)
+            self._unstored = UnstoredFrames(kept) if kept.waits else None
+            self.core: BrokerCore[Link] = BrokerCore(*parts, kept.streams, kept.keys)
+        else:
+            self.core = make_core(*parts)
         metrics.gauge("realtime_broker_channels", "Channels with a subscriber.", lambda: self.core.channels)
         metrics.gauge("realtime_broker_streams", "Channels with a history.", lambda: self.core.streams)
         metrics.gauge("realtime_broker_backlog_bytes", "Bytes queued for workers.", self._backlog)
@@ -151,6 +168,9 @@ class Broker:
 
     def attach(self, slot: int, fd: int) -> None:
         """Connect to a worker of this slot over `fd`, and own it from now on."""
+        if self.is_frozen:
+            os.close(fd)  # the supervisor provides another
+            return
         if self._early is not None:
             self._early.append((slot, fd))
             return
@@ -239,6 +259,82 @@ class Broker:
         for peer in list(self._peers.values()):
             peer.release()
 
+    # Another process that takes the place of this one: `realtime.broker.handover`
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the state can go to another process: all streams are whole, and all workers have restored theirs."""
+        is_whole = all(link.is_open for link in self._peers) and not (self._held or self._leaving)
+        is_stored = self.persistence is None or not self.persistence.is_holding_back
+        return is_whole and is_stored and self.core.is_settled and not self.is_restoring
+
+    def freeze(self) -> list[tuple[PeerState, int, LinkState]] | None:
+        """Read, write and change nothing from now on. Return the workers' streams, with a descriptor of each.
+
+        None, and everything goes on, if the state is not settled. Call it from a timer, when no stream is in the midst
+        of a read.
+        """
+        if self.is_settled:
+            for link in self._peers:
+                link.suspend()
+            # Else a worker has sent something invalid, or the disk is slow.
+            if self.is_settled and (self.persistence is None or self.persistence.freeze()):
+                self.is_frozen = True
+                # Those in the core come first.
+                self._peers = dict(sorted(self._peers.items(), key=lambda item: not item[1].address))
+                return [(peer.export(), link.fileno(), link.freeze()) for link, peer in self._peers.items()]
+            self._read_again()
+        return None
+
+    def export(self) -> Iterator[StatePart]:
+        """Yield the parts of the core's state."""
+        return self.core.export([link for link, peer in self._peers.items() if peer.address])
+
+    def thaw(self) -> None:
+        """Go on after `freeze`, as no other process does."""
+        self.is_frozen = False
+        if self.persistence is not None:
+            self.persistence.thaw()
+        for link in self._peers:
+            link.thaw()
+        self._read_again()
+
+    def _read_again(self) -> None:
+        for link in [link for link in self._peers if link.is_open]:
+            link.read_again()
+
+    def release(self) -> None:
+        """Another process goes on after `freeze`: close our copies of the streams."""
+        if self.persistence is not None:
+            self.persistence.release()
+        for link in self._peers:
+            os.close(link.release())
+        self._peers.clear()
+        self._note_left()
+
+    def expect(self, instance: str, peers: Sequence[PeerState]) -> None:
+        """Take the place of a frozen broker. Parts of its core's state follow, and then `go_on`."""
+        self.instance, self._has_restored = instance, True
+        for state in peers:
+            peer = _WorkerPeer(self, state.slot, self._make_link)
+            self._peers[peer.link] = peer
+            peer.go_on_from(state)
+
+    def import_part(self, part: StatePart) -> None:
+        """Take over a part of the core's state."""
+        self.core.import_part(part, list(self._peers))
+
+    def go_on(self, streams: Sequence[tuple[int, LinkState]]) -> None:
+        """Serve these streams, in the order of `expect`. Owns the descriptors. Raises OSError."""
+        links = list(self._peers)
+        if self.persistence is not None:
+            self.persistence.take_over()
+        for link, (fd, state) in zip(links, streams, strict=True):
+            adopt(self._reactor, fd, link)
+            link.go_on_from(state)
+        for link, (_, state) in zip(links, streams, strict=True):
+            link.read_again(state.received)
+
     def _call_next_turn(self, function: Callable[[], None]) -> None:
         self._reactor.callLater(0, self._ledger.charging(self._links_account, function))
 
@@ -265,6 +361,9 @@ class Broker:
                 reason=reason,
                 hold=HOLD,
             )
+        self._note_left()
+
+    def _note_left(self) -> None:
         if not self._peers and self._all_left is not None and not self._all_left.called:
             self._all_left.callback(None)
 
@@ -297,6 +396,8 @@ class Broker:
 
     def sweep(self) -> None:
         """Free expired entries for a short time, and continue after SWEEP_PAUSE. Call it every SWEEP_INTERVAL."""
+        if self.is_frozen:
+            return
         if self.core.sweep(self.now()) and self._sweep_timer is None:
             self._sweep_timer = self._reactor.callLater(SWEEP_PAUSE, self._charged_sweep)
 
@@ -309,51 +410,6 @@ class Broker:
 
     def _backlog(self) -> int:
         return sum(peer.link.backlog for peer in (*self._peers.values(), *self._held))
-
-
-class _LinkDelivery:
-    """Delivers to workers: one frame, shared by all links it goes to.
-
-    asker, number: of the request that is carried out. A publication that goes to the asker is the answer, too, and sets
-    `number` to 0.
-    """
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.asker: Link | None = None
-        self.number = 0
-        self._routed = metrics.counter(
-            "realtime_broker_deliveries", "Publications sent to workers, counted once for each worker."
-        )
-
-    def deliver_publication(self, peers: Collection[Link], channel: str, publication: Publication, epoch: str) -> None:
-        self._routed.value += len(peers)
-        message = broker_messages.Published(channel, publication, epoch)
-        number, asker = self.number, self.asker
-        if number and asker is not None and asker in peers:
-            asker.send(broker_messages.pack(message, number | broker_messages.ANSWERS))
-            self.number = 0
-            if len(peers) == 1:
-                return
-            peers = [peer for peer in peers if peer is not asker]
-        _send(peers, message)
-
-    def deliver_join(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
-        _send(peers, broker_messages.Joined(channel, info))
-
-    def deliver_leave(self, peers: Collection[Link], channel: str, info: ClientInfo) -> None:
-        _send(peers, broker_messages.Left(channel, info))
-
-    def deliver_order(self, peers: Collection[Link], order: bytes) -> None:
-        _send(peers, broker_messages.OrderSent(order))
-
-    def deliver_cut(self, peer: Link, request: Cut, clients: list[ClientInfo]) -> None:
-        _send((peer,), broker_messages.CutReached(request.batch, clients, request.sessions, request.presence))
-
-
-def _send(peers: Collection[Link], message: broker_messages.BrokerMessage) -> None:
-    frame = broker_messages.pack(message)
-    for peer in peers:
-        peer.send(frame)
 
 
 class _WorkerPeer:
@@ -448,15 +504,15 @@ class _WorkerPeer:
         """Return the frame of the answer to a request that raised `error`, the current exception."""
         match error:
             case ClientError():
-                return _failed(number, error.code, error.message, error.temporary)
+                return failed(number, error.code, error.message, error.temporary)
             case BadFrame():
-                return _failed(number, *LIMIT_EXCEEDED)
+                return failed(number, *LIMIT_EXCEEDED)
         _log.failure(
             "carrying out a {kind} request of worker {worker} raised; the worker gets an internal error",
             kind=type(request).__name__,
             worker=self.address,
         )
-        return _failed(number, *INTERNAL_ERROR)
+        return failed(number, *INTERNAL_ERROR)
 
     def _hello(self, link: Link, now: float, message: broker_messages.Hello) -> None:
         if message.version != broker_messages.VERSION:
@@ -473,10 +529,7 @@ class _WorkerPeer:
             self._broker.restore()
         if self._broker.is_restoring:
             self._held = deque()
-        operations = self._core.operations
-        self._requests = {kind: operations[kind] for kind in broker_messages.REQUESTS}
-        self._others = {kind: operations[kind] for kind in broker_messages.NOTICES}
-        self._others[broker_messages.Restore] = self._restore
+        self._serve()
         if self._broker.has_held(address):
             self._others[ReportSubscriptions] = self._returned
         rest = self._broker.continue_stream(link, address, message)
@@ -485,6 +538,23 @@ class _WorkerPeer:
         if rest is not None:
             link.continue_with(rest)
             link.send(broker_messages.pack(broker_messages.CaughtUp(message.stream)))
+
+    def _serve(self) -> None:
+        """Carry out requests from now on."""
+        operations = self._core.operations
+        self._requests = {kind: operations[kind] for kind in broker_messages.REQUESTS}
+        self._others = {kind: operations[kind] for kind in broker_messages.NOTICES}
+        self._others[broker_messages.Restore] = self._restore
+
+    def export(self) -> PeerState:
+        """Return the state for another process."""
+        return PeerState(self.slot, self.address, self.stream, self._is_returning)
+
+    def go_on_from(self, state: PeerState) -> None:
+        """Go on from the state of another process."""
+        self.address, self.stream, self._is_returning = state.address, state.stream, state.is_returning
+        if self.address:
+            self._serve()
 
     def _returned(self, link: Link, now: float, message: ReportSubscriptions) -> None:
         """Take note of the first report of subscriptions, the end of the worker's state."""
@@ -503,15 +573,12 @@ class _WorkerPeer:
         )
 
 
-def _failed(number: int, code: int, message: str, temporary: bool) -> bytes:
-    return broker_messages.pack(broker_messages.RequestFailed(number, code, message, temporary))
-
-
 class BrokerService:
     """The broker as the work of a child process."""
 
     def __init__(self, process: child.Child) -> None:
-        self._process = process
+        self.process = process
+        self._source: StateSource | None = None
         settings = process.settings
         self._broker = Broker(
             settings.engine,
@@ -520,16 +587,28 @@ class BrokerService:
             process.accounts,
             settings.workers.count,
             NodeIdentity(settings).describe,
+            self.make_core,
         )
 
+    def make_core(
+        self, delivery: LinkDelivery, max_channels: int, publications: Counter, describe_node: Callable[[], NodeInfo]
+    ) -> BrokerCore[Link]:
+        """Make the core, which is this machine's memory."""
+        return BrokerCore(delivery, max_channels, publications, describe_node)
+
     async def start(self) -> None:
-        """Read stored channels, and begin the sweeps. Workers are served as soon as their links come."""
-        await self._broker.load()
-        heartbeat = self._process.heartbeat
-        heartbeat.slow_down(broker_beat_interval(self._process.settings.loop))
-        trimmer = HeapTrimmer(self._process.metrics, find_malloc_trim())
+        """Begin the sweeps, and take the place of a predecessor, or read stored channels. Workers are served as soon as
+        their links come."""
+        process, heartbeat = self.process, self.process.heartbeat
+        heartbeat.slow_down(broker_beat_interval(process.settings.loop))
+        trimmer = HeapTrimmer(process.metrics, find_malloc_trim())
         heartbeat.tasks.add(TRIM_INTERVAL, trimmer.trim, is_needed=trimmer.is_due)
         heartbeat.tasks.add(SWEEP_INTERVAL, self._broker.sweep, is_needed=self._broker.core.has_expirable)
+
+        if process.predecessor is not None:
+            await StateTarget(process.reactor, process.predecessor, self._broker).taken
+        else:
+            await self._broker.load()
 
     def link(self, slot: int, stream: int) -> None:
         """Serve a worker over a fresh stream."""
@@ -544,8 +623,15 @@ class BrokerService:
         os.close(stream)
 
     async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
-        """Refuse: the broker has no clients."""
-        return child.hand_nothing_over(stream, "the broker has no clients")
+        """Hand the state and the streams over to a process that takes the place of this one."""
+        if self._source is not None and self._source.is_open:
+            return child.hand_nothing_over(stream, "another hand-over is under way")
+        pause = self.process.settings.engine.publish_timeout * PAUSE_SHARE
+        self._source = StateSource(self.process.reactor, stream, self._broker, timeout, pause)
+        reason = await self._source.ended
+        if self._broker.is_frozen:
+            self.process.reactor.callLater(LEAVE_TIMEOUT, self.process.stop, child.EX_TEMPFAIL)
+        return child.handed_over(self._source.moved, reason)
 
     async def drain(self, timeout: float) -> None:
         """Wait until every worker has left."""

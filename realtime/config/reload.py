@@ -1,6 +1,7 @@
 """What a running server can't change: the settings that stay in force when it reloads its configuration.
 
-All others are those of the workers, which a reload replaces, or of the supervisor, which takes them over.
+All others are those of the workers and of the broker, which a reload replaces, or of the supervisor, which takes them
+over.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ FIXED: tuple[tuple[str, ...], ...] = (
     ("http_server", "backlog"),
     ("http_server", "internal_address"),
     ("http_server", "internal_port"),
-    # The broker runs with them, and keeps the channels' history, or the connections to Redis.
+    # The engine keeps the channels' history, or the connections to Redis.
     ("engine", "type"),
-    ("engine", "queue_max_size"),
-    ("engine", "max_channels"),
     *(tuple(map(str, path)) for path, _ in value_keys(MemorySettings, ("engine", "memory"))),
     *(tuple(map(str, path)) for path, _ in value_keys(RedisSettings, ("engine", "redis"))),
+    # All processes beat by them, the supervisor's checks included.
     ("loop", "interval"),
     ("loop", "stuck"),
     # The kernel has its program.
@@ -37,6 +37,9 @@ FIXED: tuple[tuple[str, ...], ...] = (
 """The path of each such setting."""
 
 _KEYS = dict(value_keys(Settings))
+
+OF_BROKER = ("queue_max_size", "max_channels")
+"""The settings of the engine that the broker runs with: a change replaces the broker too."""
 
 
 def keep_fixed(running: Settings, wanted: Settings) -> tuple[Settings, list[str]]:

@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -124,6 +125,8 @@ class HandlerCall:
         if handler.run == "auto":
             self._placement = PlacementTracker(handler, services.slow_call, services.reactor, metrics, services.log)
         self._takes_client = ARGUMENTS[handler.kind][0][:1] == ("client",)
+        # Mostly a slice, without a call of Python code.
+        self._take = itemgetter(handler.taken) if handler.convert is None else handler.take
         self._convert = result_converter(handler.kind)
         self._never_waits = handler.run == "loop" and self._semaphore is None and never_waits(handler.function)
         self._is_always_immediate = self._never_waits and self._policy.admits_always
@@ -162,7 +165,7 @@ class HandlerCall:
             args = (ThreadSafeClient(args[0], self._threads.call_server, self._policy.is_under_pressure), *args[1:])
         try:
             # Without the throttle: only one call runs at a time of a handler that never waits.
-            result = copy_context().run(self._run_immediately, args[self.handler.taken])
+            result = copy_context().run(self._run_immediately, self._take(args))
         except BaseException as error:
             self._count_failure(error)
             raise
@@ -175,7 +178,7 @@ class HandlerCall:
         if cache is None or not self._policy.may_serve_cached or self._lock.is_relieving:
             return None
         try:
-            return cache.find(args[self.handler.taken])
+            return cache.find(self._take(args))
         except Exception:  # of the key function: `call` reports it
             return None
 
@@ -200,7 +203,11 @@ class HandlerCall:
         """
         if self._takes_client:
             args = (ThreadSafeClient(args[0], self._threads.call_server, self._policy.is_under_pressure), *args[1:])
-        args = args[self.handler.taken]
+        try:
+            args = self._take(args)
+        except ClientError as error:
+            self._count_failure(error)
+            raise
         limit = self._timeout if timeout is None else timeout
         if not self.throttle.is_proven and self.throttle.running >= self.throttle.sample and self.is_throttled:
             await self._wait_for_sample()

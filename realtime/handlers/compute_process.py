@@ -170,7 +170,7 @@ def _process_handlers(app: App) -> dict[str, Handler]:
 def _reply(handler: Handler, call: ComputeCall) -> bytes:
     """Call the handler and return the packed reply; there is one unless the handler ends the process."""
     try:
-        result = call_plain_function(handler, arguments_of(call))
+        result = call_plain_function(handler, handler.convert_data(arguments_of(call)))
         reply = pack(returned(result_converter(handler.kind)(result)))
     except ClientError as error:
         return pack(CallRefused(error.code, error.message, error.temporary))

@@ -1,11 +1,13 @@
 """The common start and end of every process that the supervisor starts: `main`.
 
     python -m MODULE --link FD --settings FD --vitals FD [--stacks FD] [--slot N] [--generation N] [--listen FD,FD]
+        [--predecessor FD]
 
 All descriptors are inherited. `link` is one end of a socketpair that speaks AMP (`realtime.process.control`);
 `settings` a sealed memfd with `realtime.config.settings.dump`; `vitals` this process's page; `stacks` a pipe for its
-stacks (`realtime.process.stack_dumps`); `listen` the slot's listening sockets. So a child reads no file and no
-environment. It sends Ready when its service's `start` has returned, or Failed.
+stacks (`realtime.process.stack_dumps`); `listen` the slot's listening sockets; `predecessor` a stream to the process
+whose place this one takes. So a child reads no file and no environment. It sends Ready when its service's `start` has
+returned, or Failed.
 
 A child ends on the command Drain, on SIGTERM, and when the link ends, which means that the supervisor has ended. The
 kernel keeps the deadline of a drain (alarm(2)), so that a blocked loop or thread can't outlive it. SIGINT is ignored:
@@ -14,7 +16,6 @@ Ctrl-C reaches the whole process group, and the supervisor decides. Exit statuse
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import ctypes
 import faulthandler
@@ -27,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from twisted.internet import unix
 from twisted.internet.defer import Deferred, TimeoutError, maybeDeferred
@@ -41,7 +42,7 @@ from twisted.python.failure import Failure
 from realtime import metrics
 from realtime.config import settings
 from realtime.config.settings import Settings
-from realtime.errors import ApplicationFailed, EngineUnavailable, RealtimeError
+from realtime.errors import ApplicationFailed, EngineUnavailable, RealtimeError, TakeoverFailed
 from realtime.metrics import Metrics
 from realtime.process import control, forks, log, output, stack_dumps
 from realtime.process.diagnostics import REPORTS
@@ -98,7 +99,8 @@ class ChildService(Protocol):
         """Take over connections of another process from a stream. Owns the descriptor `stream`."""
 
     async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
-        """Hand connections over to another process. Owns the descriptor `stream`. See `control.HandConnectionsOver`."""
+        """Hand connections over to another process, or all that the process has. Owns the descriptor `stream`. See
+        `control.HandConnectionsOver`."""
 
     async def drain(self, timeout: float) -> None:
         """Take no more work, tell the clients, and finish within `timeout` seconds. Called once at most."""
@@ -133,15 +135,21 @@ class _NotMade:
 def hand_nothing_over(stream: int, reason: str) -> dict[str, object]:
     """Close the stream of a hand-over, and return its result: nothing was moved."""
     os.close(stream)
-    return {"moved": 0, "closed": 0, "left": 0, "reason": reason, "bytes": 0, "failures": []}
+    return handed_over(0, reason)
+
+
+def handed_over(moved: int, reason: str) -> dict[str, object]:
+    """Return the result of a hand-over without other details. See `control.HandConnectionsOver`."""
+    return {"moved": moved, "closed": 0, "left": 0, "reason": reason, "bytes": 0, "failures": []}
 
 
 class Child:
     """This process, as its service uses it.
 
     name: "worker 0" or "broker", for the log. slot: -1 for the broker. generation: its serial number among all
-    processes of the server. listen: descriptors of listening sockets, owned by the service (see
-    `realtime.worker.listening.adopt`). page: its vital signs. reactor: for the server's own code. loop_reactor: the
+    processes of the server. supervisor: its process id. listen: descriptors of listening sockets, owned by the service
+    (see `realtime.worker.listening.adopt`). predecessor: a stream to the process whose place this one takes, owned by
+    the service; None for none. page: its vital signs. reactor: for the server's own code. loop_reactor: the
     application's, for libraries that need one; it runs on the loop's own thread alone. metrics: the process's series.
     heartbeat: give it the process's load by `observe`, and periodic tasks.
     accounts: of the loop's time. marker: to be called around each handler on the loop. turn_number: returns the number
@@ -162,6 +170,7 @@ class Child:
         lock: ServerLock | None = None,
         loop_reactor: Any = None,
         generation: int = 0,
+        predecessor: int | None = None,
     ) -> None:
         """heartbeat, accounts: of the reactor's loop. owns_process: whether the process is this child's alone, which
         then tunes the garbage collector, and ends all tasks of the loop in a drain. lock: if handlers release it.
@@ -169,8 +178,10 @@ class Child:
         self.name = "broker" if slot < 0 else f"worker {slot}"
         self.slot = slot
         self.generation = generation
+        self.supervisor = os.getppid()
         self.settings = settings
         self.listen = listen
+        self.predecessor = predecessor
         self.page = page
         self.reactor = reactor
         self.loop_reactor = loop_reactor or reactor
@@ -302,7 +313,7 @@ class Child:
             self.stop(EX_TEMPFAIL)
         elif failure.check(RealtimeError):
             reason = failure.getErrorMessage().replace("\n", "; ")[:_REASON_CHARS]
-            status = EX_TEMPFAIL if failure.check(ApplicationFailed) else EX_CONFIG
+            status = EX_TEMPFAIL if failure.check(ApplicationFailed, TakeoverFailed) else EX_CONFIG
             sent = self.control.callRemote(control.Failed, reason=reason, status=status)
             sent.addTimeout(_FAILED_TIMEOUT, self.reactor).addErrback(_ignore).addBoth(lambda _: self.stop(status))
         else:
@@ -375,7 +386,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
 
     argv: without the program's name. make_service: called in the running loop; raises as `ChildService.start` does.
     """
-    options = _arguments().parse_args(argv)
+    options = _parse(argv)
     if not _detach(options):
         return EX_TEMPFAIL
     page = VitalsPage.open(options.vitals)
@@ -400,6 +411,7 @@ def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> 
         lock=ServerLock() if tree.loop.relief and options.slot >= 0 else None,
         loop_reactor=asyncio_reactor,
         generation=options.generation,
+        predecessor=options.predecessor,
     )
     child.relief = _make_relief(child, selector, asyncio_reactor.server)
     output.install(tree.log.max_queued_bytes)
@@ -424,9 +436,10 @@ def _make_relief(child: Child, selector: MeasuredSelector, reactor: ServerReacto
     return Relief(child.lock, after, selector, reactor, child.marker, tasks, page, child.metrics)
 
 
-def _detach(options: argparse.Namespace) -> bool:
+def _detach(options: _Options) -> bool:
     """Give this process its own group, signals, stacks and end. Returns whether it can start."""
-    for fd in (options.link, options.settings, options.vitals, *options.stacks, *options.listen):
+    given = (options.link, options.settings, options.vitals, *options.stacks, *options.listen, options.predecessor)
+    for fd in filter(None, given):
         os.set_inheritable(fd, False)  # processes that user code starts must not inherit them
     with suppress(PermissionError):  # it leads a session already
         os.setpgid(0, 0)  # the supervisor ends the group with this process: programs that handlers have started
@@ -488,19 +501,26 @@ def _set_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGALRM, signal.SIGUSR2, *dumps})
 
 
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="A process of a realtime server; its supervisor starts it.")
-    parser.add_argument("--slot", type=int, default=-1)
-    parser.add_argument("--generation", type=int, default=0)
-    for name in ("--link", "--settings", "--vitals"):
-        parser.add_argument(name, type=int, required=True, metavar="FD")
-    parser.add_argument("--stacks", type=_descriptors, default=(), metavar="FD")
-    parser.add_argument("--listen", type=_descriptors, default=(), metavar="FD[,FD]")
-    return parser
+class _Options(NamedTuple):
+    """The command line. All but slot and generation are descriptors."""
+
+    link: int
+    settings: int
+    vitals: int
+    slot: int = -1
+    generation: int = 0
+    predecessor: int | None = None
+    stacks: tuple[int, ...] = ()
+    listen: tuple[int, ...] = ()
 
 
-def _descriptors(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+def _parse(argv: Sequence[str]) -> _Options:
+    """Parse the command line. Not by argparse, which would write to a megabyte of the memory that children share."""
+    options: dict[str, Any] = {}
+    for name, value in zip(argv[::2], argv[1::2], strict=True):
+        numbers = tuple(map(int, value.split(",")))
+        options[name.removeprefix("--")] = numbers if name in ("--stacks", "--listen") else numbers[0]
+    return _Options(**options)
 
 
 def _read(fd: int) -> bytes:

@@ -116,7 +116,8 @@ class TakeConnectionsOver(amp.Command):
 
 
 class HandConnectionsOver(amp.Command):
-    """Supervisor -> worker: hand connections over to another process, over this stream, within `timeout` seconds.
+    """Supervisor -> process: hand connections over to another process, over this stream, within `timeout` seconds. The
+    broker hands its state over, and the streams to the workers, which it counts as connections.
 
     connections: their number; -1 for all, and then the worker accepts no further ones. moved, closed, left: what became
     of them. reason: why the hand-over ended early, "" if it did not. bytes: of state sent. failures: numbers of

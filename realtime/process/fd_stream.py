@@ -76,6 +76,11 @@ class FdStream:
         self.open = True
         reactor.addReader(self)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether frames wait for the other end to read."""
+        return bool(self._queue)
+
     def send(self, body: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send a frame after the queued ones. The caller keeps the descriptors open until the receiver has answered."""
         if not self.open:

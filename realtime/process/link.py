@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from msgspec import Struct
 from twisted.internet import tcp, unix
 from twisted.internet.interfaces import IDelayedCall, IPushProducer
 from twisted.internet.protocol import Factory, Protocol, connectionDone
@@ -22,7 +23,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from realtime.process.transport import DirectServer
-from realtime.pubsub.broker_messages import ANSWERS, HEAD_SIZE, BadFrame, FrameReader, frames_in
+from realtime.pubsub.broker_messages import ANSWERS, HEAD_SIZE, BadFrame, FrameReader, frame_of, frames_in
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 
 BATCH = 1024 * 1024
@@ -44,6 +45,22 @@ _UNNUMBERED = bytes(8)
 _ANSWERING = bytes([ANSWERS >> 56])
 
 _log = Logger()
+
+
+class LinkState(Struct, array_like=True, frozen=True, gc=False):
+    """Where one end of a stream stands, for another process that goes on with its socket.
+
+    received: what was read and not handled. unsent: what the kernel has not taken of the written bytes, from any byte
+    on. queued: whole frames behind it. kept, forgotten: the last written bytes, and the number of those before.
+    allowance: bytes that may be queued beyond the limit.
+    """
+
+    received: bytes
+    unsent: bytes
+    queued: bytes
+    kept: bytes
+    forgotten: int
+    allowance: int
 
 
 def adopt(reactor: Any, fd: int, link: Protocol) -> None:
@@ -119,6 +136,8 @@ class Link(Protocol):
         self._kept_bytes = self._forgotten_bytes = self._window = 0
         self._received_bytes = 0
         self._is_holding = False  # the stream has ended, and another may continue it
+        self._suspended = b""  # received and not handled
+        self._was_paused = False  # before `freeze`
         self.dropped = 0
         self._end_reason = ""  # once nothing is sent or received any more
 
@@ -366,6 +385,76 @@ class Link(Protocol):
         """Send the rest of another stream, whatever the limit."""
         self._limit += sum(map(len, frames))
         for frame in frames:
+            self.send(frame)
+
+    # A stream that another process goes on with
+
+    @property
+    def is_open(self) -> bool:
+        """Whether neither end has ended the stream, as far as this one knows."""
+        return self.transport is not None and not self._end_reason
+
+    def fileno(self) -> int:
+        """The descriptor of the stream."""
+        return int(self._transport.fileno())
+
+    def suspend(self) -> None:
+        """Read and handle nothing from now on."""
+        self._transport.stopReading()
+        frames, self._unread = self._unread or iter(()), None
+        try:
+            unread = [frame_of(number, body) for number, body in frames]
+        except BadFrame as error:
+            self.cut(str(error))
+        else:
+            self._suspended = b"".join(unread) + self._reader.take_rest()
+
+    def freeze(self) -> LinkState:
+        """Write nothing from now on either, and return the state. The link is suspended. Further frames are queued."""
+        self._flush()
+        self._transport.stopWriting()
+        self._is_paused, self._was_paused = True, self._is_paused
+        return LinkState(
+            self._suspended,
+            self._transport.unsent,
+            b"".join(self._queue),
+            b"".join(self._kept or ()),
+            self._forgotten_bytes,
+            self._limit - self._hold_limit,
+        )
+
+    def thaw(self) -> None:
+        """Write again, as no other process does. Then `read_again`, once all links write."""
+        self._is_paused = self._was_paused
+        if self._transport.is_buffering:
+            self._transport.startWriting()
+        self._flush()
+
+    def read_again(self, received: bytes | None = None) -> None:
+        """Go on reading, behind these bytes of a `LinkState`; None for those of `suspend`."""
+        received = self._suspended if received is None else received
+        self._received_bytes -= len(received)
+        self._transport.startReading()
+        self.dataReceived(received)
+
+    def release(self) -> int:
+        """Let another process go on, and return the descriptor, which the caller closes. Nothing is reported."""
+        self._end_reason = "continued by another process"
+        self._queue.clear()
+        fd, _ = self._transport.detach()
+        return int(fd)
+
+    def go_on_from(self, state: LinkState) -> None:
+        """Write from where another process has frozen the stream. Then `read_again`, once all links write."""
+        self._kept, self._kept_bytes = deque([state.kept] if state.kept else ()), len(state.kept)
+        self._forgotten_bytes = state.forgotten
+        self._limit += state.allowance
+        if state.unsent:
+            self._bytes_in_transport = len(state.unsent)
+            self._transport.write(state.unsent)
+            if not self._is_paused:
+                self._bytes_in_transport = 0
+        for frame in frames_in(state.queued):
             self.send(frame)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:

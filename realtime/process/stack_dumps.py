@@ -46,9 +46,12 @@ _PIPE_BYTES = 262_144
 _MAX_BYTES = 1_048_576
 # Seconds without another byte after which a dump counts as complete without its usual end.
 _END_AFTER = 0.1
-# The outermost frame of every process of ours (`python -m …`); faulthandler cuts a stack after a hundred frames.
-_WHOLE = re.compile(rb"(?:in _run_module_as_main|^  \.\.\.)\n\Z", re.MULTILINE)
-_WHOLE_ALL = re.compile(rb"in _run_module_as_main\n\Z")
+# The outermost frame of a process: the zygote's, which has forked it, or that of `python -m …`. The frames below the
+# zygote's only show how that was started. faulthandler cuts a stack after a hundred frames.
+_OUTERMOST = rb'(/realtime/process/zygote\.py", line \d+ in serve\n|in _run_module_as_main\n)(?:  File .*\n?)*'
+_END = re.compile(_OUTERMOST)
+_WHOLE_ALL = re.compile(_OUTERMOST + rb"\Z")
+_WHOLE = re.compile(rb"(?:" + _OUTERMOST + rb"|^  \.\.\.\n)\Z", re.MULTILINE)
 
 
 def register(fd: int) -> None:
@@ -133,7 +136,7 @@ class StackReader:
         self._end_call = None
 
     def _complete(self) -> None:
-        text, self._text = self._text.decode("utf-8", "replace"), b""
+        text, self._text = _END.sub(rb"\1", self._text).decode("utf-8", "replace"), b""
         for number, head in ((STACK, "Stack ("), (STACKS, "Current thread")):
             if head in text:
                 waiters, self._waiting[number] = self._waiting[number], []

@@ -59,6 +59,11 @@ class DirectServer(tcp.Server):
         return self._tempDataLen + len(self.dataBuffer) - self.offset
 
     @property
+    def unsent(self) -> bytes:
+        """The bytes buffered here."""
+        return bytes(self.dataBuffer[self.offset :]) + b"".join(self._tempDataBuffer)
+
+    @property
     def direct_send(self) -> Callable[[bytes], int] | None:
         """The socket's send(2), for callers that use it only while nothing is buffered here. None under TLS.
 
@@ -76,7 +81,7 @@ class DirectServer(tcp.Server):
         The reactor serves it no more, and the protocol sees no end. The caller owns the descriptor. To close it leaves
         the connection to other holders of the socket, as there is no shutdown(2).
         """
-        unsent = self.dataBuffer[self.offset :] + b"".join(self._tempDataBuffer)
+        unsent = self.unsent
         self.stopReading()
         self.stopWriting()
         self.connected, self.disconnected = 0, 1

@@ -2,10 +2,11 @@
 
     python -m realtime.process.zygote --link FD MODULE,MODULE
 
-The supervisor starts it. `link` is a socket of the type SOCK_SEQPACKET. Each packet from the supervisor is a `Fork`
-with descriptors (SCM_RIGHTS), and each packet to it is one of `FromZygote`. A forked child calls the function `main` of
-one of the modules with its arguments, as `python -m MODULE` would. It begins within milliseconds, and its memory is
-that of the zygote until it writes to it.
+The supervisor starts it like this, or forks it from its own process (`realtime.supervisor.zygote.fork_early`). `link`
+is a socket of the type SOCK_SEQPACKET. Each packet from the supervisor is a `Fork` with descriptors (SCM_RIGHTS), and
+each packet to it is one of `FromZygote`. A forked child calls the function `main` of one of the modules with its
+arguments, as `python -m MODULE` would. It begins within milliseconds, and its memory is that of the zygote until it
+writes to it.
 
 A child is forked twice. Its parent exits at once, so the kernel makes the supervisor its parent, as the nearest process
 that adopts orphans (`realtime.supervisor.orphans`): the supervisor waits for the child itself, the kernel kills the
@@ -28,7 +29,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 import msgspec
 
@@ -37,9 +39,6 @@ from realtime.process.heap import find_malloc_trim
 
 MAX_DESCRIPTORS = 64
 """Descriptors that one child can get."""
-
-ROOM = ("--room", " " * 300)
-"""The zygote's last arguments: they leave room for the command line of a child."""
 
 _MAX_PACKET = 65_536
 _MAX_PID_DIGITS = 20
@@ -86,18 +85,35 @@ _decode_fork = msgspec.msgpack.Decoder(Fork).decode
 def main(argv: Sequence[str]) -> int:
     """Fork children until the supervisor closes the link. Returns in the zygote and in each child: the exit status."""
     options = _arguments().parse_args(argv)
-    # Signals to all processes are the supervisor's. A child that is not set up yet can't write its stack.
+    ignore_signals()
+    modules = load(options.modules)
+    os.set_inheritable(options.link, False)
+    return serve(socket.socket(fileno=options.link), modules)
+
+
+def ignore_signals() -> None:
+    """Leave signals to all processes to the supervisor. A child that is not set up yet can't write its stack."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, stack_dumps.STACK, stack_dumps.STACK_IN_C):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    modules = {name: importlib.import_module(name) for name in options.modules}
-    _set_name("zygote")
+
+
+def load(names: Sequence[str]) -> dict[str, ModuleType]:
+    """Import modules, by their names, and prepare the memory of this process for being shared with its forks."""
+    modules = {name: importlib.import_module(name) for name in names}
     gc.collect()
     gc.freeze()  # a collection in a child would write to each object, and so copy it
+    sys._clear_type_cache()  # a child that replaces an entry would write to the name in it
     if trim := find_malloc_trim():
         trim(0)
-    with socket.socket(fileno=options.link) as link:
-        os.set_inheritable(options.link, False)
+    return modules
+
+
+def serve(link: socket.socket, modules: Mapping[str, ModuleType]) -> int:
+    """See `main`. Closes the link. modules: of the children, see `load`."""
+    _copy_environment()
+    _set_name("zygote", [sys.executable, "-P", "-m", "realtime.process.zygote", ",".join(modules)])
+    with link:
         try:
             link.send(encode(ZygoteStarted(" ".join(getattr(module, "FORMATS", "") for module in modules.values()))))
             fork = _serve(link)
@@ -177,27 +193,40 @@ def _place(descriptors: Sequence[int], numbers: Sequence[int]) -> None:
         os.close(fd)
 
 
-def _set_name(name: str, command: Sequence[str] = ()) -> None:
-    """Show a name in top(1), and a command line in ps(1). The latter goes where this process's own is, if it fits."""
+def _copy_environment() -> None:
+    """Copy the variables elsewhere: the command lines of the children are written over the first ones."""
+    for name, value in os.environb.items():
+        os.unsetenv(name)
+        os.putenv(name, value)
+
+
+def _set_name(name: str, command: Sequence[str]) -> None:
+    """Show a name in top(1), and as much of a command line in ps(1) as there is room for. After `_copy_environment`."""
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
-    begin, end = _command_line()
-    text = b"\0".join(map(os.fsencode, command)) + b"\0"
-    if command and len(text) <= end - begin:
-        ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
+    begin, end_of_arguments, end = _command_line()
+    arguments = [os.fsencode(argument) for argument in command]
+    text = b"\0".join(arguments) + b"\0"
+    if len(text) > end_of_arguments - begin:
+        text = b" ".join(arguments)  # which the kernel then reads as one string
+    if begin < end:
+        ctypes.memmove(begin, text[: end - begin - 1].ljust(end - begin, b"\0"), end - begin)
 
 
-def _command_line() -> tuple[int, int]:
-    """Return the addresses of the begin and the end of this process's command line, as the kernel reads it."""
+def _command_line() -> tuple[int, int, int]:
+    """Return the addresses of the begin and the end of this process's command line, and the end of the room for it.
+
+    The kernel reads it on into the environment if its own last byte is not 0, as setproctitle(3) of BSD leaves it.
+    """
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
-    return int(fields[45]), int(fields[46])  # arg_start and arg_end of proc(5), 0 for unknown
+    begin, end, environment, environment_end = map(int, fields[45:49])  # arg_start to env_end of proc(5), 0 for unknown
+    return begin, end, environment_end if environment == end else end
 
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Forks the processes of a realtime server; its supervisor starts it.")
     parser.add_argument("--link", type=int, required=True, metavar="FD")
-    parser.add_argument("--room", help="unused text, over which the command line of a child is written")
     parser.add_argument("modules", type=lambda text: text.split(","), metavar="MODULE,MODULE")
     return parser
 

@@ -45,7 +45,7 @@ from realtime.pubsub.engine import (
     split_address,
 )
 from realtime.pubsub.history import ChannelStreams, EpochsState, IdempotencyCache, KeysState, StreamsState
-from realtime.pubsub.presence import AbsentState, Presence, PresentState
+from realtime.pubsub.presence import AbsentState, Presence, PresenceEntry, PresentState
 from realtime.pubsub.time_slices import CHUNK
 from realtime.types import ClientInfo, EngineStats, HistoryPage, NodeInfo, Position, Publication
 
@@ -56,7 +56,7 @@ Kind = TypeVar("Kind")
 
 _UNNUMBERED = Position()  # of publications in channels without history
 
-_OPERATIONS: dict[type[Struct], Callable[..., Any]] = {}
+_OPERATIONS: dict[type[Struct], str] = {}  # the names of the methods, which a subclass may override
 
 
 def carries_out(
@@ -65,7 +65,7 @@ def carries_out(
     """Mark the method that carries out requests of this kind and returns their answer."""
 
     def register(method: Callable[[Core, P, float, Kind], Answer]) -> Callable[[Core, P, float, Kind], Answer]:
-        _OPERATIONS[kind] = method
+        _OPERATIONS[kind] = method.__name__
         return method
 
     return register
@@ -77,7 +77,7 @@ def takes_note(
     """Mark the method that takes note of notices of this kind."""
 
     def register(method: Callable[[Core, P, float, Kind], None]) -> Callable[[Core, P, float, Kind], None]:
-        _OPERATIONS[kind] = method
+        _OPERATIONS[kind] = method.__name__
         return method
 
     return register
@@ -187,7 +187,7 @@ class BrokerCore(Generic[P]):
         self._max_channels = max_channels
         self._streams = ChannelStreams(max_channels) if streams is None else streams
         self._idempotency = IdempotencyCache(max_channels) if keys is None else keys
-        self._presence: Presence[P] = Presence(max_channels, self._announce_join, self._announce_leave)
+        self._presence: Presence[P] = Presence(max_channels, self)
         self._routes: dict[str, list[P]] = {}
         self._peers: dict[P, _PeerState] = {}
         self._addresses: dict[str, P] = {}
@@ -197,7 +197,7 @@ class BrokerCore(Generic[P]):
         # Of peers that have ended: slot -> client -> user and the address of the peer.
         self._lost: dict[str, dict[str, tuple[str, str]]] = {}
         self.operations: dict[type[Struct], Callable[[P, float, Any], Any]] = {
-            kind: method.__get__(self) for kind, method in _OPERATIONS.items()
+            kind: getattr(self, name) for kind, name in _OPERATIONS.items()
         }
 
     def carry_out(self, peer: P, now: float, request: EngineRequest[Answer]) -> Answer:
@@ -511,15 +511,15 @@ class BrokerCore(Generic[P]):
     def remove_presence(self, peer: P, now: float, request: RemovePresence) -> None:
         self._presence.remove(now, peer, request, is_connected=request.client in self._peers[peer].users)
 
-    def _announce_join(self, channel: str, info: ClientInfo) -> None:
-        peers = self._routes.get(channel)
-        if peers:
-            self._delivery.deliver_join(peers, channel, info)
+    def on_present(self, channel: str, entry: PresenceEntry, *, is_new: bool, announce: bool) -> None:
+        """Deliver a join, see `PresenceListener`."""
+        if is_new and announce and entry.announce and (peers := self._routes.get(channel)):
+            self._delivery.deliver_join(peers, channel, entry.info)
 
-    def _announce_leave(self, channel: str, info: ClientInfo) -> None:
-        peers = self._routes.get(channel)
-        if peers:
-            self._delivery.deliver_leave(peers, channel, info)
+    def on_absent(self, channel: str, entry: PresenceEntry) -> None:
+        """Deliver a leave, see `PresenceListener`."""
+        if entry.announce and (peers := self._routes.get(channel)):
+            self._delivery.deliver_leave(peers, channel, entry.info)
 
     @carries_out(GetPresence)
     def get_presence(self, peer: P, now: float, request: GetPresence) -> dict[str, ClientInfo]:

@@ -180,6 +180,11 @@ def pack(message: object, number: int = 0) -> bytes:
     return _pack_head(length, number) + body
 
 
+def frame_of(number: int, body: bytes) -> bytes:
+    """Return the frame that `FrameReader` has split into these two."""
+    return _pack_head(len(body), number) + body
+
+
 def message_decoder(kinds: tuple[type[Struct], ...]) -> Callable[[bytes], Any]:
     """Return a function from the body of a frame to a message. kinds: `TO_BROKER` or `TO_WORKER`.
 
@@ -219,6 +224,11 @@ class FrameReader:
     def rest(self) -> int:
         """Bytes of the frame that is not complete yet."""
         return len(self._rest)
+
+    def take_rest(self) -> bytes:
+        """Remove and return the bytes of the frame that is not complete yet."""
+        rest, self._rest = bytes(self._rest), bytearray()
+        return rest
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Yield the number and the body of each complete frame. Exhaust the iterator before feeding more.

@@ -14,8 +14,8 @@ Without I/O, and without timers: time is an argument, and `sweep` ends the absen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -96,16 +96,56 @@ class _Count:
             del self.users[user]
 
 
+class Listings(Generic[P]):
+    """Lists of clients whose further pages have not been requested yet, see `GetPresence.listing`."""
+
+    def __init__(self) -> None:
+        # The rest of each list, and the time until which the request of its next page is awaited.
+        self._rests: dict[tuple[P, int], tuple[float, Iterator[ClientInfo]]] = {}
+
+    def has(self, peer: P, listing: int) -> bool:
+        """Whether a list has a further page."""
+        return (peer, listing) in self._rests
+
+    def page(self, now: float, peer: P, listing: int, clients: Iterable[ClientInfo] = ()) -> dict[str, ClientInfo]:
+        """Return the next page of a list, by client id. clients: of a new list. Raises ClientError 111."""
+        _, rest = self._rests.pop((peer, listing), (0.0, iter(clients)))
+        page: dict[str, ClientInfo] = {}
+        for info in rest:
+            page[info.client] = info
+            if len(page) == PRESENCE_PAGE:
+                self._keep(now, (peer, listing), rest)
+                break
+        return page
+
+    def drop(self, peer: P) -> None:
+        """Forget the lists of a peer."""
+        self._rests = {key: rest for key, rest in self._rests.items() if key[0] != peer}
+
+    def _keep(self, now: float, key: tuple[P, int], rest: Iterator[ClientInfo]) -> None:
+        if len(self._rests) >= MAX_LISTINGS:
+            self._rests = {key: rest for key, rest in self._rests.items() if rest[0] > now}
+            if len(self._rests) >= MAX_LISTINGS:
+                raise ClientError(*TOO_MANY_REQUESTS)
+        self._rests[key] = now + LISTING_TIME, rest
+
+
+class PresenceListener(Protocol):
+    """Learns of the clients that are in a channel, also of those that are not listed."""
+
+    def on_present(self, channel: str, entry: PresenceEntry, *, is_new: bool, announce: bool) -> None:
+        """Handle a client that has come (is_new), or has another entry. announce: the others have to learn of it."""
+
+    def on_absent(self, channel: str, entry: PresenceEntry) -> None:
+        """Handle a client that has left."""
+
+
 class Presence(Generic[P]):
     """See the module. limit: of the channels with presence of one peer, and of the absent clients."""
 
-    def __init__(
-        self, limit: int, join: Callable[[str, ClientInfo], None], leave: Callable[[str, ClientInfo], None]
-    ) -> None:
-        """join, leave: announce a client in a channel."""
+    def __init__(self, limit: int, listener: PresenceListener) -> None:
         self._limit = limit
-        self._join = join
-        self._leave = leave
+        self._listener = listener
         self._peers: dict[P, dict[str, dict[str, PresenceEntry]]] = {}  # by channel and client
         self._absent: dict[str, dict[str, Absence]] = {}  # by channel and client
         self._gone: dict[tuple[str, str], dict[str, Absence]] = {}  # the absent ones, by channel and user
@@ -114,8 +154,7 @@ class Presence(Generic[P]):
         # Channels are counted from the first question on: most are never asked about.
         self._counts: dict[str, _Count] = {}
         self.absent = 0
-        # The rest of each list of clients, and the time until which the request of the next page is awaited.
-        self._listings: dict[tuple[P, int], tuple[float, Iterator[PresenceEntry]]] = {}
+        self._listings: Listings[P] = Listings()
 
     def attach(self, peer: P) -> None:
         """Add a peer without any presence."""
@@ -137,7 +176,7 @@ class Presence(Generic[P]):
 
         Those whose place another connection may take are absent after the first step.
         """
-        self._listings = {key: rest for key, rest in self._listings.items() if key[0] != peer}
+        self._listings.drop(peer)
         if self._returning:
             for client in clients:
                 self.client_gone(now, client)
@@ -197,8 +236,7 @@ class Presence(Generic[P]):
         self._count(channel, entry, 1)
         if len(entries) == COUNT_FROM:
             self.count(channel)
-        if announce and request.announce and previous is None:
-            self._join(channel, info)
+        self._listener.on_present(channel, entry, is_new=previous is None, announce=announce)
 
     def remove(self, now: float, peer: P, request: RemovePresence, *, is_connected: bool) -> None:
         """Remove a client. Idempotent."""
@@ -256,38 +294,25 @@ class Presence(Generic[P]):
             self._count(channel, entry, 1)
             if len(entries) == COUNT_FROM:
                 self.count(channel)
+            self._listener.on_present(channel, entry, is_new=True, announce=False)
 
     def import_absent(self, part: AbsentState) -> None:
         """Add absent clients of another object, whatever the limit."""
         for absence in part.absences:
             self._keep(absence)
             self._count(absence.channel, absence.entry, 1)
+            self._listener.on_present(absence.channel, absence.entry, is_new=True, announce=False)
 
     # Questions
 
     def page(self, now: float, peer: P, request: GetPresence) -> dict[str, ClientInfo]:
         """Return the next page of a list of clients, see `GetPresence`. Raises ClientError 111."""
-        key = peer, request.listing
-        _, rest = self._listings.pop(key, (0.0, None))
-        if rest is None:
-            rest = iter(self._copy(request.channel))
-        page: dict[str, ClientInfo] = {}
-        for entry in rest:
-            if entry.present:
-                page[entry.info.client] = entry.info
-                if len(page) == PRESENCE_PAGE:
-                    self._keep_listing(now, key, rest)
-                    break
-        return page
+        if self._listings.has(peer, request.listing):
+            return self._listings.page(now, peer, request.listing)
+        clients = (entry.info for entry in self.entries(request.channel) if entry.present)
+        return self._listings.page(now, peer, request.listing, clients)
 
-    def _keep_listing(self, now: float, key: tuple[P, int], rest: Iterator[PresenceEntry]) -> None:
-        if len(self._listings) >= MAX_LISTINGS:
-            self._listings = {key: listing for key, listing in self._listings.items() if listing[0] > now}
-            if len(self._listings) >= MAX_LISTINGS:
-                raise ClientError(*TOO_MANY_REQUESTS)
-        self._listings[key] = now + LISTING_TIME, rest
-
-    def _copy(self, channel: str) -> list[PresenceEntry]:
+    def entries(self, channel: str) -> list[PresenceEntry]:
         """Return the entries of a channel, copied in C: a hundred thousand take a millisecond."""
         entries: list[PresenceEntry] = []
         for by_channel in self._peers.values():
@@ -371,8 +396,7 @@ class Presence(Generic[P]):
 
     def _announce_leave(self, channel: str, entry: PresenceEntry) -> None:
         self._count(channel, entry, -1)
-        if entry.announce:
-            self._leave(channel, entry.info)
+        self._listener.on_absent(channel, entry)
 
 
 Key = TypeVar("Key")

@@ -95,9 +95,12 @@ class RedisServer:
             done(None, self._away())
 
     def run(self, done: ReplyCallback, script: Script, keys: Sequence[Argument], arguments: Sequence[Argument]) -> None:
-        """Run a script, as `call` sends a command. If Redis does not know it any more, it is sent again."""
+        """Run a script, as `call` sends a command. If Redis does not know it any more, it is sent again.
+
+        Its ARGV[1] is the generation of the server, and `arguments` follow.
+        """
         if self._ready is not None:
-            self._ready.run(done, script, keys, arguments)
+            self._ready.run(done, script, keys, (self.generation, *arguments))
         else:
             done(None, self._away())
 

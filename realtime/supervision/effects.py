@@ -6,11 +6,15 @@ from msgspec import Struct
 
 
 class SpawnProcess(Struct, frozen=True):
-    """Start a process of the slot with the settings of a revision. On failure, call `process_exited`."""
+    """Start a process of the slot with the settings of a revision. On failure, call `process_exited`.
+
+    predecessor: generation of the process that hands its state over to it before it is ready; 0 for none.
+    """
 
     slot: int
     generation: int
     revision: int = 0
+    predecessor: int = 0
 
 
 class MoveConnections(Struct, frozen=True):

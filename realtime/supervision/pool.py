@@ -12,12 +12,14 @@ that is not in the table has no consequence (the message of a process that is be
        └──────────────────────┴──── exited ─────┴─────────────────────────────────┼──┴───────────────────┘
                                 (GONE instead of WAITING once the pool stops)      │
     replacing a worker:    PREPARING ──ready──▶ READY, and the process before: HANDING_OVER ──handed over──▶ LEAVING
+    replacing the broker:  PREPARING ──ready──▶ READY, and the process before: LEAVING
 
 The pool answers a death with a new process, after a delay that doubles with each death in a row. The third death in a
 row makes a crash loop: from then on the pool reports all such slots in one log line, once a minute while it lasts.
 
-It replaces one worker at a time, and never ends a serving process before its successor is ready. If a successor does
-not become ready, the serving process stays.
+It replaces one process at a time, and never ends a serving process before its successor is ready. If a successor does
+not become ready, the serving process stays. A worker hands its connections over to its successor that is ready, and the
+broker its state to one that becomes ready by it.
 """
 
 from __future__ import annotations
@@ -43,7 +45,16 @@ from realtime.supervision.effects import (
     SpawnProcess,
     UseRevision,
 )
-from realtime.supervision.slots import BROKER, EX_CONFIG, PoolEvent, Slot, SlotProcess, SlotState
+from realtime.supervision.slots import (
+    BROKER,
+    EX_CONFIG,
+    PoolEvent,
+    Slot,
+    SlotProcess,
+    SlotState,
+    describe_exit,
+    exit_reason,
+)
 
 # Seconds between two ticks. A tick that is _LATE seconds late or more excuses all processes for the time until then.
 TICK = 0.1
@@ -149,7 +160,7 @@ class Pool:
         """The process reports that it can't start, for `reason` (one line). It will exit with `status`."""
         process = self._processes.get(generation)
         if process is not None and process.state in (SlotState.STARTING, SlotState.PREPARING):
-            process.reason, process.explanation = _exit_reason(status), f"can't start: {reason}"
+            process.reason, process.explanation = exit_reason(status), f"can't start: {reason}"
             process.failed_with = status
         return self._event(generation, PoolEvent.START_FAILED, now)
 
@@ -168,8 +179,8 @@ class Pool:
     def process_exited(self, generation: int, status: int, now: float) -> list[Effect]:
         """The process has exited. status: its exit status, or minus the signal that killed it."""
         process = self._processes[generation]
-        process.reason = process.reason or _exit_reason(status)
-        process.explanation = process.explanation or _describe_exit(status)
+        process.reason = process.reason or exit_reason(status)
+        process.explanation = process.explanation or describe_exit(status)
         self._now = now
         if status == EX_CONFIG and process.state is SlotState.STARTING:
             self._give_up(process, EX_CONFIG)
@@ -193,18 +204,19 @@ class Pool:
         slot.replacement = "bloated"
         return self._take_effects()
 
-    def reload(self, now: float) -> list[Effect]:
+    def reload(self, now: float, *, with_broker: bool = False) -> list[Effect]:
         """Replace every worker by one with the settings of the next revision. Ends with ReloadEnded.
 
-        `reloading` must be False.
+        with_broker: replace the broker too, and first. `reloading` must be False.
         """
         self._now = now
         if self.stopping or not self._was_ready:
             return [ReloadEnded("the server is stopping" if self.stopping else "the server is still starting")]
         self.target += 1
         self.reloading = True
-        for slot in self.workers:
-            slot.replacement = _RELOAD
+        for slot in self.slots.values():
+            if slot.number != BROKER or with_broker:
+                slot.replacement = _RELOAD
         return self._take_effects()
 
     def scale(self, count: int, now: float) -> list[Effect]:
@@ -266,15 +278,15 @@ class Pool:
             revision, slot.replacement = self._wanted_revision(slot), ""
         self._begin(process, SlotState.STARTING, revision)
 
-    def _begin(self, process: SlotProcess, state: SlotState, revision: int) -> None:
-        """Spawn a process into `state`."""
+    def _begin(self, process: SlotProcess, state: SlotState, revision: int, predecessor: int = 0) -> None:
+        """Spawn a process into `state`. predecessor: see `SpawnProcess`."""
         self._generation += 1
         process.generation, process.revision = self._generation, revision
         process.reason = process.explanation = ""
         process.connected = False
         self._processes[process.generation] = process
         self._enter(process, state, self._now + self._settings.start_timeout)
-        self._effects.append(SpawnProcess(process.slot.number, process.generation, revision))
+        self._effects.append(SpawnProcess(process.slot.number, process.generation, revision, predecessor))
         self._connect_to_broker(process)
 
     def _become_ready(self, process: SlotProcess) -> None:
@@ -302,7 +314,10 @@ class Pool:
         if predecessor.exists:
             slot.predecessor = predecessor
             if predecessor.state is SlotState.READY:
-                self._hand_over(predecessor)
+                if slot.number == BROKER:
+                    self._drain_rest(predecessor)
+                else:
+                    self._hand_over(predecessor)
 
     def _hand_over(self, process: SlotProcess) -> None:
         self._enter(process, SlotState.HANDING_OVER, self._now + self._stop_timeout)
@@ -437,7 +452,7 @@ class Pool:
         self._enter(process, SlotState.LEAVING, self._now + _DUMP_TIME)
         self._effects.append(DumpProcessStacks(process.slot.number, process.generation))
 
-    # Replacing workers.
+    # Replacing processes.
 
     @property
     def is_settled(self) -> bool:
@@ -448,20 +463,21 @@ class Pool:
         return self.target if slot.replacement == _RELOAD else self.revision
 
     def _replace_next(self) -> None:
-        """Begin to replace the next worker, if none is being replaced. A slot without a process starts one at once."""
-        workers = [slot for slot in self.workers if not slot.is_removed]
-        if any(slot.successor or slot.predecessor for slot in workers):
+        """Begin to replace the next process, if none is being replaced. A slot without a process starts one at once."""
+        slots = [slot for slot in self.slots.values() if not slot.is_removed]
+        if any(slot.successor or slot.predecessor for slot in slots):
             return
-        for slot in workers:
+        for slot in slots:
             if slot.replacement == _RELOAD and slot.state is SlotState.WAITING:
                 self._fire(slot.process, PoolEvent.DEADLINE)
-        unready = any(slot.state is SlotState.STARTING for slot in workers)
-        ready = [slot for slot in workers if slot.replacement and slot.state is SlotState.READY]
+        unready = any(slot.state is SlotState.STARTING for slot in slots)
+        ready = [slot for slot in slots if slot.replacement and slot.state is SlotState.READY]
         if ready and not unready:
             slot = ready[0]
             slot.successor = SlotProcess(slot, purpose=slot.replacement)
             revision, slot.replacement = self._wanted_revision(slot), ""
-            self._begin(slot.successor, SlotState.PREPARING, revision)
+            predecessor = slot.process.generation if slot.number == BROKER else 0
+            self._begin(slot.successor, SlotState.PREPARING, revision, predecessor)
 
     def _remove(self, slots: Iterable[Slot]) -> None:
         for slot in list(slots):
@@ -505,7 +521,7 @@ class Pool:
         if not self.reloading:
             return
         self.reloading = False
-        for slot in self.workers:
+        for slot in self.slots.values():
             if slot.replacement == _RELOAD:
                 slot.replacement = ""
         for process in list(self._processes.values()):
@@ -590,8 +606,9 @@ class Pool:
 
     @property
     def _has_reloaded(self) -> bool:
-        return all(
-            slot.is_settled and not slot.replacement and slot.process.revision == self.target for slot in self.workers
+        is_replacing = any(slot.replacement or slot.successor or slot.predecessor for slot in self.slots.values())
+        return not is_replacing and all(
+            slot.state is SlotState.READY and slot.process.revision == self.target for slot in self.workers
         )
 
     def _halt_if_empty(self) -> None:
@@ -646,24 +663,6 @@ class Pool:
         pause = min(slot.process.deadline for slot in looping) - self._now
         advice = f"up to {self._settings.restart_delay_max:g} s apart (workers.restart_delay_max); see its errors above"
         self._log(f"crash loop: {slots}; next attempt in {pause:.1f} s, {advice}", is_error=True)
-
-
-def _exit_reason(status: int) -> str:
-    """Return the metrics' label for an exit status, one of a closed set."""
-    if status < 0:
-        return "signal"
-    return {0: "exit", EX_CONFIG: "config"}.get(status, "error")
-
-
-def _describe_exit(status: int) -> str:
-    if status == 0:
-        return "has drained and exited, though the supervisor did not ask for it (SIGTERM from another process?)"
-    if status > 0:
-        return f"exited with status {status}"
-    try:
-        return f"was killed by {signals.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"
 
 
 TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, SlotProcess], None]] = {

@@ -6,6 +6,7 @@ Only `realtime.supervision.pool` changes them.
 from __future__ import annotations
 
 import math
+import signal as signals
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
@@ -90,7 +91,7 @@ class SlotProcess:
 class Slot:
     """One place for a process. Only its pool changes it.
 
-    process: the one that serves, or the room for it. successor, predecessor: of a worker that is being replaced.
+    process: the one that serves, or the room for it. successor, predecessor: of a process that is being replaced.
     replacement: why the process is to be replaced, as a
     label for the metrics; "" for no reason. is_new: whether it was added to a running pool and has not been ready
     yet. is_removed: whether the slot is to be empty for good. deaths: deaths in a
@@ -147,3 +148,22 @@ class Slot:
     def in_crash_loop(self) -> bool:
         """Whether the process has died too often in a row."""
         return self.deaths >= _CRASH_LOOP_DEATHS
+
+
+def exit_reason(status: int) -> str:
+    """Return the metrics' label for an exit status, one of a closed set."""
+    if status < 0:
+        return "signal"
+    return {0: "exit", EX_CONFIG: "config"}.get(status, "error")
+
+
+def describe_exit(status: int) -> str:
+    """Describe an exit status for the log."""
+    if status == 0:
+        return "has drained and exited, though the supervisor did not ask for it (SIGTERM from another process?)"
+    if status > 0:
+        return f"exited with status {status}"
+    try:
+        return f"was killed by {signals.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"

@@ -63,9 +63,17 @@ class ChildProcess:
         self._dumps: StackReader | None = None
 
     def start(
-        self, reactor: Any, zygote: Zygote, module: str, settings: int, listening: Sequence[int], capture: bool
+        self,
+        reactor: Any,
+        zygote: Zygote,
+        module: str,
+        settings: int,
+        listening: Sequence[int],
+        capture: bool,
+        predecessor: int | None = None,
     ) -> None:
-        """Have it forked with copies of two kinds of descriptors: the settings, and the listening sockets.
+        """Have it forked with copies of these descriptors: the settings, the listening sockets, and its end of a stream
+        to the process whose place it takes.
 
         module: to run in it. capture: write its standard output and error to our log, instead of letting it inherit
         both. Raises OSError.
@@ -74,27 +82,36 @@ class ChildProcess:
         self._call_later = reactor.callLater
         self._dumps = StackReader(reactor.callLater)
         try:
-            self._fork(reactor, zygote, module, settings, listening, capture)
+            self._fork(reactor, zygote, module, settings, listening, capture, predecessor)
         except OSError:
             self._close_page()
             raise
 
     def _fork(
-        self, reactor: Any, zygote: Zygote, module: str, settings: int, listening: Sequence[int], capture: bool
+        self,
+        reactor: Any,
+        zygote: Zygote,
+        module: str,
+        settings: int,
+        listening: Sequence[int],
+        capture: bool,
+        predecessor: int | None,
     ) -> None:
         assert self._page is not None
         sockets = {_LISTEN + index: fd for index, fd in enumerate(listening)}
         stacks = _LISTEN + len(listening)
+        streams = {} if predecessor is None else {stacks + 1: predecessor}
         arguments = (
             *("--slot", str(self.slot), "--generation", str(self.generation)),
             *("--link", str(_LINK), "--settings", str(_SETTINGS), "--vitals", str(_VITALS)),
             *("--stacks", str(stacks)),
             *(("--listen", ",".join(map(str, sockets))) if sockets else ()),
+            *(("--predecessor", str(stacks + 1)) if streams else ()),
         )
         name = "broker" if self.slot < 0 else f"worker {self.slot}"
         with ExitStack() as theirs, ExitStack() as unused:
             ours: dict[int, int] = {}
-            given: dict[int, int] = {_SETTINGS: settings, _VITALS: self._page.fd, **sockets}
+            given: dict[int, int] = {_SETTINGS: settings, _VITALS: self._page.fd, **sockets, **streams}
             for number in (stacks, 1, 2) if capture else (stacks,):
                 ours[number], given[number] = os.pipe()
                 theirs.callback(os.close, given[number])

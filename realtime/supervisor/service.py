@@ -16,7 +16,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -25,10 +25,12 @@ from twisted.internet.defer import Deferred, DeferredList, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from realtime.config.reload import OF_BROKER
 from realtime.config.settings import Settings
 from realtime.config.sources import Sources
 from realtime.metrics import Metrics
 from realtime.process import log
+from realtime.process.fd_stream import stream_pair
 from realtime.supervision import effects
 from realtime.supervision.balance import MAX_SLOTS
 from realtime.supervision.effects import Effect
@@ -51,10 +53,10 @@ from realtime.supervisor.steering import Steering
 from realtime.supervisor.substitutes import Substitutes
 from realtime.supervisor.systemd import SystemdNotifier
 from realtime.supervisor.trial import Trial
-from realtime.supervisor.zygote import Zygote
+from realtime.supervisor.zygote import EarlyZygote, Zygote
 
 WORKER_MODULE = "realtime.worker.process"
-BROKER_MODULE = "realtime.broker.process"
+BROKER_MODULES = {"memory": "realtime.broker.process", "redis": "realtime.broker.redis_process"}
 
 _EX_OSERR = 71
 
@@ -96,16 +98,18 @@ class Supervisor(Service):
         open_operator_endpoint: OpenOperatorEndpoint,
         *,
         worker: str = WORKER_MODULE,
-        broker: str = BROKER_MODULE,
+        broker: str | None = None,
         leave: Callable[[int], None] | None = None,
         handle_signals: bool = False,
         capture_output: bool = False,
         sources: Sources | None = None,
+        early_zygote: EarlyZygote | None = None,
     ) -> None:
-        """worker, broker: modules to run as children, see `realtime.process.child`. leave: called with the exit status
-        after the last process has exited; `stopService` works without it. handle_signals: whether to take SIGTERM and
-        SIGINT over from Twisted. capture_output: whether to copy the children's output to the log in any case.
-        sources: where `settings` come from, and those of a reload; None for a server that can't reload."""
+        """worker, broker: modules to run as children, see `realtime.process.child`; None for the broker of the engine.
+        leave: called with the exit status after the last process has exited; `stopService` works without it.
+        handle_signals: whether to take SIGTERM and SIGINT over from Twisted. capture_output: whether to copy the
+        children's output to the log in any case. sources: where `settings` come from, and those of a reload; None for a
+        server that can't reload. early_zygote: the first one, if it was forked from this process."""
         settings = with_counts(settings)
         self.pool = Pool(settings.workers.count, settings.workers, settings.loop, settings.shutdown.timeout)
         self.processes: dict[int, ChildProcess] = {}
@@ -118,11 +122,12 @@ class Supervisor(Service):
         self._configured_count = settings.workers.count
         self._knows_count = True
         self.zygote: Zygote | None = None
+        self._early_zygote = early_zygote
         self.sampler = StackSampler(reactor, self.monitor, settings.loop, settings.app, self.processes)
         self._reactor = reactor
         self._revisions = Revisions(settings)
         self._open_operator_endpoint = open_operator_endpoint
-        self._modules = {BROKER: broker}
+        self._modules = {BROKER: broker or BROKER_MODULES[settings.engine.type]}
         self._worker = worker
         self._leave = leave
         self._handle_signals = handle_signals
@@ -208,7 +213,7 @@ class Supervisor(Service):
         # A daemon's own output goes nowhere. The log is twistd's, so the children's output must go there too.
         self._capture_output = self._capture_output or _is_discarded(1)
         modules = [self._worker, *self._modules.values()]
-        self.zygote = Zygote(self._reactor, modules, capture=self._capture_output)
+        self.zygote = Zygote(self._reactor, modules, early=self._early_zygote, capture=self._capture_output)
         self._stop_counting_errors = log.count_internal_errors(self.metrics)
         self._reactor.callWhenRunning(self._start_processes)
 
@@ -335,7 +340,8 @@ class Supervisor(Service):
         except OSError as error:
             self._changes.ended(f"no descriptor is left for the settings: {error}; check `ulimit -n`")
         else:
-            self._carry_out(self.pool.reload(self._now()))
+            with_broker = any(getattr(settings.engine, key) != getattr(self._settings.engine, key) for key in OF_BROKER)
+            self._carry_out(self.pool.reload(self._now(), with_broker=with_broker))
 
     def _use_revision(self, effect: effects.UseRevision) -> None:
         self._revisions.use(effect.revision)
@@ -495,7 +501,9 @@ class Supervisor(Service):
         self.children[effect.generation] = process
         assert self.zygote is not None
         try:
-            process.start(self._reactor, self.zygote, module, settings, listening, self._capture_output)
+            with ExitStack() as sent:
+                stream = self._hand_state_over(effect.predecessor, sent) if effect.predecessor else None
+                process.start(self._reactor, self.zygote, module, settings, listening, self._capture_output, stream)
         except OSError as error:
             del self.children[effect.generation]
             _log.error(
@@ -504,6 +512,25 @@ class Supervisor(Service):
                 error=error,
             )
             self._carry_out(self.pool.process_exited(effect.generation, _EX_OSERR, self._now()))
+
+    def _hand_state_over(self, source: int, sent: ExitStack) -> int:
+        """Have a process hand its state over to the next one of its slot, and return the latter's end of the stream.
+
+        sent: closes it. Raises OSError.
+        """
+        ours, theirs = stream_pair()
+        sent.enter_context(theirs)
+        handed = self.children[source].hand_over(ours.fileno(), ALL, self._settings.workers.start_timeout)
+        handed.addCallbacks(self._log_moved_state, lambda failure: None)  # its end is reported otherwise
+        handed.addBoth(lambda _: ours.close())
+        return theirs.fileno()
+
+    def _log_moved_state(self, result: Mapping[str, Any]) -> None:
+        if result["reason"]:
+            line = f"the broker goes on with its state: {result['reason']}"
+        else:
+            line = f"the broker has handed its state over, and the streams of {result['moved']} workers"
+        self._write_log(effects.LogLine(line, is_error=bool(result["reason"])))
 
     def _hand_over(self, effect: effects.MoveConnections) -> None:
         moves = self._move(self.children[effect.generation], effect)

@@ -6,7 +6,8 @@ pipes and clocks.
 
 from __future__ import annotations
 
-import sysconfig
+import os
+import site
 import time
 from collections.abc import Iterator, Mapping
 from importlib.machinery import PathFinder
@@ -135,11 +136,9 @@ def _log_no_stack(failure: Failure) -> None:
 
 def _foreign_paths() -> Iterator[str]:
     """Yield the folders of Python, of installed packages, and of this server."""
-    paths = sysconfig.get_paths()
-    for name in ("stdlib", "platstdlib", "purelib", "platlib"):
-        yield paths[name]
-    # In a virtual environment the standard library is outside of it.
-    yield str(Path(sysconfig.__file__).parent)
+    # Not from `sysconfig`, which reads the whole configuration of Python's build for the same.
+    yield str(Path(os.__file__).parent)
+    yield from site.getsitepackages()
     yield str(Path(__file__).parent.parent)
 
 

@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
@@ -116,14 +116,76 @@ class _ExitWatch:
             self._exited()
 
 
+class EarlyZygote(NamedTuple):
+    """The process that `fork_early` has forked. link: our end, see `realtime.process.zygote`."""
+
+    pid: int
+    link: socket.socket
+
+    def kill(self) -> None:
+        """Kill it. To be called before `wait` has returned."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Wait for its end. Returns the exit status, or minus the signal that has killed it."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def fork_early(modules: Sequence[str]) -> EarlyZygote:
+    """Import the modules of the children, and fork the first process that forks them from this one.
+
+    All processes so share the memory of the modules; one that is executed, as those of a reload, shares none with this
+    process. It must have no reactor and no thread yet, and keep its user, its directory and its parent, since the
+    children have the same. Raises OSError; and SystemExit in the new process and in each child, at their end: all
+    callers in the stack must let that pass.
+    """
+    loaded = zygote.load(modules)
+    link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        try:
+            pid = os.fork()
+        except OSError:
+            link.close()
+            raise
+        if pid:
+            return EarlyZygote(pid, link)
+        link.close()
+        _leave_the_supervisor(theirs.fileno())
+        raise SystemExit(zygote.serve(theirs, loaded))
+
+
+def _leave_the_supervisor(link: int) -> None:
+    """Make a fork of this process what an executed zygote is. link: the only descriptor to keep, besides the output."""
+    zygote.ignore_signals()
+    os.setpgid(0, 0)  # see `orphans.reap`
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.closerange(3, link)
+    os.closerange(link + 1, os.sysconf("SC_OPEN_MAX"))
+    for name in set(os.environ) - set(_environment(os.environ)):
+        del os.environ[name]
+    if sys.path[0] in _unsafe_paths():
+        del sys.path[0]
+    sys.modules["__main__"] = zygote
+
+
+def _unsafe_paths() -> set[str]:
+    """Return the folders of which Python searches one first for modules, unless it is started with -P."""
+    program = getattr(sys.modules["__main__"], "__file__", None) or sys.executable
+    return {"", os.getcwd(), os.path.dirname(os.path.realpath(program))}
+
+
 class Zygote:
     """Has all children forked, by a process that it starts when needed, and replaces when that has ended."""
 
-    def __init__(self, reactor: Any, modules: Sequence[str], *, capture: bool = False) -> None:
-        """modules: those that children may run. capture: write its output to our log, instead of letting it inherit
-        ours."""
+    def __init__(
+        self, reactor: Any, modules: Sequence[str], *, early: EarlyZygote | None = None, capture: bool = False
+    ) -> None:
+        """modules: those that children may run. early: the first process that forks them, if it was forked early.
+        capture: write the output of the others to our log, instead of letting them inherit ours."""
         self._reactor = reactor
         self._modules = modules
+        self._early = early
         self._capture = capture
         self._current: _ZygoteProcess | None = None
         self._processes: set[_ZygoteProcess] = set()
@@ -168,7 +230,9 @@ class Zygote:
 
     def _start(self) -> _ZygoteProcess:
         orphans.adopt_all()
-        process = _ZygoteProcess(self._reactor, self._modules, self._ended, self._capture)
+        early, self._early = self._early, None
+        started, link = (early, early.link) if early is not None else _execute(self._modules, self._capture)
+        process = _ZygoteProcess(self._reactor, started, link, self._ended)
         self._processes.add(process)
         return process
 
@@ -203,10 +267,14 @@ class Zygote:
 
 
 class _ZygoteProcess:
-    """One process that forks. pending: children whose forks it has not answered, in order. Raises OSError."""
+    """One process that forks. pending: children whose forks it has not answered, in order."""
 
     def __init__(
-        self, reactor: Any, modules: Sequence[str], ended: Callable[[_ZygoteProcess, str], None], capture: bool
+        self,
+        reactor: Any,
+        process: EarlyZygote | subprocess.Popen[bytes],
+        link: socket.socket,
+        ended: Callable[[_ZygoteProcess, str], None],
     ) -> None:
         self.pending: deque[ForkedChild] = deque()
         self.has_started = False
@@ -214,28 +282,12 @@ class _ZygoteProcess:
         self._reactor = reactor
         self._ended = ended
         self._start_waiters: list[Deferred[str]] = []
-        self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            # -P: files of the working directory, such as a queue.py, must not stand in for modules of Python or ours.
-            command = [sys.executable, "-P", "-m", zygote.__name__, "--link", str(theirs.fileno()), ",".join(modules)]
-            try:
-                self._process = subprocess.Popen(
-                    [*command, *zygote.ROOM],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE if capture else None,
-                    stderr=subprocess.STDOUT if capture else None,
-                    pass_fds=[theirs.fileno()],
-                    env=_environment(os.environ),
-                    process_group=0,  # see `orphans.reap`
-                )
-            except OSError:
-                self._link.close()
-                raise
-        self.pid = self._process.pid
-        self._link.setblocking(False)
-        self._reader = Readable(reactor, os.dup(self._link.fileno()), self._read)
-        if self._process.stdout is not None:
-            with self._process.stdout as pipe:
+        self._process, self._link = process, link
+        self.pid = process.pid
+        link.setblocking(False)
+        self._reader = Readable(reactor, os.dup(link.fileno()), self._read)
+        if isinstance(process, subprocess.Popen) and process.stdout is not None:
+            with process.stdout as pipe:
                 read_pipe(reactor, os.dup(pipe.fileno()), ChildOutput().feed)
         _ExitWatch(reactor, self.pid, self._exited)
 
@@ -300,6 +352,27 @@ class _ZygoteProcess:
         while self.pending:
             self.pending.popleft().failed(f"the zygote {how}")
         self._call_waiters(ZygoteUnusable(f"the zygote {how}"))
+
+
+def _execute(modules: Sequence[str], capture: bool) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a process that imports the modules for itself. Returns it with our end of its link. Raises OSError."""
+    link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        try:
+            process = subprocess.Popen(
+                # -P: files of the working directory, such as a queue.py, must not stand in for modules of Python.
+                [sys.executable, "-P", "-m", zygote.__name__, "--link", str(theirs.fileno()), ",".join(modules)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if capture else None,
+                stderr=subprocess.STDOUT if capture else None,
+                pass_fds=[theirs.fileno()],
+                env=_environment(os.environ),
+                process_group=0,  # see `orphans.reap`
+            )
+        except OSError:
+            link.close()
+            raise
+    return process, link
 
 
 def _ignore(_: Failure) -> None:

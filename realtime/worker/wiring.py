@@ -153,7 +153,7 @@ class TransportParts:
 def wire_pubsub(process: Child, app: App) -> PubSubParts:
     """Build the sessions' registry, the hub and the engine."""
     settings, reactor, metrics, ledger = process.settings, process.reactor, process.metrics, process.accounts
-    rules, node = ChannelRules(settings.channel), NodeIdentity(settings).uid
+    rules, node = ChannelRules(settings.channel), NodeIdentity(settings, process.supervisor).uid
     address = worker_address(process.slot, process.generation, node)
     accounts = NamespaceAccounts(ledger, [namespace.name for namespace in settings.channel.namespaces], rules.namespace)
     slices = TimeSlicer(reactor.seconds, settings.loop.slice, next_turn_caller(reactor), Deferred)

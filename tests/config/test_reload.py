@@ -5,13 +5,20 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from realtime.config.reload import FIXED, keep_fixed
+from realtime.config.reload import FIXED, OF_BROKER, keep_fixed
 from realtime.config.schema import value_keys
-from realtime.config.settings import ChannelSettings, EngineSettings, HTTPServerSettings, Namespace, Settings
+from realtime.config.settings import (
+    ChannelSettings,
+    EngineSettings,
+    HTTPServerSettings,
+    LoopSettings,
+    Namespace,
+    Settings,
+)
 from tests.config.parsing import parse_options
 
 
-@pytest.mark.parametrize("path", FIXED, ids=".".join)
+@pytest.mark.parametrize("path", (*FIXED, *(("engine", key) for key in OF_BROKER)), ids=".".join)
 def test_each_fixed_setting_exists(path: tuple[str, ...]) -> None:
     assert path in dict(value_keys(Settings))
 
@@ -21,16 +28,18 @@ def test_what_needs_a_restart_stays_and_is_named_in_one_line() -> None:
     wanted = Settings(
         http_server=HTTPServerSettings(port=9000, max_headers=7),
         engine=EngineSettings(max_channels=5, publish_timeout=2),
+        loop=LoopSettings(stuck=5.0, relief_after=0.2),
     )
     settings, lines = keep_fixed(running, wanted)
     assert settings == replace(
         running,
         http_server=HTTPServerSettings(port=8000, max_headers=7),
-        engine=EngineSettings(publish_timeout=2),
+        engine=EngineSettings(max_channels=5, publish_timeout=2),
+        loop=LoopSettings(relief_after=0.2),
     )
     assert lines == [
         "http_server.port = 9000: needs a restart of the server; until then 8000 stays",
-        "engine.max_channels = 5: needs a restart of the server; until then 1000000 stays",
+        "loop.stuck = 5.0: needs a restart of the server; until then 10.0 stays",
     ]
 
 

@@ -10,6 +10,8 @@ import threading
 import time
 from typing import Any
 
+from msgspec import Struct
+
 from realtime.app import App, Request, Response
 from realtime.errors import ClientError, Disconnect
 
@@ -23,6 +25,15 @@ def declare(name: str, timeout: float = 20, limit: int | None = None) -> Any:
 @declare("echo")
 def echo(data: Any) -> Any:
     return {"data": data, "pid": os.getpid(), "options": app.options, "twisted": "twisted" in sys.modules}
+
+
+class Order(Struct):
+    article: str
+
+
+@declare("order")
+def order(data: Order) -> str:
+    return data.article
 
 
 @declare("limited", limit=1)

@@ -33,6 +33,39 @@ async def test_coroutine_gets_client_and_data_and_returns_the_answer(bench: Benc
     assert bench.count("ok") == 1
 
 
+class Order(msgspec.Struct):
+    article: str
+    number: int = 1
+
+
+@pytest.mark.parametrize("run", ["loop", "thread", "auto"])
+@on_loop
+async def test_typed_data_arrive_converted_or_are_refused(bench: Bench, run: Any) -> None:
+    @bench.app.rpc("f", run=run)
+    def f(data: Order) -> Order:
+        return Order(data.article, data.number + 1)
+
+    await bench.start()
+    assert await bench.call("f", {"article": "pen"}) == {"article": "pen", "number": 2}
+    error = await refusal(bench.call("f", {"article": "pen", "number": "two"}))
+    assert (error.code, error.message) == (400, "Expected `int`, got `str` - at `$.number`")
+    assert (bench.count("ok"), bench.count("refused")) == (1, 1)
+
+
+@on_loop
+async def test_a_coroutine_that_never_waits_gets_typed_data_at_once(bench: Bench) -> None:
+    @bench.app.rpc("f")
+    async def f(client: Any, data: Order) -> str:
+        return data.article
+
+    call = (await bench.start()).procedure("f")
+    assert call is not None and call.is_immediate
+    assert call.call_now(bench.client, {"article": "pen"}) == msgspec.Raw(b'"pen"')
+    with pytest.raises(ClientError, match="400: Expected `object`, got `array`"):
+        call.call_now(bench.client, [])
+    assert (bench.count("ok"), bench.count("refused")) == (1, 1)
+
+
 @on_loop
 async def test_deferreds_and_asyncio_awaitables_mix(bench: Bench) -> None:
     fired: Deferred[str] = Deferred()

@@ -115,6 +115,14 @@ async def test_a_handler_gets_its_data_and_returns_its_result_from_another_proce
 
 
 @on_loop
+async def test_typed_data_are_converted_in_the_other_process() -> None:
+    async with serving() as bench:
+        assert msgspec.json.decode(await bench.call("order", {"article": "pen"})) == "pen"
+        error = await refusal(bench.call("order", {"article": 1}))
+        assert (error.code, error.message) == (400, "Expected `str`, got `int` - at `$.article`")
+
+
+@on_loop
 async def test_a_default_timeout_of_the_application_fails_no_call(request: pytest.FixtureRequest) -> None:
     request.addfinalizer(lambda: socket.setdefaulttimeout(None))
     socket.setdefaulttimeout(5.0)

@@ -368,7 +368,7 @@ def test_a_start_without_descriptors_says_so_in_one_line() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ours, theirs:
         assert children._has_descriptors(theirs.fileno())
-        inherited = [f"--{name}={theirs.fileno()}" for name in ("link", "settings", "vitals")]
+        inherited = [part for name in ("link", "settings", "vitals") for part in (f"--{name}", str(theirs.fileno()))]
         process = subprocess.run(
             [sys.executable, "-m", "realtime.broker.process", *inherited],
             pass_fds=[theirs.fileno()],

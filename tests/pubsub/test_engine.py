@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import msgspec
@@ -12,7 +12,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.task import deferLater
 
-from realtime.config.settings import EngineSettings
+from realtime.config.settings import EngineSettings, RedisSettings
 from realtime.errors import ClientError
 from realtime.pubsub.engine import (
     PRESENCE_PAGE,
@@ -20,7 +20,6 @@ from realtime.pubsub.engine import (
     AddPresence,
     AdmitClient,
     Engine,
-    GetHistory,
     GetNodes,
     GetPresence,
     GetPresenceStats,
@@ -38,67 +37,15 @@ from realtime.pubsub.engine import (
 )
 from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, Position, Publication
 from realtime.worker.engine import BrokerEngine
+from tests.pubsub.benches import KEEP, Bench
 from tests.pubsub.memory_engine import MemoryEngine
+from tests.redis.deployments import RedisStarter
 from tests.system.brokers import LIMIT, POLL, BrokerProcess, broker_engine, until
 
 SETTINGS = EngineSettings(max_channels=50)
-KEEP = HistoryOptions(size=10, ttl=60.0)
 ALICE = ClientInfo("alice", "client-a", b'{"name":"Alice"}', b'{"role":"admin"}')
 BOB = ClientInfo("bob", "client-b")
 ALICE_AGAIN = ClientInfo("alice", "client-c")
-
-
-class Log:
-    """A receiver that logs its deliveries, in order."""
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[Any, ...]] = []
-        self.publications: list[Publication] = []
-
-    def on_publication(self, channel: str, publication: Publication, epoch: str) -> None:
-        self.entries.append(("published", channel, publication.data, publication.offset, epoch))
-        self.publications.append(publication)
-
-    def on_join(self, channel: str, info: ClientInfo) -> None:
-        self.entries.append(("joined", channel, info))
-
-    def on_leave(self, channel: str, info: ClientInfo) -> None:
-        self.entries.append(("left", channel, info))
-
-    def on_order(self, order: bytes) -> None:
-        self.entries.append(("order", order))
-
-    def on_cut(self, batch: str) -> None:
-        self.entries.append(("cut", batch))
-
-    def on_interruption(self) -> None:
-        self.entries.append(("interrupted",))
-
-    def named(self, name: str) -> list[tuple[Any, ...]]:
-        return [entry[1:] for entry in self.entries if entry[0] == name]
-
-
-class Bench:
-    """An engine of one worker, and the log of its deliveries."""
-
-    def __init__(self, make: Callable[[Log], Engine]) -> None:
-        self.log = Log()
-        self.engine = make(self.log)
-
-    async def publish(
-        self, channel: str, data: bytes = b"1", history_options: HistoryOptions = KEEP, **more: Any
-    ) -> Position:
-        return await self.engine.ask(Publish(channel, data, history_options, **more))
-
-    async def history(
-        self, channel: str, history_options: HistoryOptions = KEEP, limit: int = -1, **more: Any
-    ) -> HistoryPage:
-        return await self.engine.ask(GetHistory(channel, history_options, limit=limit, **more))
-
-    async def settled(self) -> Log:
-        """Return the log once all deliveries under way have arrived: an answer comes after them."""
-        await self.engine.ask(GetStats())
-        return self.log
 
 
 async def no_clients(bench: Bench) -> None:
@@ -119,9 +66,23 @@ async def broker() -> AsyncIterator[BrokerProcess]:
     await process.stop()
 
 
-@pytest_twisted.async_yield_fixture
-async def workers(broker: BrokerProcess) -> AsyncIterator[list[Bench]]:
+@pytest_twisted.async_yield_fixture(scope="module")
+async def redis_broker() -> AsyncIterator[BrokerProcess]:
+    starter = RedisStarter()
+    redis = RedisSettings(address=(starter.standalone().address,))
+    process = BrokerProcess(msgspec.structs.replace(SETTINGS, type="redis", redis=redis))
+    await process.start()
+    yield process
+    await process.stop()
+    starter.finish()
+
+
+@pytest_twisted.async_yield_fixture(params=["broker", "redis"])
+async def workers(
+    request: pytest.FixtureRequest, broker: BrokerProcess, redis_broker: BrokerProcess
+) -> AsyncIterator[list[Bench]]:
     """Three workers on one broker."""
+    broker = {"broker": broker, "redis": redis_broker}[request.param]
     benches = [Bench(lambda log: broker_engine(log, SETTINGS)) for _ in range(3)]
     for slot, bench in enumerate(benches):
         await broker.link(slot, bench.engine)
@@ -131,11 +92,14 @@ async def workers(broker: BrokerProcess) -> AsyncIterator[list[Bench]]:
         bench.engine.close()
 
 
-@pytest_twisted.async_yield_fixture(params=["memory", "broker"])
-async def bench(request: pytest.FixtureRequest, broker: BrokerProcess) -> AsyncIterator[Bench]:
+@pytest_twisted.async_yield_fixture(params=["memory", "broker", "redis"])
+async def bench(
+    request: pytest.FixtureRequest, broker: BrokerProcess, redis_broker: BrokerProcess
+) -> AsyncIterator[Bench]:
     if request.param == "memory":
         yield Bench(lambda log: MemoryEngine(log, SETTINGS, reactor.seconds))
         return
+    broker = {"broker": broker, "redis": redis_broker}[request.param]
     bench = Bench(lambda log: broker_engine(log, SETTINGS))
     await broker.link(0, bench.engine)
     await no_clients(bench)
@@ -512,6 +476,7 @@ async def test_channels_with_presence_are_limited(bench: Bench, channel: str) ->
     assert await refusal(bench.engine.ask(AddPresence("one more", ALICE, present=True, announce=False))) == 106
 
 
+@pytest.mark.parametrize("bench", ["memory", "broker"], indirect=True)
 async def test_idempotency_keys_are_limited(bench: Bench, channel: str) -> None:
     with pytest.raises(ClientError) as error:
         for number in range(SETTINGS.max_channels + 1):
@@ -520,6 +485,7 @@ async def test_idempotency_keys_are_limited(bench: Bench, channel: str) -> None:
     assert (await bench.publish(channel)).offset > 0
 
 
+@pytest.mark.parametrize("bench", ["memory", "broker"], indirect=True)  # Redis has its own limit of memory
 async def test_channels_with_history_are_limited(bench: Bench, channel: str) -> None:
     """Runs after the other tests with history, as the broker keeps their streams."""
     with pytest.raises(ClientError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,25 +11,16 @@ from realtime.config.settings import RedisSettings
 from realtime.errors import EngineUnavailable
 from realtime.redis.connection import RedisError
 from realtime.redis.scripts import Script
-from tests.redis.servers import RedisProcess
+from tests.redis.deployments import RedisProcess
 from tests.redis.users import User
 
 ECHO = Script("return ARGV[2]")
 COUNT = Script("redis.call('PUBLISH', KEYS[1], ARGV[2]) return redis.call('INCR', 'count')")
 
 
-@pytest_twisted.async_yield_fixture(scope="module")
-async def redis() -> AsyncIterator[RedisProcess]:
-    process = RedisProcess()
-    await process.start()
-    yield process
-    await process.stop()
-
-
 @pytest_twisted.async_yield_fixture
-async def user(redis: RedisProcess) -> AsyncIterator[User]:
-    redis.ask("FLUSHALL")
-    user = User(RedisSettings(address=(redis.address,), io_timeout=0.4))
+async def user(redis_server: RedisProcess) -> AsyncIterator[User]:
+    user = User(RedisSettings(address=(redis_server.address,), io_timeout=1.0))
     await user.ready()
     yield user
     await user.close()
@@ -65,10 +55,12 @@ async def test_messages_come_between_subscription_and_its_end(user: User) -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_script_that_redis_has_lost_runs_in_the_order_of_the_calls(user: User, redis: RedisProcess) -> None:
+async def test_a_script_that_redis_has_lost_runs_in_the_order_of_the_calls(
+    user: User, redis_server: RedisProcess
+) -> None:
     assert await user.run(COUNT, ["news"], ["0"]) == 1
     await user.subscribe(b"news")
-    redis.ask("SCRIPT", "FLUSH")
+    redis_server.command("SCRIPT", "FLUSH")
     answers = [user.run(COUNT, ["news"], [number]) for number in range(1, 6)]
     answers.append(user.run(ECHO, [], ["last"]))
     assert [await answer for answer in answers] == [2, 3, 4, 5, 6, b"last"]
@@ -76,14 +68,14 @@ async def test_a_script_that_redis_has_lost_runs_in_the_order_of_the_calls(user:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_server_that_does_not_answer_is_away_until_it_does(user: User, redis: RedisProcess) -> None:
-    redis.signal(signal.SIGSTOP)
+async def test_a_server_that_does_not_answer_is_away_until_it_does(user: User, redis_server: RedisProcess) -> None:
+    redis_server.pause()
     with pytest.raises(EngineUnavailable):
         await user.call("PING")
     assert not user.server.is_ready
     with pytest.raises(EngineUnavailable):
         await user.call("PING")  # at once
-    redis.signal(signal.SIGCONT)
+    redis_server.resume()
     await user.ready()
     assert await user.call("PING") == b"PONG"
     assert len(user.losses) == 1

@@ -688,6 +688,62 @@ def test_a_stop_ends_a_reload_and_all_three_kinds_of_process() -> None:
     assert world.exit(BROKER, 0) == [HaltService(0)]
 
 
+# Replacing the broker.
+
+
+def test_the_broker_is_replaced_first_by_a_process_that_gets_its_state() -> None:
+    world = World().up()
+    old = world.serving(BROKER)
+    effects = world.do(world.pool.reload(world.now, with_broker=True))
+    assert [(one.slot, one.revision, one.predecessor) for one in of(SpawnProcess, effects)] == [(BROKER, 1, old)]
+    assert world.wait(5) == []
+    new = world.successor(BROKER)
+    effects = world.do(world.pool.process_ready(new, world.now))
+    assert world.serving(BROKER) == new
+    assert [(one.slot, one.generation) for one in of(DrainProcess, effects)] == [(BROKER, old)]
+    assert of(ConnectToBroker, effects) == [], "the streams of the workers go on"
+    assert of(UseRevision, effects) == [UseRevision(1)]
+    effects = world.ended(old, 0)
+    assert [(one.slot, one.revision, one.predecessor) for one in of(SpawnProcess, effects)] == [(0, 1, 0)]
+    world.hand_over(0)
+    assert world.hand_over(1)[-1] == ReloadEnded()
+
+
+def test_a_broker_whose_successor_fails_goes_on_and_ends_the_reload() -> None:
+    world = World().up()
+    old = world.serving(BROKER)
+    world.do(world.pool.reload(world.now, with_broker=True))
+    failed = world.successor(BROKER)
+    world.do(world.pool.start_failed(failed, "the state is too large", 75, world.now))
+    effects = world.ended(failed, 75)
+    failure = "broker goes on as it is: its successor can't start: the state is too large"
+    assert effects == [ReloadEnded(failure)]
+    assert (world.serving(BROKER), world.pool.ready) == (old, True)
+    assert slots(SpawnProcess, world.wait(10)) == []
+
+
+def test_a_broker_that_dies_before_its_successor_has_its_state_is_restarted() -> None:
+    world = World().up()
+    world.do(world.pool.reload(world.now, with_broker=True))
+    successor = world.successor(BROKER)
+    assert slots(SpawnProcess, world.exit(BROKER, -9)) == []
+    world.fail(BROKER, "the broker before has ended", 75)
+    assert world.serving(BROKER) == successor
+    (ended,) = of(ReloadEnded, world.exit(BROKER, 75))
+    assert ended.failure == "broker can't start: the broker before has ended"
+    effects = world.wait(1)
+    assert [(one.slot, one.predecessor) for one in of(SpawnProcess, effects)] == [(BROKER, 0)]
+    assert slots(ConnectToBroker, world.ready(BROKER)) == [0, 1]
+
+
+def test_a_broker_that_is_dead_at_a_reload_is_not_replaced_again() -> None:
+    world = World().up()
+    world.exit(BROKER, -9)
+    effects = world.do(world.pool.reload(world.now, with_broker=True))
+    assert [(one.slot, one.revision, one.predecessor) for one in of(SpawnProcess, effects)] == [(BROKER, 1, 0)]
+    assert slots(SpawnProcess, world.ready(BROKER)) == [0]
+
+
 def test_a_replacement_for_memory_does_not_delay_a_reload_for_ever() -> None:
     world = World(workers=1).up()
     world.do(world.pool.memory_exceeded(0, 1, world.now))
@@ -975,10 +1031,10 @@ class Invariants(RuleBasedStateMachine):
         self.carry(self.pool.scale(count, self.now))
 
     @precondition(lambda self: not self.pool.reloading and not self.pool.scaling)
-    @rule()
-    def reload(self) -> None:
+    @rule(with_broker=st.booleans())
+    def reload(self, with_broker: bool) -> None:
         self.reloads += 1
-        self.carry(self.pool.reload(self.now))
+        self.carry(self.pool.reload(self.now, with_broker=with_broker))
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data(), status=st.sampled_from([75, 78]))

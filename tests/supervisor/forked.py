@@ -23,10 +23,12 @@ def main(argv: Sequence[str]) -> int:
                 "parent": os.getppid(),
                 "argv": sys.argv[1:],
                 "descriptors": [fd for fd in range(100) if is_open(fd)],
-                "command": Path("/proc/self/cmdline").read_bytes().rstrip(b"\0").decode().split("\0"),
+                "command": Path("/proc/self/cmdline").read_text().rstrip("\0").replace("\0", " ").split(" "),
                 "name": Path("/proc/self/comm").read_text().strip(),
                 "environment": sorted(os.environ),
                 "collects": gc.isenabled(),
+                "folders": sys.path,
+                "main": sys.modules["__main__"].__spec__.name,
             }
             os.write(5, json.dumps(facts).encode())
         case ["exit", status]:

@@ -101,7 +101,7 @@ class Forks:
     is_forking = False
     pids = (999,)
 
-    def __init__(self, reactor: Reactor, modules: Sequence[str], *, capture: bool) -> None:
+    def __init__(self, reactor: Reactor, modules: Sequence[str], *, early: None, capture: bool) -> None:
         self.reactor = reactor
         self.is_closed = False
         self.renewals = 0

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import pytest_twisted
+from twisted.internet.utils import getProcessOutput
 from twisted.logger import capturedLogs
 
 from realtime.process.zygote import Fork
@@ -21,6 +22,26 @@ from realtime.supervisor.zygote import EX_OSERR, ForkedChild, Zygote, ZygoteUnus
 from tests.transports.stage import eventually
 
 HERE = Path(__file__).parent
+
+
+# A program that has its first zygote forked from itself. It writes what a child gets, and how the zygote has ended.
+EARLY = """
+import json, os, socket
+from realtime.process import zygote
+from realtime.supervisor import orphans
+from realtime.supervisor.zygote import fork_early
+
+kept = os.open(os.devnull, os.O_RDONLY)
+orphans.adopt_all()
+early = fork_early(["forked"])
+read_end, write_end = os.pipe()
+socket.send_fds(early.link, [zygote.encode(zygote.Fork("worker 7", "forked", ("describe",), (5,)))], [write_end])
+packets = [zygote.decode(early.link.recv(4096)) for _ in range(2)]
+facts = json.loads(os.read(read_end, 65_536))
+assert facts.pop("parent") == os.getpid() and os.waitpid(packets[1].pid, 0)[1] == 0
+early.link.close()
+print(json.dumps([facts, early.wait()]))
+"""
 
 
 class Children:
@@ -87,6 +108,19 @@ async def test_a_child_is_ours_and_gets_its_arguments_descriptors_and_name(
     assert facts["collects"] is True
     assert "MY_REALTIME_NAME" in facts["environment"]
     assert not {"NOTIFY_SOCKET", "REALTIME_HTTP_API_KEY"} & set(facts["environment"])
+    await children.exits(0)
+
+
+async def test_a_child_of_a_zygote_that_was_forked_early_is_the_same(
+    children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
+    monkeypatch.setenv("REALTIME_HTTP_API_KEY", "secret")
+    _, facts = await children.ask("describe")
+    output = await getProcessOutput(sys.executable, ["-c", EARLY], env=os.environ, errortoo=True)
+    early, status = json.loads(output)
+    assert {**early, "parent": os.getpid()} == facts
+    assert status == 0
     await children.exits(0)
 
 

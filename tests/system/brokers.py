@@ -22,6 +22,7 @@ from realtime.config.settings import EngineSettings, Settings, WorkersSettings, 
 from realtime.metrics import Metrics, Sample, load
 from realtime.process import control
 from realtime.supervision.vitals import VitalsPage
+from realtime.supervisor.service import BROKER_MODULES
 from realtime.worker.engine import BrokerEngine
 
 POLL = 0.01  # seconds between two looks at something that can't notify us
@@ -62,20 +63,38 @@ class BrokerProcess:
 
     async def start(self) -> None:
         """Returns when it serves. Raises AssertionError when it ends instead, TimeoutError when it does neither."""
+        self.spawn()
+        await self.ready()
+
+    async def ready(self) -> None:
+        """As `start`, after `spawn`."""
+        await self._control.ready.addTimeout(LIMIT, reactor)
+
+    def spawn(self, predecessor: int | None = None) -> None:
+        """Start the process. predecessor: of the stream over which it takes the state of another broker."""
         ours, theirs = socket.socketpair()
         tree = os.memfd_create("settings")
         os.write(tree, dump(self._settings))
         passed = {"--link": theirs.fileno(), "--settings": tree, "--vitals": self._page.fd}
+        if predecessor is not None:
+            passed["--predecessor"] = predecessor
         arguments = [text for name, fd in passed.items() for text in (name, str(fd))]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "realtime.broker.process", *arguments], pass_fds=list(passed.values())
+            [sys.executable, "-m", BROKER_MODULES[self._settings.engine.type], *arguments],
+            pass_fds=list(passed.values()),
         )
         os.close(tree)
         theirs.close()
         ours.setblocking(False)
         reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, Factory.forProtocol(lambda: self._control))
         ours.close()
-        await self._control.ready.addTimeout(LIMIT, reactor)
+
+    async def hand_over(self, stream: int, timeout: float = 30.0) -> dict[str, Any]:
+        """Hand its state over. stream: the other end is the new process's."""
+        answer: dict[str, Any] = await self._control.callRemote(
+            control.HandConnectionsOver, stream=stream, connections=-1, timeout=timeout
+        )
+        return answer
 
     async def link(self, slot: int, engine: BrokerEngine) -> None:
         """Introduce an engine to the broker, as the worker of this slot."""

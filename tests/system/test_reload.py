@@ -48,6 +48,7 @@ class Deployed:
             "allow_publish_for_subscriber": True,
             "presence": True,
             "allow_presence_for_subscriber": False,
+            "allow_history_for_subscriber": True,
             "history_size": 10,
             "history_ttl": "60s",
             "force_recovery": True,
@@ -145,6 +146,32 @@ def test_sighup_reloads(deployed: Deployed) -> None:
     deployed.server.wait_for_log("SIGHUP: reloading")
     deployed.server.wait_for_log("the reload took")
     assert deployed.replaced(before)
+
+
+def test_another_limit_of_the_broker_replaces_it_with_all_its_state(deployed: Deployed) -> None:
+    async def scenario() -> None:
+        client, events = await connect(deployed.server.endpoint)
+        await soon(events.connected.get())
+        news, seen = await subscribe(client, "news:today")
+        await soon(seen.subscribed.get())
+        await soon(news.publish(1))
+        before = await soon(news.history(limit=10))
+        broker = deployed.server.broker()
+        with deployed.config.open("a") as config:
+            config.write("\n[engine]\nmax_channels = 5000\n")
+        done = await asyncio.get_running_loop().run_in_executor(None, deployed.reload)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "the broker has handed its state over, and the streams of 2 workers" in done.stdout
+        assert "broker has been replaced" in done.stdout
+        assert deployed.server.broker() != broker
+        after = await soon(news.history(limit=10))
+        assert (after.offset, after.epoch) == (before.offset, before.epoch)
+        await soon(news.publish(2))
+        assert [(await soon(seen.publications.get())).pub.offset for _ in range(2)] == [1, 2]
+        assert events.connected.empty(), "the client did not reconnect"
+        await leave(client)
+
+    in_own_loop(scenario())
 
 
 def test_clients_stay_while_workers_are_added_and_removed(deployed: Deployed) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -54,6 +55,7 @@ class WorkerChild(Child):
     ) -> None:
         listen = () if listening is None else (listening.dup().detach(),)
         super().__init__(slot, settings, listen, VitalsPage.create(), reactor, generation=generation)
+        self.supervisor = os.getpid()  # as of the broker
         self.lost_links = 0
 
     def link_lost(self) -> None:

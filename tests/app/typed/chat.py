@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, assert_type
 
+from msgspec import Struct
+
 from realtime import (
     App,
     Cache,
@@ -52,6 +54,16 @@ async def may_join(client: Client, channel: str) -> Grant | None:
 @app.on_subscribe("news:*", limit=3)
 def may_read(client: Client, channel: str, data: dict[str, Any]) -> bool:
     return bool(client.user)
+
+
+class Order(Struct):
+    article: str
+
+
+@app.rpc("order")
+async def take_order(client: Client, data: Order) -> Order:
+    assert_type(data.article, str)
+    return data
 
 
 @app.on_publish("chat:*", run="thread")

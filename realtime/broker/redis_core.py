@@ -1,0 +1,448 @@
+"""The broker's core with Redis: channels of all nodes, behind the routes of this node's workers.
+
+The node's broker has one connection to each Redis server, so each message reaches the node once. A channel with a
+subscriber on this node is subscribed at Redis, from the first local route to the last. Publications go out by one
+command or script each; they come back as messages, which are delivered to the workers with a route.
+
+Order (see `realtime.pubsub.engine`): replies and messages of a server come in the order in which Redis executed the
+commands, so an answer counts what was delivered before it, and nothing else. One exception: from Redis 7.2 on, a
+message that this node published itself follows the reply. So the answer to a publication that comes back here is sent
+when its message arrives, which knows it by its number.
+
+What is here, for the parts of other modules:
+
+* `Channels of this node`: `send` publishes a message in a channel and answers behind its delivery.
+* `listen` handles messages on a name of its own (orders, surveys); `on_ready` and `on_lost` call the functions in
+  `ready` and `lost`.
+* Operations on presence, clients, orders and statistics are those of `BrokerCore`: of this node alone. A module that
+  extends them to all nodes overrides the method of the same name and answers with `LinkDelivery.postpone`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
+from realtime.broker.delivery import LinkDelivery, Reply
+from realtime.broker.redis_messages import (
+    VERSION,
+    BadMessage,
+    ChannelJoin,
+    ChannelLeave,
+    ChannelMessage,
+    ChannelPublication,
+    decode,
+    decode_entry,
+    decode_position,
+    encode,
+    entry_of,
+)
+from realtime.broker.redis_scripts import ChannelScripts
+from realtime.config.settings import EngineSettings
+from realtime.errors import EngineUnavailable
+from realtime.metrics import Counter, Metrics, bad_input_counter
+from realtime.process.link import Link
+from realtime.pubsub.broker_core import BrokerCore
+from realtime.pubsub.broker_messages import BadFrame
+from realtime.pubsub.engine import AddPresence, GetHistory, Publish, RemoveHistory, Subscribe
+from realtime.pubsub.history import make_epoch
+from realtime.redis.keys import key
+from realtime.redis.servers import RedisServer, RedisServers
+from realtime.supervision.loop_time import LoopTimeLedger
+from realtime.types import ClientInfo, HistoryPage, NodeInfo, Position
+
+_UNNUMBERED = Position()
+
+_log = Logger()
+
+
+class _NodeChannel:
+    """A channel with a route on this node, until Redis has confirmed the end of its subscription.
+
+    server: that has it. is_wanted: the last command was to subscribe. is_subscribed: Redis has confirmed it. commands:
+    counts them, as only the confirmation of the last one counts. waiting: replies to requests to subscribe.
+    """
+
+    __slots__ = ("channel", "commands", "is_subscribed", "is_wanted", "name", "server", "waiting")
+
+    def __init__(self, channel: str, name: bytes, server: RedisServer) -> None:
+        self.channel = channel
+        self.name = name
+        self.server = server
+        self.is_wanted = self.is_subscribed = False
+        self.commands = 0
+        self.waiting: list[Reply] = []
+
+
+class RedisCore(BrokerCore[Link]):
+    """See the module. sender: identifies this run of the broker in its messages."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        delivery: LinkDelivery,
+        publications: Counter,
+        describe_node: Callable[[], NodeInfo],
+        reactor: Any,
+        metrics: Metrics,
+        ledger: LoopTimeLedger,
+    ) -> None:
+        super().__init__(delivery, settings.max_channels, publications, describe_node)
+        self.sender = make_epoch()
+        self.links = delivery
+        self._reactor = reactor
+        self._settings = settings.redis
+        self._prefix = settings.redis.prefix
+        self.ready: list[Callable[[RedisServer], None]] = []
+        self.lost: list[Callable[[RedisServer], None]] = []
+        self._scripts = {is_cluster: ChannelScripts(is_cluster=is_cluster) for is_cluster in (False, True)}
+        self._channels: dict[str, _NodeChannel] = {}
+        self._names: dict[bytes, _NodeChannel] = {}
+        self._handlers: dict[bytes, tuple[str, Callable[[bytes], None]]] = {}
+        self._number = 0
+        # Of messages that come back to this node, and have not yet.
+        self._own: dict[int, tuple[RedisServer, Callable[[Any, BaseException | None], None]]] = {}
+        self._bad_messages = bad_input_counter(metrics, "redis_message")
+        self._errors = metrics.counter("realtime_redis_refusals", "Commands that Redis refused.")
+        self.servers = RedisServers(settings.redis, reactor, self, metrics, ledger)
+
+    async def start(self) -> None:
+        """Connect to Redis. Returns when all servers are ready, or when the time limit for a connection is over."""
+        waiter: Deferred[None] = Deferred()
+        timer = self._reactor.callLater(self._settings.connect_timeout, waiter.callback, None)
+
+        def note(server: RedisServer) -> None:
+            if all(server.is_ready for server in self.servers.servers) and timer.active():
+                timer.cancel()
+                waiter.callback(None)
+
+        self.ready.append(note)
+        self.servers.start()
+        await waiter
+        self.ready.remove(note)
+
+    def close(self) -> None:
+        """End the connections to Redis."""
+        self.servers.close()
+
+    def key(self, kind: str, name: str) -> bytes:
+        """Return a key of a channel, user or node; those of one name lie on one server."""
+        return key(self._prefix, kind, name)
+
+    # Publications
+
+    def publish(self, peer: Link, now: float, request: Publish) -> Position:
+        """See `Publish`."""
+        self._publications.value += 1
+        channel, options = request.channel, request.history_options
+        message = ChannelPublication(
+            VERSION,
+            self.sender,
+            self._next_number(),
+            request.data,
+            request.info,
+            request.tags,
+            request.delta,
+            request.binary,
+            0,
+            "",
+        )
+        server, reply = self.servers.of(channel), self.links.postpone()
+        comes_back = self._expect(channel, message.number, server, reply)
+
+        def published(packed: Any, error: Exception | None) -> None:
+            if error is not None:
+                self._own.pop(message.number, None)
+                reply(None, self._refused(error, channel))
+            elif type(packed) is list or packed is None:  # it was published before
+                self._own.pop(message.number, None)
+                reply(_position(packed[0]) if packed else _UNNUMBERED)
+            elif not comes_back or self._is_gone(channel, message.number):
+                reply(_position(packed) if type(packed) is bytes else _UNNUMBERED)
+
+        scripts = self._scripts[server.is_cluster]
+        keys = [self.key("channel", channel)]
+        if request.idempotency_key:
+            keys.append(self.key("once", channel) + request.idempotency_key.encode())
+        if options.enabled:
+            keys[:0] = [self.key("meta", channel), self.key("history", channel)]
+            server.run(published, scripts.publish, keys, self._terms(message, request))
+        elif request.idempotency_key:
+            server.run(published, scripts.publish_once, keys, [encode(message)])
+        else:
+            server.call(published, b"SPUBLISH" if server.is_cluster else b"PUBLISH", keys[0], encode(message))
+        return _UNNUMBERED
+
+    def _terms(self, message: ChannelPublication, request: Publish) -> list[bytes | str | int]:
+        options = request.history_options
+        terms: list[bytes | str | int] = [
+            entry_of(message),
+            options.size,
+            _milliseconds(options.ttl),
+            _milliseconds(options.meta_ttl),
+            f"{self.sender}{message.number}",
+        ]
+        if request.version:
+            terms += [f"{request.version:020}", request.version_epoch]
+        return terms
+
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def _expect(
+        self, channel: str, number: int, server: RedisServer, done: Callable[[Any, BaseException | None], None]
+    ) -> bool:
+        """Note who waits for an own message, if it comes back to this node: `done` gets None behind its delivery."""
+        subscribed = self._channels.get(channel)
+        if subscribed is None or not subscribed.is_wanted or not server.is_ready:
+            return False
+        self._own[number] = server, done
+        return True
+
+    def _is_gone(self, channel: str, number: int) -> bool:
+        """Whether an own message that Redis has accepted does not come back after all: the subscription failed."""
+        subscribed = self._channels.get(channel)
+        return (subscribed is None or not subscribed.is_wanted) and self._own.pop(number, None) is not None
+
+    def _refused(self, error: Exception, channel: str) -> Exception:
+        """Note an error of a channel's command; return it."""
+        if not isinstance(error, EngineUnavailable):
+            self._errors.value += 1
+            _log.error("Redis refused a command for channel {channel!r}: {error}", channel=channel, error=error)
+        return error
+
+    def get_history(self, peer: Link, now: float, request: GetHistory) -> HistoryPage:
+        """See `GetHistory`."""
+        options = request.history_options
+        if not options.enabled:
+            return HistoryPage([], _UNNUMBERED)
+        channel, reply = request.channel, self.links.postpone()
+        server = self.servers.of(channel)
+
+        def read(page: Any, error: Exception | None) -> None:
+            if error is None:
+                try:
+                    reply(_page(page, step=-1 if request.reverse else 1))
+                    return
+                except BadMessage as bad:
+                    error = bad
+            reply(None, self._refused(error, channel))
+
+        terms: list[bytes | str | int] = [
+            _milliseconds(options.meta_ttl),
+            f"{self.sender}{self._next_number()}",
+            request.limit,
+            "" if request.since is None else request.since.offset,
+            request.max_bytes,
+        ]
+        if request.reverse:
+            terms.append(1)
+        keys = [self.key("meta", channel), self.key("history", channel)]
+        server.run(read, self._scripts[server.is_cluster].history, keys, terms)
+        return HistoryPage([], _UNNUMBERED)
+
+    def remove_history(self, peer: Link, now: float, request: RemoveHistory) -> None:
+        """See `RemoveHistory`."""
+        reply = self.links.postpone()
+
+        def removed(count: Any, error: Exception | None) -> None:
+            reply(None, error and self._refused(error, request.channel))
+
+        self.servers.of(request.channel).call(removed, b"DEL", self.key("history", request.channel))
+
+    # Channels of this node
+
+    def subscribe(self, peer: Link, now: float, request: Subscribe) -> None:
+        """See `Subscribe`. The answer follows the confirmation of Redis."""
+        super().subscribe(peer, now, request)
+        subscribed = self._channels[request.channel]
+        if not subscribed.is_subscribed:
+            reply = self.links.postpone()
+            if subscribed.is_wanted:
+                subscribed.waiting.append(reply)
+            else:
+                reply(None, EngineUnavailable("the channel is not subscribed at Redis"))
+
+    def _route(self, channel: str, peer: Link) -> None:
+        is_new = channel not in self._routes
+        super()._route(channel, peer)
+        if is_new:
+            subscribed = self._channels.get(channel)
+            if subscribed is None:
+                name = self.key("channel", channel)
+                subscribed = _NodeChannel(channel, name, self.servers.of(channel))
+                self._channels[channel] = self._names[name] = subscribed
+            self._subscribe(subscribed)
+
+    def _unroute(self, channel: str, peer: Link) -> None:
+        super()._unroute(channel, peer)
+        if channel not in self._routes:
+            self._unsubscribe(self._channels[channel])
+
+    def _subscribe(self, subscribed: _NodeChannel) -> None:
+        subscribed.commands = command = subscribed.commands + 1
+        subscribed.is_wanted = subscribed.server.is_ready
+
+        def confirmed(reply: Any, error: Exception | None) -> None:
+            if command != subscribed.commands:
+                return
+            subscribed.is_subscribed = subscribed.is_wanted = error is None
+            if error is not None:
+                self._refused(error, subscribed.channel)
+            self._answer(subscribed, error)
+
+        if subscribed.is_wanted:
+            subscribed.server.subscribe(subscribed.name, confirmed)
+
+    def _answer(self, subscribed: _NodeChannel, error: Exception | None) -> None:
+        waiting, subscribed.waiting = subscribed.waiting, []
+        for reply in waiting:
+            reply(None, error)
+
+    def _unsubscribe(self, subscribed: _NodeChannel) -> None:
+        subscribed.commands = command = subscribed.commands + 1
+        subscribed.is_wanted = subscribed.is_subscribed = False
+        self._answer(subscribed, EngineUnavailable("unsubscribed meanwhile"))
+
+        def confirmed(reply: Any, error: Exception | None) -> None:
+            if command == subscribed.commands:
+                del self._channels[subscribed.channel], self._names[subscribed.name]
+
+        subscribed.server.unsubscribe(subscribed.name, confirmed)
+
+    def send(self, channel: str, make: Callable[[int], ChannelMessage], done: Callable[..., None]) -> None:
+        """Publish a message in a channel. done: gets (None, None) behind its delivery here, or (None, error).
+
+        make: from the number of the message.
+        """
+        server, message = self.servers.of(channel), make(self._next_number())
+        comes_back = self._expect(channel, message.number, server, done)
+
+        def sent(receivers: Any, error: Exception | None) -> None:
+            if error is not None:
+                self._own.pop(message.number, None)
+                done(None, self._refused(error, channel))
+            elif not comes_back or self._is_gone(channel, message.number):
+                done(None, None)
+
+        name = self.key("channel", channel)
+        server.call(sent, b"SPUBLISH" if server.is_cluster else b"PUBLISH", name, encode(message))
+
+    # Joins and leaves
+
+    def add_presence(self, peer: Link, now: float, request: AddPresence) -> None:
+        """See `AddPresence`."""
+        super().add_presence(peer, now, request)
+
+    def _announce_join(self, channel: str, info: ClientInfo) -> None:
+        self.send(channel, lambda number: ChannelJoin(VERSION, self.sender, number, info), self._announced())
+
+    def _announce_leave(self, channel: str, info: ClientInfo) -> None:
+        self.send(channel, lambda number: ChannelLeave(VERSION, self.sender, number, info), self._announced())
+
+    def _announced(self) -> Callable[..., None]:
+        """Have the request that is carried out, if any, answered behind the message."""
+        return self.links.postpone() if self.links.number else lambda reply, error: None
+
+    # Messages and servers: a `RedisListener`
+
+    def listen(self, name: str, handle: Callable[[bytes], None]) -> None:
+        """Handle messages on a pub/sub channel of this engine's own, whenever Redis is there."""
+        server, channel = self.servers.of(name), self.key("node", name)
+        self._handlers[channel] = name, handle
+        if server.is_ready:
+            server.subscribe(channel)
+
+    def on_message(self, server: RedisServer, channel: bytes, payload: bytes) -> None:
+        """Deliver a message to the workers with a route, and answer the request that it belongs to."""
+        subscribed = self._names.get(channel)
+        if subscribed is None:
+            if channel in self._handlers:
+                self._handlers[channel][1](payload)
+            return
+        try:
+            message = decode(payload)
+            self._deliver(subscribed, message)
+        except (BadMessage, BadFrame):
+            self._bad_messages.value += 1
+
+    def _deliver(self, subscribed: _NodeChannel, message: ChannelMessage) -> None:
+        own = self._own.pop(message.number, None) if message.sender == self.sender else None
+        peers, channel = self._routes.get(subscribed.channel), subscribed.channel
+        if not isinstance(message, ChannelPublication):
+            if peers:
+                is_join = isinstance(message, ChannelJoin)
+                deliver = self._delivery.deliver_join if is_join else self._delivery.deliver_leave
+                deliver(peers, channel, message.info)
+            if own is not None:
+                own[1](None, None)
+            return
+        links = self.links
+        if own is not None:
+            reply = own[1]
+            assert isinstance(reply, Reply)
+            links.asker, links.number = reply.link, reply.number
+        else:
+            links.number = 0
+        if peers:
+            links.deliver_publication(peers, channel, message.publication, message.epoch)
+        if own is not None and links.number:
+            own[1](Position(message.offset, message.epoch), None)
+
+    def on_ready(self, server: RedisServer) -> None:
+        """Subscribe again to all channels of the server."""
+        for name, _ in self._handlers.values():
+            if self.servers.of(name) is server:
+                server.subscribe(self.key("node", name))
+        for subscribed in list(self._channels.values()):
+            if subscribed.server is server and subscribed.channel in self._routes:
+                self._subscribe(subscribed)
+        for function in self.ready:
+            function(server)
+
+    def on_lost(self, server: RedisServer, reason: str) -> None:
+        """Fail what waits for the server."""
+        for number, (of, done) in list(self._own.items()):
+            if of is server:
+                del self._own[number]
+                done(None, EngineUnavailable(reason))
+        for subscribed in list(self._channels.values()):
+            if subscribed.server is server:
+                subscribed.commands += 1
+                subscribed.is_wanted = subscribed.is_subscribed = False
+                if subscribed.channel not in self._routes:
+                    del self._channels[subscribed.channel], self._names[subscribed.name]
+        for function in self.lost:
+            function(server)
+
+    def on_moved(self) -> None:
+        """Move the channels that have another server now."""
+        for subscribed in self._channels.values():
+            server = self.servers.of(subscribed.channel)
+            if server is not subscribed.server:
+                subscribed.server.unsubscribe(subscribed.name)
+                subscribed.server = server
+                if subscribed.channel in self._routes:
+                    self._subscribe(subscribed)
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, int(seconds * 1000))
+
+
+def _position(packed: bytes) -> Position:
+    return Position(*decode_position(packed)) if packed else _UNNUMBERED
+
+
+def _page(reply: Any, step: int) -> HistoryPage:
+    """Return what the script read."""
+    top, first, *entries = reply
+    position = _position(top)
+    publications = [
+        decode_entry(entry, first + step * number, position.epoch).publication for number, entry in enumerate(entries)
+    ]
+    return HistoryPage(publications, position)
