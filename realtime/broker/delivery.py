@@ -52,6 +52,9 @@ class LinkDelivery:
     def deliver_cut(self, peer: Link, request: Cut, clients: list[ClientInfo]) -> None:
         _send((peer,), broker_messages.CutReached(request.batch, clients, request.sessions, request.presence))
 
+    def deliver_missed(self, peers: Collection[Link], channel: str, *, publications: bool) -> None:
+        _send(peers, broker_messages.Missed(channel, publications))
+
     # Answers that come later
 
     def postpone(self) -> Reply:

@@ -51,12 +51,14 @@ _log = Logger()
 
 
 class PeerState(Struct, array_like=True, frozen=True, gc=False):
-    """The stream of a worker. slot: the worker's. address, stream, is_returning: from its Hello; "" before."""
+    """The stream of a worker. slot: the worker's. address and all others: from its Hello; "" before."""
 
     slot: int
     address: str
     stream: int
     is_returning: bool
+    pid: int
+    takes_lost: bool
 
 
 class StateMessage(Struct, array_like=True, frozen=True, gc=False):

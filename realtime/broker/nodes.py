@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+from twisted.logger import Logger
 
 from realtime.metrics import Metrics
 from realtime.redis.scripts import Script
@@ -30,6 +31,9 @@ LISTED = 7.0
 
 SUPERSEDED = 5.0
 """Seconds after which the earlier runs of a node have ended: until then its workers restore their clients."""
+
+ALL = "all"
+"""Name of the channel of all nodes."""
 
 ANNOUNCE = Script("""
 local run, info, lifetime = unpack(ARGV, 2)
@@ -85,36 +89,45 @@ class NodeChanged(Struct, array_like=True, frozen=True, tag=3):
 
 NodeMessage = NodeOrder | NodeEnded | NodeChanged
 
+_log = Logger()
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(NodeMessage).decode
 _decode_info = msgspec.msgpack.Decoder(NodeInfo).decode
 
 
 class _Run(Struct):
-    """Another run of a broker. seen: the time of its latest announcement by this process's clock."""
+    """Another run of a broker.
+
+    seen: the time of its latest announcement, by this process's clock. has_left: it has said so. superseded: the time
+    when a later run of the same node was first seen. is_reported: its end has been passed on.
+    """
 
     info: NodeInfo
     seen: float
-    has_ended: bool = False
+    has_left: bool = False
     superseded: float = math.inf
+    is_reported: bool = False
 
 
 class Nodes:
     """See the module.
 
-    run: the name of this run. describe: returns this node with its numbers. server: has the keys of the registry.
-    key: of the registry in Redis. topics: the names of the channel of all nodes, and of the beginning of those of one
-    node. deliver: hands an order to workers of this node. now: this process's clock.
+    run: the name of this run. describe: returns this node with its numbers. server, topic: the server and the name in
+    Redis of the channel ALL, which the owner subscribes to, as to the channel of this node's id. key: of the registry,
+    on the server of ALL. deliver: hands an order to workers of this node. ended: called once for each run that has
+    ended. dead_after: see the module. now: this process's clock.
     """
 
     def __init__(
         self,
         run: str,
         describe: Callable[[], NodeInfo],
-        server: Callable[[], RedisServer],
+        server: Callable[[str], RedisServer],
+        topic: Callable[[str], bytes],
         key: bytes,
-        topics: tuple[bytes, bytes],
         deliver: Callable[[NodeOrder], object],
+        ended: Callable[[str], object],
         dead_after: float,
         now: Callable[[], float],
         metrics: Metrics,
@@ -123,9 +136,10 @@ class Nodes:
         self._describe = describe
         self._uid = describe().uid
         self._server = server
+        self._topic = topic
         self._key = key
-        self._all, self._one = topics
         self._deliver = deliver
+        self._ended = ended
         self._dead_after = dead_after
         self._interval = min(ANNOUNCE_INTERVAL, dead_after / 6)
         self._listed = min(LISTED, dead_after)
@@ -144,10 +158,7 @@ class Nodes:
     # Announcements
 
     def on_ready(self) -> None:
-        """Handle a fresh connection to the server of the registry: subscribe, and announce this run at once."""
-        server = self._server()
-        for topic in self.topics:
-            server.subscribe(topic)
+        """Handle a fresh connection to the server of the registry: announce this run at once."""
         self._watching_since = math.inf
         self._workers = -1
         self.announce()
@@ -163,20 +174,25 @@ class Nodes:
 
     def announce(self) -> None:
         """Announce this run, and learn of the others."""
-        server, info = self._server(), self._describe()
+        server, info = self._server(ALL), self._describe()
         self._announced_at = self._now()
         if not server.is_ready:
             return
-        if info.workers != self._workers:
-            self._workers = info.workers
-            self._publish(self._all, NodeChanged(1, self._uid, self._run, info), _ignore)
+        has_changed, self._workers = info.workers != self._workers, info.workers
+
+        def announced(reply: Any, error: Exception | None) -> None:
+            # A node that subscribes too late for the message finds the announcement.
+            if has_changed and error is None:
+                self._publish(ALL, NodeChanged(1, self._uid, self._run, info), _ignore)
+            self._on_announced(reply, error)
+
         lifetime = math.ceil(3000 * self._dead_after)
-        server.run(self._on_announced, ANNOUNCE, (self._key,), (self._run, _encode(info), lifetime))
+        server.run(announced, ANNOUNCE, (self._key,), (self._run, _encode(info), lifetime))
 
     def leave(self, done: Callable[[Any, Exception | None], None]) -> None:
         """End this run for the others; done: called when Redis knows, or can't be reached."""
-        self._publish(self._all, NodeEnded(1, self._uid, self._run), _ignore)
-        self._server().call(done, b"HDEL", self._key, self._run)
+        self._publish(ALL, NodeEnded(1, self._uid, self._run), _ignore)
+        self._server(ALL).call(done, b"HDEL", self._key, self._run)
 
     def _on_announced(self, reply: Any, error: Exception | None) -> None:
         now = self._now()
@@ -197,31 +213,55 @@ class Nodes:
                 self._dropped.value += 1
         known = now - 3 * self._dead_after
         self._runs = {run: other for run, other in self._runs.items() if other.seen > known}
+        self._supersede_silent()
+        self._report_ends()
 
     def _see(self, run: str, info: NodeInfo, seen: float) -> None:
         if run == self._run:
             return
         other = self._runs.get(run)
         if other is None:
-            other = self._runs[run] = _Run(info, seen)
-            self._supersede(info.uid, run)
-        elif seen > other.seen:
+            self._runs[run] = _Run(info, seen)
+        elif seen >= other.seen:
+            if other.is_reported and not (other.has_left or other.superseded < math.inf):
+                other.is_reported = False
+                _log.info("node {name} ({uid}) is back", name=info.name, uid=info.uid)
             other.info, other.seen = info, seen
 
-    def _supersede(self, uid: str, run: str) -> None:
-        """Note a run that was not known. The latest run of its node ends the others."""
-        of_node = {name: other for name, other in self._runs.items() if other.info.uid == uid}
-        latest = self._run if uid == self._uid else max(of_node, key=lambda name: of_node[name].seen)
-        for name, other in of_node.items():
-            if name != latest:
+    def _report_ends(self) -> None:
+        for run, other in self._runs.items():
+            if not other.is_reported and self.is_dead(run):
+                other.is_reported = True
+                _log.info(
+                    "node {name} ({uid}) {how}; its clients leave",
+                    name=other.info.name,
+                    uid=other.info.uid,
+                    how="has left" if other.has_left else f"has been silent for {self._now() - other.seen:.0f} s",
+                )
+                self._ended(run)
+
+    def _supersede(self, uid: str, latest: str) -> None:
+        """End the other runs of a node."""
+        for run, other in self._runs.items():
+            if other.info.uid == uid and run != latest:
                 other.superseded = min(other.superseded, self._now())
+
+    def _supersede_silent(self) -> None:
+        """End runs that are silent while another run of the same node is not."""
+        latest: dict[str, tuple[float, str]] = {self._uid: (math.inf, self._run)}
+        for run, other in self._runs.items():
+            latest[other.info.uid] = max(latest.get(other.info.uid, (-math.inf, "")), (other.seen, run))
+        for other in self._runs.values():
+            seen, run = latest[other.info.uid]
+            if other.seen < seen - self._interval:
+                self._supersede(other.info.uid, run)
 
     def is_dead(self, run: str) -> bool:
         """Whether the clients of a run have to leave."""
         if run == self._run:
             return False
         now, other = self._now(), self._runs.get(run)
-        if other is not None and (other.has_ended or now - other.superseded > SUPERSEDED):
+        if other is not None and (other.has_left or now - other.superseded > SUPERSEDED):
             return True
         seen = other.seen if other is not None else -math.inf
         return now - max(seen, self._watching_since) > self._dead_after
@@ -233,18 +273,13 @@ class Nodes:
     def _others(self) -> Iterator[NodeInfo]:
         now = self._now()
         for other in self._runs.values():
-            if now - other.seen <= self._listed and not other.has_ended and other.superseded == math.inf:
+            if now - other.seen <= self._listed and not other.has_left and other.superseded == math.inf:
                 yield other.info
 
     # Messages
 
-    @property
-    def topics(self) -> tuple[bytes, bytes]:
-        """The channels of Redis that this node receives."""
-        return self._all, self._one + self._uid.encode()
-
     def on_message(self, payload: bytes) -> None:
-        """Handle a message on one of `topics`."""
+        """Handle a message to all nodes, or to this one."""
         try:
             message = _decode(payload)
         except (ValueError, RecursionError):
@@ -256,8 +291,11 @@ class Nodes:
                     self._deliver(message)
             case NodeEnded(run=run):
                 if run in self._runs:
-                    self._runs[run].has_ended = True
+                    self._runs[run].has_left = True
+                    self._report_ends()
             case NodeChanged(run=run, info=info):
+                if run not in self._runs and run != self._run:
+                    self._supersede(info.uid, run)
                 self._see(run, info, self._now())
 
     def send_to_all(self, order: bytes, done: Callable[[int, Exception | None], None]) -> None:
@@ -266,7 +304,7 @@ class Nodes:
         def sent(_: Any, error: Exception | None) -> None:
             done(sum(info.workers for info in self._others()), error)
 
-        self._publish(self._all, NodeOrder(1, self._uid, order), sent)
+        self._publish(ALL, NodeOrder(1, self._uid, order), sent)
 
     def send_to(
         self, node: str, worker: str, session: str, order: bytes, done: Callable[[int, Exception | None], None]
@@ -276,11 +314,11 @@ class Nodes:
         def sent(receivers: Any, error: Exception | None) -> None:
             done(int(error is None and receivers > 0), error)
 
-        self._publish(self._one + node.encode(), NodeOrder(1, self._uid, order, worker, session), sent)
+        self._publish(node, NodeOrder(1, self._uid, order, worker, session), sent)
 
-    def _publish(self, topic: bytes, message: NodeMessage, done: Callable[[Any, Exception | None], None]) -> None:
-        server = self._server()
-        server.call(done, b"SPUBLISH" if server.is_cluster else b"PUBLISH", topic, _encode(message))
+    def _publish(self, name: str, message: NodeMessage, done: Callable[[Any, Exception | None], None]) -> None:
+        server = self._server(name)
+        server.call(done, b"SPUBLISH" if server.is_cluster else b"PUBLISH", self._topic(name), _encode(message))
 
 
 def _text(reply: bytes | str) -> str:

@@ -389,6 +389,18 @@ class Broker:
         self._leaving[peer] = steps = self._leave(peer)
         next(steps, None)
         self._slices.add(steps)
+        if self.core.has_lost_clients(str(peer.slot)):
+            frame = broker_messages.pack(broker_messages.ClientsLost())
+            for link in [link for link, other in self._peers.items() if other.slot == peer.slot and other.takes_lost]:
+                link.send(frame)
+
+    def let_all_leave(self) -> None:
+        """Let the clients of all workers leave that have ended, at once: none returns any more."""
+        for peer in list(self._held):
+            self._let_leave(peer)
+        for steps in list(self._leaving.values()):
+            for _ in steps:
+                pass
 
     def _leave(self, peer: _WorkerPeer) -> Iterator[None]:
         yield from self.core.leave_steps(peer.link, self.now())
@@ -416,14 +428,15 @@ class _WorkerPeer:
     """Carries out the requests of one worker, for as long as one stream to it lasts.
 
     make_link: makes the link, which calls its argument with each frame. address: of the worker, see `SendOrder`; ""
-    before its Hello. stream: as in its Hello. has_restored: the worker's state is complete. unstored: publications
-    without history among the held requests.
+    before its Hello. stream, takes_lost: as in its Hello. has_restored: the worker's state is complete. unstored:
+    publications without history among the held requests.
     """
 
     def __init__(self, broker: Broker, slot: int, make_link: Callable[[Callable[[int, bytes], None]], Link]) -> None:
         self.slot = slot
         self.address = ""
         self.stream = 0
+        self.takes_lost = False
         self._pid = 0
         self._broker = broker
         self._core = broker.core
@@ -520,7 +533,8 @@ class _WorkerPeer:
         address = worker_address(self.slot, message.generation)
         self._is_returning = message.instance == self._broker.instance
         self._broker.replace(self.slot, address, is_returning=self._is_returning)
-        self.address, self.stream, self._pid = address, message.stream, message.pid
+        self.address, self.stream = address, message.stream
+        self._pid, self.takes_lost = message.pid, message.takes_lost_clients
         self._core.attach(link, address, str(self.slot))
         # When its previous stream to this same broker ended long ago, its clients left; now they join again. The
         # subscribers of another broker never received those leaves, so they receive no joins either.
@@ -548,11 +562,12 @@ class _WorkerPeer:
 
     def export(self) -> PeerState:
         """Return the state for another process."""
-        return PeerState(self.slot, self.address, self.stream, self._is_returning)
+        return PeerState(self.slot, self.address, self.stream, self._is_returning, self._pid, self.takes_lost)
 
     def go_on_from(self, state: PeerState) -> None:
         """Go on from the state of another process."""
         self.address, self.stream, self._is_returning = state.address, state.stream, state.is_returning
+        self._pid, self.takes_lost = state.pid, state.takes_lost
         if self.address:
             self._serve()
 
@@ -586,7 +601,7 @@ class BrokerService:
             process.reactor,
             process.accounts,
             settings.workers.count,
-            NodeIdentity(settings).describe,
+            NodeIdentity(settings, process.supervisor).describe,
             self.make_core,
         )
 
@@ -604,7 +619,6 @@ class BrokerService:
         trimmer = HeapTrimmer(process.metrics, find_malloc_trim())
         heartbeat.tasks.add(TRIM_INTERVAL, trimmer.trim, is_needed=trimmer.is_due)
         heartbeat.tasks.add(SWEEP_INTERVAL, self._broker.sweep, is_needed=self._broker.core.has_expirable)
-
         if process.predecessor is not None:
             await StateTarget(process.reactor, process.predecessor, self._broker).taken
         else:

@@ -21,12 +21,14 @@ What is here, for the parts of other modules:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from realtime.broker.delivery import LinkDelivery, Reply
+from realtime.broker.redis_channels import NodeChannel, NodeChannels
 from realtime.broker.redis_messages import (
     VERSION,
     BadMessage,
@@ -50,6 +52,7 @@ from realtime.pubsub.broker_messages import BadFrame
 from realtime.pubsub.engine import AddPresence, GetHistory, Publish, RemoveHistory, Subscribe
 from realtime.pubsub.history import make_epoch
 from realtime.redis.keys import key
+from realtime.redis.scripts import Script
 from realtime.redis.servers import RedisServer, RedisServers
 from realtime.supervision.loop_time import LoopTimeLedger
 from realtime.types import ClientInfo, HistoryPage, NodeInfo, Position
@@ -57,24 +60,6 @@ from realtime.types import ClientInfo, HistoryPage, NodeInfo, Position
 _UNNUMBERED = Position()
 
 _log = Logger()
-
-
-class _NodeChannel:
-    """A channel with a route on this node, until Redis has confirmed the end of its subscription.
-
-    server: that has it. is_wanted: the last command was to subscribe. is_subscribed: Redis has confirmed it. commands:
-    counts them, as only the confirmation of the last one counts. waiting: replies to requests to subscribe.
-    """
-
-    __slots__ = ("channel", "commands", "is_subscribed", "is_wanted", "name", "server", "waiting")
-
-    def __init__(self, channel: str, name: bytes, server: RedisServer) -> None:
-        self.channel = channel
-        self.name = name
-        self.server = server
-        self.is_wanted = self.is_subscribed = False
-        self.commands = 0
-        self.waiting: list[Reply] = []
 
 
 class RedisCore(BrokerCore[Link]):
@@ -99,8 +84,8 @@ class RedisCore(BrokerCore[Link]):
         self.ready: list[Callable[[RedisServer], None]] = []
         self.lost: list[Callable[[RedisServer], None]] = []
         self._scripts = {is_cluster: ChannelScripts(is_cluster=is_cluster) for is_cluster in (False, True)}
-        self._channels: dict[str, _NodeChannel] = {}
-        self._names: dict[bytes, _NodeChannel] = {}
+        self.channels_here = NodeChannels(self, self._prefix, metrics)
+        self._named = self.channels_here.named
         self._handlers: dict[bytes, tuple[str, Callable[[bytes], None]]] = {}
         self._number = 0
         # Of messages that come back to this node, and have not yet.
@@ -197,16 +182,16 @@ class RedisCore(BrokerCore[Link]):
         self, channel: str, number: int, server: RedisServer, done: Callable[[Any, BaseException | None], None]
     ) -> bool:
         """Note who waits for an own message, if it comes back to this node: `done` gets None behind its delivery."""
-        subscribed = self._channels.get(channel)
-        if subscribed is None or not subscribed.is_wanted or not server.is_ready:
+        known = self.channels_here.get(channel)
+        if known is None or not known.is_wanted or not server.is_ready:
             return False
         self._own[number] = server, done
         return True
 
     def _is_gone(self, channel: str, number: int) -> bool:
         """Whether an own message that Redis has accepted does not come back after all: the subscription failed."""
-        subscribed = self._channels.get(channel)
-        return (subscribed is None or not subscribed.is_wanted) and self._own.pop(number, None) is not None
+        known = self.channels_here.get(channel)
+        return (known is None or not known.is_wanted) and self._own.pop(number, None) is not None
 
     def _refused(self, error: Exception, channel: str) -> Exception:
         """Note an error of a channel's command; return it."""
@@ -226,11 +211,16 @@ class RedisCore(BrokerCore[Link]):
         def read(page: Any, error: Exception | None) -> None:
             if error is None:
                 try:
-                    reply(_page(page, step=-1 if request.reverse else 1))
-                    return
+                    found = _page(page, step=-1 if request.reverse else 1)
                 except BadMessage as bad:
                     error = bad
-            reply(None, self._refused(error, channel))
+            if error is not None:
+                reply(None, self._refused(error, channel))
+                return
+            known = self.channels_here.get(channel)
+            if known is not None and known.is_continuous:
+                known.position = found.position  # all later publications will arrive
+            reply(found)
 
         terms: list[bytes | str | int] = [
             _milliseconds(options.meta_ttl),
@@ -254,16 +244,17 @@ class RedisCore(BrokerCore[Link]):
 
         self.servers.of(request.channel).call(removed, b"DEL", self.key("history", request.channel))
 
-    # Channels of this node
+    # Channels of this node: a `ChannelOwner`
 
     def subscribe(self, peer: Link, now: float, request: Subscribe) -> None:
-        """See `Subscribe`. The answer follows the confirmation of Redis."""
+        """See `Subscribe`. The answer follows the confirmation of Redis, and the check after an interruption."""
         super().subscribe(peer, now, request)
-        subscribed = self._channels[request.channel]
-        if not subscribed.is_subscribed:
+        known = self.channels_here.get(request.channel)
+        assert known is not None
+        if not known.is_continuous:
             reply = self.links.postpone()
-            if subscribed.is_wanted:
-                subscribed.waiting.append(reply)
+            if known.is_wanted:
+                known.waiting.append(reply)
             else:
                 reply(None, EngineUnavailable("the channel is not subscribed at Redis"))
 
@@ -271,48 +262,32 @@ class RedisCore(BrokerCore[Link]):
         is_new = channel not in self._routes
         super()._route(channel, peer)
         if is_new:
-            subscribed = self._channels.get(channel)
-            if subscribed is None:
-                name = self.key("channel", channel)
-                subscribed = _NodeChannel(channel, name, self.servers.of(channel))
-                self._channels[channel] = self._names[name] = subscribed
-            self._subscribe(subscribed)
+            self.channels_here.open(channel)
 
     def _unroute(self, channel: str, peer: Link) -> None:
         super()._unroute(channel, peer)
         if channel not in self._routes:
-            self._unsubscribe(self._channels[channel])
+            self.channels_here.close(channel)
 
-    def _subscribe(self, subscribed: _NodeChannel) -> None:
-        subscribed.commands = command = subscribed.commands + 1
-        subscribed.is_wanted = subscribed.server.is_ready
+    def has_route(self, channel: str) -> bool:
+        """See `ChannelOwner`."""
+        return channel in self._routes
 
-        def confirmed(reply: Any, error: Exception | None) -> None:
-            if command != subscribed.commands:
-                return
-            subscribed.is_subscribed = subscribed.is_wanted = error is None
-            if error is not None:
-                self._refused(error, subscribed.channel)
-            self._answer(subscribed, error)
+    def find_server(self, channel: str) -> RedisServer:
+        """See `ChannelOwner`."""
+        return self.servers.of(channel)
 
-        if subscribed.is_wanted:
-            subscribed.server.subscribe(subscribed.name, confirmed)
+    def history_script(self, server: RedisServer) -> Script:
+        """See `ChannelOwner`."""
+        return self._scripts[server.is_cluster].history
 
-    def _answer(self, subscribed: _NodeChannel, error: Exception | None) -> None:
-        waiting, subscribed.waiting = subscribed.waiting, []
-        for reply in waiting:
-            reply(None, error)
+    def deliver_missed(self, channel: NodeChannel, publication: ChannelPublication) -> None:
+        """See `ChannelOwner`."""
+        self._deliver(channel, publication)
 
-    def _unsubscribe(self, subscribed: _NodeChannel) -> None:
-        subscribed.commands = command = subscribed.commands + 1
-        subscribed.is_wanted = subscribed.is_subscribed = False
-        self._answer(subscribed, EngineUnavailable("unsubscribed meanwhile"))
-
-        def confirmed(reply: Any, error: Exception | None) -> None:
-            if command == subscribed.commands:
-                del self._channels[subscribed.channel], self._names[subscribed.name]
-
-        subscribed.server.unsubscribe(subscribed.name, confirmed)
+    def on_missed(self, channel: str, *, publications: bool) -> None:
+        """See `ChannelOwner`."""
+        self.links.deliver_missed(self._routes.get(channel, ()), channel, publications=publications)
 
     def send(self, channel: str, make: Callable[[int], ChannelMessage], done: Callable[..., None]) -> None:
         """Publish a message in a channel. done: gets (None, None) behind its delivery here, or (None, error).
@@ -359,20 +334,23 @@ class RedisCore(BrokerCore[Link]):
 
     def on_message(self, server: RedisServer, channel: bytes, payload: bytes) -> None:
         """Deliver a message to the workers with a route, and answer the request that it belongs to."""
-        subscribed = self._names.get(channel)
-        if subscribed is None:
+        known = self._named(channel)
+        if known is None:
             if channel in self._handlers:
                 self._handlers[channel][1](payload)
             return
         try:
             message = decode(payload)
-            self._deliver(subscribed, message)
+            if known.is_continuous or not isinstance(message, ChannelPublication) or not message.offset:
+                self._deliver(known, message)
+            # Otherwise the check of the channel will read it.
         except (BadMessage, BadFrame):
             self._bad_messages.value += 1
 
-    def _deliver(self, subscribed: _NodeChannel, message: ChannelMessage) -> None:
+    def _deliver(self, known: NodeChannel, message: ChannelMessage) -> None:
         own = self._own.pop(message.number, None) if message.sender == self.sender else None
-        peers, channel = self._routes.get(subscribed.channel), subscribed.channel
+        channel = known.channel
+        peers = self._routes.get(channel)
         if not isinstance(message, ChannelPublication):
             if peers:
                 is_join = isinstance(message, ChannelJoin)
@@ -381,6 +359,8 @@ class RedisCore(BrokerCore[Link]):
             if own is not None:
                 own[1](None, None)
             return
+        if message.offset:
+            known.position = Position(message.offset, message.epoch)
         links = self.links
         if own is not None:
             reply = own[1]
@@ -394,40 +374,36 @@ class RedisCore(BrokerCore[Link]):
             own[1](Position(message.offset, message.epoch), None)
 
     def on_ready(self, server: RedisServer) -> None:
-        """Subscribe again to all channels of the server."""
+        """See `RedisListener`."""
         for name, _ in self._handlers.values():
             if self.servers.of(name) is server:
                 server.subscribe(self.key("node", name))
-        for subscribed in list(self._channels.values()):
-            if subscribed.server is server and subscribed.channel in self._routes:
-                self._subscribe(subscribed)
+        self.channels_here.on_ready(server)
         for function in self.ready:
             function(server)
 
     def on_lost(self, server: RedisServer, reason: str) -> None:
-        """Fail what waits for the server."""
-        for number, (of, done) in list(self._own.items()):
-            if of is server:
-                del self._own[number]
-                done(None, EngineUnavailable(reason))
-        for subscribed in list(self._channels.values()):
-            if subscribed.server is server:
-                subscribed.commands += 1
-                subscribed.is_wanted = subscribed.is_subscribed = False
-                if subscribed.channel not in self._routes:
-                    del self._channels[subscribed.channel], self._names[subscribed.name]
+        """See `RedisListener`."""
+        error = EngineUnavailable(reason)
+        self._fail_own([number for number, (of, _) in self._own.items() if of is server], error)
+        self.channels_here.on_lost(server, error)
         for function in self.lost:
             function(server)
 
     def on_moved(self) -> None:
-        """Move the channels that have another server now."""
-        for subscribed in self._channels.values():
-            server = self.servers.of(subscribed.channel)
-            if server is not subscribed.server:
-                subscribed.server.unsubscribe(subscribed.name)
-                subscribed.server = server
-                if subscribed.channel in self._routes:
-                    self._subscribe(subscribed)
+        """See `RedisListener`."""
+        for server in self.channels_here.on_moved():
+            # Their own messages may not come back. Those that do have arrived before the answer.
+            numbers = [number for number, (of, _) in self._own.items() if of is server]
+            server.call(partial(self._fail_moved, numbers), "PING")
+
+    def _fail_moved(self, numbers: list[int], reply: Any, error: Exception | None) -> None:
+        self._fail_own(numbers, EngineUnavailable("the channel has moved to another server"))
+
+    def _fail_own(self, numbers: list[int], error: Exception) -> None:
+        for number in numbers:
+            if number in self._own:
+                self._own.pop(number)[1](None, error)
 
 
 def _milliseconds(seconds: float) -> int:

@@ -78,7 +78,9 @@ class ServerReactor(_DisconnectSelectableMixin):
         fd = reader.fileno()
         is_stream = getattr(reader, "reads_directly", "") == "stream"
         read = self._make_stream_reader(reader) if is_stream else partial(self._read, reader)
-        self._selector.add_direct_reader(fd, read, getattr(reader, "is_shared", False))
+        is_known = getattr(getattr(reader, "protocol", None), "is_known", True)
+        guest = None if is_known else reader
+        self._selector.add_direct_reader(fd, read, getattr(reader, "is_shared", False), guest)
         self._readers[reader] = fd
 
     def removeReader(self, reader: Any) -> None:

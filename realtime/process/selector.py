@@ -14,11 +14,12 @@ import math
 import os
 import select
 import selectors
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
-from typing import Any
+from typing import Any, Protocol
 
 from twisted.logger import Logger
 
@@ -30,8 +31,19 @@ _log = Logger(observer=log.observer)
 # Ready descriptors handled in one turn of the loop: more would delay the loop's timers and callbacks.
 MAX_EVENTS = 256
 
+# Up to so many ready descriptors are served in the order of their events; among more, those of strangers come last.
+_FEW = 8
+# Seconds for these in one turn. Long work for strangers has slices of the same length (`realtime.pubsub.time_slices`).
+STRANGER_SLICE = 0.0005
+
 ReadyEvents = list[tuple[int, int]]
 """Ready descriptors with their epoll(7) event masks."""
+
+
+class Guest(Protocol):
+    """The owner of a descriptor. protocol: if it has `is_known`, that is whether its peer is connected as a client."""
+
+    protocol: Any
 
 
 class _Keys(dict[int, SelectorKey]):
@@ -75,6 +87,8 @@ class ReadingSelector(selectors.BaseSelector):
         self._served = -1  # the descriptor whose reader or writer runs, or ran last
         self._held = -1  # see `hold`
         self._shared: set[int] = set()  # descriptors that are never held
+        self._guests: dict[int, Guest] = {}  # owners that may be strangers, by descriptor
+        self._late: dict[int, int] = {}  # events of strangers that wait for a later turn, by descriptor
         self._after_reading: deque[Callable[[], None]] = deque()
         self._next_turn: deque[Callable[[], None]] = deque()
         self._from_threads: deque[Callable[[], object]] = deque()
@@ -84,20 +98,26 @@ class ReadingSelector(selectors.BaseSelector):
 
     # Direct readers and writers
 
-    def add_direct_reader(self, fd: int, reader: Callable[[], None], is_shared: bool = False) -> None:
+    def add_direct_reader(
+        self, fd: int, reader: Callable[[], None], is_shared: bool = False, guest: Guest | None = None
+    ) -> None:
         """Call `reader` whenever `fd` is readable or its peer has gone. `reader` must not raise.
 
         is_shared: whether it may be called while it runs already, blocked by application code; otherwise see `hold`.
+        guest: the owner of `fd`, if its peer may be a stranger; see `_strangers_last`.
         Raises OSError for a descriptor that epoll(7) does not support, such as a file's.
         """
         if is_shared:
             self._shared.add(fd)
         else:
             self._shared.discard(fd)
+        if guest is not None:
+            self._guests[fd] = guest
         self._add_direct(self._readers, fd, reader)
 
     def remove_direct_reader(self, fd: int) -> None:
         """Remove the direct reader of `fd`, if there is one."""
+        self._guests.pop(fd, None)
         if self._readers.pop(fd, None) is not None:
             self._update_direct(fd)
 
@@ -190,7 +210,8 @@ class ReadingSelector(selectors.BaseSelector):
         """
         readers, writers = self._readers, self._writers
         events: list[tuple[SelectorKey, int]] = []
-        for fd, event in ready:
+        has_strangers = self._late or (self._guests and len(ready) > _FEW)
+        for fd, event in self._strangers_last(ready) if has_strangers else ready:
             reader = readers.get(fd)
             if reader is not None and event != select.EPOLLOUT:
                 self._served = fd
@@ -208,6 +229,27 @@ class ReadingSelector(selectors.BaseSelector):
         if self._after_reading:
             self._finish_reading()
         return events
+
+    def _strangers_last(self, ready: ReadyEvents) -> Iterator[tuple[int, int]]:
+        """Yield the events of clients, and then those of strangers, one after the other, for one slice.
+
+        An attack may come over any number of connections. The kernel reports the remaining ones again.
+        """
+        guests, late = self._guests, self._late
+        for fd, event in ready:
+            guest = guests.get(fd)
+            if guest is None:
+                yield fd, event
+            elif getattr(guest.protocol, "is_known", True):
+                del guests[fd]
+                yield fd, event
+            else:
+                late[fd] = event  # in its place, if it waits already
+        slice_end = time.monotonic() + STRANGER_SLICE
+        for fd in [*late]:
+            yield fd, late.pop(fd)
+            if time.monotonic() >= slice_end:
+                break
 
     def _other_events(self) -> list[tuple[SelectorKey, int]]:
         """Return the events of asyncio's descriptors.
@@ -313,6 +355,7 @@ class ReadingSelector(selectors.BaseSelector):
     def close(self) -> None:
         for registered in (self._keys, self._readers, self._writers, self._masks, self._other_masks):
             registered.clear()
+        self._guests.clear()
         os.close(self._wakeup)
         self._others.close()
         self._epoll.close()

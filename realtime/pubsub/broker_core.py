@@ -609,6 +609,10 @@ class BrokerCore(Generic[P]):
             self._lost.pop(slot, None)
         return taken
 
+    def has_lost_clients(self, slot: str) -> bool:
+        """Whether ended peers of this slot have left clients for another one."""
+        return slot in self._lost
+
     @takes_note(ReportSubscriptions)
     def report_subscriptions(self, peer: P, now: float, notice: ReportSubscriptions) -> None:
         state = self._peers[peer]

@@ -13,7 +13,7 @@ big-endian), then a body of that length in MessagePack. Number 0 means that no a
                                              <-------   Published, with that number and ANSWERS
     an EngineNotice, or a request without    ------->
     a number
-                                             <-------   Published, Joined, Left, OrderSent, CutReached
+                                             <-------   Published, Joined, Left, OrderSent, CutReached, Missed
 
 The body of a message is an array: the number of its kind, then its fields. The body of an answer is the bare value,
 whose type follows from the request (`answer_decoder`). Kinds and types are derived from the Structs of
@@ -26,6 +26,7 @@ that precede it in the broker, and before all that follow it.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any, Union, get_args
@@ -37,7 +38,7 @@ from realtime.errors import RealtimeError
 from realtime.pubsub.engine import AddPresence, Answer, EngineNotice, EngineRequest
 from realtime.types import ClientInfo, Publication
 
-VERSION = 9
+VERSION = 10
 
 FRAME_LIMIT = 16 * 1024 * 1024
 """Upper limit in bytes of a frame's body."""
@@ -76,7 +77,7 @@ class Hello(BrokerMessage, tag=1, frozen=True, gc=False):
     stream: int = 0
     previous: int = 0
     handled: int = 0
-    pid: int = 0
+    pid: int = msgspec.field(default_factory=os.getpid)
 
     def handled_of(self, stream: int) -> int | None:
         """Return the bytes that the worker has handled of an earlier stream, None if unknown."""
@@ -151,6 +152,17 @@ class CaughtUp(BrokerMessage, tag=7, frozen=True, gc=False):
     stream: int
 
 
+class Missed(BrokerMessage, tag=8, frozen=True, gc=False):
+    """Carries `Receiver.on_missed`."""
+
+    channel: str
+    publications: bool
+
+
+class ClientsLost(BrokerMessage, tag=9, frozen=True, gc=False):
+    """Another worker of the slot has ended: ask for its clients (`engine.TakeLostClients`)."""
+
+
 class RequestFailed(BrokerMessage, tag=12, frozen=True, gc=False):
     """The request of this number failed with an `errors.ClientError` of these fields."""
 
@@ -163,7 +175,9 @@ class RequestFailed(BrokerMessage, tag=12, frozen=True, gc=False):
 REQUESTS: tuple[type[EngineRequest[Any]], ...] = tuple(EngineRequest.__subclasses__())
 NOTICES: tuple[type[EngineNotice], ...] = tuple(EngineNotice.__subclasses__())
 TO_BROKER: tuple[type[Struct], ...] = (Hello, Restore, *REQUESTS, *NOTICES)
-TO_WORKER: tuple[type[Struct], ...] = (Welcome, Published, Joined, Left, OrderSent, CutReached, CaughtUp, RequestFailed)
+TO_WORKER: tuple[type[Struct], ...] = (
+    *(Welcome, Published, Joined, Left, OrderSent, CutReached, CaughtUp, Missed, ClientsLost, RequestFailed),
+)
 
 _encode = msgspec.msgpack.Encoder().encode
 

@@ -293,6 +293,10 @@ class Receiver(Protocol):
     def on_cut(self, batch: str) -> None:
         """Handle a `Cut` towards this worker: it has the clients of the batch from now on."""
 
+    def on_missed(self, channel: str, publications: bool) -> None:
+        """Handle the loss of joins and leaves of a channel, and with `publications` of publications, after the latest
+        delivery. The channel's deliveries go on behind it."""
+
     def on_interruption(self) -> None:
         """Handle a restored connection that does not continue the one before: publications may be missing in every
         channel.

@@ -576,6 +576,20 @@ class Hub:
         """Carry out an order."""
         self._apply_order(order)
 
+    def on_missed(self, channel: str, publications: bool) -> None:
+        """Handle a gap in one channel."""
+        self._presence_records.interrupt(channel)
+        state = self._channels.get(channel)
+        if state is None or not state.is_subscribed:
+            return
+        state.hold(_GAP)
+        if publications:
+            state.last = None
+            self._broken[channel] = state
+        else:
+            self._remove(channel, state, [each for each in state.fanout.subscribers if each.announced])
+        self._inform()
+
     def on_interruption(self) -> None:
         """Handle a gap in every channel.
 

@@ -74,6 +74,7 @@ class HTTPFrontend(Protocol):
 
     factory: HTTPFrontendFactory
     transport: Any
+    is_known = False  # the peer may be a stranger, see `selector.Guest`
     deadline_bucket = 0  # see DeadlineOwner
     _parser: RequestParser | None = None  # of a head that did not arrive in one piece
     _body: BodyParser | None = None  # of the current request, while it arrives

@@ -40,8 +40,6 @@ _OPEN = WebSocketServerProtocol.STATE_OPEN
 TEXT, BINARY = 0x81, 0x82
 # The bit RSV1, which marks compressed messages (RFC 7692 section 6).
 _COMPRESSED = 0x40
-# Received bytes of a compressed message that are inflated in one step.
-_COMPRESSED_STEP = 256
 # Received bytes that are processed at once even after the slice of this turn.
 _SHORT = 2048
 # Payload size in bytes from which on Autobahn's native code unmasks faster than integer arithmetic.
@@ -235,7 +233,8 @@ class Incoming(WebSocketServerProtocol):
         slices = self._slices
         steps = self._process_frames()
         # One step is short, but any number of connections may have one in this turn.
-        if slices.has_time or (self.is_known and len(data) <= _SHORT):
+        is_short = len(data) <= _SHORT
+        if (slices.has_time if is_short or self.is_known else not slices.is_timed) or (is_short and self.is_known):
             holds = self.hold()
             try:
                 for _ in steps:
@@ -306,7 +305,7 @@ class Incoming(WebSocketServerProtocol):
                     return stop
         if self._perMessageCompress is not None and self._is_compressed(data[start]):
             # A thousand times as many bytes may come out.
-            stop = min(stop, start + _COMPRESSED_STEP)
+            stop = min(stop, start + self._perMessageCompress.step)
         self.data = data[start:stop]
         while self.processData() and self.state == self.STATE_OPEN:
             pass

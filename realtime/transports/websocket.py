@@ -74,6 +74,11 @@ SECRET_BYTES = 24
 # Seconds' worth of control frames at the allowed rate that may come at once.
 CONTROL_FRAMES_BURST = 2.5
 
+# Bytes of a compressed message that are inflated in one step: a thousand times as many may come out. Four times as many
+# while less than this multiple comes out.
+_INFLATED_STEP = 64
+_HIGH_RATIO = 32
+
 _NO_LIMIT = 1 << 40  # bytes
 
 # By close code (RFC 6455 section 7.4.1): the reason sent to the peer, and the kind of the refusal.
@@ -154,15 +159,19 @@ class _Pinger:
 
 
 class _InflateExtension:
-    """The negotiated decompression, with the interface of Autobahn's extensions."""
+    """The negotiated decompression, with the interface of Autobahn's extensions.
+
+    step: received bytes to inflate next; the loop gets another turn behind them.
+    """
 
     EXTENSION_NAME = EXTENSION
-    __slots__ = ("_inflater", "_limit", "window")
+    __slots__ = ("_inflater", "_limit", "step", "window")
 
     def __init__(self, limit: int, window: int) -> None:
         """limit: largest size of an inflated message, in bytes. window: that of outgoing messages."""
         self._limit = limit
         self.window = window
+        self.step = _INFLATED_STEP
         self._inflater: Inflater | None = None  # None between messages
 
     def start_decompress_message(self) -> None:
@@ -171,7 +180,9 @@ class _InflateExtension:
     def decompress_message_data(self, data: bytes, max_output_len: int | None = None) -> bytes:
         assert self._inflater is not None
         try:
-            return self._inflater.feed(data)
+            inflated = self._inflater.feed(data)
+            self.step = _INFLATED_STEP if len(inflated) > _HIGH_RATIO * len(data) else 4 * _INFLATED_STEP
+            return inflated
         except CorruptMessage as error:
             raise PayloadCorruptError(str(error)) from None
         except MessageTooBig as error:

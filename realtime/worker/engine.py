@@ -114,7 +114,7 @@ class BrokerEngine:
     A subscribed channel is part of every fresh stream until `Unsubscribe`, even if `Subscribe` failed.
 
     reactor: twisted's. on_lost: called when the stream has ended, to have the supervisor provide another. ledger: the
-    loop's, which is charged for the stream.
+    loop's, which is charged for the stream. on_clients_lost: called when there are clients for `TakeLostClients`.
     """
 
     def __init__(
@@ -129,15 +129,11 @@ class BrokerEngine:
         generation: int = 0,
     ) -> None:
         """takes_lost_clients: whether `TakeLostClients` will be asked. generation: see `engine.worker_address`."""
-        self._hello = broker_messages.Hello(
-            broker_messages.VERSION, "", takes_lost_clients, generation, pid=os.getpid()
-        )
+        self._hello = broker_messages.Hello(broker_messages.VERSION, "", takes_lost_clients, generation)
         self._ledger = ledger or LoopTimeLedger(time.monotonic_ns)
         self._account = self._ledger.open(LoopWork.ENGINE)
-        self._receiver = receiver
-        self._settings = settings
-        self._reactor = reactor
-        self._on_lost = on_lost
+        self._receiver, self._settings, self._reactor = receiver, settings, reactor
+        self._on_lost, self.on_clients_lost = on_lost, _do_nothing
         self._link: Link | None = None
         self._closed = self._is_welcome = self._is_catching_up = False
         self._calls: dict[int, _Call] = {}  # by number, which is also the order of their deadlines
@@ -171,6 +167,8 @@ class BrokerEngine:
             broker_messages.OrderSent: self._on_order,
             broker_messages.CutReached: self._on_cut,
             broker_messages.CaughtUp: self._on_caught_up,
+            broker_messages.Missed: self._on_missed,
+            broker_messages.ClientsLost: lambda message: self.on_clients_lost(),
             broker_messages.RequestFailed: self._on_failed,
             broker_messages.Welcome: self._on_welcome,
         }
@@ -509,6 +507,9 @@ class BrokerEngine:
     def _on_left(self, message: broker_messages.Left) -> None:
         self._receiver.on_leave(message.channel, message.info)
 
+    def _on_missed(self, message: broker_messages.Missed) -> None:
+        self._receiver.on_missed(message.channel, message.publications)
+
     def _on_order(self, message: broker_messages.OrderSent) -> None:
         self._receiver.on_order(message.order)
 
@@ -530,6 +531,10 @@ class BrokerEngine:
     def _on_caught_up(self, message: broker_messages.CaughtUp) -> None:
         if message.stream == self._hello.stream:
             self._is_catching_up = False
+
+
+def _do_nothing() -> None:
+    return None
 
 
 def _identity(info: ClientInfo) -> ClientInfo:

@@ -10,11 +10,12 @@ import msgspec
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from realtime.errors import SERVER_ERROR, WORKER_LOST, ClientError, EngineUnavailable
+from realtime.errors import SERVER_ERROR, SHUTDOWN, WORKER_LOST, ClientError, EngineUnavailable
 from realtime.handlers.coroutines import drive
 from realtime.process.fd_passing import take_claim
 from realtime.process.fd_stream import FdStream, close_all
 from realtime.protocol import handover
+from realtime.protocol.client_state import StateError
 from realtime.transports.connection import Unsupported
 from realtime.types import ClientInfo
 from realtime.worker.handover import (
@@ -37,6 +38,9 @@ from realtime.worker.handover import (
     log_unexpected,
 )
 
+LATE_CUT = 1.0
+"""Seconds after the death of a source for the broker to read its last `Cut`, which moves clients that never arrive."""
+
 _log = Logger()
 
 
@@ -47,7 +51,7 @@ class HandOverTarget:
         """stream: the descriptor of this end, owned by this object."""
         self._parts = parts
         self._frames: deque[tuple[bytes, list[int]]] = deque()
-        self._is_working = False
+        self._is_working = self._is_closed = False
         self._batches: dict[str, None] = {}  # those that have not ended
         self._stream = FdStream(parts.reactor, stream, self._on_frame, self._work)
 
@@ -58,6 +62,7 @@ class HandOverTarget:
 
     def close(self) -> None:
         """Take nothing more over; the source keeps or closes what it has."""
+        self._is_closed = True
         self._stream.close()
         self._work()
 
@@ -97,6 +102,8 @@ class HandOverTarget:
                 close_all(descriptors)
                 await self._handle(message)
         if not self._stream.open:
+            if self._batches and not self._is_closed:
+                await deferLater(self._parts.reactor, LATE_CUT)
             self._end_batches()
 
     def _end_batches(self) -> None:
@@ -187,6 +194,9 @@ class HandOverTarget:
             connection.release_address = parts.admission.take_over(handed.request.remote_address)
             connection.adopt_session(parts.restore(batch, connection, handed))
             connection.start_receiving()
+        except StateError as error:
+            _log.warn("a connection ends, and its client comes back: {error}", error=error)
+            connection.close(*SHUTDOWN)
         except Exception:
             _log.failure("restoring a session raised; its connection is closed")
             connection.close(*SERVER_ERROR)

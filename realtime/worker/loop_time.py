@@ -109,6 +109,7 @@ class ChargedReceiver:
         self._on_publication = receiver.on_publication
         self.on_order = receiver.on_order
         self.on_cut = receiver.on_cut
+        self.on_missed = receiver.on_missed
         self.on_interruption = receiver.on_interruption
 
     def on_publication(self, channel: str, publication: Publication, epoch: str) -> None:

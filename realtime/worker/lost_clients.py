@@ -1,7 +1,8 @@
 """Reports the ends of connections that ended with the worker that this one replaces.
 
 A worker that dies calls no handlers for its clients any more. The broker keeps their ids and users, and gives them to
-the worker in its place. Nothing of this costs a connection anything: the broker knows both anyway.
+the worker in its place: the next one, or the one to which it was handing over. Nothing of this costs a connection
+anything: the broker knows both anyway.
 """
 
 from __future__ import annotations

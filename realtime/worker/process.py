@@ -35,7 +35,7 @@ from realtime.worker.formats import formats
 from realtime.worker.handover_source import HandOverSource
 from realtime.worker.handover_target import HandOverTarget
 from realtime.worker.listening import ListeningPort, adopt
-from realtime.worker.lost_clients import report_lost_clients
+from realtime.worker.lost_clients import DisconnectedHandler, report_lost_clients
 from realtime.worker.wiring import wire_handlers, wire_handover, wire_protocol, wire_pubsub, wire_transports
 
 _log = Logger()
@@ -115,9 +115,13 @@ class Worker:
             for fd in process.listen
         ]
         if dispatcher.disconnected is not None:
-            run_all = partial(gather, ledger=process.accounts)
-            reported = report_lost_clients(self._pubsub.engine, dispatcher.disconnected, run_all)
-            drive(reported, _log_failed_report, process.accounts)
+            self._pubsub.engine.on_clients_lost = partial(self._report_lost_clients, dispatcher.disconnected)
+            self._report_lost_clients(dispatcher.disconnected)
+
+    def _report_lost_clients(self, disconnected: DisconnectedHandler) -> None:
+        run_all = partial(gather, ledger=self._process.accounts)
+        reported = report_lost_clients(self._pubsub.engine, disconnected, run_all)
+        drive(reported, _log_failed_report, self._process.accounts)
 
     def _schedule(self) -> None:
         """Schedule the periodic work of the worker."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import select
 import signal
 import socket
@@ -121,6 +122,24 @@ async def test_the_clients_of_a_dead_worker_are_there_for_the_next_one_at_once(b
     with following:
         await until(lambda: _readable(following))
         assert following.recv(len(welcome + answer), socket.MSG_WAITALL) == welcome + answer
+
+
+async def test_a_worker_learns_that_the_one_which_hands_over_to_it_has_died(brokers: Any) -> None:
+    broker = await brokers()
+    before, following = socket.socket(fileno=await broker.stream(0)), socket.socket(fileno=await broker.stream(0))
+    with before, following:
+        for generation, stream in enumerate((before, following)):
+            hello = broker_messages.Hello(broker_messages.VERSION, "", True, generation, pid=os.getpid())
+            stream.sendall(broker_messages.pack(hello))
+            await until(lambda stream=stream: _readable(stream))
+            stream.recv(65536)
+        before.sendall(broker_messages.pack(AddClient(ALICE)))
+        before.shutdown(socket.SHUT_WR)
+        await until(lambda: _readable(following))
+        assert following.recv(65536) == broker_messages.pack(broker_messages.ClientsLost())
+        following.sendall(broker_messages.pack(TakeLostClients(10), 1))
+        await until(lambda: _readable(following))
+        assert following.recv(65536) == broker_messages.pack([ClientInfo(ALICE.user, ALICE.client)], 1)
 
 
 def _readable(stream: socket.socket) -> bool:

@@ -52,6 +52,9 @@ class Worker:
     def on_cut(self, batch: str) -> None:
         self.entries.append(("cut", batch))
 
+    def on_missed(self, channel: str, publications: bool) -> None:
+        self.entries.append(("missed", channel, publications))
+
     def on_interruption(self) -> None:
         self.entries.append(("interrupted",))
 

@@ -194,6 +194,42 @@ loop.close()
 """
 
 
+class Peer:
+    """The owner of a descriptor, and its protocol, which reads what arrives."""
+
+    def __init__(self, selector: ReadingSelector, number: int, order: list[int]) -> None:
+        self.is_known = False
+        self.protocol = self
+        self.ours, self.theirs = socket.socketpair()
+        self.ours.setblocking(False)
+        selector.add_direct_reader(self.ours.fileno(), lambda: order.append(self.ours.recv(1)[0]), guest=self)
+        self.theirs.send(bytes([number]))
+
+
+def test_strangers_are_read_after_clients_for_one_slice_of_each_turn(
+    selector: ReadingSelector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("realtime.process.selector.STRANGER_SLICE", 0.0)  # one stranger in each turn
+    order: list[int] = []
+    peers = [Peer(selector, number, order) for number in range(20)]
+    try:
+        peers[-1].is_known = True
+        selector.select(1)
+        assert order == [19, 0]
+        peers[0].theirs.send(bytes([0]))  # comes after all that wait
+        peers[-1].theirs.send(bytes([19]))
+        selector.select(1)
+        assert order == [19, 0, 19, 1]
+        while len(order) < 22:
+            selector.select(1)
+        assert order == [19, 0, 19, *range(1, 19), 0]
+    finally:
+        for peer in peers:
+            selector.remove_direct_reader(peer.ours.fileno())
+            peer.ours.close()
+            peer.theirs.close()
+
+
 def test_an_asyncio_loop_runs_on_the_selector() -> None:
     # In a separate process: a loop runs already in this one.
     ran = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, timeout=60)

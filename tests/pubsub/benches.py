@@ -34,6 +34,9 @@ class Log:
     def on_cut(self, batch: str) -> None:
         self.entries.append(("cut", batch))
 
+    def on_missed(self, channel: str, publications: bool) -> None:
+        self.entries.append(("missed", channel, publications))
+
     def on_interruption(self) -> None:
         self.entries.append(("interrupted",))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
+import socket
 from typing import Any
 
 import msgspec
@@ -11,6 +13,7 @@ import pytest
 from twisted.internet import reactor
 from twisted.logger import capturedLogs
 
+from realtime.handlers.coroutines import start_future
 from realtime.process.fd_stream import FdStream, stream_pair
 from realtime.protocol import handover as protocol_handover
 from realtime.worker import handover
@@ -77,6 +80,32 @@ async def test_a_source_that_ends_after_the_cut_leaves_no_client_behind() -> Non
 
 
 @on_loop
+async def test_clients_of_a_source_that_dies_with_its_cut_on_the_way_are_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with scene() as stage:
+        client = await arrive(stage.source)
+        ours, theirs = stream_pair()
+        stage.target.worker.take_over(theirs.detach())
+        cut, wire = protocol_handover.cut, ours.dup()
+
+        async def cut_and_die(services: Any, *arguments: Any) -> Any:
+            stage.source.broker.signal(signal.SIGSTOP)
+            cutting = start_future(cut(services, *arguments))
+            services.engine.close()  # behind the `Cut`
+            wire.shutdown(socket.SHUT_RDWR)
+            await eventually(lambda: not stage.target.worker._takeovers[0]._stream.open)
+            stage.source.broker.signal(signal.SIGCONT)
+            return await cutting
+
+        monkeypatch.setattr(protocol_handover, "cut", cut_and_die)
+        with wire:
+            await stage.source.worker.hand_over(ours.detach(), -1, 10.0)
+        await eventually(lambda: [code for _, code in stage.target_app.ended] == [3000])
+        client.leave()
+
+
+@on_loop
 async def test_a_target_refuses_another_version() -> None:
     async with scene() as stage:
         ours, theirs = stream_pair()
@@ -109,7 +138,7 @@ async def test_a_target_refuses_more_connections_than_it_has_descriptors_for() -
         stream.send(handover.encode(Offered(VERSION, "0-9")))
         stream.send(handover.encode(handover.Announced("0-9/1", 10_000_000, ["news"], [])))
         await eventually(lambda: len(received) == 2)
-        assert received[0] == Accepted(VERSION, "0-1")
+        assert received[0] == Accepted(VERSION, stage.target.worker._handover.address)
         assert "limit of open files" in received[1].reason
         stream.close()
 

@@ -64,6 +64,8 @@ class Hub:
 
     def on_cut(self, batch: str) -> None: ...
 
+    def on_missed(self, channel: str, publications: bool) -> None: ...
+
     def on_interruption(self) -> None:
         raise ValueError("a mistake")
 

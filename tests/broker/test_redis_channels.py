@@ -1,0 +1,330 @@
+"""Channels across outages of Redis: nothing is lost silently, whatever happens to the server, its data or connections.
+
+The tests stand for the workers: `Reader` follows a channel as the hub does, and fails on what a positioned client must
+never see.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.task import deferLater
+
+from realtime.errors import ClientError, EngineUnavailable
+from realtime.pubsub.engine import Subscribe
+from realtime.types import HistoryOptions, Position
+from tests.broker.redis_nodes import Node, nodes
+from tests.pubsub.benches import Bench
+from tests.redis.deployments import RedisProcess, RedisStarter
+from tests.system.brokers import POLL, until
+
+KEEP = HistoryOptions(size=10_000, ttl=600.0)
+
+
+class Reader:
+    """A positioned subscriber of a channel at one worker. told: how often it had to start anew.
+
+    stays: whether nothing but the next publications has arrived so far.
+    """
+
+    def __init__(self, bench: Bench, channel: str) -> None:
+        self.bench = bench
+        self.channel = channel
+        self.read = 0
+        self.told = 0
+        self.position: Position | None = None
+        self.seen: dict[tuple[str, int], bytes] = {}
+
+    async def subscribe(self) -> None:
+        await self.bench.engine.ask(Subscribe(self.channel))
+        self.position = (await self.bench.history(self.channel, KEEP, limit=0)).position
+        self.read = len(self.bench.log.entries)
+
+    def follow(self) -> None:
+        """Read what has arrived."""
+        for entry in self.bench.log.entries[self.read :]:
+            self.read += 1
+            if entry[0] == "missed" and entry[1] == self.channel and entry[2]:
+                self.told += 1
+                self.position = None
+            elif entry[0] == "published" and entry[1] == self.channel:
+                self._publication(*entry[2:])
+
+    def _publication(self, data: bytes, offset: int, epoch: str) -> None:
+        last = self.position
+        if last is not None and last.epoch == epoch:
+            if offset <= last.offset:
+                assert self.seen.get((epoch, offset), data) == data, "two publications with one position"
+                return
+            assert offset == last.offset + 1, f"a gap after {last}: {offset}"
+        elif last is not None:
+            self.told += 1  # as the hub breaks at another epoch
+        assert self.seen.setdefault((epoch, offset), data) == data
+        self.position = Position(offset, epoch)
+
+    def has_all(self, publisher: Publisher) -> None:
+        """Check that every accepted publication was seen at its position."""
+        for data, position in publisher.accepted.items():
+            assert self.seen[position.epoch, position.offset] == data
+
+
+class Publisher:
+    """Publishes numbers. accepted: positions by number."""
+
+    def __init__(self, bench: Bench, channel: str, start: int = 0) -> None:
+        self.bench = bench
+        self.channel = channel
+        self.next = start
+        self.accepted: dict[bytes, Position] = {}
+        self.refused = 0
+
+    @property
+    def has_positions_of_its_own(self) -> bool:
+        """Whether no two accepted publications share a position."""
+        return len({(position.epoch, position.offset) for position in self.accepted.values()}) == len(self.accepted)
+
+    async def publish(self) -> None:
+        data = b"%d" % self.next
+        self.next += 1
+        try:
+            self.accepted[data] = await self.bench.publish(self.channel, data, KEEP)
+        except ClientError as error:
+            assert (error.code, error.temporary) == (100, True)
+            self.refused += 1
+        except EngineUnavailable:
+            self.refused += 1
+
+    async def burst(self, count: int) -> None:
+        await DeferredList([Deferred.fromCoroutine(self.publish()) for _ in range(count)])
+
+    async def until_accepted(self) -> Position:
+        before = len(self.accepted)
+        while len(self.accepted) == before:
+            await self.publish()
+            await deferLater(reactor, POLL)
+        return next(reversed(self.accepted.values()))
+
+
+async def caught_up(reader: Reader, position: Position) -> None:
+    """Return when the reader has a publication at this position."""
+
+    def has() -> bool:
+        reader.follow()
+        return (position.epoch, position.offset) in reader.seen
+
+    await until(has)
+
+
+class Stage(NamedTuple):
+    """A server that keeps everything, workers of two nodes, and the only worker of one without a strict epoch."""
+
+    redis: RedisProcess
+    here: Bench
+    there: Bench
+    lax: Bench
+    node: Node
+
+
+@pytest_twisted.async_yield_fixture(scope="module")
+async def stage() -> AsyncIterator[Stage]:
+    starter = RedisStarter()
+    redis = starter.standalone(aof=True)
+    async with (
+        nodes(redis.address, 2, io_timeout=0.6) as (here, there),
+        nodes(redis.address, prefix="lax", strict_epoch=False) as (lax,),
+    ):
+        yield Stage(redis, here.workers[0], there.workers[0], lax.workers[0], there)
+    starter.finish()
+
+
+@pytest.fixture
+def channel(request: pytest.FixtureRequest) -> str:
+    """A channel name that no other test uses."""
+    return request.node.name.replace("[", "-").rstrip("]")
+
+
+def kill_one_connection(redis: RedisProcess) -> None:
+    """End the connection of a node, if one is connected."""
+    for client in redis.client.client_list():
+        if client["resp"] == "3":
+            redis.command("CLIENT", "KILL", "ID", client["id"])
+            return
+
+
+async def test_publications_missed_during_a_lost_connection_are_delivered_unnoticed(stage: Stage, channel: str) -> None:
+    readers = [Reader(bench, channel) for bench in (stage.here, stage.there)]
+    for reader in readers:
+        await reader.subscribe()
+    publishers = [Publisher(bench, channel, 1000 * number) for number, bench in enumerate((stage.here, stage.there))]
+    for _ in range(10):
+        busy = [Deferred.fromCoroutine(publisher.burst(50)) for publisher in publishers]
+        kill_one_connection(stage.redis)
+        await DeferredList(busy)
+    tops = [await publisher.until_accepted() for publisher in publishers]
+    for reader in readers:
+        for top in tops:
+            await caught_up(reader, top)
+        assert reader.told == 0
+        for publisher in publishers:
+            reader.has_all(publisher)
+    assert sum(publisher.refused for publisher in publishers) > 0
+    assert readers[0].seen == readers[1].seen
+
+
+async def under_load(stage: Stage, channel: str, *commands: tuple[str, ...]) -> tuple[Reader, Publisher]:
+    """Carry out commands on Redis while one node publishes and the other one reads."""
+    reader, publisher = Reader(stage.there, channel), Publisher(stage.here, channel)
+    await reader.subscribe()
+    for command in commands:
+        busy = Deferred.fromCoroutine(publisher.burst(50))
+        stage.redis.command(*command)
+        await busy
+    await caught_up(reader, await publisher.until_accepted())
+    assert publisher.refused == 0
+    return reader, publisher
+
+
+@pytest.mark.parametrize("command", ["FLUSHALL", "DEL"])
+async def test_lost_metadata_begin_an_epoch_that_never_was(stage: Stage, channel: str, command: str) -> None:
+    words = (command, f"realtime.meta.{{.{channel}}}") if command == "DEL" else (command,)
+    reader, publisher = await under_load(stage, channel, *[words] * 5)
+    assert publisher.has_positions_of_its_own
+    assert len({position.epoch for position in publisher.accepted.values()}) > 1
+    reader.has_all(publisher)
+
+
+async def test_a_lost_history_leaves_no_gap_for_subscribers(stage: Stage, channel: str) -> None:
+    reader, publisher = await under_load(stage, channel, *[("DEL", f"realtime.history.{{.{channel}}}")] * 5)
+    assert reader.told == 0
+    reader.has_all(publisher)
+
+
+async def test_forgotten_scripts_are_sent_again_unnoticed(stage: Stage, channel: str) -> None:
+    reader, publisher = await under_load(stage, channel, *[("SCRIPT", "FLUSH")] * 5)
+    assert reader.told == 0
+    assert list(publisher.accepted) == [b"%d" % number for number in range(publisher.next)]
+    assert [position.offset for position in publisher.accepted.values()] == list(range(1, publisher.next + 1))
+
+
+async def test_a_restart_with_all_data_is_noticed_only_where_the_epoch_is_strict(stage: Stage, channel: str) -> None:
+    readers = [Reader(bench, channel) for bench in (stage.here, stage.lax)]
+    publishers = [Publisher(bench, channel) for bench in (stage.here, stage.lax)]
+    for reader, publisher in zip(readers, publishers, strict=True):
+        await reader.subscribe()
+        await publisher.burst(20)
+    strict, lax = [await publisher.until_accepted() for publisher in publishers]
+    stage.redis.kill()
+    for publisher in publishers:
+        while not publisher.refused:
+            await publisher.publish()
+    stage.redis.start()
+    strict_after, lax_after = [await publisher.until_accepted() for publisher in publishers]
+    await caught_up(readers[0], strict_after)
+    await caught_up(readers[1], lax_after)
+    assert (strict_after.epoch != strict.epoch, readers[0].told) == (True, 1)
+    assert (lax_after.epoch, lax_after.offset > lax.offset, readers[1].told) == (lax.epoch, True, 0)
+    readers[1].has_all(publishers[1])
+
+
+@pytest.mark.parametrize("data", ["none", "old"])
+async def test_after_a_restart_with_other_data_every_subscriber_starts_anew(
+    stage: Stage, channel: str, data: str
+) -> None:
+    reader, idle = Reader(stage.here, channel), Reader(stage.there, channel + "!")
+    publisher = Publisher(stage.here, channel)
+    await reader.subscribe()
+    await idle.subscribe()
+    await publisher.burst(20)
+    copy, files = stage.redis.folder / "copy", stage.redis.folder / "appendonlydir"
+    shutil.copytree(files, copy)
+    await publisher.burst(20)
+    stage.redis.kill()
+    shutil.rmtree(files)
+    if data == "old":
+        shutil.move(copy, files)
+    else:
+        shutil.rmtree(copy)
+    stage.redis.start()
+
+    def is_told() -> bool:
+        idle.follow()
+        return idle.told == 1
+
+    await until(is_told)  # though no publication follows
+    await caught_up(reader, await publisher.until_accepted())
+    assert reader.told == 1
+    assert publisher.has_positions_of_its_own
+
+
+async def test_a_server_that_stops_refuses_publications_in_time_and_continues(stage: Stage, channel: str) -> None:
+    reader, publisher = Reader(stage.there, channel), Publisher(stage.here, channel)
+    await reader.subscribe()
+    await publisher.burst(10)
+    stage.redis.pause()
+    await publisher.burst(10)  # refused after the time limit
+    assert publisher.refused == 10
+    await publisher.burst(10)  # refused at once
+    assert publisher.refused == 20
+    stage.redis.resume()
+    await caught_up(reader, await publisher.until_accepted())
+    assert reader.told == 0
+    reader.has_all(publisher)
+
+
+async def test_an_idempotency_key_makes_the_retry_of_an_unknown_publication_safe(stage: Stage, channel: str) -> None:
+    stage.redis.pause()
+    with pytest.raises(ClientError):
+        await stage.here.publish(channel, b"once", KEEP, idempotency_key="k")
+    stage.redis.resume()  # and carries out what it has received
+
+    async def retry(bench: Bench) -> Position:
+        while True:
+            try:
+                return await bench.publish(channel, b"once", KEEP, idempotency_key="k")
+            except ClientError:
+                await deferLater(reactor, POLL)
+
+    assert await retry(stage.here) == await retry(stage.there)
+    assert [one.data for one in (await stage.there.history(channel, KEEP)).publications] == [b"once"]
+
+
+FAULTS = {"OOM": ("maxmemory", "1", "0"), "NOREPLICAS": ("min-replicas-to-write", "1", "0")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_what_redis_refuses_to_write_is_never_accepted(stage: Stage, channel: str, fault: str) -> None:
+    reader, publisher = Reader(stage.there, channel), Publisher(stage.here, channel)
+    await reader.subscribe()
+    before = await publisher.until_accepted()
+    name, wrong, right = FAULTS[fault]
+    stage.redis.command("CONFIG", "SET", name, wrong)
+    refused = publisher.refused
+    await publisher.burst(10)
+    assert publisher.refused == refused + 10
+    stage.redis.command("CONFIG", "SET", name, right)
+    after = await publisher.until_accepted()
+    assert after == Position(before.offset + 1, before.epoch)
+    await caught_up(reader, after)
+    assert reader.told == 0
+
+
+async def test_messages_of_strangers_are_dropped_and_counted(stage: Stage, channel: str) -> None:
+    reader, publisher = Reader(stage.there, channel), Publisher(stage.there, channel)
+    await reader.subscribe()
+    pipeline = stage.redis.client.pipeline(transaction=False)
+    for number in range(1000):
+        pipeline.publish(f"realtime.channel.{{.{channel}}}", number.to_bytes(2) * (number % 50))
+    pipeline.execute()
+    await caught_up(reader, await publisher.until_accepted())
+    assert len(reader.seen) == 1
+    assert (await stage.node.broker.samples("realtime_bad_input"))["redis_message"] == 1000
+    stage.redis.command("RPUSH", f"realtime.history.{{.{channel}}}", "no publication")
+    with pytest.raises(ClientError) as caught:
+        await stage.there.history(channel, KEEP)
+    assert caught.value.code == 100
