@@ -142,6 +142,11 @@ class SharedCore(RedisCore):
 
     # Orders and nodes
 
+    def attach(self, peer: Link, address: str = "", slot: str = "") -> None:
+        """See `BrokerCore`. The other nodes learn of the worker at once, as its answers count in their surveys."""
+        super().attach(peer, address, slot)
+        self.nodes.tick()
+
     def send_order(self, peer: Link, now: float, request: SendOrder) -> int:
         """See `SendOrder`. Without Redis, an order to all reaches the workers of this node, and fails all the same."""
         node, _ = split_address(request.worker)

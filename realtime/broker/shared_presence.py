@@ -558,7 +558,7 @@ class SharedPresence:
             elif dead:
                 self._remove_run(channel, dead.pop(), remove)
             else:
-                ask(done)  # whatever it still has: another node may be at the removal
+                ask(done)  # some entries may be left: another node is at the removal, too
 
         def ask(then: Done) -> None:
             self._server(channel).run(then, READ, self._names(channel).keys, (limit,))
