@@ -131,10 +131,10 @@ class SharedCore(RedisCore):
     def sweep(self, now: float, limit: int = 1000) -> bool:
         """See `BrokerCore.sweep`; also announce this node, and renew what it has in Redis."""
         self.nodes.tick()
-        self.shared.renew(now)
+        more = self.shared.renew(now)
         if self._has_limit:
             self._connections.renew(now)
-        return super().sweep(now, limit)
+        return super().sweep(now, limit) or more
 
     def has_expirable(self) -> bool:
         """Whether `sweep` has to be called: always."""
