@@ -13,7 +13,7 @@ import atexit
 import os
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -106,7 +106,7 @@ def makeService(options: Mapping[str, Any]) -> IService:
         insecure_keys=insecure_keys,
         capture_output=_has_another_log(options),
         sources=_sources(options["config"], given),
-        early_zygote=fork_early(modules) if _stays_the_same(options) else None,
+        early_zygote=_fork_zygote(options, modules),
     )
     if passing:
         print(*passing, sep="\n", file=sys.stderr)
@@ -171,11 +171,17 @@ def _becomes_daemon(options: Mapping[str, Any]) -> bool:
     return twistd is not None and not twistd.get("nodaemon") and not twistd.get("debug")
 
 
-def _stays_the_same(options: Mapping[str, Any]) -> bool:
-    """Whether twistd leaves this process its parent, user, directories and umask, so that its forks have the same."""
+def _fork_zygote(options: Mapping[str, Any], modules: Sequence[str]) -> EarlyZygote | None:
+    """Fork the zygote, if twistd leaves this process its parent, user and directories: the children have the same."""
     twistd = getattr(options, "parent", None) or {}
-    changed = any(twistd.get(option) is not None for option in ("uid", "gid", "chroot", "umask"))
-    return bool(twistd.get("nodaemon")) and twistd.get("rundir") == "." and not changed
+    changed = any(twistd.get(option) is not None for option in ("uid", "gid", "chroot"))
+    if changed or not twistd.get("nodaemon") or twistd.get("rundir") != ".":
+        return None
+    if twistd.get("umask") is not None:
+        os.umask(twistd["umask"])  # now instead of later
+    with suppress(OSError):  # the supervisor starts one, or logs why it can't
+        return fork_early(modules)
+    return None
 
 
 def _has_another_log(options: Mapping[str, Any]) -> bool:
