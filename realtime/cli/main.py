@@ -175,6 +175,12 @@ def reload(arguments: argparse.Namespace) -> int:
     return running.command(running.url(arguments, "/reload"))
 
 
+def upgrade(arguments: argparse.Namespace) -> int:
+    """Have the installed version of this package and of Python take the place of the running server, with all its
+    processes. Its clients stay connected, and its channels keep their history."""
+    return running.command(running.url(arguments, "/upgrade"), running.url(arguments, "/upgrade?join=1"))
+
+
 def scale(arguments: argparse.Namespace) -> int:
     """Change the number of workers of the running server. Its clients stay connected."""
     return running.command(running.url(arguments, f"/scale?workers={arguments.workers}"))
@@ -242,6 +248,7 @@ def _add_inspection_commands(commands: _Commands) -> None:
 
 def _add_change_commands(commands: _Commands) -> None:
     _add_server(commands.add("reload", reload, "replace the workers: new configuration, new code of the application"))
+    _add_server(commands.add("upgrade", upgrade, "take over the installed version of this package and of Python"))
     change = commands.add("scale", scale, "change the number of workers")
     change.add_argument("workers", type=int, metavar="N", help="number of workers")
     _add_server(change)

@@ -12,9 +12,10 @@ from pathlib import Path
 import msgspec
 
 from realtime.config import centrifugo_keys, toml_lines
+from realtime.config.pem import read_pem
 from realtime.config.reader import Reader
 from realtime.config.rules import RULES
-from realtime.config.settings import Settings
+from realtime.config.settings import EngineSettings, RedisSettings, Settings
 from realtime.config.values import escape_unprintable
 from realtime.errors import SettingsError
 
@@ -69,7 +70,8 @@ def _parse(
 def read(config: str | None, arguments: Mapping[str, str], environ: Mapping[str, str]) -> Settings:
     """Read the file at `config` (None for no file) and return the settings of all three sources.
 
-    `app.path` becomes absolute; it is relative to the file's folder, or to the working directory without a file.
+    Paths become absolute; they are relative to the file's folder, or to the working directory without a file. The
+    files of certificates are only tried: who needs them reads them again.
     Raises SettingsError with every problem, one line each.
     """
     file, problems = None, []
@@ -79,13 +81,36 @@ def read(config: str | None, arguments: Mapping[str, str], environ: Mapping[str,
         except SettingsError as error:
             problems = error.problems
     settings = _parse(arguments, file, environ, problems)
+    check_certificates(settings.engine)
+    replace = msgspec.structs.replace
+    folder = Path(config).parent if config is not None else Path()
+    engine = settings.engine
+    if engine.memory.path:
+        path = Path(os.path.abspath(folder / engine.memory.path))
+        if not path.parent.is_dir():
+            raise SettingsError([f"engine.memory.path: no folder at {path.parent}; correct the path, or make it"])
+        settings = replace(settings, engine=replace(engine, memory=replace(engine.memory, path=str(path))))
     if not settings.app.module:
         return settings
-    folder = Path(config).parent if config is not None else Path()
     path = Path(os.path.abspath(folder / settings.app.path))
     if not path.is_dir():
         raise SettingsError([f"app.path: no folder at {path}; correct the path, or make the folder"])
-    return msgspec.structs.replace(settings, app=msgspec.structs.replace(settings.app, path=str(path)))
+    return replace(settings, app=replace(settings.app, path=str(path)))
+
+
+def check_certificates(engine: EngineSettings) -> None:
+    """Raise SettingsError, with a line for each certificate or key of an engine in use that can't be read."""
+    problems = []
+    redis = engine.redis if engine.type == "redis" else RedisSettings()
+    for table, tls in (("tls", redis.tls), ("sentinel_tls", redis.sentinel_tls)):
+        for key in ("server_ca_pem", "cert_pem", "key_pem"):
+            try:
+                if value := getattr(tls, key):
+                    read_pem(f"engine.redis.{table}.{key}", value)
+            except SettingsError as error:
+                problems += error.problems
+    if problems:
+        raise SettingsError(problems)
 
 
 def read_text(config: str) -> str:

@@ -436,7 +436,7 @@ class Session(SessionTimers):
         """
         if self.subscriptions.get(subscription.channel) is subscription:
             del self.subscriptions[subscription.channel]
-        self._run_in_background(subscription.leave(is_returning=is_returning))
+        self.run_in_background(subscription.leave(is_returning=is_returning))
 
     def subscription_lost_position(self, subscription: Subscription) -> None:
         """Have the client subscribe again: it may have missed publications, and then recovers or learns of the gap."""
@@ -456,7 +456,7 @@ class Session(SessionTimers):
     def update_info(self, subscription: Subscription, info: ClientInfo) -> None:
         """Show the client to others in the channel of `subscription` as `info` from now on."""
         if info != subscription.info:
-            self._run_in_background(subscription.update_info(info))
+            self.run_in_background(subscription.update_info(info))
 
     # -- actions of the server ---------------------------------------------------------------------------------------
 
@@ -486,9 +486,9 @@ class Session(SessionTimers):
             return
         subscription = self.subscriptions.get(channel)
         if subscription is None:
-            self._run_in_background(self._subscribe(channel, options, since))
+            self.run_in_background(self._subscribe(channel, options, since))
         elif subscription.is_active:
-            self._run_in_background(self._renew(subscription, options))
+            self.run_in_background(self._renew(subscription, options))
         else:
             subscription.renewal = options  # for `activate`
 
@@ -637,11 +637,11 @@ class Session(SessionTimers):
             for subscription in [each for each in self.subscriptions.values() if each.is_active]:
                 self.remove_subscription(subscription)
             if self.services.handlers.disconnected is not None:
-                self._run_in_background(self.services.handlers.disconnected(self.handle, code, reason))
+                self.run_in_background(self.services.handlers.disconnected(self.handle, code, reason))
         if self.handle is not None:
             release(self.handle)
 
-    def _run_in_background(self, work: Awaitable[Any]) -> None:
+    def run_in_background(self, work: Awaitable[Any]) -> None:
         """Start work, and ignore refusals and an engine that is away: this worker's own state has changed already."""
         self.background += 1
         self.services.run(_without_refusals(work), self._end_background)

@@ -415,6 +415,11 @@ class Subscription:
         self.is_entered = True
         await self._owner.services.engine.ask(self.presence)
 
+    async def show(self) -> None:
+        """Enter presence, if the client is visible now, and was not before. Raises EngineUnavailable, ClientError."""
+        if self._is_visible and not (self.is_entered or self._left):
+            await self._enter_presence()
+
     async def renew(self, channel_options: ResolvedChannel, info: ClientInfo) -> Position:
         """Give the active subscription new options and info; return the channel's position, if it has one now.
 

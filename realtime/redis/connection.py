@@ -36,6 +36,12 @@ _Kind = tuple[Script, tuple[Argument, ...]] | bytes | None
 _pack: Callable[[tuple[Argument, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
 
 _INCOMPLETE = object()
+TEMPORARY_CODES = frozenset(
+    [
+        *("OOM", "MISCONF", "NOREPLICAS", "READONLY", "LOADING", "BUSY", "UNKILLABLE"),
+        *("MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "MOVED", "ASK"),
+    ]
+)
 _CONFIRMATIONS = {b"subscribe", b"unsubscribe", b"ssubscribe", b"sunsubscribe"}
 _MESSAGES = {b"message", b"smessage"}
 
@@ -50,6 +56,11 @@ class RedisError(RealtimeError):
         self.text = text
         self.code = text.partition(" ")[0]
 
+    @property
+    def is_temporary(self) -> bool:
+        """Whether it says nothing about the command: a later attempt, or one at another server, may succeed."""
+        return self.code in TEMPORARY_CODES
+
 
 class ConnectionOwner(Protocol):
     """The holder of a connection."""
@@ -59,6 +70,9 @@ class ConnectionOwner(Protocol):
 
     def on_unsubscribed(self, channel: bytes) -> None:
         """Handle the end of a subscription that was not asked for: the channel's slot has moved."""
+
+    def on_refused(self, error: RedisError) -> Exception:
+        """Return the error that the caller of a refused command gets."""
 
     def on_end(self, connection: RedisConnection, reason: str) -> None:
         """Handle the end, called once. All calls without a reply have failed by then."""
@@ -218,7 +232,7 @@ class RedisConnection(protocol.Protocol):
             if error.code == "NOSCRIPT" and type(kind) is tuple:
                 self._run_again(done, *kind)
             else:
-                done(None, error)
+                done(None, self._owner.on_refused(error))
         if self._again_after and self._answered >= self._again_after:
             self._send_again()
 

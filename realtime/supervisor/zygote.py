@@ -23,8 +23,10 @@ from twisted.python.failure import Failure
 from realtime.config.schema import PREFIX
 from realtime.process import log, zygote
 from realtime.process.zygote import Fork, Forked, NotForked, ZygoteStarted
+from realtime.supervision.slots import NOT_FORKED
 from realtime.supervisor import orphans, systemd
 from realtime.supervisor.child_output import ChildOutput
+from realtime.supervisor.inheritance import HELD_SIGNALS
 from realtime.supervisor.readable import Readable, read_pipe
 
 EX_OSERR = 71
@@ -50,8 +52,8 @@ class ForkedChild:
     """
 
     def __init__(self, reactor: Any, exited: Callable[[int], None], abort: Callable[[], None]) -> None:
-        """exited: called with the exit status, or minus the signal that has killed it; with EX_OSERR if it was not
-        forked. abort: ends the zygote that forks it."""
+        """exited: called with the exit status, or minus the signal that has killed it; with EX_OSERR or NOT_FORKED if
+        it was not forked. abort: ends the zygote that forks it."""
         self.pid = 0
         self._reactor = reactor
         self._exited = exited
@@ -77,10 +79,10 @@ class ForkedChild:
             os.kill(pid, number)
         _ExitWatch(self._reactor, pid, self._reap)
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: str, status: int = EX_OSERR) -> None:
         """It was not forked."""
         _log.error("can't fork a process: {reason}", reason=reason)
-        self._end(EX_OSERR)
+        self._end(status)
 
     def _reap(self) -> None:
         with suppress(OSError):  # programs that the application has started end with it; before its pid can be reused
@@ -175,6 +177,7 @@ def _versions(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
 
 def _leave_the_supervisor(link: int) -> None:
     """Make a fork of this process what an executed zygote is. link: the only descriptor to keep, besides the output."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
     zygote.ignore_signals()
     os.setpgid(0, 0)  # see `orphans.reap`
     null = os.open(os.devnull, os.O_RDONLY)
@@ -195,13 +198,23 @@ def _unsafe_paths() -> set[str]:
 
 
 class Zygote:
-    """Has all children forked, by a process that it starts when needed, and replaces when that has ended."""
+    """Has all children forked, by a process that it starts when needed, and replaces when that has ended.
+
+    formats: of the messages of the children, as their modules say; "" before the first one.
+    """
 
     def __init__(
-        self, reactor: Any, modules: Sequence[str], *, early: EarlyZygote | None = None, capture: bool = False
+        self,
+        reactor: Any,
+        modules: Sequence[str],
+        *,
+        early: EarlyZygote | None = None,
+        capture: bool = False,
+        formats: str = "",
     ) -> None:
         """modules: those that children may run. early: the first process that forks them, if it was forked early.
-        capture: write the output of the others to our log, instead of letting them inherit ours."""
+        capture: write the output of the others to our log, instead of letting them inherit ours. formats: of children
+        that run already; "" without any."""
         self._reactor = reactor
         self._modules = modules
         self._early = early
@@ -209,7 +222,7 @@ class Zygote:
         self._current: _ZygoteProcess | None = None
         self._processes: set[_ZygoteProcess] = set()
         self._is_closed = False
-        self._formats: str | None = None
+        self.formats = formats
 
     @property
     def pids(self) -> list[int]:
@@ -243,6 +256,11 @@ class Zygote:
         process = self._start()
         return process.when_started().addCallback(self._check_formats, process).addCallback(self._replace_by, process)
 
+    def check(self) -> Deferred[None]:
+        """Have a process import all modules anew, and end it. Fails and raises as `renew`."""
+        process = self._start()
+        return process.when_started().addCallback(self._check_formats, process).addCallback(lambda _: process.end())
+
     def close(self) -> None:
         """Kill the processes that fork. Children live on."""
         self._is_closed = True
@@ -258,12 +276,12 @@ class Zygote:
         return process
 
     def _note_formats(self, formats: str) -> None:
-        self._formats = self._formats or formats
-        if formats != self._formats:
+        self.formats = self.formats or formats
+        if formats != self.formats:
             _log.error("{reason}", reason=_OTHER_VERSION)
 
     def _check_formats(self, formats: str, process: _ZygoteProcess) -> None:
-        if formats != self._formats:
+        if formats != self.formats:
             process.is_ending = True
             process.kill()
             raise ZygoteUnusable(_OTHER_VERSION)
@@ -376,7 +394,7 @@ class _ZygoteProcess:
         self._close()
         self._ended(self, how)
         while self.pending:
-            self.pending.popleft().failed(f"the zygote {how}")
+            self.pending.popleft().failed(f"the zygote {how}", NOT_FORKED if self.has_started else EX_OSERR)
         self._call_waiters(ZygoteUnusable(f"the zygote {how}"))
 
 

@@ -78,7 +78,8 @@ class Served:
         return [process for process in self.processes() if "realtime.worker.process" in process.cmdline()]
 
     def broker(self) -> psutil.Process:
-        (found,) = (process for process in self.processes() if "realtime.broker.process" in process.cmdline())
+        names = {"realtime.broker.process", "realtime.broker.redis_process"}
+        (found,) = (process for process in self.processes() if names & set(process.cmdline()))
         return found
 
     def cpu(self) -> float:

@@ -197,6 +197,16 @@ def test_a_mistake_at_the_end_of_a_large_file_has_its_line(tmp_path: Path) -> No
     assert refused(file).startswith(":100002: client.nope: unknown key")
 
 
+def test_an_unreadable_certificate_is_one_line_with_its_key(tmp_path: Path) -> None:
+    file = tmp_path / "realtime.toml"
+    file.write_text("engine.redis.tls.server_ca_pem = 'missing.pem'\nengine.type = 'redis'")
+    assert refused(file) == (
+        "engine.redis.tls.server_ca_pem: neither PEM text nor a readable file: No such file or directory; correct it"
+    )
+    file.write_text("engine.redis.tls.server_ca_pem = 'missing.pem'")  # not in use
+    read(str(file), {}, {})
+
+
 def test_a_line_break_in_the_file_name_adds_no_line(tmp_path: Path) -> None:
     file = tmp_path / "a\nb.toml"
     file.write_text("nope = 1")

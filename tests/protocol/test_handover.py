@@ -11,6 +11,7 @@ import pytest
 from realtime.config.settings import ChannelOptions, ChannelSettings
 from realtime.errors import TOO_MANY_ERRORS, ClientError
 from realtime.protocol import handover
+from realtime.protocol.client_state import StateError
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.handover import HandedSession
 from realtime.protocol.orders import (
@@ -172,6 +173,18 @@ def test_presence_does_not_flicker(old: Server, new: Server) -> None:
     assert len(ended) == 1
 
 
+def test_presence_that_the_new_configuration_switches_on_has_the_clients_that_move() -> None:
+    old = Server(ChannelSettings(without_namespace=ChannelOptions(allow_subscribe_for_client=True)))
+    new = Server(ChannelSettings(without_namespace=ChannelOptions(presence=True)), beside=old)
+    peer = old.client("alice")
+    enter(peer, "free")
+    hand_over(old, new, peer)
+    assert [info.user for info in new.engine.execute(GetPresence("free")).values()] == ["alice"]
+    assert peer.session.is_settled
+    peer.session.closed()
+    assert new.engine.execute(GetPresence("free")) == {}
+
+
 def test_the_client_object_of_the_old_worker_does_nothing_any_more(old: Server, new: Server) -> None:
     peer = old.client("alice")
     before = peer.session.handle
@@ -184,6 +197,26 @@ def test_the_client_object_of_the_old_worker_does_nothing_any_more(old: Server, 
     assert after is not None
     after.send({"a": 1})
     assert peer.heard() == [{"push": {"message": {"data": {"a": 1}}}}]
+
+
+def test_the_state_of_the_application_moves_along(old: Server, new: Server) -> None:
+    peer, other = old.client("alice"), old.client("bob")
+    assert peer.session.handle is not None
+    peer.session.handle.state["seen"] = {1, 2}
+    hand_over(old, new, peer, other)
+    assert peer.session.handle.state == {"seen": {1, 2}}
+    assert other.session.handle is not None and other.session.handle.state == {}
+
+
+def test_a_state_that_can_not_move_is_found_before_the_cut(old: Server, new: Server) -> None:
+    peer = old.client("alice")
+    handover.check_state(peer.session)
+    assert peer.session.handle is not None
+    peer.session.handle.state["function"] = len
+    handover.check_state(peer.session)
+    peer.session.handle.state["function"] = lambda: None
+    with pytest.raises(StateError):
+        handover.check_state(peer.session)
 
 
 def test_a_command_under_way_is_answered_first(old: Server, new: Server) -> None:

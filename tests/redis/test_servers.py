@@ -39,7 +39,30 @@ async def test_a_server_whose_data_another_one_replaced_has_another_generation(r
         await user.ready()
         first = user.server.generation
         redis.command("REPLICAOF", "127.0.0.1", other.port)
-        await until(lambda: user.losses != [] and user.server.is_ready)
+        await until(lambda: not user.server.is_ready)
+        redis.command("REPLICAOF", "NO", "ONE")
+        await user.ready()
         assert user.server.generation != first
+    finally:
+        await user.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_several_addresses_share_the_names(redis_starter: RedisStarter) -> None:
+    processes = [redis_starter.standalone(), redis_starter.standalone()]
+    user = User(RedisSettings(address=tuple(process.address for process in processes)))
+    try:
+        await user.ready()
+        names = [f"chat:{number}" for number in range(50)]
+        for name in names:
+            await user.call("SET", name, "1", of=name)
+        counts = [process.command("DBSIZE") for process in processes]
+        assert sum(counts) == 50 and min(counts) > 10
+        processes[1].kill()
+        await until(lambda: not user.servers.servers[1].is_ready)
+        assert user.value("realtime_redis_away") == 1
+        kept = [name for name in names if user.servers.of(name) is user.servers.servers[0]]
+        assert len(kept) == counts[0]
+        assert await user.call("GET", kept[0], of=kept[0]) == b"1"
     finally:
         await user.close()

@@ -26,17 +26,25 @@ class User:
         self.metrics = Metrics()
         ledger = LoopTimeLedger(time.monotonic_ns)
         self.servers = RedisServers(settings, reactor, self, self.metrics, ledger)
-        self.server = self.servers.servers[0]
+        self.moves = 0
         self.servers.start()
 
+    @property
+    def server(self) -> RedisServer:
+        return self.servers.servers[0]
+
     async def ready(self) -> None:
-        """Returns when the first server is ready."""
-        await until(lambda: self.server.is_ready)
+        """Returns when all servers are ready."""
+        await until(lambda: self.value("realtime_redis_away") == 0)
+
+    def value(self, name: str) -> float:
+        """Return the sum of the series of a metric."""
+        return sum(sample.value for sample in self.metrics.snapshot([name]))
 
     async def close(self) -> None:
         """End the connections."""
         self.servers.close()
-        await until(lambda: not self.server.is_ready)
+        await until(lambda: not any(server.is_ready for server in self.servers.servers))
 
     def on_message(self, server: RedisServer, channel: bytes, payload: bytes) -> None:
         self.messages.append((channel, payload))
@@ -48,19 +56,19 @@ class User:
         self.losses.append(reason)
 
     def on_moved(self) -> None:
-        pass
+        self.moves += 1
 
-    def call(self, *command: bytes | str | int) -> Deferred[Any]:
-        return _answer(lambda done: self.server.call(done, *command))
+    def call(self, *command: bytes | str | int, of: str = "") -> Deferred[Any]:
+        return _answer(lambda done: self.servers.of(of).call(done, *command))
 
-    def run(self, script: Script, keys: list[Any], arguments: list[Any]) -> Deferred[Any]:
-        return _answer(lambda done: self.server.run(done, script, keys, arguments))
+    def run(self, script: Script, keys: list[Any], arguments: list[Any], of: str = "") -> Deferred[Any]:
+        return _answer(lambda done: self.servers.of(of).run(done, script, keys, arguments))
 
-    def subscribe(self, channel: bytes) -> Deferred[Any]:
-        return _answer(lambda done: self.server.subscribe(channel, done))
+    def subscribe(self, channel: bytes, of: str = "") -> Deferred[Any]:
+        return _answer(lambda done: self.servers.of(of).subscribe(channel, done))
 
-    def unsubscribe(self, channel: bytes) -> Deferred[Any]:
-        return _answer(lambda done: self.server.unsubscribe(channel, done))
+    def unsubscribe(self, channel: bytes, of: str = "") -> Deferred[Any]:
+        return _answer(lambda done: self.servers.of(of).unsubscribe(channel, done))
 
 
 def _answer(ask: Callable[[Callable[[Any, Exception | None], None]], None]) -> Deferred[Any]:

@@ -32,6 +32,7 @@ HANDLER, OTHER = "handler process", "other"
 ROLES = {
     "realtime.worker.process": "worker",
     "realtime.broker.process": "broker",
+    "realtime.broker.redis_process": "broker",
     "realtime.handlers.compute_process": HANDLER,
 }
 CENSUS = 0.5  # seconds between two looks at the processes

@@ -30,7 +30,7 @@ from realtime.supervision.effects import (
     UseRevision,
 )
 from realtime.supervision.pool import TICK, TRANSITIONS, Pool
-from realtime.supervision.slots import BROKER, PoolEvent, SlotState
+from realtime.supervision.slots import BROKER, NOT_FORKED, PoolEvent, SlotState
 
 WORKERS = WorkersSettings(restart_delay=0.1, restart_delay_max=3.0, restart_reset=60.0, start_timeout=30.0)
 STOP = 20.0
@@ -257,6 +257,17 @@ def test_a_crash_loop_is_logged_in_one_line_once_a_minute() -> None:
     assert "worker 0 can't start: no such module, 3 times in a row; worker 1 can't start: no such module" in loops[0]
     others = [report.line for report in of(LogLine, world.effects) if "crash loop" not in report.line]
     assert len(others) == 4  # the first two deaths of each
+
+
+def test_an_end_of_the_zygote_is_no_death_of_the_process_that_it_was_to_fork() -> None:
+    world = World().up()
+    world.die(0)
+    delay = world.die(0, NOT_FORKED)
+    for _ in range(5):
+        assert world.die(0, NOT_FORKED) == pytest.approx(delay, abs=TICK)
+    slot = world.pool.slots[0]
+    assert (slot.deaths, slot.in_crash_loop, slot.restarts["zygote"]) == (1, False, 6)
+    assert "worker 0 was not started, as the zygote has ended; restarting it in" in of(LogLine, world.effects)[-1].line
 
 
 def test_recovery_from_a_crash_loop_is_logged() -> None:

@@ -53,7 +53,7 @@ async def test_another_version_of_the_package_is_told(tmp_path: Path, monkeypatc
     monkeypatch.setattr(trial, "__version__", "0.0.1")
     result = await try_out(tmp_path, "import realtime\napp = realtime.App()\n")
     assert (result.settings is None, result.problems) == (False, [])
-    assert "the supervisor and the broker go on with version 0.0.1 until a restart" in result.warnings[-1]
+    assert "the supervisor and the broker go on with version 0.0.1 until `realtime upgrade`" in result.warnings[-1]
 
 
 async def test_a_process_that_can_not_be_started_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,5 +65,5 @@ async def test_a_process_that_can_not_be_started_gives_one_line(monkeypatch: pyt
 
     result = await Trial(Full(), Sources()).run(TIMEOUT)
     assert result.problems == [
-        "no process can be started to try out the configuration: Resource temporarily unavailable"
+        "no process can be started for the import of the application: Resource temporarily unavailable"
     ]

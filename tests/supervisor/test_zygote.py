@@ -18,6 +18,7 @@ from twisted.internet.utils import getProcessOutput
 from twisted.logger import capturedLogs
 
 from realtime.process.zygote import Fork
+from realtime.supervision.slots import NOT_FORKED
 from realtime.supervisor import zygote as supervisor_zygote
 from realtime.supervisor.zygote import EX_OSERR, EarlyZygote, ForkedChild, Zygote, ZygoteUnusable
 from tests.transports.stage import eventually
@@ -176,7 +177,7 @@ async def test_a_signal_to_a_child_that_is_not_forked_yet_reaches_it(children: C
     os.kill(hanging, signal.SIGSTOP)
     with capturedLogs():
         children.fork("wait").signal(signal.SIGKILL)
-        await children.exits(-signal.SIGTERM, EX_OSERR)
+        await children.exits(-signal.SIGTERM, NOT_FORKED)
 
 
 async def test_modules_that_cannot_be_imported_fail_the_fork_alone(children: Children) -> None:

@@ -204,7 +204,7 @@ class Server:
         return self.processes("realtime.worker.process")
 
     def broker(self) -> int:
-        (pid,) = self.processes("realtime.broker.process")
+        (pid,) = self.processes("realtime.broker.process") or self.processes("realtime.broker.redis_process")
         return pid
 
     def expect_traceback(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.redis.servers import RedisProcess
+from tests.redis.deployments import RedisProcess
 from tests.system.serving import Server, ServerStarter, run_node
 
 pytestmark = pytest.mark.node
@@ -19,7 +19,7 @@ def nodes(start_server: ServerStarter, redis_server: RedisProcess) -> Iterator[l
     sections: dict[str, Any] = {
         "workers": {"count": 1},
         "client": {"commands_per_second": 0},
-        "engine": {"type": "redis", "redis": {"address": [redis_server.url]}},
+        "engine": {"type": "redis", "redis": {"address": [redis_server.address]}},
     }
     yield [start_server(**sections) for _ in range(2)]
 

@@ -56,7 +56,7 @@ def test_a_version_with_the_same_messages_takes_over_and_another_is_refused(
         install("_version.py", f'"{before}"', '"77.0.0"')
         done = await asyncio.get_running_loop().run_in_executor(None, reload)
         assert (done.returncode, done.stderr) == (0, "")
-        assert f"the supervisor and the broker go on with version {before} until a restart" in done.stdout
+        assert f"the supervisor and the broker go on with version {before} until `realtime upgrade`" in done.stdout
         assert (await soon(client.rpc("version", None))).data == "77.0.0"
 
         install("_version.py", '"77.0.0"', '"78.0.0"')
