@@ -113,7 +113,7 @@ def redis_starter(request: pytest.FixtureRequest) -> Iterator[RedisStarter]:
 @pytest.fixture(scope="session", params=PROGRAMS)
 def shared_redis_server(request: pytest.FixtureRequest) -> Iterator[RedisProcess]:
     starter = RedisStarter(program=request.param)
-    yield starter.standalone(acl=True)
+    yield starter.standalone()
     starter.finish()
 
 

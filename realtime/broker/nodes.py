@@ -32,6 +32,9 @@ LISTED = 7.0
 SUPERSEDED = 5.0
 """Seconds after which the earlier runs of a node have ended: until then its workers restore their clients."""
 
+ALL = "all"
+"""Name of the channel of all nodes."""
+
 ANNOUNCE = Script("""
 local run, info, lifetime = unpack(ARGV, 2)
 local time = redis.call('TIME')
@@ -110,19 +113,19 @@ class _Run(Struct):
 class Nodes:
     """See the module.
 
-    run: the name of this run. describe: returns this node with its numbers. server: has the keys of the registry.
-    key: of the registry in Redis. topics: the names of the channel of all nodes, and of the beginning of those of one
-    node. deliver: hands an order to workers of this node. ended: called once for each run that has ended. dead_after:
-    see the module. now: this process's clock.
+    run: the name of this run. describe: returns this node with its numbers. server, topic: the server and the name in
+    Redis of the channel ALL, which the owner subscribes to, as to the channel of this node's id. key: of the registry,
+    on the server of ALL. deliver: hands an order to workers of this node. ended: called once for each run that has
+    ended. dead_after: see the module. now: this process's clock.
     """
 
     def __init__(
         self,
         run: str,
         describe: Callable[[], NodeInfo],
-        server: Callable[[], RedisServer],
+        server: Callable[[str], RedisServer],
+        topic: Callable[[str], bytes],
         key: bytes,
-        topics: tuple[bytes, bytes],
         deliver: Callable[[NodeOrder], object],
         ended: Callable[[str], object],
         dead_after: float,
@@ -133,8 +136,8 @@ class Nodes:
         self._describe = describe
         self._uid = describe().uid
         self._server = server
+        self._topic = topic
         self._key = key
-        self._all, self._one = topics
         self._deliver = deliver
         self._ended = ended
         self._dead_after = dead_after
@@ -155,10 +158,7 @@ class Nodes:
     # Announcements
 
     def on_ready(self) -> None:
-        """Handle a fresh connection to the server of the registry: subscribe, and announce this run at once."""
-        server = self._server()
-        for topic in self.topics:
-            server.subscribe(topic)
+        """Handle a fresh connection to the server of the registry: announce this run at once."""
         self._watching_since = math.inf
         self._workers = -1
         self.announce()
@@ -174,7 +174,7 @@ class Nodes:
 
     def announce(self) -> None:
         """Announce this run, and learn of the others."""
-        server, info = self._server(), self._describe()
+        server, info = self._server(ALL), self._describe()
         self._announced_at = self._now()
         if not server.is_ready:
             return
@@ -183,7 +183,7 @@ class Nodes:
         def announced(reply: Any, error: Exception | None) -> None:
             # A node that subscribes too late for the message finds the announcement.
             if has_changed and error is None:
-                self._publish(self._all, NodeChanged(1, self._uid, self._run, info), _ignore)
+                self._publish(ALL, NodeChanged(1, self._uid, self._run, info), _ignore)
             self._on_announced(reply, error)
 
         lifetime = math.ceil(3000 * self._dead_after)
@@ -191,8 +191,8 @@ class Nodes:
 
     def leave(self, done: Callable[[Any, Exception | None], None]) -> None:
         """End this run for the others; done: called when Redis knows, or can't be reached."""
-        self._publish(self._all, NodeEnded(1, self._uid, self._run), _ignore)
-        self._server().call(done, b"HDEL", self._key, self._run)
+        self._publish(ALL, NodeEnded(1, self._uid, self._run), _ignore)
+        self._server(ALL).call(done, b"HDEL", self._key, self._run)
 
     def _on_announced(self, reply: Any, error: Exception | None) -> None:
         now = self._now()
@@ -222,7 +222,7 @@ class Nodes:
         other = self._runs.get(run)
         if other is None:
             self._runs[run] = _Run(info, seen)
-        elif seen > other.seen:
+        elif seen >= other.seen:
             if other.is_reported and not (other.has_left or other.superseded < math.inf):
                 other.is_reported = False
                 _log.info("node {name} ({uid}) is back", name=info.name, uid=info.uid)
@@ -278,13 +278,8 @@ class Nodes:
 
     # Messages
 
-    @property
-    def topics(self) -> tuple[bytes, bytes]:
-        """The channels of Redis that this node receives."""
-        return self._all, self._one + self._uid.encode()
-
     def on_message(self, payload: bytes) -> None:
-        """Handle a message on one of `topics`."""
+        """Handle a message to all nodes, or to this one."""
         try:
             message = _decode(payload)
         except (ValueError, RecursionError):
@@ -309,7 +304,7 @@ class Nodes:
         def sent(_: Any, error: Exception | None) -> None:
             done(sum(info.workers for info in self._others()), error)
 
-        self._publish(self._all, NodeOrder(1, self._uid, order), sent)
+        self._publish(ALL, NodeOrder(1, self._uid, order), sent)
 
     def send_to(
         self, node: str, worker: str, session: str, order: bytes, done: Callable[[int, Exception | None], None]
@@ -319,11 +314,11 @@ class Nodes:
         def sent(receivers: Any, error: Exception | None) -> None:
             done(int(error is None and receivers > 0), error)
 
-        self._publish(self._one + node.encode(), NodeOrder(1, self._uid, order, worker, session), sent)
+        self._publish(node, NodeOrder(1, self._uid, order, worker, session), sent)
 
-    def _publish(self, topic: bytes, message: NodeMessage, done: Callable[[Any, Exception | None], None]) -> None:
-        server = self._server()
-        server.call(done, b"SPUBLISH" if server.is_cluster else b"PUBLISH", topic, _encode(message))
+    def _publish(self, name: str, message: NodeMessage, done: Callable[[Any, Exception | None], None]) -> None:
+        server = self._server(name)
+        server.call(done, b"SPUBLISH" if server.is_cluster else b"PUBLISH", self._topic(name), _encode(message))
 
 
 def _text(reply: bytes | str) -> str:

@@ -352,6 +352,14 @@ class Broker:
             for link in [link for link, other in self._peers.items() if other.slot == peer.slot and other.takes_lost]:
                 link.send(frame)
 
+    def let_all_leave(self) -> None:
+        """Let the clients of all workers leave that have ended, at once: none returns any more."""
+        for peer in list(self._held):
+            self._let_leave(peer)
+        for steps in list(self._leaving.values()):
+            for _ in steps:
+                pass
+
     def _leave(self, peer: _WorkerPeer) -> Iterator[None]:
         yield from self.core.leave_steps(peer.link, self.now())
         self._leaving.pop(peer, None)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from realtime.broker.delivery import LinkDelivery
 from realtime.broker.process import BrokerService
-from realtime.broker.redis_core import RedisCore
+from realtime.broker.shared_core import SharedCore
 from realtime.metrics import Counter
 from realtime.process import child
 from realtime.process.link import Link
@@ -27,8 +27,8 @@ class RedisBrokerService(BrokerService):
     ) -> BrokerCore[Link]:
         """See `BrokerService`."""
         process = self.process
-        self._core = RedisCore(
-            process.settings.engine,
+        self._core = SharedCore(
+            process.settings,
             delivery,
             publications,
             describe_node,
@@ -48,8 +48,10 @@ class RedisBrokerService(BrokerService):
         return child.hand_nothing_over(stream, "a broker with Redis can't hand its state over; restart the server")
 
     async def drain(self, timeout: float) -> None:
-        """See `BrokerService`."""
+        """See `BrokerService`. Other nodes learn of the leaves, and that this node has ended."""
         await super().drain(timeout)
+        self._broker.let_all_leave()
+        await self._core.leave()
         self._core.close()
 
 

@@ -279,8 +279,8 @@ class SharedPresence:
 
     run: the name of this run of the broker, of RUN_SIZE characters. ttl: seconds within which a list without a node
     that renews it is no longer right. names, server: of a channel. entries: returns the clients of this node in a
-    channel. is_dead: whether the clients of a run have to leave. call_soon: calls a function at the end of the loop's
-    turn.
+    channel. is_dead: whether the clients of a run have to leave. call_soon: calls a function in the next turn of the
+    loop, so that the changes of one turn go out together.
     """
 
     def __init__(

@@ -61,8 +61,8 @@ class UserConnections:
     """See the module.
 
     run: the name of this run of the broker. key, server: of a user. counts: this node's connections by user, which the
-    owner changes and then reports by `changed`. is_dead: whether a run has ended. call_soon: calls a function at the
-    end of the loop's turn.
+    owner changes and then reports by `changed`. is_dead: whether a run has ended. call_soon: calls a function in the
+    next turn of the loop.
     """
 
     def __init__(

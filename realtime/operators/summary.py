@@ -6,6 +6,7 @@ has grown in the last minute. `Failures` has the counters: each process is asked
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -37,15 +38,21 @@ Series = tuple[str, tuple[tuple[str, str], ...]]
 
 class _Watched(Struct, frozen=True):
     """A metric that tells of failures. text: its problem, before the number; remedy: after it. labels: of the series
-    that count."""
+    that count. limit: of the number; beyond it the server does not do its work."""
 
     text: str
     remedy: str = ""
     labels: Mapping[str, Collection[str]] = {}
+    limit: float = math.inf
 
 
 _WATCHED = {
-    INTERNAL_ERRORS: _Watched("exceptions in the server's own code in the last minute", "see the log"),
+    INTERNAL_ERRORS: _Watched(
+        "exceptions in the server's own code in the last minute", "see the log", limit=MAX_INTERNAL_ERRORS
+    ),
+    "realtime_redis_away": _Watched("Redis servers or Clusters that can't be used", "see the log", limit=0),
+    "realtime_redis_lagging": _Watched("Redis servers that take more than a second to answer"),
+    "realtime_redis_errors": _Watched("commands that Redis refused in the last minute", "see the log"),
     HANDLER_ERRORS: _Watched("errors of handlers in the last minute"),
     "realtime_handler_calls": _Watched(
         "calls of handlers that ran past their time limit or found every thread or process taken in the last minute",
@@ -254,8 +261,7 @@ class Summary:
                 latest = self._failures.handler_errors(now)
                 remedy = f"the latest: {latest['exception']} in {latest['handler']}"
             text = f"{watched.text}: {count}" + (f"; {remedy}" if remedy else "")
-            is_bad = name == INTERNAL_ERRORS and count > MAX_INTERNAL_ERRORS
-            yield Problem(text, "bad" if is_bad else "warn")
+            yield Problem(text, "bad" if count > watched.limit else "warn")
 
     # Processes
 

@@ -25,7 +25,7 @@ class NodeIdentity:
         self._started, ticks = _start_time(process)
         self._name = settings.node.name or f"{socket.gethostname()}_{settings.http_server.port}"
         # A process id is unique within its namespace, while it lasts, and a namespace within one run of the kernel.
-        place = f"{_boot_id()}/{os.stat('/proc/self/ns/pid').st_ino}/{process}/{ticks}"
+        place = f"{_boot_id()}/{os.stat('/proc/self/ns/pid').st_ino}/{process}/{ticks}/{settings.http_server.port}"
         self.uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"realtime://{place}"))
 
     def describe(self) -> NodeInfo:

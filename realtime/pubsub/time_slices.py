@@ -145,7 +145,7 @@ class TimeSlicer:
                     queue.append(work)
                     break
                 began, now = now, clock()
-                if now + (now - began) / 2 >= slice_end:  # less than half of another such step fits
+                if now + 0.9 * (now - began) >= slice_end:  # another such step does not fit
                     break
         finally:
             if any(self._queues):

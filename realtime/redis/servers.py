@@ -90,7 +90,9 @@ class RedisServers:
             for server in shard.servers:
                 lagging += server.lag >= LAG_ALARM
                 labels = [("server", server.name)]
-                yield Sample("realtime_redis_ready", "gauge", "1 while the server answers.", labels, server.is_ready)
+                yield Sample(
+                    "realtime_redis_ready", "gauge", "1 while the server answers.", labels, float(server.is_ready)
+                )
                 yield Sample(
                     *("realtime_redis_lag_seconds", "gauge", "Time of the server's latest answer."), labels, server.lag
                 )

@@ -43,6 +43,13 @@ class Node:
         self.workers.append(bench)
         return bench
 
+    async def restart(self) -> None:
+        """Start another broker in the place of one that has ended."""
+        self.broker = BrokerProcess(self.settings, port=self.broker.port)
+        await self.broker.start()
+        for slot, bench in enumerate(self.workers):
+            await self.broker.link(slot, bench.engine)
+
     async def stop(self) -> None:
         for bench in self.workers:
             bench.engine.close()

@@ -9,13 +9,13 @@ import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred
 
-from realtime.broker.nodes import SUPERSEDED, NodeOrder, Nodes
+from realtime.broker.nodes import ALL, SUPERSEDED, NodeOrder, Nodes
 from realtime.config.settings import RedisSettings
 from realtime.metrics import Metrics
 from realtime.pubsub.history import make_epoch
 from realtime.redis.servers import RedisServer
 from realtime.types import EngineStats, NodeInfo
-from tests.redis.servers import RedisProcess
+from tests.redis.deployments import RedisProcess
 from tests.redis.users import User
 from tests.system.brokers import until
 
@@ -37,9 +37,9 @@ class Node(User):
         self.nodes = Nodes(
             self.run_name,
             lambda: NodeInfo(uid, f"name of {uid}", "1.0", 5.0, EngineStats(1, 2, 3, 4), self.workers),
-            lambda: self.server,
+            lambda name: self.server,
+            str.encode,
             b"nodes",
-            (b"all", b"one."),
             self.orders.append,
             self.ended.append,
             DEAD_AFTER,
@@ -49,10 +49,11 @@ class Node(User):
         super().__init__(RedisSettings(address=(redis.address,)))
 
     def on_message(self, server: RedisServer, channel: bytes, payload: bytes) -> None:
-        assert channel in self.nodes.topics
         self.nodes.on_message(payload)
 
     def on_ready(self, server: RedisServer) -> None:
+        for topic in (ALL, self.uid):
+            server.subscribe(topic.encode())
         self.nodes.on_ready()
 
     def on_lost(self, server: RedisServer, reason: str) -> None:
@@ -70,16 +71,12 @@ class Node(User):
 
 
 @pytest_twisted.async_yield_fixture
-async def redis() -> AsyncIterator[RedisProcess]:
-    process = RedisProcess()
-    await process.start()
-    yield process
-    await process.stop()
-
-
-@pytest_twisted.async_yield_fixture
-async def nodes(redis: RedisProcess) -> AsyncIterator[list[Node]]:
-    made = [Node(redis, "node-1"), Node(redis, "node-2", workers=2), Node(redis, "node-3", workers=4)]
+async def nodes(redis_server: RedisProcess) -> AsyncIterator[list[Node]]:
+    made = [
+        Node(redis_server, "node-1"),
+        Node(redis_server, "node-2", workers=2),
+        Node(redis_server, "node-3", workers=4),
+    ]
     for node in made:
         await node.ready()
         await node.settle()
@@ -110,7 +107,7 @@ async def move_clocks(redis: RedisProcess, seconds: int, nodes: list[Node], awak
               local time = string.format('%016d', tonumber(string.sub(value, 1, 16)) - 1000)
               redis.call('HSET', 'nodes', run, time .. string.sub(value, 17))
             end"""
-        redis.ask("EVAL", script, 0)
+        redis.command("EVAL", script, 0)
         for node in awake:
             await node.look()
 
@@ -150,14 +147,14 @@ async def test_orders_reach_all_other_nodes_or_one(nodes: list[Node]) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_silent_node_is_no_longer_listed_and_then_dead(redis: RedisProcess, nodes: list[Node]) -> None:
+async def test_a_silent_node_is_no_longer_listed_and_then_dead(redis_server: RedisProcess, nodes: list[Node]) -> None:
     first, second, third = nodes
-    await move_clocks(redis, 5, nodes, [first, second])
+    await move_clocks(redis_server, 5, nodes, [first, second])
     assert await first.look() == ["node-1", "node-2", "node-3"]
-    await move_clocks(redis, 3, nodes, [first, second])
+    await move_clocks(redis_server, 3, nodes, [first, second])
     assert await first.look() == ["node-1", "node-2"]
     assert not first.nodes.is_dead(third.run_name)
-    await move_clocks(redis, 30, nodes, [first, second])
+    await move_clocks(redis_server, 30, nodes, [first, second])
     assert first.nodes.is_dead(third.run_name) and first.ended == [third.run_name]
     # It comes back, and has seen nothing of the others meanwhile.
     assert await third.look() == ["node-3", "node-1", "node-2"]
@@ -167,7 +164,7 @@ async def test_a_silent_node_is_no_longer_listed_and_then_dead(redis: RedisProce
 
 
 @pytest_twisted.ensureDeferred
-async def test_no_node_is_dead_for_one_that_has_not_watched(redis: RedisProcess, nodes: list[Node]) -> None:
+async def test_no_node_is_dead_for_one_that_has_not_watched(redis_server: RedisProcess, nodes: list[Node]) -> None:
     first, second, _ = nodes
     await first.look()
     unknown = make_epoch()
@@ -176,7 +173,7 @@ async def test_no_node_is_dead_for_one_that_has_not_watched(redis: RedisProcess,
     pass_time(nodes, 10 * DEAD_AFTER)
     await first.look()
     assert not any(first.nodes.is_dead(run) for run in (unknown, second.run_name))
-    await move_clocks(redis, 32, nodes, [first])
+    await move_clocks(redis_server, 32, nodes, [first])
     assert all(first.nodes.is_dead(run) for run in (unknown, second.run_name))
     # Its connection to Redis was cut.
     first.nodes.on_lost()
@@ -184,9 +181,9 @@ async def test_no_node_is_dead_for_one_that_has_not_watched(redis: RedisProcess,
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_next_run_of_a_node_ends_the_earlier_one(redis: RedisProcess, nodes: list[Node]) -> None:
+async def test_the_next_run_of_a_node_ends_the_earlier_one(redis_server: RedisProcess, nodes: list[Node]) -> None:
     first, second, _ = nodes
-    again = Node(redis, "node-2", workers=3)
+    again = Node(redis_server, "node-2", workers=3)
     try:
         await again.ready()
         await again.settle()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -21,7 +20,7 @@ from realtime.process.reactor import turn_end_caller
 from realtime.pubsub.history import make_epoch
 from realtime.pubsub.presence import PresenceEntry
 from realtime.types import ClientInfo
-from tests.redis.servers import RedisProcess
+from tests.redis.deployments import RedisProcess
 from tests.redis.users import User
 from tests.system.brokers import until
 
@@ -117,16 +116,8 @@ async def answer(ask: Any, *arguments: Any) -> Any:
 
 
 @pytest_twisted.async_yield_fixture
-async def redis() -> AsyncIterator[RedisProcess]:
-    process = RedisProcess()
-    await process.start()
-    yield process
-    await process.stop()
-
-
-@pytest_twisted.async_yield_fixture
-async def nodes(redis: RedisProcess) -> AsyncIterator[list[Node]]:
-    made = [Node(redis) for _ in range(3)]
+async def nodes(redis_server: RedisProcess) -> AsyncIterator[list[Node]]:
+    made = [Node(redis_server) for _ in range(3)]
     for node in made:
         await node.user.ready()
         await node.user.subscribe(b"room")
@@ -198,16 +189,16 @@ async def test_many_clients_are_stored_and_read_in_steps(nodes: list[Node], monk
 
 
 @pytest_twisted.ensureDeferred
-async def test_changes_while_redis_is_away_are_stored_later(redis: RedisProcess, nodes: list[Node]) -> None:
+async def test_changes_while_redis_is_away_are_stored_later(redis_server: RedisProcess, nodes: list[Node]) -> None:
     here, there, _ = nodes
     await here.add(ALICE, BOB)
-    redis.signal(signal.SIGSTOP)
+    redis_server.pause()
     here.remove(ALICE)
     here.put(AGAIN)
     here.user.server._connection.end("cut")  # type: ignore[union-attr]
     with pytest.raises(EngineUnavailable):
         await here.stored()
-    redis.signal(signal.SIGCONT)
+    redis_server.resume()
     await here.user.ready()
     await here.renew()
     assert (await there.present(), await there.count()) == ([AGAIN, BOB], (2, 2))

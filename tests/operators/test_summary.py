@@ -56,6 +56,16 @@ def test_a_healthy_server_has_no_problems() -> None:
     assert server.summary.read(0.0)["status"] == "ok"
 
 
+def test_a_lost_redis_is_a_bad_problem_and_a_slow_one_a_warning() -> None:
+    server = Server()
+    gauges = [Sample(name, "gauge", "Help.", [], 1) for name in ("realtime_redis_away", "realtime_redis_lagging")]
+    server.failures.record(BROKER, server, gauges, 4.0)
+    assert server.problems() == [
+        ("bad", "Redis servers or Clusters that can't be used: 1; see the log"),
+        ("warn", "Redis servers that take more than a second to answer: 1"),
+    ]
+
+
 def test_a_stopped_broker_is_the_worst_problem() -> None:
     server = Server()
     server.broker = Health(BROKER, Condition.PRESSED, 0.0, 4.2)

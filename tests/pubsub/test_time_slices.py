@@ -58,9 +58,10 @@ def test_a_turn_ends_with_its_slice_and_asks_for_the_next(loop: Loop) -> None:
     assert not loop.asked
 
 
-def test_a_long_step_is_not_followed_by_another_that_would_not_fit(loop: Loop) -> None:
-    loop.slices.add(loop.work("a", 4, cost=0.004))
-    assert loop.until_idle()[:4] == pytest.approx([0.004] * 4)
+@pytest.mark.parametrize(("cost", "turn"), [(0.004, 0.004), (0.0018, 0.0036)])
+def test_a_long_step_is_not_followed_by_another_that_would_not_fit(loop: Loop, cost: float, turn: float) -> None:
+    loop.slices.add(loop.work("a", 8, cost=cost))
+    assert loop.until_idle()[:4] == pytest.approx([turn] * 4)
 
 
 def test_equal_priorities_take_turns(loop: Loop) -> None:

@@ -28,12 +28,19 @@ POLL = 0.01
 
 PROGRAMS = [program for program in ("redis-server", "valkey-server") if shutil.which(program)]
 
-# The user of docs/redis.md: no administration, no dangerous command but the two that read the state.
-USER, PASSWORD = "realtime", "secret-of-realtime"
-ACL_RULES = (
-    f"user {USER} on >{PASSWORD} ~realtime.* &realtime.* -@all +@read +@write +@pubsub +@scripting +@connection"
-    " -@admin -@dangerous +info +role +time +cluster|slots +cluster|info"
+# The rights of docs/redis.md: no administration, no dangerous command but the two that read the state.
+RIGHTS = (
+    "-@all +@read +@write +@pubsub +@scripting +@connection -@admin -@dangerous"
+    " +info +role +time +cluster|slots +cluster|info"
 )
+USER, PASSWORD = "realtime", "secret-of-realtime"
+ADMIN = "admin"
+USERS = [
+    f"user {USER} on >{PASSWORD} ~realtime.* &realtime.* {RIGHTS}",
+    f"user {ADMIN} on >{ADMIN} ~* &* +@all",
+    # So that tests with any keys show that no other rights are needed.
+    f"user default on nopass ~* &* {RIGHTS}",
+]
 
 # A replica has its data at once, and is listed once its master has pinged it.
 QUICK_REPLICAS = {"repl-diskless-sync-delay": "0", "repl-ping-replica-period": "1", "repl-timeout": "5"}
@@ -108,7 +115,7 @@ class RedisProcess:
         if self.tls:
             options |= {"tls-port": str(encrypted)} | self.tls.server_options()
         lines = [f'{key} "{value}"' for key, value in (options | self.options).items() if key != "user"]
-        lines += [f"user {self.options['user']}"] if "user" in self.options else []
+        lines += self.options.get("user", "").splitlines()
         config = self.folder / "redis.conf"
         if not config.exists():  # a Sentinel or a Cluster node writes to its file
             config.write_text("\n".join(lines) + "\n")
@@ -123,6 +130,8 @@ class RedisProcess:
         """Return another client. arguments: of redis.Redis."""
         known: dict[str, Any] = {"host": HOST, "port": self.port, "password": self._password, "socket_timeout": 20}
         known["protocol"] = 2
+        if "user" in self.options:
+            known |= {"username": ADMIN, "password": ADMIN}
         if self.tls:
             known |= {"ssl": True, "ssl_ca_certs": str(self.tls.authority)}
             known |= {"ssl_certfile": str(self.tls.client), "ssl_keyfile": str(self.tls.client)}
@@ -315,23 +324,18 @@ class RedisStarter:
     processes: list[RedisProcess] = field(default_factory=list)
 
     def standalone(
-        self,
-        *,
-        aof: bool = False,
-        tls: bool = False,
-        acl: bool = False,
-        client_certificates: bool = True,
-        **options: str,
+        self, *, aof: bool = False, tls: bool = False, client_certificates: bool = True, **options: str
     ) -> RedisProcess:
-        """Start one server. aof: every write is on disk before its answer. acl: it has the user of docs/redis.md.
+        """Start one server, whose default user has the rights of docs/redis.md, as has USER for names of realtime.
 
-        options: of redis.conf, with _ for each -, such as requirepass="p".
+        aof: every write is on disk before its answer. options: of redis.conf, with _ for each -. With requirepass="p"
+        the default user has all rights.
         """
         given = {name.replace("_", "-"): value for name, value in options.items()}
         if aof:
             given |= {"appendonly": "yes", "appendfsync": "always"}
-        if acl:
-            given |= {"user": ACL_RULES.removeprefix("user ")}
+        if "requirepass" not in given:
+            given |= {"user": "\n".join([*USERS, given.get("user", "")]), "masteruser": ADMIN, "masterauth": ADMIN}
         if tls and not client_certificates:
             given |= {"tls-auth-clients": "no"}
         server = self._prepare(given, self._certificates() if tls else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from tests.redis.deployments import PASSWORD, USER, RedisProcess, RedisStarter, wait_for
+from tests.redis.deployments import PASSWORD, USER, RedisProcess, RedisStarter
 
 
 def test_a_server_comes_back_with_its_data(redis_starter: RedisStarter) -> None:
@@ -19,26 +19,6 @@ def test_the_documented_user_has_no_rights_beyond_its_prefix(redis_server: Redis
     assert client.set("realtime.x", 1)
     denied = redis_server.command("ACL", "DRYRUN", USER, "SET", "other", "1")
     assert "no permissions to access the 'other' key" in denied
-
-
-def test_sentinels_replace_a_killed_master(redis_starter: RedisStarter) -> None:
-    watched = redis_starter.sentinels()
-    master = watched.master
-    master.kill()
-    promoted = watched.wait_for_other_master(master)
-    assert promoted.command("ROLE")[0] == "master"
-
-
-def test_a_cluster_moves_a_slot_and_replaces_a_killed_master(redis_starter: RedisStarter) -> None:
-    cluster = redis_starter.cluster()
-    source = cluster.owner("a")
-    source.command("SET", "a", "1")
-    target = next(master for master in cluster.servers[:3] if master is not source)
-    cluster.move_slot("a", target)
-    assert cluster.owner("a") is target
-    assert target.command("GET", "a") == "1"
-    target.kill()
-    wait_for(lambda: cluster.owner("a") is not target, "promotion")
 
 
 def test_all_servers_are_ended_with_their_starter() -> None:

@@ -90,7 +90,7 @@ async def test_tls_checks_the_server_and_presents_a_certificate(redis_starter: R
         ({"requirepass": "p"}, {"password": "q"}, "engine.redis.password: wrong, or the user does not exist"),
         ({}, {"user": "joe", "password": "q"}, "engine.redis.password: wrong, or the user does not exist"),
         ({}, {"db": 99}, "engine.redis.db: ERR DB index is out of range; choose a smaller number"),
-        ({"user": "joe on >p ~* &* +@all -info"}, {"user": "joe", "password": "p"}, "engine.redis.user: "),
+        ({"user": "user joe on >p ~* &* +@all -info"}, {"user": "joe", "password": "p"}, "engine.redis.user: "),
         ({"maxclients": "1"}, {}, "max number of clients reached; raise maxclients"),
         ({"replicaof": "127.0.0.1 1"}, {}, "it is a replica; name its master, or the Sentinels"),
     ],

@@ -18,7 +18,7 @@ from tests.system.brokers import until
 
 @pytest.fixture
 def server(redis_starter: RedisStarter) -> RedisProcess:
-    return redis_starter.standalone(acl=True, enable_debug_command="yes")
+    return redis_starter.standalone(enable_debug_command="yes")
 
 
 @pytest_twisted.async_yield_fixture

@@ -13,7 +13,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 LOST, REPEATED, REORDERED, BROKEN = "silently lost", "repeated", "reordered", "broken rule"
 FINDINGS_KEPT = 100
@@ -236,11 +235,15 @@ class Subscription:
         self._begin(here, offset)
 
     def _has_expired(self, epoch: Epoch, last: int, top: int) -> bool:
-        """Return whether history may have dropped a publication after `last`: the ttl has passed without another."""
-        times = [epoch.seen.get(offset) for offset in range(last + 1, top + 1)]
-        known = [time for time in times if time is not None]
-        pauses = [later - earlier for earlier, later in pairwise([*known, self._account.now()])]
-        return len(known) < len(times) or max(pauses, default=0.0) >= self.channel.ttl - SLACK
+        """Return whether history may have dropped a publication after `last`: the ttl has passed without another.
+
+        A publication may have happened as soon as it was asked for: after the death of a worker it is seen much later.
+        """
+        offsets = [offset for offset in range(last + 1, top + 1) if offset in epoch.seen]
+        seen = [epoch.seen[offset] for offset in offsets]
+        asked = [self.channel.asked.get(epoch.numbers[offset], epoch.seen[offset]) for offset in offsets]
+        pauses = [later - earlier for earlier, later in zip(asked, [*seen[1:], self._account.now()], strict=True)]
+        return len(offsets) < top - last or max(pauses, default=0.0) >= self.channel.ttl - SLACK
 
     def _begin(self, epoch: Epoch, offset: int) -> None:
         self.position = (epoch, offset)

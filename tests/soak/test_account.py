@@ -147,6 +147,19 @@ def test_history_that_has_expired_is_a_need() -> None:
     assert scene.account.findings == []
 
 
+def test_history_may_expire_before_its_publication_was_seen() -> None:
+    scene = Scene(ttl=10.0)
+    scene.subscribe(0)
+    scene.publish(1)
+    scene.push(1)
+    scene.channel.ask(2)
+    scene.clock.time += 10.0
+    scene.publish(2)
+    scene.subscribe(2)
+    scene.close()
+    assert scene.account.findings == []
+
+
 def test_history_that_expired_before_the_newest_publication_is_a_need() -> None:
     scene = Scene(ttl=10.0)
     scene.subscribe(0)

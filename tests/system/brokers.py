@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import psutil
@@ -18,7 +19,7 @@ from twisted.internet.task import deferLater
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 
-from realtime.config.settings import EngineSettings, Settings, WorkersSettings, dump
+from realtime.config.settings import EngineSettings, HTTPServerSettings, Settings, WorkersSettings, dump
 from realtime.metrics import Metrics, Sample, load
 from realtime.process import control
 from realtime.supervision.vitals import VitalsPage
@@ -33,6 +34,9 @@ async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that the broker does in its own time; the test's own time limit ends it."""
     while not condition():
         await deferLater(reactor, POLL)
+
+
+_ports = count(1)
 
 
 class _Control(amp.AMP):
@@ -54,10 +58,13 @@ class _Control(amp.AMP):
 
 
 class BrokerProcess:
-    """One broker. Await `start`, and `stop` at the end."""
+    """One broker. Await `start`, and `stop` at the end. port: that of its node; None for a node of its own."""
 
-    def __init__(self, settings: EngineSettings, workers: int = 0) -> None:
-        self._settings = Settings(engine=settings, workers=WorkersSettings(count=workers))
+    def __init__(self, settings: EngineSettings, workers: int = 0, port: int | None = None) -> None:
+        # The port tells nodes with the same parent apart; a broker does not listen.
+        self.port = next(_ports) if port is None else port
+        server = HTTPServerSettings(port=self.port)
+        self._settings = Settings(engine=settings, workers=WorkersSettings(count=workers), http_server=server)
         self._page = VitalsPage.create()
         self._control = _Control()
 
