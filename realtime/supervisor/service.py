@@ -415,7 +415,7 @@ class Supervisor(Service):
         estate = Estate(
             self.pool, self.children, self._port, self._operators, self._rescue, self.zygote, self._settings
         )
-        upgrade = Upgrade(self._reactor, estate, self._launch, self._configured_count, self._trial)
+        upgrade = Upgrade(self._reactor, estate, self._launch, self._configured_count, self._trial, self._notifier)
         running = Deferred.fromCoroutine(upgrade.run(self._changes.tell))
         running.addErrback(self._end_upgrade)
 
