@@ -12,7 +12,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from realtime.config.schema import value_keys
-from realtime.config.settings import RedisSettings, Settings
+from realtime.config.settings import MemorySettings, RedisSettings, Settings
 from realtime.config.values import quote
 
 FIXED: tuple[tuple[str, ...], ...] = (
@@ -24,6 +24,7 @@ FIXED: tuple[tuple[str, ...], ...] = (
     ("http_server", "internal_port"),
     # The engine keeps the channels' history, or the connections to Redis.
     ("engine", "type"),
+    *(tuple(map(str, path)) for path, _ in value_keys(MemorySettings, ("engine", "memory"))),
     *(tuple(map(str, path)) for path, _ in value_keys(RedisSettings, ("engine", "redis"))),
     # All processes beat by them, the supervisor's checks included.
     ("loop", "interval"),
