@@ -95,7 +95,7 @@ def makeService(options: Mapping[str, Any]) -> IService:
     try:
         settings = read(options["config"], given, os.environ)
         if _becomes_daemon(options):  # its log is the only place for a later failure, and twistd has returned 0 by then
-            found = application.find_problems(settings)
+            found = application.check(settings).problems
             problems += [problem.line for problem in found if not problem.may_pass]
             passing = [f"{problem.line}; the workers will try again" for problem in found if problem.may_pass]
     except SettingsError as error:
