@@ -107,13 +107,17 @@ class MemoryStorage:
             self._tagged.setdefault(tag, set()).add(key)
         evicted = 0
         while len(self._entries) > self._max_entries:
-            await self.drop(next(iter(self._entries)))
+            self._untag(*self._entries.popitem(last=False))  # one step: relief may call `find` before or after it
             evicted += 1
         return evicted
 
     async def drop(self, key: Hashable) -> None:
         entry = self._entries.pop(key, None)
-        for tag in entry.tags if entry is not None else ():
+        if entry is not None:
+            self._untag(key, entry)
+
+    def _untag(self, key: Hashable, entry: Entry) -> None:
+        for tag in entry.tags:
             keys = self._tagged[tag]
             keys.discard(key)
             if not keys:
@@ -292,6 +296,11 @@ class Cache:
             raise TypeError(f"this Cache belongs to {self.name}; {name} needs its own Cache")
         self.name = name
         self._host.caches.setdefault(name, weakref.WeakSet()).add(self)
+
+    @property
+    def has_own_key(self) -> bool:
+        """Whether the application makes the keys."""
+        return self.key is not default_key
 
     def find(self, args: tuple[Any, ...]) -> Entry | None:
         """Return the entry whose value `call` would return at once, without starting anything; None if there is none.

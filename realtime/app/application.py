@@ -40,6 +40,7 @@ _DEFAULTS = HandlerOptions()
 ConnectingFunction = TypeVar(
     "ConnectingFunction", bound=Callable[[ConnectRequest], Awaitable[Credentials | None] | Credentials | None]
 )
+ConnectedFunction = TypeVar("ConnectedFunction", bound=Callable[[Client], Any])
 DisconnectedFunction = TypeVar(
     "DisconnectedFunction", bound=Callable[[Client], Any] | Callable[[Client, int, str], Any]
 )
@@ -138,6 +139,15 @@ class App:
         Disconnect to refuse.
         """
         return self._declare("on_connecting", "", function)
+
+    def on_connected(self, function: ConnectedFunction) -> ConnectedFunction:
+        """React to a new connection; the function takes (client).
+
+        The client has its connect reply. Its next commands wait for the end of the function, which so can fill in
+        `client.state` for the other handlers. `on_disconnected` may be called meanwhile. Raise Disconnect to close the
+        connection. It is not called again for a connection that moves to another worker.
+        """
+        return self._declare("on_connected", "", function)
 
     def on_disconnected(self, function: DisconnectedFunction) -> DisconnectedFunction:
         """React to the end of a connection; the function takes (client) or (client, code, reason).

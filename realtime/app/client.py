@@ -26,7 +26,16 @@ class Client(Protocol):
 
     @property
     def meta(self) -> Any:
-        """The private information from the connection token, never sent to a client; None if there is none."""
+        """The private information from the credentials or the connection token, never sent to a client; or None."""
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """A dict of the application's own, empty at first, for as long as the connection lasts.
+
+        All handlers of the client get the same dict, also those in threads; those in processes get no client. It moves
+        with the connection to another worker (`realtime reload` and others) by `pickle`. A connection whose state
+        can't be pickled does not move: its client is asked to reconnect (3001).
+        """
 
     @property
     def name(self) -> str:

@@ -82,6 +82,7 @@ class Handler:
 
 ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[slice, ...]]] = {
     "on_connecting": (("request",), (slice(None),)),
+    "on_connected": (("client",), (slice(None),)),
     "on_disconnected": (("client", "code", "reason"), (slice(3), slice(1))),
     "on_subscribe": (("client", "channel", "data"), (slice(3), slice(2))),
     "on_publish": (("client", "channel", "data"), (slice(None),)),

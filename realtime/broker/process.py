@@ -21,6 +21,8 @@ from twisted.logger import Logger
 
 from realtime.broker.delivery import LinkDelivery, failed
 from realtime.broker.handover import PeerState, StateSource, StateTarget, formats
+from realtime.broker.persistence import Persistence
+from realtime.broker.stored_first import StoredFirstLink, UnstoredFrames
 from realtime.config.settings import EngineSettings
 from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
 from realtime.metrics import Counter, Metrics
@@ -117,9 +119,18 @@ class Broker:
         self._slices = TimeSlicer(reactor.seconds, SLICE, self._call_next_turn)
         self._links_account = self._ledger.open(LoopWork.ENGINE)
         self._all_left: Deferred[None] | None = None  # while draining
+        self._early: list[tuple[int, int]] | None = None  # streams that came while stored channels are read
         publications = metrics.counter("realtime_broker_publications", "Publications received from workers.")
         self.delivery = LinkDelivery(metrics)
-        self.core = make_core(self.delivery, settings.max_channels, publications, describe_node)
+        parts = self.delivery, settings.max_channels, publications, describe_node
+        self.persistence: Persistence | None = None
+        self._unstored: UnstoredFrames | None = None
+        if settings.type == "memory" and settings.memory.path:
+            self.persistence = kept = Persistence(settings.memory, settings.max_channels, metrics, reactor, self)
+            self._unstored = UnstoredFrames(kept) if kept.waits else None
+            self.core: BrokerCore[Link] = BrokerCore(*parts, kept.streams, kept.keys)
+        else:
+            self.core = make_core(*parts)
         metrics.gauge("realtime_broker_channels", "Channels with a subscriber.", lambda: self.core.channels)
         metrics.gauge("realtime_broker_streams", "Channels with a history.", lambda: self.core.streams)
         metrics.gauge("realtime_broker_backlog_bytes", "Bytes queued for workers.", self._backlog)
@@ -137,11 +148,31 @@ class Broker:
         self._all_left = Deferred()
         if self._peers:
             await self._all_left
+        if self.persistence is not None:
+            await self.persistence.close()
+
+    async def load(self) -> None:
+        """Read the channels of an earlier broker, if they are stored. Raises RealtimeError with a line for the
+        operator."""
+        if self.persistence is not None:
+            self._early = []
+            await self.persistence.load(lambda part: self.core.import_part(part, ()))
+            early, self._early = self._early, None
+            for stream in early:
+                self.attach(*stream)
+
+    def hold_back(self, is_held: bool) -> None:
+        """Stop or continue reading the requests of all workers."""
+        for link in self._peers:
+            link.hold_back(is_held)
 
     def attach(self, slot: int, fd: int) -> None:
         """Connect to a worker of this slot over `fd`, and own it from now on."""
         if self.is_frozen:
             os.close(fd)  # the supervisor provides another
+            return
+        if self._early is not None:
+            self._early.append((slot, fd))
             return
         peer = _WorkerPeer(self, slot, self._make_link)
         self._peers[peer.link] = peer
@@ -234,7 +265,8 @@ class Broker:
     def is_settled(self) -> bool:
         """Whether the state can go to another process: all streams are whole, and all workers have restored theirs."""
         is_whole = all(link.is_open for link in self._peers) and not (self._held or self._leaving)
-        return is_whole and self.core.is_settled and not self.is_restoring
+        is_stored = self.persistence is None or not self.persistence.is_holding_back
+        return is_whole and is_stored and self.core.is_settled and not self.is_restoring
 
     def freeze(self) -> list[tuple[PeerState, int, LinkState]] | None:
         """Read, write and change nothing from now on. Return the workers' streams, with a descriptor of each.
@@ -245,7 +277,8 @@ class Broker:
         if self.is_settled:
             for link in self._peers:
                 link.suspend()
-            if self.is_settled:  # else a worker has sent something invalid
+            # Else a worker has sent something invalid, or the disk is slow.
+            if self.is_settled and (self.persistence is None or self.persistence.freeze()):
                 self.is_frozen = True
                 # Those in the core come first.
                 self._peers = dict(sorted(self._peers.items(), key=lambda item: not item[1].address))
@@ -260,6 +293,8 @@ class Broker:
     def thaw(self) -> None:
         """Go on after `freeze`, as no other process does."""
         self.is_frozen = False
+        if self.persistence is not None:
+            self.persistence.thaw()
         for link in self._peers:
             link.thaw()
         self._read_again()
@@ -270,6 +305,8 @@ class Broker:
 
     def release(self) -> None:
         """Another process goes on after `freeze`: close our copies of the streams."""
+        if self.persistence is not None:
+            self.persistence.release()
         for link in self._peers:
             os.close(link.release())
         self._peers.clear()
@@ -290,6 +327,8 @@ class Broker:
     def go_on(self, streams: Sequence[tuple[int, LinkState]]) -> None:
         """Serve these streams, in the order of `expect`. Owns the descriptors. Raises OSError."""
         links = list(self._peers)
+        if self.persistence is not None:
+            self.persistence.take_over()
         for link, (fd, state) in zip(links, streams, strict=True):
             adopt(self._reactor, fd, link)
             link.go_on_from(state)
@@ -303,7 +342,10 @@ class Broker:
         limit = self._settings.queue_max_size
         patience = max(1, int(limit * PATIENCE))
         call_at_end = turn_end_caller(self._reactor)
-        return Link(self._reactor, call_at_end, limit, on_frame, self._on_link_end, self._ledger, patience, keeps=True)
+        parts = self._reactor, call_at_end, limit, on_frame, self._on_link_end, self._ledger, patience
+        if self._unstored is not None:
+            return StoredFirstLink(*parts, keeps=True, unstored=self._unstored)
+        return Link(*parts, keeps=True)
 
     def _on_link_end(self, link: Link, reason: str) -> None:
         """Let the clients of a worker leave, as it has ended or its link was cut."""
@@ -351,6 +393,14 @@ class Broker:
             frame = broker_messages.pack(broker_messages.ClientsLost())
             for link in [link for link, other in self._peers.items() if other.slot == peer.slot and other.takes_lost]:
                 link.send(frame)
+
+    def let_all_leave(self) -> None:
+        """Let the clients of all workers leave that have ended, at once: none returns any more."""
+        for peer in list(self._held):
+            self._let_leave(peer)
+        for steps in list(self._leaving.values()):
+            for _ in steps:
+                pass
 
     def _leave(self, peer: _WorkerPeer) -> Iterator[None]:
         yield from self.core.leave_steps(peer.link, self.now())
@@ -562,15 +612,17 @@ class BrokerService:
         return BrokerCore(delivery, max_channels, publications, describe_node)
 
     async def start(self) -> None:
-        """Begin the sweeps, and take the place of a predecessor. Workers are served as soon as their links come."""
+        """Begin the sweeps, and take the place of a predecessor, or read stored channels. Workers are served as soon as
+        their links come."""
         process, heartbeat = self.process, self.process.heartbeat
         heartbeat.slow_down(broker_beat_interval(process.settings.loop))
         trimmer = HeapTrimmer(process.metrics, find_malloc_trim())
         heartbeat.tasks.add(TRIM_INTERVAL, trimmer.trim, is_needed=trimmer.is_due)
         heartbeat.tasks.add(SWEEP_INTERVAL, self._broker.sweep, is_needed=self._broker.core.has_expirable)
-
         if process.predecessor is not None:
             await StateTarget(process.reactor, process.predecessor, self._broker).taken
+        else:
+            await self._broker.load()
 
     def link(self, slot: int, stream: int) -> None:
         """Serve a worker over a fresh stream."""

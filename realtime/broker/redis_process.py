@@ -43,9 +43,15 @@ class RedisBrokerService(BrokerService):
         await super().start()
         await self._core.start()
 
+    async def hand_over(self, stream: int, connections: int, timeout: float) -> dict[str, object]:
+        """Refuse: answers of Redis may be under way at any time."""
+        return child.hand_nothing_over(stream, "a broker with Redis can't hand its state over; restart the server")
+
     async def drain(self, timeout: float) -> None:
-        """See `BrokerService`."""
+        """See `BrokerService`. Other nodes learn of the leaves, and that this node has ended."""
         await super().drain(timeout)
+        self._broker.let_all_leave()
+        await self._core.leave()
         self._core.close()
 
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 from realtime.redis.scripts import Script
 
 _META = """
-local meta, offset, epoch, generation, version, version_epoch = redis.call('GET', KEYS[1])
+local call = redis.call
+local meta, offset, epoch, generation, version, version_epoch = call('GET', KEYS[1])
 if meta then
   offset, epoch, generation, version, version_epoch = cmsgpack.unpack(meta)
   if type(offset) ~= 'number' or type(epoch) ~= 'string' then
@@ -26,15 +27,17 @@ if meta then
   end
   if generation ~= ARGV[1] and ARGV[1] ~= '' then epoch = nil end
 end
-local function new_epoch(seed)
-  local time, letters = redis.call('TIME'), {}
-  local hash = redis.sha1hex(KEYS[1] .. seed .. time[1] .. '.' .. time[2])
+"""
+
+# Without a function around it, which each run would define.
+_NEW_EPOCH = """
+  local time, letters = call('TIME'), {}
+  local hash = redis.sha1hex(KEYS[1] .. SEED .. time[1] .. '.' .. time[2])
   for i = 1, 8 do
     local n = tonumber(string.sub(hash, 4 * i - 3, 4 * i), 16) % 52
     letters[i] = string.char(n < 26 and 65 + n or 71 + n)
   end
-  return table.concat(letters)
-end
+  epoch = table.concat(letters)
 """
 
 _PUBLISH = (
@@ -44,35 +47,37 @@ if known then return {known} end
 """
     + _META
     + """
-if not epoch then
-  epoch, offset, version = new_epoch(ARGV[6]), 0, nil
-  redis.call('DEL', KEYS[2])
+if not epoch then"""
+    + _NEW_EPOCH.replace("SEED", "ARGV[6]")
+    + """
+  offset, version = 0, nil
+  call('DEL', KEYS[2])
 end
 if ARGV[7] then
   if version and ARGV[7] <= version and (ARGV[8] == '' or ARGV[8] == version_epoch) then
     local position = cmsgpack.pack(offset, epoch)
-    redis.call('PEXPIRE', KEYS[1], ARGV[5])
-    if KEYS[4] then redis.call('SET', KEYS[4], position, 'PX', 300000) end
+    call('PEXPIRE', KEYS[1], ARGV[5])
+    if KEYS[4] then call('SET', KEYS[4], position, 'PX', 300000) end
     return {position}
   end
   version, version_epoch = ARGV[7], ARGV[8]
 end
 offset = offset + 1
-local length, size = redis.call('RPUSH', KEYS[2], ARGV[2]), tonumber(ARGV[3])
+local length, size = call('RPUSH', KEYS[2], ARGV[2]), tonumber(ARGV[3])
 if length == size + 1 then
-  redis.call('LPOP', KEYS[2])
+  call('LPOP', KEYS[2])
 elseif length > size then
-  redis.call('LTRIM', KEYS[2], -size, -1)
+  call('LTRIM', KEYS[2], -size, -1)
 end
-redis.call('PEXPIRE', KEYS[2], ARGV[4])
+call('PEXPIRE', KEYS[2], ARGV[4])
 local position = cmsgpack.pack(offset, epoch)
 if version then
-  redis.call('SET', KEYS[1], position .. cmsgpack.pack(ARGV[1], version, version_epoch), 'PX', ARGV[5])
+  call('SET', KEYS[1], position .. cmsgpack.pack(ARGV[1], version, version_epoch), 'PX', ARGV[5])
 else
-  redis.call('SET', KEYS[1], position .. cmsgpack.pack(ARGV[1]), 'PX', ARGV[5])
+  call('SET', KEYS[1], position .. cmsgpack.pack(ARGV[1]), 'PX', ARGV[5])
 end
-if KEYS[4] then redis.call('SET', KEYS[4], position, 'PX', 300000) end
-redis.call('PUBLISH', KEYS[3], ARGV[2] .. position)
+if KEYS[4] then call('SET', KEYS[4], position, 'PX', 300000) end
+call('PUBLISH', KEYS[3], ARGV[2] .. position)
 return position
 """
 )
@@ -90,16 +95,18 @@ _HISTORY = (
 local ttl = ARGV[2]
 if not epoch then
   if ttl == '' then return {} end
-  epoch = new_epoch(ARGV[3])
+"""
+    + _NEW_EPOCH.replace("SEED", "ARGV[3]")
+    + """
   local position = cmsgpack.pack(0, epoch)
-  redis.call('DEL', KEYS[2])
-  redis.call('SET', KEYS[1], position .. cmsgpack.pack(ARGV[1]), 'PX', ttl)
+  call('DEL', KEYS[2])
+  call('SET', KEYS[1], position .. cmsgpack.pack(ARGV[1]), 'PX', ttl)
   return {position, 0}
 end
 local limit, since, room = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local page = {cmsgpack.pack(offset, epoch), 0}
 if limit ~= 0 then
-  local oldest = offset - redis.call('LLEN', KEYS[2]) + 1
+  local oldest = offset - call('LLEN', KEYS[2]) + 1
   local first, step, count
   if ARGV[7] then
     first, step = since and since - 1 or offset, -1
@@ -114,7 +121,7 @@ if limit ~= 0 then
   while count > 0 do
     local part = math.min(count, 50)
     local from, to = index, index + step * (part - 1)
-    local entries = redis.call('LRANGE', KEYS[2], math.min(from, to), math.max(from, to))
+    local entries = call('LRANGE', KEYS[2], math.min(from, to), math.max(from, to))
     for i = 1, part do
       local entry = entries[step > 0 and i or part + 1 - i]
       room = room - #entry - 64
@@ -125,7 +132,7 @@ if limit ~= 0 then
     count, index = count - part, index + step * part
   end
 end
-if ttl ~= '' then redis.call('PEXPIRE', KEYS[1], ttl) end
+if ttl ~= '' then call('PEXPIRE', KEYS[1], ttl) end
 return page
 """
 )

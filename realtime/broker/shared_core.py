@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+
 from realtime.broker.delivery import LinkDelivery
 from realtime.broker.nodes import ALL, NodeOrder, Nodes
 from realtime.broker.redis_core import RedisCore
@@ -36,6 +39,11 @@ from realtime.pubsub.presence import Listings, PresenceEntry
 from realtime.redis.servers import RedisServer
 from realtime.supervision.loop_time import LoopTimeLedger
 from realtime.types import ClientInfo, NodeInfo
+
+LEAVE_TIMEOUT = 2.0
+"""Seconds for Redis to learn of the end of the last clients. Otherwise other nodes remove them."""
+
+LEAVE_POLL = 0.01
 
 _NO_ONE = ClientInfo("", "")
 
@@ -111,19 +119,33 @@ class SharedCore(RedisCore):
     def _on_ended(self, run: str) -> None:
         self.shared.renew_all()
 
+    async def leave(self) -> None:
+        """Write to Redis what it has not got yet, and end this run for the others; both within LEAVE_TIMEOUT."""
+        ended: Deferred[None] = Deferred()
+        deadline = self._reactor.seconds() + LEAVE_TIMEOUT
+        while not self.shared.is_stored and self._reactor.seconds() < deadline:
+            await deferLater(self._reactor, LEAVE_POLL)
+        self.nodes.leave(lambda reply, error: ended.callback(None))
+        await ended
+
     def sweep(self, now: float, limit: int = 1000) -> bool:
         """See `BrokerCore.sweep`; also announce this node, and renew what it has in Redis."""
         self.nodes.tick()
-        self.shared.renew(now)
+        more = self.shared.renew(now)
         if self._has_limit:
             self._connections.renew(now)
-        return super().sweep(now, limit)
+        return super().sweep(now, limit) or more
 
     def has_expirable(self) -> bool:
         """Whether `sweep` has to be called: always."""
         return True
 
     # Orders and nodes
+
+    def attach(self, peer: Link, address: str = "", slot: str = "") -> None:
+        """See `BrokerCore`. The other nodes learn of the worker at once, as its answers count in their surveys."""
+        super().attach(peer, address, slot)
+        self.nodes.tick()
 
     def send_order(self, peer: Link, now: float, request: SendOrder) -> int:
         """See `SendOrder`. Without Redis, an order to all reaches the workers of this node, and fails all the same."""

@@ -33,17 +33,19 @@ Run = Callable[[argparse.Namespace], int]
 
 def check_config(arguments: argparse.Namespace) -> int:
     """Read the configuration and import the application as the server does, and print their problems and warnings."""
-    problems = environment.find_problems()
+    problems, lines = environment.find_problems(), []
     try:
         settings = read(arguments.config, {}, os.environ)
         if not arguments.without_app:
-            problems += [problem.line for problem in application.find_problems(settings)]
+            found = application.check(settings)
+            problems += [problem.line for problem in found.problems]
+            lines = found.warnings
     except SettingsError as error:
         problems += error.problems
     if problems:
         print(*problems, sep="\n", file=sys.stderr)
         return os.EX_CONFIG
-    lines = warnings.find_warnings(settings, os.environ)
+    lines = warnings.find_warnings(settings, os.environ) + lines
     for line in lines:
         print(f"warning: {line}", file=sys.stderr)
     if lines and arguments.strict:
@@ -175,6 +177,12 @@ def reload(arguments: argparse.Namespace) -> int:
     return running.command(running.url(arguments, "/reload"))
 
 
+def upgrade(arguments: argparse.Namespace) -> int:
+    """Have the installed version of this package and of Python take the place of the running server, with all its
+    processes. Its clients stay connected, and its channels keep their history."""
+    return running.command(running.url(arguments, "/upgrade"), running.url(arguments, "/upgrade?join=1"))
+
+
 def scale(arguments: argparse.Namespace) -> int:
     """Change the number of workers of the running server. Its clients stay connected."""
     return running.command(running.url(arguments, f"/scale?workers={arguments.workers}"))
@@ -242,6 +250,7 @@ def _add_inspection_commands(commands: _Commands) -> None:
 
 def _add_change_commands(commands: _Commands) -> None:
     _add_server(commands.add("reload", reload, "replace the workers: new configuration, new code of the application"))
+    _add_server(commands.add("upgrade", upgrade, "take over the installed version of this package and of Python"))
     change = commands.add("scale", scale, "change the number of workers")
     change.add_argument("workers", type=int, metavar="N", help="number of workers")
     _add_server(change)

@@ -47,16 +47,16 @@ def send(url: str, method: str = "GET") -> Any:
         raise Unanswered(f"{url}: no answer: {error}; is the server running?") from None
 
 
-def command(url: str) -> int:
-    """Send a command, print its progress and its outcome. Returns the exit status: 1 for a failure."""
-    outcome = None
+def command(url: str, join: str = "") -> int:
+    """Send a command, print its progress and its outcome. Returns the exit status: 1 for a failure.
+
+    join: the URL where a command goes on whose answer breaks off, because another program has taken the place of the
+    server.
+    """
     try:
-        with send(url, "POST") as response:
-            for line in response:
-                part = json.loads(line) if line.strip() else {}
-                if "line" in part:
-                    print(escape_unprintable(part["line"]), flush=True)
-                outcome = part.get("failure", outcome)
+        outcome = _follow(url, is_whole=not join)
+        if outcome is None and join:
+            outcome = _follow(join)
     except Unanswered as error:
         print(error, file=sys.stderr)
         return 1
@@ -70,3 +70,22 @@ def command(url: str) -> int:
         return 1
     print("done")
     return 0
+
+
+def _follow(url: str, *, is_whole: bool = True) -> str | None:
+    """Send a command, print its progress, and return its outcome; None if there is none.
+
+    is_whole: whether an answer that breaks off is an error. Raises Unanswered, and what reading an answer raises.
+    """
+    outcome: str | None = None
+    with send(url, "POST") as response:
+        try:
+            for line in response:
+                part = json.loads(line) if line.strip() else {}
+                if "line" in part:
+                    print(escape_unprintable(part["line"]), flush=True)
+                outcome = part.get("failure", outcome)
+        except (OSError, http.client.HTTPException):
+            if is_whole:
+                raise
+    return outcome

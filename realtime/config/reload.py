@@ -12,7 +12,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from realtime.config.schema import value_keys
-from realtime.config.settings import RedisSettings, Settings
+from realtime.config.settings import MemorySettings, RedisSettings, Settings
 from realtime.config.values import quote
 
 FIXED: tuple[tuple[str, ...], ...] = (
@@ -24,6 +24,7 @@ FIXED: tuple[tuple[str, ...], ...] = (
     ("http_server", "internal_port"),
     # The engine keeps the channels' history, or the connections to Redis.
     ("engine", "type"),
+    *(tuple(map(str, path)) for path, _ in value_keys(MemorySettings, ("engine", "memory"))),
     *(tuple(map(str, path)) for path, _ in value_keys(RedisSettings, ("engine", "redis"))),
     # All processes beat by them, the supervisor's checks included.
     ("loop", "interval"),
@@ -38,7 +39,7 @@ FIXED: tuple[tuple[str, ...], ...] = (
 _KEYS = dict(value_keys(Settings))
 
 OF_BROKER = ("queue_max_size", "max_channels")
-"""The settings of the engine that the broker runs with: a change replaces the broker too."""
+"""The settings of the engine that the broker runs with: a change replaces the broker too, if it can be."""
 
 
 def keep_fixed(running: Settings, wanted: Settings) -> tuple[Settings, list[str]]:
@@ -52,6 +53,24 @@ def keep_fixed(running: Settings, wanted: Settings) -> tuple[Settings, list[str]
             lines.append(f"{'.'.join(path)}{change}: needs a restart of the server; until then {stays} stays")
             wanted = _replace(wanted, path, kept)
     return wanted, lines
+
+
+def replaces_broker(running: Settings, wanted: Settings) -> bool:
+    """Whether the broker that runs has other settings than those wanted."""
+    return any(getattr(running.engine, key) != getattr(wanted.engine, key) for key in OF_BROKER)
+
+
+def fixed_values(settings: Settings) -> dict[str, Any]:
+    """Return the fixed settings by their keys, for `with_fixed` of another version of this package."""
+    return {".".join(path): _value(settings, path) for path in FIXED}
+
+
+def with_fixed(settings: Settings, values: dict[str, Any]) -> Settings:
+    """Put fixed settings of a running server into others. Settings that are not fixed in this version stay."""
+    for path in FIXED:
+        value = values.get(".".join(path), _value(settings, path))
+        settings = _replace(settings, path, tuple(value) if isinstance(value, list) else value)
+    return settings
 
 
 def _quote(value: Any) -> str:

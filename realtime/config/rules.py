@@ -248,6 +248,12 @@ _ROOT: tuple[Rule[Settings], ...] = (
         "{0} is too small for one message of websocket.message_size_limit, {1}; raise the queue size or lower the"
         " message size",
     ),
+    Rule(
+        ("engine.memory.queue_size", "websocket.message_size_limit"),
+        lambda tree: tree.engine.memory.queue_size >= 4 * tree.websocket.message_size_limit,
+        "{0} is too small for a publication of websocket.message_size_limit, {1}, which may fill a quarter of it; raise"
+        " the queue size or lower the message size",
+    ),
     *(
         Rule(
             (f"{table}.handler_prefix", f"{other}.handler_prefix"),

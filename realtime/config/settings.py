@@ -157,6 +157,46 @@ class ShutdownSettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 2000
 
 
+class MemorySettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """The embedded engine: a file that keeps its channels over restarts."""
+
+    path: Annotated[
+        str,
+        about(
+            "File that keeps history, offsets and epochs over restarts, an SQLite database. A relative path starts at"
+            " this file's folder. Empty: a restart of the broker forgets all channels."
+        ),
+    ] = ""
+    fsync: Annotated[
+        Literal["always", "interval", "never"],
+        about(
+            "When the disk has to have changes. always: before anyone learns of them, so that a loss of power loses"
+            " nothing, but everything waits for the disk. interval: within fsync_interval. never: when the system"
+            " writes them; a loss of power may damage the file. With interval and never, channels have new epochs after"
+            " a loss of power."
+        ),
+    ] = "interval"
+    fsync_interval: Annotated[
+        PositiveSeconds, about("Time after which the disk has to have changes, with fsync = interval.")
+    ] = 1.0
+    queue_size: Annotated[
+        int,
+        Meta(ge=1024 * 1024),
+        about(
+            "Bytes of shared memory for changes on their way to the file. A publication with history must not be longer"
+            " than a quarter of it."
+        ),
+    ] = 8 * 1024 * 1024
+    max_file_size: Annotated[
+        int,
+        Meta(ge=1024 * 1024),
+        about(
+            "Maximum size of the file in bytes. It needs up to three times the size of the history. Beyond it, channels"
+            " are in memory alone, until their history fits again."
+        ),
+    ] = 1024 * 1024 * 1024
+
+
 class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """The engine, which numbers, stores and routes publications."""
 
@@ -180,6 +220,7 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_channels: Annotated[
         Positive, about("Maximum number of channels that have history or presence at the same time.")
     ] = 1_000_000
+    memory: MemorySettings = field(default_factory=MemorySettings)
     redis: RedisSettings = field(default_factory=RedisSettings)
 
 

@@ -70,7 +70,7 @@ def _parse(
 def read(config: str | None, arguments: Mapping[str, str], environ: Mapping[str, str]) -> Settings:
     """Read the file at `config` (None for no file) and return the settings of all three sources.
 
-    `app.path` becomes absolute; it is relative to the file's folder, or to the working directory without a file. The
+    Paths become absolute; they are relative to the file's folder, or to the working directory without a file. The
     files of certificates are only tried: who needs them reads them again.
     Raises SettingsError with every problem, one line each.
     """
@@ -82,13 +82,20 @@ def read(config: str | None, arguments: Mapping[str, str], environ: Mapping[str,
             problems = error.problems
     settings = _parse(arguments, file, environ, problems)
     check_certificates(settings.engine)
+    replace = msgspec.structs.replace
+    folder = Path(config).parent if config is not None else Path()
+    engine = settings.engine
+    if engine.memory.path:
+        path = Path(os.path.abspath(folder / engine.memory.path))
+        if not path.parent.is_dir():
+            raise SettingsError([f"engine.memory.path: no folder at {path.parent}; correct the path, or make it"])
+        settings = replace(settings, engine=replace(engine, memory=replace(engine.memory, path=str(path))))
     if not settings.app.module:
         return settings
-    folder = Path(config).parent if config is not None else Path()
     path = Path(os.path.abspath(folder / settings.app.path))
     if not path.is_dir():
         raise SettingsError([f"app.path: no folder at {path}; correct the path, or make the folder"])
-    return msgspec.structs.replace(settings, app=msgspec.structs.replace(settings.app, path=str(path)))
+    return replace(settings, app=replace(settings.app, path=str(path)))
 
 
 def check_certificates(engine: EngineSettings) -> None:

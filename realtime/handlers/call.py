@@ -107,7 +107,9 @@ class HandlerCall:
         self._lock = services.lock
         # Whether a call needs no application code in the loop's thread, so that it goes on while that is blocked.
         leaves_loop = handler.run in ("thread", "process")
-        self._leaves_loop = leaves_loop and handler.cache is None and not callable(handler.pressure)
+        self._leaves_loop = (
+            leaves_loop and handler.cache is None and handler.convert is None and not callable(handler.pressure)
+        )
         self._names = names_reader(handler)
         self._timeout = settings.handler_timeout if handler.timeout is None else handler.timeout
         # The handler's own limit of concurrent calls, if it has one.
@@ -175,8 +177,10 @@ class HandlerCall:
     def find_cached(self, *args: Any) -> Entry | None:
         """Return the cached answer that `call` would return at once; None if there is none, or a decision is needed."""
         cache = self.handler.cache
-        if cache is None or not self._policy.may_serve_cached or self._lock.is_relieving:
+        if cache is None or not self._policy.may_serve_cached:
             return None
+        if self._lock.is_relieving and (cache.has_own_key or self.handler.convert is not None):
+            return None  # these are the application's code
         try:
             return cache.find(self._take(args))
         except Exception:  # of the key function: `call` reports it
@@ -203,6 +207,10 @@ class HandlerCall:
         """
         if self._takes_client:
             args = (ThreadSafeClient(args[0], self._threads.call_server, self._policy.is_under_pressure), *args[1:])
+        if self._lock.is_relieving and not self._leaves_loop:
+            if (cached := self.find_cached(*args)) is not None:
+                return cached.value
+            await self._lock.back_on_loop()
         try:
             args = self._take(args)
         except ClientError as error:
@@ -211,9 +219,9 @@ class HandlerCall:
         limit = self._timeout if timeout is None else timeout
         if not self.throttle.is_proven and self.throttle.running >= self.throttle.sample and self.is_throttled:
             await self._wait_for_sample()
+            if self._lock.is_relieving and not self._leaves_loop:
+                await self._lock.back_on_loop()
         # From here on nothing waits before the first line of the application's code.
-        if self._lock.is_relieving and not self._leaves_loop:
-            await self._lock.back_on_loop()
         if self._policy.admits_directly:
             return await self._compute(args, limit)
         try:

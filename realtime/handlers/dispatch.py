@@ -53,6 +53,7 @@ class Dispatcher:
         )
         self.threads.register_metrics(services.metrics)
         self.connecting = self._single_call("on_connecting")
+        self.connected = self._single_call("on_connected")
         self.disconnected = self._single_call("on_disconnected")
         self.message = self._single_call("on_message")
         self._subscribing = Patterns(self._make_calls("on_subscribe"))

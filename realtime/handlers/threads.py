@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from typing import Any, TypeVar
 
+from msgspec import Struct
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.threads import blockingCallFromThread, deferToThreadPool
 from twisted.python.threadable import isInIOThread
@@ -189,20 +190,16 @@ class HandlerThreads:
                 self._overdue += 1
 
 
-class ThreadSafeClient:
-    """A `realtime.app.Client` for handlers in any thread: calls that concern the session run on the loop."""
+class ThreadSafeClient(Struct, eq=False):
+    """A `realtime.app.Client` for handlers in any thread: calls that concern the session run on the loop.
 
-    __slots__ = ("_call_server", "_client", "_is_under_pressure")
+    Each call of a handler makes one. call_server: see `HandlerThreads.call_server`. is_under_pressure: whether this
+    worker is under pressure; may be called in any thread.
+    """
 
-    def __init__(
-        self, client: Client, call_server: Callable[[Callable[[], Any]], Any], is_under_pressure: Callable[[], bool]
-    ) -> None:
-        """call_server: see `HandlerThreads.call_server`.
-
-        is_under_pressure: whether this worker is under pressure; may be called in any thread."""
-        self._client = client
-        self._call_server = call_server
-        self._is_under_pressure = is_under_pressure
+    _client: Client
+    _call_server: Callable[[Callable[[], Any]], Any]
+    _is_under_pressure: Callable[[], bool]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ThreadSafeClient) and self._client is other._client

@@ -1,4 +1,5 @@
-"""The operators' port: the live page, /snapshot, /health, /ready, /metrics, /incidents, /dump, /reload and /scale.
+"""The operators' port: the live page, /snapshot, /health, /ready, /metrics, /incidents, /dump, /reload, /scale and
+/upgrade.
 
 The supervisor serves it, so it answers while every worker is blocked. Each process has a time limit to send its metrics
 or a report; of a process that exceeds the limit for metrics, /metrics shows the previous ones.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -81,13 +83,15 @@ class Overview(LiveSource, SummarySource, Protocol):
     def monitor(self) -> CheckedHealth: ...
     def reload(self, tell: Tell) -> Deferred[str]: ...
     def scale(self, count: int, tell: Tell) -> Deferred[str]: ...
+    def upgrade(self, tell: Tell) -> Deferred[str]: ...
+    def join_upgrade(self, tell: Tell) -> Deferred[str]: ...
 
 
 class OperatorPort:
     """The port and its pages."""
 
-    def __init__(self, overview: Overview, reactor: Any, address: str, port: int) -> None:
-        """Listen. port: 0 for any free one. Raises CannotListen."""
+    def __init__(self, overview: Overview, reactor: Any, address: str, port: int, inherited: int | None = None) -> None:
+        """Listen. port: 0 for any free one. inherited: a descriptor that listens already. Raises CannotListen."""
         self._overview = overview
         self._reactor = reactor
         self._client_log = ClientLog(now=reactor.seconds, info=lambda line: _log.info("{line}", line=line))
@@ -97,7 +101,8 @@ class OperatorPort:
         self._summary = Summary(overview, failures)
         self._live = LiveFigures(reactor, overview, failures, self._summary.read)
         self._viewers = Viewers(reactor, self._live)
-        self._commands = Commands(reactor, {b"/reload": self._reload, b"/scale": self._scale})
+        commands = {b"/reload": self._reload, b"/scale": self._scale, b"/upgrade": self._upgrade}
+        self._commands = Commands(reactor, commands)
         self._pages: dict[bytes, Callable[[OperatorRequest], None]] = {
             b"/snapshot": lambda request: request.reply(OK, _JSON, self._live.json),
             b"/health": self._health,
@@ -107,8 +112,12 @@ class OperatorPort:
             b"/dump": self._unless_foreign(self._dump),
             viewers.PATH: self._unless_foreign(self._viewers.open),
         }
+        site = OperatorSite(self.answer)
         try:
-            self._listening = reactor.listenTCP(port, OperatorSite(self.answer), interface=address)
+            if inherited is None:
+                self._listening = reactor.listenTCP(port, site, interface=address)
+            else:
+                self._listening = _adopt(reactor, inherited, site)
         except CannotListenError as error:
             cause = error.socketError
             if not isinstance(cause, OSError):
@@ -116,6 +125,10 @@ class OperatorPort:
             keys = "http_server.internal_address", address, "http_server.internal_port", port
             raise CannotListen(explain(cause, *keys)) from error
         self._hosts = _own_names(self.address)
+
+    def fileno(self) -> int:
+        """The descriptor that listens."""
+        return int(self._listening.fileno())
 
     def start(self) -> None:
         """Keep the live figures up to date from now on."""
@@ -155,7 +168,7 @@ class OperatorPort:
         elif request.path in self._pages:
             self._pages[request.path](request)
         else:
-            paths = "/, /live, /snapshot, /health, /ready, /metrics, /incidents, /dump, /reload and /scale"
+            paths = "/, /live, /snapshot, /health, /ready, /metrics, /incidents, /dump, /reload, /scale and /upgrade"
             request.reply(NOT_FOUND, "text/plain", f"no such page; this port has {paths}\n")
 
     def _is_own(self, host: str) -> bool:
@@ -180,6 +193,11 @@ class OperatorPort:
 
     def _reload(self, request: OperatorRequest, tell: Tell) -> Deferred[str]:
         return self._overview.reload(tell)
+
+    def _upgrade(self, request: OperatorRequest, tell: Tell) -> Deferred[str]:
+        """Upgrade; with ?join=1 only tell of the upgrade under way, or of its outcome."""
+        join = _argument(request, b"join", "")
+        return self._overview.join_upgrade(tell) if join else self._overview.upgrade(tell)
 
     def _scale(self, request: OperatorRequest, tell: Tell) -> Deferred[str]:
         """Have another number of workers: ?workers=N."""
@@ -284,6 +302,13 @@ class OperatorPort:
         yield from block_samples(overview.sampler.incidents.blocks)
         monitor = overview.monitor
         yield from condition_samples([*monitor.health.values(), *([monitor.broker] if monitor.broker else [])])
+
+
+def _adopt(reactor: Any, descriptor: int, site: OperatorSite) -> Any:
+    """Listen at a socket that listens already. Owns the descriptor."""
+    with socket.socket(fileno=descriptor) as listening:
+        listening.setblocking(False)
+        return reactor.adoptStreamPort(listening.fileno(), listening.family, site)
 
 
 def _argument(request: OperatorRequest, name: bytes, default: str) -> str:

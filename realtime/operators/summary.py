@@ -66,6 +66,9 @@ _WATCHED = {
     ),
     "realtime_handler_threads_overdue": _Watched("threads that run a handler past its time limit"),
     "realtime_engine_timeouts": _Watched("requests to the broker without an answer in time in the last minute"),
+    "realtime_broker_storage_suspended": _Watched(
+        "broker with its channels in memory alone: engine.memory.path can't be written", "see the log"
+    ),
     "realtime_messages_dropped": _Watched("publications, joins and leaves dropped in the last minute"),
     "realtime_key_set_fetches": _Watched(
         "failed attempts to fetch the keys of tokens in the last minute", "see the log", {"outcome": ("failed",)}

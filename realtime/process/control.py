@@ -27,7 +27,11 @@ class Peer(amp.AMP):
     """One end of the control plane.
 
     Twisted's AMP logs each connection and its end; here the owners of the connections log what is worth a line.
+
+    sent_descriptors: number of the descriptors that have been sent. The other end counts them too.
     """
+
+    sent_descriptors = 0
 
     def makeConnection(self, transport: ITransport) -> None:
         amp.BinaryBoxProtocol.makeConnection(self, transport)
@@ -35,6 +39,21 @@ class Peer(amp.AMP):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         amp.BinaryBoxProtocol.connectionLost(self, reason)
         self.transport = None
+
+    def _sendFileDescriptor(self, descriptor: int) -> int:
+        """Called by twisted: send a descriptor, and return its number for the message."""
+        transport: Any = self.transport
+        transport.sendFileDescriptor(descriptor)
+        self.sent_descriptors += 1
+        return self.sent_descriptors - 1
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is under way at this end: no request without its answer, no part of a message."""
+        transport: Any = self.transport
+        if transport is None or self._outstandingRequests:
+            return False
+        return not (self._currentBox or self._unprocessed or transport.dataBuffer or transport._tempDataBuffer)
 
     # A peer that sends anything but our commands is broken: the link ends, and with it the child.
 

@@ -129,6 +129,7 @@ class Link(Protocol):
         self._bytes_in_transport = 0  # given to the transport when it filled up
         self._is_paused = False
         self._is_flush_due = False
+        self._is_held_back = False
         self._close_timer: IDelayedCall | None = None
         # The last written batches, which the peer may not have handled, and those before that it has read for certain.
         self._kept: deque[bytes] | None = deque() if keeps else None
@@ -200,7 +201,7 @@ class Link(Protocol):
             self.transport.write(batch)  # type: ignore[union-attr]
             if not self._is_paused:
                 self._bytes_in_transport = 0
-        if self._unread is not None and self.backlog <= self._patience // 2:
+        if self._unread is not None and self.backlog <= self._patience // 2 and not self._is_held_back:
             frames, self._unread = self._unread, None
             self._transport.resumeProducing()
             self._handle(frames)
@@ -273,6 +274,18 @@ class Link(Protocol):
         except Exception:
             _log.failure("handling a frame of the peer raised; cutting the stream, which is then set up anew")
             self.cut("an exception while handling a frame")
+
+    def hold_back(self, is_held: bool) -> None:
+        """Stop or continue reading; frames that have been read already are handled all the same."""
+        self._is_held_back = is_held
+        if self._end_reason or self.transport is None:
+            return
+        if is_held:
+            self._transport.pauseProducing()
+        elif self._unread is None:
+            self._transport.resumeProducing()
+        else:
+            self._flush()
 
     # The end
 

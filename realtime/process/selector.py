@@ -210,7 +210,8 @@ class ReadingSelector(selectors.BaseSelector):
         """
         readers, writers = self._readers, self._writers
         events: list[tuple[SelectorKey, int]] = []
-        for fd, event in ready if len(ready) <= _FEW and not self._late else self._strangers_last(ready):
+        has_strangers = self._late or (self._guests and len(ready) > _FEW)
+        for fd, event in self._strangers_last(ready) if has_strangers else ready:
             reader = readers.get(fd)
             if reader is not None and event != select.EPOLLOUT:
                 self._served = fd

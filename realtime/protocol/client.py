@@ -11,6 +11,7 @@ import msgspec
 from realtime.auth.tokens import OVERRIDABLE
 from realtime.errors import FORCE_DISCONNECT, SERVER_UNSUBSCRIBE
 from realtime.json_text import one_line, value, value_or_bytes
+from realtime.protocol import client_state
 from realtime.types import ClientInfo, Grant, Position, SubscribeOptions
 
 
@@ -60,7 +61,7 @@ class ConnectedClient:
     name, version: of the client's software, as the client states them. headers: of the handshake, names in lower case.
     """
 
-    __slots__ = ("_meta", "_session", "headers", "name", "remote_address", "version")
+    __slots__ = ("_meta", "_session", "_state", "headers", "name", "remote_address", "version")
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class ConnectedClient:
         """meta: JSON text, see the property; b"" for none."""
         self._session = session
         self._meta = meta
+        self._state: dict[Any, Any] | None = None  # there may be many clients, and most have none
         self.name = name
         self.version = version
         self.headers = headers
@@ -98,6 +100,13 @@ class ConnectedClient:
     def meta(self) -> Any:
         """The `meta` claim of its connection token, which only the server sees, decoded; None if there is none."""
         return value(self._meta)
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """A dict of the application's own, for this connection. It lives as long as the connection."""
+        if self._state is None:
+            self._state = {}
+        return self._state
 
     @property
     def channels(self) -> list[str]:
@@ -164,6 +173,17 @@ def release(client: ConnectedClient) -> None:
 def meta_of(client: ConnectedClient) -> bytes:
     """Return the `meta` claim as JSON text, b"" for none."""
     return client._meta
+
+
+def state_of(client: ConnectedClient) -> bytes | None:
+    """Return the application's state of the client as bytes, None for none. Raises client_state.StateError."""
+    return client_state.dump(client._state) if client._state else None
+
+
+def restore_state(client: ConnectedClient, data: bytes | None) -> None:
+    """Give the client the state that `state_of` returned. Raises client_state.StateError."""
+    if data is not None:
+        client._state = client_state.load(data)
 
 
 def encode_content(content: Any) -> bytes:

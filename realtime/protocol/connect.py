@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import msgspec
 from msgspec import Struct
@@ -50,6 +51,10 @@ async def connect(session: Session, id: int, request: messages.ConnectRequest) -
     personal = session.settings.client.subscribe_to_user_personal_channel
     if personal.single_connection and session.user and session.state is CONNECTED:
         await _supersede(session)
+    connected = session.services.handlers.connected
+    if connected is not None and session.state is CONNECTED:
+        with suppress(ClientError):  # it has its reply already
+            await connected(session.handle)
 
 
 async def _enter(session: Session, id: int, request: messages.ConnectRequest, identity: _Identity) -> None:
@@ -185,6 +190,7 @@ def _from_credentials(credentials: Credentials) -> _Identity:
         credentials.expire_at or 0.0,
         {channel: SubscribeOptions() for channel in credentials.channels}
         | {channel: subscribe_options(grant) for channel, grant in credentials.subs.items()},
+        meta=encode_content(credentials.meta),
     )
 
 

@@ -114,6 +114,9 @@ class Handlers(Protocol):
     def connecting(self) -> Callable[[ConnectRequest], Awaitable[Credentials | None]] | None: ...
 
     @property
+    def connected(self) -> Callable[[Any], Awaitable[Any]] | None: ...
+
+    @property
     def disconnected(self) -> Callable[[Any, int, str], Awaitable[Any]] | None: ...
 
     @property

@@ -39,7 +39,7 @@ from realtime.auth.tokens import OVERRIDABLE
 from realtime.errors import ClientError
 from realtime.http.handshake import OpeningRequest
 from realtime.protocol.channel_rules import ResolvedChannel
-from realtime.protocol.client import ConnectedClient, meta_of, release
+from realtime.protocol.client import ConnectedClient, meta_of, release, restore_state, state_of
 from realtime.protocol.command_queue import CommandQueue
 from realtime.protocol.context import Connection, SessionServices, SessionSettings
 from realtime.protocol.messages import FilterNode
@@ -93,7 +93,7 @@ class HandedSession(Struct, frozen=True, array_like=True, kw_only=True):
 
     state: of `SessionState`, by name. name, version, meta: see `ConnectedClient`. replays: the channels of unfinished
     replays, in the order of their turns. commands: those that have not started, each as a message. orders: to this
-    session since the cut was prepared. client_state: reserved for the application's own state of the client.
+    session since the cut was prepared. client_state: the application's own, see `protocol.client_state`.
     """
 
     request: OpeningRequest
@@ -139,6 +139,12 @@ def resume(session: Session) -> None:
         session.subscription_lost_position(subscription)
     session.resume_limits()
     session.drained()
+
+
+def check_state(session: Session) -> None:
+    """Raise StateError if the application's state of the client can't move, so that the session has to stay."""
+    if session.handle is not None:
+        state_of(session.handle)
 
 
 def channels_of(sessions: Iterable[Session]) -> list[str]:
@@ -211,6 +217,7 @@ def export(session: Session) -> HandedSession:
     """End the session here without a trace, and return its state.
 
     The application's `on_disconnected` is not called, the connection is not closed, and the session sends nothing more.
+    Raises StateError if the application's state of the client has changed since `check_state`, and can't move now.
     """
     departure, queue, handle = session.departure, session.queue, session.handle
     assert departure is not None and queue is not None
@@ -226,6 +233,7 @@ def export(session: Session) -> HandedSession:
         name=handle.name if handle is not None else "",
         version=handle.version if handle is not None else "",
         meta=meta_of(handle) if handle is not None else b"",
+        client_state=state_of(handle) if handle is not None else None,
         is_refreshable=session.is_refreshable,
         subscriptions=[_exported(session, departure, one) for one in session.subscriptions.values()],
         replays=session.replays.channels() if session.replays is not None else [],
@@ -311,7 +319,8 @@ def restore(
 
     `connection.form`, `secret` and `sink` are those it had at the source. The session may send at once, behind what
     was queued at the source, and it may close the connection at once, for example when it has expired meanwhile. An
-    exception ends the session, as the end of its connection would.
+    exception ends the session, as the end of its connection would; StateError if this application can't restore its
+    state of the client.
     """
     limits = handed.limits
     settings = _as_agreed(settings, limits.ping_interval, limits.pong_timeout)
@@ -345,6 +354,7 @@ def _restore_client(session: Session, batch: str, handed: HandedSession) -> None
     session.handle = ConnectedClient(
         session, handed.name, handed.version, request.headers, request.remote_address, handed.meta
     )
+    restore_state(session.handle, handed.client_state)
     if services.client_log.debug:
         services.client_log.came(session.describe)
     unknown: list[str] = []  # channels whose namespace the configuration of this worker does not have

@@ -166,8 +166,9 @@ class BrokerCore(Generic[P]):
 
     max_channels: limits the channels with a subscriber, the channels with a history, the channels with presence on one
     peer, the lost clients of one slot, and the idempotency keys. A request beyond a limit raises ClientError 106.
-    publications: counts the requests to publish. describe_node: returns this node, without its numbers. operations: the
-    bound method for each kind of request and notice.
+    publications: counts the requests to publish. describe_node: returns this node, without its numbers. streams, keys:
+    empty ones with a journal (`realtime.pubsub.journal`); by default, without one. operations: the bound method for
+    each kind of request and notice.
     """
 
     def __init__(
@@ -176,14 +177,16 @@ class BrokerCore(Generic[P]):
         max_channels: int,
         publications: Counter | None = None,
         describe_node: Callable[[], NodeInfo] = NodeInfo,
+        streams: ChannelStreams | None = None,
+        keys: IdempotencyCache | None = None,
     ) -> None:
         self._delivery = delivery
         self._describe_node = describe_node
         self._node = describe_node().uid
         self._publications = publications or Counter()
         self._max_channels = max_channels
-        self._streams = ChannelStreams(max_channels)
-        self._idempotency = IdempotencyCache(max_channels)
+        self._streams = ChannelStreams(max_channels) if streams is None else streams
+        self._idempotency = IdempotencyCache(max_channels) if keys is None else keys
         self._presence: Presence[P] = Presence(max_channels, self)
         self._routes: dict[str, list[P]] = {}
         self._peers: dict[P, _PeerState] = {}

@@ -50,6 +50,16 @@ def make_epoch() -> str:
     return "".join(random.choices(ascii_letters, k=8))
 
 
+def epoch_letters(number: bytes) -> str:
+    """Return the epoch that 8 random bytes stand for: 8 letters, as `make_epoch`."""
+    rest = int.from_bytes(number)
+    letters = []
+    for _ in range(8):
+        rest, letter = divmod(rest, len(ascii_letters))
+        letters.append(ascii_letters[letter])
+    return "".join(letters)
+
+
 class Epochs:
     """The epochs of channels without a stream.
 
@@ -67,19 +77,13 @@ class Epochs:
 
     def of(self, channel: str) -> str:
         """Return the channel's epoch: 8 letters, as `make_epoch`."""
-        name = channel.encode()
-        group = self._group(name)
-        seed = b"%d %b" % (self._generations.get(group, 0), name)
-        number = int.from_bytes(blake2b(seed, digest_size=8, key=self._secret).digest())
-        letters = []
-        for _ in range(8):
-            number, letter = divmod(number, len(ascii_letters))
-            letters.append(ascii_letters[letter])
-        return "".join(letters)
+        group = self.group(self._secret, channel)
+        seed = b"%d %b" % (self._generations.get(group, 0), channel.encode())
+        return epoch_letters(blake2b(seed, digest_size=8, key=self._secret).digest())
 
     def retire(self, channel: str) -> None:
         """Give the channel a new epoch, as its stream is forgotten."""
-        group = self._group(channel.encode())
+        group = self.group(self._secret, channel)
         self._generations[group] = self._generations.get(group, 0) + 1
 
     def export(self) -> EpochsState:
@@ -90,8 +94,10 @@ class Epochs:
         """Go on with the state of other epochs."""
         self._secret, self._generations = part.secret, dict(part.generations)
 
-    def _group(self, name: bytes) -> int:
-        return int.from_bytes(blake2b(name, digest_size=4, key=self._secret).digest()) % self.GENERATIONS
+    @classmethod
+    def group(cls, secret: bytes, channel: str) -> int:
+        """Return the group of a channel under this secret."""
+        return int.from_bytes(blake2b(channel.encode(), digest_size=4, key=secret).digest()) % cls.GENERATIONS
 
 
 def approximate_size(publication: Publication) -> int:
@@ -174,6 +180,11 @@ class ChannelStream(Struct, eq=False, gc=False):
     def position(self) -> Position:
         """The position of the top."""
         return Position(self.top, self.epoch)
+
+    @property
+    def version(self) -> tuple[int, str]:
+        """The latest version, and its epoch."""
+        return self._version
 
     @property
     def removable_from(self) -> float:

@@ -18,9 +18,8 @@ The pool answers a death with a new process, after a delay that doubles with eac
 row makes a crash loop: from then on the pool reports all such slots in one log line, once a minute while it lasts. A
 process that was never forked, because the zygote has ended, is no death.
 
-It replaces one process at a time, and never ends a serving process before its successor is ready. If a successor does
-not become ready, the serving process stays. A worker hands its connections over to its successor that is ready, and the
-broker its state to one that becomes ready by it.
+It replaces one process at a time, and never ends a serving process before its successor is ready; that of the broker is
+ready once it has the state. If a successor does not become ready, the serving process stays.
 """
 
 from __future__ import annotations
@@ -46,17 +45,7 @@ from realtime.supervision.effects import (
     SpawnProcess,
     UseRevision,
 )
-from realtime.supervision.slots import (
-    BROKER,
-    EX_CONFIG,
-    NOT_FORKED,
-    PoolEvent,
-    Slot,
-    SlotProcess,
-    SlotState,
-    describe_exit,
-    exit_reason,
-)
+from realtime.supervision.slots import BROKER, EX_CONFIG, PoolEvent, Slot, SlotProcess, SlotRecord, SlotState
 
 # Seconds between two ticks. A tick that is _LATE seconds late or more excuses all processes for the time until then.
 TICK = 0.1
@@ -88,6 +77,7 @@ class Pool:
 
     stopping: whether the pool is shutting down. revision: of the settings in force. reloading: whether a reload is
     under way. target: the revision of the latest reload. scaling: whether workers are being added or removed.
+    generation: the latest one.
     """
 
     def __init__(
@@ -95,8 +85,7 @@ class Pool:
     ) -> None:
         """workers: number of worker slots, at least 1. stop_timeout: seconds from `stop` to SIGKILL. broker: False for
         a pool without a broker."""
-        order = [BROKER, *range(workers)] if broker else list(range(workers))
-        self.slots = {number: Slot(number) for number in order}
+        self.slots = {number: Slot(number) for number in ([BROKER] * broker + [*range(workers)])}
         self.stopping = False
         self.revision = 0
         self.reloading = False
@@ -105,7 +94,7 @@ class Pool:
         self.target = 0
         self._count_before = 0  # the number of workers before the latest change of it
         self._scale_failure = ""
-        self._generation = 0
+        self.generation = 0
         self._processes: dict[int, SlotProcess] = {}  # those that exist, by generation
         self._stop_deadline = math.inf
         self._was_ready = False  # all slots have been ready together: from then on, a failed start does not halt
@@ -154,6 +143,13 @@ class Pool:
             self._fire(slot.process, PoolEvent.DEADLINE)
         return self._take_effects()
 
+    def resume(self, records: Iterable[SlotRecord], generation: int, now: float) -> None:
+        """Go on with processes that serve, in place of `start`. generation: the latest one."""
+        self._now = self._ticked = now
+        self.generation, self._was_ready = generation, True
+        self.slots = {record.number: Slot.resume(record, now) for record in records}
+        self._processes = {slot.process.generation: slot.process for slot in self.slots.values()}
+
     def process_ready(self, generation: int, now: float) -> list[Effect]:
         """The process reports that it is ready."""
         return self._event(generation, PoolEvent.READY, now)
@@ -162,8 +158,7 @@ class Pool:
         """The process reports that it can't start, for `reason` (one line). It will exit with `status`."""
         process = self._processes.get(generation)
         if process is not None and process.state in (SlotState.STARTING, SlotState.PREPARING):
-            process.reason, process.explanation = exit_reason(status), f"can't start: {reason}"
-            process.failed_with = status
+            process.note_failed_start(reason, status)
         return self._event(generation, PoolEvent.START_FAILED, now)
 
     def broker_link_lost(self, generation: int, now: float) -> list[Effect]:
@@ -181,8 +176,7 @@ class Pool:
     def process_exited(self, generation: int, status: int, now: float) -> list[Effect]:
         """The process has exited. status: its exit status, or minus the signal that killed it."""
         process = self._processes[generation]
-        process.reason = process.reason or exit_reason(status)
-        process.explanation = process.explanation or describe_exit(status)
+        process.note_exit(status)
         self._now = now
         if status == EX_CONFIG and process.state is SlotState.STARTING:
             self._give_up(process, EX_CONFIG)
@@ -282,8 +276,8 @@ class Pool:
 
     def _begin(self, process: SlotProcess, state: SlotState, revision: int, predecessor: int = 0) -> None:
         """Spawn a process into `state`. predecessor: see `SpawnProcess`."""
-        self._generation += 1
-        process.generation, process.revision = self._generation, revision
+        self.generation += 1
+        process.generation, process.revision = self.generation, revision
         process.reason = process.explanation = ""
         process.connected = False
         self._processes[process.generation] = process
@@ -407,7 +401,7 @@ class Pool:
 
     def _schedule_restart(self, process: SlotProcess) -> None:
         slot = process.slot
-        self._count_death(slot, process)
+        slot.count_death(process)
         doublings = min(max(slot.deaths - 1, 0), 30)
         delay = min(self._settings.restart_delay * 2.0**doublings, self._settings.restart_delay_max)
         if process.revision > self.revision:
@@ -418,14 +412,10 @@ class Pool:
             self._log(f"{slot.name} {process.explanation}; restarting it in {delay:g} s", is_error)
         self._enter(process, SlotState.WAITING, self._now + delay)
 
-    def _count_death(self, slot: Slot, process: SlotProcess) -> None:
-        slot.restarts[process.reason] += 1
-        slot.deaths += process.reason != exit_reason(NOT_FORKED)
-
     def _inherit(self, dead: SlotProcess, successor: SlotProcess) -> None:
         """Let a successor take the place of a process that died before it was ready."""
         slot = dead.slot
-        self._count_death(slot, dead)
+        slot.count_death(dead)
         self._log(f"{slot.name} {dead.explanation}; its successor starts already", is_error=dead.reason != "exit")
         slot.process, slot.successor = successor, None
         successor.state = SlotState.STARTING
@@ -664,10 +654,7 @@ class Pool:
         if self.stopping or not looping or self._now - self._crash_loop_logged < _CRASH_LOOP_INTERVAL:
             return
         self._crash_loop_logged = self._now
-        slots = "; ".join(f"{one.name} {one.process.explanation}, {one.deaths} times in a row" for one in looping)
-        pause = min(slot.process.deadline for slot in looping) - self._now
-        advice = f"up to {self._settings.restart_delay_max:g} s apart (workers.restart_delay_max); see its errors above"
-        self._log(f"crash loop: {slots}; next attempt in {pause:.1f} s, {advice}", is_error=True)
+        self._log(Slot.describe_crash_loop(looping, self._now, self._settings.restart_delay_max), is_error=True)
 
 
 TRANSITIONS: dict[tuple[SlotState, PoolEvent], Callable[[Pool, SlotProcess], None]] = {

@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 import signal as signals
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
+
+from msgspec import Struct
 
 BROKER = -1
 EX_CONFIG = 78
@@ -83,10 +86,31 @@ class SlotProcess:
         role = {self.slot.successor: "the successor of ", self.slot.predecessor: "the predecessor of "}
         return role.get(self, "") + self.slot.name
 
+    def note_failed_start(self, reason: str, status: int) -> None:
+        """Note that it can't start, for `reason`, and will exit with `status`."""
+        self.reason, self.explanation, self.failed_with = _exit_reason(status), f"can't start: {reason}", status
+
+    def note_exit(self, status: int) -> None:
+        """Note an exit, unless a reason is known."""
+        self.reason = self.reason or _exit_reason(status)
+        self.explanation = self.explanation or _describe_exit(status)
+
     @property
     def exists(self) -> bool:
         """Whether there is a process."""
         return self.state not in (SlotState.WAITING, SlotState.GONE)
+
+
+class SlotRecord(Struct, frozen=True):
+    """A settled slot, for another supervisor. The fields are those of `Slot` and of its process."""
+
+    number: int
+    generation: int
+    since: float
+    deaths: int
+    bloated: int
+    recycle_after: float
+    restarts: dict[str, int]
 
 
 @dataclass(slots=True, eq=False)
@@ -115,6 +139,41 @@ class Slot:
 
     def __post_init__(self) -> None:
         self.process = SlotProcess(self)
+
+    def record(self) -> SlotRecord:
+        """Return the state of a settled slot."""
+        return SlotRecord(
+            self.number,
+            self.process.generation,
+            self.since,
+            self.deaths,
+            self.bloated,
+            self.recycle_after,
+            dict(self.restarts),
+        )
+
+    @classmethod
+    def resume(cls, record: SlotRecord, now: float) -> Slot:
+        """Make a slot whose process serves already."""
+        slot = cls(record.number, deaths=record.deaths, bloated=record.bloated, recycle_after=record.recycle_after)
+        slot.restarts.update(record.restarts)
+        process = slot.process
+        process.generation, process.state = record.generation, SlotState.READY
+        process.since, process.alive_at, process.connected = record.since, now, True
+        return slot
+
+    def count_death(self, process: SlotProcess) -> None:
+        """Count the death of a process that was not asked to end."""
+        self.restarts[process.reason] += 1
+        self.deaths += process.reason != _exit_reason(NOT_FORKED)
+
+    @staticmethod
+    def describe_crash_loop(slots: Collection[Slot], now: float, restart_delay_max: float) -> str:
+        """Describe slots in a crash loop, which wait for their next start, in one line of the log."""
+        each = "; ".join(f"{slot.name} {slot.process.explanation}, {slot.deaths} times in a row" for slot in slots)
+        pause = min(slot.process.deadline for slot in slots) - now
+        advice = f"up to {restart_delay_max:g} s apart (workers.restart_delay_max); see its errors above"
+        return f"crash loop: {each}; next attempt in {pause:.1f} s, {advice}"
 
     @property
     def name(self) -> str:
@@ -152,14 +211,14 @@ class Slot:
         return self.deaths >= _CRASH_LOOP_DEATHS
 
 
-def exit_reason(status: int) -> str:
+def _exit_reason(status: int) -> str:
     """Return the metrics' label for an exit status, one of a closed set."""
     if status < 0:
         return "signal"
     return {0: "exit", EX_CONFIG: "config", NOT_FORKED: "zygote"}.get(status, "error")
 
 
-def describe_exit(status: int) -> str:
+def _describe_exit(status: int) -> str:
     """Describe an exit status for the log."""
     if status == 0:
         return "has drained and exited, though the supervisor did not ask for it (SIGTERM from another process?)"

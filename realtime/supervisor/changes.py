@@ -1,8 +1,9 @@
-"""Changes of the running server at its operators' request: reloads, and other numbers of workers.
+"""Changes of the running server at its operators' request: reloads, other numbers of workers, and upgrades.
 
-A reload begins with a trial of the new configuration and application; then all workers are replaced. One change runs at
-a time. Requests to reload that come meanwhile share the next reload, since a present one may have read the
-configuration before it was last changed.
+A reload begins with a trial of the new configuration and application; then all workers are replaced. An upgrade begins
+in one program and ends in the next, see `realtime.supervisor.upgrade`. One change runs at a time. Requests to reload
+that come meanwhile share the next reload, since a present one may have read the configuration before it was last
+changed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ Tell = Callable[[str], None]
 
 _STOPPING = "the server is stopping"
 _RELOAD = "reload"
+_UPGRADE = "upgrade"
 
 _log = Logger(observer=log.observer)
 
 
 class Changes:
-    """Carries out the requests to reload and to scale.
+    """Carries out the requests to reload, to scale and to upgrade.
 
     notifier: of the service manager.
     """
@@ -45,17 +47,40 @@ class Changes:
         self._next: list[tuple[Tell, Deferred[str]]] = []
         self._began_at = 0.0
         self._name = ""  # of the present change
+        self._upgraded = "no upgrade is under way"  # the outcome of the latest one
 
     def scale(self, tell: Tell, begin: Callable[[], None]) -> Deferred[str]:
         """Change the number of workers now. begin: begins it; `ended` is called at the end. See `Supervisor.scale`."""
+        return self._carry_out("change of the number of workers", tell, begin)
+
+    def upgrade(self, tell: Tell, begin: Callable[[], None]) -> Deferred[str]:
+        """Upgrade now. begin: begins it; `ended` is called at the end. See `Supervisor.upgrade`."""
+        return self._carry_out(_UPGRADE, tell, begin)
+
+    def continue_upgrade(self, begin: Callable[[], None]) -> None:
+        """Go on with an upgrade that another program has begun, before any other change."""
+        self._carry_out(_UPGRADE, lambda line: None, begin)
+
+    def join_upgrade(self, tell: Tell) -> Deferred[str]:
+        """Follow the upgrade that is under way. Without one, the result is the outcome of the latest one."""
+        ended: Deferred[str] = Deferred()
+        if self._present and self._name == _UPGRADE:
+            self._present.append((tell, ended))
+        else:
+            ended.callback(self._upgraded)
+        return ended
+
+    def _carry_out(self, name: str, tell: Tell, begin: Callable[[], None]) -> Deferred[str]:
         ended: Deferred[str] = Deferred()
         if self._stopping:
             ended.callback(_STOPPING)
         elif self._present:
-            ended.callback(f"a {self._name} is under way; try again when it has ended")
+            ended.callback(f"{_one(self._name)} is under way; try again when it has ended")
         else:
-            self._present, self._name = [(tell, ended)], "change of the number of workers"
+            self._present, self._name = [(tell, ended)], name
             self._began_at = time.monotonic()
+            if name == _UPGRADE:
+                self.notifier.reloading(self._began_at)
             begin()
         return ended
 
@@ -66,7 +91,7 @@ class Changes:
             ended.callback(_STOPPING)
         elif self._present:
             self._next.append((tell, ended))
-            tell(f"a {self._name} is under way; the reload follows")
+            tell(f"{_one(self._name)} is under way; the reload follows")
         else:
             self._start([(tell, ended)])
         return ended
@@ -112,10 +137,16 @@ class Changes:
         else:
             seconds = time.monotonic() - self._began_at
             _log.info("the {change} took {seconds:.1f} s", change=self._name, seconds=seconds)
-        if self._name == _RELOAD:
+        if self._name in (_RELOAD, _UPGRADE):
             self.notifier.ready()
+        if self._name == _UPGRADE:
+            self._upgraded = failure
         following, self._next = self._next, []
         if following:
             self._start(following)
         for _, ended in requests:
             ended.callback(failure)
+
+
+def _one(name: str) -> str:
+    return f"{'an' if name == _UPGRADE else 'a'} {name}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -22,8 +22,10 @@ from realtime.metrics import Sample
 from realtime.process import control
 from realtime.process.stack_dumps import IN_C_AFTER, STACK, STACK_IN_C, StackReader
 from realtime.process.zygote import Fork
+from realtime.supervision.slots import SlotRecord
 from realtime.supervision.vitals import LatestCalls, RunningHandler, Vitals, VitalsPage
 from realtime.supervisor.child_output import ChildOutput
+from realtime.supervisor.inheritance import InheritedProcess
 from realtime.supervisor.readable import Readable, read_pipe
 from realtime.supervisor.zygote import ForkedChild, Zygote
 
@@ -57,6 +59,7 @@ class ChildProcess:
         self._page: VitalsPage | None = None
         self._vitals: Vitals | None = None
         self._outputs: list[ChildOutput] = []
+        self._pipes: list[Readable] = []  # of its outputs
         self._stacks: Readable | None = None
         self._child: ForkedChild | None = None
         self._call_later: Callable[..., IDelayedCall]
@@ -123,14 +126,52 @@ class ChildProcess:
             fork = Fork(name, module, arguments, tuple(given))
             self._child = zygote.fork(fork, tuple(given.values()), self._exited)
             unused.pop_all()
+        self._serve(reactor, link)
+        assert self._dumps is not None
+        self._stacks = read_pipe(reactor, ours.pop(stacks), self._dumps.feed)
+        self._read_outputs(reactor, ours.values())
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether its control link is between two messages, as `inheritance` needs it."""
+        return self._link.is_quiet
+
+    def inheritance(self, record: SlotRecord) -> InheritedProcess:
+        """Return what another program needs to go on with the process."""
+        assert self._page is not None and self._stacks is not None
+        link: Any = self._link.transport
+        return InheritedProcess(
+            record,
+            self.pid,
+            link.fileno(),
+            self._link.sent_descriptors,
+            self._page.fd,
+            self._stacks.fileno(),
+            [pipe.fileno() for pipe in self._pipes],
+        )
+
+    def resume(self, reactor: Any, inherited: InheritedProcess) -> None:
+        """Go on with a process that this program has inherited, in place of `start`."""
+        self._page = VitalsPage.open(inherited.page)
+        self._call_later = reactor.callLater
+        self._dumps = StackReader(reactor.callLater)
+        self._stacks = read_pipe(reactor, inherited.stacks, self._dumps.feed)
+        self._read_outputs(reactor, inherited.outputs)
+        self._link.sent_descriptors = inherited.sent_descriptors
+        self._serve(reactor, socket.socket(fileno=inherited.link))
+        self._child = ForkedChild(reactor, self._exited, lambda: None)
+        self._child.forked(inherited.pid)
+
+    def _serve(self, reactor: Any, link: socket.socket) -> None:
+        """Serve the control link, and close our copy of it."""
         link.setblocking(False)
         with link:
             reactor.adoptStreamConnection(link.fileno(), socket.AF_UNIX, Factory.forProtocol(lambda: self._link))
-        assert self._dumps is not None
-        self._stacks = read_pipe(reactor, ours.pop(stacks), self._dumps.feed)
-        for fd in ours.values():
+
+    def _read_outputs(self, reactor: Any, pipes: Iterable[int]) -> None:
+        for fd in pipes:
             self._outputs.append(ChildOutput())
-            read_pipe(reactor, fd, self._outputs[-1].feed)
+            self._pipes.append(read_pipe(reactor, fd, self._outputs[-1].feed))
 
     @property
     def pid(self) -> int:

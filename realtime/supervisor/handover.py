@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -13,6 +15,7 @@ from twisted.python.failure import Failure
 
 from realtime.metrics import Metrics
 from realtime.process.fd_stream import stream_pair
+from realtime.supervision.effects import LogLine
 
 ALL = -1
 """The number of connections to hand over: all of them."""
@@ -90,3 +93,26 @@ def hand_over(
 
     target.take_over(theirs.fileno()).addCallback(taking).addBoth(ended)
     return outcome
+
+
+def hand_state_over(
+    source: HandOverProcess, timeout: float, sent: ExitStack, write_log: Callable[[LogLine], None]
+) -> int:
+    """Have the broker hand its state over to its successor, and return the successor's end of the stream.
+
+    timeout: seconds until the successor must have begun. sent: closes the end. Raises OSError.
+    """
+    ours, theirs = stream_pair()
+    sent.enter_context(theirs)
+
+    def ended(result: dict[str, Any]) -> None:
+        if reason := result["reason"]:
+            write_log(LogLine(f"the broker goes on with its state: {reason}", is_error=True))
+        else:
+            count = result["moved"]
+            write_log(LogLine(f"the broker has handed its state over, and the streams of {count} workers"))
+
+    handed = source.hand_over(ours.fileno(), ALL, timeout)
+    handed.addCallbacks(ended, lambda failure: None)  # the end of the source is reported otherwise
+    handed.addBoth(lambda _: ours.close())
+    return theirs.fileno()

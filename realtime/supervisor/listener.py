@@ -24,6 +24,7 @@ from twisted.logger import Logger
 
 from realtime.errors import RealtimeError
 from realtime.process import log
+from realtime.supervisor.inheritance import InheritedPort
 
 # linux/tcp.h, struct tcp_info: of a listening socket, tcpi_unacked is the length of its accept queue, and tcpi_sacked
 # the limit of that queue (net/ipv4/tcp.c, tcp_get_info).
@@ -44,14 +45,19 @@ class SharedPort:
     unknown, and changes as they exit.
     """
 
-    def __init__(self, address: str, port: int, backlog: int, slots: int) -> None:
+    def __init__(
+        self, address: str, port: int, backlog: int, slots: int, inherited: InheritedPort | None = None
+    ) -> None:
         """Bind and listen. address: "" or "::" for all addresses, IPv6 included if the machine has it. port: 0 for any.
 
-        Raises CannotListen.
+        inherited: sockets that listen already, in place of others. Raises CannotListen.
         """
         self.sockets: list[socket.socket] = []
         self._lock: socket.socket | None = None
         self._backlog = backlog
+        if inherited is not None:
+            self._inherit(inherited)
+            return
         try:
             family, host = self._family, self._host = _resolve(address, port)
             self.has_other_listeners = _is_taken(family, host, port)
@@ -66,6 +72,17 @@ class SharedPort:
         except CannotListen:
             self.close()
             raise
+
+    def _inherit(self, inherited: InheritedPort) -> None:
+        self.sockets = [socket.socket(fileno=fd) for fd in inherited.sockets]
+        self._lock = socket.socket(fileno=inherited.lock) if inherited.lock >= 0 else None
+        self.has_other_listeners = inherited.has_other_listeners
+        self._family, self._host = self.sockets[0].family, self.address
+
+    def inheritance(self) -> InheritedPort:
+        """Return what another program needs to go on with the port."""
+        lock = self._lock.fileno() if self._lock is not None else -1
+        return InheritedPort([listening.fileno() for listening in self.sockets], lock, self.has_other_listeners)
 
     def _bind(self, family: socket.AddressFamily, host: str, port: int, slots: int) -> None:
         for _ in range(slots):

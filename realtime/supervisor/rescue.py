@@ -133,6 +133,11 @@ class Rescue:
                     "passed {count} connections queued for worker {slot} to other workers", count=count, slot=slot
                 )
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no connection is under way between the kernel and a worker, and none is being refused."""
+        return not (self._held or self._refusals.lingering or any(route.in_flight for route in self._routes.values()))
+
     def close(self) -> None:
         """Stop the rescue and close all held connections, because the server ends."""
         self._active = False

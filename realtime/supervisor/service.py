@@ -15,9 +15,8 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from operator import itemgetter
 from typing import Any, Protocol
 
 from twisted.application.service import Service
@@ -25,24 +24,25 @@ from twisted.internet.defer import Deferred, DeferredList, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from realtime.config.reload import OF_BROKER
+from realtime._version import __version__
+from realtime.config.reload import replaces_broker
 from realtime.config.settings import Settings
 from realtime.config.sources import Sources
 from realtime.metrics import Metrics
 from realtime.process import log
-from realtime.process.fd_stream import stream_pair
 from realtime.supervision import effects
 from realtime.supervision.balance import MAX_SLOTS
 from realtime.supervision.effects import Effect
 from realtime.supervision.pool import TICK, Pool
 from realtime.supervision.slots import BROKER, SlotState
-from realtime.supervision.vitals import Vitals
 from realtime.supervisor import orphans
 from realtime.supervisor.changes import Changes
 from realtime.supervisor.child_process import ChildProcess
-from realtime.supervisor.handover import ALL, HandOverCounters, hand_over
+from realtime.supervisor.handover import ALL, HandOverCounters, hand_over, hand_state_over
 from realtime.supervisor.health_monitor import HealthMonitor
+from realtime.supervisor.inheritance import HELD_SIGNALS, Inheritance
 from realtime.supervisor.listener import CannotListen, SharedPort
+from realtime.supervisor.memory_limits import MemoryLimits
 from realtime.supervisor.rebalancer import INTERVAL as REBALANCING_INTERVAL
 from realtime.supervisor.rebalancer import Rebalancer
 from realtime.supervisor.rescue import Rescue
@@ -53,6 +53,7 @@ from realtime.supervisor.steering import Steering
 from realtime.supervisor.substitutes import Substitutes
 from realtime.supervisor.systemd import SystemdNotifier
 from realtime.supervisor.trial import Trial
+from realtime.supervisor.upgrade import CannotUpgrade, Estate, Launch, Upgrade
 from realtime.supervisor.zygote import EarlyZygote, Zygote
 
 WORKER_MODULE = "realtime.worker.process"
@@ -70,6 +71,7 @@ class OperatorEndpoint(Protocol):
     def address(self) -> str: ...
     @property
     def port(self) -> int: ...
+    def fileno(self) -> int: ...
     def start(self) -> None:
         """Begin to update its figures: the processes are starting."""
 
@@ -77,8 +79,9 @@ class OperatorEndpoint(Protocol):
         """Stop listening and close its connections."""
 
 
-OpenOperatorEndpoint = Callable[["Supervisor", Any, str, int], OperatorEndpoint]
-"""Listens for operators: called with the supervisor, the reactor, an address and a port. Raises CannotListen."""
+OpenOperatorEndpoint = Callable[["Supervisor", Any, str, int, int | None], OperatorEndpoint]
+"""Listens for operators: called with the supervisor, the reactor, an address, a port, and a descriptor that listens
+already, if there is one. Raises CannotListen."""
 
 
 class Supervisor(Service):
@@ -104,13 +107,18 @@ class Supervisor(Service):
         capture_output: bool = False,
         sources: Sources | None = None,
         early_zygote: EarlyZygote | None = None,
+        launch: Launch | None = None,
+        inherited: Inheritance | None = None,
     ) -> None:
         """worker, broker: modules to run as children, see `realtime.process.child`; None for the broker of the engine.
         leave: called with the exit status after the last process has exited; `stopService` works without it.
         handle_signals: whether to take SIGTERM and SIGINT over from Twisted. capture_output: whether to copy the
         children's output to the log in any case. sources: where `settings` come from, and those of a reload; None for a
-        server that can't reload. early_zygote: the first one, if it was forked from this process."""
-        settings = with_counts(settings)
+        server that can't reload. early_zygote: the first one, if it was forked from this process. launch: how to
+        execute another version, see `upgrade`. inherited: what another version has left, whose place this one takes."""
+        settings = wanted = with_counts(settings)
+        if inherited is not None:  # its workers go on; the number that is configured comes with the upgrade's end
+            settings = with_workers(settings, inherited.workers)
         self.pool = Pool(settings.workers.count, settings.workers, settings.loop, settings.shutdown.timeout)
         self.processes: dict[int, ChildProcess] = {}
         self.children: dict[int, ChildProcess] = {}
@@ -119,18 +127,17 @@ class Supervisor(Service):
         self._handovers = HandOverCounters(self.metrics)
         self.steering: Steering | None = None
         self.sockets: SlotSockets | None = None
-        self._configured_count = settings.workers.count
+        self._configured_count = settings.workers.count if inherited is None else inherited.configured_count
         self._knows_count = True
+        self._launch, self._inherited, self._wanted = launch, inherited, wanted
         self.zygote: Zygote | None = None
         self._early_zygote = early_zygote
         self.sampler = StackSampler(reactor, self.monitor, settings.loop, settings.app, self.processes)
         self._reactor = reactor
         self._revisions = Revisions(settings)
         self._open_operator_endpoint = open_operator_endpoint
-        self._modules = {BROKER: broker or BROKER_MODULES[settings.engine.type]}
-        self._worker = worker
-        self._leave = leave
-        self._handle_signals = handle_signals
+        self._worker, self._modules = worker, {BROKER: broker or BROKER_MODULES[settings.engine.type]}
+        self._leave, self._handle_signals = leave, handle_signals
         self._port: SharedPort | None = None
         self._operators: OperatorEndpoint | None = None
         self._rescue: Rescue | None = None
@@ -143,7 +150,7 @@ class Supervisor(Service):
         self._pending: deque[Effect] = deque()
         self._is_carrying_out = False
         self._halted = False
-        self._has_warned_of_footprint = False
+        self._memory = MemoryLimits(self.pool, settings)
         self._stop_waiters: list[Deferred[None]] = []
         self._stop_counting_errors: Callable[[], None] | None = None
 
@@ -165,10 +172,11 @@ class Supervisor(Service):
         server = self._settings.http_server
         try:
             # The operators' port first: it is not shared, so it gives the clearest error when a second server starts.
+            operators, port = (self._inherited.operators, self._inherited.port) if self._inherited else (None, None)
             self._operators = self._open_operator_endpoint(
-                self, self._reactor, server.internal_address, server.internal_port
+                self, self._reactor, server.internal_address, server.internal_port, operators
             )
-            self._port = SharedPort(server.address, server.port, server.backlog, len(self.pool.workers))
+            self._port = SharedPort(server.address, server.port, server.backlog, len(self.pool.workers), port)
         except CannotListen as error:
             _log.critical("can't start: {reason}", reason=str(error))
             raise SystemExit(1) from error
@@ -213,7 +221,10 @@ class Supervisor(Service):
         # A daemon's own output goes nowhere. The log is twistd's, so the children's output must go there too.
         self._capture_output = self._capture_output or _is_discarded(1)
         modules = [self._worker, *self._modules.values()]
-        self.zygote = Zygote(self._reactor, modules, early=self._early_zygote, capture=self._capture_output)
+        formats = self._inherited.formats if self._inherited else ""
+        self.zygote = Zygote(
+            self._reactor, modules, early=self._early_zygote, capture=self._capture_output, formats=formats
+        )
         self._stop_counting_errors = log.count_internal_errors(self.metrics)
         self._reactor.callWhenRunning(self._start_processes)
 
@@ -244,9 +255,25 @@ class Supervisor(Service):
         assert self._operators is not None
         if self._handle_signals:
             self._take_over_signals()
-        self._carry_out(self.pool.start(self._now()))
+        if self._inherited is None:
+            self._carry_out(self.pool.start(self._now()))
+        else:
+            self._resume(self._inherited)
         self.monitor.start()
         self._operators.start()
+
+    def _resume(self, inherited: Inheritance) -> None:
+        """Go on with the processes of another version of this program, and replace them."""
+        _log.info(
+            "version {version} has taken the place of version {before}", version=__version__, before=inherited.version
+        )
+        self.pool.resume([one.record for one in inherited.processes], inherited.generation, self._now())
+        for one in inherited.processes:
+            process = ChildProcess(self, one.record.number, one.record.generation)
+            self.children[process.generation] = process
+            process.resume(self._reactor, one)
+        self._note_serving()
+        self._changes.continue_upgrade(lambda: self._replace_workers(self._wanted, with_broker=True))
 
     def _now(self) -> float:
         return float(self._reactor.seconds())
@@ -262,6 +289,7 @@ class Supervisor(Service):
         # Another handler than the default is twistd's, which rotates the log.
         if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
 
     def _on_stop_signal(self, number: int, frame: object) -> None:
         self._reactor.callFromThread(self._stop_by_signal, number)
@@ -285,7 +313,7 @@ class Supervisor(Service):
     # Reports of the processes (realtime.supervisor.child_process.ChildProcessOwner).
 
     def process_ready(self, process: ChildProcess) -> None:
-        self._check_footprint(process)
+        self._memory.check_footprint(process)
         self._carry_out(self.pool.process_ready(process.generation, self._now()))
 
     def start_failed(self, process: ChildProcess, reason: str, status: int) -> None:
@@ -324,7 +352,7 @@ class Supervisor(Service):
             lambda failure: self._changes.ended(f"the modules can't be imported: {failure.getErrorMessage()}"),
         )
 
-    def _replace_workers(self, settings: Settings) -> None:
+    def _replace_workers(self, settings: Settings, *, with_broker: bool = False) -> None:
         if self.pool.stopping:
             return
         settings = with_counts(settings)
@@ -332,15 +360,21 @@ class Supervisor(Service):
             settings = with_workers(settings, len(self.pool.workers))
         else:
             self._configured_count = settings.workers.count
-        self._replace_all(settings)
+        if (
+            with_broker := with_broker or replaces_broker(self._settings, settings)
+        ) and settings.engine.type == "redis":
+            with_broker = False
+            self._write_log(
+                effects.LogLine("a broker with Redis can't be replaced: it goes on as it is until a restart")
+            )
+        self._replace_all(settings, with_broker=with_broker)
 
-    def _replace_all(self, settings: Settings) -> None:
+    def _replace_all(self, settings: Settings, *, with_broker: bool = False) -> None:
         try:
             self._revisions.add(self.pool.target + 1, settings)
         except OSError as error:
             self._changes.ended(f"no descriptor is left for the settings: {error}; check `ulimit -n`")
         else:
-            with_broker = any(getattr(settings.engine, key) != getattr(self._settings.engine, key) for key in OF_BROKER)
             self._carry_out(self.pool.reload(self._now(), with_broker=with_broker))
 
     def _use_revision(self, effect: effects.UseRevision) -> None:
@@ -350,6 +384,7 @@ class Supervisor(Service):
         if (broker := self.processes.get(BROKER)) is not None:
             broker.limit_log(settings.log.level)
         self.pool.configure(settings.workers, settings.loop, settings.shutdown.timeout)
+        self._memory.configure(settings)
         self.monitor.configure(settings.loop)
         self.sampler.configure(settings.loop, settings.app)
         assert self._rescue and self._substitutes and self._rebalancer
@@ -362,6 +397,32 @@ class Supervisor(Service):
             self._changes.ended(effect.failure)
         else:
             self._scale(self._settings.workers.count, is_known=True)
+
+    def upgrade(self, tell: Callable[[str], None] = lambda line: None) -> Deferred[str]:
+        """Have the installed version of this package and of Python take the place of the running one.
+
+        Clients keep their places. tell, result: as for `reload`, but after success another program goes on, where
+        `join_upgrade` has the result.
+        """
+        return self._changes.upgrade(tell, self._upgrade)
+
+    def join_upgrade(self, tell: Callable[[str], None]) -> Deferred[str]:
+        """Follow the upgrade that is under way. tell, result: as for `reload`."""
+        return self._changes.join_upgrade(tell)
+
+    def _upgrade(self) -> None:
+        assert self._port and self._operators and self._rescue and self.zygote
+        estate = Estate(
+            self.pool, self.children, self._port, self._operators, self._rescue, self.zygote, self._settings
+        )
+        upgrade = Upgrade(self._reactor, estate, self._launch, self._configured_count, self._trial, self._notifier)
+        running = Deferred.fromCoroutine(upgrade.run(self._changes.tell))
+        running.addErrback(self._end_upgrade)
+
+    def _end_upgrade(self, failure: Failure) -> None:
+        if not failure.check(CannotUpgrade):
+            _log.failure("upgrading raised; the server goes on as it is", failure)
+        self._changes.ended(failure.getErrorMessage())
 
     def scale(self, count: int, tell: Callable[[str], None] = lambda line: None) -> Deferred[str]:
         """Have `count` workers from now on, until a restart or another number in the configuration.
@@ -424,34 +485,10 @@ class Supervisor(Service):
         vitals = {generation: process.vitals for generation, process in self.children.items()}
         beats = {generation: reading.beat / 1e9 for generation, reading in vitals.items() if reading}
         self._carry_out(self.pool.tick(now, beats))
-        self._check_memory(vitals, now)
+        for slot, size, key in self._memory.excesses(vitals):
+            self._carry_out(self.pool.memory_exceeded(slot, size, now, key))
         if self._is_healthy(now):
             self._notifier.feed_watchdog(now)
-
-    def _check_memory(self, vitals: Mapping[int, Vitals | None], now: float) -> None:
-        settings = self._settings
-        limits = {"loop.max_rss": settings.loop.max_rss, "workers.max_rss": settings.workers.max_rss}
-        for slot in self.pool.workers:
-            reading = vitals.get(slot.process.generation)
-            for key, limit in limits.items():
-                if reading is not None and slot.state is SlotState.READY and 0 < limit < reading.rss:
-                    self._carry_out(self.pool.memory_exceeded(slot.number, reading.rss, now, key))
-
-    def _check_footprint(self, process: ChildProcess) -> None:
-        """Log once that a worker without clients already needs more memory than the limits allow."""
-        limits = {"loop.max_rss": self._settings.loop.max_rss, "workers.max_rss": self._settings.workers.max_rss}
-        key, limit = min(((key, limit) for key, limit in limits.items() if limit), key=itemgetter(1), default=("", 0))
-        vitals = process.vitals
-        if process.slot == BROKER or self._has_warned_of_footprint or vitals is None or not 0 < limit < vitals.rss:
-            return
-        self._has_warned_of_footprint = True
-        _log.error(
-            "{key} = {limit}: a worker without clients already uses {used} bytes, so the server replaces "
-            "workers without end, at growing intervals; set {key} well above that",
-            key=key,
-            limit=limit,
-            used=vitals.rss,
-        )
 
     def _is_healthy(self, now: float) -> bool:
         """Return whether every loop that should turn has turned within the watchdog's interval.
@@ -502,7 +539,9 @@ class Supervisor(Service):
         assert self.zygote is not None
         try:
             with ExitStack() as sent:
-                stream = self._hand_state_over(effect.predecessor, sent) if effect.predecessor else None
+                stream = None
+                if (before := self.children.get(effect.predecessor)) is not None:
+                    stream = hand_state_over(before, self._settings.workers.start_timeout, sent, self._write_log)
                 process.start(self._reactor, self.zygote, module, settings, listening, self._capture_output, stream)
         except OSError as error:
             del self.children[effect.generation]
@@ -512,25 +551,6 @@ class Supervisor(Service):
                 error=error,
             )
             self._carry_out(self.pool.process_exited(effect.generation, _EX_OSERR, self._now()))
-
-    def _hand_state_over(self, source: int, sent: ExitStack) -> int:
-        """Have a process hand its state over to the next one of its slot, and return the latter's end of the stream.
-
-        sent: closes it. Raises OSError.
-        """
-        ours, theirs = stream_pair()
-        sent.enter_context(theirs)
-        handed = self.children[source].hand_over(ours.fileno(), ALL, self._settings.workers.start_timeout)
-        handed.addCallbacks(self._log_moved_state, lambda failure: None)  # its end is reported otherwise
-        handed.addBoth(lambda _: ours.close())
-        return theirs.fileno()
-
-    def _log_moved_state(self, result: Mapping[str, Any]) -> None:
-        if result["reason"]:
-            line = f"the broker goes on with its state: {result['reason']}"
-        else:
-            line = f"the broker has handed its state over, and the streams of {result['moved']} workers"
-        self._write_log(effects.LogLine(line, is_error=bool(result["reason"])))
 
     def _hand_over(self, effect: effects.MoveConnections) -> None:
         moves = self._move(self.children[effect.generation], effect)

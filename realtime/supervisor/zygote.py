@@ -12,11 +12,11 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -26,6 +26,7 @@ from realtime.process.zygote import Fork, Forked, NotForked, ZygoteStarted
 from realtime.supervision.slots import NOT_FORKED
 from realtime.supervisor import orphans, systemd
 from realtime.supervisor.child_output import ChildOutput
+from realtime.supervisor.inheritance import HELD_SIGNALS
 from realtime.supervisor.readable import Readable, read_pipe
 
 EX_OSERR = 71
@@ -118,10 +119,17 @@ class _ExitWatch:
 
 
 class EarlyZygote(NamedTuple):
-    """The process that `fork_early` has forked. link: our end, see `realtime.process.zygote`."""
+    """The process that `fork_early` has forked. link: our end, see `realtime.process.zygote`. files: those that it has
+    imported, with what changes where one is written or replaced."""
 
     pid: int
     link: socket.socket
+    files: dict[str, tuple[int, ...]]
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether another process would import the same."""
+        return _versions(self.files) == self.files
 
     def kill(self) -> None:
         """Kill it. To be called before `wait` has returned."""
@@ -135,12 +143,14 @@ class EarlyZygote(NamedTuple):
 def fork_early(modules: Sequence[str]) -> EarlyZygote:
     """Import the modules of the children, and fork the first process that forks them from this one.
 
-    All processes so share the memory of the modules; one that is executed, as those of a reload, shares none with this
+    All processes so share the memory of the modules, and one that is executed later shares none of it with this
     process. It must have no reactor and no thread yet, and keep its user, its directory and its parent, since the
     children have the same. Raises OSError; and SystemExit in the new process and in each child, at their end: all
     callers in the stack must let that pass.
     """
     loaded = zygote.load(modules)
+    found = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
+    files = _versions([sys.executable, *filter(None, found)])
     link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         try:
@@ -149,14 +159,25 @@ def fork_early(modules: Sequence[str]) -> EarlyZygote:
             link.close()
             raise
         if pid:
-            return EarlyZygote(pid, link)
+            return EarlyZygote(pid, link, files)
         link.close()
         _leave_the_supervisor(theirs.fileno())
         raise SystemExit(zygote.serve(theirs, loaded))
 
 
+def _versions(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return what distinguishes each file from the one at the same path before."""
+    versions: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with suppress(OSError):
+            stat = os.stat(file)
+            versions[file] = stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return versions
+
+
 def _leave_the_supervisor(link: int) -> None:
     """Make a fork of this process what an executed zygote is. link: the only descriptor to keep, besides the output."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
     zygote.ignore_signals()
     os.setpgid(0, 0)  # see `orphans.reap`
     null = os.open(os.devnull, os.O_RDONLY)
@@ -177,13 +198,23 @@ def _unsafe_paths() -> set[str]:
 
 
 class Zygote:
-    """Has all children forked, by a process that it starts when needed, and replaces when that has ended."""
+    """Has all children forked, by a process that it starts when needed, and replaces when that has ended.
+
+    formats: of the messages of the children, as their modules say; "" before the first one.
+    """
 
     def __init__(
-        self, reactor: Any, modules: Sequence[str], *, early: EarlyZygote | None = None, capture: bool = False
+        self,
+        reactor: Any,
+        modules: Sequence[str],
+        *,
+        early: EarlyZygote | None = None,
+        capture: bool = False,
+        formats: str = "",
     ) -> None:
         """modules: those that children may run. early: the first process that forks them, if it was forked early.
-        capture: write the output of the others to our log, instead of letting them inherit ours."""
+        capture: write the output of the others to our log, instead of letting them inherit ours. formats: of children
+        that run already; "" without any."""
         self._reactor = reactor
         self._modules = modules
         self._early = early
@@ -191,7 +222,7 @@ class Zygote:
         self._current: _ZygoteProcess | None = None
         self._processes: set[_ZygoteProcess] = set()
         self._is_closed = False
-        self._formats: str | None = None
+        self.formats = formats
 
     @property
     def pids(self) -> list[int]:
@@ -214,14 +245,21 @@ class Zygote:
         return self._current.fork(fork, descriptors, exited)
 
     def renew(self) -> Deferred[None]:
-        """Have another process fork from now on, which imports all modules anew: their files may have changed.
+        """Have another process fork from now on, which imports all modules anew, unless no file of them has changed.
 
         The Deferred fires when it has imported them. It fails with ZygoteUnusable where they can't be imported, or are
         of a version whose messages the running processes do not understand; the present process goes on then. Raises
         OSError.
         """
+        if self._current is not None and self._current.is_up_to_date:
+            return succeed(None)
         process = self._start()
         return process.when_started().addCallback(self._check_formats, process).addCallback(self._replace_by, process)
+
+    def check(self) -> Deferred[None]:
+        """Have a process import all modules anew, and end it. Fails and raises as `renew`."""
+        process = self._start()
+        return process.when_started().addCallback(self._check_formats, process).addCallback(lambda _: process.end())
 
     def close(self) -> None:
         """Kill the processes that fork. Children live on."""
@@ -238,12 +276,12 @@ class Zygote:
         return process
 
     def _note_formats(self, formats: str) -> None:
-        self._formats = self._formats or formats
-        if formats != self._formats:
+        self.formats = self.formats or formats
+        if formats != self.formats:
             _log.error("{reason}", reason=_OTHER_VERSION)
 
     def _check_formats(self, formats: str, process: _ZygoteProcess) -> None:
-        if formats != self._formats:
+        if formats != self.formats:
             process.is_ending = True
             process.kill()
             raise ZygoteUnusable(_OTHER_VERSION)
@@ -291,6 +329,11 @@ class _ZygoteProcess:
             with process.stdout as pipe:
                 read_pipe(reactor, os.dup(pipe.fileno()), ChildOutput().feed)
         _ExitWatch(reactor, self.pid, self._exited)
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether it is known that another process would import the same."""
+        return isinstance(self._process, EarlyZygote) and self._process.is_up_to_date
 
     def fork(self, fork: Fork, descriptors: Sequence[int], exited: Callable[[int], None]) -> ForkedChild:
         """See `Zygote.fork`."""

@@ -21,6 +21,7 @@ from realtime.errors import SERVER_ERROR, SHUTDOWN, ClientError, EngineUnavailab
 from realtime.process.fd_passing import take_claim
 from realtime.process.fd_stream import FdStream, close_all
 from realtime.protocol import handover
+from realtime.protocol.client_state import StateError
 from realtime.protocol.session import Session
 from realtime.protocol.session_state import SessionState
 from realtime.types import ClientInfo
@@ -220,6 +221,9 @@ class HandOverSource:
             connection: Any = session.connection
             if connection.is_movable and not connection.is_held:
                 del self._ready[session]
+                if not self._has_movable_state(session):
+                    self._resume(session)
+                    continue
                 batch.append(session)
                 effort += 0.75 + len(session.subscriptions) / 4
             elif self._suspended[session] < _PATIENCE:
@@ -228,6 +232,19 @@ class HandOverSource:
                 self._resume(session)  # it is in the middle of a compressed message, for example
                 self._postponed.append(session)
         return batch
+
+    def _has_movable_state(self, session: Session) -> bool:
+        try:
+            handover.check_state(session)
+        except StateError as error:
+            self._not_moved["state"] += 1
+            _log.warn(
+                "a connection of user {user} does not move: {error}; keep values in client.state that pickle accepts",
+                user=repr(session.user),
+                error=error,
+            )
+            return False
+        return True
 
     def _resume(self, session: Session) -> None:
         self._suspended.pop(session, None)

@@ -10,11 +10,12 @@ import msgspec
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from realtime.errors import SERVER_ERROR, WORKER_LOST, ClientError, EngineUnavailable
+from realtime.errors import SERVER_ERROR, SHUTDOWN, WORKER_LOST, ClientError, EngineUnavailable
 from realtime.handlers.coroutines import drive
 from realtime.process.fd_passing import take_claim
 from realtime.process.fd_stream import FdStream, close_all
 from realtime.protocol import handover
+from realtime.protocol.client_state import StateError
 from realtime.transports.connection import Unsupported
 from realtime.types import ClientInfo
 from realtime.worker.handover import (
@@ -193,6 +194,9 @@ class HandOverTarget:
             connection.release_address = parts.admission.take_over(handed.request.remote_address)
             connection.adopt_session(parts.restore(batch, connection, handed))
             connection.start_receiving()
+        except StateError as error:
+            _log.warn("a connection ends, and its client comes back: {error}", error=error)
+            connection.close(*SHUTDOWN)
         except Exception:
             _log.failure("restoring a session raised; its connection is closed")
             connection.close(*SERVER_ERROR)

@@ -62,6 +62,21 @@ def test_a_command_prints_its_progress_and_its_outcome(
     assert printed.err.count("\n") == bool(errors)
 
 
+@pytest.mark.parametrize(
+    ("path", "join", "status", "output"),
+    [
+        ("/good", "/refused", 0, "worker 0 has been replaced\ndone\n"),
+        ("/cut", "/good", 0, "one\nworker 0 has been replaced\ndone\n"),
+        ("/cut", "/bad", 1, "one\n"),
+    ],
+)
+def test_a_command_goes_on_at_another_place_if_its_answer_breaks_off(
+    url: str, capsys: pytest.CaptureFixture[str], path: str, join: str, status: int, output: str
+) -> None:
+    assert running.command(url + path, url + join) == status
+    assert capsys.readouterr().out == output
+
+
 def test_a_server_that_does_not_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with HTTPServer(("127.0.0.1", 0), Answer) as server:
         port = server.server_port

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from realtime.cache import Cache
 from realtime.errors import PoolFull
 from realtime.handlers.coroutines import await_deferreds, start_future
 from realtime.handlers.threads import BoundedSemaphore, DaemonPool, ThreadSafeClient
@@ -247,3 +248,20 @@ async def test_in_the_relief_thread_only_handlers_of_the_loop_wait_for_its_own_t
     await thread_call
     await on_loop_call
     assert sorted(ran) == ["loop", "thread"]
+
+
+@pytest.mark.parametrize("key", [None, lambda client, data: "one"], ids=["usual key", "key of the application"])
+@on_loop
+async def test_the_relief_thread_answers_from_a_cache_without_code_of_the_application(bench: Bench, key: Any) -> None:
+    @bench.app.rpc("f", cache=Cache(ttl=60, key=key))
+    async def f(client: Any, data: Any) -> Any:
+        return data
+
+    dispatcher = await bench.start()
+    await bench.call("f", [1])
+    lock = dispatcher._services.lock
+    lock.is_relieving = True
+    call = bench.begin("f", [1])
+    assert call.done() == (key is None)
+    lock.is_relieving = False
+    assert await call == [1]

@@ -105,6 +105,12 @@ class Server:
     def scale(self, count: int, tell: Callable[[str], None]) -> Deferred[str]:
         return self.reload(lambda line: tell(f"{count}: {line}"))
 
+    def upgrade(self, tell: Callable[[str], None]) -> Deferred[str]:
+        return self.reload(lambda line: tell(f"upgrade: {line}"))
+
+    def join_upgrade(self, tell: Callable[[str], None]) -> Deferred[str]:
+        return self.reload(lambda line: tell(f"joined: {line}"))
+
     def reload(self, tell: Callable[[str], None]) -> Deferred[str]:
         """Tell the lines of `reloads`, and fail."""
         for line in self.reloads or ["nothing"]:

@@ -127,7 +127,7 @@ class ImmediateHandler(Handler):
 class App:
     """The handlers that a test sets: coroutine functions or `ImmediateHandler`s."""
 
-    connecting = disconnected = None
+    connecting = connected = disconnected = None
     on_message: Any = None
 
     def __init__(self) -> None:

@@ -100,3 +100,10 @@ def test_a_grant_becomes_options_of_a_subscription() -> None:
 def test_an_invalid_grant_is_a_value_error(grant: Grant) -> None:
     with pytest.raises(ValueError):
         subscribe_options(grant)
+
+
+def test_the_state_is_one_dict_and_outlives_the_session(client: ConnectedClient) -> None:
+    assert client.state == {}
+    client.state["a"] = 1
+    release(client)
+    assert client.state == {"a": 1}

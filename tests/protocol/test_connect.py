@@ -161,3 +161,66 @@ class TestConnect:
         server.app.connecting = connecting
         assert error_of(server.peer().say({"id": 1, "connect": {}})) == 100
         assert len(server.mistakes) == 1
+
+
+class TestOnConnected:
+    def test_the_next_command_waits_for_it(self, server):
+        gate, seen = Gate(), []
+
+        async def connected(client):
+            await gate
+            client.state["name"] = "Ann"
+
+        async def rpc(client, data):
+            seen.append(dict(client.state))
+
+        server.app.connected = connected
+        server.app.procedures["f"] = rpc
+        peer = server.peer()
+        (reply,) = peer.say({"id": 1, "connect": {}})
+        assert "connect" in reply
+        assert peer.say({"id": 2, "rpc": {"method": "f", "data": 1}}) == []
+        gate.open()
+        assert peer.heard() == [{"id": 2, "rpc": {"data": None}}]
+        assert seen == [{"name": "Ann"}]
+
+    def test_it_may_close_the_connection(self, server):
+        async def connected(client):
+            raise Disconnect(4500, "not today")
+
+        server.app.connected = connected
+        peer = server.peer()
+        (reply,) = peer.say({"id": 1, "connect": {}})
+        assert "connect" in reply
+        assert peer.close_code == (4500, "not today")
+
+    def test_its_failure_leaves_the_client_connected(self, server):
+        async def connected(client):
+            raise ClientError(100, "internal server error")
+
+        server.app.connected = connected
+        peer = server.peer()
+        (reply,) = peer.say({"id": 1, "connect": {}})
+        assert "connect" in reply
+        assert (peer.heard(), peer.close_code) == ([], None)
+
+    def test_it_is_not_called_for_a_client_that_is_refused(self):
+        server, called = Server(), []
+
+        async def connected(client):
+            called.append(client)
+
+        server.app.connected = connected
+        server.peer().say({"id": 1, "connect": {}})
+        assert called == []
+
+
+def test_credentials_have_information_for_handlers_alone(server):
+    async def connecting(request):
+        return Credentials(user="7", meta={"plan": "gold"})
+
+    server.app.connecting = connecting
+    peer = server.peer()
+    (reply,) = peer.say({"id": 1, "connect": {}})
+    assert "gold" not in str(reply)
+    assert peer.session.handle.meta == {"plan": "gold"}

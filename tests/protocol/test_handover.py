@@ -11,6 +11,7 @@ import pytest
 from realtime.config.settings import ChannelOptions, ChannelSettings
 from realtime.errors import TOO_MANY_ERRORS, ClientError
 from realtime.protocol import handover
+from realtime.protocol.client_state import StateError
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.handover import HandedSession
 from realtime.protocol.orders import (
@@ -196,6 +197,26 @@ def test_the_client_object_of_the_old_worker_does_nothing_any_more(old: Server, 
     assert after is not None
     after.send({"a": 1})
     assert peer.heard() == [{"push": {"message": {"data": {"a": 1}}}}]
+
+
+def test_the_state_of_the_application_moves_along(old: Server, new: Server) -> None:
+    peer, other = old.client("alice"), old.client("bob")
+    assert peer.session.handle is not None
+    peer.session.handle.state["seen"] = {1, 2}
+    hand_over(old, new, peer, other)
+    assert peer.session.handle.state == {"seen": {1, 2}}
+    assert other.session.handle is not None and other.session.handle.state == {}
+
+
+def test_a_state_that_can_not_move_is_found_before_the_cut(old: Server, new: Server) -> None:
+    peer = old.client("alice")
+    handover.check_state(peer.session)
+    assert peer.session.handle is not None
+    peer.session.handle.state["function"] = len
+    handover.check_state(peer.session)
+    peer.session.handle.state["function"] = lambda: None
+    with pytest.raises(StateError):
+        handover.check_state(peer.session)
 
 
 def test_a_command_under_way_is_answered_first(old: Server, new: Server) -> None:

@@ -114,3 +114,28 @@ def test_a_server_that_stops_refuses_requests_and_ends_a_trial_without_a_replace
     assert scene.begun == []
     assert scene.request() == ["the server is stopping"]
     assert scene.heard == ["reloading"], "a stopping server does not become ready"
+
+
+def test_an_upgrade_runs_alone_and_the_service_manager_hears_of_it() -> None:
+    scene = Scene()
+    outcome: list[str] = []
+    scene.reloads.upgrade(scene.told.append, lambda: scene.told.append("begun")).addCallback(outcome.append)
+    reload = scene.request()
+    assert scene.told == ["begun", "an upgrade is under way; the reload follows"]
+    scene.reloads.ended("it can't be executed")
+    assert (outcome, reload, len(scene.trials)) == (["it can't be executed"], [], 1)
+    assert scene.heard == ["reloading", "ready", "reloading"]
+
+
+def test_the_next_program_goes_on_with_an_upgrade_which_others_may_join() -> None:
+    scene = Scene()
+    outcomes: list[str] = []
+    scene.reloads.join_upgrade(scene.told.append).addCallback(outcomes.append)
+    scene.reloads.continue_upgrade(lambda: None)
+    scene.reloads.join_upgrade(scene.told.append).addCallback(outcomes.append)
+    scene.reloads.tell("broker has been replaced")
+    assert outcomes == ["no upgrade is under way"]
+    scene.reloads.ended("")
+    scene.reloads.join_upgrade(scene.told.append).addCallback(outcomes.append)
+    assert (outcomes[1:], scene.told) == (["", ""], ["broker has been replaced"])
+    assert scene.heard == ["reloading", "ready"]

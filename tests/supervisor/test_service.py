@@ -101,7 +101,7 @@ class Forks:
     is_forking = False
     pids = (999,)
 
-    def __init__(self, reactor: Reactor, modules: Sequence[str], *, early: None, capture: bool) -> None:
+    def __init__(self, reactor: Reactor, modules: Sequence[str], *, early: None, capture: bool, formats: str) -> None:
         self.reactor = reactor
         self.is_closed = False
         self.renewals = 0
@@ -131,10 +131,15 @@ def forks(monkeypatch: pytest.MonkeyPatch) -> None:
 class Operators:
     """An operators' port that only keeps its state."""
 
-    def __init__(self, supervisor: Supervisor, reactor: Any, address: str, port: int) -> None:
+    def __init__(
+        self, supervisor: Supervisor, reactor: Any, address: str, port: int, inherited: int | None = None
+    ) -> None:
         self.address = address
         self.port = port
         self.state = "listening"
+
+    def fileno(self) -> int:
+        return 0
 
     def start(self) -> None:
         self.state = "started"

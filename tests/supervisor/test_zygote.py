@@ -19,7 +19,8 @@ from twisted.logger import capturedLogs
 
 from realtime.process.zygote import Fork
 from realtime.supervision.slots import NOT_FORKED
-from realtime.supervisor.zygote import EX_OSERR, ForkedChild, Zygote, ZygoteUnusable
+from realtime.supervisor import zygote as supervisor_zygote
+from realtime.supervisor.zygote import EX_OSERR, EarlyZygote, ForkedChild, Zygote, ZygoteUnusable
 from tests.transports.stage import eventually
 
 HERE = Path(__file__).parent
@@ -40,6 +41,7 @@ socket.send_fds(early.link, [zygote.encode(zygote.Fork("worker 7", "forked", ("d
 packets = [zygote.decode(early.link.recv(4096)) for _ in range(2)]
 facts = json.loads(os.read(read_end, 65_536))
 assert facts.pop("parent") == os.getpid() and os.waitpid(packets[1].pid, 0)[1] == 0
+assert early.is_up_to_date and zygote.__file__ in early.files
 early.link.close()
 print(json.dumps([facts, early.wait()]))
 """
@@ -203,10 +205,39 @@ async def test_a_renewed_zygote_has_imported_the_modules_anew(tmp_path: Path, mo
     module.write_text("VERSION = ")
     with capturedLogs(), pytest.raises(ZygoteUnusable, match="exited with status 1"):
         await children.zygote.renew()
+    module.write_text(source.replace("VERSION = 1", "VERSION = 3"))
+    await children.zygote.check()
+    assert (await children.ask("describe", module="changing"))[1]["version"] == 2, "the check has no effect"
     module.write_text(source.replace("FORMATS = 1", "FORMATS = 2"))
+    with pytest.raises(ZygoteUnusable, match="has other messages than the running processes"):
+        await children.zygote.check()
     with pytest.raises(ZygoteUnusable, match="has other messages than the running processes"):
         await children.zygote.renew()
     assert (await children.ask("describe", module="changing"))[1]["version"] == 2
     await eventually(lambda: len(children.statuses) == 4)
     children.zygote.close()
     await eventually(lambda: not children.zygote.pids)
+
+
+async def test_a_zygote_whose_files_have_not_changed_is_not_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twisted.internet import reactor
+
+    module = tmp_path / "changing.py"
+    module.write_text((HERE / "forked.py").read_text())
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process, link = supervisor_zygote._execute(("changing",), capture=False)
+    files = supervisor_zygote._versions([str(module), sys.executable])
+    zygote = Zygote(reactor, ("changing",), early=EarlyZygote(process.pid, link, files))
+    statuses: list[int] = []
+    zygote.fork(Fork("worker 7", "changing", ("exit", "3"), ()), (), statuses.append)
+    await eventually(lambda: statuses == [3])
+    await zygote.renew()
+    assert zygote.pids == [process.pid]
+    module.write_text(module.read_text().replace("VERSION = 1", "VERSION = 22"))
+    await zygote.renew()
+    await eventually(lambda: len(zygote.pids) == 1 and zygote.pids != [process.pid])
+    process.returncode = 0  # it was waited for
+    zygote.close()
+    await eventually(lambda: not zygote.pids)

@@ -127,6 +127,10 @@ class BrokerProcess:
         return {value: s.value for s in samples if s.name == name for _, value in s.labels}
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def resident_memory(self) -> int:
         """The memory of the process, in bytes."""
         return int(psutil.Process(self._process.pid).memory_info().rss)

@@ -8,10 +8,11 @@ import random
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import aiohttp
 import pytest
 from websockets.asyncio.client import ClientConnection as AsyncConnection
 from websockets.asyncio.client import connect as connect_async
@@ -29,6 +30,7 @@ OPTIONS = {
     "history_ttl": "600s",
 }
 CHANNEL = {"without_namespace": OPTIONS, "namespaces": [{"name": "checked", **OPTIONS}]}
+KINDS = ("websocket", "http_stream", "websocket", "sse")
 WRITERS = 6
 READERS = 6
 
@@ -36,7 +38,14 @@ READERS = 6
 @pytest.fixture(scope="module")
 def relieved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     starter = ServerStarter(tmp_path_factory.mktemp("relief"))
-    yield starter(app=APP, workers={"count": 1, "processes": 1}, channel=CHANNEL, loop={"max_lag": "0s"})
+    yield starter(
+        app=APP,
+        workers={"count": 1, "processes": 1},
+        channel=CHANNEL,
+        loop={"max_lag": "0s"},
+        http_stream={"enabled": True},
+        sse={"enabled": True},
+    )
     starter.finish()
 
 
@@ -184,10 +193,52 @@ class Account:
             self.faults.append(fault)
 
 
+class Stream:
+    """A connection by an HTTP stream or SSE and emulation, with the methods of a WebSocket that a Talker calls."""
+
+    def __init__(self, server: Server, kind: str) -> None:
+        self.server = server
+        self.kind = kind
+        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60))
+        self._order = asyncio.Lock()
+        self._opened: asyncio.Future[aiohttp.ClientResponse] = asyncio.get_running_loop().create_future()
+        self._connected: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+    async def send(self, text: str) -> None:
+        async with self._order:  # one command after the other, as over one connection
+            if not self._opened.done():
+                self._opened.set_result(await self._open(text))
+                return
+            connected = await self._connected
+            body = {"session": connected["session"], "node": connected["node"], "data": text}
+            async with self._http.post(f"{self.server.http}/emulation", json=body) as response:
+                assert response.status == 204
+
+    async def _open(self, text: str) -> aiohttp.ClientResponse:
+        url = f"{self.server.http}/connection/{self.kind}"
+        if self.kind == "sse":
+            return await self._http.get(url, params={"cf_connect": text})
+        return await self._http.post(url, data=text)
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        response = await self._opened
+        with suppress(aiohttp.ClientError):  # `close` has ended it
+            async for line in response.content:
+                text = line.decode().removeprefix("data: ").strip()
+                if not self._connected.done() and text:
+                    self._connected.set_result(json.loads(text)["connect"])
+                if text:
+                    yield text
+
+    async def close(self) -> None:
+        (await self._opened).close()
+        await self._http.close()
+
+
 class Talker:
     """A connection that is read all the time."""
 
-    def __init__(self, account: Account, socket: AsyncConnection) -> None:
+    def __init__(self, account: Account, socket: AsyncConnection | Stream) -> None:
         self.account = account
         self.socket = socket
         self.publications: list[tuple[int, int]] = []
@@ -218,14 +269,17 @@ class Talker:
                     self.publications.append(tuple(publication["data"]))  # type: ignore[arg-type]
 
 
-async def talker(server: Server, account: Account) -> Talker:
-    made = Talker(account, await connect_async(server.endpoint, ping_interval=None))
+async def talker(server: Server, account: Account, number: int) -> Talker:
+    """Connect by the transport of this number."""
+    kind = KINDS[number % len(KINDS)]
+    websocket = await connect_async(server.endpoint, ping_interval=None) if kind == "websocket" else None
+    made = Talker(account, websocket or Stream(server, kind))
     await made.ask(connect={})
     return made
 
 
-async def read(server: Server, account: Account, channel: str) -> Talker:
-    reader = await talker(server, account)
+async def read(server: Server, account: Account, number: int, channel: str) -> Talker:
+    reader = await talker(server, account, number)
     account.check("error" not in await reader.ask(subscribe={"channel": channel}), "a refused subscription")
     account.read.append(reader.publications)
     return reader
@@ -234,7 +288,7 @@ async def read(server: Server, account: Account, channel: str) -> Talker:
 async def write(server: Server, account: Account, number: int, channel: str, until: float) -> None:
     """Publish, and call handlers of every kind, several at a time; come back now and then."""
     sent = 0
-    client = await talker(server, account)
+    client = await talker(server, account, number)
     while time.monotonic() < until:
         replies = []
         for _ in range(random.randint(1, 4)):
@@ -257,7 +311,7 @@ async def write(server: Server, account: Account, number: int, channel: str, unt
         await asyncio.sleep(random.uniform(0, 0.02))
         if random.random() < 0.02:
             await client.socket.close()
-            client = await talker(server, account)
+            client = await talker(server, account, number)
     account.acknowledged[number] = sent
     await client.socket.close()
 
@@ -278,7 +332,7 @@ async def request(server: Server, account: Account, until: float) -> None:
 
 async def stress(server: Server, account: Account, seconds: float) -> None:
     channel = "checked:room"
-    readers = [await read(server, account, channel) for _ in range(READERS)]
+    readers = [await read(server, account, number, channel) for number in range(READERS)]
     assert "error" not in await readers[0].ask(rpc={"method": "share", "data": 0.15})
     until = time.monotonic() + seconds
     writers = [write(server, account, number, channel, until) for number in range(WRITERS)]

@@ -34,20 +34,22 @@ from realtime.http.hosts import HostNames
 from realtime.metrics import Metrics
 from realtime.process.transport import DirectServer
 from realtime.protocol.channel_rules import ChannelRules
+from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.hub import Hub
 from realtime.server_api.http_api import HTTPAPI
-from realtime.server_api.operations import NodeIdentity, ServerAPI
+from realtime.server_api.operations import ServerAPI
 from realtime.transports.frontend import HTTPFrontendFactory
 from realtime.transports.routes import make_site
-from tests.pubsub.memory_engine import MemoryEngine
+from realtime.types import ChannelCounts, NodeInfo
+from tests.pubsub.memory_engine import DirectDelivery, MemoryEngine
 
 KEY = "k3y-of-the-tests"
 LIMIT = 4096
 CHAT = Namespace(name="chat", presence=True, history_size=10, history_ttl=60.0)
 
 
-async def survey_no_channels(pattern: str) -> dict[str, int]:
-    return {}
+async def survey_no_channels(pattern: str) -> ChannelCounts:
+    return ChannelCounts({})
 
 
 class Site:
@@ -79,10 +81,11 @@ class Site:
 
     async def start(self) -> str:
         """Start to serve; return the base URL."""
-        hub = Hub(lambda hub: MemoryEngine(hub, self.settings.engine, time.monotonic), self.orders.append)
+        facts = NodeInfo("n1", "node", "1.0", 12.5)
+        core = BrokerCore[Any](DirectDelivery(), self.settings.engine.max_channels, describe_node=lambda: facts)
+        hub = Hub(lambda hub: MemoryEngine(hub, self.settings.engine, time.monotonic, core=core), self.orders.append)
         self.engine = hub.engine
-        facts = NodeIdentity("n1", "node", "1.0", 12.5)
-        operations = ServerAPI(self.engine, ChannelRules(self.settings.channel), lambda: facts, survey_no_channels)
+        operations = ServerAPI(self.engine, ChannelRules(self.settings.channel), survey_no_channels)
         api = HTTPAPI(operations)
         log = Logger(observer=self.logged.append)
         services = HandlerServices(reactor, self.workers, self.metrics, log, pressure=self)

@@ -25,3 +25,18 @@ async def late(data: float) -> str:
 @app.rpc("echo")
 async def echo(data: Any) -> Any:
     return data
+
+
+@app.rpc("remember")
+async def remember(client: Any, data: Any) -> None:
+    client.state["data"] = data
+
+
+@app.rpc("recall")
+async def recall(client: Any, data: Any) -> Any:
+    return client.state.get("data")
+
+
+@app.rpc("keep a function")
+async def keep_function(client: Any, data: Any) -> None:
+    client.state["function"] = lambda: None

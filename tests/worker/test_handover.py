@@ -116,6 +116,25 @@ async def test_a_client_whose_command_takes_too_long_stays_and_goes_on() -> None
 
 
 @on_loop
+async def test_the_state_of_the_application_moves_along_or_keeps_its_connection() -> None:
+    async with scene() as stage:
+        client, other = await arrive(stage.source), await arrive(stage.source)
+        await client.say(stage.source, id=3, rpc={"method": "remember", "data": [1, {"a": None}]})
+        await client.reply(3)
+        await other.say(stage.source, id=3, rpc={"method": "keep a function"})
+        await other.reply(3)
+        result = await stage.move()
+        assert (result["moved"], result["closed"], result["left"]) == (1, 0, 1)
+        assert result["failures"] == [{"reason": "state", "count": 1}]
+        await client.say(stage.target, id=4, rpc={"method": "recall"})
+        assert (await client.reply(4))["rpc"] == {"data": [1, {"a": None}]}
+        await other.say(stage.source, id=4, rpc={"method": "echo", "data": 4})
+        assert (await other.reply(4))["rpc"] == {"data": 4}
+        client.leave()
+        other.leave()
+
+
+@on_loop
 async def test_some_of_the_connections_move_and_come_back() -> None:
     async with scene(1) as stage:
         clients = [await arrive(stage.source) for _ in range(5)]
