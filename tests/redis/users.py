@@ -27,7 +27,7 @@ class User:
         ledger = LoopTimeLedger(time.monotonic_ns)
         self.servers = RedisServers(settings, reactor, self, self.metrics, ledger)
         self.moves = 0
-        self.ended: list[bytes] = []
+        self.lost_subscriptions: list[bytes] = []
         self.servers.start()
 
     @property
@@ -57,7 +57,7 @@ class User:
         self.losses.append(reason)
 
     def on_unsubscribed(self, server: RedisServer, channel: bytes) -> None:
-        self.ended.append(channel)
+        self.lost_subscriptions.append(channel)
 
     def on_moved(self) -> None:
         self.moves += 1
