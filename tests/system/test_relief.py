@@ -180,6 +180,7 @@ def test_a_drain_disconnects_the_other_clients_while_a_handler_blocks(start_serv
         with pytest.raises(TimeoutError):
             blocked.recv(timeout=0)
         server.kill()
+        start_server.started.remove(server)
 
 
 def test_without_relief_everybody_waits(start_server: ServerStarter) -> None:
