@@ -9,13 +9,8 @@ commands, so an answer counts what was delivered before it, and nothing else. On
 message that this node published itself follows the reply. So the answer to a publication that comes back here is sent
 when its message arrives, which knows it by its number.
 
-What is here, for the parts of other modules:
-
-* `Channels of this node`: `send` publishes a message in a channel and answers behind its delivery.
-* `listen` handles messages on a name of its own (orders, surveys); `on_ready` and `on_lost` call the functions in
-  `ready` and `lost`.
-* Operations on presence, clients, orders and statistics are those of `BrokerCore`: of this node alone. A module that
-  extends them to all nodes overrides the method of the same name and answers with `LinkDelivery.postpone`.
+`SharedCore` (`realtime.broker.shared_core`) adds what nodes share besides channels. It handles messages on names of its
+own (`listen`), and learns when a server is there or away (`ready`, `lost`).
 """
 
 from __future__ import annotations
@@ -33,7 +28,6 @@ from realtime.broker.redis_messages import (
     VERSION,
     BadMessage,
     ChannelJoin,
-    ChannelLeave,
     ChannelMessage,
     ChannelPublication,
     decode,
@@ -49,13 +43,13 @@ from realtime.metrics import Counter, Metrics, bad_input_counter
 from realtime.process.link import Link
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
-from realtime.pubsub.engine import AddPresence, GetHistory, Publish, RemoveHistory, Subscribe
+from realtime.pubsub.engine import GetHistory, Publish, RemoveHistory, Subscribe
 from realtime.pubsub.history import make_epoch
 from realtime.redis.keys import key
 from realtime.redis.scripts import Script
 from realtime.redis.servers import RedisServer, RedisServers
 from realtime.supervision.loop_time import LoopTimeLedger
-from realtime.types import ClientInfo, HistoryPage, NodeInfo, Position
+from realtime.types import HistoryPage, NodeInfo, Position
 
 _UNNUMBERED = Position()
 
@@ -89,7 +83,7 @@ class RedisCore(BrokerCore[Link]):
         self._handlers: dict[bytes, tuple[str, Callable[[bytes], None]]] = {}
         self._number = 0
         # Of messages that come back to this node, and have not yet.
-        self._own: dict[int, tuple[RedisServer, Callable[[Any, BaseException | None], None]]] = {}
+        self._own: dict[int, tuple[RedisServer, Reply]] = {}
         self._bad_messages = bad_input_counter(metrics, "redis_message")
         self._errors = metrics.counter("realtime_redis_refusals", "Commands that Redis refused.")
         self.servers = RedisServers(settings.redis, reactor, self, metrics, ledger)
@@ -178,14 +172,12 @@ class RedisCore(BrokerCore[Link]):
         self._number += 1
         return self._number
 
-    def _expect(
-        self, channel: str, number: int, server: RedisServer, done: Callable[[Any, BaseException | None], None]
-    ) -> bool:
-        """Note who waits for an own message, if it comes back to this node: `done` gets None behind its delivery."""
+    def _expect(self, channel: str, number: int, server: RedisServer, reply: Reply) -> bool:
+        """Note the answer that follows the delivery of an own publication, if that comes back to this node."""
         known = self.channels_here.get(channel)
         if known is None or not known.is_wanted or not server.is_ready:
             return False
-        self._own[number] = server, done
+        self._own[number] = server, reply
         return True
 
     def _is_gone(self, channel: str, number: int) -> bool:
@@ -289,40 +281,6 @@ class RedisCore(BrokerCore[Link]):
         """See `ChannelOwner`."""
         self.links.deliver_missed(self._routes.get(channel, ()), channel, publications=publications)
 
-    def send(self, channel: str, make: Callable[[int], ChannelMessage], done: Callable[..., None]) -> None:
-        """Publish a message in a channel. done: gets (None, None) behind its delivery here, or (None, error).
-
-        make: from the number of the message.
-        """
-        server, message = self.servers.of(channel), make(self._next_number())
-        comes_back = self._expect(channel, message.number, server, done)
-
-        def sent(receivers: Any, error: Exception | None) -> None:
-            if error is not None:
-                self._own.pop(message.number, None)
-                done(None, self._refused(error, channel))
-            elif not comes_back or self._is_gone(channel, message.number):
-                done(None, None)
-
-        name = self.key("channel", channel)
-        server.call(sent, b"SPUBLISH" if server.is_cluster else b"PUBLISH", name, encode(message))
-
-    # Joins and leaves
-
-    def add_presence(self, peer: Link, now: float, request: AddPresence) -> None:
-        """See `AddPresence`."""
-        super().add_presence(peer, now, request)
-
-    def _announce_join(self, channel: str, info: ClientInfo) -> None:
-        self.send(channel, lambda number: ChannelJoin(VERSION, self.sender, number, info), self._announced())
-
-    def _announce_leave(self, channel: str, info: ClientInfo) -> None:
-        self.send(channel, lambda number: ChannelLeave(VERSION, self.sender, number, info), self._announced())
-
-    def _announced(self) -> Callable[..., None]:
-        """Have the request that is carried out, if any, answered behind the message."""
-        return self.links.postpone() if self.links.number else lambda reply, error: None
-
     # Messages and servers: a `RedisListener`
 
     def listen(self, name: str, handle: Callable[[bytes], None]) -> None:
@@ -356,15 +314,12 @@ class RedisCore(BrokerCore[Link]):
                 is_join = isinstance(message, ChannelJoin)
                 deliver = self._delivery.deliver_join if is_join else self._delivery.deliver_leave
                 deliver(peers, channel, message.info)
-            if own is not None:
-                own[1](None, None)
             return
         if message.offset:
             known.position = Position(message.offset, message.epoch)
         links = self.links
         if own is not None:
             reply = own[1]
-            assert isinstance(reply, Reply)
             links.asker, links.number = reply.link, reply.number
         else:
             links.number = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import hiredis
@@ -116,6 +117,10 @@ class RedisConnection(protocol.Protocol):
         self._again: list[tuple[ReplyCallback, bytes]] = []
         self._held: list[tuple[bytes, ReplyCallback, _Kind]] = []
         self._again_after = 0
+
+    def connectionMade(self) -> None:
+        with suppress(AttributeError):  # of a unix socket
+            self.transport.setTcpNoDelay(True)  # type: ignore[union-attr]
 
     @property
     def is_open(self) -> bool:
