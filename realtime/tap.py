@@ -95,7 +95,7 @@ def makeService(options: Mapping[str, Any]) -> IService:
     try:
         settings = read(options["config"], given, os.environ)
         if _becomes_daemon(options):  # its log is the only place for a later failure, and twistd has returned 0 by then
-            found = application.find_problems(settings)
+            found = application.check(settings).problems
             problems += [problem.line for problem in found if not problem.may_pass]
             passing = [f"{problem.line}; the workers will try again" for problem in found if problem.may_pass]
     except SettingsError as error:
@@ -126,8 +126,16 @@ def makeService(options: Mapping[str, Any]) -> IService:
 
 
 def _fork_early(settings: Settings, options: Mapping[str, Any]) -> EarlyZygote | None:
-    modules = [WORKER_MODULE, BROKER_MODULES[settings.engine.type]]
-    return fork_early(modules) if _stays_the_same(options) else None
+    """Fork the zygote, if twistd leaves this process its parent, user and directories: the children have the same."""
+    twistd = getattr(options, "parent", None) or {}
+    changed = any(twistd.get(option) is not None for option in ("uid", "gid", "chroot"))
+    if changed or not twistd.get("nodaemon") or twistd.get("rundir") != ".":
+        return None
+    if twistd.get("umask") is not None:
+        os.umask(twistd["umask"])  # now instead of later
+    with suppress(OSError):  # the supervisor starts one, or logs why it can't
+        return fork_early([WORKER_MODULE, BROKER_MODULES[settings.engine.type]])
+    return None
 
 
 def _insecure_keys(settings: Settings, options: Mapping[str, Any]) -> list[str]:
@@ -259,13 +267,6 @@ def _drops_root(options: Mapping[str, Any]) -> bool:
 def _becomes_daemon(options: Mapping[str, Any]) -> bool:
     twistd = getattr(options, "parent", None)
     return twistd is not None and not twistd.get("nodaemon") and not twistd.get("debug")
-
-
-def _stays_the_same(options: Mapping[str, Any]) -> bool:
-    """Whether twistd leaves this process its parent, user, directories and umask, so that its forks have the same."""
-    twistd = getattr(options, "parent", None) or {}
-    changed = any(twistd.get(option) is not None for option in ("uid", "gid", "chroot", "umask"))
-    return bool(twistd.get("nodaemon")) and twistd.get("rundir") == "." and not changed
 
 
 def _has_another_log(options: Mapping[str, Any]) -> bool:

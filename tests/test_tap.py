@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from twisted.application.service import IServiceMaker
 from twisted.logger import LogLevel, capturedLogs
 from twisted.plugin import getPlugins
 from twisted.python.usage import Options, UsageError
+from twisted.scripts.twistd import ServerOptions
 
 from realtime import tap
 from realtime.cli import environment
@@ -138,3 +140,27 @@ def test_each_insecure_setting_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> N
     metrics = tap.makeService(options).metrics  # type: ignore[attr-defined]
     found = [sample.labels for sample in metrics.snapshot() if sample.name == "realtime_insecure_settings"]
     assert found == [[("key", key)] for key in ("client.insecure", "client.token.hmac_secret_key", "root")]
+
+
+def launch(*arguments: str) -> list[str]:
+    """Return the arguments with which twistd would be executed for an upgrade."""
+    options = ServerOptions()
+    options.parseOptions(arguments)
+    given = {"workers.count": "3"} if "--workers" in arguments else {}
+    launch = tap._launch(options.subOptions, given)
+    assert launch is not None
+    assert launch.command[0] == sys.executable
+    return launch.command[launch.command.index("--nodaemon") :]
+
+
+def test_an_upgrade_starts_twistd_in_the_foreground_with_the_same_log_and_options(tmp_path: Path) -> None:
+    same = ["--nodaemon", "--pidfile=", "--no_save", "--originalname"]
+    assert launch("-n", "realtime") == [*same, "realtime"]
+    assert launch("realtime") == [*same, "--logfile=twistd.log", "realtime"], "a daemon's default"
+    assert launch("--syslog", "realtime") == [*same, "--syslog", "--prefix=twisted", "realtime"]
+    config = os.path.relpath(tmp_path / "a.toml")
+    expected = [*same, "--logfile=x.log", "realtime", f"--config={tmp_path}/a.toml", "--workers=3"]
+    assert launch("--logfile=x.log", "realtime", "--config", config, "--workers", "3") == expected
+    options = tap.Options()
+    options.parseOptions([])
+    assert tap._launch(options, {}) is None, "another program than twistd"

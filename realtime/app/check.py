@@ -1,10 +1,10 @@
-"""Import the configured application in a process of its own, and print what keeps it from loading.
+"""Import the configured application in a process of its own, and print its problems and warnings.
 
     python -P -m realtime.app.check < settings
 
-The settings come as bytes of `realtime.config.settings.dump`. The exit status is 0, or 78 with one line for each
-problem on standard output, or 75 with the line of a problem that may pass. What the application prints goes to standard
-error.
+The settings come as bytes of `realtime.config.settings.dump`. The exit status is 0 with one line for each warning on
+standard output, or 78 with one for each problem, or 75 with the line of a problem that may pass. What the application
+prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
+from realtime.app.blocking_calls import find_blocking_calls
 from realtime.app.loader import load
 from realtime.config import settings
 from realtime.errors import ApplicationFailed, SettingsError
@@ -23,13 +24,15 @@ def main() -> int:
     problems = sys.stdout
     sys.stdout = sys.stderr
     try:
-        load(configured.app)
+        app = load(configured.app)
     except SettingsError as error:
         print(*error.problems, sep="\n", file=problems, flush=True)
         return os.EX_CONFIG
     except ApplicationFailed as error:
         print(error, file=problems, flush=True)
         return os.EX_TEMPFAIL
+    for line in find_blocking_calls(app):
+        print(line, file=problems)
     return 0
 
 

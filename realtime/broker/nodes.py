@@ -2,7 +2,7 @@
 
 Each run of a node's broker announces itself in Redis every few seconds. Redis' clock alone decides how old an
 announcement is. A run has ended for the others when they have not seen an announcement for `dead_after` seconds, during
-which they themselves saw Redis all the time: nobody ends while Redis, or this node, is stopped. A run that stops says
+which they themselves saw Redis all the time: no run ends while Redis, or this node, is stopped. A run that stops says
 so, and a new run of the same node ends the earlier ones.
 
 All nodes receive the messages on one channel, and each node those on a channel of its own.
@@ -302,7 +302,11 @@ class Nodes:
         """Send an order to all other nodes. done: gets the number of their workers, or the error."""
 
         def sent(_: Any, error: Exception | None) -> None:
-            done(sum(info.workers for info in self._others()), error)
+            # Nodes that are silent, too: the caller notices that their answers are missing.
+            there = (
+                other for run, other in self._runs.items() if other.superseded == math.inf and not self.is_dead(run)
+            )
+            done(sum(other.info.workers for other in there), error)
 
         self._publish(ALL, NodeOrder(1, self._uid, order), sent)
 

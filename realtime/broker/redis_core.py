@@ -9,20 +9,15 @@ commands, so an answer counts what was delivered before it, and nothing else. On
 message that this node published itself follows the reply. So the answer to a publication that comes back here is sent
 when its message arrives, which knows it by its number.
 
-What is here, for the parts of other modules:
-
-* `Channels of this node`: `send` publishes a message in a channel and answers behind its delivery.
-* `listen` handles messages on a name of its own (orders, surveys); `on_ready` and `on_lost` call the functions in
-  `ready` and `lost`.
-* Operations on presence, clients, orders and statistics are those of `BrokerCore`: of this node alone. A module that
-  extends them to all nodes overrides the method of the same name and answers with `LinkDelivery.postpone`.
+`SharedCore` (`realtime.broker.shared_core`) adds what nodes share besides channels. It handles messages on names of its
+own (`listen`), and learns when a server is there or away (`ready`, `lost`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
@@ -34,7 +29,6 @@ from realtime.broker.redis_messages import (
     BadMessage,
     ChannelJoin,
     ChannelLeave,
-    ChannelMessage,
     ChannelPublication,
     decode,
     decode_entry,
@@ -49,17 +43,32 @@ from realtime.metrics import Counter, Metrics, bad_input_counter
 from realtime.process.link import Link
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
-from realtime.pubsub.engine import AddPresence, GetHistory, Publish, RemoveHistory, Subscribe
+from realtime.pubsub.engine import GetHistory, Publish, RemoveHistory, Subscribe
 from realtime.pubsub.history import make_epoch
+from realtime.redis.connection import ReplyCallback
 from realtime.redis.keys import key
 from realtime.redis.scripts import Script
 from realtime.redis.servers import RedisServer, RedisServers
+from realtime.repetition import Repetition
 from realtime.supervision.loop_time import LoopTimeLedger
-from realtime.types import ClientInfo, HistoryPage, NodeInfo, Position
+from realtime.types import HistoryPage, NodeInfo, Position
+
+_TARGETS = 10_000
+"""Channels whose server and keys are remembered."""
 
 _UNNUMBERED = Position()
 
 _log = Logger()
+
+
+class _Target(NamedTuple):
+    """Where a channel is. name: of its pub/sub channel. keys: of `ChannelScripts.publish`. publish: the command."""
+
+    server: RedisServer
+    name: bytes
+    keys: tuple[bytes, bytes, bytes]
+    scripts: ChannelScripts
+    publish: bytes
 
 
 class RedisCore(BrokerCore[Link]):
@@ -87,9 +96,12 @@ class RedisCore(BrokerCore[Link]):
         self.channels_here = NodeChannels(self, self._prefix, metrics)
         self._named = self.channels_here.named
         self._handlers: dict[bytes, tuple[str, Callable[[bytes], None]]] = {}
+        self._known = self.channels_here.get
+        self._targets: dict[str, _Target] = {}
+        self._refusals: Repetition[str] = Repetition()
         self._number = 0
         # Of messages that come back to this node, and have not yet.
-        self._own: dict[int, tuple[RedisServer, Callable[[Any, BaseException | None], None]]] = {}
+        self._own: dict[int, tuple[RedisServer, Reply]] = {}
         self._bad_messages = bad_input_counter(metrics, "redis_message")
         self._errors = metrics.counter("realtime_redis_refusals", "Commands that Redis refused.")
         self.servers = RedisServers(settings.redis, reactor, self, metrics, ledger)
@@ -122,71 +134,91 @@ class RedisCore(BrokerCore[Link]):
     def publish(self, peer: Link, now: float, request: Publish) -> Position:
         """See `Publish`."""
         self._publications.value += 1
-        channel, options = request.channel, request.history_options
-        message = ChannelPublication(
-            VERSION,
-            self.sender,
-            self._next_number(),
-            request.data,
-            request.info,
-            request.tags,
-            request.delta,
-            request.binary,
-            0,
-            "",
+        channel, options, links = request.channel, request.history_options, self.links
+        target = self._targets.get(channel) or self._target(channel)
+        server, name = target.server, target.name
+        self._number = number = self._number + 1
+        message = encode(
+            ChannelPublication(
+                VERSION,
+                self.sender,
+                number,
+                request.data,
+                request.info,
+                request.tags,
+                request.delta,
+                request.binary,
+                0,
+                "",
+            )
         )
-        server, reply = self.servers.of(channel), self.links.postpone()
-        comes_back = self._expect(channel, message.number, server, reply)
+        asker = links.asker
+        assert asker is not None
+        reply, links.number = Reply(asker, links.number), 0
+        known = self._known(channel)
+        comes_back = known is not None and known.is_wanted
+        if comes_back:
+            self._own[number] = server, reply
 
         def published(packed: Any, error: Exception | None) -> None:
             if error is not None:
-                self._own.pop(message.number, None)
+                self._own.pop(number, None)
                 reply(None, self._refused(error, channel))
             elif type(packed) is list or packed is None:  # it was published before
-                self._own.pop(message.number, None)
+                self._own.pop(number, None)
                 reply(_position(packed[0]) if packed else _UNNUMBERED)
-            elif not comes_back or self._is_gone(channel, message.number):
+            elif not comes_back or self._is_gone(channel, number):
                 reply(_position(packed) if type(packed) is bytes else _UNNUMBERED)
 
-        scripts = self._scripts[server.is_cluster]
-        keys = [self.key("channel", channel)]
-        if request.idempotency_key:
-            keys.append(self.key("once", channel) + request.idempotency_key.encode())
-        if options.enabled:
-            keys[:0] = [self.key("meta", channel), self.key("history", channel)]
-            server.run(published, scripts.publish, keys, self._terms(message, request))
-        elif request.idempotency_key:
-            server.run(published, scripts.publish_once, keys, [encode(message)])
+        if request.idempotency_key or request.version:
+            self._publish_once(server, request, target, message, published)
+        elif options.enabled:
+            entry, ttl, meta_ttl = entry_of(message), options.ttl, options.meta_ttl
+            terms = (entry, options.size, int(ttl * 1000) or 1, int(meta_ttl * 1000) or 1)
+            server.run(published, target.scripts.publish, target.keys, terms)
         else:
-            server.call(published, b"SPUBLISH" if server.is_cluster else b"PUBLISH", keys[0], encode(message))
+            server.call(published, target.publish, name, message)
         return _UNNUMBERED
 
-    def _terms(self, message: ChannelPublication, request: Publish) -> list[bytes | str | int]:
-        options = request.history_options
-        terms: list[bytes | str | int] = [
-            entry_of(message),
-            options.size,
-            _milliseconds(options.ttl),
-            _milliseconds(options.meta_ttl),
-            f"{self.sender}{message.number}",
-        ]
-        if request.version:
-            terms += [f"{request.version:020}", request.version_epoch]
-        return terms
+    def _publish_once(
+        self, server: RedisServer, request: Publish, target: _Target, message: bytes, published: ReplyCallback
+    ) -> None:
+        """Publish with an idempotency key or a version."""
+        options, keys = request.history_options, list(target.keys)
+        if request.idempotency_key:
+            keys.append(self.key("once", request.channel) + request.idempotency_key.encode())
+        if options.enabled:
+            terms: list[bytes | str | int] = [
+                entry_of(message),
+                options.size,
+                _milliseconds(options.ttl),
+                _milliseconds(options.meta_ttl),
+            ]
+            if request.version:
+                terms += [f"{request.version:020}", request.version_epoch]
+            server.run(published, target.scripts.publish, keys, terms)
+        elif request.idempotency_key:
+            server.run(published, target.scripts.publish_once, keys[2:], [message])
+        else:
+            server.call(published, target.publish, target.name, message)
+
+    def _target(self, channel: str) -> _Target:
+        """Return where the channel is, and remember it until servers move."""
+        if len(self._targets) >= _TARGETS:
+            self._targets.clear()
+        server, name = self.servers.of(channel), self.key("channel", channel)
+        target = self._targets[channel] = _Target(
+            server,
+            name,
+            (self.key("meta", channel), self.key("history", channel), name),
+            self._scripts[server.is_cluster],
+            b"SPUBLISH" if server.is_cluster else b"PUBLISH",
+        )
+        return target
 
     def _next_number(self) -> int:
         self._number += 1
         return self._number
-
-    def _expect(
-        self, channel: str, number: int, server: RedisServer, done: Callable[[Any, BaseException | None], None]
-    ) -> bool:
-        """Note who waits for an own message, if it comes back to this node: `done` gets None behind its delivery."""
-        known = self.channels_here.get(channel)
-        if known is None or not known.is_wanted or not server.is_ready:
-            return False
-        self._own[number] = server, done
-        return True
 
     def _is_gone(self, channel: str, number: int) -> bool:
         """Whether an own message that Redis has accepted does not come back after all: the subscription failed."""
@@ -197,7 +229,8 @@ class RedisCore(BrokerCore[Link]):
         """Note an error of a channel's command; return it."""
         if not isinstance(error, EngineUnavailable):
             self._errors.value += 1
-            _log.error("Redis refused a command for channel {channel!r}: {error}", channel=channel, error=error)
+            if self._refusals.admit(channel, self._reactor.seconds()) is not None:
+                _log.error("Redis refused a command for channel {channel!r}: {error}", channel=channel, error=error)
         return error
 
     def get_history(self, peer: Link, now: float, request: GetHistory) -> HistoryPage:
@@ -283,45 +316,14 @@ class RedisCore(BrokerCore[Link]):
 
     def deliver_missed(self, channel: NodeChannel, publication: ChannelPublication) -> None:
         """See `ChannelOwner`."""
-        self._deliver(channel, publication)
+        try:
+            self._deliver(channel, publication)
+        except BadFrame:
+            self._bad_messages.value += 1
 
     def on_missed(self, channel: str, *, publications: bool) -> None:
         """See `ChannelOwner`."""
         self.links.deliver_missed(self._routes.get(channel, ()), channel, publications=publications)
-
-    def send(self, channel: str, make: Callable[[int], ChannelMessage], done: Callable[..., None]) -> None:
-        """Publish a message in a channel. done: gets (None, None) behind its delivery here, or (None, error).
-
-        make: from the number of the message.
-        """
-        server, message = self.servers.of(channel), make(self._next_number())
-        comes_back = self._expect(channel, message.number, server, done)
-
-        def sent(receivers: Any, error: Exception | None) -> None:
-            if error is not None:
-                self._own.pop(message.number, None)
-                done(None, self._refused(error, channel))
-            elif not comes_back or self._is_gone(channel, message.number):
-                done(None, None)
-
-        name = self.key("channel", channel)
-        server.call(sent, b"SPUBLISH" if server.is_cluster else b"PUBLISH", name, encode(message))
-
-    # Joins and leaves
-
-    def add_presence(self, peer: Link, now: float, request: AddPresence) -> None:
-        """See `AddPresence`."""
-        super().add_presence(peer, now, request)
-
-    def _announce_join(self, channel: str, info: ClientInfo) -> None:
-        self.send(channel, lambda number: ChannelJoin(VERSION, self.sender, number, info), self._announced())
-
-    def _announce_leave(self, channel: str, info: ClientInfo) -> None:
-        self.send(channel, lambda number: ChannelLeave(VERSION, self.sender, number, info), self._announced())
-
-    def _announced(self) -> Callable[..., None]:
-        """Have the request that is carried out, if any, answered behind the message."""
-        return self.links.postpone() if self.links.number else lambda reply, error: None
 
     # Messages and servers: a `RedisListener`
 
@@ -341,40 +343,37 @@ class RedisCore(BrokerCore[Link]):
             return
         try:
             message = decode(payload)
-            if known.is_continuous or not isinstance(message, ChannelPublication) or not message.offset:
+            if not isinstance(message, ChannelPublication):
+                self._deliver_presence(known.channel, message)
+            elif known.is_continuous or not message.offset:
                 self._deliver(known, message)
             # Otherwise the check of the channel will read it.
         except (BadMessage, BadFrame):
             self._bad_messages.value += 1
 
-    def _deliver(self, known: NodeChannel, message: ChannelMessage) -> None:
+    def _deliver_presence(self, channel: str, message: ChannelJoin | ChannelLeave) -> None:
+        if peers := self._routes.get(channel):
+            is_join = isinstance(message, ChannelJoin)
+            deliver = self._delivery.deliver_join if is_join else self._delivery.deliver_leave
+            deliver(peers, channel, message.info)
+
+    def _deliver(self, known: NodeChannel, message: ChannelPublication) -> None:
+        links, channel = self.links, known.channel
         own = self._own.pop(message.number, None) if message.sender == self.sender else None
-        channel = known.channel
-        peers = self._routes.get(channel)
-        if not isinstance(message, ChannelPublication):
-            if peers:
-                is_join = isinstance(message, ChannelJoin)
-                deliver = self._delivery.deliver_join if is_join else self._delivery.deliver_leave
-                deliver(peers, channel, message.info)
-            if own is not None:
-                own[1](None, None)
-            return
+        if own is None:
+            links.number = 0
+        else:
+            links.asker, links.number = own[1].link, own[1].number
         if message.offset:
             known.position = Position(message.offset, message.epoch)
-        links = self.links
-        if own is not None:
-            reply = own[1]
-            assert isinstance(reply, Reply)
-            links.asker, links.number = reply.link, reply.number
-        else:
-            links.number = 0
-        if peers:
+        if peers := self._routes.get(channel):
             links.deliver_publication(peers, channel, message.publication, message.epoch)
         if own is not None and links.number:
-            own[1](Position(message.offset, message.epoch), None)
+            own[1](Position(message.offset, message.epoch))
 
     def on_ready(self, server: RedisServer) -> None:
         """See `RedisListener`."""
+        self._targets.clear()
         for name, _ in self._handlers.values():
             if self.servers.of(name) is server:
                 server.subscribe(self.key("node", name))
@@ -392,6 +391,7 @@ class RedisCore(BrokerCore[Link]):
 
     def on_moved(self) -> None:
         """See `RedisListener`."""
+        self._targets.clear()
         for server in self.channels_here.on_moved():
             # Their own messages may not come back. Those that do have arrived before the answer.
             numbers = [number for number, (of, _) in self._own.items() if of is server]

@@ -82,9 +82,9 @@ def decode(body: bytes) -> ChannelMessage:
         raise BadMessage(str(error)) from error
 
 
-def entry_of(publication: ChannelPublication) -> bytes:
-    """Return a publication without its position, which is (0, "")."""
-    return encode(publication)[:-_NO_POSITION]
+def entry_of(publication: bytes) -> bytes:
+    """Return the bytes of a publication without its position, which is (0, "")."""
+    return publication[:-_NO_POSITION]
 
 
 def decode_entry(entry: bytes, offset: int, epoch: str) -> ChannelPublication:

@@ -48,19 +48,19 @@ if known then return {known} end
     + _META
     + """
 if not epoch then"""
-    + _NEW_EPOCH.replace("SEED", "ARGV[6]")
+    + _NEW_EPOCH.replace("SEED", "ARGV[2]")
     + """
   offset, version = 0, nil
   call('DEL', KEYS[2])
 end
-if ARGV[7] then
-  if version and ARGV[7] <= version and (ARGV[8] == '' or ARGV[8] == version_epoch) then
+if ARGV[6] then
+  if version and ARGV[6] <= version and (ARGV[7] == '' or ARGV[7] == version_epoch) then
     local position = cmsgpack.pack(offset, epoch)
     call('PEXPIRE', KEYS[1], ARGV[5])
     if KEYS[4] then call('SET', KEYS[4], position, 'PX', 300000) end
     return {position}
   end
-  version, version_epoch = ARGV[7], ARGV[8]
+  version, version_epoch = ARGV[6], ARGV[7]
 end
 offset = offset + 1
 local length, size = call('RPUSH', KEYS[2], ARGV[2]), tonumber(ARGV[3])
@@ -147,8 +147,8 @@ class ChannelScripts:
 
         self.publish = script(_PUBLISH)
         """Number, store and route a publication. KEYS: metadata, history, pub/sub channel, and the idempotency key if
-        there is one. ARGV: entry, size, milliseconds of the history's life and of the metadata's, a seed
-        for a new epoch, and the version (20 digits) and its epoch if there is one. Returns the packed position, in a
+        there is one. ARGV: entry, size, milliseconds of the history's life and of the metadata's, and the
+        version (20 digits) and its epoch if there is one. Returns the packed position, in a
         list if nothing was published."""
         self.publish_once = script(_PUBLISH_ONCE)
         """Route a publication without history. KEYS: pub/sub channel, idempotency key. ARGV: the message. Returns None

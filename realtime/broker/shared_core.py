@@ -131,16 +131,21 @@ class SharedCore(RedisCore):
     def sweep(self, now: float, limit: int = 1000) -> bool:
         """See `BrokerCore.sweep`; also announce this node, and renew what it has in Redis."""
         self.nodes.tick()
-        self.shared.renew(now)
+        more = self.shared.renew(now)
         if self._has_limit:
             self._connections.renew(now)
-        return super().sweep(now, limit)
+        return super().sweep(now, limit) or more
 
     def has_expirable(self) -> bool:
         """Whether `sweep` has to be called: always."""
         return True
 
     # Orders and nodes
+
+    def attach(self, peer: Link, address: str = "", slot: str = "") -> None:
+        """See `BrokerCore`. The other nodes learn of the worker at once, as its answers count in their surveys."""
+        super().attach(peer, address, slot)
+        self.nodes.tick()
 
     def send_order(self, peer: Link, now: float, request: SendOrder) -> int:
         """See `SendOrder`. Without Redis, an order to all reaches the workers of this node, and fails all the same."""

@@ -40,8 +40,8 @@ BATCH = 200
 PAGE = 1000
 """Clients that are read at once. Longer lists are read in steps of about this size."""
 
-RENEWALS_AT_ONCE = 500
-"""Channels renewed in one step."""
+RENEWALS_AT_ONCE = 200
+"""Channels renewed in one step: some milliseconds."""
 
 RUN_SIZE = 8
 """Characters of a run's name, see `realtime.pubsub.history.make_epoch`."""
@@ -296,7 +296,7 @@ class SharedPresence:
     ) -> None:
         assert len(run) == RUN_SIZE
         self._run = run
-        self._period = ttl / 4
+        self._period = ttl / 3
         self._lifetime = math.ceil(ttl * 2000)
         self._names = names
         self._server = server
@@ -307,7 +307,7 @@ class SharedPresence:
         self._unsent: set[str] = set()  # channels with changes of this turn
         self._removals: set[tuple[str, str]] = set()  # under way, by channel and run
         # The channels to renew before all others, and the round over all of them.
-        self._first: Iterator[str] = iter(())
+        self._first: list[str] = []
         self._round: Iterator[str] = iter(())
         self._due = 0.0  # channels of the round
         self._renewed_at = -math.inf
@@ -446,13 +446,17 @@ class SharedPresence:
 
     # Renewal
 
-    def renew(self, now: float) -> None:
-        """Renew the lists that are due at this time: each of them four times in `ttl`. Call it often."""
+    def renew(self, now: float) -> bool:
+        """Renew lists that are due at this time: each of them three times in `ttl`. Call it often.
+
+        Returns True if there are more of them: call it again soon.
+        """
         elapsed = min(now - self._renewed_at, self._period)
         self._renewed_at = now
         self._due = min(self._due + len(self._lists) * elapsed / self._period, RENEWALS_AT_ONCE)
-        for channel in islice(self._first, RENEWALS_AT_ONCE):
+        for channel in self._first[-RENEWALS_AT_ONCE:]:
             self._renew(channel)
+        del self._first[-RENEWALS_AT_ONCE:]
         while self._due >= 1 and self._lists:
             next_channel = next(self._round, None)
             if next_channel is None:
@@ -460,10 +464,11 @@ class SharedPresence:
             else:
                 self._due -= 1
                 self._renew(next_channel)
+        return bool(self._first)
 
     def renew_all(self) -> None:
         """Renew all lists from now on, in steps: Redis was away, and may have lost them."""
-        self._first = iter(list(self._lists))
+        self._first = list(self._lists)
 
     def _renew(self, channel: str) -> None:
         listed = self._lists.get(channel)
@@ -558,7 +563,7 @@ class SharedPresence:
             elif dead:
                 self._remove_run(channel, dead.pop(), remove)
             else:
-                ask(done)  # whatever it still has: another node may be at the removal
+                ask(done)  # some entries may be left: another node is at the removal, too
 
         def ask(then: Done) -> None:
             self._server(channel).run(then, READ, self._names(channel).keys, (limit,))

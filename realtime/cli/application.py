@@ -18,14 +18,21 @@ class LoadProblem(NamedTuple):
     may_pass: bool = False
 
 
-def find_problems(settings: Settings) -> list[LoadProblem]:
-    """Return each problem that keeps the application from loading; none without an application.
+class Check(NamedTuple):
+    """What the check of an application has found. warnings: of an application that loads, each in one line."""
+
+    problems: list[LoadProblem]
+    warnings: list[str]
+
+
+def check(settings: Settings) -> Check:
+    """Import the application, and return its problems and warnings; none without an application.
 
     A missing module or a syntax error stays; an exception, such as that a database is not up yet, may pass. Takes as
     long as the import, at most `workers.start_timeout`.
     """
     if not settings.app.module:
-        return []
+        return Check([], [])
     key, timeout = f'app.module = "{settings.app.module}"', settings.workers.start_timeout
     command = [sys.executable, "-P", "-m", "realtime.app.check"]
     try:
@@ -34,11 +41,12 @@ def find_problems(settings: Settings) -> list[LoadProblem]:
         )
     except subprocess.TimeoutExpired:
         line = f"{key}: the import takes more than {timeout:g} s (workers.start_timeout); find the line that hangs"
-        return [LoadProblem(line, may_pass=True)]
+        return Check([LoadProblem(line, may_pass=True)], [])
     except OSError as error:
-        return [LoadProblem(f"{key}: no process can be started to check it: {error.strerror}", may_pass=True)]
-    if done.returncode == 0:
-        return []
+        line = f"{key}: no process can be started to check it: {error.strerror}"
+        return Check([LoadProblem(line, may_pass=True)], [])
     lines = done.stdout.decode("utf-8", "replace").splitlines()
+    if done.returncode == 0:
+        return Check([], lines)
     lines = lines or [f"{key}: the import ended the process with status {done.returncode}"]
-    return [LoadProblem(line, may_pass=done.returncode != os.EX_CONFIG) for line in lines]
+    return Check([LoadProblem(line, may_pass=done.returncode != os.EX_CONFIG) for line in lines], [])

@@ -33,17 +33,19 @@ Run = Callable[[argparse.Namespace], int]
 
 def check_config(arguments: argparse.Namespace) -> int:
     """Read the configuration and import the application as the server does, and print their problems and warnings."""
-    problems = environment.find_problems()
+    problems, lines = environment.find_problems(), []
     try:
         settings = read(arguments.config, {}, os.environ)
         if not arguments.without_app:
-            problems += [problem.line for problem in application.find_problems(settings)]
+            found = application.check(settings)
+            problems += [problem.line for problem in found.problems]
+            lines = found.warnings
     except SettingsError as error:
         problems += error.problems
     if problems:
         print(*problems, sep="\n", file=sys.stderr)
         return os.EX_CONFIG
-    lines = warnings.find_warnings(settings, os.environ)
+    lines = warnings.find_warnings(settings, os.environ) + lines
     for line in lines:
         print(f"warning: {line}", file=sys.stderr)
     if lines and arguments.strict:

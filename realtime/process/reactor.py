@@ -22,6 +22,7 @@ from twisted.logger import Logger
 
 from realtime.process import log
 from realtime.process.selector import ReadingSelector
+from realtime.process.transport import DirectConnector
 
 _log = Logger(observer=log.observer)
 
@@ -69,6 +70,12 @@ class ServerReactor(_DisconnectSelectableMixin):
     def callFromThread(self, function: Callable[..., object], *args: Any, **kw: Any) -> None:
         """See `IReactorFromThreads`."""
         self._selector.call_from_thread(partial(function, *args, **kw))
+
+    def connectTCP(self, host: str, port: int, factory: Any, timeout: float = 30, bindAddress: Any = None) -> Any:
+        """See `IReactorTCP`. The transport writes immediately, see `DirectConnection`."""
+        connector = DirectConnector(host, port, factory, timeout, bindAddress, self)
+        connector.connect()
+        return connector
 
     # Descriptors
 

@@ -2,9 +2,9 @@
 
 Twisted's own transport buffers written data until the next loop turn, and then asks the selector to report the socket
 as writable: two changes of the selector's set for every frame, which cost more than the send(2) itself. A socket nearly
-always accepts a frame at once. `DirectServer` therefore calls send(2) first, and leaves to Twisted only the bytes that
-the kernel refused. From then on, until Twisted's buffer is empty again, all writes go through Twisted: the order of
-bytes, producers and `loseConnection` behave as in Twisted.
+always accepts a frame at once. `DirectConnection` therefore calls send(2) first, and leaves to Twisted only the bytes
+that the kernel refused. From then on, until Twisted's buffer is empty again, all writes go through Twisted: the order
+of bytes, producers and `loseConnection` behave as in Twisted.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from twisted.internet import tcp
 from twisted.internet.protocol import Factory, Protocol
 
 
-class DirectServer(tcp.Server):
-    """Server side of a TCP connection. Set it as `Port.transport`.
+class DirectConnection(tcp.Connection):
+    """One side of a TCP connection.
 
     reads_directly: the selector itself calls the protocol's `dataReceived`, if the reactor supports it
     (`realtime.process.reactor`): "stream" to read the socket there, "reader" to call `doRead`.
@@ -99,6 +99,21 @@ class DirectServer(tcp.Server):
         if (self._tempDataLen or self.dataBuffer) and producer is not None:
             self.producerPaused = True
             producer.pauseProducing()
+
+
+class DirectServer(DirectConnection, tcp.Server):
+    """Server side of a TCP connection. Set it as `Port.transport`."""
+
+
+class DirectClient(DirectConnection, tcp.Client):
+    """Client side of a TCP connection. `DirectConnector` makes it."""
+
+
+class DirectConnector(tcp.Connector):
+    """Connects to a server. Call `connect`."""
+
+    def _makeTransport(self) -> DirectClient:
+        return DirectClient(self.host, self.port, self.bindAddress, self, self.reactor)
 
 
 def adopt(

@@ -103,6 +103,9 @@ class Listings(Generic[P]):
         # The rest of each list, and the time until which the request of its next page is awaited.
         self._rests: dict[tuple[P, int], tuple[float, Iterator[ClientInfo]]] = {}
 
+    def __len__(self) -> int:
+        return len(self._rests)
+
     def has(self, peer: P, listing: int) -> bool:
         """Whether a list has a further page."""
         return (peer, listing) in self._rests

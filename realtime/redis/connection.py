@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import hiredis
@@ -117,6 +118,10 @@ class RedisConnection(protocol.Protocol):
         self._held: list[tuple[bytes, ReplyCallback, _Kind]] = []
         self._again_after = 0
 
+    def connectionMade(self) -> None:
+        with suppress(AttributeError):  # of a unix socket
+            self.transport.setTcpNoDelay(True)  # type: ignore[union-attr]
+
     @property
     def is_open(self) -> bool:
         """Whether it has not ended."""
@@ -133,10 +138,20 @@ class RedisConnection(protocol.Protocol):
         """Send a command."""
         self._send(_pack(command), done, None)
 
-    def run(self, done: ReplyCallback, script: Script, keys: Sequence[Argument], arguments: Sequence[Argument]) -> None:
-        """Run a script. If Redis does not know it, it is sent, and no later command overtakes it."""
-        call = (script.sha, len(keys), *keys, *arguments)
-        self._send(_pack((b"EVALSHA", *call)), done, (script, call))
+    def run(
+        self,
+        done: ReplyCallback,
+        script: Script,
+        keys: Sequence[Argument],
+        generation: str,
+        arguments: Sequence[Argument],
+    ) -> None:
+        """Run a script. If Redis does not know it, it is sent, and no later command overtakes it.
+
+        generation: its ARGV[1], which `arguments` follow.
+        """
+        command = (b"EVALSHA", script.sha, len(keys), *keys, generation, *arguments)
+        self._send(_pack(command), done, (script, command))
 
     def subscribe(self, done: ReplyCallback, channel: bytes, *, is_sharded: bool = False) -> None:
         """Subscribe to a channel. done: called before the first message."""
@@ -196,10 +211,13 @@ class RedisConnection(protocol.Protocol):
         before = self._ledger.switch(self._account)
         try:
             self._reader.feed(data)
-            gets = self._reader.gets
+            gets, on_message = self._reader.gets, self._owner.on_message
             while (reply := gets()) is not _INCOMPLETE:
                 if type(reply) is hiredis.PushNotification:
-                    self._receive_push(reply)
+                    if reply[0] in _MESSAGES:
+                        on_message(reply[1], reply[2])
+                    else:
+                        self._receive_push(reply)
                 else:
                     self._receive_reply(reply)
                 if self._end_reason:
@@ -213,10 +231,7 @@ class RedisConnection(protocol.Protocol):
             self._ledger.switch(before)
 
     def _receive_push(self, push: list[Any]) -> None:
-        kind = push[0]
-        if kind in _MESSAGES:
-            self._owner.on_message(push[1], push[2])
-        elif kind in _CONFIRMATIONS:
+        if push[0] in _CONFIRMATIONS:
             if self._unanswered and self._unanswered[0][1] == push[1]:
                 self._receive_reply(None)
             else:
@@ -236,10 +251,10 @@ class RedisConnection(protocol.Protocol):
         if self._again_after and self._answered >= self._again_after:
             self._send_again()
 
-    def _run_again(self, done: ReplyCallback, script: Script, call: tuple[Argument, ...]) -> None:
+    def _run_again(self, done: ReplyCallback, script: Script, command: tuple[Argument, ...]) -> None:
         """Hold further commands until those sent before are answered: they may lack the script, too."""
         self._again_after = self._again_after or self._sent
-        self._again.append((done, _pack((b"EVAL", script.source, *call[1:]))))
+        self._again.append((done, _pack((b"EVAL", script.source, *command[2:]))))
 
     def _send_again(self) -> None:
         again, held, self._again, self._held, self._again_after = self._again, self._held, [], [], 0

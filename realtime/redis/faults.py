@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from realtime.metrics import Metrics
 from realtime.redis.connection import TEMPORARY_CODES, RedisError
@@ -108,8 +109,8 @@ class ServerFacts:
 
     @property
     def generation(self) -> str:
-        """See `RedisServer.generation`."""
-        return f"{self.run_id}/{self.replication_id}"
+        """See `RedisServer.generation`. A digest, as the metadata of each channel have it."""
+        return blake2b(f"{self.run_id}/{self.replication_id}".encode(), digest_size=8).hexdigest()
 
     @property
     def has_sharded_channels(self) -> bool:

@@ -136,7 +136,7 @@ class RedisServer:
         Its ARGV[1] is the generation of the server that runs it, and `arguments` follow.
         """
         if self._ready is not None:
-            self._ready.run(done, script, keys, (self.generation, *arguments))
+            self._ready.run(done, script, keys, self.generation, arguments)
         else:
             done(None, self._away())
 

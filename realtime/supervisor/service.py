@@ -129,19 +129,15 @@ class Supervisor(Service):
         self.sockets: SlotSockets | None = None
         self._configured_count = settings.workers.count if inherited is None else inherited.configured_count
         self._knows_count = True
-        self._launch = launch
-        self._inherited = inherited
-        self._wanted = wanted
+        self._launch, self._inherited, self._wanted = launch, inherited, wanted
         self.zygote: Zygote | None = None
         self._early_zygote = early_zygote
         self.sampler = StackSampler(reactor, self.monitor, settings.loop, settings.app, self.processes)
         self._reactor = reactor
         self._revisions = Revisions(settings)
         self._open_operator_endpoint = open_operator_endpoint
-        self._modules = {BROKER: broker or BROKER_MODULES[settings.engine.type]}
-        self._worker = worker
-        self._leave = leave
-        self._handle_signals = handle_signals
+        self._worker, self._modules = worker, {BROKER: broker or BROKER_MODULES[settings.engine.type]}
+        self._leave, self._handle_signals = leave, handle_signals
         self._port: SharedPort | None = None
         self._operators: OperatorEndpoint | None = None
         self._rescue: Rescue | None = None
@@ -419,7 +415,7 @@ class Supervisor(Service):
         estate = Estate(
             self.pool, self.children, self._port, self._operators, self._rescue, self.zygote, self._settings
         )
-        upgrade = Upgrade(self._reactor, estate, self._launch, self._configured_count, self._trial)
+        upgrade = Upgrade(self._reactor, estate, self._launch, self._configured_count, self._trial, self._notifier)
         running = Deferred.fromCoroutine(upgrade.run(self._changes.tell))
         running.addErrback(self._end_upgrade)
 

@@ -33,6 +33,7 @@ from realtime.supervisor.child_process import ChildProcess
 from realtime.supervisor.inheritance import HELD_SIGNALS, Inheritance
 from realtime.supervisor.listener import SharedPort
 from realtime.supervisor.rescue import Rescue
+from realtime.supervisor.systemd import SystemdNotifier
 from realtime.supervisor.trial import ProgramResult, Trial
 from realtime.supervisor.zygote import Zygote, ZygoteUnusable
 
@@ -110,7 +111,13 @@ class Upgrade:
     """One upgrade, up to the execution of the program."""
 
     def __init__(
-        self, reactor: Any, estate: Estate, launch: Launch | None, configured_count: int, trial: Trial
+        self,
+        reactor: Any,
+        estate: Estate,
+        launch: Launch | None,
+        configured_count: int,
+        trial: Trial,
+        notifier: SystemdNotifier,
     ) -> None:
         """launch: None for a server that can't be upgraded. configured_count: see `Inheritance`."""
         self._reactor = reactor
@@ -118,6 +125,7 @@ class Upgrade:
         self._launch = launch
         self._configured_count = configured_count
         self._trial = trial
+        self._notifier = notifier
 
     async def run(self, tell: Callable[[str], None]) -> None:
         """Upgrade: returns never, and raises CannotUpgrade if the server goes on as it is.
@@ -145,6 +153,7 @@ class Upgrade:
         tell(f"version {result.version} takes the place of version {__version__}: supervisor, broker, workers")
         await self._wait_until_quiet()
         settings = bytes(result.settings)
+        self._notifier.begin_interval()  # the program does not feed the watchdog before it has started
         execute(self._launch, self._estate.inheritance(self._configured_count, self._launch.pidfile, settings))
 
     def _check_obstacle(self) -> None:

@@ -22,6 +22,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime import app as application
+from realtime.app.blocking_calls import find_blocking_calls
 from realtime.deadlines import RESOLUTION
 from realtime.errors import SHUTDOWN, EngineUnavailable
 from realtime.handlers.coroutines import drive, gather
@@ -71,6 +72,8 @@ class Worker:
         self._process = process
         self._reactor = process.reactor
         app = application.load(process.settings.app)
+        for line in find_blocking_calls(app) if process.slot == 0 else ():  # the others would say the same
+            _log.warn("{line}", line=line)
         self._pubsub = wire_pubsub(process, app)
         self._handlers = wire_handlers(process, app)
         self._protocol = wire_protocol(process, self._pubsub, self._handlers)

@@ -25,7 +25,7 @@ from realtime.pubsub.engine import (
 from realtime.types import ClientInfo
 from tests.broker.redis_nodes import nodes
 from tests.pubsub.benches import Bench
-from tests.redis.deployments import RedisProcess
+from tests.redis.deployments import RedisProcess, RedisStarter
 from tests.system.brokers import POLL, until
 
 ALICE = ClientInfo("alice", "client-a", b'{"name":"Alice"}')
@@ -177,3 +177,23 @@ async def test_nodes_are_listed_with_their_numbers(redis_server: RedisProcess) -
         there.broker.signal(signal.SIGTERM)
         await there.broker.gone()
         assert len(await ours.ask(GetNodes())) == 1
+
+
+async def test_nodes_share_a_cluster(redis_starter: RedisStarter) -> None:
+    cluster = redis_starter.cluster(replicas=0)
+    async with nodes(cluster.servers[0].address, 2, workers=1) as (here, there):
+        ours, theirs = here.workers[0], there.workers[0]
+        await until_nodes_are(ours, 2)
+        await until_workers(ours, 1)
+        assert await ours.engine.ask(SendOrder(b"to all")) == 2
+        for number in range(8):  # on all masters
+            channel = f"room-{number}"
+            await ours.engine.ask(Subscribe(channel))
+            await theirs.engine.ask(present(ALICE, channel))
+            assert await ours.engine.ask(GetPresence(channel)) == {ALICE.client: ALICE}
+            await theirs.engine.ask(RemovePresence(channel, ALICE.client))
+            user = f"user-{number}"
+            assert await ours.engine.ask(AdmitClient(ClientInfo(user, f"a{number}"), 1))
+            assert not await theirs.engine.ask(AdmitClient(ClientInfo(user, f"b{number}"), 1))
+        await until(lambda: len(ours.log.named("left")) == 8)
+        assert ours.log.named("joined") == ours.log.named("left") == [(f"room-{n}", ALICE) for n in range(8)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from realtime.errors import ClientError
 from realtime.pubsub.engine import PRESENCE_PAGE, AddPresence, GetPresence, RemovePresence
-from realtime.pubsub.presence import COUNT_FROM, LISTING_TIME, MAX_LISTINGS, RETURN_GRACE, Presence
+from realtime.pubsub.presence import COUNT_FROM, LISTING_TIME, MAX_LISTINGS, RETURN_GRACE, Presence, PresenceEntry
 from realtime.types import ClientInfo
 
 GRACE = 2.0
@@ -22,14 +22,18 @@ class Desk:
 
     def __init__(self, limit: int = 1000) -> None:
         self.log: list[str] = []
-        self.presence = Presence[str](
-            limit,
-            lambda channel, info: self.log.append(f"join {info.client}"),
-            lambda channel, info: self.log.append(f"leave {info.client}"),
-        )
+        self.presence = Presence[str](limit, self)
         self.now = 0.0
         for peer in ("one", "two"):
             self.presence.attach(peer)
+
+    def on_present(self, channel: str, entry: PresenceEntry, *, is_new: bool, announce: bool) -> None:
+        if is_new and announce and entry.announce:
+            self.log.append(f"join {entry.info.client}")
+
+    def on_absent(self, channel: str, entry: PresenceEntry) -> None:
+        if entry.announce:
+            self.log.append(f"leave {entry.info.client}")
 
     def add(self, client: str, user: str = "ann", *, peer: str = "one", channel: str = "a", grace: float = 0.0) -> None:
         self.presence.add(peer, AddPresence(channel, ClientInfo(user, client), True, True, grace))

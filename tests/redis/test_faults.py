@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from realtime.redis.faults import ServerFacts
@@ -18,7 +20,8 @@ def test_the_facts_of_a_real_server_are_found(redis_server: RedisProcess) -> Non
     found = ServerFacts.parse(str(redis_server.command("INFO")).encode())
     assert (found.mode, found.role, found.loading, found.unfitness) == ("standalone", "master", "0", "")
     assert found.version == redis_server.info("server")["redis_version"] or found.product == "Valkey"
-    assert found.generation == f"{found.run_id}/{found.replication_id}" and len(found.generation) == 81
+    others = [replace(found, run_id="other"), replace(found, replication_id="other")]
+    assert len({each.generation for each in (found, *others)}) == 3
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,9 @@ from tests.soak.world import FILTER, Place, World, text
 # Seconds until a client gives an attempt to connect up, and until it takes a silent connection for dead.
 CONNECT_LIMIT = 20.0
 SILENCE = 25.0 + 10.0
+# Seconds until an SDK reconnects because a subscribe or unsubscribe command has no answer. Commands of a client with a
+# stream may get lost between two nodes.
+ANSWER_LIMIT = 5.0
 EMULATION = aiohttp.ClientTimeout(total=20.0)
 # Connections begun in one tick at most, and seconds between two ticks.
 AT_ONCE = 60
@@ -48,10 +51,10 @@ _number = msgspec.json.Decoder(_Payload).decode
 
 
 class Part:
-    """One channel of a client. due: time of the next attempt to subscribe. list: the members that a watcher knows.
-    lies: the client claims positions that it can't have, and leaves again."""
+    """One channel of a client. due: time of the next attempt to subscribe. asked: time of the latest command. list: the
+    members that a watcher knows. lies: the client claims positions that it can't have, and leaves again."""
 
-    __slots__ = ("base", "book", "channel", "delta", "due", "lies", "list", "listed_since", "room", "state")
+    __slots__ = ("asked", "base", "book", "channel", "delta", "due", "lies", "list", "listed_since", "room", "state")
 
     def __init__(self, channel: str, book: Subscription | PlainSubscription | None, room: Room | None = None) -> None:
         self.channel = channel
@@ -61,7 +64,7 @@ class Part:
         self.delta = channel.startswith("delta:")
         self.state = OFF
         self.base = b""
-        self.due = 0.0
+        self.due = self.asked = 0.0
         self.list: set[str] | None = None
         self.listed_since = 0.0
 
@@ -161,7 +164,7 @@ class Client:
         return request
 
     def _subscribe(self, part: Part) -> dict[str, Any]:
-        part.state = ASKED
+        part.state, part.asked = ASKED, self.crowd.now()
         request: dict[str, Any] = {"channel": part.channel}
         if isinstance(part.book, Subscription):
             self._position(part, request)
@@ -314,7 +317,7 @@ class Client:
 
     def unsubscribe(self, part: Part, pause: float = 0.0) -> None:
         """Unsubscribe, and subscribe again some time after the answer. pause: the shortest time, in seconds."""
-        part.state = LEAVING
+        part.state, part.asked = LEAVING, self.crowd.now()
 
         def left(reply: Reply | None) -> None:
             if reply is not None and part.state == LEAVING:
@@ -371,10 +374,19 @@ class Client:
             kind = "silent connections given up" if self.is_connected else "connects without an answer"
             self.crowd.counts[kind] += 1
             self.connection.cut()
+        elif self.is_connected and self._lacks_an_answer(now):
+            self.crowd.counts["commands without an answer"] += 1
+            self.connection.cut()
         elif self.is_connected:
             due = [part for part in self.parts.values() if part.state == OFF and part.due <= now]
             if due:
                 self.send(*(self._subscribe(part) for part in due if not part.channel.startswith("own:")))
+
+    def _lacks_an_answer(self, now: float) -> bool:
+        if len(self.crowd.ports) == 1 or not isinstance(self.connection, Stream) or self.connection.is_deaf:
+            return False
+        asked = [part for part in self.parts.values() if part.state in (ASKED, LEAVING)]
+        return any(now - part.asked > ANSWER_LIMIT for part in asked) and not self.connection.has_unread()
 
     # Faults of its own network.
 

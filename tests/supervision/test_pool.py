@@ -755,6 +755,24 @@ def test_a_broker_that_is_dead_at_a_reload_is_not_replaced_again() -> None:
     assert slots(SpawnProcess, world.ready(BROKER)) == [0]
 
 
+def test_another_pool_goes_on_with_settled_slots() -> None:
+    before = World().up()
+    before.die(0)
+    before.ready(0)
+    records = [slot.record() for slot in before.pool.slots.values()]
+    world = World()
+    world.now = before.now
+    world.pool.resume(records, before.pool.generation, world.now)
+    assert world.pool.is_settled and world.pool.serving
+    assert [slot.record() for slot in world.pool.slots.values()] == records
+    assert world.wait(1) == [], "all of them have streams to the broker"
+    effects = world.do(world.pool.reload(world.now, with_broker=True))
+    (spawned,) = of(SpawnProcess, effects)
+    assert (spawned.slot, spawned.predecessor) == (BROKER, before.serving(BROKER))
+    assert spawned.generation == before.pool.generation + 1
+    assert world.die(1) < 0.2
+
+
 def test_a_replacement_for_memory_does_not_delay_a_reload_for_ever() -> None:
     world = World(workers=1).up()
     world.do(world.pool.memory_exceeded(0, 1, world.now))

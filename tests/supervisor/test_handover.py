@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import ConnectionLost
 
 from realtime.metrics import Metrics
+from realtime.supervision.effects import LogLine
 from realtime.supervisor import handover
-from realtime.supervisor.handover import HandOverCounters, HandOverResult, hand_over
+from realtime.supervisor.handover import HandOverCounters, HandOverResult, hand_over, hand_state_over
 
 
 class Process:
@@ -94,3 +96,26 @@ def test_a_supervisor_without_descriptors_hands_nothing_over(monkeypatch: pytest
     results: list[HandOverResult] = []
     hand_over(Process(), Process(), 5, 1.0).addCallback(results.append)
     assert "ulimit -n" in results[0].reason
+
+
+@pytest.mark.parametrize(
+    ("result", "line", "is_error"),
+    [
+        ({"moved": 2, "reason": ""}, "the broker has handed its state over, and the streams of 2 workers", False),
+        ({"moved": 2, "reason": "too large"}, "the broker goes on with its state: too large", True),
+    ],
+)
+def test_the_state_of_a_broker_goes_to_a_process_that_gets_the_other_end(
+    result: dict[str, Any], line: str, is_error: bool
+) -> None:
+    source, lines = Process(), []
+    with ExitStack() as sent:
+        theirs = os.dup(hand_state_over(source, 7.5, sent, lines.append))
+    assert source.calls == [(-1, 7.5)]
+    with socket.socket(fileno=theirs) as end:
+        end.send(b"hello")
+        assert source.end is not None and source.end.recv(10) == b"hello"
+        source.answer.callback(result)
+        source.close()
+        assert end.recv(10) == b"", "the supervisor has closed its copies"
+    assert lines == [LogLine(line, is_error)]

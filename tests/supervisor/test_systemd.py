@@ -54,6 +54,15 @@ def test_the_watchdog_is_fed_at_half_its_interval(manager: ServiceManager) -> No
     assert manager.received() == ["WATCHDOG=1"] * 3  # at 0, 5 and 10 seconds
 
 
+def test_an_interval_begins_at_once(manager: ServiceManager) -> None:
+    SystemdNotifier(manager.environ, PID).begin_interval()
+    assert manager.received() == [], "there is no watchdog"
+    notifier = SystemdNotifier({**manager.environ, "WATCHDOG_USEC": "10000000"}, PID)
+    notifier.feed_watchdog(100.0)
+    notifier.begin_interval()
+    assert manager.received() == ["WATCHDOG=1"] * 2
+
+
 @pytest.mark.parametrize(
     "environ",
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,18 @@ async def test_a_process_that_can_not_be_started_gives_one_line(monkeypatch: pyt
     assert result.problems == [
         "no process can be started for the import of the application: Resource temporarily unavailable"
     ]
+
+
+@pytest.mark.parametrize(
+    ("program", "problem"),
+    [
+        ("import sys; print('starting'); sys.exit('option --resume not recognized')", "with status 1: option --resume"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "with signal 9"),
+        ("import os; os.write(3, b'?'); os._exit(0)", "with status 0"),
+    ],
+)
+async def test_a_program_that_makes_no_supervisor_gives_one_line(program: str, problem: str) -> None:
+    with open(os.devnull) as file:
+        result = await Trial(reactor, None).run_program([sys.executable, "-c", program], file.fileno(), TIMEOUT)
+    (line,) = result.problems
+    assert line.startswith(f"the start of the installed version ended its process {problem}")

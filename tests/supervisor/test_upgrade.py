@@ -17,6 +17,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from realtime.process import control
 from realtime.supervision.slots import BROKER
 from realtime.supervisor.inheritance import HELD_SIGNALS, Inheritance, InheritedPort
+from realtime.supervisor.systemd import SystemdNotifier
 from realtime.supervisor.trial import ProgramResult
 from realtime.supervisor.upgrade import CannotUpgrade, Estate, Launch, Upgrade, execute
 from realtime.supervisor.zygote import ZygoteUnusable
@@ -69,7 +70,7 @@ class Scene:
     async def refused(self, launch: Launch | None = LAUNCH) -> str:
         """Upgrade, and return the reason why the server goes on."""
         with pytest.raises(CannotUpgrade) as caught:
-            await Upgrade(reactor, self.estate, launch, 2, self.trials).run(self.told.append)
+            await Upgrade(reactor, self.estate, launch, 2, self.trials, SystemdNotifier({})).run(self.told.append)
         return str(caught.value)
 
 

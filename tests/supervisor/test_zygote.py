@@ -205,7 +205,12 @@ async def test_a_renewed_zygote_has_imported_the_modules_anew(tmp_path: Path, mo
     module.write_text("VERSION = ")
     with capturedLogs(), pytest.raises(ZygoteUnusable, match="exited with status 1"):
         await children.zygote.renew()
+    module.write_text(source.replace("VERSION = 1", "VERSION = 3"))
+    await children.zygote.check()
+    assert (await children.ask("describe", module="changing"))[1]["version"] == 2, "the check has no effect"
     module.write_text(source.replace("FORMATS = 1", "FORMATS = 2"))
+    with pytest.raises(ZygoteUnusable, match="has other messages than the running processes"):
+        await children.zygote.check()
     with pytest.raises(ZygoteUnusable, match="has other messages than the running processes"):
         await children.zygote.renew()
     assert (await children.ask("describe", module="changing"))[1]["version"] == 2

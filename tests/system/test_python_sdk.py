@@ -26,10 +26,10 @@ from tests.system.serving import Server
 LIMIT = 20.0
 
 
-def in_own_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
+def in_own_loop(coroutine: Coroutine[Any, Any, Any], limit: float = 60.0) -> Any:
     async def limited() -> Any:
         try:
-            return await asyncio.wait_for(coroutine, 60)
+            return await asyncio.wait_for(coroutine, limit)
         finally:
             for _ in range(5):  # transports that were closed or aborted close their sockets in the next turns
                 await asyncio.sleep(0)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from centrifuge import CentrifugeError
 
@@ -106,6 +107,8 @@ def test_new_code_and_a_new_option_reach_the_clients_that_stay(deployed: Deploye
         assert sum(int(found[1]) for found in re.finditer(r"handed over (\d+) connections", done.stdout)) == 1
         assert lines[-1] == "done"
         assert zygotes == deployed.server.processes("realtime.process.zygote"), "the server's own files are the same"
+        memory = psutil.Process(deployed.server.pid).memory_full_info()
+        assert memory.uss < memory.rss / 2, "the supervisor and its children share most of their memory"
         assert (await soon(client.rpc("version", None))).data == 2
         assert (await soon(news.presence_stats())).num_clients == 1
         await soon(news.publish("after"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -12,6 +13,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.task import deferLater
+from twisted.logger import capturedLogs
 
 from realtime import cache
 from realtime.config.settings import AppSettings, ShutdownSettings
@@ -113,6 +115,26 @@ def test_an_application_that_cannot_be_loaded_is_named(module: str) -> None:
 
 
 # The supervisor's messages.
+
+
+@pytest.mark.parametrize(("slot", "lines"), [(0, 1), (1, 0)])
+def test_a_call_that_blocks_the_loop_is_a_warning_of_one_worker(
+    slot: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "import time\nfrom realtime import App\napp = App()\n@app.rpc('f')\nasync def f(data): time.sleep(1)\n"
+    (tmp_path / "blocking_app.py").write_text(text)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    settings = replace(SETTINGS, app=AppSettings(module="blocking_app:app", path=str(tmp_path)))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        child = WorkerChild(settings, listening, slot)
+        with capturedLogs() as events:
+            Worker(child)
+        child.page.close()
+    sys.modules.pop("blocking_app")
+    found = [event["line"] for event in events if "line" in event]
+    assert [line.partition(" on the loop")[0] for line in found] == [
+        f"{tmp_path}/blocking_app.py:5: rpc f calls time.sleep"
+    ] * lines
 
 
 @on_loop
