@@ -96,10 +96,10 @@ class RedisCore(BrokerCore[Link]):
         self.channels_here = NodeChannels(self, self._prefix, metrics)
         self._named = self.channels_here.named
         self._handlers: dict[bytes, tuple[str, Callable[[bytes], None]]] = {}
-        self._listening: dict[str, RedisServer] = {}  # by name, the server that was asked for its messages
         self._known = self.channels_here.get
         self._targets: dict[str, _Target] = {}
         self._refusals: Repetition[str] = Repetition()
+        self._listening: dict[str, RedisServer] = {}  # by name, the server that was asked for its messages
         self._number = 0
         # Of messages that come back to this node, and have not yet.
         self._own: dict[int, tuple[RedisServer, Reply]] = {}
