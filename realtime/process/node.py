@@ -36,8 +36,10 @@ class NodeIdentity:
 
 
 def _boot_id() -> str:
-    """Return the random identity of this run of the kernel, see random(4); where it is hidden, as by `ProcSubset=pid` of
-    systemd.exec(5), that of the machine, see machine-id(5)."""
+    """Return the random identity of this run of the kernel, see random(4).
+
+    Where it is hidden, as by `ProcSubset=pid` of systemd.exec(5), return that of the machine, see machine-id(5).
+    """
     for path in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id"):
         with suppress(OSError):
             return Path(path).read_text().strip()
