@@ -250,6 +250,7 @@ class ClusterNode(RedisServer):
     def on_unsubscribed(self, channel: bytes) -> None:
         """See `ConnectionOwner`: the channel's slot has moved."""
         self._cluster.refresh()
+        super().on_unsubscribed(channel)
 
     def on_end(self, connection: RedisConnection, reason: str) -> None:
         """See `ConnectionOwner`."""

@@ -18,11 +18,13 @@ from tests.system.brokers import until
 
 
 class User:
-    """A `RedisListener` that logs. messages: received so far. losses: reasons of lost connections."""
+    """A `RedisListener` that logs. messages: received so far. losses: reasons of lost connections. ended:
+    channels whose subscription Redis has ended."""
 
     def __init__(self, settings: RedisSettings) -> None:
         self.messages: list[tuple[bytes, bytes]] = []
         self.losses: list[str] = []
+        self.ended: list[bytes] = []
         self.metrics = Metrics()
         ledger = LoopTimeLedger(time.monotonic_ns)
         self.servers = RedisServers(settings, reactor, self, self.metrics, ledger)
@@ -54,6 +56,9 @@ class User:
 
     def on_lost(self, server: RedisServer, reason: str) -> None:
         self.losses.append(reason)
+
+    def on_unsubscribed(self, server: RedisServer, channel: bytes) -> None:
+        self.ended.append(channel)
 
     def on_moved(self) -> None:
         self.moves += 1
