@@ -270,6 +270,7 @@ class NodeChannels:
                 if self._is_needed(known):
                     self._subscribe(known, again=True)
                 else:
+                    known.commands += 1
                     self._forget(known)
         return left
 

@@ -340,7 +340,8 @@ class RedisListener(Protocol):
         """Handle the end of a connection; its calls have failed."""
 
     def on_unsubscribed(self, server: RedisServer, channel: bytes) -> None:
-        """Handle the end of a subscription that was not asked for. Subscribe again, perhaps at another server."""
+        """Handle the end of a subscription by the server, whose slot moves. `on_moved` follows: subscribe again then,
+        also where `RedisServers.of` is the same."""
 
     def on_moved(self) -> None:
         """Handle a change of `RedisServers.of`: some keys have another server now."""

@@ -18,17 +18,16 @@ from tests.system.brokers import until
 
 
 class User:
-    """A `RedisListener` that logs. messages: received so far. losses: reasons of lost connections. ended:
-    channels whose subscription Redis has ended."""
+    """A `RedisListener` that logs. messages: received so far. losses: reasons of lost connections."""
 
     def __init__(self, settings: RedisSettings) -> None:
         self.messages: list[tuple[bytes, bytes]] = []
         self.losses: list[str] = []
-        self.ended: list[bytes] = []
         self.metrics = Metrics()
         ledger = LoopTimeLedger(time.monotonic_ns)
         self.servers = RedisServers(settings, reactor, self, self.metrics, ledger)
         self.moves = 0
+        self.lost_subscriptions: list[bytes] = []
         self.servers.start()
 
     @property
@@ -58,7 +57,7 @@ class User:
         self.losses.append(reason)
 
     def on_unsubscribed(self, server: RedisServer, channel: bytes) -> None:
-        self.ended.append(channel)
+        self.lost_subscriptions.append(channel)
 
     def on_moved(self) -> None:
         self.moves += 1
