@@ -59,6 +59,7 @@ class RedisCluster:
         self._nowhere = ClusterNode(self, ("no node", 0), self._access, context)
         self._slots: list[RedisServer] = [self._nowhere] * SLOTS
         self._timer: Any = None
+        self._question: _Question | None = None
         self._is_reading = self._has_lost_subscription = False
         self._is_closed = False
         self._is_reported = False
@@ -83,6 +84,8 @@ class RedisCluster:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._question is not None:
+            self._question.close()
         for server in self.servers:
             server.close()
 
@@ -130,7 +133,7 @@ class RedisCluster:
             else:
                 self._read_from(others, f"{place.name}: {error}")
 
-        _Question(place, self._access, self._context, settle, "CLUSTER", "SLOTS")
+        self._question = _Question(place, self._access, self._context, settle, "CLUSTER", "SLOTS")
 
     def _fail(self, reason: str) -> None:
         if not self._is_reported:
@@ -282,10 +285,15 @@ class _Question:
             QUEUE_LIMIT,
             context.ledger,
         )
-        connected: Deferred[Any] = place.connect(ConnectionFactory(connection))
-        connected.addCallbacks(
+        self._connecting: Deferred[Any] = place.connect(ConnectionFactory(connection))
+        self._connecting.addCallbacks(
             lambda _: self._ask(), lambda failure: self._settle(None, EngineUnavailable(failure.getErrorMessage()))
         )
+
+    def close(self) -> None:
+        """End the connection; idempotent."""
+        self._connecting.cancel()
+        self._connection.end("this server is leaving")
 
     def _ask(self) -> None:
         self._connection.call(self._on_greeting, *self._access.greeting)
