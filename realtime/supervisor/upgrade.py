@@ -40,6 +40,9 @@ from realtime.supervisor.zygote import Zygote, ZygoteUnusable
 QUIET_TIMEOUT = 10.0
 """Seconds within which no message must be under way, at one moment."""
 
+START_TIMEOUT = 60.0
+"""Seconds for the program to start, which takes one on an idle machine, before the watchdog ends the service."""
+
 _QUIET_INTERVAL = 0.02
 
 _log = Logger(observer=log.observer)
@@ -153,7 +156,7 @@ class Upgrade:
         tell(f"version {result.version} takes the place of version {__version__}: supervisor, broker, workers")
         await self._wait_until_quiet()
         settings = bytes(result.settings)
-        self._notifier.begin_interval()  # the program does not feed the watchdog before it has started
+        self._notifier.stretch_watchdog(START_TIMEOUT)  # the program does not feed it before it has started
         execute(self._launch, self._estate.inheritance(self._configured_count, self._launch.pidfile, settings))
 
     def _check_obstacle(self) -> None:
