@@ -204,12 +204,21 @@ class NodeChannels:
                 if not self._owner.has_route(known.channel):
                     self._forget(known)
 
+    def on_unsubscribed(self, name: bytes) -> None:
+        """Hold the position of a channel whose subscription the server has ended."""
+        known = self._by_name.get(name)
+        if known is not None and known.is_wanted:
+            known.commands += 1
+            known.is_wanted = known.is_continuous = False
+
     def on_moved(self) -> set[RedisServer]:
-        """Move channels to the servers that have them now. Return their servers before."""
+        """Move channels to the servers that have them now, and subscribe again to those that a server has refused or
+        ended. Return their servers before."""
         left: set[RedisServer] = set()
         for known in self:
             server = self._owner.find_server(known.channel)
-            if server is not known.server or not known.server.is_ready:
+            is_refused = self._owner.has_route(known.channel) and not known.is_wanted
+            if server is not known.server or is_refused:
                 left.add(known.server)
                 known.server.unsubscribe(known.name)
                 known.server = server
@@ -217,6 +226,7 @@ class NodeChannels:
                 if self._owner.has_route(known.channel):
                     self._subscribe(known, again=True)
                 else:
+                    known.commands += 1
                     self._forget(known)
         return left
 

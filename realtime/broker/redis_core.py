@@ -99,6 +99,7 @@ class RedisCore(BrokerCore[Link]):
         self._known = self.channels_here.get
         self._targets: dict[str, _Target] = {}
         self._refusals: Repetition[str] = Repetition()
+        self._listening: dict[str, RedisServer] = {}  # by name, the server that was asked for its messages
         self._number = 0
         # Of messages that come back to this node, and have not yet.
         self._own: dict[int, tuple[RedisServer, Reply]] = {}
@@ -329,10 +330,18 @@ class RedisCore(BrokerCore[Link]):
 
     def listen(self, name: str, handle: Callable[[bytes], None]) -> None:
         """Handle messages on a pub/sub channel of this engine's own, whenever Redis is there."""
-        server, channel = self.servers.of(name), self.key("node", name)
+        channel = self.key("node", name)
         self._handlers[channel] = name, handle
+        self._listen_at(self.servers.of(name), name, channel)
+
+    def _listen_at(self, server: RedisServer, name: str, channel: bytes) -> None:
+        def confirmed(reply: Any, error: Exception | None) -> None:
+            if error is not None and self._listening.get(name) is server:
+                del self._listening[name]
+
+        self._listening[name] = server
         if server.is_ready:
-            server.subscribe(channel)
+            server.subscribe(channel, confirmed)
 
     def on_message(self, server: RedisServer, channel: bytes, payload: bytes) -> None:
         """Deliver a message to the workers with a route, and answer the request that it belongs to."""
@@ -374,9 +383,9 @@ class RedisCore(BrokerCore[Link]):
     def on_ready(self, server: RedisServer) -> None:
         """See `RedisListener`."""
         self._targets.clear()
-        for name, _ in self._handlers.values():
+        for channel, (name, _) in self._handlers.items():
             if self.servers.of(name) is server:
-                server.subscribe(self.key("node", name))
+                self._listen_at(server, name, channel)
         self.channels_here.on_ready(server)
         for function in self.ready:
             function(server)
@@ -389,9 +398,22 @@ class RedisCore(BrokerCore[Link]):
         for function in self.lost:
             function(server)
 
+    def on_unsubscribed(self, server: RedisServer, channel: bytes) -> None:
+        """See `RedisListener`."""
+        if channel in self._handlers:
+            self._listening.pop(self._handlers[channel][0], None)
+        else:
+            self.channels_here.on_unsubscribed(channel)
+
     def on_moved(self) -> None:
         """See `RedisListener`."""
         self._targets.clear()
+        for channel, (name, _) in self._handlers.items():
+            before, server = self._listening.get(name), self.servers.of(name)
+            if server is not before:
+                if before is not None:
+                    before.unsubscribe(channel)
+                self._listen_at(server, name, channel)
         for server in self.channels_here.on_moved():
             # Their own messages may not come back. Those that do have arrived before the answer.
             numbers = [number for number, (of, _) in self._own.items() if of is server]

@@ -159,6 +159,28 @@ class SendOrder(EngineRequest[int], tag=16, frozen=True, gc=False):
     session: str = ""
 
 
+class TakeLease(EngineRequest[str], tag=32, frozen=True, gc=False):
+    """Ask to be the only worker of this machine that computes the value of this key of a cache.
+
+    flight: a new name for the lease. Answer: `flight` if this worker has the lease; the flight of another worker's
+    lease, whose end this worker receives as an order; "" if there is no room for a lease. seconds: after which the
+    lease ends by itself. lost: the order for the waiting workers then, or when this worker ends.
+    """
+
+    cache: str
+    key: bytes
+    flight: str
+    seconds: float
+    lost: bytes
+
+
+class EndLease(EngineRequest[None], tag=33, frozen=True, gc=False):
+    """End a lease of this worker. order: for the waiting workers. Without effect once it has ended."""
+
+    flight: str
+    order: bytes
+
+
 # Presence
 
 

@@ -59,7 +59,7 @@ class RedisCluster:
         self._nowhere = ClusterNode(self, ("no node", 0), self._access, context)
         self._slots: list[RedisServer] = [self._nowhere] * SLOTS
         self._timer: Any = None
-        self._is_reading = False
+        self._is_reading = self._has_lost_subscription = False
         self._is_closed = False
         self._is_reported = False
         self._read_at = -REFRESH_PAUSE
@@ -92,6 +92,12 @@ class RedisCluster:
             wait = max(0.0, self._read_at + REFRESH_PAUSE - self._reactor.seconds())
             if self._timer.getTime() - self._reactor.seconds() > wait:
                 self._timer.reset(wait)
+
+    def note_lost_subscription(self) -> None:
+        """Call `on_moved` after the next reading, even if it shows no change: while a slot moves, a node refuses or
+        ends subscriptions that it takes a moment later."""
+        self._has_lost_subscription = True
+        self.refresh()
 
     # The map
 
@@ -160,7 +166,8 @@ class RedisCluster:
         """Use a map from now on."""
         added = [node for host, node in masters.items() if host not in self._nodes]
         removed = [node for host, node in self._nodes.items() if host not in masters]
-        have_moved = self._slots != slots
+        have_moved = self._slots != slots or self._has_lost_subscription
+        self._has_lost_subscription = False
         self._nodes, self._slots, self.servers = masters, slots, tuple(masters.values())
         for node in removed:
             node.close()
@@ -235,7 +242,7 @@ class ClusterNode(RedisServer):
 
         def settle(reply: Any, error: Exception | None) -> None:
             if isinstance(error, RedisError) and error.code in (*_REDIRECTS, *_LATER):
-                self._cluster.refresh()
+                self._cluster.note_lost_subscription()
                 error = EngineUnavailable(error.text)
             if done is not None:
                 done(reply, error)
@@ -249,7 +256,8 @@ class ClusterNode(RedisServer):
 
     def on_unsubscribed(self, channel: bytes) -> None:
         """See `ConnectionOwner`: the channel's slot has moved."""
-        self._cluster.refresh()
+        super().on_unsubscribed(channel)
+        self._cluster.note_lost_subscription()
 
     def on_end(self, connection: RedisConnection, reason: str) -> None:
         """See `ConnectionOwner`."""

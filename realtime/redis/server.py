@@ -300,7 +300,7 @@ class RedisServer:
 
     def on_unsubscribed(self, channel: bytes) -> None:
         """See `ConnectionOwner`."""
-        self._context.listener.on_moved()
+        self._context.listener.on_unsubscribed(self, channel)
 
     def on_refused(self, error: RedisError) -> Exception:
         """See `ConnectionOwner`."""
@@ -338,6 +338,10 @@ class RedisListener(Protocol):
 
     def on_lost(self, server: RedisServer, reason: str) -> None:
         """Handle the end of a connection; its calls have failed."""
+
+    def on_unsubscribed(self, server: RedisServer, channel: bytes) -> None:
+        """Handle the end of a subscription by the server, whose slot moves. `on_moved` follows: subscribe again then,
+        also where `RedisServers.of` is the same."""
 
     def on_moved(self) -> None:
         """Handle a change of `RedisServers.of`: some keys have another server now."""

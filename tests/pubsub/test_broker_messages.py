@@ -27,6 +27,7 @@ from realtime.pubsub.engine import (
     AddPresence,
     AdmitClient,
     Cut,
+    EndLease,
     EngineRequest,
     GetHistory,
     GetNodes,
@@ -40,6 +41,7 @@ from realtime.pubsub.engine import (
     ReportSubscriptions,
     SendOrder,
     Subscribe,
+    TakeLease,
     TakeLostClients,
     Unsubscribe,
 )
@@ -71,6 +73,8 @@ FROM_WORKER: list[Any] = [
     AdmitClient(CLIENT, 5),
     TakeLostClients(100),
     Cut("batch", "1-2", ["client-1"], {"client-1": "secret"}, {"chat": ["client-1"]}),
+    TakeLease("forecast", b"key", "1-2/3", 10.0, b"order"),
+    EndLease("1-2/3", b"order"),
 ]
 FROM_BROKER: list[Any] = [
     broker_messages.Welcome(VERSION, "abcdefgh"),
@@ -97,6 +101,8 @@ ANSWERS: list[tuple[type[EngineRequest[Any]], Any]] = [
     (AdmitClient, True),
     (Cut, None),
     (TakeLostClients, [CLIENT]),
+    (TakeLease, "1-2/3"),
+    (EndLease, None),
     (GetStats, EngineStats(1, 2, 3, 4)),
     (GetNodes, [NodeInfo("uid", "name", "1.0", 60.5, EngineStats(1, 2, 3, 4), 2)]),
 ]

@@ -27,6 +27,7 @@ class User:
         ledger = LoopTimeLedger(time.monotonic_ns)
         self.servers = RedisServers(settings, reactor, self, self.metrics, ledger)
         self.moves = 0
+        self.lost_subscriptions: list[bytes] = []
         self.servers.start()
 
     @property
@@ -54,6 +55,9 @@ class User:
 
     def on_lost(self, server: RedisServer, reason: str) -> None:
         self.losses.append(reason)
+
+    def on_unsubscribed(self, server: RedisServer, channel: bytes) -> None:
+        self.lost_subscriptions.append(channel)
 
     def on_moved(self) -> None:
         self.moves += 1
