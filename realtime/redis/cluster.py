@@ -27,6 +27,9 @@ from realtime.redis.slots import SLOTS, slot_of
 REFRESH_INTERVAL = 5.0
 """Seconds between two readings of the map of slots: a moved slot without commands shows only there."""
 
+FAILOVER_INTERVAL = 0.5
+"""Seconds between two readings while a master is away: another one takes over as soon as the Cluster has elected it."""
+
 REFRESH_PAUSE = 0.1
 """Seconds between two readings, at least, when nodes redirect commands."""
 
@@ -60,7 +63,7 @@ class RedisCluster:
         self._slots: list[RedisServer] = [self._nowhere] * SLOTS
         self._timer: Any = None
         self._question: _Question | None = None
-        self._is_reading = self._has_lost_subscription = False
+        self._is_reading = self._is_outdated = self._has_lost_subscription = False
         self._is_closed = False
         self._is_reported = False
         self._read_at = -REFRESH_PAUSE
@@ -91,7 +94,9 @@ class RedisCluster:
 
     def refresh(self) -> None:
         """Read the map soon, as slots may have moved."""
-        if not self._is_reading and self._timer is not None:
+        if self._is_reading:
+            self._is_outdated = True
+        elif self._timer is not None:
             wait = max(0.0, self._read_at + REFRESH_PAUSE - self._reactor.seconds())
             if self._timer.getTime() - self._reactor.seconds() > wait:
                 self._timer.reset(wait)
@@ -163,7 +168,9 @@ class RedisCluster:
             slots[first : last + 1] = [node] * (last + 1 - first)
             self._replicas += [_host(replica, asked) for replica in replicas]
         self._take(masters, slots)
-        self._wait(REFRESH_INTERVAL)
+        are_ready = self._nowhere not in slots and all(node.is_ready for node in masters.values())
+        is_outdated, self._is_outdated = self._is_outdated, False
+        self._wait(REFRESH_PAUSE if is_outdated else REFRESH_INTERVAL if are_ready else FAILOVER_INTERVAL)
 
     def _take(self, masters: dict[Host, ClusterNode], slots: list[RedisServer]) -> None:
         """Use a map from now on."""
