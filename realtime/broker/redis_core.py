@@ -156,6 +156,8 @@ class RedisCore(BrokerCore[Link]):
         assert asker is not None
         reply, links.number = Reply(asker, links.number), 0
         known = self._known(channel)
+        if known is not None and not known.is_wanted:
+            self.channels_here.resume(known)
         comes_back = known is not None and known.is_wanted
         if comes_back:
             self._own[number] = server, reply
@@ -240,6 +242,8 @@ class RedisCore(BrokerCore[Link]):
             return HistoryPage([], _UNNUMBERED)
         channel, reply = request.channel, self.links.postpone()
         server = self.servers.of(channel)
+        if (before := self._known(channel)) is not None:
+            self.channels_here.resume(before)
 
         def read(page: Any, error: Exception | None) -> None:
             if error is None:
@@ -285,6 +289,7 @@ class RedisCore(BrokerCore[Link]):
         known = self.channels_here.get(request.channel)
         assert known is not None
         if not known.is_continuous:
+            self.channels_here.resume(known)
             reply = self.links.postpone()
             if known.is_wanted:
                 known.waiting.append(reply)
