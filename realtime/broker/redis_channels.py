@@ -243,8 +243,9 @@ class NodeChannels:
         known.server.run(read, self._owner.history_script(known.server), keys, terms)
 
     def _report(self, error: Exception, line: str, known: NodeChannel) -> None:
-        is_new = self._reports.admit(known.channel, self._reactor.seconds()) is not None
-        if is_new and not isinstance(error, EngineUnavailable):
+        if isinstance(error, EngineUnavailable):
+            return
+        if self._reports.admit(known.channel, self._reactor.seconds()) is not None:
             _log.error(line, channel=known.channel, error=error)
 
     def _continue(self, known: NodeChannel, *, again: bool, is_complete: bool) -> None:

@@ -175,8 +175,10 @@ class RedisCore(BrokerCore[Link]):
         if request.idempotency_key or request.version:
             self._publish_once(server, request, target, message, published)
         elif options.enabled:
-            entry, ttl, meta_ttl = entry_of(message), options.ttl, options.meta_ttl
-            terms = (entry, options.size, int(ttl * 1000) or 1, int(meta_ttl * 1000) or 1)
+            ttl, meta_ttl = options.ttl, options.meta_ttl
+            # The metadata outlive the history, which would be lost without them.
+            life = ttl if ttl > meta_ttl else meta_ttl
+            terms = (entry_of(message), options.size, int(ttl * 1000) or 1, int(life * 1000) or 1)
             server.run(published, target.scripts.publish, target.keys, terms)
         else:
             server.call(published, target.publish, name, message)
@@ -194,7 +196,7 @@ class RedisCore(BrokerCore[Link]):
                 entry_of(message),
                 options.size,
                 _milliseconds(options.ttl),
-                _milliseconds(options.meta_ttl),
+                _milliseconds(max(options.ttl, options.meta_ttl)),
             ]
             if request.version:
                 terms += [f"{request.version:020}", request.version_epoch]
@@ -260,7 +262,7 @@ class RedisCore(BrokerCore[Link]):
             reply(found)
 
         terms: list[bytes | str | int] = [
-            _milliseconds(options.meta_ttl),
+            _milliseconds(max(options.ttl, options.meta_ttl)),
             f"{self.sender}{self._next_number()}",
             request.limit,
             "" if request.since is None else request.since.offset,
