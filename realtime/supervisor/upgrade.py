@@ -169,7 +169,8 @@ class Upgrade:
             # Also before the first look: the lines of progress are on their way.
             await deferLater(self._reactor, _QUIET_INTERVAL)
             self._check_obstacle()
-            if self._estate.is_quiet:
+            # The next program does not know the processes of the trials, so it could not reap them.
+            if self._estate.is_quiet and not self._trial.pids and len(self._estate.zygote.pids) <= 1:
                 return
         raise CannotUpgrade(f"for {QUIET_TIMEOUT:g} s, messages between the processes were always under way; try again")
 
