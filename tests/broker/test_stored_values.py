@@ -92,7 +92,7 @@ async def test_a_value_outlives_a_node_and_its_workers(redis_server: RedisProces
     async with caches(redis_server) as (here, there):
         asked = here.ask()
         await here.answer("sun")
-        assert await asked == "sun"
+        assert await asked == await there.ask() == "sun"
     async with caches(redis_server) as (here, there):
         assert [await here.ask(), await there.ask()] == ["sun", "sun"]
 

@@ -93,6 +93,7 @@ FROM_BROKER: list[Any] = [
     broker_messages.CutReached("batch", [CLIENT], {"client-1": "secret"}, {"chat": ["client-1"]}),
     broker_messages.CaughtUp(2),
     broker_messages.ClientsLost(),
+    broker_messages.Missed("chat", True),
     broker_messages.RequestFailed(7, 106, "limit exceeded", False),
 ]
 DIRECTIONS = [(TO_BROKER, FROM_WORKER), (TO_WORKER, FROM_BROKER)]
