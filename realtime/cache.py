@@ -35,7 +35,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import msgspec
 
@@ -160,11 +160,25 @@ _tasks: set[asyncio.Task[Any]] = set()
 
 
 class Invalidation(msgspec.Struct, frozen=True):
-    """The removal of entries from the caches of one name: by key (`encode_key`), by tag, or of all (both None)."""
+    """The removal of entries from the caches of one name: by key (`encode_key`), by tag, or of all (both None).
+
+    kept: the seconds for which Redis keeps values of these caches, 0 if it has none.
+    """
 
     cache: str
     keys: list[bytes] | None = None
     tags: list[str] | None = None
+    kept: float = 0.0
+
+
+class StoredComputation(msgspec.Struct, frozen=True):
+    """A computation for all nodes. key: `shared_key`. ttl: seconds for which a value is fresh. kept: until it goes."""
+
+    cache: str
+    key: bytes
+    tags: list[str]
+    ttl: float
+    kept: float
 
 
 class Landing(msgspec.Struct, frozen=True):
@@ -197,7 +211,8 @@ class Host:
     coroutine for the caller, also from a thread. counter: returns the counter for a cache's name and an outcome.
     broadcast: sends an invalidation to the other workers. caches: of this process, by name. take_off: begins the
     computation of a key (`shared_key`) of a cache by one worker alone: returns its flight, or its end once another
-    worker had it, or None if each worker computes on its own. None without other workers.
+    worker had it, or None if each worker computes on its own. None without other workers. obtain: returns a value of
+    Redis, or computes it for all nodes, and the time of its computation by `clock`.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -207,6 +222,7 @@ class Host:
     counter: Callable[[str, str], Counter] = field(default=lambda name, outcome: Counter())
     broadcast: Callable[[Invalidation], Awaitable[Any]] = _to_no_worker
     take_off: Callable[[str, bytes], Awaitable[Flight | Landing | None]] | None = None
+    obtain: Callable[[StoredComputation, Callable[[], Awaitable[Any]]], Awaitable[tuple[Any, float]]] | None = None
     caches: dict[str, weakref.WeakSet[Cache]] = field(default_factory=dict)
 
     async def invalidate(self, invalidation: Invalidation) -> None:
@@ -279,7 +295,7 @@ class Cache:
         max_entries: int = 1000,
         key: Callable[..., Hashable] | None = None,
         tags: Callable[..., Iterable[str]] | Collection[str] | None = None,
-        storage: Storage | None = None,
+        storage: Storage | Literal["redis"] | None = None,
         *,
         share: bool = True,
         host: Host | None = None,
@@ -289,6 +305,7 @@ class Cache:
         key: a function of the arguments that returns the key of an answer. By default every argument counts: JSON by
         its value, a client by its user, a request by method, path, query, body, cookies and authorization. So no user
         sees another user's answer by mistake; pass a key for an answer that all users share.
+        storage: "redis" shares the values with all nodes (`engine.type = "redis"`); each worker keeps a copy in memory.
         share: one worker of this machine computes a value for all workers that need it at that time.
         tags: names for invalidating entries together, or a function of the arguments that returns them.
         """
@@ -299,7 +316,8 @@ class Cache:
         self.name = ""
         self.key = key or default_key
         self._tags = tags
-        self._storage: Storage = storage if storage is not None else MemoryStorage(max_entries)
+        self._kept = ttl + stale if storage == "redis" else 0.0
+        self._storage: Storage = MemoryStorage(max_entries) if storage is None or storage == "redis" else storage
         self._is_shared = share
         self._host = host or HOST
         self._computations: dict[Hashable, Computation] = {}
@@ -411,15 +429,15 @@ class Cache:
         if the broker does not answer: call it again. Raises TypeError for a key that consists of anything but text,
         bytes, None, numbers, and tuples and frozensets of them.
         """
-        return self._perform(Invalidation(self.name, keys=[encode_key(key) for key in keys]))
+        return self._perform(Invalidation(self.name, keys=[encode_key(key) for key in keys], kept=self._kept))
 
     def invalidate_tags(self, *tags: str) -> Awaitable[None]:
         """Remove all entries with any of these tags, as `invalidate` does."""
-        return self._perform(Invalidation(self.name, tags=list(tags)))
+        return self._perform(Invalidation(self.name, tags=list(tags), kept=self._kept))
 
     def clear(self) -> Awaitable[None]:
         """Remove all entries, as `invalidate` does."""
-        return self._perform(Invalidation(self.name))
+        return self._perform(Invalidation(self.name, kept=self._kept))
 
     def _perform(self, invalidation: Invalidation) -> Awaitable[None]:
         return self._host.perform(self._invalidate_everywhere(invalidation))
@@ -491,7 +509,7 @@ class Cache:
         else:
             landing = Landing()
             try:
-                value, made = await compute(), self._host.clock()
+                value, made = await self._obtain(key, computation, compute)
                 landing = Landing(self._packed(value), made, computation.void) if flight is not None else landing
             except Exception:
                 entry = await self._storage.get(key)
@@ -507,6 +525,16 @@ class Cache:
             if computation.void:  # invalidated while a remote storage was storing it
                 await self._storage.drop(key)
         return value
+
+    async def _obtain(
+        self, key: Hashable, computation: Computation, compute: Callable[[], Awaitable[Any]]
+    ) -> tuple[Any, float]:
+        """Return a value, and the time of its computation."""
+        shared = shared_key(key) if self._kept and self._host.obtain is not None else None
+        if shared is None or self._host.obtain is None:
+            return await compute(), self._host.clock()
+        wanted = StoredComputation(self.name, shared, sorted(computation.tags), self.ttl, self._kept)
+        return await self._host.obtain(wanted, compute)
 
     async def _take_off(self, key: Hashable, computation: Computation) -> Flight | Entry | None:
         """Return the flight of this computation, the value of another worker, or None to compute without a flight."""

@@ -93,13 +93,11 @@ class RedisCore(BrokerCore[Link]):
         self.ready: list[Callable[[RedisServer], None]] = []
         self.lost: list[Callable[[RedisServer], None]] = []
         self._scripts = {is_cluster: ChannelScripts(is_cluster=is_cluster) for is_cluster in (False, True)}
-        self.channels_here = NodeChannels(self, self._prefix, metrics)
+        self.channels_here = NodeChannels(self, self._prefix, reactor, metrics)
         self._named = self.channels_here.named
-        self._handlers: dict[bytes, tuple[str, Callable[[bytes], None]]] = {}
         self._known = self.channels_here.get
         self._targets: dict[str, _Target] = {}
         self._refusals: Repetition[str] = Repetition()
-        self._listening: dict[str, RedisServer] = {}  # by name, the server that was asked for its messages
         self._number = 0
         # Of messages that come back to this node, and have not yet.
         self._own: dict[int, tuple[RedisServer, Reply]] = {}
@@ -124,6 +122,7 @@ class RedisCore(BrokerCore[Link]):
 
     def close(self) -> None:
         """End the connections to Redis."""
+        self.channels_here.close_all()
         self.servers.close()
 
     def key(self, kind: str, name: str) -> bytes:
@@ -330,25 +329,15 @@ class RedisCore(BrokerCore[Link]):
 
     def listen(self, name: str, handle: Callable[[bytes], None]) -> None:
         """Handle messages on a pub/sub channel of this engine's own, whenever Redis is there."""
-        channel = self.key("node", name)
-        self._handlers[channel] = name, handle
-        self._listen_at(self.servers.of(name), name, channel)
-
-    def _listen_at(self, server: RedisServer, name: str, channel: bytes) -> None:
-        def confirmed(reply: Any, error: Exception | None) -> None:
-            if error is not None and self._listening.get(name) is server:
-                del self._listening[name]
-
-        self._listening[name] = server
-        if server.is_ready:
-            server.subscribe(channel, confirmed)
+        self.channels_here.listen(name, handle)
 
     def on_message(self, server: RedisServer, channel: bytes, payload: bytes) -> None:
         """Deliver a message to the workers with a route, and answer the request that it belongs to."""
         known = self._named(channel)
         if known is None:
-            if channel in self._handlers:
-                self._handlers[channel][1](payload)
+            return
+        if known.handle is not None:
+            known.handle(payload)
             return
         try:
             message = decode(payload)
@@ -383,9 +372,6 @@ class RedisCore(BrokerCore[Link]):
     def on_ready(self, server: RedisServer) -> None:
         """See `RedisListener`."""
         self._targets.clear()
-        for channel, (name, _) in self._handlers.items():
-            if self.servers.of(name) is server:
-                self._listen_at(server, name, channel)
         self.channels_here.on_ready(server)
         for function in self.ready:
             function(server)
@@ -400,20 +386,11 @@ class RedisCore(BrokerCore[Link]):
 
     def on_unsubscribed(self, server: RedisServer, channel: bytes) -> None:
         """See `RedisListener`."""
-        if channel in self._handlers:
-            self._listening.pop(self._handlers[channel][0], None)
-        else:
-            self.channels_here.on_unsubscribed(channel)
+        self.channels_here.on_unsubscribed(server, channel)
 
     def on_moved(self) -> None:
         """See `RedisListener`."""
         self._targets.clear()
-        for channel, (name, _) in self._handlers.items():
-            before, server = self._listening.get(name), self.servers.of(name)
-            if server is not before:
-                if before is not None:
-                    before.unsubscribe(channel)
-                self._listen_at(server, name, channel)
         for server in self.channels_here.on_moved():
             # Their own messages may not come back. Those that do have arrived before the answer.
             numbers = [number for number, (of, _) in self._own.items() if of is server]

@@ -376,7 +376,8 @@ class Control(control.Peer):
         """Called by twisted: the supervisor has ended, or has dropped this process."""
         super().connectionLost(reason)
         if not self._child.draining:
-            _log.warn("the supervisor has ended; {name} drains and exits", name=self._child.name)
+            cause = "its control link has failed" if self.has_failed else "the supervisor has ended"
+            _log.warn("{cause}; {name} drains and exits", cause=cause, name=self._child.name)
         timeout = min(ORPHAN_DRAIN, self._child.settings.shutdown.timeout)
         self._child.drain(timeout)
 

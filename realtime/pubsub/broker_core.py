@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 from msgspec import Struct
 
-from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
+from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, NOT_AVAILABLE, ClientError
 from realtime.metrics import Counter
 from realtime.pubsub.broker_state import StatePart, chunks
 from realtime.pubsub.engine import (
@@ -26,9 +26,12 @@ from realtime.pubsub.engine import (
     AdmitClient,
     Answer,
     Cut,
+    DropValues,
     EndLease,
     EngineNotice,
     EngineRequest,
+    FetchValue,
+    FoundValue,
     GetHistory,
     GetNodes,
     GetPresence,
@@ -40,6 +43,7 @@ from realtime.pubsub.engine import (
     RemovePresence,
     ReportSubscriptions,
     SendOrder,
+    StoreValue,
     Subscribe,
     TakeLease,
     TakeLostClients,
@@ -514,6 +518,18 @@ class BrokerCore(Generic[P]):
     @carries_out(EndLease)
     def end_lease(self, peer: P, now: float, request: EndLease) -> None:
         self._leases.end(peer, request.flight, request.order)
+
+    @carries_out(FetchValue)
+    def fetch_value(self, peer: P, now: float, request: FetchValue) -> FoundValue:
+        raise ClientError(*NOT_AVAILABLE)
+
+    @carries_out(StoreValue)
+    def store_value(self, peer: P, now: float, request: StoreValue) -> bool:
+        raise ClientError(*NOT_AVAILABLE)
+
+    @carries_out(DropValues)
+    def drop_values(self, peer: P, now: float, request: DropValues) -> None:
+        raise ClientError(*NOT_AVAILABLE)
 
     def _peer_at(self, address: str) -> P | None:
         """Return the peer with this address, None for a worker of another node."""

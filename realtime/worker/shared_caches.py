@@ -8,16 +8,44 @@ sequence, so a value that was invalidated under way is not taken for a new one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from realtime.cache import Flight, Host, Invalidation, Landing
+from realtime.cache import (
+    Flight,
+    Host,
+    Invalidation,
+    Landing,
+    StoredComputation,
+    decode_key,
+    pack_value,
+    shared_key,
+    unpack_value,
+)
+from realtime.errors import ClientError, EngineUnavailable
 from realtime.protocol.orders import InvalidateOrder, LandOrder, encode_order
-from realtime.pubsub.engine import EndLease, Engine, SendOrder, TakeLease
+from realtime.pubsub.engine import (
+    DropValues,
+    EndLease,
+    Engine,
+    FetchValue,
+    SendOrder,
+    StoreValue,
+    TakeLease,
+    ValueState,
+)
+
+LEASE = 10.0
+"""Seconds of a computation for all nodes, if each worker of this machine computes on its own."""
+
+POLL_MIN, POLL_MAX = 0.02, 0.25
+"""Seconds between two questions whether another node has computed a value: they double."""
 
 PATIENCE = 2.0
 """Seconds for which the end of another worker's lease is awaited beyond the lease's time; then nothing will come."""
@@ -40,10 +68,24 @@ class SharedCaches:
         host.broadcast = self._broadcast
         if lease:
             host.take_off = self._take_off
+        host.obtain = self._obtain
+        self._is_away = False  # the store of values, as far as we know
 
     async def _broadcast(self, invalidation: Invalidation) -> None:
+        if invalidation.kept:
+            await self._drop(invalidation)
         order = InvalidateOrder(self._address, invalidation.cache, invalidation.keys, invalidation.tags)
         await self._engine.ask(SendOrder(encode_order(order)))
+
+    async def _drop(self, invalidation: Invalidation) -> None:
+        keys = invalidation.keys
+        shared = None if keys is None else [key for key in map(shared_key, map(decode_key, keys)) if key is not None]
+        # A mark has to outlive the values that were made before it, and the computations.
+        kept = 2 * invalidation.kept + 2 * (self._lease or LEASE)
+        try:
+            await self._engine.ask(DropValues(invalidation.cache, shared, invalidation.tags, kept))
+        except ClientError:
+            self._note_away("this engine has no store for them: engine.type is not redis")
 
     def on_order(self, order: InvalidateOrder) -> None:
         """Carry out the invalidation of another worker."""
@@ -94,6 +136,44 @@ class SharedCaches:
         """Handle the end of another worker's computation."""
         for waiter in self._waiting.pop(order.flight, ()):
             _end_wait(waiter, Landing(order.value, order.made, order.is_void))
+
+    async def _obtain(self, wanted: StoredComputation, compute: Callable[[], Awaitable[Any]]) -> tuple[Any, float]:
+        """See `Host.obtain`."""
+        clock, token, lease = self._host.clock, f"{self._address}/{next(self._numbers)}", self._lease or LEASE
+        until, pause = clock() + lease, POLL_MIN
+        names = wanted.cache, wanted.key, wanted.tags
+        while True:
+            try:
+                found = await self._engine.ask(FetchValue(*names, token, lease, time.time() - wanted.ttl))
+            except (EngineUnavailable, ClientError) as error:
+                self._note_away(str(error))
+                return await compute(), clock()
+            self._is_away = False
+            if found.state is ValueState.FOUND:
+                try:
+                    return unpack_value(found.value), clock() - max(0.0, time.time() - found.made)
+                except (ValueError, KeyError):  # of another version of the application
+                    return await compute(), clock()
+            if found.state is ValueState.GRANTED:
+                break
+            if clock() >= until:
+                return await compute(), clock()
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, POLL_MAX)
+        packed = b""
+        try:
+            value = await compute()
+            with suppress(TypeError):
+                packed = pack_value(value)
+        finally:
+            made = time.time()
+            self._engine.ask_then(StoreValue(*names, token, found.stamp, packed, made, wanted.kept), _ignore)
+        return value, clock()
+
+    def _note_away(self, reason: str) -> None:
+        if not self._is_away:
+            self._is_away = True
+            _log.warn('caches with storage="redis" compute their values on this machine alone: {reason}', reason=reason)
 
 
 def _end_wait(waiter: asyncio.Future[Flight | Landing | None], landing: Landing | None) -> None:

@@ -65,6 +65,10 @@ class User:
     def call(self, *command: bytes | str | int, of: str = "") -> Deferred[Any]:
         return _answer(lambda done: self.servers.of(of).call(done, *command))
 
+    def echo(self, server: RedisServer, text: str) -> Deferred[Any]:
+        """Have a server return a text."""
+        return _answer(lambda done: server.call(done, "ECHO", text))
+
     def run(self, script: Script, keys: list[Any], arguments: list[Any], of: str = "") -> Deferred[Any]:
         return _answer(lambda done: self.servers.of(of).run(done, script, keys, arguments))
 

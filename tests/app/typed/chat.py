@@ -100,6 +100,11 @@ async def latest(request: Request) -> Response:
     return Response(body=b"".join(publication.data for publication in page.publications))
 
 
+@app.http.delete("/rooms/{room}/messages/{number:int}", timeout=3)
+async def remove_message(request: Request) -> None:
+    assert_type(request.path_parameters["room"], str | int)
+
+
 @app.on_start
 async def warm_up() -> None:
     assert_type((await app.channels("chat:*"))["chat:1"], int)
