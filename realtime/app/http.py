@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as record_field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypedDict, TypeVar, Unpack
 
 import msgspec
 
+from realtime.app.cookies import Cookie, parse_cookies
 from realtime.app.declarations import HandlerOptions, Policy, RunIn, calling_line, defining_line
 from realtime.app.path_patterns import parse_pattern
 from realtime.cache import Cache
@@ -32,6 +33,11 @@ class Request(msgspec.Struct, frozen=True):
     remote_address: str = ""
     path_parameters: dict[str, str | int] = {}
 
+    @property
+    def cookies(self) -> dict[str, str]:
+        """The cookies by name, as sent; see `realtime.app.cookies.parse_cookies`."""
+        return parse_cookies(self.headers.get("cookie", ""))
+
     def json(self) -> Any:
         """Return the decoded body. Raises ClientError 107, answered with status 400, if it is not JSON."""
         try:
@@ -47,11 +53,15 @@ class Request(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An HTTP response with its status, headers and body. A `str` body is sent as UTF-8."""
+    """An HTTP response with its status, headers and body.
+
+    A `str` body is sent as UTF-8. cookies: those that the response sets.
+    """
 
     status: int = 200
     headers: Mapping[str, str] = record_field(default_factory=dict)
     body: bytes | str = b""
+    cookies: Sequence[Cookie] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 from twisted.logger import globalLogPublisher
 
-from realtime.app import Request, Response
+from realtime.app import Cookie, Request, Response
+from realtime.cache import Cache
 from realtime.config.settings import WorkersSettings
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.pubsub.engine import AddPresence, Publish
@@ -112,6 +113,29 @@ async def test_a_handler_gets_the_parameters_of_its_path(site: Site, kind: str) 
         assert b"HTTP/1.1 404 " in await site.raw(
             b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path.encode()
         )
+
+
+@on_loop
+async def test_a_browser_gets_cookies_and_sends_them_back(site: Site) -> None:
+    @site.app.http.get("/visit")
+    async def visit(request: Request) -> Response:
+        visits = int(request.cookies.get("visits", "0")) + 1
+        return Response(body="", cookies=[Cookie("visits", str(visits)), Cookie("last", "today", max_age=60)])
+
+    @site.app.http.get("/shared", cache=Cache(ttl=1))
+    async def shared(request: Request) -> Response:
+        return Response(cookies=[Cookie("session", "of-one-user")])
+
+    url = await site.start()
+    browser = requests.Session()
+    for number in (1, 2):
+        answer = await deferToThread(browser.get, f"{url}/visit", timeout=20)
+        assert browser.cookies.get_dict() == {"visits": str(number), "last": "today"}
+    assert "visits=2; Path=/; HttpOnly; SameSite=Lax" in answer.headers["Set-Cookie"]
+    refused = await fetch("GET", f"{url}/shared")
+    assert (refused.status_code, "Set-Cookie" in refused.headers) == (500, False)
+    [entry] = site.logged
+    assert "a route with a cache sets no cookies" in str(entry)
 
 
 @on_loop

@@ -13,6 +13,7 @@ from realtime import (
     ClientError,
     ClientInfo,
     ConnectRequest,
+    Cookie,
     Credentials,
     Grant,
     HistoryPage,
@@ -101,8 +102,10 @@ async def latest(request: Request) -> Response:
 
 
 @app.http.delete("/rooms/{room}/messages/{number:int}", timeout=3)
-async def remove_message(request: Request) -> None:
+async def remove_message(request: Request) -> Response:
     assert_type(request.path_parameters["room"], str | int)
+    assert_type(request.cookies, dict[str, str])
+    return Response(204, cookies=[Cookie("removed", "yes", same_site="Strict")])
 
 
 @app.on_start
