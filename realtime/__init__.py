@@ -1,7 +1,7 @@
 """A multi-reactor realtime messaging server on Twisted, with handlers in plain Python."""
 
 from realtime._version import __version__
-from realtime.app import App, Client, Cookie, Request, Response
+from realtime.app import App, Client, Cookie, File, Form, Request, Response
 from realtime.cache import Cache
 from realtime.errors import (
     ClientError,
@@ -34,6 +34,8 @@ __all__ = [
     "Credentials",
     "Disconnect",
     "EngineUnavailable",
+    "File",
+    "Form",
     "Grant",
     "HandlerTimeout",
     "HistoryPage",

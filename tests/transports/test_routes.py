@@ -139,6 +139,25 @@ async def test_a_browser_gets_cookies_and_sends_them_back(site: Site) -> None:
 
 
 @on_loop
+async def test_a_form_and_its_mistakes_over_http(site: Site) -> None:
+    @site.app.http.post("/upload")
+    def upload(request: Request) -> Any:
+        form = request.form(max_fields=2)
+        return [form.fields, {name: [file.name, len(file.content)] for name, file in form.files.items()}]
+
+    url = await site.start()
+    answer = await fetch("POST", f"{url}/upload", data={"title": "a"}, files={"page": ("a.txt", b"x" * 1000)})
+    assert answer.json() == [{"title": "a"}, {"page": ["a.txt", 1000]}]
+    assert (await fetch("POST", f"{url}/upload", data={"title": "a b"})).json() == [{"title": "a b"}, {}]
+    refused = await fetch("POST", f"{url}/upload", data="a=1&b=2&c=3", headers=FORM)
+    assert (refused.status_code, refused.json()["code"]) == (400, 400)
+    assert (await fetch("POST", f"{url}/upload", files={"page": b"x" * 5000})).status_code == 413
+
+
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+
+
+@on_loop
 async def test_each_method_has_its_route(site: Site) -> None:
     async def answer(request: Request) -> Any:
         return [request.method, request.body.decode()]

@@ -108,6 +108,14 @@ async def remove_message(request: Request) -> Response:
     return Response(204, cookies=[Cookie("removed", "yes", same_site="Strict")])
 
 
+@app.http.post("/orders")
+def order_by_post(request: Request) -> Order:
+    assert_type(request.json(Order), Order)
+    assert_type(request.json(list[Order]), list[Order])
+    assert_type(request.form().fields, dict[str, str])
+    return request.form(max_fields=5).convert(Order)
+
+
 @app.on_start
 async def warm_up() -> None:
     assert_type((await app.channels("chat:*"))["chat:1"], int)
