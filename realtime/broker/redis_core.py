@@ -93,9 +93,8 @@ class RedisCore(BrokerCore[Link]):
         self.ready: list[Callable[[RedisServer], None]] = []
         self.lost: list[Callable[[RedisServer], None]] = []
         self._scripts = {is_cluster: ChannelScripts(is_cluster=is_cluster) for is_cluster in (False, True)}
-        self.channels_here = NodeChannels(self, self._prefix, metrics)
+        self.channels_here = NodeChannels(self, self._prefix, reactor, metrics)
         self._named = self.channels_here.named
-        self._handlers: dict[bytes, tuple[str, Callable[[bytes], None]]] = {}
         self._known = self.channels_here.get
         self._targets: dict[str, _Target] = {}
         self._refusals: Repetition[str] = Repetition()
@@ -123,6 +122,7 @@ class RedisCore(BrokerCore[Link]):
 
     def close(self) -> None:
         """End the connections to Redis."""
+        self.channels_here.close_all()
         self.servers.close()
 
     def key(self, kind: str, name: str) -> bytes:
@@ -329,17 +329,15 @@ class RedisCore(BrokerCore[Link]):
 
     def listen(self, name: str, handle: Callable[[bytes], None]) -> None:
         """Handle messages on a pub/sub channel of this engine's own, whenever Redis is there."""
-        server, channel = self.servers.of(name), self.key("node", name)
-        self._handlers[channel] = name, handle
-        if server.is_ready:
-            server.subscribe(channel)
+        self.channels_here.listen(name, handle)
 
     def on_message(self, server: RedisServer, channel: bytes, payload: bytes) -> None:
         """Deliver a message to the workers with a route, and answer the request that it belongs to."""
         known = self._named(channel)
         if known is None:
-            if channel in self._handlers:
-                self._handlers[channel][1](payload)
+            return
+        if known.handle is not None:
+            known.handle(payload)
             return
         try:
             message = decode(payload)
@@ -374,9 +372,6 @@ class RedisCore(BrokerCore[Link]):
     def on_ready(self, server: RedisServer) -> None:
         """See `RedisListener`."""
         self._targets.clear()
-        for name, _ in self._handlers.values():
-            if self.servers.of(name) is server:
-                server.subscribe(self.key("node", name))
         self.channels_here.on_ready(server)
         for function in self.ready:
             function(server)
@@ -388,6 +383,10 @@ class RedisCore(BrokerCore[Link]):
         self.channels_here.on_lost(server, error)
         for function in self.lost:
             function(server)
+
+    def on_unsubscribed(self, server: RedisServer, channel: bytes) -> None:
+        """See `RedisListener`."""
+        self.channels_here.on_unsubscribed(server, channel)
 
     def on_moved(self) -> None:
         """See `RedisListener`."""

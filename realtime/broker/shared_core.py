@@ -18,6 +18,7 @@ from realtime.broker.nodes import ALL, NodeOrder, Nodes
 from realtime.broker.redis_core import RedisCore
 from realtime.broker.redis_messages import VERSION, ChannelJoin, ChannelLeave, encode
 from realtime.broker.shared_presence import Names, SharedPresence
+from realtime.broker.stored_values import StoredValues
 from realtime.broker.user_connections import UserConnections
 from realtime.config.settings import Settings
 from realtime.errors import ClientError
@@ -28,11 +29,16 @@ from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.engine import (
     AddPresence,
     AdmitClient,
+    DropValues,
+    FetchValue,
+    FoundValue,
     GetNodes,
     GetPresence,
     GetPresenceStats,
     RemovePresence,
     SendOrder,
+    StoreValue,
+    ValueState,
     split_address,
 )
 from realtime.pubsub.presence import Listings, PresenceEntry
@@ -88,6 +94,7 @@ class SharedCore(RedisCore):
             call_soon,
             metrics,
         )
+        self._values = StoredValues(self.key, self.servers.of)
         # Of no interest to Redis without a limit.
         self._has_limit = settings.client.user_connection_limit > 0
         self._connections = UserConnections(
@@ -168,6 +175,8 @@ class SharedCore(RedisCore):
     def _on_order(self, message: NodeOrder) -> None:
         """Deliver an order of another node."""
         recipients = list(self._peers)
+        if not message.worker:
+            self._leases.note_order()
         if message.worker:
             recipient = self._sessions.get(message.session) or self._peer_at(message.worker)
             recipients = [] if recipient is None else [recipient]
@@ -177,6 +186,22 @@ class SharedCore(RedisCore):
     def get_nodes(self, peer: Link, now: float, request: GetNodes) -> list[NodeInfo]:
         """See `GetNodes`."""
         return self.nodes.infos()
+
+    # Values of caches
+
+    def fetch_value(self, peer: Link, now: float, request: FetchValue) -> FoundValue:
+        """See `FetchValue`."""
+        self._values.fetch(request, self.links.postpone())
+        return FoundValue(ValueState.HELD)
+
+    def store_value(self, peer: Link, now: float, request: StoreValue) -> bool:
+        """See `StoreValue`."""
+        self._values.store(request, self.links.postpone())
+        return False
+
+    def drop_values(self, peer: Link, now: float, request: DropValues) -> None:
+        """See `DropValues`."""
+        self._values.drop(request, self.links.postpone())
 
     # Presence
 

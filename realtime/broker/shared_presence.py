@@ -4,9 +4,10 @@ Each node's broker keeps the presence of its own clients (`realtime.pubsub.prese
 where all nodes have one list of each channel, in three keys of one slot:
 
     presence   hash   id: of this list; entries, clients: numbers of its fields and of the listed clients; n<run>: the
-                      entries of one run of a broker; g<run>: their removal by another node
+                      entries of one run of a broker; g<run>: their removal by another node (going), and their return
+                      (back, again)
     clients    hash   client -> one byte of flags, the run of its broker, its ClientInfo
-    users      hash   user -> number of listed clients
+    users      hash   u<user>: number of listed clients; total: of all
 
 A script changes the list, counts, and publishes the join or the leave, all at once. So each join and leave is published
 exactly once, whatever happens between the nodes. The changes of a channel go out one batch after the other; after an
@@ -68,8 +69,9 @@ local function count(value, change)
     -- The first field behind the head of the array: the others are bytes, which cmsgpack can't read.
     local _, user = cmsgpack.unpack_one(value, 10)
     redis.call('HINCRBY', meta, 'clients', change)
-    if redis.call('HINCRBY', users, user, change) <= 0 then
-      redis.call('HDEL', users, user)
+    redis.call('HINCRBY', users, 'total', change)
+    if redis.call('HINCRBY', users, 'u' .. user, change) <= 0 then
+      redis.call('HDEL', users, 'u' .. user)
     end
   end
   redis.call('HINCRBY', meta, 'entries', change)
@@ -162,11 +164,13 @@ if redis.call('HGET', meta, 'id') ~= id then
 end
 local total = redis.call('HMGET', meta, 'n' .. run, 'entries', 'clients')
 local is_whole = tonumber(total[2]) == redis.call('HLEN', clients)
-  and (tonumber(total[3]) > 0) == (redis.call('EXISTS', users) == 1)
-if tonumber(total[1] or 0) ~= tonumber(entries) or not is_whole then
-  if gone then
-    return {'removed'}
-  end
+  and tonumber(total[3]) == tonumber(redis.call('HGET', users, 'total') or 0)
+local is_complete = tonumber(total[1] or 0) == tonumber(entries)
+if is_whole and gone == 'back' and not is_complete then
+  redis.call('HSET', meta, 'g' .. run, 'again')
+  return {'removed'}
+end
+if not (is_whole and is_complete) then
   redis.call('DEL', meta, clients, users)
   return {'damaged'}
 end
@@ -187,7 +191,8 @@ READ = Script(
     _COMMON
     + """
 local total = redis.call('HLEN', clients)
-local result = {redis.call('HGET', meta, 'clients') or '0', redis.call('HLEN', users), total, runs()}
+local distinct = math.max(0, redis.call('HLEN', users) - 1)
+local result = {redis.call('HGET', meta, 'clients') or '0', distinct, total, runs()}
 if total <= tonumber(ARGV[2]) then
   result[5] = redis.call('HVALS', clients)
 end
@@ -251,9 +256,10 @@ class _List:
     """The part of a channel's list that comes from this run.
 
     id: of the list, "" while unknown. entries: clients that the run has there, once all changes are carried out.
-    changes: not sent yet, by client: mode and value. sent: those under way. waiting, asked: callbacks for the changes
-    that are not sent, and for those under way. rest: entries that are to be added again. touched: clients that changed
-    since that began.
+    changes: not sent yet, by client: mode and value. sent: those under way, none with a renewal. One script of a list
+    is under way at a time: a call for which Redis lacks the script may be carried out behind later ones. waiting,
+    asked: callbacks for the changes that are not sent, and for those under way. rest: entries that are to be added
+    again. touched: clients that changed since that began.
     """
 
     __slots__ = ("asked", "changes", "entries", "id", "rest", "sent", "touched", "waiting")
@@ -341,7 +347,7 @@ class SharedPresence:
         listed = self._lists.get(channel)
         if listed is not None and listed.changes:
             listed.waiting.append(done)
-        elif listed is not None and listed.sent is not None:
+        elif listed is not None and listed.sent:
             listed.asked.append(done)
         else:
             done(None, None)
@@ -479,20 +485,21 @@ class SharedPresence:
                 self._send(channel, listed)
             return
         arguments = (self._run, self._lifetime, listed.id, listed.entries)
+        listed.sent = {}
 
         def renewed(reply: Any, error: Exception | None) -> None:
-            if error is None and self._lists.get(channel) is listed:
+            listed.sent = None
+            if error is None:
                 self._on_renewed(channel, listed, _text(reply[0]), [_text(run) for run in reply[1:]])
+            if listed.sent is None and not listed.is_idle:
+                self._send(channel, listed)
 
         self._server(channel).run(renewed, RENEW, self._names(channel).keys, arguments)
 
     def _on_renewed(self, channel: str, listed: _List, state: str, runs: list[str]) -> None:
         if state != "whole":
-            if listed.rest is None:
-                listed.id = ""
-                self._begin_again(channel, listed)
-                if listed.sent is None:
-                    self._send(channel, listed)
+            listed.id = ""
+            self._begin_again(channel, listed)
             return
         for run in runs:
             if self._is_dead(run):

@@ -36,6 +36,13 @@ class WorkersSettings(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = True
     handler_timeout: Annotated[Seconds, about("Time limit of a handler's call. 0: no limit.")] = 10.0
+    cache_lease: Annotated[
+        Seconds,
+        about(
+            "Time for which one worker computes a cached value and the others wait for it. Then another worker computes"
+            " it as well. 0: each worker computes its own values."
+        ),
+    ] = 10.0
     max_error_series: Annotated[
         Positive,
         about(

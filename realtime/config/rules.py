@@ -205,6 +205,11 @@ _REDIS: tuple[Rule[RedisSettings], ...] = (
         "Sentinels need the name of the server that they watch; set it as in their `sentinel monitor NAME ...`",
     ),
     Rule(
+        ("address", "sentinel_address", "cluster_address"),
+        lambda redis: len({address.name for address in addresses_in_use(redis)}) == len(addresses_in_use(redis)),
+        "two entries name the same server; remove one, or name another server",
+    ),
+    Rule(
         ("db", "address", "sentinel_address", "cluster_address"),
         lambda redis: redis.db == 0 or all(address.topology != "cluster" for address in addresses_in_use(redis)),
         "a Cluster has the database 0 only; remove this key, and choose another prefix instead",

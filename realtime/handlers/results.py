@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from realtime.app import Handler, Response
+from realtime.cache import share_values_of
 from realtime.errors import LIMIT_EXCEEDED, PERMISSION_DENIED, ClientError
 from realtime.types import Credentials, Grant
 
@@ -39,6 +40,9 @@ class PreparedResponse(msgspec.Struct, frozen=True):
     headers: tuple[tuple[str, str], ...] = ()
     fault: str = ""
     close: bool = False
+
+
+share_values_of(PreparedResponse)
 
 
 def status_response(status: int, *headers: tuple[str, str]) -> PreparedResponse:

@@ -63,22 +63,8 @@ async def test_presence_is_that_of_all_nodes(redis_server: RedisProcess) -> None
         assert ours.log.entries == [("joined", "room", ALICE), ("joined", "room", BOB), ("left", "room", BOB)]
 
 
-async def test_the_presence_of_a_killed_node_ends_within_its_ttl(redis_server: RedisProcess) -> None:
-    async with nodes(redis_server.address, 3, presence_ttl=2.0) as (here, there, lost):
-        for node, info in ((here, ALICE), (lost, BOB)):
-            await node.workers[0].engine.ask(Subscribe("room"))
-            await node.workers[0].engine.ask(present(info))
-        await there.workers[0].engine.ask(Subscribe("room"))
-        await lost.broker.kill()
-        await until(lambda: ("left", "room", BOB) in there.workers[0].log.entries)
-        await until_present(there.workers[0], ALICE)
-        for node in (here, there):
-            assert node.workers[0].log.named("left") == [("room", BOB)]
-            assert len(await until_nodes_are(node.workers[0], 2)) == 2
-
-
 async def test_a_paused_node_keeps_its_clients_or_adds_them_again(redis_server: RedisProcess) -> None:
-    async with nodes(redis_server.address, 2, presence_ttl=2.0) as (here, paused):
+    async with nodes(redis_server.address, 2, presence_ttl=6.0) as (here, paused):
         ours, theirs = here.workers[0], paused.workers[0]
         await ours.engine.ask(Subscribe("room"))
         await ours.engine.ask(present(ALICE))
@@ -87,15 +73,15 @@ async def test_a_paused_node_keeps_its_clients_or_adds_them_again(redis_server: 
         await until(lambda: ours.log.named("left") == [("room", BOB)])
         paused.broker.signal(signal.SIGCONT)
         await until_present(ours, ALICE, BOB)
-        await until(lambda: len(ours.log.named("joined")) == 3)
-        assert ours.log.named("joined") == [("room", ALICE), ("room", BOB), ("room", BOB)]
+        await until(lambda: len(ours.log.named("joined")) - len(ours.log.named("left")) == 2)
         redis_server.command("FLUSHALL")
         await until_present(ours, ALICE, BOB)
-        assert (len(ours.log.named("joined")), len(ours.log.named("left"))) == (3, 1)
+        of_bob = [kind for kind, _, info in ours.log.entries if info == BOB]
+        assert of_bob == ["joined", "left"] * (len(of_bob) // 2) + ["joined"]
 
 
 async def test_a_broker_that_restarts_continues_the_presence_of_its_node(redis_server: RedisProcess) -> None:
-    async with nodes(redis_server.address, 2) as (here, there):
+    async with nodes(redis_server.address, 2, presence_ttl=6.0) as (here, there):
         ours, theirs = here.workers[0], there.workers[0]
         await ours.engine.ask(Subscribe("room"))
         for info in (ALICE, BOB):
@@ -158,13 +144,15 @@ async def test_connections_of_a_user_are_limited_over_all_nodes(redis_server: Re
         assert await ours.ask(AdmitClient(ClientInfo("bob", "7"), 1))
 
 
-async def test_nodes_are_listed_with_their_numbers(redis_server: RedisProcess) -> None:
+async def test_nodes_are_listed_with_their_numbers_until_they_stop(redis_server: RedisProcess) -> None:
     async with nodes(redis_server.address, 2, presence_ttl=2.0) as (here, there):
         ours, theirs = here.workers[0].engine, there.workers[0].engine
         for info in (ALICE, BOB):
             theirs.tell(AddClient(info))
         theirs.tell(ReportSubscriptions(7))
-        await theirs.ask(Subscribe("room"))
+        for engine in (ours, theirs):
+            await engine.ask(Subscribe("room"))
+        await theirs.ask(present(BOB))
         while True:
             listed = await ours.ask(GetNodes())
             if len(listed) == 2 and listed[1].stats.channels:
@@ -177,6 +165,8 @@ async def test_nodes_are_listed_with_their_numbers(redis_server: RedisProcess) -
         there.broker.signal(signal.SIGTERM)
         await there.broker.gone()
         assert len(await ours.ask(GetNodes())) == 1
+        # It has written the leaves of its clients, too.
+        assert (await here.workers[0].settled()).named("left") == [("room", BOB)]
 
 
 async def test_nodes_share_a_cluster(redis_starter: RedisStarter) -> None:

@@ -15,6 +15,7 @@ REFUSED = [
     ("sentinel_address = 'a:26379'", "engine.redis.sentinel_master_name: Sentinels need the name of the server"),
     ("address = 'redis+sentinel://a:26379'", "engine.redis.sentinel_master_name: Sentinels need the name"),
     ("cluster_address = 'a:1'\ndb = 1", "engine.redis.db: a Cluster has the database 0 only; remove this key"),
+    ("address = ['a:1', 'redis://a:1/2']", "engine.redis.address: two entries name the same server; remove one"),
     ("tls.cert_pem = 'x'", "engine.redis.tls.cert_pem: cert_pem and key_pem belong together"),
     ("prefix = 'a{b'", "engine.redis.prefix: expected a name of letters, digits"),
     ("prefix = ''", "engine.redis.prefix: expected a name of letters, digits"),

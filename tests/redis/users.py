@@ -27,6 +27,7 @@ class User:
         ledger = LoopTimeLedger(time.monotonic_ns)
         self.servers = RedisServers(settings, reactor, self, self.metrics, ledger)
         self.moves = 0
+        self.lost_subscriptions: list[bytes] = []
         self.servers.start()
 
     @property
@@ -55,11 +56,18 @@ class User:
     def on_lost(self, server: RedisServer, reason: str) -> None:
         self.losses.append(reason)
 
+    def on_unsubscribed(self, server: RedisServer, channel: bytes) -> None:
+        self.lost_subscriptions.append(channel)
+
     def on_moved(self) -> None:
         self.moves += 1
 
     def call(self, *command: bytes | str | int, of: str = "") -> Deferred[Any]:
         return _answer(lambda done: self.servers.of(of).call(done, *command))
+
+    def echo(self, server: RedisServer, text: str) -> Deferred[Any]:
+        """Have a server return a text."""
+        return _answer(lambda done: server.call(done, "ECHO", text))
 
     def run(self, script: Script, keys: list[Any], arguments: list[Any], of: str = "") -> Deferred[Any]:
         return _answer(lambda done: self.servers.of(of).run(done, script, keys, arguments))
