@@ -126,7 +126,7 @@ class HandlerCall:
         self._takes_client = ARGUMENTS[handler.kind][0][:1] == ("client",)
         # Mostly a slice, without a call of Python code.
         self._take = itemgetter(handler.taken) if handler.convert is None else handler.take
-        self._convert = result_converter(handler.kind)
+        self._convert = result_converter(handler.kind, handler.cache is not None)
         self._never_waits = handler.run == "loop" and self._semaphore is None and never_waits(handler.function)
         self._is_always_immediate = self._never_waits and self._policy.admits_always
         # The loop itself holds only a weak reference to a waiting task. Values: what ends the wait of its caller.
