@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as record_field
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, TypeVar, Unpack
+from typing import Any, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import msgspec
 
+from realtime.app.cookies import Cookie, parse_cookies
+from realtime.app.data_types import BAD_DATA
 from realtime.app.declarations import HandlerOptions, Policy, RunIn, calling_line, defining_line
+from realtime.app.forms import MAX_FIELDS, Form, parse_form
 from realtime.app.path_patterns import parse_pattern
 from realtime.cache import Cache
 from realtime.errors import BAD_REQUEST, ClientError, SettingsError
+
+Data = TypeVar("Data")
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -32,12 +37,40 @@ class Request(msgspec.Struct, frozen=True):
     remote_address: str = ""
     path_parameters: dict[str, str | int] = {}
 
-    def json(self) -> Any:
-        """Return the decoded body. Raises ClientError 107, answered with status 400, if it is not JSON."""
+    @property
+    def cookies(self) -> dict[str, str]:
+        """The cookies by name, as sent; see `realtime.app.cookies.parse_cookies`."""
+        return parse_cookies(self.headers.get("cookie", ""))
+
+    @overload
+    def json(self) -> Any: ...
+
+    @overload
+    def json(self, type: type[Data]) -> Data: ...
+
+    @overload
+    def json(self, type: Any) -> Any: ...
+
+    def json(self, type: Any = Any) -> Any:
+        """Return the decoded body.
+
+        Raises ClientError 107, answered with status 400, if it is not JSON. type: of the result, one that msgspec
+        converts to, such as a Struct; then the error is 400, with the place of the mistake.
+        """
         try:
-            return msgspec.json.decode(self.body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise ClientError(*BAD_REQUEST) from None
+            return msgspec.json.decode(self.body, type=type)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            if type is Any:
+                raise ClientError(*BAD_REQUEST) from None
+            raise ClientError(BAD_DATA, str(error)) from None
+
+    def form(self, max_fields: int = MAX_FIELDS) -> Form:
+        """Return the fields and files of the form in the body, URL-encoded or multipart/form-data.
+
+        Raises ClientError 400 for another body, and for one with more than `max_fields` fields and files.
+        `http_api.max_body_size` limits the size of bodies.
+        """
+        return parse_form(self.headers.get("content-type", ""), self.body, max_fields)
 
     def cache_key(self) -> Hashable:
         """Return the default key of a cached answer. It includes cookies and authorization, which tell users apart."""
@@ -47,11 +80,15 @@ class Request(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An HTTP response with its status, headers and body. A `str` body is sent as UTF-8."""
+    """An HTTP response with its status, headers and body.
+
+    A `str` body is sent as UTF-8. cookies: those that the response sets.
+    """
 
     status: int = 200
     headers: Mapping[str, str] = record_field(default_factory=dict)
     body: bytes | str = b""
+    cookies: Sequence[Cookie] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ Joins and leaves are in no history. Subscribers that receive them are informed a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 from twisted.logger import Logger
@@ -35,6 +36,10 @@ _log = Logger()
 
 RETRY_INTERVAL = 0.5
 """Seconds until a subscription that Redis has refused or ended is tried again."""
+
+
+SLICE = 200
+"""Channels that are subscribed again in one turn of the loop: about 2 ms."""
 
 
 class NodeChannel:
@@ -93,8 +98,10 @@ class NodeChannels:
         self._owner = owner
         self._prefix = prefix
         self._reactor = reactor
-        self._unsubscribed: set[NodeChannel] = set()  # those to try again
+        self._refused: set[NodeChannel] = set()  # those to try again
         self._timer: Any = None
+        self._due: dict[NodeChannel, None] = {}  # those to subscribe in the next turns
+        self._slice: Any = None
         self._reports: Repetition[str] = Repetition()
         self._by_channel: dict[str, NodeChannel] = {}
         self._by_name: dict[bytes, NodeChannel] = {}
@@ -119,9 +126,10 @@ class NodeChannels:
 
     def close_all(self) -> None:
         """Try nothing again."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._slice):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._slice = None
 
     def _is_needed(self, known: NodeChannel) -> bool:
         return known.handle is not None or self._owner.has_route(known.channel)
@@ -151,7 +159,8 @@ class NodeChannels:
 
     def _forget(self, known: NodeChannel) -> None:
         del self._by_channel[known.channel], self._by_name[known.name]
-        self._unsubscribed.discard(known)
+        self._refused.discard(known)
+        self._due.pop(known, None)
 
     def _subscribe(self, known: NodeChannel, *, again: bool = False) -> None:
         """again: after an interruption."""
@@ -176,16 +185,35 @@ class NodeChannels:
             self._check(known, known.position, command)
 
     def _try_again(self, known: NodeChannel) -> None:
-        self._unsubscribed.add(known)
+        self._refused.add(known)
         if self._timer is None:
-            self._timer = self._reactor.callLater(RETRY_INTERVAL, self._subscribe_again)
+            self._timer = self._reactor.callLater(RETRY_INTERVAL, self._retry)
 
-    def _subscribe_again(self) -> None:
+    def _retry(self) -> None:
         self._timer = None
-        failed, self._unsubscribed = self._unsubscribed, set()
-        for known in failed:
+        refused, self._refused = self._refused, set()
+        for known in refused:
+            known.server = self._owner.find_server(known.channel)
+        self._subscribe_soon(refused)
+
+    def _subscribe_soon(self, channels: Iterable[NodeChannel]) -> None:
+        """Subscribe again, the first channels now, and the others in the next turns or by `resume`."""
+        self._due.update(dict.fromkeys(channels))
+        if self._slice is None:
+            self._subscribe_slice()
+
+    def _subscribe_slice(self) -> None:
+        self._slice = None
+        for known in list(islice(self._due, SLICE)):
+            self.resume(known)
+        if self._due:
+            self._slice = self._reactor.callLater(0, self._subscribe_slice)
+
+    def resume(self, known: NodeChannel) -> None:
+        """Subscribe now to a channel that waits for its turn: a request for it must not be carried out before."""
+        if known in self._due:
+            del self._due[known]
             if not known.is_wanted and self._is_needed(known):
-                known.server = self._owner.find_server(known.channel)
                 self._subscribe(known, again=True)
 
     def _check(self, known: NodeChannel, position: Position, command: int) -> None:
@@ -215,8 +243,9 @@ class NodeChannels:
         known.server.run(read, self._owner.history_script(known.server), keys, terms)
 
     def _report(self, error: Exception, line: str, known: NodeChannel) -> None:
-        is_new = self._reports.admit(known.channel, self._reactor.seconds()) is not None
-        if is_new and not isinstance(error, EngineUnavailable):
+        if isinstance(error, EngineUnavailable):
+            return
+        if self._reports.admit(known.channel, self._reactor.seconds()) is not None:
             _log.error(line, channel=known.channel, error=error)
 
     def _continue(self, known: NodeChannel, *, again: bool, is_complete: bool) -> None:
@@ -233,9 +262,9 @@ class NodeChannels:
 
     def on_ready(self, server: RedisServer) -> None:
         """Subscribe again to the channels of a server."""
-        for known in self:
-            if known.server is server and self._is_needed(known):
-                self._subscribe(known, again=True)
+        of_server = [known for known in self if known.server is server and self._is_needed(known)]
+        of_server.sort(key=lambda known: known.handle is None)  # orders first
+        self._subscribe_soon(of_server)
 
     def on_lost(self, server: RedisServer, error: Exception) -> None:
         """Hold the positions of the channels of a server, and fail the requests to subscribe."""

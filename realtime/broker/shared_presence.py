@@ -28,7 +28,6 @@ from typing import Any
 
 import msgspec
 
-from realtime.errors import EngineUnavailable
 from realtime.metrics import Metrics
 from realtime.pubsub.presence import PresenceEntry
 from realtime.redis.scripts import Script
@@ -285,8 +284,9 @@ class SharedPresence:
 
     run: the name of this run of the broker, of RUN_SIZE characters. ttl: seconds within which a list without a node
     that renews it is no longer right. names, server: of a channel. entries: returns the clients of this node in a
-    channel. is_dead: whether the clients of a run have to leave. call_soon: calls a function in the next turn of the
-    loop, so that the changes of one turn go out together.
+    channel. is_dead: whether the clients of a run have to leave. refused: notes an error of a channel's command, and
+    returns it. call_soon: calls a function in the next turn of the loop, so that the changes of one turn go out
+    together.
     """
 
     def __init__(
@@ -297,6 +297,7 @@ class SharedPresence:
         server: Callable[[str], RedisServer],
         entries: Callable[[str], list[PresenceEntry]],
         is_dead: Callable[[str], bool],
+        refused: Callable[[Exception, str], Exception],
         call_soon: Callable[[Callable[[], None]], object],
         metrics: Metrics,
     ) -> None:
@@ -308,6 +309,7 @@ class SharedPresence:
         self._server = server
         self._entries = entries
         self._is_dead = is_dead
+        self._refused = refused
         self._call_soon = call_soon
         self._lists: dict[str, _List] = {}
         self._unsent: set[str] = set()  # channels with changes of this turn
@@ -424,9 +426,9 @@ class SharedPresence:
         if error is not None:
             listed.changes = sent | listed.changes
             asked, listed.asked, listed.waiting = listed.asked + listed.waiting, [], []
-            failure = error if isinstance(error, EngineUnavailable) else EngineUnavailable(str(error))
+            self._refused(error, channel)
             for done in asked:
-                done(None, failure)
+                done(None, error)
             return  # the next renewal sends it again
         id, gone = _text(reply[0]), reply[1]
         is_other = listed.id not in ("", id)

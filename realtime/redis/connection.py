@@ -112,6 +112,7 @@ class RedisConnection(protocol.Protocol):
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE)
         self._queue: list[bytes] = []
         self._queued_bytes = 0
+        self._buffered_bytes = 0  # in the transport, when last read
         self._is_flush_due = False
         # Of each command without a reply: its callback, and for a script its call, for a subscription its channel.
         self._unanswered: deque[tuple[ReplyCallback, _Kind]] = deque()
@@ -189,7 +190,7 @@ class RedisConnection(protocol.Protocol):
             self._held.append((data, done, kind))
             return
         self._queued_bytes += len(data)
-        if self._queued_bytes > self._limit:
+        if self._queued_bytes + self._buffered_bytes > self._limit and not self._has_room():
             self._queued_bytes -= len(data)
             done(None, EngineUnavailable("Redis is too far behind"))
             return
@@ -209,6 +210,12 @@ class RedisConnection(protocol.Protocol):
             self._queue.clear()
             self._queued_bytes = 0
             self.transport.write(data)  # type: ignore[union-attr]
+            self._has_room()
+
+    def _has_room(self) -> bool:
+        """Read how much the transport holds. Returns whether it is within the limit, with what is queued here."""
+        self._buffered_bytes = getattr(self.transport, "buffered", 0)
+        return self._queued_bytes + self._buffered_bytes <= self._limit
 
     def _check(self) -> None:
         """End the connection if a reply is late; check again while there are commands without one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from realtime.app import App, Request, Response
@@ -65,6 +66,27 @@ def test_json_of_a_request() -> None:
             request(body).json()
         assert caught.value.code == 107
     assert Response().status == 200
+
+
+class Order(msgspec.Struct):
+    article: str
+    number: int = 1
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"article":1}', "Expected `str`, got `int` - at `$.article`"),
+        (b"{}", "Object missing required field `article`"),
+        (b"{", "Input data was truncated"),
+    ],
+)
+def test_typed_json_of_a_request(body: bytes, message: str) -> None:
+    assert Request("POST", "/", {}, {}, b'{"article":"pen"}').json(Order) == Order("pen")
+    assert Request("POST", "/", {}, {}, b"[1]").json(list[int] | None) == [1]
+    with pytest.raises(ClientError) as caught:
+        Request("POST", "/", {}, {}, body).json(Order)
+    assert (caught.value.code, caught.value.message) == (400, message)
 
 
 def test_a_requests_key_tells_users_apart() -> None:

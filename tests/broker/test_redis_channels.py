@@ -228,3 +228,27 @@ async def test_messages_of_strangers_are_dropped_and_counted(stage: Stage, chann
     with pytest.raises(ClientError) as caught:
         await stage.there.history(channel, KEEP)
     assert caught.value.code == 100
+
+
+async def test_many_channels_are_checked_in_turns(stage: Stage, channel: str) -> None:
+    names = [f"{channel}{number}" for number in range(500)]
+    readers = [Reader(stage.there, name) for name in names]
+    # Publishers at the same node: what they publish must not overtake the check of its channel.
+    publishers = [
+        Publisher(bench, name, start) for name in names for start, bench in ((0, stage.here), (1000, stage.there))
+    ]
+
+    async def publish() -> None:
+        await DeferredList([Deferred.fromCoroutine(publisher.until_accepted()) for publisher in publishers])
+
+    await DeferredList([Deferred.fromCoroutine(reader.subscribe()) for reader in readers])
+    await publish()
+    for client in stage.redis.client.client_list():
+        if client["resp"] == "3":
+            stage.redis.command("CLIENT", "KILL", "ID", client["id"])
+    await publish()
+    by_name = dict(zip(names, readers, strict=True))
+    for publisher in publishers:
+        await caught_up(by_name[publisher.channel], next(reversed(publisher.accepted.values())))
+        by_name[publisher.channel].has_all(publisher)
+    assert [reader.told for reader in readers] == [0] * len(readers)

@@ -11,16 +11,29 @@ from twisted.internet.defer import Deferred
 
 from realtime.config.settings import RedisSettings
 from realtime.metrics import Metrics
+from realtime.process.transport import DirectConnector
 from realtime.redis.scripts import Script
 from realtime.redis.servers import RedisServer, RedisServers
 from realtime.supervision.loop_time import LoopTimeLedger
 from tests.system.brokers import until
 
 
+class DirectReactor:
+    """The reactor, with the transports of the server's own (`realtime.process.reactor.ServerReactor`)."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reactor, name)
+
+    def connectTCP(self, *arguments: Any, **more: Any) -> Any:
+        connector = DirectConnector(*arguments, **{"bindAddress": None} | more, reactor=reactor)
+        connector.connect()
+        return connector
+
+
 class User:
     """A `RedisListener` that logs. messages: received so far. losses: reasons of lost connections."""
 
-    def __init__(self, settings: RedisSettings) -> None:
+    def __init__(self, settings: RedisSettings, reactor: Any = reactor) -> None:
         self.messages: list[tuple[bytes, bytes]] = []
         self.losses: list[str] = []
         self.metrics = Metrics()

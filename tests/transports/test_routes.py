@@ -15,7 +15,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 from twisted.logger import globalLogPublisher
 
-from realtime.app import Request, Response
+from realtime.app import Cookie, Request, Response
+from realtime.cache import Cache
 from realtime.config.settings import WorkersSettings
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.pubsub.engine import AddPresence, Publish
@@ -112,6 +113,48 @@ async def test_a_handler_gets_the_parameters_of_its_path(site: Site, kind: str) 
         assert b"HTTP/1.1 404 " in await site.raw(
             b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path.encode()
         )
+
+
+@on_loop
+async def test_a_browser_gets_cookies_and_sends_them_back(site: Site) -> None:
+    @site.app.http.get("/visit")
+    async def visit(request: Request) -> Response:
+        visits = int(request.cookies.get("visits", "0")) + 1
+        return Response(body="", cookies=[Cookie("visits", str(visits)), Cookie("last", "today", max_age=60)])
+
+    @site.app.http.get("/shared", cache=Cache(ttl=1))
+    async def shared(request: Request) -> Response:
+        return Response(cookies=[Cookie("session", "of-one-user")])
+
+    url = await site.start()
+    browser = requests.Session()
+    for number in (1, 2):
+        answer = await deferToThread(browser.get, f"{url}/visit", timeout=20)
+        assert browser.cookies.get_dict() == {"visits": str(number), "last": "today"}
+    assert "visits=2; Path=/; HttpOnly; SameSite=Lax" in answer.headers["Set-Cookie"]
+    refused = await fetch("GET", f"{url}/shared")
+    assert (refused.status_code, "Set-Cookie" in refused.headers) == (500, False)
+    [entry] = site.logged
+    assert "a route with a cache sets no cookies" in str(entry)
+
+
+@on_loop
+async def test_a_form_and_its_mistakes_over_http(site: Site) -> None:
+    @site.app.http.post("/upload")
+    def upload(request: Request) -> Any:
+        form = request.form(max_fields=2)
+        return [form.fields, {name: [file.name, len(file.content)] for name, file in form.files.items()}]
+
+    url = await site.start()
+    answer = await fetch("POST", f"{url}/upload", data={"title": "a"}, files={"page": ("a.txt", b"x" * 1000)})
+    assert answer.json() == [{"title": "a"}, {"page": ["a.txt", 1000]}]
+    assert (await fetch("POST", f"{url}/upload", data={"title": "a b"})).json() == [{"title": "a b"}, {}]
+    refused = await fetch("POST", f"{url}/upload", data="a=1&b=2&c=3", headers=FORM)
+    assert (refused.status_code, refused.json()["code"]) == (400, 400)
+    assert (await fetch("POST", f"{url}/upload", files={"page": b"x" * 5000})).status_code == 413
+
+
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
 @on_loop
