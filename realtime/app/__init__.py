@@ -14,15 +14,17 @@
         return {"total": 42}
 
 `application` has the `App`, `http` its routes with their requests and responses, `path_patterns` the paths of the
-routes, `client` the connected client that handlers receive, `declarations` the rules for declaring a handler, and
-`loader` the import of an application by name.
+routes, `cookies` and `forms` the parts of requests, `client` the connected client that handlers receive, `declarations`
+the rules for declaring a handler, and `loader` the import of an application by name.
 An `App` does no I/O and knows no socket; each worker binds its server to it at the start (`App.bind`).
 """
 
 from realtime.app.application import App, Server
 from realtime.app.client import Client
+from realtime.app.cookies import Cookie
 from realtime.app.declarations import ARGUMENTS, POLICIES, Handler, Patterns
-from realtime.app.http import Request, Response, Static
+from realtime.app.forms import File, Form
+from realtime.app.http import ErrorFunction, Request, Response, Static
 from realtime.app.loader import load
 from realtime.app.path_patterns import PathTree, parse_pattern
 
@@ -31,6 +33,10 @@ __all__ = [
     "POLICIES",
     "App",
     "Client",
+    "Cookie",
+    "ErrorFunction",
+    "File",
+    "Form",
     "Handler",
     "PathTree",
     "Patterns",

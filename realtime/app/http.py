@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as record_field
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, TypeVar, Unpack
+from typing import Any, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import msgspec
 
+from realtime.app.cookies import Cookie, parse_cookies
+from realtime.app.data_types import BAD_DATA
 from realtime.app.declarations import HandlerOptions, Policy, RunIn, calling_line, defining_line
+from realtime.app.forms import MAX_FIELDS, Form, parse_form
 from realtime.app.path_patterns import parse_pattern
 from realtime.cache import Cache
 from realtime.errors import BAD_REQUEST, ClientError, SettingsError
+
+Data = TypeVar("Data")
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -32,12 +38,40 @@ class Request(msgspec.Struct, frozen=True):
     remote_address: str = ""
     path_parameters: dict[str, str | int] = {}
 
-    def json(self) -> Any:
-        """Return the decoded body. Raises ClientError 107, answered with status 400, if it is not JSON."""
+    @property
+    def cookies(self) -> dict[str, str]:
+        """The cookies by name, as sent; see `realtime.app.cookies.parse_cookies`."""
+        return parse_cookies(self.headers.get("cookie", ""))
+
+    @overload
+    def json(self) -> Any: ...
+
+    @overload
+    def json(self, type: type[Data]) -> Data: ...
+
+    @overload
+    def json(self, type: Any) -> Any: ...
+
+    def json(self, type: Any = Any) -> Any:
+        """Return the decoded body.
+
+        Raises ClientError 107, answered with status 400, if it is not JSON. type: of the result, one that msgspec
+        converts to, such as a Struct; then the error is 400, with the place of the mistake.
+        """
         try:
-            return msgspec.json.decode(self.body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise ClientError(*BAD_REQUEST) from None
+            return msgspec.json.decode(self.body, type=type)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            if type is Any:
+                raise ClientError(*BAD_REQUEST) from None
+            raise ClientError(BAD_DATA, str(error)) from None
+
+    def form(self, max_fields: int = MAX_FIELDS) -> Form:
+        """Return the fields and files of the form in the body, URL-encoded or multipart/form-data.
+
+        Raises ClientError 400 for another body, and for one with more than `max_fields` fields and files.
+        `http_api.max_body_size` limits the size of bodies.
+        """
+        return parse_form(self.headers.get("content-type", ""), self.body, max_fields)
 
     def cache_key(self) -> Hashable:
         """Return the default key of a cached answer. It includes cookies and authorization, which tell users apart."""
@@ -47,11 +81,15 @@ class Request(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An HTTP response with its status, headers and body. A `str` body is sent as UTF-8."""
+    """An HTTP response with its status, headers and body.
+
+    A `str` body is sent as UTF-8. cookies: those that the response sets.
+    """
 
     status: int = 200
     headers: Mapping[str, str] = record_field(default_factory=dict)
     body: bytes | str = b""
+    cookies: Sequence[Cookie] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +114,13 @@ RouteFunction = TypeVar("RouteFunction", bound=Callable[[Request], Any])
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
+ErrorFunction = Callable[[Request, Any], Any]
+"""Answers an exception of a handler; see `HTTP.on_error`."""
+
+Failed = TypeVar("Failed", bound=Exception)
+Answer = Callable[[Request, Failed], Any]
+
+
 class Declare(Protocol):
     """Records a handler in its App; see `App`."""
 
@@ -92,6 +137,7 @@ class HTTP:
     def __init__(self, declare: Declare) -> None:
         self._declare = declare
         self.statics: list[Static] = []
+        self.errors: dict[type[Exception], ErrorFunction] = {}
         self._by_shape: dict[str, tuple[str, str]] = {}  # the routes with their places
 
     def get(self, path: str, **options: Unpack[RouteOptions]) -> Callable[[RouteFunction], RouteFunction]:
@@ -123,6 +169,33 @@ class HTTP:
     def delete(self, path: str, **options: Unpack[RouteOptions]) -> Callable[[RouteFunction], RouteFunction]:
         """Answer DELETE requests for this path; see `get`."""
         return self._route("DELETE", path, HandlerOptions(**options))
+
+    def on_error(self, kind: type[Failed]) -> Callable[[Answer[Failed]], Answer[Failed]]:
+        """Answer exceptions of this type that the handlers of routes raise; the function takes (request, error).
+
+        It returns what a handler may return, mostly a `Response`, and runs where the handler ran: so it is a plain
+        function that does not wait. It also answers the subtypes that have no function of their own, ClientError
+        included. An answered exception is not logged, and no cache keeps the answer. Raises SettingsError.
+        """
+        place = calling_line()
+        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            raise SettingsError([f"{place}: @app.http.on_error needs a type of exceptions, as in on_error(KeyError)"])
+
+        def declare(function: Answer[Failed]) -> Answer[Failed]:
+            place, name = defining_line(function), f"on_error({kind.__name__})"
+            if kind in self.errors:
+                first = defining_line(self.errors[kind])
+                raise SettingsError([f"{place}: {name} is declared a second time; the first is at {first}"])
+            if inspect.iscoroutinefunction(function):
+                raise SettingsError([f"{place}: {name} is a coroutine; use a plain function that does not wait"])
+            try:
+                inspect.signature(function).bind("request", "error")
+            except TypeError:
+                raise SettingsError([f"{place}: {name} is called with (request, error)"]) from None
+            self.errors[kind] = function
+            return function
+
+        return declare
 
     def static(self, prefix: str, directory: str | Path) -> None:
         """Serve the files of a directory under a URL prefix; "index.html" is the page of the directory itself.

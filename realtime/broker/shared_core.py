@@ -91,6 +91,7 @@ class SharedCore(RedisCore):
             self.servers.of,
             self._presence.entries,
             self.nodes.is_dead,
+            self._refused,
             call_soon,
             metrics,
         )

@@ -28,7 +28,6 @@ from typing import Any
 
 import msgspec
 
-from realtime.errors import EngineUnavailable
 from realtime.metrics import Metrics
 from realtime.pubsub.presence import PresenceEntry
 from realtime.redis.scripts import Script
@@ -37,6 +36,9 @@ from realtime.types import ClientInfo
 
 BATCH = 200
 """Changes of one channel in one call of a script, and entries that one call removes: less than a millisecond."""
+
+SENT_AT_ONCE = 200
+"""Channels whose changes are sent in one turn of the loop: some milliseconds."""
 
 PAGE = 1000
 """Clients that are read at once. Longer lists are read in steps of about this size."""
@@ -285,8 +287,9 @@ class SharedPresence:
 
     run: the name of this run of the broker, of RUN_SIZE characters. ttl: seconds within which a list without a node
     that renews it is no longer right. names, server: of a channel. entries: returns the clients of this node in a
-    channel. is_dead: whether the clients of a run have to leave. call_soon: calls a function in the next turn of the
-    loop, so that the changes of one turn go out together.
+    channel. is_dead: whether the clients of a run have to leave. refused: notes an error of a channel's command, and
+    returns it. call_soon: calls a function in the next turn of the loop, so that the changes of one turn go out
+    together.
     """
 
     def __init__(
@@ -297,6 +300,7 @@ class SharedPresence:
         server: Callable[[str], RedisServer],
         entries: Callable[[str], list[PresenceEntry]],
         is_dead: Callable[[str], bool],
+        refused: Callable[[Exception, str], Exception],
         call_soon: Callable[[Callable[[], None]], object],
         metrics: Metrics,
     ) -> None:
@@ -308,9 +312,10 @@ class SharedPresence:
         self._server = server
         self._entries = entries
         self._is_dead = is_dead
+        self._refused = refused
         self._call_soon = call_soon
         self._lists: dict[str, _List] = {}
-        self._unsent: set[str] = set()  # channels with changes of this turn
+        self._unsent: dict[str, None] = {}  # channels with changes of this turn
         self._removals: set[tuple[str, str]] = set()  # under way, by channel and run
         # The channels to renew before all others, and the round over all of them.
         self._first: list[str] = []
@@ -366,18 +371,22 @@ class SharedPresence:
             listed.touched.add(client)
         if listed.sent is None and channel not in self._unsent:
             if not self._unsent:
-                self._call_soon(self._send_all)
-            self._unsent.add(channel)
+                self._call_soon(self._send_some)
+            self._unsent[channel] = None
 
     def _value(self, entry: PresenceEntry) -> bytes:
         flags = _PRESENT * entry.present + _ANNOUNCED * entry.announce
         return b"%d%b%b" % (flags, self._run.encode(), _encode(entry.info))
 
-    def _send_all(self) -> None:
-        channels, self._unsent = self._unsent, set()
+    def _send_some(self) -> None:
+        channels = list(islice(self._unsent, SENT_AT_ONCE))
         for channel in channels:
-            listed = self._lists[channel]
-            if listed.sent is None:
+            del self._unsent[channel]
+        if self._unsent:  # a worker restores its clients
+            self._call_soon(self._send_some)
+        for channel in channels:
+            listed = self._lists.get(channel)
+            if listed is not None and listed.sent is None:
                 self._send(channel, listed)
 
     def _send(self, channel: str, listed: _List) -> None:
@@ -424,9 +433,9 @@ class SharedPresence:
         if error is not None:
             listed.changes = sent | listed.changes
             asked, listed.asked, listed.waiting = listed.asked + listed.waiting, [], []
-            failure = error if isinstance(error, EngineUnavailable) else EngineUnavailable(str(error))
+            self._refused(error, channel)
             for done in asked:
-                done(None, failure)
+                done(None, error)
             return  # the next renewal sends it again
         id, gone = _text(reply[0]), reply[1]
         is_other = listed.id not in ("", id)

@@ -3,8 +3,8 @@
 All keys of a cache lie in one slot. A *value* is a hash: the packed value, its age, and the *stamp* of its tags. An
 invalidation by tag, or of the whole cache, gives the tag a random text, and the stamp consists of the texts of a
 value's tags: values with another stamp no longer count, and a computation that began under another one is not stored.
-An invalidation by key removes the value, and the *lock*, by which one worker of all nodes computes: a computation whose
-lock is another one's is not stored either.
+The *lock*, by which one worker of all nodes computes, has a stamp, too, and an earlier one no longer holds. An
+invalidation by key removes the value and the lock: a computation whose lock is another one's is not stored either.
 
 ARGV[1] of each script is the generation of the server (`RedisServer.generation`). It belongs to the stamp, as a server
 that has lost its data may have lost an invalidation.
@@ -33,7 +33,11 @@ FETCH = Script(
 local found = redis.call('HMGET', KEYS[1], 'stamp', 'made', 'value')
 local counts = found[1] == stamp
 if counts and tonumber(found[2]) >= tonumber(ARGV[4]) then return {'found', found[2], found[3]} end
-if redis.call('SET', KEYS[2], ARGV[2], 'NX', 'PX', ARGV[3]) then return {'granted', stamp} end
+local held = redis.call('GET', KEYS[2])
+if not held or string.sub(held, -#stamp) ~= stamp then
+  redis.call('SET', KEYS[2], ARGV[2] .. ' ' .. stamp, 'PX', ARGV[3])
+  return {'granted', stamp}
+end
 if counts then return {'found', found[2], found[3]} end
 return {'held'}
 """
@@ -42,7 +46,7 @@ return {'held'}
 STORE = Script(
     _STAMP
     + """
-if redis.call('GET', KEYS[2]) ~= ARGV[2] then return 0 end
+if redis.call('GET', KEYS[2]) ~= ARGV[2] .. ' ' .. ARGV[3] then return 0 end
 redis.call('DEL', KEYS[2])
 if stamp ~= ARGV[3] or ARGV[5] == '' then return 0 end
 redis.call('HSET', KEYS[1], 'stamp', stamp, 'made', ARGV[4], 'value', ARGV[5])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from realtime.app import App, Request, Response
@@ -55,6 +56,21 @@ def test_two_routes_for_the_same_paths_are_refused_with_both_places(app: App) ->
     app.http.get("/rooms/{name}/{place}")(second)
 
 
+def test_mistakes_of_an_error_handler(app: App) -> None:
+    def answer(request: Request, error: Any) -> None: ...
+
+    async def waits(request: Request, error: Any) -> None: ...
+
+    assert "needs a type of exceptions" in problem(lambda: app.http.on_error(answer))  # type: ignore[type-var, arg-type]
+    assert "needs a type of exceptions" in problem(lambda: app.http.on_error(KeyboardInterrupt))  # type: ignore[type-var]
+    assert problem(lambda: app.http.on_error(KeyError)(waits)).startswith(line_of(waits))
+    takes_no_error: Any = lambda request: None  # noqa: E731
+    assert "is called with (request, error)" in problem(lambda: app.http.on_error(KeyError)(takes_no_error))
+    app.http.on_error(KeyError)(answer)
+    line = problem(lambda: app.http.on_error(KeyError)(lambda request, error: None))
+    assert line.endswith(f"a second time; the first is at {line_of(answer)}")
+
+
 def test_json_of_a_request() -> None:
     def request(body: bytes) -> Request:
         return Request("POST", "/", {}, {}, body)
@@ -65,6 +81,27 @@ def test_json_of_a_request() -> None:
             request(body).json()
         assert caught.value.code == 107
     assert Response().status == 200
+
+
+class Order(msgspec.Struct):
+    article: str
+    number: int = 1
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"article":1}', "Expected `str`, got `int` - at `$.article`"),
+        (b"{}", "Object missing required field `article`"),
+        (b"{", "Input data was truncated"),
+    ],
+)
+def test_typed_json_of_a_request(body: bytes, message: str) -> None:
+    assert Request("POST", "/", {}, {}, b'{"article":"pen"}').json(Order) == Order("pen")
+    assert Request("POST", "/", {}, {}, b"[1]").json(list[int] | None) == [1]
+    with pytest.raises(ClientError) as caught:
+        Request("POST", "/", {}, {}, body).json(Order)
+    assert (caught.value.code, caught.value.message) == (400, message)
 
 
 def test_a_requests_key_tells_users_apart() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.broker.redis_nodes import nodes
-from tests.broker.test_redis_channels import Publisher, Reader, caught_up
+from tests.broker.redis_readers import Publisher, Reader, caught_up
 from tests.redis.deployments import RedisStarter
 from tests.redis.namespaces import Namespace
 from tests.system.brokers import until

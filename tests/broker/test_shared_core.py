@@ -49,6 +49,12 @@ async def until_present(bench: Bench, *infos: ClientInfo) -> None:
         await deferLater(reactor, POLL)
 
 
+def of(info: ClientInfo, bench: Bench) -> list[str]:
+    """Return the joins and leaves of a client that a worker has received. A busy machine may show pairs of them more:
+    a node that is silent for long has ended for the others."""
+    return [entry[0] for entry in bench.log.entries if entry[-1] == info]
+
+
 async def test_presence_is_that_of_all_nodes(redis_server: RedisProcess) -> None:
     async with nodes(redis_server.address, 2) as (here, there):
         ours, theirs = here.workers[0], there.workers[0]
@@ -70,18 +76,18 @@ async def test_a_paused_node_keeps_its_clients_or_adds_them_again(redis_server: 
         await ours.engine.ask(present(ALICE))
         await theirs.engine.ask(present(BOB))
         paused.broker.signal(signal.SIGSTOP)
-        await until(lambda: ours.log.named("left") == [("room", BOB)])
+        await until(lambda: of(BOB, ours)[-1:] == ["left"])
         paused.broker.signal(signal.SIGCONT)
         await until_present(ours, ALICE, BOB)
         await until(lambda: len(ours.log.named("joined")) - len(ours.log.named("left")) == 2)
         redis_server.command("FLUSHALL")
         await until_present(ours, ALICE, BOB)
-        of_bob = [kind for kind, _, info in ours.log.entries if info == BOB]
-        assert of_bob == ["joined", "left"] * (len(of_bob) // 2) + ["joined"]
+        signs = of(BOB, ours)
+        assert signs == ["joined", "left"] * (len(signs) // 2) + ["joined"]
 
 
 async def test_a_broker_that_restarts_continues_the_presence_of_its_node(redis_server: RedisProcess) -> None:
-    async with nodes(redis_server.address, 2, presence_ttl=6.0) as (here, there):
+    async with nodes(redis_server.address, 2, presence_ttl=12.0) as (here, there):
         ours, theirs = here.workers[0], there.workers[0]
         await ours.engine.ask(Subscribe("room"))
         for info in (ALICE, BOB):
@@ -92,8 +98,8 @@ async def test_a_broker_that_restarts_continues_the_presence_of_its_node(redis_s
         removed.addErrback(lambda failure: None)
         await there.restart()
         await until_present(ours, ALICE)
-        await until(lambda: ours.log.named("left") == [("room", BOB)])
-        assert ours.log.named("joined") == [("room", ALICE), ("room", BOB)]
+        await until(lambda: of(BOB, ours)[-1:] == ["left"])
+        assert (of(ALICE, ours)[-1], of(ALICE, ours).count("joined")) == ("joined", of(ALICE, ours).count("left") + 1)
         assert len(await until_nodes_are(ours, 2)) == 2
 
 

@@ -50,6 +50,7 @@ class Node:
             lambda channel: self.server,
             lambda channel: list(self.here.values()),
             lambda run: run in self.dead,
+            lambda error, channel: error,
             turn_end_caller(reactor),
             self.metrics,
         )

@@ -76,7 +76,7 @@ async def caches(redis_server: RedisProcess, **options: Any) -> AsyncIterator[tu
         yield here, there
 
 
-async def test_one_worker_of_all_nodes_computes(redis_server: RedisProcess) -> None:
+async def test_one_worker_of_all_nodes_computes_and_another_one_after_an_error(redis_server: RedisProcess) -> None:
     async with caches(redis_server) as (here, there):
         asked = [here.ask(), there.ask(), here.ask()]
         await until(lambda: bool(here.running or there.running))
@@ -86,6 +86,15 @@ async def test_one_worker_of_all_nodes_computes(redis_server: RedisProcess) -> N
         await computing.answer({"sun": [1, b"x"]})
         assert [await answer for answer in asked] == [{"sun": [1, b"x"]}] * 3
         assert not here.running and not there.running
+
+        failing = here.ask("rome")
+        await until(lambda: bool(here.running))
+        waiting = there.ask("rome")
+        here.running.pop().set_exception(ValueError("no weather"))
+        with pytest.raises(ValueError, match="no weather"):
+            await failing
+        await there.answer("sun")
+        assert await waiting == "sun"
 
 
 async def test_a_value_outlives_a_node_and_its_workers(redis_server: RedisProcess) -> None:
@@ -97,25 +106,26 @@ async def test_a_value_outlives_a_node_and_its_workers(redis_server: RedisProces
         assert [await here.ask(), await there.ask()] == ["sun", "sun"]
 
 
-@pytest.mark.parametrize("how", ["key", "tag", "all"])
 async def test_an_invalidation_reaches_the_copies_of_all_nodes_and_computations_under_way(
-    redis_server: RedisProcess, how: str
+    redis_server: RedisProcess,
 ) -> None:
     async with caches(redis_server) as (here, there):
-        for value in ("sun", "rain"):
+        for how in ("key", "tag", "all"):
             asked = here.ask()
-            await here.answer(value)
-            assert await asked == await there.ask() == value
+            await here.answer("sun")
+            assert await asked == await there.ask() == "sun"
             await _invalidate(there, how)
             await until(lambda: len(here.cache._storage) == 0)  # type: ignore[arg-type]
-        late = here.ask()
-        await until(lambda: bool(here.running))
-        await _invalidate(there, how)
-        fresh = there.ask()
-        await there.answer("snow")
-        await here.answer("from before")
-        assert (await late, await fresh) == ("from before", "snow")
-        assert await here.ask() == await there.ask() == "snow"
+            late = here.ask()
+            await until(lambda: bool(here.running))
+            await _invalidate(there, how)
+            fresh = there.ask()
+            await there.answer("snow")
+            await here.answer("from before")
+            assert (await late, await fresh) == ("from before", "snow")
+            assert await here.ask() == await there.ask() == "snow"
+            await _invalidate(here, "all")
+            await until(lambda: len(there.cache._storage) == 0)  # type: ignore[arg-type]
 
 
 async def _invalidate(worker: CachingWorker, how: str) -> None:
@@ -139,18 +149,6 @@ async def test_while_one_node_computes_anew_the_others_serve_the_stale_value(red
         assert await there.ask() == "sun"
         await here.answer("rain")
         assert await anew == "rain"
-
-
-async def test_after_an_error_another_node_computes(redis_server: RedisProcess) -> None:
-    async with caches(redis_server) as (here, there):
-        failing = here.ask()
-        await until(lambda: bool(here.running))
-        waiting = there.ask()
-        here.running.pop().set_exception(ValueError("no weather"))
-        with pytest.raises(ValueError, match="no weather"):
-            await failing
-        await there.answer("sun")
-        assert await waiting == "sun"
 
 
 async def test_without_redis_each_machine_computes_and_says_so_once(redis_starter: Any) -> None:

@@ -42,6 +42,12 @@ def test_redis_without_its_library_is_refused_with_the_extra(monkeypatch: pytest
     parse_file("[engine]\ntype = 'memory'")
 
 
+def test_sentinels_may_name_several_shards() -> None:
+    entries = [f"redis+sentinel://a:1?sentinel_master_name={name}" for name in ("m1", "m2")]
+    redis = parse_file(f"engine.redis.address = {entries}").engine.redis
+    assert [address.sentinel_master_name for address in addresses_in_use(redis)] == ["m1", "m2"]
+
+
 def test_variables_set_the_keys() -> None:
     environ = {
         "REALTIME_ENGINE_REDIS_ADDRESS": "redis://a:1 redis://b:1",

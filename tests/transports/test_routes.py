@@ -15,7 +15,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 from twisted.logger import globalLogPublisher
 
-from realtime.app import Request, Response
+from realtime.app import Cookie, Request, Response
+from realtime.cache import Cache
 from realtime.config.settings import WorkersSettings
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.pubsub.engine import AddPresence, Publish
@@ -115,6 +116,48 @@ async def test_a_handler_gets_the_parameters_of_its_path(site: Site, kind: str) 
 
 
 @on_loop
+async def test_a_browser_gets_cookies_and_sends_them_back(site: Site) -> None:
+    @site.app.http.get("/visit")
+    async def visit(request: Request) -> Response:
+        visits = int(request.cookies.get("visits", "0")) + 1
+        return Response(body="", cookies=[Cookie("visits", str(visits)), Cookie("last", "today", max_age=60)])
+
+    @site.app.http.get("/shared", cache=Cache(ttl=1))
+    async def shared(request: Request) -> Response:
+        return Response(cookies=[Cookie("session", "of-one-user")])
+
+    url = await site.start()
+    browser = requests.Session()
+    for number in (1, 2):
+        answer = await deferToThread(browser.get, f"{url}/visit", timeout=20)
+        assert browser.cookies.get_dict() == {"visits": str(number), "last": "today"}
+    assert "visits=2; Path=/; HttpOnly; SameSite=Lax" in answer.headers["Set-Cookie"]
+    refused = await fetch("GET", f"{url}/shared")
+    assert (refused.status_code, "Set-Cookie" in refused.headers) == (500, False)
+    [entry] = site.logged
+    assert "a route with a cache sets no cookies" in str(entry)
+
+
+@on_loop
+async def test_a_form_and_its_mistakes_over_http(site: Site) -> None:
+    @site.app.http.post("/upload")
+    def upload(request: Request) -> Any:
+        form = request.form(max_fields=2)
+        return [form.fields, {name: [file.name, len(file.content)] for name, file in form.files.items()}]
+
+    url = await site.start()
+    answer = await fetch("POST", f"{url}/upload", data={"title": "a"}, files={"page": ("a.txt", b"x" * 1000)})
+    assert answer.json() == [{"title": "a"}, {"page": ["a.txt", 1000]}]
+    assert (await fetch("POST", f"{url}/upload", data={"title": "a b"})).json() == [{"title": "a b"}, {}]
+    refused = await fetch("POST", f"{url}/upload", data="a=1&b=2&c=3", headers=FORM)
+    assert (refused.status_code, refused.json()["code"]) == (400, 400)
+    assert (await fetch("POST", f"{url}/upload", files={"page": b"x" * 5000})).status_code == 413
+
+
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+
+
+@on_loop
 async def test_each_method_has_its_route(site: Site) -> None:
     async def answer(request: Request) -> Any:
         return [request.method, request.body.decode()]
@@ -159,6 +202,63 @@ async def test_the_response_of_each_error_of_a_handler(site: Site, error: Except
     answer = await fetch("GET", f"{url}/it")
     assert (answer.status_code, answer.content) == (status, body)
     assert len(site.logged) == (status == 500)
+
+
+class Missing(LookupError):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["at once", "loop", "thread", "cache"])
+@on_loop
+async def test_an_error_handler_answers_the_exceptions_of_its_type(site: Site, kind: str) -> None:
+    errors = {
+        "missing": Missing("pen"),
+        "key": KeyError("pen"),
+        "client": ClientError(404, "no"),
+        "bug": ValueError("x"),
+    }
+
+    def fail(request: Request) -> Any:
+        raise errors[request.query["by"]]
+
+    async def fail_at_once(request: Request) -> Any:
+        raise errors[request.query["by"]]
+
+    async def fail_later(request: Request) -> Any:
+        await asyncio.sleep(0)
+        raise errors[request.query["by"]]
+
+    if kind == "cache":
+        site.app.http.get("/it", cache=Cache(ttl=60))(fail)
+    else:
+        site.app.http.get("/it")({"at once": fail_at_once, "loop": fail_later, "thread": fail}[kind])
+    answered: list[str] = []
+
+    @site.app.http.on_error(LookupError)
+    def nothing(request: Request, error: LookupError) -> Response:
+        answered.append(request.query["by"])
+        return Response(404, {"X-Error": type(error).__name__}, f"no {error.args[0]}")
+
+    @site.app.http.on_error(KeyError)
+    def wrong(request: Request, error: KeyError) -> Any:
+        return object()
+
+    @site.app.http.on_error(ClientError)
+    def refused(request: Request, error: ClientError) -> dict[str, int]:
+        return {"refused": error.code}
+
+    url = await site.start()
+    for _ in range(2):  # a cache keeps no answer to an error
+        answer = await fetch("GET", f"{url}/it?by=missing")
+        assert (answer.status_code, answer.text, answer.headers["X-Error"]) == (404, "no pen", "Missing")
+    assert answered == ["missing", "missing"]
+    assert (await fetch("GET", f"{url}/it?by=client")).json() == {"refused": 404}
+    assert site.logged == []
+    # A fault of the error handler itself, and an exception without one.
+    for by in ("key", "bug"):
+        answer = await fetch("GET", f"{url}/it?by={by}")
+        assert (answer.status_code, answer.json()) == (500, {"code": 100, "message": "internal server error"})
+    assert len(site.logged) == 2
 
 
 @on_loop
