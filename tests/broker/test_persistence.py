@@ -85,9 +85,6 @@ class Store:
     def hold_back(self, is_held: bool) -> None:
         """A test does not publish while it is to wait."""
 
-    def deliver_order(self, peers: Any, order: bytes) -> None:
-        """No worker waits for an order here."""
-
     def ask(self, request: Any) -> Any:
         return self._core.carry_out("worker", self._now(), request)
 
