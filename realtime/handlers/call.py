@@ -53,6 +53,7 @@ from realtime.metrics import Metrics
 from realtime.process.server_lock import ServerLock
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.pressure import Throttle
+from realtime.types import WorkerInfo
 
 
 def _monotonic_ledger() -> LoopTimeLedger:
@@ -68,6 +69,7 @@ class HandlerServices:
     pressure: decides, together with each handler's policy, which calls are refused. compute_pool: not started yet, for
     handlers with run="process". slow_call: seconds on the loop that are too long for a handler with run="auto".
     client_log: of calls that are refused, or not answered in time. lock: see `realtime.process.server_lock`.
+    worker: see `App.worker`.
     """
 
     reactor: Any
@@ -81,6 +83,7 @@ class HandlerServices:
     slow_call: float = 0.05
     client_log: ClientLog = field(default_factory=ClientLog)
     lock: ServerLock = field(default_factory=ServerLock)
+    worker: WorkerInfo = field(default_factory=WorkerInfo)
 
 
 class HandlerCall:

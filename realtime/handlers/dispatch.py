@@ -21,6 +21,7 @@ from realtime.errors import ApplicationFailed, ClientError, Disconnect, HandlerT
 from realtime.handlers.call import HandlerCall, HandlerServices
 from realtime.handlers.coroutines import drive, start_future
 from realtime.handlers.outcomes import HandlerErrorLog
+from realtime.handlers.recurring import RecurringCall
 from realtime.handlers.threads import HandlerThreads
 from realtime.supervision.pressure import Throttle
 
@@ -63,6 +64,7 @@ class Dispatcher:
         self.routes = self._make_calls("http")
         self.throttles: list[Throttle] = [call.throttle for call in self._calls if call.is_throttled]
         self.has_procedures = bool(procedures)
+        self.recurring = [RecurringCall(call, services) for call in self._make_calls("every").values()]
 
     def subscribing(self, channel: str) -> HandlerCall | None:
         """Return the handler that decides on subscriptions to `channel`.
@@ -92,7 +94,8 @@ class Dispatcher:
 
     def bind(self, server: Server) -> None:
         """Connect the App's own methods (`App.publish` and the others) to the server, here and in the processes."""
-        self._app.bind(server, self.run_coroutine, lambda: self._services.pressure.reasons)
+        pressure = self._services.pressure
+        self._app.bind(server, self.run_coroutine, lambda: pressure.reasons, self._services.worker)
         if self._services.compute_pool is not None:
             self._services.compute_pool.bind(server)
 
@@ -131,6 +134,16 @@ class Dispatcher:
                 raise ApplicationFailed(
                     f"{call.handler.place}: {call.handler.name} failed: {_first_line(error)}"
                 ) from None
+
+    def start_recurring(self) -> None:
+        """Begin the periodic functions: the worker serves from now on."""
+        for recurring in self.recurring:
+            recurring.start()
+
+    def stop_recurring(self) -> None:
+        """Begin no further run of a periodic function."""
+        for recurring in self.recurring:
+            recurring.stop()
 
     async def stop_handlers(self, grace: float) -> None:
         """Cancel the calls that still run, and run the `on_stop` handlers, within about `grace` seconds."""

@@ -75,7 +75,7 @@ class Worker:
         for line in find_blocking_calls(app) if process.slot == 0 else ():  # the others would say the same
             _log.warn("{line}", line=line)
         self._pubsub = wire_pubsub(process, app)
-        self._handlers = wire_handlers(process, app)
+        self._handlers = wire_handlers(process, app, self._pubsub.node)
         self._protocol = wire_protocol(process, self._pubsub, self._handlers)
         self._transports = wire_transports(process, self._pubsub, self._handlers, self._protocol)
         self._ports: list[ListeningPort] = []
@@ -117,6 +117,7 @@ class Worker:
             )
             for fd in process.listen
         ]
+        dispatcher.start_recurring()
         if dispatcher.disconnected is not None:
             self._pubsub.engine.on_clients_lost = partial(self._report_lost_clients, dispatcher.disconnected)
             self._report_lost_clients(dispatcher.disconnected)
@@ -220,6 +221,7 @@ class Worker:
         """
         process, deadline = self._process, self._reactor.seconds() + timeout
         admission, dispatcher = self._transports.admission, self._handlers.dispatcher
+        dispatcher.stop_recurring()
         for takeover in self._takeovers:
             takeover.close()
         await self._stop_accepting()

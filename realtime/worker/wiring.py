@@ -71,6 +71,7 @@ from realtime.transports.outgoing import FlushAtTurnEnd
 from realtime.transports.routes import make_site
 from realtime.transports.streams import StreamContext, make_endpoints
 from realtime.transports.websocket import UNIDIRECTIONAL_WIRE_FORMATS, WIRE_FORMATS, WebSocketFactory
+from realtime.types import WorkerInfo
 from realtime.worker.engine import BrokerEngine
 from realtime.worker.handover import HandOverParts
 from realtime.worker.invalidations import CacheInvalidations
@@ -204,8 +205,8 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
     return PubSubParts(node, address, slices, strangers, rules, sessions, engine, hub)
 
 
-def wire_handlers(process: Child, app: App) -> HandlerParts:
-    """Build the dispatcher of the application's handlers, and give its caches the worker's load."""
+def wire_handlers(process: Child, app: App, node: str) -> HandlerParts:
+    """Build the dispatcher of the application's handlers, and give its caches the worker's load. node: its id."""
     settings, reactor, metrics = process.settings, process.reactor, process.metrics
     pressure = Pressure(settings.loop, reactor.seconds)
     client_log = _client_log(process)
@@ -223,6 +224,7 @@ def wire_handlers(process: Child, app: App) -> HandlerParts:
         slow_call=settings.loop.lagging,
         client_log=client_log,
         lock=process.lock,
+        worker=WorkerInfo(process.slot, settings.workers.count, node),
     )
     dispatcher = Dispatcher(app, services)
     configure_cache_host(cache.HOST, pressure, dispatcher.run_coroutine, metrics)
