@@ -55,6 +55,7 @@ PublishFunction = TypeVar("PublishFunction", bound=Callable[[Client, str, Any], 
 MessageFunction = TypeVar("MessageFunction", bound=Callable[[Client, Any], Any])
 RPCFunction = TypeVar("RPCFunction", bound=Callable[[Client, Any], Any] | Callable[[Any], Any])
 LifecycleFunction = TypeVar("LifecycleFunction", bound=Callable[[], Any])
+PeriodicFunction = TypeVar("PeriodicFunction", bound=Callable[[], Any] | Callable[[int], Any])
 
 
 class Server(Protocol):
@@ -241,27 +242,29 @@ class App:
         self,
         interval: float | str,
         *,
-        where: Where = "each",
+        where: Where = "one",
         immediately: bool = False,
         name: str = "",
         run: RunIn | None = None,
         timeout: float | None = None,
-    ) -> Callable[[LifecycleFunction], LifecycleFunction]:
-        """Run a function without arguments again and again, while the worker serves.
+    ) -> Callable[[PeriodicFunction], PeriodicFunction]:
+        """Run a function again and again; it takes () or (term).
 
         interval: seconds, or a duration such as "1s" or "5m", from 10 ms to 30 days, between the begins of two runs,
         which do not drift. Runs do not overlap: one that takes longer leaves out the runs that it meets, which are
-        counted. Exceptions are logged and counted, and the next run comes all the same. The first run comes after one
-        interval, or at once with `immediately`.
+        counted. Exceptions are logged and counted, and the next run comes all the same.
 
-        where: "each" runs it on each worker. name: for logs and metrics; by default that of the function. run, timeout:
-        see `rpc`.
+        where: "one" runs it on one worker of all nodes, "each" on every worker. Another worker becomes the one when it
+        ends, drains, or is out of reach for `workers.task_lease`; each change begins a new term, with a higher number.
+        Runs of "one" begin when the Unix time is a multiple of the interval, so a change does not shift them; those of
+        "each" one interval after the worker serves. immediately: the first run of a worker begins at once. name: for
+        logs and metrics; by default that of the function. run, timeout: see `rpc`.
         """
         schedule = make_schedule(interval, where, immediately)
 
-        def declare(function: LifecycleFunction) -> LifecycleFunction:
+        def declare(function: PeriodicFunction) -> PeriodicFunction:
             key = name or getattr(function, "__qualname__", "") or repr(function)
-            return self._declare("every", key, function, HandlerOptions(run, timeout, schedule=schedule))
+            return self._declare("every", key, function, HandlerOptions(run, timeout, limit=1, schedule=schedule))
 
         return declare
 

@@ -34,7 +34,7 @@ POLICIES: tuple[str, ...] = get_args(PolicyName)
 Policy = PolicyName | Callable[..., PolicyName]
 """The treatment of calls while the worker is overloaded: a name, or a function of the handler's arguments."""
 
-Where = Literal["each"]
+Where = Literal["one", "each"]
 """The workers that run a periodic function; see `App.every`."""
 
 PLACES_OF_TASKS: tuple[str, ...] = get_args(Where)
@@ -111,7 +111,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[slice, ...]]] = {
     "http": (("request",), (slice(None),)),
     "on_start": ((), (slice(None),)),
     "on_stop": ((), (slice(None),)),
-    "every": ((), (slice(None),)),
+    "every": (("term",), (slice(1), slice(0))),
 }
 """For each kind of handler: the names of its arguments, and the slices of them that a function may take."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from twisted.internet.interfaces import IDelayedCall
 
@@ -17,8 +16,9 @@ from realtime.repetition import Repetition
 class RecurringCall:
     """Calls one handler at the begins of its intervals, one run at a time.
 
-    A run needs the loop's own thread if the handler does, so a blocked loop delays it. is_running: whether a run is
-    under way. on_end: called at the end of each run.
+    Runs with where="each" count their intervals from the start, those with "one" from the beginning of Unix time, so
+    that all workers agree. A run needs the loop's own thread if the handler does, so a blocked loop delays it.
+    is_running: whether a run is under way. find_term: returns the number of the term of where="one", 0 outside of one.
     """
 
     def __init__(self, call: HandlerCall, services: HandlerServices) -> None:
@@ -26,11 +26,12 @@ class RecurringCall:
         assert schedule is not None, "a handler without a schedule"
         self.handler = call.handler
         self.is_running = False
-        self.on_end: Callable[[], object] = _do_nothing
+        self.find_term: Callable[[], int] = int
         self._call = call
         self._schedule = schedule
         self._services = services
-        self._clock: Callable[[], float] = services.reactor.seconds
+        self.is_once = schedule.where == "one"
+        self._clock: Callable[[], float] = services.wall_clock if self.is_once else services.reactor.seconds
         self._origin = 0.0
         self._number = 0  # of the latest begin of an interval, counted from the origin
         self._timer: IDelayedCall | None = None
@@ -47,26 +48,34 @@ class RecurringCall:
         if self._is_started:
             return
         self._is_started = True
-        self._origin = self._clock()
-        self._number = 0
+        now = self._clock()
+        self._origin = 0.0 if self.is_once else now
+        self._number = math.floor((now - self._origin) / self._schedule.interval)
         if self.is_running:  # since before `stop`: the next run comes after the end of this one
             return
         if self._schedule.immediately:
-            self._begin(0)
+            self._begin(self._number)
         else:
             self._wait()
 
     def stop(self) -> None:
-        """Begin no further run. One that is under way goes on."""
+        """Begin no further run. One that is under way goes on; see `cancel`."""
         self._is_started = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
+    def cancel(self) -> None:
+        """Cancel the run that is under way; a thread goes on. Its end is logged."""
+        self._call.cancel_all("was cancelled, as another worker may run it now")
+
     def _wait(self) -> None:
         """Wait for the next begin of an interval after now."""
         now = self._clock()
-        number = max(math.floor((now - self._origin) / self._schedule.interval), self._number) + 1
+        passed = math.floor((now - self._origin) / self._schedule.interval)
+        if passed < self._number - 1:  # the clock was set back
+            self._number = passed
+        number = max(passed, self._number) + 1
         self._skipped.value += number - self._number - 1
         delay = max(self._origin + number * self._schedule.interval - now, 0.0)
         self._timer = self._services.reactor.callLater(delay, self._begin, number)
@@ -79,13 +88,14 @@ class RecurringCall:
         lock = self._services.lock
         if lock.is_relieving and self.handler.run not in ("thread", "process"):
             await lock.back_on_loop()
-        if self._is_started:
-            await self._call.call()
+        # The wait may have taken longer than the term.
+        term = self.find_term()
+        if self._is_started and (term or not self.is_once):
+            await self._call.call(term)
 
     def _ended(self, result: object, error: BaseException | None) -> None:
         self.is_running = False
         self._report(error)
-        self.on_end()
         if self._is_started:
             self._wait()
 
@@ -108,7 +118,3 @@ class RecurringCall:
                 reason=reason,
                 times=f" ({left_out} more like it in the minute before)" if left_out else "",
             )
-
-
-def _do_nothing(*_: Any) -> None:
-    return None

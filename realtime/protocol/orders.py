@@ -125,8 +125,14 @@ class InvalidateOrder(Struct, frozen=True, array_like=True, tag="invalidate"):
     tags: list[str] | None
 
 
+class RoleOrder(Struct, frozen=True, array_like=True, tag="role"):
+    """Ask for the role of this name, if you want it: its holder has resigned. See `engine.ResignRole`."""
+
+    name: str
+
+
 AddressedOrder = DisconnectOrder | UnsubscribeOrder | SubscribeOrder | RefreshOrder
-Order = AddressedOrder | SupersedeOrder | ChannelsOrder | ChannelsAnswer | EmulateOrder | InvalidateOrder
+Order = AddressedOrder | SupersedeOrder | ChannelsOrder | ChannelsAnswer | EmulateOrder | InvalidateOrder | RoleOrder
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Order)

@@ -20,6 +20,7 @@ from realtime.protocol.orders import (
     InvalidateOrder,
     Order,
     RefreshOrder,
+    RoleOrder,
     SubscribeOrder,
     SupersedeOrder,
     UnsubscribeOrder,
@@ -34,7 +35,7 @@ from realtime.types import Position, SubscribeOptions
 SESSIONS_AT_ONCE = 32
 
 # An order that concerns no session of this worker.
-HandledOrder = TypeVar("HandledOrder", ChannelsOrder, ChannelsAnswer, EmulateOrder, InvalidateOrder)
+HandledOrder = TypeVar("HandledOrder", ChannelsOrder, ChannelsAnswer, EmulateOrder, InvalidateOrder, RoleOrder)
 
 
 class RegisteredSession(Protocol):
@@ -130,7 +131,7 @@ class Sessions:
         `encode_order` did not make.
         """
         match decode_order(data):
-            case ChannelsOrder() | ChannelsAnswer() | EmulateOrder() | InvalidateOrder() as order:
+            case ChannelsOrder() | ChannelsAnswer() | EmulateOrder() | InvalidateOrder() | RoleOrder() as order:
                 handler = self._handlers.get(type(order))
                 if handler is not None:
                     handler(order)

@@ -22,7 +22,7 @@ def skipped(bench: Bench) -> float:
 
 
 async def begin(bench: Bench, **settings: Any) -> None:
-    (await bench.start(**settings)).start_recurring()
+    (await bench.start(**settings)).start_recurring("each")
 
 
 @pytest.mark.parametrize(("immediately", "begins"), [(False, [2, 4, 6]), (True, [0, 2, 4, 6])])
@@ -120,7 +120,92 @@ async def test_no_run_begins_after_the_stop(bench: Bench) -> None:
     await begin(bench)
     bench.clock.advance(1)
     assert bench.dispatcher is not None
-    bench.dispatcher.stop_recurring()
+    bench.dispatcher.stop_recurring("each")
     bench.clock.pump([1.0, 1.0])
     assert seen == [1]
     assert not bench.clock.getDelayedCalls()
+
+
+# Runs on one worker of all.
+
+
+@on_loop
+async def test_runs_of_one_worker_begin_at_multiples_of_the_interval(bench: Bench) -> None:
+    seen: list[tuple[float, int]] = []
+
+    @bench.app.every(10)
+    async def tick(term: int) -> None:
+        seen.append((bench.clock.seconds(), term))
+
+    bench.wall_time = 1_000_003.0
+    dispatcher = await bench.start()
+    dispatcher.find_term(lambda: 7)
+    dispatcher.start_recurring("each")
+    bench.clock.pump([1.0] * 10)
+    assert not seen
+    dispatcher.start_recurring("one")
+    bench.clock.pump([1.0] * 20)
+    assert seen == [(17, 7), (27, 7)]
+
+
+@on_loop
+async def test_no_run_begins_outside_of_a_term(bench: Bench) -> None:
+    seen: list[float] = []
+    terms = {1.0: 1, 2.0: 0, 3.0: 1}
+
+    @bench.app.every(1)
+    async def tick() -> None:
+        seen.append(bench.clock.seconds())
+
+    dispatcher = await bench.start()
+    dispatcher.find_term(lambda: terms[bench.clock.seconds()])
+    dispatcher.start_recurring("one")
+    bench.clock.pump([1.0] * 3)
+    assert seen == [1, 3]
+
+
+@on_loop
+async def test_a_lost_term_cancels_the_run_and_a_new_one_waits_for_its_end(bench: Bench) -> None:
+    begun: list[asyncio.Event] = []
+    cleanup = asyncio.Event()
+
+    @bench.app.every(1, timeout=0)
+    async def tick() -> None:
+        begun.append(asyncio.Event())
+        try:
+            await asyncio.Event().wait()
+        finally:
+            begun[-1].set()
+            await cleanup.wait()
+
+    dispatcher = await bench.start()
+    dispatcher.find_term(lambda: 1)
+    dispatcher.start_recurring("one")
+    bench.clock.advance(1)
+    assert dispatcher.is_running_once()
+    dispatcher.give_up_recurring()
+    await begun[0].wait()
+    dispatcher.start_recurring("one")
+    bench.clock.pump([1.0, 1.0])
+    assert len(begun) == 1
+    cleanup.set()
+    await until(lambda: bench.clock.advance(1) or len(begun) > 1)
+    dispatcher.give_up_recurring()
+
+
+@on_loop
+async def test_a_clock_that_is_set_back_does_not_stop_the_runs(bench: Bench) -> None:
+    seen: list[float] = []
+
+    @bench.app.every(1)
+    async def tick() -> None:
+        seen.append(bench.clock.seconds())
+
+    bench.wall_time = 10_000.0
+    dispatcher = await bench.start()
+    dispatcher.find_term(lambda: 1)
+    dispatcher.start_recurring("one")
+    bench.clock.advance(1)
+    bench.wall_time = 5_000.0
+    bench.clock.pump([1.0] * 3)
+    assert seen == [1, 2, 3, 4]

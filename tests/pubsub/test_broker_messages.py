@@ -33,14 +33,17 @@ from realtime.pubsub.engine import (
     GetPresence,
     GetPresenceStats,
     GetStats,
+    HoldRole,
     Publish,
     RemoveClient,
     RemoveHistory,
     RemovePresence,
     ReportSubscriptions,
+    ResignRole,
     SendOrder,
     Subscribe,
     TakeLostClients,
+    Term,
     Unsubscribe,
 )
 from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, NodeInfo, Position, Publication
@@ -71,6 +74,8 @@ FROM_WORKER: list[Any] = [
     AdmitClient(CLIENT, 5),
     TakeLostClients(100),
     Cut("batch", "1-2", ["client-1"], {"client-1": "secret"}, {"chat": ["client-1"]}),
+    HoldRole("tasks", "node/1-2", 5.0, 3),
+    ResignRole("tasks", "node/1-2", b"order"),
 ]
 FROM_BROKER: list[Any] = [
     broker_messages.Welcome(VERSION, "abcdefgh"),
@@ -96,6 +101,8 @@ ANSWERS: list[tuple[type[EngineRequest[Any]], Any]] = [
     (GetPresenceStats, (2, 1)),
     (AdmitClient, True),
     (Cut, None),
+    (HoldRole, Term(3, 4.5)),
+    (ResignRole, None),
     (TakeLostClients, [CLIENT]),
     (GetStats, EngineStats(1, 2, 3, 4)),
     (GetNodes, [NodeInfo("uid", "name", "1.0", 60.5, EngineStats(1, 2, 3, 4), 2)]),
