@@ -1,7 +1,7 @@
 """A multi-reactor realtime messaging server on Twisted, with handlers in plain Python."""
 
 from realtime._version import __version__
-from realtime.app import App, Client, Request, Response
+from realtime.app import App, Client, Cookie, File, Form, Request, Response
 from realtime.cache import Cache
 from realtime.errors import (
     ClientError,
@@ -31,9 +31,12 @@ __all__ = [
     "ClientError",
     "ClientInfo",
     "ConnectRequest",
+    "Cookie",
     "Credentials",
     "Disconnect",
     "EngineUnavailable",
+    "File",
+    "Form",
     "Grant",
     "HandlerTimeout",
     "HistoryPage",

@@ -16,6 +16,9 @@ idle worker computes anew when a value is older than ttl + base. An overloaded w
 ttl + stale, and computes nothing while it has one. A failed computation raises its error in the waiting callers and is
 not cached; an existing value goes on serving up to ttl + stale.
 
+Of the workers of one machine, one computes a value, and the others that need it meanwhile wait for it (`Flight`). The
+value travels as bytes (`pack_value`); a cache whose values can't, or whose keys can't, computes in each worker.
+
 An `Invalidation` reaches the caches of the same name in all workers. A cache reaches its process, and through it the
 other workers, through a `Host`; in a worker, `realtime.worker.load_shedding` fills it in. Loop thread only, except for
 `invalidate`, `invalidate_tags` and `clear`.
@@ -25,13 +28,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import inspect
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import msgspec
 
@@ -41,6 +45,9 @@ from realtime.metrics import Counter
 Function = TypeVar("Function", bound=Callable[..., Any])
 # A callback, called once with (result, None) or (None, error).
 Done = Callable[[Any, BaseException | None], None]
+
+# The most bytes of a value that goes to other workers.
+MAX_SHARED = 1_048_576
 
 # Seconds without a new attempt after a failed computation, as long as a stale value can serve.
 RETRY_AFTER = 1.0
@@ -153,11 +160,43 @@ _tasks: set[asyncio.Task[Any]] = set()
 
 
 class Invalidation(msgspec.Struct, frozen=True):
-    """The removal of entries from the caches of one name: by key (`encode_key`), by tag, or of all (both None)."""
+    """The removal of entries from the caches of one name: by key (`encode_key`), by tag, or of all (both None).
+
+    kept: the seconds for which Redis keeps values of these caches, 0 if it has none.
+    """
 
     cache: str
     keys: list[bytes] | None = None
     tags: list[str] | None = None
+    kept: float = 0.0
+
+
+class StoredComputation(msgspec.Struct, frozen=True):
+    """A computation for all nodes. key: `shared_key`. ttl: seconds for which a value is fresh. kept: until it goes."""
+
+    cache: str
+    key: bytes
+    tags: list[str]
+    ttl: float
+    kept: float
+
+
+class Landing(msgspec.Struct, frozen=True):
+    """The end of another worker's computation. value: from `pack_value`; None after an error, or if it can't be packed.
+
+    made: as in `Entry`. is_void: it was invalidated after the computation had started, or the worker has ended.
+    """
+
+    value: bytes | None = None
+    made: float = 0.0
+    is_void: bool = False
+
+
+class Flight(Protocol):
+    """This worker computes a value that others may wait for."""
+
+    def land(self, landing: Landing) -> None:
+        """Pass the value on. Never fails."""
 
 
 async def _to_no_worker(invalidation: Invalidation) -> None:
@@ -170,7 +209,10 @@ class Host:
 
     load: 0 when idle, 1 or more when overloaded. start: runs a coroutine on the loop and calls back. perform: runs a
     coroutine for the caller, also from a thread. counter: returns the counter for a cache's name and an outcome.
-    broadcast: sends an invalidation to the other workers. caches: of this process, by name.
+    broadcast: sends an invalidation to the other workers. caches: of this process, by name. take_off: begins the
+    computation of a key (`shared_key`) of a cache by one worker alone: returns its flight, or its end once another
+    worker had it, or None if each worker computes on its own. None without other workers. obtain: returns a value of
+    Redis, or computes it for all nodes, and the time of its computation by `clock`.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -179,6 +221,8 @@ class Host:
     perform: Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]] = asyncio.ensure_future
     counter: Callable[[str, str], Counter] = field(default=lambda name, outcome: Counter())
     broadcast: Callable[[Invalidation], Awaitable[Any]] = _to_no_worker
+    take_off: Callable[[str, bytes], Awaitable[Flight | Landing | None]] | None = None
+    obtain: Callable[[StoredComputation, Callable[[], Awaitable[Any]]], Awaitable[tuple[Any, float]]] | None = None
     caches: dict[str, weakref.WeakSet[Cache]] = field(default_factory=dict)
 
     async def invalidate(self, invalidation: Invalidation) -> None:
@@ -251,8 +295,9 @@ class Cache:
         max_entries: int = 1000,
         key: Callable[..., Hashable] | None = None,
         tags: Callable[..., Iterable[str]] | Collection[str] | None = None,
-        storage: Storage | None = None,
+        storage: Storage | Literal["redis"] | None = None,
         *,
+        share: bool = True,
         host: Host | None = None,
     ) -> None:
         """ttl, stale: seconds, see the module. max_entries: the most entries in memory; unused with a `storage`.
@@ -260,6 +305,8 @@ class Cache:
         key: a function of the arguments that returns the key of an answer. By default every argument counts: JSON by
         its value, a client by its user, a request by method, path, query, body, cookies and authorization. So no user
         sees another user's answer by mistake; pass a key for an answer that all users share.
+        storage: "redis" shares the values with all nodes (`engine.type = "redis"`); each worker keeps a copy in memory.
+        share: one worker of this machine computes a value for all workers that need it at that time.
         tags: names for invalidating entries together, or a function of the arguments that returns them.
         """
         if not ttl >= 0 or not stale >= 0 or max_entries < 1:
@@ -269,7 +316,9 @@ class Cache:
         self.name = ""
         self.key = key or default_key
         self._tags = tags
-        self._storage: Storage = storage if storage is not None else MemoryStorage(max_entries)
+        self._kept = ttl + stale if storage == "redis" else 0.0
+        self._storage: Storage = MemoryStorage(max_entries) if storage is None or storage == "redis" else storage
+        self._is_shared = share
         self._host = host or HOST
         self._computations: dict[Hashable, Computation] = {}
         self._counters: dict[str, Counter] = {}
@@ -380,15 +429,15 @@ class Cache:
         if the broker does not answer: call it again. Raises TypeError for a key that consists of anything but text,
         bytes, None, numbers, and tuples and frozensets of them.
         """
-        return self._perform(Invalidation(self.name, keys=[encode_key(key) for key in keys]))
+        return self._perform(Invalidation(self.name, keys=[encode_key(key) for key in keys], kept=self._kept))
 
     def invalidate_tags(self, *tags: str) -> Awaitable[None]:
         """Remove all entries with any of these tags, as `invalidate` does."""
-        return self._perform(Invalidation(self.name, tags=list(tags)))
+        return self._perform(Invalidation(self.name, tags=list(tags), kept=self._kept))
 
     def clear(self) -> Awaitable[None]:
         """Remove all entries, as `invalidate` does."""
-        return self._perform(Invalidation(self.name))
+        return self._perform(Invalidation(self.name, kept=self._kept))
 
     def _perform(self, invalidation: Invalidation) -> Awaitable[None]:
         return self._host.perform(self._invalidate_everywhere(invalidation))
@@ -453,19 +502,63 @@ class Cache:
         return computation
 
     async def _compute(self, key: Hashable, computation: Computation, compute: Callable[[], Awaitable[Any]]) -> Any:
-        try:
-            value = await compute()
-        except Exception:
-            entry = await self._storage.get(key)
-            if entry is not None:
-                entry.retry = self._host.clock() + RETRY_AFTER
-            raise
+        flight = await self._take_off(key, computation) if self._is_shared and self._host.take_off else None
+        if isinstance(flight, Entry):
+            self._count("landed")
+            value, made = flight.value, flight.made
+        else:
+            landing = Landing()
+            try:
+                value, made = await self._obtain(key, computation, compute)
+                landing = Landing(self._packed(value), made, computation.void) if flight is not None else landing
+            except Exception:
+                entry = await self._storage.get(key)
+                if entry is not None:
+                    entry.retry = self._host.clock() + RETRY_AFTER
+                raise
+            finally:
+                if flight is not None:
+                    flight.land(landing)
         if not computation.void:
-            evicted = await self._storage.put(key, Entry(value, self._host.clock(), computation.tags))
+            evicted = await self._storage.put(key, Entry(value, made, computation.tags))
             self._count("evicted", evicted)
             if computation.void:  # invalidated while a remote storage was storing it
                 await self._storage.drop(key)
         return value
+
+    async def _obtain(
+        self, key: Hashable, computation: Computation, compute: Callable[[], Awaitable[Any]]
+    ) -> tuple[Any, float]:
+        """Return a value, and the time of its computation."""
+        shared = shared_key(key) if self._kept and self._host.obtain is not None else None
+        if shared is None or self._host.obtain is None:
+            return await compute(), self._host.clock()
+        wanted = StoredComputation(self.name, shared, sorted(computation.tags), self.ttl, self._kept)
+        return await self._host.obtain(wanted, compute)
+
+    async def _take_off(self, key: Hashable, computation: Computation) -> Flight | Entry | None:
+        """Return the flight of this computation, the value of another worker, or None to compute without a flight."""
+        shared = shared_key(key)
+        while shared is not None and self._host.take_off is not None:
+            flight = await self._host.take_off(self.name, shared)
+            if not isinstance(flight, Landing):
+                return flight
+            if flight.is_void and not computation.void:
+                continue  # the value was invalidated before our callers asked, or the worker has ended
+            try:
+                return Entry(unpack_value(flight.value), flight.made) if flight.value is not None else None
+            except (ValueError, KeyError):
+                return None  # the other worker runs another version of the application
+        return None
+
+    def _packed(self, value: Any) -> bytes | None:
+        """Return a value for the other workers, None if they have to compute it."""
+        try:
+            packed = pack_value(value)
+        except TypeError:
+            self._is_shared = False  # the next ones will be of this kind, too
+            return None
+        return packed if len(packed) <= MAX_SHARED else None
 
     def _count(self, outcome: str, times: int = 1) -> None:
         counter = self._counters.get(outcome)
@@ -550,6 +643,79 @@ def decode_key(data: bytes) -> Hashable:
             case list() | dict():
                 raise ValueError("not a key of a cache")
         return cast(Hashable, part)
+
+    return unpacked(msgspec.msgpack.decode(data))
+
+
+def shared_key(key: Hashable) -> bytes | None:
+    """Return the same bytes for the same key in every worker, None for a key that other workers can't have."""
+
+    def packed(part: Any) -> Any:
+        match part:
+            case tuple():
+                return ["tuple", *map(packed, part)]
+            case frozenset():  # its order differs from worker to worker
+                return ["frozenset", *sorted(msgspec.msgpack.encode(packed(each)) for each in part)]
+            case type():
+                return ["type", part.__module__, part.__qualname__]
+        if type(part) in _PLAIN:
+            return part
+        raise TypeError
+
+    try:
+        return hashlib.blake2b(msgspec.msgpack.encode(packed(key)), digest_size=16).digest()
+    except (TypeError, OverflowError, RecursionError):
+        return None
+
+
+_PLAIN = {str, bytes, type(None), bool, int, float}
+_SHARED_STRUCTS: dict[str, type[msgspec.Struct]] = {}
+
+
+def share_values_of(kind: type[msgspec.Struct]) -> None:
+    """Let values of this type go to other workers. Its fields must be of types that MessagePack restores."""
+    _SHARED_STRUCTS[kind.__name__] = kind
+
+
+def pack_value(value: Any) -> bytes:
+    """Return the bytes of a value for other workers. Raises TypeError for a type that would not be the same there."""
+
+    def packed(part: Any) -> Any:
+        kind = type(part)
+        if kind in _PLAIN:
+            return part
+        if kind is list or kind is tuple:
+            return [kind.__name__, *map(packed, part)]
+        if kind is dict:
+            return ["dict", *([packed(name), packed(item)] for name, item in part.items())]
+        if kind is msgspec.Raw:
+            return ["raw", bytes(part)]
+        if _SHARED_STRUCTS.get(kind.__name__) is kind:
+            return ["struct", kind.__name__, msgspec.msgpack.encode(part)]
+        raise TypeError(f"a Cache can't share values of type {kind.__name__}")
+
+    try:
+        return msgspec.msgpack.encode(packed(value))
+    except (OverflowError, RecursionError) as error:
+        raise TypeError(f"a Cache can't share this value: {error}") from None
+
+
+def unpack_value(data: bytes) -> Any:
+    """Return the value of `pack_value`."""
+
+    def unpacked(part: Any) -> Any:
+        match part:
+            case ["list", *parts]:
+                return [*map(unpacked, parts)]
+            case ["tuple", *parts]:
+                return tuple(map(unpacked, parts))
+            case ["dict", *items]:
+                return {unpacked(name): unpacked(item) for name, item in items}
+            case ["raw", text]:
+                return msgspec.Raw(text)
+            case ["struct", name, text]:
+                return msgspec.msgpack.decode(text, type=_SHARED_STRUCTS[name])
+        return part
 
     return unpacked(msgspec.msgpack.decode(data))
 

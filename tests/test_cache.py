@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,8 +26,12 @@ from realtime.cache import (
     decode_key,
     default_key,
     encode_key,
+    pack_value,
+    shared_key,
     undecorate,
+    unpack_value,
 )
+from realtime.handlers.results import json_response
 from realtime.metrics import Counter
 
 
@@ -594,3 +601,42 @@ def test_a_cache_sends_its_invalidations_under_its_name() -> None:
         Invalidation("forecast", tags=["weather"]),
         Invalidation("forecast"),
     ]
+
+
+JSON_LIKE = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner, inner),
+    max_leaves=10,
+)
+
+
+@given(JSON_LIKE)
+def test_a_value_survives_the_way_to_the_other_workers(value: Any) -> None:
+    assert repr(unpack_value(pack_value(value))) == repr(value)
+
+
+def test_an_encoded_answer_survives_it_too() -> None:
+    response = json_response(200, {"a": [1]})
+    assert unpack_value(pack_value(response)) == response
+    assert bytes(unpack_value(pack_value(msgspec.Raw(b"{}")))) == b"{}"
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, 2**64, [Cache], Counter()])
+def test_a_value_of_another_type_stays_in_its_worker(value: Any) -> None:
+    with pytest.raises(TypeError, match="a Cache can't share"):
+        pack_value(value)
+
+
+def test_a_key_is_the_same_in_every_worker() -> None:
+    """Another process has other hashes of texts, and so another order of a set."""
+    program = (
+        "from realtime.cache import default_key, shared_key; from realtime.types import Position;"
+        "print(shared_key((Position, default_key({str(n): [n, True] for n in range(20)}))).hex())"
+    )
+    keys = {
+        subprocess.run([sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, check=True, stdout=-1).stdout
+        for seed in ("1", "2")
+    }
+    assert len(keys) == 1
+    assert shared_key(1) != shared_key(True) != shared_key("1")
+    assert shared_key(object()) is None

@@ -57,6 +57,7 @@ ROOMS: dict[str, set[str]] = {
 SHELL_ROOMS = {"process", "redis", "broker", "handlers", "transports", "worker", "operators", "supervisor"}
 SHELL_OUTSIDE = {"twisted", "autobahn", "zope", "psutil", "prometheus_client"}
 OUTSIDE = {
+    "realtime.app.forms": {"python_multipart"},
     "realtime.config.checks": {"cryptography"},
     "realtime.auth.keys": {"cryptography", "jwt"},
     "realtime.tap": {"twisted"},

@@ -41,7 +41,7 @@ FUNCTIONS: dict[str, dict[str, str]] = {
     "twisted.internet.unix.Server": {"_fromConnectedSocket": "fileDescriptor factory reactor"},
     "twisted.protocols.amp.AMP": {"_sendFileDescriptor": "self descriptor"},
     "asyncio.tasks": {"_enter_task": "loop task", "_leave_task": "loop task"},
-    "sys": {"_current_frames": "", "_getframe": "depth"},
+    "sys": {"_clear_type_cache": "", "_current_frames": "", "_getframe": "depth"},
     # Autobahn documents no interface for classes that replace parts of its own, so most of its names are internal.
     "autobahn.websocket.protocol.WebSocketServerProtocol": {
         "_connectionLost": "self reason",
@@ -54,7 +54,7 @@ ATTRIBUTES: dict[str, str] = {
     "twisted.internet.asyncioreactor.AsyncioSelectorReactor": "_asyncioEventloop _readers _writers",
     "twisted.internet.posixbase": "_NO_FILEDESC _DisconnectSelectableMixin",
     "twisted.internet.tcp.Server": "_tempDataBuffer _tempDataLen _writeDisconnecting",
-    "twisted.protocols.amp.AMP": "_currentBox _outstandingRequests _unprocessed",
+    "twisted.protocols.amp.AMP": "_currentBox _descriptors _getDescriptor _outstandingRequests _unprocessed",
     "twisted.internet.tcp.Port": "_preexistingSocket _logger",
     "asyncio.base_events.BaseEventLoop": "_ready _scheduled _stopping",
     "socket.socket": "_accept",

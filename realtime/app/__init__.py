@@ -13,27 +13,36 @@
         app.publish("chat:news", {"asked by": client.user})
         return {"total": 42}
 
-`application` has the `App`, `http` its routes with their requests and responses, `client` the connected client that
-handlers receive, `declarations` the rules for declaring a handler, and `loader` the import of an application by name.
+`application` has the `App`, `http` its routes with their requests and responses, `path_patterns` the paths of the
+routes, `cookies` and `forms` the parts of requests, `client` the connected client that handlers receive, `declarations`
+the rules for declaring a handler, and `loader` the import of an application by name.
 An `App` does no I/O and knows no socket; each worker binds its server to it at the start (`App.bind`).
 """
 
 from realtime.app.application import App, Server
 from realtime.app.client import Client
+from realtime.app.cookies import Cookie
 from realtime.app.declarations import ARGUMENTS, POLICIES, Handler, Patterns
+from realtime.app.forms import File, Form
 from realtime.app.http import Request, Response, Static
 from realtime.app.loader import load
+from realtime.app.path_patterns import PathTree, parse_pattern
 
 __all__ = [
     "ARGUMENTS",
     "POLICIES",
     "App",
     "Client",
+    "Cookie",
+    "File",
+    "Form",
     "Handler",
+    "PathTree",
     "Patterns",
     "Request",
     "Response",
     "Server",
     "Static",
     "load",
+    "parse_pattern",
 ]

@@ -30,7 +30,7 @@ LISTED = 7.0
 """Seconds for which a node without a further announcement is still listed and counted."""
 
 SUPERSEDED = 5.0
-"""Seconds after which the earlier runs of a node have ended: until then its workers restore their clients."""
+"""Seconds, at most, after which the earlier runs of a node have ended: until then its workers restore their clients."""
 
 ALL = "all"
 """Name of the channel of all nodes."""
@@ -143,6 +143,7 @@ class Nodes:
         self._dead_after = dead_after
         self._interval = min(ANNOUNCE_INTERVAL, dead_after / 6)
         self._listed = min(LISTED, dead_after)
+        self._restoring = min(SUPERSEDED, dead_after / 2)
         self._now = now
         self._runs: dict[str, _Run] = {}
         self._watching_since = math.inf  # this process has seen Redis all the time since
@@ -178,6 +179,9 @@ class Nodes:
         self._announced_at = self._now()
         if not server.is_ready:
             return
+        if self._announced_at - self._seen_at > self._dead_after / 2:
+            # After a pause the others must know before this node adds its clients again.
+            self._publish(ALL, NodeChanged(1, self._uid, self._run, info), _ignore)
         has_changed, self._workers = info.workers != self._workers, info.workers
 
         def announced(reply: Any, error: Exception | None) -> None:
@@ -222,6 +226,7 @@ class Nodes:
         other = self._runs.get(run)
         if other is None:
             self._runs[run] = _Run(info, seen)
+            _log.info("node {name} ({uid}) shares Redis with this one", name=info.name, uid=info.uid)
         elif seen >= other.seen:
             if other.is_reported and not (other.has_left or other.superseded < math.inf):
                 other.is_reported = False
@@ -261,7 +266,7 @@ class Nodes:
         if run == self._run:
             return False
         now, other = self._now(), self._runs.get(run)
-        if other is not None and (other.has_left or now - other.superseded > SUPERSEDED):
+        if other is not None and (other.has_left or now - other.superseded > self._restoring):
             return True
         seen = other.seen if other is not None else -math.inf
         return now - max(seen, self._watching_since) > self._dead_after
@@ -313,7 +318,13 @@ class Nodes:
     def send_to(
         self, node: str, worker: str, session: str, order: bytes, done: Callable[[int, Exception | None], None]
     ) -> None:
-        """Send an order to one worker of another node. done: gets 1, 0 if the node is not there, or the error."""
+        """Send an order to one worker of another node. done: gets 1, 0 if the node is not there, or the error.
+
+        A client may have made the name up: only the names of nodes become names of channels.
+        """
+        if not any(other.info.uid == node and not other.has_left for other in self._runs.values()):
+            done(0, None)
+            return
 
         def sent(receivers: Any, error: Exception | None) -> None:
             done(int(error is None and receivers > 0), error)

@@ -44,6 +44,7 @@ from realtime.pubsub.broker_state import StatePart
 from realtime.pubsub.history import EpochsState
 from realtime.pubsub.journal import (
     BadJournal,
+    Change,
     JournaledKeys,
     JournaledStreams,
     JournalReplay,
@@ -211,7 +212,7 @@ def wall_shift() -> float:
     return time.time() - time.monotonic()
 
 
-def _batch(position: int, shift: float, record: StatePart) -> Batch:
+def _batch(position: int, shift: float, record: Change | StatePart) -> Batch:
     data = frame(record)
     return Batch(position, position + len(data), shift, data)
 
@@ -342,7 +343,7 @@ class Persistence:
 
     # Changes
 
-    def _write(self, record: StatePart) -> None:
+    def _write(self, record: Change | StatePart) -> None:
         """Queue the record of a change."""
         if not self._is_open:
             return

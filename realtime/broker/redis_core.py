@@ -93,9 +93,8 @@ class RedisCore(BrokerCore[Link]):
         self.ready: list[Callable[[RedisServer], None]] = []
         self.lost: list[Callable[[RedisServer], None]] = []
         self._scripts = {is_cluster: ChannelScripts(is_cluster=is_cluster) for is_cluster in (False, True)}
-        self.channels_here = NodeChannels(self, self._prefix, metrics)
+        self.channels_here = NodeChannels(self, self._prefix, reactor, metrics)
         self._named = self.channels_here.named
-        self._handlers: dict[bytes, tuple[str, Callable[[bytes], None]]] = {}
         self._known = self.channels_here.get
         self._targets: dict[str, _Target] = {}
         self._refusals: Repetition[str] = Repetition()
@@ -123,6 +122,7 @@ class RedisCore(BrokerCore[Link]):
 
     def close(self) -> None:
         """End the connections to Redis."""
+        self.channels_here.close_all()
         self.servers.close()
 
     def key(self, kind: str, name: str) -> bytes:
@@ -156,6 +156,8 @@ class RedisCore(BrokerCore[Link]):
         assert asker is not None
         reply, links.number = Reply(asker, links.number), 0
         known = self._known(channel)
+        if known is not None and not known.is_wanted:
+            self.channels_here.resume(known)
         comes_back = known is not None and known.is_wanted
         if comes_back:
             self._own[number] = server, reply
@@ -173,8 +175,10 @@ class RedisCore(BrokerCore[Link]):
         if request.idempotency_key or request.version:
             self._publish_once(server, request, target, message, published)
         elif options.enabled:
-            entry, ttl, meta_ttl = entry_of(message), options.ttl, options.meta_ttl
-            terms = (entry, options.size, int(ttl * 1000) or 1, int(meta_ttl * 1000) or 1)
+            ttl, meta_ttl = options.ttl, options.meta_ttl
+            # The metadata outlive the history, which would be lost without them.
+            life = ttl if ttl > meta_ttl else meta_ttl
+            terms = (entry_of(message), options.size, int(ttl * 1000) or 1, int(life * 1000) or 1)
             server.run(published, target.scripts.publish, target.keys, terms)
         else:
             server.call(published, target.publish, name, message)
@@ -192,7 +196,7 @@ class RedisCore(BrokerCore[Link]):
                 entry_of(message),
                 options.size,
                 _milliseconds(options.ttl),
-                _milliseconds(options.meta_ttl),
+                _milliseconds(max(options.ttl, options.meta_ttl)),
             ]
             if request.version:
                 terms += [f"{request.version:020}", request.version_epoch]
@@ -240,6 +244,8 @@ class RedisCore(BrokerCore[Link]):
             return HistoryPage([], _UNNUMBERED)
         channel, reply = request.channel, self.links.postpone()
         server = self.servers.of(channel)
+        if (before := self._known(channel)) is not None:
+            self.channels_here.resume(before)
 
         def read(page: Any, error: Exception | None) -> None:
             if error is None:
@@ -256,7 +262,7 @@ class RedisCore(BrokerCore[Link]):
             reply(found)
 
         terms: list[bytes | str | int] = [
-            _milliseconds(options.meta_ttl),
+            _milliseconds(max(options.ttl, options.meta_ttl)),
             f"{self.sender}{self._next_number()}",
             request.limit,
             "" if request.since is None else request.since.offset,
@@ -285,6 +291,7 @@ class RedisCore(BrokerCore[Link]):
         known = self.channels_here.get(request.channel)
         assert known is not None
         if not known.is_continuous:
+            self.channels_here.resume(known)
             reply = self.links.postpone()
             if known.is_wanted:
                 known.waiting.append(reply)
@@ -329,17 +336,15 @@ class RedisCore(BrokerCore[Link]):
 
     def listen(self, name: str, handle: Callable[[bytes], None]) -> None:
         """Handle messages on a pub/sub channel of this engine's own, whenever Redis is there."""
-        server, channel = self.servers.of(name), self.key("node", name)
-        self._handlers[channel] = name, handle
-        if server.is_ready:
-            server.subscribe(channel)
+        self.channels_here.listen(name, handle)
 
     def on_message(self, server: RedisServer, channel: bytes, payload: bytes) -> None:
         """Deliver a message to the workers with a route, and answer the request that it belongs to."""
         known = self._named(channel)
         if known is None:
-            if channel in self._handlers:
-                self._handlers[channel][1](payload)
+            return
+        if known.handle is not None:
+            known.handle(payload)
             return
         try:
             message = decode(payload)
@@ -374,9 +379,6 @@ class RedisCore(BrokerCore[Link]):
     def on_ready(self, server: RedisServer) -> None:
         """See `RedisListener`."""
         self._targets.clear()
-        for name, _ in self._handlers.values():
-            if self.servers.of(name) is server:
-                server.subscribe(self.key("node", name))
         self.channels_here.on_ready(server)
         for function in self.ready:
             function(server)
@@ -388,6 +390,10 @@ class RedisCore(BrokerCore[Link]):
         self.channels_here.on_lost(server, error)
         for function in self.lost:
             function(server)
+
+    def on_unsubscribed(self, server: RedisServer, channel: bytes) -> None:
+        """See `RedisListener`."""
+        self.channels_here.on_unsubscribed(server, channel)
 
     def on_moved(self) -> None:
         """See `RedisListener`."""

@@ -19,6 +19,7 @@ from realtime.broker.redis_core import RedisCore
 from realtime.broker.redis_messages import VERSION, ChannelJoin, ChannelLeave, encode
 from realtime.broker.redis_roles import RedisRoles
 from realtime.broker.shared_presence import Names, SharedPresence
+from realtime.broker.stored_values import StoredValues
 from realtime.broker.user_connections import UserConnections
 from realtime.config.settings import Settings
 from realtime.errors import ClientError
@@ -29,6 +30,9 @@ from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.engine import (
     AddPresence,
     AdmitClient,
+    DropValues,
+    FetchValue,
+    FoundValue,
     GetNodes,
     GetPresence,
     GetPresenceStats,
@@ -36,7 +40,9 @@ from realtime.pubsub.engine import (
     RemovePresence,
     ResignRole,
     SendOrder,
+    StoreValue,
     Term,
+    ValueState,
     split_address,
 )
 from realtime.pubsub.presence import Listings, PresenceEntry
@@ -89,10 +95,12 @@ class SharedCore(RedisCore):
             self.servers.of,
             self._presence.entries,
             self.nodes.is_dead,
+            self._refused,
             call_soon,
             metrics,
         )
         self._redis_roles = RedisRoles(self.key, self.servers.of)
+        self._values = StoredValues(self.key, self.servers.of)
         # Of no interest to Redis without a limit.
         self._has_limit = settings.client.user_connection_limit > 0
         self._connections = UserConnections(
@@ -173,6 +181,8 @@ class SharedCore(RedisCore):
     def _on_order(self, message: NodeOrder) -> None:
         """Deliver an order of another node."""
         recipients = list(self._peers)
+        if not message.worker:
+            self._leases.note_order()
         if message.worker:
             recipient = self._sessions.get(message.session) or self._peer_at(message.worker)
             recipients = [] if recipient is None else [recipient]
@@ -202,6 +212,22 @@ class SharedCore(RedisCore):
                 reply(None, error)
 
         self._redis_roles.resign(request, resigned)
+
+    # Values of caches
+
+    def fetch_value(self, peer: Link, now: float, request: FetchValue) -> FoundValue:
+        """See `FetchValue`."""
+        self._values.fetch(request, self.links.postpone())
+        return FoundValue(ValueState.HELD)
+
+    def store_value(self, peer: Link, now: float, request: StoreValue) -> bool:
+        """See `StoreValue`."""
+        self._values.store(request, self.links.postpone())
+        return False
+
+    def drop_values(self, peer: Link, now: float, request: DropValues) -> None:
+        """See `DropValues`."""
+        self._values.drop(request, self.links.postpone())
 
     # Presence
 

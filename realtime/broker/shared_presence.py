@@ -4,9 +4,10 @@ Each node's broker keeps the presence of its own clients (`realtime.pubsub.prese
 where all nodes have one list of each channel, in three keys of one slot:
 
     presence   hash   id: of this list; entries, clients: numbers of its fields and of the listed clients; n<run>: the
-                      entries of one run of a broker; g<run>: their removal by another node
+                      entries of one run of a broker; g<run>: their removal by another node (going), and their return
+                      (back, again)
     clients    hash   client -> one byte of flags, the run of its broker, its ClientInfo
-    users      hash   user -> number of listed clients
+    users      hash   u<user>: number of listed clients; total: of all
 
 A script changes the list, counts, and publishes the join or the leave, all at once. So each join and leave is published
 exactly once, whatever happens between the nodes. The changes of a channel go out one batch after the other; after an
@@ -27,7 +28,6 @@ from typing import Any
 
 import msgspec
 
-from realtime.errors import EngineUnavailable
 from realtime.metrics import Metrics
 from realtime.pubsub.presence import PresenceEntry
 from realtime.redis.scripts import Script
@@ -68,8 +68,9 @@ local function count(value, change)
     -- The first field behind the head of the array: the others are bytes, which cmsgpack can't read.
     local _, user = cmsgpack.unpack_one(value, 10)
     redis.call('HINCRBY', meta, 'clients', change)
-    if redis.call('HINCRBY', users, user, change) <= 0 then
-      redis.call('HDEL', users, user)
+    redis.call('HINCRBY', users, 'total', change)
+    if redis.call('HINCRBY', users, 'u' .. user, change) <= 0 then
+      redis.call('HDEL', users, 'u' .. user)
     end
   end
   redis.call('HINCRBY', meta, 'entries', change)
@@ -162,11 +163,13 @@ if redis.call('HGET', meta, 'id') ~= id then
 end
 local total = redis.call('HMGET', meta, 'n' .. run, 'entries', 'clients')
 local is_whole = tonumber(total[2]) == redis.call('HLEN', clients)
-  and (tonumber(total[3]) > 0) == (redis.call('EXISTS', users) == 1)
-if tonumber(total[1] or 0) ~= tonumber(entries) or not is_whole then
-  if gone then
-    return {'removed'}
-  end
+  and tonumber(total[3]) == tonumber(redis.call('HGET', users, 'total') or 0)
+local is_complete = tonumber(total[1] or 0) == tonumber(entries)
+if is_whole and gone == 'back' and not is_complete then
+  redis.call('HSET', meta, 'g' .. run, 'again')
+  return {'removed'}
+end
+if not (is_whole and is_complete) then
   redis.call('DEL', meta, clients, users)
   return {'damaged'}
 end
@@ -187,7 +190,8 @@ READ = Script(
     _COMMON
     + """
 local total = redis.call('HLEN', clients)
-local result = {redis.call('HGET', meta, 'clients') or '0', redis.call('HLEN', users), total, runs()}
+local distinct = math.max(0, redis.call('HLEN', users) - 1)
+local result = {redis.call('HGET', meta, 'clients') or '0', distinct, total, runs()}
 if total <= tonumber(ARGV[2]) then
   result[5] = redis.call('HVALS', clients)
 end
@@ -251,9 +255,10 @@ class _List:
     """The part of a channel's list that comes from this run.
 
     id: of the list, "" while unknown. entries: clients that the run has there, once all changes are carried out.
-    changes: not sent yet, by client: mode and value. sent: those under way. waiting, asked: callbacks for the changes
-    that are not sent, and for those under way. rest: entries that are to be added again. touched: clients that changed
-    since that began.
+    changes: not sent yet, by client: mode and value. sent: those under way, none with a renewal. One script of a list
+    is under way at a time: a call for which Redis lacks the script may be carried out behind later ones. waiting,
+    asked: callbacks for the changes that are not sent, and for those under way. rest: entries that are to be added
+    again. touched: clients that changed since that began.
     """
 
     __slots__ = ("asked", "changes", "entries", "id", "rest", "sent", "touched", "waiting")
@@ -279,8 +284,9 @@ class SharedPresence:
 
     run: the name of this run of the broker, of RUN_SIZE characters. ttl: seconds within which a list without a node
     that renews it is no longer right. names, server: of a channel. entries: returns the clients of this node in a
-    channel. is_dead: whether the clients of a run have to leave. call_soon: calls a function in the next turn of the
-    loop, so that the changes of one turn go out together.
+    channel. is_dead: whether the clients of a run have to leave. refused: notes an error of a channel's command, and
+    returns it. call_soon: calls a function in the next turn of the loop, so that the changes of one turn go out
+    together.
     """
 
     def __init__(
@@ -291,6 +297,7 @@ class SharedPresence:
         server: Callable[[str], RedisServer],
         entries: Callable[[str], list[PresenceEntry]],
         is_dead: Callable[[str], bool],
+        refused: Callable[[Exception, str], Exception],
         call_soon: Callable[[Callable[[], None]], object],
         metrics: Metrics,
     ) -> None:
@@ -302,6 +309,7 @@ class SharedPresence:
         self._server = server
         self._entries = entries
         self._is_dead = is_dead
+        self._refused = refused
         self._call_soon = call_soon
         self._lists: dict[str, _List] = {}
         self._unsent: set[str] = set()  # channels with changes of this turn
@@ -341,7 +349,7 @@ class SharedPresence:
         listed = self._lists.get(channel)
         if listed is not None and listed.changes:
             listed.waiting.append(done)
-        elif listed is not None and listed.sent is not None:
+        elif listed is not None and listed.sent:
             listed.asked.append(done)
         else:
             done(None, None)
@@ -418,9 +426,9 @@ class SharedPresence:
         if error is not None:
             listed.changes = sent | listed.changes
             asked, listed.asked, listed.waiting = listed.asked + listed.waiting, [], []
-            failure = error if isinstance(error, EngineUnavailable) else EngineUnavailable(str(error))
+            self._refused(error, channel)
             for done in asked:
-                done(None, failure)
+                done(None, error)
             return  # the next renewal sends it again
         id, gone = _text(reply[0]), reply[1]
         is_other = listed.id not in ("", id)
@@ -479,20 +487,21 @@ class SharedPresence:
                 self._send(channel, listed)
             return
         arguments = (self._run, self._lifetime, listed.id, listed.entries)
+        listed.sent = {}
 
         def renewed(reply: Any, error: Exception | None) -> None:
-            if error is None and self._lists.get(channel) is listed:
+            listed.sent = None
+            if error is None:
                 self._on_renewed(channel, listed, _text(reply[0]), [_text(run) for run in reply[1:]])
+            if listed.sent is None and not listed.is_idle:
+                self._send(channel, listed)
 
         self._server(channel).run(renewed, RENEW, self._names(channel).keys, arguments)
 
     def _on_renewed(self, channel: str, listed: _List, state: str, runs: list[str]) -> None:
         if state != "whole":
-            if listed.rest is None:
-                listed.id = ""
-                self._begin_again(channel, listed)
-                if listed.sent is None:
-                    self._send(channel, listed)
+            listed.id = ""
+            self._begin_again(channel, listed)
             return
         for run in runs:
             if self._is_dead(run):

@@ -12,20 +12,29 @@ _MARK = b"-----BEGIN "
 _MAX_BYTES = 1024 * 1024
 
 
-def read_pem(key: str, value: str) -> bytes:
-    """Return the PEM text of a value; of a file, its content now. key: names the setting in messages.
+def is_inline_pem(value: str) -> bool:
+    """Whether a value is PEM text or base64 of it, and not a path."""
+    return bool(_inline(value))
 
-    Raises SettingsError with one line that does not show the value.
-    """
+
+def _inline(value: str) -> bytes:
     encoded = value.encode()
     if _MARK in encoded:
         return encoded
     try:
         decoded = base64.b64decode("".join(value.split()), validate=True)
-    except binascii.Error:
-        decoded = b""
-    if _MARK in decoded:
-        return decoded
+    except (binascii.Error, ValueError):
+        return b""
+    return decoded if _MARK in decoded else b""
+
+
+def read_pem(key: str, value: str) -> bytes:
+    """Return the PEM text of a value; of a file, its content now. key: names the setting in messages.
+
+    Raises SettingsError with one line that does not show the value.
+    """
+    if inline := _inline(value):
+        return inline
     try:
         with Path(value).open("rb") as file:
             content = file.read(_MAX_BYTES)

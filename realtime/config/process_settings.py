@@ -44,6 +44,13 @@ class WorkersSettings(Struct, frozen=True, forbid_unknown_fields=True):
             " another worker runs them."
         ),
     ] = 5.0
+    cache_lease: Annotated[
+        Seconds,
+        about(
+            "Time for which one worker computes a cached value and the others wait for it. Then another worker computes"
+            " it as well. 0: each worker computes its own values."
+        ),
+    ] = 10.0
     max_error_series: Annotated[
         Positive,
         about(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from realtime.config.checks import PLACEHOLDER, listed_groups
 from realtime.config.reader import Rule, Rules
+from realtime.config.redis_addresses import RedisAddress
 from realtime.config.redis_settings import addresses_in_use
 from realtime.config.settings import (
     ChannelOptions,
@@ -198,11 +200,20 @@ def _name_masters(redis: RedisSettings) -> bool:
     )
 
 
+def _name_different_servers(addresses: Sequence[RedisAddress]) -> bool:
+    return len({(address.name, address.sentinel_master_name) for address in addresses}) == len(addresses)
+
+
 _REDIS: tuple[Rule[RedisSettings], ...] = (
     Rule(
         ("sentinel_master_name", "address", "sentinel_address", "cluster_address"),
         _name_masters,
         "Sentinels need the name of the server that they watch; set it as in their `sentinel monitor NAME ...`",
+    ),
+    Rule(
+        ("address", "sentinel_address", "cluster_address"),
+        lambda redis: _name_different_servers(addresses_in_use(redis)),
+        "two entries name the same server; remove one, or name another server",
     ),
     Rule(
         ("db", "address", "sentinel_address", "cluster_address"),

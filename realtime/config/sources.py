@@ -12,10 +12,10 @@ from pathlib import Path
 import msgspec
 
 from realtime.config import centrifugo_keys, toml_lines
-from realtime.config.pem import read_pem
+from realtime.config.pem import is_inline_pem, read_pem
 from realtime.config.reader import Reader
 from realtime.config.rules import RULES
-from realtime.config.settings import EngineSettings, RedisSettings, Settings
+from realtime.config.settings import RedisSettings, Settings
 from realtime.config.values import escape_unprintable
 from realtime.errors import SettingsError
 
@@ -81,9 +81,11 @@ def read(config: str | None, arguments: Mapping[str, str], environ: Mapping[str,
         except SettingsError as error:
             problems = error.problems
     settings = _parse(arguments, file, environ, problems)
-    check_certificates(settings.engine)
     replace = msgspec.structs.replace
     folder = Path(config).parent if config is not None else Path()
+    if settings.engine.type == "redis":
+        engine = replace(settings.engine, redis=_with_certificates(settings.engine.redis, folder))
+        settings = replace(settings, engine=engine)
     engine = settings.engine
     if engine.memory.path:
         path = Path(os.path.abspath(folder / engine.memory.path))
@@ -98,19 +100,24 @@ def read(config: str | None, arguments: Mapping[str, str], environ: Mapping[str,
     return replace(settings, app=replace(settings.app, path=str(path)))
 
 
-def check_certificates(engine: EngineSettings) -> None:
-    """Raise SettingsError, with a line for each certificate or key of an engine in use that can't be read."""
-    problems = []
-    redis = engine.redis if engine.type == "redis" else RedisSettings()
+def _with_certificates(redis: RedisSettings, folder: Path) -> RedisSettings:
+    """Return settings with absolute paths of certificates and keys. Raises SettingsError for those that can't be read,
+    one line each."""
+    problems: list[str] = []
+    tables = {}
     for table, tls in (("tls", redis.tls), ("sentinel_tls", redis.sentinel_tls)):
+        paths = {}
         for key in ("server_ca_pem", "cert_pem", "key_pem"):
-            try:
-                if value := getattr(tls, key):
-                    read_pem(f"engine.redis.{table}.{key}", value)
-            except SettingsError as error:
-                problems += error.problems
+            if value := getattr(tls, key):
+                try:
+                    paths[key] = value if is_inline_pem(value) else os.path.abspath(folder / value)
+                    read_pem(f"engine.redis.{table}.{key}", paths[key])
+                except SettingsError as error:
+                    problems += error.problems
+        tables[table] = msgspec.structs.replace(tls, **paths)
     if problems:
         raise SettingsError(problems)
+    return msgspec.structs.replace(redis, **tables)
 
 
 def read_text(config: str) -> str:

@@ -109,11 +109,8 @@ class HandlerCall:
         self._account = ledger.open(LoopWork.HANDLER, handler.name)
         self._marker = services.marker or ChargingMarker(ledger)
         self._lock = services.lock
-        # Whether a call needs no application code in the loop's thread, so that it goes on while that is blocked.
-        leaves_loop = handler.run in ("thread", "process")
-        self._leaves_loop = (
-            leaves_loop and handler.cache is None and handler.convert is None and not callable(handler.pressure)
-        )
+        # Whether no code of the application but the handler itself is part of a call.
+        self._is_alone = handler.cache is None and handler.convert is None and not callable(handler.pressure)
         self._names = names_reader(handler)
         self._timeout = settings.handler_timeout if handler.timeout is None else handler.timeout
         # The handler's own limit of concurrent calls, if it has one.
@@ -133,7 +130,7 @@ class HandlerCall:
         self._takes_client = ARGUMENTS[handler.kind][0][:1] == ("client",)
         # Mostly a slice, without a call of Python code.
         self._take = itemgetter(handler.taken) if handler.convert is None else handler.take
-        self._convert = result_converter(handler.kind)
+        self._convert = result_converter(handler.kind, handler.cache is not None)
         self._never_waits = handler.run == "loop" and self._semaphore is None and never_waits(handler.function)
         self._is_always_immediate = self._never_waits and self._policy.admits_always
         # The loop itself holds only a weak reference to a waiting task. Values: what ends the wait of its caller.
@@ -329,6 +326,11 @@ class HandlerCall:
     def _place(self) -> str:
         """Where the next call runs: "loop", "thread" or "process"."""
         return self._placement.place if self._placement else self.handler.run
+
+    @property
+    def _leaves_loop(self) -> bool:
+        """Whether the next call runs no code of the application in the loop's thread, which may be blocked."""
+        return self._is_alone and self._place != "loop"
 
     def _start(self, finished: Deferred[Any], args: tuple[Any, ...]) -> asyncio.Task[None] | CoroutineDriver | None:
         """Start the handler; return what runs it, None if it has ended.

@@ -171,7 +171,8 @@ def _reply(handler: Handler, call: ComputeCall) -> bytes:
     """Call the handler and return the packed reply; there is one unless the handler ends the process."""
     try:
         result = call_plain_function(handler, handler.convert_data(arguments_of(call)))
-        reply = pack(returned(result_converter(handler.kind)(result)))
+        convert = result_converter(handler.kind, handler.cache is not None)
+        reply = pack(returned(convert(result)))
     except ClientError as error:
         return pack(CallRefused(error.code, error.message, error.temporary))
     except Disconnect as error:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from realtime.app import Handler, Response
+from realtime.cache import share_values_of
 from realtime.errors import LIMIT_EXCEEDED, PERMISSION_DENIED, ClientError
 from realtime.types import Credentials, Grant
 
@@ -41,6 +42,9 @@ class PreparedResponse(msgspec.Struct, frozen=True):
     close: bool = False
 
 
+share_values_of(PreparedResponse)
+
+
 def status_response(status: int, *headers: tuple[str, str]) -> PreparedResponse:
     """Return a response whose body is the phrase of its status."""
     return PreparedResponse(status, HTTPStatus(status).phrase.encode(), TEXT, headers)
@@ -63,12 +67,16 @@ def call_plain_function(handler: Handler, args: tuple[Any, ...]) -> Any:
     return value
 
 
-def result_converter(kind: str) -> Callable[[Any], Any]:
+def result_converter(kind: str, has_cache: bool = False) -> Callable[[Any], Any]:
     """Return the function that converts the return values of this kind of handler.
+
+    has_cache: whether other callers may get the same result.
 
     It raises ClientError for a value that means a refusal; for a value that can't be sent it raises TypeError, or the
     exception of the encoder.
     """
+    if kind == "http" and has_cache:
+        return _to_shared_response
     return _CONVERTERS.get(kind, _unchanged)
 
 
@@ -115,12 +123,20 @@ def _to_response(value: Any) -> PreparedResponse:
         case Response():
             body = value.body.encode() if isinstance(value.body, str) else value.body
             content_type = TEXT if isinstance(value.body, str) else _BYTES
-            return PreparedResponse(value.status, body, content_type if body else "", tuple(value.headers.items()))
+            headers = (*value.headers.items(), *(cookie.header() for cookie in value.cookies))
+            return PreparedResponse(value.status, body, content_type if body else "", headers)
         case str():
             return PreparedResponse(200, value.encode(), TEXT)
         case bytes():
             return PreparedResponse(200, value, _BYTES)
     return json_response(200, value)
+
+
+def _to_shared_response(value: Any) -> PreparedResponse:
+    response = _to_response(value)
+    if any(name.lower() == "set-cookie" for name, _ in response.headers):
+        raise TypeError("a route with a cache sets no cookies: other users would get them")
+    return response
 
 
 _CONVERTERS: dict[str, Callable[[Any], Any]] = {

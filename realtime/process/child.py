@@ -210,7 +210,7 @@ class Child:
         if self.draining:
             return
         self.draining = True
-        self.heartbeat.enter(ProcessState.DRAINING)
+        self.lock.call_on_loop(self.heartbeat.enter, ProcessState.DRAINING)
         drained = Deferred.fromCoroutine(self.service.drain(timeout))
         drained.addTimeout(timeout, self.reactor)
         drained.addErrback(self._log_failed_drain, timeout).addBoth(lambda _: self.lock.call_on_loop(self.stop))
@@ -369,16 +369,17 @@ class Control(control.Peer):
     @control.Drain.responder
     def _drain(self, timeout: float) -> dict[str, object]:
         # After the answer has been written: a drain with nothing to do stops the reactor at once.
-        self._child.reactor.callLater(0, self._child.lock.call_on_loop, self._child.drain, timeout)
+        self._child.reactor.callLater(0, self._child.drain, timeout)
         return {}
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Called by twisted: the supervisor has ended, or has dropped this process."""
         super().connectionLost(reason)
         if not self._child.draining:
-            _log.warn("the supervisor has ended; {name} drains and exits", name=self._child.name)
+            cause = "its control link has failed" if self.has_failed else "the supervisor has ended"
+            _log.warn("{cause}; {name} drains and exits", cause=cause, name=self._child.name)
         timeout = min(ORPHAN_DRAIN, self._child.settings.shutdown.timeout)
-        self._child.lock.call_on_loop(self._child.drain, timeout)
+        self._child.drain(timeout)
 
 
 def main(argv: Sequence[str], make_service: Callable[[Child], ChildService]) -> int:

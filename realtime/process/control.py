@@ -28,10 +28,16 @@ class Peer(amp.AMP):
 
     Twisted's AMP logs each connection and its end; here the owners of the connections log what is worth a line.
 
-    sent_descriptors: number of the descriptors that have been sent. The other end counts them too.
+    sent_descriptors: number of the descriptors that have been sent. The other end counts them too. has_failed: whether
+    this end has ended the link, for a reason in the log.
     """
 
     sent_descriptors = 0
+    has_failed = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._getDescriptor = self._take_descriptor  # type: ignore[assignment]
 
     def makeConnection(self, transport: ITransport) -> None:
         amp.BinaryBoxProtocol.makeConnection(self, transport)
@@ -46,6 +52,19 @@ class Peer(amp.AMP):
         transport.sendFileDescriptor(descriptor)
         self.sent_descriptors += 1
         return self.sent_descriptors - 1
+
+    def _take_descriptor(self, number: int) -> int:
+        """Called by twisted: return a descriptor of a message. Ends the link if it was lost, as the others' numbers are
+        wrong from now on."""
+        descriptor: int | None = self._descriptors.pop(number, None)
+        if descriptor is None:
+            self.has_failed = True
+            _log.error(
+                "a control link ends: a descriptor was lost, as this process has no room for it; raise the limit of"
+                " open files (`ulimit -n`)"
+            )
+            raise amp.RemoteAmpError(b"DESCRIPTOR_LOST", "it has no room for a descriptor", fatal=True)
+        return descriptor
 
     @property
     def is_quiet(self) -> bool:
@@ -70,6 +89,7 @@ class Peer(amp.AMP):
         return responder
 
     def _end_link(self, reason: str) -> None:
+        self.has_failed = True
         _log.error("a control link ends: the peer sent an invalid message ({reason})", reason=reason[:_LOGGED_BYTES])
         transport: Any = self.transport
         if transport is not None:

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from realtime._version import __version__
@@ -35,8 +36,14 @@ class NodeIdentity:
 
 
 def _boot_id() -> str:
-    """Return the random identity of this run of the kernel, see random(4)."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """Return the random identity of this run of the kernel, see random(4).
+
+    Where it is hidden, as by `ProcSubset=pid` of systemd.exec(5), return that of the machine, see machine-id(5).
+    """
+    for path in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id"):
+        with suppress(OSError):
+            return Path(path).read_text().strip()
+    return socket.gethostname()
 
 
 def _start_time(pid: int) -> tuple[float, int]:

@@ -131,8 +131,26 @@ class RoleOrder(Struct, frozen=True, array_like=True, tag="role"):
     name: str
 
 
+class LandOrder(Struct, frozen=True, array_like=True, tag="land"):
+    """The end of a lease, for the workers that wait for its value. The fields are those of `realtime.cache.Landing`."""
+
+    flight: str
+    value: bytes | None = None
+    made: float = 0.0
+    is_void: bool = False
+
+
 AddressedOrder = DisconnectOrder | UnsubscribeOrder | SubscribeOrder | RefreshOrder
-Order = AddressedOrder | SupersedeOrder | ChannelsOrder | ChannelsAnswer | EmulateOrder | InvalidateOrder | RoleOrder
+Order = (
+    AddressedOrder
+    | SupersedeOrder
+    | ChannelsOrder
+    | ChannelsAnswer
+    | EmulateOrder
+    | InvalidateOrder
+    | LandOrder
+    | RoleOrder
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Order)

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 from msgspec import Struct
 
-from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, ClientError
+from realtime.errors import INTERNAL_ERROR, LIMIT_EXCEEDED, NOT_AVAILABLE, ClientError
 from realtime.metrics import Counter
 from realtime.pubsub.broker_state import StatePart, chunks
 from realtime.pubsub.engine import (
@@ -26,8 +26,12 @@ from realtime.pubsub.engine import (
     AdmitClient,
     Answer,
     Cut,
+    DropValues,
+    EndLease,
     EngineNotice,
     EngineRequest,
+    FetchValue,
+    FoundValue,
     GetHistory,
     GetNodes,
     GetPresence,
@@ -41,13 +45,16 @@ from realtime.pubsub.engine import (
     ReportSubscriptions,
     ResignRole,
     SendOrder,
+    StoreValue,
     Subscribe,
+    TakeLease,
     TakeLostClients,
     Term,
     Unsubscribe,
     split_address,
 )
 from realtime.pubsub.history import ChannelStreams, EpochsState, IdempotencyCache, KeysState, StreamsState
+from realtime.pubsub.leases import Leases, LeasesState
 from realtime.pubsub.presence import AbsentState, Presence, PresenceEntry, PresentState
 from realtime.pubsub.roles import Roles, RoleState
 from realtime.pubsub.time_slices import CHUNK
@@ -193,6 +200,7 @@ class BrokerCore(Generic[P]):
         self._idempotency = IdempotencyCache(max_channels) if keys is None else keys
         self._presence: Presence[P] = Presence(max_channels, self)
         self.roles = Roles()
+        self._leases: Leases[P] = Leases(delivery.deliver_order)
         self._routes: dict[str, list[P]] = {}
         self._peers: dict[P, _PeerState] = {}
         self._addresses: dict[str, P] = {}
@@ -289,6 +297,7 @@ class BrokerCore(Generic[P]):
         unlinked = self._unlinked.pop(peer, None)
         if unlinked is None:
             return
+        self._leases.drop(peer)
         for number, channel in enumerate(unlinked.channels, 1):
             self._unroute(channel, peer)
             if number % CHUNK == 0:
@@ -307,6 +316,7 @@ class BrokerCore(Generic[P]):
         state, unlinked = self._peers[peer], self._unlinked.get(earlier)
         if unlinked is None:
             return
+        self._leases.move(earlier, peer)
         for channel in unlinked.channels - state.channels:
             peers = self._routes[channel]
             peers[peers.index(earlier)] = peer
@@ -370,6 +380,7 @@ class BrokerCore(Generic[P]):
             for some in chunks(clients, lambda one: len(one[1])):
                 yield PeerClients(number, some)
         yield from self._presence.export(peers)
+        yield from self._leases.export(peers)
         for slot, of_slot in self._lost.items():
             lost = ((client, user, address) for client, (user, address) in of_slot.items())
             for few in chunks(lost, lambda one: len(one[1])):
@@ -406,6 +417,8 @@ class BrokerCore(Generic[P]):
                 self._presence.import_present(peers[part.peer], part)
             case AbsentState():
                 self._presence.import_absent(part)
+            case LeasesState():
+                self._leases.import_part(part, peers)
             case LostClients(slot, clients):
                 lost = self._lost.setdefault(slot, {})
                 lost.update((client, (user, address)) for client, user, address in clients)
@@ -453,13 +466,14 @@ class BrokerCore(Generic[P]):
 
         Returns True if there may be more: call again soon. Otherwise call it every quarter of a second or so.
         """
+        self._leases.sweep(now)
         more = self._streams.sweep(now, limit)
         more = self._presence.sweep(now, limit) or more
         return self._idempotency.sweep(now, limit) or more
 
     def has_expirable(self) -> bool:
-        """Whether there is history, an idempotency key or an absent client, which `sweep` has to look at."""
-        return bool(self._streams or self._idempotency or self._presence.absent)
+        """Whether there is history, an idempotency key, an absent client or a lease, which `sweep` has to look at."""
+        return bool(self._streams or self._idempotency or self._presence.absent or self._leases)
 
     # Routing
 
@@ -500,6 +514,7 @@ class BrokerCore(Generic[P]):
         else:
             # Peers that may return get it, too. The sender waits for those with subscribers: the others have ended.
             returning = [peer for peer, state in self._unlinked.items() if not state.is_followed]
+            self._leases.note_order()
         if recipients or returning:
             self._delivery.deliver_order([*recipients, *returning], request.order)
         return len(recipients) + sum(map(self.is_routed, returning))
@@ -512,6 +527,26 @@ class BrokerCore(Generic[P]):
     def resign_role(self, peer: P, now: float, request: ResignRole) -> None:
         if self.roles.resign(request):
             self._delivery.deliver_order(list(self._peers), request.order)
+
+    @carries_out(TakeLease)
+    def take_lease(self, peer: P, now: float, request: TakeLease) -> str:
+        return self._leases.take(peer, now, request)
+
+    @carries_out(EndLease)
+    def end_lease(self, peer: P, now: float, request: EndLease) -> None:
+        self._leases.end(peer, request.flight, request.order)
+
+    @carries_out(FetchValue)
+    def fetch_value(self, peer: P, now: float, request: FetchValue) -> FoundValue:
+        raise ClientError(*NOT_AVAILABLE)
+
+    @carries_out(StoreValue)
+    def store_value(self, peer: P, now: float, request: StoreValue) -> bool:
+        raise ClientError(*NOT_AVAILABLE)
+
+    @carries_out(DropValues)
+    def drop_values(self, peer: P, now: float, request: DropValues) -> None:
+        raise ClientError(*NOT_AVAILABLE)
 
     def _peer_at(self, address: str) -> P | None:
         """Return the peer with this address, None for a worker of another node."""

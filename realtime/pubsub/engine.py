@@ -26,6 +26,7 @@ tests/pubsub/test_engine.py runs one suite over every engine.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from enum import IntEnum
 from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -192,6 +193,85 @@ class ResignRole(EngineRequest[None], tag=52, frozen=True, gc=False):
     name: str
     holder: str
     order: bytes
+
+
+class TakeLease(EngineRequest[str], tag=32, frozen=True, gc=False):
+    """Ask to be the only worker of this machine that computes the value of this key of a cache.
+
+    flight: a new name for the lease. Answer: `flight` if this worker has the lease; the flight of another worker's
+    lease, whose end this worker receives as an order; "" if there is no room for a lease. seconds: after which the
+    lease ends by itself. lost: the order for the waiting workers then, or when this worker ends.
+    """
+
+    cache: str
+    key: bytes
+    flight: str
+    seconds: float
+    lost: bytes
+
+
+class EndLease(EngineRequest[None], tag=33, frozen=True, gc=False):
+    """End a lease of this worker. order: for the waiting workers. Without effect once it has ended."""
+
+    flight: str
+    order: bytes
+
+
+class ValueState(IntEnum):
+    """FOUND: here is the value. GRANTED: compute it. HELD: another worker computes it; ask again."""
+
+    FOUND = 1
+    GRANTED = 2
+    HELD = 3
+
+
+class FoundValue(Struct, frozen=True, array_like=True, gc=False):
+    """made: Unix time of the value. stamp: for `StoreValue`, if the computation is granted."""
+
+    state: ValueState
+    value: bytes = b""
+    made: float = 0.0
+    stamp: bytes = b""
+
+
+class FetchValue(EngineRequest[FoundValue], tag=34, frozen=True, gc=False):
+    """Read a value of a cache that all nodes share, or get the permit to compute it.
+
+    fresh_from: the Unix time from which on a value counts; an earlier one counts while another worker computes. token:
+    a new name for the permit. lease: seconds of the permit. Raises ClientError 108 where nodes share nothing.
+    """
+
+    cache: str
+    key: bytes
+    tags: list[str]
+    token: str
+    lease: float
+    fresh_from: float
+
+
+class StoreValue(EngineRequest[bool], tag=35, frozen=True, gc=False):
+    """Store a computed value, and give the permit back. Answer: whether it was stored.
+
+    It is not if it was invalidated meanwhile, if the permit has expired, or if the value is b"". kept: seconds.
+    """
+
+    cache: str
+    key: bytes
+    tags: list[str]
+    token: str
+    stamp: bytes
+    value: bytes
+    made: float
+    kept: float
+
+
+class DropValues(EngineRequest[None], tag=36, frozen=True, gc=False):
+    """Invalidate values of a shared cache: by key, by tag, or all (both None). kept: seconds that no value outlives."""
+
+    cache: str
+    keys: list[bytes] | None
+    tags: list[str] | None
+    kept: float
 
 
 # Presence

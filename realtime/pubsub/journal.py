@@ -52,7 +52,11 @@ class BadJournal(RealtimeError):
     """Bytes that are no journal."""
 
 
-class Appended(StatePart, tag=41, frozen=True, gc=False):
+class Change(Struct, array_like=True, frozen=True, gc=False):
+    """A record of the journal alone."""
+
+
+class Appended(Change, tag=41, frozen=True, gc=False):
     """A publication. now: its time. version, version_epoch: as in `Publish`."""
 
     now: float
@@ -64,26 +68,26 @@ class Appended(StatePart, tag=41, frozen=True, gc=False):
     version_epoch: str = ""
 
 
-class Cleared(StatePart, tag=42, frozen=True, gc=False):
+class Cleared(Change, tag=42, frozen=True, gc=False):
     """The publications of a channel were removed."""
 
     channel: str
 
 
-class Forgotten(StatePart, tag=43, frozen=True, gc=False):
+class Forgotten(Change, tag=43, frozen=True, gc=False):
     """The stream of a channel was forgotten, and its epoch retired."""
 
     channel: str
 
 
-class Renewed(StatePart, tag=44, frozen=True, gc=False):
+class Renewed(Change, tag=44, frozen=True, gc=False):
     """All epochs became others, which follow from the earlier ones and a random salt."""
 
     salt: bytes
 
 
 JournalRecord = Union[Appended, Cleared, Forgotten, Renewed, EpochsState, StreamsState, KeysState]  # noqa: UP007
-Write = Callable[[StatePart], None]
+Write = Callable[[Change | StatePart], None]
 
 encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(JournalRecord).decode
@@ -91,7 +95,7 @@ _pack_length = struct.Struct("<I").pack
 _length_at = struct.Struct("<I").unpack_from
 
 
-def frame(record: StatePart) -> bytes:
+def frame(record: Change | StatePart) -> bytes:
     """Return the bytes of one record."""
     body = encode(record)
     return _pack_length(len(body)) + body

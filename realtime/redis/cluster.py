@@ -27,6 +27,9 @@ from realtime.redis.slots import SLOTS, slot_of
 REFRESH_INTERVAL = 5.0
 """Seconds between two readings of the map of slots: a moved slot without commands shows only there."""
 
+FAILOVER_INTERVAL = 0.5
+"""Seconds between two readings while a master is away: another one takes over as soon as the Cluster has elected it."""
+
 REFRESH_PAUSE = 0.1
 """Seconds between two readings, at least, when nodes redirect commands."""
 
@@ -59,7 +62,8 @@ class RedisCluster:
         self._nowhere = ClusterNode(self, ("no node", 0), self._access, context)
         self._slots: list[RedisServer] = [self._nowhere] * SLOTS
         self._timer: Any = None
-        self._is_reading = False
+        self._question: _Question | None = None
+        self._is_reading = self._is_outdated = self._has_lost_subscription = False
         self._is_closed = False
         self._is_reported = False
         self._read_at = -REFRESH_PAUSE
@@ -83,15 +87,25 @@ class RedisCluster:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._question is not None:
+            self._question.close()
         for server in self.servers:
             server.close()
 
     def refresh(self) -> None:
         """Read the map soon, as slots may have moved."""
-        if not self._is_reading and self._timer is not None:
+        if self._is_reading:
+            self._is_outdated = True
+        elif self._timer is not None:
             wait = max(0.0, self._read_at + REFRESH_PAUSE - self._reactor.seconds())
             if self._timer.getTime() - self._reactor.seconds() > wait:
                 self._timer.reset(wait)
+
+    def note_lost_subscription(self) -> None:
+        """Call `on_moved` after the next reading, even if it shows no change: while a slot moves, a node refuses or
+        ends subscriptions that it takes a moment later."""
+        self._has_lost_subscription = True
+        self.refresh()
 
     # The map
 
@@ -124,7 +138,7 @@ class RedisCluster:
             else:
                 self._read_from(others, f"{place.name}: {error}")
 
-        _Question(place, self._access, self._context, settle, "CLUSTER", "SLOTS")
+        self._question = _Question(place, self._access, self._context, settle, "CLUSTER", "SLOTS")
 
     def _fail(self, reason: str) -> None:
         if not self._is_reported:
@@ -154,13 +168,16 @@ class RedisCluster:
             slots[first : last + 1] = [node] * (last + 1 - first)
             self._replicas += [_host(replica, asked) for replica in replicas]
         self._take(masters, slots)
-        self._wait(REFRESH_INTERVAL)
+        are_ready = self._nowhere not in slots and all(node.is_ready for node in masters.values())
+        is_outdated, self._is_outdated = self._is_outdated, False
+        self._wait(REFRESH_PAUSE if is_outdated else REFRESH_INTERVAL if are_ready else FAILOVER_INTERVAL)
 
     def _take(self, masters: dict[Host, ClusterNode], slots: list[RedisServer]) -> None:
         """Use a map from now on."""
         added = [node for host, node in masters.items() if host not in self._nodes]
         removed = [node for host, node in self._nodes.items() if host not in masters]
-        have_moved = self._slots != slots
+        have_moved = self._slots != slots or self._has_lost_subscription
+        self._has_lost_subscription = False
         self._nodes, self._slots, self.servers = masters, slots, tuple(masters.values())
         for node in removed:
             node.close()
@@ -235,7 +252,7 @@ class ClusterNode(RedisServer):
 
         def settle(reply: Any, error: Exception | None) -> None:
             if isinstance(error, RedisError) and error.code in (*_REDIRECTS, *_LATER):
-                self._cluster.refresh()
+                self._cluster.note_lost_subscription()
                 error = EngineUnavailable(error.text)
             if done is not None:
                 done(reply, error)
@@ -249,7 +266,8 @@ class ClusterNode(RedisServer):
 
     def on_unsubscribed(self, channel: bytes) -> None:
         """See `ConnectionOwner`: the channel's slot has moved."""
-        self._cluster.refresh()
+        super().on_unsubscribed(channel)
+        self._cluster.note_lost_subscription()
 
     def on_end(self, connection: RedisConnection, reason: str) -> None:
         """See `ConnectionOwner`."""
@@ -274,10 +292,15 @@ class _Question:
             QUEUE_LIMIT,
             context.ledger,
         )
-        connected: Deferred[Any] = place.connect(ConnectionFactory(connection))
-        connected.addCallbacks(
+        self._connecting: Deferred[Any] = place.connect(ConnectionFactory(connection))
+        self._connecting.addCallbacks(
             lambda _: self._ask(), lambda failure: self._settle(None, EngineUnavailable(failure.getErrorMessage()))
         )
+
+    def close(self) -> None:
+        """End the connection; idempotent."""
+        self._connecting.cancel()
+        self._connection.end("this server is leaving")
 
     def _ask(self) -> None:
         self._connection.call(self._on_greeting, *self._access.greeting)

@@ -32,7 +32,7 @@ ReplyCallback = Callable[[Any, Exception | None], None]
 raise."""
 
 # Of a command: the call of a script, the channel of a subscription, or neither.
-_Kind = tuple[Script, tuple[Argument, ...]] | bytes | None
+_Kind = tuple[Script, tuple[Argument, ...]] | bytes | object | None
 
 _pack: Callable[[tuple[Argument, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
 
@@ -43,7 +43,9 @@ TEMPORARY_CODES = frozenset(
         *("MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "MOVED", "ASK"),
     ]
 )
-_CONFIRMATIONS = {b"subscribe", b"unsubscribe", b"ssubscribe", b"sunsubscribe"}
+_CONFIRMATIONS = {b"subscribe", b"unsubscribe", b"ssubscribe"}
+# The kind of a command that an error answers, or a push that looks like those of Redis' own accord.
+_ANSWERED_BY_PUSH = object()
 _MESSAGES = {b"message", b"smessage"}
 
 _log = Logger()
@@ -61,6 +63,10 @@ class RedisError(RealtimeError):
     def is_temporary(self) -> bool:
         """Whether it says nothing about the command: a later attempt, or one at another server, may succeed."""
         return self.code in TEMPORARY_CODES
+
+
+def _ignore(reply: Any, error: Exception | None) -> None:
+    pass
 
 
 class ConnectionOwner(Protocol):
@@ -106,6 +112,7 @@ class RedisConnection(protocol.Protocol):
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE)
         self._queue: list[bytes] = []
         self._queued_bytes = 0
+        self._buffered_bytes = 0  # in the transport, when last read
         self._is_flush_due = False
         # Of each command without a reply: its callback, and for a script its call, for a subscription its channel.
         self._unanswered: deque[tuple[ReplyCallback, _Kind]] = deque()
@@ -117,6 +124,7 @@ class RedisConnection(protocol.Protocol):
         self._again: list[tuple[ReplyCallback, bytes]] = []
         self._held: list[tuple[bytes, ReplyCallback, _Kind]] = []
         self._again_after = 0
+        self._leaving: dict[bytes, int] = {}  # sharded channels whose end was asked for
 
     def connectionMade(self) -> None:
         with suppress(AttributeError):  # of a unix socket
@@ -159,7 +167,20 @@ class RedisConnection(protocol.Protocol):
 
     def unsubscribe(self, done: ReplyCallback, channel: bytes, *, is_sharded: bool = False) -> None:
         """Undo `subscribe`. done: called after the last message."""
-        self._send(_pack((b"SUNSUBSCRIBE" if is_sharded else b"UNSUBSCRIBE", channel)), done, channel)
+        if not is_sharded:
+            self._send(_pack((b"UNSUBSCRIBE", channel)), done, channel)
+            return
+        # A node that has lost the slot meanwhile has pushed the end of the subscription already, and answers by an
+        # error. So a push is no sign of an answer, and the next reply tells.
+        self._leaving[channel] = self._leaving.get(channel, 0) + 1
+        self._send(_pack((b"SUNSUBSCRIBE", channel)), _ignore, _ANSWERED_BY_PUSH)
+        self._send(_pack((b"PING",)), lambda reply, error: self._on_left(channel, done, error), None)
+
+    def _on_left(self, channel: bytes, done: ReplyCallback, error: Exception | None) -> None:
+        self._leaving[channel] -= 1
+        if not self._leaving[channel]:
+            del self._leaving[channel]
+        done(None, error)
 
     def _send(self, data: bytes, done: ReplyCallback, kind: _Kind) -> None:
         if self._end_reason:
@@ -169,7 +190,7 @@ class RedisConnection(protocol.Protocol):
             self._held.append((data, done, kind))
             return
         self._queued_bytes += len(data)
-        if self._queued_bytes > self._limit:
+        if self._queued_bytes + self._buffered_bytes > self._limit and not self._has_room():
             self._queued_bytes -= len(data)
             done(None, EngineUnavailable("Redis is too far behind"))
             return
@@ -189,6 +210,12 @@ class RedisConnection(protocol.Protocol):
             self._queue.clear()
             self._queued_bytes = 0
             self.transport.write(data)  # type: ignore[union-attr]
+            self._has_room()
+
+    def _has_room(self) -> bool:
+        """Read how much the transport holds. Returns whether it is within the limit, with what is queued here."""
+        self._buffered_bytes = getattr(self.transport, "buffered", 0)
+        return self._queued_bytes + self._buffered_bytes <= self._limit
 
     def _check(self) -> None:
         """End the connection if a reply is late; check again while there are commands without one."""
@@ -234,12 +261,15 @@ class RedisConnection(protocol.Protocol):
         if push[0] in _CONFIRMATIONS:
             if self._unanswered and self._unanswered[0][1] == push[1]:
                 self._receive_reply(None)
-            else:
-                self._owner.on_unsubscribed(push[1])
+        elif push[0] == b"sunsubscribe" and push[1] not in self._leaving:
+            self._owner.on_unsubscribed(push[1])
 
     def _receive_reply(self, reply: Any) -> None:
         done, kind = self._unanswered.popleft()
         self._answered += 1
+        if kind is _ANSWERED_BY_PUSH and type(reply) is not hiredis.ReplyError:
+            done, kind = self._unanswered.popleft()
+            self._answered += 1
         if type(reply) is not hiredis.ReplyError:
             done(reply, None)
         else:

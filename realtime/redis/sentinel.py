@@ -11,13 +11,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import Deferred, fail
+from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from realtime.config.redis_addresses import RedisAddress
-from realtime.errors import EngineUnavailable
 from realtime.process.reactor import turn_end_caller
 from realtime.redis.connection import RedisConnection, RedisError
 from realtime.redis.endpoints import ConnectionFactory, FixedPlace, RedisAccess, format_host
@@ -51,6 +50,7 @@ class SentinelPlace:
         self._reactor = context.reactor
         self._on_change = on_change
         self._named: Master | None = None
+        self._tried: Master | None = None
         access = RedisAccess.to_sentinel(address, context.settings)
         self._sentinels = [
             _Sentinel(FixedPlace(context.reactor, access, host, port), access, self._master_name, context, self._vote)
@@ -60,6 +60,11 @@ class SentinelPlace:
     @property
     def name(self) -> str:
         return self._master_name + (f" ({format_host(*self._named)})" if self._named else "")
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the master of the latest connection is still the one that the Sentinels name."""
+        return self._tried == self._named
 
     def start(self) -> None:
         """Connect to the Sentinels, for as long as the place is not closed."""
@@ -72,13 +77,10 @@ class SentinelPlace:
             sentinel.close()
 
     def connect(self, factory: Factory) -> Deferred[Any]:
-        """Connect to the master. Fails with EngineUnavailable while no Sentinel names one."""
-        if self._named is None:
-            return fail(EngineUnavailable(f"no Sentinel names a master {self._master_name}: {self._complaint()}"))
+        """Connect to the master. Called once the Sentinels have named one."""
+        assert self._named is not None
+        self._tried = self._named
         return FixedPlace(self._reactor, self._access, *self._named).connect(factory)
-
-    def _complaint(self) -> str:
-        return next((sentinel.complaint for sentinel in self._sentinels if sentinel.complaint), "none has answered yet")
 
     def _vote(self) -> None:
         """Take the master that most Sentinels name. In a tie the one in use stays."""
@@ -99,7 +101,7 @@ class SentinelPlace:
 
 
 class _Sentinel:
-    """A connection to one Sentinel. master: what it names; None while it does not answer. complaint: why not."""
+    """A connection to one Sentinel. master: what it names; None while it does not answer."""
 
     def __init__(
         self,
@@ -110,7 +112,8 @@ class _Sentinel:
         on_answer: Callable[[], None],
     ) -> None:
         self.master: Master | None = None
-        self.complaint = ""
+        self._is_reported = False
+        self._connecting: Deferred[Any] | None = None
         self._place = place
         self._access = access
         self._master_name = master_name
@@ -132,8 +135,8 @@ class _Sentinel:
             QUEUE_LIMIT,
             self._context.ledger,
         )
-        connected = self._place.connect(ConnectionFactory(connection))
-        connected.addCallbacks(lambda _: self._on_connected(connection), self._on_not_connected)
+        self._connecting = self._place.connect(ConnectionFactory(connection))
+        self._connecting.addCallbacks(lambda _: self._on_connected(connection), self._on_not_connected)
 
     def close(self) -> None:
         """End the connection for good."""
@@ -141,6 +144,8 @@ class _Sentinel:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._connecting is not None:
+            self._connecting.cancel()
         if self._connection is not None:
             self._connection.end("this server is leaving")
 
@@ -179,7 +184,7 @@ class _Sentinel:
             self._name(host.decode(), int(port))
 
     def _name(self, host: str, port: int) -> None:
-        self.complaint = ""
+        self._is_reported = False
         self.master = host, port
         self._on_answer()
 
@@ -187,9 +192,9 @@ class _Sentinel:
         self.master = None
         if self._is_closed:
             return
-        if not self.complaint:
+        if not self._is_reported:
+            self._is_reported = True
             _log.warn("Sentinel {name} is away: {reason}; connecting again", name=self._place.name, reason=reason)
-        self.complaint = f"{self._place.name}: {reason}"
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._reactor.callLater(RECONNECT_DELAY * random.uniform(0.5, 1.0), self.connect)

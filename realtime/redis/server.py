@@ -86,6 +86,7 @@ class RedisServer:
         self._accept = accept
         self._reactor = context.reactor
         self._errors = ErrorCounters(context.metrics)
+        self._connecting: Deferred[Any] | None = None
         self._connection: RedisConnection | None = None
         self._ready: RedisConnection | None = None  # the connection, once it is identified
         self._facts: ServerFacts | None = None
@@ -170,8 +171,8 @@ class RedisServer:
             QUEUE_LIMIT,
             self._context.ledger,
         )
-        connected = self._place.connect(ConnectionFactory(connection))
-        connected.addCallbacks(lambda _: self._on_connected(connection), self._on_not_connected)
+        self._connecting = self._place.connect(ConnectionFactory(connection))
+        self._connecting.addCallbacks(lambda _: self._on_connected(connection), self._on_not_connected)
 
     def close(self) -> None:
         """End the connection for good."""
@@ -179,6 +180,8 @@ class RedisServer:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._connecting is not None:
+            self._connecting.cancel()
         if self._connection is not None:
             self._connection.end("this server is leaving")
 
@@ -300,7 +303,7 @@ class RedisServer:
 
     def on_unsubscribed(self, channel: bytes) -> None:
         """See `ConnectionOwner`."""
-        self._context.listener.on_moved()
+        self._context.listener.on_unsubscribed(self, channel)
 
     def on_refused(self, error: RedisError) -> Exception:
         """See `ConnectionOwner`."""
@@ -338,6 +341,10 @@ class RedisListener(Protocol):
 
     def on_lost(self, server: RedisServer, reason: str) -> None:
         """Handle the end of a connection; its calls have failed."""
+
+    def on_unsubscribed(self, server: RedisServer, channel: bytes) -> None:
+        """Handle the end of a subscription by the server, whose slot moves. `on_moved` follows: subscribe again then,
+        also where `RedisServers.of` is the same."""
 
     def on_moved(self) -> None:
         """Handle a change of `RedisServers.of`: some keys have another server now."""

@@ -150,8 +150,9 @@ class _WatchedServer:
     def __init__(self, address: RedisAddress, context: RedisContext) -> None:
         access = RedisAccess.to_server(address, context.settings)
         self._place = SentinelPlace(address, access, context, self._move)
-        self._server = RedisServer(self._place, access, context, _accept_master)
+        self._server = RedisServer(self._place, access, context, self._accept)
         self.servers = (self._server,)
+        self._is_named = False
 
     @property
     def is_healthy(self) -> bool:
@@ -162,15 +163,19 @@ class _WatchedServer:
 
     def start(self) -> None:
         self._place.start()
-        self._server.connect()
 
     def close(self) -> None:
         self._place.close()
         self._server.close()
 
     def _move(self) -> None:
-        self._server.connect_elsewhere("the Sentinels name another master")
+        if self._is_named:
+            self._server.connect_elsewhere("the Sentinels name another master")
+        else:
+            self._is_named = True
+            self._server.connect()
 
-
-def _accept_master(facts: ServerFacts) -> str:
-    return "" if facts.role == "master" else "it is a replica; waiting for the Sentinels"
+    def _accept(self, facts: ServerFacts) -> str:
+        if not self._place.is_current:
+            return "the Sentinels name another master"
+        return "" if facts.role == "master" else "it is a replica; waiting for the Sentinels"

@@ -273,6 +273,7 @@ class Supervisor(Service):
             self.children[process.generation] = process
             process.resume(self._reactor, one)
         self._note_serving()
+        self._notifier.stretch_watchdog()
         self._changes.continue_upgrade(lambda: self._replace_workers(self._wanted, with_broker=True))
 
     def _now(self) -> float:
@@ -420,6 +421,7 @@ class Supervisor(Service):
         running.addErrback(self._end_upgrade)
 
     def _end_upgrade(self, failure: Failure) -> None:
+        self._notifier.stretch_watchdog()
         if not failure.check(CannotUpgrade):
             _log.failure("upgrading raised; the server goes on as it is", failure)
         self._changes.ended(failure.getErrorMessage())

@@ -55,10 +55,10 @@ class SystemdNotifier:
             self._fed_at = now
             self._send("WATCHDOG=1")
 
-    def begin_interval(self) -> None:
-        """Report a healthy service at once, so that a whole interval is left."""
+    def stretch_watchdog(self, seconds: float = 0.0) -> None:
+        """Have the watchdog wait for `seconds` from now on, if that is longer; 0: for its own interval again."""
         if self.watchdog:
-            self._send("WATCHDOG=1")
+            self._send(f"WATCHDOG_USEC={max(self.watchdog, seconds) * 1e6:.0f}\nWATCHDOG=1")
 
     def _send(self, message: str) -> None:
         if self._address is None:

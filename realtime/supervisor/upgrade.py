@@ -40,6 +40,9 @@ from realtime.supervisor.zygote import Zygote, ZygoteUnusable
 QUIET_TIMEOUT = 10.0
 """Seconds within which no message must be under way, at one moment."""
 
+START_TIMEOUT = 60.0
+"""Seconds for the program to start, which takes one on an idle machine, before the watchdog ends the service."""
+
 _QUIET_INTERVAL = 0.02
 
 _log = Logger(observer=log.observer)
@@ -153,7 +156,7 @@ class Upgrade:
         tell(f"version {result.version} takes the place of version {__version__}: supervisor, broker, workers")
         await self._wait_until_quiet()
         settings = bytes(result.settings)
-        self._notifier.begin_interval()  # the program does not feed the watchdog before it has started
+        self._notifier.stretch_watchdog(START_TIMEOUT)  # the program does not feed it before it has started
         execute(self._launch, self._estate.inheritance(self._configured_count, self._launch.pidfile, settings))
 
     def _check_obstacle(self) -> None:
@@ -166,7 +169,8 @@ class Upgrade:
             # Also before the first look: the lines of progress are on their way.
             await deferLater(self._reactor, _QUIET_INTERVAL)
             self._check_obstacle()
-            if self._estate.is_quiet:
+            # The next program does not know the processes of the trials, so it could not reap them.
+            if self._estate.is_quiet and not self._trial.pids and len(self._estate.zygote.pids) <= 1:
                 return
         raise CannotUpgrade(f"for {QUIET_TIMEOUT:g} s, messages between the processes were always under way; try again")
 

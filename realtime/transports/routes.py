@@ -17,7 +17,7 @@ import msgspec
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from realtime.app import App, Request
+from realtime.app import App, PathTree, Request, parse_pattern
 from realtime.client_log import ClientLog
 from realtime.config.settings import HTTPAPISettings, Settings
 from realtime.errors import INTERNAL_ERROR, ClientError, Disconnect, HandlerTimeout, Overloaded, PoolFull
@@ -50,6 +50,9 @@ RETRY_AFTER = (3, 10)
 
 # HTTP status by client error code, for the server API's transport error mode and for the application's routes.
 STATUSES = {100: 500, 102: 404, 103: 403, 104: 404, 107: 400, 108: 400, 109: 401, 111: 429, 112: 416, 113: 409}
+
+# Methods of the application's routes, as a response lists them. A route for GET answers HEAD.
+ROUTE_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 _log = Logger()
 
@@ -165,10 +168,18 @@ class Router:
         self._origin_allowed = origin_allowed
         self._cors_routes = cors_routes
         cors_headers = self.cors_headers if origin_allowed is not None else _no_headers
-        self._routes: dict[str, RequestHandler] = {
-            route: partial(serve_route, call, proxies, another_worker_available, cors_headers)
-            for route, call in dispatcher.routes.items()
-        }
+        self._routes: dict[str, RequestHandler] = {}  # without parameters in their paths
+        self._methods_of: dict[str, set[str]] = {}  # of these routes, by path
+        self._patterns: dict[str, PathTree[Callable[..., None]]] = {}  # the other routes, by method
+        for route, call in dispatcher.routes.items():
+            serve = partial(serve_route, call, proxies, another_worker_available, cors_headers)
+            method, _, path = route.partition(" ")
+            pattern = parse_pattern(path)
+            if pattern.has_parameters:
+                self._patterns.setdefault(method, PathTree()).add(pattern, serve)
+            else:
+                self._routes[route] = serve
+                self._methods_of.setdefault(path, set()).add(method)
         self._dispatcher = dispatcher
         self._api = api
         self._settings = settings
@@ -193,14 +204,30 @@ class Router:
         route = self._routes.get(f"{'GET' if method == 'HEAD' else method} {path}")
         if route is not None:
             return route
-        allowed = [verb for verb in ("GET", "POST") if f"{verb} {path}" in self._routes]
-        if allowed and method == "OPTIONS" and self._is_of_allowed_origin(head):
-            return PreparedResponse(204, headers=cors.preflight_headers(head, allowed))
-        if allowed:
-            response = fault_response("method", ("Allow", ", ".join(allowed)))
-            is_preflight = method == "OPTIONS" and head.get("access-control-request-method")
-            return msgspec.structs.replace(response, fault="origin") if is_preflight else response
-        return self._resolve_file(head)
+        return self._resolve_pattern(head) or self._resolve_method(head) or self._resolve_file(head)
+
+    def _resolve_pattern(self, head: RequestHead) -> RequestHandler | None:
+        """Return the handler of a route with parameters in its path."""
+        tree = self._patterns.get("GET" if head.method == "HEAD" else head.method)
+        found = None if tree is None else tree.find(head.path)
+        return None if found is None else partial(found[0], path_parameters=found[1])
+
+    def _resolve_method(self, head: RequestHead) -> PreparedResponse | None:
+        """Return the response to a method that no route takes, if the path has routes of other methods."""
+        method, path = head.method, head.path
+        known = {verb for verb, tree in self._patterns.items() if tree.find(path) is not None}
+        known |= self._methods_of.get(path, set())
+        if not known:
+            return None
+        allowed = [verb for verb in ROUTE_METHODS if ("GET" if verb == "HEAD" else verb) in known]
+        allow = "Allow", ", ".join((*allowed, "OPTIONS"))
+        if method != "OPTIONS":
+            return fault_response("method", allow)
+        if self._is_of_allowed_origin(head):
+            return PreparedResponse(204, headers=(*cors.preflight_headers(head, allowed), allow))
+        if head.get("access-control-request-method"):
+            return msgspec.structs.replace(fault_response("method", allow), fault="origin")
+        return PreparedResponse(204, headers=(allow,))
 
     def max_body_size(self, path: str) -> int:
         """Return the largest allowed size of a request's body in bytes; 0 for no limit."""
@@ -340,10 +367,11 @@ def serve_route(
     another_worker_available: Callable[[], bool],
     cors_headers: Callable[[RequestHead], cors.Headers],
     request: Exchange,
+    path_parameters: dict[str, str | int] | None = None,
 ) -> None:
     """Call the application's handler; it is cancelled if the peer disconnects.
 
-    cors_headers: those of the response to a request.
+    cors_headers: those of the response to a request. path_parameters: decoded.
     """
     head = request.head
     parameters = _parse_query(head.query) if head.query else {}
@@ -354,6 +382,7 @@ def serve_route(
         headers=head.headers,
         body=request.body,
         remote_address=proxies.client_address(request.peer, head.get_all("x-forwarded-for")),
+        path_parameters=path_parameters or {},
     )
     own_headers = cors_headers(head)
     if route.is_immediate:

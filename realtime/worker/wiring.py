@@ -48,7 +48,7 @@ from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
 from realtime.protocol.handover import HandedSession
-from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder, InvalidateOrder, RoleOrder
+from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder, InvalidateOrder, LandOrder, RoleOrder
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
@@ -74,7 +74,6 @@ from realtime.transports.websocket import UNIDIRECTIONAL_WIRE_FORMATS, WIRE_FORM
 from realtime.types import WorkerInfo
 from realtime.worker.engine import BrokerEngine
 from realtime.worker.handover import HandOverParts
-from realtime.worker.invalidations import CacheInvalidations
 from realtime.worker.io_uring import IOURing
 from realtime.worker.key_sets import make_verifier
 from realtime.worker.load_shedding import LoadShedding, configure_cache_host
@@ -86,6 +85,7 @@ from realtime.worker.loop_time import (
     charged_transport,
 )
 from realtime.worker.roles import Role
+from realtime.worker.shared_caches import SharedCaches
 from realtime.worker.surveys import Surveys
 
 TASKS = "tasks"
@@ -191,14 +191,16 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
     )
 
     def interrupted() -> None:
-        invalidations.on_interruption()
+        shared_caches.on_interruption()
         hub.on_interruption()
 
     hub = Hub(make_engine, sessions.apply, slices, services, sessions.begin_arrivals)
     engine = hub.engine
     assert isinstance(engine, BrokerEngine)
-    invalidations = CacheInvalidations(cache.HOST, engine, address)
-    sessions.add_handler(InvalidateOrder, invalidations.on_order)
+    lease = settings.workers.cache_lease if settings.workers.count > 1 else 0
+    shared_caches = SharedCaches(cache.HOST, engine, address, lease)
+    sessions.add_handler(InvalidateOrder, shared_caches.on_order)
+    sessions.add_handler(LandOrder, shared_caches.on_landing)
     metrics.gauge("realtime_clients", "Clients that are connected.", lambda: len(sessions))
     metrics.gauge("realtime_subscriptions", "Subscriptions.", lambda: hub.subscriptions)
     metrics.gauge(

@@ -106,9 +106,9 @@ class Reloads(Run):
         self.bare = (cpu(service) - began) / BARE
 
     async def _reload(self, service: Service) -> None:
-        status, said = await service.reload()
+        status, said = await (service.upgrade() if self._asked.upgrade else service.reload())
         if status:
-            self._report("reload", f"realtime reload ended with status {status}: {said}")
+            self._report("reload", f"the command ended with status {status}: {said}")
 
     async def _strain(self, load: Load) -> None:
         began = time.process_time(), self._now()
@@ -200,6 +200,7 @@ def measure(arguments: list[str]) -> list[Verdict]:
     )
     options.add_argument("--pause", type=float, default=2.0, help="seconds between two reloads (default 2)")
     options.add_argument("--seed", type=int, default=1, help="of the clients (default 1)")
+    options.add_argument("--upgrade", action="store_true", help="upgrade in place of each reload: the broker too")
     options.add_argument("--log", type=Path, help="a file for the server's log")
     asked = options.parse_args(arguments)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from realtime.app import App, Request, Response
 from realtime.errors import ClientError
-from tests.app.declaring import problem
+from tests.app.declaring import line_of, problem
 
 
 def test_static_directory_is_relative_to_the_file_that_declares_it(app: App) -> None:
@@ -25,10 +26,34 @@ def test_static_mistakes(app: App, tmp_path: Path) -> None:
     assert "a second time" in problem(lambda: app.http.static("/files/", tmp_path))
 
 
-@pytest.mark.parametrize("path", ["/items/{id}", "/{", "/a}"])
-def test_a_path_with_a_parameter_is_refused(app: App, path: str) -> None:
-    # Faults 12.9: such a route never matched.
-    assert "in the query, as in /items?id=5" in problem(lambda: app.http.get(path))
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/{", "one is a whole segment, as in /rooms/{room}"),
+        ("/item-{id}", "one is a whole segment"),
+        ("/{a b}", "one is a whole segment"),
+        ("/{id:float}", "choose one of int, str"),
+        ("/{a}/{a:int}", "two parameters with the name 'a'"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_with_the_line_of_the_declaration(app: App, path: str, reason: str) -> None:
+    line = problem(lambda: app.http.get(path))
+    assert reason in line
+    assert __file__ in line
+
+
+def test_two_routes_for_the_same_paths_are_refused_with_both_places(app: App) -> None:
+    def first(request: Request) -> None: ...
+
+    def second(request: Request) -> None: ...
+
+    app.http.get("/rooms/{room}/{number:int}")(first)
+    line = problem(lambda: app.http.get("/rooms/{name}/{place:int}")(second))
+    assert line.startswith(line_of(second))
+    assert line.endswith(f"as GET /rooms/{{room}}/{{number:int}}, declared at {line_of(first)}")
+    # Another method, and another kind of parameter, is another route.
+    app.http.put("/rooms/{name}/{place:int}")(second)
+    app.http.get("/rooms/{name}/{place}")(second)
 
 
 def test_json_of_a_request() -> None:
@@ -41,6 +66,27 @@ def test_json_of_a_request() -> None:
             request(body).json()
         assert caught.value.code == 107
     assert Response().status == 200
+
+
+class Order(msgspec.Struct):
+    article: str
+    number: int = 1
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"article":1}', "Expected `str`, got `int` - at `$.article`"),
+        (b"{}", "Object missing required field `article`"),
+        (b"{", "Input data was truncated"),
+    ],
+)
+def test_typed_json_of_a_request(body: bytes, message: str) -> None:
+    assert Request("POST", "/", {}, {}, b'{"article":"pen"}').json(Order) == Order("pen")
+    assert Request("POST", "/", {}, {}, b"[1]").json(list[int] | None) == [1]
+    with pytest.raises(ClientError) as caught:
+        Request("POST", "/", {}, {}, body).json(Order)
+    assert (caught.value.code, caught.value.message) == (400, message)
 
 
 def test_a_requests_key_tells_users_apart() -> None:

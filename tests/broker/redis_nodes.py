@@ -13,7 +13,13 @@ from tests.system.brokers import BrokerProcess, broker_engine
 @asynccontextmanager
 async def nodes(address: str, count: int = 1, workers: int = 1, **redis: object) -> AsyncIterator[list[Node]]:
     """Start nodes, and end them at last. redis: further settings of engine.redis."""
-    settings = RedisSettings(address=(address,), **redis)  # type: ignore[arg-type]
+    async with nodes_of(RedisSettings(address=(address,), **redis), count, workers) as started:  # type: ignore[arg-type]
+        yield started
+
+
+@asynccontextmanager
+async def nodes_of(settings: RedisSettings, count: int = 1, workers: int = 1) -> AsyncIterator[list[Node]]:
+    """Start nodes with these settings."""
     started = [Node(EngineSettings(type="redis", redis=settings)) for _ in range(count)]
     try:
         for node in started:

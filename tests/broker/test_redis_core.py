@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from twisted.internet.defer import Deferred, DeferredList
 
-from realtime.pubsub.engine import AddPresence, RemovePresence, Subscribe, Unsubscribe
+from realtime.pubsub.engine import AddPresence, Publish, RemovePresence, Subscribe, Unsubscribe
 from realtime.types import ClientInfo, HistoryOptions
 from tests.broker.redis_nodes import nodes
 from tests.redis.deployments import RedisProcess
+from tests.redis.relays import LateMessages
 from tests.system.brokers import until
 
 ALICE = ClientInfo("alice", "client-a", b'{"name":"Alice"}')
@@ -81,3 +82,41 @@ async def test_two_deployments_with_different_prefixes_share_a_server(redis_serv
         await here.workers[0].publish("news")
         assert (await there.workers[0].history("news")).publications == []
         assert (await there.workers[0].settled()).entries == []
+
+
+async def test_after_the_death_of_a_broker_channels_go_on_where_they_were(redis_server: RedisProcess) -> None:
+    async with nodes(redis_server.address, 2) as (here, there):
+        ours = here.workers[0]
+        await ours.engine.ask(Subscribe("news"))
+        first = await ours.publish("news", b"1", LONG)
+        await here.broker.kill()
+        await there.workers[0].publish("news", b"2", LONG)
+        await here.restart()
+        await until(lambda: ours.log.named("interrupted") != [])
+        third = await ours.publish("news", b"3", LONG)
+        assert (third.offset, third.epoch) == (3, first.epoch)
+        await until(lambda: [one.data for one in ours.log.publications] == [b"1", b"3"])
+        assert [one.data for one in (await ours.history("news", LONG)).publications] == [b"1", b"2", b"3"]
+
+
+async def test_an_answer_waits_for_the_delivery_where_redis_replies_first(redis_server: RedisProcess) -> None:
+    """Redis 7.2 and later write a message to its own publisher behind the reply; the relay does it with any version."""
+    relay = LateMessages(redis_server.port)
+    await relay.start()
+    try:
+        async with nodes(f"redis://127.0.0.1:{relay.port}") as (node,):
+            (bench,) = node.workers
+            await bench.engine.ask(Subscribe("news"))
+            for history_options in (LONG, HistoryOptions()):
+                order: list[object] = []
+                bench.log.on_publication = lambda channel, publication, epoch, order=order: order.append(  # type: ignore
+                    publication.data
+                )
+                for number in range(3):
+                    bench.engine.ask_then(
+                        Publish("news", b"%d" % number, history_options), lambda answer, error, o=order: o.append(error)
+                    )
+                await until(lambda order=order: len(order) == 6)
+                assert order == [b"0", None, b"1", None, b"2", None]
+    finally:
+        await relay.stop()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
+from realtime.broker.redis_process import RedisBrokerService
 from realtime.errors import ClientError
 from tests.broker.redis_nodes import nodes
 from tests.redis.deployments import RedisStarter
@@ -30,3 +33,12 @@ async def test_it_starts_without_redis_and_serves_once_redis_is_there(redis_star
 
         await publishes()
         assert offsets == [1]
+
+
+async def test_it_hands_no_state_over() -> None:
+    ours, theirs = socket.socketpair()
+    service = RedisBrokerService.__new__(RedisBrokerService)
+    with ours:
+        answer = await service.hand_over(theirs.detach(), -1, 1.0)
+        assert answer["reason"] == "a broker with Redis can't hand its state over; restart the server"
+        assert ours.recv(1) == b"", "the other process does not wait"

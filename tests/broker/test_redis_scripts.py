@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from realtime.errors import ClientError
+from realtime.types import HistoryOptions
 from tests.broker.redis_nodes import nodes
 from tests.redis.deployments import RedisProcess
 
@@ -51,3 +52,22 @@ async def test_a_lost_history_leaves_the_numbering(redis_server: RedisProcess) -
         second = await bench.publish("news")
         assert (second.offset, second.epoch) == (2, first.epoch)
         assert [one.offset for one in (await bench.history("news")).publications] == [2]
+
+
+async def test_the_metadata_outlive_the_history(redis_server: RedisProcess) -> None:
+    history_options = HistoryOptions(size=10, ttl=60.0, meta_ttl=1.0)
+    async with nodes(redis_server.address) as (node,):
+        (bench,) = node.workers
+        await bench.publish("news", b"1", history_options)
+        await bench.publish("news", b"2", history_options, version=1)
+        await bench.history("news", history_options)
+        assert redis_server.command("PTTL", META) >= redis_server.command("PTTL", HISTORY) > 1000
+
+
+async def test_a_smaller_size_shortens_a_history(redis_server: RedisProcess) -> None:
+    async with nodes(redis_server.address) as (node,):
+        (bench,) = node.workers
+        for _ in range(8):
+            await bench.publish("news")
+        await bench.publish("news", b"1", HistoryOptions(size=3, ttl=60.0))
+        assert [one.offset for one in (await bench.history("news")).publications] == [7, 8, 9]

@@ -15,6 +15,7 @@ REFUSED = [
     ("sentinel_address = 'a:26379'", "engine.redis.sentinel_master_name: Sentinels need the name of the server"),
     ("address = 'redis+sentinel://a:26379'", "engine.redis.sentinel_master_name: Sentinels need the name"),
     ("cluster_address = 'a:1'\ndb = 1", "engine.redis.db: a Cluster has the database 0 only; remove this key"),
+    ("address = ['a:1', 'redis://a:1/2']", "engine.redis.address: two entries name the same server; remove one"),
     ("tls.cert_pem = 'x'", "engine.redis.tls.cert_pem: cert_pem and key_pem belong together"),
     ("prefix = 'a{b'", "engine.redis.prefix: expected a name of letters, digits"),
     ("prefix = ''", "engine.redis.prefix: expected a name of letters, digits"),
@@ -39,6 +40,12 @@ def test_redis_without_its_library_is_refused_with_the_extra(monkeypatch: pytest
         "pip install 'twisted-realtime[redis]'"
     )
     parse_file("[engine]\ntype = 'memory'")
+
+
+def test_sentinels_may_name_several_shards() -> None:
+    entries = [f"redis+sentinel://a:1?sentinel_master_name={name}" for name in ("m1", "m2")]
+    redis = parse_file(f"engine.redis.address = {entries}").engine.redis
+    assert [address.sentinel_master_name for address in addresses_in_use(redis)] == ["m1", "m2"]
 
 
 def test_variables_set_the_keys() -> None:

@@ -207,6 +207,16 @@ def test_an_unreadable_certificate_is_one_line_with_its_key(tmp_path: Path) -> N
     read(str(file), {}, {})
 
 
+def test_a_relative_path_of_a_certificate_starts_at_the_folder_of_the_file(tmp_path: Path) -> None:
+    file, certificate = tmp_path / "realtime.toml", tmp_path / "ca.pem"
+    file.write_text("engine.redis.tls.server_ca_pem = 'ca.pem'\nengine.type = 'redis'")
+    certificate.write_text("-----BEGIN CERTIFICATE-----")
+    assert read(str(file), {}, {}).engine.redis.tls.server_ca_pem == str(certificate)
+    text = "-----BEGIN CERTIFICATE-----\n"
+    environ = {"REALTIME_ENGINE_REDIS_SENTINEL_TLS_CERT_PEM": text, "REALTIME_ENGINE_REDIS_SENTINEL_TLS_KEY_PEM": text}
+    assert read(str(file), {}, environ).engine.redis.sentinel_tls.cert_pem == text
+
+
 def test_a_line_break_in_the_file_name_adds_no_line(tmp_path: Path) -> None:
     file = tmp_path / "a\nb.toml"
     file.write_text("nope = 1")

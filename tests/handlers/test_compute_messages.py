@@ -63,7 +63,12 @@ def test_a_message_is_its_length_and_its_record(message: Any, type: Any) -> None
 
 
 @pytest.mark.parametrize(
-    "argument", [None, 1, 2**70, "\u1234", [1, {"a": None}], b"", b"\xff", Request("GET", "/", {}, {"a": "b"}, b"\0")]
+    "argument",
+    [
+        *(None, 1, 2**70, "\u1234", [1, {"a": None}], b"", b"\xff"),
+        Request("GET", "/", {}, {"a": "b"}, b"\0"),
+        Request("GET", "/a/1", {}, {}, b"", path_parameters={"text": "1", "number": 1}),
+    ],
 )
 def test_a_handler_gets_the_argument_of_its_call(argument: Any) -> None:
     call = unpacked(pack(call_of("rpc f", (argument,))), ComputeCall)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import time
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -237,17 +238,29 @@ async def test_in_the_relief_thread_only_handlers_of_the_loop_wait_for_its_own_t
     def thread(data: Any) -> None:
         ran.append("thread")
 
+    @bench.app.rpc("quick", run="auto")
+    def quick(data: Any) -> None:
+        ran.append("quick")
+
+    @bench.app.rpc("slow", run="auto")
+    def slow(data: Any) -> None:
+        ran.append("slow")
+
     dispatcher = await bench.start()
     procedure, lock = dispatcher.procedure("loop"), dispatcher._services.lock
     assert procedure is not None and procedure.is_immediate
+    moved: Any = dispatcher.procedure("slow")
+    moved._placement._placement.place = "thread"
     lock.is_relieving = True
-    on_loop_call, thread_call = bench.begin("loop"), bench.begin("thread")
+    on_loop = [bench.begin("loop"), bench.begin("quick")]
+    in_threads = [bench.begin("thread"), bench.begin("slow")]
     assert not procedure.is_immediate
-    assert "loop" not in ran
+    while len(ran) < 2:
+        time.sleep(0.001)  # without a turn of the loop
+    assert sorted(ran) == ["slow", "thread"]
     lock.is_relieving = False
-    await thread_call
-    await on_loop_call
-    assert sorted(ran) == ["loop", "thread"]
+    await asyncio.gather(*in_threads, *on_loop)
+    assert sorted(ran) == ["loop", "quick", "slow", "thread"]
 
 
 @pytest.mark.parametrize("key", [None, lambda client, data: "one"], ids=["usual key", "key of the application"])

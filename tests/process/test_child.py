@@ -283,6 +283,22 @@ async def test_drain_drains_the_service_and_ends_with_0(family: Family) -> None:
     assert (family.reactor.running, family.child.status) == (False, 0)
 
 
+async def test_a_drain_begins_while_a_handler_blocks_the_loop(family: Family) -> None:
+    family.begin()
+    timeouts: list[float] = []
+
+    async def drain(timeout: float) -> None:
+        timeouts.append(timeout)
+
+    family.service.on_drain = drain
+    family.child.lock.is_relieving = True
+    await family.supervisor.callRemote(control.Drain, timeout=4.0)
+    family.reactor.advance(0)
+    assert (timeouts, family.reactor.running) == ([4.0], True)
+    family.child.lock.is_relieving = False
+    await eventually(lambda: not family.reactor.running)  # the end is the loop's
+
+
 async def test_the_kernel_keeps_the_deadline_of_a_drain_too(family: Family) -> None:
     family.begin()
     family.service.on_drain = lambda timeout: Deferred()

@@ -18,6 +18,7 @@ from twisted.protocols import amp
 from realtime import metrics
 from realtime.metrics import Sample
 from realtime.process import control
+from tests.transports.stage import eventually
 
 
 class Process(control.Peer):
@@ -100,6 +101,17 @@ async def test_a_descriptor_arrives_with_its_command(ends: Ends) -> None:
         os.write(stream, b"hello")
         os.close(stream)
         assert (slot, ours.recv(10)) == (3, b"hello")
+
+
+async def test_a_descriptor_that_the_receiver_has_no_room_for_ends_the_link_with_one_line(ends: Ends) -> None:
+    ends.process.fileDescriptorReceived = os.close  # type: ignore[method-assign]  # as if it had not arrived
+    stream, other = socket.socketpair()
+    with capturedLogs() as events, stream, other:
+        with pytest.raises(amp.UnknownRemoteError, match="no room for a descriptor"):
+            await ends.supervisor.callRemote(control.AttachStream, slot=1, stream=stream.fileno())
+        await eventually(lambda: ends.process.transport is None)
+    assert ends.process.has_failed
+    assert ["raise the limit of open files" in event["log_format"] for event in events] == [True]
 
 
 async def test_requests_fail_at_the_end_of_the_link_and_nothing_is_logged(ends: Ends) -> None:

@@ -27,7 +27,11 @@ from realtime.pubsub.engine import (
     AddPresence,
     AdmitClient,
     Cut,
+    DropValues,
+    EndLease,
     EngineRequest,
+    FetchValue,
+    FoundValue,
     GetHistory,
     GetNodes,
     GetPresence,
@@ -41,10 +45,13 @@ from realtime.pubsub.engine import (
     ReportSubscriptions,
     ResignRole,
     SendOrder,
+    StoreValue,
     Subscribe,
+    TakeLease,
     TakeLostClients,
     Term,
     Unsubscribe,
+    ValueState,
 )
 from realtime.types import ClientInfo, EngineStats, HistoryOptions, HistoryPage, NodeInfo, Position, Publication
 
@@ -76,6 +83,11 @@ FROM_WORKER: list[Any] = [
     Cut("batch", "1-2", ["client-1"], {"client-1": "secret"}, {"chat": ["client-1"]}),
     HoldRole("tasks", "node/1-2", 5.0, 3),
     ResignRole("tasks", "node/1-2", b"order"),
+    TakeLease("forecast", b"key", "1-2/3", 10.0, b"order"),
+    EndLease("1-2/3", b"order"),
+    FetchValue("forecast", b"key", ["tag"], "1-2/3", 10.0, 1.5),
+    StoreValue("forecast", b"key", ["tag"], "1-2/3", b"stamp", b"value", 1.5, 60.0),
+    DropValues("forecast", None, ["tag"], 60.0),
 ]
 FROM_BROKER: list[Any] = [
     broker_messages.Welcome(VERSION, "abcdefgh"),
@@ -86,6 +98,7 @@ FROM_BROKER: list[Any] = [
     broker_messages.CutReached("batch", [CLIENT], {"client-1": "secret"}, {"chat": ["client-1"]}),
     broker_messages.CaughtUp(2),
     broker_messages.ClientsLost(),
+    broker_messages.Missed("chat", True),
     broker_messages.RequestFailed(7, 106, "limit exceeded", False),
 ]
 DIRECTIONS = [(TO_BROKER, FROM_WORKER), (TO_WORKER, FROM_BROKER)]
@@ -104,6 +117,11 @@ ANSWERS: list[tuple[type[EngineRequest[Any]], Any]] = [
     (HoldRole, Term(3, 4.5)),
     (ResignRole, None),
     (TakeLostClients, [CLIENT]),
+    (TakeLease, "1-2/3"),
+    (EndLease, None),
+    (FetchValue, FoundValue(ValueState.GRANTED, b"", 0.0, b"stamp")),
+    (StoreValue, True),
+    (DropValues, None),
     (GetStats, EngineStats(1, 2, 3, 4)),
     (GetNodes, [NodeInfo("uid", "name", "1.0", 60.5, EngineStats(1, 2, 3, 4), 2)]),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -316,6 +317,26 @@ def test_an_interruption_is_a_gap_for_every_positioned_subscriber(hub: Hub) -> N
     publish(hub, 9, "new")
     assert relaxed.seen == [(9, "new")]
     assert hub.subscriptions == 1
+
+
+def test_publications_missed_in_one_channel_are_a_gap_for_its_positioned_subscribers(hub: Hub) -> None:
+    member, relaxed = opened(hub, Listener(), at(1)), opened(hub, Listener(positioned=False), None)
+    other = opened(hub, Listener(), at(1), "other")
+    hub.on_missed("c", True)
+    assert (member.losses, relaxed.losses, other.losses) == (1, 0, 0)
+    publish(hub, 9)
+    assert relaxed.seen == [(9, EPOCH)]
+
+
+def test_missed_joins_are_a_gap_for_the_subscribers_that_receive_joins(hub: Hub) -> None:
+    member, announced = opened(hub, Listener(), at(1)), opened(hub, Listener(announced=True), at(1))
+    hub.on_missed("c", False)
+    assert (member.losses, announced.losses) == (0, 1)
+    publish(hub, 2)
+    assert member.seen == [(2, EPOCH)]
+    hub.on_missed("c", False)
+    hub.on_missed("unknown", True)
+    assert member.losses == 0
 
 
 def test_after_an_interruption_the_new_epoch_counts(hub: Hub) -> None:
@@ -724,6 +745,7 @@ STEPS = st.lists(
         st.tuples(st.just("joined")),
         st.tuples(st.just("epoch")),
         st.tuples(st.just("interrupted")),
+        st.tuples(st.just("missed"), st.booleans()),
         st.tuples(st.just("turn")),
         st.tuples(st.just("add"), KINDS),
         st.tuples(st.just("add"), KINDS),
@@ -948,6 +970,7 @@ def test_no_fault_of_the_link_shows_a_positioned_subscriber_a_gap(steps: list[tu
             "joined": story.joined,
             "epoch": story.start_again,
             "interrupted": story.hub.on_interruption,
+            "missed": partial(story.hub.on_missed, "c"),
             "turn": story.turn,
             "add": story.add,
             "open": story.open_one,

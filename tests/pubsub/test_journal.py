@@ -17,6 +17,7 @@ from realtime.pubsub.engine import GetHistory, Publish, RemoveHistory
 from realtime.pubsub.history import StreamsState
 from realtime.pubsub.journal import (
     BadJournal,
+    Change,
     JournaledKeys,
     JournaledStreams,
     JournalReplay,
@@ -54,7 +55,7 @@ class Store:
         self.core.attach(PEER)
         self._write(self.streams.epochs.export())
 
-    def _write(self, record: StatePart) -> None:
+    def _write(self, record: Change | StatePart) -> None:
         self.written.append((frame(record), self.shift))
 
     def publish(self, channel: str = "c", data: bytes = b"1", options: HistoryOptions = LONG, **more: Any) -> Position:

@@ -75,14 +75,24 @@ def free_port() -> int:
         return port
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a server runs. host: of its clients. bind: of the server. prefix: of its command line."""
+
+    host: str = HOST
+    bind: str = HOST
+    prefix: tuple[str, ...] = ()
+
+
 class RedisProcess:
     """One server process: `port`, `path` of its unix socket, and `client`, a second client with all rights.
 
     Its folder outlives it, so that `start` continues with the data that it has saved.
     """
 
-    def __init__(self, folder: Path, program: str, options: dict[str, str], tls: TLSFiles | None = None) -> None:
+    def __init__(self, folder: Path, program: str, options: dict[str, str], tls: TLSFiles | None, place: Place) -> None:
         self.folder = folder
+        self.place = place
         self.port = free_port()
         self.path = folder / "s"  # a unix socket's path has 108 bytes at most
         self.tls = tls
@@ -95,7 +105,7 @@ class RedisProcess:
 
     @property
     def address(self) -> str:
-        return f"{HOST}:{self.port}"
+        return f"{self.place.host}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -110,7 +120,7 @@ class RedisProcess:
     def launch(self) -> None:
         """Start the process without waiting for it."""
         plain, encrypted = (0, self.port) if self.tls else (self.port, 0)
-        options = {"port": str(plain), "bind": HOST, "dir": str(self.folder), "save": "", "daemonize": "no"}
+        options = {"port": str(plain), "bind": self.place.bind, "dir": str(self.folder), "save": "", "daemonize": "no"}
         options |= {"unixsocket": str(self.path), "logfile": str(self.folder / "log"), "loglevel": "notice"}
         if self.tls:
             options |= {"tls-port": str(encrypted)} | self.tls.server_options()
@@ -121,14 +131,15 @@ class RedisProcess:
             config.write_text("\n".join(lines) + "\n")
         mode = ["--sentinel"] if "sentinel" in self.options.get("#", "") else []
         # The kernel ends the server with the test process, however that ends.
-        command = ["setpriv", "--pdeathsig", "KILL", self._program, str(config), *mode]
+        command = ["setpriv", "--pdeathsig", "KILL", *self.place.prefix, self._program, str(config), *mode]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.client.close()
         self.client = self.connect()
 
     def connect(self, **arguments: Any) -> redis.Redis:
         """Return another client. arguments: of redis.Redis."""
-        known: dict[str, Any] = {"host": HOST, "port": self.port, "password": self._password, "socket_timeout": 20}
+        known: dict[str, Any] = {"host": self.place.host, "port": self.port, "password": self._password}
+        known["socket_timeout"] = 20
         known["protocol"] = 2
         if "user" in self.options:
             known |= {"username": ADMIN, "password": ADMIN}
@@ -321,6 +332,7 @@ class RedisStarter:
 
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="redis-", dir="/tmp")))
     program: str = "redis-server"
+    place: Place = Place()
     processes: list[RedisProcess] = field(default_factory=list)
 
     def standalone(
@@ -407,7 +419,7 @@ class RedisStarter:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _prepare(self, options: dict[str, str], tls: TLSFiles | None) -> RedisProcess:
-        process = RedisProcess(self.folder / str(len(self.processes)), self.program, options, tls)
+        process = RedisProcess(self.folder / str(len(self.processes)), self.program, options, tls, self.place)
         self.processes.append(process)
         return process
 

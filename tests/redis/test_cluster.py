@@ -9,6 +9,7 @@ import pytest_twisted
 
 from realtime.config.settings import RedisSettings
 from realtime.errors import EngineUnavailable
+from realtime.redis.faults import ServerFacts
 from realtime.redis.keys import key
 from realtime.redis.scripts import Script
 from tests.conftest import PROGRAMS
@@ -92,6 +93,38 @@ async def test_a_moved_slot_without_commands_is_noticed_by_its_subscription(user
     cluster.move_slot(value("chat:1").decode(), target)
     await until(lambda: user.servers.of("chat:1").name == target.address)
     assert user.moves > 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_unsubscription_that_crosses_a_moved_slot_keeps_the_order_of_replies(
+    user: User, cluster: RedisCluster
+) -> None:
+    before = user.servers.of("news")
+    await user.subscribe(channel("news"), of="news")
+    # Both happens in one turn of the loop: the node has ended the subscription before it is asked to.
+    cluster.move_slot(value("news").decode(), other_master(cluster, cluster.owner(value("news").decode())))
+    left = user.unsubscribe(channel("news"), of="news")
+    answers = [user.echo(before, text) for text in ("a", "b")]
+    await left
+    assert [await answer for answer in answers] == [b"a", b"b"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_older_cluster_forwards_messages_to_all_nodes(
+    cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ServerFacts, "has_sharded_channels", False)
+    users = [User(RedisSettings(cluster_address=(cluster.addresses,))) for _ in range(2)]
+    try:
+        for user in users:
+            await user.ready()
+        for name in NAMES:
+            await users[0].subscribe(channel(name), of=name)
+            await users[1].call("PUBLISH", channel(name), "1", of=name)
+        await until(lambda: len(users[0].messages) == len(NAMES))
+    finally:
+        for user in users:
+            await user.close()
 
 
 @pytest_twisted.ensureDeferred

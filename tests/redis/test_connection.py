@@ -6,13 +6,16 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.task import deferLater
 
 from realtime.config.settings import RedisSettings
 from realtime.errors import EngineUnavailable
+from realtime.redis import server
 from realtime.redis.connection import RedisError
 from realtime.redis.scripts import Script
 from tests.redis.deployments import RedisProcess
-from tests.redis.users import User
+from tests.redis.users import DirectReactor, User
 
 ECHO = Script("return ARGV[2]")
 COUNT = Script("redis.call('PUBLISH', KEYS[1], ARGV[2]) return redis.call('INCR', 'count')")
@@ -79,3 +82,27 @@ async def test_a_server_that_does_not_answer_is_away_until_it_does(user: User, r
     await user.ready()
     assert await user.call("PING") == b"PONG"
     assert len(user.losses) == 1
+
+
+async def test_commands_that_redis_does_not_read_are_refused_beyond_a_limit(
+    redis_server: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "QUEUE_LIMIT", 8 * 1024 * 1024)
+    user = User(RedisSettings(address=(redis_server.address,), io_timeout=20.0), DirectReactor())
+    await user.ready()
+    redis_server.pause()
+    answers = []
+    for _ in range(32):
+        answers.append(user.call("ECHO", b"x" * 1024 * 1024))
+        await deferLater(reactor, 0)
+    refused = [answer for answer in answers if answer.called]
+    redis_server.resume()
+    for answer in refused:
+        with pytest.raises(EngineUnavailable):
+            await answer
+    assert len(refused) > 10
+    for answer in answers:
+        if answer not in refused:
+            assert len(await answer) == 1024 * 1024
+    assert await user.call("PING") == b"PONG"
+    await user.close()

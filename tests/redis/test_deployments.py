@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
-from tests.redis.deployments import PASSWORD, USER, RedisProcess, RedisStarter
+from tests.redis.deployments import PASSWORD, USER, USERS, RedisProcess, RedisStarter
 
 
 def test_a_server_comes_back_with_its_data(redis_starter: RedisStarter) -> None:
@@ -19,6 +20,11 @@ def test_the_documented_user_has_no_rights_beyond_its_prefix(redis_server: Redis
     assert client.set("realtime.x", 1)
     denied = redis_server.command("ACL", "DRYRUN", USER, "SET", "other", "1")
     assert "no permissions to access the 'other' key" in denied
+
+
+def test_the_documentation_has_the_rights_of_the_tests() -> None:
+    page = (Path(__file__).parents[2] / "docs/redis.md").read_text()
+    assert USERS[0].replace(PASSWORD, "PASSWORD") in page.splitlines()
 
 
 def test_all_servers_are_ended_with_their_starter() -> None:

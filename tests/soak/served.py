@@ -211,6 +211,8 @@ class Service:
             excuse = self._wild.pop(0)[1]
         if excuse is None and role == "worker":
             excuse = next(iter(+self._replacing), None)
+        if excuse is None and role == "broker" and self._replacing["upgrade"]:
+            excuse = "upgrade"
         excuse = excuse or self._excused.get(self.supervisor)
         if role in ("worker", "broker"):
             self.deaths[f"{role}: {excuse or 'unexpected'}"] += 1
@@ -279,6 +281,10 @@ class Service:
         of the start."""
         write_settings(self._config, merged(self._settings, dict(changes or {})))
         return await self._command("reload")
+
+    async def upgrade(self) -> tuple[int, str]:
+        """Replace all processes; returns the exit status of the command, and its output."""
+        return await self._command("upgrade")
 
     async def scale(self, workers: int) -> tuple[int, str]:
         """Change the number of workers; returns the exit status of the command, and its output."""

@@ -54,13 +54,13 @@ def test_the_watchdog_is_fed_at_half_its_interval(manager: ServiceManager) -> No
     assert manager.received() == ["WATCHDOG=1"] * 3  # at 0, 5 and 10 seconds
 
 
-def test_an_interval_begins_at_once(manager: ServiceManager) -> None:
-    SystemdNotifier(manager.environ, PID).begin_interval()
+def test_the_watchdog_waits_longer_for_a_while(manager: ServiceManager) -> None:
+    SystemdNotifier(manager.environ, PID).stretch_watchdog(60.0)
     assert manager.received() == [], "there is no watchdog"
     notifier = SystemdNotifier({**manager.environ, "WATCHDOG_USEC": "10000000"}, PID)
-    notifier.feed_watchdog(100.0)
-    notifier.begin_interval()
-    assert manager.received() == ["WATCHDOG=1"] * 2
+    notifier.stretch_watchdog(60.0)
+    notifier.stretch_watchdog()
+    assert manager.received() == ["WATCHDOG_USEC=60000000\nWATCHDOG=1", "WATCHDOG_USEC=10000000\nWATCHDOG=1"]
 
 
 @pytest.mark.parametrize(

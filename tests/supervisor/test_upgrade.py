@@ -34,6 +34,7 @@ class Trials:
     """Trials whose results the test sets, and a zygote's check."""
 
     formats = "formats"
+    pids: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         self.application = self.program = ProgramResult()

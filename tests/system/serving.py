@@ -185,7 +185,8 @@ class Server:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.operator_port}{path}", timeout=5) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+            with error:
+                return error.code, error.read().decode()
         except OSError as error:
             return 0, str(error)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import ExitStack
+from pathlib import Path
 
 from websockets.sync.client import ClientConnection, connect
 
@@ -97,7 +98,9 @@ LAG = re.compile(r'realtime_loop_lag_seconds\{process="worker",worker="0"\} (\S+
 PEAKS = re.compile(r'realtime_loop_peak_lag_seconds_(bucket\{le="0.5"|count\{)[^}]*worker="0"\} (\S+)')
 
 
-def test_metrics_show_the_lag_of_a_loop_while_it_is_blocked_and_keep_the_spike(start_server: ServerStarter) -> None:
+def test_metrics_show_the_lag_of_a_loop_while_it_is_blocked_and_keep_the_spike(
+    start_server: ServerStarter, tmp_path: Path
+) -> None:
     server = start_server(workers={"count": 1}, app={"module": "spinning:app", "path": str(HERE / "apps")})
 
     def lag() -> float:
@@ -106,8 +109,10 @@ def test_metrics_show_the_lag_of_a_loop_while_it_is_blocked_and_keep_the_spike(s
 
     with connect(server.endpoint) as client:
         ask(client, connect={})
-        client.send(json.dumps({"id": 2, "rpc": {"method": "spin", "data": {"seconds": 3.0}}}))
+        end = tmp_path / "end"
+        client.send(json.dumps({"id": 2, "rpc": {"method": "spin until", "data": str(end)}}))
         wait_until(lambda: lag() >= 1.0, "a lag of a second while the loop is blocked")
+        end.touch()
         while json.loads(client.recv(timeout=30)).get("id") != 2:
             pass
     wait_until(lambda: lag() < 0.5, "the end of the lag")

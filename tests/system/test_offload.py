@@ -37,6 +37,7 @@ def ask(server: Server, path: str) -> Any:
         except urllib.error.HTTPError as error:
             if error.code != 503:
                 raise
+            error.close()
             time.sleep(0.2)
     raise AssertionError("the worker stays under pressure")
 
@@ -79,7 +80,8 @@ def test_a_process_that_exits_is_answered_with_an_error_and_replaced(server: Ser
     before = server.processes(MODULE)
     with pytest.raises(urllib.error.HTTPError) as caught:
         ask(server, "/quit")
-    assert caught.value.code == 500
+    with caught.value as refused:
+        assert refused.code == 500
     server.wait_for_log("has ended and is replaced: exit status 3")
     wait_until(lambda: len(server.processes(MODULE)) == 2, "a replacement")
     assert len({*before, *server.processes(MODULE)}) == 3

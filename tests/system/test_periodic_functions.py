@@ -1,4 +1,4 @@
-"""`App.every` on a real server with two workers: a worker and the broker are killed, and a reload replaces all workers."""
+"""`App.every` on a real server with two workers: a worker and the broker are killed, and a reload replaces all."""
 
 from __future__ import annotations
 

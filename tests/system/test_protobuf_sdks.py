@@ -174,7 +174,7 @@ def test_the_python_sdk(start_server: ServerStarter) -> None:
         while not renewals:
             await asyncio.sleep(0.05)
         assert (await ada.rpc("echo", b"still here")).data == b"still here"
-        await leave(ada, eve)
+        await leave(ada, eve, bob)
 
     with ThreadPoolExecutor(1) as thread:
         thread.submit(asyncio.run, asyncio.wait_for(scenario(), 60)).result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 import threading
 import time
 import urllib.request
@@ -16,6 +17,7 @@ import aiohttp
 import pytest
 from websockets.asyncio.client import ClientConnection as AsyncConnection
 from websockets.asyncio.client import connect as connect_async
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from tests.system.serving import HERE, Server, ServerStarter, wait_until
@@ -164,6 +166,21 @@ def test_a_worker_that_blocks_without_end_is_still_replaced(start_server: Server
         say(blocked, {"id": 3, "rpc": {"method": "wait", "data": None}})
         assert ask(other, "entered")
         wait_until(lambda: server.health()["workers"][0]["pid"] not in (None, pid), "the successor of the worker")
+
+
+def test_a_drain_disconnects_the_other_clients_while_a_handler_blocks(start_server: ServerStarter) -> None:
+    server = start_server(app=APP, workers={"count": 1}, channel=CHANNEL, loop={"max_lag": "0s"})
+    with connected(server) as blocked, connected(server) as other:
+        say(blocked, {"id": 3, "rpc": {"method": "wait", "data": None}})
+        assert ask(other, "entered")
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(ConnectionClosed) as closed:
+            hear(other)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 3001
+        with pytest.raises(TimeoutError):
+            blocked.recv(timeout=0)
+        server.kill()
+        start_server.started.remove(server)
 
 
 def test_without_relief_everybody_waits(start_server: ServerStarter) -> None:

@@ -106,4 +106,6 @@ def connections_to_two_workers(server: Server) -> tuple[HTTPConnection, HTTPConn
 
     wait_until(are_found, "connections to both workers")
     first, second = sorted(by_worker.values(), key=len, reverse=True)
+    for unused in (*first[2:], *second[1:]):
+        unused.close()
     return first[0], first[1], second[0]

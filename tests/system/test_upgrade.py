@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from centrifuge import Subscription
 
-from tests.system.serving import CHECKOUT, ServerStarter
+from tests.system.serving import CHECKOUT, ServerStarter, wait_until
 from tests.system.test_python_sdk import connect, in_own_loop, leave, soon, subscribe
 
 REALTIME = Path(sys.executable).with_name("realtime")
@@ -152,6 +153,8 @@ def test_a_new_version_takes_the_place_of_the_whole_server_while_clients_publish
         assert server.pid == processes[0]
         assert not {server.broker(), *server.workers()} & set(processes)
         assert (await soon(clients[0][0].rpc("version", None))).data == "79.0.0"
+        supervisor = psutil.Process(server.pid)
+        wait_until(lambda: len(supervisor.children()) == 4, "zygote, broker and two workers, and no ended process")
 
         offsets = [offset + 1 for offset in range(published)]
         for (_, seen), (_, events) in zip(watched, clients, strict=True):

@@ -15,7 +15,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 from twisted.logger import globalLogPublisher
 
-from realtime.app import Response
+from realtime.app import Cookie, Request, Response
+from realtime.cache import Cache
 from realtime.config.settings import WorkersSettings
 from realtime.errors import ClientError, EngineUnavailable
 from realtime.pubsub.engine import AddPresence, Publish
@@ -88,6 +89,98 @@ async def test_handler_gets_the_whole_request(site: Site) -> None:
     answer = await fetch("POST", f"{url}/echo?a=1&b=%C3%A9&a=2", json={"n": 1}, headers={"X-A": "yes"})
     assert answer.json() == ["POST", "/echo", {"a": "2", "b": "é"}, "yes", {"n": 1}, "127.0.0.1"]
     assert (await fetch("POST", f"{url}/echo", data=b"{no json", headers={"X-A": "yes"})).status_code == 400
+
+
+@pytest.mark.parametrize("kind", ["loop", "thread"])
+@on_loop
+async def test_a_handler_gets_the_parameters_of_its_path(site: Site, kind: str) -> None:
+    def answer(request: Request) -> Any:
+        return [request.method, request.path, request.path_parameters]
+
+    async def answer_on_loop(request: Request) -> Any:
+        return answer(request)
+
+    handler = answer_on_loop if kind == "loop" else answer
+    site.app.http.get("/rooms/{room}/{number:int}")(handler)
+    site.app.http.get("/rooms/new/1")(handler)
+    url = await site.start()
+    room = await fetch("GET", f"{url}/rooms/a%2Fb%20c/12?x=1")
+    assert room.json() == ["GET", "/rooms/a%2Fb%20c/12", {"room": "a/b c", "number": 12}]
+    assert (await fetch("GET", f"{url}/rooms/new/1")).json() == ["GET", "/rooms/new/1", {}]
+    head = await fetch("HEAD", f"{url}/rooms/blue/1")
+    assert (head.status_code, head.content) == (200, b"")
+    for path in ("/rooms/blue", "/rooms/blue/x", "/rooms/{room}/{number:int}", "/rooms/%FF/1"):
+        assert b"HTTP/1.1 404 " in await site.raw(
+            b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path.encode()
+        )
+
+
+@on_loop
+async def test_a_browser_gets_cookies_and_sends_them_back(site: Site) -> None:
+    @site.app.http.get("/visit")
+    async def visit(request: Request) -> Response:
+        visits = int(request.cookies.get("visits", "0")) + 1
+        return Response(body="", cookies=[Cookie("visits", str(visits)), Cookie("last", "today", max_age=60)])
+
+    @site.app.http.get("/shared", cache=Cache(ttl=1))
+    async def shared(request: Request) -> Response:
+        return Response(cookies=[Cookie("session", "of-one-user")])
+
+    url = await site.start()
+    browser = requests.Session()
+    for number in (1, 2):
+        answer = await deferToThread(browser.get, f"{url}/visit", timeout=20)
+        assert browser.cookies.get_dict() == {"visits": str(number), "last": "today"}
+    assert "visits=2; Path=/; HttpOnly; SameSite=Lax" in answer.headers["Set-Cookie"]
+    refused = await fetch("GET", f"{url}/shared")
+    assert (refused.status_code, "Set-Cookie" in refused.headers) == (500, False)
+    [entry] = site.logged
+    assert "a route with a cache sets no cookies" in str(entry)
+
+
+@on_loop
+async def test_a_form_and_its_mistakes_over_http(site: Site) -> None:
+    @site.app.http.post("/upload")
+    def upload(request: Request) -> Any:
+        form = request.form(max_fields=2)
+        return [form.fields, {name: [file.name, len(file.content)] for name, file in form.files.items()}]
+
+    url = await site.start()
+    answer = await fetch("POST", f"{url}/upload", data={"title": "a"}, files={"page": ("a.txt", b"x" * 1000)})
+    assert answer.json() == [{"title": "a"}, {"page": ["a.txt", 1000]}]
+    assert (await fetch("POST", f"{url}/upload", data={"title": "a b"})).json() == [{"title": "a b"}, {}]
+    refused = await fetch("POST", f"{url}/upload", data="a=1&b=2&c=3", headers=FORM)
+    assert (refused.status_code, refused.json()["code"]) == (400, 400)
+    assert (await fetch("POST", f"{url}/upload", files={"page": b"x" * 5000})).status_code == 413
+
+
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+
+
+@on_loop
+async def test_each_method_has_its_route(site: Site) -> None:
+    async def answer(request: Request) -> Any:
+        return [request.method, request.body.decode()]
+
+    http = site.app.http
+    for declare in (http.get, http.put, http.patch, http.delete):
+        declare("/items/{id}")(answer)
+    http.post("/items/new")(answer)
+    url = await site.start()
+    for method in ("PUT", "PATCH", "DELETE"):
+        assert (await fetch(method, f"{url}/items/new", data=b"x")).json() == [method, "x"]
+    assert (await fetch("POST", f"{url}/items/new")).json() == ["POST", ""]
+    for path, allow in (
+        ("/items/1", "GET, HEAD, PUT, PATCH, DELETE, OPTIONS"),
+        ("/items/new", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
+    ):
+        options = await fetch("OPTIONS", url + path)
+        assert (options.status_code, options.headers["Allow"], options.content) == (204, allow, b"")
+        refused = await fetch("BREW", url + path)
+        assert (refused.status_code, refused.headers["Allow"]) == (405, allow)
+    assert (await fetch("OPTIONS", f"{url}/nothing")).status_code == 404
+    assert (await fetch("POST", f"{url}/items/1")).status_code == 405
+    assert site.faults() == {"method": 3}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +305,7 @@ async def test_unknown_paths_and_methods(site: Site) -> None:
     assert (await fetch("GET", f"{url}/other")).status_code == 404
     assert (await fetch("GET", f"{url}/it/")).status_code == 404
     answer = await fetch("POST", f"{url}/it", data=b"x")
-    assert (answer.status_code, answer.headers["Allow"]) == (405, "GET")
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")
     assert (await fetch("GET", f"{url}/it?" + "&".join(f"p{n}=1" for n in range(101)))).status_code == 400
 
 
@@ -577,6 +670,7 @@ async def test_engine_outage_is_error_100_and_a_bug_is_logged(site: Site) -> Non
 # Requests of pages
 
 ORIGIN = {"Origin": "https://app.example"}
+PREFLIGHT = {"Access-Control-Request-Method": "GET"}
 
 
 @on_loop
@@ -602,7 +696,7 @@ async def test_routes_answer_pages_of_allowed_origins() -> None:
         assert preflight.status_code == 204
         assert preflight.headers["Access-Control-Allow-Origin"] == "https://app.example"
         assert preflight.headers["Access-Control-Allow-Headers"] == "x-a"
-        assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+        assert preflight.headers["Access-Control-Allow-Methods"] == "GET, HEAD, POST, OPTIONS"
         for method, path, status in (("POST", "/items", 200), ("GET", "/items?a=b", 403), ("GET", "/items", 500)):
             answer = await fetch(method, url + path, headers=ORIGIN)
             assert answer.status_code == status
@@ -612,7 +706,8 @@ async def test_routes_answer_pages_of_allowed_origins() -> None:
             answer = await fetch("POST", f"{url}/items", headers=origin)
             assert answer.status_code == 200
             assert "Access-Control-Allow-Origin" not in answer.headers
-        assert (await fetch("OPTIONS", f"{url}/items", headers={"Origin": "https://evil.test"})).status_code == 405
+        evil = {"Origin": "https://evil.test", **PREFLIGHT}
+        assert (await fetch("OPTIONS", f"{url}/items", headers=evil)).status_code == 405
     finally:
         await site.stop()
 
@@ -625,7 +720,7 @@ async def test_no_route_answers_pages_of_other_origins_by_default(site: Site) ->
 
     url = await site.start()
     assert "Access-Control-Allow-Origin" not in (await fetch("GET", f"{url}/items", headers=ORIGIN)).headers
-    assert (await fetch("OPTIONS", f"{url}/items", headers=ORIGIN)).status_code == 405
+    assert (await fetch("OPTIONS", f"{url}/items", headers={**ORIGIN, **PREFLIGHT})).status_code == 405
 
 
 @on_loop
@@ -646,9 +741,6 @@ async def test_no_foreign_page_publishes_by_an_insecure_api() -> None:
         assert site.faults() == {"origin": 2}
     finally:
         await site.stop()
-
-
-PREFLIGHT = {"Access-Control-Request-Method": "GET"}
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ class ServedWorker:
     ) -> None:
         self.listening = listening
         self.broker = broker
+        # A worker of the broker's node; the port is not used otherwise, as the socket is there.
+        settings = replace(settings, http_server=replace(settings.http_server, port=broker.port))
         self.child = WorkerChild(settings, listening, slot, generation)
         self.worker = Worker(self.child)
         self._is_drained = False

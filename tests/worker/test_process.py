@@ -258,6 +258,6 @@ async def test_a_drain_ends_at_its_deadline_whatever_runs() -> None:
         client.say(id=2, rpc={"method": "slow", "data": 60})
         await eventually(lambda: served.worker._handlers.dispatcher.running == 1)
         began = reactor.seconds()  # type: ignore[attr-defined]
-        await served.drain(0.5)
-        assert reactor.seconds() - began < 5  # type: ignore[attr-defined]
+        await served.drain(3.0)
+        assert reactor.seconds() - began < 30  # type: ignore[attr-defined]
         assert app_events()[-1] == "stopped"

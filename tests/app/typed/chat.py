@@ -13,6 +13,7 @@ from realtime import (
     ClientError,
     ClientInfo,
     ConnectRequest,
+    Cookie,
     Credentials,
     Grant,
     HistoryPage,
@@ -98,6 +99,21 @@ async def latest(request: Request) -> Response:
     outcomes = await app.broadcast(["a", "b"], {"seen": page.position.offset})
     assert_type(outcomes, list[Position | ClientError])
     return Response(body=b"".join(publication.data for publication in page.publications))
+
+
+@app.http.delete("/rooms/{room}/messages/{number:int}", timeout=3)
+async def remove_message(request: Request) -> Response:
+    assert_type(request.path_parameters["room"], str | int)
+    assert_type(request.cookies, dict[str, str])
+    return Response(204, cookies=[Cookie("removed", "yes", same_site="Strict")])
+
+
+@app.http.post("/orders")
+def order_by_post(request: Request) -> Order:
+    assert_type(request.json(Order), Order)
+    assert_type(request.json(list[Order]), list[Order])
+    assert_type(request.form().fields, dict[str, str])
+    return request.form(max_fields=5).convert(Order)
 
 
 @app.on_start

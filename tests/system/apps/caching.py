@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from itertools import count
 from typing import Any
@@ -11,11 +12,24 @@ from realtime import App, Cache
 app = App()
 answers = Cache(ttl=600, key=lambda request: "only")
 computations = count(1)
+running: list[str] = []
 
 
 @app.http.get("/answer", cache=answers)
 async def answer(request: Any) -> Any:
     return {"pid": os.getpid(), "computation": next(computations)}
+
+
+@app.http.get("/slow", cache=Cache(ttl=600, key=lambda request: request.query["key"]))
+async def slow(request: Any) -> Any:
+    running.append(request.query["key"])
+    await asyncio.sleep(float(request.query["seconds"]))
+    return {"pid": os.getpid(), "computation": next(computations)}
+
+
+@app.http.get("/running")
+async def list_running(request: Any) -> Any:
+    return {"pid": os.getpid(), "running": running}
 
 
 @app.http.get("/clear/loop")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 
 from realtime import App, Credentials
@@ -23,6 +24,14 @@ async def spin(client, data):
         while time.monotonic() < until:
             pass
         await asyncio.sleep(0.001)
+
+
+@app.rpc("spin until")
+async def spin_until(client, data):
+    """Until this file is there."""
+    limit = time.monotonic() + 60
+    while not os.path.exists(data) and time.monotonic() < limit:
+        pass
 
 
 @app.rpc("rest")

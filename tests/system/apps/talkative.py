@@ -12,7 +12,7 @@ app = App()
 log = Logger()
 
 
-@app.http.get("/talk")
+@app.http.get("/talk", pressure="ignore")
 async def talk(request):
     for _ in range(int(request.query["bytes"]) // 100):
         log.info("{text}", text="x" * 100)
