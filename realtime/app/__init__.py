@@ -24,7 +24,7 @@ from realtime.app.client import Client
 from realtime.app.cookies import Cookie
 from realtime.app.declarations import ARGUMENTS, POLICIES, Handler, Patterns
 from realtime.app.forms import File, Form
-from realtime.app.http import Request, Response, Static
+from realtime.app.http import ErrorFunction, Request, Response, Static
 from realtime.app.loader import load
 from realtime.app.path_patterns import PathTree, parse_pattern
 
@@ -34,6 +34,7 @@ __all__ = [
     "App",
     "Client",
     "Cookie",
+    "ErrorFunction",
     "File",
     "Form",
     "Handler",

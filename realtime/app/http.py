@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,13 @@ RouteFunction = TypeVar("RouteFunction", bound=Callable[[Request], Any])
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
+ErrorFunction = Callable[[Request, Any], Any]
+"""Answers an exception of a handler; see `HTTP.on_error`."""
+
+Failed = TypeVar("Failed", bound=Exception)
+Answer = Callable[[Request, Failed], Any]
+
+
 class Declare(Protocol):
     """Records a handler in its App; see `App`."""
 
@@ -129,6 +137,7 @@ class HTTP:
     def __init__(self, declare: Declare) -> None:
         self._declare = declare
         self.statics: list[Static] = []
+        self.errors: dict[type[Exception], ErrorFunction] = {}
         self._by_shape: dict[str, tuple[str, str]] = {}  # the routes with their places
 
     def get(self, path: str, **options: Unpack[RouteOptions]) -> Callable[[RouteFunction], RouteFunction]:
@@ -160,6 +169,33 @@ class HTTP:
     def delete(self, path: str, **options: Unpack[RouteOptions]) -> Callable[[RouteFunction], RouteFunction]:
         """Answer DELETE requests for this path; see `get`."""
         return self._route("DELETE", path, HandlerOptions(**options))
+
+    def on_error(self, kind: type[Failed]) -> Callable[[Answer[Failed]], Answer[Failed]]:
+        """Answer exceptions of this type that the handlers of routes raise; the function takes (request, error).
+
+        It returns what a handler may return, mostly a `Response`, and runs where the handler ran: so it is a plain
+        function that does not wait. It also answers the subtypes that have no function of their own, ClientError
+        included. An answered exception is not logged, and no cache keeps the answer. Raises SettingsError.
+        """
+        place = calling_line()
+        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            raise SettingsError([f"{place}: @app.http.on_error needs a type of exceptions, as in on_error(KeyError)"])
+
+        def declare(function: Answer[Failed]) -> Answer[Failed]:
+            place, name = defining_line(function), f"on_error({kind.__name__})"
+            if kind in self.errors:
+                first = defining_line(self.errors[kind])
+                raise SettingsError([f"{place}: {name} is declared a second time; the first is at {first}"])
+            if inspect.iscoroutinefunction(function):
+                raise SettingsError([f"{place}: {name} is a coroutine; use a plain function that does not wait"])
+            try:
+                inspect.signature(function).bind("request", "error")
+            except TypeError:
+                raise SettingsError([f"{place}: {name} is called with (request, error)"]) from None
+            self.errors[kind] = function
+            return function
+
+        return declare
 
     def static(self, prefix: str, directory: str | Path) -> None:
         """Serve the files of a directory under a URL prefix; "index.html" is the page of the directory itself.

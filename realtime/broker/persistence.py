@@ -443,7 +443,7 @@ class Persistence:
         snapshot, end = self._snapshot, self._reactor.seconds() + SNAPSHOT_SLICE
         if snapshot is None or not self._is_open:
             return
-        while self._is_open and self._queue.used < self._queue.capacity // 4:
+        while self._is_open and self._queue.used < self._queue.capacity // 2:
             part = next(snapshot, None)
             if part is None:
                 self._snapshot, self._snapshot_end, self._is_relied_on = None, self._queue.tail, True

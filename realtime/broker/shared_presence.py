@@ -37,6 +37,9 @@ from realtime.types import ClientInfo
 BATCH = 200
 """Changes of one channel in one call of a script, and entries that one call removes: less than a millisecond."""
 
+SENT_AT_ONCE = 200
+"""Channels whose changes are sent in one turn of the loop: some milliseconds."""
+
 PAGE = 1000
 """Clients that are read at once. Longer lists are read in steps of about this size."""
 
@@ -312,7 +315,7 @@ class SharedPresence:
         self._refused = refused
         self._call_soon = call_soon
         self._lists: dict[str, _List] = {}
-        self._unsent: set[str] = set()  # channels with changes of this turn
+        self._unsent: dict[str, None] = {}  # channels with changes of this turn
         self._removals: set[tuple[str, str]] = set()  # under way, by channel and run
         # The channels to renew before all others, and the round over all of them.
         self._first: list[str] = []
@@ -368,18 +371,22 @@ class SharedPresence:
             listed.touched.add(client)
         if listed.sent is None and channel not in self._unsent:
             if not self._unsent:
-                self._call_soon(self._send_all)
-            self._unsent.add(channel)
+                self._call_soon(self._send_some)
+            self._unsent[channel] = None
 
     def _value(self, entry: PresenceEntry) -> bytes:
         flags = _PRESENT * entry.present + _ANNOUNCED * entry.announce
         return b"%d%b%b" % (flags, self._run.encode(), _encode(entry.info))
 
-    def _send_all(self) -> None:
-        channels, self._unsent = self._unsent, set()
+    def _send_some(self) -> None:
+        channels = list(islice(self._unsent, SENT_AT_ONCE))
         for channel in channels:
-            listed = self._lists[channel]
-            if listed.sent is None:
+            del self._unsent[channel]
+        if self._unsent:  # a worker restores its clients
+            self._call_soon(self._send_some)
+        for channel in channels:
+            listed = self._lists.get(channel)
+            if listed is not None and listed.sent is None:
                 self._send(channel, listed)
 
     def _send(self, channel: str, listed: _List) -> None:

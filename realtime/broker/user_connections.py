@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from realtime.redis.scripts import Script
@@ -16,8 +17,8 @@ from realtime.redis.servers import RedisServer
 LIFETIME = 600.0
 """Seconds that a user's numbers are kept without a renewal."""
 
-RENEWALS_AT_ONCE = 500
-"""Users renewed in one step."""
+WRITES_AT_ONCE = 200
+"""Users whose numbers are written in one turn of the loop, and renewed in one step: some milliseconds."""
 
 ADMIT = Script("""
 local run, own, limit, lifetime = unpack(ARGV, 2, 5)
@@ -81,7 +82,7 @@ class UserConnections:
         self._is_dead = is_dead
         self._call_soon = call_soon
         self._lifetime = math.ceil(1000 * LIFETIME)
-        self._changed: set[str] = set()
+        self._changed: dict[str, None] = {}
         self._round: Iterator[str] = iter(())
         self._due = 0.0
         self._renewed_at = -math.inf
@@ -112,15 +113,18 @@ class UserConnections:
         self._server(user).run(done, ADMIT, (self._key(user),), arguments)
 
     def changed(self, user: str) -> None:
-        """Write the number of this node's connections of a user, at the end of the turn."""
+        """Write the number of this node's connections of a user, in the next turn."""
         if not self._changed:
-            self._call_soon(self._write)
-        self._changed.add(user)
+            self._call_soon(self._write_some)
+        self._changed[user] = None
 
-    def _write(self) -> None:
-        changed, self._changed = self._changed, set()
-        for user in changed:
+    def _write_some(self) -> None:
+        users = list(islice(self._changed, WRITES_AT_ONCE))
+        for user in users:
+            del self._changed[user]
             self._set(user)
+        if self._changed:  # a worker restores its clients, or has ended
+            self._call_soon(self._write_some)
 
     def _set(self, user: str) -> None:
         arguments = (self._run, self._counts.get(user, 0), self._lifetime)
@@ -131,7 +135,7 @@ class UserConnections:
         period = LIFETIME / 3
         elapsed = min(now - self._renewed_at, period)
         self._renewed_at = now
-        self._due = min(self._due + len(self._counts) * elapsed / period, RENEWALS_AT_ONCE)
+        self._due = min(self._due + len(self._counts) * elapsed / period, WRITES_AT_ONCE)
         while self._due >= 1 and self._counts:
             user = next(self._round, None)
             if user is None:

@@ -21,6 +21,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -43,6 +44,7 @@ from realtime.errors import (
 )
 from realtime.handlers.compute_pool import ComputePool
 from realtime.handlers.coroutines import CoroutineDriver, await_deferreds, drive, eager_task
+from realtime.handlers.error_answers import Answers, ErrorAnswer, with_answers
 from realtime.handlers.marking import ChargingMarker, MarkedCoroutine, Marker, call_marked, names_reader
 from realtime.handlers.outcomes import HandlerErrorLog, OutcomeCounters
 from realtime.handlers.placement import PlacementTracker
@@ -98,8 +100,16 @@ class HandlerCall:
     """
 
     def __init__(
-        self, handler: Handler, services: HandlerServices, threads: HandlerThreads, error_log: HandlerErrorLog
+        self,
+        handler: Handler,
+        services: HandlerServices,
+        threads: HandlerThreads,
+        error_log: HandlerErrorLog,
+        answers: Answers = MappingProxyType({}),
     ) -> None:
+        """answers: to exceptions, see `realtime.handlers.error_answers`."""
+        never_waits_itself = handler.run == "loop" and never_waits(handler.function)
+        handler = with_answers(handler, answers)
         settings, metrics, ledger = services.settings, services.metrics, services.ledger
         self.handler = handler
         self._threads = threads
@@ -131,7 +141,7 @@ class HandlerCall:
         # Mostly a slice, without a call of Python code.
         self._take = itemgetter(handler.taken) if handler.convert is None else handler.take
         self._convert = result_converter(handler.kind, handler.cache is not None)
-        self._never_waits = handler.run == "loop" and self._semaphore is None and never_waits(handler.function)
+        self._never_waits = never_waits_itself and self._semaphore is None
         self._is_always_immediate = self._never_waits and self._policy.admits_always
         # The loop itself holds only a weak reference to a waiting task. Values: what ends the wait of its caller.
         self._tasks: dict[asyncio.Task[Any] | CoroutineDriver, Callable[[str], None]] = {}
@@ -201,7 +211,7 @@ class HandlerCall:
             raise ClientError(*TOO_MANY_REQUESTS) from None
 
     async def call(self, *args: Any, timeout: float | None = None) -> Any:
-        """Call the handler. Raises ClientError, Disconnect, HandlerTimeout, PoolFull and Overloaded.
+        """Call the handler. Raises ClientError, Disconnect, HandlerTimeout, PoolFull, Overloaded and ErrorAnswer.
 
         Cancelling the caller cancels the handler, unless a cache keeps its result. timeout: seconds, 0 for none, in
         place of the declared one.
@@ -461,7 +471,7 @@ class HandlerCall:
 
 # The exceptions that callers get as they are, and the outcome under which each is counted.
 _OUTCOMES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
-    ((ClientError, Disconnect), "refused"),
+    ((ClientError, Disconnect, ErrorAnswer), "refused"),
     ((HandlerTimeout,), "timeout"),
     ((PoolFull,), "full"),
     ((asyncio.CancelledError, GeneratorExit), "cancelled"),

@@ -23,6 +23,7 @@ from msgspec import Raw, Struct
 from realtime.app import Request, Server
 from realtime.config.settings import AppSettings, LogSettings
 from realtime.errors import ClientError, Disconnect, EngineUnavailable
+from realtime.handlers.error_answers import ErrorAnswer
 from realtime.handlers.results import PreparedResponse
 from realtime.types import ClientInfo, HistoryPage, Position
 
@@ -63,12 +64,14 @@ class ProcessReady(Struct, frozen=True, tag=True):
 class CallReturned(Struct, frozen=True, tag=True):
     """The handler returned. The fields have its converted return value, see `realtime.handlers.results`.
 
-    data: of an RPC, JSON text or bytes for the client. response: to an HTTP request.
+    data: of an RPC, JSON text or bytes for the client. response: to an HTTP request. answers_error: the handler raised
+    an exception, and the response is the application's answer to it.
     """
 
     data: bytes | None = None
     is_json: bool = True
     response: PreparedResponse | None = None
+    answers_error: bool = False
 
 
 class CallRefused(Struct, frozen=True, tag=True):
@@ -168,15 +171,18 @@ def arguments_of(call: ComputeCall) -> tuple[Any, ...]:
     return (msgspec.json.decode(call.data) if call.is_json else call.data,)
 
 
-def returned(result: Any) -> CallReturned:
+def returned(result: Any, answers_error: bool = False) -> CallReturned:
     """Return the message with a converted result. Raises msgspec.ValidationError for a response of wrong types."""
     if isinstance(result, PreparedResponse):
-        return CallReturned(response=msgspec.convert(msgspec.structs.asdict(result), PreparedResponse))
+        response = msgspec.convert(msgspec.structs.asdict(result), PreparedResponse)
+        return CallReturned(response=response, answers_error=answers_error)
     return CallReturned(None if result is None else bytes(result), not isinstance(result, bytes))
 
 
 def result_of(reply: CallReturned) -> Any:
-    """Return the converted result of a handler; the inverse of `returned`."""
+    """Return the converted result of a handler; the inverse of `returned`. Raises ErrorAnswer for its response."""
+    if reply.response is not None and reply.answers_error:
+        raise ErrorAnswer(reply.response)
     if reply.response is not None:
         return reply.response
     return Raw(reply.data) if reply.is_json and reply.data is not None else reply.data

@@ -42,6 +42,7 @@ from realtime.handlers.compute_messages import (
     CallDisconnected,
     CallFailed,
     CallRefused,
+    CallReturned,
     ComputeCall,
     ProcessReady,
     ProcessSettings,
@@ -54,6 +55,7 @@ from realtime.handlers.compute_messages import (
     unpack_error,
     unpack_result,
 )
+from realtime.handlers.error_answers import ErrorAnswer, with_answers
 from realtime.handlers.results import call_plain_function, result_converter
 from realtime.process import app_log, forks, output
 
@@ -164,15 +166,22 @@ def _share_caches(server: ServerStub) -> None:
 
 def _process_handlers(app: App) -> dict[str, Handler]:
     handlers = [handler for kind in ARGUMENTS for handler in app.handlers(kind).values()]
-    return {handler.name: handler for handler in handlers if handler.run == "process"}
+    answers = app.http.errors
+    return {handler.name: with_answers(handler, answers) for handler in handlers if handler.run == "process"}
+
+
+def _returned(handler: Handler, call: ComputeCall) -> CallReturned:
+    convert = result_converter(handler.kind, handler.cache is not None)
+    try:
+        return returned(convert(call_plain_function(handler, handler.convert_data(arguments_of(call)))))
+    except ErrorAnswer as answer:
+        return returned(answer.response, answers_error=True)
 
 
 def _reply(handler: Handler, call: ComputeCall) -> bytes:
     """Call the handler and return the packed reply; there is one unless the handler ends the process."""
     try:
-        result = call_plain_function(handler, handler.convert_data(arguments_of(call)))
-        convert = result_converter(handler.kind, handler.cache is not None)
-        reply = pack(returned(convert(result)))
+        reply = pack(_returned(handler, call))
     except ClientError as error:
         return pack(CallRefused(error.code, error.message, error.temporary))
     except Disconnect as error:

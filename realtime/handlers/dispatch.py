@@ -199,7 +199,7 @@ class Dispatcher:
 
     def _make_calls(self, kind: str) -> dict[str, HandlerCall]:
         calls = {
-            key: HandlerCall(handler, self._services, self.threads, self._error_log)
+            key: HandlerCall(handler, self._services, self.threads, self._error_log, self._app.http.errors)
             for key, handler in self._app.handlers(kind).items()
         }
         self._calls += calls.values()

@@ -24,6 +24,7 @@ from realtime.errors import INTERNAL_ERROR, ClientError, Disconnect, HandlerTime
 from realtime.handlers.call import HandlerCall
 from realtime.handlers.coroutines import DoneCallback, drive
 from realtime.handlers.dispatch import Dispatcher
+from realtime.handlers.error_answers import ErrorAnswer
 from realtime.handlers.results import JSON, PreparedResponse, json_response, status_response
 from realtime.http import cors
 from realtime.http.forwarded import TrustedProxies
@@ -421,6 +422,8 @@ def _error_response(another_worker_available: Callable[[], bool], error: BaseExc
             return msgspec.structs.replace(status_response(503, ("Retry-After", "1")), close=True)
         case HandlerTimeout() | PoolFull() | Overloaded():
             return status_response(503, ("Retry-After", str(random.randint(*RETRY_AFTER))))
+        case ErrorAnswer():
+            return error.response
         case ClientError():
             return json_response(STATUSES.get(error.code, 400), ErrorBody.of(error))
         case Disconnect():

@@ -56,6 +56,21 @@ def test_two_routes_for_the_same_paths_are_refused_with_both_places(app: App) ->
     app.http.get("/rooms/{name}/{place}")(second)
 
 
+def test_mistakes_of_an_error_handler(app: App) -> None:
+    def answer(request: Request, error: Any) -> None: ...
+
+    async def waits(request: Request, error: Any) -> None: ...
+
+    assert "needs a type of exceptions" in problem(lambda: app.http.on_error(answer))  # type: ignore[type-var, arg-type]
+    assert "needs a type of exceptions" in problem(lambda: app.http.on_error(KeyboardInterrupt))  # type: ignore[type-var]
+    assert problem(lambda: app.http.on_error(KeyError)(waits)).startswith(line_of(waits))
+    takes_no_error: Any = lambda request: None  # noqa: E731
+    assert "is called with (request, error)" in problem(lambda: app.http.on_error(KeyError)(takes_no_error))
+    app.http.on_error(KeyError)(answer)
+    line = problem(lambda: app.http.on_error(KeyError)(lambda request, error: None))
+    assert line.endswith(f"a second time; the first is at {line_of(answer)}")
+
+
 def test_json_of_a_request() -> None:
     def request(body: bytes) -> Request:
         return Request("POST", "/", {}, {}, body)

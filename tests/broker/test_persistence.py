@@ -7,7 +7,7 @@ import resource
 import shutil
 import signal
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,6 @@ class Store:
         store = cls(wanted)
         await store.persistence.load(lambda part: store._core.import_part(part, ()))
         return store
-
-    def deliver_order(self, peers: Collection[str], order: bytes) -> None:
-        raise AssertionError("there are no peers in these tests")
 
     def hold_back(self, is_held: bool) -> None:
         """A test does not publish while it is to wait."""
@@ -297,15 +294,21 @@ async def test_a_broker_killed_without_room_for_its_changes_starts_new_epochs(
     assert (await page(worker)).position.epoch != position.epoch
 
 
-async def test_the_file_stays_small_while_publications_come_and_go(tmp_path: Path) -> None:
+async def test_the_file_stays_small_while_publications_come_and_go(
+    tmp_path: Path, caplog_of_twisted: list[str]
+) -> None:
     wanted = settings(tmp_path, max_file_size=8 * 1024 * 1024, queue_size=1024 * 1024)
     store = await Store.open(wanted)
+
+    def is_writing_a_snapshot() -> bool:  # the publications of this test could fill the file meanwhile
+        return bool(store.persistence._snapshot or store.persistence._snapshot_end)
+
     for _ in range(50):  # 20 MB, of which half a MB is kept
         for _ in range(80):
             position = store.publish("c", b"x" * 5_000)
-        await until(lambda: store.persistence._queue.used < 250_000)
+        await until(lambda: store.persistence._queue.used < 250_000 and not is_writing_a_snapshot())
     series = {sample.name: sample.value for sample in store.series.snapshot()}
-    assert series["realtime_broker_storage_failures"] == 0
+    assert series["realtime_broker_storage_failures"] == 0, caplog_of_twisted
     assert series["realtime_broker_stored_bytes"] > 15_000_000
     assert (tmp_path / "channels.db").stat().st_size <= 8 * 1024 * 1024
     await store.lose(power=False)

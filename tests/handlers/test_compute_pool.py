@@ -27,6 +27,7 @@ from realtime.handlers.call import HandlerServices
 from realtime.handlers.compute_pool import ComputePool, IdleProcesses
 from realtime.handlers.coroutines import await_deferreds, start_future
 from realtime.handlers.dispatch import Dispatcher
+from realtime.handlers.error_answers import ErrorAnswer
 from realtime.metrics import Metrics
 from realtime.types import ClientInfo, HistoryPage, Position, Publication
 from tests.driving import on_loop
@@ -136,6 +137,18 @@ async def test_a_route_gets_its_request_and_makes_its_response_there() -> None:
         assert route is not None
         answer = await route.call(Request("POST", "/render", {}, {}, b"abc"))
         assert (answer.status, answer.body, answer.headers) == (201, b"ABC", (("X-Length", "3"),))
+
+
+@on_loop
+async def test_an_error_handler_answers_in_the_other_process() -> None:
+    async with serving() as bench:
+        route = bench.dispatcher.route("POST", "/fail")
+        assert route is not None
+        with pytest.raises(ErrorAnswer) as caught:
+            await route.call(Request("POST", "/fail", {}, {}, b"pen"))
+        response = caught.value.response
+        assert (response.status, response.body) == (404, b"/fail: 'pen'")
+        assert int(dict(response.headers)["X-Pid"]) in bench.processes.pids
 
 
 @on_loop

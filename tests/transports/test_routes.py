@@ -204,6 +204,63 @@ async def test_the_response_of_each_error_of_a_handler(site: Site, error: Except
     assert len(site.logged) == (status == 500)
 
 
+class Missing(LookupError):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["at once", "loop", "thread", "cache"])
+@on_loop
+async def test_an_error_handler_answers_the_exceptions_of_its_type(site: Site, kind: str) -> None:
+    errors = {
+        "missing": Missing("pen"),
+        "key": KeyError("pen"),
+        "client": ClientError(404, "no"),
+        "bug": ValueError("x"),
+    }
+
+    def fail(request: Request) -> Any:
+        raise errors[request.query["by"]]
+
+    async def fail_at_once(request: Request) -> Any:
+        raise errors[request.query["by"]]
+
+    async def fail_later(request: Request) -> Any:
+        await asyncio.sleep(0)
+        raise errors[request.query["by"]]
+
+    if kind == "cache":
+        site.app.http.get("/it", cache=Cache(ttl=60))(fail)
+    else:
+        site.app.http.get("/it")({"at once": fail_at_once, "loop": fail_later, "thread": fail}[kind])
+    answered: list[str] = []
+
+    @site.app.http.on_error(LookupError)
+    def nothing(request: Request, error: LookupError) -> Response:
+        answered.append(request.query["by"])
+        return Response(404, {"X-Error": type(error).__name__}, f"no {error.args[0]}")
+
+    @site.app.http.on_error(KeyError)
+    def wrong(request: Request, error: KeyError) -> Any:
+        return object()
+
+    @site.app.http.on_error(ClientError)
+    def refused(request: Request, error: ClientError) -> dict[str, int]:
+        return {"refused": error.code}
+
+    url = await site.start()
+    for _ in range(2):  # a cache keeps no answer to an error
+        answer = await fetch("GET", f"{url}/it?by=missing")
+        assert (answer.status_code, answer.text, answer.headers["X-Error"]) == (404, "no pen", "Missing")
+    assert answered == ["missing", "missing"]
+    assert (await fetch("GET", f"{url}/it?by=client")).json() == {"refused": 404}
+    assert site.logged == []
+    # A fault of the error handler itself, and an exception without one.
+    for by in ("key", "bug"):
+        answer = await fetch("GET", f"{url}/it?by={by}")
+        assert (answer.status_code, answer.json()) == (500, {"code": 100, "message": "internal server error"})
+    assert len(site.logged) == 2
+
+
 @on_loop
 async def test_an_unsupported_result_is_500(site: Site) -> None:
     @site.app.http.get("/it")

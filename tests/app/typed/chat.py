@@ -116,6 +116,11 @@ def order_by_post(request: Request) -> Order:
     return request.form(max_fields=5).convert(Order)
 
 
+@app.http.on_error(KeyError)
+def not_found(request: Request, error: KeyError) -> Response:
+    return Response(404, body=f"no {error}")
+
+
 @app.on_start
 async def warm_up() -> None:
     assert_type((await app.channels("chat:*"))["chat:1"], int)
