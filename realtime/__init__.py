@@ -21,6 +21,7 @@ from realtime.types import (
     Position,
     Publication,
     PublishOptions,
+    WorkerInfo,
 )
 
 __all__ = [
@@ -47,5 +48,6 @@ __all__ = [
     "Request",
     "Response",
     "SettingsError",
+    "WorkerInfo",
     "__version__",
 ]

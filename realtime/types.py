@@ -114,6 +114,17 @@ class NodeInfo(Struct, frozen=True, array_like=True, gc=False):
     workers: int = 0
 
 
+class WorkerInfo(Struct, frozen=True):
+    """A worker, as `App.worker`. slot: its number, from 0 on; a reload has two processes of one slot for a while.
+
+    count: of the slots of its server. node: the uid of its server, which is new at each start; see `App.info`.
+    """
+
+    slot: int = 0
+    count: int = 1
+    node: str = ""
+
+
 class ChannelCounts(dict[str, int]):
     """Numbers of subscribers by channel. silent_workers: workers that did not answer, so that their channels lack."""
 

@@ -14,9 +14,11 @@ from realtime.app.declarations import (
     HandlerOptions,
     Policy,
     RunIn,
+    Where,
     calling_line,
     defining_line,
     make_handler,
+    make_schedule,
 )
 from realtime.app.http import HTTP, AnyFunction
 from realtime.cache import Cache
@@ -30,6 +32,7 @@ from realtime.types import (
     HistoryPage,
     Position,
     PublishOptions,
+    WorkerInfo,
 )
 
 Result = TypeVar("Result")
@@ -52,6 +55,7 @@ PublishFunction = TypeVar("PublishFunction", bound=Callable[[Client, str, Any], 
 MessageFunction = TypeVar("MessageFunction", bound=Callable[[Client, Any], Any])
 RPCFunction = TypeVar("RPCFunction", bound=Callable[[Client, Any], Any] | Callable[[Any], Any])
 LifecycleFunction = TypeVar("LifecycleFunction", bound=Callable[[], Any])
+PeriodicFunction = TypeVar("PeriodicFunction", bound=Callable[[], Any] | Callable[[int], Any])
 
 
 class Server(Protocol):
@@ -129,6 +133,7 @@ class App:
         self._server: Server | None = None
         self._perform: Perform = _not_running
         self._pressure_reasons: Callable[[], tuple[str, ...]] = tuple
+        self._worker: WorkerInfo | None = None
 
     # -- declaring handlers -------------------------------------------------------------------------------------------
 
@@ -233,6 +238,36 @@ class App:
         """Run a function without arguments once in each worker when it stops, the last declared first."""
         return self._declare("on_stop", str(len(self._handlers["on_stop"])), function)
 
+    def every(
+        self,
+        interval: float | str,
+        *,
+        where: Where = "one",
+        immediately: bool = False,
+        name: str = "",
+        run: RunIn | None = None,
+        timeout: float | None = None,
+    ) -> Callable[[PeriodicFunction], PeriodicFunction]:
+        """Run a function again and again; it takes () or (term).
+
+        interval: seconds, or a duration such as "1s" or "5m", from 10 ms to 30 days, between the begins of two runs,
+        which do not drift. Runs do not overlap: one that takes longer leaves out the runs that it meets, which are
+        counted. Exceptions are logged and counted, and the next run comes all the same.
+
+        where: "one" runs it on one worker of all nodes, "each" on every worker. Another worker becomes the one when it
+        ends, drains, or is out of reach for `workers.task_lease`; each change begins a new term, with a higher number.
+        Runs of "one" begin when the Unix time is a multiple of the interval, so a change does not shift them; those of
+        "each" one interval after the worker serves. immediately: the first run of a worker begins at once. name: for
+        logs and metrics; by default that of the function. run, timeout: see `rpc`.
+        """
+        schedule = make_schedule(interval, where, immediately)
+
+        def declare(function: PeriodicFunction) -> PeriodicFunction:
+            key = name or getattr(function, "__qualname__", "") or repr(function)
+            return self._declare("every", key, function, HandlerOptions(run, timeout, limit=1, schedule=schedule))
+
+        return declare
+
     def handlers(self, kind: str) -> dict[str, Handler]:
         """Return the handlers of one kind by pattern, method or route, in order of declaration."""
         return dict(self._handlers[kind])
@@ -260,12 +295,30 @@ class App:
 
     # -- calling the server -------------------------------------------------------------------------------------------
 
-    def bind(self, server: Server, perform: Perform, pressure_reasons: Callable[[], tuple[str, ...]] = tuple) -> None:
+    def bind(
+        self,
+        server: Server,
+        perform: Perform,
+        pressure_reasons: Callable[[], tuple[str, ...]] = tuple,
+        worker: WorkerInfo | None = None,
+    ) -> None:
         """Connect the application to its server; each worker calls this once. No handler can be declared afterwards.
 
         perform: runs a coroutine of the server in whatever thread the caller is. pressure_reasons: see `pressure`.
+        worker: see `worker`; None in a handler process.
         """
         self._server, self._perform, self._pressure_reasons = server, perform, pressure_reasons
+        self._worker = worker
+
+    @property
+    def worker(self) -> WorkerInfo:
+        """The worker that runs this code. May be read in any thread.
+
+        Raises RuntimeError in a handler process, and during the import of the application.
+        """
+        if self._worker is None:
+            raise RuntimeError("app.worker is known in a worker alone, not in a handler process or during the import")
+        return self._worker
 
     @property
     def pressure(self) -> tuple[str, ...]:

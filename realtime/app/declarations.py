@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 
 from realtime.app.data_types import data_converter
 from realtime.cache import Cache, undecorate
+from realtime.config.values import parse_duration
 from realtime.errors import SettingsError
 
 Value = TypeVar("Value")
@@ -33,18 +34,36 @@ POLICIES: tuple[str, ...] = get_args(PolicyName)
 Policy = PolicyName | Callable[..., PolicyName]
 """The treatment of calls while the worker is overloaded: a name, or a function of the handler's arguments."""
 
+Where = Literal["one", "each"]
+"""The workers that run a periodic function; see `App.every`."""
+
+PLACES_OF_TASKS: tuple[str, ...] = get_args(Where)
+
+MIN_INTERVAL, MAX_INTERVAL = 0.01, 30 * 86_400.0
+"""Limits of the interval of a periodic function, in seconds."""
+
 _PACKAGE = str(Path(__file__).parent)
 
 
 @dataclass(frozen=True, slots=True)
+class Schedule:
+    """When and where a periodic function runs; see `App.every`. interval: seconds."""
+
+    interval: float
+    where: Where
+    immediately: bool
+
+
+@dataclass(frozen=True, slots=True)
 class HandlerOptions:
-    """The options of a declaration; see `App.rpc` and `HTTP.get`."""
+    """The options of a declaration; see `App.rpc`, `HTTP.get` and `App.every`."""
 
     run: RunIn | None = None
     timeout: float | None = None
     limit: int | None = None
     pressure: Policy | None = None
     cache: Cache | None = None
+    schedule: Schedule | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +74,7 @@ class Handler:
     timeout: seconds; None for the configured default, 0 for no limit. limit: concurrent calls; None for no limit.
     place: "file:line" of the function. taken: the slice of its kind's arguments that the function takes. pressure: a
     policy, or a function of the same arguments that chooses one. cache: keeps its answers, if there is one. convert:
-    makes `data` what its annotation says; None without one.
+    makes `data` what its annotation says; None without one. schedule: of a periodic function.
     """
 
     function: Callable[..., Any]
@@ -69,6 +88,7 @@ class Handler:
     pressure: Policy = "ignore"
     cache: Cache | None = None
     convert: Callable[[Any], Any] | None = None
+    schedule: Schedule | None = None
 
     def take(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the function's arguments, out of all of its kind. Raises ClientError 400 for data of another type."""
@@ -91,6 +111,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[slice, ...]]] = {
     "http": (("request",), (slice(None),)),
     "on_start": ((), (slice(None),)),
     "on_stop": ((), (slice(None),)),
+    "every": (("term",), (slice(1), slice(0))),
 }
 """For each kind of handler: the names of its arguments, and the slices of them that a function may take."""
 
@@ -121,7 +142,29 @@ def make_handler(kind: str, key: str, function: Callable[..., Any], options: Han
         _policy_of(options.pressure, kind, cache, subject),
         cache,
         data_converter(called, len(names) - 1, subject) if takes_data else None,
+        options.schedule,
     )
+
+
+def make_schedule(interval: float | str, where: Where, immediately: bool) -> Schedule:
+    """Check the arguments of `App.every`. Raises SettingsError."""
+    place = calling_line()
+    if isinstance(interval, str):
+        try:
+            seconds = parse_duration(interval)
+        except ValueError as error:
+            raise SettingsError([f"{place}: the interval of @app.every: {error}"]) from None
+    elif isinstance(interval, int | float) and not isinstance(interval, bool):
+        seconds = float(interval)
+    else:
+        raise SettingsError([f'{place}: @app.every needs an interval, as in @app.every("1s") or @app.every(0.5)'])
+    if not MIN_INTERVAL <= seconds <= MAX_INTERVAL:
+        raise SettingsError(
+            [f"{place}: the interval of @app.every is {seconds:g} s; choose one from 10 ms to {MAX_INTERVAL:g} s"]
+        )
+    if where not in PLACES_OF_TASKS:
+        raise SettingsError([f"{place}: @app.every has where={where!r}; choose one of {', '.join(PLACES_OF_TASKS)}"])
+    return Schedule(seconds, where, bool(immediately))
 
 
 class Patterns(Generic[Value]):

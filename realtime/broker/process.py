@@ -67,6 +67,9 @@ HOLD = 1.0
 """Seconds for which the clients of a worker whose stream has ended stay listed, and deliveries to it are queued: within
 some milliseconds a fresh stream continues the ended one. The successor of a dead worker ends this time."""
 
+FIRST_GENERATION = 1
+"""The generation of the broker that a server starts with. An earlier broker died without a hand-over of its state."""
+
 CoreMaker = Callable[[LinkDelivery, int, Counter, Callable[[], NodeInfo]], BrokerCore[Link]]
 """Makes the core from the arguments of `BrokerCore`."""
 
@@ -622,6 +625,8 @@ class BrokerService:
         if process.predecessor is not None:
             await StateTarget(process.reactor, process.predecessor, self._broker).taken
         else:
+            if process.generation > FIRST_GENERATION:
+                self._broker.core.roles.note_loss(self._broker.now())
             await self._broker.load()
 
     def link(self, slot: int, stream: int) -> None:

@@ -17,6 +17,7 @@ from realtime.broker.delivery import LinkDelivery
 from realtime.broker.nodes import ALL, NodeOrder, Nodes
 from realtime.broker.redis_core import RedisCore
 from realtime.broker.redis_messages import VERSION, ChannelJoin, ChannelLeave, encode
+from realtime.broker.redis_roles import RedisRoles
 from realtime.broker.shared_presence import Names, SharedPresence
 from realtime.broker.stored_values import StoredValues
 from realtime.broker.user_connections import UserConnections
@@ -35,9 +36,12 @@ from realtime.pubsub.engine import (
     GetNodes,
     GetPresence,
     GetPresenceStats,
+    HoldRole,
     RemovePresence,
+    ResignRole,
     SendOrder,
     StoreValue,
+    Term,
     ValueState,
     split_address,
 )
@@ -95,6 +99,7 @@ class SharedCore(RedisCore):
             call_soon,
             metrics,
         )
+        self._redis_roles = RedisRoles(self.key, self.servers.of)
         self._values = StoredValues(self.key, self.servers.of)
         # Of no interest to Redis without a limit.
         self._has_limit = settings.client.user_connection_limit > 0
@@ -187,6 +192,26 @@ class SharedCore(RedisCore):
     def get_nodes(self, peer: Link, now: float, request: GetNodes) -> list[NodeInfo]:
         """See `GetNodes`."""
         return self.nodes.infos()
+
+    # Roles
+
+    def hold_role(self, peer: Link, now: float, request: HoldRole) -> Term:
+        """See `HoldRole`."""
+        self._redis_roles.hold(request, self.links.postpone())
+        return Term(0, 0.0)
+
+    def resign_role(self, peer: Link, now: float, request: ResignRole) -> None:
+        """See `ResignRole`."""
+        reply = self.links.postpone()
+
+        def resigned(was_holder: bool, error: Exception | None) -> None:
+            if was_holder:
+                self._delivery.deliver_order(list(self._peers), request.order)
+                self.nodes.send_to_all(request.order, lambda others, failure: reply(None, failure))
+            else:
+                reply(None, error)
+
+        self._redis_roles.resign(request, resigned)
 
     # Values of caches
 

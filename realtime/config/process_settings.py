@@ -36,6 +36,14 @@ class WorkersSettings(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = True
     handler_timeout: Annotated[Seconds, about("Time limit of a handler's call. 0: no limit.")] = 10.0
+    task_lease: Annotated[
+        float,
+        Meta(ge=0.5, le=60),
+        about(
+            'Time for which the worker that runs the functions of @app.every(where="one") may be out of reach before'
+            " another worker runs them."
+        ),
+    ] = 5.0
     cache_lease: Annotated[
         Seconds,
         about(

@@ -55,6 +55,7 @@ from realtime.metrics import Metrics
 from realtime.process.server_lock import ServerLock
 from realtime.supervision.loop_time import LoopTimeLedger, LoopWork
 from realtime.supervision.pressure import Throttle
+from realtime.types import WorkerInfo
 
 
 def _monotonic_ledger() -> LoopTimeLedger:
@@ -70,6 +71,7 @@ class HandlerServices:
     pressure: decides, together with each handler's policy, which calls are refused. compute_pool: not started yet, for
     handlers with run="process". slow_call: seconds on the loop that are too long for a handler with run="auto".
     client_log: of calls that are refused, or not answered in time. lock: see `realtime.process.server_lock`.
+    worker: see `App.worker`. wall_clock: Unix time.
     """
 
     reactor: Any
@@ -83,6 +85,8 @@ class HandlerServices:
     slow_call: float = 0.05
     client_log: ClientLog = field(default_factory=ClientLog)
     lock: ServerLock = field(default_factory=ServerLock)
+    worker: WorkerInfo = field(default_factory=WorkerInfo)
+    wall_clock: Callable[[], float] = time.time
 
 
 class HandlerCall:
@@ -148,10 +152,10 @@ class HandlerCall:
         """The number of calls that have started and wait for something."""
         return len(self._tasks)
 
-    def cancel_all(self) -> None:
-        """Cancel the calls that wait for something, because the worker ends. Their callers get HandlerTimeout."""
+    def cancel_all(self, outcome: str = "did not finish before the end of the worker") -> None:
+        """Cancel the calls that wait for something. Their callers get HandlerTimeout with this outcome."""
         for expire in list(self._tasks.values()):
-            expire("did not finish before the end of the worker")
+            expire(outcome)
 
     @property
     def is_throttled(self) -> bool:

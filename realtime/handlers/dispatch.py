@@ -17,10 +17,12 @@ from twisted.internet.task import deferLater
 from twisted.python.threadable import isInIOThread
 
 from realtime.app import App, Patterns, Server
+from realtime.app.declarations import Where
 from realtime.errors import ApplicationFailed, ClientError, Disconnect, HandlerTimeout, PoolFull
 from realtime.handlers.call import HandlerCall, HandlerServices
 from realtime.handlers.coroutines import drive, start_future
 from realtime.handlers.outcomes import HandlerErrorLog
+from realtime.handlers.recurring import RecurringCall
 from realtime.handlers.threads import HandlerThreads
 from realtime.supervision.pressure import Throttle
 
@@ -63,6 +65,7 @@ class Dispatcher:
         self.routes = self._make_calls("http")
         self.throttles: list[Throttle] = [call.throttle for call in self._calls if call.is_throttled]
         self.has_procedures = bool(procedures)
+        self._all_recurring = [RecurringCall(call, services) for call in self._make_calls("every").values()]
 
     def subscribing(self, channel: str) -> HandlerCall | None:
         """Return the handler that decides on subscriptions to `channel`.
@@ -92,7 +95,8 @@ class Dispatcher:
 
     def bind(self, server: Server) -> None:
         """Connect the App's own methods (`App.publish` and the others) to the server, here and in the processes."""
-        self._app.bind(server, self.run_coroutine, lambda: self._services.pressure.reasons)
+        pressure = self._services.pressure
+        self._app.bind(server, self.run_coroutine, lambda: pressure.reasons, self._services.worker)
         if self._services.compute_pool is not None:
             self._services.compute_pool.bind(server)
 
@@ -131,6 +135,38 @@ class Dispatcher:
                 raise ApplicationFailed(
                     f"{call.handler.place}: {call.handler.name} failed: {_first_line(error)}"
                 ) from None
+
+    def start_recurring(self, where: Where) -> None:
+        """Begin the periodic functions of one kind: this worker is to run them from now on."""
+        for recurring in self._recurring(where):
+            recurring.start()
+
+    def stop_recurring(self, where: Where) -> None:
+        """Begin no further run of these periodic functions."""
+        for recurring in self._recurring(where):
+            recurring.stop()
+
+    def give_up_recurring(self) -> None:
+        """Stop the periodic functions with where="one", and cancel their runs: another worker may run them."""
+        for recurring in self._recurring("one"):
+            recurring.stop()
+            recurring.cancel()
+
+    def has_recurring(self, where: Where) -> bool:
+        """Whether there are such periodic functions."""
+        return bool(self._recurring(where))
+
+    def is_running_once(self) -> bool:
+        """Whether a periodic function with where="one" runs at the moment."""
+        return any(recurring.is_running for recurring in self._recurring("one"))
+
+    def find_term(self, find: Callable[[], int]) -> None:
+        """Have `find` return the term of the periodic functions with where="one", 0 outside of one."""
+        for recurring in self._recurring("one"):
+            recurring.find_term = find
+
+    def _recurring(self, where: Where) -> list[RecurringCall]:
+        return [one for one in self._all_recurring if one.is_once == (where == "one")]
 
     async def stop_handlers(self, grace: float) -> None:
         """Cancel the calls that still run, and run the `on_stop` handlers, within about `grace` seconds."""

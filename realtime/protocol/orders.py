@@ -125,6 +125,12 @@ class InvalidateOrder(Struct, frozen=True, array_like=True, tag="invalidate"):
     tags: list[str] | None
 
 
+class RoleOrder(Struct, frozen=True, array_like=True, tag="role"):
+    """Ask for the role of this name, if you want it: its holder has resigned. See `engine.ResignRole`."""
+
+    name: str
+
+
 class LandOrder(Struct, frozen=True, array_like=True, tag="land"):
     """The end of a lease, for the workers that wait for its value. The fields are those of `realtime.cache.Landing`."""
 
@@ -135,7 +141,16 @@ class LandOrder(Struct, frozen=True, array_like=True, tag="land"):
 
 
 AddressedOrder = DisconnectOrder | UnsubscribeOrder | SubscribeOrder | RefreshOrder
-Order = AddressedOrder | SupersedeOrder | ChannelsOrder | ChannelsAnswer | EmulateOrder | InvalidateOrder | LandOrder
+Order = (
+    AddressedOrder
+    | SupersedeOrder
+    | ChannelsOrder
+    | ChannelsAnswer
+    | EmulateOrder
+    | InvalidateOrder
+    | LandOrder
+    | RoleOrder
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Order)

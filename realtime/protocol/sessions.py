@@ -21,6 +21,7 @@ from realtime.protocol.orders import (
     LandOrder,
     Order,
     RefreshOrder,
+    RoleOrder,
     SubscribeOrder,
     SupersedeOrder,
     UnsubscribeOrder,
@@ -35,7 +36,9 @@ from realtime.types import Position, SubscribeOptions
 SESSIONS_AT_ONCE = 32
 
 # An order that concerns no session of this worker.
-HandledOrder = TypeVar("HandledOrder", ChannelsOrder, ChannelsAnswer, EmulateOrder, InvalidateOrder, LandOrder)
+HandledOrder = TypeVar(
+    "HandledOrder", ChannelsOrder, ChannelsAnswer, EmulateOrder, InvalidateOrder, LandOrder, RoleOrder
+)
 
 
 class RegisteredSession(Protocol):
@@ -131,7 +134,14 @@ class Sessions:
         `encode_order` did not make.
         """
         match decode_order(data):
-            case ChannelsOrder() | ChannelsAnswer() | EmulateOrder() | InvalidateOrder() | LandOrder() as order:
+            case (
+                ChannelsOrder()
+                | ChannelsAnswer()
+                | EmulateOrder()
+                | InvalidateOrder()
+                | LandOrder()
+                | RoleOrder() as order
+            ):
                 handler = self._handlers.get(type(order))
                 if handler is not None:
                     handler(order)

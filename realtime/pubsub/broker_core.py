@@ -37,22 +37,26 @@ from realtime.pubsub.engine import (
     GetPresence,
     GetPresenceStats,
     GetStats,
+    HoldRole,
     Publish,
     RemoveClient,
     RemoveHistory,
     RemovePresence,
     ReportSubscriptions,
+    ResignRole,
     SendOrder,
     StoreValue,
     Subscribe,
     TakeLease,
     TakeLostClients,
+    Term,
     Unsubscribe,
     split_address,
 )
 from realtime.pubsub.history import ChannelStreams, EpochsState, IdempotencyCache, KeysState, StreamsState
 from realtime.pubsub.leases import Leases, LeasesState
 from realtime.pubsub.presence import AbsentState, Presence, PresenceEntry, PresentState
+from realtime.pubsub.roles import Roles, RoleState
 from realtime.pubsub.time_slices import CHUNK
 from realtime.types import ClientInfo, EngineStats, HistoryPage, NodeInfo, Position, Publication
 
@@ -195,6 +199,7 @@ class BrokerCore(Generic[P]):
         self._streams = ChannelStreams(max_channels) if streams is None else streams
         self._idempotency = IdempotencyCache(max_channels) if keys is None else keys
         self._presence: Presence[P] = Presence(max_channels, self)
+        self.roles = Roles()
         self._leases: Leases[P] = Leases(delivery.deliver_order)
         self._routes: dict[str, list[P]] = {}
         self._peers: dict[P, _PeerState] = {}
@@ -366,6 +371,7 @@ class BrokerCore(Generic[P]):
             yield PeerHead(state.address, state.slot, state.subscriptions, state.keeps_lost)
         yield from self._streams.export()
         yield from self._idempotency.export()
+        yield from self.roles.export()
         for number, peer in enumerate(peers):
             state = self._peers[peer]
             for channels in chunks(state.channels, len):
@@ -396,6 +402,8 @@ class BrokerCore(Generic[P]):
                 self._streams.import_streams(part)
             case KeysState():
                 self._idempotency.import_keys(part)
+            case RoleState():
+                self.roles.import_part(part)
             case PeerChannels(number, channels, inherited):
                 for channel in channels:
                     self._route(channel, peers[number])
@@ -510,6 +518,15 @@ class BrokerCore(Generic[P]):
         if recipients or returning:
             self._delivery.deliver_order([*recipients, *returning], request.order)
         return len(recipients) + sum(map(self.is_routed, returning))
+
+    @carries_out(HoldRole)
+    def hold_role(self, peer: P, now: float, request: HoldRole) -> Term:
+        return self.roles.hold(now, request)
+
+    @carries_out(ResignRole)
+    def resign_role(self, peer: P, now: float, request: ResignRole) -> None:
+        if self.roles.resign(request):
+            self._delivery.deliver_order(list(self._peers), request.order)
 
     @carries_out(TakeLease)
     def take_lease(self, peer: P, now: float, request: TakeLease) -> str:

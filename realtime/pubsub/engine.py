@@ -160,6 +160,41 @@ class SendOrder(EngineRequest[int], tag=16, frozen=True, gc=False):
     session: str = ""
 
 
+# Roles
+
+
+class Term(Struct, frozen=True, array_like=True, gc=False):
+    """number: of the term that a worker holds a role in, 0 if another one holds it. left: seconds of the holder."""
+
+    number: int
+    left: float
+
+
+class HoldRole(EngineRequest[Term], tag=51, frozen=True, gc=False):
+    """Take a role for some seconds, or renew it: work that one worker of all nodes does. Answer: the term.
+
+    holder: the address of this worker with its node, which no other worker ever has (`worker_address`). term: the one
+    that this worker holds the role in by its own clock, 0 for none; an engine that has lost its state believes it. Two
+    workers never hold a role at one moment: the holder counts its time from the moment before the request.
+    """
+
+    name: str
+    holder: str
+    seconds: float
+    term: int = 0
+
+
+class ResignRole(EngineRequest[None], tag=52, frozen=True, gc=False):
+    """End the term of this holder, and deliver an order to every worker of all nodes, so that one takes the role.
+
+    Of no effect if another worker holds it. order: see `SendOrder`.
+    """
+
+    name: str
+    holder: str
+    order: bytes
+
+
 class TakeLease(EngineRequest[str], tag=32, frozen=True, gc=False):
     """Ask to be the only worker of this machine that computes the value of this key of a cache.
 

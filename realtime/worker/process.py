@@ -37,7 +37,7 @@ from realtime.worker.handover_source import HandOverSource
 from realtime.worker.handover_target import HandOverTarget
 from realtime.worker.listening import ListeningPort, adopt
 from realtime.worker.lost_clients import DisconnectedHandler, report_lost_clients
-from realtime.worker.wiring import wire_handlers, wire_handover, wire_protocol, wire_pubsub, wire_transports
+from realtime.worker.wiring import wire_handlers, wire_handover, wire_protocol, wire_pubsub, wire_tasks, wire_transports
 
 _log = Logger()
 
@@ -55,6 +55,8 @@ HTTP_DRAIN = 1.0
 # handlers and for the end of the application's tasks; and the share of that for the tasks.
 STOP_SHARE = 0.2
 TASKS_SHARE = 0.25
+# Seconds for the broker to learn that another worker may run the functions with where="one"; else their term runs out.
+RESIGN_TIMEOUT = 1.0
 # Seconds between two looks at what a drain waits for.
 _DRAIN_INTERVAL = 0.05
 # Seconds; shorter pauses between two disconnects are skipped.
@@ -75,9 +77,10 @@ class Worker:
         for line in find_blocking_calls(app) if process.slot == 0 else ():  # the others would say the same
             _log.warn("{line}", line=line)
         self._pubsub = wire_pubsub(process, app)
-        self._handlers = wire_handlers(process, app)
+        self._handlers = wire_handlers(process, app, self._pubsub.node)
         self._protocol = wire_protocol(process, self._pubsub, self._handlers)
         self._transports = wire_transports(process, self._pubsub, self._handlers, self._protocol)
+        self._role = wire_tasks(process, self._pubsub, self._handlers)
         self._ports: list[ListeningPort] = []
         self._handover = wire_handover(process, self._pubsub, self._handlers, self._protocol, self._transports)
         self._receivers: list[FdReceiver] = []
@@ -117,6 +120,9 @@ class Worker:
             )
             for fd in process.listen
         ]
+        dispatcher.start_recurring("each")
+        if self._role is not None:
+            self._role.start()
         if dispatcher.disconnected is not None:
             self._pubsub.engine.on_clients_lost = partial(self._report_lost_clients, dispatcher.disconnected)
             self._report_lost_clients(dispatcher.disconnected)
@@ -220,6 +226,8 @@ class Worker:
         """
         process, deadline = self._process, self._reactor.seconds() + timeout
         admission, dispatcher = self._transports.admission, self._handlers.dispatcher
+        dispatcher.stop_recurring("each")
+        resigned = Deferred.fromCoroutine(self._resign())
         for takeover in self._takeovers:
             takeover.close()
         await self._stop_accepting()
@@ -244,7 +252,19 @@ class Worker:
         # a `finally` block may publish.
         await process.cancel_tasks(TASKS_SHARE * timeout * STOP_SHARE)
         await dispatcher.stop(max(deadline - self._reactor.seconds(), 0.0))
+        left = max(deadline - self._reactor.seconds(), _DRAIN_INTERVAL)
+        resigned.addTimeout(min(RESIGN_TIMEOUT, left), self._reactor).addErrback(lambda failure: None)
+        await resigned
         self._pubsub.engine.close()
+
+    async def _resign(self) -> None:
+        """Leave the functions with where="one" to another worker, once none of them runs here."""
+        if self._role is not None:
+            dispatcher = self._handlers.dispatcher
+            dispatcher.stop_recurring("one")
+            while dispatcher.is_running_once():
+                await deferLater(self._reactor, _DRAIN_INTERVAL)
+            await self._role.resign()
 
     def _spread(self) -> float:
         """Return over how many seconds to disconnect the clients, without regard to the time of the drain.

@@ -48,7 +48,7 @@ from realtime.protocol.channel_rules import ChannelRules
 from realtime.protocol.commands import COMMANDS
 from realtime.protocol.context import SessionCounters, SessionServices, SessionSettings
 from realtime.protocol.handover import HandedSession
-from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder, InvalidateOrder, LandOrder
+from realtime.protocol.orders import ChannelsAnswer, ChannelsOrder, EmulateOrder, InvalidateOrder, LandOrder, RoleOrder
 from realtime.protocol.session import Session
 from realtime.protocol.sessions import Sessions
 from realtime.protocol.wire_formats import WireFormat
@@ -71,6 +71,7 @@ from realtime.transports.outgoing import FlushAtTurnEnd
 from realtime.transports.routes import make_site
 from realtime.transports.streams import StreamContext, make_endpoints
 from realtime.transports.websocket import UNIDIRECTIONAL_WIRE_FORMATS, WIRE_FORMATS, WebSocketFactory
+from realtime.types import WorkerInfo
 from realtime.worker.engine import BrokerEngine
 from realtime.worker.handover import HandOverParts
 from realtime.worker.io_uring import IOURing
@@ -83,8 +84,12 @@ from realtime.worker.loop_time import (
     charged_frontend,
     charged_transport,
 )
+from realtime.worker.roles import Role
 from realtime.worker.shared_caches import SharedCaches
 from realtime.worker.surveys import Surveys
+
+TASKS = "tasks"
+"""The role of the worker that runs the functions of `@app.every(where="one")`."""
 
 _log = Logger()
 _clients = Logger(namespace="realtime.clients")
@@ -206,8 +211,8 @@ def wire_pubsub(process: Child, app: App) -> PubSubParts:
     return PubSubParts(node, address, slices, strangers, rules, sessions, engine, hub)
 
 
-def wire_handlers(process: Child, app: App) -> HandlerParts:
-    """Build the dispatcher of the application's handlers, and give its caches the worker's load."""
+def wire_handlers(process: Child, app: App, node: str) -> HandlerParts:
+    """Build the dispatcher of the application's handlers, and give its caches the worker's load. node: its id."""
     settings, reactor, metrics = process.settings, process.reactor, process.metrics
     pressure = Pressure(settings.loop, reactor.seconds)
     client_log = _client_log(process)
@@ -225,6 +230,7 @@ def wire_handlers(process: Child, app: App) -> HandlerParts:
         slow_call=settings.loop.lagging,
         client_log=client_log,
         lock=process.lock,
+        worker=WorkerInfo(process.slot, settings.workers.count, node),
     )
     dispatcher = Dispatcher(app, services)
     configure_cache_host(cache.HOST, pressure, dispatcher.run_coroutine, metrics)
@@ -243,6 +249,32 @@ def _client_log(process: Child) -> ClientLog:
     )
     process.heartbeat.tasks.add(1.0, client_log.report_left_out, is_needed=lambda: client_log.has_left_out)
     return client_log
+
+
+def wire_tasks(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -> Role | None:
+    """Have one worker of all run the periodic functions with where="one"; None without any."""
+    dispatcher = handlers.dispatcher
+    if not dispatcher.has_recurring("one"):
+        return None
+
+    def gained() -> None:
+        _log.info('this worker runs the functions with where="one" from now on (term {term})', term=role.term)
+        dispatcher.start_recurring("one")
+
+    def lost() -> None:
+        lost_terms.value += 1
+        dispatcher.give_up_recurring()
+
+    help = 'Times at which this worker stopped running the functions with where="one".'
+    lost_terms = process.metrics.counter("realtime_task_terms_ended", help)
+    role = Role(
+        TASKS, pubsub.address, process.settings.workers.task_lease, pubsub.engine, process.reactor, gained, lost
+    )
+    help = 'Number of the term in which this worker runs the functions with where="one", else 0.'
+    process.metrics.gauge("realtime_task_term", help, lambda: role.term)
+    dispatcher.find_term(lambda: role.term if role.is_held else 0)
+    pubsub.sessions.add_handler(RoleOrder, role.on_order)
+    return role
 
 
 def wire_protocol(process: Child, pubsub: PubSubParts, handlers: HandlerParts) -> ProtocolParts:

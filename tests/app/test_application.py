@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from realtime.app import App
+from realtime.types import WorkerInfo
 from tests.app.declaring import plain, problem
 
 
@@ -81,3 +82,11 @@ def test_nothing_can_be_declared_after_it(app: App) -> None:
 
 def test_an_application_that_does_not_run_is_under_no_pressure(app: App) -> None:
     assert app.pressure == ()
+
+
+def test_the_worker_is_known_once_the_application_is_bound() -> None:
+    app = App()
+    with pytest.raises(RuntimeError, match="during the import"):
+        _ = app.worker
+    app.bind(Recorder(), lambda result: result, worker=WorkerInfo(1, 4, "node"))  # type: ignore[arg-type]
+    assert (app.worker.slot, app.worker.count, app.worker.node) == (1, 4, "node")

@@ -11,6 +11,7 @@ import pytest
 
 from realtime.app import App, Patterns
 from realtime.cache import Cache
+from realtime.errors import SettingsError
 from tests.app.declaring import coroutine, line_of, plain, problem
 
 HERE = str(Path(__file__))
@@ -233,3 +234,22 @@ def test_caches_and_policies_that_make_no_sense_are_refused(app: App) -> None:
     assert "only rpc and http handlers" in problem(lambda: app.on_publish("a")(Cache(ttl=1)(coroutine)))
     assert "choose one of refuse, stale, ignore" in problem(lambda: app.rpc("f", pressure="drop")(coroutine))
     assert "no cache=Cache(...)" in problem(lambda: app.http.get("/", pressure="stale")(coroutine))
+
+
+@pytest.mark.parametrize(
+    ("interval", "options", "complaint"),
+    [
+        ("1 fortnight", {}, "the interval of @app.every"),
+        (0, {}, "choose one from 10 ms"),
+        (None, {}, 'as in @app.every("1s")'),
+        (1, {"where": "all"}, "where='all'; choose one of"),
+    ],
+)
+def test_a_wrong_schedule_is_refused_with_the_line_of_the_declaration(
+    interval: Any, options: Any, complaint: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        App().every(interval, **options)
+    (problem,) = caught.value.problems
+    assert complaint in problem
+    assert problem.startswith(__file__)

@@ -86,10 +86,18 @@ class Bench:
         self.client = FakeClient()
         self.dispatcher: Dispatcher | None = None
         self.marker = RecordingMarker()
+        self.wall_time = 0.0  # Unix time at the clock's zero
 
     async def start(self, **settings: Any) -> Dispatcher:
         log = Logger(observer=self.logged.append)
-        services = HandlerServices(self.clock, WorkersSettings(**settings), self.metrics, log, marker=self.marker)
+        services = HandlerServices(
+            self.clock,
+            WorkersSettings(**settings),
+            self.metrics,
+            log,
+            marker=self.marker,
+            wall_clock=lambda: self.wall_time + self.clock.seconds(),
+        )
         self.dispatcher = Dispatcher(self.app, services)
         await self.dispatcher.start()
         return self.dispatcher

@@ -24,11 +24,13 @@ from realtime.pubsub.engine import (
     GetPresence,
     GetPresenceStats,
     GetStats,
+    HoldRole,
     Publish,
     RemoveClient,
     RemoveHistory,
     RemovePresence,
     ReportSubscriptions,
+    ResignRole,
     SendOrder,
     Subscribe,
     Unsubscribe,
@@ -553,6 +555,28 @@ async def test_an_address_names_the_node(workers: list[Bench]) -> None:
     assert (node.workers, address != worker_address(2, 0)) == (3, True)
     assert await workers[1].engine.ask(SendOrder(b"order", worker=address)) == 1
     assert (await workers[2].settled()).entries == [("order", b"order")]
+
+
+async def test_one_worker_holds_a_role_until_it_resigns(workers: list[Bench], channel: str) -> None:
+    here, there, _ = workers
+    term = await here.engine.ask(HoldRole(channel, "here", 60.0))
+    refused = await there.engine.ask(HoldRole(channel, "there", 60.0))
+    assert (term.number, refused.number) == (1, 0)
+    assert 0 < refused.left <= 60.0
+    assert await here.engine.ask(HoldRole(channel, "here", 60.0, 1)) == term
+    await there.engine.ask(ResignRole(channel, "there", b"no effect"))
+    await here.engine.ask(ResignRole(channel, "here", b"open"))
+    for bench in workers:
+        assert (await bench.settled()).entries == [("order", b"open")]
+    assert (await there.engine.ask(HoldRole(channel, "there", 60.0))).number == 2
+
+
+async def test_a_role_whose_time_has_ended_goes_to_another_worker(workers: list[Bench], channel: str) -> None:
+    here, there, _ = workers
+    await here.engine.ask(HoldRole(channel, "here", 0.05))
+    while not (term := await there.engine.ask(HoldRole(channel, "there", 60.0))).number:
+        await deferLater(reactor, term.left)
+    assert (await here.engine.ask(HoldRole(channel, "here", 60.0))).number == 0
 
 
 async def test_connections_of_a_user_are_limited_over_all_workers(workers: list[Bench]) -> None:

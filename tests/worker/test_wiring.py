@@ -54,7 +54,7 @@ class Parts:
         self.child = WorkerChild(settings)
         self.app = app or App()
         self.pubsub = wire_pubsub(self.child, self.app)
-        self.handlers = wire_handlers(self.child, self.app)
+        self.handlers = wire_handlers(self.child, self.app, self.pubsub.node)
         self.protocol = wire_protocol(self.child, self.pubsub, self.handlers)
         self.transports = wire_transports(self.child, self.pubsub, self.handlers, self.protocol)
 
