@@ -39,7 +39,7 @@ from realtime.broker.redis_messages import (
 from realtime.broker.redis_scripts import ChannelScripts
 from realtime.config.settings import EngineSettings
 from realtime.errors import EngineUnavailable
-from realtime.metrics import Counter, Metrics, bad_input_counter
+from realtime.metrics import Counter, Metrics
 from realtime.process.link import Link
 from realtime.pubsub.broker_core import BrokerCore
 from realtime.pubsub.broker_messages import BadFrame
@@ -101,7 +101,8 @@ class RedisCore(BrokerCore[Link]):
         self._number = 0
         # Of messages that come back to this node, and have not yet.
         self._own: dict[int, tuple[RedisServer, Reply]] = {}
-        self._bad_messages = bad_input_counter(metrics, "redis_message")
+        help = "Messages at Redis under our names that no node of this version sent."
+        self._bad_messages = metrics.counter("realtime_redis_foreign_messages", help)
         self._errors = metrics.counter("realtime_redis_refusals", "Commands that Redis refused.")
         self.servers = RedisServers(settings.redis, reactor, self, metrics, ledger)
 

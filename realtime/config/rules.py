@@ -261,7 +261,9 @@ _ROOT: tuple[Rule[Settings], ...] = (
     ),
     Rule(
         ("engine.memory.queue_size", "websocket.message_size_limit"),
-        lambda tree: tree.engine.memory.queue_size >= 4 * tree.websocket.message_size_limit,
+        lambda tree: (
+            not tree.engine.memory.path or tree.engine.memory.queue_size >= 4 * tree.websocket.message_size_limit
+        ),
         "{0} is too small for a publication of websocket.message_size_limit, {1}, which may fill a quarter of it; raise"
         " the queue size or lower the message size",
     ),

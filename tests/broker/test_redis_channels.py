@@ -223,7 +223,7 @@ async def test_messages_of_strangers_are_dropped_and_counted(stage: Stage, chann
     pipeline.execute()
     await caught_up(reader, await publisher.until_accepted())
     assert len(reader.seen) == 1
-    assert (await stage.node.broker.samples("realtime_bad_input"))["redis_message"] == 1000
+    assert (await stage.node.broker.samples("realtime_redis_foreign_messages"))[""] == 1000
     stage.redis.command("RPUSH", f"realtime.history.{{.{channel}}}", "no publication")
     with pytest.raises(ClientError) as caught:
         await stage.there.history(channel, KEEP)

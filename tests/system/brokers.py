@@ -121,10 +121,10 @@ class BrokerProcess:
         return {sample.name: sample.value for sample in samples}
 
     async def samples(self, name: str) -> dict[str, float]:
-        """Return the values of one metric, by the value of its only label."""
+        """Return the values of one metric, by the value of its only label; by "" without one."""
         answer: dict[str, Any] = await self._control.callRemote(control.Collect, names=[])
         samples: list[Sample] = load(answer["metrics"])
-        return {value: s.value for s in samples if s.name == name for _, value in s.labels}
+        return {value: s.value for s in samples if s.name == name for _, value in s.labels or [("", "")]}
 
     @property
     def pid(self) -> int:
