@@ -35,6 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--reloads", type=int, default=4, help="for tests/system/test_reloads_sdk.py")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that take longest, so that no process waits for one of them at the end."""
+    items.sort(key=lambda item: not item.path.match("tests/system/*"))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     """Give a coroutine test a limit of its own, so that one that hangs fails alone.
