@@ -1,7 +1,7 @@
 """Finds calls in coroutines of an application that block the loop, such as `time.sleep`, before they do.
 
-The source of each handler on the loop is searched for calls of functions that are known to block. Calls in functions
-that a handler calls, and methods of objects, are not seen; `realtime.supervision.incidents` names those that have
+The search covers the source of each handler on the loop, for calls of functions known to block. It does not find
+methods of objects, or calls deeper in the application; `realtime.supervision.incidents` names these once they have
 blocked.
 """
 

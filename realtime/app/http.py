@@ -83,7 +83,7 @@ class Request(msgspec.Struct, frozen=True):
 class Response:
     """An HTTP response with its status, headers and body.
 
-    A `str` body is sent as UTF-8. cookies: those that the response sets.
+    A `str` body is sent as UTF-8. cookies: set by the response.
     """
 
     status: int = 200

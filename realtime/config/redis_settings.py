@@ -23,7 +23,7 @@ class RedisTLSSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     enabled: Annotated[bool, about("Connections use TLS. rediss:// in an address enables it, too.")] = False
     server_ca_pem: Annotated[
-        str, about("Certificate of the authority that has signed the server's. Empty: those that the system trusts.")
+        str, about("Certificate of the authority behind the server's certificate. Empty: the system's authorities.")
     ] = ""
     server_name: Annotated[
         str, about("Name that the server's certificate must have. Empty: the host of the address.")

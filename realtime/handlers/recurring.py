@@ -59,7 +59,7 @@ class RecurringCall:
             self._wait()
 
     def stop(self) -> None:
-        """Begin no further run. One that is under way goes on; see `cancel`."""
+        """Begin no further run. A run under way goes on; `cancel` ends it."""
         self._is_started = False
         if self._timer is not None:
             self._timer.cancel()

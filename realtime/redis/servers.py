@@ -114,15 +114,14 @@ class _Shard(Protocol):
     def close(self) -> None: ...
 
 
-class _SingleServer:
-    """One server at a fixed place. on_cluster: called when it turns out to be a node of a Cluster."""
+class _OneServer:
+    """A shard that is one server at a time. _server: the connection to it; set by the subclass."""
 
-    def __init__(self, address: RedisAddress, context: RedisContext, on_cluster: Callable[[], None]) -> None:
-        access = RedisAccess.to_server(address, context.settings)
-        host, port = address.hosts[0] if address.hosts else (address.path, 0)
-        self._on_cluster = on_cluster
-        self._server = RedisServer(FixedPlace(context.reactor, access, host, port), access, context, self._accept)
-        self.servers = (self._server,)
+    _server: RedisServer
+
+    @property
+    def servers(self) -> Sequence[RedisServer]:
+        return (self._server,)
 
     @property
     def is_healthy(self) -> bool:
@@ -130,6 +129,16 @@ class _SingleServer:
 
     def of(self, name: str) -> RedisServer:
         return self._server
+
+
+class _SingleServer(_OneServer):
+    """One server at a fixed place. on_cluster: called when it turns out to be a node of a Cluster."""
+
+    def __init__(self, address: RedisAddress, context: RedisContext, on_cluster: Callable[[], None]) -> None:
+        access = RedisAccess.to_server(address, context.settings)
+        host, port = address.hosts[0] if address.hosts else (address.path, 0)
+        self._on_cluster = on_cluster
+        self._server = RedisServer(FixedPlace(context.reactor, access, host, port), access, context, self._accept)
 
     def start(self) -> None:
         self._server.connect()
@@ -144,22 +153,14 @@ class _SingleServer:
         return "" if facts.role == "master" else "it is a replica; name its master, or the Sentinels"
 
 
-class _WatchedServer:
+class _WatchedServer(_OneServer):
     """The master of a set of Sentinels."""
 
     def __init__(self, address: RedisAddress, context: RedisContext) -> None:
         access = RedisAccess.to_server(address, context.settings)
         self._place = SentinelPlace(address, access, context, self._move)
         self._server = RedisServer(self._place, access, context, self._accept)
-        self.servers = (self._server,)
         self._is_named = False
-
-    @property
-    def is_healthy(self) -> bool:
-        return self._server.is_healthy
-
-    def of(self, name: str) -> RedisServer:
-        return self._server
 
     def start(self) -> None:
         self._place.start()

@@ -225,7 +225,7 @@ class Storm(AccountedRun):
 
 
 def _cpu(pids: list[int]) -> float:
-    """Return the CPU time of processes in seconds, without those that have ended."""
+    """Return the CPU time of the running ones of these processes, in seconds."""
     total = 0.0
     for pid in pids:
         try:

@@ -94,7 +94,7 @@ class Side:
 
 
 def copy(side: Side, peers: Collection[str] = PEERS) -> Side:
-    """Another core with the same state, by way of bytes."""
+    """Export the state as bytes, and return another core that has imported it."""
     other = Side()
     for part in side.core.export(list(peers)):
         other.core.import_part(decode(encode(part)), list(peers))
